@@ -1,0 +1,25 @@
+"""Errors a user may see: one clear line each; the command line prints it and exits with code 2."""
+
+
+class GraphcombError(Exception):
+    """Base of all errors that are the user's to act on. The message is one line that names the field or node."""
+
+
+class BadInput(GraphcombError):
+    """A recipe, model, data set or file is not what it should be."""
+
+
+class CaptureError(GraphcombError):
+    """`torch.export` refused the model, or the exported graph cannot be made functional."""
+
+
+class Refused(GraphcombError):
+    """A pass or rule is not sure that the rewrite is exact, so it does not do it."""
+
+
+class Unreachable(GraphcombError):
+    """A target (MACs, parameters, latency) cannot be reached; the message says what is reachable."""
+
+
+class MissingBackend(GraphcombError):
+    """An optional package is not installed; the message names the extra to install."""

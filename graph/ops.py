@@ -1,0 +1,74 @@
+"""Small helpers to read and write the nodes of an ATen graph by argument name."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def op_name(node: fx.Node) -> str:
+    """Name of the node's operator without namespace or overload: "conv2d", "getitem"; for custom ops "space::name"."""
+    if node.op != "call_function":
+        return node.op
+    if node.target is operator.getitem:
+        return "getitem"
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return getattr(node.target, "__name__", str(node.target))
+    return schema.name.removeprefix("aten::")
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operator node by schema name, defaults filled in."""
+    found = {}
+    for i, a in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        default = a.default_value if a.has_default_value() else None
+        found[a.name] = node.args[i] if i < len(node.args) else node.kwargs.get(a.name, default)
+    return found
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Set one argument by schema name, whether it was given by position, keyword or default."""
+    for i, a in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if a.name == name:
+            if i < len(node.args) and not a.kwarg_only:
+                node.update_arg(i, value)
+            else:
+                node.update_kwarg(name, value)
+            return
+    raise KeyError(name)
+
+
+def hint(size: Any) -> int:
+    """The example value of a static or symbolic size."""
+    if isinstance(size, int):
+        return int(size)
+    if isinstance(size, fx.Node):
+        return hint(size.meta["val"])
+    return int(size.node.hint) if size.node.has_hint() else int(size)
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a tensor node for the example inputs."""
+    return tuple(hint(s) for s in node.meta["val"].shape)
+
+
+def fetch(module: torch.nn.Module, path: str) -> Any:
+    """The attribute at a dotted path."""
+    found: Any = module
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def source(node: fx.Node) -> str:
+    """`node (file:line, in code)` of the user's model, as far as the export recorded it."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    if len(lines) >= 2:
+        place = lines[-2].replace('File "', "").replace('", line ', ":").split(", in ")[0]
+        return f"{node.name} ({place}: {lines[-1]})"
+    path = next((p for p, _ in reversed(list((node.meta.get("nn_module_stack") or {}).values())) if p), "")
+    return f"{node.name} ({path})" if path else node.name

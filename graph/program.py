@@ -1,0 +1,291 @@
+"""A captured model: one functional, trainable ATen graph with its example inputs and the record of its passes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from .capture import batch_dynamic, dynamic_shapes_of, export, functional_graph
+from .errors import BadInput
+from .ops import arguments, fetch, op_name, set_argument
+
+RECORD = "graphcomb.json"
+DROPOUTS = frozenset("dropout feature_dropout alpha_dropout feature_alpha_dropout".split())
+
+
+class TrainableModule(fx.GraphModule):
+    """A graph whose `train()`/`eval()` flip the flags of its batch_norm (with running statistics) and dropout nodes.
+
+    Nothing else differs from the eager module: eps, momentum and probabilities are constants of the graph. Stochastic
+    depth and attention dropout leave no trace in an eval-mode capture and so do not come back in training.
+    """
+
+    def train(self, mode: bool = True) -> TrainableModule:
+        super().train(mode)
+        changed = False
+        for node in self.graph.nodes:
+            name = op_name(node)
+            flag = {"batch_norm": "training"}.get(name, "train" if name in DROPOUTS else None)
+            if flag is None or (name == "batch_norm" and arguments(node)["running_mean"] is None):
+                continue
+            if bool(arguments(node)[flag]) != mode:
+                set_argument(node, flag, mode)
+                changed = True
+        if changed:
+            self.recompile()
+        return self
+
+
+class Program:
+    """One vision model as a functional graph in torch.export's training IR.
+
+    Attributes: `graph_module` (call it with the original arguments), `args`/`kwargs` (example inputs),
+    `dynamic_shapes` (torch.export's form or None), `history` (records of the passes applied).
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        args: tuple,
+        kwargs: dict[str, Any] | None = None,
+        dynamic_shapes: Any = None,
+        history: list[dict[str, Any]] | None = None,
+    ):
+        self._module = _adopt(graph_module)
+        self.args, self.kwargs = tuple(args), dict(kwargs or {})
+        self.dynamic_shapes = dynamic_shapes
+        self.history = list(history or [])
+        self._stale = False
+
+    # ------------------------------------------------------------------------------------------------ construction
+    @classmethod
+    def from_exported(cls, exported: ExportedProgram, history: list[dict[str, Any]] | None = None) -> Program:
+        """Wrap an `ExportedProgram` in the training IR (as `torch.export.export` returns it, not decomposed)."""
+        if exported.example_inputs is None:
+            raise BadInput("the exported program carries no example inputs; export it again with torch.export.export")
+        args, kwargs = exported.example_inputs
+        return cls(functional_graph(exported), args, kwargs, dynamic_shapes_of(exported), history)
+
+    def derive(self, graph_module: fx.GraphModule, stale: bool = True) -> Program:
+        """A program with the same inputs and history around another graph; stale: shapes in the metadata are old."""
+        new = Program(graph_module, self.args, self.kwargs, self.dynamic_shapes, self.history)
+        new._stale = stale
+        return new
+
+    def copy(self) -> Program:
+        """An independent copy: weights and graph are cloned."""
+        return self.derive(clone(self._module), stale=self._stale)
+
+    # ------------------------------------------------------------------------------------------------------- access
+    @property
+    def graph_module(self) -> TrainableModule:
+        """The graph with up-to-date metadata (fake values of every node)."""
+        if self._stale:
+            propagate(self)
+            self._stale = False
+        return self._module
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    def module(self) -> TrainableModule:
+        """The live module: training it trains this program. `train()` and `eval()` work."""
+        return self._module
+
+    def exported(self) -> ExportedProgram:
+        """The program as an `ExportedProgram` in the training IR, eval mode."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return export(self._module, self.args, self.kwargs, self.dynamic_shapes)
+
+    @property
+    def params(self) -> int:
+        """Number of parameters, tied ones counted once."""
+        return sum(p.numel() for p in self._module.parameters())
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for the example input."""
+        return self.cost()["macs"]
+
+    def cost(self) -> dict[str, int]:
+        """MACs for the example input, parameters, and bytes of weights and activations."""
+        from .cost import total
+
+        return {**total(self.graph_module), "params": self.params}
+
+    # ----------------------------------------------------------------------------------------------------- storage
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a `.pt2` with the pass record inside; written to a temporary name and renamed."""
+        path = Path(path)
+        part = path.with_name(f".{path.name}.part.pt2")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.export.save(self.exported(), part, extra_files={RECORD: json.dumps(self.history)})
+            part.replace(path)
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be written ({error})") from None
+        finally:
+            part.unlink(missing_ok=True)
+        return path
+
+    def __repr__(self) -> str:
+        nodes = sum(n.op == "call_function" for n in self._module.graph.nodes)
+        return f"Program({nodes} ops, {self.params:,} params, {self.macs:,} MACs)"
+
+
+def capture(
+    model: torch.nn.Module, args: Any, kwargs: dict[str, Any] | None = None, dynamic_shapes: Any = None
+) -> Program:
+    """Capture a model in eval mode; its train/eval flags are restored and its weights are copied.
+
+    args: example inputs (a tuple, or a single tensor). dynamic_shapes: as for `torch.export.export`, or "batch" for a
+    dynamic first dimension of every tensor. Raises CaptureError with the reason when `torch.export` refuses.
+    """
+    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+    kwargs = dict(kwargs or {})
+    if isinstance(dynamic_shapes, str):
+        if dynamic_shapes != "batch":
+            raise BadInput(f'dynamic_shapes: "batch" or a torch.export specification, not "{dynamic_shapes}"')
+        args, kwargs, dynamic_shapes = batch_dynamic(args, kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = export(model, args, kwargs, dynamic_shapes)
+        return Program.from_exported(exported).copy()
+
+
+def load(path: str | os.PathLike[str]) -> Program:
+    """Read a `.pt2` (graphcomb's or any other with example inputs). Raises BadInput with one line when it is no such file."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise BadInput(f"{path}: not a .pt2 file (or a damaged one)")
+    extra = {RECORD: ""}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.load(io.BytesIO(path.read_bytes()), extra_files=extra)
+    except Exception as error:
+        text = (str(error).splitlines() or ["no message"])[0]
+        raise BadInput(f"{path}: not a loadable .pt2 ({type(error).__name__}: {text[:200]})") from error
+    return Program.from_exported(exported, json.loads(extra[RECORD] or "[]"))
+
+
+# --------------------------------------------------------------------------------------------------------- graph tools
+def _adopt(module: fx.GraphModule) -> TrainableModule:
+    if isinstance(module, TrainableModule):
+        return module
+    _drop_dead(module)
+    graph, training = module.graph, module.training
+    new = TrainableModule(module, graph)
+    new.training = training
+    for name in ("_in_spec", "_out_spec"):
+        if hasattr(module, name):
+            setattr(new, name, getattr(module, name))
+    return new
+
+
+def _drop_dead(module: fx.GraphModule) -> None:
+    """Remove what no output needs; a second name of a live tensor stays, so that tied weights keep both names."""
+    for node in reversed(list(module.graph.nodes)):
+        if node.users or node.op in ("placeholder", "output", "get_attr"):
+            continue
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and not (schema is not None and schema.is_mutable):
+            module.graph.erase_node(node)
+    attributes = [n for n in module.graph.nodes if n.op == "get_attr"]
+    live = {id(fetch(module, str(n.target))) for n in attributes if n.users}
+    for node in attributes:
+        if not node.users and id(fetch(module, str(node.target))) not in live:
+            module.graph.erase_node(node)
+
+
+def clone(module: TrainableModule, weights: dict[str, torch.Tensor] | None = None) -> TrainableModule:
+    """Copy the graph, and every tensor it reads (or take the replacement given by name). Tied tensors stay tied."""
+    graph, env = fx.Graph(), {}
+    result = graph.graph_copy(module.graph, env)
+    graph.output(result)
+    graph.set_codegen(copy.copy(module.graph._codegen))
+    root, done = torch.nn.Module(), {}
+    for node in module.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        name = str(node.target)
+        old = fetch(module, name)
+        if id(old) not in done:
+            done[id(old)] = _copy_tensor(old, (weights or {}).get(name))
+        place_tensor(root, name, done[id(old)], persistent=True)
+    new = TrainableModule(root, graph)
+    new.training = module.training
+    for name in ("_in_spec", "_out_spec"):
+        if hasattr(module, name):
+            setattr(new, name, getattr(module, name))
+    return new
+
+
+def _copy_tensor(old: Any, value: torch.Tensor | None) -> Any:
+    if not isinstance(old, torch.Tensor):
+        return copy.deepcopy(old)
+    data = old.detach().clone() if value is None else value
+    return torch.nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else data
+
+
+def place_tensor(root: torch.nn.Module, path: str, value: Any, persistent: bool = True) -> None:
+    """Set a parameter, buffer or other attribute at a dotted path, making modules on the way."""
+    *parents, name = path.split(".")
+    for part in parents:
+        if not hasattr(root, part):
+            root.add_module(part, torch.nn.Module())
+        root = getattr(root, part)
+    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+        root.register_buffer(name, value, persistent=persistent)
+    else:
+        setattr(root, name, value)
+
+
+def propagate(program: Program) -> None:
+    """Recompute the fake value of every node from the example inputs (dynamic dimensions stay symbolic)."""
+    module = program.module()
+    fresh = export_metadata(program)
+    for node in module.graph.nodes:
+        if node.name in fresh:
+            node.meta["val"] = fresh[node.name]
+
+
+def export_metadata(program: Program) -> dict[str, Any]:
+    """Fake values by node name, from one fake run of the graph with the placeholders' own (symbolic) sizes."""
+    module = program.module()
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    fakes = [n.meta["val"] for n in placeholders]
+    mode = next((f.fake_mode for f in fakes if isinstance(f, torch.Tensor) and hasattr(f, "fake_mode")), None)
+    if mode is None:
+        raise BadInput("the graph has no tensor input to propagate shapes from")
+    env: dict[fx.Node, Any] = dict(zip(placeholders, fakes, strict=True))
+    with mode, torch.no_grad():
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                found = fetch(module, str(node.target))
+                env[node] = mode.from_tensor(found, static_shapes=True) if isinstance(found, torch.Tensor) else found
+            elif node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+                env[node] = node.target(*args, **kwargs)
+    return {n.name: v for n, v in env.items()}
+
+
+def flatten_outputs(outputs: Any) -> list[torch.Tensor]:
+    """The tensors of a model's output, in pytree order."""
+    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]

@@ -1,0 +1,85 @@
+"""What a pass is: a frozen dataclass whose fields are its recipe options, mapping a program to a new one."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from ..graph.errors import BadInput
+from ..graph.program import Program
+
+
+@dataclass
+class Context:
+    """What passes may use besides the program itself. Every field is optional; a pass that needs one says so.
+
+    data, val: iterables of batches (re-iterable, such as a DataLoader). A batch is `(inputs, labels)`, a tensor, or a
+        dict of keyword inputs with an optional "labels" entry.
+    loss: `loss(outputs, labels) -> scalar tensor`; metric: `metric(outputs, labels) -> per-sample scores` (higher is
+        better, averaged over the data set).
+    target: a device with `alignment(dtype) -> int` (see `runtime.target`); dtype: what the engine will run in.
+    teacher: the dense program, for distillation. out: folder for checkpoints. progress: show progress bars.
+    """
+
+    data: Iterable[Any] | None = None
+    val: Iterable[Any] | None = None
+    loss: Callable[..., Any] | None = None
+    metric: Callable[..., Any] | None = None
+    target: Any = None
+    dtype: str = "fp16"
+    teacher: Program | None = None
+    seed: int = 0
+    out: Path | None = None
+    progress: bool = False
+    plan: dict[str, Any] | None = None
+
+
+@dataclass
+class PassResult:
+    """The new program and the JSON-able record of what changed, what was refused and the cost before and after."""
+
+    program: Program
+    record: dict[str, Any]
+    removed: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes; subclasses define fields and `run(program, context) -> PassResult` and never change their
+    input program."""
+
+    def __call__(self, program: Any, context: Context | None = None, **fields: Any) -> Any:
+        """Apply the pass. An `ExportedProgram` in gives an `ExportedProgram` out; a `Program` gives a `PassResult`.
+
+        Keyword arguments set fields of a fresh `Context` (or override those of the one given).
+        """
+        if isinstance(program, ExportedProgram):
+            return self(Program.from_exported(program), context, **fields).program.exported()
+        if not isinstance(program, Program):
+            raise BadInput(
+                f"{type(self).__name__}: takes a Program or an ExportedProgram, got {type(program).__name__}"
+            )
+        try:
+            context = dataclasses.replace(context or Context(), **fields)
+        except TypeError as error:
+            raise BadInput(f"{type(self).__name__}: {error}") from None
+        start, before = time.perf_counter(), program.cost()
+        result = self.run(program, context)
+        head = {"pass": type(self).__name__, "options": self.options()}
+        tail = {"cost": {"before": before, "after": result.program.cost()}, "seconds": time.perf_counter() - start}
+        result.record = head | result.record | tail
+        result.program.history = [*program.history, result.record]
+        return result
+
+    def options(self) -> dict[str, Any]:
+        """The recipe options, JSON-able."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        raise TypeError(f"{type(self).__name__} does not define run()")
