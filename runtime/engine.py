@@ -1,0 +1,235 @@
+"""The one interface behind which every inference library stands: build an ONNX file for a target, load it, run it.
+
+A backend is a module of this package with two functions, imported only when it is asked for:
+
+    build(model: Path, target: Target, out: Path | None, *, backend: str, **options) -> EngineReport
+    load(path: Path, *, backend: str, **options) -> Engine
+
+Its keyword-only parameters are the options a user may set. Adding a backend is one line in `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import onnx
+
+from ..graph.errors import BadInput, MissingBackend
+from .targets import Target, get_target
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A loaded model that runs on the host's arrays."""
+
+    @property
+    def input_names(self) -> list[str]: ...
+
+    @property
+    def output_names(self) -> list[str]: ...
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Outputs for one set of inputs, both in the order of their names."""
+
+    def close(self) -> None:
+        """Release device memory and threads; the engine is unusable afterwards."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One fused kernel of an engine: what the library made of one or more ONNX nodes.
+
+    kind: the library's own name for it. nodes: names of the ONNX nodes in it. inputs, outputs: tensors as text, type
+    and shape first ("fp16[1,64,56,56] NHWC8"). padding: the kernel only pads or re-formats, a cost without MACs.
+    """
+
+    name: str
+    kind: str
+    nodes: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    padding: bool = False
+
+
+@dataclass
+class EngineReport:
+    """What came out of a build; everything in it was read from the library or the file, nothing is assumed.
+
+    bytes: size of the engine file. seconds: build time. precision: "fp32", "fp16", "bf16" or "int8" (see `precision`).
+    memory: bytes by purpose ("weights", "activations", "scratch", as far as the library tells).
+    """
+
+    backend: str
+    version: str
+    target: str
+    path: Path
+    bytes: int
+    seconds: float
+    precision: str
+    kernels: list[Kernel] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def padding(self) -> list[Kernel]:
+        """The kernels that only pad or re-format."""
+        return [k for k in self.kernels if k.padding]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, with the count and the list of the padding kernels."""
+        return dataclasses.asdict(self) | {"path": str(self.path), "padding": [k.name for k in self.padding]}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """module: name in this package; package: the library it drives; extra: of graphcomb, that installs the library
+    (None: always there); suffixes: of its engine files, the first is the one written."""
+
+    module: str
+    package: str
+    extra: str | None
+    suffixes: tuple[str, ...]
+
+
+BACKENDS = {
+    "onnxruntime": Backend("onnxruntime", "onnxruntime", None, (".onnx",)),
+    "tensorrt_rtx": Backend("tensorrt", "tensorrt_rtx", "rtx", (".rtx",)),
+    "tensorrt": Backend("tensorrt", "tensorrt", "tensorrt", (".engine", ".plan", ".trt")),
+}
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of an error message: the most similar valid names, or all of them."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+
+
+def backend_module(name: str) -> ModuleType:
+    """Import a backend. Raises BadInput for an unknown name, MissingBackend when its library is not installed."""
+    if name not in BACKENDS:
+        raise BadInput(f"backend {name}: not known; {nearest(name, list(BACKENDS))}")
+    found = BACKENDS[name]
+    if importlib.util.find_spec(found.package) is None:
+        extra = f"graphcomb[{found.extra}]" if found.extra else "graphcomb"
+        raise MissingBackend(f"{found.package} is not installed; install it with: pip install '{extra}'")
+    return importlib.import_module(f".{found.module}", __package__)
+
+
+def build_engine(
+    onnx_path: str | os.PathLike[str],
+    target: str | Target = "cpu",
+    out: str | os.PathLike[str] | None = None,
+    backend: str | None = None,
+    **options: Any,
+) -> EngineReport:
+    """Build an engine from an ONNX file for a target device and say what came out.
+
+    out: the engine file; by default next to the ONNX file with the target in its name (on "cpu" nothing is written and
+    the ONNX file itself is the engine). backend: by default the target's own. options: the backend's, for TensorRT
+    among others the `batch` range of a dynamic model. Raises BadInput for a damaged file, an unknown target or option,
+    MissingBackend when the target's library is not installed.
+    """
+    device = target if isinstance(target, Target) else get_target(target)
+    path = Path(onnx_path)
+    check_model(path)
+    name = backend or device.backend
+    module = backend_module(name)
+    _check_options(module.build, options, name)
+    if out is not None:
+        destination: Path | None = Path(out)
+    elif BACKENDS[name].suffixes[0] == path.suffix:
+        destination = None
+    else:
+        destination = path.with_name(f"{path.stem}.{device.name}{BACKENDS[name].suffixes[0]}")
+    return module.build(path, device, destination, backend=name, **options)
+
+
+def load_engine(path: str | os.PathLike[str], backend: str | None = None, **options: Any) -> Engine:
+    """Load an engine file to run it here. backend: by default from the file's suffix."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
+    if backend is None:
+        backend = next((name for name, b in BACKENDS.items() if path.suffix in b.suffixes), None)
+    if backend is None:
+        suffixes = [s for b in BACKENDS.values() for s in b.suffixes]
+        raise BadInput(f"{path}: no backend for this suffix (known: {', '.join(suffixes)}); name one with backend=")
+    module = backend_module(backend)
+    _check_options(module.load, options, backend)
+    return module.load(path, backend=backend, **options)
+
+
+def _check_options(function: Callable[..., Any], options: dict[str, Any], backend: str) -> None:
+    kinds = inspect.signature(function).parameters.values()
+    known = [p.name for p in kinds if p.kind is p.KEYWORD_ONLY and p.name != "backend"]
+    for name in options:
+        if name not in known:
+            raise BadInput(f"option {name}: not one of backend {backend}; {nearest(name, known)}")
+
+
+# ---------------------------------------------------------------------------------------------------------- ONNX files
+def check_model(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file (without its external weights) and run the ONNX checker. Raises BadInput with one line."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+        if not model.graph.output:
+            raise BadInput(f"{path}: not an ONNX file (it holds no graph)")
+        onnx.checker.check_model(str(path))
+    except BadInput:
+        raise
+    except Exception as error:  # protobuf, checker and I/O errors have no common base
+        text = next((line for line in str(error).splitlines() if line.strip()), "no message")
+        raise BadInput(f"{path}: not a valid ONNX file ({type(error).__name__}: {text[:200]})") from error
+    return model
+
+
+FLOATS = {
+    onnx.TensorProto.FLOAT: "fp32",
+    onnx.TensorProto.FLOAT16: "fp16",
+    onnx.TensorProto.BFLOAT16: "bf16",
+    onnx.TensorProto.DOUBLE: "fp64",
+}
+
+
+def precision(model: onnx.ModelProto) -> str:
+    """The precision a strongly typed engine of this model computes in: "int8" with Q/DQ nodes, else the float type
+    that most weight elements have ("fp32" when there are none)."""
+    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        return "int8"
+    counts: dict[str, int] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_type in FLOATS:
+            kind = FLOATS[tensor.data_type]
+            counts[kind] = counts.get(kind, 0) + int(np.prod(tensor.dims, dtype=np.int64))
+    return max(counts, key=lambda k: counts[k]) if counts else "fp32"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name in the folder of `path`, renamed to it on success and removed on failure.
+
+    Raises BadInput when the folder cannot be written.
+    """
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        part.unlink(missing_ok=True)
