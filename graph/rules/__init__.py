@@ -1,0 +1,17 @@
+"""Op rules, by theme; importing the package fills the table."""
+
+from . import contraction, elementwise, indexing, layout, reduction, spatial
+from .table import RULES, NoRule, Rule, rule
+
+__all__ = [
+    "RULES",
+    "NoRule",
+    "Rule",
+    "contraction",
+    "elementwise",
+    "indexing",
+    "layout",
+    "reduction",
+    "rule",
+    "spatial",
+]

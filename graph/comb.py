@@ -1,0 +1,342 @@
+"""The comb: solves what every dimension of every tensor is made of, and which indices must go together.
+
+Each operator contributes equations between the axes of its operands (graph/rules); unification solves them (graph/axes).
+What is left are atoms: units that can lose indices everywhere at once. Source: ours; the idea of combing dependencies
+without hints is CPD's (arXiv 2408.03046).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import axes as ax
+from . import cost
+from .axes import Axis, Factor, Misaligned, Reason, atoms, freeze, show, unify
+from .errors import BadInput
+from .ops import arguments, fetch, hint, op_name, shape
+from .program import Program
+from .rules import RULES, NoRule
+
+KINDS = ("channel", "head", "head width", "hidden", "group", "token", "multiplier", "constant")
+DEFAULT_KINDS = ("channel", "head", "head width", "hidden", "group")
+REGISTER = "register a rule for it with graphcomb.rule (CONTRIBUTING.md shows how)"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Indices that can only be removed together.
+
+    name: "parameter:dim" of the first member, with the kind appended where one dimension holds several groups.
+    size: number of indices. members: every (parameter or buffer, dim) the group takes part in. frozen: None, or why
+    nothing may be removed.
+    """
+
+    name: str
+    size: int
+    kind: str
+    members: list[tuple[str, int]]
+    frozen: str | None
+    atom: Factor
+
+
+class Comb:
+    """The solved axes of a program.
+
+    axes: axes of every tensor node (a list of lists for operators with several results). parameters: axes of every
+    parameter and buffer by name. refusals: nodes whose operator could not be followed, as (node, reason).
+    """
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.module = program.graph_module
+        self.axes: dict[fx.Node, Any] = {}
+        self.parameters: dict[str, list[Axis]] = {}
+        self.rewrites: list[tuple[fx.Node, Callable[..., None]]] = []
+        self.refusals: list[tuple[fx.Node, str]] = []
+        self._roles: list[tuple[Axis, str, fx.Node | None]] = []
+        self._kernels: list[Axis] = []
+        self._made_of_parameters: set[fx.Node] = set()
+        self._groups: list[Group] | None = None
+        self._solve()
+
+    # ----------------------------------------------------------------------------------------------------- solving
+    def _solve(self) -> None:
+        by_tensor: dict[int, list[Axis]] = {}
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                value = node.meta.get("val")
+                if isinstance(value, torch.Tensor):
+                    self.axes[node] = [self.frozen(node, d, "an input of the program") for d in range(value.dim())]
+                else:
+                    self.axes[node] = None
+            elif node.op == "get_attr":
+                found = fetch(self.module, str(node.target))
+                if not isinstance(found, torch.Tensor):
+                    self.axes[node] = None
+                    continue
+                if id(found) not in by_tensor:
+                    by_tensor[id(found)] = [ax.fresh(n) for n in found.shape]
+                self.axes[node] = self.parameters[str(node.target)] = by_tensor[id(found)]
+                if isinstance(found, torch.nn.Parameter):
+                    self._made_of_parameters.add(node)
+            elif node.op == "output":
+                for result in node.all_input_nodes:
+                    self._freeze_all(self.axes[result], Reason(result, "an output of the program"))
+            else:
+                self.axes[node] = self._apply_rule(node)
+
+    def _apply_rule(self, node: fx.Node) -> Any:
+        value = node.meta.get("val")
+        if not isinstance(value, (torch.Tensor, list, tuple)):
+            return None
+        name = op_name(node)
+        if name == "getitem":
+            whole = self.axes[node.args[0]]  # type: ignore[index]
+            return whole[node.args[1]] if whole is not None else None
+        inputs = node.all_input_nodes
+        if inputs and all(i in self._made_of_parameters or self.axes[i] is None for i in inputs):
+            self._made_of_parameters.add(node)
+        function = RULES.get(name)
+        try:
+            if function is None or not hasattr(node.target, "_schema"):
+                raise NoRule("no rule for it")
+            result = function(self, node, arguments(node))
+            self._check(value, result)
+            return result
+        except (NoRule, Misaligned, ValueError, IndexError, KeyError, TypeError) as error:
+            text = str(error) if isinstance(error, (NoRule, Misaligned)) else f"{type(error).__name__}: {error}"
+            what = f"{name} cannot be followed" + ("" if text == "no rule for it" else f" ({text})")
+            if text == "no rule for it":
+                what = f"operator {name} has no rule"
+            self.refusals.append((node, what))
+            reason = Reason(node, what, REGISTER if function is None else "")
+            for i in inputs:
+                self._freeze_all(self.axes[i], reason)
+            if isinstance(value, torch.Tensor):
+                return [ax.fresh(hint(n), reason, not isinstance(n, int)) for n in value.shape]
+            return [
+                [ax.fresh(hint(n), reason, not isinstance(n, int)) for n in v.shape]
+                if isinstance(v, torch.Tensor)
+                else None
+                for v in value
+            ]
+
+    @staticmethod
+    def _check(value: Any, result: Any) -> None:
+        pairs = [(value, result)] if isinstance(value, torch.Tensor) else zip(value, result, strict=True)
+        for tensor, axes in pairs:
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if len(axes) != tensor.dim() or any(ax.size(a) != hint(n) for a, n in zip(axes, tensor.shape, strict=True)):
+                found = " x ".join(show(a) for a in axes)
+                raise ValueError(f"the rule gives {found} for a tensor of shape {tuple(tensor.shape)}")
+
+    # ------------------------------------------------------------------------------------------ vocabulary of the rules
+    def first(self, node: fx.Node) -> fx.Node:
+        """The node's first tensor operand."""
+        return next(
+            a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node) and self.axes[a] is not None
+        )
+
+    def unify(self, a: Axis, b: Axis, node: fx.Node) -> None:
+        """The two axes are the same index space, because `node` combines them."""
+        if a is not b:
+            unify(a, b, Reason(node, "aligns its operands"))
+
+    def freeze(self, axis: Axis, node: fx.Node, text: str) -> None:
+        freeze(axis, Reason(node, text))
+
+    def _freeze_all(self, axes: Any, reason: Reason) -> None:
+        for axis in axes or ():
+            if axis is None or (axis and isinstance(axis[0], list)) or axis == [[]]:
+                self._freeze_all(axis, reason)
+            else:
+                freeze(axis, reason)
+
+    def _dim(self, node: fx.Node, d: int, index: int | None = None) -> Any:
+        value = node.meta["val"]
+        return (value if index is None else value[index]).shape[d]
+
+    def fresh(self, node: fx.Node, d: int, n: int | None = None) -> Axis:
+        """A new, free axis for dimension d of the node's result (or of size n)."""
+        size = self._dim(node, d)
+        if n is not None:
+            return ax.fresh(n)
+        return ax.fresh(hint(size), None, not isinstance(size, int))
+
+    def frozen(self, node: fx.Node, d: int, text: str, index: int | None = None) -> Axis:
+        """A new frozen axis for dimension d of the node's result."""
+        size = self._dim(node, d, index)
+        return ax.fresh(hint(size), Reason(node, text), not isinstance(size, int))
+
+    def window(self, node: fx.Node, x: fx.Node, first: int, index: int | None = None) -> list[Axis]:
+        """The node slides a window over the dimensions of x from `first` on: freeze them, and the result's."""
+        for axis in self.axes[x][first:]:
+            self.freeze(axis, node, "a window along the axis")
+        return [self.frozen(node, d, "a window along the axis", index) for d in range(first, len(shape(x)))]
+
+    def kernel(self, axis: Axis, node: fx.Node) -> None:
+        """Kernel positions of a convolution: frozen, and not worth a group of their own."""
+        self.freeze(axis, node, "kernel positions")
+        self._kernels.append(axis)
+
+    def role(self, axis: Axis, role: str, weight: fx.Node | None = None) -> None:
+        """Note what an axis is used as: "out", "in", "linear" (out of a linear), "group", "multiplier", "head", "width"."""
+        self._roles.append((axis, role, weight))
+
+    def is_parameter(self, node: fx.Node) -> bool:
+        """Whether the tensor is a parameter, or computed from parameters alone."""
+        return node in self._made_of_parameters
+
+    def rewrite(self, node: fx.Node, function: Callable[..., None]) -> None:
+        """After slicing, call `function(slicer, new_node)` to regenerate the node's constants from its axes."""
+        self.rewrites.append((node, function))
+
+    def resize(self, node: fx.Node, argument: str, axes: list[Axis]) -> None:
+        """The list of sizes in `argument` describes `axes`: regenerate what changes."""
+        self.rewrite(node, lambda slicer, new: slicer.resize(node, new, argument, axes))
+
+    # ------------------------------------------------------------------------------------------------------- results
+    @property
+    def groups(self) -> list[Group]:
+        """All groups that have a parameter or buffer as a member, frozen ones included, in graph order."""
+        if self._groups is None:
+            self._groups = self._make_groups()
+        return self._groups
+
+    def members(self) -> dict[Factor, list[tuple[str, int]]]:
+        """(parameter or buffer, dim) pairs in which each atom occurs."""
+        found: dict[Factor, list[tuple[str, int]]] = defaultdict(list)
+        for name, axes in self.parameters.items():
+            for d, axis in enumerate(axes):
+                for atom in atoms([axis]):
+                    found[atom].append((name, d))
+        return found
+
+    def _make_groups(self) -> list[Group]:
+        members = self.members()
+        hidden = atoms(self._kernels)
+        kinds = self.kinds()
+        named: dict[str, list[tuple[Factor, str]]] = defaultdict(list)
+        for atom in members:
+            if atom in hidden and atom.frozen is not None and atom.frozen.text == "kernel positions":
+                continue
+            name, dim = members[atom][0]
+            named[f"{name}:{dim}"].append((atom, kinds[atom]))
+        result = []
+        for base, found in named.items():
+            for i, (atom, kind) in enumerate(found):
+                name = base
+                if len(found) > 1:
+                    same = [a for a, k in found if k == kind]
+                    name = f"{base}/{kind}" + (f".{same.index(atom)}" if len(same) > 1 else "")
+                frozen = str(atom.frozen) if atom.frozen is not None else None
+                result.append(Group(name, atom.size, kind, members[atom], frozen, found[i][0]))
+        return result
+
+    def kinds(self) -> dict[Factor, str]:
+        """The kind of every atom that occurs in a parameter or buffer, derived from how its axes are used."""
+        roles: dict[Factor, set[str]] = defaultdict(set)
+        producers: dict[Factor, set[fx.Node]] = defaultdict(set)
+        consumers: dict[Factor, set[fx.Node]] = defaultdict(set)
+        for axis, role, weight in self._roles:
+            for atom in atoms([axis]):
+                roles[atom].add(role)
+                if weight is not None:
+                    (consumers if role == "in" else producers)[atom].add(weight)
+        trainable = {n for n, p in self.module.named_parameters(remove_duplicate=False)}
+        partners: dict[Factor, set[Factor]] = defaultdict(set)
+        owned: set[Factor] = set()
+        for name, axes in self.parameters.items():
+            for axis in axes:
+                for monomial in ax.monomials(axis):
+                    if name in trainable:
+                        owned.update(monomial)
+                    if len(monomial) > 1:
+                        for atom in monomial:
+                            partners[atom].update(m for m in monomial if m is not atom)
+        result = {}
+        for atom in self.members():
+            mine = roles[atom]
+            near = {r for p in partners[atom] for r in roles[p]}
+            linear = mine <= {"linear", "in"} and len(consumers[atom]) == 1 and bool(producers[atom])
+            if atom not in owned:
+                kind = "constant"
+            elif "multiplier" in mine and not mine & {"head", "group"}:
+                kind = "multiplier"
+            elif "head" in mine:
+                kind = "head"
+            elif "width" in mine or "head" in near:
+                kind = "head width"
+            elif "group" in mine:
+                kind = "group"
+            elif not mine & {"out", "in", "linear"}:
+                kind = "token"
+            else:
+                kind = "hidden" if linear else "channel"
+            result[atom] = kind
+        return result
+
+    def why(self, parameter: str) -> str:
+        """What each dimension of a parameter is made of and why frozen parts are frozen. BadInput for an unknown name."""
+        if parameter not in self.parameters:
+            import difflib
+
+            near = difflib.get_close_matches(parameter, self.parameters, n=3)
+            raise BadInput(f"no parameter {parameter}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+        names = {g.atom: g.name for g in self.groups}
+        kinds = self.kinds()
+        lines = []
+        for d, axis in enumerate(self.parameters[parameter]):
+            lines.append(f"{parameter}:{d} = {show(axis)}")
+            for atom in atoms([axis]):
+                state = (
+                    f"frozen: {atom.frozen}" if atom.frozen is not None else f"prunable, group {names.get(atom, '?')}"
+                )
+                lines.append(f"  {atom.size} ({kinds.get(atom, 'constant')}): {state}")
+        return "\n".join(lines)
+
+    # ---------------------------------------------------------------------------------------------------------- cost
+    def cost_terms(self) -> list[tuple[fx.Node, list[list[Axis]]]]:
+        """MACs of every node as sums of products of axes (see `graph.cost`)."""
+        terms = []
+        for node in self.module.graph.nodes:
+            polynomial = cost.macs(node)
+            if polynomial:
+                terms.append((node, [[self.axes[n][d] for n, d in monomial] for monomial in polynomial]))
+        return terms
+
+    def macs(self, sizes: ax.Sizes | None = None) -> int:
+        """MACs of the program when atoms have the given sizes."""
+        sizes = sizes or {}
+        return sum(math.prod(ax.kept_size(a, sizes) for a in m) for _, terms in self.cost_terms() for m in terms)
+
+    def coverage(self) -> float:
+        """Share of the parameters' elements that lie on at least one prunable axis."""
+        reached = total = 0
+        seen: set[int] = set()
+        for name, p in self.module.named_parameters(remove_duplicate=True):
+            if id(p) in seen or name not in self.parameters:
+                continue
+            seen.add(id(p))
+            total += p.numel()
+            if any(a.frozen is None for axis in self.parameters[name] for a in atoms([axis])):
+                reached += p.numel()
+        return reached / max(total, 1)
+
+
+def comb(program: Program | torch.nn.Module) -> Comb:
+    """Solve the axes of a program."""
+    if not isinstance(program, Program):
+        raise BadInput(f"comb takes a Program (graphcomb.capture makes one), not {type(program).__name__}")
+    return Comb(program)
+
+
+__all__ = ["DEFAULT_KINDS", "KINDS", "Comb", "Group", "comb"]

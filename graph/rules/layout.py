@@ -1,0 +1,364 @@
+"""Operators that move entries without computing: regroup, reorder, concatenate, cut, repeat, pad."""
+
+from __future__ import annotations
+
+import torch
+
+from ..axes import Axis, Misaligned, Reason, cut, freeze, fresh, normal, take_inner, total
+from ..ops import hint, op_name, shape
+from .table import NoRule, rule
+
+
+def regroup(c, node, axes: list[Axis], sizes: tuple[int, ...]) -> list[Axis]:
+    """The axes of a tensor seen as one row-major sequence, cut anew into dimensions of the given sizes."""
+    flat = normal([factor for axis in axes for factor in axis])
+    result: list[Axis] = [[] for _ in sizes]
+    for d in reversed(range(len(sizes))):
+        try:
+            flat, result[d] = take_inner(flat, sizes[d])
+        except Misaligned as error:
+            c.freeze([f for axis in axes for f in axis], node, f"{op_name(node)} cannot be followed ({error})")
+            for k in range(d + 1):
+                result[k] = c.frozen(node, k, f"{op_name(node)} cannot be followed")
+            return result
+        flat = normal(flat)
+    for d, n in enumerate(node.meta["val"].shape):
+        if isinstance(n, int):
+            for factor in normal(result[d]):
+                factor.symbolic = False
+    return result
+
+
+SIZE_ARGUMENT = {"view": "size", "reshape": "shape", "_unsafe_view": "size"}
+
+
+@rule(
+    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "ravel", "view_as", "reshape_as", "unsqueeze", "squeeze"
+)
+def view(c, node, a):
+    name = op_name(node)
+    if name == "view" and "size" not in a:
+        raise NoRule("view as another dtype")
+    xs = c.axes[a["self"]]
+    result = regroup(c, node, xs, shape(node))
+    if name in SIZE_ARGUMENT:
+        c.resize(node, SIZE_ARGUMENT[name], result)
+    elif name == "unflatten":
+        d = a["dim"] % len(xs)
+        c.resize(node, "sizes", result[d : d + len(a["sizes"])])
+    elif name.endswith("_as"):
+        for mine, other in zip(result, c.axes[a["other"]], strict=True):
+            c.unify(mine, other, node)
+    elif name == "squeeze" and "dim" not in a:
+        # squeezes whatever has size 1: an axis pruned down to 1 would vanish, so name the dimensions
+        dims = [d for d, n in enumerate(shape(a["self"])) if n == 1]
+
+        def name_dims(s, m):
+            m.target = torch.ops.aten.squeeze.dims
+            m.args = (m.args[0], dims)
+
+        c.rewrite(node, name_dims)
+    return result
+
+
+@rule(
+    "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "numpy_T", "mT", "matrix_H", "adjoint"
+)
+def permute(c, node, a):
+    xs, name = list(c.axes[a["self"]]), op_name(node)
+    rank = len(xs)
+    if name == "permute":
+        return [xs[d] for d in a["dims"]]
+    if name in ("transpose", "swapaxes", "swapdims"):
+        first, second = [v % rank for k, v in a.items() if k != "self"]
+        xs[first], xs[second] = xs[second], xs[first]
+        return xs
+    if name in ("t", "numpy_T"):
+        return xs[::-1]
+    if name == "mT":
+        return [*xs[:-2], xs[-1], xs[-2]]
+    if name in ("movedim", "moveaxis"):
+        source = a["source"] if isinstance(a["source"], (list, tuple)) else [a["source"]]
+        target = a["destination"] if isinstance(a["destination"], (list, tuple)) else [a["destination"]]
+        at = {t % rank: s % rank for s, t in zip(source, target, strict=True)}
+        rest = iter(d for d in range(rank) if d not in at.values())
+        return [xs[at[d]] if d in at else xs[next(rest)] for d in range(rank)]
+    raise NoRule(name)
+
+
+@rule("cat", "concat", "concatenate", "hstack", "vstack")
+def cat(c, node, a):
+    if op_name(node) in ("hstack", "vstack"):
+        raise NoRule("stacking whose dimension depends on the rank")
+    tensors = [t for t in a["tensors"] if shape(t) != (0,)]
+    d = a["dim"] % len(shape(node))
+    first = c.axes[tensors[0]]
+    for other in tensors[1:]:
+        for k, axis in enumerate(c.axes[other]):
+            if k != d:
+                c.unify(first[k], axis, node)
+    return [total([c.axes[t][d] for t in tensors]) if k == d else axis for k, axis in enumerate(first)]
+
+
+@rule("stack")
+def stack(c, node, a):
+    tensors = a["tensors"]
+    d = a["dim"] % len(shape(node))
+    first = c.axes[tensors[0]]
+    for other in tensors[1:]:
+        for mine, axis in zip(first, c.axes[other], strict=True):
+            c.unify(mine, axis, node)
+    return [*first[:d], total([[] for _ in tensors]) if len(tensors) > 1 else [], *first[d:]]
+
+
+def pieces(c, node, axis: Axis, sizes: list[int]) -> list[Axis]:
+    """Cut an axis; where that cannot be followed, freeze it and return frozen pieces."""
+    try:
+        return cut(axis, sizes)
+    except Misaligned as error:
+        reason = Reason(node, f"{op_name(node)} cannot be followed ({error})")
+        freeze(axis, reason)
+        return [fresh(n, reason) for n in sizes]
+
+
+@rule(
+    "split",
+    "chunk",
+    "split_with_sizes",
+    "unbind",
+    "tensor_split",
+    "unsafe_split",
+    "unsafe_chunk",
+    "unsafe_split_with_sizes",
+)
+def split(c, node, a):
+    xs = c.axes[a["self"]]
+    d = a["dim"] % len(xs)
+    values = node.meta["val"]
+    if op_name(node) == "unbind":
+        pieces(c, node, xs[d], [1] * len(values))
+        return [xs[:d] + xs[d + 1 :] for _ in values]
+    parts = pieces(c, node, xs[d], [hint(v.shape[d]) for v in values])
+
+    def spell_out(s, m):
+        if not s.full(xs[d]):
+            m.target = torch.ops.aten.split_with_sizes.default
+            m.args, m.kwargs = (m.args[0], [s.size(p) for p in parts], d), {}
+
+    c.rewrite(node, spell_out)
+    return [[*xs[:d], part, *xs[d + 1 :]] for part in parts]
+
+
+def bounds(a, n: int) -> tuple[int, int]:
+    """Start and end of a slice of an axis of size n, as non-negative numbers."""
+
+    def clamp(value, default):
+        if value is None:
+            return default
+        value = hint(value)
+        return min(max(value + n if value < 0 else value, 0), n)
+
+    return clamp(a.get("start"), 0), clamp(a.get("end"), n)
+
+
+@rule("slice", "narrow")
+def slice_(c, node, a):
+    xs = c.axes[a["self"]]
+    d, n = a["dim"] % len(xs), shape(a["self"])[a["dim"]]
+    if op_name(node) == "narrow":
+        low = hint(a["start"]) % n if n else 0
+        high = low + hint(a["length"])
+    else:
+        low, high = bounds(a, n)
+    if (a.get("step") or 1) != 1:
+        return strided(c, node, xs, d, n, low, high, a["step"])
+    if low >= high:
+        raise NoRule("an empty slice")
+    symbolic = not isinstance(node.args[0].meta["val"].shape[d], int)
+    if (low, high) == (0, n):
+        if op_name(node) == "slice" and not symbolic:
+
+            def whole(s, m):
+                s.set(m, "start", 0)
+                s.set(m, "end", torch.iinfo(torch.int64).max)
+
+            c.rewrite(node, whole)
+        elif not symbolic:
+            c.rewrite(node, lambda s, m: s.set(m, "length", s.size(xs[d])))
+        return xs
+    before, part, _ = pieces(c, node, xs[d], [low, high - low, n - high])
+
+    def move(s, m):
+        if s.full(xs[d]):
+            return
+        start = s.size(before) if low else 0
+        s.set(m, "start", start)
+        if op_name(node) == "narrow":
+            s.set(m, "length", s.size(part))
+        else:
+            s.set(m, "end", start + s.size(part))
+
+    c.rewrite(node, move)
+    return [*xs[:d], part, *xs[d + 1 :]]
+
+
+def strided(c, node, xs, d, n, low, high, step):
+    """x[low::step] takes one index of the inner factor of outer * step, when it takes all of the outer ones."""
+    if n % step == 0 and low < step and high > n - step + low:
+        try:
+            outer, inner = take_inner(xs[d], step)
+        except Misaligned as error:
+            c.freeze(xs[d], node, f"a strided slice cannot be followed ({error})")
+        else:
+            c.freeze(inner, node, "a strided slice takes one index of it")
+            return [*xs[:d], outer, *xs[d + 1 :]]
+    c.freeze(xs[d], node, "a strided slice along the axis")
+    return [*xs[:d], c.frozen(node, d, "a strided slice along the axis"), *xs[d + 1 :]]
+
+
+@rule("select")
+def select(c, node, a):
+    xs = c.axes[a["self"]]
+    d, n = a["dim"] % len(xs), shape(a["self"])[a["dim"]]
+    i = hint(a["index"]) % n
+    before, _, _ = pieces(c, node, xs[d], [i, 1, n - i - 1])
+
+    def move(s, m):
+        if not s.full(xs[d]):
+            s.set(m, "index", s.size(before) if i else 0)
+
+    c.rewrite(node, move)
+    return xs[:d] + xs[d + 1 :]
+
+
+@rule("slice_scatter", "select_scatter")
+def scatter(c, node, a):
+    xs, src = c.axes[a["self"]], c.axes[a["src"]]
+    d, n = a["dim"] % len(xs), shape(a["self"])[a["dim"]]
+    single = op_name(node) == "select_scatter"
+    if single:
+        low = hint(a["index"]) % n
+        high, src = low + 1, [*src[:d], [], *src[d:]]
+    else:
+        low, high = bounds(a, n)
+    if (a.get("step") or 1) != 1 or low >= high:
+        raise NoRule("a strided or empty write")
+    before, part, _ = pieces(c, node, xs[d], [low, high - low, n - high])
+    for k, axis in enumerate(src):
+        c.unify(part if k == d else xs[k], axis, node)
+
+    def move(s, m):
+        if s.full(xs[d]):
+            return
+        start = s.size(before) if low else 0
+        if single:
+            s.set(m, "index", start)
+        else:
+            s.set(m, "start", start)
+            s.set(m, "end", start + s.size(part))
+
+    c.rewrite(node, move)
+    return xs
+
+
+@rule("repeat", "tile")
+def repeat(c, node, a):
+    if op_name(node) == "tile":
+        raise NoRule("tile")
+    xs, counts = c.axes[a["self"]], [hint(r) for r in a["repeats"]]
+    times = [c.fresh(node, d, r) for d, r in enumerate(counts)]
+    shift = len(counts) - len(xs)
+    symbolic = [not isinstance(r, int) for r in a["repeats"]]
+
+    def regenerate(s, m):
+        s.set(m, "repeats", [old if sym else s.size(t) for old, sym, t in zip(m.args[1], symbolic, times, strict=True)])
+
+    c.rewrite(node, regenerate)
+    return [times[d] + (xs[d - shift] if d >= shift else []) for d in range(len(counts))]
+
+
+@rule("repeat_interleave")
+def repeat_interleave(c, node, a):
+    if not isinstance(a.get("repeats"), int) or a.get("dim") is None:
+        raise NoRule("repeat_interleave with counts that are data, or of the flattened tensor")
+    xs, times = c.axes[a["self"]], fresh(a["repeats"])
+    d = a["dim"] % len(xs)
+
+    def regenerate(s, m):
+        s.set(m, "repeats", s.size(times))
+        if a.get("output_size") is not None:
+            s.set(m, "output_size", None)
+
+    c.rewrite(node, regenerate)
+    return [*xs[:d], xs[d] + times, *xs[d + 1 :]]
+
+
+@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
+def pad(c, node, a):
+    xs = list(c.axes[a["self"]])
+    amounts = [hint(p) for p in a.get("pad", a.get("padding"))]
+    constant = op_name(node) in ("pad", "constant_pad_nd") and (a.get("mode") or "constant") == "constant"
+    placed: dict[int, tuple[Axis, Axis]] = {}
+    for j in range(len(amounts) // 2):
+        d, low, high = len(xs) - 1 - j, amounts[2 * j], amounts[2 * j + 1]
+        if low == high == 0:
+            continue
+        if not constant or low < 0 or high < 0 or not isinstance(node.meta["val"].shape[d], int):
+            c.freeze(xs[d], node, "padding along the axis")
+            xs[d] = c.frozen(node, d, "padding along the axis")
+            continue
+        placed[j] = (fresh(low), fresh(high))
+        parts = [(low, placed[j][0]), (1, xs[d]), (high, placed[j][1])]
+        xs[d] = total([part for n, part in parts if n])
+
+    def regenerate(s, m):
+        values = list(amounts)
+        for j, (low, high) in placed.items():
+            values[2 * j] = s.size(low) if amounts[2 * j] else 0
+            values[2 * j + 1] = s.size(high) if amounts[2 * j + 1] else 0
+        if placed:
+            s.set(m, "pad", values)
+
+    c.rewrite(node, regenerate)
+    return xs
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "empty")
+def constant(c, node, a):
+    """A uniform tensor: any index of it may go."""
+    result = [c.fresh(node, d) for d in range(len(shape(node)))]
+    c.resize(node, "size", result)
+    return result
+
+
+@rule("arange", "linspace", "eye", "rand", "randn", "scalar_tensor")
+def generated(c, node, a):
+    return [c.frozen(node, d, "generated values along the axis") for d in range(len(shape(node)))]
+
+
+@rule("meshgrid")
+def meshgrid(c, node, a):
+    axes = [c.axes[t][0] if c.axes[t] else [] for t in a["tensors"]]
+    if a.get("indexing") == "xy" and len(axes) > 1:
+        axes[0], axes[1] = axes[1], axes[0]
+    return [list(axes) for _ in node.meta["val"]]
+
+
+@rule("glu")
+def glu(c, node, a):
+    xs = c.axes[a["self"]]
+    d = a["dim"] % len(xs)
+    half = shape(node)[d]
+    left, right = pieces(c, node, xs[d], [half, half])
+    c.unify(left, right, node)
+    return [*xs[:d], left, *xs[d + 1 :]]
+
+
+@rule("tril", "triu", "diagonal", "diag_embed", "trace")
+def triangle(c, node, a):
+    if op_name(node) not in ("tril", "triu"):
+        raise NoRule(op_name(node))
+    xs = c.axes[a["self"]]
+    for axis in xs[-2:]:
+        c.freeze(axis, node, f"{op_name(node)} depends on positions along the axis")
+    return xs

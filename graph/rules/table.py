@@ -1,0 +1,35 @@
+"""The table of op rules. A rule is a small function that says what an operator means for the axes of its operands.
+
+    @rule("linear")
+    def linear(c, node, a): ...
+
+`c` is the `Comb` being solved, `node` the fx node, `a` its arguments by schema name. The rule unifies the axes that must be
+the same index space, freezes what must not change, registers rewrites for shape constants, and returns the axes of its
+result: a list of axes, or a list of such lists for operators with several results. To refuse, raise `NoRule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Rule = Callable[..., list[Any]]
+RULES: dict[str, Rule] = {}
+
+
+class NoRule(Exception):
+    """The operator, or this use of it, has no rule: everything it touches is frozen."""
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule under operator names: "conv2d" for ATen, "space::name" for custom operators.
+
+    A rule registered again replaces the first one.
+    """
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name.removeprefix("aten::")] = function
+        return function
+
+    return register

@@ -1,0 +1,173 @@
+"""Slicing: build the smaller program from the solved axes and the indices that stay. Source: ours.
+
+Weights are index-selected along every axis that lost something, and every shape constant is regenerated from the axes;
+nothing is patched in place, the input program is not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from . import axes as ax
+from .axes import Axis, Factor
+from .comb import Comb
+from .errors import Refused
+from .ops import fetch, op_name, set_argument, source
+from .program import Program, TrainableModule, place_tensor
+
+Removed = dict[str, dict[int, list[int]]]
+
+
+class Slicer:
+    """What rewrites see: sizes after removal, and how to write them into the new graph."""
+
+    def __init__(self, comb: Comb, masks: Mapping[Factor, np.ndarray]):
+        self.comb, self.masks = comb, masks
+        self.sizes = {atom: int(mask.sum()) for atom, mask in masks.items()}
+        self.env: dict[fx.Node, fx.Node] = {}
+        self._sources: dict[tuple[int, ...], tuple[fx.Node, int]] | None = None
+        self._tainted: set[fx.Node] | None = None
+
+    def full(self, axis: Axis) -> bool:
+        return not ax.touches(axis, self.sizes)
+
+    def size(self, axis: Axis) -> int:
+        return ax.kept_size(axis, self.sizes)
+
+    @staticmethod
+    def set(node: fx.Node, argument: str, value: Any) -> None:
+        set_argument(node, argument, value)
+
+    def resize(self, old: fx.Node, new: fx.Node, argument: str, axes: list[Axis]) -> None:
+        """Regenerate a list of sizes: entries whose axis lost indices, or that were computed from such sizes."""
+        from .ops import arguments
+
+        entries = arguments(old)[argument]
+        values = list(arguments(new)[argument])
+        changed = False
+        for i, (entry, axis) in enumerate(zip(entries, axes, strict=True)):
+            stale = isinstance(entry, fx.Node) and entry in self.tainted
+            if (self.full(axis) and not stale) or (isinstance(entry, int) and entry == -1):
+                continue
+            values[i] = self._expression(old, new, axis)
+            changed = True
+        if changed:
+            set_argument(new, argument, values)
+
+    @property
+    def tainted(self) -> set[fx.Node]:
+        """Size computations that read a dimension which lost indices."""
+        if self._tainted is None:
+            self._tainted = set()
+            for node in self.comb.module.graph.nodes:
+                if op_name(node).startswith("sym_size"):
+                    axes = self.comb.axes[node.args[0]]
+                    if not self.full(axes[node.args[1]]):
+                        self._tainted.add(node)
+                elif self.comb.axes.get(node, 0) is None and any(i in self._tainted for i in node.all_input_nodes):
+                    self._tainted.add(node)
+        return self._tainted
+
+    def _expression(self, old: fx.Node, new: fx.Node, axis: Axis) -> Any:
+        """The axis's kept size: static part times the symbolic sizes, read off tensors that have them."""
+        symbolic = [f for f in ax.normal(axis) if any(a.symbolic for a in ax.atoms([[f]]))]
+        static = self.size([f for f in ax.normal(axis) if f not in symbolic])
+        if not symbolic:
+            return static
+        found = self._source(symbolic)
+        sources = [found] if found else [self._source([f]) for f in symbolic]
+        if any(s is None for s in sources) or not self.full(symbolic):
+            raise Refused(f"{source(old)}: the dynamic size {ax.show(axis)} cannot be regenerated")
+        graph, result = new.graph, None
+        with graph.inserting_before(new):
+            for node, dim in sources:  # type: ignore[misc]
+                size = graph.call_function(torch.ops.aten.sym_size.int, (self.env[node], dim))
+                size.meta["val"] = node.meta["val"].shape[dim]
+                result = size if result is None else _product(graph, result, size)
+            return result if static == 1 else _product(graph, result, static)
+
+    def _source(self, factors: Axis) -> tuple[fx.Node, int] | None:
+        """The first tensor dimension in the graph that is exactly this product."""
+        if self._sources is None:
+            self._sources = {}
+            for node, axes in self.comb.axes.items():
+                value = node.meta.get("val")
+                if axes is None or not isinstance(value, torch.Tensor):
+                    continue
+                for d, n in enumerate(value.shape):
+                    if not isinstance(n, int):
+                        self._sources.setdefault(_key(axes[d]), (node, d))
+        return self._sources.get(_key(factors))
+
+
+def _key(axis: Axis) -> tuple[int, ...]:
+    return tuple(sorted(id(f) for f in ax.normal(axis)))
+
+
+def _product(graph: fx.Graph, a: fx.Node, b: Any) -> fx.Node:
+    node = graph.call_function(operator.mul, (a, b))
+    node.meta["val"] = a.meta["val"] * (b.meta["val"] if isinstance(b, fx.Node) else b)
+    return node
+
+
+def remove(comb: Comb, masks: Mapping[Factor, np.ndarray]) -> tuple[Program, Removed]:
+    """Slice a program.
+
+    masks: for each atom that loses indices, which stay (bool, length of the atom). Returns the new program and what was
+    removed, `{parameter or buffer: {dim: sorted indices}}` in the original's numbering. Refused when an atom is frozen,
+    would become empty, or a size cannot be regenerated.
+    """
+    masks = {ax.find(a): np.asarray(m, dtype=bool) for a, m in masks.items() if not np.all(m)}
+    for atom, mask in masks.items():
+        if atom.frozen is not None:
+            raise Refused(f"a frozen atom of size {atom.size} cannot lose indices: {atom.frozen}")
+        if len(mask) != atom.size or not mask.any():
+            raise Refused(f"an atom of size {atom.size} cannot keep {int(mask.sum())} of {len(mask)} indices")
+    slicer, old = Slicer(comb, masks), comb.module
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(old.graph, slicer.env))
+    graph.set_codegen(copy.copy(old.graph._codegen))
+    root, removed = torch.nn.Module(), {}
+    sliced: dict[int, Any] = {}
+    for node in old.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        name = str(node.target)
+        tensor = fetch(old, name)
+        lost = {}
+        if name in comb.parameters:
+            keeps = {d: ax.kept_mask(a, masks) for d, a in enumerate(comb.parameters[name]) if not slicer.full(a)}
+            lost = {d: np.flatnonzero(~keep).tolist() for d, keep in keeps.items()}
+        if lost:
+            removed[name] = lost
+        if id(tensor) not in sliced:
+            sliced[id(tensor)] = _slice(tensor, keeps if lost else {})
+        place_tensor(root, name, sliced[id(tensor)])
+    for node, rewrite in comb.rewrites:
+        rewrite(slicer, slicer.env[node])
+    new = TrainableModule(root, graph)
+    new.training = old.training
+    for name in ("_in_spec", "_out_spec"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+    return comb.program.derive(new), removed
+
+
+def _slice(tensor: Any, keeps: dict[int, np.ndarray]) -> Any:
+    if not isinstance(tensor, torch.Tensor):
+        return copy.deepcopy(tensor)
+    data = tensor.detach()
+    for d, keep in sorted(keeps.items(), key=lambda item: item[1].mean()):
+        data = data.index_select(d, torch.from_numpy(np.flatnonzero(keep)).to(data.device))
+    if not keeps:
+        data = data.clone()
+    return (
+        torch.nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else data
+    )
