@@ -11,7 +11,6 @@ Its keyword-only parameters are the options a user may set. Adding a backend is 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -27,7 +26,7 @@ import numpy as np
 import onnx
 
 from ..graph.errors import BadInput, MissingBackend
-from .targets import Target, get_target
+from .targets import Target, get_target, nearest
 
 
 @runtime_checkable
@@ -110,16 +109,10 @@ BACKENDS = {
 }
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The end of an error message: the most similar valid names, or all of them."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
-
-
 def backend_module(name: str) -> ModuleType:
     """Import a backend. Raises BadInput for an unknown name, MissingBackend when its library is not installed."""
     if name not in BACKENDS:
-        raise BadInput(f"backend {name}: not known; {nearest(name, list(BACKENDS))}")
+        raise BadInput(f"backend {name}: not known; {nearest(name, BACKENDS)}")
     found = BACKENDS[name]
     if importlib.util.find_spec(found.package) is None:
         extra = f"graphcomb[{found.extra}]" if found.extra else "graphcomb"

@@ -8,7 +8,7 @@ the named board; a measurement on the device replaces them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..graph.errors import BadInput
@@ -25,7 +25,8 @@ CPU_OPSET = 22
 
 ORIN = {"JetPack 6.1, 6.2": (10, 3), "JetPack 7.2": (10, 16), "JetPack 7.2.2": (11, 4)}
 THOR = {"JetPack 7.0": (10, 13), "JetPack 7.1, 7.2": (10, 16), "JetPack 7.2.2": (11, 4)}
-DRIVE = {"DriveOS 7.0.3": (10, 10)}
+DRIVE_ORIN = {"DriveOS 6.0": (8, 6), "DriveOS 7.0.3": (10, 10)}
+DRIVE_THOR = {"DriveOS 7.0.3": (10, 10)}  # whose CUDA 12.8 still calls the compute capability 10.1
 X86 = {"x86": (11, 4)}
 RTX = {"TensorRT-RTX": (1, 7)}
 
@@ -64,8 +65,8 @@ class Target:
 
     board: whose figures the peaks are. backend: the runtime backend that builds for it. compute_capability: of the GPU
     (None on CPU). tensorrt: version by software release (empty on CPU; on RTX targets TensorRT-RTX's own version).
-    tflops: peak by dtype, 10^12 operations a second, a multiply-accumulate counting two. bandwidth: of device memory,
-    10^9 bytes a second. clocks: commands that fix the clocks before a measurement; power: the command that reports
+    tflops: peak by dtype, 1e12 operations a second, a multiply-accumulate counting two. bandwidth: of device memory,
+    1e9 bytes a second. clocks: commands that fix the clocks before a measurement; power: the command that reports
     power, clocks and temperature during one.
     """
 
@@ -137,9 +138,10 @@ def _jetson(name: str, board: str, peaks: dict[str, float], bandwidth: float, dl
 
 
 def _drive(name: str, board: str, peaks: dict[str, float], bandwidth: float) -> Target:
-    thor = "fp4" in peaks
-    dtypes, capability = (BLACKWELL, (11, 0)) if thor else (AMPERE, (8, 7))
-    return Target(name, board, "tensorrt", dtypes, peaks, bandwidth, capability, DRIVE, power=JETSON_POWER)
+    if "fp4" in peaks:
+        return Target(name, board, "tensorrt", BLACKWELL, peaks, bandwidth, (11, 0), DRIVE_THOR, power=JETSON_POWER)
+    dla = Dla(2, ((8, 6),))
+    return Target(name, board, "tensorrt", AMPERE, peaks, bandwidth, (8, 7), DRIVE_ORIN, dla=dla, power=JETSON_POWER)
 
 
 def _rtx(
@@ -152,9 +154,7 @@ def _rtx(
 
 
 def _data_centre(name: str, board: str, peaks: dict[str, float], bandwidth: float) -> Target:
-    return Target(
-        name, board, "tensorrt", HOPPER, peaks, bandwidth, (9, 0), X86, clocks=SMI_CLOCKS, power=SMI_POWER
-    )
+    return Target(name, board, "tensorrt", HOPPER, peaks, bandwidth, (9, 0), X86, clocks=SMI_CLOCKS, power=SMI_POWER)
 
 
 TARGETS: Mapping[str, Target] = {
@@ -190,10 +190,16 @@ TARGETS: Mapping[str, Target] = {
 }
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the most similar valid names, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name.lower().replace("_", "-"), known, n=3, cutoff=0.5)
+    close = close or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+
+
 def get_target(name: str) -> Target:
     """Look a device up. Raises BadInput with the nearest names."""
     if name in TARGETS:
         return TARGETS[name]
-    close = difflib.get_close_matches(str(name).lower().replace("_", "-"), TARGETS, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(TARGETS)}"
-    raise BadInput(f"target {name}: not known; {hint}")
+    raise BadInput(f"target {name}: not known; {nearest(str(name), TARGETS)}")
