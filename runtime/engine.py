@@ -29,18 +29,34 @@ from ..graph.errors import BadInput, MissingBackend
 from .targets import Target, get_target, nearest
 
 
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output: name, numpy dtype ("float16"; bfloat16 and fp8 as ml_dtypes spells them), and shape with
+    None for dynamic dimensions."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
 @runtime_checkable
 class Engine(Protocol):
     """A loaded model that runs on the host's arrays."""
 
     @property
-    def input_names(self) -> list[str]: ...
+    def inputs(self) -> list[TensorSpec]: ...
 
     @property
-    def output_names(self) -> list[str]: ...
+    def outputs(self) -> list[TensorSpec]: ...
+
+    @property
+    def input_names(self) -> list[str]: ...
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Outputs for one set of inputs, both in the order of their names."""
+        """Outputs for one set of inputs, both in the order of the specs. Inputs have the dtypes that the specs say.
+
+        Raises BadInput when number, dtype or shape do not fit.
+        """
 
     def close(self) -> None:
         """Release device memory and threads; the engine is unusable afterwards."""

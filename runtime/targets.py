@@ -193,8 +193,7 @@ TARGETS: Mapping[str, Target] = {
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the most similar valid names, or all of them."""
     known = list(known)
-    close = difflib.get_close_matches(name.lower().replace("_", "-"), known, n=3, cutoff=0.5)
-    close = close or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 

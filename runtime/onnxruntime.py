@@ -1,0 +1,123 @@
+"""ONNX Runtime on the CPU: the default engine, there on every machine."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from ..graph.errors import BadInput
+from .engine import EngineReport, Kernel, TensorSpec, precision, replacing
+from .targets import Target
+
+REFORMATS = ("ReorderInput", "ReorderOutput")
+INSERTED_CAST = "InsertedPrecisionFreeCast_"
+
+
+class OrtEngine:
+    """An ONNX file in an ONNX Runtime session. With one thread all work is done by the calling thread."""
+
+    def __init__(self, path: Path, threads: int = 1, optimized: Path | None = None):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Waiting threads must sleep: spinning ones take the other cores' time and spoil every measurement.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if optimized is not None:
+            options.optimized_model_filepath = str(optimized)
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no public base
+            raise BadInput(f"{path}: ONNX Runtime refuses it ({_line(error)})") from error
+        self._inputs = [_spec(i) for i in self._session.get_inputs()]
+        self._outputs = [_spec(o) for o in self._session.get_outputs()]
+
+    @property
+    def inputs(self) -> list[TensorSpec]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        return self._outputs
+
+    @property
+    def input_names(self) -> list[str]:
+        return [i.name for i in self._inputs]
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        if len(inputs) != len(self._inputs):
+            raise BadInput(
+                f"the engine takes {len(self._inputs)} inputs ({', '.join(self.input_names)}), got {len(inputs)}"
+            )
+        try:
+            return self._session.run(None, dict(zip(self.input_names, inputs, strict=True)))
+        except ort.capi.onnxruntime_pybind11_state.InvalidArgument as error:
+            raise BadInput(f"the inputs do not fit the engine: {_line(error)}") from error
+
+    def close(self) -> None:
+        del self._session
+
+
+def load(path: Path, *, backend: str = "onnxruntime", threads: int = 1) -> OrtEngine:
+    """Load an ONNX file. threads: of one run, the calling one included."""
+    return OrtEngine(path, threads)
+
+
+def build(
+    model: Path, target: Target, out: Path | None, *, backend: str = "onnxruntime", threads: int = 1
+) -> EngineReport:
+    """Optimise an ONNX file and report the kernels that remain.
+
+    out: where to keep the optimised model; it fits only CPUs with the same vector width. None keeps nothing.
+    """
+    start = time.perf_counter()
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = _optimize(model, Path(folder) / "model.onnx", threads)
+    else:
+        with replacing(out) as part:
+            optimized = _optimize(model, part, threads)
+    seconds = time.perf_counter() - start
+    kernels = [Kernel(n.name, n.op_type, padding=n.op_type in REFORMATS) for n in optimized.graph.node]
+    found = EngineReport(
+        backend=backend,
+        version=ort.__version__,
+        target=target.name,
+        path=out or model,
+        bytes=(out or model).stat().st_size,
+        seconds=seconds,
+        precision=precision(optimized),
+        kernels=kernels,
+        memory={"weights": sum(_size(t) for t in optimized.graph.initializer)},
+    )
+    casts = sum(n.name.startswith(INSERTED_CAST) for n in optimized.graph.node)
+    if casts:
+        found.warnings.append(f"ONNX Runtime computes in fp32 where the CPU has no fp16 kernel: {casts} casts inserted")
+    return found
+
+
+def _optimize(model: Path, to: Path, threads: int) -> onnx.ModelProto:
+    OrtEngine(model, threads, optimized=to).close()
+    return onnx.load(str(to))
+
+
+def _size(tensor: onnx.TensorProto) -> int:
+    return int(np.prod(tensor.dims, dtype=np.int64)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def _spec(value: Any) -> TensorSpec:
+    kind = value.type.removeprefix("tensor(").removesuffix(")")
+    dtype = {"float": "float32", "double": "float64"}.get(kind, kind)
+    return TensorSpec(value.name, dtype, tuple(d if isinstance(d, int) else None for d in value.shape))
+
+
+def _line(error: Exception) -> str:
+    """The message without ONNX Runtime's prefix, one line."""
+    return " ".join(str(error).split(" : ", 3)[-1].split())[:200]
