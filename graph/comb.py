@@ -318,6 +318,25 @@ class Comb:
         sizes = sizes or {}
         return sum(math.prod(ax.kept_size(a, sizes) for a in m) for _, terms in self.cost_terms() for m in terms)
 
+    def cost(self, sizes: ax.Sizes) -> dict[str, int]:
+        """`Program.cost()` of the program in which atoms have the given sizes."""
+        weights = activations = params = 0
+        parameters = {id(p) for p in self.module.parameters()}
+        for node, axes in self.axes.items():
+            value = node.meta.get("val")
+            if axes is None or not isinstance(value, torch.Tensor) or node.op == "placeholder":
+                continue
+            count = math.prod(ax.kept_size(a, sizes) for a in axes)
+            if node.op == "call_function":
+                activations += count * value.element_size()
+                continue
+            weights += count * value.element_size()
+            tensor = id(fetch(self.module, str(node.target)))
+            if tensor in parameters:
+                parameters.remove(tensor)
+                params += count
+        return {"macs": self.macs(sizes), "weight_bytes": weights, "activation_bytes": activations, "params": params}
+
     def coverage(self) -> float:
         """Share of the parameters' elements that lie on at least one prunable axis."""
         reached = total = 0

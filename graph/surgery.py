@@ -165,7 +165,12 @@ def _slice(tensor: Any, keeps: dict[int, np.ndarray]) -> Any:
         return copy.deepcopy(tensor)
     data = tensor.detach()
     for d, keep in sorted(keeps.items(), key=lambda item: item[1].mean()):
-        data = data.index_select(d, torch.from_numpy(np.flatnonzero(keep)).to(data.device))
+        index = torch.from_numpy(np.flatnonzero(keep)).to(data.device)
+        sizes = [*data.shape[:d], len(index), *data.shape[d + 1 :]]
+        # trailing dimensions of size 1 make index_select several times slower
+        data = (
+            data.reshape([n for i, n in enumerate(data.shape) if i <= d or n > 1]).index_select(d, index).reshape(sizes)
+        )
     if not keeps:
         data = data.clone()
     return (

@@ -1,0 +1,26 @@
+"""Report what the comb found; changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..graph.comb import Comb as Solver
+from ..graph.program import Program
+from .base import Context, Pass, PassResult
+
+
+@dataclass(frozen=True)
+class Comb(Pass):
+    """Solve the axes and record every group, what is frozen, and why. The program stays as it is."""
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        solved = Solver(program)
+        groups = [{"name": g.name, "kind": g.kind, "size": g.size, "members": len(g.members)} for g in solved.groups]
+        record = {
+            "groups": [row for row, g in zip(groups, solved.groups, strict=True) if g.frozen is None],
+            "refused": [
+                {"what": g.name, "kind": g.kind, "size": g.size, "why": g.frozen} for g in solved.groups if g.frozen
+            ],
+            "prunable_share": solved.coverage(),
+        }
+        return PassResult(program.derive(program.graph_module, stale=False), record)

@@ -1,0 +1,335 @@
+"""Structured removal of channels, heads, hidden units and groups."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..graph import axes as ax
+from ..graph.axes import Factor
+from ..graph.comb import DEFAULT_KINDS, KINDS, Comb, Group
+from ..graph.errors import BadInput, Unreachable
+from ..graph.ops import arguments, op_name
+from ..graph.program import Program
+from ..graph.surgery import remove
+from .base import Context, Pass, PassResult
+from .importance import IMPORTANCES, Scores
+from .legalise import Costs, mac_terms, movable, parameter_terms, steps
+
+DEFAULT_ALIGNMENT = 8  # fp16 tensor cores; what a target says goes before it
+
+
+@dataclass(frozen=True)
+class RemoveChannels(Pass):
+    """Remove the least important indices of every prunable group, exactly.
+
+    One of three targets: `ratio`, the share of every unfrozen axis removed (scope "local"), or of all prunable indices
+    together (scope "global"); `macs` or `params`, what may remain, as a share of the dense program (at most 1) or as an
+    absolute number. Without a target, ratio 0.5. Where an axis is a product, one factor shrinks: heads before head width.
+
+    importance: "magnitude", "taylor", "fisher" (both need data) or "random". round_to: widths stay multiples of it; None
+    takes the target's alignment for the dtype, or 8. min_channels: what every group keeps at least. kinds: which kinds of
+    groups may shrink. include, exclude: patterns over parameter names.
+
+    A global selection for a cost ranks chunks by importance; gradient scores, which are changes of the loss, by importance
+    per cost saved (after CPD, arXiv 2408.03046; the exact cost is ours).
+
+    Raises BadInput for options that make no sense, Unreachable when a target cannot be met.
+    """
+
+    ratio: float | None = None
+    macs: float | None = None
+    params: float | None = None
+    importance: str = "magnitude"
+    scope: str = "local"
+    round_to: int | None = None
+    min_channels: int = 1
+    kinds: tuple[str, ...] = DEFAULT_KINDS
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = [k for k in ("ratio", "macs", "params") if getattr(self, k) is not None]
+        if len(given) > 1:
+            raise BadInput(f"RemoveChannels: give one of ratio, macs and params, not {' and '.join(given)}")
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise BadInput(f"RemoveChannels.ratio: a share of at least 0 and under 1, not {self.ratio}")
+        for key in ("macs", "params"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise BadInput(f"RemoveChannels.{key}: what may remain, a share or a number above 0, not {value}")
+        if self.importance not in IMPORTANCES:
+            raise BadInput(f"RemoveChannels.importance: one of {', '.join(IMPORTANCES)}, not {self.importance!r}")
+        if self.scope not in ("local", "global"):
+            raise BadInput(f"RemoveChannels.scope: local or global, not {self.scope!r}")
+        for key in ("round_to", "min_channels"):
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise BadInput(f"RemoveChannels.{key}: a whole number of at least 1, not {value}")
+        for key in ("kinds", "include", "exclude"):
+            value = getattr(self, key)
+            object.__setattr__(self, key, (value,) if isinstance(value, str) else tuple(value))
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise BadInput(f"RemoveChannels.kinds: some of {', '.join(KINDS)}, not {kind!r}")
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        comb = Comb(program)
+        groups = movable(comb, self.kinds, self.include, self.exclude)
+        selection = Selection(comb, groups, self.alignment(context), self.min_channels)
+        planned = _planned(comb, context.plan)
+        free = [g for g in groups if g.name not in planned]
+        scores = IMPORTANCES[self.importance](comb, [*free, *(g for g in comb.groups if g.name in planned)], context)
+        for group in comb.groups:
+            if group.name in planned:
+                selection.fix(group, planned[group.name])
+        self._choose(selection, free, scores)
+        masks = {
+            g.atom: lowest_removed(scores[g.atom], selection.kept(g)) for g in comb.groups if selection.kept(g) < g.size
+        }
+        smaller, removed = remove(comb, masks)
+        sizes = {atom: int(mask.sum()) for atom, mask in masks.items()}
+        smaller.known_cost = comb.cost(sizes)
+        record = {
+            "changed": [
+                {"what": g.name, "kind": g.kind, "before": g.size, "after": sizes[g.atom]}
+                for g in comb.groups
+                if g.atom in sizes
+            ],
+            "refused": [
+                {"what": g.name, "kind": g.kind, "size": g.size, "why": g.frozen} for g in comb.groups if g.frozen
+            ],
+            "layers": layers(comb, sizes),
+            "alignment": selection.alignment,
+            "removed": removed,
+        }
+        return PassResult(smaller, record, removed)
+
+    def plan(self, program: Program, context: Context | None = None) -> list[dict[str, Any]]:
+        """What the pass would do, group by group: name, kind, size, keep, the MACs removal saves, and why it is frozen.
+
+        Edit the `keep` values and give the list back as `context.plan` to apply it.
+        """
+        context = context or Context()
+        comb = Comb(program)
+        groups = movable(comb, self.kinds, self.include, self.exclude)
+        selection = Selection(comb, groups, self.alignment(context), self.min_channels)
+        self._choose(selection, groups, IMPORTANCES[self.importance](comb, groups, context))
+        whole = Costs(mac_terms(comb), [g for g in comb.groups if g.frozen is None])
+        rows = []
+        for g in comb.groups:
+            row = {"name": g.name, "kind": g.kind, "size": g.size, "keep": selection.kept(g)}
+            if g.frozen:
+                rows.append(row | {"frozen": g.frozen})
+            else:
+                share = whole.saving(g.atom, g.size - row["keep"]) / max(whole.total, 1)
+                rows.append(row | {"saves_macs": round(share, 4), "step": selection.step(g)})
+        return rows
+
+    def alignment(self, context: Context) -> int:
+        """The step widths are multiples of."""
+        if self.round_to is not None:
+            return self.round_to
+        return DEFAULT_ALIGNMENT if context.target is None else int(context.target.alignment(context.dtype))
+
+    def _choose(self, selection: Selection, groups: list[Group], scores: Scores) -> None:
+        target = "macs" if self.macs is not None else "params" if self.params is not None else None
+        if target is None:
+            ratio = 0.5 if self.ratio is None else self.ratio
+            if self.scope == "local":
+                selection.uniform(groups, ratio)
+            else:
+                selection.by_count(groups, scores, ratio)
+            return
+        terms = mac_terms(selection.comb) if target == "macs" else parameter_terms(selection.comb)
+        costs = Costs(terms, [g for g in selection.comb.groups if g.frozen is None])
+        for atom, size in selection.sizes.items():
+            costs.set(atom, size)
+        dense = Costs(terms, []).total
+        wanted = getattr(self, target)
+        goal = wanted * dense if wanted <= 1 else wanted
+        if self.scope == "local":
+            reached = selection.uniform_until(groups, costs, goal)
+        else:
+            reached = selection.greedy(groups, scores, costs, goal, per_cost=self.importance in ("taylor", "fisher"))
+        if reached > goal:
+            frozen = [g.name for g in selection.comb.groups if g.frozen]
+            raise Unreachable(
+                f"RemoveChannels.{target}: {goal:,.0f} of {dense:,} cannot be reached; {reached:,} "
+                f"({reached / dense:.1%}) can, with alignment {selection.alignment} and min_channels {selection.minimum}; "
+                f"frozen: {', '.join(frozen[:4]) or 'nothing'}{' and more' if len(frozen) > 4 else ''}"
+            )
+
+
+class Selection:
+    """How many indices every group keeps; only sizes that the alignment allows."""
+
+    def __init__(self, comb: Comb, groups: list[Group], alignment: int, minimum: int):
+        self.comb, self.alignment, self.minimum = comb, alignment, minimum
+        self.sizes: dict[Factor, int] = {}
+        self._steps = steps(comb, groups, alignment)
+
+    def kept(self, group: Group) -> int:
+        return self.sizes.get(group.atom, group.size)
+
+    def step(self, group: Group) -> int:
+        return self._steps.get(group.atom, 1)
+
+    def legal(self, group: Group, size: float) -> int:
+        """The smallest allowed size of at least `size`."""
+        step = self.step(group)
+        aligned = math.ceil(max(size, self.minimum, 1) / step - 1e-9) * step
+        return min(aligned, group.size)
+
+    def below(self, group: Group) -> int:
+        """The next smaller allowed size, or 0."""
+        step, size = self.step(group), self.kept(group)
+        smaller = (math.ceil(size / step) - 1) * step
+        return smaller if smaller >= max(self.minimum, 1) else 0
+
+    def fix(self, group: Group, size: int) -> None:
+        self.sizes[group.atom] = size
+
+    def uniform(self, groups: list[Group], ratio: float) -> None:
+        for g in groups:
+            self.sizes[g.atom] = self.legal(g, g.size - int(g.size * ratio + 1e-9))
+
+    def uniform_until(self, groups: list[Group], costs: Costs, goal: float) -> int:
+        """The smallest common ratio that reaches the goal, by bisection. Returns the cost reached."""
+
+        def cost(ratio: float) -> int:
+            self.uniform(groups, ratio)
+            for g in groups:
+                costs.set(g.atom, self.sizes[g.atom])
+            return costs.total
+
+        low, high = 0.0, 1.0 - 1e-9
+        if cost(high) > goal:
+            return costs.total
+        for _ in range(24):
+            middle = (low + high) / 2
+            low, high = (middle, high) if cost(middle) > goal else (low, middle)
+        return cost(high)
+
+    def by_count(self, groups: list[Group], scores: Scores, ratio: float) -> None:
+        """Remove the globally least important chunks until the share of all indices is gone."""
+        left = int(sum(g.size for g in groups) * ratio + 1e-9)
+
+        def take(g: Group, size: int) -> bool | None:
+            nonlocal left
+            count = self.kept(g) - size
+            if count > left:
+                return False
+            left -= count
+            return True
+
+        self._descend(groups, scores, lambda g, count: count, take)
+
+    def greedy(self, groups: list[Group], scores: Scores, costs: Costs, goal: float, per_cost: bool) -> int:
+        """Remove the least important chunk, or the one with the least importance per cost saved, until the goal is
+        reached. Returns the cost reached."""
+
+        def take(g: Group, size: int) -> bool | None:
+            if costs.total <= goal:
+                return None
+            costs.set(g.atom, size)
+            return True
+
+        self._descend(groups, scores, lambda g, count: costs.saving(g.atom, count) if per_cost else count, take)
+        return costs.total
+
+    def _descend(
+        self,
+        groups: list[Group],
+        scores: Scores,
+        saving: Callable[[Group, int], float],
+        take: Callable[[Group, int], bool | None],
+    ) -> None:
+        """Offer chunks to `take`, cheapest first; it answers True (removed), False (leave this group) or None (stop).
+
+        Savings change as other groups shrink, so a chunk is priced anew when it comes up, and goes back when it is no
+        longer the cheapest.
+        """
+        sums = {g.atom: np.concatenate([[0.0], np.cumsum(np.sort(scores[g.atom]))]) for g in groups}
+
+        def price(g: Group) -> tuple[float, int]:
+            size = self.below(g)
+            if not size:
+                return math.inf, 0
+            gone, after = g.size - self.kept(g), g.size - size
+            loss = sums[g.atom][after] - sums[g.atom][gone]
+            return float(loss) / max(saving(g, after - gone), 1e-12), size
+
+        heap = [(price(g)[0], i) for i, g in enumerate(groups)]
+        heapq.heapify(heap)
+        while heap:
+            _, i = heapq.heappop(heap)
+            value, size = price(groups[i])
+            if heap and value > heap[0][0]:
+                heapq.heappush(heap, (value, i))
+                continue
+            taken = take(groups[i], size) if size else False
+            if taken is None:
+                return
+            if taken:
+                self.sizes[groups[i].atom] = size
+                heapq.heappush(heap, (price(groups[i])[0], i))
+
+
+def lowest_removed(scores: np.ndarray, keep: int) -> np.ndarray:
+    """Mask that keeps the `keep` highest scores; of equal ones, the first."""
+    mask = np.ones(len(scores), dtype=bool)
+    mask[np.argsort(-scores, kind="stable")[keep:]] = False
+    return mask
+
+
+def _planned(comb: Comb, plan: Any) -> dict[str, int]:
+    """Sizes the plan asks for, by group name; checked against the program."""
+    if not plan:
+        return {}
+    rows = plan.get("groups", []) if isinstance(plan, dict) else plan
+    known = {g.name: g for g in comb.groups}
+    result = {}
+    for row in rows:
+        name, keep = row.get("name"), row.get("keep")
+        group = known.get(name)
+        if group is None:
+            raise BadInput(f"plan: no group {name!r} in this program; graphcomb plan lists them")
+        if not isinstance(keep, int) or isinstance(keep, bool) or not 1 <= keep <= group.size:
+            raise BadInput(f"plan: {name}: keep must be a whole number from 1 to {group.size}, not {keep!r}")
+        if group.frozen and keep != group.size:
+            raise BadInput(f"plan: {name} is frozen ({group.frozen})")
+        if not group.frozen:
+            result[name] = keep
+    return result
+
+
+def layers(comb: Comb, sizes: dict[Factor, int]) -> list[dict[str, Any]]:
+    """Convolutions and linears with their channels and MACs before and after."""
+    rows = []
+    for node, terms in comb.cost_terms():
+        name = op_name(node)
+        if not (name.startswith("conv") or name == "linear"):
+            continue
+        a = arguments(node)
+        weight = a["weight"]
+        channel = 1 if name.startswith("conv") else -1
+        into, out = comb.axes[a["input"]][channel], comb.axes[node][channel]
+        macs = [sum(math.prod(ax.kept_size(x, s) for x in m) for m in terms) for s in (dict[Factor, int](), sizes)]
+        rows.append(
+            {
+                "name": str(weight.target) if weight.op == "get_attr" else node.name,
+                "kind": "linear" if name == "linear" else "depthwise" if a["groups"] == ax.size(into) else "conv",
+                "channels": {
+                    "before": [ax.size(into), ax.size(out)],
+                    "after": [ax.kept_size(into, sizes), ax.kept_size(out, sizes)],
+                },
+                "macs": {"before": macs[0], "after": macs[1]},
+            }
+        )
+    return rows
