@@ -1,0 +1,271 @@
+"""The command line. Mistakes are one line on stderr and exit code 2; Ctrl-C is one line and exit code 130."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from .graph.errors import BadInput, GraphcombError
+
+BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
+console = Console()
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, under a name that the command-line library does not handle itself."""
+
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
+
+
+app = typer.Typer(
+    cls=_Group, add_completion=False, no_args_is_help=True, rich_markup_mode=None,
+    help="Compress vision models: capture, comb, prune, distill, lower to ONNX and TensorRT, measure.",
+)  # fmt: skip
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a field, as in passes.0.ratio=0.3.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")] = False) -> None:
+    """Compress vision models: capture, comb, prune, distill, lower to ONNX and TensorRT, measure."""
+    if not debug:
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch").setLevel(logging.ERROR)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results; default out/NAME.")] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="A plan file, edited by hand.")] = None,
+    set_: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not continue from finished passes.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a recipe: compress, verify, export, build engines, measure, report. Continues where it was interrupted."""
+    from . import plan as plans
+    from . import runner
+    from .recipe import read_recipe
+
+    parsed = read_recipe(recipe, set_ or ())
+    edited = plans.read_plan(plan) if plan else None
+    folder = out or Path("out") / recipe.stem
+    show_summary(runner.run(parsed, folder, edited, progress=not quiet, fresh=fresh))
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Option("--out", help="The plan file to write.")] = Path("plan.yaml"),
+    set_: Overrides = None,
+) -> None:
+    """Print what a recipe would remove, group by group, and write it as an editable plan for `run --plan`."""
+    from . import plan as plans
+    from .recipe import read_recipe
+    from .runner import prepare
+
+    rows = plans.make_plan(prepare(read_recipe(recipe, set_ or ())))
+    plans.write_plan(rows, out)
+    show_groups([r | {"frozen": r.get("frozen")} for r in rows])
+    console.print(f"plan written to {out}; edit it, then: graphcomb run {recipe} --plan {out}", soft_wrap=True)
+
+
+@app.command()
+def comb(
+    model: Annotated[str, typer.Argument(help="package.module:callable or a .pt2 file.")],
+    arg: Annotated[
+        list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="Argument of the callable.")
+    ] = None,
+    shape: Annotated[list[str] | None, typer.Option("--input", metavar="1,3,224,224", help="Input shape.")] = None,
+    why: Annotated[str | None, typer.Option("--why", metavar="PARAMETER", help="Explain one parameter.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show which indices of a model can only be removed together, what is frozen, and why."""
+    from .graph.comb import Comb
+    from .recipe import parse_recipe
+    from .runner import prepare
+
+    tree: dict[str, Any] = {"model": {"source": model, "arguments": _arguments(arg or ())}, "passes": []}
+    if shape:
+        tree["inputs"] = [{"shape": _shape(s)} for s in shape]
+    solved = Comb(prepare(parse_recipe(tree)).program)
+    if why:
+        print(solved.why(why))
+        return
+    rows = [
+        {"name": g.name, "kind": g.kind, "size": g.size, "frozen": g.frozen, "members": [list(m) for m in g.members]}
+        for g in solved.groups
+    ]
+    if as_json:
+        print(json.dumps({"model": model, "prunable_share": solved.coverage(), "groups": rows}))
+        return
+    show_groups(rows)
+    free = sum(r["frozen"] is None for r in rows)
+    console.print(f"{free} of {len(rows)} groups can shrink; they reach {solved.coverage():.1%} of the parameters")
+
+
+@app.command()
+def build(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file.")],
+    target: Annotated[str, typer.Option("--target", help="A device, as in rtx-sm86.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The engine file.")] = None,
+) -> None:
+    """Build an engine from an ONNX file for a target, and say what came out."""
+    from . import runtime
+
+    report = runtime.build_engine(model, target, out)
+    console.print(f"{report.path}: {report.bytes:,} bytes, {report.precision}, {report.backend} {report.version}")
+    console.print(f"{len(report.kernels)} kernels, {len(report.padding)} of them only pad or re-format")
+    for name, size in report.memory.items():
+        console.print(f"{name}: {size:,} bytes")
+    for text in report.warnings:
+        console.print(f"warning: {text}")
+
+
+@app.command()
+def bench(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The reference: an ONNX or engine file.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="What is compared with it.")],
+    quiet: Quiet = False,
+) -> None:
+    """Latency of two models, measured in turns and guarded against a busy machine."""
+    from . import runtime
+
+    result = runtime.bench([a, b], progress=not quiet)
+    console.print(str(result))
+
+
+@app.command()
+def report(
+    summary: Annotated[Path, typer.Argument(metavar="SUMMARY.json", help="What `run` wrote.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The HTML file; default report.html beside it.")] = None,
+) -> None:
+    """Write the HTML report of a finished run again."""
+    from . import runtime
+
+    try:
+        found = json.loads(summary.read_text())
+    except OSError as error:
+        raise BadInput(f"{summary}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise BadInput(f"{summary}: not JSON ({error})") from error
+    if not isinstance(found, dict) or "passes" not in found:
+        raise BadInput(f"{summary}: not a summary.json of graphcomb run")
+    path = out or summary.with_name("report.html")
+    runtime.write_report(found, path)
+    console.print(str(path), soft_wrap=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("out/demo"), quiet: Quiet = False
+) -> None:
+    """Train a small network on digits (or load the cached one) and run the whole pipeline on it."""
+    from .demo import run_demo
+
+    show_summary(run_demo(out, progress=not quiet))
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+def show_groups(rows: list[dict[str, Any]]) -> None:
+    """A table of groups: what can shrink first, then what cannot and why."""
+    planned = any("keep" in r for r in rows)
+    table = Table("group", "kind", "size", *(["keep", "saves MACs"] if planned else []), "frozen because")
+    for r in sorted(rows, key=lambda r: r["frozen"] is not None):
+        extra = [str(r.get("keep", "")), f"{r['saves_macs']:.1%}" if "saves_macs" in r else ""] if planned else []
+        table.add_row(r["name"], r["kind"], str(r["size"]), *extra, r["frozen"] or "")
+    console.print(table)
+
+
+def show_summary(summary: dict[str, Any]) -> None:
+    """The figures of a finished run."""
+    table = Table(show_header=False)
+    for key, form in SUMMARY_ROWS.items():
+        if summary.get(key) is not None:
+            table.add_row(key, form.format(summary[key]))
+    for kind, path in summary["files"].items():
+        for one in path if isinstance(path, list) else [path]:
+            table.add_row(kind, one)
+    console.print(table)
+
+
+SUMMARY_ROWS = {
+    "accuracy_before": "{:.2%}",
+    "accuracy_after": "{:.2%}",
+    "macs_ratio": "{:.2f}x fewer",
+    "params_ratio": "{:.2f}x fewer",
+    "latency_ratio": "{:.2f}x faster",
+    "surgery_error": "{:.1e}",
+    "onnx_parity": "{:.1e}",
+    "seconds": "{:.0f} s",
+}
+
+
+def _arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise BadInput(f"--arg {pair}: expected name=value")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise BadInput(f"--arg {pair}: the value is not valid YAML") from error
+    return found
+
+
+def _shape(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BadInput(f"--input {text}: expected sizes separated by commas, as in 1,3,224,224") from error
+
+
+# -------------------------------------------------------------------------------------------------------- entry point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        code = app(arguments, prog_name="graphcomb", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except _Interrupted:
+        return _fail("interrupted; run the same command again to continue", INTERRUPTED, debug)
+    except GraphcombError as error:
+        return _fail(str(error), BAD_INPUT, debug)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # usage errors of the command-line library
+            return _fail(error.format_message(), BAD_INPUT, debug)
+        text = (
+            f"unexpected {type(error).__name__}: {error} (graphcomb --debug {' '.join(arguments)} shows the traceback)"
+        )
+        return _fail(text, UNEXPECTED, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code

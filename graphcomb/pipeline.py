@@ -1,0 +1,214 @@
+"""The pipeline: passes in order, each verified, measured, recorded and resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .graph import verify
+from .graph.errors import BadInput, GraphcombError
+from .graph.ops import op_name
+from .graph.program import Program, load
+from .passes.base import Context, Pass, PassResult
+from .passes.training import evaluate
+from .runtime.engine import replacing
+
+TOLERANCE = 1e-10  # of a surgery in float64; what is exact differs from the oracle by rounding only
+
+
+@dataclass
+class PipelineResult:
+    """The compressed program, the record of every pass, and the accuracy of the first and the last program (None
+    without labelled validation data)."""
+
+    program: Program
+    records: list[dict[str, Any]] = field(default_factory=list)
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+
+    @property
+    def surgery_error(self) -> float | None:
+        """The worst error that any pass's verification found, relative, in float64."""
+        errors = [r["verified"]["error"] for r in self.records if r.get("verified")]
+        return max(errors) if errors else None
+
+
+class Pipeline:
+    """Passes to apply in order.
+
+    `run` verifies each result, keeps the records, and, given a folder, stores every finished pass there so that an
+    interrupted run continues after the last finished one.
+    """
+
+    def __init__(self, passes: Sequence[Pass]):
+        for i, pass_ in enumerate(passes):
+            if not isinstance(pass_, Pass):
+                raise BadInput(f"passes.{i}: expected a pass, got {type(pass_).__name__}")
+        self.passes = list(passes)
+
+    def run(
+        self,
+        program: Program,
+        data: Iterable[Any] | None = None,
+        val: Iterable[Any] | None = None,
+        loss: Callable[..., Any] | None = None,
+        metric: Callable[..., Any] | None = None,
+        target: Any = None,
+        dtype: str = "fp32",
+        teacher: Program | None = None,
+        seed: int = 0,
+        out: str | Path | None = None,
+        progress: bool = False,
+        plan: dict[str, Any] | None = None,
+        key: Any = None,
+    ) -> PipelineResult:
+        """Apply all passes.
+
+        The fields down to `plan` are those of `passes.base.Context`; teacher is by default the program itself, the
+        plan goes to the first pass that takes one. key: anything JSON-able that stands for the data (data cannot be
+        hashed); a finished pass found in `out` is taken over when its options, those of all before it, the program, the
+        seed, the target, the plan and this key are unchanged. Raises GraphcombError when a pass refuses or a
+        verification fails; the records so far stay in `out`.
+        """
+        store = _Store(Path(out) / "passes", _digest(program, [seed, str(target), dtype, plan, key])) if out else None
+        context = Context(
+            data=data, val=val, loss=loss, metric=metric, target=target, dtype=dtype, teacher=teacher or program,
+            seed=seed, progress=progress, plan=plan,
+        )  # fmt: skip
+        say = Console(quiet=not progress).print
+        result = PipelineResult(program)
+        if val is not None:
+            result.accuracy_before = result.accuracy_after = evaluate(program, val, metric, progress)
+            say(f"dense: accuracy {result.accuracy_before:.2%}, {program.macs:,} MACs, {program.params:,} parameters")
+        for i, pass_ in enumerate(self.passes):
+            head = f"[{i + 1}/{len(self.passes)}] {type(pass_).__name__}"
+            found = store.find(i, pass_) if store else None
+            if found is None:
+                say(f"{head} ...")
+                if store:
+                    context.out = store.path(i, pass_)
+                found = self._apply(pass_, result.program, context, result.accuracy_after)
+                if hasattr(pass_, "plan"):
+                    context.plan = None
+                if store:
+                    store.keep(i, pass_, found)
+            result.program = found
+            result.records.append(found.history[-1])
+            result.accuracy_after = result.records[-1].get("accuracy", {}).get("after", result.accuracy_after)
+            say(f"{head}: {_summary(result.records[-1])}")
+            if out:
+                write_json(Path(out) / "record.json", result.records)
+        return result
+
+    def _apply(self, pass_: Pass, program: Program, context: Context, accuracy: float | None) -> Program:
+        """One pass, its checks, and what they found added to its record."""
+        result: PassResult = pass_(program, context)
+        check_invariants(result.program, type(pass_).__name__)
+        if result.removed:
+            error = verify.surgery(program, result)
+            result.record["verified"] = {"oracle": "surgery", "error": error}
+            if not error <= TOLERANCE:
+                raise GraphcombError(
+                    f"{type(pass_).__name__}: the result is {error:.1e} off the oracle, more than {TOLERANCE:.0e}; "
+                    "this is a bug of graphcomb, the result is not kept"
+                )
+        if accuracy is not None:
+            after = evaluate(result.program, context.val or (), context.metric, context.progress)
+            result.record["accuracy"] = {"before": accuracy, "after": after}
+        return result.program
+
+
+class _Store:
+    """Finished passes in a folder: NN-Name.pt2, and NN-Name.json with the digest of everything the pass depends on.
+
+    The folder NN-Name holds the checkpoints of a pass that is under way.
+    """
+
+    def __init__(self, folder: Path, digest: str):
+        self.folder, self.digest = folder, digest
+
+    def find(self, index: int, pass_: Pass) -> Program | None:
+        """The stored result of the pass, or None. Call once per pass, in order: the digest covers all before it."""
+        text = json.dumps([self.digest, type(pass_).__name__, pass_.options()], sort_keys=True, default=str)
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        base = self.path(index, pass_)
+        note = _read_json(base.with_suffix(".json"))
+        if note.get("digest") == self.digest:
+            return load(base.with_suffix(".pt2")) if note.get("finished") else None
+        shutil.rmtree(base, ignore_errors=True)
+        base.with_suffix(".pt2").unlink(missing_ok=True)
+        write_json(base.with_suffix(".json"), {"digest": self.digest, "finished": False})
+        return None
+
+    def keep(self, index: int, pass_: Pass, program: Program) -> None:
+        """Store a finished pass and drop its checkpoints."""
+        base = self.path(index, pass_)
+        program.save(base.with_suffix(".pt2"))
+        write_json(base.with_suffix(".json"), {"digest": self.digest, "finished": True})
+        shutil.rmtree(base, ignore_errors=True)
+
+    def path(self, index: int, pass_: Pass) -> Path:
+        return self.folder / f"{index:02d}-{type(pass_).__name__}"
+
+
+def check_invariants(program: Program, name: str) -> None:
+    """What every program must be after a pass: a well-formed graph of functional operators without dead tensors."""
+    module = program.graph_module
+    module.graph.lint()
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and schema is not None and schema.is_mutable:
+            raise GraphcombError(
+                f"{name}: left the in-place operator {op_name(node)} at {node.name}; a bug of the pass"
+            )
+        if node.op == "call_module":
+            raise GraphcombError(f"{name}: left a module call at {node.name}; a bug of the pass")
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write JSON under a temporary name and rename it."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(value, indent=indent, default=str) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty when there is none or it is not one."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _digest(program: Program, rest: Any) -> str:
+    """A hash of a program's graph and weights and of some JSON-able values."""
+    found = hashlib.sha256(json.dumps(rest, sort_keys=True, default=str).encode())
+    module = program.graph_module
+    found.update(module.code.encode())
+    for name, tensor in sorted({**module.state_dict(keep_vars=True)}.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _summary(record: dict[str, Any]) -> str:
+    """One line about a finished pass."""
+    before, after = record["cost"]["before"], record["cost"]["after"]
+    parts = [f"{record['seconds']:.1f} s"]
+    if after["macs"] != before["macs"]:
+        parts.append(
+            f"MACs {before['macs']:,} -> {after['macs']:,} ({before['macs'] / max(after['macs'], 1):.2f}x fewer)"
+        )
+    if "verified" in record:
+        parts.append(f"verified to {record['verified']['error']:.1e}")
+    if "accuracy" in record:
+        parts.append(f"accuracy {record['accuracy']['before']:.2%} -> {record['accuracy']['after']:.2%}")
+    return ", ".join(parts)

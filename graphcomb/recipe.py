@@ -1,0 +1,276 @@
+"""The recipe: one YAML file that names a model, its data, the passes and what to write.
+
+    model: torchvision.models:resnet50          # or {source: ..., arguments: {...}}, or a .pt2 file
+    inputs: [[1, 3, 224, 224]]                  # or [{shape: [...], dtype: float32}]
+    data: digits                                # or {source: package.module:callable, arguments: {...}}
+    target: rtx-sm86
+    precision: fp16
+    passes:
+      - RemoveChannels: {ratio: 0.5}
+      - Distill: {epochs: 10}
+      - Fuse
+    outputs: {engines: [rtx-sm86]}
+
+Every mistake is one line: the file, the path of the field, what is wrong, and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+
+from . import passes as library
+from .graph.errors import BadInput, GraphcombError
+from .passes.base import Pass
+from .runtime.targets import nearest
+
+
+class Section(BaseModel):
+    """A part of a YAML file: no unknown keys, no conversions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class Source(Section):
+    """A `package.module:callable`, a file or a built-in name, with the keyword arguments it is called with."""
+
+    source: str
+    arguments: dict[str, Any] = {}
+
+
+class Input(Section):
+    """One example input of the model."""
+
+    shape: list[PositiveInt]
+    dtype: Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"] = "float32"
+
+
+class Outputs(Section):
+    """What a run writes besides record.json and summary.json. engines: targets to build for; bench: paired latency of
+    the dense and the compressed model in ONNX Runtime."""
+
+    pt2: bool = True
+    onnx: bool = True
+    engines: list[str] = []
+    report: bool = True
+    bench: bool = True
+
+
+def _short(key: str) -> BeforeValidator:
+    """`x` may be written for `{key: x}`."""
+    return BeforeValidator(lambda value: value if isinstance(value, dict) else {key: value})
+
+
+class Recipe(Section):
+    """A validated recipe. `passes` holds the pass objects themselves.
+
+    inputs: example inputs; by default one batch of the data, else 1 x 3 x 224 x 224. dynamic_batch: keep the first
+    dimension symbolic; by default exactly when there is data. loss, metric: `package.module:callable`, by default
+    cross-entropy and top-1 accuracy.
+    """
+
+    model: Annotated[Source, _short("source")]
+    inputs: list[Annotated[Input, _short("shape")]] | None = None
+    dynamic_batch: bool | None = None
+    data: Annotated[Source, _short("source")] | None = None
+    loss: str | None = None
+    metric: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    target: str = "cpu"
+    precision: Literal["fp32", "fp16"] = "fp32"
+    passes: list[Any]
+    outputs: Outputs = Outputs()
+
+    def key(self) -> dict[str, Any]:
+        """What a finished pass depends on besides its own options: everything that is not an output."""
+        return self.model_dump(mode="json", exclude={"passes", "outputs"})
+
+
+def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe. overrides: `passes.0.ratio=0.3` and the like, values in YAML."""
+    tree = read_yaml(path)
+    try:
+        for text in overrides:
+            override(tree, text)
+        return parse_recipe(tree)
+    except GraphcombError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping; BadInput with file and line otherwise."""
+    try:
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not a text file") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise BadInput(f"{path}{place}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
+    if not isinstance(tree, dict):
+        raise BadInput(f"{path}: expected a mapping at the top, found {type(tree).__name__}")
+    return tree
+
+
+def parse_recipe(tree: dict[str, Any]) -> Recipe:
+    """Check a recipe given as plain data; messages start with the path of the field."""
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise BadInput(explain(error, Recipe)) from error
+    return recipe.model_copy(update={"passes": parse_passes(recipe.passes)})
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """The first validation error as `path: what is wrong, what would be right`."""
+    first = error.errors()[0]
+    path = ".".join([prefix, *map(str, first["loc"])] if prefix else map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        owner = model
+        for part in first["loc"][:-1]:
+            owner = _inner(owner, part)
+        return f"{path}: unknown key; {nearest(str(first['loc'][-1]), owner.model_fields)}"
+    if first["type"] == "missing":
+        return f"{path}: missing"
+    message = first["msg"].removeprefix("Input ")
+    return f"{path}: {message}, got {_brief(first['input'])}"
+
+
+def _inner(owner: type[BaseModel], part: str | int) -> type[BaseModel]:
+    """The section that a key (or an index) of a section leads to."""
+    if isinstance(part, int):
+        return owner
+    stack: list[Any] = [owner.model_fields[part].annotation]
+    while stack:
+        found = stack.pop()
+        if inspect.isclass(found) and issubclass(found, BaseModel):
+            return found
+        stack.extend(get_args(found))
+    return owner
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# ------------------------------------------------------------------------------------------------------------- passes
+def known_passes() -> dict[str, type[Pass]]:
+    """All passes a recipe may name: the public ones of `graphcomb.passes`."""
+    found = {name: getattr(library, name) for name in library.__all__}
+    return {n: c for n, c in found.items() if inspect.isclass(c) and issubclass(c, Pass) and c is not Pass}
+
+
+def parse_passes(steps: list[Any]) -> list[Pass]:
+    """Passes from a list of names and of single-key mappings `{name: {option: value}}`."""
+    known = known_passes()
+    result = []
+    for i, step in enumerate(steps):
+        if isinstance(step, str):
+            step = {step: None}
+        if not isinstance(step, dict) or len(step) != 1:
+            raise BadInput(f"passes.{i}: expected a pass name or one {{name: options}}, got {_brief(step)}")
+        [(name, options)] = step.items()
+        if name not in known:
+            raise BadInput(f'passes.{i}: unknown pass "{name}"; {nearest(str(name), known)}')
+        result.append(parse_pass(known[name], options, f"passes.{i}.{name}"))
+    return result
+
+
+def parse_pass(cls: type[Pass], options: Any, path: str) -> Pass:
+    """One pass from its options, each checked against the type of the field of that name."""
+    options = {} if options is None else options
+    if not isinstance(options, dict):
+        raise BadInput(f"{path}: expected options as a mapping, got {_brief(options)}")
+    fields = {f.name for f in dataclasses.fields(cls) if f.init}
+    hints = get_type_hints(cls)
+    given = {}
+    for name, value in options.items():
+        if name not in fields:
+            raise BadInput(
+                f"{path}.{name}: unknown option; {nearest(str(name), fields) if fields else 'the pass takes none'}"
+            )
+        given[name] = _typed(hints[name], value, f"{path}.{name}")
+    try:
+        return cls(**given)
+    except GraphcombError as error:
+        text = str(error).removeprefix(cls.__name__)
+        raise BadInput(path + (text if text[:1] in (":", ".") else f": {error}")) from error
+    except TypeError as error:
+        raise BadInput(f"{path}: {error}") from error
+
+
+def _typed(hint: Any, value: Any, path: str) -> Any:
+    """The value as the hinted type, without conversions other than list to tuple and int to float."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadInput(f"{path}: should be a finite number, got {value}")
+    try:
+        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadInput(f"{path}: {first['msg'].removeprefix('Input ')}, got {_brief(value)}") from error
+    except TypeError as error:
+        raise BadInput(f"{path}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- overrides
+def override(tree: dict[str, Any], text: str) -> None:
+    """Apply `path=value` in place. A path steps through keys and indices; the name of a pass may be left out."""
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise BadInput(f'--set {text}: expected path=value, as in "passes.0.ratio=0.3"')
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise BadInput(f'--set {text}: "{value}" is not valid YAML') from error
+    _spell_out(tree)
+    *parents, last = path.split(".")
+    here: Any = tree
+    for part, following in zip(parents, [*parents[1:], last], strict=True):
+        step = isinstance(here, list)
+        here = here[_index(here, part, text)] if step else here.setdefault(part, {})
+        if step and isinstance(here, dict) and len(here) == 1 and following not in here:
+            [here] = here.values()
+        if not isinstance(here, (dict, list)):
+            raise BadInput(f"--set {text}: {part} holds a single value")
+    here[_index(here, last, text) if isinstance(here, list) else last] = parsed
+
+
+def _spell_out(tree: dict[str, Any]) -> None:
+    """Replace short forms, so that every path can be stepped through."""
+    for name in ("model", "data"):
+        if isinstance(tree.get(name), str):
+            tree[name] = {"source": tree[name]}
+    if isinstance(tree.get("passes"), list):
+        steps = [{s: {}} if isinstance(s, str) else s for s in tree["passes"]]
+        tree["passes"] = [
+            {k: {} if v is None else v for k, v in s.items()} if isinstance(s, dict) else s for s in steps
+        ]
+
+
+def _index(items: list[Any], part: str, text: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise BadInput(f'--set {text}: "{part}" is not an index below {len(items)}')
+    return int(part)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader that refuses a key written twice instead of keeping the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f'key "{key.value}" twice', key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)

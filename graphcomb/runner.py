@@ -1,0 +1,222 @@
+"""Running a recipe: model and data in, compressed program, ONNX, engines, measurements and report out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from . import runtime
+from .graph.errors import BadInput, CaptureError
+from .graph.program import Program, capture
+from .passes.base import Context
+from .passes.batches import Feed, split_batch
+from .pipeline import Pipeline, PipelineResult, write_json
+from .recipe import Input, Recipe
+from .runtime.engine import backend_module
+from .runtime.targets import Target, get_target
+from .sources import first_batch, load_data, load_model, resolve
+
+DEFAULT_SHAPE = [1, 3, 224, 224]
+
+
+@dataclass
+class Job:
+    """What a recipe stands for, loaded and checked: everything a pipeline needs."""
+
+    recipe: Recipe
+    program: Program
+    target: Target
+    train: Any = None
+    val: Any = None
+    loss: Any = None
+    metric: Any = None
+
+    def context(self, progress: bool = False) -> Context:
+        """The context in which a single pass of the recipe would run."""
+        return Context(
+            data=self.train, val=self.val, loss=self.loss, metric=self.metric, target=self.target,
+            dtype=self.recipe.precision, teacher=self.program, seed=self.recipe.seed, progress=progress,
+        )  # fmt: skip
+
+
+def prepare(recipe: Recipe) -> Job:
+    """Load and capture the model, load the data, and check that all of it fits together; nothing is written.
+
+    Raises GraphcombError naming the field: a target that is not known, a library that is not installed, a model that
+    cannot be imported or captured, data that the model does not take.
+    """
+    target = get_target(recipe.target)
+    for i, name in enumerate(recipe.outputs.engines):
+        try:
+            backend_module(get_target(name).backend)
+        except BadInput as error:
+            raise BadInput(f"outputs.engines.{i}: {error}") from error
+    torch.manual_seed(recipe.seed)
+    model = load_model(recipe.model.source, recipe.model.arguments)
+    train, val, batch = _data(recipe)
+    if isinstance(model, Program):
+        if recipe.inputs or recipe.dynamic_batch is not None:
+            raise BadInput("inputs, dynamic_batch: a captured program has its own, remove the fields")
+        program = model
+    else:
+        program = _capture(model, recipe, batch)
+    labelled = batch is not None and split_batch(batch)[2] is not None
+    if batch is not None:
+        Feed(program, "data").fit(batch)
+        Feed(program, "data").fit(first_batch(val))
+    loss, metric = (resolve(spec, field) if spec else None for spec, field in _functions(recipe))
+    return Job(recipe, program, target, train, val if labelled else None, loss, metric)
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    plan: list[dict[str, Any]] | None = None,
+    progress: bool = False,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Run a recipe and write its outputs to the folder `out`; returns what summary.json holds.
+
+    Finished passes found in `out` are taken over when nothing they depend on has changed, unless fresh is set.
+    """
+    out, start = Path(out), time.perf_counter()
+    check_folder(out)
+    job = prepare(recipe)
+    say = Console(quiet=not progress).print
+    (out / "summary.json").unlink(missing_ok=True)
+    if fresh:
+        shutil.rmtree(out / "passes", ignore_errors=True)
+    result = Pipeline(recipe.passes).run(
+        job.program, job.train, job.val, job.loss, job.metric, job.target, recipe.precision,
+        seed=recipe.seed, out=out, progress=progress, plan={"groups": plan} if plan else None, key=recipe.key(),
+    )  # fmt: skip
+    summary = _summary(job, result)
+    wanted, files = recipe.outputs, summary["files"]
+    if wanted.pt2:
+        files["pt2"] = str(result.program.save(out / "model.pt2"))
+    if wanted.onnx or wanted.engines or wanted.bench:
+        say(f"ONNX {recipe.precision} ...")
+        exported = runtime.export_onnx(result.program, out / "model.onnx", recipe.precision)
+        summary["onnx"] = dataclasses.asdict(exported)
+        summary["onnx_parity"] = exported.parity
+        files["onnx"] = str(out / "model.onnx")
+    for name in wanted.engines:
+        say(f"engine for {name} ...")
+        report = runtime.build_engine(out / "model.onnx", name)
+        summary["engines"].append(report.to_dict())
+        files.setdefault("engines", []).append(str(report.path))
+    summary["engine"] = summary["engines"][0]["path"] if summary["engines"] else None
+    if wanted.bench:
+        summary |= _bench(job.program, result.program, out, recipe.precision, progress)
+    summary["seconds"] = round(time.perf_counter() - start, 1)
+    if wanted.report:
+        files["report"] = str(out / "report.html")
+        runtime.write_report(summary, out / "report.html")
+    write_json(out / "summary.json", summary, indent=2)
+    return summary
+
+
+def check_folder(out: Path) -> None:
+    """Raise BadInput when the folder cannot be made or written; makes nothing."""
+    found = out.absolute()
+    while not found.exists() and found != found.parent:
+        found = found.parent
+    if not found.is_dir():
+        raise BadInput(f"--out {out}: {found} is not a folder")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise BadInput(f"--out {out}: no permission to write in {found}")
+
+
+def example(inputs: list[Input], seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Example inputs: Gaussian noise for floats, zeros for integers and booleans."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for wanted in inputs:
+        dtype = getattr(torch, wanted.dtype)
+        noise = torch.randn(wanted.shape, generator=generator)
+        result.append(noise.to(dtype) if dtype.is_floating_point else torch.zeros(wanted.shape, dtype=dtype))
+    return tuple(result)
+
+
+def _data(recipe: Recipe) -> tuple[Any, Any, Any]:
+    """Training and validation loaders and the first training batch; Nones without data."""
+    if recipe.data is None:
+        return None, None, None
+    arguments = dict(recipe.data.arguments)
+    if recipe.data.source == "random" and recipe.inputs:
+        arguments.setdefault("shape", recipe.inputs[0].shape[1:])
+    train, val = load_data(recipe.data.source, arguments)
+    return train, val, first_batch(train)
+
+
+def _capture(model: torch.nn.Module, recipe: Recipe, batch: Any) -> Program:
+    kwargs: dict[str, Any] = {}
+    if recipe.inputs:
+        args = example(recipe.inputs, recipe.seed)
+    elif batch is not None:
+        args, kwargs, _ = split_batch(batch)
+    else:
+        args = example([Input(shape=DEFAULT_SHAPE)], recipe.seed)
+    dynamic = batch is not None if recipe.dynamic_batch is None else recipe.dynamic_batch
+    if batch is not None and not recipe.inputs and dynamic:
+        args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t[:2], (args, kwargs))
+    try:
+        return capture(model, args, kwargs, "batch" if dynamic else None)
+    except CaptureError as error:
+        shapes = ", ".join(str(tuple(a.shape)) for a in [*args, *kwargs.values()] if isinstance(a, torch.Tensor))
+        raise CaptureError(f"model: {recipe.model.source} with inputs {shapes}: {error}") from error
+
+
+def _functions(recipe: Recipe) -> list[tuple[str | None, str]]:
+    return [(recipe.loss, "loss"), (recipe.metric, "metric")]
+
+
+def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
+    """The part of the summary that needs no runtime."""
+    before, after = job.program.cost(), result.program.cost()
+    return {
+        "model": job.recipe.model.source,
+        "target": job.target.name,
+        "precision": job.recipe.precision,
+        "accuracy_before": result.accuracy_before,
+        "accuracy_after": result.accuracy_after,
+        "macs_ratio": before["macs"] / max(after["macs"], 1),
+        "params_ratio": before["params"] / max(after["params"], 1),
+        "latency_ratio": None,
+        "surgery_error": result.surgery_error,
+        "onnx_parity": None,
+        "engine": None,
+        "cost": {"before": before, "after": after},
+        "inputs": [list(a.shape) for a in job.program.args if isinstance(a, torch.Tensor)],
+        "passes": [{k: v for k, v in record.items() if k != "removed"} for record in result.records],
+        "engines": [],
+        "files": {},
+        "environment": {
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "torch": torch.__version__,
+            "graphcomb": version("graphcomb"),
+        },
+    }
+
+
+def _bench(dense: Program, small: Program, out: Path, precision: str, progress: bool) -> dict[str, Any]:
+    """Dense against compressed in ONNX Runtime, fp32, paired."""
+    runtime.export_onnx(dense, out / "dense.onnx", "fp32")
+    path = out / "model.onnx"
+    if precision != "fp32":
+        path = out / "model.fp32.onnx"
+        runtime.export_onnx(small, path, "fp32")
+    bench = runtime.bench([out / "dense.onnx", path], progress=progress)
+    return {"bench": dataclasses.asdict(bench), "latency_ratio": bench.ratio}

@@ -1,0 +1,112 @@
+"""Models, data and functions named in a recipe: `package.module:callable`, a `.pt2` file, a built-in name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from . import data as builtin
+from .graph.errors import BadInput, GraphcombError
+from .graph.program import Program, load
+from .runtime.targets import nearest
+
+
+def resolve(spec: str, field: str) -> Any:
+    """The object named `package.module:attribute`; the working folder is searched too.
+
+    Raises BadInput naming `field`.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise BadInput(f'{field}: "{spec}" is not of the form package.module:callable')
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise BadInput(f'{field}: cannot import "{module_name}" ({_reason(error)})') from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise BadInput(f'{field}: {module_name} has no "{attribute}"; {nearest(part, _public(found))}')
+        found = getattr(found, part)
+    return found
+
+
+def call(spec: str, arguments: dict[str, Any], field: str) -> Any:
+    """Call the object named by `spec` with keyword arguments; whatever it raises becomes one line naming `field`."""
+    function = resolve(spec, field)
+    if not callable(function):
+        raise BadInput(f"{field}: {spec} is a {type(function).__name__}, not a callable")
+    return _guarded(function, spec, arguments, field)
+
+
+def load_model(spec: str, arguments: dict[str, Any] | None = None, field: str = "model") -> torch.nn.Module | Program:
+    """A module from `package.module:callable`, or a Program from a `.pt2` file."""
+    if spec.endswith(".pt2"):
+        if arguments:
+            raise BadInput(f"{field}: a .pt2 file takes no arguments")
+        try:
+            return load(spec)
+        except GraphcombError as error:
+            raise type(error)(f"{field}: {error}") from error
+    if ":" not in spec:
+        raise BadInput(f'{field}: "{spec}" is neither package.module:callable nor a .pt2 file')
+    found = call(spec, arguments or {}, field)
+    if isinstance(found, ExportedProgram):
+        return Program.from_exported(found)
+    if not isinstance(found, (torch.nn.Module, Program)):
+        raise BadInput(f"{field}: {spec} returned a {type(found).__name__}, not a torch.nn.Module")
+    return found
+
+
+def load_data(spec: str, arguments: dict[str, Any] | None = None, field: str = "data") -> tuple[Any, Any]:
+    """Training and validation batches: both re-iterable. A callable may return one loader (used for both) or two."""
+    arguments = arguments or {}
+    if ":" in spec:
+        found = call(spec, arguments, field)
+    elif spec in builtin.BUILTIN:
+        found = _guarded(builtin.BUILTIN[spec], spec, arguments, field)
+    else:
+        raise BadInput(f'{field}: unknown data "{spec}"; {nearest(spec, builtin.BUILTIN)}, or package.module:callable')
+    pair = found if isinstance(found, tuple) and len(found) == 2 else (found, found)
+    for loader in pair:
+        if isinstance(loader, (str, dict, torch.Tensor)) or not isinstance(loader, Iterable):
+            raise BadInput(f"{field}: {spec} returned a {type(loader).__name__}, not a DataLoader or (train, val)")
+        if iter(loader) is loader:
+            raise BadInput(f"{field}: {spec} returned a one-shot iterator; return a DataLoader or a list of batches")
+    return pair
+
+
+def first_batch(loader: Any, field: str = "data") -> Any:
+    """The first batch of a loader; raises BadInput when it is empty or fails."""
+    try:
+        return next(iter(loader))
+    except StopIteration:
+        raise BadInput(f"{field}: the loader yields no batch") from None
+    except Exception as error:
+        raise BadInput(f"{field}: the loader fails on its first batch ({_reason(error)})") from error
+
+
+def _guarded(function: Any, spec: str, arguments: dict[str, Any], field: str) -> Any:
+    try:
+        return function(**arguments)
+    except GraphcombError as error:
+        raise type(error)(f"{field}: {error}") from error
+    except Exception as error:
+        given = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
+        raise BadInput(f"{field}: {spec}({given}) failed ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _public(found: Any) -> list[str]:
+    return [n for n in dir(found) if not n.startswith("_")]
