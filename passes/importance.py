@@ -138,6 +138,8 @@ def _batch_scores(comb, module, names, wanted, transform) -> Scores:
         if parameter.grad is None:
             continue
         touched = {d: a for d, a in enumerate(comb.parameters.get(name, [])) if ax.touches(a, wanted)}
+        if not touched:
+            continue
         for dim, values in _sums(parameter.detach() * parameter.grad, touched).items():
             for atom, own in _folded(touched[dim], values).items():
                 if atom in wanted:
