@@ -1,0 +1,295 @@
+"""What a TensorRT build log tells about the engine: fused kernels, where they pad, memory.
+
+An engine built for another device cannot be opened on the machine that builds it, but the verbose log with detailed
+profiling verbosity says the same: the parser prints every ONNX node with its shapes, the compiler one `Layers:` message
+with every kernel (TensorRT-RTX, TensorRT 10 and later) or `Engine Layer Information:` (TensorRT 8 to 10), the allocator
+its totals. Fields that a version leaves out stay empty; nothing is guessed from them.
+
+How padding is told apart from the model's own concatenations, pads and slices (ours): a tensor between two kernels is
+*padded* when it has the shape of none of the ONNX tensors that pass between their nodes, and one of those has the same
+shape but for smaller extents.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from .engine import Kernel
+
+Shape = tuple[int, ...]
+
+DTYPES = {"Half": "fp16", "Float": "fp32", "BFloat16": "bf16", "Int8": "int8", "Int32": "int32", "Int64": "int64"}
+MEMORY = {
+    "Total Weights": "weights",
+    "Total Activation": "activations",
+    "Max Scratch": "scratch",
+    "Total Host Persistent": "host",
+    "Total Device Persistent": "device",
+}
+# Steps in the names of generated kernels (`__myl_ReluConc_myl0_3`) that make an axis longer or shorter; a kernel of
+# only these and reshapes does no work but padding.
+GROW, SHRINK = {"Conc", "Pad"}, {"Slic"}
+PADDING_ONLY = GROW | SHRINK | {"Repl", "Resh"}
+MOVERS = ("kgen", "runtime_function")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A kernel's operand. shape: -1 where dynamic. format: the library's short name of the layout: "NHWC", "Linear"."""
+
+    name: str
+    shape: Shape
+    dtype: str = ""
+    format: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}] {self.format}".strip()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One kernel as the log has it. nodes: names of the ONNX nodes that it computes."""
+
+    name: str
+    kind: str = ""
+    nodes: tuple[str, ...] = ()
+    inputs: tuple[Tensor, ...] = ()
+    constants: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+
+    @property
+    def steps(self) -> list[str]:
+        """The operations of a generated kernel, from its name; empty for library kernels."""
+        name = re.match(r"__myl_([A-Za-z]+)", self.name)
+        return re.findall(r"[A-Z][a-z]*", name[1]) if name else []
+
+
+@dataclass(frozen=True)
+class Node:
+    """An ONNX node as the parser printed it, with the names and shapes of its operands."""
+
+    name: str
+    op: str
+    inputs: tuple[tuple[str, Shape], ...] = ()
+    outputs: tuple[tuple[str, Shape], ...] = ()
+
+
+@dataclass(frozen=True)
+class Pad:
+    """An axis that the engine computes wider than the model has it.
+
+    how: "kernel" (a kernel of its own pads it, or cuts the padding off), "fused" (a kernel that moves or computes data
+    anyway pads it in passing) or "weights" (zeros stored in the weights: more work, no more kernels). axis: of the
+    tensor or weight. before, after: the extent in the model and in the engine. alignment: an extent that is a multiple
+    of it needs no padding here.
+    """
+
+    kernel: str
+    how: str
+    nodes: tuple[str, ...]
+    axis: int
+    before: int
+    after: int
+    alignment: int
+
+    def __str__(self) -> str:
+        where = ", ".join(self.nodes[:3]) or self.kernel
+        widths = f"axis {self.axis} is padded from {self.before} to {self.after}"
+        return f"{where}: {widths}; multiples of {self.alignment} are not"
+
+
+@dataclass
+class BuildLog:
+    """A parsed build log. memory: bytes by purpose."""
+
+    layers: list[Layer] = field(default_factory=list)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+    def kernels(self) -> list[Kernel]:
+        """The kernels in execution order; `padding` marks those that exist only to pad."""
+        padding = {pad.kernel for pad in self.pads() if pad.how == "kernel"}
+        return [
+            Kernel(
+                layer.name,
+                layer.kind,
+                layer.nodes,
+                tuple(map(str, layer.inputs)),
+                tuple(map(str, layer.outputs)),
+                layer.name in padding,
+            )
+            for layer in self.layers
+        ]
+
+    def pads(self, alignment: Callable[[str], int] | None = None) -> list[Pad]:
+        """Every padded axis. alignment: of the target by dtype ("fp16" -> 8); where it explains the padding it is the
+        advice, else the largest power of two in the padded extent is (a sufficient one)."""
+        readers: dict[str, list[Layer]] = {}
+        writers: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            for tensor in layer.inputs:
+                readers.setdefault(tensor.name, []).append(layer)
+            for tensor in layer.outputs:
+                writers.setdefault(tensor.name, []).append(layer)
+        pads: list[Pad] = []
+        widened: set[tuple[str, int, int]] = set()
+        for layer in self.layers:
+            steps = set(layer.steps)
+            how = "kernel" if steps <= PADDING_ONLY else "fused"
+            for tensor in layer.outputs if steps & GROW else ():
+                known = self._inputs_of(readers.get(tensor.name, [])) or self._outputs_of([layer])
+                if small := _unpadded(tensor.shape, known):
+                    found = _differences(layer, how, small, tensor, alignment)
+                    pads += found
+                    widened |= {
+                        (reader.name, p.before, p.after) for p in found for reader in readers.get(tensor.name, [])
+                    }
+            for tensor in layer.inputs if steps & SHRINK else ():
+                known = self._outputs_of(writers.get(tensor.name, [])) or self._inputs_of([layer])
+                small = _unpadded(tensor.shape, known)
+                if small and any(output.shape == small for output in layer.outputs):
+                    pads += _differences(layer, how, small, tensor, alignment)
+            if not steps or layer.kind not in MOVERS:
+                weights = self._weight_pads(layer, alignment)
+                pads += [pad for pad in weights if (layer.name, pad.before, pad.after) not in widened]
+        return pads
+
+    def _weight_pads(self, layer: Layer, alignment: Callable[[str], int] | None) -> list[Pad]:
+        pads = []
+        for name in layer.nodes:
+            node = self.nodes.get(name)
+            if node is None or node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or len(node.inputs) < 2:
+                continue
+            weight = node.inputs[1][1]
+            choices = [weight, weight[::-1]] if len(weight) == 2 else [weight]
+            wide = [c for c in layer.constants if len(c.shape) == len(weight) > 1]
+            fits = [(t, small) for t in wide if (small := _unpadded(t.shape, choices, everywhere=True))]
+            if len(fits) == 1 and not any(c.shape in choices for c in wide):
+                pads += _differences(layer, "weights", fits[0][1], fits[0][0], alignment, (name,))
+        return pads
+
+    def _inputs_of(self, layers: list[Layer]) -> list[Shape]:
+        """Shapes of the ONNX tensors that the layers' nodes read and do not write themselves."""
+        found = []
+        for layer in layers:
+            nodes = [self.nodes[name] for name in layer.nodes if name in self.nodes]
+            inner = {name for node in nodes for name, _ in node.outputs}
+            found += [shape for node in nodes for name, shape in node.inputs if name not in inner]
+        return found
+
+    def _outputs_of(self, layers: list[Layer]) -> list[Shape]:
+        """Shapes of the ONNX tensors that the layers' nodes write and do not read themselves."""
+        found = []
+        for layer in layers:
+            nodes = [self.nodes[name] for name in layer.nodes if name in self.nodes]
+            inner = {name for node in nodes for name, _ in node.inputs}
+            found += [shape for node in nodes for name, shape in node.outputs if name not in inner]
+        return found
+
+
+def parse_build_log(text: str) -> BuildLog:
+    """Read the verbose log of one build. Parts that are missing or in an unknown form are left empty."""
+    log = BuildLog()
+    for line in text.splitlines():
+        if match := NODE.search(line):
+            name, op, side, tensors = match.groups()
+            operands = tuple((tensor, _shape(dims)) for tensor, dims in OPERAND.findall(tensors))
+            old = log.nodes.get(name, Node(name, op))
+            inputs, outputs = (operands, old.outputs) if side == "inputs" else (old.inputs, operands)
+            log.nodes[name] = Node(name, op, inputs, outputs)
+        elif match := TOTAL.search(line):
+            log.memory[MEMORY[match[1]]] = int(match[2])
+        elif match := LAYER.search(line):
+            log.layers.append(_layer(match[1], match[2]))
+        elif match := OLD_LAYER.search(line):
+            log.layers.append(_old_layer(*match.groups()))
+    return log
+
+
+# A log file has a prefix ("[07/01/2024-10:00:00] [V] [TRT] ") where the logger's own messages have none.
+PREFIX = r"^(?:\[[^\]]*\] ?)*"
+NODE = re.compile(PREFIX + r"(\S.*?) \[(\w+)\] (inputs|outputs): (.*)$")
+OPERAND = re.compile(r"\[(\S+) -> \(([-\d, ]*)\)\[\w+\]\]")
+TOTAL = re.compile(rf"({'|'.join(MEMORY)}) Memory: (\d+)")
+LAYER = re.compile(r"^Name: (.*?), LayerType: (.*)$")
+TENSOR = re.compile(r"\{ Name: (.*?), Dimensions: \[([-\d, ]*)\](.*?)\}")
+SOURCE = re.compile(r"\[ONNX Layer: (.*?)\](?=\[|[\x1e\x1f]|\s*$)")
+OLD_LAYER = re.compile(r"Layer\(([^)]*)\): (.*), Tactic: ([^,]*), (.*)$")
+OLD_TENSOR = re.compile(r"(.*?) ?[\[(](\w+)[\[(]([-\d,: ]*)[\])][\])](?:, |$)")
+
+
+def _layer(name: str, rest: str) -> Layer:
+    sections = re.split(r", (?=(?:Inputs|Constants|Outputs|TacticName|Metadata): )", rest)
+    parts = {key: value for key, _, value in (section.partition(": ") for section in sections[1:])}
+    inputs, constants, outputs = (
+        tuple(_tensor(*t) for t in TENSOR.findall(parts.get(key, ""))) for key in ("Inputs", "Constants", "Outputs")
+    )
+    return Layer(name, sections[0], tuple(SOURCE.findall(parts.get("Metadata", ""))), inputs, constants, outputs)
+
+
+def _tensor(name: str, dims: str, rest: str) -> Tensor:
+    dtype = re.search(r"Datatype: (\w+)", rest)
+    layout = re.search(r"Format: (?:\((\w+)\)|([^}]*?)\s*$)", rest)
+    kind = DTYPES.get(dtype[1], dtype[1].lower()) if dtype else ""
+    return Tensor(name, _shape(dims), kind, (layout[1] or layout[2]) if layout else "")
+
+
+def _old_layer(kind: str, name: str, tactic: str, tensors: str) -> Layer:
+    """`conv1 + relu1, Tactic: 0x1, x (Half[1,64:8,56,56]) -> y (Half[…])`; 8.x writes `x[Half(…)]`. The part after the
+    colon is the vector of a blocked format; nodes are the names joined by " + "."""
+    sides = [
+        tuple(
+            Tensor(
+                n,
+                _shape(re.sub(r":\d+", "", dims)),
+                DTYPES.get(t, t.lower()),
+                "".join(f"C/{v}" for v in re.findall(r":(\d+)", dims)),
+            )
+            for n, t, dims in OLD_TENSOR.findall(side)
+        )
+        for side in re.split(r" ?-> ", tensors, maxsplit=1)
+    ]
+    moved = name.startswith("Reformatting CopyNode") or kind in ("Reformat", "NoOp")
+    nodes = () if moved or name.startswith("{ForeignNode") else tuple(name.split(" + "))
+    return Layer(name, kind, nodes, sides[0], (), sides[1] if len(sides) > 1 else ())
+
+
+def _shape(text: str) -> Shape:
+    return tuple(int(n) for n in re.findall(r"-?\d+", text))
+
+
+def _unpadded(shape: Shape, known: Iterable[Shape], everywhere: bool = False) -> Shape | None:
+    """The largest known shape that is a little smaller than `shape` along some axes (all of them only if `everywhere`)
+    and equal along the others; None when the shape itself is known or nothing fits. -1, dynamic, fits itself only."""
+    known = list(known)
+    if shape in known:
+        return None
+    fits = [
+        small
+        for small in known
+        if len(small) == len(shape)
+        and all(0 < a <= b < 2 * a + 8 or a == b for a, b in zip(small, shape, strict=True))
+        and (everywhere or any(a == b for a, b in zip(small, shape, strict=True)))
+    ]
+    return max(fits, key=math.prod, default=None)
+
+
+def _differences(
+    layer: Layer,
+    how: str,
+    small: Shape,
+    tensor: Tensor,
+    alignment: Callable[[str], int] | None,
+    nodes: tuple[str, ...] = (),
+) -> list[Pad]:
+    pads = []
+    for axis, (before, after) in enumerate(zip(small, tensor.shape, strict=True)):
+        if before != after:
+            step = alignment(tensor.dtype) if alignment and tensor.dtype in DTYPES.values() else 0
+            if not step or -(-before // step) * step != after:
+                step = after & -after
+            pads.append(Pad(layer.name, how, nodes or layer.nodes, axis, before, after, step))
+    return pads
