@@ -193,6 +193,7 @@ def show_groups(rows: list[dict[str, Any]]) -> None:
     """A table of groups: what can shrink first, then what cannot and why."""
     planned = any("keep" in r for r in rows)
     table = Table("group", "kind", "size", *(["keep", "saves MACs"] if planned else []), "frozen because")
+    table.columns[0].overflow = "fold"
     for r in sorted(rows, key=lambda r: r["frozen"] is not None):
         extra = [str(r.get("keep", "")), f"{r['saves_macs']:.1%}" if "saves_macs" in r else ""] if planned else []
         table.add_row(r["name"], r["kind"], str(r["size"]), *extra, r["frozen"] or "")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from .graph import verify
@@ -18,7 +17,7 @@ from .graph.errors import BadInput, GraphcombError
 from .graph.ops import op_name
 from .graph.program import Program, load
 from .passes.base import Context, Pass, PassResult
-from .passes.training import evaluate
+from .passes.training import evaluate, fingerprint
 from .runtime.engine import replacing
 
 TOLERANCE = 1e-10  # of a surgery in float64; what is exact differs from the oracle by rounding only
@@ -78,7 +77,9 @@ class Pipeline:
         seed, the target, the plan and this key are unchanged. Raises GraphcombError when a pass refuses or a
         verification fails; the records so far stay in `out`.
         """
-        store = _Store(Path(out) / "passes", _digest(program, [seed, str(target), dtype, plan, key])) if out else None
+        store = (
+            _Store(Path(out) / "passes", fingerprint(program.module(), seed, target, dtype, plan, key)) if out else None
+        )
         context = Context(
             data=data, val=val, loss=loss, metric=metric, target=target, dtype=dtype, teacher=teacher or program,
             seed=seed, progress=progress, plan=plan,
@@ -186,17 +187,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _digest(program: Program, rest: Any) -> str:
-    """A hash of a program's graph and weights and of some JSON-able values."""
-    found = hashlib.sha256(json.dumps(rest, sort_keys=True, default=str).encode())
-    module = program.graph_module
-    found.update(module.code.encode())
-    for name, tensor in sorted({**module.state_dict(keep_vars=True)}.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def _summary(record: dict[str, Any]) -> str:

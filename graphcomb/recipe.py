@@ -21,6 +21,7 @@ import inspect
 import json
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -234,16 +235,16 @@ def override(tree: dict[str, Any], text: str) -> None:
     except yaml.YAMLError as error:
         raise BadInput(f'--set {text}: "{value}" is not valid YAML') from error
     _spell_out(tree)
-    *parents, last = path.split(".")
+    parts = path.split(".")
     here: Any = tree
-    for part, following in zip(parents, [*parents[1:], last], strict=True):
+    for part, following in pairwise(parts):
         step = isinstance(here, list)
         here = here[_index(here, part, text)] if step else here.setdefault(part, {})
         if step and isinstance(here, dict) and len(here) == 1 and following not in here:
             [here] = here.values()
         if not isinstance(here, (dict, list)):
             raise BadInput(f"--set {text}: {part} holds a single value")
-    here[_index(here, last, text) if isinstance(here, list) else last] = parsed
+    here[_index(here, parts[-1], text) if isinstance(here, list) else parts[-1]] = parsed
 
 
 def _spell_out(tree: dict[str, Any]) -> None:

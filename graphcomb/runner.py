@@ -106,8 +106,8 @@ def run(
         files["pt2"] = str(result.program.save(out / "model.pt2"))
     if wanted.onnx or wanted.engines or wanted.bench:
         say(f"ONNX {recipe.precision} ...")
-        exported = runtime.export_onnx(result.program, out / "model.onnx", recipe.precision)
-        summary["onnx"] = dataclasses.asdict(exported)
+        exported = runtime.export_onnx(result.program, out / "model.onnx", recipe.precision, target=job.target)
+        summary["onnx"] = exported.to_dict()
         summary["onnx_parity"] = exported.parity
         files["onnx"] = str(out / "model.onnx")
     for name in wanted.engines:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def load_data(spec: str, arguments: dict[str, Any] | None = None, field: str = "
     for loader in pair:
         if isinstance(loader, (str, dict, torch.Tensor)) or not isinstance(loader, Iterable):
             raise BadInput(f"{field}: {spec} returned a {type(loader).__name__}, not a DataLoader or (train, val)")
-        if iter(loader) is loader:
+        if isinstance(loader, Iterator):
             raise BadInput(f"{field}: {spec} returned a one-shot iterator; return a DataLoader or a list of batches")
     return pair
 

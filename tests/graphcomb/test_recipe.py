@@ -1,0 +1,124 @@
+"""Reading recipes: what is taken, and that every mistake names its place and the nearest valid name."""
+
+from pathlib import Path
+
+import pytest
+
+from graphcomb.graph.errors import BadInput
+from graphcomb.passes import Comb, RemoveChannels
+from graphcomb.recipe import known_passes, override, parse_recipe, read_recipe, read_yaml
+
+GOOD = {"model": "a:b", "passes": []}
+
+
+def test_short_forms_are_spelt_out() -> None:
+    recipe = parse_recipe({
+        "model": "a:b",
+        "data": {"source": "digits", "arguments": {"size": 32}},
+        "inputs": [[1, 3, 8, 8], {"shape": [1], "dtype": "int64"}],
+        "passes": ["Comb", {"RemoveChannels": {"ratio": 0.25, "kinds": ["channel"]}}, {"Comb": None}],
+    })  # fmt: skip
+    assert recipe.model.source == "a:b"
+    assert recipe.data is not None
+    assert recipe.data.arguments == {"size": 32}
+    assert [(i.shape, i.dtype) for i in recipe.inputs or []] == [([1, 3, 8, 8], "float32"), ([1], "int64")]
+    assert recipe.passes == [Comb(), RemoveChannels(ratio=0.25, kinds=("channel",)), Comb()]
+
+
+def test_every_public_pass_can_be_named() -> None:
+    assert {"Comb", "RemoveChannels"} <= set(known_passes())
+    assert "Pass" not in known_passes()
+
+
+def removal(**options: object) -> dict:
+    return {"passes": [{"RemoveChannels": options}]}
+
+
+HERE = "passes.0.RemoveChannels"
+MISTAKES = [
+    ({"modle": "x"}, "modle: unknown key; did you mean model?"),
+    ({"passes": ["RemoveChanels"]}, 'passes.0: unknown pass "RemoveChanels"; did you mean RemoveChannels?'),
+    (removal(ration=0.5), f"{HERE}.ration: unknown option; did you mean ratio"),
+    ({"passes": [{"Comb": {"x": 1}}]}, "passes.0.Comb.x: unknown option; the pass takes none"),
+    (removal(ratio="half"), f'{HERE}.ratio: should be a valid number, got "half"'),
+    (removal(ratio=1.5), f"{HERE}.ratio: a share"),
+    (removal(ratio=float("nan")), f"{HERE}.ratio: should be a finite number"),
+    (removal(round_to=2.5), f"{HERE}.round_to: should be a valid integer"),
+    (removal(min_channels=True), f"{HERE}.min_channels: should be a valid integer"),
+    (removal(ratio=0.5, macs=0.5), f"{HERE}: give one of"),
+    ({"passes": [{"RemoveChannels": 0.5}]}, f"{HERE}: expected options as a mapping, got 0.5"),
+    ({"passes": [{"Comb": {}, "RemoveChannels": {}}]}, "passes.0: expected a pass name or one"),
+    ({"passes": "Comb"}, "passes: should be a valid list"),
+    ({"seed": -1}, "seed: should be greater than or equal to 0, got -1"),
+    ({"seed": "one"}, 'seed: should be a valid integer, got "one"'),
+    ({"precision": "fp61"}, "precision: should be 'fp32' or 'fp16', got \"fp61\""),
+    ({"inputs": [[1, 3, 0, 8]]}, "inputs.0.shape.2: should be greater than 0, got 0"),
+    ({"inputs": [{"shape": [1], "dtyp": "int64"}]}, "inputs.0.dtyp: unknown key; did you mean dtype?"),
+    ({"outputs": {"onyx": True}}, "outputs.onyx: unknown key; did you mean onnx?"),
+    ({"outputs": {"engines": "rtx"}}, "outputs.engines: should be a valid list"),
+    ({"model": {"source": "a:b", "argument": {}}}, "model.argument: unknown key; did you mean arguments?"),
+    ({"model": 3}, "model.source: should be a valid string, got 3"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES)
+def test_mistakes_name_the_field_and_what_is_valid(change: dict, message: str) -> None:
+    with pytest.raises(BadInput) as error:
+        parse_recipe(GOOD | change)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(BadInput, match=r"^passes: missing$"):
+        parse_recipe({"model": "a:b"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [1", r"recipe.yaml:1:10: not valid YAML"),
+        ("model: a:b\nmodel: c:d\n", r'recipe.yaml:2:1: not valid YAML \(key "model" twice\)'),
+        ("- model", "recipe.yaml: expected a mapping at the top, found list"),
+        ("", "recipe.yaml: expected a mapping at the top, found NoneType"),
+        ("a: !!python/object:os.system {}", "recipe.yaml:1:4: not valid YAML"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(BadInput, match=message):
+        read_recipe(path)
+
+
+def test_binary_and_absent_files(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadInput, match="not a text file"):
+        read_yaml(tmp_path / "r.yaml")
+    with pytest.raises(BadInput, match="cannot be read"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+def test_overrides() -> None:
+    tree = {"model": "a:b", "passes": ["Comb", {"RemoveChannels": {"ratio": 0.5}}, {"RemoveChannels": None}]}
+    for text in ("passes.1.ratio=0.25", "passes.2.RemoveChannels.macs=1000", "model.arguments.depth=18", "seed=3"):
+        override(tree, text)
+    override(tree, "passes.0=RemoveChannels")
+    recipe = parse_recipe(tree)
+    assert recipe.passes == [RemoveChannels(), RemoveChannels(ratio=0.25), RemoveChannels(macs=1000)]
+    assert recipe.model.arguments == {"depth": 18}
+    assert recipe.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("passes.0.ratio", "expected path=value"),
+        ("passes.7.ratio=1", '"7" is not an index below 1'),
+        ("seed.x=1", "seed holds a single value"),
+        ("seed=[1", "is not valid YAML"),
+    ],
+)
+def test_overrides_that_do_not_fit(text: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        override({"model": "a:b", "seed": 1, "passes": ["Comb"]}, text)

@@ -1,0 +1,80 @@
+"""Small models, losses and loaders that the recipes of these tests name as `toys:...`."""
+
+import torch
+from torch import nn
+
+WIDTH = 16
+
+
+def net(classes: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU(),
+        nn.Conv2d(WIDTH, 2 * WIDTH, 3, padding=1), nn.BatchNorm2d(2 * WIDTH), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * WIDTH, classes),
+    )  # fmt: skip
+
+
+class Branching(nn.Module):
+    """Decides by the values of its input, which torch.export refuses."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+def broken() -> nn.Module:
+    raise RuntimeError("weights not found\nand more lines")
+
+
+def number() -> int:
+    return 3
+
+
+def batches(shape: tuple[int, ...] = (3, 8, 8), classes: int = 4, count: int = 4, size: int = 8) -> list:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, size, *shape, generator=generator)
+    return list(zip(images, torch.randint(classes, (count, size), generator=generator), strict=True))
+
+
+def splits() -> tuple[list, list]:
+    return batches(), batches(count=2)
+
+
+def grey() -> list:
+    return batches(shape=(1, 8, 8))
+
+
+def integers() -> list:
+    return [(torch.zeros(8, 3, 8, 8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))]
+
+
+def words() -> list:
+    return [("a picture", "a label")]
+
+
+def nothing() -> list:
+    return []
+
+
+def once() -> object:
+    return iter(batches())
+
+
+def text() -> str:
+    return "train.csv"
+
+
+def raising() -> object:
+    class Loader:
+        def __iter__(self):
+            raise OSError("disk gone")
+
+    return Loader()
+
+
+def unlabelled() -> list:
+    return [images for images, _ in batches()]
+
+
+def nan_loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return outputs.sum() * float("nan")
