@@ -1,0 +1,227 @@
+"""Is a pruned program what the original becomes when entries are absent? The verdict of the absence oracle."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import GraphcombError
+from ..program import Program
+from .absence import Absence
+from .evaluate import Evaluator, example_inputs, flatten, random_inputs, relative_error, size_symbols, to_double
+from .presence import Disagreement, Held
+from .randomise import randomise
+from .removal import Removed, checked, differences, pruned_weights
+
+TOLERANCE = 1e-10
+ATTEMPTS = 3  # draws of weights, should one be ill-conditioned
+JITTER = 1e-12
+WORST_CONDITIONING = 1e5
+SAME = 1e-9
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the oracle found; everything in float64 and relative to the largest entry of each output.
+
+    error: worst difference between the pruned program and the absence oracle; inf when one of them cannot run, shapes
+        differ, or the weights are not slices of the original's. dense_difference: how far the pruned program is from the
+        original. conditioning: change of the outputs per relative change of the weights. vacuous: something was removed
+        and nothing changed, so the check proves nothing. disagreements: why not, one line each. inputs: shapes tried.
+    """
+
+    error: float
+    dense_difference: float
+    conditioning: float
+    vacuous: bool
+    disagreements: tuple[str, ...] = ()
+    inputs: tuple[tuple[tuple[int, ...], ...], ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= TOLERANCE and not self.vacuous and not self.disagreements
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "error": self.error,
+            "dense_difference": self.dense_difference,
+            "conditioning": self.conditioning,
+            "vacuous": self.vacuous,
+            "disagreements": list(self.disagreements),
+            "inputs": [[list(shape) for shape in shapes] for shapes in self.inputs],
+        }
+
+
+def surgery(before: Program, result: Any, *, seed: int = 0, batches: int = 2, retrained: bool = False) -> float:
+    """Worst relative error, in float64, of a pruned program against what the original becomes with entries absent.
+
+    result: what `RemoveChannels` returns, or anything with `program` and `removed`. Weights are drawn at random, so the
+    error does not hide behind zeros; a program with a dynamic batch runs at `batches` batch sizes. retrained: the weights
+    were trained after removal, so only their shapes must fit. Returns inf, with a warning that says why, when shapes or
+    weights do not fit. Raises GraphcombError when something was removed and no output changed (vacuous).
+    """
+    verdict = check(before, result, seed=seed, batches=batches, retrained=retrained)
+    if verdict.vacuous:
+        raise GraphcombError("vacuous: something was removed and no output changed, so the surgery is not proven")
+    if verdict.disagreements:
+        warnings.warn(f"surgery: {verdict.disagreements[0]}", stacklevel=2)
+    return verdict.error
+
+
+def check(before: Program, result: Any, *, seed: int = 0, batches: int = 2, retrained: bool = False) -> Verdict:
+    """The full verdict; see `surgery` for the arguments. BadInput when `result.removed` does not fit the program."""
+    removed, after = checked(before, result.removed), result.program
+    wrong = differences(before, after, removed, retrained)
+    if wrong:
+        return Verdict(float("inf"), float("nan"), float("nan"), False, tuple(wrong))
+    return Trial(before, after, removed, seed).judge(batches)
+
+
+class Trial:
+    """One pair of programs, on random weights and inputs."""
+
+    def __init__(self, before: Program, after: Program, removed: Removed, seed: int = 0):
+        self.before, self.after, self.removed, self.seed = before, after, removed, seed
+        self.conditioning, self.difference = float("nan"), float("nan")
+
+    def prepare(self) -> None:
+        """Draw weights and inputs that are finite and well conditioned, as far as a few draws allow. Raises what running
+        the pruned program raises."""
+        for attempt in range(ATTEMPTS):
+            seed = self.seed + 1000 * attempt
+            self.generator = torch.Generator().manual_seed(seed)
+            dense = self.draw(seed)
+            self.sliced = pruned_weights(self.weights, self.removed, self.after)
+            pruned = Evaluator(self.after, self.sliced).run(self.inputs)
+            jittered = Jitter(self.after, self.sliced, self.generator).run(self.inputs)
+            self.conditioning = relative_error(jittered, pruned) / JITTER
+            self.difference = relative_error(pruned, dense)
+            if 0 < self.conditioning <= WORST_CONDITIONING:
+                break
+
+    def draw(self, seed: int) -> Any:
+        """Set inputs and weights, and return the original's outputs for them: at batch size 2 if the program lets us, and
+        on the example inputs themselves where random ones give no finite output."""
+        small = {s: 2 for s, (_, d) in size_symbols(self.before).items() if d == 0}
+        for sizes in (small, {}) if small else ({},):
+            try:
+                self.inputs = random_inputs(self.before, self.generator, sizes)
+                self.weights, dense = randomise(self.before, self.inputs, seed, self.removed)
+            except RuntimeError:
+                continue
+            if _finite(dense):
+                return dense
+        self.inputs = [to_double(x) for x in example_inputs(self.before)]
+        self.weights, dense = randomise(self.before, self.inputs, seed, self.removed)
+        return dense
+
+    def judge(self, batches: int) -> Verdict:
+        errors, tried, found = [0.0], [], []
+        try:
+            self.prepare()
+            for inputs in self.batches(batches):
+                tried.append(tuple(tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)))
+                expected, shapes = self.expected(inputs)
+                wrong: list[str] = []
+                pruned = Evaluator(self.after, self.sliced).run(inputs, lambda n, v: compare_shapes(n, v, shapes, wrong))
+                errors.append(relative_error(pruned, expected))
+                found += [w for w in wrong if w not in found]
+                if errors[-1] > TOLERANCE and not wrong:
+                    found.append(self.first_difference(inputs))
+        except Disagreement as error:
+            errors.append(float("inf"))
+            found.append(str(error))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            errors.append(float("inf"))
+            found.append(f"the program does not run: {_first_line(error)}")
+        vacuous = bool(self.removed) and max(errors) <= TOLERANCE and self.difference <= SAME
+        return Verdict(max(errors), self.difference, self.conditioning, vacuous, tuple(found), tuple(tried))
+
+    def batches(self, count: int) -> Iterator[list[Any]]:
+        """The inputs prepared, then others at larger batch sizes; dynamic heights and widths change once."""
+        yield self.inputs
+        symbols = size_symbols(self.before)
+        first = next((x.shape[0] for x in self.inputs if isinstance(x, torch.Tensor) and x.dim()), 1)
+        batch = [s for s, (_, d) in symbols.items() if d == 0]
+        rest = {s: n for s, (n, d) in symbols.items() if d != 0}
+        for extra in range(1, count if batch else 1):
+            yield random_inputs(self.before, self.generator, dict.fromkeys(batch, first + extra))
+        if rest:
+            for resize in (lambda n: n // 2, lambda n: 2 * n):
+                inputs = random_inputs(self.before, self.generator, {s: resize(n) for s, n in rest.items()})
+                try:
+                    Evaluator(self.before, self.weights).run(inputs)
+                except RuntimeError:  # a size the original does not take either
+                    continue
+                yield inputs
+                return
+
+    def expected(self, inputs: list[Any]) -> tuple[Any, dict[str, Any]]:
+        """The oracle's outputs, and the shape every node of the pruned program must have."""
+        shapes: dict[str, Any] = {}
+
+        def note(node: fx.Node, value: Any) -> None:
+            if isinstance(value, Held):
+                shapes[node.name] = value.kept_shape()
+
+        return Absence(self.before, self.weights, self.removed).run(inputs, note), shapes
+
+    def first_difference(self, inputs: list[Any]) -> str:
+        """The first node whose value is not the oracle's, as text."""
+        values: dict[str, torch.Tensor] = {}
+        Evaluator(self.after, self.sliced).run(
+            inputs, lambda n, v: values.update({n.name: v}) if isinstance(v, torch.Tensor) else None
+        )
+        found: list[str] = []
+
+        def look(node: fx.Node, value: Any) -> None:
+            if isinstance(value, Held) and node.name in values and not found:
+                if None in value.kept_shape():
+                    return
+                error = relative_error(values[node.name], value.kept())
+                if error > TOLERANCE:
+                    found.append(f"{node.name} is the first to differ from the oracle, by {error:.1e}")
+
+        Absence(self.before, self.weights, self.removed).run(inputs, look)
+        return found[0] if found else "outputs differ from the oracle"
+
+
+class Jitter(Evaluator):
+    """A run on weights that are off by 1e-12, to see how far rounding may carry."""
+
+    def __init__(self, program: Program, weights: dict[str, torch.Tensor], generator: torch.Generator):
+        super().__init__(program, weights)
+        self.generator = generator
+
+    def fetch(self, name: str) -> Any:
+        value = super().fetch(name)
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        noise = torch.randn(value.shape, generator=self.generator, dtype=torch.float64).to(value.device)
+        return value * (1 + JITTER * noise)
+
+
+def compare_shapes(node: fx.Node, value: Any, shapes: dict[str, Any], wrong: list[str]) -> None:
+    """Note a node whose shape is not what the oracle says; axes of free entries are not determined."""
+    expected = shapes.get(node.name)
+    if not isinstance(value, torch.Tensor) or expected is None:
+        return
+    same = len(expected) == value.dim() and all(
+        e in (n, None) for e, n in zip(expected, value.shape, strict=True)
+    )
+    if not same and len(wrong) < 3:
+        wrong.append(f"{node.name} has shape {tuple(value.shape)}, the oracle says {expected}")
+
+
+def _finite(outputs: Any) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in flatten(outputs) if t.is_floating_point())
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

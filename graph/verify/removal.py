@@ -1,0 +1,91 @@
+"""What was removed, `{parameter or buffer: {dim: indices}}` in the original's numbering, and slicing by it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import BadInput
+from ..program import Program
+from .evaluate import tensors_of, to_double
+
+Removed = Mapping[str, Mapping[int, Sequence[int]]]
+
+
+def checked(before: Program, removed: Removed) -> dict[str, dict[int, list[int]]]:
+    """The same, empty entries dropped and every tied name given. BadInput when it does not fit the program."""
+    tensors = tensors_of(before)
+    tied: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        tied.setdefault(id(tensor), []).append(name)
+    result: dict[str, dict[int, list[int]]] = {}
+    for name, lost in removed.items():
+        if name not in tensors:
+            raise BadInput(f"removed: the program has no parameter or buffer {name}")
+        entry = {}
+        for d, indices in lost.items():
+            n = tensors[name].shape[d] if 0 <= d < tensors[name].dim() else -1
+            found = sorted(int(i) for i in indices)
+            if n < 0 or len(set(found)) != len(found) or (found and not 0 <= found[0] <= found[-1] < n):
+                raise BadInput(f"removed: {name} dimension {d} (size {n}) cannot lose these indices")
+            if len(found) == n:
+                raise BadInput(f"removed: nothing is left of {name} dimension {d}")
+            if found:
+                entry[d] = found
+        for other in tied[id(tensors[name])] if entry else ():
+            if result.setdefault(other, entry) != entry:
+                raise BadInput(f"removed: {name} and {other} are one tensor and lose different indices")
+    return result
+
+
+def kept(n: int, indices: Sequence[int]) -> np.ndarray:
+    return np.delete(np.arange(n), np.asarray(indices, dtype=np.int64))
+
+
+def sliced(tensor: torch.Tensor, lost: Mapping[int, Sequence[int]]) -> torch.Tensor:
+    """The tensor without the lost indices."""
+    for d, indices in lost.items():
+        tensor = tensor.index_select(d, torch.from_numpy(kept(tensor.shape[d], indices)).to(tensor.device))
+    return tensor
+
+
+def pruned_weights(
+    weights: Mapping[str, torch.Tensor], removed: Removed, after: Program
+) -> dict[str, torch.Tensor]:
+    """Weights for the pruned program: those of the original, sliced by `removed`.
+
+    Tables of integers and constants that only the pruned program has are its own.
+    """
+    result: dict[str, torch.Tensor] = {}
+    for name, own in tensors_of(after).items():
+        shared = name in weights and (own.is_floating_point() or own.is_complex())
+        result[name] = sliced(weights[name], removed.get(name, {})) if shared else to_double(own)
+    return result
+
+
+def differences(before: Program, after: Program, removed: Removed, retrained: bool = False) -> list[str]:
+    """Parameters and buffers of the pruned program that are not the slice of the original's, one line each.
+
+    retrained: the weights went on training, so that only their shapes can be compared.
+    """
+    originals, found = tensors_of(before), []
+    for name, own in tensors_of(after).items():
+        if name not in originals:
+            continue
+        lost = removed.get(name, {})
+        shape = tuple(n - len(lost.get(d, ())) for d, n in enumerate(originals[name].shape))
+        if tuple(own.shape) != shape:
+            found.append(f"{name} has shape {tuple(own.shape)}, but removed leaves {shape}")
+        elif not retrained and own.is_floating_point():
+            expected = sliced(originals[name].detach(), lost)
+            if not torch.equal(torch.nan_to_num(own.detach().to(expected.dtype)), torch.nan_to_num(expected)):
+                found.append(f"{name} does not hold the kept values of the original")
+    return found
+
+
+def describe(removed: Removed) -> dict[str, Any]:
+    """JSON-able counts of what is removed per parameter and dimension."""
+    return {name: {str(d): len(i) for d, i in lost.items()} for name, lost in removed.items()}
