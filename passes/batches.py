@@ -1,0 +1,218 @@
+"""What data loaders yield, split into inputs and labels and fitted to a program's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from ..graph.errors import BadInput
+from ..graph.program import Program
+
+FORMS = "a batch is (inputs, labels), a tensor, a one-element list, or a dict of keyword inputs with optional labels"
+
+
+def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """`(args, kwargs, labels)` of one batch; labels is None when the batch has none.
+
+    Taken forms: `(inputs, labels)`; a tensor; a one-element list or tuple (as `TensorDataset` yields); a mapping of
+    keyword inputs with an optional "labels" entry. In the first form, inputs is a tensor, a list or tuple of tensors
+    (several positional inputs), or a mapping of keyword inputs. Raises BadInput for anything else.
+    """
+    if isinstance(batch, Mapping):
+        args, kwargs = _inputs({k: v for k, v in batch.items() if k != "labels"})
+        return args, kwargs, batch.get("labels")
+    if isinstance(batch, (list, tuple)) and 1 <= len(batch) <= 2:
+        args, kwargs = _inputs(batch[0])
+        return args, kwargs, batch[1] if len(batch) == 2 else None
+    args, kwargs = _inputs(batch)
+    return args, kwargs, None
+
+
+def _inputs(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(value, torch.Tensor):
+        return (value,), {}
+    if isinstance(value, Mapping) and value and all(isinstance(v, torch.Tensor) for v in value.values()):
+        return (), dict(value)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, torch.Tensor) for v in value):
+        return tuple(value), {}
+    raise BadInput(f"data: the loader yields {_describe(value)} for inputs; {FORMS}")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        odd = next((f'"{k}": {type(v).__name__}' for k, v in value.items() if not isinstance(v, torch.Tensor)), "")
+        return f"a dict with {odd}" if odd else "an empty dict"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)} ({', '.join(sorted({type(v).__name__ for v in value}))})"
+    return f"a {type(value).__name__}"
+
+
+@dataclass
+class Batch:
+    """One batch, ready for `module(*args, **kwargs)`; size: number of samples that are real (not padding)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Any
+    size: int
+
+
+class Feed:
+    """Fits the batches of a loader to one program: order and names of the inputs, dtype, rank and sizes.
+
+    Attributes: `static`, the batch size the program is fixed to (None when it is dynamic); `skipped`, how many short
+    batches a static program could not take so far. Every error is a BadInput that names the input and what to do.
+    """
+
+    def __init__(self, program: Program, field: str = "data"):
+        self.field, self.skipped = field, 0
+        self._args, self._kwargs = program.args, program.kwargs
+        placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+        self._names = [n.name for n in placeholders]
+        self._values = [n.meta.get("val") for n in placeholders]
+        info = getattr(program.graph._codegen, "pytree_info", None)
+        top = len(self._args) + len(self._kwargs)
+        names = [n for n in info.orig_args if n != "self"] if info else self._names
+        positional = names[: len(self._args)] if len(names) == top else self._names[: len(self._args)]
+        self._order = [*positional, *self._kwargs]
+        first = next((v for v in self._values if isinstance(v, torch.Tensor) and v.dim()), None)
+        self.static = first.shape[0] if first is not None and isinstance(first.shape[0], int) else None
+
+    def batches(self, data: Iterable[Any], pad: bool = False) -> Iterator[Batch]:
+        """All batches of `data`, checked. A static program cannot take a short last batch: it is skipped and counted,
+        or with `pad` filled up with copies of its last sample, whose outputs the caller cuts off (`Batch.size`)."""
+        if not isinstance(data, Iterable):
+            raise BadInput(f"{self.field}: a {type(data).__name__} cannot be iterated; give a DataLoader")
+        for index, raw in enumerate(data):
+            batch = self.fit(raw)
+            if self.static is not None and batch.size < self.static:
+                if index == 0 and not pad:
+                    raise self._wrong_size(batch.size)
+                if not pad:
+                    self.skipped += 1
+                    continue
+                batch = _pad(batch, self.static)
+            yield batch
+
+    def fit(self, raw: Any) -> Batch:
+        """One batch in the program's own argument order, checked; only a batch that is too short for it passes."""
+        args, kwargs, labels = split_batch(raw)
+        if len(args) > len(self._order):
+            raise BadInput(f"{self.field}: a batch has {len(args)} inputs, the program takes {', '.join(self._order)}")
+        given = dict(zip(self._order, args, strict=False)) | kwargs
+        if unknown := [name for name in given if name not in self._order]:
+            raise BadInput(f'{self.field}: no input "{unknown[0]}" in the program; it takes {", ".join(self._order)}')
+        example = dict(zip(self._order, [*self._args, *self._kwargs.values()], strict=True))
+        for name, value in example.items():
+            if name not in given and any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(value)):
+                raise BadInput(f'{self.field}: the batch lacks the input "{name}"')
+        values = [given.get(name, value) for name, value in example.items()]
+        args, kwargs = tuple(values[: len(self._args)]), dict(zip(self._kwargs, values[len(self._args) :], strict=True))
+        size = self._check(pytree.tree_leaves((args, kwargs)))
+        if self.static is not None and size > self.static:
+            raise self._wrong_size(size)
+        return Batch(args, kwargs, labels, size)
+
+    def _wrong_size(self, size: int) -> BadInput:
+        return BadInput(
+            f"{self.field}: a batch has {size} samples, the program is fixed to {self.static}; "
+            f'capture it with dynamic_shapes="batch" or set batch_size={self.static}'
+        )
+
+    def _check(self, leaves: list[Any]) -> int:
+        if len(leaves) != len(self._values):
+            raise BadInput(f"{self.field}: a batch has {len(leaves)} inputs, the program takes {len(self._values)}")
+        size = None
+        for name, value, expected in zip(self._names, leaves, self._values, strict=True):
+            if not isinstance(value, torch.Tensor) or not isinstance(expected, torch.Tensor):
+                continue
+            if value.dtype != expected.dtype:
+                raise BadInput(f'{self.field}: input "{name}" is {value.dtype}, the program takes {expected.dtype}')
+            sizes = list(zip(value.shape, expected.shape, strict=False))[1:]
+            if value.dim() != expected.dim() or any(isinstance(want, int) and have != want for have, want in sizes):
+                wanted = ", ".join(str(s) if isinstance(s, int) else "any" for s in expected.shape[1:])
+                raise BadInput(
+                    f'{self.field}: input "{name}" has shape {tuple(value.shape)}, the program takes (batch, {wanted})'
+                )
+            size = value.shape[0] if size is None and value.dim() else size
+        return size or 0
+
+
+def _pad(batch: Batch, size: int) -> Batch:
+    def fill(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.dim() or tensor.shape[0] != batch.size:
+            return tensor
+        return torch.cat([tensor, tensor[-1:].expand(size - batch.size, *tensor.shape[1:])])
+
+    args, kwargs = pytree.tree_map_only(torch.Tensor, fill, (batch.args, batch.kwargs))
+    return Batch(args, kwargs, batch.labels, batch.size)
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+class Every:
+    """Every `count`-th element of an iterable, from element `index` on; `even`: only from complete groups of `count`,
+    so that all processes take the same number of steps."""
+
+    def __init__(self, items: Iterable[Any], index: int, count: int, even: bool):
+        self._items, self._index, self._count, self._even = items, index, count, even
+
+    def __iter__(self) -> Iterator[Any]:
+        group: list[Any] = []
+        for item in self._items:
+            group.append(item)
+            if len(group) == self._count:
+                yield group[self._index]
+                group = []
+        if not self._even and self._index < len(group):
+            yield group[self._index]
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self._items), self._count)  # type: ignore[arg-type]
+        return whole + (not self._even and self._index < rest)
+
+
+def shard(data: Iterable[Any], index: int, count: int, even: bool = True) -> Iterable[Any]:
+    """The batches that process `index` of `count` takes: batch `index`, `index + count`, … of the loader's order.
+
+    A `DataLoader` over an indexable data set loads only these; of any other iterable the rest is loaded and dropped.
+    A loader that already has a `DistributedSampler` is left as it is.
+    """
+    if count == 1:
+        return data
+    if not isinstance(data, DataLoader) or data.batch_sampler is None or isinstance(data.dataset, IterableDataset):
+        return Every(data, index, count, even)
+    if isinstance(data.sampler, DistributedSampler):
+        return data
+    return DataLoader(
+        data.dataset,
+        batch_sampler=Every(data.batch_sampler, index, count, even),
+        num_workers=data.num_workers,
+        collate_fn=data.collate_fn,
+        pin_memory=data.pin_memory,
+        timeout=data.timeout,
+        worker_init_fn=data.worker_init_fn,
+        multiprocessing_context=data.multiprocessing_context,
+        generator=data.generator,
+        prefetch_factor=data.prefetch_factor,
+        persistent_workers=data.persistent_workers,
+    )
+
+
+def length(data: Iterable[Any]) -> int | None:
+    """Number of batches, None when the iterable does not know."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def generators(data: Iterable[Any]) -> list[torch.Generator]:
+    """The random generators that decide a loader's order, apart from the global one."""
+    sampler = getattr(data, "sampler", None)
+    found = [getattr(owner, "generator", None) for owner in (data, sampler, getattr(data, "batch_sampler", None))]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

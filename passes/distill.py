@@ -1,0 +1,192 @@
+"""Recovery training against the dense teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..graph.errors import BadInput
+from ..graph.ops import op_name, shape
+from ..graph.program import Program, TrainableModule
+from .base import Context, Pass, PassResult
+from .batches import Batch
+from .training import Training, accelerator, evaluate, fingerprint, fit, logits_of, placed, task_loss
+
+
+@dataclass(frozen=True)
+class Distill(Training, Pass):
+    """Train the program (the student) on the context's data so that it answers like the context's teacher.
+
+        L = (1-alpha) * task + alpha * T^2 * KL(teacher/T || student/T) + features * sum_l MSE(norm(S_l), norm(T_l))
+
+    The form of the loss is ours; CPD (arXiv 2408.03046) says that the dense network teaches the pruned one, not how.
+    Softened scores with T^2 are Hinton et al.'s (arXiv 1503.02531). KL runs over dimension 1 of the class scores
+    `(N, C, ...)` and is averaged over samples and, for segmentation, pixels. `S_l` and `T_l` are block outputs of equal
+    shape in both networks, matched by node name; norm divides every sample by its root mean square, so that the MSE is
+    2 * (1 - cosine). task is the context's loss or cross-entropy.
+
+    alpha: weight of the teacher's scores, 0..1; without labels it counts as 1, without a teacher as 0. temperature: T.
+    features: weight of the feature term, 0 for none. labels: use those of the data. The teacher runs in eval mode and,
+    like the input program, is not changed. Training options are those of `Training`.
+
+    Raises BadInput when there is no data, neither teacher nor labels, a teacher with other inputs or scores, or when
+    the loss is no longer finite. Refused, and named in the record: block outputs whose shape differs.
+    """
+
+    alpha: float = 0.7
+    temperature: float = 2.0
+    features: float = 0.0
+    labels: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("alpha", 0 <= self.alpha <= 1, "0 to 1")
+        self._require("temperature", self.temperature > 0, "greater than 0")
+        self._require("features", self.features >= 0, "at least 0")
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        student, teacher = program.copy(), context.teacher.copy() if context.teacher else None
+        if teacher is None and not self.labels:
+            raise BadInput("Distill: labels is false and there is no teacher to learn from; pass teacher=")
+        if teacher is None and self.features:
+            raise BadInput("Distill.features: needs a teacher; pass teacher=, or set features to 0")
+        if teacher is not None:
+            _same_inputs(teacher, student)
+        names, refused = common_features(teacher, student) if teacher is not None and self.features else ([], [])
+        record: dict[str, Any] = {"changed": ["weights", "running statistics"], "refused": refused, "matched": names}
+        if context.val is not None:
+            record["val_before"] = evaluate(student, context.val, context.metric)
+            record["val_teacher"] = evaluate(teacher, context.val, context.metric) if teacher is not None else None
+        with ExitStack() as stack:
+            modules = [p.module().eval() for p in (student, teacher) if p is not None]
+            for module in modules:
+                stack.enter_context(tapped(module, names))
+            if teacher is not None:
+                stack.enter_context(placed(teacher.module(), accelerator().device))
+            objective = _Objective(self, context.loss, teacher.module() if teacher is not None else None)
+            code = fingerprint(teacher.module()) if teacher is not None else None
+            record |= fit(student, objective, self, context, "Distill", outputs=lambda raw: raw[0], identity=[code])
+        return PassResult(student, record)
+
+
+class _Objective:
+    """The loss of a batch from what the tapped student returns, and its parts."""
+
+    def __init__(self, options: Distill, loss: Callable[..., Any] | None, teacher: TrainableModule | None):
+        self.options, self.loss, self.teacher = options, loss, teacher
+
+    def __call__(self, raw: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        outputs, features = raw
+        alpha, labelled = self.options.alpha, self.options.labels and batch.labels is not None
+        if self.teacher is None and not labelled:
+            raise BadInput("Distill: the data has no labels and there is no teacher to learn from; pass teacher=")
+        alpha = 0.0 if self.teacher is None else alpha if labelled else 1.0
+        parts, weights = {}, {"task": 1 - alpha, "kl": alpha, "features": self.options.features}
+        if alpha < 1:
+            parts["task"] = task_loss(self.loss, outputs, batch.labels)
+        if self.teacher is not None and (alpha or features):
+            with torch.no_grad():
+                taught, taught_features = self.teacher(*batch.args, **batch.kwargs)
+            if alpha:
+                parts["kl"] = soft_kl(logits_of(outputs), logits_of(taught), self.options.temperature)
+            if features:
+                parts["features"] = feature_distance(features, taught_features)
+        return torch.stack([weights[key] * value for key, value in parts.items()]).sum(), parts
+
+
+def soft_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """`T^2 * KL(softmax(teacher / T) || softmax(student / T))` over dimension 1 of class scores `(N, C, ...)`, in
+    nats, averaged over the other dimensions (Hinton et al., arXiv 1503.02531)."""
+    if student.shape != teacher.shape:
+        raise BadInput(f"teacher: its class scores are {tuple(teacher.shape)}, the program's {tuple(student.shape)}")
+    ours, theirs = ((t.float() / temperature).log_softmax(1) for t in (student, teacher))
+    return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1).mean()
+
+
+def feature_distance(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum over pairs of feature maps of the mean squared difference after dividing every sample by its root mean
+    square; each term is 2 * (1 - cosine), averaged over samples (ours)."""
+
+    def norm(t: torch.Tensor) -> torch.Tensor:
+        t = t.float().flatten(1)
+        return t * (t.square().mean(1, keepdim=True) + 1e-12).rsqrt()
+
+    return torch.stack([(norm(s) - norm(t)).square().mean() for s, t in zip(student, teacher, strict=True)]).sum()
+
+
+# ------------------------------------------------------------------------------------------------------------ features
+def block_outputs(program: Program) -> list[fx.Node]:
+    """Where a network's blocks end: its residual additions; without any, its concatenations; else what it pools."""
+    nodes = [n for n in program.graph.nodes if n.op == "call_function"]
+    added = [n for n in nodes if op_name(n) == "add" and _residual(n)]
+    joined = [n for n in nodes if op_name(n) == "cat" and len(shape(n)) > 2]
+    pooled = [n.all_input_nodes[0] for n in nodes if "pool" in op_name(n)]
+    return added or joined or list(dict.fromkeys(pooled))
+
+
+def _residual(node: fx.Node) -> bool:
+    terms = [node.args[0], node.args[1]]
+    computed = all(isinstance(t, fx.Node) and t.op == "call_function" for t in terms)
+    return computed and all(
+        isinstance(t.meta["val"], torch.Tensor) and len(shape(t)) > 2 and shape(t) == shape(node)  # type: ignore[union-attr, arg-type]
+        for t in terms
+    )
+
+
+def common_features(teacher: Program, student: Program) -> tuple[list[str], list[dict[str, str]]]:
+    """Names of the block outputs that have the same shape (but for the batch) in both programs, and the others with
+    the reason."""
+    theirs = {n.name: shape(n)[1:] for n in block_outputs(teacher)}
+    ours = {n.name: shape(n)[1:] for n in block_outputs(student)}
+    refused = []
+    for name, size in theirs.items():
+        if name not in ours:
+            refused.append({"what": name, "why": "the student has no block output of that name"})
+        elif ours[name] != size:
+            refused.append({"what": name, "why": f"its shape is {ours[name]} in the student, {size} in the teacher"})
+    if not theirs:
+        refused.append({"what": "features", "why": "the teacher has no residual addition, concatenation or pooling"})
+    return [name for name, size in theirs.items() if ours.get(name) == size], refused
+
+
+@contextmanager
+def tapped(module: TrainableModule, names: Sequence[str]) -> Iterator[None]:
+    """Within the context the module returns `(its outputs, [values of the named nodes])`."""
+    graph = module.graph
+    output = next(n for n in graph.nodes if n.op == "output")
+    before, codegen = output.args, graph._codegen
+    by_name = {n.name: n for n in graph.nodes}
+    plain = codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    spec = pytree.tree_structure((pytree.tree_unflatten([0] * plain.num_leaves, plain), [0] * len(names)))
+    widened = copy.copy(codegen)
+    widened.pytree_info = codegen.pytree_info._replace(out_spec=spec)  # type: ignore[attr-defined]
+    output.args = ((*before[0], *(by_name[name] for name in names)),)
+    graph.set_codegen(widened)
+    module.recompile()
+    try:
+        yield
+    finally:
+        output.args = before
+        graph.set_codegen(codegen)
+        module.recompile()
+
+
+def _same_inputs(teacher: Program, student: Program) -> None:
+    theirs, ours = ([n.meta["val"] for n in p.graph.nodes if n.op == "placeholder"] for p in (teacher, student))
+    if len(theirs) != len(ours):
+        raise BadInput(f"teacher: takes {len(theirs)} inputs, the program {len(ours)}")
+    for t, s in zip(theirs, ours, strict=True):
+        if not isinstance(t, torch.Tensor) or not isinstance(s, torch.Tensor):
+            continue
+        fixed = list(zip(t.shape, s.shape, strict=False))
+        same = all(a == b for a, b in fixed if isinstance(a, int) and isinstance(b, int))
+        if t.dtype != s.dtype or t.dim() != s.dim() or not same:
+            raise BadInput(f"teacher: an input is {t.dtype} {tuple(t.shape)}, the program's {s.dtype} {tuple(s.shape)}")
