@@ -97,10 +97,14 @@ def build(
         kernels=kernels,
         memory={"weights": sum(_size(t) for t in optimized.graph.initializer)},
     )
-    casts = sum(n.name.startswith(INSERTED_CAST) for n in optimized.graph.node)
-    if casts:
-        found.warnings.append(f"ONNX Runtime computes in fp32 where the CPU has no fp16 kernel: {casts} casts inserted")
+    if inserted_casts(optimized):
+        found.warnings.append("ONNX Runtime has no fp16 kernels for this CPU and computes in fp32")
     return found
+
+
+def inserted_casts(optimized: onnx.ModelProto) -> int:
+    """How many casts to fp32 and back ONNX Runtime added for want of fp16 kernels on this CPU."""
+    return sum(n.name.startswith(INSERTED_CAST) and n.op_type == "Cast" for n in optimized.graph.node)
 
 
 def _optimize(model: Path, to: Path, threads: int) -> onnx.ModelProto:
