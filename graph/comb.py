@@ -46,6 +46,20 @@ class Group:
     atom: Factor
 
 
+class Sizer:
+    """Sizes of axes when atoms have the given sizes; operators share their axes, so each is computed once."""
+
+    def __init__(self, sizes: ax.Sizes):
+        self.sizes = sizes
+        self._known: dict[int, tuple[Axis, int]] = {}  # the axis too: an id is only good while its object lives
+
+    def __call__(self, axis: Axis) -> int:
+        found = self._known.get(id(axis))
+        if found is None:
+            found = self._known[id(axis)] = (axis, ax.kept_size(axis, self.sizes))
+        return found[1]
+
+
 class Comb:
     """The solved axes of a program.
 
@@ -64,6 +78,7 @@ class Comb:
         self._kernels: list[Axis] = []
         self._made_of_parameters: set[fx.Node] = set()
         self._groups: list[Group] | None = None
+        self._terms: list[tuple[fx.Node, list[list[Axis]]]] | None = None
         self._solve()
 
     # ----------------------------------------------------------------------------------------------------- solving
@@ -306,27 +321,29 @@ class Comb:
     # ---------------------------------------------------------------------------------------------------------- cost
     def cost_terms(self) -> list[tuple[fx.Node, list[list[Axis]]]]:
         """MACs of every node as sums of products of axes (see `graph.cost`)."""
-        terms = []
-        for node in self.module.graph.nodes:
-            polynomial = cost.macs(node)
-            if polynomial:
-                terms.append((node, [[self.axes[n][d] for n, d in monomial] for monomial in polynomial]))
-        return terms
+        if self._terms is None:
+            self._terms = []
+            for node in self.module.graph.nodes:
+                polynomial = cost.macs(node)
+                if polynomial:
+                    self._terms.append((node, [[self.axes[n][d] for n, d in monomial] for monomial in polynomial]))
+        return self._terms
 
     def macs(self, sizes: ax.Sizes | None = None) -> int:
         """MACs of the program when atoms have the given sizes."""
-        sizes = sizes or {}
-        return sum(math.prod(ax.kept_size(a, sizes) for a in m) for _, terms in self.cost_terms() for m in terms)
+        size = Sizer(sizes or {})
+        return sum(math.prod(map(size, m)) for _, terms in self.cost_terms() for m in terms)
 
     def cost(self, sizes: ax.Sizes) -> dict[str, int]:
         """`Program.cost()` of the program in which atoms have the given sizes."""
         weights = activations = params = 0
         parameters = {id(p) for p in self.module.parameters()}
+        size = Sizer(sizes)
         for node, axes in self.axes.items():
             value = node.meta.get("val")
             if axes is None or not isinstance(value, torch.Tensor) or node.op == "placeholder":
                 continue
-            count = math.prod(ax.kept_size(a, sizes) for a in axes)
+            count = math.prod(map(size, axes))
             if node.op == "call_function":
                 activations += count * value.element_size()
                 continue

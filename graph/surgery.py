@@ -164,15 +164,34 @@ def _slice(tensor: Any, keeps: dict[int, np.ndarray]) -> Any:
     if not isinstance(tensor, torch.Tensor):
         return copy.deepcopy(tensor)
     data = tensor.detach()
-    for d, keep in sorted(keeps.items(), key=lambda item: item[1].mean()):
-        index = torch.from_numpy(np.flatnonzero(keep)).to(data.device)
-        sizes = [*data.shape[:d], len(index), *data.shape[d + 1 :]]
-        # trailing dimensions of size 1 make index_select several times slower
-        data = (
-            data.reshape([n for i, n in enumerate(data.shape) if i <= d or n > 1]).index_select(d, index).reshape(sizes)
-        )
-    if not keeps:
-        data = data.clone()
+    indices = {d: torch.from_numpy(np.flatnonzero(keep)).to(data.device) for d, keep in keeps.items()}
+    data = select(data, indices) if indices else data.clone()
     return (
         torch.nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else data
     )
+
+
+BLOCK = 1 << 17  # elements: an intermediate of this size stays in a core's cache
+
+
+def select(data: torch.Tensor, indices: dict[int, torch.Tensor]) -> torch.Tensor:
+    """The entries of a tensor at the given indices along each of some dimensions.
+
+    Rows are taken a block at a time, so that what is selected along two dimensions passes through a small buffer instead
+    of a second tensor; trailing dimensions of size 1, which make index_select several times slower, are dropped first.
+    """
+    sizes = [len(indices[d]) if d in indices else n for d, n in enumerate(data.shape)]
+    last = max(indices)
+    flat = data.reshape([n for d, n in enumerate(data.shape) if d <= last or n > 1])
+    if 0 not in indices or len(indices) != 2 or flat.numel() <= BLOCK:
+        for d, index in indices.items():
+            flat = flat.index_select(d, index)
+        return flat.reshape(sizes)
+    rows, columns = indices[0], indices[last]
+    result = flat.new_empty([len(rows), *flat.shape[1:last], len(columns), *flat.shape[last + 1 :]])
+    step = max(1, BLOCK // max(1, flat[0].numel()))
+    buffer = flat.new_empty([step, *flat.shape[1:]])
+    for start in range(0, len(rows), step):
+        block = torch.index_select(flat, 0, rows[start : start + step], out=buffer[: len(rows) - start])
+        torch.index_select(block, last, columns, out=result[start : start + step])
+    return result.reshape(sizes)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.export import ExportedProgram
 
@@ -52,7 +52,12 @@ class PassResult:
 @dataclass(frozen=True)
 class Pass:
     """Base of all passes; subclasses define fields and `run(program, context) -> PassResult` and never change their
-    input program."""
+    input program.
+
+    exact: the result computes what the input program computes, up to rounding of stored weights. Pipelines check it.
+    """
+
+    exact: ClassVar[bool] = False
 
     def __call__(self, program: Any, context: Context | None = None, **fields: Any) -> Any:
         """Apply the pass. An `ExportedProgram` in gives an `ExportedProgram` out; a `Program` gives a `PassResult`.
@@ -69,11 +74,12 @@ class Pass:
             context = dataclasses.replace(context or Context(), **fields)
         except TypeError as error:
             raise BadInput(f"{type(self).__name__}: {error}") from None
-        start, before = time.perf_counter(), program.cost()
+        start = time.perf_counter()
         result = self.run(program, context)
         head = {"pass": type(self).__name__, "options": self.options()}
-        tail = {"cost": {"before": before, "after": result.program.cost()}, "seconds": time.perf_counter() - start}
-        result.record = head | result.record | tail
+        result.record = head | result.record | {"seconds": time.perf_counter() - start}
+        if "cost" not in result.record:
+            result.record["cost"] = {"before": program.cost(), "after": result.program.cost()}
         result.program.history = [*program.history, result.record]
         return result
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..graph import axes as ax
 from ..graph.axes import Factor
-from ..graph.comb import DEFAULT_KINDS, KINDS, Comb, Group
+from ..graph.comb import DEFAULT_KINDS, KINDS, Comb, Group, Sizer
 from ..graph.errors import BadInput, Unreachable
 from ..graph.ops import arguments, op_name
 from ..graph.program import Program
@@ -105,6 +105,7 @@ class RemoveChannels(Pass):
                 {"what": g.name, "kind": g.kind, "size": g.size, "why": g.frozen} for g in comb.groups if g.frozen
             ],
             "layers": layers(comb, sizes),
+            "cost": {"before": comb.cost({}), "after": smaller.cost()},
             "alignment": selection.alignment,
             "removed": removed,
         }
@@ -312,6 +313,7 @@ def _planned(comb: Comb, plan: Any) -> dict[str, int]:
 def layers(comb: Comb, sizes: dict[Factor, int]) -> list[dict[str, Any]]:
     """Convolutions and linears with their channels and MACs before and after."""
     rows = []
+    dense, kept = Sizer({}), Sizer(sizes)
     for node, terms in comb.cost_terms():
         name = op_name(node)
         if not (name.startswith("conv") or name == "linear"):
@@ -320,15 +322,12 @@ def layers(comb: Comb, sizes: dict[Factor, int]) -> list[dict[str, Any]]:
         weight = a["weight"]
         channel = 1 if name.startswith("conv") else -1
         into, out = comb.axes[a["input"]][channel], comb.axes[node][channel]
-        macs = [sum(math.prod(ax.kept_size(x, s) for x in m) for m in terms) for s in (dict[Factor, int](), sizes)]
+        macs = [sum(math.prod(map(size, m)) for m in terms) for size in (dense, kept)]
         rows.append(
             {
                 "name": str(weight.target) if weight.op == "get_attr" else node.name,
-                "kind": "linear" if name == "linear" else "depthwise" if a["groups"] == ax.size(into) else "conv",
-                "channels": {
-                    "before": [ax.size(into), ax.size(out)],
-                    "after": [ax.kept_size(into, sizes), ax.kept_size(out, sizes)],
-                },
+                "kind": "linear" if name == "linear" else "depthwise" if a["groups"] == dense(into) else "conv",
+                "channels": {"before": [dense(into), dense(out)], "after": [kept(into), kept(out)]},
                 "macs": {"before": macs[0], "after": macs[1]},
             }
         )

@@ -1,0 +1,175 @@
+"""Seconds for comb, selection and surgery, next to torch-pruning's dependency graph, pruner and step.
+
+    python benchmarks/comb_speed.py                    # results in benchmarks/results/comb_speed.json and .md
+    python benchmarks/comb_speed.py --models resnet50
+
+One thread, one process per model, runs of both interleaved; runs in which the processor was shared (CPU time under 93 % of
+wall time) are thrown away. The ratio is the median of the ratios of neighbouring runs. Capture is shown, not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = ("resnet50", "vit_b_16", "convnext_tiny", "swin_t", "efficientnet_b0", "densenet121", "chain1000")
+GUARD = 0.93
+
+
+def build(name: str):
+    import torch
+    from torchvision import models
+
+    torch.manual_seed(0)
+    if name == "chain1000":
+        layers: list = [torch.nn.Conv2d(3, 16, 3, padding=1)]
+        for _ in range(333):
+            layers += [torch.nn.BatchNorm2d(16), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3, padding=1)]
+        return torch.nn.Sequential(*layers).eval(), torch.randn(1, 3, 16, 16)
+    return models.get_model(name, weights=None).eval(), torch.randn(1, 3, 224, 224)
+
+
+def measure(name: str, runs: int, seconds: float) -> dict:
+    import torch
+    import torch_pruning as tp
+
+    from graphcomb.graph import capture
+    from graphcomb.graph.comb import Comb
+    from graphcomb.passes import RemoveChannels
+
+    torch.set_num_threads(1)
+    model, x = build(name)
+    start = time.perf_counter()
+    program = capture(model, x)
+    row: dict = {"capture_s": time.perf_counter() - start, "nodes": len(program.graph.nodes)}
+
+    def theirs(work) -> None:
+        tp.pruner.MagnitudePruner(
+            work, x, importance=tp.importance.MagnitudeImportance(), pruning_ratio=0.5,
+            ignored_layers=[m for m in work.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1000],
+        ).step()  # fmt: skip
+
+    jobs = {
+        "comb": lambda: Comb(program),
+        "their_graph": lambda: tp.DependencyGraph().build_dependency(copy_of(), example_inputs=x),
+        "all": lambda: RemoveChannels(ratio=0.5)(program),
+        "their_all": lambda: theirs(copy_of()),
+    }
+    spare: list = []
+
+    def copy_of():
+        return spare.pop()
+
+    times: dict[str, list[float]] = {k: [] for k in jobs}
+    rejected, end = 0, time.monotonic() + seconds
+    while time.monotonic() < end and min(map(len, times.values())) < runs:
+        found = {}
+        for job, function in jobs.items():
+            if job.startswith("their"):
+                spare.append(copy.deepcopy(model))
+            try:
+                wall, cpu = time.perf_counter(), time.process_time()
+                function()
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            except Exception as error:
+                row[f"{job}_fails"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+                found[job] = None
+                continue
+            found[job] = wall if cpu / wall >= GUARD else None
+            rejected += found[job] is None
+        for ours, other in (("comb", "their_graph"), ("all", "their_all")):
+            if f"{other}_fails" in row:
+                if found[ours] is not None:
+                    times[ours].append(found[ours])
+                times[other].append(float("nan"))
+            elif found[ours] is not None and found[other] is not None:
+                times[ours].append(found[ours])
+                times[other].append(found[other])
+    row["rejected"] = rejected
+    for ours, other in (("comb", "their_graph"), ("all", "their_all")):
+        row[f"{ours}_s"] = statistics.median(times[ours]) if times[ours] else None
+        if f"{other}_fails" not in row and times[ours]:
+            row[f"{other}_s"] = statistics.median(times[other])
+            ratios = sorted(b / a for a, b in zip(times[ours], times[other], strict=True))
+            row[f"{ours}_ratio"] = statistics.median(ratios)
+            row[f"{ours}_ratio_spread"] = [ratios[0], ratios[-1]]
+            row[f"{ours}_runs"] = len(ratios)
+    return row
+
+
+def table(data: dict) -> str:
+    lines = [
+        "# Seconds for comb, selection and surgery\n",
+        f"{data['environment']}. Ratios: torch-pruning over graphcomb, median (lowest to highest) of paired runs.\n",
+        "| model | nodes | capture | comb | its dependency graph | ratio | comb + selection + surgery | its pruner + step | ratio |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, r in data["rows"].items():
+        cells = [name, str(r["nodes"]), f"{r['capture_s']:.2f} s"]
+        for ours, other in (("comb", "their_graph"), ("all", "their_all")):
+            cells.append(f"{1e3 * r[f'{ours}_s']:.1f} ms" if r[f"{ours}_s"] else "too contended")
+            if f"{other}_fails" in r:
+                cells += ["fails", "-"]
+            elif r.get(f"{ours}_ratio"):
+                low, high = r[f"{ours}_ratio_spread"]
+                cells += [f"{1e3 * r[f'{other}_s']:.0f} ms", f"{r[f'{ours}_ratio']:.1f} ({low:.1f} to {high:.1f})"]
+            else:
+                cells += ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=90, help="limit per model")
+    parser.add_argument("--results", type=Path, default=RESULTS / "comb_speed.json")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.one:
+        print(json.dumps(measure(options.one, options.runs, options.seconds)))
+        return
+    import torch
+    import torch_pruning
+
+    path: Path = options.results
+    path.parent.mkdir(exist_ok=True)
+    data = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    data["environment"] = (
+        f"One thread of {platform.processor() or platform.machine()}, torch {torch.__version__}, "
+        f"torch-pruning {torch_pruning.__version__}, Python {platform.python_version()}"
+    )
+    for name in options.models:
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            name,
+            "--runs",
+            str(options.runs),
+            "--seconds",
+            str(options.seconds),
+        ]
+        out = subprocess.run(command, capture_output=True, text=True)
+        if out.returncode:
+            print(f"{name}: {out.stderr.strip().splitlines()[-1]}")
+            continue
+        data["rows"][name] = json.loads(out.stdout.strip().splitlines()[-1])
+        path.write_text(json.dumps(data, indent=1) + "\n")
+        print(name, {k: round(v, 4) if isinstance(v, float) else v for k, v in data["rows"][name].items()}, flush=True)
+    path.with_suffix(".md").write_text(table(data))
+
+
+if __name__ == "__main__":
+    main()

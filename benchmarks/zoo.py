@@ -1,0 +1,330 @@
+"""Comb and prune every exportable torchvision model and one model of every timm family, next to torch-pruning.
+
+    python benchmarks/zoo.py                 # resumes; results in benchmarks/results/zoo.json and zoo.md
+    python benchmarks/zoo.py --only 'swin*'  # some models; --again measures them anew
+    python benchmarks/zoo.py --table         # only rewrite the table
+
+Each model runs in a process of its own under a time and a memory limit: captured without hints, combed, pruned with
+ratio 0.5 of every unfrozen axis, and checked against the oracle in float64. Weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+SMALL = (
+    "zepto atto femto pico nano xxtiny xtiny xxs xsmall xs tiny mini micro small 0 050 18 s 26 lite 002 004 010 020 34 50 t "
+    "base b medium m 101 large l"
+).split()
+
+
+def timm_names() -> list[str]:
+    """One model, a small one, for every (module, family) of timm."""
+    from timm.models._registry import _module_to_models
+
+    families: dict[tuple[str, str], list[str]] = {}
+    for module, names in _module_to_models.items():
+        for name in names:
+            families.setdefault((module, re.split(r"[_\d]", name)[0]), []).append(name)
+
+    def smallness(name: str) -> tuple[int, int, str]:
+        tokens = re.findall(r"[a-z]+|\d+", name)
+        rank = min((SMALL.index(t) for t in tokens if t in SMALL), default=len(SMALL))
+        return rank, len(name), name
+
+    return sorted(f"timm/{min(names, key=smallness)}" for names in families.values())
+
+
+def torchvision_names() -> list[str]:
+    from torchvision import models
+
+    found = [*models.list_models(module=models)]
+    for module in (models.segmentation, models.video, models.optical_flow, models.detection):
+        found += models.list_models(module=module)
+    return [f"torchvision/{name}" for name in found]
+
+
+def build(name: str):
+    """(model, example inputs) with random weights, at a small input size where the model allows it."""
+    import torch
+
+    family, _, rest = name.partition("/")
+    torch.manual_seed(0)
+    if family == "timm":
+        import timm
+
+        model = timm.create_model(rest).eval()
+        config = model.default_cfg
+        channels, *full = config["input_size"]
+        for size in [full] if config.get("fixed_input_size") else [[96, 96], full]:
+            try:
+                with torch.no_grad():
+                    model(torch.randn(2, channels, *size))
+                return model, (torch.randn(2, channels, *size),)
+            except (RuntimeError, AssertionError, ValueError):
+                continue
+        raise RuntimeError(f"{rest} does not run at its own input size")
+    from torchvision import models
+
+    options = {"weights_backbone": None} if rest in _with_backbone() else {}
+    if rest in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+    model = models.get_model(rest, weights=None, **options).eval()
+    if rest in models.list_models(module=models.optical_flow):
+        return model, (torch.randn(2, 3, 128, 128), torch.randn(2, 3, 128, 128), 2)
+    if rest in models.list_models(module=models.video):
+        shapes = {"mvit": (16, 224, 224), "s3d": (16, 224, 224)}
+        size = next((s for k, s in shapes.items() if rest.startswith(k)), (8, 64, 64))
+        return model, (torch.randn(2, 3, *size),)
+    if rest in models.list_models(module=models.detection):
+        return model, ([torch.randn(3, 128, 128)],)
+    size = {"vit_l_32": 224, "vit_b_32": 224, "vit_h_14": 224, "inception_v3": 96}.get(rest)
+    size = size or (224 if rest.startswith(("vit", "maxvit")) else 64)
+    return model, (torch.randn(2, 3, size, size),)
+
+
+def _with_backbone() -> list[str]:
+    from torchvision import models
+
+    return models.list_models(module=models.segmentation) + models.list_models(module=models.detection)
+
+
+def measure(name: str, verify: bool) -> dict:
+    """One row: what the comb found, what was removed, how long it took, and the oracle's error."""
+    import torch
+
+    from graphcomb.graph import capture
+    from graphcomb.graph.comb import Comb
+    from graphcomb.graph.program import flatten_outputs
+    from graphcomb.passes import RemoveChannels
+
+    torch.set_num_threads(1)
+    row: dict = {"model": name}
+    model, inputs = build(name)
+    row["params"] = sum(p.numel() for p in model.parameters())
+    tensors = tuple(x for x in inputs)
+    start = time.perf_counter()
+    try:
+        program = capture(model, tensors)
+    except Exception as error:
+        return row | {"status": "not exportable", "why": str(error)[:400]}
+    row["capture_s"] = time.perf_counter() - start
+    row["nodes"] = len(program.graph.nodes)
+    row["comb_s"] = min(_timed(lambda: Comb(program)) for _ in range(3))
+    solved = Comb(program)
+    row["prunable_share"] = solved.coverage()
+    row["refusals"] = [f"{node.name}: {why}" for node, why in solved.refusals][:10]
+    row["frozen"] = [f"{g.name}: {g.frozen}" for g in solved.groups if g.frozen and g.kind != "constant"][:12]
+    start = time.perf_counter()
+    result = RemoveChannels(ratio=0.5, round_to=1)(program)
+    row["remove_s"] = time.perf_counter() - start
+    row["removed_share"] = 1 - result.program.params / program.params
+    row["macs_ratio"] = program.macs / max(result.program.macs, 1)
+    with torch.no_grad():
+        before = [tuple(t.shape) for t in flatten_outputs(program.module()(*tensors))]
+        after = [tuple(t.shape) for t in flatten_outputs(result.program.module()(*tensors))]
+    if before != after:
+        return row | {"status": "wrong shapes", "why": f"{before} became {after}"}
+    if verify:
+        from graphcomb.graph import verify as oracle
+
+        start = time.perf_counter()
+        row["error"] = oracle.surgery(program, result)
+        row["verify_s"] = time.perf_counter() - start
+        if not row["error"] <= 1e-10:
+            return row | {"status": "inexact"}
+    return row | {"status": "ok"}
+
+
+def _timed(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def torch_pruning(name: str) -> dict:
+    """torch-pruning out of the box on the same model: dependency graph, magnitude pruner at 0.5, one step."""
+    import torch
+    import torch_pruning as tp
+
+    torch.set_num_threads(1)
+    model, inputs = build(name)
+    before = sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        shapes = _shapes(model(*inputs))
+    classifiers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1000]
+    try:
+        start = time.perf_counter()
+        tp.DependencyGraph().build_dependency(model, example_inputs=inputs)
+        graph_s = time.perf_counter() - start
+        start = time.perf_counter()
+        pruner = tp.pruner.MagnitudePruner(
+            model, inputs, importance=tp.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=classifiers
+        )
+        pruner.step()
+        all_s = time.perf_counter() - start
+        with torch.no_grad():
+            after = _shapes(model(*inputs))
+    except Exception as error:
+        return {
+            "status": "fails",
+            "why": f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}",
+        }
+    removed = 1 - sum(p.numel() for p in model.parameters()) / before
+    status = "runs" if after == shapes else "wrong shapes"
+    return {"status": status, "graph_s": graph_s, "all_s": all_s, "removed_share": removed}
+
+
+def _shapes(outputs) -> list:
+    import torch
+    from torch.utils import _pytree as pytree
+
+    return [tuple(t.shape) for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+
+
+# ----------------------------------------------------------------------------------------------------------- the parent
+def run_child(arguments: list[str], seconds: float, gigabytes: float) -> dict:
+    """Run this script for one model; kill it past the limits. Returns the row it wrote, or why there is none."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as out, tempfile.TemporaryFile() as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, __file__, *arguments, "--out", out.name]
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        end, peak = time.monotonic() + seconds, 0.0
+        why = None
+        while child.poll() is None and why is None:
+            time.sleep(0.2)
+            peak = max(peak, _resident(child.pid))
+            if time.monotonic() > end:
+                why = f"time limit of {seconds:.0f} s"
+            elif peak > gigabytes:
+                why = f"memory limit of {gigabytes:.0f} GB"
+        if why:
+            child.kill()
+            child.wait()
+            return {"status": "limit", "why": why, "peak_gb": peak}
+        text = Path(out.name).read_text()
+        if text:
+            return json.loads(text) | {"peak_gb": peak}
+        log.seek(0)
+        lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        return {"status": "crash", "why": lines[-1][:400] if lines else f"exit code {child.returncode}"}
+
+
+def _resident(pid: int) -> float:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+    except (OSError, IndexError):
+        return 0.0
+
+
+def save(path: Path, data: dict) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+    part.replace(path)
+
+
+def table(data: dict) -> str:
+    rows = sorted(data["rows"].values(), key=lambda r: r["model"])
+    exportable = [r for r in rows if r["status"] not in ("not exportable",)]
+    good = [r for r in exportable if r["status"] == "ok"]
+    exact = [r for r in good if "error" in r]
+    rival = [r for r in exportable if r.get("torch_pruning", {}).get("status") == "runs"]
+    shares = [r["prunable_share"] for r in good]
+    lines = [
+        "# Every exportable model, combed and pruned\n",
+        f"{len(good)} of {len(exportable)} exportable models pruned at ratio 0.5; {len(exact)} of them checked against the "
+        f"oracle in float64, worst error {max((r['error'] for r in exact), default=0):.1e}. "
+        f"Share of parameters on a prunable axis: median {statistics.median(shares):.2%}, "
+        f"lowest {min(shares):.2%}. Comb: median {1e3 * statistics.median(r['comb_s'] for r in good):.1f} ms. "
+        f"torch-pruning out of the box runs on {len(rival)} of {len(exportable)}.\n",
+        f"{data['environment']}\n",
+        "| model | nodes | on a prunable axis | removed | error | comb ms | remove ms | torch-pruning |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for r in rows:
+        other = r.get("torch_pruning", {})
+        theirs = other.get("status", "")
+        theirs += f", removed {other['removed_share']:.0%}" if "removed_share" in other else ""
+        if r["status"] != "ok":
+            lines.append(f"| {r['model']} | {r['status']}: {r.get('why', '')[:120]} | | | | | | {theirs} |")
+            continue
+        error = f"{r['error']:.0e}" if "error" in r else "not checked"
+        lines.append(
+            f"| {r['model']} | {r['nodes']} | {r['prunable_share']:.1%} | {r['removed_share']:.1%} | {error} "
+            f"| {1e3 * r['comb_s']:.1f} | {1e3 * r['remove_s']:.0f} | {theirs} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def environment() -> str:
+    import timm
+    import torch
+    import torchvision
+
+    return (
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, Python "
+        f"{platform.python_version()}, one thread of {platform.processor() or platform.machine()}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", help="pattern over model names")
+    parser.add_argument("--again", action="store_true", help="measure anew what has a result")
+    parser.add_argument("--failed", action="store_true", help="measure anew what failed")
+    parser.add_argument("--no-verify", action="store_true")
+    parser.add_argument("--no-rival", action="store_true", help="leave torch-pruning out")
+    parser.add_argument("--seconds", type=float, default=400)
+    parser.add_argument("--gigabytes", type=float, default=14)
+    parser.add_argument("--results", type=Path, default=RESULTS / "zoo.json")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--rival", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.one or options.rival:
+        row = measure(options.one, not options.no_verify) if options.one else torch_pruning(options.rival)
+        options.out.write_text(json.dumps(row))
+        return
+    path: Path = options.results
+    path.parent.mkdir(exist_ok=True)
+    data = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    data["environment"] = environment()
+    if not options.table:
+        names = [n for n in torchvision_names() + timm_names() if fnmatch.fnmatch(n, options.only)]
+        for i, name in enumerate(names):
+            old = data["rows"].get(name)
+            if old and not options.again and not (options.failed and old["status"] != "ok"):
+                continue
+            flags = ["--no-verify"] if options.no_verify else []
+            row = {"model": name} | run_child(["--one", name, *flags], options.seconds, options.gigabytes)
+            if old and "torch_pruning" in old:
+                row["torch_pruning"] = old["torch_pruning"]
+            elif not options.no_rival and row["status"] != "not exportable":
+                row["torch_pruning"] = run_child(["--rival", name], 120, options.gigabytes)
+            data["rows"][name] = row
+            save(path, data)
+            print(
+                f"[{i + 1}/{len(names)}] {name}: {row['status']} {row.get('error', '')} {row.get('why', '')[:150]}",
+                flush=True,
+            )
+    if data["rows"]:
+        path.with_suffix(".md").write_text(table(data))
+
+
+if __name__ == "__main__":
+    main()
