@@ -166,6 +166,9 @@ def _unknown() -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------------ entrywise
+HEALING = frozenset("where masked_fill nan_to_num pow fmax fmin sign sgn xlogy heaviside fill zero copy threshold".split())
+
+
 @means(
     """relu relu6 sigmoid tanh gelu silu hardswish hardsigmoid hardtanh clamp clamp_min clamp_max clip exp exp2 log log2
     log10 log1p expm1 sqrt rsqrt neg abs dropout feature_dropout alpha_dropout feature_alpha_dropout clone contiguous alias
@@ -181,8 +184,9 @@ def entrywise(call: Call) -> Any:
     result = call.run()
     if not isinstance(result, torch.Tensor):
         states = broadcast(call.held(), result[0].shape)
-        return [poison(r, states) for r in result]
-    return poison(result, broadcast(call.held(), result.shape))
+        return [Held(r, states) for r in result]
+    states = broadcast(call.held(), result.shape)
+    return poison(result, states) if call.name in HEALING else Held(result, states)
 
 
 @means("to _to_copy type_as")

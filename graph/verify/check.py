@@ -203,8 +203,10 @@ class Jitter(Evaluator):
         value = super().fetch(name)
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
-        noise = torch.randn(value.shape, generator=self.generator, dtype=torch.float64).to(value.device)
-        return value * (1 + JITTER * noise)
+        for d in {0, value.dim() - 1} if value.dim() else ():
+            noise = torch.randn(value.shape[d], generator=self.generator, dtype=torch.float64).to(value.device)
+            value = value * (1 + JITTER * noise).reshape([-1 if k == d else 1 for k in range(value.dim())])
+        return value
 
 
 def compare_shapes(node: fx.Node, value: Any, shapes: dict[str, Any], wrong: list[str]) -> None:

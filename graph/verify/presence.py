@@ -68,13 +68,13 @@ def full(state: State, n: int) -> np.ndarray:
     return np.zeros(n, dtype=np.int8) if state is None else state
 
 
-def indices(state: np.ndarray, absent: bool, device: Any) -> torch.Tensor:
-    return torch.from_numpy(np.flatnonzero((state == ABSENT) == absent)).to(device)
+def indices(state: np.ndarray, device: Any) -> torch.Tensor:
+    return torch.from_numpy(np.flatnonzero(state != ABSENT)).to(device)
 
 
 def take(value: torch.Tensor, d: int, state: State) -> torch.Tensor:
     """The indices along d that are not absent."""
-    return value.index_select(d, indices(state, False, value.device)) if state is not None and lost(state) else value
+    return value.index_select(d, indices(state, value.device)) if state is not None and lost(state) else value
 
 
 def put(part: torch.Tensor, d: int, state: State) -> torch.Tensor:
@@ -84,19 +84,33 @@ def put(part: torch.Tensor, d: int, state: State) -> torch.Tensor:
     shape = list(part.shape)
     shape[d] = len(state)
     whole = torch.full(shape, math.nan if part.is_floating_point() else 0, dtype=part.dtype, device=part.device)
-    return whole.index_copy_(d, indices(state, False, part.device), part)
+    return whole.index_copy_(d, indices(state, part.device), part)
+
+
+def there(states: Sequence[State], device: Any) -> torch.Tensor | None:
+    """A boolean tensor that broadcasts to the entries that are not absent; None when all are there."""
+    mask = None
+    for d, state in enumerate(states):
+        if state is not None and lost(state):
+            own = torch.from_numpy(state != ABSENT).to(device).reshape([-1 if k == d else 1 for k in range(len(states))])
+            mask = own if mask is None else mask & own
+    return mask
 
 
 def fill(value: torch.Tensor, d: int, state: State, number: float) -> torch.Tensor:
     """A copy with `number` at absent indices along d."""
-    return value.index_fill(d, indices(state, True, value.device), number) if state is not None and lost(state) else value
+    states: list[State] = [None] * value.dim()
+    states[d] = state
+    mask = there(states, value.device)
+    return value if mask is None else torch.where(mask, value, number)
 
 
 def poison(value: torch.Tensor, states: Sequence[State]) -> Held:
     """Hold a tensor; absent floating entries become NaN, so that whatever reads them shows."""
     if value.is_floating_point() or value.is_complex():
-        for d, state in enumerate(states):
-            value = fill(value, d, state, math.nan)
+        mask = there(states, value.device)
+        if mask is not None:
+            value = torch.where(mask, value, math.nan)
     return Held(value, tuple(states))
 
 

@@ -34,7 +34,7 @@ def randomise(
 
     touched: names of buffers that lose indices; other constants keep their values. The program is not changed.
     """
-    generator = torch.Generator().manual_seed(seed)
+    source = Source(seed)
     roles, touched = _roles(program), set(touched)
     weights: dict[str, torch.Tensor] = {}
     done: dict[int, torch.Tensor] = {}
@@ -43,10 +43,10 @@ def randomise(
             value = to_double(tensor)
             if value.is_floating_point():
                 free = isinstance(tensor, torch.nn.Parameter) or (name in touched and _harmless(value))
-                value = _draw(value, roles.get(name, ""), generator).to(value.device) if free else value.clone()
+                value = _draw(value, roles.get(name, ""), source).to(value.device) if free else value.clone()
             done[id(tensor)] = value
         weights[name] = done[id(tensor)]
-    return weights, Calibration(program, weights, generator).run(inputs)
+    return weights, Calibration(program, weights, source.generator).run(inputs)
 
 
 def _harmless(value: torch.Tensor) -> bool:
@@ -78,28 +78,50 @@ def _role(node: fx.Node, user: fx.Node) -> str:
     return {"mul": "scale", "div": "scale", "add": "shift", "sub": "shift"}.get(name, "")
 
 
-def _draw(value: torch.Tensor, role: str, generator: torch.Generator) -> torch.Tensor:
+class Source:
+    """Random numbers at the price of a copy: stretches of one pool of prime length, so that no two rows repeat."""
+
+    POOL = 1_048_583
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.normals = torch.randn(self.POOL, generator=self.generator, dtype=torch.float64)
+        self.uniforms = torch.rand(self.POOL, generator=self.generator, dtype=torch.float64)
+
+    def normal(self, shape: torch.Size, spread: float) -> torch.Tensor:
+        return self._stretch(self.normals, shape).mul_(spread)
+
+    def uniform(self, shape: torch.Size, low: float, high: float) -> torch.Tensor:
+        return self._stretch(self.uniforms, shape).mul_(high - low).add_(low)
+
+    def _stretch(self, pool: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        result = torch.empty(math.prod(shape), dtype=torch.float64)
+        at = int(torch.randint(self.POOL, (), generator=self.generator))
+        done = 0
+        while done < len(result):
+            part = pool[at : at + len(result) - done]
+            result[done : done + len(part)] = part
+            done, at = done + len(part), 0
+        return result.reshape(shape)
+
+
+def _draw(value: torch.Tensor, role: str, source: Source) -> torch.Tensor:
     """Random values in the place of a tensor's, by its role and own spread."""
-
-    def uniform(low: float, high: float) -> torch.Tensor:
-        return torch.rand(value.shape, generator=generator, dtype=torch.float64) * (high - low) + low
-
-    def normal(spread: float) -> torch.Tensor:
-        return torch.randn(value.shape, generator=generator, dtype=torch.float64) * spread
-
+    shape = value.shape
     if not value.numel():
         return value
+    if role == "contraction" and value.dim() > 1:
+        return source.normal(shape, math.sqrt(1.5 / math.prod(shape[1:])))
+    if role == "shift" and value.dim() == 1:
+        return source.normal(shape, 0.3) + 0.1
     level = float(value.abs().mean())
     spread = float(value.std()) if value.numel() > 1 else 0.0
-    if role == "contraction" and value.dim() > 1:
-        return normal(math.sqrt(1.5 / max(math.prod(value.shape[1:]), 1)))
-    if role == "shift" and value.dim() == 1:
-        return normal(0.3) + 0.1
-    if role == "scale" and value.dim() >= 1 and (level < 0.05 or spread < 1e-3 * level):
-        return uniform(0.6, 1.4) * (level if level > 0.05 else 0.5)
-    if spread <= 1e-3 * level or level == 0:
-        return normal(0.2) if level == 0 else value.cpu() * uniform(0.6, 1.4)
-    return value.cpu() * uniform(0.5, 1.5) + normal(0.3 * spread)
+    constant = spread <= 1e-3 * level
+    if role == "scale" and value.dim() and (constant or level < 0.05):
+        return source.uniform(shape, 0.6, 1.4) * (level if level > 0.05 else 0.5)
+    if constant:
+        return value.cpu() * source.uniform(shape, 0.6, 1.4) if level else source.normal(shape, 0.2)
+    return value.cpu() * source.uniform(shape, 0.5, 1.5) + source.normal(shape, 0.3 * spread)
 
 
 class Calibration(Evaluator):
