@@ -28,23 +28,44 @@ class TrainableModule(fx.GraphModule):
     """A graph whose `train()`/`eval()` flip the flags of its batch_norm (with running statistics) and dropout nodes.
 
     Nothing else differs from the eager module: eps, momentum and probabilities are constants of the graph. Stochastic
-    depth and attention dropout leave no trace in an eval-mode capture and so do not come back in training.
+    depth and attention dropout leave no trace in an eval-mode capture and so do not come back in training. A batch_norm
+    with momentum None is captured with momentum 0; in training its running statistics become, as in eager mode, the
+    plain average over the batches seen: `meta["batches"]`, counted from 0 in every captured or derived module.
     """
 
-    def train(self, mode: bool = True) -> TrainableModule:
+    def train(self, mode: bool = True, batch_norm: bool = True) -> TrainableModule:
+        """Set the training mode; with `batch_norm` False the running statistics are used and stay as they are."""
         super().train(mode)
         changed = False
         for node in self.graph.nodes:
             name = op_name(node)
-            flag = {"batch_norm": "training"}.get(name, "train" if name in DROPOUTS else None)
-            if flag is None or (name == "batch_norm" and arguments(node)["running_mean"] is None):
-                continue
-            if bool(arguments(node)[flag]) != mode:
-                set_argument(node, flag, mode)
-                changed = True
+            wanted: dict[str, Any] = {}
+            if name in DROPOUTS:
+                wanted = {"train": mode}
+            elif name == "batch_norm" and arguments(node)["running_mean"] is not None:
+                wanted = {"training": mode and batch_norm}
+                if node.meta.setdefault("cumulative", arguments(node)["momentum"] == 0):
+                    wanted["momentum"] = float(wanted["training"])  # 1 leaves the batch's own statistics behind
+            for key, value in wanted.items():
+                if arguments(node)[key] != value:
+                    set_argument(node, key, value)
+                    changed = True
         if changed:
             self.recompile()
         return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        averaged = self._averaged() if self.training else []
+        before = [tensor.clone() for tensor in averaged]
+        result = super().__call__(*args, **kwargs)
+        count = self.meta["batches"] = self.meta.get("batches", 0) + bool(averaged)
+        for tensor, old in zip(averaged, before, strict=True):
+            tensor.data.lerp_(old, 1 - 1 / count)  # .data: autograd holds these tensors but never reads them
+        return result
+
+    def _averaged(self) -> list[torch.Tensor]:
+        nodes = [n for n in self.graph.nodes if n.meta.get("cumulative") and arguments(n)["training"]]
+        return [fetch(self, str(arguments(n)[key].target)) for n in nodes for key in ("running_mean", "running_var")]
 
 
 class Program:
@@ -197,9 +218,8 @@ def _adopt(module: fx.GraphModule) -> TrainableModule:
     if isinstance(module, TrainableModule):
         return module
     _drop_dead(module)
-    graph, training = module.graph, module.training
-    new = TrainableModule(module, graph)
-    new.training = training
+    new = TrainableModule(module, module.graph)
+    new.eval()  # a capture is in eval mode, whatever flag torch.export leaves on its module
     for name in ("_in_spec", "_out_spec"):
         if hasattr(module, name):
             setattr(new, name, getattr(module, name))
