@@ -10,17 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from .graph import verify
 from .graph.errors import BadInput, GraphcombError
 from .graph.ops import op_name
 from .graph.program import Program, load
+from .graph.verify.evaluate import Evaluator, double_weights, random_inputs, relative_error
 from .passes.base import Context, Pass, PassResult
 from .passes.training import evaluate, fingerprint
 from .runtime.engine import replacing
 
-TOLERANCE = 1e-10  # of a surgery in float64; what is exact differs from the oracle by rounding only
+SURGERY_TOLERANCE = 1e-10  # an exact surgery differs from the oracle by float64 rounding only
+EXACT_TOLERANCE = 1e-5  # a merged weight is rounded once to float32 when it is stored
 
 
 @dataclass
@@ -35,8 +38,9 @@ class PipelineResult:
 
     @property
     def surgery_error(self) -> float | None:
-        """The worst error that any pass's verification found, relative, in float64."""
-        errors = [r["verified"]["error"] for r in self.records if r.get("verified")]
+        """The worst error of any surgery against the absence oracle, relative, in float64; None without a surgery."""
+        found = [r.get("verified") for r in self.records]
+        errors = [v["error"] for v in found if v and v["oracle"] == "absence oracle"]
         return max(errors) if errors else None
 
 
@@ -113,18 +117,32 @@ class Pipeline:
         """One pass, its checks, and what they found added to its record."""
         result: PassResult = pass_(program, context)
         check_invariants(result.program, type(pass_).__name__)
-        if result.removed:
-            error = verify.surgery(program, result)
-            result.record["verified"] = {"oracle": "surgery", "error": error}
-            if not error <= TOLERANCE:
+        if not result.record.get("changed"):
+            return result.program
+        if verified := verification(pass_, program, result, context.seed):
+            result.record["verified"] = verified
+            if not verified["error"] <= verified["tolerance"]:
                 raise GraphcombError(
-                    f"{type(pass_).__name__}: the result is {error:.1e} off the oracle, more than {TOLERANCE:.0e}; "
-                    "this is a bug of graphcomb, the result is not kept"
+                    f"{type(pass_).__name__}: the result is {verified['error']:.1e} off the {verified['oracle']}, "
+                    f"more than {verified['tolerance']:.0e}; this is a bug of graphcomb, the result is not kept"
                 )
         if accuracy is not None:
             after = evaluate(result.program, context.val or (), context.metric, context.progress)
             result.record["accuracy"] = {"before": accuracy, "after": after}
         return result.program
+
+
+def verification(pass_: Pass, program: Program, result: PassResult, seed: int) -> dict[str, Any] | None:
+    """What can be proven about a result, as {"oracle", "error", "tolerance"}, errors relative and in float64: a surgery
+    against the absence oracle, an exact pass against its input program. None for passes that train."""
+    if result.removed:
+        error, tolerance = verify.surgery(program, result, seed=seed), SURGERY_TOLERANCE
+        return {"oracle": "absence oracle", "error": error, "tolerance": tolerance}
+    if pass_.exact:
+        inputs = random_inputs(program, torch.Generator().manual_seed(seed))
+        before, after = (Evaluator(p, double_weights(p)).run(inputs) for p in (program, result.program))
+        return {"oracle": "input program", "error": relative_error(after, before), "tolerance": EXACT_TOLERANCE}
+    return None
 
 
 class _Store:

@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,6 +7,8 @@ import pytest
 import yaml
 
 from graphcomb.cli import main
+
+sys.path.insert(0, str(Path(__file__).parent))  # for toys.py, in tests and in recipes
 
 
 @dataclass
@@ -17,9 +20,8 @@ class Outcome:
 
 @pytest.fixture(autouse=True)
 def _in_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs in a folder of its own and can import `toys`."""
+    """Every test runs in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
 
 
 @pytest.fixture
