@@ -2,6 +2,8 @@
 
 from .base import Context, Pass, PassResult
 from .comb import Comb
+from .distill import Distill
+from .fuse import Fuse
 from .remove_channels import RemoveChannels
 
-__all__ = ["Comb", "Context", "Pass", "PassResult", "RemoveChannels"]
+__all__ = ["Comb", "Context", "Distill", "Fuse", "Pass", "PassResult", "RemoveChannels"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -67,6 +67,8 @@ class Fuse(Pass):
     computes what the input program computes in eval mode, and has no normalisation left to train where one was folded.
     """
 
+    exact: ClassVar[bool] = True
+
     def run(self, program: Program, context: Context) -> PassResult:
         merger = _Merger(program, context.seed)
         while merger.sweep():
@@ -74,7 +76,7 @@ class Fuse(Pass):
         record: dict[str, Any] = {"changed": merger.changed, "refused": merger.refusals(), "error": 0.0}
         if not merger.changed:
             return PassResult(program.copy(), record)
-        fused = program.derive(clone(merger.module))
+        fused = program.derive(clone(merger.module), stale=False)
         generator = torch.Generator().manual_seed(context.seed)
         inputs = random_inputs(program, generator)
         expected = Evaluator(program, double_weights(program)).run(inputs)
@@ -281,7 +283,9 @@ class _Merger:
             self.exact[name] = exact
             if stored is None:
                 with self.graph.inserting_before(keep):
-                    set_argument(keep, key, self.graph.get_attr(name))
+                    stored = self.graph.get_attr(name)
+                set_argument(keep, key, stored)
+            stored.meta["val"] = arguments(keep)["weight"].meta["val"].new_empty(exact.shape)
         for key, constant in merged.constants.items():
             set_argument(keep, key, constant)
         keep.replace_input_with(keep.args[0], chain[0].args[0])  # type: ignore[arg-type]

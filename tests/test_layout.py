@@ -51,6 +51,14 @@ def test_every_package_is_listed_for_installation() -> None:
     assert sorted(CONFIG["tool"]["setuptools"]["packages"]) == sorted(FOLDERS)
 
 
+def test_every_data_file_is_listed_for_installation() -> None:
+    patterns = CONFIG["tool"]["setuptools"]["package-data"]
+    for package, folder in FOLDERS.items():
+        listed = {path for pattern in patterns.get(package, []) for path in (ROOT / folder).glob(pattern)}
+        data = {p for p in (ROOT / folder).iterdir() if p.is_file() and p.suffix not in (".py", ".pyc")}
+        assert data == listed
+
+
 def test_imports_point_one_way(tree: Path) -> None:
     result = lint_imports(tree)
     assert result.returncode == 0, result.stdout + result.stderr
