@@ -16,6 +16,10 @@ from ..graph.errors import Refused
 FLOAT, HALF = int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.FLOAT16)
 LARGEST = float(np.finfo(np.float16).max)
 SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
+# How many of an operator's inputs it takes values from; the others only say shapes, places or axes. Others: all.
+VALUE_INPUTS = {"ConstantOfShape": 0} | dict.fromkeys(
+    "Expand Reshape Tile Slice Pad Resize Split Squeeze Unsqueeze Gather TopK".split(), 1
+)
 TYPE_ATTRIBUTES = ("to", "dtype")
 
 
@@ -122,16 +126,18 @@ class _Conversion:
 
 
 def _shape_arithmetic(graph: gs.Graph) -> set[int]:
-    """Identities of the float tensors that depend on the shapes of the inputs only."""
+    """Identities of the float tensors whose values are computed from the sizes of the inputs, not from their data."""
     graph.toposort()
-    data = {id(t) for t in graph.inputs}
-    shapes = set()
+    data, sizes = {id(t) for t in graph.inputs}, set()
     for node in graph.nodes:
-        if node.op not in ("Shape", "Size") and any(id(t) in data for t in node.inputs):
+        values = node.inputs[: VALUE_INPUTS.get(node.op)]
+        if node.op in ("Shape", "Size") or (
+            any(id(t) in sizes for t in values) and not any(id(t) in data for t in node.inputs)
+        ):
+            sizes.update(id(t) for t in node.outputs)
+        elif any(id(t) in data for t in node.inputs):
             data.update(id(t) for t in node.outputs)
-        else:
-            shapes.update(id(t) for t in node.outputs if _is_float(t))
-    return shapes
+    return {id(t) for t in graph.tensors().values() if id(t) in sizes and _is_float(t)}
 
 
 def _takes_half(node: gs.Node, index: int, output: bool, opset: int) -> bool:

@@ -25,11 +25,13 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import torch
+from torch import fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from ..graph.capture import infer
 from ..graph.errors import BadInput, Refused
-from ..graph.ops import arguments, op_name
+from ..graph.ops import arguments, hint, op_name
 from ..graph.program import Program
 from .engine import FLOATS, TensorSpec
 from .half import to_half
@@ -161,17 +163,51 @@ def _settings(precision: str, opset: int | None, target: str | Target | None) ->
 
 # --------------------------------------------------------------------------------------------------------- translation
 def _exportable(program: Program) -> Program:
-    """Rewrite what torch.onnx translates badly: global pooling of a channels-last tensor becomes a gather over all of
-    it, an average does not."""
-    graph = program.graph_module.graph
-    for node in [n for n in graph.nodes if op_name(n) in ("adaptive_avg_pool2d", "adaptive_avg_pool3d")]:
-        a = arguments(node)
-        if all(size == 1 for size in a["output_size"]):
-            dims = list(range(-len(a["output_size"]), 0))
-            node.target = torch.ops.aten.mean.dim
-            node.args, node.kwargs = (a["self"], dims, True), {}
-    program.graph_module.recompile()
+    """Rewrite what torch.onnx translates into shapes that no engine fuses; same arithmetic, plain operators."""
+    module = program.graph_module
+    for node in list(module.graph.nodes):
+        if op_name(node) in ("adaptive_avg_pool2d", "adaptive_avg_pool3d"):
+            _global_pool(node)
+        elif op_name(node) == "scaled_dot_product_attention":
+            _attention(node)
+    module.recompile()
     return program
+
+
+def _global_pool(node: fx.Node) -> None:
+    """Pooling to 1x1 is a mean; on a channels-last tensor torch.onnx would make it a gather over the whole tensor."""
+    a = arguments(node)
+    if all(size == 1 for size in a["output_size"]):
+        node.target = torch.ops.aten.mean.dim
+        node.args, node.kwargs = (a["self"], list(range(-len(a["output_size"]), 0)), True), {}
+
+
+def _attention(node: fx.Node) -> None:
+    """softmax(q k^T s + mask) v; torch.onnx would transpose k by two reshapes, which hides attention from TensorRT."""
+    a, aten, graph = arguments(node), torch.ops.aten, node.graph
+    mask, query = a["attn_mask"], a["query"].meta["val"]
+    if (
+        a["is_causal"]
+        or a["enable_gqa"]
+        or a["dropout_p"]
+        or (mask is not None and mask.meta["val"].dtype == torch.bool)
+    ):
+        return
+    scale = a["scale"] if a["scale"] is not None else hint(query.shape[-1]) ** -0.5
+    with graph.inserting_before(node):
+        found = graph.call_function(aten.mul.Scalar, (a["query"], scale))
+        keys = graph.call_function(aten.transpose.int, (a["key"], -2, -1))
+        found = graph.call_function(aten.matmul.default, (found, keys))
+        if mask is not None:
+            found = graph.call_function(aten.add.Tensor, (found, mask))
+        found = graph.call_function(aten.softmax.int, (found, -1))
+        found = graph.call_function(aten.matmul.default, (found, a["value"]))
+    for new in found.graph.nodes:
+        if "val" not in new.meta and new.op == "call_function":
+            new.meta = {k: v for k, v in node.meta.items() if k != "val"}
+            infer(new)
+    node.replace_all_uses_with(found)
+    graph.erase_node(node)
 
 
 def _translate(exported: ExportedProgram, opset: int) -> onnx.ModelProto:

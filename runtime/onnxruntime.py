@@ -30,6 +30,11 @@ class OrtEngine:
         options.log_severity_level = 3
         # Waiting threads must sleep: spinning ones take the other cores' time and spoil every measurement.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if _is_half(path):
+            # Seen with fp16 on CPUs: the extended optimisations crash the process (1.31), and with memory patterns
+            # LayerNormalization is wrong from the second run on (onnxruntime issue 27768).
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            options.enable_mem_pattern = False
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
         try:
@@ -110,6 +115,15 @@ def inserted_casts(optimized: onnx.ModelProto) -> int:
 def _optimize(model: Path, to: Path, threads: int) -> onnx.ModelProto:
     OrtEngine(model, threads, optimized=to).close()
     return onnx.load(str(to))
+
+
+def _is_half(path: Path) -> bool:
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception:  # no ONNX file: the session says so
+        return False
+    kinds = [t.data_type for t in graph.initializer] + [i.type.tensor_type.elem_type for i in graph.input]
+    return onnx.TensorProto.FLOAT16 in kinds
 
 
 def _size(tensor: onnx.TensorProto) -> int:

@@ -38,6 +38,9 @@ def lower_to_17(graph: gs.Graph) -> None:
         elif onnx.defs.get_schema(node.op, 18).since_version == 18 and not onnx.defs.has(node.op, 17):
             raise Refused(f"{node.name}: {node.op} came with opset 18")
     graph.opset = 17
+    for domain in graph.import_domains or ():
+        if not domain.domain:
+            domain.version = 17
 
 
 def _reduction(node: gs.Node) -> None:

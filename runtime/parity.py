@@ -130,7 +130,7 @@ def input_sets(program: Program, seed: int = 0) -> Iterator[tuple[str, int | Non
     example = next(iter(sizes.values()), None)
     yield "example", example, program.args, program.kwargs
     for batch in [example] if example is None else sorted({1, example, example + 1}):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed + (batch or 0))
         leaves, spec = pytree.tree_flatten((program.args, program.kwargs))
         fresh = [
             random_like(x, generator, batch if i in sizes else None) if isinstance(x, torch.Tensor) else x
