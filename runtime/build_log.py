@@ -193,7 +193,7 @@ class BuildLog:
 def parse_build_log(text: str) -> BuildLog:
     """Read the verbose log of one build. Parts that are missing or in an unknown form are left empty."""
     log = BuildLog()
-    for line in text.splitlines():
+    for line in text.split("\n"):  # not splitlines: \x1e separates node names
         if match := NODE.search(line):
             name, op, side, tensors = match.groups()
             operands = tuple((tensor, _shape(dims)) for tensor, dims in OPERAND.findall(tensors))

@@ -16,7 +16,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -241,4 +241,5 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise BadInput(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be no folder at all
+            part.unlink(missing_ok=True)

@@ -12,12 +12,10 @@ Sources: TensorRT developer guide, "Strongly typed networks", "Working with dyna
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -48,7 +46,8 @@ DTYPES = {
 }
 # Without strong typing (8.6): the flags that let TensorRT compute in the types of the ONNX file.
 WEAK_FLAGS = {"fp16": ("FP16",), "bf16": ("BF16",), "int8": ("INT8", "FP16")}
-DEFAULT_MAX_BATCH = 8
+FLAGS = {"sparse": "SPARSE_WEIGHTS", "refit": "REFIT", "version_compatible": "VERSION_COMPATIBLE"}
+DEFAULT_BATCH = 1, 1, 8  # smallest, the one to optimise for (a vehicle's camera gives one image at a time), largest
 
 
 @dataclass
@@ -79,82 +78,55 @@ def build(
 ) -> TensorRTReport:
     """Build an engine for a target and report what the library made of the model.
 
-    batch: of a model with a dynamic batch: one number or (smallest, the one to optimise for, largest); by default from
-    1 to 8 and optimised for the model's example batch. shapes: the same three, as full shapes, for inputs with other
-    dynamic axes. workspace: limit in MiB. optimization_level: 0 to 5, the library's own default if None. sparse: allow
-    kernels for 2:4 sparse weights. tf32: allow TF32 in fp32 layers. dla: core to run on, with the GPU as fallback.
-    refit, version_compatible: engines whose weights can be replaced; that later versions can run. timing_cache: file to
-    reuse measurements from and keep them in. log: file for the library's verbose log.
+    batch: of a model with a dynamic batch: one number or (smallest, the one to optimise for, largest). shapes: the same
+    three, as full shapes, for inputs with other dynamic axes. workspace: limit in MiB. optimization_level: 0 to 5, the
+    library's own default if None. sparse: allow kernels for 2:4 sparse weights. tf32: allow TF32 in fp32 layers. dla:
+    core to run on, with the GPU as fallback. refit, version_compatible: engines whose weights can be replaced; that
+    later versions can run. timing_cache: file to reuse measurements from and keep them in. log: file for the library's
+    verbose log.
 
     Raises BadInput for a model, target or option that does not fit, Refused for what this version or machine cannot do,
     MissingBackend without the library.
     """
-    trt = library(backend)
-    who = f"{NAMES[backend]} {trt.__version__}"
     out = out or model.with_suffix(BACKENDS[backend].suffixes[0])
-    parsed = onnx.load(str(model), load_external_data=False)
-    kind = precision(parsed)
-    notes: list[str] = []
+    kind = precision(onnx.load(str(model), load_external_data=False))
     start = time.perf_counter()
-
-    logger = _logger(trt)
-    if not _aims(trt):
-        _check_device(target, who)
-    builder = trt.Builder(logger)
-    network = builder.create_network(_network_flags(trt))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(model)):
-        raise BadInput(f"{model}: {who} cannot parse it: {_parser_error(parser, parsed)}")
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if _aims(trt):
-        _aim(trt, config, target, who)
-    if not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") and kind in WEAK_FLAGS:
-        for name in WEAK_FLAGS[kind]:
-            _set_flag(trt, config, name, f"precision {kind}", who)
-        notes.append(f"{who} has no strongly typed networks: it may compute layers in a wider type than {kind}")
-    ranges = _ranges(network, model, parsed, batch, shapes or {})
-    if ranges:
-        profile = builder.create_optimization_profile()
-        for name, (smallest, best, largest) in ranges.items():
-            profile.set_shape(name, smallest, best, largest)
-        if config.add_optimization_profile(profile) < 0:
-            raise BadInput(f"shapes: {who} refuses the profile {ranges}: {logger.error()}")
+    work = _Build(backend, target)
+    work.parse(model)
+    work.aim()
+    work.allow(kind)
+    work.shape(model, batch, shapes or {})
     if workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace << 20)
+        work.limit(workspace)
     if optimization_level is not None:
-        _set(config, "builder_optimization_level", optimization_level, "optimization_level", who)
-    flags = {"sparse": (sparse, "SPARSE_WEIGHTS"), "refit": (refit, "REFIT")}
-    flags["version_compatible"] = (version_compatible, "VERSION_COMPATIBLE")
-    for option, (wanted, name) in flags.items():
-        if wanted:
-            _set_flag(trt, config, name, f"option {option}", who)
-    if not tf32 and hasattr(trt.BuilderFlag, "TF32"):
-        config.clear_flag(trt.BuilderFlag.TF32)
+        work.optimize(optimization_level)
+    wishes = {"sparse": sparse, "refit": refit, "version_compatible": version_compatible}
+    for option, flag in FLAGS.items():
+        if wishes[option]:
+            work.flag(flag, f"option {option}")
+    if not tf32 and hasattr(work.trt.BuilderFlag, "TF32"):
+        work.config.clear_flag(work.trt.BuilderFlag.TF32)
     if dla is not None:
-        notes += _use_dla(trt, builder, config, network, target, dla, who)
-    cache = _timing_cache(config, Path(timing_cache), who) if timing_cache is not None else None
-
-    with _monitored(trt, config, f"{who}: {model.name}", progress):
-        engine = builder.build_serialized_network(network, config)
-    text = "\n".join(message for _, message in logger.records)
+        work.use_dla(dla)
+    cache = Path(timing_cache) if timing_cache is not None else None
+    if cache is not None:
+        work.attach(cache)
+    engine = work.run(f"{work.who}: {model.name}", progress)
     if log is not None:
         with replacing(Path(log)) as part:
-            part.write_text(text)
+            part.write_text(work.logger.text())
     if engine is None:
-        wishes = [option for option, (wanted, _) in flags.items() if wanted]
-        with_ = f" with {', '.join(wishes)}" if wishes else ""
-        raise Refused(f"{model}: {who} builds no engine for {target.name}{with_}: {logger.error()}")
+        asked = "".join(f" with {option}" for option, wanted in wishes.items() if wanted)
+        raise Refused(f"{model}: {work.who} builds no engine for {target.name}{asked}: {work.logger.error()}")
     with replacing(out) as part:
         part.write_bytes(engine)
-    if cache is not None and (timings := config.get_timing_cache()) is not None:
+    if cache is not None:
         with replacing(cache) as part:
-            part.write_bytes(timings.serialize())
-
-    said = parse_build_log(text)
+            part.write_bytes(work.config.get_timing_cache().serialize())
+    said = parse_build_log(work.logger.text())
     return TensorRTReport(
         backend=backend,
-        version=trt.__version__,
+        version=work.trt.__version__,
         target=target.name,
         path=out,
         bytes=out.stat().st_size,
@@ -162,7 +134,7 @@ def build(
         precision=kind,
         kernels=said.kernels(),
         memory=said.memory,
-        warnings=notes + logger.warnings(),
+        warnings=work.notes + work.logger.warnings(),
         pads=said.pads(lambda dtype: target.alignment(dtype) if dtype in target.dtypes else 0),
     )
 
@@ -289,159 +261,170 @@ class TensorRTEngine:
         return f"range {smallest} to {largest}"
 
 
-# ------------------------------------------------------------------------------------------------ talking to TensorRT
-def _logger(trt: ModuleType) -> Any:
-    """A logger that keeps everything the library says."""
+# ------------------------------------------------------------------------------------------------------ building
+class _Build:
+    """One build: the library's objects, and each capability looked up before it is used.
 
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.records: list[tuple[str, str]] = []
+    who: the library and its version, for messages. notes: what the user should know about the engine.
+    """
 
-        def log(self, severity: Any, message: str) -> None:
-            self.records.append((severity.name, message))
+    def __init__(self, backend: str, target: Target):
+        self.trt = trt = library(backend)
+        self.who = f"{NAMES[backend]} {trt.__version__}"
+        self.target = target
+        self.notes: list[str] = []
+        self.logger = _logger(trt)
+        # TensorRT-RTX builds for a compute capability that is named, classic TensorRT for the GPU at hand.
+        self.aims = hasattr(trt.IBuilderConfig, "set_compute_capability")
+        if not self.aims:
+            self._check_device()
+        flags = trt.NetworkDefinitionCreationFlag
+        self.strong = hasattr(flags, "STRONGLY_TYPED")
+        wanted = flags.STRONGLY_TYPED if self.strong else flags.EXPLICIT_BATCH  # 8.6 still has implicit batches
+        self.builder = trt.Builder(self.logger)
+        self.network = self.builder.create_network(1 << int(wanted))
+        self.config = self.builder.create_builder_config()
+        self.config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
 
-        def error(self) -> str:
-            """The first error, on one line; those about the missing driver follow from others and say nothing."""
-            errors = [text for kind, text in self.records if kind in ("ERROR", "INTERNAL_ERROR")]
-            telling = [text for text in errors if "catchCudaError" not in text] or errors or ["no reason given"]
-            return " ".join(telling[0].split())[:300]
+    def parse(self, path: Path) -> None:
+        parser = self.trt.OnnxParser(self.network, self.logger)
+        if parser.parse_from_file(str(path)):
+            return
+        if parser.num_errors == 0:
+            raise BadInput(f"{path}: {self.who} cannot parse it")
+        error = parser.get_error(0)
+        if hasattr(error, "node_name"):
+            name, op = error.node_name(), error.node_operator()
+        else:  # before 10.0 only the index
+            nodes = onnx.load(str(path), load_external_data=False).graph.node
+            found = nodes[error.node()] if 0 <= error.node() < len(nodes) else None
+            name, op = (found.name, found.op_type) if found else ("", "")
+        reason = " ".join(error.desc().split("\n")[0].split())[:300]
+        reason = reason if reason not in ("", "false") else "operator not supported"
+        where = f"node {name or error.node()} ({op}): " if op else ""
+        raise BadInput(f"{path}: {self.who} cannot parse it: {where}{reason}")
 
-        def warnings(self) -> list[str]:
-            return list(dict.fromkeys(" ".join(text.split()) for kind, text in self.records if kind == "WARNING"))
+    def aim(self) -> None:
+        """Build for the target's compute capability."""
+        if not self.aims:
+            return
+        known = {n: m for n, m in self.trt.ComputeCapability.__members__.items() if n.startswith("SM")}
+        self.config.num_compute_capabilities = 1
+        # The setter answers False, and does not raise, for what it does not support.
+        if self.target.sm not in known or not self.config.set_compute_capability(known[self.target.sm], 0):
+            raise BadInput(f"target {self._target()}: {self.who} builds for {', '.join(known)} only")
 
-    return Logger()
+    def allow(self, kind: str) -> None:
+        """Without strong typing: let the library compute in the types of the ONNX file."""
+        if self.strong or kind not in WEAK_FLAGS:
+            return
+        for name in WEAK_FLAGS[kind]:
+            self.flag(name, f"precision {kind}")
+        self.notes.append(f"{self.who} has no strongly typed networks: it may compute layers wider than in {kind}")
 
+    def shape(
+        self, path: Path, batch: int | Sequence[int] | None, shapes: Mapping[str, Sequence[Sequence[int]]]
+    ) -> None:
+        """An optimisation profile for a model with dynamic shapes."""
+        tensors = [self.network.get_input(index) for index in range(self.network.num_inputs)]
+        ranges = _ranges({t.name: tuple(t.shape) for t in tensors}, path, batch, shapes)
+        if not ranges:
+            return
+        profile = self.builder.create_optimization_profile()
+        for name, (smallest, best, largest) in ranges.items():
+            profile.set_shape(name, smallest, best, largest)
+        if self.config.add_optimization_profile(profile) < 0:
+            raise BadInput(f"shapes: {self.who} refuses the profile {ranges}: {self.logger.error()}")
 
-def _network_flags(trt: ModuleType) -> int:
-    """Strongly typed where that exists, else explicit batch (8.6, which still has implicit batches)."""
-    flags = trt.NetworkDefinitionCreationFlag
-    wanted = getattr(flags, "STRONGLY_TYPED", None)
-    if wanted is None:
-        wanted = getattr(flags, "EXPLICIT_BATCH", None)
-    return 0 if wanted is None else 1 << int(wanted)
+    def flag(self, name: str, why: str) -> None:
+        if not hasattr(self.trt.BuilderFlag, name):
+            raise Refused(f"{why}: {self.who} has no builder flag {name}")
+        self.config.set_flag(getattr(self.trt.BuilderFlag, name))
 
+    def limit(self, workspace: int) -> None:
+        if not isinstance(workspace, int) or workspace < 1:
+            raise BadInput(f"option workspace: a whole number of MiB, from 1 up, not {workspace}")
+        self.config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, workspace << 20)
 
-def _aims(trt: ModuleType) -> bool:
-    """Whether this library builds for a named compute capability instead of the GPU at hand."""
-    return hasattr(trt.IBuilderConfig, "set_compute_capability")
+    def optimize(self, level: int) -> None:
+        if not isinstance(level, int) or not 0 <= level <= 5:
+            raise BadInput(f"option optimization_level: a whole number from 0 to 5, not {level}")
+        self.config.builder_optimization_level = level
 
+    def use_dla(self, core: int) -> None:
+        """Run on a DLA core what it can run, and note what it cannot."""
+        if self.target.dla is None:
+            raise BadInput(f"option dla: {self.target.name} has no DLA")
+        if not 0 <= core < self.builder.num_DLA_cores:
+            cores = self.builder.num_DLA_cores
+            raise Refused(f"option dla: core {core} asked for, {self.who} finds {cores} cores on this machine")
+        self.config.default_device_type = self.trt.DeviceType.DLA
+        self.config.DLA_core = core
+        self.flag("GPU_FALLBACK", "option dla")
+        layers = [self.network.get_layer(index) for index in range(self.network.num_layers)]
+        left = [f"{layer.name} ({layer.type.name})" for layer in layers if not self.config.can_run_on_DLA(layer)]
+        if left:
+            self.notes.append(f"the DLA cannot run {len(left)} of {len(layers)} layers: {', '.join(left)}")
 
-def _aim(trt: ModuleType, config: Any, target: Target, who: str) -> None:
-    known = {name: member for name, member in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
-    config.num_compute_capabilities = 1
-    # The setter answers False, and does not raise, for what it does not support.
-    if target.sm not in known or not config.set_compute_capability(known[target.sm], 0):
-        capability = target.sm or "no compute capability"
-        raise BadInput(f"target {target.name} ({capability}): {who} builds for {', '.join(known)} only")
+    def attach(self, path: Path) -> None:
+        """Reuse the kernel timings in the file, or start an empty cache."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            cache = self.config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+            attached = cache is not None and self.config.set_timing_cache(cache, False)
+        if any(issubclass(warning.category, DeprecationWarning) for warning in said):  # TensorRT-RTX: it does nothing
+            raise Refused(f"option timing_cache: {self.who} measures no kernels when it builds, so it keeps no cache")
+        if not attached:
+            raise BadInput(f"option timing_cache: {path} was made by another version or device; delete it")
 
+    def run(self, title: str, progress: bool) -> Any:
+        """The serialised engine, or None; with a progress bar by phases where the library reports them (from 10.0)."""
+        if not progress:
+            return self.builder.build_serialized_network(self.network, self.config)
+        with Progress(transient=True) as bar:
+            whole = bar.add_task(title, total=None)
+            if hasattr(self.config, "progress_monitor"):
+                self.config.progress_monitor = _monitor(self.trt, bar, whole)
+            return self.builder.build_serialized_network(self.network, self.config)
 
-def _check_device(target: Target, who: str) -> None:
-    try:
-        cuda = Cuda()
-        here = cuda.compute_capability
-    except (MissingBackend, CudaError) as error:
-        raise Refused(f"target {target.name}: {who} builds on the device itself; {error}") from error
-    if here != target.compute_capability:
-        wanted = target.sm or "no compute capability"
-        raise BadInput(f"target {target.name} ({wanted}): {who} builds for the GPU at hand, SM{here[0]}{here[1]}")
+    def _check_device(self) -> None:
+        try:
+            major, minor = Cuda().compute_capability
+        except (MissingBackend, CudaError) as error:
+            raise Refused(f"target {self._target()}: {self.who} builds on the device itself; {error}") from error
+        if (major, minor) != self.target.compute_capability:
+            raise BadInput(f"target {self._target()}: {self.who} builds for the GPU at hand, which is SM{major}{minor}")
 
-
-def _parser_error(parser: Any, model: onnx.ModelProto) -> str:
-    """The first error with the node it is about; before 10.0 the library knows the node's index only."""
-    if parser.num_errors == 0:
-        return "no reason given"
-    error = parser.get_error(0)
-    nodes, index = model.graph.node, error.node()
-    node = nodes[index] if 0 <= index < len(nodes) else None
-    name = error.node_name() if hasattr(error, "node_name") else node.name if node else ""
-    op = error.node_operator() if hasattr(error, "node_operator") else node.op_type if node else ""
-    reason = " ".join(error.desc().split("\n")[0].split())
-    if reason in ("false", ""):
-        reason = "unsupported operator"
-    where = f"node {name or index} ({op}): " if op else ""
-    return f"{where}{reason[:300]}"
-
-
-def _set_flag(trt: ModuleType, config: Any, name: str, why: str, who: str) -> None:
-    if not hasattr(trt.BuilderFlag, name):
-        raise Refused(f"{why}: {who} has no builder flag {name}")
-    config.set_flag(getattr(trt.BuilderFlag, name))
-
-
-def _set(config: Any, attribute: str, value: int, option: str, who: str) -> None:
-    if not hasattr(config, attribute):
-        raise Refused(f"option {option}: {who} has no {attribute}")
-    try:
-        setattr(config, attribute, value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise BadInput(f"option {option}: {who} refuses {value} ({error})") from error
-    if getattr(config, attribute) != value:
-        raise BadInput(f"option {option}: {who} refuses {value}")
-
-
-def _use_dla(
-    trt: ModuleType, builder: Any, config: Any, network: Any, target: Target, core: int, who: str
-) -> list[str]:
-    """Run on a DLA core what it can run; returns which layers it cannot."""
-    if target.dla is None:
-        raise BadInput(f"option dla: {target.name} has no DLA")
-    cores = builder.num_DLA_cores
-    if not 0 <= core < cores:
-        raise Refused(f"option dla: core {core} asked for; {who} finds {cores} DLA cores on this machine")
-    config.default_device_type = trt.DeviceType.DLA
-    config.DLA_core = core
-    _set_flag(trt, config, "GPU_FALLBACK", "option dla", who)
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    fallback = [f"{layer.name} ({layer.type.name})" for layer in layers if not config.can_run_on_DLA(layer)]
-    return [f"DLA cannot run {len(fallback)} of {len(layers)} layers: {', '.join(fallback)}"] if fallback else []
-
-
-def _timing_cache(config: Any, path: Path, who: str) -> Path:
-    """Attach the cache in the file, or an empty one."""
-    if not hasattr(config, "create_timing_cache"):
-        raise Refused(f"option timing_cache: {who} has none")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-        attached = cache is not None and config.set_timing_cache(cache, False)
-    if any(issubclass(warning.category, DeprecationWarning) for warning in said):  # TensorRT-RTX: it does nothing
-        raise Refused(f"option timing_cache: {who} measures no kernels when it builds, so it keeps no cache")
-    if not attached:
-        raise BadInput(f"option timing_cache: {path} was made by another version or device; delete it")
-    return path
+    def _target(self) -> str:
+        return f"{self.target.name} ({self.target.sm or 'no compute capability'})"
 
 
 def _ranges(
-    network: Any,
+    inputs: Mapping[str, tuple[int, ...]],
     path: Path,
-    model: onnx.ModelProto,
     batch: int | Sequence[int] | None,
     shapes: Mapping[str, Sequence[Sequence[int]]],
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Smallest, best and largest shape of every dynamic input, empty for a static model."""
-    tensors = {t.name: tuple(t.shape) for t in map(network.get_input, range(network.num_inputs))}
-    dynamic = {name: shape for name, shape in tensors.items() if -1 in shape}
+    """Smallest, best and largest shape of every dynamic input (-1 in its shape); empty for a static model."""
+    dynamic = {name: shape for name, shape in inputs.items() if -1 in shape}
     for name in shapes:
-        if name not in tensors:
-            raise BadInput(f"shapes: {path} has no input {name}; {nearest(name, list(tensors))}")
+        if name not in inputs:
+            raise BadInput(f"shapes: {path} has no input {name}; {nearest(name, inputs)}")
     if batch is not None and not dynamic:
         raise BadInput(f"batch: {path} has a fixed batch; export it with a dynamic one")
-    counts = _three(batch, "batch") if batch is not None else _example_batch(model)
-    ranges = {}
+    counts = DEFAULT_BATCH if batch is None else _three(batch, "batch")
+    ranges: dict[str, tuple[tuple[int, ...], ...]] = {}
     for name, shape in dynamic.items():
         if name in shapes:
-            ranges[name] = tuple(tuple(int(extent) for extent in given) for given in _three(shapes[name], name))
+            ranges[name] = tuple(tuple(given) for given in _three(shapes[name], f"shapes.{name}"))
         elif -1 in shape[1:]:
             axes = [axis for axis, extent in enumerate(shape) if extent == -1]
-            raise BadInput(
-                f"input {name}: axes {axes} are dynamic; give shapes={{'{name}': (smallest, best, largest)}}"
-            )
+            give = f"shapes={{'{name}': (smallest, best, largest)}}"
+            raise BadInput(f"input {name}: axes {axes} are dynamic; give {give}")
         else:
             ranges[name] = tuple((count, *shape[1:]) for count in counts)
         for given in ranges[name]:
-            fits = len(given) == len(shape) and all(b in (a, -1) for a, b in zip(given, shape, strict=True))
-            if not fits:
+            if len(given) != len(shape) or any(b not in (a, -1) for a, b in zip(given, shape, strict=True)):
                 raise BadInput(f"input {name}: shape {given} does not fit {shape}")
         if any(not 0 < a <= b <= c for a, b, c in zip(*ranges[name], strict=True)):
             raise BadInput(f"input {name}: {ranges[name]} is not smallest <= best <= largest, from 1 up")
@@ -455,33 +438,41 @@ def _three(given: Any, name: str) -> tuple[Any, Any, Any]:
     return values[0], values[1], values[2]
 
 
-def _example_batch(model: onnx.ModelProto) -> tuple[int, int, int]:
-    """From 1 to 8, or to the example batch that the exporter noted in the file, which is the one to optimise for."""
-    notes = {entry.key: entry.value for entry in model.metadata_props}
-    try:
-        example = max(int(json.loads(notes["graphcomb.example_batch"])), 1)
-    except (KeyError, TypeError, ValueError):
-        example = 1
-    return 1, example, max(example, DEFAULT_MAX_BATCH)
+# --------------------------------------------------------------------------------------- classes the library calls
+def _logger(trt: ModuleType) -> Any:
+    """A logger that keeps everything the library says."""
+    base: Any = trt.ILogger
 
+    class Logger(base):
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.records: list[tuple[str, str]] = []
 
-@contextmanager
-def _monitored(trt: ModuleType, config: Any, title: str, progress: bool) -> Iterator[None]:
-    """A progress bar for the build: the phases where the library reports them (from 10.0 on), else a running bar."""
-    if not progress:
-        yield
-        return
-    with Progress(transient=True) as bar:
-        whole = bar.add_task(title, total=None)
-        if hasattr(trt, "IProgressMonitor") and hasattr(config, "progress_monitor"):
-            config.progress_monitor = _monitor(trt, bar, whole)
-        yield
+        def log(self, severity: Any, message: str) -> None:
+            self.records.append((severity.name, message))
+
+        def text(self) -> str:
+            return "\n".join(message for _, message in self.records)
+
+        def error(self) -> str:
+            """The first error, on one line; those about the missing driver follow from others and say nothing."""
+            errors = [text for kind, text in self.records if kind in ("ERROR", "INTERNAL_ERROR")]
+            telling = [text for text in errors if "catchCudaError" not in text] or errors or ["no reason given"]
+            return " ".join(telling[0].split())[:300]
+
+        def warnings(self) -> list[str]:
+            return list(dict.fromkeys(" ".join(text.split()) for kind, text in self.records if kind == "WARNING"))
+
+    return Logger()
 
 
 def _monitor(trt: ModuleType, bar: Progress, whole: TaskID) -> Any:
-    class Monitor(trt.IProgressMonitor):
+    """Shows the library's build phases as tasks of a progress bar."""
+    base: Any = trt.IProgressMonitor
+
+    class Monitor(base):
         def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
+            base.__init__(self)
             self.phases: dict[str, TaskID] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:

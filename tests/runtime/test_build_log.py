@@ -1,0 +1,215 @@
+"""Reading build logs: real ones from TensorRT-RTX, which builds here without a GPU, and texts of other versions."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper, save
+
+from graphcomb.runtime.build_log import Pad, parse_build_log
+
+needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
+HALF = TensorProto.FLOAT16
+
+
+class Net:
+    """A small fp16 ONNX model, node by node; the last node's output is the model's."""
+
+    def __init__(self, shape, out):
+        self.nodes, self.weights, self.last = [], [], "x"
+        self.inputs = [helper.make_tensor_value_info("x", HALF, shape)]
+        self.outputs = [helper.make_tensor_value_info("y", HALF, out)]
+
+    def add(self, op, name, *weights, inputs=None, **attributes):
+        names = []
+        for i, weight in enumerate(weights):
+            if isinstance(weight, tuple):
+                weight = np.random.default_rng(len(self.weights)).standard_normal(weight).astype(np.float16)
+            self.weights.append(numpy_helper.from_array(np.asarray(weight), f"{name}.w{i}"))
+            names.append(f"{name}.w{i}")
+        self.nodes.append(helper.make_node(op, [*(inputs or [self.last]), *names], [name], name=name, **attributes))
+        self.last = name
+        return self
+
+    def conv(self, name, out, ins, k, op="Conv", **options):
+        return self.add(op, name, (out, ins, k, k), kernel_shape=[k, k], pads=[k // 2] * 4, **options)
+
+    def log(self, tmp_path, target="rtx-sm86"):
+        from graphcomb.runtime.engine import build_engine
+
+        self.nodes[-1].output[0] = "y"
+        graph = helper.make_graph(self.nodes, "net", self.inputs, self.outputs, self.weights)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        save(model, tmp_path / "net.onnx")
+        build_engine(tmp_path / "net.onnx", target, log=tmp_path / "net.log")
+        return parse_build_log((tmp_path / "net.log").read_text())
+
+
+def fp16(dtype):
+    return {"fp16": 8}[dtype]
+
+
+def found(log):
+    return [(p.how, p.nodes[-1], p.axis, p.before, p.after, p.alignment) for p in log.pads(fp16)]
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (61, [("kernel", "second", 1, 61, 62, 2)]),
+        (63, [("kernel", "second", 1, 63, 64, 8)]),
+        (62, []),
+        (64, []),
+    ],
+)
+def test_a_width_between_convolutions_is_padded_or_not(tmp_path, width, expected):
+    net = Net([2, 32, 12, 12], [2, 32, 12, 12]).conv("first", width, 32, 3).add("Relu", "relu")
+    log = net.conv("second", 32, width, 3).log(tmp_path)
+    assert found(log) == expected
+    assert [k.name for k in log.kernels() if k.padding] == [p.kernel for p in log.pads() if p.how == "kernel"]
+    # The advice is sound: the width rounded up to it builds without padding.
+    for _, _, _, before, _, alignment in expected:
+        wide = -(-before // alignment) * alignment
+        net = Net([2, 32, 12, 12], [2, 32, 12, 12]).conv("first", wide, 32, 3).add("Relu", "relu")
+        assert found(net.conv("second", 32, wide, 3).log(tmp_path)) == []
+
+
+@needs_rtx
+def test_fused_kernels_name_their_nodes_shapes_types_and_formats(tmp_path):
+    net = Net([2, 32, 12, 12], [2, 64, 12, 12]).conv("first", 64, 32, 3).add("Relu", "relu")
+    log = net.conv("second", 64, 64, 1).log(tmp_path)
+    (kernel,) = [k for k in log.kernels() if "relu" in k.nodes]
+    assert kernel.nodes == ("first", "relu")
+    assert kernel.kind == "correlation"
+    assert kernel.inputs == ("fp16[2,32,12,12] NHWC",)
+    assert kernel.outputs == ("fp16[2,64,12,12] NHWC",)
+    assert log.nodes["second"].op == "Conv"
+    assert dict(log.nodes["second"].inputs)["second.w0"] == (64, 64, 1, 1)
+    weights = 2 * (64 * 32 * 9 + 64 * 64)
+    assert weights <= log.memory["weights"] < 1.1 * weights
+    assert log.memory["activations"] > 0
+
+
+@needs_rtx
+def test_older_gpus_pad_inside_the_weights(tmp_path):
+    net = Net([2, 32, 12, 12], [2, 32, 12, 12]).conv("first", 61, 32, 3).add("Relu", "relu")
+    log = net.conv("second", 32, 61, 3).log(tmp_path, "rtx-sm75")
+    assert found(log) == [("weights", "first", 0, 61, 64, 8), ("weights", "second", 1, 61, 64, 8)]
+
+
+@needs_rtx
+def test_the_input_channels_are_padded_in_passing(tmp_path):
+    log = Net([2, 3, 12, 12], [2, 32, 12, 12]).conv("first", 32, 3, 3).log(tmp_path)
+    assert found(log) == [("fused", "first", 1, 3, 4, 4)]
+    assert not any(k.padding for k in log.kernels())
+
+
+@needs_rtx
+def test_grouped_and_transposed_convolutions(tmp_path):
+    net = Net([2, 32, 12, 12], [2, 33, 12, 12]).conv("first", 21, 32, 3)
+    assert ("kernel", "second", 1, 21, 24, 8) in found(net.conv("second", 33, 7, 3, group=3).log(tmp_path))
+    net = Net([2, 32, 12, 12], [2, 33, 12, 12]).conv("first", 21, 32, 3)
+    pads = found(net.conv("second", 21, 33, 3, op="ConvTranspose").log(tmp_path))
+    assert ("kernel", "second", 1, 21, 24, 8) in pads
+    assert any(p[1:5] == ("second", 1, 33, 40) for p in pads)
+
+
+@needs_rtx
+def test_matmuls_are_padded_at_both_ends(tmp_path):
+    net = Net([16, 61], [16, 61]).add("Gemm", "first", (61, 63)).add("Relu", "relu").add("Gemm", "second", (63, 61))
+    pads = found(net.log(tmp_path))
+    assert ("kernel", "relu", 1, 61, 62, 2) in pads  # the input
+    assert ("kernel", "second", 1, 61, 62, 2) in pads  # cut off again at the output
+    assert ("weights", "first", 1, 63, 64, 8) in pads
+
+
+@needs_rtx
+@pytest.mark.parametrize(("widths", "pads"), [((8, 8), 0), ((9, 12), 1)])
+def test_concatenation_is_no_padding(tmp_path, widths, pads):
+    net = Net([2, 32, 12, 12], [2, 32, 12, 12]).conv("left", widths[0], 32, 3)
+    net.conv("right", widths[1], 32, 3, inputs=["x"])
+    net.add("Concat", "cat", inputs=["left", "right"], axis=1).add("Relu", "relu")
+    log = net.conv("last", 32, sum(widths), 3).log(tmp_path)
+    assert len(found(log)) == pads
+    assert any("Conc" in layer.steps for layer in log.layers)
+
+
+@needs_rtx
+def test_the_models_own_pads_and_slices_are_no_padding(tmp_path):
+    net = Net([2, 32, 12, 12], [2, 32, 11, 11]).add("Pad", "pad", np.array([0, 0, 1, 1, 0, 0, 2, 2]))
+    net.add("Conv", "first", (16, 32, 3, 3)).add("Slice", "slice", np.array([2]), np.array([14]), np.array([1]))
+    assert found(net.add("Conv", "second", (32, 12, 3, 3)).log(tmp_path)) == []
+
+
+def test_alignment_of_the_target_is_the_advice_only_where_it_explains_the_padding():
+    lines = [
+        "conv [Conv] inputs: [x -> (1, %d, 8, 8)[HALF]], [w -> (8, %d, 1, 1)[HALF]], ",
+        "conv [Conv] outputs: [y -> (1, 8, 8, 8)[HALF]], ",
+        "Name: __myl_Conc_myl0_0, LayerType: kgen, Inputs: [ { Name: x, Dimensions: [1,%d,8,8], Datatype: Half }], "
+        "Outputs: [ { Name: p, Dimensions: [1,%d,8,8], Datatype: Half }], Metadata: [ONNX Layer: conv]",
+        "Name: conv, LayerType: correlation, Inputs: [ { Name: p, Dimensions: [1,%d,8,8], Datatype: Half }], "
+        "Outputs: [ { Name: y, Dimensions: [1,8,8,8], Datatype: Half }], Metadata: [ONNX Layer: conv]",
+    ]
+
+    def pad(before, after):
+        text = "\n".join(lines) % (before, before, before, after, after)
+        return parse_build_log(text).pads(fp16)
+
+    assert pad(5, 8) == [Pad("__myl_Conc_myl0_0", "kernel", ("conv",), 1, 5, 8, 8)]
+    assert pad(9, 16)[0].alignment == 8
+    assert pad(9, 10)[0].alignment == 2
+    assert pad(9, 12)[0].alignment == 4
+    assert str(pad(9, 12)[0]) == "conv: axis 1 is padded from 9 to 12; multiples of 4 are not"
+
+
+def test_engine_layer_information_of_classic_tensorrt():
+    """The form that TensorRT 8.6 to 10 print; the package does not run here, so this is a written sample."""
+    text = "\n".join(
+        [
+            "[07/01/2024-10:00:00] [V] [TRT] /c1/Conv [Conv] inputs: [x -> (1, 3, 32, 32)[HALF]], "
+            "[w -> (72, 3, 3, 3)[HALF]], ",
+            "[07/01/2024-10:00:00] [V] [TRT] Engine Layer Information:",
+            "Layer(Reformat): Reformatting CopyNode for Input Tensor 0 to /c1/Conv + /r1/Relu, "
+            "Tactic: 0x00000000000003ea, x (Half[1,3,32,32]) -> Reformatted Input Tensor 0 to /c1/Conv + /r1/Relu "
+            "(Half[1,3:8,32,32])",
+            "Layer(CaskConvolution): /c1/Conv + /r1/Relu, Tactic: 0x1, "
+            "Reformatted Input Tensor 0 to /c1/Conv + /r1/Relu (Half[1,3:8,32,32]) -> r1 (Half[1,72:8,32,32])",
+            "Layer(CaskConvolution): /c2/Conv, Tactic: 0x1, r1[Int8(1,72,32,32)], s[Half(1,8,32,32)] "
+            "-> y[Float(1,8,32,32)]",
+            "[07/01/2024-10:00:00] [I] [TRT] Total Activation Memory: 24064",
+            "[07/01/2024-10:00:00] [I] [TRT] Total Weights Memory: 1024 bytes",
+        ]
+    )
+    log = parse_build_log(text)
+    copy, first, second = log.kernels()
+    assert (copy.kind, copy.nodes, copy.inputs) == ("Reformat", (), ("fp16[1,3,32,32]",))
+    assert first.nodes == ("/c1/Conv", "/r1/Relu")
+    assert (first.inputs, first.outputs) == (("fp16[1,3,32,32] C/8",), ("fp16[1,72,32,32] C/8",))
+    assert second.inputs == ("int8[1,72,32,32]", "fp16[1,8,32,32]")
+    assert second.outputs == ("fp32[1,8,32,32]",)
+    assert log.memory == {"activations": 24064, "weights": 1024}
+    assert log.nodes["/c1/Conv"].inputs[1] == ("w", (72, 3, 3, 3))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no log at all",
+        "Layers:\nName: a, LayerType: kgen",
+        "Name: __myl_Conc_myl0_0, LayerType: kgen, Outputs: [ { Name: o, Dimensions: [1,8,4,4] }], Metadata: ",
+        "Name: a, LayerType: gemm, Inputs: [ { Name: x, Dimensions: [] }], Metadata: [ONNX Layer: unseen]",
+        "Total Weights Memory: unknown",
+    ],
+)
+def test_missing_parts_stay_empty(text):
+    log = parse_build_log(text)
+    assert log.pads(fp16) == []
+    assert all(kernel.nodes in ((), ("unseen",)) for kernel in log.kernels())
+    assert log.memory == {}
+
+
+def test_node_names_with_brackets_and_separators():
+    line = "Name: k, LayerType: gemm, Inputs: [], Outputs: [], Metadata: [ONNX Layer: a[0]/b]\x1e[ONNX Layer: c (d)]"
+    assert parse_build_log(line).kernels()[0].nodes == ("a[0]/b", "c (d)")

@@ -1,0 +1,605 @@
+"""TensorRT engines. TensorRT-RTX builds for real, here and without a GPU; running an engine takes a GPU and is skipped
+without one.
+
+Classic TensorRT cannot be installed without NVIDIA's own packages, and needs a GPU to build. `classic` below stands in
+for its module, and `cudart` for the CUDA runtime, on host memory. They show which calls this backend makes to which
+version, not what TensorRT would answer.
+"""
+
+import ctypes
+import dataclasses
+import importlib.util
+import json
+import sys
+import types
+from enum import IntEnum
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.vision_transformer import VisionTransformer
+
+import graphcomb
+from graphcomb.graph.errors import BadInput, GraphcombError, MissingBackend, Refused
+from graphcomb.runtime import cuda
+from graphcomb.runtime.cuda import Cuda, CudaError
+from graphcomb.runtime.engine import build_engine, load_engine
+from graphcomb.runtime.onnx import export_onnx
+from graphcomb.runtime.targets import TARGETS, get_target
+from graphcomb.runtime.tensorrt import TensorRTEngine, build
+
+needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
+RTX_TARGETS = ["rtx-sm75", "rtx-sm80", "rtx-sm86", "rtx-sm89", "rtx-sm120", "rtx-sm121"]
+MODELS = {
+    "resnet": (lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10), (3, 3, 32, 32)),
+    "vit": (lambda: VisionTransformer(16, 4, 2, 2, 32, 64, num_classes=10), (3, 3, 16, 16)),
+}
+
+
+def gpu():
+    try:
+        return Cuda().compute_capability
+    except GraphcombError:
+        return None
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """ONNX files of the models, by name and precision, with a dynamic batch."""
+    folder, files = tmp_path_factory.mktemp("onnx"), {}
+
+    def get(name, precision="fp32"):
+        if (name, precision) not in files:
+            torch.manual_seed(0)
+            make, shape = MODELS[name]
+            program = graphcomb.capture(make().eval(), (torch.randn(shape),), dynamic_shapes="batch")
+            files[name, precision] = folder / f"{name}.{precision}.onnx"
+            export_onnx(program, files[name, precision], precision)
+        return files[name, precision]
+
+    return get
+
+
+def small(path, nodes, inputs, outputs, weights=()):
+    """Save an ONNX model; inputs and outputs as {name: (type, shape)}."""
+    sides = [[helper.make_tensor_value_info(n, *spec) for n, spec in side.items()] for side in (inputs, outputs)]
+    graph = helper.make_graph(nodes, "net", *sides, list(weights))
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+def relu(path, shape=("batch", 4)):
+    spec = {"x": (TensorProto.FLOAT, shape)}
+    return small(path, [helper.make_node("Relu", ["x"], ["y"], name="relu")], spec, {"y": spec["x"]})
+
+
+# ------------------------------------------------------------------------------------------------- TensorRT-RTX, real
+@needs_rtx
+@pytest.mark.parametrize(("name", "precision"), [("resnet", "fp32"), ("resnet", "fp16"), ("vit", "fp16")])
+def test_networks_build_without_a_gpu(exported, tmp_path, name, precision):
+    model = exported(name, precision)
+    report = build_engine(model, "rtx-sm86", tmp_path / "net.rtx")
+    assert report.path.stat().st_size == report.bytes > 100_000
+    assert (report.backend, report.target, report.precision) == ("tensorrt_rtx", "rtx-sm86", precision)
+    assert report.seconds > 0
+    # The engine is of this network: its kernels are made of its nodes, and are fewer than those.
+    nodes = {node.name for node in onnx.load(model).graph.node}
+    seen = {node for kernel in report.kernels for node in kernel.nodes}
+    assert seen <= nodes
+    assert len(seen) > len(nodes) / 2
+    assert 5 < len(report.kernels) < len(nodes)
+    compute = [k for k in report.kernels if k.kind in ("correlation", "gemm", "runtime_fusion")]
+    types = {"fp32": "fp32[", "fp16": "fp16["}
+    assert compute
+    assert all(text.startswith(types[precision]) for k in compute for text in (*k.inputs, *k.outputs))
+    weights = sum(np.prod(t.dims) for t in onnx.load(model).graph.initializer) * {"fp32": 4, "fp16": 2}[precision]
+    assert report.memory["weights"] == pytest.approx(weights, rel=0.1)
+    assert not report.padding
+    json.dumps(report.to_dict())
+    assert list(tmp_path.iterdir()) == [report.path]
+
+
+@needs_rtx
+@pytest.mark.parametrize("target", RTX_TARGETS)
+def test_every_rtx_target_builds(exported, tmp_path, target):
+    report = build_engine(exported("resnet", "fp16"), target, tmp_path / "net.rtx")
+    assert report.target == target
+    assert report.kernels
+
+
+def test_all_rtx_targets_are_tested():
+    assert [name for name, t in TARGETS.items() if t.backend == "tensorrt_rtx"] == RTX_TARGETS
+
+
+@needs_rtx
+def test_the_profile_is_what_was_asked_for(exported, tmp_path):
+    model = exported("resnet")
+
+    def profile(**options):
+        build_engine(model, "rtx-sm86", tmp_path / "net.rtx", log=tmp_path / "log", **options)
+        text = (tmp_path / "log").read_text()
+        (line,) = [line for line in text.splitlines() if "MinShape" in line]
+        return [int(line.split(f"{key}Shape: [")[1].split(",")[0]) for key in ("Min", "Opt", "Max")]
+
+    assert profile() == [1, 1, 8]
+    assert profile(batch=4) == [4, 4, 4]
+    assert profile(batch=(2, 4, 16)) == [2, 4, 16]
+    assert profile(shapes={"x": [(1, 3, 32, 32), (3, 3, 32, 32), (5, 3, 32, 32)]}) == [1, 3, 5]
+
+
+@needs_rtx
+def test_padding_is_reported_with_the_module_it_is_for(tmp_path):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(8, 61, 3), torch.nn.ReLU(), torch.nn.Conv2d(61, 16, 3))
+    program = graphcomb.capture(net.eval(), (torch.randn(3, 8, 12, 12),), dynamic_shapes="batch")
+    export_onnx(program, tmp_path / "net.onnx", "fp16")
+    report = build_engine(tmp_path / "net.onnx", "rtx-sm86")
+    (pad,) = [pad for pad in report.pads if pad.how == "kernel"]
+    assert [k.name for k in report.padding] == [pad.kernel]
+    assert (pad.before, pad.after, pad.alignment) == (61, 62, 2)
+    assert pad.nodes[0].startswith("2/")  # the second convolution
+    assert report.to_dict()["pads"] == [dataclasses.asdict(pad) for pad in report.pads]
+
+
+@needs_rtx
+@pytest.mark.parametrize("option", [{"sparse": True}, {"tf32": False}, {"optimization_level": 1}, {"workspace": 512}])
+def test_options_that_change_no_result(exported, tmp_path, option):
+    assert build_engine(exported("resnet"), "rtx-sm86", tmp_path / "net.rtx", **option).kernels
+
+
+@needs_rtx
+def test_progress_shows_the_phases(exported, tmp_path, capsys):
+    build_engine(exported("resnet"), "rtx-sm86", tmp_path / "net.rtx", progress=True)
+    assert (tmp_path / "net.rtx").exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+SUPPORTED = "builds for SM75, SM80, SM86, SM89, SM120, SM121 only"
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"target": "agx-orin"}, BadInput, rf"target agx-orin \(SM87\): TensorRT-RTX [\d.]+ {SUPPORTED}"),
+        ({"target": "h200"}, BadInput, rf"target h200 \(SM90\): .*{SUPPORTED}"),
+        ({"target": "cpu"}, BadInput, rf"target cpu \(no compute capability\): .*{SUPPORTED}"),
+        ({"batch": (4, 2, 1)}, BadInput, "input x: .* is not smallest <= best <= largest"),
+        ({"batch": 0}, BadInput, "input x: .* from 1 up"),
+        ({"batch": (1, 2)}, BadInput, "batch: three are needed"),
+        ({"shapes": {"z": [(1, 3, 32, 32)] * 3}}, BadInput, "shapes: .* has no input z; known: x"),
+        ({"shapes": {"x": [(1, 3, 32, 33)] * 3}}, BadInput, r"input x: shape \(1, 3, 32, 33\) does not fit"),
+        ({"shapes": {"x": [(1, 3, 32)] * 3}}, BadInput, r"input x: shape \(1, 3, 32\) does not fit"),
+        ({"workspace": 0}, BadInput, "option workspace: a whole number of MiB, from 1 up, not 0"),
+        ({"optimization_level": 9}, BadInput, "option optimization_level: a whole number from 0 to 5, not 9"),
+        ({"dla": 0}, BadInput, "option dla: rtx-sm86 has no DLA"),
+        ({"timing_cache": "cache"}, Refused, "option timing_cache: .* keeps no cache"),
+        ({"version_compatible": True}, Refused, "builds no engine for rtx-sm86 with version_compatible: .*lean"),
+        ({"wrokspace": 5}, BadInput, "option wrokspace: .* did you mean workspace"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_line_and_writes_nothing(exported, tmp_path, monkeypatch, options, kind, message):
+    monkeypatch.chdir(tmp_path)
+    target = options.pop("target", "rtx-sm86")
+    with pytest.raises(kind, match=message) as error:
+        build_engine(exported("resnet"), target, tmp_path / "net.rtx", backend="tensorrt_rtx", **options)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_rtx
+@pytest.mark.skipif(gpu() is not None, reason="this machine has a GPU, where these engines can be built")
+def test_refit_takes_a_gpu(exported, tmp_path):
+    with pytest.raises(Refused, match="builds no engine for rtx-sm86 with refit"):
+        build_engine(exported("resnet"), "rtx-sm86", tmp_path / "net.rtx", refit=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_rtx
+def test_a_fixed_batch_has_no_range(tmp_path):
+    model = relu(tmp_path / "net.onnx", (2, 4))
+    with pytest.raises(BadInput, match=r"batch: .* has a fixed batch"):
+        build_engine(model, "rtx-sm86", batch=2)
+    assert build_engine(model, "rtx-sm86").kernels
+
+
+@needs_rtx
+def test_other_dynamic_axes_want_shapes(tmp_path):
+    model = relu(tmp_path / "net.onnx", ("batch", "width"))
+    with pytest.raises(BadInput, match=r"input x: axes \[0, 1\] are dynamic; give shapes=\{'x': "):
+        build_engine(model, "rtx-sm86")
+    assert build_engine(model, "rtx-sm86", shapes={"x": [(1, 4), (1, 8), (2, 8)]}).kernels
+
+
+@needs_rtx
+def test_an_operator_that_the_parser_lacks_is_named_with_its_node(tmp_path):
+    square = {"x": (TensorProto.FLOAT, (4, 4))}
+    nodes = [
+        helper.make_node("Relu", ["x"], ["z"], name="relu"),
+        helper.make_node("Det", ["z"], ["y"], name="block.2/det"),
+    ]
+    model = small(tmp_path / "net.onnx", nodes, square, {"y": (TensorProto.FLOAT, ())})
+    with pytest.raises(BadInput, match=r"net.onnx: .* cannot parse it: node block.2/det \(Det\): operator not supp"):
+        build_engine(model, "rtx-sm86")
+
+
+@needs_rtx
+def test_a_parser_error_has_the_librarys_reason(tmp_path):
+    vector = {"x": (TensorProto.FLOAT, (4,))}
+    weights = [numpy_helper.from_array(np.float32(0.1), "s"), numpy_helper.from_array(np.int8(3), "zero")]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "zero"], ["q"], name="quantize"),
+        helper.make_node("DequantizeLinear", ["q", "s", "zero"], ["y"], name="dequantize"),
+    ]
+    model = small(tmp_path / "net.onnx", nodes, vector, {"y": vector["x"]}, weights)
+    with pytest.raises(BadInput, match=r"node quantize \(QuantizeLinear\): .*[Nn]on-zero zero point"):
+        build_engine(model, "rtx-sm86")
+
+
+@needs_rtx
+def test_a_damaged_file(tmp_path):
+    (tmp_path / "net.onnx").write_bytes(b"no model")
+    with pytest.raises(BadInput, match=r"net\.onnx: not a"):
+        build_engine(tmp_path / "net.onnx", "rtx-sm86")
+
+
+@needs_rtx
+def test_a_folder_that_cannot_be_written(exported, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"net\.rtx: cannot be written"):
+        build_engine(exported("resnet"), "rtx-sm86", tmp_path / "file" / "net.rtx")
+
+
+def test_a_missing_library_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(MissingBackend, match=r"tensorrt_rtx is not installed.*pip install 'graphcomb\[rtx\]'"):
+        build(relu(tmp_path / "net.onnx"), get_target("rtx-sm86"), None, backend="tensorrt_rtx")
+    monkeypatch.setitem(sys.modules, "tensorrt", types.ModuleType("tensorrt"))  # what the package on PyPI leaves
+    with pytest.raises(MissingBackend, match="tensorrt is installed without its libraries"):
+        build(relu(tmp_path / "net.onnx"), get_target("agx-orin"), None, backend="tensorrt")
+
+
+# -------------------------------------------------------------------------------------------------------- running it
+@needs_rtx
+@pytest.mark.skipif(gpu() is not None, reason="this machine has a GPU")
+def test_running_without_a_gpu_says_so(exported, tmp_path):
+    build_engine(exported("resnet"), "rtx-sm86", tmp_path / "net.rtx")
+    with pytest.raises(MissingBackend, match=r"net\.rtx: running an engine takes the GPU it was built for; no .*GPU"):
+        load_engine(tmp_path / "net.rtx")
+
+
+@needs_rtx
+@pytest.mark.skipif(gpu() is None, reason="needs an NVIDIA GPU and its driver")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_engine_computes_what_onnx_runtime_does(exported, tmp_path, name, precision):
+    target = "rtx-sm{}{}".format(*gpu())
+    if target not in TARGETS:
+        pytest.skip(f"TensorRT-RTX does not support this GPU ({target})")
+    build_engine(exported(name, precision), target, tmp_path / "net.rtx", tf32=False)
+    engine, reference = load_engine(tmp_path / "net.rtx"), load_engine(exported(name, "fp32"))
+    for batch in (1, 8, 3):
+        x = np.random.default_rng(batch).standard_normal((batch, *MODELS[name][1][1:])).astype(np.float32)
+        (got,) = engine.run([x.astype(engine.inputs[0].dtype)])
+        (want,) = reference.run([x])
+        assert np.abs(got - want).max() <= {"fp32": 1e-4, "fp16": 2e-2}[precision] * np.abs(want).max()
+    engine.close()
+
+
+@pytest.mark.skipif(gpu() is None, reason="needs an NVIDIA GPU and its driver")
+def test_memory_goes_to_the_gpu_and_back():
+    device, data = Cuda(), np.arange(1000, dtype=np.float32)
+    address, back = device.allocate(data.nbytes), np.empty_like(data)
+    device.to_device(address, data)
+    device.to_host(back, address)
+    device.synchronize()
+    device.free(address)
+    device.close()
+    assert (back == data).all()
+
+
+# ----------------------------------------------------------------- stand-ins for what needs a GPU or NVIDIA's packages
+class FakeCudart:
+    """The CUDA runtime's functions over host memory."""
+
+    def __init__(self, capability=(8, 7), count=1):
+        self.capability, self.count, self.blocks = capability, count, {}
+        self.cudaGetErrorString = lambda status: b"out of memory"
+
+    def cudaGetDeviceCount(self, count):
+        count._obj.value = self.count
+        return 0
+
+    def cudaGetDevice(self, device):
+        device._obj.value = 0
+        return 0
+
+    def cudaDeviceGetAttribute(self, value, attribute, device):
+        value._obj.value = self.capability[attribute - 75]
+        return 0
+
+    def cudaStreamCreate(self, stream):
+        stream._obj.value = 7
+        return 0
+
+    def cudaStreamSynchronize(self, stream):
+        return int(stream.value != 7)
+
+    def cudaStreamDestroy(self, stream):
+        return 0
+
+    def cudaMalloc(self, pointer, size):
+        if size.value > 1 << 20:
+            return 2
+        block = ctypes.create_string_buffer(size.value)
+        pointer._obj.value = ctypes.addressof(block)
+        self.blocks[pointer._obj.value] = block
+        return 0
+
+    def cudaFree(self, pointer):
+        del self.blocks[pointer.value]
+        return 0
+
+    def cudaMemcpyAsync(self, to, start, size, kind, stream):
+        ctypes.memmove(to, start, size.value)
+        return int(stream.value != 7)
+
+
+@pytest.fixture
+def cudart(monkeypatch):
+    fake = FakeCudart()
+    monkeypatch.setattr(cuda, "_load", lambda: fake)
+    return fake
+
+
+def flags(name, members):
+    return IntEnum(name, members.split(), start=0)
+
+
+@dataclasses.dataclass
+class Classic:
+    """What the stand-in for classic TensorRT was asked to do."""
+
+    module: types.ModuleType
+    config: types.SimpleNamespace = None
+    network_flags: int = -1
+    flags: list = dataclasses.field(default_factory=list)
+    profile: dict = dataclasses.field(default_factory=dict)
+
+
+def fake_tensorrt(version):
+    """A stand-in for `tensorrt` with the members that the version has, by its documented API."""
+    trt = types.ModuleType("tensorrt")
+    made = Classic(trt)
+    trt.__version__ = version
+    old, new = version.startswith("8"), version.startswith("11")
+    severity = flags("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE")
+    trt.ILogger = type("ILogger", (), {"Severity": severity, "__init__": lambda self: None})
+    trt.NetworkDefinitionCreationFlag = flags(
+        "NetworkDefinitionCreationFlag",
+        "EXPLICIT_BATCH" if old else "STRONGLY_TYPED" if new else "EXPLICIT_BATCH STRONGLY_TYPED",
+    )
+    trt.BuilderFlag = flags(
+        "BuilderFlag", "GPU_FALLBACK REFIT TF32 SPARSE_WEIGHTS VERSION_COMPATIBLE" + (" FP16 INT8" if not new else "")
+    )
+    trt.ProfilingVerbosity = flags("ProfilingVerbosity", "LAYER_NAMES_ONLY DETAILED NONE")
+    trt.MemoryPoolType = flags("MemoryPoolType", "WORKSPACE")
+    trt.DeviceType = flags("DeviceType", "GPU DLA")
+    trt.TensorIOMode = flags("TensorIOMode", "NONE INPUT OUTPUT")
+    trt.DataType = flags("DataType", "FLOAT HALF INT4")
+    kind = flags("LayerType", "CONVOLUTION SOFTMAX")
+    layers = [types.SimpleNamespace(name=k.name.lower(), type=k) for k in kind]
+    trt.IBuilderConfig = type("IBuilderConfig", (), {})
+
+    class Config(trt.IBuilderConfig):
+        def __init__(self):
+            self.cache = None
+
+        set_flag = lambda self, flag: made.flags.append(flag.name)  # noqa: E731
+        clear_flag = lambda self, flag: made.flags.append(f"-{flag.name}")  # noqa: E731
+        can_run_on_DLA = lambda self, layer: layer.type is kind.CONVOLUTION  # noqa: E731
+        get_timing_cache = lambda self: self.cache  # noqa: E731
+
+        def create_timing_cache(self, data):
+            return None if data == b"foreign" else types.SimpleNamespace(serialize=lambda: data + b"+timings")
+
+        def set_timing_cache(self, cache, ignore_mismatch):
+            self.cache = cache
+            return not ignore_mismatch
+
+        def add_optimization_profile(self, profile):
+            return 0
+
+    class Builder:
+        num_DLA_cores = 2
+
+        def __init__(self, logger):
+            self.logger = logger
+
+        def create_network(self, value):
+            made.network_flags = value
+            tensor = types.SimpleNamespace(name="x", shape=(-1, 4))
+            return types.SimpleNamespace(
+                num_inputs=1, get_input=lambda i: tensor, num_layers=len(layers), get_layer=layers.__getitem__
+            )
+
+        def create_builder_config(self):
+            made.config = Config()
+            return made.config
+
+        def create_optimization_profile(self):
+            return types.SimpleNamespace(set_shape=lambda name, *shapes: made.profile.update({name: shapes}))
+
+        def build_serialized_network(self, network, config):
+            self.logger.log(severity.WARNING, "tactics were  skipped")
+            self.logger.log(
+                severity.VERBOSE, "Engine Layer Information:\nLayer(Relu): relu, Tactic: 0x1, x (Float[4]) ->"
+            )
+            return b"engine"
+
+    class OnnxParser:
+        def __init__(self, network, logger):
+            self.num_errors = 1
+
+        def parse_from_file(self, path):
+            return not path.endswith("bad.onnx")
+
+        def get_error(self, i):
+            error = types.SimpleNamespace(node=lambda: 0, desc=lambda: "no importer\nmore")
+            if not old:
+                error.node_name, error.node_operator = lambda: "relu", lambda: "Relu"
+            return error
+
+    class Context:
+        def __init__(self):
+            self.shape, self.memory = None, {}
+
+        def set_input_shape(self, name, shape):
+            self.shape = shape
+            return 1 <= shape[0] <= 8
+
+        def get_tensor_shape(self, name):
+            return self.shape
+
+        def set_tensor_address(self, name, address):
+            self.memory[name] = address
+            return True
+
+        def execute_async_v3(self, stream):
+            count = int(np.prod(self.shape))
+            sides = [np.ctypeslib.as_array((ctypes.c_float * count).from_address(self.memory[n])) for n in "xy"]
+            sides[1][:] = 2 * sides[0]
+            return stream == 7
+
+    class Engine:
+        num_io_tensors = 2
+        get_tensor_name = staticmethod("xy".__getitem__)
+        get_tensor_mode = staticmethod(lambda name: trt.TensorIOMode["INPUT" if name == "x" else "OUTPUT"])
+        get_tensor_shape = staticmethod(lambda name: (-1, 4))
+        get_tensor_dtype = staticmethod(lambda name: trt.DataType.FLOAT)
+        get_tensor_profile_shape = staticmethod(lambda name, profile: [(1, 4), (1, 4), (8, 4)])
+        create_execution_context = staticmethod(Context)
+
+    class Runtime:
+        def __init__(self, logger):
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, data):
+            if data != b"engine":
+                self.logger.log(severity.ERROR, "checkMacros.cpp::catchCudaError::250: nothing telling")
+                self.logger.log(severity.ERROR, "the engine plan  is of version 8")
+                return None
+            return Engine()
+
+    trt.Builder, trt.OnnxParser, trt.Runtime = Builder, OnnxParser, Runtime
+    return made
+
+
+@pytest.fixture(params=["8.6.1", "10.3.0", "11.4.0"])
+def classic(request, monkeypatch, cudart):
+    made = fake_tensorrt(request.param)
+    monkeypatch.setitem(sys.modules, "tensorrt", made.module)
+    return made
+
+
+ORIN = get_target("agx-orin")
+
+
+def test_classic_is_strongly_typed_where_it_can_be(classic, tmp_path):
+    weight = [numpy_helper.from_array(np.ones(4, np.float16), "w")]
+    spec = {"x": (TensorProto.FLOAT16, ("batch", 4))}
+    nodes = [helper.make_node("Mul", ["x", "w"], ["y"], name="mul")]
+    model = small(tmp_path / "net.onnx", nodes, spec, {"y": spec["x"]}, weight)
+    report = build(model, ORIN, None, backend="tensorrt", batch=(1, 2, 4), sparse=True, tf32=False)
+    names = classic.module.NetworkDefinitionCreationFlag
+    if classic.module.__version__.startswith("8"):
+        assert classic.network_flags == 1 << names.EXPLICIT_BATCH
+        assert classic.flags == ["FP16", "SPARSE_WEIGHTS", "-TF32"]
+        assert "no strongly typed networks" in report.warnings[0]
+    else:
+        assert classic.network_flags == 1 << names.STRONGLY_TYPED
+        assert classic.flags == ["SPARSE_WEIGHTS", "-TF32"]
+        assert report.warnings == ["tactics were skipped"]
+    assert classic.config.profiling_verbosity == classic.module.ProfilingVerbosity.DETAILED
+    assert classic.profile == {"x": ((1, 4), (2, 4), (4, 4))}
+    assert report.path == tmp_path / "net.engine"
+    assert report.path.read_bytes() == b"engine"
+    assert [k.kind for k in report.kernels] == ["Relu"]
+
+
+def test_classic_builds_for_the_gpu_at_hand_only(classic, tmp_path, cudart):
+    model = relu(tmp_path / "net.onnx")
+    with pytest.raises(BadInput, match=r"target h100 \(SM90\): TensorRT .* builds for the GPU at hand, which is SM87"):
+        build(model, get_target("h100"), None, backend="tensorrt")
+    cudart.count = 0
+    with pytest.raises(
+        Refused, match=r"target agx-orin \(SM87\): TensorRT .* builds on the device itself; no NVIDIA GPU"
+    ):
+        build(model, ORIN, None, backend="tensorrt")
+
+
+def test_a_parser_error_names_the_node_in_every_version(classic, tmp_path):
+    with pytest.raises(BadInput, match=r"bad\.onnx: TensorRT .* cannot parse it: node relu \(Relu\): no importer$"):
+        build(relu(tmp_path / "bad.onnx"), ORIN, None, backend="tensorrt")
+
+
+def test_the_timing_cache_is_reused_and_kept(classic, tmp_path):
+    model, cache = relu(tmp_path / "net.onnx"), tmp_path / "cache"
+    for expected in (b"+timings", b"+timings+timings"):
+        build(model, ORIN, None, backend="tensorrt", timing_cache=cache)
+        assert cache.read_bytes() == expected
+    cache.write_bytes(b"foreign")
+    with pytest.raises(BadInput, match=r"option timing_cache: .*cache was made by another version or device"):
+        build(model, ORIN, None, backend="tensorrt", timing_cache=cache)
+
+
+def test_layers_that_the_dla_cannot_run_are_named(classic, tmp_path):
+    model = relu(tmp_path / "net.onnx")
+    report = build(model, ORIN, None, backend="tensorrt", dla=1)
+    assert "the DLA cannot run 1 of 2 layers: softmax (SOFTMAX)" in report.warnings
+    assert classic.config.default_device_type == classic.module.DeviceType.DLA
+    assert classic.config.DLA_core == 1
+    assert "GPU_FALLBACK" in classic.flags
+    with pytest.raises(Refused, match=r"option dla: core 2 asked for, .* finds 2 cores"):
+        build(model, ORIN, None, backend="tensorrt", dla=2)
+
+
+def test_flags_that_a_version_lacks_are_refused(classic, tmp_path):
+    classic.module.BuilderFlag = flags("BuilderFlag", "FP16")
+    with pytest.raises(Refused, match=r"option refit: TensorRT .* has no builder flag REFIT"):
+        build(relu(tmp_path / "net.onnx"), ORIN, None, backend="tensorrt", refit=True)
+
+
+def test_an_engine_binds_copies_and_runs(classic, tmp_path, cudart):
+    (tmp_path / "net.engine").write_bytes(b"engine")
+    engine = TensorRTEngine(tmp_path / "net.engine", "tensorrt")
+    assert [dataclasses.astuple(s) for s in engine.inputs] == [("x", "float32", (None, 4))]
+    assert [s.name for s in engine.outputs] == ["y"]
+    for batch in (2, 8, 1):  # buffers grow, and are used again
+        x = np.random.default_rng(batch).standard_normal((4, batch)).astype(np.float32).T  # not contiguous
+        (y,) = engine.run([x])
+        assert np.array_equal(y, 2 * x)
+        assert len(cudart.blocks) == 2
+    with pytest.raises(BadInput, match=r"input x: shape \(9, 4\) is outside of .* range \(1, 4\) to \(8, 4\)"):
+        engine.run([np.zeros((9, 4), np.float32)])
+    with pytest.raises(BadInput, match="input x: the engine takes float32, got float64"):
+        engine.run([np.zeros((1, 4))])
+    with pytest.raises(BadInput, match=r"takes 1 inputs \(x\), got 2"):
+        engine.run([x, x])
+    engine.close()
+    assert cudart.blocks == {}
+
+
+def test_a_foreign_engine_file_is_one_line(classic, tmp_path):
+    (tmp_path / "net.engine").write_bytes(b"of another version")
+    with pytest.raises(BadInput, match=r"not an engine for TensorRT .* here: the engine plan is of version 8"):
+        TensorRTEngine(tmp_path / "net.engine", "tensorrt")
+
+
+def test_cuda_errors_carry_cudas_words(cudart):
+    with pytest.raises(CudaError, match="cudaMalloc: out of memory"):
+        Cuda().allocate(1 << 30)
