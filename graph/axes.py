@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ import numpy as np
 
 Axis = list["Factor"]
 MAX_CUTS = 64  # a sum that does not factor is cut into at most this many equal pieces
+
+
+solving: ContextVar[Any] = ContextVar("solving", default=None)  # the graph node whose equations are being solved
 
 
 class Misaligned(Exception):
@@ -186,7 +190,7 @@ def take_inner(axis: Axis, n: int) -> tuple[Axis, Axis]:
                 run.insert(0, axis.pop())
             if size(run) % n:
                 raise Misaligned(f"a boundary of {n} falls inside a factor of {factor.size}")
-            reason = Reason(None, f"regrouping {size(run)} by {n} cuts across factors {[f.size for f in run]}")
+            reason = Reason(solving.get(), f"regrouping {size(run)} by {n} cuts across factors {[f.size for f in run]}")
             freeze(run, reason)
             symbolic = any(f.symbolic for f in run)
             axis += fresh(size(run) // n, reason, symbolic)
@@ -248,7 +252,7 @@ def cut(axis: Axis, sizes: list[int]) -> list[Axis]:
 
 
 # ----------------------------------------------------------------------------------------------------------- unification
-def unify(a: Axis, b: Axis, reason: Reason | None = None) -> None:
+def unify(a: Axis, b: Axis) -> None:
     """Make two axes of equal size the same index space, from the innermost factor outwards.
 
     Products take their common refinement, sums align their segments. The smallest run of adjacent factors that cannot be
@@ -261,15 +265,15 @@ def unify(a: Axis, b: Axis, reason: Reason | None = None) -> None:
             continue
         try:
             if x.size == y.size:
-                _join(x, y, reason)
+                _join(x, y)
             elif x.size % y.size == 0:
                 outer, inner = split_factor(x, y.size)
                 a += outer
-                unify(inner, [y], reason)
+                unify(inner, [y])
             elif y.size % x.size == 0:
                 outer, inner = split_factor(y, x.size)
                 b += outer
-                unify(inner, [x], reason)
+                unify(inner, [x])
             else:
                 raise Misaligned(f"{x.size} against {y.size}")
         except Misaligned as error:
@@ -279,14 +283,13 @@ def unify(a: Axis, b: Axis, reason: Reason | None = None) -> None:
                     run_a.insert(0, a.pop())
                 else:
                     run_b.insert(0, b.pop())
-            node = reason.node if reason else None
-            freeze(run_a + run_b, Reason(node, f"its operands do not align ({error})"))
+            freeze(run_a + run_b, Reason(solving.get(), f"its operands do not align ({error})"))
         a, b = normal(a), normal(b)
     if a or b:
         raise ValueError(f"unify: sizes differ, {show(a)} and {show(b)} are left over")
 
 
-def _join(x: Factor, y: Factor, reason: Reason | None) -> None:
+def _join(x: Factor, y: Factor) -> None:
     if x.segments is not None and y.segments is None:
         x, y = y, x
     if x.segments is None:
@@ -305,7 +308,7 @@ def _join(x: Factor, y: Factor, reason: Reason | None) -> None:
         elif m > n:
             q, more = split_at(q, n)
             right.append(more)
-        unify(p, q, reason)
+        unify(p, q)
     x, y = find(x), find(y)
     if x is not y and x.segments is not None and y.segments is not None:
         if len(segments(x)) > len(segments(y)):

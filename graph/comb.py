@@ -119,6 +119,7 @@ class Comb:
         if inputs and all(i in self._made_of_parameters or self.axes[i] is None for i in inputs):
             self._made_of_parameters.add(node)
         function = RULES.get(name)
+        ax.solving.set(node)
         try:
             if function is None or not hasattr(node.target, "_schema"):
                 raise NoRule("no rule for it")
@@ -160,10 +161,11 @@ class Comb:
             a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node) and self.axes[a] is not None
         )
 
-    def unify(self, a: Axis, b: Axis, node: fx.Node) -> None:
-        """The two axes are the same index space, because `node` combines them."""
+    @staticmethod
+    def unify(a: Axis, b: Axis) -> None:
+        """The two axes are the same index space."""
         if a is not b:
-            unify(a, b, Reason(node, "aligns its operands"))
+            unify(a, b)
 
     def freeze(self, axis: Axis, node: fx.Node, text: str) -> None:
         freeze(axis, Reason(node, text))

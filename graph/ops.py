@@ -65,10 +65,16 @@ def fetch(module: torch.nn.Module, path: str) -> Any:
 
 
 def source(node: fx.Node) -> str:
-    """`node (file:line, in code)` of the user's model, as far as the export recorded it."""
+    """`node (file:line: code)` of the user's model, as far as the export recorded it: the innermost frame that is not
+    torch's own, or else the module's path."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    if len(lines) >= 2:
-        place = lines[-2].replace('File "', "").replace('", line ', ":").split(", in ")[0]
-        return f"{node.name} ({place}: {lines[-1]})"
+    frames = [(i, line) for i, line in enumerate(lines) if line.startswith('File "')]
+    own = [(i, line) for i, line in frames if "/torch/" not in line] or frames
+    if own:
+        i, line = own[-1]
+        path, number = line.removeprefix('File "').split('", line ')
+        code = lines[i + 1] if i + 1 < len(lines) and not lines[i + 1].startswith('File "') else ""
+        place = f"{'/'.join(path.split('/')[-2:])}:{number.split(',')[0]}"
+        return f"{node.name} ({place}: {code})" if code else f"{node.name} ({place})"
     path = next((p for p, _ in reversed(list((node.meta.get("nn_module_stack") or {}).values())) if p), "")
     return f"{node.name} ({path})" if path else node.name

@@ -5,5 +5,6 @@ from .comb import Comb
 from .distill import Distill
 from .fuse import Fuse
 from .remove_channels import RemoveChannels
+from .split_fused import SplitFused
 
-__all__ = ["Comb", "Context", "Distill", "Fuse", "Pass", "PassResult", "RemoveChannels"]
+__all__ = ["Comb", "Context", "Distill", "Fuse", "Pass", "PassResult", "RemoveChannels", "SplitFused"]

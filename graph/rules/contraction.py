@@ -34,16 +34,16 @@ def convolution(c, node, a):
     group = fresh(groups)
     if op_name(node).startswith("conv_transpose"):
         inner, outer = fresh(shape(w)[0] // groups), fresh(shape(w)[1])
-        c.unify(ws[0], group + inner, node)
-        c.unify(ws[1], outer, node)
+        c.unify(ws[0], group + inner)
+        c.unify(ws[1], outer)
     else:
         outer, inner = fresh(shape(w)[0] // groups), fresh(shape(w)[1])
-        c.unify(ws[0], group + outer, node)
-        c.unify(ws[1], inner, node)
-    c.unify(xs[1], group + inner, node)
+        c.unify(ws[0], group + outer)
+        c.unify(ws[1], inner)
+    c.unify(xs[1], group + inner)
     result = group + outer
     if bias is not None:
-        c.unify(c.axes[bias][0], result, node)
+        c.unify(c.axes[bias][0], result)
     if groups > 1:
         c.rewrite(node, lambda s, m: s.set(m, "groups", s.size(group)))
         if inner:
@@ -58,12 +58,12 @@ def convolution(c, node, a):
 @rule("linear")
 def linear(c, node, a):
     xs, ws = c.axes[a["input"]], c.axes[a["weight"]]
-    c.unify(xs[-1], ws[-1], node)
+    c.unify(xs[-1], ws[-1])
     c.role(ws[-1], "in", a["weight"])
     if len(ws) == 1:
         return xs[:-1]
     if a["bias"] is not None:
-        c.unify(c.axes[a["bias"]][0], ws[0], node)
+        c.unify(c.axes[a["bias"]][0], ws[0])
     c.role(ws[0], "linear", a["weight"])
     return [*xs[:-1], ws[0]]
 
@@ -72,7 +72,7 @@ def linear(c, node, a):
 def matmul(c, node, a):
     p, q = a["self"], a.get("other", a.get("mat2", a.get("vec", a.get("tensor"))))
     xs, ys = c.axes[p], c.axes[q]
-    c.unify(xs[-1], ys[-2] if len(ys) > 1 else ys[-1], node)
+    c.unify(xs[-1], ys[-2] if len(ys) > 1 else ys[-1])
     batch = shape(node)[: max(len(xs), len(ys)) - 2]
     items = [(xs[:-2], shape(p)[:-2]), (ys[:-2], shape(q)[:-2])]
     result = broadcast(c, node, items, batch) if len(batch) else []
@@ -93,10 +93,10 @@ def addmm(c, node, a):
     p, q = a.get("mat1", a.get("batch1")), a.get("mat2", a.get("batch2"))
     if op_name(node) == "addbmm":
         raise NoRule("addbmm")
-    c.unify(c.axes[p][-1], c.axes[q][-2], node)
+    c.unify(c.axes[p][-1], c.axes[q][-2])
     result = [*c.axes[p][:-1], c.axes[q][-1]]
     if len(result) == 3:
-        c.unify(result[0], c.axes[q][0], node)
+        c.unify(result[0], c.axes[q][0])
     c.role(c.axes[p][-1], "in", q)
     c.role(c.axes[q][-1], "out", q)
     broadcast(c, node, [(result, shape(node)), (c.axes[a["self"]], shape(a["self"]))], shape(node))
@@ -124,7 +124,7 @@ def einsum(c, node, a):
                 if n > 1 or letter not in axis_of:
                     axis_of[letter], sizes[letter] = axis, n
             else:
-                c.unify(axis_of[letter], axis, node)
+                c.unify(axis_of[letter], axis)
     weights = [t for t in a["tensors"] if c.is_parameter(t)]
     for letter in axis_of:
         everywhere = all(letter in t for t in terms)
@@ -140,14 +140,14 @@ def attention(c, node, a):
     q, k, v = a["query"], a["key"], a["value"]
     qs, ks, vs = c.axes[q], c.axes[k], c.axes[v]
     nq, nk, nv, out = shape(q), shape(k), shape(v), shape(node)
-    c.unify(qs[-1], ks[-1], node)
-    c.unify(ks[-2], vs[-2], node)
+    c.unify(qs[-1], ks[-1])
+    c.unify(ks[-2], vs[-2])
     if a.get("is_causal"):
-        c.unify(qs[-2], ks[-2], node)
+        c.unify(qs[-2], ks[-2])
     if a.get("enable_gqa") and nq[-3] != nk[-3]:
         repeat = fresh(nq[-3] // nk[-3])
-        c.unify(qs[-3], ks[-3] + repeat, node)
-        c.unify(ks[-3], vs[-3], node)
+        c.unify(qs[-3], ks[-3] + repeat)
+        c.unify(ks[-3], vs[-3])
         items = [(qs[:-3], nq[:-3]), (ks[:-3], nk[:-3]), (vs[:-3], nv[:-3])]
         batch = [*broadcast(c, node, items, out[:-3]), qs[-3]]
         c.role(repeat, "group")

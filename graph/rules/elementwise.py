@@ -30,7 +30,7 @@ def broadcast(c, node, items: list[tuple[list[Axis], tuple[int, ...]]], out: tup
             if sizes[d] == 1 or sizes[d] != out[shift + d]:
                 continue
             if normal(result[shift + d]):
-                c.unify(result[shift + d], axis, node)
+                c.unify(result[shift + d], axis)
             else:
                 result[shift + d] = axis
     return result
@@ -62,7 +62,7 @@ def expand(c, node, a):
             result.append(c.fresh(node, d))
     if a.get("other") is not None:
         for mine, other in zip(result, c.axes[a["other"]], strict=True):
-            c.unify(mine, other, node)
+            c.unify(mine, other)
     else:
         c.resize(node, "size", result)
     return result
@@ -72,5 +72,5 @@ def expand(c, node, a):
 def prelu(c, node, a):
     x = c.axes[a["self"]]
     if shape(a["weight"])[0] > 1:
-        c.unify(c.axes[a["weight"]][0], x[1] if len(x) > 1 else x[0], node)
+        c.unify(c.axes[a["weight"]][0], x[1] if len(x) > 1 else x[0])
     return x

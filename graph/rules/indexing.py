@@ -44,7 +44,7 @@ def gather(c, node, a):
     result = list(c.axes[picks])
     for k, axis in enumerate(xs):
         if k != d and shape(a["self"])[k] == shape(picks)[k]:
-            c.unify(result[k], axis, node)
+            c.unify(result[k], axis)
         elif k != d:
             c.freeze(axis, node, "gathered along the axis")
             c.freeze(result[k], node, "gathered along the axis")

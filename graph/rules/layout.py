@@ -48,7 +48,7 @@ def view(c, node, a):
         c.resize(node, "sizes", result[d : d + len(a["sizes"])])
     elif name.endswith("_as"):
         for mine, other in zip(result, c.axes[a["other"]], strict=True):
-            c.unify(mine, other, node)
+            c.unify(mine, other)
     elif name == "squeeze" and "dim" not in a:
         # squeezes whatever has size 1: an axis pruned down to 1 would vanish, so name the dimensions
         dims = [d for d, n in enumerate(shape(a["self"])) if n == 1]
@@ -96,7 +96,7 @@ def cat(c, node, a):
     for other in tensors[1:]:
         for k, axis in enumerate(c.axes[other]):
             if k != d:
-                c.unify(first[k], axis, node)
+                c.unify(first[k], axis)
     return [total([c.axes[t][d] for t in tensors]) if k == d else axis for k, axis in enumerate(first)]
 
 
@@ -107,7 +107,7 @@ def stack(c, node, a):
     first = c.axes[tensors[0]]
     for other in tensors[1:]:
         for mine, axis in zip(first, c.axes[other], strict=True):
-            c.unify(mine, axis, node)
+            c.unify(mine, axis)
     return [*first[:d], total([[] for _ in tensors]) if len(tensors) > 1 else [], *first[d:]]
 
 
@@ -245,7 +245,7 @@ def scatter(c, node, a):
         raise NoRule("a strided or empty write")
     before, part, _ = pieces(c, node, xs[d], [low, high - low, n - high])
     for k, axis in enumerate(src):
-        c.unify(part if k == d else xs[k], axis, node)
+        c.unify(part if k == d else xs[k], axis)
 
     def move(s, m):
         if s.full(xs[d]):
@@ -350,7 +350,7 @@ def glu(c, node, a):
     d = a["dim"] % len(xs)
     half = shape(node)[d]
     left, right = pieces(c, node, xs[d], [half, half])
-    c.unify(left, right, node)
+    c.unify(left, right)
     return [*xs[:d], left, *xs[d + 1 :]]
 
 

@@ -25,7 +25,7 @@ def batch_norm(c, node, a):
     xs = c.axes[a["input"]]
     for key in ("weight", "bias", "running_mean", "running_var"):
         if a.get(key) is not None:
-            c.unify(c.axes[a[key]][0], xs[1], node)
+            c.unify(c.axes[a[key]][0], xs[1])
     return xs
 
 
@@ -35,7 +35,7 @@ def layer_norm(c, node, a):
     for key in ("weight", "bias"):
         if a.get(key) is not None:
             for mine, axis in zip(c.axes[a[key]], xs[-k:], strict=True):
-                c.unify(mine, axis, node)
+                c.unify(mine, axis)
     c.rewrite(node, lambda s, m: s.set(m, "normalized_shape", [s.size(axis) for axis in xs[-k:]]))
     return xs if isinstance(node.meta["val"], torch.Tensor) else [xs, [*xs[:-k], *[[] for _ in range(k)]]]
 
@@ -43,10 +43,10 @@ def layer_norm(c, node, a):
 @rule("group_norm")
 def group_norm(c, node, a):
     xs, group = c.axes[a["input"]], fresh(a["num_groups"])
-    c.unify(xs[1], group + fresh(shape(node)[1] // a["num_groups"]), node)
+    c.unify(xs[1], group + fresh(shape(node)[1] // a["num_groups"]))
     for key in ("weight", "bias"):
         if a.get(key) is not None:
-            c.unify(c.axes[a[key]][0], xs[1], node)
+            c.unify(c.axes[a[key]][0], xs[1])
     c.role(group, "group")
     c.rewrite(node, lambda s, m: s.set(m, "num_groups", s.size(group)))
     return xs
@@ -135,7 +135,7 @@ def similarity(c, node, a):
 @rule("cdist", "_euclidean_dist")
 def cdist(c, node, a):
     xs, ys = c.axes[a["x1"]], c.axes[a["x2"]]
-    c.unify(xs[-1], ys[-1], node)
+    c.unify(xs[-1], ys[-1])
     for p, q in zip(xs[:-2], ys[:-2], strict=True):
-        c.unify(p, q, node)
+        c.unify(p, q)
     return [*xs[:-1], ys[-2]]

@@ -53,7 +53,7 @@ def pool(c, node, a):
 def pixel_shuffle(c, node, a):
     xs, r = c.axes[a["self"]], a["upscale_factor"]
     channels, rows, columns = fresh(shape(node)[-3]), fresh(r), fresh(r)
-    c.unify(xs[-3], channels + rows + columns, node)
+    c.unify(xs[-3], channels + rows + columns)
     c.freeze(rows + columns, node, "the upscale factor of pixel_shuffle")
     return [*xs[:-3], channels, xs[-2] + rows, xs[-1] + columns]
 
@@ -73,7 +73,7 @@ def pixel_unshuffle(c, node, a):
 def channel_shuffle(c, node, a):
     xs, groups = c.axes[a["self"]], fresh(a["groups"])
     inner = fresh(shape(node)[1] // a["groups"])
-    c.unify(xs[1], groups + inner, node)
+    c.unify(xs[1], groups + inner)
     c.rewrite(node, lambda s, m: s.set(m, "groups", s.size(groups)))
     return [xs[0], inner + groups, *xs[2:]]
 
@@ -100,7 +100,7 @@ def col2im(c, node, a):
         window *= k
     taps, rank = fresh(window), len(shape(node))
     channels = fresh(shape(node)[-3])
-    c.unify(xs[-2], channels + taps, node)
+    c.unify(xs[-2], channels + taps)
     c.freeze(taps, node, "the positions of a window")
     c.freeze(xs[-1], node, "the windows of col2im")
     return [*xs[:-2], channels, *[c.frozen(node, d, "a window along the axis") for d in (rank - 2, rank - 1)]]
@@ -123,5 +123,5 @@ def grid_sample(c, node, a):
     for axis in xs[2:]:
         c.freeze(axis, node, "sampled along the axis")
     c.freeze(gs[-1], node, "the coordinates of a sampling grid")
-    c.unify(xs[0], gs[0], node)
+    c.unify(xs[0], gs[0])
     return [xs[0], xs[1], *gs[1:-1]]
