@@ -1,0 +1,36 @@
+"""Export, engines, measurement and report."""
+
+from typing import TYPE_CHECKING, Any
+
+from .bench import BenchResult, bench
+from .engine import Engine, EngineReport, build_engine, load_engine
+from .onnx import OnnxReport, export_onnx
+from .parity import parity
+from .targets import TARGETS, Target, get_target
+
+if TYPE_CHECKING:
+    from .report import write_report
+
+__all__ = [
+    "TARGETS",
+    "BenchResult",
+    "Engine",
+    "EngineReport",
+    "OnnxReport",
+    "Target",
+    "bench",
+    "build_engine",
+    "export_onnx",
+    "get_target",
+    "load_engine",
+    "parity",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "write_report":  # brings matplotlib, which nothing else needs
+        from .report import write_report
+
+        return write_report
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
