@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 from typing import Any
 
@@ -167,11 +168,12 @@ def _autocast_enabled(args: tuple) -> bool:
 
 # ------------------------------------------------------------------------------------------------- functionalisation
 VIEWS = frozenset(
-    "view reshape flatten unflatten permute transpose t numpy_T mT movedim swapaxes unsqueeze squeeze slice select alias detach "
+    "view reshape flatten unflatten permute transpose t numpy_T mT movedim moveaxis swapaxes swapdims unsqueeze squeeze slice "
+    "select alias detach "
     "expand contiguous to getitem split chunk split_with_sizes unbind view_as reshape_as expand_as narrow ravel "
     "lift_fresh_copy dropout".split()
 )
-ONLY_IF_CONTIGUOUS = frozenset("reshape flatten contiguous reshape_as ravel".split())
+COPIES_IF_IT_MUST = frozenset("reshape flatten reshape_as ravel".split())
 
 
 def infer(node: fx.Node) -> None:
@@ -194,13 +196,25 @@ def _is_view(node: fx.Node) -> bool:
     if node.op != "call_function" or name not in VIEWS or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     value = node.args[0].meta.get("val")
-    if name in ONLY_IF_CONTIGUOUS:
+    if name in COPIES_IF_IT_MUST:
+        return isinstance(value, torch.Tensor) and _viewable(value, node.meta["val"].shape)
+    if name == "contiguous":
         return isinstance(value, torch.Tensor) and value.is_contiguous()
     if name == "to":
         return isinstance(value, torch.Tensor) and value.dtype == node.meta["val"].dtype
     if name == "dropout":
         return not node.args[2]
     return name != "lift_fresh_copy"
+
+
+def _viewable(value: torch.Tensor, sizes: Any) -> bool:
+    """Whether the strides of a fake tensor allow a view of these sizes, so that reshaping does not copy."""
+    try:
+        with value.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+            value.view(sizes)
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _mutated(node: fx.Node) -> fx.Node | None:
@@ -238,7 +252,7 @@ def _functionalise(module: fx.GraphModule) -> None:
             new = _functional_form(graph, node, base)
             # write the new value back through the chain of views, innermost first
             values = {base: new}
-            for view, below in zip(chain, chain[1:], strict=False):
+            for view, below in itertools.pairwise(chain):
                 values[below] = _write_back(graph, alias[view][1], below, values[view])
             # other views of the same memory that are read later are taken again from the new value
             for other in [n for n in alias if n not in values and _root(n, alias) is root]:
@@ -303,7 +317,10 @@ def _write_back(graph: fx.Graph, view: fx.Node, below: fx.Node, value: fx.Node) 
         return _call(graph, view, scatter, (below, value, *view.args[1:]), dict(view.kwargs))
     if name in ("alias", "detach", "contiguous", "to", "dropout"):
         return value
-    if name in ("permute", "transpose", "t", "swapaxes", "numpy_T", "mT"):
+    if name in ("movedim", "moveaxis"):
+        a = arguments(view)
+        return _call(graph, view, view.target, (value, a["destination"], a["source"]))
+    if name in ("permute", "transpose", "t", "swapaxes", "swapdims", "numpy_T", "mT", "mH"):
         if name == "permute":
             dims = list(view.args[1])  # type: ignore[arg-type]
             inverse = [0] * len(dims)
@@ -343,7 +360,8 @@ def _fold_constants(module: fx.GraphModule) -> None:
         elif node.op == "call_function" and not _impure(node):
             inputs = node.all_input_nodes
             constant = all(i in value for i in inputs)
-            shaped = op_name(node) in FACTORIES and all(i in value or _static_tensor(i) for i in inputs)
+            like = node.args[:1] if op_name(node).startswith("new_") else ()  # gives its type only, whatever its shape
+            shaped = op_name(node) in FACTORIES and all(i in value or i in like or _static_tensor(i) for i in inputs)
             if (inputs and constant) or shaped:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _concrete(n, value))
                 with torch.no_grad():
@@ -383,4 +401,4 @@ def _concrete(node: fx.Node, value: dict[fx.Node, Any]) -> Any:
     if node in value:
         return value[node]
     fake = node.meta["val"]
-    return torch.empty(tuple(fake.shape), dtype=fake.dtype)
+    return torch.empty(tuple(s if isinstance(s, int) else 1 for s in fake.shape), dtype=fake.dtype)
