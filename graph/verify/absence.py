@@ -136,6 +136,8 @@ class Absence(Evaluator):
             return self._call(node, env)
         except Disagreement as error:
             raise Disagreement(f"{source(node)}: {op_name(node)}: {error}") from None
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+            raise RuntimeError(f"{source(node)}: {op_name(node)}: {error}") from error
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         if node.target is operator.getitem:
@@ -408,7 +410,8 @@ def im2col(call: Call) -> Held:
     x = call.x
     _need_all(call, x, [-2, -1], "a window along the axis")
     taps = math.prod(call.a["kernel_size"])
-    return Held(call.run(), (*x.states[:-3], outer((x.states[-3], None), (x.value.shape[-3], taps)), None))
+    channels = outer((x.states[-3], None), (x.value.shape[-3], taps))
+    return Held(call.run(), (*x.states[:-3], channels, None))
 
 
 @means("col2im")
@@ -426,7 +429,8 @@ def col2im(call: Call) -> Held:
 def unfold(call: Call) -> Held:
     x = call.x
     _need_all(call, x, [call.a["dimension"]], "a sliding window along the axis")
-    return Held(call.run(), (*x.states, None))
+    d = call.a["dimension"] % x.value.dim()
+    return Held(call.run(), (*x.states[:d], None, *x.states[d + 1 :], None))
 
 
 @means("view_as_complex view_as_real")
@@ -515,10 +519,8 @@ def ordered(call: Call) -> Any:
     parts = [result] if isinstance(result, torch.Tensor) else list(result)
     held = []
     for part in parts:
-        if part.dim() == x.value.dim():
-            states: Sequence[State] = x.states
-        else:
-            states = [s for d, s in enumerate(x.states) if d not in along] if part.dim() else ()
+        same = part.dim() == x.value.dim()
+        states = [None if d in along else s for d, s in enumerate(x.states) if same or d not in along]
         held.append(poison(part, states))
     return held[0] if isinstance(result, torch.Tensor) else held
 
@@ -540,7 +542,8 @@ def window(call: Call) -> Any:
     nd = int(re.search(r"([123])d", call.name).group(1))  # type: ignore[union-attr]
     _need_all(call, x, range(-nd, 0), "a window along the axis")
     result = call.run()
-    return pytree.tree_map_only(torch.Tensor, lambda t: poison(t, x.states), result)
+    states = [*x.states[:-nd], *[None] * nd]
+    return pytree.tree_map_only(torch.Tensor, lambda t: poison(t, states), result)
 
 
 @means("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d")
@@ -692,8 +695,10 @@ def convolution(call: Call) -> Held:
     _need_all(call, w, range(2, w.value.dim()), "kernel positions")
     for extra in call.held("offset", "mask"):
         _need_all(call, extra, range(extra.value.dim()), "sampling offsets")
-    if any(lost(s) for s in x.states[at + 1 :]) and not _pointwise(call, w.value.shape[2:]):
-        raise Disagreement("a window along an axis of which entries are absent")
+    spatial: States = x.states[at + 1 :]
+    if not _pointwise(call, w.value.shape[2:]):
+        _need_all(call, x, range(at + 1, x.value.dim()), "a window along the axis")
+        spatial = (None,) * nd
     taken = x.states[at]
     if swapped:
         taken = join([taken, w.states[0]])
@@ -710,7 +715,7 @@ def convolution(call: Call) -> Held:
     if bias is not None:
         result = join([result, bias.states[0]])
     value = call.run(input=fill(x.value, at, taken, 0.0), weight=weight)
-    return poison(value, [*x.states[:at], result, *x.states[at + 1 :]])
+    return poison(value, [*x.states[:at], result, *spatial])
 
 
 def _pointwise(call: Call, kernel: Sequence[int]) -> bool:

@@ -95,7 +95,6 @@ class Trial:
         the pruned program raises."""
         for attempt in range(ATTEMPTS):
             seed = self.seed + 1000 * attempt
-            self.generator = torch.Generator().manual_seed(seed)
             dense = self.draw(seed)
             self.sliced = pruned_weights(self.weights, self.removed, self.after)
             pruned = Evaluator(self.after, self.sliced).run(self.inputs)
@@ -108,18 +107,26 @@ class Trial:
     def draw(self, seed: int) -> Any:
         """Set inputs and weights, and return the original's outputs for them: at batch size 2 if the program lets us, and
         on the example inputs themselves where random ones give no finite output."""
+        self.generator = torch.Generator().manual_seed(seed)
         small = {s: 2 for s, (_, d) in size_symbols(self.before).items() if d == 0}
-        for sizes in (small, {}) if small else ({},):
+        for self.sizes in (small, {}) if small else ({},):
             try:
-                self.inputs = random_inputs(self.before, self.generator, sizes)
-                self.weights, dense = randomise(self.before, self.inputs, seed, self.removed)
-            except RuntimeError:
+                self.inputs = self.fresh_inputs()
+                dense = self._weights(seed)
+            except RuntimeError:  # a batch size that the program does not take
                 continue
             if _finite(dense):
                 return dense
         self.inputs = [to_double(x) for x in example_inputs(self.before)]
-        self.weights, dense = randomise(self.before, self.inputs, seed, self.removed)
-        return dense
+        return self._weights(seed)
+
+    def _weights(self, seed: int) -> Any:
+        self.weights = randomise(self.before, self.inputs, seed, self.removed)
+        return Evaluator(self.before, self.weights).run(self.inputs)
+
+    def fresh_inputs(self) -> list[Any]:
+        """Other random inputs of the sizes found by `draw`."""
+        return random_inputs(self.before, self.generator, self.sizes)
 
     def judge(self, batches: int) -> Verdict:
         errors, tried, found = [0.0], [], []

@@ -34,6 +34,12 @@ class Held:
     value: torch.Tensor
     states: States
 
+    def __post_init__(self) -> None:
+        if [len(s) if s is not None else n for n, s in zip(self.value.shape, self.states, strict=True)] != list(
+            self.value.shape
+        ):
+            raise ValueError(f"presence does not fit a tensor of shape {tuple(self.value.shape)}")
+
     @property
     def touched(self) -> bool:
         return any(s is not None for s in self.states)

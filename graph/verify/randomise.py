@@ -2,8 +2,8 @@
 
 An oracle goes blind on a network's own weights: fresh ones are often zero (residual branches, layer scale), equal along an
 axis (norms, biases), or kill every ReLU. So weights are redrawn: contraction weights with variance 1.5 / fan-in, scales
-around 1, biases and offsets away from 0, anything else multiplied and shifted at random; BatchNorm statistics are measured
-on data, with a spread. Integers, booleans and large constants (masks with -100 or -inf) stay.
+around 1, biases and offsets away from 0, anything else multiplied and shifted at random; BatchNorm statistics and the biases
+before a ReLU are set on data. Integers, booleans and large constants (masks with -100 or -inf) stay.
 """
 
 from __future__ import annotations
@@ -12,41 +12,46 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
 from ..ops import arguments, op_name
 from ..program import Program
-from .evaluate import Evaluator, evaluated, invoke, tensors_of, to_double
+from .absence import Absence
+from .evaluate import tensors_of, to_double
+from .presence import ABSENT, Held
+from .removal import Removed
 
 CONTRACTIONS = frozenset(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear matmul mm bmm addmm einsum "
     "torchvision::deform_conv2d".split()
 )
 NORMS = frozenset("batch_norm layer_norm group_norm instance_norm rms_norm".split())
+KINKS = frozenset("relu relu6 hardtanh clamp clamp_min hardswish hardsigmoid threshold".split())
 LARGEST_CONSTANT = 50.0
 
 
 def randomise(
-    program: Program, inputs: Iterable[Any], seed: int = 0, touched: Iterable[str] = ()
-) -> tuple[dict[str, torch.Tensor], Any]:
-    """Random float64 tensors by name, and the outputs of the program with them for `inputs` (flattened).
+    program: Program, inputs: Iterable[Any], seed: int = 0, removed: Removed | None = None
+) -> dict[str, torch.Tensor]:
+    """Random float64 tensors by name, calibrated on (flattened) `inputs` for the network without what is removed.
 
-    touched: names of buffers that lose indices; other constants keep their values. The program is not changed.
+    Constants that lose nothing keep their values. The program is not changed.
     """
-    source = Source(seed)
-    roles, touched = _roles(program), set(touched)
+    source, removed, roles = Source(seed), removed or {}, _roles(program)
     weights: dict[str, torch.Tensor] = {}
     done: dict[int, torch.Tensor] = {}
     for name, tensor in tensors_of(program).items():
         if id(tensor) not in done:
             value = to_double(tensor)
             if value.is_floating_point():
-                free = isinstance(tensor, torch.nn.Parameter) or (name in touched and _harmless(value))
+                free = isinstance(tensor, torch.nn.Parameter) or (name in removed and _harmless(value))
                 value = _draw(value, roles.get(name, ""), source).to(value.device) if free else value.clone()
             done[id(tensor)] = value
         weights[name] = done[id(tensor)]
-    return weights, Calibration(program, weights, source.generator).run(inputs)
+    Calibration(program, weights, removed, source).run(inputs)
+    return weights
 
 
 def _harmless(value: torch.Tensor) -> bool:
@@ -124,21 +129,61 @@ def _draw(value: torch.Tensor, role: str, source: Source) -> torch.Tensor:
     return value.cpu() * source.uniform(shape, 0.5, 1.5) + source.normal(shape, 0.3 * spread)
 
 
-class Calibration(Evaluator):
-    """A run that sets the running statistics of every batch_norm to those of what it meets, with a spread."""
+class Calibration(Absence):
+    """A run of the absence oracle that keeps the pruned network alive, by changing weights in place.
 
-    def __init__(self, program: Program, weights: dict[str, torch.Tensor], generator: torch.Generator):
-        super().__init__(program, weights)
-        self.generator = generator
+    Every batch_norm gets the statistics of what it meets, with a spread; biases of layers that feed a ReLU are moved. Both
+    so that each channel that stays has a positive mean, hence is positive somewhere.
+    """
+
+    def __init__(self, program: Program, weights: dict[str, torch.Tensor], removed: Removed, source: Source):
+        super().__init__(program, weights, removed)
+        self.source = source
 
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        if op_name(node) != "batch_norm" or arguments(node)["running_mean"] is None:
-            return super().call(node, env)
-        a = evaluated(node, env)
-        x, along = a["input"], [d for d in range(a["input"].dim()) if d != 1]
-        variance, mean = torch.var_mean(x, along, correction=0)
-        draw = torch.rand(2, x.shape[1], generator=self.generator, dtype=torch.float64).to(x.device)
-        floor = 0.05 * variance.mean() + 1e-6
-        a["running_var"].copy_(variance.clamp_min(floor) * (0.5 + draw[0]))
-        a["running_mean"].copy_(mean + (draw[1] - 0.7) * a["running_var"].sqrt())
-        return invoke(node, a)
+        name = op_name(node)
+        if name == "batch_norm":
+            given = arguments(node)
+            if given["running_mean"] is not None and given["running_mean"].op == "get_attr":
+                self._normalise(given, env)
+        result = super().call(node, env)
+        if (name == "linear" or name.startswith("conv")) and any(op_name(u) in KINKS for u in node.users):
+            bias = arguments(node)["bias"]
+            if bias is not None and bias.op == "get_attr":
+                return self._lift(node, bias, result, -1 if name == "linear" else 1)
+        return result
+
+    def _normalise(self, given: dict[str, Any], env: dict[fx.Node, Any]) -> None:
+        values, present = _by_channel(env[given["input"]], 1)
+        variance, mean = torch.var_mean(values, 1, correction=0)
+        low, high = self.source.uniform(mean.shape, 0.5, 1.5), self.source.uniform(mean.shape, 0.2, 1.2)
+        variance = variance.clamp_min(0.05 * float(variance.mean()) + 1e-6) * low.to(mean.device)
+        for key, found in (("running_var", variance), ("running_mean", mean - high.to(mean.device) * variance.sqrt())):
+            self._write(given[key], found, present, env)
+
+    def _lift(self, node: fx.Node, bias: fx.Node, result: Any, channels: int) -> Any:
+        """Move the bias so that every channel has a positive mean; the result moves along."""
+        values, present = _by_channel(result, channels)
+        variance, mean = torch.var_mean(values, 1, correction=0)
+        scale = (variance + 0.1 * mean.square().mean() + 1e-12).sqrt()
+        target = self.source.uniform(mean.shape, 0.2, 1.0).to(mean.device) * scale
+        whole = self.weights[str(bias.target)]
+        before = whole.clone()
+        whole[present] += target - mean
+        shape = [-1, *[1] * (result.value.dim() - 2)] if channels == 1 else [-1]
+        return Held(result.value + (whole - before).reshape(shape), result.states)
+
+    def _write(self, buffer: fx.Node, found: torch.Tensor, present: torch.Tensor, env: dict[fx.Node, Any]) -> None:
+        """Set a buffer's present entries; absent ones get the mean, and stay NaN in this run."""
+        whole = self.weights[str(buffer.target)]
+        whole.fill_(float(found.mean()))
+        whole[present] = found
+        env[buffer] = self.fetch(str(buffer.target))
+
+
+def _by_channel(held: Held, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is present as (channel, everything else), and which channels that is."""
+    d %= held.value.dim()
+    state = held.states[d]
+    present = np.ones(held.value.shape[d], dtype=bool) if state is None else state != ABSENT
+    return held.kept().movedim(d, 0).flatten(1), torch.from_numpy(present).to(held.value.device)
