@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import json
 import os
 import platform
 import re
+import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -26,8 +26,8 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = (
-    "zepto atto femto pico nano xxtiny xtiny xxs xsmall xs tiny mini micro small 0 050 18 s 26 lite 002 004 010 020 34 50 t "
-    "base b medium m 101 large l"
+    "zepto atto femto pico nano xxtiny xtiny xxs xsmall xs tiny mini micro small 0 050 18 s 26 lite 002 004 010 020 34 50 "
+    "t base b medium m 101 large l"
 ).split()
 
 
@@ -63,7 +63,9 @@ def build(name: str):
 
     family, _, rest = name.partition("/")
     torch.manual_seed(0)
-    torch.nn.init.trunc_normal_ = lambda t, mean=0.0, std=1.0, a=-2.0, b=2.0, **_: t.data.normal_(mean, std).clamp_(a, b)  # fast
+    torch.nn.init.trunc_normal_ = lambda t, mean=0.0, std=1.0, a=-2.0, b=2.0, **_: t.data.normal_(mean, std).clamp_(
+        a, b
+    )  # fast
     if family == "timm":
         import timm
 
@@ -95,6 +97,10 @@ def build(name: str):
     size = {"vit_l_32": 224, "vit_b_32": 224, "vit_h_14": 224, "inception_v3": 96}.get(rest)
     size = size or (224 if rest.startswith(("vit", "maxvit")) else 64)
     return model, (torch.randn(2, 3, size, size),)
+
+
+def _quick_normal(tensor, mean=0.0, std=1.0, a=-2.0, b=2.0, **_):
+    return tensor.data.normal_(mean, std).clamp_(a, b)
 
 
 def _with_backbone() -> list[str]:
@@ -143,10 +149,13 @@ def measure(name: str, verify: bool) -> dict:
         from graphcomb.graph import verify as oracle
 
         start = time.perf_counter()
-        row["error"] = oracle.surgery(program, result)
+        verdict = oracle.check(program, result)
+        row["error"], row["dense_difference"] = verdict.error, verdict.dense_difference
         row["verify_s"] = time.perf_counter() - start
-        if not row["error"] <= 1e-10:
-            return row | {"status": "inexact"}
+        if verdict.vacuous:
+            return row | {"status": "vacuous"}
+        if not verdict.error <= 1e-10:
+            return row | {"status": "inexact", "why": "; ".join(map(str, verdict.disagreements))[:400]}
     return row | {"status": "ok"}
 
 
@@ -197,31 +206,35 @@ def _shapes(outputs) -> list:
 
 
 # ----------------------------------------------------------------------------------------------------------- the parent
-def run_child(arguments: list[str], seconds: float, gigabytes: float) -> dict:
-    """Run this script for one model; kill it past the limits. Returns the row it wrote, or why there is none."""
+def run_child(function, seconds: float, gigabytes: float) -> dict:
+    """The row that `function()` returns, computed in a forked process that is killed past the limits.
+
+    Forked from this process, which has imported the libraries but not computed anything: importing costs more than most
+    models do.
+    """
     with tempfile.NamedTemporaryFile(suffix=".json") as out, tempfile.TemporaryFile() as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, __file__, *arguments, "--out", out.name]
-        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        end, peak = time.monotonic() + seconds, 0.0
-        why = None
-        while child.poll() is None and why is None:
-            time.sleep(0.2)
-            peak = max(peak, _resident(child.pid))
-            if time.monotonic() > end:
-                why = f"time limit of {seconds:.0f} s"
-            elif peak > gigabytes:
-                why = f"memory limit of {gigabytes:.0f} GB"
-        if why:
-            child.kill()
-            child.wait()
-            return {"status": "limit", "why": why, "peak_gb": peak}
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+                Path(out.name).write_text(json.dumps(function()))
+            except BaseException as error:
+                text = f"{type(error).__name__}: {error}"
+                Path(out.name).write_text(json.dumps({"status": "crash", "why": text[:400]}))
+            finally:
+                os._exit(0)
+        end, peak, why = time.monotonic() + seconds, 0.0, None
+        while os.waitpid(pid, os.WNOHANG)[0] == 0:
+            time.sleep(0.1)
+            peak = max(peak, _resident(pid))
+            if time.monotonic() > end or peak > gigabytes:
+                why = f"memory limit of {gigabytes:.0f} GB" if peak > gigabytes else f"time limit of {seconds:.0f} s"
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return {"status": "limit", "why": why, "peak_gb": peak}
         text = Path(out.name).read_text()
-        if text:
-            return json.loads(text) | {"peak_gb": peak}
-        log.seek(0)
-        lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-        return {"status": "crash", "why": lines[-1][:400] if lines else f"exit code {child.returncode}"}
+        return (json.loads(text) if text else {"status": "crash", "why": "the process died"}) | {"peak_gb": peak}
 
 
 def _resident(pid: int) -> float:
@@ -246,8 +259,8 @@ def table(data: dict) -> str:
     shares = [r["prunable_share"] for r in good]
     lines = [
         "# Every exportable model, combed and pruned\n",
-        f"{len(good)} of {len(exportable)} exportable models pruned at ratio 0.5; {len(exact)} of them checked against the "
-        f"oracle in float64, worst error {max((r['error'] for r in exact), default=0):.1e}. "
+        f"{len(good)} of {len(exportable)} exportable models pruned at ratio 0.5; {len(exact)} of them checked against "
+        f"the oracle in float64, worst error {max((r['error'] for r in exact), default=0):.1e}. "
         f"Share of parameters on a prunable axis: median {statistics.median(shares):.2%}, "
         f"lowest {min(shares):.2%}. Comb: median {1e3 * statistics.median(r['comb_s'] for r in good):.1f} ms. "
         f"torch-pruning out of the box runs on {len(rival)} of {len(exportable)}.\n",
@@ -292,15 +305,13 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=14)
     parser.add_argument("--results", type=Path, default=RESULTS / "zoo.json")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--rival", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    if options.one or options.rival:
-        row = measure(options.one, not options.no_verify) if options.one else torch_pruning(options.rival)
-        options.out.write_text(json.dumps(row))
-        return
+    import torch
+
+    import graphcomb.graph.verify  # noqa: F401
+
+    torch.set_num_threads(1)
     path: Path = options.results
     path.parent.mkdir(exist_ok=True)
     data = json.loads(path.read_text()) if path.exists() else {"rows": {}}
@@ -311,12 +322,12 @@ def main() -> None:
             old = data["rows"].get(name)
             if old and not options.again and not (options.failed and old["status"] != "ok"):
                 continue
-            flags = ["--no-verify"] if options.no_verify else []
-            row = {"model": name} | run_child(["--one", name, *flags], options.seconds, options.gigabytes)
+            job = functools.partial(measure, name, not options.no_verify)
+            row = {"model": name} | run_child(job, options.seconds, options.gigabytes)
             if old and "torch_pruning" in old:
                 row["torch_pruning"] = old["torch_pruning"]
             elif not options.no_rival and row["status"] != "not exportable":
-                row["torch_pruning"] = run_child(["--rival", name], 120, options.gigabytes)
+                row["torch_pruning"] = run_child(functools.partial(torch_pruning, name), 120, options.gigabytes)
             data["rows"][name] = row
             save(path, data)
             print(

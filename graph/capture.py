@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import operator
 from typing import Any
@@ -27,6 +28,7 @@ FACTORIES = frozenset(
     "eye scalar_tensor tril_indices triu_indices".split()
 )
 RANDOM = frozenset("rand randn randint bernoulli rand_like randn_like normal multinomial randperm".split())
+DROPOUTS = frozenset("dropout feature_dropout alpha_dropout feature_alpha_dropout".split())
 REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 ADVICE = (
     "what to try: export the part of the model before data-dependent post-processing, pass other dynamic_shapes, or run "
@@ -49,7 +51,7 @@ def export(model: torch.nn.Module, args: tuple, kwargs: dict, dynamic_shapes: An
             m.training = training
 
 
-def batch_dynamic(args: tuple, kwargs: dict) -> tuple[tuple, dict, Any]:
+def batch_dynamic(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict, Any]:
     """Example inputs and dynamic shapes for "the first dimension of every tensor input is the batch".
 
     `torch.export` takes a size of 1 for a constant, so a single example is doubled.
@@ -57,10 +59,12 @@ def batch_dynamic(args: tuple, kwargs: dict) -> tuple[tuple, dict, Any]:
     flat = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()]
     if flat and all(x.shape[0] == 1 for x in flat):
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, (args, kwargs))
-    spec = pytree.tree_map(
-        lambda x: {0: Dim("batch")} if isinstance(x, torch.Tensor) and x.dim() else None, (args, kwargs)
-    )
-    return args, kwargs, (*spec[0], *spec[1].values())
+    try:
+        named = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise CaptureError(f"the example inputs do not fit {type(model).__name__}.forward: {error}") from None
+    spec = pytree.tree_map(lambda x: {0: Dim("batch")} if isinstance(x, torch.Tensor) and x.dim() else None, named)
+    return args, kwargs, spec
 
 
 def dynamic_shapes_of(exported: ExportedProgram) -> Any:
@@ -167,12 +171,6 @@ def _autocast_enabled(args: tuple) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------- functionalisation
-VIEWS = frozenset(
-    "view reshape flatten unflatten permute transpose t numpy_T mT movedim moveaxis swapaxes swapdims unsqueeze squeeze slice "
-    "select alias detach "
-    "expand contiguous to getitem split chunk split_with_sizes unbind view_as reshape_as expand_as narrow ravel "
-    "lift_fresh_copy dropout".split()
-)
 COPIES_IF_IT_MUST = frozenset("reshape flatten reshape_as ravel".split())
 
 
@@ -192,19 +190,23 @@ def _call(graph: fx.Graph, like: fx.Node, target: Any, args: tuple, kwargs: dict
 
 
 def _is_view(node: fx.Node) -> bool:
-    name = op_name(node)
-    if node.op != "call_function" or name not in VIEWS or not node.args or not isinstance(node.args[0], fx.Node):
+    """Whether the result looks at the memory of the first argument; operators say so in their schema, when they always do."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
-    value = node.args[0].meta.get("val")
+    name, value = op_name(node), node.args[0].meta.get("val")
+    if name == "getitem":
+        return _is_view(node.args[0])
     if name in COPIES_IF_IT_MUST:
         return isinstance(value, torch.Tensor) and _viewable(value, node.meta["val"].shape)
     if name == "contiguous":
         return isinstance(value, torch.Tensor) and value.is_contiguous()
-    if name == "to":
-        return isinstance(value, torch.Tensor) and value.dtype == node.meta["val"].dtype
-    if name == "dropout":
-        return not node.args[2]
-    return name != "lift_fresh_copy"
+    if name in ("to", "type_as"):
+        same = isinstance(value, torch.Tensor) and value.dtype == node.meta["val"].dtype
+        return same and not arguments(node).get("copy")
+    if name in DROPOUTS:
+        return not arguments(node)["train"]
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
 
 
 def _viewable(value: torch.Tensor, sizes: Any) -> bool:
@@ -315,7 +317,7 @@ def _write_back(graph: fx.Graph, view: fx.Node, below: fx.Node, value: fx.Node) 
             return _call(graph, view, aten.slice_scatter.default, args)
         scatter = aten.slice_scatter.default if name == "slice" else aten.select_scatter.default
         return _call(graph, view, scatter, (below, value, *view.args[1:]), dict(view.kwargs))
-    if name in ("alias", "detach", "contiguous", "to", "dropout"):
+    if name in ("alias", "detach", "contiguous", "to", "type_as") or name in DROPOUTS:
         return value
     if name in ("movedim", "moveaxis"):
         a = arguments(view)

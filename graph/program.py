@@ -8,20 +8,21 @@ import json
 import os
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from .capture import batch_dynamic, dynamic_shapes_of, export, functional_graph
+from .capture import DROPOUTS, batch_dynamic, dynamic_shapes_of, export, functional_graph
 from .errors import BadInput
 from .ops import arguments, fetch, op_name, set_argument
 
 RECORD = "graphcomb.json"
-DROPOUTS = frozenset("dropout feature_dropout alpha_dropout feature_alpha_dropout".split())
 
 
 class TrainableModule(fx.GraphModule):
@@ -107,7 +108,7 @@ class Program:
 
     def copy(self) -> Program:
         """An independent copy: weights and graph are cloned."""
-        return self.derive(clone(self._module), stale=self._stale)
+        return self.derive(rebuild(self._module, copy_tensor), stale=self._stale)
 
     # ------------------------------------------------------------------------------------------------------- access
     @property
@@ -130,7 +131,10 @@ class Program:
         """The program as an `ExportedProgram` in the training IR, eval mode."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return export(self._module, self.args, self.kwargs, self.dynamic_shapes)
+            module = self._module
+            if module.training:  # the flags of the live module are not ours to flip
+                module = rebuild(module, lambda name, value: value).eval()
+            return export(module, self.args, self.kwargs, self.dynamic_shapes)
 
     @property
     def params(self) -> int:
@@ -188,7 +192,7 @@ def capture(
     if isinstance(dynamic_shapes, str):
         if dynamic_shapes != "batch":
             raise BadInput(f'dynamic_shapes: "batch" or a torch.export specification, not "{dynamic_shapes}"')
-        args, kwargs, dynamic_shapes = batch_dynamic(args, kwargs)
+        args, kwargs, dynamic_shapes = batch_dynamic(model, args, kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = export(model, args, kwargs, dynamic_shapes)
@@ -241,21 +245,28 @@ def _drop_dead(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
 
 
-def clone(module: TrainableModule, weights: dict[str, torch.Tensor] | None = None) -> TrainableModule:
-    """Copy the graph, and every tensor it reads (or take the replacement given by name). Tied tensors stay tied."""
-    graph, env = fx.Graph(), {}
-    result = graph.graph_copy(module.graph, env)
-    graph.output(result)
+def rebuild(
+    module: TrainableModule,
+    take: Callable[[str, Any], Any],
+    edit: Callable[[dict[fx.Node, fx.Node]], None] | None = None,
+) -> TrainableModule:
+    """The same graph around other tensors.
+
+    take(name, value) gives the new value of an attribute; it is asked once for a tensor with several names, so tied
+    weights stay tied. edit(nodes) may change the new graph, given the new node for every old one.
+    """
+    graph, nodes = fx.Graph(), {}
+    graph.output(graph.graph_copy(module.graph, nodes))
     graph.set_codegen(copy.copy(module.graph._codegen))
-    root, done = torch.nn.Module(), {}
+    root, taken = torch.nn.Module(), {}
     for node in module.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        name = str(node.target)
-        old = fetch(module, name)
-        if id(old) not in done:
-            done[id(old)] = _copy_tensor(old, (weights or {}).get(name))
-        place_tensor(root, name, done[id(old)], persistent=True)
+        if node.op == "get_attr":
+            name, old = str(node.target), fetch(module, str(node.target))
+            if id(old) not in taken:
+                taken[id(old)] = take(name, old)
+            place_tensor(root, name, taken[id(old)])
+    if edit is not None:
+        edit(nodes)
     new = TrainableModule(root, graph)
     new.training = module.training
     for name in ("_in_spec", "_out_spec"):
@@ -264,14 +275,19 @@ def clone(module: TrainableModule, weights: dict[str, torch.Tensor] | None = Non
     return new
 
 
-def _copy_tensor(old: Any, value: torch.Tensor | None) -> Any:
-    if not isinstance(old, torch.Tensor):
-        return copy.deepcopy(old)
-    data = old.detach().clone() if value is None else value
+def copy_tensor(name: str, value: Any) -> Any:
+    """A copy of an attribute; a parameter stays one."""
+    if not isinstance(value, torch.Tensor):
+        return copy.deepcopy(value)
+    return like(value, value.detach().clone())
+
+
+def like(old: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    """The data as a parameter where the old tensor is one."""
     return torch.nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else data
 
 
-def place_tensor(root: torch.nn.Module, path: str, value: Any, persistent: bool = True) -> None:
+def place_tensor(root: torch.nn.Module, path: str, value: Any) -> None:
     """Set a parameter, buffer or other attribute at a dotted path, making modules on the way."""
     *parents, name = path.split(".")
     for part in parents:
@@ -279,26 +295,17 @@ def place_tensor(root: torch.nn.Module, path: str, value: Any, persistent: bool 
             root.add_module(part, torch.nn.Module())
         root = getattr(root, part)
     if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-        root.register_buffer(name, value, persistent=persistent)
+        root.register_buffer(name, value)
     else:
         setattr(root, name, value)
 
 
 def propagate(program: Program) -> None:
-    """Recompute the fake value of every node from the example inputs (dynamic dimensions stay symbolic)."""
-    module = program.module()
-    fresh = export_metadata(program)
-    for node in module.graph.nodes:
-        if node.name in fresh:
-            node.meta["val"] = fresh[node.name]
-
-
-def export_metadata(program: Program) -> dict[str, Any]:
-    """Fake values by node name, from one fake run of the graph with the placeholders' own (symbolic) sizes."""
+    """Recompute the fake value of every node by one fake run; dynamic dimensions stay symbolic."""
     module = program.module()
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta["val"] for n in placeholders]
-    mode = next((f.fake_mode for f in fakes if isinstance(f, torch.Tensor) and hasattr(f, "fake_mode")), None)
+    mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
     if mode is None:
         raise BadInput("the graph has no tensor input to propagate shapes from")
     env: dict[fx.Node, Any] = dict(zip(placeholders, fakes, strict=True))
@@ -310,7 +317,8 @@ def export_metadata(program: Program) -> dict[str, Any]:
             elif node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
                 env[node] = node.target(*args, **kwargs)
-    return {n.name: v for n, v in env.items()}
+    for node, value in env.items():
+        node.meta["val"] = value
 
 
 def flatten_outputs(outputs: Any) -> list[torch.Tensor]:

@@ -6,7 +6,6 @@ nothing is patched in place, the input program is not touched.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -19,8 +18,8 @@ from . import axes as ax
 from .axes import Axis, Factor
 from .comb import Comb
 from .errors import Refused
-from .ops import fetch, op_name, set_argument, source
-from .program import Program, TrainableModule, place_tensor
+from .ops import arguments, op_name, set_argument, source
+from .program import Program, copy_tensor, like, rebuild
 
 Removed = dict[str, dict[int, list[int]]]
 
@@ -47,8 +46,6 @@ class Slicer:
 
     def resize(self, old: fx.Node, new: fx.Node, argument: str, axes: list[Axis]) -> None:
         """Regenerate a list of sizes: entries whose axis lost indices, or that were computed from such sizes."""
-        from .ops import arguments
-
         entries = arguments(old)[argument]
         values = list(arguments(new)[argument])
         changed = False
@@ -130,45 +127,28 @@ def remove(comb: Comb, masks: Mapping[Factor, np.ndarray]) -> tuple[Program, Rem
             raise Refused(f"a frozen atom of size {atom.size} cannot lose indices: {atom.frozen}")
         if len(mask) != atom.size or not mask.any():
             raise Refused(f"an atom of size {atom.size} cannot keep {int(mask.sum())} of {len(mask)} indices")
-    slicer, old = Slicer(comb, masks), comb.module
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(old.graph, slicer.env))
-    graph.set_codegen(copy.copy(old.graph._codegen))
-    root, removed = torch.nn.Module(), {}
-    sliced: dict[int, Any] = {}
-    for node in old.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        name = str(node.target)
-        tensor = fetch(old, name)
-        lost = {}
-        if name in comb.parameters:
-            keeps = {d: ax.kept_mask(a, masks) for d, a in enumerate(comb.parameters[name]) if not slicer.full(a)}
-            lost = {d: np.flatnonzero(~keep).tolist() for d, keep in keeps.items()}
+    slicer, removed = Slicer(comb, masks), {}
+    keeps: dict[str, dict[int, np.ndarray]] = {}
+    for name, axes in comb.parameters.items():
+        lost = {d: ax.kept_mask(a, masks) for d, a in enumerate(axes) if not slicer.full(a)}
         if lost:
-            removed[name] = lost
-        if id(tensor) not in sliced:
-            sliced[id(tensor)] = _slice(tensor, keeps if lost else {})
-        place_tensor(root, name, sliced[id(tensor)])
-    for node, rewrite in comb.rewrites:
-        rewrite(slicer, slicer.env[node])
-    new = TrainableModule(root, graph)
-    new.training = old.training
-    for name in ("_in_spec", "_out_spec"):
-        if hasattr(old, name):
-            setattr(new, name, getattr(old, name))
-    return comb.program.derive(new), removed
+            keeps[name] = lost
+            removed[name] = {d: np.flatnonzero(~keep).tolist() for d, keep in lost.items()}
+
+    def rewrite_all(nodes: dict[fx.Node, fx.Node]) -> None:
+        slicer.env = nodes
+        for node, rewrite in comb.rewrites:
+            rewrite(slicer, nodes[node])
+
+    def take(name: str, value: Any) -> Any:
+        return like(value, _slice(value, keeps[name])) if name in keeps else copy_tensor(name, value)
+
+    return comb.program.derive(rebuild(comb.module, take, rewrite_all)), removed
 
 
-def _slice(tensor: Any, keeps: dict[int, np.ndarray]) -> Any:
-    if not isinstance(tensor, torch.Tensor):
-        return copy.deepcopy(tensor)
-    data = tensor.detach()
-    indices = {d: torch.from_numpy(np.flatnonzero(keep)).to(data.device) for d, keep in keeps.items()}
-    data = select(data, indices) if indices else data.clone()
-    return (
-        torch.nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else data
-    )
+def _slice(tensor: torch.Tensor, keeps: dict[int, np.ndarray]) -> torch.Tensor:
+    indices = {d: torch.from_numpy(np.flatnonzero(keep)).to(tensor.device) for d, keep in keeps.items()}
+    return select(tensor.detach(), indices)
 
 
 BLOCK = 1 << 17  # elements: an intermediate of this size stays in a core's cache

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..graph.ops import arguments, fetch, op_name, set_argument, shape
-from ..graph.program import Program, TrainableModule, clone, place_tensor
+from ..graph.program import Program, TrainableModule, copy_tensor, place_tensor, rebuild
 from ..graph.verify.evaluate import Evaluator, double_weights, evaluated, invoke, random_inputs, relative_error
 from .base import Context, Pass, PassResult
 
@@ -76,7 +76,7 @@ class Fuse(Pass):
         record: dict[str, Any] = {"changed": merger.changed, "refused": merger.refusals(), "error": 0.0}
         if not merger.changed:
             return PassResult(program.copy(), record)
-        fused = program.derive(clone(merger.module), stale=False)
+        fused = program.derive(rebuild(merger.module, copy_tensor), stale=False)
         generator = torch.Generator().manual_seed(context.seed)
         inputs = random_inputs(program, generator)
         expected = Evaluator(program, double_weights(program)).run(inputs)
@@ -276,10 +276,7 @@ class _Merger:
         for key, exact in merged.tensors.items():
             stored = arguments(keep)[key]
             name = self._new_name(keep, key) if stored is None else str(stored.target)
-            value: torch.Tensor = exact.to(weight.dtype)
-            if isinstance(weight, torch.nn.Parameter):
-                value = torch.nn.Parameter(value, requires_grad=weight.requires_grad)
-            place_tensor(self.module, name, value)
+            place_tensor(self.module, name, like(weight, exact.to(weight.dtype)))
             self.exact[name] = exact
             if stored is None:
                 with self.graph.inserting_before(keep):
