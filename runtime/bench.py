@@ -261,7 +261,9 @@ def _calls(
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             item = export_onnx(item, Path(folder) / "program.onnx").path
         if isinstance(item, (str, os.PathLike)):
-            options = {"threads": threads} if Path(item).suffix in BACKENDS["onnxruntime"].suffixes else {}
+            options: dict[str, Any] = {}
+            if Path(item).suffix in BACKENDS["onnxruntime"].suffixes:
+                options["threads"] = threads
             item = load_engine(item, **options)
             stack.callback(item.close)
         if isinstance(item, Engine):
@@ -289,9 +291,9 @@ def _random_inputs(engine: Engine, batch: int) -> list[np.ndarray]:
     """Normal floats and zeros for integers, which are valid indices whatever they index."""
     generator, found = np.random.default_rng(0), []
     for spec in engine.inputs:
-        shape = [batch if s is None and d == 0 else s for d, s in enumerate(spec.shape)]
-        if None in shape:
+        if None in spec.shape[1:]:
             raise BadInput(f"bench: input {spec.name} has dynamic dimensions beyond the batch; give `inputs`")
+        shape = [batch if s is None else s for s in spec.shape]
         floating = spec.dtype.startswith(("float", "bfloat"))
         found.append(generator.standard_normal(shape, np.float32) if floating else np.zeros(shape, spec.dtype))
     return found

@@ -128,7 +128,8 @@ class _Conversion:
 def _shape_arithmetic(graph: gs.Graph) -> set[int]:
     """Identities of the float tensors whose values are computed from the sizes of the inputs, not from their data."""
     graph.toposort()
-    data, sizes = {id(t) for t in graph.inputs}, set()
+    data = {id(t) for t in graph.inputs}
+    sizes: set[int] = set()
     for node in graph.nodes:
         values = node.inputs[: VALUE_INPUTS.get(node.op)]
         if node.op in ("Shape", "Size") or (

@@ -221,7 +221,8 @@ def _translate(exported: ExportedProgram, opset: int) -> onnx.ModelProto:
         text = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         raise Refused(f"torch.onnx cannot translate the program: {text[:300]}") from error
     assert found is not None
-    model, taken = found.model_proto, set()
+    model = found.model_proto
+    taken: set[str] = set()
     for node in model.graph.node:  # the module's path tells a reader of an engine's report where a kernel comes from
         scopes = {p.key: p.value for p in node.metadata_props}.get(SCOPES)
         path = ast.literal_eval(scopes)[-2:-1] if scopes else []

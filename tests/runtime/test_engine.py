@@ -1,0 +1,143 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import graphcomb.runtime.engine as engine_module
+from graphcomb.graph.errors import BadInput, MissingBackend
+from graphcomb.runtime import build_engine, load_engine
+from graphcomb.runtime.engine import Backend, Engine, check_model, precision, replacing
+
+
+def linear_model(dtype: int = TensorProto.FLOAT) -> onnx.ModelProto:
+    """y = relu(x w), x of shape [n, 4]."""
+    weights = np.arange(12, dtype=np.float32).reshape(4, 3) - 5
+    w = numpy_helper.from_array(weights.astype(helper.tensor_dtype_to_np_dtype(dtype)), "w")
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], "mm"), helper.make_node("Relu", ["h"], ["y"], "act")]
+    x, y = (helper.make_tensor_value_info(n, dtype, ["n", c]) for n, c in (("x", 4), ("y", 3)))
+    graph = helper.make_graph(nodes, "g", [x], [y], [w])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    onnx.save(linear_model(), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def test_build_and_run_on_the_cpu(path: Path) -> None:
+    report = build_engine(path)
+    assert (report.backend, report.target, report.path, report.precision) == ("onnxruntime", "cpu", path, "fp32")
+    assert report.bytes == path.stat().st_size
+    assert report.memory == {"weights": 48}
+    assert [k.kind for k in report.kernels] == ["MatMul", "Relu"]
+    assert report.to_dict()["padding"] == []
+    engine = load_engine(path)
+    assert isinstance(engine, Engine)
+    assert [(i.name, i.dtype, i.shape) for i in engine.inputs] == [("x", "float32", (None, 4))]
+    assert [(o.name, o.shape) for o in engine.outputs] == [("y", (None, 3))]
+    x = np.random.default_rng(0).standard_normal((5, 4), np.float32)
+    (y,) = engine.run([x])
+    np.testing.assert_allclose(y, np.maximum(x @ (np.arange(12).reshape(4, 3) - 5), 0), rtol=1e-5, atol=1e-5)
+
+
+def test_the_optimised_model_is_kept_where_asked(path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "optimised.onnx"
+    report = build_engine(path, out=out)
+    assert report.path == out
+    assert report.bytes == out.stat().st_size
+    assert [f.name for f in out.parent.iterdir()] == [out.name]
+    x = np.ones((1, 4), np.float32)
+    np.testing.assert_array_equal(load_engine(out).run([x])[0], load_engine(path).run([x])[0])
+
+
+def test_half_precision_on_the_cpu_says_that_it_computes_in_fp32(tmp_path: Path) -> None:
+    onnx.save(linear_model(TensorProto.FLOAT16), tmp_path / "half.onnx")
+    report = build_engine(tmp_path / "half.onnx")
+    assert report.precision == "fp16"
+    casts = [k for k in report.kernels if k.kind == "Cast"]
+    assert bool(casts) == any("computes in fp32" in w for w in report.warnings)
+
+
+def test_wrong_inputs(path: Path) -> None:
+    engine = load_engine(path)
+    with pytest.raises(BadInput, match=r"takes 1 inputs \(x\), got 2"):
+        engine.run([np.ones((1, 4), np.float32)] * 2)
+    for wrong in (np.ones((1, 5), np.float32), np.ones((1, 4), np.float64)):
+        with pytest.raises(BadInput, match="do not fit the engine") as caught:
+            engine.run([wrong])
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x07" * 40])
+def test_foreign_files(tmp_path: Path, content: bytes) -> None:
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(content)
+    with pytest.raises(BadInput, match=r"bad\.onnx: not a") as caught:
+        build_engine(bad)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(BadInput, match=r"bad\.onnx"):
+        load_engine(bad)
+
+
+def test_a_truncated_file(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(BadInput, match="not a valid ONNX file"):
+        build_engine(path)
+
+
+def test_an_invalid_graph(path: Path) -> None:
+    model = linear_model()
+    model.graph.node[0].op_type = "MatMull"
+    onnx.save(model, path)
+    with pytest.raises(BadInput, match=r"model\.onnx: not a valid ONNX file .*MatMull"):
+        check_model(path)
+
+
+def test_missing_files_and_unknown_names(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no such file"):
+        build_engine(tmp_path / "none.onnx")
+    with pytest.raises(BadInput, match="no such file"):
+        load_engine(tmp_path / "none.onnx")
+    with pytest.raises(BadInput, match="target gpu: not known"):
+        build_engine(path, "gpu")
+    with pytest.raises(BadInput, match="backend onnxruntim: not known; did you mean onnxruntime"):
+        build_engine(path, backend="onnxruntim")
+    with pytest.raises(BadInput, match="option thread: not one of backend onnxruntime; did you mean threads"):
+        build_engine(path, thread=2)
+    (tmp_path / "model.xyz").write_bytes(b"?")
+    with pytest.raises(BadInput, match=r"no backend for this suffix \(known: \.onnx"):
+        load_engine(tmp_path / "model.xyz")
+
+
+def test_a_missing_library_names_the_extra(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = Backend("tensorrt", "no_such_library", "rtx", (".rtx",))
+    monkeypatch.setitem(engine_module.BACKENDS, "tensorrt_rtx", missing)
+    with pytest.raises(MissingBackend, match=r"no_such_library is not installed.*pip install 'graphcomb\[rtx\]'"):
+        build_engine(path, "rtx-sm86")
+
+
+def test_precision_of_quantised_models() -> None:
+    model = linear_model()
+    assert precision(model) == "fp32"
+    model.graph.node.append(helper.make_node("QuantizeLinear", ["y", "s", "z"], ["q"]))
+    assert precision(model) == "int8"
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "file.bin"
+    target.write_text("old")
+
+    def interrupted() -> None:
+        with replacing(target) as part:
+            part.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert target.read_text() == "old"
+    assert [f.name for f in tmp_path.iterdir()] == ["file.bin"]
+    with pytest.raises(BadInput, match="cannot be written"), replacing(target / "below" / "a.bin") as part:
+        part.write_text("never")
