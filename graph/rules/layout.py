@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..axes import Axis, Misaligned, Reason, cut, freeze, fresh, normal, take_inner, total
-from ..ops import hint, op_name, shape
+from ..ops import arguments, hint, op_name, shape
 from .table import NoRule, rule
 
 
@@ -49,15 +49,18 @@ def view(c, node, a):
     elif name.endswith("_as"):
         for mine, other in zip(result, c.axes[a["other"]], strict=True):
             c.unify(mine, other)
-    elif name == "squeeze" and "dim" not in a:
-        # squeezes whatever has size 1: an axis pruned down to 1 would vanish, so name the dimensions
-        dims = [d for d, n in enumerate(shape(a["self"])) if n == 1]
+    elif name == "squeeze":
+        # what it squeezes is whatever has size 1: an axis pruned down to 1 would vanish, so name the dimensions
+        given = a.get("dim", range(len(xs)))
+        asked = {d % len(xs) for d in ([given] if isinstance(given, int) else given)} if xs else set()
+        dims = [d for d in sorted(asked) if shape(a["self"])[d] == 1]
 
         def name_dims(s, m):
             m.target = torch.ops.aten.squeeze.dims
-            m.args = (m.args[0], dims)
+            m.args, m.kwargs = (m.args[0], dims), {}
 
-        c.rewrite(node, name_dims)
+        if len(dims) < len(asked):
+            c.rewrite(node, name_dims)
     return result
 
 
@@ -312,14 +315,14 @@ def pad(c, node, a):
         xs[d] = total([part for n, part in parts if n])
 
     def regenerate(s, m):
-        values = list(amounts)
+        values = list(arguments(m)["pad"])  # amounts of dynamic dimensions stay expressions
         for j, (low, high) in placed.items():
             values[2 * j] = s.size(low) if amounts[2 * j] else 0
             values[2 * j + 1] = s.size(high) if amounts[2 * j + 1] else 0
-        if placed:
-            s.set(m, "pad", values)
+        s.set(m, "pad", values)
 
-    c.rewrite(node, regenerate)
+    if placed:
+        c.rewrite(node, regenerate)
     return xs
 
 
