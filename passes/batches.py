@@ -26,7 +26,9 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     if isinstance(batch, Mapping):
         args, kwargs = _inputs({k: v for k, v in batch.items() if k != "labels"})
         return args, kwargs, batch.get("labels")
-    if isinstance(batch, (list, tuple)) and 1 <= len(batch) <= 2:
+    if isinstance(batch, (list, tuple)):
+        if not 1 <= len(batch) <= 2:
+            raise BadInput(f"data: the loader yields {_describe(batch)}; {FORMS}")
         args, kwargs = _inputs(batch[0])
         return args, kwargs, batch[1] if len(batch) == 2 else None
     args, kwargs = _inputs(batch)
@@ -73,7 +75,7 @@ class Feed:
         self.field, self.skipped = field, 0
         self._args, self._kwargs = program.args, program.kwargs
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
-        self._names = [n.name for n in placeholders]
+        self._names = [str(n.target) for n in placeholders]
         self._values = [n.meta.get("val") for n in placeholders]
         info = getattr(program.graph._codegen, "pytree_info", None)
         top = len(self._args) + len(self._kwargs)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..graph.ops import arguments, fetch, op_name, set_argument, shape
-from ..graph.program import Program, TrainableModule, copy_tensor, place_tensor, rebuild
+from ..graph.program import Program, TrainableModule, like, place_tensor, rebuild
 from ..graph.verify.evaluate import Evaluator, double_weights, evaluated, invoke, random_inputs, relative_error
 from .base import Context, Pass, PassResult
 
@@ -76,7 +76,7 @@ class Fuse(Pass):
         record: dict[str, Any] = {"changed": merger.changed, "refused": merger.refusals(), "error": 0.0}
         if not merger.changed:
             return PassResult(program.copy(), record)
-        fused = program.derive(rebuild(merger.module, copy_tensor), stale=False)
+        fused = program.derive(rebuild(merger.module, lambda name, value: value), stale=False)
         generator = torch.Generator().manual_seed(context.seed)
         inputs = random_inputs(program, generator)
         expected = Evaluator(program, double_weights(program)).run(inputs)

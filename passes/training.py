@@ -11,7 +11,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -150,7 +150,7 @@ def accelerator(find_unused: bool = False) -> Accelerator:
 @contextmanager
 def placed(module: TrainableModule, device: torch.device) -> Iterator[TrainableModule]:
     """The module on a device, nodes that create tensors included; put back afterwards."""
-    home = next((t.device for t in [*module.parameters(), *module.buffers()]), device)
+    home = next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
     _move(module, device)
     try:
         yield module
@@ -225,7 +225,7 @@ def evaluate(
     """Mean of `metric(outputs, labels)` (scores per sample or pixel, default `accuracy`) over a data set, eval mode.
 
     A `Program` is checked against the batches, and one with a fixed batch size still sees every sample. Under several
-    processes each scores its share and all return the mean of the whole. Train/eval flags are restored.
+    processes each scores its share and all return the mean of the whole. Train/eval flags and random states are restored.
     """
     acc = accelerator()
     feed = Feed(model, field) if isinstance(model, Program) else None
@@ -254,7 +254,7 @@ def _score(
     total, count = 0.0, 0
     share = shard(data, acc.process_index, acc.num_processes, even=False)
     batches = feed.batches(share, pad=True) if feed else (Batch(*split_batch(raw), size=0) for raw in share)
-    with bar(progress and acc.is_main_process, field, length(share)) as update, torch.no_grad():
+    with bar(progress and acc.is_main_process, field, length(share)) as update, torch.no_grad(), seeded(0):
         for done, batch in enumerate(batches, 1):
             if batch.labels is None:
                 raise BadInput(f"{field}: the batches have no labels, and the metric needs them")
@@ -509,7 +509,8 @@ class _Loop:
             torch.save(state, part)
             os.replace(part, self.checkpoint)
         except (OSError, RuntimeError) as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
             raise BadInput(f"{self.checkpoint}: the checkpoint cannot be written ({error})") from None
 
     def _load(self, path: Path) -> None:
