@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
@@ -74,7 +75,8 @@ def dynamic_shapes_of(exported: ExportedProgram) -> Any:
     """
     dims: dict[str, Any] = {}
     leaves = []
-    names = set(exported.graph_signature.user_inputs)
+    # user_inputs would give a plain number by its value instead of its name
+    names = {i.arg.name for i in exported.graph_signature.input_specs if i.kind is InputKind.USER_INPUT}
     for node in exported.graph.nodes:
         if node.op != "placeholder" or node.name not in names:
             continue
