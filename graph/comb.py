@@ -76,6 +76,8 @@ class Comb:
         self.refusals: list[tuple[fx.Node, str]] = []
         self._roles: list[tuple[Axis, str, fx.Node | None]] = []
         self._kernels: list[Axis] = []
+        self._copies: dict[fx.Node, list[Axis]] = {}
+        self._sums: dict[fx.Node, list[Axis]] = {}
         self._made_of_parameters: set[fx.Node] = set()
         self._groups: list[Group] | None = None
         self._terms: list[tuple[fx.Node, list[list[Axis]]]] | None = None
@@ -106,6 +108,32 @@ class Comb:
                     self._freeze_all(self.axes[result], Reason(result, "an output of the program"))
             else:
                 self.axes[node] = self._apply_rule(node)
+        self._freeze_summed_copies()
+
+    def _freeze_summed_copies(self) -> None:
+        """Freeze padding and repetitions over which somebody sums or normalises before they meet anything with entries of
+        its own: the sum would change, and no parameter that takes part says by what."""
+        if not any(a.frozen is None for axes in self._copies.values() for a in atoms(axes)):
+            return
+        loose: dict[fx.Node, set[Factor]] = {}
+        for node in self.axes:
+            made = {a for a in atoms(self._copies.get(node, ())) if a.frozen is None}
+            given: set[Factor] = set().union(*(loose.get(i, ()) for i in node.all_input_nodes))
+            if not made and not given:
+                continue
+            for i in node.all_input_nodes:
+                given -= atoms(self._flat(i)).keys() - loose.get(i, set())
+            for axis in self._sums.get(node, ()):
+                for atom in atoms([axis]):
+                    if atom in given:
+                        freeze([atom], Reason(node, "sums over padding or repeated entries"))
+            loose[node] = made | (given & atoms(self._flat(node)).keys())
+
+    def _flat(self, node: fx.Node) -> list[Axis]:
+        """The axes of all results of a node."""
+        axes = self.axes[node] or []
+        several = isinstance(node.meta.get("val"), (list, tuple))
+        return [axis for result in axes for axis in result or ()] if several else axes
 
     def _apply_rule(self, node: fx.Node) -> Any:
         value = node.meta.get("val")
@@ -126,7 +154,7 @@ class Comb:
             result = function(self, node, arguments(node))
             self._check(value, result)
             return result
-        except (NoRule, Misaligned, ValueError, IndexError, KeyError, TypeError) as error:
+        except Exception as error:  # a rule that stumbles, a user's one too, must not take the comb down: it freezes
             text = str(error) if isinstance(error, (NoRule, Misaligned)) else f"{type(error).__name__}: {error}"
             what = f"{name} cannot be followed" + ("" if text == "no rule for it" else f" ({text})")
             if text == "no rule for it":
@@ -204,8 +232,18 @@ class Comb:
         self.freeze(axis, node, "kernel positions")
         self._kernels.append(axis)
 
+    def copies(self, node: fx.Node, axes: list[Axis], role: str) -> None:
+        """Along these axes of its result the node repeats a constant or its operand; role: "constant" or "multiplier"."""
+        self._copies.setdefault(node, []).extend(axes)
+        for axis in axes:
+            self.role(axis, role)
+
+    def sums(self, node: fx.Node, axes: list[Axis]) -> None:
+        """The node adds up, compares or normalises the entries along these axes of its operands."""
+        self._sums.setdefault(node, []).extend(axes)
+
     def role(self, axis: Axis, role: str, weight: fx.Node | None = None) -> None:
-        """Note what an axis is used as: "out", "in", "linear" (out of a linear), "group", "multiplier", "head", "width"."""
+        """Note what an axis is used as: "out", "in", "linear" (out of a linear), "group", "multiplier", "head", "width", "constant"."""
         self._roles.append((axis, role, weight))
 
     def is_parameter(self, node: fx.Node) -> bool:
@@ -284,7 +322,7 @@ class Comb:
             mine = roles[atom]
             near = {r for p in partners[atom] for r in roles[p]}
             linear = mine <= {"linear", "in"} and len(consumers[atom]) == 1 and bool(producers[atom])
-            if atom not in owned:
+            if atom not in owned or ("constant" in mine and not producers[atom]):
                 kind = "constant"
             elif "multiplier" in mine and not mine & {"head", "group"}:
                 kind = "multiplier"

@@ -73,6 +73,7 @@ def matmul(c, node, a):
     p, q = a["self"], a.get("other", a.get("mat2", a.get("vec", a.get("tensor"))))
     xs, ys = c.axes[p], c.axes[q]
     c.unify(xs[-1], ys[-2] if len(ys) > 1 else ys[-1])
+    c.sums(node, [xs[-1]])
     batch = shape(node)[: max(len(xs), len(ys)) - 2]
     items = [(xs[:-2], shape(p)[:-2]), (ys[:-2], shape(q)[:-2])]
     result = broadcast(c, node, items, batch) if len(batch) else []
@@ -94,6 +95,7 @@ def addmm(c, node, a):
     if op_name(node) == "addbmm":
         raise NoRule("addbmm")
     c.unify(c.axes[p][-1], c.axes[q][-2])
+    c.sums(node, [c.axes[p][-1]])
     result = [*c.axes[p][:-1], c.axes[q][-1]]
     if len(result) == 3:
         c.unify(result[0], c.axes[q][0])
@@ -125,6 +127,7 @@ def einsum(c, node, a):
                     axis_of[letter], sizes[letter] = axis, n
             else:
                 c.unify(axis_of[letter], axis)
+    c.sums(node, [axis for letter, axis in axis_of.items() if letter not in right])
     weights = [t for t in a["tensors"] if c.is_parameter(t)]
     for letter in axis_of:
         everywhere = all(letter in t for t in terms)
@@ -142,6 +145,7 @@ def attention(c, node, a):
     nq, nk, nv, out = shape(q), shape(k), shape(v), shape(node)
     c.unify(qs[-1], ks[-1])
     c.unify(ks[-2], vs[-2])
+    c.sums(node, [qs[-1], ks[-2]])
     if a.get("is_causal"):
         c.unify(qs[-2], ks[-2])
     if a.get("enable_gqa") and nq[-3] != nk[-3]:

@@ -60,6 +60,7 @@ def expand(c, node, a):
             result.append(c.axes[x][d - shift])
         else:
             result.append(c.fresh(node, d))
+            c.copies(node, result[-1:], "multiplier")
     if a.get("other") is not None:
         for mine, other in zip(result, c.axes[a["other"]], strict=True):
             c.unify(mine, other)

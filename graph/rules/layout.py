@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..axes import Axis, Misaligned, Reason, cut, freeze, fresh, normal, take_inner, total
+from ..axes import Axis, Misaligned, Reason, atoms, cut, freeze, fresh, normal, take_inner, total
 from ..ops import arguments, hint, op_name, shape
 from .table import NoRule, rule
 
@@ -26,6 +26,8 @@ def regroup(c, node, axes: list[Axis], sizes: tuple[int, ...]) -> list[Axis]:
         if isinstance(n, int):
             for factor in normal(result[d]):
                 factor.symbolic = False
+        elif not any(atom.symbolic for atom in atoms([result[d]])):
+            raise Misaligned(f"the dynamic dimension {d} of the result is made of fixed sizes")
     return result
 
 
@@ -270,6 +272,7 @@ def repeat(c, node, a):
         raise NoRule("tile")
     xs, counts = c.axes[a["self"]], [hint(r) for r in a["repeats"]]
     times = [c.fresh(node, d, r) for d, r in enumerate(counts)]
+    c.copies(node, times, "multiplier")
     shift = len(counts) - len(xs)
     symbolic = [not isinstance(r, int) for r in a["repeats"]]
 
@@ -286,6 +289,7 @@ def repeat_interleave(c, node, a):
         raise NoRule("repeat_interleave with counts that are data, or of the flattened tensor")
     xs, times = c.axes[a["self"]], fresh(a["repeats"])
     d = a["dim"] % len(xs)
+    c.copies(node, [times], "multiplier")
 
     def regenerate(s, m):
         s.set(m, "repeats", s.size(times))
@@ -311,6 +315,7 @@ def pad(c, node, a):
             xs[d] = c.frozen(node, d, "padding along the axis")
             continue
         placed[j] = (fresh(low), fresh(high))
+        c.copies(node, [part for n, part in zip((low, high), placed[j], strict=True) if n], "constant")
         parts = [(low, placed[j][0]), (1, xs[d]), (high, placed[j][1])]
         xs[d] = total([part for n, part in parts if n])
 
@@ -330,6 +335,7 @@ def pad(c, node, a):
 def constant(c, node, a):
     """A uniform tensor: any index of it may go."""
     result = [c.fresh(node, d) for d in range(len(shape(node)))]
+    c.copies(node, result, "constant")
     c.resize(node, "size", result)
     return result
 

@@ -26,6 +26,7 @@ def batch_norm(c, node, a):
     for key in ("weight", "bias", "running_mean", "running_var"):
         if a.get(key) is not None:
             c.unify(c.axes[a[key]][0], xs[1])
+    c.sums(node, [xs[0], *xs[2:]])
     return xs
 
 
@@ -36,6 +37,7 @@ def layer_norm(c, node, a):
         if a.get(key) is not None:
             for mine, axis in zip(c.axes[a[key]], xs[-k:], strict=True):
                 c.unify(mine, axis)
+    c.sums(node, xs[-k:])
     c.rewrite(node, lambda s, m: s.set(m, "normalized_shape", [s.size(axis) for axis in xs[-k:]]))
     return xs if isinstance(node.meta["val"], torch.Tensor) else [xs, [*xs[:-k], *[[] for _ in range(k)]]]
 
@@ -48,13 +50,16 @@ def group_norm(c, node, a):
         if a.get(key) is not None:
             c.unify(c.axes[a[key]][0], xs[1])
     c.role(group, "group")
+    c.sums(node, xs[1:])
     c.rewrite(node, lambda s, m: s.set(m, "num_groups", s.size(group)))
     return xs
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "_safe_softmax")
 def softmax(c, node, a):
-    return c.axes[operand(a)]
+    xs = c.axes[operand(a)]
+    c.sums(node, [xs[a["dim"] % len(xs)]] if xs else [])
+    return xs
 
 
 @rule(
@@ -65,6 +70,7 @@ def reduce(c, node, a):
     x = operand(a)
     xs = c.axes[x]
     dims = dims_of(a, len(xs))
+    c.sums(node, [xs[d] for d in dims])
     keep = a.get("keepdim", False)
     result = [[] if d in dims else axis for d, axis in enumerate(xs) if keep or d not in dims]
     value = node.meta["val"]
@@ -78,10 +84,12 @@ def extremum(c, node, a):
         from .elementwise import binary
 
         return binary(c, node, a)
-    if a.get("dim") is None:
-        return []
     x = operand(a)
+    if a.get("dim") is None:
+        c.sums(node, c.axes[x])
+        return []
     d = a["dim"] % len(c.axes[x])
+    c.sums(node, [c.axes[x][d]])
     if any(u.args[1] == 1 and u.users for u in node.users if op_name(u) == "getitem"):
         c.freeze(c.axes[x][d], node, f"{op_name(node)} returns positions along the axis")
     result = [[] if k == d else axis for k, axis in enumerate(c.axes[x]) if a["keepdim"] or k != d]
@@ -129,6 +137,7 @@ def similarity(c, node, a):
     rank = max(len(shape(x)), len(shape(y)))
     out = torch.broadcast_shapes(shape(x), shape(y))
     both = broadcast(c, node, [(c.axes[x], shape(x)), (c.axes[y], shape(y))], tuple(out))
+    c.sums(node, [both[dim % rank]])
     return [axis for d, axis in enumerate(both) if d != dim % rank]
 
 
@@ -138,4 +147,5 @@ def cdist(c, node, a):
     c.unify(xs[-1], ys[-1])
     for p, q in zip(xs[:-2], ys[:-2], strict=True):
         c.unify(p, q)
+    c.sums(node, [xs[-1]])
     return [*xs[:-1], ys[-2]]

@@ -34,6 +34,7 @@ def pool(c, node, a):
         done = []
         for d in range(first, len(shape(x))):
             if shape(node)[d] == 1:
+                c.sums(node, [c.axes[x][d]])
                 done.append([])
             elif shape(node)[d] == shape(x)[d] and isinstance(value.shape[d], int):
                 done.append(c.axes[x][d])
