@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -253,8 +254,7 @@ def cut(call: Call) -> Any:
     x = call.x
     rank, key = x.value.dim(), "dims" if "dims" in call.a else "dim"
     along = [d % rank for d in _as_list(call.a[key])]
-    if isinstance(call.a.get("index"), Held) and call.a["index"].touched:
-        raise Disagreement("the indices it looks up are absent")
+    picks = call.a.get("index")  # of index_select: a position that is absent itself looks up nothing
     result = call.run()
     parts = [result] if isinstance(result, torch.Tensor) else result
     kept = parts[0].dim() == rank
@@ -269,7 +269,10 @@ def cut(call: Call) -> Any:
             state = tidy(piece.cpu().numpy().reshape(-1))
             if kept:
                 states[d] = state
-    held = [Held(p, tuple(s)) for p, s in zip(parts, found, strict=True)]
+    if isinstance(picks, Held) and picks.touched:
+        n = result.shape[along[0]]
+        found[0][along[0]] = tidy(np.maximum(full(found[0][along[0]], n), full(picks.states[0], n)))
+    held = [poison(p, s) for p, s in zip(parts, found, strict=True)]
     return held[0] if isinstance(result, torch.Tensor) else held
 
 
@@ -481,7 +484,8 @@ def index(call: Call) -> Held:
     for d in used:
         if x.states[d] is not None:
             looked = torch.from_numpy(x.states[d])[picks[d].value.cpu()].broadcast_to(shape).reshape(-1).numpy()
-            states = [join(pair) for pair in zip(states, factor(looked, shape), strict=True)]
+            pairs = zip(states, factor(looked, shape), shape, strict=True)
+            states = [tidy(np.maximum(full(s, n), full(t, n))) for s, t, n in pairs]
     at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
     rest = [s for d, s in enumerate(x.states) if d not in used]
     return poison(value, [*rest[:at], *states, *rest[at:]])
@@ -655,13 +659,17 @@ def layer_norm(call: Call) -> Any:
 @means("group_norm")
 def group_norm(call: Call) -> Held:
     x, groups = call.x, call.a["num_groups"]
-    _need_all(call, x, range(2, x.value.dim()), "statistics along the axis")
     channels = join([x.states[1], *(p.states[0] for p in call.held("weight", "bias"))])
     group, _ = factor(channels, (groups, x.value.shape[1] // groups))
     override = {n: take(call.a[n].value, 0, channels) for n in ("weight", "bias") if isinstance(call.a.get(n), Held)}
     left = groups if group is None else int((group != ABSENT).sum())
-    value = call.run(**override, input=take(x.value, 1, channels), num_groups=left)
-    return poison(put(value, 1, channels), [x.states[0], channels, *x.states[2:]])
+    states, value = [x.states[0], channels, *x.states[2:]], x.value
+    for d in range(1, value.dim()):
+        value = take(value, d, states[d])
+    value = call.run(**override, input=value, num_groups=left)
+    for d in range(1, value.dim()):
+        value = put(value, d, states[d])
+    return poison(value, states)
 
 
 @means("batch_norm instance_norm")
@@ -808,21 +816,21 @@ def attention(call: Call) -> Held:
     tokens = q.states[-2]
     if a.get("is_causal"):
         keys = tokens = join([tokens, keys])
+    batch = torch.broadcast_shapes(*(h.value.shape[:-2] for h in (q, k, v)))
+    lead = broadcast([Held(h.value[..., 0, 0], h.states[:-2]) for h in (q, k, v)], batch)
+    shape = (*batch, q.value.shape[-2], k.value.shape[-2])
+    if mask is not None:
+        scores_like = Held(torch.empty(shape, device="meta"), (*lead, tokens, keys))
+        *lead, tokens, keys = broadcast([scores_like, mask], shape)
     scores = fill(q.value, -1, width, 0.0) @ fill(fill(k.value, -1, width, 0.0), -2, keys, 0.0).mT * scale
     if a.get("is_causal"):
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~seen, -math.inf)
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
     if mask is not None:
         off = mask.value.dtype == torch.bool
         scores = scores.masked_fill(~mask.value, -math.inf) if off else scores + mask.value
     scores = fill(scores, -1, keys, -math.inf)
-    weights = torch.where((scores == -math.inf).all(-1, keepdim=True), scores.new_zeros(()), scores.softmax(-1))
+    weights = torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1))
     value = fill(weights, -1, keys, 0.0) @ fill(v.value, -2, keys, 0.0)
-    heads: list[Held] = [Held(h.value[..., 0, 0], h.states[:-2]) for h in (q, k, v)]
-    lead = broadcast(heads, value.shape[:-2])
-    if mask is not None:
-        whole = Held(scores, (*lead, tokens, keys))
-        *lead, tokens, _ = broadcast([whole, mask], scores.shape)
     return poison(value, [*lead, tokens, v.states[-1]])
 
 
