@@ -165,6 +165,8 @@ def library(backend: str) -> ModuleType:
 class TensorRTEngine:
     """A deserialised engine with one execution context and one stream. Inputs and outputs are host arrays."""
 
+    on_device = True  # the processor waits while it runs
+
     def __init__(self, path: Path, backend: str):
         trt = library(backend)
         self._logger = _logger(trt)

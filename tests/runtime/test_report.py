@@ -1,0 +1,323 @@
+"""The HTML report: everything in the summary shows, nothing is assumed, nothing escapes."""
+
+import copy
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from graphcomb.graph.errors import BadInput
+from graphcomb.runtime import charts
+from graphcomb.runtime.engine import EngineReport, Kernel
+from graphcomb.runtime.report import si, size, write_report
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Text, tags and ids of a page; fails where tags do not nest."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.ids, self.text, self.skip = [], [], [], "", 0
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.ids += [value for key, value in attributes if key == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+        self.skip += tag == "style"
+
+    def handle_startendtag(self, tag, attributes):
+        self.ids += [value for key, value in attributes if key == "id"]
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        self.skip -= tag == "style"
+
+    def handle_data(self, data):
+        if not self.skip:
+            self.text += data
+
+    def count(self, tag):
+        return sum(name == tag for name, _ in self.tags)
+
+
+def layer(i, before=64, after=32):
+    macs = {"before": 1e6 * (i + 1), "after": 2.5e5 * (i + 1)}
+    return {
+        "name": f"layers.{i}.weight",
+        "kind": "conv",
+        "channels": {"before": [16, before], "after": [8, after]},
+        "macs": macs,
+    }
+
+
+def cost(macs, params):
+    return {"macs": macs, "params": params}
+
+
+def summary(layers=3):
+    ms = {"p5": 4.9, "p25": 5.0, "median": 5.1, "p75": 5.2, "p95": 5.4, "p99": 5.9}
+    engine = EngineReport(
+        "tensorrt_rtx", "1.7", "rtx-sm86", "net.rtx", 768_020, 0.42, "fp16",
+        [Kernel("conv_k", "correlation", ("conv", "relu"), ("fp16[1,3,8,8]",), ("fp16[1,61,8,8]",)),
+         Kernel("pad_k", "kgen", ("conv2",), padding=True)],
+        {"weights": 89_128, "activations": 8_716_288}, ["a warning of the library"],
+    )  # fmt: skip
+    pads = [{"kernel": "pad_k", "how": "kernel", "nodes": ["conv2"], "axis": 1, "before": 61, "after": 62,
+             "alignment": 2}]  # fmt: skip
+    return {
+        "model": "my.models:net",
+        "target": "rtx-sm86",
+        "accuracy_before": 0.9861,
+        "accuracy_after": 0.9833,
+        "macs_before": 8e8,
+        "macs_after": 2e8,
+        "macs_ratio": 4.0,
+        "params_before": 11e6,
+        "params_after": 2.75e6,
+        "params_ratio": 4.0,
+        "latency_ratio": 3.12,
+        "latency": {
+            "timings": [
+                {"name": "dense", "ms": ms},
+                {"name": "small", "ms": {k: v / 3.12 for k, v in ms.items()}},
+            ],
+            "ratios": {"small": {"p5": 3.02, "median": 3.12, "p95": 3.19}},
+            "note": "",
+        },
+        "surgery_error": 3.4e-14,
+        "onnx_parity": {"fp32": 2.1e-6, "fp16": 1.3e-3},
+        "engine": "net.rtx",
+        "engine_report": engine.to_dict() | {"pads": pads},
+        "records": [
+            {
+                "pass": "RemoveChannels",
+                "options": {"ratio": 0.5, "kinds": ["channel", "head"], "macs": None},
+                "changed": [],
+                "layers": [layer(i) for i in range(layers)],
+                "refused": [
+                    {"what": "fc.weight:0", "why": "linear (/a/b/c/net.py:7: return fc(x)): an output of the program"},
+                    {"what": "aux.weight:0", "why": "linear_1 (/a/b/c/net.py:9: aux(x)): an output of the program"},
+                    {"what": "stem.weight:1", "why": "x: an input of the program"},
+                ],
+                "cost": {"before": cost(8e8, 11e6), "after": cost(2e8, 2.75e6)},
+                "accuracy": {"before": 0.9861, "after": 0.51},
+                "verified": {"error": 3.4e-14},
+                "seconds": 1.31,
+            },
+            {
+                "pass": "Distill",
+                "options": {"epochs": 2},
+                "changed": ["weights"],
+                "refused": [],
+                "cost": {"before": cost(2e8, 2.75e6), "after": cost(2e8, 2.75e6)},
+                "accuracy": {"before": 0.51, "after": 0.9833},
+                "epochs": [{"epoch": 1, "loss": 2.0, "val": 0.7}, {"epoch": 2, "loss": 0.5, "val": 0.98}],
+                "seconds": 60.2,
+            },
+        ],
+        "environment": {"python": "3.11.7", "cpu": "a CPU", "seed": 7, "versions": {"torch": "2.14.1"}},
+        "files": {"onnx": "out/model.onnx"},
+    }
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Plots are drawn but not written out, which takes most of the time."""
+    monkeypatch.setattr(charts, "_svg", lambda figure, name: "<svg></svg>")
+
+
+def page(tmp_path, values):
+    path = write_report(values, tmp_path / "report.html")
+    assert path == tmp_path / "report.html"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    html = path.read_text(encoding="utf-8")
+    return Page(html), html
+
+
+def test_everything_of_the_summary_shows(tmp_path):
+    found, html = page(tmp_path, summary())
+    text = " ".join(found.text.split())
+    for expected in (
+        "my.models:net",
+        "4× fewer multiply-accumulates, 4× fewer parameters, 3.12× faster",
+        "98.33 %", "from 98.61 %, −0.28 points",
+        "800 M → 200 M", "11 M → 2.75 M",
+        "5.1 ms → 1.63 ms, 90 % of pairs 3.02× to 3.19×",
+        "surgery error", "3.4e-14",
+        "1.3e-03", "fp16 relative to the program, fp32 2.1e-06",
+        "2 kernels, 768 kB, 1 padding kernel",
+        "layers.0.weight", "64 → 32", "1 M → 250 k",
+        "RemoveChannels", "ratio 0.5", "kinds channel, head", "51.00 %", "1.3 s", "Distill",
+        "an output of the program · 2", "fc.weight:0", "linear c/net.py:7: return fc(x)", "an input of the program · 1",
+        "Engine for rtx-sm86", "2 from 3 ONNX nodes", "1 only pad", "weights 89.1 kB", "a warning of the library",
+        "61 → 62", "an extra kernel", "fp16[1,3,8,8] → fp16[1,61,8,8]",
+        "a CPU", "torch=2.14.1", "out/model.onnx",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert "macs None" not in text
+    assert len(re.findall("<svg", html)) == found.count("figure") == 6
+
+
+def test_the_page_is_self_contained_and_fits_a_phone(tmp_path):
+    found, html = page(tmp_path, summary())
+    assert not [t for t, _ in found.tags if t in ("script", "link", "img", "iframe")]
+    links = {v for _, a in found.tags for k, v in a.items() if v and k.split(":")[-1] in ("href", "src")}
+    assert all(link.startswith("#") for link in links)
+    assert not re.search(r"url\((?!#)|@import", html)
+    assert len(found.ids) == len(set(found.ids))
+    assert {link[1:] for link in links} <= set(found.ids)
+    assert 'name="viewport" content="width=device-width' in html
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_plots_are_valid_svg_in_the_pages_colours(tmp_path):
+    _, html = page(tmp_path, summary())
+    for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+        ElementTree.fromstring(svg)
+        assert "var(--after)" in svg
+        assert not re.search(r"#0102|<style", svg)
+        assert 'width="' not in svg[: svg.index(">")]
+
+
+def test_the_plot_of_channels_has_the_layers_heights(tmp_path):
+    values = summary()
+    values["records"][0]["layers"] = [layer(0, 100, 100), layer(1, 100, 50)]
+    _, html = page(tmp_path, values)
+    svg = re.search(r"<figcaption>Output channels.*?(<svg.*?</svg>)", html, re.DOTALL)[1]
+    path = re.search(r'<path d="([^"]*)"[^>]*style="[^"]*fill: var\(--after\)', svg)[1]
+    numbers = [
+        [float(n) for n in re.findall(r"[-\d.]+", line)] for line in path.strip().splitlines() if "z" not in line
+    ]
+    ys = sorted({round(y, 3) for _, y in numbers})
+    top, middle, bottom = ys
+    assert bottom - middle == pytest.approx((bottom - top) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("key", summary())
+def test_any_part_may_be_missing(tmp_path, quick, key):
+    values = summary()
+    del values[key]
+    page(tmp_path, values)
+    values[key] = None
+    page(tmp_path, values)
+
+
+def test_a_nearly_empty_summary(tmp_path):
+    found, html = page(tmp_path, {})
+    assert "graphcomb run" in found.text
+    assert "<svg" not in html
+    found, html = page(tmp_path, {"accuracy_after": 31.5, "records": [{}], "engine": "a/net.rtx", "engines": []})
+    assert "31.5" in found.text
+    assert "net.rtx" in found.text
+
+
+@pytest.mark.parametrize("junk", ["text", 5, [1, None, "x"], {"a": {"b": None}}, float("nan"), float("inf"), True])
+@pytest.mark.parametrize("key", summary())
+def test_wrong_values_are_left_out(tmp_path, quick, key, junk):
+    page(tmp_path, summary() | {key: junk})
+
+
+@pytest.mark.parametrize("junk", [None, "text", 5, [1], {"a": 1}, float("nan")])
+@pytest.mark.parametrize("key", ["layers", "refused", "cost", "accuracy", "verified", "options", "epochs", "seconds"])
+def test_wrong_values_in_a_record_are_left_out(tmp_path, quick, key, junk):
+    values = summary()
+    values["records"][0][key] = junk
+    page(tmp_path, values)
+
+
+def test_text_is_escaped_everywhere(tmp_path):
+    evil = "<script>alert(1)</script>$x^2$\"'&"
+
+    def spoil(value):
+        if isinstance(value, str):
+            return evil
+        if isinstance(value, dict):
+            return {k if k in KEEP else k + evil: spoil(v) for k, v in value.items()}
+        return [spoil(v) for v in value] if isinstance(value, list) else value
+
+    KEEP = set(re.findall(r"\w+", repr(summary())))
+    values = spoil(copy.deepcopy(summary()))
+    found, html = page(tmp_path, values)
+    assert found.count("script") == 0
+    assert "<script>" in found.text  # as text
+    for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+        ElementTree.fromstring(svg)
+
+
+def test_hundreds_of_layers_are_folded_and_none_is_lost(tmp_path):
+    values = summary(layers=300)
+    values["records"][0]["refused"] = [{"what": f"w{i}", "why": f"roll_{i}: roll along the axis"} for i in range(200)]
+    found, html = page(tmp_path, values)
+    assert "the 20 layers with the most multiply-accumulates" in found.text
+    assert "All 300 layers" in found.text
+    before, _, folded = html.partition("All 300 layers")
+    assert "layers.299.weight" in before
+    assert "layers.0.weight" not in before
+    assert all(f"layers.{i}.weight" in folded for i in range(300))
+    assert "roll along the axis" in found.text
+    assert re.search(r"<details>\s*<summary>roll along the axis", html)
+    assert len(html) < 1_500_000
+
+
+def test_layers_over_several_passes_are_the_first_before_and_the_last_after(tmp_path):
+    values = summary()
+    again = copy.deepcopy(values["records"][0])
+    again["layers"] = [layer(0, 32, 24)]
+    values["records"].append(again)
+    found, _ = page(tmp_path, values)
+    assert "64 → 24" in found.text
+    assert "32 → 24" not in found.text
+
+
+def test_the_keys_that_a_run_writes_are_taken_too(tmp_path):
+    values = summary()
+    renamed = {"latency": "bench", "engine_report": "engines", "records": "passes"}
+    other = {renamed.get(k, k): v for k, v in values.items() if k not in ("macs_before", "macs_after")}
+    other["engines"] = [values["engine_report"]]
+    other["cost"] = {"before": cost(8e8, 11e6), "after": cost(2e8, 2.75e6)}
+    written = r"graphcomb report, written .*"
+    texts = [re.sub(written, "", page(tmp_path, v)[0].text) for v in (values, other)]
+    assert texts[0] == texts[1]
+
+
+def test_a_contended_machine_gives_no_figure_and_a_slower_result_says_so(tmp_path):
+    values = summary() | {"latency_ratio": None}
+    values["latency"]["note"] = "no figure: only 3 of 50 rounds ran undisturbed"
+    found, html = page(tmp_path, values)
+    assert "only 3 of 50 rounds ran undisturbed" in found.text
+    assert 'class="tile watch"' in html
+    found, _ = page(tmp_path, summary() | {"latency_ratio": 0.8})
+    assert "1.25× slower" in found.text
+
+
+def test_same_summary_same_plots(tmp_path):
+    plots = [re.findall(r"<svg.*?</svg>", page(tmp_path, summary())[1], re.DOTALL) for _ in range(2)]
+    assert plots[0] == plots[1]
+
+
+def test_a_summary_that_is_none_and_a_folder_that_cannot_be_written(tmp_path):
+    with pytest.raises(BadInput, match="report: the summary is a mapping of names to values, not a list"):
+        write_report([1], tmp_path / "report.html")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"report\.html: cannot be written"):
+        write_report({}, tmp_path / "file" / "report.html")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (7, "7"), (999, "999"), (999.6, "1 k"), (1000, "1 k"), (4.09e9, "4.09 G"), (2.5e15, "2.5e+03 T")],
+)
+def test_counts_in_thousands(value, text):
+    assert si(value) == text
+
+
+def test_bytes():
+    assert [size(n) for n in (80, 768_020, 8_716_288, None)] == ["80 B", "768 kB", "8.72 MB", "–"]
