@@ -189,9 +189,8 @@ def _tiles(summary: Mapping[str, Any], engines: list[Mapping[str, Any]]) -> list
         change = ""
         if before is not None and after is not None:
             points = score is percent
-            change = (
-                f"from {score(before)}, {(after - before) * (100 if points else 1):+.2f}{' points' if points else ''}"
-            )
+            delta = f"{(after - before) * (100 if points else 1):+.2f}".replace("-", "−")
+            change = f"from {score(before)}, {delta}{' points' if points else ''}"
         tiles.append(Tile("accuracy", score(before if after is None else after), change))
     for key, label in (("macs", "multiply-accumulates"), ("params", "parameters")):
         before, after, ratio = _costs(summary, key)

@@ -218,13 +218,13 @@ def test_a_nearly_empty_summary(tmp_path):
     assert "net.rtx" in found.text
 
 
-@pytest.mark.parametrize("junk", ["text", 5, [1, None, "x"], {"a": {"b": None}}, float("nan"), float("inf"), True])
+@pytest.mark.parametrize("junk", ["text", [1, None, "x"], {"a": {"b": None}}, float("nan"), True])
 @pytest.mark.parametrize("key", summary())
 def test_wrong_values_are_left_out(tmp_path, quick, key, junk):
     page(tmp_path, summary() | {key: junk})
 
 
-@pytest.mark.parametrize("junk", [None, "text", 5, [1], {"a": 1}, float("nan")])
+@pytest.mark.parametrize("junk", [None, "text", [1], {"a": 1}])
 @pytest.mark.parametrize("key", ["layers", "refused", "cost", "accuracy", "verified", "options", "epochs", "seconds"])
 def test_wrong_values_in_a_record_are_left_out(tmp_path, quick, key, junk):
     values = summary()
