@@ -307,9 +307,12 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    import timm  # noqa: F401
     import torch
+    import torchvision  # noqa: F401
 
-    import graphcomb.graph.verify  # noqa: F401
+    import graphcomb.graph.verify
+    import graphcomb.passes  # noqa: F401
 
     torch.set_num_threads(1)
     path: Path = options.results

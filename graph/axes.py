@@ -113,7 +113,8 @@ def _distributed(axis: Axis) -> list[Axis]:
 
 
 def total(parts: list[Axis]) -> Axis:
-    """The sum of axes (concatenation of index spaces)."""
+    """The sum of axes (concatenation of index spaces); empty ones add nothing."""
+    parts = [p for p in parts if size(p)] or parts[:1]
     if len(parts) == 1:
         return parts[0]
     factor = Factor(sum(size(p) for p in parts))
