@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test test-slow lint bench clean
 
 demo: $(STAMP)
-	OMP_NUM_THREADS= $(BIN)/graphcomb demo
+	$(BIN)/graphcomb demo
 
 test: $(STAMP)
 	$(BIN)/pytest -n 2

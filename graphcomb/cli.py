@@ -153,8 +153,7 @@ def bench(
     """Latency of two models, measured in turns and guarded against a busy machine."""
     from . import runtime
 
-    result = runtime.bench([a, b], progress=not quiet)
-    console.print(str(result))
+    show_bench(runtime.bench([a, b], progress=not quiet).to_dict())
 
 
 @app.command()
@@ -210,6 +209,22 @@ def show_summary(summary: dict[str, Any]) -> None:
         for one in path if isinstance(path, list) else [path]:
             table.add_row(kind, one)
     console.print(table)
+    if note := summary.get("bench", {}).get("note"):
+        console.print(f"latency: {note}")
+
+
+def show_bench(result: dict[str, Any]) -> None:
+    """Latencies and their ratio, or why there is none."""
+    table = Table("model", "median ms", "p95 ms", "runs", "times faster")
+    for timing in result["timings"]:
+        ms, ratio = timing["ms"], result["ratios"].get(timing["name"])
+        faster = f"{ratio['median']:.2f} ± {ratio['iqr'] / 2:.2f}" if ratio else ""
+        table.add_row(
+            timing["name"], *(f"{ms[k]:.3f}" if ms else "" for k in ("median", "p95")), str(timing["runs"]), faster
+        )
+    console.print(table)
+    if result["note"]:
+        console.print(result["note"])
 
 
 SUMMARY_ROWS = {
@@ -220,6 +235,7 @@ SUMMARY_ROWS = {
     "latency_ratio": "{:.2f}x faster",
     "surgery_error": "{:.1e}",
     "onnx_parity": "{:.1e}",
+    "onnx_parity_fp16": "{:.1e}",
     "seconds": "{:.0f} s",
 }
 
@@ -248,7 +264,7 @@ def _shape(text: str) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
+    debug = arguments[:1] == ["--debug"]
     try:
         code = app(arguments, prog_name="graphcomb", standalone_mode=False)
         return code if isinstance(code, int) else 0

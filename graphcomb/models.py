@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from .data import cache_folder, digits
+from .runtime.engine import replacing
 
 
 class ResidualBlock(nn.Module):
@@ -78,25 +79,20 @@ def trained_digits(**options: Any) -> SmallResNet:
     options: fields of `Training`.
     """
     training = Training(**options)
-    model = SmallResNet(width=training.width, blocks=training.blocks)
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(training), sort_keys=True).encode()).hexdigest()[:12]
     path = cache_folder() / f"digits-{digest}.pt"
-    if not _restore(model, path):
-        with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        model = SmallResNet(width=training.width, blocks=training.blocks)
+        if not _restore(model, path):
             fit(model, training)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        torch.save(model.state_dict(), part)
-        part.replace(path)
+            with replacing(path) as part:
+                torch.save(model.state_dict(), part)
     return model.eval()
 
 
 def fit(model: nn.Module, training: Training) -> None:
     """Supervised training on digits: AdamW, one learning-rate cycle, label smoothing 0.1."""
-    torch.manual_seed(training.seed)
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
-            module.reset_parameters()
     loader, _ = digits(training.batch_size, training.size)
     optimizer = torch.optim.AdamW(model.parameters(), training.rate, weight_decay=training.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.rate, training.epochs * len(loader))

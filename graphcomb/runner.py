@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import io
 import os
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from rich.console import Console
 
 from . import runtime
-from .graph.errors import BadInput, CaptureError
+from .graph.errors import BadInput, CaptureError, GraphcombError
 from .graph.program import Program, capture
 from .passes.base import Context
 from .passes.batches import Feed, split_batch
@@ -27,6 +29,7 @@ from .runtime.targets import Target, get_target
 from .sources import first_batch, load_data, load_model, resolve
 
 DEFAULT_SHAPE = [1, 3, 224, 224]
+BENCH_SECONDS = 30.0  # at most; an undisturbed machine needs far fewer
 
 
 @dataclass
@@ -59,8 +62,8 @@ def prepare(recipe: Recipe) -> Job:
     for i, name in enumerate(recipe.outputs.engines):
         try:
             backend_module(get_target(name).backend)
-        except BadInput as error:
-            raise BadInput(f"outputs.engines.{i}: {error}") from error
+        except GraphcombError as error:
+            raise type(error)(f"outputs.engines.{i}: {error}") from error
     torch.manual_seed(recipe.seed)
     model = load_model(recipe.model.source, recipe.model.arguments)
     train, val, batch = _data(recipe)
@@ -92,6 +95,10 @@ def run(
     out, start = Path(out), time.perf_counter()
     check_folder(out)
     job = prepare(recipe)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be made ({error.strerror})") from error
     say = Console(quiet=not progress).print
     (out / "summary.json").unlink(missing_ok=True)
     if fresh:
@@ -101,26 +108,21 @@ def run(
         seed=recipe.seed, out=out, progress=progress, plan={"groups": plan} if plan else None, key=recipe.key(),
     )  # fmt: skip
     summary = _summary(job, result)
-    wanted, files = recipe.outputs, summary["files"]
+    wanted = recipe.outputs
+    files: dict[str, Any] = {}
     if wanted.pt2:
         files["pt2"] = str(result.program.save(out / "model.pt2"))
     if wanted.onnx or wanted.engines or wanted.bench:
-        say(f"ONNX {recipe.precision} ...")
-        exported = runtime.export_onnx(result.program, out / "model.onnx", recipe.precision, target=job.target)
-        summary["onnx"] = exported.to_dict()
-        summary["onnx_parity"] = exported.parity
-        files["onnx"] = str(out / "model.onnx")
-    for name in wanted.engines:
-        say(f"engine for {name} ...")
-        report = runtime.build_engine(out / "model.onnx", name)
-        summary["engines"].append(report.to_dict())
-        files.setdefault("engines", []).append(str(report.path))
-    summary["engine"] = summary["engines"][0]["path"] if summary["engines"] else None
+        summary |= _lower(job, result.program, out, say)
+        files["onnx"] = [report["path"] for report in summary["onnx"].values()]
+        files["engines"] = [report["path"] for report in summary["engines"]]
     if wanted.bench:
-        summary |= _bench(job.program, result.program, out, recipe.precision, progress)
-    summary["seconds"] = round(time.perf_counter() - start, 1)
+        say("bench ...")
+        summary |= _bench(job.program, out, progress)
     if wanted.report:
         files["report"] = str(out / "report.html")
+    summary |= {"files": files, "seconds": round(time.perf_counter() - start, 1)}
+    if wanted.report:
         runtime.write_report(summary, out / "report.html")
     write_json(out / "summary.json", summary, indent=2)
     return summary
@@ -171,7 +173,8 @@ def _capture(model: torch.nn.Module, recipe: Recipe, batch: Any) -> Program:
     if batch is not None and not recipe.inputs and dynamic:
         args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t[:2], (args, kwargs))
     try:
-        return capture(model, args, kwargs, "batch" if dynamic else None)
+        with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints the graph it gives up on
+            return capture(model, args, kwargs, "batch" if dynamic else None)
     except CaptureError as error:
         shapes = ", ".join(str(tuple(a.shape)) for a in [*args, *kwargs.values()] if isinstance(a, torch.Tensor))
         raise CaptureError(f"model: {recipe.model.source} with inputs {shapes}: {error}") from error
@@ -199,8 +202,6 @@ def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
         "cost": {"before": before, "after": after},
         "inputs": [list(a.shape) for a in job.program.args if isinstance(a, torch.Tensor)],
         "passes": [{k: v for k, v in record.items() if k != "removed"} for record in result.records],
-        "engines": [],
-        "files": {},
         "environment": {
             "python": platform.python_version(),
             "machine": platform.machine(),
@@ -211,12 +212,28 @@ def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
     }
 
 
-def _bench(dense: Program, small: Program, out: Path, precision: str, progress: bool) -> dict[str, Any]:
+def _lower(job: Job, program: Program, out: Path, say: Callable[..., None]) -> dict[str, Any]:
+    """model.onnx in fp32, model.fp16.onnx when asked for, and the engines, built from the recipe's precision."""
+    paths, reports = {}, {}
+    for precision in dict.fromkeys(("fp32", job.recipe.precision)):
+        say(f"ONNX {precision} ...")
+        paths[precision] = out / ("model.onnx" if precision == "fp32" else f"model.{precision}.onnx")
+        reports[precision] = runtime.export_onnx(program, paths[precision], precision, target=job.target)
+    engines = []
+    for name in job.recipe.outputs.engines:
+        say(f"engine for {name} ...")
+        engines.append(runtime.build_engine(paths[job.recipe.precision], name))
+    return {
+        "onnx": {p: r.to_dict() for p, r in reports.items()},
+        **{"onnx_parity" if p == "fp32" else f"onnx_parity_{p}": r.parity for p, r in reports.items()},
+        "engines": [e.to_dict() for e in engines],
+        "engine": str(engines[0].path) if engines else None,
+    }
+
+
+def _bench(dense: Program, out: Path, progress: bool) -> dict[str, Any]:
     """Dense against compressed in ONNX Runtime, fp32, paired."""
     runtime.export_onnx(dense, out / "dense.onnx", "fp32")
-    path = out / "model.onnx"
-    if precision != "fp32":
-        path = out / "model.fp32.onnx"
-        runtime.export_onnx(small, path, "fp32")
-    bench = runtime.bench([out / "dense.onnx", path], progress=progress)
-    return {"bench": dataclasses.asdict(bench), "latency_ratio": bench.ratio}
+    files = [out / "dense.onnx", out / "model.onnx"]
+    found = runtime.bench(files, names=["dense", "compressed"], seconds=BENCH_SECONDS, progress=progress)
+    return {"bench": found.to_dict(), "latency_ratio": found.ratio}
