@@ -31,6 +31,7 @@ from .presence import (
     Held,
     State,
     States,
+    along,
     broadcast,
     factor,
     fill,
@@ -169,7 +170,9 @@ def _unknown() -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------------ entrywise
-HEALING = frozenset("where masked_fill nan_to_num pow fmax fmin sign sgn xlogy heaviside fill zero copy threshold".split())
+HEALING = frozenset(
+    "where masked_fill nan_to_num pow fmax fmin sign sgn xlogy heaviside fill zero copy threshold".split()
+)
 
 
 @means(
@@ -247,22 +250,24 @@ def permute(call: Call) -> Held:
     return Held(call.run(), tuple(x.states[s - 1] for s in call.run(**{call.key(x): probe}).stride()))
 
 
-@means("slice narrow flip select split chunk split_with_sizes unbind tensor_split unsafe_split unsafe_chunk index_select"
-    " unsafe_split_with_sizes")
+@means(
+    "slice narrow flip select split chunk split_with_sizes unbind tensor_split unsafe_split unsafe_chunk index_select"
+    " unsafe_split_with_sizes"
+)
 def cut(call: Call) -> Any:
     """Operators along given axes, applied to the presence of each of those axes alone."""
     x = call.x
     rank, key = x.value.dim(), "dims" if "dims" in call.a else "dim"
-    along = [d % rank for d in _as_list(call.a[key])]
+    dims = [d % rank for d in _as_list(call.a[key])]
     picks = call.a.get("index")  # of index_select: a position that is absent itself looks up nothing
     result = call.run()
     parts = [result] if isinstance(result, torch.Tensor) else result
     kept = parts[0].dim() == rank
-    found = [[x.states[d] for d in range(rank) if kept or d not in along] for _ in parts]
-    for d in along:
+    found = [[x.states[d] for d in range(rank) if kept or d not in dims] for _ in parts]
+    for d in dims:
         if x.states[d] is None:
             continue
-        probe = torch.from_numpy(x.states[d]).reshape([-1 if k == d else 1 for k in range(rank)])
+        probe = along(torch.from_numpy(x.states[d]), d, rank)
         override = {"dims": [d]} if key == "dims" else {}
         cuts = call.run(**{call.key(x): probe.to(x.value.device)}, **override)
         for states, piece in zip(found, [cuts] if isinstance(cuts, torch.Tensor) else cuts, strict=True):
@@ -270,8 +275,8 @@ def cut(call: Call) -> Any:
             if kept:
                 states[d] = state
     if isinstance(picks, Held) and picks.touched:
-        n = result.shape[along[0]]
-        found[0][along[0]] = tidy(np.maximum(full(found[0][along[0]], n), full(picks.states[0], n)))
+        d, n = dims[0], result.shape[dims[0]]
+        found[0][d] = tidy(np.maximum(full(found[0][d], n), full(picks.states[0], n)))
     held = [poison(p, s) for p, s in zip(parts, found, strict=True)]
     return held[0] if isinstance(result, torch.Tensor) else held
 
@@ -349,7 +354,7 @@ def repeat_interleave(call: Call) -> Held:
 def pad(call: Call) -> Held:
     """Constant padding repeats one number, so it is free; other padding copies entries, which must all be there."""
     x, value = call.x, call.run()
-    amounts = call.a.get("pad", call.a.get("padding"))
+    amounts = call.a["pad" if "pad" in call.a else "padding"]
     constant = call.name in ("pad", "constant_pad_nd") and (call.a.get("mode") or "constant") == "constant"
     states, rank = list(x.states), x.value.dim()
     for j in range(len(amounts) // 2):
@@ -371,24 +376,23 @@ def scatter(call: Call) -> Held:
     mine = src.states
     if call.name == "select_scatter":
         mine = (*mine[:d], None, *mine[d:])
-    probe = torch.from_numpy(full(x.states[d], x.value.shape[d])).reshape(
-        [-1 if k == d else 1 for k in range(x.value.dim())]
-    )
+    probe = along(torch.from_numpy(full(x.states[d], x.value.shape[d])), d, x.value.dim())
     n = 1 if call.name == "select_scatter" else src.value.shape[d]
     written = torch.from_numpy(full(mine[d], n))
     patch = written[0] if call.name == "select_scatter" else written
-    patch = patch.reshape([-1 if k == d else 1 for k in range(src.value.dim())])
-    along = tidy(call.run(self=probe, src=patch).numpy().reshape(-1))
-    states = [along if k == d else join([x.states[k], mine[k]]) for k in range(x.value.dim())]
+    patch = along(patch, d, src.value.dim())
+    mixed = tidy(call.run(self=probe, src=patch).numpy().reshape(-1))
+    states = [mixed if k == d else join([x.states[k], mine[k]]) for k in range(x.value.dim())]
     return poison(call.run(), states)
 
 
 @means("pixel_shuffle")
 def pixel_shuffle(call: Call) -> Held:
     x, r = call.x, call.a["upscale_factor"]
-    (*lead, c, h, w), states = x.value.shape, x.states[-3:]
-    c, rows, columns = factor(states[0], (c // (r * r), r, r))
-    result = (*x.states[:-3], c, outer((states[1], rows), (h, r)), outer((states[2], columns), (w, r)))
+    n, h, w = x.value.shape[-3:]
+    channels, rows, columns = factor(x.states[-3], (n // (r * r), r, r))
+    high, wide = outer((x.states[-2], rows), (h, r)), outer((x.states[-1], columns), (w, r))
+    result = (*x.states[:-3], channels, high, wide)
     return Held(call.run(), result)
 
 
@@ -500,7 +504,7 @@ def embedding(call: Call) -> Held:
 
 @means("gather take_along_dim")
 def gather(call: Call) -> Held:
-    x, picks = call.a["self"], call.a.get("index", call.a.get("indices"))
+    x, picks = call.a["self"], call.a["index" if "index" in call.a else "indices"]
     d = call.a["dim"] % x.value.dim()
     _need_all(call, x, [d], "entries are picked by number")
     states = list(picks.states)
@@ -517,14 +521,14 @@ def gather(call: Call) -> Held:
 def ordered(call: Call) -> Any:
     """Operators that depend on positions: nothing may be absent along their axis; the other axes pass through."""
     x, given = call.x, call.a.get("dims", call.a.get("dim"))
-    along = [d % x.value.dim() for d in _as_list(given)] if given not in (None, []) else list(range(x.value.dim()))
-    _need_all(call, x, along, "it depends on positions along the axis")
+    dims = [d % x.value.dim() for d in _as_list(given)] if given not in (None, []) else list(range(x.value.dim()))
+    _need_all(call, x, dims, "it depends on positions along the axis")
     result = call.run()
     parts = [result] if isinstance(result, torch.Tensor) else list(result)
     held = []
     for part in parts:
         same = part.dim() == x.value.dim()
-        states = [None if d in along else s for d, s in enumerate(x.states) if same or d not in along]
+        states = [None if d in dims else s for d, s in enumerate(x.states) if same or d not in dims]
         held.append(poison(part, states))
     return held[0] if isinstance(result, torch.Tensor) else held
 
@@ -534,8 +538,8 @@ def ordered(call: Call) -> Any:
         name.format(n)
         for n in (1, 2, 3)
         for name in (
-            "max_pool{}d", "avg_pool{}d", "lp_pool{}d", "adaptive_max_pool{}d", "upsample_nearest{}d", "max_pool{}d_with_indices",
-            "_upsample_nearest_exact{}d", "fractional_max_pool{}d",
+            "max_pool{}d", "avg_pool{}d", "lp_pool{}d", "adaptive_max_pool{}d", "max_pool{}d_with_indices",
+            "upsample_nearest{}d", "_upsample_nearest_exact{}d", "fractional_max_pool{}d",
         )
     )
     + " upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa"
@@ -582,8 +586,8 @@ def regions(call: Call) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: poison(t, [None, x.states[1], None, None]), call.run())
 
 
-def _need_all(call: Call, held: Held, along: Any, why: str) -> None:
-    for d in along:
+def _need_all(call: Call, held: Held, dims: Any, why: str) -> None:
+    for d in dims:
         if lost(held.states[d]):
             raise Disagreement(f"{why}, and entries along it are absent (dimension {d % held.value.dim()})")
 
@@ -678,21 +682,19 @@ def batch_norm(call: Call) -> Held:
     x = call.x
     channels = join([x.states[1], *(p.states[0] for p in call.held("weight", "bias", "running_mean", "running_var"))])
     own = call.a["training"] if call.name == "batch_norm" else call.a["use_input_stats"]
-    value, along = x.value, [d for d in range(x.value.dim()) if d != 1]
+    value, dims = x.value, [d for d in range(x.value.dim()) if d != 1]
     if call.name == "instance_norm":
-        along = along[1:]
-    for d in along if own else []:
+        dims = dims[1:]
+    for d in dims if own else []:
         value = take(value, d, x.states[d])
     value = call.run(input=value)
-    for d in along if own else []:
+    for d in dims if own else []:
         value = put(value, d, x.states[d])
     return poison(value, [x.states[0], channels, *x.states[2:]])
 
 
 # ---------------------------------------------------------------------------------------------------------- contractions
-@means(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution torchvision::deform_conv2d"
-)
+@means("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution torchvision::deform_conv2d")
 def convolution(call: Call) -> Held:
     """Absent input channels count 0. A grouped weight serves every group alike, so channels are groups x rest."""
     x, w, bias = call.a["input"], call.a["weight"], call.a.get("bias")
@@ -792,7 +794,9 @@ def spell_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     spare = "ΓΔΘΛΞΠΣΦΨΩ"
-    extra = max((rank - len(t.replace("...", "")) for t, rank in zip(terms, ranks, strict=True) if "..." in t), default=0)
+    extra = max(
+        (rank - len(t.replace("...", "")) for t, rank in zip(terms, ranks, strict=True) if "..." in t), default=0
+    )
     dots = spare[:extra]
     if not arrow:
         letters = "".join(terms).replace(".", "")
@@ -821,7 +825,8 @@ def attention(call: Call) -> Held:
     shape = (*batch, q.value.shape[-2], k.value.shape[-2])
     if mask is not None:
         scores_like = Held(torch.empty(shape, device="meta"), (*lead, tokens, keys))
-        *lead, tokens, keys = broadcast([scores_like, mask], shape)
+        joint = broadcast([scores_like, mask], shape)
+        lead, tokens, keys = joint[:-2], joint[-2], joint[-1]
     scores = fill(q.value, -1, width, 0.0) @ fill(fill(k.value, -1, width, 0.0), -2, keys, 0.0).mT * scale
     if a.get("is_causal"):
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)

@@ -14,7 +14,7 @@ from ..errors import GraphcombError
 from ..program import Program
 from .absence import Absence
 from .evaluate import Evaluator, example_inputs, flatten, random_inputs, relative_error, size_symbols, to_double
-from .presence import Disagreement, Held
+from .presence import Disagreement, Held, along
 from .randomise import randomise
 from .removal import Removed, checked, differences, pruned_weights
 
@@ -23,6 +23,7 @@ ATTEMPTS = 3  # draws of weights, should one be ill-conditioned
 JITTER = 1e-12
 WORST_CONDITIONING = 1e5
 SAME = 1e-9
+SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,11 @@ class Trial:
             for inputs in self.batches(batches):
                 tried.append(tuple(tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)))
                 expected, shapes = self.expected(inputs)
-                wrong: list[str] = []
-                pruned = Evaluator(self.after, self.sliced).run(inputs, lambda n, v: compare_shapes(n, v, shapes, wrong))
+                pruned, wrong = self.pruned(inputs, shapes)
                 errors.append(relative_error(pruned, expected))
-                found += [w for w in wrong if w not in found]
                 if errors[-1] > TOLERANCE and not wrong:
-                    found.append(self.first_difference(inputs))
+                    wrong = [self.first_difference(inputs)]
+                found += [w for w in wrong if w not in found]
         except Disagreement as error:
             errors.append(float("inf"))
             found.append(str(error))
@@ -179,6 +179,17 @@ class Trial:
 
         return Absence(self.before, self.weights, self.removed).run(inputs, note), shapes
 
+    def pruned(self, inputs: list[Any], shapes: dict[str, Any]) -> tuple[Any, list[str]]:
+        """The pruned program's outputs, and the first nodes whose shape is not what the oracle says."""
+        wrong: list[str] = []
+
+        def look(node: fx.Node, value: Any) -> None:
+            expected = shapes.get(node.name)
+            if isinstance(value, torch.Tensor) and expected is not None and not _fits(value, expected):
+                wrong.append(f"{node.name} has shape {tuple(value.shape)}, the oracle says {expected}")
+
+        return Evaluator(self.after, self.sliced).run(inputs, look), wrong[:SHOWN]
+
     def first_difference(self, inputs: list[Any]) -> str:
         """The first node whose value is not the oracle's, as text."""
         values: dict[str, torch.Tensor] = {}
@@ -212,20 +223,13 @@ class Jitter(Evaluator):
             return value
         for d in {0, value.dim() - 1} if value.dim() else ():
             noise = torch.randn(value.shape[d], generator=self.generator, dtype=torch.float64).to(value.device)
-            value = value * (1 + JITTER * noise).reshape([-1 if k == d else 1 for k in range(value.dim())])
+            value = value * along(1 + JITTER * noise, d, value.dim())
         return value
 
 
-def compare_shapes(node: fx.Node, value: Any, shapes: dict[str, Any], wrong: list[str]) -> None:
-    """Note a node whose shape is not what the oracle says; axes of free entries are not determined."""
-    expected = shapes.get(node.name)
-    if not isinstance(value, torch.Tensor) or expected is None:
-        return
-    same = len(expected) == value.dim() and all(
-        e in (n, None) for e, n in zip(expected, value.shape, strict=True)
-    )
-    if not same and len(wrong) < 3:
-        wrong.append(f"{node.name} has shape {tuple(value.shape)}, the oracle says {expected}")
+def _fits(value: torch.Tensor, expected: tuple[int | None, ...]) -> bool:
+    """Whether the shape is the one expected; None stands for an axis of free entries, whose size is not determined."""
+    return len(expected) == value.dim() and all(e in (n, None) for e, n in zip(expected, value.shape, strict=True))
 
 
 def _finite(outputs: Any) -> bool:

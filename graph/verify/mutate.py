@@ -86,7 +86,11 @@ def mutate(before: Program, result: Any, *, seed: int = 0, count: int | None = N
 
 
 def _places(
-    before: Program, after: Program, removed: dict[str, dict[int, list[int]]], generator: torch.Generator, count: int | None
+    before: Program,
+    after: Program,
+    removed: dict[str, dict[int, list[int]]],
+    generator: torch.Generator,
+    count: int | None,
 ) -> list[tuple[str, int]]:
     """(name, dim) pairs to plant in, each tied tensor once, shuffled."""
     tensors, ours = tensors_of(before), tensors_of(after)

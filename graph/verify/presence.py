@@ -93,12 +93,17 @@ def put(part: torch.Tensor, d: int, state: State) -> torch.Tensor:
     return whole.index_copy_(d, indices(state, part.device), part)
 
 
+def along(vector: Any, d: int, rank: int) -> Any:
+    """A vector as a tensor or array of some rank that varies along d."""
+    return vector.reshape([-1 if k == d else 1 for k in range(rank)])
+
+
 def there(states: Sequence[State], device: Any) -> torch.Tensor | None:
     """A boolean tensor that broadcasts to the entries that are not absent; None when all are there."""
     mask = None
     for d, state in enumerate(states):
         if state is not None and lost(state):
-            own = torch.from_numpy(state != ABSENT).to(device).reshape([-1 if k == d else 1 for k in range(len(states))])
+            own = along(torch.from_numpy(state != ABSENT).to(device), d, len(states))
             mask = own if mask is None else mask & own
     return mask
 
@@ -160,7 +165,7 @@ def factor(state: State, sizes: Sequence[int]) -> States:
     for d in axes:
         others = tuple(k for k in axes if k != d)
         absent, spare = (grid == ABSENT).all(others), (grid != PRESENT).all(others)
-        gone |= absent.reshape([-1 if k == d else 1 for k in axes])
+        gone |= along(absent, d, grid.ndim)
         result.append(tidy(np.where(absent, ABSENT, np.where(spare, FREE, PRESENT)).astype(np.int8)))
     if not np.array_equal(gone, grid == ABSENT):
         raise Disagreement(
@@ -207,7 +212,7 @@ def moved(states: States, shape: Sequence[int], move: Callable[[torch.Tensor], A
     grid = np.zeros((1,) * len(shape), dtype=np.int8)
     for d, state in enumerate(states):
         if state is not None:
-            grid = np.maximum(grid, state.reshape([-1 if k == d else 1 for k in range(len(shape))]))
+            grid = np.maximum(grid, along(state, d, len(shape)))
     result = move(torch.from_numpy(np.ascontiguousarray(np.broadcast_to(grid, tuple(shape)))))
     parts = [result] if isinstance(result, torch.Tensor) else result
     found = [factor(part.numpy().reshape(-1), part.shape) if part.dim() else () for part in parts]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,9 +51,7 @@ def sliced(tensor: torch.Tensor, lost: Mapping[int, Sequence[int]]) -> torch.Ten
     return tensor
 
 
-def pruned_weights(
-    weights: Mapping[str, torch.Tensor], removed: Removed, after: Program
-) -> dict[str, torch.Tensor]:
+def pruned_weights(weights: Mapping[str, torch.Tensor], removed: Removed, after: Program) -> dict[str, torch.Tensor]:
     """Weights for the pruned program: those of the original, sliced by `removed`.
 
     Tables of integers and constants that only the pruned program has are its own.
@@ -84,8 +81,3 @@ def differences(before: Program, after: Program, removed: Removed, retrained: bo
             if not torch.equal(torch.nan_to_num(own.detach().to(expected.dtype)), torch.nan_to_num(expected)):
                 found.append(f"{name} does not hold the kept values of the original")
     return found
-
-
-def describe(removed: Removed) -> dict[str, Any]:
-    """JSON-able counts of what is removed per parameter and dimension."""
-    return {name: {str(d): len(i) for d, i in lost.items()} for name, lost in removed.items()}

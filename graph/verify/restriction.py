@@ -21,6 +21,7 @@ from ..ops import arguments, op_name
 from ..program import Program
 from .check import Trial
 from .evaluate import Evaluator, evaluated, invoke, relative_error
+from .presence import along
 from .removal import Removed, checked, kept
 
 Masks = dict[ax.Factor, np.ndarray]
@@ -110,7 +111,7 @@ class Restriction(Evaluator):
         mask = self.mask(node, d)
         if mask is None or value.shape[d] == 1:
             return value
-        return value * mask.to(value.dtype).reshape([-1 if k == d % value.dim() else 1 for k in range(value.dim())])
+        return value * along(mask.to(value.dtype), d % value.dim(), value.dim())
 
     def present(self, node: fx.Node, dims: list[int]) -> dict[int, torch.Tensor]:
         """Positions that stay, for those of the dimensions that lose any."""
@@ -144,7 +145,7 @@ class Restriction(Evaluator):
             self._attention(nodes, a)
         elif name in ("layer_norm", "rms_norm"):
             return self._layer_norm(name, nodes, a)
-        elif name == "group_norm" or (name == "batch_norm" and a["training"]):
+        elif name == "group_norm" or a.get("use_input_stats") or (name == "batch_norm" and a["training"]):
             return self._moments(name, nodes, a)
         elif name in STATISTICS and not isinstance(nodes.get("other"), fx.Node):
             return self._statistics(node, name, nodes, a)
@@ -186,13 +187,13 @@ class Restriction(Evaluator):
         return y if a.get("bias") is None else y + a["bias"]
 
     def _moments(self, name: str, nodes: dict[str, Any], a: dict[str, Any]) -> torch.Tensor:
-        """GroupNorm, and BatchNorm with statistics of the batch."""
+        """GroupNorm, InstanceNorm, and BatchNorm with statistics of the batch."""
         x, weight = a["input"], self._weight(nodes["input"], list(range(a["input"].dim())), a["input"])
         if name == "group_norm":
             shape = (x.shape[0], a["num_groups"], -1, *x.shape[2:])
             x, weight, dims = x.reshape(shape), weight.reshape(shape), list(range(2, x.dim() + 1))
         else:
-            dims = [d for d in range(x.dim()) if d != 1]
+            dims = [d for d in range(x.dim()) if d != 1 and not (d == 0 and name == "instance_norm")]
         x = x - _mean(x, weight, dims)
         y = (x / torch.sqrt(_mean(x * x, weight, dims) + a["eps"])).reshape(a["input"].shape)
         per_channel = [1, -1, *[1] * (y.dim() - 2)]
