@@ -7,6 +7,7 @@ without hints is CPD's (arXiv 2408.03046).
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -342,8 +343,6 @@ class Comb:
     def why(self, parameter: str) -> str:
         """What each dimension of a parameter is made of and why frozen parts are frozen. BadInput for an unknown name."""
         if parameter not in self.parameters:
-            import difflib
-
             near = difflib.get_close_matches(parameter, self.parameters, n=3)
             raise BadInput(f"no parameter {parameter}" + (f"; did you mean {', '.join(near)}?" if near else ""))
         names = {g.atom: g.name for g in self.groups}
@@ -352,10 +351,10 @@ class Comb:
         for d, axis in enumerate(self.parameters[parameter]):
             lines.append(f"{parameter}:{d} = {show(axis)}")
             for atom in atoms([axis]):
-                state = (
-                    f"frozen: {atom.frozen}" if atom.frozen is not None else f"prunable, group {names.get(atom, '?')}"
-                )
-                lines.append(f"  {atom.size} ({kinds.get(atom, 'constant')}): {state}")
+                if atom.frozen is not None:
+                    lines.append(f"  {atom.size} frozen: {atom.frozen}")
+                else:
+                    lines.append(f"  {atom.size} prunable: {kinds[atom]}, group {names[atom]}")
         return "\n".join(lines)
 
     # ---------------------------------------------------------------------------------------------------------- cost
