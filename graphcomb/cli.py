@@ -148,12 +148,16 @@ def build(
 def bench(
     a: Annotated[Path, typer.Argument(metavar="A", help="The reference: an ONNX or engine file.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="What is compared with it.")],
+    threads: Annotated[int, typer.Option("--threads", help="Threads of ONNX Runtime.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", help="Batch size where it is dynamic.")] = 1,
+    seconds: Annotated[float, typer.Option("--seconds", help="Time limit.")] = 10.0,
     quiet: Quiet = False,
 ) -> None:
     """Latency of two models, measured in turns and guarded against a busy machine."""
     from . import runtime
 
-    show_bench(runtime.bench([a, b], progress=not quiet).to_dict())
+    found = runtime.bench([a, b], threads=threads, batch=batch, seconds=seconds, progress=not quiet)
+    show_bench(found.to_dict())
 
 
 @app.command()
@@ -286,3 +290,7 @@ def _fail(message: str, code: int, debug: bool) -> int:
         traceback.print_exc()
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,5 +1,7 @@
 """Small models, losses and loaders that the recipes of these tests name as `toys:...`."""
 
+import time
+
 import torch
 from torch import nn
 
@@ -78,3 +80,16 @@ def unlabelled() -> list:
 
 def nan_loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return outputs.sum() * float("nan")
+
+
+class Slow(list):
+    """Batches that take a while, so that a run can be killed in the middle."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            time.sleep(0.05)
+            yield batch
+
+
+def slow() -> tuple[list, list]:
+    return Slow(batches()), batches(count=1)
