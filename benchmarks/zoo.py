@@ -19,6 +19,7 @@ import platform
 import re
 import signal
 import statistics
+import subprocess
 import tempfile
 import time
 import warnings
@@ -109,7 +110,7 @@ def _with_backbone() -> list[str]:
     return models.list_models(module=models.segmentation) + models.list_models(module=models.detection)
 
 
-def measure(name: str, verify: bool) -> dict:
+def measure(name: str, verify_up_to: float) -> dict:
     """One row: what the comb found, what was removed, how long it took, and the oracle's error."""
     import torch
 
@@ -145,7 +146,7 @@ def measure(name: str, verify: bool) -> dict:
         after = [tuple(t.shape) for t in flatten_outputs(result.program.module()(*tensors))]
     if before != after:
         return row | {"status": "wrong shapes", "why": f"{before} became {after}"}
-    if verify:
+    if row["params"] <= verify_up_to:
         from graphcomb.graph import verify as oracle
 
         start = time.perf_counter()
@@ -294,12 +295,19 @@ def environment() -> str:
     )
 
 
+def commit() -> str:
+    """The revision measured, for the rows of a run that was resumed after a change."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="pattern over model names")
     parser.add_argument("--again", action="store_true", help="measure anew what has a result")
     parser.add_argument("--failed", action="store_true", help="measure anew what failed")
-    parser.add_argument("--no-verify", action="store_true")
+    parser.add_argument("--verify-up-to", type=float, default=1e9, help="largest number of parameters to run the oracle on")
     parser.add_argument("--no-rival", action="store_true", help="leave torch-pruning out")
     parser.add_argument("--seconds", type=float, default=400)
     parser.add_argument("--gigabytes", type=float, default=14)
@@ -318,15 +326,15 @@ def main() -> None:
     path: Path = options.results
     path.parent.mkdir(exist_ok=True)
     data = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-    data["environment"] = environment()
+    data["environment"], revision = environment(), commit()
     if not options.table:
         names = [n for n in torchvision_names() + timm_names() if fnmatch.fnmatch(n, options.only)]
         for i, name in enumerate(names):
             old = data["rows"].get(name)
             if old and not options.again and not (options.failed and old["status"] != "ok"):
                 continue
-            job = functools.partial(measure, name, not options.no_verify)
-            row = {"model": name} | run_child(job, options.seconds, options.gigabytes)
+            job = functools.partial(measure, name, options.verify_up_to)
+            row = {"model": name, "commit": revision} | run_child(job, options.seconds, options.gigabytes)
             if old and "torch_pruning" in old:
                 row["torch_pruning"] = old["torch_pruning"]
             elif not options.no_rival and row["status"] != "not exportable":
