@@ -13,7 +13,16 @@ from torch import fx
 from ..errors import GraphcombError
 from ..program import Program
 from .absence import Absence
-from .evaluate import Evaluator, example_inputs, flatten, random_inputs, relative_error, size_symbols, to_double
+from .evaluate import (
+    Evaluator,
+    Observer,
+    example_inputs,
+    flatten,
+    random_inputs,
+    relative_error,
+    size_symbols,
+    to_double,
+)
 from .presence import Disagreement, Held, along
 from .randomise import randomise
 from .removal import Removed, checked, differences, pruned_weights
@@ -92,7 +101,7 @@ class Trial:
         self.conditioning, self.difference = float("nan"), float("nan")
 
     def prepare(self) -> None:
-        """Draw weights and inputs that are finite and well conditioned, as far as a few draws allow. Raises what running
+        """Draw weights and inputs that are well conditioned, as far as a few draws allow. Raises what running
         the pruned program raises."""
         for attempt in range(ATTEMPTS):
             seed = self.seed + 1000 * attempt
@@ -107,7 +116,7 @@ class Trial:
 
     def draw(self, seed: int) -> Any:
         """Set inputs and weights, and return the original's outputs for them: at batch size 2 if the program lets us, and
-        on the example inputs themselves where random ones give no finite output."""
+        on the example inputs themselves where random ones give NaN."""
         self.generator = torch.Generator().manual_seed(seed)
         small = {s: 2 for s, (_, d) in size_symbols(self.before).items() if d == 0}
         for self.sizes in (small, {}) if small else ({},):
@@ -116,13 +125,15 @@ class Trial:
                 dense = self._weights(seed)
             except RuntimeError:  # a batch size that the program does not take
                 continue
-            if _finite(dense):
+            if _numbers(dense):
                 return dense
         self.inputs = [to_double(x) for x in example_inputs(self.before)]
         return self._weights(seed)
 
     def _weights(self, seed: int) -> Any:
-        self.weights = randomise(self.before, self.inputs, seed, self.removed)
+        shapes: dict[str, Any] = {}
+        self.weights, outputs = randomise(self.before, self.inputs, seed, self.removed, _shapes_into(shapes))
+        self.known = (self.inputs, outputs, shapes)
         return Evaluator(self.before, self.weights).run(self.inputs)
 
     def fresh_inputs(self) -> list[Any]:
@@ -171,13 +182,11 @@ class Trial:
 
     def expected(self, inputs: list[Any]) -> tuple[Any, dict[str, Any]]:
         """The oracle's outputs, and the shape every node of the pruned program must have."""
-        shapes: dict[str, Any] = {}
-
-        def note(node: fx.Node, value: Any) -> None:
-            if isinstance(value, Held):
-                shapes[node.name] = value.kept_shape()
-
-        return Absence(self.before, self.weights, self.removed).run(inputs, note), shapes
+        given, outputs, shapes = self.known
+        if given is not inputs or outputs is None:
+            shapes = {}
+            outputs = Absence(self.before, self.weights, self.removed).run(inputs, _shapes_into(shapes))
+        return outputs, shapes
 
     def pruned(self, inputs: list[Any], shapes: dict[str, Any]) -> tuple[Any, list[str]]:
         """The pruned program's outputs, and the first nodes whose shape is not what the oracle says."""
@@ -227,13 +236,24 @@ class Jitter(Evaluator):
         return value
 
 
+def _shapes_into(shapes: dict[str, Any]) -> Observer:
+    """An observer that notes the pruned shape of every node."""
+
+    def note(node: fx.Node, value: Any) -> None:
+        if isinstance(value, Held):
+            shapes[node.name] = value.kept_shape()
+
+    return note
+
+
 def _fits(value: torch.Tensor, expected: tuple[int | None, ...]) -> bool:
     """Whether the shape is the one expected; None stands for an axis of free entries, whose size is not determined."""
     return len(expected) == value.dim() and all(e in (n, None) for e, n in zip(expected, value.shape, strict=True))
 
 
-def _finite(outputs: Any) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in flatten(outputs) if t.is_floating_point())
+def _numbers(outputs: Any) -> bool:
+    """Whether no output holds a NaN."""
+    return not any(bool(torch.isnan(t).any()) for t in flatten(outputs))
 
 
 def _first_line(error: BaseException) -> str:

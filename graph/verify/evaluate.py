@@ -50,6 +50,8 @@ class Evaluator:
 
     def __init__(self, program: Program, weights: dict[str, torch.Tensor]):
         self.module, self.weights = program.module(), weights
+        self.written = {str(n.target) for n in self.module.graph.nodes if n.op == "get_attr" and _is_written(n)}
+        self.state: dict[str, torch.Tensor] = {}
         self.dead: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         seen: set[fx.Node] = set()
         for node in reversed(list(self.module.graph.nodes)):
@@ -63,6 +65,7 @@ class Evaluator:
         """Outputs, as the graph's output node holds them, for flattened inputs. `observe(node, value)` sees all values."""
         given = iter(inputs)
         env: dict[fx.Node, Any] = {}
+        self.state.clear()
         for node in self.module.graph.nodes:
             if node.op == "placeholder":
                 env[node] = self.enter(next(given))
@@ -85,13 +88,21 @@ class Evaluator:
 
     def fetch(self, name: str) -> Any:
         found = self.weights.get(name)
-        return fetch(self.module, name) if found is None else found
+        if found is None:
+            return fetch(self.module, name)
+        return self.state.setdefault(name, found.clone()) if name in self.written else found
 
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """The value of an operator node; `env` holds those of the nodes before it."""
         if not hasattr(node.target, "_schema"):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
             return node.target(*args, **kwargs)  # type: ignore[operator]
         return invoke(node, evaluated(node, env))
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether an operator changes the tensor in place: then every run works on a copy of its own."""
+    return any(getattr(getattr(u.target, "_schema", None), "is_mutable", False) for u in node.users)
 
 
 def evaluated(node: fx.Node, env: dict[fx.Node, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import fx
 from ..ops import arguments, op_name
 from ..program import Program
 from .absence import Absence
-from .evaluate import tensors_of, to_double
+from .evaluate import Observer, tensors_of, to_double
 from .presence import ABSENT, Held
 from .removal import Removed
 
@@ -33,11 +33,17 @@ LARGEST_CONSTANT = 50.0
 
 
 def randomise(
-    program: Program, inputs: Iterable[Any], seed: int = 0, removed: Removed | None = None
-) -> dict[str, torch.Tensor]:
+    program: Program,
+    inputs: Iterable[Any],
+    seed: int = 0,
+    removed: Removed | None = None,
+    observe: Observer | None = None,
+) -> tuple[dict[str, torch.Tensor], Any]:
     """Random float64 tensors by name, calibrated on (flattened) `inputs` for the network without what is removed.
 
-    Constants that lose nothing keep their values. The program is not changed.
+    Constants that lose nothing keep their values. The program is not changed. Also returns the absence oracle's outputs
+    for the inputs, or None where a tensor was calibrated twice (a shared layer) and they are out of date; `observe` sees
+    the values of that run.
     """
     source, removed, roles = Source(seed), removed or {}, _roles(program)
     weights: dict[str, torch.Tensor] = {}
@@ -50,8 +56,9 @@ def randomise(
                 value = _draw(value, roles.get(name, ""), source).to(value.device) if free else value.clone()
             done[id(tensor)] = value
         weights[name] = done[id(tensor)]
-    Calibration(program, weights, removed, source).run(inputs)
-    return weights
+    calibration = Calibration(program, weights, removed, source)
+    outputs = calibration.run(inputs, observe)
+    return weights, None if calibration.again else outputs
 
 
 def _harmless(value: torch.Tensor) -> bool:
@@ -139,6 +146,8 @@ class Calibration(Absence):
     def __init__(self, program: Program, weights: dict[str, torch.Tensor], removed: Removed, source: Source):
         super().__init__(program, weights, removed)
         self.source = source
+        self.done: set[int] = set()
+        self.again = False
 
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         name = op_name(node)
@@ -167,7 +176,7 @@ class Calibration(Absence):
         variance, mean = torch.var_mean(values, 1, correction=0)
         scale = (variance + 0.1 * mean.square().mean() + 1e-12).sqrt()
         target = self.source.uniform(mean.shape, 0.2, 1.0).to(mean.device) * scale
-        whole = self.weights[str(bias.target)]
+        whole = self._mark(bias)
         before = whole.clone()
         whole[present] += target - mean
         shape = [-1, *[1] * (result.value.dim() - 2)] if channels == 1 else [-1]
@@ -175,10 +184,17 @@ class Calibration(Absence):
 
     def _write(self, buffer: fx.Node, found: torch.Tensor, present: torch.Tensor, env: dict[fx.Node, Any]) -> None:
         """Set a buffer's present entries; absent ones get the mean, and stay NaN in this run."""
-        whole = self.weights[str(buffer.target)]
+        whole = self._mark(buffer)
         whole.fill_(float(found.mean()))
         whole[present] = found
         env[buffer] = self.fetch(str(buffer.target))
+
+    def _mark(self, node: fx.Node) -> torch.Tensor:
+        """The tensor to be changed; notes when it has been changed before."""
+        whole = self.weights[str(node.target)]
+        self.again = self.again or id(whole) in self.done
+        self.done.add(id(whole))
+        return whole
 
 
 def _by_channel(held: Held, d: int) -> tuple[torch.Tensor, torch.Tensor]:

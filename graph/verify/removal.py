@@ -68,16 +68,16 @@ def differences(before: Program, after: Program, removed: Removed, retrained: bo
 
     retrained: the weights went on training, so that only their shapes can be compared.
     """
-    originals, found = tensors_of(before), []
+    originals, misfits, found = tensors_of(before), [], []
     for name, own in tensors_of(after).items():
         if name not in originals:
             continue
         lost = removed.get(name, {})
         shape = tuple(n - len(lost.get(d, ())) for d, n in enumerate(originals[name].shape))
         if tuple(own.shape) != shape:
-            found.append(f"{name} has shape {tuple(own.shape)}, but removed leaves {shape}")
+            misfits.append(f"{name} has shape {tuple(own.shape)}, but removed leaves {shape}")
         elif not retrained and own.is_floating_point():
-            expected = sliced(originals[name].detach(), lost)
-            if not torch.equal(torch.nan_to_num(own.detach().to(expected.dtype)), torch.nan_to_num(expected)):
+            expected = sliced(originals[name].detach(), lost).to(own.dtype)
+            if not torch.equal(own.detach(), expected) and not torch.equal(own.nan_to_num(), expected.nan_to_num()):
                 found.append(f"{name} does not hold the kept values of the original")
-    return found
+    return misfits or found

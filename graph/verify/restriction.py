@@ -39,9 +39,10 @@ def restriction(before: Program, result: Any, *, seed: int = 0, comb: Comb | Non
     """
     removed = checked(before, result.removed)
     comb = comb or Comb(before)
+    masks = atom_masks(comb, removed)
     trial = Trial(before, result.program, removed, seed)
     trial.prepare()
-    expected = Restriction(comb, trial.weights, atom_masks(comb, removed)).run(trial.inputs)
+    expected = Restriction(comb, trial.weights, masks).run(trial.inputs)
     return relative_error(Evaluator(result.program, trial.sliced).run(trial.inputs), expected)
 
 
@@ -53,9 +54,9 @@ def interference(before: Program, result: Any, *, seed: int = 0, comb: Comb | No
     """
     removed = checked(before, result.removed)
     comb = comb or Comb(before)
+    masks = atom_masks(comb, removed)
     trial = Trial(before, result.program, removed, seed)
     trial.draw(seed)
-    masks = atom_masks(comb, removed)
     clean = Restriction(comb, trial.weights, masks).run(trial.inputs)
     noisy = {name: _disturbed(w, removed.get(name, {}), trial.generator) for name, w in trial.weights.items()}
     return relative_error(Restriction(comb, noisy, masks).run(trial.inputs), clean)
