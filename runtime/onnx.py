@@ -27,6 +27,7 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from ..graph.capture import infer
@@ -233,22 +234,22 @@ def _translate(exported: ExportedProgram, opset: int) -> onnx.ModelProto:
 
 
 def _name(graph: gs.Graph, exported: ExportedProgram) -> None:
-    """Name the outputs after the program's output structure, and the dynamic dimensions after what they are."""
-    taken = {t.name for t in graph.inputs}
+    """Name inputs after the program's arguments, outputs after its output structure, dynamic dimensions after what they
+    are. An output that is an input, a constant or another output gets a tensor of its own."""
+    specs = exported.graph_signature.input_specs
+    inputs = [s.arg.name for s in specs if s.kind is InputKind.USER_INPUT and isinstance(s.arg, TensorArgument)]
+    if len(inputs) != len(graph.inputs):
+        raise Refused(f"torch.onnx made {len(graph.inputs)} inputs of the program's {len(inputs)} tensors")
+    for tensor, name in zip(graph.inputs, inputs, strict=True):
+        _rename(graph, tensor, name)
     for i, name in enumerate(_output_names(exported)):
         tensor = graph.outputs[i]
-        shared = any(tensor is t for t in (*graph.inputs, *graph.outputs[:i])) or isinstance(tensor, gs.Constant)
-        if shared:
-            copy = gs.Variable(f"{tensor.name}_{i}", tensor.dtype, tensor.shape)
-            graph.nodes.append(gs.Node("Identity", f"{name}/Identity", {}, [tensor], [copy]))
-            graph.outputs[i] = tensor = copy
-        while name in taken:
+        if isinstance(tensor, gs.Constant) or any(tensor is t for t in (*graph.inputs, *graph.outputs[:i])):
+            graph.outputs[i] = gs.Variable(f"{tensor.name}_{i}", tensor.dtype, tensor.shape)
+            graph.nodes.append(gs.Node("Identity", f"{name}/Identity", {}, [tensor], [graph.outputs[i]]))
+        while any(name == t.name for t in (*graph.inputs, *graph.outputs[:i])):
             name += "_out"
-        taken.add(name)
-        for other in graph.tensors().values():
-            if other.name == name and other is not tensor:
-                other.name += "_inner"
-        tensor.name = name
+        _rename(graph, graph.outputs[i], name)
     symbols: dict[str, str] = {}
     for tensor in graph.inputs:
         for d, size in enumerate(tensor.shape or ()):
@@ -259,6 +260,13 @@ def _name(graph: gs.Graph, exported: ExportedProgram) -> None:
             tensor.shape = [
                 re.sub(r"\w+", lambda m: symbols.get(m[0], m[0]), s) if isinstance(s, str) else s for s in tensor.shape
             ]
+
+
+def _rename(graph: gs.Graph, tensor: gs.Tensor, name: str) -> None:
+    for other in graph.tensors().values():
+        if other.name == name and other is not tensor:
+            other.name += "_inner"
+    tensor.name = name
 
 
 def _output_names(exported: ExportedProgram) -> list[str]:

@@ -1,0 +1,137 @@
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import graphcomb.graph as g
+from graphcomb.graph.errors import Refused
+from graphcomb.graph.program import Program
+from graphcomb.runtime import parity
+from graphcomb.runtime.engine import TensorSpec
+from graphcomb.runtime.parity import half_emulation, input_sets, random_like, relative_error
+
+
+class Fake:
+    """An engine that computes a function of its first input; it remembers the inputs' shapes."""
+
+    def __init__(self, function: Callable[[np.ndarray], np.ndarray], dtype: str = "float32"):
+        self.function, self.seen = function, []
+        self.inputs, self.outputs = [TensorSpec("x", dtype, (None, 4))], [TensorSpec("y", dtype, (None, 4))]
+        self.input_names = ["x"]
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        self.seen.append((inputs[0].shape, str(inputs[0].dtype)))
+        return [self.function(inputs[0])]
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class Double(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return g.capture(Double(), torch.ones(3, 4), dynamic_shapes="batch")
+
+
+def test_an_equal_engine(program: Program) -> None:
+    engine = Fake(lambda x: 2 * x, "float16")
+    checks = parity(program, engine)
+    assert [(c.inputs, c.batch) for c in checks] == [("example", 3), ("random", 1), ("random", 3), ("random", 4)]
+    assert engine.seen == [((n, 4), "float16") for n in (3, 1, 3, 4)]
+    assert 0 < max(c.error for c in checks) < 1e-3
+
+
+def test_an_engine_that_is_right_on_the_example_only(program: Program) -> None:
+    errors = [c.error for c in parity(program, Fake(lambda x: x + 1))]
+    assert errors[0] == 0
+    assert min(errors[1:]) > 0.1
+
+
+def test_an_engine_that_is_wrong_at_batch_1_only(program: Program) -> None:
+    checks = parity(program, Fake(lambda x: 2 * x + (len(x) == 1)))
+    assert [c.batch for c in checks if c.error > 1e-3] == [1]
+
+
+def test_engines_with_other_tensors(program: Program) -> None:
+    with pytest.raises(Refused, match=r"y: the engine gives shape \(4, 3\), the program \(3, 4\)"):
+        parity(program, Fake(lambda x: x.T))
+    engine = Fake(lambda x: x)
+    engine.inputs = engine.inputs * 2
+    with pytest.raises(Refused, match="2 inputs, the program 1"):
+        parity(program, engine)
+    engine = Fake(lambda x: x)
+    engine.run = lambda inputs: []  # type: ignore[method-assign]
+    with pytest.raises(Refused, match="0 outputs, the program 1"):
+        parity(program, engine)
+
+
+def test_relative_error() -> None:
+    wanted = np.array([1.0, -4.0, np.inf])
+    assert relative_error(np.array([1.0, -4.0, np.inf]), wanted) == 0
+    assert relative_error(np.array([1.5, -4.0, np.inf]), wanted) == 0.125
+    assert relative_error(np.array([1.0, np.nan, np.inf]), wanted) == np.inf
+    assert relative_error(np.array([1.0, -4.0, 5.0]), wanted) == np.inf
+    assert relative_error(np.array([0.5]), np.array([0.0])) == 0.5
+
+
+def test_random_inputs_look_like_the_example() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = random_like(5 + 3 * torch.randn(4, 100), generator, batch=50)
+    assert image.shape == (50, 100)
+    assert abs(image.mean() - 5) < 0.3
+    assert abs(image.std() - 3) < 0.3
+    index = random_like(torch.tensor([2, 9, 4]), generator, batch=1000)
+    assert (int(index.min()), int(index.max())) == (2, 9)
+    assert random_like(torch.tensor([True, False]), generator).dtype == torch.bool
+    assert random_like(torch.zeros(2, dtype=torch.float16), generator).abs().sum() > 0
+
+
+def test_only_inputs_with_the_batch_change_size() -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+            return x @ table
+
+    batch = torch.export.Dim("batch")
+    program = g.capture(Two(), (torch.randn(3, 4), torch.randn(4, 4)), dynamic_shapes=({0: batch}, None))
+    shapes = [tuple(tuple(a.shape) for a in args) for _, _, args, _ in input_sets(program)]
+    assert shapes == [((n, 4), (4, 4)) for n in (3, 1, 3, 4)]
+
+
+# ------------------------------------------------------------------------------------------------------ half precision
+def captured(function: Callable[[torch.Tensor], torch.Tensor]) -> Program:
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(x)
+
+    torch.manual_seed(0)
+    return g.capture(Model(), torch.rand(3, 4) + 1)
+
+
+def test_half_emulation_rounds_after_every_operator() -> None:
+    """(x + 2048) - 2048 is exact in fp32; fp16 keeps only integers there."""
+    check, notes = half_emulation(captured(lambda x: (x + 2048) - 2048))
+    assert 0.1 < check.error < 1
+    assert notes == []
+    check, _ = half_emulation(captured(lambda x: x * 2))
+    assert 0 < check.error < 1e-3
+
+
+def test_half_emulation_names_the_first_overflow() -> None:
+    program = captured(lambda x: torch.sigmoid((x * 20).exp() * 1e-5))
+    check, notes = half_emulation(program)
+    assert len(notes) == 1
+    assert notes[0].startswith("fp16 overflows at exp")
+    assert np.isfinite(check.error)
+
+
+def test_infinite_masks_are_no_overflow() -> None:
+    mask = torch.tensor([0.0, -torch.inf, 0.0, -1e30])
+    check, notes = half_emulation(captured(lambda x: torch.softmax(x + mask, -1)))
+    assert notes == []
+    assert check.error < 1e-2
