@@ -18,7 +18,7 @@ from ..graph.ops import op_name, shape
 from ..graph.program import Program, TrainableModule
 from .base import Context, Pass, PassResult
 from .batches import Batch
-from .training import Training, accelerator, evaluate, fingerprint, fit, logits_of, placed, task_loss
+from .training import Callback, Training, accelerator, evaluate, fingerprint, fit, logits_of, placed, task_loss
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,12 @@ class Distill(Training, Pass):
         self._require("features", self.features >= 0, "at least 0")
 
     def run(self, program: Program, context: Context) -> PassResult:
-        student, teacher = program.copy(), context.teacher.copy() if context.teacher else None
+        student = program.copy()
+        return PassResult(student, self.train(student, context))
+
+    def train(self, student: Program, context: Context, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+        """Train a program in place and return the record: what a pass calls that changes the network meanwhile."""
+        teacher = context.teacher.copy() if context.teacher else None
         if teacher is None and not self.labels:
             raise BadInput("Distill: labels is false and there is no teacher to learn from; pass teacher=")
         if teacher is None and self.features:
@@ -62,19 +67,20 @@ class Distill(Training, Pass):
             _same_inputs(teacher, student)
         names, refused = common_features(teacher, student) if teacher is not None and self.features else ([], [])
         record: dict[str, Any] = {"changed": ["weights", "running statistics"], "refused": refused, "matched": names}
-        if context.val is not None:
-            record["val_before"] = evaluate(student, context.val, context.metric)
-            record["val_teacher"] = evaluate(teacher, context.val, context.metric) if teacher is not None else None
+        for key, model in (("val_before", student), ("val_teacher", teacher)):
+            if context.val is not None and model is not None:
+                record[key] = evaluate(model, context.val, context.metric, context.progress)
+        taught = teacher.module().eval() if teacher is not None else None
         with ExitStack() as stack:
-            modules = [p.module().eval() for p in (student, teacher) if p is not None]
-            for module in modules:
-                stack.enter_context(tapped(module, names))
-            if teacher is not None:
-                stack.enter_context(placed(teacher.module(), accelerator().device))
-            objective = _Objective(self, context.loss, teacher.module() if teacher is not None else None)
-            code = fingerprint(teacher.module()) if teacher is not None else None
-            record |= fit(student, objective, self, context, "Distill", outputs=lambda raw: raw[0], identity=[code])
-        return PassResult(student, record)
+            stack.enter_context(tapped(student.module(), names))
+            if taught is not None:
+                stack.enter_context(tapped(taught, names))
+                stack.enter_context(placed(taught, accelerator().device))
+            record |= fit(
+                student, _Objective(self, context.loss, taught), self, context, type(self).__name__,
+                outputs=lambda raw: raw[0], callbacks=callbacks, identity=[fingerprint(taught) if taught else None],
+            )  # fmt: skip
+        return record
 
 
 class _Objective:

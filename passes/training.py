@@ -333,7 +333,7 @@ def _applied(field: str, function: Callable[..., Any], outputs: Any, labels: Any
         raise BadInput(f"{field}: does not take these outputs and labels (shapes {shapes}): {text[:200]}") from error
 
 
-PLAIN = ("epoch", "position", "step", "log", "sums")
+PLAIN = ("epoch", "position", "step", "log")
 
 
 class _Loop:
@@ -489,7 +489,7 @@ class _Loop:
     def _save(self) -> None:
         if self.checkpoint is None:
             return
-        rng = gather_object([rng_state()])
+        own = gather_object([{"rng": rng_state(), "sums": self.sums}])  # of every process
         if not self.acc.is_main_process:
             return
         state = {
@@ -498,7 +498,7 @@ class _Loop:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "callbacks": [c.state_dict() for c in self.callbacks],
-            "rng": rng,
+            "own": own,
             "order": self.order,
             "skipped": self.feed.skipped,
             **{key: getattr(self, key) for key in PLAIN},
@@ -524,7 +524,8 @@ class _Loop:
                 callback.load_state_dict(saved)
             for generator, order in zip(generators(self.context.data or ()), state["order"], strict=True):
                 generator.set_state(order)
-            self.order, self.rng = state["order"], state["rng"][self.acc.process_index]
+            self.order, own = state["order"], state["own"][self.acc.process_index]
+            self.rng, self.sums = own["rng"], own["sums"]
             self.feed.skipped = state["skipped"]
             for key in PLAIN:
                 setattr(self, key, state[key])

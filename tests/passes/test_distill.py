@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,12 +25,10 @@ from graphcomb.passes.training import (
     accuracy,
     default_loss,
     evaluate,
-    fit,
     learning_rate,
     logits_of,
     placed,
     rng_state,
-    task_loss,
 )
 
 
@@ -250,31 +249,46 @@ def test_the_seed_decides_everything(teacher):
     assert not same(state(runs[0]), state(runs[2]))
 
 
-def test_callbacks_see_gradients_and_may_hold_masks():
-    class Masked(Callback):
-        """Keeps one filter at zero and counts."""
+class Masks(Callback):
+    """Sums Fisher scores of the first layer's filters and, every third step, masks the lowest for good."""
 
-        def __init__(self):
-            self.scores, self.steps = torch.zeros(6), []
+    def __init__(self):
+        self.scores, self.alive, self.steps = torch.zeros(6), torch.ones(6), []
 
-        def after_backward(self, step, module):
-            weight = module.get_parameter("0.weight")
-            self.scores += (weight * weight.grad).sum((1, 2, 3)) ** 2
+    def after_backward(self, step, module):
+        weight = module.get_parameter("0.weight")
+        self.scores += (weight * weight.grad).sum((1, 2, 3)).detach() ** 2
 
-        def after_step(self, step, module):
-            self.steps.append(step)
-            module.get_parameter("0.weight").data[2] = 0
+    def after_step(self, step, module):
+        self.steps.append(step)
+        if step % 3 == 2:
+            self.alive[(self.scores + 1e9 * (1 - self.alive)).argmin()] = 0
+            self.scores.zero_()
+        module.get_parameter("0.weight").data *= self.alive.view(-1, 1, 1, 1)
 
+    def state_dict(self):
+        return {"scores": self.scores, "alive": self.alive, "steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.__dict__.update(state)
+
+
+def test_callbacks_see_gradients_hold_masks_and_resume(teacher, tmp_path):
     data, _ = loaders()
-    program, mask = capture(network(6)), Masked()
-
-    def objective(outputs, batch):
-        return task_loss(None, outputs, batch.labels), {}
-
-    record = fit(program, objective, Training(epochs=2), Context(data=data), "Test", callbacks=[mask])
-    assert mask.steps == list(range(16)) == list(range(record["steps"]))
-    assert program.module().get_parameter("0.weight")[2].abs().max() == 0
-    assert (mask.scores > 0).all()
+    distill, programs, masks = Distill(epochs=1, checkpoint_every=2), [capture(network(6)) for _ in range(3)], Masks()
+    distill.train(programs[0], Context(data=data, teacher=teacher, out=tmp_path), [masks])
+    assert masks.steps == list(range(8))
+    assert masks.alive.sum() == 4
+    dead = programs[0].module().get_parameter("0.weight").flatten(1).abs().sum(1) == 0
+    assert torch.equal(dead, masks.alive == 0)
+    with pytest.raises(Stop):
+        distill.train(programs[1], Context(data=stopping_after(data, 5), teacher=teacher, out=tmp_path), [Masks()])
+    resumed = Masks()
+    record = distill.train(programs[2], Context(data=data, teacher=teacher, out=tmp_path), [resumed])
+    assert record["resumed_at"] == 4
+    assert resumed.steps == masks.steps
+    assert torch.equal(resumed.alive, masks.alive)
+    assert same(state(programs[2]), state(programs[0]))
 
 
 def test_a_module_on_another_device_takes_the_tensors_it_creates_along():
@@ -546,11 +560,11 @@ def job(out, *, kill_at=0, per_process=64, epochs=2):
     data, val = loaders(batch=per_process)
     save, calls = torch.save, itertools.count(1)
 
-    def half_a_file(value, path):
-        if next(calls) == kill_at:
+    def half_a_file(value, path, **options):
+        if isinstance(path, Path) and next(calls) == kill_at:
             path.write_bytes(b"half a file")
             os.kill(os.getpid(), signal.SIGKILL)
-        save(value, path)
+        save(value, path, **options)
 
     torch.save = half_a_file
     try:
