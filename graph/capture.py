@@ -6,6 +6,7 @@ import copy
 import inspect
 import itertools
 import operator
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -240,9 +241,15 @@ def _functionalise(module: fx.GraphModule) -> None:
     graph = module.graph
     order = {n: i for i, n in enumerate(graph.nodes)}
     alias: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    views: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+
+    def note(view: fx.Node, under: fx.Node, how: fx.Node) -> None:
+        alias[view] = (under, how)
+        views[under].append(view)
+
     for node in list(graph.nodes):
         if _is_view(node):
-            alias[node] = (node.args[0], node)  # type: ignore[assignment]
+            note(node, node.args[0], node)  # type: ignore[arg-type]
         base = _mutated(node)
         if base is None:
             continue
@@ -259,8 +266,8 @@ def _functionalise(module: fx.GraphModule) -> None:
             for view, below in itertools.pairwise(chain):
                 values[below] = _write_back(graph, alias[view][1], below, values[view])
             # other views of the same memory that are read later are taken again from the new value
-            for other in [n for n in alias if n not in values and _root(n, alias) is root]:
-                if not any(order[u] > order[node] for u in other.users):
+            for other in _looking_at(root, views):
+                if other in values or not any(order.get(u, -1) > order[node] for u in other.users):
                     continue
                 path = [other]
                 while path[-1] not in values:
@@ -273,15 +280,17 @@ def _functionalise(module: fx.GraphModule) -> None:
                 user.replace_input_with(old, value)
             order.setdefault(value, order[node])
             if old in alias and alias[old][0] in values:
-                alias[value] = (values[alias[old][0]], alias[old][1])
+                note(value, values[alias[old][0]], alias[old][1])
         node.replace_all_uses_with(new)
         graph.erase_node(node)
 
 
-def _root(node: fx.Node, alias: dict[fx.Node, tuple[fx.Node, fx.Node]]) -> fx.Node:
-    while node in alias:
-        node = alias[node][0]
-    return node
+def _looking_at(root: fx.Node, views: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
+    """All views of a tensor, views of views included."""
+    found = list(views[root])
+    for view in found:
+        found += views[view]
+    return found
 
 
 def _functional_form(graph: fx.Graph, node: fx.Node, base: fx.Node) -> fx.Node:
