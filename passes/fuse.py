@@ -232,7 +232,7 @@ class _Merger:
             if op_name(node) == "batch_norm":
                 continue  # only read
             for key in ("weight", "bias"):
-                why = self._shared(arguments(node)[key])
+                why = self._shared(arguments(node).get(key))
                 if why:
                     return why
         return None
@@ -241,7 +241,7 @@ class _Merger:
         if stored is None:
             return None
         if stored.op != "get_attr":
-            return f"the layer's weight is computed by {stored.name}"
+            return f"the layer's weights are computed by {stored.name}"
         tensor = fetch(self.module, str(stored.target))
         others = [n for n in self.graph.nodes if n.op == "get_attr" and n is not stored]
         tied = [str(n.target) for n in others if fetch(self.module, str(n.target)) is tensor]

@@ -263,12 +263,19 @@ def _score(
             if feed and feed.static and feed.static > batch.size:
                 outputs = _cut(outputs, batch.size)
             scores = torch.as_tensor(_applied("metric", metric, outputs, labels))
-            total, count = total + scores.double().sum().item(), count + scores.numel()
+            total, count = total + scores.cpu().double().sum().item(), count + scores.numel()
             update(done, "")
-    sums = reduce(torch.tensor([total, count], dtype=torch.float64, device=acc.device), "sum")
-    if not sums[1]:
+    total, counted = _reduced([total, count], "sum", acc)
+    if not counted:
         raise BadInput(f"{field}: yields nothing to score")
-    return float(sums[0] / sums[1])
+    return total / counted
+
+
+def _reduced(values: list[float], how: str, acc: Accelerator) -> list[float]:
+    """The sum or mean of each value over all processes."""
+    if acc.num_processes == 1:
+        return values
+    return reduce(torch.tensor(values, dtype=torch.float64, device=acc.device), how).tolist()
 
 
 def _cut(outputs: Any, size: int) -> Any:
@@ -470,8 +477,7 @@ class _Loop:
             broadcast(buffer)  # processes keep their own batch-norm statistics; those of the first one count
         if broken := self.finite - _finite(self.module):
             raise BadInput(f"{self.name}: {min(broken)} is not finite after epoch {self.epoch + 1}; try a lower lr")
-        means = [total / self.position for total in self.sums.values()]
-        means = reduce(torch.tensor(means, dtype=torch.float64, device=self.acc.device), "mean").tolist()
+        means = _reduced([total / self.position for total in self.sums.values()], "mean", self.acc)
         entry: dict[str, Any] = {"epoch": self.epoch + 1, "steps": self.step}
         entry |= dict(zip(self.sums, means, strict=True))
         if self.context.val is not None:

@@ -142,7 +142,7 @@ class Standardised(Shared):
         (Shared(), (3, 4, 4), 2, "conv.weight is shared with another layer"),
         (Tied(), (3, 4, 4), 1, "weight is shared with"),
         (TwiceUsed(), (3, 4, 4), 1, "is used by 2 nodes"),
-        (Standardised(), (3, 4, 4), 1, "the layer's weight is computed by"),
+        (Standardised(), (3, 4, 4), 1, "the layer's weights are computed by"),
         (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)), (3, 4, 4), 1, "zero-padded convolution"),
         (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding="same")), (3, 4, 4), 1, "zero-padded convolution"),
         (nn.Sequential(nn.BatchNorm2d(3), nn.ConvTranspose2d(3, 3, 3)), (3, 4, 4), 1, "transposed convolution"),
