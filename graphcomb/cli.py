@@ -67,12 +67,15 @@ def run(
     """Run a recipe: compress, verify, export, build engines, measure, report. Continues where it was interrupted."""
     from . import plan as plans
     from . import runner
+    from .pipeline import is_main
     from .recipe import read_recipe
 
     parsed = read_recipe(recipe, set_ or ())
     edited = plans.read_plan(plan) if plan else None
     folder = out or Path("out") / recipe.stem
-    show_summary(runner.run(parsed, folder, edited, progress=not quiet, fresh=fresh))
+    summary = runner.run(parsed, folder, edited, progress=not quiet, fresh=fresh)
+    if is_main():
+        show_summary(summary)
 
 
 @app.command()
@@ -290,7 +293,3 @@ def _fail(message: str, code: int, debug: bool) -> int:
         traceback.print_exc()
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

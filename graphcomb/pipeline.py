@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from .graph.errors import BadInput, GraphcombError
 from .graph.ops import op_name
 from .graph.program import Program, load
 from .passes.base import Context, Pass, PassResult
-from .passes.training import evaluate, fingerprint
+from .passes.training import evaluate, fingerprint, seeded
 from .runtime.engine import replacing
 
 SURGERY_TOLERANCE = 1e-10  # an exact surgery differs from the oracle by float64 rounding only
@@ -70,44 +71,49 @@ class Pipeline:
         progress: bool = False,
         plan: dict[str, Any] | None = None,
         key: Any = None,
+        resume: bool = True,
     ) -> PipelineResult:
         """Apply all passes.
 
         The fields down to `plan` are those of `passes.base.Context`; teacher is by default the program itself, the
         plan goes to the first pass that takes one. key: anything JSON-able that stands for the data (data cannot be
-        hashed); a finished pass found in `out` is taken over when its options, those of all before it, the program, the
-        seed, the target, the plan and this key are unchanged. Raises GraphcombError when a pass refuses or a
-        verification fails; the records so far stay in `out`.
+        hashed). resume: take a finished pass found in `out` over when its options, those of all before it, the program,
+        the teacher, the seed, the target, the plan and this key are unchanged. Raises GraphcombError when a pass
+        refuses or a verification fails; the records so far stay in `out`.
         """
-        store = (
-            _Store(Path(out) / "passes", fingerprint(program.module(), seed, target, dtype, plan, key)) if out else None
-        )
+        main = is_main()
         context = Context(
             data=data, val=val, loss=loss, metric=metric, target=target, dtype=dtype, teacher=teacher or program,
-            seed=seed, progress=progress, plan=plan,
+            seed=seed, progress=progress and main, plan=plan,
         )  # fmt: skip
-        say = Console(quiet=not progress).print
+        store = None
+        if out is not None:
+            taught = fingerprint(teacher.module()) if teacher else None
+            digest = fingerprint(program.module(), taught, seed, target, dtype, plan, key)
+            store = _Store(Path(out) / "passes", digest, main, resume)
+        say = Console(quiet=not context.progress).print
         result = PipelineResult(program)
         if val is not None:
-            result.accuracy_before = result.accuracy_after = evaluate(program, val, metric, progress)
+            result.accuracy_before = result.accuracy_after = evaluate(program, val, metric, context.progress)
             say(f"dense: accuracy {result.accuracy_before:.2%}, {program.macs:,} MACs, {program.params:,} parameters")
         for i, pass_ in enumerate(self.passes):
             head = f"[{i + 1}/{len(self.passes)}] {type(pass_).__name__}"
-            found = store.find(i, pass_) if store else None
+            found = store.find(i, pass_, result.program) if store else None
             if found is None:
                 say(f"{head} ...")
                 if store:
                     context.out = store.path(i, pass_)
-                found = self._apply(pass_, result.program, context, result.accuracy_after)
-                if hasattr(pass_, "plan"):
-                    context.plan = None
+                with seeded(seed):
+                    found = self._apply(pass_, result.program, context, result.accuracy_after)
                 if store:
                     store.keep(i, pass_, found)
+            if hasattr(pass_, "plan"):
+                context.plan = None
             result.program = found
             result.records.append(found.history[-1])
             result.accuracy_after = result.records[-1].get("accuracy", {}).get("after", result.accuracy_after)
             say(f"{head}: {_summary(result.records[-1])}")
-            if out:
+            if out is not None and main:
                 write_json(Path(out) / "record.json", result.records)
         return result
 
@@ -143,36 +149,53 @@ def verification(pass_: Pass, program: Program, result: PassResult, seed: int) -
 
 
 class _Store:
-    """Finished passes in a folder: NN-Name.pt2, and NN-Name.json with the digest of everything the pass depends on.
+    """Finished passes in a folder: NN-Name.json with the digest of everything the pass depends on, and NN-Name.pt2 (only
+    the record where the pass changed nothing).
 
-    The folder NN-Name holds the checkpoints of a pass that is under way.
+    The folder NN-Name holds the checkpoints of a pass that is under way. Of several processes the main one writes.
     """
 
-    def __init__(self, folder: Path, digest: str):
-        self.folder, self.digest = folder, digest
+    def __init__(self, folder: Path, digest: str, main: bool, resume: bool):
+        self.folder, self.digest, self.main, self.resume = folder, digest, main, resume
 
-    def find(self, index: int, pass_: Pass) -> Program | None:
+    def find(self, index: int, pass_: Pass, program: Program) -> Program | None:
         """The stored result of the pass, or None. Call once per pass, in order: the digest covers all before it."""
         text = json.dumps([self.digest, type(pass_).__name__, pass_.options()], sort_keys=True, default=str)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         base = self.path(index, pass_)
         note = _read_json(base.with_suffix(".json"))
-        if note.get("digest") == self.digest:
+        if self.resume and note.get("digest") == self.digest:
+            if "record" in note:
+                same = program.derive(program.graph_module, stale=False)
+                same.history.append(note["record"])
+                return same
             return load(base.with_suffix(".pt2")) if note.get("finished") else None
-        shutil.rmtree(base, ignore_errors=True)
-        base.with_suffix(".pt2").unlink(missing_ok=True)
-        write_json(base.with_suffix(".json"), {"digest": self.digest, "finished": False})
+        if self.main:
+            shutil.rmtree(base, ignore_errors=True)
+            base.with_suffix(".pt2").unlink(missing_ok=True)
+            write_json(base.with_suffix(".json"), {"digest": self.digest, "finished": False})
         return None
 
     def keep(self, index: int, pass_: Pass, program: Program) -> None:
         """Store a finished pass and drop its checkpoints."""
-        base = self.path(index, pass_)
-        program.save(base.with_suffix(".pt2"))
-        write_json(base.with_suffix(".json"), {"digest": self.digest, "finished": True})
+        if not self.main:
+            return
+        base, record = self.path(index, pass_), program.history[-1]
+        note: dict[str, Any] = {"digest": self.digest, "finished": True}
+        if record.get("changed"):
+            program.save(base.with_suffix(".pt2"))
+        else:
+            note["record"] = record
+        write_json(base.with_suffix(".json"), note)
         shutil.rmtree(base, ignore_errors=True)
 
     def path(self, index: int, pass_: Pass) -> Path:
         return self.folder / f"{index:02d}-{type(pass_).__name__}"
+
+
+def is_main() -> bool:
+    """Whether this process writes the files: the only one, or the first of those that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def check_invariants(program: Program, name: str) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from .graph.errors import BadInput, CaptureError, GraphcombError
 from .graph.program import Program, capture
 from .passes.base import Context
 from .passes.batches import Feed, split_batch
-from .pipeline import Pipeline, PipelineResult, write_json
+from .pipeline import Pipeline, PipelineResult, is_main, write_json
 from .recipe import Input, Recipe
 from .runtime.engine import backend_module
 from .runtime.targets import Target, get_target
@@ -90,24 +89,28 @@ def run(
 ) -> dict[str, Any]:
     """Run a recipe and write its outputs to the folder `out`; returns what summary.json holds.
 
-    Finished passes found in `out` are taken over when nothing they depend on has changed, unless fresh is set.
+    Finished passes found in `out` are taken over when nothing they depend on has changed, unless fresh is set. Under
+    `accelerate launch` all processes run the passes, and the main one does the rest.
     """
     out, start = Path(out), time.perf_counter()
     check_folder(out)
     job = prepare(recipe)
+    progress = progress and is_main()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be made ({error.strerror})") from error
     say = Console(quiet=not progress).print
-    (out / "summary.json").unlink(missing_ok=True)
-    if fresh:
-        shutil.rmtree(out / "passes", ignore_errors=True)
+    if is_main():
+        (out / "summary.json").unlink(missing_ok=True)
     result = Pipeline(recipe.passes).run(
         job.program, job.train, job.val, job.loss, job.metric, job.target, recipe.precision,
         seed=recipe.seed, out=out, progress=progress, plan={"groups": plan} if plan else None, key=recipe.key(),
+        resume=not fresh,
     )  # fmt: skip
     summary = _summary(job, result)
+    if not is_main():
+        return summary
     wanted = recipe.outputs
     files: dict[str, Any] = {}
     if wanted.pt2:
@@ -199,6 +202,7 @@ def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
         "surgery_error": result.surgery_error,
         "onnx_parity": None,
         "engine": None,
+        "files": {},
         "cost": {"before": before, "after": after},
         "inputs": [list(a.shape) for a in job.program.args if isinstance(a, torch.Tensor)],
         "passes": [{k: v for k, v in record.items() if k != "removed"} for record in result.records],

@@ -184,7 +184,7 @@ def test_killed_in_the_middle_of_distill_a_run_resumes_to_the_same_result(
     cli, recipe, tmp_path: Path, one_thread: None
 ) -> None:
     path = recipe(data="toys:slow", passes=[{"RemoveChannels": {"ratio": 0.5}}, {"Distill": {"epochs": 6, "lr": 0.01}}])
-    command = [sys.executable, "-m", "graphcomb.cli", "run", path, "--out", tmp_path / "killed", "--quiet"]
+    command = [sys.executable, "-m", "graphcomb", "run", path, "--out", tmp_path / "killed", "--quiet"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([str(c) for c in command], env=environment, stderr=subprocess.PIPE, text=True)
     checkpoints = tmp_path / "killed" / "passes" / "01-Distill"
@@ -203,3 +203,17 @@ def test_killed_in_the_middle_of_distill_a_run_resumes_to_the_same_result(
     assert all(torch.equal(first[k], second[k]) for k in first)
     record = json.loads((tmp_path / "killed" / "record.json").read_text())[1]
     assert record["resumed_at"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_run_the_same_recipe(cli, recipe, tmp_path: Path) -> None:
+    path = recipe(passes=["Comb", {"RemoveChannels": {"ratio": 0.5}}, {"Distill": {"epochs": 2}}, "Fuse"])
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "graphcomb"]
+    command = [sys.executable, *launch, "run", str(path), "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("surgery_error") == 1
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["passes"][2]["processes"] == 2
+    assert summary["surgery_error"] <= 1e-10
