@@ -52,11 +52,15 @@ Rule = Callable[["Call"], Any]
 RULES: dict[str, Rule] = {}
 
 
-def means(names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators, given by name in one string."""
+def means(*names: str) -> Callable[[Rule], Rule]:
+    """Register what absent entries mean to operators, by name ("space::name" for custom ones; blanks separate several).
+
+    The rule takes a `Call` and returns the result as `Held`, or a list of them; `entrywise` serves operators that treat
+    each entry by itself. Raise `Disagreement` where absence has no meaning.
+    """
 
     def register(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names.split(), rule))
+        RULES.update(dict.fromkeys(" ".join(names).split(), rule))
         return rule
 
     return register
@@ -166,7 +170,7 @@ def _lost(values: Any) -> bool:
 
 
 def _unknown() -> Any:
-    raise Disagreement("what it means when an operand has absent entries is not known")
+    raise Disagreement("what absent entries mean to it is not known; say so with graphcomb.verify.means")
 
 
 # ------------------------------------------------------------------------------------------------------------ entrywise
@@ -572,8 +576,9 @@ def adaptive_mean(call: Call) -> Held:
 def grid_sample(call: Call) -> Held:
     x, grid = call.a["input"], call.a["grid"]
     _need_all(call, x, range(2, x.value.dim()), "it is sampled along the axis")
-    _need_all(call, grid, range(grid.value.dim()), "the sampling grid")
-    return poison(call.run(), [*x.states[:2], *[None] * (x.value.dim() - 2)])
+    _need_all(call, grid, [-1], "coordinates of the sampling grid")
+    value = call.run(grid=grid.value.nan_to_num(0.0))
+    return poison(value, [join([x.states[0], grid.states[0]]), x.states[1], *grid.states[1:-1]])
 
 
 @means("torchvision::roi_align torchvision::ps_roi_align torchvision::roi_pool")

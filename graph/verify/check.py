@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from .absence import Absence
 from .evaluate import (
     Evaluator,
     Observer,
+    double_weights,
     example_inputs,
     flatten,
     random_inputs,
@@ -57,11 +59,9 @@ class Verdict:
         return self.error <= TOLERANCE and not self.vacuous and not self.disagreements
 
     def record(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
-            "error": self.error,
-            "dense_difference": self.dense_difference,
-            "conditioning": self.conditioning,
+        """JSON-able; numbers that are not finite become None."""
+        numbers = {"error": self.error, "dense_difference": self.dense_difference, "conditioning": self.conditioning}
+        return {k: v if math.isfinite(v) else None for k, v in numbers.items()} | {
             "vacuous": self.vacuous,
             "disagreements": list(self.disagreements),
             "inputs": [[list(shape) for shape in shapes] for shapes in self.inputs],
@@ -94,10 +94,10 @@ def check(before: Program, result: Any, *, seed: int = 0, batches: int = 2, retr
 
 
 class Trial:
-    """One pair of programs, on random weights and inputs."""
+    """One pair of programs, on random inputs and random weights (or the original's own)."""
 
-    def __init__(self, before: Program, after: Program, removed: Removed, seed: int = 0):
-        self.before, self.after, self.removed, self.seed = before, after, removed, seed
+    def __init__(self, before: Program, after: Program, removed: Removed, seed: int = 0, own: bool = False):
+        self.before, self.after, self.removed, self.seed, self.own = before, after, removed, seed, own
         self.conditioning, self.difference = float("nan"), float("nan")
 
     def prepare(self) -> None:
@@ -110,7 +110,7 @@ class Trial:
             pruned = Evaluator(self.after, self.sliced).run(self.inputs)
             jittered = Jitter(self.after, self.sliced, self.generator).run(self.inputs)
             self.conditioning = relative_error(jittered, pruned) / JITTER
-            self.difference = relative_error(pruned, dense)
+            self.difference = relative_error(dense, pruned)
             if 0 < self.conditioning <= WORST_CONDITIONING:
                 break
 
@@ -131,9 +131,13 @@ class Trial:
         return self._weights(seed)
 
     def _weights(self, seed: int) -> Any:
-        shapes: dict[str, Any] = {}
-        self.weights, outputs = randomise(self.before, self.inputs, seed, self.removed, _shapes_into(shapes))
-        self.known = (self.inputs, outputs, shapes)
+        """Set the weights; the original's outputs with them."""
+        if self.own:
+            self.weights = double_weights(self.before)
+        else:
+            shapes: dict[str, Any] = {}
+            self.weights, outputs = randomise(self.before, self.inputs, seed, self.removed, _shapes_into(shapes))
+            self.known = (self.inputs, outputs, shapes)
         return Evaluator(self.before, self.weights).run(self.inputs)
 
     def fresh_inputs(self) -> list[Any]:

@@ -42,9 +42,9 @@ def _outputs(form: Runs, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tens
 def equivalence(before: Program, after: Program, *, seed: int = 0, batches: int = 2) -> float:
     """Worst relative error, in float64, of two programs on their own weights and the same random inputs; a dynamic batch
     runs at `batches` sizes. For rewrites that change weights and keep the function (folding, merging)."""
-    trial = Trial(before, after, {}, seed)
+    trial = Trial(before, after, {}, seed, own=True)
     trial.draw(seed)
-    ours, theirs = Evaluator(before, double_weights(before)), Evaluator(after, double_weights(after))
+    ours, theirs = Evaluator(before, trial.weights), Evaluator(after, double_weights(after))
     return max(relative_error(theirs.run(inputs), ours.run(inputs)) for inputs in trial.batches(batches))
 
 

@@ -21,6 +21,7 @@ from graphcomb.graph.comb import comb
 from graphcomb.graph.errors import BadInput, GraphcombError
 from graphcomb.graph.ops import arguments, op_name, set_argument
 from graphcomb.graph.surgery import remove
+from graphcomb.graph.verify.absence import RULES
 from graphcomb.graph.verify.check import Trial
 from graphcomb.graph.verify.evaluate import Evaluator, double_weights, relative_error
 from graphcomb.graph.verify.randomise import randomise
@@ -362,6 +363,34 @@ def test_removals_that_do_not_fit_the_program(removed, message):
     before, result = residual()
     with pytest.raises(BadInput, match=message):
         verify.check(before, SimpleNamespace(program=result.program, removed=removed))
+
+
+@torch.library.custom_op("verify_test::swing", mutates_args=())
+def swing(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 + x.sin()
+
+
+@swing.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_custom_operators_need_a_meaning(monkeypatch):
+    class Custom(nn.Module):
+        def __init__(self, n=6):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, n), nn.Linear(n, 2)
+
+        def forward(self, x):
+            return self.b(swing(self.a(x)))
+
+    torch.manual_seed(0)
+    removed = {"a.weight": {0: [1]}, "a.bias": {0: [1]}, "b.weight": {1: [1]}}
+    before, result = by_hand(Custom(), Custom(5), removed, torch.randn(3, 4))
+    monkeypatch.delitem(RULES, "verify_test::swing", raising=False)
+    assert "say so with graphcomb.verify.means" in verify.check(before, result).disagreements[0]
+    verify.means("verify_test::swing")(verify.entrywise)
+    assert verify.surgery(before, result) < EXACT
 
 
 # ------------------------------------------------------------------------------------------------------- random weights
