@@ -6,16 +6,17 @@ with every kernel (TensorRT-RTX, TensorRT 10 and later) or `Engine Layer Informa
 its totals. Fields that a version leaves out stay empty; nothing is guessed from them.
 
 How padding is told apart from the model's own concatenations, pads and slices (ours): a tensor between two kernels is
-*padded* when it has the shape of none of the ONNX tensors that pass between their nodes, and one of those has the same
-shape but for smaller extents.
+*padded* when it has the shape of none of the ONNX tensors that pass between their nodes, adjacent axes merged or not,
+and one of those has the same shape but for smaller extents.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 from .engine import Kernel
 
@@ -29,21 +30,24 @@ MEMORY = {
     "Total Host Persistent": "host",
     "Total Device Persistent": "device",
 }
-# Steps in the names of generated kernels (`__myl_ReluConc_myl0_3`) that make an axis longer or shorter; a kernel of
-# only these and reshapes does no work but padding.
+# Steps in the names of generated kernels (`__myl_ReluConc_myl0_3`) that make an axis longer or shorter. A kernel of only
+# these and reshapes does no work but padding, nor does one that also moves data if the order in memory stays the same.
 GROW, SHRINK = {"Conc", "Pad"}, {"Slic"}
 PADDING_ONLY = GROW | SHRINK | {"Repl", "Resh"}
+MOVES = {"Move", "Tran"}
 MOVERS = ("kgen", "runtime_function")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A kernel's operand. shape: -1 where dynamic. format: the library's short name of the layout: "NHWC", "Linear"."""
+    """A kernel's operand. shape: -1 where dynamic. format: the library's short name of the layout: "NHWC", "Linear".
+    order: axes from the slowest to the fastest in memory."""
 
     name: str
     shape: Shape
     dtype: str = ""
     format: str = ""
+    order: Shape = ()
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}] {self.format}".strip()
@@ -138,37 +142,40 @@ class BuildLog:
         widened: set[tuple[str, int, int]] = set()
         for layer in self.layers:
             steps = set(layer.steps)
-            how = "kernel" if steps <= PADDING_ONLY else "fused"
             for tensor in layer.outputs if steps & GROW else ():
                 known = self._inputs_of(readers.get(tensor.name, [])) or self._outputs_of([layer])
                 if small := _unpadded(tensor.shape, known):
-                    found = _differences(layer, how, small, tensor, alignment)
+                    found = _differences(layer, _how(layer, tensor, layer.inputs), small, tensor, alignment)
                     pads += found
-                    widened |= {
-                        (reader.name, p.before, p.after) for p in found for reader in readers.get(tensor.name, [])
-                    }
+                    widened |= {(r.name, p.before, p.after) for p in found for r in readers.get(tensor.name, [])}
             for tensor in layer.inputs if steps & SHRINK else ():
                 known = self._outputs_of(writers.get(tensor.name, [])) or self._inputs_of([layer])
                 small = _unpadded(tensor.shape, known)
                 if small and any(output.shape == small for output in layer.outputs):
-                    pads += _differences(layer, how, small, tensor, alignment)
-            if not steps or layer.kind not in MOVERS:
+                    pads += _differences(layer, _how(layer, tensor, layer.outputs), small, tensor, alignment)
+            if layer.kind not in MOVERS:
                 weights = self._weight_pads(layer, alignment)
                 pads += [pad for pad in weights if (layer.name, pad.before, pad.after) not in widened]
         return pads
 
     def _weight_pads(self, layer: Layer, alignment: Callable[[str], int] | None) -> list[Pad]:
+        """Zeros in the constants of a convolution or matrix product; a 1x1 convolution may have become a product, so
+        axes of size 1 do not count."""
         pads = []
         for name in layer.nodes:
             node = self.nodes.get(name)
             if node is None or node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or len(node.inputs) < 2:
                 continue
-            weight = node.inputs[1][1]
-            choices = [weight, weight[::-1]] if len(weight) == 2 else [weight]
-            wide = [c for c in layer.constants if len(c.shape) == len(weight) > 1]
-            fits = [(t, small) for t in wide if (small := _unpadded(t.shape, choices, everywhere=True))]
-            if len(fits) == 1 and not any(c.shape in choices for c in wide):
-                pads += _differences(layer, "weights", fits[0][1], fits[0][0], alignment, (name,))
+            axes = [axis for axis, extent in enumerate(node.inputs[1][1]) if extent != 1]
+            weight = tuple(node.inputs[1][1][axis] for axis in axes)
+            turns = {weight: axes} | ({weight[::-1]: axes[::-1]} if len(weight) == 2 else {})
+            squeezed = [replace(c, shape=tuple(n for n in c.shape if n != 1)) for c in layer.constants]
+            wide = [c for c in squeezed if len(c.shape) == len(weight) > 1]
+            fits = [(c, small) for c in wide if (small := _unpadded(c.shape, turns, everywhere=True))]
+            if len(fits) == 1 and not any(c.shape in turns for c in wide):
+                constant, small = fits[0]
+                found = _differences(layer, "weights", small, constant, alignment)
+                pads += [replace(pad, nodes=(name,), axis=turns[small][pad.axis]) for pad in found]
         return pads
 
     def _inputs_of(self, layers: list[Layer]) -> list[Shape]:
@@ -216,7 +223,7 @@ OPERAND = re.compile(r"\[(\S+) -> \(([-\d, ]*)\)\[\w+\]\]")
 TOTAL = re.compile(rf"({'|'.join(MEMORY)}) Memory: (\d+)")
 LAYER = re.compile(r"^Name: (.*?), LayerType: (.*)$")
 TENSOR = re.compile(r"\{ Name: (.*?), Dimensions: \[([-\d, ]*)\](.*?)\}")
-SOURCE = re.compile(r"\[ONNX Layer: (.*?)\](?=\[|[\x1e\x1f]|\s*$)")
+SOURCE = re.compile(r"\[ONNX Layer: (.*?)\](?=\[ONNX Layer: |[\x1e\x1f]|[^\[\]]*$)")
 OLD_LAYER = re.compile(r"Layer\(([^)]*)\): (.*), Tactic: ([^,]*), (.*)$")
 OLD_TENSOR = re.compile(r"(.*?) ?[\[(](\w+)[\[(]([-\d,: ]*)[\])][\])](?:, |$)")
 
@@ -233,8 +240,11 @@ def _layer(name: str, rest: str) -> Layer:
 def _tensor(name: str, dims: str, rest: str) -> Tensor:
     dtype = re.search(r"Datatype: (\w+)", rest)
     layout = re.search(r"Format: (?:\((\w+)\)|([^}]*?)\s*$)", rest)
+    order = re.search(r"StrideOrder: \[([\d, ]*)\]", rest)
     kind = DTYPES.get(dtype[1], dtype[1].lower()) if dtype else ""
-    return Tensor(name, _shape(dims), kind, (layout[1] or layout[2]) if layout else "")
+    return Tensor(
+        name, _shape(dims), kind, (layout[1] or layout[2]) if layout else "", _shape(order[1] if order else "")
+    )
 
 
 def _old_layer(kind: str, name: str, tactic: str, tensors: str) -> Layer:
@@ -261,29 +271,40 @@ def _shape(text: str) -> Shape:
     return tuple(int(n) for n in re.findall(r"-?\d+", text))
 
 
+def _how(layer: Layer, padded: Tensor, others: tuple[Tensor, ...]) -> str:
+    """Whether the kernel that makes or takes the padded tensor exists only for the padding."""
+    steps = set(layer.steps)
+    if steps <= PADDING_ONLY:
+        return "kernel"
+    unmoved = bool(padded.order) and any(other.order == padded.order for other in others)
+    return "kernel" if steps <= PADDING_ONLY | MOVES and unmoved else "fused"
+
+
 def _unpadded(shape: Shape, known: Iterable[Shape], everywhere: bool = False) -> Shape | None:
-    """The largest known shape that is a little smaller than `shape` along some axes (all of them only if `everywhere`)
-    and equal along the others; None when the shape itself is known or nothing fits. -1, dynamic, fits itself only."""
-    known = list(known)
-    if shape in known:
+    """The largest known shape, seen with as many axes, that is a little smaller than `shape` along some axes (all of
+    them only if `everywhere`) and equal along the others; None when the shape itself is known or nothing fits. -1,
+    dynamic, fits itself only."""
+    views = {view for other in known for view in _views(other, len(shape))}
+    if shape in views:
         return None
     fits = [
         small
-        for small in known
-        if len(small) == len(shape)
-        and all(0 < a <= b < 2 * a + 8 or a == b for a, b in zip(small, shape, strict=True))
+        for small in views
+        if all(0 < a <= b < 2 * a + 8 or a == b for a, b in zip(small, shape, strict=True))
         and (everywhere or any(a == b for a, b in zip(small, shape, strict=True)))
     ]
     return max(fits, key=math.prod, default=None)
 
 
+def _views(shape: Shape, rank: int) -> Iterator[Shape]:
+    """The shape with adjacent axes merged down to `rank` axes, in every way."""
+    for cuts in itertools.combinations(range(1, len(shape)), rank - 1) if 0 < rank <= len(shape) else ():
+        runs = [shape[i:j] for i, j in itertools.pairwise((0, *cuts, len(shape)))]
+        yield tuple(-1 if -1 in run else math.prod(run) for run in runs)
+
+
 def _differences(
-    layer: Layer,
-    how: str,
-    small: Shape,
-    tensor: Tensor,
-    alignment: Callable[[str], int] | None,
-    nodes: tuple[str, ...] = (),
+    layer: Layer, how: str, small: Shape, tensor: Tensor, alignment: Callable[[str], int] | None
 ) -> list[Pad]:
     pads = []
     for axis, (before, after) in enumerate(zip(small, tensor.shape, strict=True)):
@@ -291,5 +312,5 @@ def _differences(
             step = alignment(tensor.dtype) if alignment and tensor.dtype in DTYPES.values() else 0
             if not step or -(-before // step) * step != after:
                 step = after & -after
-            pads.append(Pad(layer.name, how, nodes or layer.nodes, axis, before, after, step))
+            pads.append(Pad(layer.name, how, layer.nodes, axis, before, after, step))
     return pads

@@ -163,6 +163,34 @@ def test_alignment_of_the_target_is_the_advice_only_where_it_explains_the_paddin
     assert str(pad(9, 12)[0]) == "conv: axis 1 is padded from 9 to 12; multiples of 4 are not"
 
 
+def test_a_convolution_that_became_a_matrix_product():
+    """From the log of a ResNet-50 with 543 channels, trimmed: the compiler merges the spatial axes, and pads in a kernel
+    whose name also says "Move" although the order in memory stays."""
+
+    def text(order):
+        return "\n".join(
+            [
+                "l4/conv [Conv] inputs: [x -> (-1, 543, 14, 14)[HALF]], [w -> (271, 543, 1, 1)[HALF]], ",
+                "l4/conv [Conv] outputs: [c -> (-1, 271, 14, 14)[HALF]], ",
+                "l4/relu [Relu] inputs: [c -> (-1, 271, 14, 14)[HALF]], ",
+                "l4/relu [Relu] outputs: [r -> (-1, 271, 14, 14)[HALF]], ",
+                "Name: __myl_MoveReplConc_myl0_51, LayerType: kgen, Inputs: [ { Name: x, Dimensions: [-1,543,196], "
+                f"StrideOrder: {order}, Datatype: Half, Format: (NHWC) Channel major format }}], Constants: [], "
+                "Outputs: [ { Name: p, Dimensions: [-1,544,196], StrideOrder: [2,0,1], Datatype: Half }], "
+                "TacticName: t, Metadata: [ONNX Layer: l4/conv][ONNX Layer: l4/relu]__gemm_from_conv1x1",
+                "Name: __myl_FcRelu_myl0_52, LayerType: runtime_fusion, Inputs: [ { Name: p, Dimensions: [-1,544,196], "
+                "Datatype: Half }], Constants: [ { Name: k, Dimensions: [1,272,544], Datatype: Half }], "
+                "Outputs: [ { Name: r, Dimensions: [-1,272,196], Datatype: Half }], "
+                "TacticName: , Metadata: [ONNX Layer: l4/conv][ONNX Layer: l4/relu]__gemm_from_conv1x1",
+            ]
+        )
+
+    log = parse_build_log(text("[2,0,1]"))
+    assert all(kernel.nodes == ("l4/conv", "l4/relu") for kernel in log.kernels())
+    assert found(log) == [("kernel", "l4/relu", 1, 543, 544, 8), ("weights", "l4/conv", 0, 271, 272, 8)]
+    assert found(parse_build_log(text("[2,1,0]")))[0][0] == "fused"  # it changes the order as well
+
+
 def test_engine_layer_information_of_classic_tensorrt():
     """The form that TensorRT 8.6 to 10 print; the package does not run here, so this is a written sample."""
     text = "\n".join(
