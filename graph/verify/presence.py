@@ -161,17 +161,22 @@ def factor(state: State, sizes: Sequence[int]) -> States:
         return (None,) * len(sizes)
     grid = state.reshape(tuple(sizes))
     axes = range(grid.ndim)
-    gone, result = np.zeros(grid.shape, dtype=bool), []
-    for d in axes:
-        others = tuple(k for k in axes if k != d)
-        absent, spare = (grid == ABSENT).all(others), (grid != PRESENT).all(others)
-        gone |= along(absent, d, grid.ndim)
-        result.append(tidy(np.where(absent, ABSENT, np.where(spare, FREE, PRESENT)).astype(np.int8)))
-    if not np.array_equal(gone, grid == ABSENT):
-        raise Disagreement(
-            f"absent entries are no whole indices of the axes {' x '.join(map(str, sizes))} (unbalanced heads or groups?)"
-        )
-    return tuple(result)
+    for wild in (
+        False,
+        True,
+    ):  # free entries (padding) are taken for absent only where nothing else explains the others
+        gone, result = np.zeros(grid.shape, dtype=bool), []
+        for d in axes:
+            others = tuple(k for k in axes if k != d)
+            spare = (grid != PRESENT).all(others)
+            absent = spare & (grid == ABSENT).any(others) if wild else (grid == ABSENT).all(others)
+            gone |= along(absent, d, grid.ndim)
+            result.append(tidy(np.where(absent, ABSENT, np.where(spare, FREE, PRESENT)).astype(np.int8)))
+        if gone[grid == ABSENT].all():
+            return tuple(result)
+    raise Disagreement(
+        f"absent entries are no whole indices of the axes {' x '.join(map(str, sizes))} (unbalanced heads or groups?)"
+    )
 
 
 def regroup(states: States, old: Sequence[int], new: Sequence[int]) -> States:

@@ -45,10 +45,11 @@ def randomise(
     for the inputs, or None where a tensor was calibrated twice (a shared layer) and they are out of date; `observe` sees
     the values of that run.
     """
-    source, removed, roles = Source(seed), removed or {}, _roles(program)
+    tensors, removed, roles = tensors_of(program), removed or {}, _roles(program)
+    source = Source(seed, max((t.numel() for t in tensors.values()), default=1) or 1)
     weights: dict[str, torch.Tensor] = {}
     done: dict[int, torch.Tensor] = {}
-    for name, tensor in tensors_of(program).items():
+    for name, tensor in tensors.items():
         if id(tensor) not in done:
             value = to_double(tensor)
             if value.is_floating_point():
@@ -91,14 +92,16 @@ def _role(node: fx.Node, user: fx.Node) -> str:
 
 
 class Source:
-    """Random numbers at the price of a copy: stretches of one pool of prime length, so that no two rows repeat."""
+    """Random numbers at the price of a copy: stretches of a pool as long as the largest tensor, or of a prime length so
+    that no two rows of a larger one repeat."""
 
-    POOL = 1_048_583
+    LONGEST = 1_048_583
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, largest: int):
         self.generator = torch.Generator().manual_seed(seed)
-        self.normals = torch.randn(self.POOL, generator=self.generator, dtype=torch.float64)
-        self.uniforms = torch.rand(self.POOL, generator=self.generator, dtype=torch.float64)
+        n = min(largest, self.LONGEST)
+        self.normals = torch.randn(n, generator=self.generator, dtype=torch.float64)
+        self.uniforms = torch.rand(n, generator=self.generator, dtype=torch.float64)
 
     def normal(self, shape: torch.Size, spread: float) -> torch.Tensor:
         return self._stretch(self.normals, shape).mul_(spread)
@@ -108,7 +111,7 @@ class Source:
 
     def _stretch(self, pool: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         result = torch.empty(math.prod(shape), dtype=torch.float64)
-        at = int(torch.randint(self.POOL, (), generator=self.generator))
+        at = int(torch.randint(len(pool), (), generator=self.generator))
         done = 0
         while done < len(result):
             part = pool[at : at + len(result) - done]
