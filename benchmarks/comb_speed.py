@@ -110,7 +110,7 @@ def table(data: dict) -> str:
     lines = [
         "# Seconds for comb, selection and surgery\n",
         f"{data['environment']}. Ratios: torch-pruning over graphcomb, median (lowest to highest) of paired runs.\n",
-        "| model | nodes | capture | comb | its dependency graph | ratio | comb + selection + surgery | its pruner + step | ratio |",
+        "| model | nodes | capture | comb | their dependency graph | ratio | with surgery | their pruner + step | ratio |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, r in data["rows"].items():

@@ -267,7 +267,7 @@ def table(data: dict) -> str:
         f"lowest {min(shares):.2%}. Comb: median {1e3 * statistics.median(r['comb_s'] for r in good):.1f} ms. "
         f"torch-pruning out of the box runs on {len(rival)} of {len(exportable)}.\n",
         f"{data['environment']}\n",
-        "| model | nodes | on a prunable axis | removed | error | comb, CPU ms | comb + selection + surgery | torch-pruning |",
+        "| model | nodes | on a prunable axis | removed | error | comb, CPU ms | with surgery | torch-pruning |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for r in rows:
@@ -329,7 +329,9 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="pattern over model names")
     parser.add_argument("--again", action="store_true", help="measure anew what has a result")
     parser.add_argument("--failed", action="store_true", help="measure anew what failed")
-    parser.add_argument("--verify-up-to", type=float, default=1e9, help="largest number of parameters to run the oracle on")
+    parser.add_argument(
+        "--verify-up-to", type=float, default=1e9, help="largest number of parameters to run the oracle on"
+    )
     parser.add_argument("--no-rival", action="store_true", help="leave torch-pruning out")
     parser.add_argument("--seconds", type=float, default=400)
     parser.add_argument("--gigabytes", type=float, default=14)

@@ -193,7 +193,7 @@ def _call(graph: fx.Graph, like: fx.Node, target: Any, args: tuple, kwargs: dict
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether the result looks at the memory of the first argument; operators say so in their schema, when they always do."""
+    """Whether the result looks at the memory of the first argument; operators that always do say so in their schema."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     name, value = op_name(node), node.args[0].meta.get("val")

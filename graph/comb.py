@@ -244,7 +244,8 @@ class Comb:
         self._sums.setdefault(node, []).extend(axes)
 
     def role(self, axis: Axis, role: str, weight: fx.Node | None = None) -> None:
-        """Note what an axis is used as: "out", "in", "linear" (out of a linear), "group", "multiplier", "head", "width", "constant"."""
+        """Note what an axis is used as: "out", "in", "linear" (out of a linear), "group", "multiplier", "head", "width" or
+        "constant"."""
         self._roles.append((axis, role, weight))
 
     def is_parameter(self, node: fx.Node) -> bool:

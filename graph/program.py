@@ -200,7 +200,7 @@ def capture(
 
 
 def load(path: str | os.PathLike[str]) -> Program:
-    """Read a `.pt2` (graphcomb's or any other with example inputs). Raises BadInput with one line when it is no such file."""
+    """Read a `.pt2`, graphcomb's or any other with example inputs. Raises BadInput when it is no such file."""
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
@@ -255,7 +255,8 @@ def rebuild(
     take(name, value) gives the new value of an attribute; it is asked once for a tensor with several names, so tied
     weights stay tied. edit(nodes) may change the new graph, given the new node for every old one.
     """
-    graph, nodes = fx.Graph(), {}
+    graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(module.graph, nodes))
     graph.set_codegen(copy.copy(module.graph._codegen))
     root, taken = torch.nn.Module(), {}

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from ..graph import axes as ax
 from ..graph.axes import Factor
 from ..graph.comb import DEFAULT_KINDS, KINDS, Comb, Group, Sizer
 from ..graph.errors import BadInput, Unreachable

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
 
 from ..axes import fresh
 from ..ops import op_name, shape
 from .elementwise import broadcast
-from .table import NoRule, rule
+from .table import Arguments, NoRule, rule
+
+if TYPE_CHECKING:
+    from ..comb import Comb
+    from ..surgery import Slicer
 
 
-def is_window(a, nd: int, kernel: tuple[int, ...]) -> bool:
+def is_window(a: Arguments, nd: int, kernel: tuple[int, ...]) -> bool:
     """False for kernel 1, stride 1, no padding: then spatial axes pass through untouched."""
     padding = a["padding"]
     padded = padding == "same" and any(k > 1 for k in kernel) if isinstance(padding, str) else any(padding)
@@ -19,16 +26,13 @@ def is_window(a, nd: int, kernel: tuple[int, ...]) -> bool:
 
 
 @rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def convolution(c, node, a):
+def convolution(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     x, w, bias, groups = a["input"], a["weight"], a["bias"], a["groups"]
     nd = len(shape(w)) - 2
     if len(shape(x)) != nd + 2:
         raise NoRule("an unbatched convolution")
     xs, ws = c.axes[x], c.axes[w]
-    if is_window(a, nd, shape(w)[2:]):
-        spatial = c.window(node, x, 2)
-    else:
-        spatial = xs[2:]
+    spatial = c.window(node, x, 2) if is_window(a, nd, shape(w)[2:]) else xs[2:]
     for axis in ws[2:]:
         c.kernel(axis, node)
     group = fresh(groups)
@@ -56,7 +60,7 @@ def convolution(c, node, a):
 
 
 @rule("linear")
-def linear(c, node, a):
+def linear(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs, ws = c.axes[a["input"]], c.axes[a["weight"]]
     c.unify(xs[-1], ws[-1])
     c.role(ws[-1], "in", a["weight"])
@@ -69,7 +73,7 @@ def linear(c, node, a):
 
 
 @rule("matmul", "bmm", "mm", "mv", "dot")
-def matmul(c, node, a):
+def matmul(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     p, q = a["self"], a.get("other", a.get("mat2", a.get("vec", a.get("tensor"))))
     xs, ys = c.axes[p], c.axes[q]
     c.unify(xs[-1], ys[-2] if len(ys) > 1 else ys[-1])
@@ -90,7 +94,7 @@ def matmul(c, node, a):
 
 
 @rule("addmm", "baddbmm", "addbmm")
-def addmm(c, node, a):
+def addmm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     p, q = a.get("mat1", a.get("batch1")), a.get("mat2", a.get("batch2"))
     if op_name(node) == "addbmm":
         raise NoRule("addbmm")
@@ -106,12 +110,12 @@ def addmm(c, node, a):
 
 
 @rule("outer", "ger")
-def outer(c, node, a):
+def outer(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     return [c.axes[a["self"]][0], c.axes[a.get("vec2", a.get("other"))][0]]
 
 
 @rule("einsum")
-def einsum(c, node, a):
+def einsum(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     equation = a["equation"].replace(" ", "")
     if "->" not in equation or "." in equation:
         raise NoRule("einsum with an ellipsis or an implicit output")
@@ -139,7 +143,7 @@ def einsum(c, node, a):
 
 
 @rule("scaled_dot_product_attention")
-def attention(c, node, a):
+def attention(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     q, k, v = a["query"], a["key"], a["value"]
     qs, ks, vs = c.axes[q], c.axes[k], c.axes[v]
     nq, nk, nv, out = shape(q), shape(k), shape(v), shape(node)
@@ -168,7 +172,7 @@ def attention(c, node, a):
         broadcast(c, node, [([*batch, qs[-2], ks[-2]], scores), (c.axes[mask], shape(mask))], scores)
     if a.get("scale") is None:  # the pruned network keeps the scale it was trained with
 
-        def keep_scale(s, m):
+        def keep_scale(s: Slicer, m: fx.Node) -> None:
             if not s.full(qs[-1]):
                 s.set(m, "scale", 1 / math.sqrt(nq[-1]))
 

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
 from ..axes import Axis, normal
 from ..ops import shape
-from .table import NoRule, rule
+from .table import Arguments, NoRule, rule
 
-UNARY = """relu relu6 sigmoid tanh gelu silu hardswish hardsigmoid hardtanh clamp clamp_min clamp_max clip exp exp2 log log2
-log10 log1p expm1 sqrt rsqrt neg abs dropout feature_dropout alpha_dropout feature_alpha_dropout clone contiguous alias detach
-lift_fresh_copy leaky_relu elu selu celu softplus mish erf erfc erfinv sin cos tan asin acos atan sinh cosh asinh acosh
-logical_not bitwise_not reciprocal square log_sigmoid softsign threshold hardshrink softshrink tanhshrink floor ceil round trunc
-frac sign sgn isnan isinf isfinite nan_to_num positive logit rrelu zeros_like ones_like full_like empty_like rand_like randn_like
-bernoulli fill zero native_dropout to _to_copy type_as float double half bool int conj real view_as_complex_copy special_expit
-digamma lgamma rad2deg deg2rad""".split()
-BROADCAST = """add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum fmax fmin atan2 hypot where eq ne
-lt gt le ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor masked_fill addcmul addcdiv lerp copy
-greater less greater_equal less_equal not_equal subtract multiply divide xlogy logaddexp heaviside __and__ __or__ __xor__
-complex polar copysign nextafter""".split()
+if TYPE_CHECKING:
+    from ..comb import Comb
+
+UNARY = """
+relu relu6 sigmoid tanh gelu silu hardswish hardsigmoid hardtanh clamp clamp_min clamp_max clip exp exp2 log log2
+log10 log1p expm1 sqrt rsqrt neg abs dropout feature_dropout alpha_dropout feature_alpha_dropout clone contiguous
+alias detach lift_fresh_copy leaky_relu elu selu celu softplus mish erf erfc erfinv sin cos tan asin acos atan sinh
+cosh asinh acosh logical_not bitwise_not reciprocal square log_sigmoid softsign threshold hardshrink softshrink
+tanhshrink floor ceil round trunc frac sign sgn isnan isinf isfinite nan_to_num positive logit rrelu zeros_like
+ones_like full_like empty_like rand_like randn_like bernoulli fill zero native_dropout to _to_copy type_as float
+double half bool int conj real view_as_complex_copy special_expit digamma lgamma rad2deg deg2rad
+""".split()
+BROADCAST = """
+add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum fmax fmin atan2 hypot where eq ne lt
+gt le ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor masked_fill addcmul addcdiv lerp copy
+greater less greater_equal less_equal not_equal subtract multiply divide xlogy logaddexp heaviside __and__ __or__
+__xor__ complex polar copysign nextafter
+""".split()
 
 
-def broadcast(c, node, items: list[tuple[list[Axis], tuple[int, ...]]], out: tuple[int, ...]) -> list[Axis]:
+def broadcast(
+    c: Comb, node: fx.Node, items: list[tuple[list[Axis], tuple[int, ...]]], out: tuple[int, ...]
+) -> list[Axis]:
     """Unify axes under broadcasting to the shape `out`. items: (axes, shape) of each operand."""
     result: list[Axis] = [[] for _ in out]
     for axes, sizes in items:
@@ -37,7 +50,7 @@ def broadcast(c, node, items: list[tuple[list[Axis], tuple[int, ...]]], out: tup
 
 
 @rule(*UNARY)
-def unary(c, node, a):
+def unary(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     x = c.first(node)
     if shape(x) != shape(node):
         raise NoRule("the result has another shape")
@@ -45,13 +58,13 @@ def unary(c, node, a):
 
 
 @rule(*BROADCAST)
-def binary(c, node, a):
+def binary(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     items = [(c.axes[i], shape(i)) for i in node.all_input_nodes if c.axes[i] is not None]
     return broadcast(c, node, items, shape(node))
 
 
 @rule("expand_as", "broadcast_to", "expand")
-def expand(c, node, a):
+def expand(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     x, out = c.first(node), shape(node)
     own, shift = shape(x), len(out) - len(shape(x))
     result = []
@@ -70,7 +83,7 @@ def expand(c, node, a):
 
 
 @rule("prelu")
-def prelu(c, node, a):
+def prelu(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     x = c.axes[a["self"]]
     if shape(a["weight"])[0] > 1:
         c.unify(c.axes[a["weight"]][0], x[1] if len(x) > 1 else x[0])

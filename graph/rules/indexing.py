@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import fx
 
 from ..ops import op_name, shape
 from .elementwise import broadcast
-from .table import NoRule, rule
+from .table import Arguments, NoRule, rule
+
+if TYPE_CHECKING:
+    from ..comb import Comb
 
 
 @rule("index", "_unsafe_index")
-def index(c, node, a):
+def index(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     x, indices = a["self"], a["indices"]
     xs = c.axes[x]
     used = [d for d, i in enumerate(indices) if i is not None]
@@ -29,7 +35,7 @@ def index(c, node, a):
 
 
 @rule("index_select")
-def index_select(c, node, a):
+def index_select(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs, d = c.axes[a["self"]], a["dim"] % len(c.axes[a["self"]])
     c.freeze(xs[d], node, "indexed along the axis")
     picked = c.axes[a["index"]]
@@ -37,7 +43,7 @@ def index_select(c, node, a):
 
 
 @rule("gather", "take_along_dim")
-def gather(c, node, a):
+def gather(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs, picks = c.axes[a["self"]], a.get("index", a.get("indices"))
     d = a["dim"] % len(xs)
     c.freeze(xs[d], node, "gathered along the axis")
@@ -52,7 +58,7 @@ def gather(c, node, a):
 
 
 @rule("embedding")
-def embedding(c, node, a):
+def embedding(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     table = c.axes[a["weight"]]
     c.freeze(table[0], node, "looked up by index")
     c.role(table[1], "out", a["weight"])
@@ -60,5 +66,5 @@ def embedding(c, node, a):
 
 
 @rule("index_put", "index_add", "index_copy", "scatter", "scatter_add", "masked_scatter", "scatter_reduce")
-def put(c, node, a):
+def put(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     raise NoRule(f"{op_name(node)} writes at data-dependent positions")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import fx
 
 from ..axes import Axis, Misaligned, Reason, atoms, cut, freeze, fresh, normal, take_inner, total
 from ..ops import arguments, hint, op_name, shape
-from .table import NoRule, rule
+from .table import Arguments, NoRule, rule
+
+if TYPE_CHECKING:
+    from ..comb import Comb
+    from ..surgery import Slicer
 
 
-def regroup(c, node, axes: list[Axis], sizes: tuple[int, ...]) -> list[Axis]:
+def regroup(c: Comb, node: fx.Node, axes: list[Axis], sizes: tuple[int, ...]) -> list[Axis]:
     """The axes of a tensor seen as one row-major sequence, cut anew into dimensions of the given sizes."""
     flat = normal([factor for axis in axes for factor in axis])
     result: list[Axis] = [[] for _ in sizes]
@@ -37,7 +44,7 @@ SIZE_ARGUMENT = {"view": "size", "reshape": "shape", "_unsafe_view": "size"}
 @rule(
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "ravel", "view_as", "reshape_as", "unsqueeze", "squeeze"
 )
-def view(c, node, a):
+def view(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     name = op_name(node)
     if name == "view" and "size" not in a:
         raise NoRule("view as another dtype")
@@ -57,7 +64,7 @@ def view(c, node, a):
         asked = {d % len(xs) for d in ([given] if isinstance(given, int) else given)} if xs else set()
         dims = [d for d in sorted(asked) if shape(a["self"])[d] == 1]
 
-        def name_dims(s, m):
+        def name_dims(s: Slicer, m: fx.Node) -> None:
             m.target = torch.ops.aten.squeeze.dims
             m.args, m.kwargs = (m.args[0], dims), {}
 
@@ -69,7 +76,7 @@ def view(c, node, a):
 @rule(
     "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "numpy_T", "mT", "matrix_H", "adjoint"
 )
-def permute(c, node, a):
+def permute(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs, name = list(c.axes[a["self"]]), op_name(node)
     rank = len(xs)
     if name == "permute":
@@ -92,7 +99,7 @@ def permute(c, node, a):
 
 
 @rule("cat", "concat", "concatenate", "hstack", "vstack")
-def cat(c, node, a):
+def cat(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     if op_name(node) in ("hstack", "vstack"):
         raise NoRule("stacking whose dimension depends on the rank")
     tensors = [t for t in a["tensors"] if shape(t) != (0,)]
@@ -106,7 +113,7 @@ def cat(c, node, a):
 
 
 @rule("stack")
-def stack(c, node, a):
+def stack(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     tensors = a["tensors"]
     d = a["dim"] % len(shape(node))
     first = c.axes[tensors[0]]
@@ -116,7 +123,7 @@ def stack(c, node, a):
     return [*first[:d], total([[] for _ in tensors]) if len(tensors) > 1 else [], *first[d:]]
 
 
-def pieces(c, node, axis: Axis, sizes: list[int]) -> list[Axis]:
+def pieces(c: Comb, node: fx.Node, axis: Axis, sizes: list[int]) -> list[Axis]:
     """Cut an axis; where that cannot be followed, freeze it and return frozen pieces."""
     try:
         return cut(axis, sizes)
@@ -136,7 +143,7 @@ def pieces(c, node, axis: Axis, sizes: list[int]) -> list[Axis]:
     "unsafe_chunk",
     "unsafe_split_with_sizes",
 )
-def split(c, node, a):
+def split(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
     d = a["dim"] % len(xs)
     values = node.meta["val"]
@@ -145,7 +152,7 @@ def split(c, node, a):
         return [xs[:d] + xs[d + 1 :] for _ in values]
     parts = pieces(c, node, xs[d], [hint(v.shape[d]) for v in values])
 
-    def spell_out(s, m):
+    def spell_out(s: Slicer, m: fx.Node) -> None:
         if not s.full(xs[d]):
             m.target = torch.ops.aten.split_with_sizes.default
             m.args, m.kwargs = (m.args[0], [s.size(p) for p in parts], d), {}
@@ -154,10 +161,10 @@ def split(c, node, a):
     return [[*xs[:d], part, *xs[d + 1 :]] for part in parts]
 
 
-def bounds(a, n: int) -> tuple[int, int]:
+def bounds(a: Arguments, n: int) -> tuple[int, int]:
     """Start and end of a slice of an axis of size n, as non-negative numbers."""
 
-    def clamp(value, default):
+    def clamp(value: Any, default: int) -> int:
         if value is None:
             return default
         value = hint(value)
@@ -167,7 +174,7 @@ def bounds(a, n: int) -> tuple[int, int]:
 
 
 @rule("slice", "narrow")
-def slice_(c, node, a):
+def slice_(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
     d, n = a["dim"] % len(xs), shape(a["self"])[a["dim"]]
     if op_name(node) == "narrow":
@@ -183,7 +190,7 @@ def slice_(c, node, a):
     if (low, high) == (0, n):
         if op_name(node) == "slice" and not symbolic:
 
-            def whole(s, m):
+            def whole(s: Slicer, m: fx.Node) -> None:
                 s.set(m, "start", 0)
                 s.set(m, "end", torch.iinfo(torch.int64).max)
 
@@ -193,7 +200,7 @@ def slice_(c, node, a):
         return xs
     before, part, _ = pieces(c, node, xs[d], [low, high - low, n - high])
 
-    def move(s, m):
+    def move(s: Slicer, m: fx.Node) -> None:
         if s.full(xs[d]):
             return
         start = s.size(before) if low else 0
@@ -207,7 +214,7 @@ def slice_(c, node, a):
     return [*xs[:d], part, *xs[d + 1 :]]
 
 
-def strided(c, node, xs, d, n, low, high, step):
+def strided(c: Comb, node: fx.Node, xs: list[Axis], d: int, n: int, low: int, high: int, step: int) -> list[Axis]:
     """x[low::step] takes one index of the inner factor of outer * step, when it takes all of the outer ones."""
     if n % step == 0 and low < step and high > n - step + low:
         try:
@@ -222,13 +229,13 @@ def strided(c, node, xs, d, n, low, high, step):
 
 
 @rule("select")
-def select(c, node, a):
+def select(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
     d, n = a["dim"] % len(xs), shape(a["self"])[a["dim"]]
     i = hint(a["index"]) % n
     before, _, _ = pieces(c, node, xs[d], [i, 1, n - i - 1])
 
-    def move(s, m):
+    def move(s: Slicer, m: fx.Node) -> None:
         if not s.full(xs[d]):
             s.set(m, "index", s.size(before) if i else 0)
 
@@ -237,7 +244,7 @@ def select(c, node, a):
 
 
 @rule("slice_scatter", "select_scatter")
-def scatter(c, node, a):
+def scatter(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs, src = c.axes[a["self"]], c.axes[a["src"]]
     d, n = a["dim"] % len(xs), shape(a["self"])[a["dim"]]
     single = op_name(node) == "select_scatter"
@@ -252,7 +259,7 @@ def scatter(c, node, a):
     for k, axis in enumerate(src):
         c.unify(part if k == d else xs[k], axis)
 
-    def move(s, m):
+    def move(s: Slicer, m: fx.Node) -> None:
         if s.full(xs[d]):
             return
         start = s.size(before) if low else 0
@@ -267,7 +274,7 @@ def scatter(c, node, a):
 
 
 @rule("repeat", "tile")
-def repeat(c, node, a):
+def repeat(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     if op_name(node) == "tile":
         raise NoRule("tile")
     xs, counts = c.axes[a["self"]], [hint(r) for r in a["repeats"]]
@@ -276,7 +283,7 @@ def repeat(c, node, a):
     shift = len(counts) - len(xs)
     symbolic = [not isinstance(r, int) for r in a["repeats"]]
 
-    def regenerate(s, m):
+    def regenerate(s: Slicer, m: fx.Node) -> None:
         s.set(m, "repeats", [old if sym else s.size(t) for old, sym, t in zip(m.args[1], symbolic, times, strict=True)])
 
     c.rewrite(node, regenerate)
@@ -284,14 +291,14 @@ def repeat(c, node, a):
 
 
 @rule("repeat_interleave")
-def repeat_interleave(c, node, a):
+def repeat_interleave(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     if not isinstance(a.get("repeats"), int) or a.get("dim") is None:
         raise NoRule("repeat_interleave with counts that are data, or of the flattened tensor")
     xs, times = c.axes[a["self"]], fresh(a["repeats"])
     d = a["dim"] % len(xs)
     c.copies(node, [times], "multiplier")
 
-    def regenerate(s, m):
+    def regenerate(s: Slicer, m: fx.Node) -> None:
         s.set(m, "repeats", s.size(times))
         if a.get("output_size") is not None:
             s.set(m, "output_size", None)
@@ -301,7 +308,7 @@ def repeat_interleave(c, node, a):
 
 
 @rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
-def pad(c, node, a):
+def pad(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs = list(c.axes[a["self"]])
     amounts = [hint(p) for p in a.get("pad", a.get("padding"))]
     constant = op_name(node) in ("pad", "constant_pad_nd") and (a.get("mode") or "constant") == "constant"
@@ -319,7 +326,7 @@ def pad(c, node, a):
         parts = [(low, placed[j][0]), (1, xs[d]), (high, placed[j][1])]
         xs[d] = total([part for n, part in parts if n])
 
-    def regenerate(s, m):
+    def regenerate(s: Slicer, m: fx.Node) -> None:
         values = list(arguments(m)["pad"])  # amounts of dynamic dimensions stay expressions
         for j, (low, high) in placed.items():
             values[2 * j] = s.size(low) if amounts[2 * j] else 0
@@ -332,7 +339,7 @@ def pad(c, node, a):
 
 
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "empty")
-def constant(c, node, a):
+def constant(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     """A uniform tensor: any index of it may go."""
     result = [c.fresh(node, d) for d in range(len(shape(node)))]
     c.copies(node, result, "constant")
@@ -341,12 +348,12 @@ def constant(c, node, a):
 
 
 @rule("arange", "linspace", "eye", "rand", "randn", "scalar_tensor")
-def generated(c, node, a):
+def generated(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     return [c.frozen(node, d, "generated values along the axis") for d in range(len(shape(node)))]
 
 
 @rule("meshgrid")
-def meshgrid(c, node, a):
+def meshgrid(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     axes = [c.axes[t][0] if c.axes[t] else [] for t in a["tensors"]]
     if a.get("indexing") == "xy" and len(axes) > 1:
         axes[0], axes[1] = axes[1], axes[0]
@@ -354,7 +361,7 @@ def meshgrid(c, node, a):
 
 
 @rule("glu")
-def glu(c, node, a):
+def glu(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
     d = a["dim"] % len(xs)
     half = shape(node)[d]
@@ -364,7 +371,7 @@ def glu(c, node, a):
 
 
 @rule("tril", "triu", "diagonal", "diag_embed", "trace")
-def triangle(c, node, a):
+def triangle(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     if op_name(node) not in ("tril", "triu"):
         raise NoRule(op_name(node))
     xs = c.axes[a["self"]]

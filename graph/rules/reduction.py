@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import fx
 
 from ..axes import fresh
 from ..ops import op_name, shape
-from .table import NoRule, rule
+from .table import Arguments, NoRule, rule
+
+if TYPE_CHECKING:
+    from ..comb import Comb
 
 
-def dims_of(a, rank: int, name: str = "dim") -> list[int]:
+def dims_of(a: Arguments, rank: int, name: str = "dim") -> list[int]:
     dims = a.get(name)
     if dims is None or dims == []:
         return list(range(rank))
     return [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
 
 
-def operand(a):
+def operand(a: Arguments) -> fx.Node:
     return a.get("self") if a.get("self") is not None else a.get("input")
 
 
 @rule("batch_norm", "instance_norm")
-def batch_norm(c, node, a):
+def batch_norm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["input"]]
     for key in ("weight", "bias", "running_mean", "running_var"):
         if a.get(key) is not None:
@@ -31,7 +37,7 @@ def batch_norm(c, node, a):
 
 
 @rule("layer_norm", "rms_norm", "_fused_rms_norm")
-def layer_norm(c, node, a):
+def layer_norm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs, k = c.axes[a["input"]], len(a["normalized_shape"])
     for key in ("weight", "bias"):
         if a.get(key) is not None:
@@ -43,7 +49,7 @@ def layer_norm(c, node, a):
 
 
 @rule("group_norm")
-def group_norm(c, node, a):
+def group_norm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs, group = c.axes[a["input"]], fresh(a["num_groups"])
     c.unify(xs[1], group + fresh(shape(node)[1] // a["num_groups"]))
     for key in ("weight", "bias"):
@@ -56,7 +62,7 @@ def group_norm(c, node, a):
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "_safe_softmax")
-def softmax(c, node, a):
+def softmax(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[operand(a)]
     c.sums(node, [xs[a["dim"] % len(xs)]] if xs else [])
     return xs
@@ -66,7 +72,7 @@ def softmax(c, node, a):
     "mean", "sum", "nansum", "amax", "amin", "var", "std", "linalg_vector_norm", "norm", "logsumexp", "prod", "all", "any",
     "var_mean", "std_mean", "aminmax", "frobenius_norm", "count_nonzero",
 )  # fmt: skip
-def reduce(c, node, a):
+def reduce(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     x = operand(a)
     xs = c.axes[x]
     dims = dims_of(a, len(xs))
@@ -78,7 +84,7 @@ def reduce(c, node, a):
 
 
 @rule("max", "min", "mode", "median")
-def extremum(c, node, a):
+def extremum(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     """With a dimension, the indices count positions along the axis: it is frozen. Of two tensors: elementwise."""
     if isinstance(a.get("other"), torch.fx.Node):
         from .elementwise import binary
@@ -100,7 +106,7 @@ def extremum(c, node, a):
     "topk", "sort", "argsort", "argmax", "argmin", "cumsum", "cumprod", "logcumsumexp", "roll", "flip", "cummax", "kthvalue",
     "fliplr", "msort", "unique_dim", "rot90",
 )  # fmt: skip
-def ordered(c, node, a):
+def ordered(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     """Operators that depend on positions along an axis: it is frozen, the others pass through."""
     x, name = operand(a), op_name(node)
     xs = c.axes[x]
@@ -129,7 +135,7 @@ def ordered(c, node, a):
 
 
 @rule("cosine_similarity", "pairwise_distance")
-def similarity(c, node, a):
+def similarity(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     from .elementwise import broadcast
 
     x, y = a["x1"], a["x2"]
@@ -142,7 +148,7 @@ def similarity(c, node, a):
 
 
 @rule("cdist", "_euclidean_dist")
-def cdist(c, node, a):
+def cdist(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs, ys = c.axes[a["x1"]], c.axes[a["x2"]]
     c.unify(xs[-1], ys[-1])
     for p, q in zip(xs[:-2], ys[:-2], strict=True):

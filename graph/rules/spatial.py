@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import fx
 
 from ..axes import Misaligned, fresh, take_inner
 from ..ops import op_name, shape
-from .table import NoRule, rule
+from .table import Arguments, NoRule, rule
+
+if TYPE_CHECKING:
+    from ..comb import Comb
 
 POOLS = {
     f"{kind}{nd}d": nd
     for nd in (1, 2, 3)
     for kind in (
-        "max_pool", "avg_pool", "lp_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample_nearest", "_upsample_nearest_exact",
-        "fractional_max_pool",
+        "max_pool", "avg_pool", "lp_pool", "adaptive_avg_pool", "adaptive_max_pool", "fractional_max_pool",
+        "upsample_nearest", "_upsample_nearest_exact",
     )
 } | {
     "upsample_linear1d": 1, "upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsample_trilinear3d": 3,
@@ -23,7 +29,7 @@ POOLS = {
 
 
 @rule(*POOLS)
-def pool(c, node, a):
+def pool(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     name = op_name(node)
     nd = POOLS[name]
     x = a.get("self") if a.get("self") is not None else a.get("input")
@@ -51,7 +57,7 @@ def pool(c, node, a):
 
 
 @rule("pixel_shuffle")
-def pixel_shuffle(c, node, a):
+def pixel_shuffle(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs, r = c.axes[a["self"]], a["upscale_factor"]
     channels, rows, columns = fresh(shape(node)[-3]), fresh(r), fresh(r)
     c.unify(xs[-3], channels + rows + columns)
@@ -60,7 +66,7 @@ def pixel_shuffle(c, node, a):
 
 
 @rule("pixel_unshuffle")
-def pixel_unshuffle(c, node, a):
+def pixel_unshuffle(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs, r = c.axes[a["self"]], a["downscale_factor"]
     try:
         (high, rows), (wide, columns) = take_inner(xs[-2], r), take_inner(xs[-1], r)
@@ -71,7 +77,7 @@ def pixel_unshuffle(c, node, a):
 
 
 @rule("channel_shuffle", "native_channel_shuffle")
-def channel_shuffle(c, node, a):
+def channel_shuffle(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs, groups = c.axes[a["self"]], fresh(a["groups"])
     inner = fresh(shape(node)[1] // a["groups"])
     c.unify(xs[1], groups + inner)
@@ -80,7 +86,7 @@ def channel_shuffle(c, node, a):
 
 
 @rule("im2col")
-def im2col(c, node, a):
+def im2col(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     x = a["self"]
     xs = c.axes[x]
     window = 1
@@ -94,7 +100,7 @@ def im2col(c, node, a):
 
 
 @rule("col2im")
-def col2im(c, node, a):
+def col2im(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
     window = 1
     for k in a["kernel_size"]:
@@ -108,7 +114,7 @@ def col2im(c, node, a):
 
 
 @rule("unfold")
-def unfold(c, node, a):
+def unfold(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
     d = a["dimension"] % len(xs) if xs else 0
     c.freeze(xs[d], node, "a sliding window along the axis")
@@ -119,7 +125,7 @@ def unfold(c, node, a):
 
 
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
-def grid_sample(c, node, a):
+def grid_sample(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs, gs = c.axes[a["input"]], c.axes[a["grid"]]
     for axis in xs[2:]:
         c.freeze(axis, node, "sampled along the axis")

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+Arguments = dict[str, Any]
 Rule = Callable[..., list[Any]]
 RULES: dict[str, Rule] = {}
 
