@@ -175,7 +175,8 @@ def split_factor(factor: Factor, n: int) -> tuple[Axis, Axis]:
 def take_inner(axis: Axis, n: int) -> tuple[Axis, Axis]:
     """Split the axis into outer * inner with size(inner) == n. Where a boundary falls across factors, the smallest run of
     adjacent factors that contains it is frozen and regrouped; Misaligned when no run does."""
-    axis, inner = normal(axis), []
+    axis = normal(axis)
+    inner: Axis = []
     while n > 1:
         if not axis:
             raise Misaligned("sizes differ")

@@ -81,7 +81,8 @@ def dynamic_shapes_of(exported: ExportedProgram) -> Any:
     for node in exported.graph.nodes:
         if node.op != "placeholder" or node.name not in names:
             continue
-        value, spec = node.meta.get("val"), {}
+        value = node.meta.get("val")
+        spec: dict[int, Any] = {}
         for d, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
             if isinstance(size, int):
                 continue
@@ -148,13 +149,13 @@ def _inline_regions(module: fx.GraphModule) -> bool:
                 if inner.op == "placeholder" or op_name(inner) in LITTER:
                     continue
                 if inner.op == "output":
-                    results = fx.node.map_arg(inner.args[0], lambda n, env=env: env[n])
+                    results = fx.node.map_arg(inner.args[0], env.__getitem__)
                 elif inner.op == "get_attr":
                     name = f"{body_attr.target}.{inner.target}"
                     env[inner] = module.graph.get_attr(name)
                     env[inner].meta = dict(inner.meta)
                 else:
-                    env[inner] = module.graph.node_copy(inner, lambda n, env=env: env[n])
+                    env[inner] = module.graph.node_copy(inner, env.__getitem__)
         results = results if isinstance(results, (tuple, list)) else [results]
         for user in list(node.users):
             if user.target is operator.getitem:
@@ -249,7 +250,7 @@ def _functionalise(module: fx.GraphModule) -> None:
 
     for node in list(graph.nodes):
         if _is_view(node):
-            note(node, node.args[0], node)  # type: ignore[arg-type]
+            note(node, node.all_input_nodes[0], node)
         base = _mutated(node)
         if base is None:
             continue
@@ -347,12 +348,12 @@ def _write_back(graph: fx.Graph, view: fx.Node, below: fx.Node, value: fx.Node) 
         split, index = below, view.args[1]
         pieces = [p.shape for p in split.meta["val"]]
         a = arguments(split)
-        dim = a["dim"] % len(shape(split.args[0]))  # type: ignore[arg-type]
-        whole = split.args[0]
+        whole, position = a["self"], int(index)  # type: ignore[arg-type]
+        dim = a["dim"] % len(shape(whole))
         if op_name(split) == "unbind":
-            return _call(graph, view, aten.select_scatter.default, (whole, value, dim, index))
-        start = sum(int(p[dim]) for p in pieces[:index])  # type: ignore[misc]
-        end = start + int(pieces[index][dim])  # type: ignore[index]
+            return _call(graph, view, aten.select_scatter.default, (whole, value, dim, position))
+        start = sum(int(p[dim]) for p in pieces[:position])
+        end = start + int(pieces[position][dim])
         return _call(graph, view, aten.slice_scatter.default, (whole, value, dim, start, end))
     if name in ("split", "chunk", "split_with_sizes", "unbind"):
         return value  # already written into the whole tensor by its getitem
@@ -379,7 +380,7 @@ def _fold_constants(module: fx.GraphModule) -> None:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _concrete(n, value))
                 with torch.no_grad():
                     try:
-                        value[node] = copy.deepcopy(node.target(*args, **kwargs))  # type: ignore[operator]
+                        value[node] = copy.deepcopy(node.target(*args, **kwargs))
                     except (RuntimeError, TypeError, ValueError):
                         continue
     count = 0

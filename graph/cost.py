@@ -32,7 +32,7 @@ def macs(node: fx.Node) -> Polynomial:
         return [_dims(node) + _dims(arguments(node)["weight"])[1:]]
     if name in ("matmul", "bmm", "mm", "mv", "baddbmm", "addmm"):
         a = arguments(node)
-        left = a.get("batch1", a.get("mat1", a.get("self")))
+        left = next(a[name] for name in ("batch1", "mat1", "self") if name in a)
         return [_dims(node) + _dims(left)[-1:]]
     if name == "einsum":
         a = arguments(node)

@@ -41,7 +41,7 @@ class Slicer:
         return ax.kept_size(axis, self.sizes)
 
     @staticmethod
-    def set(node: fx.Node, argument: str, value: Any) -> None:
+    def assign(node: fx.Node, argument: str, value: Any) -> None:
         set_argument(node, argument, value)
 
     def resize(self, old: fx.Node, new: fx.Node, argument: str, axes: list[Axis]) -> None:
@@ -79,15 +79,17 @@ class Slicer:
         if not symbolic:
             return static
         found = self._source(symbolic)
-        sources = [found] if found else [self._source([f]) for f in symbolic]
-        if any(s is None for s in sources) or not self.full(symbolic):
+        sources = [s for s in ([found] if found else [self._source([f]) for f in symbolic]) if s is not None]
+        if (not found and len(sources) < len(symbolic)) or not self.full(symbolic):
             raise Refused(f"{source(old)}: the dynamic size {ax.show(axis)} cannot be regenerated")
-        graph, result = new.graph, None
+        graph = new.graph
+        result: fx.Node | None = None
         with graph.inserting_before(new):
-            for node, dim in sources:  # type: ignore[misc]
+            for node, dim in sources:
                 size = graph.call_function(torch.ops.aten.sym_size.int, (self.env[node], dim))
                 size.meta["val"] = node.meta["val"].shape[dim]
                 result = size if result is None else _product(graph, result, size)
+            assert result is not None  # there is at least one source
             return result if static == 1 else _product(graph, result, static)
 
     def _source(self, factors: Axis) -> tuple[fx.Node, int] | None:

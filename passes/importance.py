@@ -140,7 +140,9 @@ def _from_gradients(comb: Comb, groups: list[Group], context: Context, transform
     return {atom: values / count for atom, values in sums.items()}
 
 
-def _batch_scores(comb, module, names, wanted, transform) -> Scores:
+def _batch_scores(
+    comb: Comb, module: torch.nn.Module, names: set[str], wanted: Scores, transform: Callable[..., np.ndarray]
+) -> Scores:
     found: dict[Factor, list[np.ndarray]] = defaultdict(list)
     for name in names:
         parameter = fetch(module, name)

@@ -123,11 +123,12 @@ class RemoveChannels(Pass):
         whole = Costs(mac_terms(comb), [g for g in comb.groups if g.frozen is None])
         rows = []
         for g in comb.groups:
-            row = {"name": g.name, "kind": g.kind, "size": g.size, "keep": selection.kept(g)}
+            keep = selection.kept(g)
+            row: dict[str, Any] = {"name": g.name, "kind": g.kind, "size": g.size, "keep": keep}
             if g.frozen:
                 rows.append(row | {"frozen": g.frozen})
             else:
-                share = whole.saving(g.atom, g.size - row["keep"]) / max(whole.total, 1)
+                share = whole.saving(g.atom, g.size - keep) / max(whole.total, 1)
                 rows.append(row | {"saves_macs": round(share, 4), "step": selection.step(g)})
         return rows
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from ..axes import fresh
+from ..axes import Axis, fresh
 from ..ops import op_name, shape
 from .elementwise import broadcast
-from .table import Arguments, NoRule, rule
+from .table import Arguments, NoRule, either, rule
 
 if TYPE_CHECKING:
     from ..comb import Comb
@@ -49,7 +49,7 @@ def convolution(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     if bias is not None:
         c.unify(c.axes[bias][0], result)
     if groups > 1:
-        c.rewrite(node, lambda s, m: s.set(m, "groups", s.size(group)))
+        c.rewrite(node, lambda s, m: s.assign(m, "groups", s.size(group)))
         if inner:
             c.role(group, "group")
         elif outer:
@@ -74,7 +74,7 @@ def linear(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 @rule("matmul", "bmm", "mm", "mv", "dot")
 def matmul(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
-    p, q = a["self"], a.get("other", a.get("mat2", a.get("vec", a.get("tensor"))))
+    p, q = a["self"], either(a, "other", "mat2", "vec", "tensor")
     xs, ys = c.axes[p], c.axes[q]
     c.unify(xs[-1], ys[-2] if len(ys) > 1 else ys[-1])
     c.sums(node, [xs[-1]])
@@ -95,7 +95,7 @@ def matmul(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 @rule("addmm", "baddbmm", "addbmm")
 def addmm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
-    p, q = a.get("mat1", a.get("batch1")), a.get("mat2", a.get("batch2"))
+    p, q = either(a, "mat1", "batch1"), either(a, "mat2", "batch2")
     if op_name(node) == "addbmm":
         raise NoRule("addbmm")
     c.unify(c.axes[p][-1], c.axes[q][-2])
@@ -111,7 +111,7 @@ def addmm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 @rule("outer", "ger")
 def outer(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
-    return [c.axes[a["self"]][0], c.axes[a.get("vec2", a.get("other"))][0]]
+    return [c.axes[a["self"]][0], c.axes[either(a, "vec2", "other")][0]]
 
 
 @rule("einsum")
@@ -123,7 +123,8 @@ def einsum(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     terms = left.split(",")
     if any(len(set(t)) != len(t) for t in terms):
         raise NoRule("einsum with a diagonal")
-    axis_of, sizes = {}, {}
+    axis_of: dict[str, Axis] = {}
+    sizes: dict[str, int] = {}
     for term, tensor in zip(terms, a["tensors"], strict=True):
         for letter, axis, n in zip(term, c.axes[tensor], shape(tensor), strict=True):
             if n == 1 or sizes.get(letter, 1) == 1:
@@ -174,7 +175,7 @@ def attention(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
         def keep_scale(s: Slicer, m: fx.Node) -> None:
             if not s.full(qs[-1]):
-                s.set(m, "scale", 1 / math.sqrt(nq[-1]))
+                s.assign(m, "scale", 1 / math.sqrt(nq[-1]))
 
         c.rewrite(node, keep_scale)
     return [*batch, qs[-2], vs[-1]]

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..ops import op_name, shape
 from .elementwise import broadcast
-from .table import Arguments, NoRule, rule
+from .table import Arguments, NoRule, either, rule
 
 if TYPE_CHECKING:
     from ..comb import Comb
@@ -44,7 +44,7 @@ def index_select(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 @rule("gather", "take_along_dim")
 def gather(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
-    xs, picks = c.axes[a["self"]], a.get("index", a.get("indices"))
+    xs, picks = c.axes[a["self"]], either(a, "index", "indices")
     d = a["dim"] % len(xs)
     c.freeze(xs[d], node, "gathered along the axis")
     result = list(c.axes[picks])

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..axes import Axis, Misaligned, Reason, atoms, cut, freeze, fresh, normal, take_inner, total
 from ..ops import arguments, hint, op_name, shape
-from .table import Arguments, NoRule, rule
+from .table import Arguments, NoRule, either, rule
 
 if TYPE_CHECKING:
     from ..comb import Comb
@@ -186,17 +186,17 @@ def slice_(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
         return strided(c, node, xs, d, n, low, high, a["step"])
     if low >= high:
         raise NoRule("an empty slice")
-    symbolic = not isinstance(node.args[0].meta["val"].shape[d], int)
+    symbolic = not isinstance(a["self"].meta["val"].shape[d], int)
     if (low, high) == (0, n):
         if op_name(node) == "slice" and not symbolic:
 
             def whole(s: Slicer, m: fx.Node) -> None:
-                s.set(m, "start", 0)
-                s.set(m, "end", torch.iinfo(torch.int64).max)
+                s.assign(m, "start", 0)
+                s.assign(m, "end", torch.iinfo(torch.int64).max)
 
             c.rewrite(node, whole)
         elif not symbolic:
-            c.rewrite(node, lambda s, m: s.set(m, "length", s.size(xs[d])))
+            c.rewrite(node, lambda s, m: s.assign(m, "length", s.size(xs[d])))
         return xs
     before, part, _ = pieces(c, node, xs[d], [low, high - low, n - high])
 
@@ -204,11 +204,11 @@ def slice_(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
         if s.full(xs[d]):
             return
         start = s.size(before) if low else 0
-        s.set(m, "start", start)
+        s.assign(m, "start", start)
         if op_name(node) == "narrow":
-            s.set(m, "length", s.size(part))
+            s.assign(m, "length", s.size(part))
         else:
-            s.set(m, "end", start + s.size(part))
+            s.assign(m, "end", start + s.size(part))
 
     c.rewrite(node, move)
     return [*xs[:d], part, *xs[d + 1 :]]
@@ -237,7 +237,7 @@ def select(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
     def move(s: Slicer, m: fx.Node) -> None:
         if not s.full(xs[d]):
-            s.set(m, "index", s.size(before) if i else 0)
+            s.assign(m, "index", s.size(before) if i else 0)
 
     c.rewrite(node, move)
     return xs[:d] + xs[d + 1 :]
@@ -264,10 +264,10 @@ def scatter(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
             return
         start = s.size(before) if low else 0
         if single:
-            s.set(m, "index", start)
+            s.assign(m, "index", start)
         else:
-            s.set(m, "start", start)
-            s.set(m, "end", start + s.size(part))
+            s.assign(m, "start", start)
+            s.assign(m, "end", start + s.size(part))
 
     c.rewrite(node, move)
     return xs
@@ -284,7 +284,8 @@ def repeat(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     symbolic = [not isinstance(r, int) for r in a["repeats"]]
 
     def regenerate(s: Slicer, m: fx.Node) -> None:
-        s.set(m, "repeats", [old if sym else s.size(t) for old, sym, t in zip(m.args[1], symbolic, times, strict=True)])
+        old = arguments(m)["repeats"]
+        s.assign(m, "repeats", [n if sym else s.size(t) for n, sym, t in zip(old, symbolic, times, strict=True)])
 
     c.rewrite(node, regenerate)
     return [times[d] + (xs[d - shift] if d >= shift else []) for d in range(len(counts))]
@@ -299,9 +300,9 @@ def repeat_interleave(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     c.copies(node, [times], "multiplier")
 
     def regenerate(s: Slicer, m: fx.Node) -> None:
-        s.set(m, "repeats", s.size(times))
+        s.assign(m, "repeats", s.size(times))
         if a.get("output_size") is not None:
-            s.set(m, "output_size", None)
+            s.assign(m, "output_size", None)
 
     c.rewrite(node, regenerate)
     return [*xs[:d], xs[d] + times, *xs[d + 1 :]]
@@ -310,7 +311,7 @@ def repeat_interleave(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 @rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
 def pad(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs = list(c.axes[a["self"]])
-    amounts = [hint(p) for p in a.get("pad", a.get("padding"))]
+    amounts = [hint(p) for p in either(a, "pad", "padding")]
     constant = op_name(node) in ("pad", "constant_pad_nd") and (a.get("mode") or "constant") == "constant"
     placed: dict[int, tuple[Axis, Axis]] = {}
     for j in range(len(amounts) // 2):
@@ -331,7 +332,7 @@ def pad(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
         for j, (low, high) in placed.items():
             values[2 * j] = s.size(low) if amounts[2 * j] else 0
             values[2 * j + 1] = s.size(high) if amounts[2 * j + 1] else 0
-        s.set(m, "pad", values)
+        s.assign(m, "pad", values)
 
     if placed:
         c.rewrite(node, regenerate)

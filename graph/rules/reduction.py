@@ -9,7 +9,7 @@ from torch import fx
 
 from ..axes import fresh
 from ..ops import op_name, shape
-from .table import Arguments, NoRule, rule
+from .table import Arguments, NoRule, either, rule
 
 if TYPE_CHECKING:
     from ..comb import Comb
@@ -22,8 +22,8 @@ def dims_of(a: Arguments, rank: int, name: str = "dim") -> list[int]:
     return [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
 
 
-def operand(a: Arguments) -> fx.Node:
-    return a.get("self") if a.get("self") is not None else a.get("input")
+def operand(a: Arguments) -> Any:
+    return either(a, "self", "input")
 
 
 @rule("batch_norm", "instance_norm")
@@ -44,7 +44,7 @@ def layer_norm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
             for mine, axis in zip(c.axes[a[key]], xs[-k:], strict=True):
                 c.unify(mine, axis)
     c.sums(node, xs[-k:])
-    c.rewrite(node, lambda s, m: s.set(m, "normalized_shape", [s.size(axis) for axis in xs[-k:]]))
+    c.rewrite(node, lambda s, m: s.assign(m, "normalized_shape", [s.size(axis) for axis in xs[-k:]]))
     return xs if isinstance(node.meta["val"], torch.Tensor) else [xs, [*xs[:-k], *[[] for _ in range(k)]]]
 
 
@@ -57,7 +57,7 @@ def group_norm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
             c.unify(c.axes[a[key]][0], xs[1])
     c.role(group, "group")
     c.sums(node, xs[1:])
-    c.rewrite(node, lambda s, m: s.set(m, "num_groups", s.size(group)))
+    c.rewrite(node, lambda s, m: s.assign(m, "num_groups", s.size(group)))
     return xs
 
 

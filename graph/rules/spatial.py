@@ -9,7 +9,7 @@ from torch import fx
 
 from ..axes import Misaligned, fresh, take_inner
 from ..ops import op_name, shape
-from .table import Arguments, NoRule, rule
+from .table import Arguments, NoRule, either, rule
 
 if TYPE_CHECKING:
     from ..comb import Comb
@@ -32,12 +32,12 @@ POOLS = {
 def pool(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     name = op_name(node)
     nd = POOLS[name]
-    x = a.get("self") if a.get("self") is not None else a.get("input")
+    x = either(a, "self", "input")
     first = len(shape(x)) - nd
     value = node.meta["val"]
     if name == "adaptive_avg_pool" + f"{nd}d":
         # an output of size 1 is a mean over the whole axis: a reduction, legal like any other
-        done = []
+        done: list[Any] = []
         for d in range(first, len(shape(x))):
             if shape(node)[d] == 1:
                 c.sums(node, [c.axes[x][d]])
@@ -81,7 +81,7 @@ def channel_shuffle(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs, groups = c.axes[a["self"]], fresh(a["groups"])
     inner = fresh(shape(node)[1] // a["groups"])
     c.unify(xs[1], groups + inner)
-    c.rewrite(node, lambda s, m: s.set(m, "groups", s.size(groups)))
+    c.rewrite(node, lambda s, m: s.assign(m, "groups", s.size(groups)))
     return [xs[0], inner + groups, *xs[2:]]
 
 

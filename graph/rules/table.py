@@ -22,6 +22,11 @@ class NoRule(Exception):
     """The operator, or this use of it, has no rule: everything it touches is frozen."""
 
 
+def either(a: Arguments, *names: str) -> Any:
+    """The argument of the first of these names that the operator has and that is given."""
+    return next((a[name] for name in names if a.get(name) is not None), None)
+
+
 def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register a rule under operator names: "conv2d" for ATen, "space::name" for custom operators.
 
