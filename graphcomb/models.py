@@ -59,6 +59,21 @@ class SmallResNet(nn.Module):
         return self.head(self.stages(self.stem(x)).mean((2, 3)))
 
 
+def random_torchvision(name: str, **options: Any) -> nn.Module:
+    """A torchvision model with random weights, for runs without a network.
+
+    Some start with weights of zero (the head of ViT); those are drawn too, as outputs of zero would agree with
+    everything. options: arguments of torchvision's own builder.
+    """
+    from torchvision.models import get_model
+
+    model = get_model(name, weights=None, **options)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.trunc_normal_(parameter, std=0.02)
+    return model
+
+
 @dataclass(frozen=True)
 class Training:
     """How the reference is trained; any change gives the cached weights another name."""

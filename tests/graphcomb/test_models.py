@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphcomb.data import digits
-from graphcomb.models import SmallResNet, trained_digits
+from graphcomb.models import SmallResNet, random_torchvision, trained_digits
 
 QUICK = {"width": 4, "epochs": 2, "size": 8, "rate": 2e-2, "batch_size": 128}
 
@@ -14,6 +14,17 @@ QUICK = {"width": 4, "epochs": 2, "size": 8, "rate": 2e-2, "batch_size": 128}
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAPHCOMB_CACHE", str(tmp_path / "cache"))
+
+
+def test_random_torchvision_models_have_no_head_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")
+    dull = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    torch.nn.init.zeros_(dull[1].weight)
+    before = dull[0].weight.clone()
+    monkeypatch.setattr("torchvision.models.get_model", lambda name, weights: {"dull": dull}[name])
+    model = random_torchvision("dull")
+    assert model[1].weight.all()
+    assert torch.equal(model[0].weight, before)
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
