@@ -70,10 +70,13 @@ def build(name: str):
     if family == "timm":
         import timm
 
-        model = timm.create_model(rest).eval()
+        options = {"img_size": 256} if rest.startswith("samvit") else {}  # at its own 1024 the oracle needs over 14 GB
+        model = timm.create_model(rest, **options).eval()
         config = model.default_cfg
         channels, *full = config["input_size"]
-        for size in [full] if config.get("fixed_input_size") else [[96, 96], full]:
+        full = [options["img_size"]] * 2 if options else full
+        small = 160 if "nception" in rest or "nasnet" in rest else 96  # the last stage has to be more than one pixel
+        for size in [full] if config.get("fixed_input_size") else [[small, small], full]:
             try:
                 with torch.no_grad():
                     model(torch.randn(2, channels, *size))
