@@ -122,6 +122,7 @@ def _end_of_effect(trial: Trial, planted: dict[str, torch.Tensor]) -> str:
             differs.add(node)
 
     Evaluator(trial.after, planted).run(trial.inputs, look)
-    ends = [n for n in clean if n not in differs and any(i in differs for i in n.all_input_nodes)]
+    reached = [n for n in clean if n not in differs and any(i in differs for i in n.all_input_nodes)]
+    ends = [n for n in reached if op_name(n) != "getitem"]  # other results of an operator are no end
     names = ", ".join(f"{n.name} ({op_name(n)})" for n in ends[:3])
     return f"the difference ends at {names}" if names else "no node differs"
