@@ -358,7 +358,10 @@ def main() -> None:
         names = [n for n in torchvision_names() + timm_names() if fnmatch.fnmatch(n, options.only)]
         for i, name in enumerate(names):
             old = data["rows"].get(name)
-            if old and not options.again and not (options.failed and old["status"] != "ok"):
+            unsettled = old and (
+                old["status"] != "ok" or ("error" not in old and old["params"] <= options.verify_up_to)
+            )
+            if old and not options.again and not (options.failed and unsettled):
                 continue
             job = functools.partial(measure, name, options.verify_up_to)
             row = {"model": name, "commit": revision} | run_child(job, options.seconds, options.gigabytes)

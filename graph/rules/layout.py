@@ -184,8 +184,15 @@ def slice_(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
         low, high = bounds(a, n)
     if (a.get("step") or 1) != 1:
         return strided(c, node, xs, d, n, low, high, a["step"])
-    if low >= high:
-        raise NoRule("an empty slice")
+    if low >= high:  # nothing is read, so nothing is imposed
+        if op_name(node) == "slice":
+
+            def empty(s: Slicer, m: fx.Node) -> None:
+                s.assign(m, "start", 0)
+                s.assign(m, "end", 0)
+
+            c.rewrite(node, empty)
+        return [*xs[:d], c.frozen(node, d, "an empty slice"), *xs[d + 1 :]]
     symbolic = not isinstance(a["self"].meta["val"].shape[d], int)
     if (low, high) == (0, n):
         if op_name(node) == "slice" and not symbolic:
@@ -275,17 +282,19 @@ def scatter(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 @rule("repeat", "tile")
 def repeat(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
-    if op_name(node) == "tile":
-        raise NoRule("tile")
-    xs, counts = c.axes[a["self"]], [hint(r) for r in a["repeats"]]
+    key = "dims" if op_name(node) == "tile" else "repeats"
+    xs = c.axes[a["self"]]
+    missing = [1] * max(0, len(xs) - len(a[key]))  # tile may leave out leading dimensions
+    given = [*missing, *a[key]]
+    counts = [hint(r) for r in given]
     times = [c.fresh(node, d, r) for d, r in enumerate(counts)]
     c.copies(node, times, "multiplier")
     shift = len(counts) - len(xs)
-    symbolic = [not isinstance(r, int) for r in a["repeats"]]
+    symbolic = [not isinstance(r, int) for r in given]
 
     def regenerate(s: Slicer, m: fx.Node) -> None:
-        old = arguments(m)["repeats"]
-        s.assign(m, "repeats", [n if sym else s.size(t) for n, sym, t in zip(old, symbolic, times, strict=True)])
+        old = [*missing, *arguments(m)[key]]
+        s.assign(m, key, [n if sym else s.size(t) for n, sym, t in zip(old, symbolic, times, strict=True)])
 
     c.rewrite(node, regenerate)
     return [times[d] + (xs[d - shift] if d >= shift else []) for d in range(len(counts))]
