@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch.fx import Node
 
 from .graph import verify
 from .graph.errors import BadInput, GraphcombError
@@ -120,7 +121,7 @@ class Pipeline:
     def _apply(self, pass_: Pass, program: Program, context: Context, accuracy: float | None) -> Program:
         """One pass, its checks, and what they found added to its record."""
         result: PassResult = pass_(program, context)
-        check_invariants(result.program, type(pass_).__name__)
+        check_invariants(result.program, type(pass_).__name__, program)
         if not result.record.get("changed"):
             return result.program
         if verified := verification(pass_, program, result, context.seed):
@@ -198,18 +199,24 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def check_invariants(program: Program, name: str) -> None:
-    """What every program must be after a pass: a well-formed graph of functional operators without dead tensors."""
+def check_invariants(program: Program, name: str, before: Program) -> None:
+    """What every program must be after a pass: a well-formed graph of functional operators without dead tensors. Updates
+    of the model's own buffers, which a capture keeps as they are, may stay."""
     module = program.graph_module
     module.graph.lint()
+    known = set(map(op_name, filter(_mutable, before.graph.nodes)))
     for node in module.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and schema is not None and schema.is_mutable:
+        if _mutable(node) and op_name(node) not in known:
             raise GraphcombError(
                 f"{name}: left the in-place operator {op_name(node)} at {node.name}; a bug of the pass"
             )
         if node.op == "call_module":
             raise GraphcombError(f"{name}: left a module call at {node.name}; a bug of the pass")
+
+
+def _mutable(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
