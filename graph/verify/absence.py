@@ -184,7 +184,8 @@ HEALING = frozenset(
     log10 log1p expm1 sqrt rsqrt neg abs dropout feature_dropout alpha_dropout feature_alpha_dropout clone contiguous alias
     detach lift_fresh_copy leaky_relu elu selu celu softplus mish erf erfc erfinv sin cos tan asin acos atan sinh cosh
     asinh acosh logical_not bitwise_not reciprocal square log_sigmoid softsign threshold hardshrink softshrink tanhshrink
-    floor ceil round trunc frac sign sgn isnan isinf isfinite nan_to_num positive logit rrelu fill zero double half float bool int conj
+    floor ceil
+    round trunc frac sign sgn isnan isinf isfinite nan_to_num positive logit rrelu fill zero double half float bool int conj
     real imag angle special_expit digamma lgamma rad2deg deg2rad add sub rsub mul div true_divide floor_divide remainder
     fmod pow maximum minimum fmax fmin atan2 hypot where eq ne lt gt le ge logical_and logical_or logical_xor bitwise_and
     bitwise_or bitwise_xor masked_fill addcmul addcdiv lerp copy greater less greater_equal less_equal not_equal subtract
