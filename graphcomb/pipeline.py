@@ -129,7 +129,8 @@ class Pipeline:
             if not verified["error"] <= verified["tolerance"]:
                 raise GraphcombError(
                     f"{type(pass_).__name__}: the result is {verified['error']:.1e} off the {verified['oracle']}, "
-                    f"more than {verified['tolerance']:.0e}; this is a bug of graphcomb, the result is not kept"
+                    f"more than {verified['tolerance']:.0e}{verified.get('why', '')}; this is a bug of graphcomb, the "
+                    "result is not kept"
                 )
         if accuracy is not None:
             after = evaluate(result.program, context.val or (), context.metric, context.progress)
@@ -141,8 +142,13 @@ def verification(pass_: Pass, program: Program, result: PassResult, seed: int) -
     """What can be proven about a result, as {"oracle", "error", "tolerance"}, errors relative and in float64: a surgery
     against the absence oracle, an exact pass against its input program. None for passes that train."""
     if result.removed:
-        error, tolerance = verify.surgery(program, result, seed=seed), SURGERY_TOLERANCE
-        return {"oracle": "absence oracle", "error": error, "tolerance": tolerance}
+        verdict = verify.check(program, result, seed=seed)
+        if verdict.vacuous:
+            raise GraphcombError(
+                f"{type(pass_).__name__}: something was removed and no output changed, so the surgery is not proven"
+            )
+        found = {"oracle": "absence oracle", "error": verdict.error, "tolerance": SURGERY_TOLERANCE}
+        return found | ({"why": f" ({verdict.disagreements[0]})"} if verdict.disagreements else {})
     if pass_.exact:
         error, tolerance = verify.equivalence(program, result.program, seed=seed), EXACT_TOLERANCE
         return {"oracle": "input program", "error": error, "tolerance": tolerance}

@@ -7,7 +7,6 @@ import io
 import os
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -100,7 +99,6 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be made ({error.strerror})") from error
-    say = Console(quiet=not progress).print
     if is_main():
         (out / "summary.json").unlink(missing_ok=True)
     result = Pipeline(recipe.passes).run(
@@ -116,11 +114,10 @@ def run(
     if wanted.pt2:
         files["pt2"] = str(result.program.save(out / "model.pt2"))
     if wanted.onnx or wanted.engines or wanted.bench:
-        summary |= _lower(job, result.program, out, say)
+        summary |= _lower(job, result.program, out, progress)
         files["onnx"] = [report["path"] for report in summary["onnx"].values()]
         files["engines"] = [report["path"] for report in summary["engines"]]
     if wanted.bench:
-        say("bench ...")
         summary |= _bench(job.program, out, progress)
     if wanted.report:
         files["report"] = str(out / "report.html")
@@ -216,13 +213,16 @@ def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
     }
 
 
-def _lower(job: Job, program: Program, out: Path, say: Callable[..., None]) -> dict[str, Any]:
+def _lower(job: Job, program: Program, out: Path, progress: bool) -> dict[str, Any]:
     """model.onnx in fp32, model.fp16.onnx when asked for, and the engines, built from the recipe's precision."""
+    say = Console(quiet=not progress).print
     paths, reports = {}, {}
     for precision in dict.fromkeys(("fp32", job.recipe.precision)):
         say(f"ONNX {precision} ...")
         paths[precision] = out / ("model.onnx" if precision == "fp32" else f"model.{precision}.onnx")
-        reports[precision] = runtime.export_onnx(program, paths[precision], precision, target=job.target)
+        reports[precision] = runtime.export_onnx(
+            program, paths[precision], precision, target=job.target, progress=progress
+        )
     engines = []
     for name in job.recipe.outputs.engines:
         say(f"engine for {name} ...")
