@@ -53,8 +53,10 @@ def torchvision_names() -> list[str]:
     from torchvision import models
 
     found = [*models.list_models(module=models)]
-    for module in (models.segmentation, models.video, models.optical_flow, models.detection):
+    for module in (models.segmentation, models.video, models.optical_flow):
         found += models.list_models(module=module)
+    for name in models.list_models(module=models.detection):
+        found += [name, f"{name}:heads"]
     return [f"torchvision/{name}" for name in found]
 
 
@@ -86,6 +88,7 @@ def build(name: str):
         raise RuntimeError(f"{rest} does not run at its own input size")
     from torchvision import models
 
+    rest, _, part = rest.partition(":")
     options = {"weights_backbone": None} if rest in _with_backbone() else {}
     if rest in ("googlenet", "inception_v3"):
         options["init_weights"] = False
@@ -96,11 +99,31 @@ def build(name: str):
         shapes = {"mvit": (16, 224, 224), "s3d": (16, 224, 224)}
         size = next((s for k, s in shapes.items() if rest.startswith(k)), (8, 64, 64))
         return model, (torch.randn(2, 3, *size),)
+    if part:
+        size = 320 if rest.startswith("ssd") else 128
+        return before_post_processing(model), (torch.randn(2, 3, size, size),)
     if rest in models.list_models(module=models.detection):
         return model, ([torch.randn(3, 128, 128)],)
     size = {"vit_l_32": 224, "vit_b_32": 224, "vit_h_14": 224, "inception_v3": 96}.get(rest)
     size = size or (224 if rest.startswith(("vit", "maxvit")) else 64)
     return model, (torch.randn(2, 3, size, size),)
+
+
+def before_post_processing(detector):
+    """Backbone and dense head of a torchvision detector (the RPN's for the R-CNNs), as far as it does not depend on data."""
+    import torch
+
+    class BackboneAndHead(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = detector.backbone
+            self.head = detector.rpn.head if hasattr(detector, "rpn") else detector.head
+
+        def forward(self, images):
+            features = self.backbone(images)
+            return self.head(list(features.values()) if isinstance(features, dict) else [features])
+
+    return BackboneAndHead().eval()
 
 
 def _quick_normal(tensor, mean=0.0, std=1.0, a=-2.0, b=2.0, **_):

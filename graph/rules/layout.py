@@ -370,6 +370,18 @@ def meshgrid(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     return [list(axes) for _ in node.meta["val"]]
 
 
+@rule("view_as_complex")
+def view_as_complex(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+    xs = c.axes[a["self"]]
+    c.freeze(xs[-1], node, "real and imaginary part")
+    return xs[:-1]
+
+
+@rule("view_as_real")
+def view_as_real(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+    return [*c.axes[a["self"]], c.frozen(node, len(shape(node)) - 1, "real and imaginary part")]
+
+
 @rule("glu")
 def glu(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
