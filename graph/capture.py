@@ -46,8 +46,10 @@ def export(model: torch.nn.Module, args: tuple, kwargs: dict, dynamic_shapes: An
         with torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
-        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-        raise CaptureError(f"torch.export refuses the model: {type(error).__name__}: {text[:300]}; {ADVICE}") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+        details = [line for line in lines[1:] if line.startswith("- ")][:1]  # of dynamic shapes: which guard they break
+        text = " ".join([lines[0], *details])
+        raise CaptureError(f"torch.export refuses the model: {type(error).__name__}: {text[:400]}; {ADVICE}") from error
     finally:
         for m, training in modes.items():
             m.training = training

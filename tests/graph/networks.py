@@ -263,8 +263,9 @@ def hand_norm(b: Builder, i: int) -> None:
 
 ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
     torch.relu, F.gelu, F.silu, F.hardswish, torch.sigmoid, torch.tanh, F.leaky_relu, F.relu6, torch.abs, F.softplus,
-    lambda x: x.clamp(-1, 2), lambda x: x.masked_fill(x < 0, 0.25), lambda x: torch.where(x > 0.2, x, -x), lambda x: x**2 * 0.3,
-    lambda x: x.clone().mul_(0.5).add_(1), lambda x: F.relu(x * 1.0, inplace=True), lambda x: x.contiguous().float(),
+    lambda x: x.clamp(-1, 2), lambda x: x.masked_fill(x < 0, 0.25), lambda x: torch.where(x > 0.2, x, -x),
+    lambda x: x**2 * 0.3, lambda x: x.clone().mul_(0.5).add_(1),
+    lambda x: F.relu(x * 1.0, inplace=True), lambda x: x.contiguous().float(),
     lambda x: torch.maximum(x, x * 0.1),
 ]  # fmt: skip
 
@@ -277,7 +278,7 @@ def activation(b: Builder, i: int) -> None:
 @operation(*ANY)
 def softmax(b: Builder, i: int) -> None:
     d = b.rng.randrange(1, b.values[i].dim())
-    b.add(lambda x: x.softmax(d) * x.shape[d] if b is None else x.softmax(d), [i])
+    b.add(lambda x: x.softmax(d), [i])
 
 
 @operation(*ANY)
@@ -333,10 +334,7 @@ def concatenate(b: Builder, i: int) -> None:
     def fits(p: Tensor, q: Tensor) -> bool:
         return p.dim() == q.dim() and all(k == d or p.shape[k] == q.shape[k] for k in range(p.dim()))
 
-    if b.chance(0.3):
-        chosen = [i, i]
-    else:
-        chosen = [i, b.like(i, fits)]
+    chosen = [i, i if b.chance(0.3) else b.like(i, fits)]
     if b.chance(0.2):
         chosen.append(b.rng.choice(chosen))
     b.rng.shuffle(chosen)
@@ -570,7 +568,7 @@ def channel_shuffle(b: Builder, i: int) -> None:
 
 @operation(4, weight=2)
 def pooling(b: Builder, i: int) -> None:
-    x = b.values[i]
+    x, mode = b.values[i], b.rng.choice(("nearest", "bilinear"))
     function = b.rng.choice(
         (
             lambda x: F.max_pool2d(x, 3, 1, 1),
@@ -578,7 +576,7 @@ def pooling(b: Builder, i: int) -> None:
             lambda x: F.adaptive_avg_pool2d(x, 1),
             lambda x: F.adaptive_avg_pool2d(x, (2, 1)),
             lambda x: F.adaptive_max_pool2d(x, 2),
-            lambda x: F.interpolate(x, scale_factor=2, mode=b.rng.choice(("nearest", "bilinear"))),
+            lambda x: F.interpolate(x, scale_factor=2, mode=mode),
             lambda x: F.unfold(x, 3, padding=1).view(x.shape[0], -1, x.shape[2], x.shape[3]),
             lambda x: F.fold(F.unfold(x, 2, stride=2), x.shape[2:], 2, stride=2),
         )
