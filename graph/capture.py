@@ -182,7 +182,8 @@ COPIES_IF_IT_MUST = frozenset("reshape flatten reshape_as ravel".split())
 
 def infer(node: fx.Node) -> None:
     """Give a new node its fake value by running its operator on the fake values of its inputs."""
-    fake = next((i.meta["val"] for i in node.all_input_nodes if isinstance(i.meta.get("val"), torch.Tensor)), None)
+    values = pytree.tree_leaves([i.meta.get("val") for i in node.all_input_nodes])
+    fake = next((v for v in values if isinstance(v, torch.Tensor)), None)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with fake.fake_mode, torch.no_grad():  # type: ignore[union-attr]
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -252,7 +253,9 @@ def _functionalise(module: fx.GraphModule) -> None:
 
     for node in list(graph.nodes):
         if _is_view(node):
-            note(node, node.all_input_nodes[0], node)
+            under = node.all_input_nodes[0]
+            # a piece of a split looks at the whole: the list between them is no tensor
+            note(node, alias[under][0] if op_name(node) == "getitem" else under, node)
         base = _mutated(node)
         if base is None:
             continue
@@ -277,7 +280,7 @@ def _functionalise(module: fx.GraphModule) -> None:
                     path.append(alias[path[-1]][0])
                 for hop in reversed(path[:-1]):
                     under, how = alias[hop]
-                    values[hop] = _call(graph, how, how.target, (values[under], *how.args[1:]), dict(how.kwargs))
+                    values[hop] = _view_again(graph, how, values[under])
         for old, value in values.items():
             for user in [u for u in old.users if order.get(u, -1) > order[node]]:
                 user.replace_input_with(old, value)
@@ -294,6 +297,14 @@ def _looking_at(root: fx.Node, views: dict[fx.Node, list[fx.Node]]) -> list[fx.N
     for view in found:
         found += views[view]
     return found
+
+
+def _view_again(graph: fx.Graph, how: fx.Node, under: fx.Node) -> fx.Node:
+    """The same view of another tensor."""
+    if op_name(how) == "getitem":
+        split: fx.Node = how.args[0]  # type: ignore[assignment]
+        return _call(graph, how, operator.getitem, (_view_again(graph, split, under), how.args[1]))
+    return _call(graph, how, how.target, (under, *how.args[1:]), dict(how.kwargs))
 
 
 def _functional_form(graph: fx.Graph, node: fx.Node, base: fx.Node) -> fx.Node:
@@ -347,18 +358,14 @@ def _write_back(graph: fx.Graph, view: fx.Node, below: fx.Node, value: fx.Node) 
     if name in ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as", "ravel"):
         return _call(graph, view, aten.reshape_as.default, (value, below))
     if name == "getitem":  # one piece of a split: write it into its span
-        split, index = below, view.args[1]
-        pieces = [p.shape for p in split.meta["val"]]
-        a = arguments(split)
-        whole, position = a["self"], int(index)  # type: ignore[arg-type]
-        dim = a["dim"] % len(shape(whole))
-        if op_name(split) == "unbind":
-            return _call(graph, view, aten.select_scatter.default, (whole, value, dim, position))
-        start = sum(int(p[dim]) for p in pieces[:position])
-        end = start + int(pieces[position][dim])
-        return _call(graph, view, aten.slice_scatter.default, (whole, value, dim, start, end))
-    if name in ("split", "chunk", "split_with_sizes", "unbind"):
-        return value  # already written into the whole tensor by its getitem
+        split, index = view.args
+        pieces = [p.shape for p in split.meta["val"]]  # type: ignore[union-attr]
+        dim = arguments(split)["dim"] % len(shape(below))  # type: ignore[arg-type]
+        if op_name(split) == "unbind":  # type: ignore[arg-type]
+            return _call(graph, view, aten.select_scatter.default, (below, value, dim, index))
+        start = sum(int(p[dim]) for p in pieces[:index])  # type: ignore[misc]
+        end = start + int(pieces[index][dim])  # type: ignore[index]
+        return _call(graph, view, aten.slice_scatter.default, (below, value, dim, start, end))
     raise CaptureError(f"{source(view)}: a write through {name} cannot be made functional")
 
 
