@@ -107,11 +107,26 @@ def functional_graph(exported: ExportedProgram) -> fx.GraphModule:
         exported.module(check_guards=False) if "check_guards" in _parameters(exported.module) else exported.module()
     )
     _drop_litter(module.graph)
+    _tie(module)
     while _inline_regions(module):
         pass
     _functionalise(module)
     _fold_constants(module)
     return module
+
+
+def _tie(module: fx.GraphModule) -> None:
+    """Make names of the same memory one tensor again: a saved program comes back with a tensor for every name."""
+    known: dict[Any, torch.Tensor] = {}
+    for node in module.graph.nodes:
+        found = fetch(module, str(node.target)) if node.op == "get_attr" else None
+        if isinstance(found, torch.Tensor) and found.layout == torch.strided and found.numel():
+            memory = (found.untyped_storage()._cdata, found.storage_offset(), found.dtype, found.shape, found.stride())
+            kind = isinstance(found, torch.nn.Parameter)
+            first = known.setdefault((kind, *memory), found)
+            if first is not found:
+                path, _, name = str(node.target).rpartition(".")
+                setattr(module.get_submodule(path), name, first)
 
 
 def _parameters(function: Any) -> Any:
