@@ -1,0 +1,308 @@
+"""What cannot be pruned is frozen, exactly that, with a reason a person can act on; kinds and patterns choose the rest."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from micro_models import CASES, Head, TokenHead
+from torch import nn
+
+import graphcomb
+from graphcomb.graph import capture, verify
+from graphcomb.graph.comb import KINDS, Comb
+from graphcomb.graph.errors import BadInput, Refused
+from graphcomb.graph.rules import RULES
+from graphcomb.graph.surgery import remove
+from graphcomb.passes import RemoveChannels
+
+
+@torch.library.custom_op("graphcomb_test::damp", mutates_args=())
+def damp(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """Entry by entry, but nobody can tell from outside."""
+    return x * factor
+
+
+@damp.register_fake
+def _(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Around(nn.Module):
+    """One stretch of layers before and one after whatever `function` does to 8 channels of (B, C, 4, 4)."""
+
+    def __init__(self, function, out=8):
+        super().__init__()
+        self.function = function
+        self.stem, self.before = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1)
+        self.after, self.head = nn.Conv2d(out, 10, 1), Head(10)
+
+    def forward(self, x):
+        y = self.before(self.stem(x).relu())
+        return self.head(self.after(self.function(y)).relu())
+
+
+def pruned(model, x, **options):
+    """Half of everything the options allow, exact; shapes of what is left by parameter name."""
+    torch.manual_seed(0)
+    program = capture(model, x)
+    result = RemoveChannels(**({"ratio": 0.5, "round_to": 1} | options))(program)
+    if result.removed:
+        assert verify.surgery(program, result) <= 1e-10
+    found = {n: tuple(p.shape) for n, p in result.program.module().named_parameters()}
+    return found, Comb(program), result
+
+
+X = torch.randn(2, 3, 4, 4)
+
+# --------------------------------------------------------------------------------------------------- unknown operators
+
+
+def test_an_unknown_operator_freezes_what_it_touches_and_nothing_else():
+    found, comb, result = pruned(Around(lambda y: torch.ops.graphcomb_test.damp(y, 0.5)), X)
+    assert found["before.weight"] == (8, 3, 1, 1)  # its channels stay, those before it go
+    assert found["after.weight"] == (5, 8, 1, 1)
+    assert found["stem.weight"] == (3, 3, 1, 1)
+    assert found["head.fc.weight"] == (3, 5)
+    (refused,) = [r for r in result.record["refused"] if r["what"] == "before.weight:0"]
+    for text in (comb.why("before.weight"), comb.why("after.weight"), refused["why"]):
+        assert "graphcomb_test::damp has no rule" in text
+        assert re.search(r"damp \(graph/test_refusal\.py:\d+: return self\.head\(", text)  # node, file, line and code
+        assert "register a rule for it with graphcomb.rule" in text
+
+
+def test_a_registered_rule_makes_it_prunable():
+    @graphcomb.rule("graphcomb_test::damp")
+    def entrywise(c, node, a):
+        return c.axes[a["x"]]
+
+    try:
+        program = capture(Around(lambda y: torch.ops.graphcomb_test.damp(y, 0.5)), X)
+        result = RemoveChannels(ratio=0.5, round_to=1)(program)
+    finally:
+        del RULES["graphcomb_test::damp"]
+    found = {n: tuple(p.shape) for n, p in result.program.module().named_parameters()}
+    assert found["before.weight"] == (4, 3, 1, 1)
+    assert found["after.weight"] == (5, 4, 1, 1)
+    # the oracle shares no rule with the comb and does not know the operator; the same network without it is the check
+    plain = capture(Around(lambda y: y * 0.5), X)
+    with torch.no_grad():
+        for p, q in zip(plain.module().parameters(), program.module().parameters(), strict=True):
+            p.copy_(q)
+    expected = RemoveChannels(ratio=0.5, round_to=1)(plain)
+    assert expected.removed == result.removed
+    assert verify.surgery(plain, expected) <= 1e-10
+    torch.testing.assert_close(result.program.module()(X), expected.program.module()(X))
+
+
+def test_a_rule_that_does_not_fit_is_refused_not_believed():
+    @graphcomb.rule("graphcomb_test::damp")
+    def wrong(c, node, a):
+        return c.axes[a["x"]][:2]
+
+    try:
+        found, comb, _ = pruned(Around(lambda y: torch.ops.graphcomb_test.damp(y, 0.5)), X)
+    finally:
+        del RULES["graphcomb_test::damp"]
+    assert found["before.weight"] == (8, 3, 1, 1)
+    assert "the rule gives" in comb.why("before.weight")
+
+
+# ------------------------------------------------------------------------------------------------- orders and look-ups
+ALONG = {
+    "topk": lambda y: y.topk(5, 1)[0],
+    "sort": lambda y: y.sort(1)[0],
+    "argsort": lambda y: y.gather(1, y.argsort(1)),
+    "argmax": lambda y: y * y.argmax(1, keepdim=True).float(),
+    "cumsum": lambda y: y.cumsum(1),
+    "roll": lambda y: y.roll(2, 1),
+    "flip": lambda y: y.flip(1),
+    "max with positions": lambda y: y * y.max(1, keepdim=True)[1].float(),
+    "strided slice": lambda y: y[:, 1:7:2],
+    "index": lambda y: y[:, torch.tensor([3, 3, 1, 0])],
+    "reflection": lambda y: (
+        nn.functional.pad(y.flatten(2).transpose(1, 2), (1, 1), mode="reflect").transpose(1, 2).unsqueeze(3)
+    ),
+    "sliding window": lambda y: y.unfold(1, 3, 1).mean(-1),
+}
+BESIDE = {
+    "topk": lambda y: y.topk(3, 2)[0],
+    "sort": lambda y: y.flatten(2).sort(2)[0].unsqueeze(3),
+    "argmax": lambda y: y * y.argmax(2, keepdim=True).float(),
+    "cumsum": lambda y: y.cumsum(3),
+    "roll": lambda y: y.roll((1, 1), (2, 3)),
+    "flip": lambda y: y.flip(2, 3),
+    "maximum": lambda y: y * y.max(1, keepdim=True)[0],
+    "index": lambda y: y[:, :, torch.tensor([3, 1, 0])],
+    "reflection": lambda y: nn.functional.pad(y, (1, 1, 0, 1), mode="reflect"),
+    "strided slice": lambda y: y[:, :, ::2, 1::2],
+}
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_positions_along_the_channels_freeze_them(name):
+    with torch.no_grad():
+        out = ALONG[name](torch.randn(2, 8, 4, 4)).shape[1]
+    found, comb, _ = pruned(Around(ALONG[name], out), X, kinds=KINDS)
+    assert found["before.weight"] == (8, 3, 1, 1)
+    assert found["stem.weight"][0] == 3
+    assert found["after.weight"][0] == 5
+    reason = comb.why("before.weight").splitlines()[1]
+    assert "frozen" in reason
+    assert "test_refusal.py" in reason
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_positions_along_another_axis_leave_the_channels_free(name):
+    found, _, _ = pruned(Around(BESIDE[name]), X)
+    assert found["before.weight"] == (4, 3, 1, 1)
+    assert found["after.weight"] == (5, 4, 1, 1)
+
+
+def test_a_choice_between_entries_is_no_selection_of_them():
+    found, _, _ = pruned(Around(lambda y: torch.where(y > 0, y, y * 0.1).masked_fill(y > 2, 2.0)), X)
+    assert found["before.weight"] == (4, 3, 1, 1)
+
+
+def test_inputs_and_outputs_say_so():
+    _, comb, _ = pruned(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 5))
+    assert "x: an input" in comb.why("0.weight") or "an input of the program" in comb.why("0.weight")
+    assert "an output of the program" in comb.why("2.weight")
+    assert "8 prunable: hidden, group 0.weight:0" in comb.why("0.weight")
+
+
+def test_unknown_parameters_are_answered_with_near_ones():
+    comb = graphcomb.comb(capture(nn.Sequential(nn.Linear(5, 8)), torch.randn(2, 5)))
+    with pytest.raises(BadInput, match=r"no parameter 0\.wieght; did you mean 0\.weight"):
+        comb.why("0.wieght")
+
+
+def test_comb_takes_a_program():
+    with pytest.raises(BadInput, match=r"graphcomb\.capture makes one"):
+        graphcomb.comb(nn.Linear(2, 2))
+
+
+# -------------------------------------------------------------------------------------------------------------- surgery
+def test_surgery_refuses_frozen_empty_and_ill_fitting_masks():
+    comb = Comb(capture(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 5)))
+    frozen = next(g for g in comb.groups if g.frozen)
+    free = next(g for g in comb.groups if not g.frozen)
+    with pytest.raises(Refused, match=r"a frozen atom of size 5 cannot lose indices: .*an input"):
+        remove(comb, {frozen.atom: np.arange(frozen.size) > 0})
+    with pytest.raises(Refused, match="cannot keep 0 of 8"):
+        remove(comb, {free.atom: np.zeros(8, dtype=bool)})
+    with pytest.raises(Refused, match="cannot keep 2 of 3"):
+        remove(comb, {free.atom: np.array([True, True, False])})
+
+
+def test_surgery_leaves_its_input_alone():
+    program = capture(CASES["FusedQkv"].model(), torch.randn(2, 7, 10))
+    before = {n: p.detach().clone() for n, p in program.module().named_parameters()}
+    code = program.module().code
+    RemoveChannels(ratio=0.5, round_to=1)(program)
+    assert program.module().code == code
+    assert all(torch.equal(p, before[n]) for n, p in program.module().named_parameters())
+
+
+# ------------------------------------------------------------------------------------------------------ kinds, patterns
+def kinds_of(name, shape=None):
+    case = CASES[name]
+    comb = Comb(capture(case.model(), torch.randn(shape or case.shape)))
+    return {g.name: (g.kind, g.size) for g in comb.groups if g.frozen is None and g.size > 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("CatWithItself", {("channel", 8), ("channel", 6)}),
+        ("FusedQkv", {("head", 3), ("head width", 5), ("hidden", 10)}),
+        ("GroupedConv", {("group", 4), ("channel", 3), ("channel", 4)}),
+        ("DepthwiseMultiplier", {("channel", 7), ("multiplier", 3)}),
+        ("LayerScale", {("channel", 8), ("hidden", 16)}),
+        ("GroupNorm", {("group", 3), ("channel", 4)}),
+    ],
+)
+def test_kinds(name, expected):
+    assert set(kinds_of(name).values()) == expected
+
+
+def test_tokens_and_constants_are_kinds_of_their_own():
+    class Registers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.head = nn.Linear(5, 8), TokenHead(8)
+            self.registers = nn.Parameter(torch.randn(1, 6, 8))
+            self.register_buffer("table", torch.randn(4, 8))
+
+        def forward(self, x):
+            y = torch.cat([self.registers.expand(x.shape[0], -1, -1), self.a(x)], 1)
+            return self.head(y) + self.table.softmax(0).mean() + (self.table @ self.table.mT).sum()
+
+    x = torch.randn(2, 7, 5)
+    comb = Comb(capture(Registers(), x))
+    assert [g.kind for g in comb.groups if g.members[0] == ("registers", 1)] == ["token"]
+    assert pruned(Registers(), x)[0]["registers"] == (1, 6, 4)  # tokens are off by default
+    found = pruned(Registers(), x, kinds=("token",))[0]
+    assert found["registers"] == (1, 3, 8)
+    assert found["a.weight"] == (8, 5)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "qkv", "proj"),
+    [
+        (("head",), (30, 10), (10, 10)),
+        (("head width",), (27, 10), (10, 9)),
+        (("hidden",), (45, 10), (5, 15)),
+        (("head", "head width", "hidden"), (30, 10), (5, 10)),
+        (("channel",), (45, 10), (10, 15)),
+    ],
+)
+def test_heads_and_widths_are_targeted_separately_and_stay_balanced(kinds, qkv, proj):
+    """Of 3 heads of width 5: one head goes, or two widths of every head; together, heads before widths."""
+    case = CASES["FusedQkv"]
+    found, _, result = pruned(case.model(), torch.randn(case.shape), kinds=kinds)
+    assert (found["qkv.weight"], found["proj.weight"]) == (qkv, proj)
+    lost = np.array(result.removed.get("qkv.weight", {}).get(0, []), dtype=int)
+    gone = np.zeros((3, 3, 5), dtype=bool)
+    gone.reshape(-1)[lost] = True
+    assert (gone == gone[:1]).all()  # the same heads and widths of q, k and v
+    assert (gone.any(2) == gone.all(2)).all() or (gone == gone[:, :1]).all()
+
+
+def test_include_and_exclude_by_parameter_pattern():
+    model, x = Around(lambda y: y), X
+    everything = pruned(model, x)[0]
+    assert everything["stem.weight"][0] == 3
+    only = pruned(model, x, include=("stem.*",))[0]
+    assert (only["stem.weight"][0], only["before.weight"][0], only["after.weight"][0]) == (3, 8, 10)
+    only = pruned(model, x, include=("after.*",))[0]  # its inputs are members too
+    assert (only["stem.weight"][0], only["before.weight"][0], only["after.weight"][0]) == (6, 4, 5)
+    without = pruned(model, x, exclude=("before.*",))[0]
+    assert (without["stem.weight"][0], without["before.weight"][0], without["after.weight"][0]) == (6, 8, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "dim"),
+    [("FusedQkv", "qkv.weight", 0), ("GroupedConv", "b.weight", 0), ("DepthwiseMultiplier", "b.weight", 0)],
+)
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])
+def test_ratio_is_the_share_of_an_axis(name, parameter, dim, ratio):
+    """Products do not compound: of heads x width, groups x channels or base x multiplier only one factor shrinks."""
+    case = CASES[name]
+    model = case.model()
+    whole = dict(model.named_parameters())[parameter].shape[dim]
+    found, comb, _ = pruned(model, torch.randn(case.shape), ratio=ratio, kinds=KINDS)
+    largest = max(g.size for g in comb.groups if (parameter, dim) in g.members)
+    share = 1 - found[parameter][dim] / whole
+    assert ratio - 1 / min(g.size for g in comb.groups if (parameter, dim) in g.members) <= share <= ratio + 1e-9
+    assert largest < whole
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("importance", ["magnitude", "random"])
+def test_scopes_and_importances_are_exact(scope, importance):
+    case = CASES["LayerScale"]
+    _, _, result = pruned(case.model(), torch.randn(case.shape), scope=scope, importance=importance)
+    assert result.removed
