@@ -432,7 +432,7 @@ def col2im(call: Call) -> Held:
     _need_all(call, x, [-1], "a window along the axis")
     taps = math.prod(call.a["kernel_size"])
     channels, window = factor(x.states[-2], (x.value.shape[-2] // taps, taps))
-    if window is not None:
+    if lost(window):
         raise Disagreement("positions of a window are absent")
     return Held(call.run(), (*x.states[:-2], channels, None, None))
 

@@ -250,3 +250,19 @@ def test_looking_up_freezes_what_is_looked_up_and_lets_the_rest_go(way: str) -> 
     assert shapes(result.program)["a.weight"] == (8, 3, 1, 1)
     assert shapes(result.program)["b.weight"][0] == 3
     assert "along the axis" in graphcomb.comb(program).why("a.weight")
+
+
+def test_folding_windows_of_repeated_channels() -> None:
+    class Folds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(8, 6, 1), Head(6)
+
+        def forward(self, x):
+            y = self.a(x).repeat_interleave(2, 1)
+            return self.head(self.b(F.fold(F.unfold(y, 2, stride=2), x.shape[2:], 2, stride=2)))
+
+    program = capture(Folds(), torch.randn(2, 3, 4, 4))
+    result = RemoveChannels(ratio=0.5, round_to=1, kinds=("multiplier",))(program)
+    exact(program, result)
+    assert shapes(result.program)["b.weight"] == (6, 4, 1, 1)
