@@ -81,6 +81,7 @@ class Comb:
         self._sums: dict[fx.Node, list[Axis]] = {}
         self._made_of_parameters: set[fx.Node] = set()
         self._groups: list[Group] | None = None
+        self._units: list[tuple[list[Axis], dict[str, int]]] | None = None
         self._terms: list[tuple[fx.Node, list[list[Axis]]]] | None = None
         self._solve()
 
@@ -376,23 +377,30 @@ class Comb:
 
     def cost(self, sizes: ax.Sizes) -> dict[str, int]:
         """`Program.cost()` of the program in which atoms have the given sizes."""
-        weights = activations = params = 0
-        parameters = {id(p) for p in self.module.parameters()}
         size = Sizer(sizes)
-        for node, axes in self.axes.items():
-            value = node.meta.get("val")
-            if axes is None or not isinstance(value, torch.Tensor) or node.op == "placeholder":
-                continue
-            count = math.prod(map(size, axes))
-            if node.op == "call_function":
-                activations += count * value.element_size()
-                continue
-            weights += count * value.element_size()
-            tensor = id(fetch(self.module, str(node.target)))
-            if tensor in parameters:
-                parameters.remove(tensor)
-                params += count
-        return {"macs": self.macs(sizes), "weight_bytes": weights, "activation_bytes": activations, "params": params}
+        found = {"macs": self.macs(sizes), "weight_bytes": 0, "activation_bytes": 0, "params": 0}
+        for axes, count in self._tensor_units():
+            entries = math.prod(map(size, axes))
+            for key, unit in count.items():
+                found[key] += unit * entries
+        return found
+
+    def _tensor_units(self) -> list[tuple[list[Axis], dict[str, int]]]:
+        """What one entry of each tensor adds to the parts of the cost."""
+        if self._units is None:
+            self._units = []
+            parameters = {id(p) for p in self.module.parameters()}
+            for node, axes in self.axes.items():
+                value = node.meta.get("val")
+                if axes is None or not isinstance(value, torch.Tensor) or node.op == "placeholder":
+                    continue
+                if node.op == "call_function":
+                    self._units.append((axes, {"activation_bytes": value.element_size()}))
+                    continue
+                tensor = id(fetch(self.module, str(node.target)))
+                self._units.append((axes, {"weight_bytes": value.element_size(), "params": int(tensor in parameters)}))
+                parameters.discard(tensor)
+        return self._units
 
     def coverage(self) -> float:
         """Share of the parameters' elements that lie on at least one prunable axis."""

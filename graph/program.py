@@ -25,6 +25,19 @@ from .ops import arguments, fetch, op_name, set_argument
 RECORD = "graphcomb.json"
 
 
+class _Generated:
+    """The `forward` of a graph whose code nobody has asked for yet: asking generates it.
+
+    Generating code takes as long as cutting the weights of a small network, and programs between two passes never run.
+    """
+
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        fx.GraphModule.recompile(module)  # replaces this attribute in the module's own class
+        return module.forward
+
+
 class TrainableModule(fx.GraphModule):
     """A graph whose `train()`/`eval()` flip the flags of its batch_norm (with running statistics) and dropout nodes.
 
@@ -33,6 +46,17 @@ class TrainableModule(fx.GraphModule):
     with momentum None is captured with momentum 0; in training its running statistics become, as in eager mode, the
     plain average over the batches seen: `meta["batches"]`, counted from 0 in every captured or derived module.
     """
+
+    forward = _Generated()
+
+    def recompile(self) -> Any:
+        return super().recompile() if "forward" in vars(type(self)) else None
+
+    @property
+    def code(self) -> str:
+        """The graph as Python code."""
+        _ = self.forward
+        return super().code
 
     def train(self, mode: bool = True, batch_norm: bool = True) -> TrainableModule:
         """Set the training mode; with `batch_norm` False the running statistics are used and stay as they are."""
@@ -125,6 +149,7 @@ class Program:
 
     def module(self) -> TrainableModule:
         """The live module: training it trains this program. `train()` and `eval()` work."""
+        _ = self._module.forward
         return self._module
 
     def exported(self) -> ExportedProgram:
