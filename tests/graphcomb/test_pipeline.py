@@ -90,10 +90,7 @@ def test_without_data_and_folder_nothing_is_measured_or_written(program: Program
 
 
 def test_a_wrong_surgery_is_not_kept(program: Program, tmp_path: Path) -> None:
-    with (
-        pytest.warns(UserWarning, match="surgery"),
-        pytest.raises(GraphcombError, match="Careless: the result is inf off the absence oracle"),
-    ):
+    with pytest.raises(GraphcombError, match=r"Careless: the result is inf off the absence oracle, .* \(.+\); "):
         Pipeline([Careless()]).run(program, out=tmp_path)
     assert not list(tmp_path.rglob("*.pt2"))
 
