@@ -326,7 +326,7 @@ def layers(comb: Comb, sizes: dict[Factor, int]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": str(weight.target) if weight.op == "get_attr" else node.name,
-                "kind": "linear" if name == "linear" else "depthwise" if a["groups"] == dense(into) else "conv",
+                "kind": "linear" if name == "linear" else "depthwise" if 1 < a["groups"] == dense(into) else "conv",
                 "channels": {"before": [dense(into), dense(out)], "after": [kept(into), kept(out)]},
                 "macs": {"before": macs[0], "after": macs[1]},
             }
