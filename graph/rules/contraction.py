@@ -59,6 +59,30 @@ def convolution(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     return [xs[0], result, *spatial]
 
 
+@rule("torchvision::deform_conv2d")
+def deformable(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+    """A grouped convolution whose taps are moved by offsets, which map channels to positions and stay whole."""
+    xs, ws, groups = c.axes[a["input"]], c.axes[a["weight"]], a["groups"]
+    for axis in (*xs[2:], *ws[2:]):
+        c.freeze(axis, node, "a window along the axis")
+    for key in ("offset", "mask"):
+        for axis in c.axes[a[key]][1:]:
+            c.freeze(axis, node, f"the {key}s of a deformable convolution")
+        c.unify(c.axes[a[key]][0], xs[0])
+    group, fields = fresh(groups), fresh(a["offset_groups"])
+    outer, inner = fresh(shape(node)[1] // groups), fresh(shape(a["weight"])[1])
+    c.unify(ws[0], group + outer)
+    c.unify(ws[1], inner)
+    c.unify(xs[1], group + inner)
+    c.unify(xs[1], fields + fresh(shape(a["input"])[1] // a["offset_groups"]))
+    c.freeze(fields, node, "every offset field moves its own channels")
+    c.unify(c.axes[a["bias"]][0], group + outer)
+    c.rewrite(node, lambda s, m: s.assign(m, "groups", s.size(group)))
+    c.role(group + outer, "out", a["weight"])
+    c.role(group + inner, "in", a["weight"])
+    return [xs[0], group + outer, *[c.frozen(node, d, "a window along the axis") for d in (2, 3)]]
+
+
 @rule("linear")
 def linear(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs, ws = c.axes[a["input"]], c.axes[a["weight"]]
@@ -88,7 +112,7 @@ def matmul(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
         if len(xs) > 1:
             c.role(xs[-2], "out", p)
     else:
-        for axis in result[1:]:
+        for axis in result:
             c.role(axis, "head")
     return result + (xs[-2:-1] if len(xs) > 1 else []) + (ys[-1:] if len(ys) > 1 else [])
 
@@ -114,13 +138,27 @@ def outer(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     return [c.axes[a["self"]][0], c.axes[either(a, "vec2", "other")][0]]
 
 
+def spelled_out(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """The letters of each operand and of the result; digits stand for the dimensions of an ellipsis, counted from the last.
+
+    Without an arrow the result has the letters that occur once, in alphabetical order, after the ellipsis.
+    """
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms, most = [], 0
+    for term, rank in zip(left.split(","), ranks, strict=True):
+        extra = rank - len(term.replace("...", ""))
+        most = max(most, extra)
+        terms.append(term.replace("...", "".join(str(k) for k in reversed(range(extra)))))
+    dots = "".join(str(k) for k in reversed(range(most)))
+    if not arrow:
+        letters = left.replace(",", "").replace(".", "")
+        right = "..." + "".join(c for c in sorted(set(letters)) if letters.count(c) == 1)
+    return terms, right.replace("...", dots)
+
+
 @rule("einsum")
 def einsum(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
-    equation = a["equation"].replace(" ", "")
-    if "->" not in equation or "." in equation:
-        raise NoRule("einsum with an ellipsis or an implicit output")
-    left, right = equation.split("->")
-    terms = left.split(",")
+    terms, right = spelled_out(a["equation"], [len(shape(t)) for t in a["tensors"]])
     if any(len(set(t)) != len(t) for t in terms):
         raise NoRule("einsum with a diagonal")
     axis_of: dict[str, Axis] = {}
@@ -138,7 +176,7 @@ def einsum(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
         everywhere = all(letter in t for t in terms)
         if weights:
             c.role(axis_of[letter], "out" if letter in right else "in", weights[0])
-        elif everywhere and letter in right and right.index(letter) > 0:
+        elif everywhere and letter in right:
             c.role(axis_of[letter], "head")
     return [axis_of[letter] for letter in right]
 
@@ -163,7 +201,7 @@ def attention(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     else:
         items = [(qs[:-2], nq[:-2]), (ks[:-2], nk[:-2]), (vs[:-2], nv[:-2])]
         batch = broadcast(c, node, items, out[:-2])
-    for axis in batch[1:]:
+    for axis in batch:
         c.role(axis, "head")
     c.role(qs[-1], "width")
     c.role(vs[-1], "width")

@@ -100,10 +100,10 @@ def permute(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 @rule("cat", "concat", "concatenate", "hstack", "vstack")
 def cat(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
-    if op_name(node) in ("hstack", "vstack"):
-        raise NoRule("stacking whose dimension depends on the rank")
-    tensors = [t for t in a["tensors"] if shape(t) != (0,)]
-    d = a["dim"] % len(shape(node))
+    rank, tensors = len(shape(node)), [t for t in a["tensors"] if shape(t) != (0,)]
+    if any(len(shape(t)) != rank for t in tensors):
+        raise NoRule("tensors of several ranks")
+    d = a["dim"] % rank if "dim" in a else min(1, rank - 1) if op_name(node) == "hstack" else 0
     first = c.axes[tensors[0]]
     for other in tensors[1:]:
         for k, axis in enumerate(c.axes[other]):

@@ -354,6 +354,22 @@ class RelativePositionBias(Attention):
         return self.head(self.proj(y.transpose(1, 2).reshape(b, n, 15)))
 
 
+@case(
+    (2, 7, 10), stem__weight=(6, 10), att__in_proj_weight=(24, 6), att__out_proj__weight=(6, 8), head__fc__weight=(3, 5)
+)
+class MultiheadAttention(nn.Module):
+    """torch's own, with the attention weights: heads hide in B·h, the first dimension of a batched product."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.att = nn.Linear(10, 12), nn.MultiheadAttention(12, 3, batch_first=True)
+        self.proj, self.head = nn.Linear(12, 10), TokenHead(10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(self.proj(self.att(x, x, x)[0]))
+
+
 # -------------------------------------------------------------------------------------------------------------- norms
 @case((2, 3, 5, 5), a__weight=(8, 3, 1, 1), norm__weight=(8,), head__fc__weight=(3, 8))
 class GroupNorm(nn.Module):
@@ -500,6 +516,35 @@ class EinsumMaskHead(nn.Module):
 
     def forward(self, x):
         return torch.einsum("qc,bchw->bqhw", self.embed, self.a(x))
+
+
+@case((2, 7, 10), a__weight=(4, 10), b=(3, 4), c=(4, 3), head__fc__weight=(3, 4))
+class EinsumEllipsis(nn.Module):
+    """With an ellipsis, and with the output left to be inferred."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.head = nn.Linear(10, 8), TokenHead(8)
+        self.b, self.c = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(8, 6))
+
+    def forward(self, x):
+        y = torch.einsum("...c, kc -> ...k", self.a(x), self.b)
+        return self.head(torch.einsum("btk,zk", y, self.c))
+
+
+@case((2, 3, 6, 6), a__weight=(4, 3, 1, 1), weight=(4, 2, 3, 3), offset__weight=(36, 3, 3, 3), head__fc__weight=(3, 4))
+class DeformableConv(nn.Module):
+    """2 weight groups of 4 channels, moved by 2 offset fields that stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.offset, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 36, 3, padding=1), Head(8)
+        self.weight = nn.Parameter(torch.randn(8, 4, 3, 3))
+
+    def forward(self, x):
+        from torchvision.ops import deform_conv2d
+
+        return self.head(deform_conv2d(self.a(x), self.offset(x), self.weight, padding=1))
 
 
 @case((2, 3, 5, 5), a__weight=(4, 3, 1, 1), b__weight=(4, 4, 3, 3))
