@@ -293,11 +293,12 @@ def rearrange(call: Call) -> Held:
     return poison(call.run(), states)
 
 
-@means("cat concat concatenate")
+@means("cat concat concatenate hstack vstack")
 def cat(call: Call) -> Held:
     parts = [h for h in call.a["tensors"] if h.value.shape != (0,)]
     value = call.run()
-    d = call.a["dim"] % value.dim()
+    rank = value.dim()
+    d = call.a["dim"] % rank if "dim" in call.a else min(1, rank - 1) if call.name == "hstack" else 0
     states = [None if k == d else join([h.states[k] for h in parts]) for k in range(value.dim())]
     if any(h.states[d] is not None for h in parts):
         grid = [torch.from_numpy(full(h.states[d], h.value.shape[d])) for h in parts]

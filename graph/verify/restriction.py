@@ -19,6 +19,7 @@ from ..comb import Comb
 from ..errors import GraphcombError
 from ..ops import arguments, op_name
 from ..program import Program
+from .absence import spell_out
 from .check import Trial
 from .evaluate import Evaluator, evaluated, invoke, relative_error
 from .presence import along
@@ -27,7 +28,8 @@ from .removal import Removed, checked, kept
 Masks = dict[ax.Factor, np.ndarray]
 STATISTICS = frozenset(
     "mean sum nansum amax amin var std linalg_vector_norm norm logsumexp prod all any var_mean std_mean aminmax "
-    "frobenius_norm count_nonzero max min softmax log_softmax _softmax _log_softmax softmin _safe_softmax".split()
+    "frobenius_norm count_nonzero max min median mode "
+    "softmax log_softmax _softmax _log_softmax softmin _safe_softmax".split()
 )
 SAME_SHAPE = frozenset("softmax log_softmax _softmax _log_softmax softmin _safe_softmax".split())
 
@@ -124,7 +126,7 @@ class Restriction(Evaluator):
         if not hasattr(node.target, "_schema"):
             return super().call(node, env)
         name, nodes, a = op_name(node), arguments(node), evaluated(node, env)
-        if name.startswith("conv"):
+        if name.startswith("conv") or name == "torchvision::deform_conv2d":
             rank = a["input"].dim() - a["weight"].dim()
             a["input"] = self.zeroed(a["input"], nodes["input"], 1 + rank)
             a["weight"] = self.zeroed(a["weight"], nodes["weight"], 0 if "transpose" in name else 1)
@@ -135,10 +137,10 @@ class Restriction(Evaluator):
             right = next(k for k in ("mat2", "batch2", "other", "vec", "tensor") if k in a)
             a[left] = self.zeroed(a[left], nodes[left], -1)
             a[right] = self.zeroed(a[right], nodes[right], max(-2, -a[right].dim()))
-        elif name == "einsum" and "." not in nodes["equation"]:
-            left, right = nodes["equation"].replace(" ", "").split("->")
+        elif name == "einsum":
             a["tensors"] = values = list(a["tensors"])
-            for i, term in enumerate(left.split(",")):
+            terms, right = spell_out(a["equation"], [t.dim() for t in values])
+            for i, term in enumerate(terms):
                 for d, letter in enumerate(term):
                     if letter not in right:
                         values[i] = self.zeroed(values[i], nodes["tensors"][i], d)
