@@ -122,7 +122,7 @@ def table(data: dict) -> str:
         for ours, other in (("comb", "their_graph"), ("all", "their_all")):
             cells.append(f"{1e3 * r[f'{ours}_s']:.1f} ms" if r[f"{ours}_s"] else "too contended")
             if f"{other}_fails" in r:
-                cells += ["fails", "-"]
+                cells += ["did not end" if r[f"{other}_fails"] == "left out" else "fails", "-"]
             elif r.get(f"{ours}_ratio"):
                 low, high = r[f"{ours}_ratio_spread"]
                 cells += [f"{1e3 * r[f'{other}_s']:.0f} ms", f"{r[f'{ours}_ratio']:.1f} ({low:.1f} to {high:.1f})"]
