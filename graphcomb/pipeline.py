@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch.fx import Node
 
@@ -96,7 +97,7 @@ class Pipeline:
         result = PipelineResult(program)
         if val is not None:
             result.accuracy_before = result.accuracy_after = evaluate(program, val, metric, context.progress)
-            say(f"dense: accuracy {result.accuracy_before:.2%}, {program.macs:,} MACs, {program.params:,} parameters")
+        say(_dense(program, result.accuracy_before))
         for i, pass_ in enumerate(self.passes):
             head = f"[{i + 1}/{len(self.passes)}] {type(pass_).__name__}"
             found = store.find(i, pass_, result.program) if store else None
@@ -238,6 +239,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _dense(program: Program, accuracy: float | None) -> str:
+    """One line about the program before any pass."""
+    shapes = ", ".join("x".join(map(str, a.shape)) for a in program.args if isinstance(a, torch.Tensor))
+    score = f", accuracy {accuracy:.2%}" if accuracy is not None else ""
+    return f"dense: {program.params:,} parameters, {program.macs:,} MACs for inputs {shapes}{score}"
 
 
 def _summary(record: dict[str, Any]) -> str:

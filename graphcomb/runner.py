@@ -32,7 +32,7 @@ BENCH_SECONDS = 30.0  # at most; an undisturbed machine needs far fewer
 
 @dataclass
 class Job:
-    """What a recipe stands for, loaded and checked: everything a pipeline needs."""
+    """What a recipe stands for, loaded and checked: everything a pipeline needs. val is None without labels."""
 
     recipe: Recipe
     program: Program
@@ -71,12 +71,13 @@ def prepare(recipe: Recipe) -> Job:
         program = model
     else:
         program = _capture(model, recipe, batch)
-    labelled = batch is not None and split_batch(batch)[2] is not None
     if batch is not None:
         Feed(program, "data").fit(batch)
-        Feed(program, "data").fit(first_batch(val))
-    loss, metric = (resolve(spec, field) if spec else None for spec, field in _functions(recipe))
-    return Job(recipe, program, target, train, val if labelled else None, loss, metric)
+        if Feed(program, "validation data").fit(first_batch(val)).labels is None:
+            val = None
+    loss = resolve(recipe.loss, "loss") if recipe.loss else None
+    metric = resolve(recipe.metric, "metric") if recipe.metric else None
+    return Job(recipe, program, target, train, val, loss, metric)
 
 
 def run(
@@ -109,8 +110,7 @@ def run(
     summary = _summary(job, result)
     if not is_main():
         return summary
-    wanted = recipe.outputs
-    files: dict[str, Any] = {}
+    wanted, files = recipe.outputs, summary["files"]
     if wanted.pt2:
         files["pt2"] = str(result.program.save(out / "model.pt2"))
     if wanted.onnx or wanted.engines or wanted.bench:
@@ -119,10 +119,9 @@ def run(
         files["engines"] = [report["path"] for report in summary["engines"]]
     if wanted.bench:
         summary |= _bench(job.program, out, progress)
+    summary["seconds"] = round(time.perf_counter() - start, 1)
     if wanted.report:
         files["report"] = str(out / "report.html")
-    summary |= {"files": files, "seconds": round(time.perf_counter() - start, 1)}
-    if wanted.report:
         runtime.write_report(summary, out / "report.html")
     write_json(out / "summary.json", summary, indent=2)
     return summary
@@ -178,10 +177,6 @@ def _capture(model: torch.nn.Module, recipe: Recipe, batch: Any) -> Program:
     except CaptureError as error:
         shapes = ", ".join(str(tuple(a.shape)) for a in [*args, *kwargs.values()] if isinstance(a, torch.Tensor))
         raise CaptureError(f"model: {recipe.model.source} with inputs {shapes}: {error}") from error
-
-
-def _functions(recipe: Recipe) -> list[tuple[str | None, str]]:
-    return [(recipe.loss, "loss"), (recipe.metric, "metric")]
 
 
 def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:

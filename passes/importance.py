@@ -111,11 +111,10 @@ def random(comb: Comb, groups: list[Group], context: Context) -> Scores:
 
 def _from_gradients(comb: Comb, groups: list[Group], context: Context, transform: Callable[..., np.ndarray]) -> Scores:
     from .batches import split_batch
-    from .training import default_loss
+    from .training import task_loss
 
     if context.data is None:
         raise BadInput("importance from gradients needs data: give data= (batches of inputs and labels)")
-    loss_of = context.loss or default_loss
     module = comb.program.copy().module()
     module.eval()
     names = {name for name, _ in module.named_parameters()}
@@ -128,7 +127,7 @@ def _from_gradients(comb: Comb, groups: list[Group], context: Context, transform
                 "importance from gradients needs labels, and the data yields none; use importance: magnitude"
             )
         module.zero_grad(set_to_none=True)
-        loss = loss_of(module(*args, **kwargs), labels)
+        loss = task_loss(context.loss, module(*args, **kwargs), labels)
         if not torch.isfinite(loss):
             raise BadInput(f"importance: the loss of batch {count} is {float(loss)}; check the data and the model")
         loss.backward()

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import os
 import re
 import tempfile
 import time
@@ -83,7 +84,7 @@ class OnnxReport:
 
 def export_onnx(
     program: Program,
-    path: str | Path,
+    path: str | os.PathLike[str],
     precision: str = "fp32",
     opset: int | None = None,
     target: str | Target | None = None,
@@ -102,11 +103,9 @@ def export_onnx(
     """
     start, path = time.perf_counter(), Path(path)
     opset = _settings(precision, opset, target)
-    frozen = program.copy()
-    frozen.module().eval()
     with _status(progress) as say:
         say("translating")
-        exported = _exportable(frozen).exported()
+        exported = _exportable(program).exported()
         model = _translate(exported, max(opset, OPSET))
         say("folding constants")
         with _quiet():
@@ -134,7 +133,7 @@ def export_onnx(
                 float32=float32,
                 clamped=clamped,
             )
-            _compare(frozen, file, report, tolerance)
+            _compare(program, file, report, tolerance)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -164,7 +163,10 @@ def _settings(precision: str, opset: int | None, target: str | Target | None) ->
 
 # --------------------------------------------------------------------------------------------------------- translation
 def _exportable(program: Program) -> Program:
-    """Rewrite what torch.onnx translates into shapes that no engine fuses; same arithmetic, plain operators."""
+    """A copy in eval mode, without what torch.onnx translates into shapes that no engine fuses; same arithmetic, plain
+    operators."""
+    program = program.copy()
+    program.module().eval()
     module = program.graph_module
     for node in list(module.graph.nodes):
         if op_name(node) in ("adaptive_avg_pool2d", "adaptive_avg_pool3d"):
@@ -318,13 +320,10 @@ def _compare(program: Program, file: Path, report: OnnxReport, tolerance: float)
         tolerance = np.finfo(np.float64).max
     worst = max(report.checks, key=lambda c: c.error)
     if worst.error > tolerance:
-        figure = (
-            f"differs from the program by {worst.error:.2g}" if np.isfinite(worst.error) else "gives other infinities"
-        )
-        raise Refused(
-            f"{report.path}: {report.precision} {figure} ({worst.inputs} inputs, batch {worst.batch})"
-            + "; ".join(["", *report.warnings])
-        )
+        finite = np.isfinite(worst.error)
+        figure = f"differs from the program by {worst.error:.2g}" if finite else "is infinite where the program is not"
+        where = f"{worst.inputs} inputs, batch {worst.batch}"
+        raise Refused("; ".join([f"{report.path}: {report.precision} {figure} ({where})", *report.warnings]))
 
 
 def _spec(tensor: gs.Variable) -> TensorSpec:
@@ -361,15 +360,20 @@ def _saved(model: onnx.ModelProto, path: Path) -> Iterator[tuple[Path, int]]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No chatter of the exporter and of graphsurgeon: prints, warnings, log lines."""
-    logger, level = logging.getLogger("torch.onnx"), gs.logger.G_LOGGER.severity
-    disabled, logger.disabled = logger.disabled, True
-    gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    surgeon = gs.logger.G_LOGGER
+    severity, surgeon.severity = surgeon.severity, surgeon.ERROR
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.disabled, gs.logger.G_LOGGER.severity = disabled, level
+        surgeon.severity = severity
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager

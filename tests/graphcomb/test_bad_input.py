@@ -75,6 +75,14 @@ def test_data_that_the_model_does_not_take(refused, recipe, data: str, message: 
     assert message in line
 
 
+@pytest.mark.parametrize("step", [{"RemoveChannels": {"importance": "fisher"}}, {"Distill": {"epochs": 1}}])
+def test_labels_that_the_outputs_do_not_fit(refused, recipe, step: dict) -> None:
+    line = refused("run", recipe(data="toys:boxes", passes=[step]), "--quiet")
+    assert line.startswith("metric: does not take these outputs and labels (shapes [(8, 4), (8, 5, 4)])")
+    line = refused("run", recipe(data="toys:many_classes", passes=[step]), "--quiet")
+    assert line.startswith("loss: does not take these outputs and labels (shapes [(8, 4), (8,)])")
+
+
 def test_nan_loss(refused, recipe, tmp_path: Path) -> None:
     passes = [{"RemoveChannels": {"ratio": 0.5}}, {"Distill": {"epochs": 1}}]
     line = refused("run", recipe(passes=passes, loss="toys:nan_loss"), "--out", tmp_path / "out", "--quiet")

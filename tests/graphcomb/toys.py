@@ -93,3 +93,11 @@ class Slow(list):
 
 def slow() -> tuple[list, list]:
     return Slow(batches()), batches(count=1)
+
+
+def boxes() -> list:
+    return [(images, torch.zeros(len(images), 5, 4)) for images, _ in batches()]
+
+
+def many_classes() -> list:
+    return batches(classes=100)

@@ -71,6 +71,17 @@ def test_engines_with_other_tensors(program: Program) -> None:
         parity(program, engine)
 
 
+def test_batch_sizes_that_the_program_does_not_take() -> None:
+    class Pairs(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x.reshape(-1, 2, 4).flatten(0, 1)
+
+    pairs = torch.export.Dim("pairs")
+    program = g.capture(Pairs(), torch.ones(4, 4), dynamic_shapes=({0: 2 * pairs},))
+    checks = parity(program, Fake(lambda x: 2 * x))
+    assert [(c.inputs, c.batch) for c in checks] == [("example", 4), ("random", 4)]
+
+
 def test_relative_error() -> None:
     wanted = np.array([1.0, -4.0, np.inf])
     assert relative_error(np.array([1.0, -4.0, np.inf]), wanted) == 0

@@ -42,7 +42,12 @@ def test_a_type_the_device_lacks_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "capability", "sm"),
-    [("agx-orin", (8, 7), "SM87"), ("agx-thor", (11, 0), "SM110"), ("rtx-sm121", (12, 1), "SM121"), ("cpu", None, None)],
+    [
+        ("agx-orin", (8, 7), "SM87"),
+        ("agx-thor", (11, 0), "SM110"),
+        ("rtx-sm121", (12, 1), "SM121"),
+        ("cpu", None, None),
+    ],
 )
 def test_compute_capability(name: str, capability: tuple[int, int] | None, sm: str | None) -> None:
     assert get_target(name).compute_capability == capability
