@@ -209,7 +209,8 @@ def split_at(axis: Axis, offset: int) -> tuple[Axis, Axis]:
     if offset % inner == 0:
         k = offset // inner
         if factor.segments is None:
-            left, right = Factor(k, factor.frozen), Factor(factor.size - k, factor.frozen)
+            left = Factor(k, factor.frozen, factor.symbolic)
+            right = Factor(factor.size - k, factor.frozen, factor.symbolic)
             factor.segments = [[left], [right]]
             return [left, *rest], [right, *rest]
         done, before = 0, []

@@ -111,6 +111,7 @@ def functional_graph(exported: ExportedProgram) -> fx.GraphModule:
     while _inline_regions(module):
         pass
     _functionalise(module)
+    _loosen_views(module.graph)
     _fold_constants(module)
     return module
 
@@ -382,6 +383,15 @@ def _write_back(graph: fx.Graph, view: fx.Node, below: fx.Node, value: fx.Node) 
         end = start + int(pieces[index][dim])  # type: ignore[index]
         return _call(graph, view, aten.slice_scatter.default, (below, value, dim, start, end))
     raise CaptureError(f"{source(view)}: a write through {name} cannot be made functional")
+
+
+def _loosen_views(graph: fx.Graph) -> None:
+    """view -> reshape, which means the same once nothing writes in place, and needs no particular memory layout: that of
+    scaled_dot_product_attention depends on the kernel, and so on the widths."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            a = arguments(node)
+            node.target, node.args, node.kwargs = torch.ops.aten.reshape.default, (a["self"], a["size"]), {}
 
 
 # --------------------------------------------------------------------------------------------------- constant folding

@@ -77,6 +77,7 @@ class Comb:
         self.refusals: list[tuple[fx.Node, str]] = []
         self._roles: list[tuple[Axis, str, fx.Node | None]] = []
         self._kernels: list[Axis] = []
+        self._dynamic = any(not isinstance(n, int) for v in self._inputs() for n in v.shape)
         self._copies: dict[fx.Node, list[Axis]] = {}
         self._sums: dict[fx.Node, list[Axis]] = {}
         self._made_of_parameters: set[fx.Node] = set()
@@ -111,6 +112,10 @@ class Comb:
             else:
                 self.axes[node] = self._apply_rule(node)
         self._freeze_summed_copies()
+
+    def _inputs(self) -> list[torch.Tensor]:
+        values = [n.meta.get("val") for n in self.module.graph.nodes if n.op == "placeholder"]
+        return [v for v in values if isinstance(v, torch.Tensor)]
 
     def _freeze_summed_copies(self) -> None:
         """Freeze padding and repetitions over which somebody sums or normalises before they meet anything with entries of
@@ -174,8 +179,8 @@ class Comb:
                 for v in value
             ]
 
-    @staticmethod
-    def _check(value: Any, result: Any) -> None:
+    def _check(self, value: Any, result: Any) -> None:
+        """The axes have the sizes of the tensors they describe."""
         pairs = [(value, result)] if isinstance(value, torch.Tensor) else zip(value, result, strict=True)
         for tensor, axes in pairs:
             if not isinstance(tensor, torch.Tensor):
@@ -183,6 +188,10 @@ class Comb:
             if len(axes) != tensor.dim() or any(ax.size(a) != hint(n) for a, n in zip(axes, tensor.shape, strict=True)):
                 found = " x ".join(show(a) for a in axes)
                 raise ValueError(f"the rule gives {found} for a tensor of shape {tuple(tensor.shape)}")
+            for axis, n in zip(axes, tensor.shape, strict=True):
+                if self._dynamic and isinstance(n, int):  # what a fixed size is made of is fixed
+                    for atom in atoms([axis]):
+                        atom.symbolic = False
 
     # ------------------------------------------------------------------------------------------ vocabulary of the rules
     def first(self, node: fx.Node) -> fx.Node:

@@ -42,13 +42,20 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
     raise KeyError(name)
 
 
+DATA_DEPENDENT = 97  # stands for a size that only the data knows; prime, so that it divides nothing by accident
+
+
 def hint(size: Any) -> int:
-    """The example value of a static or symbolic size."""
+    """The example value of a static or symbolic size; a size that depends on data counts `DATA_DEPENDENT`."""
     if isinstance(size, int):
         return int(size)
     if isinstance(size, fx.Node):
         return hint(size.meta["val"])
-    return int(size.node.hint) if size.node.has_hint() else int(size)
+    if size.node.has_hint():
+        return int(size.node.hint)
+    environment = size.node.shape_env
+    known = getattr(environment, "backed_var_to_val", None) or getattr(environment, "var_to_val", {})
+    return int(size.node.expr.subs({s: known.get(s, DATA_DEPENDENT) for s in size.node.expr.free_symbols}))
 
 
 def shape(node: fx.Node) -> tuple[int, ...]:

@@ -30,10 +30,7 @@ def regroup(c: Comb, node: fx.Node, axes: list[Axis], sizes: tuple[int, ...]) ->
             return result
         flat = normal(flat)
     for d, n in enumerate(node.meta["val"].shape):
-        if isinstance(n, int):
-            for factor in normal(result[d]):
-                factor.symbolic = False
-        elif not any(atom.symbolic for atom in atoms([result[d]])):
+        if not isinstance(n, int) and not any(atom.symbolic for atom in atoms([result[d]])):
             raise Misaligned(f"the dynamic dimension {d} of the result is made of fixed sizes")
     return result
 
@@ -206,6 +203,9 @@ def slice_(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
             c.rewrite(node, lambda s, m: s.assign(m, "length", s.size(xs[d])))
         return xs
     before, part, _ = pieces(c, node, xs[d], [low, high - low, n - high])
+    if not isinstance(node.meta["val"].shape[d], int) and not any(atom.symbolic for atom in atoms([part])):
+        c.freeze(xs[d], node, "a slice of dynamic length")  # the boundary moves with the size: it is none of the axis's own
+        return [*xs[:d], c.frozen(node, d, "a slice of dynamic length"), *xs[d + 1 :]]
 
     def move(s: Slicer, m: fx.Node) -> None:
         if s.full(xs[d]):
@@ -287,7 +287,7 @@ def repeat(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     missing = [1] * max(0, len(xs) - len(a[key]))  # tile may leave out leading dimensions
     given = [*missing, *a[key]]
     counts = [hint(r) for r in given]
-    times = [c.fresh(node, d, r) for d, r in enumerate(counts)]
+    times = [fresh(n, None, not isinstance(r, int)) for n, r in zip(counts, given, strict=True)]
     c.copies(node, times, "multiplier")
     shift = len(counts) - len(xs)
     symbolic = [not isinstance(r, int) for r in given]
