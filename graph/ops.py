@@ -54,7 +54,8 @@ def hint(size: Any) -> int:
     if size.node.has_hint():
         return int(size.node.hint)
     environment = size.node.shape_env
-    known = getattr(environment, "backed_var_to_val", None) or getattr(environment, "var_to_val", {})
+    newer = hasattr(environment, "backed_var_to_val")  # the name since torch 2.13
+    known = environment.backed_var_to_val if newer else environment.var_to_val
     return int(size.node.expr.subs({s: known.get(s, DATA_DEPENDENT) for s in size.node.expr.free_symbols}))
 
 

@@ -202,9 +202,12 @@ def slice_(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
         elif not symbolic:
             c.rewrite(node, lambda s, m: s.assign(m, "length", s.size(xs[d])))
         return xs
+    moving = not isinstance(node.meta["val"].shape[d], int)
+    if moving and all(atom.frozen for atom in atoms([xs[d]])):  # cutting at the example's size would tell nothing
+        return [*xs[:d], c.frozen(node, d, "a slice of dynamic length"), *xs[d + 1 :]]
     before, part, _ = pieces(c, node, xs[d], [low, high - low, n - high])
-    if not isinstance(node.meta["val"].shape[d], int) and not any(atom.symbolic for atom in atoms([part])):
-        c.freeze(xs[d], node, "a slice of dynamic length")  # the boundary moves with the size: it is none of the axis's own
+    if moving and not any(atom.symbolic for atom in atoms([part])):
+        c.freeze(xs[d], node, "a slice of dynamic length")
         return [*xs[:d], c.frozen(node, d, "a slice of dynamic length"), *xs[d + 1 :]]
 
     def move(s: Slicer, m: fx.Node) -> None:

@@ -266,3 +266,79 @@ def test_folding_windows_of_repeated_channels() -> None:
     result = RemoveChannels(ratio=0.5, round_to=1, kinds=("multiplier",))(program)
     exact(program, result)
     assert shapes(result.program)["b.weight"] == (6, 4, 1, 1)
+
+
+# ------------------------------------------------------------------------------------- found in the transformers library
+def test_views_need_no_memory_layout() -> None:
+    """The layout of what attention returns depends on the kernel: a view of it becomes a reshape."""
+
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.head = (
+                nn.Linear(10, 12),
+                nn.Linear(10, 12),
+                nn.Linear(10, 12),
+                nn.Linear(12, 3),
+            )
+
+        def forward(self, x):
+            b, n, _ = x.shape
+            q, k, v = (f(x).view(b, n, 3, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+            y = F.scaled_dot_product_attention(q, k, v).permute(0, 2, 1, 3).view(b, n, 12)
+            return self.head(y.mean(1))
+
+    program = capture(Views(), torch.randn(2, 7, 10))
+    assert all(n.target is not torch.ops.aten.view.default for n in program.graph.nodes)
+    comb = Comb(program)
+    masks = {g.atom: np.arange(g.size) < 2 for g in comb.groups if g.members[0] == ("v.weight", 0)}
+    smaller, removed = remove(comb, masks)
+    exact(program, PassResult(smaller, {}, removed))
+    assert shapes(smaller)["v.weight"] == (6, 10)  # 3 heads of width 2, where q and k have 4
+
+
+class Queries(nn.Module):
+    """Learned queries repeated for every sample, as in DETR; frames in the batch and cut by it, as in TimeSformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.queries = nn.Linear(10, 12), nn.Parameter(torch.randn(5, 12))
+        self.q, self.kv, self.proj, self.head = nn.Linear(12, 12), nn.Linear(12, 24), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        b, t, n, c = x.shape
+        y = self.stem(x.view(b * t, n, c))
+        first = y[:b, 0].unsqueeze(1)
+        q = self.q(self.queries.unsqueeze(0).repeat(b, 1, 1) + first).view(b, -1, 3, 4).transpose(1, 2)
+        k, v = self.kv(y.view(b, t * n, 12)).view(b, t * n, 2, 3, 4).permute(2, 0, 3, 1, 4)
+        z = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, 5, 12)
+        return self.head(self.proj(z).mean(1))
+
+
+def test_queries_repeated_for_a_dynamic_batch() -> None:
+    program = capture(Queries(), torch.randn(3, 4, 6, 10), dynamic_shapes="batch")
+    result = RemoveChannels(ratio=0.5, round_to=1)(program)
+    exact(program, result)
+    found = shapes(result.program)
+    assert (found["q.weight"], found["kv.weight"], found["proj.weight"]) == ((8, 6), (16, 6), (4, 8))
+    assert found["queries"] == (5, 6)
+    assert result.program.module()(torch.randn(7, 4, 6, 10)).shape == (7, 3)
+
+
+def test_sizes_that_depend_on_data_freeze_what_they_touch() -> None:
+    class Selects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            y = self.b(self.a(x).relu())
+            chosen = y[y[:, 0] > 0].sum(0, keepdim=True)
+            return self.c(y) + chosen.mean() * 0.1
+
+    program = capture(Selects(), torch.randn(9, 6))
+    result = RemoveChannels(ratio=0.5, round_to=1)(program)
+    assert verify.surgery(program, result) <= 1e-10
+    assert shapes(result.program)["a.weight"] == (4, 6)
+    assert shapes(result.program)["b.weight"] == (5, 4)
+    assert "selects by data" in Comb(program).why("b.weight")
