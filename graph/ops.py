@@ -54,7 +54,7 @@ def hint(size: Any) -> int:
     if size.node.has_hint():
         return int(size.node.hint)
     environment = size.node.shape_env
-    newer = hasattr(environment, "backed_var_to_val")  # the name since torch 2.13
+    newer = hasattr(environment, "backed_var_to_val")  # what newer releases of torch call it
     known = environment.backed_var_to_val if newer else environment.var_to_val
     return int(size.node.expr.subs({s: known.get(s, DATA_DEPENDENT) for s in size.node.expr.free_symbols}))
 

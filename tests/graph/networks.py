@@ -647,6 +647,7 @@ def mixing(b: Builder, i: int) -> None:
             lambda m, x: F.linear(x.transpose(1, -1), m.value).transpose(1, -1),
             lambda m, x: torch.einsum("bn...,kn->bk...".replace("...", "pqr"[: x.dim() - 2]), x, m.value),
             lambda m, x: torch.matmul(m.value, x.flatten(2)),
+            lambda m, x: torch.einsum("...n, kn -> ...k", x.transpose(1, -1), m.value).transpose(1, -1),
         )
     )
     b.add(function, [i], Weight(out, n))
@@ -745,6 +746,30 @@ def linear_attention(b: Builder, i: int) -> None:
         return proj(z.permute(0, 2, 1, 3).reshape(x.shape[0], n, h * d))
 
     b.add(function, [i], nn.Linear(c, 3 * h * d), Weight(h, h), nn.Linear(h * d, c))
+
+
+@operation(3)
+def torch_attention(b: Builder, i: int) -> None:
+    """torch's own module: heads inside a flattened batch, or scaled_dot_product_attention without the weights."""
+    c, weights = b.values[i].shape[2], b.chance(0.5)
+    layer = nn.MultiheadAttention(c, b.divisor(c), batch_first=True, bias=b.chance(0.7))
+    b.add(lambda m, x: x + m(x, x, x, need_weights=weights)[0], [i], layer)
+
+
+@operation(*ANY)
+def rotary(b: Builder, i: int) -> None:
+    """Pairs of entries of the last dimension turned by constant angles, as halves or interleaved."""
+    n = b.values[i].shape[-1]
+    if n % 2:
+        raise Skip
+    halves = b.chance(0.5)
+
+    def function(angles, x):
+        p, q = x.chunk(2, -1) if halves else (x[..., 0::2], x[..., 1::2])
+        turned = torch.cat([-q, p], -1) if halves else torch.stack([-q, p], -1).flatten(-2)
+        return x * angles.value.cos() + turned * angles.value.sin()
+
+    b.add(function, [i], Weight(n, trainable=False))
 
 
 @operation(3)
