@@ -374,13 +374,13 @@ def _write_back(graph: fx.Graph, view: fx.Node, below: fx.Node, value: fx.Node) 
     if name in ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as", "ravel"):
         return _call(graph, view, aten.reshape_as.default, (value, below))
     if name == "getitem":  # one piece of a split: write it into its span
-        split, index = view.args
-        pieces = [p.shape for p in split.meta["val"]]  # type: ignore[union-attr]
-        dim = arguments(split)["dim"] % len(shape(below))  # type: ignore[arg-type]
-        if op_name(split) == "unbind":  # type: ignore[arg-type]
+        split, index = view.all_input_nodes[0], int(view.args[1])  # type: ignore[arg-type]
+        pieces = [p.shape for p in split.meta["val"]]
+        dim = arguments(split)["dim"] % len(shape(below))
+        if op_name(split) == "unbind":
             return _call(graph, view, aten.select_scatter.default, (below, value, dim, index))
-        start = sum(int(p[dim]) for p in pieces[:index])  # type: ignore[misc]
-        end = start + int(pieces[index][dim])  # type: ignore[index]
+        start = sum(int(p[dim]) for p in pieces[:index])
+        end = start + int(pieces[index][dim])
         return _call(graph, view, aten.slice_scatter.default, (below, value, dim, start, end))
     raise CaptureError(f"{source(view)}: a write through {name} cannot be made functional")
 

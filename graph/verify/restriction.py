@@ -139,10 +139,10 @@ class Restriction(Evaluator):
             a[right] = self.zeroed(a[right], nodes[right], max(-2, -a[right].dim()))
         elif name == "einsum":
             a["tensors"] = values = list(a["tensors"])
-            terms, right = spell_out(a["equation"], [t.dim() for t in values])
+            terms, result = spell_out(a["equation"], [t.dim() for t in values])
             for i, term in enumerate(terms):
                 for d, letter in enumerate(term):
-                    if letter not in right:
+                    if letter not in result:
                         values[i] = self.zeroed(values[i], nodes["tensors"][i], d)
         elif name == "scaled_dot_product_attention":
             self._attention(nodes, a)
