@@ -44,7 +44,7 @@ def layer_norm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
             for mine, axis in zip(c.axes[a[key]], xs[-k:], strict=True):
                 c.unify(mine, axis)
     c.sums(node, xs[-k:])
-    c.rewrite(node, lambda s, m: s.assign(m, "normalized_shape", [s.size(axis) for axis in xs[-k:]]))
+    c.resize(node, "normalized_shape", xs[-k:])
     return xs if isinstance(node.meta["val"], torch.Tensor) else [xs, [*xs[:-k], *[[] for _ in range(k)]]]
 
 
