@@ -36,7 +36,7 @@ class Group:
 
     name: "parameter:dim" of the first member, with the kind appended where one dimension holds several groups.
     size: number of indices. members: every (parameter or buffer, dim) the group takes part in. frozen: None, or why
-    nothing may be removed.
+    nothing may be removed. least: the number of indices that must stay for every operator to be defined.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Group:
     members: list[tuple[str, int]]
     frozen: str | None
     atom: Factor
+    least: int = 1
 
 
 class Sizer:
@@ -74,6 +75,7 @@ class Comb:
         self.axes: dict[fx.Node, Any] = {}
         self.parameters: dict[str, list[Axis]] = {}
         self.rewrites: list[tuple[fx.Node, Callable[..., None]]] = []
+        self.minima: list[tuple[fx.Node, list[Axis], int]] = []
         self.refusals: list[tuple[fx.Node, str]] = []
         self._roles: list[tuple[Axis, str, fx.Node | None]] = []
         self._kernels: list[Axis] = []
@@ -253,6 +255,10 @@ class Comb:
         """The node adds up, compares or normalises the entries along these axes of its operands."""
         self._sums.setdefault(node, []).extend(axes)
 
+    def at_least(self, node: fx.Node, axes: list[Axis], count: int) -> None:
+        """The node is defined only where the axes together keep this many indices."""
+        self.minima.append((node, axes, count))
+
     def role(self, axis: Axis, role: str, weight: fx.Node | None = None) -> None:
         """Note what an axis is used as: "out", "in", "linear" (out of a linear), "group", "multiplier", "head", "width" or
         "constant"."""
@@ -297,16 +303,26 @@ class Comb:
                 continue
             name, dim = members[atom][0]
             named[f"{name}:{dim}"].append((atom, kinds[atom]))
+        least = self._least()
         result = []
         for base, found in named.items():
-            for i, (atom, kind) in enumerate(found):
+            for atom, kind in found:
                 name = base
                 if len(found) > 1:
                     same = [a for a, k in found if k == kind]
                     name = f"{base}/{kind}" + (f".{same.index(atom)}" if len(same) > 1 else "")
                 frozen = str(atom.frozen) if atom.frozen is not None else None
-                result.append(Group(name, atom.size, kind, members[atom], frozen, found[i][0]))
+                result.append(Group(name, atom.size, kind, members[atom], frozen, atom, least.get(atom, 1)))
         return result
+
+    def _least(self) -> dict[Factor, int]:
+        """What each atom has to keep so that every minimum holds whatever else is removed."""
+        found: dict[Factor, int] = {}
+        for _, axes, count in self.minima:
+            free = [a for a in atoms(axes) if a.frozen is None]
+            if math.prod(ax.kept_size(axis, dict.fromkeys(free, 1)) for axis in axes) < count:
+                found.update((a, max(found.get(a, 1), min(count, a.size))) for a in free)
+        return found
 
     def kinds(self) -> dict[Factor, str]:
         """The kind of every atom that occurs in a parameter or buffer, derived from how its axes are used."""

@@ -152,6 +152,11 @@ class Program:
         _ = self._module.forward
         return self._module
 
+    def replace_module(self, module: TrainableModule) -> None:
+        """Go on with another module of the same inputs, such as a surgery in the middle of training leaves."""
+        if module is not self._module:
+            self._module, self._stale, self.known_cost = module, True, None
+
     def exported(self) -> ExportedProgram:
         """The program as an `ExportedProgram` in the training IR, eval mode."""
         with warnings.catch_warnings():

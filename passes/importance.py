@@ -64,25 +64,29 @@ BLOCK = 1 << 17  # elements: a product of this size stays in a core's cache
 def _sums(values: torch.Tensor, factors: torch.Tensor | None, dims: Iterable[int]) -> dict[int, np.ndarray]:
     """For each of the dimensions, the sums of values * factors (or of squared values) over all others.
 
-    Works a block of rows at a time and sums rows and columns of it: reductions over single inner dimensions of a large
-    tensor are an order of magnitude slower.
+    Works a block of rows at a time, so that the second sum finds it in the cache; numpy's einsum is several times faster
+    here than a product and two reductions.
     """
-    factors = values if factors is None else factors
+    left, right = (_array(t) for t in (values, values if factors is None else factors))
     if values.dim() == 1:
-        return {0: (values * factors).double().cpu().numpy()}
-    left, right = values.reshape(values.shape[0], -1), factors.reshape(values.shape[0], -1)
+        return {0: (left * right).astype(np.float64)}
+    left, right = (t.reshape(len(t), -1) for t in (left, right))
     step = max(1, BLOCK // left.shape[1])
-    rows, columns = [], torch.zeros(left.shape[1], dtype=torch.float64, device=values.device)
-    for p, q in zip(left.split(step), right.split(step), strict=True):
-        product = p * q
-        rows.append(product.sum(1))
-        columns += product.sum(0)
-    found = {0: torch.cat(rows).double().cpu().numpy()}
-    grid = columns.cpu().numpy().reshape(values.shape[1:])
+    rows, columns = [], np.zeros(left.shape[1])
+    for start in range(0, len(left), step):
+        p, q = left[start : start + step], right[start : start + step]
+        rows.append(np.einsum("ij,ij->i", p, q))
+        columns += np.einsum("ij,ij->j", p, q)
+    grid = columns.reshape(values.shape[1:])
+    found = {0: np.concatenate(rows).astype(np.float64)}
     for d in dims:
         if d > 0:
             found[d] = grid.sum(axis=tuple(k for k in range(grid.ndim) if k != d - 1))
     return {d: found[d] for d in dims}
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.float() if tensor.element_size() < 4 else tensor).cpu().numpy()
 
 
 def _folded(axis: ax.Axis, values: np.ndarray) -> Scores:

@@ -39,7 +39,7 @@ def movable(comb: Comb, kinds: Iterable[str], include: Iterable[str] = (), exclu
             return False
         return not any(fnmatchcase(n, p) for n in names for p in exclude)
 
-    candidates = [g for g in comb.groups if g.frozen is None and g.size > 1 and g.kind in kinds and wanted(g)]
+    candidates = [g for g in comb.groups if g.frozen is None and g.size > g.least and g.kind in kinds and wanted(g)]
     partners = products(comb)
     chosen: dict[Factor, Group] = {}
     for group in sorted(candidates, key=lambda g: PRIORITY[g.kind]):

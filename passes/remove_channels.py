@@ -184,14 +184,14 @@ class Selection:
     def legal(self, group: Group, size: float) -> int:
         """The smallest allowed size of at least `size`."""
         step = self.step(group)
-        aligned = math.ceil(max(size, self.minimum, 1) / step - 1e-9) * step
+        aligned = math.ceil(max(size, self.minimum, group.least) / step - 1e-9) * step
         return min(aligned, group.size)
 
     def below(self, group: Group) -> int:
         """The next smaller allowed size, or 0."""
         step, size = self.step(group), self.kept(group)
         smaller = (math.ceil(size / step) - 1) * step
-        return smaller if smaller >= max(self.minimum, 1) else 0
+        return smaller if smaller >= max(self.minimum, group.least) else 0
 
     def fix(self, group: Group, size: int) -> None:
         self.sizes[group.atom] = size
@@ -301,8 +301,10 @@ def _planned(comb: Comb, plan: Any) -> dict[str, int]:
         group = known.get(name)
         if group is None:
             raise BadInput(f"plan: no group {name!r} in this program; graphcomb plan lists them")
-        if not isinstance(keep, int) or isinstance(keep, bool) or not 1 <= keep <= group.size:
-            raise BadInput(f"plan: {name}: keep must be a whole number from 1 to {group.size}, not {keep!r}")
+        if not isinstance(keep, int) or isinstance(keep, bool) or not group.least <= keep <= group.size:
+            raise BadInput(
+                f"plan: {name}: keep must be a whole number from {group.least} to {group.size}, not {keep!r}"
+            )
         if group.frozen and keep != group.size:
             raise BadInput(f"plan: {name} is frozen ({group.frozen})")
         if not group.frozen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +69,9 @@ def softmax(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     return xs
 
 
+DEVIATIONS = ("var", "std", "var_mean", "std_mean")  # undefined over too few entries
+
+
 @rule(
     "mean", "sum", "nansum", "amax", "amin", "var", "std", "linalg_vector_norm", "norm", "logsumexp", "prod", "all", "any",
     "var_mean", "std_mean", "aminmax", "frobenius_norm", "count_nonzero",
@@ -77,6 +81,9 @@ def reduce(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[x]
     dims = dims_of(a, len(xs))
     c.sums(node, [xs[d] for d in dims])
+    if op_name(node) in DEVIATIONS:
+        correction = a.get("correction", 1) if "unbiased" not in a else a["unbiased"]
+        c.at_least(node, [xs[d] for d in dims], math.floor(1 if correction is None else correction) + 1)
     keep = a.get("keepdim", False)
     result = [[] if d in dims else axis for d, axis in enumerate(xs) if keep or d not in dims]
     value = node.meta["val"]

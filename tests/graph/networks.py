@@ -857,14 +857,14 @@ def network(seed: int, smallest: int = 3, largest: int = 10) -> Drawn:
 def removal(comb: Comb, seed: int) -> dict[Factor, np.ndarray]:
     """Random masks (True: stays) for a random part of the groups that are not frozen, of every kind."""
     rng = np.random.default_rng(seed)
-    free = [g for g in comb.groups if g.frozen is None and g.size > 1]
+    free = [g for g in comb.groups if g.frozen is None and g.size > g.least]
     chosen = rng.random(len(free)) < rng.choice([0.3, 0.7, 1.0])
     if free and not chosen.any():
         chosen[rng.integers(len(free))] = True
     masks = {}
     for group in (g for g, yes in zip(free, chosen, strict=True) if yes):
         mask = np.zeros(group.size, dtype=bool)
-        mask[rng.choice(group.size, int(rng.integers(1, group.size)), replace=False)] = True
+        mask[rng.choice(group.size, int(rng.integers(group.least, group.size)), replace=False)] = True
         masks[group.atom] = mask
     return masks
 

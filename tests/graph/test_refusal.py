@@ -306,3 +306,34 @@ def test_scopes_and_importances_are_exact(scope, importance):
     case = CASES["LayerScale"]
     _, _, result = pruned(case.model(), torch.randn(case.shape), scope=scope, importance=importance)
     assert result.removed
+
+
+# ------------------------------------------------------------------------------------------------- too little to reduce
+class Deviation(nn.Module):
+    """Channels divided by their standard deviation over the channels, or over channels and positions."""
+
+    def __init__(self, dims, correction=1):
+        super().__init__()
+        self.dims, self.correction = dims, correction
+        self.before, self.after = nn.Conv2d(3, 4, 1), Head(4)
+
+    def forward(self, x):
+        y = self.before(x)
+        return self.after(y / (y.std(self.dims, correction=self.correction, keepdim=True) + 1))
+
+
+@pytest.mark.parametrize(("dims", "correction", "least"), [((1,), 1, 2), ((1,), 0, 1), ((1,), 2, 3), ((1, 2, 3), 1, 1)])
+def test_a_deviation_keeps_enough_entries_to_be_defined(dims, correction, least):
+    program = capture(Deviation(dims, correction), X)
+    (group,) = [g for g in Comb(program).groups if g.frozen is None]
+    assert (group.size, group.least) == (4, least)
+    result = RemoveChannels(ratio=0.9, round_to=1)(program)
+    assert len(result.removed["before.weight"][0]) == 4 - least
+    assert verify.surgery(program, result) <= 1e-10
+
+
+def test_too_few_entries_for_a_deviation_are_refused():
+    comb = Comb(capture(Deviation((1,)), X))
+    (group,) = [g for g in comb.groups if g.frozen is None]
+    with pytest.raises(Refused, match="std is undefined over fewer than 2 entries"):
+        remove(comb, {group.atom: np.array([True, False, False, False])})
