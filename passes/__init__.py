@@ -5,6 +5,7 @@ from .comb import Comb
 from .distill import Distill
 from .fuse import Fuse
 from .remove_channels import RemoveChannels
+from .sparsify import Sparsify
 from .split_fused import SplitFused
 
-__all__ = ["Comb", "Context", "Distill", "Fuse", "Pass", "PassResult", "RemoveChannels", "SplitFused"]
+__all__ = ["Comb", "Context", "Distill", "Fuse", "Pass", "PassResult", "RemoveChannels", "Sparsify", "SplitFused"]

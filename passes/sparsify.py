@@ -1,0 +1,284 @@
+"""Zeros in weights: CAP and its rivals, unstructured or N:M."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate.utils import broadcast
+from torch import Tensor, fx
+
+from ..graph.errors import BadInput
+from ..graph.ops import fetch
+from ..graph.program import Program, load
+from .base import Context, Pass, PassResult
+from .cap import Pattern
+from .distill import Distill
+from .masks import read_pattern
+from .solver import Method, Solver
+from .statistics import Gradients, Layer, layers
+from .training import accelerator, evaluate, fingerprint
+
+METHODS = ("cap", "fastcap", "woodfisher", "sparsegpt", "wanda", "magnitude")
+GLOBAL = ("cap", "woodfisher", "magnitude")  # methods whose scores are losses or sizes that compare between layers
+SPARSE_CAPABILITY = (8, 0)  # the first with sparse tensor cores
+SPARSE_CHANNELS = 256  # under about so many input and output channels a sparse kernel is no faster
+
+
+@dataclass(frozen=True)
+class Sparsify(Pass):
+    """Set weights of linear layers and convolutions to zero, those that the loss misses least, and adapt the others.
+
+    One target: `sparsity`, the share of zeros in the chosen weights, or `pattern`, "2:4" and the like: so many of every
+    four input channels stay, for each output channel and kernel position (the one form that sparse tensor cores use).
+
+    method: "cap" (arXiv 2210.09223: block Fisher matrices, greedy one-by-one elimination, closed-form update), "fastcap"
+    (one Fisher matrix for all rows of a block of columns, relative damping, column sweep; one matrix for each block of
+    columns is ours), "woodfisher" (arXiv 2004.14340: all scores at once, updates added up), "sparsegpt" (arXiv
+    2301.00774), "wanda" (arXiv 2306.11695) or "magnitude". scope: "global" ranks all layers together, "uniform" each
+    layer by itself; None takes global where the scores compare (cap, woodfisher, magnitude).
+    block: B, weights correlated with one another. gradients: m, how many, or how many samples the others see. per: a
+    gradient of each "sample" or of each "batch". against: "labels", or "teacher" for labels drawn from the teacher's
+    class probabilities. damping: λ, relative to the mean diagonal for fastcap and sparsegpt. recomputations: Nr, the
+    target in so many equal steps, with new gradients each. dtype: of the Fisher sums and the elimination. memory: bytes
+    for them; what does not fit is done in several passes over the data.
+
+    where: "pays" sparsifies only layers that the target then computes faster, "all" every one; None takes "pays" with a
+    pattern and "all" without, since no engine here gains from unstructured zeros. The layers at the input and the output
+    and depthwise ones stay dense unless `include` names them. include, exclude: patterns over parameter names.
+
+    schedule: a gradual run, pairs (epoch, sparsity): prune at that epoch, then train up to the next one's or up to
+    `epochs`; each stage starts the learning rate anew and lowers it linearly (as CAP does). recovery: options of
+    `Distill` for it. snapshots: folder for the program after each stage; an interrupted run goes on from the last one.
+
+    Zeros that a weight already has count, and stay. The record names each layer with its sparsity and whether the target
+    will accelerate it; zeros stay zero in later passes (`passes.masks`). Raises BadInput for options that make no sense
+    and for missing data. Refused, and named: layers that the pattern does not divide, computed and transposed weights.
+    """
+
+    sparsity: float | None = None
+    pattern: str | None = None
+    method: Literal["cap", "fastcap", "woodfisher", "sparsegpt", "wanda", "magnitude"] = "cap"
+    scope: Literal["global", "uniform"] | None = None
+    block: int = 192
+    gradients: int = 1024
+    per: Literal["sample", "batch"] = "sample"
+    against: Literal["labels", "teacher"] = "labels"
+    damping: float | None = None
+    recomputations: int = 1
+    dtype: Literal["fp32", "fp64"] = "fp32"
+    memory: float = 4e9
+    where: Literal["pays", "all"] | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    schedule: tuple[tuple[float, float], ...] = ()
+    epochs: int = 0
+    recovery: dict[str, Any] = field(default_factory=dict)
+    snapshots: str | None = None
+
+    def __post_init__(self) -> None:
+        def require(name: str, holds: bool, what: str) -> None:
+            if not holds:
+                raise BadInput(f"Sparsify.{name}: {what}, not {getattr(self, name)!r}")
+
+        for key in ("include", "exclude"):
+            value = getattr(self, key)
+            object.__setattr__(self, key, (value,) if isinstance(value, str) else tuple(value))
+        object.__setattr__(self, "schedule", tuple(tuple(entry) for entry in self.schedule))
+        given = [k for k in ("sparsity", "pattern", "schedule") if getattr(self, k) not in (None, ())]
+        if len(given) > 1:
+            raise BadInput(f"Sparsify: give one of sparsity, pattern and schedule, not {' and '.join(given)}")
+        if not given:
+            object.__setattr__(self, "sparsity", 0.5)
+        require("sparsity", self.sparsity is None or 0 < self.sparsity < 1, "a share above 0 and under 1")
+        if self.pattern is not None:
+            try:
+                read_pattern(self.pattern)
+            except ValueError:
+                require("pattern", False, '"N:M" with N less than M, such as "2:4"')
+            m = read_pattern(self.pattern)[1]
+            require("block", self.block % m == 0, f"a multiple of the pattern's {m}")
+        require("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
+        require("scope", self.scope in (None, "global", "uniform"), "global or uniform")
+        alone = self.method not in GLOBAL
+        require("scope", not (alone and self.scope == "global"), f"uniform (scores of {self.method} do not compare)")
+        require("per", self.per in ("sample", "batch"), "sample or batch")
+        require("against", self.against in ("labels", "teacher"), "labels or teacher")
+        require("dtype", self.dtype in ("fp32", "fp64"), "fp32 or fp64")
+        require("where", self.where in (None, "pays", "all"), "pays or all")
+        for key in ("block", "gradients", "recomputations"):
+            value = getattr(self, key)
+            require(key, isinstance(value, int) and value >= 1, "a whole number of at least 1")
+        require("damping", self.damping is None or self.damping > 0, "a number above 0")
+        require("memory", self.memory >= 1e6, "bytes, at least a million")
+        if self.schedule:
+            starts, shares = [e[0] for e in self.schedule], [e[-1] for e in self.schedule]
+            require("schedule", all(len(e) == 2 for e in self.schedule), "pairs of epoch and sparsity")
+            require("schedule", starts == sorted(set(starts)) and starts[0] >= 0, "rising epochs, from 0")
+            require("schedule", all(isinstance(e, int) for e in starts), "whole epochs")
+            require("schedule", shares == sorted(shares) and shares[0] > 0 and shares[-1] < 1, "rising shares under 1")
+            require("epochs", self.epochs > starts[-1], "more than the schedule's last epoch")
+        Distill(**self._recovery())
+
+    def _recovery(self) -> dict[str, Any]:
+        known = {f.name for f in dataclasses.fields(Distill)}
+        for key in self.recovery:
+            if key not in known or key in ("epochs", "steps"):
+                raise BadInput(f"Sparsify.recovery.{key}: not an option of Distill that recovery takes")
+        return {"schedule": "linear", "warmup": 0.0} | dict(self.recovery)
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        new = program.copy()
+        chosen, refused = self.choose(new, context)
+        record: dict[str, Any] = {"refused": refused, "stages": []}
+        if chosen and self.schedule:
+            new = self._gradual(new, chosen, context, record)
+        elif chosen:
+            record["stages"] = [self._prune(new, chosen, self.sparsity, context)]
+        record["changed"] = [_summary(new, layer, self.pattern, context) for layer in chosen]
+        record["sparse"] = {layer.name: self.pattern for layer in chosen}
+        return PassResult(new, record)
+
+    # -------------------------------------------------------------------------------------------------- which layers
+    def choose(self, program: Program, context: Context) -> tuple[list[Layer], list[dict[str, str]]]:
+        """The layers to sparsify, and the others with the reason."""
+        found, refused = layers(program)
+        ends = _ends(program, found)
+        where = self.where or ("pays" if self.pattern else "all")
+        chosen = []
+        for layer in found:
+            if any(fnmatchcase(layer.name, p) for p in self.exclude):
+                why: str | None = "excluded"
+            elif self.include and not any(fnmatchcase(layer.name, p) for p in self.include):
+                why = "not included"
+            elif self.pattern and layer.shape[1] % read_pattern(self.pattern)[1]:
+                why = f"{self.pattern} does not divide its {layer.shape[1]} input channels per group"
+            elif self.include:
+                why = None
+            else:
+                why = ends.get(layer.name) or ("depthwise, too few weights each" if layer.kind == "depthwise" else None)
+                if why is None and where == "pays":
+                    why = not_accelerated(layer, self.pattern, context)
+            if why:
+                refused.append({"what": layer.name, "why": why})
+            else:
+                chosen.append(layer)
+        return chosen, refused
+
+    # ----------------------------------------------------------------------------------------------------- one target
+    def _prune(self, program: Program, chosen: list[Layer], sparsity: float | None, context: Context) -> dict[str, Any]:
+        """Prune in place, in `recomputations` steps; what happened as a record."""
+        stage: dict[str, Any] = {"method": self.method, "steps": []}
+        start = sum(int((w == 0).sum()) for w in _weights(program, chosen).values()) / sum(x.size for x in chosen)
+        for step in range(1, self.recomputations + 1):
+            share = step / self.recomputations
+            if self.pattern:
+                n, m = read_pattern(self.pattern)
+                goal: float | Pattern = (m - round((m - n) * share), m)
+                if round((m - n) * share) == round((m - n) * (share - 1 / self.recomputations)):
+                    continue
+            else:
+                assert sparsity is not None
+                goal = start + (sparsity - start) * share if sparsity > start else sparsity
+            solver = Solver(self._method(goal), program, chosen, context)
+            stage["steps"].append({"goal": goal, "predicted_loss": solver.run(), "gradients": solver.seen})
+        if accelerator().num_processes > 1:
+            for tensor in program.module().parameters():
+                broadcast(tensor.data)
+        return stage
+
+    def _method(self, goal: float | Pattern) -> Method:
+        everywhere = (self.scope or "global") == "global" and self.method in GLOBAL
+        gradients = Gradients(self.gradients, self.per, self.against)
+        options = (everywhere, self.block, gradients, self.damping, self.dtype, self.memory)
+        return Method(self.method, goal, *options)
+
+    # -------------------------------------------------------------------------------------------------------- gradual
+    def _gradual(self, program: Program, chosen: list[Layer], context: Context, record: dict[str, Any]) -> Program:
+        """Prune and train in turns. A stage whose snapshot is there is taken from it."""
+        folder = Path(self.snapshots) if self.snapshots else context.out
+        run = fingerprint(program.module(), repr(dataclasses.replace(self, snapshots=None)), context.seed)
+        ends = [start for start, _ in self.schedule[1:]] + [self.epochs]
+        stages: list[tuple[float | None, float]] = [(None, self.schedule[0][0])] if self.schedule[0][0] else []
+        stages += [(share, end - start) for (start, share), end in zip(self.schedule, ends, strict=True)]
+        for share, length in stages:
+            name = f"sparsity-{share or 0:.4f}-{run}.pt2"
+            if folder is not None and (folder / name).is_file():
+                program = load(folder / name)
+                record["stages"].append(program.history[-1])
+                program.history.pop()
+                continue
+            stage: dict[str, Any] = {"sparsity": share or 0.0, "epochs": length}
+            if share is not None:
+                stage |= self._prune(program, chosen, share, context)
+                if context.val is not None:
+                    stage["val_one_shot"] = evaluate(program, context.val, context.metric, context.progress)
+            before = program.history
+            program.history = [*before, {"sparse": {layer.name: None for layer in chosen} if share else {}}]
+            distill = Distill(epochs=int(length), **self._recovery())
+            stage["training"] = distill.train(program, dataclasses.replace(context, out=folder))
+            if context.val is not None:
+                stage["val"] = evaluate(program, context.val, context.metric, context.progress)
+            record["stages"].append(stage)
+            if folder is not None and accelerator().is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                program.history = [*before, stage | {"sparse": {layer.name: None for layer in chosen}}]
+                program.save(folder / name)
+            program.history = before
+        return program
+
+
+# ----------------------------------------------------------------------------------------------------------- the layers
+def not_accelerated(layer: Layer, pattern: str | None, context: Context) -> str | None:
+    """Why the context's target will not compute a layer faster for its zeros, or None when it will (as far as is known
+    without measuring it: sparse kernels win from about 256 channels on, never in grouped convolutions)."""
+    target, out = context.target, layer.shape[0]
+    if pattern != "2:4":
+        return "no engine here gains from zeros outside the 2:4 pattern"
+    if target is not None:
+        if target.compute_capability is None or tuple(target.compute_capability) < SPARSE_CAPABILITY:
+            return f"target {target.name} has no sparse tensor cores"
+        if context.dtype == "fp32":
+            return "sparse tensor cores compute in fp16, bf16, int8 or tf32, not in fp32"
+    if layer.groups > 1:
+        return "sparse kernels do not take grouped convolutions"
+    if min(layer.shape[1], out) < SPARSE_CHANNELS:
+        return f"{layer.shape[1]} -> {out} channels; sparse kernels win from about {SPARSE_CHANNELS} on"
+    return None
+
+
+def _ends(program: Program, found: list[Layer]) -> dict[str, str]:
+    """The layers that read the program's inputs, and those whose results reach an output without another layer."""
+    named = {node: layer.name for layer in found for node in layer.nodes}
+    result = {}
+    for name, nodes, way in (
+        ("the first layer", [n for n in program.graph.nodes if n.op == "placeholder"], lambda n: n.users),
+        ("the last layer", [n for n in program.graph.nodes if n.op == "output"], lambda n: n.all_input_nodes),
+    ):
+        seen: set[fx.Node] = set(nodes)
+        waiting = list(nodes)
+        while waiting:
+            for node in way(waiting.pop()):
+                if node in named:
+                    result[named[node]] = name
+                elif node not in seen and isinstance(node.meta.get("val"), Tensor):  # sizes lead everywhere
+                    seen.add(node)
+                    waiting.append(node)
+    return result
+
+
+def _weights(program: Program, chosen: Sequence[Layer]) -> dict[str, Tensor]:
+    module = program.module()
+    return {layer.name: fetch(module, layer.name).detach() for layer in chosen}
+
+
+def _summary(program: Program, layer: Layer, pattern: str | None, context: Context) -> dict[str, Any]:
+    weight = fetch(program.module(), layer.name)
+    why = not_accelerated(layer, pattern, context)
+    found = {"what": layer.name, "kind": layer.kind, "shape": list(layer.shape)}
+    found |= {"sparsity": float((weight == 0).float().mean()), "accelerated": why is None}
+    return found | ({"why_not": why} if why else {})
