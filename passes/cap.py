@@ -188,7 +188,7 @@ def first(order: Tensor, lengths: Tensor, size: int) -> Tensor:
     """The mask `(b, B)` of the first `lengths[i]` entries of each block's order."""
     later = torch.arange(order.shape[1], device=order.device) >= lengths.unsqueeze(1)
     mask = torch.zeros(len(order), size + 1, dtype=torch.bool, device=order.device)
-    return mask.scatter_(1, order.masked_fill(later, size), True)[:, :size]
+    return mask.scatter_(1, order.long().masked_fill(later, size), True)[:, :size]
 
 
 def repair(weights: Tensor, matrix: Tensor, pruned: Tensor) -> Tensor:
