@@ -339,7 +339,8 @@ def _functional_form(graph: fx.Graph, node: fx.Node, base: fx.Node) -> fx.Node:
     if name == "zero_":
         return _call(graph, node, aten.zeros_like.default, node.args)
     packet = getattr(aten, name[:-1], None)
-    overload = getattr(packet, node.target._overloadname, None) if packet else None  # type: ignore[union-attr]
+    spelt = (node.target._overloadname, "default")  # type: ignore[union-attr]
+    overload = next((getattr(packet, o) for o in spelt if hasattr(packet, o)), None)
     if overload is None or not name.endswith("_") or overload._schema.is_mutable:
         raise refusal
     new = _call(graph, node, overload, node.args, dict(node.kwargs))

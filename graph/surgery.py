@@ -6,8 +6,9 @@ nothing is patched in place, the input program is not touched.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,11 @@ import torch
 from torch import fx
 
 from . import axes as ax
-from .axes import Axis, Factor
+from .axes import Axis, Factor, Masks
 from .comb import Comb
 from .errors import Refused
 from .ops import arguments, op_name, set_argument, source
-from .program import Program, copy_tensor, like, rebuild
+from .program import Program, TrainableModule, copy_tensor, like, rebuild
 
 Removed = dict[str, dict[int, list[int]]]
 
@@ -27,7 +28,7 @@ Removed = dict[str, dict[int, list[int]]]
 class Slicer:
     """What rewrites see: sizes after removal, and how to write them into the new graph."""
 
-    def __init__(self, comb: Comb, masks: Mapping[Factor, np.ndarray]):
+    def __init__(self, comb: Comb, masks: Masks):
         self.comb, self.masks = comb, masks
         self.sizes = {atom: int(mask.sum()) for atom, mask in masks.items()}
         self.env: dict[fx.Node, fx.Node] = {}
@@ -116,36 +117,58 @@ def _product(graph: fx.Graph, a: fx.Node, b: Any) -> fx.Node:
     return node
 
 
-def remove(comb: Comb, masks: Mapping[Factor, np.ndarray]) -> tuple[Program, Removed]:
+def remove(comb: Comb, masks: Masks) -> tuple[Program, Removed]:
     """Slice a program.
 
     masks: for each atom that loses indices, which stay (bool, length of the atom). Returns the new program and what was
     removed, `{parameter or buffer: {dim: sorted indices}}` in the original's numbering. Refused when an atom is frozen,
-    would become empty, or a size cannot be regenerated.
+    would become empty, an operator would be left with too few entries, or a size cannot be regenerated.
     """
-    masks = {ax.find(a): np.asarray(m, dtype=bool) for a, m in masks.items() if not np.all(m)}
-    for atom, mask in masks.items():
-        if atom.frozen is not None:
-            raise Refused(f"a frozen atom of size {atom.size} cannot lose indices: {atom.frozen}")
-        if len(mask) != atom.size or not mask.any():
-            raise Refused(f"an atom of size {atom.size} cannot keep {int(mask.sum())} of {len(mask)} indices")
-    slicer, removed = Slicer(comb, masks), {}
-    keeps: dict[str, dict[int, np.ndarray]] = {}
+    keeps = kept_indices(comb, masks)
+
+    def take(name: str, value: Any) -> Any:
+        return like(value, _slice(value, keeps[name])) if name in keeps else copy_tensor(name, value)
+
+    removed = {n: {d: np.flatnonzero(~keep).tolist() for d, keep in lost.items()} for n, lost in keeps.items()}
+    return comb.program.derive(resized(comb, masks, take)), removed
+
+
+def kept_indices(comb: Comb, masks: Masks) -> dict[str, dict[int, np.ndarray]]:
+    """Which indices stay (bool) along every dimension of a parameter or buffer that loses some."""
+    masks, found = _checked(comb, masks), {}
     for name, axes in comb.parameters.items():
-        lost = {d: ax.kept_mask(a, masks) for d, a in enumerate(axes) if not slicer.full(a)}
+        lost = {d: ax.kept_mask(axis, masks) for d, axis in enumerate(axes) if ax.touches(axis, masks)}
         if lost:
-            keeps[name] = lost
-            removed[name] = {d: np.flatnonzero(~keep).tolist() for d, keep in lost.items()}
+            found[name] = lost
+    return found
+
+
+def resized(comb: Comb, masks: Masks, take: Callable[[str, Any], Any]) -> TrainableModule:
+    """The graph with every shape constant regenerated for what the masks keep, around other tensors: `take(name, value)`
+    gives the one that goes in place of the original's."""
+    slicer = Slicer(comb, _checked(comb, masks))
 
     def rewrite_all(nodes: dict[fx.Node, fx.Node]) -> None:
         slicer.env = nodes
         for node, rewrite in comb.rewrites:
             rewrite(slicer, nodes[node])
 
-    def take(name: str, value: Any) -> Any:
-        return like(value, _slice(value, keeps[name])) if name in keeps else copy_tensor(name, value)
+    return rebuild(comb.module, take, rewrite_all)
 
-    return comb.program.derive(rebuild(comb.module, take, rewrite_all)), removed
+
+def _checked(comb: Comb, masks: Masks) -> dict[Factor, np.ndarray]:
+    """The masks that remove something; Refused for what must not be removed."""
+    masks = {ax.find(a): np.asarray(m, dtype=bool) for a, m in masks.items() if not np.all(m)}
+    for atom, mask in masks.items():
+        if atom.frozen is not None:
+            raise Refused(f"a frozen atom of size {atom.size} cannot lose indices: {atom.frozen}")
+        if len(mask) != atom.size or not mask.any():
+            raise Refused(f"an atom of size {atom.size} cannot keep {int(mask.sum())} of {len(mask)} indices")
+    sizes = {atom: int(mask.sum()) for atom, mask in masks.items()}
+    for node, axes, count in comb.minima:
+        if any(ax.touches(axis, sizes) for axis in axes) and math.prod(ax.kept_size(a, sizes) for a in axes) < count:
+            raise Refused(f"{source(node)}: {op_name(node)} is undefined over fewer than {count} entries")
+    return masks
 
 
 def _slice(tensor: torch.Tensor, keeps: dict[int, np.ndarray]) -> torch.Tensor:

@@ -71,10 +71,12 @@ class Verdict:
 def surgery(before: Program, result: Any, *, seed: int = 0, batches: int = 2, retrained: bool = False) -> float:
     """Worst relative error, in float64, of a pruned program against what the original becomes with entries absent.
 
-    result: what `RemoveChannels` returns, or anything with `program` and `removed`. Weights are drawn at random, so the
-    error does not hide behind zeros; a program with a dynamic batch runs at `batches` batch sizes. retrained: the weights
-    were trained after removal, so only their shapes must fit. Returns inf, with a warning that says why, when shapes or
-    weights do not fit. Raises GraphcombError when something was removed and no output changed (vacuous).
+    result: what `RemoveChannels` returns, or anything with `program` and `removed`, and with `masked` where a pass that
+    removes also trains: the original with the trained weights, which is then compared in its place. Weights are drawn at
+    random, so the error does not hide behind zeros; a program with a dynamic batch runs at `batches` batch sizes.
+    retrained: the weights were trained after removal, so only their shapes must fit. Returns inf, with a warning that says
+    why, when shapes or weights do not fit. Raises GraphcombError when something was removed and no output changed
+    (vacuous).
     """
     verdict = check(before, result, seed=seed, batches=batches, retrained=retrained)
     if verdict.vacuous:
@@ -86,6 +88,7 @@ def surgery(before: Program, result: Any, *, seed: int = 0, batches: int = 2, re
 
 def check(before: Program, result: Any, *, seed: int = 0, batches: int = 2, retrained: bool = False) -> Verdict:
     """The full verdict; see `surgery` for the arguments. BadInput when `result.removed` does not fit the program."""
+    before = getattr(result, "masked", None) or before
     removed, after = checked(before, result.removed), result.program
     wrong = differences(before, after, removed, retrained)
     if wrong:

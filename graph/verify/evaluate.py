@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -120,14 +121,19 @@ def evaluated(node: fx.Node, env: dict[fx.Node, Any]) -> dict[str, Any]:
 
 
 def invoke(node: fx.Node, a: dict[str, Any]) -> Any:
-    """Call the node's operator on arguments given by schema name."""
+    """Call the node's operator on arguments given by schema name. One that draws at random draws the same for every node
+    of that name, so that two programs can be compared."""
     args, kwargs = [], {}
     for spec in node.target._schema.arguments:  # type: ignore[union-attr]
         if spec.kwarg_only:
             kwargs[spec.name] = a[spec.name]
         else:
             args.append(a[spec.name])
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    draws = torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
+    with torch.random.fork_rng(devices=[], enabled=draws):
+        if draws:
+            torch.manual_seed(zlib.crc32(node.name.encode()))
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs

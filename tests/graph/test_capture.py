@@ -171,10 +171,17 @@ def masked(y):
     return y
 
 
+def divided_without_a_rest(y):
+    y *= 10
+    y //= 3  # its in-place overload has another name
+    return y
+
+
 WRITES = [
     relu_of_a_slice, add_to_a_view, read_another_view_later, a_copy_is_not_a_view, a_view_of_strided_memory,
     assign_to_a_slice, copy_into_a_row, fill_and_zero, chains_of_views, views_of_views_read_after, pieces,
     pieces_taken_before_and_after, unbound_rows, moved_dimensions, values_of_a_maximum_are_their_own_memory,
+    divided_without_a_rest,
     dropout_is_the_identity, a_cast_that_does_nothing, twice, masked,
 ]  # fmt: skip
 

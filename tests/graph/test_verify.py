@@ -26,6 +26,7 @@ from graphcomb.graph.verify.check import Trial
 from graphcomb.graph.verify.evaluate import Evaluator, double_weights, relative_error
 from graphcomb.graph.verify.randomise import randomise
 from graphcomb.graph.verify.removal import checked
+from graphcomb.passes import RemoveChannels
 
 EXACT = 1e-10
 
@@ -151,6 +152,24 @@ def test_programs_are_left_alone():
 def test_verdict_is_the_same_for_the_same_seed():
     before, result = residual()
     assert verify.check(before, result, seed=3).record() == verify.check(before, result, seed=3).record()
+
+
+class Noisy(nn.Module):
+    """Draws noise in eval mode too, as masked autoencoders do."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.after(self.before(x + torch.rand(x.shape[0], 6)).relu()) + torch.randn_like(x[:, :3])
+
+
+def test_networks_that_draw_at_random_are_compared_on_the_same_draws():
+    program = g.capture(Noisy(), torch.randn(3, 6))
+    state = torch.get_rng_state()
+    assert verify.check(program, RemoveChannels(ratio=0.5, round_to=1)(program)).error < EXACT
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_tied_weights_and_shared_modules():
