@@ -201,7 +201,11 @@ def parse_pass(cls: type[Pass], options: Any, path: str) -> Pass:
             raise BadInput(
                 f"{path}.{name}: unknown option; {nearest(str(name), fields) if fields else 'the pass takes none'}"
             )
-        given[name] = _typed(hints[name], value, f"{path}.{name}")
+        inner = _pass_type(hints[name])
+        if inner is not None and value is not None:
+            given[name] = parse_pass(inner, value, f"{path}.{name}")
+        else:
+            given[name] = _typed(hints[name], value, f"{path}.{name}")
     try:
         return cls(**given)
     except GraphcombError as error:
@@ -209,6 +213,11 @@ def parse_pass(cls: type[Pass], options: Any, path: str) -> Pass:
         raise BadInput(path + (text if text[:1] in (":", ".") else f": {error}")) from error
     except TypeError as error:
         raise BadInput(f"{path}: {error}") from error
+
+
+def _pass_type(hint: Any) -> type[Pass] | None:
+    """The pass that an option takes the options of, such as `RemoveChannels.train`."""
+    return next((t for t in (hint, *get_args(hint)) if inspect.isclass(t) and issubclass(t, Pass)), None)
 
 
 def _typed(hint: Any, value: Any, path: str) -> Any:

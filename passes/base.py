@@ -43,11 +43,16 @@ class Context:
 
 @dataclass
 class PassResult:
-    """The new program and the JSON-able record of what changed, what was refused and the cost before and after."""
+    """The new program and the JSON-able record of what changed, what was refused and the cost before and after.
+
+    removed: `{parameter or buffer: {dim: indices}}`, in the input program's numbering. masked: where a pass that removes
+    also trains, the input program with the trained weights, of which the result is the exact slice.
+    """
 
     program: Program
     record: dict[str, Any]
     removed: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    masked: Program | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ class Pass:
 
     def options(self) -> dict[str, Any]:
         """The recipe options, JSON-able."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value.options() if isinstance(value, Pass) else value for name, value in given.items()}
 
     def run(self, program: Program, context: Context) -> PassResult:
         raise TypeError(f"{type(self).__name__} does not define run()")

@@ -18,7 +18,20 @@ from ..graph.ops import op_name, shape
 from ..graph.program import Program, TrainableModule
 from .base import Context, Pass, PassResult
 from .batches import Batch
-from .training import Callback, Training, accelerator, evaluate, fingerprint, fit, logits_of, placed, task_loss
+from .training import (
+    Callback,
+    Kept,
+    Surgery,
+    Training,
+    accelerator,
+    evaluate,
+    fingerprint,
+    fit,
+    logits_of,
+    placed,
+    taken,
+    task_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -29,16 +42,18 @@ class Distill(Training, Pass):
 
     The form of the loss is ours; CPD (arXiv 2408.03046) says that the dense network teaches the pruned one, not how.
     Softened scores with T^2 are Hinton et al.'s (arXiv 1503.02531). KL runs over dimension 1 of the class scores
-    `(N, C, ...)` and is averaged over samples and, for segmentation, pixels. `S_l` and `T_l` are block outputs of equal
-    shape in both networks, matched by node name; norm divides every sample by its root mean square, so that the MSE is
-    2 * (1 - cosine). task is the context's loss or cross-entropy.
+    `(N, C, ...)` and is averaged over samples and, for segmentation, pixels. `S_l` and `T_l` are block outputs, matched by
+    node name; where the student's is narrower because it was pruned, the teacher's is restricted to the indices that the
+    comb kept (from the student's history, or as pruning goes on). norm divides every sample by its root mean square, so
+    that the MSE is 2 * (1 - cosine). task is the context's loss or cross-entropy.
 
     alpha: weight of the teacher's scores, 0..1; without labels it counts as 1, without a teacher as 0. temperature: T.
     features: weight of the feature term, 0 for none. labels: use those of the data. The teacher runs in eval mode and,
     like the input program, is not changed. Training options are those of `Training`.
 
     Raises BadInput when there is no data, neither teacher nor labels, a teacher with other inputs or scores, or when
-    the loss is no longer finite. Refused, and named in the record: block outputs whose shape differs.
+    the loss is no longer finite. Refused, and named in the record: block outputs whose shape differs and whose kept
+    indices nobody knows.
     """
 
     alpha: float = 0.7
@@ -65,29 +80,43 @@ class Distill(Training, Pass):
             raise BadInput("Distill.features: needs a teacher; pass teacher=, or set features to 0")
         if teacher is not None:
             _same_inputs(teacher, student)
-        names, refused = common_features(teacher, student) if teacher is not None and self.features else ([], [])
+        kept, refused = matching_features(teacher, student) if teacher is not None and self.features else ({}, [])
+        names = list(kept)
         record: dict[str, Any] = {"changed": ["weights", "running statistics"], "refused": refused, "matched": names}
         for key, model in (("val_before", student), ("val_teacher", teacher)):
             if context.val is not None and model is not None:
                 record[key] = evaluate(model, context.val, context.metric, context.progress)
         taught = teacher.module().eval() if teacher is not None else None
         with ExitStack() as stack:
-            stack.enter_context(tapped(student.module(), names))
             if taught is not None:
                 stack.enter_context(tapped(taught, names))
                 stack.enter_context(placed(taught, accelerator().device))
+            objective = _Objective(self, context.loss, taught, kept)
             record |= fit(
-                student, _Objective(self, context.loss, taught), self, context, type(self).__name__,
-                outputs=lambda raw: raw[0], callbacks=callbacks, identity=[fingerprint(taught) if taught else None],
+                student, objective, self, context, type(self).__name__, outputs=lambda raw: raw[0],
+                callbacks=[*callbacks, objective], identity=[fingerprint(taught) if taught else None],
+                dress=lambda module: tapped(module, names),
             )  # fmt: skip
         return record
 
 
-class _Objective:
-    """The loss of a batch from what the tapped student returns, and its parts."""
+class _Objective(Callback):
+    """The loss of a batch from what the tapped student returns, and its parts. Follows which indices of the teacher's
+    features the student still has."""
 
-    def __init__(self, options: Distill, loss: Callable[..., Any] | None, teacher: TrainableModule | None):
-        self.options, self.loss, self.teacher = options, loss, teacher
+    def __init__(self, options: Distill, loss: Callable[..., Any] | None, teacher: TrainableModule | None, kept: Kept):
+        self.options, self.loss, self.teacher, self.kept = options, loss, teacher, kept
+
+    def after_surgery(self, surgery: Surgery) -> None:
+        for name, dims in self.kept.items():
+            for d, indices in surgery.values.get(name, {}).items():
+                dims[d] = dims[d][indices] if d in dims else indices
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self.kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kept = state["kept"]
 
     def __call__(self, raw: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         outputs, features = raw
@@ -104,7 +133,8 @@ class _Objective:
             if alpha:
                 parts["kl"] = soft_kl(logits_of(outputs), logits_of(taught), self.options.temperature)
             if features:
-                parts["features"] = feature_distance(features, taught_features)
+                same = [taken(t, dims) for t, dims in zip(taught_features, self.kept.values(), strict=True)]
+                parts["features"] = feature_distance(features, same)
         return torch.stack([weights[key] * value for key, value in parts.items()]).sum(), parts
 
 
@@ -147,20 +177,49 @@ def _residual(node: fx.Node) -> bool:
     )
 
 
-def common_features(teacher: Program, student: Program) -> tuple[list[str], list[dict[str, str]]]:
-    """Names of the block outputs that have the same shape (but for the batch) in both programs, and the others with
-    the reason."""
-    theirs = {n.name: shape(n)[1:] for n in block_outputs(teacher)}
-    ours = {n.name: shape(n)[1:] for n in block_outputs(student)}
+def matching_features(teacher: Program, student: Program) -> tuple[Kept, list[dict[str, str]]]:
+    """The block outputs that both programs have, each with the indices of the teacher's that the student kept (by
+    dimension, none where all are), and the others with the reason.
+
+    What was kept is what the records of the student's history that are not the teacher's leave (`features` in the record
+    of `RemoveChannels`). Without such a record, shapes have to be equal but for the batch.
+    """
+    since = list(student.history)
+    for record in teacher.history:
+        if since and since[0] == record:
+            since.pop(0)
+    theirs = {n.name: shape(n) for n in block_outputs(teacher)}
+    ours = {n.name: shape(n) for n in block_outputs(student)}
+    kept: Kept = {}
     refused = []
     for name, size in theirs.items():
         if name not in ours:
             refused.append({"what": name, "why": "the student has no block output of that name"})
-        elif ours[name] != size:
-            refused.append({"what": name, "why": f"its shape is {ours[name]} in the student, {size} in the teacher"})
+            continue
+        dims = _kept_since(name, size, since)
+        left = tuple(len(dims[d]) if d in dims else n for d, n in enumerate(size))
+        if left[1:] == ours[name][1:]:
+            kept[name] = dims
+        else:
+            why = f"its shape is {ours[name][1:]} in the student, {size[1:]} in the teacher"
+            refused.append({"what": name, "why": why})
     if not theirs:
         refused.append({"what": "features", "why": "the teacher has no residual addition, concatenation or pooling"})
-    return [name for name, size in theirs.items() if ours.get(name) == size], refused
+    return kept, refused
+
+
+def _kept_since(name: str, size: tuple[int, ...], records: list[dict[str, Any]]) -> dict[int, torch.Tensor]:
+    """Which indices of a value's dimensions are left after the passes recorded."""
+    kept: dict[int, torch.Tensor] = {}
+    for record in records:
+        for entry in record.get("features", ()):
+            for _, d in (place for place in entry["nodes"] if place[0] == name):
+                left = kept.get(d, torch.arange(size[d]))
+                stay = torch.ones(len(left), dtype=torch.bool)
+                if max(entry["removed"]) < len(left):  # else the record is about a network of another size
+                    stay[entry["removed"]] = False
+                kept[d] = left[stay]
+    return kept
 
 
 @contextmanager

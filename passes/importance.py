@@ -7,7 +7,7 @@ are made of; a group's score is the mean over the parameters it takes part in (C
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -16,11 +16,57 @@ from ..graph import axes as ax
 from ..graph.axes import Factor
 from ..graph.comb import Comb, Group
 from ..graph.errors import BadInput
-from ..graph.ops import arguments, fetch, op_name
+from ..graph.ops import arguments, op_name
 from .base import Context
 
 Scores = dict[Factor, np.ndarray]
 NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
+
+
+class Members:
+    """Where the indices of some atoms lie in the parameters of a network that may have lost some of them already.
+
+    masks: which indices of each atom the network still has, by default all. Sums are per index of the original atoms, 0
+    where the network has lost it.
+    """
+
+    def __init__(self, comb: Comb, wanted: Iterable[Factor], masks: ax.Masks | None = None):
+        self.wanted, self.masks = dict.fromkeys(wanted), masks or {}
+        self._axes: dict[str, dict[int, tuple[ax.Axis, np.ndarray | None]]] = {}
+        for name, axes in comb.parameters.items():
+            touched = {d: axis for d, axis in enumerate(axes) if ax.touches(axis, self.wanted)}
+            if touched:
+                self._axes[name] = {d: (axis, self._kept(axis)) for d, axis in touched.items()}
+
+    def _kept(self, axis: ax.Axis) -> np.ndarray | None:
+        return ax.kept_mask(axis, self.masks) if ax.touches(axis, self.masks) else None
+
+    def sums(self, module: torch.nn.Module, gradients: bool) -> Iterator[tuple[str, Scores]]:
+        """For every parameter and dimension, the sums over the entries of each index: of weight * gradient, or of the
+        squared weight."""
+        for name, tensor in module.named_parameters():
+            if name not in self._axes or (gradients and tensor.grad is None):
+                continue
+            axes = self._axes[name]
+            for dim, values in _sums(tensor.detach(), tensor.grad if gradients else None, axes).items():
+                axis, kept = axes[dim]
+                if kept is not None:
+                    values, given = np.zeros(len(kept)), values
+                    values[kept] = given
+                found: Scores = {}
+                ax.fold(axis, values, found)
+                yield name, {atom: own for atom, own in found.items() if atom in self.wanted}
+
+    def gradient_scores(self, module: torch.nn.Module, transform: Callable[[np.ndarray], np.ndarray]) -> Scores:
+        """For every atom the mean over its members of the transformed sums of weight * gradient."""
+        found: dict[Factor, list[np.ndarray]] = defaultdict(list)
+        for _, sums in self.sums(module, gradients=True):
+            for atom, own in sums.items():
+                found[atom].append(transform(own))
+        return {atom: np.mean(values, axis=0) for atom, values in found.items()}
+
+
+TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"taylor": np.abs, "fisher": np.square}
 
 
 def magnitude(comb: Comb, groups: list[Group], context: Context) -> Scores:
@@ -29,20 +75,20 @@ def magnitude(comb: Comb, groups: list[Group], context: Context) -> Scores:
     Weights with two or more dimensions and the scales of normalisations count; other vectors only where there is nothing
     else. Relative, so that parameters of different scale weigh the same within a group and groups compare globally.
     """
+    return relative_norms(comb, groups, comb.module, {})
+
+
+def relative_norms(comb: Comb, groups: list[Group], module: torch.nn.Module, masks: ax.Masks) -> Scores:
+    """`magnitude` of a network that has lost what the masks say."""
     scales = {str(n.target) for n in _norm_scales(comb)}
     strong: dict[Factor, list[np.ndarray]] = defaultdict(list)
     weak: dict[Factor, list[np.ndarray]] = defaultdict(list)
-    wanted = {g.atom: None for g in groups}
-    for name, tensor in comb.module.named_parameters():
-        touched = {d: a for d, a in enumerate(comb.parameters.get(name, [])) if ax.touches(a, wanted)}
-        if not touched:
-            continue
-        into = strong if tensor.dim() > 1 or name in scales else weak
-        for dim, sums in _sums(tensor.detach(), None, touched).items():
-            for atom, own in _folded(touched[dim], sums).items():
-                mean = own.mean()
-                if atom in wanted and mean > 0:
-                    into[atom].append(own / mean)
+    for name, sums in Members(comb, (g.atom for g in groups), masks).sums(module, gradients=False):
+        into = strong if len(comb.parameters[name]) > 1 or name in scales else weak
+        for atom, own in sums.items():
+            mean = own[masks[atom]].mean() if atom in masks else own.mean()
+            if mean > 0:
+                into[atom].append(own / mean)
     result = {}
     for group in groups:
         found = strong.get(group.atom) or weak.get(group.atom)
@@ -89,22 +135,16 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.float() if tensor.element_size() < 4 else tensor).cpu().numpy()
 
 
-def _folded(axis: ax.Axis, values: np.ndarray) -> Scores:
-    found: Scores = {}
-    ax.fold(axis, values, found)
-    return found
-
-
 def taylor(comb: Comb, groups: list[Group], context: Context) -> Scores:
     """First-order Taylor: |sum of weight * gradient| over the entries of an index, accumulated over batches
     (Molchanov et al. 2019, arXiv 1906.10771)."""
-    return _from_gradients(comb, groups, context, np.abs)
+    return _from_gradients(comb, groups, context, TRANSFORMS["taylor"])
 
 
 def fisher(comb: Comb, groups: list[Group], context: Context) -> Scores:
     """Empirical Fisher: (sum of weight * gradient)^2 over the entries of an index, accumulated over batches: the Hessian
     term of masking the index (CPD, arXiv 2408.03046)."""
-    return _from_gradients(comb, groups, context, np.square)
+    return _from_gradients(comb, groups, context, TRANSFORMS["fisher"])
 
 
 def random(comb: Comb, groups: list[Group], context: Context) -> Scores:
@@ -121,7 +161,7 @@ def _from_gradients(comb: Comb, groups: list[Group], context: Context, transform
         raise BadInput("importance from gradients needs data: give data= (batches of inputs and labels)")
     module = comb.program.copy().module()
     module.eval()
-    names = {name for name, _ in module.named_parameters()}
+    members = Members(comb, (g.atom for g in groups))
     sums: dict[Factor, np.ndarray] = {g.atom: np.zeros(g.size) for g in groups}
     count = 0
     for batch in context.data:
@@ -135,30 +175,12 @@ def _from_gradients(comb: Comb, groups: list[Group], context: Context, transform
         if not torch.isfinite(loss):
             raise BadInput(f"importance: the loss of batch {count} is {float(loss)}; check the data and the model")
         loss.backward()
-        for atom, values in _batch_scores(comb, module, names, sums, transform).items():
+        for atom, values in members.gradient_scores(module, transform).items():
             sums[atom] += values
         count += 1
     if count == 0:
         raise BadInput("importance from gradients: the data yields no batch")
     return {atom: values / count for atom, values in sums.items()}
-
-
-def _batch_scores(
-    comb: Comb, module: torch.nn.Module, names: set[str], wanted: Scores, transform: Callable[..., np.ndarray]
-) -> Scores:
-    found: dict[Factor, list[np.ndarray]] = defaultdict(list)
-    for name in names:
-        parameter = fetch(module, name)
-        if parameter.grad is None:
-            continue
-        touched = {d: a for d, a in enumerate(comb.parameters.get(name, [])) if ax.touches(a, wanted)}
-        if not touched:
-            continue
-        for dim, values in _sums(parameter.detach(), parameter.grad, touched).items():
-            for atom, own in _folded(touched[dim], values).items():
-                if atom in wanted:
-                    found[atom].append(transform(own))
-    return {atom: np.mean(values, axis=0) for atom, values in found.items()}
 
 
 IMPORTANCES: dict[str, Callable[[Comb, list[Group], Context], Scores]] = {

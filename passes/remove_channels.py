@@ -4,39 +4,50 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ..graph.axes import Factor
 from ..graph.comb import DEFAULT_KINDS, KINDS, Comb, Group, Sizer
-from ..graph.errors import BadInput, Unreachable
+from ..graph.errors import BadInput, GraphcombError, Unreachable
 from ..graph.ops import arguments, op_name
 from ..graph.program import Program
 from ..graph.surgery import remove
+from ..graph.verify import check
+from .adaptive import Pruner, event_steps, lowest_removed, removed_values
 from .base import Context, Pass, PassResult
+from .distill import Distill, block_outputs
 from .importance import IMPORTANCES, Scores
 from .legalise import Costs, mac_terms, movable, parameter_terms, steps
+from .training import total_steps
 
 DEFAULT_ALIGNMENT = 8  # fp16 tensor cores; what a target says goes before it
 
 
 @dataclass(frozen=True)
 class RemoveChannels(Pass):
-    """Remove the least important indices of every prunable group, exactly.
+    """Remove the least important indices of every prunable group, exactly: at once, or while the network trains.
 
     One of three targets: `ratio`, the share of every unfrozen axis removed (scope "local"), or of all prunable indices
     together (scope "global"); `macs` or `params`, what may remain, as a share of the dense program (at most 1) or as an
     absolute number. Without a target, ratio 0.5. Where an axis is a product, one factor shrinks: heads before head width.
 
-    importance: "magnitude", "taylor", "fisher" (both need data) or "random". round_to: widths stay multiples of it; None
-    takes the target's alignment for the dtype, or 8. min_channels: what every group keeps at least. kinds: which kinds of
-    groups may shrink. include, exclude: patterns over parameter names.
+    importance: "magnitude", "taylor", "fisher" (both need data) or "random"; by default magnitude, with `train` fisher.
+    scope: by default local, with `train` global. round_to: widths stay multiples of it; None takes the target's alignment
+    for the dtype, or 8. min_channels: what every group keeps at least. kinds: which kinds of groups may shrink. include,
+    exclude: patterns over parameter names.
 
     A global selection for a cost ranks chunks by importance; gradient scores, which are changes of the loss, by importance
     per cost saved (after CPD, arXiv 2408.03046; the exact cost is ours).
+
+    train: prune while training, with the options of `Distill` (CPD's way). Scores are summed after every backward pass of
+    the network as it then is, with the loss it trains on. schedule: "adaptive" prunes every `interval` steps, a little
+    each time; "iterative" in `rounds` equal parts; "one-shot" before the first step. prune_share: the share of all steps in
+    which the target is reached, by the first two; the rest fine-tunes what is left. Learning rates, labels and checkpoints
+    are those of `train`. The record lists the `events`; see `passes.adaptive` for when they come and what masks mean.
 
     Raises BadInput for options that make no sense, Unreachable when a target cannot be met.
     """
@@ -44,15 +55,23 @@ class RemoveChannels(Pass):
     ratio: float | None = None
     macs: float | None = None
     params: float | None = None
-    importance: str = "magnitude"
-    scope: str = "local"
+    importance: str | None = None
+    scope: str | None = None
     round_to: int | None = None
     min_channels: int = 1
     kinds: tuple[str, ...] = DEFAULT_KINDS
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    train: Distill | None = None
+    schedule: Literal["adaptive", "iterative", "one-shot"] = "adaptive"
+    interval: int = 50
+    rounds: int = 5
+    prune_share: float = 0.5
 
     def __post_init__(self) -> None:
+        for key, alone, training in (("importance", "magnitude", "fisher"), ("scope", "local", "global")):
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, training if self.train else alone)
         given = [k for k in ("ratio", "macs", "params") if getattr(self, k) is not None]
         if len(given) > 1:
             raise BadInput(f"RemoveChannels: give one of ratio, macs and params, not {' and '.join(given)}")
@@ -66,7 +85,11 @@ class RemoveChannels(Pass):
             raise BadInput(f"RemoveChannels.importance: one of {', '.join(IMPORTANCES)}, not {self.importance!r}")
         if self.scope not in ("local", "global"):
             raise BadInput(f"RemoveChannels.scope: local or global, not {self.scope!r}")
-        for key in ("round_to", "min_channels"):
+        if self.schedule not in ("adaptive", "iterative", "one-shot"):
+            raise BadInput(f"RemoveChannels.schedule: adaptive, iterative or one-shot, not {self.schedule!r}")
+        if not 0 < self.prune_share <= 1:
+            raise BadInput(f"RemoveChannels.prune_share: a share above 0, at most 1, not {self.prune_share}")
+        for key in ("round_to", "min_channels", "interval", "rounds"):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise BadInput(f"RemoveChannels.{key}: a whole number of at least 1, not {value}")
@@ -79,22 +102,36 @@ class RemoveChannels(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         comb = Comb(program)
-        groups = movable(comb, self.kinds, self.include, self.exclude)
-        selection = Selection(comb, groups, self.alignment(context), self.min_channels)
+        movables = movable(comb, self.kinds, self.include, self.exclude)
         planned = _planned(comb, context.plan)
-        free = [g for g in groups if g.name not in planned]
-        scores = IMPORTANCES[self.importance](comb, [*free, *(g for g in comb.groups if g.name in planned)], context)
-        for group in comb.groups:
-            if group.name in planned:
-                selection.fix(group, planned[group.name])
-        self._choose(selection, free, scores)
-        masks = {
-            g.atom: lowest_removed(scores[g.atom], selection.kept(g)) for g in comb.groups if selection.kept(g) < g.size
-        }
-        smaller, removed = remove(comb, masks)
+        groups = [g for g in comb.groups if g in movables or g.name in planned]
+        step = self.alignment(context)
+
+        def choose(sizes: dict[Factor, int], scores: Scores, share: float) -> dict[Factor, int]:
+            selection = Selection(comb, movables, step, self.min_channels, sizes)
+            for group in groups:
+                if group.name in planned:
+                    selection.approach(group, planned[group.name], share)
+            self._choose(selection, [g for g in movables if g.name not in planned], scores, share)
+            return selection.sizes
+
+        if self.train is None:
+            scores = self.score(comb, groups, context)
+            sizes = choose({}, scores, 1.0)
+            masks = {g.atom: lowest_removed(scores[g.atom], sizes.get(g.atom, g.size)) for g in groups}
+            masks = {atom: mask for atom, mask in masks.items() if not mask.all()}
+            smaller, removed = remove(comb, masks)
+            record, masked = {}, None
+        else:
+            choose({}, {g.atom: np.ones(g.size) for g in groups}, 1.0)  # a target out of reach is said before training
+            total = total_steps(self.train, context.data or (), "RemoveChannels.train")
+            events = event_steps(self.schedule, total, self.interval, self.rounds, self.prune_share)
+            pruner = Pruner(comb, groups, choose, self.importance or "", events, context)
+            smaller, record = pruner.train(self.train)
+            masks, removed, masked = pruner.masks, pruner.removed(), pruner.masked(smaller.module())
         sizes = {atom: int(mask.sum()) for atom, mask in masks.items()}
         smaller.known_cost = comb.cost(sizes)
-        record = {
+        record |= {
             "changed": [
                 {"what": g.name, "kind": g.kind, "before": g.size, "after": sizes[g.atom]}
                 for g in comb.groups
@@ -105,10 +142,27 @@ class RemoveChannels(Pass):
             ],
             "layers": layers(comb, sizes),
             "cost": {"before": comb.cost({}), "after": smaller.cost()},
-            "alignment": selection.alignment,
+            "alignment": step,
             "removed": removed,
+            "features": removed_values(comb, masks, block_outputs(program)),
         }
-        return PassResult(smaller, record, removed)
+        result = PassResult(smaller, record, removed, masked)
+        if masked is not None and removed:
+            record["masked_error"] = self._proven(program, result, context)
+        return result
+
+    @staticmethod
+    def _proven(program: Program, result: PassResult, context: Context) -> float:
+        """How far the result is from one slice of the masked network, by the absence oracle; its weights are the slices."""
+        verdict = check(program, result, seed=context.seed)
+        if not verdict.ok:
+            why = verdict.disagreements[0] if verdict.disagreements else "nothing the oracle sees has changed"
+            raise GraphcombError(f"RemoveChannels: the result is not the masked network ({why}); a bug of graphcomb")
+        return verdict.error
+
+    def score(self, comb: Comb, groups: list[Group], context: Context) -> Scores:
+        """How much each index of each group matters."""
+        return IMPORTANCES[self.importance or ""](comb, groups, context)
 
     def plan(self, program: Program, context: Context | None = None) -> list[dict[str, Any]]:
         """What the pass would do, group by group: name, kind, size, keep, the MACs removal saves, and why it is frozen.
@@ -119,7 +173,7 @@ class RemoveChannels(Pass):
         comb = Comb(program)
         groups = movable(comb, self.kinds, self.include, self.exclude)
         selection = Selection(comb, groups, self.alignment(context), self.min_channels)
-        self._choose(selection, groups, IMPORTANCES[self.importance](comb, groups, context))
+        self._choose(selection, groups, self.score(comb, groups, context))
         whole = Costs(mac_terms(comb), [g for g in comb.groups if g.frozen is None])
         rows = []
         for g in comb.groups:
@@ -138,10 +192,11 @@ class RemoveChannels(Pass):
             return self.round_to
         return DEFAULT_ALIGNMENT if context.target is None else int(context.target.alignment(context.dtype))
 
-    def _choose(self, selection: Selection, groups: list[Group], scores: Scores) -> None:
+    def _choose(self, selection: Selection, groups: list[Group], scores: Scores, share: float = 1.0) -> None:
+        """Shrink the groups of a selection until `share` of the way from the dense program to the target is gone."""
         target = "macs" if self.macs is not None else "params" if self.params is not None else None
         if target is None:
-            ratio = 0.5 if self.ratio is None else self.ratio
+            ratio = (0.5 if self.ratio is None else self.ratio) * share
             if self.scope == "local":
                 selection.uniform(groups, ratio)
             else:
@@ -154,6 +209,7 @@ class RemoveChannels(Pass):
         dense = Costs(terms, []).total
         wanted = getattr(self, target)
         goal = wanted * dense if wanted <= 1 else wanted
+        goal = dense - share * max(dense - goal, 0)
         if self.scope == "local":
             reached = selection.uniform_until(groups, costs, goal)
         else:
@@ -168,11 +224,15 @@ class RemoveChannels(Pass):
 
 
 class Selection:
-    """How many indices every group keeps; only sizes that the alignment allows."""
+    """How many indices every group keeps; only sizes that the alignment allows. sizes: what is left of groups that have
+    lost some before; nothing ever grows."""
 
-    def __init__(self, comb: Comb, groups: list[Group], alignment: int, minimum: int):
+    def __init__(
+        self, comb: Comb, groups: list[Group], alignment: int, minimum: int, sizes: Mapping[Factor, int] | None = None
+    ):
         self.comb, self.alignment, self.minimum = comb, alignment, minimum
-        self.sizes: dict[Factor, int] = {}
+        self.sizes: dict[Factor, int] = dict(sizes or {})
+        self._before = dict(self.sizes)
         self._steps = steps(comb, groups, alignment)
 
     def kept(self, group: Group) -> int:
@@ -185,7 +245,7 @@ class Selection:
         """The smallest allowed size of at least `size`."""
         step = self.step(group)
         aligned = math.ceil(max(size, self.minimum, group.least) / step - 1e-9) * step
-        return min(aligned, group.size)
+        return min(aligned, self._before.get(group.atom, group.size))
 
     def below(self, group: Group) -> int:
         """The next smaller allowed size, or 0."""
@@ -193,8 +253,12 @@ class Selection:
         smaller = (math.ceil(size / step) - 1) * step
         return smaller if smaller >= max(self.minimum, group.least) else 0
 
-    def fix(self, group: Group, size: int) -> None:
-        self.sizes[group.atom] = size
+    def approach(self, group: Group, size: int, share: float) -> None:
+        """Go the share of the way from the whole group to a size, which need not be aligned."""
+        if share == 1:
+            self.sizes[group.atom] = size
+        else:
+            self.sizes[group.atom] = max(size, self.legal(group, group.size - share * (group.size - size)))
 
     def uniform(self, groups: list[Group], ratio: float) -> None:
         for g in groups:
@@ -219,7 +283,7 @@ class Selection:
 
     def by_count(self, groups: list[Group], scores: Scores, ratio: float) -> None:
         """Remove the globally least important chunks until the share of all indices is gone."""
-        left = int(sum(g.size for g in groups) * ratio + 1e-9)
+        left = int(sum(g.size for g in groups) * ratio + 1e-9) - sum(g.size - self.kept(g) for g in groups)
 
         def take(g: Group, size: int) -> bool | None:
             nonlocal left
@@ -280,13 +344,6 @@ class Selection:
             if taken:
                 self.sizes[groups[i].atom] = size
                 heapq.heappush(heap, (price(groups[i])[0], i))
-
-
-def lowest_removed(scores: np.ndarray, keep: int) -> np.ndarray:
-    """Mask that keeps the `keep` highest scores; of equal ones, the first."""
-    mask = np.ones(len(scores), dtype=bool)
-    mask[np.argsort(-scores, kind="stable")[keep:]] = False
-    return mask
 
 
 def _planned(comb: Comb, plan: Any) -> dict[str, int]:

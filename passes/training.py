@@ -10,8 +10,8 @@ import hashlib
 import math
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,7 @@ from ..graph.errors import BadInput
 from ..graph.program import Program, TrainableModule
 from .base import Context
 from .batches import Batch, Feed, generators, length, shard, split_batch
+from .masks import zeros
 
 Objective = Callable[[Any, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -91,21 +92,76 @@ def learning_rate(training: Training, step: int, total: int) -> float:
     return training.lr * SCHEDULES[training.schedule]((step - warm) / max(total - warm, 1))
 
 
+Kept = dict[str, dict[int, torch.Tensor]]  # which indices stay, by name and dimension, in the numbering before
+
+
+@dataclass
+class Surgery:
+    """A smaller network to train from now on, and the indices of the old one's entries that it keeps: of parameters and
+    buffers (the optimizer's state is cut alike) and of the values of some nodes. What is not named stays whole."""
+
+    module: TrainableModule
+    tensors: Kept
+    values: Kept
+
+
 class Callback:
-    """Hooks of a pass that changes the network while it trains (masks, adaptive pruning). Steps count from 0."""
+    """Hooks of a pass that changes the network while it trains (masks, adaptive pruning). Steps count from 0.
+
+    identity: whatever decides the result besides the state, so that a checkpoint of another run is not taken up.
+    """
+
+    identity: Any = None
+
+    def begin(self, module: TrainableModule) -> Surgery | None:
+        """Before the first step; not called when a checkpoint is taken up."""
+        return None
 
     def after_backward(self, step: int, module: TrainableModule) -> None:
         """Gradients are complete: averaged over all processes, unscaled, not clipped yet."""
 
-    def after_step(self, step: int, module: TrainableModule) -> None:
+    def after_step(self, step: int, module: TrainableModule) -> Surgery | None:
         """The optimizer has updated the parameters."""
+        return None
+
+    def after_surgery(self, surgery: Surgery) -> None:
+        """Some callback has replaced the network."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain Python values that a checkpoint has to keep."""
         return {}
 
+    def load_state_dict(self, state: dict[str, Any]) -> TrainableModule | None:
+        """Take back what `state_dict` gave; returns the network that the state belongs to, where it is not the first."""
+        return None
+
+
+class HeldZeros(Callback):
+    """Zeros of sparse weights stay zero: neither gradients nor the optimizer move them. masks: by parameter, True where
+    the weight is zero for good (`passes.masks`)."""
+
+    def __init__(self, masks: dict[str, torch.Tensor]):
+        self.masks = masks
+
+    def after_backward(self, step: int, module: TrainableModule) -> None:
+        for name, mask in self.masks.items():
+            gradient = module.get_parameter(name).grad
+            if gradient is not None:
+                gradient.masked_fill_(mask.to(gradient.device), 0)
+
+    def after_step(self, step: int, module: TrainableModule) -> None:
+        for name, mask in self.masks.items():
+            weight = module.get_parameter(name).data
+            weight.masked_fill_(mask.to(weight.device), 0)
+
+    def after_surgery(self, surgery: Surgery) -> None:
+        self.masks = {name: taken(mask, surgery.tensors.get(name, {})) for name, mask in self.masks.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.masks)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        self.masks = dict(state)
 
 
 # ---------------------------------------------------------------------------------------------------- losses, metrics
@@ -278,6 +334,19 @@ def _reduced(values: list[float], how: str, acc: Accelerator) -> list[float]:
     return reduce(torch.tensor(values, dtype=torch.float64, device=acc.device), how).tolist()
 
 
+def averaged(values: np.ndarray) -> np.ndarray:
+    """The mean over all processes, the same bits in each of them."""
+    acc = accelerator()
+    if acc.num_processes == 1:
+        return values
+    return reduce(torch.from_numpy(values).to(acc.device), "mean").cpu().numpy()
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes."""
+    return gather_object([value])
+
+
 def _cut(outputs: Any, size: int) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t[:size] if t.dim() else t, outputs)
 
@@ -292,13 +361,16 @@ def fit(
     outputs: Callable[[Any], Any] = lambda raw: raw,
     callbacks: Sequence[Callback] = (),
     identity: Sequence[Any] = (),
+    dress: Callable[[TrainableModule], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Any]:
     """Train `program.module()` in place on `context.data` and leave it in eval mode. Returns the record: steps, one
-    entry per epoch (mean loss and its parts, learning rate, score on `context.val`), and what was skipped.
+    entry per epoch (mean loss and its parts, score on `context.val`), the loss over steps as `curve`, up to 200 pairs of
+    a step and the mean loss since the pair before, and what was skipped.
 
     objective: `(what the module returns, batch) -> (loss, {part: value})`. name: of the pass, in messages and file
     names. outputs: picks the model's own outputs from what the module returns, for the metric. identity: whatever else
-    decides the result, so that a checkpoint of another run is not taken up.
+    decides the result, so that a checkpoint of another run is not taken up. dress: a context in which a module trains;
+    entered anew when a callback replaces the module, which then becomes the program's.
 
     The result depends on the seed, the data and the options only: every epoch starts from its own seed, and a run
     killed at any point and started again ends where the uninterrupted one does, bit by bit on a CPU.
@@ -310,17 +382,28 @@ def fit(
     if training.precision == "fp16" and acc.device.type == "cpu":
         raise BadInput(f'{name}.precision: "fp16" needs a GPU; use "bf16" or "no"')
     module, checkpoint = program.module().eval(), None
+    if masks := zeros(program):
+        callbacks = [*callbacks, HeldZeros(masks)]
     if context.out is not None:
-        code = fingerprint(module, repr(training), context.seed, length(context.data), acc.num_processes, *identity)
+        decides = (*identity, *(c.identity for c in callbacks if c.identity is not None))
+        code = fingerprint(module, repr(training), context.seed, length(context.data), acc.num_processes, *decides)
         checkpoint = Path(context.out) / f"{name.lower()}-{code}.ckpt"
     elif training.checkpoint_every:
         raise BadInput(f"{name}.checkpoint_every: needs a folder for the checkpoints; pass out=")
-    loop = _Loop(program, objective, training, context, name, outputs, callbacks, acc, checkpoint)
-    with placed(module, acc.device), seeded(context.seed):
-        try:
-            return loop.run()
-        finally:
-            module.eval()
+    loop = _Loop(program, objective, training, context, name, outputs, callbacks, acc, checkpoint, dress)
+    with seeded(context.seed):
+        return loop.run()
+
+
+def total_steps(training: Training, data: Iterable[Any], name: str) -> int:
+    """How many batches each process trains on."""
+    if training.steps is not None:
+        return training.steps
+    acc = accelerator()
+    per_epoch = length(shard(data, acc.process_index, acc.num_processes))
+    if per_epoch is None:
+        raise BadInput(f"{name}.steps: give the number of steps, the data has no length to count epochs by")
+    return training.epochs * per_epoch
 
 
 def task_loss(loss: Callable[..., Any] | None, outputs: Any, labels: Any) -> torch.Tensor:
@@ -340,7 +423,8 @@ def _applied(field: str, function: Callable[..., Any], outputs: Any, labels: Any
         raise BadInput(f"{field}: does not take these outputs and labels (shapes {shapes}): {text[:200]}") from error
 
 
-PLAIN = ("epoch", "position", "step", "log")
+PLAIN = ("epoch", "position", "step", "log", "curve", "recent")
+CURVE = 200  # points of the loss curve, at most
 
 
 class _Loop:
@@ -358,18 +442,20 @@ class _Loop:
         callbacks: Sequence[Callback],
         acc: Accelerator,
         checkpoint: Path | None,
+        dress: Callable[[TrainableModule], AbstractContextManager[Any]],
     ):
-        self.module, self.feed, self.val_feed = program.module(), Feed(program), Feed(program, "val")
+        self.program, self.module, self.dress, self.worn = program, program.module(), dress, ExitStack()
+        self.feed, self.val_feed = Feed(program), Feed(program, "val")
         self.objective, self.training, self.context, self.name = objective, training, context, name
         self.outputs, self.callbacks, self.acc, self.checkpoint = outputs, callbacks, acc, checkpoint
         self.data = shard(context.data or (), acc.process_index, acc.num_processes)
         self.per_epoch = length(self.data)
         if self.per_epoch == 0:
             raise BadInput("data: holds no batch (or fewer batches than there are processes)")
-        if self.per_epoch is None and training.steps is None:
-            raise BadInput(f"{name}.steps: give the number of steps, the data has no length to count epochs by")
-        self.total = training.steps or training.epochs * (self.per_epoch or 0)
+        self.total = total_steps(training, context.data or (), name)
         self.epoch = self.position = self.step = 0
+        self.curve: list[list[float]] = []
+        self.recent = 0.0
         self.log: list[dict[str, Any]] = []
         self.sums: dict[str, float] = {}
         self.order = [g.get_state() for g in generators(self.context.data or ())]
@@ -377,19 +463,58 @@ class _Loop:
         self.rng: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
-        self.model = self.acc.prepare_model(self.module)
-        self.optimizer = _optimizer(self.module, self.training)
         self.scaler = torch.amp.GradScaler(self.acc.device.type, enabled=self.training.precision == "fp16")
+        home = next((t.device for t in self.module.state_dict().values()), torch.device("cpu"))
+        try:
+            self._train_on(self.module)
+            return self._run()
+        finally:
+            self.worn.close()
+            _move(self.module.eval(), home)
+
+    def _train_on(self, module: TrainableModule) -> None:
+        """Make this the network that trains: on the device, dressed, with an optimizer of its own."""
+        self.worn.close()
+        self.module = module
+        self.program.replace_module(module)
+        _move(module, self.acc.device)
+        self.worn.enter_context(self.dress(module))
+        self.acc._models.clear()  # accelerate keeps every model it was ever given
+        self.model = self.acc.prepare_model(module)
+        self.optimizer = _optimizer(module, self.training)
+
+    def _operate(self, surgery: Surgery | None) -> None:
+        """Go on with a smaller network; the optimizer's moments lose the same indices."""
+        if surgery is None:
+            return
+        old, moments = dict(self.module.named_parameters()), self.optimizer.state
+        surgery.module.meta |= {k: v for k, v in self.module.meta.items() if k == "batches"}
+        self._train_on(surgery.module)
+        self.module.train(batch_norm=self.training.batch_norm == "train")
+        for name, parameter in self.module.named_parameters():
+            self.optimizer.state[parameter] = {
+                key: taken(value, surgery.tensors.get(name, {}))
+                if isinstance(value, torch.Tensor) and value.shape == old[name].shape
+                else value
+                for key, value in moments.get(old[name], {}).items()
+            }
+        for callback in self.callbacks:
+            callback.after_surgery(surgery)
+
+    def _run(self) -> dict[str, Any]:
         record: dict[str, Any] = {}
         if self.checkpoint is not None and self.checkpoint.exists():
             self._load(self.checkpoint)
             record["resumed_at"] = self.step
+        else:
+            for callback in self.callbacks:
+                self._operate(callback.begin(self.module))
         with bar(self.context.progress and self.acc.is_main_process, self.name, self.total) as update:
             while self.done < self.total:
                 self._epoch(update)
         if self.checkpoint is not None and self.acc.is_main_process:
             self.checkpoint.unlink(missing_ok=True)
-        record |= {"steps": self.step, "processes": self.acc.num_processes, "epochs": self.log}
+        record |= {"steps": self.step, "processes": self.acc.num_processes, "epochs": self.log, "curve": self.curve}
         if self.feed.skipped:
             record["skipped_batches"] = self.feed.skipped
         return record
@@ -459,11 +584,19 @@ class _Loop:
         self.scaler.update()
         self.optimizer.zero_grad()
         for callback in self.callbacks:
-            callback.after_step(self.step, self.module)
+            self._operate(callback.after_step(self.step, self.module))
+        self._note(values[0])
         for key, value in zip(("loss", *parts), values, strict=True):
             self.sums[key] = self.sums.get(key, 0.0) + value
         self.position += 1
         self.step += 1
+
+    def _note(self, loss: float) -> None:
+        self.recent += loss
+        every = math.ceil(self.total / CURVE)
+        if (self.step + 1) % every == 0:
+            self.curve.append([self.step + 1, self.recent / every])
+            self.recent = 0.0
 
     def _diagnosis(self, batch: Batch, value: float, rate: float) -> str:
         where = f"{self.name}: the loss is {value} at step {self.step + 1} (epoch {self.epoch + 1})"
@@ -522,12 +655,13 @@ class _Loop:
     def _load(self, path: Path) -> None:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
+                if (module := callback.load_state_dict(saved)) is not None:
+                    self._train_on(module)
             self.module.load_state_dict(state["module"])
             self.module.meta["batches"] = state["batches"]
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
-                callback.load_state_dict(saved)
             for generator, order in zip(generators(self.context.data or ()), state["order"], strict=True):
                 generator.set_state(order)
             self.order, own = state["order"], state["own"][self.acc.process_index]
@@ -548,6 +682,13 @@ def _optimizer(module: nn.Module, training: Training) -> torch.optim.Optimizer:
     if training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=training.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=training.lr)
+
+
+def taken(tensor: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """The entries of a tensor at the kept indices of each dimension named."""
+    for d, indices in kept.items():
+        tensor = tensor.index_select(d, indices.to(tensor.device))
+    return tensor
 
 
 def _finite(module: nn.Module) -> set[str]:

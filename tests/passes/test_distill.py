@@ -18,7 +18,7 @@ import graphcomb.graph as g
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes.base import Context
 from graphcomb.passes.batches import Every, Feed, shard, split_batch
-from graphcomb.passes.distill import Distill, common_features, feature_distance, soft_kl
+from graphcomb.passes.distill import Distill, feature_distance, matching_features, soft_kl
 from graphcomb.passes.training import (
     Callback,
     Training,
@@ -124,7 +124,8 @@ def test_unlabelled_batches_are_enough(teacher):
 
 def test_features_of_equal_width_are_learnt_and_the_others_named(teacher):
     student = capture(network(6, last=24))  # the last block is as wide as the teacher's
-    names, refused = common_features(teacher, student)
+    kept, refused = matching_features(teacher, student)
+    names = list(kept)
     assert len(names) == len(refused) == 1
     assert refused[0]["why"] == "its shape is (12, 4, 4) in the student, (24, 4, 4) in the teacher"
     data, _ = loaders()
