@@ -1,0 +1,610 @@
+"""Accuracy after comb, prune, distill on real data, next to torch-pruning at the same MACs and the same training.
+
+    python benchmarks/accuracy.py                                # resumes; results/accuracy.json, .md and two .png
+    python benchmarks/accuracy.py --networks resnet --seeds 0 --methods graphcomb
+    python benchmarks/accuracy.py --latency                      # afterwards, on a quiet machine: adds latencies
+    python benchmarks/accuracy.py --table                        # only rewrite the tables and plots
+    python benchmarks/accuracy.py --full                         # larger networks and longer training, for a GPU
+
+Needs torch-pruning 1.6.1 (pip install torch-pruning==1.6.1) and Fashion-MNIST (apt-get install dataset-fashion-mnist).
+
+Every (network, seed) has a dense reference, trained once and kept in the cache folder. A row starts from it, prunes to a
+share of its MACs (counted by graphcomb for all, on the captured program), trains for a budget of steps that is the same
+for every method, with the same data, optimizer and schedule, and is scored on the test set: top-1 accuracy for
+classifiers, mean IoU over 11 classes for segmenters. graphcomb's budget includes the steps during which it prunes;
+torch-pruning prunes at once and trains for the whole budget. Widths of CNNs
+stay multiples of the same number for both.
+
+torch-pruning is given what its examples give it: the classifier is ignored, attention projections are named with their
+number of heads, importances have their default normalisation, and gradients come from the same training images for its
+Taylor and Hessian importances as for graphcomb's one-shot Fisher scores. Its ratio is found by bisection: the smallest
+whose MACs are within the target. CNNs are ranked globally, transformers layer by layer, as its examples do; there its
+widths are not rounded, because its step would be the multiple times the number of heads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import datetime
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import networks
+import scenes
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import graphcomb
+from graphcomb.data import cache_folder, fashion_mnist
+from graphcomb.passes import Distill, RemoveChannels
+
+HERE = Path(__file__).parent
+TARGETS = {"classification": (2.0, 3.0, 4.3), "segmentation": (1.5, 1.9, 3.0)}  # times fewer MACs
+TP = "torch-pruning"
+IMPORTANCES = ("magnitude", "taylor", "hessian")
+METHODS = (
+    "graphcomb", "graphcomb labels", "graphcomb one-shot",
+    *(f"{TP} {i}" for i in IMPORTANCES), f"{TP} distilled",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large everything is. reference: optimizer steps of the dense network; steps: of pruning and training after
+    it; lr: peaks of both; arguments: of the network."""
+
+    reference: dict[str, int]
+    steps: int = 160
+    batch: dict[str, int] = field(default_factory=lambda: {"classification": 64, "segmentation": 32})
+    lr: tuple[float, float] = (2e-3, 1e-3)
+    scenes: tuple[int, int] = (6000, 1000)
+    scored: int = 256  # training images for scores from gradients
+    round_to: int = 4
+    alpha: float = 0.7
+    temperature: float = 2.0
+    features: float = 1.0
+    interval: int = 4
+    arguments: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+SIZES = {
+    "small": Size(
+        {"resnet": 2000, "mobilenet": 1200, "deit": 1800, "lraspp": 900, "segformer": 1200},
+        arguments={"lraspp": {"width": 16}},
+    ),
+    "full": Size(
+        dict.fromkeys(networks.NETWORKS, 20_000), steps=6000, interval=20, scenes=(40_000, 4000), scored=2048,
+        arguments={
+            "resnet": {"width": 64, "blocks": 2}, "mobilenet": {"width": 32, "expansion": 6},
+            "deit": {"width": 192, "depth": 8, "heads": 6}, "lraspp": {"width": 48},
+            "segformer": {"width": 64, "depth": 3},
+        },
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    network: str
+    seed: int
+    method: str
+    target: float
+    size: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.network}/{self.seed}/{self.method}/{self.target:g}"
+
+
+def kind(network: str) -> str:
+    return "classification" if network in networks.CLASSIFIERS else "segmentation"
+
+
+# ----------------------------------------------------------------------------------------------------- data and scores
+@functools.cache
+def loaders(task: str, size: str) -> tuple[Any, Any]:
+    options = SIZES[size]
+    if task == "classification":
+        return fashion_mnist(batch_size=options.batch[task])
+    return scenes.loaders(options.batch[task], *options.scenes)
+
+
+def example(task: str) -> torch.Tensor:
+    return torch.zeros(2, 1, 28, 28) if task == "classification" else torch.zeros(2, 1, scenes.SIZE, scenes.SIZE)
+
+
+def capture(model: nn.Module, task: str) -> graphcomb.Program:
+    return graphcomb.capture(model.eval(), (example(task),), dynamic_shapes="batch")
+
+
+def score(program: graphcomb.Program, network: str, size: str) -> float:
+    """Top-1 accuracy or mean IoU on the test set, in percent."""
+    task = kind(network)
+    classes = 10 if task == "classification" else scenes.CLASSES
+    confusion = torch.zeros(classes, classes, dtype=torch.float64)
+    module = program.module().eval()
+    device = next(module.parameters()).device
+    with torch.no_grad():
+        for images, labels in loaders(task, size)[1]:
+            found = module(images.to(device)).argmax(1).cpu()
+            pairs = labels.flatten() * classes + found.flatten()
+            confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    if task == "classification":
+        return 100 * float(confusion.diagonal().sum() / confusion.sum())
+    return 100 * scenes.miou(confusion)
+
+
+def gradient_batches(task: str, size: str, seed: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Training images for scores from gradients, in batches of 32."""
+    images, labels = loaders(task, size)[0].dataset.tensors
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
+    return list(zip(images[chosen].split(32), labels[chosen].split(32), strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------- references
+def reference(network: str, seed: int, size: str) -> tuple[nn.Module, float]:
+    """The dense network and its score, trained now or taken from the cache. Two processes do not train the same one."""
+    options, task = SIZES[size], kind(network)
+    decides = {
+        "network": network, "seed": seed, "arguments": options.arguments.get(network, {}), "lr": options.lr[0],
+        "steps": options.reference[network], "batch": options.batch[task], "scenes": options.scenes,
+        "code": digest(HERE / "networks.py", HERE / "scenes.py"), "torch": torch.__version__,
+    }  # fmt: skip
+    code = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+    path = cache_folder() / "accuracy" / f"{network}-{seed}-{code}.pt"
+    torch.manual_seed(seed)
+    model = networks.NETWORKS[network](**options.arguments.get(network, {}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_suffix(".lock")):
+        if not path.is_file():
+            program = capture(model, task)
+            training = Distill(
+                alpha=0.0, steps=options.reference[network], lr=options.lr[0], weight_decay=0.02, checkpoint_every=0
+            )
+            done = training(program, data=loaders(task, size)[0], seed=seed).program
+            state = {k: v.detach().cpu() for k, v in done.module().state_dict().items()}
+            part = path.with_suffix(".part")
+            torch.save({"state": state, "score": score(done, network, size)}, part)
+            part.replace(path)
+    found = torch.load(path, weights_only=True)
+    model.load_state_dict(found["state"], strict=False)
+    return model.eval(), found["score"]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def digest(*files: Path) -> str:
+    """Of the code without its layout and comments."""
+    return hashlib.sha256("".join(ast.dump(ast.parse(f.read_text())) for f in files).encode()).hexdigest()[:12]
+
+
+# -------------------------------------------------------------------------------------------------------------- methods
+def training(options: Size, distilled: bool) -> Distill:
+    """The training that every method gets, with or without the dense teacher."""
+    if not distilled:
+        return Distill(alpha=0.0, steps=options.steps, lr=options.lr[1])
+    return Distill(
+        alpha=options.alpha, temperature=options.temperature, features=options.features, steps=options.steps,
+        lr=options.lr[1],
+    )  # fmt: skip
+
+
+def graphcomb_adaptive(job: Job, dense: nn.Module, distilled: bool) -> graphcomb.Program:
+    options, task = SIZES[job.size], kind(job.network)
+    program = capture(dense, task)
+    pass_ = RemoveChannels(
+        macs=1 / job.target, importance="fisher", scope="global", schedule="adaptive", interval=options.interval,
+        round_to=options.round_to, train=training(options, distilled),
+    )  # fmt: skip
+    return pass_(
+        program, data=loaders(task, job.size)[0], seed=job.seed, teacher=program if distilled else None
+    ).program
+
+
+def graphcomb_one_shot(job: Job, dense: nn.Module) -> graphcomb.Program:
+    options, task = SIZES[job.size], kind(job.network)
+    program = capture(dense, task)
+    pass_ = RemoveChannels(macs=1 / job.target, importance="fisher", scope="global", round_to=options.round_to)
+    pruned = pass_(program, data=gradient_batches(task, job.size, job.seed, options.scored), seed=job.seed).program
+    data = loaders(task, job.size)[0]
+    return training(options, True)(pruned, data=data, seed=job.seed, teacher=program).program
+
+
+def torch_pruning(job: Job, dense: nn.Module, importance: str, distilled: bool) -> graphcomb.Program:
+    options, task = SIZES[job.size], kind(job.network)
+    program = capture(dense, task)
+    gradients = tp_gradients(dense, importance, job) if importance != "magnitude" else None
+    goal = program.macs / job.target
+    low, high, best = 0.0, 0.95, None
+    for _ in range(7):
+        middle = (low + high) / 2
+        pruned = capture(tp_pruned(dense, importance, middle, gradients, job), task)
+        if pruned.macs <= goal:
+            best, high = pruned, middle
+        else:
+            low = middle
+    if best is None:
+        raise RuntimeError(f"no ratio reaches {job.target:g} times fewer MACs")
+    data = loaders(task, job.size)[0]
+    return training(options, distilled)(best, data=data, seed=job.seed, teacher=program if distilled else None).program
+
+
+def tp_gradients(dense: nn.Module, importance: str, job: Job) -> list[torch.Tensor | None]:
+    """What its importances read from `.grad`: the mean gradient (Taylor), or the mean of the squares of every image's
+    gradient (Hessian; its own accumulator keeps the last image only)."""
+    model, options, task = copy.deepcopy(dense).eval(), SIZES[job.size], kind(job.network)
+    batches = gradient_batches(task, job.size, job.seed, options.scored)
+    sums: list[torch.Tensor | None] = [None] * len(list(model.parameters()))
+    count = 0
+    for images, labels in batches:
+        parts = [(images, labels)] if importance == "taylor" else zip(images.split(1), labels.split(1), strict=True)
+        for x, y in parts:
+            model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            count += 1
+            for i, p in enumerate(model.parameters()):
+                found = p.grad if importance == "taylor" or p.grad is None else p.grad.square()
+                sums[i] = found if sums[i] is None else sums[i] + found
+    return [None if s is None else s / count for s in sums]
+
+
+def tp_pruned(dense: nn.Module, importance: str, ratio: float, gradients: list | None, job: Job) -> nn.Module:
+    """A pruned copy, by torch-pruning alone."""
+    import torch_pruning as tp
+
+    model, options = copy.deepcopy(dense).eval(), SIZES[job.size]
+    for p, g in zip(model.parameters(), gradients or (), strict=False):
+        p.grad = None if g is None else g.clone()
+    heads = {}
+    for m in model.modules():
+        if isinstance(m, networks.Attention):
+            heads[m.qkv] = m.num_heads
+        if isinstance(m, networks.MixBlock):
+            heads |= {m.q: m.num_heads, m.k: m.num_heads, m.v: m.num_heads}
+    last = [getattr(model, n) for n in ("head", "classify", "high", "low") if hasattr(model, n)]
+    found = {
+        "magnitude": tp.importance.GroupMagnitudeImportance, "taylor": tp.importance.GroupTaylorImportance,
+        "hessian": tp.importance.GroupHessianImportance,
+    }[importance]()  # fmt: skip
+    pruner = tp.pruner.BasePruner(
+        model, example(kind(job.network))[:1], importance=found, global_pruning=not heads, pruning_ratio=ratio,
+        max_pruning_ratio=0.95, ignored_layers=last, round_to=None if heads else options.round_to, num_heads=heads,
+    )  # fmt: skip
+    pruner.step()
+    model.zero_grad()
+    return model
+
+
+def build(job: Job, dense: nn.Module, rows: dict[str, Any]) -> graphcomb.Program:
+    match job.method.split():
+        case ["graphcomb"]:
+            return graphcomb_adaptive(job, dense, distilled=True)
+        case ["graphcomb", "labels"]:
+            return graphcomb_adaptive(job, dense, distilled=False)
+        case ["graphcomb", "one-shot"]:
+            return graphcomb_one_shot(job, dense)
+        case [_, "distilled"]:
+            return torch_pruning(job, dense, best_importance(job, rows), distilled=True)
+        case [_, importance]:
+            return torch_pruning(job, dense, importance, distilled=False)
+    raise ValueError(job.method)
+
+
+def best_importance(job: Job, rows: dict[str, Any]) -> str:
+    """torch-pruning's best importance for this network, seed and target, trained on labels."""
+    found = {i: rows.get(f"{job.network}/{job.seed}/{TP} {i}/{job.target:g}", {}).get("score") for i in IMPORTANCES}
+    scored = {i: s for i, s in found.items() if s is not None}
+    if not scored:
+        raise RuntimeError("none of its importances worked")
+    return max(scored, key=lambda i: scored[i])
+
+
+def measure(job: Job, rows: dict[str, Any]) -> dict[str, Any]:
+    """One row."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    start, cpu = time.perf_counter(), time.process_time()
+    dense, dense_score = reference(job.network, job.seed, job.size)
+    before = capture(dense, kind(job.network))
+    row: dict[str, Any] = {"dense_score": dense_score, "dense_macs": before.macs // 2, "dense_params": before.params}
+    try:
+        program = build(job, dense, rows)
+    except Exception as error:
+        return row | {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
+    row |= {"score": score(program, job.network, job.size), "macs": program.macs // 2, "params": program.params}
+    if job.method.endswith("distilled"):
+        row["importance"] = best_importance(job, rows)
+    program.save(stored(job))
+    times = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    return row | {k: round(v, 1) for k, v in times.items()} | {"code": revision()}
+
+
+def stored(job: Job) -> Path:
+    """Where the pruned program of a row waits for its latency to be measured."""
+    folder = cache_folder() / "accuracy" / f"pruned-{job.size}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{job.key.replace('/', '_').replace(' ', '-')}.pt2"
+
+
+@functools.cache
+def revision() -> str:
+    """The commit of graphcomb that made a row."""
+    if "GRAPHCOMB_REVISION" in os.environ:
+        return os.environ["GRAPHCOMB_REVISION"]
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return run.stdout.strip() or metadata.version("graphcomb")
+
+
+# ----------------------------------------------------------------------------------------------------------- the driver
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {"rows": {}}
+
+
+def save(path: Path, data: dict[str, Any]) -> None:
+    """Write under a temporary name and rename."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+    part.replace(path)
+
+
+def stages(options: argparse.Namespace) -> Iterator[list[Job]]:
+    """Jobs that may run at the same time, seed by seed; what looks at other rows comes last."""
+    for seed in options.seeds:
+        jobs = [
+            Job(n, seed, m, t, options.size)
+            for n in options.networks
+            for t in sorted(TARGETS[kind(n)], reverse=True)
+            for m in options.methods
+        ]
+        yield [j for j in jobs if not j.method.endswith("distilled")]
+        yield [j for j in jobs if j.method.endswith("distilled")]
+
+
+def work(task: tuple[Job, dict[str, Any]]) -> tuple[Job, dict[str, Any]]:
+    job, rows = task
+    return job, measure(job, rows)
+
+
+def run(options: argparse.Namespace) -> None:
+    from rich.progress import track
+
+    data = load(options.results)
+    data["size"] = {"name": options.size} | asdict(SIZES[options.size])
+    data["environment"] = environment()
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        for jobs in stages(options):
+            jobs = [j for j in jobs if options.again or j.key not in data["rows"]]
+            tasks = [(j, dict(data["rows"])) for j in jobs]
+            for job, row in track(pool.imap_unordered(work, tasks), "rows", total=len(tasks)):
+                data["rows"][job.key] = row
+                save(options.results, data)
+                shown = (
+                    row.get("failed") or f"{row['score']:.2f} of {row['dense_score']:.2f}, {ratio(row):.2f}x fewer MACs"
+                )
+                print(f"{job.key}: {shown}", flush=True)
+
+
+def ratio(row: dict[str, Any]) -> float:
+    return row["dense_macs"] / row["macs"]
+
+
+def environment() -> str:
+    versions = ", ".join(f"{n} {metadata.version(n)}" for n in ("torch", "torch-pruning", "onnxruntime"))
+    return f"{versions}; {datetime.date.today()}"
+
+
+def latency(options: argparse.Namespace) -> None:
+    """Add to every row of the first seed how many times faster its program is than the dense one."""
+    from rich.progress import track
+
+    torch.set_num_threads(1)
+    data = load(options.results)
+    jobs = [j for jobs in stages(options) for j in jobs if stored(j).is_file() and j.key in data["rows"]]
+    jobs = [j for j in jobs if options.again or "speedup" not in data["rows"][j.key]]
+    for job in track(jobs, "latencies"):
+        dense = capture(reference(job.network, job.seed, job.size)[0], kind(job.network))
+        pruned = graphcomb.load(stored(job))
+        row = data["rows"][job.key]
+        for name, batch in (("speedup", 1), ("speedup_batch_8", 8)):
+            shape = (batch, *example(kind(job.network)).shape[1:])
+            found = graphcomb.runtime.bench([dense, pruned], [torch.randn(shape)], seconds=6, names=["dense", "pruned"])
+            if found.ratio is None:
+                print(f"{job.key}: {found.note}", flush=True)
+                continue
+            row[name] = {k: round(v, 3) for k, v in found.ratios["pruned"].items()}
+            row[name] |= {f"{t.name}_ms": round(t.ms["median"], 4) for t in found.timings}
+        save(options.results, data)
+
+
+# ------------------------------------------------------------------------------------------------- tables and pictures
+def points(data: dict[str, Any], network: str, method: str, target: float) -> list[dict[str, Any]]:
+    """The rows of all seeds; for "torch-pruning best" those of its importance with the best mean score."""
+    if method == f"{TP} best":
+        found = [points(data, network, f"{TP} {i}", target) for i in IMPORTANCES]
+        most = max(map(len, found))
+        return max((f for f in found if len(f) == most), key=lambda f: mean(f)[0] if f else 0.0)
+    keys = [k for k in data["rows"] if k.startswith(f"{network}/") and k.endswith(f"/{method}/{target:g}")]
+    return [data["rows"][k] for k in sorted(keys) if "score" in data["rows"][k]]
+
+
+def mean(rows: list[dict[str, Any]], field: str = "score") -> tuple[float, float]:
+    values = [r[field] for r in rows]
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def cell(rows: list[dict[str, Any]], dense: bool = False) -> str:
+    if not rows:
+        return "-"
+    value, spread = mean(rows, "dense_score" if dense else "score")
+    return f"{value:.2f} ± {spread:.2f}" if len(rows) > 1 else f"{value:.2f}"
+
+
+COLUMNS = {
+    "graphcomb": "graphcomb", "graphcomb labels": "without distillation", "graphcomb one-shot": "one-shot, distilled",
+    f"{TP} best": "torch-pruning", f"{TP} distilled": "torch-pruning + our distillation",
+}  # fmt: skip
+
+
+def table(data: dict[str, Any]) -> str:
+    size = data["size"]
+    lines = [
+        "# Accuracy after pruning, real data\n",
+        f"Made by `benchmarks/accuracy.py`, size {size['name']}; {data['environment']}. Mean ± standard deviation over "
+        "seeds (each with a dense network of its own), top-1 accuracy or mean IoU in percent. Every pruned network got "
+        f"{size['steps']} optimizer steps of {size['batch']['classification']} images or {size['batch']['segmentation']} "
+        "scenes. torch-pruning: the best of its magnitude, Taylor and Hessian importances for that point, trained on labels "
+        "as it comes; all three below.\n",
+        "| network | MACs, times fewer | seeds | dense | " + " | ".join(COLUMNS.values()) + " |",
+        "| --- | ---: | ---: | ---: |" + " ---: |" * len(COLUMNS),
+    ]
+    names = [n for n in networks.NETWORKS if any(k.startswith(f"{n}/") for k in data["rows"])]
+    for network in names:
+        for target in TARGETS[kind(network)]:
+            found = {m: points(data, network, m, target) for m in COLUMNS}
+            rows = max(found.values(), key=len)
+            if rows:
+                cells = [cell(found[m]) for m in COLUMNS]
+                lines.append(
+                    f"| {network} | {target:g} | {len(rows)} | {cell(rows, dense=True)} | " + " | ".join(cells) + " |"
+                )
+    lines += ["", verdicts(data, names), "", "## torch-pruning's importances, trained on labels\n"]
+    lines += [
+        "| network | MACs, times fewer | " + " | ".join(IMPORTANCES) + " |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for network in names:
+        for target in TARGETS[kind(network)]:
+            cells = [cell(points(data, network, f"{TP} {i}", target)) for i in IMPORTANCES]
+            lines.append(f"| {network} | {target:g} | " + " | ".join(cells) + " |")
+    failed = {k: r["failed"] for k, r in data["rows"].items() if "failed" in r}
+    if failed:
+        lines += ["", "## What failed\n", *(f"- {k}: {why}" for k, why in sorted(failed.items()))]
+    lines += speed_table(data, names)
+    return "\n".join(lines) + "\n"
+
+
+def verdicts(data: dict[str, Any], names: list[str]) -> str:
+    """On how many points graphcomb is above torch-pruning, and where below by more than the spread."""
+    above, below, total = 0, [], 0
+    for network in names:
+        for target in TARGETS[kind(network)]:
+            ours, theirs = (points(data, network, m, target) for m in ("graphcomb", f"{TP} best"))
+            if ours and theirs:
+                total += 1
+                (a, sa), (b, sb) = mean(ours), mean(theirs)
+                above += a > b
+                if a < b - max(sa, sb):
+                    below.append(f"{network} at {target:g}x ({a - b:+.2f})")
+    return (
+        f"graphcomb is above torch-pruning on {above} of {total} points; below it by more than the larger standard "
+        f"deviation: {', '.join(below) or 'nowhere'}."
+    )
+
+
+def speed_table(data: dict[str, Any], names: list[str]) -> list[str]:
+    lines = [
+        "", "## Measured speed-up\n",
+        "ONNX Runtime, one thread, dense and pruned in turns; median of the paired ratios, over seeds where several were "
+        "measured. In brackets the share of the MAC reduction that arrives.\n",
+        "| network | method | MACs, times fewer | faster, batch 1 | faster, batch 8 |", "| --- | --- | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    count = len(lines)
+    for network in names:
+        for method in COLUMNS:
+            for target in TARGETS[kind(network)]:
+                rows = [r for r in points(data, network, method, target) if "speedup" in r]
+                if rows:
+                    fewer = statistics.fmean(map(ratio, rows))
+                    cells = []
+                    for name in ("speedup", "speedup_batch_8"):
+                        found = [r[name]["median"] for r in rows if name in r]
+                        faster = statistics.fmean(found) if found else 0.0
+                        cells.append(f"{faster:.2f} ({faster / fewer:.2f})" if found else "-")
+                    lines.append(f"| {network} | {method} | {fewer:.2f} | " + " | ".join(cells) + " |")
+    return lines if len(lines) > count else []
+
+
+def plots(data: dict[str, Any], path: Path) -> None:
+    """Score against MACs, and score against measured latency, a panel per network."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [n for n in networks.NETWORKS if any(k.startswith(f"{n}/") for k in data["rows"])]
+    axes_of: dict[str, Callable[[dict[str, Any]], float]] = {
+        "macs": lambda r: 100 / ratio(r), "latency": lambda r: 100 / r["speedup"]["median"],
+    }  # fmt: skip
+    for name, position in axes_of.items():
+        figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.4), squeeze=False)
+        drawn = False
+        for axis, network in zip(axes[0], names, strict=True):
+            for method, title in COLUMNS.items():
+                spots = []
+                for target in TARGETS[kind(network)]:
+                    rows = [r for r in points(data, network, method, target) if name == "macs" or "speedup" in r]
+                    if rows:
+                        spots.append((statistics.fmean(map(position, rows)), *mean(rows)))
+                if spots:
+                    x, y, e = zip(*sorted(spots), strict=True)
+                    axis.errorbar(x, y, e, marker="o", capsize=2, label=title, ls="--" if TP in method else "-", ms=4)
+                    drawn = True
+            dense = [r["dense_score"] for k, r in data["rows"].items() if k.startswith(f"{network}/")]
+            axis.axhline(statistics.fmean(dense), color="grey", lw=0.8, ls=":")
+            axis.set_title(network)
+            axis.set_xlabel(f"{'MACs' if name == 'macs' else 'latency, 1 thread, batch 1'}, % of dense")
+        axes[0, 0].set_ylabel("accuracy, mean IoU (%)")
+        axes[0, -1].legend(fontsize=6)
+        figure.tight_layout()
+        if drawn:
+            figure.savefig(path.with_name(f"{path.stem}_{name}.png"), dpi=110)
+        plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="*", default=list(networks.NETWORKS), choices=list(networks.NETWORKS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time, one thread each")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "accuracy.json")
+    parser.add_argument("--full", dest="size", action="store_const", const="full", default="small")
+    parser.add_argument("--latency", action="store_true", help="measure the latency of the rows that are there")
+    parser.add_argument("--table", action="store_true", help="only rewrite tables and plots")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there anew")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.latency:
+        latency(options)
+    elif not options.table:
+        run(options)
+    data = load(options.results)
+    options.results.with_suffix(".md").write_text(table(data))
+    plots(data, options.results)
+
+
+if __name__ == "__main__":
+    main()
