@@ -66,10 +66,10 @@ def shape(node: fx.Node) -> tuple[int, ...]:
 
 def fetch(module: torch.nn.Module, path: str) -> Any:
     """The attribute at a dotted path."""
-    found: Any = module
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
+    *parents, name = path.split(".")
+    for part in parents:
+        module = module._modules[part]  # type: ignore[assignment]  # many times faster than getattr
+    return getattr(module, name)
 
 
 def source(node: fx.Node) -> str:

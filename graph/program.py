@@ -289,16 +289,16 @@ def rebuild(
     nodes: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(module.graph, nodes))
     graph.set_codegen(copy.copy(module.graph._codegen))
-    root, taken = torch.nn.Module(), {}
+    new, taken = TrainableModule(torch.nn.Module(), fx.Graph()), {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
             name, old = str(node.target), fetch(module, str(node.target))
             if id(old) not in taken:
                 taken[id(old)] = take(name, old)
-            place_tensor(root, name, taken[id(old)])
+            place_tensor(new, name, taken[id(old)])
     if edit is not None:
         edit(nodes)
-    new = TrainableModule(root, graph)
+    new.graph = graph
     new.training = module.training
     for name in ("_in_spec", "_out_spec"):
         if hasattr(module, name):
@@ -322,9 +322,9 @@ def place_tensor(root: torch.nn.Module, path: str, value: Any) -> None:
     """Set a parameter, buffer or other attribute at a dotted path, making modules on the way."""
     *parents, name = path.split(".")
     for part in parents:
-        if not hasattr(root, part):
+        if part not in root._modules:
             root.add_module(part, torch.nn.Module())
-        root = getattr(root, part)
+        root = root._modules[part]  # type: ignore[assignment]
     if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
         root.register_buffer(name, value)
     else:
