@@ -385,14 +385,19 @@ def main() -> None:
             unsettled = old and (
                 old["status"] != "ok" or ("error" not in old and old["params"] <= options.verify_up_to)
             )
+            rival = old.get("torch_pruning") if old else None
+            missing = rival is None and not options.no_rival
             if old and not options.again and not (options.failed and unsettled):
-                continue
-            job = functools.partial(measure, name, options.verify_up_to)
-            row = {"model": name, "commit": revision} | run_child(job, options.seconds, options.gigabytes)
-            if old and "torch_pruning" in old:
-                row["torch_pruning"] = old["torch_pruning"]
-            elif not options.no_rival and row["status"] != "not exportable":
-                row["torch_pruning"] = run_child(functools.partial(torch_pruning, name), 120, options.gigabytes)
+                if not missing or old["status"] == "not exportable":
+                    continue
+                row = old
+            else:
+                job = functools.partial(measure, name, options.verify_up_to)
+                row = {"model": name, "commit": revision} | run_child(job, options.seconds, options.gigabytes)
+            if missing and row["status"] != "not exportable":
+                rival = run_child(functools.partial(torch_pruning, name), 120, options.gigabytes)
+            if rival is not None:
+                row["torch_pruning"] = rival
             data["rows"][name] = row
             save(path, data)
             print(
