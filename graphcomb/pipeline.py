@@ -125,7 +125,7 @@ class Pipeline:
         check_invariants(result.program, type(pass_).__name__, program)
         if not result.record.get("changed"):
             return result.program
-        if verified := verification(pass_, program, result, context.seed):
+        if verified := result.record.get("verified") or verification(pass_, program, result, context.seed):
             result.record["verified"] = verified
             if not verified["error"] <= verified["tolerance"]:
                 raise GraphcombError(

@@ -16,7 +16,7 @@ from ..graph.errors import BadInput, GraphcombError, Unreachable
 from ..graph.ops import arguments, op_name
 from ..graph.program import Program
 from ..graph.surgery import remove
-from ..graph.verify import check
+from ..graph.verify import TOLERANCE, check
 from .adaptive import Pruner, event_steps, lowest_removed, removed_values
 from .base import Context, Pass, PassResult
 from .distill import Distill, block_outputs
@@ -148,17 +148,17 @@ class RemoveChannels(Pass):
         }
         result = PassResult(smaller, record, removed, masked)
         if masked is not None and removed:
-            record["masked_error"] = self._proven(program, result, context)
+            record["verified"] = self._proven(program, result, context)
         return result
 
     @staticmethod
-    def _proven(program: Program, result: PassResult, context: Context) -> float:
-        """How far the result is from one slice of the masked network, by the absence oracle; its weights are the slices."""
+    def _proven(program: Program, result: PassResult, context: Context) -> dict[str, Any]:
+        """That the result is one slice of the masked network: the same weights, and what the absence oracle computes."""
         verdict = check(program, result, seed=context.seed)
         if not verdict.ok:
             why = verdict.disagreements[0] if verdict.disagreements else "nothing the oracle sees has changed"
             raise GraphcombError(f"RemoveChannels: the result is not the masked network ({why}); a bug of graphcomb")
-        return verdict.error
+        return {"oracle": "absence oracle", "error": verdict.error, "tolerance": TOLERANCE}
 
     def score(self, comb: Comb, groups: list[Group], context: Context) -> Scores:
         """How much each index of each group matters."""

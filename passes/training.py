@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..graph.errors import BadInput
+from ..graph.errors import BadInput, GraphcombError
 from ..graph.program import Program, TrainableModule
 from .base import Context
 from .batches import Batch, Feed, generators, length, shard, split_batch
@@ -392,7 +392,15 @@ def fit(
         raise BadInput(f"{name}.checkpoint_every: needs a folder for the checkpoints; pass out=")
     loop = _Loop(program, objective, training, context, name, outputs, callbacks, acc, checkpoint, dress)
     with seeded(context.seed):
-        return loop.run()
+        try:
+            return loop.run()
+        except RuntimeError as error:
+            if acc.num_processes > 1 and any(word in str(error) for word in LOST):
+                raise GraphcombError(
+                    f"{name}: process {acc.process_index} of {acc.num_processes} lost another one at step {loop.step + 1}"
+                    f"; {'the run continues from its last checkpoint when started again' if checkpoint else 'start again'}"
+                ) from error
+            raise
 
 
 def total_steps(training: Training, data: Iterable[Any], name: str) -> int:
@@ -423,6 +431,7 @@ def _applied(field: str, function: Callable[..., Any], outputs: Any, labels: Any
         raise BadInput(f"{field}: does not take these outputs and labels (shapes {shapes}): {text[:200]}") from error
 
 
+LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "ProcessGroup")  # in what collectives raise
 PLAIN = ("epoch", "position", "step", "log", "curve", "recent")
 CURVE = 200  # points of the loss curve, at most
 

@@ -1,0 +1,498 @@
+"""Pruning while training: what is scored, what an event cuts, that masked equals sliced, and that several processes and
+resumed runs end where one whole run does."""
+
+import dataclasses
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import graphcomb.graph as g
+from graphcomb.graph import verify
+from graphcomb.graph.comb import Comb
+from graphcomb.graph.errors import BadInput, GraphcombError, Unreachable
+from graphcomb.graph.program import load
+from graphcomb.graph.surgery import remove
+from graphcomb.passes import training
+from graphcomb.passes.adaptive import event_steps
+from graphcomb.passes.base import Context
+from graphcomb.passes.distill import Distill, feature_distance, matching_features
+from graphcomb.passes.importance import TRANSFORMS, Members
+from graphcomb.passes.remove_channels import RemoveChannels
+
+EXACT = 1e-10
+
+
+class Block(nn.Module):
+    def __init__(self, inputs, outputs, stride=1):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(inputs, outputs, 3, stride, 1), nn.Conv2d(outputs, outputs, 3, 1, 1)
+        self.norm, self.short = nn.GroupNorm(1, outputs), nn.Conv2d(inputs, outputs, 1, stride)
+
+    def forward(self, x):
+        return F.relu(self.norm(self.two(F.relu(self.one(x)))) + self.short(x))
+
+
+def convolutions(norm=True, width=8):
+    """Two residual blocks; GroupNorm over all channels, so that multiplying by masks would not be slicing."""
+    torch.manual_seed(0)
+    blocks = [Block(1, width, 2), Block(width, 2 * width, 2)] if norm else []
+    if not norm:
+        blocks = [nn.Conv2d(1, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 4))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width=16, heads=4, depth=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.heads = nn.Conv2d(1, width, 2, 2), heads
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({
+                "a": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width),
+                "b": nn.LayerNorm(width), "up": nn.Linear(width, 2 * width), "down": nn.Linear(2 * width, width),
+            })
+            for _ in range(depth)
+        )  # fmt: skip
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 4)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for m in self.layers:
+            b, n, c = x.shape
+            q, k, v = m["qkv"](m["a"](x)).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+            x = x + m["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
+            x = x + m["down"](F.gelu(m["up"](m["b"](x))))
+        return self.head(self.norm(x).mean(1))
+
+
+def batches(count=12, size=8, labels=True, dtype=torch.float32):
+    """Four classes by the brightest quarter."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(count * size, 1, 8, 8, generator=generator, dtype=dtype)
+    y = torch.randint(4, (count * size,), generator=generator)
+    for k, (row, column) in enumerate(itertools.product((0, 4), repeat=2)):
+        x[y == k, :, row : row + 4, column : column + 4] += 1
+    pairs = list(zip(x.split(size), y.split(size), strict=True))
+    return pairs if labels else [a for a, _ in pairs]
+
+
+def capture(model, dtype=torch.float32):
+    return g.capture(model.to(dtype), torch.randn(3, 1, 8, 8, dtype=dtype), dynamic_shapes="batch")
+
+
+def pruning(train=None, **options):
+    options = {"macs": 0.4, "round_to": 2, "interval": 2, **options}
+    return RemoveChannels(train=Distill(**{"epochs": 1, "lr": 0.01, "warmup": 0.0} | (train or {})), **options)
+
+
+def state(program):
+    return {k: v.clone() for k, v in program.module().state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def value(program, name, x):
+    """What a node computes."""
+    found = torch.fx.Interpreter(program.module(), garbage_collect_values=False)
+    found.run(x)
+    return next(v for n, v in found.env.items() if n.name == name)
+
+
+# ------------------------------------------------------------------------------------------------------------- schedule
+def test_events_ramp_to_the_target():
+    steps = event_steps("adaptive", 1000, 100, 5, 0.5)
+    assert list(steps) == [100, 200, 300, 400, 500]
+    shares = list(steps.values())
+    assert shares[-1] == 1
+    gains = np.diff([0, *shares])
+    assert (np.diff(gains) < 0).all(), "less and less at a time"
+    assert event_steps("iterative", 1000, 100, 4, 0.8) == {200: 0.25, 400: 0.5, 600: 0.75, 800: 1}
+    assert event_steps("iterative", 4, 1, 9, 0.5) == {1: 0.5, 2: 1}
+    assert event_steps("adaptive", 30, 100, 5, 0.5) == {15: 1}
+    assert event_steps("adaptive", 1, 100, 5, 0.1) == {1: 1}
+    assert event_steps("one-shot", 1000, 100, 5, 0.5) == {0: 1}
+
+
+# --------------------------------------------------------------------------------------------------------------- scores
+def test_scores_of_a_pruned_network_are_in_the_originals_numbering():
+    """The formula written out, on the network after it has lost some channels."""
+    program = capture(convolutions(norm=False))
+    comb = Comb(program)
+    first, second = (next(x for x in comb.groups if x.name == f"{n}.weight:0") for n in ("0", "2"))
+    masks = {first.atom: np.array([1, 0, 1, 1, 0, 1, 1, 1], dtype=bool)}
+    small, _ = remove(comb, masks)
+    module = small.module()
+    for x, y in batches(2):
+        module.zero_grad()
+        F.cross_entropy(module(x), y).backward()
+        found = Members(comb, [first.atom, second.atom], masks).gradient_scores(module, TRANSFORMS["fisher"])
+        p = dict(module.named_parameters())
+        w = {n: (t * t.grad).detach().double() for n, t in p.items()}
+        own = torch.stack([w["0.weight"].sum((1, 2, 3)), w["0.bias"], w["2.weight"].sum((0, 2, 3))]).square().mean(0)
+        np.testing.assert_allclose(found[first.atom][masks[first.atom]], own, rtol=1e-5)
+        assert (found[first.atom][~masks[first.atom]] == 0).all()
+        own = torch.stack([w["2.weight"].sum((1, 2, 3)), w["2.bias"], w["6.weight"].sum(0)]).square().mean(0)
+        np.testing.assert_allclose(found[second.atom], own, rtol=1e-5)
+
+
+def test_the_network_with_the_least_important_channels_goes_first():
+    """Channels that nobody listens to have no gradient, so they are what an event takes."""
+    model = convolutions(norm=False)
+    with torch.no_grad():
+        model[2].weight[:, [1, 4]] = 0
+        model[0].bias[[1, 4]] = -100.0
+    result = pruning({"lr": 1e-6}, macs=0.9, include=("0.*",), interval=3)(capture(model), data=batches())
+    assert result.removed["0.weight"] == {0: [1, 4]}
+
+
+# ---------------------------------------------------------------------------------------------------- masked and sliced
+@pytest.mark.parametrize("schedule", ["adaptive", "iterative", "one-shot"])
+@pytest.mark.parametrize("importance", ["fisher", "taylor", "magnitude", "random"])
+def test_the_target_is_reached_and_the_result_is_one_slice_of_the_masked_network(schedule, importance):
+    program = capture(convolutions())
+    before = state(program)
+    options = {"schedule": schedule, "importance": importance, "rounds": 3}
+    result = pruning({"epochs": 2}, **options)(program, data=batches(), val=batches(2))
+    record = result.record
+    assert same(state(program), before), "the input program is not changed"
+    assert 0.2 < record["cost"]["after"]["macs"] / record["cost"]["before"]["macs"] <= 0.4
+    assert record["events"][-1]["macs"] == result.program.macs
+    assert len(record["events"]) == {"adaptive": 6, "iterative": 3, "one-shot": 1}[schedule]
+    macs = [e["macs"] for e in record["events"]]
+    assert macs == sorted(macs, reverse=True)
+    assert record["verified"]["error"] <= EXACT
+    assert verify.surgery(program, result) <= EXACT
+    # one exact slice, at the end, of the trained weights in the original's shape
+    comb = Comb(result.masked)
+    names = {x.name: x for x in comb.groups}
+    masks = {}
+    for event in record["events"]:
+        for name, indices in event["removed"].items():
+            mask = masks.setdefault(names[name].atom, np.ones(names[name].size, dtype=bool))
+            assert mask[indices].all(), "nothing goes twice"
+            mask[indices] = False
+    once, removed = remove(comb, masks)
+    assert removed == result.removed
+    assert same(state(once), state(result.program))
+    x = batches(1)[0][0]
+    assert torch.equal(once.module()(x), result.program.module()(x))
+
+
+def test_heads_and_embeddings_go_while_layer_norms_stay_exact():
+    program = capture(Transformer())
+    result = pruning(macs=0.5, round_to=1, interval=1)(program, data=batches())
+    kinds = {row["kind"] for row in result.record["changed"]}
+    assert "head" in kinds
+    assert kinds & {"channel", "hidden"}
+    assert verify.surgery(program, result) <= EXACT
+    assert result.record["events"][-1]["macs"] <= 0.5 * program.macs
+
+
+def test_training_the_sliced_network_is_training_the_masked_one():
+    """Against eager float64 training of the whole network with masks on weights, gradients and momentum."""
+    dtype, rate, steps = torch.float64, 0.05, 8
+    data = batches(steps, dtype=dtype)
+    model = convolutions(norm=False)
+    program = capture(model, dtype)
+    options = {"optimizer": "sgd", "lr": rate, "schedule": "constant", "clip": 0.5, "weight_decay": 0.1}
+    result = pruning(options, macs=0.5, interval=2)(program, data=data, loss=F.cross_entropy)
+    events = {e["step"]: e["removed"] for e in result.record["events"]}
+    assert sum(map(bool, events.values())) > 1
+    removed = {n: {d: [] for d in dims} for n, dims in result.removed.items()}
+    parameters = dict(model.named_parameters())
+    masks = {n: torch.ones_like(p) for n, p in parameters.items()}
+    momentum = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    groups = {x.name: x.members for x in Comb(program).groups}
+    for step, (x, y) in enumerate(data):
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        gradients = {n: p.grad * masks[n] for n, p in parameters.items()}
+        norm = torch.stack([t.square().sum() for t in gradients.values()]).sum().sqrt()
+        for name, p in parameters.items():
+            decay = 0.1 * p.detach() if p.dim() > 1 else 0
+            momentum[name] = 0.9 * momentum[name] + gradients[name] * (0.5 / (norm + 1e-6)).clamp(max=1) + decay
+            p.data -= rate * momentum[name]
+        for group, indices in events.get(step + 1, {}).items():
+            for name, dim in groups[group]:
+                masks[name].index_fill_(dim, torch.tensor(indices), 0)
+                removed[name][dim] += indices
+        for name, p in parameters.items():
+            p.data *= masks[name]
+            momentum[name] *= masks[name]
+    assert {n: {d: sorted(i) for d, i in dims.items()} for n, dims in removed.items()} == result.removed
+    for name, p in parameters.items():
+        kept = verify.removal.sliced(p.detach(), result.removed.get(name, {}))
+        torch.testing.assert_close(result.program.module().get_parameter(name).detach(), kept, rtol=1e-9, atol=1e-12)
+    x = torch.randn(5, 1, 8, 8, dtype=dtype)
+    torch.testing.assert_close(result.program.module()(x), model(x), rtol=1e-9, atol=1e-12)
+
+
+def test_moments_of_adam_go_with_their_weights(monkeypatch):
+    """Right after an event they are slices of those before it."""
+    seen = []
+    operate = training._Loop._operate
+
+    def watched(loop, surgery):
+        if surgery is None:
+            return
+        for act in (lambda: None, lambda: operate(loop, surgery)):
+            act()
+            moments = {n: loop.optimizer.state[p] for n, p in loop.module.named_parameters()}
+            seen.append({n: {k: t.clone() for k, t in m.items()} for n, m in moments.items()})
+
+    monkeypatch.setattr(training._Loop, "_operate", watched)
+    result = pruning(interval=6)(capture(convolutions()), data=batches())
+    assert len(seen) == 2
+    for name, moments in seen[1].items():
+        lost = result.removed.get(name, {})
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(moments[key], verify.removal.sliced(seen[0][name][key], lost)), name
+        assert moments["step"] == 6
+
+
+def test_a_plan_says_where_groups_end():
+    program = capture(convolutions())
+    pass_ = pruning(interval=3, round_to=4)
+    rows = pass_.plan(program, Context(data=batches()))
+    first, second = [r for r in rows if "frozen" not in r][:2]
+    plan = {"groups": [{"name": first["name"], "keep": 3}, {"name": second["name"], "keep": second["size"]}]}
+    result = pass_(program, data=batches(), plan=plan)
+    after = {row["what"]: row["after"] for row in result.record["changed"]}
+    assert after[first["name"]] == 3
+    assert second["name"] not in after
+    assert result.record["cost"]["after"]["macs"] <= 0.4 * program.macs
+
+
+# ---------------------------------------------------------------------------------------------------------- distillation
+def test_features_are_compared_at_the_kept_indices():
+    """The term of a pruned student against the formula, from its history, before and after a round trip through a file."""
+    teacher = capture(convolutions())
+    once = RemoveChannels(ratio=0.25, round_to=1, importance="random")(teacher, seed=1)
+    twice = RemoveChannels(ratio=0.25, round_to=1, importance="random")(once.program, seed=2)
+    kept, refused = matching_features(teacher, twice.program)
+    assert not refused
+    assert len(kept) == 2
+    x = batches(1)[0][0]
+    expected = []
+    for name, dims in kept.items():
+        indices = np.arange(teacher.module().get_parameter(f"{len(expected)}.short.bias").shape[0])
+        for result in (once, twice):  # the block ends where its shortcut's channels do
+            indices = np.delete(indices, result.removed[f"{len(expected)}.short.bias"][0])
+        assert dims[1].tolist() == indices.tolist()
+        full, small = value(teacher, name, x), value(twice.program, name, x)
+        cosine = F.cosine_similarity(small.flatten(1), full[:, indices].flatten(1)).mean()
+        expected.append((2 * (1 - cosine)).item())
+    quiet = {"steps": 1, "lr": 1e-12, "batch_norm": "frozen", "features": 0.5, "alpha": 0.0}
+    for labels in (True, False):
+        distill = Distill(**quiet, labels=labels)
+        record = distill(twice.program, data=batches(1), teacher=teacher).record
+        assert record["matched"] == list(kept)
+        assert record["epochs"][0]["features"] == pytest.approx(sum(expected), rel=1e-5)
+        parts = {k: v for k, v in record["epochs"][0].items() if k in ("task", "kl")}
+        assert record["epochs"][0]["loss"] == pytest.approx(sum(parts.values()) + 0.5 * sum(expected), rel=1e-5)
+
+
+def test_kept_indices_survive_a_file(tmp_path):
+    teacher = capture(convolutions())
+    small = RemoveChannels(ratio=0.5, round_to=1, importance="random")(teacher).program
+    again = load(small.save(tmp_path / "small.pt2"))
+    (before, _), (after, refused) = (matching_features(teacher, p) for p in (small, again))
+    assert not refused
+    assert before.keys() == after.keys()
+    assert all(torch.equal(t, after[n][d]) for n, dims in before.items() for d, t in dims.items())
+    # a teacher that has itself been pruned needs no projection, one of another width none that would fit
+    assert matching_features(again, again) == ({n: {} for n in before}, [])
+    kept, refused = matching_features(capture(convolutions(width=6)), small)
+    assert not kept
+    assert len(refused) == 2
+
+
+def test_features_follow_what_is_pruned_meanwhile(monkeypatch):
+    """Every feature term that training saw, against the formula with the indices kept at that step."""
+    teacher = capture(convolutions())
+    seen = []
+
+    def watched(student, taught):
+        seen.append(
+            [(s.shape[1], t.shape[1], t.requires_grad, s.requires_grad) for s, t in zip(student, taught, strict=True)]
+        )
+        return feature_distance(student, taught)
+
+    monkeypatch.setattr("graphcomb.passes.distill.feature_distance", watched)
+    for labels in (True, False):
+        seen.clear()
+        before = state(teacher)
+        result = pruning({"features": 1.0, "labels": labels})(teacher, data=batches(labels=labels), teacher=teacher)
+        assert same(state(teacher), before)
+        assert seen[0] != seen[-1]
+        assert all(s == t and not fixed and free for step in seen for s, t, fixed, free in step)
+        last, _ = matching_features(teacher, result.program)
+        assert [s for s, *_ in seen[-1]] == [len(dims[1]) for dims in last.values()]
+        assert ("task" in result.record["training"]["epochs"][0]) == labels
+
+
+# ---------------------------------------------------------------------------------------------------------- resume, refuse
+class Stop(Exception):
+    pass
+
+
+class Cut(list):
+    """Batches that end in an exception after `stop` of them."""
+
+    stop = 0
+
+    def __iter__(self):
+        for i, batch in enumerate(super().__iter__()):
+            if i == self.stop:
+                raise Stop
+            yield batch
+
+
+@pytest.mark.parametrize("stop", [1, 5, 9])
+@pytest.mark.parametrize("options", [{}, {"schedule": "one-shot", "importance": "magnitude"}])
+def test_a_resumed_run_removes_the_same_and_ends_at_the_same_bits(stop, options, tmp_path):
+    program, data = capture(convolutions()), batches()
+    pass_ = pruning({"checkpoint_every": 3, "features": 1.0}, interval=2, prune_share=0.7, **options)
+    context = {"val": batches(2), "teacher": program}
+    whole = pass_(program, data=data, out=tmp_path / "whole", **context)
+    cut = Cut(data)
+    cut.stop = stop
+    with pytest.raises(Stop):
+        pass_(program, data=cut, out=tmp_path / "cut", **context)
+    resumed = pass_(program, data=data, out=tmp_path / "cut", **context)
+    assert resumed.record["training"].get("resumed_at") == (stop // 3 * 3 or None)
+    assert resumed.removed == whole.removed
+    assert same(state(resumed.program), state(whole.program))
+    assert resumed.record["events"] == whole.record["events"]
+    for key in ("epochs", "curve"):
+        assert resumed.record["training"][key] == whole.record["training"][key]
+    # other options, another run
+    with pytest.raises(Stop):
+        pass_(program, data=cut, out=tmp_path / "cut", **context)
+    other = dataclasses.replace(pass_, prune_share=0.4)(program, data=data, out=tmp_path / "cut", **context)
+    assert "resumed_at" not in other.record["training"] or options
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"interval": 0}, "RemoveChannels.interval: a whole number of at least 1, not 0"),
+        ({"rounds": 0}, "RemoveChannels.rounds"),
+        ({"prune_share": 0}, "RemoveChannels.prune_share: a share above 0, at most 1, not 0"),
+        ({"prune_share": 1.5}, "RemoveChannels.prune_share"),
+        ({"schedule": "never"}, "RemoveChannels.schedule: adaptive, iterative or one-shot, not 'never'"),
+    ],
+)
+def test_options_out_of_range_are_named(options, says):
+    with pytest.raises(BadInput, match=says):
+        RemoveChannels(**options)
+
+
+def test_what_cannot_be_is_said_before_training():
+    def never(outputs, labels):
+        raise AssertionError("trained")
+
+    program = capture(convolutions())
+    with pytest.raises(Unreachable, match=r"RemoveChannels.macs: .* cannot be reached"):
+        pruning(macs=1e-6)(program, data=batches(), loss=never)
+    with pytest.raises(BadInput, match="needs data to train on"):
+        pruning()(program)
+    with pytest.raises(BadInput, match="needs a teacher"):
+        pruning({"features": 1.0})(program, data=batches(), loss=never)
+
+
+def test_defaults_of_training_are_those_of_cpd():
+    assert (RemoveChannels().importance, RemoveChannels().scope) == ("magnitude", "local")
+    pass_ = pruning()
+    assert (pass_.importance, pass_.scope, pass_.schedule) == ("fisher", "global", "adaptive")
+    assert pass_.options()["train"]["epochs"] == 1, "nested options are plain data"
+
+
+# ------------------------------------------------------------------------------------------------------ several processes
+def job(out, per_process, die_at=0):
+    """What the processes run: no batch statistics, so that only the global batch counts. die_at: the step at which
+    this one kills itself."""
+
+    class Dies(list):
+        def __iter__(self):
+            for i, batch in enumerate(super().__iter__()):
+                if die_at and i == die_at * 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield batch
+
+    program = capture(convolutions(), torch.float64)
+    data = Dies(batches(96 // per_process, per_process, dtype=torch.float64))
+    pass_ = pruning({"epochs": 2, "checkpoint_every": 3, "features": 1.0}, interval=2)
+    return pass_(program, data=data, teacher=program, out=out)
+
+
+def launch(out, port, deaths=(0, 0), timeout=100):
+    """Two processes, without a launcher that would stop one when the other dies."""
+    processes = []
+    for rank, death in enumerate(deaths):
+        environment = {
+            **os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        arguments = [sys.executable, __file__, str(out), str(death)]
+        processes.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
+    return [(p.communicate(timeout=timeout)[1], p.returncode) for p in processes]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_remove_what_one_does_and_a_lost_one_is_said(tmp_path):
+    one = job(tmp_path / "one", 8)
+    done = launch(tmp_path / "two", free_port())
+    assert [code for _, code in done] == [0, 0], done
+    first, second = (torch.load(tmp_path / f"two-{rank}.pt") for rank in range(2))
+    assert first["removed"] == second["removed"] == one.removed
+    assert first["events"] == second["events"] == one.record["events"]
+    assert same(first["state"], second["state"])
+    for name, tensor in state(one.program).items():
+        torch.testing.assert_close(first["state"][name], tensor, rtol=1e-6, atol=1e-9, msg=name)
+    # one is killed between events: the other says so in one line and ends; started again, both end at the same bits
+    start = time.monotonic()
+    (_, killed), (message, code) = launch(tmp_path / "lost", free_port(), deaths=(5, 0))
+    assert time.monotonic() - start < 60, "it hung"
+    assert killed == -signal.SIGKILL
+    assert code == 2, message
+    assert message.splitlines()[-1].startswith("error: Distill: process 1 of 2 lost another one at step")
+    assert "continues from its last checkpoint" in message
+    done = launch(tmp_path / "lost", free_port())
+    assert [code for _, code in done] == [0, 0], done
+    again = torch.load(tmp_path / "lost-1.pt")
+    assert again["resumed_at"] == 3
+    assert again["removed"] == one.removed
+    assert same(again["state"], first["state"])
+
+
+if __name__ == "__main__":
+    folder, death = sys.argv[1:]
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
+    try:
+        result = job(folder, 4, int(death))
+    except GraphcombError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    found = {"removed": result.removed, "state": state(result.program), "events": result.record["events"]}
+    found["resumed_at"] = result.record["training"].get("resumed_at")
+    torch.save(found, f"{folder}-{os.environ['RANK']}.pt")
