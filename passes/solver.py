@@ -265,7 +265,7 @@ class Solver:
     def _moments(self, batch: Sequence[Layer]) -> dict[str, list[tuple[slice, slice, Tensor]]]:
         found = {}
         self.seen = self.method.gradients.count
-        for name, matrices in input_moments(self.program, batch, self.context, self.seen).items():
+        for name, matrices in input_moments(self.program, [x.name for x in batch], self.context, self.seen).items():
             layer = self.layers[name]
             order = _column_order(layer, bool(self.method.pattern)).to(matrices.device)
             height = layer.shape[0] // layer.groups
@@ -281,7 +281,7 @@ class Solver:
         scores = {name: _rows(w, last).abs() for name, w in self.weights.items()}
         if self.method.name == "wanda":
             self.seen = self.method.gradients.count
-            moments = input_moments(self.program, list(self.layers.values()), self.context, self.seen, full=False)
+            moments = input_moments(self.program, list(self.layers), self.context, self.seen, full=False)
             for name, squares in moments.items():
                 order = _column_order(self.layers[name], last).to(squares.device)
                 lengths = squares[:, order].sqrt().to(scores[name])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -51,9 +50,9 @@ class Sparsify(Pass):
     pattern and "all" without, since no engine here gains from unstructured zeros. The layers at the input and the output
     and depthwise ones stay dense unless `include` names them. include, exclude: patterns over parameter names.
 
-    schedule: a gradual run, pairs (epoch, sparsity): prune at that epoch, then train up to the next one's or up to
-    `epochs`; each stage starts the learning rate anew and lowers it linearly (as CAP does). recovery: options of
-    `Distill` for it. snapshots: folder for the program after each stage; an interrupted run goes on from the last one.
+    schedule: a gradual run, pairs (epoch, sparsity): prune at that epoch, then train up to the next one's. train: how,
+    a `Distill` whose epochs are those of the whole run; its learning rate starts anew after each pruning (CAP: linear
+    down). snapshots: folder for the program after each stage; an interrupted run goes on from the last one.
 
     Zeros that a weight already has count, and stay. The record names each layer with its sparsity and whether the target
     will accelerate it; zeros stay zero in later passes (`passes.masks`). Raises BadInput for options that make no sense
@@ -75,9 +74,8 @@ class Sparsify(Pass):
     where: Literal["pays", "all"] | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    schedule: tuple[tuple[float, float], ...] = ()
-    epochs: int = 0
-    recovery: dict[str, Any] = field(default_factory=dict)
+    schedule: tuple[tuple[int, float], ...] = ()
+    train: Distill | None = None
     snapshots: str | None = None
 
     def __post_init__(self) -> None:
@@ -116,40 +114,36 @@ class Sparsify(Pass):
         require("damping", self.damping is None or self.damping > 0, "a number above 0")
         require("memory", self.memory >= 1e6, "bytes, at least a million")
         if self.schedule:
-            starts, shares = [e[0] for e in self.schedule], [e[-1] for e in self.schedule]
             require("schedule", all(len(e) == 2 for e in self.schedule), "pairs of epoch and sparsity")
-            require("schedule", starts == sorted(set(starts)) and starts[0] >= 0, "rising epochs, from 0")
-            require("schedule", all(isinstance(e, int) for e in starts), "whole epochs")
-            require("schedule", shares == sorted(shares) and shares[0] > 0 and shares[-1] < 1, "rising shares under 1")
-            require("epochs", self.epochs > starts[-1], "more than the schedule's last epoch")
-        Distill(**self._recovery())
-
-    def _recovery(self) -> dict[str, Any]:
-        known = {f.name for f in dataclasses.fields(Distill)}
-        for key in self.recovery:
-            if key not in known or key in ("epochs", "steps"):
-                raise BadInput(f"Sparsify.recovery.{key}: not an option of Distill that recovery takes")
-        return {"schedule": "linear", "warmup": 0.0} | dict(self.recovery)
+            starts, shares = zip(*self.schedule, strict=True)
+            require("schedule", all(isinstance(e, int) and e >= 0 for e in starts), "whole epochs, from 0")
+            require("schedule", list(starts) == sorted(set(starts)), "rising epochs")
+            require("schedule", list(shares) == sorted(set(shares)), "rising sparsities")
+            require("schedule", shares[0] > 0 and shares[-1] < 1, "shares above 0 and under 1")
+            if self.train is None or self.train.steps is not None or self.train.epochs <= starts[-1]:
+                raise BadInput(
+                    f"Sparsify.train: a gradual run needs one with more than {starts[-1]} epochs (not steps)"
+                )
+        elif self.train is not None or self.snapshots is not None:
+            raise BadInput("Sparsify.schedule: only a gradual run trains; put a Distill after this pass instead")
 
     def run(self, program: Program, context: Context) -> PassResult:
         new = program.copy()
-        chosen, refused = self.choose(new, context)
-        record: dict[str, Any] = {"refused": refused, "stages": []}
-        if chosen and self.schedule:
-            new = self._gradual(new, chosen, context, record)
-        elif chosen:
-            record["stages"] = [self._prune(new, chosen, self.sparsity, context)]
-        record["changed"] = [_summary(new, layer, self.pattern, context) for layer in chosen]
-        record["sparse"] = {layer.name: self.pattern for layer in chosen}
-        return PassResult(new, record)
+        names, refused = self.choose(new, context)
+        stages: list[dict[str, Any]] = []
+        if names and self.schedule:
+            new = self._gradual(new, names, context, stages)
+        elif names:
+            stages.append(self._prune(new, names, self.sparsity, context))
+        return PassResult(new, {"refused": refused, "stages": stages} | self._report(new, names, context))
 
     # -------------------------------------------------------------------------------------------------- which layers
-    def choose(self, program: Program, context: Context) -> tuple[list[Layer], list[dict[str, str]]]:
-        """The layers to sparsify, and the others with the reason."""
+    def choose(self, program: Program, context: Context) -> tuple[list[str], list[dict[str, str]]]:
+        """The weights to sparsify, and the others with the reason."""
         found, refused = layers(program)
         ends = _ends(program, found)
         where = self.where or ("pays" if self.pattern else "all")
-        chosen = []
+        chosen: list[str] = []
         for layer in found:
             if any(fnmatchcase(layer.name, p) for p in self.exclude):
                 why: str | None = "excluded"
@@ -166,14 +160,16 @@ class Sparsify(Pass):
             if why:
                 refused.append({"what": layer.name, "why": why})
             else:
-                chosen.append(layer)
+                chosen.append(layer.name)
         return chosen, refused
 
     # ----------------------------------------------------------------------------------------------------- one target
-    def _prune(self, program: Program, chosen: list[Layer], sparsity: float | None, context: Context) -> dict[str, Any]:
+    def _prune(self, program: Program, names: list[str], sparsity: float | None, context: Context) -> dict[str, Any]:
         """Prune in place, in `recomputations` steps; what happened as a record."""
         stage: dict[str, Any] = {"method": self.method, "steps": []}
-        start = sum(int((w == 0).sum()) for w in _weights(program, chosen).values()) / sum(x.size for x in chosen)
+        chosen = _named(program, names)
+        gone = sum(int((fetch(program.module(), name) == 0).sum()) for name in names)
+        start = gone / sum(layer.size for layer in chosen)
         for step in range(1, self.recomputations + 1):
             share = step / self.recomputations
             if self.pattern:
@@ -198,38 +194,49 @@ class Sparsify(Pass):
         return Method(self.method, goal, *options)
 
     # -------------------------------------------------------------------------------------------------------- gradual
-    def _gradual(self, program: Program, chosen: list[Layer], context: Context, record: dict[str, Any]) -> Program:
-        """Prune and train in turns. A stage whose snapshot is there is taken from it."""
+    def _gradual(self, program: Program, names: list[str], context: Context, stages: list[dict[str, Any]]) -> Program:
+        """Prune and train in turns; a stage whose snapshot is there is taken from it."""
+        assert self.train is not None
         folder = Path(self.snapshots) if self.snapshots else context.out
         run = fingerprint(program.module(), repr(dataclasses.replace(self, snapshots=None)), context.seed)
-        ends = [start for start, _ in self.schedule[1:]] + [self.epochs]
-        stages: list[tuple[float | None, float]] = [(None, self.schedule[0][0])] if self.schedule[0][0] else []
-        stages += [(share, end - start) for (start, share), end in zip(self.schedule, ends, strict=True)]
-        for share, length in stages:
-            name = f"sparsity-{share or 0:.4f}-{run}.pt2"
-            if folder is not None and (folder / name).is_file():
-                program = load(folder / name)
-                record["stages"].append(program.history[-1])
-                program.history.pop()
+        first, history = self.schedule[0][0], program.history
+        ends = [*(start for start, _ in self.schedule[1:]), self.train.epochs]
+        plan = [(share, end - start) for (start, share), end in zip(self.schedule, ends, strict=True)]
+        for share, epochs in [(0.0, first), *plan] if first else plan:
+            file = None if folder is None else folder / f"sparsity-{share:.4f}-{run}.pt2"
+            if file is not None and file.is_file():
+                program = load(file)
+                stages.append(program.history[-1]["stages"][-1])
                 continue
-            stage: dict[str, Any] = {"sparsity": share or 0.0, "epochs": length}
-            if share is not None:
-                stage |= self._prune(program, chosen, share, context)
+            stage: dict[str, Any] = {"sparsity": share, "epochs": epochs}
+            if share:
+                stage |= self._prune(program, names, share, context)
+                program.history = [*history, {"sparse": dict.fromkeys(names)}]
                 if context.val is not None:
                     stage["val_one_shot"] = evaluate(program, context.val, context.metric, context.progress)
-            before = program.history
-            program.history = [*before, {"sparse": {layer.name: None for layer in chosen} if share else {}}]
-            distill = Distill(epochs=int(length), **self._recovery())
-            stage["training"] = distill.train(program, dataclasses.replace(context, out=folder))
+            train = dataclasses.replace(self.train, epochs=epochs)
+            stage["training"] = train.train(program, dataclasses.replace(context, out=folder))
             if context.val is not None:
                 stage["val"] = evaluate(program, context.val, context.metric, context.progress)
-            record["stages"].append(stage)
-            if folder is not None and accelerator().is_main_process:
-                folder.mkdir(parents=True, exist_ok=True)
-                program.history = [*before, stage | {"sparse": {layer.name: None for layer in chosen}}]
-                program.save(folder / name)
-            program.history = before
+            stages.append(stage)
+            head = {"pass": type(self).__name__, "options": self.options(), "stages": [stage]}
+            program.history = [*history, head | self._report(program, names, context)]
+            if file is not None and accelerator().is_main_process:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                program.save(file)
+        program.history = history
         return program
+
+    def _report(self, program: Program, names: list[str], context: Context) -> dict[str, Any]:
+        """What changed, layer by layer, and the names that later passes have to respect."""
+        rows = []
+        for layer in _named(program, names):
+            why = not_accelerated(layer, self.pattern, context)
+            zero = fetch(program.module(), layer.name) == 0
+            row = {"what": layer.name, "kind": layer.kind, "shape": list(layer.shape)}
+            row |= {"sparsity": float(zero.float().mean()), "accelerated": why is None}
+            rows.append(row | ({"why_not": why} if why else {}))
+        return {"changed": rows, "sparse": dict.fromkeys(names, self.pattern)}
 
 
 # ----------------------------------------------------------------------------------------------------------- the layers
@@ -271,14 +278,5 @@ def _ends(program: Program, found: list[Layer]) -> dict[str, str]:
     return result
 
 
-def _weights(program: Program, chosen: Sequence[Layer]) -> dict[str, Tensor]:
-    module = program.module()
-    return {layer.name: fetch(module, layer.name).detach() for layer in chosen}
-
-
-def _summary(program: Program, layer: Layer, pattern: str | None, context: Context) -> dict[str, Any]:
-    weight = fetch(program.module(), layer.name)
-    why = not_accelerated(layer, pattern, context)
-    found = {"what": layer.name, "kind": layer.kind, "shape": list(layer.shape)}
-    found |= {"sparsity": float((weight == 0).float().mean()), "accelerated": why is None}
-    return found | ({"why_not": why} if why else {})
+def _named(program: Program, names: list[str]) -> list[Layer]:
+    return [layer for layer in layers(program)[0] if layer.name in names]

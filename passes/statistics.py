@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch import Tensor, fx
-from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
 from ..graph.errors import BadInput
@@ -78,25 +78,19 @@ class Gradients:
     def stream(
         self, program: Program, names: Sequence[str], context: Context, largest: int
     ) -> Iterator[dict[str, Tensor]]:
-        """Gradients of the named parameters in eval mode, `{name: (k, *shape)}`, `k` at most so that a chunk holds
-        `largest` numbers (but at least one gradient). The same seed gives the same samples again.
+        """Gradients of the named weights in eval mode, `{name: (k, *shape)}`, `k` at most so that a chunk holds `largest`
+        numbers (but at least one gradient). The same seed gives the same samples again.
 
-        Raises BadInput without data, without labels where they are needed, or for a loss that is not finite.
+        Raises BadInput without data, without labels where they are needed, or for gradients that are not finite.
         """
         if context.data is None:
             raise BadInput("Sparsify: needs data for its gradients; pass data=, or choose method magnitude")
-        feed = Feed(program)
-        if self.per == "sample" and feed.static not in (None, 1):
-            raise BadInput(
-                f"Sparsify.per: single samples do not fit a program fixed to batches of {feed.static}; capture it with "
-                'dynamic_shapes="batch", or set per to "batch"'
-            )
-        module, device = program.module().eval(), accelerator().device
+        feed, module, device = Feed(program), program.module().eval(), accelerator().device
         teacher = (context.teacher or program).copy().module().eval() if self.against == "teacher" else None
-        chosen = {name: fetch(module, name) for name in names}
-        step = max(1, largest // max(1, sum(p.numel() for p in chosen.values())))
+        maker = _Samples(program, names, context.loss, feed.static is None)
+        step = max(1, largest // max(1, sum(layer.size for layer in maker.layers)))
         rest = self.count
-        with seeded(context.seed), placed(module, device):
+        with seeded(context.seed), placed(module, device), torch.enable_grad(), _differentiable(maker.weights.values()):
             if teacher is not None:
                 teacher.to(device)
             for batch in feed.batches(context.data):
@@ -105,64 +99,36 @@ class Gradients:
                     labels = _drawn(teacher, args, kwargs)
                 elif labels is None:
                     raise BadInput('Sparsify.against: the data has no labels; set it to "teacher"')
-                taken = 1 if self.per == "batch" else min(batch.size, rest)
-                parts = [slice(None)] if self.per == "batch" else [
-                    slice(i, min(i + step, taken)) for i in range(0, taken, step)
-                ]  # fmt: skip
-                for part in parts:
-                    cut = _cut(Batch(args, kwargs, labels, batch.size), part)
-                    found = _of_batch if self.per == "batch" else _of_samples
-                    yield _finite(found(module, chosen, cut, context.loss))
+                batch = Batch(args, kwargs, labels, batch.size)
+                if self.per == "batch":
+                    taken = 1
+                    yield _finite({n: g[None] for n, g in maker.direct(batch).items()})
+                else:
+                    taken = min(batch.size, rest)
+                    for found in maker(batch, taken, step):
+                        yield _finite(found)
                 rest -= taken
                 if rest <= 0:
                     return
 
 
-def _cut(batch: Batch, part: slice) -> Batch:
-    def take(tensor: Tensor) -> Tensor:
-        return tensor[part] if tensor.dim() and len(tensor) == batch.size else tensor
-
-    args, kwargs, labels = pytree.tree_map_only(Tensor, take, (batch.args, batch.kwargs, batch.labels))
-    return Batch(args, kwargs, labels, len(range(*part.indices(batch.size))))
+@contextmanager
+def _differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Frozen parameters need gradients, too, for as long as this lasts."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_()
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _drawn(teacher: TrainableModule, args: Any, kwargs: Any) -> Tensor:
     with torch.no_grad():
         scores = logits_of(teacher(*args, **kwargs)).float().movedim(1, -1)
     return torch.multinomial(scores.softmax(-1).flatten(0, -2), 1).view(scores.shape[:-1])
-
-
-def _of_samples(
-    module: TrainableModule, chosen: dict[str, Tensor], batch: Batch, loss: Callable[..., Any] | None
-) -> dict[str, Tensor]:
-    """Gradients of each sample's own loss: vectorised where every operator can be, else one after another."""
-    leaves, spec = pytree.tree_flatten((batch.args, batch.kwargs, batch.labels))
-    dims = [0 if isinstance(t, Tensor) and t.dim() and len(t) == batch.size else None for t in leaves]
-
-    def of_one(parameters: dict[str, Tensor], *sample: Any) -> Tensor:
-        whole = [t if d is None else t.unsqueeze(0) for t, d in zip(sample, dims, strict=True)]
-        args, kwargs, labels = pytree.tree_unflatten(whole, spec)
-        return task_loss(loss, functional_call(module, parameters, args, kwargs), labels)
-
-    values = {name: p.detach() for name, p in chosen.items()}
-    if batch.size > 1:
-        try:
-            with torch.no_grad():
-                return vmap(grad(of_one), (None, *dims), randomness="different")(values, *leaves)
-        except (RuntimeError, NotImplementedError, BadInput):
-            pass  # an operator without a batching rule, or a loss that asks for values
-    parts = [_of_batch(module, chosen, _cut(batch, slice(i, i + 1)), loss) for i in range(batch.size)]
-    return {name: torch.cat([p[name] for p in parts]) for name in chosen}
-
-
-def _of_batch(
-    module: TrainableModule, chosen: dict[str, Tensor], batch: Batch, loss: Callable[..., Any] | None
-) -> dict[str, Tensor]:
-    wanted = {name: p.detach().requires_grad_() for name, p in chosen.items()}
-    with torch.enable_grad():
-        value = task_loss(loss, functional_call(module, wanted, batch.args, batch.kwargs), batch.labels)
-        found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
-    return {n: (torch.zeros_like(p) if g is None else g)[None] for (n, p), g in zip(wanted.items(), found, strict=True)}
 
 
 def _finite(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -172,16 +138,143 @@ def _finite(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     return gradients
 
 
+def _sample(tree: Any, index: int | list[int], size: int) -> Any:
+    """Some samples, as a batch of their own, of everything that has a batch dimension of that size."""
+    rows = [index] if isinstance(index, int) else index
+    return pytree.tree_map_only(Tensor, lambda t: t[rows] if t.dim() and len(t) == size else t, tree)
+
+
+class _Samples:
+    """Gradients of single samples from one run over their batch: a layer's weight gradient for a sample is the product of
+    its inputs and of the loss's gradients at its outputs, where that sample's are (Goodfellow, arXiv 1510.01799).
+
+    That asks of a network that it treats samples independently and keeps them in place; the first batch is compared with
+    a run over single samples, and where they differ, all are made one by one.
+    """
+
+    def __init__(self, program: Program, names: Sequence[str], loss: Callable[..., Any] | None, divisible: bool):
+        self.program, self.loss, self.divisible = program, loss, divisible
+        self.layers = [layer for layer in layers(program)[0] if layer.name in names]
+        self.weights = {layer.name: fetch(program.module(), layer.name) for layer in self.layers}
+        self.trusted: bool | None = None
+
+    def __call__(self, batch: Batch, count: int, step: int) -> Iterator[dict[str, Tensor]]:
+        """Gradients of the first `count` samples of a batch, `step` of them at a time."""
+        if self.divisible:
+            batch = Batch(*_sample((batch.args, batch.kwargs, batch.labels), list(range(count)), batch.size), count)
+        if self.trusted is not False:
+            values, pulls = self._run(batch)
+            for start in range(0, count, step):
+                found = self._products(values, pulls, batch.size, slice(start, min(start + step, count)))
+                if self.trusted is None:
+                    self.trusted = self._agrees(found, batch)
+                if not self.trusted:
+                    break
+                yield found
+            else:
+                return
+        if not self.divisible:
+            raise BadInput(
+                'Sparsify.per: the program mixes the samples of its fixed batch; capture it with dynamic_shapes="batch", or '
+                'set per to "batch"'
+            )
+        for i in range(count):
+            yield {n: g[None] for n, g in self.alone(batch, i).items()}
+
+    def direct(self, batch: Batch) -> dict[str, Tensor]:
+        """The gradient of the loss of a whole batch."""
+        return self._gradient(self.program.module()(*batch.args, **batch.kwargs), batch.labels)
+
+    def alone(self, batch: Batch, index: int) -> dict[str, Tensor]:
+        """The gradient of the loss of one sample. It runs as a batch of two: the gradients of torch's batch normalisation
+        on the CPU are wrong for one sample whose gradients arrive channels-last."""
+        args, kwargs, labels = batch.args, batch.kwargs, _sample(batch.labels, index, batch.size)
+        if self.divisible:
+            args, kwargs = _sample((args, kwargs), [index, index], batch.size)
+            index, size = 0, 2
+        else:
+            size = batch.size
+        return self._gradient(_sample(self.program.module()(*args, **kwargs), index, size), labels)
+
+    def _gradient(self, outputs: Any, labels: Any) -> dict[str, Tensor]:
+        value = task_loss(self.loss, outputs, labels)
+        found = torch.autograd.grad(value, list(self.weights.values()), allow_unused=True)
+        return {
+            n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(self.weights.items(), found, strict=True)
+        }
+
+    def _run(self, batch: Batch) -> tuple[dict[fx.Node, Tensor], dict[fx.Node, Tensor]]:
+        """The inputs of the layers, and the gradients of the sum of the samples' losses at their outputs."""
+        tap = _Tap(self.program.module(), [node for layer in self.layers for node in layer.nodes])
+        out = tap.run(*pytree.tree_leaves((batch.args, batch.kwargs)), enable_io_processing=False)
+        out = self.program.module().graph.process_outputs(out)
+        total = torch.stack(
+            [task_loss(self.loss, *_sample((out, batch.labels), i, batch.size)) for i in range(batch.size)]
+        ).sum()
+        pulls = torch.autograd.grad(total, list(tap.outputs.values()), allow_unused=True)
+        given = {
+            n: torch.zeros_like(y) if g is None else g for (n, y), g in zip(tap.outputs.items(), pulls, strict=True)
+        }
+        return tap.inputs, given
+
+    def _products(
+        self, values: dict[fx.Node, Tensor], pulls: dict[fx.Node, Tensor], size: int, part: slice
+    ) -> dict[str, Tensor]:
+        found = {}
+        for layer in self.layers:
+            total: Any = 0
+            for node in layer.nodes:
+                at = _sample_dimension(node)
+                x, pull = (t.movedim(at, 0) for t in (values[node], pulls[node]))
+                per = len(x) // size
+                cut = slice(part.start * per, part.stop * per)
+                rows, given = _rows(node, x[cut], layer), _outputs(pull[cut], layer)
+                rows, given = (t.unflatten(1, (part.stop - part.start, -1)) for t in (rows, given))
+                total = total + torch.einsum("gnpo,gnpc->ngoc", given, rows)
+            found[layer.name] = total.reshape(-1, *layer.shape)
+        return found
+
+    def _agrees(self, found: dict[str, Tensor], batch: Batch) -> bool:
+        for i in {0, len(next(iter(found.values()))) - 1}:
+            for name, expected in self.alone(batch, i).items():
+                if not torch.dist(found[name][i], expected) <= 1e-3 * expected.norm() + 1e-8:
+                    return False
+        return True
+
+
+def _sample_dimension(node: fx.Node) -> int:
+    """Where a layer's input has its samples: the first dimension whose size is not fixed, else the outermost."""
+    sizes = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    return next((d for d, size in enumerate(sizes) if not isinstance(size, int)), 0)
+
+
+class _Tap(fx.Interpreter):
+    """Runs a graph and keeps the inputs and outputs of some layers."""
+
+    def __init__(self, module: TrainableModule, nodes: Sequence[fx.Node]):
+        super().__init__(module)
+        self.inputs: dict[fx.Node, Tensor] = {}
+        self.outputs: dict[fx.Node, Tensor] = {}
+        self.nodes = set(nodes)
+
+    def run_node(self, n: fx.Node) -> Any:
+        found = super().run_node(n)
+        if n in self.nodes:
+            self.inputs[n] = self.env[n.args[0]].detach()  # type: ignore[index]
+            self.outputs[n] = found
+        return found
+
+
 # --------------------------------------------------------------------------------------------------------- activations
 def input_moments(
-    program: Program, wanted: Sequence[Layer], context: Context, count: int, full: bool = True
+    program: Program, names: Sequence[str], context: Context, count: int, full: bool = True
 ) -> dict[str, Tensor]:
-    """`X Xᵀ / n` of each layer's inputs, one matrix per group: `(groups, c, c)`, `c` the inputs of one output in the order
-    of the flattened weight; with `full` False only its diagonal, `(groups, c)`. From `count` samples, eval mode."""
+    """`X Xᵀ / n` of the inputs of each named layer, one matrix per group: `(groups, c, c)`, `c` the inputs of one output
+    in the order of the flattened weight; with `full` False its diagonal, `(groups, c)`. From `count` samples, eval mode."""
     if context.data is None:
         raise BadInput("Sparsify: needs data for its statistics; pass data=, or choose method magnitude")
     module, device = program.module().eval(), accelerator().device
-    moments = _Moments(module, wanted, full)
+    moments = _Moments(module, [layer for layer in layers(program)[0] if layer.name in names], full)
     with seeded(context.seed), placed(module, device), torch.no_grad():
         for batch in Feed(program).batches(context.data):
             args, kwargs = send_to_device((batch.args, batch.kwargs), device)
@@ -230,6 +323,14 @@ def _rows(node: fx.Node, x: Tensor, layer: Layer) -> Tensor:
     rank = len(kernel)
     x = x.permute(1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank))
     return x.reshape(layer.groups, -1, layer.shape[1] * torch.Size(kernel).numel())
+
+
+def _outputs(y: Tensor, layer: Layer) -> Tensor:
+    """The outputs of a layer as `(groups, n, out / groups)` rows, in the order of `_rows`."""
+    if len(layer.shape) == 2:
+        return y.reshape(1, -1, y.shape[-1])
+    y = y.unflatten(1, (layer.groups, -1)).movedim(1, 0).movedim(2, -1)
+    return y.reshape(layer.groups, -1, y.shape[-1])
 
 
 def _each(value: Any, count: int) -> list[int]:

@@ -140,7 +140,7 @@ def test_the_closed_form_is_the_end_of_the_step_by_step_update(kept):
 
 
 def test_on_a_quadratic_objective_the_predicted_loss_is_the_true_one():
-    """Least squares `f(w) = 1/(2m) |A w - A w0|^2 + damping/2 |w - w0|^2`, whose gradients' outer products are its Hessian."""
+    """Damped least squares, `1/(2m) |A (w - w0)|^2 + damping/2 |w - w0|^2`: the rows of `A` are gradients."""
     weights, gradients, _ = problem(1, 20, 64)
     rows, start = gradients[:, 0], weights[0]
 
@@ -294,7 +294,7 @@ def test_lowest_scores(values, count):
 
 
 def test_single_precision_keeps_the_order_of_magnitude_of_the_loss():
-    weights, gradients, matrix = problem(4, 64, 256, damping=1e-6)
+    weights, gradients, _ = problem(4, 64, 256, damping=1e-6)
     exact = fisher(gradients, 1e-6).inverse(slice(0, 4))
     order, losses = cap.eliminate(weights.float(), exact.float())
     _, precise = cap.eliminate(weights, exact)

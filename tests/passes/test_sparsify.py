@@ -1,0 +1,522 @@
+"""Sparsify: which weights, how many, how good, and what is refused."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import graphcomb.graph as g
+from graphcomb.data import digits
+from graphcomb.graph.errors import BadInput
+from graphcomb.passes import Distill, Sparsify, cap, masks
+from graphcomb.passes.base import Context
+from graphcomb.passes.statistics import Gradients, input_moments, layers
+from graphcomb.passes.training import evaluate
+
+METHODS = ("cap", "fastcap", "woodfisher", "sparsegpt", "wanda", "magnitude")
+
+
+class Attention(nn.Module):
+    """A fused projection, a residual and a grouped convolution in front."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 4, 4)
+        self.conv = nn.Conv2d(8, 16, 3, padding=1, groups=2)
+        self.norm = nn.BatchNorm2d(16)
+        self.deep = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.qkv, self.proj, self.head = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.norm(self.conv(self.stem(x)).relu())
+        x = (x + self.deep(x)).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.head(x.mean(1))
+
+
+def batches(count=4, size=8, labels=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    made = [
+        (torch.randn(size, 1, 16, 16, generator=generator), torch.randint(5, (size,), generator=generator))
+        for _ in range(count)
+    ]
+    return made if labels else [x for x, _ in made]
+
+
+@pytest.fixture(scope="module")
+def program():
+    torch.manual_seed(0)
+    return g.capture(Attention(), torch.randn(2, 1, 16, 16), dynamic_shapes="batch")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small network that recognises digits, and its data."""
+    torch.manual_seed(0)
+    train, val = digits(augment=False)
+    net = nn.Sequential(
+        nn.Conv2d(1, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32),
+        nn.ReLU(), nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),
+    )  # fmt: skip
+    captured = g.capture(net, next(iter(train))[0], dynamic_shapes="batch")
+    return Distill(epochs=4, alpha=0)(captured, data=train).program, train, val
+
+
+def weights(program):
+    return {n: p.detach() for n, p in program.module().named_parameters() if p.dim() > 1}
+
+
+def zero_counts(program):
+    return {n: int((w == 0).sum()) for n, w in weights(program).items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- counts
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("target", [{"sparsity": 0.6}, {"pattern": "2:4", "where": "all"}])
+def test_every_method_reaches_its_target_exactly(program, method, target):
+    before = {n: w.clone() for n, w in weights(program).items()}
+    result = Sparsify(method=method, gradients=24, block=32, **target)(program, data=batches())
+    assert all(torch.equal(w, before[n]) for n, w in weights(program).items()), "the input program is untouched"
+    after, counts = weights(result.program), zero_counts(result.program)
+    chosen = {"conv.weight", "qkv.weight", "proj.weight"}
+    assert {c["what"] for c in result.record["changed"]} == chosen == set(result.record["sparse"])
+    assert all(counts[n] == 0 and torch.equal(after[n], before[n]) for n in after if n not in chosen)
+    total = sum(after[n].numel() for n in chosen)
+    if "pattern" in target:
+        assert all(counts[n] == after[n].numel() // 2 and masks.legal(after[n], "2:4") for n in chosen)
+    elif method == "wanda":
+        assert all(
+            (w.flatten(1) == 0).sum(1).eq(round(0.6 * w[0].numel())).all() for n, w in after.items() if n in chosen
+        )
+    elif method in ("fastcap", "sparsegpt"):
+        assert abs(sum(counts[n] for n in chosen) / total - 0.6) < 0.01
+    else:
+        assert sum(counts[n] for n in chosen) == round(0.6 * total)
+    moved = any(not torch.equal(after[n], before[n].masked_fill(after[n] == 0, 0)) for n in chosen)
+    assert moved == (method not in ("wanda", "magnitude")), "only these leave the other weights alone"
+    out = result.program.module()(torch.randn(3, 1, 16, 16))
+    assert out.shape == (3, 5)
+    assert out.isfinite().all()
+
+
+def test_uniform_gives_every_layer_its_share_and_global_does_not(program):
+    uniform = Sparsify(sparsity=0.5, scope="uniform", gradients=16, block=32)(program, data=batches())
+    assert {round(c["sparsity"], 3) for c in uniform.record["changed"]} == {0.5}
+    everywhere = Sparsify(sparsity=0.5, gradients=16, block=32)(program, data=batches())
+    assert len({round(c["sparsity"], 2) for c in everywhere.record["changed"]}) > 1
+
+
+def test_global_magnitude_is_one_threshold(program):
+    result = Sparsify(sparsity=0.5, method="magnitude")(program)
+    before, after = weights(program), weights(result.program)
+    chosen = result.record["sparse"]
+    gone = torch.cat([before[n][after[n] == 0].abs() for n in chosen])
+    kept = torch.cat([before[n][after[n] != 0].abs() for n in chosen])
+    assert gone.max() <= kept.min()
+
+
+def test_groups_of_four_run_along_the_input_channels():
+    torch.manual_seed(0)
+    program = g.capture(
+        nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, (3, 4)), nn.Conv2d(8, 2, 1)), torch.randn(2, 4, 9, 9)
+    )
+    for method in ("cap", "magnitude"):
+        data = [(torch.randn(2, 4, 9, 9), torch.randint(2, (2, 7, 6)))]
+        result = Sparsify(pattern="2:4", where="all", method=method, per="batch", block=16)(program, data=data)
+        weight = weights(result.program)["1.weight"]
+        assert (weight.view(8, 2, 4, 3, 4) == 0).sum(2).eq(2).all()
+        assert not (weight == 0).view(8, 8, 3, 4).sum(3).eq(2).all(), "not along the kernel width"
+
+
+def test_recomputations_go_in_equal_steps_and_keep_earlier_zeros(program):
+    result = Sparsify(sparsity=0.6, recomputations=3, gradients=16, block=32)(program, data=batches())
+    steps = result.record["stages"][0]["steps"]
+    assert [round(s["goal"], 3) for s in steps] == [0.2, 0.4, 0.6]
+    first = Sparsify(sparsity=0.2, gradients=16, block=32)(program, data=batches())
+    early, late = weights(first.program), weights(result.program)
+    assert all(((early[n] == 0) <= (late[n] == 0)).all() for n in early)
+    pattern = Sparsify(pattern="1:4", where="all", recomputations=3, gradients=16, block=32)(program, data=batches())
+    assert [s["goal"] for s in pattern.record["stages"][0]["steps"]] == [(3, 4), (2, 4), (1, 4)]
+    assert all(masks.legal(weights(pattern.program)[n], "1:4") for n in pattern.record["sparse"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zeros_that_are_there_count_and_stay(program, method):
+    half = Sparsify(sparsity=0.3, method="magnitude", scope="uniform")(program)
+    result = Sparsify(sparsity=0.6, method=method, gradients=16, block=32)(half.program, data=batches())
+    early, late = weights(half.program), weights(result.program)
+    assert all(((early[n] == 0) <= (late[n] == 0)).all() for n in early)
+    total = sum(late[n].numel() for n in result.record["sparse"])
+    assert abs(sum(zero_counts(result.program)[n] for n in result.record["sparse"]) / total - 0.6) < 0.03
+
+
+def test_tied_weights_are_pruned_as_one():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.a, self.b, self.last = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.last(self.b(self.a(self.first(x)).tanh()).tanh())
+
+    torch.manual_seed(0)
+    program = g.capture(Tied(), torch.randn(2, 3), dynamic_shapes="batch")
+    data = [(torch.randn(8, 3), torch.randint(2, (8,)))]
+    for method in METHODS:
+        result = Sparsify(sparsity=0.5, method=method, block=16)(program, data=data)
+        assert len(result.record["sparse"]) == 1
+        module = result.program.module()
+        assert module.get_parameter("a.weight") is module.get_parameter("b.weight")
+        assert (module.get_parameter("a.weight") == 0).sum() == 32
+
+
+# -------------------------------------------------------------------------------------------------------- how good it is
+def loss_of(program, data):
+    return -evaluate(program, data, lambda out, y: -F.cross_entropy(out, y, reduction="none"))
+
+
+def test_cap_loses_less_than_woodfisher_and_that_less_than_magnitude(trained):
+    program, train, val = trained
+    losses = {}
+    for method in ("cap", "woodfisher", "magnitude"):
+        result = Sparsify(sparsity=0.8, method=method, gradients=256, block=64)(program, data=train)
+        losses[method] = loss_of(result.program, val)
+    assert losses["cap"] < 0.8 * losses["woodfisher"] < 0.8 * losses["magnitude"]
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"), [("cap", "woodfisher"), ("fastcap", "magnitude"), ("sparsegpt", "magnitude")]
+)
+def test_two_of_four(trained, better, worse):
+    program, train, val = trained
+    options = {"pattern": "2:4", "where": "all", "gradients": 256, "block": 64}
+    found = [Sparsify(method=m, **options)(program, data=train) for m in (better, worse)]
+    assert loss_of(found[0].program, val) < loss_of(found[1].program, val)
+
+
+def test_the_update_leaves_no_gradient_step_to_take(program):
+    """On the quadratic model the kept weights are where its gradient vanishes: `F (w' - w)` is zero on them."""
+    data = batches()
+    result = Sparsify(sparsity=0.5, gradients=32, block=48, dtype="fp64", damping=1e-4, include="proj*")(
+        program, data=data
+    )
+    old, new = weights(program)["proj.weight"], weights(result.program)["proj.weight"]
+    found = cap.Fisher(6, 48, 32, 1e-4, torch.float64)
+    for part in Gradients(32, "sample", "labels").stream(program.copy(), ["proj.weight"], Context(data=data), 10**9):
+        found.add(torch.stack([cap.to_blocks(x, 48) for x in part["proj.weight"]]))
+    pull = torch.einsum("bij,bj->bi", found.matrix(slice(0, 6)), cap.to_blocks(new - old, 48).double())
+    kept = cap.to_blocks(new, 48) != 0
+    kept[-1, 256 - 5 * 48 :] = False
+    assert pull[kept].abs().max() < 1e-4 * pull[~kept].abs().max()
+
+
+def test_a_small_memory_gives_the_same_result(program):
+    data = batches()
+    options = {"sparsity": 0.6, "gradients": 24, "block": 32, "dtype": "fp64"}
+    whole = Sparsify(memory=1e9, **options)(program, data=data)
+    for memory in (1e6, 2e6):
+        split = Sparsify(memory=memory, **options)(program, data=data)
+        for name, w in weights(whole.program).items():
+            torch.testing.assert_close(weights(split.program)[name], w, rtol=1e-5, atol=1e-6)
+    assert split.record["stages"][0]["steps"][0]["gradients"] == 24
+
+
+def test_memory_is_cut_into_batches_of_blocks(program):
+    from graphcomb.passes.solver import Method, Solver
+
+    method = Method("cap", 0.5, True, 32, Gradients(1000, "sample", "labels"), None, "fp32", 1e6)
+    solver = Solver(method, program.copy(), layers(program)[0], Context())
+    found = solver._batches()
+    assert len(found) > 1
+    for batch in found:
+        assert sum(cap.Fisher.numbers(p.count * p.size, p.size, 1000) * 4 for p in batch) <= 1e6
+    pieces = [(p.layer.name, i) for batch in found for p in batch for i in range(p.start, p.stop)]
+    assert len(set(pieces)) == len(pieces) == sum(-(-x.size // min(32, x.size)) for x in layers(program)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+@pytest.mark.parametrize("largest", [1, 10**9])
+def test_gradients_of_samples_are_those_of_each_sample_alone(program, largest):
+    data = batches(2)
+    names = [layer.name for layer in layers(program)[0]]
+    found = list(Gradients(12, "sample", "labels").stream(program.copy(), names, Context(data=data), largest))
+    found = {n: torch.cat([f[n] for f in found]) for n in names}
+    assert all(len(f) == 12 for f in found.values())
+    module = program.copy().module()
+    x, y = (torch.cat(t) for t in zip(*data, strict=True))
+    for i in (0, 7, 11):  # among others: alone, torch's batch normalisation has a wrong gradient here
+        module.zero_grad()
+        F.cross_entropy(module(x)[i : i + 1], y[i : i + 1]).backward()
+        for n in names:
+            torch.testing.assert_close(found[n][i], module.get_parameter(n).grad, rtol=1e-4, atol=1e-6)
+
+
+class TokensFirst(nn.Module):
+    """Samples in the second dimension of the layer's input, and in blocks of windows."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.a(x.transpose(0, 1)).tanh().transpose(0, 1)
+        windows = self.b(x.reshape(-1, 2, 4)).tanh()
+        return self.head(windows.reshape(x.shape[0], -1, 4).mean(1))
+
+
+class Mixing(nn.Module):
+    """Samples end up in other places."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x.mean(1)).tanh().flip(0)).flip(0)
+
+
+@pytest.mark.parametrize("dynamic", ["batch", None])
+@pytest.mark.parametrize("model", [TokensFirst, Mixing])
+def test_samples_are_followed_through_other_layouts_or_taken_one_by_one(model, dynamic):
+    torch.manual_seed(0)
+    program = g.capture(model(), torch.randn(5, 4, 3), dynamic_shapes=dynamic)
+    names = [layer.name for layer in layers(program)[0]]
+    x, y = torch.randn(5, 4, 3), torch.randint(2, (5,))
+    stream = Gradients(4, "sample", "labels").stream(program.copy(), names, Context(data=[(x, y)]), 10**9)
+    if dynamic is None:
+        with pytest.raises(BadInput, match='set per to "batch"'):
+            list(stream)
+        return
+    parts = list(stream)
+    assert len(parts) == (1 if model is TokensFirst else 4)
+    module = program.module()
+    for i in range(4):
+        module.zero_grad()
+        F.cross_entropy(module(x[i : i + 1]), y[i : i + 1]).backward()
+        for n in names:
+            expected = module.get_parameter(n).grad
+            torch.testing.assert_close(torch.cat([p[n] for p in parts])[i], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_fixed_batch_has_gradients_of_samples_too():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    x, y = torch.randn(5, 3), torch.randint(2, (5,))
+    fixed, free = g.capture(net, x), g.capture(net, x, dynamic_shapes="batch")
+    options = Sparsify(block=16, gradients=3)
+    one, two = (options(p, data=[(x, y)]).program for p in (fixed, free))
+    assert (weights(one)["1.weight"] == 0).sum() == 8
+    torch.testing.assert_close(weights(one)["1.weight"], weights(two)["1.weight"])
+
+
+def test_frozen_parameters_stay_frozen(program):
+    copied = program.copy()
+    copied.module().requires_grad_(False)
+    result = Sparsify(gradients=8, block=32)(copied, data=batches())
+    assert not any(p.requires_grad for p in result.program.module().parameters())
+
+
+def test_gradients_of_batches(program):
+    data = batches(3)
+    found = list(Gradients(2, "batch", "labels").stream(program.copy(), ["proj.weight"], Context(data=data), 1))
+    assert [len(f["proj.weight"]) for f in found] == [1, 1]
+    module = program.copy().module()
+    F.cross_entropy(module(data[1][0]), data[1][1]).backward()
+    torch.testing.assert_close(found[1]["proj.weight"][0], module.get_parameter("proj.weight").grad)
+
+
+def test_labels_from_the_teacher_need_no_labels_and_repeat(program):
+    data = batches(labels=False)
+    options = Gradients(16, "sample", "teacher")
+    one, two = (
+        torch.cat(
+            [f["proj.weight"] for f in options.stream(program.copy(), ["proj.weight"], Context(data=data), 10**9)]
+        )
+        for _ in range(2)
+    )
+    assert torch.equal(one, two)
+    assert one.abs().max() > 0
+    result = Sparsify(against="teacher", gradients=16, block=32)(program, data=data, teacher=program)
+    assert result.record["stages"][0]["steps"][0]["gradients"] == 16
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Conv2d(4, 6, 3, 2, 1, groups=2), (4, 9, 8)),
+        (nn.Conv2d(4, 6, (3, 2), padding="same", dilation=2), (4, 7, 8)),
+        (nn.Conv1d(4, 6, 3, padding=2), (4, 9)),
+        (nn.Conv3d(2, 4, 2, (1, 2, 1)), (2, 4, 5, 3)),
+        (nn.Linear(4, 6), (5, 4)),
+    ],
+)
+def test_second_moments_of_inputs_give_the_output_energy(layer, size):
+    """`sum |W x|^2` over the outputs is `tr(W (X X^T) W^T)`."""
+    torch.manual_seed(0)
+    layer.bias = None
+    program = g.capture(nn.Sequential(layer, nn.ReLU()), torch.randn(2, *size), dynamic_shapes="batch")
+    [found], _ = layers(program)
+    x = torch.randn(6, *size)
+    moments = input_moments(program.copy(), [found.name], Context(data=x.split(2)), 6)[found.name].double()
+    rows = layer.weight.detach().double().flatten(1).view(found.groups, -1, moments.shape[1])
+    energy = torch.einsum("gri,gij,grj->", rows, moments, rows)
+    out = layer(x).detach().double()
+    positions = out.numel() / out.shape[-1 if layer.__class__ is nn.Linear else 1]
+    torch.testing.assert_close(energy, out.square().sum() / positions, rtol=1e-5, atol=0)
+    diagonal = input_moments(program.copy(), [found.name], Context(data=x.split(2)), 6, full=False)[found.name]
+    torch.testing.assert_close(diagonal.double(), moments.diagonal(dim1=1, dim2=2), rtol=1e-5, atol=1e-7)
+
+
+# --------------------------------------------------------------------------------------------------- which layers, and why
+ORIN = SimpleNamespace(name="agx-orin", compute_capability=(8, 7))
+
+
+def test_what_stays_dense_and_why(program):
+    result = Sparsify(method="magnitude")(program)
+    why = {r["what"]: r["why"] for r in result.record["refused"]}
+    assert why == {
+        "stem.weight": "the first layer",
+        "deep.weight": "depthwise, too few weights each",
+        "head.weight": "the last layer",
+    }
+    everything = Sparsify(method="magnitude", include="*", exclude=["head*"])(program)
+    assert set(everything.record["sparse"]) == {f"{n}.weight" for n in ("stem", "conv", "deep", "qkv", "proj")}
+    assert not any(c["accelerated"] for c in result.record["changed"])
+    assert "outside the 2:4 pattern" in result.record["changed"][0]["why_not"]
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "chosen"),
+    [
+        (ORIN, "fp16", {"1.weight"}),
+        (None, "fp16", {"1.weight"}),
+        (SimpleNamespace(name="rtx-sm75", compute_capability=(7, 5)), "fp16", set()),
+        (SimpleNamespace(name="cpu", compute_capability=None), "fp16", set()),
+        (ORIN, "fp32", set()),
+    ],
+)
+def test_two_of_four_goes_where_it_pays(target, dtype, chosen):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(4, 256, 1), nn.Conv2d(256, 256, 3, padding=1), nn.Conv2d(256, 256, 1, groups=4),
+        nn.Conv2d(256, 64, 1), nn.Conv2d(64, 66, 1), nn.Conv2d(66, 256, 1), nn.Conv2d(256, 2, 1),
+    )  # fmt: skip
+    program = g.capture(net, torch.randn(2, 4, 5, 5))
+    result = Sparsify(pattern="2:4", method="magnitude")(program, target=target, dtype=dtype)
+    assert set(result.record["sparse"]) == chosen
+    why = {r["what"]: r["why"] for r in result.record["refused"]}
+    if chosen:
+        assert "grouped" in why["2.weight"]
+        assert why["3.weight"].startswith("256 -> 64 channels")
+        assert [c["accelerated"] for c in result.record["changed"]] == [True]
+    elif target is ORIN:
+        assert "not in fp32" in why["1.weight"]
+    else:
+        assert why["1.weight"] == f"target {target.name} has no sparse tensor cores"
+    assert why["5.weight"] == "2:4 does not divide its 66 input channels per group"
+    everywhere = Sparsify(pattern="2:4", method="magnitude", where="all")(program, target=target, dtype=dtype)
+    assert set(everywhere.record["sparse"]) == {f"{i}.weight" for i in (1, 2, 3, 4)}
+    assert {c["what"] for c in everywhere.record["changed"] if c["accelerated"]} == chosen
+
+
+def test_transposed_and_computed_weights_are_refused():
+    class Standardised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.first = nn.ConvTranspose2d(4, 4, 2), nn.Conv2d(4, 4, 1)
+            self.weight, self.last = nn.Parameter(torch.randn(4, 4, 1, 1)), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = self.up(self.first(x))
+            return self.last(F.conv2d(x, self.weight - self.weight.mean(1, keepdim=True)))
+
+    result = Sparsify(method="magnitude")(g.capture(Standardised(), torch.randn(2, 4, 5, 5)))
+    why = {r["what"]: r["why"] for r in result.record["refused"]}
+    assert "the other way round" in why["up.weight"]
+    assert "computed" in why["conv2d_1"]
+    assert result.record["changed"] == []
+
+
+# ------------------------------------------------------------------------------------------------------------- gradual
+def gradual(train, **options):
+    return Sparsify(
+        schedule=((1, 0.5), (2, 0.8)), train=Distill(epochs=3, lr=3e-3, schedule="linear", alpha=0.0), gradients=64,
+        block=32, **options,
+    )  # fmt: skip
+
+
+def test_a_gradual_run_yields_every_sparsity_and_resumes(trained, tmp_path, monkeypatch):
+    program, train, val = trained
+    pass_ = gradual(train, snapshots=str(tmp_path))
+    whole = pass_(program, data=train, val=val)
+    assert [s["sparsity"] for s in whole.record["stages"]] == [0.0, 0.5, 0.8]
+    assert [len(s["training"]["epochs"]) for s in whole.record["stages"]] == [1, 1, 1]
+    assert all(s["val"] > 0.9 for s in whole.record["stages"])
+    files = sorted(tmp_path.glob("*.pt2"))
+    assert len(files) == 3
+    for file, share in zip(files, (0.0, 0.5, 0.8), strict=True):
+        snapshot = g.load(file)
+        counts = zero_counts(snapshot)
+        names = list(whole.record["sparse"])
+        total = sum(weights(snapshot)[n].numel() for n in names)
+        assert sum(counts[n] for n in names) == round(share * total)
+    assert set(masks.sparse_weights(g.load(files[2]))) == set(names)
+    files[2].unlink()
+    again = pass_(program, data=train, val=val)
+    for name, w in weights(whole.program).items():
+        assert torch.equal(weights(again.program)[name], w), "taken up after the second stage, the same end"
+    assert len(again.record["stages"]) == 3
+    assert len(again.program.history) == len(program.history) + 1
+
+
+def test_without_a_folder_a_gradual_run_leaves_nothing_behind(trained):
+    program, train, _ = trained
+    result = Sparsify(schedule=((0, 0.5),), train=Distill(epochs=1, alpha=0), method="magnitude")(program, data=train)
+    assert [s["sparsity"] for s in result.record["stages"]] == [0.5]
+    assert masks.sparse_weights(result.program) == dict.fromkeys(result.record["sparse"])
+
+
+# -------------------------------------------------------------------------------------------------------------- mistakes
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.0}, "Sparsify.sparsity: a share above 0 and under 1, not 1.0"),
+        ({"sparsity": 0.5, "pattern": "2:4"}, "give one of sparsity, pattern and schedule"),
+        ({"pattern": "4:2"}, 'Sparsify.pattern: "N:M" with N less than M'),
+        ({"pattern": "half"}, 'Sparsify.pattern: "N:M" with N less than M'),
+        ({"pattern": "2:4", "block": 30}, "Sparsify.block: a multiple of the pattern's 4, not 30"),
+        ({"method": "best"}, "Sparsify.method: one of cap, fastcap"),
+        ({"method": "wanda", "scope": "global"}, "Sparsify.scope: uniform"),
+        ({"block": 0}, "Sparsify.block: a whole number"),
+        ({"damping": 0.0}, "Sparsify.damping: a number above 0"),
+        ({"schedule": ((5, 0.5),)}, "Sparsify.train: a gradual run needs one with more than 5 epochs"),
+        ({"schedule": ((5, 0.5), (3, 0.6)), "train": Distill(epochs=9)}, "Sparsify.schedule: rising epochs"),
+        ({"schedule": ((1, 0.5), (3, 0.4)), "train": Distill(epochs=9)}, "Sparsify.schedule: rising sparsities"),
+        ({"train": Distill()}, "only a gradual run trains"),
+    ],
+)
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(BadInput) as error:
+        Sparsify(**options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_data_and_labels_are_named(program):
+    for method in ("cap", "sparsegpt"):
+        with pytest.raises(BadInput, match="needs data"):
+            Sparsify(method=method)(program)
+    with pytest.raises(BadInput, match='set it to "teacher"'):
+        Sparsify()(program, data=batches(labels=False))
+    bad = [(torch.full((4, 1, 16, 16), torch.nan), torch.zeros(4, dtype=torch.int64))]
+    with pytest.raises(BadInput, match="not finite"):
+        Sparsify(block=32)(program, data=bad)
+
+
+def test_layers_name_their_kinds(program):
+    kinds = {layer.name: layer.kind for layer in layers(program)[0]}
+    assert (kinds["deep.weight"], kinds["conv.weight"], kinds["qkv.weight"]) == ("depthwise", "conv", "linear")
