@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from graphcomb.graph.errors import BadInput
-from graphcomb.passes import Comb, RemoveChannels
+from graphcomb.passes import Comb, Distill, RemoveChannels
 from graphcomb.recipe import known_passes, override, parse_recipe, read_recipe, read_yaml
 
 GOOD = {"model": "a:b", "passes": []}
@@ -30,6 +30,15 @@ def test_every_public_pass_can_be_named() -> None:
     assert "Pass" not in known_passes()
 
 
+def test_a_pass_inside_a_pass_takes_its_options() -> None:
+    tree = GOOD | removal(macs=0.25, interval=20, train={"epochs": 3, "lr": 0.001})
+    override(tree, "passes.0.train.alpha=0.5")
+    [pass_] = parse_recipe(tree).passes
+    assert pass_ == RemoveChannels(macs=0.25, interval=20, train=Distill(epochs=3, lr=0.001, alpha=0.5))
+    assert parse_recipe(GOOD | removal(train=None)).passes == [RemoveChannels()]
+    assert parse_recipe(GOOD | removal(train={})).passes == [RemoveChannels(train=Distill())]
+
+
 def removal(**options: object) -> dict:
     return {"passes": [{"RemoveChannels": options}]}
 
@@ -46,6 +55,11 @@ MISTAKES = [
     (removal(round_to=2.5), f"{HERE}.round_to: should be a valid integer"),
     (removal(min_channels=True), f"{HERE}.min_channels: should be a valid integer"),
     (removal(ratio=0.5, macs=0.5), f"{HERE}: give one of"),
+    (removal(train={"epoch": 3}), f"{HERE}.train.epoch: unknown option; did you mean epochs"),
+    (removal(train={"epochs": 0}), f"{HERE}.train.epochs: must be at least 1, got 0"),
+    (removal(train={"lr": "low"}), f'{HERE}.train.lr: should be a valid number, got "low"'),
+    (removal(train=3), f"{HERE}.train: expected options as a mapping, got 3"),
+    (removal(schedule="never"), f"{HERE}.schedule: should be 'adaptive', 'iterative' or 'one-shot', got \"never\""),
     ({"passes": [{"RemoveChannels": 0.5}]}, f"{HERE}: expected options as a mapping, got 0.5"),
     ({"passes": [{"Comb": {}, "RemoveChannels": {}}]}, "passes.0: expected a pass name or one"),
     ({"passes": "Comb"}, "passes: should be a valid list"),
