@@ -61,7 +61,7 @@ class Pruner(Callback):
     comb: of the program as it was before training. groups: those that may shrink. choose: see `Choose`. importance:
     "fisher" and "taylor" sum the scores of all steps since the last event, "magnitude" and "random" look at the network
     when an event is due. events: see `event_steps`. context: for the scores of a one-shot event, which come from a pass
-    over the data before training.
+    over the data before training. identity: see `Callback`.
 
     Under several processes gradients are averaged before they are scored, so the Fisher score is the square of the global
     batch's gradient, as one process would see it; batch statistics are each process's own, so with trained BatchNorm the
@@ -74,11 +74,11 @@ class Pruner(Callback):
     importance: str
     events: dict[int, float]
     context: Context
+    identity: Any
     masks: dict[Factor, np.ndarray] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.identity = [self.importance, self.events, [(g.name, g.size) for g in self.groups]]
         self.outputs = block_outputs(self.comb.program)
         self._restart()
 
@@ -200,7 +200,7 @@ class Pruner(Callback):
                 f"RemoveChannels.prune_share: training ended after {training['steps']} steps, before the event due at "
                 f"{max(self.events)}; take a smaller share"
             )
-        return student, {"events": self.log, "training": training}
+        return student, training | {"events": self.log}
 
     def removed(self) -> Removed:
         """What is gone, in the original's numbering."""

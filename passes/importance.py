@@ -110,10 +110,15 @@ BLOCK = 1 << 17  # elements: a product of this size stays in a core's cache
 def _sums(values: torch.Tensor, factors: torch.Tensor | None, dims: Iterable[int]) -> dict[int, np.ndarray]:
     """For each of the dimensions, the sums of values * factors (or of squared values) over all others.
 
-    Works a block of rows at a time, so that the second sum finds it in the cache; numpy's einsum is several times faster
-    here than a product and two reductions.
+    On a CPU a block of rows at a time, so that the second sum finds it in the cache; numpy's einsum is several times
+    faster there than a product and two reductions.
     """
-    left, right = (_array(t) for t in (values, values if factors is None else factors))
+    factors = values if factors is None else factors
+    if values.device.type != "cpu":
+        product = values.float() * factors.float()
+        others = {d: tuple(k for k in range(product.dim()) if k != d) for d in dims}
+        return {d: (product.sum(o) if o else product).double().cpu().numpy() for d, o in others.items()}
+    left, right = _array(values), _array(factors)
     if values.dim() == 1:
         return {0: (left * right).astype(np.float64)}
     left, right = (t.reshape(len(t), -1) for t in (left, right))

@@ -46,8 +46,9 @@ class RemoveChannels(Pass):
     train: prune while training, with the options of `Distill` (CPD's way). Scores are summed after every backward pass of
     the network as it then is, with the loss it trains on. schedule: "adaptive" prunes every `interval` steps, a little
     each time; "iterative" in `rounds` equal parts; "one-shot" before the first step. prune_share: the share of all steps in
-    which the target is reached, by the first two; the rest fine-tunes what is left. Learning rates, labels and checkpoints
-    are those of `train`. The record lists the `events`; see `passes.adaptive` for when they come and what masks mean.
+    which the first two reach the target; the rest fine-tunes what is left. Learning rates, labels and checkpoints are
+    those of `train`. The record is that of training, with the `events`; `passes.adaptive` says when they come and what
+    masks mean.
 
     Raises BadInput for options that make no sense, Unreachable when a target cannot be met.
     """
@@ -121,12 +122,13 @@ class RemoveChannels(Pass):
             masks = {g.atom: lowest_removed(scores[g.atom], sizes.get(g.atom, g.size)) for g in groups}
             masks = {atom: mask for atom, mask in masks.items() if not mask.all()}
             smaller, removed = remove(comb, masks)
-            record, masked = {}, None
+            record, masked = {"refused": []}, None
         else:
             choose({}, {g.atom: np.ones(g.size) for g in groups}, 1.0)  # a target out of reach is said before training
             total = total_steps(self.train, context.data or (), "RemoveChannels.train")
             events = event_steps(self.schedule, total, self.interval, self.rounds, self.prune_share)
-            pruner = Pruner(comb, groups, choose, self.importance or "", events, context)
+            identity = [self.options(), step, planned]
+            pruner = Pruner(comb, groups, choose, self.importance or "", events, context, identity)
             smaller, record = pruner.train(self.train)
             masks, removed, masked = pruner.masks, pruner.removed(), pruner.masked(smaller.module())
         sizes = {atom: int(mask.sum()) for atom, mask in masks.items()}
@@ -138,7 +140,8 @@ class RemoveChannels(Pass):
                 if g.atom in sizes
             ],
             "refused": [
-                {"what": g.name, "kind": g.kind, "size": g.size, "why": g.frozen} for g in comb.groups if g.frozen
+                *({"what": g.name, "kind": g.kind, "size": g.size, "why": g.frozen} for g in comb.groups if g.frozen),
+                *record["refused"],
             ],
             "layers": layers(comb, sizes),
             "cost": {"before": comb.cost({}), "after": smaller.cost()},

@@ -341,7 +341,7 @@ def test_features_follow_what_is_pruned_meanwhile(monkeypatch):
         assert all(s == t and not fixed and free for step in seen for s, t, fixed, free in step)
         last, _ = matching_features(teacher, result.program)
         assert [s for s, *_ in seen[-1]] == [len(dims[1]) for dims in last.values()]
-        assert ("task" in result.record["training"]["epochs"][0]) == labels
+        assert ("task" in result.record["epochs"][0]) == labels
 
 
 # ---------------------------------------------------------------------------------------------------------- resume, refuse
@@ -373,17 +373,24 @@ def test_a_resumed_run_removes_the_same_and_ends_at_the_same_bits(stop, options,
     with pytest.raises(Stop):
         pass_(program, data=cut, out=tmp_path / "cut", **context)
     resumed = pass_(program, data=data, out=tmp_path / "cut", **context)
-    assert resumed.record["training"].get("resumed_at") == (stop // 3 * 3 or None)
+    assert resumed.record.get("resumed_at") == (stop // 3 * 3 or None)
     assert resumed.removed == whole.removed
     assert same(state(resumed.program), state(whole.program))
     assert resumed.record["events"] == whole.record["events"]
     for key in ("epochs", "curve"):
-        assert resumed.record["training"][key] == whole.record["training"][key]
-    # other options, another run
+        assert resumed.record[key] == whole.record[key]
+
+
+@pytest.mark.parametrize("change", [{"macs": 0.5}, {"prune_share": 0.4}, {"round_to": 4}, {"scope": "local"}])
+def test_a_checkpoint_of_other_options_is_not_taken(change, tmp_path):
+    program, cut = capture(convolutions()), Cut(batches())
+    cut.stop = 4
+    pass_ = pruning({"checkpoint_every": 3}, interval=2)
     with pytest.raises(Stop):
-        pass_(program, data=cut, out=tmp_path / "cut", **context)
-    other = dataclasses.replace(pass_, prune_share=0.4)(program, data=data, out=tmp_path / "cut", **context)
-    assert "resumed_at" not in other.record["training"] or options
+        pass_(program, data=cut, out=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    other = dataclasses.replace(pass_, **change)(program, data=batches(), out=tmp_path)
+    assert "resumed_at" not in other.record
 
 
 @pytest.mark.parametrize(
@@ -494,5 +501,5 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     found = {"removed": result.removed, "state": state(result.program), "events": result.record["events"]}
-    found["resumed_at"] = result.record["training"].get("resumed_at")
+    found["resumed_at"] = result.record.get("resumed_at")
     torch.save(found, f"{folder}-{os.environ['RANK']}.pt")
