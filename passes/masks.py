@@ -38,7 +38,7 @@ def weight(program: Program, name: str) -> Tensor | None:
     """A stored tensor by name, None where the program has none."""
     try:
         found = fetch(program._module, name)
-    except AttributeError:
+    except (AttributeError, KeyError):
         return None
     return found.detach() if isinstance(found, Tensor) else None
 
