@@ -40,6 +40,7 @@ from .half import to_half
 from .onnxruntime import OrtEngine, inserted_casts
 from .opset import lower_to_17
 from .parity import Check, half_emulation, parity
+from .sparsity import SparseWeight, check_sparsity
 from .targets import Target, get_target, nearest
 
 OPSET = 18  # what torch's exporter writes without converting, and every TensorRT from 10.0 parses
@@ -55,7 +56,8 @@ class OnnxReport:
     bytes: of the ONNX file and its external weights. nodes: count by operator. types: weight elements by type.
     checks: comparisons with the fp32 program, made in ONNX Runtime on the CPU; empty when it cannot run the model
     (`warnings` says why). float32: nodes of an fp16 graph that stay in fp32, and why. clamped: constants that fp16
-    cannot hold, and what became of them.
+    cannot hold, and what became of them. sparse: the weights that have zeros; those with the 2:4 pattern in the program
+    have it here.
     """
 
     path: Path
@@ -71,6 +73,7 @@ class OnnxReport:
     float32: dict[str, str] = field(default_factory=dict)
     clamped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    sparse: list[SparseWeight] = field(default_factory=list)
 
     @property
     def parity(self) -> float | None:
@@ -118,6 +121,7 @@ def export_onnx(
         model = gs.export_onnx(graph)
         model.producer_name = "graphcomb"
         _check(model, opset, precision, set(float32))
+        sparse = check_sparsity(program, model)
         say("comparing with the program")
         with _saved(model, path) as (file, size):
             report = OnnxReport(
@@ -132,6 +136,7 @@ def export_onnx(
                 weight_types(model),
                 float32=float32,
                 clamped=clamped,
+                sparse=sparse,
             )
             _compare(program, file, report, tolerance)
     report.seconds = time.perf_counter() - start
