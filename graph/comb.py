@@ -82,6 +82,7 @@ class Comb:
         self._dynamic = any(not isinstance(n, int) for v in self._inputs() for n in v.shape)
         self._copies: dict[fx.Node, list[Axis]] = {}
         self._sums: dict[fx.Node, list[Axis]] = {}
+        self._joins: set[fx.Node] = set()
         self._made_of_parameters: set[fx.Node] = set()
         self._groups: list[Group] | None = None
         self._units: list[tuple[list[Axis], dict[str, int]]] | None = None
@@ -130,7 +131,7 @@ class Comb:
             given: set[Factor] = set().union(*(loose.get(i, ()) for i in node.all_input_nodes))
             if not made and not given:
                 continue
-            for i in node.all_input_nodes:
+            for i in () if node in self._joins else node.all_input_nodes:
                 given -= atoms(self._flat(i)).keys() - loose.get(i, set())
             for axis in self._sums.get(node, ()):
                 for atom in atoms([axis]):
@@ -254,6 +255,10 @@ class Comb:
     def sums(self, node: fx.Node, axes: list[Axis]) -> None:
         """The node adds up, compares or normalises the entries along these axes of its operands."""
         self._sums.setdefault(node, []).extend(axes)
+
+    def joins(self, node: fx.Node) -> None:
+        """The node's operands come to lie side by side and do not meet entry by entry."""
+        self._joins.add(node)
 
     def at_least(self, node: fx.Node, axes: list[Axis], count: int) -> None:
         """The node is defined only where the axes together keep this many indices."""

@@ -101,6 +101,7 @@ def cat(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     if any(len(shape(t)) != rank for t in tensors):
         raise NoRule("tensors of several ranks")
     d = a["dim"] % rank if "dim" in a else min(1, rank - 1) if op_name(node) == "hstack" else 0
+    c.joins(node)
     first = c.axes[tensors[0]]
     for other in tensors[1:]:
         for k, axis in enumerate(c.axes[other]):
@@ -113,6 +114,7 @@ def cat(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 def stack(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     tensors = a["tensors"]
     d = a["dim"] % len(shape(node))
+    c.joins(node)
     first = c.axes[tensors[0]]
     for other in tensors[1:]:
         for mine, axis in zip(first, c.axes[other], strict=True):
@@ -265,6 +267,7 @@ def scatter(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
         low, high = bounds(a, n)
     if (a.get("step") or 1) != 1 or low >= high:
         raise NoRule("a strided or empty write")
+    c.joins(node)
     before, part, _ = pieces(c, node, xs[d], [low, high - low, n - high])
     for k, axis in enumerate(src):
         c.unify(part if k == d else xs[k], axis)

@@ -337,3 +337,24 @@ def test_too_few_entries_for_a_deviation_are_refused():
     (group,) = [g for g in comb.groups if g.frozen is None]
     with pytest.raises(Refused, match="std is undefined over fewer than 2 entries"):
         remove(comb, {group.atom: np.array([True, False, False, False])})
+
+
+class PaddedTwice(nn.Module):
+    """Padding that meets a scale on one side of a concatenation and is summed as it is on the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.norm, self.after = nn.Linear(3, 5), nn.RMSNorm(8), nn.Linear(16, 3)
+
+    def forward(self, x):
+        y = nn.functional.pad(self.before(x), (0, 3), value=0.5)
+        y = torch.cat([y, self.norm(y)], -1)
+        return self.after(y * y.mean(-1, keepdim=True))
+
+
+def test_padding_that_meets_a_scale_on_one_side_of_a_concatenation_is_frozen():
+    program = capture(PaddedTwice(), torch.randn(2, 3))
+    (padding,) = [g for g in Comb(program).groups if g.kind == "constant"]
+    assert "sums over padding" in padding.frozen
+    result = RemoveChannels(ratio=0.5, round_to=1, kinds=KINDS)(program)
+    assert verify.surgery(program, result) <= 1e-10
