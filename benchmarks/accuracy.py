@@ -474,7 +474,7 @@ def table(data: dict[str, Any]) -> str:
     lines = [
         "# Accuracy after pruning, real data\n",
         f"Made by `benchmarks/accuracy.py`, size {size['name']}; {data['environment']}. Mean ± standard deviation over "
-        "seeds (dense networks: {size['references']}), top-1 accuracy or mean IoU in percent. Every pruned network got "
+        f"seeds (dense networks: {size['references']}), top-1 accuracy or mean IoU in percent. Every pruned network got "
         f"{size['steps']} optimizer steps of {size['batch']['classification']} images or {size['batch']['segmentation']} "
         "scenes. torch-pruning: the best of its magnitude, Taylor and Hessian importances for that point, trained on labels "
         "as it comes; all three below.\n",

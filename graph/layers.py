@@ -1,0 +1,241 @@
+"""Layers: what the nodes of a program compute, as far as their latency depends on it, at any sizes of the groups.
+
+The unit of latency tables and estimates: passes ask what a layer costs, the runtime measures it, and neither needs to know
+the other. What an inference engine merges into the convolution before it (batch norm, an activation, a residual addition)
+and what only renames indices (views) is no layer of its own. Source: ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from . import axes as ax
+from .axes import Axis, Factor
+from .comb import Comb, Sizer
+from .ops import arguments, op_name, shape
+
+FREE = frozenset(
+    "view reshape _unsafe_view flatten unflatten squeeze unsqueeze expand getitem dropout detach alias contiguous clone "
+    "unbind select to sym_size".split()
+)
+MERGED = frozenset("batch_norm relu relu6 hardtanh clamp clamp_min leaky_relu".split())
+ACTIVATIONS = frozenset("gelu silu sigmoid tanh softmax _softmax hardswish hardsigmoid exp erf mish softplus".split())
+NORMS = frozenset("layer_norm group_norm instance_norm rms_norm".split())
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One operation at concrete sizes.
+
+    op: "conv" (also transposed: options say), "matmul", "attention", "norm", "activation" or "copy" (anything whose time
+    is moving its tensors). sizes: by name, those that pruning may change. options: by name, those that it does not.
+
+        conv       sizes: inputs, outputs, groups; options: batch, image (height, width, ... of the input), kernel, stride,
+                   padding, dilation, transposed
+        matmul     sizes: batch, inputs (K), outputs (N); options: rows (M), shared (1: one right-hand side for all)
+        attention  sizes: heads, width, value (head widths of queries and keys, and of values); options: batch, queries, keys
+        norm       sizes: channels; options: rows
+        activation, copy   sizes: entries (of the result; for a copy the mean of what is read and written if that is more)
+    """
+
+    op: str
+    sizes: tuple[tuple[str, int], ...]
+    options: tuple[tuple[str, int | tuple[int, ...]], ...] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        return dict((*self.sizes, *self.options))[name]
+
+    def macs(self, alignment: int = 1) -> int:
+        """Multiply-accumulates, with channels, K and N padded to multiples of the alignment."""
+
+        def pad(n: int) -> int:
+            return -(-n // alignment) * alignment
+
+        if self.op == "conv":
+            groups = max(self["groups"], 1)
+            depthwise = groups == self["inputs"] == self["outputs"]
+            pairs = (
+                pad(groups) if depthwise else groups * pad(self["inputs"] // groups) * pad(self["outputs"] // groups)
+            )
+            places = math.prod(self["image"] if self["transposed"] else self.result_image())
+            return self["batch"] * places * math.prod(self["kernel"]) * pairs
+        if self.op == "matmul":
+            return self["batch"] * self["rows"] * pad(self["inputs"]) * pad(self["outputs"])
+        if self.op == "attention":
+            pairs = self["batch"] * self["heads"] * self["queries"] * pad(self["keys"])
+            return pairs * (pad(self["width"]) + pad(self["value"]))
+        return 0
+
+    def entries(self) -> int:
+        """Numbers that are read and written, weights included, each once."""
+        if self.op == "conv":
+            image, result = math.prod(self["image"]), math.prod(self.result_image())
+            weights = self["inputs"] * self["outputs"] // max(self["groups"], 1) * math.prod(self["kernel"])
+            return self["batch"] * (image * self["inputs"] + result * self["outputs"]) + weights
+        if self.op == "matmul":
+            rows = self["batch"] * self["rows"]
+            return rows * (self["inputs"] + self["outputs"]) + self["batch"] * self["inputs"] * self["outputs"]
+        if self.op == "attention":
+            tokens = (self["queries"] + self["keys"]) * (self["width"] + self["value"])
+            return self["batch"] * self["heads"] * tokens
+        if self.op == "norm":
+            return 2 * self["rows"] * self["channels"]
+        return 2 * self["entries"]
+
+    def result_image(self) -> tuple[int, ...]:
+        """Height, width, ... of a convolution's result (output padding of a transposed one left out)."""
+        parts = zip(*(self[k] for k in ("image", "kernel", "stride", "padding", "dilation")), strict=True)
+        if self["transposed"]:
+            return tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in parts)
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in parts)
+
+    def resized(self, sizes: Iterable[int]) -> Layer:
+        """The layer with other sizes, in the order of `sizes`."""
+        return Layer(self.op, tuple((k, n) for (k, _), n in zip(self.sizes, sizes, strict=True)), self.options)
+
+    def __str__(self) -> str:
+        def one(name: str, value: int | tuple[int, ...]) -> str:
+            return f"{name}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+        return " ".join([self.op, *(one(k, v) for k, v in (*self.options, *self.sizes))])
+
+
+class Latency(Protocol):
+    """Something that knows, or predicts, how long layers take."""
+
+    @property
+    def per_run(self) -> float:
+        """Seconds of a whole run that belong to no layer."""
+        ...
+
+    def prepare(self, layers: Iterable[Layer], progress: bool = False) -> None:
+        """Get ready to answer for these layers; a table measures what it does not know."""
+
+    def seconds(self, layer: Layer) -> float:
+        """How long one run of the layer takes."""
+        ...
+
+
+class Layers:
+    """The layers of a combed program as functions of the sizes of its groups.
+
+    batch: size of the dynamic batch to count with, where the program has one.
+    """
+
+    def __init__(self, comb: Comb, batch: int = 1):
+        self.comb = comb
+        free = ax.atoms(a for n in comb.module.graph.nodes if n.op == "placeholder" for a in comb.axes[n] or ())
+        self._batch: dict[Factor, int] = {a: batch for a in free if a.symbolic}
+        self.nodes = [n for n in comb.module.graph.nodes if self._counts(n)]
+
+    def at(self, sizes: Mapping[Factor, int]) -> Iterator[tuple[fx.Node, Layer]]:
+        """Every layer when the atoms have the given sizes."""
+        size = self.sizer(sizes)
+        for node in self.nodes:
+            yield node, self.layer(node, size)
+
+    def sizer(self, sizes: Mapping[Factor, int]) -> Sizer:
+        return Sizer({**sizes, **self._batch})
+
+    def atoms(self, node: fx.Node) -> dict[Factor, None]:
+        """The prunable atoms that a node's layer may depend on."""
+        found = ax.atoms(a for n in (node, *node.all_input_nodes) for a in self._flat(n))
+        return {a: None for a in found if a.frozen is None}
+
+    def _flat(self, node: fx.Node) -> list[Axis]:
+        axes = self.comb.axes[node] or []
+        if isinstance(node.meta.get("val"), (list, tuple)):
+            return [axis for result in axes for axis in result or ()]
+        return axes
+
+    def _counts(self, node: fx.Node) -> bool:
+        """Whether the node costs time of its own."""
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+            return False
+        name = op_name(node)
+        if name in FREE or self.comb.is_parameter(node):
+            return False
+        return not ((name in MERGED or name == "add") and self._follows_conv(node))
+
+    def _follows_conv(self, node: fx.Node) -> bool:
+        """Whether an operand is a convolution nobody else reads, with what has been merged into it."""
+        for source in node.all_input_nodes:
+            name = op_name(source)
+            if source.op != "call_function" or len(source.users) > 1:
+                continue
+            if name.startswith("conv"):
+                return True
+            if (name in MERGED or name == "add") and self._follows_conv(source):
+                return name == "batch_norm" or op_name(node) != "batch_norm"
+        return False
+
+    def layer(self, node: fx.Node, size: Sizer) -> Layer:
+        """The node's layer."""
+        name, axes = op_name(node), self.comb.axes
+
+        def sizes(n: fx.Node) -> list[int]:
+            return [size(a) for a in axes[n]]
+
+        if name.startswith("conv") and name[4:5] in "123_":
+            return self._conv(node, sizes)
+        if name in ("linear", "matmul", "bmm", "mm", "addmm", "baddbmm"):
+            return self._matmul(node, sizes)
+        if name == "scaled_dot_product_attention":
+            a = arguments(node)
+            *batch, heads, queries, width = sizes(a["query"])
+            keys, value = sizes(a["value"])[-2:]
+            return Layer(
+                "attention", (("heads", heads), ("width", width), ("value", value)),
+                (("batch", math.prod(batch)), ("queries", queries), ("keys", keys)),
+            )  # fmt: skip
+        result = sizes(node)
+        if name in NORMS:
+            channels = result[-1] if name in ("layer_norm", "rms_norm") else math.prod(result[1:])
+            return Layer("norm", (("channels", channels),), (("rows", math.prod(result) // max(channels, 1)),))
+        entries = math.prod(result)
+        if name in ACTIVATIONS:
+            return Layer("activation", (("entries", entries),))
+        read = sum(math.prod(sizes(n)) for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor))
+        return Layer("copy", (("entries", max(entries, (entries + read) // 2)),))
+
+    def _conv(self, node: fx.Node, sizes: Any) -> Layer:
+        a = arguments(node)
+        source, weight, result = sizes(a["input"]), sizes(a["weight"]), sizes(node)
+        transposed = "transpose" in op_name(node)
+        groups = source[1] // weight[1] if not transposed else result[1] // weight[1]
+        spatial = len(weight) - 2
+        options: list[tuple[str, Any]] = [
+            ("batch", source[0]),
+            ("image", tuple(source[2:])),
+            ("kernel", tuple(weight[2:])),
+        ]
+        padding = a["padding"]
+        if isinstance(padding, str):
+            padding = [0] * spatial if padding == "valid" else [(k - 1) // 2 for k in weight[2:]]
+        for key, value in (("stride", a["stride"]), ("padding", padding), ("dilation", a["dilation"])):
+            values = [value] if isinstance(value, int) else list(value)
+            options.append((key, tuple(values * spatial if len(values) == 1 else values)))
+        options.append(("transposed", int(transposed)))
+        return Layer("conv", (("inputs", source[1]), ("outputs", result[1]), ("groups", groups)), tuple(options))
+
+    def _matmul(self, node: fx.Node, sizes: Any) -> Layer:
+        a = arguments(node)
+        result = sizes(node)
+        if op_name(node) == "linear":
+            left, shared = sizes(a["input"]), True
+        else:
+            names = [n for n in ("batch1", "mat1", "self") if n in a]
+            left = sizes(a[names[0]])
+            right = a.get("batch2", a.get("mat2", a.get("other")))
+            shared = self.comb.is_parameter(right) or right.op == "get_attr" or len(shape(right)) == 2
+        batch, rows = (1, math.prod(result[:-1])) if shared else (math.prod(result[:-2]), result[-2])
+        return Layer(
+            "matmul", (("batch", batch), ("inputs", left[-1]), ("outputs", result[-1])),
+            (("rows", rows), ("shared", int(shared))),
+        )  # fmt: skip
