@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 from .graph.errors import BadInput, GraphcombError
 
-BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
+BAD_INPUT, UNEXPECTED, WORSE, INTERRUPTED = 2, 1, 1, 130
 console = Console()
 
 
@@ -134,17 +134,46 @@ def build(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file.")],
     target: Annotated[str, typer.Option("--target", help="A device, as in rtx-sm86.")],
     out: Annotated[Path | None, typer.Option("--out", help="The engine file.")] = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="The library; by default the target's own.")] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", metavar="N | MIN,BEST,MAX", help="Batch sizes, where dynamic.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="Option of the library, as sparse=true.")
+    ] = None,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="REPORT.json", help="Write the report.")] = None,
+    gate: Annotated[
+        Path | None,
+        typer.Option(
+            "--gate", metavar="BASELINE.json", help="An earlier report or summary.json; exit code 1 if worse."
+        ),
+    ] = None,
 ) -> None:
-    """Build an engine from an ONNX file for a target, and say what came out."""
+    """Build an engine from an ONNX file for a target, and say what came out: what fuses, where kernels pad, memory."""
     from . import runtime
+    from .pipeline import write_json
+    from .runtime.engine import UnparsedOp
+    from .runtime.gate import compare, read_baseline
 
-    report = runtime.build_engine(model, target, out)
-    console.print(f"{report.path}: {report.bytes:,} bytes, {report.precision}, {report.backend} {report.version}")
-    console.print(f"{len(report.kernels)} kernels, {len(report.padding)} of them only pad or re-format")
-    for name, size in report.memory.items():
-        console.print(f"{name}: {size:,} bytes")
-    for text in report.warnings:
-        console.print(f"warning: {text}")
+    options = _arguments(option or (), "--option")
+    if batch is not None:
+        options["batch"] = _shape(batch, "--batch") if "," in batch else _shape(batch, "--batch")[0]
+    try:
+        found = runtime.build_engine(model, target, out, engine, **options)
+    except UnparsedOp as error:
+        if gate is None:
+            raise
+        print(f"gate: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(WORSE) from error
+    rows = found.to_dict()
+    baseline = read_baseline(gate, target, found.precision) if gate else None
+    if json_:
+        write_json(json_, rows, indent=2)
+    show_engine(rows)
+    if baseline is not None and (worse := compare(rows, baseline)):
+        for text in worse:
+            print(f"gate: {text}", file=sys.stderr)
+        raise typer.Exit(WORSE)
 
 
 @app.command()
@@ -220,6 +249,43 @@ def show_summary(summary: dict[str, Any]) -> None:
         console.print(f"latency: {note}")
 
 
+def show_engine(report: dict[str, Any]) -> None:
+    """What a build made of the model: kernels, padding and quantisation that cost, memory, with their origin."""
+    from .runtime.build_log import UNFUSED
+
+    console.print(
+        f"{report['path']}: {report['bytes']:,} bytes, {report['precision']}, {report['backend']} {report['version']}",
+        soft_wrap=True,
+    )
+    fused = [k for k in report["kernels"] if len(k["nodes"]) > 1]
+    nodes = sum(len(k["nodes"]) for k in fused)
+    console.print(f"{len(report['kernels'])} kernels, {len(fused)} of them fuse {nodes} ONNX nodes")
+    console.print(f"{len(report['padding'])} kernels only pad or re-format")
+    origins = report["origins"]
+
+    def where(names: Sequence[str]) -> str:
+        known = [f"{o['node']} of {o['module'] or 'the model'}" for n in names if (o := origins.get(n))]
+        passes = dict.fromkeys(p for n in names if n in origins for p in origins[n]["passes"])
+        return ", ".join([*known[:2], *(f"changed by {p}" for p in passes)])
+
+    if report.get("pads"):
+        table = Table("padded node", "axis", "model", "engine", "how", "multiples of", "from")
+        for p in report["pads"]:
+            names = p["nodes"] or [p["kernel"]]
+            cells = (p["axis"], p["before"], p["after"], p["how"], p["alignment"])
+            table.add_row(", ".join(names[:3]), *map(str, cells), where(names))
+        console.print(table)
+    for row in report.get("unfused", ()):
+        place = where(row["nodes"])
+        console.print(f"{', '.join(row['nodes'][:4])}: {UNFUSED[row['how']]}{f' ({place})' if place else ''}")
+    for name, size in report["memory"].items():
+        console.print(f"{name}: {size:,} bytes")
+    for line in report.get("unread", ()):
+        console.print(f"not understood: {line[:200]}", markup=False)
+    for text in report["warnings"]:
+        console.print(f"warning: {text}", markup=False)
+
+
 def show_bench(result: dict[str, Any]) -> None:
     """Latencies and their ratio, or why there is none."""
     table = Table("model", "median ms", "p95 ms", "runs", "times faster")
@@ -247,24 +313,24 @@ SUMMARY_ROWS = {
 }
 
 
-def _arguments(pairs: Sequence[str]) -> dict[str, Any]:
+def _arguments(pairs: Sequence[str], option: str = "--arg") -> dict[str, Any]:
     found = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise BadInput(f"--arg {pair}: expected name=value")
+            raise BadInput(f"{option} {pair}: expected name=value")
         try:
             found[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise BadInput(f"--arg {pair}: the value is not valid YAML") from error
+            raise BadInput(f"{option} {pair}: the value is not valid YAML") from error
     return found
 
 
-def _shape(text: str) -> list[int]:
+def _shape(text: str, option: str = "--input") -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise BadInput(f"--input {text}: expected sizes separated by commas, as in 1,3,224,224") from error
+        raise BadInput(f"{option} {text}: expected sizes separated by commas, as in 1,3,224,224") from error
 
 
 # -------------------------------------------------------------------------------------------------------- entry point

@@ -22,7 +22,10 @@ from .engine import Kernel
 
 Shape = tuple[int, ...]
 
-DTYPES = {"Half": "fp16", "Float": "fp32", "BFloat16": "bf16", "Int8": "int8", "Int32": "int32", "Int64": "int64"}
+DTYPES = {
+    "Half": "fp16", "Float": "fp32", "BFloat16": "bf16", "FP8": "fp8", "FP4": "fp4",
+    "Int4": "int4", "Int8": "int8", "Int32": "int32", "Int64": "int64",
+}  # fmt: skip
 MEMORY = {
     "Total Weights": "weights",
     "Total Activation": "activations",
@@ -36,6 +39,14 @@ GROW, SHRINK = {"Conc", "Pad"}, {"Slic"}
 PADDING_ONLY = GROW | SHRINK | {"Repl", "Resh"}
 MOVES = {"Move", "Tran"}
 MOVERS = ("kgen", "runtime_function")
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+QDQ = ("QuantizeLinear", "DequantizeLinear")
+QUANTIZED = ("int8", "fp8", "int4", "fp4")
+UNFUSED = {
+    "kernel": "a kernel of its own quantises or dequantises",
+    "float": "computes in floating point although its operands are quantised",
+    "idle": "quantises and dequantises within one kernel, which rounds and saves nothing",
+}
 
 
 @dataclass(frozen=True)
@@ -105,13 +116,32 @@ class Pad:
         return f"{where}: {widths}; multiples of {self.alignment} are not"
 
 
+@dataclass(frozen=True)
+class Unfused:
+    """Quantisation that buys no speed.
+
+    how: "kernel" (a kernel between two others does nothing but quantise or dequantise), "float" (an operator whose
+    operands are dequantised computes in floating point all the same) or "idle" (a tensor is rounded and restored within
+    one kernel, so that it never crosses memory in few bits). nodes: the ONNX nodes concerned.
+    """
+
+    kernel: str
+    how: str
+    nodes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.nodes[:4])}: {UNFUSED[self.how]}"
+
+
 @dataclass
 class BuildLog:
-    """A parsed build log. memory: bytes by purpose."""
+    """A parsed build log. memory: bytes by purpose. unread: lines that should describe a kernel and could not be
+    read."""
 
     layers: list[Layer] = field(default_factory=list)
     nodes: dict[str, Node] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
 
     def kernels(self) -> list[Kernel]:
         """The kernels in execution order; `padding` marks those that exist only to pad."""
@@ -158,13 +188,36 @@ class BuildLog:
                 pads += [pad for pad in weights if (layer.name, pad.before, pad.after) not in widened]
         return pads
 
+    def unfused(self) -> list[Unfused]:
+        """Quantisation that stayed outside of the operators it is for. Quantising the network's inputs and dequantising
+        its outputs is nobody's fault and not listed."""
+        made = {tensor.name for layer in self.layers for tensor in layer.outputs}
+        taken = {tensor.name for layer in self.layers for tensor in layer.inputs}
+        sources = {tensor: node for node in self.nodes.values() for tensor, _ in node.outputs}
+        narrow = {n for layer in self.layers if any(t.dtype in QUANTIZED for t in layer.inputs) for n in layer.nodes}
+        found = []
+        for layer in self.layers:
+            nodes = [self.nodes[name] for name in layer.nodes if name in self.nodes]
+            inner = any(t.name in made for t in layer.inputs) and any(t.name in taken for t in layer.outputs)
+            if nodes and all(node.op in QDQ for node in nodes):
+                found += [Unfused(layer.name, "kernel", layer.nodes)] if inner else []
+                continue
+            for node in nodes:
+                feeds = [sources[tensor] for tensor, _ in node.inputs if tensor in sources]
+                if node.op in PRODUCTS and len(feeds) > 1 and all(feed.op == QDQ[1] for feed in feeds[:2]):
+                    # A product may be spread over kernels, its bias apart: one that takes few bits is enough.
+                    found += [] if node.name in narrow else [Unfused(layer.name, "float", (node.name,))]
+                elif node.op == QDQ[1] and feeds and feeds[0].op == QDQ[0] and feeds[0] in nodes:
+                    found.append(Unfused(layer.name, "idle", (feeds[0].name, node.name)))
+        return found
+
     def _weight_pads(self, layer: Layer, alignment: Callable[[str], int] | None) -> list[Pad]:
         """Zeros in the constants of a convolution or matrix product; a 1x1 convolution may have become a product, so
         axes of size 1 do not count."""
         pads = []
         for name in layer.nodes:
             node = self.nodes.get(name)
-            if node is None or node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or len(node.inputs) < 2:
+            if node is None or node.op not in PRODUCTS or len(node.inputs) < 2:
                 continue
             axes = [axis for axis, extent in enumerate(node.inputs[1][1]) if extent != 1]
             weight = tuple(node.inputs[1][1][axis] for axis in axes)
@@ -198,7 +251,8 @@ class BuildLog:
 
 
 def parse_build_log(text: str) -> BuildLog:
-    """Read the verbose log of one build. Parts that are missing or in an unknown form are left empty."""
+    """Read the verbose log of one build. Parts that are missing are left empty; kernels in an unknown form are listed
+    as unread."""
     log = BuildLog()
     for line in text.split("\n"):  # not splitlines: \x1e separates node names
         if match := NODE.search(line):
@@ -211,8 +265,13 @@ def parse_build_log(text: str) -> BuildLog:
             log.memory[MEMORY[match[1]]] = int(match[2])
         elif match := LAYER.search(line):
             log.layers.append(_layer(match[1], match[2]))
+            layer = log.layers[-1]
+            if line.count("{ Name:") != len(layer.inputs + layer.constants + layer.outputs):
+                log.unread.append(line)
         elif match := OLD_LAYER.search(line):
             log.layers.append(_old_layer(*match.groups()))
+        elif KERNEL.search(line):
+            log.unread.append(line)
     return log
 
 
@@ -221,6 +280,7 @@ PREFIX = r"^(?:\[[^\]]*\] ?)*"
 NODE = re.compile(PREFIX + r"(\S.*?) \[(\w+)\] (inputs|outputs): (.*)$")
 OPERAND = re.compile(r"\[(\S+) -> \(([-\d, ]*)\)\[\w+\]\]")
 TOTAL = re.compile(rf"({'|'.join(MEMORY)}) Memory: (\d+)")
+KERNEL = re.compile(PREFIX + r"(?:Name: |Layer\()")  # begins like a kernel's line
 LAYER = re.compile(r"^Name: (.*?), LayerType: (.*)$")
 TENSOR = re.compile(r"\{ Name: (.*?), Dimensions: \[([-\d, ]*)\](.*?)\}")
 SOURCE = re.compile(r"\[ONNX Layer: (.*?)\](?=\[ONNX Layer: |[\x1e\x1f]|[^\[\]]*$)")

@@ -26,7 +26,13 @@ import numpy as np
 import onnx
 
 from ..graph.errors import BadInput, MissingBackend
+from .origins import Origin
+from .origins import read as read_origins
 from .targets import Target, get_target, nearest
+
+
+class UnparsedOp(BadInput):
+    """The library has no form for an operator of the ONNX file; the message names node and operator."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,8 @@ class EngineReport:
     """What came out of a build; everything in it was read from the library or the file, nothing is assumed.
 
     bytes: size of the engine file. seconds: build time. precision: "fp32", "fp16", "bf16" or "int8" (see `precision`).
-    memory: bytes by purpose ("weights", "activations", "scratch", as far as the library tells).
+    memory: bytes by purpose ("weights", "activations", "scratch", as far as the library tells). origins: where the
+    ONNX nodes of the kernels come from, as far as the ONNX file says.
     """
 
     backend: str
@@ -96,6 +103,7 @@ class EngineReport:
     kernels: list[Kernel] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    origins: dict[str, Origin] = field(default_factory=dict)
 
     @property
     def padding(self) -> list[Kernel]:
@@ -152,7 +160,7 @@ def build_engine(
     """
     device = target if isinstance(target, Target) else get_target(target)
     path = Path(onnx_path)
-    check_model(path)
+    model = check_model(path)
     name = backend or device.backend
     module = backend_module(name)
     _check_options(module.build, options, name)
@@ -162,7 +170,10 @@ def build_engine(
         destination = None
     else:
         destination = path.with_name(f"{path.stem}.{device.name}{BACKENDS[name].suffixes[0]}")
-    return module.build(path, device, destination, backend=name, **options)
+    report = module.build(path, device, destination, backend=name, **options)
+    nodes = {node for kernel in report.kernels for node in kernel.nodes}
+    report.origins = {node: origin for node, origin in read_origins(model).items() if node in nodes}
+    return report
 
 
 def load_engine(path: str | os.PathLike[str], backend: str | None = None, **options: Any) -> Engine:

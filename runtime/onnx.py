@@ -6,7 +6,6 @@ graph, so that it is strongly typed (which TensorRT 11 and TensorRT-RTX build fr
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import io
@@ -35,6 +34,7 @@ from ..graph.capture import infer
 from ..graph.errors import BadInput, Refused
 from ..graph.ops import arguments, hint, op_name
 from ..graph.program import Program
+from . import origins
 from .engine import FLOATS, TensorSpec
 from .half import to_half
 from .onnxruntime import OrtEngine, inserted_casts
@@ -46,7 +46,6 @@ from .targets import Target, get_target, nearest
 OPSET = 18  # what torch's exporter writes without converting, and every TensorRT from 10.0 parses
 PRECISIONS = ("fp32", "fp16")
 EXTERNAL_DATA = 1_900_000_000  # bytes of weights from which they go to a file of their own: protobuf ends at 2 GiB
-SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass
@@ -110,6 +109,7 @@ def export_onnx(
         say("translating")
         exported = _exportable(program).exported()
         model = _translate(exported, max(opset, OPSET))
+        places = {node.name: origins.scopes(node) for node in model.graph.node}
         say("folding constants")
         with _quiet():
             graph = gs.import_onnx(model)
@@ -120,6 +120,7 @@ def export_onnx(
             lower_to_17(graph)
         model = gs.export_onnx(graph)
         model.producer_name = "graphcomb"
+        origins.store(model, origins.trace(program, places))
         _check(model, opset, precision, set(float32))
         sparse = check_sparsity(program, model)
         say("comparing with the program")
@@ -232,9 +233,8 @@ def _translate(exported: ExportedProgram, opset: int) -> onnx.ModelProto:
     model = found.model_proto
     taken: set[str] = set()
     for node in model.graph.node:  # the module's path tells a reader of an engine's report where a kernel comes from
-        scopes = {p.key: p.value for p in node.metadata_props}.get(SCOPES)
-        path = ast.literal_eval(scopes)[-2:-1] if scopes else []
-        name = "/".join([*(p for p in path if p), node.name.removeprefix("node_")])
+        module, _ = origins.scopes(node)
+        name = "/".join([*([module] if module else []), node.name.removeprefix("node_")])
         node.name = name if name not in taken else f"{name}_{len(taken)}"
         taken.add(node.name)
     return model

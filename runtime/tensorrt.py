@@ -26,9 +26,9 @@ import onnx
 from rich.progress import Progress, TaskID
 
 from ..graph.errors import BadInput, MissingBackend, Refused
-from .build_log import Pad, parse_build_log
+from .build_log import Pad, Unfused, parse_build_log
 from .cuda import Cuda, CudaError
-from .engine import BACKENDS, EngineReport, TensorSpec, precision, replacing
+from .engine import BACKENDS, EngineReport, TensorSpec, UnparsedOp, precision, replacing
 from .targets import Target, nearest
 
 NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
@@ -52,9 +52,12 @@ DEFAULT_BATCH = 1, 1, 8  # smallest, the one to optimise for (a vehicle's camera
 
 @dataclass
 class TensorRTReport(EngineReport):
-    """Also says where the engine computes on wider axes than the model has, and the alignment that would avoid it."""
+    """Also says where the engine computes on wider axes than the model has, and the alignment that would avoid it;
+    which quantisation buys nothing; and which lines about kernels could not be read."""
 
     pads: list[Pad] = field(default_factory=list)
+    unfused: list[Unfused] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
 
 def build(
@@ -136,6 +139,8 @@ def build(
         memory=said.memory,
         warnings=work.notes + work.logger.warnings(),
         pads=said.pads(lambda dtype: target.alignment(dtype) if dtype in target.dtypes else 0),
+        unfused=said.unfused(),
+        unread=said.unread or ([] if said.layers else ["the build log names no kernels"]),
     )
 
 
@@ -293,7 +298,7 @@ class _Build:
         if parser.parse_from_file(str(path)):
             return
         if parser.num_errors == 0:
-            raise BadInput(f"{path}: {self.who} cannot parse it")
+            raise UnparsedOp(f"{path}: {self.who} cannot parse it")
         error = parser.get_error(0)
         if hasattr(error, "node_name"):
             name, op = error.node_name(), error.node_operator()
@@ -304,7 +309,7 @@ class _Build:
         reason = " ".join(error.desc().split("\n")[0].split())[:300]
         reason = reason if reason not in ("", "false") else "operator not supported"
         where = f"node {name or error.node()} ({op}): " if op else ""
-        raise BadInput(f"{path}: {self.who} cannot parse it: {where}{reason}")
+        raise UnparsedOp(f"{path}: {self.who} cannot parse it: {where}{reason}")
 
     def aim(self) -> None:
         """Build for the target's compute capability."""

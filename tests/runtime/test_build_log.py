@@ -241,3 +241,74 @@ def test_missing_parts_stay_empty(text):
 def test_node_names_with_brackets_and_separators():
     line = "Name: k, LayerType: gemm, Inputs: [], Outputs: [], Metadata: [ONNX Layer: a[0]/b]\x1e[ONNX Layer: c (d)]"
     assert parse_build_log(line).kernels()[0].nodes == ("a[0]/b", "c (d)")
+
+
+# --------------------------------------------------------------------------------------------------------- quantisation
+KERNEL = (
+    "Name: {name}, LayerType: {kind}, Inputs: [ {inputs} ], Outputs: [ {outputs} ], TacticName: t, Metadata: {meta}"
+)
+OPERAND = "{{ Name: {}, Dimensions: [{}], Strides: [1], StrideOrder: [0], Datatype: {}, Format: (Linear) }}"
+# Two quantised products in a row, and the tensors between their nodes as the parser prints them.
+QDQ_NODES = [
+    ("q0", "QuantizeLinear", ["x", "s"], ["x8"]),
+    ("dq0", "DequantizeLinear", ["x8", "s"], ["xr"]),
+    ("dqw", "DequantizeLinear", ["w8", "s"], ["wr"]),
+    ("conv", "Conv", ["xr", "wr"], ["y"]),
+    ("q1", "QuantizeLinear", ["y", "s"], ["y8"]),
+    ("dq1", "DequantizeLinear", ["y8", "s"], ["yr"]),
+    ("gemm", "MatMul", ["yr", "wr"], ["z"]),
+]
+
+
+def quantised(*kernels):
+    """The log of QDQ_NODES compiled into kernels: (name, nodes, type of the input, type of the output)."""
+    lines = []
+    for name, op, inputs, outputs in QDQ_NODES:
+        for side, names in (("inputs", inputs), ("outputs", outputs)):
+            lines.append(f"{name} [{op}] {side}: " + ", ".join(f"[{n} -> (4, 4)[FLOAT]]" for n in names))
+    lines.append("Layers:")
+    for i, (name, nodes, before, after) in enumerate(kernels):
+        ends = OPERAND.format(f"t{i}", "4,4", before), OPERAND.format(f"t{i + 1}", "4,4", after)
+        meta = "".join(f"[ONNX Layer: {n}]" for n in nodes)
+        lines.append(KERNEL.format(name=name, kind="gemm", inputs=ends[0], outputs=ends[1], meta=meta))
+    return parse_build_log("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("kernels", "expected"),
+    [
+        # Every quantisation is fused: the first kernel takes the network's input.
+        (
+            [
+                ("a", ["q0"], "Float", "Int8"),
+                ("b", ["dq0", "dqw", "conv", "q1"], "Int8", "Int8"),
+                ("c", ["dq1", "gemm"], "Int8", "Float"),
+            ],
+            [],
+        ),
+        # A product's bias may be a kernel of its own, in floats.
+        ([("a", ["dq1", "gemm"], "Int8", "Float"), ("b", ["gemm"], "Float", "Float")], []),
+        (
+            [
+                ("a", ["dq0", "dqw", "conv"], "Int8", "Float"),
+                ("b", ["q1"], "Float", "Int8"),
+                ("c", ["gemm"], "Int8", "Float"),
+            ],
+            [("kernel", ("q1",))],
+        ),
+        ([("a", ["conv"], "Float", "Float"), ("b", ["gemm"], "Int8", "Float")], [("float", ("conv",))]),
+        ([("a", ["conv", "q1", "dq1"], "Int8", "Float")], [("idle", ("q1", "dq1"))]),
+    ],
+)
+def test_quantisation_that_buys_nothing_is_named(kernels, expected):
+    assert [(u.how, u.nodes) for u in quantised(*kernels).unfused()] == expected
+
+
+def test_lines_about_kernels_that_cannot_be_read_are_kept():
+    good = KERNEL.format(name="a", kind="gemm", inputs=OPERAND.format("x", "4", "Half"), outputs="", meta="")
+    odd = good.replace("{ Name: x, Dimensions: [4]", "{ Name: x, Extents: <4>")
+    log = parse_build_log(
+        "\n".join(["Layers:", good, odd, "Name: b without anything", "[V] [TRT] Layer(Relu) relu", ""])
+    )
+    assert log.unread == [odd, "Name: b without anything", "[V] [TRT] Layer(Relu) relu"]
+    assert log.layers[0].inputs[0].dtype == "fp16"

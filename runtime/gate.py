@@ -1,0 +1,67 @@
+"""The gate for CI: a build is compared with an earlier one, and what got worse is named.
+
+Kernels are matched by the ONNX nodes they compute, since libraries number them anew in every build. Source: ours.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..graph.errors import BadInput
+
+NUMBER = re.compile(r"_myl\d+_\d+$")  # of a generated kernel
+
+
+def read_baseline(path: Path, target: str, precision: str) -> dict[str, Any]:
+    """The engine report to compare with: a file of `graphcomb build --json`, or a run's summary.json, whose engine of
+    the same target (and precision, where several are) is taken. Raises BadInput for anything else."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise BadInput(
+            f"--gate {path}: cannot be read ({error.strerror}); `graphcomb build --json` makes one"
+        ) from error
+    except ValueError as error:
+        raise BadInput(f"--gate {path}: not JSON ({error})") from error
+    rows = found.get("engines", [found]) if isinstance(found, dict) else []
+    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("kernels"), list)]
+    if not rows:
+        raise BadInput(f"--gate {path}: holds no engine report (of `graphcomb build --json` or `graphcomb run`)")
+    same = [row for row in rows if row.get("target") == target]
+    if not same:
+        has = ", ".join(sorted({str(row.get("target")) for row in rows}))
+        raise BadInput(f"--gate {path}: has no engine for {target} (it has {has})")
+    return next((row for row in same if row.get("precision") == precision), same[0])
+
+
+def compare(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
+    """What is worse than in the baseline, a line each; empty when the build passes. Both are `EngineReport.to_dict()`.
+
+    Worse is a kernel that only pads where the baseline has none for these nodes, and a kernel whose description in the
+    build log cannot be read.
+    """
+    before, now = _padding(baseline), _padding(report)
+    worse = []
+    for nodes, count in sorted((now - before).items()):
+        pads = [p for p in report.get("pads", ()) if p["how"] == "kernel" and tuple(sorted(p["nodes"])) == nodes]
+        advice = [
+            f"axis {p['axis']} {p['before']} -> {p['after']}, multiples of {p['alignment']} avoid it" for p in pads
+        ]
+        origin = next((o for n in nodes if (o := report.get("origins", {}).get(n))), None)
+        changed = f" (changed by {', '.join(origin['passes'])})" if origin and origin["passes"] else ""
+        text = f"new padding kernel{f' ({count} times)' if count > 1 else ''} for {', '.join(nodes)}{changed}"
+        worse.append(": ".join([text, *advice[:1]]))
+    known = Counter(baseline.get("unread", ()))
+    worse += [f"a kernel that cannot be read: {line[:200]}" for line in Counter(report.get("unread", ())) - known]
+    return worse
+
+
+def _padding(report: Mapping[str, Any]) -> Counter[tuple[str, ...]]:
+    """How many kernels only pad, by the nodes they pad for (by name where the library names no nodes)."""
+    kernels = [k for k in report["kernels"] if k.get("padding")]
+    return Counter(tuple(sorted(k.get("nodes") or (NUMBER.sub("", k["name"]),))) for k in kernels)

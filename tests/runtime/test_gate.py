@@ -1,0 +1,62 @@
+"""The gate: what got worse between two builds."""
+
+import json
+
+import pytest
+
+from graphcomb.graph.errors import BadInput
+from graphcomb.runtime.gate import compare, read_baseline
+
+
+def kernel(name, nodes, padding=False):
+    return {"name": name, "kind": "kgen", "nodes": list(nodes), "padding": padding}
+
+
+def report(*kernels, pads=(), **more):
+    return {"target": "rtx-sm86", "precision": "fp16", "kernels": list(kernels), "pads": list(pads), **more}
+
+
+PAD = {"kernel": "p", "how": "kernel", "nodes": ("b/conv",), "axis": 1, "before": 61, "after": 64, "alignment": 8}
+
+
+def test_a_new_padding_kernel_is_named_with_its_cure_and_its_pass():
+    before = report(kernel("x_myl0_1", ["a/conv"], True))
+    origin = {"b/conv": {"node": "conv_1", "module": "b", "passes": ["RemoveChannels"]}}
+    now = report(kernel("y_myl0_7", ["a/conv"], True), kernel("p", ["b/conv"], True), pads=[PAD], origins=origin)
+    assert compare(now, before) == [
+        "new padding kernel for b/conv (changed by RemoveChannels): axis 1 61 -> 64, multiples of 8 avoid it"
+    ]
+    assert compare(before, now) == []
+
+
+def test_kernels_without_nodes_are_known_by_name_less_the_number():
+    one = report(kernel("__myl_Pad_myl0_1", [], True))
+    two = report(kernel("__myl_Pad_myl0_4", [], True), kernel("__myl_Pad_myl0_9", [], True))
+    assert compare(one, two) == []
+    assert compare(two, one) == ["new padding kernel for __myl_Pad"]
+
+
+def test_a_line_that_cannot_be_read_is_new_once():
+    now = report(unread=["Name: odd", "Name: odd"])
+    assert compare(now, report()) == ["a kernel that cannot be read: Name: odd"]
+    assert compare(now, now) == []
+
+
+def test_the_baseline_is_the_engine_of_the_same_target_and_precision(tmp_path):
+    engines = [report() | {"precision": "fp32"}, report(), report() | {"target": "rtx-sm89"}]
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps({"engines": engines}))
+    assert read_baseline(path, "rtx-sm86", "fp16") == engines[1]
+    assert read_baseline(path, "rtx-sm89", "int8") == engines[2]
+    with pytest.raises(BadInput, match=r"has no engine for rtx-sm75 \(it has rtx-sm86, rtx-sm89\)"):
+        read_baseline(path, "rtx-sm75", "fp16")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "cannot be read"), ("{", "not JSON"), ("[]", "no engine"), ("{}", "no engine")]
+)
+def test_a_bad_baseline_is_one_line(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "b.json").write_text(text)
+    with pytest.raises(BadInput, match=f"--gate .*b.json: .*{message}"):
+        read_baseline(tmp_path / "b.json", "rtx-sm86", "fp16")
