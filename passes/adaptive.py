@@ -28,6 +28,7 @@ from ..graph.surgery import Removed, kept_indices, resized
 from .base import Context
 from .distill import Distill, block_outputs
 from .importance import IMPORTANCES, TRANSFORMS, Members, Scores, relative_norms
+from .selection import lowest_removed
 from .training import Callback, Kept, Surgery, averaged, gathered, taken
 
 Choose = Callable[[dict[Factor, int], Scores, float], dict[Factor, int]]
@@ -234,13 +235,6 @@ def _relative(kept: Mapping[int, np.ndarray], axes: list[ax.Axis], old: ax.Masks
         if before.sum() > keep.sum():
             found[d] = torch.from_numpy(np.flatnonzero(keep[before]))
     return found
-
-
-def lowest_removed(scores: np.ndarray, keep: int) -> np.ndarray:
-    """Mask that keeps the `keep` highest scores; of equal ones, the first."""
-    mask = np.ones(len(scores), dtype=bool)
-    mask[np.argsort(-scores, kind="stable")[keep:]] = False
-    return mask
 
 
 def removed_values(comb: Comb, masks: ax.Masks, nodes: list[fx.Node]) -> list[dict[str, Any]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,11 +15,12 @@ from ..graph.ops import arguments, op_name
 from ..graph.program import Program
 from ..graph.surgery import remove
 from ..graph.verify import TOLERANCE, check
-from .adaptive import Pruner, event_steps, lowest_removed, removed_values
+from .adaptive import Pruner, event_steps, removed_values
 from .base import Context, Pass, PassResult
 from .distill import Distill, block_outputs
 from .importance import IMPORTANCES, Scores
-from .legalise import Costs, mac_terms, movable, parameter_terms, steps
+from .legalise import Costs, mac_terms, movable, parameter_terms
+from .selection import Selection, lowest_removed, planned_sizes
 from .training import total_steps
 
 DEFAULT_ALIGNMENT = 8  # fp16 tensor cores; what a target says goes before it
@@ -103,46 +102,45 @@ class RemoveChannels(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         comb = Comb(program)
-        movables = movable(comb, self.kinds, self.include, self.exclude)
-        planned = _planned(comb, context.plan)
-        groups = [g for g in comb.groups if g in movables or g.name in planned]
-        step = self.alignment(context)
+        free = movable(comb, self.kinds, self.include, self.exclude)
+        planned, step = planned_sizes(comb, context.plan), self.alignment(context)
+        atoms = {g.atom for g in free}
+        groups = [g for g in comb.groups if g.atom in atoms or g.name in planned]
 
         def choose(sizes: dict[Factor, int], scores: Scores, share: float) -> dict[Factor, int]:
-            selection = Selection(comb, movables, step, self.min_channels, sizes)
+            selection = Selection(comb, free, step, self.min_channels, sizes)
             for group in groups:
                 if group.name in planned:
                     selection.approach(group, planned[group.name], share)
-            self._choose(selection, [g for g in movables if g.name not in planned], scores, share)
+            self._choose(selection, [g for g in free if g.name not in planned], scores, share)
             return selection.sizes
 
+        training: dict[str, Any] = {}
+        masked = None
         if self.train is None:
-            scores = self.score(comb, groups, context)
+            scores = self._score(comb, groups, context)
             sizes = choose({}, scores, 1.0)
             masks = {g.atom: lowest_removed(scores[g.atom], sizes.get(g.atom, g.size)) for g in groups}
-            masks = {atom: mask for atom, mask in masks.items() if not mask.all()}
             smaller, removed = remove(comb, masks)
-            record, masked = {"refused": []}, None
         else:
             choose({}, {g.atom: np.ones(g.size) for g in groups}, 1.0)  # a target out of reach is said before training
             total = total_steps(self.train, context.data or (), "RemoveChannels.train")
             events = event_steps(self.schedule, total, self.interval, self.rounds, self.prune_share)
             identity = [self.options(), step, planned]
-            pruner = Pruner(comb, groups, choose, self.importance or "", events, context, identity)
-            smaller, record = pruner.train(self.train)
+            pruner = Pruner(comb, groups, choose, str(self.importance), events, context, identity)
+            smaller, training = pruner.train(self.train)
             masks, removed, masked = pruner.masks, pruner.removed(), pruner.masked(smaller.module())
+        masks = {atom: mask for atom, mask in masks.items() if not mask.all()}
         sizes = {atom: int(mask.sum()) for atom, mask in masks.items()}
         smaller.known_cost = comb.cost(sizes)
-        record |= {
+        frozen = [{"what": g.name, "kind": g.kind, "size": g.size, "why": g.frozen} for g in comb.groups if g.frozen]
+        record = training | {
             "changed": [
                 {"what": g.name, "kind": g.kind, "before": g.size, "after": sizes[g.atom]}
                 for g in comb.groups
                 if g.atom in sizes
             ],
-            "refused": [
-                *({"what": g.name, "kind": g.kind, "size": g.size, "why": g.frozen} for g in comb.groups if g.frozen),
-                *record["refused"],
-            ],
+            "refused": frozen + training.get("refused", []),
             "layers": layers(comb, sizes),
             "cost": {"before": comb.cost({}), "after": smaller.cost()},
             "alignment": step,
@@ -163,9 +161,9 @@ class RemoveChannels(Pass):
             raise GraphcombError(f"RemoveChannels: the result is not the masked network ({why}); a bug of graphcomb")
         return {"oracle": "absence oracle", "error": verdict.error, "tolerance": TOLERANCE}
 
-    def score(self, comb: Comb, groups: list[Group], context: Context) -> Scores:
+    def _score(self, comb: Comb, groups: list[Group], context: Context) -> Scores:
         """How much each index of each group matters."""
-        return IMPORTANCES[self.importance or ""](comb, groups, context)
+        return IMPORTANCES[str(self.importance)](comb, groups, context)
 
     def plan(self, program: Program, context: Context | None = None) -> list[dict[str, Any]]:
         """What the pass would do, group by group: name, kind, size, keep, the MACs removal saves, and why it is frozen.
@@ -176,7 +174,7 @@ class RemoveChannels(Pass):
         comb = Comb(program)
         groups = movable(comb, self.kinds, self.include, self.exclude)
         selection = Selection(comb, groups, self.alignment(context), self.min_channels)
-        self._choose(selection, groups, self.score(comb, groups, context))
+        self._choose(selection, groups, self._score(comb, groups, context))
         whole = Costs(mac_terms(comb), [g for g in comb.groups if g.frozen is None])
         rows = []
         for g in comb.groups:
@@ -197,7 +195,7 @@ class RemoveChannels(Pass):
 
     def _choose(self, selection: Selection, groups: list[Group], scores: Scores, share: float = 1.0) -> None:
         """Shrink the groups of a selection until `share` of the way from the dense program to the target is gone."""
-        target = "macs" if self.macs is not None else "params" if self.params is not None else None
+        target = next((t for t in ("macs", "params") if getattr(self, t) is not None), None)
         if target is None:
             ratio = (0.5 if self.ratio is None else self.ratio) * share
             if self.scope == "local":
@@ -224,152 +222,6 @@ class RemoveChannels(Pass):
                 f"({reached / dense:.1%}) can, with alignment {selection.alignment} and min_channels {selection.minimum}; "
                 f"frozen: {', '.join(frozen[:4]) or 'nothing'}{' and more' if len(frozen) > 4 else ''}"
             )
-
-
-class Selection:
-    """How many indices every group keeps; only sizes that the alignment allows. sizes: what is left of groups that have
-    lost some before; nothing ever grows."""
-
-    def __init__(
-        self, comb: Comb, groups: list[Group], alignment: int, minimum: int, sizes: Mapping[Factor, int] | None = None
-    ):
-        self.comb, self.alignment, self.minimum = comb, alignment, minimum
-        self.sizes: dict[Factor, int] = dict(sizes or {})
-        self._before = dict(self.sizes)
-        self._steps = steps(comb, groups, alignment)
-
-    def kept(self, group: Group) -> int:
-        return self.sizes.get(group.atom, group.size)
-
-    def step(self, group: Group) -> int:
-        return self._steps.get(group.atom, 1)
-
-    def legal(self, group: Group, size: float) -> int:
-        """The smallest allowed size of at least `size`."""
-        step = self.step(group)
-        aligned = math.ceil(max(size, self.minimum, group.least) / step - 1e-9) * step
-        return min(aligned, self._before.get(group.atom, group.size))
-
-    def below(self, group: Group) -> int:
-        """The next smaller allowed size, or 0."""
-        step, size = self.step(group), self.kept(group)
-        smaller = (math.ceil(size / step) - 1) * step
-        return smaller if smaller >= max(self.minimum, group.least) else 0
-
-    def approach(self, group: Group, size: int, share: float) -> None:
-        """Go the share of the way from the whole group to a size, which need not be aligned."""
-        if share == 1:
-            self.sizes[group.atom] = size
-        else:
-            self.sizes[group.atom] = max(size, self.legal(group, group.size - share * (group.size - size)))
-
-    def uniform(self, groups: list[Group], ratio: float) -> None:
-        for g in groups:
-            self.sizes[g.atom] = self.legal(g, g.size - int(g.size * ratio + 1e-9))
-
-    def uniform_until(self, groups: list[Group], costs: Costs, goal: float) -> int:
-        """The smallest common ratio that reaches the goal, by bisection. Returns the cost reached."""
-
-        def cost(ratio: float) -> int:
-            self.uniform(groups, ratio)
-            for g in groups:
-                costs.set(g.atom, self.sizes[g.atom])
-            return costs.total
-
-        low, high = 0.0, 1.0 - 1e-9
-        if cost(high) > goal:
-            return costs.total
-        for _ in range(24):
-            middle = (low + high) / 2
-            low, high = (middle, high) if cost(middle) > goal else (low, middle)
-        return cost(high)
-
-    def by_count(self, groups: list[Group], scores: Scores, ratio: float) -> None:
-        """Remove the globally least important chunks until the share of all indices is gone."""
-        left = int(sum(g.size for g in groups) * ratio + 1e-9) - sum(g.size - self.kept(g) for g in groups)
-
-        def take(g: Group, size: int) -> bool | None:
-            nonlocal left
-            count = self.kept(g) - size
-            if count > left:
-                return False
-            left -= count
-            return True
-
-        self._descend(groups, scores, lambda g, count: count, take)
-
-    def greedy(self, groups: list[Group], scores: Scores, costs: Costs, goal: float, per_cost: bool) -> int:
-        """Remove the least important chunk, or the one with the least importance per cost saved, until the goal is
-        reached. Returns the cost reached."""
-
-        def take(g: Group, size: int) -> bool | None:
-            if costs.total <= goal:
-                return None
-            costs.set(g.atom, size)
-            return True
-
-        self._descend(groups, scores, lambda g, count: costs.saving(g.atom, count) if per_cost else count, take)
-        return costs.total
-
-    def _descend(
-        self,
-        groups: list[Group],
-        scores: Scores,
-        saving: Callable[[Group, int], float],
-        take: Callable[[Group, int], bool | None],
-    ) -> None:
-        """Offer chunks to `take`, cheapest first; it answers True (removed), False (leave this group) or None (stop).
-
-        Savings change as other groups shrink, so a chunk is priced anew when it comes up, and goes back when it is no
-        longer the cheapest.
-        """
-        sums = {g.atom: np.concatenate([[0.0], np.cumsum(np.sort(scores[g.atom]))]) for g in groups}
-
-        def price(g: Group) -> tuple[float, int]:
-            size = self.below(g)
-            if not size:
-                return math.inf, 0
-            gone, after = g.size - self.kept(g), g.size - size
-            loss = sums[g.atom][after] - sums[g.atom][gone]
-            return float(loss) / max(saving(g, after - gone), 1e-12), size
-
-        heap = [(price(g)[0], i) for i, g in enumerate(groups)]
-        heapq.heapify(heap)
-        while heap:
-            _, i = heapq.heappop(heap)
-            value, size = price(groups[i])
-            if heap and value > heap[0][0]:
-                heapq.heappush(heap, (value, i))
-                continue
-            taken = take(groups[i], size) if size else False
-            if taken is None:
-                return
-            if taken:
-                self.sizes[groups[i].atom] = size
-                heapq.heappush(heap, (price(groups[i])[0], i))
-
-
-def _planned(comb: Comb, plan: Any) -> dict[str, int]:
-    """Sizes the plan asks for, by group name; checked against the program."""
-    if not plan:
-        return {}
-    rows = plan.get("groups", []) if isinstance(plan, dict) else plan
-    known = {g.name: g for g in comb.groups}
-    result = {}
-    for row in rows:
-        name, keep = row.get("name"), row.get("keep")
-        group = known.get(name)
-        if group is None:
-            raise BadInput(f"plan: no group {name!r} in this program; graphcomb plan lists them")
-        if not isinstance(keep, int) or isinstance(keep, bool) or not group.least <= keep <= group.size:
-            raise BadInput(
-                f"plan: {name}: keep must be a whole number from {group.least} to {group.size}, not {keep!r}"
-            )
-        if group.frozen and keep != group.size:
-            raise BadInput(f"plan: {name} is frozen ({group.frozen})")
-        if not group.frozen:
-            result[name] = keep
-    return result
 
 
 def layers(comb: Comb, sizes: dict[Factor, int]) -> list[dict[str, Any]]:

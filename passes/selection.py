@@ -1,0 +1,169 @@
+"""How many indices every group keeps: sizes that the alignment allows, chosen by ratio, by count, by cost, or by a plan."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..graph.axes import Factor
+from ..graph.comb import Comb, Group
+from ..graph.errors import BadInput
+from .importance import Scores
+from .legalise import Costs, steps
+
+
+class Selection:
+    """How many indices every group keeps; only sizes that the alignment allows. sizes: what is left of groups that have
+    lost some before; nothing ever grows."""
+
+    def __init__(
+        self, comb: Comb, groups: list[Group], alignment: int, minimum: int, sizes: Mapping[Factor, int] | None = None
+    ):
+        self.comb, self.alignment, self.minimum = comb, alignment, minimum
+        self.sizes: dict[Factor, int] = dict(sizes or {})
+        self._before = dict(self.sizes)
+        self._steps = steps(comb, groups, alignment)
+
+    def kept(self, group: Group) -> int:
+        return self.sizes.get(group.atom, group.size)
+
+    def step(self, group: Group) -> int:
+        return self._steps.get(group.atom, 1)
+
+    def legal(self, group: Group, size: float) -> int:
+        """The smallest allowed size of at least `size`."""
+        step = self.step(group)
+        aligned = math.ceil(max(size, self.minimum, group.least) / step - 1e-9) * step
+        return min(aligned, self._before.get(group.atom, group.size))
+
+    def below(self, group: Group) -> int:
+        """The next smaller allowed size, or 0."""
+        step, size = self.step(group), self.kept(group)
+        smaller = (math.ceil(size / step) - 1) * step
+        return smaller if smaller >= max(self.minimum, group.least) else 0
+
+    def approach(self, group: Group, size: int, share: float) -> None:
+        """Go the share of the way from the whole group to a size, which need not be aligned."""
+        if share == 1:
+            self.sizes[group.atom] = size
+        else:
+            self.sizes[group.atom] = max(size, self.legal(group, group.size - share * (group.size - size)))
+
+    def uniform(self, groups: list[Group], ratio: float) -> None:
+        for g in groups:
+            self.sizes[g.atom] = self.legal(g, g.size - int(g.size * ratio + 1e-9))
+
+    def uniform_until(self, groups: list[Group], costs: Costs, goal: float) -> int:
+        """The smallest common ratio that reaches the goal, by bisection. Returns the cost reached."""
+
+        def cost(ratio: float) -> int:
+            self.uniform(groups, ratio)
+            for g in groups:
+                costs.set(g.atom, self.sizes[g.atom])
+            return costs.total
+
+        low, high = 0.0, 1.0 - 1e-9
+        if cost(high) > goal:
+            return costs.total
+        for _ in range(24):
+            middle = (low + high) / 2
+            low, high = (middle, high) if cost(middle) > goal else (low, middle)
+        return cost(high)
+
+    def by_count(self, groups: list[Group], scores: Scores, ratio: float) -> None:
+        """Remove the globally least important chunks until the share of all indices is gone."""
+        left = int(sum(g.size for g in groups) * ratio + 1e-9) - sum(g.size - self.kept(g) for g in groups)
+
+        def take(g: Group, size: int) -> bool | None:
+            nonlocal left
+            count = self.kept(g) - size
+            if count > left:
+                return False
+            left -= count
+            return True
+
+        self._descend(groups, scores, lambda g, count: count, take)
+
+    def greedy(self, groups: list[Group], scores: Scores, costs: Costs, goal: float, per_cost: bool) -> int:
+        """Remove the least important chunk, or the one with the least importance per cost saved, until the goal is
+        reached. Returns the cost reached."""
+
+        def take(g: Group, size: int) -> bool | None:
+            if costs.total <= goal:
+                return None
+            costs.set(g.atom, size)
+            return True
+
+        self._descend(groups, scores, lambda g, count: costs.saving(g.atom, count) if per_cost else count, take)
+        return costs.total
+
+    def _descend(
+        self,
+        groups: list[Group],
+        scores: Scores,
+        saving: Callable[[Group, int], float],
+        take: Callable[[Group, int], bool | None],
+    ) -> None:
+        """Offer chunks to `take`, cheapest first; it answers True (removed), False (leave this group) or None (stop).
+
+        Savings change as other groups shrink, so a chunk is priced anew when it comes up, and goes back when it is no
+        longer the cheapest.
+        """
+        sums = {g.atom: np.concatenate([[0.0], np.cumsum(np.sort(scores[g.atom]))]) for g in groups}
+
+        def price(g: Group) -> tuple[float, int]:
+            size = self.below(g)
+            if not size:
+                return math.inf, 0
+            gone, after = g.size - self.kept(g), g.size - size
+            loss = sums[g.atom][after] - sums[g.atom][gone]
+            return float(loss) / max(saving(g, after - gone), 1e-12), size
+
+        heap = [(price(g)[0], i) for i, g in enumerate(groups)]
+        heapq.heapify(heap)
+        while heap:
+            _, i = heapq.heappop(heap)
+            value, size = price(groups[i])
+            if heap and value > heap[0][0]:
+                heapq.heappush(heap, (value, i))
+                continue
+            taken = take(groups[i], size) if size else False
+            if taken is None:
+                return
+            if taken:
+                self.sizes[groups[i].atom] = size
+                heapq.heappush(heap, (price(groups[i])[0], i))
+
+
+def lowest_removed(scores: np.ndarray, keep: int) -> np.ndarray:
+    """Mask that keeps the `keep` highest scores; of equal ones, the first."""
+    mask = np.ones(len(scores), dtype=bool)
+    mask[np.argsort(-scores, kind="stable")[keep:]] = False
+    return mask
+
+
+def planned_sizes(comb: Comb, plan: Any) -> dict[str, int]:
+    """Sizes the plan asks for, by group name; checked against the program."""
+    if not plan:
+        return {}
+    rows = plan.get("groups", []) if isinstance(plan, dict) else plan
+    known = {g.name: g for g in comb.groups}
+    result = {}
+    for row in rows:
+        name, keep = row.get("name"), row.get("keep")
+        group = known.get(name)
+        if group is None:
+            raise BadInput(f"plan: no group {name!r} in this program; graphcomb plan lists them")
+        if not isinstance(keep, int) or isinstance(keep, bool) or not group.least <= keep <= group.size:
+            raise BadInput(
+                f"plan: {name}: keep must be a whole number from {group.least} to {group.size}, not {keep!r}"
+            )
+        if group.frozen and keep != group.size:
+            raise BadInput(f"plan: {name} is frozen ({group.frozen})")
+        if not group.frozen:
+            result[name] = keep
+    return result
