@@ -1,0 +1,132 @@
+"""Layers describe what nodes compute at any sizes: same MACs as the cost model, same layers as the sliced program."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from graphcomb.graph import Program, capture
+from graphcomb.graph.comb import Comb
+from graphcomb.graph.layers import Layer, Layers
+from graphcomb.graph.surgery import remove
+
+
+class Convolutional(nn.Module):
+    """A stem, a residual block, a depthwise and a grouped convolution, an up-convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding="same")
+        self.deep, self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 12, 1, groups=4)
+        self.up, self.last = nn.ConvTranspose2d(12, 6, 2, 2), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(x + self.b(F.relu(self.a(x))))
+        return self.last(self.up(self.grouped(self.deep(x))))
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(5, 16), nn.LayerNorm(16)
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.fc1, self.fc2, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        n, t, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(n, t, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, 16))
+        attention = (x @ x.transpose(1, 2)).softmax(-1)
+        x = x + attention @ x
+        return self.head((x + self.fc2(F.gelu(self.fc1(x)))).mean(1))
+
+
+CASES = {"cnn": (Convolutional, (2, 3, 12, 12)), "transformer": (Transformer, (2, 7, 5))}
+
+
+def combed(name: str, dynamic: bool = True) -> Comb:
+    make, shape = CASES[name]
+    return Comb(capture(make(), torch.zeros(shape), dynamic_shapes="batch" if dynamic else None))
+
+
+def halved(comb: Comb) -> dict:
+    draw = np.random.default_rng(0)
+    masks = {}
+    for g in comb.groups:
+        if g.frozen is None and g.kind != "head width":
+            masks[g.atom] = np.zeros(g.size, dtype=bool)
+            masks[g.atom][draw.permutation(g.size)[: g.size // 2]] = True
+    return masks
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("smaller", [False, True])
+def test_macs_are_those_of_the_cost_model(name: str, smaller: bool) -> None:
+    comb = combed(name)
+    sizes = {a: int(m.sum()) for a, m in halved(comb).items()} if smaller else {}
+    batch = CASES[name][1][0]
+    assert sum(layer.macs() for _, layer in Layers(comb, batch).at(sizes)) == comb.macs(sizes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layers_at_sizes_are_the_layers_of_the_sliced_program(name: str) -> None:
+    comb = combed(name)
+    masks = halved(comb)
+    smaller: Program = remove(comb, masks)[0]
+    expected = [str(layer) for _, layer in Layers(Comb(smaller)).at({})]
+    found = [str(layer) for _, layer in Layers(comb).at({a: int(m.sum()) for a, m in masks.items()})]
+    assert found == expected
+    assert found != [str(layer) for _, layer in Layers(comb).at({})]
+
+
+def test_a_dynamic_batch_counts_as_asked() -> None:
+    comb = combed("cnn")
+    one, four = ([layer.macs() for _, layer in Layers(comb, batch).at({})] for batch in (1, 4))
+    assert four == [4 * m for m in one]
+    fixed = combed("cnn", dynamic=False)
+    assert [layer.macs() for _, layer in Layers(fixed, 7).at({})] == [2 * m for m in one]
+
+
+def test_what_engines_merge_into_a_convolution_is_no_layer() -> None:
+    names = [n.name for n in Layers(combed("cnn")).nodes]
+    assert names == ["conv2d", "conv2d_1", "conv2d_2", "conv2d_3", "conv2d_4", "conv_transpose2d", "conv2d_5"]
+
+
+def test_an_addition_that_follows_no_convolution_is_a_layer() -> None:
+    found = [(n.name, layer.op) for n, layer in Layers(combed("transformer")).at({})]
+    wanted = [
+        ("add", "copy"),
+        ("gelu", "activation"),
+        ("scaled_dot_product_attention", "attention"),
+        ("layer_norm", "norm"),
+    ]
+    assert set(wanted) <= set(found)
+
+
+def test_a_pair_of_activations_multiplies_batch_wise() -> None:
+    found = [
+        layer for _, layer in Layers(combed("transformer"), 3).at({}) if layer.op == "matmul" and not layer["shared"]
+    ]
+    assert [(m["batch"], m["rows"], m["inputs"], m["outputs"]) for m in found] == [(3, 7, 16, 7), (3, 7, 7, 16)]
+
+
+def test_padding_counts_channels_as_the_hardware_does() -> None:
+    options = (
+        ("batch", 1), ("image", (4, 4)), ("kernel", (3, 3)), ("stride", (1, 1)), ("padding", (1, 1)), ("dilation", (1, 1)),
+        ("transposed", 0),
+    )  # fmt: skip
+
+    def conv(inputs: int, outputs: int, groups: int) -> Layer:
+        return Layer("conv", (("inputs", inputs), ("outputs", outputs), ("groups", groups)), options)
+
+    assert conv(5, 9, 1).macs() == 16 * 9 * 45
+    assert conv(5, 9, 1).macs(8) == conv(8, 16, 1).macs()
+    assert conv(10, 10, 10).macs(8) == 16 * 9 * 16  # depthwise: channels are lanes
+    assert conv(8, 8, 2).macs(8) == 2 * 16 * 9 * 64  # every group by itself
+    assert conv(5, 9, 1).entries() == 16 * 5 + 16 * 9 + 45 * 9

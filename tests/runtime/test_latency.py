@@ -1,0 +1,204 @@
+"""Latency tables: what is measured, what is interpolated, what is kept; and rooflines."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from graphcomb.graph.errors import BadInput, GraphcombError
+from graphcomb.graph.layers import Layer
+from graphcomb.runtime import latency
+from graphcomb.runtime.latency import COPIES, LatencyTable, Roofline, model
+from graphcomb.runtime.targets import get_target
+
+CONV = (
+    ("batch", 1), ("image", (6, 6)), ("kernel", (3, 3)), ("stride", (2, 2)), ("padding", (1, 1)), ("dilation", (1, 1)),
+    ("transposed", 0),
+)  # fmt: skip
+
+
+def conv(inputs: int, outputs: int, groups: int = 1, **options: object) -> Layer:
+    changed = tuple((k, options.get(k, v)) for k, v in CONV)
+    return Layer("conv", (("inputs", inputs), ("outputs", outputs), ("groups", groups)), changed)
+
+
+def matmul(inputs: int, outputs: int, shared: int = 1, batch: int = 1, rows: int = 5) -> Layer:
+    sizes = (("batch", batch), ("inputs", inputs), ("outputs", outputs))
+    return Layer("matmul", sizes, (("rows", rows), ("shared", shared)))
+
+
+ATTENTION = Layer("attention", (("heads", 2), ("width", 4), ("value", 6)), (("batch", 1), ("queries", 5), ("keys", 3)))
+LAYERS = {
+    "conv": (conv(4, 8), (1, 8, 3, 3)),
+    "depthwise": (conv(8, 8, 8), (1, 8, 3, 3)),
+    "grouped": (conv(8, 4, 2), (1, 4, 3, 3)),
+    "transposed": (conv(8, 4, 2, transposed=1, stride=(2, 2)), (1, 4, 11, 11)),
+    "linear": (matmul(6, 7), (1, 5, 7)),
+    "matmul": (matmul(6, 7, shared=0, batch=3), (3, 5, 7)),
+    "attention": (ATTENTION, (1, 2, 5, 6)),
+    "norm": (Layer("norm", (("channels", 12),), (("rows", 5),)), (5, 12)),
+    "activation": (Layer("activation", (("entries", 30),)), (30,)),
+    "copy": (Layer("copy", (("entries", 30),)), (30,)),
+}
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch) -> LatencyTable:
+    """A table whose measurements are computed: seconds = MACs + 1, and listed in `asked`."""
+    found = LatencyTable(tmp_path / "table.json")
+    asked: list[str] = []
+
+    def timed(layer: Layer | None) -> float:
+        asked.append(str(layer))
+        return 1.0 if layer is None else layer.macs() + 1.0
+
+    monkeypatch.setattr(found, "_time", timed)
+    found.asked = asked  # type: ignore[attr-defined]
+    return found
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("copies", [1, COPIES])
+def test_models_of_layers_run_and_have_the_right_shape(name: str, copies: int) -> None:
+    layer, shape = LAYERS[name]
+    session = ort.InferenceSession(model(layer, copies).SerializeToString(), providers=["CPUExecutionProvider"])
+    feed = {i.name: np.ones(i.shape, np.float32) for i in session.get_inputs()}
+    outputs = session.run(None, feed)
+    assert all(o.shape == shape for o in outputs)
+    kernels = [n.op_type for n in model(layer, copies).graph.node]
+    main = {"conv": "Conv", "norm": "LayerNormalization", "activation": "Gelu", "copy": "Add"}.get(layer.op, "MatMul")
+    if layer.op in ("conv", "norm", "activation", "copy"):
+        wanted = "ConvTranspose" if name == "transposed" else main
+        extra = copies - 1 if layer.op == "conv" and wanted == "Add" else 0
+        assert kernels.count(wanted) - extra == copies
+    singles = {i.name for i in model(layer, 1).graph.input}
+    assert singles == set(feed)  # both models can be fed the same arrays
+
+
+def test_measured_sizes_are_exact_and_between_them_it_interpolates(table: LatencyTable) -> None:
+    assert table.seconds(conv(16, 24)) == conv(16, 24).macs() + 1
+    between = table.seconds(conv(20, 24))
+    assert between == pytest.approx((conv(16, 24).macs() + conv(24, 24).macs()) / 2 + 1)  # MACs are linear in each size
+    assert table.seconds(conv(13, 21)) == pytest.approx(conv(13, 21).macs() + 1)
+    assert str(conv(13, 21)) not in table.entries
+
+
+def test_small_sizes_are_measured_as_they_are(table: LatencyTable) -> None:
+    table.seconds(conv(3, 5))
+    assert table.asked == [str(conv(3, 5))]
+
+
+def test_large_sizes_are_measured_sparsely(table: LatencyTable) -> None:
+    for n in range(8, 513, 8):
+        table.seconds(matmul(n, 8))
+    assert len(table.asked) < 25
+
+
+def test_depthwise_channels_go_together(table: LatencyTable) -> None:
+    assert table.seconds(conv(20, 20, 20)) == pytest.approx(conv(20, 20, 20).macs() + 1)
+    assert sorted(table.asked) == sorted(str(conv(n, n, n)) for n in (16, 24))
+
+
+def test_nothing_is_measured_twice_and_the_file_goes_on(table: LatencyTable, tmp_path: Path) -> None:
+    table.prepare([conv(8, 8), conv(8, 8), conv(8, 16)])
+    table.seconds(conv(8, 8))
+    assert len(table.asked) == 2
+    again = LatencyTable(tmp_path / "table.json")
+    assert again.seconds(conv(8, 16)) == table.seconds(conv(8, 16))
+
+
+def test_a_busy_machine_leaves_what_was_measured(table: LatencyTable, tmp_path: Path, monkeypatch) -> None:
+    timed = table._time
+
+    def busy(layer: Layer | None) -> float:
+        if str(layer) == str(conv(8, 16)):
+            raise GraphcombError("busy")
+        return timed(layer)
+
+    monkeypatch.setattr(table, "_time", busy)
+    with pytest.raises(GraphcombError, match="busy"):
+        table.prepare([conv(8, 8), conv(8, 16), conv(8, 24)])
+    assert list(LatencyTable(tmp_path / "table.json").entries) == [str(conv(8, 8))]
+
+
+def test_too_few_undisturbed_rounds_are_an_error(tmp_path: Path, monkeypatch) -> None:
+    table = LatencyTable(tmp_path / "table.json")
+    module = importlib.import_module("graphcomb.runtime.bench")
+    monkeypatch.setattr(module, "_sample", lambda call, repeats, threads: module._Sample(1e-3, False))
+    monkeypatch.setattr(latency, "SECONDS", 0.05)
+    with pytest.raises(GraphcombError, match="too busy"):
+        table.seconds(matmul(8, 8))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"about": {}}', '{"about": 1, "seconds": {"x": "y"}}'])
+def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(BadInput, match="not a latency table"):
+        LatencyTable(path)
+
+
+def test_a_table_of_another_device_is_refused(table: LatencyTable, tmp_path: Path) -> None:
+    table.prepare([conv(8, 8)])
+    content = json.loads((tmp_path / "table.json").read_text())
+    content["about"]["device"] = "another processor"
+    (tmp_path / "table.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=r"another device or engine.*another processor"):
+        LatencyTable(tmp_path / "table.json")
+
+
+def test_a_device_that_is_not_here_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="roofline"):
+        LatencyTable(tmp_path / "table.json", "agx-orin")
+
+
+def test_a_real_measurement(tmp_path: Path) -> None:
+    """A convolution of 64 times the work takes longer, and an empty run less than a millisecond."""
+    table = LatencyTable(tmp_path / "table.json")
+    try:
+        small, large = (table.seconds(conv(n, n, image=(24, 24))) for n in (8, 64))
+        empty = table.per_run
+    except GraphcombError as error:
+        pytest.skip(str(error))
+    assert 4 * small < large < 1
+    assert 0 < empty < 1e-3
+
+
+def test_roofline_is_the_longer_of_arithmetic_and_traffic() -> None:
+    target = get_target("agx-orin")
+    found = Roofline(target, "fp16")
+    big = matmul(4096, 4096, rows=4096)
+    assert found.seconds(big) == pytest.approx(2 * 4096**3 / target.peak("fp16"), rel=0.01)
+    moved = Layer("copy", (("entries", 10**8),))
+    assert found.seconds(moved) == pytest.approx(2 * 2 * 10**8 / (target.bandwidth * 1e9), rel=0.01)
+    assert found.seconds(Layer("copy", (("entries", 1),))) == pytest.approx(2e-6, rel=0.01)
+
+
+def test_roofline_pays_for_padding() -> None:
+    found = Roofline(get_target("rtx-sm86"), "fp16")
+    rows = 1 << 20
+    assert found.seconds(matmul(1000, 1000, rows=rows)) > found.seconds(matmul(992, 992, rows=rows))
+    assert found.seconds(matmul(1025, 1024, rows=rows)) == pytest.approx(
+        found.seconds(matmul(1032, 1024, rows=rows)), rel=0.01
+    )
+
+
+def test_roofline_of_a_type_the_device_lacks_is_refused() -> None:
+    with pytest.raises(BadInput, match="no fp8"):
+        Roofline(get_target("rtx-sm86"), "fp8").seconds(matmul(8, 8))
+
+
+@pytest.mark.parametrize("library", ["tensorrt", "tensorrt_rtx"])
+def test_a_table_of_a_gpu(tmp_path: Path, library: str) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip(library)
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    name = "rtx-sm{}{}".format(*torch.cuda.get_device_capability()) if library == "tensorrt_rtx" else "h200"
+    table = LatencyTable(tmp_path / "table.json", name)
+    assert 0 < table.seconds(conv(64, 64, image=(56, 56))) < 1e-2
