@@ -335,6 +335,27 @@ class GqaExpand(GroupedQueries):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+@case((2, 7, 10), qkv__weight=(48, 10), proj__weight=(5, 16))
+class RotaryThroughComplexNumbers(Attention):
+    """Pairs of a head's width are complex numbers that the position turns: heads go, widths stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(10, 72), nn.Linear(24, 10)
+        self.register_buffer(
+            "turns", torch.polar(torch.ones(7, 4), torch.outer(torch.arange(7.0), 0.5 ** torch.arange(4)))
+        )
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, 3, 8).permute(2, 0, 3, 1, 4)
+        q, k = (
+            torch.view_as_real(torch.view_as_complex(t.reshape(*t.shape[:-1], -1, 2)) * self.turns).flatten(3)
+            for t in (q, k)
+        )
+        return self.head(self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, 24)))
+
+
 @case((2, 9, 10), qkv__weight=(30, 10), table=(25, 2), proj__weight=(5, 10))
 class RelativePositionBias(Attention):
     """A table (positions, heads), looked up and permuted: a head goes from the table as well."""
