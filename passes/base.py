@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch.export import ExportedProgram
 
 from ..graph.errors import BadInput
+from ..graph.layers import Latency
 from ..graph.program import Program
 from .masks import check
 
@@ -25,6 +26,7 @@ class Context:
     loss: `loss(outputs, labels) -> scalar tensor`; metric: `metric(outputs, labels) -> per-sample scores` (higher is
         better, averaged over the data set).
     target: a device with `alignment(dtype) -> int` (see `runtime.target`); dtype: what the engine will run in.
+    latency: predicts how long layers take (see `graph.layers.Latency`), for latency targets.
     teacher: the dense program, for distillation. out: folder for checkpoints. progress: show progress bars.
     """
 
@@ -34,6 +36,7 @@ class Context:
     metric: Callable[..., Any] | None = None
     target: Any = None
     dtype: str = "fp16"
+    latency: Latency | None = None
     teacher: Program | None = None
     seed: int = 0
     out: Path | None = None

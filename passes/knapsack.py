@@ -16,17 +16,38 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from ..graph.axes import Factor
 from ..graph.comb import Comb
+from ..graph.errors import BadInput
 from ..graph.layers import Latency, Layers
 
 Sizes = dict[Factor, int]
 BINS = 1500  # of the time axis
 ROUNDS = 8
 EXHAUSTIVE = 4000  # combinations up to which all are tried
+COMBINATIONS = 4096  # sizes of one layer that are measured beforehand, at most
+UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+
+
+def allowed_seconds(latency: float | str, dense: float) -> float:
+    """What a latency target allows: a share of the dense program's seconds, or a time such as "3.5 ms"."""
+    try:
+        if isinstance(latency, str):
+            number, unit = latency.split()
+            seconds = float(number) * UNITS[unit]
+        else:
+            seconds = latency * dense
+        if not (0 < seconds < math.inf and (isinstance(latency, str) or latency <= 1)):
+            raise ValueError
+    except (ValueError, KeyError):
+        raise BadInput(
+            f'RemoveChannels.latency: a share above 0 and at most 1, or a time such as "3.5 ms", not {latency!r}'
+        ) from None
+    return seconds
 
 
 class Predictor:
@@ -57,11 +78,18 @@ class Predictor:
             self._known[key] = self.latency.seconds(self.layers.layer(node, self.layers.sizer(sizes)))
         return self._known[key]
 
+    def record(self, sizes: Mapping[Factor, int]) -> dict[str, Any]:
+        """What was predicted before and after, in seconds, and by what."""
+        return {"predicted": {"before": self.total({}), "after": self.total(sizes)}, "by": str(self.latency)}
+
     def prepare(self, options: Mapping[Factor, Sequence[int]], progress: bool = False) -> None:
         """Let the table measure, at once, every layer at every combination of the sizes its groups may have."""
         wanted = []
         for node, atoms in self._atoms.items():
-            for combination in itertools.product(*(options.get(a, (a.size,)) for a in atoms)):
+            choices = [options.get(a, (a.size,)) for a in atoms]
+            if math.prod(map(len, choices)) > COMBINATIONS:
+                continue  # a long concatenation: measured as it comes up
+            for combination in itertools.product(*choices):
                 size = self.layers.sizer(dict(zip(atoms, combination, strict=True)))
                 wanted.append(self.layers.layer(node, size))
         self.latency.prepare(dict.fromkeys(wanted), progress)

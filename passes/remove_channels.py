@@ -19,6 +19,7 @@ from .adaptive import Pruner, event_steps, removed_values
 from .base import Context, Pass, PassResult
 from .distill import Distill, block_outputs
 from .importance import IMPORTANCES, Scores
+from .knapsack import Predictor, allowed_seconds, knapsack
 from .legalise import Costs, mac_terms, movable, parameter_terms
 from .selection import Selection, lowest_removed, planned_sizes
 from .training import total_steps
@@ -30,9 +31,11 @@ DEFAULT_ALIGNMENT = 8  # fp16 tensor cores; what a target says goes before it
 class RemoveChannels(Pass):
     """Remove the least important indices of every prunable group, exactly: at once, or while the network trains.
 
-    One of three targets: `ratio`, the share of every unfrozen axis removed (scope "local"), or of all prunable indices
+    One of four targets: `ratio`, the share of every unfrozen axis removed (scope "local"), or of all prunable indices
     together (scope "global"); `macs` or `params`, what may remain, as a share of the dense program (at most 1) or as an
-    absolute number. Without a target, ratio 0.5. Where an axis is a product, one factor shrinks: heads before head width.
+    absolute number; `latency`, what a run may take as the context's latency model predicts it, as a share of the dense
+    program or as a time ("3.5 ms", "800 us"), by a knapsack over all groups (`passes.knapsack`). Without a target, ratio
+    0.5. Where an axis is a product, one factor shrinks: heads before head width.
 
     importance: "magnitude", "taylor", "fisher" (both need data) or "random"; by default magnitude, with `train` fisher.
     scope: by default local, with `train` global. round_to: widths stay multiples of it; None takes the target's alignment
@@ -55,6 +58,7 @@ class RemoveChannels(Pass):
     ratio: float | None = None
     macs: float | None = None
     params: float | None = None
+    latency: float | str | None = None
     importance: str | None = None
     scope: str | None = None
     round_to: int | None = None
@@ -72,9 +76,11 @@ class RemoveChannels(Pass):
         for key, alone, training in (("importance", "magnitude", "fisher"), ("scope", "local", "global")):
             if getattr(self, key) is None:
                 object.__setattr__(self, key, training if self.train else alone)
-        given = [k for k in ("ratio", "macs", "params") if getattr(self, k) is not None]
+        given = [k for k in ("ratio", "macs", "params", "latency") if getattr(self, k) is not None]
         if len(given) > 1:
-            raise BadInput(f"RemoveChannels: give one of ratio, macs and params, not {' and '.join(given)}")
+            raise BadInput(f"RemoveChannels: give one of ratio, macs, params and latency, not {' and '.join(given)}")
+        if self.latency is not None:
+            allowed_seconds(self.latency, 1.0)
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise BadInput(f"RemoveChannels.ratio: a share of at least 0 and under 1, not {self.ratio}")
         for key in ("macs", "params"):
@@ -104,6 +110,7 @@ class RemoveChannels(Pass):
         comb = Comb(program)
         free = movable(comb, self.kinds, self.include, self.exclude)
         planned, step = planned_sizes(comb, context.plan), self.alignment(context)
+        predictor = self._predictor(comb, free, context)
         atoms = {g.atom for g in free}
         groups = [g for g in comb.groups if g.atom in atoms or g.name in planned]
 
@@ -112,7 +119,7 @@ class RemoveChannels(Pass):
             for group in groups:
                 if group.name in planned:
                     selection.approach(group, planned[group.name], share)
-            self._choose(selection, [g for g in free if g.name not in planned], scores, share)
+            self._choose(selection, [g for g in free if g.name not in planned], scores, predictor, share)
             return selection.sizes
 
         training: dict[str, Any] = {}
@@ -147,6 +154,8 @@ class RemoveChannels(Pass):
             "removed": removed,
             "features": removed_values(comb, masks, block_outputs(program)),
         }
+        if predictor is not None:
+            record["latency"] = predictor.record(sizes)
         result = PassResult(smaller, record, removed, masked)
         if masked is not None and removed:
             record["verified"] = self._proven(program, result, context)
@@ -174,7 +183,8 @@ class RemoveChannels(Pass):
         comb = Comb(program)
         groups = movable(comb, self.kinds, self.include, self.exclude)
         selection = Selection(comb, groups, self.alignment(context), self.min_channels)
-        self._choose(selection, groups, self._score(comb, groups, context))
+        predictor = self._predictor(comb, groups, context)
+        self._choose(selection, groups, self._score(comb, groups, context), predictor)
         whole = Costs(mac_terms(comb), [g for g in comb.groups if g.frozen is None])
         rows = []
         for g in comb.groups:
@@ -193,8 +203,35 @@ class RemoveChannels(Pass):
             return self.round_to
         return DEFAULT_ALIGNMENT if context.target is None else int(context.target.alignment(context.dtype))
 
-    def _choose(self, selection: Selection, groups: list[Group], scores: Scores, share: float = 1.0) -> None:
+    def _predictor(self, comb: Comb, groups: list[Group], context: Context) -> Predictor | None:
+        """What predicts the latency, ready for all sizes that the groups may have; None without a latency target."""
+        if self.latency is None:
+            return None
+        if context.latency is None:
+            raise BadInput(
+                "RemoveChannels.latency: nothing predicts latencies here; pass latency=, a LatencyTable or a Roofline "
+                "(in a recipe: latency_table)"
+            )
+        predictor = Predictor(comb, context.latency)
+        selection = Selection(comb, groups, self.alignment(context), self.min_channels)
+        predictor.prepare({g.atom: selection.allowed(g) for g in groups}, context.progress)
+        return predictor
+
+    def _choose(
+        self, selection: Selection, groups: list[Group], scores: Scores, predictor: Predictor | None, share: float = 1.0
+    ) -> None:
         """Shrink the groups of a selection until `share` of the way from the dense program to the target is gone."""
+        if predictor is not None and self.latency is not None:
+            whole = predictor.total({})
+            seconds = whole - share * max(whole - allowed_seconds(self.latency, whole), 0)
+            options = {a: [n] for a, n in selection.sizes.items()} | {g.atom: selection.allowed(g) for g in groups}
+            flat = {a: scores.get(a, np.ones(a.size)) for a in options}
+            sizes = knapsack(predictor, options, flat, seconds)
+            if sizes is None:
+                least = predictor.total({a: min(o) for a, o in options.items()})
+                raise self._unreachable("latency", selection, *(f"{1e3 * t:.3g} ms" for t in (seconds, whole, least)))
+            selection.sizes |= sizes
+            return
         target = next((t for t in ("macs", "params") if getattr(self, t) is not None), None)
         if target is None:
             ratio = (0.5 if self.ratio is None else self.ratio) * share
@@ -216,12 +253,18 @@ class RemoveChannels(Pass):
         else:
             reached = selection.greedy(groups, scores, costs, goal, per_cost=self.importance in ("taylor", "fisher"))
         if reached > goal:
-            frozen = [g.name for g in selection.comb.groups if g.frozen]
-            raise Unreachable(
-                f"RemoveChannels.{target}: {goal:,.0f} of {dense:,} cannot be reached; {reached:,} "
-                f"({reached / dense:.1%}) can, with alignment {selection.alignment} and min_channels {selection.minimum}; "
-                f"frozen: {', '.join(frozen[:4]) or 'nothing'}{' and more' if len(frozen) > 4 else ''}"
+            raise self._unreachable(
+                target, selection, f"{goal:,.0f}", f"{dense:,}", f"{reached:,} ({reached / dense:.1%})"
             )
+
+    @staticmethod
+    def _unreachable(target: str, selection: Selection, wanted: str, dense: str, reached: str) -> Unreachable:
+        frozen = [g.name for g in selection.comb.groups if g.frozen]
+        return Unreachable(
+            f"RemoveChannels.{target}: {wanted} of {dense} cannot be reached; {reached} can, with alignment "
+            f"{selection.alignment} and min_channels {selection.minimum}; "
+            f"frozen: {', '.join(frozen[:4]) or 'nothing'}{' and more' if len(frozen) > 4 else ''}"
+        )
 
 
 def layers(comb: Comb, sizes: dict[Factor, int]) -> list[dict[str, Any]]:

@@ -46,6 +46,11 @@ class Selection:
         smaller = (math.ceil(size / step) - 1) * step
         return smaller if smaller >= max(self.minimum, group.least) else 0
 
+    def allowed(self, group: Group) -> list[int]:
+        """All sizes it may still have, smallest first."""
+        size, step = self.kept(group), self.step(group)
+        return sorted({self.legal(group, n) for n in range(step, size, step)} | {size})
+
     def approach(self, group: Group, size: int, share: float) -> None:
         """Go the share of the way from the whole group to a size, which need not be aligned."""
         if share == 1:

@@ -64,6 +64,9 @@ class LatencyTable:
                     f"{self.path}: a latency table of another device or engine ({different}); name another file"
                 )
 
+    def __str__(self) -> str:
+        return f"latency table of {self.about['engine']} on {self.about['device']}"
+
     @property
     def per_run(self) -> float:
         if "run" not in self.entries:
@@ -155,6 +158,9 @@ class Roofline:
 
     target: Target
     dtype: str = "fp16"
+
+    def __str__(self) -> str:
+        return f"roofline of {self.target.board}, {self.dtype}"
 
     @property
     def per_run(self) -> float:
