@@ -451,3 +451,12 @@ def _concrete(node: fx.Node, value: dict[fx.Node, Any]) -> Any:
         return value[node]
     fake = node.meta["val"]
     return torch.empty(tuple(s if isinstance(s, int) else 1 for s in fake.shape), dtype=fake.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------ missing in torch
+def _shape_of_fake_quantisation(self: torch.Tensor, *rest: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(self), torch.empty_like(self, dtype=torch.bool)
+
+
+for _name in ("per_tensor_affine_cachemask", "per_channel_affine_cachemask"):  # no shapes with a symbolic batch so far
+    torch.library.register_fake(f"aten::fake_quantize_{_name}", _shape_of_fake_quantisation)

@@ -4,8 +4,20 @@ from .base import Context, Pass, PassResult
 from .comb import Comb
 from .distill import Distill
 from .fuse import Fuse
+from .quantize import Quantize
 from .remove_channels import RemoveChannels
 from .sparsify import Sparsify
 from .split_fused import SplitFused
 
-__all__ = ["Comb", "Context", "Distill", "Fuse", "Pass", "PassResult", "RemoveChannels", "Sparsify", "SplitFused"]
+__all__ = [
+    "Comb",
+    "Context",
+    "Distill",
+    "Fuse",
+    "Pass",
+    "PassResult",
+    "Quantize",
+    "RemoveChannels",
+    "Sparsify",
+    "SplitFused",
+]

@@ -54,7 +54,13 @@ def layers(program: Program) -> tuple[list[Layer], list[dict[str, str]]]:
             continue
         weight = arguments(node)["weight"]
         if weight.op != "get_attr" or not isinstance(fetch(module, str(weight.target)), torch.nn.Parameter):
-            refused.append({"what": node.name, "why": "its weight is computed, not a stored parameter"})
+            quantised = op_name(weight).startswith("fake_quantize")
+            why = (
+                "it is quantised; Quantize comes last"
+                if quantised
+                else "its weight is computed, not a stored parameter"
+            )
+            refused.append({"what": node.name, "why": why})
             continue
         tensor = fetch(module, str(weight.target))
         found.setdefault(id(tensor), (str(weight.target), []))[1].append(node)

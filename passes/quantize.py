@@ -1,0 +1,190 @@
+"""INT8 in the graph: symmetric fake quantisation that exports as Q/DQ, calibrated on data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from ..graph.capture import infer
+from ..graph.errors import BadInput, MissingBackend
+from ..graph.ops import arguments, fetch, op_name, set_argument
+from ..graph.program import Program, place_tensor
+from .base import Context, Pass, PassResult
+from .batches import Feed
+from .statistics import Layer, layers
+from .training import accelerator, bar, placed, seeded
+
+RANGE = (-128, 127)  # the one signed range that ONNX's QuantizeLinear has
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Quantise the inputs and weights of linear layers and convolutions to INT8, symmetrically.
+
+    `x -> s * clamp(round(x / s), -128, 127)`: one scale for each input, and one for each output channel of a weight, whose
+    largest entry becomes 127; biases, normalisations, additions and attention scores stay in floating point. The zero
+    point is 0, so zeros of a sparse weight stay exactly zero. The nodes are ATen's fake quantisation: they export as
+    QuantizeLinear and DequantizeLinear, which TensorRT and TensorRT-RTX build INT8 kernels from, and their gradients pass
+    straight through, so that a `Distill` after this pass is quantisation-aware training (with these scales, masks held).
+
+    calibration: scales of inputs from torchao's observers, "histogram" (least squared error) or "minmax", over `samples`
+    samples. include, exclude: patterns over weight names.
+
+    Run it last: `Fuse` before it, or normalisations stay in floating point (named in the record), and `Sparsify` before
+    it. Raises BadInput without data, MissingBackend without torchao. Refused, and named: computed weights, transposed
+    convolutions, layers whose inputs are all zero.
+    """
+
+    samples: int = 256
+    calibration: Literal["histogram", "minmax"] = "histogram"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.samples, int) or self.samples < 1:
+            raise BadInput(f"Quantize.samples: a whole number of at least 1, not {self.samples!r}")
+        if self.calibration not in ("histogram", "minmax"):
+            raise BadInput(f"Quantize.calibration: histogram or minmax, not {self.calibration!r}")
+        for key in ("include", "exclude"):
+            value = getattr(self, key)
+            object.__setattr__(self, key, (value,) if isinstance(value, str) else tuple(value))
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        new = program.copy()
+        found, refused = layers(new)
+        chosen = []
+        for layer in found:
+            kept = not self.include or any(fnmatchcase(layer.name, p) for p in self.include)
+            if kept and not any(fnmatchcase(layer.name, p) for p in self.exclude):
+                chosen.append(layer)
+            else:
+                refused.append({"what": layer.name, "why": "excluded" if kept else "not included"})
+        for node in new.graph.nodes:
+            if op_name(node) == "batch_norm":
+                why = "a normalisation that is not folded stays in floating point; run Fuse before Quantize"
+                refused.append({"what": node.name, "why": why})
+        scales = self._calibrated(new, chosen, context) if chosen else {}
+        writer, changed = _Writer(new), []
+        for layer in chosen:
+            inputs = [scales[node.args[0]] for node in layer.nodes]  # type: ignore[index]
+            if not all(inputs):
+                refused.append({"what": layer.name, "why": "its inputs are all zero in the calibration data"})
+                continue
+            for node, scale in zip(layer.nodes, inputs, strict=True):
+                writer.quantise_input(node, scale)
+            spread = writer.quantise_weight(layer)
+            changed.append({"what": layer.name, "input_scales": inputs, "largest_weight_scale": float(spread.max())})
+        new.module().recompile()
+        return PassResult(new, {"changed": changed, "refused": refused})
+
+    def _calibrated(self, program: Program, chosen: Sequence[Layer], context: Context) -> dict[fx.Node, float]:
+        """The scale of each input; 0 where it never was anything but zero."""
+        if context.data is None:
+            raise BadInput("Quantize: needs data to calibrate on; pass data=")
+        make = _observer(self.calibration)
+        watched: dict[fx.Node, Any] = {
+            node.args[0]: make()  # type: ignore[misc]
+            for layer in chosen
+            for node in layer.nodes
+        }
+        module, rest = program.module().eval(), self.samples
+        runner = _Watching(module, watched)
+        with (
+            seeded(context.seed),
+            placed(module, accelerator().device),
+            torch.no_grad(),
+            bar(context.progress, "Quantize", self.samples) as update,
+        ):
+            for batch in Feed(program).batches(context.data):
+                args, kwargs = send_to_device((batch.args, batch.kwargs), accelerator().device)
+                runner.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False)
+                rest -= batch.size
+                update(self.samples - max(rest, 0), "")
+                if rest <= 0:
+                    break
+        return {
+            node: float(observer.calculate_qparams()[0]) if runner.largest[node] > 0 else 0.0
+            for node, observer in watched.items()
+        }
+
+
+def _observer(calibration: str) -> Callable[[], Any]:
+    logging.disable(logging.WARNING)  # what torchao says while it is imported is for its own developers
+    try:
+        from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver
+    except ImportError:
+        raise MissingBackend("Quantize: needs torchao; pip install graphcomb[quantize]") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    kind = HistogramObserver if calibration == "histogram" else MinMaxObserver
+    low, high = RANGE
+    return lambda: kind(dtype=torch.int8, qscheme=torch.per_tensor_symmetric, quant_min=low, quant_max=high)
+
+
+class _Watching(fx.Interpreter):
+    """Runs a graph and shows some of its values to observers."""
+
+    def __init__(self, module: fx.GraphModule, watched: dict[fx.Node, Any]):
+        super().__init__(module)
+        self.watched = watched
+        self.largest = dict.fromkeys(watched, 0.0)
+
+    def run_node(self, n: fx.Node) -> Any:
+        found = super().run_node(n)
+        if n in self.watched:
+            self.watched[n](found.float().cpu())
+            self.largest[n] = max(self.largest[n], float(found.abs().max()))
+        return found
+
+
+class _Writer:
+    """Puts fake quantisation into a graph; a value that several layers read is quantised once."""
+
+    def __init__(self, program: Program):
+        self.module, self.graph = program.module(), program.graph
+        self.inputs: dict[fx.Node, fx.Node] = {}
+
+    def quantise_input(self, node: fx.Node, scale: float) -> None:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if source not in self.inputs:
+            with self.graph.inserting_after(source):
+                target = torch.ops.aten.fake_quantize_per_tensor_affine.default
+                self.inputs[source] = self._call(target, (source, scale, 0, *RANGE), source)
+        set_argument(node, next(iter(arguments(node))), self.inputs[source])
+
+    def quantise_weight(self, layer: Layer) -> Tensor:
+        """Returns the scales, one for each output channel."""
+        weight = fetch(self.module, layer.name).detach()
+        largest = weight.abs().flatten(1).amax(1).float()
+        scales = torch.where(largest > 0, largest, torch.ones_like(largest)) / RANGE[1]
+        stored = arguments(layer.nodes[0])["weight"]
+        with self.graph.inserting_after(stored):
+            zero = self._store(f"{layer.name}_zero", torch.zeros_like(scales, dtype=torch.int32), stored)
+            scale = self._store(f"{layer.name}_scale", scales, stored)
+        with self.graph.inserting_before(layer.nodes[0]):
+            target = torch.ops.aten.fake_quantize_per_channel_affine.default
+            fake = self._call(target, (stored, scale, zero, 0, *RANGE), layer.nodes[0])
+        for node in layer.nodes:
+            set_argument(node, "weight", fake)
+        return scales
+
+    def _store(self, name: str, value: Tensor, beside: fx.Node) -> fx.Node:
+        place_tensor(self.module, name, value)
+        node = self.graph.get_attr(name)
+        node.meta["val"] = beside.meta["val"].new_empty(value.shape, dtype=value.dtype)
+        return node
+
+    def _call(self, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+        node = self.graph.call_function(target, args)
+        node.meta = {k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        infer(node)
+        return node
