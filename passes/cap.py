@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 PANEL = 16  # columns of a factorisation that are applied to the matrix together
-CHUNK = 1 << 22  # elements of the matrices worked on together
+CHUNK = 1 << 21  # elements of the matrices worked on together
 
 Pattern = tuple[int, int]
 
@@ -145,15 +145,15 @@ def eliminate(
     for start in range(0, steps, PANEL):
         panel = inverse.new_empty(count, min(PANEL, steps - start), size)
         for k in range(panel.shape[1]):
-            loss, q = (w.square() / diagonal + closed).min(1)
+            loss, q = torch.addcdiv(closed, w.square(), diagonal).min(1)
             column = inverse[rows, q]
             if k:
                 factors = panel[rows, :k, q].unsqueeze(1)
                 column = torch.baddbmm(column.unsqueeze(1), factors, panel[:, :k], alpha=-1).squeeze(1)
             column *= diagonal[rows, q].rsqrt().unsqueeze(1)
             panel[:, k] = column
-            w -= column * (w[rows, q] / column[rows, q]).unsqueeze(1)
-            diagonal = torch.maximum(diagonal - column.square(), floor)
+            w.addcmul_(column, (w[rows, q] / column[rows, q]).unsqueeze(1), value=-1)
+            torch.maximum(diagonal.addcmul_(column, column, value=-1), floor, out=diagonal)
             closed[rows, q] = math.inf
             if pattern:
                 group = q // m
