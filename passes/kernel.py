@@ -1,0 +1,248 @@
+"""The algebra of merging: a convolution, linear layer, normalisation or scale as one affine map with a kernel.
+
+Maps compose (`then`), run side by side and are summed (`plus`), and what cannot be written as one map raises `Inexact`.
+A `Geometry` is what a merge can be priced by; a `Kernel` has the weights too. Composition is UPDP's (arXiv 2401.06426)
+reparameterisation, sums of branches are RepVGG's (arXiv 2101.03697); the rules for strides, dilation, groups and borders
+are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+Sides = tuple[int, int]  # of one spatial dimension: zeros before the first and after the last entry
+
+
+class Inexact(Exception):
+    """Why two maps cannot be written as one."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Everything about an affine map but its numbers.
+
+    extent: taps by spatial dimension; a linear layer has no dimension, a normalisation or scale is a depthwise map of
+    one tap. padding: zeros before and after. biased: whether something is added. transposed: a transposed convolution,
+    which can only be scaled afterwards; output_padding: of that.
+    """
+
+    outputs: int
+    inputs: int
+    extent: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[Sides, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    biased: bool = False
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    @classmethod
+    def scaling(cls, channels: int, dims: int, biased: bool) -> Geometry:
+        """A scale, and perhaps a shift, of every channel."""
+        return cls(channels, channels, (1,) * dims, (1,) * dims, ((0, 0),) * dims, (1,) * dims, channels, biased)
+
+    @property
+    def span(self) -> tuple[int, ...]:
+        """Entries from the first to the last tap, by dimension."""
+        return tuple((k - 1) * d + 1 for k, d in zip(self.extent, self.dilation, strict=True))
+
+    @property
+    def taps(self) -> int:
+        """Multiply-accumulates of one output."""
+        return self.inputs // self.groups * math.prod(self.extent)
+
+    @property
+    def padded(self) -> bool:
+        return any(a or b for a, b in self.padding)
+
+    @property
+    def diagonal(self) -> bool:
+        """A scale and shift of every channel, wherever it is."""
+        plain = all(k == 1 for k in (*self.extent, *self.stride)) and not self.padded and not self.transposed
+        return plain and self.groups == self.outputs == self.inputs
+
+    def steps(self, stride: tuple[int, ...] | None = None) -> list[int]:
+        """Distance of the taps by dimension, in entries of the input of a map of that stride before it; 0 for one tap."""
+        strides = stride or (1,) * len(self.extent)
+        return [s * d if k > 1 else 0 for k, d, s in zip(self.extent, self.dilation, strides, strict=True)]
+
+    def then(self, second: Geometry) -> Geometry:
+        """See `Kernel.then`."""
+        if second.transposed:
+            raise Inexact("before a transposed convolution, whose border outputs see only part of the kernel")
+        biased = self.biased or second.biased
+        if second.diagonal:
+            return replace(self, biased=biased)
+        if self.transposed:
+            raise Inexact("after a transposed convolution, which only a scale can follow")
+        if second.padded and (self.biased or any(k > 1 for k in self.extent)):
+            raise Inexact("before a zero-padded convolution, so that the fold would be wrong at the border")
+        if self.diagonal:
+            return replace(second, biased=biased)
+        dilation = [math.gcd(a, b) or 1 for a, b in zip(self.steps(), second.steps(self.stride), strict=True)]
+        spans = zip(self.span, second.span, self.stride, dilation, strict=True)
+        padding = zip(self.padding, second.padding, self.stride, strict=True)
+        return Geometry(
+            second.outputs,
+            self.inputs,
+            tuple((a - 1 + s * (b - 1)) // d + 1 for a, b, s, d in spans),
+            tuple(a * b for a, b in zip(self.stride, second.stride, strict=True)),
+            tuple((p[0] + s * q[0], p[1] + s * q[1]) for p, q, s in padding),
+            tuple(dilation),
+            math.gcd(self.groups, second.groups),
+            biased,
+        )
+
+    def plus(self, other: Geometry) -> Geometry:
+        """See `Kernel.plus`."""
+        pair = (self, other)
+        if self.transposed or other.transposed:
+            raise Inexact("a sum with a transposed convolution")
+        if self.stride != other.stride:
+            raise Inexact(f"a sum of maps of strides {self.stride} and {other.stride}")
+        ends = [[p[0] + p[1] - s for p, s in zip(m.padding, m.span, strict=True)] for m in pair]
+        if ends[0] != ends[1]:
+            raise Inexact("a sum of maps that are padded differently")
+        left = [max(p[0], q[0]) for p, q in zip(self.padding, other.padding, strict=True)]
+        offsets = [m.offsets(left) for m in pair]
+        dilation = [math.gcd(*v) or 1 for v in zip(self.steps(), other.steps(), *offsets, strict=True)]
+        ranges = zip(*offsets, self.span, other.span, strict=True)
+        span = [max(a + s, b + t) for a, b, s, t in ranges]
+        return Geometry(
+            self.outputs,
+            self.inputs,
+            tuple((s - 1) // d + 1 for s, d in zip(span, dilation, strict=True)),
+            self.stride,
+            tuple((a, end + s - a) for a, end, s in zip(left, ends[0], span, strict=True)),
+            tuple(dilation),
+            math.gcd(self.groups, other.groups),
+            self.biased or other.biased,
+        )
+
+    def scaled(self, factor: float) -> Geometry:
+        """This map times a number."""
+        return self
+
+    def offsets(self, left: list[int]) -> list[int]:
+        """Where the first tap lies in a kernel that starts `left` entries before the output's position."""
+        return [a - p[0] for a, p in zip(left, self.padding, strict=True)]
+
+    def convolution_padding(self) -> list[int] | str:
+        """The padding as an argument of a convolution. Raises Inexact when no convolution pads like that."""
+        if all(a == b for a, b in self.padding):
+            return [a for a, _ in self.padding]
+        same = all((s - 1) // 2 == a and s - 1 - a == b for (a, b), s in zip(self.padding, self.span, strict=True))
+        if same and all(s == 1 for s in self.stride):
+            return "same"
+        raise Inexact(f"the merged kernel is padded by {self.padding}, unevenly, which no convolution does")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`y[o] = bias[o] + sum over inputs i and taps t of weight[o, i, t] * x[i, stride * position - left + dilation * t]`,
+    zero outside of x.
+
+    weight: `(outputs, inputs / groups, *extent)`, also of a transposed convolution. bias: `(outputs,)` or None.
+    """
+
+    geometry: Geometry
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def scaled(self, factor: float) -> Kernel:
+        """This map times a number."""
+        return replace(self, weight=self.weight * factor, bias=None if self.bias is None else self.bias * factor)
+
+    def regrouped(self, groups: int) -> torch.Tensor:
+        """The weight of the same map with fewer groups, which divide its own: blocks on a diagonal, zeros elsewhere."""
+        count = self.geometry.groups // groups
+        if count == 1:
+            return self.weight
+        blocks = self.weight.unflatten(0, (groups, count, -1))  # [groups, count, outputs, inputs, *extent]
+        wide = blocks.new_zeros(*blocks.shape[:3], count, *blocks.shape[3:])
+        wide.diagonal(dim1=1, dim2=3).copy_(blocks.movedim(1, -1))
+        return wide.flatten(3, 4).flatten(0, 2)
+
+    def then(self, second: Kernel) -> Kernel:
+        """`second` applied to what this map gives.
+
+        With extents `k1`, `k2` and strides `s1`, `s2`: taps of the second are `s1` apart, `k = k1 + (k2 - 1) s1`, stride
+        `s1 s2`, padding `p1 + s1 p2`, bias `b2 + W2 b1`. Groups are the greatest common divisor.
+
+        Raises Inexact where the second pads what the first does not map from zeros to zeros, since the border would be
+        wrong, and at transposed convolutions, which only a scale may follow.
+        """
+        one, two = self.geometry, second.geometry
+        result = one.then(two)
+        if two.diagonal:
+            scale = second.weight.flatten()
+            bias = None if self.bias is None else self.bias * scale
+            return Kernel(result, self.weight * _expand(scale, self.weight), _added(bias, second.bias))
+        bias = None if self.bias is None else second._total(self.bias)
+        if one.diagonal:
+            grouped = second.weight.unflatten(0, (two.groups, -1))  # [groups, outputs, inputs, *extent]
+            weight = (grouped * _expand(self.weight.reshape(two.groups, 1, -1), grouped)).flatten(0, 1)
+        else:
+            taps = zip(one.steps(), two.steps(one.stride), result.dilation, strict=True)
+            apart = [(a // d, b // d) for a, b, d in taps]
+            first = _spread(self.regrouped(result.groups), [a for a, _ in apart])
+            weight = _convolved(first, _spread(second.regrouped(result.groups), [b for _, b in apart]), result.groups)
+        return Kernel(result, weight, _added(bias, second.bias))
+
+    def _total(self, vector: torch.Tensor) -> torch.Tensor:
+        """What an input that is `vector` everywhere gives, without the bias."""
+        grouped = self.weight.flatten(2).sum(2) if self.geometry.extent else self.weight
+        groups = self.geometry.groups
+        return (grouped.unflatten(0, (groups, -1)) @ vector.reshape(groups, -1, 1)).flatten()
+
+    def plus(self, other: Kernel) -> Kernel:
+        """The sum of both maps of one input: kernels padded to a common extent around their common origin.
+
+        Raises Inexact when they step or pad differently, so that their outputs do not lie at the same positions.
+        """
+        result = self.geometry.plus(other.geometry)
+        left = [a for a, _ in result.padding]
+        total = self.weight.new_zeros(result.outputs, result.inputs // result.groups, *result.extent)
+        for kernel in (self, other):
+            g = kernel.geometry
+            found = zip(g.offsets(left), g.steps(), g.extent, result.dilation, strict=True)
+            taps = [slice(o // d, o // d + (k - 1) * max(s // d, 1) + 1, max(s // d, 1)) for o, s, k, d in found]
+            total[(..., *taps)] += kernel.regrouped(result.groups)
+        return Kernel(result, total, _added(self.bias, other.bias))
+
+
+def _added(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _expand(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The tensor with trailing dimensions of size 1 up to the rank of `like`."""
+    return vector.reshape(*vector.shape, *[1] * (like.dim() - vector.dim()))
+
+
+def _spread(weight: torch.Tensor, steps: list[int]) -> torch.Tensor:
+    """The taps `steps` apart, zeros between them."""
+    if all(step <= 1 for step in steps):
+        return weight
+    steps = [max(step, 1) for step in steps]
+    wide = weight.new_zeros(*weight.shape[:2], *((k - 1) * s + 1 for k, s in zip(weight.shape[2:], steps, strict=True)))
+    wide[(..., *(slice(None, None, s) for s in steps))] = weight
+    return wide
+
+
+def _convolved(first: torch.Tensor, second: torch.Tensor, groups: int) -> torch.Tensor:
+    """The full convolution of two kernels over the channels between them: `(outputs, inputs / groups, *extent)`."""
+    flat = first.dim() == 2
+    if flat:
+        first, second = first.unsqueeze(-1), second.unsqueeze(-1)
+    dims = tuple(range(2, second.dim()))
+    a = first.unflatten(0, (groups, -1)).movedim(2, 0).flatten(1, 2)  # [inputs, groups * middle, *extent]
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(dims) - 1]
+    full = convolve(a, second.flip(dims), padding=[k - 1 for k in second.shape[2:]], groups=groups)
+    result = full.transpose(0, 1)
+    return result.squeeze(-1) if flat else result
