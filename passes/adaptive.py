@@ -31,6 +31,8 @@ from .importance import IMPORTANCES, TRANSFORMS, Members, Scores, relative_norms
 from .selection import lowest_removed
 from .training import Callback, Kept, Surgery, averaged, gathered, taken
 
+SILENT = 1e-6  # of weight * gradient, summed over an index: rounding
+
 Choose = Callable[[dict[Factor, int], Scores, float], dict[Factor, int]]
 """`choose(sizes, scores, share)`: sizes of the groups once `share` of the way to the target is gone; never larger."""
 
@@ -61,7 +63,8 @@ class Pruner(Callback):
 
     comb: of the program as it was before training. groups: those that may shrink. choose: see `Choose`. importance:
     "fisher" and "taylor" sum the scores of all steps since the last event, "magnitude" and "random" look at the network
-    when an event is due. events: see `event_steps`. context: for the scores of a one-shot event, which come from a pass
+    when an event is due; so do all when no step had a gradient, as without labels while the student is still its
+    teacher. events: see `event_steps`. context: for the scores of a one-shot event, which come from a pass
     over the data before training. identity: see `Callback`.
 
     Under several processes gradients are averaged before they are scored, so the Fisher score is the square of the global
@@ -113,12 +116,13 @@ class Pruner(Callback):
         done = step + 1
         if done not in self.events:
             return None
-        if self.importance == "magnitude":
-            return self._event(done, module, relative_norms(self.comb, self.groups, module, self.masks))
         if self.importance == "random":
             generator = np.random.default_rng([self.context.seed, done])
             return self._event(done, module, {g.atom: generator.random(g.size) for g in self.groups})
-        return self._event(done, module, {a: own / max(self.count, 1) for a, own in self.scores.items()})
+        scores = {a: own / max(self.count, 1) for a, own in self.scores.items()}
+        if max(own.max() for own in scores.values()) <= TRANSFORMS.get(self.importance, abs)(SILENT):
+            scores = relative_norms(self.comb, self.groups, module, self.masks)
+        return self._event(done, module, scores)
 
     def state_dict(self) -> dict[str, Any]:
         names = {g.atom: g.name for g in self.groups}

@@ -344,6 +344,46 @@ def test_features_follow_what_is_pruned_meanwhile(monkeypatch):
         assert ("task" in result.record["epochs"][0]) == labels
 
 
+def test_a_student_that_is_still_its_teacher_is_pruned_by_magnitude():
+    """Without labels the loss has no gradient then, only rounding; AdamW would move at once, SGD does not."""
+    program = capture(convolutions())
+    options = {"optimizer": "sgd", "lr": 1e-3, "weight_decay": 0.0, "labels": False}
+    found = [
+        pruning(options, interval=6, importance=i, scope="local")(program, data=batches(labels=False), teacher=program)
+        for i in ("fisher", "taylor", "magnitude")
+    ]
+    assert found[0].removed == found[1].removed == found[2].removed
+
+
+class Segmenter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.block, self.head = nn.Conv2d(1, 8, 3, 1, 1), Block(8, 16), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x):
+        return {"out": self.head(self.block(F.relu(self.stem(x))))}
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_segmentation_is_pruned_and_distilled_per_pixel(labels):
+    """Three classes by brightness, one of them ignored in part; the student keeps most of its teacher's pixels."""
+    data = [(x, (x[:, 0] * 1.5 + 1.5).clamp(0, 2).long()) for x, _ in batches(24)]
+    data = [(x, y.masked_fill(torch.arange(8) == 0, -100)) for x, y in data]
+    program = capture(Segmenter())
+    teacher = Distill(epochs=6, lr=0.02)(program, data=data, val=data[:4])
+    options = {"epochs": 4, "lr": 0.01, "features": 0.5, "labels": labels}
+    result = pruning(options, interval=4)(
+        teacher.program, data=data if labels else [x for x, _ in data], val=data[:4], teacher=teacher.program
+    )
+    assert result.program.macs <= 0.4 * program.macs
+    assert verify.surgery(teacher.program, result) <= EXACT
+    last = result.record["epochs"][-1]
+    assert ("task" in last) == labels
+    assert last["features"] < 0.5
+    assert last["val"] > teacher.record["epochs"][-1]["val"] - 0.15 > 0.6
+
+
 # ---------------------------------------------------------------------------------------------------------- resume, refuse
 class Stop(Exception):
     pass
