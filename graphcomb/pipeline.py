@@ -74,24 +74,25 @@ class Pipeline:
         plan: dict[str, Any] | None = None,
         key: Any = None,
         resume: bool = True,
+        latency: Any = None,
     ) -> PipelineResult:
         """Apply all passes.
 
-        The fields down to `plan` are those of `passes.base.Context`; teacher is by default the program itself, the
-        plan goes to the first pass that takes one. key: anything JSON-able that stands for the data (data cannot be
-        hashed). resume: take a finished pass found in `out` over when its options, those of all before it, the program,
-        the teacher, the seed, the target, the plan and this key are unchanged. Raises GraphcombError when a pass
-        refuses or a verification fails; the records so far stay in `out`.
+        The fields down to `plan` and `latency` are those of `passes.base.Context`; teacher is by default the program
+        itself, the plan goes to the first pass that takes one. key: anything JSON-able that stands for the data (data
+        cannot be hashed). resume: take a finished pass found in `out` over when its options, those of all before it, the
+        program, the teacher, the seed, the target, the plan and this key are unchanged. Raises GraphcombError when a
+        pass refuses or a verification fails; the records so far stay in `out`.
         """
         main = is_main()
         context = Context(
             data=data, val=val, loss=loss, metric=metric, target=target, dtype=dtype, teacher=teacher or program,
-            seed=seed, progress=progress and main, plan=plan,
+            seed=seed, progress=progress and main, plan=plan, latency=latency,
         )  # fmt: skip
         store = None
         if out is not None:
             taught = fingerprint(teacher.module()) if teacher else None
-            digest = fingerprint(program.module(), taught, seed, target, dtype, plan, key)
+            digest = fingerprint(program.module(), taught, seed, target, dtype, plan, key, latency and str(latency))
             store = _Store(Path(out) / "passes", digest, main, resume)
         say = Console(quiet=not context.progress).print
         result = PipelineResult(program)

@@ -75,7 +75,9 @@ class Recipe(Section):
 
     inputs: example inputs; by default one batch of the data, else 1 x 3 x 224 x 224. dynamic_batch: keep the first
     dimension symbolic; by default exactly when there is data. loss, metric: `package.module:callable`, by default
-    cross-entropy and top-1 accuracy.
+    cross-entropy and top-1 accuracy. latency_table: what predicts latencies for passes that have one as their target: a
+    JSON file of measured layers, made and completed on this machine as needed, or "roofline", an estimate from the
+    target's data sheet; by default a file in the cache folder.
     """
 
     model: Annotated[Source, _short("source")]
@@ -86,6 +88,7 @@ class Recipe(Section):
     metric: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     target: str = "cpu"
+    latency_table: str | None = None
     precision: Literal["fp32", "fp16"] = "fp32"
     passes: list[Any]
     outputs: Outputs = Outputs()

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from . import runtime
+from .data import cache_folder
 from .graph.errors import BadInput, CaptureError, GraphcombError
 from .graph.program import Program, capture
 from .passes.base import Context
@@ -23,6 +24,7 @@ from .passes.batches import Feed, split_batch
 from .pipeline import Pipeline, PipelineResult, is_main, write_json
 from .recipe import Input, Recipe
 from .runtime.engine import backend_module
+from .runtime.latency import LatencyTable, Roofline
 from .runtime.targets import Target, get_target
 from .sources import first_batch, load_data, load_model, resolve
 
@@ -41,12 +43,14 @@ class Job:
     val: Any = None
     loss: Any = None
     metric: Any = None
+    latency: Any = None
 
     def context(self, progress: bool = False) -> Context:
         """The context in which a single pass of the recipe would run."""
         return Context(
             data=self.train, val=self.val, loss=self.loss, metric=self.metric, target=self.target,
             dtype=self.recipe.precision, teacher=self.program, seed=self.recipe.seed, progress=progress,
+            latency=self.latency,
         )  # fmt: skip
 
 
@@ -77,7 +81,7 @@ def prepare(recipe: Recipe) -> Job:
             val = None
     loss = resolve(recipe.loss, "loss") if recipe.loss else None
     metric = resolve(recipe.metric, "metric") if recipe.metric else None
-    return Job(recipe, program, target, train, val, loss, metric)
+    return Job(recipe, program, target, train, val, loss, metric, _latency(recipe, target))
 
 
 def run(
@@ -105,7 +109,7 @@ def run(
     result = Pipeline(recipe.passes).run(
         job.program, job.train, job.val, job.loss, job.metric, job.target, recipe.precision,
         seed=recipe.seed, out=out, progress=progress, plan={"groups": plan} if plan else None, key=recipe.key(),
-        resume=not fresh,
+        resume=not fresh, latency=job.latency,
     )  # fmt: skip
     summary = _summary(job, result)
     if not is_main():
@@ -125,6 +129,19 @@ def run(
         runtime.write_report(summary, out / "report.html")
     write_json(out / "summary.json", summary, indent=2)
     return summary
+
+
+def _latency(recipe: Recipe, target: Target) -> LatencyTable | Roofline | None:
+    """What predicts latencies; None when no pass asks for it."""
+    if not any(getattr(pass_, "latency", None) is not None for pass_ in recipe.passes):
+        return None
+    if recipe.latency_table == "roofline":
+        return Roofline(target, recipe.precision)
+    path = recipe.latency_table or cache_folder() / f"latency-{target.name}.json"
+    try:
+        return LatencyTable(path, target)
+    except BadInput as error:
+        raise BadInput(f"latency_table: {error}") from error
 
 
 def check_folder(out: Path) -> None:
@@ -182,6 +199,7 @@ def _capture(model: torch.nn.Module, recipe: Recipe, batch: Any) -> Program:
 def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
     """The part of the summary that needs no runtime."""
     before, after = job.program.cost(), result.program.cost()
+    predicted = [r["latency"]["predicted"] for r in result.records if "latency" in r]
     return {
         "model": job.recipe.model.source,
         "target": job.target.name,
@@ -191,6 +209,7 @@ def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
         "macs_ratio": before["macs"] / max(after["macs"], 1),
         "params_ratio": before["params"] / max(after["params"], 1),
         "latency_ratio": None,
+        "latency_predicted": predicted[0]["before"] / predicted[-1]["after"] if predicted else None,
         "surgery_error": result.surgery_error,
         "onnx_parity": None,
         "engine": None,

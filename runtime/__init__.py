@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bench import BenchResult, bench
 from .engine import Engine, EngineReport, build_engine, load_engine
+from .latency import LatencyTable, Roofline
 from .onnx import OnnxReport, export_onnx
 from .parity import parity
 from .targets import TARGETS, Target, get_target
@@ -16,7 +17,9 @@ __all__ = [
     "BenchResult",
     "Engine",
     "EngineReport",
+    "LatencyTable",
     "OnnxReport",
+    "Roofline",
     "Target",
     "bench",
     "build_engine",

@@ -10,7 +10,7 @@ Keys of the summary, all optional; what is missing is left out of the report, un
 | params_before, params_after, params_ratio | parameters |
 | cost | `{"before": {"macs", "params"}, "after": {...}}`, instead of the four numbers above |
 | latency, or bench | `BenchResult.to_dict()`, the dense program first |
-| latency_ratio | how many times faster |
+| latency_ratio, latency_predicted | how many times faster, as measured and as a latency table or roofline predicted |
 | surgery_error | worst relative error of the surgery against the oracle, float64 |
 | onnx_parity | relative error of the ONNX file against the program: a number, or one by precision |
 | engine | path of the engine file |
@@ -229,6 +229,8 @@ def _latency_tile(summary: Mapping[str, Any]) -> list[Tile]:
     low, high = (number(_map(spread).get(key)) for key in ("p5", "p95"))
     if low is not None and high is not None:
         details.append(f"90\u00a0% of pairs {times(low)} to {times(high)}")
+    if (predicted := number(summary.get("latency_predicted"))) is not None:
+        details.append(f"predicted {times(predicted)}")
     return [Tile("latency", against(ratio, "faster", "slower"), ", ".join(details))]
 
 
