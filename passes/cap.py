@@ -146,9 +146,9 @@ def eliminate(
         panel = inverse.new_empty(count, min(PANEL, steps - start), size)
         for k in range(panel.shape[1]):
             loss, q = torch.addcdiv(closed, w.square(), diagonal).min(1)
-            column = inverse[rows, q]
+            column = inverse.view(-1, size).index_select(0, rows * size + q)
             if k:
-                factors = panel[rows, :k, q].unsqueeze(1)
+                factors = panel[:, :k].gather(2, q.view(-1, 1, 1).expand(-1, k, 1)).transpose(1, 2)
                 column = torch.baddbmm(column.unsqueeze(1), factors, panel[:, :k], alpha=-1).squeeze(1)
             column *= diagonal[rows, q].rsqrt().unsqueeze(1)
             panel[:, k] = column
