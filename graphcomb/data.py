@@ -1,4 +1,4 @@
-"""Built-in data sets for demos, tests and smoke runs: digits, Fashion-MNIST, and random tensors.
+"""Built-in data: digits, Fashion-MNIST and random tensors for demos, tests and smoke runs; folders of images.
 
 Shuffling and augmentation draw from torch's global generator, so that a resumed training run, which restores that
 generator, sees the same batches.
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from .graph.errors import BadInput
+from .graph.errors import BadInput, MissingBackend
 
 FASHION_FILES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
@@ -79,7 +79,116 @@ def random(
     return list(zip(x, torch.randint(classes, (batches, batch_size), generator=generator), strict=True))
 
 
-BUILTIN: dict[str, Callable[..., Any]] = {"digits": digits, "fashion-mnist": fashion_mnist, "random": random}
+def image_folder(
+    root: str, size: int = 224, batch_size: int = 64, workers: int = 4, train: str = "train", val: str = "val"
+) -> Loaders:
+    """Photographs by class, `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg`, as ImageNet is commonly laid out.
+
+    Training images are random resized crops, flipped at random; validation images are resized to size / 0.875 and
+    cropped at the centre; both are normalised with ImageNet's mean and deviation. Needs torchvision (extra "zoo").
+    """
+    datasets, transforms = _torchvision()
+    last = [transforms.PILToTensor(), transforms.ToDtype(torch.float32, scale=True), transforms.Normalize(*IMAGENET)]
+    first = {
+        train: [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()],
+        val: [transforms.Resize(round(size / 0.875)), transforms.CenterCrop(size)],
+    }
+    found = []
+    for split, changes in first.items():
+        if not (Path(root) / split).is_dir():
+            raise BadInput(f"image-folder: {Path(root) / split} is not a folder of one folder per class")
+        try:
+            found.append(datasets.ImageFolder(str(Path(root) / split), transforms.Compose([*changes, *last])))
+        except (FileNotFoundError, OSError) as error:
+            raise BadInput(f"image-folder: {Path(root) / split}: {str(error).splitlines()[0][:200]}") from error
+    if found[0].classes != found[1].classes:
+        odd = sorted(set(found[0].classes) ^ set(found[1].classes))
+        raise BadInput(f"image-folder: {train} and {val} do not have the same classes; only one of them has {odd[0]}")
+    return _file_loaders(found[0], found[1], batch_size, workers)
+
+
+def segmentation_folder(
+    root: str, size: int = 512, batch_size: int = 8, workers: int = 4, train: str = "training", val: str = "validation"
+) -> Loaders:
+    """Scenes with a class per pixel, laid out as ADE20K's challenge data: `root/images/training/NAME.jpg` with
+    `root/annotations/training/NAME.png`, and the same for validation.
+
+    Grey value 0 of an annotation means "other" and is ignored (label -100), c is class c - 1. Training images are scaled by
+    0.5 to 2, cropped to size x size and flipped at random; validation images are scaled until the shorter side is `size`
+    and cropped at the centre. Needs torchvision (extra "zoo").
+    """
+    _torchvision()
+    return _file_loaders(Scenes(root, train, size, True), Scenes(root, val, size, False), batch_size, workers)
+
+
+class Scenes(Dataset[Any]):
+    """Pairs (image (3, size, size), labels (size, size)) from two folders; see `segmentation_folder`."""
+
+    def __init__(self, root: str, split: str, size: int, augment: bool):
+        self.size, self.augment = size, augment
+        images, labels = (Path(root) / kind / split for kind in ("images", "annotations"))
+        if not images.is_dir() or not labels.is_dir():
+            raise BadInput(f"segmentation-folder: {images if not images.is_dir() else labels} is not a folder")
+        found = [p for p in sorted(images.iterdir()) if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
+        self.pairs = [(p, labels / f"{p.stem}.png") for p in found]
+        missing = next((label for _, label in self.pairs if not label.is_file()), None)
+        if not self.pairs or missing is not None:
+            raise BadInput(f"segmentation-folder: {f'{missing} is missing' if missing else f'{images} holds no image'}")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        from PIL import Image
+        from torchvision.transforms.v2 import functional as change
+
+        image, labels = (Image.open(path) for path in self.pairs[index])
+        image = image.convert("RGB")
+        shorter = self.size * (2 ** float(torch.rand(()) * 2 - 1) if self.augment else 1)
+        scale = shorter / min(image.size)
+        sides = [max(round(s * scale), 1) for s in (image.height, image.width)]
+        x = change.normalize(change.to_dtype(change.pil_to_tensor(change.resize(image, sides)), scale=True), *IMAGENET)
+        y = change.pil_to_tensor(change.resize(labels, sides, change.InterpolationMode.NEAREST))[0].long()
+        y = torch.where(y == 0, -100, y - 1)
+        short = [max(self.size - s, 0) for s in sides]
+        x, y = (functional.pad(t, (0, short[1], 0, short[0]), value=v) for t, v in ((x, 0.0), (y, -100)))
+        room = [max(s - self.size, 0) for s in sides]
+        top, left = (int(torch.randint(r + 1, ())) if self.augment else r // 2 for r in room)
+        x, y = (t[..., top : top + self.size, left : left + self.size] for t in (x, y))
+        if self.augment and torch.rand(()) < 0.5:
+            x, y = x.flip(-1), y.flip(-1)
+        return x.contiguous(), y.contiguous()
+
+
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and deviation of its RGB values
+BUILTIN: dict[str, Callable[..., Any]] = {
+    "digits": digits,
+    "fashion-mnist": fashion_mnist,
+    "random": random,
+    "image-folder": image_folder,
+    "segmentation-folder": segmentation_folder,
+}
+
+
+def _torchvision() -> tuple[Any, Any]:
+    try:
+        from torchvision import datasets
+        from torchvision.transforms import v2
+    except ImportError as error:
+        raise MissingBackend('folders of images need torchvision: pip install "graphcomb[zoo]"') from error
+    return datasets, v2
+
+
+def _file_loaders(train: Dataset[Any], val: Dataset[Any], batch_size: int, workers: int) -> Loaders:
+    common: dict[str, Any] = {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+    }
+    return (
+        DataLoader(train, batch_size, shuffle=True, drop_last=True, **common),
+        DataLoader(val, batch_size, **common),
+    )
 
 
 def _loaders(
