@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-PANEL = 16  # columns of a factorisation that are applied to the matrix together
+PANEL = 32  # columns of a factorisation that are applied to the matrix together
 CHUNK = 1 << 21  # elements of the matrices worked on together
 
 Pattern = tuple[int, int]
@@ -131,6 +131,7 @@ def eliminate(
     the entries in the order they go, and the cumulated `Σ w_q² / (2 H_qq)`, infinite beyond a block's last one.
     """
     count, size = weights.shape
+    inverse = (inverse if inverse.is_contiguous() else inverse.mT).contiguous()  # symmetric; LAPACK's are column-major
     w, rows = weights.to(inverse).clone(), torch.arange(count, device=weights.device)
     diagonal = inverse.diagonal(dim1=1, dim2=2).clone()
     floor = diagonal * torch.finfo(inverse.dtype).eps
