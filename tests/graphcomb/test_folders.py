@@ -148,7 +148,7 @@ def test_recipes_run_on_a_few_images(name: str, cli, classes: Path, scenes: Path
     root, size = (classes, 64) if name.startswith("imagenet") else (scenes, 64)
     changes = [
         *SMALL[name], f"data.arguments={{root: {root}, size: {size}, batch_size: 2, workers: 0}}", "passes.0.macs=0.7",
-        "passes.0.interval=1", "passes.0.train.steps=4", "passes.0.train.precision=no", "target=cpu", "precision=fp32",
+        "passes.0.interval=1", "passes.0.train.steps=4", "passes.0.train.precision='no'", "target=cpu", "precision=fp32",
         "outputs={engines: [], bench: false, onnx: false}",
     ]  # fmt: skip
     options = [o for change in changes for o in ("--set", change)]
