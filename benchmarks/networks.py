@@ -144,6 +144,37 @@ class DeiT(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 
+# ------------------------------------------------------------------------------------------------------------ ConvNeXt
+class ConvNeXtBlock(nn.Module):
+    """Depthwise 7x7, LayerNorm, two pointwise layers, layer scale, skip (Liu et al., arXiv 2201.03545)."""
+
+    def __init__(self, dim: int, ratio: int = 4):
+        super().__init__()
+        self.mix, self.norm = nn.Conv2d(dim, dim, 7, padding=3, groups=dim), nn.LayerNorm(dim)
+        self.fc1, self.fc2 = nn.Linear(dim, ratio * dim), nn.Linear(ratio * dim, dim)
+        self.scale = nn.Parameter(torch.full((dim,), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.mix(x).permute(0, 2, 3, 1))
+        return x + (self.scale * self.fc2(F.gelu(self.fc1(y)))).permute(0, 3, 1, 2)
+
+
+class ConvNeXt(nn.Module):
+    """A patchified stem and two stages with a downsampling layer between; (N, 1, 28, 28) to (N, 10)."""
+
+    def __init__(self, width: int = 32, depths: tuple[int, int] = (2, 4), classes: int = 10):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 2, 2), nn.BatchNorm2d(width))
+        self.fine = nn.Sequential(*(ConvNeXtBlock(width) for _ in range(depths[0])))
+        self.down = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, 2 * width, 2, 2))
+        self.coarse = nn.Sequential(*(ConvNeXtBlock(2 * width) for _ in range(depths[1])))
+        self.norm, self.head = nn.LayerNorm(2 * width), nn.Linear(2 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.coarse(self.down(self.fine(self.stem(x))))
+        return self.head(self.norm(x.mean((2, 3))))
+
+
 # -------------------------------------------------------------------------------------------------------- segmentation
 class LRASPP(nn.Module):
     """An encoder of inverted residuals with the LR-ASPP head: a 1x1 branch gated by pooled context, joined with a finer
