@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py                                # resumes; results/accuracy.json, .md and two .png
     python benchmarks/accuracy.py --networks resnet --seeds 0 --methods graphcomb
     python benchmarks/accuracy.py --latency                      # afterwards, on a quiet machine: adds latencies
+    python benchmarks/accuracy.py --methods "graphcomb latency"  # also on a quiet machine, after the others
     python benchmarks/accuracy.py --table                        # only rewrite the tables and plots
     python benchmarks/accuracy.py --full                         # larger networks and longer training, for a GPU
 
@@ -40,7 +41,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,19 @@ from torch import nn
 
 import graphcomb
 from graphcomb.data import cache_folder, fashion_mnist
+from graphcomb.graph.errors import Contended
+from graphcomb.graph.layers import Layers
 from graphcomb.passes import Distill, RemoveChannels
+from graphcomb.runtime import LatencyTable
 
 HERE = Path(__file__).parent
 TARGETS = {"classification": (4.3, 3.0, 2.0), "segmentation": (1.9, 3.0, 1.5)}  # times fewer MACs; the first has an aim
 TP = "torch-pruning"
 IMPORTANCES = ("magnitude", "taylor", "hessian")
 METHODS = ("graphcomb", "graphcomb labels", *(f"{TP} {i}" for i in IMPORTANCES), f"{TP} distilled")
-EXTRA = ("graphcomb one-shot",)  # not in the default run
+LATENCY = "graphcomb latency"  # as graphcomb, but the target is the latency predicted for graphcomb's own row
+AFTERWARDS = ("distilled", "latency")
+EXTRA = ("graphcomb one-shot", LATENCY)  # not in the default run
 
 
 @dataclass(frozen=True)
@@ -226,6 +232,25 @@ def graphcomb_adaptive(job: Job, dense: nn.Module, distilled: bool) -> graphcomb
     ).program
 
 
+def graphcomb_latency(job: Job, dense: nn.Module) -> graphcomb.Program:
+    """Pruned to the latency that is predicted for the program which the MAC target gave, all else equal."""
+    options, task = SIZES[job.size], kind(job.network)
+    table = LatencyTable(cache_folder() / "accuracy" / "latency.json")
+    rival = Layers(graphcomb.comb(graphcomb.load(stored(replace(job, method="graphcomb")))))
+    layers = [layer for _, layer in rival.at({})]
+    table.prepare(layers, progress=True)
+    seconds = table.per_run + sum(map(table.seconds, layers))
+    program = capture(dense, task)
+    pass_ = RemoveChannels(
+        latency=f"{1e3 * seconds} ms",
+        interval=options.interval,
+        round_to=options.round_to,
+        train=training(options, True),
+    )
+    data = loaders(task, job.size)[0]
+    return pass_(program, data=data, seed=job.seed, teacher=program, latency=table, progress=True).program
+
+
 def graphcomb_one_shot(job: Job, dense: nn.Module) -> graphcomb.Program:
     options, task = SIZES[job.size], kind(job.network)
     program = capture(dense, task)
@@ -306,6 +331,8 @@ def build(job: Job, dense: nn.Module, rows: dict[str, Any]) -> graphcomb.Program
             return graphcomb_adaptive(job, dense, distilled=True)
         case ["graphcomb", "labels"]:
             return graphcomb_adaptive(job, dense, distilled=False)
+        case ["graphcomb", "latency"]:
+            return graphcomb_latency(job, dense)
         case ["graphcomb", "one-shot"]:
             return graphcomb_one_shot(job, dense)
         case [_, "distilled"]:
@@ -334,6 +361,8 @@ def measure(job: Job, rows: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"dense_score": dense_score, "dense_macs": before.macs // 2, "dense_params": before.params}
     try:
         program = build(job, dense, rows)
+    except Contended:
+        raise
     except Exception as error:
         return row | {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
     row |= {"score": score(program, job.network, job.size), "macs": program.macs // 2, "params": program.params}
@@ -380,13 +409,16 @@ def stages(options: argparse.Namespace) -> Iterator[list[Job]]:
             jobs = [
                 Job(n, seed, m, TARGETS[kind(n)][rank], options.size) for n in options.networks for m in options.methods
             ]
-            yield [j for j in jobs if not j.method.endswith("distilled")]
-            yield [j for j in jobs if j.method.endswith("distilled")]
+            yield [j for j in jobs if not j.method.endswith(AFTERWARDS)]
+            yield [j for j in jobs if j.method.endswith(AFTERWARDS)]
 
 
-def work(task: tuple[Job, dict[str, Any]]) -> tuple[Job, dict[str, Any]]:
+def work(task: tuple[Job, dict[str, Any]]) -> tuple[Job, dict[str, Any] | None]:
     job, rows = task
-    return job, measure(job, rows)
+    try:
+        return job, measure(job, rows)
+    except Contended:
+        return job, None
 
 
 def run(options: argparse.Namespace) -> None:
@@ -400,6 +432,9 @@ def run(options: argparse.Namespace) -> None:
             jobs = [j for j in jobs if options.again or j.key not in data["rows"]]
             tasks = [(j, dict(data["rows"])) for j in jobs]
             for job, row in track(pool.imap_unordered(work, tasks), "rows", total=len(tasks)):
+                if row is None:
+                    print(f"{job.key}: the machine is too busy", flush=True)
+                    continue
                 data["rows"][job.key] = row
                 save(options.results, data)
                 shown = (
@@ -423,6 +458,7 @@ def latency(options: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     data = load(options.results)
+    options.methods = METHODS + EXTRA
     jobs = [j for jobs in stages(options) for j in jobs if stored(j).is_file() and j.key in data["rows"]]
     jobs = [j for j in jobs if options.again or "speedup" not in data["rows"][j.key]]
     for job in track(jobs, "latencies"):
@@ -448,7 +484,8 @@ def points(data: dict[str, Any], network: str, method: str, target: float) -> li
         most = max(map(len, found))
         return max((f for f in found if len(f) == most), key=lambda f: mean(f)[0] if f else 0.0)
     keys = [k for k in data["rows"] if k.startswith(f"{network}/") and k.endswith(f"/{method}/{target:g}")]
-    return [data["rows"][k] for k in sorted(keys) if "score" in data["rows"][k]]
+    rows = [data["rows"][k] | {"seed": int(k.split("/")[1])} for k in sorted(keys)]
+    return [r for r in rows if "score" in r]
 
 
 def mean(rows: list[dict[str, Any]], field: str = "score") -> tuple[float, float]:
@@ -503,7 +540,7 @@ def table(data: dict[str, Any]) -> str:
     failed = {k: r["failed"] for k, r in data["rows"].items() if "failed" in r}
     if failed:
         lines += ["", "## What failed\n", *(f"- {k}: {why}" for k, why in sorted(failed.items()))]
-    lines += speed_table(data, names)
+    lines += speed_table(data, names) + latency_table(data, names)
     return "\n".join(lines) + "\n"
 
 
@@ -523,6 +560,33 @@ def verdicts(data: dict[str, Any], names: list[str]) -> str:
         f"graphcomb is above torch-pruning on {above} of {total} points; below it by more than the larger standard "
         f"deviation: {', '.join(below) or 'nowhere'}."
     )
+
+
+def latency_table(data: dict[str, Any], names: list[str]) -> list[str]:
+    """Pruned for MACs next to pruned for the latency that was predicted for the first."""
+    lines = [
+        "", "## Latency as the target\n",
+        "Both prune alike and train alike; one towards a number of MACs, the other towards the latency that the table "
+        "predicted for the first. Times faster than dense, measured in ONNX Runtime, one thread, batch 1.\n",
+        "| network | seeds | for MACs: score | MACs, times fewer | times faster | for latency: score | MACs, times fewer "
+        "| times faster |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    count = len(lines)
+    for network in names:
+        for target in sorted(TARGETS[kind(network)]):
+            theirs, ours = ({r["seed"]: r for r in points(data, network, m, target)} for m in ("graphcomb", LATENCY))
+            seeds = [s for s in theirs if s in ours]
+            if not seeds:
+                continue
+            cells = []
+            for found in (theirs, ours):
+                rows = [found[s] for s in seeds]
+                timed = [r["speedup"]["median"] for r in rows if "speedup" in r]
+                cells += [cell(rows), f"{statistics.fmean(map(ratio, rows)):.2f}"]
+                cells.append(f"{statistics.fmean(timed):.2f}" if timed else "-")
+            lines.append(f"| {network} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return lines if len(lines) > count else []
 
 
 def speed_table(data: dict[str, Any], names: list[str]) -> list[str]:

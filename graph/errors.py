@@ -21,5 +21,9 @@ class Unreachable(GraphcombError):
     """A target (MACs, parameters, latency) cannot be reached; the message says what is reachable."""
 
 
+class Contended(GraphcombError):
+    """The machine is too busy for a measurement to be trusted."""
+
+
 class MissingBackend(GraphcombError):
     """An optional package is not installed; the message names the extra to install."""

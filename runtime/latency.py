@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ..graph.errors import BadInput, GraphcombError
+from ..graph.errors import BadInput, Contended
 from ..graph.layers import Layer
 from .bench import bench, environment
 from .engine import build_engine, replacing
@@ -43,7 +43,7 @@ class LatencyTable:
     path: of the file, made when it is not there. target: of the engine; "cpu" is ONNX Runtime on this machine, others need
     the device and its library here. step: sizes are measured at multiples of it (the alignment).
 
-    Raises BadInput when the file is of another device or engine, GraphcombError when the machine is too busy.
+    Raises BadInput when the file is of another device or engine, Contended when the machine is too busy.
     """
 
     def __init__(self, path: str | Path, target: str | Target = "cpu", step: int = 8):
@@ -137,7 +137,7 @@ class LatencyTable:
                 files.append(file)
             found = bench(files, names=[str(c) for c in counts], seconds=SECONDS, min_runs=RUNS[0], max_runs=RUNS[1])
         if not all(t.ms for t in found.timings):
-            raise GraphcombError(
+            raise Contended(
                 f"latency table: the machine is too busy to measure ({layer or 'an empty run'}); what was measured is kept "
                 f"in {self.path}, run it again"
             )
