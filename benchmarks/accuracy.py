@@ -32,6 +32,7 @@ import copy
 import datetime
 import functools
 import hashlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -169,15 +170,15 @@ def reference(network: str, seed: int, size: str) -> tuple[nn.Module, float]:
     """The dense network and its score, trained now or taken from the cache. Two processes do not train the same one."""
     options, task = SIZES[size], kind(network)
     seed %= options.references
+    torch.manual_seed(seed)
+    model = networks.NETWORKS[network](**options.arguments.get(network, {}))
     decides = {
         "network": network, "seed": seed, "arguments": options.arguments.get(network, {}), "lr": options.lr[0],
         "steps": options.reference[network], "batch": options.batch[task], "scenes": options.scenes,
-        "code": digest(HERE / "networks.py", HERE / "scenes.py"), "torch": torch.__version__,
+        "code": digest(network, model), "torch": torch.__version__,
     }  # fmt: skip
     code = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
     path = cache_folder() / "accuracy" / f"{network}-{seed}-{code}.pt"
-    torch.manual_seed(seed)
-    model = networks.NETWORKS[network](**options.arguments.get(network, {}))
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock")):
         if not path.is_file():
@@ -191,7 +192,9 @@ def reference(network: str, seed: int, size: str) -> tuple[nn.Module, float]:
             torch.save({"state": state, "score": score(done, network, size)}, part)
             part.replace(path)
     found = torch.load(path, weights_only=True)
-    model.load_state_dict(found["state"], strict=False)
+    missing, unexpected = model.load_state_dict(found["state"], strict=False)
+    if unexpected or not all(name.endswith("num_batches_tracked") for name in missing):
+        raise RuntimeError(f"{path}: not the weights of {network}")
     return model.eval(), found["score"]
 
 
@@ -204,9 +207,12 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def digest(*files: Path) -> str:
-    """Of the code without its layout and comments."""
-    return hashlib.sha256("".join(ast.dump(ast.parse(f.read_text())) for f in files).encode()).hexdigest()[:12]
+def digest(network: str, model: nn.Module) -> str:
+    """Of the code that a reference depends on, without its layout and comments."""
+    parts = {type(m) for m in model.modules() if type(m).__module__ == networks.__name__}
+    sources = [inspect.getsource(p) for p in (*parts, networks.conv)]
+    sources += [Path(scenes.__file__).read_text()] if kind(network) == "segmentation" else []
+    return hashlib.sha256("".join(sorted(ast.dump(ast.parse(s)) for s in sources)).encode()).hexdigest()[:12]
 
 
 # -------------------------------------------------------------------------------------------------------------- methods
@@ -642,9 +648,9 @@ def plots(data: dict[str, Any], path: Path) -> None:
             axis.set_title(network)
             axis.set_xlabel(f"{'MACs' if name == 'macs' else 'latency, 1 thread, batch 1'}, % of dense")
         axes[0, 0].set_ylabel("accuracy, mean IoU (%)")
-        axes[0, -1].legend(fontsize=6)
-        figure.tight_layout()
         if drawn:
+            axes[0, 0].legend(fontsize=6)
+            figure.tight_layout()
             figure.savefig(path.with_name(f"{path.stem}_{name}.png"), dpi=110)
         plt.close(figure)
 
