@@ -1,6 +1,6 @@
 """Segmentation scenes: Fashion-MNIST items pasted on textured backgrounds, with the class of every pixel.
 
-    python benchmarks/scenes.py            # writes a sheet of examples to scenes.png
+    python benchmarks/scenes.py            # writes a sheet of examples to results/scenes.png
 
 Grey images of 48 x 48. Each holds one to three items of 18 to 30 pixels, later ones in front, on a sum of three oriented
 waves, whose grey values reach those of the items, with noise over all. Label 0 is background, 1 to 10 the classes of
@@ -78,4 +78,4 @@ if __name__ == "__main__":
         axes[1, i].imshow(labels[i], cmap="tab20", vmin=0, vmax=CLASSES)
     for axis in axes.flat:
         axis.axis("off")
-    figure.savefig(Path("scenes.png"), dpi=120)
+    figure.savefig(Path(__file__).parent / "results" / "scenes.png", dpi=90)

@@ -232,7 +232,7 @@ class Layers:
         else:
             names = [n for n in ("batch1", "mat1", "self") if n in a]
             left = sizes(a[names[0]])
-            right = a.get("batch2", a.get("mat2", a.get("other")))
+            right = next(a[n] for n in ("batch2", "mat2", "other") if n in a)
             shared = self.comb.is_parameter(right) or right.op == "get_attr" or len(shape(right)) == 2
         batch, rows = (1, math.prod(result[:-1])) if shared else (math.prod(result[:-2]), result[-2])
         return Layer(

@@ -142,8 +142,8 @@ class Scenes(Dataset[Any]):
         from PIL import Image
         from torchvision.transforms.v2 import functional as change
 
-        image, labels = (Image.open(path) for path in self.pairs[index])
-        image = image.convert("RGB")
+        photograph, labels = (Image.open(path) for path in self.pairs[index])
+        image = photograph.convert("RGB")
         shorter = self.size * (2 ** float(torch.rand(()) * 2 - 1) if self.augment else 1)
         scale = shorter / min(image.size)
         sides = [max(round(s * scale), 1) for s in (image.height, image.width)]
