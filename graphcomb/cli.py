@@ -178,38 +178,103 @@ def build(
 
 @app.command()
 def bench(
-    a: Annotated[Path, typer.Argument(metavar="A", help="The reference: an ONNX or engine file.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="What is compared with it.")],
-    threads: Annotated[int, typer.Option("--threads", help="Threads of ONNX Runtime.")] = 1,
+    a: Annotated[Path, typer.Argument(metavar="A", help="The reference: an ONNX or engine file; or a bench bundle.")],
+    b: Annotated[Path | None, typer.Argument(metavar="B", help="What is compared with it.")] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="The library that runs ONNX files; ONNX Runtime by default.")
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of engines on the CPU.")] = 1,
     batch: Annotated[int, typer.Option("--batch", help="Batch size where it is dynamic.")] = 1,
     seconds: Annotated[float, typer.Option("--seconds", help="Time limit.")] = 10.0,
+    host: Annotated[
+        str | None, typer.Option("--host", metavar="USER@DEVICE", help="Measure a bundle there, by ssh and scp.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the result as JSON; default in the bundle.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Latency of two models, measured in turns and guarded against a busy machine."""
+    """Latency of two models, measured in turns and guarded against a busy machine; or a bench bundle on a device."""
     from . import runtime
+    from .pipeline import write_json
+    from .runtime.bundle import run_bundle
 
-    found = runtime.bench([a, b], threads=threads, batch=batch, seconds=seconds, progress=not quiet)
+    if a.is_dir():
+        if b is not None:
+            raise BadInput(f"bench: {a} is a bundle and holds the models to compare; leave {b} out")
+        arguments = ["--seconds", str(seconds), "--threads", str(threads), *(["--quiet"] if quiet else [])]
+        arguments += ["--engine", engine] if engine else []
+        path = out or a / "results.json"
+        show_device(run_bundle(a, path, host, arguments))
+        console.print(f"written: {path}", soft_wrap=True)
+        return
+    if host is not None:
+        raise BadInput(f"--host: {a} is no bench bundle; `graphcomb bundle` writes one")
+    if b is None:
+        raise BadInput(f"bench: {a} against what? give a second file")
+    found = runtime.bench([a, b], threads=threads, batch=batch, seconds=seconds, progress=not quiet, engine=engine)
+    if out is not None:
+        write_json(out, found.to_dict(), indent=2)
     show_bench(found.to_dict())
 
 
 @app.command()
+def bundle(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN | NAME=MODEL...", help="A run's folder; or models (.onnx, .pt2), dense first."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("bundle"),
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="fp32, fp16 or int8; default the run's, else fp16.")
+    ] = None,
+    target: Annotated[str | None, typer.Option("--target", help="The device, to check opset and precision.")] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Batch size where it is dynamic.")] = 1,
+) -> None:
+    """Write a folder that measures models on a device with nothing but its own TensorRT and numpy."""
+    from .graph.program import load
+    from .runtime.bundle import write_bundle
+
+    record = None
+    if len(models) == 1 and Path(models[0]).is_dir():
+        folder = Path(models[0])
+        summary = _read_summary(folder / "summary.json")
+        found = {"dense": folder / "dense.onnx", "compressed": folder / "model.onnx"}
+        for path in found.values():
+            if not path.is_file():
+                raise BadInput(f"bundle: {path} is missing; run the recipe with outputs.onnx and outputs.bench")
+        precision, target = precision or summary.get("precision"), target or summary.get("target")
+        record = folder / "record.json" if (folder / "record.json").is_file() else None
+    else:
+        found = {}
+        for text in models:
+            name, equals, file = text.partition("=")
+            name, file = (name, file) if equals else (Path(text).stem, text)
+            if name in found:
+                raise BadInput(f"bundle: two models named {name}; name them, as in dense={file}")
+            found[name] = Path(file)
+    given = {name: load(path) if path.suffix == ".pt2" else path for name, path in found.items()}
+    folder = write_bundle(out, given, precision or "fp16", target, batch, record)
+    console.print(f"{folder}: on the device, python3 bench_device.py; or graphcomb bench {folder} --host USER@DEVICE")
+
+
+@app.command()
 def report(
-    summary: Annotated[Path, typer.Argument(metavar="SUMMARY.json", help="What `run` wrote.")],
+    summary: Annotated[Path, typer.Argument(metavar="SUMMARY.json", help="What `run` or a bench bundle wrote.")],
+    device: Annotated[
+        list[Path] | None, typer.Option("--device", metavar="RESULTS.json", help="Results of a bench bundle to add.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The HTML file; default report.html beside it.")] = None,
 ) -> None:
-    """Write the HTML report of a finished run again."""
+    """Write the HTML report of a finished run again, or of measurements on devices."""
     from . import runtime
+    from .runtime.bundle import read_results
 
-    try:
-        found = json.loads(summary.read_text())
-    except OSError as error:
-        raise BadInput(f"{summary}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise BadInput(f"{summary}: not JSON ({error})") from error
-    if not isinstance(found, dict) or "passes" not in found:
-        raise BadInput(f"{summary}: not a summary.json of graphcomb run")
+    found = _read_summary(summary)
+    measured = [read_results(path) for path in device or ()]
+    if "passes" not in found:  # no run: what a device measured stands for itself
+        measured.insert(0, read_results(summary))
+        found = {"model": "Measured on the device", "passes": []}
     path = out or summary.with_name("report.html")
-    runtime.write_report(found, path)
+    runtime.write_report(found | ({"devices": measured} if measured else {}), path)
     console.print(str(path), soft_wrap=True)
 
 
@@ -300,6 +365,26 @@ def show_bench(result: dict[str, Any]) -> None:
         console.print(result["note"])
 
 
+def show_device(results: dict[str, Any]) -> None:
+    """What a bench bundle measured on a device."""
+    console.print(f"{results['device']['model'] or 'this machine'}, {results['engine']} {results['version']}")
+    table = Table("model", "run as", "median ms", "p99 ms", "times faster", "power W", "energy mJ", "error")
+    for name, row in results["models"].items():
+        power, error = row["power"], row["parity"]["error"]
+        for mode, found in row["latency"].items():
+            ms = found.get("gpu_ms", found["host_ms"])
+            ratio = results["ratios"].get(name, {}).get(mode)
+            cells = (power.get("total_mw"), power.get("energy_mj"))
+            table.add_row(
+                name, mode, f"{ms['median']:.3f}", f"{ms['p99']:.3f}", f"{ratio['median']:.2f}" if ratio else "",
+                f"{cells[0] / 1e3:.2f}" if cells[0] is not None else "",
+                f"{cells[1]:.1f}" if cells[1] is not None else "", f"{error:.1e}" if error is not None else "none",
+            )  # fmt: skip
+    console.print(table)
+    for note in results["notes"]:
+        console.print(note)
+
+
 SUMMARY_ROWS = {
     "accuracy_before": "{:.2%}",
     "accuracy_after": "{:.2%}",
@@ -311,6 +396,19 @@ SUMMARY_ROWS = {
     "onnx_parity_fp16": "{:.1e}",
     "seconds": "{:.0f} s",
 }
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    """What `run` wrote, or the results of a bench bundle."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise BadInput(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict) or not {"passes", "format"} & found.keys():
+        raise BadInput(f"{path}: not a summary.json of graphcomb run")
+    return found
 
 
 def _arguments(pairs: Sequence[str], option: str = "--arg") -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from ..graph.errors import BadInput
 from ..graph.program import Program
-from .engine import BACKENDS, Engine, load_engine
+from .engine import BACKENDS, Engine, backend_module, open_engine
 from .onnx import export_onnx
 
 GUARD = 0.93
@@ -98,13 +98,15 @@ def bench(
     names: Sequence[str] | None = None,
     batch: int = 1,
     progress: bool = False,
+    engine: str | None = None,
 ) -> BenchResult:
     """Measure items against the first of them.
 
     items: ONNX or engine files, engines, programs (run in ONNX Runtime after a temporary export), or callables. inputs:
     arrays or tensors in the order of the engines' inputs, cast to each engine's types; by default the first program's
     example inputs, else random ones with dynamic batches of size `batch`. A callable gets `inputs` as they are.
-    threads: of ONNX Runtime, and what the guard expects to be busy. seconds: time limit. min_runs: rounds that must
+    threads: of engines on the CPU, and what the guard expects to be busy. engine: the backend that runs programs and
+    ONNX files, by default ONNX Runtime. seconds: time limit. min_runs: rounds that must
     count before anything is stated; max_runs: enough.
 
     With several threads an engine may rightly leave some idle, so the guard then rejects runs whose threads waited for
@@ -116,9 +118,11 @@ def bench(
         raise BadInput("bench: nothing to measure")
     if threads < 1 or min_runs < 1 or max_runs < min_runs or seconds <= 0:
         raise BadInput("bench: threads and min_runs are at least 1, max_runs at least min_runs, seconds positive")
+    if engine is not None:
+        backend_module(engine)
     titles = _names(items, names)
     with contextlib.ExitStack() as stack:
-        calls, guarded = _calls(items, inputs, threads, batch, stack)
+        calls, guarded = _calls(items, inputs, threads, batch, engine, stack)
         repeats = [_repeats(call) for call in calls]
         start = time.perf_counter()
         rounds: list[list[_Sample]] = []
@@ -249,7 +253,12 @@ def _names(items: Sequence[Any], names: Sequence[str] | None) -> list[str]:
 
 
 def _calls(
-    items: Sequence[Any], inputs: Sequence[Any] | None, threads: int, batch: int, stack: contextlib.ExitStack
+    items: Sequence[Any],
+    inputs: Sequence[Any] | None,
+    threads: int,
+    batch: int,
+    engine: str | None,
+    stack: contextlib.ExitStack,
 ) -> tuple[list[Callable[[], Any]], list[bool]]:
     program = next((i for i in items if isinstance(i, Program)), None)
     if inputs is None and program is not None:
@@ -257,19 +266,18 @@ def _calls(
     calls: list[Callable[[], Any]] = []
     guarded = []
     for item in items:
-        if isinstance(item, Program):
+        if isinstance(item, Program) and not (engine and BACKENDS[engine].source == ".pt2"):
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             item = export_onnx(item, Path(folder) / "program.onnx").path
-        if isinstance(item, (str, os.PathLike)):
-            options: dict[str, Any] = {}
-            if Path(item).suffix in BACKENDS["onnxruntime"].suffixes:
-                options["threads"] = threads
-            item = load_engine(item, **options)
+        if isinstance(item, (str, os.PathLike, Program)):
+            item = open_engine(item, engine, threads)
             stack.callback(item.close)
         if isinstance(item, Engine):
             if inputs is None:
-                inputs = _random_inputs(item, batch)
-            calls.append(functools.partial(item.run, _arrays(item, inputs)))
+                inputs = random_inputs(item, batch)
+            arrays = _arrays(item, inputs)
+            # An accelerator's engine is measured with its inputs on the device.
+            calls.append(item.prepared(arrays) if hasattr(item, "prepared") else functools.partial(item.run, arrays))
         elif callable(item):
             calls.append(functools.partial(item, *(inputs or ())))
         else:
@@ -287,7 +295,7 @@ def _arrays(engine: Engine, inputs: Sequence[Any]) -> list[np.ndarray]:
     return [np.ascontiguousarray(x.astype(i.dtype)) for x, i in zip(arrays, engine.inputs, strict=True)]
 
 
-def _random_inputs(engine: Engine, batch: int) -> list[np.ndarray]:
+def random_inputs(engine: Engine, batch: int) -> list[np.ndarray]:
     """Normal floats and zeros for integers, which are valid indices whatever they index."""
     generator, found = np.random.default_rng(0), []
     for spec in engine.inputs:

@@ -1,6 +1,8 @@
 """The few CUDA runtime calls that running an engine takes, through ctypes.
 
 PyTorch may be a CPU build on the device (Jetson), so its CUDA bindings are no way in; the runtime library always is.
+
+A bench bundle takes this file along, so it imports nothing of graphcomb and runs on Python 3.8.
 """
 
 from __future__ import annotations
@@ -11,20 +13,23 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..graph.errors import MissingBackend
-
 # Newest first. torch, where it is a CUDA build, has loaded one of these already, so the plain name finds it.
 LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "libcudart.so")
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
+CAPTURE_THREAD_LOCAL = 1
 
 
 class CudaError(RuntimeError):
     """A CUDA call failed; the message is CUDA's own."""
 
 
+class NoCuda(CudaError):
+    """There is no CUDA runtime, driver or GPU here."""
+
+
 class Cuda:
-    """The current device and one stream of it. Raises MissingBackend where there is no CUDA runtime, driver or GPU."""
+    """The current device and one stream of it. Raises NoCuda where there is none."""
 
     def __init__(self) -> None:
         self._library = _load()
@@ -33,9 +38,9 @@ class Cuda:
         try:
             self._call("cudaGetDeviceCount", ctypes.byref(count))
         except CudaError as error:
-            raise MissingBackend(f"no usable NVIDIA GPU here: {error}") from error
+            raise NoCuda(f"no usable NVIDIA GPU here: {error}") from error
         if count.value == 0:
-            raise MissingBackend("no NVIDIA GPU here")
+            raise NoCuda("no NVIDIA GPU here")
         self._stream: ctypes.c_void_p | None = None
 
     @property
@@ -75,6 +80,47 @@ class Cuda:
     def synchronize(self) -> None:
         self._call("cudaStreamSynchronize", ctypes.c_void_p(self.stream))
 
+    # ------------------------------------------------------------------------------------------------ timing and graphs
+    def event(self) -> int:
+        """A new event; to be destroyed."""
+        event = ctypes.c_void_p()
+        self._call("cudaEventCreate", ctypes.byref(event))
+        return event.value or 0
+
+    def record(self, event: int) -> None:
+        """Mark this point of the stream."""
+        self._call("cudaEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(self.stream))
+
+    def elapsed(self, start: int, end: int) -> float:
+        """Milliseconds between two events that have been reached."""
+        found = ctypes.c_float()
+        self._call("cudaEventElapsedTime", ctypes.byref(found), ctypes.c_void_p(start), ctypes.c_void_p(end))
+        return found.value
+
+    def destroy_event(self, event: int) -> None:
+        self._call("cudaEventDestroy", ctypes.c_void_p(event))
+
+    def begin_capture(self) -> None:
+        """Record what is put on the stream from now on, instead of running it."""
+        self._call("cudaStreamBeginCapture", ctypes.c_void_p(self.stream), CAPTURE_THREAD_LOCAL)
+
+    def end_capture(self) -> int:
+        """The recorded work as an executable graph; to be destroyed."""
+        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cudaStreamEndCapture", ctypes.c_void_p(self.stream), ctypes.byref(graph))
+        try:
+            # cudaGraphInstantiate has other arguments before CUDA 12; this one came with 11.4 and has stayed the same.
+            self._call("cudaGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+        finally:
+            self._call("cudaGraphDestroy", graph)
+        return executable.value or 0
+
+    def launch(self, graph: int) -> None:
+        self._call("cudaGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(self.stream))
+
+    def destroy_graph(self, graph: int) -> None:
+        self._call("cudaGraphExecDestroy", ctypes.c_void_p(graph))
+
     def close(self) -> None:
         """Destroy the stream."""
         if self._stream is not None:
@@ -97,7 +143,7 @@ def _load() -> ctypes.CDLL:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise MissingBackend("no CUDA runtime here (libcudart); install CUDA or the nvidia-cuda-runtime package")
+    raise NoCuda("no CUDA runtime here (libcudart); install CUDA or the nvidia-cuda-runtime package")
 
 
 def _names() -> Iterator[str]:

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ import numpy as np
 import onnx
 
 from ..graph.errors import BadInput, MissingBackend
+from ..graph.program import Program
+from ..graph.program import load as load_program
 from .origins import Origin
 from .origins import read as read_origins
 from .targets import Target, get_target, nearest
@@ -118,18 +121,23 @@ class EngineReport:
 @dataclass(frozen=True)
 class Backend:
     """module: name in this package; package: the library it drives; extra: of graphcomb, that installs the library
-    (None: always there); suffixes: of its engine files, the first is the one written."""
+    (None: always there); suffixes: of its engine files, the first is the one written; source: suffix of the files it
+    builds from, ONNX models or saved programs."""
 
     module: str
     package: str
     extra: str | None
     suffixes: tuple[str, ...]
+    source: str = ".onnx"
 
 
 BACKENDS = {
     "onnxruntime": Backend("onnxruntime", "onnxruntime", None, (".onnx",)),
     "tensorrt_rtx": Backend("tensorrt", "tensorrt_rtx", "rtx", (".rtx",)),
     "tensorrt": Backend("tensorrt", "tensorrt", "tensorrt", (".engine", ".plan", ".trt")),
+    "openvino": Backend("openvino", "openvino", "openvino", (".xml",)),
+    "inductor": Backend("inductor", "torch", None, (".aoti",), ".pt2"),
+    "torch_tensorrt": Backend("torch_tensorrt", "torch_tensorrt", "tensorrt", (".ep",), ".pt2"),
 }
 
 
@@ -151,7 +159,8 @@ def build_engine(
     backend: str | None = None,
     **options: Any,
 ) -> EngineReport:
-    """Build an engine from an ONNX file for a target device and say what came out.
+    """Build an engine from an ONNX file (for the backends of PyTorch: a saved program) for a target device and say what
+    came out.
 
     out: the engine file; by default next to the ONNX file with the target in its name (on "cpu" nothing is written and
     the ONNX file itself is the engine). backend: by default the target's own. options: the backend's, for TensorRT
@@ -160,9 +169,13 @@ def build_engine(
     """
     device = target if isinstance(target, Target) else get_target(target)
     path = Path(onnx_path)
-    model = check_model(path)
     name = backend or device.backend
     module = backend_module(name)
+    model = None
+    if BACKENDS[name].source == ".onnx":
+        model = check_model(path)
+    elif path.suffix != BACKENDS[name].source:
+        raise BadInput(f"{path}: {name} builds from a saved program ({BACKENDS[name].source})")
     _check_options(module.build, options, name)
     if out is not None:
         destination: Path | None = Path(out)
@@ -171,8 +184,9 @@ def build_engine(
     else:
         destination = path.with_name(f"{path.stem}.{device.name}{BACKENDS[name].suffixes[0]}")
     report = module.build(path, device, destination, backend=name, **options)
-    nodes = {node for kernel in report.kernels for node in kernel.nodes}
-    report.origins = {node: origin for node, origin in read_origins(model).items() if node in nodes}
+    if model is not None:
+        nodes = {node for kernel in report.kernels for node in kernel.nodes}
+        report.origins = {node: origin for node, origin in read_origins(model).items() if node in nodes}
     return report
 
 
@@ -189,6 +203,40 @@ def load_engine(path: str | os.PathLike[str], backend: str | None = None, **opti
     module = backend_module(backend)
     _check_options(module.load, options, backend)
     return module.load(path, backend=backend, **options)
+
+
+def open_engine(
+    model: str | os.PathLike[str] | Program, backend: str | None = None, threads: int = 1, **options: Any
+) -> Engine:
+    """An engine that is ready to run, whatever it takes: an engine file is loaded; an ONNX file or a program is built
+    for this machine first, without keeping the engine.
+
+    threads: of engines on the CPU. Raises BadInput for a file or option that the backend does not take, and what
+    building raises.
+    """
+    if isinstance(model, Program):
+        if backend is None or BACKENDS[backend].source != ".pt2":
+            raise BadInput(f"backend {backend}: does not run programs; export an ONNX file")
+        module = backend_module(backend)
+        _check_options(module.compile_program, options, backend)
+        return module.compile_program(model, backend=backend, **_threads(module.compile_program, threads), **options)
+    path = Path(model)
+    name = backend or next((n for n, b in BACKENDS.items() if path.suffix in b.suffixes), None)
+    if name is None:
+        return load_engine(path)  # which says what is wrong
+    module = backend_module(name)
+    found = BACKENDS[name]
+    if path.suffix in found.suffixes or name == "openvino":
+        return load_engine(path, name, **_threads(module.load, threads), **options)
+    if found.source == ".pt2":
+        return open_engine(load_program(path), name, threads, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        report = build_engine(path, module.local_target(name), Path(folder) / f"x{found.suffixes[0]}", name, **options)
+        return load_engine(report.path, name)
+
+
+def _threads(function: Callable[..., Any], threads: int) -> dict[str, Any]:
+    return {"threads": threads} if "threads" in inspect.signature(function).parameters else {}
 
 
 def _check_options(function: Callable[..., Any], options: dict[str, Any], backend: str) -> None:

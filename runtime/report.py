@@ -14,6 +14,7 @@ Keys of the summary, all optional; what is missing is left out of the report, un
 | surgery_error | worst relative error of the surgery against the oracle, float64 |
 | onnx_parity | relative error of the ONNX file against the program: a number, or one by precision |
 | engine | path of the engine file |
+| devices | list of what bench bundles measured on devices (`bundle.read_results`) |
 | engine_report, or engines | `EngineReport.to_dict()`, or a list of them |
 | records, or passes | list of pass records: pass, options, changed, refused (what, why), layers (name, kind, channels and MACs before and after), cost, seconds, accuracy (before, after), verified (error) |
 | training | `{"epochs": [{"loss", "accuracy" or "val"}]}`; by default the epochs in the records |
@@ -38,10 +39,12 @@ from markupsafe import Markup
 
 from ..graph.errors import BadInput
 from . import charts
+from .build_log import UNFUSED
 from .engine import replacing
 
 # Longer tables are folded; of the layers the most expensive ones stay in sight.
 LONG, IN_SIGHT = 40, 20
+MODES = {"graph": "CUDA graph", "stream": "one by one"}
 PAD_TEXTS = {
     "kernel": "an extra kernel",
     "fused": "inside a kernel that is there anyway",
@@ -130,6 +133,7 @@ class Report:
     refusals: list[Refusal]
     steps: list[Step]
     engines: list[dict[str, Any]]
+    devices: list[dict[str, Any]]
     environment: list[tuple[str, str]]
     files: list[tuple[str, str]]
     written: str
@@ -152,6 +156,7 @@ def _report(summary: Mapping[str, Any]) -> Report:
         refusals=_refusals(records),
         steps=[_step(record) for record in records],
         engines=[_engine(engine) for engine in engines],
+        devices=[_device(results) for results in _list(summary.get("devices"))],
         environment=_pairs(summary, ("target", "precision")) + _pairs(_map(summary.get("environment"))),
         files=_pairs(_map(summary.get("files"))),
         written=datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
@@ -333,8 +338,69 @@ def _engine(engine: Mapping[str, Any]) -> dict[str, Any]:
         "padding": sum(1 for kernel in kernels if kernel.get("padding")),
         "nodes": len({str(node) for kernel in kernels for node in kernel.get("nodes") or ()}),
         "memory": [(name, value) for name, value in memory.items() if value],
-        "pads": _list(engine.get("pads")),
+        "pads": [dict(pad) | {"origin": _origin(engine, pad.get("nodes"))} for pad in _list(engine.get("pads"))],
+        "unfused": [
+            {"text": UNFUSED.get(str(row.get("how")), ""), "nodes": row.get("nodes") or ()}
+            for row in _list(engine.get("unfused"))
+        ],
         "warnings": [str(text) for text in engine.get("warnings") or ()],
+    }
+
+
+def _origin(engine: Mapping[str, Any], nodes: Any) -> str:
+    """The passes that changed a kernel's nodes."""
+    origins = _map(engine.get("origins"))
+    found = [name for node in nodes or () for name in _map(origins.get(node)).get("passes", ())]
+    return ", ".join(dict.fromkeys(map(str, found)))
+
+
+def _device(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What one device measured: a row for each model and way to run it, and the slowest layers."""
+    about, bundle = _map(results.get("device")), _map(results.get("bundle"))
+    rows, layers = [], []
+    for name, model in _map(results.get("models")).items():
+        model, power = _map(model), _map(_map(model).get("power"))
+        for mode, found in _map(model.get("latency")).items():
+            ms = _map(_map(found).get("gpu_ms", _map(found).get("host_ms")))
+            median, p99 = number(ms.get("median")), number(ms.get("p99"))
+            ratio = number(_map(_map(_map(results.get("ratios")).get(name)).get(mode)).get("median"))
+            watts, energy = number(power.get("total_mw")), number(power.get("energy_mj"))
+            error = _map(model.get("parity")).get("error")
+            rows.append(
+                {
+                    "name": str(name),
+                    "mode": MODES.get(str(mode), str(mode)),
+                    "median": milliseconds(median) if median is not None else "–",
+                    "p99": milliseconds(p99) if p99 is not None else "–",
+                    "ratio": against(ratio, "faster", "slower") if ratio is not None else "",
+                    "power": f"{watts / 1000:.3g} W" if watts is not None else "",
+                    "energy": f"{energy:.3g} mJ" if energy is not None else "",
+                    "error": exact(error) if number(error) is not None else "no figure",
+                    "bad": number(error) is None,
+                }
+            )
+        timed = [row for row in _list(model.get("layers")) if number(row.get("ms")) is not None]
+        whole = sum(row["ms"] for row in timed)
+        slowest = sorted(timed, key=lambda row: -row["ms"])[:IN_SIGHT]
+        layers += [(str(name), str(row.get("name", "")), row["ms"], row["ms"] / (whole or 1)) for row in slowest]
+    temperatures = [
+        f"{name}: {', '.join(f'{zone} {value:.0f} °C' for zone, value in zones.items())}"
+        for name, model in _map(results.get("models")).items()
+        if (zones := _map(_map(_map(model).get("power")).get("temperatures_c")))
+    ]
+    facts = {key: about.get(key) for key in ("model", "power_mode", "l4t", "system", "python")}
+    facts |= {"library": " ".join(str(results[k]) for k in ("engine", "version") if results.get(k))}
+    facts |= {
+        "precision": bundle.get("precision"),
+        "date": results.get("date"),
+        "temperatures": "; ".join(temperatures),
+    }
+    return {
+        "title": str(about.get("model") or about.get("machine") or "a device"),
+        "facts": _pairs(facts),
+        "rows": rows,
+        "layers": layers,
+        "notes": [str(note) for note in results.get("notes") or ()],
     }
 
 

@@ -12,10 +12,11 @@ Sources: TensorRT developer guide, "Strongly typed networks", "Working with dyna
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -27,9 +28,9 @@ from rich.progress import Progress, TaskID
 
 from ..graph.errors import BadInput, MissingBackend, Refused
 from .build_log import Pad, Unfused, parse_build_log
-from .cuda import Cuda, CudaError
+from .cuda import Cuda, CudaError, NoCuda
 from .engine import BACKENDS, EngineReport, TensorSpec, UnparsedOp, precision, replacing
-from .targets import Target, nearest
+from .targets import TARGETS, Target, nearest
 
 NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 # numpy's names of TensorRT's types; sub-byte types have no buffers of their own on the host.
@@ -144,13 +145,26 @@ def build(
     )
 
 
-def load(path: Path, *, backend: str) -> TensorRTEngine:
-    """Load an engine file; that takes the GPU it was built for.
+def load(path: Path, *, backend: str, graphs: bool = False) -> TensorRTEngine:
+    """Load an engine file; that takes the GPU it was built for. graphs: run it as a CUDA graph, which starts all its
+    kernels at once; inputs of other shapes than the last ones are recorded anew.
 
     Raises MissingBackend without the library or a GPU, BadInput for a file that is no engine for this library version
     and GPU.
     """
-    return TensorRTEngine(path, backend)
+    return TensorRTEngine(path, backend, graphs)
+
+
+def local_target(backend: str) -> Target:
+    """The target that this machine's GPU is. Raises MissingBackend without one, BadInput for one the table lacks."""
+    try:
+        capability = Cuda().compute_capability
+    except CudaError as error:
+        raise MissingBackend(f"{backend} builds for this machine's GPU; {error}") from error
+    found = [t for t in TARGETS.values() if t.backend == backend and t.compute_capability == capability]
+    if not found:
+        raise BadInput(f"{NAMES[backend]}: no target for this machine's GPU (SM{capability[0]}{capability[1]})")
+    return found[0]
 
 
 def library(backend: str) -> ModuleType:
@@ -172,12 +186,13 @@ class TensorRTEngine:
 
     on_device = True  # the processor waits while it runs
 
-    def __init__(self, path: Path, backend: str):
-        trt = library(backend)
+    def __init__(self, path: Path, backend: str, graphs: bool = False):
+        self._trt = trt = library(backend)
+        self._path, self._graphs = path, graphs
         self._logger = _logger(trt)
         try:
             self._cuda = Cuda()
-        except MissingBackend as error:
+        except NoCuda as error:
             raise MissingBackend(f"{path}: running an engine takes the GPU it was built for; {error}") from error
         self._runtime = trt.Runtime(self._logger)
         if hasattr(self._runtime, "engine_host_code_allowed"):  # version-compatible engines carry their own runtime
@@ -189,6 +204,8 @@ class TensorRTEngine:
         if self._context is None:
             raise Refused(f"{path}: no execution context: {self._logger.error()}")
         self._buffers: dict[str, tuple[int, int]] = {}
+        self._graph = 0
+        self._recorded: tuple[tuple[int, ...], ...] = ()  # the shapes that the graph was recorded with
         self._inputs: list[TensorSpec] = []
         self._outputs: list[TensorSpec] = []
         for index in range(self._engine.num_io_tensors):
@@ -209,10 +226,85 @@ class TensorRTEngine:
         return [spec.name for spec in self._inputs]
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        arrays, results = self._prepare(inputs)
+        self._start(arrays)
+        for spec, result in zip(self._outputs, results, strict=True):
+            self._cuda.to_host(result, self._buffers[spec.name][0])
+        self._cuda.synchronize()
+        return results
+
+    def prepared(self, inputs: Sequence[np.ndarray]) -> Callable[[], None]:
+        """A call that runs the engine on inputs that stay on the device, and leaves the outputs there: what a benchmark
+        of the engine measures."""
+        arrays, _ = self._prepare(inputs)
+        self._start(arrays)
+        self._cuda.synchronize()
+
+        def call() -> None:
+            self._start(arrays)
+            self._cuda.synchronize()
+
+        return call
+
+    def profile(self, inputs: Sequence[np.ndarray], runs: int = 20) -> list[tuple[str, float]]:
+        """Mean milliseconds of every layer, in execution order. The library's profiler slows the whole down, so the sum
+        is not the engine's latency."""
+        self._prepare(inputs)
+        self._context.profiler = profiler = _profiler(self._trt)
+        for _ in range(runs):
+            self._enqueue()
+            self._cuda.synchronize()
+        self._context = self._engine.create_execution_context()  # a profiler cannot be taken off
+        for name, (address, _) in self._buffers.items():
+            self._context.set_tensor_address(name, address)
+        self._drop_graph()
+        return [(name, sum(times) / runs) for name, times in profiler.times.items()]
+
+    def inspect(self) -> list[dict[str, Any]]:
+        """The layers of the engine as the library's inspector describes them: name, type, tactic, formats, and whether
+        the weights are sparse, as far as the version tells. Empty without an inspector."""
+        if not hasattr(self._engine, "create_engine_inspector"):
+            return []
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = self._context  # which knows the shapes
+        text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+        rows = json.loads(text).get("Layers", [])
+        return [row if isinstance(row, dict) else {"Name": row} for row in rows]
+
+    def refit(self, model: Path) -> None:
+        """Replace the weights by those of an ONNX file of the same network.
+
+        Raises Refused where the version has no refitter for ONNX files (before 10.0) or the engine was not built with
+        `refit`, BadInput for another network's file.
+        """
+        if not hasattr(self._trt, "OnnxParserRefitter"):
+            raise Refused(
+                f"{self._path}: TensorRT {self._trt.__version__} refits no ONNX files; build the engine again"
+            )
+        if not self._engine.refittable:
+            raise Refused(f"{self._path}: not built with the option refit")
+        refitter = self._trt.Refitter(self._engine, self._logger)
+        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
+        if not parser.refit_from_file(str(model)):
+            reason = parser.get_error(0).desc() if parser.num_errors else self._logger.error()
+            raise BadInput(f"{model}: not the network of {self._path}: {' '.join(reason.split())[:300]}")
+        if not refitter.refit_cuda_engine():
+            raise Refused(f"{self._path}: not refitted: {self._logger.error()}")
+
+    def close(self) -> None:
+        """Free the device's memory, context and engine."""
+        self._drop_graph()
+        for address, _ in self._buffers.values():
+            self._cuda.free(address)
+        self._buffers.clear()
+        self._cuda.close()
+        self._context = self._engine = None
+
+    def _prepare(self, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Check the inputs, make buffers, and return the inputs as they are copied and arrays for the outputs."""
         if len(inputs) != len(self._inputs):
             names = ", ".join(self.input_names)
             raise BadInput(f"the engine takes {len(self._inputs)} inputs ({names}), got {len(inputs)}")
-        # Kept until the copies are done.
         arrays = [np.ascontiguousarray(array) for array in inputs]
         for spec, array in zip(self._inputs, arrays, strict=True):
             if array.dtype != np.dtype(spec.dtype):
@@ -227,20 +319,35 @@ class TensorRTEngine:
                 raise Refused(f"output {spec.name}: its shape {shape} depends on the data, which is not supported")
             results.append(np.empty(shape, np.dtype(spec.dtype)))
             self._bind(spec.name, results[-1].nbytes)
+        return arrays, results
+
+    def _start(self, arrays: list[np.ndarray]) -> None:
+        """Put one run on the stream."""
+        shapes = tuple(array.shape for array in arrays)
+        if self._graphs and shapes != self._recorded:
+            self._drop_graph()
+            self._enqueue()  # the first run with new shapes makes resources, which cannot be recorded
+            self._cuda.synchronize()
+            self._cuda.begin_capture()
+            try:
+                self._enqueue()
+            finally:
+                self._graph = self._cuda.end_capture()
+            self._recorded = shapes
+        if self._graph:
+            self._cuda.launch(self._graph)
+        else:
+            self._enqueue()
+
+    def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._cuda.stream):
             raise Refused(f"the engine did not run: {self._logger.error()}")
-        for spec, result in zip(self._outputs, results, strict=True):
-            self._cuda.to_host(result, self._buffers[spec.name][0])
-        self._cuda.synchronize()
-        return results
 
-    def close(self) -> None:
-        """Free the device's memory, context and engine."""
-        for address, _ in self._buffers.values():
-            self._cuda.free(address)
-        self._buffers.clear()
-        self._cuda.close()
-        self._context = self._engine = None
+    def _drop_graph(self) -> None:
+        if self._graph:
+            self._cuda.synchronize()
+            self._cuda.destroy_graph(self._graph)
+        self._graph, self._recorded = 0, ()
 
     def _spec(self, name: str, path: Path) -> TensorSpec:
         kind = self._engine.get_tensor_dtype(name).name
@@ -259,6 +366,7 @@ class TensorRTEngine:
             address = self._cuda.allocate(max(size, 1))
             self._buffers[name] = address, size
             self._context.set_tensor_address(name, address)
+            self._drop_graph()  # it holds the old address
         return address
 
     def _range(self, spec: TensorSpec) -> str:
@@ -397,7 +505,7 @@ class _Build:
     def _check_device(self) -> None:
         try:
             major, minor = Cuda().compute_capability
-        except (MissingBackend, CudaError) as error:
+        except CudaError as error:
             raise Refused(f"target {self._target()}: {self.who} builds on the device itself; {error}") from error
         if (major, minor) != self.target.compute_capability:
             raise BadInput(f"target {self._target()}: {self.who} builds for the GPU at hand, which is SM{major}{minor}")
@@ -471,6 +579,21 @@ def _logger(trt: ModuleType) -> Any:
             return list(dict.fromkeys(" ".join(text.split()) for kind, text in self.records if kind == "WARNING"))
 
     return Logger()
+
+
+def _profiler(trt: ModuleType) -> Any:
+    """Collects the time of every layer over several runs."""
+    base: Any = trt.IProfiler
+
+    class Profiler(base):
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.times: dict[str, list[float]] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.times.setdefault(layer_name, []).append(ms)
+
+    return Profiler()
 
 
 def _monitor(trt: ModuleType, bar: Progress, whole: TaskID) -> Any:

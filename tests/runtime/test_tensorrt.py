@@ -6,30 +6,29 @@ for its module, and `cudart` for the CUDA runtime, on host memory. They show whi
 version, not what TensorRT would answer.
 """
 
-import ctypes
 import dataclasses
 import importlib.util
 import json
 import sys
 import types
-from enum import IntEnum
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from standins import FakeCudart, fake_tensorrt, flags
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vision_transformer import VisionTransformer
 
 import graphcomb
-from graphcomb.graph.errors import BadInput, GraphcombError, MissingBackend, Refused
+from graphcomb.graph.errors import BadInput, MissingBackend, Refused
 from graphcomb.runtime import cuda
 from graphcomb.runtime.cuda import Cuda, CudaError
 from graphcomb.runtime.engine import build_engine, load_engine
 from graphcomb.runtime.onnx import export_onnx
 from graphcomb.runtime.targets import TARGETS, get_target
-from graphcomb.runtime.tensorrt import TensorRTEngine, build
+from graphcomb.runtime.tensorrt import TensorRTEngine, build, local_target
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
 RTX_TARGETS = ["rtx-sm75", "rtx-sm80", "rtx-sm86", "rtx-sm89", "rtx-sm120", "rtx-sm121"]
@@ -42,7 +41,7 @@ MODELS = {
 def gpu():
     try:
         return Cuda().compute_capability
-    except GraphcombError:
+    except CudaError:
         return None
 
 
@@ -302,53 +301,7 @@ def test_memory_goes_to_the_gpu_and_back():
     assert (back == data).all()
 
 
-# ----------------------------------------------------------------- stand-ins for what needs a GPU or NVIDIA's packages
-class FakeCudart:
-    """The CUDA runtime's functions over host memory."""
-
-    def __init__(self, capability=(8, 7), count=1):
-        self.capability, self.count, self.blocks = capability, count, {}
-        self.cudaGetErrorString = lambda status: b"out of memory"
-
-    def cudaGetDeviceCount(self, count):
-        count._obj.value = self.count
-        return 0
-
-    def cudaGetDevice(self, device):
-        device._obj.value = 0
-        return 0
-
-    def cudaDeviceGetAttribute(self, value, attribute, device):
-        value._obj.value = self.capability[attribute - 75]
-        return 0
-
-    def cudaStreamCreate(self, stream):
-        stream._obj.value = 7
-        return 0
-
-    def cudaStreamSynchronize(self, stream):
-        return int(stream.value != 7)
-
-    def cudaStreamDestroy(self, stream):
-        return 0
-
-    def cudaMalloc(self, pointer, size):
-        if size.value > 1 << 20:
-            return 2
-        block = ctypes.create_string_buffer(size.value)
-        pointer._obj.value = ctypes.addressof(block)
-        self.blocks[pointer._obj.value] = block
-        return 0
-
-    def cudaFree(self, pointer):
-        del self.blocks[pointer.value]
-        return 0
-
-    def cudaMemcpyAsync(self, to, start, size, kind, stream):
-        ctypes.memmove(to, start, size.value)
-        return int(stream.value != 7)
-
-
+# --------------------------------------------------------------------------- what needs a GPU, with the stand-ins
 @pytest.fixture
 def cudart(monkeypatch):
     fake = FakeCudart()
@@ -356,152 +309,9 @@ def cudart(monkeypatch):
     return fake
 
 
-def flags(name, members):
-    return IntEnum(name, members.split(), start=0)
-
-
-@dataclasses.dataclass
-class Classic:
-    """What the stand-in for classic TensorRT was asked to do."""
-
-    module: types.ModuleType
-    config: types.SimpleNamespace = None
-    network_flags: int = -1
-    flags: list = dataclasses.field(default_factory=list)
-    profile: dict = dataclasses.field(default_factory=dict)
-
-
-def fake_tensorrt(version):
-    """A stand-in for `tensorrt` with the members that the version has, by its documented API."""
-    trt = types.ModuleType("tensorrt")
-    made = Classic(trt)
-    trt.__version__ = version
-    old, new = version.startswith("8"), version.startswith("11")
-    severity = flags("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE")
-    trt.ILogger = type("ILogger", (), {"Severity": severity, "__init__": lambda self: None})
-    trt.NetworkDefinitionCreationFlag = flags(
-        "NetworkDefinitionCreationFlag",
-        "EXPLICIT_BATCH" if old else "STRONGLY_TYPED" if new else "EXPLICIT_BATCH STRONGLY_TYPED",
-    )
-    trt.BuilderFlag = flags(
-        "BuilderFlag", "GPU_FALLBACK REFIT TF32 SPARSE_WEIGHTS VERSION_COMPATIBLE" + (" FP16 INT8" if not new else "")
-    )
-    trt.ProfilingVerbosity = flags("ProfilingVerbosity", "LAYER_NAMES_ONLY DETAILED NONE")
-    trt.MemoryPoolType = flags("MemoryPoolType", "WORKSPACE")
-    trt.DeviceType = flags("DeviceType", "GPU DLA")
-    trt.TensorIOMode = flags("TensorIOMode", "NONE INPUT OUTPUT")
-    trt.DataType = flags("DataType", "FLOAT HALF INT4")
-    kind = flags("LayerType", "CONVOLUTION SOFTMAX")
-    layers = [types.SimpleNamespace(name=k.name.lower(), type=k) for k in kind]
-    trt.IBuilderConfig = type("IBuilderConfig", (), {})
-
-    class Config(trt.IBuilderConfig):
-        def __init__(self):
-            self.cache = None
-
-        set_flag = lambda self, flag: made.flags.append(flag.name)  # noqa: E731
-        clear_flag = lambda self, flag: made.flags.append(f"-{flag.name}")  # noqa: E731
-        can_run_on_DLA = lambda self, layer: layer.type is kind.CONVOLUTION  # noqa: E731
-        get_timing_cache = lambda self: self.cache  # noqa: E731
-
-        def create_timing_cache(self, data):
-            return None if data == b"foreign" else types.SimpleNamespace(serialize=lambda: data + b"+timings")
-
-        def set_timing_cache(self, cache, ignore_mismatch):
-            self.cache = cache
-            return not ignore_mismatch
-
-        def add_optimization_profile(self, profile):
-            return 0
-
-    class Builder:
-        num_DLA_cores = 2
-
-        def __init__(self, logger):
-            self.logger = logger
-
-        def create_network(self, value):
-            made.network_flags = value
-            tensor = types.SimpleNamespace(name="x", shape=(-1, 4))
-            return types.SimpleNamespace(
-                num_inputs=1, get_input=lambda i: tensor, num_layers=len(layers), get_layer=layers.__getitem__
-            )
-
-        def create_builder_config(self):
-            made.config = Config()
-            return made.config
-
-        def create_optimization_profile(self):
-            return types.SimpleNamespace(set_shape=lambda name, *shapes: made.profile.update({name: shapes}))
-
-        def build_serialized_network(self, network, config):
-            self.logger.log(severity.WARNING, "tactics were  skipped")
-            self.logger.log(
-                severity.VERBOSE, "Engine Layer Information:\nLayer(Relu): relu, Tactic: 0x1, x (Float[4]) ->"
-            )
-            return b"engine"
-
-    class OnnxParser:
-        def __init__(self, network, logger):
-            self.num_errors = 1
-
-        def parse_from_file(self, path):
-            return not path.endswith("bad.onnx")
-
-        def get_error(self, i):
-            error = types.SimpleNamespace(node=lambda: 0, desc=lambda: "no importer\nmore")
-            if not old:
-                error.node_name, error.node_operator = lambda: "relu", lambda: "Relu"
-            return error
-
-    class Context:
-        def __init__(self):
-            self.shape, self.memory = None, {}
-
-        def set_input_shape(self, name, shape):
-            self.shape = shape
-            return 1 <= shape[0] <= 8
-
-        def get_tensor_shape(self, name):
-            return self.shape
-
-        def set_tensor_address(self, name, address):
-            self.memory[name] = address
-            return True
-
-        def execute_async_v3(self, stream):
-            count = int(np.prod(self.shape))
-            sides = [np.ctypeslib.as_array((ctypes.c_float * count).from_address(self.memory[n])) for n in "xy"]
-            sides[1][:] = 2 * sides[0]
-            return stream == 7
-
-    class Engine:
-        num_io_tensors = 2
-        get_tensor_name = staticmethod("xy".__getitem__)
-        get_tensor_mode = staticmethod(lambda name: trt.TensorIOMode["INPUT" if name == "x" else "OUTPUT"])
-        get_tensor_shape = staticmethod(lambda name: (-1, 4))
-        get_tensor_dtype = staticmethod(lambda name: trt.DataType.FLOAT)
-        get_tensor_profile_shape = staticmethod(lambda name, profile: [(1, 4), (1, 4), (8, 4)])
-        create_execution_context = staticmethod(Context)
-
-    class Runtime:
-        def __init__(self, logger):
-            self.logger = logger
-
-        def deserialize_cuda_engine(self, data):
-            if data != b"engine":
-                self.logger.log(severity.ERROR, "checkMacros.cpp::catchCudaError::250: nothing telling")
-                self.logger.log(severity.ERROR, "the engine plan  is of version 8")
-                return None
-            return Engine()
-
-    trt.Builder, trt.OnnxParser, trt.Runtime = Builder, OnnxParser, Runtime
-    return made
-
-
 @pytest.fixture(params=["8.6.1", "10.3.0", "11.4.0"])
 def classic(request, monkeypatch, cudart):
-    made = fake_tensorrt(request.param)
+    made = fake_tensorrt(request.param, cudart)
     monkeypatch.setitem(sys.modules, "tensorrt", made.module)
     return made
 
@@ -592,6 +402,76 @@ def test_an_engine_binds_copies_and_runs(classic, tmp_path, cudart):
         engine.run([x, x])
     engine.close()
     assert cudart.blocks == {}
+
+
+@pytest.fixture
+def engine(classic, tmp_path):
+    (tmp_path / "net.engine").write_bytes(b"engine")
+
+    def load(graphs=False):
+        return TensorRTEngine(tmp_path / "net.engine", "tensorrt", graphs)
+
+    return load
+
+
+def numbers(batch):
+    return np.random.default_rng(batch).standard_normal((batch, 4)).astype(np.float32)
+
+
+def test_a_graph_is_recorded_once_for_shapes_and_buffers(engine, cudart):
+    net = engine(graphs=True)
+    for batch, launched in ((2, 1), (2, 2), (8, 3), (8, 4), (2, 5)):
+        x = numbers(batch) + launched
+        (y,) = net.run([x])
+        assert np.array_equal(y, 2 * x)  # of this run's input, although an earlier one was recorded
+        assert cudart.launched == launched
+        assert len(cudart.graphs) == 1
+    net.close()
+    assert cudart.graphs == cudart.blocks == {}
+
+
+def test_a_prepared_run_leaves_the_data_on_the_device(engine, cudart, monkeypatch):
+    for graphs in (False, True):
+        call = engine(graphs).prepared([numbers(3)])
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeCudart, "cudaMemcpyAsync", lambda *a: pytest.fail("a copy"))
+            call()
+        assert cudart.launched == (2 if graphs else 0)
+
+
+def test_layers_are_timed_in_runs_of_their_own(engine):
+    net = engine(graphs=True)
+    assert net.profile([numbers(2)], runs=4) == [("first", 1.0), ("second", 0.5)]
+    x = numbers(2)
+    assert np.array_equal(net.run([x])[0], 2 * x)  # and it runs as before
+
+
+def test_the_inspector_is_read(engine):
+    assert engine().inspect() == [{"Name": "relu", "HasSparseWeights": 1}, {"Name": "plain"}]
+
+
+def test_weights_are_replaced_where_the_version_can(engine, classic, tmp_path):
+    net, x = engine(), numbers(2)
+    if classic.module.__version__.startswith("8"):
+        with pytest.raises(Refused, match=r"TensorRT 8.6.1 refits no ONNX files"):
+            net.refit(tmp_path / "net.onnx")
+        return
+    with pytest.raises(BadInput, match=r"other.onnx: not the network of .*net.engine: weights are missing"):
+        net.refit(tmp_path / "other.onnx")
+    net.refit(tmp_path / "net.onnx")
+    assert np.array_equal(net.run([x])[0], 3 * x)
+    net._engine.refittable = False
+    with pytest.raises(Refused, match="not built with the option refit"):
+        net.refit(tmp_path / "net.onnx")
+
+
+def test_this_machines_gpu_is_a_target(cudart):
+    assert local_target("tensorrt").compute_capability == (8, 7)
+    with pytest.raises(BadInput, match=r"TensorRT-RTX: no target for this machine's GPU \(SM87\)"):
+        local_target("tensorrt_rtx")
+    cudart.count = 0
+    with pytest.raises(MissingBackend, match="tensorrt builds for this machine's GPU; no NVIDIA GPU here"):
+        local_target("tensorrt")
 
 
 def test_a_foreign_engine_file_is_one_line(classic, tmp_path):

@@ -1,0 +1,81 @@
+"""`graphcomb bundle`, `bench` on a bundle, and `report` with what a device measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import graphcomb
+from graphcomb.passes import RemoveChannels
+from graphcomb.runtime import bundle as bundles
+
+QUICK = ("--seconds", "1", "--engine", "onnxruntime", "--quiet")
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, Path]:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 8, 3))
+    program = graphcomb.capture(net.eval(), (torch.randn(1, 3, 8, 8),))
+    small = RemoveChannels(ratio=0.5, round_to=8)(program).program
+    return {n: p.save(tmp_path / f"{n}.pt2") for n, p in (("dense", program), ("small", small))}
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = bundles.run_bundle
+    short = ("--rounds", "2", "--power-seconds", "0.1")
+    monkeypatch.setattr(bundles, "run_bundle", lambda a, b, c, d: run(a, b, c, [*d, *short]))
+
+
+def test_bundle_bench_report(cli, models, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    outcome = cli("bundle", f"dense={models['dense']}", models["small"], "--out", out, "--target", "orin-nano")
+    assert outcome.code == 0, outcome.err
+    assert "--host USER@DEVICE" in outcome.out
+    outcome = cli("bench", out, *QUICK)
+    assert outcome.code == 0, outcome.err
+    assert "small" in outcome.out
+    found = json.loads((out / "results.json").read_text())
+    assert list(found["models"]) == ["dense", "small"]
+    assert cli("report", out / "results.json").code == 0
+    page = (out / "report.html").read_text()
+    assert "onnxruntime" in page
+    assert ">small<" in page
+    summary = tmp_path / "summary.json"
+    summary.write_text(json.dumps({"model": "net", "passes": [], "macs_ratio": 2.0}))
+    assert cli("report", summary, "--device", out / "results.json", "--out", tmp_path / "r.html").code == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "2×" in page
+    assert ">small<" in page
+
+
+def test_a_run_is_bundled_with_its_record(cli, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphcomb.runner.BENCH_SECONDS", 0.2)
+    path = recipe(outputs={"onnx": True, "report": False, "bench": True}, precision="fp16")
+    assert cli("run", path, "--out", tmp_path / "run", "--quiet").code == 0
+    assert cli("bundle", tmp_path / "run", "--out", tmp_path / "b").code == 0
+    about = json.loads((tmp_path / "b" / "bundle.json").read_text())
+    assert about["precision"] == "fp16"
+    assert list(about["models"]) == ["dense", "compressed"]
+    assert json.loads((tmp_path / "b" / "record.json").read_text())[0]["pass"] == "RemoveChannels"
+
+
+def test_mistakes_are_one_line(cli, models, tmp_path: Path) -> None:
+    def refused(*arguments: object) -> str:
+        outcome = cli(*arguments)
+        assert outcome.code == 2
+        assert outcome.err.count("\n") == 1
+        return outcome.err
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text('{"passes": []}')
+    assert "dense.onnx is missing; run the recipe with" in refused("bundle", tmp_path / "run")
+    assert "two models named dense" in refused("bundle", models["dense"], models["dense"])
+    assert "not a bench bundle" in refused("bench", tmp_path / "run")
+    assert "is no bench bundle" in refused("bench", models["dense"], "--host", "user@jetson")
+    assert "against what?" in refused("bench", models["dense"])
+    assert "leave" in refused("bench", tmp_path / "run", models["dense"])
+    (tmp_path / "x.json").write_text('{"format": "other"}')
+    assert "not the results of a bench bundle" in refused("report", tmp_path / "x.json")

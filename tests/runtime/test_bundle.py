@@ -1,0 +1,220 @@
+"""Bench bundles: written here, run by a plain interpreter with ONNX Runtime standing in for the engine, read back.
+
+What only a GPU can do, TensorRT's part of the script, is run with the stand-ins of `test_device_script.py`.
+"""
+
+import ast
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import graphcomb
+from graphcomb.graph.errors import BadInput, GraphcombError
+from graphcomb.passes import RemoveChannels
+from graphcomb.runtime.bundle import read_results, run_bundle, write_bundle
+from graphcomb.runtime.onnx import export_onnx
+
+QUICK = ["--engine", "onnxruntime", "--rounds", "3", "--power-seconds", "0.2", "--seconds", "5"]
+
+
+@pytest.fixture(scope="module")
+def programs():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 8, 3))
+    program = graphcomb.capture(net.eval(), (torch.randn(2, 3, 16, 16),), dynamic_shapes="batch")
+    return {"dense": program, "compressed": RemoveChannels(ratio=0.5, round_to=8)(program).program}
+
+
+@pytest.fixture(scope="module")
+def bundle(programs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundle") / "b"
+    record = folder.parent / "record.json"
+    record.write_text(json.dumps(programs["compressed"].history, default=str))
+    return write_bundle(folder, programs, "fp16", "agx-orin", batch=2, record=record)
+
+
+@pytest.mark.parametrize("name", ["bench_device.py", "graphcomb_cuda.py"])
+def test_what_goes_to_the_device_is_python_3_8(bundle, name):
+    tree = ast.parse((bundle / name).read_text(), feature_version=(3, 8))
+    allowed = {*sys.stdlib_module_names, "numpy", "onnxruntime", "graphcomb_cuda"}
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert {n.split(".")[0] for n in names} <= allowed
+    # What the grammar does not tell: methods and functions that came after 3.8, in the forms that are easily written.
+    text = (bundle / name).read_text()
+    assert not any(newer in text for newer in ("removeprefix", "removesuffix", "strict=", "is_relative_to", "zoneinfo"))
+
+
+def test_a_bundle_holds_the_models_in_the_precision_and_a_reference(bundle, programs):
+    about = json.loads((bundle / "bundle.json").read_text())
+    assert (about["precision"], about["target"]) == ("fp16", "agx-orin")
+    assert list(about["models"]) == ["dense", "compressed"]
+    assert json.loads((bundle / "record.json").read_text())[0]["pass"] == "RemoveChannels"
+    for name, row in about["models"].items():
+        assert row["batch"] == 2
+        model = onnx.load(bundle / row["file"])
+        assert {t.data_type for t in model.graph.initializer if t.dims} == {onnx.TensorProto.FLOAT16}
+        with np.load(bundle / row["reference"]) as data:
+            x = data["input:input"] if "input:input" in data else data[data.files[0]]
+            wanted = programs[name].module().eval()(torch.from_numpy(x)).detach().numpy()
+            assert np.abs(data["output:000"] - wanted).max() <= 1e-5 * np.abs(wanted).max()  # of the fp32 program
+    assert sorted(p.name for p in (bundle / "dense").iterdir()) == ["model.onnx", "reference.npz"]
+
+
+def test_a_bundle_measures_on_a_machine_without_graphcomb(bundle, tmp_path):
+    out = tmp_path / "results.json"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-S", "-c", LONELY, str(bundle / "bench_device.py"), "--out", str(out), *QUICK]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = read_results(out)
+    assert found["engine"] == "onnxruntime"
+    assert found["device"]["cpus"] == os.cpu_count()
+    for row in found["models"].values():
+        ms = row["latency"]["stream"]["host_ms"]
+        assert 0 < ms["p5"] <= ms["median"] <= ms["p95"] <= ms["p99"]
+        assert row["latency"]["stream"]["runs"] == 3 * 17
+        assert row["parity"]["finite"]
+        assert row["parity"]["error"] < 5e-3  # fp16 against fp32
+    assert found["ratios"]["compressed"]["stream"]["median"] > 0
+    assert "power" in found["models"]["dense"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+# Only the script's own folder, numpy and ONNX Runtime can be imported.
+LONELY = """
+import runpy, sys, site
+site.main()
+class No:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("graphcomb", "torch", "onnx"):
+            raise ImportError(name + " is not on the device")
+sys.meta_path.insert(0, No())
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_broken_output_is_noticed(bundle, tmp_path):
+    import shutil
+
+    folder = tmp_path / "b"
+    shutil.copytree(bundle, folder)
+    about = json.loads((folder / "bundle.json").read_text())
+    with np.load(folder / about["models"]["dense"]["reference"]) as data:
+        arrays = dict(data)
+    arrays["input:input" if "input:input" in arrays else next(iter(arrays))][:] = np.inf
+    np.savez(folder / about["models"]["dense"]["reference"], **arrays)
+    found = run_bundle(folder, tmp_path / "r.json", arguments=QUICK)
+    assert found["models"]["dense"]["parity"] == {"finite": False, "error": None}
+    assert found["notes"][0] == "dense: outputs that are not finite"
+    (folder / "compressed" / "model.onnx").write_bytes(b"cut off")
+    with pytest.raises(GraphcombError, match=r"bench_device.py failed: model.onnx: not the file that was bundled"):
+        run_bundle(folder, tmp_path / "r.json", arguments=QUICK)
+
+
+def test_onnx_files_are_made_half_and_keep_their_origins(programs, tmp_path):
+    from graphcomb.runtime import origins
+
+    export_onnx(programs["compressed"], tmp_path / "small.onnx", "fp32")
+    folder = write_bundle(tmp_path / "b", {"dense": tmp_path / "small.onnx"}, "fp16")
+    model = onnx.load(folder / "dense" / "model.onnx")
+    assert {t.data_type for t in model.graph.initializer if t.dims} == {onnx.TensorProto.FLOAT16}
+    assert origins.read(model) == origins.read(onnx.load(tmp_path / "small.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "message"),
+    [
+        ({}, {}, "no models"),
+        ({"a b": "net.onnx"}, {}, "a b is no name"),
+        ({"a": "net.onnx"}, {"kind": "int8"}, "is fp32 and cannot be made int8"),
+        ({"a": "net.onnx"}, {"kind": "fp8", "target": "agx-orin"}, "no fp8"),
+        ({"a": "no.onnx"}, {}, "no such file"),
+    ],
+)
+def test_what_cannot_be_bundled_is_one_line(programs, tmp_path, monkeypatch, models, options, message):
+    monkeypatch.chdir(tmp_path)
+    export_onnx(programs["dense"], "net.onnx")
+    with pytest.raises(BadInput, match=message):
+        write_bundle(tmp_path / "b", models, **options)
+    assert not list((tmp_path / "b").glob(".part*")) if (tmp_path / "b").exists() else True
+
+
+def test_a_folder_with_other_things_is_left_alone(programs, tmp_path):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(BadInput, match="not empty, and no bundle"):
+        write_bundle(tmp_path, programs)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not JSON"), ("[]", "not the results"), ('{"models": {}, "format": "graphcomb-bench/0"}', "of format")],
+)
+def test_results_of_something_else_are_refused(tmp_path, text, message):
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(BadInput, match=message):
+        read_results(tmp_path / "r.json")
+
+
+# ------------------------------------------------------------------------------------------------------------ over ssh
+@pytest.fixture
+def device(tmp_path, monkeypatch):
+    """A folder that stands for the home on a device, and ssh and scp that reach it."""
+    home, tools = tmp_path / "home", tmp_path / "tools"
+    home.mkdir()
+    tools.mkdir()
+    scripts = {
+        "ssh": f'[ "$1" = user@jetson ] || {{ echo "ssh: no route to host $1" >&2; exit 255; }}\ncd {home}\nexec sh -c "$2"',
+        # scp [-q] [-r] source... destination; whatever lies on the host begins with its name and a colon
+        "scp": f"""
+while [ "${{1#-}}" != "$1" ]; do shift; done
+for last; do :; done
+strip() {{ case "$1" in user@jetson:*) echo "{home}/${{1#user@jetson:}}";; *) echo "$1";; esac; }}
+while [ $# -gt 1 ]; do cp -r "$(strip "$1")" "$(strip "$last")" || exit 1; shift; done
+""",
+    }
+    for name, text in scripts.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod((tools / name).stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    return home
+
+
+def test_a_device_is_reached_by_ssh(bundle, device, tmp_path):
+    found = run_bundle(bundle, tmp_path / "out" / "r.json", "user@jetson", QUICK, python=sys.executable)
+    assert found == read_results(tmp_path / "out" / "r.json")
+    (away,) = device.iterdir()
+    assert (away / "results.json").is_file()
+    with pytest.raises(GraphcombError, match=r"ssh user@elsewhere failed: ssh: no route to host"):
+        run_bundle(bundle, tmp_path / "r.json", "user@elsewhere", QUICK)
+    with pytest.raises(GraphcombError, match=r"bench_device.py on user@jetson failed: .*argument --seconds"):
+        run_bundle(bundle, tmp_path / "r.json", "user@jetson", ["--seconds", "soon"], python=sys.executable)
+
+
+@pytest.mark.parametrize("host", ["-oProxyCommand=x", "user@jetson:folder", "two words", ""])
+def test_a_host_is_a_host(bundle, tmp_path, host):
+    with pytest.raises(BadInput, match=r"--host .*: expected user@device"):
+        run_bundle(bundle, tmp_path / "r.json", host)
+
+
+def test_a_folder_that_is_no_bundle(tmp_path):
+    with pytest.raises(BadInput, match="not a bench bundle"):
+        run_bundle(tmp_path, tmp_path / "r.json")
+
+
+def test_without_ssh_it_says_so(bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BadInput, match="ssh: not installed here"):
+        run_bundle(bundle, tmp_path / "r.json", "user@jetson")

@@ -1,0 +1,314 @@
+"""What runs on a device: reading its sensors, and driving its TensorRT.
+
+The lines are recorded ones. tegrastats: Nano, TX2 and AGX Xavier from the tests of DataDog's agent (pkg/collector/
+corechecks/nvidia/jetson), Xavier NX from a device log, AGX Orin with JetPack 7.2 from the tests of jetson-stats
+(jtop/tests), Orin Nano with JetPack 6 and Thor with L4T 38.4 from device logs, DRIVE Orin from NVIDIA's DriveOS
+documentation. jtop: the structures of jetson-stats 4 (jtop/core/power.py, temperature.py, gpu.py) and 3. TensorRT and CUDA
+are stand-ins (`standins.py`), which show what is called and not what a GPU would do.
+"""
+
+import hashlib
+import importlib.util
+import json
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from standins import FakeCudart, fake_tensorrt
+
+from graphcomb.runtime import cuda
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script as the device has it: a file beside `graphcomb_cuda`, no part of a package."""
+    monkeypatch.setitem(sys.modules, "graphcomb_cuda", cuda)
+    spec = importlib.util.spec_from_file_location("bench_device", Path(cuda.__file__).with_name("bench_device.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---------------------------------------------------------------------------------------------------------- tegrastats
+NANO = (
+    "RAM 1220/3964MB (lfb 430x4MB) SWAP 0/1982MB (cached 0MB) IRAM 0/252kB(lfb 252kB) "
+    "CPU [26%@102,24%@102,off,8%@204] EMC_FREQ 7%@408 GR3D_FREQ 38%@76 APE 25 PLL@28.5C CPU@30.5C PMIC@100C "
+    "GPU@31C AO@38.5C thermal@30.75C POM_5V_IN 1210/1303 POM_5V_GPU 0/0 POM_5V_CPU 200/250"
+)
+TX2 = (
+    "RAM 2135/7855MB (lfb 1057x4MB) CPU [2%@2035,0%@2035,0%@2035,2%@2035,2%@2036,2%@2035] EMC_FREQ 1%@1866 "
+    "GR3D_FREQ 0%@1300 APE 150 MTS fg 0% bg 0% BCPU@30C MCPU@30C GPU@29C PLL@30C Tboard@28C Tdiode@28.25C PMIC@100C "
+    "thermal@29.4C VDD_IN 3104/4029 VDD_CPU 291/730 VDD_GPU 145/207 VDD_SOC 727/746 VDD_WIFI 0/180 VDD_DDR 1248/1375"
+)
+AGX_XAVIER = (
+    "RAM 721/31927MB (lfb 7291x4MB) SWAP 0/15963MB (cached 0MB) CPU [2%@1190,0%@1190,0%@1190,0%@1190,off,off,off,off] "
+    "EMC_FREQ 0%@665 GR3D_FREQ 0%@318 APE 150 MTS fg 0% bg 0% AO@37.5C GPU@37.5C Tdiode@40C PMIC@100C AUX@36C CPU@37.5C "
+    "thermal@36.9C Tboard@37C GPU 0/0 CPU 311/311 SOC 932/932 CV 0/0 VDDRQ 621/621 SYS5V 1482/1482"
+)
+XAVIER_NX = (
+    "RAM 2690/6854MB (lfb 6x1MB) SWAP 479/3427MB (cached 3MB) CPU [3%@1904,7%@1906,1%@1905,0%@1907,off,off] "
+    "EMC_FREQ 0%@1600 GR3D_FREQ 0%@[510] VIC_FREQ 601 APE 150 AUX@39C CPU@39.5C AO@37.5C GPU@37.5C PMIC@50C "
+    "VDD_IN 5079mW/5079mW VDD_CPU_GPU_CV 696mW/696mW VDD_SOC 1104mW/1104mW"
+)
+AGX_ORIN = (
+    "07-25-2026 09:08:28 RAM 20642/62817MB (lfb 1x2MB) CPU [23%@2201,10%@2201,4%@2201,14%@2201] EMC_FREQ 3%@3199 "
+    "GR3D_FREQ 12%@[1300,1300] NVENC0 off NVDEC0 off NVJPG0 off NVJPG1 off VIC off OFA off NVDLA0 off NVDLA1 off "
+    "PVA0_FREQ off APE 174 cpu@52.968C/52.968C soc2@48.406C/48.406C soc0@49.531C/49.531C gpu@47.625C/47.625C "
+    "VDD_GPU_SOC 5139mW/5139mW/5139mW VDD_CPU_CV 3268mW/3268mW/3268mW VIN_SYS_5V0 5500mW/5500mW/5500mW"
+)
+ORIN_NANO = (
+    "RAM 2505/7775MB (lfb 1429x4MB) SWAP 0/3887MB (cached 0MB) CPU [2%@1510,off] GR3D_FREQ 45% cpu@38.25C "
+    "soc2@36.25C cv0@-256C tj@38.25C gpu@36.5C VDD_IN 4880mW/4880mW VDD_CPU_GPU_CV 520mW/520mW VDD_SOC 1400mW/1400mW"
+)
+THOR = (
+    "05-17-2026 10:00:32 RAM 4208/125773MB (lfb 31x4MB) SWAP 0/2048MB (cached 0MB) CPU [1%@972,0%@972] EMC_FREQ 0%@665 "
+    "GR3D_FREQ @[0,0,0] NVENC0_FREQ @0 NVDEC0_FREQ @0 VIC off OFA_FREQ @0 PVA0_FREQ off APE 300 cpu@34.468C tj@34.5C "
+    "soc012@33.781C soc345@34.5C VDD_GPU -392mW/-392mW VDD_CPU_SOC_MSS 4165mW/4165mW VIN_SYS_5V0 4126mW/4126mW"
+)
+DRIVE_ORIN = (
+    "RAM 264/28409MB (lfb 7004x4MB) CPU [0%@1817,0%@1817] EMC_FREQ @2133 GR3D_FREQ 0%@1109 APE 245 AUX@30C CPU@31.5C "
+    "Tdiode@30.75C AO@31C GPU@30.5C tj@41C"
+)
+TX1 = (
+    "RAM 3468/3983MB (lfb 48x4MB) SWAP 873/8192MB (cached 295MB) cpu [17%,13%,29%,5%]@408 EMC 1%@408 APE 25 GR3D 3%@76"
+)
+CASES = {  # line: power by rail, total, some temperatures, clocks, loads, memory
+    NANO: (
+        {"POM_5V_IN": 1210, "POM_5V_GPU": 0, "POM_5V_CPU": 200}, 1210, {"GPU": 31.0, "CPU": 30.5},
+        {"gpu": 76, "memory": 408, "cpu": 204}, {"gpu": 38, "memory": 7, "cpu": 19.3}, 1220,
+    ),
+    TX2: (
+        {"VDD_IN": 3104, "VDD_CPU": 291, "VDD_GPU": 145, "VDD_SOC": 727, "VDD_WIFI": 0, "VDD_DDR": 1248}, 3104,
+        {"GPU": 29.0, "Tdiode": 28.25}, {"gpu": 1300, "memory": 1866, "cpu": 2036},
+        {"gpu": 0, "memory": 1, "cpu": 1.3}, 2135,
+    ),
+    AGX_XAVIER: (
+        {"GPU": 0, "CPU": 311, "SOC": 932, "CV": 0, "VDDRQ": 621, "SYS5V": 1482}, 3346, {"GPU": 37.5},
+        {"gpu": 318, "memory": 665, "cpu": 1190}, {"gpu": 0, "memory": 0, "cpu": 0.5}, 721,
+    ),
+    XAVIER_NX: (
+        {"VDD_IN": 5079, "VDD_CPU_GPU_CV": 696, "VDD_SOC": 1104}, 5079, {"AUX": 39.0},
+        {"gpu": 510, "memory": 1600, "cpu": 1907}, {"gpu": 0, "memory": 0, "cpu": 2.8}, 2690,
+    ),
+    AGX_ORIN: (
+        {"VDD_GPU_SOC": 5139, "VDD_CPU_CV": 3268, "VIN_SYS_5V0": 5500}, 13907, {"gpu": 47.625, "cpu": 52.968},
+        {"gpu": 1300, "memory": 3199, "cpu": 2201}, {"gpu": 12, "memory": 3, "cpu": 12.8}, 20642,
+    ),
+    ORIN_NANO: (
+        {"VDD_IN": 4880, "VDD_CPU_GPU_CV": 520, "VDD_SOC": 1400}, 4880, {"tj": 38.25},
+        {"cpu": 1510}, {"gpu": 45, "cpu": 2.0}, 2505,
+    ),
+    THOR: (
+        {"VDD_GPU": -392, "VDD_CPU_SOC_MSS": 4165, "VIN_SYS_5V0": 4126}, 7899, {"soc345": 34.5},
+        {"gpu": 0, "memory": 665, "cpu": 972}, {"memory": 0, "cpu": 0.5}, 4208,
+    ),
+    DRIVE_ORIN: ({}, None, {"tj": 41.0}, {"gpu": 1109, "memory": 2133, "cpu": 1817}, {"gpu": 0, "cpu": 0.0}, 264),
+    TX1: ({}, None, {}, {"gpu": 76, "memory": 408, "cpu": 408}, {"gpu": 3, "memory": 1, "cpu": 16.0}, 3468),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "line", CASES, ids="nano tx2 agx-xavier xavier-nx agx-orin orin-nano thor drive-orin tx1".split()
+)
+def test_a_line_of_tegrastats(script, line):
+    power, total, temperatures, clocks, loads, memory = CASES[line]
+    found = script.parse_tegrastats(line)
+    assert found["power_mw"] == power
+    assert script.total_power(found["power_mw"]) == total
+    assert temperatures.items() <= found["temperatures_c"].items()
+    assert not {"PMIC", "cv0"} & found["temperatures_c"].keys()  # a constant, and a sensor that is off
+    assert found["clocks_mhz"] == clocks
+    assert found["load_percent"] == loads
+    assert found["ram_mb"] == memory
+
+
+def test_other_lines_give_an_empty_sample(script):
+    assert not any(script.parse_tegrastats("tegrastats: error while loading shared libraries").values())
+    assert script.parse_smi("") == {}
+
+
+# ---------------------------------------------------------------------------------------------- jtop, nvidia-smi, means
+def test_jetson_stats_of_version_4(script):
+    rail = {"volt": 4968, "curr": 864, "avg": 4292, "power": 4292, "warn": 32768, "crit": 32768, "type": "I2C"}
+    power = {"rail": {"VDD_CPU_GPU_CV": rail | {"power": 500}}, "tot": rail | {"name": "VDD_IN"}}
+    temperature = {"gpu": {"temp": 42.5, "online": True}, "cv0": {"temp": -256, "online": False}}
+    gpu = {"ga10b": {"type": "integrated", "status": {"load": 61.3}, "freq": {"cur": 624750, "max": 1020000}}}
+    memory = {"RAM": {"tot": 7793000, "used": 2097152}, "EMC": {"cur": 2133000, "val": 4}}
+    found = script.read_jtop(power, temperature, gpu, memory)
+    assert found == {
+        "power_mw": {"VDD_CPU_GPU_CV": 500, "VDD_IN": 4292}, "temperatures_c": {"gpu": 42.5},
+        "clocks_mhz": {"gpu": 624, "memory": 2133}, "load_percent": {"gpu": 61.3}, "ram_mb": 2048,
+    }  # fmt: skip
+    assert script.total_power(found["power_mw"]) == 4292
+
+
+def test_jetson_stats_of_version_3(script):
+    power = {"cur": 3346, "avg": 3300}, {"GPU": {"cur": 0, "avg": 0}, "SYS5V": {"cur": 1482, "avg": 1482}}
+    found = script.read_jtop(power, {"GPU": 37.5, "PMIC": 100.0}, {"frq": 318750, "val": 12})
+    assert found["power_mw"] == {"GPU": 0, "SYS5V": 1482}
+    assert found["temperatures_c"] == {"GPU": 37.5}
+    assert (found["clocks_mhz"], found["load_percent"]) == ({"gpu": 318}, {"gpu": 12})
+
+
+def test_a_line_of_nvidia_smi(script):
+    assert script.parse_smi("71.52, 34, 1980, 2619, 100\n") == {
+        "power_mw": {"GPU": 71520.0}, "temperatures_c": {"gpu": 34.0},
+        "clocks_mhz": {"gpu": 1980.0, "memory": 2619.0}, "load_percent": {"gpu": 100.0},
+    }  # fmt: skip
+    assert script.parse_smi("[N/A], 34, 1980, [N/A], 100")["power_mw"] == {}
+
+
+def test_samples_are_averaged_rail_by_rail(script):
+    samples = [
+        script.parse_tegrastats(line) for line in (XAVIER_NX, XAVIER_NX.replace("VDD_IN 5079", "VDD_IN 7079"), "")
+    ]
+    found = script.average(samples)
+    assert found["power_mw"]["VDD_IN"] == found["total_mw"] == 6079
+    assert found["power_mw"]["VDD_SOC"] == 1104
+    assert found["samples"] == 3
+    assert script.average([]) == {}
+
+
+def test_the_monitor_reads_the_tool_that_is_there(script, tmp_path, monkeypatch):
+    tool = tmp_path / "tegrastats"
+    tool.write_text(f'#!/bin/sh\nwhile :; do echo "{ORIN_NANO}"; sleep 0.02; done\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monitor = script.Monitor()
+    assert monitor.source == "tegrastats"
+    for _ in range(200):
+        if len(monitor.samples) > 2:
+            break
+        time.sleep(0.05)
+    engine = types.SimpleNamespace(modes=("stream",), time=lambda mode: time.sleep(0.01))
+    found = script.watch(engine, monitor, 1.0)
+    monitor.close()
+    assert found["total_mw"] == 4880
+    assert found["temperatures_c"]["tj"] == 38.25
+    runs = 4880 * 1.0 / found["energy_mj"]
+    assert 10 < runs <= 101
+    assert monitor._process.poll() is not None
+    assert monitor.since(time.monotonic() + 1) == []
+
+
+def test_without_a_tool_nothing_is_made_up(script, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monitor = script.Monitor()
+    assert (monitor.source, monitor.samples) == (None, [])
+
+
+def test_the_power_mode_is_read(script, tmp_path, monkeypatch):
+    (tmp_path / "nvpmodel").write_text("#!/bin/sh\nprintf 'NV Power Mode: MAXN_SUPER\\n2\\n'\n")
+    (tmp_path / "nvpmodel").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert script.describe_device()["power_mode"] == "MAXN_SUPER"
+
+
+# ------------------------------------------------------------------------------------------------------------ TensorRT
+@pytest.fixture
+def cudart(monkeypatch):
+    fake = FakeCudart()
+    monkeypatch.setattr(cuda, "_load", lambda: fake)
+    return fake
+
+
+@pytest.fixture(params=["8.6.1", "10.3.0", "11.4.0"])
+def classic(request, monkeypatch, cudart):
+    made = fake_tensorrt(request.param, cudart)
+    monkeypatch.setitem(sys.modules, "tensorrt", made.module)
+    return made
+
+
+@pytest.fixture
+def bundle(script, tmp_path, monkeypatch):
+    """A bundle of two models, whose files the stand-in does not read; the first is what it computes, the second not."""
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    models = {}
+    for name, factor in (("dense", 2), ("compressed", 2.5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.onnx").write_bytes(b"model")
+        np.savez(tmp_path / name / "reference.npz", **{"input:x": x, "output:000": factor * x})
+        digest = hashlib.sha256(b"model").hexdigest()
+        models[name] = {"file": f"{name}/model.onnx", "reference": f"{name}/reference.npz", "sha256": digest}
+    (tmp_path / "bundle.json").write_text(json.dumps({"precision": "fp16", "models": models}))
+    monkeypatch.setattr(script, "HERE", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    return tmp_path
+
+
+def test_engines_are_built_run_with_and_without_graphs_and_timed(script, classic, cudart, bundle):
+    out = bundle / "r.json"
+    arguments = ["--out", str(out), "--rounds", "2", "--power-seconds", "0.05", "--sparse", "--dla", "1", "--quiet"]
+    assert script.main(arguments) == 0
+    found = json.loads(out.read_text())
+    assert (found["engine"], found["version"]) == ("tensorrt", classic.module.__version__)
+    assert {"SPARSE_WEIGHTS", "GPU_FALLBACK"} <= set(classic.flags)
+    assert ("FP16" in classic.flags) == classic.module.__version__.startswith("8")  # elsewhere strongly typed
+    assert classic.config.DLA_core == 1
+    assert classic.profile == {"x": ((2, 4), (2, 4), (2, 4))}
+    for row in found["models"].values():
+        for mode in ("stream", "graph"):
+            assert row["latency"][mode]["gpu_ms"]["median"] == 1.5  # between two events of the stand-in
+            assert row["latency"][mode]["runs"] == 34
+        assert row["layers"] == [{"name": "first", "ms": 1.0}, {"name": "second", "ms": 0.5}]
+        assert row["engine"]["scratch_bytes"] == 4096
+        assert row["engine"]["inspector"][0]["HasSparseWeights"] == 1
+    assert found["models"]["dense"]["parity"] == {"finite": True, "error": 0.0}
+    assert found["models"]["compressed"]["parity"]["error"] == pytest.approx(0.2)
+    assert found["ratios"]["compressed"]["graph"]["median"] == 1.0
+    assert cudart.launched > 34
+    assert "not known" in found["notes"][-1]
+    assert cudart.blocks == cudart.graphs == {}
+    assert cudart.events == 0
+    (cache,) = bundle.glob("timing-*.cache")
+    assert cache.read_bytes().count(b"+timings") == 2  # the second build knows what the first one measured
+
+
+def test_a_graph_that_cannot_be_recorded_is_left_out(script, classic, cudart, bundle, monkeypatch):
+    monkeypatch.setattr(FakeCudart, "cudaStreamEndCapture", lambda *a: 900)
+    assert script.main(["--out", str(bundle / "r.json"), "--rounds", "1", "--power-seconds", "0.01", "--quiet"]) == 0
+    for row in json.loads((bundle / "r.json").read_text())["models"].values():
+        assert list(row["latency"]) == ["stream"]
+        assert row["engine"]["no_graph"].startswith("cudaStreamEndCapture")
+
+
+def test_failures_are_one_line(script, classic, bundle, capsys):
+    (bundle / "dense" / "model.onnx").rename(bundle / "dense" / "bad.onnx")
+    text = (bundle / "bundle.json").read_text().replace("dense/model.onnx", "dense/bad.onnx")
+    (bundle / "bundle.json").write_text(text)
+    assert script.main(["--out", str(bundle / "r.json"), "--quiet"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: bad.onnx: tensorrt ")
+    assert "cannot parse it: no importer" in err
+    assert err.count("\n") == 1
+    assert not (bundle / "r.json").exists()
+    assert script.main(["--engine", "tensorrt_rtx", "--out", str(bundle / "r.json"), "--quiet"]) == 2
+
+
+def test_no_library_is_one_line(script, monkeypatch, capsys):
+    monkeypatch.setattr(script, "LIBRARIES", ("no_such_library",))
+    with pytest.raises(script.Failure, match="none of no_such_library not found here"):
+        script.library("auto")
+
+
+def test_outputs_of_other_shapes_are_no_parity(script):
+    found = script.check([np.zeros((2, 3), np.float32)], [np.zeros((3, 2), np.float32)])
+    assert found["error"] is None
+    assert found["note"] == "shapes [[2, 3]] instead of [[3, 2]]"
+    assert script.check([np.array([1.0, np.nan], np.float32)], [np.ones(2, np.float32)])["finite"] is False
+
+
+def test_models_take_turns(script):
+    order = []
+
+    def engine(name, ms):
+        return types.SimpleNamespace(modes=("stream",), time=lambda mode: order.append(name) or (None, ms))
+
+    times, ratios = script.measure({"a": engine("a", 4.0), "b": engine("b", 2.0)}, 5.0, 3)
+    assert order == ["a"] * 20 + ["b"] * 40 + ["a"] * 40 + ["b"] * 20
+    assert ratios == {"b": {"stream": {"p5": 2.0, "median": 2.0, "p95": 2.0, "p99": 2.0}}}
+    assert times["a"]["stream"]["host_ms"]["p99"] == 4.0
+    assert "gpu_ms" not in times["a"]["stream"]
