@@ -31,7 +31,7 @@ bench: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,zoo,rtx,quantize]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,zoo,rtx,quantize,openvino]'
 	touch $@
 
 clean:
