@@ -56,7 +56,7 @@ class Distill(Training, Pass):
     indices nobody knows.
     """
 
-    alpha: float = 0.7
+    alpha: float = 0.5
     temperature: float = 2.0
     features: float = 0.0
     labels: bool = True

@@ -43,7 +43,7 @@ class RemoveChannels(Pass):
     exclude: patterns over parameter names.
 
     A global selection for a cost ranks chunks by importance; gradient scores, which are changes of the loss, by importance
-    per cost saved (after CPD, arXiv 2408.03046; the exact cost is ours).
+    per cost saved (after CPD, arXiv 2408.03046; the exact cost is ours), and more so the less of a group is left.
 
     train: prune while training, with the options of `Distill` (CPD's way). Scores are summed after every backward pass of
     the network as it then is, with the loss it trains on. schedule: "adaptive" prunes every `interval` steps, a little

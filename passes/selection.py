@@ -15,14 +15,14 @@ from ..graph.errors import BadInput
 from .importance import Scores
 from .legalise import Costs, steps
 
+Sizes = Mapping[Factor, int]
+
 
 class Selection:
     """How many indices every group keeps; only sizes that the alignment allows. sizes: what is left of groups that have
     lost some before; nothing ever grows."""
 
-    def __init__(
-        self, comb: Comb, groups: list[Group], alignment: int, minimum: int, sizes: Mapping[Factor, int] | None = None
-    ):
+    def __init__(self, comb: Comb, groups: list[Group], alignment: int, minimum: int, sizes: Sizes | None = None):
         self.comb, self.alignment, self.minimum = comb, alignment, minimum
         self.sizes: dict[Factor, int] = dict(sizes or {})
         self._before = dict(self.sizes)
@@ -50,6 +50,11 @@ class Selection:
         """All sizes it may still have, smallest first."""
         size, step = self.kept(group), self.step(group)
         return sorted({self.legal(group, n) for n in range(step, size, step)} | {size})
+
+    def above(self, group: Group, before: Sizes) -> int:
+        """The next larger allowed size, or what it was before."""
+        step = self.step(group)
+        return min((self.kept(group) // step + 1) * step, before[group.atom])
 
     def approach(self, group: Group, size: int, share: float) -> None:
         """Go the share of the way from the whole group to a size, which need not be aligned."""
@@ -95,7 +100,12 @@ class Selection:
 
     def greedy(self, groups: list[Group], scores: Scores, costs: Costs, goal: float, per_cost: bool) -> int:
         """Remove the least important chunk, or the one with the least importance per cost saved, until the goal is
-        reached. Returns the cost reached."""
+        reached; then give back what still fits. Returns the cost reached.
+
+        per_cost: scores are changes of the loss, each as if its index went alone. Together indices lose more than that,
+        the more so the fewer are left, and a group would be all but emptied; so a score counts `size / left` times (ours).
+        """
+        before = {g.atom: self.kept(g) for g in groups}
 
         def take(g: Group, size: int) -> bool | None:
             if costs.total <= goal:
@@ -103,8 +113,26 @@ class Selection:
             costs.set(g.atom, size)
             return True
 
-        self._descend(groups, scores, lambda g, count: costs.saving(g.atom, count) if per_cost else count, take)
+        def saving(g: Group, count: int) -> float:
+            return costs.saving(g.atom, count) * (self.kept(g) - count) / g.size if per_cost else count
+
+        self._descend(groups, scores, saving, take)
+        if costs.total <= goal:
+            self._refill(groups, scores, costs, goal, before)
         return costs.total
+
+    def _refill(self, groups: list[Group], scores: Scores, costs: Costs, goal: float, before: Sizes) -> None:
+        """The last chunk removed may save far more than was asked for: give back the most important chunks that fit."""
+        ranked = {g.atom: np.sort(scores[g.atom])[::-1] for g in groups}
+
+        def gain(g: Group) -> float:
+            size, more = self.kept(g), self.above(g, before)
+            fits = more > size and costs.total - costs.saving(g.atom, size - more) <= goal
+            return float(ranked[g.atom][size:more].sum()) if fits else -math.inf
+
+        while (best := max(groups, key=gain, default=None)) is not None and gain(best) > -math.inf:
+            self.sizes[best.atom] = self.above(best, before)
+            costs.set(best.atom, self.sizes[best.atom])
 
     def _descend(
         self,

@@ -158,6 +158,22 @@ def test_the_network_with_the_least_important_channels_goes_first():
     assert result.removed["0.weight"] == {0: [1, 4]}
 
 
+@pytest.mark.parametrize("importance", ["magnitude", "fisher"])
+def test_a_target_is_met_closely_and_no_group_is_all_but_emptied(importance):
+    """Nothing that was removed would still fit."""
+    program = capture(convolutions(width=16))
+    pass_ = RemoveChannels(macs=0.3, round_to=2, importance=importance, scope="global")
+    result = pass_(program, data=batches(4))
+    comb = Comb(program)
+    after = {row["what"]: row["after"] for row in result.record["changed"]}
+    sizes = {x.atom: after.get(x.name, x.size) for x in comb.groups}
+    for group in comb.groups:
+        if group.name in after:
+            assert comb.macs(sizes | {group.atom: min(sizes[group.atom] + 2, group.size)}) > 0.3 * program.macs
+    shares = [row["after"] / row["before"] for row in result.record["changed"]]
+    assert min(shares) >= 0.1
+
+
 # ---------------------------------------------------------------------------------------------------- masked and sliced
 @pytest.mark.parametrize("schedule", ["adaptive", "iterative", "one-shot"])
 @pytest.mark.parametrize("importance", ["fisher", "taylor", "magnitude", "random"])
