@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any, ClassVar
@@ -475,12 +475,12 @@ def _plus(*costs: Cost) -> Cost:
 class Planner:
     """Cuts chains into pieces, each merged into one map, so that MACs and then kernels are fewest (ours).
 
-    skip: ends of merges that were tried and are wrong. refused, gated: neighbouring layers that cannot be merged
+    skip: ends of merges that were tried and are wrong. sparse: weights that no other map may fill up. refused, gated: neighbouring layers that cannot be merged
     exactly, or that cost more when they are.
     """
 
-    def __init__(self, skip: Iterable[fx.Node]):
-        self.skip = set(skip)
+    def __init__(self, skip: Iterable[fx.Node], sparse: Mapping[str, str | None]):
+        self.skip, self.sparse = set(skip), sparse
         self.refused: dict[tuple[fx.Node, fx.Node], str] = {}
         self.gated: dict[tuple[fx.Node, fx.Node], str] = {}
         self.known: dict[tuple[fx.Node, int], Choice] = {}
@@ -565,8 +565,15 @@ class Planner:
         self, parts: Sequence[Part], axis: int, terms: tuple[int, ...] | None, kernel: Geometry, before: Cost
     ) -> Merge | None:
         source, last = parts[0].source, parts[-1].last
-        if last in self.skip or not any(p.carriers for p in parts):
+        carriers = [c for p in parts for c in p.carriers]
+        if last in self.skip or not carriers:
             return None
+        if len(carriers) > 1 or any(isinstance(p, Sum) for p in parts):
+            names = [str(arguments(c)["weight"].target) for c in carriers]
+            if filled := [name for name in names if name in self.sparse]:
+                why = f"it would fill up {filled[0]}, which Sparsify made {self.sparse[filled[0]] or "sparse"}; run Fuse first"
+                self.refused[carriers[0], carriers[-1]] = why
+                return None
         return Merge(source, last, axis, tuple(parts), terms, kernel, before, _price(kernel, source, last))
 
     def _note(self, into: dict[tuple[fx.Node, fx.Node], str], first: Part, second: Part, why: str) -> None:
@@ -644,6 +651,7 @@ class _Merger:
         self.module: TrainableModule = copied.graph_module.eval()
         self.graph = self.module.graph
         self.generator = torch.Generator().manual_seed(seed)
+        self.sparse = sparse_weights(program)
         self.exact: dict[str, torch.Tensor] = {}
         self.changed: list[dict[str, Any]] = []
         self.failed: dict[fx.Node, tuple[set[fx.Node], str]] = {}
@@ -652,7 +660,7 @@ class _Merger:
     def sweep(self) -> bool:
         """Plan all regions and do what pays; whether anything was merged."""
         before = len(self.changed)
-        self.regions, self.planner = Regions(self.module), Planner(self.failed)
+        self.regions, self.planner = Regions(self.module), Planner(self.failed, self.sparse)
         for parts, _ in list(self.regions.find()):
             axis = next(p.axis for p in parts if p.carriers)
             assert axis is not None
