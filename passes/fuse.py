@@ -25,6 +25,7 @@ from ..graph.verify.evaluate import (
 )  # fmt: skip
 from .base import Context, Pass, PassResult
 from .kernel import Geometry, Inexact, Kernel
+from .masks import sparse_weights
 
 CONVS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -571,7 +572,8 @@ class Planner:
         if len(carriers) > 1 or any(isinstance(p, Sum) for p in parts):
             names = [str(arguments(c)["weight"].target) for c in carriers]
             if filled := [name for name in names if name in self.sparse]:
-                why = f"it would fill up {filled[0]}, which Sparsify made {self.sparse[filled[0]] or "sparse"}; run Fuse first"
+                pattern = self.sparse[filled[0]] or "sparse"
+                why = f"it would fill up {filled[0]}, which Sparsify made {pattern}; run Fuse before Sparsify"
                 self.refused[carriers[0], carriers[-1]] = why
                 return None
         return Merge(source, last, axis, tuple(parts), terms, kernel, before, _price(kernel, source, last))
