@@ -476,8 +476,8 @@ def _plus(*costs: Cost) -> Cost:
 class Planner:
     """Cuts chains into pieces, each merged into one map, so that MACs and then kernels are fewest (ours).
 
-    skip: ends of merges that were tried and are wrong. sparse: weights that no other map may fill up. refused, gated: neighbouring layers that cannot be merged
-    exactly, or that cost more when they are.
+    skip: ends of merges that were tried and are wrong. sparse: weights that no other map may fill up. refused, gated:
+    neighbouring layers that cannot be merged exactly, or that cost more when they are.
     """
 
     def __init__(self, skip: Iterable[fx.Node], sparse: Mapping[str, str | None]):
