@@ -112,6 +112,33 @@ def test_folding_a_normalisation_keeps_zeros_and_pattern(sparse):
     assert masks.sparse_weights(fused.program) == masks.sparse_weights(sparse)
 
 
+@pytest.mark.parametrize("target", [{"pattern": "2:4", "where": "all"}, {"sparsity": 0.5}])
+def test_layers_are_merged_before_they_are_sparse_and_not_after(target):
+    """Two 1x1 convolutions that are cheaper as one, and a skip that would fill a diagonal."""
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+            self.wide, self.narrow, self.skip = nn.Conv2d(8, 32, 1), nn.Conv2d(32, 8, 1), nn.Conv2d(8, 8, 1)
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            x = self.norm(self.narrow(self.wide(self.stem(x).relu()))).relu()
+            return self.last((x + self.skip(x)).relu())
+
+    torch.manual_seed(0)
+    dense = g.capture(Linear().eval(), torch.randn(2, 3, 5, 5), dynamic_shapes="batch")
+    free = Fuse()(dense)
+    assert "narrow.weight" not in dict(free.program.module().named_parameters())
+    early = Sparsify(method="magnitude", **target)(dense).program
+    late = Fuse()(early)
+    assert {"wide.weight", "narrow.weight", "skip.weight"} == set(masks.sparse_weights(late.program))
+    assert all(torch.equal(zeros_of(late.program)[n], mask) for n, mask in zeros_of(early).items())
+    assert sum("run Fuse before Sparsify" in r["why"] for r in late.record["refused"]) >= 2
+    assert [c["into"] for c in late.record["changed"]] == ["narrow.weight"], "the normalisation still folds"
+
+
 def test_removing_channels_takes_their_part_of_the_mask_along(scattered):
     result = RemoveChannels(ratio=0.5, round_to=1)(scattered)
     found = zeros_of(result.program)
