@@ -104,7 +104,7 @@ class LatencyTable:
         """The sizes that are measured on both sides of a size. Sizes up to the step are measured as they are."""
         if n <= self.step:
             return [(n, 1.0)]
-        spacing = self.step * 2 ** max(0, int(math.log2(n / (PER_OCTAVE * self.step)))) if n > self.step else 1
+        spacing = self.step * 2 ** max(0, int(math.log2(n / (PER_OCTAVE * self.step))))
         low = n // spacing * spacing
         return [(n, 1.0)] if low == n else [(low, 1 - (n - low) / spacing), (low + spacing, (n - low) / spacing)]
 
