@@ -31,7 +31,7 @@ from .importance import IMPORTANCES, TRANSFORMS, Members, Scores, relative_norms
 from .selection import lowest_removed
 from .training import Callback, Kept, Surgery, averaged, gathered, taken
 
-SILENT = 1e-6  # of weight * gradient, summed over an index: rounding
+SILENT = {"taylor": 1e-6, "fisher": 1e-12}  # scores that are rounding
 
 Choose = Callable[[dict[Factor, int], Scores, float], dict[Factor, int]]
 """`choose(sizes, scores, share)`: sizes of the groups once `share` of the way to the target is gone; never larger."""
@@ -120,7 +120,7 @@ class Pruner(Callback):
             generator = np.random.default_rng([self.context.seed, done])
             return self._event(done, module, {g.atom: generator.random(g.size) for g in self.groups})
         scores = {a: own / max(self.count, 1) for a, own in self.scores.items()}
-        if max(own.max() for own in scores.values()) <= TRANSFORMS.get(self.importance, abs)(SILENT):
+        if max(own.max() for own in scores.values()) <= SILENT.get(self.importance, 0.0):
             scores = relative_norms(self.comb, self.groups, module, self.masks)
         return self._event(done, module, scores)
 
