@@ -4,6 +4,7 @@ from .base import Context, Pass, PassResult
 from .comb import Comb
 from .distill import Distill
 from .fuse import Fuse
+from .prune_depth import PruneDepth
 from .quantize import Quantize
 from .remove_channels import RemoveChannels
 from .sparsify import Sparsify
@@ -16,6 +17,7 @@ __all__ = [
     "Fuse",
     "Pass",
     "PassResult",
+    "PruneDepth",
     "Quantize",
     "RemoveChannels",
     "Sparsify",

@@ -239,7 +239,7 @@ class Regions:
             return value in self.constants
         return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    def _addends(self, node: fx.Node) -> list[tuple[float, fx.Node]] | None:
+    def addends(self, node: fx.Node) -> list[tuple[float, fx.Node]] | None:
         """Both operands of a sum or difference of tensors of equal shape, with their factors."""
         if op_name(node) not in ("add", "sub"):
             return None
@@ -254,7 +254,7 @@ class Regions:
         return [(1.0, left), (alpha if op_name(node) == "add" else -alpha, right)]
 
     def _sum(self, node: fx.Node) -> Sum | None:
-        if self._addends(node) is None:
+        if self.addends(node) is None:
             return None
         adds: list[fx.Node] = []
         terms = list(self._terms(node, 1.0, adds))
@@ -275,8 +275,8 @@ class Regions:
 
     def _terms(self, node: fx.Node, factor: float, adds: list[fx.Node]) -> Iterator[tuple[float, fx.Node]]:
         adds.append(node)
-        for sign, term in self._addends(node) or ():
-            if len(term.users) == 1 and self._addends(term):
+        for sign, term in self.addends(node) or ():
+            if len(term.users) == 1 and self.addends(term):
                 yield from self._terms(term, factor * sign, adds)
             else:
                 yield factor * sign, term

@@ -1,0 +1,283 @@
+"""Blocks of a network, found in its graph: regions with one entry and one exit, and what depth pruning could do with each.
+
+UPDP (arXiv 2401.06426) takes the blocks of its four families as given; finding them by dominance is ours. Names of modules
+are used as labels only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from ..graph.cost import evaluate, macs
+from ..graph.ops import arguments, op_name, shape
+from ..graph.program import Program
+from .fuse import CONVS, MAPS, Planner, Regions
+from .masks import sparse_weights
+
+ACTIVATIONS = (
+    "relu", "relu6", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu", "mish", "selu", "softplus", "celu",
+    "hardsigmoid", "sigmoid", "tanh",
+)  # fmt: skip
+NORMS = ("layer_norm", "group_norm")
+IN_CHAINS = (
+    *MAPS,
+    *ACTIVATIONS,
+    *NORMS,
+    "batch_norm",
+    "dropout",
+    "permute",
+    "transpose",
+    "constant_pad_nd",
+    "pad",
+    "mul",
+)
+ATTENTION = ("scaled_dot_product_attention", "softmax", "_softmax")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One region of a graph, by node names, so that it is found in copies of the program too.
+
+    entry: the value it reads; exit: the one it gives, a residual addition or the last node of a chain. nodes: everything
+    in between and the exit. kind: "residual", "inverted residual", "convnext", "mlp", "attention" or "chain".
+    macs, params: of its nodes, for the example input. saves: MACs that its pruned form saves, kernels: launches that it
+    saves; None where it cannot be pruned, for the reason `why`. dropped: it cannot be merged, only left out as a whole.
+    tailed: an activation follows it, so that its pruned form needs none.
+    """
+
+    name: str
+    kind: str
+    entry: str
+    exit: str
+    nodes: tuple[str, ...]
+    macs: int
+    params: int
+    tailed: bool
+    dropped: bool = False
+    saves: int | None = None
+    kernels: int | None = None
+    why: str | None = None
+
+    @property
+    def prunable(self) -> bool:
+        return self.why is None
+
+
+def find_blocks(program: Program) -> list[Block]:
+    """The blocks in the order of their exits, with what pruning each would save, or why it cannot be pruned."""
+    from .relax import obstacle, relax  # relax works on blocks
+
+    blocks = [_judged(b, obstacle(program, b)) for b in _regions(program)]
+    merging = [b for b in blocks if b.prunable and not b.dropped]
+    settled = relax(program, merging, settled=True)
+    cost = _launch_costs(settled)
+    before = {n.name: (evaluate(macs(n)), 1) for n in program.graph.nodes if _is_data(n)}
+    result = []
+    for block in blocks:
+        if not block.prunable:
+            result.append(block)
+            continue
+        dense = [before[n] for n in block.nodes if n in before]
+        now = [c for (owner, c) in cost if owner == block.name] if not block.dropped else []
+        saved = sum(c[0] for c in dense) - sum(c[0] for c in now)
+        launches = sum(c[1] for c in dense) - sum(c[1] for c in now)
+        if saved <= 0:
+            after = block.macs - saved
+            why = f"its pruned form would take {after:,} MACs instead of {block.macs:,}"
+            result.append(replace(block, why=why))
+        else:
+            result.append(replace(block, saves=saved, kernels=launches))
+    return result
+
+
+def _judged(block: Block, why: str | None) -> Block:
+    """A block that cannot be merged can still be left out, if it is added to its input."""
+    if why is not None and block.kind == "attention":
+        return replace(block, dropped=True)
+    return replace(block, why=why)
+
+
+def _launch_costs(settled: Program) -> list[tuple[str, tuple[int, int]]]:
+    """(block, cost) of everything the settled program runs after merging, as far as it belongs to a block."""
+    regions, planner = Regions(settled.graph_module), Planner((), sparse_weights(settled))
+    merged: set[fx.Node] = set()
+    costs: list[tuple[str, tuple[int, int]]] = []
+    for parts, _ in regions.find():
+        axis = next(p.axis for p in parts if p.carriers)
+        assert axis is not None
+        for merge in planner.chain(parts, axis).merges:
+            owners = {n.meta.get("block") for n in merge.members} - {None}
+            merged |= merge.members
+            if owners:
+                costs.append((str(min(owners)), merge.after))
+    for node in settled.graph.nodes:
+        if node not in merged and _is_data(node) and node.meta.get("block"):
+            costs.append((node.meta["block"], (evaluate(macs(node)), 1)))
+    return costs
+
+
+# -------------------------------------------------------------------------------------------------------------- regions
+def _is_data(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+class _Flow:
+    """The flow of data through a graph: tensors that depend on an input, without shapes and stored tensors."""
+
+    def __init__(self, graph: fx.Graph):
+        self.order: dict[fx.Node, int] = {}
+        self.before: dict[fx.Node, list[fx.Node]] = {}
+        self.after: dict[fx.Node, list[fx.Node]] = {}
+        self.dominator: dict[fx.Node, fx.Node | None] = {}
+        for node in graph.nodes:
+            if not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)) and node.op != "output":
+                continue
+            inputs = [n for n in node.all_input_nodes if n in self.order]
+            if node.op != "placeholder" and not inputs:
+                continue
+            self.order[node], self.before[node], self.after[node] = len(self.order), inputs, []
+            for n in inputs:
+                self.after[n].append(node)
+            self.dominator[node] = None if node.op == "placeholder" else self.meet(inputs)
+
+    def meet(self, nodes: list[fx.Node]) -> fx.Node | None:
+        """The nearest value that every path to any of the nodes passes, or is (Cooper, Harvey and Kennedy)."""
+        first: fx.Node | None = nodes[0]
+        for node in nodes[1:]:
+            other: fx.Node | None = node
+            while first is not other:
+                if first is None or other is None:
+                    return None
+                if self.order[first] > self.order[other]:
+                    first = self.dominator[first]
+                else:
+                    other = self.dominator[other]
+        return first
+
+    def between(self, entry: fx.Node, exit_: fx.Node) -> list[fx.Node] | None:
+        """The nodes on paths from the entry to the exit, with it; None when one of them is used elsewhere."""
+        found, stack = {exit_}, [exit_]
+        while stack:
+            for n in self.before[stack.pop()]:
+                if n is not entry and n not in found:
+                    found.add(n)
+                    stack.append(n)
+        if any(n is not exit_ and not found.issuperset(self.after[n]) for n in found):
+            return None
+        return sorted(found, key=self.order.__getitem__)
+
+
+def _regions(program: Program) -> list[Block]:
+    flow = _Flow(program.graph)
+    taken: set[fx.Node] = set()
+    found: list[tuple[fx.Node, fx.Node, list[fx.Node]]] = []
+    for node in flow.order:
+        entry = _residual_entry(flow, node)
+        nodes = flow.between(entry, node) if entry is not None else None
+        if entry is not None and nodes and not taken.intersection(nodes) and any(_bends(n) for n in nodes):
+            found.append((entry, node, nodes))
+            taken.update(nodes)
+    found += _chains(flow, taken)
+    labels: dict[str, int] = {}
+    blocks = []
+    for entry, exit_, nodes in sorted(found, key=lambda f: flow.order[f[1]]):
+        label = _label(nodes)
+        labels[label] = labels.get(label, 0) + 1
+        name = label if labels[label] == 1 else f"{label}#{labels[label]}"
+        blocks.append(_block(flow, name, entry, exit_, nodes))
+    return blocks
+
+
+def _residual_entry(flow: _Flow, node: fx.Node) -> fx.Node | None:
+    """Where the two branches that the node adds part."""
+    if op_name(node) != "add":
+        return None
+    terms = [arguments(node)["self"], arguments(node)["other"]]
+    if not all(isinstance(t, fx.Node) and t in flow.order and shape(t) == shape(node) for t in terms):
+        return None
+    return flow.meet(terms)
+
+
+def _bends(node: fx.Node) -> bool:
+    """Whether the node is no affine map."""
+    return op_name(node) in (*ACTIVATIONS, *NORMS, *ATTENTION)
+
+
+def _chains(flow: _Flow, taken: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node, list[fx.Node]]]:
+    """Two layers, or three up to a linear bottleneck, in a row outside of other blocks, with an activation between."""
+    done: set[fx.Node] = set(taken)
+    for start in flow.order:
+        if start in done or op_name(start) not in MAPS or not flow.before[start]:
+            continue
+        run = [start]
+        while len(after := flow.after[run[-1]]) == 1 and after[0] not in taken and len(flow.before[after[0]]) == 1:
+            if op_name(after[0]) not in IN_CHAINS:
+                break
+            run.append(after[0])
+        layers = [i for i, n in enumerate(run) if op_name(n) in MAPS]
+        bends = [any(_bends(n) for n in run[a:b]) for a, b in zip(layers, [*layers[1:], len(run)], strict=True)]
+        if len(layers) < 2 or not bends[0]:
+            continue
+        last = 2 if len(layers) > 2 and bends[1] and not bends[2] else 1
+        stop = layers[last] + 1
+        while stop < len(run) and op_name(run[stop]) == "batch_norm":
+            stop += 1
+        done.update(run[:stop])
+        yield flow.before[start][0], run[stop - 1], run[:stop]
+
+
+def _block(flow: _Flow, name: str, entry: fx.Node, exit_: fx.Node, nodes: list[fx.Node]) -> Block:
+    parameters = {n for node in nodes for n in node.all_input_nodes if n.op == "get_attr"}
+    after = flow.after[exit_]
+    return Block(
+        name, _kind(nodes, exit_), entry.name, exit_.name, tuple(n.name for n in nodes),
+        sum(evaluate(macs(n)) for n in nodes),
+        sum(n.meta["val"].numel() for n in parameters if isinstance(n.meta.get("val"), torch.Tensor)),
+        len(after) == 1 and op_name(after[0]) in ACTIVATIONS,
+    )  # fmt: skip
+
+
+def _kind(nodes: list[fx.Node], exit_: fx.Node) -> str:
+    names = [op_name(n) for n in nodes]
+    if any(n in ATTENTION for n in names):
+        return "attention"
+    if op_name(exit_) != "add":
+        return "chain"
+    layers = [n for n in nodes if op_name(n) in MAPS]
+    depthwise = [n for n in layers if op_name(n) in CONVS and arguments(n)["groups"] > 1]
+    if not depthwise:
+        return "mlp" if all(op_name(n) == "linear" for n in layers) else "residual"
+    return "convnext" if depthwise[0] is layers[0] else "inverted residual"
+
+
+def _label(nodes: list[fx.Node]) -> str:
+    """The innermost module that all layers of the region lie in, or the name of its last node."""
+    paths = []
+    for n in nodes:
+        if op_name(n) in MAPS:
+            inside = [p for p, _ in (n.meta.get("nn_module_stack") or {}).values() if p]
+            paths.append(inside[-1].split(".") if inside else [])
+    common = paths[0] if paths else []
+    for path in paths[1:]:
+        same = [a == b for a, b in zip(common, path, strict=False)]
+        common = common[: same.index(False) if False in same else len(same)]
+    return ".".join(common) or nodes[-1].name
+
+
+def single_path(block: Block, end: fx.Node) -> list[fx.Node] | None:
+    """The nodes from the block's entry to `end`, if they follow each other without a fork; None otherwise."""
+    inside, path = set(block.nodes), []
+    node = end
+    while node.name != block.entry:
+        if node.name not in inside:
+            return None
+        inputs = [n for n in node.all_input_nodes if n.name in inside or n.name == block.entry]
+        if len(inputs) != 1:
+            return None
+        path.insert(0, node)
+        node = inputs[0]
+    return path

@@ -1,0 +1,421 @@
+"""Depth pruning: fewer, simpler layers, by the four stages of UPDP."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import send_to_device
+
+from ..graph.errors import BadInput, Unreachable
+from ..graph.ops import arguments, fetch, op_name, set_argument
+from ..graph.program import Program, TrainableModule, rebuild
+from ..graph.verify.evaluate import Evaluator, double_weights, random_inputs, relative_error
+from .base import Context, Pass, PassResult
+from .batches import Batch, Feed, generators
+from .blocks import Block, find_blocks
+from .distill import Distill, soft_kl
+from .fuse import Fuse
+from .relax import FOLDER, SWITCHES, relax, require, set_switches, settle
+from .training import (
+    SCHEDULES,
+    Callback,
+    accelerator,
+    bar,
+    evaluate,
+    fingerprint,
+    fit,
+    logits_of,
+    placed,
+    task_loss,
+    total_steps,
+)  # fmt: skip
+
+Bits = tuple[bool, ...]  # by prunable block: whether it is pruned
+
+
+@dataclass(frozen=True)
+class PruneDepth(Pass):
+    """Prune whole blocks: their activations and normalisations fade while the network trains, then they are merged.
+
+    The four stages are those of UPDP (arXiv 2401.06426). `supernet` trains all choices of blocks in one network, `search`
+    looks for the blocks that are missed least, `progressive` trains the network without them, `merge` turns what is left
+    of them into single layers. Which blocks there are, and what becomes of each, is found in the graph (`passes.blocks`,
+    `passes.relax`, ours).
+
+    blocks: how many to prune; or macs: what may remain, as a share of the dense program (at most 1) or a number; or names:
+    which ones, then neither supernet nor search. select: "search" or "random". supernet_steps: 0 searches with the
+    weights as they are. Each step of the supernet runs the dense path, two random choices and all blocks pruned, the dense
+    path teaching the others (sandwich rule, Yu and Huang, arXiv 1903.05134). population, generations: of the evolutionary
+    search; the fitness of a choice is the metric on up to `score_batches` batches of the context's val, or else data,
+    after its batch statistics were taken anew from `calibrate` batches. progress: how `l` falls from 1 to 0 over the first
+    `share` of training, "linear", "cosine" or "at once". tail: see `relax`. train: options of training, which is
+    `Distill`'s; the teacher is the context's, or the program itself.
+
+    Every stage keeps its result in the context's `out`, so that an interrupted run goes on; each is a method and can be
+    called by itself. Several processes share the batches of a candidate's score as they do in `evaluate`.
+
+    Raises BadInput for blocks that are not there, Unreachable for a target that all of them together miss. Refused, with
+    the reason in the record: blocks that are no linear map even without their activations, or that cost more merged.
+    """
+
+    blocks: int | None = None
+    macs: float | None = None
+    names: tuple[str, ...] = ()
+    select: Literal["search", "random"] = "search"
+    supernet_steps: int = 200
+    population: int = 16
+    generations: int = 4
+    score_batches: int = 8
+    calibrate: int = 4
+    progress: Literal["linear", "cosine", "at once"] = "linear"
+    share: float = 0.5
+    tail: bool = True
+    merged: bool = True
+    train: Distill | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", (self.names,) if isinstance(self.names, str) else tuple(self.names))
+        given = [k for k in ("blocks", "macs", "names") if getattr(self, k) not in (None, ())]
+        if len(given) != 1:
+            raise BadInput(
+                "PruneDepth: give one of blocks, macs and names" + (f", not {' and '.join(given)}" * bool(given))
+            )
+        self._require("blocks", self.blocks is None or self.blocks >= 1, "at least 1")
+        self._require("macs", self.macs is None or self.macs > 0, "what may remain, a share or a number above 0")
+        self._require("select", self.select in ("search", "random"), '"search" or "random"')
+        self._require("progress", self.progress in ("linear", "cosine", "at once"), '"linear", "cosine" or "at once"')
+        self._require("share", 0 < self.share <= 1, "a share of the training steps, above 0 to 1")
+        for key in ("supernet_steps", "generations"):
+            self._require(key, getattr(self, key) >= 0, "at least 0")
+        for key in ("population", "score_batches", "calibrate"):
+            self._require(key, getattr(self, key) >= 1, "at least 1")
+
+    def _require(self, name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise BadInput(f"PruneDepth.{name}: {what}, not {getattr(self, name)!r}")
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        context = dataclasses.replace(context, teacher=context.teacher or program)
+        found = find_blocks(program)
+        record: dict[str, Any] = {"refused": [{"what": b.name, "why": b.why} for b in found if b.why is not None]}
+        chosen, record["search"] = self.choose(program, found, context)
+        relaxed, record["train"] = self.progressive(program, chosen, context)
+        result, record["merge"] = self.merge(program, chosen, relaxed, context)
+        record["changed"] = [
+            {"what": b.name, "kind": b.kind, "form": "left out" if b.dropped else "merged", "saves_macs": b.saves}
+            for b in chosen
+        ]
+        return PassResult(result, record)
+
+    def plan(self, program: Program) -> list[dict[str, Any]]:
+        """Every block with its cost, what pruning it would save, or why it cannot be pruned; JSON-able."""
+        return [dataclasses.asdict(b) for b in find_blocks(program)]
+
+    # ----------------------------------------------------------------------------------------------------- what to prune
+    def choose(self, program: Program, found: Sequence[Block], context: Context) -> tuple[list[Block], dict[str, Any]]:
+        """The blocks to prune, by the first two stages, and their record."""
+        if self.names:
+            return require(found, self.names), {}
+        prunable = [b for b in found if b.prunable]
+        budget = _Budget(self, program, prunable)
+        if self.select == "random":
+            bits = budget.draw(random.Random(context.seed))
+            return [b for b, bit in zip(prunable, bits, strict=True) if bit], {}
+        supernet, record = self.supernet(program, prunable, context, budget.draw)
+        bits, searched = self.search(supernet, budget, context)
+        return [b for b, bit in zip(prunable, bits, strict=True) if bit], {"supernet": record, **searched}
+
+    def supernet(
+        self, program: Program, blocks: Sequence[Block], context: Context, draw: Callable[[random.Random], Bits]
+    ) -> tuple[Program, dict[str, Any]]:
+        """Stage 1: the relaxed program of all blocks, trained so that every choice of them works, and the record."""
+        _start_over(context)
+        supernet = relax(program, blocks, tail=self.tail)
+        if not self.supernet_steps:
+            return supernet, {}
+        options = dataclasses.replace(self._training(), steps=self.supernet_steps)
+        kept = _Kept(context.out, "supernet", program, self, context.seed)
+        if state := kept.tensors():
+            supernet.module().load_state_dict(state)
+            return supernet, {"resumed": True}
+        objective = _Sandwich(supernet.module(), len(blocks), draw, options.temperature, context.loss)
+        record = fit(supernet, objective, options, context, "PruneDepth.supernet", identity=[self.tail])
+        kept.keep_tensors(supernet.module().state_dict())
+        return supernet, record
+
+    def search(self, supernet: Program, budget: _Budget, context: Context) -> tuple[Bits, dict[str, Any]]:
+        """Stage 2: the choice of blocks with the best score, and the record of the search (ours).
+
+        The first generation holds what single blocks cost alone, added up, and random choices; the next ones are crossed
+        and mutated from the better half.
+        """
+        if context.data is None:
+            raise BadInput("PruneDepth: the search needs data; pass data=, or name the blocks")
+        _start_over(context)
+        kept = _Kept(context.out, "search", supernet, self, context.seed)
+        scores: dict[str, float] = kept.values()
+        judge = _Judge(supernet, context, self.calibrate, self.score_batches)
+        total = len(budget.blocks) + self.population * (self.generations + 1)
+        with bar(context.progress, "search", total) as update:
+
+            def score(bits: Bits) -> float:
+                key = "".join("01"[b] for b in bits)
+                if key not in scores:
+                    scores[key] = judge(bits)
+                    kept.keep_values(scores)
+                update(len(scores), "")
+                return scores[key]
+
+            count = len(budget.blocks)
+            alone = [score(tuple(i == j for j in range(count))) for i in range(count)]
+            generator = random.Random(context.seed)
+            members = [budget.greedy(alone)]
+            while len(members) < self.population:
+                members.append(budget.draw(generator))
+            for _ in range(self.generations):
+                ranked = sorted(set(members), key=score, reverse=True)
+                parents = ranked[: max(2, self.population // 2)]
+                members = parents + [
+                    budget.child(generator.choice(parents), generator.choice(parents), generator)
+                    for _ in range(self.population - len(parents))
+                ]
+            best = max(dict.fromkeys(members), key=score)
+        return best, {"score": score(best), "evaluated": len(scores), "alone": alone}
+
+    # ------------------------------------------------------------------------------------------------- training, merging
+    def progressive(
+        self, program: Program, blocks: Sequence[Block], context: Context
+    ) -> tuple[Program, dict[str, Any]]:
+        """Stage 3: the relaxed program of the chosen blocks, trained to `l = 0`, and the record of training."""
+        _start_over(context)
+        relaxed = relax(program, blocks, tail=self.tail)
+        options = self._training()
+        kept = _Kept(context.out, "progressive", program, self, context.seed, [b.name for b in blocks])
+        if state := kept.tensors():
+            relaxed.module().load_state_dict(state)
+            return relaxed, {"resumed": True}
+        if context.data is None:
+            raise BadInput("PruneDepth: needs data to train on; pass data=")
+        _Calibrator(relaxed, context, self.calibrate)(only=f"{FOLDER}.")
+        fading = _Fading(
+            len(blocks), self.progress, max(1, round(self.share * total_steps(options, context.data, "train")))
+        )
+        record = options.train(relaxed, dataclasses.replace(context, teacher=context.teacher or program), [fading])
+        set_switches(relaxed.module(), [0.0] * len(blocks))
+        kept.keep_tensors(relaxed.module().state_dict())
+        return relaxed, record
+
+    def merge(
+        self, program: Program, blocks: Sequence[Block], relaxed: Program, context: Context
+    ) -> tuple[Program, dict[str, Any]]:
+        """Stage 4: the pruned program, merged; `error` compares it with the trained one at `l = 0` in float64."""
+        settled = settle(program, blocks, relaxed, self.tail)
+        result = Fuse()(settled, seed=context.seed) if self.merged else None
+        inputs = random_inputs(program, torch.Generator().manual_seed(context.seed))
+        expected = Evaluator(relaxed, double_weights(relaxed)).run(inputs)
+        error = relative_error(Evaluator(settled, double_weights(settled)).run(inputs), expected)
+        if result is None:
+            return settled, {"error": error}
+        keys = ("changed", "refused", "gated")
+        return result.program, {"error": max(error, result.record["error"]), **{k: result.record[k] for k in keys}}
+
+    def _training(self) -> Distill:
+        return self.train or Distill()
+
+
+def _start_over(context: Context) -> None:
+    """Let the data's own random generators start from the seed, so that a stage sees the same order whether the stages
+    before it ran or were taken up."""
+    for generator in generators(context.data or ()):
+        generator.manual_seed(context.seed)
+
+
+# -------------------------------------------------------------------------------------------------------------- choices
+class _Budget:
+    """Choices of blocks that meet the target."""
+
+    def __init__(self, options: PruneDepth, program: Program, blocks: Sequence[Block]):
+        self.blocks, self.count, self.needed = list(blocks), options.blocks, 0.0
+        if options.blocks is not None and options.blocks > len(blocks):
+            raise Unreachable(
+                f"PruneDepth.blocks: {options.blocks} of {len(blocks)} prunable blocks; `graphcomb plan` lists them"
+            )
+        if options.macs is not None:
+            dense = program.macs
+            goal = options.macs * dense if options.macs <= 1 else options.macs
+            self.needed = dense - goal
+            most = sum(b.saves or 0 for b in blocks)
+            if most < self.needed:
+                raise Unreachable(
+                    f"PruneDepth.macs: {goal:,.0f} of {dense:,} cannot be reached; {dense - most:,} can, with all "
+                    f"{len(blocks)} prunable blocks"
+                )
+
+    def complete(self, order: Iterable[int]) -> Bits:
+        """The first blocks of an order that meet the target; none that it could do without."""
+        taken: list[int] = []
+        for i in order:
+            if self.count is None and sum(self.blocks[j].saves or 0 for j in taken) >= self.needed:
+                break
+            if len(taken) == self.count:
+                break
+            taken.append(i)
+        for i in list(taken):
+            rest = sum(self.blocks[j].saves or 0 for j in taken if j != i)
+            if self.count is None and rest >= self.needed:
+                taken.remove(i)
+        return tuple(i in taken for i in range(len(self.blocks)))
+
+    def draw(self, generator: random.Random) -> Bits:
+        """A random choice."""
+        return self.complete(generator.sample(range(len(self.blocks)), len(self.blocks)))
+
+    def greedy(self, alone: Sequence[float]) -> Bits:
+        """The choice whose blocks score best alone: the best one if what they cost adds up."""
+        return self.complete(sorted(range(len(self.blocks)), key=lambda i: -alone[i]))
+
+    def child(self, one: Bits, two: Bits, generator: random.Random) -> Bits:
+        """What both parents prune, then what one of them does, then others, now and then something new first."""
+        order = generator.sample(range(len(self.blocks)), len(self.blocks))
+        new = order[0] if generator.random() < 0.5 else None
+        return self.complete(sorted(order, key=lambda i: (i != new, -(one[i] + two[i]))))
+
+
+class _Calibrator:
+    """Takes the batch statistics of a program anew from a few batches, dropout off."""
+
+    def __init__(self, program: Program, context: Context, count: int):
+        self.program = program
+        self.batches = list(islice(Feed(program).batches(context.data or ()), count))
+        self.module = rebuild(program.module(), lambda name, value: value).eval()
+        self.norms = [
+            n
+            for n in self.module.graph.nodes
+            if op_name(n) == "batch_norm" and arguments(n)["running_mean"] is not None
+        ]
+        for node in self.norms:
+            set_argument(node, "training", True)
+            set_argument(node, "momentum", 1.0)  # leaves the statistics of the batch behind
+
+    @torch.no_grad()
+    def __call__(self, only: str = "") -> None:
+        """only: of normalisations whose names start so; the others keep their statistics."""
+        module, live = self.module, self.program.module()
+        keys = {str(arguments(n)[k].target) for n in self.norms for k in ("running_mean", "running_var")}
+        if SWITCHES in dict(live.named_buffers()):
+            set_switches(module, fetch(live, SWITCHES).tolist())
+        before = {k: fetch(module, k).clone() for k in keys}
+        sums = {k: torch.zeros_like(v) for k, v in before.items()}
+        device = accelerator().device
+        with placed(module, device):
+            for batch in self.batches:
+                args, kwargs = send_to_device((batch.args, batch.kwargs), device)
+                module(*args, **kwargs)
+                for k in keys:
+                    sums[k] += fetch(module, k).to(sums[k].device)
+        for k in keys:
+            new = sums[k] / max(len(self.batches), 1) if k.startswith(only) and self.batches else before[k]
+            fetch(live, k).copy_(new)
+
+
+class _Judge:
+    """Scores choices of blocks in the supernet."""
+
+    def __init__(self, supernet: Program, context: Context, calibrate: int, count: int):
+        self.supernet, self.metric = supernet, context.metric
+        self.calibrator = _Calibrator(supernet, context, calibrate)
+        self.field = "data" if context.val is None else "val"
+        self.batches = list(islice(context.data or () if context.val is None else context.val, count))
+
+    def __call__(self, bits: Bits) -> float:
+        set_switches(self.supernet.module(), [1.0 - b for b in bits])
+        self.calibrator()
+        return evaluate(self.supernet, self.batches, self.metric, field=self.field)
+
+
+class _Sandwich:
+    """Loss of a supernet's step: of the dense path on the labels, and of two random choices and all blocks pruned against
+    what the dense path says."""
+
+    def __init__(
+        self,
+        module: TrainableModule,
+        count: int,
+        draw: Callable[[random.Random], Bits],
+        temperature: float,
+        loss: Callable[..., Any] | None,
+    ):
+        self.module, self.count, self.draw, self.temperature, self.loss = module, count, draw, temperature, loss
+
+    def __call__(self, raw: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        taught = logits_of(raw).detach()
+        parts = {} if batch.labels is None else {"task": task_loss(self.loss, raw, batch.labels)}
+        generator = random.Random(int(torch.randint(2**31, ())))
+        choices = [self.draw(generator), self.draw(generator), (True,) * self.count]
+        losses = []
+        for bits in choices:
+            set_switches(self.module, [1.0 - b for b in bits])
+            losses.append(soft_kl(logits_of(self.module(*batch.args, **batch.kwargs)), taught, self.temperature))
+        set_switches(self.module, [1.0] * self.count)
+        parts["kl"] = torch.stack(losses).mean()
+        return torch.stack(list(parts.values())).sum(), parts
+
+
+class _Fading(Callback):
+    """Moves `l` of all blocks from 1 to 0 within a number of steps."""
+
+    def __init__(self, count: int, how: str, steps: int):
+        self.count, self.how, self.steps = count, how, steps
+        self.identity = ("fading", count, how, steps)
+
+    def begin(self, module: TrainableModule) -> None:
+        set_switches(module, [0.0 if self.how == "at once" else 1.0] * self.count)
+
+    def after_step(self, step: int, module: TrainableModule) -> None:
+        if self.how != "at once":
+            left = SCHEDULES[self.how](min(1.0, (step + 1) / self.steps))
+            set_switches(module, [left] * self.count)
+
+
+class _Kept:
+    """The result of a stage in a folder, under a name that stands for everything it depends on."""
+
+    def __init__(self, folder: Path | None, stage: str, program: Program, options: PruneDepth, seed: int, *more: Any):
+        self.path: Path | None = None
+        if folder is not None:
+            train = repr(options.train)
+            fields = [getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "train"]
+            self.path = Path(folder) / f"{stage}-{fingerprint(program.module(), fields, train, seed, more)}"
+
+    def tensors(self) -> dict[str, torch.Tensor] | None:
+        if self.path is None or not self.path.exists():
+            return None
+        return torch.load(self.path, map_location="cpu", weights_only=True)
+
+    def keep_tensors(self, state: dict[str, torch.Tensor]) -> None:
+        self._write(lambda part: torch.save(state, part))
+
+    def values(self) -> dict[str, float]:
+        if self.path is None or not self.path.exists():
+            return {}
+        return json.loads(self.path.read_text())
+
+    def keep_values(self, values: dict[str, float]) -> None:
+        self._write(lambda part: part.write_text(json.dumps(values)))
+
+    def _write(self, write: Callable[[Path], Any]) -> None:
+        if self.path is None or not accelerator().is_main_process:
+            return
+        part = self.path.with_name(f".{self.path.name}.part")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        os.replace(part, self.path)

@@ -1,0 +1,344 @@
+"""Relaxation: a block between its dense and its pruned form, with a parameter that says how far.
+
+UPDP (arXiv 2401.06426) never takes an activation away at once, which corrupts the weights, but in small steps. Here every
+block to prune is rewritten so that one entry `l` of a buffer of the program mixes both forms: 1 is exactly the dense
+block, 0 exactly one that merges. The graph is the same all the time, so training needs no new capture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph.errors import BadInput
+from ..graph.ops import arguments, fetch, op_name, set_argument, shape
+from ..graph.program import Program, TrainableModule, like, place_tensor, rebuild
+from .blocks import ACTIVATIONS, NORMS, Block, single_path
+from .fuse import CONVS, MAPS, Regions
+
+aten = torch.ops.aten
+FOLDER = "relaxed"
+SWITCHES = f"{FOLDER}.l"
+MOMENTUM, EPS = 0.1, 1e-5
+
+
+def obstacle(program: Program, block: Block) -> str | None:
+    """Why a block has no mergeable form, or None."""
+    nodes = {n.name: n for n in program.graph.nodes}
+    regions = Regions(program.graph_module)
+    for name in block.nodes:
+        node, op = nodes[name], op_name(nodes[name])
+        if op in ("scaled_dot_product_attention", "softmax", "_softmax"):
+            return f"{name} ({op}) is not linear; attention can only be left out as a whole"
+        if op in ACTIVATIONS or op in ("permute", "transpose") or (op == "add" and regions.addends(node)):
+            continue
+        if op in NORMS:
+            if _channels(node) is None:
+                return f"{name} ({op}) does not normalise over channels alone"
+            continue
+        if op in MAPS or op == "batch_norm":
+            if why := regions.problem(node):
+                return f"{name}: {why}"
+            continue
+        if regions.step(node) is None:
+            return f"{name} ({op}) is no affine map, and no activation or normalisation that becomes one"
+    for path in _branches(nodes, block):
+        if path is None:
+            if any(_pads(nodes[n]) for n in block.nodes):
+                return "its padded layers lie on paths that fork"
+            continue
+        spatial = [n for n in path if op_name(n) in CONVS and max(shape(arguments(n)["weight"])[2:]) > 1]
+        for node in spatial:
+            if node is not spatial[0] and not _centred(node):
+                return f"{node.name}: its kernel has no centre that a layer of one tap could keep"
+        if spatial and _pads(spatial[0]):
+            before = path[: path.index(spatial[0])]
+            if isinstance(arguments(spatial[0])["padding"], str):
+                return f"{spatial[0].name}: its padding is given as a word, not as sizes"
+            if any(op_name(n) == "group_norm" for n in before):
+                return f"{spatial[0].name}: its padding cannot move before a group_norm, which would average over it"
+    return None
+
+
+def relax(program: Program, blocks: Sequence[Block], settled: bool = False, tail: bool = True) -> Program:
+    """The program with every block rewritten so that `l` (a buffer `relaxed.l`, one entry a block, ones) mixes its dense
+    and its pruned form; with `settled` the pruned forms alone, under the same names of weights.
+
+    - An activation inside becomes `l act(x) + (1 - l) x`.
+    - A LayerNorm or GroupNorm becomes `l LN(x) + (1 - l) BN(x)`; the BatchNorm starts with the norm's scale and shift.
+    - Of several convolutions with a spatial kernel the first keeps it, of the others only the centre tap stays: the rest
+      of the kernel is multiplied by `l` (ours: two 3x3 merged are a 5x5, which costs more than both).
+    - Zero padding in front of that first one moves to the head of the branch: at `l` its ring of the padded value is
+      `(1 - l)` of what the layers before make of the padding, so that at 1 it is zero, as in the dense block.
+    - A block that no activation follows gets a tail, `l y + (1 - l) act(BN(y))`, with its own activation (`tail`).
+    - An attention block is only left out as a whole: `x + l f(x)`.
+    The mixtures are UPDP's, kernel and ring are ours. In training, batch statistics include the ring at any `l`.
+    """
+    copied = program.copy()
+    relaxer = _Relaxer(copied.graph_module, settled, tail)
+    if blocks and not settled:
+        relaxer.add_switches(len(blocks))
+    paths = [[] if b.dropped else _branches(relaxer.nodes, b) for b in blocks]  # as they are before any rewrite
+    for index, (block, own) in enumerate(zip(blocks, paths, strict=True)):
+        relaxer.block(index, block, own)
+    module = copied.module()
+    module.graph.eliminate_dead_code(_stays)
+    module.recompile()
+    return copied.derive(rebuild(module, lambda name, value: value))
+
+
+def _stays(node: fx.Node) -> bool:
+    """Whether a node counts although nothing uses it; a random one, such as attention with dropout, does not."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
+
+
+def set_switches(module: TrainableModule, values: Sequence[float]) -> None:
+    """Set `l` of every block; out of place, so that a graph built before can still be differentiated."""
+    place_tensor(module, SWITCHES, torch.as_tensor(values, dtype=torch.float32, device=_switches(module).device))
+
+
+def _switches(module: TrainableModule) -> torch.Tensor:
+    return fetch(module, SWITCHES)
+
+
+def settle(program: Program, blocks: Sequence[Block], relaxed: Program, tail: bool = True) -> Program:
+    """The pruned forms alone, with the weights of the relaxed program after training."""
+    result = relax(program, blocks, settled=True, tail=tail)
+    trained, module = relaxed.module().state_dict(), result.module()
+    for name, tensor in list(module.state_dict().items()):
+        value = trained[name]
+        if value.shape != tensor.shape:
+            value = _centre(value)
+        place_tensor(module, name, like(fetch(module, name), value.detach().clone().to(tensor.dtype)))
+    return result
+
+
+class _Relaxer:
+    """Rewrites the graph of one module in place."""
+
+    def __init__(self, module: TrainableModule, settled: bool, tail: bool):
+        self.module, self.graph, self.settled, self.tail = module, module.graph, settled, tail
+        self.nodes = {n.name: n for n in self.graph.nodes}
+        self.switches: fx.Node | None = None
+
+    def add_switches(self, count: int) -> None:
+        place_tensor(self.module, SWITCHES, torch.ones(count))
+        first = next(n for n in self.graph.nodes if n.op == "call_function")
+        with self.graph.inserting_before(first):
+            self.switches = self._attribute(SWITCHES)
+
+    def block(self, index: int, block: Block, paths: list[list[fx.Node] | None]) -> None:
+        self.label, self.norms, self.kernels = block.name, 0, 0
+        self.folder = f"{FOLDER}.{index}"
+        exit_ = self.nodes[block.exit]
+        for name in block.nodes:
+            self.nodes[name].meta["block"] = block.name
+        if not self.settled:
+            with self.graph.inserting_before(self.nodes[block.nodes[0]]):
+                self.l = self._call(aten.select.int, self.switches, 0, index)
+                self.rest = self._call(aten.rsub.Scalar, self.l, 1)
+        if block.dropped:
+            self._drop(block, exit_)
+            return
+        act = next((self.nodes[n] for n in reversed(block.nodes) if op_name(self.nodes[n]) in ACTIVATIONS), None)
+        for path in paths:
+            if path is not None:
+                self._kernels(path)
+        for name in block.nodes:
+            node = self.nodes[name]
+            if op_name(node) in ACTIVATIONS:
+                self._replace(node, lambda node=node: node.args[0])
+            elif op_name(node) in NORMS:
+                self._replace(node, lambda node=node: self._batch_norm(node.args[0], _channels(node), node))
+        if self.tail and not block.tailed and act is not None:
+            self._replace(exit_, lambda: self._tail(exit_, act))
+
+    def _drop(self, block: Block, exit_: fx.Node) -> None:
+        """Leave the branch of a residual addition out; its other operand is the block's entry, relaxed or not."""
+        a = arguments(exit_)
+        branch, entry = ("self", "other") if a["self"].name in block.nodes else ("other", "self")
+        if self.settled:
+            exit_.replace_all_uses_with(a[entry])
+            return
+        with self.graph.inserting_before(exit_):
+            set_argument(exit_, branch, self._call(aten.mul.Tensor, a[branch], self.l))
+
+    def _replace(self, node: fx.Node, pruned: Any) -> None:
+        """Mix a node's value with its pruned form."""
+        users = list(node.users)
+        with self.graph.inserting_before(node.next):
+            other = pruned()
+            if self.settled:
+                mixed = other
+            else:
+                dense = self._call(aten.mul.Tensor, node, self.l)
+                mixed = self._call(aten.add.Tensor, dense, self._call(aten.mul.Tensor, other, self.rest))
+        for user in users:
+            if user is not mixed:
+                user.replace_input_with(node, mixed)
+
+    def _tail(self, value: fx.Node, act: fx.Node) -> fx.Node:
+        normed = self._batch_norm(value, 1 if _is_image(self.graph, value, act) else len(shape(value)) - 1, None)
+        return self._call(act.target, normed, *act.args[1:], **act.kwargs)
+
+    def _batch_norm(self, value: Any, axis: Any, norm: fx.Node | None) -> fx.Node:
+        """Batch normalisation over an axis, with the scale and shift of the norm it stands for."""
+        size = shape(value)[axis]
+        a = arguments(norm) if norm is not None else {}
+        given = {k: fetch(self.module, str(a[k].target)) if a.get(k) is not None else None for k in ("weight", "bias")}
+        prefix = f"{self.folder}.norm{self.norms}"
+        self.norms += 1
+        some = next(p for p in self.module.parameters() if p.is_floating_point())
+        make = {"weight": torch.ones, "bias": torch.zeros, "running_mean": torch.zeros, "running_var": torch.ones}
+        stored = []
+        for key, fill in make.items():
+            own = given.get(key)
+            tensor = fill(size, dtype=some.dtype, device=some.device) if own is None else own.detach().clone()
+            place_tensor(self.module, f"{prefix}.{key}", torch.nn.Parameter(tensor) if key in given else tensor)
+            stored.append(self._attribute(f"{prefix}.{key}"))
+        moved = value if axis == 1 else self._call(aten.transpose.int, value, 1, axis)
+        eps = float(a.get("eps", EPS)) if norm is not None else EPS
+        normed = self._call(aten.batch_norm.default, moved, *stored, False, MOMENTUM, eps, False)
+        return normed if axis == 1 else self._call(aten.transpose.int, normed, 1, axis)
+
+    # ---------------------------------------------------------------------------------------------------------- kernels
+    def _kernels(self, path: list[fx.Node]) -> None:
+        spatial = [n for n in path if op_name(n) in CONVS and max(shape(arguments(n)["weight"])[2:]) > 1]
+        for node in spatial[1:]:
+            self._shrink(node)
+        if spatial and _pads(spatial[0]) and _shifts(path[: path.index(spatial[0])]):
+            self._pad_first(path, spatial[0])
+
+    def _shrink(self, node: fx.Node) -> None:
+        """All taps but the one at the centre fade."""
+        a = arguments(node)
+        stored, extent = a["weight"], shape(a["weight"])[2:]
+        if self.settled:
+            name = str(stored.target)
+            weight = fetch(self.module, name)
+            place_tensor(self.module, name, like(weight, _centre(weight.detach()).clone()))
+            stored.meta["val"] = stored.meta["val"].new_empty(_centre(weight).shape)
+            set_argument(node, "padding", [0] * len(extent))
+            return
+        mask = torch.zeros(1, 1, *extent)
+        mask[(0, 0, *(k // 2 for k in extent))] = 1
+        for key, value in (("centre", mask), ("ring", 1 - mask)):
+            place_tensor(self.module, f"{self.folder}.{key}{self.kernels}", value.to(stored.meta["val"].dtype))
+        with self.graph.inserting_before(node):
+            centre, ring = (self._attribute(f"{self.folder}.{key}{self.kernels}") for key in ("centre", "ring"))
+            factor = self._call(aten.add.Tensor, centre, self._call(aten.mul.Tensor, ring, self.l))
+            set_argument(node, "weight", self._call(aten.mul.Tensor, stored, factor))
+        self.kernels += 1
+
+    def _pad_first(self, path: list[fx.Node], conv: fx.Node) -> None:
+        """Move the padding of a convolution to the head of its branch."""
+        dims = len(shape(conv)) - 2
+        padding = _per_dim(arguments(conv)["padding"], dims)
+        before = path[: path.index(conv)]
+        strides = [_per_dim(arguments(n)["stride"], dims) for n in before if op_name(n) in CONVS]
+        head = [p * math.prod(s[d] for s in strides) for d, p in enumerate(padding)]
+        entry = next(iter(arguments(path[0]).values()))
+        with self.graph.inserting_before(path[0]):
+            padded = self._call(aten.constant_pad_nd.default, entry, _both_sides(head))
+        path[0].replace_input_with(entry, padded)
+        if not self.settled:
+            source = arguments(conv)["input"]
+            with self.graph.inserting_before(conv):
+                inner = self._call(aten.constant_pad_nd.default, source, _both_sides([-p for p in padding]))
+                zeros = self._call(aten.constant_pad_nd.default, inner, _both_sides(padding))
+                dense = self._call(aten.mul.Tensor, zeros, self.l)
+                mixed = self._call(aten.add.Tensor, dense, self._call(aten.mul.Tensor, source, self.rest))
+            conv.replace_input_with(source, mixed)
+        set_argument(conv, "padding", [0] * dims)
+
+    # ------------------------------------------------------------------------------------------------------------ nodes
+    def _attribute(self, name: str) -> fx.Node:
+        node = self.graph.get_attr(name)
+        fake = next(n.meta["val"] for n in self.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)).fake_mode
+        node.meta["val"] = fake.from_tensor(fetch(self.module, name), static_shapes=True)
+        return node
+
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node; shapes of the values around it are computed when all is done."""
+        node = self.graph.call_function(target, args, kwargs)
+        first = next(a for a in args if isinstance(a, fx.Node))
+        node.meta = {"val": first.meta["val"], "block": getattr(self, "label", None)}
+        return node
+
+
+def _branches(nodes: dict[str, fx.Node], block: Block) -> list[list[fx.Node] | None]:
+    """The paths that a residual addition adds, or the one of a chain; None for one that forks."""
+    exit_ = nodes[block.exit]
+    if block.kind == "chain":
+        return [single_path(block, exit_)]
+    terms = [t for t in (arguments(exit_)["self"], arguments(exit_)["other"]) if t.name != block.entry]
+    return [single_path(block, t) for t in terms]
+
+
+def _channels(norm: fx.Node) -> int | None:
+    """The axis of the channels that a LayerNorm or GroupNorm scales; None where it normalises something else."""
+    if op_name(norm) == "group_norm":
+        return 1
+    axes = arguments(norm)["normalized_shape"]
+    return len(shape(norm)) - 1 if len(axes) == 1 and len(shape(norm)) > 1 else None
+
+
+def _is_image(graph: fx.Graph, value: fx.Node, act: fx.Node) -> bool:
+    """Whether the channels of a value are at axis 1, as around convolutions, or last, as around linear layers."""
+    layers = [u for u in graph.nodes if op_name(u) in CONVS and len(shape(u)) == len(shape(value))]
+    rank = len(shape(value))
+    return rank == 2 or (bool(layers) and rank > 3 and any(shape(n)[1] == shape(value)[1] for n in layers))
+
+
+def _pads(node: fx.Node) -> bool:
+    if op_name(node) not in CONVS:
+        return False
+    padding = arguments(node)["padding"]
+    return padding == "same" or (not isinstance(padding, str) and any(padding))
+
+
+def _shifts(nodes: Sequence[fx.Node]) -> bool:
+    """Whether zeros do not stay zeros: the nodes before a padded convolution that may not be merged with it as it is."""
+    return any(
+        op_name(n) in (*NORMS, "batch_norm") or (op_name(n) in MAPS and arguments(n)["bias"] is not None) for n in nodes
+    )
+
+
+def _centred(node: fx.Node) -> bool:
+    """Whether the middle tap lies at the output's own position."""
+    a = arguments(node)
+    extent = shape(a["weight"])[2:]
+    if isinstance(a["padding"], str):
+        return a["padding"] == "same" and all(k % 2 for k in extent)
+    dims = len(extent)
+    sides = zip(extent, _per_dim(a["padding"], dims), _per_dim(a["dilation"], dims), strict=True)
+    return all(k % 2 and p == d * (k // 2) for k, p, d in sides)
+
+
+def _centre(weight: torch.Tensor) -> torch.Tensor:
+    return weight[(..., *(slice(k // 2, k // 2 + 1) for k in weight.shape[2:]))]
+
+
+def _per_dim(value: Sequence[int], dims: int) -> list[int]:
+    return list(value) * dims if len(value) == 1 else list(value)
+
+
+def _both_sides(padding: Sequence[int]) -> list[int]:
+    """As an argument of `pad`: last dimension first, both sides."""
+    return [p for each in reversed(padding) for p in (each, each)]
+
+
+def require(blocks: Sequence[Block], names: Sequence[str]) -> list[Block]:
+    """The blocks of these names. Raises BadInput for one that is not there or cannot be pruned."""
+    known = {b.name: b for b in blocks}
+    for name in names:
+        if name not in known:
+            raise BadInput(f"PruneDepth.names: no block {name!r}; there are {', '.join(known) or 'none'}")
+        if known[name].why is not None:
+            raise BadInput(f"PruneDepth.names: {name} cannot be pruned: {known[name].why}")
+    return [known[name] for name in names]

@@ -1,0 +1,239 @@
+"""Depth pruning: its four stages, together, alone and interrupted."""
+
+import dataclasses
+
+import pytest
+import torch
+from depth_networks import NETWORKS, Add, captured, conv, inverted, mlp
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import graphcomb.graph as g
+from graphcomb import Pipeline
+from graphcomb.graph.errors import BadInput, Unreachable
+from graphcomb.graph.verify.evaluate import relative_error
+from graphcomb.passes import Context, Distill, Fuse, PruneDepth, RemoveChannels
+from graphcomb.passes import prune_depth as module
+from graphcomb.passes.blocks import find_blocks
+from graphcomb.passes.relax import SWITCHES
+
+
+def digits(part, batch=32):
+    data = load_digits()
+    images, labels = torch.tensor(data.images[part], dtype=torch.float32)[:, None] / 16, torch.tensor(data.target[part])
+    shuffle = torch.Generator().manual_seed(0)
+    return DataLoader(TensorDataset(images, labels), batch, shuffle=part.start is None, generator=shuffle)
+
+
+class Digits(nn.Module):
+    """Residual and inverted blocks, one of them useless, and an MLP half."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            conv(1, 8), inverted(8, 8), Add(nn.Sequential(conv(8, 8), conv(8, 8, act=False)), act=True)
+        )
+        self.useless = Add(nn.Sequential(conv(8, 8), conv(8, 8, act=False)))
+        self.useless.body[1][1].weight.data.zero_()
+        self.mlp, self.head = mlp(8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.head(self.mlp(self.useless(self.body(x)).mean((2, 3))))
+
+
+@pytest.fixture(scope="module")
+def program():
+    torch.manual_seed(0)
+    dense = g.capture(Digits().eval(), torch.randn(2, 1, 8, 8), dynamic_shapes="batch")
+    return Distill(steps=120, lr=3e-3)(dense, data=digits(slice(None, 1200))).program
+
+
+QUICK = {"supernet_steps": 6, "population": 4, "generations": 1, "train": Distill(steps=40, lr=2e-3)}
+
+
+@pytest.mark.parametrize(
+    "options", [{"progress": "linear"}, {"progress": "cosine", "share": 0.6}, {"progress": "at once"}]
+)
+def test_chosen_blocks_fade_and_merge_exactly(program, options):
+    names = [b.name for b in find_blocks(program)][:2]
+    before = {k: v.clone() for k, v in program.module().state_dict().items()}
+    result = PruneDepth(names=tuple(names), **{**QUICK, **options})(
+        program, data=digits(slice(None, 1200)), val=digits(slice(1200, None))
+    )
+    assert [c["what"] for c in result.record["changed"]] == names
+    assert result.record["merge"]["error"] <= 1e-10
+    assert result.record["train"]["val_teacher"] > 0.7
+    assert not [n for n in result.program.module().state_dict() if n == SWITCHES]
+    saved = sum(c["saves_macs"] for c in result.record["changed"])
+    assert result.program.macs == program.macs - saved
+    assert all(torch.equal(program.module().state_dict()[k], v) for k, v in before.items())
+    accuracy = result.record["train"]["epochs"][-1]["val"]
+    assert accuracy > 0.4
+
+
+def test_the_schedule_moves_l_and_is_part_of_the_checkpoint(program):
+    fading = module._Fading(2, "cosine", 4)
+    relaxed = module.relax(program, find_blocks(program)[:2]).module()
+    fading.begin(relaxed)
+    seen = []
+    for step in range(6):
+        seen.append(relaxed.get_buffer(SWITCHES).tolist())
+        fading.after_step(step, relaxed)
+    assert [round(a, 3) for a, _ in seen] == [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
+    assert fading.identity != module._Fading(2, "linear", 4).identity
+    module._Fading(2, "at once", 4).begin(relaxed)
+    assert relaxed.get_buffer(SWITCHES).tolist() == [0.0, 0.0]
+
+
+def test_the_search_finds_the_block_that_does_nothing(program):
+    options = PruneDepth(blocks=1, **{**QUICK, "supernet_steps": 0})
+    context = Context(data=digits(slice(None, 1200)), val=digits(slice(1200, None)))
+    found = find_blocks(program)
+    chosen, record = options.choose(program, found, context)
+    prunable = [b for b in found if b.prunable]
+    assert record["evaluated"] == len(prunable)
+    best = prunable[record["alone"].index(max(record["alone"]))]
+    assert chosen == [best]
+    assert "useless" in best.name
+
+
+def test_a_supernet_answers_without_its_blocks(program):
+    """The loss of the pruned paths falls, and the dense path stays what it was."""
+    blocks = [b for b in find_blocks(program) if b.prunable]
+    options = PruneDepth(blocks=2, **{**QUICK, "supernet_steps": 60})
+    context = Context(data=digits(slice(None, 1200)), val=digits(slice(1200, None)))
+    budget = module._Budget(options, program, blocks)
+    bits = tuple(i < 2 for i in range(len(blocks)))
+    raw, _ = dataclasses.replace(options, supernet_steps=0).supernet(program, blocks, context, budget.draw)
+    trained, record = options.supernet(program, blocks, context, budget.draw)
+    scores = [module._Judge(p, context, 4, 20)(bits) for p in (raw, trained)]
+    assert scores[1] > scores[0]
+    assert record["steps"] == 60
+    assert module._Judge(trained, context, 4, 20)((False,) * len(blocks)) > 0.6
+
+
+def test_a_budget_of_macs_is_met_by_what_is_needed_and_no_more(program):
+    options = PruneDepth(macs=0.8, select="random", **QUICK)
+    prunable = [b for b in find_blocks(program) if b.prunable]
+    budget = module._Budget(options, program, prunable)
+    generator = module.random.Random(1)
+    for _ in range(20):
+        bits = budget.draw(generator)
+        chosen = [b.saves for b, bit in zip(prunable, bits, strict=True) if bit]
+        assert program.macs - sum(chosen) <= 0.8 * program.macs
+        assert program.macs - sum(chosen) + min(chosen) > 0.8 * program.macs
+        child = budget.child(bits, budget.draw(generator), generator)
+        assert program.macs - sum(b.saves for b, bit in zip(prunable, child, strict=True) if bit) <= 0.8 * program.macs
+    exactly = module._Budget(PruneDepth(blocks=3), program, prunable)
+    assert all(sum(exactly.draw(generator)) == 3 for _ in range(9))
+
+
+class Killed(Exception):
+    pass
+
+
+def dying(data, after):
+    """A loader that stops the process, as it were, after so many batches in all."""
+    left = [after]
+
+    class Loader:
+        generator, batch_size = data.generator, data.batch_size
+
+        def __len__(self):
+            return len(data)
+
+        def __iter__(self):
+            for batch in data:
+                if not left[0]:
+                    raise Killed
+                left[0] -= 1
+                yield batch
+
+    return Loader()
+
+
+@pytest.mark.parametrize("after", [3, 12, 35])
+def test_an_interrupted_run_ends_where_the_uninterrupted_one_does(program, tmp_path, after):
+    options = PruneDepth(blocks=2, **{**QUICK, "train": Distill(steps=30, lr=2e-3, checkpoint_every=5)})
+    whole = options(program, data=digits(slice(None, 1200)), val=digits(slice(1200, 1400)), out=tmp_path / "whole")
+    with pytest.raises(Killed):
+        options(
+            program, data=dying(digits(slice(None, 1200)), after), val=digits(slice(1200, 1400)), out=tmp_path / "cut"
+        )
+    resumed = options(program, data=digits(slice(None, 1200)), val=digits(slice(1200, 1400)), out=tmp_path / "cut")
+    assert resumed.record["changed"] == whole.record["changed"]
+    ours, theirs = resumed.program.module().state_dict(), whole.program.module().state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_one_recipe_with_channels_depth_fusion_and_distillation(program):
+    """Exact at each step: the surgery against the oracle, the merges against the trained relaxed network."""
+    steps = [
+        RemoveChannels(ratio=0.25, round_to=1),
+        Distill(steps=30, lr=2e-3),
+        PruneDepth(blocks=1, **QUICK, merged=False),
+        Fuse(),
+        Distill(steps=20, lr=1e-3),
+    ]
+    result = Pipeline(steps).run(program, data=digits(slice(None, 1200)), val=digits(slice(1200, None)))
+    surgery, _, depth, fuse, _ = result.records
+    assert surgery["verified"]["error"] <= 1e-10
+    assert depth["merge"]["error"] <= 1e-10
+    assert fuse["verified"]["error"] <= 1e-5
+    assert fuse["error"] <= 1e-10
+    assert result.program.macs < 0.8 * program.macs
+    assert result.accuracy_after > 0.6
+
+
+def test_attention_is_left_out_whole():
+    program = captured(NETWORKS["transformer"][0]())
+    names = tuple(b.name for b in find_blocks(program) if b.kind == "attention")
+    data = [(torch.randn(4, 3, 16, 12, dtype=torch.float64), torch.randint(8, (4,))) for _ in range(3)]
+    result = PruneDepth(names=names, train=Distill(epochs=1))(program, data=data)
+    ops = [str(n.target) for n in result.program.graph.nodes]
+    assert not any("attention" in o for o in ops)
+    assert [c["form"] for c in result.record["changed"]] == ["left out", "left out"]
+    assert result.record["merge"]["error"] <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give one of blocks, macs and names"),
+        ({"blocks": 1, "macs": 0.5}, "not blocks and macs"),
+        ({"blocks": 0}, "PruneDepth.blocks: at least 1"),
+        ({"macs": -1.0}, "PruneDepth.macs"),
+        ({"blocks": 1, "share": 0.0}, "PruneDepth.share"),
+        ({"blocks": 1, "progress": "sine"}, "PruneDepth.progress"),
+        ({"blocks": 1, "select": "best"}, "PruneDepth.select"),
+        ({"blocks": 1, "population": 0}, "PruneDepth.population"),
+    ],
+)
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(BadInput, match=message.replace(".", r"\.")):
+        PruneDepth(**options)
+
+
+def test_targets_that_cannot_be_met(program):
+    data = digits(slice(None, 64))
+    with pytest.raises(Unreachable, match="prunable blocks"):
+        PruneDepth(blocks=99)(program, data=data)
+    with pytest.raises(Unreachable, match="cannot be reached"):
+        PruneDepth(macs=0.01)(program, data=data)
+    with pytest.raises(BadInput, match="no block 'nobody'"):
+        PruneDepth(names=("nobody",))(program, data=data)
+    with pytest.raises(BadInput, match="needs data"):
+        PruneDepth(blocks=1, supernet_steps=0)(program)
+
+
+def test_merging_undone_is_the_same_function(program):
+    names = (find_blocks(program)[0].name,)
+    train = Distill(steps=5)
+    fused = PruneDepth(names=names, train=train)(program, data=digits(slice(None, 320))).program
+    plain = PruneDepth(names=names, train=train, merged=False)(program, data=digits(slice(None, 320))).program
+    x = torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        assert relative_error(fused.module()(x), plain.module()(x)) <= 1e-4
+    assert fused.macs < plain.macs
