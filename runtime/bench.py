@@ -34,7 +34,17 @@ from .onnx import export_onnx
 GUARD = 0.93
 SAMPLE = 2e-3  # seconds: shorter runs are repeated within one sample, so that clocks and scheduling ticks do not matter
 PERCENTILES = {"p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "p99": 99}
-PACKAGES = ("graphcomb", "torch", "onnxruntime", "onnx", "numpy", "tensorrt", "tensorrt_rtx")
+PACKAGES = (
+    "graphcomb",
+    "torch",
+    "onnxruntime",
+    "onnx",
+    "numpy",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "torch_tensorrt",
+)
 
 
 @dataclass(frozen=True)
