@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -305,7 +305,7 @@ class Solver:
             )
 
 
-def _fitting(items: Sequence[Layer], cost: Callable[[Layer], float], budget: float) -> list[list[Layer]]:
+def _fitting(items: Iterable[Layer], cost: Callable[[Layer], float], budget: float) -> list[list[Layer]]:
     """The items in runs whose costs add up to no more than the budget (one item at least)."""
     batches: list[list[Layer]] = []
     left = 0.0

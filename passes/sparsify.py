@@ -233,7 +233,7 @@ class Sparsify(Pass):
         for layer in _named(program, names):
             why = not_accelerated(layer, self.pattern, context)
             zero = fetch(program.module(), layer.name) == 0
-            row = {"what": layer.name, "kind": layer.kind, "shape": list(layer.shape)}
+            row: dict[str, Any] = {"what": layer.name, "kind": layer.kind, "shape": list(layer.shape)}
             row |= {"sparsity": float(zero.float().mean()), "accelerated": why is None}
             rows.append(row | ({"why_not": why} if why else {}))
         return {"changed": rows, "sparse": dict.fromkeys(names, self.pattern)}

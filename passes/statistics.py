@@ -167,7 +167,9 @@ class _Samples:
     def __call__(self, batch: Batch, count: int, step: int) -> Iterator[dict[str, Tensor]]:
         """Gradients of the first `count` samples of a batch, `step` of them at a time."""
         if self.divisible:
-            batch = Batch(*_sample((batch.args, batch.kwargs, batch.labels), list(range(count)), batch.size), count)
+            whole = (batch.args, batch.kwargs, batch.labels)
+            args, kwargs, labels = _sample(whole, list(range(count)), batch.size)
+            batch = Batch(args, kwargs, labels, count)
         if self.trusted is not False:
             values, pulls = self._run(batch)
             for start in range(0, count, step):
