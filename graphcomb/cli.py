@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -18,6 +18,9 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from .graph.errors import BadInput, GraphcombError
+
+if TYPE_CHECKING:
+    from .passes.blocks import Block
 
 BAD_INPUT, UNEXPECTED, WORSE, INTERRUPTED = 2, 1, 1, 130
 console = Console()
@@ -84,14 +87,21 @@ def plan(
     out: Annotated[Path, typer.Option("--out", help="The plan file to write.")] = Path("plan.yaml"),
     set_: Overrides = None,
 ) -> None:
-    """Print what a recipe would remove, group by group, and write it as an editable plan for `run --plan`."""
+    """Print what a recipe would remove, group by group, and write it as an editable plan for `run --plan`.
+
+    For a recipe with PruneDepth also the blocks of the network: what each costs, what pruning it saves, or why it cannot.
+    """
     from . import plan as plans
     from .recipe import read_recipe
     from .runner import prepare
 
-    rows = plans.make_plan(prepare(read_recipe(recipe, set_ or ())))
-    plans.write_plan(rows, out)
-    show_groups([r | {"frozen": r.get("frozen")} for r in rows])
+    job = prepare(read_recipe(recipe, set_ or ()))
+    rows, blocks = plans.make_plan(job), plans.make_blocks(job)
+    plans.write_plan(rows, out, blocks)
+    if rows:
+        show_groups([r | {"frozen": r.get("frozen")} for r in rows])
+    if blocks:
+        show_blocks(blocks)
     console.print(f"plan written to {out}; edit it, then: graphcomb run {recipe} --plan {out}", soft_wrap=True)
 
 
@@ -297,6 +307,16 @@ def show_groups(rows: list[dict[str, Any]]) -> None:
     for r in sorted(rows, key=lambda r: r["frozen"] is not None):
         extra = [str(r.get("keep", "")), f"{r['saves_macs']:.1%}" if "saves_macs" in r else ""] if planned else []
         table.add_row(r["name"], r["kind"], str(r["size"]), *extra, r["frozen"] or "")
+    console.print(table)
+
+
+def show_blocks(blocks: Sequence[Block]) -> None:
+    """A table of blocks, as they follow each other."""
+    table = Table("block", "kind", "MACs", "parameters", "saves MACs", "saves kernels", "not prunable because")
+    table.columns[0].overflow = "fold"
+    for b in blocks:
+        saves = ["", ""] if b.saves is None else [f"{b.saves:,}", str(b.kernels)]
+        table.add_row(b.name, b.kind, f"{b.macs:,}", f"{b.params:,}", *saves, b.why or "")
     console.print(table)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
 from .graph.errors import BadInput
+from .passes.blocks import Block, find_blocks
+from .passes.prune_depth import PruneDepth
 from .passes.remove_channels import RemoveChannels
 from .recipe import Section, explain, read_yaml
 from .runner import Job
@@ -19,6 +22,9 @@ HEAD = """\
 #     graphcomb run RECIPE.yaml --plan {name}
 # saves_macs: share of the dense program's MACs that the removal saves by itself. step: widths that suit the target are
 # multiples of it. Groups under `frozen` cannot shrink, for the reason given.
+"""
+BLOCKS = """
+# The blocks of the network for PruneDepth, which takes as many as its options say, or those in its `names`.
 """
 
 
@@ -51,25 +57,44 @@ class Plan(Section):
 
 
 def make_plan(job: Job) -> list[dict[str, Any]]:
-    """What the recipe's first RemoveChannels would do, group by group (see `RemoveChannels.plan`)."""
+    """What the recipe's first RemoveChannels would do, group by group (see `RemoveChannels.plan`); empty when it has none
+    and a PruneDepth instead."""
     found = next((p for p in job.recipe.passes if isinstance(p, RemoveChannels)), None)
-    if found is None:
-        raise BadInput("passes: no RemoveChannels in the recipe, so there is nothing to plan")
-    return found.plan(job.program, job.context())
+    if found is None and not _prunes_depth(job):
+        raise BadInput("passes: no RemoveChannels in the recipe and no PruneDepth, so there is nothing to plan")
+    return found.plan(job.program, job.context()) if found else []
 
 
-def write_plan(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write the rows as an editable YAML file, one group a line."""
+def make_blocks(job: Job) -> list[Block]:
+    """The blocks of the network, for a recipe with a PruneDepth."""
+    return find_blocks(job.program) if _prunes_depth(job) else []
+
+
+def _prunes_depth(job: Job) -> bool:
+    return any(isinstance(p, PruneDepth) for p in job.recipe.passes)
+
+
+def write_plan(rows: list[dict[str, Any]], path: Path, blocks: Sequence[Block] = ()) -> None:
+    """Write the rows as an editable YAML file, one group a line; blocks as comments, to be read."""
     groups = [{"name": r["name"], "prune": True, **r} for r in rows if "frozen" not in r]
     frozen = [
         {"name": r["name"], "kind": r["kind"], "size": r["size"], "why": r["frozen"]} for r in rows if "frozen" in r
     ]
+    listed = [
+        {"name": b.name, "kind": b.kind, "macs": b.macs, **({"saves": b.saves} if b.why is None else {"why": b.why})}
+        for b in blocks
+    ]
     with replacing(path) as part:
         text = HEAD.format(name=path.name)
         for title, entries in (("groups", groups), ("frozen", frozen)):
-            lines = [yaml.safe_dump(e, default_flow_style=True, sort_keys=False, width=10**6).strip() for e in entries]
+            lines = _lines(entries)
             text += f"{title}:\n" + "".join(f"- {line}\n" for line in lines) if lines else f"{title}: []\n"
+        text += (BLOCKS + "".join(f"# - {line}\n" for line in _lines(listed))) if listed else ""
         part.write_text(text)
+
+
+def _lines(entries: list[dict[str, Any]]) -> list[str]:
+    return [yaml.safe_dump(e, default_flow_style=True, sort_keys=False, width=10**6).strip() for e in entries]
 
 
 def read_plan(path: str | Path) -> list[dict[str, Any]]:

@@ -116,10 +116,6 @@ class PruneDepth(Pass):
         ]
         return PassResult(result, record)
 
-    def plan(self, program: Program) -> list[dict[str, Any]]:
-        """Every block with its cost, what pruning it would save, or why it cannot be pruned; JSON-able."""
-        return [dataclasses.asdict(b) for b in find_blocks(program)]
-
     # ----------------------------------------------------------------------------------------------------- what to prune
     def choose(self, program: Program, found: Sequence[Block], context: Context) -> tuple[list[Block], dict[str, Any]]:
         """The blocks to prune, by the first two stages, and their record."""

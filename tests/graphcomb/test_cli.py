@@ -218,3 +218,17 @@ def test_two_processes_run_the_same_recipe(cli, recipe, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["passes"][2]["processes"] == 2
     assert summary["surgery_error"] <= 1e-10
+
+
+def test_plan_lists_the_blocks_of_a_recipe_that_prunes_depth(cli, recipe, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    path = recipe(model={"source": "torchvision.models:resnet18"}, data=None, inputs=[[1, 3, 64, 64]],
+                  passes=[{"PruneDepth": {"blocks": 2}}])  # fmt: skip
+    out = cli("plan", path, "--out", tmp_path / "plan.yaml")
+    assert out.code == 0, out.err
+    assert all(text in out.out for text in ("layer1.0", "residual", "saves kernels"))
+    text = (tmp_path / "plan.yaml").read_text()
+    listed = [yaml.safe_load(line[4:]) for line in text.splitlines() if line.startswith("# - {")]
+    assert [b["name"] for b in listed] == [f"layer{i}.{j}" for i in range(1, 5) for j in range(2)]
+    assert all(0 < b["saves"] < b["macs"] for b in listed)
+    assert yaml.safe_load(text)["groups"] == []
