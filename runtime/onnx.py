@@ -45,6 +45,7 @@ from .targets import Target, get_target, nearest
 
 OPSET = 18  # what torch's exporter writes without converting, and every TensorRT from 10.0 parses
 PRECISIONS = ("fp32", "fp16")
+QUANTISED = 0.02  # error allowed in a quantised program: a few of the 255 steps
 EXTERNAL_DATA = 1_900_000_000  # bytes of weights from which they go to a file of their own: protobuf ends at 2 GiB
 
 
@@ -97,7 +98,8 @@ def export_onnx(
 
     precision: "fp32", or "fp16" for a strongly typed fp16 graph, whose inputs and outputs are fp16 as well (integer
     ones keep their type). opset: 17 or more, by default 18, or 17 where the target's TensorRT needs it. target: checked
-    for the precision and the opset. tolerance: largest error allowed in fp32; in fp16 the error is only stated. Dynamic
+    for the precision and the opset. tolerance: largest error allowed in fp32, or `QUANTISED` if that is more and the
+    program is quantised (a value half-way between two steps rounds either way); in fp16 the error is only stated. Dynamic
     dimensions stay dynamic. Weights over 1.9 GB go to `<path>.data`. Nothing is written unless everything holds.
 
     Raises BadInput for a wrong argument, Refused for an operator that cannot be translated, types or an opset that did
@@ -139,7 +141,8 @@ def export_onnx(
                 clamped=clamped,
                 sparse=sparse,
             )
-            _compare(program, file, report, tolerance)
+            quantised = any(op_name(n).startswith("fake_quantize") for n in program.graph.nodes)
+            _compare(program, file, report, max(tolerance, QUANTISED) if quantised else tolerance)
     report.seconds = time.perf_counter() - start
     return report
 
