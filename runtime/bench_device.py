@@ -30,9 +30,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import tensorrt as types
 
 FORMAT = "graphcomb-bench/1"
 HERE = Path(__file__).resolve().parent
@@ -289,11 +292,11 @@ class TensorRT:
         plan = self._build(path, arguments, feeds)
         self.about: dict[str, Any] = {"build_seconds": round(time.perf_counter() - start, 3), "bytes": len(plan)}
         self._cuda = Cuda()
-        self._runtime = trt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        self._runtime: types.Runtime = trt.Runtime(self._logger)
+        self._engine: types.ICudaEngine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise Failure(f"{path.name}: the engine that was built cannot be loaded")
-        self._context = self._engine.create_execution_context()
+        self._context: types.IExecutionContext = self._engine.create_execution_context()
         self._inspect()
         self._names: list[str] = []
         self._addresses: list[int] = []
@@ -312,9 +315,9 @@ class TensorRT:
         trt = self.trt
         flags = trt.NetworkDefinitionCreationFlag
         strong = getattr(flags, "STRONGLY_TYPED", None)
-        builder = trt.Builder(self._logger)
+        builder: types.Builder = trt.Builder(self._logger)
         network = builder.create_network(1 << int(flags.EXPLICIT_BATCH if strong is None else strong))
-        parser = trt.OnnxParser(network, self._logger)
+        parser: types.OnnxParser = trt.OnnxParser(network, self._logger)
         if not parser.parse_from_file(str(path)):
             reason = parser.get_error(0).desc() if parser.num_errors else "no reason given"
             raise Failure(f"{path.name}: {arguments.engine} {self.version} cannot parse it: {reason}")
@@ -442,7 +445,7 @@ class TensorRT:
             self._cuda.destroy_event(event)
         if self._graph:
             self._cuda.destroy_graph(self._graph)
-        self._context = self._engine = None
+        del self._context, self._engine
         self._cuda.close()
 
 

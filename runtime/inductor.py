@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ def compile_program(
     device = _device()
     program = program.copy()
     module = program.module().eval().to(device)
-    options: dict[str, str | int | bool] = {"freezing": True}
+    options: dict[str, Any] = {"freezing": True}
     if device.type == "cuda" and graphs:
         options["triton.cudagraphs"] = True
     _threads(device, threads)

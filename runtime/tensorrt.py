@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -31,6 +31,9 @@ from .build_log import Pad, Unfused, parse_build_log
 from .cuda import Cuda, CudaError, NoCuda
 from .engine import BACKENDS, EngineReport, TensorSpec, UnparsedOp, precision, replacing
 from .targets import TARGETS, Target, nearest
+
+if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT, whose interface both packages have
+    import tensorrt as types
 
 NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 # numpy's names of TensorRT's types; sub-byte types have no buffers of their own on the host.
@@ -194,13 +197,13 @@ class TensorRTEngine:
             self._cuda = Cuda()
         except NoCuda as error:
             raise MissingBackend(f"{path}: running an engine takes the GPU it was built for; {error}") from error
-        self._runtime = trt.Runtime(self._logger)
+        self._runtime: types.Runtime = trt.Runtime(self._logger)
         if hasattr(self._runtime, "engine_host_code_allowed"):  # version-compatible engines carry their own runtime
             self._runtime.engine_host_code_allowed = True
-        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        self._engine: types.ICudaEngine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise BadInput(f"{path}: not an engine for {NAMES[backend]} {trt.__version__} here: {self._logger.error()}")
-        self._context = self._engine.create_execution_context()
+        self._context: types.IExecutionContext = self._engine.create_execution_context()
         if self._context is None:
             raise Refused(f"{path}: no execution context: {self._logger.error()}")
         self._buffers: dict[str, tuple[int, int]] = {}
@@ -265,7 +268,7 @@ class TensorRTEngine:
         the weights are sparse, as far as the version tells. Empty without an inspector."""
         if not hasattr(self._engine, "create_engine_inspector"):
             return []
-        inspector = self._engine.create_engine_inspector()
+        inspector: types.EngineInspector = self._engine.create_engine_inspector()
         inspector.execution_context = self._context  # which knows the shapes
         text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
         rows = json.loads(text).get("Layers", [])
@@ -283,8 +286,8 @@ class TensorRTEngine:
             )
         if not self._engine.refittable:
             raise Refused(f"{self._path}: not built with the option refit")
-        refitter = self._trt.Refitter(self._engine, self._logger)
-        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
+        refitter: types.Refitter = self._trt.Refitter(self._engine, self._logger)
+        parser: types.OnnxParserRefitter = self._trt.OnnxParserRefitter(refitter, self._logger)
         if not parser.refit_from_file(str(model)):
             reason = parser.get_error(0).desc() if parser.num_errors else self._logger.error()
             raise BadInput(f"{model}: not the network of {self._path}: {' '.join(reason.split())[:300]}")
@@ -298,7 +301,7 @@ class TensorRTEngine:
             self._cuda.free(address)
         self._buffers.clear()
         self._cuda.close()
-        self._context = self._engine = None
+        del self._context, self._engine
 
     def _prepare(self, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Check the inputs, make buffers, and return the inputs as they are copied and arrays for the outputs."""
@@ -396,13 +399,13 @@ class _Build:
         flags = trt.NetworkDefinitionCreationFlag
         self.strong = hasattr(flags, "STRONGLY_TYPED")
         wanted = flags.STRONGLY_TYPED if self.strong else flags.EXPLICIT_BATCH  # 8.6 still has implicit batches
-        self.builder = trt.Builder(self.logger)
-        self.network = self.builder.create_network(1 << int(wanted))
-        self.config = self.builder.create_builder_config()
+        self.builder: types.Builder = trt.Builder(self.logger)
+        self.network: types.INetworkDefinition = self.builder.create_network(1 << int(wanted))
+        self.config: types.IBuilderConfig = self.builder.create_builder_config()
         self.config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
 
     def parse(self, path: Path) -> None:
-        parser = self.trt.OnnxParser(self.network, self.logger)
+        parser: types.OnnxParser = self.trt.OnnxParser(self.network, self.logger)
         if parser.parse_from_file(str(path)):
             return
         if parser.num_errors == 0:

@@ -117,8 +117,10 @@ def unpack(path: Path, backend: str, load: Callable[[str], Callable[..., Any]]) 
             call = load(file.extract(PACKAGE, folder))
     except (zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
         raise BadInput(f"{path}: not an engine that {backend} can load here: {reason(error)}") from error
-    rows = [[TensorSpec(r["name"], r["dtype"], tuple(r["shape"])) for r in about[key]] for key in ("inputs", "outputs")]
-    return TorchEngine(call, *rows, device)
+    inputs, outputs = (
+        [TensorSpec(r["name"], r["dtype"], tuple(r["shape"])) for r in about[key]] for key in ("inputs", "outputs")
+    )
+    return TorchEngine(call, inputs, outputs, device)
 
 
 def on_leaves(program: Program, module: Callable[..., Any]) -> Callable[..., Any]:
