@@ -81,7 +81,7 @@ class Solver:
         return None
 
     def _write(self, name: str, value: Tensor) -> None:
-        self.weights[name].copy_(value)
+        fetch(self.program.module(), name).data.copy_(value)
 
     def _goal(self, names: Sequence[str]) -> int:
         """How many more weights have to go from these layers together."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,9 +96,12 @@ class Gradients:
         maker = _Samples(program, names, context.loss, feed.static is None)
         step = max(1, largest // max(1, sum(layer.size for layer in maker.layers)))
         rest = self.count
-        with seeded(context.seed), placed(module, device), torch.enable_grad(), _differentiable(maker.weights.values()):
-            if teacher is not None:
-                teacher.to(device)
+        with ExitStack() as stack:
+            stack.enter_context(seeded(context.seed))
+            for each in (module, teacher) if teacher is not None else (module,):
+                stack.enter_context(placed(each, device))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_differentiable(maker.weights.values()))
             for batch in feed.batches(context.data):
                 args, kwargs, labels = send_to_device((batch.args, batch.kwargs, batch.labels), device)
                 if teacher is not None:
