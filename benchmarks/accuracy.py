@@ -473,7 +473,9 @@ def latency(options: argparse.Namespace) -> None:
         row = data["rows"][job.key]
         for name, batch in (("speedup", 1), ("speedup_batch_8", 8)):
             shape = (batch, *example(kind(job.network)).shape[1:])
-            found = graphcomb.runtime.bench([dense, pruned], [torch.randn(shape)], seconds=6, names=["dense", "pruned"])
+            found = graphcomb.runtime.bench(
+                [dense, pruned], [torch.randn(shape)], seconds=10, max_runs=200, names=["dense", "pruned"]
+            )
             if found.ratio is None:
                 print(f"{job.key}: {found.note}", flush=True)
                 continue
