@@ -110,10 +110,10 @@ def _launch_costs(settled: Program) -> list[tuple[str, tuple[int, int]]]:
         axis = next(p.axis for p in parts if p.carriers)
         assert axis is not None
         for merge in planner.chain(parts, axis).merges:
-            owners = {n.meta.get("block") for n in merge.members} - {None}
+            owners = sorted({str(n.meta["block"]) for n in merge.members if n.meta.get("block")})
             merged |= merge.members
             if owners:
-                costs.append((str(min(owners)), merge.after))
+                costs.append((owners[0], merge.after))
     for node in settled.graph.nodes:
         if node not in merged and _is_data(node) and node.meta.get("block"):
             costs.append((node.meta["block"], (evaluate(macs(node)), 1)))
@@ -270,8 +270,8 @@ def _label(nodes: list[fx.Node]) -> str:
 
 def single_path(block: Block, end: fx.Node) -> list[fx.Node] | None:
     """The nodes from the block's entry to `end`, if they follow each other without a fork; None otherwise."""
-    inside, path = set(block.nodes), []
-    node = end
+    inside, node = set(block.nodes), end
+    path: list[fx.Node] = []
     while node.name != block.entry:
         if node.name not in inside:
             return None

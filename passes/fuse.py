@@ -190,7 +190,7 @@ class Regions:
         if not isinstance(norm, fx.Node) or op_name(norm) != "batch_norm" or self.problem(norm):
             return None
         first = norm.args[0]
-        there, back = _permutation(first), _permutation(node)  # type: ignore[arg-type]
+        there, back = _permutation(first), _permutation(node)
         alone = len(norm.users) == 1 and len(first.users) == 1  # type: ignore[union-attr]
         if there is None or back is None or not alone or [there[d] for d in back] != sorted(there):
             return None
@@ -782,7 +782,7 @@ class _Merger:
         total = keep
         with self.graph.inserting_before(merge.last):
             for factor, end in merge.rest:
-                alpha = {} if factor == 1 else {"alpha": factor}
+                alpha: dict[str, Any] = {} if factor == 1 else {"alpha": factor}
                 total = self.graph.call_function(torch.ops.aten.add.Tensor, (total, self._now(end)), alpha)
                 total.meta = dict(merge.last.meta)
         keep.meta["val"] = merge.last.meta["val"]

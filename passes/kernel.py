@@ -212,7 +212,7 @@ class Kernel:
             g = kernel.geometry
             found = zip(g.offsets(left), g.steps(), g.extent, result.dilation, strict=True)
             taps = [slice(o // d, o // d + (k - 1) * max(s // d, 1) + 1, max(s // d, 1)) for o, s, k, d in found]
-            total[(..., *taps)] += kernel.regrouped(result.groups)
+            total[(slice(None), slice(None), *taps)] += kernel.regrouped(result.groups)
         return Kernel(result, total, _added(self.bias, other.bias))
 
 
@@ -231,7 +231,7 @@ def _spread(weight: torch.Tensor, steps: list[int]) -> torch.Tensor:
         return weight
     steps = [max(step, 1) for step in steps]
     wide = weight.new_zeros(*weight.shape[:2], *((k - 1) * s + 1 for k, s in zip(weight.shape[2:], steps, strict=True)))
-    wide[(..., *(slice(None, None, s) for s in steps))] = weight
+    wide[(slice(None), slice(None), *(slice(None, None, s) for s in steps))] = weight
     return wide
 
 

@@ -321,7 +321,7 @@ def _centred(node: fx.Node) -> bool:
 
 
 def _centre(weight: torch.Tensor) -> torch.Tensor:
-    return weight[(..., *(slice(k // 2, k // 2 + 1) for k in weight.shape[2:]))]
+    return weight[(slice(None), slice(None), *(slice(k // 2, k // 2 + 1) for k in weight.shape[2:]))]
 
 
 def _per_dim(value: Sequence[int], dims: int) -> list[int]:
