@@ -17,7 +17,8 @@ from ..graph.program import Program, load
 from .base import Context, Pass, PassResult
 from .cap import Pattern
 from .distill import Distill
-from .masks import read_pattern
+from .masks import read_pattern, sparse_weights
+from .permute import permuted
 from .solver import Method, Solver
 from .statistics import Gradients, Layer, layers
 from .training import accelerator, evaluate, fingerprint
@@ -46,6 +47,9 @@ class Sparsify(Pass):
     target in so many equal steps, with new gradients each. dtype: of the Fisher sums and the elimination. memory: bytes
     for them; what does not fit is done in several passes over the data.
 
+    permute: with a pattern, first bring the input channels into an order in which it loses less, where the comb knows
+    their axis whole and free, which changes no output (`passes.permute`); not on a program that is sparse already.
+
     where: "pays" sparsifies only layers that the target then computes faster, "all" every one; None takes "pays" with a
     pattern and "all" without, since no engine here gains from unstructured zeros. The layers at the input and the output
     and depthwise ones stay dense unless `include` names them. include, exclude: patterns over parameter names.
@@ -71,6 +75,7 @@ class Sparsify(Pass):
     recomputations: int = 1
     dtype: Literal["fp32", "fp64"] = "fp32"
     memory: float = 4e9
+    permute: bool = False
     where: Literal["pays", "all"] | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -107,6 +112,7 @@ class Sparsify(Pass):
         require("per", self.per in ("sample", "batch"), "sample or batch")
         require("against", self.against in ("labels", "teacher"), "labels or teacher")
         require("dtype", self.dtype in ("fp32", "fp64"), "fp32 or fp64")
+        require("permute", not self.permute or self.pattern is not None, "only with a pattern")
         require("where", self.where in (None, "pays", "all"), "pays or all")
         for key in ("block", "gradients", "recomputations"):
             value = getattr(self, key)
@@ -131,11 +137,17 @@ class Sparsify(Pass):
         new = program.copy()
         names, refused = self.choose(new, context)
         stages: list[dict[str, Any]] = []
+        moved: list[dict[str, Any]] = []
+        if self.permute and self.pattern and sparse_weights(new):
+            refused.append({"what": "permute", "why": "other weights are sparse already, whose zeros would move"})
+        elif self.permute and self.pattern and names:
+            new, moved = permuted(new, names, read_pattern(self.pattern), context.seed)
         if names and self.schedule:
             new = self._gradual(new, names, context, stages)
         elif names:
             stages.append(self._prune(new, names, self.sparsity, context))
-        return PassResult(new, {"refused": refused, "stages": stages} | self._report(new, names, context))
+        record = {"refused": refused, "stages": stages, "permuted": moved}
+        return PassResult(new, record | self._report(new, names, context))
 
     # -------------------------------------------------------------------------------------------------- which layers
     def choose(self, program: Program, context: Context) -> tuple[list[str], list[dict[str, str]]]:
