@@ -226,7 +226,11 @@ def _tiles(summary: Mapping[str, Any], engines: list[Mapping[str, Any]]) -> list
 def _latency_tile(summary: Mapping[str, Any]) -> list[Tile]:
     given = _bench(summary)
     ratio, note = number(summary.get("latency_ratio")), str(given.get("note") or "")
+    predicted = number(summary.get("latency_predicted"))
     if ratio is None:
+        if predicted is not None:
+            detail = f"predicted; not measured: {note}" if note else "predicted, not measured"
+            return [Tile("latency", against(predicted, "faster", "slower"), detail, "watch")]
         return [Tile("latency", "no figure", note, "watch")] if note else []
     rows = list(_timings(summary).values())
     details = [" → ".join(milliseconds(row["median"]) for row in rows)] if len(rows) == 2 else []
@@ -234,8 +238,8 @@ def _latency_tile(summary: Mapping[str, Any]) -> list[Tile]:
     low, high = (number(_map(spread).get(key)) for key in ("p5", "p95"))
     if low is not None and high is not None:
         details.append(f"90\u00a0% of pairs {times(low)} to {times(high)}")
-    if (predicted := number(summary.get("latency_predicted"))) is not None:
-        details.append(f"predicted {times(predicted)}")
+    if predicted is not None:
+        details.append(f"predicted {times(predicted)}, {100 * abs(predicted / ratio - 1):.0f}\u00a0% off")
     return [Tile("latency", against(ratio, "faster", "slower"), ", ".join(details))]
 
 

@@ -1,7 +1,10 @@
 """The HTML report: everything in the summary shows, nothing is assumed, nothing escapes."""
 
 import copy
+import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -61,6 +64,28 @@ def cost(macs, params):
     return {"macs": macs, "params": params}
 
 
+def device():
+    """What a bench bundle measured."""
+    ms = {"p5": 4.0, "median": 4.25, "p95": 5.0, "p99": 5.5}
+
+    def model(factor, error):
+        run = {"runs": 100, "host_ms": ms, "gpu_ms": {k: v / factor for k, v in ms.items()}}
+        return {
+            "latency": {"graph": run},
+            "power": {"total_mw": 7250.0, "energy_mj": 30.8 / factor, "temperatures_c": {"tj": 48.2}},
+            "parity": {"finite": error is not None, "error": error},
+            "layers": [{"name": "conv1 + relu", "ms": 3.0 / factor}, {"name": "fc", "ms": 1.0 / factor}],
+        }
+
+    return {
+        "device": {"model": "Jetson Orin Nano", "power_mode": "MAXN_SUPER"},
+        "engine": "tensorrt", "version": "10.3.0", "bundle": {"precision": "fp16"},
+        "models": {"big": model(1, 2e-3), "small": model(2.5, None)},
+        "ratios": {"small": {"graph": {"median": 2.5}}},
+        "notes": ["small: outputs that are not finite"],
+    }  # fmt: skip
+
+
 def summary(layers=3):
     ms = {"p5": 4.9, "p25": 5.0, "median": 5.1, "p75": 5.2, "p95": 5.4, "p99": 5.9}
     engine = EngineReport(
@@ -94,7 +119,13 @@ def summary(layers=3):
         "surgery_error": 3.4e-14,
         "onnx_parity": {"fp32": 2.1e-6, "fp16": 1.3e-3},
         "engine": "net.rtx",
-        "engine_report": engine.to_dict() | {"pads": pads},
+        "engine_report": engine.to_dict()
+        | {
+            "pads": pads,
+            "unfused": [{"kernel": "q_k", "how": "float", "nodes": ["conv2"]}],
+            "origins": {"conv2": {"node": "conv2d_1", "module": "b", "passes": ["SlimPass"]}},
+        },
+        "devices": [device()],
         "records": [
             {
                 "pass": "RemoveChannels",
@@ -158,6 +189,10 @@ def test_everything_of_the_summary_shows(tmp_path):
         "an output of the program · 2", "fc.weight:0", "linear c/net.py:7: return fc(x)", "an input of the program · 1",
         "Engine for rtx-sm86", "2 from 3 ONNX nodes", "1 only pad", "weights 89.1 kB", "a warning of the library",
         "61 → 62", "an extra kernel", "fp16[1,3,8,8] → fp16[1,61,8,8]",
+        "SlimPass", "Quantisation that buys nothing · 1", "computes in floating point although",
+        "Measured on Jetson Orin Nano", "CUDA graph", "4.25 ms", "1.7 ms", "2.5× faster", "7.25 W", "30.8 mJ", "12.3 mJ",
+        "MAXN_SUPER", "tensorrt 10.3.0", "big: tj 48 °C", "2.0e-03", "no figure", "small: outputs that are not finite",
+        "Slowest layers", "conv1 + relu", "75.0 %",
         "a CPU", "torch=2.14.1", "out/model.onnx",
     ):  # fmt: skip
         assert expected in text, expected
@@ -295,6 +330,50 @@ def test_a_contended_machine_gives_no_figure_and_a_slower_result_says_so(tmp_pat
     assert 'class="tile watch"' in html
     found, _ = page(tmp_path, summary() | {"latency_ratio": 0.8})
     assert "1.25× slower" in found.text
+
+
+def test_the_prediction_stands_beside_the_measurement(tmp_path, quick):
+    found, _ = page(tmp_path, summary() | {"latency_predicted": 3.5})
+    assert "predicted 3.5×, 12 % off" in " ".join(found.text.split())
+    found, _ = page(tmp_path, {"latency_predicted": 2.0})
+    assert "2× faster" in found.text
+    assert "predicted, not measured" in found.text
+
+
+def chromium():
+    return next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chromium() is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it_without_scrolling_sideways(tmp_path, width):
+    path = write_report(summary(60), tmp_path / "report.html")
+    # The page in a frame of the width, since a headless window has a smallest one; the outer page measures it.
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        f"""<iframe id=f src=report.html style="width:{width}px;height:800px;border:0"></iframe><p id=r></p>
+        <script>onload = () => {{
+          const d = f.contentDocument, wide = [...d.querySelectorAll("body *")].filter(e =>
+            e.getBoundingClientRect().right > {width} + 1 && !e.closest("svg"));
+          const closed = [...d.querySelectorAll("h2")].filter(h => h.getBoundingClientRect().height < 10).length;
+          r.textContent = JSON.stringify({{scroll: d.documentElement.scrollWidth, sections: d.querySelectorAll("h2").length,
+            wide: wide.length, closed, first: wide.length ? wide[0].outerHTML.slice(0, 200) : ""}}) }}</script>"""
+    )
+    options = (
+        "--headless --no-sandbox --disable-gpu --allow-file-access-from-files --virtual-time-budget=5000 --dump-dom"
+    )
+    command = [chromium(), *options.split(), f"--user-data-dir={tmp_path}/profile", outer.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    found = json.loads(
+        re.search(r'<p id="r">(\{.*?\})</p>', done.stdout)[1].replace("&quot;", '"').replace("&lt;", "<")
+    )
+    assert found["scroll"] <= width, found
+    assert found["sections"] >= 6
+    assert found["closed"] == 0
+    assert path.exists()
 
 
 def test_same_summary_same_plots(tmp_path):
