@@ -37,7 +37,7 @@ from torch import nn
 
 import graphcomb
 from graphcomb.data import cache_folder, fashion_mnist
-from graphcomb.passes import Distill, Fuse, Sparsify, masks
+from graphcomb.passes import Distill, Sparsify, masks
 from graphcomb.passes.training import evaluate, seeded
 
 RESULTS = Path(__file__).parent / "results" / "sparsity.json"
@@ -189,7 +189,6 @@ def efficientnet() -> nn.Module:
 def imagenet(seed: int, method: str, target: str) -> list[dict[str, Any]]:
     calibration, held = photographs()
     program = graphcomb.capture(efficientnet(), calibration[0], dynamic_shapes="batch")
-    program = Fuse()(program).program
     order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed)).tolist()
     data = [calibration[i] for i in order]
     start = time.perf_counter()
