@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from .bench import BenchResult, bench
-from .engine import Engine, EngineReport, build_engine, load_engine
+from .bundle import read_results, run_bundle, write_bundle
+from .engine import Engine, EngineReport, build_engine, load_engine, open_engine
 from .latency import LatencyTable, Roofline
 from .onnx import OnnxReport, export_onnx
 from .parity import parity
@@ -26,7 +27,11 @@ __all__ = [
     "export_onnx",
     "get_target",
     "load_engine",
+    "open_engine",
     "parity",
+    "read_results",
+    "run_bundle",
+    "write_bundle",
     "write_report",
 ]
 

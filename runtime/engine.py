@@ -211,15 +211,15 @@ def open_engine(
     """An engine that is ready to run, whatever it takes: an engine file is loaded; an ONNX file or a program is built
     for this machine first, without keeping the engine.
 
-    threads: of engines on the CPU. Raises BadInput for a file or option that the backend does not take, and what
-    building raises.
+    backend: by default the file's, inductor for a program. threads: of engines on the CPU. Raises BadInput for a file or
+    option that the backend does not take, and what building raises.
     """
     if isinstance(model, Program):
-        if backend is None or BACKENDS[backend].source != ".pt2":
+        module = backend_module(backend or "inductor")
+        if not hasattr(module, "compile_program"):
             raise BadInput(f"backend {backend}: does not run programs; export an ONNX file")
-        module = backend_module(backend)
-        _check_options(module.compile_program, options, backend)
-        return module.compile_program(model, backend=backend, **_threads(module.compile_program, threads), **options)
+        _check_options(module.compile_program, options, backend or "inductor")
+        return module.compile_program(model, **_threads(module.compile_program, threads), **options)
     path = Path(model)
     name = backend or next((n for n, b in BACKENDS.items() if path.suffix in b.suffixes), None)
     if name is None:

@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import graphcomb.runtime.engine as engine_module
 from graphcomb.graph.errors import BadInput, MissingBackend
-from graphcomb.runtime import build_engine, load_engine
+from graphcomb.runtime import build_engine, load_engine, open_engine
 from graphcomb.runtime.engine import Backend, Engine, check_model, precision, replacing
 
 
@@ -141,3 +141,14 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     assert [f.name for f in tmp_path.iterdir()] == ["file.bin"]
     with pytest.raises(BadInput, match="cannot be written"), replacing(target / "below" / "a.bin") as part:
         part.write_text("never")
+
+
+def test_an_engine_is_opened_by_its_file_or_by_name(path: Path, tmp_path: Path) -> None:
+    x = np.ones((2, 4), np.float32)
+    (wanted,) = load_engine(path).run([x])
+    for engine in (open_engine(path), open_engine(path, "onnxruntime", threads=2)):
+        np.testing.assert_array_equal(engine.run([x])[0], wanted)
+    with pytest.raises(BadInput, match="backend onnxruntim: not known; did you mean onnxruntime"):
+        open_engine(path, "onnxruntim")
+    with pytest.raises(BadInput, match=r"net\.bin: no such file"):
+        open_engine(tmp_path / "net.bin")
