@@ -521,7 +521,8 @@ def table(data: dict[str, Any]) -> str:
         f"Made by `benchmarks/accuracy.py`, size {size['name']}; {data['environment']}. Mean ± standard deviation over "
         f"seeds (dense networks: {size['references']}), top-1 accuracy or mean IoU in percent. Every pruned network got "
         f"{size['steps']} optimizer steps of {size['batch']['classification']} images or {size['batch']['segmentation']} "
-        "scenes. torch-pruning: the best of its magnitude, Taylor and Hessian importances for that point, trained on labels "
+        f"scenes; the dense networks were trained briefly, for {min(size['reference'].values())} to "
+        f"{max(size['reference'].values())} such steps. torch-pruning: the best of its magnitude, Taylor and Hessian importances for that point, trained on labels "
         "as it comes; all three below.\n",
         "| network | MACs, times fewer | seeds | dense | " + " | ".join(COLUMNS.values()) + " |",
         "| --- | ---: | ---: | ---: |" + " ---: |" * len(COLUMNS),
@@ -554,19 +555,20 @@ def table(data: dict[str, Any]) -> str:
 
 def verdicts(data: dict[str, Any], names: list[str]) -> str:
     """On how many points graphcomb is above torch-pruning, and where below by more than the spread."""
-    above, below, total = 0, [], 0
+    above, below, total, single = 0, [], 0, 0
     for network in names:
         for target in sorted(TARGETS[kind(network)]):
             ours, theirs = (points(data, network, m, target) for m in ("graphcomb", f"{TP} best"))
             if ours and theirs:
-                total += 1
                 (a, sa), (b, sb) = mean(ours), mean(theirs)
+                total, single = total + 1, single + (min(len(ours), len(theirs)) < 2)
                 above += a > b
                 if a < b - max(sa, sb):
                     below.append(f"{network} at {target:g}x ({a - b:+.2f})")
+    note = f" {single} points have one seed only, so no spread." if single else ""
     return (
         f"graphcomb is above torch-pruning on {above} of {total} points; below it by more than the larger standard "
-        f"deviation: {', '.join(below) or 'nowhere'}."
+        f"deviation: {', '.join(below) or 'nowhere'}.{note}"
     )
 
 
