@@ -15,7 +15,7 @@ from .base import Context
 from .statistics import Gradients, Layer, input_moments
 from .training import accelerator, bar
 
-DAMPING = {"cap": 1e-8, "woodfisher": 1e-8, "fastcap": 1e-2, "sparsegpt": 1e-2}
+DAMPING = {"cap": 1e-8, "woodfisher": 1e-5, "fastcap": 1e-2, "sparsegpt": 1e-2}
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 

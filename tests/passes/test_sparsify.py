@@ -185,7 +185,7 @@ def test_cap_loses_less_than_woodfisher_and_that_less_than_magnitude(trained):
     for method in ("cap", "woodfisher", "magnitude"):
         result = Sparsify(sparsity=0.8, method=method, gradients=256, block=64)(program, data=train)
         losses[method] = loss_of(result.program, val)
-    assert losses["cap"] < 0.8 * losses["woodfisher"] < 0.8 * losses["magnitude"]
+    assert losses["cap"] < 0.9 * losses["woodfisher"] < 0.9 * losses["magnitude"]
 
 
 @pytest.mark.parametrize(
