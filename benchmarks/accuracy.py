@@ -509,7 +509,7 @@ def cell(rows: list[dict[str, Any]], dense: bool = False) -> str:
 
 
 COLUMNS = {
-    "graphcomb": "graphcomb", "graphcomb labels": "without distillation", "graphcomb one-shot": "one-shot, distilled",
+    "graphcomb": "graphcomb", "graphcomb labels": "without distillation", 
     f"{TP} best": "torch-pruning", f"{TP} distilled": "torch-pruning + our distillation",
 }  # fmt: skip
 
@@ -522,8 +522,8 @@ def table(data: dict[str, Any]) -> str:
         f"seeds (dense networks: {size['references']}), top-1 accuracy or mean IoU in percent. Every pruned network got "
         f"{size['steps']} optimizer steps of {size['batch']['classification']} images or {size['batch']['segmentation']} "
         f"scenes; the dense networks were trained briefly, for {min(size['reference'].values())} to "
-        f"{max(size['reference'].values())} such steps. torch-pruning: the best of its magnitude, Taylor and Hessian importances for that point, trained on labels "
-        "as it comes; all three below.\n",
+        f"{max(size['reference'].values())} such steps. torch-pruning: the best of its magnitude, Taylor and Hessian "
+        "importances for that point, trained on labels as it comes; all three below.\n",
         "| network | MACs, times fewer | seeds | dense | " + " | ".join(COLUMNS.values()) + " |",
         "| --- | ---: | ---: | ---: |" + " ---: |" * len(COLUMNS),
     ]
@@ -637,7 +637,7 @@ def plots(data: dict[str, Any], path: Path) -> None:
         figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.4), squeeze=False)
         drawn = False
         for axis, network in zip(axes[0], names, strict=True):
-            for method, title in COLUMNS.items():
+            for colour, (method, title) in enumerate(COLUMNS.items()):
                 spots = []
                 for target in sorted(TARGETS[kind(network)]):
                     rows = [r for r in points(data, network, method, target) if name == "macs" or "speedup" in r]
@@ -645,7 +645,17 @@ def plots(data: dict[str, Any], path: Path) -> None:
                         spots.append((statistics.fmean(map(position, rows)), *mean(rows)))
                 if spots:
                     x, y, e = zip(*sorted(spots), strict=True)
-                    axis.errorbar(x, y, e, marker="o", capsize=2, label=title, ls="--" if TP in method else "-", ms=4)
+                    axis.errorbar(
+                        x,
+                        y,
+                        e,
+                        marker="o",
+                        capsize=2,
+                        label=title,
+                        color=f"C{colour}",
+                        ls="--" if TP in method else "-",
+                        ms=4,
+                    )
                     drawn = True
             dense = [r["dense_score"] for k, r in data["rows"].items() if k.startswith(f"{network}/")]
             axis.axhline(statistics.fmean(dense), color="grey", lw=0.8, ls=":")
