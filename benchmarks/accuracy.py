@@ -509,7 +509,7 @@ def cell(rows: list[dict[str, Any]], dense: bool = False) -> str:
 
 
 COLUMNS = {
-    "graphcomb": "graphcomb", "graphcomb labels": "without distillation", 
+    "graphcomb": "graphcomb", "graphcomb labels": "without distillation",
     f"{TP} best": "torch-pruning", f"{TP} distilled": "torch-pruning + our distillation",
 }  # fmt: skip
 
