@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -340,7 +341,7 @@ def propagate(program: Program) -> None:
     if mode is None:
         raise BadInput("the graph has no tensor input to propagate shapes from")
     env: dict[fx.Node, Any] = dict(zip(placeholders, fakes, strict=True))
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), enable_python_dispatcher():  # else composite operators fix dynamic sizes
         for node in module.graph.nodes:
             if node.op == "get_attr":
                 found = fetch(module, str(node.target))
