@@ -15,7 +15,9 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import send_to_device
 
+from ..graph.comb import Comb
 from ..graph.errors import BadInput, Unreachable
+from ..graph.layers import Layers
 from ..graph.ops import arguments, fetch, op_name, set_argument
 from ..graph.program import Program, TrainableModule, rebuild
 from ..graph.verify.evaluate import Evaluator, double_weights, random_inputs, relative_error
@@ -24,6 +26,7 @@ from .batches import Batch, Feed, generators
 from .blocks import Block, find_blocks
 from .distill import Distill, soft_kl
 from .fuse import Fuse
+from .knapsack import allowed_seconds
 from .relax import FOLDER, SWITCHES, relax, require, set_switches, settle
 from .training import (
     SCHEDULES,
@@ -51,14 +54,16 @@ class PruneDepth(Pass):
     of them into single layers. Which blocks there are, and what becomes of each, is found in the graph (`passes.blocks`,
     `passes.relax`, ours).
 
-    blocks: how many to prune; or macs: what may remain, as a share of the dense program (at most 1) or a number; or names:
-    which ones, then neither supernet nor search. select: "search" or "random". supernet_steps: 0 searches with the
-    weights as they are. Each step of the supernet runs the dense path, two random choices and all blocks pruned, the dense
-    path teaching the others (sandwich rule, Yu and Huang, arXiv 1903.05134). population, generations: of the evolutionary
-    search; the fitness of a choice is the metric on up to `score_batches` batches of the context's val, or else data,
-    after its batch statistics were taken anew from `calibrate` batches. progress: how `l` falls from 1 to 0 over the first
-    `share` of training, "linear", "cosine" or "at once". tail: see `relax`. train: options of training, which is
-    `Distill`'s; the teacher is the context's, or the program itself.
+    blocks: how many to prune; or macs: what may remain, as a share of the dense program (at most 1) or a number; or
+    latency: what a fused run may take as the context's latency model predicts it, a share or a time such as "3.5 ms" (what
+    single blocks save is added up); or names: which ones, then neither supernet nor search. select: "search" or "random".
+    supernet_steps: 0 searches with the weights as they are. Each step of the supernet runs the dense path, two random
+    choices and all blocks pruned, the dense path teaching the others (sandwich rule, Yu and Huang, arXiv 1903.05134).
+    population, generations: of the evolutionary search; the fitness of a choice is the metric on up to `score_batches`
+    batches of the context's val, or else data, after its batch statistics were taken anew from `calibrate` batches.
+    progress: how `l` falls from 1 to 0 over the first `share` of training, "linear", "cosine" or "at once". tail: see
+    `relax`. merged: do the last stage too. train: options of training, which is `Distill`'s; the teacher is the context's,
+    or the program itself.
 
     Every stage keeps its result in the context's `out`, so that an interrupted run goes on; each is a method and can be
     called by itself. Several processes share the batches of a candidate's score as they do in `evaluate`.
@@ -69,6 +74,7 @@ class PruneDepth(Pass):
 
     blocks: int | None = None
     macs: float | None = None
+    latency: float | str | None = None
     names: tuple[str, ...] = ()
     select: Literal["search", "random"] = "search"
     supernet_steps: int = 200
@@ -84,13 +90,16 @@ class PruneDepth(Pass):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", (self.names,) if isinstance(self.names, str) else tuple(self.names))
-        given = [k for k in ("blocks", "macs", "names") if getattr(self, k) not in (None, ())]
+        given = [k for k in ("blocks", "macs", "latency", "names") if getattr(self, k) not in (None, ())]
         if len(given) != 1:
             raise BadInput(
-                "PruneDepth: give one of blocks, macs and names" + (f", not {' and '.join(given)}" * bool(given))
+                "PruneDepth: give one of blocks, macs, latency and names"
+                + (f", not {' and '.join(given)}" * bool(given))
             )
         self._require("blocks", self.blocks is None or self.blocks >= 1, "at least 1")
         self._require("macs", self.macs is None or self.macs > 0, "what may remain, a share or a number above 0")
+        if self.latency is not None:
+            _allowed(self.latency, 1.0)
         self._require("select", self.select in ("search", "random"), '"search" or "random"')
         self._require("progress", self.progress in ("linear", "cosine", "at once"), '"linear", "cosine" or "at once"')
         self._require("share", 0 < self.share <= 1, "a share of the training steps, above 0 to 1")
@@ -122,13 +131,39 @@ class PruneDepth(Pass):
         if self.names:
             return require(found, self.names), {}
         prunable = [b for b in found if b.prunable]
-        budget = _Budget(self, program, prunable)
+        budget = self.budget(program, prunable, context)
         if self.select == "random":
             bits = budget.draw(random.Random(context.seed))
             return [b for b, bit in zip(prunable, bits, strict=True) if bit], {}
         supernet, record = self.supernet(program, prunable, context, budget.draw)
         bits, searched = self.search(supernet, budget, context)
         return [b for b, bit in zip(prunable, bits, strict=True) if bit], {"supernet": record, **searched}
+
+    def budget(self, program: Program, blocks: Sequence[Block], context: Context) -> Budget:
+        """The target in terms of what every block saves. Raises Unreachable when all of them together miss it."""
+        if self.blocks is not None:
+            if self.blocks > len(blocks):
+                raise Unreachable(
+                    f"PruneDepth.blocks: {self.blocks} of {len(blocks)} prunable blocks; `graphcomb plan` lists them"
+                )
+            return Budget([1.0] * len(blocks), self.blocks)
+        if self.latency is None:
+            assert self.macs is not None
+            dense, saves = float(program.macs), [float(b.saves or 0) for b in blocks]
+            goal, name, form = (self.macs * dense if self.macs <= 1 else self.macs), "macs", "{:,.0f}"
+        else:
+            seconds = _Predictor(context)
+            dense = seconds(Fuse()(program).program)
+            saves = [dense - seconds(Fuse()(relax(program, [b], settled=True, tail=self.tail)).program) for b in blocks]
+            goal, name, form = _allowed(self.latency, dense), "latency", "{:.3g} s"
+        least = dense - sum(s for s in saves if s > 0)
+        if least > goal:
+            numbers = [form.format(v) for v in (goal, dense, least)]
+            raise Unreachable(
+                f"PruneDepth.{name}: {numbers[0]} of {numbers[1]} cannot be reached; {numbers[2]} can, with all "
+                f"{len(blocks)} prunable blocks"
+            )
+        return Budget(saves, dense - goal)
 
     def supernet(
         self, program: Program, blocks: Sequence[Block], context: Context, draw: Callable[[random.Random], Bits]
@@ -148,7 +183,7 @@ class PruneDepth(Pass):
         kept.keep_tensors(supernet.module().state_dict())
         return supernet, record
 
-    def search(self, supernet: Program, budget: _Budget, context: Context) -> tuple[Bits, dict[str, Any]]:
+    def search(self, supernet: Program, budget: Budget, context: Context) -> tuple[Bits, dict[str, Any]]:
         """Stage 2: the choice of blocks with the best score, and the record of the search (ours).
 
         The first generation holds what single blocks cost alone, added up, and random choices; the next ones are crossed
@@ -160,7 +195,7 @@ class PruneDepth(Pass):
         kept = _Kept(context.out, "search", supernet, self, context.seed)
         scores: dict[str, float] = kept.values()
         judge = _Judge(supernet, context, self.calibrate, self.score_batches)
-        total = len(budget.blocks) + self.population * (self.generations + 1)
+        total = budget.count + self.population * (self.generations + 1)
         with bar(context.progress, "search", total) as update:
 
             def score(bits: Bits) -> float:
@@ -171,7 +206,7 @@ class PruneDepth(Pass):
                 update(len(scores), "")
                 return scores[key]
 
-            count = len(budget.blocks)
+            count = budget.count
             alone = [score(tuple(i == j for j in range(count))) for i in range(count)]
             generator = random.Random(context.seed)
             members = [budget.greedy(alone)]
@@ -228,6 +263,30 @@ class PruneDepth(Pass):
         return self.train or Distill()
 
 
+def _allowed(latency: float | str, dense: float) -> float:
+    try:
+        return allowed_seconds(latency, dense)
+    except BadInput as error:
+        raise BadInput(str(error).replace("RemoveChannels", "PruneDepth")) from None
+
+
+class _Predictor:
+    """Predicted seconds of a run of a program."""
+
+    def __init__(self, context: Context):
+        if context.latency is None:
+            raise BadInput(
+                "PruneDepth.latency: nothing predicts latencies here; pass latency=, a LatencyTable or a Roofline (in a "
+                "recipe: latency_table)"
+            )
+        self.latency, self.progress = context.latency, context.progress
+
+    def __call__(self, program: Program) -> float:
+        layers = [layer for _, layer in Layers(Comb(program)).at({})]
+        self.latency.prepare(dict.fromkeys(layers), self.progress)
+        return self.latency.per_run + sum(map(self.latency.seconds, layers))
+
+
 def _start_over(context: Context) -> None:
     """Let the data's own random generators start from the seed, so that a stage sees the same order whether the stages
     before it ran or were taken up."""
@@ -236,52 +295,45 @@ def _start_over(context: Context) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- choices
-class _Budget:
-    """Choices of blocks that meet the target."""
+@dataclass(frozen=True)
+class Budget:
+    """Choices of blocks that save enough. saves: what each block saves; needed: what a choice has to save at least."""
 
-    def __init__(self, options: PruneDepth, program: Program, blocks: Sequence[Block]):
-        self.blocks, self.count, self.needed = list(blocks), options.blocks, 0.0
-        if options.blocks is not None and options.blocks > len(blocks):
-            raise Unreachable(
-                f"PruneDepth.blocks: {options.blocks} of {len(blocks)} prunable blocks; `graphcomb plan` lists them"
-            )
-        if options.macs is not None:
-            dense = program.macs
-            goal = options.macs * dense if options.macs <= 1 else options.macs
-            self.needed = dense - goal
-            most = sum(b.saves or 0 for b in blocks)
-            if most < self.needed:
-                raise Unreachable(
-                    f"PruneDepth.macs: {goal:,.0f} of {dense:,} cannot be reached; {dense - most:,} can, with all "
-                    f"{len(blocks)} prunable blocks"
-                )
+    saves: Sequence[float]
+    needed: float
+
+    @property
+    def count(self) -> int:
+        return len(self.saves)
 
     def complete(self, order: Iterable[int]) -> Bits:
-        """The first blocks of an order that meet the target; none that it could do without."""
+        """The first blocks of an order that save enough; none that the others could do without."""
         taken: list[int] = []
         for i in order:
-            if self.count is None and sum(self.blocks[j].saves or 0 for j in taken) >= self.needed:
+            if self._saved(taken) >= self.needed:
                 break
-            if len(taken) == self.count:
-                break
-            taken.append(i)
+            if self.saves[i] > 0:
+                taken.append(i)
         for i in list(taken):
-            rest = sum(self.blocks[j].saves or 0 for j in taken if j != i)
-            if self.count is None and rest >= self.needed:
-                taken.remove(i)
-        return tuple(i in taken for i in range(len(self.blocks)))
+            rest = [j for j in taken if j != i]
+            if self._saved(rest) >= self.needed:
+                taken = rest
+        return tuple(i in taken for i in range(self.count))
+
+    def _saved(self, taken: Iterable[int]) -> float:
+        return sum(self.saves[i] for i in taken)
 
     def draw(self, generator: random.Random) -> Bits:
         """A random choice."""
-        return self.complete(generator.sample(range(len(self.blocks)), len(self.blocks)))
+        return self.complete(generator.sample(range(self.count), self.count))
 
     def greedy(self, alone: Sequence[float]) -> Bits:
         """The choice whose blocks score best alone: the best one if what they cost adds up."""
-        return self.complete(sorted(range(len(self.blocks)), key=lambda i: -alone[i]))
+        return self.complete(sorted(range(self.count), key=lambda i: -alone[i]))
 
     def child(self, one: Bits, two: Bits, generator: random.Random) -> Bits:
         """What both parents prune, then what one of them does, then others, now and then something new first."""
-        order = generator.sample(range(len(self.blocks)), len(self.blocks))
+        order = generator.sample(range(self.count), self.count)
         new = order[0] if generator.random() < 0.5 else None
         return self.complete(sorted(order, key=lambda i: (i != new, -(one[i] + two[i]))))
 

@@ -103,7 +103,7 @@ def test_a_supernet_answers_without_its_blocks(program):
     blocks = [b for b in find_blocks(program) if b.prunable]
     options = PruneDepth(blocks=2, **{**QUICK, "supernet_steps": 60})
     context = Context(data=digits(slice(None, 1200)), val=digits(slice(1200, None)))
-    budget = module._Budget(options, program, blocks)
+    budget = options.budget(program, blocks, context)
     bits = tuple(i < 2 for i in range(len(blocks)))
     raw, _ = dataclasses.replace(options, supernet_steps=0).supernet(program, blocks, context, budget.draw)
     trained, record = options.supernet(program, blocks, context, budget.draw)
@@ -116,7 +116,7 @@ def test_a_supernet_answers_without_its_blocks(program):
 def test_a_budget_of_macs_is_met_by_what_is_needed_and_no_more(program):
     options = PruneDepth(macs=0.8, select="random", **QUICK)
     prunable = [b for b in find_blocks(program) if b.prunable]
-    budget = module._Budget(options, program, prunable)
+    budget = options.budget(program, prunable, Context())
     generator = module.random.Random(1)
     for _ in range(20):
         bits = budget.draw(generator)
@@ -125,8 +125,30 @@ def test_a_budget_of_macs_is_met_by_what_is_needed_and_no_more(program):
         assert program.macs - sum(chosen) + min(chosen) > 0.8 * program.macs
         child = budget.child(bits, budget.draw(generator), generator)
         assert program.macs - sum(b.saves for b, bit in zip(prunable, child, strict=True) if bit) <= 0.8 * program.macs
-    exactly = module._Budget(PruneDepth(blocks=3), program, prunable)
+    exactly = PruneDepth(blocks=3).budget(program, prunable, Context())
     assert all(sum(exactly.draw(generator)) == 3 for _ in range(9))
+
+
+class PerMac:
+    """A device that takes a nanosecond per multiply-accumulate, and a microsecond per run."""
+
+    per_run = 1e-6
+
+    def prepare(self, layers, progress=False):
+        self.known = set(layers)
+
+    def seconds(self, layer):
+        assert layer in self.known
+        return 1e-9 * layer.macs()
+
+
+def test_a_budget_of_predicted_latency(program):
+    options = PruneDepth(latency=0.85, select="random", **{**QUICK, "train": Distill(steps=2)})
+    result = options(program, data=digits(slice(None, 1200)), latency=PerMac())
+    seconds = [module._Predictor(Context(latency=PerMac()))(p) for p in (Fuse()(program).program, result.program)]
+    assert seconds[1] <= 0.85 * seconds[0]
+    with pytest.raises(BadInput, match="nothing predicts latencies"):
+        options(program, data=digits(slice(None, 64)))
 
 
 class Killed(Exception):
@@ -201,10 +223,11 @@ def test_attention_is_left_out_whole():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give one of blocks, macs and names"),
+        ({}, "give one of blocks, macs, latency and names"),
         ({"blocks": 1, "macs": 0.5}, "not blocks and macs"),
         ({"blocks": 0}, "PruneDepth.blocks: at least 1"),
         ({"macs": -1.0}, "PruneDepth.macs"),
+        ({"latency": "soon"}, "PruneDepth.latency"),
         ({"blocks": 1, "share": 0.0}, "PruneDepth.share"),
         ({"blocks": 1, "progress": "sine"}, "PruneDepth.progress"),
         ({"blocks": 1, "select": "best"}, "PruneDepth.select"),
