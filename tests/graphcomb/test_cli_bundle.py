@@ -33,7 +33,7 @@ def test_bundle_bench_report(cli, models, tmp_path: Path) -> None:
     out = tmp_path / "b"
     outcome = cli("bundle", f"dense={models['dense']}", models["small"], "--out", out, "--target", "orin-nano")
     assert outcome.code == 0, outcome.err
-    assert "--host USER@DEVICE" in outcome.out
+    assert "--host USER@DEVICE" in " ".join(outcome.out.split())
     outcome = cli("bench", out, *QUICK)
     assert outcome.code == 0, outcome.err
     assert "small" in outcome.out

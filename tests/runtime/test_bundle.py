@@ -43,7 +43,7 @@ def bundle(programs, tmp_path_factory):
 @pytest.mark.parametrize("name", ["bench_device.py", "graphcomb_cuda.py"])
 def test_what_goes_to_the_device_is_python_3_8(bundle, name):
     tree = ast.parse((bundle / name).read_text(), feature_version=(3, 8))
-    allowed = {*sys.stdlib_module_names, "numpy", "onnxruntime", "graphcomb_cuda"}
+    allowed = {*sys.stdlib_module_names, "numpy", "onnxruntime", "tensorrt", "graphcomb_cuda"}
     for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
