@@ -196,7 +196,11 @@ FORMATS = (Summary, Record, Cost, Change, Refused, Bench, Timing, Engine, Kernel
 
 def markdown() -> str:
     """The page: a table for every model."""
-    lines = ["# JSON formats", "", "The JSON files that graphcomb writes. Fields may be added; these keep their meaning."]
+    lines = [
+        "# JSON formats",
+        "",
+        "The JSON files that graphcomb writes. Fields may be added; these keep their meaning.",
+    ]
     for model in FORMATS:
         lines += ["", f"## {model.__name__}", "", " ".join((model.__doc__ or "").split()), ""]
         lines += ["| field | type | meaning |", "| --- | --- | --- |"]
