@@ -93,7 +93,7 @@ class Size:
 
 SIZES = {
     "small": Size(
-        {"resnet": 2000, "mobilenet": 1200, "deit": 1800, "lraspp": 900, "segformer": 1200},
+        {"resnet": 4000, "mobilenet": 4000, "deit": 6000, "lraspp": 4000, "segformer": 4000}, steps=400,
         arguments={"lraspp": {"width": 16}},
     ),
     "full": Size(
@@ -407,16 +407,26 @@ def save(path: Path, data: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def stages(options: argparse.Namespace) -> Iterator[list[Job]]:
+def stages(options: argparse.Namespace, rows: dict[str, Any]) -> Iterator[list[Job]]:
     """Jobs that may run at the same time; all seeds of the targets with an aim first, and what looks at other rows after
-    them."""
+    them. Beyond the targets with an aim, later seeds try only the importance that was best for the first."""
     for rank in range(3):
         for seed in options.seeds:
             jobs = [
                 Job(n, seed, m, TARGETS[kind(n)][rank], options.size) for n in options.networks for m in options.methods
             ]
+            if rank and seed != options.seeds[0]:
+                jobs = [j for j in jobs if not loses(replace(j, seed=options.seeds[0]), rows)]
             yield [j for j in jobs if not j.method.endswith(AFTERWARDS)]
             yield [j for j in jobs if j.method.endswith(AFTERWARDS)]
+
+
+def loses(job: Job, rows: dict[str, Any]) -> bool:
+    """Whether the job's importance is another than the best of the same network, seed and target."""
+    importances = {f"{TP} {i}": rows.get(replace(job, method=f"{TP} {i}").key, {}) for i in IMPORTANCES}
+    if job.method not in importances or not any("score" in row for row in importances.values()):
+        return False
+    return job.method != f"{TP} {best_importance(job, rows)}"
 
 
 def work(task: tuple[Job, dict[str, Any]]) -> tuple[Job, dict[str, Any] | None]:
@@ -431,10 +441,13 @@ def run(options: argparse.Namespace) -> None:
     from rich.progress import track
 
     data = load(options.results)
-    data["size"] = {"name": options.size} | asdict(SIZES[options.size])
+    size = json.loads(json.dumps({"name": options.size} | asdict(SIZES[options.size])))
+    if data["rows"] and data["size"] != size:
+        raise SystemExit(f"{options.results} holds rows of other settings; move it away or name another with --results")
+    data["size"] = size
     data["environment"] = environment()
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        for jobs in stages(options):
+        for jobs in stages(options, data["rows"]):
             jobs = [j for j in jobs if options.again or j.key not in data["rows"]]
             tasks = [(j, dict(data["rows"])) for j in jobs]
             for job, row in track(pool.imap_unordered(work, tasks), "rows", total=len(tasks)):
@@ -465,7 +478,7 @@ def latency(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     data = load(options.results)
     options.methods = METHODS + EXTRA
-    jobs = [j for jobs in stages(options) for j in jobs if stored(j).is_file() and j.key in data["rows"]]
+    jobs = [j for jobs in stages(options, data["rows"]) for j in jobs if stored(j).is_file() and j.key in data["rows"]]
     jobs = [j for j in jobs if options.again or "speedup" not in data["rows"][j.key]]
     for job in track(jobs, "latencies"):
         dense = capture(reference(job.network, job.seed, job.size)[0], kind(job.network))
