@@ -35,9 +35,7 @@ import hashlib
 import inspect
 import json
 import multiprocessing
-import os
 import statistics
-import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -51,6 +49,7 @@ import networks
 import scenes
 import torch
 import torch.nn.functional as F
+from common import revision, save, write
 from torch import nn
 
 import graphcomb
@@ -386,25 +385,9 @@ def stored(job: Job) -> Path:
     return folder / f"{job.key.replace('/', '_').replace(' ', '-')}.pt2"
 
 
-@functools.cache
-def revision() -> str:
-    """The commit of graphcomb that made a row."""
-    if "GRAPHCOMB_REVISION" in os.environ:
-        return os.environ["GRAPHCOMB_REVISION"]
-    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    return run.stdout.strip() or metadata.version("graphcomb")
-
-
 # ----------------------------------------------------------------------------------------------------------- the driver
 def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {"rows": {}}
-
-
-def save(path: Path, data: dict[str, Any]) -> None:
-    """Write under a temporary name and rename."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-    part.replace(path)
 
 
 def stages(options: argparse.Namespace, rows: dict[str, Any]) -> Iterator[list[Job]]:
@@ -700,7 +683,7 @@ def main() -> None:
     elif not options.table:
         run(options)
     data = load(options.results)
-    options.results.with_suffix(".md").write_text(table(data))
+    write(options.results.with_suffix(".md"), table(data))
     plots(data, options.results)
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import save, write
 
 from graphcomb.passes import cap
 
@@ -184,14 +185,8 @@ def main() -> None:
     data["environment"] = f"One thread of {platform.machine()}, torch {torch.__version__}, processor time"
 
     def keep() -> None:
-        options.results.parent.mkdir(exist_ok=True)
-        for path, text in (
-            (options.results, json.dumps(data, indent=1) + "\n"),
-            (options.results.with_suffix(".md"), table(data)),
-        ):
-            part = path.with_name(f".{path.name}.part")
-            part.write_text(text)
-            part.replace(path)
+        save(options.results, data, sort_keys=False)
+        write(options.results.with_suffix(".md"), table(data))
 
     if "growth" not in options.skip:
         data["agreement"] = agreement()

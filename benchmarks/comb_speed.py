@@ -20,6 +20,8 @@ import time
 import warnings
 from pathlib import Path
 
+from common import save, write
+
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("resnet50", "vit_b_16", "convnext_tiny", "swin_t", "efficientnet_b0", "densenet121", "chain1000")
 GUARD = 0.93
@@ -177,9 +179,9 @@ def main() -> None:
             print(f"{name}: {out.stderr.strip().splitlines()[-1]}")
             continue
         data["rows"][name] = json.loads(out.stdout.strip().splitlines()[-1])
-        path.write_text(json.dumps(data, indent=1) + "\n")
+        save(path, data, sort_keys=False)
         print(name, {k: round(v, 4) if isinstance(v, float) else v for k, v in data["rows"][name].items()}, flush=True)
-    path.with_suffix(".md").write_text(table(data))
+    write(path.with_suffix(".md"), table(data))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import statistics
 import tempfile
 from collections import Counter
@@ -41,6 +40,7 @@ from typing import Any
 import networks
 import torch
 from accuracy import locked
+from common import save, write
 from torch.utils.data import DataLoader, TensorDataset
 
 import graphcomb
@@ -205,12 +205,6 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else empty
 
 
-def save(path: Path, data: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-    os.replace(part, path)
-
-
 def keys(options: argparse.Namespace) -> Iterator[tuple[str, int, str, int]]:
     size = SIZES[options.size]
     for seed in options.seeds:
@@ -308,7 +302,7 @@ def write_table(data: dict[str, Any], path: Path) -> None:
         if any(counts.values()):
             said = ", ".join(f"{how} on {n}" for how, n in counts.items())
             text.append(f"- progressive against {rival}, of {sum(counts.values())} variants: {said}")
-    path.write_text("\n".join(text) + "\n")
+    write(path, "\n".join(text) + "\n")
 
 
 def verdict(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:

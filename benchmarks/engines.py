@@ -20,7 +20,8 @@ import time
 import warnings
 from pathlib import Path
 
-from zoo import commit, environment, run_child, save
+from common import revision, save, write
+from zoo import environment, run_child
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = ("rtx-sm86", "rtx-sm89", "rtx-sm120")
@@ -193,7 +194,7 @@ def main() -> None:
     path: Path = options.results
     path.parent.mkdir(exist_ok=True)
     data = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-    data["environment"], revision, start = environment(), commit(), time.monotonic()
+    data["environment"], start = environment(), time.monotonic()
     wanted = [(n, k) for n, k in jobs(options.kinds) if fnmatch.fnmatch(n, options.only)]
     for i, (name, kind) in enumerate(wanted):
         old = data["rows"].get(f"{name} {kind}")
@@ -203,11 +204,11 @@ def main() -> None:
             print(f"stopped after {options.limit:.0f} s; run again to go on")
             break
         row = run_child(functools.partial(measure, name, kind), options.seconds, options.gigabytes)
-        data["rows"][f"{name} {kind}"] = {"commit": revision} | row
+        data["rows"][f"{name} {kind}"] = {"commit": revision()} | row
         save(path, data)
         print(f"[{i + 1}/{len(wanted)}] {name} {kind}: {row['status']} {row.get('why', '')[:200]}", flush=True)
     if data["rows"]:
-        path.with_suffix(".md").write_text(table(data))
+        write(path.with_suffix(".md"), table(data))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from zoo import commit, environment, save
+from common import revision, save, write
+from zoo import environment
 
 RESULTS = Path(__file__).parent / "results"
 NETWORKS = ("resnet50", "convnext_tiny", "vit_b_16", "swin_t", "segformer_b0")
@@ -232,10 +233,10 @@ def main() -> int:
         programs, refused = compressed(name)
         for engine in missing:
             row = measure(name, engine, options.batches, options.seconds, programs)
-            data["rows"][f"{name} {engine}"] = {"commit": commit(), "refused": refused} | row
+            data["rows"][f"{name} {engine}"] = {"commit": revision(), "refused": refused} | row
             save(options.results, data)
             print(f"{name}, {engine}: {json.dumps(row['failed']) if row['failed'] else 'measured'}", flush=True)
-    options.results.with_suffix(".md").write_text(table(data))
+    write(options.results.with_suffix(".md"), table(data))
     return 0
 
 

@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 import zoo
+from common import save, write
 
 
 def measure(name: str, count: int, seed: int) -> dict:
@@ -77,11 +78,11 @@ def main() -> None:
             continue
         job = functools.partial(measure, name, options.count, options.seed)
         row = data["rows"][name] = zoo.run_child(job, options.seconds, 12)
-        zoo.save(options.results, data)
+        save(options.results, data)
         print(
             f"[{i + 1}/{len(names)}] {name}: {row.get('caught')} of {row.get('total')} {row.get('why', '')}", flush=True
         )
-    options.results.with_suffix(".md").write_text(table(data))
+    write(options.results.with_suffix(".md"), table(data))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import save
 from rich.progress import track
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,13 +105,6 @@ def load(path: Path, first: int) -> dict[str, Any]:
     return fresh(first)
 
 
-def write(path: Path, summary: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(summary, indent=1) + "\n")
-    part.replace(path)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", type=int, default=10_000)
@@ -126,7 +120,7 @@ def main() -> int:
             add(summary, found)
             summary["seconds"] = round(before + time.perf_counter() - start, 1)
             if summary["networks"] % BATCH == 0 or summary["networks"] == options.networks:
-                write(options.out, summary)
+                save(options.out, summary, sort_keys=False)
     counts = ", ".join(f"{summary[k]:,} {k}" for k in COUNTS)
     print(f"{summary['networks']:,} networks: {counts}; worst errors {summary['worst_absence_error']:.1e} (absence), "
           f"{summary['worst_restriction_error']:.1e} (restriction)")  # fmt: skip

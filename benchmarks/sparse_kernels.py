@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from common import save
 
 RESULTS = Path(__file__).parent / "results" / "sparse_kernels.json"
 SHAPES = (
@@ -178,10 +179,7 @@ def main() -> None:
         if "skipped" not in found:
             data[f"{part}: {name if part == 'gpu' else platform.machine()}"] = found | {"torch": torch.__version__}
     if data:
-        options.results.parent.mkdir(exist_ok=True)
-        draft = options.results.with_name(f".{options.results.name}.part")
-        draft.write_text(json.dumps(data, indent=1) + "\n")
-        draft.replace(options.results)
+        save(options.results, data, sort_keys=False)
 
 
 if __name__ == "__main__":

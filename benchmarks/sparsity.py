@@ -33,6 +33,7 @@ from typing import Any
 import networks
 import torch
 import torch.nn.functional as F
+from common import save, write
 from torch import nn
 
 import graphcomb
@@ -249,12 +250,6 @@ def lacking(chosen: list[str], methods: list[str]) -> tuple[list[str], list[str]
     return chosen, methods
 
 
-def write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
-
-
 # ---------------------------------------------------------------------------------------------------------------- table
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["# Sparsity: accuracy by method", ""]
@@ -335,9 +330,8 @@ def main() -> None:
     done: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.exists() else {}
 
     def keep() -> None:
-        path.parent.mkdir(exist_ok=True)
         rows = [row for found in done.values() for row in found]
-        write(path, json.dumps(done, indent=1) + "\n")
+        save(path, done, sort_keys=False)
         write(path.with_suffix(".md"), table(rows))
         if rows:
             plot(rows, path.with_suffix(".png"))

@@ -19,11 +19,12 @@ import platform
 import re
 import signal
 import statistics
-import subprocess
 import tempfile
 import time
 import warnings
 from pathlib import Path
+
+from common import revision, save, write
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = (
@@ -272,12 +273,6 @@ def _resident(pid: int) -> float:
         return 0.0
 
 
-def save(path: Path, data: dict) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-    part.replace(path)
-
-
 def table(data: dict) -> str:
     rows = sorted(data["rows"].values(), key=lambda r: r["model"])
     exportable = [r for r in rows if r["status"] not in ("not exportable",)]
@@ -344,13 +339,6 @@ def environment() -> str:
     )
 
 
-def commit() -> str:
-    """The revision measured, for the rows of a run that was resumed after a change."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="pattern over model names")
@@ -377,7 +365,7 @@ def main() -> None:
     path: Path = options.results
     path.parent.mkdir(exist_ok=True)
     data = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-    data["environment"], revision = environment(), commit()
+    data["environment"] = environment()
     if not options.table:
         names = [n for n in torchvision_names() + timm_names() if fnmatch.fnmatch(n, options.only)]
         for i, name in enumerate(names):
@@ -393,7 +381,7 @@ def main() -> None:
                 row = old
             else:
                 job = functools.partial(measure, name, options.verify_up_to)
-                row = {"model": name, "commit": revision} | run_child(job, options.seconds, options.gigabytes)
+                row = {"model": name, "commit": revision()} | run_child(job, options.seconds, options.gigabytes)
             if missing and row["status"] != "not exportable":
                 rival = run_child(functools.partial(torch_pruning, name), 120, options.gigabytes)
             if rival is not None:
@@ -405,7 +393,7 @@ def main() -> None:
                 flush=True,
             )
     if data["rows"]:
-        path.with_suffix(".md").write_text(table(data))
+        write(path.with_suffix(".md"), table(data))
         plot(data, path.with_suffix(".png"))
 
 

@@ -420,12 +420,9 @@ SUMMARY_ROWS = {
 
 def _read_summary(path: Path) -> dict[str, Any]:
     """What `run` wrote, or the results of a bench bundle."""
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise BadInput(f"{path}: not JSON ({error})") from error
+    from .runtime.bundle import read_json
+
+    found = read_json(path)
     if not isinstance(found, dict) or not {"passes", "format"} & found.keys():
         raise BadInput(f"{path}: not a summary.json of graphcomb run")
     return found

@@ -21,7 +21,7 @@ from ..graph.layers import Layers
 from ..graph.ops import arguments, fetch, op_name, set_argument
 from ..graph.program import Program, TrainableModule, rebuild
 from ..graph.verify.evaluate import Evaluator, double_weights, random_inputs, relative_error
-from .base import Context, Pass, PassResult
+from .base import Context, Pass, PassResult, check_field
 from .batches import Batch, Feed, generators
 from .blocks import Block, find_blocks
 from .distill import Distill, soft_kl
@@ -96,21 +96,19 @@ class PruneDepth(Pass):
                 "PruneDepth: give one of blocks, macs, latency and names"
                 + (f", not {' and '.join(given)}" * bool(given))
             )
-        self._require("blocks", self.blocks is None or self.blocks >= 1, "at least 1")
-        self._require("macs", self.macs is None or self.macs > 0, "what may remain, a share or a number above 0")
+        check_field(self, "blocks", self.blocks is None or self.blocks >= 1, "at least 1")
+        check_field(self, "macs", self.macs is None or self.macs > 0, "what may remain, a share or a number above 0")
         if self.latency is not None:
             _allowed(self.latency, 1.0)
-        self._require("select", self.select in ("search", "random"), '"search" or "random"')
-        self._require("progress", self.progress in ("linear", "cosine", "at once"), '"linear", "cosine" or "at once"')
-        self._require("share", 0 < self.share <= 1, "a share of the training steps, above 0 to 1")
+        check_field(self, "select", self.select in ("search", "random"), '"search" or "random"')
+        check_field(
+            self, "progress", self.progress in ("linear", "cosine", "at once"), '"linear", "cosine" or "at once"'
+        )
+        check_field(self, "share", 0 < self.share <= 1, "a share of the training steps, above 0 to 1")
         for key in ("supernet_steps", "generations"):
-            self._require(key, getattr(self, key) >= 0, "at least 0")
+            check_field(self, key, getattr(self, key) >= 0, "at least 0")
         for key in ("population", "score_batches", "calibrate"):
-            self._require(key, getattr(self, key) >= 1, "at least 1")
-
-    def _require(self, name: str, holds: bool, what: str) -> None:
-        if not holds:
-            raise BadInput(f"PruneDepth.{name}: {what}, not {getattr(self, name)!r}")
+            check_field(self, key, getattr(self, key) >= 1, "at least 1")
 
     def run(self, program: Program, context: Context) -> PassResult:
         context = dataclasses.replace(context, teacher=context.teacher or program)

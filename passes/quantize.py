@@ -17,7 +17,7 @@ from ..graph.capture import infer
 from ..graph.errors import BadInput, MissingBackend
 from ..graph.ops import arguments, fetch, op_name, set_argument
 from ..graph.program import Program, place_tensor
-from .base import Context, Pass, PassResult
+from .base import Context, Pass, PassResult, check_field
 from .batches import Feed
 from .statistics import Layer, layers
 from .training import accelerator, bar, placed, seeded
@@ -49,10 +49,9 @@ class Quantize(Pass):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.samples, int) or self.samples < 1:
-            raise BadInput(f"Quantize.samples: a whole number of at least 1, not {self.samples!r}")
-        if self.calibration not in ("histogram", "minmax"):
-            raise BadInput(f"Quantize.calibration: histogram or minmax, not {self.calibration!r}")
+        whole = isinstance(self.samples, int) and self.samples >= 1
+        check_field(self, "samples", whole, "a whole number of at least 1")
+        check_field(self, "calibration", self.calibration in ("histogram", "minmax"), "histogram or minmax")
         for key in ("include", "exclude"):
             value = getattr(self, key)
             object.__setattr__(self, key, (value,) if isinstance(value, str) else tuple(value))

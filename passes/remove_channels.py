@@ -16,7 +16,7 @@ from ..graph.program import Program
 from ..graph.surgery import remove
 from ..graph.verify import TOLERANCE, check
 from .adaptive import Pruner, event_steps, removed_values
-from .base import Context, Pass, PassResult
+from .base import Context, Pass, PassResult, check_field
 from .distill import Distill, block_outputs
 from .importance import IMPORTANCES, Scores
 from .knapsack import Predictor, allowed_seconds, knapsack
@@ -81,20 +81,15 @@ class RemoveChannels(Pass):
             raise BadInput(f"RemoveChannels: give one of ratio, macs, params and latency, not {' and '.join(given)}")
         if self.latency is not None:
             allowed_seconds(self.latency, 1.0)
-        if self.ratio is not None and not 0 <= self.ratio < 1:
-            raise BadInput(f"RemoveChannels.ratio: a share of at least 0 and under 1, not {self.ratio}")
+        check_field(self, "ratio", self.ratio is None or 0 <= self.ratio < 1, "a share of at least 0 and under 1")
         for key in ("macs", "params"):
             value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise BadInput(f"RemoveChannels.{key}: what may remain, a share or a number above 0, not {value}")
-        if self.importance not in IMPORTANCES:
-            raise BadInput(f"RemoveChannels.importance: one of {', '.join(IMPORTANCES)}, not {self.importance!r}")
-        if self.scope not in ("local", "global"):
-            raise BadInput(f"RemoveChannels.scope: local or global, not {self.scope!r}")
-        if self.schedule not in ("adaptive", "iterative", "one-shot"):
-            raise BadInput(f"RemoveChannels.schedule: adaptive, iterative or one-shot, not {self.schedule!r}")
-        if not 0 < self.prune_share <= 1:
-            raise BadInput(f"RemoveChannels.prune_share: a share above 0, at most 1, not {self.prune_share}")
+            check_field(self, key, value is None or value > 0, "what may remain, a share or a number above 0")
+        schedules = ("adaptive", "iterative", "one-shot")
+        check_field(self, "importance", self.importance in IMPORTANCES, f"one of {', '.join(IMPORTANCES)}")
+        check_field(self, "scope", self.scope in ("local", "global"), "local or global")
+        check_field(self, "schedule", self.schedule in schedules, "adaptive, iterative or one-shot")
+        check_field(self, "prune_share", 0 < self.prune_share <= 1, "a share above 0, at most 1")
         for key in ("round_to", "min_channels", "interval", "rounds"):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, int) or value < 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 from ..graph.errors import BadInput
 from ..graph.ops import fetch
 from ..graph.program import Program, load
-from .base import Context, Pass, PassResult
+from .base import Context, Pass, PassResult, check_field
 from .cap import Pattern
 from .distill import Distill
 from .masks import read_pattern, sparse_weights
@@ -85,10 +86,7 @@ class Sparsify(Pass):
     snapshots: str | None = None
 
     def __post_init__(self) -> None:
-        def require(name: str, holds: bool, what: str) -> None:
-            if not holds:
-                raise BadInput(f"Sparsify.{name}: {what}, not {getattr(self, name)!r}")
-
+        require = functools.partial(check_field, self)
         for key in ("include", "exclude"):
             value = getattr(self, key)
             object.__setattr__(self, key, (value,) if isinstance(value, str) else tuple(value))

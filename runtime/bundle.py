@@ -202,15 +202,20 @@ def _call(command: list[str], what: str) -> None:
         raise GraphcombError(f"{what} failed: {lines[-1].removeprefix('error: ')}")
 
 
-def read_results(path: str | Path) -> dict[str, Any]:
-    """What bench_device.py wrote. Raises BadInput for another file or another version's."""
-    path = Path(path)
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises BadInput for one that cannot be read or is no JSON."""
     try:
-        found = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise BadInput(f"{path}: not JSON ({error})") from error
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """What bench_device.py wrote. Raises BadInput for another file or another version's."""
+    path = Path(path)
+    found = read_json(path)
     if (
         not isinstance(found, dict)
         or "models" not in found

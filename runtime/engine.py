@@ -71,6 +71,35 @@ class Engine(Protocol):
         """Release device memory and threads; the engine is unusable afterwards."""
 
 
+class HostEngine:
+    """What engines on host arrays share: the specs, which a subclass puts in `_inputs` and `_outputs`, and the checks of
+    what is given to `run`."""
+
+    _inputs: list[TensorSpec]
+    _outputs: list[TensorSpec]
+
+    @property
+    def inputs(self) -> list[TensorSpec]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        return self._outputs
+
+    @property
+    def input_names(self) -> list[str]:
+        return [spec.name for spec in self._inputs]
+
+    def _check_count(self, inputs: Sequence[np.ndarray]) -> None:
+        if len(inputs) != len(self._inputs):
+            names = ", ".join(self.input_names)
+            raise BadInput(f"the engine takes {len(self._inputs)} inputs ({names}), got {len(inputs)}")
+
+    def _check_dtype(self, spec: TensorSpec, array: np.ndarray) -> None:
+        if array.dtype != np.dtype(spec.dtype):
+            raise BadInput(f"input {spec.name}: the engine takes {spec.dtype}, got {array.dtype}")
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One fused kernel of an engine: what the library made of one or more ONNX nodes.

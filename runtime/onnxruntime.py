@@ -13,14 +13,14 @@ import onnx
 import onnxruntime as ort
 
 from ..graph.errors import BadInput
-from .engine import EngineReport, Kernel, TensorSpec, precision, replacing
+from .engine import EngineReport, HostEngine, Kernel, TensorSpec, precision, replacing
 from .targets import Target
 
 REFORMATS = ("ReorderInput", "ReorderOutput")
 INSERTED_CAST = "InsertedPrecisionFreeCast_"
 
 
-class OrtEngine:
+class OrtEngine(HostEngine):
     """An ONNX file in an ONNX Runtime session. With one thread all work is done by the calling thread."""
 
     def __init__(self, path: Path, threads: int = 1, optimized: Path | None = None):
@@ -44,23 +44,8 @@ class OrtEngine:
         self._inputs = [_spec(i) for i in self._session.get_inputs()]
         self._outputs = [_spec(o) for o in self._session.get_outputs()]
 
-    @property
-    def inputs(self) -> list[TensorSpec]:
-        return self._inputs
-
-    @property
-    def outputs(self) -> list[TensorSpec]:
-        return self._outputs
-
-    @property
-    def input_names(self) -> list[str]:
-        return [i.name for i in self._inputs]
-
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        if len(inputs) != len(self._inputs):
-            raise BadInput(
-                f"the engine takes {len(self._inputs)} inputs ({', '.join(self.input_names)}), got {len(inputs)}"
-            )
+        self._check_count(inputs)
         try:
             return self._session.run(None, dict(zip(self.input_names, inputs, strict=True)))
         except ort.capi.onnxruntime_pybind11_state.InvalidArgument as error:

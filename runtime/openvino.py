@@ -15,14 +15,14 @@ import numpy as np
 import onnx
 
 from ..graph.errors import BadInput
-from .engine import EngineReport, Kernel, TensorSpec, precision, replacing
+from .engine import EngineReport, HostEngine, Kernel, TensorSpec, precision, replacing
 from .targets import Target
 
 TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64", "boolean": "bool"}
 TYPES |= {f"{sign}{bits}": f"{'u' * (sign == 'u')}int{bits}" for sign in "iu" for bits in (8, 16, 32, 64)}
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(HostEngine):
     """A model compiled for the CPU. It computes in fp32, unless it is quantised: by itself the library would take
     bfloat16 where the processor has it, which is faster and not the same."""
 
@@ -37,26 +37,10 @@ class OpenVinoEngine:
         self._outputs = [_spec(port) for port in self.compiled.outputs]
         self._request = self.compiled.create_infer_request()
 
-    @property
-    def inputs(self) -> list[TensorSpec]:
-        return self._inputs
-
-    @property
-    def outputs(self) -> list[TensorSpec]:
-        return self._outputs
-
-    @property
-    def input_names(self) -> list[str]:
-        return [i.name for i in self._inputs]
-
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        if len(inputs) != len(self._inputs):
-            raise BadInput(
-                f"the engine takes {len(self._inputs)} inputs ({', '.join(self.input_names)}), got {len(inputs)}"
-            )
+        self._check_count(inputs)
         for spec, array in zip(self._inputs, inputs, strict=True):
-            if array.dtype != np.dtype(spec.dtype):
-                raise BadInput(f"input {spec.name}: the engine takes {spec.dtype}, got {array.dtype}")
+            self._check_dtype(spec, array)
         try:
             found = self._request.infer(dict(enumerate(inputs)), share_inputs=True)
         except RuntimeError as error:

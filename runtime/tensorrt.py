@@ -29,7 +29,7 @@ from rich.progress import Progress, TaskID
 from ..graph.errors import BadInput, MissingBackend, Refused
 from .build_log import Pad, Unfused, parse_build_log
 from .cuda import Cuda, CudaError, NoCuda
-from .engine import BACKENDS, EngineReport, TensorSpec, UnparsedOp, precision, replacing
+from .engine import BACKENDS, EngineReport, HostEngine, TensorSpec, UnparsedOp, precision, replacing
 from .targets import TARGETS, Target, nearest
 
 if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT, whose interface both packages have
@@ -184,7 +184,7 @@ def library(backend: str) -> ModuleType:
     return found
 
 
-class TensorRTEngine:
+class TensorRTEngine(HostEngine):
     """A deserialised engine with one execution context and one stream. Inputs and outputs are host arrays."""
 
     on_device = True  # the processor waits while it runs
@@ -215,18 +215,6 @@ class TensorRTEngine:
             name = self._engine.get_tensor_name(index)
             is_input = self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
             (self._inputs if is_input else self._outputs).append(self._spec(name, path))
-
-    @property
-    def inputs(self) -> list[TensorSpec]:
-        return self._inputs
-
-    @property
-    def outputs(self) -> list[TensorSpec]:
-        return self._outputs
-
-    @property
-    def input_names(self) -> list[str]:
-        return [spec.name for spec in self._inputs]
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         arrays, results = self._prepare(inputs)
@@ -305,13 +293,10 @@ class TensorRTEngine:
 
     def _prepare(self, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Check the inputs, make buffers, and return the inputs as they are copied and arrays for the outputs."""
-        if len(inputs) != len(self._inputs):
-            names = ", ".join(self.input_names)
-            raise BadInput(f"the engine takes {len(self._inputs)} inputs ({names}), got {len(inputs)}")
+        self._check_count(inputs)
         arrays = [np.ascontiguousarray(array) for array in inputs]
         for spec, array in zip(self._inputs, arrays, strict=True):
-            if array.dtype != np.dtype(spec.dtype):
-                raise BadInput(f"input {spec.name}: the engine takes {spec.dtype}, got {array.dtype}")
+            self._check_dtype(spec, array)
             if not self._context.set_input_shape(spec.name, tuple(array.shape)):
                 raise BadInput(f"input {spec.name}: shape {array.shape} is outside of the engine's {self._range(spec)}")
             self._cuda.to_device(self._bind(spec.name, array.nbytes), array)

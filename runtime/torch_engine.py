@@ -16,13 +16,13 @@ from torch.utils import _pytree as pytree
 
 from ..graph.errors import BadInput, MissingBackend
 from ..graph.program import Program, flatten_outputs
-from .engine import TensorSpec, replacing
+from .engine import HostEngine, TensorSpec, replacing
 
 PACKAGE, ABOUT = "model.pt2", "engine.json"  # in the engine file, a zip
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 
-class TorchEngine:
+class TorchEngine(HostEngine):
     """A callable of tensors on a device. Inputs and outputs are host arrays."""
 
     def __init__(
@@ -35,18 +35,6 @@ class TorchEngine:
         self._call, self._device = call, device
         self._inputs, self._outputs = list(inputs), list(outputs)
         self.on_device = device.type != "cpu"  # the processor waits while it runs
-
-    @property
-    def inputs(self) -> list[TensorSpec]:
-        return self._inputs
-
-    @property
-    def outputs(self) -> list[TensorSpec]:
-        return self._outputs
-
-    @property
-    def input_names(self) -> list[str]:
-        return [spec.name for spec in self._inputs]
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         with torch.no_grad():
@@ -70,17 +58,14 @@ class TorchEngine:
         del self._call
 
     def _tensors(self, inputs: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        if len(inputs) != len(self._inputs):
-            names = ", ".join(self.input_names)
-            raise BadInput(f"the engine takes {len(self._inputs)} inputs ({names}), got {len(inputs)}")
+        self._check_count(inputs)
         for spec, array in zip(self._inputs, inputs, strict=True):
             fits = array.ndim == len(spec.shape) and all(
                 wanted in (None, extent) for extent, wanted in zip(array.shape, spec.shape, strict=True)
             )
             if not fits:
                 raise BadInput(f"input {spec.name}: the engine takes shape {spec.shape}, got {array.shape}")
-            if array.dtype != np.dtype(spec.dtype):
-                raise BadInput(f"input {spec.name}: the engine takes {spec.dtype}, got {array.dtype}")
+            self._check_dtype(spec, array)
         return [torch.from_numpy(np.ascontiguousarray(array)).to(self._device) for array in inputs]
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from standins import FakeCudart, fake_tensorrt
+from standins import FakeCudart
 
 from graphcomb.runtime import cuda
 
@@ -208,20 +208,6 @@ def test_the_power_mode_is_read(script, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------ TensorRT
-@pytest.fixture
-def cudart(monkeypatch):
-    fake = FakeCudart()
-    monkeypatch.setattr(cuda, "_load", lambda: fake)
-    return fake
-
-
-@pytest.fixture(params=["8.6.1", "10.3.0", "11.4.0"])
-def classic(request, monkeypatch, cudart):
-    made = fake_tensorrt(request.param, cudart)
-    monkeypatch.setitem(sys.modules, "tensorrt", made.module)
-    return made
-
-
 @pytest.fixture
 def bundle(script, tmp_path, monkeypatch):
     """A bundle of two models, whose files the stand-in does not read; the first is what it computes, the second not."""

@@ -17,13 +17,12 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from standins import FakeCudart, fake_tensorrt, flags
+from standins import FakeCudart, flags
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vision_transformer import VisionTransformer
 
 import graphcomb
 from graphcomb.graph.errors import BadInput, MissingBackend, Refused
-from graphcomb.runtime import cuda
 from graphcomb.runtime.cuda import Cuda, CudaError
 from graphcomb.runtime.engine import build_engine, load_engine
 from graphcomb.runtime.onnx import export_onnx
@@ -302,20 +301,6 @@ def test_memory_goes_to_the_gpu_and_back():
 
 
 # --------------------------------------------------------------------------- what needs a GPU, with the stand-ins
-@pytest.fixture
-def cudart(monkeypatch):
-    fake = FakeCudart()
-    monkeypatch.setattr(cuda, "_load", lambda: fake)
-    return fake
-
-
-@pytest.fixture(params=["8.6.1", "10.3.0", "11.4.0"])
-def classic(request, monkeypatch, cudart):
-    made = fake_tensorrt(request.param, cudart)
-    monkeypatch.setitem(sys.modules, "tensorrt", made.module)
-    return made
-
-
 ORIN = get_target("agx-orin")
 
 
