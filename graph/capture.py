@@ -302,7 +302,9 @@ def _functionalise(module: fx.GraphModule) -> None:
                 user.replace_input_with(old, value)
             order.setdefault(value, order[node])
             if old in alias and alias[old][0] in values:
-                note(value, values[alias[old][0]], alias[old][1])
+                under = values[alias[old][0]]
+                if under is not value:  # as after detach, where both are one tensor from now on
+                    note(value, under, alias[old][1])
         node.replace_all_uses_with(new)
         graph.erase_node(node)
 
@@ -331,6 +333,7 @@ def _functional_form(graph: fx.Graph, node: fx.Node, base: fx.Node) -> fx.Node:
         new = node.args[1]
         if not isinstance(new, fx.Node):
             raise refusal
+        new = _call(graph, node, aten.clone.default, (new,))  # what is written to the copy later is not its source's
         if new.meta["val"].dtype != value.dtype:
             new = _call(graph, node, aten.to.dtype, (new, value.dtype))
         if tuple(new.meta["val"].shape) != tuple(value.shape):

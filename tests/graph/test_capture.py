@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import subprocess
 import sys
 
@@ -177,11 +178,26 @@ def divided_without_a_rest(y):
     return y
 
 
+def a_copy_is_written_to(y):
+    """The copy has memory of its own: what is written to it does not reach the source."""
+    z = torch.zeros_like(y)
+    z.copy_(y)
+    z.add_(1)
+    return z * 2 + y
+
+
+def written_through_detach(y):
+    z = y.detach()
+    z.add_(1)
+    z.mul_(2)
+    return z + y
+
+
 WRITES = [
     relu_of_a_slice, add_to_a_view, read_another_view_later, a_copy_is_not_a_view, a_view_of_strided_memory,
     assign_to_a_slice, copy_into_a_row, fill_and_zero, chains_of_views, views_of_views_read_after, pieces,
     pieces_taken_before_and_after, unbound_rows, moved_dimensions, values_of_a_maximum_are_their_own_memory,
-    divided_without_a_rest,
+    divided_without_a_rest, a_copy_is_written_to, written_through_detach,
     dropout_is_the_identity, a_cast_that_does_nothing, twice, masked,
 ]  # fmt: skip
 
@@ -196,6 +212,44 @@ def test_in_place_operators_become_functional(write):
 def test_in_place_operators_with_a_dynamic_batch(write):
     program = same(Net(write), torch.randn(3, 4, 6), dynamic="batch")
     assert program.module()(torch.randn(5, 4, 6)).shape == (5, 4, 3)
+
+
+VIEWS = [
+    lambda t: t.transpose(1, 2), lambda t: t[:, 1:], lambda t: t[:, ::2], lambda t: t.detach(),
+    lambda t: t.contiguous(), lambda t: t.reshape(t.shape[0], -1, t.shape[1]), lambda t: t.chunk(2, 1)[0],
+    lambda t: t.unbind(1)[0].unsqueeze(1), lambda t: t.to(torch.float32), lambda t: t.permute(0, 2, 1),
+    lambda t: t.unsqueeze(1).squeeze(1), lambda t: t.movedim(1, 2),
+    lambda t: t.flatten(1).unflatten(1, (t.shape[1], t.shape[2])), lambda t: t * 0.5 + 1,
+]  # fmt: skip
+IN_PLACE = [
+    lambda t, u: t.add_(0.5), lambda t, u: t.mul_(1.25), lambda t, u: t.relu_(), lambda t, u: t.zero_(),
+    lambda t, u: t.add_(0.3 * u), lambda t, u: t.copy_(u),
+]  # fmt: skip
+
+
+class RandomWrites(nn.Module):
+    """Takes random views of two tensors and of their views, writes to some, and reads all of them at the end."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.seed = seed
+
+    def forward(self, x):
+        draw = random.Random(self.seed)
+        tensors = [(x * 1.5, 0), (x + 0.25, 1)]  # with which of the two they share memory
+        for _ in range(draw.randint(2, 9)):
+            t, memory = draw.choice(tensors)
+            if draw.random() < 0.5:
+                tensors.append((draw.choice(VIEWS)(t), memory))
+            else:
+                others = [u for u, its in tensors if u.shape == t.shape and its != memory]
+                draw.choice(IN_PLACE)(t, draw.choice(others or [t + 1]))
+        return sum((i + 1) * t.flatten(1).sin().sum(1) for i, (t, _) in enumerate(tensors))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_writes_through_random_views(seed):
+    assert functional(same(RandomWrites(seed), torch.randn(3, 2, 4)))
 
 
 def test_modules_with_inplace_flags():
