@@ -17,6 +17,47 @@ SMALL = {
     "patch_size": 8,
 }  # fmt: skip
 
+STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+PYRAMID = STAGES | {"num_attention_heads": [1, 2, 3, 4]}
+SWIN = {
+    "image_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4,
+}  # fmt: skip
+SWIN_FOUR = {
+    "image_size": 64, "patch_size": 4, "embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4],
+    "window_size": 4, "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}  # fmt: skip
+DECODER = {
+    "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 3, "decoder_attention_heads": 3,
+    "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 5,
+}  # fmt: skip
+HGNET = {
+    "embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "stem_channels": [3, 8, 16],
+    "stage_in_channels": [16, 16, 32, 48], "stage_mid_channels": [8, 8, 8, 16],
+    "stage_out_channels": [16, 32, 48, 64], "stage_num_blocks": [1, 1, 1, 1], "stage_numb_of_layers": [2, 2, 2, 2],
+}  # fmt: skip
+DEPTH = {
+    "reassemble_hidden_size": 24, "patch_size": 8, "neck_hidden_sizes": [8, 12, 16, 20], "fusion_hidden_size": 16,
+    "head_hidden_size": 8,
+}  # fmt: skip
+
+
+def with_resnet():
+    """Options of a detector on a small ResNet."""
+    backbone = transformers.ResNetConfig(embedding_size=8, **STAGES, out_features=["stage4"])
+    return DECODER | {
+        "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_config": backbone,
+    }  # fmt: skip
+
+
+def dinov2_levels():
+    return transformers.Dinov2Config(
+        **(SMALL | {"num_hidden_layers": 4}),
+        out_indices=[1, 2, 3, 4],
+        reshape_hidden_states=False,
+        apply_layernorm=True,
+    )
+
+
 MODELS = {
     "ViT": (lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL)), (3, 3, 32, 32)),
     "DeiT": (lambda: transformers.DeiTForImageClassification(transformers.DeiTConfig(**SMALL)), (3, 3, 32, 32)),
@@ -33,9 +74,7 @@ MODELS = {
     ),
     "DINOv3ViT": (lambda: transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**SMALL)), (3, 3, 32, 32)),
     "DINOv3ConvNext": (
-        lambda: transformers.DINOv3ConvNextModel(
-            transformers.DINOv3ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])
-        ),
+        lambda: transformers.DINOv3ConvNextModel(transformers.DINOv3ConvNextConfig(**STAGES)),
         (3, 3, 32, 32),
     ),
     "Data2Vec": (
@@ -47,22 +86,8 @@ MODELS = {
         (3, 3, 32, 32),
     ),
     "SiglipVision": (lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SMALL)), (3, 3, 32, 32)),
-    "Swin": (
-        lambda: transformers.SwinForImageClassification(
-            transformers.SwinConfig(
-                image_size=32, patch_size=4, embed_dim=24, depths=[2, 2], num_heads=[3, 6], window_size=4
-            )
-        ),
-        (3, 3, 32, 32),
-    ),
-    "Swinv2": (
-        lambda: transformers.Swinv2ForImageClassification(
-            transformers.Swinv2Config(
-                image_size=32, patch_size=4, embed_dim=24, depths=[2, 2], num_heads=[3, 6], window_size=4
-            )
-        ),
-        (3, 3, 32, 32),
-    ),
+    "Swin": (lambda: transformers.SwinForImageClassification(transformers.SwinConfig(**SWIN)), (3, 3, 32, 32)),
+    "Swinv2": (lambda: transformers.Swinv2ForImageClassification(transformers.Swinv2Config(**SWIN)), (3, 3, 32, 32)),
     "Swin2SR": (
         lambda: transformers.Swin2SRForImageSuperResolution(
             transformers.Swin2SRConfig(
@@ -72,15 +97,11 @@ MODELS = {
         (2, 3, 16, 16),
     ),
     "ConvNext": (
-        lambda: transformers.ConvNextForImageClassification(
-            transformers.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])
-        ),
+        lambda: transformers.ConvNextForImageClassification(transformers.ConvNextConfig(**STAGES)),
         (3, 3, 32, 32),
     ),
     "ConvNextV2": (
-        lambda: transformers.ConvNextV2ForImageClassification(
-            transformers.ConvNextV2Config(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])
-        ),
+        lambda: transformers.ConvNextV2ForImageClassification(transformers.ConvNextV2Config(**STAGES)),
         (3, 3, 32, 32),
     ),
     "ResNet": (
@@ -103,36 +124,20 @@ MODELS = {
     ),
     "Segformer": (
         lambda: transformers.SegformerForSemanticSegmentation(
-            transformers.SegformerConfig(
-                num_encoder_blocks=4,
-                depths=[1, 1, 1, 1],
-                hidden_sizes=[8, 16, 24, 32],
-                num_attention_heads=[1, 2, 3, 4],
-                decoder_hidden_size=16,
-            )
+            transformers.SegformerConfig(num_encoder_blocks=4, **PYRAMID, decoder_hidden_size=16)
         ),
         (2, 3, 64, 64),
     ),
     "Pvt": (
-        lambda: transformers.PvtForImageClassification(
-            transformers.PvtConfig(
-                image_size=64, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 3, 4]
-            )
-        ),
+        lambda: transformers.PvtForImageClassification(transformers.PvtConfig(image_size=64, **PYRAMID)),
         (2, 3, 64, 64),
     ),
     "PvtV2": (
-        lambda: transformers.PvtV2ForImageClassification(
-            transformers.PvtV2Config(
-                image_size=64, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 3, 4]
-            )
-        ),
+        lambda: transformers.PvtV2ForImageClassification(transformers.PvtV2Config(image_size=64, **PYRAMID)),
         (2, 3, 64, 64),
     ),
     "PoolFormer": (
-        lambda: transformers.PoolFormerForImageClassification(
-            transformers.PoolFormerConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])
-        ),
+        lambda: transformers.PoolFormerForImageClassification(transformers.PoolFormerConfig(**STAGES)),
         (2, 3, 64, 64),
     ),
     "MobileViT": (
@@ -230,40 +235,19 @@ MODELS = {
     ),
     "DepthAnything": (
         lambda: transformers.DepthAnythingForDepthEstimation(
-            transformers.DepthAnythingConfig(
-                backbone_config=transformers.Dinov2Config(
-                    **(SMALL | {"num_hidden_layers": 4}),
-                    out_indices=[1, 2, 3, 4],
-                    reshape_hidden_states=False,
-                    apply_layernorm=True,
-                ),
-                reassemble_hidden_size=24,
-                patch_size=8,
-                neck_hidden_sizes=[8, 12, 16, 20],
-                fusion_hidden_size=16,
-                head_hidden_size=8,
-            )
+            transformers.DepthAnythingConfig(backbone_config=dinov2_levels(), **DEPTH)
         ),
         (3, 3, 32, 32),
     ),
     "GLPN": (
-        lambda: transformers.GLPNForDepthEstimation(
-            transformers.GLPNConfig(
-                depths=[1, 1, 1, 1],
-                hidden_sizes=[8, 16, 24, 32],
-                num_attention_heads=[1, 2, 3, 4],
-                decoder_hidden_size=16,
-            )
-        ),
+        lambda: transformers.GLPNForDepthEstimation(transformers.GLPNConfig(**PYRAMID, decoder_hidden_size=16)),
         (2, 3, 64, 64),
     ),
     "UperNet": (
         lambda: transformers.UperNetForSemanticSegmentation(
             transformers.UperNetConfig(
                 backbone_config=transformers.ConvNextConfig(
-                    hidden_sizes=[8, 16, 24, 32],
-                    depths=[1, 1, 1, 1],
-                    out_features=["stage1", "stage2", "stage3", "stage4"],
+                    **STAGES, out_features=["stage1", "stage2", "stage3", "stage4"]
                 ),
                 hidden_size=16,
                 auxiliary_in_channels=24,
@@ -273,44 +257,12 @@ MODELS = {
         (2, 3, 64, 64),
     ),
     "DETR": (
-        lambda: transformers.DetrForObjectDetection(
-            transformers.DetrConfig(
-                use_timm_backbone=False,
-                use_pretrained_backbone=False,
-                backbone=None,
-                backbone_config=transformers.ResNetConfig(
-                    embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], out_features=["stage4"]
-                ),
-                d_model=24,
-                encoder_layers=1,
-                decoder_layers=1,
-                encoder_attention_heads=3,
-                decoder_attention_heads=3,
-                encoder_ffn_dim=32,
-                decoder_ffn_dim=32,
-                num_queries=5,
-            )
-        ),
+        lambda: transformers.DetrForObjectDetection(transformers.DetrConfig(**with_resnet(), d_model=24)),
         (2, 3, 64, 64),
     ),
     "CondDETR": (
         lambda: transformers.ConditionalDetrForObjectDetection(
-            transformers.ConditionalDetrConfig(
-                use_timm_backbone=False,
-                use_pretrained_backbone=False,
-                backbone=None,
-                backbone_config=transformers.ResNetConfig(
-                    embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], out_features=["stage4"]
-                ),
-                d_model=24,
-                encoder_layers=1,
-                decoder_layers=1,
-                encoder_attention_heads=3,
-                decoder_attention_heads=3,
-                encoder_ffn_dim=32,
-                decoder_ffn_dim=32,
-                num_queries=5,
-            )
+            transformers.ConditionalDetrConfig(**with_resnet(), d_model=24)
         ),
         (2, 3, 64, 64),
     ),
@@ -335,24 +287,9 @@ MODELS = {
             transformers.MaskFormerConfig(
                 fpn_feature_size=32,
                 mask_feature_size=16,
-                backbone_config=transformers.SwinConfig(
-                    image_size=64,
-                    patch_size=4,
-                    embed_dim=12,
-                    depths=[1, 1, 1, 1],
-                    num_heads=[1, 2, 3, 4],
-                    window_size=4,
-                    out_features=["stage1", "stage2", "stage3", "stage4"],
-                ),
+                backbone_config=transformers.SwinConfig(**SWIN_FOUR),
                 decoder_config=transformers.DetrConfig(
-                    d_model=32,
-                    encoder_layers=1,
-                    decoder_layers=1,
-                    encoder_attention_heads=2,
-                    decoder_attention_heads=2,
-                    encoder_ffn_dim=32,
-                    decoder_ffn_dim=32,
-                    num_queries=5,
+                    **(DECODER | {"d_model": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2})
                 ),
             )
         ),
@@ -383,30 +320,14 @@ MODELS = {
         (1, 3, 64, 64),
     ),
     "HGNetV2": (
-        lambda: transformers.HGNetV2ForImageClassification(
-            transformers.HGNetV2Config(
-                embedding_size=16,
-                hidden_sizes=[16, 32, 48, 64],
-                depths=[1, 1, 1, 1],
-                stem_channels=[3, 8, 16],
-                stage_in_channels=[16, 16, 32, 48],
-                stage_mid_channels=[8, 8, 8, 16],
-                stage_out_channels=[16, 32, 48, 64],
-                stage_num_blocks=[1, 1, 1, 1],
-                stage_numb_of_layers=[2, 2, 2, 2],
-            )
-        ),
+        lambda: transformers.HGNetV2ForImageClassification(transformers.HGNetV2Config(**HGNET)),
         (2, 3, 64, 64),
     ),
     "RTDETR": (
         lambda: transformers.RTDetrForObjectDetection(
             transformers.RTDetrConfig(
                 backbone_config=transformers.RTDetrResNetConfig(
-                    embedding_size=8,
-                    hidden_sizes=[8, 16, 24, 32],
-                    depths=[1, 1, 1, 1],
-                    layer_type="basic",
-                    out_features=["stage2", "stage3", "stage4"],
+                    embedding_size=8, **STAGES, layer_type="basic", out_features=["stage2", "stage3", "stage4"]
                 ),
                 encoder_hidden_dim=24,
                 encoder_in_channels=[16, 24, 32],
@@ -437,76 +358,25 @@ MODELS = {
                 num_attention_heads=2,
                 dim_feedforward=32,
                 num_queries=5,
-                backbone_config=transformers.SwinConfig(
-                    image_size=64,
-                    patch_size=4,
-                    embed_dim=12,
-                    depths=[1, 1, 1, 1],
-                    num_heads=[1, 2, 3, 4],
-                    window_size=4,
-                    out_features=["stage1", "stage2", "stage3", "stage4"],
-                ),
+                backbone_config=transformers.SwinConfig(**SWIN_FOUR),
             )
         ),
         (2, 3, 64, 64),
     ),
     "DabDETR": (
-        lambda: transformers.DabDetrForObjectDetection(
-            transformers.DabDetrConfig(
-                use_timm_backbone=False,
-                use_pretrained_backbone=False,
-                backbone=None,
-                backbone_config=transformers.ResNetConfig(
-                    embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], out_features=["stage4"]
-                ),
-                hidden_size=24,
-                encoder_layers=1,
-                decoder_layers=1,
-                encoder_attention_heads=3,
-                decoder_attention_heads=3,
-                encoder_ffn_dim=32,
-                decoder_ffn_dim=32,
-                num_queries=5,
-            )
-        ),
+        lambda: transformers.DabDetrForObjectDetection(transformers.DabDetrConfig(**with_resnet(), hidden_size=24)),
         (2, 3, 64, 64),
     ),
     "TableTransformer": (
         lambda: transformers.TableTransformerForObjectDetection(
-            transformers.TableTransformerConfig(
-                use_timm_backbone=False,
-                use_pretrained_backbone=False,
-                backbone=None,
-                backbone_config=transformers.ResNetConfig(
-                    embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], out_features=["stage4"]
-                ),
-                d_model=24,
-                encoder_layers=1,
-                decoder_layers=1,
-                encoder_attention_heads=3,
-                decoder_attention_heads=3,
-                encoder_ffn_dim=32,
-                decoder_ffn_dim=32,
-                num_queries=5,
-            )
+            transformers.TableTransformerConfig(**with_resnet(), d_model=24)
         ),
         (2, 3, 64, 64),
     ),
     "DFine": (
         lambda: transformers.DFineForObjectDetection(
             transformers.DFineConfig(
-                backbone_config=transformers.HGNetV2Config(
-                    embedding_size=16,
-                    hidden_sizes=[16, 32, 48, 64],
-                    depths=[1, 1, 1, 1],
-                    stem_channels=[3, 8, 16],
-                    stage_in_channels=[16, 16, 32, 48],
-                    stage_mid_channels=[8, 8, 8, 16],
-                    stage_out_channels=[16, 32, 48, 64],
-                    stage_num_blocks=[1, 1, 1, 1],
-                    stage_numb_of_layers=[2, 2, 2, 2],
-                    out_features=["stage2", "stage3", "stage4"],
-                ),
+                backbone_config=transformers.HGNetV2Config(**HGNET, out_features=["stage2", "stage3", "stage4"]),
                 encoder_hidden_dim=32,
                 encoder_in_channels=[32, 48, 64],
                 encoder_ffn_dim=32,
@@ -560,19 +430,7 @@ MODELS = {
     "OwlViT": (lambda: transformers.OwlViTVisionModel(transformers.OwlViTVisionConfig(**SMALL)), (3, 3, 32, 32)),
     "PromptDepth": (
         lambda: transformers.PromptDepthAnythingForDepthEstimation(
-            transformers.PromptDepthAnythingConfig(
-                backbone_config=transformers.Dinov2Config(
-                    **(SMALL | {"num_hidden_layers": 4}),
-                    out_indices=[1, 2, 3, 4],
-                    reshape_hidden_states=False,
-                    apply_layernorm=True,
-                ),
-                reassemble_hidden_size=24,
-                patch_size=8,
-                neck_hidden_sizes=[8, 12, 16, 20],
-                fusion_hidden_size=16,
-                head_hidden_size=8,
-            )
+            transformers.PromptDepthAnythingConfig(backbone_config=dinov2_levels(), **DEPTH)
         ),
         (3, 3, 32, 32),
     ),
@@ -624,27 +482,10 @@ MODELS = {
         (2, 3, 64, 64),
     ),
     "GroundingDinoSwin": (
-        lambda: transformers.SwinBackbone(
-            transformers.SwinConfig(
-                image_size=32,
-                patch_size=4,
-                embed_dim=24,
-                depths=[2, 2],
-                num_heads=[3, 6],
-                window_size=4,
-                out_features=["stage1", "stage2"],
-            )
-        ),
+        lambda: transformers.SwinBackbone(transformers.SwinConfig(**SWIN, out_features=["stage1", "stage2"])),
         (3, 3, 32, 32),
     ),
-    "DonutSwin": (
-        lambda: transformers.DonutSwinModel(
-            transformers.DonutSwinConfig(
-                image_size=32, patch_size=4, embed_dim=24, depths=[2, 2], num_heads=[3, 6], window_size=4
-            )
-        ),
-        (3, 3, 32, 32),
-    ),
+    "DonutSwin": (lambda: transformers.DonutSwinModel(transformers.DonutSwinConfig(**SWIN)), (3, 3, 32, 32)),
     "MgpStr": (
         lambda: transformers.MgpstrForSceneTextRecognition(
             transformers.MgpstrConfig(
