@@ -117,6 +117,9 @@ def evaluated(node: fx.Node, env: dict[fx.Node, Any]) -> dict[str, Any]:
         a["training"] = False
     elif name == "scaled_dot_product_attention":
         a["dropout_p"] = 0.0
+    made = not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(a))
+    if made and "dtype" in a and a["dtype"] is None and isinstance(node.meta.get("val"), torch.Tensor):
+        a["dtype"] = to_double(node.meta["val"].dtype)  # zeros and the like: of the default type, which is narrower
     return a
 
 

@@ -476,6 +476,23 @@ def test_evaluation_in_double_matches_the_program():
     assert relative_error(Evaluator(program, double_weights(program)).run(program.args), expected) == 0
 
 
+class Started(nn.Module):
+    """A layer applied to nothing but zeros, whose type no argument names."""
+
+    def __init__(self):
+        super().__init__()
+        self.start, self.body, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.start(torch.zeros(x.shape[0], 6)) * self.body(x))
+
+
+def test_tensors_that_a_network_makes_are_double_too():
+    program = g.capture(Started().eval(), torch.randn(2, 6), dynamic_shapes="batch")
+    result = RemoveChannels(ratio=0.5, round_to=1)(program)
+    assert verify.check(program, result).ok
+
+
 # ---------------------------------------------------------------------------------------- programs made by the comb
 class Mixed(nn.Module):
     """Grouped and depthwise convolutions, a transposed one, concatenation, GroupNorm and a shuffle."""
