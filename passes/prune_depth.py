@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from ..graph.comb import Comb
-from ..graph.errors import BadInput, Unreachable
+from ..graph.errors import BadInput, Refused, Unreachable
 from ..graph.layers import Layers
 from ..graph.ops import arguments, fetch, op_name, set_argument
 from ..graph.program import Program, TrainableModule, rebuild
@@ -27,7 +27,7 @@ from .blocks import Block, find_blocks
 from .distill import Distill, soft_kl
 from .fuse import Fuse
 from .knapsack import allowed_seconds
-from .relax import FOLDER, SWITCHES, relax, require, set_switches, settle
+from .relax import FOLDER, ORDER, SWITCHES, relax, require, set_switches, settle
 from .training import (
     SCHEDULES,
     Callback,
@@ -69,7 +69,8 @@ class PruneDepth(Pass):
     called by itself. Several processes share the batches of a candidate's score as they do in `evaluate`.
 
     Raises BadInput for blocks that are not there, Unreachable for a target that all of them together miss. Refused, with
-    the reason in the record: blocks that are no linear map even without their activations, or that cost more merged.
+    the reason in the record: blocks that are no linear map even without their activations, that cost more merged, or with
+    weights that Sparsify made sparse, whose zeros merging would fill up.
     """
 
     blocks: int | None = None
@@ -129,7 +130,11 @@ class PruneDepth(Pass):
         if self.names:
             return require(found, self.names), {}
         prunable = [b for b in found if b.prunable]
-        budget = self.budget(program, prunable, context)
+        try:
+            budget = self.budget(program, prunable, context)
+        except Unreachable as error:
+            masked = next((b for b in found if b.why is not None and b.why.endswith(ORDER)), None)
+            raise error if masked is None else Refused(f"{error}; {masked.name}: {masked.why}") from None
         if self.select == "random":
             bits = budget.draw(random.Random(context.seed))
             return [b for b, bit in zip(prunable, bits, strict=True) if bit], {}

@@ -19,17 +19,19 @@ from ..graph.ops import arguments, fetch, op_name, set_argument, shape
 from ..graph.program import Program, TrainableModule, like, place_tensor, rebuild
 from .blocks import ACTIVATIONS, NORMS, Block, single_path
 from .fuse import CONVS, MAPS, Regions
+from .masks import sparse_weights
 
 aten = torch.ops.aten
 FOLDER = "relaxed"
 SWITCHES = f"{FOLDER}.l"
 MOMENTUM, EPS = 0.1, 1e-5
+ORDER = "run PruneDepth before Sparsify"
 
 
 def obstacle(program: Program, block: Block) -> str | None:
     """Why a block has no mergeable form, or None."""
     nodes = {n.name: n for n in program.graph.nodes}
-    regions = Regions(program.graph_module)
+    regions, sparse = Regions(program.graph_module), sparse_weights(program)
     for name in block.nodes:
         node, op = nodes[name], op_name(nodes[name])
         if op in ("scaled_dot_product_attention", "softmax", "_softmax"):
@@ -43,6 +45,9 @@ def obstacle(program: Program, block: Block) -> str | None:
         if op in MAPS or op == "batch_norm":
             if why := regions.problem(node):
                 return f"{name}: {why}"
+            weight = str(arguments(node)["weight"].target) if op in MAPS else None
+            if weight in sparse:
+                return f"merging would fill up {weight}, which Sparsify made {sparse[weight] or 'sparse'}; {ORDER}"
             continue
         if regions.step(node) is None:
             return f"{name} ({op}) is no affine map, and no activation or normalisation that becomes one"
