@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -12,11 +13,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from torch.utils import _pytree as pytree
 
 from ..graph.comb import Comb
-from ..graph.errors import BadInput, Refused, Unreachable
+from ..graph.errors import BadInput, GraphcombError, Refused, Unreachable
 from ..graph.layers import Layers
 from ..graph.ops import arguments, fetch, op_name, set_argument
 from ..graph.program import Program, TrainableModule, rebuild
@@ -32,10 +35,12 @@ from .training import (
     SCHEDULES,
     Callback,
     accelerator,
+    averaged,
     bar,
     evaluate,
     fingerprint,
     fit,
+    gathered,
     logits_of,
     placed,
     task_loss,
@@ -66,7 +71,8 @@ class PruneDepth(Pass):
     or the program itself.
 
     Every stage keeps its result in the context's `out`, so that an interrupted run goes on; each is a method and can be
-    called by itself. Several processes share the batches of a candidate's score as they do in `evaluate`.
+    called by itself. Several processes share the candidates of the search among them and choose what one process would;
+    where they do not see the same batches, they share the batches of every candidate, as in `evaluate`.
 
     Raises BadInput for blocks that are not there, Unreachable for a target that all of them together miss. Refused, with
     the reason in the record: blocks that are no linear map even without their activations, that cost more merged, or with
@@ -156,8 +162,9 @@ class PruneDepth(Pass):
             goal, name, form = (self.macs * dense if self.macs <= 1 else self.macs), "macs", "{:,.0f}"
         else:
             seconds = _Predictor(context)
-            dense = seconds(Fuse()(program).program)
-            saves = [dense - seconds(Fuse()(relax(program, [b], settled=True, tail=self.tail)).program) for b in blocks]
+            pruned = (relax(program, [b], settled=True, tail=self.tail) for b in blocks)
+            dense, *left = averaged(np.array([seconds(Fuse()(p).program) for p in (program, *pruned)])).tolist()
+            saves = [dense - each for each in left]
             goal, name, form = _allowed(self.latency, dense), "latency", "{:.3g} s"
         least = dense - sum(s for s in saves if s > 0)
         if least > goal:
@@ -196,34 +203,37 @@ class PruneDepth(Pass):
             raise BadInput("PruneDepth: the search needs data; pass data=, or name the blocks")
         _start_over(context)
         kept = _Kept(context.out, "search", supernet, self, context.seed)
-        scores: dict[str, float] = kept.values()
         judge = _Judge(supernet, context, self.calibrate, self.score_batches)
+        scores = gathered(kept.values())[0]
         total = budget.count + self.population * (self.generations + 1)
         with bar(context.progress, "search", total) as update:
 
-            def score(bits: Bits) -> float:
-                key = "".join("01"[b] for b in bits)
-                if key not in scores:
-                    scores[key] = judge(bits)
+            def score(choices: Iterable[Bits]) -> dict[Bits, float]:
+                keys = {bits: "".join("01"[b] for b in bits) for bits in choices}
+                new = [bits for bits, key in keys.items() if key not in scores]
+                for start in range(0, len(new), judge.at_once):
+                    some = new[start : start + judge.at_once]
+                    scores.update(zip((keys[bits] for bits in some), judge(some), strict=True))
                     kept.keep_values(scores)
-                update(len(scores), "")
-                return scores[key]
+                    update(len(scores), "")
+                return {bits: scores[key] for bits, key in keys.items()}
 
             count = budget.count
-            alone = [score(tuple(i == j for j in range(count))) for i in range(count)]
+            alone = list(score(tuple(i == j for j in range(count)) for i in range(count)).values())
             generator = random.Random(context.seed)
             members = [budget.greedy(alone)]
             while len(members) < self.population:
                 members.append(budget.draw(generator))
             for _ in range(self.generations):
-                ranked = sorted(set(members), key=score, reverse=True)
-                parents = ranked[: max(2, self.population // 2)]
+                found = score(members)
+                parents = sorted(found, key=found.__getitem__, reverse=True)[: max(2, self.population // 2)]
                 members = parents + [
                     budget.child(generator.choice(parents), generator.choice(parents), generator)
                     for _ in range(self.population - len(parents))
                 ]
-            best = max(dict.fromkeys(members), key=score)
-        return best, {"score": score(best), "evaluated": len(scores), "alone": alone}
+            found = score(members)
+            best = max(found, key=found.__getitem__)
+        return best, {"score": found[best], "evaluated": len(scores), "alone": alone}
 
     # ------------------------------------------------------------------------------------------------- training, merging
     def progressive(
@@ -379,18 +389,44 @@ class _Calibrator:
 
 
 class _Judge:
-    """Scores choices of blocks in the supernet."""
+    """Scores choices of blocks in the supernet, `at_once` in a call: one in each process, as it would do alone. Processes
+    that do not see the same batches score one choice together."""
 
     def __init__(self, supernet: Program, context: Context, calibrate: int, count: int):
         self.supernet, self.metric = supernet, context.metric
         self.calibrator = _Calibrator(supernet, context, calibrate)
         self.field = "data" if context.val is None else "val"
         self.batches = list(islice(context.data or () if context.val is None else context.val, count))
+        acc = accelerator()
+        seen = {_digest([self.batches, [(b.args, b.kwargs) for b in self.calibrator.batches]])}
+        self.index = acc.process_index
+        self.at_once = acc.num_processes if len(seen.union(gathered(next(iter(seen))))) == 1 else 1
 
-    def __call__(self, bits: Bits) -> float:
+    def __call__(self, choices: Sequence[Bits]) -> list[float]:
+        if self.at_once == 1:
+            return [self._score(bits) for bits in choices]
+        try:  # one that fails must not leave the others waiting
+            own: Any = [self._score(bits, alone=True) for bits in choices[self.index : self.index + 1]]
+        except GraphcombError as error:
+            own = error
+        found = gathered(own)
+        for error in (f for f in found if isinstance(f, GraphcombError)):
+            raise error
+        return [score for scores in found for score in scores]
+
+    def _score(self, bits: Bits, alone: bool = False) -> float:
         set_switches(self.supernet.module(), [1.0 - b for b in bits])
         self.calibrator()
-        return evaluate(self.supernet, self.batches, self.metric, field=self.field)
+        return evaluate(self.supernet, self.batches, self.metric, field=self.field, alone=alone)
+
+
+def _digest(batches: Any) -> str:
+    """Stands for the values of all tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in (t for t in pytree.tree_leaves(batches) if isinstance(t, torch.Tensor)):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Sandwich:

@@ -277,11 +277,13 @@ def evaluate(
     metric: Callable[..., Any] | None = None,
     progress: bool = False,
     field: str = "val",
+    alone: bool = False,
 ) -> float:
     """Mean of `metric(outputs, labels)` (scores per sample or pixel, default `accuracy`) over a data set, eval mode.
 
     A `Program` is checked against the batches, and one with a fixed batch size still sees every sample. Under several
-    processes each scores its share and all return the mean of the whole. Train/eval flags and random states are restored.
+    processes each scores its share and all return the mean of the whole, or with `alone` each scores all by itself.
+    Train/eval flags and random states are restored.
     """
     acc = accelerator()
     feed = Feed(model, field) if isinstance(model, Program) else None
@@ -291,7 +293,7 @@ def evaluate(
     module.eval()
     try:
         with place:
-            return _score(module, feed, data, metric or accuracy, acc, progress, field)
+            return _score(module, feed, data, metric or accuracy, acc, progress, field, alone)
     finally:
         module.train(modes[module])
         for m, mode in modes.items():
@@ -306,9 +308,10 @@ def _score(
     acc: Accelerator,
     progress: bool = False,
     field: str = "val",
+    alone: bool = False,
 ) -> float:
     total, count = 0.0, 0
-    share = shard(data, acc.process_index, acc.num_processes, even=False)
+    share = data if alone else shard(data, acc.process_index, acc.num_processes, even=False)
     batches = feed.batches(share, pad=True) if feed else (Batch(*split_batch(raw), size=0) for raw in share)
     with bar(progress and acc.is_main_process, field, length(share)) as update, torch.no_grad(), seeded(0):
         for done, batch in enumerate(batches, 1):
@@ -321,7 +324,7 @@ def _score(
             scores = torch.as_tensor(_applied("metric", metric, outputs, labels))
             total, count = total + scores.cpu().double().sum().item(), count + scores.numel()
             update(done, "")
-    total, counted = _reduced([total, count], "sum", acc)
+    total, counted = (total, count) if alone else _reduced([total, count], "sum", acc)
     if not counted:
         raise BadInput(f"{field}: yields nothing to score")
     return total / counted

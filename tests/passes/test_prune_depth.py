@@ -107,10 +107,10 @@ def test_a_supernet_answers_without_its_blocks(program):
     bits = tuple(i < 2 for i in range(len(blocks)))
     raw, _ = dataclasses.replace(options, supernet_steps=0).supernet(program, blocks, context, budget.draw)
     trained, record = options.supernet(program, blocks, context, budget.draw)
-    scores = [module._Judge(p, context, 4, 20)(bits) for p in (raw, trained)]
+    scores = [module._Judge(p, context, 4, 20)([bits])[0] for p in (raw, trained)]
     assert scores[1] > scores[0]
     assert record["steps"] == 60
-    assert module._Judge(trained, context, 4, 20)((False,) * len(blocks)) > 0.6
+    assert module._Judge(trained, context, 4, 20)([(False,) * len(blocks)])[0] > 0.6
 
 
 def test_a_budget_of_macs_is_met_by_what_is_needed_and_no_more(program):
