@@ -410,8 +410,8 @@ class _Judge:
         except GraphcombError as error:
             own = error
         found = gathered(own)
-        for error in (f for f in found if isinstance(f, GraphcombError)):
-            raise error
+        if failed := [f for f in found if isinstance(f, GraphcombError)]:
+            raise failed[0]
         return [score for scores in found for score in scores]
 
     def _score(self, bits: Bits, alone: bool = False) -> float:
