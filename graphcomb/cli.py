@@ -227,6 +227,52 @@ def bench(
 
 
 @app.command()
+def predict(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL [SMALLER]", help="package.module:callable or a .pt2 file.")
+    ],
+    target: Annotated[str, typer.Option("--target", help="A device, as in rtx-sm86.")] = "cpu",
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="As in fp16; default the results' own, else fp32.")
+    ] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option("--calibrate", metavar="RESULTS.json", help="Results of bench bundles on the device."),
+    ] = None,
+    arg: Annotated[
+        list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="Argument of the callable.")
+    ] = None,
+    shape: Annotated[list[str] | None, typer.Option("--input", metavar="1,3,224,224", help="Input shape.")] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Batch size where it is dynamic.")] = 1,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="OUT.json", help="Write what is predicted.")] = None,
+) -> None:
+    """Predict how long a model and its layers take on a device, and which layers will not profit from fewer channels.
+
+    By the device's data sheet, or calibrated with what bench bundles measured on it.
+    """
+    from . import runtime
+    from .pipeline import write_json
+    from .recipe import parse_recipe
+    from .runner import prepare
+
+    if len(models) > 2:
+        raise BadInput(f"predict: one model, or one and what became of it, not {len(models)}")
+    device = runtime.get_target(target)
+    roofline = runtime.Roofline.calibrated(calibrate, device, precision) if calibrate else None
+    dtype = precision or (roofline.dtype if roofline else "fp32")
+    programs = {}
+    for which, model in zip(("before", "after"), models, strict=False):
+        tree: dict[str, Any] = {"model": {"source": model, "arguments": _arguments(arg or ())}, "passes": []}
+        if shape and not model.endswith(".pt2"):
+            tree["inputs"] = [{"shape": _shape(s)} for s in shape]
+        programs[which] = prepare(parse_recipe(tree)).program
+    found = runtime.predict(programs, device, dtype, roofline, batch)
+    if json_:
+        write_json(json_, found, indent=2)
+    show_prediction(found)
+
+
+@app.command()
 def bundle(
     models: Annotated[
         list[str],
@@ -244,6 +290,7 @@ def bundle(
     from .runtime.bundle import write_bundle
 
     record = None
+    layers: dict[str, Any] = {}  # of ONNX files, which do not tell themselves
     if len(models) == 1 and Path(models[0]).is_dir():
         folder = Path(models[0])
         summary = _read_summary(folder / "summary.json")
@@ -253,6 +300,10 @@ def bundle(
                 raise BadInput(f"bundle: {path} is missing; run the recipe with outputs.onnx and outputs.bench")
         precision, target = precision or summary.get("precision"), target or summary.get("target")
         record = folder / "record.json" if (folder / "record.json").is_file() else None
+        prediction = summary.get("prediction") or {}
+        if prediction.get("batch") == batch:
+            for name, side in (("dense", "before"), ("compressed", "after")):
+                layers[name] = [row[side] | {"name": row["name"]} for row in prediction["layers"] if row.get(side)]
     else:
         found = {}
         for text in models:
@@ -262,7 +313,7 @@ def bundle(
                 raise BadInput(f"bundle: two models named {name}; name them, as in dense={file}")
             found[name] = Path(file)
     given = {name: load(path) if path.suffix == ".pt2" else path for name, path in found.items()}
-    folder = write_bundle(out, given, precision or "fp16", target, batch, record)
+    folder = write_bundle(out, given, precision or "fp16", target, batch, record, layers)
     console.print(f"{folder}: on the device, python3 bench_device.py; or graphcomb bench {folder} --host USER@DEVICE")
 
 
@@ -276,7 +327,7 @@ def report(
 ) -> None:
     """Write the HTML report of a finished run again, or of measurements on devices."""
     from . import runtime
-    from .runtime.bundle import read_results
+    from .runtime.measured import read_results
 
     found = _read_summary(summary)
     measured = [read_results(path) for path in device or ()]
@@ -371,6 +422,35 @@ def show_engine(report: dict[str, Any]) -> None:
         console.print(f"warning: {text}", markup=False)
 
 
+def show_prediction(found: dict[str, Any]) -> None:
+    """Predicted time by layer, what bounds it, and why fewer channels will not help."""
+    table = Table("layer", "op", "MACs", "padded", "bytes", "ms", "bound", "fewer channels")
+    table.columns[0].overflow = "fold"
+    for row in found["layers"]:
+        sides = [row[k] for k in ("before", "after") if row.get(k)]
+        last = sides[-1]
+
+        def cell(key: str, form: str, sides: list[dict[str, Any]] = sides) -> str:
+            return " -> ".join(dict.fromkeys(form.format(side[key]) for side in sides))
+
+        numbers = [cell("macs", "{:,}"), cell("padded_macs", "{:,}"), cell("bytes", "{:,.0f}"), cell("ms", "{:.4f}")]
+        table.add_row(row["name"], row["op"], *numbers, cell("bound", "{}"), last["verdict"])
+    console.print(table)
+    console.print(f"{found['by']}: {' -> '.join(f'{ms:.3f} ms' for ms in found['ms'].values())}", soft_wrap=True)
+    if (c := found["calibration"]) is not None:
+        console.print(calibration_text(c), soft_wrap=True)
+
+
+def calibration_text(record: dict[str, Any]) -> str:
+    """From what a roofline was calibrated, and how far off it still is."""
+    text = f"calibrated with {record['models']} models and {record['kernels']} kernels measured by {record['engine']}"
+    text += f" ({', '.join(record['fitted'])})"
+    for key, name in (("error", "error"), ("left_out", "of models left out")):
+        if record[key]:
+            text += f"; {name} {record[key]['median']:.1%} in the median, {record[key]['worst']:.1%} at worst"
+    return text
+
+
 def show_bench(result: dict[str, Any]) -> None:
     """Latencies and their ratio, or why there is none."""
     table = Table("model", "median ms", "p95 ms", "runs", "times faster")
@@ -420,7 +500,7 @@ SUMMARY_ROWS = {
 
 def _read_summary(path: Path) -> dict[str, Any]:
     """What `run` wrote, or the results of a bench bundle."""
-    from .runtime.bundle import read_json
+    from .runtime.measured import read_json
 
     found = read_json(path)
     if not isinstance(found, dict) or not {"passes", "format"} & found.keys():

@@ -24,7 +24,9 @@ from .passes.batches import Feed, split_batch
 from .pipeline import Pipeline, PipelineResult, is_main, write_json
 from .recipe import Input, Recipe
 from .runtime.engine import backend_module
-from .runtime.latency import LatencyTable, Roofline
+from .runtime.latency import LatencyTable
+from .runtime.measured import are_results
+from .runtime.roofline import Roofline
 from .runtime.targets import Target, get_target
 from .sources import first_batch, load_data, load_model, resolve
 
@@ -123,6 +125,7 @@ def run(
         files["engines"] = [report["path"] for report in summary["engines"]]
     if wanted.bench:
         summary |= _bench(job.program, out, progress)
+    summary |= _predict(job, result.program, summary)
     summary["seconds"] = round(time.perf_counter() - start, 1)
     if wanted.report:
         files["report"] = str(out / "report.html")
@@ -132,14 +135,15 @@ def run(
 
 
 def _latency(recipe: Recipe, target: Target) -> LatencyTable | Roofline | None:
-    """What predicts latencies; None when no pass asks for it."""
-    if not any(getattr(pass_, "latency", None) is not None for pass_ in recipe.passes):
-        return None
-    if recipe.latency_table == "roofline":
-        return Roofline(target, recipe.precision)
-    path = recipe.latency_table or cache_folder() / f"latency-{target.name}.json"
+    """What predicts latencies; a table, which takes measurements, only when a pass asks for it."""
+    asked = any(getattr(pass_, "latency", None) is not None for pass_ in recipe.passes)
+    name = recipe.latency_table
     try:
-        return LatencyTable(path, target)
+        if name == "roofline":
+            return Roofline(target, recipe.precision)
+        if name is not None and are_results(name):
+            return Roofline.calibrated(name, target, recipe.precision)
+        return LatencyTable(name or cache_folder() / f"latency-{target.name}.json", target) if asked else None
     except BadInput as error:
         raise BadInput(f"latency_table: {error}") from error
 
@@ -255,3 +259,19 @@ def _bench(dense: Program, out: Path, progress: bool) -> dict[str, Any]:
     files = [out / "dense.onnx", out / "model.onnx"]
     found = runtime.bench(files, names=["dense", "compressed"], seconds=BENCH_SECONDS, progress=progress)
     return {"bench": found.to_dict(), "latency_ratio": found.ratio}
+
+
+def _predict(job: Job, compressed: Program, summary: dict[str, Any]) -> dict[str, Any]:
+    """Predicted time of the dense and the compressed program, layer by layer, and how far off it is where the target itself
+    was measured: with ONNX Runtime, in fp32."""
+    try:
+        programs = {"before": job.program, "after": compressed}
+        found = runtime.predict(programs, job.target, job.recipe.precision, job.latency)
+    except GraphcombError as error:
+        return {"prediction": None, "prediction_note": str(error)}
+    bench = summary.get("bench")
+    if bench and not bench["note"] and job.target.backend == "onnxruntime" and job.recipe.precision == "fp32":
+        times = [timing["ms"]["median"] for timing in bench["timings"]]
+        found["measured_ms"] = dict(zip(programs, times, strict=True))
+        found["error"] = {k: found["ms"][k] / ms - 1 for k, ms in found["measured_ms"].items()}
+    return {"prediction": found}

@@ -127,6 +127,65 @@ class Onnx(Format):
     nodes: dict[str, int] = says("count by operator")
 
 
+class Predicted(Format):
+    """One layer of one program: before and after in `layers` of a Prediction. In a bundle.json without what is predicted,
+    and with `onnx`, the names of the ONNX nodes that compute it."""
+
+    node: str = says("of the graph")
+    call: str = says("operator")
+    op: str = says("conv, matmul, attention, norm, activation or copy")
+    sizes: dict[str, int] = says("that pruning may change, by name: inputs, outputs, groups, ...")
+    options: dict[str, Any] = says("that it does not: batch, image, kernel, rows, ...")
+    macs: int = says("multiply-accumulates")
+    padded_macs: int = says("with channels padded to the target's alignment for the precision")
+    bytes: float = says("read and written, weights included, each once")
+    ms: float = says("predicted")
+    bound: str = says("what takes longest by the roofline: compute, memory or launch")
+    half: float = says("share of the time that is left when every group that can shrink has half its size")
+    verdict: str = says("why it will not profit from fewer channels, or less than its MACs say; empty when it will")
+
+
+class PredictedLayer(Format):
+    """A layer of a Prediction; further keys as in its `ms`, each a Predicted, null where a program does not have it."""
+
+    name: str = says("of the weight, or of the node where there is none")
+    op: str = says("as in Predicted")
+
+
+class Calibration(Format):
+    """How a roofline was fitted to what bench bundles measured."""
+
+    target: str = says("device")
+    precision: str = says("of the models")
+    device: str | None = says("as it calls itself")
+    engine: str = says("library and version")
+    modes: list[str] = says("how the models were run: graph, stream")
+    models: int = says("that were measured")
+    kernels: int = says("of their profiles whose layers are known")
+    fitted: list[str] = says("common factor, or the names of the four numbers below")
+    compute_share: float = says("attained, of peak arithmetic")
+    memory_share: float = says("attained, of bandwidth")
+    launch_us: float = says("to start a kernel")
+    run_us: float = says("of a run, beside its kernels")
+    error: dict[str, float] = says("that remains, relative, over the models: median, worst")
+    left_out: dict[str, float] | None = says("the same, each model predicted from the others; null below three models")
+
+
+class Prediction(Format):
+    """`prediction` in summary.json, and `graphcomb predict --json`."""
+
+    by: str = says("what predicted: a latency table or a roofline")
+    target: str = says("device")
+    precision: str = says("of the engine")
+    batch: int = says("where it is dynamic")
+    ms: dict[str, float] = says("of a run: before, after")
+    run_ms: float = says("of a run, beside its layers")
+    calibration: Calibration | None = says("of the roofline; null for a data sheet or a table")
+    layers: list[PredictedLayer] = says("in order")
+    measured_ms: dict[str, float] | None = says("of a run, where the target itself was measured", default=None)
+    error: dict[str, float] | None = says("ms / measured_ms - 1", default=None)
+
+
 class Summary(Format):
     """summary.json of `graphcomb run`."""
 
@@ -149,6 +208,8 @@ class Summary(Format):
     onnx: dict[str, Onnx] = says("by precision", default={})
     engines: list[Engine] = says("by target", default=[])
     bench: Bench | None = says("dense against compressed in ONNX Runtime, fp32, one thread", default=None)
+    prediction: Prediction | None = says("dense and compressed on the target, layer by layer", default=None)
+    prediction_note: str = says("why there is none", default="")
 
 
 class Latency(Format):
@@ -163,7 +224,10 @@ class DeviceModel(Format):
     """One model on a device."""
 
     file: str = says("in the bundle")
-    engine: dict[str, Any] = says("build_seconds, bytes, scratch_bytes, and inspector: layers as the library has them")
+    engine: dict[str, Any] = says(
+        "build_seconds, bytes, scratch_bytes, inspector: layers as the library has them, and contended: runs that counted "
+        "although something else had the processor"
+    )
     parity: dict[str, Any] = says("finite: no NaN or infinity; error: relative to the reference, null without one")
     latency: dict[str, Latency] = says("by way to run it: stream, graph (a CUDA graph)")
     power: dict[str, Any] = says(
@@ -177,7 +241,9 @@ class Device(Format):
     """results.json of a bench bundle."""
 
     format: str = says("graphcomb-bench/1")
-    bundle: dict[str, Any] = says("bundle.json: graphcomb's version, precision, target, files and their sha256")
+    bundle: dict[str, Any] = says(
+        "bundle.json: graphcomb's version, precision, target, and by model its files, their sha256 and its layers"
+    )
     engine: str = says("library")
     version: str = says("of the library")
     date: str = says("ISO 8601")
@@ -191,7 +257,25 @@ class Device(Format):
     notes: list[str] = says("what a reader should know")
 
 
-FORMATS = (Summary, Record, Cost, Change, Refused, Bench, Timing, Engine, Kernel, Onnx, Device, DeviceModel, Latency)
+FORMATS = (
+    Summary,
+    Record,
+    Cost,
+    Change,
+    Refused,
+    Bench,
+    Timing,
+    Engine,
+    Kernel,
+    Onnx,
+    Device,
+    DeviceModel,
+    Latency,
+    Prediction,
+    PredictedLayer,
+    Predicted,
+    Calibration,
+)
 
 
 def markdown() -> str:

@@ -3,11 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from .bench import BenchResult, bench
-from .bundle import read_results, run_bundle, write_bundle
+from .bundle import run_bundle, write_bundle
 from .engine import Engine, EngineReport, build_engine, load_engine, open_engine
-from .latency import LatencyTable, Roofline
+from .latency import LatencyTable
+from .measured import read_results
 from .onnx import OnnxReport, export_onnx
 from .parity import parity
+from .prediction import predict
+from .roofline import Roofline
 from .targets import TARGETS, Target, get_target
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ __all__ = [
     "load_engine",
     "open_engine",
     "parity",
+    "predict",
     "read_results",
     "run_bundle",
     "write_bundle",

@@ -28,6 +28,7 @@ from .bench import random_inputs
 from .bench_device import FORMAT
 from .engine import check_model, precision, replacing
 from .half import to_half
+from .measured import describe, name_nodes, read_results
 from .onnx import export_onnx
 from .onnxruntime import OrtEngine
 from .targets import Target, get_target
@@ -49,12 +50,15 @@ def write_bundle(
     target: str | Target | None = None,
     batch: int = 1,
     record: str | Path | None = None,
+    layers: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> Path:
     """Write a bundle of models to compare; returns the folder.
 
     models: by name, the one to compare with first: programs, or ONNX files in fp32 or in the wanted precision. kind:
     "fp32", "fp16" or "int8" (with Q/DQ nodes in the files already). target: checked for opset and precision, and named
-    in the bundle. batch: of models with a dynamic one. record: a run's record.json, to go along.
+    in the bundle. batch: of models with a dynamic one. record: a run's record.json, to go along. layers: of models that are
+    ONNX files, by name, as `measured.describe` gives them for the program and the batch; what is measured can then be
+    compared with a prediction, layer by layer, and calibrate a roofline.
 
     Raises BadInput for a model that does not fit, and what `export_onnx` raises for programs.
     """
@@ -90,12 +94,14 @@ def write_bundle(
             if exact != file:
                 _remove(exact)
             model = check_model(file)
+            rows = describe(given, batch) if isinstance(given, Program) else (layers or {}).get(name, ())
             about[name] = {
                 "file": f"{name}/{file.name}",
                 "reference": f"{name}/reference.npz",
                 "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
                 "opset": next(o.version for o in model.opset_import if not o.domain),
                 "batch": int(feeds[0].shape[0]) if feeds and feeds[0].ndim else None,
+                "layers": name_nodes(rows, model),
             }
             shutil.rmtree(folder / name, ignore_errors=True)
             place.replace(folder / name)
@@ -200,28 +206,3 @@ def _call(command: list[str], what: str) -> None:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         raise GraphcombError(f"{what} failed: {lines[-1].removeprefix('error: ')}")
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises BadInput for one that cannot be read or is no JSON."""
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise BadInput(f"{path}: not JSON ({error})") from error
-
-
-def read_results(path: str | Path) -> dict[str, Any]:
-    """What bench_device.py wrote. Raises BadInput for another file or another version's."""
-    path = Path(path)
-    found = read_json(path)
-    if (
-        not isinstance(found, dict)
-        or "models" not in found
-        or not str(found.get("format", "")).startswith("graphcomb-bench")
-    ):
-        raise BadInput(f"{path}: not the results of a bench bundle")
-    if found["format"] != FORMAT:
-        raise BadInput(f"{path}: of format {found['format']}, this version reads {FORMAT}; bundle and measure again")
-    return found

@@ -1,4 +1,4 @@
-"""How long layers take on a device: measured tables, and a roofline where the device is not at hand.
+"""How long layers take on a device: measured tables. `roofline` is for devices that are not at hand.
 
 A table measures every distinct layer at aligned sizes in the engine itself. Models with one and with several copies of the
 layer run in turns (`runtime.bench`, guarded against a busy machine), and the difference is what one more copy costs: the
@@ -14,7 +14,6 @@ import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ COPIES = 5  # of a layer, in the model that is compared with a single one
 RUNS = (6, 12)  # rounds that must count, and that are enough
 SECONDS = 4.0  # limit per layer
 PER_OCTAVE = 4  # sizes measured between n and 2 n, once steps are finer than that
-LAUNCH = {True: 2e-6, False: 1e-6}  # nominal seconds to start a kernel: inside a CUDA graph; on a CPU
 OPSET = 20
 
 
@@ -148,32 +146,6 @@ class LatencyTable:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as part:
             part.write_text(json.dumps({"about": self.about, "seconds": self.entries}, indent=0) + "\n")
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """An estimate for a device from its data sheet: a layer takes the longer of its padded arithmetic at peak rate and of
-    moving its tensors once at full bandwidth, and starting its kernel. It ranks layers; it is no prediction of what a
-    benchmark will show (Williams et al., CACM 2009)."""
-
-    target: Target
-    dtype: str = "fp16"
-
-    def __str__(self) -> str:
-        return f"roofline of {self.target.board}, {self.dtype}"
-
-    @property
-    def per_run(self) -> float:
-        return 0.0
-
-    def prepare(self, layers: Iterable[Layer], progress: bool = False) -> None:
-        """Nothing to prepare."""
-
-    def seconds(self, layer: Layer) -> float:
-        width = {"fp32": 4, "tf32": 4, "int8": 1, "fp8": 1, "fp4": 0.5}.get(self.dtype, 2)
-        arithmetic = 2 * layer.macs(self.target.alignment(self.dtype)) / self.target.peak(self.dtype)
-        traffic = width * layer.entries() / (self.target.bandwidth * 1e9)
-        return LAUNCH[self.target.compute_capability is not None] + max(arithmetic, traffic)
 
 
 def _about(target: Target) -> dict[str, Any]:

@@ -14,7 +14,7 @@ Keys of the summary, all optional; what is missing is left out of the report, un
 | surgery_error | worst relative error of the surgery against the oracle, float64 |
 | onnx_parity | relative error of the ONNX file against the program: a number, or one by precision |
 | engine | path of the engine file |
-| devices | list of what bench bundles measured on devices (`bundle.read_results`) |
+| devices | list of what bench bundles measured on devices (`measured.read_results`) |
 | engine_report, or engines | `EngineReport.to_dict()`, or a list of them |
 | records, or passes | list of pass records: pass, options, changed, refused (what, why), layers (name, kind, channels and MACs before and after), cost, seconds, accuracy (before, after), verified (error) |
 | training | `{"epochs": [{"loss", "accuracy" or "val"}]}`; by default the epochs in the records |

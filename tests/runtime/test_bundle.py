@@ -18,7 +18,8 @@ import torch
 import graphcomb
 from graphcomb.graph.errors import BadInput, GraphcombError
 from graphcomb.passes import RemoveChannels
-from graphcomb.runtime.bundle import read_results, run_bundle, write_bundle
+from graphcomb.runtime.bundle import run_bundle, write_bundle
+from graphcomb.runtime.measured import read_results
 from graphcomb.runtime.onnx import export_onnx
 
 QUICK = ["--engine", "onnxruntime", "--rounds", "3", "--power-seconds", "0.2", "--seconds", "5"]

@@ -13,7 +13,8 @@ import pytest
 from graphcomb.graph.errors import BadInput, GraphcombError
 from graphcomb.graph.layers import Layer
 from graphcomb.runtime import latency
-from graphcomb.runtime.latency import COPIES, LatencyTable, Roofline, model
+from graphcomb.runtime.latency import COPIES, LatencyTable, model
+from graphcomb.runtime.roofline import Roofline
 from graphcomb.runtime.targets import get_target
 
 CONV = (
