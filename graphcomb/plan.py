@@ -25,6 +25,7 @@ HEAD = """\
 """
 BLOCKS = """
 # The blocks of the network for PruneDepth, which takes as many as its options say, or those in its `names`.
+# saves_kernels: one for each layer, normalisation over features and attention that would be gone after merging.
 """
 
 
@@ -81,7 +82,8 @@ def write_plan(rows: list[dict[str, Any]], path: Path, blocks: Sequence[Block] =
         {"name": r["name"], "kind": r["kind"], "size": r["size"], "why": r["frozen"]} for r in rows if "frozen" in r
     ]
     listed = [
-        {"name": b.name, "kind": b.kind, "macs": b.macs, **({"saves": b.saves} if b.why is None else {"why": b.why})}
+        {"name": b.name, "kind": b.kind, "macs": b.macs}
+        | ({"saves_macs": b.saves, "saves_kernels": b.kernels} if b.why is None else {"why": b.why})
         for b in blocks
     ]
     with replacing(path) as part:

@@ -6,7 +6,7 @@ are used as labels only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import fx
 from ..graph.cost import evaluate, macs
 from ..graph.ops import arguments, op_name, shape
 from ..graph.program import Program
-from .fuse import CONVS, MAPS, Planner, Regions
+from .fuse import CONVS, MAPS, Cost, Planner, Regions
 from .masks import sparse_weights
 
 ACTIVATIONS = (
@@ -44,9 +44,11 @@ class Block:
 
     entry: the value it reads; exit: the one it gives, a residual addition or the last node of a chain. nodes: everything
     in between and the exit. kind: "residual", "inverted residual", "convnext", "mlp", "attention" or "chain".
-    macs, params: of its nodes, for the example input. saves: MACs that its pruned form saves, kernels: launches that it
-    saves; None where it cannot be pruned, for the reason `why`. dropped: it cannot be merged, only left out as a whole.
-    tailed: an activation follows it, so that its pruned form needs none.
+    macs, params: of its nodes, for the example input. saves: MACs that its pruned form saves; kernels: how many kernels
+    fewer an engine runs, with one for each layer, normalisation over features and attention that is left after `Fuse`
+    (ours). Activations, additions and moves of data count nothing: compilers run them within those, and where one does
+    not, the engine saves more. Both are None where it cannot be pruned, for the reason `why`. dropped: it cannot be
+    merged, only left out as a whole. tailed: an activation follows it, so that its pruned form needs none.
     """
 
     name: str
@@ -74,17 +76,17 @@ def find_blocks(program: Program) -> list[Block]:
     blocks = [_judged(b, obstacle(program, b)) for b in _regions(program)]
     merging = [b for b in blocks if b.prunable and not b.dropped]
     settled = relax(program, merging, settled=True)
-    cost = _launch_costs(settled)
-    before = {n.name: (evaluate(macs(n)), 1) for n in program.graph.nodes if _is_data(n)}
+    owner = {n: b.name for b in blocks for n in b.nodes}
+    before = {n.name: evaluate(macs(n)) for n in program.graph.nodes if _is_data(n)}
+    dense, pruned = _costs(program, lambda n: owner.get(n.name)), _costs(settled, lambda n: n.meta.get("block"))
     result = []
     for block in blocks:
         if not block.prunable:
             result.append(block)
             continue
-        dense = [before[n] for n in block.nodes if n in before]
-        now = [c for (owner, c) in cost if owner == block.name] if not block.dropped else []
-        saved = sum(c[0] for c in dense) - sum(c[0] for c in now)
-        launches = sum(c[1] for c in dense) - sum(c[1] for c in now)
+        now = (0, 0) if block.dropped else pruned.get(block.name, (0, 0))
+        saved = sum(before.get(n, 0) for n in block.nodes) - now[0]
+        launches = dense.get(block.name, (0, 0))[1] - now[1]
         if saved <= 0:
             after = block.macs - saved
             why = f"its pruned form would take {after:,} MACs instead of {block.macs:,}"
@@ -101,22 +103,26 @@ def _judged(block: Block, why: str | None) -> Block:
     return replace(block, why=why)
 
 
-def _launch_costs(settled: Program) -> list[tuple[str, tuple[int, int]]]:
-    """(block, cost) of everything the settled program runs after merging, as far as it belongs to a block."""
-    regions, planner = Regions(settled.graph_module), Planner((), sparse_weights(settled))
+def _costs(program: Program, owner: Callable[[fx.Node], str | None]) -> dict[str, Cost]:
+    """By block, MACs and kernels of what the program runs after merging."""
+    regions, planner = Regions(program.graph_module), Planner((), sparse_weights(program))
     merged: set[fx.Node] = set()
-    costs: list[tuple[str, tuple[int, int]]] = []
+    costs: dict[str, Cost] = {}
+
+    def add(name: str | None, cost: Cost) -> None:
+        if name is not None:
+            before = costs.get(name, (0, 0))
+            costs[name] = before[0] + cost[0], before[1] + cost[1]
+
     for parts, _ in regions.find():
         axis = next(p.axis for p in parts if p.carriers)
         assert axis is not None
         for merge in planner.chain(parts, axis).merges:
-            owners = sorted({str(n.meta["block"]) for n in merge.members if n.meta.get("block")})
             merged |= merge.members
-            if owners:
-                costs.append((owners[0], merge.after))
-    for node in settled.graph.nodes:
-        if node not in merged and _is_data(node) and node.meta.get("block"):
-            costs.append((node.meta["block"], (evaluate(macs(node)), 1)))
+            add(next(iter(sorted(filter(None, map(owner, merge.members)))), None), merge.after)
+    for node in program.graph.nodes:
+        if node not in merged and _is_data(node):
+            add(owner(node), (evaluate(macs(node)), int(op_name(node) in (*MAPS, *NORMS, *ATTENTION))))
     return costs
 
 

@@ -125,7 +125,8 @@ class PruneDepth(Pass):
         relaxed, record["train"] = self.progressive(program, chosen, context)
         result, record["merge"] = self.merge(program, chosen, relaxed, context)
         record["changed"] = [
-            {"what": b.name, "kind": b.kind, "form": "left out" if b.dropped else "merged", "saves_macs": b.saves}
+            {"what": b.name, "kind": b.kind, "form": "left out" if b.dropped else "merged"}
+            | {"saves_macs": b.saves, "saves_kernels": b.kernels}
             for b in chosen
         ]
         return PassResult(result, record)

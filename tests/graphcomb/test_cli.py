@@ -229,5 +229,5 @@ def test_plan_lists_the_blocks_of_a_recipe_that_prunes_depth(cli, recipe, tmp_pa
     text = (tmp_path / "plan.yaml").read_text()
     listed = [yaml.safe_load(line[4:]) for line in text.splitlines() if line.startswith("# - {")]
     assert [b["name"] for b in listed] == [f"layer{i}.{j}" for i in range(1, 5) for j in range(2)]
-    assert all(0 < b["saves"] < b["macs"] for b in listed)
+    assert all(0 < b["saves_macs"] < b["macs"] and b["saves_kernels"] > 0 for b in listed)
     assert yaml.safe_load(text)["groups"] == []
