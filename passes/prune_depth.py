@@ -31,6 +31,7 @@ from .distill import Distill, soft_kl
 from .fuse import Fuse
 from .knapsack import allowed_seconds
 from .relax import FOLDER, ORDER, SWITCHES, relax, require, set_switches, settle
+from .start_norms import start_norms
 from .training import (
     SCHEDULES,
     Callback,
@@ -67,8 +68,9 @@ class PruneDepth(Pass):
     population, generations: of the evolutionary search; the fitness of a choice is the metric on up to `score_batches`
     batches of the context's val, or else data, after its batch statistics were taken anew from `calibrate` batches.
     progress: how `l` falls from 1 to 0 over the first `share` of training, "linear", "cosine" or "at once". tail: see
-    `relax`. merged: do the last stage too. train: options of training, which is `Distill`'s; the teacher is the context's,
-    or the program itself.
+    `relax`. fitted: activations fade to the affine map that is nearest to them on `calibrate` batches, and new
+    normalisations start as the nearest to what they replace (ours); else to the identity, as in UPDP. merged: do the
+    last stage too. train: options of training, which is `Distill`'s; the teacher is the context's, or the program itself.
 
     Every stage keeps its result in the context's `out`, so that an interrupted run goes on; each is a method and can be
     called by itself. Several processes share the candidates of the search among them and choose what one process would;
@@ -92,6 +94,7 @@ class PruneDepth(Pass):
     progress: Literal["linear", "cosine", "at once"] = "linear"
     share: float = 0.5
     tail: bool = True
+    fitted: bool = True
     merged: bool = True
     train: Distill | None = None
 
@@ -163,7 +166,7 @@ class PruneDepth(Pass):
             goal, name, form = (self.macs * dense if self.macs <= 1 else self.macs), "macs", "{:,.0f}"
         else:
             seconds = _Predictor(context)
-            pruned = (relax(program, [b], settled=True, tail=self.tail) for b in blocks)
+            pruned = (relax(program, [b], settled=True, tail=self.tail, fitted=self.fitted) for b in blocks)
             dense, *left = averaged(np.array([seconds(Fuse()(p).program) for p in (program, *pruned)])).tolist()
             saves = [dense - each for each in left]
             goal, name, form = _allowed(self.latency, dense), "latency", "{:.3g} s"
@@ -181,7 +184,7 @@ class PruneDepth(Pass):
     ) -> tuple[Program, dict[str, Any]]:
         """Stage 1: the relaxed program of all blocks, trained so that every choice of them works, and the record."""
         _start_over(context)
-        supernet = relax(program, blocks, tail=self.tail)
+        supernet = relax(program, blocks, tail=self.tail, fitted=self.fitted)
         if not self.supernet_steps:
             return supernet, {}
         options = dataclasses.replace(self._training(), steps=self.supernet_steps)
@@ -189,8 +192,11 @@ class PruneDepth(Pass):
         if state := kept.tensors():
             supernet.module().load_state_dict(state)
             return supernet, {"resumed": True}
+        if context.data is None:
+            raise BadInput("PruneDepth: the supernet needs data to train on; pass data=, or supernet_steps=0")
+        self._start(supernet, context)
         objective = _Sandwich(supernet.module(), len(blocks), draw, options.temperature, context.loss)
-        record = fit(supernet, objective, options, context, "PruneDepth.supernet", identity=[self.tail])
+        record = fit(supernet, objective, options, context, "PruneDepth.supernet", identity=[self.tail, self.fitted])
         kept.keep_tensors(supernet.module().state_dict())
         return supernet, record
 
@@ -242,7 +248,7 @@ class PruneDepth(Pass):
     ) -> tuple[Program, dict[str, Any]]:
         """Stage 3: the relaxed program of the chosen blocks, trained to `l = 0`, and the record of training."""
         _start_over(context)
-        relaxed = relax(program, blocks, tail=self.tail)
+        relaxed = relax(program, blocks, tail=self.tail, fitted=self.fitted)
         options = self._training()
         kept = _Kept(context.out, "progressive", program, self, context.seed, [b.name for b in blocks])
         if state := kept.tensors():
@@ -250,7 +256,7 @@ class PruneDepth(Pass):
             return relaxed, {"resumed": True}
         if context.data is None:
             raise BadInput("PruneDepth: needs data to train on; pass data=")
-        _Calibrator(relaxed, context, self.calibrate)(only=f"{FOLDER}.")
+        self._start(relaxed, context)
         fading = _Fading(
             len(blocks), self.progress, max(1, round(self.share * total_steps(options, context.data, "train")))
         )
@@ -263,7 +269,7 @@ class PruneDepth(Pass):
         self, program: Program, blocks: Sequence[Block], relaxed: Program, context: Context
     ) -> tuple[Program, dict[str, Any]]:
         """Stage 4: the pruned program, merged; `error` compares it with the trained one at `l = 0` in float64."""
-        settled = settle(program, blocks, relaxed, self.tail)
+        settled = settle(program, blocks, relaxed, self.tail, self.fitted)
         result = Fuse()(settled, seed=context.seed) if self.merged else None
         inputs = random_inputs(program, torch.Generator().manual_seed(context.seed))
         expected = Evaluator(relaxed, double_weights(relaxed)).run(inputs)
@@ -272,6 +278,13 @@ class PruneDepth(Pass):
             return settled, {"error": error}
         keys = ("changed", "refused", "gated")
         return result.program, {"error": max(error, result.record["error"]), **{k: result.record[k] for k in keys}}
+
+    def _start(self, relaxed: Program, context: Context) -> None:
+        """Set what relaxation added by what the dense network makes of a few batches."""
+        if self.fitted:
+            start_norms(relaxed, islice(Feed(relaxed).batches(context.data or ()), self.calibrate))
+        else:
+            _Calibrator(relaxed, context, self.calibrate)(only=f"{FOLDER}.")
 
     def _training(self) -> Distill:
         return self.train or Distill()

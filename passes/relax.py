@@ -69,11 +69,14 @@ def obstacle(program: Program, block: Block) -> str | None:
     return None
 
 
-def relax(program: Program, blocks: Sequence[Block], settled: bool = False, tail: bool = True) -> Program:
+def relax(
+    program: Program, blocks: Sequence[Block], settled: bool = False, tail: bool = True, fitted: bool = False
+) -> Program:
     """The program with every block rewritten so that `l` (a buffer `relaxed.l`, one entry a block, ones) mixes its dense
     and its pruned form; with `settled` the pruned forms alone, under the same names of weights.
 
-    - An activation inside becomes `l act(x) + (1 - l) x`.
+    - An activation inside becomes `l act(x) + (1 - l) x`, or, `fitted`, `l act(x) + (1 - l) BN(x)`: `start_norms` makes
+      that the affine map which is nearest to the activation (ours), while the identity is often far from it.
     - A LayerNorm or GroupNorm becomes `l LN(x) + (1 - l) BN(x)`; the BatchNorm starts with the norm's scale and shift.
     - Of several convolutions with a spatial kernel the first keeps it, of the others only the centre tap stays: the rest
       of the kernel is multiplied by `l` (ours: two 3x3 merged are a 5x5, which costs more than both).
@@ -81,10 +84,10 @@ def relax(program: Program, blocks: Sequence[Block], settled: bool = False, tail
       `(1 - l)` of what the layers before make of the padding, so that at 1 it is zero, as in the dense block.
     - A block that no activation follows gets a tail, `l y + (1 - l) act(BN(y))`, with its own activation (`tail`).
     - An attention block is only left out as a whole: `x + l f(x)`.
-    The mixtures are UPDP's, kernel and ring are ours. In training, batch statistics include the ring at any `l`.
+    The mixtures are UPDP's; fit, kernel and ring are ours. In training, batch statistics include the ring at any `l`.
     """
     copied = program.copy()
-    relaxer = _Relaxer(copied.graph_module, settled, tail)
+    relaxer = _Relaxer(copied.graph_module, settled, tail, fitted)
     if blocks and not settled:
         relaxer.add_switches(len(blocks))
     paths = [[] if b.dropped else _branches(relaxer.nodes, b) for b in blocks]  # as they are before any rewrite
@@ -111,9 +114,11 @@ def _switches(module: TrainableModule) -> torch.Tensor:
     return fetch(module, SWITCHES)
 
 
-def settle(program: Program, blocks: Sequence[Block], relaxed: Program, tail: bool = True) -> Program:
+def settle(
+    program: Program, blocks: Sequence[Block], relaxed: Program, tail: bool = True, fitted: bool = False
+) -> Program:
     """The pruned forms alone, with the weights of the relaxed program after training."""
-    result = relax(program, blocks, settled=True, tail=tail)
+    result = relax(program, blocks, settled=True, tail=tail, fitted=fitted)
     trained, module = relaxed.module().state_dict(), result.module()
     for name, tensor in list(module.state_dict().items()):
         value = trained[name]
@@ -126,8 +131,8 @@ def settle(program: Program, blocks: Sequence[Block], relaxed: Program, tail: bo
 class _Relaxer:
     """Rewrites the graph of one module in place."""
 
-    def __init__(self, module: TrainableModule, settled: bool, tail: bool):
-        self.module, self.graph, self.settled, self.tail = module, module.graph, settled, tail
+    def __init__(self, module: TrainableModule, settled: bool, tail: bool, fitted: bool):
+        self.module, self.graph, self.settled, self.tail, self.fitted = module, module.graph, settled, tail, fitted
         self.nodes = {n.name: n for n in self.graph.nodes}
         self.switches: fx.Node | None = None
 
@@ -157,7 +162,7 @@ class _Relaxer:
         for name in block.nodes:
             node = self.nodes[name]
             if op_name(node) in ACTIVATIONS:
-                self._replace(node, lambda node=node: node.args[0])
+                self._replace(node, lambda node=node: self._linear(node))
             elif op_name(node) in NORMS:
                 self._replace(node, lambda node=node: self._batch_norm(node.args[0], _channels(node), node))
         if self.tail and not block.tailed and act is not None:
@@ -187,8 +192,14 @@ class _Relaxer:
             if user is not mixed:
                 user.replace_input_with(node, mixed)
 
+    def _linear(self, act: fx.Node) -> fx.Node:
+        """What an activation fades to."""
+        if not self.fitted:
+            return act.args[0]  # type: ignore[return-value]
+        return self._batch_norm(act.args[0], _channel_axis(self.graph, act), None)
+
     def _tail(self, value: fx.Node, act: fx.Node) -> fx.Node:
-        normed = self._batch_norm(value, 1 if _is_image(self.graph, value, act) else len(shape(value)) - 1, None)
+        normed = self._batch_norm(value, _channel_axis(self.graph, value), None)
         return self._call(act.target, normed, *act.args[1:], **act.kwargs)
 
     def _batch_norm(self, value: Any, axis: Any, norm: fx.Node | None) -> fx.Node:
@@ -216,7 +227,7 @@ class _Relaxer:
         spatial = [n for n in path if op_name(n) in CONVS and max(shape(arguments(n)["weight"])[2:]) > 1]
         for node in spatial[1:]:
             self._shrink(node)
-        if spatial and _pads(spatial[0]) and _shifts(path[: path.index(spatial[0])]):
+        if spatial and _pads(spatial[0]) and self._shifts(path[: path.index(spatial[0])]):
             self._pad_first(path, spatial[0])
 
     def _shrink(self, node: fx.Node) -> None:
@@ -239,6 +250,12 @@ class _Relaxer:
             factor = self._call(aten.add.Tensor, centre, self._call(aten.mul.Tensor, ring, self.l))
             set_argument(node, "weight", self._call(aten.mul.Tensor, stored, factor))
         self.kernels += 1
+
+    def _shifts(self, nodes: Sequence[fx.Node]) -> bool:
+        """Whether zeros do not stay zeros in the pruned forms of the nodes before a padded convolution, which then may not
+        be merged with it as it is."""
+        shifting = (*NORMS, "batch_norm", *(ACTIVATIONS if self.fitted else ()))
+        return any(op_name(n) in shifting or (op_name(n) in MAPS and arguments(n)["bias"] is not None) for n in nodes)
 
     def _pad_first(self, path: list[fx.Node], conv: fx.Node) -> None:
         """Move the padding of a convolution to the head of its branch."""
@@ -293,11 +310,41 @@ def _channels(norm: fx.Node) -> int | None:
     return len(shape(norm)) - 1 if len(axes) == 1 and len(shape(norm)) > 1 else None
 
 
-def _is_image(graph: fx.Graph, value: fx.Node, act: fx.Node) -> bool:
-    """Whether the channels of a value are at axis 1, as around convolutions, or last, as around linear layers."""
-    layers = [u for u in graph.nodes if op_name(u) in CONVS and len(shape(u)) == len(shape(value))]
-    rank = len(shape(value))
-    return rank == 2 or (bool(layers) and rank > 3 and any(shape(n)[1] == shape(value)[1] for n in layers))
+def _channel_axis(graph: fx.Graph, value: fx.Node) -> int:
+    """The axis of a value's channels: where the layer that made it puts them, 1 after a convolution, last after a linear
+    layer, wherever permutations between have moved that."""
+    node, axis = value, None
+    moves: list[list[int]] = []
+    while axis is None:
+        name, rank = op_name(node), len(shape(node))
+        if name in CONVS or name in ("batch_norm", "group_norm"):
+            axis = 1
+        elif name in MAPS or name == "layer_norm":
+            axis = rank - 1
+        else:
+            if name in ("permute", "transpose"):
+                moves.append(_order(node))
+            before = [n for n in node.all_input_nodes if len(shape(n)) == rank and n.op == "call_function"]
+            if not before:
+                break
+            node = before[0]
+    if axis is None:  # made by no layer of this network
+        rank = len(shape(value))
+        return 1 if rank == 2 or any(op_name(n) in CONVS and len(shape(n)) == rank for n in graph.nodes) else rank - 1
+    for order in reversed(moves):
+        axis = order.index(axis)
+    return axis
+
+
+def _order(node: fx.Node) -> list[int]:
+    """Which axis of its input each axis of a permutation is."""
+    a, rank = arguments(node), len(shape(node))
+    if op_name(node) == "permute":
+        return [int(d) % rank for d in a["dims"]]
+    order = list(range(rank))
+    one, two = a["dim0"] % rank, a["dim1"] % rank
+    order[one], order[two] = order[two], order[one]
+    return order
 
 
 def _pads(node: fx.Node) -> bool:
@@ -305,13 +352,6 @@ def _pads(node: fx.Node) -> bool:
         return False
     padding = arguments(node)["padding"]
     return padding == "same" or (not isinstance(padding, str) and any(padding))
-
-
-def _shifts(nodes: Sequence[fx.Node]) -> bool:
-    """Whether zeros do not stay zeros: the nodes before a padded convolution that may not be merged with it as it is."""
-    return any(
-        op_name(n) in (*NORMS, "batch_norm") or (op_name(n) in MAPS and arguments(n)["bias"] is not None) for n in nodes
-    )
 
 
 def _centred(node: fx.Node) -> bool:

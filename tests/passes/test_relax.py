@@ -7,9 +7,11 @@ from torch import nn
 
 import graphcomb.graph as g
 from graphcomb.graph.verify.evaluate import relative_error
+from graphcomb.passes.batches import Batch
 from graphcomb.passes.blocks import find_blocks
 from graphcomb.passes.fuse import Fuse
 from graphcomb.passes.relax import relax, set_switches, settle
+from graphcomb.passes.start_norms import start_norms
 
 
 @pytest.fixture(params=NETWORKS)
@@ -28,12 +30,16 @@ def test_blocks_are_found_with_their_costs(network):
     assert len({b.name for b in blocks}) == len(blocks)
 
 
-def test_one_is_dense_and_zero_is_mergeable(network):
+@pytest.mark.parametrize("fitted", [False, True], ids=["identity", "fitted"])
+def test_one_is_dense_and_zero_is_mergeable(network, fitted):
     program, _ = network
     blocks = find_blocks(program)
     x = torch.randn(3, 3, 16, 12, dtype=torch.float64)
     with torch.no_grad():
-        relaxed, settled = relax(program, blocks), relax(program, blocks, settled=True)
+        relaxed, settled = relax(program, blocks, fitted=fitted), relax(program, blocks, settled=True, fitted=fitted)
+        if fitted:
+            start_norms(relaxed, [Batch((x,), {}, None, 3)])
+            settled = settle(program, blocks, relaxed, fitted=True)
         dense = program.module()(x)
         assert relative_error(relaxed.module()(x), dense) <= 1e-15
         set_switches(relaxed.module(), [0.0] * len(blocks))
