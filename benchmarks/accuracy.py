@@ -392,13 +392,13 @@ def load(path: Path) -> dict[str, Any]:
 
 def stages(options: argparse.Namespace, rows: dict[str, Any]) -> Iterator[list[Job]]:
     """Jobs that may run at the same time; all seeds of the targets with an aim first, and what looks at other rows after
-    them. Beyond the targets with an aim, later seeds try only the importance that was best for the first."""
+    them. Later seeds try only the importance that was best for the first."""
     for rank in range(3):
         for seed in options.seeds:
             jobs = [
                 Job(n, seed, m, TARGETS[kind(n)][rank], options.size) for n in options.networks for m in options.methods
             ]
-            if rank and seed != options.seeds[0]:
+            if seed != options.seeds[0]:
                 jobs = [j for j in jobs if not loses(replace(j, seed=options.seeds[0]), rows)]
             yield [j for j in jobs if not j.method.endswith(AFTERWARDS)]
             yield [j for j in jobs if j.method.endswith(AFTERWARDS)]
