@@ -424,6 +424,8 @@ def show_engine(report: dict[str, Any]) -> None:
 
 def show_prediction(found: dict[str, Any]) -> None:
     """Predicted time by layer, what bounds it, and why fewer channels will not help."""
+    from .runtime.roofline import calibration_text
+
     table = Table("layer", "op", "MACs", "padded", "bytes", "ms", "bound", "fewer channels")
     table.columns[0].overflow = "fold"
     for row in found["layers"]:
@@ -439,16 +441,6 @@ def show_prediction(found: dict[str, Any]) -> None:
     console.print(f"{found['by']}: {' -> '.join(f'{ms:.3f} ms' for ms in found['ms'].values())}", soft_wrap=True)
     if (c := found["calibration"]) is not None:
         console.print(calibration_text(c), soft_wrap=True)
-
-
-def calibration_text(record: dict[str, Any]) -> str:
-    """From what a roofline was calibrated, and how far off it still is."""
-    text = f"calibrated with {record['models']} models and {record['kernels']} kernels measured by {record['engine']}"
-    text += f" ({', '.join(record['fitted'])})"
-    for key, name in (("error", "error"), ("left_out", "of models left out")):
-        if record[key]:
-            text += f"; {name} {record[key]['median']:.1%} in the median, {record[key]['worst']:.1%} at worst"
-    return text
 
 
 def show_bench(result: dict[str, Any]) -> None:

@@ -242,6 +242,8 @@ def _same(
 
 def _run(name: str, model: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Measured:
     layers, (_, seconds) = [from_dict(row) for row in rows], latency(model)
+    if not seconds > 0 or any(layer.macs() < 0 or layer.entries() < 0 for layer in layers):
+        raise ValueError(f"sizes or times of {name}")
     found = kernels(model, rows)
     whole = sum(ms for _, _, ms in found) / 1e3
     scale = min(1.0, seconds / whole) if whole else 0.0  # the profiler slows the run down

@@ -11,6 +11,7 @@ Keys of the summary, all optional; what is missing is left out of the report, un
 | cost | `{"before": {"macs", "params"}, "after": {...}}`, instead of the four numbers above |
 | latency, or bench | `BenchResult.to_dict()`, the dense program first |
 | latency_ratio, latency_predicted | how many times faster, as measured and as a latency table or roofline predicted |
+| prediction | what `prediction.predict` says of the program before and after, with measured_ms where that is known |
 | surgery_error | worst relative error of the surgery against the oracle, float64 |
 | onnx_parity | relative error of the ONNX file against the program: a number, or one by precision |
 | engine | path of the engine file |
@@ -37,13 +38,18 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ..graph.errors import BadInput
+from ..graph.errors import BadInput, GraphcombError
+from ..graph.layers import Layer as Work
 from . import charts
 from .build_log import UNFUSED
 from .engine import replacing
+from .measured import from_dict, kernels
+from .roofline import Roofline, calibration_text
+from .targets import TARGETS
 
 # Longer tables are folded; of the layers the most expensive ones stay in sight.
 LONG, IN_SIGHT = 40, 20
+SIDES = ("before", "after")
 MODES = {"graph": "CUDA graph", "stream": "one by one"}
 PAD_TEXTS = {
     "kernel": "an extra kernel",
@@ -70,7 +76,7 @@ def render(summary: Mapping[str, Any]) -> str:
     """The report as HTML text."""
     source = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"si": si, "size": size, "exact": exact, "count": count, "seconds": seconds}
+    environment.filters |= {"si": si, "size": size, "exact": exact, "count": count, "seconds": seconds, "ms": short_ms}
     return environment.from_string(source).render(report=_report(summary), pad_texts=PAD_TEXTS)
 
 
@@ -87,14 +93,22 @@ class Tile:
 
 @dataclass
 class Layer:
-    """A layer's output channels and MACs, dense and compressed, and the lengths of its bars in percent."""
+    """A layer's output channels (None where it has none), MACs and predicted milliseconds (None where nothing is
+    predicted), dense and compressed, and the lengths of their bars in percent. work: padded MACs and bytes, in words;
+    bound: what bounds its time; verdict: why it will not profit from fewer channels; measured: of its kernel, in words."""
 
     name: str
     kind: str
-    channels: tuple[float, float]
+    channels: tuple[float, float] | None
     macs: tuple[float, float]
     channel_bars: tuple[float, float] = (0.0, 0.0)
     mac_bars: tuple[float, float] = (0.0, 0.0)
+    ms: tuple[float, float] | None = None
+    ms_bars: tuple[float, float] = (0.0, 0.0)
+    work: str = ""
+    bound: str = ""
+    verdict: str = ""
+    measured: str = ""
 
 
 @dataclass
@@ -130,6 +144,7 @@ class Report:
     plots: list[tuple[str, Markup]]
     layers: list[Layer]
     largest: list[Layer]
+    prediction: list[tuple[str, str]]
     refusals: list[Refusal]
     steps: list[Step]
     engines: list[dict[str, Any]]
@@ -143,8 +158,8 @@ def _report(summary: Mapping[str, Any]) -> Report:
     records = _list(summary.get("records", summary.get("passes")))
     engines = summary.get("engine_report", summary.get("engines"))
     engines = _list([engines] if isinstance(engines, Mapping) else engines)
-    layers = _layers(records)
-    most = sorted(layers, key=lambda layer: layer.macs[0], reverse=True)[:IN_SIGHT]
+    layers = _layers(records, _list(_map(summary.get("prediction")).get("layers")), _profiled(summary))
+    most = sorted(layers, key=lambda layer: (max(layer.ms or (0.0,)), layer.macs[0]), reverse=True)[:IN_SIGHT]
     title = str(summary.get("model") or "graphcomb run")
     return Report(
         title=title,
@@ -153,6 +168,7 @@ def _report(summary: Mapping[str, Any]) -> Report:
         plots=_plots(summary, records, layers),
         layers=layers,
         largest=[layer for layer in layers if layer in most] if len(layers) > LONG else [],
+        prediction=_prediction(summary),
         refusals=_refusals(records),
         steps=[_step(record) for record in records],
         engines=[_engine(engine) for engine in engines],
@@ -203,6 +219,14 @@ def _tiles(summary: Mapping[str, Any], engines: list[Mapping[str, Any]]) -> list
             value = si(after) if ratio is None else against(ratio, "fewer", "more")
             tiles.append(Tile(label, value, f"{si(before)} → {si(after)}" if before and after else ""))
     tiles += _latency_tile(summary)
+    given = _map(summary.get("prediction"))
+    predicted = [ms for side in SIDES if (ms := number(_map(given.get("ms")).get(side))) is not None]
+    if predicted:
+        details = [
+            f"measured on {where}: {_both(map(milliseconds, measured))}" for where, measured, _ in _errors(summary)
+        ]
+        name = f"predicted on {given.get('target', '')}"
+        tiles.append(Tile(name, _both(map(milliseconds, predicted)), "; ".join(details)))
     if (error := number(summary.get("surgery_error"))) is not None:
         tiles.append(Tile("surgery error", exact(error), "worst, relative, float64"))
     parity = summary.get("onnx_parity")
@@ -239,7 +263,11 @@ def _latency_tile(summary: Mapping[str, Any]) -> list[Tile]:
     if low is not None and high is not None:
         details.append(f"90\u00a0% of pairs {times(low)} to {times(high)}")
     if predicted is not None:
-        details.append(f"predicted {times(predicted)}, {100 * abs(predicted / ratio - 1):.0f}\u00a0% off")
+        target = TARGETS.get(str(summary.get("target")))
+        if target is None or target.backend == "onnxruntime":
+            details.append(f"predicted {times(predicted)}, {100 * abs(predicted / ratio - 1):.0f}\u00a0% off")
+        else:  # measured on another device than it is predicted for
+            details.append(f"predicted {times(predicted)} on {target.name}")
     return [Tile("latency", against(ratio, "faster", "slower"), ", ".join(details))]
 
 
@@ -257,8 +285,11 @@ def _timings(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _layers(records: Iterable[Mapping[str, Any]]) -> list[Layer]:
-    """The layers over all passes: as the first pass that names one found it, and as the last one left it."""
+def _layers(
+    records: Iterable[Mapping[str, Any]], predicted: list[Mapping[str, Any]], profiled: Mapping[str, str]
+) -> list[Layer]:
+    """The layers over all passes: as the first pass that names one found it, and as the last one left it; then with what
+    is predicted, in the order of the prediction. profiled: in words, by name."""
     found: dict[str, Layer] = {}
     for record in records:
         for row in _list(record.get("layers")):
@@ -269,15 +300,162 @@ def _layers(records: Iterable[Mapping[str, Any]]) -> list[Layer]:
             work = number(macs.get("before")) or 0.0, number(macs.get("after")) or 0.0
             name = str(row.get("name", ""))
             layer = found.setdefault(name, Layer(name, str(row.get("kind", "")), (old[1], new[1]), work))
-            layer.channels = layer.channels[0], new[1]
+            layer.channels = (layer.channels or old)[0], new[1]
             layer.macs = layer.macs[0], work[1]
-    layers = list(found.values())
-    widest = max((max(layer.channels) for layer in layers), default=0) or 1
+    layers = []
+    for row in predicted:
+        name, sides = str(row.get("name", "")), [_map(row.get(side)) for side in SIDES]
+        widths = [number(_map(side.get("sizes")).get("outputs")) for side in sides]
+        outputs = tuple(width or 0.0 for width in widths) if any(widths) else None
+        work = number(sides[0].get("macs")) or 0.0, number(sides[1].get("macs")) or 0.0
+        layer = found.pop(name, None) or Layer(name, str(row.get("op", "")), outputs, work)  # type: ignore[arg-type]
+        layer.ms = number(sides[0].get("ms")) or 0.0, number(sides[1].get("ms")) or 0.0
+        moved = _both([size(side.get("bytes")) for side in sides if side])
+        layer.work = ", ".join(filter(None, [_padding(sides), moved]))
+        layer.bound = _both(str(side.get("bound", "")) for side in sides if side)
+        layer.verdict = str((sides[1] or sides[0]).get("verdict", ""))
+        layer.measured = profiled.get(name, "")
+        layers.append(layer)
+    layers += found.values()
+    widest = max((max(layer.channels) for layer in layers if layer.channels), default=0) or 1
     heaviest = max((max(layer.macs) for layer in layers), default=0) or 1
+    slowest = max((max(layer.ms) for layer in layers if layer.ms), default=0) or 1
     for layer in layers:
-        layer.channel_bars = _bars(layer.channels, widest)
+        layer.channel_bars = _bars(layer.channels or (0.0, 0.0), widest)
         layer.mac_bars = _bars(layer.macs, heaviest)
+        layer.ms_bars = _bars(layer.ms or (0.0, 0.0), slowest)
     return layers
+
+
+def _padding(sides: Iterable[Mapping[str, Any]]) -> str:
+    """How much the kernels' padding adds to the multiply-accumulates; empty where it adds nothing."""
+    pairs = [(number(side.get("macs")), number(side.get("padded_macs"))) for side in sides]
+    added = [padded / macs - 1 for macs, padded in pairs if macs and padded]
+    return f"padding adds {_both(f'{100 * share:.0f}' for share in added)} %" if any(added) else ""
+
+
+def _both(texts: Iterable[str]) -> str:
+    """Before and after in words, or once where they are the same."""
+    return " → ".join(dict.fromkeys(texts))
+
+
+# ---------------------------------------------------------------------------------------------------------- prediction
+def _prediction(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What predicts the time, how far off it is, and how much of it will not fall with the channels."""
+    given = _map(summary.get("prediction"))
+    if not given:
+        note = summary.get("prediction_note")
+        return [("predicted time", f"none: {note}")] if note else []
+    facts = [("predicted by", str(given.get("by", "")))]
+    if (calibration := _map(given.get("calibration"))) and (text := _calibration(calibration)):
+        facts.append(("calibration", text))
+    facts += [("error", f"{where}: {text}") for where, _, text in _errors(summary)]
+    found: dict[str, list[float]] = {}
+    for row in _list(given.get("layers")):
+        side = _map(row.get("after")) or _map(row.get("before"))
+        found.setdefault(str(side.get("verdict", "")), []).append(number(side.get("ms")) or 0.0)
+    whole = sum(map(sum, found.values())) or 1.0
+    for verdict, ms in sorted(found.items(), key=lambda pair: -sum(pair[1])):
+        if verdict:
+            share = f"{len(ms)} layer{'s' * (len(ms) != 1)}, {100 * sum(ms) / whole:.0f}\u00a0% of the time"
+            facts.append(("little to gain", f"{verdict}: {share}"))
+    return facts
+
+
+def _calibration(record: Mapping[str, Any]) -> str:
+    try:
+        return calibration_text(record)
+    except (KeyError, TypeError, ValueError):
+        return ""
+
+
+def _errors(summary: Mapping[str, Any]) -> list[tuple[str, list[float], str]]:
+    """Where the target was measured, the milliseconds before and after, and in words with how far the prediction is off."""
+    given = _map(summary.get("prediction"))
+    predicted = [number(_map(given.get("ms")).get(side)) for side in SIDES]
+    places = [("this machine", [number(_map(given.get("measured_ms")).get(side)) for side in SIDES])]
+    for results in _same_target(summary):
+        names = list(_map(results.get("models")))
+        measured = [_median(_map(_map(results.get("models")).get(name))) for name in (names[0], names[-1])]
+        places.append((str(_map(results.get("device")).get("model") or "the device"), measured))
+    found = []
+    for where, measured in places:
+        pairs = [(a, b) for a, b in zip(predicted, measured, strict=True) if a is not None and b]
+        if pairs:
+            texts = [f"{milliseconds(b)} measured, {milliseconds(a)} predicted ({a / b - 1:+.0%})" for a, b in pairs]
+            found.append((where, [b for _, b in pairs], " → ".join(texts).replace("-", "−").replace("%", "\u00a0%")))
+    return found
+
+
+def _same_target(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Devices' results of what the prediction is for."""
+    given = _map(summary.get("prediction"))
+    wanted = [given.get(key) for key in ("target", "precision")]
+    return [
+        results
+        for results in _list(summary.get("devices"))
+        if [_map(results.get("bundle")).get(key) for key in ("target", "precision")] == wanted
+        and _map(results.get("models"))
+    ]
+
+
+def _median(model: Mapping[str, Any]) -> float | None:
+    """Milliseconds of a run on a device, in a CUDA graph where it could be."""
+    found = _map(model.get("latency"))
+    mode = _map(found.get("graph") or found.get("stream"))
+    return number(_map(mode.get("gpu_ms") or mode.get("host_ms")).get("median"))
+
+
+def _profiled(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What a device's profiler measured for the kernel of each layer, in words. A kernel that computes several layers is
+    shown with the one that has the most multiply-accumulates."""
+    found: dict[str, str] = {}
+    for results in _same_target(summary):
+        times: dict[str, list[tuple[float, int]]] = {}
+        names = list(_map(results.get("models")))
+        for name in (names[0], names[-1]):
+            rows, profile = _kernels(results, name)
+            for which, _, ms in profile:
+                if which:
+                    main = max(which, key=lambda i: number(rows[i].get("macs")) or 0.0)
+                    times.setdefault(str(rows[main].get("name")), []).append((ms, len(which) - 1))
+        for name, pairs in times.items():
+            others = max(n for _, n in pairs)
+            beside = f" with {others} other{'s' * (others != 1)}" if others else ""
+            found[name] = f"measured {_both(milliseconds(ms) for ms, _ in pairs)}{beside}"
+    return found
+
+
+def _kernels(results: Mapping[str, Any], name: str) -> tuple[list[Any], list[tuple[set[int], list[str], float]]]:
+    """The layers of a bundle's model, and the kernels of its profile with the layers that each computes."""
+    model = _map(_map(results.get("models")).get(name))
+    rows = _list(_map(_map(_map(results.get("bundle")).get("models")).get(name)).get("layers"))
+    named = [{"onnx": [str(text) for text in row.get("onnx") or ()]} for row in rows]
+    profile = [
+        {"name": str(row.get("name", "")), "ms": row["ms"]}
+        for row in _list(model.get("layers"))
+        if number(row.get("ms")) is not None
+    ]
+    inspector = _list(_map(model.get("engine")).get("inspector"))
+    return rows, kernels({"layers": profile, "engine": {"inspector": inspector}}, named)
+
+
+def _roofline(results: Mapping[str, Any]) -> Roofline | None:
+    """Calibrated with the results themselves, where they allow it."""
+    try:
+        return Roofline.calibrated(results)
+    except GraphcombError:
+        return None
+
+
+def _work(roofline: Roofline | None, rows: list[Any], which: Iterable[int], count: int) -> tuple[str, str]:
+    """Predicted time of a kernel and what bounds it, in words; empty where its layers are not known."""
+    if roofline is None or not which:
+        return "", ""
+    layers: list[Work] = [from_dict(rows[i]) for i in sorted(which)]
+    found = [roofline.estimate(layer) for layer in layers]
+    ms = 1e3 * (count * roofline.start + sum(e.seconds - e.launch for e in found))
+    return milliseconds(ms), max(found, key=lambda e: e.seconds).bound
 
 
 def _bars(pair: tuple[float, float], whole: float) -> tuple[float, float]:
@@ -361,7 +539,7 @@ def _origin(engine: Mapping[str, Any], nodes: Any) -> str:
 def _device(results: Mapping[str, Any]) -> dict[str, Any]:
     """What one device measured: a row for each model and way to run it, and the slowest layers."""
     about, bundle = _map(results.get("device")), _map(results.get("bundle"))
-    rows, layers = [], []
+    rows, layers, roofline = [], [], _roofline(results)
     for name, model in _map(results.get("models")).items():
         model, power = _map(model), _map(_map(model).get("power"))
         for mode, found in _map(model.get("latency")).items():
@@ -381,22 +559,26 @@ def _device(results: Mapping[str, Any]) -> dict[str, Any]:
                     "energy": f"{energy:.3g} mJ" if energy is not None else "",
                     "error": exact(error) if number(error) is not None else "no figure",
                     "bad": number(error) is None,
+                    "predicted": _predicted(roofline, results, str(name)) if median == _median(model) else "",
                 }
             )
-        timed = [row for row in _list(model.get("layers")) if number(row.get("ms")) is not None]
-        whole = sum(row["ms"] for row in timed)
-        slowest = sorted(timed, key=lambda row: -row["ms"])[:IN_SIGHT]
-        layers += [(str(name), str(row.get("name", "")), row["ms"], row["ms"] / (whole or 1)) for row in slowest]
+        known, profile = _kernels(results, str(name))
+        whole = sum(kernel[2] for kernel in profile) or 1.0
+        for which, names, spent in sorted(profile, key=lambda kernel: -kernel[2])[:IN_SIGHT]:
+            work = _work(roofline, known, which, len(names))
+            layers.append((str(name), ", ".join(names), spent, spent / whole, *work))
     temperatures = [
         f"{name}: {', '.join(f'{zone} {value:.0f} °C' for zone, value in zones.items())}"
         for name, model in _map(results.get("models")).items()
         if (zones := _map(_map(_map(model).get("power")).get("temperatures_c")))
     ]
+    calibration = _map(roofline.calibration) if roofline else {}
     facts = {key: about.get(key) for key in ("model", "power_mode", "l4t", "system", "python")}
     facts |= {"library": " ".join(str(results[k]) for k in ("engine", "version") if results.get(k))}
     facts |= {
         "precision": bundle.get("precision"),
         "date": results.get("date"),
+        "prediction": f"{roofline}; {_calibration(calibration)}" if roofline else "",
         "temperatures": "; ".join(temperatures),
     }
     return {
@@ -406,6 +588,15 @@ def _device(results: Mapping[str, Any]) -> dict[str, Any]:
         "layers": layers,
         "notes": [str(note) for note in results.get("notes") or ()],
     }
+
+
+def _predicted(roofline: Roofline | None, results: Mapping[str, Any], name: str) -> str:
+    """A run's predicted time, with how far it is off, in words."""
+    rows, measured = _kernels(results, name)[0], _median(_map(_map(results.get("models")).get(name)))
+    if roofline is None or not rows or not measured:
+        return ""
+    ms = 1e3 * (roofline.per_run + sum(roofline.seconds(from_dict(row)) for row in rows))
+    return f"{milliseconds(ms)} ({ms / measured - 1:+.0%})".replace("-", "−").replace("%", "\u00a0%")
 
 
 # -------------------------------------------------------------------------------------------------------------- plots
@@ -426,11 +617,15 @@ def _plots(
         svg = charts.trade_off("latency", points, "median latency", milliseconds, "accuracy", ticks)
         plots.append(("Accuracy against latency", svg))
     if any(layer.macs[0] for layer in layers):
-        before, after = ([layer.macs[i] for layer in layers] for i in (0, 1))
+        working = [layer.macs for layer in layers if any(layer.macs)]
+        before, after = ([macs[i] for macs in working] for i in (0, 1))
         plots.append(("Multiply-accumulates of each layer", charts.profile("work", before, after, "", si)))
-    if layers:
-        before, after = ([layer.channels[i] for layer in layers] for i in (0, 1))
+    if wide := [layer.channels for layer in layers if layer.channels]:
+        before, after = ([channels[i] for channels in wide] for i in (0, 1))
         plots.append(("Output channels of each layer", charts.profile("channels", before, after, "", count)))
+    if timed := [layer.ms for layer in layers if layer.ms]:
+        before, after = ([ms[i] for ms in timed] for i in (0, 1))
+        plots.append(("Predicted time of each layer", charts.profile("times", before, after, "", milliseconds)))
     if timings:
         plots.append(("Latency of single calls", charts.ranges("calls", timings, "", milliseconds)))
     if training := _training(summary, records):
@@ -528,6 +723,11 @@ def plain_score(value: Any) -> str:
 
 def milliseconds(value: float) -> str:
     return f"{value:.3g} ms"
+
+
+def short_ms(value: float) -> str:
+    """Milliseconds without the unit."""
+    return f"{value:.3g}"
 
 
 def seconds(value: float) -> str:

@@ -135,6 +135,16 @@ def _whole(roofline: Roofline, run: Measured) -> float:
     return roofline.per_run + sum(map(roofline.seconds, run.layers))
 
 
+def calibration_text(record: Mapping[str, Any]) -> str:
+    """From what a roofline was calibrated, and how far off it still is."""
+    text = f"calibrated with {record['models']} models and {record['kernels']} kernels measured by {record['engine']}"
+    text += f" ({', '.join(record['fitted'])})"
+    for key, name in (("error", "error"), ("left_out", "of models left out")):
+        if record[key]:
+            text += f"; {name} {record[key]['median']:.1%} in the median, {record[key]['worst']:.1%} at worst"
+    return text
+
+
 # -------------------------------------------------------------------------------------------------------------- the fit
 def _fit(base: Roofline, runs: list[Measured]) -> tuple[Roofline, list[str]]:
     """The roofline closest to the runs, and the names of what was fitted."""
@@ -151,14 +161,15 @@ def _fit(base: Roofline, runs: list[Measured]) -> tuple[Roofline, list[str]]:
 
     # Each row: seconds of the layers' arithmetic and traffic at full rate, launches, runs, measured seconds, and its
     # weight: 1 for a model, which its kernels share by their time. An error is that of the logarithm.
-    sheet = [[base.estimate(layer) for layer in layers] for layers, *_ in (*rows, *kernels)]
-    arithmetic, traffic = ([np.array([getattr(e, k) for e in row]) for row in sheet] for k in ("arithmetic", "traffic"))
+    sheet = [base.estimate(layer) for layers, *_ in (*rows, *kernels) for layer in layers]
+    arithmetic, traffic = np.array([(e.arithmetic, e.traffic) for e in sheet]).T
+    begins = np.cumsum([0, *(len(layers) for layers, *_ in (*rows, *kernels))])[:-1]
     launches, whole, measured, weight = np.array([row[1:] for row in (*rows, *kernels)], dtype=float).T
 
     def errors(numbers: np.ndarray) -> np.ndarray:
         compute, memory, launch, run = np.exp(numbers)
-        work = [np.maximum(a / compute, t / memory).sum() for a, t in zip(arithmetic, traffic, strict=True)]
-        found = np.log((np.array(work) + launch * launches + run * whole) / measured)
+        work = np.add.reduceat(np.maximum(arithmetic / compute, traffic / memory), begins)
+        found = np.log((work + launch * launches + run * whole) / measured)
         return np.concatenate([np.sqrt(weight) * found, PRIOR * (numbers - start)])
 
     start = np.log([scaled.compute, scaled.memory, scaled.start, scaled.start])

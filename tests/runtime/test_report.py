@@ -74,15 +74,57 @@ def device():
             "latency": {"graph": run},
             "power": {"total_mw": 7250.0, "energy_mj": 30.8 / factor, "temperatures_c": {"tj": 48.2}},
             "parity": {"finite": error is not None, "error": error},
-            "layers": [{"name": "conv1 + relu", "ms": 3.0 / factor}, {"name": "fc", "ms": 1.0 / factor}],
+            "layers": [{"name": "conv1 + relu", "ms": 3.0 / factor}, {"name": "/fc0", "ms": 1.0 / factor}],
+            "engine": {},
         }
 
     return {
         "device": {"model": "Jetson Orin Nano", "power_mode": "MAXN_SUPER"},
-        "engine": "tensorrt", "version": "10.3.0", "bundle": {"precision": "fp16"},
+        "engine": "tensorrt", "version": "10.3.0",
+        "bundle": {
+            "precision": "fp16", "target": "orin-nano",
+            "models": {"big": {"layers": [work(0, 1024)]}, "small": {"layers": [work(0, 512)]}},
+        },
         "models": {"big": model(1, 2e-3), "small": model(2.5, None)},
         "ratios": {"small": {"graph": {"median": 2.5}}},
         "notes": ["small: outputs that are not finite"],
+    }  # fmt: skip
+
+
+def work(i, width):
+    """A linear layer of a bundle, or of one side of a prediction."""
+    return {
+        "name": f"layers.{i}.weight", "node": f"linear_{i}", "call": "linear", "op": "matmul",
+        "sizes": {"batch": 1, "inputs": width, "outputs": width}, "options": {"rows": 4096, "shared": 1},
+        "onnx": [f"/fc{i}", f"fc{i}_out"],
+    }  # fmt: skip
+
+
+def prediction(layers=3):
+    """What is predicted of a network whose first layer has no channels that can go, and whose last op has no weights."""
+
+    def side(i, width, ms):
+        verdict = "" if i else "none of its channels can go"
+        cost = {"macs": 1000 * width, "padded_macs": 1000 * (width + 4), "bytes": 8e5 * width, "ms": ms, "half": 0.5}
+        return work(i, width) | cost | {"bound": "compute" if ms > 1 else "launch", "verdict": verdict}
+
+    rows = [
+        {"name": f"layers.{i}.weight", "op": "matmul", "before": side(i, 64, 1.5), "after": side(i, 32, 0.75)}
+        for i in range(layers)
+    ]
+    loose = {
+        "op": "copy",
+        "sizes": {"entries": 5},
+        "options": {},
+        "macs": 0,
+        "padded_macs": 0,
+        "bytes": 40,
+        "ms": 0.002,
+    }
+    gone = {"name": "add", "op": "copy", "before": loose | {"bound": "memory", "verdict": ""}, "after": None}
+    return {
+        "by": "a roofline", "target": "orin-nano", "precision": "fp16", "batch": 1, "run_ms": 0.0, "calibration": None,
+        "ms": {"before": 1.5 * layers + 0.002, "after": 0.75 * layers}, "layers": [*rows, gone],
     }  # fmt: skip
 
 
@@ -126,6 +168,7 @@ def summary(layers=3):
             "origins": {"conv2": {"node": "conv2d_1", "module": "b", "passes": ["SlimPass"]}},
         },
         "devices": [device()],
+        "prediction": prediction(layers),
         "records": [
             {
                 "pass": "RemoveChannels",
@@ -197,7 +240,7 @@ def test_everything_of_the_summary_shows(tmp_path):
     ):  # fmt: skip
         assert expected in text, expected
     assert "macs None" not in text
-    assert len(re.findall("<svg", html)) == found.count("figure") == 6
+    assert len(re.findall("<svg", html)) == found.count("figure") == 7
 
 
 def test_the_page_is_self_contained_and_fits_a_phone(tmp_path):
@@ -222,7 +265,7 @@ def test_plots_are_valid_svg_in_the_pages_colours(tmp_path):
 
 
 def test_the_plot_of_channels_has_the_layers_heights(tmp_path):
-    values = summary()
+    values = summary() | {"prediction": None}
     values["records"][0]["layers"] = [layer(0, 100, 100), layer(1, 100, 50)]
     _, html = page(tmp_path, values)
     svg = re.search(r"<figcaption>Output channels.*?(<svg.*?</svg>)", html, re.DOTALL)[1]
@@ -290,9 +333,9 @@ def test_hundreds_of_layers_are_folded_and_none_is_lost(tmp_path):
     values = summary(layers=300)
     values["records"][0]["refused"] = [{"what": f"w{i}", "why": f"roll_{i}: roll along the axis"} for i in range(200)]
     found, html = page(tmp_path, values)
-    assert "the 20 layers with the most multiply-accumulates" in found.text
-    assert "All 300 layers" in found.text
-    before, _, folded = html.partition("All 300 layers")
+    assert "the 20 layers that take longest, as predicted" in found.text
+    assert "All 301 layers" in found.text
+    before, _, folded = html.partition("All 301 layers")
     assert "layers.299.weight" in before
     assert "layers.0.weight" not in before
     assert all(f"layers.{i}.weight" in folded for i in range(300))
@@ -333,11 +376,40 @@ def test_a_contended_machine_gives_no_figure_and_a_slower_result_says_so(tmp_pat
 
 
 def test_the_prediction_stands_beside_the_measurement(tmp_path, quick):
-    found, _ = page(tmp_path, summary() | {"latency_predicted": 3.5})
+    found, _ = page(tmp_path, summary() | {"latency_predicted": 3.5, "target": "cpu"})
     assert "predicted 3.5×, 12 % off" in " ".join(found.text.split())
+    found, _ = page(tmp_path, summary() | {"latency_predicted": 3.5})  # measured on the CPU, predicted for a GPU
+    assert "predicted 3.5× on rtx-sm86" in " ".join(found.text.split())
     found, _ = page(tmp_path, {"latency_predicted": 2.0})
     assert "2× faster" in found.text
     assert "predicted, not measured" in found.text
+
+
+def test_layers_show_what_they_are_predicted_to_take_and_what_was_measured(tmp_path, quick):
+    found, _ = page(tmp_path, summary())
+    text = " ".join(found.text.split())
+    for expected in (
+        "predicted by", "a roofline", "1.5 → 0.75 ms", "padding adds 6 → 12 %, 51.2 MB → 25.6 MB", "compute → launch",
+        "predicted on orin-nano", "4.5 ms → 2.25 ms", "measured on Jetson Orin Nano: 4.25 ms → 1.7 ms",
+        "4.25 ms measured, 4.5 ms predicted (+6 %) → 1.7 ms measured, 2.25 ms predicted (+32 %)",
+        "none of its channels can go: 1 layer, 33 % of the time", "measured 1 ms → 0.4 ms", "0.002 → 0 ms",
+        "calibrated with 2 models and 2 kernels measured by tensorrt 10.3.0 (common factor)",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert re.search(r"4\.25 ms5\.5 ms[\d.]+ ms \([+−]\d+ %\)", text)  # median, p99, predicted
+    here = prediction() | {"target": "cpu", "measured_ms": {"before": 4.0, "after": 2.5}}
+    found, _ = page(tmp_path, summary() | {"prediction": here})
+    assert "this machine: 4 ms measured, 4.5 ms predicted (+13 %)" in " ".join(found.text.split())
+    found, _ = page(tmp_path, {"prediction": None, "prediction_note": "the machine is too busy"})
+    assert "predicted time" not in found.text  # there are no layers to stand beside
+
+
+def test_a_network_that_no_pass_lists_shows_its_predicted_layers(tmp_path, quick):
+    found, _ = page(tmp_path, {"prediction": prediction()})
+    text = " ".join(found.text.split())
+    assert "layers.2.weight" in text
+    assert "64 → 32" in text
+    assert "add" in text
 
 
 def chromium():
