@@ -362,13 +362,23 @@ def show_groups(rows: list[dict[str, Any]]) -> None:
 
 
 def show_blocks(blocks: Sequence[Block]) -> None:
-    """A table of blocks, as they follow each other."""
-    table = Table("block", "kind", "MACs", "parameters", "saves MACs", "saves kernels", "not prunable because")
+    """A table of blocks, as they follow each other, and below it why some cannot be pruned."""
+    table = Table("block", "kind")
     table.columns[0].overflow = "fold"
+    for head in ("MACs", "params", "saves\nMACs", "saves\nkernels"):
+        table.add_column(head, justify="right", no_wrap=True)
     for b in blocks:
-        saves = ["", ""] if b.saves is None else [f"{b.saves:,}", str(b.kernels)]
-        table.add_row(b.name, b.kind, f"{b.macs:,}", f"{b.params:,}", *saves, b.why or "")
+        saves = ["", ""] if b.saves is None else [_short(b.saves), str(b.kernels)]
+        table.add_row(b.name, b.kind, _short(b.macs), _short(b.params), *saves)
     console.print(table)
+    for b in blocks:
+        if b.why is not None:
+            console.print(f"{b.name} cannot be pruned: {b.why}", soft_wrap=True, markup=False)
+
+
+def _short(count: int) -> str:
+    """A number in at most eight characters; exact up to a million."""
+    return next((f"{count / unit:.1f} {name}" for unit, name in ((1e9, "G"), (1e6, "M")) if count >= unit), f"{count:,}")
 
 
 def show_summary(summary: dict[str, Any]) -> None:

@@ -225,7 +225,10 @@ def _pass_type(hint: Any) -> type[Pass] | None:
 
 
 def _typed(hint: Any, value: Any, path: str) -> Any:
-    """The value as the hinted type, without conversions other than list to tuple and int to float."""
+    """The value as the hinted type, without conversions other than list to tuple and int to float, and of a bare `no`,
+    which YAML reads as false, to "no" where that is an option."""
+    if value is False and "no" in get_args(hint):
+        value = "no"
     if isinstance(value, float) and not math.isfinite(value):
         raise BadInput(f"{path}: should be a finite number, got {value}")
     try:

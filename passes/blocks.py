@@ -189,12 +189,13 @@ def _regions(program: Program) -> list[Block]:
             taken.update(nodes)
     found += _chains(flow, taken)
     labels: dict[str, int] = {}
+    parameters = {name for name, _ in program.module().named_parameters()}
     blocks = []
     for entry, exit_, nodes in sorted(found, key=lambda f: flow.order[f[1]]):
         label = _label(nodes)
         labels[label] = labels.get(label, 0) + 1
         name = label if labels[label] == 1 else f"{label}#{labels[label]}"
-        blocks.append(_block(flow, name, entry, exit_, nodes))
+        blocks.append(_block(flow, parameters, name, entry, exit_, nodes))
     return blocks
 
 
@@ -236,13 +237,13 @@ def _chains(flow: _Flow, taken: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node
         yield flow.before[start][0], run[stop - 1], run[:stop]
 
 
-def _block(flow: _Flow, name: str, entry: fx.Node, exit_: fx.Node, nodes: list[fx.Node]) -> Block:
-    parameters = {n for node in nodes for n in node.all_input_nodes if n.op == "get_attr"}
+def _block(flow: _Flow, parameters: set[str], name: str, entry: fx.Node, exit_: fx.Node, nodes: list[fx.Node]) -> Block:
+    stored = {n for node in nodes for n in node.all_input_nodes if n.op == "get_attr" and n.target in parameters}
     after = flow.after[exit_]
     return Block(
         name, _kind(nodes, exit_), entry.name, exit_.name, tuple(n.name for n in nodes),
         sum(evaluate(macs(n)) for n in nodes),
-        sum(n.meta["val"].numel() for n in parameters if isinstance(n.meta.get("val"), torch.Tensor)),
+        sum(n.meta["val"].numel() for n in stored),
         len(after) == 1 and op_name(after[0]) in ACTIVATIONS,
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import toys
 import yaml
+from rich.console import Console
 
 from graphcomb import capture, load
 from graphcomb.passes import RemoveChannels
@@ -220,12 +221,16 @@ def test_two_processes_run_the_same_recipe(cli, recipe, tmp_path: Path) -> None:
     assert summary["surgery_error"] <= 1e-10
 
 
-def test_plan_lists_the_blocks_of_a_recipe_that_prunes_depth(cli, recipe, tmp_path: Path) -> None:
+def test_plan_lists_the_blocks_of_a_recipe_that_prunes_depth(cli, recipe, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("graphcomb.cli.console", Console(width=80))
     path = recipe(model={"source": "torchvision.models:resnet18"}, data=None, inputs=[[1, 3, 64, 64]],
                   passes=[{"PruneDepth": {"blocks": 2}}])  # fmt: skip
     out = cli("plan", path, "--out", tmp_path / "plan.yaml")
     assert out.code == 0, out.err
-    assert all(text in out.out for text in ("layer1.0", "residual", "kernels"))
+    assert all(text in out.out for text in ("residual", "kernels"))
+    table = [[c.strip() for c in line.split("│")[1:-1]] for line in out.out.splitlines() if line.startswith("│")]
+    assert table[0] == ["layer1.0", "residual", "18.9 M", "73,984", "9.4 M", "1"], "whole numbers at 80 columns"
+    assert [row[0] for row in table] == [f"layer{i}.{j}" for i in range(1, 5) for j in range(2)]
     text = (tmp_path / "plan.yaml").read_text()
     listed = [yaml.safe_load(line[4:]) for line in text.splitlines() if line.startswith("# - {")]
     assert [b["name"] for b in listed] == [f"layer{i}.{j}" for i in range(1, 5) for j in range(2)]

@@ -25,6 +25,20 @@ def test_short_forms_are_spelt_out() -> None:
     assert recipe.passes == [Comb(), RemoveChannels(ratio=0.25, kinds=("channel",)), Comb()]
 
 
+@pytest.mark.parametrize("text", ["no", "false", "'no'"])
+def test_precision_no_may_be_written_as_yaml_reads_it(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    train = f"{{RemoveChannels: {{macs: 0.5, train: {{precision: {text}}}}}}}"
+    path.write_text(f"model: a:b\npasses: [{{Distill: {{precision: {text}}}}}, {train}]\n")
+    recipe = read_recipe(path, [f"passes.0.precision={text}"])
+    assert recipe.passes == [Distill(), RemoveChannels(macs=0.5, train=Distill())]
+
+
+def test_only_options_that_may_be_no_take_false() -> None:
+    with pytest.raises(BadInput, match=r"passes.0.Distill.optimizer: .* got false"):
+        parse_recipe(GOOD | {"passes": [{"Distill": {"optimizer": False}}]})
+
+
 def test_every_public_pass_can_be_named() -> None:
     assert {"Comb", "RemoveChannels"} <= set(known_passes())
     assert "Pass" not in known_passes()
