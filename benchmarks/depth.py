@@ -3,11 +3,13 @@
     python benchmarks/depth.py                                   # resumes; results/depth.json, .md and .png
     python benchmarks/depth.py --networks convnext --seeds 0     # a part of it
     python benchmarks/depth.py --latency                         # afterwards, on a quiet machine: adds latencies
+    python benchmarks/depth.py --kernels                         # kernels of engines; also results/depth_kernels.json, .md
     python benchmarks/depth.py --table                           # only rewrite the table and the plot
     python benchmarks/depth.py --full                            # larger networks and longer training, for a GPU
 
-Needs Fashion-MNIST (apt-get install dataset-fashion-mnist); --kernels also the TensorRT-RTX wheel, to count the kernels of
-the engine that it builds.
+Needs Fashion-MNIST (apt-get install dataset-fashion-mnist); --kernels only the TensorRT-RTX wheel: it counts the kernels of
+the engines that it builds, of trained rows as far as there are any, and of all networks as they are before training, since
+weights do not matter, with the blocks pruned that save most MACs; beside them the kernels that the blocks say they save.
 
 Every network has a dense reference, trained once on 58,000 images and kept in the cache folder; the other 2,000 training
 images judge the candidates of the search. For each network and number of blocks the blocks are chosen once (supernet and
@@ -49,6 +51,7 @@ from graphcomb.graph.ops import op_name
 from graphcomb.graph.program import Program
 from graphcomb.passes import Context, Distill, Fuse, PruneDepth, RemoveChannels
 from graphcomb.passes.blocks import find_blocks
+from graphcomb.passes.relax import relax
 from graphcomb.passes.training import accuracy, evaluate, fingerprint
 
 HERE = Path(__file__).parent
@@ -193,6 +196,35 @@ def kernels(program: Program) -> int:
         path = Path(folder) / "model.onnx"
         graphcomb.runtime.export_onnx(program, path, precision="fp16")
         return len(graphcomb.runtime.build_engine(path, target="rtx-sm86").kernels)
+
+
+def count_kernels(options: argparse.Namespace, path: Path) -> None:
+    """Kernels of the engines of all networks, dense and with blocks pruned, and how many fewer they were to be."""
+    size, data = SIZES[options.size], json.loads(path.read_text()) if path.exists() else {}
+    for network in (n for n in options.networks if n not in data):
+        torch.manual_seed(0)
+        model = NETWORKS[network](**size.arguments[network]).eval()
+        program = graphcomb.capture(model, (torch.zeros(2, 1, 28, 28),), dynamic_shapes="batch")
+        blocks = sorted((b for b in find_blocks(program) if b.prunable), key=lambda b: -(b.saves or 0))
+        rows: dict[str, Any] = {"0": {"kernels": kernels(Fuse()(program).program)}}
+        for count in (*size.depths[network], len(blocks)):
+            pruned = Fuse()(relax(program, blocks[:count], settled=True)).program
+            names, predicted = [b.name for b in blocks[:count]], sum(b.kernels or 0 for b in blocks[:count])
+            rows[str(count)] = {"names": names, "predicted": predicted, "kernels": kernels(pruned)}
+        data[network] = rows
+        save(path, data)
+    lines = ["| network | blocks pruned | kernels | fewer | predicted |", "|" + " --- |" * 5]
+    for network, rows in ((n, data[n]) for n in NETWORKS if n in data):
+        dense = rows["0"]["kernels"]
+        for count, row in sorted(rows.items(), key=lambda r: int(r[0])):
+            fewer = [str(dense - row["kernels"]), str(row["predicted"])] if int(count) else ["", ""]
+            lines.append("| " + " | ".join([network, count, str(row["kernels"]), *fewer]) + " |")
+    text = [
+        "Kernels of the fp16 TensorRT-RTX engine for SM 8.6, before training, blocks pruned that save most MACs. Predicted:"
+    ]
+    text += ["one for each layer, normalisation over features and attention that is gone; kernels of its own that the"]
+    text += ["library adds around them (moves of heads, an activation that it does not fuse) go with them.", "", *lines]
+    write(path.with_suffix(".md"), "\n".join(text) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
@@ -353,11 +385,15 @@ def main() -> None:
     options = parser.parse_args()
     name = "depth" if options.size == "small" else "depth_full"
     results = HERE / "results"
+    if options.kernels:
+        count_kernels(options, results / f"{name}_kernels.json")
     if options.latency or options.kernels:
         measure(options, results / f"{name}.json")
     elif not options.table:
         run(options, results / f"{name}.json")
     data = load(results / f"{name}.json")
+    if not data["dense"]:
+        return
     write_table(data, results / f"{name}.md")
     plot(data, results / f"{name}.png")
 

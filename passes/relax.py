@@ -324,7 +324,8 @@ def _channel_axis(graph: fx.Graph, value: fx.Node) -> int:
         else:
             if name in ("permute", "transpose"):
                 moves.append(_order(node))
-            before = [n for n in node.all_input_nodes if len(shape(n)) == rank and n.op == "call_function"]
+            tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+            before = [n for n in tensors if len(shape(n)) == rank and n.op == "call_function"]
             if not before:
                 break
             node = before[0]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from depth_networks import NETWORKS, Add, Gate, captured, conv, head
+from depth_networks import NETWORKS, Add, Gate, captured, conv, head, mlp
 from torch import nn
 
 import graphcomb.graph as g
@@ -135,3 +135,26 @@ def test_linear_branches_are_no_blocks():
     assert [
         b.kind for b in find_blocks(captured(head(Add(conv(8, 8, act=False), conv(8, 8, 1, act=False), act=True))))
     ] == []
+
+
+def test_blocks_behind_a_class_token():
+    """The value that a tail follows is not made by a layer alone, and its size is no constant."""
+
+    class Classed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.token = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.randn(1, 1, 8))
+            self.block, self.head = mlp(8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            tokens = self.embed(x).flatten(2).transpose(1, 2)
+            tokens = torch.cat([self.token.expand(tokens.shape[0], -1, -1), tokens], 1)
+            return self.head(self.block(tokens)[:, 0])
+
+    program = captured(Classed())
+    (block,) = find_blocks(program)
+    assert (block.kind, block.kernels) == ("mlp", 2)
+    x = torch.randn(3, 3, 16, 12, dtype=torch.float64)
+    with torch.no_grad():
+        settled = relax(program, [block], settled=True)
+        assert relative_error(Fuse()(settled).program.module()(x), settled.module()(x)) <= 1e-12
