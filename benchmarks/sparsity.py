@@ -261,7 +261,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for network in dict.fromkeys(r["network"] for r in rows):
         own = [r for r in rows if r["network"] == network]
-        lines += [f"## {network}, dense {_spread([r['dense'] for r in own])}", ""]
+        seeds = len({r["seed"] for r in own})
+        lines += [f"## {network}, dense {_spread([r['dense'] for r in own])}, {seeds} seed{'s' * (seeds > 1)}", ""]
         for phase in ("one-shot", "recovered"):
             some = [r for r in own if r["phase"] == phase]
             if not some:

@@ -378,7 +378,9 @@ def show_blocks(blocks: Sequence[Block]) -> None:
 
 def _short(count: int) -> str:
     """A number in at most eight characters; exact up to a million."""
-    return next((f"{count / unit:.1f} {name}" for unit, name in ((1e9, "G"), (1e6, "M")) if count >= unit), f"{count:,}")
+    return next(
+        (f"{count / unit:.1f} {name}" for unit, name in ((1e9, "G"), (1e6, "M")) if count >= unit), f"{count:,}"
+    )
 
 
 def show_summary(summary: dict[str, Any]) -> None:
