@@ -190,7 +190,7 @@ class Regions:
         if not isinstance(norm, fx.Node) or op_name(norm) != "batch_norm" or self.problem(norm):
             return None
         first = norm.args[0]
-        there, back = _permutation(first), _permutation(node)
+        there, back = permutation(first), permutation(node)
         alone = len(norm.users) == 1 and len(first.users) == 1  # type: ignore[union-attr]
         if there is None or back is None or not alone or [there[d] for d in back] != sorted(there):
             return None
@@ -399,7 +399,7 @@ def _constant(node: fx.Node, values: Values) -> Any:
     return invoke(node, evaluated(node, {n: _constant(n, values) for n in node.all_input_nodes}))
 
 
-def _permutation(node: Any) -> list[int] | None:
+def permutation(node: Any) -> list[int] | None:
     """The dimensions of its input in the order the node gives them."""
     if not isinstance(node, fx.Node) or op_name(node) not in ("transpose", "permute"):
         return None

@@ -33,8 +33,11 @@ COMBINATIONS = 4096  # sizes of one layer that are measured beforehand, at most
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
-def allowed_seconds(latency: float | str, dense: float) -> float:
-    """What a latency target allows: a share of the dense program's seconds, or a time such as "3.5 ms"."""
+def allowed_seconds(latency: float | str, dense: float, of: str) -> float:
+    """What the latency target of a pass allows: a share of the dense program's seconds, or a time such as "3.5 ms".
+
+    of: the pass, for the message. Raises BadInput for anything else.
+    """
     try:
         if isinstance(latency, str):
             number, unit = latency.split()
@@ -45,9 +48,19 @@ def allowed_seconds(latency: float | str, dense: float) -> float:
             raise ValueError
     except (ValueError, KeyError):
         raise BadInput(
-            f'RemoveChannels.latency: a share above 0 and at most 1, or a time such as "3.5 ms", not {latency!r}'
+            f'{of}.latency: a share above 0 and at most 1, or a time such as "3.5 ms", not {latency!r}'
         ) from None
     return seconds
+
+
+def needed_latency(latency: Latency | None, of: str) -> Latency:
+    """What predicts latencies. Raises BadInput, in the name of the pass, where nothing does."""
+    if latency is None:
+        raise BadInput(
+            f"{of}.latency: nothing predicts latencies here; pass latency=, a LatencyTable or a Roofline (in a recipe: "
+            "latency_table)"
+        )
+    return latency
 
 
 class Predictor:

@@ -29,7 +29,7 @@ from .batches import Batch, Feed, generators
 from .blocks import Block, find_blocks
 from .distill import Distill, soft_kl
 from .fuse import Fuse
-from .knapsack import allowed_seconds
+from .knapsack import allowed_seconds, needed_latency
 from .relax import FOLDER, ORDER, SWITCHES, relax, require, set_switches, settle
 from .start_norms import start_norms
 from .training import (
@@ -109,7 +109,7 @@ class PruneDepth(Pass):
         check_field(self, "blocks", self.blocks is None or self.blocks >= 1, "at least 1")
         check_field(self, "macs", self.macs is None or self.macs > 0, "what may remain, a share or a number above 0")
         if self.latency is not None:
-            _allowed(self.latency, 1.0)
+            allowed_seconds(self.latency, 1.0, "PruneDepth")
         check_field(self, "select", self.select in ("search", "random"), '"search" or "random"')
         check_field(
             self, "progress", self.progress in ("linear", "cosine", "at once"), '"linear", "cosine" or "at once"'
@@ -169,7 +169,7 @@ class PruneDepth(Pass):
             pruned = (relax(program, [b], settled=True, tail=self.tail, fitted=self.fitted) for b in blocks)
             dense, *left = averaged(np.array([seconds(Fuse()(p).program) for p in (program, *pruned)])).tolist()
             saves = [dense - each for each in left]
-            goal, name, form = _allowed(self.latency, dense), "latency", "{:.3g} s"
+            goal, name, form = allowed_seconds(self.latency, dense, "PruneDepth"), "latency", "{:.3g} s"
         least = dense - sum(s for s in saves if s > 0)
         if least > goal:
             numbers = [form.format(v) for v in (goal, dense, least)]
@@ -290,23 +290,11 @@ class PruneDepth(Pass):
         return self.train or Distill()
 
 
-def _allowed(latency: float | str, dense: float) -> float:
-    try:
-        return allowed_seconds(latency, dense)
-    except BadInput as error:
-        raise BadInput(str(error).replace("RemoveChannels", "PruneDepth")) from None
-
-
 class _Predictor:
     """Predicted seconds of a run of a program."""
 
     def __init__(self, context: Context):
-        if context.latency is None:
-            raise BadInput(
-                "PruneDepth.latency: nothing predicts latencies here; pass latency=, a LatencyTable or a Roofline (in a "
-                "recipe: latency_table)"
-            )
-        self.latency, self.progress = context.latency, context.progress
+        self.latency, self.progress = needed_latency(context.latency, "PruneDepth"), context.progress
 
     def __call__(self, program: Program) -> float:
         layers = [layer for _, layer in Layers(Comb(program)).at({})]

@@ -18,7 +18,7 @@ from ..graph.errors import BadInput
 from ..graph.ops import arguments, fetch, op_name, set_argument, shape
 from ..graph.program import Program, TrainableModule, like, place_tensor, rebuild
 from .blocks import ACTIVATIONS, NORMS, Block, single_path
-from .fuse import CONVS, MAPS, Regions
+from .fuse import CONVS, MAPS, Regions, permutation
 from .masks import sparse_weights
 
 aten = torch.ops.aten
@@ -322,8 +322,8 @@ def _channel_axis(graph: fx.Graph, value: fx.Node) -> int:
         elif name in MAPS or name == "layer_norm":
             axis = rank - 1
         else:
-            if name in ("permute", "transpose"):
-                moves.append(_order(node))
+            if order := permutation(node):
+                moves.append(order)
             tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
             before = [n for n in tensors if len(shape(n)) == rank and n.op == "call_function"]
             if not before:
@@ -335,17 +335,6 @@ def _channel_axis(graph: fx.Graph, value: fx.Node) -> int:
     for order in reversed(moves):
         axis = order.index(axis)
     return axis
-
-
-def _order(node: fx.Node) -> list[int]:
-    """Which axis of its input each axis of a permutation is."""
-    a, rank = arguments(node), len(shape(node))
-    if op_name(node) == "permute":
-        return [int(d) % rank for d in a["dims"]]
-    order = list(range(rank))
-    one, two = a["dim0"] % rank, a["dim1"] % rank
-    order[one], order[two] = order[two], order[one]
-    return order
 
 
 def _pads(node: fx.Node) -> bool:

@@ -19,7 +19,7 @@ from .adaptive import Pruner, event_steps, removed_values
 from .base import Context, Pass, PassResult, check_field
 from .distill import Distill, block_outputs
 from .importance import IMPORTANCES, Scores
-from .knapsack import Predictor, allowed_seconds, knapsack
+from .knapsack import Predictor, allowed_seconds, knapsack, needed_latency
 from .legalise import Costs, mac_terms, movable, parameter_terms
 from .selection import Selection, lowest_removed, planned_sizes
 from .training import total_steps
@@ -80,7 +80,7 @@ class RemoveChannels(Pass):
         if len(given) > 1:
             raise BadInput(f"RemoveChannels: give one of ratio, macs, params and latency, not {' and '.join(given)}")
         if self.latency is not None:
-            allowed_seconds(self.latency, 1.0)
+            allowed_seconds(self.latency, 1.0, "RemoveChannels")
         check_field(self, "ratio", self.ratio is None or 0 <= self.ratio < 1, "a share of at least 0 and under 1")
         for key in ("macs", "params"):
             value = getattr(self, key)
@@ -202,12 +202,7 @@ class RemoveChannels(Pass):
         """What predicts the latency, ready for all sizes that the groups may have; None without a latency target."""
         if self.latency is None:
             return None
-        if context.latency is None:
-            raise BadInput(
-                "RemoveChannels.latency: nothing predicts latencies here; pass latency=, a LatencyTable or a Roofline "
-                "(in a recipe: latency_table)"
-            )
-        predictor = Predictor(comb, context.latency)
+        predictor = Predictor(comb, needed_latency(context.latency, "RemoveChannels"))
         selection = Selection(comb, groups, self.alignment(context), self.min_channels)
         predictor.prepare({g.atom: selection.allowed(g) for g in groups}, context.progress)
         return predictor
@@ -218,7 +213,7 @@ class RemoveChannels(Pass):
         """Shrink the groups of a selection until `share` of the way from the dense program to the target is gone."""
         if predictor is not None and self.latency is not None:
             whole = predictor.total({})
-            seconds = whole - share * max(whole - allowed_seconds(self.latency, whole), 0)
+            seconds = whole - share * max(whole - allowed_seconds(self.latency, whole, "RemoveChannels"), 0)
             options = {a: [n] for a, n in selection.sizes.items()} | {g.atom: selection.allowed(g) for g in groups}
             flat = {a: scores.get(a, np.ones(a.size)) for a in options}
             sizes = knapsack(predictor, options, flat, seconds)

@@ -160,9 +160,12 @@ def read_json(path: Path) -> Any:
 def are_results(path: str | Path) -> bool:
     """Whether a file looks like the results of a bench bundle."""
     try:
-        found = json.loads(Path(path).read_text())
-    except (OSError, ValueError):
+        return _are_results(read_json(Path(path)))
+    except BadInput:
         return False
+
+
+def _are_results(found: Any) -> bool:
     return isinstance(found, dict) and str(found.get("format", "")).startswith("graphcomb-bench")
 
 
@@ -170,7 +173,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
     """What bench_device.py wrote. Raises BadInput for another file or another version's."""
     path = Path(path)
     found = read_json(path)
-    if not are_results(path) or "models" not in found:
+    if not _are_results(found) or "models" not in found:
         raise BadInput(f"{path}: not the results of a bench bundle")
     if found["format"] != FORMAT:
         raise BadInput(f"{path}: of format {found['format']}, this version reads {FORMAT}; bundle and measure again")
