@@ -92,7 +92,7 @@ class Size:
 
 SIZES = {
     "small": Size(
-        {"resnet": 4000, "mobilenet": 4000, "deit": 6000, "lraspp": 4000, "segformer": 4000}, steps=400,
+        {"resnet": 4000, "mobilenet": 4000, "deit": 6000, "lraspp": 4000, "segformer": 12_000}, steps=400,
         arguments={"lraspp": {"width": 16}},
     ),
     "full": Size(
@@ -392,7 +392,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def stages(options: argparse.Namespace, rows: dict[str, Any]) -> Iterator[list[Job]]:
     """Jobs that may run at the same time; all seeds of the targets with an aim first, and what looks at other rows after
-    them. Later seeds try only the importance that was best for the first."""
+    them. Later seeds try only the importance that was best for the first, and not torch-pruning with our distillation."""
     for rank in range(3):
         for seed in options.seeds:
             jobs = [
@@ -400,6 +400,7 @@ def stages(options: argparse.Namespace, rows: dict[str, Any]) -> Iterator[list[J
             ]
             if seed != options.seeds[0]:
                 jobs = [j for j in jobs if not loses(replace(j, seed=options.seeds[0]), rows)]
+                jobs = [j for j in jobs if j.method != f"{TP} distilled"]
             yield [j for j in jobs if not j.method.endswith(AFTERWARDS)]
             yield [j for j in jobs if j.method.endswith(AFTERWARDS)]
 

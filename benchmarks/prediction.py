@@ -4,10 +4,10 @@
 
 On one thread of ONNX Runtime, in fp32 at batch 1, with random weights: what is measured is time, not accuracy. Variants of
 small networks, pruned at several ratios, locally and globally, in channels, heads or both, are measured each beside its
-dense network, and predicted by a latency table of this machine, by the roofline of the data sheet, and by the roofline
-calibrated with the other networks' measurements. Then five larger networks are pruned to half and a quarter of their MACs
-and measured. A measurement that something else disturbed is skipped; a later run makes up for it. Results go to
-benchmarks/results/prediction.json and prediction.md.
+dense network, and predicted by a latency table of this machine, by the same anchored to the dense network's measured time,
+by the roofline of the data sheet, and by the roofline calibrated with the other networks' measurements. Then five larger
+networks are pruned to half and a quarter of their MACs and measured. A measurement that something else disturbed is
+skipped; a later run makes up for it. Results go to benchmarks/results/prediction.json and prediction.md.
 """
 
 from __future__ import annotations
@@ -33,8 +33,13 @@ SMALL = {
 }  # fmt: skip
 RATIOS = (0.15, 0.3, 0.45, 0.6, 0.75)
 SHARES = {"2x": 0.5, "4x": 0.25}
-METHODS = ("table", "calibrated", "roofline")
-HEADS = {"table": "latency table", "calibrated": "roofline, calibrated", "roofline": "roofline, data sheet"}
+METHODS = ("anchored", "table", "calibrated", "roofline")
+HEADS = {
+    "anchored": "latency table, anchored",
+    "table": "latency table",
+    "calibrated": "roofline, calibrated",
+    "roofline": "roofline, data sheet",
+}
 
 
 def variants(name: str) -> dict[str, Any]:
@@ -139,7 +144,7 @@ def layers_of(options: argparse.Namespace, *names: str) -> list[dict]:
 
 
 def predict_variants(data: dict, options: argparse.Namespace) -> Iterator[str]:
-    """Predict what is measured and has no prediction of the table yet, and everything by rooflines."""
+    """Predict what is measured, by tables (which measure what they do not know yet) and by rooflines."""
     from graphcomb.graph.errors import Contended
     from graphcomb.runtime import LatencyTable, Roofline, get_target
     from graphcomb.runtime.measured import from_dict
@@ -155,15 +160,21 @@ def predict_variants(data: dict, options: argparse.Namespace) -> Iterator[str]:
         for method, by in (("roofline", plain), ("calibrated", calibrated[key.split(" ")[0]])):
             found.pop(method, None)
             if by is not None:
-                found[method] = 1e3 * (by.per_run + sum(map(by.seconds, layers)))
-        if "table" not in found:
-            try:
-                table.prepare(layers)
-                found["table"] = 1e3 * (table.per_run + sum(map(table.seconds, layers)))
-            except Contended as error:
-                yield f"{key}: {error}"
+                found[method] = summed(by, layers)
+        try:
+            found["table"] = summed(table, layers)
+            dense = summed(table, [from_dict(layer) for layer in known[key.split(" ")[0]]])
+            found["anchored"] = found["table"] * row["dense_ms"] / dense
+        except Contended as error:
+            yield f"{key}: {error}"
         save(options.results, data)
     data["calibrations"] = {name: by.calibration for name, by in calibrated.items() if by is not None}
+
+
+def summed(by: Any, layers: list) -> float:
+    """Predicted milliseconds of a run of layers."""
+    by.prepare(layers)
+    return 1e3 * (by.per_run + sum(map(by.seconds, layers)))
 
 
 def calibration(rows: dict, known: dict, left_out: str) -> Any:
@@ -254,7 +265,13 @@ def table(data: dict) -> str:
         lines.append(
             "## Variants\n\nSpearman's rank correlation of predicted and measured time, and the median relative error.\n"
         )
-        lines.append("| network | variants | " + " | ".join(HEADS[m] for m in METHODS) + " |\n" + "| --- " * 5 + "|")
+        lines.append(
+            "| network | variants | "
+            + " | ".join(HEADS[m] for m in METHODS)
+            + " |\n"
+            + "| --- " * (2 + len(METHODS))
+            + "|"
+        )
         for name, found in data["agreement"].items():
             cells = [f"{f['spearman']:.3f}, {f['median_error']:.0%}" if (f := found[m]) else "too few" for m in METHODS]
             count = max((f["count"] for f in found.values() if f), default=0)

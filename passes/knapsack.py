@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from ..graph.axes import Factor
 from ..graph.comb import Comb
 from ..graph.errors import BadInput
 from ..graph.layers import Latency, Layers
+from ..graph.program import Program
 
 Sizes = dict[Factor, int]
 BINS = 1500  # of the time axis
@@ -53,14 +54,16 @@ def allowed_seconds(latency: float | str, dense: float, of: str) -> float:
     return seconds
 
 
-def needed_latency(latency: Latency | None, of: str) -> Latency:
-    """What predicts latencies. Raises BadInput, in the name of the pass, where nothing does."""
+def needed_latency(latency: Latency | None, of: str, program: Program) -> Latency:
+    """What predicts latencies, scaled to the program's own where that can be measured. Raises BadInput, in the name of the
+    pass, where nothing does."""
     if latency is None:
         raise BadInput(
             f"{of}.latency: nothing predicts latencies here; pass latency=, a LatencyTable or a Roofline (in a recipe: "
             "latency_table)"
         )
-    return latency
+    anchored: Callable[[Program], Latency] | None = getattr(latency, "anchored", None)
+    return latency if anchored is None else anchored(program)
 
 
 class Predictor:

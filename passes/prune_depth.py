@@ -165,7 +165,7 @@ class PruneDepth(Pass):
             dense, saves = float(program.macs), [float(b.saves or 0) for b in blocks]
             goal, name, form = (self.macs * dense if self.macs <= 1 else self.macs), "macs", "{:,.0f}"
         else:
-            seconds = _Predictor(context)
+            seconds = _Predictor(context, Fuse()(program).program)
             pruned = (relax(program, [b], settled=True, tail=self.tail, fitted=self.fitted) for b in blocks)
             dense, *left = averaged(np.array([seconds(Fuse()(p).program) for p in (program, *pruned)])).tolist()
             saves = [dense - each for each in left]
@@ -293,8 +293,8 @@ class PruneDepth(Pass):
 class _Predictor:
     """Predicted seconds of a run of a program."""
 
-    def __init__(self, context: Context):
-        self.latency, self.progress = needed_latency(context.latency, "PruneDepth"), context.progress
+    def __init__(self, context: Context, dense: Program):
+        self.latency, self.progress = needed_latency(context.latency, "PruneDepth", dense), context.progress
 
     def __call__(self, program: Program) -> float:
         layers = [layer for _, layer in Layers(Comb(program)).at({})]

@@ -202,7 +202,7 @@ class RemoveChannels(Pass):
         """What predicts the latency, ready for all sizes that the groups may have; None without a latency target."""
         if self.latency is None:
             return None
-        predictor = Predictor(comb, needed_latency(context.latency, "RemoveChannels"))
+        predictor = Predictor(comb, needed_latency(context.latency, "RemoveChannels", comb.program))
         selection = Selection(comb, groups, self.alignment(context), self.min_channels)
         predictor.prepare({g.atom: selection.allowed(g) for g in groups}, context.progress)
         return predictor

@@ -3,17 +3,20 @@
 A table measures every distinct layer at aligned sizes in the engine itself. Models with one and with several copies of the
 layer run in turns (`runtime.bench`, guarded against a busy machine), and the difference is what one more copy costs: the
 kernel, its dispatch and cold weights, without the fixed price of a run. Copies of a convolution are added up, as a residual
-network does, so that they stay in the engine's own memory layout. Between measured sizes it interpolates. Source: ours.
+network does, so that they stay in the engine's own memory layout. Between measured sizes it interpolates. What layers cost
+each other (caches, changes of layout) only the whole program shows: `anchored` scales the sum to it. Source: ours.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +24,20 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from ..graph.comb import Comb
 from ..graph.errors import BadInput, Contended
-from ..graph.layers import Layer
+from ..graph.layers import Latency, Layer, Layers
+from ..graph.program import Program
 from .bench import bench, environment
 from .engine import build_engine, replacing
+from .onnx import export_onnx
 from .targets import Target, get_target
 
 COPIES = 5  # of a layer, in the model that is compared with a single one
 RUNS = (6, 12)  # rounds that must count, and that are enough
-SECONDS = 4.0  # limit per layer
+SECONDS, WHOLE = 4.0, 30.0  # limits per layer, and for a whole program
 PER_OCTAVE = 4  # sizes measured between n and 2 n, once steps are finer than that
+GRAIN = 4  # ONNX Runtime lays out a convolution in blocks only if its channels are multiples of it
 OPSET = 20
 
 
@@ -83,6 +90,20 @@ class LatencyTable:
         self.prepare([layer])
         return sum(share * self.entries[str(corner)] for corner, share in self._corners(layer))
 
+    def anchored(self, program: Program) -> Anchored:
+        """The table with one factor on all its seconds, so that a run of the program at batch 1 takes what it is measured to
+        take as a whole. That measurement is kept like those of layers.
+
+        Raises Contended when the machine is too busy.
+        """
+        layers = [layer for _, layer in Layers(Comb(program)).at({})]
+        self.prepare(layers)
+        key = f"program {hashlib.sha256(str(layers).encode()).hexdigest()[:16]}"
+        if key not in self.entries:
+            self.entries[key] = self._whole(program)
+            self._save()
+        return Anchored(self, self.entries[key] / (self.per_run + sum(map(self.seconds, layers))))
+
     def _corners(self, layer: Layer) -> Iterator[tuple[Layer, float]]:
         """The measured layers around a layer, and their shares."""
         sizes = dict(layer.sizes)
@@ -99,8 +120,9 @@ class LatencyTable:
             yield layer.resized(n for n, _ in corner), math.prod(share for _, share in corner)
 
     def _around(self, n: int) -> list[tuple[int, float]]:
-        """The sizes that are measured on both sides of a size. Sizes up to the step are measured as they are."""
-        if n <= self.step:
+        """The sizes that are measured on both sides of a size. Sizes up to the step are measured as they are, and so are
+        those off the engine's grain: they may be several times slower than both neighbours."""
+        if n <= self.step or n % GRAIN:
             return [(n, 1.0)]
         spacing = self.step * 2 ** max(0, int(math.log2(n / (PER_OCTAVE * self.step))))
         low = n // spacing * spacing
@@ -124,28 +146,58 @@ class LatencyTable:
             self._save()
 
     def _time(self, layer: Layer | None) -> float:
+        counts = (1,) if layer is None else (1, COPIES)
         with tempfile.TemporaryDirectory() as folder:
-            counts = (1,) if layer is None else (1, COPIES)
-            files = []
-            for count in counts:
-                file = Path(folder) / f"{count}.onnx"
+            files = [Path(folder) / f"{count}.onnx" for count in counts]
+            for count, file in zip(counts, files, strict=True):
                 onnx.save(model(layer, count), file)
-                if self.target.backend != "onnxruntime":
-                    file = build_engine(file, self.target.name, out=Path(folder) / f"{count}.engine").path
-                files.append(file)
-            found = bench(files, names=[str(c) for c in counts], seconds=SECONDS, min_runs=RUNS[0], max_runs=RUNS[1])
+            times = self._run(files, str(layer or "an empty run"), SECONDS)
+        return times[0] if layer is None else max((times[1] - times[0]) / (COPIES - 1), 1e-9)
+
+    def _whole(self, program: Program) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "whole.onnx"
+            export_onnx(program, file)
+            return self._run([file], "the whole program", WHOLE)[0]
+
+    def _run(self, files: list[Path], what: str, seconds: float) -> list[float]:
+        """The median seconds of ONNX files."""
+        if self.target.backend != "onnxruntime":
+            files = [build_engine(f, self.target.name, out=f.with_suffix(".engine")).path for f in files]
+        names = [f.stem for f in files]
+        found = bench(files, names=names, seconds=seconds, min_runs=RUNS[0], max_runs=RUNS[1])
         if not all(t.ms for t in found.timings):
             raise Contended(
-                f"latency table: the machine is too busy to measure ({layer or 'an empty run'}); what was measured is kept "
-                f"in {self.path}, run it again"
+                f"latency table: the machine is too busy to measure ({what}); what was measured is kept in {self.path}, "
+                "run it again"
             )
-        times = [t.ms["median"] / 1e3 for t in found.timings]
-        return times[0] if layer is None else max((times[1] - times[0]) / (COPIES - 1), 1e-9)
+        return [t.ms["median"] / 1e3 for t in found.timings]
 
     def _save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as part:
             part.write_text(json.dumps({"about": self.about, "seconds": self.entries}, indent=0) + "\n")
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """A latency model whose seconds are multiplied by a factor; see `LatencyTable.anchored`."""
+
+    latency: Latency
+    factor: float
+
+    def __str__(self) -> str:
+        return f"{self.latency}, times {self.factor:.3g} as the whole program takes"
+
+    @property
+    def per_run(self) -> float:
+        return self.factor * self.latency.per_run
+
+    def prepare(self, layers: Iterable[Layer], progress: bool = False) -> None:
+        self.latency.prepare(layers, progress)
+
+    def seconds(self, layer: Layer) -> float:
+        return self.factor * self.latency.seconds(layer)
 
 
 def _about(target: Target) -> dict[str, Any]:

@@ -616,6 +616,13 @@ def _plots(
         points = [(medians[0], path[0][1], "dense"), (medians[1], path[-1][1], "compressed")]
         svg = charts.trade_off("latency", points, "median latency", milliseconds, "accuracy", ticks)
         plots.append(("Accuracy against latency", svg))
+    for i, results in enumerate(_list(summary.get("devices")) if len(path) > 1 else ()):
+        medians = [_median(_map(model)) or 0.0 for model in _map(results.get("models")).values()]
+        if len(medians) > 1 and medians[0] and medians[-1]:
+            points = [(medians[0], path[0][1], "dense"), (medians[-1], path[-1][1], "compressed")]
+            svg = charts.trade_off(f"device-{i}", points, "median latency", milliseconds, "accuracy", ticks)
+            where = _map(results.get("device")).get("model") or "a device"
+            plots.append((f"Accuracy against latency on {where}", svg))
     if any(layer.macs[0] for layer in layers):
         working = [layer.macs for layer in layers if any(layer.macs)]
         before, after = ([macs[i] for macs in working] for i in (0, 1))

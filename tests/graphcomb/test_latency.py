@@ -28,7 +28,12 @@ def timed(monkeypatch) -> list[str]:
         asked.append(str(layer))
         return 1e-9 * layer.macs() if layer else 1e-9
 
+    def whole(self, program) -> float:
+        asked.append(f"program of {program.macs}")
+        return 2e-9 * program.macs
+
     monkeypatch.setattr(LatencyTable, "_time", time)
+    monkeypatch.setattr(LatencyTable, "_whole", whole)
     return asked
 
 
@@ -49,6 +54,7 @@ def test_a_table_is_made_at_the_path_and_used_again(cli, recipe, tmp_path: Path,
     record = summary["passes"][0]["latency"]
     assert record["predicted"]["after"] <= 0.5 * record["predicted"]["before"]
     assert record["by"].startswith("latency table of onnxruntime")
+    assert record["predicted"]["before"] == pytest.approx(2e-9 * summary["cost"]["before"]["macs"])  # the program's own
     assert len(timed) == len(set(timed)) == len(json.loads(table.read_text())["seconds"])
     run(cli, path, tmp_path / "again")
     assert len(timed) == len(set(timed))

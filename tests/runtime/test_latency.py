@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 
+from graphcomb import capture, comb
 from graphcomb.graph.errors import BadInput, GraphcombError
-from graphcomb.graph.layers import Layer
+from graphcomb.graph.layers import Layer, Layers
 from graphcomb.runtime import latency
 from graphcomb.runtime.latency import COPIES, LatencyTable, model
 from graphcomb.runtime.roofline import Roofline
@@ -85,8 +87,40 @@ def test_measured_sizes_are_exact_and_between_them_it_interpolates(table: Latenc
     assert table.seconds(conv(16, 24)) == conv(16, 24).macs() + 1
     between = table.seconds(conv(20, 24))
     assert between == pytest.approx((conv(16, 24).macs() + conv(24, 24).macs()) / 2 + 1)  # MACs are linear in each size
-    assert table.seconds(conv(13, 21)) == pytest.approx(conv(13, 21).macs() + 1)
-    assert str(conv(13, 21)) not in table.entries
+    assert table.seconds(conv(12, 20)) == pytest.approx(conv(12, 20).macs() + 1)
+    assert str(conv(12, 20)) not in table.entries
+
+
+def test_sizes_off_the_engines_grain_are_measured_as_they_are(table: LatencyTable) -> None:
+    table.seconds(conv(13, 24))
+    table.seconds(conv(21, 21, 21))
+    assert table.asked == [str(conv(13, 24)), str(conv(21, 21, 21))]
+
+
+def test_an_anchored_table_gives_the_whole_programs_time(table: LatencyTable, tmp_path: Path, monkeypatch) -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 1))
+    program = capture(net, (torch.randn(2, 3, 8, 8),), dynamic_shapes="batch")
+    layers = [layer for _, layer in Layers(comb(program)).at({})]
+    alone = table.per_run + sum(map(table.seconds, layers))
+    measured = []
+    monkeypatch.setattr(LatencyTable, "_whole", lambda self, program: measured.append(program) or 1.5 * alone)
+    found = table.anchored(program)
+    assert found.per_run + sum(map(found.seconds, layers)) == pytest.approx(1.5 * alone)
+    assert found.seconds(conv(16, 24)) == pytest.approx(1.5 * table.seconds(conv(16, 24)))
+    assert "times 1.5 as the whole program takes" in str(found)
+    again = LatencyTable(tmp_path / "table.json").anchored(program)  # from the file
+    assert again.factor == pytest.approx(1.5)
+    assert len(measured) == 1
+
+
+def test_a_real_program_is_measured_for_its_anchor(tmp_path: Path) -> None:
+    table = LatencyTable(tmp_path / "table.json")
+    program = capture(torch.nn.Conv2d(8, 8, 3), (torch.randn(2, 8, 24, 24),), dynamic_shapes="batch")
+    try:
+        found = table.anchored(program)
+    except GraphcombError as error:
+        pytest.skip(str(error))
+    assert 0.1 < found.factor < 10
 
 
 def test_small_sizes_are_measured_as_they_are(table: LatencyTable) -> None:

@@ -235,12 +235,12 @@ def test_everything_of_the_summary_shows(tmp_path):
         "SlimPass", "Quantisation that buys nothing · 1", "computes in floating point although",
         "Measured on Jetson Orin Nano", "CUDA graph", "4.25 ms", "1.7 ms", "2.5× faster", "7.25 W", "30.8 mJ", "12.3 mJ",
         "MAXN_SUPER", "tensorrt 10.3.0", "big: tj 48 °C", "2.0e-03", "no figure", "small: outputs that are not finite",
-        "Slowest layers", "conv1 + relu", "75.0 %",
+        "Slowest layers", "conv1 + relu", "75.0 %", "Accuracy against latency on Jetson Orin Nano",
         "a CPU", "torch=2.14.1", "out/model.onnx",
     ):  # fmt: skip
         assert expected in text, expected
     assert "macs None" not in text
-    assert len(re.findall("<svg", html)) == found.count("figure") == 7
+    assert len(re.findall("<svg", html)) == found.count("figure") == 8
 
 
 def test_the_page_is_self_contained_and_fits_a_phone(tmp_path):
