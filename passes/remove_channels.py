@@ -236,16 +236,16 @@ class RemoveChannels(Pass):
             costs.set(atom, size)
         dense = Costs(terms, []).total
         wanted = getattr(self, target)
-        goal = wanted * dense if wanted <= 1 else wanted
-        goal = dense - share * max(dense - goal, 0)
+        end = wanted * dense if wanted <= 1 else wanted
+        goal = dense - share * max(dense - end, 0)
         if self.scope == "local":
-            reached = selection.uniform_until(groups, costs, goal)
+            reached = selection.uniform_until(groups, costs, goal) <= goal
         else:
-            reached = selection.greedy(groups, scores, costs, goal, per_cost=self.importance in ("taylor", "fisher"))
-        if reached > goal:
-            raise self._unreachable(
-                target, selection, f"{goal:,.0f}", f"{dense:,}", f"{reached:,} ({reached / dense:.1%})"
-            )
+            gradients = self.importance in ("taylor", "fisher")
+            reached = selection.greedy(groups, scores, costs, goal, per_cost=gradients, end=end)
+        if not reached:
+            least = costs.total
+            raise self._unreachable(target, selection, f"{goal:,.0f}", f"{dense:,}", f"{least:,} ({least / dense:.1%})")
 
     @staticmethod
     def _unreachable(target: str, selection: Selection, wanted: str, dense: str, reached: str) -> Unreachable:

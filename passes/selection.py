@@ -98,28 +98,80 @@ class Selection:
 
         self._descend(groups, scores, lambda g, count: count, take)
 
-    def greedy(self, groups: list[Group], scores: Scores, costs: Costs, goal: float, per_cost: bool) -> int:
+    def greedy(
+        self, groups: list[Group], scores: Scores, costs: Costs, goal: float, per_cost: bool, end: float
+    ) -> bool:
         """Remove the least important chunk, or the one with the least importance per cost saved, until the goal is
-        reached; then give back what still fits. Returns the cost reached.
+        reached; then give back what still fits. Returns whether the goal can be reached.
 
         per_cost: scores are changes of the loss, each as if its index went alone. Together indices lose more than that,
         the more so the fewer are left, and a group would be all but emptied; so a score counts `size / left` times (ours).
+        end: the last goal of several. What lies beyond it is lost for nothing, so chunks that go there wait for the last
+        event, and that chooses well (see `_finish`).
         """
+        waiting = False
         before = {g.atom: self.kept(g) for g in groups}
 
+        def weight(g: Group, count: int) -> float:
+            return g.size / max(self.kept(g) - count, 1) if per_cost else 1.0
+
+        def saving(g: Group, count: int) -> float:
+            return costs.saving(g.atom, count) / weight(g, count) if per_cost else count
+
         def take(g: Group, size: int) -> bool | None:
+            nonlocal waiting
             if costs.total <= goal:
+                return None
+            if costs.total - costs.saving(g.atom, self.kept(g) - size) <= end:
+                if goal > end:
+                    waiting = True
+                    return False
+                self._finish(groups, scores, costs, goal, weight, saving)
                 return None
             costs.set(g.atom, size)
             return True
 
-        def saving(g: Group, count: int) -> float:
-            return costs.saving(g.atom, count) * (self.kept(g) - count) / g.size if per_cost else count
-
         self._descend(groups, scores, saving, take)
         if costs.total <= goal:
             self._refill(groups, scores, costs, goal, before)
-        return costs.total
+        return waiting or costs.total <= goal
+
+    def _finish(
+        self,
+        groups: list[Group],
+        scores: Scores,
+        costs: Costs,
+        goal: float,
+        weight: Callable[[Group, int], float],
+        saving: Callable[[Group, int], float],
+    ) -> None:
+        """One more chunk reaches the goal, perhaps by far. Of all ways to get there, some chunks in the order of their price
+        and then any one that is enough, take the one that loses least."""
+        sums = _running(groups, scores)
+        spent, best, way = 0.0, math.inf, dict(self.sizes)
+        while True:
+            enough, small = [], []
+            for g in groups:
+                size, kept = self.below(g), self.kept(g)
+                if size:
+                    loss = float(sums[g.atom][g.size - size] - sums[g.atom][g.size - kept])
+                    total = spent + loss * weight(g, kept - size)
+                    if costs.total - costs.saving(g.atom, kept - size) <= goal:
+                        enough.append((total, g.atom, size))
+                    else:
+                        small.append((loss / max(saving(g, kept - size), 1e-12), total, g.atom, size))
+            if enough and min(e[0] for e in enough) < best:
+                best, atom, size = min(enough, key=lambda e: e[0])
+                way = self.sizes | {atom: size}
+            small = [s for s in small if s[1] < best]
+            if not small:
+                break
+            _, spent, atom, size = min(small, key=lambda s: s[0])
+            self.sizes[atom] = size
+            costs.set(atom, size)
+        self.sizes = way if best < math.inf else self.sizes
+        for g in groups:
+            costs.set(g.atom, self.kept(g))
 
     def _refill(self, groups: list[Group], scores: Scores, costs: Costs, goal: float, before: Sizes) -> None:
         """The last chunk removed may save far more than was asked for: give back the most important chunks that fit."""
@@ -146,7 +198,7 @@ class Selection:
         Savings change as other groups shrink, so a chunk is priced anew when it comes up, and goes back when it is no
         longer the cheapest.
         """
-        sums = {g.atom: np.concatenate([[0.0], np.cumsum(np.sort(scores[g.atom]))]) for g in groups}
+        sums = _running(groups, scores)
 
         def price(g: Group) -> tuple[float, int]:
             size = self.below(g)
@@ -170,6 +222,11 @@ class Selection:
             if taken:
                 self.sizes[groups[i].atom] = size
                 heapq.heappush(heap, (price(groups[i])[0], i))
+
+
+def _running(groups: list[Group], scores: Scores) -> dict[Factor, np.ndarray]:
+    """By group, what the n least important indices are worth together, for every n."""
+    return {g.atom: np.concatenate([[0.0], np.cumsum(np.sort(scores[g.atom]))]) for g in groups}
 
 
 def lowest_removed(scores: np.ndarray, keep: int) -> np.ndarray:
