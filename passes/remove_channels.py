@@ -237,7 +237,7 @@ class RemoveChannels(Pass):
         dense = Costs(terms, []).total
         wanted = getattr(self, target)
         end = wanted * dense if wanted <= 1 else wanted
-        goal = dense - share * max(dense - end, 0)
+        goal = end if share == 1 else dense - share * max(dense - end, 0)  # exactly, in floating point too
         if self.scope == "local":
             reached = selection.uniform_until(groups, costs, goal) <= goal
         else:

@@ -173,6 +173,18 @@ def test_a_target_is_met_closely_and_no_group_is_all_but_emptied(importance):
     assert min(shares) >= 0.1
 
 
+@pytest.mark.parametrize("schedule", ["adaptive", "iterative", "one-shot"])
+def test_the_target_is_never_missed(schedule):
+    """Also where dense - (dense - target) is a little more than the target in floating point."""
+    program = capture(convolutions(width=16))
+    dense = program.macs
+    shares = [s for s in np.linspace(0.2, 0.6, 200).tolist() if dense - (dense - s * dense) > s * dense][:4]
+    assert shares
+    for share in shares:
+        result = pruning({"epochs": 1}, macs=share, schedule=schedule)(program, data=batches(6))
+        assert result.program.macs <= share * dense
+
+
 # ---------------------------------------------------------------------------------------------------- masked and sliced
 @pytest.mark.parametrize("schedule", ["adaptive", "iterative", "one-shot"])
 @pytest.mark.parametrize("importance", ["fisher", "taylor", "magnitude", "random"])
