@@ -80,7 +80,7 @@ class Size:
     steps: int = 160
     batch: dict[str, int] = field(default_factory=lambda: {"classification": 64, "segmentation": 32})
     lr: tuple[float, float] = (2e-3, 1e-3)
-    scenes: tuple[int, int] = (6000, 1000)
+    scenes: tuple[int, int] = (24_000, 1000)
     scored: int = 256  # training images for scores from gradients
     round_to: int = 4
     alpha: float = 0.7
@@ -92,7 +92,7 @@ class Size:
 
 SIZES = {
     "small": Size(
-        {"resnet": 4000, "mobilenet": 4000, "deit": 6000, "lraspp": 4000, "segformer": 12_000}, steps=400,
+        {"resnet": 4000, "mobilenet": 4000, "deit": 6000, "lraspp": 5000, "segformer": 5000}, steps=400,
         arguments={"lraspp": {"width": 16}},
     ),
     "full": Size(

@@ -17,7 +17,8 @@ evolutionary search); "random" draws others, anew for every seed. A seed decides
 All rows train for the same number of steps with the same optimizer, schedule and dense teacher:
 
     progressive   activations and norms of the searched blocks fade over half of the steps, then training goes on
-    at once       the same blocks, without activations and norms from the first step
+    at once       the same blocks, without activations and norms from the first step (UPDP's baseline)
+    at once, fit  the same, what goes replaced by the affine maps that are nearest to it (ours; progressive does so too)
     random        other blocks, progressive
     channels      RemoveChannels (Fisher, global) at once to the latency of the progressive row: the largest network among
                   those found by bisection over the share of MACs that is not slower in ONNX Runtime, measured in turns
@@ -55,7 +56,7 @@ from graphcomb.passes.relax import relax
 from graphcomb.passes.training import accuracy, evaluate, fingerprint
 
 HERE = Path(__file__).parent
-METHODS = ("progressive", "at once", "random", "channels")
+METHODS = ("progressive", "at once", "at once, fit", "random", "channels")
 NETWORKS = {
     "resnet": networks.ResNet,
     "mobilenet": networks.MobileNet,
@@ -73,7 +74,7 @@ class Size:
 
     arguments: dict[str, dict[str, Any]]
     depths: dict[str, tuple[int, ...]]
-    reference: int = 1500
+    reference: int = 3000
     steps: int = 300
     supernet: int = 150
     batch: int = 64
@@ -158,7 +159,8 @@ def build(network: str, count: int, method: str, seed: int, size: str, data: dic
         pass_ = PruneDepth(blocks=count, select="random", train=training(options))
     else:
         how = "linear" if method == "progressive" else "at once"
-        pass_ = PruneDepth(names=tuple(chosen(network, count, size, data)), progress=how, train=training(options))
+        names, fitted = tuple(chosen(network, count, size, data)), method != "at once"
+        pass_ = PruneDepth(names=names, progress=how, fitted=fitted, train=training(options))
     return pass_(program, data=train, seed=seed, teacher=program).program
 
 
