@@ -173,7 +173,8 @@ def reference(network: str, seed: int, size: str) -> tuple[nn.Module, float]:
     model = networks.NETWORKS[network](**options.arguments.get(network, {}))
     decides = {
         "network": network, "seed": seed, "arguments": options.arguments.get(network, {}), "lr": options.lr[0],
-        "steps": options.reference[network], "batch": options.batch[task], "scenes": options.scenes,
+        "steps": options.reference[network], "batch": options.batch[task],
+        "scenes": options.scenes if task == "segmentation" else None,
         "code": digest(network, model), "torch": torch.__version__,
     }  # fmt: skip
     code = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
