@@ -26,9 +26,11 @@ CPU_OPSET = 22
 ORIN = {"JetPack 6.1, 6.2": (10, 3), "JetPack 7.2": (10, 16), "JetPack 7.2.2": (11, 4)}
 THOR = {"JetPack 7.0": (10, 13), "JetPack 7.1, 7.2": (10, 16), "JetPack 7.2.2": (11, 4)}
 DRIVE_ORIN = {"DriveOS 6.0": (8, 6), "DriveOS 7.0.3": (10, 10)}
-DRIVE_THOR = {"DriveOS 7.0.3": (10, 10)}  # whose CUDA 12.8 still calls the compute capability 10.1
+DRIVE_THOR = {"DriveOS 7.0.3": (10, 10)}
 X86 = {"x86": (11, 4)}
 RTX = {"TensorRT-RTX": (1, 7)}
+
+RENAMED = {(10, 1): (11, 0)}  # Thor's compute capability, to CUDA 12 and from CUDA 13 on
 
 AMPERE = ("fp32", "tf32", "fp16", "bf16", "int8")
 HOPPER = (*AMPERE, "fp8")
@@ -153,8 +155,13 @@ def _rtx(
     )
 
 
-def _data_centre(name: str, board: str, peaks: dict[str, float], bandwidth: float) -> Target:
-    return Target(name, board, "tensorrt", HOPPER, peaks, bandwidth, (9, 0), X86, clocks=SMI_CLOCKS, power=SMI_POWER)
+def _data_centre(
+    name: str, board: str, capability: tuple[int, int], peaks: dict[str, float], bandwidth: float
+) -> Target:
+    dtypes = BLACKWELL if "fp4" in peaks else HOPPER
+    return Target(
+        name, board, "tensorrt", dtypes, peaks, bandwidth, capability, X86, clocks=SMI_CLOCKS, power=SMI_POWER
+    )
 
 
 TARGETS: Mapping[str, Target] = {
@@ -173,8 +180,11 @@ TARGETS: Mapping[str, Target] = {
         _rtx((8, 9), "L4", HOPPER, _peaks(30.3, 60, 121, 242, 242), 300),
         _rtx((12, 0), "RTX 5090", BLACKWELL, _peaks(104.8, 104.8, 209.5, 838, 419, 1676), 1792),
         _rtx((12, 1), "GB10 (DGX Spark)", BLACKWELL, _peaks(31, 62, 125, 250, 250, 500), 273),
-        _data_centre("h100", "H100 SXM", _peaks(67, 494.7, 989.4, 1979, 1979), 3352),
-        _data_centre("h200", "H200 SXM", _peaks(67, 494.7, 989.4, 1979, 1979), 4800),
+        _data_centre("h100", "H100 SXM", (9, 0), _peaks(67, 494.7, 989.4, 1979, 1979), 3352),
+        _data_centre("h200", "H200 SXM", (9, 0), _peaks(67, 494.7, 989.4, 1979, 1979), 4800),
+        # An eighth of an HGX board; B300 has hardly any INT8.
+        _data_centre("b200", "B200 SXM", (10, 0), _peaks(75, 1125, 2250, 4500, 4500, 9000), 7700),
+        _data_centre("b300", "B300 SXM", (10, 3), _peaks(75, 1125, 2250, 150, 4500, 13500), 7700),
         # Nominal, one core with two AVX-512 units at 3 GHz; fp16 and bf16 are computed in fp32, int8 with VNNI.
         Target(
             "cpu",
@@ -188,6 +198,11 @@ TARGETS: Mapping[str, Target] = {
         ),
     )
 }
+
+
+def canonical(capability: tuple[int, int]) -> tuple[int, int]:
+    """A compute capability as the table has it, under whichever name CUDA knows it."""
+    return RENAMED.get(capability, capability)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

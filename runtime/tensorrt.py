@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+import torch
 from rich.progress import Progress, TaskID
 
 from ..graph.errors import BadInput, MissingBackend, Refused
 from .build_log import Pad, Unfused, parse_build_log
 from .cuda import Cuda, CudaError, NoCuda
 from .engine import BACKENDS, EngineReport, HostEngine, TensorSpec, UnparsedOp, precision, replacing
-from .targets import TARGETS, Target, nearest
+from .targets import TARGETS, Target, canonical, nearest
 
 if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT, whose interface both packages have
     import tensorrt as types
@@ -159,15 +161,36 @@ def load(path: Path, *, backend: str, graphs: bool = False) -> TensorRTEngine:
 
 
 def local_target(backend: str) -> Target:
-    """The target that this machine's GPU is. Raises MissingBackend without one, BadInput for one the table lacks."""
+    """The target that this machine's GPU is; of boards with the same GPU the one that the machine's name fits best, with
+    a warning where that leaves several. Raises MissingBackend without a GPU, BadInput for one the table lacks."""
     try:
-        capability = Cuda().compute_capability
+        capability = canonical(Cuda().compute_capability)
     except CudaError as error:
         raise MissingBackend(f"{backend} builds for this machine's GPU; {error}") from error
-    found = [t for t in TARGETS.values() if t.backend == backend and t.compute_capability == capability]
+    able = [t for t in TARGETS.values() if t.compute_capability == capability]
+    # Classic TensorRT builds for every GPU; where TensorRT-RTX does too, the table has the latter's target.
+    found = [t for t in able if t.backend == backend] or [t for t in able if backend == "tensorrt"]
+    gpu = "SM{}{}".format(*capability)
     if not found:
-        raise BadInput(f"{NAMES[backend]}: no target for this machine's GPU (SM{capability[0]}{capability[1]})")
-    return found[0]
+        raise BadInput(f"{NAMES[backend]}: no target for this machine's GPU ({gpu})")
+    words = _machine_names()
+    fits = [len(words & _words(f"{t.name} {t.board}")) for t in found]
+    best = [t for t, fit in zip(found, fits, strict=True) if fit == max(fits)]
+    if len(best) > 1:
+        others = ", ".join(t.name for t in best[1:])
+        warnings.warn(f"this machine's GPU ({gpu}) is taken for {best[0].name}; it may be {others}", stacklevel=2)
+    return best[0]
+
+
+def _machine_names() -> set[str]:
+    """The words in the names of the board (which Jetsons tell) and of the GPU (which PyTorch knows)."""
+    board = Path("/proc/device-tree/model")
+    names = board.read_text(errors="replace").strip("\0") if board.is_file() else ""
+    return _words(f"{names} {torch.cuda.get_device_name() if torch.cuda.is_available() else ''}")
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
 
 
 def library(backend: str) -> ModuleType:
@@ -492,7 +515,7 @@ class _Build:
 
     def _check_device(self) -> None:
         try:
-            major, minor = Cuda().compute_capability
+            major, minor = canonical(Cuda().compute_capability)
         except CudaError as error:
             raise Refused(f"target {self._target()}: {self.who} builds on the device itself; {error}") from error
         if (major, minor) != self.target.compute_capability:

@@ -5,7 +5,7 @@ from graphcomb.runtime.targets import CPU, TARGETS, TENSOR_CORE, get_target, nea
 
 REQUIRED = (
     "orin-nano orin-nx agx-orin agx-thor drive-orin drive-thor rtx-sm75 rtx-sm80 rtx-sm86 rtx-sm89 rtx-sm120 rtx-sm121 "
-    "h100 h200 cpu"
+    "h100 h200 b200 b300 cpu"
 ).split()
 
 
@@ -46,6 +46,8 @@ def test_a_type_the_device_lacks_is_refused() -> None:
         ("agx-orin", (8, 7), "SM87"),
         ("agx-thor", (11, 0), "SM110"),
         ("rtx-sm121", (12, 1), "SM121"),
+        ("b200", (10, 0), "SM100"),
+        ("b300", (10, 3), "SM103"),
         ("cpu", None, None),
     ],
 )
