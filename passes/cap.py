@@ -21,6 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..graph.errors import BadInput
+
 PANEL = 32  # columns of a factorisation that are applied to the matrix together
 CHUNK = 1 << 21  # elements of the matrices worked on together
 
@@ -108,10 +110,13 @@ class Fisher:
 
 def cholesky(matrices: Tensor) -> Tensor:
     """Lower Cholesky factors of `(b, n, n)`; a matrix that rounding has made indefinite gets a diagonal of 1e-12 of its
-    mean one, then ten times more, until it factors."""
+    mean one, then ten times more, until it factors. BadInput where that much is more than rounding: the matrix is not
+    finite, or no sum of squares."""
     factors, failed = torch.linalg.cholesky_ex(matrices)
     relative = 1e-12
     while failed.any():
+        if relative > 1:
+            raise BadInput("Sparsify: a matrix of the statistics cannot be factored; check the data and the loss")
         bad = failed.nonzero()[:, 0]
         shift = relative * matrices[bad].diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(matrices.dtype).tiny)
         raised = matrices[bad] + torch.diag_embed(shift[:, None].expand(-1, matrices.shape[1]))
@@ -234,7 +239,7 @@ def sweep(
     a pruned weight's error is spread over the columns to the right by the row `U_j` of the upper Cholesky factor of the
     inverse. alive: entries that can go; the others, pruned before, stay at zero.
     """
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(cholesky(matrix[None])[0]), upper=True)
+    upper = cholesky(torch.cholesky_inverse(cholesky(matrix[None])))[0].mT
     w, mask = weights.to(upper).clone(), torch.zeros_like(weights, dtype=torch.bool)
     dead = torch.zeros_like(mask) if alive is None else ~alive
     diagonal = upper.diagonal()

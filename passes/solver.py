@@ -12,7 +12,7 @@ from ..graph.ops import fetch
 from ..graph.program import Program
 from . import cap
 from .base import Context
-from .statistics import Gradients, Layer, input_moments
+from .statistics import Gradients, Layer, check_finite, input_moments
 from .training import accelerator, bar
 
 DAMPING = {"cap": 1e-8, "woodfisher": 1e-5, "fastcap": 1e-2, "sparsegpt": 1e-2}
@@ -169,6 +169,8 @@ class Solver:
                     fisher.add(blocks.to(dtype) * mask)
                 self.seen += len(every)
                 update(self.seen, "")
+        for piece, fisher in zip(batch, fishers, strict=True):
+            check_finite(fisher.sums, f"the statistics of {piece.layer.name} are")
         return fishers
 
     def _rank(self, piece: Piece, fisher: cap.Fisher) -> tuple[Tensor, Tensor]:
@@ -259,6 +261,7 @@ class Solver:
                 update(self.seen, "")
         for name, columns in found.items():
             for _, _, total in columns:
+                check_finite(total, f"the statistics of {name} are")
                 total /= self.seen * self.layers[name].shape[0]
         return found
 

@@ -111,11 +111,11 @@ class Gradients:
                 batch = Batch(args, kwargs, labels, batch.size)
                 if self.per == "batch":
                     taken = 1
-                    yield _finite({n: g[None] for n, g in maker.direct(batch).items()})
+                    yield _checked({n: g[None] for n, g in maker.direct(batch).items()})
                 else:
                     taken = min(batch.size, rest)
                     for found in maker(batch, taken, step):
-                        yield _finite(found)
+                        yield _checked(found)
                 rest -= taken
                 if rest <= 0:
                     return
@@ -140,11 +140,16 @@ def _drawn(teacher: TrainableModule, args: Any, kwargs: Any) -> Tensor:
     return torch.multinomial(scores.softmax(-1).flatten(0, -2), 1).view(scores.shape[:-1])
 
 
-def _finite(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+def _checked(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in gradients.items():
-        if not bool(value.isfinite().all()):
-            raise BadInput(f"Sparsify: a gradient of {name} is not finite; check the data and the loss")
+        check_finite(value, f"a gradient of {name} is")
     return gradients
+
+
+def check_finite(value: Tensor, what: str) -> None:
+    """Raise BadInput, which starts with `what`, when a tensor has an entry that is not finite."""
+    if not bool(value.isfinite().all()):
+        raise BadInput(f"Sparsify: {what} not finite; check the data and the loss")
 
 
 def _sample(tree: Any, index: int | list[int], size: int) -> Any:
@@ -281,7 +286,10 @@ def input_moments(
     program: Program, names: Sequence[str], context: Context, count: int, full: bool = True
 ) -> dict[str, Tensor]:
     """`X Xᵀ / n` of the inputs of each named layer, one matrix per group: `(groups, c, c)`, `c` the inputs of one output
-    in the order of the flattened weight; with `full` False its diagonal, `(groups, c)`. From `count` samples, eval mode."""
+    in the order of the flattened weight; with `full` False its diagonal, `(groups, c)`. From `count` samples, eval mode.
+
+    Raises BadInput without data, or for inputs whose squares are not finite.
+    """
     if context.data is None:
         raise BadInput("Sparsify: needs data for its statistics; pass data=, or choose method magnitude")
     module, device = program.module().eval(), accelerator().device
@@ -293,6 +301,8 @@ def input_moments(
             count -= batch.size
             if count <= 0:
                 break
+    for name, total in moments.totals.items():
+        check_finite(total, f"the statistics of {name} are")
     return {name: total / moments.seen[name] for name, total in moments.totals.items()}
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphcomb.graph.errors import BadInput
 from graphcomb.passes import cap
 
 D = torch.float64
@@ -85,6 +86,12 @@ def test_an_indefinite_matrix_is_raised_until_it_factors():
     factors = cap.cholesky(torch.stack([good, bad]))
     torch.testing.assert_close(factors[0], good)
     torch.testing.assert_close(factors[1] @ factors[1].T, bad, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0])
+def test_a_matrix_that_never_factors_is_refused(value):
+    with pytest.raises(BadInput, match="Sparsify: a matrix of the statistics cannot be factored"):
+        cap.cholesky(torch.stack([torch.eye(2, dtype=D), torch.diag(torch.tensor([1.0, value], dtype=D))]))
 
 
 @pytest.mark.parametrize("size", [4, cap.PANEL, 2 * cap.PANEL + 8])

@@ -517,6 +517,15 @@ def test_missing_data_and_labels_are_named(program):
         Sparsify(block=32)(program, data=bad)
 
 
+@pytest.mark.parametrize("value", [torch.nan, 1e30])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "magnitude"])
+def test_statistics_that_are_not_finite_are_refused(program, method, value):
+    data = batches()
+    data[1][0][3, 0, 7, 7] = value
+    with pytest.raises(BadInput, match=r"Sparsify: .* of \w+\.weight (is|are) not finite; check the data and the loss"):
+        Sparsify(method=method, include="*", gradients=32, block=32)(program, data=data)
+
+
 def test_layers_name_their_kinds(program):
     kinds = {layer.name: layer.kind for layer in layers(program)[0]}
     assert (kinds["deep.weight"], kinds["conv.weight"], kinds["qkv.weight"]) == ("depthwise", "conv", "linear")
