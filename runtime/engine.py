@@ -16,7 +16,7 @@ import importlib.util
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -292,6 +292,14 @@ def check_model(path: Path) -> onnx.ModelProto:
         text = next((line for line in str(error).splitlines() if line.strip()), "no message")
         raise BadInput(f"{path}: not a valid ONNX file ({type(error).__name__}: {text[:200]})") from error
     return model
+
+
+def unparsed(path: Path, library: str, ops: Collection[str]) -> UnparsedOp:
+    """The error about operators that a library lacks, with the first node that is one."""
+    nodes = onnx.load(str(path), load_external_data=False).graph.node
+    node = next((n for n in nodes if n.op_type in ops), None)
+    where = f"node {node.name} ({node.op_type})" if node else ", ".join(ops)  # else it lies in a subgraph
+    return UnparsedOp(f"{path}: {library} cannot parse it: {where}: operator not supported")
 
 
 FLOATS = {

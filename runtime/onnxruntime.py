@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -13,9 +14,11 @@ import onnx
 import onnxruntime as ort
 
 from ..graph.errors import BadInput
-from .engine import EngineReport, HostEngine, Kernel, TensorSpec, precision, replacing
+from .engine import EngineReport, HostEngine, Kernel, TensorSpec, precision, replacing, unparsed
 from .targets import Target
 
+# No kernel for an operator on the CPU, or no such operator ("domain:Op(version)").
+UNPARSED = re.compile(r"Could not find an implementation for (\w+)\(|(\w+)\(-?\d+\) is not a registered function/op")
 REFORMATS = ("ReorderInput", "ReorderOutput")
 INSERTED_CAST = "InsertedPrecisionFreeCast_"
 
@@ -40,6 +43,8 @@ class OrtEngine(HostEngine):
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no public base
+            if found := UNPARSED.search(str(error)):
+                raise unparsed(path, f"ONNX Runtime {ort.__version__}", [found[1] or found[2]]) from error
             raise BadInput(f"{path}: ONNX Runtime refuses it ({_line(error)})") from error
         self._inputs = [_spec(i) for i in self._session.get_inputs()]
         self._outputs = [_spec(o) for o in self._session.get_outputs()]

@@ -6,6 +6,7 @@ OpenVINO documentation, "Runtime model" and "CPU device".
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +16,12 @@ import numpy as np
 import onnx
 
 from ..graph.errors import BadInput
-from .engine import EngineReport, HostEngine, Kernel, TensorSpec, precision, replacing
+from .engine import EngineReport, HostEngine, Kernel, TensorSpec, UnparsedOp, precision, replacing, unparsed
 from .targets import Target
 
 TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64", "boolean": "bool"}
 TYPES |= {f"{sign}{bits}": f"{'u' * (sign == 'u')}int{bits}" for sign in "iu" for bits in (8, 16, 32, 64)}
+UNPARSED = re.compile(r"No conversion rule found for operations: (.+)")
 
 
 class OpenVinoEngine(HostEngine):
@@ -31,8 +33,8 @@ class OpenVinoEngine(HostEngine):
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
         try:
             self.compiled = ov.Core().compile_model(str(path), "CPU", settings)
-        except RuntimeError as error:
-            raise BadInput(f"{path}: OpenVINO refuses it ({_line(error)})") from error
+        except Exception as error:  # the exceptions of its frontends share no base with the others
+            raise _unparsed(path, error) or BadInput(f"{path}: OpenVINO refuses it ({_line(error)})") from error
         self._inputs = [_spec(port) for port in self.compiled.inputs]
         self._outputs = [_spec(port) for port in self.compiled.outputs]
         self._request = self.compiled.create_infer_request()
@@ -65,8 +67,8 @@ def build(
     start, out = time.perf_counter(), out or model.with_suffix(".xml")
     try:
         converted = ov.convert_model(str(model))
-    except RuntimeError as error:
-        raise BadInput(f"{model}: OpenVINO cannot convert it ({_line(error)})") from error
+    except Exception as error:  # as above
+        raise _unparsed(model, error) or BadInput(f"{model}: OpenVINO cannot convert it ({_line(error)})") from error
     with replacing(out.with_suffix(".bin")) as weights, replacing(out) as part:
         # Its writer names the weights after the graph; they are found by the name of the graph when it is read.
         ov.save_model(converted, str(part), compress_to_fp16=False)
@@ -108,6 +110,12 @@ def _spec(port: Any) -> TensorSpec:
     kind = port.element_type.get_type_name()
     shape = tuple(d.get_length() if d.is_static else None for d in port.partial_shape)
     return TensorSpec(port.any_name, TYPES.get(kind, kind), shape)
+
+
+def _unparsed(path: Path, error: Exception) -> UnparsedOp | None:
+    """The error about operators that OpenVINO names with their version ("Det-18") or domain ("my.Op")."""
+    found = UNPARSED.search(str(error))
+    return found and unparsed(path, "OpenVINO", [op.split("-")[0].split(".")[-1] for op in found[1].split(", ")])
 
 
 def _line(error: Exception) -> str:

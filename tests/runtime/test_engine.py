@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 import graphcomb.runtime.engine as engine_module
 from graphcomb.graph.errors import BadInput, MissingBackend
 from graphcomb.runtime import build_engine, load_engine, open_engine
-from graphcomb.runtime.engine import Backend, Engine, check_model, precision, replacing
+from graphcomb.runtime.engine import Backend, Engine, UnparsedOp, check_model, precision, replacing
 
 
 def linear_model(dtype: int = TensorProto.FLOAT) -> onnx.ModelProto:
@@ -94,6 +94,35 @@ def test_an_invalid_graph(path: Path) -> None:
     onnx.save(model, path)
     with pytest.raises(BadInput, match=r"model\.onnx: not a valid ONNX file .*MatMull"):
         check_model(path)
+
+
+def save_one(path: Path, op: str, opset: int = 20, domain: str = "") -> Path:
+    """A model of two nodes, the second of which is the operator."""
+    x, y = (
+        helper.make_tensor_value_info(n, TensorProto.UINT8, shape) for n, shape in (("x", ["n"]), ("y", list("abc")))
+    )
+    nodes = [
+        helper.make_node("Identity", ["x"], ["h"], "first"),
+        helper.make_node(op, ["h"], ["y"], "head/op", domain=domain),
+    ]
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("mine", 1)]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [y]), opset_imports=opsets, ir_version=10), path)
+    return path
+
+
+@pytest.mark.parametrize(("op", "domain"), [("ImageDecoder", ""), ("Odd", "mine")])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_an_operator_the_library_lacks_is_named_with_its_node(
+    tmp_path: Path, op: str, domain: str, backend: str
+) -> None:
+    pytest.importorskip(backend)
+    model = save_one(tmp_path / "net.onnx", op, domain=domain)
+    for use in (build_engine, open_engine):
+        with pytest.raises(
+            UnparsedOp, match=rf"net\.onnx: .* cannot parse it: node head/op \({op}\): operator not sup"
+        ):
+            use(model, backend=backend)
+    assert list(tmp_path.iterdir()) == [model]
 
 
 def test_missing_files_and_unknown_names(path: Path, tmp_path: Path) -> None:
