@@ -19,7 +19,7 @@ from ..graph.ops import arguments, fetch, op_name, set_argument
 from ..graph.program import Program, place_tensor
 from .base import Context, Pass, PassResult, check_field
 from .batches import Feed
-from .statistics import Layer, layers
+from .statistics import Layer, layers, some_batches
 from .training import accelerator, bar, placed, seeded
 
 RANGE = (-128, 127)  # the one signed range that ONNX's QuantizeLinear has
@@ -39,8 +39,8 @@ class Quantize(Pass):
     samples. include, exclude: patterns over weight names.
 
     Run it last: `Fuse` before it, or normalisations stay in floating point (named in the record), and `Sparsify` before
-    it. Raises BadInput without data, MissingBackend without torchao. Refused, and named: computed weights, transposed
-    convolutions, layers whose inputs are all zero.
+    it. Raises BadInput without data or batches, MissingBackend without torchao. Refused, and named: computed weights,
+    transposed convolutions, layers whose inputs are all zero.
     """
 
     samples: int = 256
@@ -102,7 +102,7 @@ class Quantize(Pass):
             torch.no_grad(),
             bar(context.progress, "Quantize", self.samples) as update,
         ):
-            for batch in Feed(program).batches(context.data):
+            for batch in some_batches(Feed(program), context.data):
                 args, kwargs = send_to_device((batch.args, batch.kwargs), accelerator().device)
                 runner.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False)
                 rest -= batch.size

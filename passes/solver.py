@@ -12,7 +12,7 @@ from ..graph.ops import fetch
 from ..graph.program import Program
 from . import cap
 from .base import Context
-from .statistics import Gradients, Layer, check_finite, input_moments
+from .statistics import Gradients, Layer, check_again, check_finite, input_moments
 from .training import accelerator, bar
 
 DAMPING = {"cap": 1e-8, "woodfisher": 1e-5, "fastcap": 1e-2, "sparsegpt": 1e-2}
@@ -158,7 +158,7 @@ class Solver:
         with torch.device(self.device):
             fishers = [cap.Fisher(p.count, p.size, count, method.damp, dtype) for p in batch]
         alive = [(self._blocks(p) != 0).to(self.device, dtype) for p in batch]
-        self.seen = 0
+        before, self.seen = self.seen, 0
         names = list(dict.fromkeys(p.layer.name for p in batch))
         stream = method.gradients.stream(self.program, names, self.context, int(method.memory / 32))
         with bar(self.context.progress, f"Sparsify: gradients {title}", count) as update:
@@ -169,6 +169,7 @@ class Solver:
                     fisher.add(blocks.to(dtype) * mask)
                 self.seen += len(every)
                 update(self.seen, "")
+        check_again(before, self.seen)
         for piece, fisher in zip(batch, fishers, strict=True):
             check_finite(fisher.sums, f"the statistics of {piece.layer.name} are")
         return fishers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,7 +22,7 @@ from .distill import Distill
 from .masks import read_pattern, sparse_weights
 from .permute import permuted
 from .solver import Method, Solver
-from .statistics import Gradients, Layer, layers
+from .statistics import Gradients, Layer, check_again, layers
 from .training import accelerator, evaluate, fingerprint
 
 METHODS = ("cap", "fastcap", "woodfisher", "sparsegpt", "wanda", "magnitude")
@@ -177,10 +178,12 @@ class Sparsify(Pass):
     # ----------------------------------------------------------------------------------------------------- one target
     def _prune(self, program: Program, names: list[str], sparsity: float | None, context: Context) -> dict[str, Any]:
         """Prune in place, in `recomputations` steps; what happened as a record."""
+        if isinstance(context.data, Iterator) and self.method != "magnitude":
+            raise BadInput("data: an iterator yields its batches once; it must be iterable again, such as a DataLoader")
         stage: dict[str, Any] = {"method": self.method, "steps": []}
         chosen = _named(program, names)
         gone = sum(int((fetch(program.module(), name) == 0).sum()) for name in names)
-        start = gone / sum(layer.size for layer in chosen)
+        start, seen = gone / sum(layer.size for layer in chosen), 0
         for step in range(1, self.recomputations + 1):
             share = step / self.recomputations
             if self.pattern:
@@ -193,6 +196,8 @@ class Sparsify(Pass):
                 goal = start + (sparsity - start) * share if sparsity > start else sparsity
             solver = Solver(self._method(goal), program, chosen, context)
             stage["steps"].append({"goal": goal, "predicted_loss": solver.run(), "gradients": solver.seen})
+            check_again(seen, solver.seen)
+            seen = solver.seen
         if accelerator().num_processes > 1:
             for tensor in program.module().parameters():
                 broadcast(tensor.data)

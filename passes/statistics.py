@@ -70,6 +70,23 @@ def layers(program: Program) -> tuple[list[Layer], list[dict[str, str]]]:
     ], refused
 
 
+# ----------------------------------------------------------------------------------------------------------------- data
+def some_batches(feed: Feed, data: Iterable[Any]) -> Iterator[Batch]:
+    """All batches of `data`; BadInput when it has none."""
+    empty = True
+    for batch in feed.batches(data):
+        empty = False
+        yield batch
+    if empty:
+        raise BadInput("data: yields no batch; it must be iterable again")
+
+
+def check_again(before: int, now: int) -> None:
+    """Raise BadInput unless a further run over the data saw as many samples as the one before (0: there was none)."""
+    if before not in (0, now):
+        raise BadInput(f"data: yields {now} samples, and {before} the time before; it must be iterable again")
+
+
 # ------------------------------------------------------------------------------------------------------------ gradients
 @dataclass(frozen=True)
 class Gradients:
@@ -87,7 +104,7 @@ class Gradients:
         """Gradients of the named weights in eval mode, `{name: (k, *shape)}`, `k` at most so that a chunk holds `largest`
         numbers (but at least one gradient). The same seed gives the same samples again.
 
-        Raises BadInput without data, without labels where they are needed, or for gradients that are not finite.
+        Raises BadInput without data or batches, without labels where they are needed, or for gradients that are not finite.
         """
         if context.data is None:
             raise BadInput("Sparsify: needs data for its gradients; pass data=, or choose method magnitude")
@@ -102,7 +119,7 @@ class Gradients:
                 stack.enter_context(placed(each, device))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_differentiable(maker.weights.values()))
-            for batch in feed.batches(context.data):
+            for batch in some_batches(feed, context.data):
                 args, kwargs, labels = send_to_device((batch.args, batch.kwargs, batch.labels), device)
                 if teacher is not None:
                     labels = _drawn(teacher, args, kwargs)
@@ -288,14 +305,14 @@ def input_moments(
     """`X Xᵀ / n` of the inputs of each named layer, one matrix per group: `(groups, c, c)`, `c` the inputs of one output
     in the order of the flattened weight; with `full` False its diagonal, `(groups, c)`. From `count` samples, eval mode.
 
-    Raises BadInput without data, or for inputs whose squares are not finite.
+    Raises BadInput without data or batches, or for inputs whose squares are not finite.
     """
     if context.data is None:
         raise BadInput("Sparsify: needs data for its statistics; pass data=, or choose method magnitude")
     module, device = program.module().eval(), accelerator().device
     moments = _Moments(module, [layer for layer in layers(program)[0] if layer.name in names], full)
     with seeded(context.seed), placed(module, device), torch.no_grad():
-        for batch in Feed(program).batches(context.data):
+        for batch in some_batches(Feed(program), context.data):
             args, kwargs = send_to_device((batch.args, batch.kwargs), device)
             moments.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False)
             count -= batch.size

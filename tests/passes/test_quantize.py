@@ -160,6 +160,8 @@ def test_what_is_refused(program, result):
     assert {r["why"] for r in late.record["refused"]} == {"it is quantised; Quantize comes last"}
     with pytest.raises(BadInput, match="Quantize: needs data"):
         Quantize()(program)
+    with pytest.raises(BadInput, match="data: yields no batch; it must be iterable again"):
+        Quantize()(program, data=[])
     for options, field in (({"samples": 0}, "samples"), ({"calibration": "none"}, "calibration")):
         with pytest.raises(BadInput, match=rf"Quantize\.{field}"):
             Quantize(**options)

@@ -517,6 +517,39 @@ def test_missing_data_and_labels_are_named(program):
         Sparsify(block=32)(program, data=bad)
 
 
+class Once:
+    """An iterable that yields its batches once, as one around a generator does."""
+
+    def __init__(self, items):
+        self.items = iter(items)
+
+    def __iter__(self):
+        return self.items
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "magnitude"])
+def test_data_without_batches_is_refused(program, method):
+    pass_ = Sparsify(method=method, block=32)
+    with pytest.raises(BadInput, match="data: yields no batch; it must be iterable again"):
+        pass_(program, data=[])
+    with pytest.raises(BadInput, match="data: an iterator yields its batches once"):
+        pass_(program, data=iter(batches()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recomputations": 2}, "yields no batch"),
+        ({"recomputations": 2, "method": "fastcap"}, "yields no batch"),
+        ({"recomputations": 2, "gradients": 24}, "yields 8 samples, and 24 the time before"),
+        ({"memory": 1e6, "gradients": 24, "dtype": "fp64"}, "yields 8 samples, and 24 the time before"),
+    ],
+)
+def test_data_that_is_gone_the_second_time_is_refused(program, options, message):
+    with pytest.raises(BadInput, match=f"data: {message}; it must be iterable again"):
+        Sparsify(block=32, **options)(program, data=Once(batches()))
+
+
 @pytest.mark.parametrize("value", [torch.nan, 1e30])
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "magnitude"])
 def test_statistics_that_are_not_finite_are_refused(program, method, value):
