@@ -237,23 +237,25 @@ def sweep(
 
     Of every `width` columns the share with the smallest `w² / U_jj²` goes (with a pattern, of every group of every row);
     a pruned weight's error is spread over the columns to the right by the row `U_j` of the upper Cholesky factor of the
-    inverse. alive: entries that can go; the others, pruned before, stay at zero.
+    inverse. alive: entries that can go; the others, pruned before, count and stay at zero: an update that moves one of them
+    on its way is undone like the weight of one that goes.
     """
     upper = cholesky(torch.cholesky_inverse(cholesky(matrix[None])))[0].mT
-    w, mask = weights.to(upper).clone(), torch.zeros_like(weights, dtype=torch.bool)
-    dead = torch.zeros_like(mask) if alive is None else ~alive
+    w = weights.to(upper).clone()
+    dead = torch.zeros_like(weights, dtype=torch.bool) if alive is None else ~alive
+    mask = dead.clone()
     diagonal = upper.diagonal()
     for start in range(0, w.shape[1], width):
         stop = min(start + width, w.shape[1])
         errors = torch.zeros_like(w[:, start:stop])
         if pattern is None:
             scores = (w[:, start:stop] / diagonal[start:stop]).square().masked_fill_(dead[:, start:stop], -1)
-            mask[:, start:stop] = lowest([scores], round(sparsity * scores.numel()))[0]
+            mask[:, start:stop] |= lowest([scores], round(sparsity * scores.numel()))[0]
         for j in range(start, stop):
             if pattern is not None and (j - start) % pattern[1] == 0:
                 group = slice(j, j + pattern[1])
                 scores = (w[:, group] / diagonal[group]).square().masked_fill_(dead[:, group], -1)
-                mask[:, group] = lowest_of_groups(scores, pattern)
+                mask[:, group] |= lowest_of_groups(scores, pattern)
             errors[:, j - start] = w[:, j] * mask[:, j] / diagonal[j]
             w[:, j:stop] -= errors[:, j - start, None] * upper[j, j:stop]
         w[:, stop:] -= errors @ upper[start:stop, stop:]

@@ -257,6 +257,41 @@ def test_the_column_sweep_keeps_earlier_zeros():
     assert mask.sum() == 16
 
 
+@pytest.mark.parametrize(("pattern", "width"), [(None, 128), (None, 4), ((2, 4), 8)])
+def test_the_column_sweep_fills_no_earlier_zeros_where_there_are_more_than_asked_for(pattern, width):
+    """Every earlier zero is an equality that the sweep keeps: column by column as in optimal brain surgeon."""
+    generator = torch.Generator().manual_seed(2)
+    alive = torch.rand(6, 16, generator=generator) > 0.7
+    weights = torch.randn(6, 16, generator=generator, dtype=D) * alive
+    _, _, matrix = problem(1, 16, 40)
+    swept, mask = cap.sweep(weights, matrix[0], 0.25, pattern, alive, width)
+    assert (swept[~alive] == 0).all()
+    assert torch.equal(mask, swept == 0)
+    assert pattern is None or cap.allowed(mask, pattern)
+    for row in range(6):
+        w, h = weights[row].clone(), torch.linalg.inv(matrix[0])
+        for j in range(16):
+            if mask[row, j]:
+                w = w - h[j] * w[j] / h[j, j]
+            h = h - torch.outer(h[:, j], h[j]) / h[j, j]
+        torch.testing.assert_close(swept[row], w.masked_fill(mask[row], 0), rtol=1e-8, atol=1e-10)
+
+
+def test_on_a_quadratic_objective_the_column_sweep_reaches_the_best_weights_beside_earlier_zeros():
+    """Where all that goes lies left of all that stays, the weights to the right are free: no better ones exist."""
+    weights, _, matrix = problem(4, 16, 40)
+    weights[:, :8] *= 1e-3
+    alive = torch.ones(4, 16, dtype=torch.bool)
+    alive[:, 3] = alive[0, :3] = alive[1, 7] = False
+    weights *= alive
+    swept, mask = cap.sweep(weights, matrix[0], 0.5, None, alive)
+    assert mask[:, :8].all()
+    assert not mask[:, 8:].any()
+    many = matrix[:1].expand(4, 16, 16)
+    torch.testing.assert_close(swept, cap.repair(weights, many, mask), rtol=1e-9, atol=1e-12)
+    assert (cap.loss(swept - weights, many) < cap.loss(weights.masked_fill(mask, 0) - weights, many)).all()
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=2, max_size=8), st.integers(0, 30))
 def test_prefixes_take_the_cheapest_and_exactly_so_many(steps, count):

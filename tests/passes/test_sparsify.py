@@ -153,6 +153,20 @@ def test_zeros_that_are_there_count_and_stay(program, method):
     assert abs(sum(zero_counts(result.program)[n] for n in result.record["sparse"]) / total - 0.6) < 0.03
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("target", [{"sparsity": 0.5, "scope": "uniform"}, {"pattern": "2:4", "where": "all"}])
+@pytest.mark.parametrize("method", METHODS)
+def test_more_zeros_than_the_target_has_all_stay(program, method, target, recorded):
+    early = Sparsify(sparsity=0.75, method="magnitude")(program).program
+    if not recorded:
+        early.history = []
+    result = Sparsify(method=method, gradients=16, block=32, **target)(early, data=batches())
+    before, after = weights(early), weights(result.program)
+    for name in result.record["sparse"]:
+        assert (after[name][before[name] == 0] == 0).all()
+        assert "pattern" not in target or masks.legal(after[name], "2:4")
+
+
 def test_tied_weights_are_pruned_as_one():
     class Tied(nn.Module):
         def __init__(self):
