@@ -16,12 +16,12 @@ import importlib.util
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from types import ModuleType, UnionType
+from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 import numpy as np
 import onnx
@@ -32,6 +32,10 @@ from ..graph.program import load as load_program
 from .origins import Origin
 from .origins import read as read_origins
 from .targets import Target, get_target, nearest
+
+UNIONS = (Union, UnionType)
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", os.PathLike: "text"}
+WORDS |= {Sequence: "a list", Mapping: "a mapping"}
 
 
 class UnparsedOp(BadInput):
@@ -271,9 +275,32 @@ def _threads(function: Callable[..., Any], threads: int) -> dict[str, Any]:
 def _check_options(function: Callable[..., Any], options: dict[str, Any], backend: str) -> None:
     kinds = inspect.signature(function).parameters.values()
     known = [p.name for p in kinds if p.kind is p.KEYWORD_ONLY and p.name != "backend"]
-    for name in options:
+    annotations = get_type_hints(function)
+    for name, value in options.items():
         if name not in known:
             raise BadInput(f"option {name}: not one of backend {backend}; {nearest(name, known)}")
+        if not _fits(value, annotations[name]):
+            raise BadInput(f"option {name}: {_kind(annotations[name])}, not {value!r}")
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is what an annotation says; true and false are no numbers."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in UNIONS:
+        return any(_fits(value, a) for a in inner)
+    if annotation in (int, float):
+        return isinstance(value, int if annotation is int else int | float) and not isinstance(value, bool)
+    if not isinstance(value, origin or annotation) or (isinstance(value, str) and inner):
+        return False  # a text is no sequence of options
+    if isinstance(value, Mapping) and inner:
+        return all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    return all(_fits(v, inner[0]) for v in value) if isinstance(value, Sequence) and inner else True
+
+
+def _kind(annotation: Any) -> str:
+    """What an annotation asks for, in words."""
+    kinds = get_args(annotation) if get_origin(annotation) in UNIONS else (annotation,)
+    return " or ".join(dict.fromkeys(WORDS[get_origin(k) or k] for k in kinds if k is not type(None)))
 
 
 # ---------------------------------------------------------------------------------------------------------- ONNX files

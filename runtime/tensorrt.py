@@ -468,12 +468,12 @@ class _Build:
         self.config.set_flag(getattr(self.trt.BuilderFlag, name))
 
     def limit(self, workspace: int) -> None:
-        if not isinstance(workspace, int) or workspace < 1:
+        if workspace < 1:
             raise BadInput(f"option workspace: a whole number of MiB, from 1 up, not {workspace}")
         self.config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, workspace << 20)
 
     def optimize(self, level: int) -> None:
-        if not isinstance(level, int) or not 0 <= level <= 5:
+        if not 0 <= level <= 5:
             raise BadInput(f"option optimization_level: a whole number from 0 to 5, not {level}")
         self.config.builder_optimization_level = level
 

@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import graphcomb.runtime.engine as engine_module
 from graphcomb.graph.errors import BadInput, MissingBackend
-from graphcomb.runtime import build_engine, load_engine, open_engine
+from graphcomb.runtime import build_engine, load_engine, open_engine, tensorrt
 from graphcomb.runtime.engine import Backend, Engine, UnparsedOp, check_model, precision, replacing
 
 
@@ -139,6 +139,45 @@ def test_missing_files_and_unknown_names(path: Path, tmp_path: Path) -> None:
     (tmp_path / "model.xyz").write_bytes(b"?")
     with pytest.raises(BadInput, match=r"no backend for this suffix \(known: \.onnx"):
         load_engine(tmp_path / "model.xyz")
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [
+        ({"threads": "abc"}, "threads: a whole number, not 'abc'"),
+        ({"threads": True}, "threads: a whole number, not True"),
+        ({"threads": 1.5}, "threads: a whole number, not 1.5"),
+        ({"threads": None}, "threads: a whole number, not None"),
+    ],
+)
+@pytest.mark.parametrize("use", [build_engine, load_engine])
+def test_options_are_of_their_kind(path: Path, use, option: dict, wanted: str) -> None:
+    with pytest.raises(BadInput, match=f"option {wanted}$"):
+        use(path, **option)
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [
+        ({"workspace": True}, "workspace: a whole number, not True"),
+        ({"dla": "abc"}, "dla: a whole number, not 'abc'"),
+        ({"sparse": 1}, "sparse: true or false, not 1"),
+        ({"batch": "1,2"}, "batch: a whole number or a list, not '1,2'"),
+        ({"batch": (1, 2.5, 4)}, r"batch: a whole number or a list, not \(1, 2.5, 4\)"),
+        ({"shapes": 5}, "shapes: a mapping, not 5"),
+        ({"shapes": {"x": [1, 2, 3]}}, r"shapes: a mapping, not \{'x': \[1, 2, 3\]\}"),
+        ({"timing_cache": 5}, "timing_cache: text, not 5"),
+    ],
+)
+def test_options_of_tensorrt_are_of_their_kind(path: Path, option: dict, wanted: str) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(BadInput, match=f"option {wanted}$"):
+        build_engine(path, "rtx-sm86", **option)
+
+
+@pytest.mark.parametrize("option", [{"batch": 2}, {"batch": [1, 2, 4]}, {"log": Path("log")}, {"workspace": None}])
+def test_options_of_every_kind_are_taken(option: dict) -> None:
+    engine_module._check_options(tensorrt.build, option, "tensorrt")
 
 
 def test_a_missing_library_names_the_extra(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
