@@ -128,6 +128,8 @@ def bench(
         raise BadInput("bench: nothing to measure")
     if threads < 1 or min_runs < 1 or max_runs < min_runs or seconds <= 0:
         raise BadInput("bench: threads and min_runs are at least 1, max_runs at least min_runs, seconds positive")
+    if batch < 1:
+        raise BadInput(f"batch: 1 or more, not {batch}")
     if engine is not None:
         backend_module(engine)
     titles = _names(items, names)

@@ -6,32 +6,34 @@ which needs the device's own TensorRT and numpy. Source: ours.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from ..graph.errors import BadInput, GraphcombError
+from ..graph.errors import BadInput, GraphcombError, Refused
 from ..graph.program import Program
 from .bench import random_inputs
-from .bench_device import FORMAT
+from .bench_device import FORMAT, TOLERANCES, digest
 from .engine import check_model, precision, replacing
-from .half import to_half
+from .half import inexact, to_half
 from .measured import describe, name_nodes, read_results
 from .onnx import export_onnx
 from .onnxruntime import OrtEngine
-from .targets import Target, get_target
+from .sparsity import sparse_weights
+from .targets import Target, get_target, nearest
 
 SCRIPT = "bench_device.py"
 README = """A graphcomb bench bundle. On the device, with its own TensorRT and numpy:
@@ -55,10 +57,12 @@ def write_bundle(
     """Write a bundle of models to compare; returns the folder.
 
     models: by name, the one to compare with first: programs, or ONNX files in fp32 or in the wanted precision. kind:
-    "fp32", "fp16" or "int8" (with Q/DQ nodes in the files already). target: checked for opset and precision, and named
-    in the bundle. batch: of models with a dynamic one. record: a run's record.json, to go along. layers: of models that are
-    ONNX files, by name, as `measured.describe` gives them for the program and the batch; what is measured can then be
-    compared with a prediction, layer by layer, and calibrate a roofline.
+    "fp32", "fp16" or "int8", of which every model keeps what it has: one that is quantised (Q/DQ nodes) is int8 in every
+    kind, in "fp16" with the rest of it in half precision where that changes no quantised value; in "int8" the others stay
+    as they are. target: checked for opset and precision, and named in the bundle with its library. batch: of models with
+    a dynamic one. record: a run's record.json, to go along. layers: of models that are ONNX files, by name, as
+    `measured.describe` gives them for the program and the batch; what is measured can then be compared with a prediction,
+    layer by layer, and calibrate a roofline.
 
     Raises BadInput for a model that does not fit, and what `export_onnx` raises for programs.
     """
@@ -66,6 +70,10 @@ def write_bundle(
     device = get_target(target) if isinstance(target, str) else target
     if device is not None:
         device.alignment(kind)
+    if kind not in TOLERANCES:
+        raise BadInput(f"precision {kind}: not known; {nearest(str(kind), TOLERANCES)}")
+    if batch < 1:
+        raise BadInput(f"batch: 1 or more, not {batch}")
     if not models:
         raise BadInput("bundle: no models")
     if folder.exists() and any(folder.iterdir()) and not (folder / "bundle.json").is_file():
@@ -76,35 +84,44 @@ def write_bundle(
     folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {}
     inputs: list[np.ndarray] | None = None
-    for name, given in models.items():
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".part") as part:
-            place = Path(part) / name
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part") as part:
+        for name, given in models.items():
+            place, scratch = Path(part, name), Path(part, f"{name}.exact")
             place.mkdir()
-            exact, file = _lower(given, kind, device, place)
-            engine = OrtEngine(exact)
-            inputs = inputs or random_inputs(engine, batch)
-            if len(inputs) != len(engine.inputs):
-                raise BadInput(f"bundle: {name} takes {len(engine.inputs)} inputs, the first model {len(inputs)}")
-            feeds = [x.astype(i.dtype) for x, i in zip(inputs, engine.inputs, strict=True)]
-            outputs = engine.run(feeds)
-            engine.close()
+            scratch.mkdir()
+            with _naming(Path(part), name):
+                exact, file, note = _lower(given, kind, device, place, scratch)
+                engine = OrtEngine(exact)
+                inputs = inputs or random_inputs(engine, batch)
+                if len(inputs) != len(engine.inputs):
+                    raise BadInput(f"bundle: {name} takes {len(engine.inputs)} inputs, the first model {len(inputs)}")
+                feeds = [x.astype(i.dtype) for x, i in zip(inputs, engine.inputs, strict=True)]
+                outputs = engine.run(feeds)
+                names = [o.name for o in engine.outputs]
+                engine.close()
+                model = check_model(file)
             arrays = {f"input:{i.name}": x for i, x in zip(engine.inputs, feeds, strict=True)}
             arrays |= {f"output:{n:03d}": y for n, y in enumerate(outputs)}
             np.savez(place / "reference.npz", allow_pickle=False, **arrays)
-            if exact != file:
-                _remove(exact)
-            model = check_model(file)
             rows = describe(given, batch) if isinstance(given, Program) else (layers or {}).get(name, ())
             about[name] = {
                 "file": f"{name}/{file.name}",
                 "reference": f"{name}/reference.npz",
-                "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-                "opset": next(o.version for o in model.opset_import if not o.domain),
+                "outputs": names,
+                "sha256": digest(file),
+                "data": {f"{name}/{data}": digest(place / data) for data in _weights(model, file)},
+                "precision": precision(model),
+                "sparse": any(w.pattern for w in sparse_weights(onnx.load(str(file)))),
+                "opset": _opset(model),
                 "batch": int(feeds[0].shape[0]) if feeds and feeds[0].ndim else None,
+                "note": note,
                 "layers": name_nodes(rows, model),
             }
+        if kind == "int8" and not any(row["precision"] == kind for row in about.values()):
+            raise BadInput(f"bundle: no int8 in {', '.join(about)}; give a model with Q/DQ nodes, or another precision")
+        for name in models:
             shutil.rmtree(folder / name, ignore_errors=True)
-            place.replace(folder / name)
+            Path(part, name).replace(folder / name)
     if record is not None:
         shutil.copyfile(record, folder / "record.json")
     for source, to in ((SCRIPT, SCRIPT), ("cuda.py", "graphcomb_cuda.py")):
@@ -112,58 +129,77 @@ def write_bundle(
     clocks = " && ".join(device.clocks) if device and device.clocks else "sudo nvpmodel -m 0 && sudo jetson_clocks"
     (folder / "README.txt").write_text(README.format(script=SCRIPT, models=", ".join(models), clocks=clocks))
     head: dict[str, Any] = {"format": FORMAT, "graphcomb": metadata.version("graphcomb"), "precision": kind}
-    head |= {"target": device.name if device else None}
-    with replacing(folder / "bundle.json") as part:
-        part.write_text(json.dumps(head | {"models": about}, indent=1) + "\n")
+    head |= {"target": device.name if device else None, "engine": device.backend if device else None}
+    with replacing(folder / "bundle.json") as part_of_it:
+        part_of_it.write_text(json.dumps(head | {"models": about}, indent=1) + "\n")
     return folder
 
 
-def _lower(given: Program | str | Path, kind: str, device: Target | None, place: Path) -> tuple[Path, Path]:
-    """The model in fp32 (as it is, where only that is known) and in the wanted precision, both in the folder `place`."""
-    exact, file = place / "fp32.onnx", place / "model.onnx"
+@contextmanager
+def _naming(part: Path, name: str) -> Iterator[None]:
+    """Errors about temporary files name the model instead."""
+    try:
+        yield
+    except GraphcombError as error:
+        raise type(error)(re.sub(rf"{re.escape(str(part))}\S*?\.onnx", name, str(error))) from error
+
+
+def _lower(
+    given: Program | str | Path, kind: str, device: Target | None, place: Path, scratch: Path
+) -> tuple[Path, Path, str]:
+    """The model as exactly as it is known, in the folder `scratch` or where it lies; as it is measured, in the folder
+    `place`; and what became of it, in words, where that is not what was asked for."""
+    file = place / "model.onnx"
+    source = scratch / file.name if isinstance(given, Program) else Path(given)
     if isinstance(given, Program):
-        if kind == "int8":
-            raise BadInput("bundle: programs are exported in fp32 or fp16; give an ONNX file with Q/DQ nodes for int8")
-        export_onnx(given, file, kind, target=device)
-        if kind == "fp32":
-            return file, file
-        export_onnx(given, exact, "fp32")
-        return exact, file
-    source = Path(given)
+        export_onnx(given, source, "fp32", target=device)
     model = check_model(source)
-    has = precision(model)
-    if device is not None and (opset := next(o.version for o in model.opset_import if not o.domain)) > device.opset:
-        raise BadInput(f"{source}: opset {opset}, target {device.name} parses up to {device.opset}")
-    if has != kind and (has, kind) != ("fp32", "fp16"):
+    has, opset = precision(model), _opset(model)
+    if device is not None:
+        device.alignment(has)
+        if opset > device.opset:
+            raise BadInput(f"{source}: opset {opset}, target {device.name} parses up to {device.opset}")
+    if has not in (kind, "int8") and (has, kind) not in (("fp32", "fp16"), ("fp32", "int8"), ("fp16", "int8")):
         raise BadInput(f"{source}: is {has} and cannot be made {kind} here; export it in {kind}")
-    if has == kind:
+    if isinstance(given, Program) and (has, kind) == ("fp32", "fp16"):
+        export_onnx(given, file, kind, target=device)  # which also compares the two
+        return source, file, ""
+    if kind != "fp16" or has == "fp16":
         _copy(source, model, file)
-        return file, file
-    _copy(source, model, exact)
+        return source, file, ""
     graph = gs.import_onnx(onnx.load(str(source)))
-    to_half(graph)
+    if has == "int8" and (why := inexact(graph)):
+        _copy(source, model, file)
+        return source, file, f"its floating-point parts stay as they are: {why}"
+    try:
+        to_half(graph)
+    except Refused as error:
+        raise Refused(f"{source}: {error}") from error
     half = gs.export_onnx(graph)
     onnx.helper.set_model_props(half, {p.key: p.value for p in model.metadata_props})
     onnx.save(half, str(file))
-    return exact, file
+    return source, file, ""
 
 
 def _copy(source: Path, model: onnx.ModelProto, to: Path) -> None:
     """Copy an ONNX file with the files that hold its weights, whose names it has inside."""
-    for name in _weights(model):
-        shutil.copyfile(source.with_name(name), to.with_name(name))
+    for name in _weights(model, source):
+        (to.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.parent / name, to.parent / name)
     shutil.copyfile(source, to)
 
 
-def _remove(path: Path) -> None:
-    for name in _weights(onnx.load(str(path), load_external_data=False)):
-        path.with_name(name).unlink(missing_ok=True)
-    path.unlink()
-
-
-def _weights(model: onnx.ModelProto) -> list[str]:
+def _weights(model: onnx.ModelProto, path: Path) -> list[str]:
+    """Places of the files with the model's weights, relative to the folder of its own."""
     places = [e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"]
+    for place in places:
+        if PurePath(place).is_absolute() or ".." in PurePath(place).parts:
+            raise BadInput(f"{path}: its weights lie in {place}; save them in the model's folder or below it")
     return list(dict.fromkeys(places))
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    return next(o.version for o in model.opset_import if not o.domain)
 
 
 # -------------------------------------------------------------------------------------------------------------- running
@@ -186,8 +222,7 @@ def run_bundle(
         return read_results(out)
     if not host or host.startswith("-") or any(c.isspace() or c == ":" for c in host):
         raise BadInput(f"--host {host}: expected user@device")
-    digest = hashlib.sha256((folder / "bundle.json").read_bytes()).hexdigest()[:12]
-    away = f"graphcomb-bench-{digest}"  # in the home folder there
+    away = f"graphcomb-bench-{digest(folder / 'bundle.json')[:12]}"  # in the home folder there
     _call(["ssh", host, f"mkdir -p {away}"], f"ssh {host}")
     _call(["scp", "-q", "-r", *map(str, sorted(folder.iterdir())), f"{host}:{away}/"], f"scp to {host}")
     command = [python, f"{away}/{SCRIPT}", "--out", f"{away}/results.json", *arguments]

@@ -118,8 +118,9 @@ def test_a_broken_output_is_noticed(bundle, tmp_path):
     arrays["input:input" if "input:input" in arrays else next(iter(arrays))][:] = np.inf
     np.savez(folder / about["models"]["dense"]["reference"], **arrays)
     found = run_bundle(folder, tmp_path / "r.json", arguments=QUICK)
-    assert found["models"]["dense"]["parity"] == {"finite": False, "error": None}
-    assert found["notes"][0] == "dense: outputs that are not finite"
+    parity = {"finite": False, "error": None, "tolerance": 0.05, "note": "outputs that are not finite"}
+    assert found["models"]["dense"]["parity"] == parity
+    assert "dense: outputs that are not finite" in found["notes"]
     (folder / "compressed" / "model.onnx").write_bytes(b"cut off")
     with pytest.raises(GraphcombError, match=r"bench_device.py failed: model.onnx: not the file that was bundled"):
         run_bundle(folder, tmp_path / "r.json", arguments=QUICK)
@@ -135,14 +136,145 @@ def test_onnx_files_are_made_half_and_keep_their_origins(programs, tmp_path):
     assert origins.read(model) == origins.read(onnx.load(tmp_path / "small.onnx"))
 
 
+def quantised(path, opset, scale, spread=1):
+    """A linear layer whose input and weight go through Q/DQ nodes, then a ReLU."""
+    rng = np.random.default_rng(0)
+    weight = (spread * rng.integers(-8, 8, (4, 4))).astype(np.float32)  # multiples of 1 are exact in fp16
+    weight[::2] = weight[1::2] * 0  # two zeros in every four of a column
+    tensors = {"w": weight, "s": np.float32(scale), "b": np.ones(4, np.float32) / 3, "z": np.int8(0)}
+    nodes = [
+        onnx.helper.make_node(kind, inputs, [out], name=out)
+        for kind, inputs, out in [
+            ("QuantizeLinear", ["x", "s", "z"], "xq"), ("DequantizeLinear", ["xq", "s", "z"], "xd"),
+            ("QuantizeLinear", ["w", "s", "z"], "wq"), ("DequantizeLinear", ["wq", "s", "z"], "wd"),
+            ("MatMul", ["xd", "wd"], "m"), ("Add", ["m", "b"], "a"), ("Relu", ["a"], "y"),
+        ]
+    ]  # fmt: skip
+    info = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["batch", 4]) for n in "xy"]
+    values = [onnx.numpy_helper.from_array(np.asarray(v), k) for k, v in tensors.items()]
+    graph = onnx.helper.make_graph(nodes, "q", info[:1], info[1:], values)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=9)
+    onnx.save(onnx.shape_inference.infer_shapes(model), path)
+    return path
+
+
+def plain(path):
+    """The same layer without quantisation."""
+    program = graphcomb.capture(torch.nn.Linear(4, 4).eval(), (torch.randn(2, 4),), dynamic_shapes="batch")
+    export_onnx(program, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "opset", "scale", "spread", "types", "note"),
+    [
+        ("fp16", 18, 0.5, 1, ("fp16", "fp32"), "its floating-point parts stay as they are: opset 18 has no fp16 for "),
+        ("fp16", 19, 0.1, 1, ("fp16", "fp32"), "its floating-point parts stay as they are: fp16 cannot hold s of "),
+        ("fp16", 19, 0.5, 0.1, ("fp16", "fp32"), "its floating-point parts stay as they are: fp16 cannot hold w of "),
+        ("fp16", 19, 0.5, 1, ("fp16", "fp16"), ""),
+        ("fp32", 18, 0.1, 1, ("fp32", "fp32"), ""),
+        ("int8", 18, 0.1, 1, ("fp32", "fp32"), ""),
+    ],
+)
+def test_a_quantised_model_stands_beside_one_that_is_not(tmp_path, kind, opset, scale, spread, types, note):
+    files = {"dense": plain(tmp_path / "d.onnx"), "small": quantised(tmp_path / "q.onnx", opset, scale, spread)}
+    folder = write_bundle(tmp_path / "b", files, kind, "agx-orin", batch=3)
+    about = json.loads((folder / "bundle.json").read_text())
+    assert (about["precision"], about["engine"]) == (kind, "tensorrt")
+    models = about["models"]
+    assert [models[name]["precision"] for name in models] == [types[0], "int8"]
+    assert models["dense"]["note"] == ""
+    assert models["small"]["note"].startswith(note)
+    assert bool(note) == bool(models["small"]["note"])
+    for name, wanted in zip(models, types, strict=True):
+        found = onnx.load(folder / models[name]["file"])
+        assert found.graph.input[0].type.tensor_type.elem_type == {"fp16": 10, "fp32": 1}[wanted]
+    assert models["small"]["outputs"] == ["y"]
+    assert [models[name]["sparse"] for name in models] == [False, True]
+    results = run_bundle(folder, tmp_path / "r.json", arguments=[*QUICK, "--rounds", "1"])
+    assert not any("outputs" in text for text in results["notes"])
+    assert any(note in text for text in results["notes"]) or not note
+    if types[1] == "fp16":  # nothing but the floating-point part is rounded
+        assert results["models"]["small"]["parity"]["error"] < 1e-3
+
+
+def test_a_quantised_program_is_int8(tmp_path):
+    program = graphcomb.capture(torch.nn.Linear(8, 8).eval(), (torch.randn(2, 8),))
+    pytest.importorskip("torchao")
+    from graphcomb.passes import Fuse, Quantize
+
+    context = graphcomb.passes.Context(data=[(torch.randn(2, 8), torch.zeros(2))])
+    small = Quantize()(Fuse()(program).program, context).program
+    for kind in ("fp16", "int8"):
+        folder = write_bundle(tmp_path / kind, {"dense": program, "small": small}, kind)
+        models = json.loads((folder / "bundle.json").read_text())["models"]
+        assert [row["precision"] for row in models.values()] == ["fp16" if kind == "fp16" else "fp32", "int8"]
+        assert len(models["small"]["layers"][0]["onnx"]) > 0
+
+
+def external(path, location):
+    """An ONNX file whose weights lie in a file of their own; the location is written as it is given."""
+    model = onnx.load(plain(path))
+    place = path.parent / location.lstrip("/")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    onnx.external_data_helper.convert_model_to_external_data(model, location="w.bin", size_threshold=0)
+    onnx.save(model, path)
+    (path.parent / "w.bin").rename(place)
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        next(entry for entry in tensor.external_data if entry.key == "location").value = location
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16"])
+def test_weights_may_lie_in_a_folder_below(tmp_path, kind):
+    path = external(tmp_path / "net.onnx", "weights/w.bin")
+    folder = write_bundle(tmp_path / "b", {"net": path}, kind)
+    about = json.loads((folder / "bundle.json").read_text())["models"]["net"]
+    files = {str(f.relative_to(folder)) for f in (folder / "net").rglob("*") if f.is_file()}
+    wanted = {"net/model.onnx", "net/reference.npz"} | ({"net/weights/w.bin"} if kind == "fp32" else set())
+    assert files == wanted
+    assert set(about["data"]) == {f for f in files if f.endswith(".bin")}
+    run_bundle(folder, tmp_path / "r.json", arguments=[*QUICK, "--rounds", "1"])
+    if kind == "fp32":
+        (folder / "net/weights/w.bin").write_bytes(bytes(100))
+        with pytest.raises(GraphcombError, match=r"w.bin: not the file that was bundled"):
+            run_bundle(folder, tmp_path / "r.json", arguments=QUICK)
+
+
+@pytest.mark.parametrize("location", ["../w.bin", "/w.bin"])
+def test_weights_elsewhere_are_refused(tmp_path, location):
+    (tmp_path / "in").mkdir()
+    path = external(tmp_path / "in" / "net.onnx", location)
+    with pytest.raises(BadInput, match=r"in/net.onnx: .*"):
+        write_bundle(tmp_path / "b", {"net": path}, "fp32")
+    assert not any((tmp_path / "b").iterdir())
+
+
+def test_errors_name_the_file_that_was_given(tmp_path):
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Erf", ["x"], ["y"], domain="somewhere")], "g",
+        [onnx.helper.make_tensor_value_info("x", 1, [1])], [onnx.helper.make_tensor_value_info("y", 1, [1])],
+    )  # fmt: skip
+    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("somewhere", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "odd.onnx")
+    for kind in ("fp32", "fp16"):
+        with pytest.raises(BadInput, match=f"^{tmp_path}/odd.onnx: ONNX Runtime "):
+            write_bundle(tmp_path / "b", {"odd": tmp_path / "odd.onnx"}, kind)
+    assert write_bundle(tmp_path / "b", {"net": plain(tmp_path / "net.onnx")}).is_dir()  # nothing was left behind
+
+
 @pytest.mark.parametrize(
     ("models", "options", "message"),
     [
         ({}, {}, "no models"),
         ({"a b": "net.onnx"}, {}, "a b is no name"),
-        ({"a": "net.onnx"}, {"kind": "int8"}, "is fp32 and cannot be made int8"),
+        ({"a": "net.onnx"}, {"kind": "int8"}, "no int8 in a; give a model with Q/DQ nodes"),
         ({"a": "net.onnx"}, {"kind": "fp8", "target": "agx-orin"}, "no fp8"),
         ({"a": "no.onnx"}, {}, "no such file"),
+        ({"a": "net.onnx"}, {"batch": 0}, "batch: 1 or more, not 0"),
+        ({"a": "net.onnx"}, {"kind": "int4"}, "precision int4: not known; did you mean int8"),
     ],
 )
 def test_what_cannot_be_bundled_is_one_line(programs, tmp_path, monkeypatch, models, options, message):

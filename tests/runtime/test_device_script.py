@@ -135,14 +135,37 @@ def test_jetson_stats_of_version_4(script):
     rail = {"volt": 4968, "curr": 864, "avg": 4292, "power": 4292, "warn": 32768, "crit": 32768, "type": "I2C"}
     power = {"rail": {"VDD_CPU_GPU_CV": rail | {"power": 500}}, "tot": rail | {"name": "VDD_IN"}}
     temperature = {"gpu": {"temp": 42.5, "online": True}, "cv0": {"temp": -256, "online": False}}
-    gpu = {"ga10b": {"type": "integrated", "status": {"load": 61.3}, "freq": {"cur": 624750, "max": 1020000}}}
-    memory = {"RAM": {"tot": 7793000, "used": 2097152}, "EMC": {"cur": 2133000, "val": 4}}
+    unit = {"type": "integrated", "status": {"load": 61.3}, "freq": {"cur": 624750, "max": 1020000}}
+    gpu = Interface({"ga10b": unit})
+    memory = Interface({"RAM": {"tot": 7793000, "used": 2097152}, "EMC": {"cur": 2133000, "val": 4}})
     found = script.read_jtop(power, temperature, gpu, memory)
     assert found == {
         "power_mw": {"VDD_CPU_GPU_CV": 500, "VDD_IN": 4292}, "temperatures_c": {"gpu": 42.5},
         "clocks_mhz": {"gpu": 624, "memory": 2133}, "load_percent": {"gpu": 61.3}, "ram_mb": 2048,
     }  # fmt: skip
     assert script.total_power(found["power_mw"]) == 4292
+
+
+class Interface:
+    """What jetson-stats 4 has instead of a dict for `gpu` and `memory` (GenericInterface of jtop/core/common.py)."""
+
+    def __init__(self, data):
+        self._data = data
+
+    def items(self):
+        return self._data.items()
+
+
+def test_what_jetson_stats_lacks_is_left_out(script):
+    power = {"rail": {"GPU": {"volt": 4968}, "CPU": {"power": None, "cur": 12}, "CV": None}, "tot": None}
+    temperature = {"gpu": {"temp": None}, "cpu": {"online": True}, "tj": {"temp": 41.5}, "soc": None}
+    gpu = Interface({"ga10b": {"freq": {"max": 1020000}, "status": {"load": 7.5}}})
+    found = script.read_jtop(power, temperature, gpu, Interface({"EMC": {"val": 4}, "RAM": {"tot": 7}}))
+    assert found == {
+        "power_mw": {"CPU": 12}, "temperatures_c": {"tj": 41.5}, "clocks_mhz": {}, "load_percent": {"gpu": 7.5}
+    }  # fmt: skip
+    assert not any(script.read_jtop(None, None, None).values())
+    assert script.average([{"power_mw": {"GPU": None}}, found])["total_mw"] == 12
 
 
 def test_jetson_stats_of_version_3(script):
@@ -179,10 +202,7 @@ def test_the_monitor_reads_the_tool_that_is_there(script, tmp_path, monkeypatch)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monitor = script.Monitor()
     assert monitor.source == "tegrastats"
-    for _ in range(200):
-        if len(monitor.samples) > 2:
-            break
-        time.sleep(0.05)
+    wait(lambda: len(monitor.samples) > 2)
     engine = types.SimpleNamespace(modes=("stream",), time=lambda mode: time.sleep(0.01))
     found = script.watch(engine, monitor, 1.0)
     monitor.close()
@@ -192,6 +212,60 @@ def test_the_monitor_reads_the_tool_that_is_there(script, tmp_path, monkeypatch)
     assert 10 < runs <= 101
     assert monitor._process.poll() is not None
     assert monitor.since(time.monotonic() + 1) == []
+
+
+def wait(until):
+    for _ in range(200):
+        if until():
+            return
+        time.sleep(0.05)
+    raise AssertionError("waited for ten seconds")
+
+
+@pytest.mark.parametrize("fails", ["in a sample", "at the end"])
+def test_where_jtop_fails_tegrastats_goes_on(script, tmp_path, monkeypatch, fails):
+    (tmp_path / "tegrastats").write_text(f'#!/bin/sh\nwhile :; do echo "{ORIN_NANO}"; sleep 0.02; done\n')
+    (tmp_path / "tegrastats").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    class Jtop:
+        temperature = gpu = memory = None
+
+        def __init__(self, interval=1.0):
+            self.seen = 0
+
+        def ok(self):
+            self.seen += 1
+            return self.seen == 1 or fails == "in a sample"
+
+        @property
+        def power(self):
+            if self.seen > 1:
+                raise KeyError("rail")
+            return {"rail": {"CPU": {"power": 5}}}
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *error: None  # noqa: E731
+
+    monkeypatch.setitem(sys.modules, "jtop", types.SimpleNamespace(jtop=Jtop))
+    monitor = script.Monitor("jtop")
+    wait(lambda: len(monitor.samples) > 2)
+    monitor.close()
+    assert monitor.source == "tegrastats"
+    assert monitor.samples[0][1]["power_mw"] == {"CPU": 5}
+    assert script.average(monitor.since(0))["power_mw"]["VDD_IN"] == 4880
+    reason = "KeyError: 'rail'" if fails == "in a sample" else "its service ended"
+    assert monitor.notes() == [f"jtop failed ({reason})"]
+
+
+def test_a_tool_that_says_nothing_is_named(script, tmp_path, monkeypatch):
+    (tmp_path / "tegrastats").write_text("#!/bin/sh\necho 'tegrastats: permission denied'\nexit 1\n")
+    (tmp_path / "tegrastats").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monitor = script.Monitor()
+    wait(lambda: monitor._process is not None and monitor._process.poll() is not None)
+    monitor.close()
+    assert monitor.notes() == ["tegrastats gave no samples: power and clocks are not known"]
 
 
 def test_without_a_tool_nothing_is_made_up(script, monkeypatch):
@@ -219,7 +293,8 @@ def bundle(script, tmp_path, monkeypatch):
         np.savez(tmp_path / name / "reference.npz", **{"input:x": x, "output:000": factor * x})
         digest = hashlib.sha256(b"model").hexdigest()
         models[name] = {"file": f"{name}/model.onnx", "reference": f"{name}/reference.npz", "sha256": digest}
-    (tmp_path / "bundle.json").write_text(json.dumps({"precision": "fp16", "models": models}))
+    head = {"format": script.FORMAT, "precision": "fp16"}
+    (tmp_path / "bundle.json").write_text(json.dumps(head | {"models": models}))
     monkeypatch.setattr(script, "HERE", tmp_path)
     monkeypatch.setenv("PATH", "")
     return tmp_path
@@ -242,8 +317,9 @@ def test_engines_are_built_run_with_and_without_graphs_and_timed(script, classic
         assert row["layers"] == [{"name": "first", "ms": 1.0}, {"name": "second", "ms": 0.5}]
         assert row["engine"]["scratch_bytes"] == 4096
         assert row["engine"]["inspector"][0]["HasSparseWeights"] == 1
-    assert found["models"]["dense"]["parity"] == {"finite": True, "error": 0.0}
+    assert found["models"]["dense"]["parity"] == {"finite": True, "error": 0.0, "tolerance": 0.05}
     assert found["models"]["compressed"]["parity"]["error"] == pytest.approx(0.2)
+    assert found["notes"][0] == "compressed: outputs that differ from the reference by 2.0e-01, more than 0.05"
     assert found["ratios"]["compressed"]["graph"]["median"] == 1.0
     assert cudart.launched > 34
     assert "not known" in found["notes"][-1]
@@ -276,15 +352,134 @@ def test_failures_are_one_line(script, classic, bundle, capsys):
 
 def test_no_library_is_one_line(script, monkeypatch, capsys):
     monkeypatch.setattr(script, "LIBRARIES", ("no_such_library",))
-    with pytest.raises(script.Failure, match="none of no_such_library not found here"):
+    with pytest.raises(script.Failure, match="none of no_such_library can run here"):
         script.library("auto")
 
 
+def test_the_library_is_the_bundles_if_it_can_run(script, classic, cudart, monkeypatch):
+    assert script.library("auto") == "tensorrt"
+    assert script.library("auto", "onnxruntime") == "onnxruntime"
+    cudart.count = 0
+    assert script.library("auto", "tensorrt") == "onnxruntime"  # TensorRT is installed, and there is no GPU
+    assert script.library("tensorrt", "onnxruntime") == "tensorrt"  # what is asked for is tried
+
+
+def edit(bundle, change):
+    about = json.loads((bundle / "bundle.json").read_text())
+    change(about)
+    (bundle / "bundle.json").write_text(json.dumps(about))
+
+
+QUICKLY = ("--rounds", "1", "--power-seconds", "0.01")
+
+
+def test_each_model_is_built_as_it_is(script, classic, bundle, capsys):
+    """An engine of TensorRT 8 is only as precise, and any engine only as sparse, as it is allowed to be."""
+
+    def change(about):
+        about |= {"engine": "tensorrt", "target": "agx-orin"}
+        about["models"]["dense"] |= {"precision": "fp32"}
+        about["models"]["compressed"] |= {"precision": "int8", "sparse": True, "note": "as it came"}
+
+    edit(bundle, change)
+    assert script.main(["--out", str(bundle / "r.json"), *QUICKLY]) == 0
+    found = json.loads((bundle / "r.json").read_text())
+    weak = classic.module.__version__.startswith("8")
+    assert found["models"]["dense"]["engine"]["flags"] == []
+    assert found["models"]["compressed"]["engine"]["flags"] == ["SPARSE_WEIGHTS", *(["FP16", "INT8"] if weak else [])]
+    assert "compressed: kernels for 2:4 sparse weights are allowed" in capsys.readouterr().out
+    assert found["notes"][0] == "compressed: as it came"
+    assert [row["parity"]["tolerance"] for row in found["models"].values()] == [1e-3, 0.3]
+
+
+def test_another_library_than_the_targets_is_noted(script, classic, bundle):
+    edit(bundle, lambda about: about.update(engine="tensorrt_rtx", target="rtx-sm86"))
+    assert script.main(["--out", str(bundle / "r.json"), *QUICKLY, "--engine", "tensorrt", "--quiet"]) == 0
+    found = json.loads((bundle / "r.json").read_text())
+    assert found["notes"][0] == "measured with tensorrt; the target rtx-sm86 runs tensorrt_rtx"
+
+
+@pytest.mark.parametrize("factor", [np.nan, 10])
+def test_wrong_outputs_are_no_clean_speedup(script, classic, bundle, capsys, factor):
+    classic.factor = factor
+    assert script.main(["--out", str(bundle / "r.json"), *QUICKLY, "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "times faster; no figure to rely on, the outputs of dense and compressed are wrong" in out
+    assert "note: dense: outputs that " in out
+
+
+@pytest.mark.parametrize("option", ["--seconds", "--power-seconds"])
+def test_without_time_there_is_one_round(script, classic, bundle, option):
+    assert script.main(["--out", str(bundle / "r.json"), *QUICKLY, option, "0", "--quiet"]) == 0
+    found = json.loads((bundle / "r.json").read_text())
+    assert found["models"]["dense"]["latency"]["graph"]["runs"] == 17
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--seconds", "-1"), ("--seconds", "nan"), ("--rounds", "0"), ("--power-seconds", "-1"), ("--dla", "-1")]
+)
+def test_wrong_options_are_one_line(script, bundle, capsys, wrong):
+    with pytest.raises(SystemExit) as stop:
+        script.main(list(wrong))
+    assert stop.value.code == 2
+    assert "a number of at least" in capsys.readouterr().err.splitlines()[-1]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: cut(b / "bundle.json"), "bundle.json: damaged (JSONDecodeError: "),
+        (lambda b: (b / "bundle.json").unlink(), "bundle.json: No such file"),
+        (
+            lambda b: edit(b, lambda about: about.update(format="graphcomb-bench/0")),
+            "of format graphcomb-bench/0, this",
+        ),
+        (lambda b: edit(b, lambda about: about.pop("format")), "bundle.json: damaged (KeyError: 'format')"),
+        (lambda b: edit(b, lambda about: about.update(models={})), "bundle.json: damaged (ValueError: no models)"),
+        (lambda b: edit(b, lambda about: about.update(precision="fp3")), "bundle.json: damaged (KeyError: 'fp3')"),
+        (lambda b: edit(b, lambda about: about["models"]["dense"].pop("file")), "damaged (KeyError: 'file')"),
+        (lambda b: cut(b / "dense" / "reference.npz"), "reference.npz: damaged (BadZipFile: "),
+        (lambda b: np.savez(b / "dense" / "reference.npz", y=1), "model.onnx: takes x, and the reference has ;"),
+        (lambda b: (b / "dense" / "weights").write_bytes(b"y"), "weights: not the file that was bundled"),
+        (lambda b: (b / "dense" / "weights").unlink(), "weights: No such file"),
+    ],
+)
+@pytest.mark.parametrize("classic", ["10.3.0"], indirect=True)
+def test_a_damaged_bundle_is_one_line(script, classic, bundle, capsys, damage, message):
+    (bundle / "dense" / "weights").write_bytes(b"x")
+    data = {"dense/weights": hashlib.sha256(b"x").hexdigest()}
+    edit(bundle, lambda about: about["models"]["dense"].update(data=data))
+    damage(bundle)
+    assert script.main(["--out", str(bundle / "r.json"), "--quiet"]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("classic", ["10.3.0"], indirect=True)
+def test_outputs_are_compared_by_name(script, classic, bundle, monkeypatch):
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    outputs = {"second": 3 * x, "first": 2 * x}
+    monkeypatch.setattr(script.TensorRT, "outputs", lambda engine: outputs)
+    for name in ("dense", "compressed"):
+        arrays = {"input:x": x, "output:000": 2 * x, "output:001": 3 * x}
+        np.savez(bundle / name / "reference.npz", **arrays)
+    edit(bundle, lambda about: about["models"]["dense"].update(outputs=["first", "second"]))
+    assert script.main(["--out", str(bundle / "r.json"), *QUICKLY, "--quiet"]) == 0
+    found = json.loads((bundle / "r.json").read_text())["models"]
+    assert found["dense"]["parity"]["error"] == 0
+    assert found["compressed"]["parity"]["error"] > 0  # no names: by position
+
+
 def test_outputs_of_other_shapes_are_no_parity(script):
-    found = script.check([np.zeros((2, 3), np.float32)], [np.zeros((3, 2), np.float32)])
+    found = script.check([np.zeros((2, 3), np.float32)], [np.zeros((3, 2), np.float32)], 1e-3)
     assert found["error"] is None
-    assert found["note"] == "shapes [[2, 3]] instead of [[3, 2]]"
-    assert script.check([np.array([1.0, np.nan], np.float32)], [np.ones(2, np.float32)])["finite"] is False
+    assert found["note"] == "outputs of shapes [[2, 3]] instead of [[3, 2]]"
+    assert script.check([np.array([1.0, np.nan], np.float32)], [np.ones(2, np.float32)], 1.0)["finite"] is False
 
 
 def test_models_take_turns(script):
