@@ -244,6 +244,8 @@ def sweep(
     w = weights.to(upper).clone()
     dead = torch.zeros_like(weights, dtype=torch.bool) if alive is None else ~alive
     mask = dead.clone()
+    if pattern is not None:
+        width = max(width - width % pattern[1], pattern[1])  # no group in two blocks
     diagonal = upper.diagonal()
     for start in range(0, w.shape[1], width):
         stop = min(start + width, w.shape[1])

@@ -13,13 +13,13 @@ from typing import Any, Literal
 from accelerate.utils import broadcast
 from torch import Tensor, fx
 
-from ..graph.errors import BadInput
+from ..graph.errors import BadInput, Refused
 from ..graph.ops import fetch
 from ..graph.program import Program, load
 from .base import Context, Pass, PassResult, check_field
 from .cap import Pattern
 from .distill import Distill
-from .masks import read_pattern, sparse_weights
+from .masks import legal, read_pattern, sparse_weights
 from .permute import permuted
 from .solver import Method, Solver
 from .statistics import Gradients, Layer, check_again, layers
@@ -146,8 +146,15 @@ class Sparsify(Pass):
             new = self._gradual(new, names, context, stages)
         elif names:
             stages.append(self._prune(new, names, self.sparsity, context))
+        if self.pattern:
+            self._prove(new, names, self.pattern)
         record = {"refused": refused, "stages": stages, "permuted": moved}
         return PassResult(new, record | self._report(new, names, context))
+
+    def _prove(self, program: Program, names: list[str], pattern: str) -> None:
+        for name in names:
+            if not legal(fetch(program.module(), name), pattern):
+                raise Refused(f"Sparsify: {self.method} left {name} without the pattern {pattern}; this is a bug")
 
     # -------------------------------------------------------------------------------------------------- which layers
     def choose(self, program: Program, context: Context) -> tuple[list[str], list[dict[str, str]]]:

@@ -246,6 +246,15 @@ def test_the_column_sweep_is_obs_restricted_to_the_columns_to_the_right(pattern,
     assert cap.loss(swept - weights, many).sum() < cap.loss(dropped - weights, many).sum()
 
 
+@pytest.mark.parametrize(("pattern", "width"), [((1, 3), 8), ((2, 5), 8), ((3, 6), 8), ((2, 4), 3)])
+def test_blocks_of_columns_of_the_sweep_cut_no_group(pattern, width):
+    size = 6 * pattern[1]
+    weights, _, matrix = problem(1, size, 2 * size)
+    swept, mask = cap.sweep(weights.expand(3, size), matrix[0], 0.0, pattern, None, width)
+    assert (mask.view(3, -1, pattern[1]).sum(2) == pattern[1] - pattern[0]).all()
+    assert torch.equal(mask, swept == 0)
+
+
 def test_the_column_sweep_keeps_earlier_zeros():
     weights, _, matrix = problem(1, 8, 30)
     rows = weights.expand(4, 8).clone()

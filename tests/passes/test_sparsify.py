@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import graphcomb.graph as g
 from graphcomb.data import digits
-from graphcomb.graph.errors import BadInput
+from graphcomb.graph.errors import BadInput, Refused
 from graphcomb.passes import Distill, Sparsify, cap, masks
 from graphcomb.passes.base import Context
 from graphcomb.passes.statistics import Gradients, input_moments, layers
@@ -129,6 +129,24 @@ def test_groups_of_four_run_along_the_input_channels():
         weight = weights(result.program)["1.weight"]
         assert (weight.view(8, 2, 4, 3, 4) == 0).sum(2).eq(2).all()
         assert not (weight == 0).view(8, 8, 3, 4).sum(3).eq(2).all(), "not along the kernel width"
+
+
+@pytest.mark.parametrize("pattern", ["1:3", "3:6", "2:5"])
+@pytest.mark.parametrize("method", METHODS)
+def test_patterns_that_do_not_divide_a_block_of_columns(method, pattern):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 150), nn.ReLU(), nn.Linear(150, 4), nn.ReLU(), nn.Linear(4, 2))
+    program = g.capture(net, torch.randn(2, 3), dynamic_shapes="batch")
+    data = [(torch.randn(8, 3), torch.randint(2, (8,)))]
+    result = Sparsify(pattern=pattern, method=method, include="2.*", block=30, gradients=8)(program, data=data)
+    n, m = masks.read_pattern(pattern)
+    assert ((weights(result.program)["2.weight"] == 0).view(4, -1, m).sum(2) == m - n).all()
+
+
+def test_a_method_that_misses_the_pattern_is_found_out(program, monkeypatch):
+    monkeypatch.setattr(cap, "lowest_of_groups", lambda scores, pattern: torch.zeros_like(scores, dtype=torch.bool))
+    with pytest.raises(Refused, match=r"magnitude left conv\.weight without the pattern 2:4; this is a bug"):
+        Sparsify(pattern="2:4", where="all", method="magnitude")(program)
 
 
 def test_recomputations_go_in_equal_steps_and_keep_earlier_zeros(program):
