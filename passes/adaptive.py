@@ -26,10 +26,11 @@ from ..graph.ops import fetch
 from ..graph.program import Program, TrainableModule, copy_tensor, like, rebuild
 from ..graph.surgery import Removed, kept_indices, resized
 from .base import Context
+from .batches import split_batch
 from .distill import Distill, block_outputs
 from .importance import IMPORTANCES, TRANSFORMS, Members, Scores, relative_norms
 from .selection import lowest_removed
-from .training import Callback, Kept, Surgery, averaged, gathered, taken
+from .training import Callback, Kept, Surgery, averaged, gathered, seeded, taken
 
 SILENT = {"taylor": 1e-6, "fisher": 1e-12}  # scores that are rounding
 
@@ -79,6 +80,7 @@ class Pruner(Callback):
     events: dict[int, float]
     context: Context
     identity: Any
+    labels: bool = True
     masks: dict[Factor, np.ndarray] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
 
@@ -100,7 +102,15 @@ class Pruner(Callback):
     def begin(self, module: TrainableModule) -> Surgery | None:
         if 0 not in self.events:
             return None
+        if self.importance in TRANSFORMS and not self._labelled():
+            return self._event(0, module, relative_norms(self.comb, self.groups, module, {}))
         return self._event(0, module, IMPORTANCES[self.importance](self.comb, self.groups, self.context))
+
+    def _labelled(self) -> bool:
+        """Whether there are labels to take gradients of before the first step; the data's order does not notice."""
+        with seeded(self.context.seed):
+            first = next(iter(self.context.data or ()), None)
+        return self.labels and first is not None and split_batch(first)[2] is not None
 
     def after_backward(self, step: int, module: TrainableModule) -> None:
         if self.importance not in TRANSFORMS or step >= max(self.events):
@@ -198,7 +208,7 @@ class Pruner(Callback):
     # ----------------------------------------------------------------------------------------------------------- results
     def train(self, distill: Distill) -> tuple[Program, dict[str, Any]]:
         """Prune while training; the smaller program and the record."""
-        student = self.comb.program.copy()
+        student, self.labels = self.comb.program.copy(), distill.labels
         training = distill.train(student, self.context, [self])
         if len(self.log) < len(self.events):
             raise BadInput(

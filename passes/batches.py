@@ -101,6 +101,15 @@ class Feed:
                 batch = _pad(batch, self.static)
             yield batch
 
+    def leaves(self, data: Iterable[Any]) -> bool:
+        """Whether an epoch ends with a batch that is too short for a static program, as far as it can be told before."""
+        if self.static is None:
+            return False
+        if isinstance(data, (list, tuple)):
+            return bool(data) and self.fit(data[-1]).size < self.static
+        size, count = getattr(data, "batch_size", None), length(getattr(data, "dataset", None))  # type: ignore[arg-type]
+        return bool(size and count and not getattr(data, "drop_last", False) and count % size)
+
     def fit(self, raw: Any) -> Batch:
         """One batch in the program's own argument order, checked; only a batch that is too short for it passes."""
         args, kwargs, labels = split_batch(raw)

@@ -159,24 +159,23 @@ def random(comb: Comb, groups: list[Group], context: Context) -> Scores:
 
 
 def _from_gradients(comb: Comb, groups: list[Group], context: Context, transform: Callable[..., np.ndarray]) -> Scores:
-    from .batches import split_batch
+    from .batches import Feed
     from .training import task_loss
 
     if context.data is None:
         raise BadInput("importance from gradients needs data: give data= (batches of inputs and labels)")
     module = comb.program.copy().module()
-    module.eval()
+    module.eval().requires_grad_()  # what is frozen for training matters all the same
     members = Members(comb, (g.atom for g in groups))
     sums: dict[Factor, np.ndarray] = {g.atom: np.zeros(g.size) for g in groups}
     count = 0
-    for batch in context.data:
-        args, kwargs, labels = split_batch(batch)
-        if labels is None:
+    for batch in Feed(comb.program).batches(context.data):
+        if batch.labels is None:
             raise BadInput(
                 "importance from gradients needs labels, and the data yields none; use importance: magnitude"
             )
         module.zero_grad(set_to_none=True)
-        loss = task_loss(context.loss, module(*args, **kwargs), labels)
+        loss = task_loss(context.loss, module(*batch.args, **batch.kwargs), batch.labels)
         if not torch.isfinite(loss):
             raise BadInput(f"importance: the loss of batch {count} is {float(loss)}; check the data and the model")
         loss.backward()

@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch.utils import _pytree as pytree
@@ -36,7 +35,7 @@ from .training import (
     SCHEDULES,
     Callback,
     accelerator,
-    averaged,
+    agreed,
     bar,
     evaluate,
     fingerprint,
@@ -165,9 +164,7 @@ class PruneDepth(Pass):
             dense, saves = float(program.macs), [float(b.saves or 0) for b in blocks]
             goal, name, form = (self.macs * dense if self.macs <= 1 else self.macs), "macs", "{:,.0f}"
         else:
-            seconds = _Predictor(context, Fuse()(program).program)
-            pruned = (relax(program, [b], settled=True, tail=self.tail, fitted=self.fitted) for b in blocks)
-            dense, *left = averaged(np.array([seconds(Fuse()(p).program) for p in (program, *pruned)])).tolist()
+            dense, *left = agreed(lambda: self._seconds(program, blocks, context))
             saves = [dense - each for each in left]
             goal, name, form = allowed_seconds(self.latency, dense, "PruneDepth"), "latency", "{:.3g} s"
         least = dense - sum(s for s in saves if s > 0)
@@ -178,6 +175,13 @@ class PruneDepth(Pass):
                 f"{len(blocks)} prunable blocks"
             )
         return Budget(saves, dense - goal)
+
+    def _seconds(self, program: Program, blocks: Sequence[Block], context: Context) -> list[float]:
+        """What a run takes: dense, and without each of the blocks."""
+        pruned = (relax(program, [b], settled=True, tail=self.tail, fitted=self.fitted) for b in blocks)
+        dense = Fuse()(program).program
+        seconds = _Predictor(context, dense)
+        return [seconds(p) for p in (dense, *(Fuse()(p).program for p in pruned))]
 
     def supernet(
         self, program: Program, blocks: Sequence[Block], context: Context, draw: Callable[[random.Random], Bits]

@@ -17,12 +17,13 @@ from ..graph.surgery import remove
 from ..graph.verify import TOLERANCE, check
 from .adaptive import Pruner, event_steps, removed_values
 from .base import Context, Pass, PassResult, check_field
+from .batches import Feed
 from .distill import Distill, block_outputs
-from .importance import IMPORTANCES, Scores
+from .importance import IMPORTANCES, TRANSFORMS, Scores
 from .knapsack import Predictor, allowed_seconds, knapsack, needed_latency
 from .legalise import Costs, mac_terms, movable, parameter_terms
 from .selection import Selection, lowest_removed, planned_sizes
-from .training import total_steps
+from .training import agreed, averaged, total_steps
 
 DEFAULT_ALIGNMENT = 8  # fp16 tensor cores; what a target says goes before it
 
@@ -105,11 +106,23 @@ class RemoveChannels(Pass):
         comb = Comb(program)
         free = movable(comb, self.kinds, self.include, self.exclude)
         planned, step = planned_sizes(comb, context.plan), self.alignment(context)
-        predictor = self._predictor(comb, free, context)
+        silent = self._without_gradients(comb, free)
+        free = [g for g in free if g.name not in silent]
         atoms = {g.atom for g in free}
         groups = [g for g in comb.groups if g.atom in atoms or g.name in planned]
+        places = {g.atom: i for i, g in enumerate(comb.groups)}
+        predictor: Predictor | None = None
+
+        def predict() -> list[Any]:
+            nonlocal predictor
+            predictor = self._predictor(comb, free, context)
+            return [str(predictor.latency), predictor.total({})] if predictor else []
 
         def choose(sizes: dict[Factor, int], scores: Scores, share: float) -> dict[Factor, int]:
+            found = agreed(lambda: {places[atom]: n for atom, n in select(sizes, scores, share).items()})
+            return {comb.groups[i].atom: n for i, n in found.items()}
+
+        def select(sizes: dict[Factor, int], scores: Scores, share: float) -> dict[Factor, int]:
             selection = Selection(comb, free, step, self.min_channels, sizes)
             for group in groups:
                 if group.name in planned:
@@ -118,24 +131,28 @@ class RemoveChannels(Pass):
             return selection.sizes
 
         training: dict[str, Any] = {}
-        masked = None
+        masked, predicted = None, agreed(predict)  # only the main process measures
         if self.train is None:
-            scores = self._score(comb, groups, context)
+            scores = {atom: averaged(own) for atom, own in self._score(comb, groups, context).items()}
             sizes = choose({}, scores, 1.0)
             masks = {g.atom: lowest_removed(scores[g.atom], sizes.get(g.atom, g.size)) for g in groups}
             smaller, removed = remove(comb, masks)
         else:
             choose({}, {g.atom: np.ones(g.size) for g in groups}, 1.0)  # a target out of reach is said before training
-            total = total_steps(self.train, context.data or (), "RemoveChannels.train")
+            total = total_steps(self.train, context.data or (), "RemoveChannels.train", Feed(program))
             events = event_steps(self.schedule, total, self.interval, self.rounds, self.prune_share)
-            identity = [self.options(), step, planned]
+            identity = [self.options(), step, planned, predicted]
             pruner = Pruner(comb, groups, choose, str(self.importance), events, context, identity)
             smaller, training = pruner.train(self.train)
             masks, removed, masked = pruner.masks, pruner.removed(), pruner.masked(smaller.module())
         masks = {atom: mask for atom, mask in masks.items() if not mask.all()}
         sizes = {atom: int(mask.sum()) for atom, mask in masks.items()}
         smaller.known_cost = comb.cost(sizes)
-        frozen = [{"what": g.name, "kind": g.kind, "size": g.size, "why": g.frozen} for g in comb.groups if g.frozen]
+        frozen = [
+            {"what": g.name, "kind": g.kind, "size": g.size, "why": g.frozen or silent[g.name]}
+            for g in comb.groups
+            if g.frozen or g.name in silent
+        ]
         record = training | {
             "changed": [
                 {"what": g.name, "kind": g.kind, "before": g.size, "after": sizes[g.atom]}
@@ -149,8 +166,8 @@ class RemoveChannels(Pass):
             "removed": removed,
             "features": removed_values(comb, masks, block_outputs(program)),
         }
-        if predictor is not None:
-            record["latency"] = predictor.record(sizes)
+        if predicted:
+            record["latency"] = agreed(lambda: predictor.record(sizes) if predictor else None)
         result = PassResult(smaller, record, removed, masked)
         if masked is not None and removed:
             record["verified"] = self._proven(program, result, context)
@@ -164,6 +181,15 @@ class RemoveChannels(Pass):
             why = verdict.disagreements[0] if verdict.disagreements else "nothing the oracle sees has changed"
             raise GraphcombError(f"RemoveChannels: the result is not the masked network ({why}); a bug of graphcomb")
         return {"oracle": "absence oracle", "error": verdict.error, "tolerance": TOLERANCE}
+
+    def _without_gradients(self, comb: Comb, groups: list[Group]) -> dict[str, str]:
+        """Groups that training gives no scores, by name: all of their parameters are frozen. As they would score 0, they
+        would be the first to go."""
+        if self.train is None or self.importance not in TRANSFORMS:
+            return {}
+        trained = {name for name, p in comb.module.named_parameters(remove_duplicate=False) if p.requires_grad}
+        why = "its parameters are frozen (requires_grad is False), so training gives it no score"
+        return {g.name: why for g in groups if not any(name in trained for name, _ in g.members)}
 
     def _score(self, comb: Comb, groups: list[Group], context: Context) -> Scores:
         """How much each index of each group matters."""

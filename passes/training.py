@@ -21,7 +21,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather_object, reduce, send_to_device, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+    reduce,
+    send_to_device,
+    set_seed,
+)
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -350,6 +358,23 @@ def gathered(value: Any) -> list[Any]:
     return gather_object([value])
 
 
+def agreed(make: Callable[[], Any]) -> Any:
+    """What the main process makes, or its error, in every process: for what depends on measurements. It must pickle."""
+    acc = accelerator()
+    if acc.num_processes == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if acc.is_main_process:
+        try:
+            box[0] = make()
+        except GraphcombError as error:
+            box[1] = error
+    broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
 def _cut(outputs: Any, size: int) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t[:size] if t.dim() else t, outputs)
 
@@ -406,15 +431,15 @@ def fit(
             raise
 
 
-def total_steps(training: Training, data: Iterable[Any], name: str) -> int:
-    """How many batches each process trains on."""
+def total_steps(training: Training, data: Iterable[Any], name: str, feed: Feed | None = None) -> int:
+    """How many batches each process takes, or with the program's feed trains on: those that its fixed size can take."""
     if training.steps is not None:
         return training.steps
     acc = accelerator()
     per_epoch = length(shard(data, acc.process_index, acc.num_processes))
     if per_epoch is None:
         raise BadInput(f"{name}.steps: give the number of steps, the data has no length to count epochs by")
-    return training.epochs * per_epoch
+    return training.epochs * (per_epoch - (feed is not None and feed.leaves(data)))
 
 
 def task_loss(loss: Callable[..., Any] | None, outputs: Any, labels: Any) -> torch.Tensor:
@@ -462,6 +487,13 @@ class _Loop:
         self.outputs, self.callbacks, self.acc, self.checkpoint = outputs, callbacks, acc, checkpoint
         self.data = shard(context.data or (), acc.process_index, acc.num_processes)
         self.per_epoch = length(self.data)
+        if acc.num_processes > 1 and self.feed.leaves(context.data or ()):
+            raise BadInput(
+                f"data: the last batch is short, the program is fixed to {self.feed.static} samples, and so only some "
+                "processes would take a step; set drop_last=True"
+            )
+        if not any(p.requires_grad for p in self.module.parameters()):
+            raise BadInput(f"{name}: nothing to train, all parameters are frozen (requires_grad is False)")
         if self.per_epoch == 0:
             raise BadInput("data: holds no batch (or fewer batches than there are processes)")
         self.total = total_steps(training, context.data or (), name)
@@ -584,8 +616,7 @@ class _Loop:
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
             loss, parts = self.objective(self.model(*args, **kwargs), batch)
         values = torch.stack([v.detach().float() for v in (loss, *parts.values())]).tolist()
-        if not math.isfinite(values[0]):
-            raise BadInput(self._diagnosis(batch, values[0], rate))
+        self._require_finite(batch, values[0], rate)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         for callback in self.callbacks:
@@ -609,6 +640,14 @@ class _Loop:
         if (self.step + 1) % every == 0:
             self.curve.append([self.step + 1, self.recent / every])
             self.recent = 0.0
+
+    def _require_finite(self, batch: Batch, value: float, rate: float) -> None:
+        """Raise BadInput, in every process, when a loss is not finite in one of them."""
+        why = None if math.isfinite(value) else self._diagnosis(batch, value, rate)
+        if self.acc.num_processes > 1 and _reduced([float(why is not None)], "sum", self.acc)[0]:
+            why = next(text for text in gathered(why) if text)
+        if why:
+            raise BadInput(why)
 
     def _diagnosis(self, batch: Batch, value: float, rate: float) -> str:
         where = f"{self.name}: the loss is {value} at step {self.step + 1} (epoch {self.epoch + 1})"

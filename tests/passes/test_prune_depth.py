@@ -145,7 +145,7 @@ class PerMac:
 def test_a_budget_of_predicted_latency(program):
     options = PruneDepth(latency=0.85, select="random", **{**QUICK, "train": Distill(steps=2)})
     result = options(program, data=digits(slice(None, 1200)), latency=PerMac())
-    seconds = [module._Predictor(Context(latency=PerMac()))(p) for p in (Fuse()(program).program, result.program)]
+    seconds = [module._Predictor(Context(latency=PerMac()), p)(p) for p in (Fuse()(program).program, result.program)]
     assert seconds[1] <= 0.85 * seconds[0]
     with pytest.raises(BadInput, match="nothing predicts latencies"):
         options(program, data=digits(slice(None, 64)))

@@ -1,0 +1,161 @@
+"""Two gloo processes that see different things (latencies, orders of the data, losses, batch sizes) still do the same."""
+
+import os
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import nn
+
+from graphcomb import capture
+from graphcomb.graph.errors import BadInput, GraphcombError
+from graphcomb.passes import Distill, RemoveChannels
+
+
+class Skewed:
+    """Latencies that differ from process to process, as measured ones do."""
+
+    per_run = 0.0
+
+    def __init__(self, power):
+        self.power = power
+
+    def __str__(self):
+        return "skewed"
+
+    def prepare(self, layers, progress=False):
+        pass
+
+    def seconds(self, layer):
+        return float(layer.macs()) ** self.power
+
+
+class Busy(Skewed):
+    """Cannot measure, on one process only."""
+
+    def prepare(self, layers, progress=False):
+        if self.power != 1:
+            raise GraphcombError("the machine is too busy")
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+
+
+def batches(sizes, seed):
+    draw = torch.Generator().manual_seed(seed)
+    return [(torch.randn(n, 1, 10, 10, generator=draw), torch.randint(3, (n,), generator=draw)) for n in sizes]
+
+
+def scenarios(rank):
+    """By name what every process does; the result, or the error."""
+    program = capture(network(), torch.randn(2, 1, 10, 10), dynamic_shapes="batch")
+    fixed = capture(network(), torch.randn(2, 1, 10, 10))
+    train = Distill(epochs=1, lr=1e-3)
+    at_once, slowly = (RemoveChannels(latency=0.5, round_to=1, train=t, interval=2) for t in (None, train))
+    same, own = batches([4] * 8, 0), batches([4] * 8, rank)
+    power = 1.0 if rank == 0 else 1.7
+
+    def nan_on_one(outputs, labels):
+        loss = nn.functional.cross_entropy(outputs, labels)
+        return loss * float("nan") if rank == 1 else loss
+
+    yield "latency", lambda: at_once(program, latency=Skewed(power)).removed
+    yield "latency while training", lambda: slowly(program, data=same, latency=Skewed(power)).removed
+    yield "busy", lambda: at_once(program, latency=Busy(2.0 if rank == 0 else 1.0)).removed
+    fisher = RemoveChannels(macs=0.5, importance="fisher", round_to=1)
+    yield "order", lambda: fisher(program, data=own).removed
+    yield "nan", lambda: train(program, data=same, loss=nan_on_one)
+    yield "short", lambda: train(fixed, data=batches([2, 2, 2, 1], 0))
+    yield "whole", lambda: slowly(fixed, data=batches([2, 2, 2, 2], 0), latency=Skewed(power)).removed
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo needs the loopback of Linux or macOS")
+def test_processes_agree(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }  # fmt: skip
+    running = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(tmp_path)], env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    ended = [(p.communicate(timeout=200)[1], p.returncode) for p in running]
+    assert [code for _, code in ended] == [0, 0], ended
+    first, second = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    assert first == second
+    for name in ("latency", "latency while training", "order", "whole"):
+        assert first[name], name
+        assert not isinstance(first[name], str), first[name]
+    assert first["busy"] == "GraphcombError: the machine is too busy"
+    assert "the loss is nan" in first["nan"]
+    assert "drop_last=True" in first["short"]
+
+
+def test_a_short_last_batch_is_told_from_a_whole_one():
+    fixed = capture(network(), torch.randn(2, 1, 10, 10))
+    train = Distill(epochs=2, lr=1e-3)
+    pass_ = RemoveChannels(macs=0.6, round_to=1, train=train, interval=1, prune_share=1.0)
+    result = pass_(fixed, data=batches([2, 2, 2, 1], 0))  # the last event is due at the last step there is
+    assert result.program.macs <= 0.6 * fixed.macs
+    assert result.record["steps"] == 6
+
+
+def test_frozen_parameters_are_not_taken_for_unimportant_ones():
+    model = network()
+    program = capture(model, torch.randn(2, 1, 10, 10), dynamic_shapes="batch")
+    for name, p in program.module().named_parameters():
+        p.requires_grad_(not name.startswith(("0.", "2.")))
+    data = batches([4] * 6, 0)
+    result = RemoveChannels(macs=0.7, round_to=1, train=Distill(epochs=1), interval=1)(program, data=data)
+    assert "0.weight" not in result.removed
+    refused = {row["what"]: row["why"] for row in result.record["refused"]}
+    assert "requires_grad" in refused["0.weight:0"]
+    at_once = RemoveChannels(macs=0.5, importance="taylor", scope="global", round_to=1)
+    program.module().requires_grad_(False)
+    assert at_once(program, data=data).program.macs <= 0.5 * program.macs
+    with pytest.raises(BadInput, match="nothing to train"):
+        Distill(epochs=1)(program, data=data)
+
+
+def test_one_shot_without_labels_looks_at_the_weights():
+    program = capture(network(), torch.randn(2, 1, 10, 10), dynamic_shapes="batch")
+    unlabelled = [x for x, _ in batches([4] * 6, 0)]
+    pass_ = RemoveChannels(macs=0.5, schedule="one-shot", round_to=1, train=Distill(epochs=1))
+    result = pass_(program, data=unlabelled, teacher=program)
+    by_weights = RemoveChannels(macs=0.5, importance="magnitude", scope="global", round_to=1)(program)
+    assert result.program.macs <= 0.5 * program.macs
+    assert result.removed.keys() == by_weights.removed.keys()
+
+
+def test_gradients_are_taken_of_batches_that_fit_a_fixed_program():
+    fixed = capture(network(), torch.randn(2, 1, 10, 10))
+    pass_ = RemoveChannels(macs=0.5, importance="fisher", round_to=1)
+    assert pass_(fixed, data=batches([2, 2, 1], 0)).removed == pass_(fixed, data=batches([2, 2], 0)).removed
+    with pytest.raises(BadInput, match="no input .nothing. in the program"):
+        pass_(fixed, data=[{"nothing": torch.zeros(2), "labels": torch.zeros(2)}])
+
+
+if __name__ == "__main__":
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    found = {}
+    for name, act in scenarios(rank):
+        try:
+            found[name] = act()
+        except GraphcombError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    torch.save(found, f"{sys.argv[1]}/{rank}.pt")
