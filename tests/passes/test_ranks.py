@@ -145,7 +145,7 @@ def test_gradients_are_taken_of_batches_that_fit_a_fixed_program():
     fixed = capture(network(), torch.randn(2, 1, 10, 10))
     pass_ = RemoveChannels(macs=0.5, importance="fisher", round_to=1)
     assert pass_(fixed, data=batches([2, 2, 1], 0)).removed == pass_(fixed, data=batches([2, 2], 0)).removed
-    with pytest.raises(BadInput, match="no input .nothing. in the program"):
+    with pytest.raises(BadInput, match=r"no input .nothing. in the program"):
         pass_(fixed, data=[{"nothing": torch.zeros(2), "labels": torch.zeros(2)}])
 
 
