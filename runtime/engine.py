@@ -197,8 +197,8 @@ def build_engine(
 
     out: the engine file; by default next to the ONNX file with the target in its name (on "cpu" nothing is written and
     the ONNX file itself is the engine). backend: by default the target's own. options: the backend's, for TensorRT
-    among others the `batch` range of a dynamic model. Raises BadInput for a damaged file, an unknown target or option,
-    MissingBackend when the target's library is not installed.
+    among others the `batch` range of a dynamic model. Raises BadInput for a damaged file, a precision that the target's
+    GPU lacks, an unknown target or option, MissingBackend when the target's library is not installed.
     """
     device = target if isinstance(target, Target) else get_target(target)
     path = Path(onnx_path)
@@ -207,6 +207,10 @@ def build_engine(
     model = None
     if BACKENDS[name].source == ".onnx":
         model = check_model(path)
+        kind = precision(model)
+        if device.compute_capability and kind not in device.dtypes:
+            has = ", ".join(device.dtypes)
+            raise BadInput(f"{path}: target {device.name} does not compute in {kind}; export it in one of {has}")
     elif path.suffix != BACKENDS[name].source:
         raise BadInput(f"{path}: {name} builds from a saved program ({BACKENDS[name].source})")
     _check_options(module.build, options, name)

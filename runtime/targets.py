@@ -92,7 +92,7 @@ class Target:
             return CPU_OPSET
         if self.backend == "tensorrt_rtx":
             return OPSETS[11, 4]
-        return min(max(o for since, o in OPSETS.items() if since <= v) for v in self.tensorrt.values())
+        return min(map(parsed_opset, self.tensorrt.values()))
 
     @property
     def sm(self) -> str | None:
@@ -198,6 +198,11 @@ TARGETS: Mapping[str, Target] = {
         ),
     )
 }
+
+
+def parsed_opset(version: tuple[int, ...]) -> int:
+    """The highest ONNX opset that this version of TensorRT parses."""
+    return max((opset for since, opset in OPSETS.items() if since <= version), default=min(OPSETS.values()))
 
 
 def canonical(capability: tuple[int, int]) -> tuple[int, int]:

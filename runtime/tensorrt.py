@@ -32,7 +32,7 @@ from ..graph.errors import BadInput, MissingBackend, Refused
 from .build_log import Pad, Unfused, parse_build_log
 from .cuda import Cuda, CudaError, NoCuda
 from .engine import BACKENDS, EngineReport, HostEngine, TensorSpec, UnparsedOp, precision, replacing
-from .targets import TARGETS, Target, canonical, nearest
+from .targets import TARGETS, Target, canonical, nearest, parsed_opset
 
 if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT, whose interface both packages have
     import tensorrt as types
@@ -98,9 +98,11 @@ def build(
     MissingBackend without the library.
     """
     out = out or model.with_suffix(BACKENDS[backend].suffixes[0])
-    kind = precision(onnx.load(str(model), load_external_data=False))
+    graph = onnx.load(str(model), load_external_data=False)
+    kind = precision(graph)
     start = time.perf_counter()
     work = _Build(backend, target)
+    work.check_opset(model, graph)
     work.parse(model)
     work.aim()
     work.allow(kind)
@@ -411,6 +413,14 @@ class _Build:
         self.network: types.INetworkDefinition = self.builder.create_network(1 << int(wanted))
         self.config: types.IBuilderConfig = self.builder.create_builder_config()
         self.config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+
+    def check_opset(self, path: Path, model: onnx.ModelProto) -> None:
+        """The library at hand may be newer than the oldest release that the target's own opset is for."""
+        version = tuple(int(part) for part in self.trt.__version__.split(".")[:2])
+        limit = self.target.opset if self.aims else parsed_opset(version)
+        opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
+        if opset > limit:
+            raise BadInput(f"{path}: opset {opset}; {self.who} parses up to {limit}: export it with opset={limit}")
 
     def parse(self, path: Path) -> None:
         parser: types.OnnxParser = self.trt.OnnxParser(self.network, self.logger)

@@ -180,6 +180,18 @@ def test_options_of_every_kind_are_taken(option: dict) -> None:
     engine_module._check_options(tensorrt.build, option, "tensorrt")
 
 
+@pytest.mark.parametrize(
+    ("target", "dtype", "kind"), [("rtx-sm75", "BFLOAT16", "bf16"), ("rtx-sm86", "DOUBLE", "fp64")]
+)
+def test_a_precision_that_the_gpu_lacks_is_refused(tmp_path: Path, target: str, dtype: str, kind: str) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    onnx.save(linear_model(TensorProto.DataType.Value(dtype)), tmp_path / "net.onnx")
+    with pytest.raises(
+        BadInput, match=rf"net\.onnx: target {target} does not compute in {kind}; export it in one of fp32"
+    ):
+        build_engine(tmp_path / "net.onnx", target)
+
+
 def test_a_missing_library_names_the_extra(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = Backend("tensorrt", "no_such_library", "rtx", (".rtx",))
     monkeypatch.setitem(engine_module.BACKENDS, "tensorrt_rtx", missing)

@@ -62,17 +62,17 @@ def exported(tmp_path_factory):
     return get
 
 
-def small(path, nodes, inputs, outputs, weights=()):
+def small(path, nodes, inputs, outputs, weights=(), opset=17):
     """Save an ONNX model; inputs and outputs as {name: (type, shape)}."""
     sides = [[helper.make_tensor_value_info(n, *spec) for n, spec in side.items()] for side in (inputs, outputs)]
     graph = helper.make_graph(nodes, "net", *sides, list(weights))
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10), path)
     return path
 
 
-def relu(path, shape=("batch", 4)):
+def relu(path, shape=("batch", 4), opset=17):
     spec = {"x": (TensorProto.FLOAT, shape)}
-    return small(path, [helper.make_node("Relu", ["x"], ["y"], name="relu")], spec, {"y": spec["x"]})
+    return small(path, [helper.make_node("Relu", ["x"], ["y"], name="relu")], spec, {"y": spec["x"]}, opset=opset)
 
 
 # ------------------------------------------------------------------------------------------------- TensorRT-RTX, real
@@ -341,6 +341,15 @@ def test_classic_builds_for_the_gpu_at_hand_only(classic, tmp_path, cudart):
 def test_a_parser_error_names_the_node_in_every_version(classic, tmp_path):
     with pytest.raises(BadInput, match=r"bad\.onnx: TensorRT .* cannot parse it: node relu \(Relu\): no importer$"):
         build(relu(tmp_path / "bad.onnx"), ORIN, None, backend="tensorrt")
+
+
+def test_an_opset_that_the_version_does_not_parse_is_refused(classic, tmp_path):
+    limit = {"8.6.1": 17, "10.3.0": 20, "11.4.0": 25}[classic.module.__version__]
+    build(relu(tmp_path / "net.onnx", opset=limit), ORIN, None, backend="tensorrt")
+    with pytest.raises(
+        BadInput, match=rf"new\.onnx: opset {limit + 1}; TensorRT .* parses up to {limit}: export it with"
+    ):
+        build(relu(tmp_path / "new.onnx", opset=limit + 1), ORIN, None, backend="tensorrt")
 
 
 def test_the_timing_cache_is_reused_and_kept(classic, tmp_path):
