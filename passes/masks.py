@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..graph.errors import Refused
-from ..graph.ops import fetch
 from ..graph.program import Program
+from ..graph.sparse import sparse_weights, weight
 from .cap import Pattern, allowed
 
 
@@ -24,23 +24,6 @@ def read_pattern(text: str) -> Pattern:
     if not 0 < n < m:
         raise ValueError(text)
     return n, m
-
-
-def sparse_weights(program: Program) -> dict[str, str | None]:
-    """The weights that were sparsified and are still there, each with its pattern ("2:4") or None."""
-    named: dict[str, str | None] = {}
-    for record in program.history:
-        named |= record.get("sparse", {})
-    return {name: pattern for name, pattern in named.items() if weight(program, name) is not None}
-
-
-def weight(program: Program, name: str) -> Tensor | None:
-    """A stored tensor by name, None where the program has none."""
-    try:
-        found = fetch(program._module, name)
-    except (AttributeError, KeyError):
-        return None
-    return found.detach() if isinstance(found, Tensor) else None
 
 
 def zeros(program: Program) -> dict[str, Tensor]:

@@ -252,14 +252,15 @@ class Sparsify(Pass):
 
     def _report(self, program: Program, names: list[str], context: Context) -> dict[str, Any]:
         """What changed, layer by layer, and the names that later passes have to respect."""
-        rows = []
+        rows, before = [], sparse_weights(program)
+        patterns = {name: self.pattern or before.get(name) for name in names}
         for layer in _named(program, names):
-            why = not_accelerated(layer, self.pattern, context)
+            why = not_accelerated(layer, patterns[layer.name], context)
             zero = fetch(program.module(), layer.name) == 0
             row: dict[str, Any] = {"what": layer.name, "kind": layer.kind, "shape": list(layer.shape)}
             row |= {"sparsity": float(zero.float().mean()), "accelerated": why is None}
             rows.append(row | ({"why_not": why} if why else {}))
-        return {"changed": rows, "sparse": dict.fromkeys(names, self.pattern)}
+        return {"changed": rows, "sparse": patterns}
 
 
 # ----------------------------------------------------------------------------------------------------------- the layers

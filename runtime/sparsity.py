@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from ..graph import sparse
 from ..graph.errors import Refused
 from ..graph.program import Program
 
@@ -79,11 +80,7 @@ def check_sparsity(program: Program, model: onnx.ModelProto) -> list[SparseWeigh
 
 
 def _expected(program: Program) -> Iterator[tuple[str, list[int], float]]:
-    named: dict[str, str | None] = {}
-    for record in program.history:
-        named |= record.get("sparse", {})
-    parameters = dict(program.module().named_parameters())
-    for name, pattern in named.items():
-        if pattern == "2:4" and name in parameters:
-            weight = parameters[name].detach()
-            yield name, sorted(weight.shape), float((weight == 0).double().mean())
+    for name, pattern in sparse.sparse_weights(program).items():
+        found = sparse.weight(program, name)
+        if pattern == "2:4" and found is not None:
+            yield name, sorted(found.shape), float((found == 0).double().mean())

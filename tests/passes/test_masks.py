@@ -159,6 +159,29 @@ def test_removing_channels_that_breaks_the_pattern_is_refused_with_the_right_ord
     assert "run RemoveChannels before Sparsify" in text
 
 
+@pytest.fixture(scope="module")
+def twice(sparse):
+    """2:4 first, and more zeros outside the pattern later."""
+    return Sparsify(sparsity=0.6, method="magnitude", scope="uniform")(sparse)
+
+
+def test_more_zeros_leave_the_pattern(sparse, twice, tmp_path):
+    assert set(twice.record["sparse"].values()) == {"2:4"}
+    assert masks.sparse_weights(twice.program) == masks.sparse_weights(sparse)
+    with pytest.raises(Refused, match="would break the pattern of"):
+        RemoveChannels(ratio=0.3, round_to=1)(twice.program)
+    export_onnx(Fuse()(twice.program).program, tmp_path / "sparse.onnx")
+    model = onnx.load(str(tmp_path / "sparse.onnx"))
+    with pytest.raises(Refused, match="no weight of the ONNX file has it so"):
+        check_sparsity(Fuse()(twice.program).program, _filled(model))
+
+
+def test_a_record_without_a_pattern_leaves_the_one_before(sparse):
+    later = sparse.copy()
+    later.history.append({"sparse": dict.fromkeys(masks.sparse_weights(sparse))})
+    assert masks.sparse_weights(later) == masks.sparse_weights(sparse)
+
+
 def test_the_right_order_works(program):
     smaller = RemoveChannels(ratio=0.5, round_to=4)(program).program
     result = Sparsify(pattern="2:4", where="all", method="magnitude")(smaller).program

@@ -455,6 +455,14 @@ def test_two_of_four_goes_where_it_pays(target, dtype, chosen):
     assert {c["what"] for c in everywhere.record["changed"] if c["accelerated"]} == chosen
 
 
+def test_a_layer_that_has_the_pattern_gains_with_more_zeros():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2))
+    early = Sparsify(pattern="2:4", method="magnitude")(g.capture(net, torch.randn(2, 4)))
+    late = Sparsify(sparsity=0.7, method="magnitude")(early.program)
+    assert [(r["what"], r["accelerated"]) for r in late.record["changed"]] == [("2.weight", True)]
+
+
 def test_transposed_and_computed_weights_are_refused():
     class Standardised(nn.Module):
         def __init__(self):
