@@ -163,11 +163,12 @@ def build(
     from . import runtime
     from .pipeline import write_json
     from .runtime.engine import UnparsedOp
-    from .runtime.gate import compare, read_baseline
+    from .runtime.gate import choose, compare, read_baseline
 
     options = _arguments(option or (), "--option")
     if batch is not None:
         options["batch"] = _shape(batch, "--batch") if "," in batch else _shape(batch, "--batch")[0]
+    baselines = read_baseline(gate, target) if gate else None
     try:
         found = runtime.build_engine(model, target, out, engine, **options)
     except UnparsedOp as error:
@@ -176,7 +177,7 @@ def build(
         print(f"gate: {' '.join(str(error).split())}", file=sys.stderr)
         raise typer.Exit(WORSE) from error
     rows = found.to_dict()
-    baseline = read_baseline(gate, target, found.precision) if gate else None
+    baseline = choose(baselines, found.precision) if baselines else None
     if json_:
         write_json(json_, rows, indent=2)
     show_engine(rows)
@@ -199,25 +200,34 @@ def bench(
     host: Annotated[
         str | None, typer.Option("--host", metavar="USER@DEVICE", help="Measure a bundle there, by ssh and scp.")
     ] = None,
+    python: Annotated[
+        str | None, typer.Option("--python", help="Interpreter that measures a bundle; on a host python3.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="Option of a bundle, as dla=0.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the result as JSON; default in the bundle.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Latency of two models, measured in turns and guarded against a busy machine; or a bench bundle on a device."""
     from . import runtime
     from .pipeline import write_json
-    from .runtime.bundle import run_bundle
+    from .runtime.bundle import run_bundle, script_arguments
 
     if a.is_dir():
         if b is not None:
             raise BadInput(f"bench: {a} is a bundle and holds the models to compare; leave {b} out")
-        arguments = ["--seconds", str(seconds), "--threads", str(threads), *(["--quiet"] if quiet else [])]
-        arguments += ["--engine", engine] if engine else []
+        if batch != 1:
+            raise BadInput("--batch: a bundle has the batch that it was written with; give it to `graphcomb bundle`")
+        options = {"seconds": seconds, "threads": threads, **({"engine": engine} if engine else {})}
+        arguments = script_arguments(options | _arguments(option or (), "--option"))
         path = out or a / "results.json"
-        show_device(run_bundle(a, path, host, arguments))
+        show_device(run_bundle(a, path, host, [*arguments, *(["--quiet"] if quiet else [])], python))
         console.print(f"written: {path}", soft_wrap=True)
         return
-    if host is not None:
-        raise BadInput(f"--host: {a} is no bench bundle; `graphcomb bundle` writes one")
+    for name, given in (("--host", host), ("--python", python), ("--option", option)):
+        if given:
+            raise BadInput(f"{name}: {a} is no bench bundle; `graphcomb bundle` writes one")
     if b is None:
         raise BadInput(f"bench: {a} against what? give a second file")
     found = runtime.bench([a, b], threads=threads, batch=batch, seconds=seconds, progress=not quiet, engine=engine)
@@ -288,6 +298,7 @@ def bundle(
     """Write a folder that measures models on a device with nothing but its own TensorRT and numpy."""
     from .graph.program import load
     from .runtime.bundle import write_bundle
+    from .runtime.measured import read_json
 
     record = None
     layers: dict[str, Any] = {}  # of ONNX files, which do not tell themselves
@@ -314,6 +325,9 @@ def bundle(
             found[name] = Path(file)
     given = {name: load(path) if path.suffix == ".pt2" else path for name, path in found.items()}
     folder = write_bundle(out, given, precision or "fp16", target, batch, record, layers)
+    for name, about in read_json(folder / "bundle.json")["models"].items():
+        if about["note"]:
+            console.print(f"{name}: {about['note']}", soft_wrap=True, markup=False)
     console.print(f"{folder}: on the device, python3 bench_device.py; or graphcomb bench {folder} --host USER@DEVICE")
 
 

@@ -17,9 +17,9 @@ from ..graph.errors import BadInput
 NUMBER = re.compile(r"_myl\d+_\d+$")  # of a generated kernel
 
 
-def read_baseline(path: Path, target: str, precision: str) -> dict[str, Any]:
-    """The engine report to compare with: a file of `graphcomb build --json`, or a run's summary.json, whose engine of
-    the same target (and precision, where several are) is taken. Raises BadInput for anything else."""
+def read_baseline(path: Path, target: str) -> list[dict[str, Any]]:
+    """The engine reports for a target to compare with: a file of `graphcomb build --json`, or a run's summary.json, which
+    may have several. Raises BadInput for anything else."""
     try:
         found = json.loads(path.read_text())
     except OSError as error:
@@ -29,14 +29,42 @@ def read_baseline(path: Path, target: str, precision: str) -> dict[str, Any]:
     except ValueError as error:
         raise BadInput(f"--gate {path}: not JSON ({error})") from error
     rows = found.get("engines", [found]) if isinstance(found, dict) else []
-    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("kernels"), list)]
+    rows = [row for row in rows if isinstance(row, dict) and "kernels" in row] if isinstance(rows, list) else []
     if not rows:
         raise BadInput(f"--gate {path}: holds no engine report (of `graphcomb build --json` or `graphcomb run`)")
     same = [row for row in rows if row.get("target") == target]
     if not same:
         has = ", ".join(sorted({str(row.get("target")) for row in rows}))
         raise BadInput(f"--gate {path}: has no engine for {target} (it has {has})")
-    return next((row for row in same if row.get("precision") == precision), same[0])
+    for row in same:
+        if wrong := _wrong(row):
+            raise BadInput(f"--gate {path}: {wrong}; make it anew with `graphcomb build --json`")
+    return same
+
+
+def choose(rows: list[dict[str, Any]], precision: str) -> dict[str, Any]:
+    """The report of a precision, or one that says none. Raises BadInput where all are of others."""
+    for wanted in (precision, None):
+        if found := next((row for row in rows if row.get("precision") == wanted), None):
+            return found
+    has = ", ".join(sorted({str(row["precision"]) for row in rows}))
+    raise BadInput(f"--gate: the baseline has no {precision} engine for {rows[0]['target']} (it has {has})")
+
+
+def _wrong(row: Mapping[str, Any]) -> str | None:
+    """What of a report cannot be compared with, if anything."""
+    if not isinstance(row["kernels"], list):
+        return "kernels is not a list"
+    for i, kernel in enumerate(row["kernels"]):
+        if not isinstance(kernel, dict) or not isinstance(kernel.get("name"), str):
+            return f"kernels[{i}] is not a kernel with a name"
+        if not _texts(kernel.get("nodes", [])):
+            return f"kernels[{i}].nodes is not a list of names"
+    return None if _texts(row.get("unread", [])) else "unread is not a list of texts"
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def compare(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:

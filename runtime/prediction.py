@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..graph.comb import Comb
+from ..graph.errors import BadInput
 from ..graph.layers import Latency, Layers
 from ..graph.program import Program
 from .measured import describe_one
@@ -25,8 +26,11 @@ def predict(
     target's data sheet; what bounds a layer, and what it would save, is a roofline's answer (the calibrated one's, if that
     is what predicts). batch: where it is dynamic.
 
-    Raises BadInput for a dtype the target lacks, Contended when a latency table cannot measure what it does not know.
+    Raises BadInput for a dtype the target lacks or a batch below 1, Contended when a latency table cannot measure what it
+    does not know.
     """
+    if batch < 1:
+        raise BadInput(f"batch: 1 or more, not {batch}")
     roofline = latency if isinstance(latency, Roofline) else Roofline(target, dtype)
     latency = latency or roofline
     rows: dict[tuple[str, int], dict[str, Any]] = {}

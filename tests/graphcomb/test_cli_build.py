@@ -55,6 +55,7 @@ def test_an_operator_that_cannot_be_parsed_fails_the_gate(cli, tmp_path: Path) -
     single = helper.make_tensor_value_info("y", TensorProto.FLOAT, ())
     graph = helper.make_graph([helper.make_node("Det", ["x"], ["y"], name="head/det")], "g", [square], [single])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "n.onnx")
+    (tmp_path / "base.json").write_text(json.dumps({"target": "rtx-sm86", "kernels": []}))
     outcome = cli("build", tmp_path / "n.onnx", "--target", "rtx-sm86", "--gate", tmp_path / "base.json")
     assert outcome.code == 1
     assert "gate: " in outcome.err
@@ -71,5 +72,28 @@ def test_options_reach_the_library(cli, refused, files) -> None:
     assert "--batch a: expected sizes" in refused("build", files["even"], "--target", "rtx-sm86", "--batch", "a")
 
 
-def test_a_missing_baseline_is_bad_input(refused, files, tmp_path: Path) -> None:
-    assert "cannot be read" in refused("build", files["even"], "--target", "rtx-sm86", "--gate", tmp_path / "no.json")
+def test_a_bad_baseline_is_bad_input_and_nothing_is_built(refused, files, tmp_path: Path) -> None:
+    arguments = ("build", files["even"], "--target", "rtx-sm86", "--gate")
+    assert "cannot be read" in refused(*arguments, tmp_path / "no.json")
+    (tmp_path / "base.json").write_text(json.dumps({"target": "rtx-sm86", "kernels": [{"padding": True}]}))
+    assert "kernels[0] is not a kernel with a name" in refused(*arguments, tmp_path / "base.json")
+    assert not list(tmp_path.glob("*.rtx"))
+    (tmp_path / "base.json").write_text(json.dumps({"target": "rtx-sm86", "precision": "fp32", "kernels": []}))
+    assert "the baseline has no fp16 engine for rtx-sm86 (it has fp32)" in refused(*arguments, tmp_path / "base.json")
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_the_gate_fails_for_every_library_that_lacks_an_operator(cli, tmp_path: Path, engine: str) -> None:
+    pytest.importorskip(engine)
+    x, y = (
+        helper.make_tensor_value_info(n, TensorProto.UINT8, shape) for n, shape in (("x", ["n"]), ("y", list("abc")))
+    )
+    graph = helper.make_graph([helper.make_node("ImageDecoder", ["x"], ["y"], name="head/image")], "g", [x], [y])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "n.onnx")
+    (tmp_path / "base.json").write_text(json.dumps({"target": "cpu", "kernels": []}))
+    arguments = ("build", tmp_path / "n.onnx", "--target", "cpu", "--engine", engine)
+    assert cli(*arguments).code == 2
+    outcome = cli(*arguments, "--gate", tmp_path / "base.json")
+    assert outcome.code == 1
+    assert outcome.err.startswith("gate: ")
+    assert "head/image (ImageDecoder)" in outcome.err

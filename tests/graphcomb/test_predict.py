@@ -90,6 +90,11 @@ def test_predict(cli, results: Path, tmp_path: Path) -> None:
     assert found.precision == "fp16"
 
 
+@pytest.mark.parametrize("batch", [0, -4])
+def test_a_batch_below_one_is_refused(refused, batch: int) -> None:
+    assert refused("predict", "toys:net", "--input", "1,3,32,32", "--batch", batch) == f"batch: 1 or more, not {batch}"
+
+
 def test_results_of_another_target_are_one_line(cli, recipe, results: Path) -> None:
     outcome = cli("predict", "toys:net", "--target", "orin-nano", "--calibrate", results)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)

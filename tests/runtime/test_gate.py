@@ -5,7 +5,7 @@ import json
 import pytest
 
 from graphcomb.graph.errors import BadInput
-from graphcomb.runtime.gate import compare, read_baseline
+from graphcomb.runtime.gate import choose, compare, read_baseline
 
 
 def kernel(name, nodes, padding=False):
@@ -42,21 +42,41 @@ def test_a_line_that_cannot_be_read_is_new_once():
     assert compare(now, now) == []
 
 
+def write(path, tree):
+    path.write_text(json.dumps(tree))
+    return path
+
+
 def test_the_baseline_is_the_engine_of_the_same_target_and_precision(tmp_path):
     engines = [report() | {"precision": "fp32"}, report(), report() | {"target": "rtx-sm89"}]
-    path = tmp_path / "summary.json"
-    path.write_text(json.dumps({"engines": engines}))
-    assert read_baseline(path, "rtx-sm86", "fp16") == engines[1]
-    assert read_baseline(path, "rtx-sm89", "int8") == engines[2]
+    path = write(tmp_path / "summary.json", {"engines": engines})
+    assert choose(read_baseline(path, "rtx-sm86"), "fp16") == engines[1]
+    with pytest.raises(BadInput, match=r"baseline has no int8 engine for rtx-sm86 \(it has fp16, fp32\)"):
+        choose(read_baseline(path, "rtx-sm86"), "int8")
+    del engines[2]["precision"]
+    assert choose(read_baseline(write(path, {"engines": engines}), "rtx-sm89"), "int8") == engines[2]
     with pytest.raises(BadInput, match=r"has no engine for rtx-sm75 \(it has rtx-sm86, rtx-sm89\)"):
-        read_baseline(path, "rtx-sm75", "fp16")
+        read_baseline(path, "rtx-sm75")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [(None, "cannot be read"), ("{", "not JSON"), ("[]", "no engine"), ("{}", "no engine")]
-)
+BAD = [
+    (None, "cannot be read"),
+    ("{", "not JSON"),
+    ("[]", "no engine"),
+    ("{}", "no engine"),
+    ('{"engines": 5}', "no engine"),
+    (json.dumps(report() | {"kernels": 5}), "kernels is not a list"),
+    (json.dumps(report(5)), r"kernels\[0\] is not a kernel with a name; make it anew with `graphcomb build --json`"),
+    (json.dumps(report(kernel("a", []), {"padding": True})), r"kernels\[1\] is not a kernel with a name"),
+    (json.dumps(report(kernel("a", []) | {"nodes": 5})), r"kernels\[0\].nodes is not a list of names"),
+    (json.dumps(report(kernel("a", [["b"]]))), r"kernels\[0\].nodes is not a list of names"),
+    (json.dumps(report(unread=5)), "unread is not a list of texts"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD)
 def test_a_bad_baseline_is_one_line(tmp_path, text, message):
     if text is not None:
         (tmp_path / "b.json").write_text(text)
     with pytest.raises(BadInput, match=f"--gate .*b.json: .*{message}"):
-        read_baseline(tmp_path / "b.json", "rtx-sm86", "fp16")
+        read_baseline(tmp_path / "b.json", "rtx-sm86")
