@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -26,16 +27,16 @@ import onnx_graphsurgeon as gs
 from ..graph.errors import BadInput, GraphcombError, Refused
 from ..graph.program import Program
 from .bench import random_inputs
-from .bench_device import FORMAT, TOLERANCES, digest
+from .bench_device import FORMAT, OPTIONS, TOLERANCES, digest
 from .engine import check_model, precision, replacing
 from .half import inexact, to_half
-from .measured import describe, name_nodes, read_results
+from .measured import describe, name_nodes, read_json, read_results
 from .onnx import export_onnx
 from .onnxruntime import OrtEngine
 from .sparsity import sparse_weights
 from .targets import Target, get_target, nearest
 
-SCRIPT = "bench_device.py"
+SCRIPT, CUDA = "bench_device.py", "graphcomb_cuda.py"
 README = """A graphcomb bench bundle. On the device, with its own TensorRT and numpy:
 
     python3 {script}
@@ -124,7 +125,7 @@ def write_bundle(
             Path(part, name).replace(folder / name)
     if record is not None:
         shutil.copyfile(record, folder / "record.json")
-    for source, to in ((SCRIPT, SCRIPT), ("cuda.py", "graphcomb_cuda.py")):
+    for source, to in ((SCRIPT, SCRIPT), ("cuda.py", CUDA)):
         shutil.copyfile(Path(__file__).with_name(source), folder / to)
     clocks = " && ".join(device.clocks) if device and device.clocks else "sudo nvpmodel -m 0 && sudo jetson_clocks"
     (folder / "README.txt").write_text(README.format(script=SCRIPT, models=", ".join(models), clocks=clocks))
@@ -204,32 +205,73 @@ def _opset(model: onnx.ModelProto) -> int:
 
 # -------------------------------------------------------------------------------------------------------------- running
 def run_bundle(
-    folder: str | Path, out: str | Path, host: str | None = None, arguments: Sequence[str] = (), python: str = "python3"
+    folder: str | Path,
+    out: str | Path,
+    host: str | None = None,
+    arguments: Sequence[str] = (),
+    python: str | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle and return the results, which also go to the file `out`.
 
     host: "user@device", reached by ssh and scp (whose own settings hold: keys, ports, jump hosts); None measures on
-    this machine. arguments: of bench_device.py. python: the interpreter on the host.
+    this machine. arguments: of bench_device.py (`script_arguments`). python: the interpreter; by default this one here,
+    python3 on a host.
 
     Raises BadInput for a folder that is no bundle, GraphcombError with the reason when the measurement fails.
     """
-    folder, out = Path(folder), Path(out)
+    folder, out = Path(folder).absolute(), Path(out).absolute()
     if not (folder / "bundle.json").is_file() or not (folder / SCRIPT).is_file():
         raise BadInput(f"{folder}: not a bench bundle; `graphcomb bundle` writes one")
     out.parent.mkdir(parents=True, exist_ok=True)
     if host is None:
-        _call([sys.executable, str(folder / SCRIPT), "--out", str(out.absolute()), *arguments], "bench_device.py")
+        _call([python or sys.executable, str(folder / SCRIPT), "--out", str(out), *arguments], "bench_device.py")
         return read_results(out)
     if not host or host.startswith("-") or any(c.isspace() or c == ":" for c in host):
         raise BadInput(f"--host {host}: expected user@device")
     away = f"graphcomb-bench-{digest(folder / 'bundle.json')[:12]}"  # in the home folder there
     _call(["ssh", host, f"mkdir -p {away}"], f"ssh {host}")
-    _call(["scp", "-q", "-r", *map(str, sorted(folder.iterdir())), f"{host}:{away}/"], f"scp to {host}")
-    command = [python, f"{away}/{SCRIPT}", "--out", f"{away}/results.json", *arguments]
+    _call(["scp", "-q", "-r", *map(str, _contents(folder)), f"{host}:{away}/"], f"scp to {host}")
+    command = [python or "python3", f"{away}/{SCRIPT}", "--out", f"{away}/results.json", *arguments]
     _call(["ssh", host, shlex.join(command)], f"bench_device.py on {host}")
     with replacing(out) as part:
         _call(["scp", "-q", f"{host}:{away}/results.json", str(part)], f"scp from {host}")
     return read_results(out)
+
+
+def _contents(folder: Path) -> list[Path]:
+    """What a bundle consists of, without what was measured here."""
+    try:
+        models = list(read_json(folder / "bundle.json")["models"])
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{folder / 'bundle.json'}: no models; bundle them again") from error
+    names = [SCRIPT, CUDA, "bundle.json", "README.txt", "record.json", *models]
+    return [folder / name for name in names if (folder / name).exists()]
+
+
+def script_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options of bench_device.py as its command line takes them: {"dla": 0, "sparse": True} is --dla 0 --sparse.
+
+    Raises BadInput for what it does not take.
+    """
+    found: list[str] = []
+    for given, value in options.items():
+        name = given.replace("_", "-")
+        if name not in OPTIONS:
+            raise BadInput(f"option {given}: not one of the bench bundle; {nearest(name, OPTIONS)}")
+        about = OPTIONS[name]
+        if "action" in about:  # it is a switch
+            if not isinstance(value, bool):
+                raise BadInput(f"option {given}: true or false, not {value}")
+            found += [f"--{name}"] * value
+            continue
+        try:
+            about.get("type", str)(str(value))
+        except (ValueError, ArgumentTypeError) as error:
+            raise BadInput(f"option {given}: {error}") from error
+        if str(value) not in map(str, about.get("choices", (value,))):
+            raise BadInput(f"option {given}={value}: {nearest(str(value), about['choices'])}")
+        found.append(f"--{name}={value}")
+    return found
 
 
 def _call(command: list[str], what: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import graphcomb
+from graphcomb.graph.errors import BadInput
 from graphcomb.passes import RemoveChannels
 from graphcomb.runtime import bundle as bundles
 
@@ -26,7 +27,7 @@ def models(tmp_path: Path) -> dict[str, Path]:
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     run = bundles.run_bundle
     short = ("--rounds", "2", "--power-seconds", "0.1")
-    monkeypatch.setattr(bundles, "run_bundle", lambda a, b, c, d: run(a, b, c, [*d, *short]))
+    monkeypatch.setattr(bundles, "run_bundle", lambda a, b, c, d, e: run(a, b, c, [*short, *d], e))
 
 
 def test_bundle_bench_report(cli, models, tmp_path: Path) -> None:
@@ -49,6 +50,21 @@ def test_bundle_bench_report(cli, models, tmp_path: Path) -> None:
     page = (tmp_path / "r.html").read_text()
     assert "2×" in page
     assert ">small<" in page
+
+
+def test_options_reach_the_script(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+
+    def stop(*arguments: object) -> None:
+        given.extend(arguments)
+        raise BadInput("far enough")
+
+    monkeypatch.setattr(bundles, "run_bundle", stop)
+    texts = ("sparse=true", "dla=0", "no_graphs=false", "rounds=7", "power-seconds=2.5", "seconds=3")
+    options = [part for text in texts for part in ("--option", text)]
+    assert "far enough" in cli("bench", tmp_path, "--host", "user@jetson", "--python", "venv/bin/python", *options).err
+    wanted = ["--seconds=3", "--threads=1", "--sparse", "--dla=0", "--rounds=7", "--power-seconds=2.5"]
+    assert given == [tmp_path, tmp_path / "results.json", "user@jetson", wanted, "venv/bin/python"]
 
 
 def test_a_run_is_bundled_with_its_record(cli, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +91,18 @@ def test_mistakes_are_one_line(cli, models, tmp_path: Path) -> None:
     assert "two models named dense" in refused("bundle", models["dense"], models["dense"])
     assert "not a bench bundle" in refused("bench", tmp_path / "run")
     assert "is no bench bundle" in refused("bench", models["dense"], "--host", "user@jetson")
+    assert "--option: " in refused("bench", models["dense"], "--option", "dla=0")
     assert "against what?" in refused("bench", models["dense"])
+    assert "option rouns: not one of the bench bundle; did you mean rounds" in refused(
+        "bench", ".", "--option", "rouns=1"
+    )
+    assert "option rounds: 0: a number of at least 1" in refused("bench", ".", "--option", "rounds=0")
+    assert "option seconds: -1.0: a number of at least 0" in refused("bench", ".", "--seconds", "-1")
+    assert "option sparse: true or false, not 1" in refused("bench", ".", "--option", "sparse=1")
+    assert "option engine=tensort: did you mean tensorrt" in refused("bench", ".", "--engine", "tensort")
+    assert "--batch: a bundle has the batch" in refused("bench", ".", "--batch", "2")
+    assert "batch: 1 or more, not 0" in refused("bundle", models["dense"], "--batch", "0")
+    assert "batch: 1 or more, not -1" in refused("bench", "a.onnx", "b.onnx", "--batch", "-1")
     assert "leave" in refused("bench", tmp_path / "run", models["dense"])
     (tmp_path / "x.json").write_text('{"format": "other"}')
     assert "not the results of a bench bundle" in refused("report", tmp_path / "x.json")

@@ -6,6 +6,7 @@ What only a GPU can do, TensorRT's part of the script, is run with the stand-ins
 import ast
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -108,8 +109,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_a_broken_output_is_noticed(bundle, tmp_path):
-    import shutil
-
     folder = tmp_path / "b"
     shutil.copytree(bundle, folder)
     about = json.loads((folder / "bundle.json").read_text())
@@ -159,9 +158,12 @@ def quantised(path, opset, scale, spread=1):
 
 
 def plain(path):
-    """The same layer without quantisation."""
-    program = graphcomb.capture(torch.nn.Linear(4, 4).eval(), (torch.randn(2, 4),), dynamic_shapes="batch")
-    export_onnx(program, path)
+    """A linear layer."""
+    info = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["batch", 4]) for n in "xy"]
+    weight = onnx.numpy_helper.from_array(np.arange(1, 17, dtype=np.float32).reshape(4, 4), "w")
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="y")
+    graph = onnx.helper.make_graph([node], "d", info[:1], info[1:], [weight])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9), path)
     return path
 
 
@@ -205,11 +207,10 @@ def test_a_quantised_program_is_int8(tmp_path):
 
     context = graphcomb.passes.Context(data=[(torch.randn(2, 8), torch.zeros(2))])
     small = Quantize()(Fuse()(program).program, context).program
-    for kind in ("fp16", "int8"):
-        folder = write_bundle(tmp_path / kind, {"dense": program, "small": small}, kind)
-        models = json.loads((folder / "bundle.json").read_text())["models"]
-        assert [row["precision"] for row in models.values()] == ["fp16" if kind == "fp16" else "fp32", "int8"]
-        assert len(models["small"]["layers"][0]["onnx"]) > 0
+    folder = write_bundle(tmp_path / "b", {"dense": program, "small": small}, "int8")
+    models = json.loads((folder / "bundle.json").read_text())["models"]
+    assert [row["precision"] for row in models.values()] == ["fp32", "int8"]
+    assert len(models["small"]["layers"][0]["onnx"]) > 0
 
 
 def external(path, location):
@@ -325,11 +326,32 @@ while [ $# -gt 1 ]; do cp -r "$(strip "$1")" "$(strip "$last")" || exit 1; shift
     return home
 
 
+CONTENTS = [
+    "README.txt", "bench_device.py", "bundle.json", "compressed", "dense", "graphcomb_cuda.py", "record.json",
+    "results.json",
+]  # fmt: skip
+
+
+def test_only_the_bundle_is_copied(bundle, device, tmp_path, monkeypatch):
+    """A path with a colon would be one on a host called so."""
+    shutil.copytree(bundle, tmp_path / "a:b")
+    monkeypatch.chdir(tmp_path)
+    for name in ("results.json", "timing-10.3.cache", "report.html"):
+        (tmp_path / "a:b" / name).write_text("of an earlier run")
+    tool = tmp_path / "tools" / "scp"
+    tool.write_text(tool.read_text().replace("strip()", 'case "$1" in user@jetson:*|/*) ;; *) exit 9;; esac\nstrip()'))
+    found = run_bundle("a:b", "a:b/results.json", "user@jetson", QUICK, python=sys.executable)
+    assert found["engine"] == "onnxruntime"
+    (away,) = device.iterdir()
+    assert not {"timing-10.3.cache", "report.html"} & {p.name for p in away.iterdir()}
+
+
 def test_a_device_is_reached_by_ssh(bundle, device, tmp_path):
     found = run_bundle(bundle, tmp_path / "out" / "r.json", "user@jetson", QUICK, python=sys.executable)
     assert found == read_results(tmp_path / "out" / "r.json")
     (away,) = device.iterdir()
     assert (away / "results.json").is_file()
+    assert sorted(p.name for p in away.iterdir()) == CONTENTS
     with pytest.raises(GraphcombError, match=r"ssh user@elsewhere failed: ssh: no route to host"):
         run_bundle(bundle, tmp_path / "r.json", "user@elsewhere", QUICK)
     with pytest.raises(GraphcombError, match=r"bench_device.py on user@jetson failed: .*argument --seconds"):
