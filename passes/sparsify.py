@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate.utils import broadcast
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from ..graph.errors import BadInput, Refused
 from ..graph.ops import fetch
 from ..graph.program import Program, load
 from .base import Context, Pass, PassResult, check_field
+from .batches import generators, length
 from .cap import Pattern
 from .distill import Distill
 from .masks import legal, read_pattern, sparse_weights
 from .permute import permuted
 from .solver import Method, Solver
 from .statistics import Gradients, Layer, check_again, layers
-from .training import accelerator, evaluate, fingerprint
+from .training import accelerator, evaluate, fingerprint, seeded
 
 METHODS = ("cap", "fastcap", "woodfisher", "sparsegpt", "wanda", "magnitude")
 GLOBAL = ("cap", "woodfisher", "magnitude")  # methods whose scores are losses or sizes that compare between layers
@@ -59,7 +63,8 @@ class Sparsify(Pass):
 
     schedule: a gradual run, pairs (epoch, sparsity): prune at that epoch, then train up to the next one's. train: how,
     a `Distill` whose epochs are those of the whole run; its learning rate starts anew after each pruning (CAP: linear
-    down). snapshots: folder for the program after each stage; an interrupted run goes on from the last one.
+    down). snapshots: folder for the program after each stage; an interrupted run goes on from the last one (not from one
+    of other data, another teacher, target, precision or number of processes).
 
     Zeros that a weight already has count, and stay. The record names each layer with its sparsity and whether the target
     will accelerate it; zeros stay zero in later passes (`passes.masks`). Raises BadInput for options that make no sense
@@ -221,7 +226,7 @@ class Sparsify(Pass):
         """Prune and train in turns; a stage whose snapshot is there is taken from it."""
         assert self.train is not None
         folder = Path(self.snapshots) if self.snapshots else context.out
-        run = fingerprint(program.module(), repr(dataclasses.replace(self, snapshots=None)), context.seed)
+        run = self._run_code(program, context) if folder else ""
         first, history = self.schedule[0][0], program.history
         ends = [*(start for start, _ in self.schedule[1:]), self.train.epochs]
         plan = [(share, end - start) for (start, share), end in zip(self.schedule, ends, strict=True)]
@@ -249,6 +254,20 @@ class Sparsify(Pass):
                 program.save(file)
         program.history = history
         return program
+
+    def _run_code(self, program: Program, context: Context) -> str:
+        """A code for all that decides what the snapshots hold."""
+        options, teacher = repr(dataclasses.replace(self, snapshots=None)), context.teacher
+        taught = fingerprint(teacher.module()) if teacher else None
+        data = (
+            (length(context.data), _first_batch(context.data, context.seed))
+            if isinstance(context.data, Iterable)
+            else None
+        )
+        processes = accelerator().num_processes
+        return fingerprint(
+            program.module(), options, context.seed, taught, data, processes, context.target, context.dtype
+        )
 
     def _report(self, program: Program, names: list[str], context: Context) -> dict[str, Any]:
         """What changed, layer by layer, and the names that later passes have to respect."""
@@ -280,6 +299,27 @@ def not_accelerated(layer: Layer, pattern: str | None, context: Context) -> str 
     if min(layer.shape[1], out) < SPARSE_CHANNELS:
         return f"{layer.shape[1]} -> {out} channels; sparse kernels win from about {SPARSE_CHANNELS} on"
     return None
+
+
+def _first_batch(data: Iterable[Any], seed: int) -> str:
+    """A code for the first batch of the data as the seed gives it; no random state is left changed."""
+    own = [(generator, generator.get_state()) for generator in generators(data)]
+    try:
+        with seeded(seed):
+            for generator, _ in own:
+                generator.manual_seed(seed)
+            batch = next(iter(data), None)
+    finally:
+        for generator, state in own:
+            generator.set_state(state)
+    digest = hashlib.blake2b(digest_size=6)
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()
 
 
 def _ends(program: Program, found: list[Layer]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import graphcomb.graph as g
 from graphcomb.data import digits
@@ -511,6 +512,32 @@ def test_a_gradual_run_yields_every_sparsity_and_resumes(trained, tmp_path, monk
         assert torch.equal(weights(again.program)[name], w), "taken up after the second stage, the same end"
     assert len(again.record["stages"]) == 3
     assert len(again.program.history) == len(program.history) + 1
+
+
+def test_snapshots_of_another_run_are_not_taken(program, tmp_path):
+    pass_ = Sparsify(schedule=((0, 0.5),), train=Distill(epochs=1), method="magnitude", snapshots=str(tmp_path))
+    own = torch.Generator().manual_seed(3)
+    x, y = (torch.cat(t) for t in zip(*batches(), strict=True))
+    loader = DataLoader(TensorDataset(x, y), 8, shuffle=True, generator=own)
+    other = program.copy()
+    other.module().get_parameter("head.bias").data.add_(1)
+
+    def files(data, **context):
+        pass_(program, **({"data": data, "teacher": program} | context))
+        return len(list(tmp_path.glob("*.pt2")))
+
+    states = torch.get_rng_state(), own.get_state()
+    code = pass_._run_code(program, Context(data=loader))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(own.get_state(), states[1])
+    assert pass_._run_code(program, Context(data=loader, seed=1)) != code
+    assert [files(loader), files(loader)] == [1, 1], "the same run"
+    assert files(loader, teacher=other) == 2
+    assert files(batches()) == 3, "other batches"
+    assert files(batches(3)) == 4, "another length"
+    assert files(batches(), target=ORIN) == 5
+    assert files(batches(), dtype="fp32") == 6
+    assert files(batches()) == 6
 
 
 def test_without_a_folder_a_gradual_run_leaves_nothing_behind(trained):
