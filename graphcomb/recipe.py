@@ -33,6 +33,9 @@ from .graph.errors import BadInput, GraphcombError
 from .passes.base import Pass
 from .runtime.targets import nearest
 
+TEXT = "tag:yaml.org,2002:str"
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
 
 class Section(BaseModel):
     """A part of a YAML file: no unknown keys, no conversions."""
@@ -113,7 +116,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds one mapping; BadInput with file and line otherwise."""
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -247,7 +250,7 @@ def override(tree: dict[str, Any], text: str) -> None:
     if not equals or not path:
         raise BadInput(f'--set {text}: expected path=value, as in "passes.0.ratio=0.3"')
     try:
-        parsed = yaml.safe_load(value)
+        parsed = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise BadInput(f'--set {text}: "{value}" is not valid YAML') from error
     _spell_out(tree)
@@ -281,8 +284,13 @@ def _index(items: list[Any], part: str, text: str) -> int:
     return int(part)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader that refuses a key written twice instead of keeping the last one."""
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, but a key written twice is refused instead of keeping the last one, and `2:4` is a text instead
+    of the number 124 in base 60."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        tag = super().resolve(kind, value, implicit)
+        return TEXT if tag in NUMBERS and ":" in value else tag
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

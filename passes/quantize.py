@@ -19,7 +19,7 @@ from ..graph.ops import arguments, fetch, op_name, set_argument
 from ..graph.program import Program, place_tensor
 from .base import Context, Pass, PassResult, check_field
 from .batches import Feed
-from .statistics import Layer, layers, some_batches
+from .statistics import Layer, layers, read_patterns, some_batches
 from .training import accelerator, bar, placed, seeded
 
 RANGE = (-128, 127)  # the one signed range that ONNX's QuantizeLinear has
@@ -49,12 +49,10 @@ class Quantize(Pass):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.samples, int) and self.samples >= 1
+        whole = type(self.samples) is int and self.samples >= 1
         check_field(self, "samples", whole, "a whole number of at least 1")
         check_field(self, "calibration", self.calibration in ("histogram", "minmax"), "histogram or minmax")
-        for key in ("include", "exclude"):
-            value = getattr(self, key)
-            object.__setattr__(self, key, (value,) if isinstance(value, str) else tuple(value))
+        read_patterns(self)
 
     def run(self, program: Program, context: Context) -> PassResult:
         new = program.copy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -26,7 +27,7 @@ from .distill import Distill
 from .masks import legal, read_pattern, sparse_weights
 from .permute import permuted
 from .solver import Method, Solver
-from .statistics import Gradients, Layer, check_again, layers
+from .statistics import Gradients, Layer, check_again, layers, read_patterns
 from .training import accelerator, evaluate, fingerprint, seeded
 
 METHODS = ("cap", "fastcap", "woodfisher", "sparsegpt", "wanda", "magnitude")
@@ -93,20 +94,23 @@ class Sparsify(Pass):
 
     def __post_init__(self) -> None:
         require = functools.partial(check_field, self)
-        for key in ("include", "exclude"):
-            value = getattr(self, key)
-            object.__setattr__(self, key, (value,) if isinstance(value, str) else tuple(value))
+        read_patterns(self)
+        pairs = isinstance(self.schedule, (list, tuple)) and all(isinstance(e, (list, tuple)) for e in self.schedule)
+        require("schedule", pairs and all(len(e) == 2 for e in self.schedule), "pairs of epoch and sparsity")
         object.__setattr__(self, "schedule", tuple(tuple(entry) for entry in self.schedule))
         given = [k for k in ("sparsity", "pattern", "schedule") if getattr(self, k) not in (None, ())]
         if len(given) > 1:
             raise BadInput(f"Sparsify: give one of sparsity, pattern and schedule, not {' and '.join(given)}")
         if not given:
             object.__setattr__(self, "sparsity", 0.5)
-        require("sparsity", self.sparsity is None or 0 < self.sparsity < 1, "a share above 0 and under 1")
+        require("sparsity", self.sparsity is None or _is_share(self.sparsity), "a share above 0 and under 1")
+        for key in ("block", "gradients", "recomputations"):
+            value = getattr(self, key)
+            require(key, type(value) is int and value >= 1, "a whole number of at least 1")
         if self.pattern is not None:
             try:
                 read_pattern(self.pattern)
-            except ValueError:
+            except (ValueError, AttributeError):
                 require("pattern", False, '"N:M" with N less than M, such as "2:4"')
             m = read_pattern(self.pattern)[1]
             require("block", self.block % m == 0, f"a multiple of the pattern's {m}")
@@ -117,20 +121,19 @@ class Sparsify(Pass):
         require("per", self.per in ("sample", "batch"), "sample or batch")
         require("against", self.against in ("labels", "teacher"), "labels or teacher")
         require("dtype", self.dtype in ("fp32", "fp64"), "fp32 or fp64")
+        require("permute", isinstance(self.permute, bool), "true or false")
         require("permute", not self.permute or self.pattern is not None, "only with a pattern")
         require("where", self.where in (None, "pays", "all"), "pays or all")
-        for key in ("block", "gradients", "recomputations"):
-            value = getattr(self, key)
-            require(key, isinstance(value, int) and value >= 1, "a whole number of at least 1")
-        require("damping", self.damping is None or self.damping > 0, "a number above 0")
-        require("memory", self.memory >= 1e6, "bytes, at least a million")
+        require("damping", self.damping is None or (_is_number(self.damping) and self.damping > 0), "a number above 0")
+        require("memory", _is_number(self.memory) and self.memory >= 1e6, "bytes, at least a million")
+        require("train", self.train is None or isinstance(self.train, Distill), "a Distill")
+        require("snapshots", self.snapshots is None or isinstance(self.snapshots, str), "the path of a folder")
         if self.schedule:
-            require("schedule", all(len(e) == 2 for e in self.schedule), "pairs of epoch and sparsity")
             starts, shares = zip(*self.schedule, strict=True)
-            require("schedule", all(isinstance(e, int) and e >= 0 for e in starts), "whole epochs, from 0")
+            require("schedule", all(type(e) is int and e >= 0 for e in starts), "whole epochs, from 0")
             require("schedule", list(starts) == sorted(set(starts)), "rising epochs")
+            require("schedule", all(_is_share(share) for share in shares), "shares above 0 and under 1")
             require("schedule", list(shares) == sorted(set(shares)), "rising sparsities")
-            require("schedule", shares[0] > 0 and shares[-1] < 1, "shares above 0 and under 1")
             if self.train is None or self.train.steps is not None or self.train.epochs <= starts[-1]:
                 raise BadInput(
                     f"Sparsify.train: a gradual run needs one with more than {starts[-1]} epochs (not steps)"
@@ -280,6 +283,15 @@ class Sparsify(Pass):
             row |= {"sparsity": float(zero.float().mean()), "accelerated": why is None}
             rows.append(row | ({"why_not": why} if why else {}))
         return {"changed": rows, "sparse": patterns}
+
+
+# ---------------------------------------------------------------------------------------------------------- the options
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 < value < 1
 
 
 # ----------------------------------------------------------------------------------------------------------- the layers

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from ..graph.errors import BadInput
 from ..graph.ops import arguments, fetch, op_name, shape
 from ..graph.program import Program, TrainableModule
-from .base import Context
+from .base import Context, Pass, check_field
 from .batches import Batch, Feed
 from .training import accelerator, logits_of, placed, seeded, task_loss
 
@@ -68,6 +68,16 @@ def layers(program: Program) -> tuple[list[Layer], list[dict[str, str]]]:
         Layer(name, tuple(nodes), shape(arguments(nodes[0])["weight"]), arguments(nodes[0]).get("groups", 1))
         for name, nodes in found.values()
     ], refused
+
+
+def read_patterns(of: Pass) -> None:
+    """Make tuples of a pass's `include` and `exclude`, where a single name may be given by itself."""
+    for key in ("include", "exclude"):
+        value = getattr(of, key)
+        value = (value,) if isinstance(value, str) else value
+        good = isinstance(value, (list, tuple)) and all(isinstance(pattern, str) for pattern in value)
+        check_field(of, key, good, "patterns over weight names")
+        object.__setattr__(of, key, tuple(value))
 
 
 # ----------------------------------------------------------------------------------------------------------------- data

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from graphcomb.graph.errors import BadInput
-from graphcomb.passes import Comb, Distill, RemoveChannels
+from graphcomb.passes import Comb, Distill, RemoveChannels, Sparsify
 from graphcomb.recipe import known_passes, override, parse_recipe, read_recipe, read_yaml
 
 GOOD = {"model": "a:b", "passes": []}
@@ -32,6 +32,17 @@ def test_precision_no_may_be_written_as_yaml_reads_it(tmp_path: Path, text: str)
     path.write_text(f"model: a:b\npasses: [{{Distill: {{precision: {text}}}}}, {train}]\n")
     recipe = read_recipe(path, [f"passes.0.precision={text}"])
     assert recipe.passes == [Distill(), RemoveChannels(macs=0.5, train=Distill())]
+
+
+@pytest.mark.parametrize("text", ["2:4", "'2:4'", " 2:4 "])
+def test_a_pattern_is_no_number_in_base_60(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: a:b\nseed: 0x10\npasses:\n- Sparsify: {{pattern: {text}}}\n- Sparsify:\n    pattern: {text}\n"
+    )
+    recipe = read_recipe(path, [f"passes.0.pattern={text}"])
+    assert recipe.passes == [Sparsify(pattern="2:4"), Sparsify(pattern="2:4")]
+    assert recipe.seed == 16
 
 
 def test_only_options_that_may_be_no_take_false() -> None:

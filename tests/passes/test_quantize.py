@@ -162,8 +162,8 @@ def test_what_is_refused(program, result):
         Quantize()(program)
     with pytest.raises(BadInput, match="data: yields no batch; it must be iterable again"):
         Quantize()(program, data=[])
-    for options, field in (({"samples": 0}, "samples"), ({"calibration": "none"}, "calibration")):
-        with pytest.raises(BadInput, match=rf"Quantize\.{field}"):
+    for options in ({"samples": 0}, {"samples": True}, {"calibration": "none"}, {"include": 3}, {"exclude": (3,)}):
+        with pytest.raises(BadInput, match=rf"Quantize\.{next(iter(options))}: "):
             Quantize(**options)
 
 
