@@ -507,7 +507,15 @@ def _step(record: Mapping[str, Any]) -> Step:
 
 def _engine(engine: Mapping[str, Any]) -> dict[str, Any]:
     """The engine's report with what the template needs made sure of."""
-    kernels = _list(engine.get("kernels"))
+    kernels = [
+        {
+            "name": str(kernel.get("name", "")),
+            "kind": str(kernel.get("kind", "")),
+            "padding": bool(kernel.get("padding")),
+        }
+        | {key: _list(kernel.get(key), str) for key in ("nodes", "inputs", "outputs")}
+        for kernel in _list(engine.get("kernels"))
+    ]
     memory = {str(k): number(v) for k, v in _map(engine.get("memory")).items()}
     return {
         "title": " ".join(str(engine[k]) for k in ("backend", "version") if engine.get(k)),
@@ -517,23 +525,24 @@ def _engine(engine: Mapping[str, Any]) -> dict[str, Any]:
         "bytes": engine.get("bytes"),
         "seconds": number(engine.get("seconds")),
         "kernels": kernels,
-        "padding": sum(1 for kernel in kernels if kernel.get("padding")),
-        "nodes": len({str(node) for kernel in kernels for node in kernel.get("nodes") or ()}),
+        "padding": sum(kernel["padding"] for kernel in kernels),
+        "nodes": len({node for kernel in kernels for node in kernel["nodes"]}),
         "memory": [(name, value) for name, value in memory.items() if value],
-        "pads": [dict(pad) | {"origin": _origin(engine, pad.get("nodes"))} for pad in _list(engine.get("pads"))],
+        "pads": [_pad(engine, pad) for pad in _list(engine.get("pads"))],
         "unfused": [
-            {"text": UNFUSED.get(str(row.get("how")), ""), "nodes": row.get("nodes") or ()}
+            {"text": UNFUSED.get(str(row.get("how")), ""), "nodes": _list(row.get("nodes"), str)}
             for row in _list(engine.get("unfused"))
         ],
-        "warnings": [str(text) for text in engine.get("warnings") or ()],
+        "warnings": _list(engine.get("warnings"), str),
     }
 
 
-def _origin(engine: Mapping[str, Any], nodes: Any) -> str:
-    """The passes that changed a kernel's nodes."""
-    origins = _map(engine.get("origins"))
-    found = [name for node in nodes or () for name in _map(origins.get(node)).get("passes", ())]
-    return ", ".join(dict.fromkeys(map(str, found)))
+def _pad(engine: Mapping[str, Any], pad: Mapping[str, Any]) -> dict[str, Any]:
+    """A padded axis, with the passes that changed its nodes."""
+    nodes, origins = _list(pad.get("nodes"), str), _map(engine.get("origins"))
+    passes = [name for node in nodes for name in _list(_map(origins.get(node)).get("passes"), str)]
+    texts = {key: str(pad.get(key, "")) for key in ("kernel", "how", "axis", "before", "after", "alignment")}
+    return texts | {"nodes": nodes, "origin": ", ".join(dict.fromkeys(passes))}
 
 
 def _device(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -365,6 +365,26 @@ def test_the_keys_that_a_run_writes_are_taken_too(tmp_path):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kernels": 5},
+        {"kernels": [{"name": "k", "nodes": 5, "inputs": 5, "outputs": [5]}, {}, 5]},
+        {"warnings": 5},
+        {"pads": [{}, {"how": ["kernel"]}, {"nodes": 5}, {"nodes": [["a"], "conv2"]}, 5]},
+        {"unfused": [{}, {"how": 5, "nodes": 5}, {"nodes": [5]}]},
+        {"origins": {"conv2": {"passes": 5}}},
+        {"origins": {"conv2": 5}},
+        {"memory": 5, "padding": 5, "bytes": "x", "seconds": "x"},
+    ],
+)
+def test_an_engine_report_that_is_not_one_leaves_out_what_it_lacks(tmp_path, wrong):
+    values = summary()
+    values["engine_report"] |= wrong
+    found, _ = page(tmp_path, values)
+    assert "Engine for rtx-sm86" in found.text
+
+
 def test_a_contended_machine_gives_no_figure_and_a_slower_result_says_so(tmp_path):
     values = summary() | {"latency_ratio": None}
     values["latency"]["note"] = "no figure: only 3 of 50 rounds ran undisturbed"
