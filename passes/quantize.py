@@ -39,7 +39,7 @@ class Quantize(Pass):
     samples. include, exclude: patterns over weight names.
 
     Run it last: `Fuse` before it, or normalisations stay in floating point (named in the record), and `Sparsify` before
-    it. Raises BadInput without data or batches, MissingBackend without torchao. Refused, and named: computed weights,
+    it. Raises BadInput without finite data, MissingBackend without torchao. Refused, and named: computed weights,
     transposed convolutions, layers whose inputs are all zero.
     """
 
@@ -93,7 +93,8 @@ class Quantize(Pass):
             for node in layer.nodes
         }
         module, rest = program.module().eval(), self.samples
-        runner = _Watching(module, watched)
+        readers = {node.args[0]: layer.name for layer in reversed(chosen) for node in layer.nodes}
+        runner = _Watching(module, watched, readers)  # type: ignore[arg-type]
         with (
             seeded(context.seed),
             placed(module, accelerator().device),
@@ -127,16 +128,19 @@ def _observer(calibration: str) -> Callable[[], Any]:
 
 
 class _Watching(fx.Interpreter):
-    """Runs a graph and shows some of its values to observers."""
+    """Runs a graph and shows some of its values to observers. readers: the weight that each is multiplied with, for
+    messages."""
 
-    def __init__(self, module: fx.GraphModule, watched: dict[fx.Node, Any]):
+    def __init__(self, module: fx.GraphModule, watched: dict[fx.Node, Any], readers: dict[fx.Node, str]):
         super().__init__(module)
-        self.watched = watched
+        self.watched, self.readers = watched, readers
         self.largest = dict.fromkeys(watched, 0.0)
 
     def run_node(self, n: fx.Node) -> Any:
         found = super().run_node(n)
         if n in self.watched:
+            if not bool(found.isfinite().all()):
+                raise BadInput(f"Quantize: the inputs of {self.readers[n]} are not finite; check the data")
             self.watched[n](found.float().cpu())
             self.largest[n] = max(self.largest[n], float(found.abs().max()))
         return found

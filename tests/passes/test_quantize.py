@@ -167,6 +167,15 @@ def test_what_is_refused(program, result):
             Quantize(**options)
 
 
+@pytest.mark.parametrize("calibration", ["histogram", "minmax"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_samples_that_are_not_finite_are_refused(program, calibration, value):
+    data = batches()
+    data[1][0][2, 0, 5, 5] = value
+    with pytest.raises(BadInput, match=r"Quantize: the inputs of stem\.weight are not finite; check the data"):
+        Quantize(calibration=calibration)(program, data=data)
+
+
 def test_tied_weights_are_quantised_once():
     class Tied(nn.Module):
         def __init__(self):
