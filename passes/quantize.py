@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -19,7 +18,7 @@ from ..graph.ops import arguments, fetch, op_name, set_argument
 from ..graph.program import Program, place_tensor
 from .base import Context, Pass, PassResult, check_field
 from .batches import Feed
-from .statistics import Layer, layers, read_patterns, some_batches
+from .statistics import Layer, check_included, layers, read_patterns, some_batches
 from .training import accelerator, bar, placed, seeded
 
 RANGE = (-128, 127)  # the one signed range that ONNX's QuantizeLinear has
@@ -36,7 +35,7 @@ class Quantize(Pass):
     straight through, so that a `Distill` after this pass is quantisation-aware training (with these scales, masks held).
 
     calibration: scales of inputs from torchao's observers, "histogram" (least squared error) or "minmax", over `samples`
-    samples. include, exclude: patterns over weight names.
+    samples. include, exclude: patterns over weight names, all of those of a tied weight.
 
     Run it last: `Fuse` before it, or normalisations stay in floating point (named in the record), and `Sparsify` before
     it. Raises BadInput without finite data, MissingBackend without torchao. Refused, and named: computed weights,
@@ -57,10 +56,11 @@ class Quantize(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         new = program.copy()
         found, refused = layers(new)
+        check_included(self, self.include, found, refused)
         chosen = []
         for layer in found:
-            kept = not self.include or any(fnmatchcase(layer.name, p) for p in self.include)
-            if kept and not any(fnmatchcase(layer.name, p) for p in self.exclude):
+            kept = not self.include or layer.matches(self.include)
+            if kept and not layer.matches(self.exclude):
                 chosen.append(layer)
             else:
                 refused.append({"what": layer.name, "why": "excluded" if kept else "not included"})

@@ -8,7 +8,6 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ from .distill import Distill
 from .masks import legal, read_pattern, sparse_weights
 from .permute import permuted
 from .solver import Method, Solver
-from .statistics import Gradients, Layer, check_again, layers, read_patterns
+from .statistics import Gradients, Layer, check_again, check_included, layers, read_patterns
 from .training import accelerator, evaluate, fingerprint, seeded
 
 METHODS = ("cap", "fastcap", "woodfisher", "sparsegpt", "wanda", "magnitude")
@@ -60,7 +59,8 @@ class Sparsify(Pass):
 
     where: "pays" sparsifies only layers that the target then computes faster, "all" every one; None takes "pays" with a
     pattern and "all" without, since no engine here gains from unstructured zeros. The layers at the input and the output
-    and depthwise ones stay dense unless `include` names them. include, exclude: patterns over parameter names.
+    and depthwise ones stay dense unless `include` names them. include, exclude: patterns over parameter names (all
+    of those of a tied weight).
 
     schedule: a gradual run, pairs (epoch, sparsity): prune at that epoch, then train up to the next one's. train: how,
     a `Distill` whose epochs are those of the whole run; its learning rate starts anew after each pruning (CAP: linear
@@ -168,13 +168,14 @@ class Sparsify(Pass):
     def choose(self, program: Program, context: Context) -> tuple[list[str], list[dict[str, str]]]:
         """The weights to sparsify, and the others with the reason."""
         found, refused = layers(program)
+        check_included(self, self.include, found, refused)
         ends = _ends(program, found)
         where = self.where or ("pays" if self.pattern else "all")
         chosen: list[str] = []
         for layer in found:
-            if any(fnmatchcase(layer.name, p) for p in self.exclude):
+            if layer.matches(self.exclude):
                 why: str | None = "excluded"
-            elif self.include and not any(fnmatchcase(layer.name, p) for p in self.include):
+            elif self.include and not layer.matches(self.include):
                 why = "not included"
             elif self.pattern and layer.shape[1] % read_pattern(self.pattern)[1]:
                 why = f"{self.pattern} does not divide its {layer.shape[1]} input channels per group"

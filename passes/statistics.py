@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -23,12 +24,14 @@ from .training import accelerator, logits_of, placed, seeded, task_loss
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear or convolution weight `(out, in / groups, *kernel)` and the nodes that use it (several where tied)."""
+    """A linear or convolution weight `(out, in / groups, *kernel)`, the nodes that use it and all names that it goes by
+    (several where tied)."""
 
     name: str
     nodes: tuple[fx.Node, ...]
     shape: tuple[int, ...]
     groups: int
+    names: tuple[str, ...]
 
     @property
     def kind(self) -> str:
@@ -37,6 +40,10 @@ class Layer:
     @property
     def size(self) -> int:
         return torch.Size(self.shape).numel()
+
+    def matches(self, patterns: Iterable[str]) -> bool:
+        """Whether one of its names does."""
+        return any(fnmatchcase(name, pattern) for name in self.names for pattern in patterns)
 
 
 def layers(program: Program) -> tuple[list[Layer], list[dict[str, str]]]:
@@ -64,9 +71,18 @@ def layers(program: Program) -> tuple[list[Layer], list[dict[str, str]]]:
             continue
         tensor = fetch(module, str(weight.target))
         found.setdefault(id(tensor), (str(weight.target), []))[1].append(node)
+    names: dict[int, list[str]] = {}
+    for name, tensor in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), []).append(name)
     return [
-        Layer(name, tuple(nodes), shape(arguments(nodes[0])["weight"]), arguments(nodes[0]).get("groups", 1))
-        for name, nodes in found.values()
+        Layer(
+            name,
+            tuple(nodes),
+            shape(arguments(nodes[0])["weight"]),
+            arguments(nodes[0]).get("groups", 1),
+            tuple(names[key]),
+        )
+        for key, (name, nodes) in found.items()
     ], refused
 
 
@@ -78,6 +94,15 @@ def read_patterns(of: Pass) -> None:
         good = isinstance(value, (list, tuple)) and all(isinstance(pattern, str) for pattern in value)
         check_field(of, key, good, "patterns over weight names")
         object.__setattr__(of, key, tuple(value))
+
+
+def check_included(of: Pass, include: Sequence[str], found: Sequence[Layer], refused: Sequence[dict[str, str]]) -> None:
+    """Raise BadInput unless each pattern of a pass's `include` matches a weight, taken or refused."""
+    names = [name for layer in found for name in layer.names] + [row["what"] for row in refused]
+    for pattern in include:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            raise BadInput(f'{type(of).__name__}.include: "{pattern}" matches no weight; there are {some or "none"}')
 
 
 # ----------------------------------------------------------------------------------------------------------------- data

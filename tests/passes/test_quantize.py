@@ -147,6 +147,8 @@ def test_chosen_layers_only(program):
     assert {"what": "stem.weight", "why": "excluded"} in found.record["refused"]
     only = Quantize(include="q.*")(program, data=batches())
     assert {"what": "k.weight", "why": "not included"} in only.record["refused"]
+    with pytest.raises(BadInput, match=r'Quantize.include: "no.such" matches no weight; there are stem.weight, conv'):
+        Quantize(include=("q.*", "no.such"))(program, data=batches())
 
 
 def test_what_is_refused(program, result):

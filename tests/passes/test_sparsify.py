@@ -186,16 +186,27 @@ def test_more_zeros_than_the_target_has_all_stay(program, method, target, record
         assert "pattern" not in target or masks.legal(after[name], "2:4")
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.a, self.b, self.last = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.last(self.b(self.a(self.first(x)).tanh()).tanh())
+
+
+@pytest.mark.parametrize("name", ["a.weight", "b.weight"])
+def test_tied_weights_go_by_all_their_names(name):
+    torch.manual_seed(0)
+    program = g.capture(Tied(), torch.randn(2, 3), dynamic_shapes="batch")
+    taken = Sparsify(method="magnitude", include=name)(program)
+    assert (weights(taken.program)["a.weight"] == 0).sum() == 32
+    left = Sparsify(method="magnitude", exclude=name)(program)
+    assert left.record["changed"] == []
+
+
 def test_tied_weights_are_pruned_as_one():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.a, self.b, self.last = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
-            self.b.weight = self.a.weight
-
-        def forward(self, x):
-            return self.last(self.b(self.a(self.first(x)).tanh()).tanh())
-
     torch.manual_seed(0)
     program = g.capture(Tied(), torch.randn(2, 3), dynamic_shapes="batch")
     data = [(torch.randn(8, 3), torch.randint(2, (8,)))]
@@ -589,6 +600,11 @@ def test_options_that_make_no_sense(options, message):
         Sparsify(**options)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_patterns_that_match_nothing_are_named(program):
+    with pytest.raises(BadInput, match=r'Sparsify.include: "porj\*" matches no weight; there are stem.weight, conv'):
+        Sparsify(method="magnitude", include=("qkv*", "porj*"))(program)
 
 
 def test_missing_data_and_labels_are_named(program):
