@@ -85,7 +85,7 @@ class Size:
     round_to: int = 4
     alpha: float = 0.7
     temperature: float = 2.0
-    features: float = 1.0
+    features: dict[str, float] = field(default_factory=lambda: {"classification": 1.0, "segmentation": 0.0})
     interval: int = 4
     arguments: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -216,12 +216,13 @@ def digest(network: str, model: nn.Module) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- methods
-def training(options: Size, distilled: bool) -> Distill:
-    """The training that every method gets, with or without the dense teacher."""
+def training(options: Size, distilled: bool, task: str) -> Distill:
+    """The training that every method gets, with or without the dense teacher. Segmenters are taught by scores alone: a
+    feature term lets the Fisher scores keep the early layers, at the cost of all others."""
     if not distilled:
         return Distill(alpha=0.0, steps=options.steps, lr=options.lr[1])
     return Distill(
-        alpha=options.alpha, temperature=options.temperature, features=options.features, steps=options.steps,
+        alpha=options.alpha, temperature=options.temperature, features=options.features[task], steps=options.steps,
         lr=options.lr[1],
     )  # fmt: skip
 
@@ -231,7 +232,7 @@ def graphcomb_adaptive(job: Job, dense: nn.Module, distilled: bool) -> graphcomb
     program = capture(dense, task)
     pass_ = RemoveChannels(
         macs=1 / job.target, importance="fisher", scope="global", schedule="adaptive", interval=options.interval,
-        round_to=options.round_to, train=training(options, distilled),
+        round_to=options.round_to, train=training(options, distilled, task),
     )  # fmt: skip
     return pass_(
         program, data=loaders(task, job.size)[0], seed=job.seed, teacher=program if distilled else None
@@ -251,7 +252,7 @@ def graphcomb_latency(job: Job, dense: nn.Module) -> graphcomb.Program:
         latency=f"{1e3 * seconds} ms",
         interval=options.interval,
         round_to=options.round_to,
-        train=training(options, True),
+        train=training(options, True, task),
     )
     data = loaders(task, job.size)[0]
     return pass_(program, data=data, seed=job.seed, teacher=program, latency=table, progress=True).program
@@ -263,7 +264,7 @@ def graphcomb_one_shot(job: Job, dense: nn.Module) -> graphcomb.Program:
     pass_ = RemoveChannels(macs=1 / job.target, importance="fisher", scope="global", round_to=options.round_to)
     pruned = pass_(program, data=gradient_batches(task, job.size, job.seed, options.scored), seed=job.seed).program
     data = loaders(task, job.size)[0]
-    return training(options, True)(pruned, data=data, seed=job.seed, teacher=program).program
+    return training(options, True, task)(pruned, data=data, seed=job.seed, teacher=program).program
 
 
 def torch_pruning(job: Job, dense: nn.Module, importance: str, distilled: bool) -> graphcomb.Program:
@@ -282,7 +283,9 @@ def torch_pruning(job: Job, dense: nn.Module, importance: str, distilled: bool) 
     if best is None:
         raise RuntimeError(f"no ratio reaches {job.target:g} times fewer MACs")
     data = loaders(task, job.size)[0]
-    return training(options, distilled)(best, data=data, seed=job.seed, teacher=program if distilled else None).program
+    return training(options, distilled, task)(
+        best, data=data, seed=job.seed, teacher=program if distilled else None
+    ).program
 
 
 def tp_gradients(dense: nn.Module, importance: str, job: Job) -> list[torch.Tensor | None]:

@@ -48,7 +48,8 @@ class Distill(Training, Pass):
     that the MSE is 2 * (1 - cosine). task is the context's loss or cross-entropy.
 
     alpha: weight of the teacher's scores, 0..1; without labels it counts as 1, without a teacher as 0. temperature: T.
-    features: weight of the feature term, 0 for none. labels: use those of the data. The teacher runs in eval mode and,
+    features: weight of the feature term, 0 for none; gradient scores of pruning while training feel it too, which let small
+    segmenters keep their early layers at the cost of the rest (benchmarks/accuracy.py). labels: use those of the data. The teacher runs in eval mode and,
     like the input program, is not changed. Training options are those of `Training`.
 
     Raises BadInput when there is no data, neither teacher nor labels, a teacher with other inputs or scores, or when
