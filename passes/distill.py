@@ -49,8 +49,8 @@ class Distill(Training, Pass):
 
     alpha: weight of the teacher's scores, 0..1; without labels it counts as 1, without a teacher as 0. temperature: T.
     features: weight of the feature term, 0 for none; gradient scores of pruning while training feel it too, which let small
-    segmenters keep their early layers at the cost of the rest (benchmarks/accuracy.py). labels: use those of the data. The teacher runs in eval mode and,
-    like the input program, is not changed. Training options are those of `Training`.
+    segmenters keep their early layers at the cost of the rest (benchmarks/accuracy.py). labels: use those of the data. The
+    teacher runs in eval mode and, like the input program, is not changed. Training options are those of `Training`.
 
     Raises BadInput when there is no data, neither teacher nor labels, a teacher with other inputs or scores, or when
     the loss is no longer finite. Refused, and named in the record: block outputs whose shape differs and whose kept
