@@ -4,8 +4,9 @@
 
 Networks have random weights: what is measured is time, not accuracy. Each is pruned in its channels to half and a quarter
 of its MACs, in its depth, and made 2:4 sparse; engines run in turns, with inputs on the device and as a CUDA graph where
-the engine can. Results go to benchmarks/results/gpu.json and gpu.md, and a run goes on where it was interrupted. Without a
-GPU nothing is measured; `--engines onnxruntime` tries the script out on a CPU.
+the engine can. An engine whose outputs are not the network's is not measured. Results go to benchmarks/results/gpu.json and
+gpu.md, and a run goes on where it was interrupted. Without a GPU nothing is measured; `--engines onnxruntime` tries the
+script out on a CPU.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import revision, save, write
 from zoo import environment
 
@@ -27,6 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 NETWORKS = ("resnet50", "convnext_tiny", "vit_b_16", "swin_t", "segformer_b0")
 ENGINES = ("tensorrt", "tensorrt_rtx", "torch_tensorrt", "inductor")
 BATCHES = (1, 8, 32)
+ALLOWED = 0.05  # error of an fp16 engine's outputs, relative to the largest output in fp32
 
 
 def network(name: str):
@@ -105,44 +108,75 @@ def present(wanted: list[str] | None) -> dict[str, str]:
 
 def engines(
     backend: str, programs: dict[str, Any], batches: list[int], folder: Path
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Engines by variant, and why some could not be built."""
+) -> tuple[dict[str, Any], dict[str, float], dict[str, str]]:
+    """Engines by variant, their errors, and why some could not be built or compute something else."""
     from graphcomb.graph.errors import GraphcombError
+
+    built, errors, failed = {}, {}, {}
+    for name, program in programs.items():
+        try:
+            engine = opened(name, backend, program, batches, folder)
+            try:
+                errors[name] = checked(program, engine, min(batches))
+            except Exception:
+                engine.close()
+                raise
+            built[name] = engine
+        except GraphcombError as error:
+            failed[name] = str(error)[:300]
+    return built, errors, failed
+
+
+def opened(name: str, backend: str, program: Any, batches: list[int], folder: Path) -> Any:
+    """A variant's engine, ready to run."""
     from graphcomb.runtime import build_engine, export_onnx, load_engine
     from graphcomb.runtime.engine import BACKENDS, backend_module, open_engine
 
-    built, failed = {}, {}
-    for name, program in programs.items():
-        try:
-            if BACKENDS[backend].source == ".pt2":
-                built[name] = open_engine(half(program), backend)
-                continue
-            path = folder / f"{name.replace(' ', '-').replace(':', '-')}.onnx"
-            if not path.exists():
-                export_onnx(program, path, "fp16")
-            module = backend_module(backend)
-            if not hasattr(module, "local_target"):
-                built[name] = open_engine(path, backend)
-                continue
-            sizes = (min(batches), min(batches), max(batches))
-            file = path.with_suffix(BACKENDS[backend].suffixes[0])
-            options = {"batch": sizes, "sparse": name == "2:4"}
-            report = build_engine(path, module.local_target(backend), file, backend, **options)
-            built[name] = load_engine(report.path, backend, graphs=True)
-        except GraphcombError as error:
-            failed[name] = str(error)[:300]
-    return built, failed
+    if BACKENDS[backend].source == ".pt2":
+        return open_engine(half(program), backend)
+    path = folder / f"{name.replace(' ', '-').replace(':', '-')}.onnx"
+    export_onnx(program, path, "fp16")
+    module = backend_module(backend)
+    if not hasattr(module, "local_target"):
+        return open_engine(path, backend)
+    sizes = (min(batches), min(batches), max(batches))
+    file = path.with_suffix(BACKENDS[backend].suffixes[0])
+    report = build_engine(path, module.local_target(backend), file, backend, batch=sizes, sparse=name == "2:4")
+    return load_engine(report.path, backend, graphs=True)
+
+
+def checked(program: Any, engine: Any, batch: int) -> float:
+    """The largest error of an engine's outputs, relative to those of the program in fp32, on random images. A time counts
+    for nothing where that is not what the network computes: raises Refused for an error above `ALLOWED`."""
+    import torch
+
+    from graphcomb.graph.errors import Refused
+    from graphcomb.graph.program import flatten_outputs
+    from graphcomb.runtime.parity import feeds, relative_error
+
+    images = torch.randn(batch, *program.args[0].shape[1:], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = [t.double().numpy() for t in flatten_outputs(program.copy().module().eval()(images))]
+    found = engine.run(feeds(engine, (images,), {}))
+    error = max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
+    if not error <= ALLOWED:
+        finite = all(np.isfinite(a.astype(np.float64)).all() for a in found)
+        raise Refused(f"wrong outputs: error {error:.2g}" if finite else "wrong outputs: not finite")
+    return error
 
 
 def measure(name: str, backend: str, batches: list[int], seconds: float, programs: dict[str, Any]) -> dict:
     """Rows by batch: median milliseconds of each variant, and how many times faster it is than dense."""
-    import numpy as np
-
     from graphcomb.runtime import bench
 
     with tempfile.TemporaryDirectory() as folder:
-        built, failed = engines(backend, programs, batches, Path(folder))
-        row: dict = {"failed": failed, "macs": {v: p.macs for v, p in programs.items()}, "batches": {}}
+        built, errors, failed = engines(backend, programs, batches, Path(folder))
+        row: dict = {
+            "failed": failed,
+            "errors": errors,
+            "macs": {v: p.macs for v, p in programs.items()},
+            "batches": {},
+        }
         if "dense" not in built:
             return row
         shape = programs["dense"].args[0].shape[1:]
