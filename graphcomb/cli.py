@@ -487,20 +487,22 @@ def show_device(results: dict[str, Any]) -> None:
     """What a bench bundle measured on a device."""
     console.print(f"{results['device']['model'] or 'this machine'}, {results['engine']} {results['version']}")
     table = Table("model", "run as", "median ms", "p99 ms", "times faster", "power W", "energy mJ", "error")
+    wrong = {name for name, row in results["models"].items() if row["parity"].get("note")}
     for name, row in results["models"].items():
         power, error = row["power"], row["parity"]["error"]
+        mark = " (wrong outputs)" if wrong & {next(iter(results["models"])), name} else ""
         for mode, found in row["latency"].items():
             ms = found.get("gpu_ms", found["host_ms"])
             ratio = results["ratios"].get(name, {}).get(mode)
             cells = (power.get("total_mw"), power.get("energy_mj"))
             table.add_row(
-                name, mode, f"{ms['median']:.3f}", f"{ms['p99']:.3f}", f"{ratio['median']:.2f}" if ratio else "",
+                name, mode, f"{ms['median']:.3f}", f"{ms['p99']:.3f}", f"{ratio['median']:.2f}{mark}" if ratio else "",
                 f"{cells[0] / 1e3:.2f}" if cells[0] is not None else "",
                 f"{cells[1]:.1f}" if cells[1] is not None else "", f"{error:.1e}" if error is not None else "none",
             )  # fmt: skip
     console.print(table)
     for note in results["notes"]:
-        console.print(note)
+        console.print(note, soft_wrap=True, markup=False)
 
 
 SUMMARY_ROWS = {

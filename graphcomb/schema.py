@@ -225,10 +225,13 @@ class DeviceModel(Format):
 
     file: str = says("in the bundle")
     engine: dict[str, Any] = says(
-        "build_seconds, bytes, scratch_bytes, inspector: layers as the library has them, and contended: runs that counted "
-        "although something else had the processor"
+        "build_seconds, bytes, scratch_bytes, flags: of TensorRT's builder, inspector: layers as the library has them, and "
+        "contended: runs that counted although something else had the processor"
     )
-    parity: dict[str, Any] = says("finite: no NaN or infinity; error: relative to the reference, null without one")
+    parity: dict[str, Any] = says(
+        "finite: no NaN or infinity; error: relative to the reference, null without one; tolerance: the largest error that "
+        "the model's precision explains; note: what is wrong with the outputs, where something is"
+    )
     latency: dict[str, Latency] = says("by way to run it: stream, graph (a CUDA graph)")
     power: dict[str, Any] = says(
         "while it runs alone: power_mw by rail, total_mw, energy_mj of one run, temperatures_c, clocks_mhz, "
@@ -242,7 +245,9 @@ class Device(Format):
 
     format: str = says("graphcomb-bench/1")
     bundle: dict[str, Any] = says(
-        "bundle.json: graphcomb's version, precision, target, and by model its files, their sha256 and its layers"
+        "bundle.json: graphcomb's version, the precision asked for, target and its library, and by model its files, their "
+        "sha256, its precision (int8: with Q/DQ nodes), names of its outputs, sparse: it has 2:4 weights, note: what became "
+        "of it, and its layers"
     )
     engine: str = says("library")
     version: str = says("of the library")

@@ -5,6 +5,7 @@ them each kernel of a profile ran. Source: ours.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -170,14 +171,22 @@ def _are_results(found: Any) -> bool:
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """What bench_device.py wrote. Raises BadInput for another file or another version's."""
+    """What bench_device.py wrote. Raises BadInput for another file or another version's, or one without models."""
     path = Path(path)
     found = read_json(path)
     if not _are_results(found) or "models" not in found:
         raise BadInput(f"{path}: not the results of a bench bundle")
     if found["format"] != FORMAT:
         raise BadInput(f"{path}: of format {found['format']}, this version reads {FORMAT}; bundle and measure again")
+    models = found["models"]
+    if not isinstance(models, dict) or not models or not all(isinstance(row, dict) for row in models.values()):
+        raise BadInput(f"{path}: models: expected what was measured, by name of the model; measure again")
     return found
+
+
+def precision_of(bundle: Mapping[str, Any], name: str) -> str:
+    """The precision of a bundle's model, which need not be the one that the bundle was asked for."""
+    return str(bundle["models"][name].get("precision", bundle["precision"]))
 
 
 def latency(model: Mapping[str, Any]) -> tuple[str, float]:
@@ -192,17 +201,25 @@ def read_measured(
     results: Sequence[str | Path | Mapping[str, Any]], target: Target | None = None, dtype: str | None = None
 ) -> tuple[list[Measured], dict[str, Any]]:
     """The models of bundles' results whose layers are known, and what they are of: target, precision, device, engine.
+    Of a bundle with several precisions, the models that have the one asked for, by default the bundle's.
 
-    Raises BadInput for results of another target, engine, precision or device than the target's and the first ones'.
+    Raises BadInput for results of another target, engine, precision or device than the target's and the first ones', and
+    for the same measurement twice.
     """
     runs: list[Measured] = []
     about: dict[str, Any] = {}
+    seen: list[tuple[str, Mapping[str, Any]]] = []
     for given in results:
         found = given if isinstance(given, Mapping) else read_results(given)
         where = "these results" if isinstance(given, Mapping) else str(given)
+        if twin := next((other for other, earlier in seen if earlier == found), None):
+            raise BadInput(f"{where}: the same measurement as {twin}; give it once")
+        seen.append((where, found))
         try:
             about = _same(found, where, about, target, dtype)
             for name, model in found["models"].items():
+                if precision_of(found["bundle"], name) != about["precision"]:
+                    continue
                 rows = found["bundle"]["models"][name].get("layers") or ()
                 mode, _ = latency(model)
                 if model["engine"].get("contended", 0) > BUSY * model["latency"][mode]["runs"]:
@@ -231,10 +248,12 @@ def _same(
         raise BadInput(f"{where}: measured for target {device.name}, not {target.name}")
     if found["engine"] != device.backend:
         raise BadInput(f"{where}: measured with {found['engine']}, and {device.name} runs {device.backend}")
-    if dtype is not None and bundle["precision"] != dtype:
-        raise BadInput(f"{where}: measured in {bundle['precision']}, not {dtype}")
+    measured = [precision_of(bundle, name) for name in found["models"]] or [bundle["precision"]]
+    if dtype is not None and dtype not in measured:
+        raise BadInput(f"{where}: measured in {' and '.join(dict.fromkeys(measured))}, not {dtype}")
+    kind = dtype or (bundle["precision"] if bundle["precision"] in measured else measured[0])
     new = {
-        "target": device.name, "precision": bundle["precision"], "device": found["device"].get("model"),
+        "target": device.name, "precision": kind, "device": found["device"].get("model"),
         "engine": f"{found['engine']} {found['version']}",
     }  # fmt: skip
     different = [f"{k} {v}, not {about[k]}" for k, v in new.items() if k in about and about[k] != v]
@@ -245,9 +264,10 @@ def _same(
 
 def _run(name: str, model: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Measured:
     layers, (_, seconds) = [from_dict(row) for row in rows], latency(model)
-    if not seconds > 0 or any(layer.macs() < 0 or layer.entries() < 0 for layer in layers):
-        raise ValueError(f"sizes or times of {name}")
     found = kernels(model, rows)
+    times = [1e3 * seconds, *(ms for _, _, ms in found)]
+    if not seconds > 0 or not all(map(math.isfinite, times)) or any(x.macs() < 0 or x.entries() < 0 for x in layers):
+        raise ValueError(f"sizes or times of {name}")
     whole = sum(ms for _, _, ms in found) / 1e3
     scale = min(1.0, seconds / whole) if whole else 0.0  # the profiler slows the run down
     known = [(tuple(sorted(w)), len(names), scale * ms / 1e3) for w, names, ms in found if w and ms > 0]

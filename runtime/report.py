@@ -549,43 +549,51 @@ def _device(results: Mapping[str, Any]) -> dict[str, Any]:
     """What one device measured: a row for each model and way to run it, and the slowest layers."""
     about, bundle = _map(results.get("device")), _map(results.get("bundle"))
     rows, layers, roofline = [], [], _roofline(results)
-    for name, model in _map(results.get("models")).items():
+    models = _map(results.get("models"))
+    abouts = [_map(_map(bundle.get("models")).get(name)) for name in models]
+    kinds = [str(about.get("precision") or bundle.get("precision") or "") for about in abouts]
+    wrong = {str(name) for name, model in models.items() if _wrong(_map(_map(model).get("parity")))}
+    for (name, model), kind in zip(models.items(), kinds, strict=True):
         model, power = _map(model), _map(_map(model).get("power"))
+        own = roofline if roofline is not None and kind == roofline.dtype else None
         for mode, found in _map(model.get("latency")).items():
             ms = _map(_map(found).get("gpu_ms", _map(found).get("host_ms")))
             median, p99 = number(ms.get("median")), number(ms.get("p99"))
             ratio = number(_map(_map(_map(results.get("ratios")).get(name)).get(mode)).get("median"))
             watts, energy = number(power.get("total_mw")), number(power.get("energy_mj"))
-            error = _map(model.get("parity")).get("error")
+            parity = _map(model.get("parity"))
+            faster = against(ratio, "faster", "slower") if ratio is not None else ""
+            if faster and wrong & {next(iter(models)), name}:
+                faster += ", with wrong outputs"
             rows.append(
                 {
                     "name": str(name),
                     "mode": MODES.get(str(mode), str(mode)),
                     "median": milliseconds(median) if median is not None else "–",
                     "p99": milliseconds(p99) if p99 is not None else "–",
-                    "ratio": against(ratio, "faster", "slower") if ratio is not None else "",
+                    "ratio": faster,
                     "power": f"{watts / 1000:.3g} W" if watts is not None else "",
                     "energy": f"{energy:.3g} mJ" if energy is not None else "",
-                    "error": exact(error) if number(error) is not None else "no figure",
-                    "bad": number(error) is None,
-                    "predicted": _predicted(roofline, results, str(name)) if median == _median(model) else "",
+                    "error": exact(parity.get("error")) or str(parity.get("note") or "no figure"),
+                    "bad": str(name) in wrong,
+                    "predicted": _predicted(own, results, str(name)) if median == _median(model) else "",
                 }
             )
         known, profile = _kernels(results, str(name))
         whole = sum(kernel[2] for kernel in profile) or 1.0
         for which, names, spent in sorted(profile, key=lambda kernel: -kernel[2])[:IN_SIGHT]:
-            work = _work(roofline, known, which, len(names))
+            work = _work(own, known, which, len(names))
             layers.append((str(name), ", ".join(names), spent, spent / whole, *work))
-    temperatures = [
-        f"{name}: {', '.join(f'{zone} {value:.0f} °C' for zone, value in zones.items())}"
-        for name, model in _map(results.get("models")).items()
-        if (zones := _map(_map(_map(model).get("power")).get("temperatures_c")))
-    ]
+    temperatures = []
+    for name, model in models.items():
+        zones = _map(_map(_map(model).get("power")).get("temperatures_c"))
+        if texts := [f"{zone} {x:.0f} °C" for zone, value in zones.items() if (x := number(value)) is not None]:
+            temperatures.append(f"{name}: {', '.join(texts)}")
     calibration = _map(roofline.calibration) if roofline else {}
     facts = {key: about.get(key) for key in ("model", "power_mode", "l4t", "system", "python")}
     facts |= {"library": " ".join(str(results[k]) for k in ("engine", "version") if results.get(k))}
     facts |= {
-        "precision": bundle.get("precision"),
+        "precision": kinds[0] if len({*kinds}) == 1 else ", ".join(map(": ".join, zip(models, kinds, strict=True))),
         "date": results.get("date"),
         "prediction": f"{roofline}; {_calibration(calibration)}" if roofline else "",
         "temperatures": "; ".join(temperatures),
@@ -597,6 +605,12 @@ def _device(results: Mapping[str, Any]) -> dict[str, Any]:
         "layers": layers,
         "notes": [str(note) for note in results.get("notes") or ()],
     }
+
+
+def _wrong(parity: Mapping[str, Any]) -> bool:
+    """Whether a model's outputs are not those of the reference."""
+    error, tolerance = number(parity.get("error")), number(parity.get("tolerance"))
+    return error is None or (tolerance is not None and error > tolerance)
 
 
 def _predicted(roofline: Roofline | None, results: Mapping[str, Any], name: str) -> str:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,21 @@ def test_options_reach_the_script(cli, tmp_path: Path, monkeypatch: pytest.Monke
     assert "far enough" in cli("bench", tmp_path, "--host", "user@jetson", "--python", "venv/bin/python", *options).err
     wanted = ["--seconds=3", "--threads=1", "--sparse", "--dla=0", "--rounds=7", "--power-seconds=2.5"]
     assert given == [tmp_path, tmp_path / "results.json", "user@jetson", wanted, "venv/bin/python"]
+
+
+def test_what_became_of_the_models_is_said(cli, models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lower = bundles._lower
+    monkeypatch.setattr(bundles, "_lower", lambda *given: (*lower(*given)[:2], "left as it is"))
+    outcome = cli("bundle", models["small"], "--out", tmp_path / "b", "--precision", "fp32")
+    assert "small: left as it is" in outcome.out.splitlines()
+    with np.load(tmp_path / "b" / "small" / "reference.npz") as data:
+        arrays = dict(data)
+    arrays["output:000"] += 1
+    np.savez(tmp_path / "b" / "small" / "reference.npz", **arrays)
+    outcome = cli("bench", tmp_path / "b", *QUICK)
+    assert outcome.code == 0
+    assert "small: left as it is" in outcome.out.splitlines()
+    assert "small: outputs that differ from the reference by " in outcome.out
 
 
 def test_a_run_is_bundled_with_its_record(cli, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
