@@ -268,8 +268,7 @@ class Solver:
 
     def _moments(self, batch: Sequence[Layer]) -> dict[str, list[tuple[slice, slice, Tensor]]]:
         found = {}
-        self.seen = self.method.gradients.count
-        for name, matrices in input_moments(self.program, [x.name for x in batch], self.context, self.seen).items():
+        for name, matrices in self._inputs([x.name for x in batch], True).items():
             layer = self.layers[name]
             order = _column_order(layer, bool(self.method.pattern)).to(matrices.device)
             height = layer.shape[0] // layer.groups
@@ -279,14 +278,18 @@ class Solver:
             ]
         return found
 
+    def _inputs(self, names: Sequence[str], full: bool) -> dict[str, Tensor]:
+        before = self.seen
+        moments, self.seen = input_moments(self.program, names, self.context, self.method.gradients.count, full)
+        check_again(before, self.seen)
+        return moments
+
     # ------------------------------------------------------------------------------------------------ wanda, magnitude
     def _by_scores(self) -> None:
         last = bool(self.method.pattern)
         scores = {name: _rows(w, last).abs() for name, w in self.weights.items()}
         if self.method.name == "wanda":
-            self.seen = self.method.gradients.count
-            moments = input_moments(self.program, list(self.layers), self.context, self.seen, full=False)
-            for name, squares in moments.items():
+            for name, squares in self._inputs(list(self.layers), False).items():
                 order = _column_order(self.layers[name], last).to(squares.device)
                 lengths = squares[:, order].sqrt().to(scores[name])
                 scores[name] = scores[name] * lengths.repeat_interleave(len(scores[name]) // len(lengths), 0)

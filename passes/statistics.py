@@ -336,26 +336,27 @@ class _Tap(fx.Interpreter):
 # --------------------------------------------------------------------------------------------------------- activations
 def input_moments(
     program: Program, names: Sequence[str], context: Context, count: int, full: bool = True
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], int]:
     """`X Xᵀ / n` of the inputs of each named layer, one matrix per group: `(groups, c, c)`, `c` the inputs of one output
-    in the order of the flattened weight; with `full` False its diagonal, `(groups, c)`. From `count` samples, eval mode.
+    in the order of the flattened weight; with `full` False its diagonal, `(groups, c)`. From `count` samples, eval mode;
+    returns how many of these the data has, too.
 
     Raises BadInput without data or batches, or for inputs whose squares are not finite.
     """
     if context.data is None:
         raise BadInput("Sparsify: needs data for its statistics; pass data=, or choose method magnitude")
-    module, device = program.module().eval(), accelerator().device
+    module, device, seen = program.module().eval(), accelerator().device, 0
     moments = _Moments(module, [layer for layer in layers(program)[0] if layer.name in names], full)
     with seeded(context.seed), placed(module, device), torch.no_grad():
         for batch in some_batches(Feed(program), context.data):
             args, kwargs = send_to_device((batch.args, batch.kwargs), device)
             moments.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False)
-            count -= batch.size
-            if count <= 0:
+            seen += batch.size
+            if seen >= count:
                 break
     for name, total in moments.totals.items():
         check_finite(total, f"the statistics of {name} are")
-    return {name: total / moments.seen[name] for name, total in moments.totals.items()}
+    return {name: total / moments.seen[name] for name, total in moments.totals.items()}, min(seen, count)
 
 
 class _Moments(fx.Interpreter):

@@ -405,13 +405,16 @@ def test_second_moments_of_inputs_give_the_output_energy(layer, size):
     program = g.capture(nn.Sequential(layer, nn.ReLU()), torch.randn(2, *size), dynamic_shapes="batch")
     [found], _ = layers(program)
     x = torch.randn(6, *size)
-    moments = input_moments(program.copy(), [found.name], Context(data=x.split(2)), 6)[found.name].double()
+    every, seen = input_moments(program.copy(), [found.name], Context(data=x.split(2)), 9)
+    assert seen == 6
+    moments = every[found.name].double()
     rows = layer.weight.detach().double().flatten(1).view(found.groups, -1, moments.shape[1])
     energy = torch.einsum("gri,gij,grj->", rows, moments, rows)
     out = layer(x).detach().double()
     positions = out.numel() / out.shape[-1 if layer.__class__ is nn.Linear else 1]
     torch.testing.assert_close(energy, out.square().sum() / positions, rtol=1e-5, atol=0)
-    diagonal = input_moments(program.copy(), [found.name], Context(data=x.split(2)), 6, full=False)[found.name]
+    squares, _ = input_moments(program.copy(), [found.name], Context(data=x.split(2)), 6, full=False)
+    diagonal = squares[found.name]
     torch.testing.assert_close(diagonal.double(), moments.diagonal(dim1=1, dim2=2), rtol=1e-5, atol=1e-7)
 
 
@@ -642,6 +645,8 @@ def test_data_without_batches_is_refused(program, method):
     [
         ({"recomputations": 2}, "yields no batch"),
         ({"recomputations": 2, "method": "fastcap"}, "yields no batch"),
+        ({"recomputations": 2, "gradients": 24, "method": "sparsegpt"}, "yields 8 samples, and 24 the time before"),
+        ({"recomputations": 2, "gradients": 24, "method": "wanda"}, "yields 8 samples, and 24 the time before"),
         ({"recomputations": 2, "gradients": 24}, "yields 8 samples, and 24 the time before"),
         ({"memory": 1e6, "gradients": 24, "dtype": "fp64"}, "yields 8 samples, and 24 the time before"),
     ],
