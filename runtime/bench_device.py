@@ -321,7 +321,10 @@ class OnnxRuntime:
         except Exception as error:  # ONNX Runtime's exceptions share no public base
             raise Failure(f"{path.name}: ONNX Runtime refuses it: {error}") from error
         self.version = onnxruntime.__version__
-        self.about = {"build_seconds": round(time.perf_counter() - start, 3), "bytes": path.stat().st_size}
+        self.about: dict[str, Any] = {
+            "build_seconds": round(time.perf_counter() - start, 3),
+            "bytes": path.stat().st_size,
+        }
         kinds = {i.name: i.type for i in self._session.get_inputs()}
         complete(path, kinds, feeds)
         self._feeds = {k: v.astype(np.float16 if kinds[k] == "tensor(float16)" else v.dtype) for k, v in feeds.items()}

@@ -507,7 +507,7 @@ def _step(record: Mapping[str, Any]) -> Step:
 
 def _engine(engine: Mapping[str, Any]) -> dict[str, Any]:
     """The engine's report with what the template needs made sure of."""
-    kernels = [
+    kernels: list[dict[str, Any]] = [
         {
             "name": str(kernel.get("name", "")),
             "kind": str(kernel.get("kind", "")),
