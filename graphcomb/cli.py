@@ -21,6 +21,7 @@ from .graph.errors import BadInput, GraphcombError
 
 if TYPE_CHECKING:
     from .passes.blocks import Block
+    from .runtime.dla import Placement
 
 BAD_INPUT, UNEXPECTED, WORSE, INTERRUPTED = 2, 1, 1, 130
 console = Console()
@@ -162,13 +163,16 @@ def build(
     """Build an engine from an ONNX file for a target, and say what came out: what fuses, where kernels pad, memory."""
     from . import runtime
     from .pipeline import write_json
-    from .runtime.engine import UnparsedOp
+    from .runtime.dla import dla_report
+    from .runtime.engine import UnparsedOp, check_model
     from .runtime.gate import choose, compare, read_baseline
 
     options = _arguments(option or (), "--option")
     if batch is not None:
         options["batch"] = _shape(batch, "--batch") if "," in batch else _shape(batch, "--batch")[0]
     baselines = read_baseline(gate, target) if gate else None
+    if (core := options.get("dla")) is not None:  # by the rules alone, since the library may not be here
+        show_dla(dla_report(check_model(model), runtime.get_target(target), core, options.get("batch")))
     try:
         found = runtime.build_engine(model, target, out, engine, **options)
     except UnparsedOp as error:
@@ -446,6 +450,14 @@ def show_engine(report: dict[str, Any]) -> None:
         console.print(f"not understood: {line[:200]}", markup=False)
     for text in report["warnings"]:
         console.print(f"warning: {text}", markup=False)
+
+
+def show_dla(report: Sequence[Placement]) -> None:
+    """How many layers the DLA's rules allow, and why the others are left to the GPU."""
+    left = [p for p in report if p.why]
+    console.print(f"by its rules the DLA can run {len(report) - len(left)} of {len(report)} layers")
+    for p in left:
+        console.print(f"{p.node} ({p.op}) is left to the GPU: {p.why}", soft_wrap=True, markup=False)
 
 
 def show_prediction(found: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from rich.progress import Progress, TaskID
 from ..graph.errors import BadInput, MissingBackend, Refused
 from .build_log import Pad, Unfused, parse_build_log
 from .cuda import Cuda, CudaError, NoCuda
+from .dla import dla_report
 from .engine import BACKENDS, EngineReport, HostEngine, TensorSpec, UnparsedOp, precision, replacing
 from .targets import TARGETS, Target, canonical, nearest, parsed_opset
 
@@ -100,6 +101,8 @@ def build(
     out = out or model.with_suffix(BACKENDS[backend].suffixes[0])
     graph = onnx.load(str(model), load_external_data=False)
     kind = precision(graph)
+    if dla is not None:
+        dla_report(graph, target, dla, batch)  # refuses what no layer could run
     start = time.perf_counter()
     work = _Build(backend, target)
     work.check_opset(model, graph)
@@ -489,11 +492,11 @@ class _Build:
 
     def use_dla(self, core: int) -> None:
         """Run on a DLA core what it can run, and note what it cannot."""
-        if self.target.dla is None:
-            raise BadInput(f"option dla: {self.target.name} has no DLA")
-        if not 0 <= core < self.builder.num_DLA_cores:
-            cores = self.builder.num_DLA_cores
-            raise Refused(f"option dla: core {core} asked for, {self.who} finds {cores} cores on this machine")
+        cores = self.builder.num_DLA_cores
+        if core >= cores:
+            driven = ", ".join("{}.{}".format(*v) for v in self.target.dla.tensorrt) if self.target.dla else "none"
+            where = f"{self.target.name}'s DLA is driven by TensorRT {driven}"
+            raise Refused(f"option dla: core {core} asked for, {self.who} finds {cores} cores on this machine; {where}")
         self.config.default_device_type = self.trt.DeviceType.DLA
         self.config.DLA_core = core
         self.flag("GPU_FALLBACK", "option dla")

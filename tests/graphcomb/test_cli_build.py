@@ -1,5 +1,6 @@
 """`graphcomb build`: the report of a build, and the gate for CI."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -61,6 +62,35 @@ def test_an_operator_that_cannot_be_parsed_fails_the_gate(cli, tmp_path: Path) -
     assert "gate: " in outcome.err
     assert "head/det (Det)" in outcome.err
     assert cli("build", tmp_path / "n.onnx", "--target", "rtx-sm86").code == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="classic TensorRT is here")
+def test_what_the_dla_leaves_to_the_gpu_is_said_without_the_library(cli, files) -> None:
+    outcome = cli("build", files["even"], "--target", "agx-orin", "--option", "dla=0", "--batch", "2")
+    assert outcome.out.splitlines()[0] == "by its rules the DLA can run 3 of 3 layers"
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "tensorrt is not installed" in outcome.err
+    model = onnx.load(files["even"])
+    model.graph.node[1].op_type = "Erf"
+    onnx.save(model, files["even"])
+    outcome = cli("build", files["even"], "--target", "agx-orin", "--option", "dla=0", "--batch", "2")
+    first, second = outcome.out.splitlines()
+    assert first.endswith("2 of 3 layers")
+    assert second == "1/relu (Erf) is left to the GPU: it has no Erf"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["agx-orin", "dla=0"], "input input: axes [0] are dynamic, a DLA's are not; give one batch size"),
+        (["agx-orin", "dla=abc"], "option dla: a core of agx-orin, 0 to 1, not 'abc'"),
+        (["rtx-sm86", "dla=0"], "option dla: rtx-sm86 has no DLA"),
+        (["rtx-sm86", "workspace=true"], "option workspace: a whole number, not True"),
+    ],
+)
+def test_options_that_cannot_be(refused, files, arguments, message) -> None:
+    target, option = arguments
+    assert message in refused("build", files["even"], "--target", target, "--option", option)
 
 
 def test_options_reach_the_library(cli, refused, files) -> None:

@@ -363,14 +363,22 @@ def test_the_timing_cache_is_reused_and_kept(classic, tmp_path):
 
 
 def test_layers_that_the_dla_cannot_run_are_named(classic, tmp_path):
-    model = relu(tmp_path / "net.onnx")
-    report = build(model, ORIN, None, backend="tensorrt", dla=1)
+    spec, weight = {"x": (TensorProto.FLOAT16, ("batch", 4))}, [numpy_helper.from_array(np.ones(4, np.float16), "w")]
+    nodes = [helper.make_node("Mul", ["x", "w"], ["y"], name="mul")]
+    model = small(tmp_path / "net.onnx", nodes, spec, {"y": spec["x"]}, weight)
+    report = build(model, ORIN, None, backend="tensorrt", dla=1, batch=2)
     assert "the DLA cannot run 1 of 2 layers: softmax (SOFTMAX)" in report.warnings
     assert classic.config.default_device_type == classic.module.DeviceType.DLA
     assert classic.config.DLA_core == 1
     assert "GPU_FALLBACK" in classic.flags
-    with pytest.raises(Refused, match=r"option dla: core 2 asked for, .* finds 2 cores"):
-        build(model, ORIN, None, backend="tensorrt", dla=2)
+    with pytest.raises(BadInput, match=r"input x: axes \[0\] are dynamic"):
+        build(model, ORIN, None, backend="tensorrt", dla=1)
+    classic.module.Builder.num_DLA_cores = 0
+    message = (
+        "core 0 asked for, TensorRT .* finds 0 cores on this machine; agx-orin's DLA is driven by TensorRT 10.3, 11.4"
+    )
+    with pytest.raises(Refused, match=message):
+        build(model, ORIN, None, backend="tensorrt", dla=0, batch=2)
 
 
 def test_flags_that_a_version_lacks_are_refused(classic, tmp_path):
