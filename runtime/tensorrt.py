@@ -330,7 +330,7 @@ class TensorRTEngine(HostEngine):
             self._cuda.to_device(self._bind(spec.name, array.nbytes), array)
         results = []
         for spec in self._outputs:
-            shape = tuple(self._context.get_tensor_shape(spec.name))
+            shape = _sizes(self._context.get_tensor_shape(spec.name))
             if any(extent < 0 for extent in shape):
                 raise Refused(f"output {spec.name}: its shape {shape} depends on the data, which is not supported")
             results.append(np.empty(shape, np.dtype(spec.dtype)))
@@ -369,7 +369,7 @@ class TensorRTEngine(HostEngine):
         kind = self._engine.get_tensor_dtype(name).name
         if kind not in DTYPES:
             raise Refused(f"{path}: tensor {name} is of type {kind}, which has no form on the host")
-        shape = tuple(extent if extent >= 0 else None for extent in self._engine.get_tensor_shape(name))
+        shape = tuple(extent if extent >= 0 else None for extent in _sizes(self._engine.get_tensor_shape(name)))
         return TensorSpec(name, DTYPES[kind], shape)
 
     def _bind(self, name: str, size: int) -> int:
@@ -388,7 +388,7 @@ class TensorRTEngine(HostEngine):
     def _range(self, spec: TensorSpec) -> str:
         if None not in spec.shape:
             return f"shape {spec.shape}"
-        smallest, _, largest = (tuple(shape) for shape in self._engine.get_tensor_profile_shape(spec.name, 0))
+        smallest, _, largest = map(_sizes, self._engine.get_tensor_profile_shape(spec.name, 0))
         return f"range {smallest} to {largest}"
 
 
@@ -448,9 +448,10 @@ class _Build:
         if not self.aims:
             return
         known = {n: m for n, m in self.trt.ComputeCapability.__members__.items() if n.startswith("SM")}
-        self.config.num_compute_capabilities = 1
+        config: Any = self.config  # classic TensorRT of the stubs' version has no capabilities to set
+        config.num_compute_capabilities = 1
         # The setter answers False, and does not raise, for what it does not support.
-        if self.target.sm not in known or not self.config.set_compute_capability(known[self.target.sm], 0):
+        if self.target.sm not in known or not config.set_compute_capability(known[self.target.sm], 0):
             raise BadInput(f"target {self._target()}: {self.who} builds for {', '.join(known)} only")
 
     def allow(self, kind: str) -> None:
@@ -466,10 +467,10 @@ class _Build:
     ) -> None:
         """An optimisation profile for a model with dynamic shapes."""
         tensors = [self.network.get_input(index) for index in range(self.network.num_inputs)]
-        ranges = _ranges({t.name: tuple(t.shape) for t in tensors}, path, batch, shapes)
+        ranges = _ranges({t.name: _sizes(t.shape) for t in tensors}, path, batch, shapes)
         if not ranges:
             return
-        profile = self.builder.create_optimization_profile()
+        profile: Any = self.builder.create_optimization_profile()  # whose shapes may be tuples, unlike the stubs say
         for name, (smallest, best, largest) in ranges.items():
             profile.set_shape(name, smallest, best, largest)
         if self.config.add_optimization_profile(profile) < 0:
@@ -536,6 +537,11 @@ class _Build:
 
     def _target(self) -> str:
         return f"{self.target.name} ({self.target.sm or 'no compute capability'})"
+
+
+def _sizes(dims: Any) -> tuple[int, ...]:
+    """A shape of the library's as a tuple."""
+    return tuple(dims)
 
 
 def _ranges(
