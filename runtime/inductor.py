@@ -20,7 +20,7 @@ from ..graph.errors import BadInput, MissingBackend, Refused
 from ..graph.program import Program
 from ..graph.program import load as load_program
 from .engine import EngineReport
-from .targets import Target
+from .targets import Target, canonical
 from .torch_engine import TorchEngine, on_leaves, pack, precision, reason, specs, unpack
 
 
@@ -61,7 +61,7 @@ def build(
     """
     device = _device()
     here = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if target.compute_capability != here:
+    if here is None or target.compute_capability != canonical(here):
         at_hand = f"SM{here[0]}{here[1]}" if here else "a CPU"
         raise BadInput(f"target {target.name}: inductor compiles for the machine at hand, which is {at_hand}")
     start, out = time.perf_counter(), out or model.with_suffix(".aoti")

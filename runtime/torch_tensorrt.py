@@ -23,7 +23,7 @@ from ..graph.errors import BadInput, MissingBackend, Refused
 from ..graph.program import Program
 from ..graph.program import load as load_program
 from .engine import BACKENDS, EngineReport, Kernel
-from .targets import Target
+from .targets import Target, canonical
 from .torch_engine import TorchEngine, on_leaves, pack, precision, reason, specs, unpack
 
 BATCHES = 1, 1, 8  # smallest, the one to optimise for, largest, where the batch is dynamic
@@ -57,7 +57,7 @@ def build(
     """
     library = _library()
     here = torch.cuda.get_device_capability()
-    if target.compute_capability != here:
+    if target.compute_capability != canonical(here):
         raise BadInput(f"target {target.name}: {backend} compiles for the GPU at hand, which is SM{here[0]}{here[1]}")
     start, out = time.perf_counter(), out or model.with_suffix(".ep")
     program = load_program(model)
