@@ -245,9 +245,10 @@ def graphcomb_latency(job: Job, dense: nn.Module) -> graphcomb.Program:
     table = LatencyTable(cache_folder() / "accuracy" / "latency.json")
     rival = Layers(graphcomb.comb(graphcomb.load(stored(replace(job, method="graphcomb")))))
     layers = [layer for _, layer in rival.at({})]
-    table.prepare(layers, progress=True)
-    seconds = table.per_run + sum(map(table.seconds, layers))
     program = capture(dense, task)
+    anchored = table.anchored(program)  # as the pass does
+    anchored.prepare(layers, progress=True)
+    seconds = anchored.per_run + sum(map(anchored.seconds, layers))
     pass_ = RemoveChannels(
         latency=f"{1e3 * seconds} ms",
         interval=options.interval,
@@ -605,8 +606,8 @@ def speed_table(data: dict[str, Any], names: list[str]) -> list[str]:
         "", "## Measured speed-up\n",
         "ONNX Runtime, one thread, dense and pruned in turns; median of the paired ratios, over seeds where several were "
         "measured. In brackets the share of the MAC reduction that arrives: little in networks this narrow, whose widths "
-        "are small multiples of 4: with AVX-512 ONNX Runtime computes a convolution in blocks of 16 channels, so 40, 44 and 48 "
-        "take the same time. `prediction.md` has large networks, in multiples of 8.\n",
+        "are small multiples of 4: with AVX-512 ONNX Runtime computes a convolution in blocks of 16 channels, so 40, 44 and "
+        "48 take the same time. `prediction.md` has large networks, in multiples of 8.\n",
         "| network | method | MACs, times fewer | faster, batch 1 | faster, batch 8 |", "| --- | --- | ---: | ---: | ---: |",
     ]  # fmt: skip
     count = len(lines)
