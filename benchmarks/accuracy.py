@@ -55,7 +55,7 @@ from torch import nn
 import graphcomb
 from graphcomb.data import cache_folder, fashion_mnist
 from graphcomb.graph.errors import Contended
-from graphcomb.graph.layers import Layers
+from graphcomb.graph.layers import Layers, run_seconds
 from graphcomb.passes import Distill, RemoveChannels
 from graphcomb.runtime import LatencyTable
 
@@ -247,8 +247,7 @@ def graphcomb_latency(job: Job, dense: nn.Module) -> graphcomb.Program:
     layers = [layer for _, layer in rival.at({})]
     program = capture(dense, task)
     anchored = table.anchored(program)  # as the pass does
-    anchored.prepare(layers, progress=True)
-    seconds = anchored.per_run + sum(map(anchored.seconds, layers))
+    seconds = run_seconds(anchored, layers, progress=True)
     pass_ = RemoveChannels(
         latency=f"{1e3 * seconds} ms",
         interval=options.interval,

@@ -146,6 +146,7 @@ def layers_of(options: argparse.Namespace, *names: str) -> list[dict]:
 def predict_variants(data: dict, options: argparse.Namespace) -> Iterator[str]:
     """Predict what is measured, by tables (which measure what they do not know yet) and by rooflines."""
     from graphcomb.graph.errors import Contended
+    from graphcomb.graph.layers import run_seconds
     from graphcomb.runtime import LatencyTable, Roofline, get_target
     from graphcomb.runtime.measured import from_dict
 
@@ -160,21 +161,15 @@ def predict_variants(data: dict, options: argparse.Namespace) -> Iterator[str]:
         for method, by in (("roofline", plain), ("calibrated", calibrated[key.split(" ")[0]])):
             found.pop(method, None)
             if by is not None:
-                found[method] = summed(by, layers)
+                found[method] = 1e3 * run_seconds(by, layers)
         try:
-            found["table"] = summed(table, layers)
-            dense = summed(table, [from_dict(layer) for layer in known[key.split(" ")[0]]])
+            found["table"] = 1e3 * run_seconds(table, layers)
+            dense = 1e3 * run_seconds(table, map(from_dict, known[key.split(" ")[0]]))
             found["anchored"] = found["table"] * row["dense_ms"] / dense
         except Contended as error:
             yield f"{key}: {error}"
         save(options.results, data)
     data["calibrations"] = {name: by.calibration for name, by in calibrated.items() if by is not None}
-
-
-def summed(by: Any, layers: list) -> float:
-    """Predicted milliseconds of a run of layers."""
-    by.prepare(layers)
-    return 1e3 * (by.per_run + sum(map(by.seconds, layers)))
 
 
 def calibration(rows: dict, known: dict, left_out: str) -> Any:

@@ -122,6 +122,13 @@ class Latency(Protocol):
         ...
 
 
+def run_seconds(latency: Latency, layers: Iterable[Layer], progress: bool = False) -> float:
+    """What a run of these layers takes; a table first measures, all at once, what it does not know."""
+    layers = list(layers)
+    latency.prepare(dict.fromkeys(layers), progress)
+    return latency.per_run + sum(map(latency.seconds, layers))
+
+
 class Layers:
     """The layers of a combed program as functions of the sizes of its groups.
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..graph.comb import Comb
 from ..graph.errors import BadInput, GraphcombError, Refused, Unreachable
-from ..graph.layers import Layers
+from ..graph.layers import Layers, run_seconds
 from ..graph.ops import arguments, fetch, op_name, set_argument
 from ..graph.program import Program, TrainableModule, rebuild
 from ..graph.verify.evaluate import Evaluator, double_weights, random_inputs, relative_error
@@ -301,9 +301,7 @@ class _Predictor:
         self.latency, self.progress = needed_latency(context.latency, "PruneDepth", dense), context.progress
 
     def __call__(self, program: Program) -> float:
-        layers = [layer for _, layer in Layers(Comb(program)).at({})]
-        self.latency.prepare(dict.fromkeys(layers), self.progress)
-        return self.latency.per_run + sum(map(self.latency.seconds, layers))
+        return run_seconds(self.latency, (layer for _, layer in Layers(Comb(program)).at({})), self.progress)
 
 
 def _start_over(context: Context) -> None:

@@ -267,8 +267,7 @@ class RemoveChannels(Pass):
         if self.scope == "local":
             reached = selection.uniform_until(groups, costs, goal) <= goal
         else:
-            gradients = self.importance in ("taylor", "fisher")
-            reached = selection.greedy(groups, scores, costs, goal, per_cost=gradients, end=end)
+            reached = selection.greedy(groups, scores, costs, goal, self.importance in TRANSFORMS, end)
         if not reached:
             least = costs.total
             raise self._unreachable(target, selection, f"{goal:,.0f}", f"{dense:,}", f"{least:,} ({least / dense:.1%})")

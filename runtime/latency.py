@@ -26,7 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..graph.comb import Comb
 from ..graph.errors import BadInput, Contended
-from ..graph.layers import Latency, Layer, Layers
+from ..graph.layers import Latency, Layer, Layers, run_seconds
 from ..graph.program import Program
 from .bench import bench, environment
 from .engine import build_engine, replacing
@@ -97,12 +97,12 @@ class LatencyTable:
         Raises Contended when the machine is too busy.
         """
         layers = [layer for _, layer in Layers(Comb(program)).at({})]
-        self.prepare(layers)
+        summed = run_seconds(self, layers)
         key = f"program {hashlib.sha256(str(layers).encode()).hexdigest()[:16]}"
         if key not in self.entries:
             self.entries[key] = self._whole(program)
             self._save()
-        return Anchored(self, self.entries[key] / (self.per_run + sum(map(self.seconds, layers))))
+        return Anchored(self, self.entries[key] / summed)
 
     def _corners(self, layer: Layer) -> Iterator[tuple[Layer, float]]:
         """The measured layers around a layer, and their shares."""

@@ -40,6 +40,7 @@ from markupsafe import Markup
 
 from ..graph.errors import BadInput, GraphcombError
 from ..graph.layers import Layer as Work
+from ..graph.layers import run_seconds
 from . import charts
 from .build_log import UNFUSED
 from .engine import replacing
@@ -618,7 +619,7 @@ def _predicted(roofline: Roofline | None, results: Mapping[str, Any], name: str)
     rows, measured = _kernels(results, name)[0], _median(_map(_map(results.get("models")).get(name)))
     if roofline is None or not rows or not measured:
         return ""
-    ms = 1e3 * (roofline.per_run + sum(roofline.seconds(from_dict(row)) for row in rows))
+    ms = 1e3 * run_seconds(roofline, map(from_dict, rows))
     return f"{milliseconds(ms)} ({ms / measured - 1:+.0%})".replace("-", "−").replace("%", "\u00a0%")
 
 

@@ -116,3 +116,15 @@ def captured(model, seed=0):
             nn.init.normal_(m.running_mean)
             nn.init.uniform_(m.running_var, 0.5, 2)
     return g.capture(model, torch.randn(2, 3, 16, 12, dtype=torch.float64), dynamic_shapes="batch")
+
+
+class Tied(nn.Module):
+    """Two linear layers with one weight, between two others; (N, 3) to (N, 2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.a, self.b, self.last = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.last(self.b(self.a(self.first(x)).tanh()).tanh())

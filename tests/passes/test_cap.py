@@ -226,6 +226,19 @@ def test_a_single_weight_moves_the_others_alike_in_woodfisher_and_cap():
     torch.testing.assert_close(alone, cap.repair(weights, matrix, mask))
 
 
+def columns_one_by_one(weights, matrix, mask):
+    """Optimal brain surgeon, row by row: columns from left to right, those before keep their values."""
+    rows = []
+    for weight, gone in zip(weights, mask, strict=True):
+        w, h = weight.clone(), torch.linalg.inv(matrix)
+        for j in range(len(w)):
+            if gone[j]:
+                w = w - h[j] * w[j] / h[j, j]
+            h = h - torch.outer(h[:, j], h[j]) / h[j, j]  # column j stays as it is from here on
+        rows.append(w.masked_fill(gone, 0))
+    return torch.stack(rows)
+
+
 @pytest.mark.parametrize(("pattern", "width"), [(None, 128), (None, 5), ((2, 4), 8)])
 def test_the_column_sweep_is_obs_restricted_to_the_columns_to_the_right(pattern, width):
     generator = torch.Generator().manual_seed(0)
@@ -234,13 +247,7 @@ def test_the_column_sweep_is_obs_restricted_to_the_columns_to_the_right(pattern,
     swept, mask = cap.sweep(weights, matrix[0], 0.5, pattern, None, width)
     assert mask.sum() == 48
     assert pattern is None or cap.allowed(mask, pattern)
-    for row in range(6):
-        w, h = weights[row].clone(), torch.linalg.inv(matrix[0])
-        for j in range(16):
-            if mask[row, j]:
-                w = w - h[j] * w[j] / h[j, j]
-            h = h - torch.outer(h[:, j], h[j]) / h[j, j]  # column j stays as it is from here on
-        torch.testing.assert_close(swept[row], w.masked_fill(mask[row], 0), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(swept, columns_one_by_one(weights, matrix[0], mask), rtol=1e-8, atol=1e-10)
     dropped = weights.masked_fill(mask, 0)
     many = matrix.expand(6, 16, 16)
     assert cap.loss(swept - weights, many).sum() < cap.loss(dropped - weights, many).sum()
@@ -277,13 +284,7 @@ def test_the_column_sweep_fills_no_earlier_zeros_where_there_are_more_than_asked
     assert (swept[~alive] == 0).all()
     assert torch.equal(mask, swept == 0)
     assert pattern is None or cap.allowed(mask, pattern)
-    for row in range(6):
-        w, h = weights[row].clone(), torch.linalg.inv(matrix[0])
-        for j in range(16):
-            if mask[row, j]:
-                w = w - h[j] * w[j] / h[j, j]
-            h = h - torch.outer(h[:, j], h[j]) / h[j, j]
-        torch.testing.assert_close(swept[row], w.masked_fill(mask[row], 0), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(swept, columns_one_by_one(weights, matrix[0], mask), rtol=1e-8, atol=1e-10)
 
 
 def test_on_a_quadratic_objective_the_column_sweep_reaches_the_best_weights_beside_earlier_zeros():

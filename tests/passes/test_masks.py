@@ -3,6 +3,7 @@
 import onnx
 import pytest
 import torch
+from depth_networks import Tied
 from torch import nn
 
 import graphcomb.graph as g
@@ -229,15 +230,6 @@ def test_two_of_four_arrives_in_the_onnx_file(sparse, tmp_path, precision):
 
 
 def test_the_pattern_of_a_tied_weight_is_looked_for_under_all_its_names(tmp_path):
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.a, self.b, self.last = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
-            self.b.weight = self.a.weight
-
-        def forward(self, x):
-            return self.last(self.b(self.a(self.first(x)).tanh()).tanh())
-
     torch.manual_seed(0)
     dense = g.capture(Tied(), torch.randn(2, 3), dynamic_shapes="batch")
     tied = Sparsify(pattern="2:4", where="all", method="magnitude")(dense).program

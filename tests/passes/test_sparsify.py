@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from depth_networks import Tied
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -184,16 +185,6 @@ def test_more_zeros_than_the_target_has_all_stay(program, method, target, record
     for name in result.record["sparse"]:
         assert (after[name][before[name] == 0] == 0).all()
         assert "pattern" not in target or masks.legal(after[name], "2:4")
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.a, self.b, self.last = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
-        self.b.weight = self.a.weight
-
-    def forward(self, x):
-        return self.last(self.b(self.a(self.first(x)).tanh()).tanh())
 
 
 @pytest.mark.parametrize("name", ["a.weight", "b.weight"])
