@@ -163,7 +163,8 @@ class HeldZeros(Callback):
             weight.masked_fill_(mask.to(weight.device), 0)
 
     def after_surgery(self, surgery: Surgery) -> None:
-        self.masks = {name: taken(mask, surgery.tensors.get(name, {})) for name, mask in self.masks.items()}
+        left = dict(surgery.module.named_parameters())
+        self.masks = {k: taken(mask, surgery.tensors.get(k, {})) for k, mask in self.masks.items() if k in left}
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.masks)
@@ -520,6 +521,7 @@ class _Loop:
         """Make this the network that trains: on the device, dressed, with an optimizer of its own."""
         self.worn.close()
         self.module = module
+        self.finite &= set(module.state_dict())
         self.program.replace_module(module)
         _move(module, self.acc.device)
         self.worn.enter_context(self.dress(module))

@@ -13,7 +13,7 @@ import graphcomb.graph as g
 from graphcomb import Pipeline
 from graphcomb.graph.errors import BadInput, Unreachable
 from graphcomb.graph.verify.evaluate import relative_error
-from graphcomb.passes import Context, Distill, Fuse, PruneDepth, RemoveChannels
+from graphcomb.passes import Context, Distill, Fuse, PruneDepth, RemoveChannels, Sparsify, masks
 from graphcomb.passes import prune_depth as module
 from graphcomb.passes.blocks import find_blocks
 from graphcomb.passes.relax import SWITCHES
@@ -72,18 +72,35 @@ def test_chosen_blocks_fade_and_merge_exactly(program, options):
     assert accuracy > 0.4
 
 
-def test_the_schedule_moves_l_and_is_part_of_the_checkpoint(program):
-    fading = module._Fading(2, "cosine", 4)
-    relaxed = module.relax(program, find_blocks(program)[:2]).module()
-    fading.begin(relaxed)
-    seen = []
+def fading(program, how, share=4 / 6):
+    options = PruneDepth(blocks=2, progress=how, share=share)
+    return module._Fading(program, find_blocks(program)[:2], options, total=6, seed=0)
+
+
+def test_the_schedule_moves_l_and_ends_with_the_pruned_forms(program):
+    relaxed = module.relax(program, find_blocks(program)[:2], fitted=True)
+    own, seen, surgeries = fading(program, "cosine"), [], []
+    assert own.begin(relaxed.module()) is None
     for step in range(6):
-        seen.append(relaxed.get_buffer(SWITCHES).tolist())
-        fading.after_step(step, relaxed)
+        seen.append(relaxed.module().get_buffer(SWITCHES).tolist())
+        surgeries.append(own.after_step(step, relaxed.module()))
     assert [round(a, 3) for a, _ in seen] == [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
-    assert fading.identity != module._Fading(2, "linear", 4).identity
-    module._Fading(2, "at once", 4).begin(relaxed)
-    assert relaxed.get_buffer(SWITCHES).tolist() == [0.0, 0.0]
+    assert [s is not None for s in surgeries] == [False, False, False, True, False, False]
+    assert SWITCHES not in surgeries[3].module.state_dict()
+    assert own.error <= 1e-12
+    assert own.identity != fading(program, "linear").identity
+    assert fading(program, "at once").begin(relaxed.module()) is not None
+
+
+def test_training_goes_on_alike_in_the_pruned_forms(program, monkeypatch):
+    """At `l = 0` the relaxed network and the pruned one give the same gradients."""
+    options = PruneDepth(blocks=2, **{**QUICK, "supernet_steps": 0}, share=0.3, merged=False)
+    pruned = options(program, data=digits(slice(None, 320))).program.module().state_dict()
+    monkeypatch.setattr(module._Fading, "stays", property(lambda self: True, lambda self, value: None), raising=False)
+    relaxed = options(program, data=digits(slice(None, 320))).program.module().state_dict()
+    assert pruned.keys() == relaxed.keys()
+    for key, tensor in pruned.items():
+        torch.testing.assert_close(tensor, relaxed[key], rtol=1e-3, atol=1e-4)
 
 
 def test_the_search_finds_the_block_that_does_nothing(program):
@@ -202,7 +219,7 @@ def test_one_recipe_with_channels_depth_fusion_and_distillation(program):
     result = Pipeline(steps).run(program, data=digits(slice(None, 1200)), val=digits(slice(1200, None)))
     surgery, _, depth, fuse, _ = result.records
     assert surgery["verified"]["error"] <= 1e-10
-    assert depth["merge"]["error"] <= 1e-10
+    assert depth["train"]["error"] <= 1e-10
     assert fuse["verified"]["error"] <= 1e-5
     assert fuse["error"] <= 1e-10
     assert result.program.macs < 0.8 * program.macs
@@ -217,7 +234,19 @@ def test_attention_is_left_out_whole():
     ops = [str(n.target) for n in result.program.graph.nodes]
     assert not any("attention" in o for o in ops)
     assert [c["form"] for c in result.record["changed"]] == ["left out", "left out"]
-    assert result.record["merge"]["error"] <= 1e-12
+    assert max(result.record["train"]["error"], result.record["merge"]["error"]) <= 1e-12
+
+
+def test_zeros_of_an_attention_that_is_left_out_are_forgotten():
+    program = captured(NETWORKS["transformer"][0]())
+    names = tuple(b.name for b in find_blocks(program) if b.kind == "attention")[:1]
+    data = [(torch.randn(4, 3, 16, 12, dtype=torch.float64), torch.randint(8, (4,))) for _ in range(3)]
+    sparse = Sparsify(sparsity=0.5, method="magnitude")(program, data=data).program
+    result = PruneDepth(names=names, train=Distill(epochs=1))(sparse, data=data).program
+    left = masks.sparse_weights(result)
+    assert 0 < len(left) < len(masks.sparse_weights(sparse))
+    for name in left:
+        assert (masks.weight(result, name) == 0).double().mean() >= 0.3
 
 
 @pytest.mark.parametrize(
