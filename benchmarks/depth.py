@@ -285,20 +285,26 @@ def run(options: argparse.Namespace, path: Path) -> None:
 
 
 def measure(options: argparse.Namespace, path: Path) -> None:
-    """Latency of every row against its dense network, in turns; and kernels of the engines, for the first seed."""
+    """Latency of every row against its dense network, in turns; and kernels of the engines, for the first seed. Rows that
+    differ in their weights only are measured once."""
     data = load(path)
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
     for key, row in data["rows"].items():
-        network = key.split("/")[0]
+        network, dense = key.split("/")[0], data["dense"][key.split("/")[0]]
+        same = known.setdefault((network, *(row[k] for k in ("macs", "params", "layers"))), {})
         if options.latency and "times_faster" not in row:
-            pair = [graphcomb.load(stored(f"{network}/dense", options.size)), graphcomb.load(stored(key, options.size))]
-            found = graphcomb.runtime.bench(pair, seconds=options.seconds)
-            row["times_faster"], row["ms"] = found.ratio, [t.to_dict().get("ms") for t in found.timings]
+            if same.get("times_faster") is None:
+                pair = [graphcomb.load(stored(k, options.size)) for k in (f"{network}/dense", key)]
+                found = graphcomb.runtime.bench(pair, seconds=options.seconds)
+                same |= {"times_faster": found.ratio, "ms": [t.to_dict().get("ms") for t in found.timings]}
+            row |= {k: same[k] for k in ("times_faster", "ms")}
             save(path, data)
         if options.kernels and "kernels" not in row and key.endswith(f"/{options.seeds[0]}"):
-            dense = data["dense"][network]
             if "kernels" not in dense:
                 dense["kernels"] = kernels(graphcomb.load(stored(f"{network}/dense", options.size)))
-            row["kernels"] = kernels(graphcomb.load(stored(key, options.size)))
+            if "kernels" not in same:
+                same["kernels"] = kernels(graphcomb.load(stored(key, options.size)))
+            row["kernels"] = same["kernels"]
             save(path, data)
 
 
