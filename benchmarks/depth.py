@@ -292,7 +292,7 @@ def measure(options: argparse.Namespace, path: Path) -> None:
     for key, row in data["rows"].items():
         network, dense = key.split("/")[0], data["dense"][key.split("/")[0]]
         same = known.setdefault((network, *(row[k] for k in ("macs", "params", "layers"))), {})
-        if options.latency and "times_faster" not in row:
+        if options.latency and row.get("times_faster") is None:
             if same.get("times_faster") is None:
                 pair = [graphcomb.load(stored(k, options.size)) for k in (f"{network}/dense", key)]
                 found = graphcomb.runtime.bench(pair, seconds=options.seconds)
