@@ -10,9 +10,10 @@ import numpy as np
 
 from ..graph.axes import Factor
 from ..graph.comb import DEFAULT_KINDS, KINDS, Comb, Group, Sizer
-from ..graph.errors import BadInput, GraphcombError, Unreachable
+from ..graph.errors import BadInput, GraphcombError, Refused, Unreachable
 from ..graph.ops import arguments, op_name
 from ..graph.program import Program
+from ..graph.sparse import sparse_weights
 from ..graph.surgery import remove
 from ..graph.verify import TOLERANCE, check
 from .adaptive import Pruner, event_steps, removed_values
@@ -53,7 +54,8 @@ class RemoveChannels(Pass):
     those of `train`. The record is that of training, with the `events`; `passes.adaptive` says when they come and what
     masks mean.
 
-    Raises BadInput for options that make no sense, Unreachable when a target cannot be met.
+    Raises BadInput for options that make no sense, Unreachable when a target cannot be met, Refused for a pattern of
+    `Sparsify` that would break.
     """
 
     ratio: float | None = None
@@ -138,7 +140,8 @@ class RemoveChannels(Pass):
             masks = {g.atom: lowest_removed(scores[g.atom], sizes.get(g.atom, g.size)) for g in groups}
             smaller, removed = remove(comb, masks)
         else:
-            choose({}, {g.atom: np.ones(g.size) for g in groups}, 1.0)  # a target out of reach is said before training
+            self._require_no_pattern(program, groups)  # what cannot be done is said before training
+            choose({}, {g.atom: np.ones(g.size) for g in groups}, 1.0)
             total = total_steps(self.train, context.data or (), "RemoveChannels.train", Feed(program))
             events = event_steps(self.schedule, total, self.interval, self.rounds, self.prune_share)
             identity = [self.options(), step, planned, predicted]
@@ -181,6 +184,16 @@ class RemoveChannels(Pass):
             why = verdict.disagreements[0] if verdict.disagreements else "nothing the oracle sees has changed"
             raise GraphcombError(f"RemoveChannels: the result is not the masked network ({why}); a bug of graphcomb")
         return {"oracle": "absence oracle", "error": verdict.error, "tolerance": TOLERANCE}
+
+    @staticmethod
+    def _require_no_pattern(program: Program, groups: list[Group]) -> None:
+        sparse, shrinking = sparse_weights(program), {member for g in groups for member in g.members}
+        for name, pattern in sparse.items():
+            if pattern and (name, 1) in shrinking:
+                raise Refused(
+                    f"RemoveChannels: removing input channels one by one would break the pattern of {name}, which Sparsify "
+                    f"made {pattern}; run RemoveChannels before Sparsify"
+                )
 
     def _without_gradients(self, comb: Comb, groups: list[Group]) -> dict[str, str]:
         """Groups that training gives no scores, by name: all of their parameters are frozen. As they would score 0, they

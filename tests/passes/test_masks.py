@@ -202,6 +202,11 @@ def test_whole_groups_of_four_may_go(sparse):
         masks.check(sparse, *remove(comb, {group.atom: keep.numpy()}), "RemoveChannels", False)
 
 
+def test_channels_that_would_break_a_pattern_are_refused_before_training(sparse):
+    with pytest.raises(Refused, match=r"pattern of 3\.weight.*run RemoveChannels before Sparsify"):
+        RemoveChannels(macs=0.9, train=Distill(steps=10**9))(sparse, data=batches())
+
+
 class Fill(Pass):
     def run(self, program, context):
         new = program.copy()
