@@ -12,8 +12,9 @@ the engines that it builds, of trained rows as far as there are any, and of all 
 weights do not matter, with the blocks pruned that save most MACs; beside them the kernels that the blocks say they save.
 
 Every network has a dense reference, trained once on 58,000 images and kept in the cache folder; the other 2,000 training
-images judge the candidates of the search. For each network and number of blocks the blocks are chosen once (supernet and
-evolutionary search); "random" draws others, anew for every seed. A seed decides the data order and the training of a row.
+images judge the candidates of the search. For each network and number of blocks the blocks are chosen once (a supernet for
+each network, an evolutionary search for each number); "random" draws others, anew for every seed. A seed decides the data
+order and the training of a row.
 All rows train for the same number of steps with the same optimizer, schedule and dense teacher:
 
     progressive   activations and norms of the searched blocks fade over a quarter of the steps, then training goes on
@@ -31,6 +32,7 @@ about half a minute on one core.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import statistics
@@ -134,15 +136,25 @@ def reference(network: str, size: str) -> tuple[Program, float]:
 
 
 def chosen(network: str, count: int, size: str, data: dict[str, Any]) -> list[str]:
-    """The blocks that the search takes, once for each network and number of blocks; the supernet is kept in the cache."""
+    """The blocks that the search takes, once for each network and number of blocks. One supernet of each network, trained on
+    choices of its middle number of blocks, serves all; it is kept in the cache."""
     key = f"{network}/{count}"
     if key not in data["chosen"]:
         options, (train, held, _) = SIZES[size], loaders(size)
         program, _ = reference(network, size)
-        pass_ = PruneDepth(blocks=count, supernet_steps=options.supernet, train=training(options), **options.search)
+        middle = PruneDepth(
+            blocks=options.depths[network][1],
+            supernet_steps=options.supernet,
+            train=training(options),
+            **options.search,
+        )
         context = Context(data=train, val=held, out=cache_folder() / "depth", progress=True, teacher=program)
-        blocks, record = pass_.choose(program, find_blocks(program), context)
-        data["chosen"][key] = {"names": [b.name for b in blocks], "score": record["score"]}
+        blocks = [b for b in find_blocks(program) if b.prunable]
+        supernet, _ = middle.supernet(program, blocks, context, middle.budget(program, blocks, context).draw)
+        pass_ = dataclasses.replace(middle, blocks=count)
+        bits, record = pass_.search(supernet, pass_.budget(program, blocks, context), context)
+        names = [b.name for b, bit in zip(blocks, bits, strict=True) if bit]
+        data["chosen"][key] = {"names": names, "score": record["score"]}
     return data["chosen"][key]["names"]
 
 
