@@ -6,8 +6,9 @@ are used as labels only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import fx
@@ -20,9 +21,9 @@ from .masks import sparse_weights
 
 ACTIVATIONS = (
     "relu", "relu6", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu", "mish", "selu", "softplus", "celu",
-    "hardsigmoid", "sigmoid", "tanh",
+    "hardsigmoid", "sigmoid", "tanh", "prelu",
 )  # fmt: skip
-NORMS = ("layer_norm", "group_norm")
+NORMS = ("layer_norm", "group_norm", "rms_norm")
 IN_CHAINS = (
     *MAPS,
     *ACTIVATIONS,
@@ -75,7 +76,7 @@ def find_blocks(program: Program) -> list[Block]:
 
     blocks = [_judged(b, obstacle(program, b)) for b in _regions(program)]
     merging = [b for b in blocks if b.prunable and not b.dropped]
-    settled = relax(program, merging, settled=True)
+    settled = relax(program, merging, settled=True, fitted=True)  # pads the most
     owner = {n: b.name for b in blocks for n in b.nodes}
     before = {n.name: evaluate(macs(n)) for n in program.graph.nodes if _is_data(n)}
     dense, pruned = _costs(program, lambda n: owner.get(n.name)), _costs(settled, lambda n: n.meta.get("block"))
@@ -90,6 +91,8 @@ def find_blocks(program: Program) -> list[Block]:
         if saved <= 0:
             after = block.macs - saved
             why = f"its pruned form would take {after:,} MACs instead of {block.macs:,}"
+            if not saved:
+                why = f"its pruned form would save none of its {block.macs:,} MACs"
             result.append(replace(block, why=why))
         else:
             result.append(replace(block, saves=saved, kernels=launches))
@@ -104,7 +107,8 @@ def _judged(block: Block, why: str | None) -> Block:
 
 
 def _costs(program: Program, owner: Callable[[fx.Node], str | None]) -> dict[str, Cost]:
-    """By block, MACs and kernels of what the program runs after merging."""
+    """By block, MACs and kernels of what the program runs after merging, each block by itself: a neighbour that it could be
+    merged with may not be pruned."""
     regions, planner = Regions(program.graph_module), Planner((), sparse_weights(program))
     merged: set[fx.Node] = set()
     costs: dict[str, Cost] = {}
@@ -117,9 +121,12 @@ def _costs(program: Program, owner: Callable[[fx.Node], str | None]) -> dict[str
     for parts, _ in regions.find():
         axis = next(p.axis for p in parts if p.carriers)
         assert axis is not None
-        for merge in planner.chain(parts, axis).merges:
-            merged |= merge.members
-            add(next(iter(sorted(filter(None, map(owner, merge.members)))), None), merge.after)
+        for name, own in groupby(parts, key=lambda p: owner(p.last)):
+            run = list(own)
+            merges = planner.chain(run, axis).merges if any(p.carriers for p in run) else []
+            for merge in merges:
+                merged |= merge.members
+                add(name, merge.after)
     for node in program.graph.nodes:
         if node not in merged and _is_data(node):
             add(owner(node), (evaluate(macs(node)), int(op_name(node) in (*MAPS, *NORMS, *ATTENTION))))
@@ -184,7 +191,14 @@ def _regions(program: Program) -> list[Block]:
     for node in flow.order:
         entry = _residual_entry(flow, node)
         nodes = flow.between(entry, node) if entry is not None else None
-        if entry is not None and nodes and not taken.intersection(nodes) and any(_bends(n) for n in nodes):
+        if entry is None or not nodes or taken.intersection(nodes):
+            continue
+        names = {n.name for n in nodes}
+        branches = sum(has_layers(n, names) for n in node.all_input_nodes)
+        attends = any(
+            op_name(n) in ATTENTION for n in nodes
+        )  # so it can only be left out, as long as it is the one branch
+        if branches == 1 if attends else any(_bends(n) for n in nodes):
             found.append((entry, node, nodes))
             taken.update(nodes)
     found += _chains(flow, taken)
@@ -255,9 +269,11 @@ def _kind(nodes: list[fx.Node], exit_: fx.Node) -> str:
     if op_name(exit_) != "add":
         return "chain"
     layers = [n for n in nodes if op_name(n) in MAPS]
-    depthwise = [n for n in layers if op_name(n) in CONVS and arguments(n)["groups"] > 1]
+    depthwise = [
+        n for n in layers if op_name(n) in CONVS and 1 < arguments(n)["groups"] == shape(arguments(n)["input"])[1]
+    ]
     if not depthwise:
-        return "mlp" if all(op_name(n) == "linear" for n in layers) else "residual"
+        return "mlp" if layers and all(op_name(n) == "linear" for n in layers) else "residual"
     return "convnext" if depthwise[0] is layers[0] else "inverted residual"
 
 
@@ -273,6 +289,18 @@ def _label(nodes: list[fx.Node]) -> str:
         same = [a == b for a, b in zip(common, path, strict=False)]
         common = common[: same.index(False) if False in same else len(same)]
     return ".".join(common) or nodes[-1].name
+
+
+def has_layers(end: fx.Node, names: Container[str]) -> bool:
+    """Whether there is a layer or attention among the nodes of these names that lead to `end`."""
+    stack = [end]
+    while stack:
+        node = stack.pop()
+        if node.name in names:
+            if op_name(node) in (*MAPS, *ATTENTION):
+                return True
+            stack += node.all_input_nodes
+    return False
 
 
 def single_path(block: Block, end: fx.Node) -> list[fx.Node] | None:

@@ -7,7 +7,6 @@ block, 0 exactly one that merges. The graph is the same all the time, so trainin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,14 +16,16 @@ from torch import fx
 from ..graph.errors import BadInput
 from ..graph.ops import arguments, fetch, op_name, set_argument, shape
 from ..graph.program import Program, TrainableModule, like, place_tensor, rebuild
-from .blocks import ACTIVATIONS, NORMS, Block, single_path
-from .fuse import CONVS, MAPS, Regions, permutation
+from .blocks import ACTIVATIONS, NORMS, Block, has_layers, single_path
+from .fuse import CONVS, MAPS, TRANSPOSED, Regions, permutation
 from .masks import sparse_weights
 
 aten = torch.ops.aten
 FOLDER = "relaxed"
 SWITCHES = f"{FOLDER}.l"
 MOMENTUM, EPS = 0.1, 1e-5
+PADS = ("constant_pad_nd", "pad")
+Sides = list[tuple[int, int]]  # by axis, zeros before the first and after the last entry
 ORDER = "run PruneDepth before Sparsify"
 
 
@@ -52,20 +53,9 @@ def obstacle(program: Program, block: Block) -> str | None:
         if regions.step(node) is None:
             return f"{name} ({op}) is no affine map, and no activation or normalisation that becomes one"
     for path in _branches(nodes, block):
-        if path is None:
-            if any(_pads(nodes[n]) for n in block.nodes):
-                return "its padded layers lie on paths that fork"
-            continue
-        spatial = [n for n in path if op_name(n) in CONVS and max(shape(arguments(n)["weight"])[2:]) > 1]
-        for node in spatial:
-            if node is not spatial[0] and not _centred(node):
+        for node in _spatial(path or ())[1:]:
+            if not _centred(node):
                 return f"{node.name}: its kernel has no centre that a layer of one tap could keep"
-        if spatial and _pads(spatial[0]):
-            before = path[: path.index(spatial[0])]
-            if isinstance(arguments(spatial[0])["padding"], str):
-                return f"{spatial[0].name}: its padding is given as a word, not as sizes"
-            if any(op_name(n) == "group_norm" for n in before):
-                return f"{spatial[0].name}: its padding cannot move before a group_norm, which would average over it"
     return None
 
 
@@ -77,11 +67,12 @@ def relax(
 
     - An activation inside becomes `l act(x) + (1 - l) x`, or, `fitted`, `l act(x) + (1 - l) BN(x)`: `start_norms` makes
       that the affine map which is nearest to the activation (ours), while the identity is often far from it.
-    - A LayerNorm or GroupNorm becomes `l LN(x) + (1 - l) BN(x)`; the BatchNorm starts with the norm's scale and shift.
+    - A LayerNorm, GroupNorm or RMSNorm becomes `l LN(x) + (1 - l) BN(x)`; the BatchNorm starts with its scale and shift.
     - Of several convolutions with a spatial kernel the first keeps it, of the others only the centre tap stays: the rest
       of the kernel is multiplied by `l` (ours: two 3x3 merged are a 5x5, which costs more than both).
-    - Zero padding in front of that first one moves to the head of the branch: at `l` its ring of the padded value is
-      `(1 - l)` of what the layers before make of the padding, so that at 1 it is zero, as in the dense block.
+    - Zero padding in front of that first one moves towards the head of the branch, as far as the nodes there treat all
+      positions alike: at `l` its ring of the padded value is `(1 - l)` of what the layers before make of the padding, so
+      that at 1 it is zero, as in the dense block.
     - A block that no activation follows gets a tail, `l y + (1 - l) act(BN(y))`, with its own activation (`tail`).
     - An attention block is only left out as a whole: `x + l f(x)`.
     The mixtures are UPDP's; fit, kernel and ring are ours. In training, batch statistics include the ring at any `l`.
@@ -134,6 +125,7 @@ class _Relaxer:
     def __init__(self, module: TrainableModule, settled: bool, tail: bool, fitted: bool):
         self.module, self.graph, self.settled, self.tail, self.fitted = module, module.graph, settled, tail, fitted
         self.nodes = {n.name: n for n in self.graph.nodes}
+        self.regions = Regions(module)
         self.switches: fx.Node | None = None
 
     def add_switches(self, count: int) -> None:
@@ -169,11 +161,14 @@ class _Relaxer:
             self._replace(exit_, lambda: self._tail(exit_, act))
 
     def _drop(self, block: Block, exit_: fx.Node) -> None:
-        """Leave the branch of a residual addition out; its other operand is the block's entry, relaxed or not."""
+        """Leave the branch of a residual addition out; its other operand is the block's entry, relaxed and scaled or not."""
         a = arguments(exit_)
-        branch, entry = ("self", "other") if a["self"].name in block.nodes else ("other", "self")
+        branch, entry = ("self", "other") if has_layers(a["self"], block.nodes) else ("other", "self")
         if self.settled:
-            exit_.replace_all_uses_with(a[entry])
+            with self.graph.inserting_before(exit_):
+                scaled = entry == "other" and a["alpha"] != 1
+                left = self._call(aten.mul.Scalar, a[entry], a["alpha"]) if scaled else a[entry]
+            exit_.replace_all_uses_with(left)
             return
         with self.graph.inserting_before(exit_):
             set_argument(exit_, branch, self._call(aten.mul.Tensor, a[branch], self.l))
@@ -200,7 +195,11 @@ class _Relaxer:
 
     def _tail(self, value: fx.Node, act: fx.Node) -> fx.Node:
         normed = self._batch_norm(value, _channel_axis(self.graph, value), None)
-        return self._call(act.target, normed, *act.args[1:], **act.kwargs)
+        if op_name(act) != "prelu":
+            return self._call(act.target, normed, *act.args[1:], **act.kwargs)
+        slopes = fetch(self.module, str(arguments(act)["weight"].target)).detach()  # of channels inside the block
+        place_tensor(self.module, f"{self.folder}.slope", torch.nn.Parameter(slopes.mean().reshape(1)))
+        return self._call(act.target, normed, self._attribute(f"{self.folder}.slope"))
 
     def _batch_norm(self, value: Any, axis: Any, norm: fx.Node | None) -> fx.Node:
         """Batch normalisation over an axis, with the scale and shift of the norm it stands for."""
@@ -218,17 +217,17 @@ class _Relaxer:
             place_tensor(self.module, f"{prefix}.{key}", torch.nn.Parameter(tensor) if key in given else tensor)
             stored.append(self._attribute(f"{prefix}.{key}"))
         moved = value if axis == 1 else self._call(aten.transpose.int, value, 1, axis)
-        eps = float(a.get("eps", EPS)) if norm is not None else EPS
+        eps = EPS if a.get("eps") is None else float(a["eps"])
         normed = self._call(aten.batch_norm.default, moved, *stored, False, MOMENTUM, eps, False)
         return normed if axis == 1 else self._call(aten.transpose.int, normed, 1, axis)
 
     # ---------------------------------------------------------------------------------------------------------- kernels
     def _kernels(self, path: list[fx.Node]) -> None:
-        spatial = [n for n in path if op_name(n) in CONVS and max(shape(arguments(n)["weight"])[2:]) > 1]
+        spatial = _spatial(path)
         for node in spatial[1:]:
             self._shrink(node)
-        if spatial and _pads(spatial[0]) and self._shifts(path[: path.index(spatial[0])]):
-            self._pad_first(path, spatial[0])
+        if spatial:
+            self._pad_first(path[: path.index(spatial[0])], spatial[0])
 
     def _shrink(self, node: fx.Node) -> None:
         """All taps but the one at the centre fade."""
@@ -239,7 +238,7 @@ class _Relaxer:
             weight = fetch(self.module, name)
             place_tensor(self.module, name, like(weight, _centre(weight.detach()).clone()))
             stored.meta["val"] = stored.meta["val"].new_empty(_centre(weight).shape)
-            set_argument(node, "padding", [0] * len(extent))
+            _unpad(node)
             return
         mask = torch.zeros(1, 1, *extent)
         mask[(0, 0, *(k // 2 for k in extent))] = 1
@@ -251,32 +250,69 @@ class _Relaxer:
             set_argument(node, "weight", self._call(aten.mul.Tensor, stored, factor))
         self.kernels += 1
 
-    def _shifts(self, nodes: Sequence[fx.Node]) -> bool:
-        """Whether zeros do not stay zeros in the pruned forms of the nodes before a padded convolution, which then may not
-        be merged with it as it is."""
-        shifting = (*NORMS, "batch_norm", *(ACTIVATIONS if self.fitted else ()))
-        return any(op_name(n) in shifting or (op_name(n) in MAPS and arguments(n)["bias"] is not None) for n in nodes)
-
-    def _pad_first(self, path: list[fx.Node], conv: fx.Node) -> None:
-        """Move the padding of a convolution to the head of its branch."""
-        dims = len(shape(conv)) - 2
-        padding = _per_dim(arguments(conv)["padding"], dims)
-        before = path[: path.index(conv)]
-        strides = [_per_dim(arguments(n)["stride"], dims) for n in before if op_name(n) in CONVS]
-        head = [p * math.prod(s[d] for s in strides) for d, p in enumerate(padding)]
-        entry = next(iter(arguments(path[0]).values()))
-        with self.graph.inserting_before(path[0]):
-            padded = self._call(aten.constant_pad_nd.default, entry, _both_sides(head))
-        path[0].replace_input_with(entry, padded)
+    def _pad_first(self, before: list[fx.Node], conv: fx.Node) -> None:
+        """Move the zeros in front of a convolution towards the head of its branch, past the nodes `before` it that do not
+        map zeros to zeros in their pruned forms: it could not be merged with those otherwise."""
+        source = arguments(conv)["input"]
+        sides = _zeros(conv)
+        if sides is None and before and op_name(before[-1]) in PADS:
+            padding = before.pop()
+            sides, source = _sides(padding), arguments(padding)["self"]
+        if sides is None:
+            return
+        at, moved = self._head(before, sides)
+        if not any(self._shifts(n) for n in before[at:]):
+            return
+        entry = next(n for n in before[at].all_input_nodes if n not in self.regions.constants)
+        with self.graph.inserting_before(before[at]):
+            padded = self._call(aten.constant_pad_nd.default, entry, _padding(moved))
+        before[at].replace_input_with(entry, padded)
+        mixed = source
         if not self.settled:
-            source = arguments(conv)["input"]
             with self.graph.inserting_before(conv):
-                inner = self._call(aten.constant_pad_nd.default, source, _both_sides([-p for p in padding]))
-                zeros = self._call(aten.constant_pad_nd.default, inner, _both_sides(padding))
+                inner = self._call(aten.constant_pad_nd.default, source, _padding([(-a, -b) for a, b in sides]))
+                zeros = self._call(aten.constant_pad_nd.default, inner, _padding(sides))
                 dense = self._call(aten.mul.Tensor, zeros, self.l)
                 mixed = self._call(aten.add.Tensor, dense, self._call(aten.mul.Tensor, source, self.rest))
-            conv.replace_input_with(source, mixed)
-        set_argument(conv, "padding", [0] * dims)
+        conv.replace_input_with(arguments(conv)["input"], mixed)
+        _unpad(conv)
+
+    def _head(self, before: Sequence[fx.Node], sides: Sides) -> tuple[int, Sides]:
+        """Before which of the nodes in front of a convolution its zeros can go at the earliest, and how many they are
+        there. They lie along the same axes there, whatever permutations are in between."""
+        at, found = len(before), sides
+        axes = list(range(len(sides)))  # of the convolution's input, where they are before the node
+        for i in reversed(range(len(before))):
+            node = before[i]
+            if order := permutation(node):
+                axes = [order[a] for a in axes]
+            elif not self._pointwise(node, axes):
+                break
+            elif op_name(node) in CONVS:
+                strides = [1, 1, *_per_dim(arguments(node)["stride"], len(sides) - 2)]
+                sides = [(a * s, b * s) for (a, b), s in zip(sides, strides, strict=True)]
+            if axes == sorted(axes):
+                at, found = i, sides
+        return at, found
+
+    def _pointwise(self, node: fx.Node, axes: Sequence[int]) -> bool:
+        """Whether a node does the same at every position; axes: batch, channels and positions of a convolution."""
+        name = op_name(node)
+        if name in ACTIVATIONS:
+            return _channel_axis(self.graph, node) not in axes[2:]
+        if name in ("layer_norm", "rms_norm"):
+            return _channels(node) not in axes[2:]
+        if name in (*TRANSPOSED, *PADS) or (name in CONVS and (_zeros(node) or list(axes) != sorted(axes))):
+            return False
+        step = self.regions.step(node)
+        return step is not None and step.axis not in axes[2:]
+
+    def _shifts(self, node: fx.Node) -> bool:
+        """Whether a node does not map zeros to zeros in its pruned form."""
+        name = op_name(node)
+        if name in MAPS:
+            return arguments(node)["bias"] is not None
+        return name in (*NORMS, "batch_norm", "add", "sub", "rsub") or (self.fitted and name in ACTIVATIONS)
 
     # ------------------------------------------------------------------------------------------------------------ nodes
     def _attribute(self, name: str) -> fx.Node:
@@ -303,7 +339,7 @@ def _branches(nodes: dict[str, fx.Node], block: Block) -> list[list[fx.Node] | N
 
 
 def _channels(norm: fx.Node) -> int | None:
-    """The axis of the channels that a LayerNorm or GroupNorm scales; None where it normalises something else."""
+    """The axis of the channels that a LayerNorm, GroupNorm or RMSNorm scales; None where it normalises something else."""
     if op_name(norm) == "group_norm":
         return 1
     axes = arguments(norm)["normalized_shape"]
@@ -319,7 +355,7 @@ def _channel_axis(graph: fx.Graph, value: fx.Node) -> int:
         name, rank = op_name(node), len(shape(node))
         if name in CONVS or name in ("batch_norm", "group_norm"):
             axis = 1
-        elif name in MAPS or name == "layer_norm":
+        elif name in MAPS or name in ("layer_norm", "rms_norm"):
             axis = rank - 1
         else:
             if order := permutation(node):
@@ -337,11 +373,42 @@ def _channel_axis(graph: fx.Graph, value: fx.Node) -> int:
     return axis
 
 
-def _pads(node: fx.Node) -> bool:
-    if op_name(node) not in CONVS:
-        return False
-    padding = arguments(node)["padding"]
-    return padding == "same" or (not isinstance(padding, str) and any(padding))
+def _spatial(path: Sequence[fx.Node]) -> list[fx.Node]:
+    """The convolutions whose kernels have more than one tap."""
+    return [n for n in path if op_name(n) in CONVS and max(shape(arguments(n)["weight"])[2:]) > 1]
+
+
+def _zeros(conv: fx.Node) -> Sides | None:
+    """What a convolution pads its input by, or None."""
+    a, extent = arguments(conv), shape(arguments(conv)["weight"])[2:]
+    dims = len(extent)
+    if a["padding"] == "same":
+        spans = [(k - 1) * d for k, d in zip(extent, _per_dim(a["dilation"], dims), strict=True)]
+        sides = [(s // 2, s - s // 2) for s in spans]
+    else:
+        sides = [(p, p) for p in ([0] * dims if a["padding"] == "valid" else _per_dim(a["padding"], dims))]
+    return [(0, 0), (0, 0), *sides] if any(a or b for a, b in sides) else None
+
+
+def _sides(padding: fx.Node) -> Sides:
+    """What a node of its own pads by."""
+    pad = arguments(padding)["pad"]
+    pairs = list(zip(pad[::2], pad[1::2], strict=True))[::-1]  # given for the last dimension first
+    return [(0, 0)] * (len(shape(padding)) - len(pairs)) + pairs
+
+
+def _padding(sides: Sides) -> list[int]:
+    """As an argument of `pad`."""
+    return [p for pair in reversed(sides[2:]) for p in pair]
+
+
+def _unpad(conv: fx.Node) -> None:
+    """Let a convolution pad nothing, whether its padding is given by sizes or by a word."""
+    a = arguments(conv)
+    conv.target = getattr(aten, op_name(conv)).default
+    dims = len(shape(a["weight"])) - 2
+    conv.args = (a["input"], a["weight"], a["bias"], a["stride"], [0] * dims, a["dilation"], a["groups"])
+    conv.kwargs = {}
 
 
 def _centred(node: fx.Node) -> bool:
@@ -361,11 +428,6 @@ def _centre(weight: torch.Tensor) -> torch.Tensor:
 
 def _per_dim(value: Sequence[int], dims: int) -> list[int]:
     return list(value) * dims if len(value) == 1 else list(value)
-
-
-def _both_sides(padding: Sequence[int]) -> list[int]:
-    """As an argument of `pad`: last dimension first, both sides."""
-    return [p for each in reversed(padding) for p in (each, each)]
 
 
 def require(blocks: Sequence[Block], names: Sequence[str]) -> list[Block]:

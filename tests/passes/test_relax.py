@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from depth_networks import NETWORKS, Add, Gate, captured, conv, head, mlp
+from depth_networks import NETWORKS, Add, Attention, Gate, Move, Tokens, captured, conv, head, mlp
 from torch import nn
 
 import graphcomb.graph as g
@@ -57,6 +57,143 @@ def test_one_is_dense_and_zero_is_mergeable(network, fitted):
         assert not isinstance(image.meta["val"].shape[0], int)  # the batch is still dynamic
 
 
+class Scaled(nn.Module):
+    """A scale in front of all layers of a branch, given as the first factor."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.gamma, self.body = nn.Parameter(torch.rand(8, 1, 1)), nn.Sequential(*layers)
+
+    def forward(self, x):
+        return x + self.body(self.gamma.exp() * x)
+
+
+def last(*layers):
+    """Layers of which the channels come last, in an image network."""
+    return head(Move(0, 2, 3, 1), *layers, Move(0, 3, 1, 2))
+
+
+def conv3(**options):
+    return nn.Conv2d(8, 8, 3, **{"padding": 1, **options})
+
+
+TO_LAST, TO_FIRST, POOL = Move(0, 2, 3, 1), Move(0, 3, 1, 2), nn.MaxPool2d(2)
+PADDINGS = {
+    "by a word": lambda: head(Add(nn.Sequential(conv(8, 8, 1), conv3(padding="same"), nn.ReLU(), conv3(padding="same")))),
+    "by a word, unevenly": lambda: head(POOL, conv(8, 16, 1), nn.Conv2d(16, 8, 4, padding="same"), nn.BatchNorm2d(8)),
+    "by a layer": lambda: head(POOL, conv(8, 16, 1), nn.ZeroPad2d((0, 1, 2, 1)), nn.Conv2d(16, 8, 3, 2), nn.BatchNorm2d(8)),
+    "twice": lambda: head(conv(8, 8, 1), nn.ZeroPad2d(1), conv(8, 8, 1), nn.Conv2d(8, 4, 5, padding=1), nn.Conv2d(4, 8, 1)),
+    "behind a scale": lambda: head(Scaled(nn.BatchNorm2d(8), conv(8, 8), nn.Conv2d(8, 8, 1))),
+    "behind a group norm": lambda: head(Add(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU(), conv(8, 8), conv3()))),
+    "behind a transposed convolution": lambda: head(
+        POOL, nn.ConvTranspose2d(8, 8, 2, 2), nn.ReLU(), conv(8, 8), nn.Conv2d(8, 8, 1)
+    ),
+    "behind a norm over the last axis": lambda: head(
+        Add(nn.Sequential(conv(8, 8, 1), TO_LAST, nn.LayerNorm(8), TO_FIRST, nn.GELU(), conv(8, 8), nn.Conv2d(8, 8, 1)))
+    ),
+    "in another layout": lambda: last(
+        Add(nn.Sequential(TO_FIRST, nn.BatchNorm2d(8), conv(8, 8), nn.Conv2d(8, 8, 1), TO_LAST))
+    ),
+    "between layouts": lambda: last(
+        Add(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), TO_FIRST, conv(8, 8), TO_LAST, nn.Linear(8, 8), nn.Linear(8, 8)))
+    ),
+    "behind layers over the width": lambda: head(
+        Add(nn.Sequential(conv(8, 8, 1), nn.Linear(12, 12), nn.LayerNorm(12), nn.ReLU(), conv(8, 8), nn.Conv2d(8, 8, 1)))
+    ),
+    "transposed": lambda: head(
+        Add(nn.Sequential(Move(0, 1, 3, 2), conv(8, 8, 1), Move(0, 1, 3, 2), conv(8, 8), nn.Conv2d(8, 8, 1)))
+    ),
+}  # fmt: skip
+OTHERS = {
+    "slopes of channels": lambda: head(Add(nn.Sequential(nn.Conv2d(8, 16, 1), nn.PReLU(16), nn.Conv2d(16, 8, 1)))),
+    "rms norm": lambda: last(Add(nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)))),
+    "no bias": lambda: head(
+        Add(
+            nn.Sequential(
+                nn.Conv2d(8, 8, 1, bias=False), nn.ReLU(), nn.Conv2d(8, 2, 1, bias=False), nn.ReLU(),
+                nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(2, 8, 1, bias=False),
+            )
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [*PADDINGS.values(), *OTHERS.values()], ids=[*PADDINGS, *OTHERS])
+def test_unusual_blocks_are_exact_at_both_ends(make):
+    program = captured(make())
+    blocks = [b for b in find_blocks(program) if b.prunable]
+    assert blocks
+    x = torch.randn(3, 3, 16, 12, dtype=torch.float64)
+    with torch.no_grad():
+        relaxed = relax(program, blocks, fitted=True)
+        start_norms(relaxed, [Batch((x,), {}, None, 3)])
+        assert relative_error(relaxed.module()(x), program.module()(x)) <= 1e-14
+        set_switches(relaxed.module(), [0.0] * len(blocks))
+        pruned, settled = relaxed.module()(x), settle(program, blocks, relaxed, fitted=True)
+        assert relative_error(settled.module()(x), pruned) <= 1e-13
+        fused = Fuse()(settled).program
+        assert relative_error(fused.module()(x), pruned) <= 1e-10
+    assert fused.macs <= program.macs - sum(b.saves for b in blocks)  # more where a neighbour merges too
+
+
+class Parallel(nn.Module):
+    """Attention and an MLP read the same tokens; how their results are added is given."""
+
+    def __init__(self, total):
+        super().__init__()
+        mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.attention, self.mlp, self.total = Attention(8), mlp, total
+
+    def forward(self, x):
+        return self.total(x, self.attention(x), self.mlp(x))
+
+
+@pytest.mark.parametrize(
+    ("total", "left"),
+    [
+        (lambda x, a, m: x + a + m, lambda x, m: x + m),
+        (lambda x, a, m: x + (a + m), lambda x, m: x),
+        (lambda x, a, m: x + (m + a), lambda x, m: x),
+        (lambda x, a, m: torch.add(a, x, alpha=2), lambda x, m: 2 * x),
+        (lambda x, a, m: a + 3 * x, lambda x, m: 3 * x),
+    ],
+)
+def test_attention_is_left_out_of_the_sum_with_its_input(total, left):
+    model = Tokens(Parallel(total))
+    program = captured(model)
+    (block,) = [b for b in find_blocks(program) if b.dropped]
+    settled = relax(program, [block], settled=True)
+    assert settled.macs == program.macs - block.saves
+    x = torch.randn(3, 3, 16, 12, dtype=torch.float64)
+    with torch.no_grad():
+        tokens = model.embed(x).flatten(2).transpose(1, 2)
+        expected = left(tokens, model.blocks[0].mlp(tokens)).mean(1)
+        assert relative_error(settled.module()(x), expected) <= 1e-12
+        relaxed = relax(program, [block])
+        set_switches(relaxed.module(), [0.0])
+        assert relative_error(relaxed.module()(x), expected) <= 1e-12
+
+
+def test_a_block_saves_no_less_alone_than_it_is_said_to():
+    """All of these merge into one layer, none of which may be counted twice."""
+
+    def block():
+        return Add(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.LayerNorm(32), nn.Linear(32, 8)))
+
+    program = captured(last(block(), block(), block()))
+    blocks = find_blocks(program)
+    for some in ([b] for b in blocks):
+        merged = Fuse()(relax(program, some, settled=True)).program
+        assert merged.macs == program.macs - some[0].saves
+    assert Fuse()(relax(program, blocks, settled=True)).program.macs <= program.macs - sum(b.saves for b in blocks)
+
+
+def test_kinds_tell_groups_from_depthwise_layers():
+    grouped = nn.Sequential(conv(8, 16, 1, groups=2), conv(16, 16, groups=4), conv(16, 8, 1, act=False))
+    pooled = Add(nn.Sequential(nn.GroupNorm(1, 8), nn.AvgPool2d(3, 1, 1)))
+    assert [b.kind for b in find_blocks(captured(head(Add(grouped), pooled)))] == ["residual", "residual"]
+
+
 def test_single_blocks_can_be_switched(network):
     program, _ = network
     blocks = find_blocks(program)
@@ -104,7 +241,7 @@ def test_without_a_tail_a_block_ends_linear():
         (lambda: head(Add(nn.Sequential(conv(8, 8), nn.MaxPool2d(3, 1, 1)))), "is no affine map"),
         (lambda: head(Add(nn.Sequential(conv(8, 2, 1), conv(2, 8, 3)))), "would take"),
         (lambda: head(Add(nn.Sequential(conv(8, 8), nn.Conv2d(8, 8, 2, padding="same")))), "no centre"),
-        (lambda: head(Add(nn.Sequential(nn.GroupNorm(2, 8), conv(8, 8)))), "average over it"),
+        (lambda: head(Add(nn.Sequential(nn.GroupNorm(2, 8), conv(8, 8)))), "save none of its"),
         (lambda: head(Add(nn.Sequential(nn.LayerNorm((8, 16, 12)), conv(8, 8)))), "does not normalise over channels"),
     ],
 )
