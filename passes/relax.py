@@ -126,6 +126,10 @@ class _Relaxer:
         self.module, self.graph, self.settled, self.tail, self.fitted = module, module.graph, settled, tail, fitted
         self.nodes = {n.name: n for n in self.graph.nodes}
         self.regions = Regions(module)
+        known = [n.split(".") for n in module.state_dict() if n.startswith(f"{FOLDER}.")]  # of blocks pruned before
+        if known and SWITCHES.split(".") in known:
+            raise BadInput("PruneDepth: the program is relaxed already; merge it first, with PruneDepth.merge")
+        self.first = 1 + max((int(index) for _, index, *_ in known), default=-1)
         self.switches: fx.Node | None = None
 
     def add_switches(self, count: int) -> None:
@@ -136,7 +140,7 @@ class _Relaxer:
 
     def block(self, index: int, block: Block, paths: list[list[fx.Node] | None]) -> None:
         self.label, self.norms, self.kernels = block.name, 0, 0
-        self.folder = f"{FOLDER}.{index}"
+        self.folder = f"{FOLDER}.{self.first + index}"
         exit_ = self.nodes[block.exit]
         for name in block.nodes:
             self.nodes[name].meta["block"] = block.name

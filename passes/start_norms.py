@@ -25,7 +25,7 @@ def start_norms(program: Program, batches: Iterable[Batch]) -> None:
     nothing, as the identity in front of its activation.
     """
     module = program.module()
-    pairs = {n: _stands_for(n) for n in module.graph.nodes if _added(n)}
+    pairs = {n: dense for n in module.graph.nodes if _added(n) and (dense := _stands_for(n)) is not None}
     sums = _Sums(module, pairs)
     device = accelerator().device
     with placed(module, device), torch.no_grad():
@@ -47,12 +47,18 @@ def _added(node: fx.Node) -> bool:
     return op_name(node) == "batch_norm" and str(arguments(node)["running_mean"].target).startswith(f"{FOLDER}.")
 
 
-def _stands_for(norm: fx.Node) -> fx.Node:
-    """The dense value that is mixed with what a batch norm makes: that of `l dense + (1 - l) pruned`."""
+def _stands_for(norm: fx.Node) -> fx.Node | None:
+    """The dense value that is mixed with what a batch norm makes: that of `l dense + (1 - l) pruned`. None for a norm of a
+    block that was pruned before."""
     node = norm
     while op_name(node) != "add":
+        if len(node.users) != 1:
+            return None
         (node,) = node.users
-    return node.args[0].args[0]  # type: ignore[union-attr,return-value]
+    dense, pruned = node.args[:2]
+    rest = pruned.args[1] if isinstance(pruned, fx.Node) and op_name(pruned) == "mul" else None
+    mixes = isinstance(rest, fx.Node) and op_name(rest) == "rsub"
+    return dense.args[0] if mixes else None  # type: ignore[union-attr,return-value]
 
 
 class _Sums(fx.Interpreter):

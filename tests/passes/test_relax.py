@@ -6,6 +6,7 @@ from depth_networks import NETWORKS, Add, Attention, Gate, Move, Tokens, capture
 from torch import nn
 
 import graphcomb.graph as g
+from graphcomb.graph.errors import BadInput
 from graphcomb.graph.verify.evaluate import relative_error
 from graphcomb.passes.batches import Batch
 from graphcomb.passes.blocks import find_blocks
@@ -186,6 +187,26 @@ def test_a_block_saves_no_less_alone_than_it_is_said_to():
         merged = Fuse()(relax(program, some, settled=True)).program
         assert merged.macs == program.macs - some[0].saves
     assert Fuse()(relax(program, blocks, settled=True)).program.macs <= program.macs - sum(b.saves for b in blocks)
+
+
+@pytest.mark.parametrize("fitted", [False, True], ids=["identity", "fitted"])
+def test_blocks_can_be_pruned_in_two_goes(fitted):
+    """The normalisations of the first one are still there if it was not merged, and keep their values."""
+    program = captured(head(*(Add(nn.Sequential(conv(8, 8), conv(8, 8, act=False))) for _ in range(2))))
+    x = torch.randn(3, 3, 16, 12, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(2):
+            block = next(b for b in find_blocks(program) if b.prunable)
+            expected = program.module()(x)
+            relaxed = relax(program, [block], fitted=fitted)
+            if fitted:
+                start_norms(relaxed, [Batch((x,), {}, None, 3)])
+            assert relative_error(relaxed.module()(x), expected) <= 1e-15
+            set_switches(relaxed.module(), [0.0])
+            program = settle(program, [block], relaxed, fitted=fitted)
+            assert relative_error(program.module()(x), relaxed.module()(x)) <= 1e-14
+    with pytest.raises(BadInput, match="relaxed already"):
+        relax(relaxed, [])
 
 
 def test_kinds_tell_groups_from_depthwise_layers():
