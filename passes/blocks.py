@@ -36,6 +36,10 @@ IN_CHAINS = (
     "pad",
     "mul",
 )
+OTHER_BENDS = (
+    "clamp", "clamp_min", "clamp_max", "threshold", "hardshrink", "softshrink", "rrelu", "log_sigmoid", "glu", "abs", "erf",
+    "exp", "log", "pow", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "maximum", "minimum", "instance_norm",
+)  # fmt: skip
 ATTENTION = ("scaled_dot_product_attention", "softmax", "_softmax")
 
 
@@ -225,7 +229,7 @@ def _residual_entry(flow: _Flow, node: fx.Node) -> fx.Node | None:
 
 def _bends(node: fx.Node) -> bool:
     """Whether the node is no affine map."""
-    return op_name(node) in (*ACTIVATIONS, *NORMS, *ATTENTION)
+    return op_name(node) in (*ACTIVATIONS, *NORMS, *ATTENTION, *OTHER_BENDS)
 
 
 def _chains(flow: _Flow, taken: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node, list[fx.Node]]]:

@@ -260,6 +260,7 @@ def test_without_a_tail_a_block_ends_linear():
     [
         (lambda: head(Add(nn.Sequential(conv(8, 8), Gate(8)))), "is no affine map"),
         (lambda: head(Add(nn.Sequential(conv(8, 8), nn.MaxPool2d(3, 1, 1)))), "is no affine map"),
+        (lambda: head(Add(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Hardshrink(), nn.Conv2d(8, 8, 1)))), "hardshrink"),
         (lambda: head(Add(nn.Sequential(conv(8, 2, 1), conv(2, 8, 3)))), "would take"),
         (lambda: head(Add(nn.Sequential(conv(8, 8), nn.Conv2d(8, 8, 2, padding="same")))), "no centre"),
         (lambda: head(Add(nn.Sequential(nn.GroupNorm(2, 8), conv(8, 8)))), "save none of its"),
