@@ -241,3 +241,17 @@ def test_real_networks_fold_and_still_save(name, tmp_path):
         x = torch.randn(3, 3, 32, 32)
         torch.testing.assert_close(loaded.module()(x), result.program.module()(x))
         assert loaded.history[-1]["pass"] == "Fuse"
+
+
+def test_a_network_that_magnifies_rounding_errors_is_said_to():
+    class Wild(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return (self.norm(self.conv(x)) * 1e9).sin()
+
+    result = Fuse()(g.capture(Wild().double().eval(), torch.randn(2, 3, 5, 5, dtype=torch.float64)))
+    assert result.record["changed"] == []
+    assert "magnifies rounding errors" in result.record["refused"][0]["why"]
