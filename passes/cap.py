@@ -203,12 +203,16 @@ def repair(weights: Tensor, matrix: Tensor, pruned: Tensor) -> Tensor:
     Computed from `F` itself, `(b, B, B)`, of which it takes the kept part only: `w_K + (F_KK)⁻¹ F_KP w_P` (block
     inversion; ours), which is the same and spares the inverse.
     """
-    gone = pruned.to(matrix)
-    kept = 1 - gone
-    pull = torch.bmm(matrix, (gone * weights).unsqueeze(2)) * kept.unsqueeze(2)
-    system = matrix * kept.unsqueeze(1) * kept.unsqueeze(2) + torch.diag_embed(gone)
+    kept = ~pruned
+    most = int(kept.sum(1).max())
+    places = kept.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # of the kept ones, first of all
+    real = kept.gather(1, places).to(matrix)  # blocks that keep fewer are filled up with ones of the identity
+    rows = matrix.gather(1, places.unsqueeze(2).expand(-1, -1, matrix.shape[2]))
+    pull = torch.bmm(rows, (pruned * weights).to(matrix).unsqueeze(2)) * real.unsqueeze(2)
+    system = rows.gather(2, places.unsqueeze(1).expand(-1, most, -1))
+    system = system.mul_(real.unsqueeze(1)).mul_(real.unsqueeze(2)) + torch.diag_embed(1 - real)
     moved = torch.cholesky_solve(pull, cholesky(system)).squeeze(2)
-    return (weights + moved.to(weights)).masked_fill_(pruned, 0)
+    return weights.masked_fill(pruned, 0).scatter_add_(1, places, moved.to(weights))
 
 
 def loss(change: Tensor, matrix: Tensor) -> Tensor:
