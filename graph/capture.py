@@ -6,7 +6,7 @@ import copy
 import inspect
 import itertools
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -76,23 +76,19 @@ def dynamic_shapes_of(exported: ExportedProgram) -> Any:
 
     Returned in `torch.export`'s own form: a pytree like (args, kwargs) flattened to the top-level inputs.
     """
-    dims: dict[str, Any] = {}
-    leaves = []
     # user_inputs would give a plain number by its value instead of its name
     names = {i.arg.name for i in exported.graph_signature.input_specs if i.kind is InputKind.USER_INPUT}
-    for node in exported.graph.nodes:
-        if node.op != "placeholder" or node.name not in names:
-            continue
-        value = node.meta.get("val")
-        spec: dict[int, Any] = {}
-        for d, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            if isinstance(size, int):
-                continue
-            expr = size.node.expr
-            spec[d] = Dim.AUTO
-            if expr.is_symbol:
-                spec[d] = dims.setdefault(str(expr), Dim(f"d{len(dims)}"))
-        leaves.append(spec or None)
+    inputs = [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in names]
+    sizes = [
+        {d: size.node.expr for d, size in enumerate(value.shape) if not isinstance(size, int)}
+        if isinstance(value, torch.Tensor)
+        else {}
+        for value in inputs
+    ]
+    times = Counter(expr for found in sizes for expr in found.values() if expr.is_symbol)
+    # only what ties sizes together needs a name: a named one may not have the bounds that strides give it
+    dims = {expr: Dim(f"d{i}") if count > 1 else Dim.DYNAMIC for i, (expr, count) in enumerate(times.items())}
+    leaves = [{d: dims.get(expr, Dim.AUTO) for d, expr in found.items()} or None for found in sizes]
     if not any(leaves):
         return None
     in_spec = exported.call_spec.in_spec

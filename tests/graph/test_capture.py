@@ -457,6 +457,16 @@ def test_explicit_dynamic_shapes():
     assert again(torch.randn(3, 3, 11, 5)).shape == (3, 4, 22, 10)
 
 
+def test_a_program_with_a_dynamic_height_and_width_behind_strides_is_saved(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 5, 4, 4), nn.AdaptiveAvgPool2d(1))
+    program = same(net, torch.randn(2, 3, 32, 40), dynamic=({2: Dim.DYNAMIC, 3: Dim.DYNAMIC},))
+    program.save(tmp_path / "net.pt2")
+    again = g.load(tmp_path / "net.pt2")
+    again.save(tmp_path / "again.pt2")
+    x = torch.randn(2, 3, 56, 24)
+    assert torch.equal(g.load(tmp_path / "again.pt2").module()(x), program.module()(x))
+
+
 def test_unknown_dynamic_shapes_name_what_is_allowed():
     with pytest.raises(BadInput, match=r'"batch" or a torch\.export specification, not "all"'):
         g.capture(nn.Linear(6, 3), torch.randn(2, 6), dynamic_shapes="all")
