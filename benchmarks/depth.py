@@ -4,6 +4,7 @@
     python benchmarks/depth.py --networks convnext --seeds 0     # a part of it
     python benchmarks/depth.py --latency                         # afterwards, on a quiet machine: adds latencies
     python benchmarks/depth.py --kernels                         # kernels of engines; also results/depth_kernels.json, .md
+    python benchmarks/depth.py --steps 1500 --networks resnet --counts 4    # longer training: results/depth_1500.json, ...
     python benchmarks/depth.py --table                           # only rewrite the table and the plot
     python benchmarks/depth.py --full                            # larger networks and longer training, for a GPU
 
@@ -270,10 +271,9 @@ def keys(options: argparse.Namespace) -> Iterator[tuple[str, int, str, int]]:
     size = SIZES[options.size]
     for seed in options.seeds:
         for network in options.networks:
-            for count in size.depths[network]:
+            for count in options.counts or size.depths[network]:
                 for method in options.methods:
-                    if not options.counts or count in options.counts:
-                        yield network, count, method, seed
+                    yield network, count, method, seed
 
 
 def run(options: argparse.Namespace, path: Path) -> None:
@@ -412,14 +412,24 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--counts", nargs="+", type=int, default=[], help="numbers of pruned blocks; by default all")
+    parser.add_argument(
+        "--counts", nargs="+", type=int, default=[], help="numbers of pruned blocks, instead of the size's"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="of the training of a row, instead of the size's; blocks are the same"
+    )
     parser.add_argument("--seconds", type=float, default=8.0, help="of each latency measurement")
     parser.add_argument("--full", dest="size", action="store_const", const="full", default="small")
     for name in ("latency", "kernels", "table"):
         parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args()
-    name = "depth" if options.size == "small" else "depth_full"
-    results = HERE / "results"
+    results, name = HERE / "results", "depth" if options.size == "small" else "depth_full"
+    if options.steps:
+        usual = load(results / f"{name}.json")
+        SIZES[f"{options.size}-{options.steps}"] = dataclasses.replace(SIZES[options.size], steps=options.steps)
+        options.size, name = f"{options.size}-{options.steps}", f"{name}_{options.steps}"
+        if not (results / f"{name}.json").exists():
+            save(results / f"{name}.json", usual | {"dense": {}, "rows": {}})
     if options.kernels:
         count_kernels(options, results / f"{name}_kernels.json")
     if options.latency or options.kernels:
