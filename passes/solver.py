@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,32 +98,41 @@ class Solver:
         """Two sweeps over the blocks: what goes first and what it costs; then, with the ranking known, the update. All
         Fisher sums are kept in between when they fit into the memory, else made again from the same gradients."""
         method, batches = self.method, self._batches()
-        kept: list[cap.Fisher] | None = None
+        kept = self._collect(batches[0], "1/1") if len(batches) == 1 else None
         ranked: dict[Piece, tuple[Tensor, Tensor]] = {}
-        for i, batch in enumerate(batches):
-            fishers = self._collect(batch, f"{i + 1}/{len(batches)}")
-            for piece, fisher in zip(batch, fishers, strict=True):
-                ranked[piece] = self._rank(piece, fisher)
-            kept = fishers if len(batches) == 1 else None
+        for piece, fisher in self._fishers(batches, kept, ""):
+            ranked[piece] = self._rank(piece, fisher)
+            del fisher
         masks = self._masks(ranked)
         updated: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         predicted = 0.0
-        for i, batch in enumerate(batches):
-            for piece, fisher in zip(batch, kept or self._collect(batch, f"{i + 1}/{len(batches)} again"), strict=True):
-                old = self._blocks(piece)
-                for part in cap.chunks(piece.count, piece.size):
-                    w, mask = old[part].to(self.device), masks[piece][part].to(self.device)
-                    matrix = fisher.matrix(part)
-                    if method.name == "cap":
-                        new = cap.repair(w, matrix, mask)
-                    else:
-                        new = cap.step_once(w, fisher.inverse(part), mask)
-                    predicted += float(cap.loss(new - w, matrix).sum())
-                    updated[piece.layer.name].append(new.to(old.device))
+        for piece, fisher in self._fishers(batches, kept, " again"):
+            old = self._blocks(piece)
+            for part in cap.chunks(piece.count, piece.size):
+                w, mask = old[part].to(self.device), masks[piece][part].to(self.device)
+                matrix = fisher.matrix(part)
+                exact = method.name == "cap"
+                new = cap.repair(w, matrix, mask) if exact else cap.step_once(w, fisher.inverse(part), mask)
+                predicted += float(cap.loss(new - w, matrix).sum())
+                updated[piece.layer.name].append(new.to(old.device))
+            del fisher
         for name, blocks in updated.items():
             last = bool(method.pattern)
             self._write(name, cap.from_blocks(torch.cat(blocks), self.layers[name].shape, last))
         return predicted
+
+    def _fishers(
+        self, batches: Sequence[Sequence[Piece]], kept: Sequence[cap.Fisher] | None, title: str
+    ) -> Iterator[tuple[Piece, cap.Fisher]]:
+        """The pieces with what was kept, or else with sums made now; of these, none is held beyond its turn, so that those
+        of two batches are never there together."""
+        if kept is not None:
+            yield from zip(batches[0], kept, strict=True)
+            return
+        for i, batch in enumerate(batches):
+            found = self._collect(batch, f"{i + 1}/{len(batches)}{title}")
+            for piece in batch:
+                yield piece, found.pop(0)
 
     def _blocks(self, piece: Piece) -> Tensor:
         return cap.to_blocks(self.weights[piece.layer.name], piece.size, bool(self.method.pattern))[piece.part]

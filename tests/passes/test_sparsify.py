@@ -1,5 +1,6 @@
 """Sparsify: which weights, how many, how good, and what is refused."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -258,6 +259,22 @@ def test_a_small_memory_gives_the_same_result(program):
         for name, w in weights(whole.program).items():
             torch.testing.assert_close(weights(split.program)[name], w, rtol=1e-5, atol=1e-6)
     assert split.record["stages"][0]["steps"][0]["gradients"] == 24
+
+
+@pytest.mark.parametrize("method", ["cap", "woodfisher"])
+def test_sums_of_two_batches_are_never_there_together(program, monkeypatch, method):
+    alive, most = weakref.WeakSet(), []
+
+    class Counted(cap.Fisher):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.add(self)
+            most.append(sum(f.sums.numel() * f.sums.itemsize for f in alive))
+
+    monkeypatch.setattr(cap, "Fisher", Counted)
+    Sparsify(sparsity=0.5, method=method, memory=1e6, gradients=32, block=32, dtype="fp64")(program, data=batches())
+    assert sum(most) > 1e6
+    assert max(most) <= 1e6 / 4
 
 
 def test_memory_is_cut_into_batches_of_blocks(program):
