@@ -308,7 +308,7 @@ def measure(options: argparse.Namespace, path: Path) -> None:
             if same.get("times_faster") is None:
                 pair = [graphcomb.load(stored(k, options.size)) for k in (f"{network}/dense", key)]
                 found = graphcomb.runtime.bench(pair, seconds=options.seconds)
-                same |= {"times_faster": found.ratio, "ms": [t.to_dict().get("ms") for t in found.timings]}
+                same |= {"times_faster": found.ratio, "ms": [t.ms for t in found.timings]}
             row |= {k: same[k] for k in ("times_faster", "ms")}
             save(path, data)
         if options.kernels and "kernels" not in row and key.endswith(f"/{options.seeds[0]}"):
