@@ -302,7 +302,10 @@ def measure(options: argparse.Namespace, path: Path) -> None:
     data = load(path)
     known: dict[tuple[Any, ...], dict[str, Any]] = {}
     for key, row in data["rows"].items():
-        network, dense = key.split("/")[0], data["dense"][key.split("/")[0]]
+        network, _, method, _ = key.split("/")
+        if network not in options.networks or method not in options.methods:
+            continue
+        dense = data["dense"][network]
         same = known.setdefault((network, *(row[k] for k in ("macs", "params", "layers"))), {})
         if options.latency and row.get("times_faster") is None:
             if same.get("times_faster") is None:
