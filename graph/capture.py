@@ -79,16 +79,12 @@ def dynamic_shapes_of(exported: ExportedProgram) -> Any:
     # user_inputs would give a plain number by its value instead of its name
     names = {i.arg.name for i in exported.graph_signature.input_specs if i.kind is InputKind.USER_INPUT}
     inputs = [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in names]
-    sizes = [
-        {d: size.node.expr for d, size in enumerate(value.shape) if not isinstance(size, int)}
-        if isinstance(value, torch.Tensor)
-        else {}
-        for value in inputs
-    ]
+    shapes: list[Any] = [value.shape if isinstance(value, torch.Tensor) else () for value in inputs]
+    sizes = [{d: n.node.expr for d, n in enumerate(dims) if isinstance(n, torch.SymInt)} for dims in shapes]
     times = Counter(expr for found in sizes for expr in found.values() if expr.is_symbol)
     # only what ties sizes together needs a name: a named one may not have the bounds that strides give it
-    dims = {expr: Dim(f"d{i}") if count > 1 else Dim.DYNAMIC for i, (expr, count) in enumerate(times.items())}
-    leaves = [{d: dims.get(expr, Dim.AUTO) for d, expr in found.items()} or None for found in sizes]
+    known = {expr: Dim(f"d{i}") if count > 1 else Dim.DYNAMIC for i, (expr, count) in enumerate(times.items())}
+    leaves = [{d: known.get(expr, Dim.AUTO) for d, expr in found.items()} or None for found in sizes]
     if not any(leaves):
         return None
     in_spec = exported.call_spec.in_spec
