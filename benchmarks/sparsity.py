@@ -254,8 +254,8 @@ def lacking(chosen: list[str], methods: list[str]) -> tuple[list[str], list[str]
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["# Sparsity: accuracy by method", ""]
     lines += [
-        "Top-1 accuracy in percent, mean and spread (standard deviation) over seeds; Fashion-MNIST, 10,000 test images. Without",
-        "a spread: one seed.",
+        "Top-1 accuracy in percent, mean and spread (standard deviation) over seeds (without a spread: one seed);",
+        "Fashion-MNIST, 10,000 test images.",
         f"For {IMAGENET}: how often the answer on crops of photographs is still the dense network's. 2:4 in brackets: in",
         "how many of the layers every four input channels really hold two zeros.",
         "",
