@@ -126,7 +126,11 @@ class PruneDepth(Pass):
         record: dict[str, Any] = {"refused": [{"what": b.name, "why": b.why} for b in found if b.why is not None]}
         chosen, record["search"] = self.choose(program, found, context)
         pruned, record["train"] = self.progressive(program, chosen, context)
-        result, record["merge"] = self.merge(pruned, context)
+        result, merged = self.merge(pruned, context)
+        error = max(
+            record["train"].get("error") or 0.0, merged.get("error", 0.0)
+        )  # of the result against what was trained
+        record["merge"] = merged | {"error": error}
         record["changed"] = [
             {"what": b.name, "kind": b.kind, "form": "left out" if b.dropped else "merged"}
             | {"saves_macs": b.saves, "saves_kernels": b.kernels}
