@@ -199,9 +199,8 @@ def _regions(program: Program) -> list[Block]:
             continue
         names = {n.name for n in nodes}
         branches = sum(has_layers(n, names) for n in node.all_input_nodes)
-        attends = any(
-            op_name(n) in ATTENTION for n in nodes
-        )  # so it can only be left out, as long as it is the one branch
+        # attention can only be left out, as long as it is the one branch
+        attends = any(op_name(n) in ATTENTION for n in nodes)
         if branches == 1 if attends else any(_bends(n) for n in nodes):
             found.append((entry, node, nodes))
             taken.update(nodes)

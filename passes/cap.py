@@ -205,9 +205,8 @@ def repair(weights: Tensor, matrix: Tensor, pruned: Tensor) -> Tensor:
     """
     kept = ~pruned
     most = int(kept.sum(1).max())
-    places = torch.sort(kept.byte(), dim=1, descending=True, stable=True).indices[
-        :, :most
-    ]  # of the kept ones, first of all
+    # of the kept ones, first of all
+    places = torch.sort(kept.byte(), dim=1, descending=True, stable=True).indices[:, :most]
     real = kept.gather(1, places).to(matrix)  # blocks that keep fewer are filled up with ones of the identity
     rows = matrix.gather(1, places.unsqueeze(2).expand(-1, -1, matrix.shape[2]))
     pull = torch.bmm(rows, (pruned * weights).to(matrix).unsqueeze(2)) * real.unsqueeze(2)

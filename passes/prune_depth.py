@@ -127,9 +127,8 @@ class PruneDepth(Pass):
         chosen, record["search"] = self.choose(program, found, context)
         pruned, record["train"] = self.progressive(program, chosen, context)
         result, merged = self.merge(pruned, context)
-        error = max(
-            record["train"].get("error") or 0.0, merged.get("error", 0.0)
-        )  # of the result against what was trained
+        # of the result against what was trained
+        error = max(record["train"].get("error") or 0.0, merged.get("error", 0.0))
         record["merge"] = merged | {"error": error}
         record["changed"] = [
             {"what": b.name, "kind": b.kind, "form": "left out" if b.dropped else "merged"}
@@ -487,9 +486,10 @@ class _Fading(Callback):
             return None
         self.over, pruned = True, self.settle(module).module()
         before, after = module.state_dict(), pruned.state_dict()
-        shrunk = {k: v.shape[2:] for k, v in after.items() if v.shape != before[k].shape}
         centre = {
-            k: {d: torch.tensor([before[k].shape[d] // 2]) for d in range(2, 2 + len(v))} for k, v in shrunk.items()
+            name: {d: torch.tensor([before[name].shape[d] // 2]) for d in range(2, value.dim())}
+            for name, value in after.items()
+            if value.shape != before[name].shape
         }
         return Surgery(pruned, centre, {})
 

@@ -97,7 +97,7 @@ class Solver:
     def _by_blocks(self) -> float:
         """Two sweeps over the blocks: what goes first and what it costs; then, with the ranking known, the update. All
         Fisher sums are kept in between when they fit into the memory, else made again from the same gradients."""
-        method, batches = self.method, self._batches()
+        method, batches, exact = self.method, self._batches(), self.method.name == "cap"
         kept = self._collect(batches[0], "1/1") if len(batches) == 1 else None
         ranked: dict[Piece, tuple[Tensor, Tensor]] = {}
         for piece, fisher in self._fishers(batches, kept, ""):
@@ -111,7 +111,6 @@ class Solver:
             for part in cap.chunks(piece.count, piece.size):
                 w, mask = old[part].to(self.device), masks[piece][part].to(self.device)
                 matrix = fisher.matrix(part)
-                exact = method.name == "cap"
                 new = cap.repair(w, matrix, mask) if exact else cap.step_once(w, fisher.inverse(part), mask)
                 predicted += float(cap.loss(new - w, matrix).sum())
                 updated[piece.layer.name].append(new.to(old.device))

@@ -219,7 +219,7 @@ def test_one_recipe_with_channels_depth_fusion_and_distillation(program):
     result = Pipeline(steps).run(program, data=digits(slice(None, 1200)), val=digits(slice(1200, None)))
     surgery, _, depth, fuse, _ = result.records
     assert surgery["verified"]["error"] <= 1e-10
-    assert depth["train"]["error"] <= 1e-10
+    assert max(depth["train"]["error"], depth["merge"]["error"]) <= 1e-10
     assert fuse["verified"]["error"] <= 1e-5
     assert fuse["error"] <= 1e-10
     assert result.program.macs < 0.8 * program.macs
@@ -234,7 +234,7 @@ def test_attention_is_left_out_whole():
     ops = [str(n.target) for n in result.program.graph.nodes]
     assert not any("attention" in o for o in ops)
     assert [c["form"] for c in result.record["changed"]] == ["left out", "left out"]
-    assert max(result.record["train"]["error"], result.record["merge"]["error"]) <= 1e-12
+    assert result.record["merge"]["error"] <= 1e-12
 
 
 def test_zeros_of_an_attention_that_is_left_out_are_forgotten():
