@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from .base import Context
 from .statistics import Gradients, Layer, check_again, check_finite, input_moments
 from .training import accelerator, bar
 
-DAMPING = {"cap": 1e-8, "woodfisher": 1e-5, "fastcap": 1e-2, "sparsegpt": 1e-2}
+DAMPING = {"cap": 1e-3, "woodfisher": 1e-2, "fastcap": 1e-2, "sparsegpt": 1e-2}  # relative to a mean diagonal
+PROBE = 64  # gradients from which that mean is estimated
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -35,10 +36,6 @@ class Method:
     @property
     def pattern(self) -> cap.Pattern | None:
         return self.goal if isinstance(self.goal, tuple) else None
-
-    @property
-    def damp(self) -> float:
-        return DAMPING[self.name] if self.damping is None else self.damping
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,10 @@ class Piece:
 
 
 class Solver:
-    """Prunes the chosen layers of a program in place. `seen`: how many gradients or samples there were."""
+    """Prunes the chosen layers of a program in place.
+
+    seen: how many gradients or samples there were. damping: λ, 0 where the method has none; see `Sparsify`.
+    """
 
     def __init__(self, method: Method, program: Program, chosen: Sequence[Layer], context: Context):
         self.method, self.program, self.context = method, program, context
@@ -68,7 +68,8 @@ class Solver:
         module = program.module()
         self.weights = {name: fetch(module, name).detach() for name in self.layers}
         self.device = accelerator().device
-        self.seen = 0
+        self.seen = self.probed = 0
+        self.damping = method.damping or DAMPING.get(method.name, 0.0)
 
     def run(self) -> float | None:
         """Prune; returns the predicted rise of the loss, `1/2 dᵀ F d`, where the method has one."""
@@ -98,6 +99,8 @@ class Solver:
         """Two sweeps over the blocks: what goes first and what it costs; then, with the ranking known, the update. All
         Fisher sums are kept in between when they fit into the memory, else made again from the same gradients."""
         method, batches, exact = self.method, self._batches(), self.method.name == "cap"
+        if method.damping is None:
+            self.damping = DAMPING[method.name] * self._mean_square() or 1e-8
         kept = self._collect(batches[0], "1/1") if len(batches) == 1 else None
         ranked: dict[Piece, tuple[Tensor, Tensor]] = {}
         for piece, fisher in self._fishers(batches, kept, ""):
@@ -119,6 +122,17 @@ class Solver:
             last = bool(method.pattern)
             self._write(name, cap.from_blocks(torch.cat(blocks), self.layers[name].shape, last))
         return predicted
+
+    def _mean_square(self) -> float:
+        """Of a weight's gradient, over all layers: λ stands for the curvature where the gradients say nothing, so that one
+        for all keeps such weights comparable. From gradients of its own, so that the memory limit changes nothing."""
+        few = replace(self.method.gradients, count=min(PROBE, self.method.gradients.count))
+        total, count = 0.0, 0
+        for gradients in few.stream(self.program, list(self.layers), self.context, int(self.method.memory / 32)):
+            total += sum(float(g.double().square().sum()) for g in gradients.values())
+            count += sum(g.numel() for g in gradients.values())
+            self.probed += len(next(iter(gradients.values())))
+        return total / count
 
     def _fishers(
         self, batches: Sequence[Sequence[Piece]], kept: Sequence[cap.Fisher] | None, title: str
@@ -164,7 +178,7 @@ class Solver:
         dtype, last = DTYPES[method.dtype], bool(method.pattern)
         count = method.gradients.count
         with torch.device(self.device):
-            fishers = [cap.Fisher(p.count, p.size, count, method.damp, dtype) for p in batch]
+            fishers = [cap.Fisher(p.count, p.size, count, self.damping, dtype) for p in batch]
         alive = [(self._blocks(p) != 0).to(self.device, dtype) for p in batch]
         before, self.seen = self.seen, 0
         names = list(dict.fromkeys(p.layer.name for p in batch))
@@ -178,6 +192,7 @@ class Solver:
                 self.seen += len(every)
                 update(self.seen, "")
         check_again(before, self.seen)
+        check_again(self.probed, min(self.seen, PROBE))
         for piece, fisher in zip(batch, fishers, strict=True):
             check_finite(fisher.sums, f"the statistics of {piece.layer.name} are")
         return fishers
@@ -239,7 +254,7 @@ class Solver:
                 layer, last = self.layers[name], bool(self.method.pattern)
                 rows = _rows(self.weights[name], last).to(self.device).clone()
                 for row, column, matrix in found:
-                    damp = self.method.damp * float(matrix.diagonal().mean()) or 1.0
+                    damp = self.damping * float(matrix.diagonal().mean()) or 1.0
                     w = rows[row, column]
                     damped = matrix.double() + damp * torch.eye(len(matrix), device=matrix.device, dtype=torch.float64)
                     goal = self.method.goal

@@ -49,10 +49,11 @@ class Sparsify(Pass):
     layer by itself; None takes global where the scores compare (cap, woodfisher, magnitude).
     block: B, weights correlated with one another. gradients: m, how many, or how many samples the others see. per: a
     gradient of each "sample" or of each "batch". against: "labels", or "teacher" for labels drawn from the teacher's
-    class probabilities. damping: λ, relative to the mean diagonal for fastcap and sparsegpt; None takes 1e-8 for cap, 1e-5
-    for woodfisher (whose updates add up to too much under less), else 1e-2. recomputations: Nr, the target in so many
-    equal steps, with new gradients each. dtype: of the Fisher sums and the elimination. memory: bytes
-    for them; what does not fit is done in several passes over the data.
+    class probabilities. damping: λ of cap and woodfisher (1e-8 in the paper); None takes 1e-3 of the gradients' mean square
+    for cap, which loses less where gradients are few for the block, and 1e-2 of it for woodfisher, whose updates add up to
+    too much under less (ours). For fastcap and sparsegpt relative to the mean diagonal, 1e-2 if None. recomputations: Nr,
+    the target in so many equal steps, with new gradients each. dtype: of the Fisher sums and the elimination. memory:
+    bytes for them; what does not fit is done in several passes over the data.
 
     permute: with a pattern, first bring the input channels into an order in which it loses less, where the comb knows
     their axis whole and free, which changes no output (`passes.permute`); not on a program that is sparse already.
@@ -211,7 +212,8 @@ class Sparsify(Pass):
                 assert sparsity is not None
                 goal = start + (sparsity - start) * share if sparsity > start else sparsity
             solver = Solver(self._method(goal), program, chosen, context)
-            stage["steps"].append({"goal": goal, "predicted_loss": solver.run(), "gradients": solver.seen})
+            step = {"goal": goal, "predicted_loss": solver.run(), "gradients": solver.seen}
+            stage["steps"].append(step | {"damping": solver.damping or None})
             check_again(seen, solver.seen)
             seen = solver.seen
         if accelerator().num_processes > 1:
