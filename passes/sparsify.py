@@ -212,8 +212,8 @@ class Sparsify(Pass):
                 assert sparsity is not None
                 goal = start + (sparsity - start) * share if sparsity > start else sparsity
             solver = Solver(self._method(goal), program, chosen, context)
-            step = {"goal": goal, "predicted_loss": solver.run(), "gradients": solver.seen}
-            stage["steps"].append(step | {"damping": solver.damping or None})
+            row = {"goal": goal, "predicted_loss": solver.run(), "gradients": solver.seen}
+            stage["steps"].append(row | {"damping": solver.damping or None})
             check_again(seen, solver.seen)
             seen = solver.seen
         if accelerator().num_processes > 1:
