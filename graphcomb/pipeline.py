@@ -106,7 +106,7 @@ class Pipeline:
                 say(f"{head} ...")
                 if store:
                     context.out = store.path(i, pass_)
-                with seeded(seed):
+                with seeded(seed, context.data, context.val):
                     found = self._apply(pass_, result.program, context, result.accuracy_after)
                 if store:
                     store.keep(i, pass_, found)

@@ -58,14 +58,14 @@ def chunks(blocks: int, size: int) -> list[slice]:
 class Fisher:
     """`F = λI + (1/m) Σ g gᵀ` for each of `b` blocks of `B` weights, from a stream of gradients.
 
-    Fewer gradients than `B` are kept as they are (and inverted through their `m x m` Gram matrix), more of them as
-    `B x B` sums: `b·B·min(m, B)` numbers either way. The sums are in the dtype given; inverses are computed in float64,
-    since `λ` may lie far below the largest eigenvalue.
+    Up to `B` gradients are kept as they are (and inverted through their Gram matrix: sums of so few would hide `λ` in
+    their rounding), more of them as `B x B` sums: `b·B·min(m, B)` numbers either way, in the dtype given; inverses are
+    computed in float64, since `λ` may lie far below the largest eigenvalue.
     """
 
     def __init__(self, blocks: int, size: int, count: int, damping: float, dtype: torch.dtype = torch.float32):
         self.size, self.count, self.damping, self.seen = size, count, damping, 0
-        self.few = count < size
+        self.few = True
         self.sums = torch.zeros(blocks, min(count, size), size, dtype=dtype)
 
     @staticmethod
@@ -77,6 +77,11 @@ class Fisher:
         """Take `(k, b, B)` gradients in; those beyond the `m` announced are left out."""
         gradients = gradients[: self.count - self.seen].to(self.sums)
         start, self.seen = self.seen, self.seen + len(gradients)
+        if self.few and self.seen > self.sums.shape[1]:
+            self.few = False
+            for part in chunks(len(self.sums), self.size):
+                rows = self.sums[part, :start]
+                self.sums[part] = rows.transpose(1, 2) @ rows
         if self.few:
             self.sums[:, start : self.seen] = gradients.transpose(0, 1)
         elif len(gradients) == 1:
@@ -87,7 +92,9 @@ class Fisher:
     def matrix(self, part: slice) -> Tensor:
         """`F` of a range of blocks, `(b, B, B)` in float64."""
         found = self.sums[part].double()
-        found = (found.transpose(1, 2) @ found if self.few else found) / max(self.seen, 1)
+        if self.few:
+            found = found[:, : self.seen].transpose(1, 2) @ found[:, : self.seen]
+        found = found / max(self.seen, 1)
         found.diagonal(dim1=1, dim2=2).add_(self.damping)
         return found
 
@@ -232,7 +239,7 @@ def step_once(weights: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor:
 def sweep(
     weights: Tensor,
     matrix: Tensor,
-    sparsity: float,
+    count: int,
     pattern: Pattern | None = None,
     alive: Tensor | None = None,
     width: int = 128,
@@ -240,15 +247,15 @@ def sweep(
     """SparseGPT's pass over the columns of rows `(r, c)` that share one Hessian `(c, c)`; FastCAP is the same with a
     Fisher matrix. Returns the new weights and the mask.
 
-    Of every `width` columns the share with the smallest `w² / U_jj²` goes (with a pattern, of every group of every row);
-    a pruned weight's error is spread over the columns to the right by the row `U_j` of the upper Cholesky factor of the
-    inverse. alive: entries that can go; the others, pruned before, count and stay at zero: an update that moves one of them
-    on its way is undone like the weight of one that goes.
+    `count` more entries go, in every `width` columns the same share of those that can, with the smallest `w² / U_jj²`
+    (with a pattern instead: of every group of every row); a pruned weight's error is spread over the columns to the right
+    by the row `U_j` of the upper Cholesky factor of the inverse. alive: entries that can go; the others, pruned before,
+    stay at zero: an update that moves one of them on its way is undone like the weight of one that goes.
     """
     upper = cholesky(torch.cholesky_inverse(cholesky(matrix[None])))[0].mT
     w = weights.to(upper).clone()
     dead = torch.zeros_like(weights, dtype=torch.bool) if alive is None else ~alive
-    mask = dead.clone()
+    mask, left = dead.clone(), int((~dead).sum())
     if pattern is not None:
         width = max(width - width % pattern[1], pattern[1])  # no group in two blocks
     diagonal = upper.diagonal()
@@ -256,8 +263,12 @@ def sweep(
         stop = min(start + width, w.shape[1])
         errors = torch.zeros_like(w[:, start:stop])
         if pattern is None:
-            scores = (w[:, start:stop] / diagonal[start:stop]).square().masked_fill_(dead[:, start:stop], -1)
-            mask[:, start:stop] |= lowest([scores], round(sparsity * scores.numel()))[0]
+            gone = dead[:, start:stop]
+            scores = (w[:, start:stop] / diagonal[start:stop]).square().masked_fill_(gone, -1)
+            able = int((~gone).sum())
+            going = portion(count, able, left)
+            mask[:, start:stop] |= lowest([scores], int(gone.sum()) + going)[0]
+            count, left = count - going, left - able
         for j in range(start, stop):
             if pattern is not None and (j - start) % pattern[1] == 0:
                 group = slice(j, j + pattern[1])
@@ -267,6 +278,11 @@ def sweep(
             w[:, j:stop] -= errors[:, j - start, None] * upper[j, j:stop]
         w[:, stop:] -= errors @ upper[start:stop, stop:]
     return w.masked_fill_(mask, 0).to(weights), mask
+
+
+def portion(count: int, part: int, whole: int) -> int:
+    """What falls to `part` of `count` things shared out over a `whole`; the rest is shared out over the rest."""
+    return round(count * part / whole) if whole else 0
 
 
 # --------------------------------------------------------------------------------------------------------------- scores

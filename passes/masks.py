@@ -14,16 +14,8 @@ from torch import Tensor
 
 from ..graph.errors import Refused
 from ..graph.program import Program
-from ..graph.sparse import sparse_weights, weight
-from .cap import Pattern, allowed
-
-
-def read_pattern(text: str) -> Pattern:
-    """`(2, 4)` of "2:4": two of every four consecutive input channels stay. ValueError when it is no such thing."""
-    n, m = (int(part) for part in text.split(":"))
-    if not 0 < n < m:
-        raise ValueError(text)
-    return n, m
+from ..graph.sparse import read_pattern, sparse_weights, weight
+from .cap import allowed
 
 
 def zeros(program: Program) -> dict[str, Tensor]:

@@ -96,7 +96,7 @@ class Quantize(Pass):
         readers = {node.args[0]: layer.name for layer in reversed(chosen) for node in layer.nodes}
         runner = _Watching(module, watched, readers)  # type: ignore[arg-type]
         with (
-            seeded(context.seed),
+            seeded(context.seed, context.data),
             placed(module, accelerator().device),
             torch.no_grad(),
             bar(context.progress, "Quantize", self.samples) as update,

@@ -12,7 +12,7 @@ from ..graph.ops import fetch
 from ..graph.program import Program
 from . import cap
 from .base import Context
-from .statistics import Gradients, Layer, check_again, check_finite, input_moments
+from .statistics import Gradients, Layer, check_again, check_finite, input_moments, mean_squares
 from .training import accelerator, bar
 
 DAMPING = {"cap": 1e-3, "woodfisher": 1e-2, "fastcap": 1e-2, "sparsegpt": 1e-2}  # relative to a mean diagonal
@@ -59,16 +59,17 @@ class Piece:
 class Solver:
     """Prunes the chosen layers of a program in place.
 
-    seen: how many gradients or samples there were. damping: λ, 0 where the method has none; see `Sparsify`.
+    probed: how many gradients a first look saw. seen: how many gradients or samples there were. damping: λ, 0 where the
+    method has none; see `Sparsify`.
     """
 
-    def __init__(self, method: Method, program: Program, chosen: Sequence[Layer], context: Context):
+    def __init__(self, method: Method, program: Program, chosen: Sequence[Layer], context: Context, probed: int = 0):
         self.method, self.program, self.context = method, program, context
         self.layers = {layer.name: layer for layer in chosen}
         module = program.module()
         self.weights = {name: fetch(module, name).detach() for name in self.layers}
         self.device = accelerator().device
-        self.seen = self.probed = 0
+        self.seen, self.probed = 0, probed
         self.damping = method.damping or DAMPING.get(method.name, 0.0)
 
     def run(self) -> float | None:
@@ -127,12 +128,12 @@ class Solver:
         """Of a weight's gradient, over all layers: λ stands for the curvature where the gradients say nothing, so that one
         for all keeps such weights comparable. From gradients of its own, so that the memory limit changes nothing."""
         few = replace(self.method.gradients, count=min(PROBE, self.method.gradients.count))
-        total, count = 0.0, 0
-        for gradients in few.stream(self.program, list(self.layers), self.context, int(self.method.memory / 32)):
-            total += sum(float(g.double().square().sum()) for g in gradients.values())
-            count += sum(g.numel() for g in gradients.values())
-            self.probed += len(next(iter(gradients.values())))
-        return total / count
+        stream = few.stream(self.program, list(self.layers), self.context, int(self.method.memory / 32))
+        found, seen = mean_squares(stream)
+        check_again(self.probed, seen)
+        self.probed = seen
+        sizes = {name: layer.size for name, layer in self.layers.items()}
+        return sum(found[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
     def _fishers(
         self, batches: Sequence[Sequence[Piece]], kept: Sequence[cap.Fisher] | None, title: str
@@ -253,13 +254,15 @@ class Solver:
             for name, found in matrices(batch).items():
                 layer, last = self.layers[name], bool(self.method.pattern)
                 rows = _rows(self.weights[name], last).to(self.device).clone()
+                left, count = int((rows != 0).sum()), 0 if self.method.pattern else self._goal([name])
                 for row, column, matrix in found:
                     damp = self.damping * float(matrix.diagonal().mean()) or 1.0
                     w = rows[row, column]
                     damped = matrix.double() + damp * torch.eye(len(matrix), device=matrix.device, dtype=torch.float64)
-                    goal = self.method.goal
-                    share = 0.0 if isinstance(goal, tuple) else goal
-                    rows[row, column] = cap.sweep(w, damped, share, self.method.pattern, w != 0)[0]
+                    able = int((w != 0).sum())
+                    going = cap.portion(count, able, left)
+                    rows[row, column] = cap.sweep(w, damped, going, self.method.pattern, w != 0)[0]
+                    count, left = count - going, left - able
                 new[name] = _from_rows(rows, layer.shape, last)
         for name, value in new.items():
             self._write(name, value)
@@ -279,6 +282,7 @@ class Solver:
             for gradients in stream:
                 for name, columns in found.items():
                     every = torch.cat([_rows(g, last) for g in gradients[name]])
+                    every = every.to(torch.promote_types(every.dtype, torch.float32))  # squares of halves underflow
                     for _, part, total in columns:
                         total += (every[:, part].T @ every[:, part]).double()
                 self.seen += len(gradients[name])
@@ -316,6 +320,8 @@ class Solver:
                 order = _column_order(self.layers[name], last).to(squares.device)
                 lengths = squares[:, order].sqrt().to(scores[name])
                 scores[name] = scores[name] * lengths.repeat_interleave(len(scores[name]) // len(lengths), 0)
+        for name, w in self.weights.items():  # what is zero already goes first
+            scores[name] = scores[name].masked_fill(_rows(w, last) == 0, -1)
         if self.method.pattern:
             masks = {name: cap.lowest_of_groups(s, self.method.pattern) for name, s in scores.items()}
         elif self.method.name == "wanda":

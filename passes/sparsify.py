@@ -12,25 +12,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, send_to_device
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from ..graph.errors import BadInput, Refused
 from ..graph.ops import fetch
 from ..graph.program import Program, load
+from ..graph.sparse import implies, read_pattern, sparse_weights, stronger
 from .base import Context, Pass, PassResult, check_field
-from .batches import generators, length
+from .batches import Feed, length
 from .cap import Pattern
 from .distill import Distill
-from .masks import legal, read_pattern, sparse_weights
+from .masks import legal
 from .permute import permuted
-from .solver import Method, Solver
-from .statistics import Gradients, Layer, check_again, check_included, layers, read_patterns
-from .training import accelerator, evaluate, fingerprint, seeded
+from .solver import PROBE, Method, Solver
+from .statistics import Gradients, Layer, check_again, check_included, layers, mean_squares, read_patterns
+from .training import accelerator, agreed, evaluate, fingerprint, placed, seeded, task_loss
 
 METHODS = ("cap", "fastcap", "woodfisher", "sparsegpt", "wanda", "magnitude")
 GLOBAL = ("cap", "woodfisher", "magnitude")  # methods whose scores are losses or sizes that compare between layers
+BY_GRADIENTS = ("cap", "fastcap", "woodfisher")
+NO_GRADIENT = "no gradient of the loss reaches it; give a loss that reads what it computes"
 SPARSE_CAPABILITY = (8, 0)  # the first with sparse tensor cores
 SPARSE_CHANNELS = 256  # under about so many input and output channels a sparse kernel is no faster
 
@@ -61,7 +64,7 @@ class Sparsify(Pass):
     where: "pays" sparsifies only layers that the target then computes faster, "all" every one; None takes "pays" with a
     pattern and "all" without, since no engine here gains from unstructured zeros. The layers at the input and the output
     and depthwise ones stay dense unless `include` names them. include, exclude: patterns over parameter names (all
-    of those of a tied weight).
+    of those of a tied weight). Methods that go by gradients refuse weights that get none.
 
     schedule: a gradual run, pairs (epoch, sparsity): prune at that epoch, then train up to the next one's. train: how,
     a `Distill` whose epochs are those of the whole run; its learning rate starts anew after each pruning (CAP: linear
@@ -110,11 +113,12 @@ class Sparsify(Pass):
             require(key, type(value) is int and value >= 1, "a whole number of at least 1")
         if self.pattern is not None:
             try:
-                read_pattern(self.pattern)
+                object.__setattr__(self, "pattern", "{}:{}".format(*read_pattern(self.pattern)))
             except (ValueError, AttributeError):
                 require("pattern", False, '"N:M" with N less than M, such as "2:4"')
             m = read_pattern(self.pattern)[1]
             require("block", self.block % m == 0, f"a multiple of the pattern's {m}")
+            require("permute", m <= 4 or not self.permute, "false for groups of more than 4, which take too long")
         require("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
         require("scope", self.scope in (None, "global", "uniform"), "global or uniform")
         alone = self.method not in GLOBAL
@@ -143,8 +147,14 @@ class Sparsify(Pass):
             raise BadInput("Sparsify.schedule: only a gradual run trains; put a Distill after this pass instead")
 
     def run(self, program: Program, context: Context) -> PassResult:
-        new = program.copy()
+        new, probed = program.copy(), 0
         names, refused = self.choose(new, context)
+        if names and self.method != "magnitude" and isinstance(context.data, Iterator):
+            raise BadInput("data: an iterator yields its batches once; it must be iterable again, such as a DataLoader")
+        if names and self.method in BY_GRADIENTS:
+            silent, probed = agreed(lambda: self._silent(new, names, context))
+            names = [name for name in names if name not in silent]
+            refused += [{"what": name, "why": NO_GRADIENT} for name in silent]
         stages: list[dict[str, Any]] = []
         moved: list[dict[str, Any]] = []
         if self.permute and self.pattern and sparse_weights(new):
@@ -152,9 +162,9 @@ class Sparsify(Pass):
         elif self.permute and self.pattern and names:
             new, moved = permuted(new, names, read_pattern(self.pattern), context.seed)
         if names and self.schedule:
-            new = self._gradual(new, names, context, stages)
+            new = self._gradual(new, names, context, stages, probed)
         elif names:
-            stages.append(self._prune(new, names, self.sparsity, context))
+            stages.append(self._prune(new, names, self.sparsity, context, probed))
         if self.pattern:
             self._prove(new, names, self.pattern)
         record = {"refused": refused, "stages": stages, "permuted": moved}
@@ -181,7 +191,7 @@ class Sparsify(Pass):
             elif self.pattern and layer.shape[1] % read_pattern(self.pattern)[1]:
                 why = f"{self.pattern} does not divide its {layer.shape[1]} input channels per group"
             elif self.include:
-                why = None
+                why = not_accelerated(layer, self.pattern, context) if self.where == "pays" else None
             else:
                 why = ends.get(layer.name) or ("depthwise, too few weights each" if layer.kind == "depthwise" else None)
                 if why is None and where == "pays":
@@ -192,11 +202,25 @@ class Sparsify(Pass):
                 chosen.append(layer.name)
         return chosen, refused
 
+    def _silent(self, program: Program, names: list[str], context: Context) -> tuple[list[str], int]:
+        """The weights whose gradients are all zero, which would be the first to go, and how many gradients were probed: a
+        few, and all for the weights where those are zero."""
+        silent, seen = names, []
+        for count in (min(PROBE, self.gradients), self.gradients):
+            if silent:
+                gradients = Gradients(count, self.per, self.against)
+                found, number = mean_squares(gradients.stream(program, silent, context, int(self.memory / 32)))
+                silent = [name for name in silent if not found[name]]
+                seen.append(number)
+        if silent == names:
+            raise BadInput(f"Sparsify: all gradients of {', '.join(names[:3])}, … are zero; check the loss")
+        return silent, seen[0]
+
     # ----------------------------------------------------------------------------------------------------- one target
-    def _prune(self, program: Program, names: list[str], sparsity: float | None, context: Context) -> dict[str, Any]:
-        """Prune in place, in `recomputations` steps; what happened as a record."""
-        if isinstance(context.data, Iterator) and self.method != "magnitude":
-            raise BadInput("data: an iterator yields its batches once; it must be iterable again, such as a DataLoader")
+    def _prune(
+        self, program: Program, names: list[str], sparsity: float | None, context: Context, probed: int
+    ) -> dict[str, Any]:
+        """Prune in place, in `recomputations` steps; what happened as a record. probed: gradients seen before."""
         stage: dict[str, Any] = {"method": self.method, "steps": []}
         chosen = _named(program, names)
         gone = sum(int((fetch(program.module(), name) == 0).sum()) for name in names)
@@ -211,7 +235,7 @@ class Sparsify(Pass):
             else:
                 assert sparsity is not None
                 goal = start + (sparsity - start) * share if sparsity > start else sparsity
-            solver = Solver(self._method(goal), program, chosen, context)
+            solver = Solver(self._method(goal), program, chosen, context, probed)
             row = {"goal": goal, "predicted_loss": solver.run(), "gradients": solver.seen}
             stage["steps"].append(row | {"damping": solver.damping or None})
             check_again(seen, solver.seen)
@@ -228,7 +252,9 @@ class Sparsify(Pass):
         return Method(self.method, goal, *options)
 
     # -------------------------------------------------------------------------------------------------------- gradual
-    def _gradual(self, program: Program, names: list[str], context: Context, stages: list[dict[str, Any]]) -> Program:
+    def _gradual(
+        self, program: Program, names: list[str], context: Context, stages: list[dict[str, Any]], probed: int
+    ) -> Program:
         """Prune and train in turns; a stage whose snapshot is there is taken from it."""
         assert self.train is not None
         folder = Path(self.snapshots) if self.snapshots else context.out
@@ -240,11 +266,15 @@ class Sparsify(Pass):
             file = None if folder is None else folder / f"sparsity-{share:.4f}-{run}.pt2"
             if file is not None and file.is_file():
                 program = load(file)
-                stages.append(program.history[-1]["stages"][-1])
+                stage = program.history[-1]["stages"][-1]
+                if context.val is not None and "val" not in stage:
+                    stage["val"] = evaluate(program, context.val, context.metric, context.progress)
+                stages.append(stage)
                 continue
-            stage: dict[str, Any] = {"sparsity": share, "epochs": epochs}
+            program.module().meta.pop("batches", None)  # plain averages of statistics start anew, also after a snapshot
+            stage = {"sparsity": share, "epochs": epochs}
             if share:
-                stage |= self._prune(program, names, share, context)
+                stage |= self._prune(program, names, share, context, probed)
                 program.history = [*history, {"sparse": dict.fromkeys(names)}]
                 if context.val is not None:
                     stage["val_one_shot"] = evaluate(program, context.val, context.metric, context.progress)
@@ -265,11 +295,11 @@ class Sparsify(Pass):
         """A code for all that decides what the snapshots hold."""
         options, teacher = repr(dataclasses.replace(self, snapshots=None)), context.teacher
         taught = fingerprint(teacher.module()) if teacher else None
-        data = (
-            (length(context.data), _first_batch(context.data, context.seed))
-            if isinstance(context.data, Iterable)
-            else None
-        )
+        data: Any = None
+        if isinstance(context.data, Iterable):
+            with seeded(context.seed, context.data):
+                batch = next(iter(context.data), None)
+            data = (length(context.data), _code(batch), _loss_of(program, batch, context))
         processes = accelerator().num_processes
         return fingerprint(
             program.module(), options, context.seed, taught, data, processes, context.target, context.dtype
@@ -278,7 +308,7 @@ class Sparsify(Pass):
     def _report(self, program: Program, names: list[str], context: Context) -> dict[str, Any]:
         """What changed, layer by layer, and the names that later passes have to respect."""
         rows, before = [], sparse_weights(program)
-        patterns = {name: self.pattern or before.get(name) for name in names}
+        patterns = {name: stronger(before.get(name), self.pattern) for name in names}
         for layer in _named(program, names):
             why = not_accelerated(layer, patterns[layer.name], context)
             zero = fetch(program.module(), layer.name) == 0
@@ -302,7 +332,7 @@ def not_accelerated(layer: Layer, pattern: str | None, context: Context) -> str 
     """Why the context's target will not compute a layer faster for its zeros, or None when it will (as far as is known
     without measuring it: sparse kernels win from about 256 channels on, never in grouped convolutions)."""
     target, out = context.target, layer.shape[0]
-    if pattern != "2:4":
+    if not implies(pattern, "2:4") or layer.shape[1] % 4:
         return "no engine here gains from zeros outside the 2:4 pattern"
     if target is not None:
         if target.compute_capability is None or tuple(target.compute_capability) < SPARSE_CAPABILITY:
@@ -316,17 +346,8 @@ def not_accelerated(layer: Layer, pattern: str | None, context: Context) -> str 
     return None
 
 
-def _first_batch(data: Iterable[Any], seed: int) -> str:
-    """A code for the first batch of the data as the seed gives it; no random state is left changed."""
-    own = [(generator, generator.get_state()) for generator in generators(data)]
-    try:
-        with seeded(seed):
-            for generator, _ in own:
-                generator.manual_seed(seed)
-            batch = next(iter(data), None)
-    finally:
-        for generator, state in own:
-            generator.set_state(state)
+def _code(batch: Any) -> str:
+    """A code for what a batch holds."""
     digest = hashlib.blake2b(digest_size=6)
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor):
@@ -337,23 +358,32 @@ def _first_batch(data: Iterable[Any], seed: int) -> str:
     return digest.hexdigest()
 
 
+def _loss_of(program: Program, batch: Any, context: Context) -> str | None:
+    """The loss of a batch, which tells one loss from another."""
+    found = None if batch is None else Feed(program).fit(batch)
+    if found is None or found.labels is None or found.size != (Feed(program).static or found.size):
+        return None
+    module, device = program.module().eval(), accelerator().device
+    with torch.no_grad(), placed(module, device):
+        args, kwargs, labels = send_to_device((found.args, found.kwargs, found.labels), device)
+        outputs = module(*args, **kwargs)
+        return f"{float(task_loss(context.loss, outputs, labels)):.3g}"
+
+
 def _ends(program: Program, found: list[Layer]) -> dict[str, str]:
-    """The layers that read the program's inputs, and those whose results reach an output without another layer."""
+    """The layers whose inputs no other layer has worked on, and those whose results none works on."""
     named = {node: layer.name for layer in found for node in layer.nodes}
     result = {}
-    for name, nodes, way in (
-        ("the first layer", [n for n in program.graph.nodes if n.op == "placeholder"], lambda n: n.users),
-        ("the last layer", [n for n in program.graph.nodes if n.op == "output"], lambda n: n.all_input_nodes),
+    for what, nodes, way in (
+        ("the last layer", reversed(program.graph.nodes), lambda n: n.users),
+        ("the first layer", program.graph.nodes, lambda n: n.all_input_nodes),
     ):
-        seen: set[fx.Node] = set(nodes)
-        waiting = list(nodes)
-        while waiting:
-            for node in way(waiting.pop()):
-                if node in named:
-                    result[named[node]] = name
-                elif node not in seen and isinstance(node.meta.get("val"), Tensor):  # sizes lead everywhere
-                    seen.add(node)
-                    waiting.append(node)
+        beyond: dict[fx.Node, bool] = {}  # whether a layer lies that way
+        for node in nodes:
+            near = [n for n in way(node) if isinstance(n.meta.get("val"), (Tensor, tuple, list))]  # sizes lead everywhere
+            beyond[node] = any(beyond[n] or n in named for n in near)
+            if node in named and not beyond[node]:
+                result[named[node]] = what
     return result
 
 

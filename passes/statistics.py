@@ -61,13 +61,13 @@ def layers(program: Program) -> tuple[list[Layer], list[dict[str, str]]]:
             continue
         weight = arguments(node)["weight"]
         if weight.op != "get_attr" or not isinstance(fetch(module, str(weight.target)), torch.nn.Parameter):
-            quantised = op_name(weight).startswith("fake_quantize")
-            why = (
-                "it is quantised; Quantize comes last"
-                if quantised
-                else "its weight is computed, not a stored parameter"
-            )
-            refused.append({"what": node.name, "why": why})
+            what, why = node.name, "its weight is computed, not a stored parameter"
+            if op_name(weight).startswith("fake_quantize"):
+                what, why = str(weight.all_input_nodes[0].target), "it is quantised; Quantize comes last"
+            refused.append({"what": what, "why": why})
+            continue
+        if name != "linear" and len(shape(arguments(node)["input"])) < len(shape(weight)):
+            refused.append({"what": str(weight.target), "why": "its inputs have no batch dimension"})
             continue
         tensor = fetch(module, str(weight.target))
         found.setdefault(id(tensor), (str(weight.target), []))[1].append(node)
@@ -149,7 +149,7 @@ class Gradients:
         step = max(1, largest // max(1, sum(layer.size for layer in maker.layers)))
         rest = self.count
         with ExitStack() as stack:
-            stack.enter_context(seeded(context.seed))
+            stack.enter_context(seeded(context.seed, context.data))
             for each in (module, teacher) if teacher is not None else (module,):
                 stack.enter_context(placed(each, device))
             stack.enter_context(torch.enable_grad())
@@ -173,6 +173,17 @@ class Gradients:
                     return
 
 
+def mean_squares(stream: Iterator[dict[str, Tensor]]) -> tuple[dict[str, float], int]:
+    """The mean square of each weight's gradient, over all of its entries, and of how many gradients."""
+    sums: dict[str, float] = {}
+    count = 0
+    for gradients in stream:
+        for name, value in gradients.items():
+            sums[name] = sums.get(name, 0.0) + float(value.double().square().mean()) * len(value)
+        count += len(value)
+    return {name: total / count for name, total in sums.items()}, count
+
+
 @contextmanager
 def _differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Frozen parameters need gradients, too, for as long as this lasts."""
@@ -189,6 +200,8 @@ def _differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
 def _drawn(teacher: TrainableModule, args: Any, kwargs: Any) -> Tensor:
     with torch.no_grad():
         scores = logits_of(teacher(*args, **kwargs)).float().movedim(1, -1)
+    if not bool(scores.isfinite().all()):
+        raise BadInput("Sparsify.against: the teacher's scores are not finite")
     return torch.multinomial(scores.softmax(-1).flatten(0, -2), 1).view(scores.shape[:-1])
 
 
@@ -204,10 +217,12 @@ def check_finite(value: Tensor, what: str) -> None:
         raise BadInput(f"Sparsify: {what} not finite; check the data and the loss")
 
 
-def _sample(tree: Any, index: int | list[int], size: int) -> Any:
-    """Some samples, as a batch of their own, of everything that has a batch dimension of that size."""
-    rows = [index] if isinstance(index, int) else index
-    return pytree.tree_map_only(Tensor, lambda t: t[rows] if t.dim() and len(t) == size else t, tree)
+def _sample(tree: Any, index: list[int], size: int, batched: Sequence[bool] | None = None) -> Any:
+    """Some samples, as a batch of their own, of the leaves that are `batched`, or else of all that are `size` long."""
+    leaves, spec = pytree.tree_flatten(tree)
+    if batched is None or len(batched) != len(leaves):
+        batched = [isinstance(t, Tensor) and t.dim() > 0 and len(t) == size for t in leaves]
+    return pytree.tree_unflatten([t[index] if b else t for t, b in zip(leaves, batched, strict=True)], spec)
 
 
 class _Samples:
@@ -223,13 +238,19 @@ class _Samples:
         self.layers = [layer for layer in layers(program)[0] if layer.name in names]
         self.weights = {layer.name: fetch(program.module(), layer.name) for layer in self.layers}
         self.trusted: bool | None = None
+        inputs = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"]
+        outputs = [n.meta.get("val") for n in program.graph.output_node().all_input_nodes]
+        size: Any = next(v.shape[0] for v in inputs if isinstance(v, Tensor) and v.dim())
+        self.symbols: set[Any] = size.node.expr.free_symbols if divisible else set()
+        self.inputs, self.outputs = (
+            [isinstance(v, Tensor) and v.dim() > 0 and str(v.shape[0]) == str(size) for v in values]
+            for values in (inputs, outputs)
+        )
 
     def __call__(self, batch: Batch, count: int, step: int) -> Iterator[dict[str, Tensor]]:
         """Gradients of the first `count` samples of a batch, `step` of them at a time."""
         if self.divisible:
-            whole = (batch.args, batch.kwargs, batch.labels)
-            args, kwargs, labels = _sample(whole, list(range(count)), batch.size)
-            batch = Batch(args, kwargs, labels, count)
+            batch = self._some(batch, list(range(count)))
         if self.trusted is not False:
             values, pulls = self._run(batch)
             for start in range(0, count, step):
@@ -243,8 +264,8 @@ class _Samples:
                 return
         if not self.divisible:
             raise BadInput(
-                'Sparsify.per: the program mixes the samples of its fixed batch; capture it with dynamic_shapes="batch", or '
-                'set per to "batch"'
+                "Sparsify.per: the program mixes the samples of its fixed batch, or moves them elsewhere; capture it with "
+                'dynamic_shapes="batch", or set per to "batch"'
             )
         for i in range(count):
             yield {n: g[None] for n, g in self.alone(batch, i).items()}
@@ -256,16 +277,19 @@ class _Samples:
     def alone(self, batch: Batch, index: int) -> dict[str, Tensor]:
         """The gradient of the loss of one sample. It runs as a batch of two: the gradients of torch's batch normalisation
         on the CPU are wrong for one sample whose gradients arrive channels-last."""
-        args, kwargs, labels = batch.args, batch.kwargs, _sample(batch.labels, index, batch.size)
+        labels = _sample(batch.labels, [index], batch.size)
         if self.divisible:
-            args, kwargs = _sample((args, kwargs), [index, index], batch.size)
-            index, size = 0, 2
-        else:
-            size = batch.size
-        return self._gradient(_sample(self.program.module()(*args, **kwargs), index, size), labels)
+            batch, index = self._some(batch, [index, index]), 0
+        outputs = self.program.module()(*batch.args, **batch.kwargs)
+        return self._gradient(_sample(outputs, [index], batch.size, self.outputs), labels)
+
+    def _some(self, batch: Batch, index: list[int]) -> Batch:
+        """Some samples of a batch as one of their own."""
+        args, kwargs = _sample((batch.args, batch.kwargs), index, batch.size, self.inputs)
+        return Batch(args, kwargs, _sample(batch.labels, index, batch.size), len(index))
 
     def _gradient(self, outputs: Any, labels: Any) -> dict[str, Tensor]:
-        value = task_loss(self.loss, outputs, labels)
+        value = _dependent(task_loss(self.loss, outputs, labels))
         found = torch.autograd.grad(value, list(self.weights.values()), allow_unused=True)
         return {
             n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(self.weights.items(), found, strict=True)
@@ -276,9 +300,11 @@ class _Samples:
         tap = _Tap(self.program.module(), [node for layer in self.layers for node in layer.nodes])
         out = tap.run(*pytree.tree_leaves((batch.args, batch.kwargs)), enable_io_processing=False)
         out = self.program.module().graph.process_outputs(out)
-        total = torch.stack(
-            [task_loss(self.loss, *_sample((out, batch.labels), i, batch.size)) for i in range(batch.size)]
-        ).sum()
+        losses = []
+        for i in range(batch.size):
+            alone = _sample(out, [i], batch.size, self.outputs), _sample(batch.labels, [i], batch.size)
+            losses.append(task_loss(self.loss, *alone))
+        total = _dependent(torch.stack(losses).sum())
         pulls = torch.autograd.grad(total, list(tap.outputs.values()), allow_unused=True)
         given = {
             n: torch.zeros_like(y) if g is None else g for (n, y), g in zip(tap.outputs.items(), pulls, strict=True)
@@ -292,7 +318,7 @@ class _Samples:
         for layer in self.layers:
             total: Any = 0
             for node in layer.nodes:
-                at = _sample_dimension(node)
+                at = _sample_dimension(node, self.symbols)
                 x, pull = (t.movedim(at, 0) for t in (values[node], pulls[node]))
                 per = len(x) // size
                 cut = slice(part.start * per, part.stop * per)
@@ -310,10 +336,16 @@ class _Samples:
         return True
 
 
-def _sample_dimension(node: fx.Node) -> int:
-    """Where a layer's input has its samples: the first dimension whose size is not fixed, else the outermost."""
+def _sample_dimension(node: fx.Node, symbols: set[Any]) -> int:
+    """Where a layer's input has its samples: the first dimension whose size goes with the batch's, else the outermost."""
     sizes = node.args[0].meta["val"].shape  # type: ignore[union-attr]
-    return next((d for d, size in enumerate(sizes) if not isinstance(size, int)), 0)
+    return next((d for d, s in enumerate(sizes) if not isinstance(s, int) and s.node.expr.free_symbols & symbols), 0)
+
+
+def _dependent(loss: Tensor) -> Tensor:
+    if not loss.requires_grad:
+        raise BadInput("loss: has no gradient; it must be computed from the outputs by differentiable operations")
+    return loss
 
 
 class _Tap(fx.Interpreter):
@@ -347,7 +379,7 @@ def input_moments(
         raise BadInput("Sparsify: needs data for its statistics; pass data=, or choose method magnitude")
     module, device, seen = program.module().eval(), accelerator().device, 0
     moments = _Moments(module, [layer for layer in layers(program)[0] if layer.name in names], full)
-    with seeded(context.seed), placed(module, device), torch.no_grad():
+    with seeded(context.seed, context.data), placed(module, device), torch.no_grad():
         for batch in some_batches(Feed(program), context.data):
             args, kwargs = send_to_device((batch.args, batch.kwargs), device)
             moments.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False)
@@ -373,6 +405,7 @@ class _Moments(fx.Interpreter):
         if n in self.layers:
             layer = self.layers[n]
             rows = _rows(n, self.env[n.args[0]], layer)  # type: ignore[index]
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # squares of halves overflow
             new = rows.transpose(1, 2) @ rows if self.full else rows.square().sum(1)
             self.totals[layer.name] = self.totals.get(layer.name, 0) + new
             self.seen[layer.name] = self.seen.get(layer.name, 0) + rows.shape[1]

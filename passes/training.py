@@ -235,14 +235,20 @@ def _move(module: TrainableModule, device: torch.device) -> None:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Run under a seed (Python, NumPy, torch) and give the global random state back afterwards."""
+def seeded(seed: int, *data: Iterable[Any] | None) -> Iterator[None]:
+    """Run under a seed (Python, NumPy, torch, and the generators of the data loaders given) and give the random states back
+    afterwards."""
     state = rng_state()
+    own = [(generator, generator.get_state()) for loader in data for generator in generators(loader or ())]
     set_seed(seed)
+    for generator, _ in own:
+        generator.manual_seed(seed)
     try:
         yield
     finally:
         set_rng_state(state)
+        for generator, before in own:
+            generator.set_state(before)
 
 
 def rng_state() -> dict[str, Any]:
@@ -322,7 +328,7 @@ def _score(
     total, count = 0.0, 0
     share = data if alone else shard(data, acc.process_index, acc.num_processes, even=False)
     batches = feed.batches(share, pad=True) if feed else (Batch(*split_batch(raw), size=0) for raw in share)
-    with bar(progress and acc.is_main_process, field, length(share)) as update, torch.no_grad(), seeded(0):
+    with bar(progress and acc.is_main_process, field, length(share)) as update, torch.no_grad(), seeded(0, data):
         for done, batch in enumerate(batches, 1):
             if batch.labels is None:
                 raise BadInput(f"{field}: the batches have no labels, and the metric needs them")
@@ -420,7 +426,7 @@ def fit(
     elif training.checkpoint_every:
         raise BadInput(f"{name}.checkpoint_every: needs a folder for the checkpoints; pass out=")
     loop = _Loop(program, objective, training, context, name, outputs, callbacks, acc, checkpoint, dress)
-    with seeded(context.seed):
+    with seeded(context.seed, context.data, context.val):
         try:
             return loop.run()
         except RuntimeError as error:
@@ -503,11 +509,12 @@ class _Loop:
         self.recent = 0.0
         self.log: list[dict[str, Any]] = []
         self.sums: dict[str, float] = {}
-        self.order = [g.get_state() for g in generators(self.context.data or ())]
+        self.order: list[torch.Tensor] = []  # states of the data's generators at the start of the epoch
         self.finite = _finite(self.module)
         self.rng: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
+        self.order = [g.get_state() for g in generators(self.context.data or ())]
         self.scaler = torch.amp.GradScaler(self.acc.device.type, enabled=self.training.precision == "fp16")
         home = next((t.device for t in self.module.state_dict().values()), torch.device("cpu"))
         try:

@@ -446,6 +446,125 @@ def test_second_moments_of_inputs_give_the_output_energy(layer, size):
     torch.testing.assert_close(diagonal.double(), moments.diagonal(dim1=1, dim2=2), rtol=1e-5, atol=1e-7)
 
 
+# -------------------------------------------------------------------------------------------------------------- the data
+@pytest.mark.parametrize("method", ["cap", "sparsegpt"])
+def test_a_loader_with_a_generator_of_its_own_gives_the_same_samples_every_time(program, method):
+    """In each run over the data within a pass, in each call, and before as after an interruption."""
+    x, y = (torch.cat(t) for t in zip(*batches(8), strict=True))
+    loader = DataLoader(TensorDataset(x, y), 8, shuffle=True, generator=torch.Generator().manual_seed(3))
+    state = loader.generator.get_state()
+    found = [
+        Sparsify(sparsity=0.5, method=method, gradients=16, block=32, memory=memory, dtype="fp64")(program, data=loader)
+        for memory in (1e9, 1e6, 1e9)
+    ]
+    assert torch.equal(loader.generator.get_state(), state)
+    for name, w in weights(found[0].program).items():
+        torch.testing.assert_close(weights(found[1].program)[name], w, rtol=1e-5, atol=1e-6)
+        assert torch.equal(weights(found[2].program)[name], w)
+
+
+def test_a_gradual_run_goes_on_with_the_same_order_of_the_data(program, tmp_path):
+    x, y = (torch.cat(t) for t in zip(*batches(8), strict=True))
+    loader = DataLoader(TensorDataset(x, y), 8, shuffle=True, generator=torch.Generator().manual_seed(3))
+    options = {"schedule": ((0, 0.3), (1, 0.5)), "train": Distill(epochs=2, lr=1e-2), "gradients": 16, "block": 32}
+    pass_ = Sparsify(snapshots=str(tmp_path), **options)
+    whole = pass_(program, data=loader, teacher=program)
+    next(tmp_path.glob("*0.5000*.pt2")).unlink()
+    again = pass_(program, data=loader, teacher=program)
+    for name, w in weights(whole.program).items():
+        assert torch.equal(weights(again.program)[name], w)
+
+
+class Table(nn.Module):
+    """Scores of images against a table of classes, an input without a batch dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 8)
+
+    def forward(self, x, table):
+        return self.c(self.b(self.a(x).relu()).relu()) @ table.T
+
+
+def test_an_input_that_is_as_long_as_the_batch_is_not_cut():
+    torch.manual_seed(0)
+    x, table, y = torch.randn(60, 16), torch.randn(10, 8), torch.randint(10, (60,))
+    program = g.capture(Table(), (x[:7], table), dynamic_shapes={"x": {0: torch.export.Dim("b")}, "table": {}})
+    found = []
+    for size in (12, 10):
+        data = [((x[i : i + size], table), y[i : i + size]) for i in range(0, 60, size)]
+        for gradients in (60, 55):
+            found.append(Sparsify(sparsity=0.5, gradients=gradients, block=32)(program, data=data))
+    for a, b in (found[0], found[2]), (found[1], found[3]):
+        torch.testing.assert_close(weights(a.program)["b.weight"], weights(b.program)["b.weight"])
+
+
+def test_a_fixed_batch_of_images_of_any_size():
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    )
+    sizes = {"input": {2: torch.export.Dim("h", min=8), 3: torch.export.Dim("w", min=8)}}
+    fixed = g.capture(net, torch.randn(8, 1, 16, 16), dynamic_shapes=sizes)
+    free = g.capture(net, torch.randn(8, 1, 16, 16), dynamic_shapes="batch")
+    found = [Sparsify(sparsity=0.5, gradients=16)(p, data=batches()) for p in (fixed, free)]
+    torch.testing.assert_close(*(weights(f.program)["2.weight"] for f in found))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.logits, self.boxes = nn.Linear(16, 5), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return {"logits": self.logits(self.a(x).relu()), "boxes": self.boxes(self.b(x).relu())}
+
+
+@pytest.mark.parametrize("method", ["cap", "woodfisher", "fastcap"])
+def test_weights_that_the_loss_does_not_see_are_refused(method):
+    torch.manual_seed(0)
+    program = g.capture(TwoHeads(), torch.randn(7, 16), dynamic_shapes="batch")
+    data = [(torch.randn(8, 16), torch.randint(5, (8,))) for _ in range(4)]
+    result = Sparsify(sparsity=0.75, method=method, gradients=32, block=32)(program, data=data)
+    why = {r["what"]: r["why"] for r in result.record["refused"]}
+    assert why["b.weight"].startswith("no gradient of the loss reaches it")
+    assert set(result.record["sparse"]) == {"a.weight"}
+    assert int((weights(result.program)["a.weight"] == 0).sum()) == 192
+
+    def both(out, labels):
+        return F.cross_entropy(out["logits"], labels) + out["boxes"].square().mean()
+
+    result = Sparsify(sparsity=0.75, method=method, gradients=32, block=32)(program, data=data, loss=both)
+    assert set(result.record["sparse"]) == {"a.weight", "b.weight"}
+    with pytest.raises(BadInput, match=r"all gradients of .* are zero; check the loss"):
+        Sparsify(method=method, include="a*")(program, data=data, loss=lambda out, y: out["boxes"].square().mean())
+    with pytest.raises(BadInput, match="loss: has no gradient"):
+        Sparsify(method=method)(program, data=data, loss=lambda out, y: (out["logits"].argmax(1) != y).float().mean())
+
+
+def test_a_teacher_whose_scores_are_not_finite_is_refused(program):
+    broken = program.copy()
+    broken.module().get_parameter("head.bias").data.fill_(float("nan"))
+    with pytest.raises(BadInput, match="the teacher's scores are not finite"):
+        Sparsify(against="teacher")(program, data=batches(), teacher=broken)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_squares_of_narrow_numbers_are_summed_in_wide_ones(dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)).to(dtype)
+    data = [(30 * torch.randn(8, 16).to(dtype), torch.randint(5, (8,))) for _ in range(64)]
+    program = g.capture(net, data[0][0], dynamic_shapes="batch")
+    moments = input_moments(program.copy(), ["2.weight"], Context(data=data), 512)[0]["2.weight"][0]
+    inputs = torch.cat([net[:2](x).float() for x, _ in data])
+    torch.testing.assert_close(moments, inputs.T @ inputs / 512, rtol=1e-3, atol=1e-3)
+    result = Sparsify(method="fastcap", gradients=64)(
+        program, data=data, loss=lambda out, y: 3e-3 * F.cross_entropy(out.float(), y)
+    )
+    assert int((weights(result.program)["2.weight"] == 0).sum()) == 128
+
+
 # --------------------------------------------------------------------------------------------------- which layers, and why
 ORIN = SimpleNamespace(name="agx-orin", compute_capability=(8, 7))
 
@@ -504,6 +623,65 @@ def test_a_layer_that_has_the_pattern_gains_with_more_zeros():
     early = Sparsify(pattern="2:4", method="magnitude")(g.capture(net, torch.randn(2, 4)))
     late = Sparsify(sparsity=0.7, method="magnitude")(early.program)
     assert [(r["what"], r["accelerated"]) for r in late.record["changed"]] == [("2.weight", True)]
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "1:2", "2:8", "02:04"])
+def test_patterns_that_have_two_of_four_gain_like_it(pattern):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2))
+    program = g.capture(net, torch.randn(2, 8))
+    result = Sparsify(pattern=pattern, method="magnitude")(program)
+    assert [(r["what"], r["accelerated"]) for r in result.record["changed"]] == [("2.weight", True)]
+    assert masks.legal(weights(result.program)["2.weight"], "2:4")
+    assert set(result.record["sparse"].values()) == {pattern.replace("0", "")}
+    both = Sparsify(pattern="4:8", method="magnitude", where="all")(result.program)
+    assert masks.sparse_weights(both.program) == masks.sparse_weights(result.program), "says more than 4:8"
+
+
+def test_pays_is_kept_with_names_given(program):
+    result = Sparsify(pattern="2:4", method="magnitude", where="pays", include="qkv*")(program)
+    assert not result.record["sparse"]
+    assert "sparse kernels win from" in {r["what"]: r["why"] for r in result.record["refused"]}["qkv.weight"]
+
+
+def test_the_ends_are_where_no_other_layer_lies_beyond():
+    class Backbone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Linear(8, 8)
+            self.up, self.down = (nn.ModuleList(nn.Linear(8, 8) for _ in range(3)) for _ in range(2))
+
+        def forward(self, x):
+            x = self.stem(x)
+            for up, down in zip(self.up, self.down, strict=True):
+                x = x + down(up(x).relu())
+            return x
+
+    result = Sparsify(sparsity=0.5, method="magnitude")(g.capture(Backbone(), torch.randn(2, 8)))
+    why = {r["what"]: r["why"] for r in result.record["refused"]}
+    assert why == {"stem.weight": "the first layer", "down.2.weight": "the last layer"}
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "fastcap", "cap"])
+def test_zeros_that_lie_unevenly_count_in_full(method):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 300), nn.ReLU(), nn.Linear(300, 40), nn.ReLU(), nn.Linear(40, 5))
+    net[2].weight.data[:, :100] = 0
+    program = g.capture(net, torch.randn(8, 16), dynamic_shapes="batch")
+    data = [(torch.randn(8, 16), torch.randint(5, (8,))) for _ in range(4)]
+    for share in (0.5, 0.25):
+        result = Sparsify(sparsity=share, method=method, gradients=32, block=64)(program, data=data)
+        assert int((weights(result.program)["2.weight"] == 0).sum()) == max(share, 1 / 3) * 12000
+
+
+def test_wanda_counts_zeros_before_weights_of_dead_inputs():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 5))
+    net[0].weight.data[:8], net[0].bias.data[:8] = 0, -1
+    net[2].weight.data[:, 16:24] = 0
+    program = g.capture(net, torch.randn(8, 16), dynamic_shapes="batch")
+    result = Sparsify(sparsity=0.5, method="wanda")(program, data=[torch.randn(8, 16) for _ in range(4)])
+    assert (weights(result.program)["2.weight"] == 0).sum(1).eq(16).all()
 
 
 def test_transposed_and_computed_weights_are_refused():
@@ -579,7 +757,10 @@ def test_snapshots_of_another_run_are_not_taken(program, tmp_path):
     assert files(batches(3)) == 4, "another length"
     assert files(batches(), target=ORIN) == 5
     assert files(batches(), dtype="fp32") == 6
-    assert files(batches()) == 6
+    assert files(batches(), loss=lambda out, y: 2 * F.cross_entropy(out, y)) == 7
+    assert files(batches()) == 7
+    again = pass_(program, data=batches(), teacher=program, val=batches())
+    assert 0 <= again.record["stages"][0]["val"] <= 1, "a taken stage is scored, too"
 
 
 def test_without_a_folder_a_gradual_run_leaves_nothing_behind(trained):
@@ -598,6 +779,7 @@ def test_without_a_folder_a_gradual_run_leaves_nothing_behind(trained):
         ({"pattern": "4:2"}, 'Sparsify.pattern: "N:M" with N less than M'),
         ({"pattern": "half"}, 'Sparsify.pattern: "N:M" with N less than M'),
         ({"pattern": "2:4", "block": 30}, "Sparsify.block: a multiple of the pattern's 4, not 30"),
+        ({"pattern": "4:8", "permute": True}, "Sparsify.permute: false for groups of more than 4"),
         ({"method": "best"}, "Sparsify.method: one of cap, fastcap"),
         ({"method": "wanda", "scope": "global"}, "Sparsify.scope: uniform"),
         ({"block": 0}, "Sparsify.block: a whole number"),
