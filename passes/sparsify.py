@@ -380,7 +380,9 @@ def _ends(program: Program, found: list[Layer]) -> dict[str, str]:
     ):
         beyond: dict[fx.Node, bool] = {}  # whether a layer lies that way
         for node in nodes:
-            near = [n for n in way(node) if isinstance(n.meta.get("val"), (Tensor, tuple, list))]  # sizes lead everywhere
+            near = [
+                n for n in way(node) if isinstance(n.meta.get("val"), (Tensor, tuple, list))
+            ]  # sizes lead everywhere
             beyond[node] = any(beyond[n] or n in named for n in near)
             if node in named and not beyond[node]:
                 result[named[node]] = what
