@@ -378,11 +378,9 @@ def _ends(program: Program, found: list[Layer]) -> dict[str, str]:
         ("the last layer", reversed(program.graph.nodes), lambda n: n.users),
         ("the first layer", program.graph.nodes, lambda n: n.all_input_nodes),
     ):
-        beyond: dict[fx.Node, bool] = {}  # whether a layer lies that way
+        beyond: dict[fx.Node, bool] = {}  # whether a layer lies that way; sizes, which lead everywhere, do not count
         for node in nodes:
-            near = [
-                n for n in way(node) if isinstance(n.meta.get("val"), (Tensor, tuple, list))
-            ]  # sizes lead everywhere
+            near = [n for n in way(node) if isinstance(n.meta.get("val"), (Tensor, tuple, list))]
             beyond[node] = any(beyond[n] or n in named for n in near)
             if node in named and not beyond[node]:
                 result[named[node]] = what
