@@ -134,8 +134,8 @@ class Pipeline:
                     f"more than {verified['tolerance']:.0e}{verified.get('why', '')}; this is a bug of graphcomb, the "
                     "result is not kept"
                 )
-        if accuracy is not None:
-            after = evaluate(result.program, context.val or (), context.metric, context.progress)
+        if accuracy is not None and context.val is not None:
+            after = evaluate(result.program, context.val, context.metric, context.progress)
             result.record["accuracy"] = {"before": accuracy, "after": after}
         return result.program
 

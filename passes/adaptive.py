@@ -109,7 +109,7 @@ class Pruner(Callback):
     def _labelled(self) -> bool:
         """Whether there are labels to take gradients of before the first step; the data's order does not notice."""
         with seeded(self.context.seed, self.context.data):
-            first = next(iter(self.context.data or ()), None)
+            first = next(iter(self.context.batches), None)
         return self.labels and first is not None and split_batch(first)[2] is not None
 
     def after_backward(self, step: int, module: TrainableModule) -> None:

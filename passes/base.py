@@ -43,6 +43,11 @@ class Context:
     progress: bool = False
     plan: dict[str, Any] | None = None
 
+    @property
+    def batches(self) -> Iterable[Any]:
+        """The data, or nothing to iterate over; a loader without a length has no truth value either."""
+        return () if self.data is None else self.data
+
 
 @dataclass
 class PassResult:

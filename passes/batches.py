@@ -222,7 +222,7 @@ def length(data: Iterable[Any]) -> int | None:
         return None
 
 
-def generators(data: Iterable[Any]) -> list[torch.Generator]:
+def generators(data: Iterable[Any] | None) -> list[torch.Generator]:
     """The random generators that decide a loader's order, apart from the global one."""
     sampler = getattr(data, "sampler", None)
     found = [getattr(owner, "generator", None) for owner in (data, sampler, getattr(data, "batch_sampler", None))]

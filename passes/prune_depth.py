@@ -283,7 +283,7 @@ class PruneDepth(Pass):
     def _start(self, relaxed: Program, context: Context) -> None:
         """Set what relaxation added by what the dense network makes of a few batches."""
         if self.fitted:
-            start_norms(relaxed, islice(Feed(relaxed).batches(context.data or ()), self.calibrate))
+            start_norms(relaxed, islice(Feed(relaxed).batches(context.batches), self.calibrate))
         else:
             _Calibrator(relaxed, context, self.calibrate)(only=f"{FOLDER}.")
 
@@ -304,7 +304,7 @@ class _Predictor:
 def _start_over(context: Context) -> None:
     """Let the data's own random generators start from the seed, so that a stage sees the same order whether the stages
     before it ran or were taken up."""
-    for generator in generators(context.data or ()):
+    for generator in generators(context.data):
         generator.manual_seed(context.seed)
 
 
@@ -357,7 +357,7 @@ class _Calibrator:
 
     def __init__(self, program: Program, context: Context, count: int):
         self.program = program
-        self.batches = list(islice(Feed(program).batches(context.data or ()), count))
+        self.batches = list(islice(Feed(program).batches(context.batches), count))
         self.module = rebuild(program.module(), lambda name, value: value).eval()
         self.norms = [
             n
@@ -397,7 +397,7 @@ class _Judge:
         self.supernet, self.metric = supernet, context.metric
         self.calibrator = _Calibrator(supernet, context, calibrate)
         self.field = "data" if context.val is None else "val"
-        self.batches = list(islice(context.data or () if context.val is None else context.val, count))
+        self.batches = list(islice(context.batches if context.val is None else context.val, count))
         acc = accelerator()
         seen = {_digest([self.batches, [(b.args, b.kwargs) for b in self.calibrator.batches]])}
         self.index = acc.process_index

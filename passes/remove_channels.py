@@ -142,7 +142,7 @@ class RemoveChannels(Pass):
         else:
             self._require_no_pattern(program, groups)  # what cannot be done is said before training
             choose({}, {g.atom: np.ones(g.size) for g in groups}, 1.0)
-            total = total_steps(self.train, context.data or (), "RemoveChannels.train", Feed(program))
+            total = total_steps(self.train, context.batches, "RemoveChannels.train", Feed(program))
             events = event_steps(self.schedule, total, self.interval, self.rounds, self.prune_share)
             identity = [self.options(), step, planned, predicted]
             pruner = Pruner(comb, groups, choose, str(self.importance), events, context, identity)

@@ -239,7 +239,7 @@ def seeded(seed: int, *data: Iterable[Any] | None) -> Iterator[None]:
     """Run under a seed (Python, NumPy, torch, and the generators of the data loaders given) and give the random states back
     afterwards."""
     state = rng_state()
-    own = [(generator, generator.get_state()) for loader in data for generator in generators(loader or ())]
+    own = [(generator, generator.get_state()) for loader in data for generator in generators(loader)]
     set_seed(seed)
     for generator, _ in own:
         generator.manual_seed(seed)
@@ -492,9 +492,9 @@ class _Loop:
         self.feed, self.val_feed = Feed(program), Feed(program, "val")
         self.objective, self.training, self.context, self.name = objective, training, context, name
         self.outputs, self.callbacks, self.acc, self.checkpoint = outputs, callbacks, acc, checkpoint
-        self.data = shard(context.data or (), acc.process_index, acc.num_processes)
+        self.data = shard(context.batches, acc.process_index, acc.num_processes)
         self.per_epoch = length(self.data)
-        if acc.num_processes > 1 and self.feed.leaves(context.data or ()):
+        if acc.num_processes > 1 and self.feed.leaves(context.batches):
             raise BadInput(
                 f"data: the last batch is short, the program is fixed to {self.feed.static} samples, and so only some "
                 "processes would take a step; set drop_last=True"
@@ -503,7 +503,7 @@ class _Loop:
             raise BadInput(f"{name}: nothing to train, all parameters are frozen (requires_grad is False)")
         if self.per_epoch == 0:
             raise BadInput("data: holds no batch (or fewer batches than there are processes)")
-        self.total = total_steps(training, context.data or (), name)
+        self.total = total_steps(training, context.batches, name)
         self.epoch = self.position = self.step = 0
         self.curve: list[list[float]] = []
         self.recent = 0.0
@@ -514,7 +514,7 @@ class _Loop:
         self.rng: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
-        self.order = [g.get_state() for g in generators(self.context.data or ())]
+        self.order = [g.get_state() for g in generators(self.context.data)]
         self.scaler = torch.amp.GradScaler(self.acc.device.type, enabled=self.training.precision == "fp16")
         home = next((t.device for t in self.module.state_dict().values()), torch.device("cpu"))
         try:
@@ -678,7 +678,7 @@ class _Loop:
             entry["val"] = self._validate(self.context.val)
         self.log.append(entry)
         self.epoch, self.position, self.sums = self.epoch + 1, 0, {}
-        self.order = [g.get_state() for g in generators(self.context.data or ())]
+        self.order = [g.get_state() for g in generators(self.context.data)]
 
     def _validate(self, data: Iterable[Any]) -> float:
         metric = self.context.metric or accuracy
@@ -722,7 +722,7 @@ class _Loop:
             self.module.meta["batches"] = state["batches"]
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            for generator, order in zip(generators(self.context.data or ()), state["order"], strict=True):
+            for generator, order in zip(generators(self.context.data), state["order"], strict=True):
                 generator.set_state(order)
             self.order, own = state["order"], state["own"][self.acc.process_index]
             self.rng, self.sums = own["rng"], own["sums"]

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import graphcomb.graph as g
 from graphcomb.graph.errors import BadInput
+from graphcomb.passes import RemoveChannels, Sparsify
 from graphcomb.passes.base import Context
 from graphcomb.passes.batches import Every, Feed, shard, split_batch
 from graphcomb.passes.distill import Distill, feature_distance, matching_features, soft_kl
@@ -650,3 +651,35 @@ if __name__ == "__main__":
     rank = os.environ.get("RANK", "0")
     result = job(folder, kill_at=int(kill) if rank == "0" else 0, per_process=int(per_process))
     torch.save({"state": state(result.program), "record": result.record}, f"{folder}-{rank}.pt")
+
+
+class Archive(IterableDataset):
+    """Samples without a number, as they come from an archive."""
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(32):
+            yield torch.randn(16, generator=generator), torch.randint(5, (), generator=generator)
+
+
+@pytest.mark.parametrize(
+    "pass_",
+    [
+        Distill(steps=4),
+        Sparsify(gradients=16, block=32),
+        Sparsify(method="wanda", gradients=16),
+        RemoveChannels(macs=0.5, importance="taylor", train=Distill(steps=4)),
+        Sparsify(schedule=((0, 0.5),), method="magnitude", train=Distill(epochs=1)),
+    ],
+    ids=lambda p: type(p).__name__,
+)
+def test_a_loader_without_a_length_will_do(pass_):
+    torch.manual_seed(0)
+    net = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(16, 16), nn.ReLU())), nn.Linear(16, 5))
+    program = g.capture(net, torch.randn(2, 16), dynamic_shapes="batch")
+    loader = DataLoader(Archive(), 8)
+    if isinstance(pass_, Sparsify) and pass_.schedule:
+        with pytest.raises(BadInput, match=r"Distill\.steps: give the number of steps, the data has no length"):
+            pass_(program, data=loader, teacher=program)
+    else:
+        pass_(program, data=loader, val=loader, teacher=program)
