@@ -298,8 +298,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for network in dict.fromkeys(r["network"] for r in rows):
         own = [r for r in rows if r["network"] == network]
-        seeds = len({r["seed"] for r in own})
-        lines += [f"## {network}, dense {_spread([r['dense'] for r in own])}, {seeds} seed{'s' * (seeds > 1)}", ""]
+        dense_of = {r["seed"]: r["dense"] for r in own}
+        count = f"{len(dense_of)} seed{'s' * (len(dense_of) > 1)}"
+        lines += [f"## {network}, dense {_spread(list(dense_of.values()))}, {count}", ""]
         for phase in ("one-shot", "recovered"):
             some = [r for r in own if r["phase"] == phase]
             if not some:
@@ -327,7 +328,7 @@ def margins(rows: list[dict[str, Any]]) -> list[str]:
     dense = {row["seed"]: row["dense"] for row in rows}
     names = RECOVERED[::-1]
     lines = []
-    for better, worse in [*itertools.pairwise(names), (names[0], "dense")]:
+    for better, worse in (*itertools.pairwise(names), (names[0], "dense")):
         cells = []
         for target in TARGETS:
             ours, theirs = (
