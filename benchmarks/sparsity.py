@@ -290,7 +290,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["# Sparsity: accuracy by method", ""]
     lines += [
         "Top-1 accuracy in percent, mean and spread (standard deviation) over seeds (without a spread: one seed);",
-        "Fashion-MNIST, 10,000 test images.",
+        "Fashion-MNIST, 10,000 test images. Recovered: 2:4 after an epoch of 20,000 images against the dense network, the",
+        "shares of zeros as stages of one gradual run, with an epoch after each.",
         f"For {IMAGENET}: how often the answer on crops of photographs is still the dense network's. 2:4 in brackets: in",
         "how many of the layers every four input channels really hold two zeros. Last lines: differences seed by seed, in",
         "points.",
