@@ -289,7 +289,7 @@ def leave_out_lacking(options: argparse.Namespace) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["# Sparsity: accuracy by method", ""]
     lines += [
-        "Top-1 accuracy in percent, mean and spread (standard deviation) over seeds (without a spread: one seed);",
+        "Top-1 accuracy in percent, mean and spread (standard deviation) over seeds; (1), (2): of so many seeds only.",
         "Fashion-MNIST, 10,000 test images. Recovered: 2:4 after an epoch of 20,000 images against the dense network, the",
         "shares of zeros as stages of one gradual run, with an epoch after each.",
         f"For {IMAGENET}: how often the answer on crops of photographs is still the dense network's. 2:4 in brackets: in",
@@ -312,6 +312,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 for target in TARGETS:
                     found = [r for r in some if r["method"] == method and r["target"] == target]
                     cell = _spread([r["accuracy"] for r in found]) if found else ""
+                    if found and len(found) < len(dense_of):
+                        cell += f" ({len(found)})"
                     if found and target == "2:4":
                         cell += f" [{found[0]['two_of_four']}/{found[0]['layers']}]"
                     cells.append(cell)
