@@ -67,8 +67,9 @@ class Batch:
 class Feed:
     """Fits the batches of a loader to one program: order and names of the inputs, dtype, rank and sizes.
 
-    Attributes: `static`, the batch size the program is fixed to (None when it is dynamic); `skipped`, how many short
-    batches a static program could not take so far. Every error is a BadInput that names the input and what to do.
+    Attributes: `size`, the program's batch size, a number or a symbol (None without inputs); `static`, the one it is fixed
+    to (None when it is dynamic); `batched`, which inputs have the batch as their first dimension; `skipped`, how many
+    short batches a static program could not take so far. Every error is a BadInput that names the input and what to do.
     """
 
     def __init__(self, program: Program, field: str = "data"):
@@ -83,7 +84,13 @@ class Feed:
         positional = names[: len(self._args)] if len(names) == top else self._names[: len(self._args)]
         self._order = [*positional, *self._kwargs]
         first = next((v for v in self._values if isinstance(v, torch.Tensor) and v.dim()), None)
-        self.static = first.shape[0] if first is not None and isinstance(first.shape[0], int) else None
+        self.size: Any = None if first is None else first.shape[0]
+        self.static = self.size if isinstance(self.size, int) else None
+        self.batched = self.with_samples(self._values)
+
+    def with_samples(self, values: Iterable[Any]) -> list[bool]:
+        """Which values of the program's graph have the batch as their first dimension."""
+        return [isinstance(v, torch.Tensor) and v.dim() > 0 and str(v.shape[0]) == str(self.size) for v in values]
 
     def batches(self, data: Iterable[Any], pad: bool = False) -> Iterator[Batch]:
         """All batches of `data`, checked. A static program cannot take a short last batch: it is skipped and counted,

@@ -181,7 +181,7 @@ class Sparsify(Pass):
         found, refused = layers(program)
         check_included(self, self.include, found, refused)
         ends = _ends(program, found)
-        where = self.where or ("pays" if self.pattern else "all")
+        where = self.where or ("pays" if self.pattern and not self.include else "all")
         chosen: list[str] = []
         for layer in found:
             if layer.matches(self.exclude):
@@ -190,12 +190,12 @@ class Sparsify(Pass):
                 why = "not included"
             elif self.pattern and layer.shape[1] % read_pattern(self.pattern)[1]:
                 why = f"{self.pattern} does not divide its {layer.shape[1]} input channels per group"
-            elif self.include:
-                why = not_accelerated(layer, self.pattern, context) if self.where == "pays" else None
+            elif not self.include and layer.name in ends:
+                why = ends[layer.name]
+            elif not self.include and layer.kind == "depthwise":
+                why = "depthwise, too few weights each"
             else:
-                why = ends.get(layer.name) or ("depthwise, too few weights each" if layer.kind == "depthwise" else None)
-                if why is None and where == "pays":
-                    why = not_accelerated(layer, self.pattern, context)
+                why = not_accelerated(layer, self.pattern, context) if where == "pays" else None
             if why:
                 refused.append({"what": layer.name, "why": why})
             else:
@@ -360,8 +360,9 @@ def _code(batch: Any) -> str:
 
 def _loss_of(program: Program, batch: Any, context: Context) -> str | None:
     """The loss of a batch, which tells one loss from another."""
-    found = None if batch is None else Feed(program).fit(batch)
-    if found is None or found.labels is None or found.size != (Feed(program).static or found.size):
+    feed = Feed(program)
+    found = None if batch is None else feed.fit(batch)
+    if found is None or found.labels is None or feed.static not in (None, found.size):
         return None
     module, device = program.module().eval(), accelerator().device
     with torch.no_grad(), placed(module, device):

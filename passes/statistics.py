@@ -145,7 +145,7 @@ class Gradients:
             raise BadInput("Sparsify: needs data for its gradients; pass data=, or choose method magnitude")
         feed, module, device = Feed(program), program.module().eval(), accelerator().device
         teacher = (context.teacher or program).copy().module().eval() if self.against == "teacher" else None
-        maker = _Samples(program, names, context.loss, feed.static is None)
+        maker = _Samples(program, names, context.loss, feed)
         step = max(1, largest // max(1, sum(layer.size for layer in maker.layers)))
         rest = self.count
         with ExitStack() as stack:
@@ -233,19 +233,14 @@ class _Samples:
     a run over single samples, and where they differ, all are made one by one.
     """
 
-    def __init__(self, program: Program, names: Sequence[str], loss: Callable[..., Any] | None, divisible: bool):
-        self.program, self.loss, self.divisible = program, loss, divisible
+    def __init__(self, program: Program, names: Sequence[str], loss: Callable[..., Any] | None, feed: Feed):
+        self.program, self.loss, self.divisible = program, loss, feed.static is None
         self.layers = [layer for layer in layers(program)[0] if layer.name in names]
         self.weights = {layer.name: fetch(program.module(), layer.name) for layer in self.layers}
         self.trusted: bool | None = None
-        inputs = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"]
-        outputs = [n.meta.get("val") for n in program.graph.output_node().all_input_nodes]
-        size: Any = next(v.shape[0] for v in inputs if isinstance(v, Tensor) and v.dim())
-        self.symbols: set[Any] = size.node.expr.free_symbols if divisible else set()
-        self.inputs, self.outputs = (
-            [isinstance(v, Tensor) and v.dim() > 0 and str(v.shape[0]) == str(size) for v in values]
-            for values in (inputs, outputs)
-        )
+        self.symbols: set[Any] = feed.size.node.expr.free_symbols if self.divisible else set()
+        self.inputs = feed.batched
+        self.outputs = feed.with_samples(n.meta.get("val") for n in program.graph.output_node().all_input_nodes)
 
     def __call__(self, batch: Batch, count: int, step: int) -> Iterator[dict[str, Tensor]]:
         """Gradients of the first `count` samples of a batch, `step` of them at a time."""

@@ -85,8 +85,8 @@ def _expected(program: Program) -> Iterator[tuple[str, list[int], float]]:
     seen = set()
     for name, pattern in sparse.sparse_weights(program).items():
         found = sparse.weight(program, name)
-        if found is None or not sparse.implies(pattern, "2:4") or found.shape[1] % 4:
+        if found is None or found.data_ptr() in seen:
             continue
-        if found.data_ptr() not in seen:
+        if sparse.implies(pattern, "2:4") and found.shape[1] % 4 == 0:
             seen.add(found.data_ptr())  # once under all names of a tied weight
             yield name, sorted(found.shape), float((found == 0).double().mean())
