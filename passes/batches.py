@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
@@ -68,8 +69,9 @@ class Feed:
     """Fits the batches of a loader to one program: order and names of the inputs, dtype, rank and sizes.
 
     Attributes: `size`, the program's batch size, a number or a symbol (None without inputs); `static`, the one it is fixed
-    to (None when it is dynamic); `batched`, which inputs have the batch as their first dimension; `skipped`, how many
-    short batches a static program could not take so far. Every error is a BadInput that names the input and what to do.
+    to (None when it is dynamic); `batched` and `outputs`, which inputs and outputs have the batch as their first dimension;
+    `skipped`, how many short batches a static program could not take so far. Every error is a BadInput that names the input
+    and what to do.
     """
 
     def __init__(self, program: Program, field: str = "data"):
@@ -86,10 +88,13 @@ class Feed:
         first = next((v for v in self._values if isinstance(v, torch.Tensor) and v.dim()), None)
         self.size: Any = None if first is None else first.shape[0]
         self.static = self.size if isinstance(self.size, int) else None
-        self.batched = self.with_samples(self._values)
+        self.batched = self._with_samples(self._values)
+        self.outputs = self._with_samples(
+            value.meta.get("val") if isinstance(value, fx.Node) else value
+            for value in pytree.tree_leaves(program.graph.output_node().args)
+        )
 
-    def with_samples(self, values: Iterable[Any]) -> list[bool]:
-        """Which values of the program's graph have the batch as their first dimension."""
+    def _with_samples(self, values: Iterable[Any]) -> list[bool]:
         return [isinstance(v, torch.Tensor) and v.dim() > 0 and str(v.shape[0]) == str(self.size) for v in values]
 
     def batches(self, data: Iterable[Any], pad: bool = False) -> Iterator[Batch]:
@@ -105,7 +110,7 @@ class Feed:
                 if not pad:
                     self.skipped += 1
                     continue
-                batch = _pad(batch, self.static)
+                batch = self._pad(batch, self.static)
             yield batch
 
     def leaves(self, data: Iterable[Any]) -> bool:
@@ -136,6 +141,23 @@ class Feed:
             raise self._wrong_size(size)
         return Batch(args, kwargs, labels, size)
 
+    def _pad(self, batch: Batch, size: int) -> Batch:
+        leaves, spec = pytree.tree_flatten((batch.args, batch.kwargs))
+        leaves = [
+            torch.cat([value, value[-1:].expand(size - batch.size, *value.shape[1:])]) if batched else value
+            for value, batched in zip(leaves, self.batched, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return Batch(args, kwargs, batch.labels, batch.size)
+
+    def cut(self, outputs: Any, batch: Batch) -> Any:
+        """The outputs of the real samples of a batch that may be filled up."""
+        if self.static in (None, batch.size):
+            return outputs
+        leaves, spec = pytree.tree_flatten(outputs)
+        leaves = [v[: batch.size] if own else v for v, own in zip(leaves, self.outputs, strict=True)]
+        return pytree.tree_unflatten(leaves, spec)
+
     def _wrong_size(self, size: int) -> BadInput:
         return BadInput(
             f"{self.field}: a batch has {size} samples, the program is fixed to {self.static}; "
@@ -159,16 +181,6 @@ class Feed:
                 )
             size = value.shape[0] if size is None and value.dim() else size
         return size or 0
-
-
-def _pad(batch: Batch, size: int) -> Batch:
-    def fill(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.dim() or tensor.shape[0] != batch.size:
-            return tensor
-        return torch.cat([tensor, tensor[-1:].expand(size - batch.size, *tensor.shape[1:])])
-
-    args, kwargs = pytree.tree_map_only(torch.Tensor, fill, (batch.args, batch.kwargs))
-    return Batch(args, kwargs, batch.labels, batch.size)
 
 
 # ------------------------------------------------------------------------------------------------- several processes

@@ -24,7 +24,7 @@ from ..graph.ops import arguments, fetch, op_name, set_argument
 from ..graph.program import Program, TrainableModule, copy_tensor, rebuild
 from ..graph.verify.evaluate import Evaluator, double_weights, random_inputs, relative_error
 from .base import Context, Pass, PassResult, check_field
-from .batches import Batch, Feed, generators
+from .batches import Batch, Feed
 from .blocks import Block, find_blocks
 from .distill import Distill, soft_kl
 from .fuse import Fuse
@@ -44,6 +44,7 @@ from .training import (
     gathered,
     logits_of,
     placed,
+    seeded,
     task_loss,
     total_steps,
 )  # fmt: skip
@@ -191,7 +192,6 @@ class PruneDepth(Pass):
         self, program: Program, blocks: Sequence[Block], context: Context, draw: Callable[[random.Random], Bits]
     ) -> tuple[Program, dict[str, Any]]:
         """Stage 1: the relaxed program of all blocks, trained so that every choice of them works, and the record."""
-        _start_over(context)
         supernet = relax(program, blocks, tail=self.tail, fitted=self.fitted)
         if not self.supernet_steps:
             return supernet, {}
@@ -216,9 +216,9 @@ class PruneDepth(Pass):
         """
         if context.data is None:
             raise BadInput("PruneDepth: the search needs data; pass data=, or name the blocks")
-        _start_over(context)
         kept = _Kept(context.out, "search", supernet, self, context.seed)
-        judge = _Judge(supernet, context, self.calibrate, self.score_batches)
+        with seeded(context.seed, context.data, context.val):  # the same batches if the stage before is taken up
+            judge = _Judge(supernet, context, self.calibrate, self.score_batches)
         scores = gathered(kept.values())[0]
         total = budget.count + self.population * (self.generations + 1)
         with bar(context.progress, "search", total) as update:
@@ -256,7 +256,6 @@ class PruneDepth(Pass):
     ) -> tuple[Program, dict[str, Any]]:
         """Stage 3: the program with the pruned forms of the blocks, trained, and the record of training; its `error`
         compares it in float64 with the relaxed program at `l = 0`, where one becomes the other."""
-        _start_over(context)
         kept = _Kept(context.out, "pruned", program, self, context.seed, [b.name for b in blocks])
         if state := kept.tensors():
             pruned = relax(program, blocks, settled=True, tail=self.tail, fitted=self.fitted)
@@ -282,10 +281,11 @@ class PruneDepth(Pass):
 
     def _start(self, relaxed: Program, context: Context) -> None:
         """Set what relaxation added by what the dense network makes of a few batches."""
-        if self.fitted:
-            start_norms(relaxed, islice(Feed(relaxed).batches(context.batches), self.calibrate))
-        else:
-            _Calibrator(relaxed, context, self.calibrate)(only=f"{FOLDER}.")
+        with seeded(context.seed, context.data):
+            if self.fitted:
+                start_norms(relaxed, islice(Feed(relaxed).batches(context.batches), self.calibrate))
+            else:
+                _Calibrator(relaxed, context, self.calibrate)(only=f"{FOLDER}.")
 
     def _training(self) -> Distill:
         return self.train or Distill()
@@ -299,13 +299,6 @@ class _Predictor:
 
     def __call__(self, program: Program) -> float:
         return run_seconds(self.latency, (layer for _, layer in Layers(Comb(program)).at({})), self.progress)
-
-
-def _start_over(context: Context) -> None:
-    """Let the data's own random generators start from the seed, so that a stage sees the same order whether the stages
-    before it ran or were taken up."""
-    for generator in generators(context.data):
-        generator.manual_seed(context.seed)
 
 
 # -------------------------------------------------------------------------------------------------------------- choices

@@ -240,7 +240,7 @@ class _Samples:
         self.trusted: bool | None = None
         self.symbols: set[Any] = feed.size.node.expr.free_symbols if self.divisible else set()
         self.inputs = feed.batched
-        self.outputs = feed.with_samples(n.meta.get("val") for n in program.graph.output_node().all_input_nodes)
+        self.outputs = feed.outputs
 
     def __call__(self, batch: Batch, count: int, step: int) -> Iterator[dict[str, Tensor]]:
         """Gradients of the first `count` samples of a batch, `step` of them at a time."""

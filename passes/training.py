@@ -334,8 +334,8 @@ def _score(
                 raise BadInput(f"{field}: the batches have no labels, and the metric needs them")
             args, kwargs, labels = send_to_device((batch.args, batch.kwargs, batch.labels), acc.device)
             outputs = forward(*args, **kwargs)
-            if feed and feed.static and feed.static > batch.size:
-                outputs = _cut(outputs, batch.size)
+            if feed:
+                outputs = feed.cut(outputs, batch)
             scores = torch.as_tensor(_applied("metric", metric, outputs, labels))
             total, count = total + scores.cpu().double().sum().item(), count + scores.numel()
             update(done, "")
@@ -380,10 +380,6 @@ def agreed(make: Callable[[], Any]) -> Any:
     if box[1] is not None:
         raise box[1]
     return box[0]
-
-
-def _cut(outputs: Any, size: int) -> Any:
-    return pytree.tree_map_only(torch.Tensor, lambda t: t[:size] if t.dim() else t, outputs)
 
 
 # ------------------------------------------------------------------------------------------------------------ training

@@ -380,6 +380,29 @@ def test_a_program_of_fixed_batch_size_trains_and_scores_every_sample(teacher):
         evaluate(student, DataLoader(TensorDataset(x, y), 64))
 
 
+def test_filling_up_a_batch_leaves_alone_what_is_not_batched():
+    """A table as long as the short batch, as an input and as an output."""
+
+    class Anchored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x, table):
+            return self.head(x) @ table, table * 2
+
+    program = g.capture(Anchored(), (torch.zeros(5, 4), torch.zeros(3, 3)))
+    x, table = torch.randn(3, 4), torch.randn(3, 3)
+
+    def metric(outputs, labels):
+        assert outputs[0].shape == (3, 3)
+        assert torch.equal(outputs[1], table * 2)
+        return outputs[0].sum(1)
+
+    expected = program.module()(torch.cat([x, x[-1:], x[-1:]]), table)[0][:3].sum(1).mean().item()
+    assert evaluate(program, [((x, table), torch.zeros(3))], metric) == pytest.approx(expected)
+
+
 def test_evaluate_restores_every_flag_and_takes_a_metric():
     _, val = loaders()
     model = network(6).train()
