@@ -54,7 +54,6 @@ ONE_SHOT = ("magnitude", "magnitude uniform", "wanda", "sparsegpt", "fastcap", "
 RECOVERED = ("magnitude", "woodfisher", "cap")
 RIVAL = {"modelopt magnitude": "sparse_magnitude", "modelopt sparsegpt": "sparsegpt"}
 GRADUAL = "gradual"  # the target of a job that goes through all shares
-BLOCK = {"cnn": 192, "convnext": 192, "deit": 192, IMAGENET: 16}
 
 
 @dataclass(frozen=True)
@@ -100,14 +99,14 @@ def dense(network: str, seed: int, size: str) -> graphcomb.Program:
     return program
 
 
-def sparsify(method: str, target: str, network: str, samples: int, **options: Any) -> Sparsify:
+def sparsify(method: str, target: str, samples: int, **options: Any) -> Sparsify:
     name, _, scope = method.partition(" ")
     goal: dict[str, Any] = (
         {"pattern": target, "where": "all"} if ":" in target else {"sparsity": int(target[:-1]) / 100}
     )
     if scope == "uniform":
         goal["scope"] = scope
-    return Sparsify(method=name, block=BLOCK[network], gradients=samples, **goal, **options)
+    return Sparsify(method=name, gradients=samples, **goal, **options)
 
 
 def nll(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -166,7 +165,7 @@ def fashion(size: str, network: str, seed: int, method: str, target: str) -> lis
     common = {"data": train, "teacher": program, "seed": seed}
     if target == GRADUAL:
         shares = [int(t[:-1]) / 100 for t in TARGETS if t != "2:4"]
-        options: dict[str, Any] = {"method": method, "block": BLOCK[network], "gradients": own.samples}
+        options: dict[str, Any] = {"method": method, "gradients": own.samples}
         pass_ = Sparsify(schedule=tuple(enumerate(shares)), train=recovery(len(shares)), **options)
         stages = pass_(program, val=val, **common).record["stages"]
         head |= {"phase": "recovered", "seconds": time.perf_counter() - start}
@@ -175,12 +174,12 @@ def fashion(size: str, network: str, seed: int, method: str, target: str) -> lis
             for share, stage in zip(shares, stages, strict=True)
         ]
     if method in RIVAL:
-        names = list(sparsify("magnitude", "2:4", network, own.samples)(program).record["sparse"])
+        names = list(sparsify("magnitude", "2:4", own.samples)(program).record["sparse"])
         with seeded(seed):
             model = NETWORKS[network](**own.arguments[network])
             sparse = rival(program, model, RIVAL[method], train, names, own.samples)
     else:
-        result = sparsify(method, target, network, own.samples)(program, **common)
+        result = sparsify(method, target, own.samples)(program, **common)
         sparse, names = result.program, list(result.record["sparse"])
     row = head | {"target": target} | facts(sparse, names) | {"seconds": time.perf_counter() - start}
     rows = [row | {"phase": "one-shot"} | scores(sparse, val)]
@@ -232,7 +231,7 @@ def imagenet(size: str, seed: int, method: str, target: str) -> list[dict[str, A
     order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed)).tolist()
     data = [calibration[i] for i in order]
     start = time.perf_counter()
-    pass_ = sparsify(method, target, IMAGENET, SIZES[size].samples, against="teacher")
+    pass_ = sparsify(method, target, SIZES[size].samples, against="teacher")
     result = pass_(program, data=data, teacher=program, seed=seed)
     row = {"network": IMAGENET, "seed": seed, "method": method, "target": target, "phase": "one-shot", "dense": 100.0}
     row |= facts(result.program, list(result.record["sparse"])) | {"seconds": time.perf_counter() - start}

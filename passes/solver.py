@@ -15,7 +15,7 @@ from .base import Context
 from .statistics import Gradients, Layer, check_again, check_finite, input_moments, mean_squares
 from .training import accelerator, bar
 
-DAMPING = {"cap": 1e-3, "woodfisher": 1e-2, "fastcap": 1e-2, "sparsegpt": 1e-2}  # relative to a mean diagonal
+DAMPING = 1e-2  # relative to a mean diagonal
 PROBE = 64  # gradients from which that mean is estimated
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -70,7 +70,7 @@ class Solver:
         self.weights = {name: fetch(module, name).detach() for name in self.layers}
         self.device = accelerator().device
         self.seen, self.probed = 0, probed
-        self.damping = method.damping or DAMPING.get(method.name, 0.0)
+        self.damping = method.damping or 0.0
 
     def run(self) -> float | None:
         """Prune; returns the predicted rise of the loss, `1/2 dᵀ F d`, where the method has one."""
@@ -100,8 +100,7 @@ class Solver:
         """Two sweeps over the blocks: what goes first and what it costs; then, with the ranking known, the update. All
         Fisher sums are kept in between when they fit into the memory, else made again from the same gradients."""
         method, batches, exact = self.method, self._batches(), self.method.name == "cap"
-        if method.damping is None:
-            self.damping = DAMPING[method.name] * self._mean_square() or 1e-8
+        self.damping = method.damping or DAMPING * self._mean_square() or 1e-8
         kept = self._collect(batches[0], "1/1") if len(batches) == 1 else None
         ranked: dict[Piece, tuple[Tensor, Tensor]] = {}
         for piece, fisher in self._fishers(batches, kept, ""):
@@ -245,6 +244,7 @@ class Solver:
 
     # -------------------------------------------------------------------------------------------- fastcap, sparsegpt
     def _by_sweeps(self) -> None:
+        self.damping = self.method.damping or DAMPING
         batches = [list(self.layers.values())]
         if self.method.name == "sparsegpt":
             batches = _fitting(self.layers.values(), lambda x: 4 * x.groups * _columns(x) ** 2, self.method.memory / 2)

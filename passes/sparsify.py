@@ -52,9 +52,9 @@ class Sparsify(Pass):
     layer by itself; None takes global where the scores compare (cap, woodfisher, magnitude).
     block: B, weights correlated with one another. gradients: m, how many, or how many samples the others see. per: a
     gradient of each "sample" or of each "batch". against: "labels", or "teacher" for labels drawn from the teacher's
-    class probabilities. damping: λ of cap and woodfisher (1e-8 in the paper); None takes 1e-3 of the gradients' mean square
-    for cap, which loses less where gradients are few for the block, and 1e-2 of it for woodfisher, whose updates add up to
-    too much under less (ours). For fastcap and sparsegpt relative to the mean diagonal, 1e-2 if None. recomputations: Nr,
+    class probabilities. damping: λ of cap and woodfisher (1e-8 in the paper); None takes 1e-2 of the gradients' mean square,
+    whatever the scale of the loss: with images like those it is used on 1e-3 may lose a little less, with few or unlike ones
+    1e-1 does (ours). For fastcap and sparsegpt relative to the mean diagonal, 1e-2 if None. recomputations: Nr,
     the target in so many equal steps, with new gradients each. dtype: of the Fisher sums and the elimination. memory:
     bytes for them; what does not fit is done in several passes over the data.
 

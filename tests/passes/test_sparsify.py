@@ -250,8 +250,8 @@ def test_the_update_leaves_no_gradient_step_to_take(program):
     assert pull[kept].abs().max() < 1e-4 * pull[~kept].abs().max()
 
 
-@pytest.mark.parametrize(("method", "share"), [("cap", 1e-3), ("woodfisher", 1e-2)])
-def test_the_damping_is_in_proportion_to_the_gradients(program, method, share):
+@pytest.mark.parametrize("method", ["cap", "woodfisher"])
+def test_the_damping_is_in_proportion_to_the_gradients(program, method):
     """So that the scale of the loss decides nothing."""
     data, options = batches(), {"sparsity": 0.5, "gradients": 24, "block": 32, "dtype": "fp64", "method": method}
     names = ["conv.weight", "qkv.weight", "proj.weight"]
@@ -262,7 +262,7 @@ def test_the_damping_is_in_proportion_to_the_gradients(program, method, share):
         for k in (1.0, 16.0)
     ]
     steps = [f.record["stages"][0]["steps"][0] for f in found]
-    assert steps[0]["damping"] == pytest.approx(share * float(squares.mean()), rel=1e-5)
+    assert steps[0]["damping"] == pytest.approx(1e-2 * float(squares.mean()), rel=1e-5)
     assert steps[1]["damping"] == pytest.approx(256 * steps[0]["damping"], rel=1e-5)
     for name, w in weights(found[0].program).items():
         torch.testing.assert_close(weights(found[1].program)[name], w, rtol=1e-4, atol=1e-6)
