@@ -14,7 +14,8 @@ data. One-shot rows are scored at once. Recovered ones, for three methods: 2:4 i
 against the dense network; 50, 60, 75 and 90 % are the stages of one gradual run, an epoch after each, the learning rate
 falling linearly in every epoch. Masks are held. 2:4 rows sparsify every layer that the pattern divides; the rival gets the
 same layers and the same images. EfficientNet is scored by how often its top-1 answer on crops of photographs is still the
-dense network's; statistics come from crops of other photographs, with labels drawn from the dense network's answers.
+dense network's, and by how far its class probabilities are from there; statistics come from crops of other photographs,
+with labels drawn from the dense network's answers.
 """
 
 from __future__ import annotations
@@ -291,9 +292,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         "Top-1 accuracy in percent, mean and spread (standard deviation) over seeds; (1), (2): of so many seeds only.",
         "Fashion-MNIST, 10,000 test images. Recovered: 2:4 after an epoch of 20,000 images against the dense network, the",
         "shares of zeros as stages of one gradual run, with an epoch after each.",
-        f"For {IMAGENET}: how often the answer on crops of photographs is still the dense network's. 2:4 in brackets: in",
+        f"For {IMAGENET}: how often the answer on crops of photographs is still the dense network's, and the mean",
+        "divergence (Kullback-Leibler) of the class probabilities from the dense network's, in nats. 2:4 in brackets: in",
         "how many of the layers every four input channels really hold two zeros. Last lines: differences seed by seed, in",
-        "points.",
+        "points or nats.",
         "",
     ]
     for network in dict.fromkeys(r["network"] for r in rows):
@@ -303,34 +305,40 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines += [f"## {network}, dense {_spread(list(dense_of.values()))}, {count}", ""]
         for phase in ("one-shot", "recovered"):
             some = [r for r in own if r["phase"] == phase]
-            if not some:
-                continue
-            lines += [f"| {phase} | {' | '.join(TARGETS)} |", "| --- |" + " --- |" * len(TARGETS)]
-            for method in (*ONE_SHOT, *RIVAL):
-                cells = []
-                for target in TARGETS:
-                    found = [r for r in some if r["method"] == method and r["target"] == target]
-                    cell = _spread([r["accuracy"] for r in found]) if found else ""
-                    if found and len(found) < len(dense_of):
-                        cell += f" ({len(found)})"
-                    if found and target == "2:4":
-                        cell += f" [{found[0]['two_of_four']}/{found[0]['layers']}]"
-                    cells.append(cell)
-                if any(cells):
-                    lines.append(f"| {method} | {' | '.join(cells)} |")
-            lines += [*margins(some), ""]
+            if some:
+                lines += grid(some, len(dense_of), phase, "accuracy")
+            if some and network == IMAGENET:
+                lines += grid(some, len(dense_of), f"{phase}, divergence", "loss")
     return "\n".join(lines)
 
 
-def margins(rows: list[dict[str, Any]]) -> list[str]:
+def grid(rows: list[dict[str, Any]], seeds: int, title: str, key: str) -> list[str]:
+    """Methods by targets, and what separates them."""
+    lines = [f"| {title} | {' | '.join(TARGETS)} |", "| --- |" + " --- |" * len(TARGETS)]
+    for method in (*ONE_SHOT, *RIVAL):
+        cells = []
+        for target in TARGETS:
+            found = [r for r in rows if r["method"] == method and r["target"] == target]
+            cell = _spread([r[key] for r in found]) if found else ""
+            if found and len(found) < seeds:
+                cell += f" ({len(found)})"
+            if found and target == "2:4" and key == "accuracy":
+                cell += f" [{found[0]['two_of_four']}/{found[0]['layers']}]"
+            cells.append(cell)
+        if any(cells):
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    return [*lines, *margins(rows, key), ""]
+
+
+def margins(rows: list[dict[str, Any]], key: str) -> list[str]:
     """What separates the methods of `RECOVERED`, and the best of them from the dense network, seed by seed."""
     found: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:
-        found.setdefault((row["method"], row["target"]), {})[row["seed"]] = row["accuracy"]
+        found.setdefault((row["method"], row["target"]), {})[row["seed"]] = row[key]
     dense = {row["seed"]: row["dense"] for row in rows}
     names = RECOVERED[::-1]
     lines = []
-    for better, worse in (*itertools.pairwise(names), (names[0], "dense")):
+    for better, worse in (*itertools.pairwise(names), *([(names[0], "dense")] if key == "accuracy" else [])):
         cells = []
         for target in TARGETS:
             ours, theirs = (
