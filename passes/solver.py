@@ -73,7 +73,8 @@ class Solver:
         self.damping = method.damping or 0.0
 
     def run(self) -> float | None:
-        """Prune; returns the predicted rise of the loss, `1/2 dᵀ F d`, where the method has one."""
+        """Prune; returns the predicted rise of the loss, `1/2 dᵀ F d` without what `F` was damped by, where the method has
+        one."""
         if self.method.name in ("cap", "woodfisher"):
             return self._by_blocks()
         if self.method.name in ("fastcap", "sparsegpt"):
@@ -115,6 +116,7 @@ class Solver:
                 w, mask = old[part].to(self.device), masks[piece][part].to(self.device)
                 matrix = fisher.matrix(part)
                 new = cap.repair(w, matrix, mask) if exact else cap.step_once(w, fisher.inverse(part), mask)
+                matrix.diagonal(dim1=1, dim2=2).sub_(self.damping)
                 predicted += float(cap.loss(new - w, matrix).sum())
                 updated[piece.layer.name].append(new.to(old.device))
             del fisher
@@ -327,9 +329,7 @@ class Solver:
         elif self.method.name == "wanda":
             goal = self.method.goal
             assert isinstance(goal, float)
-            masks = {
-                n: torch.cat([cap.lowest([r], round(goal * len(r)))[0][None] for r in s]) for n, s in scores.items()
-            }
+            masks = {name: _lowest_of_rows(rows, round(goal * rows.numel())) for name, rows in scores.items()}
         else:
             masks = {}
             for names in self._scopes():
@@ -356,6 +356,16 @@ def _fitting(items: Iterable[Layer], cost: Callable[[Layer], float], budget: flo
 
 def _columns(layer: Layer) -> int:
     return layer.size // layer.shape[0]
+
+
+def _lowest_of_rows(scores: Tensor, count: int) -> Tensor:
+    """The mask of `count` entries of `(r, c)` scores, shared out over the rows, the lowest of each."""
+    masks, left = [], scores.numel()
+    for row in scores:
+        going = cap.portion(count, len(row), left)
+        masks += cap.lowest([row], going)
+        count, left = count - going, left - len(row)
+    return torch.stack(masks)
 
 
 def _rows(weight: Tensor, channels_last: bool) -> Tensor:
