@@ -1,6 +1,6 @@
 """Accuracy of sparse networks by method, one-shot and after recovery, next to NVIDIA Model Optimizer's 2:4.
 
-    python benchmarks/sparsity.py                        # resumes; results/sparsity.json, .md and .png; about 2.5 hours
+    python benchmarks/sparsity.py                        # resumes; results/sparsity.json, .md and .png; about 3 hours
     python benchmarks/sparsity.py --networks cnn --seeds 0 --targets 75% 2:4
     python benchmarks/sparsity.py --full --workers 1     # larger networks and longer training, for a GPU
     python benchmarks/sparsity.py --table                # only rewrite the table and the plot
