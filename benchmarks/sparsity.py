@@ -166,8 +166,8 @@ def fashion(size: str, network: str, seed: int, method: str, target: str) -> lis
     common = {"data": train, "teacher": program, "seed": seed}
     if target == GRADUAL:
         shares = [int(t[:-1]) / 100 for t in TARGETS if t != "2:4"]
-        options: dict[str, Any] = {"method": method, "gradients": own.samples}
-        pass_ = Sparsify(schedule=tuple(enumerate(shares)), train=recovery(len(shares)), **options)
+        train_on = recovery(len(shares))
+        pass_ = Sparsify(schedule=tuple(enumerate(shares)), train=train_on, method=method, gradients=own.samples)
         stages = pass_(program, val=val, **common).record["stages"]
         head |= {"phase": "recovered", "seconds": time.perf_counter() - start}
         return [
@@ -305,9 +305,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines += [f"## {network}, dense {_spread(list(dense_of.values()))}, {count}", ""]
         for phase in ("one-shot", "recovered"):
             some = [r for r in own if r["phase"] == phase]
-            if some:
-                lines += grid(some, len(dense_of), phase, "accuracy")
-            if some and network == IMAGENET:
+            if not some:
+                continue
+            lines += grid(some, len(dense_of), phase, "accuracy")
+            if network == IMAGENET:
                 lines += grid(some, len(dense_of), f"{phase}, divergence", "loss")
     return "\n".join(lines)
 
@@ -335,16 +336,14 @@ def margins(rows: list[dict[str, Any]], key: str) -> list[str]:
     found: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:
         found.setdefault((row["method"], row["target"]), {})[row["seed"]] = row[key]
-    dense = {row["seed"]: row["dense"] for row in rows}
+        if key == "accuracy":
+            found.setdefault(("dense", row["target"]), {})[row["seed"]] = row["dense"]
     names = RECOVERED[::-1]
     lines = []
-    for better, worse in (*itertools.pairwise(names), *([(names[0], "dense")] if key == "accuracy" else [])):
+    for better, worse in (*itertools.pairwise(names), (names[0], "dense")):
         cells = []
         for target in TARGETS:
-            ours, theirs = (
-                found.get((better, target), {}),
-                found.get((worse, target), {}) if worse != "dense" else dense,
-            )
+            ours, theirs = (found.get((name, target), {}) for name in (better, worse))
             gaps = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
             cells.append(_spread(gaps, "+") if gaps else "")
         if any(cells):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,12 @@ def _describe(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"a {type(value).__name__} of {len(value)} ({', '.join(sorted({type(v).__name__ for v in value}))})"
     return f"a {type(value).__name__}"
+
+
+def map_some(change: Callable[[torch.Tensor], torch.Tensor], tree: Any, which: Sequence[bool]) -> Any:
+    """`tree` with `change` applied to those of its leaves that `which` names."""
+    leaves, spec = pytree.tree_flatten(tree)
+    return pytree.tree_unflatten([change(v) if own else v for v, own in zip(leaves, which, strict=True)], spec)
 
 
 @dataclass
@@ -142,21 +148,17 @@ class Feed:
         return Batch(args, kwargs, labels, size)
 
     def _pad(self, batch: Batch, size: int) -> Batch:
-        leaves, spec = pytree.tree_flatten((batch.args, batch.kwargs))
-        leaves = [
-            torch.cat([value, value[-1:].expand(size - batch.size, *value.shape[1:])]) if batched else value
-            for value, batched in zip(leaves, self.batched, strict=True)
-        ]
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        def fill(value: torch.Tensor) -> torch.Tensor:
+            return torch.cat([value, value[-1:].expand(size - len(value), *value.shape[1:])])
+
+        args, kwargs = map_some(fill, (batch.args, batch.kwargs), self.batched)
         return Batch(args, kwargs, batch.labels, batch.size)
 
     def cut(self, outputs: Any, batch: Batch) -> Any:
         """The outputs of the real samples of a batch that may be filled up."""
         if self.static in (None, batch.size):
             return outputs
-        leaves, spec = pytree.tree_flatten(outputs)
-        leaves = [v[: batch.size] if own else v for v, own in zip(leaves, self.outputs, strict=True)]
-        return pytree.tree_unflatten(leaves, spec)
+        return map_some(lambda value: value[: batch.size], outputs, self.outputs)
 
     def _wrong_size(self, size: int) -> BadInput:
         return BadInput(

@@ -255,20 +255,18 @@ def sweep(
     upper = cholesky(torch.cholesky_inverse(cholesky(matrix[None])))[0].mT
     w = weights.to(upper).clone()
     dead = torch.zeros_like(weights, dtype=torch.bool) if alive is None else ~alive
-    mask, left = dead.clone(), int((~dead).sum())
+    mask = dead.clone()
     if pattern is not None:
         width = max(width - width % pattern[1], pattern[1])  # no group in two blocks
     diagonal = upper.diagonal()
-    for start in range(0, w.shape[1], width):
+    shares = portions(count, [int((~part).sum()) for part in dead.split(width, 1)])
+    for start, share in zip(range(0, w.shape[1], width), shares, strict=True):
         stop = min(start + width, w.shape[1])
         errors = torch.zeros_like(w[:, start:stop])
         if pattern is None:
             gone = dead[:, start:stop]
             scores = (w[:, start:stop] / diagonal[start:stop]).square().masked_fill_(gone, -1)
-            able = int((~gone).sum())
-            going = portion(count, able, left)
-            mask[:, start:stop] |= lowest([scores], int(gone.sum()) + going)[0]
-            count, left = count - going, left - able
+            mask[:, start:stop] |= lowest([scores], int(gone.sum()) + share)[0]
         for j in range(start, stop):
             if pattern is not None and (j - start) % pattern[1] == 0:
                 group = slice(j, j + pattern[1])
@@ -280,9 +278,13 @@ def sweep(
     return w.masked_fill_(mask, 0).to(weights), mask
 
 
-def portion(count: int, part: int, whole: int) -> int:
-    """What falls to `part` of `count` things shared out over a `whole`; the rest is shared out over the rest."""
-    return round(count * part / whole) if whole else 0
+def portions(count: int, sizes: Sequence[int]) -> list[int]:
+    """`count` things shared out in proportion to the sizes; what rounding leaves over goes to the later ones."""
+    found, left = [], sum(sizes)
+    for size in sizes:
+        found.append(round(count * size / left) if left else 0)
+        count, left = count - found[-1], left - size
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- scores

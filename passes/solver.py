@@ -256,15 +256,13 @@ class Solver:
             for name, found in matrices(batch).items():
                 layer, last = self.layers[name], bool(self.method.pattern)
                 rows = _rows(self.weights[name], last).to(self.device).clone()
-                left, count = int((rows != 0).sum()), 0 if self.method.pattern else self._goal([name])
-                for row, column, matrix in found:
+                sizes = [int((rows[row, column] != 0).sum()) for row, column, _ in found]
+                shares = cap.portions(0 if self.method.pattern else self._goal([name]), sizes)
+                for (row, column, matrix), share in zip(found, shares, strict=True):
                     damp = self.damping * float(matrix.diagonal().mean()) or 1.0
                     w = rows[row, column]
                     damped = matrix.double() + damp * torch.eye(len(matrix), device=matrix.device, dtype=torch.float64)
-                    able = int((w != 0).sum())
-                    going = cap.portion(count, able, left)
-                    rows[row, column] = cap.sweep(w, damped, going, self.method.pattern, w != 0)[0]
-                    count, left = count - going, left - able
+                    rows[row, column] = cap.sweep(w, damped, share, self.method.pattern, w != 0)[0]
                 new[name] = _from_rows(rows, layer.shape, last)
         for name, value in new.items():
             self._write(name, value)
@@ -360,12 +358,8 @@ def _columns(layer: Layer) -> int:
 
 def _lowest_of_rows(scores: Tensor, count: int) -> Tensor:
     """The mask of `count` entries of `(r, c)` scores, shared out over the rows, the lowest of each."""
-    masks, left = [], scores.numel()
-    for row in scores:
-        going = cap.portion(count, len(row), left)
-        masks += cap.lowest([row], going)
-        count, left = count - going, left - len(row)
-    return torch.stack(masks)
+    shares = cap.portions(count, [scores.shape[1]] * len(scores))
+    return torch.stack([cap.lowest([row], share)[0] for row, share in zip(scores, shares, strict=True)])
 
 
 def _rows(weight: Tensor, channels_last: bool) -> Tensor:

@@ -18,7 +18,7 @@ from ..graph.errors import BadInput
 from ..graph.ops import arguments, fetch, op_name, shape
 from ..graph.program import Program, TrainableModule
 from .base import Context, Pass, check_field
-from .batches import Batch, Feed
+from .batches import Batch, Feed, map_some
 from .training import accelerator, logits_of, placed, seeded, task_loss
 
 
@@ -219,10 +219,9 @@ def check_finite(value: Tensor, what: str) -> None:
 
 def _sample(tree: Any, index: list[int], size: int, batched: Sequence[bool] | None = None) -> Any:
     """Some samples, as a batch of their own, of the leaves that are `batched`, or else of all that are `size` long."""
-    leaves, spec = pytree.tree_flatten(tree)
-    if batched is None or len(batched) != len(leaves):
-        batched = [isinstance(t, Tensor) and t.dim() > 0 and len(t) == size for t in leaves]
-    return pytree.tree_unflatten([t[index] if b else t for t, b in zip(leaves, batched, strict=True)], spec)
+    if batched is None:
+        batched = [isinstance(t, Tensor) and t.dim() > 0 and len(t) == size for t in pytree.tree_leaves(tree)]
+    return map_some(lambda value: value[index], tree, batched)
 
 
 class _Samples:
@@ -239,8 +238,7 @@ class _Samples:
         self.weights = {layer.name: fetch(program.module(), layer.name) for layer in self.layers}
         self.trusted: bool | None = None
         self.symbols: set[Any] = feed.size.node.expr.free_symbols if self.divisible else set()
-        self.inputs = feed.batched
-        self.outputs = feed.outputs
+        self.feed = feed
 
     def __call__(self, batch: Batch, count: int, step: int) -> Iterator[dict[str, Tensor]]:
         """Gradients of the first `count` samples of a batch, `step` of them at a time."""
@@ -276,11 +274,11 @@ class _Samples:
         if self.divisible:
             batch, index = self._some(batch, [index, index]), 0
         outputs = self.program.module()(*batch.args, **batch.kwargs)
-        return self._gradient(_sample(outputs, [index], batch.size, self.outputs), labels)
+        return self._gradient(_sample(outputs, [index], batch.size, self.feed.outputs), labels)
 
     def _some(self, batch: Batch, index: list[int]) -> Batch:
         """Some samples of a batch as one of their own."""
-        args, kwargs = _sample((batch.args, batch.kwargs), index, batch.size, self.inputs)
+        args, kwargs = _sample((batch.args, batch.kwargs), index, batch.size, self.feed.batched)
         return Batch(args, kwargs, _sample(batch.labels, index, batch.size), len(index))
 
     def _gradient(self, outputs: Any, labels: Any) -> dict[str, Tensor]:
@@ -297,7 +295,7 @@ class _Samples:
         out = self.program.module().graph.process_outputs(out)
         losses = []
         for i in range(batch.size):
-            alone = _sample(out, [i], batch.size, self.outputs), _sample(batch.labels, [i], batch.size)
+            alone = _sample(out, [i], batch.size, self.feed.outputs), _sample(batch.labels, [i], batch.size)
             losses.append(task_loss(self.loss, *alone))
         total = _dependent(torch.stack(losses).sum())
         pulls = torch.autograd.grad(total, list(tap.outputs.values()), allow_unused=True)

@@ -384,14 +384,14 @@ def test_filling_up_a_batch_leaves_alone_what_is_not_batched():
     """A table as long as the short batch, as an input and as an output."""
 
     class Anchored(nn.Module):
-        def __init__(self):
+        def __init__(self, classes):
             super().__init__()
-            self.head = nn.Linear(4, 3)
+            self.head = nn.Linear(4, classes)
 
         def forward(self, x, table):
             return self.head(x) @ table, table * 2
 
-    program = g.capture(Anchored(), (torch.zeros(5, 4), torch.zeros(3, 3)))
+    program = g.capture(Anchored(3), (torch.zeros(5, 4), torch.zeros(3, 3)))
     x, table = torch.randn(3, 4), torch.randn(3, 3)
 
     def metric(outputs, labels):
@@ -401,6 +401,10 @@ def test_filling_up_a_batch_leaves_alone_what_is_not_batched():
 
     expected = program.module()(torch.cat([x, x[-1:], x[-1:]]), table)[0][:3].sum(1).mean().item()
     assert evaluate(program, [((x, table), torch.zeros(3))], metric) == pytest.approx(expected)
+    program = g.capture(Anchored(5), (torch.zeros(5, 4), torch.zeros(5, 5)))  # the table is complete already
+    (batch,) = Feed(program).batches([((x, table := torch.randn(5, 5)), torch.zeros(3))], pad=True)
+    assert batch.args[0].shape == (5, 4)
+    assert torch.equal(batch.args[1], table)
 
 
 def test_evaluate_restores_every_flag_and_takes_a_metric():
