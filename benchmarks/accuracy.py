@@ -5,6 +5,7 @@
     python benchmarks/accuracy.py --latency                      # afterwards, on a quiet machine: adds latencies
     python benchmarks/accuracy.py --methods "graphcomb latency"  # also on a quiet machine, after the others
     python benchmarks/accuracy.py --table                        # only rewrite the tables and plots
+    python benchmarks/accuracy.py --long                         # classifiers at 4.3x, trained as long as the dense ones
     python benchmarks/accuracy.py --full                         # larger networks and longer training, for a GPU
 
 Needs torch-pruning 1.6.1 (pip install torch-pruning==1.6.1) and Fashion-MNIST (apt-get install dataset-fashion-mnist).
@@ -104,6 +105,11 @@ SIZES = {
         },
     ),
 }  # fmt: skip
+
+
+# The budget that the dense networks had. As many events while pruning as in the short run, so a longer interval.
+SIZES["long"] = replace(SIZES["small"], steps=4000, interval=40)
+RESULTS = {"small": "accuracy.json", "long": "accuracy_long.json", "full": "accuracy_full.json"}
 
 
 @dataclass(frozen=True)
@@ -397,7 +403,7 @@ def load(path: Path) -> dict[str, Any]:
 def stages(options: argparse.Namespace, rows: dict[str, Any]) -> Iterator[list[Job]]:
     """Jobs that may run at the same time; all seeds of the targets with an aim first, and what looks at other rows after
     them. Later seeds try only the importance that was best for the first, and not torch-pruning with our distillation."""
-    for rank in range(3):
+    for rank in range(1 if options.size == "long" else 3):
         for seed in options.seeds:
             jobs = [
                 Job(n, seed, m, TARGETS[kind(n)][rank], options.size) for n in options.networks for m in options.methods
@@ -674,16 +680,19 @@ def plots(data: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="*", default=list(networks.NETWORKS), choices=list(networks.NETWORKS))
+    parser.add_argument("--networks", nargs="*", choices=list(networks.NETWORKS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS + EXTRA)
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time, one thread each")
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "accuracy.json")
+    parser.add_argument("--results", type=Path, help="by default in benchmarks/results, a file for each size")
     parser.add_argument("--full", dest="size", action="store_const", const="full", default="small")
+    parser.add_argument("--long", dest="size", action="store_const", const="long")
     parser.add_argument("--latency", action="store_true", help="measure the latency of the rows that are there")
     parser.add_argument("--table", action="store_true", help="only rewrite tables and plots")
     parser.add_argument("--again", action="store_true", help="measure rows that are there anew")
     options = parser.parse_args()
+    options.networks = options.networks or list(networks.CLASSIFIERS if options.size == "long" else networks.NETWORKS)
+    options.results = options.results or HERE / "results" / RESULTS[options.size]
     warnings.simplefilter("ignore")
     if options.latency:
         latency(options)
