@@ -1,0 +1,1 @@
+"""What several passes need: processes, seeds and fingerprints, losses, scores."""

@@ -1,0 +1,92 @@
+"""Scores of a model over a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from ...graph.errors import BadInput
+from ...graph.program import Program, TrainableModule
+from ..batches import Batch, Feed, length, shard, split_batch
+from .losses import accuracy, applied
+from .processes import accelerator, placed, reduced
+from .repeat import seeded
+
+
+@contextmanager
+def bar(show: bool, title: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar; yields `update(done, text)`, which does nothing when the bar is not shown."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[text]}"), disable=not show) as progress:
+        task = progress.add_task(title, total=total, text="")
+
+        def update(done: int, text: str) -> None:
+            progress.update(task, completed=done, text=text)
+
+        yield update
+
+
+def evaluate(
+    model: Program | nn.Module,
+    data: Iterable[Any],
+    metric: Callable[..., Any] | None = None,
+    progress: bool = False,
+    field: str = "val",
+    alone: bool = False,
+) -> float:
+    """Mean of `metric(outputs, labels)` (scores per sample or pixel, default `accuracy`) over a data set, eval mode.
+
+    A `Program` is checked against the batches, and one with a fixed batch size still sees every sample. Under several
+    processes each scores its share and all return the mean of the whole, or with `alone` each scores all by itself.
+    Train/eval flags and random states are restored.
+    """
+    acc = accelerator()
+    feed = Feed(model, field) if isinstance(model, Program) else None
+    module = model.module() if isinstance(model, Program) else model
+    modes = {m: m.training for m in module.modules()}
+    place = placed(module, acc.device) if isinstance(module, TrainableModule) else nullcontext()
+    module.eval()
+    try:
+        with place:
+            return score(module, feed, data, metric or accuracy, acc, progress, field, alone)
+    finally:
+        module.train(modes[module])
+        for m, mode in modes.items():
+            m.training = mode
+
+
+def score(
+    forward: Callable[..., Any],
+    feed: Feed | None,
+    data: Iterable[Any],
+    metric: Callable[..., Any],
+    acc: Accelerator,
+    progress: bool = False,
+    field: str = "val",
+    alone: bool = False,
+) -> float:
+    total, count = 0.0, 0
+    share = data if alone else shard(data, acc.process_index, acc.num_processes, even=False)
+    batches = feed.batches(share, pad=True) if feed else (Batch(*split_batch(raw), size=0) for raw in share)
+    with bar(progress and acc.is_main_process, field, length(share)) as update, torch.no_grad(), seeded(0, data):
+        for done, batch in enumerate(batches, 1):
+            if batch.labels is None:
+                raise BadInput(f"{field}: the batches have no labels, and the metric needs them")
+            args, kwargs, labels = send_to_device((batch.args, batch.kwargs, batch.labels), acc.device)
+            outputs = forward(*args, **kwargs)
+            if feed:
+                outputs = feed.cut(outputs, batch)
+            scores = torch.as_tensor(applied("metric", metric, outputs, labels))
+            total, count = total + scores.cpu().double().sum().item(), count + scores.numel()
+            update(done, "")
+    total, counted = (total, count) if alone else reduced([total, count], "sum", acc)
+    if not counted:
+        raise BadInput(f"{field}: yields nothing to score")
+    return total / counted

@@ -1,0 +1,1 @@
+"""Training: options, callbacks, the loop."""

@@ -1,0 +1,90 @@
+"""What takes part in a training run besides the loss: hooks that change the network, and zeros that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...graph.program import TrainableModule
+
+Kept = dict[str, dict[int, torch.Tensor]]  # which indices stay, by name and dimension, in the numbering before
+
+
+@dataclass
+class Surgery:
+    """A smaller network to train from now on, and the indices of the old one's entries that it keeps: of parameters and
+    buffers (the optimizer's state is cut alike) and of the values of some nodes. What is not named stays whole."""
+
+    module: TrainableModule
+    tensors: Kept
+    values: Kept
+
+
+class Callback:
+    """Hooks of a pass that changes the network while it trains (masks, adaptive pruning). Steps count from 0.
+
+    identity: whatever decides the result besides the state, so that a checkpoint of another run is not taken up.
+    """
+
+    identity: Any = None
+
+    def begin(self, module: TrainableModule) -> Surgery | None:
+        """Before the first step; not called when a checkpoint is taken up."""
+        return None
+
+    def after_backward(self, step: int, module: TrainableModule) -> None:
+        """Gradients are complete: averaged over all processes, unscaled, not clipped yet."""
+
+    def after_step(self, step: int, module: TrainableModule) -> Surgery | None:
+        """The optimizer has updated the parameters."""
+        return None
+
+    def after_surgery(self, surgery: Surgery) -> None:
+        """Some callback has replaced the network."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain Python values that a checkpoint has to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> TrainableModule | None:
+        """Take back what `state_dict` gave; returns the network that the state belongs to, where it is not the first."""
+        return None
+
+
+class HeldZeros(Callback):
+    """Zeros of sparse weights stay zero: neither gradients nor the optimizer move them. masks: by parameter, True where
+    the weight is zero for good (`passes.masks`)."""
+
+    def __init__(self, masks: dict[str, torch.Tensor]):
+        self.masks = masks
+
+    def after_backward(self, step: int, module: TrainableModule) -> None:
+        for name, mask in self.masks.items():
+            gradient = module.get_parameter(name).grad
+            if gradient is not None:
+                gradient.masked_fill_(mask.to(gradient.device), 0)
+
+    def after_step(self, step: int, module: TrainableModule) -> None:
+        for name, mask in self.masks.items():
+            weight = module.get_parameter(name).data
+            weight.masked_fill_(mask.to(weight.device), 0)
+
+    def after_surgery(self, surgery: Surgery) -> None:
+        left = dict(surgery.module.named_parameters())
+        self.masks = {k: taken(mask, surgery.tensors.get(k, {})) for k, mask in self.masks.items() if k in left}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.masks)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.masks = dict(state)
+
+
+def taken(tensor: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """The entries of a tensor at the kept indices of each dimension named."""
+    for d, indices in kept.items():
+        tensor = tensor.index_select(d, indices.to(tensor.device))
+    return tensor

@@ -1,0 +1,381 @@
+"""The training loop every trained pass shares: accelerate underneath, checkpoints, and the same result after a resume.
+
+One process, `accelerate launch` and `torchrun` run the same code as plain data parallelism: the global batch is the
+loader's batch size times the number of processes. Source: ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, gather_object, send_to_device, set_seed
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ...graph.errors import BadInput, GraphcombError
+from ...graph.program import Program, TrainableModule
+from ..base import Context
+from ..batches import Batch, Feed, generators, length, shard
+from ..common.losses import accuracy
+from ..common.processes import accelerator, gathered, move, reduced
+from ..common.repeat import fingerprint, rng_state, seeded, set_rng_state
+from ..common.scoring import bar, score
+from ..masks import zeros
+from .callbacks import Callback, HeldZeros, Surgery, taken
+from .options import Training, learning_rate
+
+Objective = Callable[[Any, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+def fit(
+    program: Program,
+    objective: Objective,
+    training: Training,
+    context: Context,
+    name: str,
+    outputs: Callable[[Any], Any] = lambda raw: raw,
+    callbacks: Sequence[Callback] = (),
+    identity: Sequence[Any] = (),
+    dress: Callable[[TrainableModule], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, Any]:
+    """Train `program.module()` in place on `context.data` and leave it in eval mode. Returns the record: steps, one
+    entry per epoch (mean loss and its parts, score on `context.val`), the loss over steps as `curve`, up to 200 pairs of
+    a step and the mean loss since the pair before, and what was skipped.
+
+    objective: `(what the module returns, batch) -> (loss, {part: value})`. name: of the pass, in messages and file
+    names. outputs: picks the model's own outputs from what the module returns, for the metric. identity: whatever else
+    decides the result, so that a checkpoint of another run is not taken up. dress: a context in which a module trains;
+    entered anew when a callback replaces the module, which then becomes the program's.
+
+    The result depends on the seed, the data and the options only: every epoch starts from its own seed, and a run
+    killed at any point and started again ends where the uninterrupted one does, bit by bit on a CPU.
+    """
+    if context.data is None:
+        raise BadInput(f"{name}: needs data to train on; pass data=, a DataLoader or another re-iterable of batches")
+    several = len(pytree.tree_leaves(next(n for n in program.graph.nodes if n.op == "output").args)) > 1
+    acc = accelerator(find_unused=several)
+    if training.precision == "fp16" and acc.device.type == "cpu":
+        raise BadInput(f'{name}.precision: "fp16" needs a GPU; use "bf16" or "no"')
+    module, checkpoint = program.module().eval(), None
+    if masks := zeros(program):
+        callbacks = [*callbacks, HeldZeros(masks)]
+    if context.out is not None:
+        decides = (*identity, *(c.identity for c in callbacks if c.identity is not None))
+        code = fingerprint(module, repr(training), context.seed, length(context.data), acc.num_processes, *decides)
+        checkpoint = Path(context.out) / f"{name.lower()}-{code}.ckpt"
+    elif training.checkpoint_every:
+        raise BadInput(f"{name}.checkpoint_every: needs a folder for the checkpoints; pass out=")
+    loop = _Loop(program, objective, training, context, name, outputs, callbacks, acc, checkpoint, dress)
+    with seeded(context.seed, context.data, context.val):
+        try:
+            return loop.run()
+        except RuntimeError as error:
+            if acc.num_processes > 1 and any(word in str(error) for word in LOST):
+                raise GraphcombError(
+                    f"{name}: process {acc.process_index} of {acc.num_processes} lost another one at step {loop.step + 1}"
+                    f"; {'the run continues from its last checkpoint when started again' if checkpoint else 'start again'}"
+                ) from error
+            raise
+
+
+def total_steps(training: Training, data: Iterable[Any], name: str, feed: Feed | None = None) -> int:
+    """How many batches each process takes, or with the program's feed trains on: those that its fixed size can take."""
+    if training.steps is not None:
+        return training.steps
+    acc = accelerator()
+    per_epoch = length(shard(data, acc.process_index, acc.num_processes))
+    if per_epoch is None:
+        raise BadInput(f"{name}.steps: give the number of steps, the data has no length to count epochs by")
+    return training.epochs * (per_epoch - (feed is not None and feed.leaves(data)))
+
+
+LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "ProcessGroup")  # in what collectives raise
+PLAIN = ("epoch", "position", "step", "log", "curve", "recent")
+CURVE = 200  # points of the loss curve, at most
+
+
+class _Loop:
+    """One training run; what decides how it goes on is in the attributes named by PLAIN and in the objects it drives,
+    and all of that is in a checkpoint."""
+
+    def __init__(
+        self,
+        program: Program,
+        objective: Objective,
+        training: Training,
+        context: Context,
+        name: str,
+        outputs: Callable[[Any], Any],
+        callbacks: Sequence[Callback],
+        acc: Accelerator,
+        checkpoint: Path | None,
+        dress: Callable[[TrainableModule], AbstractContextManager[Any]],
+    ):
+        self.program, self.module, self.dress, self.worn = program, program.module(), dress, ExitStack()
+        self.feed, self.val_feed = Feed(program), Feed(program, "val")
+        self.objective, self.training, self.context, self.name = objective, training, context, name
+        self.outputs, self.callbacks, self.acc, self.checkpoint = outputs, callbacks, acc, checkpoint
+        self.data = shard(context.batches, acc.process_index, acc.num_processes)
+        self.per_epoch = length(self.data)
+        if acc.num_processes > 1 and self.feed.leaves(context.batches):
+            raise BadInput(
+                f"data: the last batch is short, the program is fixed to {self.feed.static} samples, and so only some "
+                "processes would take a step; set drop_last=True"
+            )
+        if not any(p.requires_grad for p in self.module.parameters()):
+            raise BadInput(f"{name}: nothing to train, all parameters are frozen (requires_grad is False)")
+        if self.per_epoch == 0:
+            raise BadInput("data: holds no batch (or fewer batches than there are processes)")
+        self.total = total_steps(training, context.batches, name)
+        self.epoch = self.position = self.step = 0
+        self.curve: list[list[float]] = []
+        self.recent = 0.0
+        self.log: list[dict[str, Any]] = []
+        self.sums: dict[str, float] = {}
+        self.order: list[torch.Tensor] = []  # states of the data's generators at the start of the epoch
+        self.finite = _finite(self.module)
+        self.rng: dict[str, Any] = {}
+
+    def run(self) -> dict[str, Any]:
+        self.order = [g.get_state() for g in generators(self.context.data)]
+        self.scaler = torch.amp.GradScaler(self.acc.device.type, enabled=self.training.precision == "fp16")
+        home = next((t.device for t in self.module.state_dict().values()), torch.device("cpu"))
+        try:
+            self._train_on(self.module)
+            return self._run()
+        finally:
+            self.worn.close()
+            move(self.module.eval(), home)
+
+    def _train_on(self, module: TrainableModule) -> None:
+        """Make this the network that trains: on the device, dressed, with an optimizer of its own."""
+        self.worn.close()
+        self.module = module
+        self.finite &= set(module.state_dict())
+        self.program.replace_module(module)
+        move(module, self.acc.device)
+        self.worn.enter_context(self.dress(module))
+        self.acc._models.clear()  # accelerate keeps every model it was ever given
+        self.model = self.acc.prepare_model(module)
+        self.optimizer = _optimizer(module, self.training)
+
+    def _operate(self, surgery: Surgery | None) -> None:
+        """Go on with a smaller network; the optimizer's moments lose the same indices."""
+        if surgery is None:
+            return
+        old, moments = dict(self.module.named_parameters()), self.optimizer.state
+        surgery.module.meta |= {k: v for k, v in self.module.meta.items() if k == "batches"}
+        self._train_on(surgery.module)
+        self.module.train(batch_norm=self.training.batch_norm == "train")
+        for name, parameter in self.module.named_parameters():
+            self.optimizer.state[parameter] = {
+                key: taken(value, surgery.tensors.get(name, {}))
+                if isinstance(value, torch.Tensor) and value.shape == old[name].shape
+                else value
+                for key, value in moments.get(old[name], {}).items()
+            }
+        for callback in self.callbacks:
+            callback.after_surgery(surgery)
+
+    def _run(self) -> dict[str, Any]:
+        record: dict[str, Any] = {}
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self._load(self.checkpoint)
+            record["resumed_at"] = self.step
+        else:
+            for callback in self.callbacks:
+                self._operate(callback.begin(self.module))
+        with bar(self.context.progress and self.acc.is_main_process, self.name, self.total) as update:
+            while self.done < self.total:
+                self._epoch(update)
+        if self.checkpoint is not None and self.acc.is_main_process:
+            self.checkpoint.unlink(missing_ok=True)
+        record |= {"steps": self.step, "processes": self.acc.num_processes, "epochs": self.log, "curve": self.curve}
+        if self.feed.skipped:
+            record["skipped_batches"] = self.feed.skipped
+        return record
+
+    @property
+    def done(self) -> int:
+        """How much of `total` is over. A short batch that a static program cannot take counts when its epoch ends."""
+        return self.step if self.training.steps else self.epoch * (self.per_epoch or 0) + self.position
+
+    def _epoch(self, update: Callable[[int, str], None]) -> None:
+        every = self.training.checkpoint_every
+        self.module.train(batch_norm=self.training.batch_norm == "train")
+        for batch in self._batches():
+            self._step(batch)
+            update(self.done, f"loss {self.sums['loss'] / self.position:.4g}")
+            if self.done >= self.total:
+                break
+            if every and self.step % every == 0:
+                self._save()
+        if not self.position:
+            raise BadInput(f"data: yields no batch in epoch {self.epoch + 1}; it must be iterable again")
+        self._close_epoch()
+        if not every and self.done < self.total:
+            self._save()
+
+    def _batches(self) -> Iterator[Batch]:
+        """The epoch's batches from `position` on. Every epoch starts from its own seed, the same in all processes until
+        the first batch has fixed the order; a resumed epoch is replayed up to its position, then goes on with the
+        random state of the checkpoint."""
+        set_seed(self._seed("order"))
+        batches = self.feed.batches(self.data)
+        if self.position:
+            skipped = self.feed.skipped
+            for _ in islice(batches, self.position):
+                pass
+            self.feed.skipped = skipped
+            set_rng_state(self.rng)
+        elif (first := next(batches, None)) is not None:
+            set_seed(self._seed(f"process {self.acc.process_index}"))
+            yield first
+        yield from batches
+
+    def _seed(self, purpose: str) -> int:
+        text = f"{self.context.seed}/{self.epoch}/{purpose}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
+
+    def _step(self, batch: Batch) -> None:
+        training, device = self.training, self.acc.device
+        rate = learning_rate(training, self.done, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        args, kwargs, labels = send_to_device((batch.args, batch.kwargs, batch.labels), device)
+        batch = Batch(args, kwargs, labels, batch.size)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.precision)
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            loss, parts = self.objective(self.model(*args, **kwargs), batch)
+        values = torch.stack([v.detach().float() for v in (loss, *parts.values())]).tolist()
+        self._require_finite(batch, values[0], rate)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        for callback in self.callbacks:
+            callback.after_backward(self.step, self.module)
+        if training.clip:
+            nn.utils.clip_grad_norm_(self.module.parameters(), training.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        for callback in self.callbacks:
+            self._operate(callback.after_step(self.step, self.module))
+        self._note(values[0])
+        for key, value in zip(("loss", *parts), values, strict=True):
+            self.sums[key] = self.sums.get(key, 0.0) + value
+        self.position += 1
+        self.step += 1
+
+    def _note(self, loss: float) -> None:
+        self.recent += loss
+        every = math.ceil(self.total / CURVE)
+        if (self.step + 1) % every == 0:
+            self.curve.append([self.step + 1, self.recent / every])
+            self.recent = 0.0
+
+    def _require_finite(self, batch: Batch, value: float, rate: float) -> None:
+        """Raise BadInput, in every process, when a loss is not finite in one of them."""
+        why = None if math.isfinite(value) else self._diagnosis(batch, value, rate)
+        if self.acc.num_processes > 1 and reduced([float(why is not None)], "sum", self.acc)[0]:
+            why = next(text for text in gathered(why) if text)
+        if why:
+            raise BadInput(why)
+
+    def _diagnosis(self, batch: Batch, value: float, rate: float) -> str:
+        where = f"{self.name}: the loss is {value} at step {self.step + 1} (epoch {self.epoch + 1})"
+        inputs = [t for t in pytree.tree_leaves((batch.args, batch.kwargs)) if isinstance(t, torch.Tensor)]
+        if not all(t.isfinite().all() for t in inputs):
+            return f"{where}, and that batch of the data itself holds NaN or infinite values"
+        return f"{where}, learning rate {rate:.3g}; try a lower lr, a clip, more warmup, or another precision"
+
+    def _close_epoch(self) -> None:
+        for buffer in self.module.buffers():
+            broadcast(buffer)  # processes keep their own batch-norm statistics; those of the first one count
+        if broken := self.finite - _finite(self.module):
+            raise BadInput(f"{self.name}: {min(broken)} is not finite after epoch {self.epoch + 1}; try a lower lr")
+        means = reduced([total / self.position for total in self.sums.values()], "mean", self.acc)
+        entry: dict[str, Any] = {"epoch": self.epoch + 1, "steps": self.step}
+        entry |= dict(zip(self.sums, means, strict=True))
+        if self.context.val is not None:
+            self.module.eval()
+            entry["val"] = self._validate(self.context.val)
+        self.log.append(entry)
+        self.epoch, self.position, self.sums = self.epoch + 1, 0, {}
+        self.order = [g.get_state() for g in generators(self.context.data)]
+
+    def _validate(self, data: Iterable[Any]) -> float:
+        metric = self.context.metric or accuracy
+        return score(lambda *a, **k: self.outputs(self.module(*a, **k)), self.val_feed, data, metric, self.acc)
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        own = gather_object([{"rng": rng_state(), "sums": self.sums}])  # of every process
+        if not self.acc.is_main_process:
+            return
+        state = {
+            "module": self.module.state_dict(),
+            "batches": self.module.meta.get("batches", 0),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "callbacks": [c.state_dict() for c in self.callbacks],
+            "own": own,
+            "order": self.order,
+            "skipped": self.feed.skipped,
+            **{key: getattr(self, key) for key in PLAIN},
+        }
+        part = self.checkpoint.with_name(f".{self.checkpoint.name}.part")
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, part)
+            os.replace(part, self.checkpoint)
+        except (OSError, RuntimeError) as error:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise BadInput(f"{self.checkpoint}: the checkpoint cannot be written ({error})") from None
+
+    def _load(self, path: Path) -> None:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
+                if (module := callback.load_state_dict(saved)) is not None:
+                    self._train_on(module)
+            self.module.load_state_dict(state["module"])
+            self.module.meta["batches"] = state["batches"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            for generator, order in zip(generators(self.context.data), state["order"], strict=True):
+                generator.set_state(order)
+            self.order, own = state["order"], state["own"][self.acc.process_index]
+            self.rng, self.sums = own["rng"], own["sums"]
+            self.feed.skipped = state["skipped"]
+            for key in PLAIN:
+                setattr(self, key, state[key])
+        except Exception as error:
+            raise BadInput(f"{path}: no usable checkpoint ({error}); delete it to train from the start") from error
+
+
+def _optimizer(module: nn.Module, training: Training) -> torch.optim.Optimizer:
+    params = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.dim() > 1], "weight_decay": training.weight_decay},
+        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=training.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=training.lr)
+
+
+def _finite(module: nn.Module) -> set[str]:
+    """Names of the tensors without NaN and infinity (a mask may hold infinities of its own)."""
+    return {name for name, t in module.state_dict().items() if not t.is_floating_point() or bool(t.isfinite().all())}

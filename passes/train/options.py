@@ -1,0 +1,67 @@
+"""How to train: the options that every trained pass has, and the learning rate that follows from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from ...graph.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train; the options that every trained pass has.
+
+    epochs: passes over the data (ignored when `steps` is given). steps: optimizer steps. optimizer: "adamw" or "sgd"
+    (momentum 0.9). lr: peak learning rate. weight_decay: not applied to biases and norm scales (tensors of fewer than
+    two dimensions). schedule: of the learning rate after the warm-up, down to 0, or "constant". warmup: share of all
+    steps, 0..1. clip: largest gradient norm, 0 for none. batch_norm: "train" normalises with batch statistics and
+    updates the running ones, "frozen" uses the running ones as they are. precision: "no", "bf16" or "fp16" (autocast;
+    fp16 needs a GPU). checkpoint_every: steps between checkpoints in the context's `out` folder, 0 for once an epoch.
+    """
+
+    epochs: int = 1
+    steps: int | None = None
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.05
+    clip: float = 1.0
+    batch_norm: Literal["train", "frozen"] = "train"
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    checkpoint_every: int = 0
+
+    def __post_init__(self) -> None:
+        self._require("epochs", self.epochs >= 1, "at least 1")
+        self._require("steps", self.steps is None or self.steps >= 1, "at least 1, or null")
+        self._require("optimizer", self.optimizer in ("adamw", "sgd"), '"adamw" or "sgd"')
+        self._require("lr", self.lr > 0, "greater than 0")
+        self._require("weight_decay", self.weight_decay >= 0, "at least 0")
+        self._require("schedule", self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES))
+        self._require("warmup", 0 <= self.warmup <= 1, "a share of the steps, 0 to 1")
+        self._require("clip", self.clip >= 0, "at least 0")
+        self._require("batch_norm", self.batch_norm in ("train", "frozen"), '"train" or "frozen"')
+        self._require("precision", self.precision in ("no", "bf16", "fp16"), '"no", "bf16" or "fp16"')
+        self._require("checkpoint_every", self.checkpoint_every >= 0, "at least 0")
+
+    def _require(self, field: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise BadInput(f"{type(self).__name__}.{field}: must be {what}, got {getattr(self, field)!r}")
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+
+
+def learning_rate(training: Training, step: int, total: int) -> float:
+    """Learning rate of the step (counted from 0): linear warm-up to `lr`, then the schedule."""
+    warm = round(training.warmup * total)
+    if step < warm:
+        return training.lr * (step + 1) / warm
+    return training.lr * SCHEDULES[training.schedule]((step - warm) / max(total - warm, 1))
