@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +30,7 @@ from .blocks import Block, find_blocks
 from .distill import Distill, soft_kl
 from .fuse import Fuse
 from .knapsack import allowed_seconds, needed_latency
+from .reach import Reach
 from .relax import FOLDER, ORDER, SWITCHES, relax, require, set_switches, settle
 from .start_norms import start_norms
 from .training import (
@@ -49,6 +51,8 @@ from .training import (
     total_steps,
 )  # fmt: skip
 
+CUT = "without all attention the outputs no longer depend on the inputs"
+DRAWS = 100  # of random choices, before none is taken to be enough
 Bits = tuple[bool, ...]  # by prunable block: whether it is pruned
 
 
@@ -65,7 +69,7 @@ class PruneDepth(Pass):
     latency: what a fused run may take as the context's latency model predicts it, a share or a time such as "3.5 ms" (what
     single blocks save is added up); or names: which ones, then neither supernet nor search. select: "search" or "random".
     supernet_steps: 0 searches with the weights as they are. Each step of the supernet runs the dense path, two random
-    choices and all blocks pruned, the dense path teaching the others (sandwich rule, Yu and Huang, arXiv 1903.05134).
+    choices and the widest one, the dense path teaching the others (sandwich rule, Yu and Huang, arXiv 1903.05134).
     population, generations: of the evolutionary search; the fitness of a choice is the metric on up to `score_batches`
     batches of the context's val, or else data, after its batch statistics were taken anew from `calibrate` batches.
     progress: how `l` falls from 1 to 0 over the first `share` of training, "linear", "cosine" or "at once". tail: see
@@ -77,9 +81,12 @@ class PruneDepth(Pass):
     called by itself. Several processes share the candidates of the search among them and choose what one process would;
     where they do not see the same batches, they share the batches of every candidate, as in `evaluate`.
 
-    Raises BadInput for blocks that are not there, Unreachable for a target that all of them together miss. Refused, with
-    the reason in the record: blocks that are no linear map even without their activations, that cost more merged, or with
-    weights that Sparsify made sparse, whose zeros merging would fill up.
+    No choice leaves out all that connects the outputs with the inputs (`passes.reach`), such as every attention block of
+    a network that answers from its class token.
+
+    Raises BadInput for blocks that are not there, Unreachable for a target that no such choice meets, Refused for names
+    that cut the outputs off. Refused, with the reason in the record: blocks that are no linear map even without their
+    activations, that cost more merged, or with weights that Sparsify made sparse, whose zeros merging would fill up.
     """
 
     blocks: int | None = None
@@ -142,7 +149,11 @@ class PruneDepth(Pass):
     def choose(self, program: Program, found: Sequence[Block], context: Context) -> tuple[list[Block], dict[str, Any]]:
         """The blocks to prune, by the first two stages, and their record."""
         if self.names:
-            return require(found, self.names), {}
+            chosen = require(found, self.names)
+            if not Reach(program, chosen, context.seed)(range(len(chosen))):
+                left_out = ", ".join(b.name for b in chosen if b.dropped)
+                raise Refused(f"PruneDepth.names: {CUT}; keep one of {left_out}")
+            return chosen, {}
         prunable = [b for b in found if b.prunable]
         try:
             budget = self.budget(program, prunable, context)
@@ -152,18 +163,20 @@ class PruneDepth(Pass):
         if self.select == "random":
             bits = budget.draw(random.Random(context.seed))
             return [b for b, bit in zip(prunable, bits, strict=True) if bit], {}
-        supernet, record = self.supernet(program, prunable, context, budget.draw)
+        supernet, record = self.supernet(program, prunable, context, budget)
         bits, searched = self.search(supernet, budget, context)
         return [b for b, bit in zip(prunable, bits, strict=True) if bit], {"supernet": record, **searched}
 
     def budget(self, program: Program, blocks: Sequence[Block], context: Context) -> Budget:
-        """The target in terms of what every block saves. Raises Unreachable when all of them together miss it."""
+        """The target in terms of what every block saves. Raises Unreachable when all of them together miss it, and when
+        only choices meet it that cut the outputs off from the inputs."""
+        reaches = Reach(program, blocks, context.seed)
         if self.blocks is not None:
             if self.blocks > len(blocks):
                 raise Unreachable(
                     f"PruneDepth.blocks: {self.blocks} of {len(blocks)} prunable blocks; `graphcomb plan` lists them"
                 )
-            return Budget([1.0] * len(blocks), self.blocks)
+            return self._met(Budget([1.0] * len(blocks), self.blocks, reaches), "blocks")
         if self.latency is None:
             assert self.macs is not None
             dense, saves = float(program.macs), [float(b.saves or 0) for b in blocks]
@@ -179,7 +192,15 @@ class PruneDepth(Pass):
                 f"PruneDepth.{name}: {numbers[0]} of {numbers[1]} cannot be reached; {numbers[2]} can, with all "
                 f"{len(blocks)} prunable blocks"
             )
-        return Budget(saves, dense - goal)
+        return self._met(Budget(saves, dense - goal, reaches), name)
+
+    @staticmethod
+    def _met(budget: Budget, name: str) -> Budget:
+        try:
+            budget.draw(random.Random(0))
+        except Unreachable as error:
+            raise Unreachable(f"PruneDepth.{name}: {error}") from None
+        return budget
 
     def _seconds(self, program: Program, blocks: Sequence[Block], context: Context) -> list[float]:
         """What a run takes: dense, and without each of the blocks."""
@@ -189,7 +210,7 @@ class PruneDepth(Pass):
         return [seconds(p) for p in (dense, *(Fuse()(p).program for p in pruned))]
 
     def supernet(
-        self, program: Program, blocks: Sequence[Block], context: Context, draw: Callable[[random.Random], Bits]
+        self, program: Program, blocks: Sequence[Block], context: Context, budget: Budget
     ) -> tuple[Program, dict[str, Any]]:
         """Stage 1: the relaxed program of all blocks, trained so that every choice of them works, and the record."""
         supernet = relax(program, blocks, tail=self.tail, fitted=self.fitted)
@@ -203,7 +224,7 @@ class PruneDepth(Pass):
         if context.data is None:
             raise BadInput("PruneDepth: the supernet needs data to train on; pass data=, or supernet_steps=0")
         self._start(supernet, context)
-        objective = _Sandwich(supernet.module(), len(blocks), draw, options.temperature, context.loss)
+        objective = _Sandwich(supernet.module(), budget, options.temperature, context.loss)
         record = fit(supernet, objective, options, context, "PruneDepth.supernet", identity=[self.tail, self.fitted])
         kept.keep_tensors(supernet.module().state_dict())
         return supernet, record
@@ -304,22 +325,25 @@ class _Predictor:
 # -------------------------------------------------------------------------------------------------------------- choices
 @dataclass(frozen=True)
 class Budget:
-    """Choices of blocks that save enough. saves: what each block saves; needed: what a choice has to save at least."""
+    """Choices of blocks that save enough. saves: what each block saves; needed: what a choice has to save at least;
+    reaches: whether the outputs depend on the inputs without the blocks of some indices."""
 
     saves: Sequence[float]
     needed: float
+    reaches: Callable[[Sequence[int]], bool] = lambda taken: True
 
     @property
     def count(self) -> int:
         return len(self.saves)
 
     def complete(self, order: Iterable[int]) -> Bits:
-        """The first blocks of an order that save enough; none that the others could do without."""
+        """The first blocks of an order that save enough; none that the others could do without, and none that would cut
+        the outputs off. May save too little where the order comes upon such a block; `met` tells."""
         taken: list[int] = []
         for i in order:
             if self._saved(taken) >= self.needed:
                 break
-            if self.saves[i] > 0:
+            if self.saves[i] > 0 and self.reaches([*taken, i]):
                 taken.append(i)
         for i in list(taken):
             rest = [j for j in taken if j != i]
@@ -330,19 +354,32 @@ class Budget:
     def _saved(self, taken: Iterable[int]) -> float:
         return sum(self.saves[i] for i in taken)
 
+    def met(self, bits: Bits) -> bool:
+        return self._saved(i for i, bit in enumerate(bits) if bit) >= self.needed
+
+    def widest(self) -> Bits:
+        """As many blocks as may go together, whatever they save."""
+        return Budget([1.0] * self.count, math.inf, self.reaches).complete(range(self.count))
+
     def draw(self, generator: random.Random) -> Bits:
-        """A random choice."""
-        return self.complete(generator.sample(range(self.count), self.count))
+        """A random choice. Raises Unreachable when none of many is enough."""
+        for _ in range(DRAWS):
+            bits = self.complete(generator.sample(range(self.count), self.count))
+            if self.met(bits):
+                return bits
+        raise Unreachable(f"{CUT}, of every choice that meets the target")
 
     def greedy(self, alone: Sequence[float]) -> Bits:
         """The choice whose blocks score best alone: the best one if what they cost adds up."""
-        return self.complete(sorted(range(self.count), key=lambda i: -alone[i]))
+        bits = self.complete(sorted(range(self.count), key=lambda i: -alone[i]))
+        return bits if self.met(bits) else self.draw(random.Random(0))
 
     def child(self, one: Bits, two: Bits, generator: random.Random) -> Bits:
         """What both parents prune, then what one of them does, then others, now and then something new first."""
         order = generator.sample(range(self.count), self.count)
         new = order[0] if generator.random() < 0.5 else None
-        return self.complete(sorted(order, key=lambda i: (i != new, -(one[i] + two[i]))))
+        bits = self.complete(sorted(order, key=lambda i: (i != new, -(one[i] + two[i]))))
+        return bits if self.met(bits) else one
 
 
 class _Calibrator:
@@ -424,29 +461,23 @@ def _digest(batches: Any) -> str:
 
 
 class _Sandwich:
-    """Loss of a supernet's step: of the dense path on the labels, and of two random choices and all blocks pruned against
-    what the dense path says."""
+    """Loss of a supernet's step: of the dense path on the labels, and of two random choices and the widest one against what
+    the dense path says."""
 
-    def __init__(
-        self,
-        module: TrainableModule,
-        count: int,
-        draw: Callable[[random.Random], Bits],
-        temperature: float,
-        loss: Callable[..., Any] | None,
-    ):
-        self.module, self.count, self.draw, self.temperature, self.loss = module, count, draw, temperature, loss
+    def __init__(self, module: TrainableModule, budget: Budget, temperature: float, loss: Callable[..., Any] | None):
+        self.module, self.budget, self.temperature, self.loss = module, budget, temperature, loss
+        self.widest = budget.widest()
 
     def __call__(self, raw: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         taught = logits_of(raw).detach()
         parts = {} if batch.labels is None else {"task": task_loss(self.loss, raw, batch.labels)}
         generator = random.Random(int(torch.randint(2**31, ())))
-        choices = [self.draw(generator), self.draw(generator), (True,) * self.count]
+        choices = [self.budget.draw(generator), self.budget.draw(generator), self.widest]
         losses = []
         for bits in choices:
             set_switches(self.module, [1.0 - b for b in bits])
             losses.append(soft_kl(logits_of(self.module(*batch.args, **batch.kwargs)), taught, self.temperature))
-        set_switches(self.module, [1.0] * self.count)
+        set_switches(self.module, [1.0] * self.budget.count)
         parts["kl"] = torch.stack(losses).mean()
         return torch.stack(list(parts.values())).sum(), parts
 

@@ -4,19 +4,19 @@ import dataclasses
 
 import pytest
 import torch
-from depth_networks import NETWORKS, Add, captured, conv, inverted, mlp
+from depth_networks import NETWORKS, Add, Attention, captured, conv, inverted, mlp
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import graphcomb.graph as g
 from graphcomb import Pipeline
-from graphcomb.graph.errors import BadInput, Unreachable
+from graphcomb.graph.errors import BadInput, Refused, Unreachable
 from graphcomb.graph.verify.evaluate import relative_error
 from graphcomb.passes import Context, Distill, Fuse, PruneDepth, RemoveChannels, Sparsify, masks
 from graphcomb.passes import prune_depth as module
 from graphcomb.passes.blocks import find_blocks
-from graphcomb.passes.relax import SWITCHES
+from graphcomb.passes.relax import SWITCHES, relax
 
 
 def digits(part, batch=32):
@@ -122,8 +122,8 @@ def test_a_supernet_answers_without_its_blocks(program):
     context = Context(data=digits(slice(None, 1200)), val=digits(slice(1200, None)))
     budget = options.budget(program, blocks, context)
     bits = tuple(i < 2 for i in range(len(blocks)))
-    raw, _ = dataclasses.replace(options, supernet_steps=0).supernet(program, blocks, context, budget.draw)
-    trained, record = options.supernet(program, blocks, context, budget.draw)
+    raw, _ = dataclasses.replace(options, supernet_steps=0).supernet(program, blocks, context, budget)
+    trained, record = options.supernet(program, blocks, context, budget)
     scores = [module._Judge(p, context, 4, 20)([bits])[0] for p in (raw, trained)]
     assert scores[1] > scores[0]
     assert record["steps"] == 60
@@ -289,3 +289,65 @@ def test_merging_undone_is_the_same_function(program):
     with torch.no_grad():
         assert relative_error(fused.module()(x), plain.module()(x)) <= 1e-4
     assert fused.macs < plain.macs
+
+
+class ClassToken(nn.Module):
+    """A small ViT that answers from its class token alone, or from all tokens."""
+
+    def __init__(self, pooled=False, depth=3, dim=16):
+        super().__init__()
+        self.patch, self.pooled = nn.Conv2d(1, dim, 2, 2), pooled
+        self.token, self.place = nn.Parameter(torch.randn(1, 1, dim)), nn.Parameter(torch.randn(1, 17, dim))
+        layers = [layer for _ in range(depth) for layer in (Add(Attention(dim)), Add(Mlp(dim)))]
+        self.blocks, self.norm, self.head = nn.Sequential(*layers), nn.LayerNorm(dim), nn.Linear(dim, 10)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = self.blocks(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.place)
+        return self.head(self.norm(x.mean(1) if self.pooled else x[:, 0]))
+
+
+class Mlp(nn.Sequential):
+    def __init__(self, dim):
+        super().__init__(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+
+def vit(pooled=False):
+    torch.manual_seed(0)
+    return g.capture(ClassToken(pooled).eval(), torch.randn(2, 1, 8, 8), dynamic_shapes="batch")
+
+
+def test_attention_that_alone_connects_outputs_with_inputs_is_not_left_out_whole():
+    network = vit()
+    found = [b for b in find_blocks(network) if b.prunable]
+    attention = tuple(b.name for b in found if b.dropped)
+    assert len(attention) == 3
+    with pytest.raises(Refused, match="no longer depend on the inputs; keep one of "):
+        PruneDepth(names=attention, merged=False)(network, data=digits(slice(None, 64)))
+    with pytest.raises(Unreachable, match=r"PruneDepth.blocks: without all attention"):
+        PruneDepth(blocks=len(found), supernet_steps=0)(network, data=digits(slice(None, 64)))
+    least = (network.macs - sum(b.saves for b in found)) / network.macs
+    with pytest.raises(Unreachable, match=r"PruneDepth.macs: without all attention"):
+        PruneDepth(macs=least * 1.001, supernet_steps=0)(network, data=digits(slice(None, 64)))
+
+
+def test_every_choice_of_the_search_answers_to_its_inputs():
+    network = vit()
+    found = [b for b in find_blocks(network) if b.prunable]
+    options = PruneDepth(blocks=len(found) - 1)
+    budget = options.budget(network, found, Context())
+    generator = module.random.Random(0)
+    draws = [budget.draw(generator) for _ in range(30)]
+    draws += [budget.child(draws[0], draws[1], generator) for _ in range(10)] + [budget.greedy([0.0] * len(found))]
+    for bits in {*draws, budget.widest()}:
+        assert sum(bits) == len(found) - 1
+        small = relax(network, [b for b, bit in zip(found, bits, strict=True) if bit], settled=True).module().eval()
+        answers = small(torch.randn(4, 1, 8, 8))
+        assert (answers[0] - answers[1]).abs().max() > 1e-6
+
+
+def test_attention_may_all_go_where_the_outputs_read_every_token():
+    network = vit(pooled=True)
+    found = [b for b in find_blocks(network) if b.prunable]
+    bits = PruneDepth(blocks=len(found)).budget(network, found, Context()).widest()
+    assert all(bits)
