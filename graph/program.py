@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import os
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from . import archive
 from .capture import DROPOUTS, batch_dynamic, dynamic_shapes_of, export, functional_graph
-from .errors import BadInput
+from .errors import BadInput, CaptureError
 from .ops import arguments, fetch, op_name, set_argument
-
-RECORD = "graphcomb.json"
 
 
 class _Generated:
@@ -122,6 +119,7 @@ class Program:
         """Wrap an `ExportedProgram` in the training IR (as `torch.export.export` returns it, not decomposed)."""
         if exported.example_inputs is None:
             raise BadInput("the exported program carries no example inputs; export it again with torch.export.export")
+        _refuse_decomposed(exported)
         args, kwargs = exported.example_inputs
         return cls(functional_graph(exported), args, kwargs, dynamic_shapes_of(exported), history)
 
@@ -197,7 +195,8 @@ class Program:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                torch.export.save(self.exported(), part, extra_files={RECORD: json.dumps(self.history)})
+                torch.export.save(self.exported(), part, extra_files={archive.RECORD: json.dumps(self.history)})
+            archive.seal(part)
             part.replace(path)
         except OSError as error:
             raise BadInput(f"{path}: cannot be written ({error})") from None
@@ -235,17 +234,33 @@ def load(path: str | os.PathLike[str]) -> Program:
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
-        raise BadInput(f"{path}: not a .pt2 file (or a damaged one)")
-    extra = {RECORD: ""}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported, history = archive.load(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exported = torch.export.load(io.BytesIO(path.read_bytes()), extra_files=extra)
-    except Exception as error:
-        text = (str(error).splitlines() or ["no message"])[0]
-        raise BadInput(f"{path}: not a loadable .pt2 ({type(error).__name__}: {text[:200]})") from error
-    return Program.from_exported(exported, json.loads(extra[RECORD] or "[]"))
+        return Program.from_exported(exported, history)
+    except (BadInput, CaptureError) as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+DECOMPOSED = frozenset(
+    "convolution native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
+    "_native_batch_norm_legit_functional _batch_norm_with_update _batch_norm_no_update native_layer_norm "
+    "native_group_norm addmm mm _softmax _log_softmax native_dropout _adaptive_avg_pool2d _to_copy".split()
+)
+
+
+def _refuse_decomposed(exported: ExportedProgram) -> None:
+    """What `run_decompositions` leaves can neither be pruned nor trained: its batch norms know no training, and which
+    matrix is the weight of a linear layer is lost."""
+    if exported.dialect == "TRAINING":  # a user's own torch.mm is no trace of a decomposition
+        return
+    found = sorted({op_name(n) for n in exported.graph.nodes} & DECOMPOSED)
+    if found:
+        raise BadInput(
+            f"the exported program is decomposed (it holds {', '.join(found[:3])}), so nothing in it could be pruned; "
+            "export it again with torch.export.export, without run_decompositions()"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- graph tools
