@@ -125,6 +125,22 @@ def knapsack(
     return problem.search()
 
 
+def towards(
+    predictor: Predictor,
+    options: Mapping[Factor, Sequence[int]],
+    scores: Mapping[Factor, np.ndarray],
+    end: Sizes,
+    budget: float,
+) -> Sizes:
+    """Sizes on the way from the largest options to the end's, with at most `budget` seconds predicted: what has the least
+    importance per second goes first, and nothing that stays at the end.
+
+    end: one option of every group. What it takes is all that may go, even if that is more than the budget.
+    """
+    way = {a: sorted({n for n in o if n >= end[a]}) for a, o in options.items()}
+    return _Problem(predictor, way, scores, budget).repaired({a: o[-1] for a, o in way.items()}) or dict(end)
+
+
 class _Problem:
     def __init__(
         self, predictor: Predictor, options: dict[Factor, list[int]], scores: Mapping[Factor, np.ndarray], budget: float

@@ -21,7 +21,7 @@ from .base import Context, Pass, PassResult, check_field
 from .batches import Feed
 from .distill import Distill, block_outputs
 from .importance import IMPORTANCES, TRANSFORMS, Scores
-from .knapsack import Predictor, allowed_seconds, knapsack, needed_latency
+from .knapsack import Predictor, allowed_seconds, knapsack, needed_latency, towards
 from .legalise import Costs, mac_terms, movable, parameter_terms
 from .selection import Selection, lowest_removed, planned_sizes
 from .training import agreed, averaged, total_steps
@@ -126,10 +126,11 @@ class RemoveChannels(Pass):
 
         def select(sizes: dict[Factor, int], scores: Scores, share: float) -> dict[Factor, int]:
             selection = Selection(comb, free, step, self.min_channels, sizes)
-            for group in groups:
-                if group.name in planned:
-                    selection.approach(group, planned[group.name], share)
+            fixed = [g for g in groups if g.name in planned]
+            selection.sizes |= {g.atom: planned[g.name] for g in fixed}  # where they end decides what else must go
             self._choose(selection, [g for g in free if g.name not in planned], scores, predictor, share)
+            for group in fixed:
+                selection.approach(group, planned[group.name], share)
             return selection.sizes
 
         training: dict[str, Any] = {}
@@ -249,41 +250,46 @@ class RemoveChannels(Pass):
     def _choose(
         self, selection: Selection, groups: list[Group], scores: Scores, predictor: Predictor | None, share: float = 1.0
     ) -> None:
-        """Shrink the groups of a selection until `share` of the way from the dense program to the target is gone."""
+        """Shrink the groups of a selection: choose the sizes that meet the target, then go `share` of the way to them, from
+        where they are whole. Other groups of the selection stay as they are."""
+        rest = {a: n for a, n in selection.sizes.items() if a not in {g.atom for g in groups}}
         if predictor is not None and self.latency is not None:
-            whole = predictor.total({})
-            seconds = whole - share * max(whole - allowed_seconds(self.latency, whole, "RemoveChannels"), 0)
-            options = {a: [n] for a, n in selection.sizes.items()} | {g.atom: selection.allowed(g) for g in groups}
+            seconds = allowed_seconds(self.latency, predictor.total({}), "RemoveChannels")
+            options = {a: [n] for a, n in rest.items()} | {g.atom: selection.allowed(g) for g in groups}
             flat = {a: scores.get(a, np.ones(a.size)) for a in options}
             sizes = knapsack(predictor, options, flat, seconds)
             if sizes is None:
-                least = predictor.total({a: min(o) for a, o in options.items()})
+                whole, least = predictor.total({}), predictor.total({a: min(o) for a, o in options.items()})
                 raise self._unreachable("latency", selection, *(f"{1e3 * t:.3g} ms" for t in (seconds, whole, least)))
-            selection.sizes |= sizes
+            whole = predictor.total(rest)
+            selection.sizes |= towards(predictor, options, flat, sizes, whole - share * max(whole - seconds, 0))
             return
         target = next((t for t in ("macs", "params") if getattr(self, t) is not None), None)
         if target is None:
-            ratio = (0.5 if self.ratio is None else self.ratio) * share
+            ratio = 0.5 if self.ratio is None else self.ratio
             if self.scope == "local":
-                selection.uniform(groups, ratio)
+                selection.uniform(groups, ratio * share)
             else:
-                selection.by_count(groups, scores, ratio)
+                selection.by_count(groups, scores, ratio, share)
             return
         terms = mac_terms(selection.comb) if target == "macs" else parameter_terms(selection.comb)
         costs = Costs(terms, [g for g in selection.comb.groups if g.frozen is None])
-        for atom, size in selection.sizes.items():
+        dense = costs.total
+        for atom, size in rest.items():
             costs.set(atom, size)
-        dense = Costs(terms, []).total
+        whole = costs.total
+        for g in groups:
+            costs.set(g.atom, selection.kept(g))
         wanted = getattr(self, target)
         end = wanted * dense if wanted <= 1 else wanted
-        goal = end if share == 1 else dense - share * max(dense - end, 0)  # exactly, in floating point too
+        goal = end if share == 1 else whole - share * max(whole - end, 0)  # exactly, in floating point too
         if self.scope == "local":
             reached = selection.uniform_until(groups, costs, goal) <= goal
         else:
             reached = selection.greedy(groups, scores, costs, goal, self.importance in TRANSFORMS, end)
         if not reached:
             least = costs.total
-            raise self._unreachable(target, selection, f"{goal:,.0f}", f"{dense:,}", f"{least:,} ({least / dense:.1%})")
+            raise self._unreachable(target, selection, f"{end:,.0f}", f"{dense:,}", f"{least:,} ({least / dense:.1%})")
 
     @staticmethod
     def _unreachable(target: str, selection: Selection, wanted: str, dense: str, reached: str) -> Unreachable:

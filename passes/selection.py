@@ -84,16 +84,21 @@ class Selection:
             low, high = (middle, high) if cost(middle) > goal else (low, middle)
         return cost(high)
 
-    def by_count(self, groups: list[Group], scores: Scores, ratio: float) -> None:
-        """Remove the globally least important chunks until the share of all indices is gone."""
-        left = int(sum(g.size for g in groups) * ratio + 1e-9) - sum(g.size - self.kept(g) for g in groups)
+    def by_count(self, groups: list[Group], scores: Scores, ratio: float, share: float = 1.0) -> None:
+        """Remove the globally least important chunks until `share` of the ratio of all indices is gone. Where the next one
+        would be more than the ratio asks for, that is the end."""
+        gone = sum(g.size - self.kept(g) for g in groups)
+        indices = sum(g.size for g in groups)
+        left = int(indices * ratio + 1e-9) - gone
+        now = int(indices * ratio * share + 1e-9) - gone
 
         def take(g: Group, size: int) -> bool | None:
-            nonlocal left
+            nonlocal left, now
             count = self.kept(g) - size
-            if count > left:
-                return False
+            if count > left or now <= 0:
+                return None
             left -= count
+            now -= count
             return True
 
         self._descend(groups, scores, lambda g, count: count, take)
@@ -101,16 +106,42 @@ class Selection:
     def greedy(
         self, groups: list[Group], scores: Scores, costs: Costs, goal: float, per_cost: bool, end: float
     ) -> bool:
-        """Remove the least important chunk, or the one with the least importance per cost saved, until the goal is
-        reached; then give back what still fits. Returns whether the goal can be reached.
+        """Choose sizes that reach the `end`, and go as far towards them as the `goal` asks for. Returns whether the end
+        can be reached.
+
+        The end is chosen whole at every event: the least important chunks go, or those with the least importance per cost
+        saved, until it is reached (see `_finish`), and what still fits comes back. An event then removes the first of the
+        chunks chosen, in the same order, until its goal is reached; the very last waits for the last event. So whatever is
+        gone at any time would be gone at the end, and while scores do not change, many events end where one does. To go
+        for the goal alone would not do: a chunk that must not go yet, as it leads beyond the end, would be made up for by
+        others, all of which could stay once it goes.
 
         per_cost: scores are changes of the loss, each as if its index went alone. Together indices lose more than that,
         the more so the fewer are left, and a group would be all but emptied; so a score counts `size / left` times (ours).
-        end: the last goal of several. What lies beyond it is lost for nothing, so chunks that go there wait for the last
-        event, and that chooses well (see `_finish`).
+        end: the cost that may remain after the last event. goal: after this one.
         """
-        waiting = False
         before = {g.atom: self.kept(g) for g in groups}
+        chunks = self._to_the_end(groups, scores, costs, end, per_cost)
+        reached = costs.total <= end
+        if goal > end:
+            for atom, size in before.items():
+                self._shrink(atom, size, costs)
+            for atom, size in chunks[:-1] if reached else chunks:
+                if costs.total <= goal:
+                    break
+                self._shrink(atom, size, costs)
+        return reached or costs.total <= goal
+
+    def _shrink(self, atom: Factor, size: int, costs: Costs) -> None:
+        self.sizes[atom] = size
+        costs.set(atom, size)
+
+    def _to_the_end(
+        self, groups: list[Group], scores: Scores, costs: Costs, end: float, per_cost: bool
+    ) -> list[tuple[Factor, int]]:
+        """Choose the sizes that reach the end; the chunks that go, in order, as the sizes they leave."""
+        before = {g.atom: self.kept(g) for g in groups}
+        chunks: list[tuple[Factor, int]] = []
 
         def weight(g: Group, count: int) -> float:
             return g.size / max(self.kept(g) - count, 1) if per_cost else 1.0
@@ -119,22 +150,19 @@ class Selection:
             return costs.saving(g.atom, count) / weight(g, count) if per_cost else count
 
         def take(g: Group, size: int) -> bool | None:
-            nonlocal waiting
-            if costs.total <= goal:
+            if costs.total <= end:
                 return None
             if costs.total - costs.saving(g.atom, self.kept(g) - size) <= end:
-                if goal > end:
-                    waiting = True
-                    return False
-                self._finish(groups, scores, costs, goal, weight, saving)
+                chunks.extend(self._finish(groups, scores, costs, end, weight, saving))
                 return None
             costs.set(g.atom, size)
+            chunks.append((g.atom, size))
             return True
 
         self._descend(groups, scores, saving, take)
-        if costs.total <= goal:
-            self._refill(groups, scores, costs, goal, before)
-        return waiting or costs.total <= goal
+        if costs.total <= end:
+            self._refill(groups, scores, costs, end, before)
+        return [(atom, size) for atom, size in chunks if size >= self.sizes[atom]]
 
     def _finish(
         self,
@@ -144,11 +172,13 @@ class Selection:
         goal: float,
         weight: Callable[[Group, int], float],
         saving: Callable[[Group, int], float],
-    ) -> None:
+    ) -> list[tuple[Factor, int]]:
         """One more chunk reaches the goal, perhaps by far. Of all ways to get there, some chunks in the order of their price
-        and then any one that is enough, take the one that loses least."""
-        sums = _running(groups, scores)
-        spent, best, way = 0.0, math.inf, dict(self.sizes)
+        and then any one that is enough, take the one that loses least. Returns its chunks."""
+        sums, start = _running(groups, scores), dict(self.sizes)
+        spent, best = 0.0, math.inf
+        chunks: list[tuple[Factor, int]] = []
+        way: list[tuple[Factor, int]] = []
         while True:
             enough, small = [], []
             for g in groups:
@@ -162,16 +192,17 @@ class Selection:
                         small.append((loss / max(saving(g, kept - size), 1e-12), total, g.atom, size))
             if enough and min(e[0] for e in enough) < best:
                 best, atom, size = min(enough, key=lambda e: e[0])
-                way = self.sizes | {atom: size}
+                way = [*chunks, (atom, size)]
             small = [s for s in small if s[1] < best]
             if not small:
                 break
             _, spent, atom, size = min(small, key=lambda s: s[0])
-            self.sizes[atom] = size
-            costs.set(atom, size)
-        self.sizes = way if best < math.inf else self.sizes
+            chunks.append((atom, size))
+            self._shrink(atom, size, costs)
+        self.sizes = start | dict(way)
         for g in groups:
             costs.set(g.atom, self.kept(g))
+        return way
 
     def _refill(self, groups: list[Group], scores: Scores, costs: Costs, goal: float, before: Sizes) -> None:
         """The last chunk removed may save far more than was asked for: give back the most important chunks that fit."""
