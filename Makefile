@@ -37,7 +37,8 @@ lint-tensorrt: $(STAMP)
 	    $(STUBS).part/tensorrt_bindings/tensorrt.pyi && \
 	  mv $(STUBS).part $(STUBS); } || echo "lint: no stubs of TensorRT to be had; its calls are not checked"
 	test ! -d $(STUBS) || MYPYPATH=$(SITE):$(STUBS) $(BIN)/mypy \
-	  --cache-dir .cache/mypy-stubs --follow-imports=silent -m graphcomb.runtime.tensorrt
+	  --cache-dir .cache/mypy-stubs --follow-imports=silent \
+	    -m graphcomb.runtime.tensorrt -m graphcomb.runtime.tensorrt_run -m graphcomb.runtime.device_engines
 
 bench: $(STAMP)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'

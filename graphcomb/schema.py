@@ -225,8 +225,9 @@ class DeviceModel(Format):
 
     file: str = says("in the bundle")
     engine: dict[str, Any] = says(
-        "build_seconds, bytes, scratch_bytes, flags: of TensorRT's builder, inspector: layers as the library has them, and "
-        "contended: runs that counted although something else had the processor"
+        "build_seconds (null for the engine of an earlier run, which is reused), bytes, scratch_bytes, file: of the engine, "
+        "beside the results, flags: of TensorRT's builder, inspector: layers as the library has them, no_graph: why it "
+        "cannot run as a CUDA graph, and contended: runs that counted although something else had the processor"
     )
     parity: dict[str, Any] = says(
         "finite: no NaN or infinity; error: relative to the reference, null without one; tolerance: the largest error that "
@@ -255,9 +256,12 @@ class Device(Format):
     device: dict[str, Any] = says("model, system, l4t, power_mode, clocks, cpus, python")
     models: dict[str, DeviceModel] = says("by name, the reference first")
     ratios: dict[str, dict[str, dict[str, float]]] = says(
-        "by model and way to run it: how many times faster, percentiles"
+        "by model and way to run it: how many times faster, percentiles, and low and high: between which the median lies "
+        "with 95 %; only of models and ways where that can be said, notes has the reason for the others"
     )
-    idle: dict[str, Any] = says("power and temperatures while the engines were built")
+    idle: dict[str, Any] = says("power and temperatures at rest, before anything is built")
+    failed: dict[str, str] = says("by name of a model that could not be built or run: the reason", default={})
+    interrupted: bool = says("by Ctrl-C: the rest is what was measured until then", default=False)
     monitor: str | None = says("jtop, tegrastats, nvidia-smi or null")
     notes: list[str] = says("what a reader should know")
 

@@ -1,12 +1,13 @@
 """Bench bundles: a folder that measures models on a device which has no graphcomb, and the results it brings back.
 
-A bundle holds the ONNX files, reference inputs and outputs, the record of what was done to the model, and `bench_device.py`,
-which needs the device's own TensorRT and numpy. Source: ours.
+A bundle holds the ONNX files, reference inputs and outputs, the record of what was done to the model, and `bench_device.py`
+with the files it needs, which take the device's own TensorRT and numpy. Source: ours.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import ArgumentTypeError
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path, PurePath
@@ -36,7 +37,10 @@ from .onnxruntime import OrtEngine
 from .sparsity import sparse_weights
 from .targets import Target, get_target, nearest
 
-SCRIPT, CUDA = "bench_device.py", "graphcomb_cuda.py"
+SCRIPT = "bench_device.py"
+PARTS = ("cuda", "device_engines", "telemetry")  # what it imports; on the device they begin with graphcomb_
+PATIENCE = 60  # seconds until a script that was interrupted must have written what it has
+SOME, INTERRUPTED = 1, 130  # exit codes of the script when there are results: of some models, or until Ctrl-C
 README = """A graphcomb bench bundle. On the device, with its own TensorRT and numpy:
 
     python3 {script}
@@ -125,8 +129,12 @@ def write_bundle(
             Path(part, name).replace(folder / name)
     if record is not None:
         shutil.copyfile(record, folder / "record.json")
-    for source, to in ((SCRIPT, SCRIPT), ("cuda.py", CUDA)):
-        shutil.copyfile(Path(__file__).with_name(source), folder / to)
+    for source, to in ((SCRIPT, SCRIPT), *((f"{part}.py", f"graphcomb_{part}.py") for part in PARTS)):
+        text = Path(__file__).with_name(source).read_text(encoding="utf-8")
+        text = re.sub(
+            r"^from \.(\w+) import", r"from graphcomb_\1 import", text, flags=re.MULTILINE
+        )  # no package there
+        (folder / to).write_text(text, encoding="utf-8")
     clocks = " && ".join(device.clocks) if device and device.clocks else "sudo nvpmodel -m 0 && sudo jetson_clocks"
     (folder / "README.txt").write_text(README.format(script=SCRIPT, models=", ".join(models), clocks=clocks))
     head: dict[str, Any] = {"format": FORMAT, "graphcomb": metadata.version("graphcomb"), "precision": kind}
@@ -217,25 +225,65 @@ def run_bundle(
     this machine. arguments: of bench_device.py (`script_arguments`). python: the interpreter; by default this one here,
     python3 on a host.
 
-    Raises BadInput for a folder that is no bundle, GraphcombError with the reason when the measurement fails.
+    Where some models failed, or Ctrl-C ended it, the results are of the others, or until then; `failed` has the reasons by
+    model, and `interrupted` is true. Engines that TensorRT built on a host are brought back beside `out`.
+
+    Raises BadInput for a folder that is no bundle, GraphcombError with the reason when the measurement fails,
+    KeyboardInterrupt where Ctrl-C came before there were results.
     """
     folder, out = Path(folder).absolute(), Path(out).absolute()
     if not (folder / "bundle.json").is_file() or not (folder / SCRIPT).is_file():
         raise BadInput(f"{folder}: not a bench bundle; `graphcomb bundle` writes one")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    _make(out.parent)
     if host is None:
-        _call([python or sys.executable, str(folder / SCRIPT), "--out", str(out), *arguments], "bench_device.py")
+        before = _stamp(out)
+        command = [python or sys.executable, str(folder / SCRIPT), "--out", str(out), "--attached", *arguments]
+        _measure(command, "bench_device.py", lambda: _stamp(out) != before)
         return read_results(out)
     if not host or host.startswith("-") or any(c.isspace() or c == ":" for c in host):
         raise BadInput(f"--host {host}: expected user@device")
     away = f"graphcomb-bench-{digest(folder / 'bundle.json')[:12]}"  # in the home folder there
-    _call(["ssh", host, f"mkdir -p {away}"], f"ssh {host}")
+    _call(["ssh", host, f"mkdir -p {away} && rm -f {away}/results.json"], f"ssh {host}")
     _call(["scp", "-q", "-r", *map(str, _contents(folder)), f"{host}:{away}/"], f"scp to {host}")
-    command = [python or "python3", f"{away}/{SCRIPT}", "--out", f"{away}/results.json", *arguments]
-    _call(["ssh", host, shlex.join(command)], f"bench_device.py on {host}")
-    with replacing(out) as part:
-        _call(["scp", "-q", f"{host}:{away}/results.json", str(part)], f"scp from {host}")
-    return read_results(out)
+    command = [python or "python3", f"{away}/{SCRIPT}", "--out", f"{away}/results.json", "--attached", *arguments]
+
+    def fetch() -> bool:
+        """Whether there are results; they are here then."""
+        try:
+            with replacing(out) as part:
+                _call(["scp", "-q", f"{host}:{away}/results.json", str(part)], f"scp from {host}")
+        except BadInput:
+            raise
+        except GraphcombError:
+            return False
+        return True
+
+    if _measure(["ssh", host, shlex.join(command)], f"bench_device.py on {host}", fetch) == 0 and not fetch():
+        raise GraphcombError(f"scp from {host} failed: {away}/results.json is not there")
+    found = read_results(out)
+    for file in _engines(found):
+        with replacing(out.with_name(file)) as part:
+            _call(["scp", "-q", f"{host}:{away}/{file}", str(part)], f"scp from {host}")
+    return found
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out: {folder} cannot be made ({error.strerror})") from error
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced."""
+    found = path.stat() if path.exists() else None
+    return (found.st_ino, found.st_mtime_ns) if found else None
+
+
+def _engines(results: Mapping[str, Any]) -> list[str]:
+    """Names of the engine files that a device keeps beside its results."""
+    names = [str(row.get("engine", {}).get("file", "")) for row in results["models"].values()]
+    return [name for name in names if name and PurePath(name).name == name and not name.startswith((".", "-"))]
 
 
 def _contents(folder: Path) -> list[Path]:
@@ -244,7 +292,8 @@ def _contents(folder: Path) -> list[Path]:
         models = list(read_json(folder / "bundle.json")["models"])
     except (KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'bundle.json'}: no models; bundle them again") from error
-    names = [SCRIPT, CUDA, "bundle.json", "README.txt", "record.json", *models]
+    parts = [f"graphcomb_{part}.py" for part in PARTS]
+    names = [SCRIPT, *parts, "bundle.json", "README.txt", "record.json", *models]
     return [folder / name for name in names if (folder / name).exists()]
 
 
@@ -281,5 +330,47 @@ def _call(command: list[str], what: str) -> None:
     except FileNotFoundError as error:
         raise BadInput(f"{command[0]}: not installed here") from error
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        raise GraphcombError(f"{what} failed: {lines[-1].removeprefix('error: ')}")
+        raise GraphcombError(f"{what} failed: {_last(done.stderr, done.returncode)}")
+
+
+def _measure(command: list[str], what: str, results: Callable[[], bool]) -> int:
+    """Run the script, here or over ssh, until it ends or Ctrl-C, after which it is told to write what it has by the end of
+    its input. Returns its exit code where there are results (`results` says so), of all models or of some.
+
+    Raises GraphcombError with its last error line, KeyboardInterrupt where it was interrupted before there were any.
+    """
+    if shutil.which(command[0]) is None:
+        raise BadInput(f"{command[0]}: not installed here")
+    reading, writing = os.pipe()
+    # Ctrl-C reaches the whole group of processes: this one alone heeds it, so that ssh stays to the end.
+    command = ["/bin/sh", "-c", 'trap "" INT; exec "$@"', "sh", *command]
+    process = subprocess.Popen(command, stdin=reading, stderr=subprocess.PIPE, text=True)
+    os.close(reading)
+    interrupted = False
+    try:
+        while True:
+            try:
+                _, said = process.communicate(timeout=PATIENCE if interrupted else None)
+                break
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted = True
+                os.close(writing)
+    except BaseException as error:  # a second Ctrl-C, or it does not end
+        process.kill()
+        raise KeyboardInterrupt if isinstance(error, subprocess.TimeoutExpired) else error from None
+    finally:
+        if not interrupted:
+            os.close(writing)
+    code = process.returncode
+    if code and not (code in (SOME, INTERRUPTED) and results()):
+        if interrupted or code == INTERRUPTED:
+            raise KeyboardInterrupt
+        raise GraphcombError(f"{what} failed: {_last(said, code)}")
+    return code
+
+
+def _last(said: str, code: int) -> str:
+    lines = [line for line in said.splitlines() if line.strip()] or [f"exit code {code}"]
+    return lines[-1].removeprefix("error: ")

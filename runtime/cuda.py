@@ -10,14 +10,17 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 from collections.abc import Iterator
+from typing import Callable
 
 import numpy as np
 
-# Newest first. torch, where it is a CUDA build, has loaded one of these already, so the plain name finds it.
+# Newest first; the newest may want a newer driver than there is. torch, where it is a CUDA build, has loaded one of these
+# already, so the plain name finds it.
 LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "libcudart.so")
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
-CAPTURE_THREAD_LOCAL = 1
+CAPTURE_THREAD_LOCAL = 1  # other threads, and libraries in them, may use CUDA meanwhile
+NON_BLOCKING = 1  # the stream does not wait for the default stream, whose use by anybody would spoil a capture
 
 
 class CudaError(RuntimeError):
@@ -26,6 +29,10 @@ class CudaError(RuntimeError):
 
 class NoCuda(CudaError):
     """There is no CUDA runtime, driver or GPU here."""
+
+
+class NoGraph(CudaError):
+    """The work cannot be recorded as a CUDA graph; the stream is as it was before, so it can be run without one."""
 
 
 class Cuda:
@@ -57,7 +64,7 @@ class Cuda:
         """The handle of the stream, made on first use."""
         if self._stream is None:
             self._stream = ctypes.c_void_p()
-            self._call("cudaStreamCreate", ctypes.byref(self._stream))
+            self._call("cudaStreamCreateWithFlags", ctypes.byref(self._stream), NON_BLOCKING)
         return self._stream.value or 0
 
     def allocate(self, size: int) -> int:
@@ -100,19 +107,28 @@ class Cuda:
     def destroy_event(self, event: int) -> None:
         self._call("cudaEventDestroy", ctypes.c_void_p(event))
 
-    def begin_capture(self) -> None:
-        """Record what is put on the stream from now on, instead of running it."""
-        self._call("cudaStreamBeginCapture", ctypes.c_void_p(self.stream), CAPTURE_THREAD_LOCAL)
+    def capture(self, work: Callable[[], None]) -> int:
+        """What `work` puts on the stream as an executable graph, which is to be destroyed; nothing of it runs.
 
-    def end_capture(self) -> int:
-        """The recorded work as an executable graph; to be destroyed."""
-        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cudaStreamEndCapture", ctypes.c_void_p(self.stream), ctypes.byref(graph))
+        Raises NoGraph where the work cannot be recorded, or raises itself. The stream has then left the capture, and the
+        error is cleared, which CUDA would else report to the next one who asks.
+        """
+        stream, graph, executable = ctypes.c_void_p(self.stream), ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cudaStreamBeginCapture", stream, CAPTURE_THREAD_LOCAL)
         try:
+            try:
+                work()
+            finally:  # also after an interrupt: a stream that is being captured can do nothing else
+                status = self._library.cudaStreamEndCapture(stream, ctypes.byref(graph))
+            self._check("cudaStreamEndCapture", status)
             # cudaGraphInstantiate has other arguments before CUDA 12; this one came with 11.4 and has stayed the same.
             self._call("cudaGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+        except Exception as error:  # the library that did the work has exceptions of its own
+            self._library.cudaGetLastError()
+            raise NoGraph(" ".join(str(error).split())) from error
         finally:
-            self._call("cudaGraphDestroy", graph)
+            if graph.value:
+                self._library.cudaGraphDestroy(graph)
         return executable.value or 0
 
     def launch(self, graph: int) -> None:
@@ -132,18 +148,30 @@ class Cuda:
         self._call("cudaMemcpyAsync", *pointers, ctypes.c_size_t(size), kind, ctypes.c_void_p(self.stream))
 
     def _call(self, name: str, *arguments: object) -> None:
-        if status := getattr(self._library, name)(*arguments):
+        self._check(name, getattr(self._library, name)(*arguments))
+
+    def _check(self, name: str, status: int) -> None:
+        if status:
+            self._library.cudaGetLastError()  # it is reported here, and to nobody else
             text = self._library.cudaGetErrorString(status)
             raise CudaError(f"{name}: {text.decode() if text else f'error {status}'}")
 
 
 def _load() -> ctypes.CDLL:
+    """The first library that finds a GPU; if none does the first there is, which can say why."""
+    found = None
     for name in _names():
         try:
-            return ctypes.CDLL(name)
+            library = ctypes.CDLL(name)
         except OSError:
             continue
-    raise NoCuda("no CUDA runtime here (libcudart); install CUDA or the nvidia-cuda-runtime package")
+        count = ctypes.c_int()
+        if library.cudaGetDeviceCount(ctypes.byref(count)) == 0 and count.value > 0:
+            return library
+        found = found or library
+    if found is None:
+        raise NoCuda("no CUDA runtime here (libcudart); install CUDA or the nvidia-cuda-runtime package")
+    return found
 
 
 def _names() -> Iterator[str]:

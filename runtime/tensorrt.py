@@ -11,46 +11,32 @@ Sources: TensorRT developer guide, "Strongly typed networks", "Working with dyna
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 import torch
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 
 from ..graph.errors import BadInput, MissingBackend, Refused
 from .build_log import Pad, Unfused, parse_build_log
-from .cuda import Cuda, CudaError, NoCuda
+from .cuda import Cuda, CudaError
+from .device_engines import new_logger
 from .dla import dla_report
-from .engine import BACKENDS, EngineReport, HostEngine, TensorSpec, UnparsedOp, precision, replacing
+from .engine import BACKENDS, EngineReport, UnparsedOp, precision, replacing
 from .targets import TARGETS, Target, canonical, nearest, parsed_opset
+from .tensorrt_library import NAMES, library, new_monitor
+from .tensorrt_run import TensorRTEngine
 
 if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT, whose interface both packages have
     import tensorrt as types
 
-NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-# numpy's names of TensorRT's types; sub-byte types have no buffers of their own on the host.
-DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "FP8": "float8_e4m3fn",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "INT32": "int32",
-    "INT64": "int64",
-    "BOOL": "bool",
-}
 # Without strong typing (8.6): the flags that let TensorRT compute in the types of the ONNX file.
 WEAK_FLAGS = {"fp16": ("FP16",), "bf16": ("BF16",), "int8": ("INT8", "FP16")}
 FLAGS = {"sparse": "SPARSE_WEIGHTS", "refit": "REFIT", "version_compatible": "VERSION_COMPATIBLE"}
@@ -155,14 +141,15 @@ def build(
     )
 
 
-def load(path: Path, *, backend: str, graphs: bool = False) -> TensorRTEngine:
+def load(path: Path, *, backend: str, graphs: bool = False, host_code: bool = False) -> TensorRTEngine:
     """Load an engine file; that takes the GPU it was built for. graphs: run it as a CUDA graph, which starts all its
-    kernels at once; inputs of other shapes than the last ones are recorded anew.
+    kernels at once; inputs of other shapes than the last ones are recorded anew, and what cannot be recorded runs without.
+    host_code: trust the file with code of its own for the processor, which version-compatible engines carry.
 
     Raises MissingBackend without the library or a GPU, BadInput for a file that is no engine for this library version
     and GPU.
     """
-    return TensorRTEngine(path, backend, graphs)
+    return TensorRTEngine(path, backend, graphs, host_code)
 
 
 def local_target(backend: str) -> Target:
@@ -198,200 +185,6 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
-def library(backend: str) -> ModuleType:
-    """Import `tensorrt` or `tensorrt_rtx`. Raises MissingBackend where it is absent or cannot load its libraries."""
-    extra = BACKENDS[backend].extra
-    try:
-        found = importlib.import_module(backend)
-    except Exception as error:  # loading shared libraries fails in many ways
-        reason = "" if isinstance(error, ModuleNotFoundError) else f" ({' '.join(str(error).split())[:160]})"
-        hint = f"pip install 'graphcomb[{extra}]'"
-        raise MissingBackend(f"{backend} is not installed{reason}; install it with: {hint}") from error
-    if not hasattr(found, "Builder"):
-        raise MissingBackend(f"{backend} is installed without its libraries; install them from NVIDIA or JetPack")
-    return found
-
-
-class TensorRTEngine(HostEngine):
-    """A deserialised engine with one execution context and one stream. Inputs and outputs are host arrays."""
-
-    on_device = True  # the processor waits while it runs
-
-    def __init__(self, path: Path, backend: str, graphs: bool = False):
-        self._trt = trt = library(backend)
-        self._path, self._graphs = path, graphs
-        self._logger = _logger(trt)
-        try:
-            self._cuda = Cuda()
-        except NoCuda as error:
-            raise MissingBackend(f"{path}: running an engine takes the GPU it was built for; {error}") from error
-        self._runtime: types.Runtime = trt.Runtime(self._logger)
-        if hasattr(self._runtime, "engine_host_code_allowed"):  # version-compatible engines carry their own runtime
-            self._runtime.engine_host_code_allowed = True
-        self._engine: types.ICudaEngine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        if self._engine is None:
-            raise BadInput(f"{path}: not an engine for {NAMES[backend]} {trt.__version__} here: {self._logger.error()}")
-        self._context: types.IExecutionContext = self._engine.create_execution_context()
-        if self._context is None:
-            raise Refused(f"{path}: no execution context: {self._logger.error()}")
-        self._buffers: dict[str, tuple[int, int]] = {}
-        self._graph = 0
-        self._recorded: tuple[tuple[int, ...], ...] = ()  # the shapes that the graph was recorded with
-        self._inputs: list[TensorSpec] = []
-        self._outputs: list[TensorSpec] = []
-        for index in range(self._engine.num_io_tensors):
-            name = self._engine.get_tensor_name(index)
-            is_input = self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
-            (self._inputs if is_input else self._outputs).append(self._spec(name, path))
-
-    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        arrays, results = self._prepare(inputs)
-        self._start(arrays)
-        for spec, result in zip(self._outputs, results, strict=True):
-            self._cuda.to_host(result, self._buffers[spec.name][0])
-        self._cuda.synchronize()
-        return results
-
-    def prepared(self, inputs: Sequence[np.ndarray]) -> Callable[[], None]:
-        """A call that runs the engine on inputs that stay on the device, and leaves the outputs there: what a benchmark
-        of the engine measures."""
-        arrays, _ = self._prepare(inputs)
-        self._start(arrays)
-        self._cuda.synchronize()
-
-        def call() -> None:
-            self._start(arrays)
-            self._cuda.synchronize()
-
-        return call
-
-    def profile(self, inputs: Sequence[np.ndarray], runs: int = 20) -> list[tuple[str, float]]:
-        """Mean milliseconds of every layer, in execution order. The library's profiler slows the whole down, so the sum
-        is not the engine's latency."""
-        self._prepare(inputs)
-        self._context.profiler = profiler = _profiler(self._trt)
-        for _ in range(runs):
-            self._enqueue()
-            self._cuda.synchronize()
-        self._context = self._engine.create_execution_context()  # a profiler cannot be taken off
-        for name, (address, _) in self._buffers.items():
-            self._context.set_tensor_address(name, address)
-        self._drop_graph()
-        return [(name, sum(times) / runs) for name, times in profiler.times.items()]
-
-    def inspect(self) -> list[dict[str, Any]]:
-        """The layers of the engine as the library's inspector describes them: name, type, tactic, formats, and whether
-        the weights are sparse, as far as the version tells. Empty without an inspector."""
-        if not hasattr(self._engine, "create_engine_inspector"):
-            return []
-        inspector: types.EngineInspector = self._engine.create_engine_inspector()
-        inspector.execution_context = self._context  # which knows the shapes
-        text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
-        rows = json.loads(text).get("Layers", [])
-        return [row if isinstance(row, dict) else {"Name": row} for row in rows]
-
-    def refit(self, model: Path) -> None:
-        """Replace the weights by those of an ONNX file of the same network.
-
-        Raises Refused where the version has no refitter for ONNX files (before 10.0) or the engine was not built with
-        `refit`, BadInput for another network's file.
-        """
-        if not hasattr(self._trt, "OnnxParserRefitter"):
-            raise Refused(
-                f"{self._path}: TensorRT {self._trt.__version__} refits no ONNX files; build the engine again"
-            )
-        if not self._engine.refittable:
-            raise Refused(f"{self._path}: not built with the option refit")
-        refitter: types.Refitter = self._trt.Refitter(self._engine, self._logger)
-        parser: types.OnnxParserRefitter = self._trt.OnnxParserRefitter(refitter, self._logger)
-        if not parser.refit_from_file(str(model)):
-            reason = parser.get_error(0).desc() if parser.num_errors else self._logger.error()
-            raise BadInput(f"{model}: not the network of {self._path}: {' '.join(reason.split())[:300]}")
-        if not refitter.refit_cuda_engine():
-            raise Refused(f"{self._path}: not refitted: {self._logger.error()}")
-
-    def close(self) -> None:
-        """Free the device's memory, context and engine."""
-        self._drop_graph()
-        for address, _ in self._buffers.values():
-            self._cuda.free(address)
-        self._buffers.clear()
-        self._cuda.close()
-        del self._context, self._engine
-
-    def _prepare(self, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Check the inputs, make buffers, and return the inputs as they are copied and arrays for the outputs."""
-        self._check_count(inputs)
-        arrays = [np.ascontiguousarray(array) for array in inputs]
-        for spec, array in zip(self._inputs, arrays, strict=True):
-            self._check_dtype(spec, array)
-            if not self._context.set_input_shape(spec.name, tuple(array.shape)):
-                raise BadInput(f"input {spec.name}: shape {array.shape} is outside of the engine's {self._range(spec)}")
-            self._cuda.to_device(self._bind(spec.name, array.nbytes), array)
-        results = []
-        for spec in self._outputs:
-            shape = _sizes(self._context.get_tensor_shape(spec.name))
-            if any(extent < 0 for extent in shape):
-                raise Refused(f"output {spec.name}: its shape {shape} depends on the data, which is not supported")
-            results.append(np.empty(shape, np.dtype(spec.dtype)))
-            self._bind(spec.name, results[-1].nbytes)
-        return arrays, results
-
-    def _start(self, arrays: list[np.ndarray]) -> None:
-        """Put one run on the stream."""
-        shapes = tuple(array.shape for array in arrays)
-        if self._graphs and shapes != self._recorded:
-            self._drop_graph()
-            self._enqueue()  # the first run with new shapes makes resources, which cannot be recorded
-            self._cuda.synchronize()
-            self._cuda.begin_capture()
-            try:
-                self._enqueue()
-            finally:
-                self._graph = self._cuda.end_capture()
-            self._recorded = shapes
-        if self._graph:
-            self._cuda.launch(self._graph)
-        else:
-            self._enqueue()
-
-    def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(self._cuda.stream):
-            raise Refused(f"the engine did not run: {self._logger.error()}")
-
-    def _drop_graph(self) -> None:
-        if self._graph:
-            self._cuda.synchronize()
-            self._cuda.destroy_graph(self._graph)
-        self._graph, self._recorded = 0, ()
-
-    def _spec(self, name: str, path: Path) -> TensorSpec:
-        kind = self._engine.get_tensor_dtype(name).name
-        if kind not in DTYPES:
-            raise Refused(f"{path}: tensor {name} is of type {kind}, which has no form on the host")
-        shape = tuple(extent if extent >= 0 else None for extent in _sizes(self._engine.get_tensor_shape(name)))
-        return TensorSpec(name, DTYPES[kind], shape)
-
-    def _bind(self, name: str, size: int) -> int:
-        """The address of the tensor's buffer, which grows when it must."""
-        address, capacity = self._buffers.get(name, (0, 0))
-        if capacity < size or not address:
-            if address:
-                self._cuda.synchronize()
-                self._cuda.free(address)
-            address = self._cuda.allocate(max(size, 1))
-            self._buffers[name] = address, size
-            self._context.set_tensor_address(name, address)
-            self._drop_graph()  # it holds the old address
-        return address
-
-    def _range(self, spec: TensorSpec) -> str:
-        if None not in spec.shape:
-            return f"shape {spec.shape}"
-        smallest, _, largest = map(_sizes, self._engine.get_tensor_profile_shape(spec.name, 0))
-        return f"range {smallest} to {largest}"
-
-
 # ------------------------------------------------------------------------------------------------------ building
 class _Build:
     """One build: the library's objects, and each capability looked up before it is used.
@@ -404,7 +197,7 @@ class _Build:
         self.who = f"{NAMES[backend]} {trt.__version__}"
         self.target = target
         self.notes: list[str] = []
-        self.logger = _logger(trt)
+        self.logger = new_logger(trt)
         # TensorRT-RTX builds for a compute capability that is named, classic TensorRT for the GPU at hand.
         self.aims = hasattr(trt.IBuilderConfig, "set_compute_capability")
         if not self.aims:
@@ -524,7 +317,7 @@ class _Build:
         with Progress(transient=True) as bar:
             whole = bar.add_task(title, total=None)
             if hasattr(self.config, "progress_monitor"):
-                self.config.progress_monitor = _monitor(self.trt, bar, whole)
+                self.config.progress_monitor = new_monitor(self.trt, bar, whole)
             return self.builder.build_serialized_network(self.network, self.config)
 
     def _check_device(self) -> None:
@@ -581,74 +374,3 @@ def _three(given: Any, name: str) -> tuple[Any, Any, Any]:
     if len(values) != 3:
         raise BadInput(f"{name}: three are needed (smallest, the one to optimise for, largest), got {len(values)}")
     return values[0], values[1], values[2]
-
-
-# --------------------------------------------------------------------------------------- classes the library calls
-def _logger(trt: ModuleType) -> Any:
-    """A logger that keeps everything the library says."""
-    base: Any = trt.ILogger
-
-    class Logger(base):
-        def __init__(self) -> None:
-            base.__init__(self)
-            self.records: list[tuple[str, str]] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            self.records.append((severity.name, message))
-
-        def text(self) -> str:
-            return "\n".join(message for _, message in self.records)
-
-        def error(self) -> str:
-            """The first error, on one line; those about the missing driver follow from others and say nothing."""
-            errors = [text for kind, text in self.records if kind in ("ERROR", "INTERNAL_ERROR")]
-            telling = [text for text in errors if "catchCudaError" not in text] or errors or ["no reason given"]
-            return " ".join(telling[0].split())[:300]
-
-        def warnings(self) -> list[str]:
-            return list(dict.fromkeys(" ".join(text.split()) for kind, text in self.records if kind == "WARNING"))
-
-    return Logger()
-
-
-def _profiler(trt: ModuleType) -> Any:
-    """Collects the time of every layer over several runs."""
-    base: Any = trt.IProfiler
-
-    class Profiler(base):
-        def __init__(self) -> None:
-            base.__init__(self)
-            self.times: dict[str, list[float]] = {}
-
-        def report_layer_time(self, layer_name: str, ms: float) -> None:
-            self.times.setdefault(layer_name, []).append(ms)
-
-    return Profiler()
-
-
-def _monitor(trt: ModuleType, bar: Progress, whole: TaskID) -> Any:
-    """Shows the library's build phases as tasks of a progress bar."""
-    base: Any = trt.IProgressMonitor
-
-    class Monitor(base):
-        def __init__(self) -> None:
-            base.__init__(self)
-            self.phases: dict[str, TaskID] = {}
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            if parent_phase is None:
-                self.phases[phase_name] = whole
-                bar.update(whole, total=num_steps)
-            else:
-                self.phases[phase_name] = bar.add_task(f"  {phase_name}", total=num_steps)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            bar.update(self.phases[phase_name], completed=step + 1)
-            return True
-
-        def phase_finish(self, phase_name: str) -> None:
-            task = self.phases.pop(phase_name)
-            if task != whole:
-                bar.remove_task(task)
-
-    return Monitor()

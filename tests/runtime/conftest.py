@@ -18,9 +18,9 @@ def cudart(monkeypatch):
     return fake
 
 
-@pytest.fixture(params=["8.6.1", "10.3.0", "11.4.0"])
+@pytest.fixture(params=["8.5.2", "8.6.1", "10.3.0", "11.4.0"])
 def classic(request, monkeypatch, cudart):
-    """A stand-in for classic TensorRT, in three versions."""
+    """A stand-in for classic TensorRT, in four versions."""
     from standins import fake_tensorrt
 
     made = fake_tensorrt(request.param, cudart)

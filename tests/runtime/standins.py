@@ -12,13 +12,28 @@ import numpy as np
 
 
 class FakeCudart:
-    """The CUDA runtime's functions over host memory."""
+    """The CUDA runtime's functions over host memory. As the real one it keeps the last error until somebody asks for it,
+    and a stream that is being captured can do nothing else until the capture has ended."""
 
     def __init__(self, capability=(8, 7), count=1):
         self.capability, self.count, self.blocks = capability, count, {}
         self.events, self.clock, self.times = 0, 0.0, {}
         self.recording, self.graphs, self.launched = None, {}, 0  # recording: work put on the stream, while recorded
-        self.cudaGetErrorString = lambda status: b"out of memory"
+        self.invalid, self.pending = False, 0  # the capture was spoilt; the error that nobody has asked for
+        self.cudaGetErrorString = lambda status: b"out of memory" if status == 2 else b"capture failed"
+
+    def fail(self, status):
+        self.pending = status
+        return status
+
+    def spoil(self):
+        """What is done to a stream that is being captured and cannot be recorded."""
+        self.invalid = True
+        return self.fail(900)
+
+    def cudaGetLastError(self):
+        status, self.pending = self.pending, 0
+        return status
 
     def cudaGetDeviceCount(self, count):
         count._obj.value = self.count
@@ -32,19 +47,20 @@ class FakeCudart:
         value._obj.value = self.capability[attribute - 75]
         return 0
 
-    def cudaStreamCreate(self, stream):
+    def cudaStreamCreateWithFlags(self, stream, flags):
+        assert flags == 1, "a stream that waits for the default stream"
         stream._obj.value = 7
         return 0
 
     def cudaStreamSynchronize(self, stream):
-        return int(stream.value != 7)
+        return self.spoil() if self.recording is not None else int(stream.value != 7)
 
     def cudaStreamDestroy(self, stream):
         return 0
 
     def cudaMalloc(self, pointer, size):
         if size.value > 1 << 20:
-            return 2
+            return self.fail(2)
         block = ctypes.create_string_buffer(size.value)
         pointer._obj.value = ctypes.addressof(block)
         self.blocks[pointer._obj.value] = block
@@ -73,16 +89,22 @@ class FakeCudart:
         return 0
 
     def cudaStreamBeginCapture(self, stream, mode):
-        self.recording = []
+        assert mode in (1, 2), "the use of CUDA by any thread spoils a global capture"
+        if self.recording is not None:
+            return self.fail(901)
+        self.recording, self.invalid = [], False
         return 0
 
     def cudaStreamEndCapture(self, stream, graph):
+        self.recorded, self.recording = self.recording, None
+        if self.invalid:
+            return self.fail(901)
         graph._obj.value = 9
         return 0
 
     def cudaGraphInstantiateWithFlags(self, executable, graph, flags):
         executable._obj.value = 200 + len(self.graphs)
-        self.graphs[executable._obj.value], self.recording = self.recording, None
+        self.graphs[executable._obj.value] = self.recorded
         return 0
 
     def cudaGraphDestroy(self, graph):
@@ -99,6 +121,8 @@ class FakeCudart:
         return 0
 
     def cudaMemcpyAsync(self, to, start, size, kind, stream):
+        if self.recording is not None:
+            return self.spoil()
         ctypes.memmove(to, start, size.value)
         return int(stream.value != 7)
 
@@ -117,6 +141,9 @@ class Classic:
     flags: list = dataclasses.field(default_factory=list)
     profile: dict = dataclasses.field(default_factory=dict)
     factor: float = 2  # that the engine multiplies by
+    recordable: bool = True  # as a CUDA graph
+    built: int = 0  # engines
+    logger: object = None  # the last builder's
 
 
 def fake_tensorrt(version, cudart):
@@ -130,13 +157,15 @@ def fake_tensorrt(version, cudart):
     trt.ILogger = type("ILogger", (), {"Severity": severity, "__init__": lambda self: None})
     trt.Logger = type("Logger", (trt.ILogger,), {"WARNING": severity.WARNING, "log": lambda self, kind, text: None})
     trt.Logger.__init__ = lambda self, least: None
-    trt.nptype = lambda kind: np.float32
     trt.NetworkDefinitionCreationFlag = flags(
         "NetworkDefinitionCreationFlag",
         "EXPLICIT_BATCH" if old else "STRONGLY_TYPED" if new else "EXPLICIT_BATCH STRONGLY_TYPED",
     )
     trt.BuilderFlag = flags(
-        "BuilderFlag", "GPU_FALLBACK REFIT TF32 SPARSE_WEIGHTS VERSION_COMPATIBLE" + (" FP16 INT8" if not new else "")
+        "BuilderFlag",
+        "GPU_FALLBACK REFIT TF32 SPARSE_WEIGHTS"
+        + ("" if version.startswith("8.5") else " VERSION_COMPATIBLE")  # which came with 8.6
+        + ("" if new else " FP16 INT8"),
     )
     trt.IProfiler = type("IProfiler", (), {"__init__": lambda self: None})
     trt.LayerInformationFormat = flags("LayerInformationFormat", "ONELINE JSON")
@@ -172,7 +201,7 @@ def fake_tensorrt(version, cudart):
         num_DLA_cores = 2
 
         def __init__(self, logger):
-            self.logger = logger
+            self.logger = made.logger = logger
 
         def create_network(self, value):
             made.network_flags = value
@@ -189,6 +218,7 @@ def fake_tensorrt(version, cudart):
             return types.SimpleNamespace(set_shape=lambda name, *shapes: made.profile.update({name: shapes}))
 
         def build_serialized_network(self, network, config):
+            made.built += 1
             self.logger.log(severity.WARNING, "tactics were  skipped")
             self.logger.log(
                 severity.VERBOSE, "Engine Layer Information:\nLayer(Relu): relu, Tactic: 0x1, x (Float[4]) ->"
@@ -230,7 +260,12 @@ def fake_tensorrt(version, cudart):
                 sides = [np.ctypeslib.as_array((ctypes.c_float * count).from_address(memory[n])) for n in "xy"]
                 sides[1][:] = made.factor * sides[0]
 
+            if cudart.pending:  # TensorRT asks after its launches whether there was an error, whoever made it
+                return False
             if cudart.recording is not None:
+                if not made.recordable:
+                    cudart.spoil()
+                    return False
                 cudart.recording.append(work)
                 return stream == 7
             work()
@@ -241,6 +276,7 @@ def fake_tensorrt(version, cudart):
 
     class Engine:
         num_io_tensors = 2
+        num_optimization_profiles = 1
         get_tensor_name = staticmethod("xy".__getitem__)
         get_tensor_mode = staticmethod(lambda name: trt.TensorIOMode["INPUT" if name == "x" else "OUTPUT"])
         get_tensor_shape = staticmethod(lambda name: (-1, 4))
@@ -278,6 +314,8 @@ def fake_tensorrt(version, cudart):
     class Runtime:
         def __init__(self, logger):
             self.logger = logger
+            if not version.startswith("8.5"):  # from 8.6 on
+                self.engine_host_code_allowed = False
 
         def deserialize_cuda_engine(self, data):
             if data != b"engine":

@@ -7,9 +7,11 @@ import ast
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 
 import numpy as np
 import onnx
@@ -24,6 +26,7 @@ from graphcomb.runtime.bundle import run_bundle, write_bundle
 from graphcomb.runtime.measured import read_results
 from graphcomb.runtime.onnx import export_onnx
 
+SCRIPTS = ["bench_device.py", "graphcomb_cuda.py", "graphcomb_device_engines.py", "graphcomb_telemetry.py"]
 QUICK = ["--engine", "onnxruntime", "--rounds", "3", "--power-seconds", "0.2", "--seconds", "5"]
 
 
@@ -43,10 +46,10 @@ def bundle(programs, tmp_path_factory):
     return write_bundle(folder, programs, "fp16", "agx-orin", batch=2, record=record)
 
 
-@pytest.mark.parametrize("name", ["bench_device.py", "graphcomb_cuda.py"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_what_goes_to_the_device_is_python_3_8(bundle, name):
     tree = ast.parse((bundle / name).read_text(), feature_version=(3, 8))
-    allowed = {*sys.stdlib_module_names, "numpy", "onnxruntime", "tensorrt", "graphcomb_cuda"}
+    allowed = {*sys.stdlib_module_names, "numpy", "onnxruntime", "tensorrt", *(script[:-3] for script in SCRIPTS)}
     for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -89,7 +92,8 @@ def test_a_bundle_measures_on_a_machine_without_graphcomb(bundle, tmp_path):
         assert row["latency"]["stream"]["runs"] == 3 * 17
         assert row["parity"]["finite"]
         assert row["parity"]["error"] < 5e-3  # fp16 against fp32
-    assert found["ratios"]["compressed"]["stream"]["median"] > 0
+    refused = any(note.startswith("compressed (stream): no ratio: ") for note in found["notes"])  # on a busy machine
+    assert refused or found["ratios"]["compressed"]["stream"]["median"] > 0
     assert "power" in found["models"]["dense"]
     assert not list(tmp_path.glob("*.part"))
 
@@ -395,8 +399,7 @@ while [ $# -gt 1 ]; do cp -r "$(strip "$1")" "$(strip "$last")" || exit 1; shift
 
 
 CONTENTS = [
-    "README.txt", "bench_device.py", "bundle.json", "compressed", "dense", "graphcomb_cuda.py", "record.json",
-    "results.json",
+    "README.txt", "bench_device.py", "bundle.json", "compressed", "dense", *SCRIPTS[1:], "record.json", "results.json",
 ]  # fmt: skip
 
 
@@ -424,6 +427,96 @@ def test_a_device_is_reached_by_ssh(bundle, device, tmp_path):
         run_bundle(bundle, tmp_path / "r.json", "user@elsewhere", QUICK)
     with pytest.raises(GraphcombError, match=r"bench_device.py on user@jetson failed: .*argument --seconds"):
         run_bundle(bundle, tmp_path / "r.json", "user@jetson", ["--seconds", "soon"], python=sys.executable)
+
+
+STANDIN = """
+import json, os, sys, time
+out = sys.argv[sys.argv.index("--out") + 1]
+folder = os.path.dirname(out)
+results = {"format": "graphcomb-bench/1", "failed": {}, "models": {"dense": {"engine": {"file": "dense-0.engine"}}}}
+def write():
+    with open(out, "w") as file:
+        json.dump(results, file)
+%s
+"""
+PARTLY = """
+results["failed"]["compressed"] = "no tactic"
+with open(os.path.join(folder, "dense-0.engine"), "w") as file:
+    file.write("engine")
+write()
+print("error: compressed: no tactic", file=sys.stderr)
+sys.exit(1)
+"""
+SLOWLY = """
+with open(os.path.join(folder, "dense-0.engine"), "w") as file:
+    file.write("engine")
+open(os.path.join(folder, "started"), "w").close()
+sys.stdin.read()  # until whoever started this ends it
+results["interrupted"] = True
+WRITE
+sys.exit(130)
+"""
+
+
+@pytest.fixture
+def standin(bundle, tmp_path):
+    """The bundle with another script in it."""
+
+    def make(code):
+        folder = tmp_path / "standin"
+        shutil.copytree(bundle, folder)
+        (folder / "bench_device.py").write_text(STANDIN % code)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("host", [None, "user@jetson"])
+def test_results_of_some_of_the_models_come_back_with_their_engines(standin, device, tmp_path, host):
+    out = tmp_path / "out" / "r.json"
+    found = run_bundle(standin(PARTLY), out, host, python=sys.executable)
+    assert found["failed"] == {"compressed": "no tactic"}
+    assert (tmp_path / "out" / "dense-0.engine").read_text() == "engine"
+    (tmp_path / "standin" / "bench_device.py").write_text(
+        "import sys\nprint('error: why', file=sys.stderr)\nsys.exit(1)"
+    )
+    with pytest.raises(GraphcombError, match="failed: why"):  # and not the results of before
+        run_bundle(tmp_path / "standin", out, host, python=sys.executable)
+
+
+@pytest.mark.parametrize("host", [None, "user@jetson"])
+@pytest.mark.parametrize("write", ["write()", "pass"])
+def test_an_interrupt_brings_back_what_was_measured(standin, device, tmp_path, host, write):
+    """Ctrl-C goes to all processes at once, also to ssh."""
+    folder, out = standin(SLOWLY.replace("WRITE", write)), tmp_path / "out" / "r.json"
+    (tmp_path / "out").mkdir()
+    code = (
+        "import sys\nfrom graphcomb.runtime.bundle import run_bundle\n"
+        f"try:\n    found = run_bundle({str(folder)!r}, {str(out)!r}, {host!r}, python=sys.executable)\n"
+        "    print('interrupted' if found['interrupted'] else 'whole')\n"
+        "except KeyboardInterrupt:\n    print('nothing')\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+    )
+    for _ in range(1200):
+        if any(tmp_path.glob("out/started")) or any(device.glob("*/started")):
+            break
+        time.sleep(0.05)
+    os.killpg(child.pid, signal.SIGINT)
+    said = child.communicate(timeout=60)[0]
+    assert said == ("interrupted\n" if write == "write()" else "nothing\n")
+    assert out.is_file() == (write == "write()")
+
+
+def test_results_cannot_lie_below_a_file(bundle, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"--out: .*/file/x cannot be made \("):
+        run_bundle(bundle, tmp_path / "file" / "x" / "r.json", arguments=QUICK)
 
 
 @pytest.mark.parametrize("host", ["-oProxyCommand=x", "user@jetson:folder", "two words", ""])

@@ -8,28 +8,25 @@ are stand-ins (`standins.py`), which show what is called and not what a GPU woul
 """
 
 import hashlib
-import importlib.util
+import importlib
 import json
+import os
+import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
-from standins import FakeCudart
+from standins import FakeCudart, flags
 
-from graphcomb.runtime import cuda
+from graphcomb.runtime import bench_device, device_engines, telemetry
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """The script as the device has it: a file beside `graphcomb_cuda`, no part of a package."""
-    monkeypatch.setitem(sys.modules, "graphcomb_cuda", cuda)
-    spec = importlib.util.spec_from_file_location("bench_device", Path(cuda.__file__).with_name("bench_device.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script():
+    """The script that a bundle takes to a device."""
+    return bench_device
 
 
 # ---------------------------------------------------------------------------------------------------------- tegrastats
@@ -68,6 +65,17 @@ THOR = (
     "GR3D_FREQ @[0,0,0] NVENC0_FREQ @0 NVDEC0_FREQ @0 VIC off OFA_FREQ @0 PVA0_FREQ off APE 300 cpu@34.468C tj@34.5C "
     "soc012@33.781C soc345@34.5C VDD_GPU -392mW/-392mW VDD_CPU_SOC_MSS 4165mW/4165mW VIN_SYS_5V0 4126mW/4126mW"
 )
+AGX_ORIN_5 = (  # JetPack 5: the memory's rail is fed by the system's, and one channel is not connected
+    "11-15-2023 09:12:34 RAM 2502/30588MB (lfb 6542x4MB) SWAP 0/15294MB (cached 0MB) CPU [1%@1190,0%@1190,off,off] "
+    "EMC_FREQ 0%@2133 GR3D_FREQ 61%@[1300,1295] VIC_FREQ 115 APE 174 CV0@-256C CPU@45.25C Tboard@33C SOC2@41.187C "
+    "Tdiode@33.25C SOC0@42.281C CV1@-256C GPU@40.5C tj@45.25C SOC1@41.593C CV2@-256C VDD_GPU_SOC 2400mW/2400mW "
+    "VDD_CPU_CV 400mW/400mW VIN_SYS_5V0 3000mW/3000mW NC 0mW/0mW VDDQ_VDD2_1V8AO 500mW/500mW NC 0mW/0mW"
+)
+ORIN_NX_6 = (  # JetPack 6.0, as root
+    "05-03-2024 10:21:42 RAM 3051/15656MB (lfb 2x4MB) SWAP 0/7828MB (cached 0MB) CPU [4%@1984,2%@1984,off,off] "
+    "EMC_FREQ 1%@3199 GR3D_FREQ 97%@[918] NVDEC off NVJPG off NVJPG1 off VIC off OFA off APE 200 cpu@52.5C soc2@50.1C "
+    "soc0@50.4C gpu@51.2C tj@52.5C soc1@50.5C VDD_IN 11842mW/11842mW VDD_CPU_GPU_CV 5280mW/5280mW VDD_SOC 2240mW/2240mW"
+)
 DRIVE_ORIN = (
     "RAM 264/28409MB (lfb 7004x4MB) CPU [0%@1817,0%@1817] EMC_FREQ @2133 GR3D_FREQ 0%@1109 APE 245 AUX@30C CPU@31.5C "
     "Tdiode@30.75C AO@31C GPU@30.5C tj@41C"
@@ -105,29 +113,40 @@ CASES = {  # line: power by rail, total, some temperatures, clocks, loads, memor
         {"VDD_GPU": -392, "VDD_CPU_SOC_MSS": 4165, "VIN_SYS_5V0": 4126}, 7899, {"soc345": 34.5},
         {"gpu": 0, "memory": 665, "cpu": 972}, {"memory": 0, "cpu": 0.5}, 4208,
     ),
+    AGX_ORIN_5: (
+        {"VDD_GPU_SOC": 2400, "VDD_CPU_CV": 400, "VIN_SYS_5V0": 3000, "VDDQ_VDD2_1V8AO": 500}, 5800,
+        {"CPU": 45.25, "tj": 45.25, "GPU": 40.5}, {"gpu": 1300, "memory": 2133, "cpu": 1190},
+        {"gpu": 61, "memory": 0, "cpu": 0.5}, 2502,
+    ),
+    ORIN_NX_6: (
+        {"VDD_IN": 11842, "VDD_CPU_GPU_CV": 5280, "VDD_SOC": 2240}, 11842, {"tj": 52.5},
+        {"gpu": 918, "memory": 3199, "cpu": 1984}, {"gpu": 97, "memory": 1, "cpu": 3.0}, 3051,
+    ),
     DRIVE_ORIN: ({}, None, {"tj": 41.0}, {"gpu": 1109, "memory": 2133, "cpu": 1817}, {"gpu": 0, "cpu": 0.0}, 264),
     TX1: ({}, None, {}, {"gpu": 76, "memory": 408, "cpu": 408}, {"gpu": 3, "memory": 1, "cpu": 16.0}, 3468),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "line", CASES, ids="nano tx2 agx-xavier xavier-nx agx-orin orin-nano thor drive-orin tx1".split()
+    "line",
+    CASES,
+    ids="nano tx2 agx-xavier xavier-nx agx-orin orin-nano thor agx-orin-5 orin-nx-6 drive-orin tx1".split(),
 )
 def test_a_line_of_tegrastats(script, line):
     power, total, temperatures, clocks, loads, memory = CASES[line]
-    found = script.parse_tegrastats(line)
+    found = telemetry.parse_tegrastats(line)
     assert found["power_mw"] == power
-    assert script.total_power(found["power_mw"]) == total
+    assert telemetry.total_power(found["power_mw"]) == total
     assert temperatures.items() <= found["temperatures_c"].items()
-    assert not {"PMIC", "cv0"} & found["temperatures_c"].keys()  # a constant, and a sensor that is off
+    assert not {"PMIC", "cv0", "CV0"} & found["temperatures_c"].keys()  # a constant, and a sensor that is off
     assert found["clocks_mhz"] == clocks
     assert found["load_percent"] == loads
     assert found["ram_mb"] == memory
 
 
 def test_other_lines_give_an_empty_sample(script):
-    assert not any(script.parse_tegrastats("tegrastats: error while loading shared libraries").values())
-    assert script.parse_smi("") == {}
+    assert not any(telemetry.parse_tegrastats("tegrastats: error while loading shared libraries").values())
+    assert telemetry.parse_smi("") == {}
 
 
 # ---------------------------------------------------------------------------------------------- jtop, nvidia-smi, means
@@ -138,12 +157,12 @@ def test_jetson_stats_of_version_4(script):
     unit = {"type": "integrated", "status": {"load": 61.3}, "freq": {"cur": 624750, "max": 1020000}}
     gpu = Interface({"ga10b": unit})
     memory = Interface({"RAM": {"tot": 7793000, "used": 2097152}, "EMC": {"cur": 2133000, "val": 4}})
-    found = script.read_jtop(power, temperature, gpu, memory)
+    found = telemetry.read_jtop(power, temperature, gpu, memory)
     assert found == {
         "power_mw": {"VDD_CPU_GPU_CV": 500, "VDD_IN": 4292}, "temperatures_c": {"gpu": 42.5},
         "clocks_mhz": {"gpu": 624, "memory": 2133}, "load_percent": {"gpu": 61.3}, "ram_mb": 2048,
     }  # fmt: skip
-    assert script.total_power(found["power_mw"]) == 4292
+    assert telemetry.total_power(found["power_mw"]) == 4292
 
 
 class Interface:
@@ -160,33 +179,51 @@ def test_what_jetson_stats_lacks_is_left_out(script):
     power = {"rail": {"GPU": {"volt": 4968}, "CPU": {"power": None, "cur": 12}, "CV": None}, "tot": None}
     temperature = {"gpu": {"temp": None}, "cpu": {"online": True}, "tj": {"temp": 41.5}, "soc": None}
     gpu = Interface({"ga10b": {"freq": {"max": 1020000}, "status": {"load": 7.5}}})
-    found = script.read_jtop(power, temperature, gpu, Interface({"EMC": {"val": 4}, "RAM": {"tot": 7}}))
+    found = telemetry.read_jtop(power, temperature, gpu, Interface({"EMC": {"val": 4}, "RAM": {"tot": 7}}))
     assert found == {
         "power_mw": {"CPU": 12}, "temperatures_c": {"tj": 41.5}, "clocks_mhz": {}, "load_percent": {"gpu": 7.5}
     }  # fmt: skip
-    assert not any(script.read_jtop(None, None, None).values())
+    assert not any(telemetry.read_jtop(None, None, None).values())
     assert script.average([{"power_mw": {"GPU": None}}, found])["total_mw"] == 12
 
 
 def test_jetson_stats_of_version_3(script):
     power = {"cur": 3346, "avg": 3300}, {"GPU": {"cur": 0, "avg": 0}, "SYS5V": {"cur": 1482, "avg": 1482}}
-    found = script.read_jtop(power, {"GPU": 37.5, "PMIC": 100.0}, {"frq": 318750, "val": 12})
+    found = telemetry.read_jtop(power, {"GPU": 37.5, "PMIC": 100.0}, {"frq": 318750, "val": 12})
     assert found["power_mw"] == {"GPU": 0, "SYS5V": 1482}
     assert found["temperatures_c"] == {"GPU": 37.5}
     assert (found["clocks_mhz"], found["load_percent"]) == ({"gpu": 318}, {"gpu": 12})
 
 
 def test_a_line_of_nvidia_smi(script):
-    assert script.parse_smi("71.52, 34, 1980, 2619, 100\n") == {
+    assert telemetry.parse_smi("71.52, 34, 1980, 2619, 100\n") == {
         "power_mw": {"GPU": 71520.0}, "temperatures_c": {"gpu": 34.0},
         "clocks_mhz": {"gpu": 1980.0, "memory": 2619.0}, "load_percent": {"gpu": 100.0},
     }  # fmt: skip
-    assert script.parse_smi("[N/A], 34, 1980, [N/A], 100")["power_mw"] == {}
+    assert telemetry.parse_smi("[N/A], 34, 1980, [N/A], 100")["power_mw"] == {}
+
+
+def test_what_slows_a_gpu_down_is_named():
+    def sample(clock, reasons, load=99):
+        return telemetry.parse_smi(f"71.52, 84, {clock}, 2619, {load}, {reasons}")
+
+    steady = [sample(1980, "0x0000000000000000")] * 9 + [sample(210, "0x0000000000000001", load=0)]  # idle
+    assert telemetry.throttling(steady, ("gpu", "memory")) == []
+    assert telemetry.throttling([sample(1980, "[N/A]")] * 9, ("gpu",)) == []
+    capped = [sample(1980, "0x0000000000000000")] * 5 + [sample(1400, "0x0000000000000024")] * 5
+    assert telemetry.throttling(capped, ("gpu", "memory")) == [
+        "the GPU was slowed down by its power cap and temperature",
+        "the gpu clock went between 1400 and 1980 MHz at up to 84 °C; fix the clocks, or cool it",
+    ]
+    hot = [telemetry.parse_tegrastats(ORIN_NX_6.replace("918", str(clock))) for clock in (918, 918, 918, 612, 612, 612)]
+    assert telemetry.throttling(hot, ("gpu",))[0].startswith(
+        "the gpu clock went between 612 and 918 MHz at up to 52 °C"
+    )
 
 
 def test_samples_are_averaged_rail_by_rail(script):
     samples = [
-        script.parse_tegrastats(line) for line in (XAVIER_NX, XAVIER_NX.replace("VDD_IN 5079", "VDD_IN 7079"), "")
+        telemetry.parse_tegrastats(line) for line in (XAVIER_NX, XAVIER_NX.replace("VDD_IN 5079", "VDD_IN 7079"), "")
     ]
     found = script.average(samples)
     assert found["power_mw"]["VDD_IN"] == found["total_mw"] == 6079
@@ -205,6 +242,7 @@ def test_the_monitor_reads_the_tool_that_is_there(script, tmp_path, monkeypatch)
     wait(lambda: len(monitor.samples) > 2)
     engine = types.SimpleNamespace(modes=("stream",), time=lambda mode: time.sleep(0.01))
     found = script.watch(engine, monitor, 1.0)
+    assert monitor._process.pid != os.getpid()
     monitor.close()
     assert found["total_mw"] == 4880
     assert found["temperatures_c"]["tj"] == 38.25
@@ -222,32 +260,37 @@ def wait(until):
     raise AssertionError("waited for ten seconds")
 
 
+JTOP = """
+class jtop:
+    temperature = gpu = memory = None
+
+    def __init__(self, interval=1.0):
+        self.seen = 0
+
+    def ok(self):
+        self.seen += 1
+        return {ok}
+
+    @property
+    def power(self):
+        if self.seen > 1:
+            raise KeyError("rail")
+        return {{"rail": {{"CPU": {{"power": 5}}}}}}
+
+    __enter__ = lambda self: self
+    __exit__ = lambda self, *error: None
+"""
+
+
 @pytest.mark.parametrize("fails", ["in a sample", "at the end"])
 def test_where_jtop_fails_tegrastats_goes_on(script, tmp_path, monkeypatch, fails):
     (tmp_path / "tegrastats").write_text(f'#!/bin/sh\nwhile :; do echo "{ORIN_NANO}"; sleep 0.02; done\n')
     (tmp_path / "tegrastats").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
 
-    class Jtop:
-        temperature = gpu = memory = None
-
-        def __init__(self, interval=1.0):
-            self.seen = 0
-
-        def ok(self):
-            self.seen += 1
-            return self.seen == 1 or fails == "in a sample"
-
-        @property
-        def power(self):
-            if self.seen > 1:
-                raise KeyError("rail")
-            return {"rail": {"CPU": {"power": 5}}}
-
-        __enter__ = lambda self: self  # noqa: E731
-        __exit__ = lambda self, *error: None  # noqa: E731
-
-    monkeypatch.setitem(sys.modules, "jtop", types.SimpleNamespace(jtop=Jtop))
+    ok = "self.seen == 1" if fails == "at the end" else "True"
+    (tmp_path / "jtop.py").write_text(JTOP.format(ok=ok))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monitor = script.Monitor("jtop")
     wait(lambda: len(monitor.samples) > 2)
     monitor.close()
@@ -278,7 +321,7 @@ def test_the_power_mode_is_read(script, tmp_path, monkeypatch):
     (tmp_path / "nvpmodel").write_text("#!/bin/sh\nprintf 'NV Power Mode: MAXN_SUPER\\n2\\n'\n")
     (tmp_path / "nvpmodel").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert script.describe_device()["power_mode"] == "MAXN_SUPER"
+    assert telemetry.describe_device()["power_mode"] == "MAXN_SUPER"
 
 
 # ------------------------------------------------------------------------------------------------------------ TensorRT
@@ -329,39 +372,58 @@ def test_engines_are_built_run_with_and_without_graphs_and_timed(script, classic
     assert cache.read_bytes().count(b"+timings") == 2  # the second build knows what the first one measured
 
 
-def test_a_graph_that_cannot_be_recorded_is_left_out(script, classic, cudart, bundle, monkeypatch):
-    monkeypatch.setattr(FakeCudart, "cudaStreamEndCapture", lambda *a: 900)
+@pytest.mark.parametrize("fails", ["the engine", "cudaStreamEndCapture", "cudaGraphInstantiateWithFlags"])
+def test_a_graph_that_cannot_be_recorded_is_left_out(script, classic, cudart, bundle, monkeypatch, fails):
+    """The engine then runs without one: the capture has ended, and no error is left for the next launch."""
+    if fails == "the engine":
+        classic.recordable = False
+    else:
+        real = getattr(FakeCudart, fails)
+        monkeypatch.setattr(FakeCudart, fails, lambda cuda, *given: real(cuda, *given) or cuda.fail(900))
     assert script.main(["--out", str(bundle / "r.json"), "--rounds", "1", "--power-seconds", "0.01", "--quiet"]) == 0
-    for row in json.loads((bundle / "r.json").read_text())["models"].values():
+    found = json.loads((bundle / "r.json").read_text())
+    for row in found["models"].values():
         assert list(row["latency"]) == ["stream"]
-        assert row["engine"]["no_graph"].startswith("cudaStreamEndCapture")
+        wanted = "the engine did not run" if fails == "the engine" else f"{fails}: capture failed"
+        assert row["engine"]["no_graph"].startswith(wanted)
+    assert found["models"]["dense"]["parity"]["error"] == 0
+    assert cudart.recording is None
+    assert cudart.pending == 0
 
 
-def test_failures_are_one_line(script, classic, bundle, capsys):
-    (bundle / "dense" / "model.onnx").rename(bundle / "dense" / "bad.onnx")
-    text = (bundle / "bundle.json").read_text().replace("dense/model.onnx", "dense/bad.onnx")
-    (bundle / "bundle.json").write_text(text)
+def test_an_engine_that_says_it_cannot_be_recorded_is_not(script, classic, cudart, bundle, monkeypatch):
+    """As TensorRT-RTX does, which also compiles its kernels for these shapes before the first run."""
+    asked = []
+    trt = classic.module
+    trt.DynamicShapesKernelSpecializationStrategy = flags("Strategy", "LAZY EAGER NONE")
+    engine = trt.Runtime(types.SimpleNamespace()).deserialize_cuda_engine(b"engine")
+    make, kind = engine.create_execution_context, type(engine)
+    config = types.SimpleNamespace(dynamic_shapes_kernel_specialization_strategy="LAZY")
+
+    def context(config=None):
+        asked.append(config.dynamic_shapes_kernel_specialization_strategy.name)
+        found = make()
+        found.is_stream_capturable = lambda stream: False
+        return found
+
+    monkeypatch.setattr(kind, "create_runtime_config", staticmethod(lambda: config), raising=False)
+    monkeypatch.setattr(kind, "create_execution_context", staticmethod(context))
+    made = trt.Runtime.deserialize_cuda_engine
+    monkeypatch.setattr(trt.Runtime, "deserialize_cuda_engine", lambda self, data: made(self, data) and engine)
+    monkeypatch.setattr(FakeCudart, "cudaStreamBeginCapture", lambda *given: pytest.fail("a capture"))
+    assert script.main(["--out", str(bundle / "r.json"), *QUICKLY, "--quiet"]) == 0
+    assert asked == ["EAGER", "EAGER"]
+    row = json.loads((bundle / "r.json").read_text())["models"]["dense"]
+    assert row["engine"]["no_graph"].startswith("the engine says that its runs cannot be recorded")
+
+
+@pytest.mark.parametrize("classic", ["10.3.0"], indirect=True)
+def test_a_type_that_numpy_lacks_is_named(script, classic, bundle, capsys, monkeypatch):
+    engine = classic.module.Runtime(types.SimpleNamespace()).deserialize_cuda_engine(b"engine")
+    kind = types.SimpleNamespace(name="BF16")
+    monkeypatch.setattr(type(engine), "get_tensor_dtype", staticmethod(lambda name: kind))
     assert script.main(["--out", str(bundle / "r.json"), "--quiet"]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: bad.onnx: tensorrt ")
-    assert "cannot parse it: no importer" in err
-    assert err.count("\n") == 1
-    assert not (bundle / "r.json").exists()
-    assert script.main(["--engine", "tensorrt_rtx", "--out", str(bundle / "r.json"), "--quiet"]) == 2
-
-
-def test_no_library_is_one_line(script, monkeypatch, capsys):
-    monkeypatch.setattr(script, "LIBRARIES", ("no_such_library",))
-    with pytest.raises(script.Failure, match="none of no_such_library can run here"):
-        script.library("auto")
-
-
-def test_the_library_is_the_bundles_if_it_can_run(script, classic, cudart, monkeypatch):
-    assert script.library("auto") == "tensorrt"
-    assert script.library("auto", "onnxruntime") == "onnxruntime"
-    cudart.count = 0
-    assert script.library("auto", "tensorrt") == "onnxruntime"  # TensorRT is installed, and there is no GPU
-    assert script.library("tensorrt", "onnxruntime") == "tensorrt"  # what is asked for is tried
+    assert "dense: tensor x is of type BF16, which numpy does not have" in capsys.readouterr().err
 
 
 def edit(bundle, change):
@@ -371,6 +433,167 @@ def edit(bundle, change):
 
 
 QUICKLY = ("--rounds", "1", "--power-seconds", "0.01")
+
+
+def spoil(bundle, name):
+    """Rename a model so that the stand-in's parser refuses it."""
+    (bundle / name / "model.onnx").rename(bundle / name / "bad.onnx")
+    edit(bundle, lambda about: about["models"][name].update(file=f"{name}/bad.onnx"))
+
+
+@pytest.mark.parametrize("bad", ["dense", "compressed"])
+def test_a_model_that_cannot_be_built_does_not_discard_the_others(script, classic, bundle, capsys, bad):
+    spoil(bundle, bad)
+    assert script.main(["--out", str(bundle / "r.json"), *QUICKLY, "--quiet"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {bad}: bad.onnx: tensorrt ")
+    assert "cannot parse it: no importer" in err
+    assert err.count("\n") == 1
+    found = json.loads((bundle / "r.json").read_text())
+    (good,) = {"dense", "compressed"} - {bad}
+    assert list(found["models"]) == [good]
+    assert found["models"][good]["layers"]
+    assert list(found["failed"]) == [bad]
+    assert any(note.startswith(f"{bad}: failed: bad.onnx: ") for note in found["notes"])
+    assert not found["ratios"].get(good)  # times faster than what?
+
+
+def test_without_any_model_there_are_no_results(script, classic, bundle, capsys):
+    spoil(bundle, "dense")
+    spoil(bundle, "compressed")
+    assert script.main(["--out", str(bundle / "r.json"), "--quiet"]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+    assert not (bundle / "r.json").exists()
+    assert script.main(["--engine", "tensorrt_rtx", "--out", str(bundle / "r.json"), "--quiet"]) == 2
+
+
+def test_the_librarys_reason_is_told(script, classic, bundle, capsys, monkeypatch):
+    def fail(builder, network, config):
+        severity = classic.module.ILogger.Severity
+        builder.logger.log(severity.ERROR, "checkMacros.cpp::catchCudaError::250: nothing telling")
+        builder.logger.log(severity.ERROR, "no tactic for  conv1")
+
+    monkeypatch.setattr(classic.module.Builder, "build_serialized_network", fail)
+    assert script.main(["--out", str(bundle / "r.json"), "--quiet"]) == 2
+    assert "builds no engine: no tactic for conv1" in capsys.readouterr().err
+
+
+def test_a_missing_folder_is_noticed_before_anything_is_built(script, classic, bundle, capsys):
+    assert script.main(["--out", str(bundle / "no" / "r.json"), "--quiet"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --out: there is no folder ")
+    assert err.count("\n") == 1
+    assert classic.built == 0
+
+
+def test_engines_are_kept_and_used_again(script, classic, bundle, monkeypatch):
+    arguments = ["--out", str(bundle / "r.json"), *QUICKLY, "--quiet"]
+    assert script.main(arguments) == 0
+    first = json.loads((bundle / "r.json").read_text())["models"]
+    names = [row["engine"]["file"] for row in first.values()]
+    assert sorted(path.name for path in bundle.glob("*.engine")) == sorted(names)
+    assert all((bundle / name).read_bytes() == b"engine" for name in names)
+    assert classic.built == 2
+    assert script.main(arguments) == 0
+    second = json.loads((bundle / "r.json").read_text())["models"]
+    assert classic.built == 2
+    assert all(row["engine"]["reused"] and row["engine"]["build_seconds"] is None for row in second.values())
+    assert [row["engine"]["file"] for row in second.values()] == names
+    # Not after a change of what they depend on, nor when the file is none any more.
+    for change, built in (([], 0), (["--sparse"], 2), (["--dla", "0"], 2), (["--rebuild"], 2)):
+        before = classic.built
+        assert script.main([*arguments, *change]) == 0
+        assert classic.built - before == built
+    classic.module.__version__ += ".1"
+    assert script.main(arguments) == 0
+    assert not any(
+        row["engine"].get("reused") for row in json.loads((bundle / "r.json").read_text())["models"].values()
+    )
+    names = [row["engine"]["file"] for row in json.loads((bundle / "r.json").read_text())["models"].values()]
+    (bundle / names[0]).write_bytes(b"cut off")
+    before = classic.built
+    assert script.main(arguments) == 0
+    assert classic.built - before == 1
+    assert (bundle / names[0]).read_bytes() == b"engine"
+
+
+def test_an_interrupt_leaves_what_was_measured(script, classic, bundle, capsys, monkeypatch):
+    runs = iter(range(10**6))
+    time_one = script.TensorRT.time
+
+    def interrupt(engine, mode):
+        if next(runs) == 4 * script.BLOCK + 5:  # in the third round
+            raise KeyboardInterrupt
+        return time_one(engine, mode)
+
+    monkeypatch.setattr(script.TensorRT, "time", interrupt)
+    assert script.main(["--out", str(bundle / "r.json"), "--quiet"]) == 130
+    found = json.loads((bundle / "r.json").read_text())
+    assert found["interrupted"] is True
+    for row in found["models"].values():
+        assert row["latency"]["stream"]["runs"] == 2 * (script.BLOCK - script.SETTLE)  # of whole rounds
+        assert "graph" not in row["latency"]
+    assert "interrupted: what was measured until then" in found["notes"]
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_an_interrupt_before_anything_is_measured_leaves_nothing(script, classic, bundle, capsys, monkeypatch):
+    def interrupt(builder, network, config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(classic.module.Builder, "build_serialized_network", interrupt)
+    assert script.main(["--out", str(bundle / "r.json"), "--quiet"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+    assert not (bundle / "r.json").exists()
+
+
+def test_attached_it_ends_with_its_input():
+    """As over ssh: nobody can press Ctrl-C there, and SIGINT may be ignored from the start."""
+    code = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from graphcomb.runtime import bench_device\n"
+        "bench_device._attach()\n"
+        "try:\n    print(1, flush=True); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('stopped')\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "1\n"
+    assert child.communicate(timeout=60)[0] == "stopped\n"
+
+
+def test_no_library_is_one_line(script, monkeypatch, capsys):
+    monkeypatch.setattr(script, "LIBRARIES", ("no_such_library",))
+    with pytest.raises(
+        script.Failure, match=r"none of no_such_library can run here \(no_such_library: not installed\)"
+    ):
+        script.library("auto")
+
+
+def test_the_library_is_the_bundles_if_it_can_run(script, classic, cudart, monkeypatch):
+    assert script.library("auto")[0] == "tensorrt"
+    assert script.library("auto", "onnxruntime")[0] == "onnxruntime"
+    cudart.count = 0
+    found, missing = script.library("auto", "tensorrt")  # TensorRT is installed, and there is no GPU
+    assert found == "onnxruntime"
+    assert missing["tensorrt"] == "cannot be used: no NVIDIA GPU here"
+    assert script.library("tensorrt", "onnxruntime")[0] == "tensorrt"  # what is asked for is tried
+
+
+def test_a_library_that_does_not_load_is_not_missing(script, classic, bundle, capsys, monkeypatch):
+    load = importlib.import_module
+
+    def fail(name):
+        if name == "tensorrt":
+            raise ImportError("libnvinfer.so.10: cannot open shared object file")
+        return load(name)
+
+    monkeypatch.setattr(script.importlib, "import_module", fail)
+    with pytest.raises(
+        script.Failure, match=r"^tensorrt: cannot be used: ImportError: libnvinfer\.so\.10: cannot open"
+    ):
+        script.library("tensorrt")
+    _, missing = script.library("auto", "tensorrt")
+    assert "libnvinfer" in missing["tensorrt"]
 
 
 def test_each_model_is_built_as_it_is(script, classic, bundle, capsys):
@@ -406,6 +629,98 @@ def test_wrong_outputs_are_no_clean_speedup(script, classic, bundle, capsys, fac
     out = capsys.readouterr().out
     assert "times faster; no figure to rely on, the outputs of dense and compressed are wrong" in out
     assert "note: dense: outputs that " in out
+
+
+def rounds(script, ratios):
+    """An engine twice, whose second one's blocks have these ratios to the first one's."""
+    times = {"a": [1.0] * len(ratios), "b": [1 / ratio for ratio in ratios]}
+
+    def engine(name):
+        blocks = (ms for ms in times[name] for _ in range(script.BLOCK))
+        return types.SimpleNamespace(modes=("stream",), about={}, time=lambda mode: (None, next(blocks)))
+
+    return script.measure({name: engine(name) for name in times}, 60.0, len(ratios))[1]["b"]["stream"]
+
+
+def test_the_interval_is_of_the_median(script):
+    """By order statistics: of 20 values the sixth and the fifteenth hold the median with 95.9 %."""
+    values = [1 + 0.001 * i for i in range(20)]
+    found = rounds(script, values[::-1])
+    assert (found["low"], found["high"]) == (pytest.approx(1.005), pytest.approx(1.014))
+    assert script.unsure(found) == ""
+    assert "low" not in rounds(script, values[:5])  # even the extremes hold it with 93.75 % only
+    assert script.median_interval([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == (1.0, 6.0)
+    random = np.random.default_rng(0)
+    inside = 0
+    for _ in range(500):
+        low, high = script.median_interval(random.exponential(size=31))
+        inside += low <= np.log(2) <= high
+    assert 0.94 <= inside / 500 <= 0.99
+
+
+def test_a_ratio_with_a_wide_interval_is_refused(script, classic, bundle, capsys, monkeypatch):
+    random, runs = np.random.default_rng(0), iter(range(10**6))
+    levels = random.uniform(1.0, 2.0, 10**4)  # milliseconds, of one block each
+    monkeypatch.setattr(script.TensorRT, "time", lambda engine, mode: (levels[next(runs) // script.BLOCK],) * 2)
+    arguments = ["--out", str(bundle / "r.json"), "--rounds", "12", "--power-seconds", "0.01", "--quiet"]
+    assert script.main(arguments) == 0
+    found = json.loads((bundle / "r.json").read_text())
+    assert found["ratios"] == {"compressed": {}}
+    assert sum("no ratio: it lies between" in note for note in found["notes"]) == 2
+    assert "times faster" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reason", ["the processor", "the GPU", "the hypervisor"])
+def test_a_loaded_machine_gives_no_ratio(script, classic, bundle, monkeypatch, reason):
+    if reason == "the processor":
+        waited = iter(range(10**9))
+        monkeypatch.setattr(device_engines, "_waited", lambda: float(next(waited)))
+        monkeypatch.setattr(device_engines, "TRIES", 2)
+    if reason == "the GPU":
+        sample = telemetry.parse_smi("71.52, 34, 1980, 2619, 64")
+        monitor = types.SimpleNamespace(source="nvidia-smi", since=lambda *times: [sample], close=lambda: None)
+        monitor.notes = list
+        monkeypatch.setattr(script, "Monitor", lambda: monitor)
+    if reason == "the hypervisor":
+        taken = iter((0.0, 3600.0))
+        monkeypatch.setattr(script, "stolen", lambda: next(taken))
+    arguments = ["--out", str(bundle / "r.json"), "--rounds", "8", "--power-seconds", "0.01", "--idle-seconds", "0"]
+    assert script.main([*arguments, "--quiet"]) == 0
+    found = json.loads((bundle / "r.json").read_text())
+    wanted = {
+        "the processor": "the machine was busy",
+        "the GPU": "something else had the GPU for 64 % of the time before",
+        "the hypervisor": "the hypervisor took the processor for 3600.0 s",
+    }[reason]
+    assert found["ratios"] == {"compressed": {}}
+    assert any(note.startswith(f"compressed (stream): no ratio: {wanted}") for note in found["notes"])
+
+
+@pytest.mark.parametrize("classic", ["10.3.0"], indirect=True)
+def test_power_at_rest_is_read_before_anything_is_built(script, classic, bundle, monkeypatch):
+    built = []
+    sample = telemetry.parse_tegrastats(ORIN_NANO)
+
+    def since(*times):
+        built.append(classic.built)
+        return [sample]
+
+    monitor = types.SimpleNamespace(source="tegrastats", since=since, close=lambda: None, notes=list)
+    monkeypatch.setattr(script, "Monitor", lambda: monitor)
+    assert script.main(["--out", str(bundle / "r.json"), *QUICKLY, "--idle-seconds", "0", "--quiet"]) == 0
+    assert json.loads((bundle / "r.json").read_text())["idle"]["total_mw"] == 4880
+    assert built[0] == 0
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_clocks_that_only_root_may_know_are_noted(tmp_path, monkeypatch, root):
+    (tmp_path / "jetson_clocks").write_text(f"#!/bin/sh\necho 'GPU MaxFreq=918000000'\nexit {int(not root)}\n")
+    (tmp_path / "jetson_clocks").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    device = telemetry.describe_device()
+    assert device["clocks"] == ("GPU MaxFreq=918000000" if root else None)
+    notes = telemetry.clock_notes(device)
+    assert notes == [] if root else notes[0].startswith("whether the clocks are fixed is not known: jetson_clocks says")
 
 
 @pytest.mark.parametrize("option", ["--seconds", "--power-seconds"])

@@ -6,6 +6,7 @@ for its module, and `cudart` for the CUDA runtime, on host memory. They show whi
 version, not what TensorRT would answer.
 """
 
+import ctypes
 import dataclasses
 import importlib.util
 import json
@@ -23,8 +24,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import graphcomb
 from graphcomb.graph.errors import BadInput, MissingBackend, Refused
-from graphcomb.runtime import tensorrt
-from graphcomb.runtime.cuda import Cuda, CudaError
+from graphcomb.runtime import cuda, tensorrt, tensorrt_library
+from graphcomb.runtime.cuda import Cuda, CudaError, NoCuda
 from graphcomb.runtime.engine import build_engine, load_engine
 from graphcomb.runtime.onnx import export_onnx
 from graphcomb.runtime.targets import TARGETS, get_target
@@ -344,7 +345,7 @@ def test_a_parser_error_names_the_node_in_every_version(classic, tmp_path):
 
 
 def test_an_opset_that_the_version_does_not_parse_is_refused(classic, tmp_path):
-    limit = {"8.6.1": 17, "10.3.0": 20, "11.4.0": 25}[classic.module.__version__]
+    limit = {"8.5.2": 17, "8.6.1": 17, "10.3.0": 20, "11.4.0": 25}[classic.module.__version__]
     build(relu(tmp_path / "net.onnx", opset=limit), ORIN, None, backend="tensorrt")
     with pytest.raises(
         BadInput, match=rf"new\.onnx: opset {limit + 1}; TensorRT .* parses up to {limit}: export it with"
@@ -433,6 +434,7 @@ def test_a_graph_is_recorded_once_for_shapes_and_buffers(engine, cudart):
     assert cudart.graphs == cudart.blocks == {}
 
 
+@pytest.mark.filterwarnings("ignore:.*optimised for")
 def test_a_prepared_run_leaves_the_data_on_the_device(engine, cudart, monkeypatch):
     for graphs in (False, True):
         call = engine(graphs).prepared([numbers(3)])
@@ -440,6 +442,94 @@ def test_a_prepared_run_leaves_the_data_on_the_device(engine, cudart, monkeypatc
             patch.setattr(FakeCudart, "cudaMemcpyAsync", lambda *a: pytest.fail("a copy"))
             call()
         assert cudart.launched == (2 if graphs else 0)
+
+
+def test_what_cannot_be_recorded_runs_without_a_graph(engine, classic, cudart):
+    """The stream has left the capture, and no error is left for the next launch."""
+    classic.recordable = False
+    net, x = engine(graphs=True), numbers(2)
+    with pytest.warns(UserWarning, match=r"net\.engine: runs without a CUDA graph: the engine did not run"):
+        assert np.array_equal(net.run([x])[0], 2 * x)
+    assert (cudart.recording, cudart.pending, cudart.graphs) == (None, 0, {})
+    assert np.array_equal(net.run([x])[0], 2 * x)  # and is not tried again
+    net.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*optimised for")
+def test_a_second_prepared_run_leaves_the_first_as_it_was(engine):
+    net = engine()
+    first, second = net.prepared([numbers(3)]), net.prepared([numbers(5)])
+
+    def result():
+        return np.ctypeslib.as_array((ctypes.c_float * 12).from_address(net._buffers["y"][0]))
+
+    second()
+    first()
+    assert np.array_equal(result(), 2 * numbers(3).ravel())
+
+
+def test_another_shape_than_the_optimum_is_said(engine):
+    with pytest.warns(UserWarning, match=r"measured with shape \(3, 4\), and the engine is optimised for \(1, 4\)"):
+        engine().prepared([numbers(3)])
+
+
+def test_of_several_profiles_the_one_for_the_shapes_is_used(engine, monkeypatch, recwarn):
+    net = engine()
+    ranges = [[(1, 4), (1, 4), (8, 4)], [(4, 4), (5, 4), (8, 4)], [(16, 4), (16, 4), (16, 4)]]
+    asked = []
+    kind = type(net._engine)
+    monkeypatch.setattr(kind, "num_optimization_profiles", 3)
+    monkeypatch.setattr(kind, "get_tensor_profile_shape", staticmethod(lambda name, profile: ranges[profile]))
+    choose = lambda context, profile, stream: asked.append(profile) or True  # noqa: E731
+    monkeypatch.setattr(type(net._context), "set_optimization_profile_async", choose, raising=False)
+    for batch, wanted in ((5, [1]), (5, [1]), (2, [1, 0]), (1, [1, 0])):
+        net.prepared([numbers(batch)])()
+        assert asked == wanted
+    assert len(recwarn) == 1  # about the batch of 2
+
+
+def test_only_a_trusted_file_brings_code_of_its_own(classic, tmp_path):
+    (tmp_path / "net.engine").write_bytes(b"engine")
+    if classic.module.__version__.startswith("8.5"):
+        with pytest.raises(Refused, match=r"option host_code: TensorRT .* knows no engines"):
+            load_classic(tmp_path, host_code=True)
+        return
+    assert not load_classic(tmp_path)._runtime.engine_host_code_allowed
+    assert load_classic(tmp_path, host_code=True)._runtime.engine_host_code_allowed
+
+
+def load_classic(folder, **options):
+    return tensorrt.load(folder / "net.engine", backend="tensorrt", **options)
+
+
+def test_the_first_cuda_library_that_works_is_taken(monkeypatch):
+    """The newest one may want a newer driver than there is."""
+    made = {"libcudart.so.13": FakeCudart(count=0), "libcudart.so.12": FakeCudart()}
+    made["libcudart.so.13"].cudaGetDeviceCount = lambda count: 35  # the driver is too old
+    made["libcudart.so.13"].cudaGetErrorString = lambda status: b"driver is insufficient"
+
+    def load(name):
+        if name not in made:
+            raise OSError(name)
+        return made[name]
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", load)
+    assert cuda._load() is made["libcudart.so.12"]
+    del made["libcudart.so.12"]
+    with pytest.raises(NoCuda, match="no usable NVIDIA GPU here: cudaGetDeviceCount: driver is insufficient"):
+        Cuda()
+    made.clear()
+    with pytest.raises(NoCuda, match="no CUDA runtime here"):
+        Cuda()
+
+
+def test_a_library_that_does_not_load_is_not_missing(tmp_path, monkeypatch):
+    def fail(name):
+        raise ImportError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr(tensorrt_library.importlib, "import_module", fail)
+    with pytest.raises(MissingBackend, match=r"tensorrt is installed and cannot be loaded: libnvinfer\.so\.10"):
+        build(relu(tmp_path / "net.onnx"), ORIN, None, backend="tensorrt")
 
 
 def test_layers_are_timed_in_runs_of_their_own(engine):
@@ -456,7 +546,7 @@ def test_the_inspector_is_read(engine):
 def test_weights_are_replaced_where_the_version_can(engine, classic, tmp_path):
     net, x = engine(), numbers(2)
     if classic.module.__version__.startswith("8"):
-        with pytest.raises(Refused, match=r"TensorRT 8.6.1 refits no ONNX files"):
+        with pytest.raises(Refused, match=r"TensorRT 8.\d.\d refits no ONNX files"):
             net.refit(tmp_path / "net.onnx")
         return
     with pytest.raises(BadInput, match=r"other.onnx: not the network of .*net.engine: weights are missing"):

@@ -1,0 +1,406 @@
+"""The engines that a bench bundle measures: TensorRT's, built on the device and kept, and ONNX Runtime's.
+
+A bench bundle takes this file along, so it needs nothing but numpy and the library itself, and runs on Python 3.8. Sources:
+TensorRT developer guide, "Working with CUDA graphs"; TensorRT-RTX developer guide, "Working with dynamic shapes".
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterable
+
+import numpy as np
+
+from .cuda import Cuda, CudaError, NoGraph
+
+if TYPE_CHECKING:
+    import tensorrt as types
+
+GUARD, TRIES = 0.93, 20  # share of a run in which the processor must work for it, and how often it is repeated
+KERNEL = "_kernel_time"  # what ONNX Runtime's profiler appends to the name of a node
+SUFFIXES = {"tensorrt": ".engine", "tensorrt_rtx": ".rtx"}
+# numpy's names of TensorRT's types, as far as numpy has them.
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+}
+
+
+class Failure(Exception):
+    """A message for the user, one line."""
+
+
+class Damaged(Failure):
+    """The bundle is not as it was written, so that none of it can be relied on."""
+
+
+def complete(path: Path, names: Iterable[str], feeds: dict[str, np.ndarray]) -> None:
+    """Failure where the reference does not have exactly the inputs that a model takes."""
+    if set(names) != feeds.keys():
+        texts = ", ".join(sorted(names)), ", ".join(sorted(feeds))
+        raise Damaged("{}: takes {}, and the reference has {}; bundle it again".format(path.name, *texts))
+
+
+# --------------------------------------------------------------------------------------------------------- ONNX Runtime
+class OnnxRuntime:
+    """ONNX Runtime on the CPU: for a device without TensorRT, and to try a bundle out anywhere."""
+
+    modes: tuple[str, ...] = ("stream",)
+
+    def __init__(
+        self, path: Path, arguments: argparse.Namespace, feeds: dict[str, np.ndarray], about: dict[str, Any]
+    ) -> None:
+        import onnxruntime
+
+        start = time.perf_counter()
+        self._path, self._threads, self._half = path, arguments.threads, about["precision"] == "fp16"
+        try:
+            self._session = self._open()
+        except Exception as error:  # ONNX Runtime's exceptions share no public base
+            raise Failure(f"{path.name}: ONNX Runtime refuses it: {error}") from error
+        self.version = onnxruntime.__version__
+        self.about: dict[str, Any] = {
+            "build_seconds": round(time.perf_counter() - start, 3),
+            "bytes": path.stat().st_size,
+        }
+        kinds = {i.name: i.type for i in self._session.get_inputs()}
+        complete(path, kinds, feeds)
+        self._feeds = {k: v.astype(np.float16 if kinds[k] == "tensor(float16)" else v.dtype) for k, v in feeds.items()}
+
+    def _open(self, profile: str | None = None) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self._half:  # else some of its optimisations crash the process or compute something else on CPUs
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            options.enable_mem_pattern = False
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, profile
+        return onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """The outputs for the reference inputs, by name."""
+        names = [output.name for output in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(names, self._feeds)))
+
+    def time(self, mode: str) -> tuple[float | None, float]:
+        """Milliseconds of one run: on the accelerator (None without one), and as the caller sees it. A run during which
+        something else had the processor is repeated; one that never was alone is counted."""
+        for _ in range(TRIES):
+            cpu, start = time.process_time(), time.perf_counter()
+            self._session.run(None, self._feeds)
+            wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+            if self._threads > 1 or cpu >= GUARD * wall:
+                return None, 1e3 * wall
+        self.about["contended"] = self.about.get("contended", 0) + 1
+        return None, 1e3 * wall
+
+    def layers(self, runs: int) -> list[dict[str, Any]]:
+        """Median milliseconds of each layer, from the library's profiler, in a session of its own."""
+        with tempfile.TemporaryDirectory() as folder:
+            session = self._open(str(Path(folder) / "profile"))
+            for _ in range(runs + 1):  # the first only warms up
+                session.run(None, self._feeds)
+            events = json.loads(Path(session.end_profiling()).read_text())
+        times: dict[str, list[float]] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith(KERNEL):
+                times.setdefault(event["name"][: -len(KERNEL)], []).append(event["dur"] / 1e3)
+        return [{"name": name, "ms": round(statistics.median(ms[1:]), 6)} for name, ms in times.items() if ms[1:]]
+
+    def close(self) -> None:
+        del self._session
+
+
+# ------------------------------------------------------------------------------------------------------------- TensorRT
+def new_logger(trt: Any) -> Any:
+    """A logger of the library's that keeps everything the library says."""
+    base: Any = trt.ILogger
+
+    class Logger(base):
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.records: list[tuple[str, str]] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            self.records.append((severity.name, message))
+
+        def text(self) -> str:
+            return "\n".join(message for _, message in self.records)
+
+        def error(self) -> str:
+            """The first error, on one line; those about the missing driver follow from others and say nothing."""
+            errors = [text for kind, text in self.records if kind in ("ERROR", "INTERNAL_ERROR")]
+            telling = [text for text in errors if "catchCudaError" not in text] or errors or ["no reason given"]
+            return " ".join(telling[0].split())[:300]
+
+        def warnings(self) -> list[str]:
+            return list(dict.fromkeys(" ".join(text.split()) for kind, text in self.records if kind == "WARNING"))
+
+    return Logger()
+
+
+def new_context(trt: Any, engine: Any) -> Any:
+    """An execution context, or None. TensorRT-RTX compiles kernels for the shapes at hand; it does so before the first run
+    instead of beside later ones, which would run slower ones until then and could not be recorded as a graph."""
+    strategies = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+    if strategies is None or not hasattr(engine, "create_runtime_config"):
+        return engine.create_execution_context()
+    config = engine.create_runtime_config()
+    config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+    return engine.create_execution_context(config)
+
+
+def record(cuda: Cuda, context: Any, enqueue: Any) -> int:
+    """One run of a context as a CUDA graph, for the shapes that it has and has run before. Raises NoGraph."""
+    # TensorRT-RTX knows by itself; where it says no, the capture would fail or keep slow kernels.
+    if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(cuda.stream):
+        raise NoGraph("the engine says that its runs cannot be recorded with these shapes")
+    return cuda.capture(enqueue)
+
+
+def _waited() -> float:
+    """Seconds that this thread was ready to run and had no processor; 0 where the system does not tell."""
+    try:
+        with open("/proc/thread-self/schedstat") as file:
+            return int(file.read().split()[1]) * 1e-9
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+class TensorRT:
+    """An engine of TensorRT (8.5 to 11) or TensorRT-RTX, built here from the ONNX file, or one that was built so before."""
+
+    modes: tuple[str, ...] = ("stream", "graph")
+
+    def __init__(
+        self, path: Path, arguments: argparse.Namespace, feeds: dict[str, np.ndarray], about: dict[str, Any]
+    ) -> None:
+        self.trt = trt = importlib.import_module(arguments.engine)
+        self.version = trt.__version__
+        self._who = f"{arguments.engine} {self.version}"
+        self._logger = new_logger(trt)
+        self._cuda = Cuda()
+        self._addresses: list[int] = []
+        self._events: tuple[int, ...] = ()
+        self._graph = 0
+        try:
+            self._open(path, arguments, feeds, about)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(
+        self, path: Path, arguments: argparse.Namespace, feeds: dict[str, np.ndarray], about: dict[str, Any]
+    ) -> None:
+        self._wanted = self._flags(arguments, about)
+        self.about: dict[str, Any] = {"flags": self._wanted}
+        self._runtime: types.Runtime = self.trt.Runtime(self._logger)
+        self._engine: Any = self._load(path, arguments, feeds, about)
+        self._context: Any = new_context(self.trt, self._engine)
+        if self._context is None:
+            raise Failure(f"{path.name}: {self._who} makes no execution context: {self._logger.error()}")
+        self._inspect()
+        self._results: dict[str, tuple[int, np.ndarray]] = {}
+        self._bind(feeds)
+        self._events = self._cuda.event(), self._cuda.event()
+        self._enqueue()  # buffers are made in the first run, which therefore cannot be captured
+        self._cuda.synchronize()
+        if arguments.graphs:
+            self._capture()
+        else:
+            self.modes = ("stream",)
+
+    def _flags(self, arguments: argparse.Namespace, about: dict[str, Any]) -> list[str]:
+        wanted = ["SPARSE_WEIGHTS"] if arguments.sparse or about.get("sparse") else []
+        if not hasattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):  # the precision is a permission
+            wanted += ["FP16"] if about["precision"] != "fp32" else []
+            wanted += ["INT8"] if about["precision"] == "int8" else []
+        wanted += ["GPU_FALLBACK"] if arguments.dla is not None else []
+        for name in wanted:
+            if not hasattr(self.trt.BuilderFlag, name):
+                raise Failure(f"{self._who} has no builder flag {name}")
+        return wanted
+
+    def _load(
+        self, path: Path, arguments: argparse.Namespace, feeds: dict[str, np.ndarray], about: dict[str, Any]
+    ) -> Any:
+        """The engine of an earlier run, of the same model, options, version and GPU; else a new one, which is kept."""
+        shapes = {name: list(array.shape) for name, array in sorted(feeds.items())}
+        depends = [about["sha256"], about.get("data", {}), self._who, self._cuda.compute_capability, arguments.device]
+        depends += [self._wanted, arguments.dla, shapes]
+        key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+        file = arguments.out.with_name(f"{Path(about['file']).parent.name}-{key}{SUFFIXES[arguments.engine]}")
+        self.about["file"] = file.name
+        if file.is_file() and not arguments.rebuild:
+            found = self._runtime.deserialize_cuda_engine(file.read_bytes())
+            if found is not None:
+                self.about.update(build_seconds=None, reused=True, bytes=file.stat().st_size)
+                return found
+        start = time.perf_counter()
+        plan = self._build(path, arguments, feeds)
+        self.about.update(build_seconds=round(time.perf_counter() - start, 3), bytes=len(plan))
+        part = file.with_name(f".{file.name}.{os.getpid()}.part")
+        part.write_bytes(plan)
+        part.replace(file)
+        found = self._runtime.deserialize_cuda_engine(plan)
+        if found is None:
+            raise Failure(f"{path.name}: the engine that was built cannot be loaded: {self._logger.error()}")
+        return found
+
+    def _build(self, path: Path, arguments: argparse.Namespace, feeds: dict[str, np.ndarray]) -> bytes:
+        trt = self.trt
+        flags = trt.NetworkDefinitionCreationFlag
+        strong = getattr(flags, "STRONGLY_TYPED", None)
+        builder: types.Builder = trt.Builder(self._logger)
+        network = builder.create_network(1 << int(flags.EXPLICIT_BATCH if strong is None else strong))
+        parser: types.OnnxParser = trt.OnnxParser(network, self._logger)
+        if not parser.parse_from_file(str(path)):
+            reason = parser.get_error(0).desc() if parser.num_errors else self._logger.error()
+            raise Failure(f"{path.name}: {self._who} cannot parse it: {reason}")
+        config = builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if arguments.dla is not None:
+            if arguments.dla >= getattr(builder, "num_DLA_cores", 0):
+                raise Failure(f"--dla {arguments.dla}: {self._who} finds no such core here")
+            config.default_device_type = trt.DeviceType.DLA
+            config.DLA_core = arguments.dla
+        for name in self._wanted:
+            config.set_flag(getattr(trt.BuilderFlag, name))
+        inputs = [network.get_input(index) for index in range(network.num_inputs)]
+        complete(path, [tensor.name for tensor in inputs], feeds)
+        if any(-1 in tuple(tensor.shape) for tensor in inputs):
+            profile = builder.create_optimization_profile()
+            for tensor in inputs:
+                shape = feeds[tensor.name].shape
+                profile.set_shape(tensor.name, shape, shape, shape)
+            config.add_optimization_profile(profile)
+        cache = self._timing_cache(config, arguments)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise Failure(f"{path.name}: {self._who} builds no engine: {self._logger.error()}")
+        if cache is not None:
+            cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+        return bytes(plan)
+
+    def _timing_cache(self, config: Any, arguments: argparse.Namespace) -> Path | None:
+        """Attach the cache of earlier builds; a rebuild of the same network then chooses the same kernels."""
+        if arguments.engine != "tensorrt":  # TensorRT-RTX times no kernels
+            return None
+        path = arguments.out.with_name(f"timing-{self.version}.cache")
+        cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+        return path if cache is not None and config.set_timing_cache(cache, False) else None
+
+    def _inspect(self) -> None:
+        """What the engine is made of, as the library's inspector says, and the memory that a run takes."""
+        size = getattr(self._engine, "device_memory_size_v2", None) or getattr(self._engine, "device_memory_size", None)
+        if size is not None:
+            self.about["scratch_bytes"] = int(size)
+        if hasattr(self._engine, "create_engine_inspector"):
+            inspector = self._engine.create_engine_inspector()
+            text = inspector.get_engine_information(self.trt.LayerInformationFormat.JSON)
+            with contextlib.suppress(ValueError):
+                self.about["inspector"] = json.loads(text).get("Layers", [])
+
+    def _bind(self, feeds: dict[str, np.ndarray]) -> None:
+        trt = self.trt
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        complete(Path(self.about["file"]), inputs, feeds)
+        for name in [*inputs, *(name for name in names if name not in inputs)]:
+            kind = self._engine.get_tensor_dtype(name).name
+            if kind not in DTYPES:
+                raise Failure(f"tensor {name} is of type {kind}, which numpy does not have; export it in another")
+            if name in inputs:
+                array = np.ascontiguousarray(feeds[name].astype(DTYPES[kind]))
+                if not self._context.set_input_shape(name, array.shape):
+                    raise Failure(f"input {name}: the engine does not take shape {array.shape}")
+            else:
+                array = np.empty(tuple(self._context.get_tensor_shape(name)), DTYPES[kind])
+            address = self._cuda.allocate(max(array.nbytes, 1))
+            self._addresses.append(address)
+            self._context.set_tensor_address(name, address)
+            if name in inputs:
+                self._cuda.to_device(address, array)
+                self._cuda.synchronize()
+            else:
+                self._results[name] = address, array
+
+    def _capture(self) -> None:
+        try:
+            self._graph = record(self._cuda, self._context, self._enqueue)
+        except CudaError as error:  # some layers cannot be captured
+            self.modes, self.about["no_graph"] = ("stream",), str(error)
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._cuda.stream):
+            raise Failure(f"the engine did not run: {self._logger.error()}")
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """The outputs for the reference inputs by name, of the last way of running that there is."""
+        self._cuda.launch(self._graph) if self._graph else self._enqueue()
+        for address, array in self._results.values():
+            self._cuda.to_host(array, address)
+        self._cuda.synchronize()
+        return {name: array for name, (_, array) in self._results.items()}
+
+    def time(self, mode: str) -> tuple[float | None, float]:
+        """Milliseconds of one run: on the GPU, and as the caller sees it. Inputs stay on the device. A run during which
+        this thread had to wait for a processor is repeated, as with ONNX Runtime."""
+        for _ in range(TRIES):
+            waited, start = _waited(), time.perf_counter()
+            self._cuda.record(self._events[0])
+            self._cuda.launch(self._graph) if mode == "graph" else self._enqueue()
+            self._cuda.record(self._events[1])
+            self._cuda.synchronize()
+            host = time.perf_counter() - start
+            if _waited() - waited <= (1 - GUARD) * host:
+                return self._cuda.elapsed(*self._events), 1e3 * host
+        self.about["contended"] = self.about.get("contended", 0) + 1
+        return self._cuda.elapsed(*self._events), 1e3 * host
+
+    def layers(self, runs: int) -> list[dict[str, Any]]:
+        """Mean milliseconds of each layer, from the library's profiler, which slows the whole down."""
+        base: Any = self.trt.IProfiler
+        times: dict[str, list[float]] = {}
+
+        class Profiler(base):
+            def __init__(self) -> None:
+                base.__init__(self)
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                times.setdefault(layer_name, []).append(ms)
+
+        self._context.profiler = profiler = Profiler()
+        for _ in range(runs):
+            self._enqueue()
+            self._cuda.synchronize()
+        del profiler
+        return [{"name": name, "ms": round(sum(ms) / runs, 6)} for name, ms in times.items()]
+
+    def close(self) -> None:
+        for address in self._addresses:
+            self._cuda.free(address)
+        for event in self._events:
+            self._cuda.destroy_event(event)
+        if self._graph:
+            self._cuda.destroy_graph(self._graph)
+        self._addresses, self._events, self._graph = [], (), 0
+        self._context = self._engine = None
+        self._cuda.close()

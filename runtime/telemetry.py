@@ -1,0 +1,367 @@
+"""Power, temperatures and clocks of the device that a bench bundle lies on, and what it is.
+
+A bench bundle takes this file along, so it needs nothing but Python 3.8. Run as a script it is the monitor's own process,
+which takes no time of the process that is measured. Sources: NVIDIA's tegrastats documentation; jetson-stats' Python
+interface; Jetson Linux developer guide, "Platform power and performance", for the rails of AGX Orin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+# A sample is {"power_mw": {rail: n}, "temperatures_c": {zone: n}, "clocks_mhz": {unit: n}, "load_percent": {unit: n},
+# "ram_mb": n, "throttled": bits of nvidia-smi's reasons}, each part as far as the tool tells.
+POWER = re.compile(r"(?<!\S)([A-Z][A-Z0-9_]*) (-?\d+)(?:mW)?/-?\d+(?:mW)?(?:/-?\d+(?:mW)?)?(?!\S)")
+TEMPERATURE = re.compile(r"(?<!\S)(\w+)@(-?\d+(?:\.\d+)?)C(?:/-?[\d.]+C)?(?!\S)")
+ENGINE = re.compile(r"(?<!\S)(GR3D|EMC)(?:_FREQ)? (?:(\d+)%)?(?:@\[?(\d+)[\d,]*\]?)?(?!\S)")
+CORES = re.compile(r"(?<!\S)(?:CPU|cpu) \[([^\]]*)\](?:@(\d+))?")
+MEMORY = re.compile(r"(?<!\S)RAM (\d+)/\d+MB")
+UNITS = {"GR3D": "gpu", "EMC": "memory"}
+# Rails that measure what goes into the board; without one, the total is the sum of the rails.
+INPUT_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")
+# Rails that are fed by another one, whose power theirs is part of: AGX Orin's memory by its system rail.
+PART_OF = {"VDDQ_VDD2_1V8AO": "VIN_SYS_5V0"}
+NOT_CONNECTED = "NC"
+# What slows a GPU down, by the bits of nvidia-smi's reasons; the others are choices (idle, application clocks).
+REASONS = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "temperature", 0x40: "temperature", 0x80: "power brake"}
+STEADY, FEW = 0.95, 5  # share of the highest clock below which it has fallen, and samples that say nothing about that
+GPU = re.compile(r"gpu|ga10b|gv11b|gp10b|gpc")  # names of the GPU among the devices whose clock Linux scales
+
+
+def parse_tegrastats(line: str) -> dict[str, Any]:
+    """One line of tegrastats, of any Jetson from TX1 to Thor; an empty sample for anything else."""
+    sample: dict[str, Any] = {"power_mw": {}, "temperatures_c": {}, "clocks_mhz": {}, "load_percent": {}}
+    for rail, power in POWER.findall(line):
+        if rail != NOT_CONNECTED:
+            sample["power_mw"][rail] = int(power)
+    for zone, degrees in TEMPERATURE.findall(line):
+        # The PMIC's is a constant 100, and a sensor that is off reads -256.
+        if zone != "PMIC" and float(degrees) > -200:
+            sample["temperatures_c"][zone] = float(degrees)
+    for unit, load, clock in ENGINE.findall(line):
+        if load:
+            sample["load_percent"][UNITS[unit]] = int(load)
+        if clock:
+            sample["clocks_mhz"][UNITS[unit]] = int(clock)
+    cores = CORES.search(line)
+    if cores:
+        on = [core for core in cores.group(1).split(",") if "%" in core]
+        clocks = [int(core.split("@")[1]) for core in on if "@" in core] or (
+            [int(cores.group(2))] if cores.group(2) else []
+        )
+        if on:
+            sample["load_percent"]["cpu"] = round(sum(int(core.split("%")[0]) for core in on) / len(on), 1)
+        if clocks:
+            sample["clocks_mhz"]["cpu"] = max(clocks)
+    memory = MEMORY.search(line)
+    if memory:
+        sample["ram_mb"] = int(memory.group(1))
+    return sample
+
+
+def read_jtop(power: Any, temperature: Any, gpu: Any, memory: Any = None) -> dict[str, Any]:
+    """What the properties of jetson-stats' `jtop` hold, version 4 (and 3, whose power is a pair of total and rails).
+    Which entries there are depends on the board and its software; what is missing is left out."""
+    if isinstance(power, (tuple, list)):
+        power = dict(zip(("tot", "rail"), power))
+    power, gpu, memory = _table(power), _table(gpu), _table(memory)
+    rails, total = dict(_table(power.get("rail"))), _table(power.get("tot"))
+    if "name" in total:  # the rail that is the total was taken out of the others
+        rails[total["name"]] = total
+    units = [row for row in gpu.values() if "freq" in _table(row)]
+    clock = _number(units[0]["freq"], "cur") if units else _number(gpu, "frq")
+    load = _number(units[0].get("status"), "load") if units else _number(gpu, "val")
+    emc, used = _number(memory.get("EMC"), "cur"), _number(memory.get("RAM"), "used")
+    zones = {
+        zone: _number(row if isinstance(row, dict) else {"temp": row}, "temp")
+        for zone, row in _table(temperature).items()
+        if zone != "PMIC" and _table(row).get("online", True)
+    }
+    found = {
+        "power_mw": {rail: _number(row, "power", "cur") for rail, row in rails.items()},
+        "temperatures_c": {zone: degrees for zone, degrees in zones.items() if degrees is not None and degrees > -200},
+        "clocks_mhz": {"gpu": None if clock is None else clock // 1000, "memory": None if emc is None else emc // 1000},
+        "load_percent": {"gpu": load},
+    }
+    sample: dict[str, Any] = {part: _known(row) for part, row in found.items()}
+    return sample if used is None else dict(sample, ram_mb=used // 1024)
+
+
+def _table(value: Any) -> dict[str, Any]:
+    """A dict, also of jtop's own classes, which only behave like one; empty for anything else."""
+    return dict(value.items()) if hasattr(value, "items") else {}
+
+
+def _number(row: Any, *keys: str) -> Any:
+    """The first of a dict's entries that is a number; None without one."""
+    values = [_table(row).get(key) for key in keys]
+    return next((v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)), None)
+
+
+def _known(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if value is not None}
+
+
+SMI = "power.draw,temperature.gpu,clocks.sm,clocks.mem,utilization.gpu,clocks_throttle_reasons.active"
+
+
+def parse_smi(line: str) -> dict[str, Any]:
+    """A line of `nvidia-smi --query-gpu=<SMI> --format=csv,noheader,nounits`; the reasons may be missing."""
+    fields = [field.strip() for field in line.split(",")]
+    numbers = [float(field) if re.match(r"^[\d.]+$", field) else None for field in fields[:5]]
+    if len(numbers) != 5:
+        return {}
+    power, degrees, clock, memory, load = numbers
+    found = {
+        "power_mw": {"GPU": None if power is None else power * 1000},
+        "temperatures_c": {"gpu": degrees},
+        "clocks_mhz": {"gpu": clock, "memory": memory},
+        "load_percent": {"gpu": load},
+    }
+    sample: dict[str, Any] = {part: _known(row) for part, row in found.items()}
+    reasons = int(fields[5], 16) if len(fields) > 5 and re.match(r"^0x[\da-fA-F]+$", fields[5]) else 0
+    return dict(sample, throttled=reasons) if reasons else sample
+
+
+def total_power(rails: dict[str, float]) -> float | None:
+    """mW into the board: of the rail that measures it, else the sum of those that are no part of another; None without
+    rails."""
+    named = [rails[rail] for rail in INPUT_RAILS if rail in rails]
+    own = [power for rail, power in rails.items() if PART_OF.get(rail) not in rails]
+    return named[0] if named else sum(own) if own else None
+
+
+def average(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean of the samples, part by part, with the total power; {} of none."""
+    found: dict[str, Any] = {}
+    for part in ("power_mw", "temperatures_c", "clocks_mhz", "load_percent"):
+        values: dict[str, list[float]] = {}
+        for sample in samples:
+            for name, value in _known(sample.get(part, {})).items():
+                values.setdefault(name, []).append(value)
+        if values:
+            found[part] = {name: round(statistics.mean(row), 2) for name, row in values.items()}
+    if "power_mw" in found:
+        found["total_mw"] = total_power(found["power_mw"])
+    if samples:
+        found["samples"] = len(samples)
+    return found
+
+
+def throttling(samples: Sequence[dict[str, Any]], units: Sequence[str]) -> list[str]:
+    """What slowed the device down during these samples, in words: the reasons that nvidia-smi names, and clocks (of the
+    units: gpu, memory, cpu) that did not stay as high as they were; samples in which a unit had little to do do not
+    count."""
+    bits = 0
+    for sample in samples:
+        bits |= sample.get("throttled", 0)
+    reasons = dict.fromkeys(text for bit, text in REASONS.items() if bits & bit)
+    found = [f"the GPU was slowed down by its {' and '.join(reasons)}"] if reasons else []
+    heat = max((t for sample in samples for t in sample.get("temperatures_c", {}).values()), default=None)
+    for unit in units:
+        clocks = sorted(
+            sample["clocks_mhz"][unit]
+            for sample in samples
+            if unit in sample.get("clocks_mhz", {})
+            and (unit != "gpu" or sample.get("load_percent", {}).get(unit, 100) >= 50)
+        )
+        if len(clocks) < FEW:
+            continue
+        low, high = clocks[len(clocks) // 10], clocks[-1]
+        if low < STEADY * high:
+            at = f" at up to {heat:.0f} °C" if heat is not None else ""
+            found.append(f"the {unit} clock went between {low:.0f} and {high:.0f} MHz{at}; fix the clocks, or cool it")
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- monitor
+class Monitor:
+    """Reads power, temperatures and clocks ten times a second, in a process of its own.
+
+    source: "jtop", "tegrastats" or "nvidia-smi"; None where there is none of them. Where jtop fails, tegrastats goes on.
+    """
+
+    def __init__(self, source: str | None = None) -> None:
+        self.source = source if source is not None else self._find()
+        self._process: subprocess.Popen | None = None
+        self._samples: list[tuple[float, dict[str, Any]]] = []
+        self._failure, self._read = "", 0
+        if self.source:
+            self._folder = tempfile.mkdtemp(prefix="graphcomb-monitor-")
+            self._path = Path(self._folder) / "samples"
+            self._path.touch()
+            # Its input is a pipe that this process holds: when that ends, however it ends, so does the monitor.
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).resolve()), self.source, str(self._path)], stdin=subprocess.PIPE
+            )
+
+    @property
+    def samples(self) -> list[tuple[float, dict[str, Any]]]:
+        """The samples taken so far, with the time of `time.monotonic()`."""
+        if self._process is not None and self._path.exists():
+            with self._path.open() as file:
+                file.seek(self._read)
+                text = file.read()
+            whole = text[: text.rfind("\n") + 1]  # the last line may be half written
+            self._read += len(whole.encode())
+            for line in whole.splitlines():
+                row = json.loads(line)
+                self.source, self._failure = row.get("source", self.source), row.get("failure", self._failure)
+                if "sample" in row:
+                    self._samples.append((row["time"], row["sample"]))
+        return self._samples
+
+    def since(self, start: float, end: float = float("inf")) -> list[dict[str, Any]]:
+        """The samples taken after a time of `time.monotonic()`, and before another."""
+        return [sample for when, sample in self.samples if start <= when <= end]
+
+    def notes(self) -> list[str]:
+        """What a reader of the results should know."""
+        if not self.source:
+            return ["no jtop, tegrastats or nvidia-smi here: power, temperatures and clocks are not known"]
+        samples = self.samples
+        found = [self._failure] if self._failure else []
+        return found if samples else [*found, f"{self.source} gave no samples: power and clocks are not known"]
+
+    def close(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self.samples  # noqa: B018  reads the last ones
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @staticmethod
+    def _find() -> str | None:
+        # jetson-stats may be installed with its service off, or of another version.
+        with contextlib.suppress(Exception), importlib.import_module("jtop").jtop() as jetson:
+            if jetson.ok():
+                return "jtop"
+        return next((tool for tool in ("tegrastats", "nvidia-smi") if shutil.which(tool)), None)
+
+
+def watch(source: str, path: str) -> None:
+    """The monitor's process: write samples, a line of JSON each, until the standard input ends."""
+    import threading
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that is measured gets it too, and ends this one
+    tools: list[subprocess.Popen] = []
+
+    def stop() -> None:
+        sys.stdin.read()
+        for tool in tools:
+            tool.kill()
+        os._exit(0)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with open(path, "a", buffering=1) as file:
+
+        def keep(sample: dict[str, Any]) -> None:
+            if any(sample.values()):
+                if "gpu" not in sample.get("clocks_mhz", {}) and source != "nvidia-smi":
+                    sample["clocks_mhz"].update(_gpu_clock())  # tegrastats tells it to root only, from JetPack 6 on
+                file.write(json.dumps({"time": time.monotonic(), "sample": sample}) + "\n")
+
+        if source == "jtop":
+            reason = _follow_jtop(keep)
+            source = "tegrastats" if shutil.which("tegrastats") else source
+            file.write(json.dumps({"failure": f"jtop failed ({reason})", "source": source}) + "\n")
+        if source != "jtop":
+            parse = parse_tegrastats if source == "tegrastats" else parse_smi
+            query = ["nvidia-smi", "--query-gpu=" + SMI, "--format=csv,noheader,nounits", "-lms", "100", "-i", "0"]
+            command = ["tegrastats", "--interval", "100"] if source == "tegrastats" else query
+            with subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            ) as tool:
+                tools.append(tool)
+                for line in tool.stdout or ():
+                    keep(parse(line))
+
+
+def _follow_jtop(keep: Callable[[dict[str, Any]], None]) -> str:
+    """Keep what jtop says until it ends; why it did."""
+    try:
+        with importlib.import_module("jtop").jtop(interval=0.1) as jetson:
+            while jetson.ok():
+                keep(read_jtop(jetson.power, jetson.temperature, jetson.gpu, jetson.memory))
+        return "its service ended"
+    except Exception as error:  # whatever the service of another version sends
+        return f"{type(error).__name__}: {error}"
+
+
+def _gpu_clock() -> dict[str, int]:
+    for device in sorted(Path("/sys/class/devfreq").glob("*")):
+        text = _cat(str(device / "cur_freq")) if GPU.search(device.name) else None
+        if text and text.isdigit():
+            return {"gpu": int(text) // 10**6}
+    return {}
+
+
+# --------------------------------------------------------------------------------------------------------------- device
+def describe_device() -> dict[str, Any]:
+    """Model, software, power mode and clock settings, as far as the system tells without root."""
+    mode = _say(["nvpmodel", "-q"])
+    named = re.search(r"Power Mode: *(.+)", mode or "")
+    clocks = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem", "--format=csv"]
+    return {
+        "model": _cat("/proc/device-tree/model") or _say(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]),
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "l4t": _cat("/etc/nv_tegra_release"),
+        "power_mode": named.group(1).strip() if named else mode,
+        "clocks": _say(["jetson_clocks", "--show"]) or _say(clocks),
+    }
+
+
+def clock_notes(device: dict[str, Any]) -> list[str]:
+    """What a reader should know about the clocks of `describe_device`."""
+    if device["clocks"] is None and shutil.which("jetson_clocks"):
+        return ["whether the clocks are fixed is not known: jetson_clocks says it to root only; fix them with sudo"]
+    return []
+
+
+def over_current() -> dict[str, int]:
+    """How often a Jetson's GPU and processors were slowed down for drawing too much current, by event, since it started."""
+    files = sorted(Path("/sys/class/hwmon").glob("hwmon*/oc*_event_cnt"))
+    texts = {file.name.split("_")[0]: _cat(str(file)) for file in files}
+    return {name: int(text) for name, text in texts.items() if text and text.isdigit()}
+
+
+def _say(command: list[str]) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _cat(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip().strip("\0") or None
+    except OSError:
+        return None
+
+
+if __name__ == "__main__":
+    watch(sys.argv[1], sys.argv[2])
