@@ -141,6 +141,8 @@ def eliminate(
     weights `(b, B)`, inverse `(b, B, B)` (overwritten), alive `(b, B)`: entries that can go; the others are taken for
     pruned before. pattern: no more than the pattern allows go from any group. Returns `(order, losses)`, both `(b, s)`:
     the entries in the order they go, and the cumulated `Σ w_q² / (2 H_qq)`, infinite beyond a block's last one.
+
+    Raises Imprecise where rounding leaves no losses for entries that could go.
     """
     count, size = weights.shape
     inverse = (inverse if inverse.is_contiguous() else inverse.mT).contiguous()  # symmetric; LAPACK's are column-major
@@ -152,7 +154,8 @@ def eliminate(
     n, m = pattern or (0, size)
     left = m - n - (~alive).view(count, -1, m).sum(2)  # that may still go from each group
     closed.view(count, -1, m).masked_fill_((left <= 0)[..., None], math.inf)
-    steps = int(left.clamp(min=0).sum(1).max())
+    due = left.clamp(min=0).sum(1)
+    steps = int(due.max())
     order = torch.zeros(count, steps, dtype=torch.int64, device=w.device)
     losses = torch.zeros(count, steps, dtype=inverse.dtype, device=w.device)
     for start in range(0, steps, PANEL):
@@ -176,12 +179,30 @@ def eliminate(
             order[:, start + k], losses[:, start + k] = q, loss.nan_to_num_(math.inf, math.inf)
         if start + PANEL < steps:
             inverse.baddbmm_(panel.transpose(1, 2), panel, alpha=-1)
-    return order, losses.div_(2).cumsum(1)
+    losses = losses.div_(2).cumsum(1)
+    if not torch.equal(losses.isfinite().sum(1), due):
+        raise Imprecise(f"the elimination lost all digits in {losses.dtype}")
+    return order, losses
+
+
+class Imprecise(ArithmeticError):
+    """A matrix is too ill-conditioned for the precision that it is worked on in."""
+
+
+def increments(losses: Tensor) -> Tensor:
+    """What each next entry of a block costs, given the cumulated losses `(b, s)`, never less than one before it: `(b, s)`.
+
+    The order in which entries of all blocks should go, when a block must lose its own in their order: with falling
+    increments the entries of a block are worth having only together, hence the running maximum (ours). The paper's code
+    ranks the cumulated losses, by which a block that has lost much for little stops losing.
+    """
+    steps = torch.diff(losses, dim=1, prepend=losses.new_zeros(len(losses), 1))
+    return steps.nan_to_num(math.inf, math.inf).cummax(1).values  # beyond a block's last entry, inf - inf
 
 
 def prefixes(losses: Sequence[Tensor], count: int) -> list[Tensor]:
-    """How many entries each block loses when `count` go in all, those with the lowest cumulative losses: `(b,)` for each
-    tensor of `(b, s)` losses, which never fall along a row."""
+    """How many entries each block loses when `count` go in all, those with the lowest losses: `(b,)` for each tensor of
+    `(b, s)` losses, which never fall along a row (cumulated ones, or `increments` of such)."""
     every = torch.cat([found.reshape(-1) for found in losses])
     count = min(count, int(every.isfinite().sum()))
     if not count:

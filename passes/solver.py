@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..graph.errors import Refused
 from ..graph.ops import fetch
 from ..graph.program import Program
 from . import cap
@@ -32,6 +33,7 @@ class Method:
     damping: float | None
     dtype: str
     memory: float
+    allocation: str
 
     @property
     def pattern(self) -> cap.Pattern | None:
@@ -200,16 +202,19 @@ class Solver:
         return fishers
 
     def _rank(self, piece: Piece, fisher: cap.Fisher) -> tuple[Tensor, Tensor]:
-        """`(order, losses)` of the piece's blocks: for cap the elimination, for woodfisher every weight by itself."""
+        """`(order, losses)` of the piece's blocks: for cap the elimination, for woodfisher every weight by itself. Losses
+        never fall along a block's order; what goes is compared by them."""
         method, old = self.method, self._blocks(piece)
         found = []
         with bar(self.context.progress, f"Sparsify: {piece.layer.name}", piece.count) as update:
             for part in cap.chunks(piece.count, piece.size):
                 w = old[part].to(self.device, DTYPES[method.dtype])
-                inverse = fisher.inverse(part)
                 if method.name == "cap":
-                    order, losses = cap.eliminate(w, inverse.to(w.dtype), w != 0, method.pattern)
+                    order, losses = self._eliminated(piece, w, fisher.inverse(part))
+                    if method.pattern is None and method.allocation == "increments":
+                        losses = cap.increments(losses)
                 else:
+                    inverse = fisher.inverse(part)
                     scores = w.square() / (2 * inverse.diagonal(dim1=1, dim2=2)).to(w.dtype)
                     losses, order = scores.masked_fill_(w == 0, torch.inf).sort(1)
                 found.append((order.to("cpu", torch.int32), losses.float().cpu()))
@@ -221,6 +226,18 @@ class Solver:
             return torch.cat(wide)
 
         return padded([o for o, _ in found], 0), padded([x for _, x in found], torch.inf)
+
+    def _eliminated(self, piece: Piece, w: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        """`cap.eliminate`, in float64 where the method's precision does not do."""
+        for dtype in dict.fromkeys((w.dtype, torch.float64)):
+            try:
+                return cap.eliminate(w.to(dtype), inverse.to(dtype, copy=True), w != 0, self.method.pattern)
+            except cap.Imprecise as error:
+                why = str(error)
+        raise Refused(
+            f"Sparsify: {piece.layer.name}: {why}: its Fisher matrix is too ill-conditioned with damping "
+            f"{self.damping:.1e}; give a larger Sparsify.damping, or more gradients"
+        )
 
     def _masks(self, ranked: dict[Piece, tuple[Tensor, Tensor]]) -> dict[Piece, Tensor]:
         """What is zero from now on: what was, and the cheapest prefixes (the groups' cheapest) of the blocks."""

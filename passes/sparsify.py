@@ -55,8 +55,10 @@ class Sparsify(Pass):
     class probabilities. damping: λ of cap and woodfisher (1e-8 in the paper); None takes 1e-2 of the gradients' mean square,
     whatever the scale of the loss: with images like those it is used on 1e-3 may lose a little less, with few or unlike ones
     1e-1 does (ours). For fastcap and sparsegpt relative to the mean diagonal, 1e-2 if None. recomputations: Nr,
-    the target in so many equal steps, with new gradients each. dtype: of the Fisher sums and the elimination. memory:
-    bytes for them; what does not fit is done in several passes over the data.
+    the target in so many equal steps, with new gradients each. allocation: how cap shares the zeros out over blocks: by
+    what the next weight of a block adds to the loss ("increments", ours), or by the block's loss so far ("cumulated", the
+    paper's code, which loses more). dtype: of the Fisher sums and the elimination; a block for which fp32 does not do is
+    eliminated in fp64. memory: bytes for them; what does not fit is done in several passes over the data.
 
     permute: with a pattern, first bring the input channels into an order in which it loses less, where the comb knows
     their axis whole and free, which changes no output (`passes.permute`); not on a program that is sparse already.
@@ -86,6 +88,7 @@ class Sparsify(Pass):
     against: Literal["labels", "teacher"] = "labels"
     damping: float | None = None
     recomputations: int = 1
+    allocation: Literal["increments", "cumulated"] = "increments"
     dtype: Literal["fp32", "fp64"] = "fp32"
     memory: float = 4e9
     permute: bool = False
@@ -108,6 +111,7 @@ class Sparsify(Pass):
         if not given:
             object.__setattr__(self, "sparsity", 0.5)
         require("sparsity", self.sparsity is None or _is_share(self.sparsity), "a share above 0 and under 1")
+        require("allocation", self.allocation in ("increments", "cumulated"), "increments or cumulated")
         for key in ("block", "gradients", "recomputations"):
             value = getattr(self, key)
             require(key, type(value) is int and value >= 1, "a whole number of at least 1")
@@ -248,7 +252,7 @@ class Sparsify(Pass):
     def _method(self, goal: float | Pattern) -> Method:
         everywhere = (self.scope or "global") == "global" and self.method in GLOBAL
         gradients = Gradients(self.gradients, self.per, self.against)
-        options = (everywhere, self.block, gradients, self.damping, self.dtype, self.memory)
+        options = (everywhere, self.block, gradients, self.damping, self.dtype, self.memory, self.allocation)
         return Method(self.method, goal, *options)
 
     # -------------------------------------------------------------------------------------------------------- gradual

@@ -365,3 +365,47 @@ def test_single_precision_keeps_the_order_of_magnitude_of_the_loss():
     _, precise = cap.eliminate(weights, exact)
     torch.testing.assert_close(losses[:, 31].double(), precise[:, 31], rtol=1e-2, atol=0)
     assert order.sort(1).values.equal(torch.arange(64).expand(4, 64))
+
+
+def total(losses, lengths):
+    """What all blocks lose when each loses so many."""
+    wide = torch.nn.functional.pad(losses, (1, 0))
+    return float(wide.gather(1, lengths.unsqueeze(1)).sum())
+
+
+def cheapest(losses, count):
+    """The least that the blocks can lose when `count` go in all, each in its own order (dynamic programming)."""
+    best = [0.0] + [math.inf] * count
+    for row in torch.nn.functional.pad(losses, (1, 0)).tolist():
+        best = [min(best[n - k] + row[k] for k in range(min(n, len(row) - 1) + 1)) for n in range(count + 1)]
+    return best[count]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.75, 0.9])
+def test_allocation_by_increments_loses_less_than_by_cumulated_losses_and_hardly_more_than_the_least(seed, share):
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(40, 1, 1, generator=generator, dtype=D) * 3 + 0.1  # blocks of unlike importance
+    gradients = torch.randn(40, 64, 32, generator=generator, dtype=D) * scale
+    gradients = gradients @ torch.randn(40, 32, 32, generator=generator, dtype=D)
+    matrix = gradients.mT @ gradients / 64
+    inverse = torch.linalg.inv(matrix + 1e-2 * matrix.diagonal(dim1=1, dim2=2).mean() * torch.eye(32, dtype=D))
+    _, losses = cap.eliminate(torch.randn(40, 32, generator=generator, dtype=D), inverse)
+    count = round(share * losses.numel())
+    ours, theirs = (total(losses, cap.prefixes([x], count)[0]) for x in (cap.increments(losses), losses))
+    least = cheapest(losses, count)
+    assert least * (1 - 1e-12) <= ours <= 1.03 * least
+    assert ours < theirs
+
+
+def test_increments_never_fall_and_end_with_the_block():
+    losses = torch.tensor([[1.0, 1.5, 4.0, math.inf], [0.0, 2.0, 2.5, 3.0]], dtype=D)
+    expected = torch.tensor([[1.0, 1.0, 2.5, math.inf], [0.0, 2.0, 2.0, 2.0]], dtype=D)
+    assert torch.equal(cap.increments(losses), expected)
+
+
+def test_an_elimination_that_loses_all_digits_says_so():
+    weights = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    inverse = torch.full((2, 8, 8), 1e38).float()  # singular, and at the end of the range: differences are NaN
+    with pytest.raises(cap.Imprecise, match="float32"):
+        cap.eliminate(weights * 1e30, inverse)

@@ -251,6 +251,43 @@ def test_the_predicted_loss_is_what_the_gradients_say_whatever_the_damping(progr
         assert result.record["stages"][0]["steps"][0]["predicted_loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_zeros_shared_out_by_increments_lose_less_than_by_cumulated_losses(trained):
+    dense, train, _ = trained
+    options = {"sparsity": 0.75, "gradients": 256, "block": 32}
+    losses = {}
+    for allocation in ("increments", "cumulated"):
+        result = Sparsify(allocation=allocation, **options)(dense, data=train)
+        losses[allocation] = result.record["stages"][0]["steps"][0]["predicted_loss"]
+    assert losses["increments"] < losses["cumulated"]
+
+
+def test_a_block_that_float32_cannot_eliminate_is_eliminated_in_float64_and_no_weight_is_missed(program, monkeypatch):
+    right, seen = cap.eliminate, []
+
+    def narrow(weights, inverse, *more):
+        seen.append(weights.dtype)
+        if weights.dtype == torch.float32:
+            raise cap.Imprecise("planted")
+        return right(weights, inverse, *more)
+
+    monkeypatch.setattr(cap, "eliminate", narrow)
+    result = Sparsify(sparsity=0.6, gradients=32, block=16)(program, data=batches())
+    assert {torch.float32, torch.float64} == set(seen)
+    names = [row["what"] for row in result.record["changed"]]
+    before, after = weights(program), weights(result.program)
+    zeros = sum(int((after[n] == 0).sum()) for n in names)
+    assert zeros == round(0.6 * sum(before[n].numel() for n in names))
+
+
+def test_a_matrix_that_float64_cannot_eliminate_either_is_refused(program, monkeypatch):
+    def narrow(*args):
+        raise cap.Imprecise("the elimination lost all digits in torch.float64")
+
+    monkeypatch.setattr(cap, "eliminate", narrow)
+    with pytest.raises(Refused, match=r"conv.weight: .*give a larger Sparsify.damping"):
+        Sparsify(sparsity=0.6, gradients=32, block=16)(program, data=batches())
+
+
 def test_the_update_leaves_no_gradient_step_to_take(program):
     """On the quadratic model the kept weights are where its gradient vanishes: `F (w' - w)` is zero on them."""
     data = batches()
