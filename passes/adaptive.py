@@ -11,7 +11,9 @@ back into the original's shape, for the proof that one slice of it at the end is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,11 +30,11 @@ from ..graph.surgery import Removed, kept_indices, resized
 from .base import Context
 from .batches import split_batch
 from .distill import Distill, block_outputs
-from .importance import IMPORTANCES, TRANSFORMS, Members, Scores, relative_norms
+from .importance import IMPORTANCES, TRANSFORMS, GradientScores, Scores, normalised, relative_norms, together
 from .selection import lowest_removed
 from .training import Callback, Kept, Surgery, averaged, gathered, seeded, taken
 
-SILENT = {"taylor": 1e-6, "fisher": 1e-12}  # scores that are rounding
+GONE = -np.finfo(np.float64).tiny  # below every score: gone already, and first in line; nothing to a sum of scores
 
 Choose = Callable[[dict[Factor, int], Scores, float], dict[Factor, int]]
 """`choose(sizes, scores, share)`: sizes of the groups once `share` of the way to the target is gone; never larger."""
@@ -62,11 +64,14 @@ def event_steps(schedule: str, total: int, interval: int, rounds: int, prune_sha
 class Pruner(Callback):
     """Cuts a program while it trains.
 
-    comb: of the program as it was before training. groups: those that may shrink. choose: see `Choose`. importance:
-    "fisher" and "taylor" sum the scores of all steps since the last event, "magnitude" and "random" look at the network
-    when an event is due; so do all when no step had a gradient, as without labels while the student is still its
-    teacher. events: see `event_steps`. context: for the scores of a one-shot event, which come from a pass
+    comb: of the program as it was before training. groups: those that may shrink. choose: see `Choose`. importance: those
+    from gradients sum the scores of all steps since the last event, "magnitude" and "random" look at the network when an
+    event is due. events: see `event_steps`. context: for the scores of a one-shot event, which come from a pass
     over the data before training. identity: see `Callback`.
+
+    "magnitude" stands in for gradients where these say nothing: as long as nothing is cut and the only loss is the distance
+    to a teacher that is the network itself, gradients are rounding and the noise of dropout and batch statistics; and
+    where no step since the last event had any. The log names the importance of each event.
 
     Under several processes gradients are averaged before they are scored, so the Fisher score is the square of the global
     batch's gradient, as one process would see it; batch statistics are each process's own, so with trained BatchNorm the
@@ -80,7 +85,7 @@ class Pruner(Callback):
     events: dict[int, float]
     context: Context
     identity: Any
-    labels: bool = True
+    distill: Distill | None = None
     masks: dict[Factor, np.ndarray] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
 
@@ -89,8 +94,7 @@ class Pruner(Callback):
         self._restart()
 
     def _restart(self) -> None:
-        """Forget the scores; look at the network as it is now."""
-        self.members = Members(self.comb, (g.atom for g in self.groups), self.masks)
+        """Forget the scores."""
         self.scores: Scores = {g.atom: np.zeros(g.size) for g in self.groups}
         self.count = 0
 
@@ -102,20 +106,39 @@ class Pruner(Callback):
     def begin(self, module: TrainableModule) -> Surgery | None:
         if 0 not in self.events:
             return None
-        if self.importance in TRANSFORMS and not self._labelled():
-            return self._event(0, module, relative_norms(self.comb, self.groups, module, {}))
+        if self.importance in TRANSFORMS and not self._labelled:
+            return self._by_magnitude(0, module)
         return self._event(0, module, IMPORTANCES[self.importance](self.comb, self.groups, self.context))
 
+    def dress(self, module: TrainableModule) -> AbstractContextManager[Any]:
+        if self.importance not in TRANSFORMS or len(self.log) == len(self.events):
+            return nullcontext()
+        self.gradients = GradientScores(self.importance, self.comb, self.groups, self.masks, module, averaged)
+        return self.gradients.tapped()
+
+    @cached_property
     def _labelled(self) -> bool:
         """Whether there are labels to take gradients of before the first step; the data's order does not notice."""
         with seeded(self.context.seed, self.context.data):
             first = next(iter(self.context.batches), None)
-        return self.labels and first is not None and split_batch(first)[2] is not None
+        labels = self.distill is None or self.distill.labels
+        return labels and first is not None and split_batch(first)[2] is not None
+
+    @cached_property
+    def _own_teacher(self) -> bool:
+        """Whether the loss is nothing but the distance to a teacher that is the network as it was before training."""
+        teacher = self.context.teacher
+        if teacher is None or self.distill is None or (self.distill.alpha < 1 and self._labelled):
+            return False
+        theirs, ours = (p.module().state_dict() for p in (teacher, self.comb.program))
+        return theirs.keys() == ours.keys() and all(
+            t.shape == ours[k].shape and torch.equal(t, ours[k].to(t)) for k, t in theirs.items()
+        )
 
     def after_backward(self, step: int, module: TrainableModule) -> None:
         if self.importance not in TRANSFORMS or step >= max(self.events):
             return
-        found = self.members.gradient_scores(module, TRANSFORMS[self.importance])
+        found = self.gradients.of_batch(self.loss_scale)
         if not all(np.isfinite(own).all() for own in found.values()):
             return  # a step that a gradient scaler skips
         for atom, own in found.items():
@@ -130,9 +153,13 @@ class Pruner(Callback):
             generator = np.random.default_rng([self.context.seed, done])
             return self._event(done, module, {g.atom: generator.random(g.size) for g in self.groups})
         scores = {a: own / max(self.count, 1) for a, own in self.scores.items()}
-        if max(own.max() for own in scores.values()) <= SILENT.get(self.importance, 0.0):
-            scores = relative_norms(self.comb, self.groups, module, self.masks)
+        if not any(own.any() for own in scores.values()) or (not self.masks and self._own_teacher):
+            return self._by_magnitude(done, module)
         return self._event(done, module, scores)
+
+    def _by_magnitude(self, done: int, module: TrainableModule) -> Surgery | None:
+        scores = relative_norms(self.comb, self.groups, module, self.masks)
+        return self._event(done, module, scores, "magnitude")
 
     def state_dict(self) -> dict[str, Any]:
         names = {g.atom: g.name for g in self.groups}
@@ -152,11 +179,13 @@ class Pruner(Callback):
         return self._cut(self.comb.module, self._kept({}))
 
     # ---------------------------------------------------------------------------------------------------------- cutting
-    def _event(self, done: int, module: TrainableModule, scores: Scores) -> Surgery | None:
-        """Remove what is least important until the ramp's share is gone."""
-        scores = {atom: averaged(own) for atom, own in scores.items()}
+    def _event(
+        self, done: int, module: TrainableModule, scores: Scores, importance: str | None = None
+    ) -> Surgery | None:
+        """Remove what is least important until the ramp's share is gone. importance: the one that gave the scores."""
+        scores = normalised(together(scores))
         for atom, mask in self.masks.items():
-            scores[atom] = np.where(mask, scores[atom], -1.0)  # below every score: gone already, and first in line
+            scores[atom] = np.where(mask, scores[atom], GONE)
         sizes = self.choose(self.sizes, scores, self.events[done])
         old, new = self.masks, dict(self.masks)
         for group in self.groups:
@@ -166,7 +195,10 @@ class Pruner(Callback):
         self._same_everywhere(new)
         lost = {g.name: self._lost(g, old, new) for g in self.groups if new.get(g.atom) is not old.get(g.atom)}
         cost = self.comb.cost({atom: int(mask.sum()) for atom, mask in new.items()})
-        self.log.append({"step": done, "removed": lost, "macs": cost["macs"], "params": cost["params"]})
+        by = importance or self.importance
+        self.log.append(
+            {"step": done, "removed": lost, "importance": by, "macs": cost["macs"], "params": cost["params"]}
+        )
         self.masks = new
         self._restart()
         return self._surgery(module, old) if lost else None
@@ -208,7 +240,7 @@ class Pruner(Callback):
     # ----------------------------------------------------------------------------------------------------------- results
     def train(self, distill: Distill) -> tuple[Program, dict[str, Any]]:
         """Prune while training; the smaller program and the record."""
-        student, self.labels = self.comb.program.copy(), distill.labels
+        student, self.distill = self.comb.program.copy(), distill
         training = distill.train(student, self.context, [self])
         if len(self.log) < len(self.events):
             raise BadInput(

@@ -1,13 +1,19 @@
 """How much each index of each group matters: one number per index, from weights alone or from gradients.
 
-A parameter's entry-wise score is summed onto the indices of each of its dimensions and from there onto the atoms they
-are made of; a group's score is the mean over the parameters it takes part in (CPD, arXiv 2408.03046).
+Gradient scores are exact to first order: the loss is differentiated by one gate per index, which masks the index wherever
+it is read (`passes.gates`; ours). "fisher" squares that derivative, "taylor" takes its absolute value, batch by batch.
+
+The form that CPD publishes (arXiv 2408.03046) stays as "fisher-paper" and "taylor-paper": every parameter that an index
+takes part in, writers, readers and norms alike, is scored by itself, and the mean over them counts. What the parameters
+say of one and the same gate is then added up without signs and divided by their number, so an index with many readers,
+such as a residual trunk's, is underrated, the more the deeper the network.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -17,7 +23,10 @@ from ..graph.axes import Factor
 from ..graph.comb import Comb, Group
 from ..graph.errors import BadInput
 from ..graph.ops import arguments, op_name
+from ..graph.program import TrainableModule
 from .base import Context
+from .gates import Gates
+from .sums import weighted_sums
 
 Scores = dict[Factor, np.ndarray]
 NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
@@ -44,15 +53,18 @@ class Members:
     def sums(self, module: torch.nn.Module, gradients: bool) -> Iterator[tuple[str, Scores]]:
         """For every parameter and dimension, the sums over the entries of each index: of weight * gradient, or of the
         squared weight."""
-        for name, tensor in module.named_parameters():
-            if name not in self._axes or (gradients and tensor.grad is None):
-                continue
-            axes = self._axes[name]
-            for dim, values in _sums(tensor.detach(), tensor.grad if gradients else None, axes).items():
-                axis, kept = axes[dim]
+        given = [
+            (name, tensor)
+            for name, tensor in module.named_parameters()
+            if name in self._axes and (tensor.grad is not None or not gradients)
+        ]
+        items = [(t.detach(), t.grad if gradients else None, self._axes[name]) for name, t in given]
+        for (name, _), sums in zip(given, weighted_sums(items), strict=True):
+            for dim, values in sums.items():
+                axis, kept = self._axes[name][dim]
                 if kept is not None:
-                    values, given = np.zeros(len(kept)), values
-                    values[kept] = given
+                    values, own = np.zeros(len(kept)), values
+                    values[kept] = own
                 found: Scores = {}
                 ax.fold(axis, values, found)
                 yield name, {atom: own for atom, own in found.items() if atom in self.wanted}
@@ -66,7 +78,44 @@ class Members:
         return {atom: np.mean(values, axis=0) for atom, values in found.items()}
 
 
-TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"taylor": np.abs, "fisher": np.square}
+TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "taylor": np.abs,
+    "fisher": np.square,
+    "taylor-paper": np.abs,
+    "fisher-paper": np.square,
+}
+"""What importances from gradients make of the derivatives of one batch."""
+
+
+class GradientScores:
+    """Scores of the backward passes of one network: run it within `tapped`, then take them with `of_batch`.
+
+    importance: a key of TRANSFORMS. masks: which indices of the groups the network still has. share: see `Gates.totals`.
+    """
+
+    def __init__(
+        self,
+        importance: str,
+        comb: Comb,
+        groups: Iterable[Group],
+        masks: ax.Masks | None,
+        module: TrainableModule,
+        share: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+    ):
+        wanted = [g.atom for g in groups]
+        self.transform, self.module, self.share = TRANSFORMS[importance], module, share
+        self.gates = None if importance.endswith("-paper") else Gates(comb, wanted, masks, module)
+        self.members = Members(comb, wanted, masks) if self.gates is None else None
+
+    def tapped(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.gates is None else self.gates.tapped()
+
+    def of_batch(self, scale: float = 1.0) -> Scores:
+        """The scores by the gradients that lie in the network now; scale: see `Gates.totals`."""
+        if self.members is not None:
+            return self.members.gradient_scores(self.module, self.transform)
+        assert self.gates is not None
+        return {atom: self.transform(own) for atom, own in self.gates.totals(self.share, scale).items()}
 
 
 def magnitude(comb: Comb, groups: list[Group], context: Context) -> Scores:
@@ -104,92 +153,76 @@ def _norm_scales(comb: Comb) -> Iterable[torch.fx.Node]:
                 yield weight
 
 
-BLOCK = 1 << 17  # elements: a product of this size stays in a core's cache
-
-
-def _sums(values: torch.Tensor, factors: torch.Tensor | None, dims: Iterable[int]) -> dict[int, np.ndarray]:
-    """For each of the dimensions, the sums of values * factors (or of squared values) over all others.
-
-    On a CPU a block of rows at a time, so that the second sum finds it in the cache; numpy's einsum is several times
-    faster there than a product and two reductions.
-    """
-    factors = values if factors is None else factors
-    if values.device.type != "cpu":
-        product = values.float() * factors.float()
-        others = {d: tuple(k for k in range(product.dim()) if k != d) for d in dims}
-        return {d: (product.sum(o) if o else product).double().cpu().numpy() for d, o in others.items()}
-    left, right = _array(values), _array(factors)
-    if values.dim() == 1:
-        return {0: (left * right).astype(np.float64)}
-    left, right = (t.reshape(len(t), -1) for t in (left, right))
-    step = max(1, BLOCK // left.shape[1])
-    rows, columns = [], np.zeros(left.shape[1])
-    for start in range(0, len(left), step):
-        p, q = left[start : start + step], right[start : start + step]
-        rows.append(np.einsum("ij,ij->i", p, q))
-        columns += np.einsum("ij,ij->j", p, q)
-    grid = columns.reshape(values.shape[1:])
-    found = {0: np.concatenate(rows).astype(np.float64)}
-    for d in dims:
-        if d > 0:
-            found[d] = grid.sum(axis=tuple(k for k in range(grid.ndim) if k != d - 1))
-    return {d: found[d] for d in dims}
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.float() if tensor.element_size() < 4 else tensor).cpu().numpy()
-
-
-def taylor(comb: Comb, groups: list[Group], context: Context) -> Scores:
-    """First-order Taylor: |sum of weight * gradient| over the entries of an index, accumulated over batches
-    (Molchanov et al. 2019, arXiv 1906.10771)."""
-    return _from_gradients(comb, groups, context, TRANSFORMS["taylor"])
-
-
-def fisher(comb: Comb, groups: list[Group], context: Context) -> Scores:
-    """Empirical Fisher: (sum of weight * gradient)^2 over the entries of an index, accumulated over batches: the Hessian
-    term of masking the index (CPD, arXiv 2408.03046)."""
-    return _from_gradients(comb, groups, context, TRANSFORMS["fisher"])
-
-
 def random(comb: Comb, groups: list[Group], context: Context) -> Scores:
     """Uniform random numbers, a baseline; seeded by the context."""
     generator = np.random.default_rng(context.seed)
     return {g.atom: generator.random(g.size) for g in groups}
 
 
-def _from_gradients(comb: Comb, groups: list[Group], context: Context, transform: Callable[..., np.ndarray]) -> Scores:
-    from .batches import Feed
-    from .training import task_loss
+def from_gradients(importance: str) -> Callable[[Comb, list[Group], Context], Scores]:
+    """The importance of that name as a function: mean over batches of its score, in eval mode.
 
-    if context.data is None:
-        raise BadInput("importance from gradients needs data: give data= (batches of inputs and labels)")
-    module = comb.program.copy().module()
-    module.eval().requires_grad_()  # what is frozen for training matters all the same
-    members = Members(comb, (g.atom for g in groups))
-    sums: dict[Factor, np.ndarray] = {g.atom: np.zeros(g.size) for g in groups}
-    count = 0
-    for batch in Feed(comb.program).batches(context.data):
-        if batch.labels is None:
-            raise BadInput(
-                "importance from gradients needs labels, and the data yields none; use importance: magnitude"
-            )
-        module.zero_grad(set_to_none=True)
-        loss = task_loss(context.loss, module(*batch.args, **batch.kwargs), batch.labels)
-        if not torch.isfinite(loss):
-            raise BadInput(f"importance: the loss of batch {count} is {float(loss)}; check the data and the model")
-        loss.backward()
-        for atom, values in members.gradient_scores(module, transform).items():
-            sums[atom] += values
-        count += 1
-    if count == 0:
-        raise BadInput("importance from gradients: the data yields no batch")
-    return {atom: values / count for atom, values in sums.items()}
+    "taylor" is |derivative by the index's gate| (Molchanov et al., arXiv 1906.10771), "fisher" its square, the empirical
+    Fisher's term for masking the index. A batch's loss is differentiated as a whole, so "fisher" is the square of a mean
+    over its samples.
+    """
+
+    def scores(comb: Comb, groups: list[Group], context: Context) -> Scores:
+        from .batches import Feed
+        from .training import task_loss
+
+        if context.data is None:
+            raise BadInput("importance from gradients needs data: give data= (batches of inputs and labels)")
+        module = comb.program.copy().module()
+        module.eval().requires_grad_()  # what is frozen for training matters all the same
+        own = GradientScores(importance, comb, groups, None, module)
+        sums: dict[Factor, np.ndarray] = {g.atom: np.zeros(g.size) for g in groups}
+        count = 0
+        with own.tapped():
+            for batch in Feed(comb.program).batches(context.data):
+                if batch.labels is None:
+                    raise BadInput(
+                        "importance from gradients needs labels, and the data yields none; use importance: magnitude"
+                    )
+                module.zero_grad(set_to_none=True)
+                loss = task_loss(context.loss, module(*batch.args, **batch.kwargs), batch.labels)
+                if not torch.isfinite(loss):
+                    text = f"the loss of batch {count} is {float(loss)}; check the data and the model"
+                    raise BadInput(f"importance: {text}")
+                loss.backward()
+                for atom, values in own.of_batch().items():
+                    sums[atom] += values
+                count += 1
+        if count == 0:
+            raise BadInput("importance from gradients: the data yields no batch")
+        return {atom: values / count for atom, values in sums.items()}
+
+    return scores
+
+
+def normalised(scores: Scores) -> Scores:
+    """The scores times one power of two that makes the largest about 1, so that no threshold or sum in the selection sees
+    the scale of the loss."""
+    largest = max((float(own.max()) for own in scores.values() if len(own)), default=0.0)
+    if not 0 < largest < np.inf:
+        return dict(scores)
+    _, exponent = np.frexp(largest)
+    return {atom: np.ldexp(own, -int(exponent)) for atom, own in scores.items()}
+
+
+def together(scores: Scores) -> Scores:
+    """The mean of the scores over all processes, the same bits in each of them."""
+    from .training import averaged
+
+    if not scores:
+        return {}
+    values = averaged(np.concatenate(list(scores.values())))
+    parts = np.split(values, np.cumsum([len(own) for own in scores.values()])[:-1])
+    return dict(zip(scores, parts, strict=True))
 
 
 IMPORTANCES: dict[str, Callable[[Comb, list[Group], Context], Scores]] = {
     "magnitude": magnitude,
-    "taylor": taylor,
-    "fisher": fisher,
     "random": random,
+    **{name: from_gradients(name) for name in TRANSFORMS},
 }

@@ -20,11 +20,11 @@ from .adaptive import Pruner, event_steps, removed_values
 from .base import Context, Pass, PassResult, check_field
 from .batches import Feed
 from .distill import Distill, block_outputs
-from .importance import IMPORTANCES, TRANSFORMS, Scores
+from .importance import IMPORTANCES, TRANSFORMS, Scores, normalised, together
 from .knapsack import Predictor, allowed_seconds, knapsack, needed_latency, towards
 from .legalise import Costs, mac_terms, movable, parameter_terms
 from .selection import Selection, lowest_removed, planned_sizes
-from .training import agreed, averaged, total_steps
+from .training import agreed, total_steps
 
 DEFAULT_ALIGNMENT = 8  # fp16 tensor cores; what a target says goes before it
 
@@ -39,7 +39,8 @@ class RemoveChannels(Pass):
     program or as a time ("3.5 ms", "800 us"), by a knapsack over all groups (`passes.knapsack`). Without a target, ratio
     0.5. Where an axis is a product, one factor shrinks: heads before head width.
 
-    importance: "magnitude", "taylor", "fisher" (both need data) or "random"; by default magnitude, with `train` fisher.
+    importance: "magnitude", "taylor", "fisher" (both need data, and are exact to first order: `passes.importance`; with
+    "-paper" after them in CPD's published form) or "random"; by default magnitude, with `train` fisher.
     scope: by default local, with `train` global. round_to: widths stay multiples of it; None takes the target's alignment
     for the dtype, or 8. min_channels: what every group keeps at least. kinds: which kinds of groups may shrink. include,
     exclude: patterns over parameter names.
@@ -136,7 +137,7 @@ class RemoveChannels(Pass):
         training: dict[str, Any] = {}
         masked, predicted = None, agreed(predict)  # only the main process measures
         if self.train is None:
-            scores = {atom: averaged(own) for atom, own in self._score(comb, groups, context).items()}
+            scores = normalised(together(self._score(comb, groups, context)))
             sizes = choose({}, scores, 1.0)
             masks = {g.atom: lowest_removed(scores[g.atom], sizes.get(g.atom, g.size)) for g in groups}
             smaller, removed = remove(comb, masks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +28,15 @@ class Callback:
     """Hooks of a pass that changes the network while it trains (masks, adaptive pruning). Steps count from 0.
 
     identity: whatever decides the result besides the state, so that a checkpoint of another run is not taken up.
+    loss_scale: by how much the loss is multiplied before the backward pass, against underflow in half precision.
     """
 
     identity: Any = None
+    loss_scale: float = 1.0
+
+    def dress(self, module: TrainableModule) -> AbstractContextManager[Any]:
+        """A context in which the module trains; entered anew when the network is replaced."""
+        return nullcontext()
 
     def begin(self, module: TrainableModule) -> Surgery | None:
         """Before the first step; not called when a checkpoint is taken up."""

@@ -163,7 +163,8 @@ class _Loop:
         self.finite &= set(module.state_dict())
         self.program.replace_module(module)
         move(module, self.acc.device)
-        self.worn.enter_context(self.dress(module))
+        for dress in (self.dress, *(callback.dress for callback in self.callbacks)):
+            self.worn.enter_context(dress(module))
         self.acc._models.clear()  # accelerate keeps every model it was ever given
         self.model = self.acc.prepare_model(module)
         self.optimizer = _optimizer(module, self.training)
@@ -260,7 +261,9 @@ class _Loop:
         self._require_finite(batch, values[0], rate)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
+        scale = self.scaler.get_scale()
         for callback in self.callbacks:
+            callback.loss_scale = scale
             callback.after_backward(self.step, self.module)
         if training.clip:
             nn.utils.clip_grad_norm_(self.module.parameters(), training.clip)
