@@ -7,7 +7,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.nn import functional as F
 
 import graphcomb.graph as g
 from graphcomb.graph import axes as ax
@@ -187,3 +188,116 @@ def test_the_derivative_is_that_of_real_gates(name):
             torch.testing.assert_close(
                 Gated(comb, closed)(x), torch.utils._pytree.tree_leaves(small.module()(x)), rtol=1e-9, atol=1e-9
             )
+
+
+# --------------------------------------------------------------------------------------------- gates written by hand
+class Residual(nn.Module):
+    """A trunk that several blocks read, in each an inner layer, a squeeze-and-excitation, and a normalised head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm = nn.Conv2d(2, 6, 3, 1, 1), nn.BatchNorm2d(6)
+        self.up = nn.ModuleList(nn.Conv2d(6, 5, 1) for _ in range(3))
+        self.deep = nn.ModuleList(nn.Conv2d(5, 5, 3, 1, 1, groups=5) for _ in range(3))
+        self.down = nn.ModuleList(nn.Conv2d(5, 6, 1) for _ in range(3))
+        self.squeeze, self.excite = nn.Linear(6, 4), nn.Linear(4, 6)
+        self.last, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x, trunk=1.0, inner=(1.0, 1.0, 1.0)):
+        def on(gate):
+            return gate if isinstance(gate, float) else gate.view(-1, 1, 1)
+
+        x = F.relu(self.norm(self.stem(x)))
+        for up, deep, down, gate in zip(self.up, self.deep, self.down, inner, strict=True):
+            x = x + down(on(gate) * F.gelu(deep(up(on(trunk) * x))))
+        x = x * self.excite(F.relu(self.squeeze(trunk * x.mean((2, 3))))).sigmoid()[..., None, None]
+        x, gate = x.mean((2, 3)), trunk if isinstance(trunk, torch.Tensor) else torch.ones(6, dtype=x.dtype)
+        mean = (gate * x).sum(1, keepdim=True) / gate.sum()
+        spread = (gate * (x - mean) ** 2).sum(1, keepdim=True) / gate.sum()
+        x = (x - mean) / (spread + self.last.eps).sqrt() * self.last.weight + self.last.bias
+        return self.head(trunk * x)
+
+
+class AsWritten(Residual):
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        for up, deep, down in zip(self.up, self.deep, self.down, strict=True):
+            x = x + down(F.gelu(deep(up(x))))
+        x = x * self.excite(F.relu(self.squeeze(x.mean((2, 3))))).sigmoid()[..., None, None]
+        return self.head(self.last(x.mean((2, 3))))
+
+
+def test_gates_written_into_the_eager_model_agree():
+    model = randomised(AsWritten())
+    x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    by_hand = Residual().double().eval()
+    by_hand.load_state_dict(model.state_dict())
+    trunk = torch.ones(6, dtype=torch.float64, requires_grad=True)
+    inner = [torch.ones(5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    torch.testing.assert_close(by_hand(x), model(x))
+    expected = torch.autograd.grad(loss_of(by_hand(x, trunk, inner)), [trunk, *inner])
+    program = g.capture(model, x)
+    names = ["stem.weight:0", *(f"up.{i}.weight:0" for i in range(3))]
+    comb = Comb(program)
+    chosen = [next(group for group in comb.groups if group.name == name) for name in names]
+    found = exact_scores(program, comb, chosen, x)
+    compare(found, {group.atom: e for group, e in zip(chosen, expected, strict=True)})
+
+
+class Shared(nn.Module):
+    """One weight looked up and read, one read twice, one read by a frozen layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Parameter(torch.randn(7, 6))
+        self.twice, self.frozen, self.head = nn.Linear(6, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, tokens, x):
+        x = F.linear(x, self.table.t()) + self.table[tokens]
+        x = x + torch.tanh(self.twice(torch.tanh(self.twice(x))))
+        return self.head(self.frozen(x).relu()), x @ self.table.t()
+
+
+def test_tied_and_frozen_weights_are_read_where_they_are_read():
+    model = randomised(Shared())
+    inputs = torch.randint(7, (4,)), torch.randn(4, 7, dtype=torch.float64)
+    program = g.capture(model, inputs)
+    comb = Comb(program)
+    groups = [group for group in comb.groups if group.frozen is None]
+    assert any(group.size == 6 for group in groups)
+    gates = {group.atom: torch.ones(group.size, dtype=torch.float64, requires_grad=True) for group in groups}
+    out = Gated(comb, gates).run(*inputs, enable_io_processing=False)
+    expected = dict(zip(gates, torch.autograd.grad(loss_of(out), list(gates.values())), strict=True))
+    for freeze in (False, True):
+        module = program.copy().module().eval()
+        for p in (module.frozen.weight, module.frozen.bias, module.twice.weight) if freeze else ():
+            p.requires_grad_(False)
+        found = Gates(comb, gates, None, module)
+        before = str(module.graph)
+        with found.tapped():
+            loss_of(module(*inputs)).backward()
+            compare(found.totals(), expected)
+        assert str(module.graph) == before
+
+
+@pytest.mark.parametrize("name", ["FusedQkv", "RmsNorm", "GroupedConv", "GroupedTransposedConv", "SqueezeExcite"])
+def test_a_network_that_has_lost_some_is_scored_in_the_originals_numbering(name):
+    torch.manual_seed(0)
+    case = CASES[name]
+    x = torch.randn(case.shape, dtype=torch.float64)
+    program = g.capture(randomised(case.model()), x)
+    comb = Comb(program)
+    groups = [group for group in comb.groups if group.frozen is None and group.size > group.least]
+    masks = {group.atom: np.arange(group.size) != group.size // 2 for group in groups}
+    small, _ = remove(comb, masks)
+    module = small.module().eval().requires_grad_()
+    found = Gates(comb, masks, masks, module)
+    with found.tapped():
+        loss_of(module(x)).backward()
+        totals = found.totals()
+    gates = {a: torch.from_numpy(m.astype(np.float64)).requires_grad_() for a, m in masks.items()}
+    gradients = torch.autograd.grad(loss_of(Gated(comb, gates)(x)), list(gates.values()))
+    kept = {a: e * torch.from_numpy(masks[a]) for a, e in zip(gates, gradients, strict=True)}
+    compare(totals, kept)
