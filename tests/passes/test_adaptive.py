@@ -22,12 +22,12 @@ from graphcomb.graph.comb import Comb
 from graphcomb.graph.errors import BadInput, GraphcombError, Unreachable
 from graphcomb.graph.program import load
 from graphcomb.graph.surgery import remove
-from graphcomb.passes import training
 from graphcomb.passes.adaptive import event_steps
 from graphcomb.passes.base import Context
 from graphcomb.passes.distill import Distill, feature_distance, matching_features
 from graphcomb.passes.importance import TRANSFORMS, Members
 from graphcomb.passes.remove_channels import RemoveChannels
+from graphcomb.passes.train import loop
 
 EXACT = 1e-10
 
@@ -270,7 +270,7 @@ def test_training_the_sliced_network_is_training_the_masked_one():
 def test_moments_of_adam_go_with_their_weights(monkeypatch):
     """Right after an event they are slices of those before it."""
     seen = []
-    operate = training._Loop._operate
+    operate = loop._Loop._operate
 
     def watched(loop, surgery):
         if surgery is None:
@@ -280,7 +280,7 @@ def test_moments_of_adam_go_with_their_weights(monkeypatch):
             moments = {n: loop.optimizer.state[p] for n, p in loop.module.named_parameters()}
             seen.append({n: {k: t.clone() for k, t in m.items()} for n, m in moments.items()})
 
-    monkeypatch.setattr(training._Loop, "_operate", watched)
+    monkeypatch.setattr(loop._Loop, "_operate", watched)
     result = pruning(interval=6)(capture(convolutions()), data=batches())
     assert len(seen) == 2
     for name, moments in seen[1].items():
@@ -568,3 +568,22 @@ if __name__ == "__main__":
     found = {"removed": result.removed, "state": state(result.program), "events": result.record["events"]}
     found["resumed_at"] = result.record.get("resumed_at")
     torch.save(found, f"{folder}-{os.environ['RANK']}.pt")
+
+
+@pytest.mark.parametrize("importance", ["fisher", "taylor", "fisher-paper"])
+def test_the_scale_of_the_loss_changes_nothing(importance):
+    """Neither at once nor while training, where plain SGD needs a learning rate that makes up for it."""
+    program, removed = capture(convolutions(), torch.float64), {}
+    data = batches(dtype=torch.float64)
+    for scale in (1.0, 1e-5, 2.0**-40):
+
+        def loss(outputs, labels, scale=scale):
+            return scale * F.cross_entropy(outputs, labels)
+
+        options = {"macs": 0.4, "round_to": 2, "importance": importance, "scope": "global"}
+        at_once = RemoveChannels(**options)(program, data=data, loss=loss)
+        train = {"optimizer": "sgd", "lr": 1e-3 / scale, "weight_decay": 0.0, "warmup": 0.0, "clip": 0.0}
+        slowly = pruning(train, **options)(program, data=data, loss=loss)
+        removed[scale] = at_once.removed, slowly.removed
+        assert {event["importance"] for event in slowly.record["events"]} == {importance}
+    assert removed[1.0] == removed[1e-5] == removed[2.0**-40]
