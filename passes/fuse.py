@@ -30,6 +30,7 @@ from .masks import sparse_weights
 CONVS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 MAPS = (*CONVS, *TRANSPOSED, "linear")
+VIEWS = ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
 TOLERANCE, EPSILON = 1e-10, torch.finfo(torch.float64).eps
 LONGEST = 16  # parts of a chain that are merged into one map at most
@@ -113,7 +114,8 @@ class Step:
 
     axis: of the channels in the value, None where any will do. carrier: the layer whose weights it has, if any.
     geometry: of the map, given the number of channels and of spatial dimensions. numbers: its weight (or scale) and bias
-    (or shift), each perhaps a number for all channels, given a function that reads a stored tensor.
+    (or shift), each perhaps a number for all channels, given a function that reads a stored tensor. folds: its first node
+    folds all dimensions but the last into one, its last one unfolds them.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -122,6 +124,7 @@ class Step:
     geometry: Callable[[int, int], Geometry]
     numbers: Callable[[Values], tuple[Any, Any]]
     carrier: fx.Node | None = None
+    folds: bool = False
 
     @property
     def members(self) -> set[fx.Node]:
@@ -210,6 +213,8 @@ class Regions:
             return None if self.problem(node) else _norm((node,), 1)
         if name in ("transpose", "permute"):
             return self._moved_norm(node)
+        if name in VIEWS:
+            return self._folded_norm(node)
         return self._elementwise(node)
 
     def _moved_norm(self, node: fx.Node) -> Step | None:
@@ -223,6 +228,24 @@ class Regions:
         if there is None or back is None or not alone or [there[d] for d in back] != sorted(there):
             return None
         return _norm((first, norm, node), there[1])  # type: ignore[arg-type]
+
+    def _folded_norm(self, node: fx.Node) -> Step | None:
+        """A normalisation between folding all dimensions but the last into one and unfolding them again, as LeViT's
+        layers of tokens have it: it runs over the last axis."""
+        norm = node.args[0]
+        if not isinstance(norm, fx.Node) or op_name(norm) != "batch_norm" or self.problem(norm):
+            return None
+        first = norm.args[0]
+        if (
+            not isinstance(first, fx.Node)
+            or op_name(first) not in VIEWS
+            or not len(norm.users) == len(first.users) == 1
+        ):
+            return None
+        inner, outer = shape(first), shape(first.args[0])  # type: ignore[arg-type]
+        if len(inner) != 2 or len(outer) < 3 or inner[1] != outer[-1] or tuple(shape(node)) != tuple(outer):
+            return None
+        return replace(_norm((first, norm, node), len(outer) - 1), folds=True)
 
     def _elementwise(self, node: fx.Node) -> Step | None:
         """Arithmetic with a constant, zero padding, and dropout, which does nothing in eval mode."""
@@ -665,6 +688,15 @@ def summed(terms: Iterable[tuple[float, Any]]) -> Any:
     return reduce(lambda a, b: a.plus(b), others, first)
 
 
+def _steps(parts: Iterable[Part]) -> Iterator[Step]:
+    """All affine maps in the parts, those in branches too."""
+    for part in parts:
+        if isinstance(part, Step):
+            yield part
+        else:
+            yield from (s for _, _, own in part.terms for s in _steps(own))
+
+
 def _layout(source: fx.Node, axis: int) -> tuple[int, int]:
     """Channels and spatial dimensions of a value whose channels are at that axis."""
     sizes = shape(source)
@@ -831,8 +863,13 @@ class _Merger:
         given = torch.randn(_window(merge), generator=self.generator, dtype=torch.float64)
         env: dict[fx.Node, Any] = {self._now(merge.source): given}
         inner = set().union(*(p.members for _, _, parts in merge.branches for p in parts))
+        ends = {s.nodes[i]: s for _, _, parts in merge.branches for s in _steps(parts) if s.folds for i in (0, -1)}
         for node in self.graph.nodes:
-            if node in inner:
+            if node in ends:  # its sizes are those of the network, not of this input
+                step = ends[node]
+                own = env[self._now(step.source)]
+                env[node] = own.flatten(0, -2) if node is step.nodes[0] else env[step.nodes[1]].reshape(own.shape)
+            elif node in inner:
                 env |= {n: _constant(n, values) for n in node.all_input_nodes if n not in env}
                 env[node] = invoke(node, evaluated(node, env))
         expected = sum(factor * env[self._now(end)] for factor, end, _ in merge.branches)

@@ -321,3 +321,50 @@ def test_a_scale_that_keeps_the_precision_still_merges():
     result = Fuse()(g.capture(Scaled().eval(), (torch.randn(2, 3, 5, 5, dtype=torch.bfloat16),)))
     assert len(result.record["changed"]) == 1
     assert result.program.module()(torch.randn(2, 3, 5, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+class Tokens(nn.Module):
+    """A layer of tokens whose normalisation folds batch and tokens into one dimension, in several spellings."""
+
+    def __init__(self, spelling):
+        super().__init__()
+        self.one, self.norm, self.two = nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 4)
+        self.spelling = spelling
+
+    def forward(self, x):
+        x = self.one(x)
+        match self.spelling:
+            case "reshape_as":
+                x = self.norm(x.flatten(0, 1)).reshape_as(x)
+            case "view":
+                x = self.norm(x.reshape(-1, 8)).view(x.shape)
+            case "unflatten":
+                x = self.norm(x.flatten(0, 1)).unflatten(0, (-1, 5))
+            case "other tokens":
+                x = self.norm(x.flatten(0, 1)).view(x.shape[0], -1, 4)
+                return x
+        return self.two(x.relu())
+
+
+@pytest.mark.parametrize("dynamic", ["batch", None])
+@pytest.mark.parametrize("spelling", ["reshape_as", "view", "unflatten"])
+def test_a_normalisation_of_folded_tokens_merges_with_their_layer(spelling, dynamic):
+    result = fused(Tokens(spelling), (5, 6), dynamic)
+    assert norms(result) == 0
+    assert [c["into"] for c in result.record["changed"]] == ["one.weight"]
+    x = torch.randn(2, 5, 6)
+    assert result.program.module()(x).shape == (2, 5, 4)
+
+
+def test_a_normalisation_of_tokens_that_are_cut_otherwise_afterwards_stays():
+    assert norms(fused(Tokens("other tokens"), (5, 6))) == 1
+
+
+def test_levit_keeps_no_normalisation():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = lively(timm.create_model("levit_128s", num_classes=10, img_size=64))
+    program = g.capture(model, torch.randn(2, 3, 64, 64))
+    result = Fuse()(program)
+    assert norms(result) == 0
+    torch.testing.assert_close(result.program.module()(program.args[0]), model(program.args[0]), rtol=1e-3, atol=1e-3)
