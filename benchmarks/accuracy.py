@@ -269,7 +269,9 @@ def graphcomb_latency(job: Job, dense: nn.Module) -> graphcomb.Program:
 def graphcomb_one_shot(job: Job, dense: nn.Module) -> graphcomb.Program:
     options, task = SIZES[job.size], kind(job.network)
     program = capture(dense, task)
-    pass_ = RemoveChannels(macs=1 / job.target, importance="fisher", scope="global", round_to=options.round_to)
+    pass_ = RemoveChannels(
+        macs=1 / job.target, importance="fisher", scope="global", round_to=options.round_to, samples=options.scored
+    )
     pruned = pass_(program, data=gradient_batches(task, job.size, job.seed, options.scored), seed=job.seed).program
     data = loaders(task, job.size)[0]
     return training(options, True, task)(pruned, data=data, seed=job.seed, teacher=program).program

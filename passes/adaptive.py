@@ -66,8 +66,8 @@ class Pruner(Callback):
 
     comb: of the program as it was before training. groups: those that may shrink. choose: see `Choose`. importance: those
     from gradients sum the scores of all steps since the last event, "magnitude" and "random" look at the network when an
-    event is due. events: see `event_steps`. context: for the scores of a one-shot event, which come from a pass
-    over the data before training. identity: see `Callback`.
+    event is due. events: see `event_steps`. context, samples: for the scores of a one-shot event, which come from a pass
+    over samples of the data before training. identity: see `Callback`.
 
     "magnitude" stands in for gradients where these say nothing: as long as nothing is cut and the only loss is the distance
     to a teacher that is the network itself, gradients are rounding and the noise of dropout and batch statistics; and
@@ -84,6 +84,7 @@ class Pruner(Callback):
     importance: str
     events: dict[int, float]
     context: Context
+    samples: int
     identity: Any
     distill: Distill | None = None
     masks: dict[Factor, np.ndarray] = field(default_factory=dict)
@@ -108,7 +109,7 @@ class Pruner(Callback):
             return None
         if self.importance in TRANSFORMS and not self._labelled:
             return self._by_magnitude(0, module)
-        return self._event(0, module, IMPORTANCES[self.importance](self.comb, self.groups, self.context))
+        return self._event(0, module, IMPORTANCES[self.importance](self.comb, self.groups, self.context, self.samples))
 
     def dress(self, module: TrainableModule) -> AbstractContextManager[Any]:
         if self.importance not in TRANSFORMS or len(self.log) == len(self.events):

@@ -91,14 +91,14 @@ class Feed:
         names = [n for n in info.orig_args if n != "self"] if info else self._names
         positional = names[: len(self._args)] if len(names) == top else self._names[: len(self._args)]
         self._order = [*positional, *self._kwargs]
-        first = next((v for v in self._values if isinstance(v, torch.Tensor) and v.dim()), None)
-        self.size: Any = None if first is None else first.shape[0]
-        self.static = self.size if isinstance(self.size, int) else None
-        self.batched = self._with_samples(self._values)
-        self.outputs = self._with_samples(
+        results = [
             value.meta.get("val") if isinstance(value, fx.Node) else value
             for value in pytree.tree_leaves(program.graph.output_node().args)
-        )
+        ]
+        self.size: Any = _batch_size(self._values, results)
+        self.static = self.size if isinstance(self.size, int) else None
+        self.batched = self._with_samples(self._values)
+        self.outputs = self._with_samples(results)
 
     def _with_samples(self, values: Iterable[Any]) -> list[bool]:
         return [isinstance(v, torch.Tensor) and v.dim() > 0 and str(v.shape[0]) == str(self.size) for v in values]
@@ -170,19 +170,32 @@ class Feed:
         if len(leaves) != len(self._values):
             raise BadInput(f"{self.field}: a batch has {len(leaves)} inputs, the program takes {len(self._values)}")
         size = None
-        for name, value, expected in zip(self._names, leaves, self._values, strict=True):
+        for name, value, expected, batched in zip(self._names, leaves, self._values, self.batched, strict=True):
             if not isinstance(value, torch.Tensor) or not isinstance(expected, torch.Tensor):
                 continue
             if value.dtype != expected.dtype:
                 raise BadInput(f'{self.field}: input "{name}" is {value.dtype}, the program takes {expected.dtype}')
-            sizes = list(zip(value.shape, expected.shape, strict=False))[1:]
+            sizes = list(zip(value.shape, expected.shape, strict=False))[int(batched) :]
             if value.dim() != expected.dim() or any(isinstance(want, int) and have != want for have, want in sizes):
-                wanted = ", ".join(str(s) if isinstance(s, int) else "any" for s in expected.shape[1:])
+                wanted = [str(s) if isinstance(s, int) else "any" for s in expected.shape]
+                wanted = ", ".join(["batch", *wanted[1:]] if batched else wanted)
                 raise BadInput(
-                    f'{self.field}: input "{name}" has shape {tuple(value.shape)}, the program takes (batch, {wanted})'
+                    f'{self.field}: input "{name}" has shape {tuple(value.shape)}, the program takes ({wanted})'
                 )
-            size = value.shape[0] if size is None and value.dim() else size
+            size = value.shape[0] if size is None and batched else size
         return size or 0
+
+
+def _batch_size(inputs: Iterable[Any], outputs: Iterable[Any]) -> Any:
+    """The number of samples, a number or a symbol: the first dimension of the first input that has it dynamic or shares it
+    with an output, both if there is such a one; else of the first input."""
+    results = {str(v.shape[0]) for v in outputs if isinstance(v, torch.Tensor) and v.dim()}
+    first = [v.shape[0] for v in inputs if isinstance(v, torch.Tensor) and v.dim()]
+
+    def rank(size: Any) -> tuple[bool, bool]:
+        return isinstance(size, int), str(size) not in results
+
+    return min(first, key=rank, default=None)
 
 
 # ------------------------------------------------------------------------------------------------- several processes
@@ -220,9 +233,13 @@ def shard(data: Iterable[Any], index: int, count: int, even: bool = True) -> Ite
         return Every(data, index, count, even)
     if isinstance(data.sampler, DistributedSampler):
         return data
+    return like_loader(data, batch_sampler=Every(data.batch_sampler, index, count, even))
+
+
+def like_loader(data: DataLoader[Any], **parts: Any) -> DataLoader[Any]:
+    """A loader of the same data set that works alike, with another sampler or batch sampler."""
     return DataLoader(
         data.dataset,
-        batch_sampler=Every(data.batch_sampler, index, count, even),
         num_workers=data.num_workers,
         collate_fn=data.collate_fn,
         pin_memory=data.pin_memory,
@@ -232,6 +249,7 @@ def shard(data: Iterable[Any], index: int, count: int, even: bool = True) -> Ite
         generator=data.generator,
         prefetch_factor=data.prefetch_factor,
         persistent_workers=data.persistent_workers,
+        **parts,
     )
 
 

@@ -25,10 +25,17 @@ from ..graph.errors import BadInput
 from ..graph.ops import arguments, op_name
 from ..graph.program import TrainableModule
 from .base import Context
+from .batches import Feed
+from .common.losses import task_loss
+from .common.processes import accelerator, averaged, placed, summed
+from .common.repeat import seeded
+from .common.samples import everywhere, sample_batches
 from .gates import Gates
 from .sums import weighted_sums
 
 Scores = dict[Factor, np.ndarray]
+Importance = Callable[..., Scores]
+"""`importance(comb, groups, context, samples)`; samples: how many of the data's to look at, where it looks at data."""
 NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 
 
@@ -118,7 +125,7 @@ class GradientScores:
         return {atom: self.transform(own) for atom, own in self.gates.totals(self.share, scale).items()}
 
 
-def magnitude(comb: Comb, groups: list[Group], context: Context) -> Scores:
+def magnitude(comb: Comb, groups: list[Group], context: Context, samples: int = 0) -> Scores:
     """Squared L2 norm of the weights of each index, relative to the mean over the indices of the same parameter.
 
     Weights with two or more dimensions and the scales of normalisations count; other vectors only where there is nothing
@@ -153,51 +160,63 @@ def _norm_scales(comb: Comb) -> Iterable[torch.fx.Node]:
                 yield weight
 
 
-def random(comb: Comb, groups: list[Group], context: Context) -> Scores:
+def random(comb: Comb, groups: list[Group], context: Context, samples: int = 0) -> Scores:
     """Uniform random numbers, a baseline; seeded by the context."""
     generator = np.random.default_rng(context.seed)
     return {g.atom: generator.random(g.size) for g in groups}
 
 
-def from_gradients(importance: str) -> Callable[[Comb, list[Group], Context], Scores]:
+SAMPLES = 1024  # for scores from gradients
+
+
+def from_gradients(importance: str) -> Importance:
     """The importance of that name as a function: mean over batches of its score, in eval mode.
 
     "taylor" is |derivative by the index's gate| (Molchanov et al., arXiv 1906.10771), "fisher" its square, the empirical
     Fisher's term for masking the index. A batch's loss is differentiated as a whole, so "fisher" is the square of a mean
-    over its samples.
+    over its samples. Batches are taken until there are as many samples as asked for (`common.samples` says which), each
+    process takes its part of them, and their scores are added up.
     """
 
-    def scores(comb: Comb, groups: list[Group], context: Context) -> Scores:
-        from .batches import Feed
-        from .training import task_loss
-
+    def scores(comb: Comb, groups: list[Group], context: Context, samples: int = SAMPLES) -> Scores:
         if context.data is None:
             raise BadInput("importance from gradients needs data: give data= (batches of inputs and labels)")
         module = comb.program.copy().module()
         module.eval().requires_grad_()  # what is frozen for training matters all the same
-        own = GradientScores(importance, comb, groups, None, module)
-        sums: dict[Factor, np.ndarray] = {g.atom: np.zeros(g.size) for g in groups}
-        count = 0
-        with own.tapped():
-            for batch in Feed(comb.program).batches(context.data):
-                if batch.labels is None:
-                    raise BadInput(
-                        "importance from gradients needs labels, and the data yields none; use importance: magnitude"
-                    )
-                module.zero_grad(set_to_none=True)
-                loss = task_loss(context.loss, module(*batch.args, **batch.kwargs), batch.labels)
-                if not torch.isfinite(loss):
-                    text = f"the loss of batch {count} is {float(loss)}; check the data and the model"
-                    raise BadInput(f"importance: {text}")
-                loss.backward()
-                for atom, values in own.of_batch().items():
-                    sums[atom] += values
-                count += 1
-        if count == 0:
+        found = GradientScores(importance, comb, groups, None, module)
+        sums = {g.atom: np.zeros(g.size) for g in groups}
+        count = everywhere(lambda: _add_up(sums, found, comb, context, samples))
+        total = (
+            summed(torch.from_numpy(np.concatenate([[count], *sums.values()])).to(accelerator().device)).cpu().numpy()
+        )
+        if not total[0]:
             raise BadInput("importance from gradients: the data yields no batch")
-        return {atom: values / count for atom, values in sums.items()}
+        parts = np.split(total[1:] / total[0], np.cumsum([len(own) for own in sums.values()])[:-1])
+        return dict(zip(sums, parts, strict=True))
 
     return scores
+
+
+def _add_up(sums: Scores, found: GradientScores, comb: Comb, context: Context, samples: int) -> int:
+    """Add the scores of this process's batches to the sums; returns how many batches there were."""
+    module, feed, count = found.module, Feed(comb.program), 0
+    with (
+        seeded(context.seed, context.data), placed(module, accelerator().device), found.tapped(), torch.enable_grad()
+    ):  # fmt: skip
+        for batch, _ in sample_batches(feed, context, samples, "importance", share=True):
+            if batch.labels is None:
+                raise BadInput(
+                    "importance from gradients needs labels, and the data yields none; use importance: magnitude"
+                )
+            module.zero_grad(set_to_none=True)
+            loss = task_loss(context.loss, module(*batch.args, **batch.kwargs), batch.labels)
+            if not torch.isfinite(loss):
+                raise BadInput(f"importance: the loss of batch {count} is {float(loss)}; check the data and the model")
+            loss.backward()
+            for atom, values in found.of_batch().items():
+                sums[atom] += values
+            count += 1
+    return count
 
 
 def normalised(scores: Scores) -> Scores:
@@ -212,8 +231,6 @@ def normalised(scores: Scores) -> Scores:
 
 def together(scores: Scores) -> Scores:
     """The mean of the scores over all processes, the same bits in each of them."""
-    from .training import averaged
-
     if not scores:
         return {}
     values = averaged(np.concatenate(list(scores.values())))
@@ -221,7 +238,7 @@ def together(scores: Scores) -> Scores:
     return dict(zip(scores, parts, strict=True))
 
 
-IMPORTANCES: dict[str, Callable[[Comb, list[Group], Context], Scores]] = {
+IMPORTANCES: dict[str, Importance] = {
     "magnitude": magnitude,
     "random": random,
     **{name: from_gradients(name) for name in TRANSFORMS},

@@ -20,7 +20,7 @@ from .adaptive import Pruner, event_steps, removed_values
 from .base import Context, Pass, PassResult, check_field
 from .batches import Feed
 from .distill import Distill, block_outputs
-from .importance import IMPORTANCES, TRANSFORMS, Scores, normalised, together
+from .importance import IMPORTANCES, SAMPLES, TRANSFORMS, Scores, normalised, together
 from .knapsack import Predictor, allowed_seconds, knapsack, needed_latency, towards
 from .legalise import Costs, mac_terms, movable, parameter_terms
 from .selection import Selection, lowest_removed, planned_sizes
@@ -40,7 +40,9 @@ class RemoveChannels(Pass):
     0.5. Where an axis is a product, one factor shrinks: heads before head width.
 
     importance: "magnitude", "taylor", "fisher" (both need data, and are exact to first order: `passes.importance`; with
-    "-paper" after them in CPD's published form) or "random"; by default magnitude, with `train` fisher.
+    "-paper" after them in CPD's published form) or "random"; by default magnitude, with `train` fisher. samples: how many
+    of the data's samples gradients are taken of before anything is cut (without `train`, or with schedule "one-shot"), in
+    whole batches: random ones where a loader goes through its data set in order, else the first it yields.
     scope: by default local, with `train` global. round_to: widths stay multiples of it; None takes the target's alignment
     for the dtype, or 8. min_channels: what every group keeps at least. kinds: which kinds of groups may shrink. include,
     exclude: patterns over parameter names.
@@ -75,6 +77,7 @@ class RemoveChannels(Pass):
     interval: int = 50
     rounds: int = 5
     prune_share: float = 0.5
+    samples: int = SAMPLES
 
     def __post_init__(self) -> None:
         for key, alone, training in (("importance", "magnitude", "fisher"), ("scope", "local", "global")):
@@ -94,7 +97,7 @@ class RemoveChannels(Pass):
         check_field(self, "scope", self.scope in ("local", "global"), "local or global")
         check_field(self, "schedule", self.schedule in schedules, "adaptive, iterative or one-shot")
         check_field(self, "prune_share", 0 < self.prune_share <= 1, "a share above 0, at most 1")
-        for key in ("round_to", "min_channels", "interval", "rounds"):
+        for key in ("round_to", "min_channels", "interval", "rounds", "samples"):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise BadInput(f"RemoveChannels.{key}: a whole number of at least 1, not {value}")
@@ -147,7 +150,7 @@ class RemoveChannels(Pass):
             total = total_steps(self.train, context.batches, "RemoveChannels.train", Feed(program))
             events = event_steps(self.schedule, total, self.interval, self.rounds, self.prune_share)
             identity = [self.options(), step, planned, predicted]
-            pruner = Pruner(comb, groups, choose, str(self.importance), events, context, identity)
+            pruner = Pruner(comb, groups, choose, str(self.importance), events, context, self.samples, identity)
             smaller, training = pruner.train(self.train)
             masks, removed, masked = pruner.masks, pruner.removed(), pruner.masked(smaller.module())
         masks = {atom: mask for atom, mask in masks.items() if not mask.all()}
@@ -208,7 +211,7 @@ class RemoveChannels(Pass):
 
     def _score(self, comb: Comb, groups: list[Group], context: Context) -> Scores:
         """How much each index of each group matters."""
-        return IMPORTANCES[str(self.importance)](comb, groups, context)
+        return IMPORTANCES[str(self.importance)](comb, groups, context, self.samples)
 
     def plan(self, program: Program, context: Context | None = None) -> list[dict[str, Any]]:
         """What the pass would do, group by group: name, kind, size, keep, the MACs removal saves, and why it is frozen.

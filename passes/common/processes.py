@@ -64,6 +64,11 @@ def averaged(values: np.ndarray) -> np.ndarray:
     return reduce(torch.from_numpy(values).to(acc.device), "mean").cpu().numpy()
 
 
+def summed(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, the same bits in each of them."""
+    return values if accelerator().num_processes == 1 else reduce(values, "sum")  # type: ignore[return-value]
+
+
 def gathered(value: Any) -> list[Any]:
     """The values of all processes."""
     return gather_object([value])

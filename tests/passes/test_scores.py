@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ from torch.nn import functional as F
 import graphcomb.graph as g
 from graphcomb.graph import axes as ax
 from graphcomb.graph.comb import Comb
+from graphcomb.graph.errors import BadInput
 from graphcomb.graph.ops import arguments, op_name
 from graphcomb.graph.rules.contraction import spelled_out
 from graphcomb.graph.surgery import remove
+from graphcomb.passes.batches import Feed
 from graphcomb.passes.gates import Gates
+from graphcomb.passes.remove_channels import RemoveChannels
 
 from ..graph.micro_models import CASES
 
@@ -301,3 +305,74 @@ def test_a_network_that_has_lost_some_is_scored_in_the_originals_numbering(name)
     gradients = torch.autograd.grad(loss_of(Gated(comb, gates)(x)), list(gates.values()))
     kept = {a: e * torch.from_numpy(masks[a]) for a, e in zip(gates, gradients, strict=True)}
     compare(totals, kept)
+
+
+# --------------------------------------------------------------------------------------------------- which samples
+class Numbered(torch.utils.data.Dataset):
+    """Two classes, one after the other; remembers which samples were asked for."""
+
+    def __init__(self, count=64):
+        self.count, self.asked = count, []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        self.asked.append(i)
+        x = torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(i))
+        return x + (2 * i >= self.count), int(2 * i >= self.count)
+
+
+def small_network(static=False):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    return g.capture(model, torch.randn(8, 2, 5, 5), dynamic_shapes=None if static else "batch")
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_gradients_are_taken_of_random_samples_up_to_the_limit(static):
+    program, asked = small_network(static), []
+    for seed in (0, 0, 1):
+        data = Numbered()
+        before = torch.get_rng_state()
+        loader = torch.utils.data.DataLoader(data, batch_size=8)
+        RemoveChannels(importance="fisher", samples=20, round_to=1)(program, data=loader, seed=seed)
+        assert torch.equal(before, torch.get_rng_state())
+        assert len(set(data.asked)) == 24, "whole batches"
+        assert {i < 32 for i in data.asked} == {True, False}, "of both classes, though they come one after the other"
+        asked.append(data.asked)
+    assert asked[0] == asked[1] != asked[2]
+    data = Numbered()
+    RemoveChannels(importance="fisher", round_to=1)(program, data=torch.utils.data.DataLoader(data, batch_size=8))
+    assert sorted(data.asked) == list(range(64))
+    taken = []
+
+    def endless():
+        for i in itertools.count():
+            taken.append(i)
+            yield torch.randn(8, 2, 5, 5), torch.zeros(8, dtype=torch.long)
+
+    RemoveChannels(importance="fisher", samples=20, round_to=1)(program, data=endless())
+    assert taken == [0, 1, 2]
+
+
+def test_the_batch_is_found_wherever_it_is_among_the_inputs():
+    class Anchored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 4)
+
+        def forward(self, anchors, x):
+            return self.a(x) @ anchors.t()
+
+    anchors, x = torch.randn(7, 4), torch.randn(5, 3)
+    batch = torch.export.Dim("batch", min=1)
+    shapes = {"anchors": None, "x": {0: batch}}
+    for dynamic in (shapes, None):
+        feed = Feed(g.capture(Anchored(), (anchors, x), dynamic_shapes=dynamic))
+        assert feed.batched == [False, True]
+        assert feed.static == (None if dynamic else 5)
+        assert feed.outputs == [True]
+        assert feed.fit(((anchors, torch.randn(3, 3)), None)).size == 3
+        with pytest.raises(BadInput, match=r'input "anchors" has shape \(6, 4\), the program takes \(7, 4\)'):
+            feed.fit(((anchors[:6], x), None))

@@ -1,0 +1,114 @@
+"""One pass over some samples of the data, which statistics and scores from gradients are taken from.
+
+Which samples: a random subset drawn by the seed where a loader goes through its data set in order; the first that a loader
+yields, under the seed, where it shuffles or samples by itself, has no data set to draw from, or is no loader.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import send_to_device, set_seed
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+
+from ...graph.errors import BadInput, GraphcombError
+from ..base import Context
+from ..batches import Batch, Feed, generators, length, like_loader, shard
+from .processes import accelerator, gathered
+from .repeat import rng_state, set_rng_state
+from .scoring import bar
+
+T = TypeVar("T")
+
+
+def drawn(data: Iterable[Any], count: int, seed: int) -> Iterable[Any]:
+    """The data, or where it is a loader that goes through its data set in order, one over a random subset of it: `count`
+    samples, in whole batches."""
+    if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
+        return data
+    size, total = data.batch_size, length(data.dataset)  # type: ignore[arg-type]
+    if not isinstance(data.sampler, SequentialSampler) or size is None or total is None or total <= count:
+        return data
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = order[: math.ceil(count / size) * size]
+    return like_loader(data, batch_size=size, sampler=chosen, drop_last=data.drop_last)
+
+
+def sample_batches(
+    feed: Feed, context: Context, count: int, title: str | None = None, share: bool = False
+) -> Iterator[tuple[Batch, int]]:
+    """Batches of the context's data on the process's device until there are `count` samples, each with how many of its
+    samples count. Run it under a seed (`seeded`, `apart`).
+
+    title: of a progress bar, None for none. share: each process gets its part of these batches, else each gets all.
+    BadInput when there is no batch at all; with `share` a process may come away empty-handed.
+    """
+    acc, data = accelerator(), drawn(context.batches, count, context.seed)
+    parts, position = (acc.num_processes, acc.process_index) if share else (1, 0)
+    own = shard(data, position, parts, even=False)
+    if parts > 1 and own is data:  # the loader shares out by itself
+        count, parts, position = math.ceil(count / parts), 1, 0
+    start = size = done = 0
+    with bar(title is not None and context.progress and acc.is_main_process, title or "", count) as update:
+        for batch in feed.batches(own):
+            if parts > 1:  # batches are of one size, the last one aside
+                size = max(size, batch.size)
+                start, position = position * size, position + parts
+            taken = min(batch.size, count - start)
+            if taken <= 0:
+                return
+            args, kwargs, labels = send_to_device((batch.args, batch.kwargs, batch.labels), acc.device)
+            yield Batch(args, kwargs, labels, batch.size), taken
+            done += taken
+            update(min(done * parts, count), "")
+            start = position * size if parts > 1 else done
+            if start >= count:
+                return
+    if not done and parts == 1:
+        raise BadInput("data: yields no batch; it must be iterable again")
+
+
+def apart(made: Generator[T], seed: int, data: Iterable[Any] | None) -> Iterator[T]:
+    """What a generator yields. It runs under the seed and with gradients enabled; between two elements, and whenever the
+    caller stops asking, random states and the gradient mode are the caller's own."""
+    own, inner = [(g, g.get_state()) for g in generators(data)], None
+    try:
+        while True:
+            outer = rng_state()
+            try:
+                if inner is None:
+                    set_seed(seed)
+                    for generator, _ in own:
+                        generator.manual_seed(seed)
+                else:
+                    set_rng_state(inner)
+                with torch.enable_grad():
+                    found = next(made, made)
+                inner = rng_state()
+            finally:
+                set_rng_state(outer)
+            if found is made:
+                return
+            yield found  # type: ignore[misc]
+    finally:
+        made.close()
+        for generator, before in own:
+            generator.set_state(before)
+
+
+def everywhere(act: Callable[[], T]) -> T:
+    """What `act` returns in each process; or the first error of any of them, in all."""
+    if accelerator().num_processes == 1:
+        return act()
+    result, error = None, None
+    try:
+        result = act()
+    except GraphcombError as found:
+        error = found
+    for other in gathered(error):
+        if other is not None:
+            raise other
+    return result  # type: ignore[return-value]
