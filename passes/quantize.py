@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -18,8 +17,9 @@ from ..graph.ops import arguments, fetch, op_name, set_argument
 from ..graph.program import Program, place_tensor
 from .base import Context, Pass, PassResult, check_field
 from .batches import Feed
-from .statistics import Layer, check_included, layers, read_patterns, some_batches
-from .training import accelerator, bar, placed, seeded
+from .common.samples import sample_batches
+from .statistics import Layer, check_included, layers, read_patterns
+from .training import accelerator, placed, seeded
 
 RANGE = (-128, 127)  # the one signed range that ONNX's QuantizeLinear has
 
@@ -92,22 +92,12 @@ class Quantize(Pass):
             for layer in chosen
             for node in layer.nodes
         }
-        module, rest = program.module().eval(), self.samples
+        module = program.module().eval()
         readers = {node.args[0]: layer.name for layer in reversed(chosen) for node in layer.nodes}
         runner = _Watching(module, watched, readers)  # type: ignore[arg-type]
-        with (
-            seeded(context.seed, context.data),
-            placed(module, accelerator().device),
-            torch.no_grad(),
-            bar(context.progress, "Quantize", self.samples) as update,
-        ):
-            for batch in some_batches(Feed(program), context.data):
-                args, kwargs = send_to_device((batch.args, batch.kwargs), accelerator().device)
-                runner.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False)
-                rest -= batch.size
-                update(self.samples - max(rest, 0), "")
-                if rest <= 0:
-                    break
+        with seeded(context.seed, context.data), placed(module, accelerator().device), torch.no_grad():
+            for batch, _ in sample_batches(Feed(program), context, self.samples, "Quantize"):
+                runner.run(*pytree.tree_leaves((batch.args, batch.kwargs)), enable_io_processing=False)
         return {
             node: float(observer.calculate_qparams()[0]) if runner.largest[node] > 0 else 0.0
             for node, observer in watched.items()

@@ -13,7 +13,7 @@ from ..graph.ops import fetch
 from ..graph.program import Program
 from . import cap
 from .base import Context
-from .statistics import Gradients, Layer, check_again, check_finite, input_moments, mean_squares
+from .statistics import Gradients, Layer, check_again, check_finite, input_moments
 from .training import accelerator, bar
 
 DAMPING = 1e-2  # relative to a mean diagonal
@@ -131,8 +131,7 @@ class Solver:
         """Of a weight's gradient, over all layers: λ stands for the curvature where the gradients say nothing, so that one
         for all keeps such weights comparable. From gradients of its own, so that the memory limit changes nothing."""
         few = replace(self.method.gradients, count=min(PROBE, self.method.gradients.count))
-        stream = few.stream(self.program, list(self.layers), self.context, int(self.method.memory / 32))
-        found, seen = mean_squares(stream)
+        found, seen = few.mean_squares(self.program, list(self.layers), self.context, int(self.method.memory / 32))
         check_again(self.probed, seen)
         self.probed = seen
         sizes = {name: layer.size for name, layer in self.layers.items()}
@@ -324,7 +323,8 @@ class Solver:
 
     def _inputs(self, names: Sequence[str], full: bool) -> dict[str, Tensor]:
         before = self.seen
-        moments, self.seen = input_moments(self.program, names, self.context, self.method.gradients.count, full)
+        count, largest = self.method.gradients.count, int(self.method.memory / 32)
+        moments, self.seen = input_moments(self.program, names, self.context, count, full, largest)
         check_again(before, self.seen)
         return moments
 

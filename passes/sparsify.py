@@ -27,7 +27,7 @@ from .distill import Distill
 from .masks import legal
 from .permute import permuted
 from .solver import PROBE, Method, Solver
-from .statistics import Gradients, Layer, check_again, check_included, layers, mean_squares, read_patterns
+from .statistics import Gradients, Layer, check_again, check_included, layers, read_patterns
 from .training import accelerator, agreed, evaluate, fingerprint, placed, seeded, task_loss
 
 METHODS = ("cap", "fastcap", "woodfisher", "sparsegpt", "wanda", "magnitude")
@@ -213,7 +213,7 @@ class Sparsify(Pass):
         for count in (min(PROBE, self.gradients), self.gradients):
             if silent:
                 gradients = Gradients(count, self.per, self.against)
-                found, number = mean_squares(gradients.stream(program, silent, context, int(self.memory / 32)))
+                found, number = gradients.mean_squares(program, silent, context, int(self.memory / 32))
                 silent = [name for name in silent if not found[name]]
                 seen.append(number)
         if silent == names:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,15 +12,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..graph.errors import BadInput
-from ..graph.ops import arguments, fetch, op_name, shape
+from ..graph.ops import arguments, fetch, hint, op_name, shape
 from ..graph.program import Program, TrainableModule
 from .base import Context, Pass, check_field
 from .batches import Batch, Feed, map_some
+from .common.processes import summed
+from .common.samples import apart, everywhere, sample_batches
 from .training import accelerator, logits_of, placed, seeded, task_loss
 
 
@@ -106,16 +109,6 @@ def check_included(of: Pass, include: Sequence[str], found: Sequence[Layer], ref
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
-def some_batches(feed: Feed, data: Iterable[Any]) -> Iterator[Batch]:
-    """All batches of `data`; BadInput when it has none."""
-    empty = True
-    for batch in feed.batches(data):
-        empty = False
-        yield batch
-    if empty:
-        raise BadInput("data: yields no batch; it must be iterable again")
-
-
 def check_again(before: int, now: int) -> None:
     """Raise BadInput unless a further run over the data saw as many samples as the one before (0: there was none)."""
     if before not in (0, now):
@@ -134,54 +127,64 @@ class Gradients:
     against: str
 
     def stream(
-        self, program: Program, names: Sequence[str], context: Context, largest: int
+        self, program: Program, names: Sequence[str], context: Context, largest: int, share: bool = False
     ) -> Iterator[dict[str, Tensor]]:
         """Gradients of the named weights in eval mode, `{name: (k, *shape)}`, `k` at most so that a chunk holds `largest`
-        numbers (but at least one gradient). The same seed gives the same samples again.
+        numbers (but at least one gradient). The same seed gives the same samples again; `common.samples` says which.
+        share: each process makes its part of them, else each makes all.
 
         Raises BadInput without data or batches, without labels where they are needed, or for gradients that are not finite.
         """
         if context.data is None:
             raise BadInput("Sparsify: needs data for its gradients; pass data=, or choose method magnitude")
+        return apart(self._made(program, names, context, largest, share), context.seed, context.data)
+
+    def _made(
+        self, program: Program, names: Sequence[str], context: Context, largest: int, share: bool
+    ) -> Generator[dict[str, Tensor]]:
         feed, module, device = Feed(program), program.module().eval(), accelerator().device
         teacher = (context.teacher or program).copy().module().eval() if self.against == "teacher" else None
-        maker = _Samples(program, names, context.loss, feed)
+        maker = _Samples(program, names, context.loss, feed, largest)
         step = max(1, largest // max(1, sum(layer.size for layer in maker.layers)))
-        rest = self.count
+        size = getattr(context.data, "batch_size", None)
+        count = self.count if self.per == "sample" else self.count * size if size else sys.maxsize
+        made = 0
         with ExitStack() as stack:
-            stack.enter_context(seeded(context.seed, context.data))
             for each in (module, teacher) if teacher is not None else (module,):
                 stack.enter_context(placed(each, device))
-            stack.enter_context(torch.enable_grad())
             stack.enter_context(_differentiable(maker.weights.values()))
-            for batch in some_batches(feed, context.data):
-                args, kwargs, labels = send_to_device((batch.args, batch.kwargs, batch.labels), device)
+            for batch, taken in sample_batches(feed, context, count, share=share):
+                labels = batch.labels
                 if teacher is not None:
-                    labels = _drawn(teacher, args, kwargs)
+                    labels = _drawn(teacher, batch.args, batch.kwargs)
                 elif labels is None:
                     raise BadInput('Sparsify.against: the data has no labels; set it to "teacher"')
-                batch = Batch(args, kwargs, labels, batch.size)
+                batch = Batch(batch.args, batch.kwargs, labels, batch.size)
                 if self.per == "batch":
-                    taken = 1
+                    made += 1
                     yield _checked({n: g[None] for n, g in maker.direct(batch).items()})
-                else:
-                    taken = min(batch.size, rest)
-                    for found in maker(batch, taken, step):
-                        yield _checked(found)
-                rest -= taken
-                if rest <= 0:
-                    return
+                    if made >= self.count:
+                        return
+                    continue
+                for found in maker(batch, taken, step):
+                    yield _checked(found)
 
+    def mean_squares(
+        self, program: Program, names: Sequence[str], context: Context, largest: int
+    ) -> tuple[dict[str, float], int]:
+        """The mean square of each weight's gradient, over all of its entries, and of how many gradients. Processes share
+        the samples."""
+        share = self.per == "sample"
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=accelerator().device)
 
-def mean_squares(stream: Iterator[dict[str, Tensor]]) -> tuple[dict[str, float], int]:
-    """The mean square of each weight's gradient, over all of its entries, and of how many gradients."""
-    sums: dict[str, float] = {}
-    count = 0
-    for gradients in stream:
-        for name, value in gradients.items():
-            sums[name] = sums.get(name, 0.0) + float(value.double().square().mean()) * len(value)
-        count += len(value)
-    return {name: total / count for name, total in sums.items()}, count
+        def add_up() -> None:
+            for gradients in self.stream(program, names, context, largest, share):
+                values = [gradients[name].double().square().flatten(1).mean(1).sum() for name in names]
+                sums.add_(torch.stack([*values, sums.new_tensor(len(gradients[names[0]]))]).to(sums.device))
+
+        everywhere(add_up)
+        *found, count = (summed(sums) if share else sums).tolist()
+        return {name: total / count for name, total in zip(names, found, strict=True)}, int(count)
 
 
 @contextmanager
@@ -232,29 +235,38 @@ class _Samples:
     a run over single samples, and where they differ, all are made one by one.
     """
 
-    def __init__(self, program: Program, names: Sequence[str], loss: Callable[..., Any] | None, feed: Feed):
+    def __init__(
+        self, program: Program, names: Sequence[str], loss: Callable[..., Any] | None, feed: Feed, largest: int
+    ):
         self.program, self.loss, self.divisible = program, loss, feed.static is None
         self.layers = [layer for layer in layers(program)[0] if layer.name in names]
         self.weights = {layer.name: fetch(program.module(), layer.name) for layer in self.layers}
         self.trusted: bool | None = None
         self.symbols: set[Any] = feed.size.node.expr.free_symbols if self.divisible else set()
-        self.feed = feed
+        self.feed, self.largest = feed, largest
+        self.at_once = max(2, largest // _numbers(program, feed))
 
     def __call__(self, batch: Batch, count: int, step: int) -> Iterator[dict[str, Tensor]]:
-        """Gradients of the first `count` samples of a batch, `step` of them at a time."""
-        if self.divisible:
-            batch = self._some(batch, list(range(count)))
-        if self.trusted is not False:
-            values, pulls = self._run(batch)
-            for start in range(0, count, step):
-                found = self._products(values, pulls, batch.size, slice(start, min(start + step, count)))
+        """Gradients of the first `count` samples of a batch, `step` of them at a time. A network that takes any number of
+        samples is run on so many that its activations hold about `largest` numbers."""
+        at_once = self.at_once if self.divisible else batch.size
+        for first in range(0, count if self.trusted is not False else 0, at_once):
+            part, number = batch, min(first + at_once, count) - first
+            if self.divisible:
+                index = list(range(first, first + number))
+                part = self._some(batch, index if number > 1 else index * 2)  # see `alone`
+            values, pulls = self._run(part)
+            for start in range(0, number, step):
+                found = self._products(values, pulls, part.size, slice(start, min(start + step, number)))
                 if self.trusted is None:
-                    self.trusted = self._agrees(found, batch)
+                    self.trusted = self._agrees(found, part)
                 if not self.trusted:
                     break
                 yield found
-            else:
-                return
+            if not self.trusted:
+                break
+        if self.trusted:
+            return
         if not self.divisible:
             raise BadInput(
                 "Sparsify.per: the program mixes the samples of its fixed batch, or moves them elsewhere; capture it with "
@@ -315,11 +327,24 @@ class _Samples:
                 x, pull = (t.movedim(at, 0) for t in (values[node], pulls[node]))
                 per = len(x) // size
                 cut = slice(part.start * per, part.stop * per)
-                rows, given = _rows(node, x[cut], layer), _outputs(pull[cut], layer)
-                rows, given = (t.unflatten(1, (part.stop - part.start, -1)) for t in (rows, given))
-                total = total + torch.einsum("gnpo,gnpc->ngoc", given, rows)
+                total = total + self._outer(node, layer, x[cut], pull[cut], part.stop - part.start)
             found[layer.name] = total.reshape(-1, *layer.shape)
         return found
+
+    def _outer(self, node: fx.Node, layer: Layer, x: Tensor, pull: Tensor, count: int) -> Tensor:
+        """For each of `count` samples the sum over positions of outputs' gradients times inputs, `(count, groups, out /
+        groups, c)`; as many samples at a time, or else positions, as the limit of numbers allows."""
+        per, found = len(x) // count, []
+        some = max(1, self.largest // max(1, _windows(node, x[:per], layer).numel()))
+        for start in range(0, count, some):
+            own = slice(start * per, (start + some) * per)
+            number, total = min(some, count - start), torch.zeros(())
+            for rows, where in _pieces(_windows(node, x[own], layer), self.largest, 2):
+                given = _outputs(pull[own] if where is None else pull[own][:, :, where], layer)
+                rows, given = (t.unflatten(1, (number, -1)) for t in (rows, given))
+                total = total.to(rows) + torch.einsum("gnpo,gnpc->ngoc", given, rows)
+            found.append(total)
+        return torch.cat(found)
 
     def _agrees(self, found: dict[str, Tensor], batch: Batch) -> bool:
         for i in {0, len(next(iter(found.values()))) - 1}:
@@ -333,6 +358,13 @@ def _sample_dimension(node: fx.Node, symbols: set[Any]) -> int:
     """Where a layer's input has its samples: the first dimension whose size goes with the batch's, else the outermost."""
     sizes = node.args[0].meta["val"].shape  # type: ignore[union-attr]
     return next((d for d, s in enumerate(sizes) if not isinstance(s, int) and s.node.expr.free_symbols & symbols), 0)
+
+
+def _numbers(program: Program, feed: Feed) -> int:
+    """How many numbers a sample's activations and their gradients hold, about."""
+    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "call_function"]
+    total = sum(math.prod(hint(s) for s in v.shape) for v in values if isinstance(v, Tensor))
+    return max(1, 2 * total // max(1, hint(feed.size)))
 
 
 def _dependent(loss: Tensor) -> Tensor:
@@ -360,53 +392,69 @@ class _Tap(fx.Interpreter):
 
 # --------------------------------------------------------------------------------------------------------- activations
 def input_moments(
-    program: Program, names: Sequence[str], context: Context, count: int, full: bool = True
+    program: Program, names: Sequence[str], context: Context, count: int, full: bool = True, largest: int = 1 << 26
 ) -> tuple[dict[str, Tensor], int]:
     """`X Xᵀ / n` of the inputs of each named layer, one matrix per group: `(groups, c, c)`, `c` the inputs of one output
-    in the order of the flattened weight; with `full` False its diagonal, `(groups, c)`. From `count` samples, eval mode;
-    returns how many of these the data has, too.
+    in the order of the flattened weight; with `full` False its diagonal, `(groups, c)`. From `count` samples, eval mode,
+    shared out over processes; returns how many of these the data has, too. largest: how many numbers a layer's unfolded
+    inputs may hold at a time.
 
     Raises BadInput without data or batches, or for inputs whose squares are not finite.
     """
     if context.data is None:
         raise BadInput("Sparsify: needs data for its statistics; pass data=, or choose method magnitude")
-    module, device, seen = program.module().eval(), accelerator().device, 0
-    moments = _Moments(module, [layer for layer in layers(program)[0] if layer.name in names], full)
+    module, device = program.module().eval(), accelerator().device
+    moments = _Moments(module, [layer for layer in layers(program)[0] if layer.name in names], full, largest, device)
+
+    def add_up() -> int:
+        seen = 0
+        for batch, taken in sample_batches(Feed(program), context, count, share=True):
+            moments.run(*pytree.tree_leaves((batch.args, batch.kwargs)), enable_io_processing=False)
+            seen += taken
+        return seen
+
     with seeded(context.seed, context.data), placed(module, device), torch.no_grad():
-        for batch in some_batches(Feed(program), context.data):
-            args, kwargs = send_to_device((batch.args, batch.kwargs), device)
-            moments.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False)
-            seen += batch.size
-            if seen >= count:
-                break
-    for name, total in moments.totals.items():
-        check_finite(total, f"the statistics of {name} are")
-    return {name: total / moments.seen[name] for name, total in moments.totals.items()}, min(seen, count)
+        seen = everywhere(add_up)
+    numbers = summed(torch.tensor([seen, *moments.seen.values()], dtype=torch.float64, device=device)).tolist()
+    found = {}
+    for (name, total), rows in zip(moments.totals.items(), numbers[1:], strict=True):
+        found[name] = summed(total) / rows
+        check_finite(found[name], f"the statistics of {name} are")
+    return found, int(numbers[0])
 
 
 class _Moments(fx.Interpreter):
     """Runs a graph and sums up the second moments of the inputs of some layers."""
 
-    def __init__(self, module: TrainableModule, wanted: Sequence[Layer], full: bool):
+    def __init__(
+        self, module: TrainableModule, wanted: Sequence[Layer], full: bool, largest: int, device: torch.device
+    ):
         super().__init__(module)
-        self.full = full
+        self.full, self.largest = full, largest
         self.layers = {node: layer for layer in wanted for node in layer.nodes}
         self.totals: dict[str, Tensor] = {}
-        self.seen: dict[str, int] = {}
+        self.seen = {layer.name: 0 for layer in wanted}
+        for layer in wanted:
+            size = math.prod(layer.shape[1:])
+            dtype = torch.promote_types(fetch(module, layer.name).dtype, torch.float32)  # squares of halves overflow
+            form = (1 if layer.kind == "linear" else layer.groups, size, *[size] * full)
+            self.totals[layer.name] = torch.zeros(form, dtype=dtype, device=device)
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self.layers:
             layer = self.layers[n]
-            rows = _rows(n, self.env[n.args[0]], layer)  # type: ignore[index]
-            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # squares of halves overflow
-            new = rows.transpose(1, 2) @ rows if self.full else rows.square().sum(1)
-            self.totals[layer.name] = self.totals.get(layer.name, 0) + new
-            self.seen[layer.name] = self.seen.get(layer.name, 0) + rows.shape[1]
+            total = self.totals[layer.name]
+            every = _windows(n, self.env[n.args[0]], layer)  # type: ignore[index]
+            for samples, _ in _pieces(every, self.largest, 1, flat=False):
+                for rows, _ in _pieces(samples, self.largest, 2):
+                    rows = rows.to(total.dtype)
+                    total += rows.transpose(1, 2) @ rows if self.full else rows.square().sum(1)
+                    self.seen[layer.name] += rows.shape[1]
         return super().run_node(n)
 
 
-def _rows(node: fx.Node, x: Tensor, layer: Layer) -> Tensor:
-    """The inputs of a layer as `(groups, n, c)` rows: what one output value is computed from."""
+def _windows(node: fx.Node, x: Tensor, layer: Layer) -> Tensor:
+    """The inputs of a layer as a view `(groups, samples, *positions, c...)`: what each output value is computed from."""
     if len(layer.shape) == 2:
         return x.reshape(1, -1, x.shape[-1])
     a, kernel = arguments(node), layer.shape[2:]
@@ -421,8 +469,22 @@ def _rows(node: fx.Node, x: Tensor, layer: Layer) -> Tensor:
         x = x.unfold(2 + d, dilation * (k - 1) + 1, stride)[..., ::dilation]
     x = x.unflatten(1, (layer.groups, -1))  # (N, groups, channels, *out, *kernel)
     rank = len(kernel)
-    x = x.permute(1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank))
-    return x.reshape(layer.groups, -1, layer.shape[1] * torch.Size(kernel).numel())
+    return x.permute(1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank))
+
+
+def _pieces(windows: Tensor, largest: int, dim: int, flat: bool = True) -> Iterator[tuple[Tensor, slice | None]]:
+    """What `_windows` gives, cut along a dimension (1: samples, 2: the first of the positions, which a linear layer lacks)
+    into pieces of about `largest` numbers; with `flat` each as rows `(groups, n, c)`. And where it lies, None for all."""
+    rank = (windows.dim() - 3) // 2
+    if dim == 2 and not rank:
+        yield windows, None
+        return
+    step = max(1, largest // max(1, windows.numel() // max(1, windows.shape[dim])))
+    for start in range(0, windows.shape[dim], step):
+        piece = windows.narrow(dim, start, min(step, windows.shape[dim] - start))
+        if flat:
+            piece = piece.reshape(len(piece), -1, math.prod(piece.shape[2 + rank :]))
+        yield piece, slice(start, start + step)
 
 
 def _outputs(y: Tensor, layer: Layer) -> Tensor:

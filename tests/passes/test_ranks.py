@@ -11,8 +11,12 @@ import torch
 from torch import nn
 
 from graphcomb import capture
+from graphcomb.graph.comb import Comb
 from graphcomb.graph.errors import BadInput, GraphcombError
 from graphcomb.passes import Distill, RemoveChannels
+from graphcomb.passes.base import Context
+from graphcomb.passes.importance import from_gradients
+from graphcomb.passes.statistics import Gradients, input_moments, layers
 
 
 class Skewed:
@@ -54,6 +58,23 @@ def batches(sizes, seed):
     return [(torch.randn(n, 1, 10, 10, generator=draw), torch.randint(3, (n,), generator=draw)) for n in sizes]
 
 
+def shared(program):
+    """What processes make of their shares together, whatever their number is."""
+    data = batches([4] * 5 + [3], 0)
+    name = next(layer.name for layer in layers(program)[0] if layer.kind == "conv")
+    importances = {i: from_gradients(i) for i in ("fisher", "taylor", "fisher-paper")}
+    comb = Comb(program)
+    groups = [group for group in comb.groups if group.frozen is None]
+    gradients = Gradients(14, "sample", "labels")
+    found = {
+        i: lambda make=make: [s.tolist() for s in make(comb, groups, Context(data=data), 14).values()]
+        for i, make in importances.items()
+    }
+    squares = lambda: [*gradients.mean_squares(program.copy(), [name], Context(data=data), 10**6)[0].values()]  # noqa: E731
+    moments = lambda: input_moments(program.copy(), [name], Context(data=data), 14)  # noqa: E731
+    return found | {"squares": lambda: [squares()], "moments": lambda: moments()[0][name].flatten(1).tolist()}
+
+
 def scenarios(rank):
     """By name what every process does; the result, or the error."""
     program = capture(network(), torch.randn(2, 1, 10, 10), dynamic_shapes="batch")
@@ -72,7 +93,9 @@ def scenarios(rank):
     yield "busy", lambda: at_once(program, latency=Busy(2.0 if rank == 0 else 1.0)).removed
     fisher = RemoveChannels(macs=0.5, importance="fisher", round_to=1)
     yield "order", lambda: fisher(program, data=own).removed
+    yield from shared(program).items()
     yield "nan", lambda: train(program, data=same, loss=nan_on_one)
+    yield "nan in one share", lambda: fisher(program, data=same, loss=nan_on_one)
     yield "short", lambda: train(fixed, data=batches([2, 2, 2, 1], 0))
     yield "whole", lambda: slowly(fixed, data=batches([2, 2, 2, 2], 0), latency=Skewed(power)).removed
 
@@ -100,6 +123,10 @@ def test_processes_agree(tmp_path):
     for name in ("latency", "latency while training", "order", "whole"):
         assert first[name], name
         assert not isinstance(first[name], str), first[name]
+    for name, act in shared(capture(network(), torch.randn(2, 1, 10, 10), dynamic_shapes="batch")).items():
+        for ours, alone in zip(first[name], act(), strict=True):
+            assert ours == pytest.approx(alone, rel=1e-5, abs=1e-12), name
+    assert "importance: the loss of batch 0 is nan" in first["nan in one share"]
     assert first["busy"] == "GraphcombError: the machine is too busy"
     assert "the loss is nan" in first["nan"]
     assert "drop_last=True" in first["short"]

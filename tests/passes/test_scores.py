@@ -18,9 +18,12 @@ from graphcomb.graph.errors import BadInput
 from graphcomb.graph.ops import arguments, op_name
 from graphcomb.graph.rules.contraction import spelled_out
 from graphcomb.graph.surgery import remove
+from graphcomb.passes import statistics
+from graphcomb.passes.base import Context
 from graphcomb.passes.batches import Feed
 from graphcomb.passes.gates import Gates
 from graphcomb.passes.remove_channels import RemoveChannels
+from graphcomb.passes.statistics import Gradients, input_moments, layers
 
 from ..graph.micro_models import CASES
 
@@ -376,3 +379,52 @@ def test_the_batch_is_found_wherever_it_is_among_the_inputs():
         assert feed.fit(((anchors, torch.randn(3, 3)), None)).size == 3
         with pytest.raises(BadInput, match=r'input "anchors" has shape \(6, 4\), the program takes \(7, 4\)'):
             feed.fit(((anchors[:6], x), None))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_unfolded_inputs_and_gradients_of_samples_are_bounded(full, monkeypatch):
+    """Whatever the limit, the result is the same, and no piece is larger than it, or than a row of positions of a sample."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, (3, 2), 2, groups=2), nn.Flatten(), nn.Linear(48, 3)
+    )
+    program = g.capture(model, torch.randn(4, 2, 8, 9), dynamic_shapes="batch")
+    names = [layer.name for layer in layers(program)[0]]
+    data = [(torch.randn(4, 2, 8, 9), torch.randint(3, (4,))) for _ in range(2)]
+    pieces, moments, gradients = statistics._pieces, [], []
+    sizes = []
+
+    def watched(*args, **kwargs):
+        for piece, where in pieces(*args, **kwargs):
+            sizes.append(piece.numel() if kwargs.get("flat", True) else 0)
+            yield piece, where
+
+    monkeypatch.setattr(statistics, "_pieces", watched)
+    for limit in (1, 500, 10**9):
+        sizes.clear()
+        moments.append(input_moments(program.copy(), names, Context(data=data), 8, full, limit)[0])
+        stream = Gradients(7, "sample", "labels").stream(program.copy(), names, Context(data=data), limit)
+        found = list(stream)
+        gradients.append({name: torch.cat([f[name] for f in found]) for name in names})
+        assert max(sizes) <= max(limit, 9 * 6 * 9), "a row of 9 positions with 6 channels of 9 taps"
+    for name in names:
+        for some in (0, 1):
+            torch.testing.assert_close(moments[some][name], moments[2][name])
+            torch.testing.assert_close(gradients[some][name], gradients[2][name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_stream_of_gradients_leaves_the_callers_state_alone():
+    program, data = small_network(), [(torch.randn(8, 2, 5, 5), torch.zeros(8, dtype=torch.long))] * 2
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        stream = Gradients(16, "sample", "teacher").stream(program, ["0.weight"], Context(data=data), 1)
+        seen = []
+        for _, value in zip(stream, expected, strict=False):
+            assert not torch.is_grad_enabled()
+            seen.append(torch.rand(()))
+            assert torch.equal(seen[-1], value)
+        stream.close()
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
