@@ -397,23 +397,27 @@ class Comb:
             for node in self.module.graph.nodes:
                 polynomial = cost.macs(node)
                 if polynomial:
-                    self._terms.append((node, [[self.axes[n][d] for n, d in monomial] for monomial in polynomial]))
+                    self._terms.append((node, [[self._factor(node, ref) for ref in m] for m in polynomial]))
         return self._terms
+
+    def _factor(self, node: fx.Node, ref: cost.Ref) -> Axis:
+        """The axis a monomial refers to; a plain number is an axis that nothing shrinks."""
+        return ax.fresh(ref, Reason(node, "a number")) if isinstance(ref, int) else self.axes[ref[0]][ref[1]]
 
     def macs(self, sizes: ax.Sizes | None = None) -> int:
         """MACs of the program when atoms have the given sizes."""
         size = Sizer(sizes or {})
         return sum(math.prod(map(size, m)) for _, terms in self.cost_terms() for m in terms)
 
-    def cost(self, sizes: ax.Sizes) -> dict[str, int]:
+    def cost(self, sizes: ax.Sizes) -> dict[str, Any]:
         """`Program.cost()` of the program in which atoms have the given sizes."""
         size = Sizer(sizes)
-        found = {"macs": self.macs(sizes), "weight_bytes": 0, "activation_bytes": 0, "params": 0}
+        found: dict[str, Any] = {"macs": self.macs(sizes), "weight_bytes": 0, "activation_bytes": 0, "params": 0}
         for axes, count in self._tensor_units():
             entries = math.prod(map(size, axes))
             for key, unit in count.items():
                 found[key] += unit * entries
-        return found
+        return found | cost.unknowns(self.module)
 
     def _tensor_units(self) -> list[tuple[list[Axis], dict[str, int]]]:
         """What one entry of each tensor adds to the parts of the cost."""

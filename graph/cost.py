@@ -1,55 +1,202 @@
 """The cost model: MACs and bytes of every node as polynomials in the sizes of its axes.
 
-A polynomial is a list of monomials, a monomial a list of `(node, dim)` references; the value is the sum over monomials
-of the product of the sizes referred to. The same polynomial is evaluated on shapes (here) or on solved axes
-(`Comb.cost`), so "what does removing 8 of these save" is exact. Source: ours.
+A polynomial is a list of monomials, a monomial a list of factors: `(node, dim)` references, or plain numbers; the value is
+the sum over monomials of the product of the sizes referred to. The same polynomial is evaluated on shapes (here) or on
+solved axes (`Comb.cost`), so "what does removing 8 of these save" is exact. What contracts but cannot be counted is said
+(`unknown`), never counted as 0. Source: ours; the counts are those of `torch.utils.flop_counter`, halved.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from .ops import arguments, op_name, shape
+from .errors import Refused
+from .ops import arguments, fetch, op_name, shape, source
+from .rules.contraction import spelled_out
 
-Ref = tuple[fx.Node, int]
+Ref = tuple[fx.Node, int] | int
 Polynomial = list[list[Ref]]
+Count = Callable[[fx.Node, dict[str, Any]], Polynomial]
+COUNTS: dict[str, Count] = {}
+NOTHING: Polynomial = []
+COUNTED = ("aten", "prims", "torchvision", "quantized_decomposed")  # libraries of which the table names what multiplies
+UNCOUNTED = frozenset(  # operators of those that multiply matrices, and by how much is not written down here
+    "convolution _convolution convolution_overrideable conv_tbc conv_depthwise3d _conv_depthwise2d _scaled_mm _int_mm "
+    "_grouped_mm _native_multi_head_attention _transformer_encoder_layer_fwd _scaled_dot_product_flash_attention "
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention _addmm_activation "
+    "_scaled_dot_product_cudnn_attention _cudnn_rnn mkldnn_rnn_layer miopen_rnn quantized_lstm quantized_gru _trilinear "
+    "chain_matmul linalg_multi_dot matrix_power linalg_matrix_power matrix_exp linalg_matrix_exp cov corrcoef smm hspmm "
+    "_weight_int8pack_mm _weight_int4pack_mm _thnn_fused_lstm_cell _thnn_fused_gru_cell sspaddmm mkldnn_linear".split()
+)
+
+
+def counts(*names: str) -> Callable[[Count], Count]:
+    """Register how many multiply-accumulates operators take, by name ("space::name" for custom ones).
+
+    The function gets the node and its arguments by schema name and returns a polynomial (see the module); an operator
+    that multiplies nothing returns an empty list.
+    """
+
+    def register(function: Count) -> Count:
+        COUNTS.update(dict.fromkeys((name.removeprefix("aten::") for name in names), function))
+        return function
+
+    return register
 
 
 def macs(node: fx.Node) -> Polynomial:
-    """Multiply-accumulates of one node; empty for everything that is not a convolution or a matrix product."""
+    """Multiply-accumulates of one node; empty for everything that multiplies nothing, and for what `unknown` names."""
+    if node.op != "call_function":
+        return NOTHING
+    if not hasattr(node.target, "_schema"):
+        return _branches(node) if str(node.target) == "cond" else NOTHING
+    count = COUNTS.get(op_name(node))
+    return NOTHING if count is None else count(node, arguments(node))
+
+
+def unknown(node: fx.Node) -> str | None:
+    """Why the node's multiply-accumulates cannot be counted; None where they can, or where there are none."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
+        return None
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        bodies = _bodies(node)
+        if str(target) == "cond":
+            return next((why for body in bodies for n in body.graph.nodes if (why := _inside(n))), None)
+        if bodies and not any(macs(n) or unknown(n) for body in bodies for n in body.graph.nodes):
+            return None
+        return f"how often {target} runs its body is not known"
     name = op_name(node)
-    if node.op != "call_function" or not hasattr(node.target, "_schema"):
-        return []
-    if name.startswith("conv_transpose"):
-        a = arguments(node)
-        return [_dims(a["input"]) + _dims(a["weight"])[1:]]
-    if name in ("conv1d", "conv2d", "conv3d"):
-        return [_dims(node) + _dims(arguments(node)["weight"])[1:]]
-    if name == "linear":
-        return [_dims(node) + _dims(arguments(node)["weight"])[1:]]
-    if name in ("matmul", "bmm", "mm", "mv", "baddbmm", "addmm"):
-        a = arguments(node)
-        left = next(a[name] for name in ("batch1", "mat1", "self") if name in a)
-        return [_dims(node) + _dims(left)[-1:]]
-    if name == "einsum":
-        a = arguments(node)
-        letters: dict[str, Ref] = {}
-        inputs = a["equation"].replace(" ", "").split("->")[0].split(",")
-        if "." in a["equation"]:
-            return []
-        for term, tensor in zip(inputs, a["tensors"], strict=True):
-            for d, letter in enumerate(term):
-                if letter not in letters or shape(tensor)[d] != 1:
-                    letters[letter] = (tensor, d)
-        return [list(letters.values())]
-    if name == "scaled_dot_product_attention":
-        a = arguments(node)
-        keys = _dims(a["key"])[-2:-1]
-        return [_dims(a["query"]) + keys, _dims(node) + keys]
-    return []
+    if name in COUNTS:
+        return None
+    if name in UNCOUNTED:
+        return f"what {name} multiplies is not known"
+    if target.namespace not in COUNTED:
+        return f"whether {name} multiplies anything is not known; say so with graphcomb.counts"
+    return None
+
+
+def _inside(node: fx.Node) -> str | None:
+    """As `unknown`, of a node in the body of another, whose shapes may have been lost."""
+    if (
+        node.op == "call_function"
+        and op_name(node) in COUNTS
+        and not isinstance(node.meta.get("val"), torch.Tensor | list | tuple)
+    ):
+        return f"shapes in the body of {node.name} are not known"
+    return unknown(node)
+
+
+def uncounted(module: fx.GraphModule) -> list[tuple[fx.Node, str]]:
+    """The nodes whose multiply-accumulates cannot be counted, each with the reason."""
+    return [(node, why) for node in module.graph.nodes if (why := unknown(node))]
+
+
+def require_counted(module: fx.GraphModule, what: str) -> None:
+    """Refused, with the node's name, for a graph whose multiply-accumulates are not all known.
+
+    what: the option that needs them.
+    """
+    for node, why in uncounted(module):
+        raise Refused(f"{what}: {source(node)}: {why}, so a share of all multiply-accumulates means nothing here")
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+@counts("conv1d", "conv2d", "conv3d", "linear", "torchvision::deform_conv2d")
+def _weighted(node: fx.Node, a: dict[str, Any]) -> Polynomial:
+    return [_dims(node) + _dims(a["weight"])[1:]]
+
+
+@counts("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def _transposed(node: fx.Node, a: dict[str, Any]) -> Polynomial:
+    return [_dims(a["input"]) + _dims(a["weight"])[1:]]
+
+
+@counts(
+    "matmul", "bmm", "mm", "mv", "dot", "vdot", "baddbmm", "addmm", "addmv", "linalg_matmul", "linalg_vecdot", "inner"
+)
+def _product(node: fx.Node, a: dict[str, Any]) -> Polynomial:
+    left = next(a[name] for name in ("batch1", "mat1", "mat", "self", "x") if name in a)
+    return [_dims(node) + _dims(left)[-1:]]
+
+
+@counts("addbmm")
+def _added_up(node: fx.Node, a: dict[str, Any]) -> Polynomial:
+    return [_dims(a["batch1"]) + _dims(a["batch2"])[-1:]]
+
+
+@counts("tensordot")
+def _tensordot(node: fx.Node, a: dict[str, Any]) -> Polynomial:
+    return (
+        [_dims(node) + [(a["self"], d % len(shape(a["self"]))) for d in a["dims_self"]]] if a["dims_self"] else NOTHING
+    )
+
+
+@counts("cdist", "_euclidean_dist")
+def _distances(node: fx.Node, a: dict[str, Any]) -> Polynomial:
+    return [_dims(node) + _dims(a["x1"])[-1:]]
+
+
+@counts("bilinear")
+def _bilinear(node: fx.Node, a: dict[str, Any]) -> Polynomial:
+    return [_dims(node) + _dims(a["weight"])[1:]]
+
+
+@counts("lstm", "gru", "rnn_tanh", "rnn_relu")
+def _recurrent(node: fx.Node, a: dict[str, Any]) -> Polynomial:
+    """Every matrix of weights once for each step of each sequence; packed sequences hold both in one dimension."""
+    steps = _dims(a["data"])[:1] if "data" in a else _dims(a["input"])[:-1]
+    return [steps + _dims(w) for w in a["params"] if len(shape(w)) == 2]
+
+
+@counts("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def _cell(node: fx.Node, a: dict[str, Any]) -> Polynomial:
+    return [_dims(a["input"])[:-1] + _dims(a[w]) for w in ("w_ih", "w_hh")]
+
+
+@counts("scaled_dot_product_attention")
+def _attention(node: fx.Node, a: dict[str, Any]) -> Polynomial:
+    keys = _dims(a["key"])[-2:-1]
+    return [_dims(a["query"]) + keys, _dims(node) + keys]
+
+
+@counts("einsum")
+def _einsum(node: fx.Node, a: dict[str, Any]) -> Polynomial:
+    """Operands are contracted two at a time, along the path that the node names or else the first two that are left; what
+    only one of two has is added up beforehand, and a product entry by entry contracts nothing."""
+    terms, result = spelled_out(a["equation"], [len(shape(t)) for t in a["tensors"]])
+    left: list[dict[str, Ref]] = [
+        {letter: (tensor, d) for d, letter in enumerate(term) if shape(tensor)[d] != 1}
+        for term, tensor in zip(terms, a["tensors"], strict=True)
+    ]
+    given, found = a.get("path"), NOTHING
+    path = list(given or [0, 1] * len(left))
+    while len(left) > 1:
+        i, j = path.pop(0), path.pop(0)
+        one, other = (left.pop(k) for k in sorted((i, j), reverse=True))
+        wanted = {*result, *(letter for term in left for letter in term)}
+        both = {k: r for k, r in {**one, **other}.items() if k in wanted or (k in one and k in other)}
+        if any(letter not in wanted for letter in both):
+            found = [*found, list(both.values())]
+        left.insert(len(left) if given else 0, {k: r for k, r in both.items() if k in wanted})
+    return found
+
+
+def _branches(node: fx.Node) -> Polynomial:
+    """Of the branches of a condition the one that takes most, as a number: whatever they read is frozen."""
+    return [[max(sum(evaluate(macs(n)) for n in body.graph.nodes) for body in _bodies(node))]]
+
+
+def _bodies(node: fx.Node) -> list[fx.GraphModule]:
+    """The graphs that a higher-order operator is given to run."""
+    module = node.graph.owning_module
+    given = [n for n in node.all_input_nodes if n.op == "get_attr"]
+    found: Sequence[Any] = [fetch(module, str(n.target)) for n in given] if module is not None else ()
+    return [body for body in found if isinstance(body, fx.GraphModule)]
 
 
 def _dims(node: fx.Node) -> list[Ref]:
@@ -61,14 +208,15 @@ def evaluate(polynomial: Polynomial) -> int:
     result = 0
     for monomial in polynomial:
         product = 1
-        for node, dim in monomial:
-            product *= shape(node)[dim]
+        for ref in monomial:
+            product *= ref if isinstance(ref, int) else shape(ref[0])[ref[1]]
         result += product
     return result
 
 
-def total(module: fx.GraphModule) -> dict[str, int]:
-    """MACs, bytes of weights, and bytes of all activations written, for the example input."""
+def total(module: fx.GraphModule) -> dict[str, Any]:
+    """MACs, bytes of weights, and bytes of all activations written, for the example input; `unknown`: the operators whose
+    MACs are not among them, where there are any."""
     counts, weights, activations, seen = 0, 0, 0, set()
     for node in module.graph.nodes:
         counts += evaluate(macs(node))
@@ -83,4 +231,10 @@ def total(module: fx.GraphModule) -> dict[str, int]:
         elif node.op == "get_attr" and node.target not in seen:
             seen.add(node.target)
             weights += size
-    return {"macs": counts, "weight_bytes": weights, "activation_bytes": activations}
+    return {"macs": counts, "weight_bytes": weights, "activation_bytes": activations} | unknowns(module)
+
+
+def unknowns(module: fx.GraphModule) -> dict[str, list[str]]:
+    """The entry of a cost that names what was not counted: nothing where everything was."""
+    found = [f"{source(node)}: {why}" for node, why in uncounted(module)]
+    return {"unknown": found} if found else {}

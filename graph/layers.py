@@ -18,7 +18,10 @@ from torch import fx
 from . import axes as ax
 from .axes import Axis, Factor
 from .comb import Comb, Sizer
-from .ops import arguments, op_name, shape
+from .cost import macs, unknown
+from .errors import Refused
+from .ops import arguments, op_name, shape, source
+from .rules.contraction import spelled_out
 
 FREE = frozenset(
     "view reshape _unsafe_view flatten unflatten squeeze unsqueeze expand getitem dropout detach alias contiguous clone "
@@ -26,6 +29,8 @@ FREE = frozenset(
 )
 MERGED = frozenset("batch_norm relu relu6 hardtanh clamp clamp_min leaky_relu".split())
 ACTIVATIONS = frozenset("gelu silu sigmoid tanh softmax _softmax hardswish hardsigmoid exp erf mish softplus".split())
+MATMULS = frozenset("linear matmul linalg_matmul bmm mm addmm baddbmm".split())
+PAIRS = {"mv": ("self", "vec"), "addmv": ("mat", "vec"), "dot": ("self", "tensor"), "vdot": ("self", "other")}
 NORMS = frozenset("layer_norm group_norm instance_norm rms_norm".split())
 
 
@@ -132,13 +137,17 @@ def run_seconds(latency: Latency, layers: Iterable[Layer], progress: bool = Fals
 class Layers:
     """The layers of a combed program as functions of the sizes of its groups.
 
-    batch: size of the dynamic batch to count with, where the program has one.
+    batch: size of the dynamic batch to count with, where the program has one. Refused for a program in which something
+    multiplies that is none of these layers.
     """
 
     def __init__(self, comb: Comb, batch: int = 1):
         self.comb = comb
         free = ax.atoms(a for n in comb.module.graph.nodes if n.op == "placeholder" for a in comb.axes[n] or ())
         self._batch: dict[Factor, int] = {a: batch for a in free if a.symbolic}
+        for node in comb.module.graph.nodes:
+            if (why := unknown(node)) or (macs(node) and not _is_layer(node)):
+                raise Refused(f"latency: {source(node)}: {why or f'how long {op_name(node)} takes is not known'}")
         self.nodes = [n for n in comb.module.graph.nodes if self._counts(n)]
 
     def at(self, sizes: Mapping[Factor, int]) -> Iterator[tuple[fx.Node, Layer]]:
@@ -172,13 +181,13 @@ class Layers:
 
     def _follows_conv(self, node: fx.Node) -> bool:
         """Whether an operand is a convolution nobody else reads, with what has been merged into it."""
-        for source in node.all_input_nodes:
-            name = op_name(source)
-            if source.op != "call_function" or len(source.users) > 1:
+        for operand in node.all_input_nodes:
+            name = op_name(operand)
+            if operand.op != "call_function" or len(operand.users) > 1:
                 continue
             if name.startswith("conv"):
                 return True
-            if (name in MERGED or name == "add") and self._follows_conv(source):
+            if (name in MERGED or name == "add") and self._follows_conv(operand):
                 return name == "batch_norm" or op_name(node) != "batch_norm"
         return False
 
@@ -191,8 +200,10 @@ class Layers:
 
         if name.startswith("conv") and name[4:5] in "123_":
             return self._conv(node, sizes)
-        if name in ("linear", "matmul", "bmm", "mm", "addmm", "baddbmm"):
+        if name in MATMULS:
             return self._matmul(node, sizes)
+        if (name in PAIRS or name in ("einsum", "inner", "tensordot")) and macs(node):
+            return self._contraction(*_letters(node), sizes)
         if name == "scaled_dot_product_attention":
             a = arguments(node)
             *batch, heads, queries, width = sizes(a["query"])
@@ -217,6 +228,11 @@ class Layers:
         transposed = "transpose" in op_name(node)
         groups = source[1] // weight[1] if not transposed else result[1] // weight[1]
         spatial = len(weight) - 2
+
+        def spread(value: Any) -> tuple[int, ...]:
+            values = [value] if isinstance(value, int) else list(value)
+            return tuple(values * spatial if len(values) == 1 else values)
+
         options: list[tuple[str, Any]] = [
             ("batch", source[0]),
             ("image", tuple(source[2:])),
@@ -224,16 +240,41 @@ class Layers:
         ]
         padding = a["padding"]
         if isinstance(padding, str):
-            padding = [0] * spatial if padding == "valid" else [(k - 1) // 2 for k in weight[2:]]
+            around = [
+                0 if padding == "valid" else d * (k - 1) for k, d in zip(weight[2:], spread(a["dilation"]), strict=True)
+            ]
+            padding = [n // 2 for n in around]  # an odd one is added before, on one side of the image
+            options[1] = ("image", tuple(n + total % 2 for n, total in zip(source[2:], around, strict=True)))
         for key, value in (("stride", a["stride"]), ("padding", padding), ("dilation", a["dilation"])):
-            values = [value] if isinstance(value, int) else list(value)
-            options.append((key, tuple(values * spatial if len(values) == 1 else values)))
+            options.append((key, spread(value)))
         options.append(("transposed", int(transposed)))
         return Layer("conv", (("inputs", source[1]), ("outputs", result[1]), ("groups", groups)), tuple(options))
 
+    def _contraction(self, left: fx.Node, right: fx.Node, terms: tuple[str, str], result: str, sizes: Any) -> Layer:
+        """A matrix product from letters for the dimensions of two operands and of their result, as in einsum."""
+        if self.comb.is_parameter(left):
+            left, right, terms = right, left, terms[::-1]
+        size: dict[str, int] = {}
+        for node, term in ((left, terms[0]), (right, terms[1])):
+            for letter, n in zip(term, sizes(node), strict=True):
+                size[letter] = max(size.get(letter, 1), n)
+        one, other = (
+            {k for k, n in zip(t, sizes(m), strict=True) if n > 1} for m, t in ((left, terms[0]), (right, terms[1]))
+        )
+
+        def product(letters: set[str]) -> int:
+            return math.prod(size[k] for k in letters)
+
+        wanted = set(result)
+        batch, inner = product(one & other & wanted), product((one & other) - wanted)
+        return Layer(
+            "matmul", (("batch", batch), ("inputs", inner), ("outputs", product((other - one) & wanted))),
+            (("rows", product((one - other) & wanted)), ("shared", int(batch == 1))),
+        )  # fmt: skip
+
     def _matmul(self, node: fx.Node, sizes: Any) -> Layer:
         a = arguments(node)
-        result = sizes(node)
+        result = sizes(node) or [1]
         if op_name(node) == "linear":
             left, shared = sizes(a["input"]), True
         else:
@@ -246,3 +287,30 @@ class Layers:
             "matmul", (("batch", batch), ("inputs", left[-1]), ("outputs", result[-1])),
             (("rows", rows), ("shared", int(shared))),
         )  # fmt: skip
+
+
+def _is_layer(node: fx.Node) -> bool:
+    """Whether a node that multiplies is one of the layers there are."""
+    name = op_name(node)
+    if name == "einsum":
+        return len(arguments(node)["tensors"]) == 2  # more are several products, one after the other
+    known = name in MATMULS or name in PAIRS or name in ("inner", "tensordot", "scaled_dot_product_attention")
+    return known or (name.startswith("conv") and name[4:5] in "123_")
+
+
+def _letters(node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[str, str], str]:
+    """The two operands of a contraction, letters for their dimensions, and those of the result."""
+    a, name = arguments(node), op_name(node)
+    if name == "einsum":
+        left, right = a["tensors"]
+        (one, other), result = spelled_out(a["equation"], [len(shape(left)), len(shape(right))])
+        return left, right, (one, other), result
+    first, second = PAIRS.get(name, ("self", "other"))
+    left, right = a[first], a[second]
+    ranks = len(shape(left)), len(shape(right))
+    names = [chr(ord("a") + i) for i in range(sum(ranks))]
+    one, two = names[: ranks[0]], names[ranks[0] :]
+    over = zip(a["dims_self"], a["dims_other"], strict=True) if name == "tensordot" else [(-1, -1)]
+    for i, j in over:
+        two[j] = one[i]
+    return left, right, ("".join(one), "".join(two)), "".join(set(one) ^ set(two))

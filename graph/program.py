@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ class Program:
         self.dynamic_shapes = dynamic_shapes
         self.history = list(history or [])
         self._stale = False
-        self.known_cost: dict[str, int] | None = None
+        self._known: tuple[int, dict[str, Any]] | None = None
 
     # ------------------------------------------------------------------------------------------------ construction
     @classmethod
@@ -137,7 +137,7 @@ class Program:
     @property
     def graph_module(self) -> TrainableModule:
         """The graph with up-to-date metadata (fake values of every node)."""
-        if self._stale:
+        if self._stale or _outdated(self._module):
             propagate(self)
             self._stale = False
         return self._module
@@ -154,7 +154,7 @@ class Program:
     def replace_module(self, module: TrainableModule) -> None:
         """Go on with another module of the same inputs, such as a surgery in the middle of training leaves."""
         if module is not self._module:
-            self._module, self._stale, self.known_cost = module, True, None
+            self._module, self._stale, self._known = module, True, None
 
     def exported(self) -> ExportedProgram:
         """The program as an `ExportedProgram` in the training IR, eval mode."""
@@ -172,11 +172,15 @@ class Program:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates for the example input."""
-        return self.cost()["macs"]
+        """Multiply-accumulates for the example input; warns, naming them, of operators that cannot be counted."""
+        found = self.cost()
+        if "unknown" in found:
+            warnings.warn(f"not all multiply-accumulates are counted: {'; '.join(found['unknown'])}", stacklevel=2)
+        return found["macs"]
 
-    def cost(self) -> dict[str, int]:
-        """MACs for the example input, parameters, and bytes of weights and activations.
+    def cost(self) -> dict[str, Any]:
+        """MACs for the example input, parameters, and bytes of weights and activations. `unknown`: the operators whose
+        MACs are not among them, where there are any.
 
         A pass that knows the cost of its result from the axes sets `known_cost`, which spares a fake run.
         """
@@ -184,8 +188,17 @@ class Program:
 
         if self.known_cost is not None:
             return dict(self.known_cost)
-
         return {**total(self.graph_module), "params": self.params}
+
+    @property
+    def known_cost(self) -> dict[str, Any] | None:
+        """The cost that a pass has found from the axes; None once the graph or the shape of a weight has changed."""
+        known = self._known
+        return known[1] if known is not None and known[0] == _fingerprint(self._module) else None
+
+    @known_cost.setter
+    def known_cost(self, cost: dict[str, Any] | None) -> None:
+        self._known = None if cost is None else (_fingerprint(self._module), cost)
 
     # ----------------------------------------------------------------------------------------------------- storage
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -205,8 +218,9 @@ class Program:
         return path
 
     def __repr__(self) -> str:
-        nodes = sum(n.op == "call_function" for n in self._module.graph.nodes)
-        return f"Program({nodes} ops, {self.params:,} params, {self.macs:,} MACs)"
+        nodes, cost = sum(n.op == "call_function" for n in self._module.graph.nodes), self.cost()
+        least = "at least " if "unknown" in cost else ""
+        return f"Program({nodes} ops, {self.params:,} params, {least}{cost['macs']:,} MACs)"
 
 
 def capture(
@@ -274,6 +288,27 @@ def _adopt(module: fx.GraphModule) -> TrainableModule:
         if hasattr(module, name):
             setattr(new, name, getattr(module, name))
     return new
+
+
+def _attributes(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Any]]:
+    """The nodes that read an attribute, each with what is there now."""
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            yield node, fetch(module, str(node.target))
+
+
+def _outdated(module: fx.GraphModule) -> bool:
+    """Whether a tensor in place of another, such as the weight of a new head, has a shape the metadata do not know."""
+    return any(
+        isinstance(found, torch.Tensor) and "val" in node.meta and node.meta["val"].shape != found.shape
+        for node, found in _attributes(module)
+    )
+
+
+def _fingerprint(module: fx.GraphModule) -> int:
+    """A number for the operators of a graph and the shapes of its weights."""
+    shapes = [found.shape for _, found in _attributes(module) if isinstance(found, torch.Tensor)]
+    return hash((*(n.target for n in module.graph.nodes), *shapes))
 
 
 def _drop_dead(module: fx.GraphModule) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from . import passes, runtime
     from .graph import verify
     from .graph.comb import Comb, Group, comb
+    from .graph.cost import counts
     from .graph.errors import BadInput, CaptureError, GraphcombError, MissingBackend, Refused, Unreachable
     from .graph.program import Program, capture, load
     from .graph.rules import rule
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _MODULES = {"passes": "passes", "runtime": "runtime", "verify": "graph.verify"}
 _NAMES = {
     "graph.comb": ("Comb", "Group", "comb"),
+    "graph.cost": ("counts",),
     "graph.errors": ("BadInput", "CaptureError", "GraphcombError", "MissingBackend", "Refused", "Unreachable"),
     "graph.program": ("Program", "capture", "load"),
     "graph.rules": ("rule",),
@@ -52,6 +54,7 @@ __all__ = [
     "Unreachable",
     "capture",
     "comb",
+    "counts",
     "load",
     "passes",
     "rule",

@@ -246,7 +246,9 @@ def _dense(program: Program, accuracy: float | None) -> str:
     """One line about the program before any pass."""
     shapes = ", ".join("x".join(map(str, a.shape)) for a in program.args if isinstance(a, torch.Tensor))
     score = f", accuracy {accuracy:.2%}" if accuracy is not None else ""
-    return f"dense: {program.params:,} parameters, {program.macs:,} MACs for inputs {shapes}{score}"
+    cost = program.cost()
+    more = f" and those of what is not known ({'; '.join(cost['unknown'])})" if "unknown" in cost else ""
+    return f"dense: {program.params:,} parameters, {cost['macs']:,} MACs{more} for inputs {shapes}{score}"
 
 
 def _summary(record: dict[str, Any]) -> str:
@@ -254,9 +256,8 @@ def _summary(record: dict[str, Any]) -> str:
     before, after = record["cost"]["before"], record["cost"]["after"]
     parts = [f"{record['seconds']:.1f} s"]
     if after["macs"] != before["macs"]:
-        parts.append(
-            f"MACs {before['macs']:,} -> {after['macs']:,} ({before['macs'] / max(after['macs'], 1):.2f}x fewer)"
-        )
+        ratio = "" if "unknown" in before else f" ({before['macs'] / max(after['macs'], 1):.2f}x fewer)"
+        parts.append(f"{'known ' if not ratio else ''}MACs {before['macs']:,} -> {after['macs']:,}{ratio}")
     if "verified" in record:
         parts.append(f"verified to {record['verified']['error']:.1e}")
     if "accuracy" in record:

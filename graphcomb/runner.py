@@ -210,7 +210,7 @@ def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
         "precision": job.recipe.precision,
         "accuracy_before": result.accuracy_before,
         "accuracy_after": result.accuracy_after,
-        "macs_ratio": before["macs"] / max(after["macs"], 1),
+        "macs_ratio": None if "unknown" in before | after else before["macs"] / max(after["macs"], 1),
         "params_ratio": before["params"] / max(after["params"], 1),
         "latency_ratio": None,
         "latency_predicted": predicted[0]["before"] / predicted[-1]["after"] if predicted else None,

@@ -25,6 +25,7 @@ class Cost(Format):
 
     macs: int = says("multiply-accumulates")
     params: int = says("parameters")
+    unknown: list[str] = says("operators whose multiply-accumulates are not known and not counted", default=[])
 
 
 class Change(Format):
@@ -194,7 +195,7 @@ class Summary(Format):
     precision: str = says("of the engines")
     accuracy_before: float | None = says("of the dense program; null without labels")
     accuracy_after: float | None = says("of the compressed one")
-    macs_ratio: float = says("how many times fewer multiply-accumulates")
+    macs_ratio: float | None = says("how many times fewer multiply-accumulates; null where not all are known")
     params_ratio: float = says("how many times fewer parameters")
     latency_ratio: float | None = says("how many times faster, measured; null where that cannot be said")
     latency_predicted: float | None = says("how many times faster, predicted", default=None)

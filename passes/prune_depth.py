@@ -19,6 +19,7 @@ from accelerate.utils import send_to_device
 from torch.utils import _pytree as pytree
 
 from ..graph.comb import Comb
+from ..graph.cost import require_counted
 from ..graph.errors import BadInput, GraphcombError, Refused, Unreachable
 from ..graph.layers import Layers, run_seconds
 from ..graph.ops import arguments, fetch, op_name, set_argument
@@ -179,6 +180,7 @@ class PruneDepth(Pass):
             return self._met(Budget([1.0] * len(blocks), self.blocks, reaches), "blocks")
         if self.latency is None:
             assert self.macs is not None
+            require_counted(program.graph_module, "PruneDepth.macs")
             dense, saves = float(program.macs), [float(b.saves or 0) for b in blocks]
             goal, name, form = (self.macs * dense if self.macs <= 1 else self.macs), "macs", "{:,.0f}"
         else:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..graph.axes import Factor
 from ..graph.comb import DEFAULT_KINDS, KINDS, Comb, Group, Sizer
+from ..graph.cost import require_counted
 from ..graph.errors import BadInput, GraphcombError, Refused, Unreachable
 from ..graph.ops import arguments, op_name
 from ..graph.program import Program
@@ -276,6 +277,8 @@ class RemoveChannels(Pass):
             else:
                 selection.by_count(groups, scores, ratio, share)
             return
+        if target == "macs":
+            require_counted(selection.comb.module, "RemoveChannels.macs")
         terms = mac_terms(selection.comb) if target == "macs" else parameter_terms(selection.comb)
         costs = Costs(terms, [g for g in selection.comb.groups if g.frozen is None])
         dense = costs.total

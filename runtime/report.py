@@ -187,7 +187,7 @@ def _costs(summary: Mapping[str, Any], key: str) -> tuple[float | None, float | 
         number(summary.get(f"{key}_{when}", _map(cost.get(when)).get(key))) for when in ("before", "after")
     )
     ratio = number(summary.get(f"{key}_ratio"))
-    if ratio is None and before and after:
+    if ratio is None and before and after and f"{key}_ratio" not in summary:  # null: not all are known
         ratio = before / after
     return before, after, ratio
 

@@ -130,3 +130,41 @@ def test_padding_counts_channels_as_the_hardware_does() -> None:
     assert conv(10, 10, 10).macs(8) == 16 * 9 * 16  # depthwise: channels are lanes
     assert conv(8, 8, 2).macs(8) == 2 * 16 * 9 * 64  # every group by itself
     assert conv(5, 9, 1).entries() == 16 * 5 + 16 * 9 + 45 * 9
+
+
+CONTRACTIONS = {
+    "einsum": lambda x, w: torch.einsum("bhqc,oc->bhqo", x, w),
+    "weight first": lambda x, w: torch.einsum("oc,bhqc->bhoq", w, x),
+    "ellipsis": lambda x, w: torch.einsum("...qc,oc->...oq", x, w),
+    "batch": lambda x, w: torch.einsum("bhqc,bhkc->bhqk", x, x.relu()),
+    "summed before": lambda x, w: torch.einsum("bhqc,oc->bho", x, w),
+    "inner": lambda x, w: torch.inner(x, w),
+    "tensordot": lambda x, w: torch.tensordot(x, w, dims=([3], [1])),
+    "matrix and vector": lambda x, w: torch.mv(x[0, 0], w[0]),
+    "vectors": lambda x, w: torch.matmul(x[0, 0, 0], w[0]),
+}
+
+
+@pytest.mark.parametrize("name", CONTRACTIONS)
+def test_contractions_of_every_spelling_are_products(name: str) -> None:
+    class Contracts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(7, 5))
+
+        def forward(self, x):
+            return CONTRACTIONS[name](x, self.w)
+
+    comb = Comb(capture(Contracts(), torch.randn(2, 3, 4, 5)))
+    (found,) = [layer for _, layer in Layers(comb).at({}) if layer.op == "matmul"]
+    assert found.macs() == comb.macs() > 0
+
+
+@pytest.mark.parametrize("kernel", [3, 4])
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+def test_same_padding_counts_dilation(kernel: int, dilation: int) -> None:
+    net = nn.Conv2d(3, 4, (kernel, 5), padding="same", dilation=(dilation, 1))
+    comb = Comb(capture(net, torch.randn(2, 3, 13, 11)))
+    (layer,) = [layer for _, layer in Layers(comb).at({})]
+    assert layer.result_image() == (13, 11)
+    assert layer.macs() == comb.macs()
