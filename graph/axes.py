@@ -259,9 +259,11 @@ def unify(a: Axis, b: Axis) -> None:
     """Make two axes of equal size the same index space, from the innermost factor outwards.
 
     Products take their common refinement, sums align their segments. The smallest run of adjacent factors that cannot be
-    aligned is frozen on both sides.
+    aligned is frozen on both sides. Misaligned, with nothing changed, for axes of unequal sizes.
     """
     a, b = normal(a), normal(b)
+    if size(a) != size(b):
+        raise Misaligned(f"an axis of size {size(a)} cannot be the same as one of size {size(b)}")
     while a and b:
         x, y = a.pop(), b.pop()
         if x is y:
@@ -288,8 +290,6 @@ def unify(a: Axis, b: Axis) -> None:
                     run_b.insert(0, b.pop())
             freeze(run_a + run_b, Reason(solving.get(), f"its operands do not align ({error})"))
         a, b = normal(a), normal(b)
-    if a or b:
-        raise ValueError(f"unify: sizes differ, {show(a)} and {show(b)} are left over")
 
 
 def _join(x: Factor, y: Factor) -> None:

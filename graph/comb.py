@@ -21,11 +21,14 @@ from . import axes as ax
 from . import cost
 from .axes import Axis, Factor, Misaligned, Reason, atoms, freeze, show, unify
 from .errors import BadInput
-from .ops import arguments, fetch, hint, op_name, shape
+from .ops import arguments, fetch, hint, op_name, shape, source
 from .program import Program
 from .rules import RULES, NoRule
+from .rules.elementwise import pointwise
+from .rules.table import WINDOW
 
 KINDS = ("channel", "head", "head width", "hidden", "group", "token", "multiplier", "constant")
+FOLDED = "_folded_"  # what capture calls a constant that the model computes
 DEFAULT_KINDS = ("channel", "head", "head width", "hidden", "group")
 REGISTER = "register a rule for it with graphcomb.rule (CONTRIBUTING.md shows how)"
 
@@ -157,11 +160,15 @@ class Comb:
         if inputs and all(i in self._made_of_parameters or self.axes[i] is None for i in inputs):
             self._made_of_parameters.add(node)
         function = RULES.get(name)
-        ax.solving.set(node)
+        if function is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            function = pointwise
+        solving = ax.solving.set(node)
         try:
             if function is None or not hasattr(node.target, "_schema"):
                 raise NoRule("no rule for it")
             result = function(self, node, arguments(node))
+            if node not in self._sums and not function.__module__.startswith(f"{__package__}."):
+                self.sums(node, [axis for i in inputs for axis in self._flat(i)])  # a user's rule that does not say
             self._check(value, result)
             return result
         except Exception as error:  # a rule that stumbles, a user's one too, must not take the comb down: it freezes
@@ -181,6 +188,8 @@ class Comb:
                 else None
                 for v in value
             ]
+        finally:
+            ax.solving.reset(solving)  # what stays in a context variable keeps its whole graph alive
 
     def _check(self, value: Any, result: Any) -> None:
         """The axes have the sizes of the tensors they describe."""
@@ -238,8 +247,8 @@ class Comb:
     def window(self, node: fx.Node, x: fx.Node, first: int, index: int | None = None) -> list[Axis]:
         """The node slides a window over the dimensions of x from `first` on: freeze them, and the result's."""
         for axis in self.axes[x][first:]:
-            self.freeze(axis, node, "a window along the axis")
-        return [self.frozen(node, d, "a window along the axis", index) for d in range(first, len(shape(x)))]
+            self.freeze(axis, node, WINDOW)
+        return [self.frozen(node, d, WINDOW, index) for d in range(first, len(shape(x)))]
 
     def kernel(self, axis: Axis, node: fx.Node) -> None:
         """Kernel positions of a convolution: frozen, and not worth a group of their own."""
@@ -253,7 +262,8 @@ class Comb:
             self.role(axis, role)
 
     def sums(self, node: fx.Node, axes: list[Axis]) -> None:
-        """The node adds up, compares or normalises the entries along these axes of its operands."""
+        """The node adds up, compares or normalises the entries along these axes of its operands. A user's rule that does
+        not call this is taken to do so along all of them; one of an operator that takes every entry by itself says `[]`."""
         self._sums.setdefault(node, []).extend(axes)
 
     def joins(self, node: fx.Node) -> None:
@@ -306,7 +316,7 @@ class Comb:
         for atom in members:
             if atom in hidden and atom.frozen is not None and atom.frozen.text == "kernel positions":
                 continue
-            name, dim = members[atom][0]
+            name, dim = next((m for m in members[atom] if not m[0].startswith(FOLDED)), members[atom][0])
             named[f"{name}:{dim}"].append((atom, kinds[atom]))
         least = self._least()
         result = []
@@ -317,8 +327,14 @@ class Comb:
                     same = [a for a, k in found if k == kind]
                     name = f"{base}/{kind}" + (f".{same.index(atom)}" if len(same) > 1 else "")
                 frozen = str(atom.frozen) if atom.frozen is not None else None
+                if frozen is not None and name.startswith(FOLDED):
+                    frozen = f"a constant that {self._maker(name.split(':')[0])} computes; {frozen}"
                 result.append(Group(name, atom.size, kind, members[atom], frozen, atom, least.get(atom, 1)))
         return result
+
+    def _maker(self, name: str) -> str:
+        """The line of the user's model from which a constant was folded."""
+        return source(next(n for n in self.module.graph.nodes if n.op == "get_attr" and n.target == name))
 
     def _least(self) -> dict[Factor, int]:
         """What each atom has to keep so that every minimum holds whatever else is removed."""

@@ -33,6 +33,7 @@ class Slicer:
         self.sizes = {atom: int(mask.sum()) for atom, mask in masks.items()}
         self.env: dict[fx.Node, fx.Node] = {}
         self._sources: dict[tuple[int, ...], tuple[fx.Node, int]] | None = None
+        self._places: dict[fx.Node, int] = {}
         self._tainted: set[fx.Node] | None = None
 
     def full(self, axis: Axis) -> bool:
@@ -79,8 +80,8 @@ class Slicer:
         static = self.size([f for f in ax.normal(axis) if f not in symbolic])
         if not symbolic:
             return static
-        found = self._source(symbolic)
-        sources = [s for s in ([found] if found else [self._source([f]) for f in symbolic]) if s is not None]
+        found = self._source(old, symbolic)
+        sources = [s for s in ([found] if found else [self._source(old, [f]) for f in symbolic]) if s is not None]
         if (not found and len(sources) < len(symbolic)) or not self.full(symbolic):
             raise Refused(f"{source(old)}: the dynamic size {ax.show(axis)} cannot be regenerated")
         graph = new.graph
@@ -93,18 +94,20 @@ class Slicer:
             assert result is not None  # there is at least one source
             return result if static == 1 else _product(graph, result, static)
 
-    def _source(self, factors: Axis) -> tuple[fx.Node, int] | None:
-        """The first tensor dimension in the graph that is exactly this product."""
+    def _source(self, user: fx.Node, factors: Axis) -> tuple[fx.Node, int] | None:
+        """The first tensor dimension in the graph that is exactly this product, if it comes before the user."""
         if self._sources is None:
             self._sources = {}
-            for node, axes in self.comb.axes.items():
+            for i, (node, axes) in enumerate(self.comb.axes.items()):
+                self._places[node] = i
                 value = node.meta.get("val")
                 if axes is None or not isinstance(value, torch.Tensor):
                     continue
                 for d, n in enumerate(value.shape):
                     if not isinstance(n, int):
                         self._sources.setdefault(_key(axes[d]), (node, d))
-        return self._sources.get(_key(factors))
+        found = self._sources.get(_key(factors))
+        return found if found is not None and self._places[found[0]] < self._places[user] else None
 
 
 def _key(axis: Axis) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .runtime.dla import Placement
 
 BAD_INPUT, UNEXPECTED, WORSE, INTERRUPTED = 2, 1, 1, 130
-console = Console()
+console = Console(markup=False, emoji=False)  # names and lines of source code may look like markup
 
 
 class _Interrupted(Exception):

@@ -94,7 +94,7 @@ class Pipeline:
             taught = fingerprint(teacher.module()) if teacher else None
             digest = fingerprint(program.module(), taught, seed, target, dtype, plan, key, latency and str(latency))
             store = _Store(Path(out) / "passes", digest, main, resume)
-        say = Console(quiet=not context.progress).print
+        say = Console(quiet=not context.progress, markup=False, emoji=False).print
         result = PipelineResult(program)
         if val is not None:
             result.accuracy_before = result.accuracy_after = evaluate(program, val, metric, context.progress)

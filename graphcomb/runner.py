@@ -233,7 +233,7 @@ def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
 
 def _lower(job: Job, program: Program, out: Path, progress: bool) -> dict[str, Any]:
     """model.onnx in fp32, model.fp16.onnx when asked for, and the engines, built from the recipe's precision."""
-    say = Console(quiet=not progress).print
+    say = Console(quiet=not progress, markup=False, emoji=False).print
     paths, reports = {}, {}
     for precision in dict.fromkeys(("fp32", job.recipe.precision)):
         say(f"ONNX {precision} ...")

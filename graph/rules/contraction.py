@@ -10,7 +10,7 @@ from torch import fx
 from ..axes import Axis, fresh
 from ..ops import op_name, shape
 from .elementwise import broadcast
-from .table import Arguments, NoRule, either, rule
+from .table import WINDOW, Arguments, NoRule, either, rule
 
 if TYPE_CHECKING:
     from ..comb import Comb
@@ -64,7 +64,7 @@ def deformable(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     """A grouped convolution whose taps are moved by offsets, which map channels to positions and stay whole."""
     xs, ws, groups = c.axes[a["input"]], c.axes[a["weight"]], a["groups"]
     for axis in (*xs[2:], *ws[2:]):
-        c.freeze(axis, node, "a window along the axis")
+        c.freeze(axis, node, WINDOW)
     for key in ("offset", "mask"):
         for axis in c.axes[a[key]][1:]:
             c.freeze(axis, node, f"the {key}s of a deformable convolution")
@@ -80,7 +80,7 @@ def deformable(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     c.rewrite(node, lambda s, m: s.assign(m, "groups", s.size(group)))
     c.role(group + outer, "out", a["weight"])
     c.role(group + inner, "in", a["weight"])
-    return [xs[0], group + outer, *[c.frozen(node, d, "a window along the axis") for d in (2, 3)]]
+    return [xs[0], group + outer, *[c.frozen(node, d, WINDOW) for d in (2, 3)]]
 
 
 @rule("linear")

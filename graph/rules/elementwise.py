@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from ..axes import Axis, normal
@@ -21,12 +22,14 @@ cosh asinh acosh logical_not bitwise_not reciprocal square log_sigmoid softsign 
 tanhshrink floor ceil round trunc frac sign sgn isnan isinf isfinite nan_to_num positive logit rrelu zeros_like
 ones_like full_like empty_like rand_like randn_like bernoulli fill zero native_dropout to _to_copy type_as float
 double half bool int conj real view_as_complex_copy special_expit digamma lgamma rad2deg deg2rad
+absolute negative fix arccos arccosh arcsin arcsinh arctan arctanh special_exp2 special_expm1 special_log1p special_erf
+special_erfc special_erfinv special_sinc special_logit special_round special_expit angle
 """.split()
 BROADCAST = """
 add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum fmax fmin atan2 hypot where eq ne lt
 gt le ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor masked_fill addcmul addcdiv lerp copy
 greater less greater_equal less_equal not_equal subtract multiply divide xlogy logaddexp heaviside __and__ __or__
-__xor__ complex polar copysign nextafter
+__xor__ complex polar copysign nextafter arctan2 special_xlogy
 """.split()
 
 
@@ -61,6 +64,14 @@ def unary(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 def binary(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     items = [(c.axes[i], shape(i)) for i in node.all_input_nodes if c.axes[i] is not None]
     return broadcast(c, node, items, shape(node))
+
+
+def pointwise(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+    """An operator of no table that PyTorch itself tags as acting on each entry by itself."""
+    shapes = [shape(i) for i in node.all_input_nodes if c.axes[i] is not None]
+    if not isinstance(node.meta["val"], torch.Tensor) or torch.broadcast_shapes(*shapes) != shape(node):
+        raise NoRule("the result is not the operands' broadcast")
+    return binary(c, node, a)
 
 
 @rule("expand_as", "broadcast_to", "expand")

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..axes import Misaligned, fresh, take_inner
 from ..ops import op_name, shape
-from .table import Arguments, NoRule, either, rule
+from .table import WINDOW, Arguments, NoRule, either, rule
 
 if TYPE_CHECKING:
     from ..comb import Comb
@@ -44,15 +44,15 @@ def pool(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
                 done.append([])
             elif shape(node)[d] == shape(x)[d] and isinstance(value.shape[d], int):
                 done.append(c.axes[x][d])
-                c.freeze(c.axes[x][d], node, "a window along the axis")
+                c.freeze(c.axes[x][d], node, WINDOW)
             else:
-                c.freeze(c.axes[x][d], node, "a window along the axis")
-                done.append(c.frozen(node, d, "a window along the axis"))
+                c.freeze(c.axes[x][d], node, WINDOW)
+                done.append(c.frozen(node, d, WINDOW))
         return c.axes[x][:first] + done
     if isinstance(value, torch.Tensor):
         return c.axes[x][:first] + c.window(node, x, first)
     c.window(node, x, first, 0)
-    return [c.axes[x][:first] + [c.frozen(node, d, "a window along the axis", k) for d in range(first, len(shape(x)))]
+    return [c.axes[x][:first] + [c.frozen(node, d, WINDOW, k) for d in range(first, len(shape(x)))]
             for k in range(len(value))]  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def im2col(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     for k in a["kernel_size"]:
         window *= k
     for axis in xs[-2:]:
-        c.freeze(axis, node, "a window along the axis")
+        c.freeze(axis, node, WINDOW)
     taps = fresh(window)
     c.freeze(taps, node, "the positions of a window")
     return [*xs[:-3], xs[-3] + taps, c.frozen(node, len(shape(node)) - 1, "the windows of im2col")]
@@ -110,17 +110,17 @@ def col2im(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     c.unify(xs[-2], channels + taps)
     c.freeze(taps, node, "the positions of a window")
     c.freeze(xs[-1], node, "the windows of col2im")
-    return [*xs[:-2], channels, *[c.frozen(node, d, "a window along the axis") for d in (rank - 2, rank - 1)]]
+    return [*xs[:-2], channels, *[c.frozen(node, d, WINDOW) for d in (rank - 2, rank - 1)]]
 
 
 @rule("unfold")
 def unfold(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
     d = a["dimension"] % len(xs) if xs else 0
-    c.freeze(xs[d], node, "a sliding window along the axis")
+    c.freeze(xs[d], node, WINDOW)
     return [
-        *xs[:d], c.frozen(node, d, "a sliding window along the axis"), *xs[d + 1 :],
-        c.frozen(node, len(shape(node)) - 1, "a sliding window along the axis"),
+        *xs[:d], c.frozen(node, d, WINDOW), *xs[d + 1 :],
+        c.frozen(node, len(shape(node)) - 1, WINDOW),
     ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+WINDOW = "a window slides along the axis, so positions on it stay; channels are what can go"
 Arguments = dict[str, Any]
 Rule = Callable[..., list[Any]]
 RULES: dict[str, Rule] = {}

@@ -160,6 +160,8 @@ class Absence(Evaluator):
         rule = RULES.get(call.name)
         if rule is not None:
             return rule(call)
+        if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            return pointwise(call)
         return _unknown() if _lost(touched) else hold(call.run())
 
 
@@ -189,7 +191,9 @@ HEALING = frozenset(
     real imag angle special_expit digamma lgamma rad2deg deg2rad add sub rsub mul div true_divide floor_divide remainder
     fmod pow maximum minimum fmax fmin atan2 hypot where eq ne lt gt le ge logical_and logical_or logical_xor bitwise_and
     bitwise_or bitwise_xor masked_fill addcmul addcdiv lerp copy greater less greater_equal less_equal not_equal subtract
-    multiply divide xlogy logaddexp heaviside __and__ __or__ __xor__ complex polar copysign nextafter native_dropout"""
+    multiply divide xlogy logaddexp heaviside __and__ __or__ __xor__ complex polar copysign nextafter native_dropout
+    absolute negative fix arccos arccosh arcsin arcsinh arctan arctanh arctan2 special_exp2 special_expm1 special_log1p
+    special_erf special_erfc special_erfinv special_sinc special_logit special_round special_xlogy"""
 )
 def entrywise(call: Call) -> Any:
     result = call.run()
@@ -198,6 +202,14 @@ def entrywise(call: Call) -> Any:
         return [Held(r, states) for r in result]
     states = broadcast(call.held(), result.shape)
     return poison(result, states) if call.name in HEALING else Held(result, states)
+
+
+def pointwise(call: Call) -> Held:
+    """An operator that PyTorch tags as taking each entry by itself; whether it makes a number of a NaN is not known."""
+    result = call.run()
+    if not isinstance(result, torch.Tensor):
+        return _unknown()
+    return poison(result, broadcast(call.held(), result.shape))
 
 
 @means("to _to_copy type_as")
@@ -820,7 +832,7 @@ def attention(call: Call) -> Held:
     """Spelled out: absent keys leave the softmax; the default scale is that of the original width."""
     a = call.a
     q, k, v, mask = a["query"], a["key"], a["value"], a.get("attn_mask")
-    scale = a.get("scale") or 1 / math.sqrt(q.value.shape[-1])
+    scale = a["scale"] if a.get("scale") is not None else 1 / math.sqrt(q.value.shape[-1])
     if a.get("enable_gqa"):
         k, v = _share_heads(q, k), _share_heads(q, v)
     width, keys = join([q.states[-1], k.states[-1]]), join([k.states[-2], v.states[-2]])

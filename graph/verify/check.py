@@ -162,7 +162,7 @@ class Trial:
         except Disagreement as error:
             errors.append(float("inf"))
             found.append(str(error))
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             errors.append(float("inf"))
             found.append(f"the program does not run: {_first_line(error)}")
         vacuous = bool(self.removed) and max(errors) <= TOLERANCE and self.difference <= SAME

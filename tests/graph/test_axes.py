@@ -102,9 +102,22 @@ def test_one_atom_takes_the_structure_of_what_it_meets():
     assert show(a) == "(4+6)"
 
 
-def test_unify_refuses_sizes_that_differ():
-    with pytest.raises((ValueError, IndexError)):
-        unify(fresh(4), fresh(4) + fresh(2))
+@pytest.mark.parametrize(
+    ("a", "b", "sizes"),
+    [
+        (lambda: fresh(4), lambda: fresh(4) + fresh(2), (4, 8)),
+        (lambda: fresh(7), lambda: fresh(4), (7, 4)),
+        (lambda: fresh(6), list, (6, 1)),
+        (lambda: total([fresh(3), fresh(4)]), lambda: fresh(3) + fresh(5), (7, 15)),
+    ],
+)
+def test_unify_refuses_sizes_that_differ_and_changes_nothing(a, b, sizes):
+    a, b = a(), b()
+    before = show(a), show(b)
+    with pytest.raises(Misaligned, match=f"^an axis of size {sizes[0]} cannot be the same as one of size {sizes[1]}$"):
+        unify(a, b)
+    assert (show(a), show(b)) == before
+    assert all(f.frozen is None for f in ax.atoms([a, b]))
 
 
 def test_the_first_reason_stays_and_reaches_everyone():

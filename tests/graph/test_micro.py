@@ -103,6 +103,28 @@ def test_dynamic_height_and_width() -> None:
         assert result.program.module()(torch.randn(size)).shape == (size[0], 4, 2 * size[2], 2 * size[3])
 
 
+def test_sizes_are_read_off_what_comes_before() -> None:
+    """The product of height and width is an axis of its own only after the first operator that needs it."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 2)
+
+        def forward(self, x):
+            y = self.a(x)
+            b, c, h, w = y.shape
+            z = y.reshape(b, c * h * w).mean(1, keepdim=True)
+            return self.head(y.flatten(2).mean(2)) + z
+
+    dims = {2: Dim("h", min=4, max=64), 3: Dim("w", min=4, max=64)}
+    program = capture(Late(), torch.randn(2, 3, 8, 10), dynamic_shapes={"x": dims})
+    result = RemoveChannels(ratio=0.5, round_to=1)(program)
+    exact(program, result)
+    assert shapes(result.program)["a.weight"] == (4, 3, 3, 3)
+    assert result.program.module()(torch.randn(2, 3, 6, 12)).shape == (2, 2)
+
+
 def test_padding_amounts_of_dynamic_dimensions_stay_expressions() -> None:
     """Channels are padded by a constant, rows by what the height asks for, in one call."""
 

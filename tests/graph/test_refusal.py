@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from micro_models import CASES, Head, TokenHead
 from torch import nn
 
@@ -97,6 +100,55 @@ def test_a_registered_rule_makes_it_prunable():
     torch.testing.assert_close(result.program.module()(X), expected.program.module()(X))
 
 
+@torch.library.custom_op("graphcomb_test::plain_norm", mutates_args=())
+def plain_norm(x: torch.Tensor) -> torch.Tensor:
+    """A norm over the channels that has no weight to say so."""
+    return x / (x.pow(2).sum(1, keepdim=True) + 1).sqrt()
+
+
+@plain_norm.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("says", [False, True])
+def test_a_users_rule_is_taken_to_sum_unless_it_says_otherwise(says, monkeypatch):
+    """Padded channels change a norm, and nothing in a rule that only passes axes on says that it is one."""
+
+    def rule(c, node, a):
+        if says:
+            c.sums(node, [])
+        return c.axes[a["x"]]
+
+    monkeypatch.setitem(RULES, "graphcomb_test::plain_norm", rule)
+    pads = Around(lambda y: torch.ops.graphcomb_test.plain_norm(F.pad(y, (0, 0, 0, 0, 0, 4), value=0.5)), out=12)
+    comb = Comb(capture(pads, X))
+    free = {g.size for g in comb.groups if ("after.weight", 1) in g.members and g.frozen is None}
+    assert free == ({8, 4} if says else {8})
+
+
+POINTWISE = {
+    "atanh": lambda y: (y * 0.1).tanh().atanh(),
+    "float_power": lambda y: y.float_power(2).to(y.dtype),
+    "sinc": torch.sinc,
+    "logaddexp2": lambda y: torch.logaddexp2(y, y * 2),
+    "xlog1py": lambda y: torch.special.xlog1py(y, y.abs()),
+    "signbit": lambda y: y * torch.signbit(y),
+    "isposinf": lambda y: y * ~torch.isposinf(y),
+    "ldexp": lambda y: torch.ldexp(y, torch.ones(8, 1, 1)),
+    "arctan": torch.arctan,
+    "absolute": torch.absolute,
+    "bessel": torch.special.i0e,
+}
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+def test_operators_that_act_entry_by_entry_need_no_rule(name):
+    found, _, result = pruned(Around(POINTWISE[name]), X)
+    assert found["after.weight"] == (5, 4, 1, 1)
+    assert not any("no rule" in r["why"] for r in result.record["refused"])
+
+
 def test_a_rule_that_does_not_fit_is_refused_not_believed():
     @graphcomb.rule("graphcomb_test::damp")
     def wrong(c, node, a):
@@ -164,6 +216,22 @@ def test_positions_along_another_axis_leave_the_channels_free(name):
 def test_a_choice_between_entries_is_no_selection_of_them():
     found, _, _ = pruned(Around(lambda y: torch.where(y > 0, y, y * 0.1).masked_fill(y > 2, 2.0)), X)
     assert found["before.weight"] == (4, 3, 1, 1)
+
+
+def test_a_rule_that_makes_unlike_sizes_one_says_which(monkeypatch):
+    monkeypatch.setitem(RULES, "graphcomb_test::damp", lambda c, node, a: c.unify(c.axes[a["x"]][1], c.axes[a["x"]][2]))
+    comb = Comb(capture(Around(lambda y: torch.ops.graphcomb_test.damp(y, 0.5)), X))
+    assert "cannot be followed (an axis of size 8 cannot be the same as one of size 4)" in comb.why("before.weight")
+
+
+def test_a_comb_that_is_gone_keeps_no_network_alive():
+    program = capture(Around(lambda y: y * 2), X)
+    weight = weakref.ref(program.module().get_parameter("before.weight"))
+    comb = Comb(program)
+    comb.groups  # noqa: B018
+    del program, comb
+    gc.collect()
+    assert weight() is None
 
 
 def test_inputs_and_outputs_say_so():
