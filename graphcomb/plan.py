@@ -18,8 +18,11 @@ from .runner import Job
 from .runtime.engine import replacing
 
 HEAD = """\
-# How many indices every group keeps. Edit `keep` (from 1 to `size`), or switch a group off with `prune: false`, then
+# How many indices every group keeps. Edit `keep` (from 1 to `size`), switch a group off with `prune: false`, or delete
+# rows, then
 #     graphcomb run RECIPE.yaml --plan {name}
+# Rows that you change stand. The others keep what is `proposed`, or give more where the target needs it; groups without
+# a row are chosen anew.
 # saves_macs: share of the dense program's MACs that the removal saves by itself. step: widths that suit the target are
 # multiples of it. Groups under `frozen` cannot shrink, for the reason given.
 """
@@ -30,12 +33,14 @@ BLOCKS = """
 
 
 class Row(Section):
-    """One group of a plan file; `keep` is applied, the other fields are there to be read."""
+    """One group of a plan file; `keep` and `prune` are applied, the other fields are there to be read. proposed: what
+    `keep` was when the plan was written."""
 
     name: str
     keep: PositiveInt
     size: PositiveInt
     prune: bool = True
+    proposed: PositiveInt | None = None
     kind: str = ""
     step: PositiveInt = 1
     saves_macs: float = 0.0
@@ -100,10 +105,10 @@ def _lines(entries: list[dict[str, Any]]) -> list[str]:
 
 
 def read_plan(path: str | Path) -> list[dict[str, Any]]:
-    """Names and kept sizes from a plan file; BadInput with file and path of the field."""
+    """The rows of a plan file as `RemoveChannels` takes them; BadInput with file and path of the field."""
     tree = read_yaml(path)
     try:
         plan = Plan.model_validate(tree)
     except ValidationError as error:
         raise BadInput(f"{path}: {explain(error, Plan)}") from error
-    return [{"name": row.name, "keep": row.keep if row.prune else row.size} for row in plan.groups]
+    return [row.model_dump(include={"name", "keep", "prune", "proposed"}) for row in plan.groups]

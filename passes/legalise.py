@@ -7,6 +7,7 @@ every branch of a concatenation by itself, aligned. Sizes that are not aligned t
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections import defaultdict
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from fnmatch import fnmatchcase
 from ..graph import axes as ax
 from ..graph.axes import Axis, Factor
 from ..graph.comb import Comb, Group
+from ..graph.errors import BadInput
 
 PRIORITY = {
     "head": 0,
@@ -30,8 +32,14 @@ PRIORITY = {
 
 def movable(comb: Comb, kinds: Iterable[str], include: Iterable[str] = (), exclude: Iterable[str] = ()) -> list[Group]:
     """The groups a pass may shrink: not frozen, of the kinds named, matched by `include` and not by `exclude` (patterns
-    over member names), and at most one factor of every product, heads before widths, so that ratios do not compound."""
+    over member names), and at most one factor of every product, heads before widths, so that ratios do not compound.
+    Raises BadInput for a pattern that matches no parameter."""
     include, exclude, kinds = tuple(include), tuple(exclude), tuple(kinds)
+    known = [*comb.parameters, *(g.name for g in comb.groups)]
+    for field, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(n, pattern) for n in known):
+                raise BadInput(f"RemoveChannels.{field}: {pattern!r} matches no parameter; {_nearest(pattern, known)}")
 
     def wanted(group: Group) -> bool:
         names = [group.name, *(name for name, _ in group.members)]
@@ -46,6 +54,14 @@ def movable(comb: Comb, kinds: Iterable[str], include: Iterable[str] = (), exclu
         if not any(p in chosen for p in partners[group.atom]):
             chosen[group.atom] = group
     return [g for g in candidates if g.atom in chosen]
+
+
+def _nearest(pattern: str, known: list[str]) -> str:
+    """The end of an error message: the name, or the pattern for a part of the network, that is most like this one."""
+    parts = [name.split(".") for name in known]
+    patterns = [".".join(p[:n]) + ".*" for p in parts for n in range(1, len(p))]
+    close = difflib.get_close_matches(pattern, dict.fromkeys([*known, *patterns]), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"parameters are called {', '.join(map(repr, known[:3]))}, ..."
 
 
 def products(comb: Comb) -> dict[Factor, set[Factor]]:

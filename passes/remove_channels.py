@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any, Literal, cast
 
 from ..graph.axes import Factor
 from ..graph.comb import DEFAULT_KINDS, KINDS, Comb, Group, Sizer
-from ..graph.cost import require_counted
 from ..graph.errors import BadInput, GraphcombError, Refused, Unreachable
 from ..graph.ops import arguments, op_name
 from ..graph.program import Program
@@ -22,11 +21,13 @@ from .base import Context, Pass, PassResult, check_field
 from .batches import Feed
 from .distill import Distill, block_outputs
 from .importance import IMPORTANCES, SAMPLES, TRANSFORMS, Scores, normalised, together
-from .knapsack import Predictor, allowed_seconds, knapsack, needed_latency, towards
-from .legalise import Costs, mac_terms, movable, parameter_terms
-from .selection import Selection, lowest_removed, planned_sizes
+from .knapsack import Predictor, allowed_seconds
+from .legalise import Costs, mac_terms, movable
+from .selection import Selection, lowest_removed
+from .targets import Chooser, read_plan, some, untrained
 from .training import agreed, total_steps
 
+DURING = ("schedule", "interval", "rounds", "prune_share")  # options of pruning while training
 DEFAULT_ALIGNMENT = 8  # fp16 tensor cores; what a target says goes before it
 
 
@@ -81,18 +82,22 @@ class RemoveChannels(Pass):
     samples: int = SAMPLES
 
     def __post_init__(self) -> None:
-        for key, alone, training in (("importance", "magnitude", "fisher"), ("scope", "local", "global")):
-            if getattr(self, key) is None:
-                object.__setattr__(self, key, training if self.train else alone)
+        if self.importance is None:
+            object.__setattr__(self, "importance", "fisher" if self.train else "magnitude")
+        if self.scope is None:
+            object.__setattr__(self, "scope", "global" if self.train or self.latency is not None else "local")
         given = [k for k in ("ratio", "macs", "params", "latency") if getattr(self, k) is not None]
         if len(given) > 1:
             raise BadInput(f"RemoveChannels: give one of ratio, macs, params and latency, not {' and '.join(given)}")
         if self.latency is not None:
             allowed_seconds(self.latency, 1.0, "RemoveChannels")
+            says = "global with a latency target, which a knapsack over all groups meets"
+            check_field(self, "scope", self.scope != "local", says)
         check_field(self, "ratio", self.ratio is None or 0 <= self.ratio < 1, "a share of at least 0 and under 1")
         for key in ("macs", "params"):
             value = getattr(self, key)
-            check_field(self, key, value is None or value > 0, "what may remain, a share or a number above 0")
+            says = "what may remain: a share above 0 and at most 1, or a whole number above 1"
+            check_field(self, key, value is None or 0 < value <= 1 or (value > 1 and value == int(value)), says)
         schedules = ("adaptive", "iterative", "one-shot")
         check_field(self, "importance", self.importance in IMPORTANCES, f"one of {', '.join(IMPORTANCES)}")
         check_field(self, "scope", self.scope in ("local", "global"), "local or global")
@@ -102,6 +107,13 @@ class RemoveChannels(Pass):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise BadInput(f"RemoveChannels.{key}: a whole number of at least 1, not {value}")
+        for option in dataclasses.fields(self):
+            said = option.name in DURING and getattr(self, option.name) not in (option.default, "one-shot")
+            if said and self.train is None:
+                raise BadInput(
+                    f"RemoveChannels.{option.name}: says how to prune while training, so it needs `train`; without it "
+                    "everything goes at once"
+                )
         for key in ("kinds", "include", "exclude"):
             value = getattr(self, key)
             object.__setattr__(self, key, (value,) if isinstance(value, str) else tuple(value))
@@ -109,37 +121,36 @@ class RemoveChannels(Pass):
             if kind not in KINDS:
                 raise BadInput(f"RemoveChannels.kinds: some of {', '.join(KINDS)}, not {kind!r}")
 
+    @property
+    def target(self) -> str:
+        """Which of the four targets it has."""
+        return next((t for t in ("macs", "params", "latency") if getattr(self, t) is not None), "ratio")
+
     def run(self, program: Program, context: Context) -> PassResult:
-        comb = Comb(program)
+        comb, step = Comb(program), self.alignment(context)
         free = movable(comb, self.kinds, self.include, self.exclude)
-        planned, step = planned_sizes(comb, context.plan), self.alignment(context)
         silent = self._without_gradients(comb, free)
         free = [g for g in free if g.name not in silent]
+        planned = read_plan(comb, context.plan)
         atoms = {g.atom for g in free}
         groups = [g for g in comb.groups if g.atom in atoms or g.name in planned]
+        self._require_groups(comb, groups, tuple(silent))
         places = {g.atom: i for i, g in enumerate(comb.groups)}
-        predictor: Predictor | None = None
+        chooser: Chooser | None = None
 
-        def predict() -> list[Any]:
-            nonlocal predictor
-            predictor = self._predictor(comb, free, context)
-            return [str(predictor.latency), predictor.total({})] if predictor else []
+        def prepare() -> list[Any]:
+            nonlocal chooser
+            chooser = Chooser(self, comb, free, planned, context, tuple(silent))
+            return [str(chooser.predictor.latency), chooser.predictor.total({})] if chooser.predictor else []
 
         def choose(sizes: dict[Factor, int], scores: Scores, share: float) -> dict[Factor, int]:
-            found = agreed(lambda: {places[atom]: n for atom, n in select(sizes, scores, share).items()})
+            found = agreed(
+                lambda: {places[atom]: n for atom, n in cast(Chooser, chooser)(sizes, scores, share).items()}
+            )
             return {comb.groups[i].atom: n for i, n in found.items()}
 
-        def select(sizes: dict[Factor, int], scores: Scores, share: float) -> dict[Factor, int]:
-            selection = Selection(comb, free, step, self.min_channels, sizes)
-            fixed = [g for g in groups if g.name in planned]
-            selection.sizes |= {g.atom: planned[g.name] for g in fixed}  # where they end decides what else must go
-            self._choose(selection, [g for g in free if g.name not in planned], scores, predictor, share)
-            for group in fixed:
-                selection.approach(group, planned[group.name], share)
-            return selection.sizes
-
         training: dict[str, Any] = {}
-        masked, predicted = None, agreed(predict)  # only the main process measures
+        masked, predicted = None, agreed(prepare)  # only the main process measures
         if self.train is None:
             scores = normalised(together(self._score(comb, groups, context)))
             sizes = choose({}, scores, 1.0)
@@ -147,10 +158,10 @@ class RemoveChannels(Pass):
             smaller, removed = remove(comb, masks)
         else:
             self._require_no_pattern(program, groups)  # what cannot be done is said before training
-            choose({}, {g.atom: np.ones(g.size) for g in groups}, 1.0)
+            agreed(lambda: cast(Chooser, chooser).require())
             total = total_steps(self.train, context.batches, "RemoveChannels.train", Feed(program))
             events = event_steps(self.schedule, total, self.interval, self.rounds, self.prune_share)
-            identity = [self.options(), step, planned, predicted]
+            identity = [self.options(), step, {n: [row.keep, row.fixed] for n, row in planned.items()}, predicted]
             pruner = Pruner(comb, groups, choose, str(self.importance), events, context, self.samples, identity)
             smaller, training = pruner.train(self.train)
             masks, removed, masked = pruner.masks, pruner.removed(), pruner.masked(smaller.module())
@@ -171,12 +182,13 @@ class RemoveChannels(Pass):
             "refused": frozen + training.get("refused", []),
             "layers": layers(comb, sizes),
             "cost": {"before": comb.cost({}), "after": smaller.cost()},
+            "target": agreed(lambda: cast(Chooser, chooser).record(sizes)),
             "alignment": step,
             "removed": removed,
             "features": removed_values(comb, masks, block_outputs(program)),
         }
         if predicted:
-            record["latency"] = agreed(lambda: predictor.record(sizes) if predictor else None)
+            record["latency"] = agreed(lambda: cast(Predictor, cast(Chooser, chooser).predictor).record(sizes))
         result = PassResult(smaller, record, removed, masked)
         if masked is not None and removed:
             record["verified"] = self._proven(program, result, context)
@@ -203,12 +215,25 @@ class RemoveChannels(Pass):
 
     def _without_gradients(self, comb: Comb, groups: list[Group]) -> dict[str, str]:
         """Groups that training gives no scores, by name: all of their parameters are frozen. As they would score 0, they
-        would be the first to go."""
-        if self.train is None or self.importance not in TRANSFORMS:
+        would be the first to go. What is pruned before the first step is scored by a pass over the data of its own."""
+        if self.train is None or self.importance not in TRANSFORMS or self.schedule == "one-shot":
             return {}
         trained = {name for name, p in comb.module.named_parameters(remove_duplicate=False) if p.requires_grad}
         why = "its parameters are frozen (requires_grad is False), so training gives it no score"
         return {g.name: why for g in groups if not any(name in trained for name, _ in g.members)}
+
+    def _require_groups(self, comb: Comb, groups: list[Group], unscored: Sequence[str]) -> None:
+        """Raise Unreachable where there is nothing to prune, unless nothing is asked for."""
+        if groups or (self.train is None and getattr(self, self.target) in (0, 1, 1.0)):
+            return
+        if unscored:
+            raise Unreachable(f"RemoveChannels: nothing to prune; {untrained(unscored)}")
+        frozen = [f"{g.name}: {g.frozen}" for g in comb.groups if g.frozen]
+        others = len(comb.groups) - len(frozen)
+        raise Unreachable(
+            f"RemoveChannels: nothing to prune: of {len(comb.groups)} groups {len(frozen)} are frozen "
+            f"({some(frozen, 2) or 'none'}) and {others} are left out by kinds, include and exclude or as small as can be"
+        )
 
     def _score(self, comb: Comb, groups: list[Group], context: Context) -> Scores:
         """How much each index of each group matters."""
@@ -217,14 +242,19 @@ class RemoveChannels(Pass):
     def plan(self, program: Program, context: Context | None = None) -> list[dict[str, Any]]:
         """What the pass would do, group by group: name, kind, size, keep, the MACs removal saves, and why it is frozen.
 
-        Edit the `keep` values and give the list back as `context.plan` to apply it.
+        Edit the `keep` values, add `"prune": False` or take rows out, and give the list back as `context.plan` to apply
+        it. A row that is changed is a decision. The others stand as proposed where the target is met with them, and are
+        chosen anew where it is not; so are groups without a row.
         """
         context = context or Context()
         comb = Comb(program)
         groups = movable(comb, self.kinds, self.include, self.exclude)
-        selection = Selection(comb, groups, self.alignment(context), self.min_channels)
-        predictor = self._predictor(comb, groups, context)
-        self._choose(selection, groups, self._score(comb, groups, context), predictor)
+        unscored = self._without_gradients(comb, groups)
+        groups = [g for g in groups if g.name not in unscored]
+        self._require_groups(comb, groups, tuple(unscored))
+        chooser = Chooser(self, comb, groups, {}, context, tuple(unscored))
+        selection = Selection(comb, groups, chooser.alignment, self.min_channels)
+        selection.sizes |= chooser({}, self._score(comb, groups, context))
         whole = Costs(mac_terms(comb), [g for g in comb.groups if g.frozen is None])
         rows = []
         for g in comb.groups:
@@ -234,7 +264,7 @@ class RemoveChannels(Pass):
                 rows.append(row | {"frozen": g.frozen})
             else:
                 share = whole.saving(g.atom, g.size - keep) / max(whole.total, 1)
-                rows.append(row | {"saves_macs": round(share, 4), "step": selection.step(g)})
+                rows.append(row | {"proposed": keep, "saves_macs": round(share, 4), "step": selection.step(g)})
         return rows
 
     def alignment(self, context: Context) -> int:
@@ -242,70 +272,6 @@ class RemoveChannels(Pass):
         if self.round_to is not None:
             return self.round_to
         return DEFAULT_ALIGNMENT if context.target is None else int(context.target.alignment(context.dtype))
-
-    def _predictor(self, comb: Comb, groups: list[Group], context: Context) -> Predictor | None:
-        """What predicts the latency, ready for all sizes that the groups may have; None without a latency target."""
-        if self.latency is None:
-            return None
-        predictor = Predictor(comb, needed_latency(context.latency, "RemoveChannels", comb.program))
-        selection = Selection(comb, groups, self.alignment(context), self.min_channels)
-        predictor.prepare({g.atom: selection.allowed(g) for g in groups}, context.progress)
-        return predictor
-
-    def _choose(
-        self, selection: Selection, groups: list[Group], scores: Scores, predictor: Predictor | None, share: float = 1.0
-    ) -> None:
-        """Shrink the groups of a selection: choose the sizes that meet the target, then go `share` of the way to them, from
-        where they are whole. Other groups of the selection stay as they are."""
-        rest = {a: n for a, n in selection.sizes.items() if a not in {g.atom for g in groups}}
-        if predictor is not None and self.latency is not None:
-            seconds = allowed_seconds(self.latency, predictor.total({}), "RemoveChannels")
-            options = {a: [n] for a, n in rest.items()} | {g.atom: selection.allowed(g) for g in groups}
-            flat = {a: scores.get(a, np.ones(a.size)) for a in options}
-            sizes = knapsack(predictor, options, flat, seconds)
-            if sizes is None:
-                whole, least = predictor.total({}), predictor.total({a: min(o) for a, o in options.items()})
-                raise self._unreachable("latency", selection, *(f"{1e3 * t:.3g} ms" for t in (seconds, whole, least)))
-            whole = predictor.total(rest)
-            selection.sizes |= towards(predictor, options, flat, sizes, whole - share * max(whole - seconds, 0))
-            return
-        target = next((t for t in ("macs", "params") if getattr(self, t) is not None), None)
-        if target is None:
-            ratio = 0.5 if self.ratio is None else self.ratio
-            if self.scope == "local":
-                selection.uniform(groups, ratio * share)
-            else:
-                selection.by_count(groups, scores, ratio, share)
-            return
-        if target == "macs":
-            require_counted(selection.comb.module, "RemoveChannels.macs")
-        terms = mac_terms(selection.comb) if target == "macs" else parameter_terms(selection.comb)
-        costs = Costs(terms, [g for g in selection.comb.groups if g.frozen is None])
-        dense = costs.total
-        for atom, size in rest.items():
-            costs.set(atom, size)
-        whole = costs.total
-        for g in groups:
-            costs.set(g.atom, selection.kept(g))
-        wanted = getattr(self, target)
-        end = wanted * dense if wanted <= 1 else wanted
-        goal = end if share == 1 else whole - share * max(whole - end, 0)  # exactly, in floating point too
-        if self.scope == "local":
-            reached = selection.uniform_until(groups, costs, goal) <= goal
-        else:
-            reached = selection.greedy(groups, scores, costs, goal, self.importance in TRANSFORMS, end)
-        if not reached:
-            least = costs.total
-            raise self._unreachable(target, selection, f"{end:,.0f}", f"{dense:,}", f"{least:,} ({least / dense:.1%})")
-
-    @staticmethod
-    def _unreachable(target: str, selection: Selection, wanted: str, dense: str, reached: str) -> Unreachable:
-        frozen = [g.name for g in selection.comb.groups if g.frozen]
-        return Unreachable(
-            f"RemoveChannels.{target}: {wanted} of {dense} cannot be reached; {reached} can, with alignment "
-            f"{selection.alignment} and min_channels {selection.minimum}; "
-            f"frozen: {', '.join(frozen[:4]) or 'nothing'}{' and more' if len(frozen) > 4 else ''}"
-        )
 
 
 def layers(comb: Comb, sizes: dict[Factor, int]) -> list[dict[str, Any]]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
 from ..graph.axes import Factor
 from ..graph.comb import Comb, Group
-from ..graph.errors import BadInput
 from .importance import Scores
 from .legalise import Costs, steps
 
@@ -68,7 +66,8 @@ class Selection:
             self.sizes[g.atom] = self.legal(g, g.size - int(g.size * ratio + 1e-9))
 
     def uniform_until(self, groups: list[Group], costs: Costs, goal: float) -> int:
-        """The smallest common ratio that reaches the goal, by bisection. Returns the cost reached."""
+        """The smallest common ratio that reaches the goal, by bisection; where a step of several groups at once is more
+        than it takes, what fits comes back. Returns the cost reached."""
 
         def cost(ratio: float) -> int:
             self.uniform(groups, ratio)
@@ -82,26 +81,54 @@ class Selection:
         for _ in range(24):
             middle = (low + high) / 2
             low, high = (middle, high) if cost(middle) > goal else (low, middle)
-        return cost(high)
+        cost(high)
+        self._grow(groups, costs, goal)
+        return costs.total
 
-    def by_count(self, groups: list[Group], scores: Scores, ratio: float, share: float = 1.0) -> None:
+    def _grow(self, groups: list[Group], costs: Costs, goal: float) -> None:
+        """Give back steps that fit, the dearest first, each group in its turn."""
+        whole = {g.atom: self._before.get(g.atom, g.size) for g in groups}
+        grown = True
+        while grown:
+            grown = False
+            more = {g.atom: costs.saving(g.atom, self.kept(g) - self.above(g, whole)) for g in groups}
+            for g in sorted(groups, key=lambda g: more[g.atom]):
+                size = self.above(g, whole)
+                if size > self.kept(g) and costs.total - costs.saving(g.atom, self.kept(g) - size) <= goal:
+                    self._resize(g.atom, size, costs)
+                    grown = True
+
+    def by_count(
+        self,
+        groups: list[Group],
+        scores: Scores,
+        ratio: float,
+        share: float = 1.0,
+        among: list[Group] | None = None,
+    ) -> bool:
         """Remove the globally least important chunks until `share` of the ratio of all indices is gone. Where the next one
-        would be more than the ratio asks for, that is the end."""
-        gone = sum(g.size - self.kept(g) for g in groups)
-        indices = sum(g.size for g in groups)
+        would be more than the ratio asks for, that is the end. Returns whether it came to that.
+
+        among: the groups whose indices count, by default those that may shrink.
+        """
+        gone = sum(g.size - self.kept(g) for g in among or groups)
+        indices = sum(g.size for g in among or groups)
+        more = True
         left = int(indices * ratio + 1e-9) - gone
         now = int(indices * ratio * share + 1e-9) - gone
 
         def take(g: Group, size: int) -> bool | None:
-            nonlocal left, now
+            nonlocal left, now, more
             count = self.kept(g) - size
-            if count > left or now <= 0:
+            more = count <= left and now > 0
+            if not more:
                 return None
             left -= count
             now -= count
             return True
 
         self._descend(groups, scores, lambda g, count: count, take)
+        return not more or left == 0
 
     def greedy(
         self, groups: list[Group], scores: Scores, costs: Costs, goal: float, per_cost: bool, end: float
@@ -125,14 +152,14 @@ class Selection:
         reached = costs.total <= end
         if goal > end:
             for atom, size in before.items():
-                self._shrink(atom, size, costs)
+                self._resize(atom, size, costs)
             for atom, size in chunks[:-1] if reached else chunks:
                 if costs.total <= goal:
                     break
-                self._shrink(atom, size, costs)
+                self._resize(atom, size, costs)
         return reached or costs.total <= goal
 
-    def _shrink(self, atom: Factor, size: int, costs: Costs) -> None:
+    def _resize(self, atom: Factor, size: int, costs: Costs) -> None:
         self.sizes[atom] = size
         costs.set(atom, size)
 
@@ -198,7 +225,7 @@ class Selection:
                 break
             _, spent, atom, size = min(small, key=lambda s: s[0])
             chunks.append((atom, size))
-            self._shrink(atom, size, costs)
+            self._resize(atom, size, costs)
         self.sizes = start | dict(way)
         for g in groups:
             costs.set(g.atom, self.kept(g))
@@ -214,8 +241,7 @@ class Selection:
             return float(ranked[g.atom][size:more].sum()) if fits else -math.inf
 
         while (best := max(groups, key=gain, default=None)) is not None and gain(best) > -math.inf:
-            self.sizes[best.atom] = self.above(best, before)
-            costs.set(best.atom, self.sizes[best.atom])
+            self._resize(best.atom, self.above(best, before), costs)
 
     def _descend(
         self,
@@ -265,26 +291,3 @@ def lowest_removed(scores: np.ndarray, keep: int) -> np.ndarray:
     mask = np.ones(len(scores), dtype=bool)
     mask[np.argsort(-scores, kind="stable")[keep:]] = False
     return mask
-
-
-def planned_sizes(comb: Comb, plan: Any) -> dict[str, int]:
-    """Sizes the plan asks for, by group name; checked against the program."""
-    if not plan:
-        return {}
-    rows = plan.get("groups", []) if isinstance(plan, dict) else plan
-    known = {g.name: g for g in comb.groups}
-    result = {}
-    for row in rows:
-        name, keep = row.get("name"), row.get("keep")
-        group = known.get(name)
-        if group is None:
-            raise BadInput(f"plan: no group {name!r} in this program; graphcomb plan lists them")
-        if not isinstance(keep, int) or isinstance(keep, bool) or not group.least <= keep <= group.size:
-            raise BadInput(
-                f"plan: {name}: keep must be a whole number from {group.least} to {group.size}, not {keep!r}"
-            )
-        if group.frozen and keep != group.size:
-            raise BadInput(f"plan: {name} is frozen ({group.frozen})")
-        if not group.frozen:
-            result[name] = keep
-    return result

@@ -80,7 +80,8 @@ def scenarios(rank):
     program = capture(network(), torch.randn(2, 1, 10, 10), dynamic_shapes="batch")
     fixed = capture(network(), torch.randn(2, 1, 10, 10))
     train = Distill(epochs=1, lr=1e-3)
-    at_once, slowly = (RemoveChannels(latency=0.5, round_to=1, train=t, interval=2) for t in (None, train))
+    at_once = RemoveChannels(latency=0.5, round_to=1)
+    slowly = RemoveChannels(latency=0.5, round_to=1, train=train, interval=2)
     same, own = batches([4] * 8, 0), batches([4] * 8, rank)
     power = 1.0 if rank == 0 else 1.7
 
