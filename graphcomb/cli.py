@@ -10,11 +10,13 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from unicodedata import category
 
 import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from .graph.errors import BadInput, GraphcombError
@@ -331,7 +333,7 @@ def bundle(
     folder = write_bundle(out, given, precision or "fp16", target, batch, record, layers)
     for name, about in read_json(folder / "bundle.json")["models"].items():
         if about["note"]:
-            console.print(f"{name}: {about['note']}", soft_wrap=True, markup=False)
+            console.print(printable(f"{name}: {about['note']}"), soft_wrap=True, markup=False)
     console.print(f"{folder}: on the device, python3 bench_device.py; or graphcomb bench {folder} --host USER@DEVICE")
 
 
@@ -403,10 +405,18 @@ def _short(count: int) -> str:
 
 def show_summary(summary: dict[str, Any]) -> None:
     """The figures of a finished run."""
+    from .runtime.places import latency_place
+
     table = Table(show_header=False)
+    hidden = {"onnx_parity"} if summary.get("onnx_parity_fp16") is not None else set()  # of the file nobody runs
     for key, form in SUMMARY_ROWS.items():
-        if summary.get(key) is not None:
-            table.add_row(key, form.format(summary[key]))
+        if summary.get(key) is not None and key not in hidden:
+            where = f" in {latency_place(summary)}" if key == "latency_ratio" else ""
+            table.add_row(key, Text(form.format(summary[key]) + where))
+    if (prediction := summary.get("prediction")) and len(prediction["ms"]) == 2:
+        before, after = prediction["ms"].values()
+        where = f"{prediction['target']}, {prediction['precision']}, batch {prediction['batch']}"
+        table.add_row("predicted", Text(f"{before / after:.2f}x faster on {where}") if after else "")
     for kind, path in summary["files"].items():
         for one in path if isinstance(path, list) else [path]:
             table.add_row(kind, one)
@@ -418,6 +428,8 @@ def show_summary(summary: dict[str, Any]) -> None:
 def show_engine(report: dict[str, Any]) -> None:
     """What a build made of the model: kernels, padding and quantisation that cost, memory, with their origin."""
     from .runtime.build_log import UNFUSED
+
+    report = printable(report)
 
     console.print(
         f"{report['path']}: {report['bytes']:,} bytes, {report['precision']}, {report['backend']} {report['version']}",
@@ -483,6 +495,7 @@ def show_prediction(found: dict[str, Any]) -> None:
 
 def show_bench(result: dict[str, Any]) -> None:
     """Latencies and their ratio, or why there is none."""
+    result = printable(result)
     table = Table("model", "median ms", "p95 ms", "runs", "times faster")
     for timing in result["timings"]:
         ms, ratio = timing["ms"], result["ratios"].get(timing["name"])
@@ -495,8 +508,18 @@ def show_bench(result: dict[str, Any]) -> None:
         console.print(result["note"])
 
 
+def printable(value: Any) -> Any:
+    """A value of a file or a device without the control characters that a terminal would obey, in all its texts."""
+    if isinstance(value, str):
+        return "".join("\ufffd" if category(c)[0] == "C" and c not in "\n\t" else c for c in value)
+    if isinstance(value, dict):
+        return {printable(k): printable(v) for k, v in value.items()}
+    return [printable(v) for v in value] if isinstance(value, list) else value
+
+
 def show_device(results: dict[str, Any]) -> None:
     """What a bench bundle measured on a device."""
+    results = printable(results)
     console.print(f"{results['device']['model'] or 'this machine'}, {results['engine']} {results['version']}")
     table = Table("model", "run as", "median ms", "p99 ms", "times faster", "power W", "energy mJ", "error")
     wrong = {name for name, row in results["models"].items() if row["parity"].get("note")}
@@ -584,5 +607,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code

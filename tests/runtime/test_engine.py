@@ -177,7 +177,7 @@ def test_options_of_tensorrt_are_of_their_kind(path: Path, option: dict, wanted:
 
 @pytest.mark.parametrize("option", [{"batch": 2}, {"batch": [1, 2, 4]}, {"log": Path("log")}, {"workspace": None}])
 def test_options_of_every_kind_are_taken(option: dict) -> None:
-    engine_module._check_options(tensorrt.build, option, "tensorrt")
+    engine_module.check_options(tensorrt.build, option, "tensorrt")
 
 
 @pytest.mark.parametrize(
