@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..graph.errors import Refused
+from ..graph.ops import op_name
 from ..graph.program import Program, flatten_outputs
 from .engine import Engine
 
@@ -40,7 +41,8 @@ class OutputError:
     rms(a - b) / rms(b) over all its values, along any axis but the first, and `where` it is. correlation: the lowest of
     a channel with many values that vary, and the channel, `follows`. cosine: between the two outputs as vectors.
     samples: the error of each entry of the first axis. agreement: share of the positions where the largest of several
-    scores is the same one, or as good as it (None where no axis holds scores).
+    scores is the same one, or as good as it (None where no axis holds scores). distances: of a quantised program, the
+    squared distance to what it computes without quantisation, of the engine's outputs and of the program's own.
     """
 
     name: str
@@ -52,6 +54,7 @@ class OutputError:
     cosine: float
     samples: tuple[float, ...]
     agreement: float | None
+    distances: tuple[float, float] | None = None
 
     @property
     def worst(self) -> float:
@@ -104,13 +107,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of a program, and its outputs for them in float64 (integers stay what they are)."""
+    """Inputs of a program, and its outputs for them in float64 (integers stay what they are). plain: of a quantised
+    program, those without quantisation."""
 
     inputs: str
     batch: int | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     wanted: list[np.ndarray]
+    plain: list[np.ndarray] | None = None
 
 
 def parity(
@@ -129,6 +134,7 @@ def cases(program: Program, seed: int = 0, data: Iterable[tuple[tuple, dict[str,
     """What engines are compared on. data: (args, kwargs) of the program, of which the first `SAMPLES` samples count."""
     frozen = program.copy()
     module = frozen.module().eval()
+    plain = _without_quantisation(program)
     found = []
     for what, batch, args, kwargs in [*input_sets(frozen, seed), *_samples(frozen, data)]:
         try:
@@ -138,9 +144,28 @@ def cases(program: Program, seed: int = 0, data: Iterable[tuple[tuple, dict[str,
             if what != "random":
                 raise
             continue
-        wanted = [t.double().numpy() if t.is_floating_point() else t.numpy() for t in outputs]
-        found.append(Case(what, batch, args, kwargs, wanted))
+        exact = None
+        if plain is not None:
+            with torch.no_grad():
+                exact = _arrays(flatten_outputs(plain.module()(*args, **kwargs)))
+        found.append(Case(what, batch, args, kwargs, _arrays(outputs), exact))
     return found
+
+
+def _arrays(tensors: Iterable[torch.Tensor]) -> list[np.ndarray]:
+    return [t.double().numpy() if t.is_floating_point() else t.numpy() for t in tensors]
+
+
+def _without_quantisation(program: Program) -> Program | None:
+    """The program as it was before values were quantised; None for one that has none."""
+    plain = program.copy()
+    module = plain.module().eval()
+    nodes = [n for n in plain.graph.nodes if op_name(n).startswith("fake_quantize")]
+    for node in nodes:
+        node.replace_all_uses_with(node.args[0])
+        plain.graph.erase_node(node)
+    module.recompile()
+    return plain if nodes else None
 
 
 def compare(known: Iterable[Case], engine: Engine) -> list[Check]:
@@ -151,10 +176,19 @@ def compare(known: Iterable[Case], engine: Engine) -> list[Check]:
         if len(found) != len(case.wanted):
             raise Refused(f"the engine has {len(found)} outputs, the program {len(case.wanted)}")
         names = [o.name for o in engine.outputs]
-        outputs = tuple(output_error(a, b, n) for a, b, n in zip(found, case.wanted, names, strict=True))
+        plain = case.plain or [None] * len(found)
+        rows = zip(found, case.wanted, names, plain, strict=True)
+        outputs = tuple(replace(output_error(a, b, n), distances=_distances(a, b, c)) for a, b, n, c in rows)
         error = max((o.worst for o in outputs), default=0.0)
         checks.append(Check(case.inputs, case.batch, error, outputs))
     return checks
+
+
+def _distances(found: np.ndarray, wanted: np.ndarray, plain: np.ndarray | None) -> tuple[float, float] | None:
+    if plain is None or plain.dtype.kind in "biu":
+        return None
+    finite = np.isfinite(plain)
+    return tuple(float(np.sum(np.square(x[finite].astype(np.float64) - plain[finite]))) for x in (found, wanted))  # type: ignore[return-value]
 
 
 def output_error(found: np.ndarray, wanted: np.ndarray, name: str = "output") -> OutputError:

@@ -203,6 +203,7 @@ def test_weights_that_exceed_protobuf_go_to_a_file_beside(
     report = export_onnx(program, tmp_path / "split" / "net.onnx")
     assert sorted(f.name for f in (tmp_path / "split").iterdir()) == ["net.onnx", "net.onnx.data"]
     assert report.bytes == sum(f.stat().st_size for f in (tmp_path / "split").iterdir())
+    assert len({f.stat().st_mode for f in (tmp_path / "split").iterdir()}) == 1, "all as the umask says"
     (tmp_path / "split").rename(tmp_path / "moved")
     x = np.random.default_rng(0).standard_normal((2, 3, 12, 12), np.float32)
     found = load_engine(tmp_path / "moved" / "net.onnx").run([x])[0]

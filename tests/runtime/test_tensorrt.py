@@ -532,6 +532,24 @@ def test_a_library_that_does_not_load_is_not_missing(tmp_path, monkeypatch):
         build(relu(tmp_path / "net.onnx"), ORIN, None, backend="tensorrt")
 
 
+def test_plugins_are_loaded_to_build_and_to_run(classic, tmp_path):
+    model, library = relu(tmp_path / "net.onnx"), tmp_path / "libplugin.so"
+    with pytest.raises(Refused, match=r"option plugins: tensorrt .* takes none"):
+        build(model, ORIN, None, backend="tensorrt", plugins=[str(library)])
+    loaded = []
+    load = lambda path: None if "bad" in path else loaded.append(path) or 1  # noqa: E731
+    classic.module.get_plugin_registry = lambda: types.SimpleNamespace(load_library=load)
+    with pytest.raises(BadInput, match=r"option plugins: .*libplugin\.so: no such file"):
+        build(model, ORIN, None, backend="tensorrt", plugins=[str(library)])
+    library.write_bytes(b"")
+    report = build(model, ORIN, None, backend="tensorrt", plugins=[str(library)])
+    TensorRTEngine(report.path, "tensorrt", plugins=[str(library)]).close()
+    assert loaded == [str(library)] * 2
+    (tmp_path / "bad.so").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"bad\.so: not a library of plugins"):
+        build(model, ORIN, None, backend="tensorrt", plugins=[str(tmp_path / "bad.so")])
+
+
 def test_layers_are_timed_in_runs_of_their_own(engine):
     net = engine(graphs=True)
     assert net.profile([numbers(2)], runs=4) == [("first", 1.0), ("second", 0.5)]
