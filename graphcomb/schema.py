@@ -75,7 +75,10 @@ class Bench(Format):
     """A paired measurement: `graphcomb bench --out`, and `bench` in summary.json."""
 
     timings: list[Timing] = says("by model, the reference first")
-    ratios: dict[str, dict[str, float] | None] = says("how many times faster than the reference: percentiles of pairs")
+    ratios: dict[str, dict[str, float] | None] = says(
+        "how many times faster than the reference: percentiles of pairs, and low and high, between which the median lies "
+        "with 95 %"
+    )
     ratio: float | None = says("the median of the second model's")
     rounds: int = says("pairs that counted")
     contended: bool = says("the machine was too busy for a figure")

@@ -244,18 +244,26 @@ def load_engine(path: str | os.PathLike[str], backend: str | None = None, **opti
 
 
 def open_engine(
-    model: str | os.PathLike[str] | Program, backend: str | None = None, threads: int = 1, **options: Any
+    model: str | os.PathLike[str] | Program,
+    backend: str | None = None,
+    threads: int = 1,
+    shapes: Sequence[Sequence[int]] | None = None,
+    **options: Any,
 ) -> Engine:
     """An engine that is ready to run, whatever it takes: an engine file is loaded; an ONNX file or a program is built
     for this machine first, without keeping the engine.
 
-    backend: by default the file's, inductor for a program. threads: of engines on the CPU. Raises BadInput for a file or
-    option that the backend does not take, and what building raises.
+    backend: by default the file's, inductor for a program. threads: of engines on the CPU. shapes: of the inputs that it
+    will run on, which an engine that is built here is then optimised for, and takes nothing else.
+
+    Raises BadInput for a file or option that the backend does not take, and what building raises.
     """
     if isinstance(model, Program):
         module = backend_module(backend or "inductor")
         if not hasattr(module, "compile_program"):
             raise BadInput(f"backend {backend}: does not run programs; export an ONNX file")
+        if shapes and shapes[0] and "batch" in inspect.signature(module.compile_program).parameters:
+            options = {"batch": shapes[0][0]} | options
         check_options(module.compile_program, options, backend or "inductor")
         return module.compile_program(model, **_threads(module.compile_program, threads), **options)
     path = Path(model)
@@ -267,7 +275,11 @@ def open_engine(
     if path.suffix in found.suffixes or name == "openvino":
         return load_engine(path, name, **_threads(module.load, threads), **options)
     if found.source == ".pt2":
-        return open_engine(load_program(path), name, threads, **options)
+        return open_engine(load_program(path), name, threads, shapes, **options)
+    if shapes and not {"batch", "shapes"} & options.keys() and "shapes" in inspect.signature(module.build).parameters:
+        wanted = zip(input_specs(path) or (), shapes, strict=False)
+        ranges = {spec.name: (tuple(s),) * 3 for spec, s in wanted if None in spec.shape}
+        options = options | ({"shapes": ranges} if ranges else {})
     with tempfile.TemporaryDirectory() as folder:
         report = build_engine(path, module.local_target(name), Path(folder) / f"x{found.suffixes[0]}", name, **options)
         own = {"host_code": True} if options.get("version_compatible") else {}  # this machine has just built it
@@ -341,6 +353,26 @@ def unparsed(path: Path, library: str, ops: Collection[str]) -> UnparsedOp:
     return UnparsedOp(f"{path}: {library} cannot parse it: {where}: operator not supported")
 
 
+def input_specs(path: Path) -> list[TensorSpec] | None:
+    """The inputs of an ONNX file, without its weights; None for another file."""
+    if path.suffix != ".onnx":
+        return None
+    graph = check_model(path).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    found = []
+    for value in graph.input:
+        if value.name not in weights:
+            kind = value.type.tensor_type
+            dtype = (
+                "bfloat16"
+                if kind.elem_type == onnx.TensorProto.BFLOAT16
+                else (onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name)
+            )
+            shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
+            found.append(TensorSpec(value.name, dtype, shape))
+    return found
+
+
 FLOATS = {
     onnx.TensorProto.FLOAT: "fp32",
     onnx.TensorProto.FLOAT16: "fp16",
@@ -355,7 +387,8 @@ def precision(model: onnx.ModelProto) -> str:
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         return "fp8" if _quantises_to_floats(model) else "int8"
     counts: dict[str, int] = {}
-    for tensor in model.graph.initializer:
+    constants = [a.t for n in model.graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
+    for tensor in (*model.graph.initializer, *constants):
         if tensor.data_type in FLOATS:
             kind = FLOATS[tensor.data_type]
             counts[kind] = counts.get(kind, 0) + int(np.prod(tensor.dims, dtype=np.int64))

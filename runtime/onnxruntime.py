@@ -117,7 +117,10 @@ def _is_half(path: Path) -> bool:
         graph = onnx.load(str(path), load_external_data=False).graph
     except Exception:  # no ONNX file: the session says so
         return False
-    kinds = [t.data_type for t in graph.initializer] + [i.type.tensor_type.elem_type for i in graph.input]
+    constants = [a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
+    kinds = [t.data_type for t in (*graph.initializer, *constants)] + [
+        i.type.tensor_type.elem_type for i in graph.input
+    ]
     return onnx.TensorProto.FLOAT16 in kinds
 
 

@@ -363,7 +363,8 @@ def _ranges(
             ranges[name] = tuple(tuple(given) for given in _three(shapes[name], f"shapes.{name}"))
         elif -1 in shape[1:]:
             axes = [axis for axis, extent in enumerate(shape) if extent == -1]
-            give = f"shapes={{'{name}': (smallest, best, largest)}}"
+            example = "x".join("N" if extent == -1 else str(extent) for extent in shape)
+            give = f"shapes={{'{name}': (smallest, best, largest)}}; on the command line --shape {name}={example}"
             raise BadInput(f"input {name}: axes {axes} are dynamic; give {give}")
         else:
             ranges[name] = tuple((count, *shape[1:]) for count in counts)
