@@ -177,8 +177,8 @@ class Feed:
                 raise BadInput(f'{self.field}: input "{name}" is {value.dtype}, the program takes {expected.dtype}')
             sizes = list(zip(value.shape, expected.shape, strict=False))[int(batched) :]
             if value.dim() != expected.dim() or any(isinstance(want, int) and have != want for have, want in sizes):
-                wanted = [str(s) if isinstance(s, int) else "any" for s in expected.shape]
-                wanted = ", ".join(["batch", *wanted[1:]] if batched else wanted)
+                known = [str(s) if isinstance(s, int) else "any" for s in expected.shape]
+                wanted = ", ".join(["batch", *known[1:]] if batched else known)
                 raise BadInput(
                     f'{self.field}: input "{name}" has shape {tuple(value.shape)}, the program takes ({wanted})'
                 )

@@ -66,7 +66,7 @@ def averaged(values: np.ndarray) -> np.ndarray:
 
 def summed(values: torch.Tensor) -> torch.Tensor:
     """The sum over all processes, the same bits in each of them."""
-    return values if accelerator().num_processes == 1 else reduce(values, "sum")  # type: ignore[return-value]
+    return values if accelerator().num_processes == 1 else reduce(values, "sum")
 
 
 def gathered(value: Any) -> list[Any]:
