@@ -461,10 +461,15 @@ def _short(count: int) -> str:
 
 def show_summary(summary: dict[str, Any]) -> None:
     """The figures of a finished run."""
+    from .pipeline import figure
     from .runtime.places import latency_place
 
     table = Table(show_header=False)
     hidden = {"onnx_parity"} if summary.get("onnx_parity_fp16") is not None else set()  # of the file nobody runs
+    name = summary.get("metric") or "accuracy"
+    for when in ("before", "after"):
+        if (value := summary.get(f"accuracy_{when}")) is not None:
+            table.add_row(f"{name.replace(' ', '_')}_{when}", figure(name, value))
     for key, form in SUMMARY_ROWS.items():
         if summary.get(key) is not None and key not in hidden:
             where = f" in {latency_place(summary)}" if key == "latency_ratio" else ""
@@ -607,8 +612,6 @@ def show_device(results: dict[str, Any]) -> None:
 
 
 SUMMARY_ROWS = {
-    "accuracy_before": "{:.2%}",
-    "accuracy_after": "{:.2%}",
     "macs_ratio": "{:.2f}x fewer",
     "params_ratio": "{:.2f}x fewer",
     "latency_ratio": "{:.2f}x faster",

@@ -2,7 +2,7 @@
 
     model: torchvision.models:resnet50          # or {source: ..., arguments: {...}}, or a .pt2 file
     inputs: [[1, 3, 224, 224]]                  # or [{shape: [...], dtype: float32}]
-    data: digits                                # or {source: package.module:callable, arguments: {...}}
+    data: digits                                # or {source: package.module:callable, arguments: {...}, inputs:, labels:}
     target: rtx-sm86
     precision: fp16
     passes:
@@ -57,6 +57,14 @@ class Source(Section):
 
     source: str
     arguments: dict[str, Any] = {}
+
+
+class Data(Source):
+    """Where batches come from. inputs, labels: `package.module:callable`, functions of a batch that give what the model
+    takes and what loss and metric take, for batches of an unusual form."""
+
+    inputs: str | None = None
+    labels: str | None = None
 
 
 class Input(Section):
@@ -125,7 +133,7 @@ class Recipe(Section):
     model: Annotated[Source, _short("source")]
     inputs: list[Annotated[Input, _short("shape")]] | None = None
     dynamic_batch: bool | None = None
-    data: Annotated[Source, _short("source")] | None = None
+    data: Annotated[Data, _short("source")] | None = None
     loss: str | None = None
     metric: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -20,7 +20,7 @@ from .data import cache_folder
 from .graph.errors import BadInput, CaptureError, GraphcombError
 from .graph.program import Program, capture
 from .passes.base import Context
-from .passes.batches import Feed, split_batch
+from .passes.batches import Feed, adapted, split_batch
 from .passes.quantize import Quantize
 from .pipeline import Pipeline, PipelineResult, is_main, write_json
 from .recipe import Input, Recipe
@@ -201,7 +201,11 @@ def _data(recipe: Recipe) -> tuple[Any, Any, Any]:
     arguments = dict(recipe.data.arguments)
     if recipe.data.source == "random" and recipe.inputs:
         arguments.setdefault("shape", recipe.inputs[0].shape[1:])
-    train, val = load_data(recipe.data.source, arguments)
+    splits = [
+        resolve(name, f"data.{key}") if name else None
+        for key, name in (("inputs", recipe.data.inputs), ("labels", recipe.data.labels))
+    ]
+    train, val = (adapted(loader, *splits) for loader in load_data(recipe.data.source, arguments))
     return train, val, first_batch(train)
 
 
@@ -234,6 +238,7 @@ def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
         "precision": job.recipe.precision,
         "accuracy_before": result.accuracy_before,
         "accuracy_after": result.accuracy_after,
+        "metric": result.metric,
         "macs_ratio": None if "unknown" in before | after else before["macs"] / max(after["macs"], 1),
         "params_ratio": before["params"] / max(after["params"], 1),
         "latency_ratio": None,

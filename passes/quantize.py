@@ -108,13 +108,14 @@ class Quantize(Pass):
 
 
 def _observer(calibration: str) -> Callable[[], Any]:
-    logging.disable(logging.WARNING)  # what torchao says while it is imported is for its own developers
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))  # what torchao says while it is imported is for its own developers
     try:
         from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver
     except ImportError:
         raise MissingBackend("Quantize: needs torchao; pip install graphcomb[quantize]") from None
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
     kind = HistogramObserver if calibration == "histogram" else MinMaxObserver
     low, high = RANGE
     return lambda: kind(dtype=torch.int8, qscheme=torch.per_tensor_symmetric, quant_min=low, quant_max=high)

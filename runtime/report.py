@@ -6,6 +6,7 @@ Keys of the summary, all optional; what is missing is left out of the report, un
 | --- | --- |
 | model, target, precision | text |
 | accuracy_before, accuracy_after | number; shares of one are shown in percent |
+| metric | what these are, where it is not the accuracy; the figures of another metric are shown as they are |
 | macs_before, macs_after, macs_ratio | multiply-accumulates for the example input; how many times fewer |
 | params_before, params_after, params_ratio | parameters |
 | cost | `{"before": {"macs", "params"}, "after": {...}}`, instead of the four numbers above |
@@ -80,7 +81,7 @@ def render(summary: Mapping[str, Any]) -> str:
     source = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"si": si, "size": size, "exact": exact, "count": count, "seconds": seconds, "ms": short_ms}
-    return environment.from_string(source).render(report=_report(summary), pad_texts=PAD_TEXTS)
+    return environment.from_string(source).render(report=_report(summary), pad_texts=PAD_TEXTS, metric=_metric(summary))
 
 
 # --------------------------------------------------------------------------------------------------------- view model
@@ -211,13 +212,13 @@ def _tiles(summary: Mapping[str, Any], engines: list[Mapping[str, Any]]) -> list
     tiles = []
     before, after = number(summary.get("accuracy_before")), number(summary.get("accuracy_after"))
     if after is not None or before is not None:
-        score = _score(before, after)
+        score = _score(before, after, metric=_metric(summary))
         change = ""
         if before is not None and after is not None:
             points = score is percent
             delta = f"{(after - before) * (100 if points else 1):+.2f}".replace("-", "−")
             change = f"from {score(before)}, {delta}{' points' if points else ''}"
-        tiles.append(Tile("accuracy", score(before if after is None else after), change))
+        tiles.append(Tile(_metric(summary), score(before if after is None else after), change))
     for key, label in (("macs", "multiply-accumulates"), ("params", "parameters")):
         before, after, ratio = _costs(summary, key)
         if ratio is not None or after is not None:
@@ -528,7 +529,7 @@ def _step(record: Mapping[str, Any]) -> Step:
     before, after = _map(cost.get("before")), _map(cost.get("after"))
     accuracy = _map(record.get("accuracy"))
     scores = [number(accuracy.get(when)) for when in ("before", "after")]
-    score = _score(*scores)
+    score = _score(*scores, metric=str(accuracy.get("metric") or "accuracy"))
     return Step(
         name=str(record.get("pass", "")),
         options=[(k, _plain(v)) for k, v in _map(record.get("options")).items() if v not in (None, [], (), {})],
@@ -667,13 +668,14 @@ def _plots(
     plots: list[tuple[str, str, str]] = []
     timings = _timings(summary)
     path = _trajectory(summary, records)
-    ticks = _ticks(value for _, value, _ in path)
+    metric = _metric(summary)
+    ticks = _ticks((value for _, value, _ in path), metric)
 
     def trade_off(name: str, points: list[tuple[float, float, str]], what: str, text: Callable[[float], str]) -> None:
-        caption = f"Accuracy against {'latency on ' + what if name.startswith('device') else what}"
+        caption = f"{metric.capitalize()} against {'latency on ' + what if name.startswith('device') else what}"
         label = "median latency" if name != "macs" else what
         words = "; ".join(f"{stage}: {text(cost)}, {ticks(value)}" for cost, value, stage in points)
-        plots.append((caption, charts.trade_off(name, points, label, text, "accuracy", ticks), words))
+        plots.append((caption, charts.trade_off(name, points, label, text, metric, ticks), words))
 
     def profile(caption: str, name: str, pairs: list[tuple[float, float]], text: Callable[[float], str]) -> None:
         before, after = ([pair[i] for pair in pairs] for i in (0, 1))
@@ -710,7 +712,7 @@ def _plots(
         )
         plots.append(("Latency of single calls", charts.ranges("calls", timings, "", milliseconds), words))
     if training := _training(summary, records):
-        texts = {"loss": plain_score, "accuracy": _ticks(value for _, value in training.get("accuracy", []))}
+        texts = {"loss": plain_score, "accuracy": _ticks((value for _, value in training.get("accuracy", [])), metric)}
         words = "; ".join(
             f"{name}: {texts[name](points[0][1])} in epoch {points[0][0]:g}, {texts[name](points[-1][1])} in epoch "
             f"{points[-1][0]:g}"
@@ -832,13 +834,19 @@ def number(value: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _score(*values: float | None) -> Callable[[Any], str]:
-    """How to write a metric: in percent when it is a share."""
-    return percent if all(0 <= value <= 1 for value in values if value is not None) else plain_score
+def _metric(summary: Mapping[str, Any]) -> str:
+    """What the run's figure of quality is called."""
+    return str(summary.get("metric") or "accuracy")
 
 
-def _ticks(values: Iterable[float]) -> Callable[[Any], str]:
-    return round_percent if _score(*values) is percent else plain_score
+def _score(*values: float | None, metric: str = "accuracy") -> Callable[[Any], str]:
+    """How to write a metric: in percent when it is an accuracy and a share."""
+    share = metric.endswith("accuracy") and all(0 <= value <= 1 for value in values if value is not None)
+    return percent if share else plain_score
+
+
+def _ticks(values: Iterable[float], metric: str = "accuracy") -> Callable[[Any], str]:
+    return round_percent if _score(*values, metric=metric) is percent else plain_score
 
 
 def _plain(value: Any) -> str:
