@@ -18,77 +18,25 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from . import archive
-from .capture import DROPOUTS, batch_dynamic, dynamic_shapes_of, export, functional_graph
+from .capture import (
+    CaptureWarning,
+    Proof,
+    batch_dynamic,
+    custom_functions,
+    dynamic_shapes_of,
+    export,
+    flatten_regions,
+    functional_graph,
+    guess_modes,
+    own,
+    read_modes,
+)
+from .capture import prove as compare
 from .errors import BadInput, CaptureError
-from .ops import arguments, fetch, op_name, set_argument
-
-
-class _Generated:
-    """The `forward` of a graph whose code nobody has asked for yet: asking generates it.
-
-    Generating code takes as long as cutting the weights of a small network, and programs between two passes never run.
-    """
-
-    def __get__(self, module: Any, owner: type | None = None) -> Any:
-        if module is None:
-            return self
-        fx.GraphModule.recompile(module)  # replaces this attribute in the module's own class
-        return module.forward
-
-
-class TrainableModule(fx.GraphModule):
-    """A graph whose `train()`/`eval()` flip the flags of its batch_norm (with running statistics) and dropout nodes.
-
-    Nothing else differs from the eager module: eps, momentum and probabilities are constants of the graph. Stochastic
-    depth and attention dropout leave no trace in an eval-mode capture and so do not come back in training. A batch_norm
-    with momentum None is captured with momentum 0; in training its running statistics become, as in eager mode, the
-    plain average over the batches seen: `meta["batches"]`, counted from 0 in every captured or derived module.
-    """
-
-    forward = _Generated()
-
-    def recompile(self) -> Any:
-        return super().recompile() if "forward" in vars(type(self)) else None
-
-    @property
-    def code(self) -> str:
-        """The graph as Python code."""
-        _ = self.forward
-        return super().code
-
-    def train(self, mode: bool = True, batch_norm: bool = True) -> TrainableModule:
-        """Set the training mode; with `batch_norm` False the running statistics are used and stay as they are."""
-        super().train(mode)
-        changed = False
-        for node in self.graph.nodes:
-            name = op_name(node)
-            wanted: dict[str, Any] = {}
-            if name in DROPOUTS:
-                wanted = {"train": mode}
-            elif name == "batch_norm" and arguments(node)["running_mean"] is not None:
-                wanted = {"training": mode and batch_norm}
-                if node.meta.setdefault("cumulative", arguments(node)["momentum"] == 0):
-                    wanted["momentum"] = float(wanted["training"])  # 1 leaves the batch's own statistics behind
-            for key, value in wanted.items():
-                if arguments(node)[key] != value:
-                    set_argument(node, key, value)
-                    changed = True
-        if changed:
-            self.recompile()
-        return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        averaged = self._averaged() if self.training else []
-        before = [tensor.clone() for tensor in averaged]
-        result = super().__call__(*args, **kwargs)
-        count = self.meta["batches"] = self.meta.get("batches", 0) + bool(averaged)
-        for tensor, old in zip(averaged, before, strict=True):
-            tensor.data.lerp_(old, 1 - 1 / count)  # .data: autograd holds these tensors but never reads them
-        return result
-
-    def _averaged(self) -> list[torch.Tensor]:
-        nodes = [n for n in self.graph.nodes if n.meta.get("cumulative") and arguments(n)["training"]]
-        return [fetch(self, str(arguments(n)[key].target)) for n in nodes for key in ("running_mean", "running_var")]
+from .flags import DROPOUTS as DROPOUTS
+from .flags import TAG, switched, tag
+from .ops import fetch, op_name
+from .trainable import TrainableModule
 
 
 class Program:
@@ -112,6 +60,7 @@ class Program:
         self.history = list(history or [])
         self._stale = False
         self._known: tuple[int, dict[str, Any]] | None = None
+        self.proof: Proof | None = None  # of a program that comes straight from a model
 
     # ------------------------------------------------------------------------------------------------ construction
     @classmethod
@@ -120,6 +69,13 @@ class Program:
         if exported.example_inputs is None:
             raise BadInput("the exported program carries no example inputs; export it again with torch.export.export")
         _refuse_decomposed(exported)
+        exported = own(exported)
+        flatten_regions(exported.graph_module)
+        guess_modes(exported)
+        return cls._of(exported, history)
+
+    @classmethod
+    def _of(cls, exported: ExportedProgram, history: list[dict[str, Any]] | None = None) -> Program:
         args, kwargs = exported.example_inputs
         return cls(functional_graph(exported), args, kwargs, dynamic_shapes_of(exported), history)
 
@@ -156,14 +112,22 @@ class Program:
         if module is not self._module:
             self._module, self._stale, self._known = module, True, None
 
-    def exported(self) -> ExportedProgram:
-        """The program as an `ExportedProgram` in the training IR, eval mode."""
+    def exported(self, training: bool = False) -> ExportedProgram:
+        """The program as an `ExportedProgram` in the training IR.
+
+        training: in train mode (dropout on, statistics of the batch, which update the running ones), for training
+        without graphcomb; an exported program has one mode for good.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = self._module
-            if module.training:  # the flags of the live module are not ours to flip
-                module = rebuild(module, lambda name, value: value).eval()
-            return export(module, self.args, self.kwargs, self.dynamic_shapes)
+            module = rebuild(self._module, lambda name, value: value).train(training)  # the live module stays as it is
+            exported = export(module, self.args, self.kwargs, self.dynamic_shapes, training)
+        nodes, new = switched(module), switched(exported.graph_module)
+        if [n.target for _, n in nodes] == [n.target for _, n in new]:  # what both modes mean travels with the file
+            for (_, old), (_, node) in zip(nodes, new, strict=True):
+                if known := tag(old):
+                    node.meta["custom"] = {**(node.meta.get("custom") or {}), TAG: known}
+        return exported
 
     @property
     def params(self) -> int:
@@ -186,8 +150,8 @@ class Program:
         """
         from .cost import total
 
-        if (known := self.known_cost) is not None:
-            return dict(known)
+        if self.known_cost is not None:
+            return dict(self.known_cost)
         return {**total(self.graph_module), "params": self.params}
 
     @property
@@ -224,12 +188,21 @@ class Program:
 
 
 def capture(
-    model: torch.nn.Module, args: Any, kwargs: dict[str, Any] | None = None, dynamic_shapes: Any = None
+    model: torch.nn.Module,
+    args: Any,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    prove: bool = True,
 ) -> Program:
-    """Capture a model in eval mode; its train/eval flags are restored and its weights are copied.
+    """Capture a model in eval mode, with what training changes; the model is left as it was, its weights are copied.
 
     args: example inputs (a tuple, or a single tensor). dynamic_shapes: as for `torch.export.export`, or "batch" for a
-    dynamic first dimension of every tensor. Raises CaptureError with the reason when `torch.export` refuses.
+    dynamic first dimension of every tensor. prove: compare the program with the model on the example inputs, outputs,
+    buffers and gradients in eval and in train mode; what the comparison found is `program.proof`.
+
+    Warns of what only training has (auxiliary heads, stochastic depth), of custom backward functions, and of what could
+    not be compared. Raises CaptureError with the reason when `torch.export` refuses the model, and with the first node
+    that differs when the program is not the model.
     """
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
@@ -237,10 +210,37 @@ def capture(
         if dynamic_shapes != "batch":
             raise BadInput(f'dynamic_shapes: "batch" or a torch.export specification, not "{dynamic_shapes}"')
         args, kwargs, dynamic_shapes = batch_dynamic(model, args, kwargs)
-    with warnings.catch_warnings():
+    notes: list[str] = []
+    with warnings.catch_warnings(), custom_functions() as functions:
         warnings.simplefilter("ignore")
         exported = export(model, args, kwargs, dynamic_shapes)
-        return Program.from_exported(exported).copy()
+        try:
+            training = export(model, args, kwargs, dynamic_shapes, training=True)
+            flatten_regions(training.graph_module)
+        except CaptureError as error:
+            training = None
+            notes.append(f"train mode does not export, so all training flags are taken to follow it ({error})"[:300])
+        flatten_regions(exported.graph_module)
+        lost = read_modes(exported, training, model)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", CaptureWarning)
+            program = Program._of(exported).copy()
+        notes += [str(w.message) for w in said if w.category is CaptureWarning]
+    if prove:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program.proof = compare(model, program.module(), args, kwargs, lost, functions)
+        if "train" in program.proof.error and not any(t.startswith("train") for t in program.proof.skipped):
+            lost.rewired = []  # only another order of the same nodes
+    if lost:
+        notes.append(f"only in training, and so not in the program: {lost}")
+    if program.proof is not None:
+        notes += [f"not compared with the model in {text}" for text in program.proof.skipped]
+    elif functions:
+        notes.append(f"the backward of {', '.join(functions)} is replaced by that of its forward's operators")
+    for note in notes:
+        warnings.warn(f"capture: {note}", CaptureWarning, stacklevel=2)
+    return program
 
 
 def load(path: str | os.PathLike[str]) -> Program:
@@ -350,11 +350,23 @@ def rebuild(
     if edit is not None:
         edit(nodes)
     new.graph = graph
-    new.training = module.training
+    for path, part in new.named_modules():
+        part.training = _flag(module, path)
+    if "batch_norm" in module.meta:
+        new.meta["batch_norm"] = module.meta["batch_norm"]
     for name in ("_in_spec", "_out_spec"):
         if hasattr(module, name):
             setattr(new, name, getattr(module, name))
     return new
+
+
+def _flag(module: torch.nn.Module, path: str) -> bool:
+    """The training flag of the submodule at a path, or of the nearest one above it."""
+    for part in path.split(".") if path else ():
+        if part not in module._modules:
+            break
+        module = module._modules[part]  # type: ignore[assignment]
+    return module.training
 
 
 def copy_tensor(name: str, value: Any) -> Any:
@@ -374,7 +386,7 @@ def place_tensor(root: torch.nn.Module, path: str, value: Any) -> None:
     *parents, name = path.split(".")
     for part in parents:
         if part not in root._modules:
-            root.add_module(part, torch.nn.Module())
+            root.add_module(part, torch.nn.Module().train(root.training))
         root = root._modules[part]  # type: ignore[assignment]
     if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
         root.register_buffer(name, value)

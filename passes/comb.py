@@ -23,4 +23,4 @@ class Comb(Pass):
             ],
             "prunable_share": solved.coverage(),
         }
-        return PassResult(program.copy(), record)
+        return PassResult(program.derive(program.graph_module, stale=False), record)

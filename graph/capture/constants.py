@@ -1,0 +1,138 @@
+"""Constant folding: what depends on no input and no parameter is computed once and kept as a buffer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..flags import STATISTICS
+from ..ops import arguments, fetch, op_name
+
+FACTORIES = frozenset(
+    "new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like arange zeros ones full empty linspace "
+    "eye scalar_tensor tril_indices triu_indices".split()
+)
+SPREAD = 4096  # elements from which on a constant that repeats itself is stored once and expanded
+
+
+def fold_constants(module: fx.GraphModule) -> None:
+    """Compute what depends on no input and no parameter once, on its own device, and keep it as a buffer `_folded_k`.
+
+    Left as it is: what draws random numbers, and what reads a buffer that the model itself changes.
+    """
+    graph = module.graph
+    value = _constants(module)
+    count = 0
+    for node in list(graph.nodes):
+        outside = [u for u in node.users if u not in value]
+        if node in value and node.op == "call_function" and outside and isinstance(value[node], torch.Tensor):
+            while hasattr(module, f"_folded_{count}"):
+                count += 1
+            stored = value[node].detach()
+            compact = _compact(stored)
+            module.register_buffer(f"_folded_{count}", compact.clone().contiguous())
+            with graph.inserting_before(node):
+                buffer = graph.get_attr(f"_folded_{count}")
+                buffer.meta = dict(node.meta)
+                if compact.shape != stored.shape:
+                    buffer.meta["val"] = _narrowed(node.meta["val"], compact)
+                    spread = graph.call_function(torch.ops.aten.expand.default, (buffer, list(stored.shape)))
+                    spread.meta = dict(node.meta)
+                    buffer = spread
+            for user in outside:
+                user.replace_input_with(node, buffer)
+    for node in reversed(list(graph.nodes)):
+        if node in value and node.op == "call_function" and not node.users:
+            graph.erase_node(node)
+
+
+def _constants(module: fx.GraphModule) -> dict[fx.Node, Any]:
+    changed = _changed_buffers(module)
+    value: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            found = fetch(module, str(node.target))
+            if (
+                isinstance(found, torch.Tensor)
+                and not isinstance(found, torch.nn.Parameter)
+                and id(found) not in changed
+            ):
+                value[node] = found
+        elif node.op == "call_function" and not _impure(node):
+            inputs = node.all_input_nodes
+            constant = all(i in value for i in inputs)
+            like = node.args[:1] if op_name(node).startswith("new_") else ()  # gives its type only, whatever its shape
+            shaped = op_name(node) in FACTORIES and all(i in value or i in like or _static(i) for i in inputs)
+            if (inputs and constant) or shaped:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _concrete(n, value))
+                with torch.no_grad():
+                    try:
+                        result = copy.deepcopy(node.target(*args, **kwargs))
+                    except (RuntimeError, TypeError, ValueError):
+                        continue
+                if isinstance(result, torch.Tensor) and result.device.type == "meta":
+                    continue  # has no value yet
+                value[node] = _defined(node, result)
+    return value
+
+
+def _changed_buffers(module: fx.GraphModule) -> set[int]:
+    """The tensors that running the graph changes, in either mode."""
+    found = set()
+    for node in module.graph.nodes:
+        written: list[Any] = []
+        if op_name(node) in STATISTICS:
+            written = [arguments(node)["running_mean"], arguments(node)["running_var"]]
+        elif _mutable(node):
+            written = list(node.args[:1])
+        for at in written:
+            if isinstance(at, fx.Node) and at.op == "get_attr":
+                found.add(id(fetch(module, str(at.target))))
+    return found
+
+
+def _mutable(node: fx.Node) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def _impure(node: fx.Node) -> bool:
+    return _mutable(node) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _static(node: fx.Node) -> bool:
+    found = node.meta.get("val")
+    return isinstance(found, torch.Tensor) and all(isinstance(s, int) for s in found.shape)
+
+
+def _concrete(node: fx.Node, value: dict[fx.Node, Any]) -> Any:
+    if node in value:
+        return value[node]
+    fake = node.meta["val"]
+    sizes = tuple(s if isinstance(s, int) else 1 for s in fake.shape)
+    return torch.empty(sizes, dtype=fake.dtype, device=fake.device)
+
+
+def _defined(node: fx.Node, value: Any) -> Any:
+    """Memory that nobody has written yet is zeros: the same in every capture."""
+    unset = "empty" in op_name(node) and isinstance(value, torch.Tensor)
+    return torch.zeros_like(value) if unset else value
+
+
+def _compact(value: torch.Tensor) -> torch.Tensor:
+    """The tensor without the repetitions that `expand` made, where that saves something."""
+    if value.numel() < SPREAD:
+        return value
+    for d, stride in enumerate(value.stride()):
+        if stride == 0 and value.shape[d] > 1:
+            value = value.narrow(d, 0, 1)
+    return value
+
+
+def _narrowed(fake: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    for d, size in enumerate(like.shape):
+        if fake.shape[d] != size:
+            fake = fake.narrow(d, 0, size)
+    return fake

@@ -1,0 +1,234 @@
+"""`torch.export` of the user's model in eval and in train mode; the model comes back as it was."""
+
+from __future__ import annotations
+
+import collections
+import inspect
+import keyword
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+
+ADVICE = (
+    "what to try: export the part of the model before data-dependent post-processing, pass other dynamic_shapes, or run "
+    "torch.export.export(model, args, strict=False) by itself for the full report"
+)
+
+
+def export(
+    model: torch.nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any, training: bool = False
+) -> ExportedProgram:
+    """`torch.export` of the model in one mode, with gradients on, so that `torch.no_grad()` regions show in the graph.
+
+    The model is left as it was. Raises CaptureError with the reason.
+    """
+    words = [name for name in kwargs if keyword.iskeyword(name)]
+    if words:
+        raise CaptureError(f'the input "{words[0]}" is a keyword of Python, which no graph can take; rename the input')
+
+    def run(gradients: bool) -> ExportedProgram:
+        with preserved(model), _quiet_average(model), without_fast_path(), torch.set_grad_enabled(gradients):
+            model.train(training)
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+
+    try:
+        try:
+            return run(gradients=True)
+        except RuntimeError as error:
+            if "odified inplace" not in str(error) and "in-place operation" not in str(error):
+                raise
+            return run(gradients=False)  # the model writes where autograd forbids it: it only runs without gradients
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+        details = [line for line in lines[1:] if line.startswith("- ")][:1]  # of dynamic shapes: which guard they break
+        text = " ".join([lines[0], *details])
+        raise CaptureError(f"torch.export refuses the model: {type(error).__name__}: {text[:400]}; {ADVICE}") from error
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """nn.MultiheadAttention has fused kernels for inference alone; the graph takes the path that also trains."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _quiet_average(model: torch.nn.Module) -> Iterator[None]:
+    """momentum None makes BatchNorm read its counter as a number in training, which cannot be traced; 0 stands for it
+    (as it does in eval mode), and the module of the program keeps the count."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.momentum is None]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.momentum = None
+
+
+@contextmanager
+def custom_functions() -> Iterator[list[str]]:
+    """Lists the `autograd.Function`s that a trace goes through: their forward is in the graph, their backward is not.
+
+    Those of torch itself (checkpointing) have the backward of their forward.
+    """
+    names: list[str] = []
+    plain = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch.") and cls.__qualname__ not in names:
+            names.append(cls.__qualname__)
+        return plain.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield names
+    finally:
+        torch.autograd.Function.apply = plain
+
+
+# --------------------------------------------------------------------------------------- leaving the model as it was
+@contextmanager
+def preserved(model: torch.nn.Module) -> Iterator[None]:
+    """Afterwards the model has its attributes, flags and the contents of its buffers back, and the random generators
+    their states. What a forward pass or a trace left behind (cached anchors, masks, fake tensors) is gone."""
+    attributes = _Attributes()
+    attributes.visit(model)
+    held = [(t, t.detach().clone(), t.requires_grad) for t in attributes.found if _may_change(t)]
+    state = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        attributes.restore()
+        with torch.no_grad():
+            for tensor, before, required in held:
+                if not torch.equal(tensor, before):
+                    tensor.copy_(before)
+                if tensor.requires_grad and not required:
+                    tensor.detach_()  # something differentiable was written to it
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.random.set_rng_state(state[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _may_change(tensor: torch.Tensor) -> bool:
+    """Whether a forward pass may write to the tensor; parameters it may not (copying them all would cost too much)."""
+    return type(tensor) is torch.Tensor and tensor.device.type != "meta" and tensor.layout == torch.strided
+
+
+class _Attributes:
+    """Everything that modules, and the containers and plain objects they hold, refer to; one level of copies each."""
+
+    PLAIN = (dict, list, set, collections.deque)
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+        self.undo: list[Callable[[], Any]] = []
+        self.found: list[torch.Tensor] = []
+
+    def visit(self, root: Any) -> None:
+        stack = [root]
+        while stack:
+            value = stack.pop()
+            if id(value) in self.seen:
+                continue
+            self.seen.add(id(value))
+            if isinstance(value, torch.Tensor):
+                self.found.append(value)
+            elif isinstance(value, tuple):
+                stack += value
+            elif isinstance(value, self.PLAIN):
+                stack += self._container(value)
+            elif isinstance(value, torch.nn.Module) or _plain(value):
+                stack += self._container(vars(value))
+
+    def _container(self, value: Any) -> list[Any]:
+        self.seen.add(id(value))
+        self.undo.append(_undo(value))
+        return list(value.values() if isinstance(value, dict) else value)
+
+    def restore(self) -> None:
+        for undo in self.undo:
+            undo()
+
+
+def _undo(value: Any) -> Callable[[], Any]:
+    """What brings the contents of a container back."""
+    before: Any = dict(value) if isinstance(value, dict) else list(value)
+
+    def same() -> bool:
+        if len(value) != len(before):
+            return False
+        if isinstance(value, dict):
+            return all(k in value and value[k] is v for k, v in before.items())
+        return all(a is b for a, b in zip(value, before, strict=True))
+
+    def undo() -> None:
+        if same():
+            return
+        value.clear()
+        (value.extend if isinstance(value, (list, collections.deque)) else value.update)(before)
+
+    return undo
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is an object of the user's own that may cache tensors: neither code nor a library's type."""
+    if isinstance(value, type) or callable(value) or not hasattr(value, "__dict__"):
+        return False
+    return type(value).__module__.partition(".")[0] not in ("torch", "numpy", "builtins", "collections", "threading")
+
+
+# ------------------------------------------------------------------------------------------------------ dynamic shapes
+def batch_dynamic(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict, Any]:
+    """Example inputs and dynamic shapes for "the first dimension of every tensor input is the batch".
+
+    `torch.export` takes a size of 1 for a constant, so a single example is doubled.
+    """
+    flat = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()]
+    if flat and all(x.shape[0] == 1 for x in flat):
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, (args, kwargs))
+    try:
+        named = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise CaptureError(f"the example inputs do not fit {type(model).__name__}.forward: {error}") from None
+    spec = pytree.tree_map(lambda x: {0: Dim("batch")} if isinstance(x, torch.Tensor) and x.dim() else None, named)
+    return args, kwargs, spec
+
+
+def dynamic_shapes_of(exported: ExportedProgram) -> Any:
+    """The dynamic shapes an exported program was made with, read back from its placeholders; None when static.
+
+    Returned in `torch.export`'s own form: a pytree like (args, kwargs) flattened to the top-level inputs.
+    """
+    # user_inputs would give a plain number by its value instead of its name
+    names = {i.arg.name for i in exported.graph_signature.input_specs if i.kind is InputKind.USER_INPUT}
+    inputs = [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in names]
+    shapes: list[Any] = [value.shape if isinstance(value, torch.Tensor) else () for value in inputs]
+    sizes = [{d: n.node.expr for d, n in enumerate(dims) if isinstance(n, torch.SymInt)} for dims in shapes]
+    times = Counter(expr for found in sizes for expr in found.values() if expr.is_symbol)
+    # only what ties sizes together needs a name: a named one may not have the bounds that strides give it
+    known = {expr: Dim(f"d{i}") if count > 1 else Dim.DYNAMIC for i, (expr, count) in enumerate(times.items())}
+    leaves = [{d: known.get(expr, Dim.AUTO) for d, expr in found.items()} or None for found in sizes]
+    if not any(leaves):
+        return None
+    in_spec = exported.call_spec.in_spec
+    args, kwargs = pytree.tree_unflatten(leaves, in_spec)
+    return (*args, *kwargs.values())

@@ -1,0 +1,286 @@
+"""An exported program as a functional graph in the training IR, by PyTorch's own functionaliser.
+
+`run_decompositions({})` rewrites what is written in place, through views and into buffers alike, but takes the training
+flags out of batch_norm, dropout and rrelu. They become opaque operators before it and themselves again after it.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+from ..flags import DROPOUTS, set_tag, tag, walk
+from ..ops import arguments, fetch, op_name, source
+from .constants import fold_constants
+from .regions import drop_litter
+
+
+class CaptureWarning(UserWarning):
+    """A part of the model that the program does not have, or that could not be compared with it."""
+
+
+aten = torch.ops.aten
+_LIBRARY = torch.library.Library("graphcomb", "FRAGMENT")
+_NORM = (
+    "(Tensor input, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, bool training, float momentum, float eps, "
+    "bool cudnn_enabled) -> Tensor"
+)
+_DROPOUT = "(Tensor input, float p, bool train) -> Tensor"
+_SCHEMAS = {
+    "batch_norm": _NORM,
+    **dict.fromkeys(sorted(DROPOUTS), _DROPOUT),
+    "rrelu": "(Tensor input, Scalar lower, Scalar upper, bool training, Generator? generator) -> Tensor",
+}
+
+
+def _same_shape(input: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return torch.empty_like(input)
+
+
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(f"opaque_{_name}{_schema}")
+    torch.library.register_fake(f"graphcomb::opaque_{_name}", _same_shape, lib=_LIBRARY)
+
+_THERE = {getattr(aten, name).default: getattr(torch.ops.graphcomb, f"opaque_{name}").default for name in _SCHEMAS}
+_BACK = {there: here for here, there in _THERE.items()}
+
+
+def functional_graph(exported: ExportedProgram) -> fx.GraphModule:
+    """The exported program (regions already flattened) as an unlifted functional graph: what it writes in place is
+    rewritten, with one `copy_` at the end for every buffer or input that it changes; what depends on no input is folded.
+
+    Raises CaptureError where the functionaliser refuses.
+    """
+    if any(_mutable(n) for _, n in walk(exported.graph_module)):
+        exported = _functionalised(exported)
+    module = _unlifted(exported)
+    for part in {id(m): m for m, _ in walk(module)}.values():
+        _restore(part.graph)
+    drop_litter(module.graph)
+    _tie(module)
+    _tidy(module.graph)
+    fold_constants(module)
+    return module
+
+
+def _functionalised(exported: ExportedProgram) -> ExportedProgram:
+    """PyTorch's functionaliser over the whole program; graphs that write nothing in place do not need it."""
+    for module in {id(m): m for m, _ in walk(exported.graph_module)}.values():
+        _make_opaque(module)
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            return exported.run_decompositions({})
+    except Exception as error:
+        text = (str(error).splitlines() or ["no message"])[0]
+        raise CaptureError(
+            f"the exported graph cannot be made functional: {type(error).__name__}: {text[:300]}"
+        ) from error
+
+
+def own(exported: ExportedProgram) -> ExportedProgram:
+    """The same program around a graph of its own, which may be changed."""
+    module = copy.deepcopy(exported.graph_module)
+    for (_, old), (_, new) in zip(walk(exported.graph_module), walk(module), strict=True):
+        new.meta, new.name = dict(old.meta), old.name  # with the same fake values, and names the signature knows
+    for part in {id(m): m for m, _ in walk(module)}.values():
+        part.recompile()
+    return exported._update(module, exported.graph_signature)
+
+
+def _unlifted(exported: ExportedProgram) -> fx.GraphModule:
+    checks = "check_guards" in exported.module.__code__.co_varnames
+    return exported.module(check_guards=False) if checks else exported.module()
+
+
+# ---------------------------------------------------------------------------------------------------- opaque operators
+def _make_opaque(module: fx.GraphModule) -> None:
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target not in _THERE:
+            continue
+        if op_name(node) in DROPOUTS and not arguments(node)["train"] and (reader := _alias_conflict(graph, node)):
+            known = tag(node)
+            if any(pair[1] for pair in known.get("modes", {}).values()):
+                warnings.warn(
+                    f"{source(node)}: this dropout is not in the program, in training neither: what is written in place "
+                    f"reaches {reader.name} through it in eval mode and does not in training",
+                    CaptureWarning,
+                    stacklevel=2,
+                )
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            continue
+        known, values = tag(node), tuple(arguments(node).values())
+        node.target, node.args, node.kwargs = _THERE[node.target], values, {}
+        if known:
+            set_tag(node, **{k: v for k, v in known.items() if k != "op"})
+    module.recompile()
+
+
+def _alias_conflict(graph: fx.Graph, dropout: fx.Node) -> fx.Node | None:
+    """A node that sees another value because dropout in eval mode returns its input itself, not a copy: one side is
+    written in place and the other one read afterwards."""
+    memory = _memory(dropout)
+    if memory is None or memory != _memory(dropout.args[0]):
+        return None
+    inside, written, after = {dropout}, {True: False, False: False}, False
+    for node in graph.nodes:
+        after = after or node is dropout
+        if not after or node is dropout:
+            continue
+        touched = [i for i in node.all_input_nodes if _memory(i) == memory]
+        for i in touched:
+            if written[i not in inside]:
+                return node
+        base = node.args[0] if node.args and _mutable(node) else None
+        if isinstance(base, fx.Node) and base in touched:
+            written[base in inside] = True
+        if _memory(node) == memory and any(i in inside for i in touched):
+            inside.add(node)
+    return None
+
+
+def _memory(node: Any) -> int | None:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) and value.layout == torch.strided else None
+
+
+def _mutable(node: fx.Node) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def _restore(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.target in _BACK:
+            known = (node.meta.get("custom") or {}).get("graphcomb")
+            node.target = _BACK[node.target]
+            node._rename(op_name(node))
+            if isinstance(known, dict) and "modes" in known:
+                set_tag(node, **{k: v for k, v in known.items() if k != "op"})
+
+
+# ---------------------------------------------------------------------------------------------------------- tidying up
+def _tie(module: fx.GraphModule) -> None:
+    """Make names of the same memory one tensor again: a saved program comes back with a tensor for every name."""
+    known: dict[Any, torch.Tensor] = {}
+    for node in module.graph.nodes:
+        found = fetch(module, str(node.target)) if node.op == "get_attr" else None
+        if isinstance(found, torch.Tensor) and found.layout == torch.strided and found.numel():
+            memory = (found.untyped_storage()._cdata, found.storage_offset(), found.dtype, found.shape, found.stride())
+            kind = isinstance(found, torch.nn.Parameter)
+            first = known.setdefault((kind, *memory), found)
+            if first is not found:
+                path, _, name = str(node.target).rpartition(".")
+                setattr(module.get_submodule(path), name, first)
+
+
+def _tidy(graph: fx.Graph) -> None:
+    """Say the functionaliser's forms in the words of the training IR.
+
+    view and _unsafe_view are reshape, which means the same once nothing writes in place and needs no particular memory
+    layout (that of scaled_dot_product_attention depends on the kernel, and so on the widths); the copy before one is
+    part of it. A copy that only settles the layout is `contiguous`, a cast is `to`.
+    """
+    for node in list(graph.nodes):
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            a = arguments(node)
+            x = a["self"]
+            if x.target is aten.clone.default and x.kwargs:
+                x = x.args[0]
+            node.target, node.args, node.kwargs = aten.reshape.default, (x, a["size"]), {}
+        elif node.target is aten._to_copy.default and set(node.kwargs) == {"dtype"}:
+            node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.kwargs["dtype"]), {}
+        elif node.target is aten.as_strided_scatter.default:
+            _plain_scatter(graph, node)
+        elif node.target is aten.copy.default:
+            _plain_copy(graph, node)
+        elif node.target is aten.copy_.default and _floating(node.args[1]):  # at the end of the graph, into a buffer
+            with graph.inserting_before(node):
+                cut = graph.call_function(aten.detach.default, (node.args[1],))
+            cut.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+            cut.meta["val"] = node.args[1].meta["val"]
+            node.replace_input_with(node.args[1], cut)
+    for node in reversed(list(graph.nodes)):
+        if node.target is aten.clone.default and node.kwargs.get("memory_format") is torch.contiguous_format:
+            node.target, node.kwargs = aten.contiguous.default, {}
+        if not node.users and node.op == "call_function" and not _mutable(node):
+            graph.erase_node(node)
+
+
+def _plain_copy(graph: fx.Graph, node: fx.Node) -> None:
+    """`copy(old, new)` is `new` in the type and shape of `old`; autograd does not know it."""
+    old, new = (i.meta["val"] for i in node.args[:2])  # type: ignore[union-attr]
+    value: Any = node.args[1]
+    steps: list[tuple[Any, tuple[Any, ...]]] = []
+    if old.dtype != new.dtype:
+        steps.append((aten.to.dtype, (old.dtype,)))
+    if tuple(old.shape) != tuple(new.shape):
+        steps.append((aten.expand_as.default, (node.args[0],)))
+    with graph.inserting_before(node):
+        for target, rest in steps:
+            value = graph.call_function(target, (value, *rest))
+            value.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+            infer(value)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
+
+
+def _plain_scatter(graph: fx.Graph, node: fx.Node) -> None:
+    """`as_strided_scatter(x, piece)` as `index_put` at the memory's positions: its own backward is wrong (torch 2.14)."""
+    a = arguments(node)
+    x, piece = a["self"], a["src"]
+    value = x.meta["val"]
+    sizes = [*value.shape, *a["size"], *a["stride"]]
+    if not all(isinstance(s, int) for s in sizes) or not value.is_contiguous():
+        raise CaptureError(f"{source(node)}: a write through as_strided into a tensor of dynamic shape or other layout")
+    positions = torch.arange(value.numel()).as_strided(a["size"], a["stride"], a["storage_offset"] or 0)
+    first = next(iter(graph.nodes))
+    owner: Any = graph.owning_module
+    name = next(n for i in itertools.count() if not hasattr(owner, n := f"_positions_{i}"))
+    owner.register_buffer(name, positions.flatten().to(value.device))
+    with graph.inserting_before(first):
+        index = graph.get_attr(name)
+    with value.fake_mode:
+        index.meta["val"] = torch.empty(positions.numel(), dtype=torch.long, device=value.device)
+    with graph.inserting_before(node):
+        flat = graph.call_function(aten.reshape.default, (x, [-1]))
+        new = graph.call_function(aten.reshape.default, (piece, [-1]))
+        put = graph.call_function(aten.index_put.default, (flat, [index], new))
+        result = graph.call_function(aten.reshape.default, (put, list(value.shape)))
+    for made in (flat, new, put, result):
+        made.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        infer(made)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _floating(node: Any) -> bool:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+# ------------------------------------------------------------------------------------------------------ missing in torch
+def _shape_of_fake_quantisation(self: torch.Tensor, *rest: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(self), torch.empty_like(self, dtype=torch.bool)
+
+
+for _name in ("per_tensor_affine_cachemask", "per_channel_affine_cachemask"):  # no shapes with a symbolic batch so far
+    torch.library.register_fake(f"aten::fake_quantize_{_name}", _shape_of_fake_quantisation)
+
+
+def infer(node: fx.Node) -> None:
+    """Give a new node its fake value by running its operator on the fake values of its inputs."""
+    values = pytree.tree_leaves([i.meta.get("val") for i in node.all_input_nodes])
+    fake = next((v for v in values if isinstance(v, torch.Tensor)), None)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with fake.fake_mode, torch.no_grad():  # type: ignore[union-attr]
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]

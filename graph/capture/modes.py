@@ -1,0 +1,269 @@
+"""What training changes, read off two exports of the same model: one in eval mode, one in train mode.
+
+The nodes of both graphs are paired; an operator with a training flag gets both values of its flag (see `flags`). Dropout
+that only the training graph has is put into the other one, switched off. What else only one of them has cannot be
+switched and is named.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from ..flags import DROPOUTS, depends, set_tag, switch, switched, tag, values, walk
+from ..ops import arguments, op_name, source
+
+COUNTER = "num_batches_tracked"
+
+
+@dataclass
+class Lost:
+    """What training has and the program has not: modules, where they are called from, parameters and buffers."""
+
+    modules: dict[str, str] = field(default_factory=dict)  # path: class
+    lines: list[str] = field(default_factory=list)  # where nodes outside such modules come from
+    parameters: list[str] = field(default_factory=list)
+    buffers: list[str] = field(default_factory=list)
+    rewired: list[str] = field(default_factory=list)  # nodes that take other inputs or numbers in training
+    outputs: bool = False
+    quiet: list[str] = field(default_factory=list)  # modules that in eval mode do without all of that
+
+    def __bool__(self) -> bool:
+        return bool(self.modules or self.lines or self.rewired or self.parameters or self.buffers or self.outputs)
+
+    def __str__(self) -> str:
+        parts = [f"{path} ({name})" for path, name in self.modules.items()]
+        parts += self.lines[: max(1, 6 - len(parts))]
+        text = [", ".join(parts[:8]) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")] if parts else []
+        if self.parameters:
+            text.append(f"{len(self.parameters)} parameters ({', '.join(self.parameters[:3])}, …)")
+        if self.buffers:
+            text.append(f"updates of the buffers {', '.join(self.buffers[:4])}{', …' if len(self.buffers) > 4 else ''}")
+        if self.rewired:
+            text.append(
+                f"other inputs or numbers of {', '.join(self.rewired[:3])}{', …' if len(self.rewired) > 3 else ''}"
+            )
+        if self.outputs:
+            text.append("other outputs")
+        return "; ".join(text)
+
+
+def read_modes(exported: ExportedProgram, training: ExportedProgram | None, model: torch.nn.Module) -> Lost:
+    """Note on every node that depends on the mode what both modes give it. Returns what only training has.
+
+    training: the export in train mode, or None where there is none: then a flag that is off is taken to come on.
+    """
+    pairs: dict[fx.Node, fx.Node] = {}
+    lost = Lost()
+    if training is not None:
+        pairs = _pair(exported.graph_module, training.graph_module)
+        extra = _carry_dropout(exported.graph_module, training.graph_module, pairs)
+        lost = _lost(exported, training, extra, pairs)
+    theirs = {ours: other for other, ours in pairs.items()}
+    for _, node in switched(exported.graph_module):
+        if tag(node):
+            continue
+        now, then = values(node), values(theirs[node]) if node in theirs else {}
+        modes = {
+            k: [v, then.get(k, v if op_name(node) == "scaled_dot_product_attention" else True)] for k, v in now.items()
+        }
+        set_tag(node, modes=modes, module=module_path(node), **_average(node, model))
+    return lost
+
+
+def guess_modes(exported: ExportedProgram) -> None:
+    """The same for a program that was exported elsewhere, in eval or in train mode: the modules of torch.nn tell which,
+    because their flag follows the mode."""
+    nodes = [node for _, node in switched(exported.graph_module)]
+    if any(tag(node) for node in nodes):
+        return  # our own file: it says itself
+    plain = [node for node in nodes if switch(node) is not None]
+    follow = [node for node in plain if _module_class(node).startswith("torch.nn.modules.")] or plain
+    train = bool(follow) and all(any(values(n).values()) for n in follow) and any(n in follow for n in plain)
+    always = not any(_module_class(n) for n in follow) or (follow is plain and _only_functions(follow))
+    for node in nodes:
+        now = values(node)
+        if train and not always:
+            modes = {k: [0.0 if k == "dropout_p" else False, v] for k, v in now.items()}
+        else:
+            modes = {k: [v, v if k == "dropout_p" else True] for k, v in now.items()}
+        set_tag(node, modes=modes, module=module_path(node))
+
+
+def _only_functions(nodes: list[fx.Node]) -> bool:
+    return not any(_module_class(n).startswith("torch.nn.modules.") for n in nodes)
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module that called the operator, "" for the model itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
+def _module_class(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    kind = stack[-1][1] if stack else ""
+    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _average(node: fx.Node, model: torch.nn.Module) -> dict[str, Any]:
+    """For a batch_norm of a module: whether its statistics are plain averages, and over how many batches so far."""
+    if op_name(node) != "batch_norm":
+        return {}
+    try:
+        norm: Any = model.get_submodule(module_path(node))
+    except AttributeError:
+        return {}
+    if not isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
+        return {}
+    count = getattr(norm, COUNTER, None)
+    known = isinstance(count, torch.Tensor) and count.device.type != "meta"
+    return {"cumulative": norm.momentum is None, "batches": int(count) if known else 0}  # type: ignore[arg-type]
+
+
+# -------------------------------------------------------------------------------------------------------------- pairing
+def _pair(ours: fx.GraphModule, theirs: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """Nodes of the training graph with their counterparts: of the same operator in the same module, in order, where both
+    graphs have as many of them, or as many from the same line."""
+    found: dict[fx.Node, fx.Node] = {}
+
+    def match(left: list[fx.Node], right: list[fx.Node], keys: list[Callable[[fx.Node], Any]]) -> None:
+        groups: dict[Any, tuple[list[fx.Node], list[fx.Node]]] = defaultdict(lambda: ([], []))
+        for side, nodes in enumerate((left, right)):
+            for node in nodes:
+                groups[keys[0](node)][side].append(node)
+        for mine, other in groups.values():
+            if len(mine) == len(other):
+                found.update(zip(other, mine, strict=True))
+            elif mine and other and len(keys) > 1:
+                match(mine, other, keys[1:])
+
+    def sort(module: fx.GraphModule) -> list[fx.Node]:
+        return [n for _, n in walk(module) if n.op in ("call_function", "placeholder")]
+
+    def plain(node: fx.Node) -> tuple[Any, ...]:
+        name = node.name if node.op == "placeholder" else op_name(node).rstrip("_")
+        return node.op, name, module_path(node)
+
+    def line(node: fx.Node) -> Any:
+        return node.meta.get("stack_trace") or ""
+
+    def shape(node: fx.Node) -> Any:
+        inputs = [i.meta.get("val") for i in node.all_input_nodes]
+        return [tuple(v.shape) if isinstance(v, torch.Tensor) else None for v in inputs].__repr__()
+
+    match(sort(ours), sort(theirs), [plain, line, shape])
+    return found
+
+
+def _carry_dropout(ours: fx.GraphModule, theirs: fx.GraphModule, pairs: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+    """Put dropout that only training has into the eval graph, switched off. Returns the nodes that stay unpaired."""
+    extra = [n for _, n in walk(theirs) if n.op == "call_function" and n not in pairs]
+    for node in list(extra):
+        x = node.args[0] if node.args else None
+        if op_name(node) not in DROPOUTS or not isinstance(x, fx.Node) or x not in pairs:
+            continue
+        users = [(pairs[u], u) for u in node.users if u in pairs]
+        mine = pairs[x]
+        if not users or len(users) != len(node.users) or not all(mine in u.all_input_nodes for u, _ in users):
+            continue
+        graph = mine.graph
+        first = min((u for u, _ in users), key=list(graph.nodes).index)
+        with graph.inserting_before(first):
+            new = graph.call_function(node.target, (mine, node.args[1], False))  # type: ignore[arg-type]
+        new.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        new.meta["val"] = mine.meta["val"]
+        for user, _ in users:
+            user.replace_input_with(mine, new)
+        pairs[node] = new
+        extra.remove(node)
+    return extra
+
+
+def _lost(
+    exported: ExportedProgram, training: ExportedProgram, extra: list[fx.Node], pairs: dict[fx.Node, fx.Node]
+) -> Lost:
+    lost = Lost()
+    known = {module_path(n) for _, n in walk(exported.graph_module) if n.op == "call_function"}
+    buffers = _names(training, InputKind.BUFFER)
+    for node in extra:
+        written = node.args[0] if node.args and _mutable(node) else None
+        if isinstance(written, fx.Node) and written.name in buffers:
+            if not buffers[written.name].endswith(COUNTER):
+                lost.buffers.append(buffers[written.name])
+            continue
+        if (not node.users and not _mutable(node)) or op_name(node) in ("sym_size", "getitem"):
+            continue
+        path = _outermost_unknown(node, known)
+        lost.quiet += [p for p in (*(path or ())[:1], _caller(node, path)) if p not in lost.quiet]
+        if path:
+            lost.modules.setdefault(*path)
+        elif (at := source(node)) not in lost.lines:
+            lost.lines.append(at)
+    lost.lines = [line for line in lost.lines if "num_batches_tracked" not in line]
+    for node, mine in pairs.items():
+        if node.op == "call_function" and not _same_inputs(node, mine, pairs):
+            lost.rewired.append(source(mine))
+            lost.quiet += [p for p in [module_path(node)] if p not in lost.quiet]
+    lost.parameters = sorted(_used(training) - _used(exported))
+    lost.outputs = training.call_spec.out_spec != exported.call_spec.out_spec
+    return lost
+
+
+def _same_inputs(theirs: fx.Node, ours: fx.Node, pairs: dict[fx.Node, fx.Node]) -> bool:
+    """Whether a pair of nodes takes the same inputs and numbers, training flags aside; inputs that only training has are
+    named by themselves."""
+    if not hasattr(ours.target, "_schema") or ours.target is not theirs.target:
+        return True
+    free = {*values(ours), "momentum"} if depends(ours) else set()
+    left, right = arguments(theirs), arguments(ours)
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+            return a not in pairs or a.op == "get_attr" or pairs[a] is b or op_name(b) in DROPOUTS
+        if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+            return len(a) == len(b) and all(map(same, a, b))
+        return bool(a == b) or not isinstance(a, (bool, int, float, str))
+
+    return all(same(left[k], right[k]) for k in left if k not in free)
+
+
+def _outermost_unknown(node: fx.Node, known: set[str]) -> tuple[str, str] | None:
+    """The outermost module around a node that does nothing in eval mode, with its class."""
+    for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+        inside = str(path)
+        if inside and not any(k == inside or k.startswith(f"{inside}.") for k in known):
+            name = kind if isinstance(kind, str) else kind.__qualname__
+            return inside, name.rpartition(".")[2]
+    return None
+
+
+def _caller(node: fx.Node, path: tuple[str, str] | None) -> str:
+    """The module whose code decides whether the node, or the module around it, runs."""
+    stack = [str(p) for p, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    if path is None:
+        return stack[-1] if stack else ""
+    return stack[max(stack.index(path[0]) - 1, 0)]
+
+
+def _mutable(node: fx.Node) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def _names(exported: ExportedProgram, kind: InputKind) -> dict[str, str]:
+    """{placeholder: name in the model} of the inputs of a kind."""
+    specs = exported.graph_signature.input_specs
+    return {str(i.arg.name): str(i.target) for i in specs if i.kind is kind}
+
+
+def _used(exported: ExportedProgram) -> set[str]:
+    """The parameters that the graph reads."""
+    names = _names(exported, InputKind.PARAMETER)
+    return {names[n.name] for n in exported.graph.nodes if n.op == "placeholder" and n.users and n.name in names}
