@@ -218,6 +218,12 @@ def test_a_quantised_program_is_int8(tmp_path):
     assert len(models["small"]["layers"][0]["onnx"]) > 0
 
 
+def test_a_program_is_exported_for_an_older_tensorrt(programs, tmp_path):
+    """Which only the one who asks for it knows: the target's releases parse more."""
+    folder = write_bundle(tmp_path / "b", {"net": programs["dense"]}, "fp16", "agx-orin", opset=17)
+    assert json.loads((folder / "bundle.json").read_text())["models"]["net"]["opset"] == 17
+
+
 def external(path, location):
     """An ONNX file whose weights lie in a file of their own; the location is written as it is given."""
     model = onnx.load(plain(path))

@@ -417,6 +417,17 @@ def test_an_engine_that_says_it_cannot_be_recorded_is_not(script, classic, cudar
     assert row["engine"]["no_graph"].startswith("the engine says that its runs cannot be recorded")
 
 
+def test_an_opset_that_tensorrt_8_does_not_parse_is_said_with_the_cure(script, classic, bundle, capsys):
+    edit(bundle, lambda about: about["models"]["dense"].update(opset=18))
+    edit(bundle, lambda about: about["models"]["compressed"].update(opset=17))
+    old = classic.module.__version__.startswith("8")
+    assert script.main(["--out", str(bundle / "r.json"), *QUICKLY, "--quiet"]) == int(old)
+    cure = (
+        f"dense: model.onnx: opset 18; tensorrt {classic.module.__version__} parses up to 17: bundle it with --opset 17"
+    )
+    assert (cure in capsys.readouterr().err) == old
+
+
 @pytest.mark.parametrize("classic", ["10.3.0"], indirect=True)
 def test_a_type_that_numpy_lacks_is_named(script, classic, bundle, capsys, monkeypatch):
     engine = classic.module.Runtime(types.SimpleNamespace()).deserialize_cuda_engine(b"engine")
