@@ -150,8 +150,8 @@ class Program:
         """
         from .cost import total
 
-        if self.known_cost is not None:
-            return dict(self.known_cost)
+        if (known := self.known_cost) is not None:
+            return dict(known)
         return {**total(self.graph_module), "params": self.params}
 
     @property

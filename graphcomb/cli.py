@@ -6,24 +6,26 @@ import json
 import logging
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from unicodedata import category
 
 import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from .graph.errors import BadInput, GraphcombError
+from .notices import show_warnings
 
 if TYPE_CHECKING:
     from .passes.blocks import Block
     from .runtime.dla import Placement
 
-BAD_INPUT, UNEXPECTED, WORSE, INTERRUPTED = 2, 1, 1, 130
+BAD_INPUT, UNEXPECTED, WORSE, NO_FIGURE, INTERRUPTED = 2, 1, 1, 1, 130
 console = Console(markup=False, emoji=False)  # names and lines of source code may look like markup
 
 
@@ -48,6 +50,10 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The rec
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a field, as in passes.0.ratio=0.3.")
 ]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option("--shape", metavar="NAME=1x3x480x640", help="Shape of an input with more than a dynamic batch."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
@@ -55,7 +61,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")] = False) -> None:
     """Compress vision models: capture, comb, prune, distill, lower to ONNX and TensorRT, measure."""
     if not debug:
-        warnings.simplefilter("ignore")
+        show_warnings()
         logging.getLogger("torch").setLevel(logging.ERROR)
 
 
@@ -149,6 +155,14 @@ def build(
     batch: Annotated[
         str | None, typer.Option("--batch", metavar="N | MIN,BEST,MAX", help="Batch sizes, where dynamic.")
     ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape",
+            metavar="NAME=1x3x480x640",
+            help="Shape of an input with more than a dynamic batch, or NAME=MIN,BEST,MAX.",
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="Option of the library, as sparse=true.")
     ] = None,
@@ -166,8 +180,11 @@ def build(
     from .runtime.dla import dla_report
     from .runtime.engine import UnparsedOp, check_model
     from .runtime.gate import choose, compare, read_baseline
+    from .shapes import read_ranges
 
     options = _arguments(option or (), "--option")
+    if shape:
+        options["shapes"] = read_ranges(shape)
     if batch is not None:
         options["batch"] = _shape(batch, "--batch") if "," in batch else _shape(batch, "--batch")[0]
     baselines = read_baseline(gate, target) if gate else None
@@ -200,6 +217,7 @@ def bench(
     ] = None,
     threads: Annotated[int, typer.Option("--threads", help="Threads of engines on the CPU.")] = 1,
     batch: Annotated[int, typer.Option("--batch", help="Batch size where it is dynamic.")] = 1,
+    shape: Shapes = None,
     seconds: Annotated[float, typer.Option("--seconds", help="Time limit.")] = 10.0,
     host: Annotated[
         str | None, typer.Option("--host", metavar="USER@DEVICE", help="Measure a bundle there, by ssh and scp.")
@@ -213,31 +231,49 @@ def bench(
     out: Annotated[Path | None, typer.Option("--out", help="Write the result as JSON; default in the bundle.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Latency of two models, measured in turns and guarded against a busy machine; or a bench bundle on a device."""
+    """Latency of two models, measured in turns and guarded against a busy machine; or a bench bundle on a device.
+
+    Exit code 1 without a figure, and when some models of a bundle failed.
+    """
     from . import runtime
     from .pipeline import write_json
     from .runtime.bundle import run_bundle, script_arguments
+    from .shapes import read_shapes
 
     if a.is_dir():
         if b is not None:
             raise BadInput(f"bench: {a} is a bundle and holds the models to compare; leave {b} out")
         if batch != 1:
             raise BadInput("--batch: a bundle has the batch that it was written with; give it to `graphcomb bundle`")
+        if shape:
+            raise BadInput("--shape: a bundle has the shapes that it was written with; give them to `graphcomb bundle`")
         options = {"seconds": seconds, "threads": threads, **({"engine": engine} if engine else {})}
         arguments = script_arguments(options | _arguments(option or (), "--option"))
         path = out or a / "results.json"
-        show_device(run_bundle(a, path, host, [*arguments, *(["--quiet"] if quiet else [])], python))
+        results = run_bundle(a, path, host, [*arguments, *(["--quiet"] if quiet else [])], python)
+        show_device(results)
         console.print(f"written: {path}", soft_wrap=True)
+        if results.get("interrupted"):
+            raise _Interrupted
+        for name, reason in results.get("failed", {}).items():
+            print(f"failed: {name}: {' '.join(str(reason).split())}", file=sys.stderr)
+        if results.get("failed") or (len(results["models"]) > 1 and not any(results["ratios"].values())):
+            raise typer.Exit(NO_FIGURE)
         return
     for name, given in (("--host", host), ("--python", python), ("--option", option)):
         if given:
             raise BadInput(f"{name}: {a} is no bench bundle; `graphcomb bundle` writes one")
     if b is None:
         raise BadInput(f"bench: {a} against what? give a second file")
-    found = runtime.bench([a, b], threads=threads, batch=batch, seconds=seconds, progress=not quiet, engine=engine)
+    found = runtime.bench(
+        [a, b], threads=threads, batch=batch, seconds=seconds, progress=not quiet, engine=engine,
+        shapes=read_shapes(shape or ()),
+    )  # fmt: skip
     if out is not None:
         write_json(out, found.to_dict(), indent=2)
     show_bench(found.to_dict())
+    if found.ratio is None:
+        raise typer.Exit(NO_FIGURE)
 
 
 @app.command()
@@ -256,8 +292,11 @@ def predict(
     arg: Annotated[
         list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="Argument of the callable.")
     ] = None,
-    shape: Annotated[list[str] | None, typer.Option("--input", metavar="1,3,224,224", help="Input shape.")] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Batch size where it is dynamic.")] = 1,
+    input_: Annotated[list[str] | None, typer.Option("--input", metavar="1,3,224,224", help="Input shape.")] = None,
+    shape: Shapes = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", help="Batch size; 1, where a program does not have another.")
+    ] = None,
     json_: Annotated[Path | None, typer.Option("--json", metavar="OUT.json", help="Write what is predicted.")] = None,
 ) -> None:
     """Predict how long a model and its layers take on a device, and which layers will not profit from fewer channels.
@@ -268,19 +307,31 @@ def predict(
     from .pipeline import write_json
     from .recipe import parse_recipe
     from .runner import prepare
+    from .shapes import at_shapes, check_names, example_batch, read_shapes, with_batch
 
     if len(models) > 2:
         raise BadInput(f"predict: one model, or one and what became of it, not {len(models)}")
     device = runtime.get_target(target)
     roofline = runtime.Roofline.calibrated(calibrate, device, precision) if calibrate else None
     dtype = precision or (roofline.dtype if roofline else "fp32")
-    programs = {}
+    if batch is not None and batch < 1:
+        raise BadInput(f"batch: 1 or more, not {batch}")
+    given, sizes = read_shapes(shape or ()), [_shape(s) for s in input_ or ()]
+    if given and sizes:
+        raise BadInput("--shape, --input: give one of the two")
+    programs, fixed = {}, None
     for which, model in zip(("before", "after"), models, strict=False):
         tree: dict[str, Any] = {"model": {"source": model, "arguments": _arguments(arg or ())}, "passes": []}
-        if shape and not model.endswith(".pt2"):
-            tree["inputs"] = [{"shape": _shape(s)} for s in shape]
-        programs[which] = prepare(parse_recipe(tree)).program
-    found = runtime.predict(programs, device, dtype, roofline, batch)
+        saved = model.endswith(".pt2")
+        if not saved and (given or sizes or batch is not None):
+            tree["inputs"] = [{"shape": s} for s in with_batch(sizes or list(given.values()), batch)]
+        program = prepare(parse_recipe(tree)).program
+        check_names(program, given)
+        programs[which] = program = at_shapes(program, given, batch) if saved and given else program
+        fixed = fixed or example_batch(program)
+        if fixed and batch not in (None, fixed):
+            raise BadInput(f"--batch {batch}: {model} has a fixed batch of {fixed}; capture it with a dynamic one")
+    found = runtime.predict(programs, device, dtype, roofline, batch or fixed or 1)
     if json_:
         write_json(json_, found, indent=2)
     show_prediction(found)
@@ -298,11 +349,16 @@ def bundle(
     ] = None,
     target: Annotated[str | None, typer.Option("--target", help="The device, to check opset and precision.")] = None,
     batch: Annotated[int, typer.Option("--batch", help="Batch size where it is dynamic.")] = 1,
+    shape: Shapes = None,
+    opset: Annotated[
+        int | None, typer.Option("--opset", help="Of programs (.pt2): 17 for TensorRT 8, as on JetPack 5 and 6.0.")
+    ] = None,
 ) -> None:
     """Write a folder that measures models on a device with nothing but its own TensorRT and numpy."""
     from .graph.program import load
     from .runtime.bundle import write_bundle
     from .runtime.measured import read_json
+    from .shapes import read_shapes
 
     record = None
     layers: dict[str, Any] = {}  # of ONNX files, which do not tell themselves
@@ -328,10 +384,12 @@ def bundle(
                 raise BadInput(f"bundle: two models named {name}; name them, as in dense={file}")
             found[name] = Path(file)
     given = {name: load(path) if path.suffix == ".pt2" else path for name, path in found.items()}
-    folder = write_bundle(out, given, precision or "fp16", target, batch, record, layers)
+    folder = write_bundle(
+        out, given, precision or "fp16", target, batch, record, layers, read_shapes(shape or ()), opset
+    )
     for name, about in read_json(folder / "bundle.json")["models"].items():
         if about["note"]:
-            console.print(f"{name}: {about['note']}", soft_wrap=True, markup=False)
+            console.print(printable(f"{name}: {about['note']}"), soft_wrap=True, markup=False)
     console.print(f"{folder}: on the device, python3 bench_device.py; or graphcomb bench {folder} --host USER@DEVICE")
 
 
@@ -403,10 +461,23 @@ def _short(count: int) -> str:
 
 def show_summary(summary: dict[str, Any]) -> None:
     """The figures of a finished run."""
+    from .pipeline import figure
+    from .runtime.places import latency_place
+
     table = Table(show_header=False)
+    hidden = {"onnx_parity"} if summary.get("onnx_parity_fp16") is not None else set()  # of the file nobody runs
+    name = summary.get("metric") or "accuracy"
+    for when in ("before", "after"):
+        if (value := summary.get(f"accuracy_{when}")) is not None:
+            table.add_row(f"{name.replace(' ', '_')}_{when}", figure(name, value))
     for key, form in SUMMARY_ROWS.items():
-        if summary.get(key) is not None:
-            table.add_row(key, form.format(summary[key]))
+        if summary.get(key) is not None and key not in hidden:
+            where = f" in {latency_place(summary)}" if key == "latency_ratio" else ""
+            table.add_row(key, Text(form.format(summary[key]) + where))
+    if (prediction := summary.get("prediction")) and len(prediction["ms"]) == 2:
+        before, after = prediction["ms"].values()
+        where = f"{prediction['target']}, {prediction['precision']}, batch {prediction['batch']}"
+        table.add_row("predicted", Text(f"{before / after:.2f}x faster on {where}") if after else "")
     for kind, path in summary["files"].items():
         for one in path if isinstance(path, list) else [path]:
             table.add_row(kind, one)
@@ -418,6 +489,8 @@ def show_summary(summary: dict[str, Any]) -> None:
 def show_engine(report: dict[str, Any]) -> None:
     """What a build made of the model: kernels, padding and quantisation that cost, memory, with their origin."""
     from .runtime.build_log import UNFUSED
+
+    report = printable(report)
 
     console.print(
         f"{report['path']}: {report['bytes']:,} bytes, {report['precision']}, {report['backend']} {report['version']}",
@@ -483,10 +556,11 @@ def show_prediction(found: dict[str, Any]) -> None:
 
 def show_bench(result: dict[str, Any]) -> None:
     """Latencies and their ratio, or why there is none."""
-    table = Table("model", "median ms", "p95 ms", "runs", "times faster")
+    result = printable(result)
+    table = Table("model", "median ms", "p95 ms", "runs", "times faster (95 %)")
     for timing in result["timings"]:
         ms, ratio = timing["ms"], result["ratios"].get(timing["name"])
-        faster = f"{ratio['median']:.2f} ± {ratio['iqr'] / 2:.2f}" if ratio else ""
+        faster = _between(ratio) if ratio else ""
         table.add_row(
             timing["name"], *(f"{ms[k]:.3f}" if ms else "" for k in ("median", "p95")), str(timing["runs"]), faster
         )
@@ -495,8 +569,24 @@ def show_bench(result: dict[str, Any]) -> None:
         console.print(result["note"])
 
 
+def printable(value: Any) -> Any:
+    """A value of a file or a device without the control characters that a terminal would obey, in all its texts."""
+    if isinstance(value, str):
+        return "".join("\ufffd" if category(c)[0] == "C" and c not in "\n\t" else c for c in value)
+    if isinstance(value, dict):
+        return {printable(k): printable(v) for k, v in value.items()}
+    return [printable(v) for v in value] if isinstance(value, list) else value
+
+
+def _between(ratio: dict[str, float]) -> str:
+    """A ratio and the interval in which its median lies, as far as there is one."""
+    between = f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if "low" in ratio else ""
+    return f"{ratio['median']:.2f}{between}"
+
+
 def show_device(results: dict[str, Any]) -> None:
     """What a bench bundle measured on a device."""
+    results = printable(results)
     console.print(f"{results['device']['model'] or 'this machine'}, {results['engine']} {results['version']}")
     table = Table("model", "run as", "median ms", "p99 ms", "times faster", "power W", "energy mJ", "error")
     wrong = {name for name, row in results["models"].items() if row["parity"].get("note")}
@@ -513,13 +603,15 @@ def show_device(results: dict[str, Any]) -> None:
                 f"{cells[1]:.1f}" if cells[1] is not None else "", f"{error:.1e}" if error is not None else "none",
             )  # fmt: skip
     console.print(table)
+    for name, modes in results["ratios"].items():
+        for mode, ratio in modes.items():
+            if "low" in ratio:  # which the table has no room for
+                console.print(f"{name} ({mode}): {_between(ratio)} times faster, with 95 %", soft_wrap=True)
     for note in results["notes"]:
         console.print(note, soft_wrap=True, markup=False)
 
 
 SUMMARY_ROWS = {
-    "accuracy_before": "{:.2%}",
-    "accuracy_after": "{:.2%}",
     "macs_ratio": "{:.2f}x fewer",
     "params_ratio": "{:.2f}x fewer",
     "latency_ratio": "{:.2f}x faster",
@@ -584,5 +676,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code

@@ -18,24 +18,29 @@ from torch.fx import Node
 from .graph import verify
 from .graph.errors import BadInput, GraphcombError
 from .graph.ops import op_name
-from .graph.program import Program, load
+from .graph.program import Program
 from .passes.base import Context, Pass, PassResult
-from .passes.training import evaluate, fingerprint, seeded
+from .passes.batches import Adapted
+from .passes.common.processes import agreed, stored_program
+from .passes.common.repeat import Samples, code_of, run_code, says_anew
+from .passes.training import evaluate, seeded
 from .runtime.engine import replacing
 
 SURGERY_TOLERANCE = 1e-10  # an exact surgery differs from the oracle by float64 rounding only
+ACCURACY = ("accuracy", "training accuracy")  # figures that are shares
 EXACT_TOLERANCE = 1e-5  # a merged weight is rounded once to float32 when it is stored
 
 
 @dataclass
 class PipelineResult:
     """The compressed program, the record of every pass, and the accuracy of the first and the last program (None
-    without labelled validation data)."""
+    without labelled validation data), or what `metric` names in its place."""
 
     program: Program
     records: list[dict[str, Any]] = field(default_factory=list)
     accuracy_before: float | None = None
     accuracy_after: float | None = None
+    metric: str = "accuracy"
 
     @property
     def surgery_error(self) -> float | None:
@@ -75,30 +80,32 @@ class Pipeline:
         key: Any = None,
         resume: bool = True,
         latency: Any = None,
+        inputs: Callable[[Any], Any] | None = None,
+        labels: Callable[[Any], Any] | None = None,
     ) -> PipelineResult:
         """Apply all passes.
 
-        The fields down to `plan` and `latency` are those of `passes.base.Context`; teacher is by default the program
-        itself, the plan goes to the first pass that takes one. key: anything JSON-able that stands for the data (data
-        cannot be hashed). resume: take a finished pass found in `out` over when its options, those of all before it, the
-        program, the teacher, the seed, the target, the plan and this key are unchanged. Raises GraphcombError when a
-        pass refuses or a verification fails; the records so far stay in `out`.
+        The fields down to `plan`, `latency`, `inputs` and `labels` are those of `passes.base.Context`; teacher is by
+        default the program itself, the plan goes to the first pass that takes one. key: anything JSON-able that decides
+        the result besides. resume: take a finished pass found in `out` over when its options, those of all before it,
+        the program, the data (as far as a sample tells), loss, metric, teacher, seed, target, plan, this key and
+        graphcomb's passes are unchanged. Raises GraphcombError when a pass refuses or a verification fails; the records
+        so far stay in `out`.
         """
         main = is_main()
         context = Context(
             data=data, val=val, loss=loss, metric=metric, target=target, dtype=dtype, teacher=teacher or program,
-            seed=seed, progress=progress and main, plan=plan, latency=latency,
+            seed=seed, progress=progress and main, plan=plan, latency=latency, inputs=inputs, labels=labels,
         )  # fmt: skip
         store = None
         if out is not None:
-            taught = fingerprint(teacher.module()) if teacher else None
-            digest = fingerprint(program.module(), taught, seed, target, dtype, plan, key, latency and str(latency))
-            store = _Store(Path(out) / "passes", digest, main, resume)
+            digest = run_code(program.module(), context, key)
+            store = _Store(Path(out) / "passes", digest, main, resume, Samples(context))
         say = Console(quiet=not context.progress, markup=False, emoji=False).print
-        result = PipelineResult(program)
-        if val is not None:
-            result.accuracy_before = result.accuracy_after = evaluate(program, val, metric, context.progress)
-        say(_dense(program, result.accuracy_before))
+        result = PipelineResult(program, metric=figure_name(context))
+        if context.val is not None:
+            result.accuracy_before = result.accuracy_after = evaluate(program, context.val, metric, context.progress)
+        say(_dense(program, result))
         for i, pass_ in enumerate(self.passes):
             head = f"[{i + 1}/{len(self.passes)}] {type(pass_).__name__}"
             found = store.find(i, pass_, result.program) if store else None
@@ -136,7 +143,7 @@ class Pipeline:
                 )
         if accuracy is not None and context.val is not None:
             after = evaluate(result.program, context.val, context.metric, context.progress)
-            result.record["accuracy"] = {"before": accuracy, "after": after}
+            result.record["accuracy"] = {"before": accuracy, "after": after, "metric": figure_name(context)}
         return result.program
 
 
@@ -158,31 +165,45 @@ def verification(pass_: Pass, program: Program, result: PassResult, seed: int) -
 
 
 class _Store:
-    """Finished passes in a folder: NN-Name.json with the digest of everything the pass depends on, and NN-Name.pt2 (only
-    the record where the pass changed nothing).
+    """Finished passes in a folder: NN-Name.json with the digest of everything the pass depends on and a sample of the data,
+    and NN-Name.pt2 (only the record where the pass changed nothing).
 
     The folder NN-Name holds the checkpoints of a pass that is under way. Of several processes the main one writes.
     """
 
-    def __init__(self, folder: Path, digest: str, main: bool, resume: bool):
-        self.folder, self.digest, self.main, self.resume = folder, digest, main, resume
+    def __init__(self, folder: Path, digest: str, main: bool, resume: bool, samples: Samples):
+        self.folder, self.digest, self.main, self.resume, self.samples = folder, digest, main, resume, samples
+        self.warned = False
 
     def find(self, index: int, pass_: Pass, program: Program) -> Program | None:
         """The stored result of the pass, or None. Call once per pass, in order: the digest covers all before it."""
-        text = json.dumps([self.digest, type(pass_).__name__, pass_.options()], sort_keys=True, default=str)
+        own = code_of(type(pass_))
+        text = json.dumps([self.digest, type(pass_).__name__, own, pass_.options()], sort_keys=True, default=str)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         base = self.path(index, pass_)
-        note = _read_json(base.with_suffix(".json"))
-        if self.resume and note.get("digest") == self.digest:
+        note = agreed(lambda: self._note(base)) if self.resume else None
+        if note is not None:
             if "record" in note:
-                same = program.derive(program.graph_module, stale=False)
+                same = program.copy()
                 same.history.append(note["record"])
                 return same
-            return load(base.with_suffix(".pt2")) if note.get("finished") else None
+            return stored_program(base.with_suffix(".pt2")) if note.get("finished") else None
         if self.main:
             shutil.rmtree(base, ignore_errors=True)
             base.with_suffix(".pt2").unlink(missing_ok=True)
-            write_json(base.with_suffix(".json"), {"digest": self.digest, "finished": False})
+            write_json(
+                base.with_suffix(".json"), {"digest": self.digest, "finished": False, "data": self.samples.codes}
+            )
+        return None
+
+    def _note(self, base: Path) -> dict[str, Any] | None:
+        """What is noted of the same pass on the same data."""
+        note = _read_json(base.with_suffix(".json"))
+        if note.get("digest") == self.digest and not self.samples.differ(note.get("data", [[], []])):
+            return note
+        if note.get("finished") and not self.warned:
+            self.warned = True
+            says_anew(self.folder, base.name)
         return None
 
     def keep(self, index: int, pass_: Pass, program: Program) -> None:
@@ -190,7 +211,7 @@ class _Store:
         if not self.main:
             return
         base, record = self.path(index, pass_), program.history[-1]
-        note: dict[str, Any] = {"digest": self.digest, "finished": True}
+        note: dict[str, Any] = {"digest": self.digest, "finished": True, "data": self.samples.codes}
         if record.get("changed"):
             program.save(base.with_suffix(".pt2"))
         else:
@@ -242,10 +263,27 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _dense(program: Program, accuracy: float | None) -> str:
+def figure_name(context: Context) -> str:
+    """What the metric's mean is called: accuracy, or the name of the user's metric; "training" goes before it where the
+    validation data is the training data."""
+    own = context.metric
+    name = (
+        "accuracy" if own is None else str(getattr(own, "__name__", type(own).__name__)).replace("<lambda>", "metric")
+    )
+    val, data = (d.data if isinstance(d, Adapted) else d for d in (context.val, context.data))
+    return f"training {name}" if val is not None and val is data else name
+
+
+def figure(name: str, value: float) -> str:
+    """A metric's mean as text: in percent when it is an accuracy, whose values are shares."""
+    return f"{value:.2%}" if name in ACCURACY else f"{value:.4g}"
+
+
+def _dense(program: Program, result: PipelineResult) -> str:
     """One line about the program before any pass."""
     shapes = ", ".join("x".join(map(str, a.shape)) for a in program.args if isinstance(a, torch.Tensor))
-    score = f", accuracy {accuracy:.2%}" if accuracy is not None else ""
+    name, value = result.metric, result.accuracy_before
+    score = f", {name} {figure(name, value)}" if value is not None else ""
     cost = program.cost()
     more = f" and those of what is not known ({'; '.join(cost['unknown'])})" if "unknown" in cost else ""
     return f"dense: {program.params:,} parameters, {cost['macs']:,} MACs{more} for inputs {shapes}{score}"
@@ -261,5 +299,7 @@ def _summary(record: dict[str, Any]) -> str:
     if "verified" in record:
         parts.append(f"verified to {record['verified']['error']:.1e}")
     if "accuracy" in record:
-        parts.append(f"accuracy {record['accuracy']['before']:.2%} -> {record['accuracy']['after']:.2%}")
+        name = record["accuracy"].get("metric", "accuracy")
+        before, after = (figure(name, record["accuracy"][when]) for when in ("before", "after"))
+        parts.append(f"{name} {before} -> {after}")
     return ", ".join(parts)

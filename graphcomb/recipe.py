@@ -2,7 +2,7 @@
 
     model: torchvision.models:resnet50          # or {source: ..., arguments: {...}}, or a .pt2 file
     inputs: [[1, 3, 224, 224]]                  # or [{shape: [...], dtype: float32}]
-    data: digits                                # or {source: package.module:callable, arguments: {...}}
+    data: digits                                # or {source: package.module:callable, arguments: {...}, inputs:, labels:}
     target: rtx-sm86
     precision: fp16
     passes:
@@ -26,7 +26,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from . import passes as library
 from .graph.errors import BadInput, GraphcombError
@@ -50,6 +59,14 @@ class Source(Section):
     arguments: dict[str, Any] = {}
 
 
+class Data(Source):
+    """Where batches come from. inputs, labels: `package.module:callable`, functions of a batch that give what the model
+    takes and what loss and metric take, for batches of an unusual form."""
+
+    inputs: str | None = None
+    labels: str | None = None
+
+
 class Input(Section):
     """One example input of the model."""
 
@@ -57,20 +74,49 @@ class Input(Section):
     dtype: Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"] = "float32"
 
 
-class Outputs(Section):
-    """What a run writes besides record.json and summary.json. engines: targets to build for; bench: paired latency of
-    the dense and the compressed model in ONNX Runtime."""
-
-    pt2: bool = True
-    onnx: bool = True
-    engines: list[str] = []
-    report: bool = True
-    bench: bool = True
-
-
 def _short(key: str) -> BeforeValidator:
     """`x` may be written for `{key: x}`."""
     return BeforeValidator(lambda value: value if isinstance(value, dict) else {key: value})
+
+
+class EngineOutput(Section):
+    """One engine: the target, and options of the library that builds it, as in `graphcomb build --option`. sparse: by
+    default where the weights have the 2:4 pattern."""
+
+    target: str
+    batch: PositiveInt | list[PositiveInt] | None = None
+    shapes: dict[str, list[list[PositiveInt]]] | None = None
+    sparse: bool | None = None
+    dla: NonNegativeInt | None = None
+    workspace: PositiveInt | None = None
+    optimization_level: NonNegativeInt | None = None
+    tf32: bool | None = None
+    refit: bool | None = None
+    version_compatible: bool | None = None
+    timing_cache: str | None = None
+    plugins: list[str] | None = None
+    log: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What is set, besides the target."""
+        return {k: v for k, v in self.model_dump(exclude={"target"}).items() if v is not None}
+
+
+class Outputs(Section):
+    """What a run writes besides record.json and summary.json. engines: targets to build for, or {target, and options};
+    bench: paired latency of the dense and the compressed model in ONNX Runtime. Of the ONNX files: opset, by default the
+    best that all targets parse; tolerance, keep_fp32 and keep_io_types as of `export_onnx`, for the file in the recipe's
+    precision."""
+
+    pt2: bool = True
+    onnx: bool = True
+    engines: list[Annotated[EngineOutput, _short("target")]] = []
+    report: bool = True
+    bench: bool = True
+    opset: PositiveInt | None = None
+    tolerance: Annotated[float, Field(gt=0)] | None = None
+    keep_fp32: list[str] = []
+    keep_io_types: bool = False
 
 
 class Recipe(Section):
@@ -87,7 +133,7 @@ class Recipe(Section):
     model: Annotated[Source, _short("source")]
     inputs: list[Annotated[Input, _short("shape")]] | None = None
     dynamic_batch: bool | None = None
-    data: Annotated[Source, _short("source")] | None = None
+    data: Annotated[Data, _short("source")] | None = None
     loss: str | None = None
     metric: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

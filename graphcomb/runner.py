@@ -20,12 +20,16 @@ from .data import cache_folder
 from .graph.errors import BadInput, CaptureError, GraphcombError
 from .graph.program import Program, capture
 from .passes.base import Context
-from .passes.batches import Feed, split_batch
+from .passes.batches import Feed, adapted, split_batch
+from .passes.quantize import Quantize
 from .pipeline import Pipeline, PipelineResult, is_main, write_json
 from .recipe import Input, Recipe
-from .runtime.engine import backend_module
+from .runtime.dla import dla_core
+from .runtime.engine import backend_module, check_options, known_options
 from .runtime.latency import LatencyTable
 from .runtime.measured import are_results
+from .runtime.opset import LOWEST, choose_opset
+from .runtime.parity import SAMPLES
 from .runtime.roofline import Roofline
 from .runtime.targets import Target, get_target
 from .sources import first_batch, load_data, load_model, resolve
@@ -63,11 +67,7 @@ def prepare(recipe: Recipe) -> Job:
     cannot be imported or captured, data that the model does not take.
     """
     target = get_target(recipe.target)
-    for i, name in enumerate(recipe.outputs.engines):
-        try:
-            backend_module(get_target(name).backend)
-        except GraphcombError as error:
-            raise type(error)(f"outputs.engines.{i}: {error}") from error
+    _check_outputs(recipe)
     torch.manual_seed(recipe.seed)
     model = load_model(recipe.model.source, recipe.model.arguments)
     train, val, batch = _data(recipe)
@@ -84,6 +84,30 @@ def prepare(recipe: Recipe) -> Job:
     loss = resolve(recipe.loss, "loss") if recipe.loss else None
     metric = resolve(recipe.metric, "metric") if recipe.metric else None
     return Job(recipe, program, target, train, val, loss, metric, _latency(recipe, target))
+
+
+def _check_outputs(recipe: Recipe) -> None:
+    """Raise what building the engines would, as far as it can be told before anything is trained."""
+    quantised = any(isinstance(pass_, Quantize) for pass_ in recipe.passes)
+    for i, engine in enumerate(recipe.outputs.engines):
+        try:
+            device = get_target(engine.target)
+            check_options(backend_module(device.backend).build, engine.options(), device.backend)
+            if engine.dla is not None:
+                dla_core(device, engine.dla, "int8" if quantised else recipe.precision, quantised)
+        except GraphcombError as error:
+            raise type(error)(f"outputs.engines.{i}: {error}") from error
+    lowest = min(_targets(recipe), key=lambda target: target.opset)
+    if recipe.outputs.opset is not None and not LOWEST <= recipe.outputs.opset <= lowest.opset:
+        limits = f"{LOWEST} is the lowest, and target {lowest.name} parses up to {lowest.opset}"
+        raise BadInput(f"outputs.opset: {recipe.outputs.opset}: {limits}")
+    if recipe.outputs.keep_fp32 and recipe.precision == "fp32":
+        raise BadInput("outputs.keep_fp32: is for precision fp16")
+
+
+def _targets(recipe: Recipe) -> list[Target]:
+    """All that the run's ONNX files are for, the run's own target first."""
+    return [get_target(name) for name in (recipe.target, *(engine.target for engine in recipe.outputs.engines))]
 
 
 def run(
@@ -124,7 +148,7 @@ def run(
         files["onnx"] = [report["path"] for report in summary["onnx"].values()]
         files["engines"] = [report["path"] for report in summary["engines"]]
     if wanted.bench:
-        summary |= _bench(job.program, out, progress)
+        summary |= _bench(job, out, progress)
     summary |= _predict(job, result.program, summary)
     summary["seconds"] = round(time.perf_counter() - start, 1)
     if wanted.report:
@@ -177,7 +201,11 @@ def _data(recipe: Recipe) -> tuple[Any, Any, Any]:
     arguments = dict(recipe.data.arguments)
     if recipe.data.source == "random" and recipe.inputs:
         arguments.setdefault("shape", recipe.inputs[0].shape[1:])
-    train, val = load_data(recipe.data.source, arguments)
+    splits = [
+        resolve(name, f"data.{key}") if name else None
+        for key, name in (("inputs", recipe.data.inputs), ("labels", recipe.data.labels))
+    ]
+    train, val = (adapted(loader, *splits) for loader in load_data(recipe.data.source, arguments))
     return train, val, first_batch(train)
 
 
@@ -210,6 +238,7 @@ def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
         "precision": job.recipe.precision,
         "accuracy_before": result.accuracy_before,
         "accuracy_after": result.accuracy_after,
+        "metric": result.metric,
         "macs_ratio": None if "unknown" in before | after else before["macs"] / max(after["macs"], 1),
         "params_ratio": before["params"] / max(after["params"], 1),
         "latency_ratio": None,
@@ -233,18 +262,25 @@ def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
 
 def _lower(job: Job, program: Program, out: Path, progress: bool) -> dict[str, Any]:
     """model.onnx in fp32, model.fp16.onnx when asked for, and the engines, built from the recipe's precision."""
-    say = Console(quiet=not progress, markup=False, emoji=False).print
+    say, wanted = Console(quiet=not progress, markup=False, emoji=False).print, job.recipe.outputs
+    opset, data = _opset(job.recipe, program), _samples(job, program)
     paths, reports = {}, {}
     for precision in dict.fromkeys(("fp32", job.recipe.precision)):
         say(f"ONNX {precision} ...")
         paths[precision] = out / ("model.onnx" if precision == "fp32" else f"model.{precision}.onnx")
+        half = {"keep_fp32": wanted.keep_fp32, "keep_io_types": wanted.keep_io_types} if precision == "fp16" else {}
+        asked = {"tolerance": wanted.tolerance} if precision == job.recipe.precision else {}
         reports[precision] = runtime.export_onnx(
-            program, paths[precision], precision, target=job.target, progress=progress
+            program, paths[precision], precision, opset, job.target, progress=progress, data=data, **half, **asked
         )
     engines = []
-    for name in job.recipe.outputs.engines:
-        say(f"engine for {name} ...")
-        engines.append(runtime.build_engine(paths[job.recipe.precision], name))
+    pattern = any(weight.pattern == "2:4" for weight in reports[job.recipe.precision].sparse)
+    for engine in wanted.engines:
+        say(f"engine for {engine.target} ...")
+        device, options = get_target(engine.target), engine.options()
+        if pattern and "sparse" in known_options(backend_module(device.backend).build):
+            options = {"sparse": True} | options
+        engines.append(runtime.build_engine(paths[job.recipe.precision], device, **options))
     return {
         "onnx": {p: r.to_dict() for p, r in reports.items()},
         **{"onnx_parity" if p == "fp32" else f"onnx_parity_{p}": r.parity for p, r in reports.items()},
@@ -253,9 +289,29 @@ def _lower(job: Job, program: Program, out: Path, progress: bool) -> dict[str, A
     }
 
 
-def _bench(dense: Program, out: Path, progress: bool) -> dict[str, Any]:
-    """Dense against compressed in ONNX Runtime, fp32, paired."""
-    runtime.export_onnx(dense, out / "dense.onnx", "fp32")
+def _opset(recipe: Recipe, program: Program) -> int:
+    """The opset of the run's ONNX files: what is asked for, or the best that all of its targets parse."""
+    return min(choose_opset(program, target, recipe.outputs.opset) for target in _targets(recipe))
+
+
+def _samples(job: Job, program: Program) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Some real inputs, those that nothing was trained on where there are any."""
+    data = job.val if job.val is not None else job.train
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    count = 0
+    for batch in Feed(program).batches(data) if data is not None else ():
+        found.append((batch.args, batch.kwargs))
+        count += batch.size
+        if count >= SAMPLES:
+            break
+    return found
+
+
+def _bench(job: Job, out: Path, progress: bool) -> dict[str, Any]:
+    """Dense against compressed in ONNX Runtime, fp32, paired. The dense file is for the target too, so that a bundle can
+    take it there."""
+    dense = job.program
+    runtime.export_onnx(dense, out / "dense.onnx", "fp32", _opset(job.recipe, dense), job.target)
     files = [out / "dense.onnx", out / "model.onnx"]
     found = runtime.bench(files, names=["dense", "compressed"], seconds=BENCH_SECONDS, progress=progress)
     return {"bench": found.to_dict(), "latency_ratio": found.ratio}

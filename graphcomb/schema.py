@@ -51,7 +51,7 @@ class Record(Format):
     refused: list[Refused] = says("what it left alone, and why", default=[])
     cost: Change = says("of the program, each a Cost")
     seconds: float = says("wall time")
-    accuracy: Change | None = says("the metric, where there are labels", default=None)
+    accuracy: Change | None = says("the metric, where there are labels; metric: its name", default=None)
     verified: dict[str, Any] | None = says("oracle, relative error in float64, tolerance", default=None)
     layers: list[dict[str, Any]] | None = says(
         "by layer: name, kind, channels and macs, each before and after", default=None
@@ -75,7 +75,10 @@ class Bench(Format):
     """A paired measurement: `graphcomb bench --out`, and `bench` in summary.json."""
 
     timings: list[Timing] = says("by model, the reference first")
-    ratios: dict[str, dict[str, float] | None] = says("how many times faster than the reference: percentiles of pairs")
+    ratios: dict[str, dict[str, float] | None] = says(
+        "how many times faster than the reference: percentiles of pairs, and low and high, between which the median lies "
+        "with 95 %"
+    )
     ratio: float | None = says("the median of the second model's")
     rounds: int = says("pairs that counted")
     contended: bool = says("the machine was too busy for a figure")
@@ -195,6 +198,10 @@ class Summary(Format):
     precision: str = says("of the engines")
     accuracy_before: float | None = says("of the dense program; null without labels")
     accuracy_after: float | None = says("of the compressed one")
+    metric: str = says(
+        'what these two are: "accuracy"; "training accuracy" where the data is one loader; the name of the recipe\'s metric',
+        default="accuracy",
+    )
     macs_ratio: float | None = says("how many times fewer multiply-accumulates; null where not all are known")
     params_ratio: float = says("how many times fewer parameters")
     latency_ratio: float | None = says("how many times faster, measured; null where that cannot be said")

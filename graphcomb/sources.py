@@ -89,6 +89,8 @@ def first_batch(loader: Any, field: str = "data") -> Any:
         return next(iter(loader))
     except StopIteration:
         raise BadInput(f"{field}: the loader yields no batch") from None
+    except GraphcombError:
+        raise
     except Exception as error:
         raise BadInput(f"{field}: the loader fails on its first batch ({_reason(error)})") from error
 

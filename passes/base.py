@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from ..graph.errors import BadInput
 from ..graph.layers import Latency
 from ..graph.program import Program
+from .batches import adapted
 from .masks import check
 
 
@@ -22,7 +23,8 @@ class Context:
     """What passes may use besides the program itself. Every field is optional; a pass that needs one says so.
 
     data, val: iterables of batches (re-iterable, such as a DataLoader). A batch is `(inputs, labels)`, a tensor, or a
-        dict of keyword inputs with an optional "labels" entry.
+        dict of keyword inputs with an optional "labels" entry; others are split by inputs and labels, functions of a batch
+        that give what the model takes and what loss and metric take.
     loss: `loss(outputs, labels) -> scalar tensor`; metric: `metric(outputs, labels) -> per-sample scores` (higher is
         better, averaged over the data set).
     target: a device with `alignment(dtype) -> int` (see `runtime.target`); dtype: what the engine will run in.
@@ -39,9 +41,15 @@ class Context:
     latency: Latency | None = None
     teacher: Program | None = None
     seed: int = 0
-    out: Path | None = None
+    out: str | Path | None = None
     progress: bool = False
     plan: dict[str, Any] | None = None
+    inputs: Callable[[Any], Any] | None = None
+    labels: Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.data, self.val = (adapted(d, self.inputs, self.labels) for d in (self.data, self.val))
+        self.out = None if self.out is None else Path(self.out)
 
     @property
     def batches(self) -> Iterable[Any]:

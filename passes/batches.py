@@ -15,6 +15,7 @@ from ..graph.errors import BadInput
 from ..graph.program import Program
 
 FORMS = "a batch is (inputs, labels), a tensor, a one-element list, or a dict of keyword inputs with optional labels"
+ADAPT = "for others give inputs= and labels=, functions of a batch (in a recipe, data: {inputs: module:function, …})"
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -22,14 +23,17 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
 
     Taken forms: `(inputs, labels)`; a tensor; a one-element list or tuple (as `TensorDataset` yields); a mapping of
     keyword inputs with an optional "labels" entry. In the first form, inputs is a tensor, a list or tuple of tensors
-    (several positional inputs), or a mapping of keyword inputs. Raises BadInput for anything else.
+    (several positional inputs), or a mapping of keyword inputs. Raises BadInput for anything else, which functions of the
+    user can split (`adapted`).
     """
+    if isinstance(batch, Split):
+        return batch.args, batch.kwargs, batch.labels
     if isinstance(batch, Mapping):
         args, kwargs = _inputs({k: v for k, v in batch.items() if k != "labels"})
         return args, kwargs, batch.get("labels")
     if isinstance(batch, (list, tuple)):
         if not 1 <= len(batch) <= 2:
-            raise BadInput(f"data: the loader yields {_describe(batch)}; {FORMS}")
+            raise BadInput(f"data: the loader yields {_describe(batch)}; {FORMS}; {ADAPT}")
         args, kwargs = _inputs(batch[0])
         return args, kwargs, batch[1] if len(batch) == 2 else None
     args, kwargs = _inputs(batch)
@@ -39,11 +43,95 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
 def _inputs(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(value, torch.Tensor):
         return (value,), {}
-    if isinstance(value, Mapping) and value and all(isinstance(v, torch.Tensor) for v in value.values()):
+    if isinstance(value, Mapping) and value and all(map(_is_input, value.values())):
         return (), dict(value)
-    if isinstance(value, (list, tuple)) and value and all(isinstance(v, torch.Tensor) for v in value):
+    if isinstance(value, (list, tuple)) and value and all(map(_is_input, value)):
         return tuple(value), {}
-    raise BadInput(f"data: the loader yields {_describe(value)} for inputs; {FORMS}")
+    raise BadInput(f"data: the loader yields {_describe(value)} for inputs; {FORMS}; {ADAPT}")
+
+
+def _is_input(value: Any) -> bool:
+    """Whether a value is a tensor, or a list or mapping of such, which a model may take as one input."""
+    leaves = pytree.tree_leaves(value)
+    return bool(leaves) and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A batch whose inputs and labels are told apart already."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Any
+
+
+class Adapted:
+    """The batches of a loader, split by functions of the user; in everything else the loader itself."""
+
+    def __init__(self, data: Any, inputs: Callable[[Any], Any] | None, labels: Callable[[Any], Any] | None):
+        self.data, self.inputs, self.labels = data, inputs, labels
+
+    def __iter__(self) -> Iterator[Split]:
+        return map(self.split, self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "data":
+            raise AttributeError(name)
+        return getattr(self.data, name)
+
+    def split(self, raw: Any) -> Split:
+        """One batch; what the functions raise, or do not give, is one line."""
+        if self.inputs is None:
+            args, kwargs, labels = split_batch(raw)
+        else:
+            args, kwargs = _inputs(_called("inputs", self.inputs, raw))
+            labels = self._usual_labels(raw) if self.labels is None else None
+        if self.labels is not None:
+            labels = _called("labels", self.labels, raw)
+        return Split(args, kwargs, labels)
+
+    @staticmethod
+    def _usual_labels(raw: Any) -> Any:
+        try:
+            return split_batch(raw)[2]
+        except BadInput:
+            raise BadInput(
+                f"data: which part of {_describe(raw)} are the labels? Give labels= besides inputs=, a function of a batch "
+                "that returns None where there are none"
+            ) from None
+
+
+class AdaptedOnce(Adapted):
+    """The same of an iterator, which yields its batches once."""
+
+    def __iter__(self) -> Iterator[Split]:
+        return self
+
+    def __next__(self) -> Split:
+        return self.split(next(self.data))
+
+
+def adapted(data: Any, inputs: Callable[[Any], Any] | None, labels: Callable[[Any], Any] | None) -> Any:
+    """Data whose batches `inputs(batch)` and `labels(batch)` split: the first gives a tensor, a list or tuple of positional
+    inputs, or a mapping of keyword inputs. Without functions, or for data that has some, the data itself."""
+    if data is None or isinstance(data, Adapted) or (inputs is None and labels is None):
+        return data
+    if not isinstance(data, Iterable):
+        raise BadInput(f"data: a {type(data).__name__} cannot be iterated; give a DataLoader")
+    return (AdaptedOnce if isinstance(data, Iterator) else Adapted)(data, inputs, labels)
+
+
+def _called(field: str, function: Callable[[Any], Any], raw: Any) -> Any:
+    if not callable(function):
+        raise BadInput(f"{field}: takes a function of a batch, not a {type(function).__name__}")
+    try:
+        return function(raw)
+    except Exception as error:
+        text = (str(error).splitlines() or ["no message"])[0]
+        raise BadInput(f"{field}: fails on {_describe(raw)} ({type(error).__name__}: {text[:200]})") from error
 
 
 def _describe(value: Any) -> str:
@@ -123,29 +211,56 @@ class Feed:
         """Whether an epoch ends with a batch that is too short for a static program, as far as it can be told before."""
         if self.static is None:
             return False
-        if isinstance(data, (list, tuple)):
-            return bool(data) and self.fit(data[-1]).size < self.static
+        if isinstance(plain := data.data if isinstance(data, Adapted) else data, (list, tuple)):
+            last = data.split(plain[-1]) if isinstance(data, Adapted) and plain else plain[-1:]
+            return bool(plain) and self.fit(last if isinstance(last, Split) else last[0]).size < self.static
         size, count = getattr(data, "batch_size", None), length(getattr(data, "dataset", None))  # type: ignore[arg-type]
         return bool(size and count and not getattr(data, "drop_last", False) and count % size)
 
     def fit(self, raw: Any) -> Batch:
         """One batch in the program's own argument order, checked; only a batch that is too short for it passes."""
         args, kwargs, labels = split_batch(raw)
+        if isinstance(raw, Mapping) and "labels" in raw and "labels" in self._order:
+            kwargs["labels"] = raw["labels"]  # the model takes them, too
+        args, kwargs = self._packed(args, kwargs)
+        takes = ", ".join(self._order)
         if len(args) > len(self._order):
-            raise BadInput(f"{self.field}: a batch has {len(args)} inputs, the program takes {', '.join(self._order)}")
+            raise BadInput(f"{self.field}: a batch has {len(args)} inputs, the program takes {takes}; {ADAPT}")
         given = dict(zip(self._order, args, strict=False)) | kwargs
         if unknown := [name for name in given if name not in self._order]:
-            raise BadInput(f'{self.field}: no input "{unknown[0]}" in the program; it takes {", ".join(self._order)}')
+            raise BadInput(f'{self.field}: no input "{unknown[0]}" in the program; it takes {takes}; {ADAPT}')
         example = dict(zip(self._order, [*self._args, *self._kwargs.values()], strict=True))
         for name, value in example.items():
             if name not in given and any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(value)):
                 raise BadInput(f'{self.field}: the batch lacks the input "{name}"')
-        values = [given.get(name, value) for name, value in example.items()]
+        values = [self._like(name, given.get(name, value), value) for name, value in example.items()]
         args, kwargs = tuple(values[: len(self._args)]), dict(zip(self._kwargs, values[len(self._args) :], strict=True))
         size = self._check(pytree.tree_leaves((args, kwargs)))
         if self.static is not None and size > self.static:
             raise self._wrong_size(size)
         return Batch(args, kwargs, labels, size)
+
+    def _packed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs of a batch as the one list or mapping that the program takes, where it takes one."""
+        only = self._args[0] if len(self._args) == 1 else None
+        if isinstance(only, (list, tuple)) and not (len(args) == 1 and isinstance(args[0], (list, tuple))):
+            return ((list(args),), kwargs) if args else (args, kwargs)
+        if isinstance(only, Mapping) and not args and only.keys() <= kwargs.keys():
+            return ({k: kwargs[k] for k in only},), {k: v for k, v in kwargs.items() if k not in only}
+        return args, kwargs
+
+    def _like(self, name: str, given: Any, example: Any) -> Any:
+        """An input in the structure of the example: a list for a list, mappings in their order."""
+        if pytree.tree_structure(given) == (spec := pytree.tree_structure(example)):
+            return given
+        leaves = pytree.tree_leaves(given)
+        if isinstance(given, (list, tuple)) != isinstance(example, (list, tuple)) or len(leaves) != spec.num_leaves:
+            raise BadInput(
+                f'{self.field}: input "{name}" is {_describe(given)}, the program takes {_describe(example)}'
+            )
+        if isinstance(given, (list, tuple)):
+            return pytree.tree_unflatten(leaves, spec)
+        return given
 
     def _pad(self, batch: Batch, size: int) -> Batch:
         def fill(value: torch.Tensor) -> torch.Tensor:
@@ -177,8 +292,8 @@ class Feed:
                 raise BadInput(f'{self.field}: input "{name}" is {value.dtype}, the program takes {expected.dtype}')
             sizes = list(zip(value.shape, expected.shape, strict=False))[int(batched) :]
             if value.dim() != expected.dim() or any(isinstance(want, int) and have != want for have, want in sizes):
-                wanted = [str(s) if isinstance(s, int) else "any" for s in expected.shape]
-                wanted = ", ".join(["batch", *wanted[1:]] if batched else wanted)
+                known = [str(s) if isinstance(s, int) else "any" for s in expected.shape]
+                wanted = ", ".join(["batch", *known[1:]] if batched else known)
                 raise BadInput(
                     f'{self.field}: input "{name}" has shape {tuple(value.shape)}, the program takes ({wanted})'
                 )
@@ -229,6 +344,8 @@ def shard(data: Iterable[Any], index: int, count: int, even: bool = True) -> Ite
     """
     if count == 1:
         return data
+    if isinstance(data, Adapted):
+        return adapted(shard(data.data, index, count, even), data.inputs, data.labels)
     if not isinstance(data, DataLoader) or data.batch_sampler is None or isinstance(data.dataset, IterableDataset):
         return Every(data, index, count, even)
     if isinstance(data.sampler, DistributedSampler):

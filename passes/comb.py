@@ -23,4 +23,4 @@ class Comb(Pass):
             ],
             "prunable_share": solved.coverage(),
         }
-        return PassResult(program.derive(program.graph_module, stale=False), record)
+        return PassResult(program.copy(), record)

@@ -18,6 +18,8 @@ from ..graph.ops import op_name, shape
 from ..graph.program import Program, TrainableModule
 from .base import Context, Pass, PassResult
 from .batches import Batch
+from .common.class_axis import class_axis, other_outputs
+from .common.losses import class_dim
 from .training import (
     Callback,
     Kept,
@@ -25,13 +27,16 @@ from .training import (
     Training,
     accelerator,
     evaluate,
-    fingerprint,
     fit,
     logits_of,
     placed,
     taken,
     task_loss,
 )
+
+NO_SCORES = "set Distill's alpha to 0 (then give loss=, and metric= where there is val)"
+NO_CLASSES = "set Distill's class_dim to the dimension of the classes, or alpha to 0"
+UNTAUGHT = "the teacher's class scores alone are taught; a loss of your own may read this output"
 
 
 @dataclass(frozen=True)
@@ -41,15 +46,18 @@ class Distill(Training, Pass):
         L = (1-alpha) * task + alpha * T^2 * KL(teacher/T || student/T) + features * sum_l MSE(norm(S_l), norm(T_l))
 
     The form of the loss is ours; CPD (arXiv 2408.03046) says that the dense network teaches the pruned one, not how.
-    Softened scores with T^2 are Hinton et al.'s (arXiv 1503.02531). KL runs over dimension 1 of the class scores
-    `(N, C, ...)` and is averaged over samples and, for segmentation, pixels. `S_l` and `T_l` are block outputs, matched by
-    node name; where the student's is narrower because it was pruned, the teacher's is restricted to the indices that the
-    comb kept (from the student's history, or as pruning goes on). norm divides every sample by its root mean square, so
-    that the MSE is 2 * (1 - cosine). task is the context's loss or cross-entropy.
+    Softened scores with T^2 are Hinton et al.'s (arXiv 1503.02531). KL runs over the classes of the class scores and is
+    averaged over samples and, for segmentation, pixels. Other outputs are not taught (named in the record). `S_l` and
+    `T_l` are block outputs, matched by node name; where the student's is narrower because it was pruned, the teacher's
+    is restricted to the indices that the comb kept (from the student's history, or as pruning goes on). norm divides
+    every sample by its root mean square, so that the MSE is 2 * (1 - cosine). task is the context's loss or cross-
+    entropy.
 
     alpha: weight of the teacher's scores, 0..1; without labels it counts as 1, without a teacher as 0. temperature: T.
-    features: weight of the feature term, 0 for none; gradient scores of pruning while training feel it too, which let small
-    segmenters keep their early layers at the cost of the rest (benchmarks/accuracy.py). labels: use those of the data. The
+    features: weight of the feature term, 0 for none; gradient scores of pruning while training feel it too, which let
+    small segmenters keep their early layers at the cost of the rest (benchmarks/accuracy.py). labels: use those of the
+    data. class_dim: the dimension of the class scores that holds the classes; None finds it by the labels' shape, or
+    the layer that computes the scores, else takes 1 for `(N, C)` and `(N, C, H, W)`, and refuses what is left. The
     teacher runs in eval mode and, like the input program, is not changed. Training options are those of `Training`.
 
     Raises BadInput when there is no data, neither teacher nor labels, a teacher with other inputs or scores, or when
@@ -61,12 +69,14 @@ class Distill(Training, Pass):
     temperature: float = 2.0
     features: float = 0.0
     labels: bool = True
+    class_dim: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("alpha", 0 <= self.alpha <= 1, "0 to 1")
         self._require("temperature", self.temperature > 0, "greater than 0")
         self._require("features", self.features >= 0, "at least 0")
+        self._require("class_dim", self.class_dim != 0, "a dimension besides the batch's, or null")
 
     def run(self, program: Program, context: Context) -> PassResult:
         student = program.copy()
@@ -83,6 +93,8 @@ class Distill(Training, Pass):
             _same_inputs(teacher, student)
         kept, refused = matching_features(teacher, student) if teacher is not None and self.features else ({}, [])
         names = list(kept)
+        if teacher is not None and self.alpha:
+            refused += [{"what": name, "why": UNTAUGHT} for name in other_outputs(student)]
         record: dict[str, Any] = {"changed": ["weights", "running statistics"], "refused": refused, "matched": names}
         for key, model in (("val_before", student), ("val_teacher", teacher)):
             if context.val is not None and model is not None:
@@ -92,10 +104,10 @@ class Distill(Training, Pass):
             if taught is not None:
                 stack.enter_context(tapped(taught, names))
                 stack.enter_context(placed(taught, accelerator().device))
-            objective = _Objective(self, context.loss, taught, kept)
+            objective = _Objective(self, context.loss, taught, kept, class_axis(student))
             record |= fit(
                 student, objective, self, context, type(self).__name__, outputs=lambda raw: raw[0],
-                callbacks=[*callbacks, objective], identity=[fingerprint(taught) if taught else None],
+                callbacks=[*callbacks, objective],
                 dress=lambda module: tapped(module, names),
             )  # fmt: skip
         return record
@@ -105,8 +117,15 @@ class _Objective(Callback):
     """The loss of a batch from what the tapped student returns, and its parts. Follows which indices of the teacher's
     features the student still has."""
 
-    def __init__(self, options: Distill, loss: Callable[..., Any] | None, teacher: TrainableModule | None, kept: Kept):
-        self.options, self.loss, self.teacher, self.kept = options, loss, teacher, kept
+    def __init__(
+        self,
+        options: Distill,
+        loss: Callable[..., Any] | None,
+        teacher: TrainableModule | None,
+        kept: Kept,
+        of_graph: int | None,
+    ):
+        self.options, self.loss, self.teacher, self.kept, self.of_graph = options, loss, teacher, kept, of_graph
 
     def after_surgery(self, surgery: Surgery) -> None:
         for name, dims in self.kept.items():
@@ -132,20 +151,24 @@ class _Objective(Callback):
             with torch.no_grad():
                 taught, taught_features = self.teacher(*batch.args, **batch.kwargs)
             if alpha:
-                parts["kl"] = soft_kl(logits_of(outputs), logits_of(taught), self.options.temperature)
+                ours, theirs = (logits_of(each, NO_SCORES) for each in (outputs, taught))
+                known = (self.options.class_dim, self.of_graph, NO_CLASSES)
+                dim = class_dim(ours, batch.labels if labelled else None, *known)
+                parts["kl"] = soft_kl(ours, theirs, self.options.temperature, dim)
             if features:
                 same = [taken(t, dims) for t, dims in zip(taught_features, self.kept.values(), strict=True)]
                 parts["features"] = feature_distance(features, same)
         return torch.stack([weights[key] * value for key, value in parts.items()]).sum(), parts
 
 
-def soft_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """`T^2 * KL(softmax(teacher / T) || softmax(student / T))` over dimension 1 of class scores `(N, C, ...)`, in
-    nats, averaged over the other dimensions (Hinton et al., arXiv 1503.02531)."""
+def soft_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float, dim: int | None = None) -> torch.Tensor:
+    """`T^2 * KL(softmax(teacher / T) || softmax(student / T))` over the classes of class scores, in nats, averaged over
+    the other dimensions (Hinton et al., arXiv 1503.02531). dim: of the classes; None where the rank tells (`class_dim`)."""
     if student.shape != teacher.shape:
         raise BadInput(f"teacher: its class scores are {tuple(teacher.shape)}, the program's {tuple(student.shape)}")
-    ours, theirs = ((t.float() / temperature).log_softmax(1) for t in (student, teacher))
-    return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1).mean()
+    dim = class_dim(student, instead="give dim=") if dim is None else dim
+    ours, theirs = ((t.float() / temperature).log_softmax(dim) for t in (student, teacher))
+    return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim).mean()
 
 
 def feature_distance(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -187,11 +187,11 @@ def _spread(x: Tensor, gates: dict[int, Tensor]) -> Tensor:
     return weight
 
 
-def _mean(x: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor:
+def _mean(x: Tensor, weight: Tensor, dims: list[int]) -> Tensor:
     return (x * weight).sum(dims, keepdim=True) / weight.sum(dims, keepdim=True)
 
 
-def _variance(x: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor:
+def _variance(x: Tensor, weight: Tensor, dims: list[int]) -> Tensor:
     return _mean((x - _mean(x, weight, dims)).square(), weight, dims)
 
 
@@ -239,7 +239,7 @@ def _instance_norm(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
 
 
 def _softmax(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
-    x = a.get("self", a.get("input"))
+    x = a["self"] if "self" in a else a["input"]
     return (x - (_spread(x, gates).log() + x).logsumexp(a["dim"], keepdim=True)).exp()
 
 
@@ -259,7 +259,7 @@ def _reduced(function: Callable[..., Tensor]) -> Callable[..., Any]:
     return reduce
 
 
-def _unbiased(x: Tensor, weight: Tensor, dims: Sequence[int], a: dict[str, Any]) -> Tensor:
+def _unbiased(x: Tensor, weight: Tensor, dims: list[int], a: dict[str, Any]) -> Tensor:
     correction = a.get("correction", 1) if "unbiased" not in a else int(a["unbiased"])
     count = weight.sum(dims, keepdim=True)
     return _variance(x, weight, dims) * count / (count - (1 if correction is None else correction))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
+import pickle
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import send_to_device
-from torch.utils import _pytree as pytree
 
 from ..graph.comb import Comb
 from ..graph.cost import require_counted
@@ -28,6 +27,10 @@ from ..graph.verify.evaluate import Evaluator, double_weights, random_inputs, re
 from .base import Context, Pass, PassResult, check_field
 from .batches import Batch, Feed
 from .blocks import Block, find_blocks
+from .common.class_axis import class_axis
+from .common.losses import class_dim
+from .common.processes import forwarded
+from .common.repeat import Samples, code_of, run_code, says_anew
 from .distill import Distill, soft_kl
 from .fuse import Fuse
 from .knapsack import allowed_seconds, needed_latency
@@ -42,7 +45,6 @@ from .training import (
     agreed,
     bar,
     evaluate,
-    fingerprint,
     fit,
     gathered,
     logits_of,
@@ -54,6 +56,7 @@ from .training import (
 
 CUT = "without all attention the outputs no longer depend on the inputs"
 DRAWS = 100  # of random choices, before none is taken to be enough
+NO_SUPERNET = "set PruneDepth's supernet_steps to 0 (then give metric=, and loss= with alpha: 0 in train)"
 Bits = tuple[bool, ...]  # by prunable block: whether it is pruned
 
 
@@ -219,14 +222,15 @@ class PruneDepth(Pass):
         if not self.supernet_steps:
             return supernet, {}
         options = dataclasses.replace(self._training(), steps=self.supernet_steps)
-        kept = _Kept(context.out, "supernet", program, self, context.seed)
+        kept = _Kept("supernet", program, self, context)
         if state := kept.tensors():
             supernet.module().load_state_dict(state)
             return supernet, {"resumed": True}
         if context.data is None:
             raise BadInput("PruneDepth: the supernet needs data to train on; pass data=, or supernet_steps=0")
         self._start(supernet, context)
-        objective = _Sandwich(supernet.module(), budget, options.temperature, context.loss)
+        known = options.class_dim, class_axis(program)
+        objective = _Sandwich(supernet.module(), budget, options.temperature, context.loss, known)
         record = fit(supernet, objective, options, context, "PruneDepth.supernet", identity=[self.tail, self.fitted])
         kept.keep_tensors(supernet.module().state_dict())
         return supernet, record
@@ -239,10 +243,10 @@ class PruneDepth(Pass):
         """
         if context.data is None:
             raise BadInput("PruneDepth: the search needs data; pass data=, or name the blocks")
-        kept = _Kept(context.out, "search", supernet, self, context.seed)
+        kept = _Kept("search", supernet, self, context)
         with seeded(context.seed, context.data, context.val):  # the same batches if the stage before is taken up
             judge = _Judge(supernet, context, self.calibrate, self.score_batches)
-        scores = gathered(kept.values())[0]
+        scores = kept.values()
         total = budget.count + self.population * (self.generations + 1)
         with bar(context.progress, "search", total) as update:
 
@@ -279,7 +283,7 @@ class PruneDepth(Pass):
     ) -> tuple[Program, dict[str, Any]]:
         """Stage 3: the program with the pruned forms of the blocks, trained, and the record of training; its `error`
         compares it in float64 with the relaxed program at `l = 0`, where one becomes the other."""
-        kept = _Kept(context.out, "pruned", program, self, context.seed, [b.name for b in blocks])
+        kept = _Kept("pruned", program, self, context, [b.name for b in blocks])
         if state := kept.tensors():
             pruned = relax(program, blocks, settled=True, tail=self.tail, fitted=self.fitted)
             pruned.module().load_state_dict(state)
@@ -431,7 +435,7 @@ class _Judge:
         self.field = "data" if context.val is None else "val"
         self.batches = list(islice(context.batches if context.val is None else context.val, count))
         acc = accelerator()
-        seen = {_digest([self.batches, [(b.args, b.kwargs) for b in self.calibrator.batches]])}
+        seen = {code_of([self.batches, [(b.args, b.kwargs) for b in self.calibrator.batches]])}
         self.index = acc.process_index
         self.at_once = acc.num_processes if len(seen.union(gathered(next(iter(seen))))) == 1 else 1
 
@@ -440,8 +444,8 @@ class _Judge:
             return [self._score(bits) for bits in choices]
         try:  # one that fails must not leave the others waiting
             own: Any = [self._score(bits, alone=True) for bits in choices[self.index : self.index + 1]]
-        except GraphcombError as error:
-            own = error
+        except Exception as error:
+            own = forwarded(error)
         found = gathered(own)
         if failed := [f for f in found if isinstance(f, GraphcombError)]:
             raise failed[0]
@@ -453,32 +457,32 @@ class _Judge:
         return evaluate(self.supernet, self.batches, self.metric, field=self.field, alone=alone)
 
 
-def _digest(batches: Any) -> str:
-    """Stands for the values of all tensors."""
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in (t for t in pytree.tree_leaves(batches) if isinstance(t, torch.Tensor)):
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 class _Sandwich:
     """Loss of a supernet's step: of the dense path on the labels, and of two random choices and the widest one against what
     the dense path says."""
 
-    def __init__(self, module: TrainableModule, budget: Budget, temperature: float, loss: Callable[..., Any] | None):
+    def __init__(
+        self,
+        module: TrainableModule,
+        budget: Budget,
+        temperature: float,
+        loss: Callable[..., Any] | None,
+        known: tuple[int | None, int | None],
+    ):
         self.module, self.budget, self.temperature, self.loss = module, budget, temperature, loss
-        self.widest = budget.widest()
+        self.known, self.widest = known, budget.widest()
 
     def __call__(self, raw: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        taught = logits_of(raw).detach()
+        taught = logits_of(raw, NO_SUPERNET).detach()
+        dim = class_dim(taught, batch.labels, *self.known, "set class_dim in PruneDepth's train")
         parts = {} if batch.labels is None else {"task": task_loss(self.loss, raw, batch.labels)}
         generator = random.Random(int(torch.randint(2**31, ())))
         choices = [self.budget.draw(generator), self.budget.draw(generator), self.widest]
         losses = []
         for bits in choices:
             set_switches(self.module, [1.0 - b for b in bits])
-            losses.append(soft_kl(logits_of(self.module(*batch.args, **batch.kwargs)), taught, self.temperature))
+            scores = logits_of(self.module(*batch.args, **batch.kwargs))
+            losses.append(soft_kl(scores, taught, self.temperature, dim))
         set_switches(self.module, [1.0] * self.budget.count)
         parts["kl"] = torch.stack(losses).mean()
         return torch.stack(list(parts.values())).sum(), parts
@@ -541,35 +545,51 @@ class _Fading(Callback):
 
 
 class _Kept:
-    """The result of a stage in a folder, under a name that stands for everything it depends on."""
+    """The result of a stage in a folder, under a name that stands for what it depends on, with a sample of the data. The
+    main process decides whether there is one."""
 
-    def __init__(self, folder: Path | None, stage: str, program: Program, options: PruneDepth, seed: int, *more: Any):
+    def __init__(self, stage: str, program: Program, options: PruneDepth, context: Context, *more: Any):
         self.path: Path | None = None
-        if folder is not None:
-            train = repr(options.train)
+        self.stage, self.samples = stage, Samples(context)
+        if context.out is not None:
             fields = [getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "train"]
-            self.path = Path(folder) / f"{stage}-{fingerprint(program.module(), fields, train, seed, more)}"
+            parts = (fields, repr(options.train), accelerator().num_processes, more)
+            code = agreed(lambda: run_code(program.module(), context, *parts))
+            self.path = Path(context.out) / f"{stage}-{code}"
 
     def tensors(self) -> dict[str, torch.Tensor] | None:
-        if self.path is None or not self.path.exists():
-            return None
-        return torch.load(self.path, map_location="cpu", weights_only=True)
+        return self._read(lambda path: torch.load(path, map_location="cpu", weights_only=True))
 
     def keep_tensors(self, state: dict[str, torch.Tensor]) -> None:
-        self._write(lambda part: torch.save(state, part))
+        self._write(state, torch.save)
 
     def values(self) -> dict[str, float]:
-        if self.path is None or not self.path.exists():
-            return {}
-        return json.loads(self.path.read_text())
+        return self._read(lambda path: json.loads(path.read_text())) or {}
 
     def keep_values(self, values: dict[str, float]) -> None:
-        self._write(lambda part: part.write_text(json.dumps(values)))
+        self._write(values, lambda value, part: part.write_text(json.dumps(value)))
 
-    def _write(self, write: Callable[[Path], Any]) -> None:
+    def _read(self, read: Callable[[Path], Any]) -> Any:
+        """What the main process finds of the same data, in every process."""
+        return None if self.path is None else agreed(lambda: self._same(read))
+
+    def _same(self, read: Callable[[Path], Any]) -> Any:
+        assert self.path is not None
+        if self.path.exists():
+            try:
+                stored = read(self.path)
+                if not self.samples.differ(stored["data"]):
+                    return stored["result"]
+            except (OSError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+                raise BadInput(f"{self.path}: cannot be read ({error}); delete it to start this stage anew") from error
+        if list(self.path.parent.glob(f"{self.stage}-*")):
+            says_anew(self.path.parent, f"PruneDepth's {self.stage}")
+        return None
+
+    def _write(self, result: Any, write: Callable[[Any, Path], Any]) -> None:
         if self.path is None or not accelerator().is_main_process:
             return
         part = self.path.with_name(f".{self.path.name}.part")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
+        write({"result": result, "data": self.samples.codes}, part)
         os.replace(part, self.path)

@@ -98,6 +98,9 @@ class Quantize(Pass):
         with seeded(context.seed, context.data), placed(module, accelerator().device), torch.no_grad():
             for batch, _ in sample_batches(Feed(program), context, self.samples, "Quantize"):
                 runner.run(*pytree.tree_leaves((batch.args, batch.kwargs)), enable_io_processing=False)
+        # The observer's own scale is for 127.5 steps, which saturates the largest value.
+        if self.calibration == "minmax":
+            return {node: runner.largest[node] / RANGE[1] for node in watched}
         return {
             node: float(observer.calculate_qparams()[0]) if runner.largest[node] > 0 else 0.0
             for node, observer in watched.items()
@@ -105,13 +108,14 @@ class Quantize(Pass):
 
 
 def _observer(calibration: str) -> Callable[[], Any]:
-    logging.disable(logging.WARNING)  # what torchao says while it is imported is for its own developers
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))  # what torchao says while it is imported is for its own developers
     try:
         from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver
     except ImportError:
         raise MissingBackend("Quantize: needs torchao; pip install graphcomb[quantize]") from None
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
     kind = HistogramObserver if calibration == "histogram" else MinMaxObserver
     low, high = RANGE
     return lambda: kind(dtype=torch.int8, qscheme=torch.per_tensor_symmetric, quant_min=low, quant_max=high)

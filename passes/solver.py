@@ -33,7 +33,7 @@ class Method:
     damping: float | None
     dtype: str
     memory: float
-    allocation: str
+    allocation: str = "increments"
 
     @property
     def pattern(self) -> cap.Pattern | None:

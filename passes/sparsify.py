@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from accelerate.utils import broadcast, send_to_device
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from ..graph.errors import BadInput, Refused
 from ..graph.ops import fetch
-from ..graph.program import Program, load
+from ..graph.program import Program
 from ..graph.sparse import implies, read_pattern, sparse_weights, stronger
 from .base import Context, Pass, PassResult, check_field
-from .batches import Feed, length
 from .cap import Pattern
+from .common.processes import broadcast_all, stored_program
+from .common.repeat import Samples, run_code, sample, says_anew
 from .distill import Distill
 from .masks import legal
 from .permute import permuted
 from .solver import PROBE, Method, Solver
 from .statistics import Gradients, Layer, check_again, check_included, layers, read_patterns
-from .training import accelerator, agreed, evaluate, fingerprint, placed, seeded, task_loss
+from .training import accelerator, agreed, evaluate
 
 METHODS = ("cap", "fastcap", "woodfisher", "sparsegpt", "wanda", "magnitude")
 GLOBAL = ("cap", "woodfisher", "magnitude")  # methods whose scores are losses or sizes that compare between layers
@@ -244,9 +241,7 @@ class Sparsify(Pass):
             stage["steps"].append(row | {"damping": solver.damping or None})
             check_again(seen, solver.seen)
             seen = solver.seen
-        if accelerator().num_processes > 1:
-            for tensor in program.module().parameters():
-                broadcast(tensor.data)
+        broadcast_all(program.module().parameters())
         return stage
 
     def _method(self, goal: float | Pattern) -> Method:
@@ -261,19 +256,17 @@ class Sparsify(Pass):
     ) -> Program:
         """Prune and train in turns; a stage whose snapshot is there is taken from it."""
         assert self.train is not None
-        folder = Path(self.snapshots) if self.snapshots else context.out
-        run = self._run_code(program, context) if folder else ""
+        folder = Path(self.snapshots) if self.snapshots else None if context.out is None else Path(context.out)
+        samples = Samples(context)
+        run = agreed(lambda: self._run_code(program, context)) if folder else ""
         first, history = self.schedule[0][0], program.history
         ends = [*(start for start, _ in self.schedule[1:]), self.train.epochs]
         plan = [(share, end - start) for (start, share), end in zip(self.schedule, ends, strict=True)]
         for share, epochs in [(0.0, first), *plan] if first else plan:
             file = None if folder is None else folder / f"sparsity-{share:.4f}-{run}.pt2"
-            if file is not None and file.is_file():
-                program = load(file)
-                stage = program.history[-1]["stages"][-1]
-                if context.val is not None and "val" not in stage:
-                    stage["val"] = evaluate(program, context.val, context.metric, context.progress)
-                stages.append(stage)
+            if file is not None and (found := self._taken(file, samples)) is not None:
+                program = found
+                stages.append(program.history[-1]["stages"][-1])
                 continue
             program.module().meta.pop("batches", None)  # plain averages of statistics start anew, also after a snapshot
             stage = {"sparsity": share, "epochs": epochs}
@@ -288,6 +281,7 @@ class Sparsify(Pass):
                 stage["val"] = evaluate(program, context.val, context.metric, context.progress)
             stages.append(stage)
             head = {"pass": type(self).__name__, "options": self.options(), "stages": [stage]}
+            head |= {"data": agreed(lambda: samples.codes)} if file is not None else {}
             program.history = [*history, head | self._report(program, names, context)]
             if file is not None and accelerator().is_main_process:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -295,19 +289,20 @@ class Sparsify(Pass):
         program.history = history
         return program
 
+    def _taken(self, file: Path, samples: Samples) -> Program | None:
+        """The program of a snapshot, unless it is not there or was trained on other data."""
+        program = stored_program(file)
+        if program is not None and not agreed(lambda: samples.differ(program.history[-1].get("data", [[], []]))):
+            return program
+        if accelerator().is_main_process and list(file.parent.glob(f"{file.name.rpartition('-')[0]}-*.pt2")):
+            says_anew(file.parent, f"Sparsify's stage {file.name.split('-')[1]}")
+        return None
+
     def _run_code(self, program: Program, context: Context) -> str:
-        """A code for all that decides what the snapshots hold."""
-        options, teacher = repr(dataclasses.replace(self, snapshots=None)), context.teacher
-        taught = fingerprint(teacher.module()) if teacher else None
-        data: Any = None
-        if isinstance(context.data, Iterable):
-            with seeded(context.seed, context.data):
-                batch = next(iter(context.data), None)
-            data = (length(context.data), _code(batch), _loss_of(program, batch, context))
-        processes = accelerator().num_processes
-        return fingerprint(
-            program.module(), options, context.seed, taught, data, processes, context.target, context.dtype
-        )
+        """A code for all that decides what the snapshots hold, the data's first batch included."""
+        options = repr(dataclasses.replace(self, snapshots=None))
+        first = sample(context.data, context.seed)[:1]
+        return run_code(program.module(), context, options, first, accelerator().num_processes)
 
     def _report(self, program: Program, names: list[str], context: Context) -> dict[str, Any]:
         """What changed, layer by layer, and the names that later passes have to respect."""
@@ -348,31 +343,6 @@ def not_accelerated(layer: Layer, pattern: str | None, context: Context) -> str 
     if min(layer.shape[1], out) < SPARSE_CHANNELS:
         return f"{layer.shape[1]} -> {out} channels; sparse kernels win from about {SPARSE_CHANNELS} on"
     return None
-
-
-def _code(batch: Any) -> str:
-    """A code for what a batch holds."""
-    digest = hashlib.blake2b(digest_size=6)
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(repr(leaf).encode())
-    return digest.hexdigest()
-
-
-def _loss_of(program: Program, batch: Any, context: Context) -> str | None:
-    """The loss of a batch, which tells one loss from another."""
-    feed = Feed(program)
-    found = None if batch is None else feed.fit(batch)
-    if found is None or found.labels is None or feed.static not in (None, found.size):
-        return None
-    module, device = program.module().eval(), accelerator().device
-    with torch.no_grad(), placed(module, device):
-        args, kwargs, labels = send_to_device((found.args, found.kwargs, found.labels), device)
-        outputs = module(*args, **kwargs)
-        return f"{float(task_loss(context.loss, outputs, labels)):.3g}"
 
 
 def _ends(program: Program, found: list[Layer]) -> dict[str, str]:

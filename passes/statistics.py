@@ -20,6 +20,8 @@ from ..graph.ops import arguments, fetch, hint, op_name, shape
 from ..graph.program import Program, TrainableModule
 from .base import Context, Pass, check_field
 from .batches import Batch, Feed, map_some
+from .common.class_axis import class_axis
+from .common.losses import class_dim
 from .common.processes import summed
 from .common.samples import apart, everywhere, sample_batches
 from .training import accelerator, logits_of, placed, seeded, task_loss
@@ -144,6 +146,7 @@ class Gradients:
     ) -> Generator[dict[str, Tensor]]:
         feed, module, device = Feed(program), program.module().eval(), accelerator().device
         teacher = (context.teacher or program).copy().module().eval() if self.against == "teacher" else None
+        of_graph = class_axis(context.teacher or program) if teacher is not None else None
         maker = _Samples(program, names, context.loss, feed, largest)
         step = max(1, largest // max(1, sum(layer.size for layer in maker.layers)))
         size = getattr(context.data, "batch_size", None)
@@ -156,7 +159,7 @@ class Gradients:
             for batch, taken in sample_batches(feed, context, count, share=share):
                 labels = batch.labels
                 if teacher is not None:
-                    labels = _drawn(teacher, batch.args, batch.kwargs)
+                    labels = _drawn(teacher, batch.args, batch.kwargs, of_graph)
                 elif labels is None:
                     raise BadInput('Sparsify.against: the data has no labels; set it to "teacher"')
                 batch = Batch(batch.args, batch.kwargs, labels, batch.size)
@@ -200,9 +203,11 @@ def _differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _drawn(teacher: TrainableModule, args: Any, kwargs: Any) -> Tensor:
+def _drawn(teacher: TrainableModule, args: Any, kwargs: Any, of_graph: int | None) -> Tensor:
+    instead = 'set against to "labels", and give loss='
     with torch.no_grad():
-        scores = logits_of(teacher(*args, **kwargs)).float().movedim(1, -1)
+        scores = logits_of(teacher(*args, **kwargs), instead)
+        scores = scores.float().movedim(class_dim(scores, of_graph=of_graph, instead=instead), -1)
     if not bool(scores.isfinite().all()):
         raise BadInput("Sparsify.against: the teacher's scores are not finite")
     return torch.multinomial(scores.softmax(-1).flatten(0, -2), 1).view(scores.shape[:-1])

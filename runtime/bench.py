@@ -2,7 +2,8 @@
 
 The items run in turns, A B, B A, A B, so that a drift of clocks or load meets them alike. A run counts only when the
 process had the processor: its CPU time must be at least 93 % of threads x wall time, otherwise something else ran
-meanwhile. The ratio is the median over the rounds in which every item's run counted; too few of them, no ratio.
+meanwhile; and, in a virtual machine, when the hypervisor took nothing. The ratio is the median over the rounds in which
+every item's run counted, with the interval that holds it with 95 % (order statistics); too few of them, no ratio.
 Source: the method of paired, interleaved measurement; the guard is ours.
 """
 
@@ -16,7 +17,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -28,10 +29,14 @@ from torch.utils import _pytree as pytree
 
 from ..graph.errors import BadInput
 from ..graph.program import Program
-from .engine import BACKENDS, Engine, backend_module, open_engine
+from .bench_device import median_interval
+from .bench_device import stolen as _stolen
+from .engine import BACKENDS, Engine, TensorSpec, backend_module, input_specs, open_engine
 from .onnx import export_onnx
+from .targets import nearest
 
 GUARD = 0.93
+SLOW = 1.0  # seconds of one call from which on it is not repeated to find out how long it takes
 SAMPLE = 2e-3  # seconds: shorter runs are repeated within one sample, so that clocks and scheduling ticks do not matter
 PERCENTILES = {"p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "p99": 99}
 PACKAGES = (
@@ -64,8 +69,9 @@ class BenchResult:
     """What was measured.
 
     ratios: by name of every item after the first, how many times faster it is than the first: percentiles over paired
-    rounds, or None when too few rounds counted; then `note` says so. rounds: pairs that counted. environment: machine,
-    versions, threads, date.
+    rounds, and low and high, between which the median lies with 95 % (from six rounds on); None when too few rounds
+    counted; then `note` says so. rounds: pairs that counted. environment: machine, versions, threads, date. contended:
+    whether the machine was too busy for an answer.
     """
 
     timings: list[Timing]
@@ -75,6 +81,7 @@ class BenchResult:
     seconds: float
     note: str
     environment: dict[str, Any]
+    contended: bool = False
 
     @property
     def ratio(self) -> float | None:
@@ -82,14 +89,9 @@ class BenchResult:
         first = next(iter(self.ratios.values()), None)
         return first["median"] if first else None
 
-    @property
-    def contended(self) -> bool:
-        """Whether the machine was too busy for an answer."""
-        return bool(self.note)
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return asdict(self) | {"ratio": self.ratio, "contended": self.contended}
+        return asdict(self) | {"ratio": self.ratio}
 
 
 @dataclass(frozen=True)
@@ -109,15 +111,17 @@ def bench(
     batch: int = 1,
     progress: bool = False,
     engine: str | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> BenchResult:
     """Measure items against the first of them.
 
     items: ONNX or engine files, engines, programs (run in ONNX Runtime after a temporary export), or callables. inputs:
     arrays or tensors in the order of the engines' inputs, cast to each engine's types; by default the first program's
-    example inputs, else random ones with dynamic batches of size `batch`. A callable gets `inputs` as they are.
-    threads: of engines on the CPU, and what the guard expects to be busy. engine: the backend that runs programs and
-    ONNX files, by default ONNX Runtime. seconds: time limit. min_runs: rounds that must
-    count before anything is stated; max_runs: enough.
+    example inputs, else random ones with dynamic batches of size `batch`, and of the shapes that `shapes` gives by name of
+    an input, which other dynamic dimensions need. An engine that is built here is optimised for the inputs' shapes. A
+    callable gets `inputs` as they are. threads: of engines on the CPU, and what the guard expects to be busy. engine: the
+    backend that runs programs and ONNX files, by default ONNX Runtime. seconds: time limit. min_runs: rounds that must count
+    before anything is stated; max_runs: enough.
 
     With several threads an engine may rightly leave some idle, so the guard then rejects runs whose threads waited for
     a processor more than 7 % of the time (Linux). Engines that run on an accelerator are not guarded.
@@ -134,12 +138,12 @@ def bench(
         backend_module(engine)
     titles = _names(items, names)
     with contextlib.ExitStack() as stack:
-        calls, guarded = _calls(items, inputs, threads, batch, engine, stack)
+        calls, guarded = _calls(items, inputs, threads, batch, shapes or {}, engine, stack)
         repeats = [_repeats(call) for call in calls]
-        start = time.perf_counter()
         rounds: list[list[_Sample]] = []
         paired = 0
         with _collector_off(), _bar(progress, seconds) as advance:
+            start, taken = time.perf_counter(), _stolen()
             while time.perf_counter() - start < seconds and paired < max_runs:
                 found: list[_Sample | None] = [None] * len(calls)
                 order = range(len(calls)) if len(rounds) % 2 == 0 else range(len(calls) - 1, -1, -1)
@@ -148,12 +152,18 @@ def bench(
                 rounds.append([s for s in found if s is not None])
                 paired += all(s.counts for s in rounds[-1])
                 advance(max((time.perf_counter() - start) / seconds, paired / max_runs))
-        elapsed = time.perf_counter() - start
-    return _result(titles, rounds, repeats, min_runs, elapsed, threads)
+        elapsed, taken = time.perf_counter() - start, _stolen() - taken
+    return _result(titles, rounds, repeats, min_runs, elapsed, threads, taken)
 
 
 def _result(
-    names: list[str], rounds: list[list[_Sample]], repeats: list[int], min_runs: int, seconds: float, threads: int
+    names: list[str],
+    rounds: list[list[_Sample]],
+    repeats: list[int],
+    min_runs: int,
+    seconds: float,
+    threads: int,
+    taken: float,
 ) -> BenchResult:
     timings = []
     for i, name in enumerate(names):
@@ -161,20 +171,51 @@ def _result(
         ms = _percentiles(good) if len(good) >= min_runs else {}
         timings.append(Timing(name, len(good), len(rounds) - len(good), repeats[i], ms))
     paired = [r for r in rounds if all(s.counts for s in r)]
-    enough = len(paired) >= min_runs
+    # Short thefts fall between the samples in which they show.
+    stolen = taken > (1 - GUARD) * threads * seconds
+    enough = len(paired) >= min_runs and not stolen
     ratios = {
-        name: _percentiles([r[0].seconds / r[i].seconds for r in paired]) if enough else None
+        name: _ratio([r[0].seconds / r[i].seconds for r in paired]) if enough else None
         for i, name in enumerate(names)
         if i
     }
-    note = (
+    slow = not stolen and len(rounds) < min_runs and 2 * len(paired) >= len(rounds)
+    contended = not enough and not slow
+    rejected = len(rounds) - len(paired)
+    return BenchResult(
+        timings,
+        ratios,
+        len(paired),
+        rejected,
+        seconds,
         ""
         if enough
-        else f"no figure: only {len(paired)} of {len(rounds)} rounds ran undisturbed in {seconds:.0f} s ({min_runs} "
+        else _no_figure(len(rounds), len(paired), min_runs, seconds, threads, taken if stolen else 0.0, slow),
+        environment(threads),
+        contended,
+    )
+
+
+def _no_figure(rounds: int, paired: int, min_runs: int, seconds: float, threads: int, taken: float, slow: bool) -> str:
+    """Why there is no figure: it takes more time, or the machine is busy."""
+    if taken:
+        return f"no figure: the hypervisor took the processors for {taken:.1f} s of {seconds:.0f} s; measure again"
+    if slow:
+        needed = max(1, int(np.ceil(1.2 * seconds / max(rounds, 1) * min_runs)))
+        return (
+            f"no figure: only {rounds} rounds fit into {seconds:.0f} s ({min_runs} needed), the models are slow; "
+            f"give it {needed} seconds"
+        )
+    return (
+        f"no figure: only {paired} of {rounds} rounds ran undisturbed in {seconds:.0f} s ({min_runs} "
         f"needed); the machine is contended, or an item waits or uses other than {threads} threads"
     )
-    rejected = len(rounds) - len(paired)
-    return BenchResult(timings, ratios, len(paired), rejected, seconds, note, environment(threads))
+
+
+def _ratio(values: Sequence[float]) -> dict[str, float]:
+    interval = median_interval(values)
+    found = _percentiles(values)
+    return found | ({"low": interval[0], "high": interval[1]} if interval else {})
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float]:
@@ -186,7 +227,7 @@ def _percentiles(values: Sequence[float]) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------------------- measuring
 def _sample(call: Callable[[], Any], repeats: int, threads: int) -> _Sample:
     """Time some calls. threads: that should be busy; 0 for work that is not done by the processor."""
-    waited = _waited() if threads > 1 else 0.0
+    waited, taken = _waited() if threads > 1 else 0.0, _stolen() if threads else 0.0
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(repeats):
         call()
@@ -195,6 +236,8 @@ def _sample(call: Callable[[], Any], repeats: int, threads: int) -> _Sample:
         counts = (_waited() - waited) / (threads * wall) <= 1 - GUARD and cpu / (threads * wall) <= 1 / GUARD
     else:
         counts = not threads or GUARD <= cpu / wall <= 1 / GUARD
+    if threads and _stolen() > taken:  # which the processor time of a virtual machine need not show
+        counts = False
     return _Sample(wall / repeats, counts)
 
 
@@ -215,6 +258,8 @@ def _repeats(call: Callable[[], Any]) -> int:
         start = time.perf_counter()
         call()
         fastest = min(fastest, time.perf_counter() - start)
+        if fastest > SLOW:
+            break
     return max(1, int(np.ceil(SAMPLE / max(fastest, 1e-7))))
 
 
@@ -269,6 +314,7 @@ def _calls(
     inputs: Sequence[Any] | None,
     threads: int,
     batch: int,
+    shapes: Mapping[str, Sequence[int]],
     engine: str | None,
     stack: contextlib.ExitStack,
 ) -> tuple[list[Callable[[], Any]], list[bool]]:
@@ -282,11 +328,15 @@ def _calls(
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             item = export_onnx(item, Path(folder) / "program.onnx").path
         if isinstance(item, (str, os.PathLike, Program)):
-            item = open_engine(item, engine, threads)
+            wanted = None if isinstance(item, Program) else input_specs(Path(item))
+            if inputs is None and wanted is not None:
+                inputs = random_inputs(wanted, batch, shapes)
+            given = None if inputs is None else [tuple(np.shape(x)) for x in inputs]
+            item = open_engine(item, engine, threads, given or [(batch,)])
             stack.callback(item.close)
         if isinstance(item, Engine):
             if inputs is None:
-                inputs = random_inputs(item, batch)
+                inputs = random_inputs(item.inputs, batch, shapes)
             arrays = _arrays(item, inputs)
             # An accelerator's engine is measured with its inputs on the device.
             calls.append(item.prepared(arrays) if hasattr(item, "prepared") else functools.partial(item.run, arrays))
@@ -307,13 +357,33 @@ def _arrays(engine: Engine, inputs: Sequence[Any]) -> list[np.ndarray]:
     return [np.ascontiguousarray(x.astype(i.dtype)) for x, i in zip(arrays, engine.inputs, strict=True)]
 
 
-def random_inputs(engine: Engine, batch: int) -> list[np.ndarray]:
-    """Normal floats and zeros for integers, which are valid indices whatever they index."""
-    generator, found = np.random.default_rng(0), []
-    for spec in engine.inputs:
-        if None in spec.shape[1:]:
-            raise BadInput(f"bench: input {spec.name} has dynamic dimensions beyond the batch; give `inputs`")
-        shape = [batch if s is None else s for s in spec.shape]
+def random_inputs(
+    inputs: Sequence[TensorSpec], batch: int, shapes: Mapping[str, Sequence[int]] | None = None
+) -> list[np.ndarray]:
+    """Normal floats and zeros for integers, which are valid indices whatever they index. shapes: by name of an input,
+    where more than its batch is dynamic.
+
+    Raises BadInput for shapes of no input, that do not fit, or that are missing.
+    """
+    shapes, generator, found = shapes or {}, np.random.default_rng(0), []
+    names = [spec.name for spec in inputs]
+    for name in shapes:
+        if name not in names:
+            raise BadInput(f"shapes: no input {name}; {nearest(name, names)}")
+    for spec in inputs:
+        if spec.name not in shapes and None in spec.shape[1:]:
+            example = "x".join(str(s) if s is not None else "N" for s in (batch, *spec.shape[1:]))
+            raise BadInput(
+                f"input {spec.name} has dynamic dimensions beyond the batch, {spec.shape}: give its shape "
+                f"(--shape {spec.name}={example}; in Python inputs or shapes)"
+            )
+        shape = tuple(shapes.get(spec.name, [batch if s is None else s for s in spec.shape]))
+        if (
+            len(shape) != len(spec.shape)
+            or any(b not in (None, a) for a, b in zip(shape, spec.shape, strict=True))
+            or any(a < 1 for a in shape)
+        ):
+            raise BadInput(f"input {spec.name}: shape {shape} does not fit {spec.shape}")
         floating = spec.dtype.startswith(("float", "bfloat"))
         found.append(generator.standard_normal(shape, np.float32) if floating else np.zeros(shape, spec.dtype))
     return found

@@ -46,6 +46,7 @@ UNFUSED = {
     "kernel": "a kernel of its own quantises or dequantises",
     "float": "computes in floating point although its operands are quantised",
     "idle": "quantises and dequantises within one kernel, which rounds and saves nothing",
+    "wide": "computes in few bits but writes floating point, and a kernel of its own scales and quantises that",
 }
 
 
@@ -121,8 +122,9 @@ class Unfused:
     """Quantisation that buys no speed.
 
     how: "kernel" (a kernel between two others does nothing but quantise or dequantise), "float" (an operator whose
-    operands are dequantised computes in floating point all the same) or "idle" (a tensor is rounded and restored within
-    one kernel, so that it never crosses memory in few bits). nodes: the ONNX nodes concerned.
+    operands are dequantised computes in floating point all the same), "idle" (a tensor is rounded and restored within
+    one kernel, so that it never crosses memory in few bits) or "wide" (a product of quantised operands is written in
+    floating point, for another kernel to scale). nodes: the ONNX nodes concerned.
     """
 
     kernel: str
@@ -190,14 +192,15 @@ class BuildLog:
 
     def unfused(self) -> list[Unfused]:
         """Quantisation that stayed outside of the operators it is for. Quantising the network's inputs and dequantising
-        its outputs is nobody's fault and not listed."""
+        its outputs is nobody's fault and not listed, nor are weights, which are quantised when the engine is built."""
         made = {tensor.name for layer in self.layers for tensor in layer.outputs}
         taken = {tensor.name for layer in self.layers for tensor in layer.inputs}
         sources = {tensor: node for node in self.nodes.values() for tensor, _ in node.outputs}
         narrow = {n for layer in self.layers if any(t.dtype in QUANTIZED for t in layer.inputs) for n in layer.nodes}
-        found = []
+        found: list[Unfused] = []
         for layer in self.layers:
             nodes = [self.nodes[name] for name in layer.nodes if name in self.nodes]
+            few = any(tensor.dtype in QUANTIZED for tensor in layer.outputs)
             inner = any(t.name in made for t in layer.inputs) and any(t.name in taken for t in layer.outputs)
             if nodes and all(node.op in QDQ for node in nodes):
                 found += [Unfused(layer.name, "kernel", layer.nodes)] if inner else []
@@ -206,10 +209,25 @@ class BuildLog:
                 feeds = [sources[tensor] for tensor, _ in node.inputs if tensor in sources]
                 if node.op in PRODUCTS and len(feeds) > 1 and all(feed.op == QDQ[1] for feed in feeds[:2]):
                     # A product may be spread over kernels, its bias apart: one that takes few bits is enough.
-                    found += [] if node.name in narrow else [Unfused(layer.name, "float", (node.name,))]
-                elif node.op == QDQ[1] and feeds and feeds[0].op == QDQ[0] and feeds[0] in nodes:
-                    found.append(Unfused(layer.name, "idle", (feeds[0].name, node.name)))
+                    if node.name not in narrow:
+                        found.append(Unfused(layer.name, "float", (node.name,)))
+                    elif self._writes_wide(layer, node):
+                        found.append(Unfused(layer.name, "wide", (node.name,)))
+                elif node.op == QDQ[1] and feeds and feeds[0].op == QDQ[0] and feeds[0] in nodes and not few:
+                    source = feeds[0].inputs[0][0] if feeds[0].inputs else ""
+                    if source in sources or source in taken:  # else it is a weight
+                        found.append(Unfused(layer.name, "idle", (feeds[0].name, node.name)))
         return found
+
+    def _writes_wide(self, layer: Layer, node: Node) -> bool:
+        """Whether a layer multiplies in few bits and leaves the scaling of the result to another kernel."""
+        if layer.kind in MOVERS or not any(t.dtype in QUANTIZED for t in layer.inputs):
+            return False
+        wide = {t.name for t in layer.outputs if t.dtype in ("fp32", "fp16", "bf16")}
+        return any(
+            other is not layer and node.name in other.nodes and any(t.name in wide for t in other.inputs)
+            for other in self.layers
+        )
 
     def _weight_pads(self, layer: Layer, alignment: Callable[[str], int] | None) -> list[Pad]:
         """Zeros in the constants of a convolution or matrix product; a 1x1 convolution may have become a product, so

@@ -58,6 +58,8 @@ def write_bundle(
     batch: int = 1,
     record: str | Path | None = None,
     layers: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    opset: int | None = None,
 ) -> Path:
     """Write a bundle of models to compare; returns the folder.
 
@@ -67,7 +69,8 @@ def write_bundle(
     as they are. target: checked for opset and precision, and named in the bundle with its library. batch: of models with
     a dynamic one. record: a run's record.json, to go along. layers: of models that are ONNX files, by name, as
     `measured.describe` gives them for the program and the batch; what is measured can then be compared with a prediction,
-    layer by layer, and calibrate a roofline.
+    layer by layer, and calibrate a roofline. shapes: of inputs, by name, where more than the batch is dynamic.
+    opset: of programs, by default what the target's current releases parse; 17 for TensorRT 8, as JetPack 5 and 6.0 have it.
 
     Raises BadInput for a model that does not fit, and what `export_onnx` raises for programs.
     """
@@ -95,9 +98,9 @@ def write_bundle(
             place.mkdir()
             scratch.mkdir()
             with _naming(Path(part), name):
-                exact, file, note = _lower(given, kind, device, place, scratch)
+                exact, file, note = _lower(given, kind, device, place, scratch, opset)
                 engine = OrtEngine(exact)
-                inputs = inputs or random_inputs(engine, batch)
+                inputs = inputs or random_inputs(engine.inputs, batch, shapes)
                 if len(inputs) != len(engine.inputs):
                     raise BadInput(f"bundle: {name} takes {len(engine.inputs)} inputs, the first model {len(inputs)}")
                 feeds = [x.astype(i.dtype) for x, i in zip(inputs, engine.inputs, strict=True)]
@@ -154,14 +157,14 @@ def _naming(part: Path, name: str) -> Iterator[None]:
 
 
 def _lower(
-    given: Program | str | Path, kind: str, device: Target | None, place: Path, scratch: Path
+    given: Program | str | Path, kind: str, device: Target | None, place: Path, scratch: Path, version: int | None
 ) -> tuple[Path, Path, str]:
     """The model as exactly as it is known, in the folder `scratch` or where it lies; as it is measured, in the folder
     `place`; and what became of it, in words, where that is not what was asked for."""
     file = place / "model.onnx"
     source = scratch / file.name if isinstance(given, Program) else Path(given)
     if isinstance(given, Program):
-        export_onnx(given, source, "fp32", target=device)
+        export_onnx(given, source, "fp32", version, device)
     model = check_model(source)
     has, opset = precision(model), _opset(model)
     if device is not None:
@@ -171,7 +174,7 @@ def _lower(
     if has not in (kind, "int8") and (has, kind) not in (("fp32", "fp16"), ("fp32", "int8"), ("fp16", "int8")):
         raise BadInput(f"{source}: is {has} and cannot be made {kind} here; export it in {kind}")
     if isinstance(given, Program) and (has, kind) == ("fp32", "fp16"):
-        export_onnx(given, file, kind, target=device)  # which also compares the two
+        export_onnx(given, file, kind, version, device)  # which also compares the two
         return source, file, ""
     if kind != "fp16" or has == "fp16":
         _copy(source, model, file)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 GUARD, TRIES = 0.93, 20  # share of a run in which the processor must work for it, and how often it is repeated
 KERNEL = "_kernel_time"  # what ONNX Runtime's profiler appends to the name of a node
+OLD_OPSET = 17  # the highest that TensorRT 8.5 and 8.6 parse, which JetPack 5 and 6.0 have
 SUFFIXES = {"tensorrt": ".engine", "tensorrt_rtx": ".rtx"}
 # numpy's names of TensorRT's types, as far as numpy has them.
 DTYPES = {
@@ -254,6 +255,9 @@ class TensorRT:
                 self.about.update(build_seconds=None, reused=True, bytes=file.stat().st_size)
                 return found
         start = time.perf_counter()
+        if arguments.engine == "tensorrt" and self.version.startswith("8.") and about.get("opset", 0) > OLD_OPSET:
+            limit = f"parses up to {OLD_OPSET}: bundle it with --opset {OLD_OPSET}"
+            raise Failure(f"{path.name}: opset {about['opset']}; {self._who} {limit}")
         plan = self._build(path, arguments, feeds)
         self.about.update(build_seconds=round(time.perf_counter() - start, 3), bytes=len(plan))
         part = file.with_name(f".{file.name}.{os.getpid()}.part")

@@ -51,14 +51,8 @@ def dla_report(model: onnx.ModelProto, target: Target, core: Any = 0, batch: Any
     Raises BadInput for a target without DLA or without that core, a precision that it does not compute in, and shapes that
     are not static.
     """
-    rules = target.dla
-    if rules is None:
-        raise BadInput(f"option dla: {target.name} has no DLA")
-    if not isinstance(core, int) or isinstance(core, bool) or not 0 <= core < rules.cores:
-        raise BadInput(f"option dla: a core of {target.name}, 0 to {rules.cores - 1}, not {core!r}")
     kind = precision(model)
-    if kind not in rules.dtypes:
-        raise BadInput(f"option dla: the DLA of {target.name} computes in {_either(rules)}, not {kind}; export it so")
+    rules = dla_core(target, core, kind, any(node.op_type == "QuantizeLinear" for node in model.graph.node))
     graph = onnx.shape_inference.infer_shapes(_static(model, rules, batch)).graph
     types = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}
     shapes: dict[str, Shape] = {name: _shape(tensor) for name, tensor in types.items()}
@@ -80,6 +74,28 @@ def dla_report(model: onnx.ModelProto, target: Target, core: Any = 0, batch: Any
                 why = RULES[node.op_type](attributes, [shapes.get(n, ()) for n in (*node.input, *node.output)], rules)
             report.append(Placement(node.name, node.op_type, why))
     return report
+
+
+def dla_core(target: Target, core: Any, kind: str, quantised: bool) -> Dla:
+    """The rules of a DLA core that is to run a model in a precision. quantised: with Q/DQ nodes.
+
+    Raises BadInput for a target without DLA or without that core, a precision that it does not compute in, and Q/DQ nodes:
+    up to TensorRT 10 a DLA takes INT8 by implicit quantisation only, with a calibration cache in place of the nodes.
+    """
+    rules = target.dla
+    if rules is None:
+        raise BadInput(f"option dla: {target.name} has no DLA")
+    if not isinstance(core, int) or isinstance(core, bool) or not 0 <= core < rules.cores:
+        raise BadInput(f"option dla: a core of {target.name}, 0 to {rules.cores - 1}, not {core!r}")
+    if quantised:
+        version = "{}.{}".format(*min(rules.tensorrt))
+        raise BadInput(
+            f"option dla: TensorRT {version} runs no Q/DQ nodes on the DLA of {target.name} (up to 10.x its INT8 takes a "
+            "calibration cache instead); leave Quantize out, or build for the GPU"
+        )
+    if kind not in rules.dtypes:
+        raise BadInput(f"option dla: the DLA of {target.name} computes in {_either(rules)}, not {kind}; export it so")
+    return rules
 
 
 def _either(rules: Dla) -> str:

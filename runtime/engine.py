@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -213,7 +214,7 @@ def build_engine(
             raise BadInput(f"{path}: target {device.name} does not compute in {kind}; export it in one of {has}")
     elif path.suffix != BACKENDS[name].source:
         raise BadInput(f"{path}: {name} builds from a saved program ({BACKENDS[name].source})")
-    _check_options(module.build, options, name)
+    check_options(module.build, options, name)
     if out is not None:
         destination: Path | None = Path(out)
     elif BACKENDS[name].suffixes[0] == path.suffix:
@@ -238,24 +239,32 @@ def load_engine(path: str | os.PathLike[str], backend: str | None = None, **opti
         suffixes = [s for b in BACKENDS.values() for s in b.suffixes]
         raise BadInput(f"{path}: no backend for this suffix (known: {', '.join(suffixes)}); name one with backend=")
     module = backend_module(backend)
-    _check_options(module.load, options, backend)
+    check_options(module.load, options, backend)
     return module.load(path, backend=backend, **options)
 
 
 def open_engine(
-    model: str | os.PathLike[str] | Program, backend: str | None = None, threads: int = 1, **options: Any
+    model: str | os.PathLike[str] | Program,
+    backend: str | None = None,
+    threads: int = 1,
+    shapes: Sequence[Sequence[int]] | None = None,
+    **options: Any,
 ) -> Engine:
     """An engine that is ready to run, whatever it takes: an engine file is loaded; an ONNX file or a program is built
     for this machine first, without keeping the engine.
 
-    backend: by default the file's, inductor for a program. threads: of engines on the CPU. Raises BadInput for a file or
-    option that the backend does not take, and what building raises.
+    backend: by default the file's, inductor for a program. threads: of engines on the CPU. shapes: of the inputs that it
+    will run on, which an engine that is built here is then optimised for, and takes nothing else.
+
+    Raises BadInput for a file or option that the backend does not take, and what building raises.
     """
     if isinstance(model, Program):
         module = backend_module(backend or "inductor")
         if not hasattr(module, "compile_program"):
             raise BadInput(f"backend {backend}: does not run programs; export an ONNX file")
-        _check_options(module.compile_program, options, backend or "inductor")
+        if shapes and shapes[0] and "batch" in inspect.signature(module.compile_program).parameters:
+            options = {"batch": shapes[0][0]} | options
+        check_options(module.compile_program, options, backend or "inductor")
         return module.compile_program(model, **_threads(module.compile_program, threads), **options)
     path = Path(model)
     name = backend or next((n for n, b in BACKENDS.items() if path.suffix in b.suffixes), None)
@@ -266,19 +275,30 @@ def open_engine(
     if path.suffix in found.suffixes or name == "openvino":
         return load_engine(path, name, **_threads(module.load, threads), **options)
     if found.source == ".pt2":
-        return open_engine(load_program(path), name, threads, **options)
+        return open_engine(load_program(path), name, threads, shapes, **options)
+    if shapes and not {"batch", "shapes"} & options.keys() and "shapes" in inspect.signature(module.build).parameters:
+        wanted = zip(input_specs(path) or (), shapes, strict=False)
+        ranges = {spec.name: (tuple(s),) * 3 for spec, s in wanted if None in spec.shape}
+        options = options | ({"shapes": ranges} if ranges else {})
     with tempfile.TemporaryDirectory() as folder:
         report = build_engine(path, module.local_target(name), Path(folder) / f"x{found.suffixes[0]}", name, **options)
-        return load_engine(report.path, name)
+        own = {"host_code": True} if options.get("version_compatible") else {}  # this machine has just built it
+        return load_engine(report.path, name, **own)
 
 
 def _threads(function: Callable[..., Any], threads: int) -> dict[str, Any]:
     return {"threads": threads} if "threads" in inspect.signature(function).parameters else {}
 
 
-def _check_options(function: Callable[..., Any], options: dict[str, Any], backend: str) -> None:
+def known_options(function: Callable[..., Any]) -> list[str]:
+    """The options that a backend's `build` or `load` takes."""
     kinds = inspect.signature(function).parameters.values()
-    known = [p.name for p in kinds if p.kind is p.KEYWORD_ONLY and p.name != "backend"]
+    return [p.name for p in kinds if p.kind is p.KEYWORD_ONLY and p.name != "backend"]
+
+
+def check_options(function: Callable[..., Any], options: Mapping[str, Any], backend: str) -> None:
+    """Raise BadInput for an option that a backend's function does not take, or not with this value."""
+    known = known_options(function)
     annotations = get_type_hints(function)
     for name, value in options.items():
         if name not in known:
@@ -333,6 +353,26 @@ def unparsed(path: Path, library: str, ops: Collection[str]) -> UnparsedOp:
     return UnparsedOp(f"{path}: {library} cannot parse it: {where}: operator not supported")
 
 
+def input_specs(path: Path) -> list[TensorSpec] | None:
+    """The inputs of an ONNX file, without its weights; None for another file."""
+    if path.suffix != ".onnx":
+        return None
+    graph = check_model(path).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    found = []
+    for value in graph.input:
+        if value.name not in weights:
+            kind = value.type.tensor_type
+            dtype = (
+                "bfloat16"
+                if kind.elem_type == onnx.TensorProto.BFLOAT16
+                else (onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name)
+            )
+            shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
+            found.append(TensorSpec(value.name, dtype, shape))
+    return found
+
+
 FLOATS = {
     onnx.TensorProto.FLOAT: "fp32",
     onnx.TensorProto.FLOAT16: "fp16",
@@ -342,16 +382,37 @@ FLOATS = {
 
 
 def precision(model: onnx.ModelProto) -> str:
-    """The precision a strongly typed engine of this model computes in: "int8" with Q/DQ nodes, else the float type
-    that most weight elements have ("fp32" when there are none)."""
+    """The precision a strongly typed engine of this model computes in: "int8" or "fp8" with Q/DQ nodes, by the type they
+    quantise to, else the float type that most weight elements have ("fp32" when there are none)."""
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-        return "int8"
+        return "fp8" if _quantises_to_floats(model) else "int8"
     counts: dict[str, int] = {}
-    for tensor in model.graph.initializer:
+    constants = [a.t for n in model.graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
+    for tensor in (*model.graph.initializer, *constants):
         if tensor.data_type in FLOATS:
             kind = FLOATS[tensor.data_type]
             counts[kind] = counts.get(kind, 0) + int(np.prod(tensor.dims, dtype=np.int64))
     return max(counts, key=lambda k: counts[k]) if counts else "fp32"
+
+
+def _quantises_to_floats(model: onnx.ModelProto) -> bool:
+    """Whether the first QuantizeLinear gives 8-bit floats: by its zero point, its attribute, or the inferred type."""
+    node = next(n for n in model.graph.node if n.op_type == "QuantizeLinear")
+    kinds = {t.name: t.data_type for t in model.graph.initializer}
+    kinds |= {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
+    asked = next((a.i for a in node.attribute if a.name == "output_dtype"), 0)
+    found = asked or kinds.get(node.output[0], 0) or (kinds.get(node.input[2], 0) if len(node.input) > 2 else 0)
+    constants = {n.output[0]: n.attribute[0].t.data_type for n in model.graph.node if n.op_type == "Constant"}
+    found = found or (constants.get(node.input[2], 0) if len(node.input) > 2 else 0)
+    return found in FLOATS8
+
+
+FLOATS8 = {
+    onnx.TensorProto.FLOAT8E4M3FN,
+    onnx.TensorProto.FLOAT8E4M3FNUZ,
+    onnx.TensorProto.FLOAT8E5M2,
+    onnx.TensorProto.FLOAT8E5M2FNUZ,
+}
 
 
 @contextmanager
@@ -360,13 +421,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises BadInput when the folder cannot be written.
     """
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    part = path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.part{path.suffix}")
+        # A new file, never what a link under that name leads to, with the rights that new files have.
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield part
         part.replace(path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        with suppress(OSError):  # the folder may be no folder at all
-            part.unlink(missing_ok=True)
+        if part != path:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)

@@ -1,11 +1,14 @@
 """Half precision on an ONNX graph: every tensor that carries data becomes fp16, the graph's inputs and outputs too.
 
 What stays in fp32, and is reported: arithmetic on shapes (fp16 counts exactly to 2048 only), and the operands for which
-ONNX has no fp16 (the scales of Resize, the boxes of NonMaxSuppression), with a Cast on either side. Statistics inside
-LayerNormalization are fp32 by its own definition (`stash_type`). Source: ours.
+ONNX has no fp16 (the scales of Resize, the boxes of NonMaxSuppression), with a Cast on either side, and the nodes that
+are asked to (islands.py chooses those that fp16 would spoil). Statistics inside LayerNormalization are fp32 by its own
+definition (`stash_type`). Source: ours.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx
@@ -24,8 +27,13 @@ TYPE_ATTRIBUTES = ("to", "dtype")
 QUANTISATION = ("QuantizeLinear", "DequantizeLinear")
 
 
-def to_half(graph: gs.Graph) -> tuple[dict[str, str], dict[str, str]]:
+def to_half(
+    graph: gs.Graph, keep: Mapping[str, str] | None = None, io: Collection[str] = ()
+) -> tuple[dict[str, str], dict[str, str]]:
     """Convert a graph with typed tensors and folded constants in place.
+
+    keep: names of nodes that stay in fp32, and why; values are cast where they enter and leave them. io: names of inputs
+    and outputs of the graph that stay in fp32; all others are fp16, whatever computes them.
 
     Returns what stays in fp32 (node name: reason) and the constants that fp16 cannot hold (name: what became of them).
     Raises Refused for a graph with control flow.
@@ -33,7 +41,7 @@ def to_half(graph: gs.Graph) -> tuple[dict[str, str], dict[str, str]]:
     for node in graph.nodes:
         if any(isinstance(a, gs.Graph) for a in node.attrs.values()):
             raise Refused(f"{node.name} ({node.op}): no fp16 for graphs with control flow; export fp32")
-    conversion = _Conversion(graph)
+    conversion = _Conversion(graph, keep or {}, io)
     conversion.run()
     return conversion.float32, conversion.clamped
 
@@ -56,9 +64,12 @@ def inexact(graph: gs.Graph) -> str:
 
 
 class _Conversion:
-    def __init__(self, graph: gs.Graph):
-        self.graph = graph
-        self.exact = _shape_arithmetic(graph)
+    def __init__(self, graph: gs.Graph, keep: Mapping[str, str], io: Collection[str]):
+        self.graph, self.keep, self.io = graph, keep, io
+        sizes = _shape_arithmetic(graph)
+        kept = {id(t) for n in graph.nodes if n.name in keep for t in n.outputs if _is_float(t)}
+        # Identities of the tensors that stay in fp32.
+        self.exact = sizes | kept | {id(t) for t in graph.inputs if t.name in io and _is_float(t)}
         self.halves: dict[int, gs.Constant] = {}
         self.casts: dict[tuple[int, int], gs.Variable] = {}
         self.float32: dict[str, str] = {}
@@ -73,15 +84,35 @@ class _Conversion:
                 tensor.dtype = np.dtype(np.float16)
         for node in nodes:
             floats = [t for t in (*node.inputs, *node.outputs) if isinstance(t, gs.Variable) and _is_any_float(t)]
-            if floats and all(id(t) in self.exact for t in floats):
+            if node.name in self.keep:
+                self._keep(node)
+            elif floats and all(id(t) in self.exact for t in floats):
                 self.float32[node.name] = f"{node.op}: arithmetic on shapes"
             else:
                 self._convert(node)
         for constant in constants:  # one that is used in both types needs two names
             if constant.outputs and id(constant) in self.halves:
                 constant.name += "_fp32"
+        for i, tensor in enumerate(self.graph.outputs):
+            wanted = np.float32 if tensor.name in self.io else np.float16
+            if _is_any_float(tensor) and tensor.dtype != wanted:
+                self._cast_output(i, np.dtype(wanted))
         self._drop_idle_casts()
         self.graph.cleanup().toposort()
+
+    def _keep(self, node: gs.Node) -> None:
+        for i, tensor in enumerate(node.inputs):
+            if isinstance(tensor, gs.Variable) and tensor.dtype == np.float16:
+                node.inputs[i] = self._cast(tensor, FLOAT)
+        self.float32[node.name] = f"{node.op}: {self.keep[node.name]}"
+
+    def _cast_output(self, index: int, dtype: np.dtype) -> None:
+        """Give an output of the graph another type than its node computes."""
+        inner = self.graph.outputs[index]
+        outer = gs.Variable(inner.name, dtype, inner.shape)
+        inner.name += "_inner"
+        self.graph.outputs[index] = outer
+        self._append_cast(inner, outer, FLOAT if dtype == np.float32 else HALF)
 
     def _convert(self, node: gs.Node) -> None:
         takes = [_takes_half(node, i, False, self.graph.opset) for i in range(len(node.inputs))]

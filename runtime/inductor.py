@@ -61,7 +61,7 @@ def build(
     """
     device = _device()
     here = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if here is None or target.compute_capability != canonical(here):
+    if target.compute_capability != (canonical(here) if here else None):
         at_hand = f"SM{here[0]}{here[1]}" if here else "a CPU"
         raise BadInput(f"target {target.name}: inductor compiles for the machine at hand, which is {at_hand}")
     start, out = time.perf_counter(), out or model.with_suffix(".aoti")

@@ -2,6 +2,7 @@
 
 `torch.onnx` translates the exported program, onnx-graphsurgeon folds its constants. Half precision is made on the ONNX
 graph, so that it is strongly typed (which TensorRT 11 and TensorRT-RTX build from) and stays comparable node by node.
+The comparison itself is in compare.py.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import contextlib
 import dataclasses
 import io
 import logging
+import math
 import os
 import re
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,17 +37,16 @@ from ..graph.errors import BadInput, Refused
 from ..graph.ops import arguments, hint, op_name
 from ..graph.program import Program
 from . import origins
+from .compare import TOLERANCES, Verdict, ranges_of, verdict
 from .engine import FLOATS, TensorSpec
 from .half import to_half
-from .onnxruntime import OrtEngine, inserted_casts
-from .opset import lower_to_17
-from .parity import Check, half_emulation, parity
+from .islands import islands
+from .opset import DEFAULT, choose_opset, is_quantised, lower_to_17
+from .parity import Check, cases
 from .sparsity import SparseWeight, check_sparsity
 from .targets import Target, get_target, nearest
 
-OPSET = 18  # what torch's exporter writes without converting, and every TensorRT from 10.0 parses
 PRECISIONS = ("fp32", "fp16")
-QUANTISED = 0.02  # error allowed in a quantised program: a few of the 255 steps
 EXTERNAL_DATA = 1_900_000_000  # bytes of weights from which they go to a file of their own: protobuf ends at 2 GiB
 
 
@@ -54,10 +55,10 @@ class OnnxReport:
     """What was written, and the proof.
 
     bytes: of the ONNX file and its external weights. nodes: count by operator. types: weight elements by type.
-    checks: comparisons with the fp32 program, made in ONNX Runtime on the CPU; empty when it cannot run the model
-    (`warnings` says why). float32: nodes of an fp16 graph that stay in fp32, and why. clamped: constants that fp16
-    cannot hold, and what became of them. sparse: the weights that have zeros; those with the 2:4 pattern in the program
-    have it here.
+    checks: comparisons with the fp32 program, made in ONNX Runtime on the CPU (`warnings` says what it could not run).
+    tolerance: the error that was allowed. float32: nodes of an fp16 graph that stay in fp32, and why. clamped: constants
+    that fp16 cannot hold, and what became of them. sparse: the weights that have zeros; those with the 2:4 pattern in the
+    program have it here.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class OnnxReport:
     nodes: dict[str, int]
     types: dict[str, int]
     checks: list[Check] = field(default_factory=list)
+    tolerance: float = 0.0
     float32: dict[str, str] = field(default_factory=dict)
     clamped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -77,12 +79,24 @@ class OnnxReport:
 
     @property
     def parity(self) -> float | None:
-        """The worst max |a - b| / max |b| of all checks; None when none could be made."""
+        """The worst error of all checks (`Check.error`); None when none could be made."""
         return max((c.error for c in self.checks), default=None)
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the real samples whose scores decide as the program's do; None without real samples or scores."""
+        real = [c.agreement for c in self.checks if c.real]
+        return min((a for a in real if a is not None), default=None)
+
+    @property
+    def cosine(self) -> float | None:
+        """The lowest of all outputs and checks; None when none could be made."""
+        return min((o.cosine for c in self.checks for o in c.outputs), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return dataclasses.asdict(self) | {"path": str(self.path), "parity": self.parity}
+        figures = {"parity": self.parity, "agreement": self.agreement, "cosine": self.cosine}
+        return dataclasses.asdict(self) | {"path": str(self.path)} | figures
 
 
 def export_onnx(
@@ -91,39 +105,61 @@ def export_onnx(
     precision: str = "fp32",
     opset: int | None = None,
     target: str | Target | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     progress: bool = False,
+    keep_fp32: Sequence[str] = (),
+    keep_io_types: bool = False,
+    data: Iterable[tuple[tuple[Any, ...], dict[str, Any]]] = (),
 ) -> OnnxReport:
     """Write the program (eval mode) as an ONNX file; the program is not changed.
 
     precision: "fp32", or "fp16" for a strongly typed fp16 graph, whose inputs and outputs are fp16 as well (integer
-    ones keep their type). opset: 17 or more, by default 18, or 17 where the target's TensorRT needs it. target: checked
-    for the precision and the opset. tolerance: largest error allowed in fp32, or `QUANTISED` if that is more and the
-    program is quantised (a value half-way between two steps rounds either way); in fp16 the error is only stated. Dynamic
-    dimensions stay dynamic. Weights over 1.9 GB go to `<path>.data`. Nothing is written unless everything holds.
+    ones keep their type). Nodes that fp16 would spoil stay in fp32, named in the report (`islands`); keep_fp32 adds
+    nodes or modules by pattern. keep_io_types: inputs and outputs stay fp32; of themselves only those do whose values
+    fp16 cannot hold, such as box coordinates in pixels. opset: 17 or more, by default what `choose_opset` finds best
+    for the target. target: checked for the precision and the opset.
+
+    tolerance: largest error allowed of an output, relative to its largest value; of a channel ten times as much of its
+    own scale; by default `TOLERANCES`. A quantised program rounds a value half-way between two steps either way: most
+    of its samples must be within the tolerance, and all near (`compare.NEAR`). data: real inputs, (args, kwargs) as
+    the program takes them, to compare on besides the example and random ones; what scores decide must be the same
+    there. In fp16 the file counts as it runs where every operator rounds. Dynamic dimensions stay dynamic. Weights over
+    1.9 GB go to `<path>.data`. Nothing is written unless everything holds.
 
     Raises BadInput for a wrong argument, Refused for an operator that cannot be translated, types or an opset that did
-    not come out as asked, outputs that differ by more than the tolerance, or fp16 outputs that overflow.
+    not come out as asked, and outputs that differ by more than the tolerance, with the first node that is off in fp16.
     """
     start, path = time.perf_counter(), Path(path)
-    opset = _settings(precision, opset, target)
+    device = _settings(precision, target, tolerance)
+    opset = choose_opset(program, device, opset)
     with _status(progress) as say:
         say("translating")
         exported = _exportable(program).exported()
-        model = _translate(exported, max(opset, OPSET))
+        model = _translate(exported, max(opset, DEFAULT))
         places = {node.name: origins.scopes(node) for node in model.graph.node}
         say("folding constants")
         with _quiet():
             graph = gs.import_onnx(model)
             graph.fold_constants().cleanup().toposort()
         _name(graph, exported)
-        float32, clamped = to_half(graph) if precision == "fp16" else ({}, {})
+        say("running the program")
+        known = cases(program, data=data)
+        single: onnx.ModelProto | None = None
+        float32, clamped = dict[str, str](), dict[str, str]()
+        if precision == "fp16":
+            say("choosing what stays in fp32")
+            single = gs.export_onnx(graph)
+            _check_types(single, precision)
+            keep, io = islands(graph, ranges_of(single, known), keep_fp32, keep_io_types)
+            float32, clamped = to_half(graph, keep, io)
+        elif keep_fp32:
+            raise BadInput("keep_fp32: is for precision fp16")
         if opset == 17:
             lower_to_17(graph)
         model = gs.export_onnx(graph)
         model.producer_name = "graphcomb"
         origins.store(model, origins.trace(program, places))
-        _check(model, opset, precision, set(float32))
+        _check(model, opset, precision, set(float32), {t.name for t in (*graph.inputs, *graph.outputs)})
         sparse = check_sparsity(program, model)
         say("comparing with the program")
         with _saved(model, path) as (file, size):
@@ -141,8 +177,9 @@ def export_onnx(
                 clamped=clamped,
                 sparse=sparse,
             )
-            quantised = any(op_name(n).startswith("fake_quantize") for n in program.graph.nodes)
-            _compare(program, file, report, max(tolerance, QUANTISED) if quantised else tolerance)
+            kind = "int8" if is_quantised(program) else precision
+            report.tolerance = TOLERANCES[kind, precision] if tolerance is None else tolerance
+            _accept(report, verdict(model, single, file, known, report.tolerance, kind == "int8"))
     report.seconds = time.perf_counter() - start
     return report
 
@@ -156,18 +193,23 @@ def weight_types(model: onnx.ModelProto) -> dict[str, int]:
     return dict(counts)
 
 
-def _settings(precision: str, opset: int | None, target: str | Target | None) -> int:
+def _settings(precision: str, target: str | Target | None, tolerance: float | None) -> Target | None:
     if precision not in PRECISIONS:
         raise BadInput(f"precision {precision}: not known; {nearest(str(precision), PRECISIONS)}")
-    if opset is not None and opset < 17:
-        raise BadInput(f"opset {opset}: 17 is the lowest that can be written (LayerNormalization came with it)")
-    if target is None:
-        return opset or OPSET
-    device = target if isinstance(target, Target) else get_target(target)
-    device.alignment(precision)
-    if opset is not None and opset > device.opset:
-        raise BadInput(f"opset {opset}: target {device.name} parses up to {device.opset}")
-    return opset or min(OPSET, device.opset)
+    if tolerance is not None and not tolerance > 0:
+        raise BadInput(f"tolerance: above 0, not {tolerance}")
+    device = get_target(target) if isinstance(target, str) else target
+    if device is not None:
+        device.alignment(precision)
+    return device
+
+
+def _accept(report: OnnxReport, found: Verdict) -> None:
+    """Take over what the comparison found. Raises Refused when it says no."""
+    report.checks, report.warnings = found.checks, [*report.warnings, *found.notes]
+    if found.wrong:
+        cure = "; keep_fp32 and tolerance are the options" if report.precision == "fp16" else ""
+        raise Refused("; ".join([f"{report.path}: {report.precision} {found.wrong}", *report.warnings]) + cure)
 
 
 # --------------------------------------------------------------------------------------------------------- translation
@@ -224,7 +266,7 @@ def _attention(node: fx.Node) -> None:
 
 def _translate(exported: ExportedProgram, opset: int) -> onnx.ModelProto:
     try:
-        with _quiet():
+        with _quiet(), _exact_rewrites():
             found = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:  # the exporter's errors carry the reason of the innermost one in their text
         cause: BaseException = error
@@ -292,46 +334,28 @@ def _output_names(exported: ExportedProgram) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
-def _check(model: onnx.ModelProto, opset: int, precision: str, float32: set[str]) -> None:
-    """Opset and types as they came out; torch's exporter may keep its own opset, and a program may mix types."""
+def _check(model: onnx.ModelProto, opset: int, precision: str, float32: set[str], io: set[str]) -> None:
+    """Opset and types as they came out; torch's exporter may keep its own opset. float32: nodes that are not in the
+    precision; io: names of inputs and outputs, which may be fp32 as well."""
     came = next((o.version for o in model.opset_import if not o.domain), 0)
     if came != opset:
         raise Refused(f"opset {opset} was asked for, torch.onnx wrote {came}")
-    exempt: set[str] = set()
+    exempt = set(io) if precision != "fp32" else set()
     for node in model.graph.node:
         if node.name in float32 or (node.op_type == "Cast" and precision != "fp32"):
             exempt.update((*node.input, *node.output))
+    _check_types(model, precision, exempt)
+
+
+def _check_types(model: onnx.ModelProto, precision: str, exempt: set[str] | None = None) -> None:
+    """All float tensors have the precision, or are fp32 where they may be (exempt; None: anywhere)."""
     values = [*model.graph.input, *model.graph.output, *model.graph.value_info]
     types = [(v.name, v.type.tensor_type.elem_type) for v in values if v.type.HasField("tensor_type")]
     types += [(t.name, t.data_type) for t in model.graph.initializer]
     for name, kind in types:
-        if kind in FLOATS and FLOATS[kind] != precision and not (name in exempt and FLOATS[kind] == "fp32"):
+        may = FLOATS.get(kind) == "fp32" and (exempt is None or name in exempt)
+        if kind in FLOATS and FLOATS[kind] != precision and not may:
             raise Refused(f"{name} is {FLOATS[kind]} in a graph that should be {precision}; cast the model to one type")
-
-
-def _compare(program: Program, file: Path, report: OnnxReport, tolerance: float) -> None:
-    half, optimized = report.precision == "fp16", file.with_name("optimized.onnx")
-    try:
-        engine = OrtEngine(file, optimized=optimized if half and report.bytes < EXTERNAL_DATA else None)
-        report.checks = parity(program, engine)
-        engine.close()
-    except BadInput as error:
-        if not half:
-            raise Refused(f"{report.path}: ONNX Runtime cannot run what was exported ({error})") from error
-        report.warnings.append(f"the file was not run: {error}")
-    if half:
-        if optimized.exists() and inserted_casts(onnx.load(str(optimized))):
-            report.warnings.append("ONNX Runtime has no fp16 kernels for this CPU: the file was run in fp32 arithmetic")
-        check, notes = half_emulation(program)
-        report.checks.append(check)
-        report.warnings += notes
-        tolerance = np.finfo(np.float64).max
-    worst = max(report.checks, key=lambda c: c.error)
-    if worst.error > tolerance:
-        finite = np.isfinite(worst.error)
-        figure = f"differs from the program by {worst.error:.2g}" if finite else "is infinite where the program is not"
-        where = f"{worst.inputs} inputs, batch {worst.batch}"
-        raise Refused("; ".join([f"{report.path}: {report.precision} {figure} ({where})", *report.warnings]))
 
 
 def _spec(tensor: gs.Variable) -> TensorSpec:
@@ -357,6 +381,8 @@ def _saved(model: onnx.ModelProto, path: Path) -> Iterator[tuple[Path, int]]:
                 onnx.checker.check_model(str(file), full_check=True)
             except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
                 raise Refused(f"{path}: the exported graph is not valid ONNX ({str(error).splitlines()[0]})") from error
+            for written in Path(folder).iterdir():  # weights beside are written for their owner only
+                written.chmod(file.stat().st_mode & 0o777)
             files = sorted(Path(folder).iterdir(), key=lambda f: f.name == path.name)  # the model after its weights
             yield file, sum(f.stat().st_size for f in files)
             for written in files:
@@ -382,6 +408,27 @@ def _quiet() -> Iterator[None]:
         surgeon.severity = severity
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _exact_rewrites() -> Iterator[None]:
+    """The exporter's optimiser takes a number within 1e-8 of 0, or 1e-5 of 1, for it, and drops `x + 1e-12`, which keeps
+    a norm from dividing by 0. Here only equal numbers are equal."""
+    from onnxscript.rewriter import _matcher
+
+    class Exact:
+        def __getattr__(self, name: str) -> Any:
+            return (lambda a, b, **_: a == b) if name == "isclose" else getattr(math, name)
+
+    before = getattr(_matcher, "math", None)
+    if before is None:  # another version of onnxscript
+        yield
+        return
+    _matcher.math = Exact()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _matcher.math = before
 
 
 @contextlib.contextmanager

@@ -24,16 +24,21 @@ INSERTED_CAST = "InsertedPrecisionFreeCast_"
 
 
 class OrtEngine(HostEngine):
-    """An ONNX file in an ONNX Runtime session. With one thread all work is done by the calling thread."""
+    """An ONNX file in an ONNX Runtime session. With one thread all work is done by the calling thread.
 
-    def __init__(self, path: Path, threads: int = 1, optimized: Path | None = None):
+    plain: run the nodes as they are, none fused or moved: fused integer kernels round otherwise than the graph says.
+    """
+
+    def __init__(self, path: Path, threads: int = 1, optimized: Path | None = None, plain: bool = False):
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         # Waiting threads must sleep: spinning ones take the other cores' time and spoil every measurement.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if _is_half(path):
+        if plain:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        elif _is_half(path):
             # Seen with fp16 on CPUs: the extended optimisations crash the process (1.31), and with memory patterns
             # LayerNormalization is wrong from the second run on (onnxruntime issue 27768).
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -112,7 +117,10 @@ def _is_half(path: Path) -> bool:
         graph = onnx.load(str(path), load_external_data=False).graph
     except Exception:  # no ONNX file: the session says so
         return False
-    kinds = [t.data_type for t in graph.initializer] + [i.type.tensor_type.elem_type for i in graph.input]
+    constants = [a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
+    kinds = [t.data_type for t in (*graph.initializer, *constants)] + [
+        i.type.tensor_type.elem_type for i in graph.input
+    ]
     return onnx.TensorProto.FLOAT16 in kinds
 
 

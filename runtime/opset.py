@@ -1,4 +1,4 @@
-"""From ONNX opset 18 to 17, the last that TensorRT 8.6 parses; the converter that comes with ONNX lacks these steps.
+"""The ONNX opset of a file, and the way from 18 to 17, the last that TensorRT 8.6 parses, which ONNX's converter lacks.
 
 Opset 18 moved the axes of reductions and the number of pieces of Split from attributes to inputs or back, and gave Pad
 and Resize options that are left at their defaults here. Source: the version notes of each operator in the ONNX
@@ -10,12 +10,47 @@ from __future__ import annotations
 import onnx
 import onnx_graphsurgeon as gs
 
-from ..graph.errors import Refused
+from ..graph.errors import BadInput, Refused
+from ..graph.ops import op_name
+from ..graph.program import Program
+from .targets import Target
+
+LOWEST = 17  # that can be written: LayerNormalization came with it
+DEFAULT = 18  # what torch's exporter writes without converting, and every TensorRT from 10.0 parses
+QUANTISED = 20  # Q/DQ take fp16 from 19 on; before, casts sit around each, and keep it from its layer
+SINCE = {"deform_conv2d": 19}
 
 AXES_TO_ATTRIBUTE = frozenset(
     "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSumSquare".split()
 )
 RESIZE_DEFAULTS = {"antialias": 0, "keep_aspect_ratio_policy": "stretch", "axes": None}
+
+
+def choose_opset(program: Program, target: Target | None = None, asked: int | None = None) -> int:
+    """The opset to export a program with: what is asked for, else the one that its operators, and INT8, are best served
+    by, as far as the target parses it.
+
+    Raises BadInput for an opset that cannot be written or parsed, Refused for an operator that the target's opsets lack.
+    """
+    limit = target.opset if target is not None else None
+    if asked is not None and asked < LOWEST:
+        raise BadInput(f"opset {asked}: {LOWEST} is the lowest that can be written (LayerNormalization came with it)")
+    if asked is not None and limit is not None and asked > limit:
+        raise BadInput(f"opset {asked}: target {target.name if target else ''} parses up to {limit}")
+    names = {op_name(node): node.name for node in program.graph.nodes}
+    needed = {name: since for name, since in SINCE.items() if name in names}
+    for name, since in needed.items():
+        most = asked if asked is not None else limit
+        if most is not None and most < since:
+            cure = f"export it with opset={since}" if asked is not None else f"the target parses up to {limit}"
+            raise Refused(f"{names[name]} ({name}): it came with opset {since}; {cure}")
+    best = max([QUANTISED if is_quantised(program) else DEFAULT, *needed.values()])
+    return asked or min(best, limit or best)
+
+
+def is_quantised(program: Program) -> bool:
+    """Whether a program has quantised values."""
+    return any(op_name(node).startswith("fake_quantize") for node in program.graph.nodes)
 
 
 def lower_to_17(graph: gs.Graph) -> None:

@@ -6,6 +6,7 @@ Keys of the summary, all optional; what is missing is left out of the report, un
 | --- | --- |
 | model, target, precision | text |
 | accuracy_before, accuracy_after | number; shares of one are shown in percent |
+| metric | what these are, where it is not the accuracy; the figures of another metric are shown as they are |
 | macs_before, macs_after, macs_ratio | multiply-accumulates for the example input; how many times fewer |
 | params_before, params_after, params_ratio | parameters |
 | cost | `{"before": {"macs", "params"}, "after": {...}}`, instead of the four numbers above |
@@ -13,7 +14,8 @@ Keys of the summary, all optional; what is missing is left out of the report, un
 | latency_ratio, latency_predicted | how many times faster, as measured and as a latency table or roofline predicted |
 | prediction | what `prediction.predict` says of the program before and after, with measured_ms where that is known |
 | surgery_error | worst relative error of the surgery against the oracle, float64 |
-| onnx_parity | relative error of the ONNX file against the program: a number, or one by precision |
+| onnx_parity, onnx_parity_fp16 | relative error of the ONNX files against the program: a number each, or one by precision |
+| onnx | `OnnxReport.to_dict()` by precision; agreement and what stayed in fp32 are shown of the one that engines are built from |
 | engine | path of the engine file |
 | devices | list of what bench bundles measured on devices (`measured.read_results`) |
 | engine_report, or engines | `EngineReport.to_dict()`, or a list of them |
@@ -36,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ..graph.errors import BadInput, GraphcombError
 from ..graph.layers import Layer as Work
@@ -45,6 +47,7 @@ from . import charts
 from .build_log import UNFUSED
 from .engine import replacing
 from .measured import from_dict, kernels
+from .places import latency_place
 from .roofline import Roofline, calibration_text
 from .targets import TARGETS
 
@@ -78,7 +81,7 @@ def render(summary: Mapping[str, Any]) -> str:
     source = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"si": si, "size": size, "exact": exact, "count": count, "seconds": seconds, "ms": short_ms}
-    return environment.from_string(source).render(report=_report(summary), pad_texts=PAD_TEXTS)
+    return environment.from_string(source).render(report=_report(summary), pad_texts=PAD_TEXTS, metric=_metric(summary))
 
 
 # --------------------------------------------------------------------------------------------------------- view model
@@ -168,7 +171,7 @@ def _report(summary: Mapping[str, Any]) -> Report:
         tiles=_tiles(summary, engines),
         plots=_plots(summary, records, layers),
         layers=layers,
-        largest=[layer for layer in layers if layer in most] if len(layers) > LONG else [],
+        largest=most if len(layers) > 1 else [],
         prediction=_prediction(summary),
         refusals=_refusals(records),
         steps=[_step(record) for record in records],
@@ -198,22 +201,24 @@ def _lead(summary: Mapping[str, Any]) -> str:
         parts.append(f"{against(ratio, 'fewer', 'more')} multiply-accumulates")
     if (ratio := _costs(summary, "params")[2]) is not None:
         parts.append(f"{against(ratio, 'fewer', 'more')} parameters")
+    text = ", ".join(parts)
     if (ratio := number(summary.get("latency_ratio"))) is not None:
-        parts.append(against(ratio, "faster", "slower"))
-    return ", ".join(parts)
+        where = latency_place(summary)
+        text += f"{', ' if text else ''}{against(ratio, 'faster', 'slower')} in {where}"
+    return text
 
 
 def _tiles(summary: Mapping[str, Any], engines: list[Mapping[str, Any]]) -> list[Tile]:
     tiles = []
     before, after = number(summary.get("accuracy_before")), number(summary.get("accuracy_after"))
     if after is not None or before is not None:
-        score = _score(before, after)
+        score = _score(before, after, metric=_metric(summary))
         change = ""
         if before is not None and after is not None:
             points = score is percent
             delta = f"{(after - before) * (100 if points else 1):+.2f}".replace("-", "−")
             change = f"from {score(before)}, {delta}{' points' if points else ''}"
-        tiles.append(Tile("accuracy", score(before if after is None else after), change))
+        tiles.append(Tile(_metric(summary), score(before if after is None else after), change))
     for key, label in (("macs", "multiply-accumulates"), ("params", "parameters")):
         before, after, ratio = _costs(summary, key)
         if ratio is not None or after is not None:
@@ -226,17 +231,24 @@ def _tiles(summary: Mapping[str, Any], engines: list[Mapping[str, Any]]) -> list
         details = [
             f"measured on {where}: {_both(map(milliseconds, measured))}" for where, measured, _ in _errors(summary)
         ]
+        if len(predicted) == 2 and all(predicted):
+            kind, batch = given.get("precision"), number(given.get("batch"))
+            about = [str(kind)] * bool(kind) + [f"batch {batch:.0f}"] * (batch is not None)
+            details.insert(
+                0,
+                ", ".join(
+                    [
+                        against(predicted[0] / predicted[1], "faster", "slower"),
+                        *about,
+                        *["not measured"] * (not details),
+                    ]
+                ),
+            )
         name = f"predicted on {given.get('target', '')}"
         tiles.append(Tile(name, _both(map(milliseconds, predicted)), "; ".join(details)))
     if (error := number(summary.get("surgery_error"))) is not None:
         tiles.append(Tile("surgery error", exact(error), "worst, relative, float64"))
-    parity = summary.get("onnx_parity")
-    named = parity.items() if isinstance(parity, Mapping) else [("", parity)]
-    found = [(name, error) for name, value in named if (error := number(value)) is not None]
-    if found:
-        *others, (name, error) = sorted(found, key=lambda pair: pair[1])
-        more = "".join(f", {name} {exact(error)}" for name, error in others)
-        tiles.append(Tile("ONNX parity", exact(error), f"{name} relative to the program{more}".strip()))
+    tiles += _parity_tile(summary, engines)
     for engine in engines:
         padding = len(_list(engine.get("padding"), (str, Mapping)))
         parts = [f"{len(_list(engine.get('kernels')))} kernels", size(engine.get("bytes"))]
@@ -246,6 +258,27 @@ def _tiles(summary: Mapping[str, Any], engines: list[Mapping[str, Any]]) -> list
     if not engines and summary.get("engine"):
         tiles.append(Tile("engine", Path(str(summary["engine"])).name))
     return tiles
+
+
+def _parity_tile(summary: Mapping[str, Any], engines: list[Mapping[str, Any]]) -> list[Tile]:
+    """How far the file is off that the engines were built from."""
+    given = summary.get("onnx_parity")
+    named = dict(given) if isinstance(given, Mapping) else {"fp32": given, "fp16": summary.get("onnx_parity_fp16")}
+    found = {str(name): error for name, value in named.items() if (error := number(value)) is not None}
+    if not found:
+        return []
+    wanted = str(summary.get("precision") or next((e.get("precision") for e in engines), ""))
+    # An INT8 engine is built from a file in fp16 or fp32; without a word about it, from the least exact one.
+    kind = wanted if wanted in found else max(found, key=lambda name: found[name])
+    about = _map(_map(summary.get("onnx")).get(kind))
+    details = [f"the {kind} file, relative to the fp32 program" if kind != "fp32" else "relative to the program"]
+    if (agreement := number(about.get("agreement"))) is not None:
+        details.append(f"{100 * agreement:.4g}\u00a0% of decisions on real samples the same")
+    if (limit := number(about.get("tolerance"))) is not None:
+        details.append(f"limit {limit:g}")
+    if kept := len(_map(about.get("float32"))):
+        details.append(f"{kept} node{'s' * (kept != 1)} kept in fp32")
+    return [Tile(f"ONNX parity, {kind}", exact(found[kind]), ", ".join(details))]
 
 
 def _latency_tile(summary: Mapping[str, Any]) -> list[Tile]:
@@ -263,13 +296,17 @@ def _latency_tile(summary: Mapping[str, Any]) -> list[Tile]:
     low, high = (number(_map(spread).get(key)) for key in ("p5", "p95"))
     if low is not None and high is not None:
         details.append(f"90\u00a0% of pairs {times(low)} to {times(high)}")
+    details.append(f"measured in {latency_place(summary)}")
+    target = TARGETS.get(str(summary.get("target")))
+    elsewhere = target is not None and target.backend != "onnxruntime"
     if predicted is not None:
-        target = TARGETS.get(str(summary.get("target")))
-        if target is None or target.backend == "onnxruntime":
+        if not elsewhere:
             details.append(f"predicted {times(predicted)}, {100 * abs(predicted / ratio - 1):.0f}\u00a0% off")
         else:  # measured on another device than it is predicted for
-            details.append(f"predicted {times(predicted)} on {target.name}")
-    return [Tile("latency", against(ratio, "faster", "slower"), ", ".join(details))]
+            details.append(f"predicted {times(predicted)} on {target.name if target else ''}")
+    if elsewhere and target is not None:
+        details.append(f"says nothing of {target.name}, where padding, start-up of kernels and memory weigh otherwise")
+    return [Tile("latency on this processor", against(ratio, "faster", "slower"), ", ".join(details))]
 
 
 def _bench(summary: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -492,7 +529,7 @@ def _step(record: Mapping[str, Any]) -> Step:
     before, after = _map(cost.get("before")), _map(cost.get("after"))
     accuracy = _map(record.get("accuracy"))
     scores = [number(accuracy.get(when)) for when in ("before", "after")]
-    score = _score(*scores)
+    score = _score(*scores, metric=str(accuracy.get("metric") or "accuracy"))
     return Step(
         name=str(record.get("pass", "")),
         options=[(k, _plain(v)) for k, v in _map(record.get("options")).items() if v not in (None, [], (), {})],
@@ -627,42 +664,67 @@ def _predicted(roofline: Roofline | None, results: Mapping[str, Any], name: str)
 def _plots(
     summary: Mapping[str, Any], records: list[Mapping[str, Any]], layers: list[Layer]
 ) -> list[tuple[str, Markup]]:
-    """Caption and SVG of every plot that the summary has the numbers for."""
-    plots = []
+    """Caption and SVG, with its numbers in words, of every plot that the summary has the numbers for."""
+    plots: list[tuple[str, str, str]] = []
     timings = _timings(summary)
     path = _trajectory(summary, records)
-    ticks = _ticks(value for _, value, _ in path)
+    metric = _metric(summary)
+    ticks = _ticks((value for _, value, _ in path), metric)
+
+    def trade_off(name: str, points: list[tuple[float, float, str]], what: str, text: Callable[[float], str]) -> None:
+        caption = f"{metric.capitalize()} against {'latency on ' + what if name.startswith('device') else what}"
+        label = "median latency" if name != "macs" else what
+        words = "; ".join(f"{stage}: {text(cost)}, {ticks(value)}" for cost, value, stage in points)
+        plots.append((caption, charts.trade_off(name, points, label, text, metric, ticks), words))
+
+    def profile(caption: str, name: str, pairs: list[tuple[float, float]], text: Callable[[float], str]) -> None:
+        before, after = ([pair[i] for pair in pairs] for i in (0, 1))
+        most = max(range(len(pairs)), key=lambda i: before[i])
+        words = (
+            f"{len(pairs)} layers in the order of the network, {text(sum(before))} before and {text(sum(after))} after; "
+            f"the largest is layer {most + 1}, {text(before[most])} before and {text(after[most])} after"
+        )
+        plots.append((caption, charts.profile(name, before, after, "", text), words))
+
     if len(path) > 1:
-        svg = charts.trade_off("macs", path, "multiply-accumulates", si, "accuracy", ticks)
-        plots.append(("Accuracy against multiply-accumulates", svg))
+        trade_off("macs", path, "multiply-accumulates", si)
     if len(path) > 1 and len(timings) == 2:
         medians = [row["median"] for row in timings.values()]
         points = [(medians[0], path[0][1], "dense"), (medians[1], path[-1][1], "compressed")]
-        svg = charts.trade_off("latency", points, "median latency", milliseconds, "accuracy", ticks)
-        plots.append(("Accuracy against latency", svg))
+        trade_off("latency", points, "latency", milliseconds)
     for i, results in enumerate(_list(summary.get("devices")) if len(path) > 1 else ()):
         medians = [_median(_map(model)) or 0.0 for model in _map(results.get("models")).values()]
         if len(medians) > 1 and medians[0] and medians[-1]:
             points = [(medians[0], path[0][1], "dense"), (medians[-1], path[-1][1], "compressed")]
-            svg = charts.trade_off(f"device-{i}", points, "median latency", milliseconds, "accuracy", ticks)
             where = _map(results.get("device")).get("model") or "a device"
-            plots.append((f"Accuracy against latency on {where}", svg))
+            trade_off(f"device-{i}", points, str(where), milliseconds)
     if any(layer.macs[0] for layer in layers):
-        working = [layer.macs for layer in layers if any(layer.macs)]
-        before, after = ([macs[i] for macs in working] for i in (0, 1))
-        plots.append(("Multiply-accumulates of each layer", charts.profile("work", before, after, "", si)))
+        profile("Multiply-accumulates of each layer", "work", [layer.macs for layer in layers if any(layer.macs)], si)
     if wide := [layer.channels for layer in layers if layer.channels]:
-        before, after = ([channels[i] for channels in wide] for i in (0, 1))
-        plots.append(("Output channels of each layer", charts.profile("channels", before, after, "", count)))
+        profile("Output channels of each layer", "channels", wide, count)
     if timed := [layer.ms for layer in layers if layer.ms]:
-        before, after = ([ms[i] for ms in timed] for i in (0, 1))
-        plots.append(("Predicted time of each layer", charts.profile("times", before, after, "", milliseconds)))
+        profile("Predicted time of each layer", "times", timed, milliseconds)
     if timings:
-        plots.append(("Latency of single calls", charts.ranges("calls", timings, "", milliseconds)))
+        words = "; ".join(
+            f"{name}: median {milliseconds(row['median'])}, nine of ten from {milliseconds(row['p5'])} to "
+            f"{milliseconds(row['p95'])}"
+            for name, row in timings.items()
+        )
+        plots.append(("Latency of single calls", charts.ranges("calls", timings, "", milliseconds), words))
     if training := _training(summary, records):
-        texts = {"loss": plain_score, "accuracy": _ticks(value for _, value in training.get("accuracy", []))}
-        plots.append(("Training", charts.curves("training", training, texts)))
-    return [(caption, Markup(svg)) for caption, svg in plots]
+        texts = {"loss": plain_score, "accuracy": _ticks((value for _, value in training.get("accuracy", [])), metric)}
+        words = "; ".join(
+            f"{name}: {texts[name](points[0][1])} in epoch {points[0][0]:g}, {texts[name](points[-1][1])} in epoch "
+            f"{points[-1][0]:g}"
+            for name, points in training.items()
+        )
+        plots.append(("Training", charts.curves("training", training, texts), words))
+    return [(caption, _described(svg, f"{caption}. {words}")) for caption, svg, words in plots]
+
+
+def _described(svg: str, words: str) -> Markup:
+    """An image for those who do not see it."""
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(words)}"', 1))
 
 
 def _trajectory(summary: Mapping[str, Any], records: list[Mapping[str, Any]]) -> list[tuple[float, float, str]]:
@@ -772,13 +834,19 @@ def number(value: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _score(*values: float | None) -> Callable[[Any], str]:
-    """How to write a metric: in percent when it is a share."""
-    return percent if all(0 <= value <= 1 for value in values if value is not None) else plain_score
+def _metric(summary: Mapping[str, Any]) -> str:
+    """What the run's figure of quality is called."""
+    return str(summary.get("metric") or "accuracy")
 
 
-def _ticks(values: Iterable[float]) -> Callable[[Any], str]:
-    return round_percent if _score(*values) is percent else plain_score
+def _score(*values: float | None, metric: str = "accuracy") -> Callable[[Any], str]:
+    """How to write a metric: in percent when it is an accuracy and a share."""
+    share = metric.endswith("accuracy") and all(0 <= value <= 1 for value in values if value is not None)
+    return percent if share else plain_score
+
+
+def _ticks(values: Iterable[float], metric: str = "accuracy") -> Callable[[Any], str]:
+    return round_percent if _score(*values, metric=metric) is percent else plain_score
 
 
 def _plain(value: Any) -> str:

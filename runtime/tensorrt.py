@@ -31,7 +31,7 @@ from .device_engines import new_logger
 from .dla import dla_report
 from .engine import BACKENDS, EngineReport, UnparsedOp, precision, replacing
 from .targets import TARGETS, Target, canonical, nearest, parsed_opset
-from .tensorrt_library import NAMES, library, new_monitor
+from .tensorrt_library import NAMES, library, load_plugins, new_monitor
 from .tensorrt_run import TensorRTEngine
 
 if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT, whose interface both packages have
@@ -69,6 +69,7 @@ def build(
     refit: bool = False,
     version_compatible: bool = False,
     timing_cache: str | os.PathLike[str] | None = None,
+    plugins: Sequence[str] | None = None,
     log: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> TensorRTReport:
@@ -78,8 +79,9 @@ def build(
     three, as full shapes, for inputs with other dynamic axes. workspace: limit in MiB. optimization_level: 0 to 5, the
     library's own default if None. sparse: allow kernels for 2:4 sparse weights. tf32: allow TF32 in fp32 layers. dla:
     core to run on, with the GPU as fallback. refit, version_compatible: engines whose weights can be replaced; that
-    later versions can run. timing_cache: file to reuse measurements from and keep them in. log: file for the library's
-    verbose log.
+    later versions can run. timing_cache: file to reuse measurements from and keep them in. plugins: shared libraries
+    with operators that the library lacks; their code runs here, and the engine needs them wherever it runs. log: file
+    for the library's verbose log.
 
     Raises BadInput for a model, target or option that does not fit, Refused for what this version or machine cannot do,
     MissingBackend without the library.
@@ -90,7 +92,7 @@ def build(
     if dla is not None:
         dla_report(graph, target, dla, batch)  # refuses what no layer could run
     start = time.perf_counter()
-    work = _Build(backend, target)
+    work = _Build(backend, target, plugins or ())
     work.check_opset(model, graph)
     work.parse(model)
     work.aim()
@@ -141,15 +143,18 @@ def build(
     )
 
 
-def load(path: Path, *, backend: str, graphs: bool = False, host_code: bool = False) -> TensorRTEngine:
+def load(
+    path: Path, *, backend: str, graphs: bool = False, host_code: bool = False, plugins: Sequence[str] | None = None
+) -> TensorRTEngine:
     """Load an engine file; that takes the GPU it was built for. graphs: run it as a CUDA graph, which starts all its
     kernels at once; inputs of other shapes than the last ones are recorded anew, and what cannot be recorded runs without.
-    host_code: trust the file with code of its own for the processor, which version-compatible engines carry.
+    host_code: trust the file with code of its own for the processor, which version-compatible engines carry. plugins: the
+    shared libraries that it was built with.
 
     Raises MissingBackend without the library or a GPU, BadInput for a file that is no engine for this library version
     and GPU.
     """
-    return TensorRTEngine(path, backend, graphs, host_code)
+    return TensorRTEngine(path, backend, graphs, host_code, plugins or ())
 
 
 def local_target(backend: str) -> Target:
@@ -192,12 +197,13 @@ class _Build:
     who: the library and its version, for messages. notes: what the user should know about the engine.
     """
 
-    def __init__(self, backend: str, target: Target):
+    def __init__(self, backend: str, target: Target, plugins: Sequence[str] = ()):
         self.trt = trt = library(backend)
         self.who = f"{NAMES[backend]} {trt.__version__}"
         self.target = target
         self.notes: list[str] = []
         self.logger = new_logger(trt)
+        load_plugins(trt, self.logger, plugins)
         # TensorRT-RTX builds for a compute capability that is named, classic TensorRT for the GPU at hand.
         self.aims = hasattr(trt.IBuilderConfig, "set_compute_capability")
         if not self.aims:
@@ -357,7 +363,8 @@ def _ranges(
             ranges[name] = tuple(tuple(given) for given in _three(shapes[name], f"shapes.{name}"))
         elif -1 in shape[1:]:
             axes = [axis for axis, extent in enumerate(shape) if extent == -1]
-            give = f"shapes={{'{name}': (smallest, best, largest)}}"
+            example = "x".join("N" if extent == -1 else str(extent) for extent in shape)
+            give = f"shapes={{'{name}': (smallest, best, largest)}}; on the command line --shape {name}={example}"
             raise BadInput(f"input {name}: axes {axes} are dynamic; give {give}")
         else:
             ranges[name] = tuple((count, *shape[1:]) for count in counts)

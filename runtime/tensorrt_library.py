@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from rich.progress import Progress, TaskID
 
-from ..graph.errors import MissingBackend
+from ..graph.errors import BadInput, MissingBackend, Refused
 from .engine import BACKENDS
 
 NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
@@ -31,6 +33,21 @@ def library(backend: str) -> ModuleType:
     if not hasattr(found, "Builder"):
         raise MissingBackend(f"{backend} is installed without its libraries; install them from NVIDIA or JetPack")
     return found
+
+
+def load_plugins(trt: ModuleType, logger: Any, paths: Sequence[str]) -> None:
+    """Load shared libraries with plugins. Raises BadInput for one that cannot be loaded, Refused without plugins."""
+    if not paths:
+        return
+    if not hasattr(trt, "get_plugin_registry"):
+        raise Refused(f"option plugins: {trt.__name__} {trt.__version__} takes none")
+    if hasattr(trt, "init_libnvinfer_plugins"):
+        trt.init_libnvinfer_plugins(logger, "")
+    for path in paths:
+        if not Path(path).is_file():
+            raise BadInput(f"option plugins: {path}: no such file")
+        if trt.get_plugin_registry().load_library(str(Path(path).absolute())) is None:
+            raise BadInput(f"option plugins: {path}: not a library of plugins for {trt.__name__}: {logger.error()}")
 
 
 def new_profiler(trt: ModuleType) -> Any:

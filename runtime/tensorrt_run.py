@@ -18,7 +18,7 @@ from .cuda import Cuda, CudaError, NoCuda
 from .device_engines import DTYPES as NUMPY
 from .device_engines import new_context, new_logger, record
 from .engine import HostEngine, TensorSpec
-from .tensorrt_library import NAMES, library, new_profiler
+from .tensorrt_library import NAMES, library, load_plugins, new_profiler
 
 if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT, whose interface both packages have
     import tensorrt as types
@@ -31,10 +31,13 @@ class TensorRTEngine(HostEngine):
 
     on_device = True  # the processor waits while it runs
 
-    def __init__(self, path: Path, backend: str, graphs: bool = False, host_code: bool = False):
+    def __init__(
+        self, path: Path, backend: str, graphs: bool = False, host_code: bool = False, plugins: Sequence[str] = ()
+    ):
         self._trt = trt = library(backend)
         self._path, self._graphs = path, graphs
         self._logger = new_logger(trt)
+        load_plugins(trt, self._logger, plugins)
         try:
             self._cuda = Cuda()
         except NoCuda as error:

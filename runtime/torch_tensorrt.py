@@ -11,6 +11,7 @@ import importlib
 import inspect
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,14 +32,19 @@ ENGINE, REST = "_run_on_acc", "_run_on_gpu"  # names of the parts that TensorRT 
 
 
 def compile_program(
-    program: Program, *, backend: str = "torch_tensorrt", sparse: bool = False, optimization_level: int | None = None
+    program: Program,
+    *,
+    backend: str = "torch_tensorrt",
+    sparse: bool = False,
+    optimization_level: int | None = None,
+    batch: int | None = None,
 ) -> TorchEngine:
     """Compile a program for this machine's GPU; the program is not changed.
 
-    sparse: allow kernels for 2:4 sparse weights. Raises MissingBackend without the library or a GPU, Refused for what
-    it cannot compile.
+    batch: the one that is optimised for, and taken, where it is dynamic; by default 1, of 1 to 8. sparse: allow kernels for
+    2:4 sparse weights. Raises MissingBackend without the library or a GPU, Refused for what it cannot compile.
     """
-    module = _compile(_library(), program, sparse, optimization_level)
+    module = _compile(_library(), program, sparse, optimization_level, (batch,) * 3 if batch else BATCHES)
     return TorchEngine(on_leaves(program, module), *specs(program), _device())
 
 
@@ -61,7 +67,7 @@ def build(
         raise BadInput(f"target {target.name}: {backend} compiles for the GPU at hand, which is SM{here[0]}{here[1]}")
     start, out = time.perf_counter(), out or model.with_suffix(".ep")
     program = load_program(model)
-    module = _compile(library, program, sparse, optimization_level)
+    module = _compile(library, program, sparse, optimization_level, BATCHES)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.ep"
         library.save(module, str(file), output_format="exported_program", retrace=False)
@@ -88,11 +94,13 @@ def load(path: Path, *, backend: str = "torch_tensorrt") -> TorchEngine:
     return unpack(path, backend, lambda file: library.load(file).module())
 
 
-def _compile(library: ModuleType, program: Program, sparse: bool, optimization_level: int | None) -> Any:
+def _compile(
+    library: ModuleType, program: Program, sparse: bool, optimization_level: int | None, batches: Sequence[int]
+) -> Any:
     program = program.copy()
     program.module().eval()
     exported = move_to_device_pass(program.exported(), _device())
-    args, kwargs = _inputs(library, program)
+    args, kwargs = _inputs(library, program, batches)
     function = library.dynamo.compile
     wishes: dict[str, Any] = {
         "sparse_weights": sparse,
@@ -113,7 +121,7 @@ def _compile(library: ModuleType, program: Program, sparse: bool, optimization_l
         raise Refused(f"Torch-TensorRT {library.__version__} cannot compile the program: {reason(error)}") from error
 
 
-def _inputs(library: ModuleType, program: Program) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _inputs(library: ModuleType, program: Program, batches: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The example inputs on the device; those with a dynamic batch as the range of shapes to compile for."""
     inputs = iter(specs(program)[0])
 
@@ -124,7 +132,7 @@ def _inputs(library: ModuleType, program: Program) -> tuple[tuple[Any, ...], dic
         if None in shape[1:]:
             raise BadInput("Torch-TensorRT: only the batch may be dynamic here; capture the program with fixed shapes")
         keys = ("min_shape", "opt_shape", "max_shape")
-        ranges = {key: (batch, *shape[1:]) for key, batch in zip(keys, BATCHES, strict=True)}
+        ranges = {key: (batch, *shape[1:]) for key, batch in zip(keys, batches, strict=True)}
         return library.Input(**ranges, dtype=tensor.dtype)
 
     return pytree.tree_map_only(torch.Tensor, give, (program.args, program.kwargs))

@@ -27,7 +27,7 @@ from .evaluate import (
 )
 from .presence import Disagreement, Held, along
 from .randomise import randomise
-from .removal import Removed, checked, differences, pruned_weights
+from .removal import Removed, checked, differences, pruned_weights, removed_since
 
 TOLERANCE = 1e-10
 ATTEMPTS = 3  # draws of weights, should one be ill-conditioned
@@ -72,7 +72,8 @@ def surgery(before: Program, result: Any, *, seed: int = 0, batches: int = 2, re
     """Worst relative error, in float64, of a pruned program against what the original becomes with entries absent.
 
     result: what `RemoveChannels` returns, or anything with `program` and `removed`, and with `masked` where a pass that
-    removes also trains: the original with the trained weights, which is then compared in its place. Weights are drawn at
+    removes also trains: the original with the trained weights, which is then compared in its place. After several such
+    passes the original may be the program before any of them. Weights are drawn at
     random, so the error does not hide behind zeros; a program with a dynamic batch runs at `batches` batch sizes.
     retrained: the weights were trained after removal, so only their shapes must fit. Returns inf, with a warning that says
     why, when shapes or weights do not fit. Raises GraphcombError when something was removed and no output changed
@@ -89,7 +90,7 @@ def surgery(before: Program, result: Any, *, seed: int = 0, batches: int = 2, re
 def check(before: Program, result: Any, *, seed: int = 0, batches: int = 2, retrained: bool = False) -> Verdict:
     """The full verdict; see `surgery` for the arguments. BadInput when `result.removed` does not fit the program."""
     before = getattr(result, "masked", None) or before
-    removed, after = checked(before, result.removed), result.program
+    removed, after = checked(before, removed_since(before, result)), result.program
     wrong = differences(before, after, removed, retrained)
     if wrong:
         return Verdict(float("inf"), float("nan"), float("nan"), False, tuple(wrong))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,33 @@ from ..program import Program
 from .evaluate import tensors_of, to_double
 
 Removed = Mapping[str, Mapping[int, Sequence[int]]]
+
+
+def removed_since(before: Program, result: Any) -> Removed:
+    """What was removed since `before`, in its numbering: by the last pass, and where the history of the result names
+    several passes since then that removed something, by all of them."""
+    history, past = getattr(result.program, "history", []), len(before.history)
+    since = history[past:] if history[:past] == before.history else []
+    steps = [record["removed"] for record in since if record.get("removed")]
+    if len(steps) < 2:
+        return result.removed
+    tensors = tensors_of(before)
+    left: dict[tuple[str, int], np.ndarray] = {}
+    for step in steps:
+        for name, lost in step.items():
+            for d, indices in lost.items():
+                place = name, int(d)
+                fits = place in left or (name in tensors and int(d) < tensors[name].dim())
+                whole = left.get(place, np.arange(tensors[name].shape[int(d)])) if fits else np.arange(0)
+                if not fits or (len(indices) and max(indices) >= len(whole)):
+                    raise BadInput(
+                        f"removed: {name} dimension {d} has no such indices; verify one pass after the other"
+                    )
+                left[place] = np.delete(whole, indices)
+    found: dict[str, dict[int, list[int]]] = {}
+    for (name, d), stay in left.items():
+        found.setdefault(name, {})[d] = np.setdiff1d(np.arange(tensors[name].shape[d]), stay).tolist()
+    return found
 
 
 def checked(before: Program, removed: Removed) -> dict[str, dict[int, list[int]]]:

@@ -23,7 +23,7 @@ from .absence import spell_out
 from .check import Trial
 from .evaluate import Evaluator, evaluated, invoke, relative_error
 from .presence import along
-from .removal import Removed, checked, kept
+from .removal import Removed, checked, kept, removed_since
 
 Masks = dict[ax.Factor, np.ndarray]
 STATISTICS = frozenset(
@@ -39,7 +39,7 @@ def restriction(before: Program, result: Any, *, seed: int = 0, comb: Comb | Non
 
     comb: the solved axes of `before`, solved here if not given. GraphcombError when what was removed is no union of atoms.
     """
-    removed = checked(before, result.removed)
+    removed = checked(before, removed_since(before, result))
     comb = comb or Comb(before)
     masks = atom_masks(comb, removed)
     trial = Trial(before, result.program, removed, seed)
@@ -54,7 +54,7 @@ def interference(before: Program, result: Any, *, seed: int = 0, comb: Comb | No
     The restricted original runs twice; in between, all removed entries of parameters and buffers are replaced by noise.
     Relative, in float64.
     """
-    removed = checked(before, result.removed)
+    removed = checked(before, removed_since(before, result))
     comb = comb or Comb(before)
     masks = atom_masks(comb, removed)
     trial = Trial(before, result.program, removed, seed)

@@ -11,30 +11,71 @@ from torch.utils import _pytree as pytree
 
 from ...graph.errors import BadInput
 
+NAMES = ("logits", "out")  # what class scores are called among several outputs
 
-def logits_of(outputs: Any) -> torch.Tensor:
-    """The class scores `(N, C, ...)` among a model's outputs: the only floating-point tensor, or the entry "logits" or
-    "out" of a mapping. Raises BadInput when there are several."""
+
+def logits_of(outputs: Any, instead: str = "") -> torch.Tensor:
+    """The class scores among a model's outputs: the only floating-point tensor, or the entry "logits" or "out" of a
+    mapping. Raises BadInput when there are several; `instead` says what else the caller could be given."""
     if isinstance(outputs, dict):
-        for name in ("logits", "out"):
+        for name in NAMES:
             if isinstance(outputs.get(name), torch.Tensor):
                 return outputs[name]
     found = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if len(found) != 1 or found[0].dim() < 2:
         shapes = ", ".join(str(tuple(t.shape)) for t in found) or "none"
-        raise BadInput(f'outputs: no single tensor of class scores (found {shapes}); name it "logits" or "out"')
+        way = 'name it "logits" or "out"' + (f", or {instead}" if instead else "")
+        raise BadInput(f"outputs: no single tensor of class scores (found {shapes}); {way}")
     return found[0]
 
 
+def class_dim(
+    scores: torch.Tensor, labels: Any = None, known: int | None = None, of_graph: int | None = None, instead: str = ""
+) -> int:
+    """The dimension of class scores that holds the classes.
+
+    It is `known` where the user has said so; else the one whose removal leaves the shape of the labels (class indices);
+    else what the graph tells (`class_axis`); else 1 for scores `(N, C)` and `(N, C, H, W)`. Raises BadInput for anything
+    else, such as `(N, queries, classes)` with neither, and says `instead` what to give.
+    """
+    rank = scores.dim()
+    if known is not None:
+        if not 1 <= known % rank < rank or not -rank <= known < rank:
+            raise BadInput(
+                f"class_dim: {known} is no dimension of class scores {tuple(scores.shape)} besides the batch"
+            )
+        return known % rank
+    fits = []
+    if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+        fits = [d for d in range(1, rank) if labels.shape == scores.shape[:d] + scores.shape[d + 1 :]]
+    if len(fits) == 1:
+        return fits[0]
+    if of_graph is not None and (not fits or of_graph in fits):
+        return of_graph
+    if rank in (2, 4):
+        return 1
+    way = instead or "give loss= and metric="
+    raise BadInput(f"outputs: any dimension of the class scores {tuple(scores.shape)} may be the classes; {way}")
+
+
 def default_loss(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of class scores `(N, C, ...)` against class indices `(N, ...)`; label -100 is ignored."""
-    return F.cross_entropy(logits_of(outputs).float(), labels)
+    """Mean cross-entropy of class scores `(N, C, ...)` against class indices `(N, ...)`; label -100 is ignored. The classes
+    may be in another dimension if the labels' shape says so."""
+    instead = "give loss= (in a recipe, loss: module:callable)"
+    scores = logits_of(outputs, instead)
+    return F.cross_entropy(scores.float().movedim(class_dim(scores, labels, instead=instead), 1), labels)
 
 
 def accuracy(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
     """1 where the highest score is the label's, else 0, for every sample or pixel whose label is not negative."""
-    hits = (logits_of(outputs).argmax(1) == labels).float()
-    return hits[labels >= 0]
+    instead = "give metric= (in a recipe, metric: module:callable)"
+    scores = logits_of(outputs, instead)
+    best = scores.argmax(class_dim(scores, labels, instead=instead))
+    if best.shape != labels.shape:
+        raise ValueError(
+            f"the scores have a class for each of {tuple(best.shape)}, the labels are {tuple(labels.shape)}"
+        )
+    return (best == labels).float()[labels >= 0]
 
 
 def task_loss(loss: Callable[..., Any] | None, outputs: Any, labels: Any) -> torch.Tensor:
@@ -46,13 +87,10 @@ def task_loss(loss: Callable[..., Any] | None, outputs: Any, labels: Any) -> tor
 
 
 def applied(field: str, function: Callable[..., Any], outputs: Any, labels: Any) -> Any:
+    """`function(outputs, labels)`; what it raises becomes one line that starts with `field`."""
     try:
         return function(outputs, labels)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         shapes = [tuple(t.shape) for t in pytree.tree_leaves((outputs, labels)) if isinstance(t, torch.Tensor)]
         text = (str(error).splitlines() or ["no message"])[0]
         raise BadInput(f"{field}: does not take these outputs and labels (shapes {shapes}): {text[:200]}") from error
-
-
-LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "ProcessGroup")  # in what collectives raise
-PLAIN = ("epoch", "position", "step", "log", "curve", "recent")

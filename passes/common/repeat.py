@@ -1,21 +1,38 @@
-"""The same again: seeds, random states, and a code for everything that decides a result."""
+"""The same again: seeds, random states, and codes for everything that decides a result. Source: ours."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from ...graph.program import TrainableModule
-from ..batches import generators
+from ... import graph
+from ...graph.program import Program, TrainableModule
+from ..base import Context
+from ..batches import Adapted, generators, length
+
+OWN = ("graphcomb",)  # packages whose code `sources` stands for
+CONSTANTS = (
+    types.FunctionType, types.ModuleType, functools.partial, type, torch.Tensor, np.ndarray, tuple, frozenset, str, bytes,
+    int, float, complex, Path, type(None),
+)  # fmt: skip  # kinds of global variables that are no state
+DEPTH = 12  # how deep the values that a function holds are followed
 
 
+# ------------------------------------------------------------------------------------------------------- random states
 @contextmanager
 def seeded(seed: int, *data: Iterable[Any] | None) -> Iterator[None]:
     """Run under a seed (Python, NumPy, torch, and the generators of the data loaders given) and give the random states back
@@ -54,10 +71,223 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+# ------------------------------------------------------------------------------------------------------- fingerprints
+def run_code(module: TrainableModule, context: Context, *parts: Any) -> str:
+    """A short code for all that a stored result depends on, the batches apart: the program (graph and weights), the
+    context's loss, metric, teacher, seed, target, precision and latency model, the code of graphcomb's passes, and
+    `parts`, such as a pass's options.
+
+    What it cannot see is said at `code_of`. Of the data it holds the number of batches; what is in them is compared by
+    `sample`, which sees the first ones.
+    """
+    teacher = None if context.teacher is None else fingerprint(context.teacher.module())
+    lengths = [None if d is None else length(d) for d in (context.data, context.val)]
+    splits = [(d.inputs, d.labels) for d in (context.data, context.val) if isinstance(d, Adapted)]
+    latency = None if context.latency is None else str(context.latency)
+    given = code_of((context.loss, context.metric, context.target, context.dtype, latency, context.plan, *splits))
+    return fingerprint(module, teacher, lengths, given, context.seed, sources(), *parts)
+
+
 def fingerprint(module: TrainableModule, *parts: Any) -> str:
-    """A short code for a run: graph, initial weights and everything else that decides its result."""
+    """A short code for a graph, its weights, which of them are frozen, and everything else that is given."""
     digest = hashlib.blake2b(repr((str(module.graph), parts)).encode(), digest_size=6)
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name} ".encode())
+        _add_tensor(digest, tensor)
+    frozen = sorted(name for name, p in module.named_parameters() if not p.requires_grad)
+    digest.update(repr(frozen).encode() if frozen else b"")
     return digest.hexdigest()
+
+
+@functools.lru_cache
+def sources() -> str:
+    """A code for the source of graphcomb's passes and of its graph package."""
+    digest = hashlib.blake2b(digest_size=6)
+    for folder in (Path(__file__).parents[1], Path(str(graph.__file__)).parent):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def code_of(value: Any) -> str:
+    """A short code for a value and, of functions, for what they do: their bytecode, defaults, the values they close over,
+    and the functions, classes and values of their own package that they name; of objects, their attributes and methods.
+
+    Not seen: lists, mappings and objects in global variables, which may be state; the code of other packages (their
+    version is); files and environment variables that are read; the state of iterators and of extension types that do not
+    pickle; attributes more than a dozen levels deep.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    _add(digest, value, {}, 0)
+    return digest.hexdigest()
+
+
+def _add_tensor(digest: Any, tensor: torch.Tensor) -> None:
+    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if tensor.layout == torch.strided and tensor.device.type != "meta":
+        raw = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update((raw.resolve_conj().resolve_neg()).view(torch.uint8).numpy())
+
+
+def _add(digest: Any, value: Any, seen: dict[int, Any], depth: int) -> None:
+    """Take a value into the digest. `seen` holds, by identity, the containers that are under way and the functions,
+    classes and objects that are done, and keeps them alive."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Path)):
+        digest.update(f"{type(value).__name__} {value!r};".encode())
+        return
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    if id(value) in seen or depth > DEPTH:
+        digest.update(f"again {name};".encode())
+        return
+    seen[id(value)] = value
+    digest.update(f"{type(value).__module__}.{name}(".encode())
+    try:
+        _add_parts(digest, value, lambda *parts: [_add(digest, part, seen, depth + 1) for part in parts])
+    except Exception:  # an object that does not let itself be looked at
+        digest.update(b"unseen")
+    if isinstance(value, (list, tuple, torch.Tensor)):  # whether equal ones are one object says nothing
+        del seen[id(value)]
+    digest.update(b")")
+
+
+def _add_parts(digest: Any, value: Any, add: Callable[..., Any]) -> None:
+    if isinstance(value, TrainableModule):
+        add(fingerprint(value))
+    elif isinstance(value, Program):
+        add(value.module())
+    elif isinstance(value, torch.Tensor):
+        _add_tensor(digest, value)
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        digest.update(f"{value.dtype} {value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, Mapping):
+        add(*(part for item in value.items() for part in item))
+    elif isinstance(value, (list, tuple)):
+        add(*value)
+    elif isinstance(value, (set, frozenset)):
+        add(*sorted(code_of(v) for v in value))
+    elif isinstance(value, types.FunctionType):
+        _add_function(value, add)
+    elif isinstance(value, types.CodeType):
+        add(value.co_code, value.co_names, value.co_varnames, value.co_consts)
+    elif isinstance(value, types.MethodType):
+        add(value.__func__, value.__self__)
+    elif isinstance(value, functools.partial):
+        add(value.func, value.args, value.keywords)
+    elif isinstance(value, types.ModuleType):
+        add(value.__name__, getattr(value, "__version__", None))
+    elif isinstance(value, type):
+        _add_class(value, add)
+    else:
+        _add_object(value, add)
+
+
+def _add_function(function: types.FunctionType, add: Callable[..., Any]) -> None:
+    if not _followed(function.__module__):
+        add(function.__module__, function.__qualname__, _version(function.__module__))
+        return
+    cells = []
+    for cell in function.__closure__ or ():
+        try:
+            cells.append(cell.cell_contents)
+        except ValueError:  # a name that has no value yet
+            cells.append(None)
+    named = [function.__globals__[n] for n in _names(function.__code__) if n in function.__globals__]
+    named = [value for value in named if isinstance(value, CONSTANTS)]
+    add(function.__code__, function.__defaults__, function.__kwdefaults__, cells, named)
+
+
+def _names(code: types.CodeType) -> list[str]:
+    inner = [name for c in code.co_consts if isinstance(c, types.CodeType) for name in _names(c)]
+    return [*code.co_names, *inner]
+
+
+def _add_class(kind: type, add: Callable[..., Any]) -> None:
+    add(kind.__module__, kind.__qualname__)
+    if not _followed(kind.__module__):
+        add(_version(kind.__module__))
+        return
+    add(*(base for base in kind.__bases__ if base is not object))
+    for name, value in vars(kind).items():
+        if name not in ("__dict__", "__weakref__", "__doc__", "__module__", "__firstlineno__", "__static_attributes__"):
+            plain = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+            add(name, [plain.fget, plain.fset] if isinstance(plain, property) else plain)
+
+
+def _add_object(value: Any, add: Callable[..., Any]) -> None:
+    add(type(value))
+    if isinstance(value, (Iterator, torch.Generator)):
+        return  # its state moves on
+    if dataclasses.is_dataclass(value):
+        add([[f.name, getattr(value, f.name, None)] for f in dataclasses.fields(value)])
+    elif hasattr(value, "__dict__"):
+        add(vars(value))
+    else:
+        try:
+            reduced = value.__reduce_ex__(2)
+        except Exception:  # it does not pickle
+            return
+        add(*(reduced if isinstance(reduced, tuple) else (reduced,))[:3])
+
+
+def _followed(module: str | None) -> bool:
+    """Whether to look into functions and classes of a module: those of the user, not of libraries that are installed."""
+    top = (module or "").partition(".")[0]
+    if top in OWN or top in sys.stdlib_module_names - {"__main__"} or top in ("torch", "numpy"):
+        return False
+    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return "site-packages" not in file
+
+
+def _version(module: str | None) -> Any:
+    return getattr(sys.modules.get((module or "").partition(".")[0]), "__version__", None)
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+def sample(data: Iterable[Any] | None, seed: int) -> list[str]:
+    """Codes of what the data yields first under a seed: of the first batch, and of a list also of the others. Empty
+    without data, and for an iterator, which would lose a batch."""
+    if data is None or isinstance(data, Iterator):
+        return []
+    if isinstance(data, Adapted):
+        data = data.data  # what splits it is in the run's code
+    with seeded(seed, data):
+        if type(data) in (list, tuple):
+            return [code_of(part) for part in (list(data[:1]), list(data[1:])) if part]  # type: ignore[index]
+        return [code_of([batch]) for batch in islice(data, 1)]
+
+
+def is_other(stored: list[str], now: list[str]) -> bool:
+    """Whether two samples are of different data, as far as both go."""
+    return any(a != b for a, b in zip(stored, now, strict=False))
+
+
+class Samples:
+    """What the data of a context yields first; sampled when it is asked for, once."""
+
+    def __init__(self, context: Context):
+        self.context = context
+
+    @functools.cached_property
+    def codes(self) -> list[list[str]]:
+        """Of the data and of the validation data."""
+        return self._again()
+
+    def differ(self, stored: list[list[str]]) -> bool:
+        """Whether these are other data than what was sampled before. Data that yields something else at every try, whatever
+        the seed, cannot be told from other data and passes."""
+        for i, (before, now) in enumerate(zip(stored, self.codes, strict=True)):
+            if is_other(before, now) and not is_other(now, self._again()[i]):
+                return True
+        return False
+
+    def _again(self) -> list[list[str]]:
+        return [sample(data, self.context.seed) for data in (self.context.data, self.context.val)]
+
+
+def says_anew(folder: Path, name: str) -> None:
+    """Warn that what a folder holds is not taken up."""
+    warnings.warn(
+        f"{folder}: {name} starts anew, what is stored there belongs to another run (other program, options, data, loss, "
+        "metric, teacher, seed, target or version of graphcomb)",
+        stacklevel=2,
+    )

@@ -14,10 +14,10 @@ import torch
 from accelerate.utils import send_to_device, set_seed
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-from ...graph.errors import BadInput, GraphcombError
+from ...graph.errors import BadInput
 from ..base import Context
-from ..batches import Batch, Feed, generators, length, like_loader, shard
-from .processes import accelerator, gathered
+from ..batches import Adapted, Batch, Feed, adapted, generators, length, like_loader, shard
+from .processes import accelerator, forwarded, gathered
 from .repeat import rng_state, set_rng_state
 from .scoring import bar
 
@@ -27,6 +27,8 @@ T = TypeVar("T")
 def drawn(data: Iterable[Any], count: int, seed: int) -> Iterable[Any]:
     """The data, or where it is a loader that goes through its data set in order, one over a random subset of it: `count`
     samples, in whole batches."""
+    if isinstance(data, Adapted):
+        return adapted(drawn(data.data, count, seed), data.inputs, data.labels)
     if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
         return data
     size, total = data.batch_size, length(data.dataset)  # type: ignore[arg-type]
@@ -106,8 +108,8 @@ def everywhere(act: Callable[[], T]) -> T:
     result, error = None, None
     try:
         result = act()
-    except GraphcombError as found:
-        error = found
+    except Exception as found:
+        error = forwarded(found)
     for other in gathered(error):
         if other is not None:
             raise other

@@ -50,16 +50,29 @@ def evaluate(
     acc = accelerator()
     feed = Feed(model, field) if isinstance(model, Program) else None
     module = model.module() if isinstance(model, Program) else model
-    modes = {m: m.training for m in module.modules()}
     place = placed(module, acc.device) if isinstance(module, TrainableModule) else nullcontext()
+    with evaluating(module), place:
+        return score(module, feed, data, metric or accuracy, acc, progress, field, alone)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode; afterwards every flag is what it was, also of single normalisations that were frozen."""
+    modes = {m: m.training for m in module.modules()}
+    graph = module.graph if isinstance(module, TrainableModule) else None
+    flags = {node: (node.args, node.kwargs) for node in graph.nodes} if graph else {}
     module.eval()
     try:
-        with place:
-            return score(module, feed, data, metric or accuracy, acc, progress, field, alone)
+        yield
     finally:
         module.train(modes[module])
         for m, mode in modes.items():
             m.training = mode
+        changed = {node: given for node, given in flags.items() if (node.args, node.kwargs) != given}
+        for node, (args, kwargs) in changed.items():
+            node.args, node.kwargs = args, kwargs
+        if changed and isinstance(module, TrainableModule):
+            module.recompile()
 
 
 def score(

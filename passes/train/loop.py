@@ -26,8 +26,8 @@ from ...graph.program import Program, TrainableModule
 from ..base import Context
 from ..batches import Batch, Feed, generators, length, shard
 from ..common.losses import accuracy
-from ..common.processes import accelerator, gathered, move, reduced
-from ..common.repeat import fingerprint, rng_state, seeded, set_rng_state
+from ..common.processes import accelerator, agreed, gathered, move, reduced
+from ..common.repeat import code_of, rng_state, run_code, sample, says_anew, seeded, set_rng_state
 from ..common.scoring import bar, score
 from ..masks import zeros
 from .callbacks import Callback, HeldZeros, Surgery, taken
@@ -53,8 +53,9 @@ def fit(
 
     objective: `(what the module returns, batch) -> (loss, {part: value})`. name: of the pass, in messages and file
     names. outputs: picks the model's own outputs from what the module returns, for the metric. identity: whatever else
-    decides the result, so that a checkpoint of another run is not taken up. dress: a context in which a module trains;
-    entered anew when a callback replaces the module, which then becomes the program's.
+    decides the result: a checkpoint is taken up when that and all that `run_code` sees is the same, and the data begins
+    as it did; else training starts anew and says so. dress: a context in which a module trains; entered anew when a
+    callback replaces the module, which then becomes the program's.
 
     The result depends on the seed, the data and the options only: every epoch starts from its own seed, and a run
     killed at any point and started again ends where the uninterrupted one does, bit by bit on a CPU.
@@ -69,8 +70,9 @@ def fit(
     if masks := zeros(program):
         callbacks = [*callbacks, HeldZeros(masks)]
     if context.out is not None:
-        decides = (*identity, *(c.identity for c in callbacks if c.identity is not None))
-        code = fingerprint(module, repr(training), context.seed, length(context.data), acc.num_processes, *decides)
+        decides = [*identity, *((code_of(type(c)), c.identity) for c in callbacks)]
+        options = (repr(training), acc.num_processes, sample(context.val, context.seed))
+        code = agreed(lambda: run_code(module, context, *options, *decides))
         checkpoint = Path(context.out) / f"{name.lower()}-{code}.ckpt"
     elif training.checkpoint_every:
         raise BadInput(f"{name}.checkpoint_every: needs a folder for the checkpoints; pass out=")
@@ -100,6 +102,7 @@ def total_steps(training: Training, data: Iterable[Any], name: str, feed: Feed |
 
 LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "ProcessGroup")  # in what collectives raise
 PLAIN = ("epoch", "position", "step", "log", "curve", "recent")
+SEEN = 16  # batches by which a checkpoint knows its data
 CURVE = 200  # points of the loss curve, at most
 
 
@@ -142,6 +145,7 @@ class _Loop:
         self.log: list[dict[str, Any]] = []
         self.sums: dict[str, float] = {}
         self.order: list[torch.Tensor] = []  # states of the data's generators at the start of the epoch
+        self.seen: list[str] = []  # codes of the first batches of the first epoch
         self.finite = _finite(self.module)
         self.rng: dict[str, Any] = {}
 
@@ -178,19 +182,21 @@ class _Loop:
         self._train_on(surgery.module)
         self.module.train(batch_norm=self.training.batch_norm == "train")
         for name, parameter in self.module.named_parameters():
+            if old.get(name) not in moments:
+                continue  # frozen, new, or no gradient has reached it: the optimizer knows nothing of it
             self.optimizer.state[parameter] = {
                 key: taken(value, surgery.tensors.get(name, {}))
                 if isinstance(value, torch.Tensor) and value.shape == old[name].shape
                 else value
-                for key, value in moments.get(old[name], {}).items()
+                for key, value in moments[old[name]].items()
             }
         for callback in self.callbacks:
             callback.after_surgery(surgery)
 
     def _run(self) -> dict[str, Any]:
         record: dict[str, Any] = {}
-        if self.checkpoint is not None and self.checkpoint.exists():
-            self._load(self.checkpoint)
+        if (state := self._stored()) is not None:
+            self._load(state)
             record["resumed_at"] = self.step
         else:
             for callback in self.callbacks:
@@ -214,6 +220,8 @@ class _Loop:
         every = self.training.checkpoint_every
         self.module.train(batch_norm=self.training.batch_norm == "train")
         for batch in self._batches():
+            if self.checkpoint is not None and not self.epoch and len(self.seen) == self.position < SEEN:
+                self.seen.append(_code(batch))
             self._step(batch)
             update(self.done, f"loss {self.sums['loss'] / self.position:.4g}")
             if self.done >= self.total:
@@ -323,7 +331,7 @@ class _Loop:
     def _save(self) -> None:
         if self.checkpoint is None:
             return
-        own = gather_object([{"rng": rng_state(), "sums": self.sums}])  # of every process
+        own = gather_object([{"rng": rng_state(), "sums": self.sums, "seen": self.seen}])  # of every process
         if not self.acc.is_main_process:
             return
         state = {
@@ -347,9 +355,61 @@ class _Loop:
                 part.unlink(missing_ok=True)
             raise BadInput(f"{self.checkpoint}: the checkpoint cannot be written ({error})") from None
 
-    def _load(self, path: Path) -> None:
+    def _stored(self) -> dict[str, Any] | None:
+        """What the checkpoint of this run holds, or None; the same in every process, whoever sees the file."""
+        if self.checkpoint is None:
+            return None
+        state: dict[str, Any] | None = agreed(self._read)
+        if state is not None:
+            other = self._is_other(state["own"][self.acc.process_index]["seen"])
+            state = None if reduced([float(other)], "sum", self.acc)[0] else state
+        if (
+            state is None
+            and self.acc.is_main_process
+            and list(self.checkpoint.parent.glob(f"{self.name.lower()}-*.ckpt"))
+        ):
+            says_anew(self.checkpoint.parent, self.name)
+        return state
+
+    def _read(self) -> dict[str, Any] | None:
+        assert self.checkpoint is not None
+        if not self.checkpoint.exists():
+            return None
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            _ = [own["seen"] for own in state["own"]]
+            return state
+        except Exception as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> BadInput:
+        return BadInput(f"{self.checkpoint}: no usable checkpoint ({error}); delete it to train from the start")
+
+    def _is_other(self, stored: list[str]) -> bool:
+        """Whether the data is not what the stored run began with.
+
+        Batches after the first may hold random changes that depend on what training drew in between, and some data never
+        repeats itself: what changes when other numbers are drawn in between, or without a reason, tells nothing.
+        """
+
+        def first(draw: bool) -> list[str]:
+            codes = []
+            with seeded(self.context.seed, self.context.data):
+                for batch in islice(self._batches(), len(stored)):
+                    codes.append(_code(batch))
+                    if draw:
+                        set_seed(len(codes))
+            self.feed.skipped = 0
+            return codes
+
+        now = first(draw=False)
+        if now == stored:
+            return False
+        again = zip(stored, now, first(draw=True), strict=False)
+        return len(now) != len(stored) or any(old != new == once_more for old, new, once_more in again)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        try:
             for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
                 if (module := callback.load_state_dict(saved)) is not None:
                     self._train_on(module)
@@ -360,12 +420,16 @@ class _Loop:
             for generator, order in zip(generators(self.context.data), state["order"], strict=True):
                 generator.set_state(order)
             self.order, own = state["order"], state["own"][self.acc.process_index]
-            self.rng, self.sums = own["rng"], own["sums"]
+            self.rng, self.sums, self.seen = own["rng"], own["sums"], own["seen"]
             self.feed.skipped = state["skipped"]
             for key in PLAIN:
                 setattr(self, key, state[key])
         except Exception as error:
-            raise BadInput(f"{path}: no usable checkpoint ({error}); delete it to train from the start") from error
+            raise self._unusable(error) from error
+
+
+def _code(batch: Batch) -> str:
+    return code_of((batch.args, batch.kwargs, batch.labels))
 
 
 def _optimizer(module: nn.Module, training: Training) -> torch.optim.Optimizer:

@@ -201,6 +201,10 @@ LEGAL = {
     "einsum with ellipsis": (lambda x, w: torch.einsum("oc,bc...->bo...", w, x), [OUT]),
     "einsum without result": (lambda x: torch.einsum("ii", x[0, :, 0, 0, None] * x[0, :, 0, 0]), []),
     "attention": (lambda x: F.scaled_dot_product_attention(heads(x), heads(x), heads(x), scale=0.3), []),
+    "attention without a scale": (
+        lambda x: F.scaled_dot_product_attention(heads(x), heads(x), heads(x), scale=0.0),
+        [],
+    ),
     "attention over channels": (lambda x: F.scaled_dot_product_attention(x[..., 0], x[..., 1], x[..., 2]), []),
     "causal attention": (
         lambda x: F.scaled_dot_product_attention(x[..., 0], x[..., 1], x[..., 2], is_causal=True),

@@ -50,6 +50,13 @@ def test_only_options_that_may_be_no_take_false() -> None:
         parse_recipe(GOOD | {"passes": [{"Distill": {"optimizer": False}}]})
 
 
+def test_engines_take_options() -> None:
+    engines = ["rtx-sm86", {"target": "agx-orin", "dla": 0, "batch": [1, 2, 4], "sparse": False}]
+    first, second = parse_recipe(GOOD | {"outputs": {"engines": engines}}).outputs.engines
+    assert (first.target, first.options()) == ("rtx-sm86", {})
+    assert second.options() == {"dla": 0, "batch": [1, 2, 4], "sparse": False}
+
+
 def test_every_public_pass_can_be_named() -> None:
     assert {"Comb", "RemoveChannels"} <= set(known_passes())
     assert "Pass" not in known_passes()
@@ -95,6 +102,16 @@ MISTAKES = [
     ({"inputs": [{"shape": [1], "dtyp": "int64"}]}, "inputs.0.dtyp: unknown key; did you mean dtype?"),
     ({"outputs": {"onyx": True}}, "outputs.onyx: unknown key; did you mean onnx?"),
     ({"outputs": {"engines": "rtx"}}, "outputs.engines: should be a valid list"),
+    (
+        {"outputs": {"engines": [{"target": "cpu", "spars": True}]}},
+        "outputs.engines.0.spars: unknown key; did you mean",
+    ),
+    ({"outputs": {"engines": [{"sparse": True}]}}, "outputs.engines.0.target: missing"),
+    (
+        {"outputs": {"engines": [{"target": "cpu", "workspace": 0}]}},
+        "outputs.engines.0.workspace: should be greater than 0",
+    ),
+    ({"outputs": {"tolerance": 0}}, "outputs.tolerance: should be greater than 0"),
     ({"model": {"source": "a:b", "argument": {}}}, "model.argument: unknown key; did you mean arguments?"),
     ({"model": 3}, "model.source: should be a valid string, got 3"),
 ]

@@ -32,7 +32,8 @@ def test_a_run_writes_what_is_documented(cli, recipe, tmp_path: Path, monkeypatc
         for cost in (record["cost"]["before"], record["cost"]["after"]):
             schema.Cost.model_validate(cost, strict=True)
     files = tmp_path / "out" / "dense.onnx", tmp_path / "out" / "model.onnx"
-    assert cli("bench", *files, "--seconds", "0.3", "--out", tmp_path / "b.json", "--quiet").code == 0
+    code = cli("bench", *files, "--seconds", "0.3", "--out", tmp_path / "b.json", "--quiet").code
+    assert code == int(json.loads((tmp_path / "b.json").read_text())["ratio"] is None)  # as on a busy machine
     schema.Bench.model_validate(json.loads((tmp_path / "b.json").read_text()), strict=True)
 
 

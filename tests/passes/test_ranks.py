@@ -1,10 +1,11 @@
-"""Two gloo processes that see different things (latencies, orders of the data, losses, batch sizes) still do the same."""
+"""Two processes, started as `torchrun` starts them on a CPU, that see different things (latencies, orders of the data,
+losses, batch sizes, folders) still do the same."""
 
 import os
 import socket
 import subprocess
 import sys
-from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from torch import nn
 from graphcomb import capture
 from graphcomb.graph.comb import Comb
 from graphcomb.graph.errors import BadInput, GraphcombError
-from graphcomb.passes import Distill, RemoveChannels
+from graphcomb.passes import Distill, PruneDepth, RemoveChannels, Sparsify
 from graphcomb.passes.base import Context
+from graphcomb.passes.common import processes
 from graphcomb.passes.importance import from_gradients
 from graphcomb.passes.statistics import Gradients, input_moments, layers
+from graphcomb.passes.training import accelerator, agreed
 
 
 class Skewed:
@@ -53,6 +56,20 @@ def network():
     )  # fmt: skip
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.b(torch.relu(self.a(x)))
+
+
+def residual():
+    torch.manual_seed(0)
+    return nn.Sequential(Residual(), nn.Flatten(), nn.Linear(100, 3))
+
+
 def batches(sizes, seed):
     draw = torch.Generator().manual_seed(seed)
     return [(torch.randn(n, 1, 10, 10, generator=draw), torch.randint(3, (n,), generator=draw)) for n in sizes]
@@ -75,7 +92,58 @@ def shared(program):
     return found | {"squares": lambda: [squares()], "moments": lambda: moments()[0][name].flatten(1).tolist()}
 
 
-def scenarios(rank):
+class Stop(Exception):
+    pass
+
+
+class Cut(list):
+    """Batches, cut off in every process after so many in all."""
+
+    left = 0
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if not self.left:
+                raise Stop
+            self.left -= 1
+            yield batch
+
+
+def digest(program):
+    return [round(float(p.double().sum()), 9) for p in program.module().parameters()]
+
+
+def interrupted(pass_, program, data, folder, left):
+    """The weights after a run that was interrupted and started again, in a folder that only this process sees; and those of
+    a whole one, and whether the second run trained less."""
+    whole = pass_(program, data=data, out=folder / "whole")
+    cut = Cut(data)
+    cut.left = left
+    try:
+        pass_(program, data=cut, out=folder / "cut")
+    except Stop:
+        again = pass_(program, data=data, out=folder / "cut")
+        return digest(again.program), digest(whole.program), again.record.get("resumed_at", 0)
+    return None
+
+
+def taken_up(pass_, program, data, folder):
+    """Whether a second run gives the same weights and trains less."""
+    first, second = (pass_(program, data=data, out=folder) for _ in range(2))
+    return digest(first.program) == digest(second.program), second.record.get("train"), digest(second.program)
+
+
+def raises_on_main(rank):
+    """What an error that is not graphcomb's, raised by the first process alone, is in every process."""
+    try:
+        agreed(lambda: {}["nothing"])
+    except KeyError:
+        return rank == 0
+    except GraphcombError as error:
+        return rank == 1 and "another process failed (KeyError: 'nothing')" in str(error)
+
+
+def scenarios(rank, folder):
     """By name what every process does; the result, or the error."""
     program = capture(network(), torch.randn(2, 1, 10, 10), dynamic_shapes="batch")
     fixed = capture(network(), torch.randn(2, 1, 10, 10))
@@ -98,6 +166,14 @@ def scenarios(rank):
     yield "nan", lambda: train(program, data=same, loss=nan_on_one)
     yield "nan in one share", lambda: fisher(program, data=same, loss=nan_on_one)
     yield "short", lambda: train(fixed, data=batches([2, 2, 2, 1], 0))
+    yield "error", lambda: raises_on_main(rank)
+    steps = Distill(epochs=2, lr=1e-3, checkpoint_every=3)
+    yield "checkpoint", lambda: interrupted(steps, program, same, folder / "checkpoint", 12)
+    gradual = Sparsify(schedule=((0, 0.5),), method="magnitude", train=train)
+    yield "snapshot", lambda: taken_up(gradual, program, same, folder / "snapshot")
+    depth = PruneDepth(names=("0",), train=Distill(steps=2), calibrate=1, merged=False)
+    blocks = capture(residual(), torch.randn(2, 1, 10, 10), dynamic_shapes="batch")
+    yield "stage", lambda: taken_up(depth, blocks, same, folder / "stage")
     yield "whole", lambda: slowly(fixed, data=batches([2, 2, 2, 2], 0), latency=Skewed(power)).removed
 
 
@@ -106,10 +182,8 @@ def test_processes_agree(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }  # fmt: skip
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")}
+    environment = plain | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     running = [
         subprocess.Popen(
             [sys.executable, __file__, str(tmp_path)], env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
@@ -131,6 +205,40 @@ def test_processes_agree(tmp_path):
     assert first["busy"] == "GraphcombError: the machine is too busy"
     assert "the loss is nan" in first["nan"]
     assert "drop_last=True" in first["short"]
+    assert first["error"] is True
+    again, whole, resumed_at = first["checkpoint"]
+    assert again == whole
+    assert resumed_at == 6
+    assert first["snapshot"][0] is first["stage"][0] is True
+    assert first["stage"][1] == {"resumed": True}
+    assert [len(list((tmp_path / "0").rglob(f))) for f in ("sparsity-*", "pruned-*")] == [1, 1]
+    assert not list((tmp_path / "1").rglob("*.*")), "the main process alone writes"
+
+
+def test_processes_that_would_run_by_themselves_are_refused(monkeypatch):
+    accelerator()  # made before anything said that there are several
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match=r"2 processes were started \(WORLD_SIZE\) and each would run by itself"):
+        accelerator()
+
+
+def test_weights_are_broadcast_by_way_of_the_device_that_processes_talk_on(monkeypatch):
+    class Two:
+        num_processes, device = 2, torch.device("cpu")
+
+    talked = []
+
+    def broadcast(tensor):
+        talked.append(tensor.data_ptr())
+        return tensor + 1
+
+    monkeypatch.setattr(processes, "accelerator", Two)
+    monkeypatch.setattr(processes, "broadcast", broadcast)
+    weight = nn.Parameter(torch.zeros(3))
+    processes.broadcast_all([weight])
+    assert len(talked) == 1
+    assert weight.tolist() == [1.0, 1.0, 1.0]
+    assert weight.requires_grad
 
 
 def test_a_short_last_batch_is_told_from_a_whole_one():
@@ -179,11 +287,11 @@ def test_gradients_are_taken_of_batches_that_fit_a_fixed_program():
 
 if __name__ == "__main__":
     rank = int(os.environ["RANK"])
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
-    found = {}
-    for name, act in scenarios(rank):
+    found, own = {}, Path(sys.argv[1]) / str(rank)
+    for name, act in scenarios(rank, own):
         try:
             found[name] = act()
         except GraphcombError as error:
             found[name] = f"{type(error).__name__}: {error}"
+    assert torch.distributed.get_world_size() == 2, "the processes do not know of each other"
     torch.save(found, f"{sys.argv[1]}/{rank}.pt")

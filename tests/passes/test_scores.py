@@ -87,7 +87,19 @@ class Gated(fx.Interpreter):
                         tensors[i] = self.times(tensors[i], nodes["tensors"][i], d)
             a["tensors"] = tensors
         elif name == "scaled_dot_product_attention":
-            a["key"] = self.times(a["key"], nodes["key"], -1)
+            q, k, v = a["query"], self.times(a["key"], nodes["key"], -1), a["value"]
+            if a["enable_gqa"]:
+                k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+            logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if a["scale"] is None else a["scale"])
+            if a["is_causal"]:
+                logits = logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -np.inf)
+            mask = a["attn_mask"]
+            if mask is not None:
+                logits = logits + (
+                    torch.zeros(mask.shape).masked_fill(~mask, -np.inf) if mask.dtype == torch.bool else mask
+                )
+            weights = logits.softmax(-1) * self.gate(self.comb.axes[nodes["key"]][-2])
+            return weights / weights.sum(-1, keepdim=True) @ v
         elif name in ("layer_norm", "rms_norm"):
             x, k = a["input"], len(a["normalized_shape"])
             dims = list(range(x.dim() - k, x.dim()))
@@ -115,8 +127,10 @@ class Gated(fx.Interpreter):
             dims = [d % x.dim() for d in a["dim"] or range(x.dim())]
             w = self.ones(x, nodes["self"], dims)
             total, count = (x * w).sum(dims, keepdim=True), w.sum(dims, keepdim=True)
-            mean = total / count
-            spread = ((x - mean) ** 2 * w).sum(dims, keepdim=True) / (count - (a.get("correction") or 0))
+            mean, correction = total / count, a.get("correction", a.get("unbiased", 1))
+            spread = ((x - mean) ** 2 * w).sum(dims, keepdim=True) / (
+                count - (1 if correction is None else int(correction))
+            )
             found = {"mean": (mean,), "sum": (total,), "var": (spread,), "var_mean": (spread, mean)}[name]
             found = [f if a["keepdim"] else f.squeeze(dims) for f in found]
             return tuple(found) if name == "var_mean" else found[0]

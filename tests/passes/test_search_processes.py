@@ -62,7 +62,7 @@ def test_two_processes_choose_what_one_does(tmp_path):
     processes = []
     for rank in range(2):
         environment = {
-            **os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
+            **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
             "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",  # unused, the group meets by a file
         }  # fmt: skip
         processes.append(subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=environment))

@@ -50,6 +50,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     times = SimpleNamespace(perf_counter=lambda: clock.wall, process_time=lambda: clock.cpu)
     monkeypatch.setattr(bench_module, "time", times)
+    monkeypatch.setattr(bench_module, "_stolen", lambda: 0.0)  # in the time of this machine
     return clock
 
 
@@ -120,6 +121,48 @@ def test_too_few_runs_give_no_figure(clock: Clock) -> None:
     assert not result.timings[1].ms
     assert "of 50 rounds ran undisturbed in 1 s (20 needed); the machine is contended" in result.note
     assert result.to_dict()["contended"] is True
+
+
+def test_a_slow_model_is_not_a_busy_machine(clock: Clock) -> None:
+    result = bench([clock.work("a", 1.5), clock.work("b", 1.0)], seconds=10)
+    assert (result.ratio, result.contended, result.rejected) == (None, False, 0)
+    assert result.note == (
+        "no figure: only 4 rounds fit into 10 s (20 needed), the models are slow; give it 60 seconds"
+    )
+    assert bench([clock.work("a", 1.5), clock.work("b", 1.0)], seconds=60).ratio == pytest.approx(1.5)
+    assert clock.calls[:4] == ["a", "a", "b", "b"]  # once to warm up, once to see how long it takes
+
+
+def test_the_interval_is_that_of_the_median(clock: Clock) -> None:
+    """100 rounds whose ratios are drawn evenly from 1 to 2: the median is known far better than they scatter."""
+    random = np.random.default_rng(0)
+
+    def scattered() -> None:
+        seconds = 0.01 / random.uniform(1, 2)
+        clock.wall += seconds
+        clock.cpu += seconds
+
+    result = bench([clock.work("a", 0.01), scattered], names=["a", "b"], seconds=100, min_runs=100, max_runs=100)
+    ratio = result.ratios["b"]
+    assert ratio is not None
+    assert ratio["low"] < ratio["median"] < ratio["high"]
+    assert ratio["low"] < 1.5 < ratio["high"]
+    assert ratio["high"] - ratio["low"] == pytest.approx(2 * 1.96 * 0.5 / 10, rel=0.4)  # of a uniform density
+    assert ratio["iqr"] == pytest.approx(0.5, rel=0.3)  # the scatter of pairs
+    few = bench([clock.work("a", 0.01), clock.work("b", 0.01)], seconds=10, min_runs=5, max_runs=5).ratios["b"]
+    assert few is not None
+    assert "low" not in few
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.2])
+def test_what_a_hypervisor_takes_is_seen(clock: Clock, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """In hundredths of a second, as Linux counts it, so that most samples show nothing of it."""
+    monkeypatch.setattr(bench_module, "_stolen", lambda: int(100 * share * clock.wall + 1e-9) / 100)
+    result = bench([clock.work("a", 0.01), clock.work("b", 0.01)], seconds=10)
+    assert (result.rejected > 0) == (share > 0)
+    assert (result.ratio is None) == result.contended == (share == 0.2)
+    if share == 0.2:
+        assert result.note == "no figure: the hypervisor took the processors for 2.0 s of 10 s; measure again"
 
 
 def test_it_stops_at_max_runs(clock: Clock) -> None:
@@ -238,6 +281,29 @@ def test_random_inputs_take_the_batch_asked_for(tmp_path: Path, monkeypatch: pyt
     )
     bench([model(tmp_path / "a.onnx", 4)], batch=5, seconds=0.1, min_runs=1)
     assert shapes == [[(5, 8)]]
+
+
+def test_inputs_with_more_than_a_dynamic_batch_want_a_shape(tmp_path: Path) -> None:
+    path = dynamic(tmp_path / "net.onnx")
+    message = r"input x has dynamic dimensions beyond the batch, \(None, 3, None, None\): .* \(--shape x=1x3xNxN; "
+    with pytest.raises(BadInput, match=message):
+        bench([path], seconds=0.1)
+    assert bench([path, path], seconds=0.2, min_runs=1, shapes={"x": (2, 3, 4, 5)}).timings[0].ms
+    for shapes, message in (
+        ({"z": (1, 3, 4, 5)}, "shapes: no input z; known: x"),
+        ({"x": (1, 4, 4, 5)}, r"input x: shape \(1, 4, 4, 5\) does not fit"),
+        ({"x": (1, 3, 4)}, r"input x: shape \(1, 3, 4\) does not fit"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            bench([path], seconds=0.1, shapes=shapes)
+
+
+def dynamic(path: Path) -> Path:
+    """A network of which only the channels are fixed."""
+    sides = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 3, "h", "w"]) for n in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"], "relu")], "g", sides[:1], sides[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
 
 
 def test_bad_input(tmp_path: Path) -> None:

@@ -286,8 +286,9 @@ def quantised(*kernels):
             ],
             [],
         ),
-        # A product's bias may be a kernel of its own, in floats.
-        ([("a", ["dq1", "gemm"], "Int8", "Float"), ("b", ["gemm"], "Float", "Float")], []),
+        # A product's scale and bias are a kernel of their own, in floats: the product alone is in few bits.
+        ([("a", ["dq1", "gemm"], "Int8", "Float"), ("b", ["gemm"], "Float", "Float")], [("wide", ("gemm",))]),
+        ([("a", ["dq0", "dqw", "conv", "q1", "dq1"], "Int8", "Int8"), ("b", ["gemm"], "Int8", "Float")], []),
         (
             [
                 ("a", ["dq0", "dqw", "conv"], "Int8", "Float"),
@@ -302,6 +303,22 @@ def quantised(*kernels):
 )
 def test_quantisation_that_buys_nothing_is_named(kernels, expected):
     assert [(u.how, u.nodes) for u in quantised(*kernels).unfused()] == expected
+
+
+def test_weights_that_the_builder_quantises_are_no_loss():
+    lines = []
+    for name, op, inputs, outputs in [
+        ("q0", "QuantizeLinear", ["t0", "s"], ["x8"]), ("dq0", "DequantizeLinear", ["x8", "s"], ["xr"]),
+        ("qw", "QuantizeLinear", ["w", "s"], ["w8"]), ("dqw", "DequantizeLinear", ["w8", "s"], ["wr"]),
+        ("conv", "Conv", ["xr", "wr"], ["y"]),
+    ]:  # fmt: skip
+        for side, names in (("inputs", inputs), ("outputs", outputs)):
+            lines.append(f"{name} [{op}] {side}: " + ", ".join(f"[{n} -> (4, 4)[FLOAT]]" for n in names))
+    meta = "".join(f"[ONNX Layer: {n}]" for n in ("qw", "dqw", "dq0", "conv"))
+    ends = OPERAND.format("t0", "4,4", "Float"), OPERAND.format("x8", "4,4", "Int8"), OPERAND.format("z", "4,4", "Half")
+    first = KERNEL.format(name="a", kind="kgen", inputs=ends[0], outputs=ends[1], meta="[ONNX Layer: q0]" + meta)
+    second = KERNEL.format(name="b", kind="correlation", inputs=ends[1], outputs=ends[2], meta=meta)
+    assert parse_build_log("\n".join([*lines, "Layers:", first, second])).unfused() == []
 
 
 def test_lines_about_kernels_that_cannot_be_read_are_kept():

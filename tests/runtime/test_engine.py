@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -177,7 +178,7 @@ def test_options_of_tensorrt_are_of_their_kind(path: Path, option: dict, wanted:
 
 @pytest.mark.parametrize("option", [{"batch": 2}, {"batch": [1, 2, 4]}, {"log": Path("log")}, {"workspace": None}])
 def test_options_of_every_kind_are_taken(option: dict) -> None:
-    engine_module._check_options(tensorrt.build, option, "tensorrt")
+    engine_module.check_options(tensorrt.build, option, "tensorrt")
 
 
 @pytest.mark.parametrize(
@@ -204,6 +205,37 @@ def test_precision_of_quantised_models() -> None:
     assert precision(model) == "fp32"
     model.graph.node.append(helper.make_node("QuantizeLinear", ["y", "s", "z"], ["q"]))
     assert precision(model) == "int8"
+
+
+@pytest.mark.parametrize("how", ["zero point", "attribute", "inferred"])
+def test_models_quantised_to_8_bit_floats_are_not_called_int8(how: str) -> None:
+    model, kind = linear_model(), onnx.TensorProto.FLOAT8E4M3FN
+    names = ["y", "s", "z"] if how == "zero point" else ["y", "s"]
+    node = helper.make_node("QuantizeLinear", names, ["q"], **({"output_dtype": kind} if how == "attribute" else {}))
+    model.graph.node.append(node)
+    if how == "zero point":
+        model.graph.initializer.append(helper.make_tensor("z", kind, [], [0.0]))
+    if how == "inferred":
+        model.graph.value_info.append(helper.make_tensor_value_info("q", kind, None))
+    assert precision(model) == "fp8"
+
+
+def test_temporary_names_follow_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    precious, target = tmp_path / "precious", tmp_path / "file.bin"
+    precious.write_text("keep")
+    monkeypatch.setattr(engine_module.secrets, "token_hex", lambda count: "guessed")
+    (tmp_path / ".file.guessed.part.bin").symlink_to(precious)
+    with pytest.raises(BadInput, match=r"file\.bin: cannot be written"), replacing(target) as part:
+        part.write_text("spoilt")
+    assert precious.read_text() == "keep"
+    monkeypatch.undo()
+    old = os.umask(0o027)
+    try:
+        with replacing(target) as part:
+            part.write_text("good")
+    finally:
+        os.umask(old)
+    assert target.stat().st_mode & 0o777 == 0o640
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from graphcomb.graph.errors import Refused
 from graphcomb.graph.program import Program
 from graphcomb.runtime import parity
 from graphcomb.runtime.engine import TensorSpec
-from graphcomb.runtime.parity import half_emulation, input_sets, random_like, relative_error
+from graphcomb.runtime.parity import input_sets, output_error, random_like, relative_error
 
 
 class Fake:
@@ -93,7 +93,7 @@ def test_relative_error() -> None:
 
 def test_random_inputs_look_like_the_example() -> None:
     generator = torch.Generator().manual_seed(0)
-    image = random_like(5 + 3 * torch.randn(4, 100), generator, batch=50)
+    image = random_like(5 + 3 * torch.randn(4, 100, generator=torch.Generator().manual_seed(1)), generator, batch=50)
     assert image.shape == (50, 100)
     assert abs(image.mean() - 5) < 0.3
     assert abs(image.std() - 3) < 0.3
@@ -114,35 +114,65 @@ def test_only_inputs_with_the_batch_change_size() -> None:
     assert shapes == [((n, 4), (4, 4)) for n in (3, 1, 3, 4)]
 
 
-# ------------------------------------------------------------------------------------------------------ half precision
-def captured(function: Callable[[torch.Tensor], torch.Tensor]) -> Program:
-    class Model(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return function(x)
-
-    torch.manual_seed(0)
-    return g.capture(Model(), torch.rand(3, 4) + 1)
+# ------------------------------------------------------------------------------------------------------------ channels
+def detections(seed: int = 0) -> np.ndarray:
+    """Boxes in pixels beside class scores, as one-stage detectors give them: (batch, 4 + classes, places)."""
+    generator = np.random.default_rng(seed)
+    boxes, scores = generator.uniform(0, 640, (1, 4, 300)), generator.beta(0.3, 3, (1, 20, 300))
+    return np.concatenate([boxes, scores], 1)
 
 
-def test_half_emulation_rounds_after_every_operator() -> None:
-    """(x + 2048) - 2048 is exact in fp32; fp16 keeps only integers there."""
-    check, notes = half_emulation(captured(lambda x: (x + 2048) - 2048))
-    assert 0.1 < check.error < 1
-    assert notes == []
-    check, _ = half_emulation(captured(lambda x: x * 2))
-    assert 0 < check.error < 1e-3
+@pytest.mark.parametrize("axis", [1, 2])
+def test_shuffled_class_scores_beside_boxes_are_found(axis: int) -> None:
+    wanted = detections() if axis == 1 else detections().swapaxes(1, 2)
+    found = wanted.copy()
+    scores = (slice(None),) * axis + (slice(4, None),)
+    found[scores] = np.roll(found[scores], 1, axis)
+    off = output_error(found, wanted)
+    assert off.error < 2e-3, "next to the boxes they are nothing"
+    assert off.channel > 0.5
+    assert off.where.endswith(f"axis {axis}")
+    assert off.correlation < 0.2
+    assert "of the scale of channel" in off.wrong(0.1)
 
 
-def test_half_emulation_names_the_first_overflow() -> None:
-    program = captured(lambda x: torch.sigmoid((x * 20).exp() * 1e-5))
-    check, notes = half_emulation(program)
-    assert len(notes) == 1
-    assert notes[0].startswith("fp16 overflows at exp")
-    assert np.isfinite(check.error)
+@pytest.mark.parametrize("scores", [1.0, 1e-2, 1e-4])
+def test_rounding_to_fp16_is_within_the_limits_of_every_channel(scores: float) -> None:
+    wanted = detections()
+    wanted[:, 4:] *= scores
+    off = output_error(wanted.astype(np.float16).astype(np.float32), wanted)
+    assert off.wrong(0.1) == ""
+    assert off.channel < 1e-2
 
 
-def test_infinite_masks_are_no_overflow() -> None:
-    mask = torch.tensor([0.0, -torch.inf, 0.0, -1e30])
-    check, notes = half_emulation(captured(lambda x: torch.softmax(x + mask, -1)))
-    assert notes == []
-    assert check.error < 1e-2
+def test_logits_that_are_small_by_chance_have_the_scale_of_others() -> None:
+    generator = np.random.default_rng(0)
+    wanted = generator.standard_normal((4, 1000))
+    off = output_error(wanted + 1e-3 * generator.standard_normal(wanted.shape), wanted)
+    assert off.wrong(0.1) == ""
+    assert off.channel < 0.05
+
+
+def test_indices_count_by_how_many_differ() -> None:
+    wanted = np.arange(1000).reshape(10, 100)
+    found = wanted.copy()
+    found[0, :10] = 7000
+    assert output_error(found, wanted).error == pytest.approx(0.01)
+    assert output_error(wanted > 5, wanted > 5).error == 0
+
+
+def test_decisions_that_differ_by_a_hair_are_the_same() -> None:
+    wanted = np.array([[1.0, 0.999, -1.0], [3.0, 1.0, 0.0]])
+    assert output_error(np.array([[0.999, 1.0, -1.0], [3.0, 1.0, 0.0]]), wanted).agreement == 1
+    assert output_error(np.array([[0.9, 1.0, -1.0], [0.5, 1.0, 0.0]]), wanted).agreement == 0.5
+
+
+def test_real_samples_count_by_what_is_decided(program: Program) -> None:
+    batches = [((torch.randn(5, 4),), {}) for _ in range(9)]
+    engine = Fake(lambda x: 2 * x)
+    checks = parity(program, engine, data=batches)
+    assert [(c.inputs, c.batch) for c in checks if c.real] == [("data", 5)] * 3 + [("data", 1)]
+    assert {c.agreement for c in checks} == {1.0}
+    assert [c.wrong(1e-4) for c in checks] == [""] * len(checks)
+    turned = parity(program, Fake(lambda x: np.where(x == x.max(1, keepdims=True), x - 0.2, 2 * x)), data=batches)
+    assert min(c.agreement for c in turned if c.agreement is not None) < 0.9

@@ -225,7 +225,7 @@ def test_everything_of_the_summary_shows(tmp_path):
         "800 M → 200 M", "11 M → 2.75 M",
         "5.1 ms → 1.63 ms, 90 % of pairs 3.02× to 3.19×",
         "surgery error", "3.4e-14",
-        "1.3e-03", "fp16 relative to the program, fp32 2.1e-06",
+        "ONNX parity, fp16", "1.3e-03", "the fp16 file, relative to the fp32 program",
         "2 kernels, 768 kB, 1 padding kernel",
         "layers.0.weight", "64 → 32", "1 M → 250 k",
         "RemoveChannels", "ratio 0.5", "kinds channel, head", "51.00 %", "1.3 s", "Distill",
@@ -239,6 +239,7 @@ def test_everything_of_the_summary_shows(tmp_path):
         "a CPU", "torch=2.14.1", "out/model.onnx",
     ):  # fmt: skip
         assert expected in text, expected
+    assert "2.1e-06" not in text, "the fp32 file's, which no engine was built from"
     assert "macs None" not in text
     assert len(re.findall("<svg", html)) == found.count("figure") == 8
 
@@ -393,6 +394,27 @@ def test_a_contended_machine_gives_no_figure_and_a_slower_result_says_so(tmp_pat
     assert 'class="tile watch"' in html
     found, _ = page(tmp_path, summary() | {"latency_ratio": 0.8})
     assert "1.25× slower" in found.text
+
+
+def test_a_ratio_says_what_was_measured_where(tmp_path, quick):
+    values = summary() | {"inputs": [[2, 3, 8, 8]]}
+    values["latency"]["environment"] = {"cpu": "EPYC 7", "threads": 1, "versions": {"onnxruntime": "1.31.1"}}
+    text = " ".join(page(tmp_path, values)[0].text.split())
+    where = "ONNX Runtime 1.31.1, fp32, 1 thread of EPYC 7, batch 2"
+    assert f"3.12× faster in {where}" in text, "in the headline"
+    assert f"measured in {where}, says nothing of rtx-sm86" in text
+    assert "predicted on orin-nano 4.5 ms → 2.25 ms 2× faster, fp16, batch 1" in text.replace("ms2×", "ms 2×").replace(
+        "orin-nano4", "orin-nano 4"
+    )
+
+
+def test_the_parity_is_that_of_the_file_engines_are_built_from(tmp_path, quick):
+    files = {"fp16": {"agreement": 0.975, "tolerance": 0.1, "float32": {"a": "Exp: ...", "b": "Mul: ..."}}}
+    values = {"precision": "fp16", "onnx_parity": 2.8e-7, "onnx_parity_fp16": 9.6e-4, "onnx": files}
+    text = page(tmp_path, values)[0].text
+    assert "9.6e-04" in text
+    assert "2.8e-07" not in text
+    assert "97.5\u00a0% of decisions on real samples the same, limit 0.1, 2 nodes kept in fp32" in text
 
 
 def test_the_prediction_stands_beside_the_measurement(tmp_path, quick):

@@ -25,6 +25,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 import graphcomb
 from graphcomb.graph.errors import BadInput, MissingBackend, Refused
 from graphcomb.runtime import cuda, tensorrt, tensorrt_library
+from graphcomb.runtime import engine as engine_module
 from graphcomb.runtime.cuda import Cuda, CudaError, NoCuda
 from graphcomb.runtime.engine import build_engine, load_engine
 from graphcomb.runtime.onnx import export_onnx
@@ -210,7 +211,7 @@ def test_a_fixed_batch_has_no_range(tmp_path):
 @needs_rtx
 def test_other_dynamic_axes_want_shapes(tmp_path):
     model = relu(tmp_path / "net.onnx", ("batch", "width"))
-    with pytest.raises(BadInput, match=r"input x: axes \[0, 1\] are dynamic; give shapes=\{'x': "):
+    with pytest.raises(BadInput, match=r"input x: axes \[0, 1\] are dynamic; give shapes=\{'x': .*--shape x=NxN$"):
         build_engine(model, "rtx-sm86")
     assert build_engine(model, "rtx-sm86", shapes={"x": [(1, 4), (1, 8), (2, 8)]}).kernels
 
@@ -532,6 +533,24 @@ def test_a_library_that_does_not_load_is_not_missing(tmp_path, monkeypatch):
         build(relu(tmp_path / "net.onnx"), ORIN, None, backend="tensorrt")
 
 
+def test_plugins_are_loaded_to_build_and_to_run(classic, tmp_path):
+    model, library = relu(tmp_path / "net.onnx"), tmp_path / "libplugin.so"
+    with pytest.raises(Refused, match=r"option plugins: tensorrt .* takes none"):
+        build(model, ORIN, None, backend="tensorrt", plugins=[str(library)])
+    loaded = []
+    load = lambda path: None if "bad" in path else loaded.append(path) or 1  # noqa: E731
+    classic.module.get_plugin_registry = lambda: types.SimpleNamespace(load_library=load)
+    with pytest.raises(BadInput, match=r"option plugins: .*libplugin\.so: no such file"):
+        build(model, ORIN, None, backend="tensorrt", plugins=[str(library)])
+    library.write_bytes(b"")
+    report = build(model, ORIN, None, backend="tensorrt", plugins=[str(library)])
+    TensorRTEngine(report.path, "tensorrt", plugins=[str(library)]).close()
+    assert loaded == [str(library)] * 2
+    (tmp_path / "bad.so").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"bad\.so: not a library of plugins"):
+        build(model, ORIN, None, backend="tensorrt", plugins=[str(tmp_path / "bad.so")])
+
+
 def test_layers_are_timed_in_runs_of_their_own(engine):
     net = engine(graphs=True)
     assert net.profile([numbers(2)], runs=4) == [("first", 1.0), ("second", 0.5)]
@@ -556,6 +575,28 @@ def test_weights_are_replaced_where_the_version_can(engine, classic, tmp_path):
     net._engine.refittable = False
     with pytest.raises(Refused, match="not built with the option refit"):
         net.refit(tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_an_engine_is_measured_on_a_profile_for_its_batch(classic, tmp_path, monkeypatch, recwarn, batch):
+    """The stand-in's engine takes what its profile says."""
+    model = relu(tmp_path / "net.onnx")
+    engine = classic.module.Runtime(types.SimpleNamespace()).deserialize_cuda_engine(b"engine")
+    monkeypatch.setattr(type(engine), "get_tensor_profile_shape", staticmethod(lambda *of: classic.profile["x"]))
+    context = type(engine.create_execution_context())
+
+    def fits(self, name, shape):
+        self.shape = shape
+        smallest, _, largest = classic.profile["x"]
+        return all(a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True))
+
+    monkeypatch.setattr(context, "set_input_shape", fits)
+    monkeypatch.setattr(tensorrt, "_machine_names", lambda: tensorrt._words("Jetson AGX Orin"))
+    monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: True)
+    result = graphcomb.runtime.bench([model, model], engine="tensorrt", batch=batch, seconds=0.2, min_runs=1)
+    assert result.ratio is not None
+    assert classic.profile == {"x": ((batch, 4),) * 3}
+    assert not [str(warning.message) for warning in recwarn if "optimised for" in str(warning.message)]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ The stand-in shows what the library is asked, not what it would answer."""
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,6 +110,25 @@ def test_inductor_compiles_ahead_of_time(program, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.cpu.aoti", "net.pt2"]
 
 
+@needs_compiler
+def test_a_cpu_is_a_machine_that_inductor_compiles_ahead_for(program, tmp_path, monkeypatch):
+    """Without the compiler itself, which takes its time."""
+
+    def package(exported, package_path):
+        Path(package_path).write_bytes(b"compiled")
+        return package_path
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", package)
+    report = build_engine(program.save(tmp_path / "net.pt2"), "cpu", backend="inductor")
+    assert (report.target, report.path) == ("cpu", tmp_path / "net.cpu.aoti")
+    seen = []
+    load = lambda path: seen.append(Path(path).read_bytes()) or (lambda x: 2 * x)  # noqa: E731
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", load)
+    assert np.array_equal(load_engine(report.path).run([numbers(1, 3, 8, 8)])[0], 2 * numbers(1, 3, 8, 8))
+    assert seen == [b"compiled"]
+
+
 def test_inductor_needs_a_compiler(program, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("on a GPU it brings its own")
@@ -191,6 +211,12 @@ def test_torch_tensorrt_is_asked_for_the_programs_types_and_shapes(program, libr
     assert library.options["use_explicit_typing"]
     assert library.options["min_block_size"] == 1
     assert library.options["optimization_level"] is None
+
+
+def test_torch_tensorrt_is_compiled_for_the_batch_it_is_measured_with(program, library, monkeypatch):
+    monkeypatch.setattr("graphcomb.runtime.engine.backend_module", lambda name: backend)
+    open_engine(program, "torch_tensorrt", 1, [(16, 3, 8, 8)])
+    assert {shape[0] for key, shape in library.options["arg_inputs"][0].items() if key != "dtype"} == {16}
 
 
 def test_older_versions_are_told_the_types(program, library):

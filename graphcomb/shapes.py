@@ -1,0 +1,89 @@
+"""Shapes of inputs as the command line takes them, NAME=1x3x480x640, and programs for such shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .graph.errors import BadInput
+from .graph.program import Program, capture
+from .runner import DEFAULT_SHAPE
+from .runtime.targets import nearest
+from .runtime.torch_engine import specs
+
+
+def read_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name of an input, of one each. Raises BadInput for another text."""
+    return {name: _one(name, rows) for name, rows in read_ranges(texts).items()}
+
+
+def _one(name: str, rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    if len(set(rows)) != 1:
+        raise BadInput(f"--shape {name}: one shape, as in {name}=1x3x480x640, not a range")
+    return rows[0]
+
+
+def read_ranges(texts: Sequence[str]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Smallest, best and largest shape by name of an input: NAME=MIN,BEST,MAX, or one shape for all three."""
+    found: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for text in texts:
+        name, equals, value = text.rpartition("=")  # names of inputs may hold anything
+        try:
+            rows = tuple(tuple(int(size) for size in part.split("x")) for part in value.split(","))
+        except ValueError:
+            rows = ()
+        if not equals or not name or len(rows) not in (1, 3) or any(size < 1 for row in rows for size in row):
+            raise BadInput(f"--shape {text}: expected NAME=SIZES, as in x=1x3x480x640")
+        if name in found:
+            raise BadInput(f"--shape {text}: {name} has a shape already")
+        found[name] = rows if len(rows) == 3 else rows * 3
+    return found
+
+
+def with_batch(shapes: Sequence[Sequence[int]], batch: int | None) -> list[list[int]]:
+    """The shapes of a model's inputs (by default one image), at a batch: their first sizes, where these are the first
+    input's."""
+    rows = [list(shape) for shape in shapes] or [list(DEFAULT_SHAPE)]
+    first = rows[0][0] if rows[0] else None
+    if batch is None or first is None:
+        return rows
+    if first not in (1, batch):
+        raise BadInput(f"--batch {batch}: the shapes have a batch of {first}; leave one of the two out")
+    return [[batch, *row[1:]] if row and row[0] == first else row for row in rows]
+
+
+def example_batch(program: Program) -> int | None:
+    """The batch that a program without dynamic dimensions has; None for another."""
+    inputs = specs(program)[0]
+    fixed = all(None not in spec.shape for spec in inputs)
+    return inputs[0].shape[0] if fixed and inputs and inputs[0].shape else None
+
+
+def check_names(program: Program, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise BadInput for a shape of an input that the program does not have."""
+    names = [spec.name for spec in specs(program)[0]]
+    for name in shapes:
+        if name not in names:
+            raise BadInput(f"--shape {name}: the model has no such input; {nearest(name, names)}")
+
+
+def at_shapes(program: Program, shapes: Mapping[str, Sequence[int]], batch: int | None) -> Program:
+    """The program captured again for inputs of these shapes, others as in its example, all of them fixed."""
+    check_names(program, shapes)
+    inputs = iter(specs(program)[0])
+
+    def make(tensor: torch.Tensor) -> torch.Tensor:
+        spec = next(inputs)
+        example = [
+            batch if batch and s is None and not i else n
+            for i, (s, n) in enumerate(zip(spec.shape, tensor.shape, strict=True))
+        ]
+        shape = tuple(shapes.get(spec.name, example))
+        if len(shape) != len(spec.shape) or any(b not in (None, a) for a, b in zip(shape, spec.shape, strict=True)):
+            raise BadInput(f"--shape {spec.name}: {shape} does not fit {spec.shape}")
+        return torch.randn(shape).to(tensor) if tensor.is_floating_point() else torch.zeros(shape).to(tensor)
+
+    args, kwargs = pytree.tree_map_only(torch.Tensor, make, (program.args, program.kwargs))
+    return capture(program.module(), args, kwargs)

@@ -1,0 +1,137 @@
+"""What a run hands out: files that hold what was promised, engines with their options, bundles for the target."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import graphcomb
+from graphcomb import runtime
+from graphcomb.cli import printable
+from graphcomb.runtime.opset import choose_opset
+from graphcomb.runtime.targets import get_target
+
+
+class Cancelled(nn.Module):
+    """Finite in fp16 and far off: 2048.1 is 2048 there."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + 2048) - 2048
+
+
+def cancelled() -> nn.Module:
+    return Cancelled()
+
+
+def wide() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 4))
+
+
+FP16 = {"data": None, "inputs": [[2, 3, 8, 8]], "precision": "fp16", "passes": ["Comb"]}
+ONNX = {"onnx": True, "report": False, "bench": False, "pt2": False}
+
+
+def test_an_fp16_file_that_is_far_off_ends_the_run(cli, recipe, refused, tmp_path: Path) -> None:
+    path = recipe(model="test_outputs:cancelled", outputs=ONNX, **FP16)
+    message = refused_but_fp32(cli, path, tmp_path / "out")
+    assert "fp16 differs from the program" in message
+    assert "first off in fp16: sub" in message
+    assert not (tmp_path / "out" / "model.fp16.onnx").exists()
+    path = recipe(model="test_outputs:cancelled", outputs=ONNX | {"keep_fp32": ["*"]}, **FP16)
+    assert cli("run", path, "--out", tmp_path / "out", "--quiet").code == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["onnx"]["fp16"]["parity"] < 1e-3
+    assert len(summary["onnx"]["fp16"]["float32"]) == 3
+
+
+def refused_but_fp32(cli, path: Path, out: Path) -> str:
+    """The one line that a run ends with whose fp32 file is good."""
+    outcome = cli("run", path, "--out", out, "--quiet")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+    return outcome.err
+
+
+class Builds(list):
+    """Stands for `build_engine` and keeps what it is asked for."""
+
+    def __call__(self, path: Path, target: Any, **options: Any) -> Any:
+        self.append((Path(path).name, target.name, options))
+        return SimpleNamespace(path=path, to_dict=lambda: {"path": str(path), "target": target.name, "kernels": []})
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> Builds:
+    found = Builds()
+    monkeypatch.setattr(runtime, "build_engine", found)
+    return found
+
+
+def test_weights_with_the_pattern_build_engines_that_may_use_it(cli, recipe, builds, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    engines = ["rtx-sm86", {"target": "rtx-sm89", "sparse": False, "workspace": 64}]
+    passes = [{"Sparsify": {"pattern": "2:4", "where": "all", "method": "magnitude"}}]
+    path = recipe(model="test_outputs:wide", passes=passes, outputs=ONNX | {"engines": engines})
+    outcome = cli("run", path, "--out", tmp_path / "out", "--quiet")
+    assert outcome.code == 0, outcome.err
+    assert builds == [
+        ("model.onnx", "rtx-sm86", {"sparse": True}),
+        ("model.onnx", "rtx-sm89", {"sparse": False, "workspace": 64}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("engine", "passes", "message"),
+    [
+        ({"target": "rtx-sm86", "dla": 0}, ["Comb"], "option dla: rtx-sm86 has no DLA"),
+        ({"target": "cpu", "sparse": True}, ["Comb"], "option sparse: not one of backend onnxruntime"),
+    ],
+)
+def test_options_of_engines_are_checked_before_anything_runs(
+    recipe, refused, engine: dict[str, Any], passes: list[Any], message: str
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    found = refused("run", recipe(passes=passes, precision="fp16", outputs=ONNX | {"engines": [engine]}))
+    assert found.startswith(f"outputs.engines.0: {message}")
+
+
+def test_a_run_for_an_old_target_can_be_bundled(cli, recipe, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("graphcomb.runner.BENCH_SECONDS", 0.3)
+    outputs = ONNX | {"bench": True}
+    path = recipe(target="drive-orin", precision="fp16", outputs=outputs, passes=["Fuse"])
+    outcome = cli("run", path, "--out", tmp_path / "out", "--quiet")
+    assert outcome.code == 0, outcome.err
+    for name in ("dense.onnx", "model.onnx", "model.fp16.onnx"):
+        assert onnx.load(tmp_path / "out" / name).opset_import[0].version == 17
+    outcome = cli("bundle", tmp_path / "out", "--out", tmp_path / "bundle")
+    assert outcome.code == 0, outcome.err
+
+
+def test_opsets_are_asked_for_in_the_recipe(cli, recipe, refused, tmp_path: Path) -> None:
+    path = recipe(outputs=ONNX | {"opset": 19}, passes=["Comb"])
+    assert cli("run", path, "--out", tmp_path / "out", "--quiet").code == 0
+    assert onnx.load(tmp_path / "out" / "model.onnx").opset_import[0].version == 19
+    (tmp_path / "out" / "model.onnx").unlink()
+    (tmp_path / "out" / "summary.json").unlink()
+    assert "outputs.opset: 19: 17 is the lowest, and target drive-orin parses up to 17" in refused(
+        "run", recipe(outputs=ONNX | {"opset": 19}, target="drive-orin")
+    )
+
+
+def test_the_best_opset_is_what_the_operators_need() -> None:
+    program = graphcomb.capture(nn.Linear(4, 4).eval(), (torch.randn(2, 4),))
+    assert [choose_opset(program, get_target(name)) for name in ("drive-orin", "rtx-sm86")] == [17, 18]
+    assert choose_opset(program) == 18
+    assert choose_opset(program, get_target("orin-nano"), 20) == 20
+
+
+def test_texts_of_devices_reach_no_terminal_as_commands() -> None:
+    found = printable({"model": "Orin\x1b[2J\x07\u202e", "notes": ["a\x9b31m", 3.5, None, "3 µm · 5\u00a0% −1"]})
+    assert found == {"model": "Orin\ufffd[2J\ufffd\ufffd", "notes": ["a\ufffd31m", 3.5, None, "3 µm · 5\u00a0% −1"]}

@@ -1,0 +1,152 @@
+"""Training runs: what is frozen, modes and global state that stay the caller's, and where results are kept."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import graphcomb.graph as g
+from graphcomb.graph.errors import BadInput
+from graphcomb.passes import Comb, Distill, Fuse, PruneDepth, Quantize, RemoveChannels, Sparsify
+from graphcomb.passes.base import Context
+from graphcomb.passes.training import evaluate
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return torch.relu(x + self.body(x))
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), Block(8), Block(8), nn.Conv2d(8, 8, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def captured(model=None, seed=0):
+    return g.capture(model or network(seed), torch.randn(2, 3, 8, 8), dynamic_shapes="batch")
+
+
+def batches(count=8, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    pairs = ((torch.randn(8, 3, 8, 8, generator=draw), torch.randint(4, (8,), generator=draw)) for _ in range(count))
+    return list(pairs)
+
+
+class Stop(Exception):
+    pass
+
+
+class Cut:
+    """Batches, cut off by an exception after so many in all."""
+
+    def __init__(self, data, count):
+        self.data, self.left = data, count
+
+    def __len__(self):
+        return len(self.data)
+
+    def __iter__(self):
+        for batch in self.data:
+            if not self.left:
+                raise Stop
+            self.left -= 1
+            yield batch
+
+
+def state(program):
+    return program.module().state_dict()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+TRAIN = Distill(epochs=2, lr=1e-2, checkpoint_every=3, warmup=0.0)
+TRAINED = {
+    "distill": TRAIN,
+    "channels": RemoveChannels(macs=0.6, interval=2, round_to=1, train=TRAIN),
+    "depth": PruneDepth(names=("3.body",), calibrate=1, train=TRAIN),
+    "sparsify": Sparsify(schedule=((0, 0.5), (1, 0.7)), gradients=8, block=16, train=TRAIN),
+}
+STOPS = {"depth": (13,), "sparsify": (15,)}  # batches in all: after the surgery, in the second stage
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_with_frozen_parameters_an_interrupted_run_ends_where_a_whole_one_does(name, tmp_path):
+    model = network()
+    for part in (model[0], model[5], model[3].body[3]):
+        part.requires_grad_(False)
+    model[9].bias.requires_grad_(False)
+    program, data = captured(model), batches()
+    frozen = {n for n, p in program.module().named_parameters() if not p.requires_grad}
+    whole = TRAINED[name](program, data=data, out=tmp_path / "whole")
+    for stop in STOPS.get(name, (5, 13)):
+        out = tmp_path / f"cut-{stop}"
+        with pytest.raises(Stop):
+            TRAINED[name](program, data=Cut(data, stop), out=out)
+        assert list(out.iterdir()), "nothing is kept, so the test shows nothing"
+        resumed = TRAINED[name](program, data=data, out=out)
+        assert same(state(resumed.program), state(whole.program))
+        left = {n for n, p in resumed.program.module().named_parameters() if not p.requires_grad}
+        assert left == frozen & {n for n, _ in resumed.program.module().named_parameters()}
+        if name == "distill":
+            assert all(torch.equal(state(resumed.program)[n], state(program)[n]) for n in frozen)
+
+
+def test_evaluate_leaves_frozen_normalisations_frozen():
+    program, data = captured(), batches(2)
+    module = program.module()
+    for mode in ((True, False), (False, False)):
+        module.train(mode[0], batch_norm=mode[1])
+        code, before = module.code, {k: v.clone() for k, v in state(program).items()}
+        score = evaluate(program, data)
+        assert module.code == code
+        assert module.training is mode[0]
+        assert same(state(program), before)
+        assert score == evaluate(program, data)
+    with pytest.raises(BadInput, match="metric"):
+        evaluate(program, data, lambda outputs, labels: outputs @ labels)
+    assert module.code == code
+
+
+@pytest.mark.parametrize("level", [logging.CRITICAL, logging.NOTSET, logging.INFO])
+def test_quantisation_leaves_the_users_logging_alone(level):
+    pytest.importorskip("torchao")
+    logging.disable(level)
+    try:
+        Quantize(samples=8)(Fuse()(captured()).program, data=batches(1))
+        assert logging.root.manager.disable == level
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def test_a_pass_that_changes_nothing_gives_a_program_of_its_own():
+    program = captured()
+    before = {k: v.clone() for k, v in state(program).items()}
+    for pass_ in (Comb(), RemoveChannels(ratio=0.5, include=("9.*",)), Fuse()):
+        result = pass_(program).program
+        assert result.module() is not program.module()
+        for parameter in result.module().parameters():
+            parameter.data.zero_()
+        assert same(state(program), before)
+
+
+def test_a_folder_may_be_given_as_a_string(tmp_path):
+    program, data = captured(), batches()
+    assert Context(out=str(tmp_path)).out == tmp_path
+    gradual = Sparsify(schedule=((0, 0.5),), gradients=8, block=16, train=Distill(epochs=1))
+    assert len(gradual(program, data=data, out=str(tmp_path)).record["stages"]) == 1
+    assert list(tmp_path.glob("sparsity-*.pt2"))
+    PruneDepth(names=("3.body",), calibrate=1, train=Distill(steps=1))(program, data=data, out=str(tmp_path))
+    assert list(tmp_path.glob("pruned-*"))
