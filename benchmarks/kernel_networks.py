@@ -19,7 +19,8 @@ DEVELOPED: dict[str, tuple[int, dict[str, Any]]] = {
     "torchvision/efficientnet_b0": (128, {}), "torchvision/convnext_tiny": (128, {}), "torchvision/swin_t": (224, {}),
     "torchvision/regnet_y_400mf": (128, {}), "torchvision/deeplabv3_mobilenet_v3_large": (128, {}),
     "torchvision/shufflenet_v2_x1_0": (128, {}), "torchvision/vgg11_bn": (128, {}),
-    "torchvision/vit_b_16": (224, {}), "timm/deit_tiny_patch16_224": (224, {}), "timm/mobilevit_s": (128, {}), "timm/pvt_v2_b0": (224, {}),
+    "torchvision/vit_b_16": (224, {}),
+    "timm/deit_tiny_patch16_224": (224, {}), "timm/mobilevit_s": (128, {}), "timm/pvt_v2_b0": (224, {}),
     "timm/hrnet_w18_small": (128, {}), "timm/resnest26d": (128, {}), "timm/levit_128s": (224, {}),
     "own/yolo_n": (256, {}), "transformers/segformer": (128, {}),
     "torchvision/resnet50 odd": (160, {"ratio": 0.3, "round_to": 1}),
@@ -141,11 +142,10 @@ class YoloN(nn.Module):
         self.up4, self.up3 = Split(d + e, d, 1, False), Split(c + d, c, 1, False)
         self.down4, self.out4 = Unit(c, c, 3, 2), Split(c + d, d, 1, False)
         self.down5, self.out5 = Unit(d, d, 3, 2), Split(d + e, e, 1, False)
-        hidden = max(c, min(classes, 100))
+        hidden, inner = max(c, min(classes, 100)), max(16, c, 4 * bins)
         self.boxes = nn.ModuleList(
-            nn.Sequential(Unit(n, max(16, c, 4 * bins)), Unit(max(16, c, 4 * bins), 4 * bins), nn.Conv2d(4 * bins, 4 * bins, 1))
-            for n in (c, d, e)
-        )  # fmt: skip
+            nn.Sequential(Unit(n, inner), Unit(inner, 4 * bins), nn.Conv2d(4 * bins, 4 * bins, 1)) for n in (c, d, e)
+        )
         self.classes = nn.ModuleList(
             nn.Sequential(Unit(n, hidden), Unit(hidden, hidden), nn.Conv2d(hidden, classes, 1)) for n in (c, d, e)
         )

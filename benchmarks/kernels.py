@@ -75,6 +75,41 @@ def file_name(name: str) -> str:
     return name.replace("/", "-").replace(" ", "-")
 
 
+def predict(name: str, kept: Path) -> dict:
+    """How many kernels the rules predict for a kept program."""
+    import graphcomb
+    from graphcomb.graph.fusion import TENSORRT, kernels
+
+    found = kernels(graphcomb.load(kept / f"{file_name(name)}.pt2").graph, TENSORRT)
+    launches = [kernel.launches(TENSORRT.grain) for kernel in found]
+    return {"predicted": sum(launches), "laid_out": sum(launches) - len(found)}
+
+
+def table(data: dict) -> str:
+    """The results as Markdown."""
+    lines = [
+        f"# Kernels\n\n{(__doc__ or '').split(chr(10) * 2)[2].strip()}\n\n{data['environment']}, {TARGET}, fp16.\n"
+    ]
+    halves = {"The rules were developed on these": DEVELOPED, "Held out": HELD_OUT}
+    for title, names in halves.items():
+        found = {n: row for n in names if (row := data["rows"].get(n)) and row["status"] == "ok" and "predicted" in row}
+        if not found:
+            continue
+        errors = {n: row["predicted"] / row["built"] - 1 for n, row in found.items()}
+        good = sum(abs(error) <= WANTED for error in errors.values())
+        lines.append(
+            f"\n## {title}: {good} of {len(found)} within {WANTED:.0%}, median error "
+            f"{statistics.median(map(abs, errors.values())):.1%}\n"
+        )
+        lines.append("| network | pixels | kernels built | predicted | error |\n| --- | --- | --- | --- | --- |")
+        for n, row in found.items():
+            mark = "" if abs(errors[n]) <= WANTED else " (missed)"
+            lines.append(f"| {n} | {names[n][0]} | {row['built']} | {row['predicted']} | {errors[n]:+.1%}{mark} |")
+        failed = {n: row for n in names if (row := data["rows"].get(n)) and row["status"] != "ok"}
+        lines += [f"\n{n}: failed at {row.get('stage', '')}: {row.get('why', '')}" for n, row in failed.items()]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="pattern over network names")
@@ -90,8 +125,6 @@ def main() -> None:
     import torch  # noqa: F401
     import torchvision  # noqa: F401
 
-    import graphcomb.passes
-    import graphcomb.runtime
     from graphcomb.data import cache_folder
 
     kept = options.kept or cache_folder() / "kernels"
@@ -106,10 +139,13 @@ def main() -> None:
             data["rows"][name] = run_child(functools.partial(build, name, kept), options.seconds, options.gigabytes)
             save(options.results, data)
             row = data["rows"][name]
-            print(
-                f"[{i + 1}/{len(names)}] {name}: {row['status']} {row.get('built', row.get('why'))} {time.monotonic() - start:.0f} s",
-                flush=True,
-            )
+            seconds = time.monotonic() - start
+            print(f"[{i + 1}/{len(names)}] {name}: {row.get('built', row.get('why'))}, {seconds:.0f} s", flush=True)
+    for name in names:
+        if data["rows"][name]["status"] == "ok" and (kept / f"{file_name(name)}.pt2").exists():
+            data["rows"][name] |= predict(name, kept)
+    save(options.results, data)
+    write(options.results.with_suffix(".md"), table(data))
 
 
 if __name__ == "__main__":

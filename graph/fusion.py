@@ -34,7 +34,7 @@ FREE = frozenset(
     "detach alias contiguous clone to _to_copy lift_fresh_copy native_dropout feature_dropout alpha_dropout sym_size "
     "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine".split()
 )
-MATRIX = frozenset("linear matmul bmm mm addmm baddbmm mv einsum".split())
+MATRIX = frozenset("linear matmul linalg_matmul bmm mm addmm baddbmm mv addmv dot vdot inner tensordot einsum".split())
 JOINS = frozenset("cat concat".split())
 PARTS = frozenset("slice select split split_with_sizes chunk unbind narrow tensor_split hsplit vsplit".split())
 MOVES = JOINS | PARTS | frozenset(
@@ -191,7 +191,7 @@ class _Fusion:
                 continue
             varies.add(node)
             kind = "free" if op_name(node) in rules.free else classify(node)
-            if kind == "free":
+            if kind == "free" or (not rules.generated and not isinstance(node.meta["val"], torch.Tensor)):
                 self.source[node] = read[0]
                 continue
             self.kinds[node], self.operands[node] = kind, list(dict.fromkeys(read))
@@ -453,7 +453,7 @@ class _Fusion:
         return image and any(op_name(r).startswith("conv") for r in self.readers[node])
 
     def _is_channels_last(self, node: fx.Node) -> bool:
-        """Whether a mean over images reads what the library's own convolution wrote; one of generated code turns it round."""
+        """Whether a mean over images reads what a convolution of the library wrote; generated code turns it itself."""
         owner = self.owner.get(self.operands[node][0])
         if op_name(node) not in ("mean", "adaptive_avg_pool2d") or owner is None or owner.kind != "product":
             return False

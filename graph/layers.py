@@ -1,12 +1,13 @@
 """Layers: what the nodes of a program compute, as far as their latency depends on it, at any sizes of the groups.
 
 The unit of latency tables and estimates: passes ask what a layer costs, the runtime measures it, and neither needs to know
-the other. What an inference engine merges into the convolution before it (batch norm, an activation, a residual addition)
-and what only renames indices (views) is no layer of its own. Source: ours.
+the other. Which nodes an inference library computes together is in `fusion`: what it merges into the kernel of another node
+(batch norm, an activation, a residual addition) and what only renames indices (views) is no layer of its own. Source: ours.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,14 +21,10 @@ from .axes import Axis, Factor
 from .comb import Comb, Sizer
 from .cost import macs, unknown
 from .errors import Refused
+from .fusion import ONNXRUNTIME, Copy, Kernel, Rules, classify, kernels
 from .ops import arguments, op_name, shape, source
 from .rules.contraction import spelled_out
 
-FREE = frozenset(
-    "view reshape _unsafe_view flatten unflatten squeeze unsqueeze expand getitem dropout detach alias contiguous clone "
-    "unbind select to sym_size".split()
-)
-MERGED = frozenset("batch_norm relu relu6 hardtanh clamp clamp_min leaky_relu".split())
 ACTIVATIONS = frozenset("gelu silu sigmoid tanh softmax _softmax hardswish hardsigmoid exp erf mish softplus".split())
 MATMULS = frozenset("linear matmul linalg_matmul bmm mm addmm baddbmm".split())
 PAIRS = {"mv": ("self", "vec"), "addmv": ("mat", "vec"), "dot": ("self", "tensor"), "vdot": ("self", "other")}
@@ -47,11 +44,16 @@ class Layer:
         attention  sizes: heads, width, value (head widths of queries and keys, and of values); options: batch, queries, keys
         norm       sizes: channels; options: rows
         activation, copy   sizes: entries (of the result; for a copy the mean of what is read and written if that is more)
+
+    beside: entries that its kernel moves beside the operation's own, as a residual addition does. joined: another layer's
+    kernel computes it too.
     """
 
     op: str
     sizes: tuple[tuple[str, int], ...]
     options: tuple[tuple[str, int | tuple[int, ...]], ...] = ()
+    beside: int = 0
+    joined: bool = False
 
     def __getitem__(self, name: str) -> Any:
         return dict((*self.sizes, *self.options))[name]
@@ -79,6 +81,9 @@ class Layer:
 
     def entries(self) -> int:
         """Numbers that are read and written, weights included, each once."""
+        return self._own_entries() + self.beside
+
+    def _own_entries(self) -> int:
         if self.op == "conv":
             image, result = math.prod(self["image"]), math.prod(self.result_image())
             weights = self["inputs"] * self["outputs"] // max(self["groups"], 1) * math.prod(self["kernel"])
@@ -112,7 +117,7 @@ class Layer:
 
 
 class Latency(Protocol):
-    """Something that knows, or predicts, how long layers take."""
+    """Something that knows, or predicts, how long layers take. Its `rules`, if it has them, say what becomes a kernel."""
 
     @property
     def per_run(self) -> float:
@@ -134,34 +139,80 @@ def run_seconds(latency: Latency, layers: Iterable[Layer], progress: bool = Fals
     return latency.per_run + sum(map(latency.seconds, layers))
 
 
+def rules_of(latency: Any) -> Rules:
+    """The rules of what predicts latencies; ONNX Runtime's where it names none."""
+    return getattr(latency, "rules", ONNXRUNTIME)
+
+
 class Layers:
     """The layers of a combed program as functions of the sizes of its groups.
 
-    batch: size of the dynamic batch to count with, where the program has one. Refused for a program in which something
-    multiplies that is none of these layers.
+    batch: size of the dynamic batch to count with, where the program has one. rules: which nodes are one kernel. nodes: of
+    every layer, the node it is named after; those of copies come last. Refused for a program
+    in which something multiplies that is none of these layers.
     """
 
-    def __init__(self, comb: Comb, batch: int = 1):
-        self.comb = comb
+    def __init__(self, comb: Comb, batch: int = 1, rules: Rules = ONNXRUNTIME):
+        self.comb, self.rules = comb, rules
         free = ax.atoms(a for n in comb.module.graph.nodes if n.op == "placeholder" for a in comb.axes[n] or ())
         self._batch: dict[Factor, int] = {a: batch for a in free if a.symbolic}
         for node in comb.module.graph.nodes:
             if (why := unknown(node)) or (macs(node) and not _is_layer(node)):
                 raise Refused(f"latency: {source(node)}: {why or f'how long {op_name(node)} takes is not known'}")
-        self.nodes = [n for n in comb.module.graph.nodes if self._counts(n)]
+        self._kernels: dict[fx.Node, Kernel] = {}
+        self._copies: dict[int, Copy] = {}
+        self.nodes: list[fx.Node] = []
+        found = kernels(comb.module.graph, rules)
+        place = {node: i for i, node in enumerate(comb.module.graph.nodes)}
+        named = [(node, kernel) for kernel in found for node in _named(kernel)]
+        for node, kernel in sorted(named, key=lambda pair: place[pair[0]]):
+            self._kernels[node] = kernel
+            self.nodes.append(node)
+        for copy in (copy for kernel in found for copy in kernel.copies):
+            self._copies[len(self.nodes)] = copy
+            self.nodes.append(copy.tensor)
 
     def at(self, sizes: Mapping[Factor, int]) -> Iterator[tuple[fx.Node, Layer]]:
         """Every layer when the atoms have the given sizes."""
         size = self.sizer(sizes)
-        for node in self.nodes:
-            yield node, self.layer(node, size)
+        for i, node in enumerate(self.nodes):
+            if (layer := self.numbered(i, size)) is not None:
+                yield node, layer
 
     def sizer(self, sizes: Mapping[Factor, int]) -> Sizer:
         return Sizer({**sizes, **self._batch})
 
-    def atoms(self, node: fx.Node) -> dict[Factor, None]:
-        """The prunable atoms that a node's layer may depend on."""
-        found = ax.atoms(a for n in (node, *node.all_input_nodes) for a in self._flat(n))
+    def numbered(self, index: int, size: Sizer) -> Layer | None:
+        """The layer of `nodes[index]`; None for a copy that is not needed at these sizes."""
+        node = self.nodes[index]
+        if (copy := self._copies.get(index)) is not None:
+            if copy.odd is not None and size(self.comb.axes[copy.odd[0]][copy.odd[1]]) % self.rules.grain == 0:
+                return None
+            return Layer("copy", (("entries", self._entries(node, size)),))
+        kernel = self._kernels[node]
+        main = _named(kernel)
+        if kernel.kind == "attention" and len(main) == 1 and op_name(node) != "scaled_dot_product_attention":
+            return self._written_out(kernel, size)
+        several = not isinstance(node.meta["val"], torch.Tensor)
+        if len(kernel.nodes) > 1 or several:
+            if kernel.kind in ("product", "attention"):
+                joined = node is not main[0]
+                beside = 0 if joined else self._read(kernel, size, set(main))
+                return dataclasses.replace(self.layer(node, size), beside=beside, joined=joined)
+            moved = self._read(kernel, size, set()) + self._written(kernel, size)
+            if several or op_name(node) not in NORMS:
+                return Layer("copy", (("entries", (moved + 1) // 2),))
+            layer = self.layer(node, size)
+            return dataclasses.replace(layer, beside=moved - layer.entries())
+        return self.layer(node, size)
+
+    def atoms(self, index: int) -> dict[Factor, None]:
+        """The prunable atoms that the layer of `nodes[index]` may depend on."""
+        node = self.nodes[index]
+        nodes = [node] if index in self._copies else self._kernels[node].nodes
+        found = ax.atoms(a for own in nodes for n in (own, *own.all_input_nodes) for a in self._flat(n))
+        if (copy := self._copies.get(index)) is not None and copy.odd is not None:
+            found |= ax.atoms(self._flat(copy.odd[0]))
         return {a: None for a in found if a.frozen is None}
 
     def _flat(self, node: fx.Node) -> list[Axis]:
@@ -170,26 +221,39 @@ class Layers:
             return [axis for result in axes for axis in result or ()]
         return axes
 
-    def _counts(self, node: fx.Node) -> bool:
-        """Whether the node costs time of its own."""
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
-            return False
-        name = op_name(node)
-        if name in FREE or self.comb.is_parameter(node):
-            return False
-        return not ((name in MERGED or name == "add") and self._follows_conv(node))
+    def _entries(self, node: fx.Node, size: Sizer) -> int:
+        """Of a tensor, or of all tensors of a list."""
+        axes = self.comb.axes[node] or []
+        lists = axes if isinstance(node.meta.get("val"), (list, tuple)) else [axes]
+        return sum(math.prod(map(size, found)) for found in lists if found is not None)
 
-    def _follows_conv(self, node: fx.Node) -> bool:
-        """Whether an operand is a convolution nobody else reads, with what has been merged into it."""
-        for operand in node.all_input_nodes:
-            name = op_name(operand)
-            if operand.op != "call_function" or len(operand.users) > 1:
-                continue
-            if name.startswith("conv"):
-                return True
-            if (name in MERGED or name == "add") and self._follows_conv(operand):
-                return name == "batch_norm" or op_name(node) != "batch_norm"
-        return False
+    def _read(self, kernel: Kernel, size: Sizer, own: set[fx.Node]) -> int:
+        """Entries that a kernel reads for its nodes other than `own`, not counting weights."""
+        inside, found = set(kernel.nodes), {}
+        for node in (n for n in kernel.nodes if n not in own):
+            for n in node.all_input_nodes:
+                if not self._inside(n, inside) and not self.comb.is_parameter(n) and n.op != "get_attr":
+                    found[n] = self._entries(n, size)
+        return sum(found.values())
+
+    def _written(self, kernel: Kernel, size: Sizer) -> int:
+        inside = set(kernel.nodes)
+        return sum(self._entries(n, size) for n in kernel.nodes if any(r not in inside for r in n.users))
+
+    def _inside(self, node: fx.Node, inside: set[fx.Node]) -> bool:
+        while node not in inside and node.op == "call_function" and node not in self._kernels and node.all_input_nodes:
+            node = node.all_input_nodes[0]  # through what only renames indices
+        return node in inside
+
+    def _written_out(self, kernel: Kernel, size: Sizer) -> Layer:
+        """An attention written as two products around a softmax."""
+        first, last = (n for n in kernel.nodes if op_name(n) in ("matmul", "bmm"))
+        *batch, queries, width = (size(a) for a in self.comb.axes[first.all_input_nodes[0]])
+        keys, value = (size(a) for a in self.comb.axes[last.all_input_nodes[1]][-2:])
+        return Layer(
+            "attention", (("heads", batch[-1]), ("width", width), ("value", value)),
+            (("batch", math.prod(batch[:-1])), ("queries", queries), ("keys", keys)),
+        )  # fmt: skip
 
     def layer(self, node: fx.Node, size: Sizer) -> Layer:
         """The node's layer."""
@@ -314,3 +378,14 @@ def _letters(node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[str, str], str]:
     for i, j in over:
         two[j] = one[i]
     return left, right, ("".join(one), "".join(two)), "".join(set(one) ^ set(two))
+
+
+def _named(kernel: Kernel) -> list[fx.Node]:
+    """The nodes that a kernel's layers are named after: its products, or what else takes longest."""
+    products = [n for n in kernel.nodes if classify(n) in ("product", "depthwise", "attention")]
+    if kernel.kind == "attention" and len(products) > 1:
+        return products[:1]  # written out
+    if products:
+        return products
+    norms = [n for n in kernel.nodes if op_name(n) in NORMS]
+    return (norms or kernel.nodes)[:1]

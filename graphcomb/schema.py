@@ -175,6 +175,13 @@ class Calibration(Format):
     left_out: dict[str, float] | None = says("the same, each model predicted from the others; null below three models")
 
 
+class Uncertainty(Format):
+    """How far off predictions are known to be."""
+
+    factor: float = says("the true time lies, mostly, between ms / factor and ms * factor")
+    source: str = says("where that is known from")
+
+
 class Prediction(Format):
     """`prediction` in summary.json, and `graphcomb predict --json`."""
 
@@ -183,6 +190,7 @@ class Prediction(Format):
     precision: str = says("of the engine")
     batch: int = says("where it is dynamic")
     ms: dict[str, float] = says("of a run: before, after")
+    uncertainty: Uncertainty | None = says("of ms; null where nothing is known", default=None)
     run_ms: float = says("of a run, beside its layers")
     calibration: Calibration | None = says("of the roofline; null for a data sheet or a table")
     layers: list[PredictedLayer] = says("in order")

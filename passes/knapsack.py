@@ -23,7 +23,7 @@ import numpy as np
 from ..graph.axes import Factor
 from ..graph.comb import Comb
 from ..graph.errors import BadInput
-from ..graph.layers import Latency, Layers
+from ..graph.layers import Latency, Layers, rules_of
 from ..graph.program import Program
 
 Sizes = dict[Factor, int]
@@ -70,11 +70,11 @@ class Predictor:
     """Predicted seconds of a run of a combed program at any sizes of its groups; sizes of a layer are looked up once."""
 
     def __init__(self, comb: Comb, latency: Latency, batch: int = 1):
-        self.layers, self.latency = Layers(comb, batch), latency
-        self._atoms = {node: tuple(self.layers.atoms(node)) for node in self.layers.nodes}
+        self.layers, self.latency = Layers(comb, batch, rules_of(latency)), latency
+        self._atoms = [tuple(self.layers.atoms(i)) for i in range(len(self.layers.nodes))]
         self.users: dict[Factor, list[int]] = defaultdict(list)
-        for i, node in enumerate(self.layers.nodes):
-            for atom in self._atoms[node]:
+        for i, atoms in enumerate(self._atoms):
+            for atom in atoms:
                 self.users[atom].append(i)
         self._known: dict[tuple[int, tuple[int, ...]], float] = {}
 
@@ -88,26 +88,28 @@ class Predictor:
 
     def node(self, index: int, sizes: Mapping[Factor, int]) -> float:
         """Seconds of one layer."""
-        node = self.layers.nodes[index]
-        key = index, tuple(sizes.get(a, a.size) for a in self._atoms[node])
+        key = index, tuple(sizes.get(a, a.size) for a in self._atoms[index])
         if key not in self._known:
-            self._known[key] = self.latency.seconds(self.layers.layer(node, self.layers.sizer(sizes)))
+            layer = self.layers.numbered(index, self.layers.sizer(sizes))
+            self._known[key] = 0.0 if layer is None else self.latency.seconds(layer)
         return self._known[key]
 
     def record(self, sizes: Mapping[Factor, int]) -> dict[str, Any]:
-        """What was predicted before and after, in seconds, and by what."""
-        return {"predicted": {"before": self.total({}), "after": self.total(sizes)}, "by": str(self.latency)}
+        """What was predicted before and after, in seconds, by what, and how far off that may be."""
+        found = {"predicted": {"before": self.total({}), "after": self.total(sizes)}, "by": str(self.latency)}
+        error = getattr(self.latency, "error", None)
+        return found | ({"error": str(error), "factor": error.factor} if error else {})
 
     def prepare(self, options: Mapping[Factor, Sequence[int]], progress: bool = False) -> None:
         """Let the table measure, at once, every layer at every combination of the sizes its groups may have."""
         wanted = []
-        for node, atoms in self._atoms.items():
+        for index, atoms in enumerate(self._atoms):
             choices = [options.get(a, (a.size,)) for a in atoms]
             if math.prod(map(len, choices)) > COMBINATIONS:
                 continue  # a long concatenation: measured as it comes up
             for combination in itertools.product(*choices):
                 size = self.layers.sizer(dict(zip(atoms, combination, strict=True)))
-                wanted.append(self.layers.layer(node, size))
+                wanted += [layer] if (layer := self.layers.numbered(index, size)) is not None else []
         self.latency.prepare(dict.fromkeys(wanted), progress)
 
 

@@ -20,7 +20,7 @@ from accelerate.utils import send_to_device
 from ..graph.comb import Comb
 from ..graph.cost import require_counted
 from ..graph.errors import BadInput, GraphcombError, Refused, Unreachable
-from ..graph.layers import Layers, run_seconds
+from ..graph.layers import Layers, rules_of, run_seconds
 from ..graph.ops import arguments, fetch, op_name, set_argument
 from ..graph.program import Program, TrainableModule, copy_tensor, rebuild
 from ..graph.verify.evaluate import Evaluator, double_weights, random_inputs, relative_error
@@ -325,7 +325,8 @@ class _Predictor:
         self.latency, self.progress = needed_latency(context.latency, "PruneDepth", dense), context.progress
 
     def __call__(self, program: Program) -> float:
-        return run_seconds(self.latency, (layer for _, layer in Layers(Comb(program)).at({})), self.progress)
+        layers = Layers(Comb(program), rules=rules_of(self.latency))
+        return run_seconds(self.latency, (layer for _, layer in layers.at({})), self.progress)
 
 
 # -------------------------------------------------------------------------------------------------------------- choices

@@ -114,7 +114,27 @@ class Chooser:
 
     def require(self) -> None:
         """Raise Unreachable where the target cannot be met, whatever the scores."""
-        self({}, self._flat())
+        self.require_macs(self({}, self._flat()))
+
+    def require_macs(self, sizes: Sizes) -> None:
+        """Raise Unreachable where a latency target takes more of the network than the prediction is worth."""
+        if self.predictor is None:
+            return
+        latency, least = self.predictor.latency, self.options.least_macs
+        measured = getattr(latency, "measured", True)
+        if least is None:
+            least = 0.0 if measured else LEAST_MACS
+        share = self.comb.macs(sizes) / max(self.comb.macs({}), 1)
+        if share >= least:
+            return
+        seconds, whole = self.predictor.total(sizes), self.predictor.total({})
+        error = getattr(latency, "error", None)
+        doubt = "" if measured else f", as {latency} predicts" + (f" ({error})" if error else "")
+        advice = "" if measured else "calibrate the prediction with results of `graphcomb bundle` from the device, "
+        raise Unreachable(
+            f"RemoveChannels.latency: {1e3 * seconds:.3g} of {1e3 * whole:.3g} ms{doubt}, leaves {share:.1%} of the MACs, "
+            f"and least_macs is {least:.0%}; {advice}ask for a higher latency, or set least_macs"
+        )
 
     def __call__(self, sizes: Mapping[Factor, int], scores: Scores, share: float = 1.0) -> Sizes:
         """Sizes once `share` of the way to the target is gone. sizes: of the groups that have lost some already."""
@@ -234,6 +254,7 @@ class Chooser:
         return f"nothing more can go, with {how}: {some(steps)}"
 
 
+LEAST_MACS = 0.25  # share that a latency target leaves where nothing was measured
 NEAR = 0.02  # shares of the dense program that differ by less need no reason
 
 

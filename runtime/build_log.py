@@ -39,6 +39,7 @@ GROW, SHRINK = {"Conc", "Pad"}, {"Slic"}
 PADDING_ONLY = GROW | SHRINK | {"Repl", "Resh"}
 MOVES = {"Move", "Tran"}
 MOVERS = ("kgen", "runtime_function")
+SYNCHRONISE = ("signal", "wait")  # of streams that run at once: listed among the kernels, and none
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 QUANTIZED = ("int8", "fp8", "int4", "fp4")
@@ -282,6 +283,8 @@ def parse_build_log(text: str) -> BuildLog:
         elif match := TOTAL.search(line):
             log.memory[MEMORY[match[1]]] = int(match[2])
         elif match := LAYER.search(line):
+            if match[2].split(",")[0] in SYNCHRONISE:
+                continue
             log.layers.append(_layer(match[1], match[2]))
             layer = log.layers[-1]
             if line.count("{ Name:") != len(layer.inputs + layer.constants + layer.outputs):

@@ -26,6 +26,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from ..graph.errors import BadInput, GraphcombError, Refused
+from ..graph.fusion import ONNXRUNTIME
 from ..graph.program import Program
 from .bench import random_inputs
 from .bench_device import FORMAT, OPTIONS, TOLERANCES, digest
@@ -34,6 +35,7 @@ from .half import inexact, to_half
 from .measured import describe, name_nodes, read_json, read_results
 from .onnx import export_onnx
 from .onnxruntime import OrtEngine
+from .roofline import Roofline
 from .sparsity import sparse_weights
 from .targets import Target, get_target, nearest
 
@@ -111,7 +113,8 @@ def write_bundle(
             arrays = {f"input:{i.name}": x for i, x in zip(engine.inputs, feeds, strict=True)}
             arrays |= {f"output:{n:03d}": y for n, y in enumerate(outputs)}
             np.savez(place / "reference.npz", allow_pickle=False, **arrays)
-            rows = describe(given, batch) if isinstance(given, Program) else (layers or {}).get(name, ())
+            rules = ONNXRUNTIME if device is None else Roofline(device, kind).rules
+            rows = describe(given, batch, rules) if isinstance(given, Program) else (layers or {}).get(name, ())
             about[name] = {
                 "file": f"{name}/{file.name}",
                 "reference": f"{name}/reference.npz",

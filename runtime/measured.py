@@ -18,6 +18,7 @@ from torch import fx
 
 from ..graph.comb import Comb
 from ..graph.errors import BadInput
+from ..graph.fusion import ONNXRUNTIME, Rules, classify
 from ..graph.layers import Layer, Layers
 from ..graph.ops import arguments, op_name
 from ..graph.program import Program
@@ -45,21 +46,27 @@ class Measured:
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
-def describe(program: Program, batch: int = 1) -> list[dict[str, Any]]:
+def describe(program: Program, batch: int = 1, rules: Rules = ONNXRUNTIME) -> list[dict[str, Any]]:
     """The layers of a program as JSON-able rows: name (of the weight, else of the node), node, call (the operator), op,
-    sizes and options (see `Layer`). batch: where it is dynamic."""
-    return [describe_one(node, layer) for node, layer in Layers(Comb(program), batch).at({})]
+    sizes and options (see `Layer`), and beside and joined where they are not nothing. batch: where it is dynamic. rules:
+    which nodes are one kernel."""
+    return [describe_one(node, layer) for node, layer in Layers(Comb(program), batch, rules).at({})]
 
 
 def describe_one(node: fx.Node, layer: Layer) -> dict[str, Any]:
     """A layer and the node that it is of, as `describe` has them."""
-    weight = arguments(node).get("weight")
+    if layer.op == "copy" and (node.op == "placeholder" or classify(node) in ("product", "depthwise", "attention")):
+        return {"name": f"copy of {node.name}", "node": node.name, "call": "copy"} | to_dict(layer)
+    weight = arguments(node).get("weight") if hasattr(node.target, "_schema") else None
+    while isinstance(weight, fx.Node) and weight.op == "call_function" and len(weight.all_input_nodes) > 0:
+        weight = weight.all_input_nodes[0]  # quantised, or computed from the parameter otherwise
     name = str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else node.name
     return {"name": name, "node": node.name, "call": op_name(node)} | to_dict(layer)
 
 
 def to_dict(layer: Layer) -> dict[str, Any]:
-    return {"op": layer.op, "sizes": dict(layer.sizes), "options": dict(layer.options)}
+    found: dict[str, Any] = {"op": layer.op, "sizes": dict(layer.sizes), "options": dict(layer.options)}
+    return found | {key: value for key in ("beside", "joined") if (value := getattr(layer, key))}
 
 
 def from_dict(row: Mapping[str, Any]) -> Layer:
@@ -68,7 +75,8 @@ def from_dict(row: Mapping[str, Any]) -> Layer:
     def pairs(values: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in values.items())
 
-    return Layer(row["op"], pairs(row["sizes"]), pairs(row["options"]))
+    beside, joined = row.get("beside", 0), row.get("joined", False)
+    return Layer(row["op"], pairs(row["sizes"]), pairs(row["options"]), int(beside), bool(joined))
 
 
 def name_nodes(rows: Sequence[Mapping[str, Any]], model: onnx.ModelProto) -> list[dict[str, Any]]:

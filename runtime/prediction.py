@@ -8,7 +8,7 @@ from typing import Any
 
 from ..graph.comb import Comb
 from ..graph.errors import BadInput
-from ..graph.layers import Latency, Layers
+from ..graph.layers import Latency, Layers, rules_of
 from ..graph.program import Program
 from .measured import describe_one
 from .roofline import Estimate, Roofline
@@ -46,28 +46,38 @@ def predict(
             rows.setdefault(key, {"name": name, "op": row["op"], **dict.fromkeys(programs)})[which] = row
     return {
         "by": str(latency), "target": target.name, "precision": dtype, "batch": batch, "ms": total,
-        "run_ms": 1e3 * latency.per_run, "calibration": getattr(latency, "calibration", None),
-        "layers": list(rows.values()),
+        "uncertainty": _error(latency), "run_ms": 1e3 * latency.per_run,
+        "calibration": getattr(latency, "calibration", None), "layers": list(rows.values()),
     }  # fmt: skip
+
+
+def _error(latency: Latency) -> dict[str, Any] | None:
+    """How far off what predicts is known to be."""
+    error = getattr(latency, "error", None)
+    return {"factor": error.factor, "source": error.source} if error else None
 
 
 def _layers(program: Program, roofline: Roofline, latency: Latency, alignment: int, batch: int) -> list[dict[str, Any]]:
     """The layers of one program, each as `measured.describe` has it and with what it costs."""
     comb = Comb(program)
-    layers = Layers(comb, batch)
+    layers = Layers(comb, batch, rules_of(latency))
     half = {g.atom: _half(g.size, max(g.least, alignment)) for g in comb.groups if g.frozen is None}
-    found = list(layers.at({}))
-    latency.prepare(dict.fromkeys(layer for _, layer in found))
+    whole, halved = layers.sizer({}), layers.sizer(half)
+    found = [(i, node, layers.numbered(i, whole)) for i, node in enumerate(layers.nodes)]
+    latency.prepare(dict.fromkeys(layer for _, _, layer in found if layer is not None))
     rows = []
-    for (node, layer), (_, narrow) in zip(found, layers.at(half), strict=True):
+    for i, node, layer in found:
+        if layer is None:
+            continue
+        narrow = layers.numbered(i, halved) or layer
         estimate, smaller = roofline.estimate(layer), roofline.estimate(narrow)
         rows.append(
             describe_one(node, layer)
             | {
                 "macs": estimate.macs, "padded_macs": estimate.padded_macs, "bytes": estimate.bytes,
                 "ms": 1e3 * latency.seconds(layer), "bound": estimate.bound,
-                "half": smaller.seconds / estimate.seconds,
-                "verdict": verdict(estimate, smaller, any(a in half for a in layers.atoms(node))),
+                "half": smaller.seconds / max(estimate.seconds, 1e-12),
+                "verdict": verdict(estimate, smaller, any(a in half for a in layers.atoms(i))),
             }
         )  # fmt: skip
     return rows
@@ -83,7 +93,7 @@ def verdict(estimate: Estimate, half: Estimate, prunable: bool) -> str:
     when every group that can shrink has half its size."""
     if not prunable:
         return "none of its channels can go"
-    if 1 - half.seconds / estimate.seconds < LITTLE:
+    if 1 - half.seconds / max(estimate.seconds, 1e-12) < LITTLE:
         if estimate.bound == "launch":
             return "starting its kernel takes longer than its work"
         return "its kernel cannot be narrower"

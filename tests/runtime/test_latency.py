@@ -206,7 +206,7 @@ def test_a_real_measurement(tmp_path: Path) -> None:
 
 def test_roofline_is_the_longer_of_arithmetic_and_traffic() -> None:
     target = get_target("agx-orin")
-    found = Roofline(target, "fp16")
+    found = Roofline(target, "fp16", compute=1.0, memory=1.0, launch=2e-6)
     big = matmul(4096, 4096, rows=4096)
     assert found.seconds(big) == pytest.approx(2 * 4096**3 / target.peak("fp16"), rel=0.01)
     moved = Layer("copy", (("entries", 10**8),))

@@ -92,12 +92,12 @@ def test_a_few_measurements_give_one_factor():
     found = Roofline.calibrated(results(("heavy", "wide"), truth=plain, factor=2.5))
     assert len(MODELS) > FEW["models"] > 2
     assert found.calibration["fitted"] == ["common factor"]
-    assert found.compute == found.memory == pytest.approx(1 / 2.5)
+    assert found.rates == pytest.approx((plain.rates[0] / 2.5, plain.rates[1] / 2.5, 2.5 * plain.start))
     assert found.start == pytest.approx(2.5 * plain.start)
     assert found.calibration["error"]["worst"] < 1e-9
     assert found.calibration["left_out"] is None
     more = Roofline.calibrated([results(("heavy",), truth=plain), results(("wide", "long"), truth=plain)])
-    assert (more.calibration["models"], more.compute) == (3, pytest.approx(1.0))
+    assert (more.calibration["models"], more.compute) == (3, pytest.approx(plain.rates[0]))
 
 
 @pytest.mark.parametrize(
