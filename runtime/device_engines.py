@@ -287,10 +287,10 @@ class TensorRT:
             config.DLA_core = arguments.dla
         for name in self._wanted:
             config.set_flag(getattr(trt.BuilderFlag, name))
-        inputs = [network.get_input(index) for index in range(network.num_inputs)]
+        inputs: list[Any] = [network.get_input(index) for index in range(network.num_inputs)]
         complete(path, [tensor.name for tensor in inputs], feeds)
         if any(-1 in tuple(tensor.shape) for tensor in inputs):
-            profile = builder.create_optimization_profile()
+            profile: Any = builder.create_optimization_profile()  # whose shapes may be tuples, unlike the stubs say
             for tensor in inputs:
                 shape = feeds[tensor.name].shape
                 profile.set_shape(tensor.name, shape, shape, shape)
