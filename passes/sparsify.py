@@ -269,7 +269,7 @@ class Sparsify(Pass):
                 stages.append(program.history[-1]["stages"][-1])
                 continue
             program.module().meta.pop("batches", None)  # plain averages of statistics start anew, also after a snapshot
-            stage = {"sparsity": share, "epochs": epochs}
+            stage: dict[str, Any] = {"sparsity": share, "epochs": epochs}
             if share:
                 stage |= self._prune(program, names, share, context, probed)
                 program.history = [*history, {"sparse": dict.fromkeys(names)}]

@@ -141,8 +141,13 @@ def _add(digest: Any, value: Any, seen: dict[int, Any], depth: int) -> None:
         return
     seen[id(value)] = value
     digest.update(f"{type(value).__module__}.{name}(".encode())
+
+    def add(*parts: Any) -> None:
+        for part in parts:
+            _add(digest, part, seen, depth + 1)
+
     try:
-        _add_parts(digest, value, lambda *parts: [_add(digest, part, seen, depth + 1) for part in parts])
+        _add_parts(digest, value, add)
     except Exception:  # an object that does not let itself be looked at
         digest.update(b"unseen")
     if isinstance(value, (list, tuple, torch.Tensor)):  # whether equal ones are one object says nothing
