@@ -89,6 +89,7 @@ class Comb:
         self._made_of_parameters: set[fx.Node] = set()
         self._groups: list[Group] | None = None
         self._units: list[tuple[list[Axis], dict[str, int]]] | None = None
+        self._unknown: dict[str, list[str]] | None = None
         self._terms: list[tuple[fx.Node, list[list[Axis]]]] | None = None
         self._solve()
 
@@ -433,7 +434,9 @@ class Comb:
             entries = math.prod(map(size, axes))
             for key, unit in count.items():
                 found[key] += unit * entries
-        return found | cost.unknowns(self.module)
+        if self._unknown is None:
+            self._unknown = cost.unknowns(self.module)
+        return found | self._unknown
 
     def _tensor_units(self) -> list[tuple[list[Axis], dict[str, int]]]:
         """What one entry of each tensor adds to the parts of the cost."""

@@ -61,8 +61,8 @@ def macs(node: fx.Node) -> Polynomial:
 def unknown(node: fx.Node) -> str | None:
     """Why the node's multiply-accumulates cannot be counted; None where they can, or where there are none."""
     target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
-        return None
+    if isinstance(target, torch._ops.OpOverload):
+        return _said(target)
     if isinstance(target, torch._ops.HigherOrderOperator):
         bodies = _bodies(node)
         if str(target) == "cond":
@@ -70,7 +70,11 @@ def unknown(node: fx.Node) -> str | None:
         if bodies and not any(macs(n) or unknown(n) for body in bodies for n in body.graph.nodes):
             return None
         return f"how often {target} runs its body is not known"
-    name = op_name(node)
+    return None
+
+
+def _said(target: torch._ops.OpOverload) -> str | None:
+    name = target._schema.name.removeprefix("aten::")
     if name in COUNTS:
         return None
     if name in UNCOUNTED:

@@ -59,7 +59,8 @@ class Program:
         self.dynamic_shapes = dynamic_shapes
         self.history = list(history or [])
         self._stale = False
-        self._known: tuple[int, dict[str, Any]] | None = None
+        self._known: dict[str, Any] | None = None
+        self._known_for: int | None = None
         self.proof: Proof | None = None  # of a program that comes straight from a model
 
     # ------------------------------------------------------------------------------------------------ construction
@@ -96,7 +97,7 @@ class Program:
         if self._stale or _outdated(self._module):
             propagate(self)
             self._stale = False
-        return self._module
+        return self._hand_out()
 
     @property
     def graph(self) -> fx.Graph:
@@ -105,12 +106,13 @@ class Program:
     def module(self) -> TrainableModule:
         """The live module: training it trains this program. `train()` and `eval()` work."""
         _ = self._module.forward
-        return self._module
+        return self._hand_out()
 
     def replace_module(self, module: TrainableModule) -> None:
         """Go on with another module of the same inputs, such as a surgery in the middle of training leaves."""
         if module is not self._module:
             self._module, self._stale, self._known = module, True, None
+            self._known_for = None
 
     def exported(self, training: bool = False) -> ExportedProgram:
         """The program as an `ExportedProgram` in the training IR.
@@ -157,12 +159,18 @@ class Program:
     @property
     def known_cost(self) -> dict[str, Any] | None:
         """The cost that a pass has found from the axes; None once the graph or the shape of a weight has changed."""
-        known = self._known
-        return known[1] if known is not None and known[0] == _fingerprint(self._module) else None
+        same = self._known_for is None or self._known_for == _fingerprint(self._module)
+        return self._known if same else None
 
     @known_cost.setter
     def known_cost(self, cost: dict[str, Any] | None) -> None:
-        self._known = None if cost is None else (_fingerprint(self._module), cost)
+        self._known, self._known_for = cost, None
+
+    def _hand_out(self) -> TrainableModule:
+        """The module, for somebody who may change it: from here on the known cost has to be checked."""
+        if self._known is not None and self._known_for is None:
+            self._known_for = _fingerprint(self._module)
+        return self._module
 
     # ----------------------------------------------------------------------------------------------------- storage
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -341,12 +349,12 @@ def rebuild(
     graph.output(graph.graph_copy(module.graph, nodes))
     graph.set_codegen(copy.copy(module.graph._codegen))
     new, taken = TrainableModule(torch.nn.Module(), fx.Graph()), {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            name, old = str(node.target), fetch(module, str(node.target))
-            if id(old) not in taken:
-                taken[id(old)] = take(name, old)
-            place_tensor(new, name, taken[id(old)])
+    folders: dict[str, torch.nn.Module] = {"": new}
+    for node, old in _attributes(module):
+        name = str(node.target)
+        if id(old) not in taken:
+            taken[id(old)] = take(name, old)
+        _put(folders, name, taken[id(old)])
     if edit is not None:
         edit(nodes)
     new.graph = graph
@@ -367,6 +375,22 @@ def _flag(module: torch.nn.Module, path: str) -> bool:
             break
         module = module._modules[part]  # type: ignore[assignment]
     return module.training
+
+
+def _put(folders: dict[str, torch.nn.Module], path: str, value: Any) -> None:
+    """As `place_tensor`, in a module that is being made: nothing is there yet, so nothing has to be looked for."""
+    folder, _, name = path.rpartition(".")
+    if folder not in folders:
+        _put(folders, folder, torch.nn.Module())
+    owner = folders[folder]
+    if isinstance(value, torch.nn.Parameter):
+        owner._parameters[name] = value
+    elif isinstance(value, torch.Tensor):
+        owner._buffers[name] = value
+    elif isinstance(value, torch.nn.Module):
+        owner._modules[name] = folders[path] = value
+    else:
+        setattr(owner, name, value)
 
 
 def copy_tensor(name: str, value: Any) -> Any:

@@ -128,9 +128,18 @@ def remove(comb: Comb, masks: Masks) -> tuple[Program, Removed]:
     would become empty, an operator would be left with too few entries, or a size cannot be regenerated.
     """
     keeps = kept_indices(comb, masks)
+    indices: dict[tuple[int, Any], torch.Tensor] = {}  # most axes belong to several tensors
+
+    def index(keep: np.ndarray, device: torch.device) -> torch.Tensor:
+        found = indices.get((id(keep), device))
+        if found is None:
+            found = indices[id(keep), device] = torch.from_numpy(np.flatnonzero(keep)).to(device)
+        return found
 
     def take(name: str, value: Any) -> Any:
-        return like(value, _slice(value, keeps[name])) if name in keeps else copy_tensor(name, value)
+        if name not in keeps:
+            return copy_tensor(name, value)
+        return like(value, select(value.detach(), {d: index(keep, value.device) for d, keep in keeps[name].items()}))
 
     removed = {n: {d: np.flatnonzero(~keep).tolist() for d, keep in lost.items()} for n, lost in keeps.items()}
     return comb.program.derive(resized(comb, masks, take)), removed
@@ -139,8 +148,16 @@ def remove(comb: Comb, masks: Masks) -> tuple[Program, Removed]:
 def kept_indices(comb: Comb, masks: Masks) -> dict[str, dict[int, np.ndarray]]:
     """Which indices stay (bool) along every dimension of a parameter or buffer that loses some."""
     masks, found = _checked(comb, masks), {}
+    known: dict[tuple[int, ...], np.ndarray] = {}
+
+    def mask(axis: Axis) -> np.ndarray:
+        key = tuple(map(id, ax.normal(axis)))
+        if key not in known:
+            known[key] = ax.kept_mask(axis, masks)
+        return known[key]
+
     for name, axes in comb.parameters.items():
-        lost = {d: ax.kept_mask(axis, masks) for d, axis in enumerate(axes) if ax.touches(axis, masks)}
+        lost = {d: mask(axis) for d, axis in enumerate(axes) if ax.touches(axis, masks)}
         if lost:
             found[name] = lost
     return found
@@ -174,11 +191,6 @@ def _checked(comb: Comb, masks: Masks) -> dict[Factor, np.ndarray]:
     return masks
 
 
-def _slice(tensor: torch.Tensor, keeps: dict[int, np.ndarray]) -> torch.Tensor:
-    indices = {d: torch.from_numpy(np.flatnonzero(keep)).to(tensor.device) for d, keep in keeps.items()}
-    return select(tensor.detach(), indices)
-
-
 BLOCK = 1 << 17  # elements: an intermediate of this size stays in a core's cache
 
 
@@ -188,6 +200,8 @@ def select(data: torch.Tensor, indices: dict[int, torch.Tensor]) -> torch.Tensor
     Rows are taken a block at a time, so that what is selected along two dimensions passes through a small buffer instead
     of a second tensor; trailing dimensions of size 1, which make index_select several times slower, are dropped first.
     """
+    if data.dim() == 1:
+        return data.index_select(0, indices[0])
     sizes = [len(indices[d]) if d in indices else n for d, n in enumerate(data.shape)]
     last = max(indices)
     flat = data.reshape([n for d, n in enumerate(data.shape) if d <= last or n > 1])
