@@ -1,0 +1,68 @@
+"""A run's figure is called what it is; batches of unusual form in a recipe."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import toys
+from rich.console import Console
+
+from graphcomb import Pipeline, capture
+from graphcomb.graph.errors import BadInput
+from graphcomb.passes import Fuse
+from graphcomb.pipeline import figure
+from graphcomb.recipe import parse_recipe
+from graphcomb.runner import prepare
+
+
+def log_loss(outputs, labels):
+    return -torch.nn.functional.cross_entropy(outputs, labels, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("metric", "single", "name"),
+    [(None, False, "accuracy"), (None, True, "training accuracy"), (log_loss, False, "log_loss"),
+     (log_loss, True, "training log_loss"), (lambda o, y: o.amax(1), False, "metric")],
+)  # fmt: skip
+def test_a_figure_is_called_what_it_is(metric, single, name, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("graphcomb.pipeline.Console", lambda **options: Console(width=200))
+    program = capture(toys.net(), torch.randn(2, 3, 8, 8), dynamic_shapes="batch")
+    data = toys.batches()
+    val = data if single else toys.batches(count=2)
+    result = Pipeline([Fuse()]).run(program, data, val, metric=metric, progress=True)
+    assert result.metric == result.records[0]["accuracy"]["metric"] == name
+    said = capsys.readouterr().out
+    assert f", {name} {figure(name, result.accuracy_before)}" in said
+    assert ("%" in said) is (metric is None)
+
+
+def test_figures_of_own_metrics_are_no_shares() -> None:
+    assert figure("accuracy", 0.9861) == "98.61%"
+    assert figure("log_loss", -27.9596) == "-27.96"
+
+
+def odd():
+    return [(x, y, ["a.png"]) for x, y in toys.batches()]
+
+
+def image(batch):
+    return batch[0]
+
+
+def label(batch):
+    return batch[1]
+
+
+def test_a_recipe_names_functions_that_split_batches(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "odd", sys.modules[__name__])
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    recipe = {"model": "toys:net", "passes": ["Fuse"]}
+    job = prepare(parse_recipe(recipe | {"data": {"source": "odd:odd", "inputs": "odd:image", "labels": "odd:label"}}))
+    result = Pipeline(job.recipe.passes).run(job.program, job.train, job.val)
+    assert result.metric == "training accuracy"
+    assert result.accuracy_before == pytest.approx(result.accuracy_after)
+    with pytest.raises(BadInput, match=r"a tuple of 3 .* give inputs= and labels=, functions of a batch"):
+        prepare(parse_recipe(recipe | {"data": "odd:odd"}))
+    with pytest.raises(BadInput, match=r"data\.inputs: .* has no"):
+        prepare(parse_recipe(recipe | {"data": {"source": "odd:odd", "inputs": "odd:images_"}}))
