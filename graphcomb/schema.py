@@ -104,7 +104,7 @@ class Engine(Format):
     path: str = says("of the engine file")
     bytes: int = says("its size")
     seconds: float = says("build time")
-    precision: str = says("fp32, fp16, bf16 or int8")
+    precision: str = says("fp32, fp16, bf16, int8 or fp8")
     kernels: list[Kernel] = says("in execution order")
     padding: list[str] = says("names of the kernels that only pad")
     memory: dict[str, int] = says("bytes by purpose: weights, activations, scratch")
@@ -115,7 +115,7 @@ class Engine(Format):
         "after, and the alignment that would avoid it", default=[],
     )  # fmt: skip
     unfused: list[dict[str, Any]] = says(
-        "TensorRT: quantisation that buys nothing; how (kernel, float, idle) and nodes", default=[]
+        "TensorRT: quantisation that buys nothing; how (kernel, float, idle, wide) and nodes", default=[]
     )
     unread: list[str] = says("TensorRT: lines of the build log about kernels that could not be read", default=[])
 
@@ -127,7 +127,13 @@ class Onnx(Format):
     precision: str = says("fp32 or fp16")
     opset: int = says("as it came out")
     bytes: int = says("with external weights")
-    parity: float | None = says("worst max |a - b| / max |b| against the program")
+    parity: float | None = says(
+        "worst error against the fp32 program: max |a - b| / max |b| of an output, or a tenth of a channel's by its scale"
+    )
+    tolerance: float = says("the largest parity that was allowed")
+    agreement: float | None = says("share of real samples whose scores decide as the program's; null without either")
+    cosine: float | None = says("lowest of an output with the program's")
+    float32: dict[str, str] = says("nodes of an fp16 file that stay in fp32, and why")
     nodes: dict[str, int] = says("count by operator")
 
 
@@ -215,7 +221,8 @@ class Summary(Format):
     latency_ratio: float | None = says("how many times faster, measured; null where that cannot be said")
     latency_predicted: float | None = says("how many times faster, predicted", default=None)
     surgery_error: float | None = says("worst relative error against the oracle, float64; null without a surgery")
-    onnx_parity: float | None = says("worst relative error of the fp32 ONNX file")
+    onnx_parity: float | None = says("worst error of the fp32 ONNX file against the program")
+    onnx_parity_fp16: float | None = says("of the fp16 one, which the engines are built from then", default=None)
     cost: Change = says("each a Cost")
     passes: list[Record] = says("in order")
     files: dict[str, Any] = says("paths of what was written, by kind")

@@ -6,6 +6,7 @@ with the files it needs, which take the device's own TensorRT and numpy. Source:
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -30,8 +31,9 @@ from ..graph.fusion import ONNXRUNTIME
 from ..graph.program import Program
 from .bench import random_inputs
 from .bench_device import FORMAT, OPTIONS, TOLERANCES, digest
-from .engine import check_model, precision, replacing
+from .engine import TensorSpec, check_model, precision, replacing
 from .half import inexact, to_half
+from .half_file import half_file
 from .measured import describe, name_nodes, read_json, read_results
 from .onnx import export_onnx
 from .onnxruntime import OrtEngine
@@ -100,7 +102,8 @@ def write_bundle(
             place.mkdir()
             scratch.mkdir()
             with _naming(Path(part), name):
-                exact, file, note = _lower(given, kind, device, place, scratch, opset)
+                make = functools.partial(random_inputs, batch=batch, shapes=shapes)
+                exact, file, note = _lower(given, kind, device, place, scratch, opset, make)
                 engine = OrtEngine(exact)
                 inputs = inputs or random_inputs(engine.inputs, batch, shapes)
                 if len(inputs) != len(engine.inputs):
@@ -160,7 +163,13 @@ def _naming(part: Path, name: str) -> Iterator[None]:
 
 
 def _lower(
-    given: Program | str | Path, kind: str, device: Target | None, place: Path, scratch: Path, version: int | None
+    given: Program | str | Path,
+    kind: str,
+    device: Target | None,
+    place: Path,
+    scratch: Path,
+    version: int | None,
+    make: Callable[[list[TensorSpec]], list[np.ndarray]],
 ) -> tuple[Path, Path, str]:
     """The model as exactly as it is known, in the folder `scratch` or where it lies; as it is measured, in the folder
     `place`; and what became of it, in words, where that is not what was asked for."""
@@ -181,6 +190,13 @@ def _lower(
         return source, file, ""
     if kind != "fp16" or has == "fp16":
         _copy(source, model, file)
+        wide = any(i.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for i in model.graph.input)
+        return source, file, "INT8, with its floating-point parts in fp32" * ((has, kind) == ("int8", "int8") and wide)
+    if has == "fp32":
+        engine = OrtEngine(source)
+        inputs = make(engine.inputs)
+        engine.close()
+        half_file(source, file, inputs)
         return source, file, ""
     graph = gs.import_onnx(onnx.load(str(source)))
     if has == "int8" and (why := inexact(graph)):

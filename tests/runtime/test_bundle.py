@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import graphcomb
-from graphcomb.graph.errors import BadInput, GraphcombError
+from graphcomb.graph.errors import BadInput, GraphcombError, Refused
 from graphcomb.passes import RemoveChannels
 from graphcomb.runtime import Roofline, write_report
 from graphcomb.runtime.bundle import run_bundle, write_bundle
@@ -180,7 +180,7 @@ def plain(path):
         ("fp16", 19, 0.5, 0.1, ("fp16", "fp32"), "its floating-point parts stay as they are: fp16 cannot hold w of "),
         ("fp16", 19, 0.5, 1, ("fp16", "fp16"), ""),
         ("fp32", 18, 0.1, 1, ("fp32", "fp32"), ""),
-        ("int8", 18, 0.1, 1, ("fp32", "fp32"), ""),
+        ("int8", 18, 0.1, 1, ("fp32", "fp32"), "INT8, with its floating-point parts in fp32"),
     ],
 )
 def test_a_quantised_model_stands_beside_one_that_is_not(tmp_path, kind, opset, scale, spread, types, note):
@@ -203,6 +203,29 @@ def test_a_quantised_model_stands_beside_one_that_is_not(tmp_path, kind, opset, 
     assert any(note in text for text in results["notes"]) or not note
     if types[1] == "fp16":  # nothing but the floating-point part is rounded
         assert results["models"]["small"]["parity"]["error"] < 1e-3
+
+
+def test_an_onnx_file_that_fp16_spoils_is_refused_or_kept(tmp_path):
+    """(x + 2048) - 2048 is lost in fp16; x * 1e6 / 1e6 stays in fp32."""
+
+    def file(first, second, number):
+        info = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["batch", 4]) for n in "xy"]
+        constant = onnx.numpy_helper.from_array(np.array(number, np.float32), "c")
+        nodes = [
+            onnx.helper.make_node(first, ["x", "c"], ["h"], name="there"),
+            onnx.helper.make_node("Relu", ["h"], ["r"], name="relu"),
+            onnx.helper.make_node(second, ["r", "c"], ["y"], name="back"),
+        ]
+        graph = onnx.helper.make_graph(nodes, "d", info[:1], info[1:], [constant])
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+        onnx.save(model, tmp_path / f"{first}.onnx")
+        return tmp_path / f"{first}.onnx"
+
+    with pytest.raises(Refused, match=r"fp16 differs from the program .*first off in fp16: back \(Sub\)"):
+        write_bundle(tmp_path / "b", {"dense": file("Add", "Sub", 2048.0)}, "fp16")
+    folder = write_bundle(tmp_path / "c", {"dense": file("Mul", "Div", 1e6)}, "fp16")
+    found = onnx.load(folder / "dense" / "model.onnx")
+    assert [n.op_type for n in found.graph.node] == ["Cast", "Mul", "Relu", "Div", "Cast"]
 
 
 def test_a_quantised_program_is_int8(tmp_path):
