@@ -109,7 +109,7 @@ def export_onnx(
     progress: bool = False,
     keep_fp32: Sequence[str] = (),
     keep_io_types: bool = False,
-    data: Iterable[tuple[tuple[Any, ...], dict[str, Any]]] = (),
+    data: Iterable[Any] = (),
 ) -> OnnxReport:
     """Write the program (eval mode) as an ONNX file; the program is not changed.
 
@@ -121,8 +121,8 @@ def export_onnx(
 
     tolerance: largest error allowed of an output, relative to its largest value; of a channel ten times as much of its
     own scale; by default `TOLERANCES`. A quantised program rounds a value half-way between two steps either way: most
-    of its samples must be within the tolerance, and all near (`compare.NEAR`). data: real inputs, (args, kwargs) as
-    the program takes them, to compare on besides the example and random ones; what scores decide must be the same
+    of its samples must be within the tolerance, and all near (`compare.NEAR`). data: real inputs, batches of a
+    loader or (args, kwargs), to compare on besides the example and random ones; what scores decide must be the same
     there. In fp16 the file counts as it runs where every operator rounds. Dynamic dimensions stay dynamic. Weights over
     1.9 GB go to `<path>.data`. Nothing is written unless everything holds.
 
@@ -413,12 +413,15 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _exact_rewrites() -> Iterator[None]:
     """The exporter's optimiser takes a number within 1e-8 of 0, or 1e-5 of 1, for it, and drops `x + 1e-12`, which keeps
-    a norm from dividing by 0. Here only equal numbers are equal."""
+    a norm from dividing by 0. Here only 0 is 0, and 1 is 1."""
     from onnxscript.rewriter import _matcher
+
+    def equal(a: float, b: float, **tolerances: float) -> bool:
+        return a == b if {0, 1} & {a, b} else math.isclose(a, b, **tolerances)
 
     class Exact:
         def __getattr__(self, name: str) -> Any:
-            return (lambda a, b, **_: a == b) if name == "isclose" else getattr(math, name)
+            return equal if name == "isclose" else getattr(math, name)
 
     before = getattr(_matcher, "math", None)
     if before is None:  # another version of onnxscript

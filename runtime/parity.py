@@ -8,7 +8,7 @@ scores beside box coordinates are a thousand times smaller, and all the same as 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from ..graph.errors import Refused
+from ..graph.errors import BadInput, Refused
 from ..graph.ops import op_name
 from ..graph.program import Program, flatten_outputs
 from .engine import Engine
@@ -118,20 +118,19 @@ class Case:
     plain: list[np.ndarray] | None = None
 
 
-def parity(
-    program: Program, engine: Engine, seed: int = 0, data: Iterable[tuple[tuple, dict[str, Any]]] = ()
-) -> list[Check]:
+def parity(program: Program, engine: Engine, seed: int = 0, data: Iterable[Any] = ()) -> list[Check]:
     """Compare an engine with the program in eval mode; the program is not changed.
 
     Inputs are cast to the engine's dtypes, so that a half-precision engine is measured against the fp32 program. Batch
-    sizes that the program itself does not take are left out. data: real inputs, (args, kwargs) of the program. Raises
-    Refused when the engine's outputs differ in number or shape, BadInput when it does not take the inputs.
+    sizes that the program itself does not take are left out. data: real inputs, (args, kwargs) of the program or batches.
+    Raises Refused when the engine's outputs differ in number or shape, BadInput when it does not take the inputs.
     """
     return compare(cases(program, seed, data), engine)
 
 
-def cases(program: Program, seed: int = 0, data: Iterable[tuple[tuple, dict[str, Any]]] = ()) -> list[Case]:
-    """What engines are compared on. data: (args, kwargs) of the program, of which the first `SAMPLES` samples count."""
+def cases(program: Program, seed: int = 0, data: Iterable[Any] = ()) -> list[Case]:
+    """What engines are compared on. data: (args, kwargs) of the program, or batches as loaders yield them; the first
+    `SAMPLES` samples count."""
     frozen = program.copy()
     module = frozen.module().eval()
     plain = _without_quantisation(program)
@@ -140,8 +139,10 @@ def cases(program: Program, seed: int = 0, data: Iterable[tuple[tuple, dict[str,
         try:
             with torch.no_grad():
                 outputs = flatten_outputs(module(*args, **kwargs))
-        except RuntimeError:
-            if what != "random":
+        except (RuntimeError, TypeError) as error:
+            if what == "data":
+                raise BadInput(f"data: the program does not take it ({str(error).strip().splitlines()[0]})") from error
+            if what == "example":
                 raise
             continue
         exact = None
@@ -313,13 +314,11 @@ def input_sets(program: Program, seed: int = 0) -> Iterator[tuple[str, int | Non
         yield "random", batch, args, kwargs
 
 
-def _samples(
-    program: Program, data: Iterable[tuple[tuple, dict[str, Any]]]
-) -> Iterator[tuple[str, int | None, tuple, dict[str, Any]]]:
+def _samples(program: Program, data: Iterable[Any]) -> Iterator[tuple[str, int | None, tuple, dict[str, Any]]]:
     """Real inputs, of a dynamic batch the first `SAMPLES` samples."""
     sizes, taken = _batch(program), 0
-    for args, kwargs in data:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+    for item in data:
+        leaves, spec = pytree.tree_flatten(_inputs(item))
         batch = next((leaves[i].shape[0] for i in sizes), None)
         if batch is not None:
             batch = min(batch, SAMPLES - taken)
@@ -329,6 +328,20 @@ def _samples(
         taken += len(first) if first is not None and first.dim() else 1
         if taken >= SAMPLES:
             return
+
+
+def _inputs(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of a program, from just that or from what a data loader yields, whose labels are left out."""
+    if isinstance(item, torch.Tensor):
+        return (item,), {}
+    if isinstance(item, Mapping):
+        return (), {k: v for k, v in item.items() if k != "labels"}
+    if not isinstance(item, (tuple, list)) or not 1 <= len(item) <= 2:
+        raise BadInput(f"data: a {type(item).__name__} is neither (args, kwargs) of the program nor (inputs, labels)")
+    first, second = item[0], item[1] if len(item) == 2 else {}
+    if isinstance(second, Mapping) and isinstance(first, (tuple, list)):
+        return tuple(first), dict(second)
+    return (tuple(first), {}) if isinstance(first, (tuple, list)) else _inputs(first)
 
 
 def random_like(tensor: torch.Tensor, generator: torch.Generator, batch: int | None = None) -> torch.Tensor:

@@ -570,6 +570,10 @@ def _engine(engine: Mapping[str, Any]) -> dict[str, Any]:
         "unfused": [
             {"text": UNFUSED.get(str(row.get("how")), ""), "nodes": _list(row.get("nodes"), str)}
             for row in _list(engine.get("unfused"))
+            if row.get("how") != "wide"
+        ],
+        "wide": [
+            n for row in _list(engine.get("unfused")) if row.get("how") == "wide" for n in _list(row.get("nodes"), str)
         ],
         "warnings": _list(engine.get("warnings"), str),
     }

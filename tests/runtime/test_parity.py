@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import graphcomb.graph as g
-from graphcomb.graph.errors import Refused
+from graphcomb.graph.errors import BadInput, Refused
 from graphcomb.graph.program import Program
 from graphcomb.runtime import parity
 from graphcomb.runtime.engine import TensorSpec
@@ -165,6 +165,24 @@ def test_decisions_that_differ_by_a_hair_are_the_same() -> None:
     wanted = np.array([[1.0, 0.999, -1.0], [3.0, 1.0, 0.0]])
     assert output_error(np.array([[0.999, 1.0, -1.0], [3.0, 1.0, 0.0]]), wanted).agreement == 1
     assert output_error(np.array([[0.9, 1.0, -1.0], [0.5, 1.0, 0.0]]), wanted).agreement == 0.5
+
+
+TWO = torch.ones(2, 4)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [TWO, (TWO, torch.zeros(2)), ((TWO,), {}), [TWO], {"x": TWO}],
+    ids=["tensor", "with labels", "args and kwargs", "list", "by name"],
+)  # fmt: skip
+def test_real_samples_come_as_loaders_yield_them(program: Program, batch: object) -> None:
+    checks = parity(program, Fake(lambda x: 2 * x), data=[batch])
+    assert [(c.inputs, c.batch, c.error) for c in checks if c.real] == [("data", 2, 0.0)]
+
+
+def test_samples_that_do_not_fit_are_one_line(program: Program) -> None:
+    with pytest.raises(BadInput, match="data: a str is neither"):
+        parity(program, Fake(lambda x: 2 * x), data=["image.png"])
 
 
 def test_real_samples_count_by_what_is_decided(program: Program) -> None:

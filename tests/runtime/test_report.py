@@ -408,6 +408,32 @@ def test_a_ratio_says_what_was_measured_where(tmp_path, quick):
     )
 
 
+def test_the_cost_of_int8_layers_that_write_floats_is_named(tmp_path, quick):
+    values = summary()
+    values["engine_report"]["unfused"] += [{"kernel": "c", "how": "wide", "nodes": [f"conv{i}"]} for i in range(3)]
+    text = page(tmp_path, values)[0].text
+    assert "Quantisation that buys nothing · 1" in text
+    assert "write floating point, and take a kernel more each · 3" in text
+    assert "conv0" in text
+
+
+def test_plots_say_in_words_what_they_show(tmp_path, quick):
+    found, html = page(tmp_path, summary())
+    labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', html)
+    assert len(labels) == found.count("figure")
+    assert "Accuracy against multiply-accumulates. dense: 800 M, 98.61 %" in labels[0]
+
+
+def test_bars_have_the_width_of_their_column_and_layers_are_sorted(tmp_path, quick):
+    values = summary()
+    values["prediction"]["layers"][1]["before"]["ms"] = 9.0
+    found, html = page(tmp_path, values)
+    first = html.index("largest first, by predicted time")
+    assert html.index("layers.1.weight", first) < html.index("layers.0.weight", first)
+    assert "All 4 layers in the order of the network" in found.text
+    assert re.search(r"\.bar \{ display: block;[^}]*width: 100%", html), "not what the number beside leaves"
+
+
 def test_the_parity_is_that_of_the_file_engines_are_built_from(tmp_path, quick):
     files = {"fp16": {"agreement": 0.975, "tolerance": 0.1, "float32": {"a": "Exp: ...", "b": "Mul: ..."}}}
     values = {"precision": "fp16", "onnx_parity": 2.8e-7, "onnx_parity_fp16": 9.6e-4, "onnx": files}
