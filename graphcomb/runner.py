@@ -268,11 +268,13 @@ def _lower(job: Job, program: Program, out: Path, progress: bool) -> dict[str, A
     for precision in dict.fromkeys(("fp32", job.recipe.precision)):
         say(f"ONNX {precision} ...")
         paths[precision] = out / ("model.onnx" if precision == "fp32" else f"model.{precision}.onnx")
-        half = {"keep_fp32": wanted.keep_fp32, "keep_io_types": wanted.keep_io_types} if precision == "fp16" else {}
-        asked = {"tolerance": wanted.tolerance} if precision == job.recipe.precision else {}
+        half = precision == "fp16"
         reports[precision] = runtime.export_onnx(
-            program, paths[precision], precision, opset, job.target, progress=progress, data=data, **half, **asked
-        )
+            program, paths[precision], precision, opset, job.target,
+            tolerance=wanted.tolerance if precision == job.recipe.precision else None,
+            keep_fp32=wanted.keep_fp32 if half else (), keep_io_types=half and wanted.keep_io_types,
+            progress=progress, data=data,
+        )  # fmt: skip
     engines = []
     pattern = any(weight.pattern == "2:4" for weight in reports[job.recipe.precision].sparse)
     for engine in wanted.engines:
