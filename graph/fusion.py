@@ -392,8 +392,8 @@ class _Fusion:
                 name, read = op_name(node), node.all_input_nodes[0]
                 if name.startswith("conv") and self.kinds[node] == "product" and read not in padded:
                     padded.add(read)
-                    if self.source.get(read, read).op == "placeholder":
-                        kernel.copies.append(Copy(read))
+                    if (image := self.source.get(read, read)).op == "placeholder":
+                        kernel.copies.append(Copy(image))
                     elif arguments(node)["groups"] == 1:
                         kernel.copies.append(Copy(read, (read, 1)))
                 if self._is_channels_last(node) or self._is_plain(node):

@@ -159,6 +159,13 @@ class Layers:
         for node in comb.module.graph.nodes:
             if (why := unknown(node)) or (macs(node) and not _is_layer(node)):
                 raise Refused(f"latency: {source(node)}: {why or f'how long {op_name(node)} takes is not known'}")
+        for (
+            node
+        ) in comb.module.graph.nodes:  # the axes of what is quantised are its own: they follow those that it reads
+            if op_name(node).startswith("fake_quantize") and comb.axes[node] and comb.axes[node.all_input_nodes[0]]:
+                for old, new in zip(comb.axes[node.all_input_nodes[0]], comb.axes[node], strict=True):
+                    if len(found := ax.atoms([new])) == 1 and next(iter(found)).frozen is not None:
+                        self._batch.update(dict.fromkeys(found, self.sizer({})(old)))
         self._kernels: dict[fx.Node, Kernel] = {}
         self._copies: dict[int, Copy] = {}
         self.nodes: list[fx.Node] = []

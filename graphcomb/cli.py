@@ -477,7 +477,10 @@ def show_summary(summary: dict[str, Any]) -> None:
     if (prediction := summary.get("prediction")) and len(prediction["ms"]) == 2:
         before, after = prediction["ms"].values()
         where = f"{prediction['target']}, {prediction['precision']}, batch {prediction['batch']}"
-        table.add_row("predicted", Text(f"{before / after:.2f}x faster on {where}") if after else "")
+        doubt = prediction.get("uncertainty")
+        bar = f" (each off by up to {doubt['factor']:.2g} times)" if doubt else ""
+        ms = f"{before:.3g} -> {after:.3g} ms{bar}"
+        table.add_row("predicted", Text(f"{before / after:.2f}x faster on {where}: {ms}") if after else "")
     for kind, path in summary["files"].items():
         for one in path if isinstance(path, list) else [path]:
             table.add_row(kind, one)
@@ -552,6 +555,8 @@ def show_prediction(found: dict[str, Any]) -> None:
     console.print(f"{found['by']}: {' -> '.join(f'{ms:.3f} ms' for ms in found['ms'].values())}", soft_wrap=True)
     if (c := found["calibration"]) is not None:
         console.print(calibration_text(c), soft_wrap=True)
+    if (doubt := found.get("uncertainty")) is not None:
+        console.print(f"off by up to {doubt['factor']:.2g} times: {doubt['source']}", soft_wrap=True)
 
 
 def show_bench(result: dict[str, Any]) -> None:

@@ -387,6 +387,9 @@ def _prediction(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = [("predicted by", str(given.get("by", "")))]
     if (calibration := _map(given.get("calibration"))) and (text := _calibration(calibration)):
         facts.append(("calibration", text))
+    doubt = _map(given.get("uncertainty"))
+    if (factor := number(doubt.get("factor"))) is not None:
+        facts.append(("known error", f"off by up to {factor:.2g} times: {doubt.get('source', '')}"))
     facts += [("error", f"{where}: {text}") for where, _, text in _errors(summary)]
     found: dict[str, list[float]] = {}
     for row in _list(given.get("layers")):

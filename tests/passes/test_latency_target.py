@@ -13,6 +13,7 @@ from graphcomb.graph.comb import Comb
 from graphcomb.graph.errors import BadInput, Unreachable
 from graphcomb.graph.layers import Layer, Layers
 from graphcomb.passes import Distill, RemoveChannels
+from graphcomb.runtime.roofline import Error
 
 
 class PerMac:
@@ -115,3 +116,35 @@ def test_wrong_latencies_are_named(wrong) -> None:
 def test_only_one_target() -> None:
     with pytest.raises(BadInput, match="macs and latency"):
         RemoveChannels(latency=0.5, macs=0.5)
+
+
+class Sheet(PerMac):
+    """The same, of which nothing was measured."""
+
+    measured, error = False, Error(2.0, "nothing was measured")
+
+    def __str__(self) -> str:
+        return "a data sheet"
+
+
+def test_a_prediction_without_measurements_leaves_a_quarter_of_the_macs() -> None:
+    for pass_ in (
+        RemoveChannels(latency=0.15, round_to=4),
+        RemoveChannels(latency=0.15, round_to=4, train=Distill(steps=2)),
+    ):
+        with pytest.raises(
+            Unreachable, match=r"a data sheet predicts \(off by up to 2 times.*and least_macs is 25%; calib"
+        ):
+            pass_(program(), latency=Sheet(), data=batches())
+    lower = RemoveChannels(latency=0.15, round_to=4, least_macs=0.05)(program(), latency=Sheet())
+    assert lower.program.macs < 0.15 * program().macs
+    measured = RemoveChannels(latency=0.15, round_to=4)(program(), latency=PerMac())
+    assert measured.program.macs == lower.program.macs
+    with pytest.raises(Unreachable, match=r"leaves .* of the MACs, and least_macs is 50%; ask for a higher latency"):
+        RemoveChannels(latency=0.3, round_to=4, least_macs=0.5)(program(), latency=PerMac())
+
+
+def test_least_macs_is_a_share_and_for_latency_targets() -> None:
+    for wrong in ({"latency": 0.5, "least_macs": 1.5}, {"macs": 0.5, "least_macs": 0.1}):
+        with pytest.raises(BadInput, match=r"RemoveChannels\.least_macs"):
+            RemoveChannels(**wrong)

@@ -237,3 +237,36 @@ def test_a_table_of_a_gpu(tmp_path: Path, library: str) -> None:
     name = "rtx-sm{}{}".format(*torch.cuda.get_device_capability()) if library == "tensorrt_rtx" else "h200"
     table = LatencyTable(tmp_path / "table.json", name)
     assert 0 < table.seconds(conv(64, 64, image=(56, 56))) < 1e-2
+
+
+def test_a_difference_of_copies_is_one_of_runs_in_turns(tmp_path: Path, monkeypatch) -> None:
+    """Medians of a machine that slows down half-way lie; the ratio of pairs does not."""
+    from types import SimpleNamespace
+
+    timings = [SimpleNamespace(ms={"median": ms}) for ms in (2.0, 9.0)]
+    monkeypatch.setattr(latency, "bench", lambda *a, **k: SimpleNamespace(timings=timings, ratio=1 / 3))
+    found = LatencyTable(tmp_path / "table.json")
+    assert found._time(matmul(8, 8)) == pytest.approx((6.0 - 2.0) / (COPIES - 1) / 1e3)
+
+
+@pytest.mark.parametrize("name", ["rtx-sm86", "agx-orin"])
+def test_a_table_of_a_device_that_is_not_here_is_refused_before_anything_is_measured(name: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"{name} is not at hand"):
+        LatencyTable(tmp_path / "table.json", name)
+
+
+def test_a_table_builds_engines_with_the_suffix_of_their_backend(tmp_path: Path, monkeypatch) -> None:
+    from types import SimpleNamespace
+
+    found, built = LatencyTable(tmp_path / "table.json"), []
+    found.target = get_target("rtx-sm86")
+
+    def build(file, target, **options):
+        built.append(options)
+        return SimpleNamespace(path=file.with_suffix(".rtx"))
+
+    timing = SimpleNamespace(ms={"median": 1.0})
+    monkeypatch.setattr(latency, "build_engine", build)
+    monkeypatch.setattr(latency, "bench", lambda files, **k: SimpleNamespace(timings=[timing] * len(files), ratio=0.5))
+    assert found._time(matmul(8, 8)) > 0
+    assert built == [{}, {}]  # no name: the backend's own

@@ -241,3 +241,28 @@ def test_a_results_dict_is_left_as_it_is():
     before = copy.deepcopy(given)
     Roofline.calibrated(given)
     assert given == before
+
+
+def test_a_data_sheet_says_how_far_off_it_is_and_public_figures_are_within(programs):
+    """ResNet-50 in INT8 on an AGX Orin takes 0.64 ms in MLPerf Inference 3.1 (single stream)."""
+    models = pytest.importorskip("torchvision").models
+    program = graphcomb.capture(models.resnet50(weights=None).eval(), (torch.randn(1, 3, 224, 224),))
+    found = predict({"before": program}, get_target("agx-orin"), "int8")
+    factor = found["uncertainty"]["factor"]
+    assert factor == Roofline(get_target("agx-orin"), "int8").error.factor
+    assert 1 / factor < found["ms"]["before"] / 0.64 < factor
+    assert 0.6 < found["ms"]["before"] < 0.9
+
+
+def test_a_quantised_program_has_the_layers_of_the_plain_one(programs):
+    """Fake-quantisation is no kernel, weights' names stay, and the batch is the one asked for."""
+    from graphcomb.passes import Quantize
+
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3, 1, 1), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3, 1, 1)).eval()
+    plain = graphcomb.capture(net, (torch.randn(2, 3, 32, 32),), dynamic_shapes="batch")
+    quantised = Quantize(samples=4)(plain, data=[torch.randn(2, 3, 32, 32)] * 2).program
+    found = predict({"before": plain, "after": quantised}, get_target("orin-nano"), "int8")
+    assert found["ms"]["after"] == pytest.approx(found["ms"]["before"])
+    for row in found["layers"]:
+        assert row["before"]["sizes"] == row["after"]["sizes"]
+        assert row["after"]["options"].get("batch", 1) == 1
