@@ -66,6 +66,8 @@ def test_macs_of_every_micro_model_are_those_of_torch(name: str) -> None:
     model, x = case.model(), torch.randn(case.shape)
     program = capture(model, x)
     assert program.macs == counted(model, x)
+    if not any(group.frozen is None for group in Comb(program).groups):
+        return
     result = RemoveChannels(ratio=0.5, round_to=1)(program).program
     assert result.macs == counted(result.module(), x) == result.copy().macs
 
