@@ -29,8 +29,8 @@ SMALL = {  # options of a config, as far as it has them
     "patch_size": 16, "num_labels": 5, "num_key_value_heads": 4, "vocab_size": 100, "pad_token_id": 0,
 }  # fmt: skip
 VISION = (
-    "ViT DeiT BEiT Data2VecVision Dinov2 Dinov2WithRegisters IJepa ViTMSN Swin Swinv2 ConvNext ConvNextV2 ResNet RegNet "
-    "BiT MobileNetV1 MobileNetV2 MobileViT MobileViTV2 EfficientNet PoolFormer PvtV2 Cvt LevitForImage Segformer "
+    "ViT DeiT Beit Data2VecVision Dinov2 Dinov2WithRegisters IJepa ViTMSN Swin Swinv2 ConvNext ConvNextV2 ResNet RegNet "
+    "Bit MobileNetV1 MobileNetV2 MobileViT MobileViTV2 EfficientNet PoolFormer PvtV2 Cvt LevitForImage Segformer "
     "FocalNet HGNetV2 SwiftFormer Hiera TextNet"
 ).split()
 

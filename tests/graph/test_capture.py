@@ -309,7 +309,7 @@ def test_random_constants_are_drawn_in_every_call():
 
     module, x = g.capture(Noise(), torch.zeros(2, 3)).module(), torch.zeros(2, 3)
     assert not torch.equal(module(x), module(x))
-    assert not list(module.buffers())[1:]
+    assert not any(buffer.any() for buffer in module.buffers())  # memory that nobody has written yet is zeros
 
 
 def test_an_expanded_constant_is_stored_once():
