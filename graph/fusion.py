@@ -336,7 +336,7 @@ class _Fusion:
             if kernel.kind != "generated" or not self._fits(kernel, node):
                 continue
             beside = {o for n in self._needed(node) if (o := self.owner.get(n)) not in (None, kernel, joined)}
-            if self._reaches(beside, kernel):  # type: ignore[arg-type]
+            if self._reaches(beside, kernel):
                 continue
             if joined is None:
                 joined = self._add(kernel, [node])

@@ -159,13 +159,12 @@ class Layers:
         for node in comb.module.graph.nodes:
             if (why := unknown(node)) or (macs(node) and not _is_layer(node)):
                 raise Refused(f"latency: {source(node)}: {why or f'how long {op_name(node)} takes is not known'}")
-        for (
-            node
-        ) in comb.module.graph.nodes:  # the axes of what is quantised are its own: they follow those that it reads
+        # The axes of what is quantised are its own: they follow those that it reads.
+        for node in comb.module.graph.nodes:
             if op_name(node).startswith("fake_quantize") and comb.axes[node] and comb.axes[node.all_input_nodes[0]]:
                 for old, new in zip(comb.axes[node.all_input_nodes[0]], comb.axes[node], strict=True):
-                    if len(found := ax.atoms([new])) == 1 and next(iter(found)).frozen is not None:
-                        self._batch.update(dict.fromkeys(found, self.sizer({})(old)))
+                    if len(own := ax.atoms([new])) == 1 and next(iter(own)).frozen is not None:
+                        self._batch.update(dict.fromkeys(own, self.sizer({})(old)))
         self._kernels: dict[fx.Node, Kernel] = {}
         self._copies: dict[int, Copy] = {}
         self.nodes: list[fx.Node] = []
@@ -380,11 +379,12 @@ def _letters(node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[str, str], str]:
     left, right = a[first], a[second]
     ranks = len(shape(left)), len(shape(right))
     names = [chr(ord("a") + i) for i in range(sum(ranks))]
-    one, two = names[: ranks[0]], names[ranks[0] :]
+    first_names, second_names = names[: ranks[0]], names[ranks[0] :]
     over = zip(a["dims_self"], a["dims_other"], strict=True) if name == "tensordot" else [(-1, -1)]
     for i, j in over:
-        two[j] = one[i]
-    return left, right, ("".join(one), "".join(two)), "".join(set(one) ^ set(two))
+        second_names[j] = first_names[i]
+    kept = sorted(set(first_names) ^ set(second_names))
+    return left, right, ("".join(first_names), "".join(second_names)), "".join(kept)
 
 
 def _named(kernel: Kernel) -> list[fx.Node]:

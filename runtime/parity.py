@@ -177,7 +177,7 @@ def compare(known: Iterable[Case], engine: Engine) -> list[Check]:
         if len(found) != len(case.wanted):
             raise Refused(f"the engine has {len(found)} outputs, the program {len(case.wanted)}")
         names = [o.name for o in engine.outputs]
-        plain: Sequence[np.ndarray | None] = case.plain or [None] * len(found)
+        plain: Sequence[np.ndarray | None] = case.plain or (None,) * len(found)
         rows = zip(found, case.wanted, names, plain, strict=True)
         outputs = tuple(replace(output_error(a, b, n), distances=_distances(a, b, c)) for a, b, n, c in rows)
         error = max((o.worst for o in outputs), default=0.0)
