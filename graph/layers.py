@@ -22,7 +22,7 @@ from .comb import Comb, Sizer
 from .cost import macs, unknown
 from .errors import Refused
 from .fusion import ONNXRUNTIME, Copy, Kernel, Rules, classify, kernels
-from .ops import arguments, op_name, shape, source
+from .ops import arguments, hint, op_name, shape, source
 from .rules.contraction import spelled_out
 
 ACTIVATIONS = frozenset("gelu silu sigmoid tanh softmax _softmax hardswish hardsigmoid exp erf mish softplus".split())
@@ -147,15 +147,15 @@ def rules_of(latency: Any) -> Rules:
 class Layers:
     """The layers of a combed program as functions of the sizes of its groups.
 
-    batch: size of the dynamic batch to count with, where the program has one. rules: which nodes are one kernel. nodes: of
-    every layer, the node it is named after; those of copies come last. Refused for a program
-    in which something multiplies that is none of these layers.
+    batch: size of the dynamic batch to count with, where the program has one: the first dynamic size that is the first
+    dimension of an input. Other dynamic sizes count as in the example inputs. rules: which nodes are one kernel. nodes: of
+    every layer, the node it is named after; those of copies come last. Refused for a program in which something multiplies
+    that is none of these layers.
     """
 
     def __init__(self, comb: Comb, batch: int = 1, rules: Rules = ONNXRUNTIME):
         self.comb, self.rules = comb, rules
-        free = ax.atoms(a for n in comb.module.graph.nodes if n.op == "placeholder" for a in comb.axes[n] or ())
-        self._batch: dict[Factor, int] = {a: batch for a in free if a.symbolic}
+        self._fixed = _batched(comb, batch)  # sizes that no group has a say in
         for node in comb.module.graph.nodes:
             if (why := unknown(node)) or (macs(node) and not _is_layer(node)):
                 raise Refused(f"latency: {source(node)}: {why or f'how long {op_name(node)} takes is not known'}")
@@ -164,7 +164,7 @@ class Layers:
             if op_name(node).startswith("fake_quantize") and comb.axes[node] and comb.axes[node.all_input_nodes[0]]:
                 for old, new in zip(comb.axes[node.all_input_nodes[0]], comb.axes[node], strict=True):
                     if len(own := ax.atoms([new])) == 1 and next(iter(own)).frozen is not None:
-                        self._batch.update(dict.fromkeys(own, self.sizer({})(old)))
+                        self._fixed.update(dict.fromkeys(own, self.sizer({})(old)))
         self._kernels: dict[fx.Node, Kernel] = {}
         self._copies: dict[int, Copy] = {}
         self.nodes: list[fx.Node] = []
@@ -186,7 +186,7 @@ class Layers:
                 yield node, layer
 
     def sizer(self, sizes: Mapping[Factor, int]) -> Sizer:
-        return Sizer({**sizes, **self._batch})
+        return Sizer({**sizes, **self._fixed})
 
     def numbered(self, index: int, size: Sizer) -> Layer | None:
         """The layer of `nodes[index]`; None for a copy that is not needed at these sizes."""
@@ -357,6 +357,33 @@ class Layers:
             "matmul", (("batch", batch), ("inputs", left[-1]), ("outputs", result[-1])),
             (("rows", rows), ("shared", int(shared))),
         )  # fmt: skip
+
+
+def _batched(comb: Comb, batch: int) -> dict[Factor, int]:
+    """Sizes of the atoms that grow with the batch, when it is `batch`. An atom that stands for another dynamic size keeps
+    that of the example inputs."""
+    sizes = [
+        (axis, n)
+        for node, axes in comb.axes.items()
+        if axes is not None and isinstance(value := node.meta.get("val"), torch.Tensor)
+        for axis, n in zip(axes, value.shape, strict=True)
+        if not isinstance(n, int)
+    ]
+    inputs = [n.meta.get("val") for n in comb.module.graph.nodes if n.op == "placeholder"]
+    firsts = [v.shape[0] for v in inputs if isinstance(v, torch.Tensor) and v.dim() and not isinstance(v.shape[0], int)]
+    if not firsts:
+        return {}
+    symbols = firsts[0].node.expr.free_symbols
+    examples = {n.node.expr: hint(n) for _, n in sizes if n.node.expr.is_symbol} | dict.fromkeys(symbols, batch)
+    found: dict[Factor, int] = {}
+    for axis, n in sizes:
+        expr = n.node.expr
+        new = [a for a in ax.atoms([axis]) if a.symbolic and a not in found]
+        if not new or not expr.free_symbols & symbols or not expr.free_symbols <= examples.keys():
+            continue
+        one, two = (ax.kept_size(axis, {**found, new[0]: k}) for k in (1, 2))  # linear in every atom
+        found[new[0]] = max(1, 1 + (int(expr.subs(examples)) - one) // max(two - one, 1))
+    return found
 
 
 def _is_layer(node: fx.Node) -> bool:

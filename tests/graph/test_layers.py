@@ -93,6 +93,42 @@ def test_a_dynamic_batch_counts_as_asked() -> None:
     assert [layer.macs() for _, layer in Layers(fixed, 7).at({})] == [2 * m for m in one]
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_dynamic_height_and_width_count_as_in_the_example(batched: bool) -> None:
+    spatial = {2: torch.export.Dim("height", min=8, max=64), 3: torch.export.Dim("width", min=8, max=64)}
+    spec = ({0: torch.export.Dim("batch"), **spatial} if batched else spatial,)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(2))
+    dynamic = Comb(capture(model, torch.zeros(2, 3, 12, 20), dynamic_shapes=spec))
+    static = Comb(capture(model, torch.zeros(4 if batched else 2, 3, 12, 20)))
+    found, expected = ([str(layer) for _, layer in Layers(c, batch=4).at({})] for c in (dynamic, static))
+    assert found == expected
+    assert "image=12x20" in found[0]
+
+
+def test_sizes_that_are_made_of_the_batch_grow_with_it() -> None:
+    class Folded(nn.Module):
+        """Frames of several clips, batched together and apart again."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, x, y):
+            n, t = x.shape[:2]
+            features = self.first(x.flatten(0, 1)).mean((2, 3)).reshape(n, t, 4)
+            return self.second(torch.cat([features, y])), self.second(torch.cat([y, y]))
+
+    def combed(n: int, dynamic: bool) -> Comb:
+        inputs = torch.zeros(n, 6, 3, 8, 8), torch.zeros(n, 6, 4)
+        return Comb(capture(Folded(), inputs, dynamic_shapes="batch" if dynamic else None))
+
+    for batch in (3, 7):
+        found, expected = (
+            [str(layer) for _, layer in Layers(c, batch).at({})] for c in (combed(2, True), combed(batch, False))
+        )
+        assert found == expected
+
+
 def test_what_engines_merge_into_a_convolution_is_no_layer() -> None:
     names = [n.name for n in Layers(combed("cnn")).nodes]
     assert names == ["conv2d", "conv2d_1", "conv2d_2", "conv2d_3", "conv2d_4", "conv_transpose2d", "conv2d_5"]
