@@ -124,10 +124,10 @@ class Recipe(Section):
 
     inputs: example inputs; by default one batch of the data, else 1 x 3 x 224 x 224. dynamic_batch: keep the first
     dimension symbolic; by default exactly when there is data. loss, metric: `package.module:callable`, by default
-    cross-entropy and top-1 accuracy. latency_table: what predicts latencies: a JSON file of measured layers, made and
-    completed on this machine as needed; the results.json of a bench bundle, which calibrates a roofline of the target; or
-    "roofline", from the target's data sheet alone. By default a table in the cache folder for passes that have a latency
-    as their target, and the data sheet for what the report says of each layer.
+    cross-entropy and top-1 accuracy. latency_table: what predicts latencies: a JSON file of layers measured in the
+    precision, made and completed on this machine as needed; the results.json of a bench bundle, which calibrates a roofline
+    of the target; or "roofline", from the target's data sheet alone. By default a table in the cache folder for passes that
+    have a latency as their target, and the data sheet for what the report says of each layer.
     """
 
     model: Annotated[Source, _short("source")]

@@ -167,7 +167,11 @@ def _latency(recipe: Recipe, target: Target) -> LatencyTable | Roofline | None:
             return Roofline(target, recipe.precision)
         if name is not None and are_results(name):
             return Roofline.calibrated(name, target, recipe.precision)
-        return LatencyTable(name or cache_folder() / f"latency-{target.name}.json", target) if asked else None
+        if not asked:
+            return None
+        kind = "" if recipe.precision == "fp32" else f"-{recipe.precision}"
+        file = name or cache_folder() / f"latency-{target.name}{kind}.json"
+        return LatencyTable(file, target, precision=recipe.precision)
     except BadInput as error:
         raise BadInput(f"latency_table: {error}") from error
 

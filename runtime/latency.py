@@ -32,6 +32,7 @@ from ..graph.program import Program
 from .bench import bench, environment
 from .engine import build_engine, replacing
 from .onnx import export_onnx
+from .onnxruntime import computes_half
 from .roofline import Error
 from .targets import Target, canonical, get_target
 
@@ -41,6 +42,7 @@ SECONDS, WHOLE = 4.0, 30.0  # limits per layer, and for a whole program
 PER_OCTAVE = 4  # sizes measured between n and 2 n, once steps are finer than that
 GRAIN = 4  # ONNX Runtime lays out a convolution in blocks only if its channels are multiples of it
 OPSET = 20
+TYPES = {"fp32": int(TensorProto.FLOAT), "fp16": int(TensorProto.FLOAT16)}  # that layers are measured in
 
 
 class LatencyTable:
@@ -48,15 +50,17 @@ class LatencyTable:
     for, so a table grows with use and an interrupted one goes on.
 
     path: of the file, made when it is not there. target: of the engine; "cpu" is ONNX Runtime on this machine, others need
-    the device and its library here. step: sizes are measured at multiples of it (the alignment).
+    the device and its library here. step: sizes are measured at multiples of it (the alignment). precision: "fp32" or
+    "fp16", in which layers and whole programs are measured.
 
-    Raises BadInput when the file is of another device or engine, Contended when the machine is too busy.
+    Raises BadInput when the file is of another device, engine or precision, and for a precision in which the engine does
+    not compute here; Contended when the machine is too busy.
     """
 
-    def __init__(self, path: str | Path, target: str | Target = "cpu", step: int = 8):
-        self.path, self.step = Path(path), step
+    def __init__(self, path: str | Path, target: str | Target = "cpu", step: int = 8, precision: str = "fp32"):
+        self.path, self.step, self.precision = Path(path), step, precision
         self.target = get_target(target) if isinstance(target, str) else target
-        self.about = _about(self.target)
+        self.about = _about(self.target, precision)
         self.entries: dict[str, float] = {}
         if self.path.is_file():
             try:
@@ -68,11 +72,11 @@ class LatencyTable:
             if about != self.about:
                 different = ", ".join(f"{k} {about.get(k)}" for k in self.about if about.get(k) != self.about[k])
                 raise BadInput(
-                    f"{self.path}: a latency table of another device or engine ({different}); name another file"
+                    f"{self.path}: a latency table of another device, engine or precision ({different}); name another file"
                 )
 
     def __str__(self) -> str:
-        return f"latency table of {self.about['engine']} on {self.about['device']}"
+        return f"latency table of {self.about['engine']} on {self.about['device']}, {self.precision}"
 
     @property
     def error(self) -> Error:
@@ -157,14 +161,14 @@ class LatencyTable:
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder) / f"{count}.onnx" for count in counts]
             for count, file in zip(counts, files, strict=True):
-                onnx.save(model(layer, count), file)
+                onnx.save(model(layer, count, self.precision), file)
             times = self._run(files, str(layer or "an empty run"), SECONDS)
         return times[0] if layer is None else max((times[1] - times[0]) / (COPIES - 1), 1e-9)
 
     def _whole(self, program: Program) -> float:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "whole.onnx"
-            export_onnx(program, file)
+            export_onnx(program, file, self.precision)
             return self._run([file], "the whole program", WHOLE)[0]
 
     def _run(self, files: list[Path], what: str, seconds: float) -> list[float]:
@@ -215,15 +219,23 @@ class Anchored:
         return self.factor * self.latency.seconds(layer)
 
 
-def _about(target: Target) -> dict[str, Any]:
-    """What a table is valid for."""
+def _about(target: Target, precision: str) -> dict[str, Any]:
+    """What a table is valid for. Raises BadInput where nothing can be measured in that precision."""
+    if precision not in TYPES:
+        raise BadInput(f"latency table: layers are measured in {' or '.join(TYPES)}, not in {precision}; use roofline")
+    target.alignment(precision)
     found = environment()
     device = found["cpu"] if target.backend == "onnxruntime" else found["gpu"]
     package = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx"}[target.backend]
     version = found["versions"].get(package)
     if device is None or version is None or (target.backend != "onnxruntime" and target.sm != _sm()):
         raise BadInput(f"latency table: {target.name} is not at hand ({package}, and its device); use roofline instead")
-    return {"target": target.name, "device": device, "engine": f"{package} {version}", "threads": 1, "dtype": "fp32"}
+    if precision == "fp16" and target.backend == "onnxruntime" and not computes_half():
+        raise BadInput(
+            "latency table: ONNX Runtime has no fp16 kernels for this CPU and computes in fp32; measure in fp32, or use "
+            "roofline"
+        )
+    return {"target": target.name, "device": device, "engine": f"{package} {version}", "threads": 1, "dtype": precision}
 
 
 def _sm() -> str | None:
@@ -232,9 +244,10 @@ def _sm() -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------------ models of layers
-def model(layer: Layer | None, copies: int) -> onnx.ModelProto:
-    """An ONNX model that runs the layer so many times, each copy with weights or inputs of its own."""
-    graph = _Graph()
+def model(layer: Layer | None, copies: int, precision: str = "fp32") -> onnx.ModelProto:
+    """An ONNX model that runs the layer so many times, each copy with weights or inputs of its own. precision: of all of
+    its tensors."""
+    graph = _Graph(TYPES[precision])
     if layer is None:
         graph.outputs.append(graph.node("Neg", graph.input("x", (1,))))
     else:
@@ -245,9 +258,10 @@ def model(layer: Layer | None, copies: int) -> onnx.ModelProto:
 
 
 class _Graph:
-    """An ONNX graph under construction; random weights are the same on every machine."""
+    """An ONNX graph under construction, of tensors of one type; random weights are the same on every machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: int) -> None:
+        self.kind = kind
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: dict[str, onnx.ValueInfoProto] = {}
         self.weights: list[TensorProto] = []
@@ -255,7 +269,7 @@ class _Graph:
         self.draw = np.random.default_rng(0)
 
     def input(self, name: str, shape: Iterable[int]) -> str:
-        self.inputs[name] = helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
+        self.inputs[name] = helper.make_tensor_value_info(name, self.kind, list(shape))
         return name
 
     def operands(self, copies: int, *shapes: tuple[int, ...]) -> list[list[str]]:
@@ -266,6 +280,7 @@ class _Graph:
 
     def weight(self, *shape: int) -> str:
         values = self.draw.standard_normal(shape, np.float32) / math.sqrt(max(math.prod(shape[1:]), 1))
+        values = values.astype(helper.tensor_dtype_to_np_dtype(self.kind))
         self.weights.append(numpy_helper.from_array(values, f"w{len(self.weights)}"))
         return self.weights[-1].name
 
@@ -274,7 +289,7 @@ class _Graph:
         return self.nodes[-1].output[0]
 
     def finish(self) -> onnx.ModelProto:
-        outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in self.outputs]
+        outputs = [helper.make_tensor_value_info(name, self.kind, None) for name in self.outputs]
         graph = helper.make_graph(self.nodes, "layer", list(self.inputs.values()), outputs, self.weights)
         found = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
         return onnx.shape_inference.infer_shapes(found)  # outputs must say theirs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import tempfile
 import time
@@ -105,6 +106,24 @@ def build(
 def inserted_casts(optimized: onnx.ModelProto) -> int:
     """How many casts to fp32 and back ONNX Runtime added for want of fp16 kernels on this CPU."""
     return sum(n.name.startswith(INSERTED_CAST) and n.op_type == "Cast" for n in optimized.graph.node)
+
+
+@functools.cache
+def computes_half() -> bool:
+    """Whether this CPU has kernels that compute convolutions and matrix products in fp16; else they run in fp32, between
+    casts."""
+    half = onnx.TensorProto.FLOAT16
+    infos = [onnx.helper.make_tensor_value_info(n, half, [1, 8, 8, 8]) for n in ("x", "y")]
+    weights = [
+        onnx.numpy_helper.from_array(np.ones(shape, np.float16), name)
+        for name, shape in (("w", (8, 8, 1, 1)), ("v", (8, 8)))
+    ]
+    nodes = [onnx.helper.make_node(op, i, o) for op, i, o in (("Conv", "xw", "z"), ("MatMul", "zv", "y"))]
+    graph = onnx.helper.make_graph(nodes, "half", infos[:1], infos[1:], weights)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(model, Path(folder) / "half.onnx")
+        return inserted_casts(_optimize(Path(folder) / "half.onnx", Path(folder) / "optimized.onnx", 1)) == 0
 
 
 def _optimize(model: Path, to: Path, threads: int) -> onnx.ModelProto:

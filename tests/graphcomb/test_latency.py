@@ -67,6 +67,16 @@ def test_the_table_is_in_the_cache_by_default(cli, recipe, tmp_path: Path, timed
     assert (tmp_path / "cache" / "latency-cpu.json").is_file()
 
 
+def test_a_table_in_half_precision_is_a_file_of_its_own(
+    cli, recipe, tmp_path: Path, timed: list[str], monkeypatch
+) -> None:
+    monkeypatch.setenv("GRAPHCOMB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("graphcomb.runtime.latency.computes_half", lambda: True)
+    path = recipe(model=MODEL, data=None, inputs=INPUTS, precision="fp16", passes=[HALF], outputs=OUTPUTS)
+    assert run(cli, path, tmp_path / "out")["passes"][0]["latency"]["by"].endswith("as the whole program takes")
+    assert json.loads((tmp_path / "cache" / "latency-cpu-fp16.json").read_text())["about"]["dtype"] == "fp16"
+
+
 def test_a_plan_shows_what_a_latency_leaves(cli, recipe, tmp_path: Path, timed: list[str]) -> None:
     table = str(tmp_path / "table.json")
     path = recipe(model=MODEL, data=None, inputs=INPUTS, latency_table=table, passes=[HALF], outputs=OUTPUTS)
@@ -79,11 +89,13 @@ def test_a_plan_shows_what_a_latency_leaves(cli, recipe, tmp_path: Path, timed: 
     ("changes", "message"),
     [
         ({"target": "agx-orin"}, "latency_table: latency table: agx-orin is not at hand"),
+        ({"precision": "fp16"}, "latency_table: latency table: ONNX Runtime has no fp16 kernels for this CPU"),
         ({"passes": [{"RemoveChannels": {"latency": "soon"}}]}, "passes.0.RemoveChannels.latency: a share above 0"),
         ({"passes": [{"RemoveChannels": {"latency": 0.5, "macs": 0.5}}]}, "passes.0.RemoveChannels: give one of"),
     ],
 )
-def test_mistakes(cli, recipe, tmp_path: Path, changes: dict, message: str) -> None:
+def test_mistakes(cli, recipe, tmp_path: Path, monkeypatch, changes: dict, message: str) -> None:
+    monkeypatch.setattr("graphcomb.runtime.latency.computes_half", lambda: False)
     path = recipe(**{"model": MODEL, "data": None, "inputs": INPUTS, "passes": [HALF], "outputs": OUTPUTS} | changes)
     outcome = cli("run", path, "--out", tmp_path / "out")
     assert outcome.code == 2

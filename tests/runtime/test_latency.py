@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -15,6 +16,7 @@ from graphcomb import capture, comb
 from graphcomb.graph.errors import BadInput, GraphcombError
 from graphcomb.graph.layers import Layer, Layers
 from graphcomb.runtime import latency
+from graphcomb.runtime.engine import build_engine, precision
 from graphcomb.runtime.latency import COPIES, LatencyTable, model
 from graphcomb.runtime.roofline import Roofline
 from graphcomb.runtime.targets import get_target
@@ -183,8 +185,76 @@ def test_a_table_of_another_device_is_refused(table: LatencyTable, tmp_path: Pat
     content = json.loads((tmp_path / "table.json").read_text())
     content["about"]["device"] = "another processor"
     (tmp_path / "table.json").write_text(json.dumps(content))
-    with pytest.raises(BadInput, match=r"another device or engine.*another processor"):
+    with pytest.raises(BadInput, match=r"another device, engine or precision.*another processor"):
         LatencyTable(tmp_path / "table.json")
+
+
+@pytest.fixture
+def rtx(monkeypatch) -> list[str]:
+    """A machine with a stand-in for TensorRT-RTX; lists the precision of what is built."""
+    from types import SimpleNamespace
+
+    built: list[str] = []
+
+    def build(file, target, **options):
+        built.append(precision(onnx.load(file)))
+        return SimpleNamespace(path=file.with_suffix(".rtx"))
+
+    timing = SimpleNamespace(ms={"median": 1.0})
+    here = latency.environment() | {"gpu": "a stand-in", "versions": {"tensorrt_rtx": "1.7"}}
+    monkeypatch.setattr(latency, "environment", lambda: here)
+    monkeypatch.setattr(latency, "_sm", lambda: "SM86")
+    monkeypatch.setattr(latency, "build_engine", build)
+    monkeypatch.setattr(latency, "bench", lambda files, **k: SimpleNamespace(timings=[timing] * len(files), ratio=0.5))
+    return built
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16"])
+def test_layers_and_programs_are_measured_in_the_precision_asked_for(tmp_path: Path, rtx: list[str], kind: str) -> None:
+    table = LatencyTable(tmp_path / "table.json", "rtx-sm86", precision=kind)
+    for layer, _ in LAYERS.values():
+        table.seconds(layer)
+    assert str(table).endswith(f"a stand-in, {kind}")
+    table.anchored(capture(torch.nn.Conv2d(3, 8, 3), (torch.randn(2, 3, 8, 8),), dynamic_shapes="batch"))
+    assert {k for k in rtx if k != kind} <= {"fp32"}  # a model without weights counts as fp32
+    assert rtx.count(kind) >= 2 * 7
+    other = "fp16" if kind == "fp32" else "fp32"
+    with pytest.raises(BadInput, match=rf"engine or precision \(dtype {kind}\); name another file"):
+        LatencyTable(tmp_path / "table.json", "rtx-sm86", precision=other)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_models_in_half_precision_have_no_other_floats(name: str) -> None:
+    found = onnx.shape_inference.infer_shapes(model(LAYERS[name][0], 2, "fp16"), strict_mode=True)
+    onnx.checker.check_model(found)
+    values = [*found.graph.input, *found.graph.output, *found.graph.value_info]
+    kinds = {v.type.tensor_type.elem_type for v in values} | {w.data_type for w in found.graph.initializer}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+
+
+def test_half_precision_that_the_engine_would_compute_in_fp32_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(latency, "computes_half", lambda: False)
+    with pytest.raises(
+        BadInput, match="no fp16 kernels for this CPU and computes in fp32; measure in fp32, or use roof"
+    ):
+        LatencyTable(tmp_path / "table.json", precision="fp16")
+    assert not (tmp_path / "table.json").exists()
+    monkeypatch.setattr(latency, "computes_half", lambda: True)
+    assert LatencyTable(tmp_path / "table.json", precision="fp16").about["dtype"] == "fp16"
+
+
+def test_what_the_cpu_computes_in_half_precision_is_what_its_builds_say(tmp_path: Path) -> None:
+    onnx.save(model(LAYERS["conv"][0], 1, "fp16"), tmp_path / "conv.onnx")
+    warned = build_engine(tmp_path / "conv.onnx", "cpu").warnings
+    assert latency.computes_half() == (not warned)
+
+
+@pytest.mark.parametrize(("target", "kind"), [("cpu", "int8"), ("cpu", "half"), ("rtx-sm75", "bf16")])
+def test_precisions_in_which_no_layer_is_measured_are_named(tmp_path: Path, target: str, kind: str) -> None:
+    with pytest.raises(BadInput, match=f"measured in fp32 or fp16, not in {kind}"):
+        LatencyTable(tmp_path / "table.json", target, precision=kind)
 
 
 def test_a_device_that_is_not_here_is_refused(tmp_path: Path) -> None:
