@@ -16,6 +16,8 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ BINS = 1500  # of the time axis
 ROUNDS = 8
 EXHAUSTIVE = 4000  # combinations up to which all are tried
 COMBINATIONS = 4096  # sizes of one layer that are measured beforehand, at most
+WEIGHTS = (0.25, 0.5, 0.75, 0.9, 0.97, 1.0)  # of what has to be left beside importance, tried in this order
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
@@ -113,18 +116,34 @@ class Predictor:
         self.latency.prepare(dict.fromkeys(wanted), progress)
 
 
+@dataclass(frozen=True)
+class Floor:
+    """What sizes have to leave beside the latency. measure: never falls as sizes grow. least: of it."""
+
+    measure: Callable[[Sizes], float]
+    least: float
+
+
 def knapsack(
-    predictor: Predictor, options: Mapping[Factor, Sequence[int]], scores: Mapping[Factor, np.ndarray], budget: float
+    predictor: Predictor,
+    options: Mapping[Factor, Sequence[int]],
+    scores: Mapping[Factor, np.ndarray],
+    budget: float,
+    floor: Floor | None = None,
 ) -> Sizes | None:
     """The sizes, one of the options of every group, that keep the most importance with at most `budget` seconds
     predicted; None when nothing does.
 
-    options: allowed sizes by atom. scores: importance of every index; any real numbers.
+    options: allowed sizes by atom. scores: importance of every index; any real numbers. floor: what the sizes have to leave
+    beside. Where it binds, the search weighs importance against its measure (a Lagrange multiplier), as little as helps.
     """
-    problem = _Problem(predictor, {a: sorted(set(o)) for a, o in options.items()}, scores, budget)
+    problem = _Problem(predictor, {a: sorted(set(o)) for a, o in options.items()}, scores, budget, floor)
     if math.prod(len(o) for o in problem.options.values()) <= EXHAUSTIVE:
         return problem.exhaustive()
-    return problem.search()
+    found = problem.search()
+    for weight in WEIGHTS if found is None and floor is not None else ():
+        found = found or problem.weighed(weight).search()
+    return found
 
 
 def towards(
@@ -145,9 +164,14 @@ def towards(
 
 class _Problem:
     def __init__(
-        self, predictor: Predictor, options: dict[Factor, list[int]], scores: Mapping[Factor, np.ndarray], budget: float
+        self,
+        predictor: Predictor,
+        options: dict[Factor, list[int]],
+        scores: Mapping[Factor, np.ndarray],
+        budget: float,
+        floor: Floor | None = None,
     ):
-        self.predictor, self.options, self.budget = predictor, options, budget
+        self.predictor, self.options, self.budget, self.floor = predictor, options, budget, floor
         self.values = {a: self._values(np.asarray(scores[a], dtype=float), o) for a, o in options.items()}
 
     @staticmethod
@@ -156,6 +180,23 @@ class _Problem:
         kept = np.concatenate([[0.0], np.cumsum(np.sort(scores)[::-1])])
         return kept[options]
 
+    def enough(self, sizes: Sizes) -> bool:
+        return self.floor is None or self.floor.measure(sizes) >= self.floor.least
+
+    def weighed(self, weight: float) -> _Problem:
+        """The problem in which the floor's measure counts as importance, by this share of all of it."""
+        assert self.floor is not None
+        found, largest = copy(self), {a: o[-1] for a, o in self.options.items()}
+        measures = {
+            a: np.array([self.floor.measure({**largest, a: n}) for n in options], dtype=float)
+            for a, options in self.options.items()
+        }
+        wholes = [sum(float(np.ptp(v)) for v in each.values()) or 1.0 for each in (self.values, measures)]
+        found.values = {
+            a: (1 - weight) * values / wholes[0] + weight * measures[a] / wholes[1] for a, values in self.values.items()
+        }
+        return found
+
     def value(self, sizes: Sizes) -> float:
         return float(sum(self.values[a][self.options[a].index(n)] for a, n in sizes.items()))
 
@@ -163,7 +204,7 @@ class _Problem:
         best: tuple[float, Sizes] | None = None
         for combination in itertools.product(*self.options.values()):
             sizes = dict(zip(self.options, combination, strict=True))
-            if self.predictor.total(sizes) <= self.budget:
+            if self.enough(sizes) and self.predictor.total(sizes) <= self.budget:
                 value = self.value(sizes)
                 if best is None or value > best[0]:
                     best = value, sizes
@@ -173,25 +214,26 @@ class _Problem:
         smallest = {a: o[0] for a, o in self.options.items()}
         if self.predictor.total(smallest) > self.budget:
             return self.repaired({a: o[-1] for a, o in self.options.items()})
-        best, sizes = smallest, self._start()
+        best, sizes = smallest if self.enough(smallest) else None, self._start()
         seen: set[tuple[int, ...]] = set()
         for _ in range(ROUNDS):
             sizes = self._linearised(sizes)
             feasible = self.repaired(dict(sizes))
             if feasible is not None:
                 feasible = self.filled(feasible)
-                if self.value(feasible) > self.value(best):
-                    best = feasible
+                best = self._better(feasible, best)
             if tuple(sizes.values()) in seen:
                 break
             seen.add(tuple(sizes.values()))
             sizes = feasible or sizes
         greedy = self.repaired({a: o[-1] for a, o in self.options.items()})
         if greedy is not None:
-            greedy = self.filled(greedy)
-            if self.value(greedy) > self.value(best):
-                best = greedy
+            best = self._better(self.filled(greedy), best)
         return best
+
+    def _better(self, sizes: Sizes, best: Sizes | None) -> Sizes | None:
+        """The sizes, where they leave enough and are worth more than the best so far."""
+        return sizes if self.enough(sizes) and (best is None or self.value(sizes) > self.value(best)) else best
 
     def _start(self) -> Sizes:
         """All groups at the same share, the largest that fits."""
@@ -233,7 +275,9 @@ class _Problem:
         return {a: result[a] for a in self.options}
 
     def repaired(self, sizes: Sizes) -> Sizes | None:
-        """Shrink, the least importance per second first, until the prediction is within the budget; in place."""
+        """Shrink, the least importance per second first, until the prediction is within the budget; in place. What leaves
+        enough goes on doing so."""
+        held = self.enough(sizes)
         while (total := self.predictor.total(sizes)) > self.budget:
             best: tuple[float, Factor, int] | None = None
             for atom, options in self.options.items():
@@ -241,7 +285,7 @@ class _Problem:
                 before = self.predictor.around(atom, sizes)
                 for to in range(at - 1, -1, -1):  # a chunk that saves nothing by itself may with the next one
                     saved = before - self.predictor.around(atom, {**sizes, atom: options[to]})
-                    if saved > 0:
+                    if saved > 0 and (not held or self.enough({**sizes, atom: options[to]})):
                         useful = min(saved, total - self.budget)
                         price = (self.values[atom][at] - self.values[atom][to]) / useful
                         if best is None or price < best[0]:

@@ -20,6 +20,7 @@ from .adaptive import Pruner, event_steps, removed_values
 from .base import Context, Pass, PassResult, check_field
 from .batches import Feed
 from .distill import Distill, block_outputs
+from .floor import check_least
 from .importance import IMPORTANCES, SAMPLES, TRANSFORMS, Scores, normalised, together
 from .knapsack import Predictor, allowed_seconds
 from .legalise import Costs, mac_terms, movable
@@ -39,9 +40,9 @@ class RemoveChannels(Pass):
     together (scope "global"); `macs` or `params`, what may remain, as a share of the dense program (at most 1) or as an
     absolute number; `latency`, what a run may take as the context's latency model predicts it, as a share of the dense
     program or as a time ("3.5 ms", "800 us"), by a knapsack over all groups (`passes.knapsack`). Without a target, ratio
-    0.5. Where an axis is a product, one factor shrinks: heads before head width. least_macs: the share of the MACs below
-    which a latency target does not go but refuses; by default 0.25 where the prediction is a data sheet's, which may be
-    off by as much as all that it asks for, and 0 where something was measured.
+    0.5. Where an axis is a product, one factor shrinks: heads before head width. least_macs: the share of the MACs that
+    whatever is chosen for a latency leaves; where that cannot be, it refuses. By default 0.25 where the prediction is a data
+    sheet's, which may be off by as much as all that it asks for, and 0 where something was measured.
 
     importance: "magnitude", "taylor", "fisher" (both need data, and are exact to first order: `passes.importance`; with
     "-paper" after them in CPD's published form) or "random"; by default magnitude, with `train` fisher. samples: how many
@@ -97,10 +98,7 @@ class RemoveChannels(Pass):
             says = "global with a latency target, which a knapsack over all groups meets"
             check_field(self, "scope", self.scope != "local", says)
         check_field(self, "ratio", self.ratio is None or 0 <= self.ratio < 1, "a share of at least 0 and under 1")
-        fits = self.least_macs is None or 0 <= self.least_macs <= 1
-        check_field(self, "least_macs", fits, "a share of the MACs from 0 to 1")
-        if self.least_macs is not None and self.latency is None:
-            raise BadInput("RemoveChannels.least_macs: is for a latency target; give latency, or leave it out")
+        check_least(self)
         for key in ("macs", "params"):
             value = getattr(self, key)
             says = "what may remain: a share above 0 and at most 1, or a whole number above 1"
@@ -161,7 +159,6 @@ class RemoveChannels(Pass):
         if self.train is None:
             scores = normalised(together(self._score(comb, groups, context)))
             sizes = choose({}, scores, 1.0)
-            agreed(lambda: cast(Chooser, chooser).require_macs(sizes))
             masks = {g.atom: lowest_removed(scores[g.atom], sizes.get(g.atom, g.size)) for g in groups}
             smaller, removed = remove(comb, masks)
         else:
@@ -175,6 +172,7 @@ class RemoveChannels(Pass):
             masks, removed, masked = pruner.masks, pruner.removed(), pruner.masked(smaller.module())
         masks = {atom: mask for atom, mask in masks.items() if not mask.all()}
         sizes = {atom: int(mask.sum()) for atom, mask in masks.items()}
+        agreed(lambda: cast(Chooser, chooser).require_macs(sizes))
         smaller.known_cost = comb.cost(sizes)
         frozen = [
             {"what": g.name, "kind": g.kind, "size": g.size, "why": g.frozen or silent[g.name]}
@@ -263,7 +261,6 @@ class RemoveChannels(Pass):
         chooser = Chooser(self, comb, groups, {}, context, tuple(unscored))
         selection = Selection(comb, groups, chooser.alignment, self.min_channels)
         selection.sizes |= chooser({}, self._score(comb, groups, context))
-        chooser.require_macs(selection.sizes)
         whole = Costs(mac_terms(comb), [g for g in comb.groups if g.frozen is None])
         rows = []
         for g in comb.groups:

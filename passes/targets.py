@@ -12,8 +12,9 @@ from ..graph.axes import Factor
 from ..graph.comb import Comb, Group
 from ..graph.errors import BadInput, Unreachable
 from .base import Context
+from .floor import below, least_share
 from .importance import TRANSFORMS, Scores
-from .knapsack import Predictor, allowed_seconds, knapsack, needed_latency, towards
+from .knapsack import Floor, Predictor, allowed_seconds, knapsack, needed_latency, towards
 from .legalise import Costs, mac_terms, parameter_terms
 from .selection import Selection
 
@@ -80,6 +81,8 @@ class Chooser:
         self.options, self.comb, self.groups, self.untrained = options, comb, groups, untrained
         self.alignment = options.alignment(context)
         self.predictor = self._predictor(context)
+        self.least = least_share(options.least_macs, self.predictor and self.predictor.latency)
+        self._end: Sizes | None = None  # the last that a latency was found to be met with
         rows = [(g, plan[g.name]) for g in comb.groups if g.name in plan]
         self.plan = [(g, row.keep) for g, row in rows]
         if not all(row.fixed for _, row in rows) and not self._meets():
@@ -114,27 +117,30 @@ class Chooser:
 
     def require(self) -> None:
         """Raise Unreachable where the target cannot be met, whatever the scores."""
-        self.require_macs(self({}, self._flat()))
+        self({}, self._flat())
 
     def require_macs(self, sizes: Sizes) -> None:
         """Raise Unreachable where a latency target takes more of the network than the prediction is worth."""
         if self.predictor is None:
             return
-        latency, least = self.predictor.latency, self.options.least_macs
-        measured = getattr(latency, "measured", True)
-        if least is None:
-            least = 0.0 if measured else LEAST_MACS
         share = self.comb.macs(sizes) / max(self.comb.macs({}), 1)
-        if share >= least:
-            return
-        seconds, whole = self.predictor.total(sizes), self.predictor.total({})
-        error = getattr(latency, "error", None)
-        doubt = "" if measured else f", as {latency} predicts" + (f" ({error})" if error else "")
-        advice = "" if measured else "calibrate the prediction with results of `graphcomb bundle` from the device, "
-        raise Unreachable(
-            f"RemoveChannels.latency: {1e3 * seconds:.3g} of {1e3 * whole:.3g} ms{doubt}, leaves {share:.1%} of the MACs, "
-            f"and least_macs is {least:.0%}; {advice}ask for a higher latency, or set least_macs"
-        )
+        if share < self.least:
+            seconds, whole = self.predictor.total(sizes), self.predictor.total({})
+            raise below("RemoveChannels", self.predictor.latency, seconds, whole, share, self.least)
+
+    def _floor(self) -> Floor | None:
+        """The MACs that have to stay; None where none have to."""
+        if not self.least:
+            return None
+        costs = Costs(mac_terms(self.comb), [g for g in self.comb.groups if g.frozen is None])
+
+        def left(sizes: Sizes) -> float:
+            for atom, size in sizes.items():
+                if costs.sizes[atom] != size:
+                    costs.set(atom, size)
+            return costs.total
+
+        return Floor(left, self.least * costs.total)
 
     def __call__(self, sizes: Mapping[Factor, int], scores: Scores, share: float = 1.0) -> Sizes:
         """Sizes once `share` of the way to the target is gone. sizes: of the groups that have lost some already."""
@@ -172,10 +178,15 @@ class Chooser:
         seconds = self._asked(dense)
         options = {a: [n] for a, n in planned.items()} | {g.atom: selection.allowed(g) for g in groups}
         flat = {a: scores.get(a, np.ones(a.size)) for a in options}
-        sizes = knapsack(self.predictor, options, flat, seconds)
+        sizes = knapsack(self.predictor, options, flat, seconds, self._floor())
+        if sizes is None and self._end is not None and all(n in options[a] for a, n in self._end.items()):
+            sizes = self._end  # which a search may miss that starts elsewhere
         if sizes is None:
+            if self.least and (without := knapsack(self.predictor, options, flat, seconds)) is not None:
+                self.require_macs(without)
             least = self.predictor.total({a: min(o) for a, o in options.items()})
             raise self._unreachable(*(f"{1e3 * t:.3g} ms" for t in (seconds, dense, least)))
+        self._end = sizes
         whole = self.predictor.total(planned)
         goal = whole - share * max(whole - seconds, 0)
         selection.sizes |= sizes if share == 1 else towards(self.predictor, options, flat, sizes, goal)
@@ -254,7 +265,6 @@ class Chooser:
         return f"nothing more can go, with {how}: {some(steps)}"
 
 
-LEAST_MACS = 0.25  # share that a latency target leaves where nothing was measured
 NEAR = 0.02  # shares of the dense program that differ by less need no reason
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from graphcomb import capture, comb
 from graphcomb.graph.layers import Layer
 from graphcomb.passes import knapsack as module
-from graphcomb.passes.knapsack import Predictor, knapsack
+from graphcomb.passes.knapsack import Floor, Predictor, knapsack
 
 
 class PerMac:
@@ -70,6 +70,27 @@ def test_few_combinations_are_solved_exactly(solved, share: float, alignment: in
     found = knapsack(predictor, options, scores, budget)
     assert predictor.total(found) <= budget
     assert kept(found, scores) == pytest.approx(brute_force(predictor, options, scores, budget))
+
+
+class PerWidth(PerMac):
+    """A device whose time is the channels that are computed: no measure of arithmetic."""
+
+    def seconds(self, layer: Layer) -> float:
+        return 1e-6 * dict(layer.sizes).get("outputs", 0)
+
+
+@pytest.mark.parametrize("exhaustive", [4000, 0])
+def test_sizes_that_leave_too_little_are_not_chosen(solved, exhaustive: int, monkeypatch) -> None:
+    monkeypatch.setattr(module, "EXHAUSTIVE", exhaustive)
+    predictor, options, scores = problem(solved, 1, PerWidth())
+    middle = next(a for a, o in options.items() if len(o) == 12)
+    scores[middle] *= 1e-6  # which the scores alone would all but empty
+    budget, floor = 0.6 * predictor.total({}), Floor(solved.macs, 0.3 * solved.macs({}))
+    assert solved.macs(knapsack(predictor, options, scores, budget)) < floor.least
+    found = knapsack(predictor, options, scores, budget, floor)
+    assert solved.macs(found) >= floor.least
+    assert predictor.total(found) <= budget
+    assert knapsack(predictor, options, scores, budget, Floor(solved.macs, 0.9 * solved.macs({}))) is None
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import pytest
@@ -36,12 +37,16 @@ class PerMac:
         return 1e-9 * layer.macs(4)
 
 
-def program():
+def program(silent: int = 0):
+    """silent: how many channels of the middle convolution hardly compute anything."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, 2, 1), nn.ReLU(),
         nn.Conv2d(24, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
     )  # fmt: skip
+    with torch.no_grad():
+        for tensor in (model[3].weight, model[3].bias, model[5].weight.transpose(0, 1)):
+            tensor[:silent] *= 1e-6
     return capture(model, torch.randn(2, 1, 8, 8), dynamic_shapes="batch")
 
 
@@ -142,6 +147,29 @@ def test_a_prediction_without_measurements_leaves_a_quarter_of_the_macs() -> Non
     assert measured.program.macs == lower.program.macs
     with pytest.raises(Unreachable, match=r"leaves .* of the MACs, and least_macs is 50%; ask for a higher latency"):
         RemoveChannels(latency=0.3, round_to=4, least_macs=0.5)(program(), latency=PerMac())
+
+
+class PerWidth(PerMac):
+    """A device that takes a microsecond for every channel that a layer computes, however much arithmetic that is."""
+
+    def seconds(self, layer: Layer) -> float:
+        return 1e-6 * dict(layer.sizes).get("outputs", 0)
+
+
+@pytest.mark.parametrize("train", [None, {"schedule": "one-shot"}, {"interval": 2}])
+def test_what_the_scores_choose_leaves_the_least_macs_too(train: dict | None) -> None:
+    """Scores that all but the middle group deserves lead to few MACs, where those of before training lead to more."""
+    dense = program(silent=20)
+    options: dict = {} if train is None else {"train": Distill(steps=8, lr=1e-9), **train}
+    pass_ = RemoveChannels(latency=0.6, round_to=4, importance="magnitude", **options)
+    free = pass_(dense, data=batches(8), latency=PerWidth())
+    assert free.program.macs < 0.2 * dense.macs
+    held = dataclasses.replace(pass_, least_macs=0.2)(dense, data=batches(8), latency=PerWidth())
+    assert held.program.macs >= 0.2 * dense.macs
+    predicted = held.record["latency"]["predicted"]
+    assert predicted["after"] <= 0.6 * predicted["before"]
+    with pytest.raises(Unreachable, match=r"leaves \d+\.\d% of the MACs, and least_macs is 90%"):
+        dataclasses.replace(pass_, least_macs=0.9)(dense, data=batches(8), latency=PerWidth())
 
 
 def test_least_macs_is_a_share_and_for_latency_targets() -> None:
