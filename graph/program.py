@@ -213,7 +213,7 @@ def capture(
     that differs when the program is not the model.
     """
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
-    kwargs = dict(kwargs or {})
+    args, kwargs = _distinct((args, dict(kwargs or {})))
     if isinstance(dynamic_shapes, str):
         if dynamic_shapes != "batch":
             raise BadInput(f'dynamic_shapes: "batch" or a torch.export specification, not "{dynamic_shapes}"')
@@ -249,6 +249,20 @@ def capture(
     for note in notes:
         warnings.warn(f"capture: {note}", CaptureWarning, stacklevel=2)
     return program
+
+
+def _distinct(inputs: Any) -> Any:
+    """The inputs with a copy of every tensor that comes a second time: `torch.export` takes equal inputs for one, and the
+    program would read the first of them alone."""
+    seen: set[int] = set()
+
+    def own(x: Any) -> Any:
+        if isinstance(x, torch.Tensor) and id(x) in seen:
+            return x.detach().clone().requires_grad_(x.requires_grad)
+        seen.add(id(x))
+        return x
+
+    return pytree.tree_map(own, inputs)
 
 
 def load(path: str | os.PathLike[str]) -> Program:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from ..graph.axes import Factor
 from ..graph.comb import DEFAULT_KINDS, KINDS, Comb, Group, Sizer
+from ..graph.cost import require_counted
 from ..graph.errors import BadInput, GraphcombError, Refused, Unreachable
 from ..graph.ops import arguments, op_name
 from ..graph.program import Program
@@ -229,20 +231,29 @@ class RemoveChannels(Pass):
         return {g.name: why for g in groups if not any(name in trained for name, _ in g.members)}
 
     def _require_groups(self, comb: Comb, groups: list[Group], unscored: Sequence[str]) -> None:
-        """Raise Unreachable where there is nothing to prune, unless nothing is asked for."""
+        """Raise Unreachable where there is nothing to prune, unless nothing is asked for. A share of every axis that is
+        free is met where none is: a warning and the record say so. Raises Refused for a target in MACs where not all are
+        counted."""
+        if self.target == "macs":
+            require_counted(comb.module, "RemoveChannels.macs")
         if groups or (self.train is None and getattr(self, self.target) in (0, 1, 1.0)):
             return
         if unscored:
             raise Unreachable(f"RemoveChannels: nothing to prune; {untrained(unscored)}")
         frozen = [f"{g.name}: {g.frozen}" for g in comb.groups if g.frozen]
         others = len(comb.groups) - len(frozen)
-        raise Unreachable(
+        why = (
             f"RemoveChannels: nothing to prune: of {len(comb.groups)} groups {len(frozen)} are frozen "
             f"({some(frozen, 2) or 'none'}) and {others} are left out by kinds, include and exclude or as small as can be"
         )
+        if self.train is not None or self.target != "ratio":
+            raise Unreachable(why)
+        warnings.warn(why, stacklevel=4)
 
     def _score(self, comb: Comb, groups: list[Group], context: Context) -> Scores:
         """How much each index of each group matters."""
+        if not groups:
+            return {}
         return IMPORTANCES[str(self.importance)](comb, groups, context, self.samples)
 
     def plan(self, program: Program, context: Context | None = None) -> list[dict[str, Any]]:

@@ -593,3 +593,13 @@ def test_bad_files_are_one_clear_line(tmp_path, content):
 def test_importing_the_package_imports_no_torch():
     code = "import sys, graphcomb; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_one_tensor_given_for_two_inputs_stays_two_inputs():
+    class Two(nn.Module):
+        def forward(self, views, third):
+            return views[0] - 2 * views[1] + 4 * third
+
+    x, y, z = torch.randn(3, 2, 4).unbind()
+    program = g.capture(Two(), ([x, x], x), dynamic_shapes="batch")
+    torch.testing.assert_close(program.module()([x, y], z), x - 2 * y + 4 * z)

@@ -194,9 +194,10 @@ def test_a_target_in_macs_is_refused_where_not_all_are_known(make: Any, field: s
 
 
 def test_a_target_in_parameters_needs_no_macs() -> None:
+    program = odd_ones()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = RemoveChannels(params=0.9, round_to=1)(odd_ones())
+        result = RemoveChannels(params=0.9, round_to=1)(program)
     assert "unknown" in result.record["cost"]["after"]
 
 
