@@ -32,6 +32,7 @@ from .common.losses import class_dim
 from .common.processes import forwarded
 from .common.repeat import Samples, code_of, run_code, says_anew
 from .distill import Distill, soft_kl
+from .floor import below, check_least, least_share
 from .fuse import Fuse
 from .knapsack import allowed_seconds, needed_latency
 from .reach import Reach
@@ -71,7 +72,8 @@ class PruneDepth(Pass):
 
     blocks: how many to prune; or macs: what may remain, as a share of the dense program (at most 1) or a number; or
     latency: what a fused run may take as the context's latency model predicts it, a share or a time such as "3.5 ms" (what
-    single blocks save is added up); or names: which ones, then neither supernet nor search. select: "search" or "random".
+    single blocks save is added up), with at least the share `least_macs` of the MACs left, as in `RemoveChannels`; or names:
+    which ones, then neither supernet nor search. select: "search" or "random".
     supernet_steps: 0 searches with the weights as they are. Each step of the supernet runs the dense path, two random
     choices and the widest one, the dense path teaching the others (sandwich rule, Yu and Huang, arXiv 1903.05134).
     population, generations: of the evolutionary search; the fitness of a choice is the metric on up to `score_batches`
@@ -96,6 +98,7 @@ class PruneDepth(Pass):
     blocks: int | None = None
     macs: float | None = None
     latency: float | str | None = None
+    least_macs: float | None = None
     names: tuple[str, ...] = ()
     select: Literal["search", "random"] = "search"
     supernet_steps: int = 200
@@ -122,6 +125,7 @@ class PruneDepth(Pass):
         check_field(self, "macs", self.macs is None or self.macs > 0, "what may remain, a share or a number above 0")
         if self.latency is not None:
             allowed_seconds(self.latency, 1.0, "PruneDepth")
+        check_least(self)
         check_field(self, "select", self.select in ("search", "random"), '"search" or "random"')
         check_field(
             self, "progress", self.progress in ("linear", "cosine", "at once"), '"linear", "cosine" or "at once"'
@@ -181,14 +185,15 @@ class PruneDepth(Pass):
                     f"PruneDepth.blocks: {self.blocks} of {len(blocks)} prunable blocks; `graphcomb plan` lists them"
                 )
             return self._met(Budget([1.0] * len(blocks), self.blocks, reaches), "blocks")
+        macs, floor = [float(b.saves or 0) for b in blocks], 0.0
         if self.latency is None:
             assert self.macs is not None
             require_counted(program.graph_module, "PruneDepth.macs")
-            dense, saves = float(program.macs), [float(b.saves or 0) for b in blocks]
+            dense, saves = float(program.macs), macs
             goal, name, form = (self.macs * dense if self.macs <= 1 else self.macs), "macs", "{:,.0f}"
         else:
             dense, *left = agreed(lambda: self._seconds(program, blocks, context))
-            saves = [dense - each for each in left]
+            saves, floor = [dense - each for each in left], least_share(self.least_macs, context.latency)
             goal, name, form = allowed_seconds(self.latency, dense, "PruneDepth"), "latency", "{:.3g} s"
         least = dense - sum(s for s in saves if s > 0)
         if least > goal:
@@ -197,7 +202,18 @@ class PruneDepth(Pass):
                 f"PruneDepth.{name}: {numbers[0]} of {numbers[1]} cannot be reached; {numbers[2]} can, with all "
                 f"{len(blocks)} prunable blocks"
             )
-        return self._met(Budget(saves, dense - goal, reaches), name)
+        free = self._met(Budget(saves, dense - goal, reaches), name)
+        if not floor:
+            return free
+        assert context.latency is not None
+        held = dataclasses.replace(free, macs=macs, spare=(1 - floor) * program.macs)
+        try:
+            return self._met(held, name)
+        except Unreachable:
+            taken = free.draw(random.Random(0))
+            gone = [sum(s for s, bit in zip(each, taken, strict=True) if bit) for each in (saves, macs)]
+            share = 1 - gone[1] / program.macs
+            raise below("PruneDepth", context.latency, dense - gone[0], dense, share, floor) from None
 
     @staticmethod
     def _met(budget: Budget, name: str) -> Budget:
@@ -333,11 +349,14 @@ class _Predictor:
 @dataclass(frozen=True)
 class Budget:
     """Choices of blocks that save enough. saves: what each block saves; needed: what a choice has to save at least;
-    reaches: whether the outputs depend on the inputs without the blocks of some indices."""
+    reaches: whether the outputs depend on the inputs without the blocks of some indices; macs: the multiply-accumulates of
+    each block that go with it; spare: how many of them may go."""
 
     saves: Sequence[float]
     needed: float
     reaches: Callable[[Sequence[int]], bool] = lambda taken: True
+    macs: Sequence[float] = ()
+    spare: float = math.inf
 
     @property
     def count(self) -> int:
@@ -345,12 +364,13 @@ class Budget:
 
     def complete(self, order: Iterable[int]) -> Bits:
         """The first blocks of an order that save enough; none that the others could do without, and none that would cut
-        the outputs off. May save too little where the order comes upon such a block; `met` tells."""
+        the outputs off or take more than is to spare. May save too little where the order comes upon such a block; `met`
+        tells."""
         taken: list[int] = []
         for i in order:
             if self._saved(taken) >= self.needed:
                 break
-            if self.saves[i] > 0 and self.reaches([*taken, i]):
+            if self.saves[i] > 0 and self._spares([*taken, i]) and self.reaches([*taken, i]):
                 taken.append(i)
         for i in list(taken):
             rest = [j for j in taken if j != i]
@@ -360,6 +380,9 @@ class Budget:
 
     def _saved(self, taken: Iterable[int]) -> float:
         return sum(self.saves[i] for i in taken)
+
+    def _spares(self, taken: Sequence[int]) -> bool:
+        return self.spare == math.inf or sum(self.macs[i] for i in taken) <= self.spare
 
     def met(self, bits: Bits) -> bool:
         return self._saved(i for i, bit in enumerate(bits) if bit) >= self.needed

@@ -1,6 +1,7 @@
 """Depth pruning: its four stages, together, alone and interrupted."""
 
 import dataclasses
+import random
 
 import pytest
 import torch
@@ -166,6 +167,49 @@ def test_a_budget_of_predicted_latency(program):
     assert seconds[1] <= 0.85 * seconds[0]
     with pytest.raises(BadInput, match="nothing predicts latencies"):
         options(program, data=digits(slice(None, 64)))
+
+
+class Sheet(PerMac):
+    """A device of which nothing was measured, and whose time is that of a few blocks."""
+
+    measured = False
+
+    def __str__(self):
+        return "a data sheet"
+
+    def seconds(self, layer):
+        return 1e-6
+
+
+def test_a_latency_leaves_the_least_macs_of_every_choice(program):
+    options = PruneDepth(latency=0.7, select="random", **{**QUICK, "train": Distill(steps=2)})
+    prunable = [b for b in find_blocks(program) if b.prunable]
+    shares = {}
+    for least in (0.0, 0.7):
+        budget = dataclasses.replace(options, least_macs=least).budget(program, prunable, Context(latency=Sheet()))
+        draws = [budget.draw(random.Random(seed)) for seed in range(30)]
+        draws += [budget.child(draws[i], draws[i + 1], random.Random(i)) for i in range(20)]
+        draws.append(budget.greedy([0.0] * len(prunable)))
+        assert all(budget.met(bits) for bits in draws)
+        shares[least] = [
+            1 - sum(b.saves for b, bit in zip(prunable, bits, strict=True) if bit) / program.macs for bits in draws
+        ]
+    assert min(shares[0.0]) < 0.7 <= min(shares[0.7])
+    with pytest.raises(
+        Unreachable, match=r"PruneDepth.latency: .* as a data sheet predicts, leaves .*least_macs is 99%"
+    ):
+        dataclasses.replace(options, least_macs=0.99).budget(program, prunable, Context(latency=Sheet()))
+
+
+def test_a_prediction_without_measurements_leaves_a_quarter_of_the_macs(program):
+    prunable = [b for b in find_blocks(program) if b.prunable]
+    budget = PruneDepth(latency=0.7).budget(program, prunable, Context(latency=Sheet()))
+    assert budget.spare == 0.75 * program.macs
+    measured = PruneDepth(latency=0.7).budget(program, prunable, Context(latency=PerMac()))
+    assert measured.spare == float("inf")
+    for wrong in ({"latency": 0.5, "least_macs": 1.5}, {"macs": 0.5, "least_macs": 0.1}):
+        with pytest.raises(BadInput, match=r"PruneDepth\.least_macs"):
+            PruneDepth(**wrong)
 
 
 class Killed(Exception):
