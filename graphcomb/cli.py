@@ -514,7 +514,8 @@ def show_engine(report: dict[str, Any]) -> None:
         table = Table("padded node", "axis", "model", "engine", "how", "multiples of", "from")
         for p in report["pads"]:
             names = p["nodes"] or [p["kernel"]]
-            cells = (p["axis"], p["before"], p["after"], p["how"], p["alignment"])
+            advice = " ".join([str(p["alignment"] or "none"), *([f"({p['note']})"] if p.get("note") else [])])
+            cells = (p["axis"], p["before"], p["after"], p["how"], advice)
             table.add_row(", ".join(names[:3]), *map(str, cells), where(names))
         console.print(table)
     for row in report.get("unfused", ()):

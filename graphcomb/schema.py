@@ -112,7 +112,7 @@ class Engine(Format):
     origins: dict[str, dict[str, Any]] = says("by ONNX node: node of the graph, module, passes that changed it")
     pads: list[dict[str, Any]] = says(
         "TensorRT: axes computed wider than the model has them; how (kernel, fused, weights), nodes, axis, before, "
-        "after, and the alignment that would avoid it", default=[],
+        "after, the alignment that would avoid it (null: no width would), and a note on it", default=[],
     )  # fmt: skip
     unfused: list[dict[str, Any]] = says(
         "TensorRT: quantisation that buys nothing; how (kernel, float, idle, wide) and nodes", default=[]

@@ -15,10 +15,11 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from .engine import Kernel
+from .padding import Pad, advice
 
 Shape = tuple[int, ...]
 
@@ -95,30 +96,6 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Pad:
-    """An axis that the engine computes wider than the model has it.
-
-    how: "kernel" (a kernel of its own pads it, or cuts the padding off), "fused" (a kernel that moves or computes data
-    anyway pads it in passing) or "weights" (zeros stored in the weights: more work, no more kernels). axis: of the
-    tensor or weight. before, after: the extent in the model and in the engine. alignment: an extent that is a multiple
-    of it needs no padding here.
-    """
-
-    kernel: str
-    how: str
-    nodes: tuple[str, ...]
-    axis: int
-    before: int
-    after: int
-    alignment: int
-
-    def __str__(self) -> str:
-        where = ", ".join(self.nodes[:3]) or self.kernel
-        widths = f"axis {self.axis} is padded from {self.before} to {self.after}"
-        return f"{where}: {widths}; multiples of {self.alignment} are not"
-
-
-@dataclass(frozen=True)
 class Unfused:
     """Quantisation that buys no speed.
 
@@ -162,8 +139,7 @@ class BuildLog:
         ]
 
     def pads(self, alignment: Callable[[str], int] | None = None) -> list[Pad]:
-        """Every padded axis. alignment: of the target by dtype ("fp16" -> 8); where it explains the padding it is the
-        advice, else the largest power of two in the padded extent is (a sufficient one)."""
+        """Every padded axis. alignment: of the target by dtype ("fp16" -> 8); see `padding.advice`."""
         readers: dict[str, list[Layer]] = {}
         writers: dict[str, list[Layer]] = {}
         for layer in self.layers:
@@ -178,14 +154,14 @@ class BuildLog:
             for tensor in layer.outputs if steps & GROW else ():
                 known = self._inputs_of(readers.get(tensor.name, [])) or self._outputs_of([layer])
                 if small := _unpadded(tensor.shape, known):
-                    found = _differences(layer, _how(layer, tensor, layer.inputs), small, tensor, alignment)
+                    found = self._differences(layer, _how(layer, tensor, layer.inputs), small, tensor, alignment)
                     pads += found
                     widened |= {(r.name, p.before, p.after) for p in found for r in readers.get(tensor.name, [])}
             for tensor in layer.inputs if steps & SHRINK else ():
                 known = self._outputs_of(writers.get(tensor.name, [])) or self._inputs_of([layer])
                 small = _unpadded(tensor.shape, known)
                 if small and any(output.shape == small for output in layer.outputs):
-                    pads += _differences(layer, _how(layer, tensor, layer.outputs), small, tensor, alignment)
+                    pads += self._differences(layer, _how(layer, tensor, layer.outputs), small, tensor, alignment)
             if layer.kind not in MOVERS:
                 weights = self._weight_pads(layer, alignment)
                 pads += [pad for pad in weights if (layer.name, pad.before, pad.after) not in widened]
@@ -246,9 +222,44 @@ class BuildLog:
             fits = [(c, small) for c in wide if (small := _unpadded(c.shape, turns, everywhere=True))]
             if len(fits) == 1 and not any(c.shape in turns for c in wide):
                 constant, small = fits[0]
-                found = _differences(layer, "weights", small, constant, alignment)
-                pads += [replace(pad, nodes=(name,), axis=turns[small][pad.axis]) for pad in found]
+                pads += self._differences(layer, "weights", small, constant, alignment, node, turns[small])
         return pads
+
+    def _differences(
+        self,
+        layer: Layer,
+        how: str,
+        small: Shape,
+        tensor: Tensor,
+        alignment: Callable[[str], int] | None,
+        node: Node | None = None,
+        axes: Sequence[int] | None = None,
+    ) -> list[Pad]:
+        """The axes along which a tensor is wider than the model's shape of it. node: whose weight it is, with those axes."""
+        pads = []
+        nodes = layer.nodes if node is None else (node.name,)
+        aligned = alignment(tensor.dtype) if alignment and tensor.dtype in DTYPES.values() else 0
+        for place, (before, after) in enumerate(zip(small, tensor.shape, strict=True)):
+            if before != after:
+                axis = place if axes is None else axes[place]
+                groups = max(self._groups(name, None if node else before) for name in nodes) if nodes else 1
+                inner = node is not None and axis == 1
+                pads.append(
+                    Pad(layer.name, how, nodes, axis, before, after, *advice(before, after, aligned, groups, inner))
+                )
+        return pads
+
+    def _groups(self, name: str, channels: int | None) -> int:
+        """Of a convolution; 1 for another node, and for one that reads and writes others than so many channels. A depthwise
+        convolution that gives each channel one is as wide as it has groups, so that these bind nothing."""
+        node = self.nodes.get(name)
+        shapes = [] if node is None else [shape for _, shape in (*node.inputs[:2], *node.outputs[:1])]
+        if node is None or not node.op.startswith("Conv") or len(shapes) != 3 or min(map(len, shapes)) < 3:
+            return 1
+        (_, read, *_), weight, (_, written, *_) = shapes
+        groups = (read if node.op == "Conv" else written) // max(weight[1], 1)
+        bound = groups != read or groups != written
+        return groups if bound and channels in (None, read, written) else 1
 
     def _inputs_of(self, layers: list[Layer]) -> list[Shape]:
         """Shapes of the ONNX tensors that the layers' nodes read and do not write themselves."""
@@ -382,16 +393,3 @@ def _views(shape: Shape, rank: int) -> Iterator[Shape]:
     for cuts in itertools.combinations(range(1, len(shape)), rank - 1) if 0 < rank <= len(shape) else ():
         runs = [shape[i:j] for i, j in itertools.pairwise((0, *cuts, len(shape)))]
         yield tuple(-1 if -1 in run else math.prod(run) for run in runs)
-
-
-def _differences(
-    layer: Layer, how: str, small: Shape, tensor: Tensor, alignment: Callable[[str], int] | None
-) -> list[Pad]:
-    pads = []
-    for axis, (before, after) in enumerate(zip(small, tensor.shape, strict=True)):
-        if before != after:
-            step = alignment(tensor.dtype) if alignment and tensor.dtype in DTYPES.values() else 0
-            if not step or -(-before // step) * step != after:
-                step = after & -after
-            pads.append(Pad(layer.name, how, layer.nodes, axis, before, after, step))
-    return pads

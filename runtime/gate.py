@@ -77,9 +77,7 @@ def compare(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]
     worse = []
     for nodes, count in sorted((now - before).items()):
         pads = [p for p in report.get("pads", ()) if p["how"] == "kernel" and tuple(sorted(p["nodes"])) == nodes]
-        advice = [
-            f"axis {p['axis']} {p['before']} -> {p['after']}, multiples of {p['alignment']} avoid it" for p in pads
-        ]
+        advice = [f"axis {p['axis']} {p['before']} -> {p['after']}, {_advice(p)}" for p in pads]
         origin = next((o for n in nodes if (o := report.get("origins", {}).get(n))), None)
         changed = f" (changed by {', '.join(origin['passes'])})" if origin and origin["passes"] else ""
         text = f"new padding kernel{f' ({count} times)' if count > 1 else ''} for {', '.join(nodes)}{changed}"
@@ -87,6 +85,11 @@ def compare(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]
     known = Counter(baseline.get("unread", ()))
     worse += [f"a kernel that cannot be read: {line[:200]}" for line in Counter(report.get("unread", ())) - known]
     return worse
+
+
+def _advice(pad: Mapping[str, Any]) -> str:
+    found = "no width avoids it" if pad["alignment"] is None else f"multiples of {pad['alignment']} avoid it"
+    return found + (f" ({pad['note']})" if pad.get("note") else "")
 
 
 def _padding(report: Mapping[str, Any]) -> Counter[tuple[str, ...]]:

@@ -586,7 +586,8 @@ def _pad(engine: Mapping[str, Any], pad: Mapping[str, Any]) -> dict[str, Any]:
     """A padded axis, with the passes that changed its nodes."""
     nodes, origins = _list(pad.get("nodes"), str), _map(engine.get("origins"))
     passes = [name for node in nodes for name in _list(_map(origins.get(node)).get("passes"), str)]
-    texts = {key: str(pad.get(key, "")) for key in ("kernel", "how", "axis", "before", "after", "alignment")}
+    texts = {key: str(pad.get(key, "")) for key in ("kernel", "how", "axis", "before", "after", "note")}
+    texts["alignment"] = "none" if (alignment := pad.get("alignment", "")) is None else str(alignment)
     return texts | {"nodes": nodes, "origin": ", ".join(dict.fromkeys(passes))}
 
 

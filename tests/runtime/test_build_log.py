@@ -7,6 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 
 from graphcomb.runtime.build_log import Pad, parse_build_log
+from graphcomb.runtime.padding import advice
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
 HALF = TensorProto.FLOAT16
@@ -108,11 +109,63 @@ def test_the_input_channels_are_padded_in_passing(tmp_path):
 @needs_rtx
 def test_grouped_and_transposed_convolutions(tmp_path):
     net = Net([2, 32, 12, 12], [2, 33, 12, 12]).conv("first", 21, 32, 3)
-    assert ("kernel", "second", 1, 21, 24, 8) in found(net.conv("second", 33, 7, 3, group=3).log(tmp_path))
+    assert ("kernel", "second", 1, 21, 24, 24) in found(net.conv("second", 33, 7, 3, group=3).log(tmp_path))
     net = Net([2, 32, 12, 12], [2, 33, 12, 12]).conv("first", 21, 32, 3)
     pads = found(net.conv("second", 21, 33, 3, op="ConvTranspose").log(tmp_path))
     assert ("kernel", "second", 1, 21, 24, 8) in pads
     assert any(p[1:5] == ("second", 1, 33, 40) for p in pads)
+
+
+@needs_rtx
+@pytest.mark.parametrize(("width", "groups", "alignment"), [(33, 11, 44), (22, 2, 8), (104, 8, 16)])
+def test_groups_are_padded_inside_and_the_advice_is_a_width_they_can_have(tmp_path, width, groups, alignment):
+    def grouped(width):
+        net = Net([2, 32, 12, 12], [2, width, 12, 12]).conv("first", width, 32, 3).add("Relu", "relu")
+        weight = (width, width // groups, 3, 3)
+        net.add("Conv", "second", weight, kernel_shape=[3, 3], pads=[1] * 4, group=groups)
+        return [p for p in net.log(tmp_path).pads(fp16) if "second" in p.nodes]
+
+    pads = grouped(width)
+    assert {(p.how, p.before, p.alignment) for p in pads if p.how == "kernel"} == {("kernel", width, alignment)}
+    assert str(groups) in next(p.note for p in pads if p.how == "kernel")
+    assert grouped(-(-width // alignment) * alignment) == []
+
+
+@needs_rtx
+def test_no_width_is_advised_where_each_channel_of_several_is_a_group(tmp_path):
+    net = Net([2, 32, 12, 12], [2, 128, 12, 12]).conv("first", 64, 32, 3).add("Relu", "relu")
+    net.add("Conv", "second", (128, 1, 3, 3), kernel_shape=[3, 3], pads=[1] * 4, group=64)
+    (pad,) = net.log(tmp_path).pads(fp16)
+    assert (pad.before, pad.after, pad.alignment) == (64, 128, None)
+    assert str(pad) == (
+        "second: axis 1 is padded from 64 to 128; no width avoids it "
+        "(each of its 64 groups has 1, which the engine pads to 2)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ((512, 1024, 8, 512), None),  # a multiplier: one channel in each group
+        ((96, 128, 8, 32), 128),
+        ((21, 24, 8, 3), 24),
+        ((7, 8, 8, 3, True), 8),
+        ((1, 2, 8, 64, True), None),
+        ((66, 72, 8, 33), 8),  # not inside the groups: 36 of them
+        ((3, 8, 8), None),  # would be more than twice as wide
+        ((3, 4, 8), 4),
+        ((4, 8, 8), 8),
+        ((61, 62, 8), 2),
+        ((61, 64, 8), 8),
+        ((122, 128, 8, 61), 8),
+    ],
+)
+def test_advice_is_never_above_twice_the_width_and_fits_the_groups(case, expected):
+    found, note = advice(*case)
+    assert found == expected
+    assert note or len(case) == 3 or case[0] in (66, 122)
+    if found is not None:
+        assert -(-case[0] // found) * found <= 2 * case[0]
 
 
 @needs_rtx

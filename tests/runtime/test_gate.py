@@ -27,6 +27,8 @@ def test_a_new_padding_kernel_is_named_with_its_cure_and_its_pass():
         "new padding kernel for b/conv (changed by RemoveChannels): axis 1 61 -> 64, multiples of 8 avoid it"
     ]
     assert compare(before, now) == []
+    none = PAD | {"alignment": None, "note": "each of its 61 groups has 1"}
+    assert compare(now | {"pads": [none]}, before)[0].endswith("no width avoids it (each of its 61 groups has 1)")
 
 
 def test_kernels_without_nodes_are_known_by_name_less_the_number():

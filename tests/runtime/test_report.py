@@ -137,7 +137,9 @@ def summary(layers=3):
         {"weights": 89_128, "activations": 8_716_288}, ["a warning of the library"],
     )  # fmt: skip
     pads = [{"kernel": "pad_k", "how": "kernel", "nodes": ["conv2"], "axis": 1, "before": 61, "after": 62,
-             "alignment": 2}]  # fmt: skip
+             "alignment": 2},
+            {"kernel": "pad_k", "how": "kernel", "nodes": ["conv3"], "axis": 1, "before": 64, "after": 128,
+             "alignment": None, "note": "each of its 64 groups has 1"}]  # fmt: skip
     return {
         "model": "my.models:net",
         "target": "rtx-sm86",
@@ -231,7 +233,7 @@ def test_everything_of_the_summary_shows(tmp_path):
         "RemoveChannels", "ratio 0.5", "kinds channel, head", "51.00 %", "1.3 s", "Distill",
         "an output of the program · 2", "fc.weight:0", "linear c/net.py:7: return fc(x)", "an input of the program · 1",
         "Engine for rtx-sm86", "2 from 3 ONNX nodes", "1 only pad", "weights 89.1 kB", "a warning of the library",
-        "61 → 62", "an extra kernel", "fp16[1,3,8,8] → fp16[1,61,8,8]",
+        "61 → 62", "none (each of its 64 groups has 1)", "an extra kernel", "fp16[1,3,8,8] → fp16[1,61,8,8]",
         "SlimPass", "Quantisation that buys nothing · 1", "computes in floating point although",
         "Measured on Jetson Orin Nano", "CUDA graph", "4.25 ms", "1.7 ms", "2.5× faster", "7.25 W", "30.8 mJ", "12.3 mJ",
         "MAXN_SUPER", "tensorrt 10.3.0", "big: tj 48 °C", "2.0e-03", "no figure", "small: outputs that are not finite",
