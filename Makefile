@@ -14,8 +14,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest -n 2
 
+# The last result is in tests/slow_results.md.
 test-slow: $(STAMP)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2 --junitxml=.cache/slow.xml; status=$$?; \
+	  $(BIN)/python tests/slow_results.py .cache/slow.xml tests/slow_results.md; exit $$status
 
 # mypy and import-linter see the packages through a wheel: an editable install hides where graphcomb.graph lies.
 lint: $(STAMP)
