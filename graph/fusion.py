@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -72,6 +72,8 @@ class Rules:
     themselves. free: operators that cost nothing, beside those of class "free". attention: whether attention is one
     kernel. together: whether linears of the same input are one. layouts: whether data is laid out anew where kernels of
     unlike layout meet. grain: convolutions and products pad channels that are no multiple of it, in a kernel of its own.
+    single: whether nothing joins a reduction over a single entry, as pruning may leave one: those over a few entries are
+    unrolled into their kernel, and it is not.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Rules:
     together: bool = False
     layouts: bool = False
     grain: int = 1
+    single: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -108,6 +111,7 @@ TENSORRT = Rules(
     together=True,
     layouts=True,
     grain=2,
+    single=True,
 )
 ONNXRUNTIME = Rules(
     "ONNX Runtime",
@@ -115,6 +119,14 @@ ONNXRUNTIME = Rules(
     residual=frozenset({"conv", "depthwise"}),
     free=frozenset({"unbind", "select"}),
 )
+
+
+GRAINS = {"fp32": 1, "tf32": 1, "fp16": 2, "bf16": 2, "int8": 4, "fp8": 4}  # channels in four bytes
+
+
+def library(backend: str | None, dtype: str) -> Rules:
+    """The rules of a runtime backend for a type; TensorRT's for all but ONNX Runtime."""
+    return ONNXRUNTIME if backend == "onnxruntime" else replace(TENSORRT, grain=GRAINS.get(dtype, 1))
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,16 @@ def classify(node: fx.Node) -> str:
         return "depthwise" if deep else "product"
     found = next((kind for kind, names in CLASSES if name in names), None)
     return found or ("pointwise" if torch.Tag.pointwise in getattr(node.target, "tags", ()) else "other")
+
+
+def single(node: fx.Node) -> bool:
+    """Whether a reduction has but one entry to reduce."""
+    if classify(node) != "reduce" or not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    a, read = arguments(node), shape(node.all_input_nodes[0])
+    dims = a.get("dim") if "dim" in a else a.get("dims")
+    dims = range(len(read)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    return "adaptive" not in op_name(node) and math.prod(read[d] for d in dims) == 1
 
 
 def kernels(graph: fx.Graph, rules: Rules) -> list[Kernel]:
@@ -349,6 +371,8 @@ class _Fusion:
 
     def _fits(self, kernel: Kernel, node: fx.Node) -> bool:
         """Whether a generated kernel may also compute a node: it neither resizes nor rearranges what was reduced."""
+        if self.rules.single and any(single(n) for n in kernel.nodes):
+            return False
         reduced = any(self.kinds[n] == "reduce" and _entries(n) < _entries(n.all_input_nodes[0]) for n in kernel.nodes)
         return "upsample" not in op_name(node) and not (reduced and self.kinds[node] == "move")
 

@@ -296,6 +296,9 @@ def _summary(record: dict[str, Any]) -> str:
     if after["macs"] != before["macs"]:
         ratio = "" if "unknown" in before else f" ({before['macs'] / max(after['macs'], 1):.2f}x fewer)"
         parts.append(f"{'known ' if not ratio else ''}MACs {before['macs']:,} -> {after['macs']:,}{ratio}")
+    kernels = record.get("kernels")
+    if kernels and kernels["after"] > kernels["before"]:
+        parts.append(f"predicted kernels {kernels['before']} -> {kernels['after']}")
     if "verified" in record:
         parts.append(f"verified to {record['verified']['error']:.1e}")
     if "accuracy" in record:

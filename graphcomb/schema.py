@@ -56,6 +56,11 @@ class Record(Format):
     layers: list[dict[str, Any]] | None = says(
         "by layer: name, kind, channels and macs, each before and after", default=None
     )
+    kernels: dict[str, Any] | None = says(
+        "that a run starts, as the target's library is predicted to make them: before, after; more: nodes that begin those "
+        "that are new, where there are more; dead: by softmax that has a single entry left, the nodes only it reads",
+        default=None,
+    )
     removed: dict[str, dict[str, list[int]]] | None = says(
         "by parameter and dimension: the indices that went, in the numbering of the program that went in", default=None
     )

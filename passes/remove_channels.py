@@ -24,6 +24,7 @@ from .batches import Feed
 from .distill import Distill, block_outputs
 from .floor import check_least
 from .importance import IMPORTANCES, SAMPLES, TRANSFORMS, Scores, normalised, together
+from .kernel_count import kernel_record
 from .knapsack import Predictor, allowed_seconds
 from .legalise import Costs, mac_terms, movable
 from .selection import Selection, lowest_removed
@@ -192,6 +193,7 @@ class RemoveChannels(Pass):
             "cost": {"before": comb.cost({}), "after": smaller.cost()},
             "target": agreed(lambda: cast(Chooser, chooser).record(sizes)),
             "alignment": step,
+            "kernels": kernel_record(program.graph, smaller.graph, context),
             "removed": removed,
             "features": removed_values(comb, masks, block_outputs(program)),
         }

@@ -172,7 +172,7 @@ def _report(summary: Mapping[str, Any]) -> Report:
         plots=_plots(summary, records, layers),
         layers=layers,
         largest=most if len(layers) > 1 else [],
-        prediction=_prediction(summary),
+        prediction=_prediction(summary) + _more_kernels(records),
         refusals=_refusals(records),
         steps=[_step(record) for record in records],
         engines=[_engine(engine) for engine in engines],
@@ -400,6 +400,23 @@ def _prediction(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         if verdict:
             share = f"{len(ms)} layer{'s' * (len(ms) != 1)}, {100 * sum(ms) / whole:.0f}\u00a0% of the time"
             facts.append(("little to gain", f"{verdict}: {share}"))
+    return facts
+
+
+def _more_kernels(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Where a pass left more kernels than there were, and what computes for a softmax that has nothing left to choose."""
+    facts = []
+    for record in records:
+        found, name = _map(record.get("kernels")), str(record.get("pass", ""))
+        before, after = number(found.get("before")), number(found.get("after"))
+        if before is not None and after is not None and after > before:
+            nodes = ", ".join(map(_short, _list(found.get("more"), str)))
+            facts.append(("more kernels", f"{name}: {before:.0f} → {after:.0f} predicted; new: {nodes}"))
+        for node, feeding in _map(found.get("dead")).items():
+            rest = ", ".join(_list(feeding, str))
+            facts.append(
+                ("dead branch", f"{_short(node)} has a single entry left and decides nothing; only for it: {rest}")
+            )
     return facts
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..graph.fusion import ONNXRUNTIME, TENSORRT, Rules
+from ..graph.fusion import Rules, library
 from ..graph.layers import Layer
 from .measured import Measured, read_measured
 from .targets import Target, get_target
@@ -26,8 +26,6 @@ from .targets import Target, get_target
 # On GPUs a compromise of two public figures: ResNet-50 in INT8 on an AGX Orin takes 0.64 ms (MLPerf Inference 3.1, single
 # stream), where these say 0.76; a YOLOv8n in INT8 at 640 x 640 on an Orin Nano 3.49 ms, where these say 1.8.
 GPU, CPU = (0.4, 0.6, 4e-6), (1.0, 1.0, 1e-6)
-RULES = {"onnxruntime": ONNXRUNTIME}  # by backend; else TensorRT's
-GRAINS = {"fp32": 1, "tf32": 1, "fp16": 2, "bf16": 2, "int8": 4, "fp8": 4}  # channels in four bytes
 FEW = {"models": 4, "kernels": 12}  # with fewer of both, one factor is all that is fitted
 ROBUST = 0.1  # log error from which on an outlier counts less than its square
 PRIOR = 0.03  # how strongly the four numbers are held to the common factor: decides only what was not measured
@@ -114,8 +112,7 @@ class Roofline:
     @property
     def rules(self) -> Rules:
         """Which nodes the target's library computes in one kernel."""
-        rules = RULES.get(self.target.backend, TENSORRT)
-        return dataclasses.replace(rules, grain=GRAINS.get(self.dtype, 1)) if rules.layouts else rules
+        return library(self.target.backend, self.dtype)
 
     @property
     def measured(self) -> bool:

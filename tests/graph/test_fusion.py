@@ -85,6 +85,15 @@ def test_an_attention_is_one_region_whether_called_or_written_out() -> None:
         assert laid_out == 3  # queries, keys, values
 
 
+@pytest.mark.parametrize(("branches", "made"), [(2, 1), (1, 2)])
+def test_nothing_joins_a_reduction_over_a_single_entry(branches: int, made: int) -> None:
+    names, _ = found(lambda m, x: x * x.softmax(1), shape=(2, branches, 8, 8, 8))
+    assert len(names) == made
+    names, _ = found(lambda m, x: x.sum(1).mean((2, 3)), shape=(2, branches, 8, 8, 8))
+    assert len(names) == made
+    assert len(found(lambda m, x: x * x.softmax(1), (2, 1, 8, 8, 8), ONNXRUNTIME)[0]) == 2
+
+
 def test_linears_of_the_same_input_are_one() -> None:
     names, _ = found(lambda m, x: (m["a"](x), m["b"](x)), (1, 9, 16), a=nn.Linear(16, 16), b=nn.Linear(16, 8))
     assert names == ["linear linear"]

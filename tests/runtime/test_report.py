@@ -518,6 +518,18 @@ def test_a_browser_shows_it_without_scrolling_sideways(tmp_path, width):
     assert path.exists()
 
 
+def test_more_kernels_and_dead_branches_are_named(tmp_path):
+    given = summary()
+    records = given.get("records") or given["passes"]
+    records[0]["kernels"] = {"before": 46, "after": 52, "more": ["mean_1"], "dead": {"softmax_1": ["conv2d_4"]}}
+    text = write_report(given, tmp_path / "report.html").read_text()
+    assert "46 → 52 predicted; new: mean_1" in text
+    assert "softmax_1 has a single entry left and decides nothing; only for it: conv2d_4" in text
+    for junk in (5, {"before": 1, "after": 2}, {"before": "x", "more": 5, "dead": [1]}, {"dead": {"a": 5}}):
+        records[0]["kernels"] = junk
+        write_report(given, tmp_path / "report.html")
+
+
 def test_same_summary_same_plots(tmp_path):
     plots = [re.findall(r"<svg.*?</svg>", page(tmp_path, summary())[1], re.DOTALL) for _ in range(2)]
     assert plots[0] == plots[1]

@@ -1,0 +1,50 @@
+"""How many kernels a run starts before and after channels were removed, as the target's library is predicted to make them,
+and what went dead.
+
+Fewer channels are no fewer kernels, but there may be more: a softmax over two branches is unrolled into its neighbours'
+kernel, and one over the single branch that is left is a kernel that gives 1, whatever its branch computes. Source: ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from ..graph.fusion import Rules, kernels, library, single
+from ..graph.ops import op_name, shape, source
+from .base import Context
+
+ONES = frozenset("softmax _softmax log_softmax _log_softmax".split())
+
+
+def kernel_record(before: fx.Graph, after: fx.Graph, context: Context) -> dict[str, Any]:
+    """Predicted kernels `before` and `after`; where there are more, the nodes that begin the new ones (`more`). `dead`: by
+    softmax that is left a single entry, the nodes whose values go nowhere else, so that they decide nothing."""
+    rules = library(getattr(context.target, "backend", None), context.dtype)
+    old, new = _started(before, rules), _started(after, rules)
+    counts = [sum(found.values()) for found in (old, new)]
+    more = [source(node) for node in after.nodes if new.get(node.name, 0) > old.get(node.name, 0)]
+    found: dict[str, Any] = {"before": counts[0], "after": counts[1], "more": more if counts[1] > counts[0] else []}
+    known = {node.name for node in before.nodes if single(node)}
+    dead = [n for n in after.nodes if op_name(n) in ONES and single(n) and n.name not in known]
+    return found | {"dead": {source(n): [m.name for m in _only_for(n)] for n in dead}}
+
+
+def _started(graph: fx.Graph, rules: Rules) -> dict[str, int]:
+    """How many kernels each node begins, or is laid out anew by, at the example's sizes."""
+    found: dict[str, int] = {}
+    for kernel in kernels(graph, rules):
+        needed = [c.tensor for c in kernel.copies if c.odd is None or shape(c.odd[0])[c.odd[1]] % rules.grain]
+        for node in (kernel.nodes[0], *needed):
+            found[node.name] = found.get(node.name, 0) + 1
+    return found
+
+
+def _only_for(node: fx.Node) -> list[fx.Node]:
+    """The nodes that compute something for this one alone."""
+    found = {node}
+    for other in reversed(node.graph.nodes):
+        if other.op == "call_function" and other.users and set(other.users) <= found:
+            found.add(other)
+    return [n for n in node.graph.nodes if n in found and n is not node]
