@@ -362,14 +362,14 @@ class Layers:
 def _batched(comb: Comb, batch: int) -> dict[Factor, int]:
     """Sizes of the atoms that grow with the batch, when it is `batch`. An atom that stands for another dynamic size keeps
     that of the example inputs."""
-    sizes = [
+    sizes: list[tuple[Axis, Any]] = [
         (axis, n)
         for node, axes in comb.axes.items()
         if axes is not None and isinstance(value := node.meta.get("val"), torch.Tensor)
         for axis, n in zip(axes, value.shape, strict=True)
         if not isinstance(n, int)
     ]
-    inputs = [n.meta.get("val") for n in comb.module.graph.nodes if n.op == "placeholder"]
+    inputs: list[Any] = [n.meta.get("val") for n in comb.module.graph.nodes if n.op == "placeholder"]
     firsts = [v.shape[0] for v in inputs if isinstance(v, torch.Tensor) and v.dim() and not isinstance(v.shape[0], int)]
     if not firsts:
         return {}
