@@ -81,7 +81,7 @@ class Chooser:
         self.options, self.comb, self.groups, self.untrained = options, comb, groups, untrained
         self.alignment = options.alignment(context)
         self.predictor = self._predictor(context)
-        self.least = least_share(options.least_macs, self.predictor and self.predictor.latency)
+        self.least = least_share(options.least_macs, self.predictor.latency if self.predictor else None)
         self._end: Sizes | None = None  # the last that a latency was found to be met with
         rows = [(g, plan[g.name]) for g in comb.groups if g.name in plan]
         self.plan = [(g, row.keep) for g, row in rows]
