@@ -185,15 +185,20 @@ def compare(found, expected, tolerance=TOLERANCE):
         np.testing.assert_allclose(found[atom], own.numpy(), rtol=tolerance, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "ShuffleIntoItself"])  # where all is frozen
-def test_the_derivative_is_that_of_real_gates(name):
-    """And with one gate at 0, the gated network is the one that surgery leaves: the reference is what it claims to be."""
+def solved(name):
+    """A micro-model with random weights, captured and combed, its groups that can shrink, and an input."""
     torch.manual_seed(0)
     case = CASES[name]
     x = torch.randn(case.shape, dtype=torch.float64)
     program = g.capture(randomised(case.model()), x)
     comb = Comb(program)
-    groups = [group for group in comb.groups if group.frozen is None and group.size > group.least]
+    return program, comb, [group for group in comb.groups if group.frozen is None and group.size > group.least], x
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "ShuffleIntoItself"])  # where all is frozen
+def test_the_derivative_is_that_of_real_gates(name):
+    """And with one gate at 0, the gated network is the one that surgery leaves: the reference is what it claims to be."""
+    program, comb, groups, x = solved(name)
     assert groups
     gates = {group.atom: torch.ones(group.size, dtype=torch.float64, requires_grad=True) for group in groups}
     out = Gated(comb, gates)(x)
@@ -305,12 +310,7 @@ def test_tied_and_frozen_weights_are_read_where_they_are_read():
 
 @pytest.mark.parametrize("name", ["FusedQkv", "RmsNorm", "GroupedConv", "GroupedTransposedConv", "SqueezeExcite"])
 def test_a_network_that_has_lost_some_is_scored_in_the_originals_numbering(name):
-    torch.manual_seed(0)
-    case = CASES[name]
-    x = torch.randn(case.shape, dtype=torch.float64)
-    program = g.capture(randomised(case.model()), x)
-    comb = Comb(program)
-    groups = [group for group in comb.groups if group.frozen is None and group.size > group.least]
+    _, comb, groups, x = solved(name)
     masks = {group.atom: np.arange(group.size) != group.size // 2 for group in groups}
     small, _ = remove(comb, masks)
     module = small.module().eval().requires_grad_()
