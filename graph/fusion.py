@@ -19,15 +19,18 @@ Runtime off its optimised graphs. Source: ours.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
 from .ops import arguments, op_name, shape
+
+Shape = Callable[[fx.Node], tuple[int, ...]]
 
 FREE = frozenset(
     "view reshape _unsafe_view flatten unflatten squeeze unsqueeze expand expand_as reshape_as view_as getitem dropout "
@@ -147,13 +150,16 @@ class Kernel:
     nodes: list[fx.Node] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
 
-    def launches(self, grain: int) -> int:
-        """Kernels to start, at the example's sizes."""
-        needed = [c for c in self.copies if c.odd is None or shape(c.odd[0])[c.odd[1]] % grain]
-        return 1 + len(needed)
+    def launches(self, grain: int, shape: Shape = shape) -> int:
+        """Kernels to start at the sizes that `shape` gives."""
+        return 1 + len(self.copied(grain, shape))
+
+    def copied(self, grain: int, shape: Shape = shape) -> list[fx.Node]:
+        """The tensors that are laid out anew at these sizes."""
+        return [c.tensor for c in self.copies if c.odd is None or shape(c.odd[0])[c.odd[1]] % grain]
 
 
-def classify(node: fx.Node) -> str:
+def classify(node: fx.Node, shape: Shape = shape) -> str:
     """The class of an operator (see the table above), or "other"."""
     name = op_name(node)
     if name.startswith("conv") and name[4:5] in "123_":
@@ -164,7 +170,7 @@ def classify(node: fx.Node) -> str:
     return found or ("pointwise" if torch.Tag.pointwise in getattr(node.target, "tags", ()) else "other")
 
 
-def single(node: fx.Node) -> bool:
+def single(node: fx.Node, shape: Shape = shape) -> bool:
     """Whether a reduction has but one entry to reduce."""
     if classify(node) != "reduce" or not isinstance(node.meta.get("val"), torch.Tensor):
         return False
@@ -174,9 +180,12 @@ def single(node: fx.Node) -> bool:
     return "adaptive" not in op_name(node) and math.prod(read[d] for d in dims) == 1
 
 
-def kernels(graph: fx.Graph, rules: Rules) -> list[Kernel]:
-    """The kernels of a program, in the order of their first nodes. Nodes that depend on no input are none."""
-    return _Fusion(graph, rules).run()
+def kernels(graph: fx.Graph, rules: Rules, shape: Shape = shape) -> list[Kernel]:
+    """The kernels of a program, in the order of their first nodes. Nodes that depend on no input are none.
+
+    shape: gives the sizes of a node's tensor; those of the example inputs unless said otherwise.
+    """
+    return _Fusion(graph, rules, shape).run()
 
 
 def count(graph: fx.Graph, rules: Rules) -> int:
@@ -189,8 +198,8 @@ class _Fusion:
     """kinds: classes of the nodes that compute. source: of a node that costs nothing, the one it renames. operands, readers:
     of every node that computes, through what costs nothing. owner: kernels by node, as far as they are made."""
 
-    def __init__(self, graph: fx.Graph, rules: Rules):
-        self.rules = rules
+    def __init__(self, graph: fx.Graph, rules: Rules, shape: Shape):
+        self.rules, self.shape = rules, functools.cache(shape)
         self.place = {node: i for i, node in enumerate(graph.nodes)}
         self.kinds: dict[fx.Node, str] = {}
         self.source: dict[fx.Node, fx.Node] = {}
@@ -212,7 +221,7 @@ class _Fusion:
             ):
                 continue
             varies.add(node)
-            kind = "free" if op_name(node) in rules.free else classify(node)
+            kind = "free" if op_name(node) in rules.free else classify(node, self.shape)
             if kind == "free" or (not rules.generated and not isinstance(node.meta["val"], torch.Tensor)):
                 self.source[node] = read[0]
                 continue
@@ -281,7 +290,7 @@ class _Fusion:
 
     def _joins(self, node: fx.Node, product: fx.Node, inside: set[fx.Node]) -> bool:
         kind, name = self._kind(product), op_name(node)
-        if self.kinds.get(node) != "pointwise" or node in self.owner or _entries(node) != _entries(product):
+        if self.kinds.get(node) != "pointwise" or node in self.owner or self._entries(node) != self._entries(product):
             return False
         others = [
             n
@@ -290,8 +299,8 @@ class _Fusion:
         ]
         if any(self.place[self.source.get(n, n)] > self.place[product] for n in others):
             return False  # what is computed later may need this product
-        if any(_entries(n) == _entries(node) for n in others):
-            flat = kind != "linear" or len(shape(product)) <= 3
+        if any(self._entries(n) == self._entries(node) for n in others):
+            flat = kind != "linear" or len(self.shape(product)) <= 3
             return kind in self.rules.residual and flat and name in ("add", "sub", "mul")
         if others and kind == "depthwise":
             return False
@@ -327,8 +336,8 @@ class _Fusion:
             node = self.readers[end][0]
             name = op_name(node)
             if name in ("matmul", "bmm"):
-                several = len(shape(first)) > 2 and shape(first)[-3] > 1
-                same = shape(first.all_input_nodes[0])[-1] == shape(node)[-1]
+                several = len(self.shape(first)) > 2 and self.shape(first)[-3] > 1
+                same = self.shape(first.all_input_nodes[0])[-1] == self.shape(node)[-1]
                 if weighted and several and same and self.operands[node][0] is end:
                     self._attention([*chain, node])
                 return
@@ -371,9 +380,10 @@ class _Fusion:
 
     def _fits(self, kernel: Kernel, node: fx.Node) -> bool:
         """Whether a generated kernel may also compute a node: it neither resizes nor rearranges what was reduced."""
-        if self.rules.single and any(single(n) for n in kernel.nodes):
+        if self.rules.single and any(single(n, self.shape) for n in kernel.nodes):
             return False
-        reduced = any(self.kinds[n] == "reduce" and _entries(n) < _entries(n.all_input_nodes[0]) for n in kernel.nodes)
+        sums = [n for n in kernel.nodes if self.kinds[n] == "reduce"]
+        reduced = any(self._entries(n) < self._entries(n.all_input_nodes[0]) for n in sums)
         return "upsample" not in op_name(node) and not (reduced and self.kinds[node] == "move")
 
     def _reaches(self, start: Iterable[Kernel], goal: Kernel) -> bool:
@@ -424,7 +434,7 @@ class _Fusion:
                     kernel.copies.append(Copy(read))
                 if name in ("matmul", "bmm"):
                     left, right = node.all_input_nodes[:2]
-                    inner, outer = (left, len(shape(left)) - 1), (right, len(shape(right)) - 1)
+                    inner, outer = (left, len(self.shape(left)) - 1), (right, len(self.shape(right)) - 1)
                     kernel.copies += [Copy(left, inner), Copy(right, inner), Copy(node, outer)]
             if kernel.kind == "generated" and self._is_split(kernel):
                 kernel.copies.append(Copy(kernel.nodes[-1]))
@@ -440,7 +450,7 @@ class _Fusion:
         if self.kinds[first] != "attention":
             last = next(n for n in reversed(kernel.nodes) if op_name(n) in ("matmul", "bmm"))
             inputs = [*first.all_input_nodes[:2], last.all_input_nodes[1]]
-        elif len(shape(first)) > 2 and shape(first)[-3] == 1:
+        elif len(self.shape(first)) > 2 and self.shape(first)[-3] == 1:
             inputs = [*inputs[:3], first, first]  # a single head is two products and a softmax
         inputs = inputs[:3] if len(inputs) == 4 else inputs
         values = self.source.get(inputs[2], inputs[2]) if len(inputs) > 2 else first
@@ -473,7 +483,7 @@ class _Fusion:
         """Whether a convolution reads images that a reduction wrote in plain order."""
         if self.kinds[node] != "reduce" or not isinstance(node.meta["val"], torch.Tensor):
             return False
-        image = len(shape(node)) == 4 and math.prod(shape(node)[2:]) > 1
+        image = len(self.shape(node)) == 4 and math.prod(self.shape(node)[2:]) > 1
         return image and any(op_name(r).startswith("conv") for r in self.readers[node])
 
     def _is_channels_last(self, node: fx.Node) -> bool:
@@ -482,12 +492,11 @@ class _Fusion:
         if op_name(node) not in ("mean", "adaptive_avg_pool2d") or owner is None or owner.kind != "product":
             return False
         first, *rest = owner.nodes
-        if len(shape(node.all_input_nodes[0])) != 4 or not op_name(first).startswith("conv"):
+        if len(self.shape(node.all_input_nodes[0])) != 4 or not op_name(first).startswith("conv"):
             return False
         grouped = self.kinds[first] == "product" and arguments(first)["groups"] > 1
         return not grouped and bool(rest) and all(op_name(n) in CLIPS for n in rest)
 
-
-def _entries(node: fx.Node) -> int:
-    """Of a tensor; 0 of a list of tensors."""
-    return math.prod(shape(node)) if isinstance(node.meta.get("val"), torch.Tensor) else 0
+    def _entries(self, node: fx.Node) -> int:
+        """Of a tensor; 0 of a list of tensors."""
+        return math.prod(self.shape(node)) if isinstance(node.meta.get("val"), torch.Tensor) else 0

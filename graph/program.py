@@ -103,6 +103,11 @@ class Program:
     def graph(self) -> fx.Graph:
         return self.graph_module.graph
 
+    @property
+    def structure(self) -> fx.Graph:
+        """The graph at no cost: right after a removal, the metadata of its nodes still holds the shapes of before."""
+        return self._module.graph
+
     def module(self) -> TrainableModule:
         """The live module: training it trains this program. `train()` and `eval()` work."""
         _ = self._module.forward

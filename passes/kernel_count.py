@@ -7,36 +7,55 @@ kernel, and one over the single branch that is left is a kernel that gives 1, wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
-from ..graph.fusion import Rules, kernels, library, single
+from ..graph.axes import Factor
+from ..graph.comb import Comb, Sizer
+from ..graph.fusion import Rules, Shape, kernels, library, single
 from ..graph.ops import op_name, shape, source
 from .base import Context
 
 ONES = frozenset("softmax _softmax log_softmax _log_softmax".split())
 
 
-def kernel_record(before: fx.Graph, after: fx.Graph, context: Context) -> dict[str, Any]:
+def kernel_record(comb: Comb, sizes: Mapping[Factor, int], smaller: fx.Graph, context: Context) -> dict[str, Any]:
     """Predicted kernels `before` and `after`; where there are more, the nodes that begin the new ones (`more`). `dead`: by
-    softmax that is left a single entry, the nodes whose values go nowhere else, so that they decide nothing."""
+    softmax that is left a single entry, the nodes whose values go nowhere else, so that they decide nothing.
+
+    sizes: what is left of each group. smaller: the graph after removal; its own sizes are not read, as computing them
+    anew would take longer than the removal.
+    """
     rules = library(getattr(context.target, "backend", None), context.dtype)
-    old, new = _started(before, rules), _started(after, rules)
+    kept = _kept_shapes(comb, sizes)
+    old, new = _started(comb.module.graph, rules, shape), _started(smaller, rules, kept)
     counts = [sum(found.values()) for found in (old, new)]
-    more = [source(node) for node in after.nodes if new.get(node.name, 0) > old.get(node.name, 0)]
+    more = [source(node) for node in smaller.nodes if new.get(node.name, 0) > old.get(node.name, 0)]
     found: dict[str, Any] = {"before": counts[0], "after": counts[1], "more": more if counts[1] > counts[0] else []}
-    known = {node.name for node in before.nodes if single(node)}
-    dead = [n for n in after.nodes if op_name(n) in ONES and single(n) and n.name not in known]
+    known = {node.name for node in comb.module.graph.nodes if single(node)}
+    dead = [n for n in smaller.nodes if op_name(n) in ONES and single(n, kept) and n.name not in known]
     return found | {"dead": {source(n): [m.name for m in _only_for(n)] for n in dead}}
 
 
-def _started(graph: fx.Graph, rules: Rules) -> dict[str, int]:
-    """How many kernels each node begins, or is laid out anew by, at the example's sizes."""
+def _kept_shapes(comb: Comb, sizes: Mapping[Factor, int]) -> Shape:
+    """The sizes that the nodes of the graph have after the removal, by name."""
+    size = Sizer(sizes)
+    found = {
+        node.name: tuple(map(size, axes))
+        for node, axes in comb.axes.items()
+        if axes is not None and isinstance(node.meta.get("val"), torch.Tensor)
+    }
+    return lambda node: found.get(node.name) or shape(node)
+
+
+def _started(graph: fx.Graph, rules: Rules, shape: Shape) -> dict[str, int]:
+    """How many kernels each node begins, or is laid out anew by."""
     found: dict[str, int] = {}
-    for kernel in kernels(graph, rules):
-        needed = [c.tensor for c in kernel.copies if c.odd is None or shape(c.odd[0])[c.odd[1]] % rules.grain]
-        for node in (kernel.nodes[0], *needed):
+    for kernel in kernels(graph, rules, shape):
+        for node in (kernel.nodes[0], *kernel.copied(rules.grain, shape)):
             found[node.name] = found.get(node.name, 0) + 1
     return found
 

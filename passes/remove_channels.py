@@ -193,7 +193,7 @@ class RemoveChannels(Pass):
             "cost": {"before": comb.cost({}), "after": smaller.cost()},
             "target": agreed(lambda: cast(Chooser, chooser).record(sizes)),
             "alignment": step,
-            "kernels": kernel_record(program.graph, smaller.graph, context),
+            "kernels": kernel_record(comb, sizes, smaller.structure, context),
             "removed": removed,
             "features": removed_values(comb, masks, block_outputs(program)),
         }

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from graphcomb import Pipeline, capture
+from graphcomb.graph.fusion import count, library
 from graphcomb.passes import Context, RemoveChannels
 
 TENSORRT = SimpleNamespace(backend="tensorrt_rtx", alignment=lambda dtype: 8)
@@ -64,6 +65,18 @@ def test_widths_that_have_to_be_padded_are_more_kernels() -> None:
     assert record["kernels"]["after"] == record["kernels"]["before"] + 1
     assert [name.split(" ")[0] for name in record["kernels"]["more"]] == ["relu"]
     assert pruned(model, round_to=1, include=("0.*",), target=CPU)["kernels"]["more"] == []
+
+
+@pytest.mark.parametrize("target", [TENSORRT, CPU])
+@pytest.mark.parametrize("options", [{"ratio": 0.5}, {"ratio": 0.5, "kinds": ("group", "channel"), "round_to": 8}])
+def test_kernels_counted_before_shapes_are_known_are_those_of_the_finished_program(options: dict, target) -> None:
+    """The record is made from the sizes that the comb keeps; the program computes its shapes anew when they are read."""
+    torch.manual_seed(0)
+    program = capture(Split(), torch.zeros(2, 3, 8, 8), dynamic_shapes="batch")
+    result = RemoveChannels(**options)(program, Context(target=target))
+    rules = library(target.backend, "fp32")
+    assert result.record["kernels"]["before"] == count(program.graph, rules)
+    assert result.record["kernels"]["after"] == count(result.program.graph, rules)
 
 
 def test_the_line_about_a_pass_says_that_there_are_more_kernels(capfd: pytest.CaptureFixture) -> None:
