@@ -57,7 +57,7 @@ from torch import nn
 import graphcomb
 from graphcomb.data import cache_folder, fashion_mnist
 from graphcomb.graph.errors import Contended
-from graphcomb.graph.layers import Layers, run_seconds
+from graphcomb.graph.workload.layers import Layers, run_seconds
 from graphcomb.passes import Distill, RemoveChannels
 from graphcomb.runtime import LatencyTable
 

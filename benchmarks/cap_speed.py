@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from common import save, write
 
-from graphcomb.passes import cap
+from graphcomb.passes.sparse import cap
 
 RESULTS = Path(__file__).parent / "results" / "cap_speed.json"
 SIZES = ((32, 256), (64, 256), (128, 256), (192, 256), (256, 256), (384, 256))

@@ -45,7 +45,7 @@ def measure(name: str, runs: int, seconds: float, rival: bool) -> dict:
     import torch_pruning as tp
 
     from graphcomb.graph import capture
-    from graphcomb.graph.comb import Comb
+    from graphcomb.graph.comb.solve import Comb
     from graphcomb.passes import RemoveChannels
 
     torch.set_num_threads(1)

@@ -52,12 +52,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import graphcomb
 from graphcomb.data import cache_folder, fashion_mnist
-from graphcomb.graph.ops import op_name
+from graphcomb.graph.nodes import op_name
 from graphcomb.graph.program import Program
 from graphcomb.passes import Context, Distill, Fuse, PruneDepth, RemoveChannels
-from graphcomb.passes.blocks import find_blocks
-from graphcomb.passes.relax import relax
-from graphcomb.passes.training import accuracy, evaluate, fingerprint
+from graphcomb.passes.common.losses import accuracy
+from graphcomb.passes.common.repeat import fingerprint
+from graphcomb.passes.common.scoring import evaluate
+from graphcomb.passes.depth.blocks import find_blocks
+from graphcomb.passes.depth.relax import relax
 
 HERE = Path(__file__).parent
 METHODS = ("progressive", "at once", "at once, fit", "random", "channels")

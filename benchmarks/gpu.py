@@ -86,7 +86,7 @@ def present(wanted: list[str] | None) -> dict[str, str]:
     import torch
 
     from graphcomb.graph.errors import GraphcombError
-    from graphcomb.runtime.engine import BACKENDS, backend_module
+    from graphcomb.runtime.engines.base import BACKENDS, backend_module
 
     found = {}
     for name in wanted or ENGINES:
@@ -130,7 +130,7 @@ def engines(
 def opened(name: str, backend: str, program: Any, batches: list[int], folder: Path) -> Any:
     """A variant's engine, ready to run."""
     from graphcomb.runtime import build_engine, export_onnx, load_engine
-    from graphcomb.runtime.engine import BACKENDS, backend_module, open_engine
+    from graphcomb.runtime.engines.base import BACKENDS, backend_module, open_engine
 
     if BACKENDS[backend].source == ".pt2":
         return open_engine(half(program), backend)
@@ -152,7 +152,7 @@ def checked(program: Any, engine: Any, batch: int) -> float:
 
     from graphcomb.graph.errors import Refused
     from graphcomb.graph.program import flatten_outputs
-    from graphcomb.runtime.parity import feeds, relative_error
+    from graphcomb.runtime.export.parity import feeds, relative_error
 
     images = torch.randn(batch, *program.args[0].shape[1:], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -167,7 +167,7 @@ def checked(program: Any, engine: Any, batch: int) -> float:
 
 def measure(name: str, backend: str, batches: list[int], seconds: float, programs: dict[str, Any]) -> dict:
     """Rows by batch: median milliseconds of each variant, and how many times faster it is than dense."""
-    from graphcomb.runtime import bench
+    from graphcomb.runtime.measure import bench
 
     with tempfile.TemporaryDirectory() as folder:
         built, errors, failed = engines(backend, programs, batches, Path(folder))

@@ -44,8 +44,10 @@ from torch.utils.data import DataLoader, RandomSampler
 
 import graphcomb
 from graphcomb.data import cache_folder, fashion_mnist
-from graphcomb.passes import Distill, Sparsify, masks
-from graphcomb.passes.training import evaluate, seeded
+from graphcomb.passes import Distill, Sparsify
+from graphcomb.passes.common import masks
+from graphcomb.passes.common.repeat import seeded
+from graphcomb.passes.common.scoring import evaluate
 
 RESULTS = Path(__file__).parent / "results" / "sparsity.json"
 NETWORKS = {"cnn": networks.ResNet, "convnext": networks.ConvNeXt, "deit": networks.DeiT}

@@ -142,7 +142,7 @@ def measure(name: str, verify_up_to: float) -> dict:
     import torch
 
     from graphcomb.graph import capture
-    from graphcomb.graph.comb import Comb
+    from graphcomb.graph.comb.solve import Comb
     from graphcomb.graph.program import flatten_outputs
     from graphcomb.passes import RemoveChannels
 

@@ -15,8 +15,7 @@ import torch
 from torch import fx
 
 from .errors import Refused
-from .ops import arguments, fetch, op_name, shape, source
-from .rules.contraction import spelled_out
+from .nodes import arguments, fetch, op_name, shape, source, spelled_out
 
 Ref = tuple[fx.Node, int] | int
 Polynomial = list[list[Ref]]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .ops import arguments, fetch, op_name
+from .nodes import arguments, fetch, op_name
 
 TAG = "graphcomb"
 DROPOUTS = frozenset("dropout feature_dropout alpha_dropout feature_alpha_dropout".split())

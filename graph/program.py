@@ -35,7 +35,7 @@ from .capture import prove as compare
 from .errors import BadInput, CaptureError
 from .flags import DROPOUTS as DROPOUTS
 from .flags import TAG, switched, tag
-from .ops import fetch, op_name
+from .nodes import fetch, op_name
 from .trainable import TrainableModule
 
 

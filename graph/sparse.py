@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .ops import fetch
+from .nodes import fetch
 from .program import Program
 
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import fx
 
-from . import axes as ax
-from .axes import Axis, Factor, Masks
-from .comb import Comb
+from .comb import axes as ax
+from .comb.axes import Axis, Factor, Masks
+from .comb.solve import Comb
 from .errors import Refused
-from .ops import arguments, op_name, set_argument, source
+from .nodes import arguments, op_name, set_argument, source
 from .program import Program, TrainableModule, copy_tensor, like, rebuild
 
 Removed = dict[str, dict[int, list[int]]]

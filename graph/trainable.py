@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from .flags import STATISTICS, switched, tag, wanted
-from .ops import arguments, fetch, op_name, set_argument
+from .nodes import arguments, fetch, op_name, set_argument
 
 
 class _Generated:

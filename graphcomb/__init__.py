@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import passes, runtime
     from .graph import verify
-    from .graph.comb import Comb, Group, comb
+    from .graph.comb.rules import rule
+    from .graph.comb.solve import Comb, Group, comb
     from .graph.cost import counts
     from .graph.errors import BadInput, CaptureError, GraphcombError, MissingBackend, Refused, Unreachable
     from .graph.program import Program, capture, load
-    from .graph.rules import rule
     from .passes.base import Context, Pass, PassResult
     from .pipeline import Pipeline, PipelineResult
 
@@ -32,7 +32,7 @@ _NAMES = {
     "graph.cost": ("counts",),
     "graph.errors": ("BadInput", "CaptureError", "GraphcombError", "MissingBackend", "Refused", "Unreachable"),
     "graph.program": ("Program", "capture", "load"),
-    "graph.rules": ("rule",),
+    "graph.comb.rules": ("rule",),
     "passes.base": ("Context", "Pass", "PassResult"),
     "pipeline": ("Pipeline", "PipelineResult"),
 }

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from .data import cache_folder, digits
-from .runtime.engine import replacing
+from .runtime.engines.base import replacing
 
 
 class ResidualBlock(nn.Module):

@@ -17,14 +17,14 @@ from torch.fx import Node
 
 from .graph import verify
 from .graph.errors import BadInput, GraphcombError
-from .graph.ops import op_name
+from .graph.nodes import op_name
 from .graph.program import Program
 from .passes.base import Context, Pass, PassResult
-from .passes.batches import Adapted
+from .passes.common.batches import Adapted
 from .passes.common.processes import agreed, stored_program
-from .passes.common.repeat import Samples, code_of, run_code, says_anew
-from .passes.training import evaluate, seeded
-from .runtime.engine import replacing
+from .passes.common.repeat import Samples, code_of, run_code, says_anew, seeded
+from .passes.common.scoring import evaluate
+from .runtime.engines.base import replacing
 
 SURGERY_TOLERANCE = 1e-10  # an exact surgery differs from the oracle by float64 rounding only
 ACCURACY = ("accuracy", "training accuracy")  # figures that are shares

@@ -40,7 +40,7 @@ from pydantic import (
 from . import passes as library
 from .graph.errors import BadInput, GraphcombError
 from .passes.base import Pass
-from .runtime.targets import nearest
+from .runtime.devices.table import nearest
 
 TEXT = "tag:yaml.org,2002:str"
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")

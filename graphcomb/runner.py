@@ -20,18 +20,18 @@ from .data import cache_folder
 from .graph.errors import BadInput, CaptureError, GraphcombError
 from .graph.program import Program, capture
 from .passes.base import Context
-from .passes.batches import Feed, adapted, split_batch
+from .passes.common.batches import Feed, adapted, split_batch
 from .passes.quantize import Quantize
 from .pipeline import Pipeline, PipelineResult, is_main, write_json
 from .recipe import Input, Recipe
-from .runtime.dla import dla_core
-from .runtime.engine import backend_module, check_options, known_options
-from .runtime.latency import LatencyTable
-from .runtime.measured import are_results
-from .runtime.opset import LOWEST, choose_opset
-from .runtime.parity import SAMPLES
-from .runtime.roofline import Roofline
-from .runtime.targets import Target, get_target
+from .runtime.devices.table import Target, get_target
+from .runtime.engines.base import backend_module, check_options, known_options
+from .runtime.engines.dla import dla_core
+from .runtime.export.opset import LOWEST, choose_opset
+from .runtime.export.parity import SAMPLES
+from .runtime.predict.measured import are_results
+from .runtime.predict.roofline import Roofline
+from .runtime.predict.table import LatencyTable
 from .sources import first_batch, load_data, load_model, resolve
 
 DEFAULT_SHAPE = [1, 3, 224, 224]

@@ -10,8 +10,8 @@ from torch.utils import _pytree as pytree
 from .graph.errors import BadInput
 from .graph.program import Program, capture
 from .runner import DEFAULT_SHAPE
-from .runtime.targets import nearest
-from .runtime.torch_engine import specs
+from .runtime.devices.table import nearest
+from .runtime.engines.torch.base import specs
 
 
 def read_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:

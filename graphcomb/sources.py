@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from . import data as builtin
 from .graph.errors import BadInput, GraphcombError
 from .graph.program import Program, load
-from .runtime.targets import nearest
+from .runtime.devices.table import nearest
 
 
 def resolve(spec: str, field: str) -> Any:

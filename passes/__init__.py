@@ -1,14 +1,14 @@
 """Passes: one rewrite or training stage per file. A recipe names them by class; fields are their options."""
 
 from .base import Context, Pass, PassResult
+from .channels.remove_channels import RemoveChannels
 from .comb import Comb
-from .distill import Distill
-from .fuse import Fuse
-from .prune_depth import PruneDepth
+from .depth.prune_depth import PruneDepth
+from .fuse.fuse import Fuse
 from .quantize import Quantize
-from .remove_channels import RemoveChannels
-from .sparsify import Sparsify
+from .sparse.sparsify import Sparsify
 from .split_fused import SplitFused
+from .train.distill import Distill
 
 __all__ = [
     "Comb",

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 from torch.export import ExportedProgram
 
 from ..graph.errors import BadInput
-from ..graph.layers import Latency
 from ..graph.program import Program
-from .batches import adapted
-from .masks import check
+from ..graph.workload.layers import Latency
+from .common.batches import adapted
+from .common.masks import check
 
 
 @dataclass

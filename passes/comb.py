@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..graph.comb import Comb as Solver
+from ..graph.comb.solve import Comb as Solver
 from ..graph.program import Program
 from .base import Context, Pass, PassResult
 

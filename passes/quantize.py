@@ -13,13 +13,14 @@ from torch.utils import _pytree as pytree
 
 from ..graph.capture import infer
 from ..graph.errors import BadInput, MissingBackend
-from ..graph.ops import arguments, fetch, op_name, set_argument
+from ..graph.nodes import arguments, fetch, op_name, set_argument
 from ..graph.program import Program, place_tensor
 from .base import Context, Pass, PassResult, check_field
-from .batches import Feed
+from .common.batches import Feed
+from .common.processes import accelerator, placed
+from .common.repeat import seeded
 from .common.samples import sample_batches
-from .statistics import Layer, check_included, layers, read_patterns
-from .training import accelerator, placed, seeded
+from .common.statistics import Layer, check_included, layers, read_patterns
 
 RANGE = (-128, 127)  # the one signed range that ONNX's QuantizeLinear has
 

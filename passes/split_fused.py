@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..graph.capture import infer
-from ..graph.ops import arguments, op_name, shape
+from ..graph.nodes import arguments, op_name, shape
 from ..graph.program import Program
 from .base import Context, Pass, PassResult
 

@@ -2,19 +2,19 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .bench import BenchResult, bench
-from .bundle import run_bundle, write_bundle
-from .engine import Engine, EngineReport, build_engine, load_engine, open_engine
-from .latency import LatencyTable
-from .measured import read_results
-from .onnx import OnnxReport, export_onnx
-from .parity import parity
-from .prediction import predict
-from .roofline import Roofline
-from .targets import TARGETS, Target, get_target
+from .bundle.bundle import run_bundle, write_bundle
+from .devices.table import TARGETS, Target, get_target
+from .engines.base import Engine, EngineReport, build_engine, load_engine, open_engine
+from .export.parity import parity
+from .export.to_onnx import OnnxReport, export_onnx
+from .measure.bench import BenchResult, bench
+from .predict.measured import read_results
+from .predict.predict import predict
+from .predict.roofline import Roofline
+from .predict.table import LatencyTable
 
 if TYPE_CHECKING:
-    from .report import write_report
+    from .report.report import write_report
 
 __all__ = [
     "TARGETS",
@@ -42,7 +42,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "write_report":  # brings matplotlib, which nothing else needs
-        from .report import write_report
+        from .report.report import write_report
 
         return write_report
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

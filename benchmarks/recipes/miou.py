@@ -14,7 +14,7 @@ from rich.progress import track
 
 import graphcomb
 from graphcomb.data import segmentation_folder
-from graphcomb.passes.training import logits_of
+from graphcomb.passes.common.losses import logits_of
 
 
 def mean_iou(program: graphcomb.Program, batches) -> float:

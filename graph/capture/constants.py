@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..flags import STATISTICS
-from ..ops import arguments, fetch, op_name
+from ..nodes import arguments, fetch, op_name
 
 FACTORIES = frozenset(
     "new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like arange zeros ones full empty linspace "

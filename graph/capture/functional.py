@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..flags import DROPOUTS, set_tag, tag, walk
-from ..ops import arguments, fetch, op_name, source
+from ..nodes import arguments, fetch, op_name, source
 from .constants import fold_constants
 from .regions import drop_litter
 

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from ..flags import DROPOUTS, depends, set_tag, switch, switched, tag, values, walk
-from ..ops import arguments, op_name, source
+from ..nodes import arguments, op_name, source
 
 COUNTER = "num_batches_tracked"
 

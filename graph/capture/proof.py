@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CaptureError
-from ..ops import fetch, source
+from ..nodes import fetch, source
 from ..trainable import TrainableModule
 from .export import preserved, without_fast_path
 from .modes import COUNTER, Lost

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CaptureError
 from ..flags import DROPOUTS, walk
-from ..ops import fetch, op_name, source
+from ..nodes import fetch, op_name, source
 
 LITTER = (
     "_assert_tensor_metadata",

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..ops import op_name, source
+from ..nodes import op_name, source
 from ..program import Program
 from .evaluate import Evaluator, evaluated, invoke
 from .presence import (

@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..errors import BadInput
-from ..ops import arguments, fetch, op_name, source
+from ..nodes import arguments, fetch, op_name, source
 from ..program import DROPOUTS, Program
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)

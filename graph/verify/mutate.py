@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ops import op_name
+from ..nodes import op_name
 from ..program import Program
 from .check import TOLERANCE, Trial
 from .evaluate import Evaluator, relative_error, tensors_of

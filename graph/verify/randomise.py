@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..ops import arguments, op_name
+from ..nodes import arguments, op_name
 from ..program import Program
 from .absence import Absence
 from .evaluate import Observer, tensors_of, to_double

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import fx
 
-from .. import axes as ax
-from ..comb import Comb
+from ..comb import axes as ax
+from ..comb.solve import Comb
 from ..errors import GraphcombError
-from ..ops import arguments, op_name
+from ..nodes import arguments, op_name
 from ..program import Program
 from .absence import spell_out
 from .check import Trial

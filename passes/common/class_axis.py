@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ...graph.errors import GraphcombError
-from ...graph.ops import arguments, op_name, shape
+from ...graph.nodes import arguments, op_name, shape
 from ...graph.program import Program
 from .losses import NAMES, logits_of
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...graph.errors import BadInput
 from ...graph.program import Program, TrainableModule
-from ..batches import Batch, Feed, length, shard, split_batch
+from .batches import Batch, Feed, length, shard, split_batch
 from .losses import accuracy, applied
 from .processes import accelerator, placed, reduced
 from .repeat import seeded

@@ -24,12 +24,12 @@ from torch.utils import _pytree as pytree
 from ...graph.errors import BadInput, GraphcombError
 from ...graph.program import Program, TrainableModule
 from ..base import Context
-from ..batches import Batch, Feed, generators, length, shard
+from ..common.batches import Batch, Feed, generators, length, shard
 from ..common.losses import accuracy
+from ..common.masks import zeros
 from ..common.processes import accelerator, agreed, gathered, move, reduced
 from ..common.repeat import code_of, rng_state, run_code, sample, says_anew, seeded, set_rng_state
 from ..common.scoring import bar, score
-from ..masks import zeros
 from .callbacks import Callback, HeldZeros, Surgery, taken
 from .options import Training, learning_rate
 

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphcomb.graph import Program, capture, verify
-from graphcomb.graph.axes import Factor, monomials
-from graphcomb.graph.comb import Comb
-from graphcomb.graph.ops import op_name
+from graphcomb.graph.comb.axes import Factor, monomials
+from graphcomb.graph.comb.solve import Comb
+from graphcomb.graph.nodes import op_name
 from graphcomb.graph.surgery import remove
 from graphcomb.passes.base import PassResult
 

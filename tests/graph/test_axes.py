@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import graphcomb.graph.axes as ax
-from graphcomb.graph.axes import Misaligned, Reason, cut, fresh, show, size, split_at, take_inner, total, unify
+import graphcomb.graph.comb.axes as ax
+from graphcomb.graph.comb.axes import Misaligned, Reason, cut, fresh, show, size, split_at, take_inner, total, unify
 
 PROBLEM = Reason(None, "for a test")
 

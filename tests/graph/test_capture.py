@@ -15,7 +15,7 @@ from torch.export import Dim
 
 import graphcomb.graph as g
 from graphcomb.graph.errors import BadInput, CaptureError
-from graphcomb.graph.ops import op_name
+from graphcomb.graph.nodes import op_name
 
 
 class Net(nn.Module):

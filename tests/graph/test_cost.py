@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import graphcomb as g
 from graphcomb.graph import Program, capture
-from graphcomb.graph.comb import Comb
+from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.cost import COUNTS
 from graphcomb.graph.errors import Refused
-from graphcomb.graph.layers import Layers
+from graphcomb.graph.workload.layers import Layers
 from graphcomb.passes import PruneDepth, RemoveChannels
 
 Sizes = tuple[int, ...]

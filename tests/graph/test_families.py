@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from graphcomb.graph import Program, capture, verify
-from graphcomb.graph.comb import Comb
+from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.errors import GraphcombError
 from graphcomb.passes import PassResult, RemoveChannels
 

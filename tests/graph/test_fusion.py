@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from graphcomb import capture
-from graphcomb.graph.fusion import ONNXRUNTIME, TENSORRT, classify, count, kernels
+from graphcomb.graph.workload.fusion import ONNXRUNTIME, TENSORRT, classify, count, kernels
 
 
 class Calls(nn.Module):

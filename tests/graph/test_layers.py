@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from graphcomb.graph import Program, capture
-from graphcomb.graph.comb import Comb
-from graphcomb.graph.layers import Layer, Layers
+from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.surgery import remove
+from graphcomb.graph.workload.layers import Layer, Layers
 
 
 class Convolutional(nn.Module):

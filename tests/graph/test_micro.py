@@ -12,7 +12,7 @@ from torch.export import Dim
 
 import graphcomb
 from graphcomb.graph import Program, capture, verify
-from graphcomb.graph.comb import KINDS, Comb
+from graphcomb.graph.comb.solve import KINDS, Comb
 from graphcomb.graph.surgery import remove
 from graphcomb.passes import PassResult, RemoveChannels
 

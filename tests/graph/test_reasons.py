@@ -12,7 +12,7 @@ from torch import nn
 
 from graphcomb import cli
 from graphcomb.graph import capture
-from graphcomb.graph.comb import Comb
+from graphcomb.graph.comb.solve import Comb
 
 
 class Brackets(nn.Module):

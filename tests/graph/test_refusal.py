@@ -15,9 +15,9 @@ from torch import nn
 
 import graphcomb
 from graphcomb.graph import capture, verify
-from graphcomb.graph.comb import KINDS, Comb
+from graphcomb.graph.comb.rules import RULES
+from graphcomb.graph.comb.solve import KINDS, Comb
 from graphcomb.graph.errors import BadInput, Refused
-from graphcomb.graph.rules import RULES
 from graphcomb.graph.surgery import remove
 from graphcomb.passes import RemoveChannels
 

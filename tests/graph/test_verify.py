@@ -17,9 +17,9 @@ from torch import nn
 
 import graphcomb.graph as g
 from graphcomb.graph import verify
-from graphcomb.graph.comb import comb
+from graphcomb.graph.comb.solve import comb
 from graphcomb.graph.errors import BadInput, GraphcombError
-from graphcomb.graph.ops import arguments, op_name, set_argument
+from graphcomb.graph.nodes import arguments, op_name, set_argument
 from graphcomb.graph.surgery import remove
 from graphcomb.graph.verify.absence import RULES
 from graphcomb.graph.verify.check import Trial

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from graphcomb.cli import main
+from graphcomb.cli.app import main
 
 sys.path.insert(0, str(Path(__file__).parent))  # for toys.py, in tests and in recipes
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 import graphcomb
 from graphcomb.passes import RemoveChannels
-from graphcomb.runtime.onnx import export_onnx
+from graphcomb.runtime.export.to_onnx import export_onnx
 
 
 @pytest.fixture(autouse=True)

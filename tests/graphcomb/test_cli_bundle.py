@@ -10,7 +10,7 @@ import torch
 import graphcomb
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import RemoveChannels
-from graphcomb.runtime import bundle as bundles
+from graphcomb.runtime.bundle import bundle as bundles
 
 QUICK = ("--seconds", "1", "--engine", "onnxruntime", "--quiet")
 

@@ -14,9 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 import graphcomb
 from graphcomb import runtime
 from graphcomb.graph.errors import BadInput
-from graphcomb.runtime.bench import BenchResult, Timing
-from graphcomb.runtime.bundle import run_bundle
-from graphcomb.runtime.engine import check_model, precision
+from graphcomb.runtime.bundle.bundle import run_bundle
+from graphcomb.runtime.engines.base import check_model, precision
+from graphcomb.runtime.measure.bench import BenchResult, Timing
 from graphcomb.shapes import read_ranges, read_shapes, with_batch
 
 
@@ -161,7 +161,8 @@ def test_warnings_are_one_line_each(cli, model: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_gpu_that_is_taken_for_one_of_several_is_said(cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphcomb.runtime import engine, tensorrt
+    from graphcomb.runtime.engines import base as engine
+    from graphcomb.runtime.engines.trt import build as tensorrt
 
     class Orin:
         compute_capability = (8, 7)

@@ -12,9 +12,9 @@ from torch import nn
 
 import graphcomb
 from graphcomb import runtime
-from graphcomb.cli import printable
-from graphcomb.runtime.opset import choose_opset
-from graphcomb.runtime.targets import get_target
+from graphcomb.cli.app import printable
+from graphcomb.runtime.devices.table import get_target
+from graphcomb.runtime.export.opset import choose_opset
 
 
 class Cancelled(nn.Module):

@@ -46,7 +46,7 @@ def test_a_run_says_what_its_layers_take(cli, recipe, tmp_path: Path) -> None:
 
 def test_the_error_is_said_where_the_target_is_this_machine(cli, recipe, tmp_path: Path, monkeypatch) -> None:
     from graphcomb import runner
-    from graphcomb.runtime.bench import BenchResult, Timing
+    from graphcomb.runtime.measure.bench import BenchResult, Timing
 
     timings = [Timing(name, 20, 0, 1, {"median": ms}) for name, ms in (("dense", 4.0), ("compressed", 2.0))]
     result = BenchResult(timings, {"compressed": {"median": 2.0}}, 20, 0, 1.0, "", {})

@@ -8,7 +8,7 @@ import torch
 
 import graphcomb
 from graphcomb import schema
-from graphcomb.runtime.bundle import run_bundle, write_bundle
+from graphcomb.runtime.bundle.bundle import run_bundle, write_bundle
 
 PAGE = Path(schema.__file__).parents[1] / "docs" / "formats.md"
 

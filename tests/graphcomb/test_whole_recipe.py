@@ -8,7 +8,7 @@ from torch import nn
 
 import graphcomb
 from graphcomb.graph.errors import GraphcombError
-from graphcomb.passes import masks
+from graphcomb.passes.common import masks
 from graphcomb.pipeline import Pipeline
 from graphcomb.recipe import parse_recipe
 

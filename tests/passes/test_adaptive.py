@@ -18,16 +18,16 @@ from torch.nn import functional as F
 
 import graphcomb.graph as g
 from graphcomb.graph import verify
-from graphcomb.graph.comb import Comb
+from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.errors import BadInput, GraphcombError, Unreachable
 from graphcomb.graph.program import load
 from graphcomb.graph.surgery import remove
-from graphcomb.passes.adaptive import event_steps
 from graphcomb.passes.base import Context
-from graphcomb.passes.distill import Distill, feature_distance, matching_features
-from graphcomb.passes.importance import TRANSFORMS, Members
-from graphcomb.passes.remove_channels import RemoveChannels
+from graphcomb.passes.channels.importance import TRANSFORMS, Members
+from graphcomb.passes.channels.remove_channels import RemoveChannels
+from graphcomb.passes.channels.while_training import event_steps
 from graphcomb.passes.train import loop
+from graphcomb.passes.train.distill import Distill, feature_distance, matching_features
 
 EXACT = 1e-10
 
@@ -358,7 +358,7 @@ def test_features_follow_what_is_pruned_meanwhile(monkeypatch):
         )
         return feature_distance(student, taught)
 
-    monkeypatch.setattr("graphcomb.passes.distill.feature_distance", watched)
+    monkeypatch.setattr("graphcomb.passes.train.distill.feature_distance", watched)
     for labels in (True, False):
         seen.clear()
         before = state(teacher)

@@ -12,8 +12,8 @@ from graphcomb import Pipeline
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Distill, Quantize, Sparsify
 from graphcomb.passes.base import Context
-from graphcomb.passes.batches import Adapted, Feed, adapted, generators, length, shard, split_batch
-from graphcomb.passes.training import evaluate
+from graphcomb.passes.common.batches import Adapted, Feed, adapted, generators, length, shard, split_batch
+from graphcomb.passes.common.scoring import evaluate
 
 
 def program(batch="batch"):

@@ -6,8 +6,8 @@ from depth_networks import NETWORKS
 
 import graphcomb
 from graphcomb.passes import Fuse
-from graphcomb.passes.blocks import find_blocks
-from graphcomb.passes.relax import relax
+from graphcomb.passes.depth.blocks import find_blocks
+from graphcomb.passes.depth.relax import relax
 
 
 def kernels(program, folder):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphcomb.graph.errors import BadInput
-from graphcomb.passes import cap
+from graphcomb.passes.sparse import cap
 
 D = torch.float64
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphcomb.graph.axes import Factor
-from graphcomb.graph.comb import Group
-from graphcomb.passes.adaptive import event_steps
-from graphcomb.passes.legalise import Costs
-from graphcomb.passes.selection import Selection
+from graphcomb.graph.comb.axes import Factor
+from graphcomb.graph.comb.solve import Group
+from graphcomb.passes.channels.legalise import Costs
+from graphcomb.passes.channels.selection import Selection
+from graphcomb.passes.channels.while_training import event_steps
 
 
 class Network:

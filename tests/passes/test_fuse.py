@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import graphcomb.graph as g
-from graphcomb.graph.ops import op_name
-from graphcomb.passes import fuse
-from graphcomb.passes.fuse import Fuse
+from graphcomb.graph.nodes import op_name
+from graphcomb.passes.fuse import fuse
+from graphcomb.passes.fuse.fuse import Fuse
 
 
 def lively(model, seed=0):

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import graphcomb.graph as g
-from graphcomb.graph.ops import op_name
-from graphcomb.passes.fuse import Fuse
-from graphcomb.passes.kernel import Geometry, Inexact, Kernel
+from graphcomb.graph.nodes import op_name
+from graphcomb.passes.fuse.affine import Geometry, Inexact, Kernel
+from graphcomb.passes.fuse.fuse import Fuse
 
 
 def scramble(model, seed=0):

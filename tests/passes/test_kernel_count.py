@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from graphcomb import Pipeline, capture
-from graphcomb.graph.fusion import count, library
+from graphcomb.graph.workload.fusion import count, library
 from graphcomb.passes import Context, RemoveChannels
 
 TENSORRT = SimpleNamespace(backend="tensorrt_rtx", alignment=lambda dtype: 8)

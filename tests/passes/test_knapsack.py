@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from graphcomb import capture, comb
-from graphcomb.graph.layers import Layer
-from graphcomb.passes import knapsack as module
-from graphcomb.passes.knapsack import Floor, Predictor, knapsack
+from graphcomb.graph.workload.layers import Layer
+from graphcomb.passes.channels import knapsack as module
+from graphcomb.passes.channels.knapsack import Floor, Predictor, knapsack
 
 
 class PerMac:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from graphcomb import capture, verify
-from graphcomb.graph.comb import Comb
+from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.errors import BadInput, Unreachable
-from graphcomb.graph.layers import Layer, Layers
+from graphcomb.graph.workload.layers import Layer, Layers
 from graphcomb.passes import Distill, RemoveChannels
-from graphcomb.runtime.roofline import Error
+from graphcomb.runtime.predict.roofline import Error
 
 
 class PerMac:

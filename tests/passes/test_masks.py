@@ -7,13 +7,14 @@ from depth_networks import Tied
 from torch import nn
 
 import graphcomb.graph as g
-from graphcomb.graph.comb import Comb
+from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.errors import Refused
 from graphcomb.graph.surgery import remove
-from graphcomb.passes import Distill, Fuse, RemoveChannels, Sparsify, masks
+from graphcomb.passes import Distill, Fuse, RemoveChannels, Sparsify
 from graphcomb.passes.base import Pass, PassResult
+from graphcomb.passes.common import masks
 from graphcomb.runtime import export_onnx
-from graphcomb.runtime.sparsity import check_sparsity, sparse_weights
+from graphcomb.runtime.export.sparsity import check_sparsity, sparse_weights
 
 
 def network():

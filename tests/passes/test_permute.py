@@ -9,8 +9,9 @@ from torch import nn
 import graphcomb.graph as g
 from graphcomb.graph import verify
 from graphcomb.graph.errors import BadInput
-from graphcomb.passes import Sparsify, masks
-from graphcomb.passes.permute import best_order, kept, permuted
+from graphcomb.passes import Sparsify
+from graphcomb.passes.common import masks
+from graphcomb.passes.sparse.permute import best_order, kept, permuted
 
 
 class Network(nn.Module):
@@ -53,7 +54,7 @@ def test_the_function_stays_and_more_is_kept(program):
 
 
 def test_a_wrong_order_of_one_tensor_would_show(program, monkeypatch):
-    import graphcomb.passes.permute as module
+    import graphcomb.passes.sparse.permute as module
 
     real = module.positions
     calls = itertools.count()

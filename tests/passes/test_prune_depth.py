@@ -14,10 +14,11 @@ import graphcomb.graph as g
 from graphcomb import Pipeline
 from graphcomb.graph.errors import BadInput, Refused, Unreachable
 from graphcomb.graph.verify.evaluate import relative_error
-from graphcomb.passes import Context, Distill, Fuse, PruneDepth, RemoveChannels, Sparsify, masks
-from graphcomb.passes import prune_depth as module
-from graphcomb.passes.blocks import find_blocks
-from graphcomb.passes.relax import SWITCHES, relax
+from graphcomb.passes import Context, Distill, Fuse, PruneDepth, RemoveChannels, Sparsify
+from graphcomb.passes.common import masks
+from graphcomb.passes.depth import prune_depth as module
+from graphcomb.passes.depth.blocks import find_blocks
+from graphcomb.passes.depth.relax import SWITCHES, relax
 
 
 def digits(part, batch=32):

@@ -7,8 +7,9 @@ from torch import nn
 
 import graphcomb.graph as g
 from graphcomb.graph.errors import BadInput
-from graphcomb.graph.ops import op_name
-from graphcomb.passes import Distill, Quantize, Sparsify, masks
+from graphcomb.graph.nodes import op_name
+from graphcomb.passes import Distill, Quantize, Sparsify
+from graphcomb.passes.common import masks
 from graphcomb.runtime import build_engine, export_onnx
 
 pytest.importorskip("torchao", reason="needs torchao (the quantize extra)")

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from graphcomb import capture
-from graphcomb.graph.comb import Comb
+from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.errors import BadInput, GraphcombError
 from graphcomb.passes import Distill, PruneDepth, RemoveChannels, Sparsify
 from graphcomb.passes.base import Context
+from graphcomb.passes.channels.importance import from_gradients
 from graphcomb.passes.common import processes
-from graphcomb.passes.importance import from_gradients
-from graphcomb.passes.statistics import Gradients, input_moments, layers
-from graphcomb.passes.training import accelerator, agreed
+from graphcomb.passes.common.processes import accelerator, agreed
+from graphcomb.passes.common.statistics import Gradients, input_moments, layers
 
 
 class Skewed:

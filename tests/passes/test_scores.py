@@ -12,18 +12,18 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import graphcomb.graph as g
-from graphcomb.graph import axes as ax
-from graphcomb.graph.comb import Comb
+from graphcomb.graph.comb import axes as ax
+from graphcomb.graph.comb.rules.contraction import spelled_out
+from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.errors import BadInput
-from graphcomb.graph.ops import arguments, op_name
-from graphcomb.graph.rules.contraction import spelled_out
+from graphcomb.graph.nodes import arguments, op_name
 from graphcomb.graph.surgery import remove
-from graphcomb.passes import statistics
 from graphcomb.passes.base import Context
-from graphcomb.passes.batches import Feed
-from graphcomb.passes.gates import Gates
-from graphcomb.passes.remove_channels import RemoveChannels
-from graphcomb.passes.statistics import Gradients, input_moments, layers
+from graphcomb.passes.channels.gates import Gates
+from graphcomb.passes.channels.remove_channels import RemoveChannels
+from graphcomb.passes.common import statistics
+from graphcomb.passes.common.batches import Feed
+from graphcomb.passes.common.statistics import Gradients, input_moments, layers
 
 from ..graph.micro_models import CASES
 

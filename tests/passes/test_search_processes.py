@@ -13,8 +13,8 @@ from torch import nn
 
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Context, PruneDepth
-from graphcomb.passes import prune_depth as module
-from graphcomb.passes.blocks import find_blocks
+from graphcomb.passes.depth import prune_depth as module
+from graphcomb.passes.depth.blocks import find_blocks
 
 SEARCH = PruneDepth(blocks=2, supernet_steps=0, population=5, generations=2, calibrate=2, score_batches=3)
 

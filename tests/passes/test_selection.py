@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from graphcomb import Comb, capture
-from graphcomb.passes.legalise import Costs
-from graphcomb.passes.remove_channels import mac_terms
-from graphcomb.passes.selection import Selection
+from graphcomb.passes.channels.legalise import Costs
+from graphcomb.passes.channels.remove_channels import mac_terms
+from graphcomb.passes.channels.selection import Selection
 
 
 class Trunk(nn.Module):

@@ -13,10 +13,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import graphcomb.graph as g
 from graphcomb.data import digits
 from graphcomb.graph.errors import BadInput, Refused
-from graphcomb.passes import Distill, Sparsify, cap, masks
+from graphcomb.passes import Distill, Sparsify
 from graphcomb.passes.base import Context
-from graphcomb.passes.statistics import Gradients, input_moments, layers
-from graphcomb.passes.training import evaluate
+from graphcomb.passes.common import masks
+from graphcomb.passes.common.scoring import evaluate
+from graphcomb.passes.common.statistics import Gradients, input_moments, layers
+from graphcomb.passes.sparse import cap
 
 METHODS = ("cap", "fastcap", "woodfisher", "sparsegpt", "wanda", "magnitude")
 
@@ -352,7 +354,7 @@ def test_sums_of_two_batches_are_never_there_together(program, monkeypatch, meth
 
 
 def test_memory_is_cut_into_batches_of_blocks(program):
-    from graphcomb.passes.solver import Method, Solver
+    from graphcomb.passes.sparse.solver import Method, Solver
 
     method = Method("cap", 0.5, True, 32, Gradients(1000, "sample", "labels"), None, "fp32", 1e6)
     solver = Solver(method, program.copy(), layers(program)[0], Context())

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphcomb.graph as g
-from graphcomb.graph.comb import Comb
-from graphcomb.graph.ops import op_name
+from graphcomb.graph.comb.solve import Comb
+from graphcomb.graph.nodes import op_name
 from graphcomb.passes import RemoveChannels, SplitFused
 
 HEADS, WIDTH = 3, 4

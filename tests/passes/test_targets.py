@@ -8,8 +8,8 @@ from torch import nn
 from graphcomb import Comb, capture
 from graphcomb.graph.errors import BadInput, Unreachable
 from graphcomb.passes import Context, Distill, RemoveChannels
-from graphcomb.passes.importance import IMPORTANCES
-from graphcomb.passes.selection import Selection, lowest_removed
+from graphcomb.passes.channels.importance import IMPORTANCES
+from graphcomb.passes.channels.selection import Selection, lowest_removed
 
 DATA = [(torch.randn(4, 1, 8, 8), torch.randint(3, (4,))) for _ in range(8)]
 TRAIN = Distill(epochs=1, lr=1e-3, alpha=0.0)
@@ -219,7 +219,7 @@ def test_what_goes_while_training_does_not_depend_on_the_scale_of_the_scores(sca
 
     def removed(times):
         scores = lambda comb, groups, *_: {g.atom: times * fixed[g.name] for g in groups}  # noqa: E731
-        monkeypatch.setattr("graphcomb.passes.adaptive.relative_norms", scores)
+        monkeypatch.setattr("graphcomb.passes.channels.while_training.relative_norms", scores)
         pass_ = RemoveChannels(importance="magnitude", round_to=1, interval=1, train=TRAIN, **options)
         result = pass_(found, data=DATA)
         assert len([e for e in result.record["events"] if e["removed"]]) > 2

@@ -10,7 +10,7 @@ import graphcomb.graph as g
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Comb, Distill, Fuse, PruneDepth, Quantize, RemoveChannels, Sparsify
 from graphcomb.passes.base import Context
-from graphcomb.passes.training import evaluate
+from graphcomb.passes.common.scoring import evaluate
 
 
 class Block(nn.Module):

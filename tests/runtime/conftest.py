@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from graphcomb.runtime import cuda
+from graphcomb.runtime.kit import cuda
 
 sys.path.insert(0, str(Path(__file__).parent))  # for standins.py
 

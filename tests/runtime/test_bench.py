@@ -17,12 +17,12 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import graphcomb.graph as g
-import graphcomb.runtime.bench as bench_function
 from graphcomb.graph.errors import BadInput
-from graphcomb.runtime import bench
-from graphcomb.runtime.engine import TensorSpec
+from graphcomb.runtime import bench as bench_function
+from graphcomb.runtime.engines.base import TensorSpec
+from graphcomb.runtime.measure import bench
 
-bench_module = sys.modules["graphcomb.runtime.bench"]
+bench_module = sys.modules["graphcomb.runtime.measure.bench"]
 
 
 class Clock:

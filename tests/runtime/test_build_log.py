@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 
-from graphcomb.runtime.build_log import Pad, parse_build_log
-from graphcomb.runtime.padding import advice
+from graphcomb.runtime.engines.trt.log import Pad, parse_build_log
+from graphcomb.runtime.engines.trt.padding import advice
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
 HALF = TensorProto.FLOAT16
@@ -36,7 +36,7 @@ class Net:
         return self.add(op, name, (out, ins, k, k), kernel_shape=[k, k], pads=[k // 2] * 4, **options)
 
     def log(self, tmp_path, target="rtx-sm86"):
-        from graphcomb.runtime.engine import build_engine
+        from graphcomb.runtime.engines.base import build_engine
 
         self.nodes[-1].output[0] = "y"
         graph = helper.make_graph(self.nodes, "net", self.inputs, self.outputs, self.weights)

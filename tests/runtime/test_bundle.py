@@ -22,9 +22,9 @@ import graphcomb
 from graphcomb.graph.errors import BadInput, GraphcombError, Refused
 from graphcomb.passes import RemoveChannels
 from graphcomb.runtime import Roofline, write_report
-from graphcomb.runtime.bundle import run_bundle, write_bundle
-from graphcomb.runtime.measured import read_results
-from graphcomb.runtime.onnx import export_onnx
+from graphcomb.runtime.bundle.bundle import run_bundle, write_bundle
+from graphcomb.runtime.export.to_onnx import export_onnx
+from graphcomb.runtime.predict.measured import read_results
 
 SCRIPTS = ["bench_device.py", "graphcomb_cuda.py", "graphcomb_device_engines.py", "graphcomb_telemetry.py"]
 QUICK = ["--engine", "onnxruntime", "--rounds", "3", "--power-seconds", "0.2", "--seconds", "5"]
@@ -131,7 +131,7 @@ def test_a_broken_output_is_noticed(bundle, tmp_path):
 
 
 def test_onnx_files_are_made_half_and_keep_their_origins(programs, tmp_path):
-    from graphcomb.runtime import origins
+    from graphcomb.runtime.engines import origins
 
     export_onnx(programs["compressed"], tmp_path / "small.onnx", "fp32")
     folder = write_bundle(tmp_path / "b", {"dense": tmp_path / "small.onnx"}, "fp16")
@@ -520,7 +520,7 @@ def test_an_interrupt_brings_back_what_was_measured(standin, device, tmp_path, h
     folder, out = standin(SLOWLY.replace("WRITE", write)), tmp_path / "out" / "r.json"
     (tmp_path / "out").mkdir()
     code = (
-        "import sys\nfrom graphcomb.runtime.bundle import run_bundle\n"
+        "import sys\nfrom graphcomb.runtime import run_bundle\n"
         f"try:\n    found = run_bundle({str(folder)!r}, {str(out)!r}, {host!r}, python=sys.executable)\n"
         "    print('interrupted' if found['interrupted'] else 'whole')\n"
         "except KeyboardInterrupt:\n    print('nothing')\n"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import graphcomb.graph as g
-import graphcomb.runtime.onnx as onnx_module
+import graphcomb.runtime.export.to_onnx as onnx_module
 from graphcomb.graph.errors import Refused
 from graphcomb.graph.program import Program
 from graphcomb.passes import Quantize

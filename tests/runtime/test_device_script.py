@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from standins import FakeCudart, flags
 
-from graphcomb.runtime import bench_device, device_engines, telemetry
+from graphcomb.runtime.kit import bench_device, device_engines, telemetry
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from torch import nn
 
 import graphcomb.graph as g
 from graphcomb.runtime import export_onnx
-from graphcomb.runtime.compare import session
-from graphcomb.runtime.emulation import emulate
+from graphcomb.runtime.export.compare import session
+from graphcomb.runtime.export.emulation import emulate
 
 
 class Function(nn.Module):

@@ -6,10 +6,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import graphcomb.runtime.engine as engine_module
+import graphcomb.runtime.engines.base as engine_module
 from graphcomb.graph.errors import BadInput, MissingBackend
-from graphcomb.runtime import build_engine, load_engine, open_engine, tensorrt
-from graphcomb.runtime.engine import Backend, Engine, UnparsedOp, check_model, precision, replacing
+from graphcomb.runtime import build_engine, load_engine, open_engine
+from graphcomb.runtime.engines.base import Backend, Engine, UnparsedOp, check_model, precision, replacing
+from graphcomb.runtime.engines.trt import build as tensorrt
 
 
 def linear_model(dtype: int = TensorProto.FLOAT) -> onnx.ModelProto:

@@ -14,12 +14,12 @@ import torch
 
 from graphcomb import capture, comb
 from graphcomb.graph.errors import BadInput, GraphcombError
-from graphcomb.graph.layers import Layer, Layers
-from graphcomb.runtime import latency
-from graphcomb.runtime.engine import build_engine, precision
-from graphcomb.runtime.latency import COPIES, LatencyTable, model
-from graphcomb.runtime.roofline import Roofline
-from graphcomb.runtime.targets import get_target
+from graphcomb.graph.workload.layers import Layer, Layers
+from graphcomb.runtime.devices.table import get_target
+from graphcomb.runtime.engines.base import build_engine, precision
+from graphcomb.runtime.predict import table as latency
+from graphcomb.runtime.predict.roofline import Roofline
+from graphcomb.runtime.predict.table import COPIES, LatencyTable, model
 
 CONV = (
     ("batch", 1), ("image", (6, 6)), ("kernel", (3, 3)), ("stride", (2, 2)), ("padding", (1, 1)), ("dilation", (1, 1)),
@@ -165,7 +165,7 @@ def test_a_busy_machine_leaves_what_was_measured(table: LatencyTable, tmp_path: 
 
 def test_too_few_undisturbed_rounds_are_an_error(tmp_path: Path, monkeypatch) -> None:
     table = LatencyTable(tmp_path / "table.json")
-    module = importlib.import_module("graphcomb.runtime.bench")
+    module = importlib.import_module("graphcomb.runtime.measure.bench")
     monkeypatch.setattr(module, "_sample", lambda call, repeats, threads: module._Sample(1e-3, False))
     monkeypatch.setattr(latency, "SECONDS", 0.05)
     with pytest.raises(GraphcombError, match="too busy"):

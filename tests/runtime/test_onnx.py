@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import graphcomb.graph as g
-import graphcomb.runtime.onnx as onnx_module
+import graphcomb.runtime.export.to_onnx as onnx_module
 from graphcomb.graph.errors import BadInput, Refused
 from graphcomb.graph.program import Program
 from graphcomb.runtime import export_onnx, load_engine

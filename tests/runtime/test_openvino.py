@@ -7,9 +7,10 @@ import torch
 
 import graphcomb
 from graphcomb.graph.errors import BadInput
-from graphcomb.runtime import bench, build_engine, load_engine
-from graphcomb.runtime.engine import Engine, open_engine
-from graphcomb.runtime.onnx import export_onnx
+from graphcomb.runtime import build_engine, load_engine
+from graphcomb.runtime.engines.base import Engine, open_engine
+from graphcomb.runtime.export.to_onnx import export_onnx
+from graphcomb.runtime.measure import bench
 
 pytest.importorskip("openvino")
 

@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 
 from graphcomb.graph.errors import Refused
-from graphcomb.runtime.opset import AXES_TO_ATTRIBUTE, lower_to_17
+from graphcomb.runtime.export.opset import AXES_TO_ATTRIBUTE, lower_to_17
 
 
 def graph(

@@ -5,8 +5,8 @@ import torch
 
 import graphcomb
 from graphcomb.passes import RemoveChannels
-from graphcomb.runtime import origins
-from graphcomb.runtime.onnx import export_onnx
+from graphcomb.runtime.engines import origins
+from graphcomb.runtime.export.to_onnx import export_onnx
 
 
 def test_nodes_carry_module_and_passes(tmp_path):

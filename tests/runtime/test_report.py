@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 import pytest
 
 from graphcomb.graph.errors import BadInput
-from graphcomb.runtime import charts
-from graphcomb.runtime.engine import EngineReport, Kernel
-from graphcomb.runtime.report import si, size, write_report
+from graphcomb.runtime.engines.base import EngineReport, Kernel
+from graphcomb.runtime.report import charts
+from graphcomb.runtime.report.report import si, size, write_report
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 

@@ -8,11 +8,11 @@ import torch
 
 import graphcomb
 from graphcomb.graph.errors import BadInput
-from graphcomb.graph.layers import Layer
+from graphcomb.graph.workload.layers import Layer
 from graphcomb.passes import RemoveChannels
 from graphcomb.runtime import Roofline, get_target, predict, run_bundle, write_bundle
-from graphcomb.runtime.measured import describe, from_dict, kernels, to_dict
-from graphcomb.runtime.roofline import FEW
+from graphcomb.runtime.predict.measured import describe, from_dict, kernels, to_dict
+from graphcomb.runtime.predict.roofline import FEW
 
 TRUE = Roofline(get_target("agx-orin"), "fp16", compute=0.4, memory=0.7, launch=5e-6, per_run=40e-6)
 

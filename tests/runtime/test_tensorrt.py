@@ -24,13 +24,15 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import graphcomb
 from graphcomb.graph.errors import BadInput, MissingBackend, Refused
-from graphcomb.runtime import cuda, tensorrt, tensorrt_library
-from graphcomb.runtime import engine as engine_module
-from graphcomb.runtime.cuda import Cuda, CudaError, NoCuda
-from graphcomb.runtime.engine import build_engine, load_engine
-from graphcomb.runtime.onnx import export_onnx
-from graphcomb.runtime.targets import TARGETS, get_target
-from graphcomb.runtime.tensorrt import TensorRTEngine, build, local_target
+from graphcomb.runtime.devices.table import TARGETS, get_target
+from graphcomb.runtime.engines import base as engine_module
+from graphcomb.runtime.engines.base import build_engine, load_engine
+from graphcomb.runtime.engines.trt import build as tensorrt
+from graphcomb.runtime.engines.trt import library as tensorrt_library
+from graphcomb.runtime.engines.trt.build import TensorRTEngine, build, local_target
+from graphcomb.runtime.export.to_onnx import export_onnx
+from graphcomb.runtime.kit import cuda
+from graphcomb.runtime.kit.cuda import Cuda, CudaError, NoCuda
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
 RTX_TARGETS = ["rtx-sm75", "rtx-sm80", "rtx-sm86", "rtx-sm89", "rtx-sm120", "rtx-sm121"]

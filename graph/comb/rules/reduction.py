@@ -1,0 +1,164 @@
+"""Reductions and normalisations: the pruned network reduces over what is left; orderings along an axis freeze it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ...nodes import op_name, shape
+from ..axes import fresh
+from .table import Arguments, NoRule, either, rule
+
+if TYPE_CHECKING:
+    from ..solve import Comb
+
+
+def dims_of(a: Arguments, rank: int, name: str = "dim") -> list[int]:
+    dims = a.get(name)
+    if dims is None or dims == []:
+        return list(range(rank))
+    return [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def operand(a: Arguments) -> Any:
+    return either(a, "self", "input")
+
+
+@rule("batch_norm", "instance_norm")
+def batch_norm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+    xs = c.axes[a["input"]]
+    for key in ("weight", "bias", "running_mean", "running_var"):
+        if a.get(key) is not None:
+            c.unify(c.axes[a[key]][0], xs[1])
+    c.sums(node, [xs[0], *xs[2:]])
+    return xs
+
+
+@rule("layer_norm", "rms_norm", "_fused_rms_norm")
+def layer_norm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+    xs, k = c.axes[a["input"]], len(a["normalized_shape"])
+    for key in ("weight", "bias"):
+        if a.get(key) is not None:
+            for mine, axis in zip(c.axes[a[key]], xs[-k:], strict=True):
+                c.unify(mine, axis)
+    c.sums(node, xs[-k:])
+    c.resize(node, "normalized_shape", xs[-k:])
+    return xs if isinstance(node.meta["val"], torch.Tensor) else [xs, [*xs[:-k], *[[] for _ in range(k)]]]
+
+
+@rule("group_norm")
+def group_norm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+    xs, group = c.axes[a["input"]], fresh(a["num_groups"])
+    c.unify(xs[1], group + fresh(shape(node)[1] // a["num_groups"]))
+    for key in ("weight", "bias"):
+        if a.get(key) is not None:
+            c.unify(c.axes[a[key]][0], xs[1])
+    c.role(group, "group")
+    c.sums(node, xs[1:])
+    c.rewrite(node, lambda s, m: s.assign(m, "num_groups", s.size(group)))
+    return xs
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "_safe_softmax")
+def softmax(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+    xs = c.axes[operand(a)]
+    c.sums(node, [xs[a["dim"] % len(xs)]] if xs else [])
+    return xs
+
+
+DEVIATIONS = ("var", "std", "var_mean", "std_mean")  # undefined over too few entries
+
+
+@rule(
+    "mean", "sum", "nansum", "amax", "amin", "var", "std", "linalg_vector_norm", "norm", "logsumexp", "prod", "all", "any",
+    "var_mean", "std_mean", "aminmax", "frobenius_norm", "count_nonzero",
+)  # fmt: skip
+def reduce(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+    x = operand(a)
+    xs = c.axes[x]
+    dims = dims_of(a, len(xs))
+    c.sums(node, [xs[d] for d in dims])
+    if op_name(node) in DEVIATIONS:
+        correction = a.get("correction", 1) if "unbiased" not in a else a["unbiased"]
+        c.at_least(node, [xs[d] for d in dims], math.floor(1 if correction is None else correction) + 1)
+    keep = a.get("keepdim", False)
+    result = [[] if d in dims else axis for d, axis in enumerate(xs) if keep or d not in dims]
+    value = node.meta["val"]
+    return result if isinstance(value, torch.Tensor) else [result for _ in value]
+
+
+@rule("max", "min", "mode", "median")
+def extremum(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+    """With a dimension, the indices count positions along the axis: it is frozen. Of two tensors: elementwise."""
+    if isinstance(a.get("other"), torch.fx.Node):
+        from .elementwise import binary
+
+        return binary(c, node, a)
+    x = operand(a)
+    if a.get("dim") is None:
+        c.sums(node, c.axes[x])
+        return []
+    d = a["dim"] % len(c.axes[x])
+    c.sums(node, [c.axes[x][d]])
+    if any(u.args[1] == 1 and u.users for u in node.users if op_name(u) == "getitem"):
+        c.freeze(c.axes[x][d], node, f"{op_name(node)} returns positions along the axis")
+    result = [[] if k == d else axis for k, axis in enumerate(c.axes[x]) if a["keepdim"] or k != d]
+    return [result, result]
+
+
+@rule(
+    "topk", "sort", "argsort", "argmax", "argmin", "cumsum", "cumprod", "logcumsumexp", "roll", "flip", "cummax", "kthvalue",
+    "fliplr", "msort", "unique_dim", "rot90",
+)  # fmt: skip
+def ordered(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+    """Operators that depend on positions along an axis: it is frozen, the others pass through."""
+    x, name = operand(a), op_name(node)
+    xs = c.axes[x]
+    if name in ("fliplr", "msort", "rot90", "unique_dim"):
+        raise NoRule(f"{name} depends on positions")
+    key = "dims" if "dims" in a else "dim"
+    if a.get(key) is None or a[key] == []:
+        raise NoRule(f"{name} of the flattened tensor")
+    dims = dims_of(a, len(xs), key)
+    for d in dims:
+        c.freeze(xs[d], node, f"{name} depends on positions along the axis")
+    if name in ("argmax", "argmin"):
+        return [[] if d in dims else axis for d, axis in enumerate(xs) if a["keepdim"] or d not in dims]
+    value = node.meta["val"]
+    if isinstance(value, torch.Tensor):
+        return [c.frozen(node, d, f"{name} along the axis") if d in dims else axis for d, axis in enumerate(xs)]
+    result = []
+    for k, _ in enumerate(value):
+        if name == "kthvalue":
+            result.append([[] if d in dims else axis for d, axis in enumerate(xs) if a["keepdim"] or d not in dims])
+        else:
+            result.append(
+                [c.frozen(node, d, f"{name} along the axis", k) if d in dims else axis for d, axis in enumerate(xs)]
+            )
+    return result
+
+
+@rule("cosine_similarity", "pairwise_distance")
+def similarity(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+    from .elementwise import broadcast
+
+    x, y = a["x1"], a["x2"]
+    dim = a.get("dim", -1)
+    rank = max(len(shape(x)), len(shape(y)))
+    out = torch.broadcast_shapes(shape(x), shape(y))
+    both = broadcast(c, node, [(c.axes[x], shape(x)), (c.axes[y], shape(y))], tuple(out))
+    c.sums(node, [both[dim % rank]])
+    return [axis for d, axis in enumerate(both) if d != dim % rank]
+
+
+@rule("cdist", "_euclidean_dist")
+def cdist(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+    xs, ys = c.axes[a["x1"]], c.axes[a["x2"]]
+    c.unify(xs[-1], ys[-1])
+    for p, q in zip(xs[:-2], ys[:-2], strict=True):
+        c.unify(p, q)
+    c.sums(node, [xs[-1]])
+    return [*xs[:-1], ys[-2]]

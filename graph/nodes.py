@@ -1,0 +1,106 @@
+"""Small helpers to read and write the nodes of an ATen graph by argument name."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def op_name(node: fx.Node) -> str:
+    """Name of the node's operator without namespace or overload: "conv2d", "getitem"; for custom ops "space::name"."""
+    if node.op != "call_function":
+        return node.op
+    if node.target is operator.getitem:
+        return "getitem"
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return getattr(node.target, "__name__", str(node.target))
+    return schema.name.removeprefix("aten::")
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operator node by schema name, defaults filled in."""
+    found = {}
+    for i, a in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        default = a.default_value if a.has_default_value() else None
+        found[a.name] = node.args[i] if i < len(node.args) else node.kwargs.get(a.name, default)
+    return found
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Set one argument by schema name, whether it was given by position, keyword or default."""
+    for i, a in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if a.name == name:
+            if i < len(node.args) and not a.kwarg_only:
+                node.update_arg(i, value)
+            else:
+                node.update_kwarg(name, value)
+            return
+    raise KeyError(name)
+
+
+DATA_DEPENDENT = 97  # stands for a size that only the data knows; prime, so that it divides nothing by accident
+
+
+def hint(size: Any) -> int:
+    """The example value of a static or symbolic size; a size that depends on data counts `DATA_DEPENDENT`."""
+    if isinstance(size, int):
+        return int(size)
+    if isinstance(size, fx.Node):
+        return hint(size.meta["val"])
+    if size.node.has_hint():
+        return int(size.node.hint)
+    environment = size.node.shape_env
+    newer = hasattr(environment, "backed_var_to_val")  # what newer releases of torch call it
+    known = environment.backed_var_to_val if newer else environment.var_to_val
+    return int(size.node.expr.subs({s: known.get(s, DATA_DEPENDENT) for s in size.node.expr.free_symbols}))
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a tensor node for the example inputs."""
+    return tuple(hint(s) for s in node.meta["val"].shape)
+
+
+def fetch(module: torch.nn.Module, path: str) -> Any:
+    """The attribute at a dotted path."""
+    *parents, name = path.split(".")
+    for part in parents:
+        module = module._modules[part]  # type: ignore[assignment]  # many times faster than getattr
+    return getattr(module, name)
+
+
+def source(node: fx.Node) -> str:
+    """`node (file:line: code)` of the user's model, as far as the export recorded it: the innermost frame that is not
+    torch's own, or else the module's path."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    frames = [(i, line) for i, line in enumerate(lines) if line.startswith('File "')]
+    own = [(i, line) for i, line in frames if "/torch/" not in line] or frames
+    if own:
+        i, line = own[-1]
+        path, number = line.removeprefix('File "').split('", line ')
+        code = lines[i + 1] if i + 1 < len(lines) and not lines[i + 1].startswith('File "') else ""
+        place = f"{'/'.join(path.split('/')[-2:])}:{number.split(',')[0]}"
+        return f"{node.name} ({place}: {code})" if code else f"{node.name} ({place})"
+    path = next((p for p, _ in reversed(list((node.meta.get("nn_module_stack") or {}).values())) if p), "")
+    return f"{node.name} ({path})" if path else node.name
+
+
+def spelled_out(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """The letters of each operand and of the result; digits stand for the dimensions of an ellipsis, counted from the last.
+
+    Without an arrow the result has the letters that occur once, in alphabetical order, after the ellipsis.
+    """
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms, most = [], 0
+    for term, rank in zip(left.split(","), ranks, strict=True):
+        extra = rank - len(term.replace("...", ""))
+        most = max(most, extra)
+        terms.append(term.replace("...", "".join(str(k) for k in reversed(range(extra)))))
+    dots = "".join(str(k) for k in reversed(range(most)))
+    if not arrow:
+        letters = left.replace(",", "").replace(".", "")
+        right = "..." + "".join(c for c in sorted(set(letters)) if letters.count(c) == 1)
+    return terms, right.replace("...", dots)

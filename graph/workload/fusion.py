@@ -1,0 +1,502 @@
+"""Which kernels an inference library makes of the nodes of a program: rules by class of operator, as data.
+
+A library computes a convolution or matrix product and what follows it entry by entry in one kernel; joins pointwise
+operators, movements of data and reductions into kernels that it generates; computes an attention as one; and does nothing
+for what only renames indices. `Rules` says what one library joins, `kernels` applies that to a graph. The rules for
+TensorRT were read off engines that TensorRT-RTX built (`benchmarks/kernels.py` has the errors that remain), those for ONNX
+Runtime off its optimised graphs. Source: ours.
+
+    class        operators                    becomes
+    free         views, dropout, quantise     nothing
+    product      conv, linear, matmul         a kernel, with its epilogue
+    depthwise    conv, one channel a group    a kernel; its epilogue is short
+    attention    sdpa, or written out         a kernel, and one that lays out each of queries, keys and values
+    pool         max, average                 a kernel
+    move         permute, cat, slice, ...     part of a generated kernel; a concatenation of products is written in place
+    norm, reduce LayerNorm, softmax, mean     part of a generated kernel
+    pointwise    add, silu, batch_norm, ...   part of its producer's epilogue, else of a generated kernel
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+
+from ..nodes import arguments, op_name, shape
+
+Shape = Callable[[fx.Node], tuple[int, ...]]
+
+FREE = frozenset(
+    "view reshape _unsafe_view flatten unflatten squeeze unsqueeze expand expand_as reshape_as view_as getitem dropout "
+    "detach alias contiguous clone to _to_copy lift_fresh_copy native_dropout feature_dropout alpha_dropout sym_size "
+    "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine".split()
+)
+MATRIX = frozenset("linear matmul linalg_matmul bmm mm addmm baddbmm mv addmv dot vdot inner tensordot einsum".split())
+JOINS = frozenset("cat concat".split())
+PARTS = frozenset("slice select split split_with_sizes chunk unbind narrow tensor_split hsplit vsplit".split())
+MOVES = JOINS | PARTS | frozenset(
+    "permute transpose movedim t numpy_T swapaxes stack unfold im2col col2im roll flip pixel_shuffle pixel_unshuffle "
+    "channel_shuffle pad constant_pad_nd reflection_pad2d replication_pad2d repeat repeat_interleave tile index "
+    "index_select gather slice_scatter select_scatter index_put scatter embedding interpolate grid_sampler "
+    "grid_sampler_2d upsample_nearest1d upsample_nearest2d _upsample_nearest_exact2d upsample_nearest3d "
+    "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d".split()
+)  # fmt: skip
+NORMS = frozenset("layer_norm native_layer_norm group_norm instance_norm rms_norm".split())
+REDUCTIONS = frozenset(
+    "mean sum amax amin var std var_mean softmax _softmax log_softmax _log_softmax logsumexp norm linalg_vector_norm prod "
+    "all any max min cumsum adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d".split()
+)
+POOLS = frozenset(
+    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_max_pool2d max_pool2d_with_indices".split()
+)
+POINTWISE = frozenset(
+    "batch_norm _native_batch_norm_legit_no_training prelu where masked_fill hardswish hardsigmoid hardtanh relu6 "
+    "leaky_relu elu selu celu mish softplus log_sigmoid hardshrink softshrink softsign tanhshrink".split()
+)  # beside those that torch tags
+CLASSES = (
+    ("free", FREE), ("product", MATRIX), ("attention", frozenset({"scaled_dot_product_attention"})), ("pool", POOLS),
+    ("move", MOVES), ("norm", NORMS), ("reduce", REDUCTIONS), ("pointwise", POINTWISE),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How one library makes kernels.
+
+    epilogues: by kind of product ("conv", "depthwise", "linear", "matmul"), the pointwise operators that its kernel also
+    computes; "*" stands for all but those after a minus ("-silu"). residual: kinds whose kernel also adds or multiplies by
+    a tensor of the result's shape. generated: classes that are joined into generated kernels; the others are kernels by
+    themselves. free: operators that cost nothing, beside those of class "free". attention: whether attention is one
+    kernel. together: whether linears of the same input are one. layouts: whether data is laid out anew where kernels of
+    unlike layout meet. grain: convolutions and products pad channels that are no multiple of it, in a kernel of its own.
+    single: whether nothing joins a reduction over a single entry, as pruning may leave one: those over a few entries are
+    unrolled into their kernel, and it is not.
+    """
+
+    name: str
+    epilogues: Mapping[str, frozenset[str]]
+    residual: frozenset[str] = frozenset()
+    generated: frozenset[str] = frozenset()
+    free: frozenset[str] = frozenset()
+    attention: bool = False
+    together: bool = False
+    layouts: bool = False
+    grain: int = 1
+    single: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def joins(self, kind: str, name: str) -> bool:
+        """Whether an operator belongs to the kernel of the product before it."""
+        allowed = self.epilogues.get(kind, frozenset())
+        return name in allowed or ("*" in allowed and f"-{name}" not in allowed)
+
+
+CLIPS = frozenset("batch_norm relu relu6 hardtanh clamp clamp_min clamp_max leaky_relu".split())
+TENSORRT = Rules(
+    "TensorRT",
+    epilogues={
+        "conv": frozenset({"*"}),
+        "depthwise": CLIPS | {"sigmoid"},
+        "linear": frozenset({"*", "-silu", "-batch_norm"}),
+        "matmul": frozenset({"mul", "div"}),
+    },
+    residual=frozenset({"conv", "depthwise", "linear"}),
+    generated=frozenset({"pointwise", "move", "norm", "reduce"}),
+    attention=True,
+    together=True,
+    layouts=True,
+    grain=2,
+    single=True,
+)
+ONNXRUNTIME = Rules(
+    "ONNX Runtime",
+    epilogues={"conv": CLIPS, "depthwise": CLIPS},
+    residual=frozenset({"conv", "depthwise"}),
+    free=frozenset({"unbind", "select"}),
+)
+
+
+GRAINS = {"fp32": 1, "tf32": 1, "fp16": 2, "bf16": 2, "int8": 4, "fp8": 4}  # channels in four bytes
+
+
+def library(backend: str | None, dtype: str) -> Rules:
+    """The rules of a runtime backend for a type; TensorRT's for all but ONNX Runtime."""
+    return ONNXRUNTIME if backend == "onnxruntime" else replace(TENSORRT, grain=GRAINS.get(dtype, 1))
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A kernel that only lays a tensor out anew, or pads it. odd: (node, dim): needed only where that size is no multiple of
+    the grain."""
+
+    tensor: fx.Node
+    odd: tuple[fx.Node, int] | None = None
+
+
+@dataclass(eq=False)
+class Kernel:
+    """What one kernel computes. kind: "product", "attention", "generated" or "other". copies: kernels that prepare its
+    operands or its results."""
+
+    kind: str
+    nodes: list[fx.Node] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+
+    def launches(self, grain: int, shape: Shape = shape) -> int:
+        """Kernels to start at the sizes that `shape` gives."""
+        return 1 + len(self.copied(grain, shape))
+
+    def copied(self, grain: int, shape: Shape = shape) -> list[fx.Node]:
+        """The tensors that are laid out anew at these sizes."""
+        return [c.tensor for c in self.copies if c.odd is None or shape(c.odd[0])[c.odd[1]] % grain]
+
+
+def classify(node: fx.Node, shape: Shape = shape) -> str:
+    """The class of an operator (see the table above), or "other"."""
+    name = op_name(node)
+    if name.startswith("conv") and name[4:5] in "123_":
+        a = arguments(node)
+        deep = a["groups"] > 1 and shape(a["weight"])[1] == 1 and "transpose" not in name
+        return "depthwise" if deep else "product"
+    found = next((kind for kind, names in CLASSES if name in names), None)
+    return found or ("pointwise" if torch.Tag.pointwise in getattr(node.target, "tags", ()) else "other")
+
+
+def single(node: fx.Node, shape: Shape = shape) -> bool:
+    """Whether a reduction has but one entry to reduce."""
+    if classify(node) != "reduce" or not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    a, read = arguments(node), shape(node.all_input_nodes[0])
+    dims = a.get("dim") if "dim" in a else a.get("dims")
+    dims = range(len(read)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    return "adaptive" not in op_name(node) and math.prod(read[d] for d in dims) == 1
+
+
+def kernels(graph: fx.Graph, rules: Rules, shape: Shape = shape) -> list[Kernel]:
+    """The kernels of a program, in the order of their first nodes. Nodes that depend on no input are none.
+
+    shape: gives the sizes of a node's tensor; those of the example inputs unless said otherwise.
+    """
+    return _Fusion(graph, rules, shape).run()
+
+
+def count(graph: fx.Graph, rules: Rules) -> int:
+    """How many kernels a run starts, at the example's sizes."""
+    return sum(kernel.launches(rules.grain) for kernel in kernels(graph, rules))
+
+
+# ----------------------------------------------------------------------------------------------------------- the joining
+class _Fusion:
+    """kinds: classes of the nodes that compute. source: of a node that costs nothing, the one it renames. operands, readers:
+    of every node that computes, through what costs nothing. owner: kernels by node, as far as they are made."""
+
+    def __init__(self, graph: fx.Graph, rules: Rules, shape: Shape):
+        self.rules, self.shape = rules, functools.cache(shape)
+        self.place = {node: i for i, node in enumerate(graph.nodes)}
+        self.kinds: dict[fx.Node, str] = {}
+        self.source: dict[fx.Node, fx.Node] = {}
+        self.operands: dict[fx.Node, list[fx.Node]] = {}
+        self.readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        self.outputs: set[fx.Node] = set()
+        self.owner: dict[fx.Node, Kernel] = {}
+        varies: set[fx.Node] = set()
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                varies.add(node)
+            read = [self.source.get(n, n) for n in node.all_input_nodes if n in varies]
+            if node.op == "output":
+                self.outputs.update(read)
+            if (
+                node.op != "call_function"
+                or not read
+                or not isinstance(node.meta.get("val"), (torch.Tensor, list, tuple))
+            ):
+                continue
+            varies.add(node)
+            kind = "free" if op_name(node) in rules.free else classify(node, self.shape)
+            if kind == "free" or (not rules.generated and not isinstance(node.meta["val"], torch.Tensor)):
+                self.source[node] = read[0]
+                continue
+            self.kinds[node], self.operands[node] = kind, list(dict.fromkeys(read))
+            for n in self.operands[node]:
+                self.readers[n].append(node)
+
+    def run(self) -> list[Kernel]:
+        if self.rules.attention:
+            for node, kind in self.kinds.items():
+                if kind == "attention":
+                    self._attention([node])
+                elif op_name(node) in ("matmul", "bmm") and node not in self.owner:
+                    self._written_out_attention(node)
+        shared: dict[fx.Node, Kernel] = {}
+        for node, kind in self.kinds.items():
+            if node in self.owner or kind not in ("product", "depthwise", "attention"):
+                continue
+            follow = self._epilogue(node)
+            linear = self.rules.together and op_name(node) == "linear" and not follow
+            if linear and self.operands[node][0] in shared:
+                self._add(shared[self.operands[node][0]], [node])
+                continue
+            kernel = self._add(Kernel("product"), [node, *follow])
+            if linear:
+                shared[self.operands[node][0]] = kernel
+        for node, kind in self.kinds.items():
+            if node in self.owner or (kind == "move" and self._lies_there(node)):
+                continue
+            if kind in self.rules.generated:
+                self._generate(node)
+            else:
+                self._add(Kernel("other"), [node])
+        found = list(dict.fromkeys(self.owner[n] for n in self.kinds if n in self.owner))
+        if self.rules.layouts:
+            self._layouts(found)
+        return found
+
+    def _add(self, kernel: Kernel, nodes: Iterable[fx.Node]) -> Kernel:
+        for node in nodes:
+            kernel.nodes.append(node)
+            self.owner[node] = kernel
+        return kernel
+
+    # ----------------------------------------------------------------------------------------------------- epilogues
+    def _epilogue(self, product: fx.Node) -> list[fx.Node]:
+        """The pointwise nodes after a product that its kernel computes: as far as a single tensor leaves them."""
+        found: list[fx.Node] = []
+        end = product
+        while end not in self.outputs:
+            inner: list[fx.Node] = []
+            waiting = {end}  # tensors that something not yet joined reads
+            candidates = list(self.readers[end])
+            while candidates and waiting != {inner[-1] if inner else None}:
+                node = min(candidates, key=self.place.__getitem__)
+                if len(inner) > 8 or not self._joins(node, product, {product, *found, *inner}):
+                    return found
+                inner.append(node)
+                waiting = {n for n in waiting if n in self.outputs or not set(self.readers[n]) <= set(inner)} | {node}
+                candidates = [n for n in (*candidates, *self.readers[node]) if n not in inner]
+            if not inner or waiting != {inner[-1]}:
+                return found
+            found += inner
+            end = inner[-1]
+        return found
+
+    def _joins(self, node: fx.Node, product: fx.Node, inside: set[fx.Node]) -> bool:
+        kind, name = self._kind(product), op_name(node)
+        if self.kinds.get(node) != "pointwise" or node in self.owner or self._entries(node) != self._entries(product):
+            return False
+        others = [
+            n
+            for n in node.all_input_nodes
+            if (s := self.source.get(n, n)) in self.place and self._varies(s) and s not in inside
+        ]
+        if any(self.place[self.source.get(n, n)] > self.place[product] for n in others):
+            return False  # what is computed later may need this product
+        if any(self._entries(n) == self._entries(node) for n in others):
+            flat = kind != "linear" or len(self.shape(product)) <= 3
+            return kind in self.rules.residual and flat and name in ("add", "sub", "mul")
+        if others and kind == "depthwise":
+            return False
+        return self.rules.joins(kind, name)
+
+    def _varies(self, node: fx.Node) -> bool:
+        return node in self.kinds or node.op == "placeholder"
+
+    def _kind(self, product: fx.Node) -> str:
+        name = op_name(product)
+        if name.startswith("conv"):
+            return "depthwise" if self.kinds[product] == "depthwise" else "conv"
+        return "linear" if name == "linear" else "matmul"
+
+    # ----------------------------------------------------------------------------------------------------- attention
+    def _attention(self, nodes: list[fx.Node]) -> None:
+        """One kernel, with what only lays out or scales its queries, keys and values: those are a copy each anyway."""
+        kernel = self._add(Kernel("attention"), nodes)
+        operands = [n for node in nodes for n in self.operands[node] if n not in nodes]
+        stack = list(operands)
+        while stack:
+            node = stack.pop()
+            if self.kinds.get(node) not in ("move", "pointwise") or node in self.owner or node in self.outputs:
+                continue
+            if all(self.owner.get(reader) is kernel for reader in self.readers[node]):
+                self._add(kernel, [node])
+                stack += self.operands[node]
+
+    def _written_out_attention(self, first: fx.Node) -> None:
+        """Scores, what is done to them, softmax and weighted values, where the heads are several and of one width."""
+        chain, end, weighted = [first], first, False
+        while len(self.readers[end]) == 1 and end not in self.outputs and len(chain) < 12:
+            node = self.readers[end][0]
+            name = op_name(node)
+            if name in ("matmul", "bmm"):
+                several = len(self.shape(first)) > 2 and self.shape(first)[-3] > 1
+                same = self.shape(first.all_input_nodes[0])[-1] == self.shape(node)[-1]
+                if weighted and several and same and self.operands[node][0] is end:
+                    self._attention([*chain, node])
+                return
+            weighted |= name in ("softmax", "_softmax")
+            if self.kinds[node] != "pointwise" and name not in ("softmax", "_softmax"):
+                return
+            chain.append(node)
+            end = node
+
+    # --------------------------------------------------------------------------------------------- generated kernels
+    def _lies_there(self, node: fx.Node) -> bool:
+        """A concatenation that its producers write in place, or a transposed result that its readers take as it lies."""
+        name, readers = op_name(node), self.readers[node]
+        if not self.rules.generated or node in self.outputs or not readers:
+            return False
+        if not all(self.kinds[n] in ("product", "depthwise", "pool") for n in readers):
+            return False
+        if name in JOINS:
+            return all(self.kinds.get(n) != "move" or op_name(n) in JOINS for n in self.operands[node])
+        before = self.owner.get(self.operands[node][0])
+        return name in ("transpose", "permute") and before is not None and before.kind == "attention"
+
+    def _generate(self, node: fx.Node) -> None:
+        """Join a node to generated kernels that it reads, or make one."""
+        joined: Kernel | None = None
+        for kernel in dict.fromkeys(self.owner[n] for n in self.operands[node] if n in self.owner):
+            if kernel.kind != "generated" or not self._fits(kernel, node):
+                continue
+            beside = {o for n in self._needed(node) if (o := self.owner.get(n)) not in (None, kernel, joined)}
+            if self._reaches(beside, kernel):
+                continue
+            if joined is None:
+                joined = self._add(kernel, [node])
+            elif not self._reaches(set(self._before(kernel)) - {joined}, joined) and not self._reaches(
+                set(self._before(joined)) - {kernel}, kernel
+            ):
+                self._add(joined, kernel.nodes)
+        if joined is None:
+            self._add(Kernel("generated"), [node])
+
+    def _fits(self, kernel: Kernel, node: fx.Node) -> bool:
+        """Whether a generated kernel may also compute a node: it neither resizes nor rearranges what was reduced."""
+        if self.rules.single and any(single(n, self.shape) for n in kernel.nodes):
+            return False
+        sums = [n for n in kernel.nodes if self.kinds[n] == "reduce"]
+        reduced = any(self._entries(n) < self._entries(n.all_input_nodes[0]) for n in sums)
+        return "upsample" not in op_name(node) and not (reduced and self.kinds[node] == "move")
+
+    def _reaches(self, start: Iterable[Kernel], goal: Kernel) -> bool:
+        """Whether one of `start` is, or needs, the kernel `goal`."""
+        seen: set[Kernel] = set()
+        stack = list(start)
+        while stack:
+            kernel = stack.pop()
+            if kernel is goal:
+                return True
+            if kernel not in seen:
+                seen.add(kernel)
+                stack += self._before(kernel)
+        return False
+
+    def _before(self, kernel: Kernel) -> Iterator[Kernel]:
+        """The kernels whose results a kernel reads."""
+        for node in kernel.nodes:
+            for n in self._needed(node):
+                if (owner := self.owner.get(n)) is not None and owner is not kernel:
+                    yield owner
+
+    def _needed(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Operands, through concatenations that cost nothing."""
+        for n in self.operands[node]:
+            if n in self.kinds and n not in self.owner:
+                yield from self._needed(n)
+            else:
+                yield n
+
+    # ------------------------------------------------------------------------------------------------------- layouts
+    def _layouts(self, found: list[Kernel]) -> None:
+        """Kernels that only lay data out anew: TensorRT computes images channels last and the rest in plain order."""
+        padded: set[fx.Node] = set()
+        for kernel in found:
+            if kernel.kind == "attention":
+                self._copies_of_attention(kernel)
+                continue
+            for node in kernel.nodes:
+                name, read = op_name(node), node.all_input_nodes[0]
+                if name.startswith("conv") and self.kinds[node] == "product" and read not in padded:
+                    padded.add(read)
+                    if (image := self.source.get(read, read)).op == "placeholder":
+                        kernel.copies.append(Copy(image))
+                    elif arguments(node)["groups"] == 1:
+                        kernel.copies.append(Copy(read, (read, 1)))
+                if self._is_channels_last(node) or self._is_plain(node):
+                    kernel.copies.append(Copy(read))
+                if name in ("matmul", "bmm"):
+                    left, right = node.all_input_nodes[:2]
+                    inner, outer = (left, len(self.shape(left)) - 1), (right, len(self.shape(right)) - 1)
+                    kernel.copies += [Copy(left, inner), Copy(right, inner), Copy(node, outer)]
+            if kernel.kind == "generated" and self._is_split(kernel):
+                kernel.copies.append(Copy(kernel.nodes[-1]))
+        for node in self.kinds:
+            if node not in self.owner and op_name(node) in JOINS:
+                for n in self.operands[node]:  # pools do not write into, or read from, a part of a tensor
+                    if n in self.owner and any(self.kinds.get(r) == "pool" for r in (n, *self.readers[n])):
+                        self.owner[n].copies.append(Copy(n))
+
+    def _copies_of_attention(self, kernel: Kernel) -> None:
+        first = kernel.nodes[0]
+        inputs = [n for n in first.all_input_nodes if self._varies(self.source.get(n, n))]
+        if self.kinds[first] != "attention":
+            last = next(n for n in reversed(kernel.nodes) if op_name(n) in ("matmul", "bmm"))
+            inputs = [*first.all_input_nodes[:2], last.all_input_nodes[1]]
+        elif len(self.shape(first)) > 2 and self.shape(first)[-3] == 1:
+            inputs = [*inputs[:3], first, first]  # a single head is two products and a softmax
+        inputs = inputs[:3] if len(inputs) == 4 else inputs
+        values = self.source.get(inputs[2], inputs[2]) if len(inputs) > 2 else first
+        kernel.copies += [Copy(n) for n in (inputs[:1] if self._is_packed(values) else inputs)]
+
+    def _is_packed(self, values: fx.Node) -> bool:
+        """Whether queries, keys and values are parts of one tensor that was moved before it was parted, and each after."""
+        moved = False
+        while self.kinds.get(values) == "move":
+            if op_name(values) in PARTS:
+                return moved and self.kinds.get(self.operands[values][0]) == "move"
+            moved, values = True, self.operands[values][0]
+        return False
+
+    def _is_split(self, kernel: Kernel) -> bool:
+        """Whether the statistics of a normalisation are computed first, because what follows has another order."""
+        norms = {n for n in kernel.nodes if self.kinds[n] == "norm"}
+        stack = [r for n in norms for r in self.readers[n] if self.owner.get(r) is kernel]
+        if any(r in norms for r in stack):
+            return True
+        stack = [r for r in stack if self.kinds[r] == "move"]
+        while stack:
+            readers = self.readers[stack.pop()]
+            if any(op_name(r) == "linear" for r in readers):
+                return True
+            stack += [r for r in readers if self.owner.get(r) is kernel and self.kinds[r] == "move"]
+        return False
+
+    def _is_plain(self, node: fx.Node) -> bool:
+        """Whether a convolution reads images that a reduction wrote in plain order."""
+        if self.kinds[node] != "reduce" or not isinstance(node.meta["val"], torch.Tensor):
+            return False
+        image = len(self.shape(node)) == 4 and math.prod(self.shape(node)[2:]) > 1
+        return image and any(op_name(r).startswith("conv") for r in self.readers[node])
+
+    def _is_channels_last(self, node: fx.Node) -> bool:
+        """Whether a mean over images reads what a convolution of the library wrote; generated code turns it itself."""
+        owner = self.owner.get(self.operands[node][0])
+        if op_name(node) not in ("mean", "adaptive_avg_pool2d") or owner is None or owner.kind != "product":
+            return False
+        first, *rest = owner.nodes
+        if len(self.shape(node.all_input_nodes[0])) != 4 or not op_name(first).startswith("conv"):
+            return False
+        grouped = self.kinds[first] == "product" and arguments(first)["groups"] > 1
+        return not grouped and bool(rest) and all(op_name(n) in CLIPS for n in rest)
+
+    def _entries(self, node: fx.Node) -> int:
+        """Of a tensor; 0 of a list of tensors."""
+        return math.prod(self.shape(node)) if isinstance(node.meta.get("val"), torch.Tensor) else 0

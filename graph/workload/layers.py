@@ -1,0 +1,424 @@
+"""Layers: what the nodes of a program compute, as far as their latency depends on it, at any sizes of the groups.
+
+The unit of latency tables and estimates: passes ask what a layer costs, the runtime measures it, and neither needs to know
+the other. Which nodes an inference library computes together is in `fusion`: what it merges into the kernel of another node
+(batch norm, an activation, a residual addition) and what only renames indices (views) is no layer of its own. Source: ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from ..comb import axes as ax
+from ..comb.axes import Axis, Factor
+from ..comb.solve import Comb, Sizer
+from ..cost import macs, unknown
+from ..errors import Refused
+from ..nodes import arguments, hint, op_name, shape, source, spelled_out
+from .fusion import ONNXRUNTIME, Copy, Kernel, Rules, classify, kernels
+
+ACTIVATIONS = frozenset("gelu silu sigmoid tanh softmax _softmax hardswish hardsigmoid exp erf mish softplus".split())
+MATMULS = frozenset("linear matmul linalg_matmul bmm mm addmm baddbmm".split())
+PAIRS = {"mv": ("self", "vec"), "addmv": ("mat", "vec"), "dot": ("self", "tensor"), "vdot": ("self", "other")}
+NORMS = frozenset("layer_norm group_norm instance_norm rms_norm".split())
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One operation at concrete sizes.
+
+    op: "conv" (also transposed: options say), "matmul", "attention", "norm", "activation" or "copy" (anything whose time
+    is moving its tensors). sizes: by name, those that pruning may change. options: by name, those that it does not.
+
+        conv       sizes: inputs, outputs, groups; options: batch, image (height, width, ... of the input), kernel, stride,
+                   padding, dilation, transposed
+        matmul     sizes: batch, inputs (K), outputs (N); options: rows (M), shared (1: one right-hand side for all)
+        attention  sizes: heads, width, value (head widths of queries and keys, and of values); options: batch, queries, keys
+        norm       sizes: channels; options: rows
+        activation, copy   sizes: entries (of the result; for a copy the mean of what is read and written if that is more)
+
+    beside: entries that its kernel moves beside the operation's own, as a residual addition does. joined: another layer's
+    kernel computes it too.
+    """
+
+    op: str
+    sizes: tuple[tuple[str, int], ...]
+    options: tuple[tuple[str, int | tuple[int, ...]], ...] = ()
+    beside: int = 0
+    joined: bool = False
+
+    def __getitem__(self, name: str) -> Any:
+        return dict((*self.sizes, *self.options))[name]
+
+    def macs(self, alignment: int = 1) -> int:
+        """Multiply-accumulates, with channels, K and N padded to multiples of the alignment."""
+
+        def pad(n: int) -> int:
+            return -(-n // alignment) * alignment
+
+        if self.op == "conv":
+            groups = max(self["groups"], 1)
+            depthwise = groups == self["inputs"] == self["outputs"]
+            pairs = (
+                pad(groups) if depthwise else groups * pad(self["inputs"] // groups) * pad(self["outputs"] // groups)
+            )
+            places = math.prod(self["image"] if self["transposed"] else self.result_image())
+            return self["batch"] * places * math.prod(self["kernel"]) * pairs
+        if self.op == "matmul":
+            return self["batch"] * self["rows"] * pad(self["inputs"]) * pad(self["outputs"])
+        if self.op == "attention":
+            pairs = self["batch"] * self["heads"] * self["queries"] * pad(self["keys"])
+            return pairs * (pad(self["width"]) + pad(self["value"]))
+        return 0
+
+    def entries(self) -> int:
+        """Numbers that are read and written, weights included, each once."""
+        return self._own_entries() + self.beside
+
+    def _own_entries(self) -> int:
+        if self.op == "conv":
+            image, result = math.prod(self["image"]), math.prod(self.result_image())
+            weights = self["inputs"] * self["outputs"] // max(self["groups"], 1) * math.prod(self["kernel"])
+            return self["batch"] * (image * self["inputs"] + result * self["outputs"]) + weights
+        if self.op == "matmul":
+            rows = self["batch"] * self["rows"]
+            return rows * (self["inputs"] + self["outputs"]) + self["batch"] * self["inputs"] * self["outputs"]
+        if self.op == "attention":
+            tokens = (self["queries"] + self["keys"]) * (self["width"] + self["value"])
+            return self["batch"] * self["heads"] * tokens
+        if self.op == "norm":
+            return 2 * self["rows"] * self["channels"]
+        return 2 * self["entries"]
+
+    def result_image(self) -> tuple[int, ...]:
+        """Height, width, ... of a convolution's result (output padding of a transposed one left out)."""
+        parts = zip(*(self[k] for k in ("image", "kernel", "stride", "padding", "dilation")), strict=True)
+        if self["transposed"]:
+            return tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in parts)
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in parts)
+
+    def resized(self, sizes: Iterable[int]) -> Layer:
+        """The layer with other sizes, in the order of `sizes`."""
+        return Layer(self.op, tuple((k, n) for (k, _), n in zip(self.sizes, sizes, strict=True)), self.options)
+
+    def __str__(self) -> str:
+        def one(name: str, value: int | tuple[int, ...]) -> str:
+            return f"{name}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+        return " ".join([self.op, *(one(k, v) for k, v in (*self.options, *self.sizes))])
+
+
+class Latency(Protocol):
+    """Something that knows, or predicts, how long layers take. Its `rules`, if it has them, say what becomes a kernel."""
+
+    @property
+    def per_run(self) -> float:
+        """Seconds of a whole run that belong to no layer."""
+        ...
+
+    def prepare(self, layers: Iterable[Layer], progress: bool = False) -> None:
+        """Get ready to answer for these layers; a table measures what it does not know."""
+
+    def seconds(self, layer: Layer) -> float:
+        """How long one run of the layer takes."""
+        ...
+
+
+def run_seconds(latency: Latency, layers: Iterable[Layer], progress: bool = False) -> float:
+    """What a run of these layers takes; a table first measures, all at once, what it does not know."""
+    layers = list(layers)
+    latency.prepare(dict.fromkeys(layers), progress)
+    return latency.per_run + sum(map(latency.seconds, layers))
+
+
+def rules_of(latency: Any) -> Rules:
+    """The rules of what predicts latencies; ONNX Runtime's where it names none."""
+    return getattr(latency, "rules", ONNXRUNTIME)
+
+
+class Layers:
+    """The layers of a combed program as functions of the sizes of its groups.
+
+    batch: size of the dynamic batch to count with, where the program has one: the first dynamic size that is the first
+    dimension of an input. Other dynamic sizes count as in the example inputs. rules: which nodes are one kernel. nodes: of
+    every layer, the node it is named after; those of copies come last. Refused for a program in which something multiplies
+    that is none of these layers.
+    """
+
+    def __init__(self, comb: Comb, batch: int = 1, rules: Rules = ONNXRUNTIME):
+        self.comb, self.rules = comb, rules
+        self._fixed = _batched(comb, batch)  # sizes that no group has a say in
+        for node in comb.module.graph.nodes:
+            if (why := unknown(node)) or (macs(node) and not _is_layer(node)):
+                raise Refused(f"latency: {source(node)}: {why or f'how long {op_name(node)} takes is not known'}")
+        # The axes of what is quantised are its own: they follow those that it reads.
+        for node in comb.module.graph.nodes:
+            if op_name(node).startswith("fake_quantize") and comb.axes[node] and comb.axes[node.all_input_nodes[0]]:
+                for old, new in zip(comb.axes[node.all_input_nodes[0]], comb.axes[node], strict=True):
+                    if len(own := ax.atoms([new])) == 1 and next(iter(own)).frozen is not None:
+                        self._fixed.update(dict.fromkeys(own, self.sizer({})(old)))
+        self._kernels: dict[fx.Node, Kernel] = {}
+        self._copies: dict[int, Copy] = {}
+        self.nodes: list[fx.Node] = []
+        found = kernels(comb.module.graph, rules)
+        place = {node: i for i, node in enumerate(comb.module.graph.nodes)}
+        named = [(node, kernel) for kernel in found for node in _named(kernel)]
+        for node, kernel in sorted(named, key=lambda pair: place[pair[0]]):
+            self._kernels[node] = kernel
+            self.nodes.append(node)
+        for copy in (copy for kernel in found for copy in kernel.copies):
+            self._copies[len(self.nodes)] = copy
+            self.nodes.append(copy.tensor)
+
+    def at(self, sizes: Mapping[Factor, int]) -> Iterator[tuple[fx.Node, Layer]]:
+        """Every layer when the atoms have the given sizes."""
+        size = self.sizer(sizes)
+        for i, node in enumerate(self.nodes):
+            if (layer := self.numbered(i, size)) is not None:
+                yield node, layer
+
+    def sizer(self, sizes: Mapping[Factor, int]) -> Sizer:
+        return Sizer({**sizes, **self._fixed})
+
+    def numbered(self, index: int, size: Sizer) -> Layer | None:
+        """The layer of `nodes[index]`; None for a copy that is not needed at these sizes."""
+        node = self.nodes[index]
+        if (copy := self._copies.get(index)) is not None:
+            if copy.odd is not None and size(self.comb.axes[copy.odd[0]][copy.odd[1]]) % self.rules.grain == 0:
+                return None
+            return Layer("copy", (("entries", self._entries(node, size)),))
+        kernel = self._kernels[node]
+        main = _named(kernel)
+        if kernel.kind == "attention" and len(main) == 1 and op_name(node) != "scaled_dot_product_attention":
+            return self._written_out(kernel, size)
+        several = not isinstance(node.meta["val"], torch.Tensor)
+        if len(kernel.nodes) > 1 or several:
+            if kernel.kind in ("product", "attention"):
+                joined = node is not main[0]
+                beside = 0 if joined else self._read(kernel, size, set(main))
+                return dataclasses.replace(self.layer(node, size), beside=beside, joined=joined)
+            moved = self._read(kernel, size, set()) + self._written(kernel, size)
+            if several or op_name(node) not in NORMS:
+                return Layer("copy", (("entries", (moved + 1) // 2),))
+            layer = self.layer(node, size)
+            return dataclasses.replace(layer, beside=moved - layer.entries())
+        return self.layer(node, size)
+
+    def atoms(self, index: int) -> dict[Factor, None]:
+        """The prunable atoms that the layer of `nodes[index]` may depend on."""
+        node = self.nodes[index]
+        nodes = [node] if index in self._copies else self._kernels[node].nodes
+        found = ax.atoms(a for own in nodes for n in (own, *own.all_input_nodes) for a in self._flat(n))
+        if (copy := self._copies.get(index)) is not None and copy.odd is not None:
+            found |= ax.atoms(self._flat(copy.odd[0]))
+        return {a: None for a in found if a.frozen is None}
+
+    def _flat(self, node: fx.Node) -> list[Axis]:
+        axes = self.comb.axes[node] or []
+        if isinstance(node.meta.get("val"), (list, tuple)):
+            return [axis for result in axes for axis in result or ()]
+        return axes
+
+    def _entries(self, node: fx.Node, size: Sizer) -> int:
+        """Of a tensor, or of all tensors of a list."""
+        axes = self.comb.axes[node] or []
+        lists = axes if isinstance(node.meta.get("val"), (list, tuple)) else [axes]
+        return sum(math.prod(map(size, found)) for found in lists if found is not None)
+
+    def _read(self, kernel: Kernel, size: Sizer, own: set[fx.Node]) -> int:
+        """Entries that a kernel reads for its nodes other than `own`, not counting weights."""
+        inside, found = set(kernel.nodes), {}
+        for node in (n for n in kernel.nodes if n not in own):
+            for n in node.all_input_nodes:
+                if not self._inside(n, inside) and not self.comb.is_parameter(n) and n.op != "get_attr":
+                    found[n] = self._entries(n, size)
+        return sum(found.values())
+
+    def _written(self, kernel: Kernel, size: Sizer) -> int:
+        inside = set(kernel.nodes)
+        return sum(self._entries(n, size) for n in kernel.nodes if any(r not in inside for r in n.users))
+
+    def _inside(self, node: fx.Node, inside: set[fx.Node]) -> bool:
+        while node not in inside and node.op == "call_function" and node not in self._kernels and node.all_input_nodes:
+            node = node.all_input_nodes[0]  # through what only renames indices
+        return node in inside
+
+    def _written_out(self, kernel: Kernel, size: Sizer) -> Layer:
+        """An attention written as two products around a softmax."""
+        first, last = (n for n in kernel.nodes if op_name(n) in ("matmul", "bmm"))
+        *batch, queries, width = (size(a) for a in self.comb.axes[first.all_input_nodes[0]])
+        keys, value = (size(a) for a in self.comb.axes[last.all_input_nodes[1]][-2:])
+        return Layer(
+            "attention", (("heads", batch[-1]), ("width", width), ("value", value)),
+            (("batch", math.prod(batch[:-1])), ("queries", queries), ("keys", keys)),
+        )  # fmt: skip
+
+    def layer(self, node: fx.Node, size: Sizer) -> Layer:
+        """The node's layer."""
+        name, axes = op_name(node), self.comb.axes
+
+        def sizes(n: fx.Node) -> list[int]:
+            return [size(a) for a in axes[n]]
+
+        if name.startswith("conv") and name[4:5] in "123_":
+            return self._conv(node, sizes)
+        if name in MATMULS:
+            return self._matmul(node, sizes)
+        if (name in PAIRS or name in ("einsum", "inner", "tensordot")) and macs(node):
+            return self._contraction(*_letters(node), sizes)
+        if name == "scaled_dot_product_attention":
+            a = arguments(node)
+            *batch, heads, queries, width = sizes(a["query"])
+            keys, value = sizes(a["value"])[-2:]
+            return Layer(
+                "attention", (("heads", heads), ("width", width), ("value", value)),
+                (("batch", math.prod(batch)), ("queries", queries), ("keys", keys)),
+            )  # fmt: skip
+        result = sizes(node)
+        if name in NORMS:
+            channels = result[-1] if name in ("layer_norm", "rms_norm") else math.prod(result[1:])
+            return Layer("norm", (("channels", channels),), (("rows", math.prod(result) // max(channels, 1)),))
+        entries = math.prod(result)
+        if name in ACTIVATIONS:
+            return Layer("activation", (("entries", entries),))
+        read = sum(math.prod(sizes(n)) for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor))
+        return Layer("copy", (("entries", max(entries, (entries + read) // 2)),))
+
+    def _conv(self, node: fx.Node, sizes: Any) -> Layer:
+        a = arguments(node)
+        source, weight, result = sizes(a["input"]), sizes(a["weight"]), sizes(node)
+        transposed = "transpose" in op_name(node)
+        groups = source[1] // weight[1] if not transposed else result[1] // weight[1]
+        spatial = len(weight) - 2
+
+        def spread(value: Any) -> tuple[int, ...]:
+            values = [value] if isinstance(value, int) else list(value)
+            return tuple(values * spatial if len(values) == 1 else values)
+
+        options: list[tuple[str, Any]] = [
+            ("batch", source[0]),
+            ("image", tuple(source[2:])),
+            ("kernel", tuple(weight[2:])),
+        ]
+        padding = a["padding"]
+        if isinstance(padding, str):
+            around = [
+                0 if padding == "valid" else d * (k - 1) for k, d in zip(weight[2:], spread(a["dilation"]), strict=True)
+            ]
+            padding = [n // 2 for n in around]  # an odd one is added before, on one side of the image
+            options[1] = ("image", tuple(n + total % 2 for n, total in zip(source[2:], around, strict=True)))
+        for key, value in (("stride", a["stride"]), ("padding", padding), ("dilation", a["dilation"])):
+            options.append((key, spread(value)))
+        options.append(("transposed", int(transposed)))
+        return Layer("conv", (("inputs", source[1]), ("outputs", result[1]), ("groups", groups)), tuple(options))
+
+    def _contraction(self, left: fx.Node, right: fx.Node, terms: tuple[str, str], result: str, sizes: Any) -> Layer:
+        """A matrix product from letters for the dimensions of two operands and of their result, as in einsum."""
+        if self.comb.is_parameter(left):
+            left, right, terms = right, left, terms[::-1]
+        size: dict[str, int] = {}
+        for node, term in ((left, terms[0]), (right, terms[1])):
+            for letter, n in zip(term, sizes(node), strict=True):
+                size[letter] = max(size.get(letter, 1), n)
+        one, other = (
+            {k for k, n in zip(t, sizes(m), strict=True) if n > 1} for m, t in ((left, terms[0]), (right, terms[1]))
+        )
+
+        def product(letters: set[str]) -> int:
+            return math.prod(size[k] for k in letters)
+
+        wanted = set(result)
+        batch, inner = product(one & other & wanted), product((one & other) - wanted)
+        return Layer(
+            "matmul", (("batch", batch), ("inputs", inner), ("outputs", product((other - one) & wanted))),
+            (("rows", product((one - other) & wanted)), ("shared", int(batch == 1))),
+        )  # fmt: skip
+
+    def _matmul(self, node: fx.Node, sizes: Any) -> Layer:
+        a = arguments(node)
+        result = sizes(node) or [1]
+        if op_name(node) == "linear":
+            left, shared = sizes(a["input"]), True
+        else:
+            names = [n for n in ("batch1", "mat1", "self") if n in a]
+            left = sizes(a[names[0]])
+            right = next(a[n] for n in ("batch2", "mat2", "other") if n in a)
+            shared = self.comb.is_parameter(right) or right.op == "get_attr" or len(shape(right)) == 2
+        batch, rows = (1, math.prod(result[:-1])) if shared else (math.prod(result[:-2]), result[-2])
+        return Layer(
+            "matmul", (("batch", batch), ("inputs", left[-1]), ("outputs", result[-1])),
+            (("rows", rows), ("shared", int(shared))),
+        )  # fmt: skip
+
+
+def _batched(comb: Comb, batch: int) -> dict[Factor, int]:
+    """Sizes of the atoms that grow with the batch, when it is `batch`. An atom that stands for another dynamic size keeps
+    that of the example inputs."""
+    sizes: list[tuple[Axis, Any]] = [
+        (axis, n)
+        for node, axes in comb.axes.items()
+        if axes is not None and isinstance(value := node.meta.get("val"), torch.Tensor)
+        for axis, n in zip(axes, value.shape, strict=True)
+        if not isinstance(n, int)
+    ]
+    inputs: list[Any] = [n.meta.get("val") for n in comb.module.graph.nodes if n.op == "placeholder"]
+    firsts = [v.shape[0] for v in inputs if isinstance(v, torch.Tensor) and v.dim() and not isinstance(v.shape[0], int)]
+    if not firsts:
+        return {}
+    symbols = firsts[0].node.expr.free_symbols
+    examples = {n.node.expr: hint(n) for _, n in sizes if n.node.expr.is_symbol} | dict.fromkeys(symbols, batch)
+    found: dict[Factor, int] = {}
+    for axis, n in sizes:
+        expr = n.node.expr
+        new = [a for a in ax.atoms([axis]) if a.symbolic and a not in found]
+        if not new or not expr.free_symbols & symbols or not expr.free_symbols <= examples.keys():
+            continue
+        one, two = (ax.kept_size(axis, {**found, new[0]: k}) for k in (1, 2))  # linear in every atom
+        found[new[0]] = max(1, 1 + (int(expr.subs(examples)) - one) // max(two - one, 1))
+    return found
+
+
+def _is_layer(node: fx.Node) -> bool:
+    """Whether a node that multiplies is one of the layers there are."""
+    name = op_name(node)
+    if name == "einsum":
+        return len(arguments(node)["tensors"]) == 2  # more are several products, one after the other
+    known = name in MATMULS or name in PAIRS or name in ("inner", "tensordot", "scaled_dot_product_attention")
+    return known or (name.startswith("conv") and name[4:5] in "123_")
+
+
+def _letters(node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[str, str], str]:
+    """The two operands of a contraction, letters for their dimensions, and those of the result."""
+    a, name = arguments(node), op_name(node)
+    if name == "einsum":
+        left, right = a["tensors"]
+        (one, other), result = spelled_out(a["equation"], [len(shape(left)), len(shape(right))])
+        return left, right, (one, other), result
+    first, second = PAIRS.get(name, ("self", "other"))
+    left, right = a[first], a[second]
+    ranks = len(shape(left)), len(shape(right))
+    names = [chr(ord("a") + i) for i in range(sum(ranks))]
+    first_names, second_names = names[: ranks[0]], names[ranks[0] :]
+    over = zip(a["dims_self"], a["dims_other"], strict=True) if name == "tensordot" else [(-1, -1)]
+    for i, j in over:
+        second_names[j] = first_names[i]
+    kept = sorted(set(first_names) ^ set(second_names))
+    return left, right, ("".join(first_names), "".join(second_names)), "".join(kept)
+
+
+def _named(kernel: Kernel) -> list[fx.Node]:
+    """The nodes that a kernel's layers are named after: its products, or what else takes longest."""
+    products = [n for n in kernel.nodes if classify(n) in ("product", "depthwise", "attention")]
+    if kernel.kind == "attention" and len(products) > 1:
+        return products[:1]  # written out
+    if products:
+        return products
+    norms = [n for n in kernel.nodes if op_name(n) in NORMS]
+    return (norms or kernel.nodes)[:1]

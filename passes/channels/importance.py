@@ -1,0 +1,245 @@
+"""How much each index of each group matters: one number per index, from weights alone or from gradients.
+
+Gradient scores are exact to first order: the loss is differentiated by one gate per index, which masks the index wherever
+it is read (`passes.gates`; ours). "fisher" squares that derivative, "taylor" takes its absolute value, batch by batch.
+
+The form that CPD publishes (arXiv 2408.03046) stays as "fisher-paper" and "taylor-paper": every parameter that an index
+takes part in, writers, readers and norms alike, is scored by itself, and the mean over them counts. What the parameters
+say of one and the same gate is then added up without signs and divided by their number, so an index with many readers,
+such as a residual trunk's, is underrated, the more the deeper the network.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+
+from ...graph.comb import axes as ax
+from ...graph.comb.axes import Factor
+from ...graph.comb.solve import Comb, Group
+from ...graph.errors import BadInput
+from ...graph.nodes import arguments, op_name
+from ...graph.program import TrainableModule
+from ..base import Context
+from ..common.batches import Feed
+from ..common.losses import task_loss
+from ..common.processes import accelerator, averaged, placed, summed
+from ..common.repeat import seeded
+from ..common.samples import everywhere, sample_batches
+from ..common.sums import weighted_sums
+from .gates import Gates
+
+Scores = dict[Factor, np.ndarray]
+Importance = Callable[..., Scores]
+"""`importance(comb, groups, context, samples)`; samples: how many of the data's to look at, where it looks at data."""
+NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
+
+
+class Members:
+    """Where the indices of some atoms lie in the parameters of a network that may have lost some of them already.
+
+    masks: which indices of each atom the network still has, by default all. Sums are per index of the original atoms, 0
+    where the network has lost it.
+    """
+
+    def __init__(self, comb: Comb, wanted: Iterable[Factor], masks: ax.Masks | None = None):
+        self.wanted, self.masks = dict.fromkeys(wanted), masks or {}
+        self._axes: dict[str, dict[int, tuple[ax.Axis, np.ndarray | None]]] = {}
+        for name, axes in comb.parameters.items():
+            touched = {d: axis for d, axis in enumerate(axes) if ax.touches(axis, self.wanted)}
+            if touched:
+                self._axes[name] = {d: (axis, self._kept(axis)) for d, axis in touched.items()}
+
+    def _kept(self, axis: ax.Axis) -> np.ndarray | None:
+        return ax.kept_mask(axis, self.masks) if ax.touches(axis, self.masks) else None
+
+    def sums(self, module: torch.nn.Module, gradients: bool) -> Iterator[tuple[str, Scores]]:
+        """For every parameter and dimension, the sums over the entries of each index: of weight * gradient, or of the
+        squared weight."""
+        given = [
+            (name, tensor)
+            for name, tensor in module.named_parameters()
+            if name in self._axes and (tensor.grad is not None or not gradients)
+        ]
+        items = [(t.detach(), t.grad if gradients else None, self._axes[name]) for name, t in given]
+        for (name, _), sums in zip(given, weighted_sums(items), strict=True):
+            for dim, values in sums.items():
+                axis, kept = self._axes[name][dim]
+                if kept is not None:
+                    values, own = np.zeros(len(kept)), values
+                    values[kept] = own
+                found: Scores = {}
+                ax.fold(axis, values, found)
+                yield name, {atom: own for atom, own in found.items() if atom in self.wanted}
+
+    def gradient_scores(self, module: torch.nn.Module, transform: Callable[[np.ndarray], np.ndarray]) -> Scores:
+        """For every atom the mean over its members of the transformed sums of weight * gradient."""
+        found: dict[Factor, list[np.ndarray]] = defaultdict(list)
+        for _, sums in self.sums(module, gradients=True):
+            for atom, own in sums.items():
+                found[atom].append(transform(own))
+        return {atom: np.mean(values, axis=0) for atom, values in found.items()}
+
+
+TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "taylor": np.abs,
+    "fisher": np.square,
+    "taylor-paper": np.abs,
+    "fisher-paper": np.square,
+}
+"""What importances from gradients make of the derivatives of one batch."""
+
+
+class GradientScores:
+    """Scores of the backward passes of one network: run it within `tapped`, then take them with `of_batch`.
+
+    importance: a key of TRANSFORMS. masks: which indices of the groups the network still has. share: see `Gates.totals`.
+    """
+
+    def __init__(
+        self,
+        importance: str,
+        comb: Comb,
+        groups: Iterable[Group],
+        masks: ax.Masks | None,
+        module: TrainableModule,
+        share: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+    ):
+        wanted = [g.atom for g in groups]
+        self.transform, self.module, self.share = TRANSFORMS[importance], module, share
+        self.gates = None if importance.endswith("-paper") else Gates(comb, wanted, masks, module)
+        self.members = Members(comb, wanted, masks) if self.gates is None else None
+
+    def tapped(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.gates is None else self.gates.tapped()
+
+    def of_batch(self, scale: float = 1.0) -> Scores:
+        """The scores by the gradients that lie in the network now; scale: see `Gates.totals`."""
+        if self.members is not None:
+            return self.members.gradient_scores(self.module, self.transform)
+        assert self.gates is not None
+        return {atom: self.transform(own) for atom, own in self.gates.totals(self.share, scale).items()}
+
+
+def magnitude(comb: Comb, groups: list[Group], context: Context, samples: int = 0) -> Scores:
+    """Squared L2 norm of the weights of each index, relative to the mean over the indices of the same parameter.
+
+    Weights with two or more dimensions and the scales of normalisations count; other vectors only where there is nothing
+    else. Relative, so that parameters of different scale weigh the same within a group and groups compare globally.
+    """
+    return relative_norms(comb, groups, comb.module, {})
+
+
+def relative_norms(comb: Comb, groups: list[Group], module: torch.nn.Module, masks: ax.Masks) -> Scores:
+    """`magnitude` of a network that has lost what the masks say."""
+    scales = {str(n.target) for n in _norm_scales(comb)}
+    strong: dict[Factor, list[np.ndarray]] = defaultdict(list)
+    weak: dict[Factor, list[np.ndarray]] = defaultdict(list)
+    for name, sums in Members(comb, (g.atom for g in groups), masks).sums(module, gradients=False):
+        into = strong if len(comb.parameters[name]) > 1 or name in scales else weak
+        for atom, own in sums.items():
+            mean = own[masks[atom]].mean() if atom in masks else own.mean()
+            if mean > 0:
+                into[atom].append(own / mean)
+    result = {}
+    for group in groups:
+        found = strong.get(group.atom) or weak.get(group.atom)
+        result[group.atom] = np.mean(found, axis=0) if found else np.ones(group.size)
+    return result
+
+
+def _norm_scales(comb: Comb) -> Iterable[torch.fx.Node]:
+    for node in comb.module.graph.nodes:
+        if op_name(node) in NORMS:
+            weight = arguments(node).get("weight")
+            if isinstance(weight, torch.fx.Node) and weight.op == "get_attr":
+                yield weight
+
+
+def random(comb: Comb, groups: list[Group], context: Context, samples: int = 0) -> Scores:
+    """Uniform random numbers, a baseline; seeded by the context."""
+    generator = np.random.default_rng(context.seed)
+    return {g.atom: generator.random(g.size) for g in groups}
+
+
+SAMPLES = 1024  # for scores from gradients
+
+
+def from_gradients(importance: str) -> Importance:
+    """The importance of that name as a function: mean over batches of its score, in eval mode.
+
+    "taylor" is |derivative by the index's gate| (Molchanov et al., arXiv 1906.10771), "fisher" its square, the empirical
+    Fisher's term for masking the index. A batch's loss is differentiated as a whole, so "fisher" is the square of a mean
+    over its samples. Batches are taken until there are as many samples as asked for (`common.samples` says which), each
+    process takes its part of them, and their scores are added up.
+    """
+
+    def scores(comb: Comb, groups: list[Group], context: Context, samples: int = SAMPLES) -> Scores:
+        if context.data is None:
+            raise BadInput("importance from gradients needs data: give data= (batches of inputs and labels)")
+        module = comb.program.copy().module()
+        module.eval().requires_grad_()  # what is frozen for training matters all the same
+        found = GradientScores(importance, comb, groups, None, module)
+        sums = {g.atom: np.zeros(g.size) for g in groups}
+        count = everywhere(lambda: _add_up(sums, found, comb, context, samples))
+        total = (
+            summed(torch.from_numpy(np.concatenate([[count], *sums.values()])).to(accelerator().device)).cpu().numpy()
+        )
+        if not total[0]:
+            raise BadInput("importance from gradients: the data yields no batch")
+        parts = np.split(total[1:] / total[0], np.cumsum([len(own) for own in sums.values()])[:-1])
+        return dict(zip(sums, parts, strict=True))
+
+    return scores
+
+
+def _add_up(sums: Scores, found: GradientScores, comb: Comb, context: Context, samples: int) -> int:
+    """Add the scores of this process's batches to the sums; returns how many batches there were."""
+    module, feed, count = found.module, Feed(comb.program), 0
+    with (
+        seeded(context.seed, context.data), placed(module, accelerator().device), found.tapped(), torch.enable_grad()
+    ):  # fmt: skip
+        for batch, _ in sample_batches(feed, context, samples, "importance", share=True):
+            if batch.labels is None:
+                raise BadInput(
+                    "importance from gradients needs labels, and the data yields none; use importance: magnitude"
+                )
+            module.zero_grad(set_to_none=True)
+            loss = task_loss(context.loss, module(*batch.args, **batch.kwargs), batch.labels)
+            if not torch.isfinite(loss):
+                raise BadInput(f"importance: the loss of batch {count} is {float(loss)}; check the data and the model")
+            loss.backward()
+            for atom, values in found.of_batch().items():
+                sums[atom] += values
+            count += 1
+    return count
+
+
+def normalised(scores: Scores) -> Scores:
+    """The scores times one power of two that makes the largest about 1, so that no threshold or sum in the selection sees
+    the scale of the loss."""
+    largest = max((float(own.max()) for own in scores.values() if len(own)), default=0.0)
+    if not 0 < largest < np.inf:
+        return dict(scores)
+    _, exponent = np.frexp(largest)
+    return {atom: np.ldexp(own, -int(exponent)) for atom, own in scores.items()}
+
+
+def together(scores: Scores) -> Scores:
+    """The mean of the scores over all processes, the same bits in each of them."""
+    if not scores:
+        return {}
+    values = averaged(np.concatenate(list(scores.values())))
+    parts = np.split(values, np.cumsum([len(own) for own in scores.values()])[:-1])
+    return dict(zip(scores, parts, strict=True))
+
+
+IMPORTANCES: dict[str, Importance] = {
+    "magnitude": magnitude,
+    "random": random,
+    **{name: from_gradients(name) for name in TRANSFORMS},
+}

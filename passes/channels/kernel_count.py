@@ -1,0 +1,69 @@
+"""How many kernels a run starts before and after channels were removed, as the target's library is predicted to make them,
+and what went dead.
+
+Fewer channels are no fewer kernels, but there may be more: a softmax over two branches is unrolled into its neighbours'
+kernel, and one over the single branch that is left is a kernel that gives 1, whatever its branch computes. Source: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...graph.comb.axes import Factor
+from ...graph.comb.solve import Comb, Sizer
+from ...graph.nodes import op_name, shape, source
+from ...graph.workload.fusion import Rules, Shape, kernels, library, single
+from ..base import Context
+
+ONES = frozenset("softmax _softmax log_softmax _log_softmax".split())
+
+
+def kernel_record(comb: Comb, sizes: Mapping[Factor, int], smaller: fx.Graph, context: Context) -> dict[str, Any]:
+    """Predicted kernels `before` and `after`; where there are more, the nodes that begin the new ones (`more`). `dead`: by
+    softmax that is left a single entry, the nodes whose values go nowhere else, so that they decide nothing.
+
+    sizes: what is left of each group. smaller: the graph after removal; its own sizes are not read, as computing them
+    anew would take longer than the removal.
+    """
+    rules = library(getattr(context.target, "backend", None), context.dtype)
+    kept = _kept_shapes(comb, sizes)
+    old, new = _started(comb.module.graph, rules, shape), _started(smaller, rules, kept)
+    counts = [sum(found.values()) for found in (old, new)]
+    more = [source(node) for node in smaller.nodes if new.get(node.name, 0) > old.get(node.name, 0)]
+    found: dict[str, Any] = {"before": counts[0], "after": counts[1], "more": more if counts[1] > counts[0] else []}
+    known = {node.name for node in comb.module.graph.nodes if single(node)}
+    dead = [n for n in smaller.nodes if op_name(n) in ONES and single(n, kept) and n.name not in known]
+    return found | {"dead": {source(n): [m.name for m in _only_for(n)] for n in dead}}
+
+
+def _kept_shapes(comb: Comb, sizes: Mapping[Factor, int]) -> Shape:
+    """The sizes that the nodes of the graph have after the removal, by name."""
+    size = Sizer(sizes)
+    found = {
+        node.name: tuple(map(size, axes))
+        for node, axes in comb.axes.items()
+        if axes is not None and isinstance(node.meta.get("val"), torch.Tensor)
+    }
+    return lambda node: found.get(node.name) or shape(node)
+
+
+def _started(graph: fx.Graph, rules: Rules, shape: Shape) -> dict[str, int]:
+    """How many kernels each node begins, or is laid out anew by."""
+    found: dict[str, int] = {}
+    for kernel in kernels(graph, rules, shape):
+        for node in (kernel.nodes[0], *kernel.copied(rules.grain, shape)):
+            found[node.name] = found.get(node.name, 0) + 1
+    return found
+
+
+def _only_for(node: fx.Node) -> list[fx.Node]:
+    """The nodes that compute something for this one alone."""
+    found = {node}
+    for other in reversed(node.graph.nodes):
+        if other.op == "call_function" and other.users and set(other.users) <= found:
+            found.add(other)
+    return [n for n in node.graph.nodes if n in found and n is not node]

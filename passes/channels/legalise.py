@@ -1,0 +1,169 @@
+"""Which sizes hardware likes: alignment as part of selection, and exact costs of every choice. Source: ours.
+
+Convolutions and matrix products pad their channels to multiples of an alignment step (targets table). An axis may be a
+product or a sum, so the step of an atom is the smallest number of indices that keeps every product it takes part in, and
+every branch of a concatenation by itself, aligned. Sizes that are not aligned to begin with may stay as they are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from ...graph.comb import axes as ax
+from ...graph.comb.axes import Axis, Factor
+from ...graph.comb.solve import Comb, Group
+from ...graph.errors import BadInput
+
+PRIORITY = {
+    "head": 0,
+    "group": 1,
+    "channel": 2,
+    "hidden": 2,
+    "head width": 3,
+    "token": 4,
+    "multiplier": 5,
+    "constant": 6,
+}
+
+
+def movable(comb: Comb, kinds: Iterable[str], include: Iterable[str] = (), exclude: Iterable[str] = ()) -> list[Group]:
+    """The groups a pass may shrink: not frozen, of the kinds named, matched by `include` and not by `exclude` (patterns
+    over member names), and at most one factor of every product, heads before widths, so that ratios do not compound.
+    Raises BadInput for a pattern that matches no parameter."""
+    include, exclude, kinds = tuple(include), tuple(exclude), tuple(kinds)
+    known = [*comb.parameters, *(g.name for g in comb.groups)]
+    for field, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(n, pattern) for n in known):
+                raise BadInput(f"RemoveChannels.{field}: {pattern!r} matches no parameter; {_nearest(pattern, known)}")
+
+    def wanted(group: Group) -> bool:
+        names = [group.name, *(name for name, _ in group.members)]
+        if include and not any(fnmatchcase(n, p) for n in names for p in include):
+            return False
+        return not any(fnmatchcase(n, p) for n in names for p in exclude)
+
+    candidates = [g for g in comb.groups if g.frozen is None and g.size > g.least and g.kind in kinds and wanted(g)]
+    partners = products(comb)
+    chosen: dict[Factor, Group] = {}
+    for group in sorted(candidates, key=lambda g: PRIORITY[g.kind]):
+        if not any(p in chosen for p in partners[group.atom]):
+            chosen[group.atom] = group
+    return [g for g in candidates if g.atom in chosen]
+
+
+def _nearest(pattern: str, known: list[str]) -> str:
+    """The end of an error message: the name, or the pattern for a part of the network, that is most like this one."""
+    parts = [name.split(".") for name in known]
+    patterns = [".".join(p[:n]) + ".*" for p in parts for n in range(1, len(p))]
+    close = difflib.get_close_matches(pattern, dict.fromkeys([*known, *patterns]), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"parameters are called {', '.join(map(repr, known[:3]))}, ..."
+
+
+def products(comb: Comb) -> dict[Factor, set[Factor]]:
+    """For every atom, the other atoms it is multiplied with in some axis of a parameter."""
+    found: dict[Factor, set[Factor]] = defaultdict(set)
+    for axis in _distinct(comb):
+        for monomial in ax.monomials(axis):
+            for atom in monomial:
+                found[atom].update(m for m in monomial if m is not atom)
+    return found
+
+
+def _distinct(comb: Comb) -> list[Axis]:
+    """Every different axis of the parameters once."""
+    seen: dict[tuple[int, ...], Axis] = {}
+    for axes in comb.parameters.values():
+        for axis in axes:
+            normal = ax.normal(axis)
+            if normal:
+                seen.setdefault(tuple(id(f) for f in normal), normal)
+    return list(seen.values())
+
+
+def steps(comb: Comb, groups: list[Group], alignment: int) -> dict[Factor, int]:
+    """By how many indices each group may shrink at a time, so that every channel axis stays a multiple of `alignment`."""
+    result = {g.atom: 1 for g in groups}
+    if alignment == 1:
+        return result
+    for axis in _distinct(comb):
+        for monomial in ax.monomials(axis):
+            for atom in monomial:
+                if atom in result:
+                    rest = math.prod(m.size for m in monomial if m is not atom)
+                    result[atom] = math.lcm(result[atom], alignment // math.gcd(alignment, rest))
+    return result
+
+
+class Costs:
+    """A cost (MACs or parameters) as a polynomial in the sizes of the movable atoms; `sizes` is the current state."""
+
+    def __init__(self, terms: Iterable[list[Axis]], groups: list[Group]):
+        self.sizes: dict[Factor, int] = {g.atom: g.size for g in groups}
+        self.terms: list[list[list[tuple[int, tuple[Factor, ...]]]]] = []
+        self.uses: dict[Factor, list[int]] = defaultdict(list)
+        self.fixed = 0
+        for axes in terms:
+            constant, varying = 1, []
+            for axis in axes:
+                sums = self._polynomial(axis)
+                if len(sums) == 1 and not sums[0][1]:
+                    constant *= sums[0][0]
+                else:
+                    varying.append(sums)
+            if not varying:
+                self.fixed += constant
+                continue
+            varying.append([(constant, ())])
+            for atom in {a for sums in varying for _, m in sums for a in m}:
+                self.uses[atom].append(len(self.terms))
+            self.terms.append(varying)
+        self._values = [self._value(t) for t in self.terms]
+        self.total = self.fixed + sum(self._values)
+
+    def _polynomial(self, axis: Axis) -> list[tuple[int, tuple[Factor, ...]]]:
+        merged: dict[tuple[Factor, ...], int] = defaultdict(int)
+        for monomial in ax.monomials(axis):
+            free = tuple(m for m in monomial if m in self.sizes)
+            merged[free] += math.prod(m.size for m in monomial if m not in self.sizes)
+        return [(coefficient, free) for free, coefficient in merged.items()]
+
+    def _value(self, term: list[list[tuple[int, tuple[Factor, ...]]]]) -> int:
+        product = 1
+        for sums in term:
+            value = 0
+            for coefficient, free in sums:
+                for atom in free:
+                    coefficient *= self.sizes[atom]
+                value += coefficient
+            product *= value
+        return product
+
+    def set(self, atom: Factor, size: int) -> None:
+        """Give an atom another size and update the total."""
+        self.sizes[atom] = size
+        for i in self.uses[atom]:
+            value = self._value(self.terms[i])
+            self.total += value - self._values[i]
+            self._values[i] = value
+
+    def saving(self, atom: Factor, count: int) -> int:
+        """What removing `count` more indices of an atom saves, exactly."""
+        before = self.sizes[atom]
+        self.sizes[atom] = before - count
+        saved = sum(self._values[i] - self._value(self.terms[i]) for i in self.uses[atom])
+        self.sizes[atom] = before
+        return saved
+
+
+def mac_terms(comb: Comb) -> list[list[Axis]]:
+    return [axes for _, terms in comb.cost_terms() for axes in terms]
+
+
+def parameter_terms(comb: Comb) -> list[list[Axis]]:
+    names = {name for name, _ in comb.module.named_parameters(remove_duplicate=True)}
+    return [axes for name, axes in comb.parameters.items() if name in names]

@@ -1,0 +1,318 @@
+"""Structured removal of channels, heads, hidden units and groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from ...graph.comb.axes import Factor
+from ...graph.comb.solve import DEFAULT_KINDS, KINDS, Comb, Group, Sizer
+from ...graph.cost import require_counted
+from ...graph.errors import BadInput, GraphcombError, Refused, Unreachable
+from ...graph.nodes import arguments, op_name
+from ...graph.program import Program
+from ...graph.sparse import sparse_weights
+from ...graph.surgery import remove
+from ...graph.verify import TOLERANCE, check
+from ..base import Context, Pass, PassResult, check_field
+from ..common.batches import Feed
+from ..common.floor import check_least
+from ..common.processes import agreed
+from ..train.distill import Distill, block_outputs
+from ..train.loop import total_steps
+from .importance import IMPORTANCES, SAMPLES, TRANSFORMS, Scores, normalised, together
+from .kernel_count import kernel_record
+from .knapsack import Predictor, allowed_seconds
+from .legalise import Costs, mac_terms, movable
+from .selection import Selection, lowest_removed
+from .targets import Chooser, read_plan, some, untrained
+from .while_training import Pruner, event_steps, removed_values
+
+DURING = ("schedule", "interval", "rounds", "prune_share")  # options of pruning while training
+DEFAULT_ALIGNMENT = 8  # fp16 tensor cores; what a target says goes before it
+
+
+@dataclass(frozen=True)
+class RemoveChannels(Pass):
+    """Remove the least important indices of every prunable group, exactly: at once, or while the network trains.
+
+    One of four targets: `ratio`, the share of every unfrozen axis removed (scope "local"), or of all prunable indices
+    together (scope "global"); `macs` or `params`, what may remain, as a share of the dense program (at most 1) or as an
+    absolute number; `latency`, what a run may take as the context's latency model predicts it, as a share of the dense
+    program or as a time ("3.5 ms", "800 us"), by a knapsack over all groups (`passes.knapsack`). Without a target, ratio
+    0.5. Where an axis is a product, one factor shrinks: heads before head width. least_macs: the share of the MACs that
+    whatever is chosen for a latency leaves; where that cannot be, it refuses. By default 0.25 where the prediction is a data
+    sheet's, which may be off by as much as all that it asks for, and 0 where something was measured.
+
+    importance: "magnitude", "taylor", "fisher" (both need data, and are exact to first order: `passes.importance`; with
+    "-paper" after them in CPD's published form) or "random"; by default magnitude, with `train` fisher. samples: how many
+    of the data's samples gradients are taken of before anything is cut (without `train`, or with schedule "one-shot"), in
+    whole batches: random ones where a loader goes through its data set in order, else the first it yields.
+    scope: by default local, with `train` global. round_to: widths stay multiples of it; None takes the target's alignment
+    for the dtype, or 8. min_channels: what every group keeps at least. kinds: which kinds of groups may shrink. include,
+    exclude: patterns over parameter names.
+
+    A global selection for a cost ranks chunks by importance; gradient scores, which are changes of the loss, by importance
+    per cost saved (after CPD, arXiv 2408.03046; the exact cost is ours), and more so the less of a group is left.
+
+    train: prune while training, with the options of `Distill` (CPD's way). Scores are summed after every backward pass of
+    the network as it then is, with the loss it trains on. schedule: "adaptive" prunes every `interval` steps, a little
+    each time; "iterative" in `rounds` equal parts; "one-shot" before the first step. prune_share: the share of all steps in
+    which the first two reach the target; the rest fine-tunes what is left. Learning rates, labels and checkpoints are
+    those of `train`. The record is that of training, with the `events`; `passes.adaptive` says when they come and what
+    masks mean.
+
+    Raises BadInput for options that make no sense, Unreachable when a target cannot be met, Refused for a pattern of
+    `Sparsify` that would break.
+    """
+
+    ratio: float | None = None
+    macs: float | None = None
+    params: float | None = None
+    latency: float | str | None = None
+    least_macs: float | None = None
+    importance: str | None = None
+    scope: str | None = None
+    round_to: int | None = None
+    min_channels: int = 1
+    kinds: tuple[str, ...] = DEFAULT_KINDS
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    train: Distill | None = None
+    schedule: Literal["adaptive", "iterative", "one-shot"] = "adaptive"
+    interval: int = 50
+    rounds: int = 5
+    prune_share: float = 0.5
+    samples: int = SAMPLES
+
+    def __post_init__(self) -> None:
+        if self.importance is None:
+            object.__setattr__(self, "importance", "fisher" if self.train else "magnitude")
+        if self.scope is None:
+            object.__setattr__(self, "scope", "global" if self.train or self.latency is not None else "local")
+        given = [k for k in ("ratio", "macs", "params", "latency") if getattr(self, k) is not None]
+        if len(given) > 1:
+            raise BadInput(f"RemoveChannels: give one of ratio, macs, params and latency, not {' and '.join(given)}")
+        if self.latency is not None:
+            allowed_seconds(self.latency, 1.0, "RemoveChannels")
+            says = "global with a latency target, which a knapsack over all groups meets"
+            check_field(self, "scope", self.scope != "local", says)
+        check_field(self, "ratio", self.ratio is None or 0 <= self.ratio < 1, "a share of at least 0 and under 1")
+        check_least(self)
+        for key in ("macs", "params"):
+            value = getattr(self, key)
+            says = "what may remain: a share above 0 and at most 1, or a whole number above 1"
+            check_field(self, key, value is None or 0 < value <= 1 or (value > 1 and value == int(value)), says)
+        schedules = ("adaptive", "iterative", "one-shot")
+        check_field(self, "importance", self.importance in IMPORTANCES, f"one of {', '.join(IMPORTANCES)}")
+        check_field(self, "scope", self.scope in ("local", "global"), "local or global")
+        check_field(self, "schedule", self.schedule in schedules, "adaptive, iterative or one-shot")
+        check_field(self, "prune_share", 0 < self.prune_share <= 1, "a share above 0, at most 1")
+        for key in ("round_to", "min_channels", "interval", "rounds", "samples"):
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise BadInput(f"RemoveChannels.{key}: a whole number of at least 1, not {value}")
+        for option in dataclasses.fields(self):
+            said = option.name in DURING and getattr(self, option.name) not in (option.default, "one-shot")
+            if said and self.train is None:
+                raise BadInput(
+                    f"RemoveChannels.{option.name}: says how to prune while training, so it needs `train`; without it "
+                    "everything goes at once"
+                )
+        for key in ("kinds", "include", "exclude"):
+            value = getattr(self, key)
+            object.__setattr__(self, key, (value,) if isinstance(value, str) else tuple(value))
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise BadInput(f"RemoveChannels.kinds: some of {', '.join(KINDS)}, not {kind!r}")
+
+    @property
+    def target(self) -> str:
+        """Which of the four targets it has."""
+        return next((t for t in ("macs", "params", "latency") if getattr(self, t) is not None), "ratio")
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        comb, step = Comb(program), self.alignment(context)
+        free = movable(comb, self.kinds, self.include, self.exclude)
+        silent = self._without_gradients(comb, free)
+        free = [g for g in free if g.name not in silent]
+        planned = read_plan(comb, context.plan)
+        atoms = {g.atom for g in free}
+        groups = [g for g in comb.groups if g.atom in atoms or g.name in planned]
+        self._require_groups(comb, groups, tuple(silent))
+        places = {g.atom: i for i, g in enumerate(comb.groups)}
+        chooser: Chooser | None = None
+
+        def prepare() -> list[Any]:
+            nonlocal chooser
+            chooser = Chooser(self, comb, free, planned, context, tuple(silent))
+            return [str(chooser.predictor.latency), chooser.predictor.total({})] if chooser.predictor else []
+
+        def choose(sizes: dict[Factor, int], scores: Scores, share: float) -> dict[Factor, int]:
+            found = agreed(
+                lambda: {places[atom]: n for atom, n in cast(Chooser, chooser)(sizes, scores, share).items()}
+            )
+            return {comb.groups[i].atom: n for i, n in found.items()}
+
+        training: dict[str, Any] = {}
+        masked, predicted = None, agreed(prepare)  # only the main process measures
+        if self.train is None:
+            scores = normalised(together(self._score(comb, groups, context)))
+            sizes = choose({}, scores, 1.0)
+            masks = {g.atom: lowest_removed(scores[g.atom], sizes.get(g.atom, g.size)) for g in groups}
+            smaller, removed = remove(comb, masks)
+        else:
+            self._require_no_pattern(program, groups)  # what cannot be done is said before training
+            agreed(lambda: cast(Chooser, chooser).require())
+            total = total_steps(self.train, context.batches, "RemoveChannels.train", Feed(program))
+            events = event_steps(self.schedule, total, self.interval, self.rounds, self.prune_share)
+            identity = [self.options(), step, {n: [row.keep, row.fixed] for n, row in planned.items()}, predicted]
+            pruner = Pruner(comb, groups, choose, str(self.importance), events, context, self.samples, identity)
+            smaller, training = pruner.train(self.train)
+            masks, removed, masked = pruner.masks, pruner.removed(), pruner.masked(smaller.module())
+        masks = {atom: mask for atom, mask in masks.items() if not mask.all()}
+        sizes = {atom: int(mask.sum()) for atom, mask in masks.items()}
+        agreed(lambda: cast(Chooser, chooser).require_macs(sizes))
+        smaller.known_cost = comb.cost(sizes)
+        frozen = [
+            {"what": g.name, "kind": g.kind, "size": g.size, "why": g.frozen or silent[g.name]}
+            for g in comb.groups
+            if g.frozen or g.name in silent
+        ]
+        record = training | {
+            "changed": [
+                {"what": g.name, "kind": g.kind, "before": g.size, "after": sizes[g.atom]}
+                for g in comb.groups
+                if g.atom in sizes
+            ],
+            "refused": frozen + training.get("refused", []),
+            "layers": layers(comb, sizes),
+            "cost": {"before": comb.cost({}), "after": smaller.cost()},
+            "target": agreed(lambda: cast(Chooser, chooser).record(sizes)),
+            "alignment": step,
+            "kernels": kernel_record(comb, sizes, smaller.structure, context),
+            "removed": removed,
+            "features": removed_values(comb, masks, block_outputs(program)),
+        }
+        if predicted:
+            record["latency"] = agreed(lambda: cast(Predictor, cast(Chooser, chooser).predictor).record(sizes))
+        result = PassResult(smaller, record, removed, masked)
+        if masked is not None and removed:
+            record["verified"] = self._proven(program, result, context)
+        return result
+
+    @staticmethod
+    def _proven(program: Program, result: PassResult, context: Context) -> dict[str, Any]:
+        """That the result is one slice of the masked network: the same weights, and what the absence oracle computes."""
+        verdict = check(program, result, seed=context.seed)
+        if not verdict.ok:
+            why = verdict.disagreements[0] if verdict.disagreements else "nothing the oracle sees has changed"
+            raise GraphcombError(f"RemoveChannels: the result is not the masked network ({why}); a bug of graphcomb")
+        return {"oracle": "absence oracle", "error": verdict.error, "tolerance": TOLERANCE}
+
+    @staticmethod
+    def _require_no_pattern(program: Program, groups: list[Group]) -> None:
+        sparse, shrinking = sparse_weights(program), {member for g in groups for member in g.members}
+        for name, pattern in sparse.items():
+            if pattern and (name, 1) in shrinking:
+                raise Refused(
+                    f"RemoveChannels: removing input channels one by one would break the pattern of {name}, which Sparsify "
+                    f"made {pattern}; run RemoveChannels before Sparsify"
+                )
+
+    def _without_gradients(self, comb: Comb, groups: list[Group]) -> dict[str, str]:
+        """Groups that training gives no scores, by name: all of their parameters are frozen. As they would score 0, they
+        would be the first to go. What is pruned before the first step is scored by a pass over the data of its own."""
+        if self.train is None or self.importance not in TRANSFORMS or self.schedule == "one-shot":
+            return {}
+        trained = {name for name, p in comb.module.named_parameters(remove_duplicate=False) if p.requires_grad}
+        why = "its parameters are frozen (requires_grad is False), so training gives it no score"
+        return {g.name: why for g in groups if not any(name in trained for name, _ in g.members)}
+
+    def _require_groups(self, comb: Comb, groups: list[Group], unscored: Sequence[str]) -> None:
+        """Raise Unreachable where there is nothing to prune, unless nothing is asked for. A share of every axis that is
+        free is met where none is: a warning and the record say so. Raises Refused for a target in MACs where not all are
+        counted."""
+        if self.target == "macs":
+            require_counted(comb.module, "RemoveChannels.macs")
+        if groups or (self.train is None and getattr(self, self.target) in (0, 1, 1.0)):
+            return
+        if unscored:
+            raise Unreachable(f"RemoveChannels: nothing to prune; {untrained(unscored)}")
+        frozen = [f"{g.name}: {g.frozen}" for g in comb.groups if g.frozen]
+        others = len(comb.groups) - len(frozen)
+        why = (
+            f"RemoveChannels: nothing to prune: of {len(comb.groups)} groups {len(frozen)} are frozen "
+            f"({some(frozen, 2) or 'none'}) and {others} are left out by kinds, include and exclude or as small as can be"
+        )
+        if self.train is not None or self.target != "ratio":
+            raise Unreachable(why)
+        warnings.warn(why, stacklevel=4)
+
+    def _score(self, comb: Comb, groups: list[Group], context: Context) -> Scores:
+        """How much each index of each group matters."""
+        if not groups:
+            return {}
+        return IMPORTANCES[str(self.importance)](comb, groups, context, self.samples)
+
+    def plan(self, program: Program, context: Context | None = None) -> list[dict[str, Any]]:
+        """What the pass would do, group by group: name, kind, size, keep, the MACs removal saves, and why it is frozen.
+
+        Edit the `keep` values, add `"prune": False` or take rows out, and give the list back as `context.plan` to apply
+        it. A row that is changed is a decision. The others stand as proposed where the target is met with them, and are
+        chosen anew where it is not; so are groups without a row.
+        """
+        context = context or Context()
+        comb = Comb(program)
+        groups = movable(comb, self.kinds, self.include, self.exclude)
+        unscored = self._without_gradients(comb, groups)
+        groups = [g for g in groups if g.name not in unscored]
+        self._require_groups(comb, groups, tuple(unscored))
+        chooser = Chooser(self, comb, groups, {}, context, tuple(unscored))
+        selection = Selection(comb, groups, chooser.alignment, self.min_channels)
+        selection.sizes |= chooser({}, self._score(comb, groups, context))
+        whole = Costs(mac_terms(comb), [g for g in comb.groups if g.frozen is None])
+        rows = []
+        for g in comb.groups:
+            keep = selection.kept(g)
+            row: dict[str, Any] = {"name": g.name, "kind": g.kind, "size": g.size, "keep": keep}
+            if g.frozen:
+                rows.append(row | {"frozen": g.frozen})
+            else:
+                share = whole.saving(g.atom, g.size - keep) / max(whole.total, 1)
+                rows.append(row | {"proposed": keep, "saves_macs": round(share, 4), "step": selection.step(g)})
+        return rows
+
+    def alignment(self, context: Context) -> int:
+        """The step widths are multiples of."""
+        if self.round_to is not None:
+            return self.round_to
+        return DEFAULT_ALIGNMENT if context.target is None else int(context.target.alignment(context.dtype))
+
+
+def layers(comb: Comb, sizes: dict[Factor, int]) -> list[dict[str, Any]]:
+    """Convolutions and linears with their channels and MACs before and after."""
+    rows = []
+    dense, kept = Sizer({}), Sizer(sizes)
+    for node, terms in comb.cost_terms():
+        name = op_name(node)
+        if not (name.startswith("conv") or name == "linear"):
+            continue
+        a = arguments(node)
+        weight = a["weight"]
+        channel = 1 if name.startswith("conv") else -1
+        into, out = comb.axes[a["input"]][channel], comb.axes[node][channel]
+        macs = [sum(math.prod(map(size, m)) for m in terms) for size in (dense, kept)]
+        rows.append(
+            {
+                "name": str(weight.target) if weight.op == "get_attr" else node.name,
+                "kind": "linear" if name == "linear" else "depthwise" if 1 < a["groups"] == dense(into) else "conv",
+                "channels": {"before": [dense(into), dense(out)], "after": [kept(into), kept(out)]},
+                "macs": {"before": macs[0], "after": macs[1]},
+            }
+        )
+    return rows

@@ -1,0 +1,281 @@
+"""How small the groups of a program become: for a ratio, a cost or a latency, with what a plan says, at once or in part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...graph.comb.axes import Factor
+from ...graph.comb.solve import Comb, Group
+from ...graph.errors import BadInput, Unreachable
+from ..base import Context
+from ..common.floor import below, least_share
+from .importance import TRANSFORMS, Scores
+from .knapsack import Floor, Predictor, allowed_seconds, knapsack, needed_latency, towards
+from .legalise import Costs, mac_terms, parameter_terms
+from .selection import Selection
+
+if TYPE_CHECKING:
+    from .remove_channels import RemoveChannels
+
+Sizes = dict[Factor, int]
+TERMS = {"macs": mac_terms, "params": parameter_terms}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a plan says of a group. fixed: a decision, which stands even where others must then give more."""
+
+    keep: int
+    fixed: bool
+
+
+def read_plan(comb: Comb, plan: Any) -> dict[str, Planned]:
+    """What the rows of a plan ask for, by group name; BadInput where they do not fit the program.
+
+    A row is {"name", "keep"} with an optional `prune`, which may be false to keep the group whole, and an optional
+    `proposed`: a row whose `keep` is still what was proposed is not a decision.
+    """
+    rows = plan.get("groups", []) if isinstance(plan, dict) else plan or []
+    known = {g.name: g for g in comb.groups}
+    result = {}
+    for row in rows:
+        name, keep = row.get("name"), row.get("keep")
+        group = known.get(name)
+        if group is None:
+            raise BadInput(f"plan: no group {name!r} in this program; graphcomb plan lists them")
+        whole = row.get("prune") is False or keep is None
+        if whole:
+            keep = group.size
+        if not isinstance(keep, int) or isinstance(keep, bool) or not group.least <= keep <= group.size:
+            raise BadInput(
+                f"plan: {name}: keep must be a whole number from {group.least} to {group.size}, not {keep!r}"
+            )
+        if group.frozen and keep != group.size:
+            raise BadInput(f"plan: {name} is frozen ({group.frozen})")
+        if not group.frozen:
+            result[name] = Planned(keep, whole or row.get("proposed") != keep)
+    return result
+
+
+class Chooser:
+    """Chooses the sizes of groups for the target of a RemoveChannels.
+
+    options: the pass. groups: what it may shrink. plan: see `read_plan`. untrained: names of groups that it may not shrink
+    because nothing scores them. Where a plan as it stands does not meet the target, the rows that are no decisions are
+    chosen anew. Raises Unreachable for a target that cannot be met, before any score is known.
+    """
+
+    def __init__(
+        self,
+        options: RemoveChannels,
+        comb: Comb,
+        groups: list[Group],
+        plan: Mapping[str, Planned],
+        context: Context,
+        untrained: tuple[str, ...] = (),
+    ):
+        self.options, self.comb, self.groups, self.untrained = options, comb, groups, untrained
+        self.alignment = options.alignment(context)
+        self.predictor = self._predictor(context)
+        self.least = least_share(options.least_macs, self.predictor.latency if self.predictor else None)
+        self._end: Sizes | None = None  # the last that a latency was found to be met with
+        rows = [(g, plan[g.name]) for g in comb.groups if g.name in plan]
+        self.plan = [(g, row.keep) for g, row in rows]
+        if not all(row.fixed for _, row in rows) and not self._meets():
+            self.plan = [(g, row.keep) for g, row in rows if row.fixed]
+
+    def _predictor(self, context: Context) -> Predictor | None:
+        """What predicts the latency, ready for all sizes that the groups may have; None without a latency target."""
+        if self.options.latency is None:
+            return None
+        predictor = Predictor(self.comb, needed_latency(context.latency, "RemoveChannels", self.comb.program))
+        selection = self._selection({})
+        predictor.prepare({g.atom: selection.allowed(g) for g in self.groups}, context.progress)
+        return predictor
+
+    def _selection(self, sizes: Mapping[Factor, int]) -> Selection:
+        return Selection(self.comb, self.groups, self.alignment, self.options.min_channels, sizes)
+
+    def _meets(self) -> bool:
+        try:
+            return self._choose(self._planned({}), self._flat(), 1.0)
+        except Unreachable:
+            return False
+
+    def _flat(self) -> Scores:
+        return {g.atom: np.ones(g.size) for g in self.comb.groups}
+
+    def _planned(self, sizes: Mapping[Factor, int]) -> Selection:
+        """What is left of the groups, and where those of the plan end."""
+        selection = self._selection(sizes)
+        selection.sizes |= {g.atom: keep for g, keep in self.plan}
+        return selection
+
+    def require(self) -> None:
+        """Raise Unreachable where the target cannot be met, whatever the scores."""
+        self({}, self._flat())
+
+    def require_macs(self, sizes: Sizes) -> None:
+        """Raise Unreachable where a latency target takes more of the network than the prediction is worth."""
+        if self.predictor is None:
+            return
+        share = self.comb.macs(sizes) / max(self.comb.macs({}), 1)
+        if share < self.least:
+            seconds, whole = self.predictor.total(sizes), self.predictor.total({})
+            raise below("RemoveChannels", self.predictor.latency, seconds, whole, share, self.least)
+
+    def _floor(self) -> Floor | None:
+        """The MACs that have to stay; None where none have to."""
+        if not self.least:
+            return None
+        costs = Costs(mac_terms(self.comb), [g for g in self.comb.groups if g.frozen is None])
+
+        def left(sizes: Sizes) -> float:
+            for atom, size in sizes.items():
+                if costs.sizes[atom] != size:
+                    costs.set(atom, size)
+            return costs.total
+
+        return Floor(left, self.least * costs.total)
+
+    def __call__(self, sizes: Mapping[Factor, int], scores: Scores, share: float = 1.0) -> Sizes:
+        """Sizes once `share` of the way to the target is gone. sizes: of the groups that have lost some already."""
+        selection = self._planned(sizes)
+        self._choose(selection, scores, share)
+        for group, keep in self.plan:
+            selection.approach(group, keep, share)
+        return selection.sizes
+
+    def _choose(self, selection: Selection, scores: Scores, share: float) -> bool:
+        """Shrink the groups that the plan leaves free: choose sizes that meet the target, then go `share` of the way to
+        them, from where they are whole and the others at their end. Returns whether that is all that was asked for; a
+        ratio that cannot be is no error."""
+        planned = {g.atom: keep for g, keep in self.plan}
+        groups = [g for g in self.groups if g.atom not in planned]
+        if self.options.target == "latency":
+            self._within_latency(selection, groups, scores, planned, share)
+        elif self.options.target != "ratio":
+            self._within_cost(selection, groups, scores, planned, share)
+        elif self.options.scope == "global":
+            return selection.by_count(groups, scores, self.ratio, share, self.groups)
+        else:
+            selection.uniform(groups, self.ratio * share)
+        return True
+
+    @property
+    def ratio(self) -> float:
+        return 0.5 if self.options.ratio is None else self.options.ratio
+
+    def _within_latency(
+        self, selection: Selection, groups: list[Group], scores: Scores, planned: Sizes, share: float
+    ) -> None:
+        assert self.predictor is not None
+        dense = self.predictor.total({})
+        seconds = self._asked(dense)
+        options = {a: [n] for a, n in planned.items()} | {g.atom: selection.allowed(g) for g in groups}
+        flat = {a: scores.get(a, np.ones(a.size)) for a in options}
+        sizes = knapsack(self.predictor, options, flat, seconds, self._floor())
+        if sizes is None and self._end is not None and all(n in options[a] for a, n in self._end.items()):
+            sizes = self._end  # which a search may miss that starts elsewhere
+        if sizes is None:
+            if self.least and (without := knapsack(self.predictor, options, flat, seconds)) is not None:
+                self.require_macs(without)
+            least = self.predictor.total({a: min(o) for a, o in options.items()})
+            raise self._unreachable(*(f"{1e3 * t:.3g} ms" for t in (seconds, dense, least)))
+        self._end = sizes
+        whole = self.predictor.total(planned)
+        goal = whole - share * max(whole - seconds, 0)
+        selection.sizes |= sizes if share == 1 else towards(self.predictor, options, flat, sizes, goal)
+
+    def _within_cost(
+        self, selection: Selection, groups: list[Group], scores: Scores, planned: Sizes, share: float
+    ) -> None:
+        costs = Costs(TERMS[self.options.target](self.comb), [g for g in self.comb.groups if g.frozen is None])
+        dense = costs.total
+        for atom, size in planned.items():
+            costs.set(atom, size)
+        whole = costs.total
+        for g in groups:
+            costs.set(g.atom, selection.kept(g))
+        end = self._asked(dense)
+        goal = end if share == 1 else whole - share * max(whole - end, 0)  # exactly, in floating point too
+        if self.options.scope == "local":
+            reached = selection.uniform_until(groups, costs, goal) <= goal
+        else:
+            gradients = self.options.importance in TRANSFORMS
+            reached = selection.greedy(groups, scores, costs, goal, gradients, end)
+        if not reached:
+            raise self._unreachable(f"{end:,.0f}", f"{dense:,}", f"{costs.total:,} ({costs.total / dense:.1%})")
+
+    def _asked(self, dense: float) -> float:
+        """What may remain of a cost or latency."""
+        wanted = getattr(self.options, self.options.target)
+        if self.options.target == "latency":
+            return allowed_seconds(wanted, dense, "RemoveChannels")
+        return wanted * dense if wanted <= 1 else wanted
+
+    def _unreachable(self, wanted: str, dense: str, reached: str) -> Unreachable:
+        frozen = [g.name for g in self.comb.groups if g.frozen]
+        why = [f"alignment {self.alignment}", f"min_channels {self.options.min_channels}"]
+        if self.plan:
+            why.append("the sizes in the plan for " + some([f"{g.name} ({keep})" for g, keep in self.plan]))
+        message = (
+            f"RemoveChannels.{self.options.target}: {wanted} of {dense} cannot be reached; {reached} can, with "
+            f"{', '.join(why[:-1])} and {why[-1]}; frozen: {some(frozen) or 'nothing'}"
+        )
+        return Unreachable(message + (f"; {untrained(self.untrained)}" if self.untrained else ""))
+
+    def record(self, sizes: Sizes) -> dict[str, Any]:
+        """What was asked for and what the sizes leave of it, as shares of the dense program, and why they differ."""
+        target = self.options.target
+        if target == "latency":
+            assert self.predictor is not None
+            dense, left = self.predictor.total({}), self.predictor.total(sizes)
+        elif target == "ratio":
+            dense = sum(g.size for g in self.groups)
+            left = sum(sizes.get(g.atom, g.size) for g in self.groups)
+        else:
+            costs = [Costs(TERMS[target](self.comb), groups) for groups in ([], self.comb.groups)]
+            for atom, size in sizes.items():
+                costs[1].set(atom, size)
+            dense, left = costs[0].total, costs[1].total
+        asked = 1 - self.ratio if target == "ratio" else self._asked(dense) / dense
+        reached = left / dense if dense else 1.0
+        found = {"target": target, "asked": asked, "reached": reached}
+        if abs(asked - reached) > NEAR:
+            found["why"] = self._why(sizes, reached < asked)
+        return found
+
+    def _why(self, sizes: Sizes, beyond: bool) -> str:
+        if self.plan:
+            return "the plan fixes " + some([f"{g.name} at {keep}" for g, keep in self.plan])
+        selection = self._selection(sizes)
+        steps = [
+            f"{g.name} in steps of {selection.step(g)} of {g.size}"
+            for g in self.groups
+            if g.atom in sizes or not beyond
+        ]
+        how = f"alignment {self.alignment} and min_channels {self.options.min_channels}"
+        if beyond:
+            return f"no size that was removed would fit back, with {how}: {some(steps)}"
+        return f"nothing more can go, with {how}: {some(steps)}"
+
+
+NEAR = 0.02  # shares of the dense program that differ by less need no reason
+
+
+def some(names: Sequence[str], count: int = 4) -> str:
+    """The first few of some names, and whether there are more."""
+    return f"{', '.join(names[:count])}{' and more' if len(names) > count else ''}"
+
+
+def untrained(names: Sequence[str]) -> str:
+    """Why groups with frozen parameters are left alone, and what to do about it."""
+    return (
+        f"left alone: {len(names)} groups whose parameters have requires_grad=False, so that training gives them no "
+        f"score ({some(names)}); let them train (requires_grad_(True) before capture), or take importance: magnitude"
+    )

@@ -1,0 +1,299 @@
+"""Pruning while training: scores gathered from the gradients that training computes anyway, and events that cut.
+
+CPD (arXiv 2408.03046) masks channels while it trains and slices once, at the end. Multiplying by masks is not enough for
+that: a LayerNorm, GroupNorm or mean over a masked axis still counts the zeros, so the masked network would not be the
+sliced one. Here the masks are the state, in the original's numbering, and what trains is always the masked network in
+its sliced form: every event cuts the graph, the weights and the optimizer's moments alike (ours). So masked equals
+sliced at every step, by construction; training gets cheaper as the network shrinks; and `masked` puts the trained weights
+back into the original's shape, for the proof that one slice of it at the end is the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ...graph.comb import axes as ax
+from ...graph.comb.axes import Factor
+from ...graph.comb.solve import Comb, Group
+from ...graph.errors import BadInput, GraphcombError
+from ...graph.nodes import fetch
+from ...graph.program import Program, TrainableModule, copy_tensor, like, rebuild
+from ...graph.surgery import Removed, kept_indices, resized
+from ..base import Context
+from ..common.batches import split_batch
+from ..common.processes import averaged, gathered
+from ..common.repeat import seeded
+from ..train.callbacks import Callback, Kept, Surgery, taken
+from ..train.distill import Distill, block_outputs
+from .importance import IMPORTANCES, TRANSFORMS, GradientScores, Scores, normalised, relative_norms, together
+from .selection import lowest_removed
+
+GONE = -np.finfo(np.float64).tiny  # below every score: gone already, and first in line; nothing to a sum of scores
+
+Choose = Callable[[dict[Factor, int], Scores, float], dict[Factor, int]]
+"""`choose(sizes, scores, share)`: sizes of the groups once `share` of the way to the target is gone; never larger."""
+
+
+def event_steps(schedule: str, total: int, interval: int, rounds: int, prune_share: float) -> dict[int, float]:
+    """After how many steps to prune, and how much of the way to the target is then gone.
+
+    "adaptive": every `interval` steps within the first `prune_share` of all steps, along the cubic ramp of Zhu and Gupta
+    (arXiv 1710.01878), which takes most while the network is still redundant. CPD takes one chunk per event; as many as
+    the ramp asks for is ours, so that the target is reached in any number of steps. "iterative": `rounds` equal parts.
+    "one-shot": everything before the first step.
+    """
+    if schedule == "one-shot":
+        return {0: 1.0}
+    within = max(1, int(prune_share * total))
+    if schedule == "iterative":
+        rounds = min(rounds, within)
+        return {within * i // rounds: i / rounds for i in range(1, rounds + 1)}
+    count = within // interval
+    if not count:
+        return {within: 1.0}
+    return {interval * i: 1 - (1 - i / count) ** 3 for i in range(1, count + 1)}
+
+
+@dataclass
+class Pruner(Callback):
+    """Cuts a program while it trains.
+
+    comb: of the program as it was before training. groups: those that may shrink. choose: see `Choose`. importance: those
+    from gradients sum the scores of all steps since the last event, "magnitude" and "random" look at the network when an
+    event is due. events: see `event_steps`. context, samples: for the scores of a one-shot event, which come from a pass
+    over samples of the data before training. identity: see `Callback`.
+
+    "magnitude" stands in for gradients where these say nothing: as long as nothing is cut and the only loss is the distance
+    to a teacher that is the network itself, gradients are rounding and the noise of dropout and batch statistics; and
+    where no step since the last event had any. The log names the importance of each event.
+
+    Under several processes gradients are averaged before they are scored, so the Fisher score is the square of the global
+    batch's gradient, as one process would see it; batch statistics are each process's own, so with trained BatchNorm the
+    gradients, and near ties, differ from those of one process. All processes score alike and check that they cut alike.
+    """
+
+    comb: Comb
+    groups: list[Group]
+    choose: Choose
+    importance: str
+    events: dict[int, float]
+    context: Context
+    samples: int
+    identity: Any
+    distill: Distill | None = None
+    masks: dict[Factor, np.ndarray] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.outputs = block_outputs(self.comb.program)
+        self._restart()
+
+    def _restart(self) -> None:
+        """Forget the scores."""
+        self.scores: Scores = {g.atom: np.zeros(g.size) for g in self.groups}
+        self.count = 0
+
+    @property
+    def sizes(self) -> dict[Factor, int]:
+        return {atom: int(mask.sum()) for atom, mask in self.masks.items()}
+
+    # ------------------------------------------------------------------------------------------------------- the hooks
+    def begin(self, module: TrainableModule) -> Surgery | None:
+        if 0 not in self.events:
+            return None
+        if self.importance in TRANSFORMS and not self._labelled:
+            return self._by_magnitude(0, module)
+        return self._event(0, module, IMPORTANCES[self.importance](self.comb, self.groups, self.context, self.samples))
+
+    def dress(self, module: TrainableModule) -> AbstractContextManager[Any]:
+        if self.importance not in TRANSFORMS or len(self.log) == len(self.events):
+            return nullcontext()
+        self.gradients = GradientScores(self.importance, self.comb, self.groups, self.masks, module, averaged)
+        return self.gradients.tapped()
+
+    @cached_property
+    def _labelled(self) -> bool:
+        """Whether there are labels to take gradients of before the first step; the data's order does not notice."""
+        with seeded(self.context.seed, self.context.data):
+            first = next(iter(self.context.batches), None)
+        labels = self.distill is None or self.distill.labels
+        return labels and first is not None and split_batch(first)[2] is not None
+
+    @cached_property
+    def _own_teacher(self) -> bool:
+        """Whether the loss is nothing but the distance to a teacher that is the network as it was before training."""
+        teacher = self.context.teacher
+        if teacher is None or self.distill is None or (self.distill.alpha < 1 and self._labelled):
+            return False
+        theirs, ours = (p.module().state_dict() for p in (teacher, self.comb.program))
+        return theirs.keys() == ours.keys() and all(
+            t.shape == ours[k].shape and torch.equal(t, ours[k].to(t)) for k, t in theirs.items()
+        )
+
+    def after_backward(self, step: int, module: TrainableModule) -> None:
+        if self.importance not in TRANSFORMS or step >= max(self.events):
+            return
+        found = self.gradients.of_batch(self.loss_scale)
+        if not all(np.isfinite(own).all() for own in found.values()):
+            return  # a step that a gradient scaler skips
+        for atom, own in found.items():
+            self.scores[atom] += own
+        self.count += 1
+
+    def after_step(self, step: int, module: TrainableModule) -> Surgery | None:
+        done = step + 1
+        if done not in self.events:
+            return None
+        if self.importance == "random":
+            generator = np.random.default_rng([self.context.seed, done])
+            return self._event(done, module, {g.atom: generator.random(g.size) for g in self.groups})
+        scores = {a: own / max(self.count, 1) for a, own in self.scores.items()}
+        if not any(own.any() for own in scores.values()) or (not self.masks and self._own_teacher):
+            return self._by_magnitude(done, module)
+        return self._event(done, module, scores)
+
+    def _by_magnitude(self, done: int, module: TrainableModule) -> Surgery | None:
+        scores = relative_norms(self.comb, self.groups, module, self.masks)
+        return self._event(done, module, scores, "magnitude")
+
+    def state_dict(self) -> dict[str, Any]:
+        names = {g.atom: g.name for g in self.groups}
+        return {
+            "masks": {names[a]: torch.from_numpy(m) for a, m in self.masks.items()},
+            "scores": {names[a]: torch.from_numpy(s) for a, s in self.scores.items()},
+            "count": self.count,
+            "log": self.log,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> TrainableModule:
+        atoms = {g.name: g.atom for g in self.groups}
+        self.masks = {atoms[name]: mask.numpy() for name, mask in state["masks"].items()}
+        self._restart()
+        self.scores |= {atoms[name]: scores.numpy().copy() for name, scores in state["scores"].items()}
+        self.count, self.log = state["count"], state["log"]
+        return self._cut(self.comb.module, self._kept({}))
+
+    # ---------------------------------------------------------------------------------------------------------- cutting
+    def _event(
+        self, done: int, module: TrainableModule, scores: Scores, importance: str | None = None
+    ) -> Surgery | None:
+        """Remove what is least important until the ramp's share is gone. importance: the one that gave the scores."""
+        scores = normalised(together(scores))
+        for atom, mask in self.masks.items():
+            scores[atom] = np.where(mask, scores[atom], GONE)
+        sizes = self.choose(self.sizes, scores, self.events[done])
+        old, new = self.masks, dict(self.masks)
+        for group in self.groups:
+            keep = sizes.get(group.atom, group.size)
+            if keep < self.sizes.get(group.atom, group.size):
+                new[group.atom] = lowest_removed(scores[group.atom], keep)
+        self._same_everywhere(new)
+        lost = {g.name: self._lost(g, old, new) for g in self.groups if new.get(g.atom) is not old.get(g.atom)}
+        cost = self.comb.cost({atom: int(mask.sum()) for atom, mask in new.items()})
+        by = importance or self.importance
+        self.log.append(
+            {"step": done, "removed": lost, "importance": by, "macs": cost["macs"], "params": cost["params"]}
+        )
+        self.masks = new
+        self._restart()
+        return self._surgery(module, old) if lost else None
+
+    @staticmethod
+    def _lost(group: Group, old: ax.Masks, new: ax.Masks) -> list[int]:
+        before = old.get(group.atom, np.ones(group.size, dtype=bool))
+        return np.flatnonzero(before & ~new[group.atom]).tolist()
+
+    def _same_everywhere(self, masks: ax.Masks) -> None:
+        found = gathered([[g.name, np.flatnonzero(~masks[g.atom]).tolist()] for g in self.groups if g.atom in masks])
+        if any(other != found[0] for other in found):
+            raise GraphcombError("RemoveChannels: the processes would remove different channels; this is a bug")
+
+    def _surgery(self, module: TrainableModule, old: ax.Masks) -> Surgery:
+        tensors, values = self._kept(old), {}
+        for node in self.outputs:
+            axes = self.comb.axes[node]
+            kept = {d: ax.kept_mask(axis, self.masks) for d, axis in enumerate(axes) if ax.touches(axis, self.masks)}
+            values[node.name] = _relative(kept, axes, old)
+        return Surgery(self._cut(module, tensors), tensors, values)
+
+    def _kept(self, old: ax.Masks) -> Kept:
+        """The indices of every tensor that stay, counted among those that the old masks had left."""
+        axes = self.comb.parameters
+        return {n: _relative(dims, axes[n], old) for n, dims in kept_indices(self.comb, self.masks).items()}
+
+    def _cut(self, module: TrainableModule, tensors: Kept) -> TrainableModule:
+        """The network the masks leave, around what is kept of the tensors of `module`."""
+
+        def take(name: str, value: Any) -> Any:
+            current = fetch(module, name)
+            if not tensors.get(name):
+                return copy_tensor(name, current)
+            return like(value, taken(current.detach(), tensors[name]))
+
+        return resized(self.comb, self.masks, take)
+
+    # ----------------------------------------------------------------------------------------------------------- results
+    def train(self, distill: Distill) -> tuple[Program, dict[str, Any]]:
+        """Prune while training; the smaller program and the record."""
+        student, self.distill = self.comb.program.copy(), distill
+        training = distill.train(student, self.context, [self])
+        if len(self.log) < len(self.events):
+            raise BadInput(
+                f"RemoveChannels.prune_share: training ended after {training['steps']} steps, before the event due at "
+                f"{max(self.events)}; take a smaller share"
+            )
+        return student, training | {"events": self.log}
+
+    def removed(self) -> Removed:
+        """What is gone, in the original's numbering."""
+        return {
+            name: {d: np.flatnonzero(~keep).tolist() for d, keep in dims.items()}
+            for name, dims in kept_indices(self.comb, self.masks).items()
+        }
+
+    def masked(self, module: TrainableModule) -> Program:
+        """The original network with the trained weights where something is kept, and its own where not: what the result
+        is the exact slice of."""
+        kept = self._kept({})
+
+        def take(name: str, value: Any) -> Any:
+            trained = fetch(module, name)
+            if name not in kept:
+                return copy_tensor(name, trained)
+            full = value.detach().clone()
+            grid = np.ix_(*(kept[name].get(d, torch.arange(n)).numpy() for d, n in enumerate(full.shape)))
+            full[tuple(torch.from_numpy(i).to(full.device) for i in grid)] = trained.detach().to(full.device)
+            return like(value, full)
+
+        return self.comb.program.derive(rebuild(self.comb.module, take), stale=False)
+
+
+def _relative(kept: Mapping[int, np.ndarray], axes: list[ax.Axis], old: ax.Masks) -> dict[int, torch.Tensor]:
+    """Kept indices counted among those that the old masks had left; only where something new is gone."""
+    found = {}
+    for d, keep in kept.items():
+        before = ax.kept_mask(axes[d], old)
+        if before.sum() > keep.sum():
+            found[d] = torch.from_numpy(np.flatnonzero(keep[before]))
+    return found
+
+
+def removed_values(comb: Comb, masks: ax.Masks, nodes: list[fx.Node]) -> list[dict[str, Any]]:
+    """What the values of some nodes lose, nodes and dimensions that lose the same together: a list of {"nodes": [[name,
+    dim], ...], "removed": indices in the original's numbering}. With it a pass finds its way back from a smaller
+    network's features to the teacher's."""
+    found: dict[tuple[int, ...], list[list[Any]]] = {}
+    for node in nodes:
+        for d, axis in enumerate(comb.axes[node]):
+            if ax.touches(axis, masks):
+                lost = tuple(np.flatnonzero(~ax.kept_mask(axis, masks)).tolist())
+                found.setdefault(lost, []).append([node.name, d])
+    return [{"nodes": where, "removed": list(lost)} for lost, where in found.items()]

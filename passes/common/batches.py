@@ -1,0 +1,385 @@
+"""What data loaders yield, split into inputs and labels and fitted to a program's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from ...graph.errors import BadInput
+from ...graph.program import Program
+
+FORMS = "a batch is (inputs, labels), a tensor, a one-element list, or a dict of keyword inputs with optional labels"
+ADAPT = "for others give inputs= and labels=, functions of a batch (in a recipe, data: {inputs: module:function, …})"
+
+
+def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """`(args, kwargs, labels)` of one batch; labels is None when the batch has none.
+
+    Taken forms: `(inputs, labels)`; a tensor; a one-element list or tuple (as `TensorDataset` yields); a mapping of
+    keyword inputs with an optional "labels" entry. In the first form, inputs is a tensor, a list or tuple of tensors
+    (several positional inputs), or a mapping of keyword inputs. Raises BadInput for anything else, which functions of the
+    user can split (`adapted`).
+    """
+    if isinstance(batch, Split):
+        return batch.args, batch.kwargs, batch.labels
+    if isinstance(batch, Mapping):
+        args, kwargs = _inputs({k: v for k, v in batch.items() if k != "labels"})
+        return args, kwargs, batch.get("labels")
+    if isinstance(batch, (list, tuple)):
+        if not 1 <= len(batch) <= 2:
+            raise BadInput(f"data: the loader yields {_describe(batch)}; {FORMS}; {ADAPT}")
+        args, kwargs = _inputs(batch[0])
+        return args, kwargs, batch[1] if len(batch) == 2 else None
+    args, kwargs = _inputs(batch)
+    return args, kwargs, None
+
+
+def _inputs(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(value, torch.Tensor):
+        return (value,), {}
+    if isinstance(value, Mapping) and value and all(map(_is_input, value.values())):
+        return (), dict(value)
+    if isinstance(value, (list, tuple)) and value and all(map(_is_input, value)):
+        return tuple(value), {}
+    raise BadInput(f"data: the loader yields {_describe(value)} for inputs; {FORMS}; {ADAPT}")
+
+
+def _is_input(value: Any) -> bool:
+    """Whether a value is a tensor, or a list or mapping of such, which a model may take as one input."""
+    leaves = pytree.tree_leaves(value)
+    return bool(leaves) and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A batch whose inputs and labels are told apart already."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Any
+
+
+class Adapted:
+    """The batches of a loader, split by functions of the user; in everything else the loader itself."""
+
+    def __init__(self, data: Any, inputs: Callable[[Any], Any] | None, labels: Callable[[Any], Any] | None):
+        self.data, self.inputs, self.labels = data, inputs, labels
+
+    def __iter__(self) -> Iterator[Split]:
+        return map(self.split, self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "data":
+            raise AttributeError(name)
+        return getattr(self.data, name)
+
+    def split(self, raw: Any) -> Split:
+        """One batch; what the functions raise, or do not give, is one line."""
+        if self.inputs is None:
+            args, kwargs, labels = split_batch(raw)
+        else:
+            args, kwargs = _inputs(_called("inputs", self.inputs, raw))
+            labels = self._usual_labels(raw) if self.labels is None else None
+        if self.labels is not None:
+            labels = _called("labels", self.labels, raw)
+        return Split(args, kwargs, labels)
+
+    @staticmethod
+    def _usual_labels(raw: Any) -> Any:
+        try:
+            return split_batch(raw)[2]
+        except BadInput:
+            raise BadInput(
+                f"data: which part of {_describe(raw)} are the labels? Give labels= besides inputs=, a function of a batch "
+                "that returns None where there are none"
+            ) from None
+
+
+class AdaptedOnce(Adapted):
+    """The same of an iterator, which yields its batches once."""
+
+    def __iter__(self) -> Iterator[Split]:
+        return self
+
+    def __next__(self) -> Split:
+        return self.split(next(self.data))
+
+
+def adapted(data: Any, inputs: Callable[[Any], Any] | None, labels: Callable[[Any], Any] | None) -> Any:
+    """Data whose batches `inputs(batch)` and `labels(batch)` split: the first gives a tensor, a list or tuple of positional
+    inputs, or a mapping of keyword inputs. Without functions, or for data that has some, the data itself."""
+    if data is None or isinstance(data, Adapted) or (inputs is None and labels is None):
+        return data
+    if not isinstance(data, Iterable):
+        raise BadInput(f"data: a {type(data).__name__} cannot be iterated; give a DataLoader")
+    return (AdaptedOnce if isinstance(data, Iterator) else Adapted)(data, inputs, labels)
+
+
+def _called(field: str, function: Callable[[Any], Any], raw: Any) -> Any:
+    if not callable(function):
+        raise BadInput(f"{field}: takes a function of a batch, not a {type(function).__name__}")
+    try:
+        return function(raw)
+    except Exception as error:
+        text = (str(error).splitlines() or ["no message"])[0]
+        raise BadInput(f"{field}: fails on {_describe(raw)} ({type(error).__name__}: {text[:200]})") from error
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        odd = next((f'"{k}": {type(v).__name__}' for k, v in value.items() if not isinstance(v, torch.Tensor)), "")
+        return f"a dict with {odd}" if odd else "an empty dict"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)} ({', '.join(sorted({type(v).__name__ for v in value}))})"
+    return f"a {type(value).__name__}"
+
+
+def map_some(change: Callable[[torch.Tensor], torch.Tensor], tree: Any, which: Sequence[bool]) -> Any:
+    """`tree` with `change` applied to those of its leaves that `which` names."""
+    leaves, spec = pytree.tree_flatten(tree)
+    return pytree.tree_unflatten([change(v) if own else v for v, own in zip(leaves, which, strict=True)], spec)
+
+
+@dataclass
+class Batch:
+    """One batch, ready for `module(*args, **kwargs)`; size: number of samples that are real (not padding)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Any
+    size: int
+
+
+class Feed:
+    """Fits the batches of a loader to one program: order and names of the inputs, dtype, rank and sizes.
+
+    Attributes: `size`, the program's batch size, a number or a symbol (None without inputs); `static`, the one it is fixed
+    to (None when it is dynamic); `batched` and `outputs`, which inputs and outputs have the batch as their first dimension;
+    `skipped`, how many short batches a static program could not take so far. Every error is a BadInput that names the input
+    and what to do.
+    """
+
+    def __init__(self, program: Program, field: str = "data"):
+        self.field, self.skipped = field, 0
+        self._args, self._kwargs = program.args, program.kwargs
+        placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+        self._names = [str(n.target) for n in placeholders]
+        self._values = [n.meta.get("val") for n in placeholders]
+        info = getattr(program.graph._codegen, "pytree_info", None)
+        top = len(self._args) + len(self._kwargs)
+        names = [n for n in info.orig_args if n != "self"] if info else self._names
+        positional = names[: len(self._args)] if len(names) == top else self._names[: len(self._args)]
+        self._order = [*positional, *self._kwargs]
+        results = [
+            value.meta.get("val") if isinstance(value, fx.Node) else value
+            for value in pytree.tree_leaves(program.graph.output_node().args)
+        ]
+        self.size: Any = _batch_size(self._values, results)
+        self.static = self.size if isinstance(self.size, int) else None
+        self.batched = self._with_samples(self._values)
+        self.outputs = self._with_samples(results)
+
+    def _with_samples(self, values: Iterable[Any]) -> list[bool]:
+        return [isinstance(v, torch.Tensor) and v.dim() > 0 and str(v.shape[0]) == str(self.size) for v in values]
+
+    def batches(self, data: Iterable[Any], pad: bool = False) -> Iterator[Batch]:
+        """All batches of `data`, checked. A static program cannot take a short last batch: it is skipped and counted,
+        or with `pad` filled up with copies of its last sample, whose outputs the caller cuts off (`Batch.size`)."""
+        if not isinstance(data, Iterable):
+            raise BadInput(f"{self.field}: a {type(data).__name__} cannot be iterated; give a DataLoader")
+        for index, raw in enumerate(data):
+            batch = self.fit(raw)
+            if self.static is not None and batch.size < self.static:
+                if index == 0 and not pad:
+                    raise self._wrong_size(batch.size)
+                if not pad:
+                    self.skipped += 1
+                    continue
+                batch = self._pad(batch, self.static)
+            yield batch
+
+    def leaves(self, data: Iterable[Any]) -> bool:
+        """Whether an epoch ends with a batch that is too short for a static program, as far as it can be told before."""
+        if self.static is None:
+            return False
+        if isinstance(plain := data.data if isinstance(data, Adapted) else data, (list, tuple)):
+            last = data.split(plain[-1]) if isinstance(data, Adapted) and plain else plain[-1:]
+            return bool(plain) and self.fit(last if isinstance(last, Split) else last[0]).size < self.static
+        size, count = getattr(data, "batch_size", None), length(getattr(data, "dataset", None))  # type: ignore[arg-type]
+        return bool(size and count and not getattr(data, "drop_last", False) and count % size)
+
+    def fit(self, raw: Any) -> Batch:
+        """One batch in the program's own argument order, checked; only a batch that is too short for it passes."""
+        args, kwargs, labels = split_batch(raw)
+        if isinstance(raw, Mapping) and "labels" in raw and "labels" in self._order:
+            kwargs["labels"] = raw["labels"]  # the model takes them, too
+        args, kwargs = self._packed(args, kwargs)
+        takes = ", ".join(self._order)
+        if len(args) > len(self._order):
+            raise BadInput(f"{self.field}: a batch has {len(args)} inputs, the program takes {takes}; {ADAPT}")
+        given = dict(zip(self._order, args, strict=False)) | kwargs
+        if unknown := [name for name in given if name not in self._order]:
+            raise BadInput(f'{self.field}: no input "{unknown[0]}" in the program; it takes {takes}; {ADAPT}')
+        example = dict(zip(self._order, [*self._args, *self._kwargs.values()], strict=True))
+        for name, value in example.items():
+            if name not in given and any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(value)):
+                raise BadInput(f'{self.field}: the batch lacks the input "{name}"')
+        values = [self._like(name, given.get(name, value), value) for name, value in example.items()]
+        args, kwargs = tuple(values[: len(self._args)]), dict(zip(self._kwargs, values[len(self._args) :], strict=True))
+        size = self._check(pytree.tree_leaves((args, kwargs)))
+        if self.static is not None and size > self.static:
+            raise self._wrong_size(size)
+        return Batch(args, kwargs, labels, size)
+
+    def _packed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs of a batch as the one list or mapping that the program takes, where it takes one."""
+        only = self._args[0] if len(self._args) == 1 else None
+        if isinstance(only, (list, tuple)) and not (len(args) == 1 and isinstance(args[0], (list, tuple))):
+            return ((list(args),), kwargs) if args else (args, kwargs)
+        if isinstance(only, Mapping) and not args and only.keys() <= kwargs.keys():
+            return ({k: kwargs[k] for k in only},), {k: v for k, v in kwargs.items() if k not in only}
+        return args, kwargs
+
+    def _like(self, name: str, given: Any, example: Any) -> Any:
+        """An input in the structure of the example: a list for a list, mappings in their order."""
+        if pytree.tree_structure(given) == (spec := pytree.tree_structure(example)):
+            return given
+        leaves = pytree.tree_leaves(given)
+        if isinstance(given, (list, tuple)) != isinstance(example, (list, tuple)) or len(leaves) != spec.num_leaves:
+            raise BadInput(
+                f'{self.field}: input "{name}" is {_describe(given)}, the program takes {_describe(example)}'
+            )
+        if isinstance(given, (list, tuple)):
+            return pytree.tree_unflatten(leaves, spec)
+        return given
+
+    def _pad(self, batch: Batch, size: int) -> Batch:
+        def fill(value: torch.Tensor) -> torch.Tensor:
+            return torch.cat([value, value[-1:].expand(size - len(value), *value.shape[1:])])
+
+        args, kwargs = map_some(fill, (batch.args, batch.kwargs), self.batched)
+        return Batch(args, kwargs, batch.labels, batch.size)
+
+    def cut(self, outputs: Any, batch: Batch) -> Any:
+        """The outputs of the real samples of a batch that may be filled up."""
+        if self.static in (None, batch.size):
+            return outputs
+        return map_some(lambda value: value[: batch.size], outputs, self.outputs)
+
+    def _wrong_size(self, size: int) -> BadInput:
+        return BadInput(
+            f"{self.field}: a batch has {size} samples, the program is fixed to {self.static}; "
+            f'capture it with dynamic_shapes="batch" or set batch_size={self.static}'
+        )
+
+    def _check(self, leaves: list[Any]) -> int:
+        if len(leaves) != len(self._values):
+            raise BadInput(f"{self.field}: a batch has {len(leaves)} inputs, the program takes {len(self._values)}")
+        size = None
+        for name, value, expected, batched in zip(self._names, leaves, self._values, self.batched, strict=True):
+            if not isinstance(value, torch.Tensor) or not isinstance(expected, torch.Tensor):
+                continue
+            if value.dtype != expected.dtype:
+                raise BadInput(f'{self.field}: input "{name}" is {value.dtype}, the program takes {expected.dtype}')
+            sizes = list(zip(value.shape, expected.shape, strict=False))[int(batched) :]
+            if value.dim() != expected.dim() or any(isinstance(want, int) and have != want for have, want in sizes):
+                known = [str(s) if isinstance(s, int) else "any" for s in expected.shape]
+                wanted = ", ".join(["batch", *known[1:]] if batched else known)
+                raise BadInput(
+                    f'{self.field}: input "{name}" has shape {tuple(value.shape)}, the program takes ({wanted})'
+                )
+            size = value.shape[0] if size is None and batched else size
+        return size or 0
+
+
+def _batch_size(inputs: Iterable[Any], outputs: Iterable[Any]) -> Any:
+    """The number of samples, a number or a symbol: the first dimension of the first input that has it dynamic or shares it
+    with an output, both if there is such a one; else of the first input."""
+    results = {str(v.shape[0]) for v in outputs if isinstance(v, torch.Tensor) and v.dim()}
+    first = [v.shape[0] for v in inputs if isinstance(v, torch.Tensor) and v.dim()]
+
+    def rank(size: Any) -> tuple[bool, bool]:
+        return isinstance(size, int), str(size) not in results
+
+    return min(first, key=rank, default=None)
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+class Every:
+    """Every `count`-th element of an iterable, from element `index` on; `even`: only from complete groups of `count`,
+    so that all processes take the same number of steps."""
+
+    def __init__(self, items: Iterable[Any], index: int, count: int, even: bool):
+        self._items, self._index, self._count, self._even = items, index, count, even
+
+    def __iter__(self) -> Iterator[Any]:
+        group: list[Any] = []
+        for item in self._items:
+            group.append(item)
+            if len(group) == self._count:
+                yield group[self._index]
+                group = []
+        if not self._even and self._index < len(group):
+            yield group[self._index]
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self._items), self._count)  # type: ignore[arg-type]
+        return whole + (not self._even and self._index < rest)
+
+
+def shard(data: Iterable[Any], index: int, count: int, even: bool = True) -> Iterable[Any]:
+    """The batches that process `index` of `count` takes: batch `index`, `index + count`, … of the loader's order.
+
+    A `DataLoader` over an indexable data set loads only these; of any other iterable the rest is loaded and dropped.
+    A loader that already has a `DistributedSampler` is left as it is.
+    """
+    if count == 1:
+        return data
+    if isinstance(data, Adapted):
+        return adapted(shard(data.data, index, count, even), data.inputs, data.labels)
+    if not isinstance(data, DataLoader) or data.batch_sampler is None or isinstance(data.dataset, IterableDataset):
+        return Every(data, index, count, even)
+    if isinstance(data.sampler, DistributedSampler):
+        return data
+    return like_loader(data, batch_sampler=Every(data.batch_sampler, index, count, even))
+
+
+def like_loader(data: DataLoader[Any], **parts: Any) -> DataLoader[Any]:
+    """A loader of the same data set that works alike, with another sampler or batch sampler."""
+    return DataLoader(
+        data.dataset,
+        num_workers=data.num_workers,
+        collate_fn=data.collate_fn,
+        pin_memory=data.pin_memory,
+        timeout=data.timeout,
+        worker_init_fn=data.worker_init_fn,
+        multiprocessing_context=data.multiprocessing_context,
+        generator=data.generator,
+        prefetch_factor=data.prefetch_factor,
+        persistent_workers=data.persistent_workers,
+        **parts,
+    )
+
+
+def length(data: Iterable[Any]) -> int | None:
+    """Number of batches, None when the iterable does not know."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def generators(data: Iterable[Any] | None) -> list[torch.Generator]:
+    """The random generators that decide a loader's order, apart from the global one."""
+    sampler = getattr(data, "sampler", None)
+    found = [getattr(owner, "generator", None) for owner in (data, sampler, getattr(data, "batch_sampler", None))]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

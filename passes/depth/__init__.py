@@ -1,0 +1,1 @@
+"""Removal of whole blocks: which there are, what they save, how they fade and what stands in their place."""

@@ -1,0 +1,54 @@
+"""Whether a network still answers to its inputs when some of its blocks are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ...graph.program import Program
+from ...graph.verify.evaluate import Evaluator, double_weights, flatten, random_inputs
+from .blocks import Block
+from .relax import relax
+
+
+class Reach:
+    """Tells which choices of blocks leave the outputs cut off from the inputs (ours).
+
+    A class token hears of the image through attention alone: without any attention block its network gives one answer
+    for all images, and no check of merges notices, since that is what was asked for. A choice reaches if every output
+    tensor that moves in the dense network when an input is drawn anew (float64, one input at a time) moves without the
+    blocks too. Only blocks that are left out whole can cut; leaving out more never connects again, so that one probe
+    answers for many choices.
+    """
+
+    def __init__(self, program: Program, blocks: Sequence[Block], seed: int = 0):
+        self.program, self.blocks = program, blocks
+        generator = torch.Generator().manual_seed(seed)
+        first, other = random_inputs(program, generator), random_inputs(program, generator)
+        floats = [i for i, x in enumerate(first) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        self.inputs = [first, *([*first[:i], other[i], *first[i + 1 :]] for i in floats)]
+        self.reaching: list[frozenset[int]] = [frozenset()]
+        self.cutting: list[frozenset[int]] = []
+        self._dense: list[list[bool]] | None = None
+
+    def __call__(self, chosen: Iterable[int]) -> bool:
+        """Whether the outputs still depend on the inputs without the blocks of these indices."""
+        dropped = frozenset(i for i in chosen if self.blocks[i].dropped)
+        if any(dropped <= known for known in self.reaching):
+            return True
+        if any(known <= dropped for known in self.cutting):
+            return False
+        if self._dense is None:
+            self._dense = self._moves(self.program)
+        without = relax(self.program, [self.blocks[i] for i in sorted(dropped)], settled=True)
+        pairs = zip(self._dense, self._moves(without), strict=True)
+        found = all(now or not before for a, b in pairs for before, now in zip(a, b, strict=True))
+        (self.reaching if found else self.cutting).append(dropped)
+        return found
+
+    def _moves(self, program: Program) -> list[list[bool]]:
+        """By input and output tensor, whether the output changes with the input."""
+        evaluator = Evaluator(program, double_weights(program))
+        base, *others = (flatten(evaluator.run(inputs)) for inputs in self.inputs)
+        return [[not torch.equal(a, b) for a, b in zip(base, own, strict=True)] for own in others]

@@ -1,0 +1,82 @@
+"""Where the batch norms of relaxed blocks start: at the affine map nearest to what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ...graph.nodes import arguments, fetch, op_name
+from ...graph.program import Program, like, place_tensor
+from ..common.batches import Batch
+from ..common.processes import accelerator, averaged, placed
+from .relax import FOLDER
+
+
+def start_norms(program: Program, batches: Iterable[Batch]) -> None:
+    """Set statistics, scale and shift of every batch norm that `relax` added, from what it reads in the dense network and
+    what is mixed with it there: the least-squares affine fit, channel by channel (ours).
+
+    So a norm starts as the nearest map that folds, an activation as the nearest line, and a tail, which stands for
+    nothing, as the identity in front of its activation.
+    """
+    module = program.module()
+    pairs = {n: dense for n in module.graph.nodes if _added(n) and (dense := _stands_for(n)) is not None}
+    sums = _Sums(module, pairs)
+    device = accelerator().device
+    with placed(module, device), torch.no_grad():
+        for batch in batches:
+            inputs = send_to_device(pytree.tree_leaves((batch.args, batch.kwargs)), device)
+            sums.run(*inputs, enable_io_processing=False)
+    for node, found in sums.of.items():
+        x, y, xx, xy = (torch.from_numpy(averaged((part / found[0]).cpu().numpy())) for part in found[1:])
+        variance, shared = (xx - x * x).clamp(min=0), xy - x * y
+        a = arguments(node)
+        scale = shared / (variance + float(a["eps"])).sqrt()
+        for key, value in {"running_mean": x, "running_var": variance, "weight": scale, "bias": y}.items():
+            name = str(a[key].target)
+            old = fetch(module, name)
+            place_tensor(module, name, like(old, value.to(old)))
+
+
+def _added(node: fx.Node) -> bool:
+    return op_name(node) == "batch_norm" and str(arguments(node)["running_mean"].target).startswith(f"{FOLDER}.")
+
+
+def _stands_for(norm: fx.Node) -> fx.Node | None:
+    """The dense value that is mixed with what a batch norm makes: that of `l dense + (1 - l) pruned`. None for a norm of a
+    block that was pruned before."""
+    node = norm
+    while op_name(node) != "add":
+        if len(node.users) != 1:
+            return None
+        (node,) = node.users
+    dense, pruned = node.args[:2]
+    rest = pruned.args[1] if isinstance(pruned, fx.Node) and op_name(pruned) == "mul" else None
+    mixes = isinstance(rest, fx.Node) and op_name(rest) == "rsub"
+    return dense.args[0] if mixes else None  # type: ignore[union-attr,return-value]
+
+
+class _Sums(fx.Interpreter):
+    """Sums over batch and positions, per channel, of what norms read (x) and stand for (y): n, x, y, x^2, x y."""
+
+    def __init__(self, module: fx.GraphModule, pairs: dict[fx.Node, fx.Node]):
+        super().__init__(module)
+        self.pairs = pairs
+        self.of: dict[fx.Node, list[Any]] = {}
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        if node in self.pairs:
+            x, y = self.env[arguments(node)["input"]], self.env[self.pairs[node]]
+            (after,) = node.users
+            if op_name(after) == "transpose":  # it reads channels at axis 1, and they are moved back
+                y = y.transpose(*after.args[1:])
+            x, y = (t.transpose(0, 1).flatten(1).double() for t in (x, y))
+            new = [x.shape[1], x.sum(1), y.sum(1), (x * x).sum(1), (x * y).sum(1)]
+            self.of[node] = [a + b for a, b in zip(self.of.get(node, [0] * 5), new, strict=True)]
+        return value

@@ -1,0 +1,5 @@
+"""Merging of linear operators into one."""
+
+from .fuse import Fuse
+
+__all__ = ["Fuse"]

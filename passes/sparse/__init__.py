@@ -1,0 +1,1 @@
+"""Zeros in weights, and the weights that make up for them."""

@@ -1,0 +1,366 @@
+"""Zeros in weights: CAP and its rivals, unstructured or N:M."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, fx
+
+from ...graph.errors import BadInput, Refused
+from ...graph.nodes import fetch
+from ...graph.program import Program
+from ...graph.sparse import implies, read_pattern, sparse_weights, stronger
+from ..base import Context, Pass, PassResult, check_field
+from ..common.masks import legal
+from ..common.processes import accelerator, agreed, broadcast_all, stored_program
+from ..common.repeat import Samples, run_code, sample, says_anew
+from ..common.scoring import evaluate
+from ..common.statistics import Gradients, Layer, check_again, check_included, layers, read_patterns
+from ..train.distill import Distill
+from .cap import Pattern
+from .permute import permuted
+from .solver import PROBE, Method, Solver
+
+METHODS = ("cap", "fastcap", "woodfisher", "sparsegpt", "wanda", "magnitude")
+GLOBAL = ("cap", "woodfisher", "magnitude")  # methods whose scores are losses or sizes that compare between layers
+BY_GRADIENTS = ("cap", "fastcap", "woodfisher")
+NO_GRADIENT = "no gradient of the loss reaches it; give a loss that reads what it computes"
+SPARSE_CAPABILITY = (8, 0)  # the first with sparse tensor cores
+SPARSE_CHANNELS = 256  # under about so many input and output channels a sparse kernel is no faster
+
+
+@dataclass(frozen=True)
+class Sparsify(Pass):
+    """Set weights of linear layers and convolutions to zero, those that the loss misses least, and adapt the others.
+
+    One target: `sparsity`, the share of zeros in the chosen weights, or `pattern`, "2:4" and the like: so many of every
+    four input channels stay, for each output channel and kernel position (the one form that sparse tensor cores use).
+
+    method: "cap" (arXiv 2210.09223: block Fisher matrices, greedy one-by-one elimination, closed-form update), "fastcap"
+    (one Fisher matrix for all rows of a block of columns, relative damping, column sweep; one matrix for each block of
+    columns is ours), "woodfisher" (arXiv 2004.14340: all scores at once, updates added up), "sparsegpt" (arXiv
+    2301.00774), "wanda" (arXiv 2306.11695) or "magnitude". scope: "global" ranks all layers together, "uniform" each
+    layer by itself; None takes global where the scores compare (cap, woodfisher, magnitude).
+    block: B, weights correlated with one another. gradients: m, how many, or how many samples the others see. per: a
+    gradient of each "sample" or of each "batch". against: "labels", or "teacher" for labels drawn from the teacher's
+    class probabilities. damping: λ of cap and woodfisher (1e-8 in the paper); None takes 1e-2 of the gradients' mean square,
+    whatever the scale of the loss: with images like those it is used on 1e-3 may lose a little less, with few or unlike ones
+    1e-1 does (ours). For fastcap and sparsegpt relative to the mean diagonal, 1e-2 if None. recomputations: Nr,
+    the target in so many equal steps, with new gradients each. allocation: how cap shares the zeros out over blocks: by
+    what the next weight of a block adds to the loss ("increments", ours), or by the block's loss so far ("cumulated", the
+    paper's code, which loses more). dtype: of the Fisher sums and the elimination; a block for which fp32 does not do is
+    eliminated in fp64. memory: bytes for them; what does not fit is done in several passes over the data.
+
+    permute: with a pattern, first bring the input channels into an order in which it loses less, where the comb knows
+    their axis whole and free, which changes no output (`passes.permute`); not on a program that is sparse already.
+
+    where: "pays" sparsifies only layers that the target then computes faster, "all" every one; None takes "pays" with a
+    pattern and "all" without, since no engine here gains from unstructured zeros. The layers at the input and the output
+    and depthwise ones stay dense unless `include` names them. include, exclude: patterns over parameter names (all
+    of those of a tied weight). Methods that go by gradients refuse weights that get none.
+
+    schedule: a gradual run, pairs (epoch, sparsity): prune at that epoch, then train up to the next one's. train: how,
+    a `Distill` whose epochs are those of the whole run; its learning rate starts anew after each pruning (CAP: linear
+    down). snapshots: folder for the program after each stage; an interrupted run goes on from the last one (not from one
+    of other data, another teacher, target, precision or number of processes).
+
+    Zeros that a weight already has count, and stay. The record names each layer with its sparsity and whether the target
+    will accelerate it; zeros stay zero in later passes (`passes.masks`). Raises BadInput for options that make no sense
+    and for missing data. Refused, and named: layers that the pattern does not divide, computed and transposed weights.
+    """
+
+    sparsity: float | None = None
+    pattern: str | None = None
+    method: Literal["cap", "fastcap", "woodfisher", "sparsegpt", "wanda", "magnitude"] = "cap"
+    scope: Literal["global", "uniform"] | None = None
+    block: int = 192
+    gradients: int = 1024
+    per: Literal["sample", "batch"] = "sample"
+    against: Literal["labels", "teacher"] = "labels"
+    damping: float | None = None
+    recomputations: int = 1
+    allocation: Literal["increments", "cumulated"] = "increments"
+    dtype: Literal["fp32", "fp64"] = "fp32"
+    memory: float = 4e9
+    permute: bool = False
+    where: Literal["pays", "all"] | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    schedule: tuple[tuple[int, float], ...] = ()
+    train: Distill | None = None
+    snapshots: str | None = None
+
+    def __post_init__(self) -> None:
+        require = functools.partial(check_field, self)
+        read_patterns(self)
+        pairs = isinstance(self.schedule, (list, tuple)) and all(isinstance(e, (list, tuple)) for e in self.schedule)
+        require("schedule", pairs and all(len(e) == 2 for e in self.schedule), "pairs of epoch and sparsity")
+        object.__setattr__(self, "schedule", tuple(tuple(entry) for entry in self.schedule))
+        given = [k for k in ("sparsity", "pattern", "schedule") if getattr(self, k) not in (None, ())]
+        if len(given) > 1:
+            raise BadInput(f"Sparsify: give one of sparsity, pattern and schedule, not {' and '.join(given)}")
+        if not given:
+            object.__setattr__(self, "sparsity", 0.5)
+        require("sparsity", self.sparsity is None or _is_share(self.sparsity), "a share above 0 and under 1")
+        require("allocation", self.allocation in ("increments", "cumulated"), "increments or cumulated")
+        for key in ("block", "gradients", "recomputations"):
+            value = getattr(self, key)
+            require(key, type(value) is int and value >= 1, "a whole number of at least 1")
+        if self.pattern is not None:
+            try:
+                object.__setattr__(self, "pattern", "{}:{}".format(*read_pattern(self.pattern)))
+            except (ValueError, AttributeError):
+                require("pattern", False, '"N:M" with N less than M, such as "2:4"')
+            m = read_pattern(self.pattern)[1]
+            require("block", self.block % m == 0, f"a multiple of the pattern's {m}")
+            require("permute", m <= 4 or not self.permute, "false for groups of more than 4, which take too long")
+        require("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
+        require("scope", self.scope in (None, "global", "uniform"), "global or uniform")
+        alone = self.method not in GLOBAL
+        require("scope", not (alone and self.scope == "global"), f"uniform (scores of {self.method} do not compare)")
+        require("per", self.per in ("sample", "batch"), "sample or batch")
+        require("against", self.against in ("labels", "teacher"), "labels or teacher")
+        require("dtype", self.dtype in ("fp32", "fp64"), "fp32 or fp64")
+        require("permute", isinstance(self.permute, bool), "true or false")
+        require("permute", not self.permute or self.pattern is not None, "only with a pattern")
+        require("where", self.where in (None, "pays", "all"), "pays or all")
+        require("damping", self.damping is None or (_is_number(self.damping) and self.damping > 0), "a number above 0")
+        require("memory", _is_number(self.memory) and self.memory >= 1e6, "bytes, at least a million")
+        require("train", self.train is None or isinstance(self.train, Distill), "a Distill")
+        require("snapshots", self.snapshots is None or isinstance(self.snapshots, str), "the path of a folder")
+        if self.schedule:
+            starts, shares = zip(*self.schedule, strict=True)
+            require("schedule", all(type(e) is int and e >= 0 for e in starts), "whole epochs, from 0")
+            require("schedule", list(starts) == sorted(set(starts)), "rising epochs")
+            require("schedule", all(_is_share(share) for share in shares), "shares above 0 and under 1")
+            require("schedule", list(shares) == sorted(set(shares)), "rising sparsities")
+            if self.train is None or self.train.steps is not None or self.train.epochs <= starts[-1]:
+                raise BadInput(
+                    f"Sparsify.train: a gradual run needs one with more than {starts[-1]} epochs (not steps)"
+                )
+        elif self.train is not None or self.snapshots is not None:
+            raise BadInput("Sparsify.schedule: only a gradual run trains; put a Distill after this pass instead")
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        new, probed = program.copy(), 0
+        names, refused = self.choose(new, context)
+        if names and self.method != "magnitude" and isinstance(context.data, Iterator):
+            raise BadInput("data: an iterator yields its batches once; it must be iterable again, such as a DataLoader")
+        if names and self.method in BY_GRADIENTS:
+            silent, probed = agreed(lambda: self._silent(new, names, context))
+            names = [name for name in names if name not in silent]
+            refused += [{"what": name, "why": NO_GRADIENT} for name in silent]
+        stages: list[dict[str, Any]] = []
+        moved: list[dict[str, Any]] = []
+        if self.permute and self.pattern and sparse_weights(new):
+            refused.append({"what": "permute", "why": "other weights are sparse already, whose zeros would move"})
+        elif self.permute and self.pattern and names:
+            new, moved = permuted(new, names, read_pattern(self.pattern), context.seed)
+        if names and self.schedule:
+            new = self._gradual(new, names, context, stages, probed)
+        elif names:
+            stages.append(self._prune(new, names, self.sparsity, context, probed))
+        if self.pattern:
+            self._prove(new, names, self.pattern)
+        record = {"refused": refused, "stages": stages, "permuted": moved}
+        return PassResult(new, record | self._report(new, names, context))
+
+    def _prove(self, program: Program, names: list[str], pattern: str) -> None:
+        for name in names:
+            if not legal(fetch(program.module(), name), pattern):
+                raise Refused(f"Sparsify: {self.method} left {name} without the pattern {pattern}; this is a bug")
+
+    # -------------------------------------------------------------------------------------------------- which layers
+    def choose(self, program: Program, context: Context) -> tuple[list[str], list[dict[str, str]]]:
+        """The weights to sparsify, and the others with the reason."""
+        found, refused = layers(program)
+        check_included(self, self.include, found, refused)
+        ends = _ends(program, found)
+        where = self.where or ("pays" if self.pattern and not self.include else "all")
+        chosen: list[str] = []
+        for layer in found:
+            if layer.matches(self.exclude):
+                why: str | None = "excluded"
+            elif self.include and not layer.matches(self.include):
+                why = "not included"
+            elif self.pattern and layer.shape[1] % read_pattern(self.pattern)[1]:
+                why = f"{self.pattern} does not divide its {layer.shape[1]} input channels per group"
+            elif not self.include and layer.name in ends:
+                why = ends[layer.name]
+            elif not self.include and layer.kind == "depthwise":
+                why = "depthwise, too few weights each"
+            else:
+                why = not_accelerated(layer, self.pattern, context) if where == "pays" else None
+            if why:
+                refused.append({"what": layer.name, "why": why})
+            else:
+                chosen.append(layer.name)
+        return chosen, refused
+
+    def _silent(self, program: Program, names: list[str], context: Context) -> tuple[list[str], int]:
+        """The weights whose gradients are all zero, which would be the first to go, and how many gradients were probed: a
+        few, and all for the weights where those are zero."""
+        silent, seen = names, []
+        for count in (min(PROBE, self.gradients), self.gradients):
+            if silent:
+                gradients = Gradients(count, self.per, self.against)
+                found, number = gradients.mean_squares(program, silent, context, int(self.memory / 32))
+                silent = [name for name in silent if not found[name]]
+                seen.append(number)
+        if silent == names:
+            raise BadInput(f"Sparsify: all gradients of {', '.join(names[:3])}, … are zero; check the loss")
+        return silent, seen[0]
+
+    # ----------------------------------------------------------------------------------------------------- one target
+    def _prune(
+        self, program: Program, names: list[str], sparsity: float | None, context: Context, probed: int
+    ) -> dict[str, Any]:
+        """Prune in place, in `recomputations` steps; what happened as a record. probed: gradients seen before."""
+        stage: dict[str, Any] = {"method": self.method, "steps": []}
+        chosen = _named(program, names)
+        gone = sum(int((fetch(program.module(), name) == 0).sum()) for name in names)
+        start, seen = gone / sum(layer.size for layer in chosen), 0
+        for step in range(1, self.recomputations + 1):
+            share = step / self.recomputations
+            if self.pattern:
+                n, m = read_pattern(self.pattern)
+                goal: float | Pattern = (m - round((m - n) * share), m)
+                if round((m - n) * share) == round((m - n) * (share - 1 / self.recomputations)):
+                    continue
+            else:
+                assert sparsity is not None
+                goal = start + (sparsity - start) * share if sparsity > start else sparsity
+            solver = Solver(self._method(goal), program, chosen, context, probed)
+            row = {"goal": goal, "predicted_loss": solver.run(), "gradients": solver.seen}
+            stage["steps"].append(row | {"damping": solver.damping or None})
+            check_again(seen, solver.seen)
+            seen = solver.seen
+        broadcast_all(program.module().parameters())
+        return stage
+
+    def _method(self, goal: float | Pattern) -> Method:
+        everywhere = (self.scope or "global") == "global" and self.method in GLOBAL
+        gradients = Gradients(self.gradients, self.per, self.against)
+        options = (everywhere, self.block, gradients, self.damping, self.dtype, self.memory, self.allocation)
+        return Method(self.method, goal, *options)
+
+    # -------------------------------------------------------------------------------------------------------- gradual
+    def _gradual(
+        self, program: Program, names: list[str], context: Context, stages: list[dict[str, Any]], probed: int
+    ) -> Program:
+        """Prune and train in turns; a stage whose snapshot is there is taken from it."""
+        assert self.train is not None
+        folder = Path(self.snapshots) if self.snapshots else None if context.out is None else Path(context.out)
+        samples = Samples(context)
+        run = agreed(lambda: self._run_code(program, context)) if folder else ""
+        first, history = self.schedule[0][0], program.history
+        ends = [*(start for start, _ in self.schedule[1:]), self.train.epochs]
+        plan = [(share, end - start) for (start, share), end in zip(self.schedule, ends, strict=True)]
+        for share, epochs in [(0.0, first), *plan] if first else plan:
+            file = None if folder is None else folder / f"sparsity-{share:.4f}-{run}.pt2"
+            if file is not None and (found := self._taken(file, samples)) is not None:
+                program = found
+                stages.append(program.history[-1]["stages"][-1])
+                continue
+            program.module().meta.pop("batches", None)  # plain averages of statistics start anew, also after a snapshot
+            stage: dict[str, Any] = {"sparsity": share, "epochs": epochs}
+            if share:
+                stage |= self._prune(program, names, share, context, probed)
+                program.history = [*history, {"sparse": dict.fromkeys(names)}]
+                if context.val is not None:
+                    stage["val_one_shot"] = evaluate(program, context.val, context.metric, context.progress)
+            train = dataclasses.replace(self.train, epochs=epochs)
+            stage["training"] = train.train(program, dataclasses.replace(context, out=folder))
+            if context.val is not None:
+                stage["val"] = evaluate(program, context.val, context.metric, context.progress)
+            stages.append(stage)
+            head = {"pass": type(self).__name__, "options": self.options(), "stages": [stage]}
+            head |= {"data": agreed(lambda: samples.codes)} if file is not None else {}
+            program.history = [*history, head | self._report(program, names, context)]
+            if file is not None and accelerator().is_main_process:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                program.save(file)
+        program.history = history
+        return program
+
+    def _taken(self, file: Path, samples: Samples) -> Program | None:
+        """The program of a snapshot, unless it is not there or was trained on other data."""
+        program = stored_program(file)
+        if program is not None and not agreed(lambda: samples.differ(program.history[-1].get("data", [[], []]))):
+            return program
+        if accelerator().is_main_process and list(file.parent.glob(f"{file.name.rpartition('-')[0]}-*.pt2")):
+            says_anew(file.parent, f"Sparsify's stage {file.name.split('-')[1]}")
+        return None
+
+    def _run_code(self, program: Program, context: Context) -> str:
+        """A code for all that decides what the snapshots hold, the data's first batch included."""
+        options = repr(dataclasses.replace(self, snapshots=None))
+        first = sample(context.data, context.seed)[:1]
+        return run_code(program.module(), context, options, first, accelerator().num_processes)
+
+    def _report(self, program: Program, names: list[str], context: Context) -> dict[str, Any]:
+        """What changed, layer by layer, and the names that later passes have to respect."""
+        rows, before = [], sparse_weights(program)
+        patterns = {name: stronger(before.get(name), self.pattern) for name in names}
+        for layer in _named(program, names):
+            why = not_accelerated(layer, patterns[layer.name], context)
+            zero = fetch(program.module(), layer.name) == 0
+            row: dict[str, Any] = {"what": layer.name, "kind": layer.kind, "shape": list(layer.shape)}
+            row |= {"sparsity": float(zero.float().mean()), "accelerated": why is None}
+            rows.append(row | ({"why_not": why} if why else {}))
+        return {"changed": rows, "sparse": patterns}
+
+
+# ---------------------------------------------------------------------------------------------------------- the options
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 < value < 1
+
+
+# ----------------------------------------------------------------------------------------------------------- the layers
+def not_accelerated(layer: Layer, pattern: str | None, context: Context) -> str | None:
+    """Why the context's target will not compute a layer faster for its zeros, or None when it will (as far as is known
+    without measuring it: sparse kernels win from about 256 channels on, never in grouped convolutions)."""
+    target, out = context.target, layer.shape[0]
+    if not implies(pattern, "2:4") or layer.shape[1] % 4:
+        return "no engine here gains from zeros outside the 2:4 pattern"
+    if target is not None:
+        if target.compute_capability is None or tuple(target.compute_capability) < SPARSE_CAPABILITY:
+            return f"target {target.name} has no sparse tensor cores"
+        if context.dtype == "fp32":
+            return "sparse tensor cores compute in fp16, bf16, int8 or tf32, not in fp32"
+    if layer.groups > 1:
+        return "sparse kernels do not take grouped convolutions"
+    if min(layer.shape[1], out) < SPARSE_CHANNELS:
+        return f"{layer.shape[1]} -> {out} channels; sparse kernels win from about {SPARSE_CHANNELS} on"
+    return None
+
+
+def _ends(program: Program, found: list[Layer]) -> dict[str, str]:
+    """The layers whose inputs no other layer has worked on, and those whose results none works on."""
+    named = {node: layer.name for layer in found for node in layer.nodes}
+    result = {}
+    for what, nodes, way in (
+        ("the last layer", reversed(program.graph.nodes), lambda n: n.users),
+        ("the first layer", program.graph.nodes, lambda n: n.all_input_nodes),
+    ):
+        beyond: dict[fx.Node, bool] = {}  # whether a layer lies that way; sizes, which lead everywhere, do not count
+        for node in nodes:
+            near = [n for n in way(node) if isinstance(n.meta.get("val"), (Tensor, tuple, list))]
+            beyond[node] = any(beyond[n] or n in named for n in near)
+            if node in named and not beyond[node]:
+                result[named[node]] = what
+    return result
+
+
+def _named(program: Program, names: list[str]) -> list[Layer]:
+    return [layer for layer in layers(program)[0] if layer.name in names]

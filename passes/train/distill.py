@@ -1,0 +1,273 @@
+"""Recovery training against the dense teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ...graph.errors import BadInput
+from ...graph.nodes import op_name, shape
+from ...graph.program import Program, TrainableModule
+from ..base import Context, Pass, PassResult
+from ..common.batches import Batch
+from ..common.class_axis import class_axis, other_outputs
+from ..common.losses import class_dim, logits_of, task_loss
+from ..common.processes import accelerator, placed
+from ..common.scoring import evaluate
+from ..train.callbacks import Callback, Kept, Surgery, taken
+from ..train.loop import fit
+from ..train.options import Training
+
+NO_SCORES = "set Distill's alpha to 0 (then give loss=, and metric= where there is val)"
+NO_CLASSES = "set Distill's class_dim to the dimension of the classes, or alpha to 0"
+UNTAUGHT = "the teacher's class scores alone are taught; a loss of your own may read this output"
+
+
+@dataclass(frozen=True)
+class Distill(Training, Pass):
+    """Train the program (the student) on the context's data so that it answers like the context's teacher.
+
+        L = (1-alpha) * task + alpha * T^2 * KL(teacher/T || student/T) + features * sum_l MSE(norm(S_l), norm(T_l))
+
+    The form of the loss is ours; CPD (arXiv 2408.03046) says that the dense network teaches the pruned one, not how.
+    Softened scores with T^2 are Hinton et al.'s (arXiv 1503.02531). KL runs over the classes of the class scores and is
+    averaged over samples and, for segmentation, pixels. Other outputs are not taught (named in the record). `S_l` and
+    `T_l` are block outputs, matched by node name; where the student's is narrower because it was pruned, the teacher's
+    is restricted to the indices that the comb kept (from the student's history, or as pruning goes on). norm divides
+    every sample by its root mean square, so that the MSE is 2 * (1 - cosine). task is the context's loss or cross-
+    entropy.
+
+    alpha: weight of the teacher's scores, 0..1; without labels it counts as 1, without a teacher as 0. temperature: T.
+    features: weight of the feature term, 0 for none; gradient scores of pruning while training feel it too, which let
+    small segmenters keep their early layers at the cost of the rest (benchmarks/accuracy.py). labels: use those of the
+    data. class_dim: the dimension of the class scores that holds the classes; None finds it by the labels' shape, or
+    the layer that computes the scores, else takes 1 for `(N, C)` and `(N, C, H, W)`, and refuses what is left. The
+    teacher runs in eval mode and, like the input program, is not changed. Training options are those of `Training`.
+
+    Raises BadInput when there is no data, neither teacher nor labels, a teacher with other inputs or scores, or when
+    the loss is no longer finite. Refused, and named in the record: block outputs whose shape differs and whose kept
+    indices nobody knows.
+    """
+
+    alpha: float = 0.5
+    temperature: float = 2.0
+    features: float = 0.0
+    labels: bool = True
+    class_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("alpha", 0 <= self.alpha <= 1, "0 to 1")
+        self._require("temperature", self.temperature > 0, "greater than 0")
+        self._require("features", self.features >= 0, "at least 0")
+        self._require("class_dim", self.class_dim != 0, "a dimension besides the batch's, or null")
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        student = program.copy()
+        return PassResult(student, self.train(student, context))
+
+    def train(self, student: Program, context: Context, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+        """Train a program in place and return the record: what a pass calls that changes the network meanwhile."""
+        teacher = context.teacher.copy() if context.teacher else None
+        if teacher is None and not self.labels:
+            raise BadInput("Distill: labels is false and there is no teacher to learn from; pass teacher=")
+        if teacher is None and self.features:
+            raise BadInput("Distill.features: needs a teacher; pass teacher=, or set features to 0")
+        if teacher is not None:
+            _same_inputs(teacher, student)
+        kept, refused = matching_features(teacher, student) if teacher is not None and self.features else ({}, [])
+        names = list(kept)
+        if teacher is not None and self.alpha:
+            refused += [{"what": name, "why": UNTAUGHT} for name in other_outputs(student)]
+        record: dict[str, Any] = {"changed": ["weights", "running statistics"], "refused": refused, "matched": names}
+        for key, model in (("val_before", student), ("val_teacher", teacher)):
+            if context.val is not None and model is not None:
+                record[key] = evaluate(model, context.val, context.metric, context.progress)
+        taught = teacher.module().eval() if teacher is not None else None
+        with ExitStack() as stack:
+            if taught is not None:
+                stack.enter_context(tapped(taught, names))
+                stack.enter_context(placed(taught, accelerator().device))
+            objective = _Objective(self, context.loss, taught, kept, class_axis(student))
+            record |= fit(
+                student, objective, self, context, type(self).__name__, outputs=lambda raw: raw[0],
+                callbacks=[*callbacks, objective],
+                dress=lambda module: tapped(module, names),
+            )  # fmt: skip
+        return record
+
+
+class _Objective(Callback):
+    """The loss of a batch from what the tapped student returns, and its parts. Follows which indices of the teacher's
+    features the student still has."""
+
+    def __init__(
+        self,
+        options: Distill,
+        loss: Callable[..., Any] | None,
+        teacher: TrainableModule | None,
+        kept: Kept,
+        of_graph: int | None,
+    ):
+        self.options, self.loss, self.teacher, self.kept, self.of_graph = options, loss, teacher, kept, of_graph
+
+    def after_surgery(self, surgery: Surgery) -> None:
+        for name, dims in self.kept.items():
+            for d, indices in surgery.values.get(name, {}).items():
+                dims[d] = dims[d][indices] if d in dims else indices
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self.kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kept = state["kept"]
+
+    def __call__(self, raw: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        outputs, features = raw
+        alpha, labelled = self.options.alpha, self.options.labels and batch.labels is not None
+        if self.teacher is None and not labelled:
+            raise BadInput("Distill: the data has no labels and there is no teacher to learn from; pass teacher=")
+        alpha = 0.0 if self.teacher is None else alpha if labelled else 1.0
+        parts, weights = {}, {"task": 1 - alpha, "kl": alpha, "features": self.options.features}
+        if alpha < 1:
+            parts["task"] = task_loss(self.loss, outputs, batch.labels)
+        if self.teacher is not None and (alpha or features):
+            with torch.no_grad():
+                taught, taught_features = self.teacher(*batch.args, **batch.kwargs)
+            if alpha:
+                ours, theirs = (logits_of(each, NO_SCORES) for each in (outputs, taught))
+                known = (self.options.class_dim, self.of_graph, NO_CLASSES)
+                dim = class_dim(ours, batch.labels if labelled else None, *known)
+                parts["kl"] = soft_kl(ours, theirs, self.options.temperature, dim)
+            if features:
+                same = [taken(t, dims) for t, dims in zip(taught_features, self.kept.values(), strict=True)]
+                parts["features"] = feature_distance(features, same)
+        return torch.stack([weights[key] * value for key, value in parts.items()]).sum(), parts
+
+
+def soft_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float, dim: int | None = None) -> torch.Tensor:
+    """`T^2 * KL(softmax(teacher / T) || softmax(student / T))` over the classes of class scores, in nats, averaged over
+    the other dimensions (Hinton et al., arXiv 1503.02531). dim: of the classes; None where the rank tells (`class_dim`)."""
+    if student.shape != teacher.shape:
+        raise BadInput(f"teacher: its class scores are {tuple(teacher.shape)}, the program's {tuple(student.shape)}")
+    dim = class_dim(student, instead="give dim=") if dim is None else dim
+    ours, theirs = ((t.float() / temperature).log_softmax(dim) for t in (student, teacher))
+    return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim).mean()
+
+
+def feature_distance(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum over pairs of feature maps of the mean squared difference after dividing every sample by its root mean
+    square; each term is 2 * (1 - cosine), averaged over samples (ours)."""
+
+    def norm(t: torch.Tensor) -> torch.Tensor:
+        t = t.float().flatten(1)
+        return t * (t.square().mean(1, keepdim=True) + 1e-12).rsqrt()
+
+    return torch.stack([(norm(s) - norm(t)).square().mean() for s, t in zip(student, teacher, strict=True)]).sum()
+
+
+# ------------------------------------------------------------------------------------------------------------ features
+def block_outputs(program: Program) -> list[fx.Node]:
+    """Where a network's blocks end: its residual additions; without any, its concatenations; else what it pools."""
+    nodes = [n for n in program.graph.nodes if n.op == "call_function"]
+    added = [n for n in nodes if op_name(n) == "add" and _residual(n)]
+    joined = [n for n in nodes if op_name(n) == "cat" and len(shape(n)) > 2]
+    pooled = [n.all_input_nodes[0] for n in nodes if "pool" in op_name(n)]
+    return added or joined or list(dict.fromkeys(pooled))
+
+
+def _residual(node: fx.Node) -> bool:
+    terms = [node.args[0], node.args[1]]
+    computed = all(isinstance(t, fx.Node) and t.op == "call_function" for t in terms)
+    return computed and all(
+        isinstance(t.meta["val"], torch.Tensor) and len(shape(t)) > 2 and shape(t) == shape(node)  # type: ignore[union-attr, arg-type]
+        for t in terms
+    )
+
+
+def matching_features(teacher: Program, student: Program) -> tuple[Kept, list[dict[str, str]]]:
+    """The block outputs that both programs have, each with the indices of the teacher's that the student kept (by
+    dimension, none where all are), and the others with the reason.
+
+    What was kept is what the records of the student's history that are not the teacher's leave (`features` in the record
+    of `RemoveChannels`). Without such a record, shapes have to be equal but for the batch.
+    """
+    since = list(student.history)
+    for record in teacher.history:
+        if since and since[0] == record:
+            since.pop(0)
+    theirs = {n.name: shape(n) for n in block_outputs(teacher)}
+    ours = {n.name: shape(n) for n in block_outputs(student)}
+    kept: Kept = {}
+    refused = []
+    for name, size in theirs.items():
+        if name not in ours:
+            refused.append({"what": name, "why": "the student has no block output of that name"})
+            continue
+        dims = _kept_since(name, size, since)
+        left = tuple(len(dims[d]) if d in dims else n for d, n in enumerate(size))
+        if left[1:] == ours[name][1:]:
+            kept[name] = dims
+        else:
+            why = f"its shape is {ours[name][1:]} in the student, {size[1:]} in the teacher"
+            refused.append({"what": name, "why": why})
+    if not theirs:
+        refused.append({"what": "features", "why": "the teacher has no residual addition, concatenation or pooling"})
+    return kept, refused
+
+
+def _kept_since(name: str, size: tuple[int, ...], records: list[dict[str, Any]]) -> dict[int, torch.Tensor]:
+    """Which indices of a value's dimensions are left after the passes recorded."""
+    kept: dict[int, torch.Tensor] = {}
+    for record in records:
+        for entry in record.get("features", ()):
+            for _, d in (place for place in entry["nodes"] if place[0] == name):
+                left = kept.get(d, torch.arange(size[d]))
+                stay = torch.ones(len(left), dtype=torch.bool)
+                if max(entry["removed"]) < len(left):  # else the record is about a network of another size
+                    stay[entry["removed"]] = False
+                kept[d] = left[stay]
+    return kept
+
+
+@contextmanager
+def tapped(module: TrainableModule, names: Sequence[str]) -> Iterator[None]:
+    """Within the context the module returns `(its outputs, [values of the named nodes])`."""
+    graph = module.graph
+    output = next(n for n in graph.nodes if n.op == "output")
+    before, codegen = output.args, graph._codegen
+    by_name = {n.name: n for n in graph.nodes}
+    plain = codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    spec = pytree.tree_structure((pytree.tree_unflatten([0] * plain.num_leaves, plain), [0] * len(names)))
+    widened = copy.copy(codegen)
+    widened.pytree_info = codegen.pytree_info._replace(out_spec=spec)  # type: ignore[attr-defined]
+    output.args = ((*before[0], *(by_name[name] for name in names)),)
+    graph.set_codegen(widened)
+    module.recompile()
+    try:
+        yield
+    finally:
+        output.args = before
+        graph.set_codegen(codegen)
+        module.recompile()
+
+
+def _same_inputs(teacher: Program, student: Program) -> None:
+    theirs, ours = ([n.meta["val"] for n in p.graph.nodes if n.op == "placeholder"] for p in (teacher, student))
+    if len(theirs) != len(ours):
+        raise BadInput(f"teacher: takes {len(theirs)} inputs, the program {len(ours)}")
+    for t, s in zip(theirs, ours, strict=True):
+        if not isinstance(t, torch.Tensor) or not isinstance(s, torch.Tensor):
+            continue
+        fixed = list(zip(t.shape, s.shape, strict=False))
+        same = all(a == b for a, b in fixed if isinstance(a, int) and isinstance(b, int))
+        if t.dtype != s.dtype or t.dim() != s.dim() or not same:
+            raise BadInput(f"teacher: an input is {t.dtype} {tuple(t.shape)}, the program's {s.dtype} {tuple(s.shape)}")

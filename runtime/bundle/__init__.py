@@ -1,0 +1,1 @@
+"""Bench bundles: measuring on a device that has no graphcomb."""

@@ -1,0 +1,1 @@
+"""The devices: what each can compute, and how fast."""

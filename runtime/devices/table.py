@@ -1,0 +1,224 @@
+"""The table of devices: what each can compute, how wide its kernels are, which TensorRT it has, how fast it can be.
+
+Everything that depends on a device reads this table: the legaliser, the exporter, the builders and the estimates.
+Peaks are vendor data-sheet figures for dense arithmetic (half of the "with sparsity" number) at the highest clock of
+the named board; a measurement on the device replaces them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ...graph.errors import BadInput
+
+# Sizes of a channel or of matmul K and N that a tensor-core kernel takes without padding: 16 bytes, except INT8, whose
+# convolutions work on vectors of 32 channels (TensorRT's CHW32 and HWC32 formats).
+TENSOR_CORE = {"fp32": 4, "tf32": 4, "fp16": 8, "bf16": 8, "int8": 32, "fp8": 16, "fp4": 32}
+# ONNX Runtime's convolutions work on blocks of 8 channels with AVX2 and NEON (16 with AVX-512), for every type.
+CPU = {"fp32": 8, "fp16": 8, "bf16": 8, "int8": 8}
+
+# The highest ONNX opset that TensorRT's parser documents, from this version on.
+OPSETS = {(8, 5): 17, (10, 0): 20, (10, 15): 24, (11, 4): 25}
+CPU_OPSET = 22
+
+ORIN = {"JetPack 6.1, 6.2": (10, 3), "JetPack 7.2": (10, 16), "JetPack 7.2.2": (11, 4)}
+THOR = {"JetPack 7.0": (10, 13), "JetPack 7.1, 7.2": (10, 16), "JetPack 7.2.2": (11, 4)}
+DRIVE_ORIN = {"DriveOS 6.0": (8, 6), "DriveOS 7.0.3": (10, 10)}
+DRIVE_THOR = {"DriveOS 7.0.3": (10, 10)}
+X86 = {"x86": (11, 4)}
+RTX = {"TensorRT-RTX": (1, 7)}
+
+RENAMED = {(10, 1): (11, 0)}  # Thor's compute capability, to CUDA 12 and from CUDA 13 on
+
+AMPERE = ("fp32", "tf32", "fp16", "bf16", "int8")
+HOPPER = (*AMPERE, "fp8")
+BLACKWELL = (*HOPPER, "fp4")
+
+JETSON_CLOCKS = ("sudo nvpmodel -m 0", "sudo jetson_clocks")
+JETSON_POWER = "tegrastats --interval 100"
+SMI_CLOCKS = ("nvidia-smi --query-gpu=clocks.max.sm --format=csv,noheader,nounits", "sudo nvidia-smi -lgc MAX_SM_CLOCK")
+SMI_POWER = "nvidia-smi --query-gpu=power.draw,clocks.sm,temperature.gpu --format=csv --loop-ms=100"
+
+
+@dataclass(frozen=True)
+class Dla:
+    """Rules of the deep learning accelerator beside the GPU.
+
+    cores: their number. tensorrt: the versions that drive it on this device (10.x through JetPack 6; it is absent from
+    11.0 to 11.3). Shapes are static; deconvolutions are neither grouped nor padded; concat joins channels only.
+    """
+
+    cores: int
+    tensorrt: tuple[tuple[int, int], ...]
+    dtypes: tuple[str, ...] = ("fp16", "int8")
+    max_dim: int = 8192
+    max_batch: int = 4096
+    concat_axes: tuple[int, ...] = (1,)
+    dynamic_shapes: bool = False
+    deconvolution_groups: bool = False
+    deconvolution_padding: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """One device.
+
+    board: whose figures the peaks are. backend: the runtime backend that builds for it. compute_capability: of the GPU
+    (None on CPU). tensorrt: version by software release (empty on CPU; on RTX targets TensorRT-RTX's own version).
+    tflops: peak by dtype, 1e12 operations a second, a multiply-accumulate counting two. bandwidth: of device memory,
+    1e9 bytes a second. clocks: commands that fix the clocks before a measurement; power: the command that reports
+    power, clocks and temperature during one.
+    """
+
+    name: str
+    board: str
+    backend: str
+    dtypes: tuple[str, ...]
+    tflops: Mapping[str, float]
+    bandwidth: float
+    compute_capability: tuple[int, int] | None = None
+    tensorrt: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    alignments: Mapping[str, int] = field(default_factory=lambda: TENSOR_CORE)
+    dla: Dla | None = None
+    clocks: tuple[str, ...] = ()
+    power: str | None = None
+
+    @property
+    def opset(self) -> int:
+        """The highest ONNX opset that every listed version of the target's library parses."""
+        if self.backend == "onnxruntime":
+            return CPU_OPSET
+        if self.backend == "tensorrt_rtx":
+            return OPSETS[11, 4]
+        return min(map(parsed_opset, self.tensorrt.values()))
+
+    @property
+    def sm(self) -> str | None:
+        """The compute capability as the libraries spell it: "SM86"."""
+        return "SM{}{}".format(*self.compute_capability) if self.compute_capability else None
+
+    def alignment(self, dtype: str, sparse: bool = False) -> int:
+        """Channels and matmul sizes should be multiples of this; others are padded by the kernel.
+
+        sparse: for 2:4 sparse weights, whose tiles are twice as deep. Raises BadInput for a dtype the device lacks.
+        """
+        if dtype not in self.dtypes:
+            raise BadInput(f"target {self.name}: no {dtype}; it computes in {', '.join(self.dtypes)}")
+        return self.alignments[dtype] * (2 if sparse and self.compute_capability else 1)
+
+    def peak(self, dtype: str) -> float:
+        """Peak operations a second (a multiply-accumulate is two)."""
+        self.alignment(dtype)
+        return self.tflops[dtype] * 1e12
+
+
+def _peaks(*figures: float) -> dict[str, float]:
+    """fp32, tf32, fp16, int8[, fp8[, fp4]]; bf16 runs at the rate of fp16."""
+    names = ("fp32", "tf32", "fp16", "int8", "fp8", "fp4")
+    found = dict(zip(names, figures, strict=False))
+    return found | {"bf16": found["fp16"]}
+
+
+def _jetson(name: str, board: str, peaks: dict[str, float], bandwidth: float, dla_cores: int = 0) -> Target:
+    thor = "fp4" in peaks
+    dla = Dla(dla_cores, ((10, 3), (11, 4)) if name == "agx-orin" else ((10, 3),)) if dla_cores else None
+    return Target(
+        name,
+        board,
+        "tensorrt",
+        BLACKWELL if thor else AMPERE,
+        peaks,
+        bandwidth,
+        (11, 0) if thor else (8, 7),
+        THOR if thor else ORIN,
+        dla=dla,
+        clocks=JETSON_CLOCKS,
+        power=JETSON_POWER,
+    )
+
+
+def _drive(name: str, board: str, peaks: dict[str, float], bandwidth: float) -> Target:
+    if "fp4" in peaks:
+        return Target(name, board, "tensorrt", BLACKWELL, peaks, bandwidth, (11, 0), DRIVE_THOR, power=JETSON_POWER)
+    dla = Dla(2, ((8, 6),))
+    return Target(name, board, "tensorrt", AMPERE, peaks, bandwidth, (8, 7), DRIVE_ORIN, dla=dla, power=JETSON_POWER)
+
+
+def _rtx(
+    capability: tuple[int, int], board: str, dtypes: tuple[str, ...], peaks: dict[str, float], bandwidth: float
+) -> Target:
+    name = "rtx-sm{}{}".format(*capability)
+    return Target(
+        name, board, "tensorrt_rtx", dtypes, peaks, bandwidth, capability, RTX, clocks=SMI_CLOCKS, power=SMI_POWER
+    )
+
+
+def _data_centre(
+    name: str, board: str, capability: tuple[int, int], peaks: dict[str, float], bandwidth: float
+) -> Target:
+    dtypes = BLACKWELL if "fp4" in peaks else HOPPER
+    return Target(
+        name, board, "tensorrt", dtypes, peaks, bandwidth, capability, X86, clocks=SMI_CLOCKS, power=SMI_POWER
+    )
+
+
+TARGETS: Mapping[str, Target] = {
+    t.name: t
+    for t in (
+        # GPU figures only: the DLA's come on top. Orin Nano and NX in their "Super" modes.
+        _jetson("orin-nano", "Jetson Orin Nano 8GB", _peaks(2.1, 8.4, 16.7, 33.5), 102),
+        _jetson("orin-nx", "Jetson Orin NX 16GB", _peaks(2.4, 9.6, 19.2, 38.4), 102.4, dla_cores=2),
+        _jetson("agx-orin", "Jetson AGX Orin 64GB", _peaks(5.3, 21.3, 42.5, 85), 204.8, dla_cores=2),
+        _jetson("agx-thor", "Jetson T5000", _peaks(8.06, 129, 258.5, 517, 517, 1035), 273),
+        _drive("drive-orin", "DRIVE AGX Orin", _peaks(5.2, 20.9, 41.8, 83.5), 205),
+        _drive("drive-thor", "DRIVE AGX Thor", _peaks(8.06, 129, 250, 500, 500, 1000), 273),
+        _rtx((7, 5), "T4", ("fp32", "fp16"), _peaks(8.1, 8.1, 65, 130), 320),
+        _rtx((8, 0), "A100 40GB", AMPERE, _peaks(19.5, 156, 312, 624), 1555),
+        _rtx((8, 6), "A10", AMPERE, _peaks(31.2, 62.5, 125, 250), 600),
+        _rtx((8, 9), "L4", HOPPER, _peaks(30.3, 60, 121, 242, 242), 300),
+        _rtx((12, 0), "RTX 5090", BLACKWELL, _peaks(104.8, 104.8, 209.5, 838, 419, 1676), 1792),
+        _rtx((12, 1), "GB10 (DGX Spark)", BLACKWELL, _peaks(31, 62, 125, 250, 250, 500), 273),
+        _data_centre("h100", "H100 SXM", (9, 0), _peaks(67, 494.7, 989.4, 1979, 1979), 3352),
+        _data_centre("h200", "H200 SXM", (9, 0), _peaks(67, 494.7, 989.4, 1979, 1979), 4800),
+        # An eighth of an HGX board; B300 has hardly any INT8.
+        _data_centre("b200", "B200 SXM", (10, 0), _peaks(75, 1125, 2250, 4500, 4500, 9000), 7700),
+        _data_centre("b300", "B300 SXM", (10, 3), _peaks(75, 1125, 2250, 150, 4500, 13500), 7700),
+        # Nominal, one core with two AVX-512 units at 3 GHz; fp16 and bf16 are computed in fp32, int8 with VNNI.
+        Target(
+            "cpu",
+            "one x86 core",
+            "onnxruntime",
+            ("fp32", "fp16", "bf16", "int8"),
+            {"fp32": 0.2, "fp16": 0.2, "bf16": 0.2, "int8": 0.8},
+            15,
+            alignments=CPU,
+            clocks=("sudo cpupower frequency-set --governor performance",),
+        ),
+    )
+}
+
+
+def parsed_opset(version: tuple[int, ...]) -> int:
+    """The highest ONNX opset that this version of TensorRT parses."""
+    return max((opset for since, opset in OPSETS.items() if since <= version), default=min(OPSETS.values()))
+
+
+def canonical(capability: tuple[int, int]) -> tuple[int, int]:
+    """A compute capability as the table has it, under whichever name CUDA knows it."""
+    return RENAMED.get(capability, capability)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the most similar valid names, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+
+
+def get_target(name: str) -> Target:
+    """Look a device up. Raises BadInput with the nearest names."""
+    if name in TARGETS:
+        return TARGETS[name]
+    raise BadInput(f"target {name}: not known; {nearest(str(name), TARGETS)}")

@@ -1,0 +1,199 @@
+"""Which nodes of an ONNX file the deep learning accelerator (DLA) of a target can run, by its documented rules.
+
+Nothing of TensorRT is needed for that; on the device the library has the last word. Source: TensorRT documentation, "DLA
+Supported Layers and Restrictions".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+from onnx import TensorProto
+
+from ...graph.errors import BadInput
+from ..devices.table import Dla, Target
+from .base import precision
+
+# The largest of a convolution, of a pooling and of a resize.
+KERNEL, STRIDE, PADDING = 32, 8, 31
+WINDOW, POOL_STRIDE, POOL_PADDING = 8, 16, 7
+NEAREST, LINEAR = 32, 4
+FOLDED = frozenset("Constant Shape Size".split())  # known when the engine is built
+FREE = frozenset("Identity Dropout QuantizeLinear DequantizeLinear".split())  # no layers of their own
+PLAIN = frozenset(
+    "Relu Sigmoid Tanh LeakyRelu PRelu Clip Add Sub Mul Max Min Div Pow BatchNormalization LRN ReduceMax Abs Sin Cos Atan "
+    "Reshape Transpose Slice Softmax".split()
+)
+PRODUCT = "it has no matrix products; a 1x1 convolution computes the same"
+MEAN = f"it has no mean; average pooling with a window up to {WINDOW} computes the same"
+INSTEAD = {"Gemm": PRODUCT, "MatMul": PRODUCT, "GlobalAveragePool": MEAN, "ReduceMean": MEAN}
+TYPES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16", TensorProto.INT8: "int8"}
+
+Shape = Sequence[int | None]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A layer of the model, and why the DLA leaves it to the GPU; empty when the rules allow it."""
+
+    node: str
+    op: str
+    why: str
+
+
+def dla_report(model: onnx.ModelProto, target: Target, core: Any = 0, batch: Any = None) -> list[Placement]:
+    """Where the rules of the target's DLA put the layers of a model, in order. batch: of a model with a dynamic batch, one
+    number.
+
+    Raises BadInput for a target without DLA or without that core, a precision that it does not compute in, and shapes that
+    are not static.
+    """
+    kind = precision(model)
+    rules = dla_core(target, core, kind, any(node.op_type == "QuantizeLinear" for node in model.graph.node))
+    graph = onnx.shape_inference.infer_shapes(_static(model, rules, batch)).graph
+    types = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    shapes: dict[str, Shape] = {name: _shape(tensor) for name, tensor in types.items()}
+    shapes |= {t.name: tuple(t.dims) for t in graph.initializer}
+    computed = {t.name for t in graph.initializer}  # what does not depend on the inputs
+    # The float tensors of an INT8 model lie between Q/DQ nodes, which TensorRT takes into the layers.
+    allowed = {*rules.dtypes, *(["fp32"] if kind == "int8" else [])}
+    report = []
+    for node in graph.node:
+        if node.op_type in FOLDED or all(i in computed for i in node.input if i):
+            computed.update(node.output)
+        elif node.op_type not in FREE:
+            live = [name for name in (*node.input, *node.output) if name and name not in computed]
+            other = sorted({TYPES.get(types[n].elem_type, "this type") for n in live if n in types} - allowed)
+            why = _lacks(node) or (f"it computes in {_either(rules)}, not {other[0]}" if other else "")
+            why = why or _size(live, shapes, rules)
+            if not why and node.op_type in RULES:
+                attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+                why = RULES[node.op_type](attributes, [shapes.get(n, ()) for n in (*node.input, *node.output)], rules)
+            report.append(Placement(node.name, node.op_type, why))
+    return report
+
+
+def dla_core(target: Target, core: Any, kind: str, quantised: bool) -> Dla:
+    """The rules of a DLA core that is to run a model in a precision. quantised: with Q/DQ nodes.
+
+    Raises BadInput for a target without DLA or without that core, a precision that it does not compute in, and Q/DQ nodes:
+    up to TensorRT 10 a DLA takes INT8 by implicit quantisation only, with a calibration cache in place of the nodes.
+    """
+    rules = target.dla
+    if rules is None:
+        raise BadInput(f"option dla: {target.name} has no DLA")
+    if not isinstance(core, int) or isinstance(core, bool) or not 0 <= core < rules.cores:
+        raise BadInput(f"option dla: a core of {target.name}, 0 to {rules.cores - 1}, not {core!r}")
+    if quantised:
+        version = "{}.{}".format(*min(rules.tensorrt))
+        raise BadInput(
+            f"option dla: TensorRT {version} runs no Q/DQ nodes on the DLA of {target.name} (up to 10.x its INT8 takes a "
+            "calibration cache instead); leave Quantize out, or build for the GPU"
+        )
+    if kind not in rules.dtypes:
+        raise BadInput(f"option dla: the DLA of {target.name} computes in {_either(rules)}, not {kind}; export it so")
+    return rules
+
+
+def _either(rules: Dla) -> str:
+    return " and ".join(rules.dtypes)
+
+
+def _static(model: onnx.ModelProto, rules: Dla, batch: Any) -> onnx.ModelProto:
+    """A copy whose inputs have the batch."""
+    found = onnx.ModelProto()
+    found.CopyFrom(model)
+    weights = {t.name for t in found.graph.initializer}
+    for value in found.graph.input:
+        axes = value.type.tensor_type.shape.dim
+        dynamic = [i for i, axis in enumerate(axes) if not axis.HasField("dim_value")]
+        if value.name in weights or not dynamic or rules.dynamic_shapes:
+            continue
+        if dynamic != [0] or not isinstance(batch, int):
+            cure = "give one batch size" if dynamic == [0] else "export it with fixed shapes"
+            raise BadInput(f"option dla: input {value.name}: axes {dynamic} are dynamic, a DLA's are not; {cure}")
+        axes[0].dim_value = batch
+    return found
+
+
+def _shape(tensor: onnx.TypeProto.Tensor) -> Shape:
+    return [axis.dim_value if axis.HasField("dim_value") else None for axis in tensor.shape.dim]
+
+
+# ------------------------------------------------------------------------------------ rules; each says why not, or ""
+def _lacks(node: onnx.NodeProto) -> str:
+    if node.op_type in PLAIN or node.op_type in RULES:
+        return ""
+    return INSTEAD.get(node.op_type, f"it has no {node.op_type}")
+
+
+def _size(names: Sequence[str], shapes: dict[str, Shape], rules: Dla) -> str:
+    for name in names:
+        sizes = [n for n in shapes.get(name, ()) if n is not None]
+        if len(sizes) != 4 or len(shapes[name]) != 4:
+            return f"{name} is not a tensor of 4 known sizes (batch, channels, height, width)"
+        if max(sizes[1:]) > rules.max_dim:
+            return f"{name} has a size of {max(sizes[1:])}, above {rules.max_dim}"
+        if sizes[0] > rules.max_batch:
+            return f"{name} has a batch of {sizes[0]}, above {rules.max_batch}"
+    return ""
+
+
+def _above(name: str, values: Sequence[int | None], limit: int) -> str:
+    largest = max((value or 0 for value in values), default=0)
+    return f"{name} {largest} is above {limit}" if largest > limit else ""
+
+
+def _convolution(attributes: dict[str, Any], shapes: list[Shape], rules: Dla) -> str:
+    return (
+        _above("kernel", shapes[1][2:], KERNEL)
+        or _above("stride", attributes.get("strides", ()), STRIDE)
+        or _above("padding", attributes.get("pads", ()), PADDING)
+    )
+
+
+def _deconvolution(attributes: dict[str, Any], shapes: list[Shape], rules: Dla) -> str:
+    if attributes.get("group", 1) > 1 and not rules.deconvolution_groups:
+        return "its deconvolutions have no groups"
+    padded = any(attributes.get("pads", ())) or attributes.get("auto_pad", b"").startswith(b"SAME")
+    if padded and not rules.deconvolution_padding:
+        return "its deconvolutions have no padding"
+    return _above("dilation", attributes.get("dilations", ()), 1) or _above("kernel", shapes[1][2:], KERNEL)
+
+
+def _concat(attributes: dict[str, Any], shapes: list[Shape], rules: Dla) -> str:
+    axis = attributes["axis"] % 4
+    return "" if axis in rules.concat_axes else f"it joins along the channels only, not along axis {axis}"
+
+
+def _pooling(attributes: dict[str, Any], shapes: list[Shape], rules: Dla) -> str:
+    return (
+        _above("window", attributes["kernel_shape"], WINDOW)
+        or _above("stride", attributes.get("strides", ()), POOL_STRIDE)
+        or _above("padding", attributes.get("pads", ()), POOL_PADDING)
+    )
+
+
+def _resize(attributes: dict[str, Any], shapes: list[Shape], rules: Dla) -> str:
+    mode = attributes.get("mode", b"nearest")
+    if mode == b"cubic":
+        return "it resizes to the nearest or linearly only"
+    for before, after in zip(shapes[0], shapes[-1], strict=True):
+        if not before or not after or after % before:
+            return "it resizes by whole numbers only"
+        if above := _above("scale", [after // before], LINEAR if mode == b"linear" else NEAREST):
+            return above
+    return ""
+
+
+RULES: dict[str, Callable[[dict[str, Any], list[Shape], Dla], str]] = {
+    "Conv": _convolution,
+    "ConvTranspose": _deconvolution,
+    "Concat": _concat,
+    "MaxPool": _pooling,
+    "AveragePool": _pooling,
+    "Resize": _resize,
+}

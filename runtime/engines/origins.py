@@ -1,0 +1,85 @@
+"""Where an ONNX node comes from: the graph's node, its module, and the passes that changed it.
+
+The exporter keeps this in the ONNX file's metadata, so that whatever is built from the file, by any library on any
+machine, can be traced back to the program. Source: ours.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import onnx
+
+from ...graph.program import Program
+
+KEY = "graphcomb.origins"
+SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """node: of the program's graph. module: path in the model, "" at the top. passes: names of those that changed the
+    node or a parameter of its module, in order."""
+
+    node: str
+    module: str
+    passes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = f"{self.module}/{self.node}" if self.module else self.node
+        return where + (f" (changed by {', '.join(self.passes)})" if self.passes else "")
+
+
+def scopes(node: onnx.NodeProto) -> tuple[str, str]:
+    """Module path and graph node that torch.onnx notes with an ONNX node; empty where it notes none."""
+    found = {p.key: p.value for p in node.metadata_props}.get(SCOPES)
+    names = ast.literal_eval(found) if found else []
+    return (names[-2] if len(names) > 1 else ""), (names[-1] if names else "")
+
+
+def trace(program: Program, places: Mapping[str, tuple[str, str]]) -> dict[str, Origin]:
+    """Origins by ONNX node name. places: module path and graph node of each."""
+    changed: dict[str, list[str]] = {}
+    for record in program.history:
+        for name in _changed(record):
+            passes = changed.setdefault(name, [])
+            if record["pass"] not in passes:
+                passes.append(record["pass"])
+    found = {}
+    for name, (module, node) in places.items():
+        passes = [p for key in {module, node} - {""} for p in changed.get(key, ())]
+        found[name] = Origin(node, module, tuple(dict.fromkeys(passes)))
+    return found
+
+
+def store(model: onnx.ModelProto, origins: Mapping[str, Origin]) -> None:
+    """Keep the origins of the nodes that the model still has."""
+    kept = {n.name: asdict(origins[n.name]) for n in model.graph.node if n.name in origins}
+    others = {p.key: p.value for p in model.metadata_props}
+    onnx.helper.set_model_props(model, others | {KEY: json.dumps(kept, separators=(",", ":"))})
+
+
+def read(model: onnx.ModelProto) -> dict[str, Origin]:
+    """The origins that `store` kept; empty for a model from elsewhere."""
+    text = {p.key: p.value for p in model.metadata_props}.get(KEY)
+    rows = json.loads(text) if text else {}
+    return {name: Origin(row["node"], row["module"], tuple(row["passes"])) for name, row in rows.items()}
+
+
+def _changed(record: Mapping[str, Any]) -> Iterable[str]:
+    """Names of nodes, parameters and modules that a pass says it changed."""
+    rows = [row for row in record.get("changed", ()) if isinstance(row, Mapping)]
+    rows += [row for row in record.get("layers", ()) if _shrank(row)]
+    for row in rows:
+        for name in (row.get("what"), row.get("into"), row.get("name"), *row.get("nodes", ())):
+            if isinstance(name, str):
+                yield from (name, name.rpartition(".")[0])
+
+
+def _shrank(row: Mapping[str, Any]) -> bool:
+    channels = row.get("channels", {})
+    return channels.get("before") != channels.get("after")

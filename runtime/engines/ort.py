@@ -1,0 +1,158 @@
+"""ONNX Runtime on the CPU: the default engine, there on every machine."""
+
+from __future__ import annotations
+
+import functools
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from ...graph.errors import BadInput
+from ..devices.table import Target
+from .base import EngineReport, HostEngine, Kernel, TensorSpec, precision, replacing, unparsed
+
+# No kernel for an operator on the CPU, or no such operator ("domain:Op(version)").
+UNPARSED = re.compile(r"Could not find an implementation for (\w+)\(|(\w+)\(-?\d+\) is not a registered function/op")
+REFORMATS = ("ReorderInput", "ReorderOutput")
+INSERTED_CAST = "InsertedPrecisionFreeCast_"
+
+
+class OrtEngine(HostEngine):
+    """An ONNX file in an ONNX Runtime session. With one thread all work is done by the calling thread.
+
+    plain: run the nodes as they are, none fused or moved: fused integer kernels round otherwise than the graph says.
+    """
+
+    def __init__(self, path: Path, threads: int = 1, optimized: Path | None = None, plain: bool = False):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Waiting threads must sleep: spinning ones take the other cores' time and spoil every measurement.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if plain:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        elif _is_half(path):
+            # Seen with fp16 on CPUs: the extended optimisations crash the process (1.31), and with memory patterns
+            # LayerNormalization is wrong from the second run on (onnxruntime issue 27768).
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            options.enable_mem_pattern = False
+        if optimized is not None:
+            options.optimized_model_filepath = str(optimized)
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no public base
+            if found := UNPARSED.search(str(error)):
+                raise unparsed(path, f"ONNX Runtime {ort.__version__}", [found[1] or found[2]]) from error
+            raise BadInput(f"{path}: ONNX Runtime refuses it ({_line(error)})") from error
+        self._inputs = [_spec(i) for i in self._session.get_inputs()]
+        self._outputs = [_spec(o) for o in self._session.get_outputs()]
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        self._check_count(inputs)
+        try:
+            return self._session.run(None, dict(zip(self.input_names, inputs, strict=True)))
+        except ort.capi.onnxruntime_pybind11_state.InvalidArgument as error:
+            raise BadInput(f"the inputs do not fit the engine: {_line(error)}") from error
+
+    def close(self) -> None:
+        del self._session
+
+
+def load(path: Path, *, backend: str = "onnxruntime", threads: int = 1) -> OrtEngine:
+    """Load an ONNX file. threads: of one run, the calling one included."""
+    return OrtEngine(path, threads)
+
+
+def build(
+    model: Path, target: Target, out: Path | None, *, backend: str = "onnxruntime", threads: int = 1
+) -> EngineReport:
+    """Optimise an ONNX file and report the kernels that remain.
+
+    out: where to keep the optimised model; it fits only CPUs with the same vector width. None keeps nothing.
+    """
+    start = time.perf_counter()
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = _optimize(model, Path(folder) / "model.onnx", threads)
+    else:
+        with replacing(out) as part:
+            optimized = _optimize(model, part, threads)
+    seconds = time.perf_counter() - start
+    kernels = [Kernel(n.name, n.op_type, padding=n.op_type in REFORMATS) for n in optimized.graph.node]
+    found = EngineReport(
+        backend=backend,
+        version=ort.__version__,
+        target=target.name,
+        path=out or model,
+        bytes=(out or model).stat().st_size,
+        seconds=seconds,
+        precision=precision(optimized),
+        kernels=kernels,
+        memory={"weights": sum(_size(t) for t in optimized.graph.initializer)},
+    )
+    if inserted_casts(optimized):
+        found.warnings.append("ONNX Runtime has no fp16 kernels for this CPU and computes in fp32")
+    return found
+
+
+def inserted_casts(optimized: onnx.ModelProto) -> int:
+    """How many casts to fp32 and back ONNX Runtime added for want of fp16 kernels on this CPU."""
+    return sum(n.name.startswith(INSERTED_CAST) and n.op_type == "Cast" for n in optimized.graph.node)
+
+
+@functools.cache
+def computes_half() -> bool:
+    """Whether this CPU has kernels that compute convolutions and matrix products in fp16; else they run in fp32, between
+    casts."""
+    half = onnx.TensorProto.FLOAT16
+    infos = [onnx.helper.make_tensor_value_info(n, half, [1, 8, 8, 8]) for n in ("x", "y")]
+    weights = [
+        onnx.numpy_helper.from_array(np.ones(shape, np.float16), name)
+        for name, shape in (("w", (8, 8, 1, 1)), ("v", (8, 8)))
+    ]
+    nodes = [onnx.helper.make_node(op, i, o) for op, i, o in (("Conv", "xw", "z"), ("MatMul", "zv", "y"))]
+    graph = onnx.helper.make_graph(nodes, "half", infos[:1], infos[1:], weights)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(model, Path(folder) / "half.onnx")
+        return inserted_casts(_optimize(Path(folder) / "half.onnx", Path(folder) / "optimized.onnx", 1)) == 0
+
+
+def _optimize(model: Path, to: Path, threads: int) -> onnx.ModelProto:
+    OrtEngine(model, threads, optimized=to).close()
+    return onnx.load(str(to))
+
+
+def _is_half(path: Path) -> bool:
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception:  # no ONNX file: the session says so
+        return False
+    constants = [a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
+    kinds = [t.data_type for t in (*graph.initializer, *constants)] + [
+        i.type.tensor_type.elem_type for i in graph.input
+    ]
+    return onnx.TensorProto.FLOAT16 in kinds
+
+
+def _size(tensor: onnx.TensorProto) -> int:
+    return int(np.prod(tensor.dims, dtype=np.int64)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def _spec(value: Any) -> TensorSpec:
+    kind = value.type.removeprefix("tensor(").removesuffix(")")
+    dtype = {"float": "float32", "double": "float64"}.get(kind, kind)
+    return TensorSpec(value.name, dtype, tuple(d if isinstance(d, int) else None for d in value.shape))
+
+
+def _line(error: Exception) -> str:
+    """The message without ONNX Runtime's prefix, one line."""
+    return " ".join(str(error).split(" : ", 3)[-1].split())[:200]

@@ -1,0 +1,110 @@
+"""PyTorch's own compiler: for a GPU without TensorRT, and for CPUs with a C++ compiler.
+
+`compile_program` compiles in this process (`torch.compile`, constants folded into the weights, CUDA graphs on a GPU);
+`build` compiles ahead of time (AOTInductor) into a file that loads without the model's code. Both fit this machine only.
+Source: PyTorch documentation, "torch.compile", "AOTInductor: Ahead-Of-Time Compilation".
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ....graph.errors import BadInput, MissingBackend, Refused
+from ....graph.program import Program
+from ....graph.program import load as load_program
+from ...devices.table import Target, canonical
+from ..base import EngineReport
+from .base import TorchEngine, on_leaves, pack, precision, reason, specs, unpack
+
+
+def compile_program(
+    program: Program, *, backend: str = "inductor", threads: int = 1, graphs: bool = True
+) -> TorchEngine:
+    """Compile a program for this machine's GPU, or its CPU where there is none; the program is not changed.
+
+    threads: on the CPU. graphs: CUDA graphs, on a GPU. Raises MissingBackend without a C++ compiler, Refused for what
+    the compiler does not take.
+    """
+    device = _device()
+    program = program.copy()
+    module = program.module().eval().to(device)
+    options: dict[str, Any] = {"freezing": True}
+    if device.type == "cuda" and graphs:
+        options["triton.cudagraphs"] = True
+    _threads(device, threads)
+    # Programs of one class would otherwise share one cache, and be refused after eight.
+    torch.compiler.reset()
+    compiled = torch.compile(module, options=options, dynamic=bool(program.dynamic_shapes))
+    engine = TorchEngine(on_leaves(program, compiled), *specs(program), device)
+    leaves = torch.utils._pytree.tree_leaves((program.args, program.kwargs))
+    try:
+        engine.prepared([leaf.cpu().numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)])
+    except RuntimeError as error:
+        raise Refused(f"inductor cannot compile the program: {reason(error)}") from error
+    return engine
+
+
+def build(
+    model: Path, target: Target, out: Path | None, *, backend: str = "inductor", threads: int = 1
+) -> EngineReport:
+    """Compile a saved program ahead of time for this machine, and report what came out.
+
+    Raises BadInput for a target that is not this machine, MissingBackend without a C++ compiler, Refused for what the
+    compiler does not take.
+    """
+    device = _device()
+    here = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if target.compute_capability != (canonical(here) if here else None):
+        at_hand = f"SM{here[0]}{here[1]}" if here else "a CPU"
+        raise BadInput(f"target {target.name}: inductor compiles for the machine at hand, which is {at_hand}")
+    start, out = time.perf_counter(), out or model.with_suffix(".aoti")
+    program = load_program(model)
+    program.module().eval().to(device)
+    _threads(device, threads)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            package = torch._inductor.aoti_compile_and_package(
+                program.exported(), package_path=str(Path(folder) / "model.pt2")
+            )
+        except RuntimeError as error:
+            raise Refused(f"{model}: inductor cannot compile it: {reason(error)}") from error
+        pack(out, Path(package), program, device)
+    return EngineReport(
+        backend=backend,
+        version=torch.__version__,
+        target=target.name,
+        path=out,
+        bytes=out.stat().st_size,
+        seconds=time.perf_counter() - start,
+        precision=precision(program),
+        memory={"weights": sum(t.nbytes for t in program.module().parameters())},
+    )
+
+
+def load(path: Path, *, backend: str = "inductor", threads: int = 1) -> TorchEngine:
+    """Load what `build` compiled. threads: on the CPU. Raises BadInput for another file, MissingBackend where its device
+    is not at hand."""
+    engine = unpack(path, backend, torch._inductor.aoti_load_package)
+    if not engine.on_device:
+        torch.set_num_threads(threads)
+    return engine
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if name):
+        raise MissingBackend("inductor needs a C++ compiler on a CPU; install g++ or clang, or set CXX")
+    return torch.device("cpu")
+
+
+def _threads(device: torch.device, threads: int) -> None:
+    if device.type == "cpu":
+        torch.set_num_threads(threads)

@@ -1,0 +1,153 @@
+"""Torch-TensorRT: TensorRT for the parts of a program that it can build, PyTorch for the rest.
+
+It needs a GPU even to be imported (it asks for the device then), and has no releases for Jetson Orin after 2.8: there,
+and wherever the whole network builds, an ONNX file and TensorRT itself do the same with less. Source: Torch-TensorRT
+documentation, "Compiling Exported Programs with Torch-TensorRT".
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.export.passes import move_to_device_pass
+from torch.utils import _pytree as pytree
+
+from ....graph.errors import BadInput, MissingBackend, Refused
+from ....graph.program import Program
+from ....graph.program import load as load_program
+from ...devices.table import Target, canonical
+from ..base import BACKENDS, EngineReport, Kernel
+from .base import TorchEngine, on_leaves, pack, precision, reason, specs, unpack
+
+BATCHES = 1, 1, 8  # smallest, the one to optimise for, largest, where the batch is dynamic
+ENGINE, REST = "_run_on_acc", "_run_on_gpu"  # names of the parts that TensorRT and PyTorch run
+
+
+def compile_program(
+    program: Program,
+    *,
+    backend: str = "torch_tensorrt",
+    sparse: bool = False,
+    optimization_level: int | None = None,
+    batch: int | None = None,
+) -> TorchEngine:
+    """Compile a program for this machine's GPU; the program is not changed.
+
+    batch: the one that is optimised for, and taken, where it is dynamic; by default 1, of 1 to 8. sparse: allow kernels for
+    2:4 sparse weights. Raises MissingBackend without the library or a GPU, Refused for what it cannot compile.
+    """
+    module = _compile(_library(), program, sparse, optimization_level, (batch,) * 3 if batch else BATCHES)
+    return TorchEngine(on_leaves(program, module), *specs(program), _device())
+
+
+def build(
+    model: Path,
+    target: Target,
+    out: Path | None,
+    *,
+    backend: str = "torch_tensorrt",
+    sparse: bool = False,
+    optimization_level: int | None = None,
+) -> EngineReport:
+    """Compile a saved program for this machine's GPU into a file, and say which parts run in TensorRT.
+
+    Raises BadInput for a target that is not this machine, and what `compile_program` raises.
+    """
+    library = _library()
+    here = torch.cuda.get_device_capability()
+    if target.compute_capability != canonical(here):
+        raise BadInput(f"target {target.name}: {backend} compiles for the GPU at hand, which is SM{here[0]}{here[1]}")
+    start, out = time.perf_counter(), out or model.with_suffix(".ep")
+    program = load_program(model)
+    module = _compile(library, program, sparse, optimization_level, BATCHES)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.ep"
+        library.save(module, str(file), output_format="exported_program", retrace=False)
+        pack(out, file, program, _device())
+    parts = [name for name, _ in module.named_children()]
+    kernels = [Kernel(name, "TensorRT" if name.startswith(ENGINE) else "PyTorch") for name in parts]
+    left = [name for name in parts if name.startswith(REST)]
+    return EngineReport(
+        backend=backend,
+        version=library.__version__,
+        target=target.name,
+        path=out,
+        bytes=out.stat().st_size,
+        seconds=time.perf_counter() - start,
+        precision=precision(program),
+        kernels=kernels,
+        warnings=[f"{len(left)} of {len(parts)} parts run in PyTorch"] if left else [],
+    )
+
+
+def load(path: Path, *, backend: str = "torch_tensorrt") -> TorchEngine:
+    """Load what `build` saved. Raises MissingBackend without the library or a GPU, BadInput for another file."""
+    library = _library()
+    return unpack(path, backend, lambda file: library.load(file).module())
+
+
+def _compile(
+    library: ModuleType, program: Program, sparse: bool, optimization_level: int | None, batches: Sequence[int]
+) -> Any:
+    program = program.copy()
+    program.module().eval()
+    exported = move_to_device_pass(program.exported(), _device())
+    args, kwargs = _inputs(library, program, batches)
+    function = library.dynamo.compile
+    wishes: dict[str, Any] = {
+        "sparse_weights": sparse,
+        "optimization_level": optimization_level,
+        "truncate_double": True,
+        "min_block_size": 1,
+        # Types are the program's own. Newer versions always do that; older ones are told which they may use.
+        "use_explicit_typing": True,
+        "enabled_precisions": {t.dtype for t in program.module().parameters()} or {torch.float32},
+    }
+    known = inspect.signature(function).parameters
+    if "use_explicit_typing" in known:
+        del wishes["enabled_precisions"]
+    options = {name: value for name, value in wishes.items() if name in known and value is not None}
+    try:
+        return function(exported, arg_inputs=list(args), kwarg_inputs=kwargs, **options)
+    except Exception as error:  # the library's errors have no common base
+        raise Refused(f"Torch-TensorRT {library.__version__} cannot compile the program: {reason(error)}") from error
+
+
+def _inputs(library: ModuleType, program: Program, batches: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example inputs on the device; those with a dynamic batch as the range of shapes to compile for."""
+    inputs = iter(specs(program)[0])
+
+    def give(tensor: torch.Tensor) -> Any:
+        shape = next(inputs).shape
+        if None not in shape:
+            return tensor.to(_device())
+        if None in shape[1:]:
+            raise BadInput("Torch-TensorRT: only the batch may be dynamic here; capture the program with fixed shapes")
+        keys = ("min_shape", "opt_shape", "max_shape")
+        ranges = {key: (batch, *shape[1:]) for key, batch in zip(keys, batches, strict=True)}
+        return library.Input(**ranges, dtype=tensor.dtype)
+
+    return pytree.tree_map_only(torch.Tensor, give, (program.args, program.kwargs))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda")
+
+
+def _library() -> ModuleType:
+    """Import the library. Raises MissingBackend where it is absent, or there is no GPU, without which it fails to."""
+    try:
+        return importlib.import_module("torch_tensorrt")
+    except ModuleNotFoundError as error:
+        hint = f"pip install 'graphcomb[{BACKENDS['torch_tensorrt'].extra}]'"
+        raise MissingBackend(f"torch_tensorrt is not installed; install it with: {hint}") from error
+    except Exception as error:  # it asks for the device when it is imported
+        raise MissingBackend(f"torch_tensorrt does not load here: {reason(error)}; it needs an NVIDIA GPU") from error

@@ -1,0 +1,383 @@
+"""TensorRT engines, one code for classic TensorRT (8.6, 10, 11) and TensorRT-RTX (package `tensorrt_rtx`).
+
+Both packages have one API; what differs between versions is looked up (an enum member, a method), never inferred from a
+version number. Networks are strongly typed, so the ONNX file says what is computed in which type; TensorRT 8.6, which
+has no such networks, gets precision flags instead. TensorRT-RTX builds for a compute capability on any machine, without
+a GPU; classic TensorRT builds for the GPU it runs on.
+
+Sources: TensorRT developer guide, "Strongly typed networks", "Working with dynamic shapes", "Working with DLA",
+"Timing cache"; TensorRT-RTX developer guide, "Building engines on CPU".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+from rich.progress import Progress
+
+from ....graph.errors import BadInput, MissingBackend, Refused
+from ...devices.table import TARGETS, Target, canonical, nearest, parsed_opset
+from ...kit.cuda import Cuda, CudaError
+from ...kit.device_engines import new_logger
+from ..base import BACKENDS, EngineReport, UnparsedOp, precision, replacing
+from ..dla import dla_report
+from .library import NAMES, library, load_plugins, new_monitor
+from .log import Pad, Unfused, parse_build_log
+from .run import TensorRTEngine
+
+if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT, whose interface both packages have
+    import tensorrt as types
+
+# Without strong typing (8.6): the flags that let TensorRT compute in the types of the ONNX file.
+WEAK_FLAGS = {"fp16": ("FP16",), "bf16": ("BF16",), "int8": ("INT8", "FP16")}
+FLAGS = {"sparse": "SPARSE_WEIGHTS", "refit": "REFIT", "version_compatible": "VERSION_COMPATIBLE"}
+DEFAULT_BATCH = 1, 1, 8  # smallest, the one to optimise for (a vehicle's camera gives one image at a time), largest
+
+
+@dataclass
+class TensorRTReport(EngineReport):
+    """Also says where the engine computes on wider axes than the model has, and the alignment that would avoid it;
+    which quantisation buys nothing; and which lines about kernels could not be read."""
+
+    pads: list[Pad] = field(default_factory=list)
+    unfused: list[Unfused] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+
+
+def build(
+    model: Path,
+    target: Target,
+    out: Path | None,
+    *,
+    backend: str,
+    batch: int | Sequence[int] | None = None,
+    shapes: Mapping[str, Sequence[Sequence[int]]] | None = None,
+    workspace: int | None = None,
+    optimization_level: int | None = None,
+    sparse: bool = False,
+    tf32: bool = True,
+    dla: int | None = None,
+    refit: bool = False,
+    version_compatible: bool = False,
+    timing_cache: str | os.PathLike[str] | None = None,
+    plugins: Sequence[str] | None = None,
+    log: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> TensorRTReport:
+    """Build an engine for a target and report what the library made of the model.
+
+    batch: of a model with a dynamic batch: one number or (smallest, the one to optimise for, largest). shapes: the same
+    three, as full shapes, for inputs with other dynamic axes. workspace: limit in MiB. optimization_level: 0 to 5, the
+    library's own default if None. sparse: allow kernels for 2:4 sparse weights. tf32: allow TF32 in fp32 layers. dla:
+    core to run on, with the GPU as fallback. refit, version_compatible: engines whose weights can be replaced; that
+    later versions can run. timing_cache: file to reuse measurements from and keep them in. plugins: shared libraries
+    with operators that the library lacks; their code runs here, and the engine needs them wherever it runs. log: file
+    for the library's verbose log.
+
+    Raises BadInput for a model, target or option that does not fit, Refused for what this version or machine cannot do,
+    MissingBackend without the library.
+    """
+    out = out or model.with_suffix(BACKENDS[backend].suffixes[0])
+    graph = onnx.load(str(model), load_external_data=False)
+    kind = precision(graph)
+    if dla is not None:
+        dla_report(graph, target, dla, batch)  # refuses what no layer could run
+    start = time.perf_counter()
+    work = _Build(backend, target, plugins or ())
+    work.check_opset(model, graph)
+    work.parse(model)
+    work.aim()
+    work.allow(kind)
+    work.shape(model, batch, shapes or {})
+    if workspace is not None:
+        work.limit(workspace)
+    if optimization_level is not None:
+        work.optimize(optimization_level)
+    wishes = {"sparse": sparse, "refit": refit, "version_compatible": version_compatible}
+    for option, flag in FLAGS.items():
+        if wishes[option]:
+            work.flag(flag, f"option {option}")
+    if not tf32 and hasattr(work.trt.BuilderFlag, "TF32"):
+        work.config.clear_flag(work.trt.BuilderFlag.TF32)
+    if dla is not None:
+        work.use_dla(dla)
+    cache = Path(timing_cache) if timing_cache is not None else None
+    if cache is not None:
+        work.attach(cache)
+    engine = work.run(f"{work.who}: {model.name}", progress)
+    if log is not None:
+        with replacing(Path(log)) as part:
+            part.write_text(work.logger.text())
+    if engine is None:
+        asked = "".join(f" with {option}" for option, wanted in wishes.items() if wanted)
+        raise Refused(f"{model}: {work.who} builds no engine for {target.name}{asked}: {work.logger.error()}")
+    with replacing(out) as part:
+        part.write_bytes(engine)
+    if cache is not None:
+        with replacing(cache) as part:
+            part.write_bytes(work.config.get_timing_cache().serialize())
+    said = parse_build_log(work.logger.text())
+    return TensorRTReport(
+        backend=backend,
+        version=work.trt.__version__,
+        target=target.name,
+        path=out,
+        bytes=out.stat().st_size,
+        seconds=time.perf_counter() - start,
+        precision=kind,
+        kernels=said.kernels(),
+        memory=said.memory,
+        warnings=work.notes + work.logger.warnings(),
+        pads=said.pads(lambda dtype: target.alignment(dtype) if dtype in target.dtypes else 0),
+        unfused=said.unfused(),
+        unread=said.unread or ([] if said.layers else ["the build log names no kernels"]),
+    )
+
+
+def load(
+    path: Path, *, backend: str, graphs: bool = False, host_code: bool = False, plugins: Sequence[str] | None = None
+) -> TensorRTEngine:
+    """Load an engine file; that takes the GPU it was built for. graphs: run it as a CUDA graph, which starts all its
+    kernels at once; inputs of other shapes than the last ones are recorded anew, and what cannot be recorded runs without.
+    host_code: trust the file with code of its own for the processor, which version-compatible engines carry. plugins: the
+    shared libraries that it was built with.
+
+    Raises MissingBackend without the library or a GPU, BadInput for a file that is no engine for this library version
+    and GPU.
+    """
+    return TensorRTEngine(path, backend, graphs, host_code, plugins or ())
+
+
+def local_target(backend: str) -> Target:
+    """The target that this machine's GPU is; of boards with the same GPU the one that the machine's name fits best, with
+    a warning where that leaves several. Raises MissingBackend without a GPU, BadInput for one the table lacks."""
+    try:
+        capability = canonical(Cuda().compute_capability)
+    except CudaError as error:
+        raise MissingBackend(f"{backend} builds for this machine's GPU; {error}") from error
+    able = [t for t in TARGETS.values() if t.compute_capability == capability]
+    # Classic TensorRT builds for every GPU; where TensorRT-RTX does too, the table has the latter's target.
+    found = [t for t in able if t.backend == backend] or [t for t in able if backend == "tensorrt"]
+    gpu = "SM{}{}".format(*capability)
+    if not found:
+        raise BadInput(f"{NAMES[backend]}: no target for this machine's GPU ({gpu})")
+    words = _machine_names()
+    fits = [len(words & _words(f"{t.name} {t.board}")) for t in found]
+    best = [t for t, fit in zip(found, fits, strict=True) if fit == max(fits)]
+    if len(best) > 1:
+        others = ", ".join(t.name for t in best[1:])
+        warnings.warn(f"this machine's GPU ({gpu}) is taken for {best[0].name}; it may be {others}", stacklevel=2)
+    return best[0]
+
+
+def _machine_names() -> set[str]:
+    """The words in the names of the board (which Jetsons tell) and of the GPU (which PyTorch knows)."""
+    board = Path("/proc/device-tree/model")
+    names = board.read_text(errors="replace").strip("\0") if board.is_file() else ""
+    return _words(f"{names} {torch.cuda.get_device_name() if torch.cuda.is_available() else ''}")
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+# ------------------------------------------------------------------------------------------------------ building
+class _Build:
+    """One build: the library's objects, and each capability looked up before it is used.
+
+    who: the library and its version, for messages. notes: what the user should know about the engine.
+    """
+
+    def __init__(self, backend: str, target: Target, plugins: Sequence[str] = ()):
+        self.trt = trt = library(backend)
+        self.who = f"{NAMES[backend]} {trt.__version__}"
+        self.target = target
+        self.notes: list[str] = []
+        self.logger = new_logger(trt)
+        load_plugins(trt, self.logger, plugins)
+        # TensorRT-RTX builds for a compute capability that is named, classic TensorRT for the GPU at hand.
+        self.aims = hasattr(trt.IBuilderConfig, "set_compute_capability")
+        if not self.aims:
+            self._check_device()
+        flags = trt.NetworkDefinitionCreationFlag
+        self.strong = hasattr(flags, "STRONGLY_TYPED")
+        wanted = flags.STRONGLY_TYPED if self.strong else flags.EXPLICIT_BATCH  # 8.6 still has implicit batches
+        self.builder: types.Builder = trt.Builder(self.logger)
+        self.network: types.INetworkDefinition = self.builder.create_network(1 << int(wanted))
+        self.config: types.IBuilderConfig = self.builder.create_builder_config()
+        self.config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+
+    def check_opset(self, path: Path, model: onnx.ModelProto) -> None:
+        """The library at hand may be newer than the oldest release that the target's own opset is for."""
+        version = tuple(int(part) for part in self.trt.__version__.split(".")[:2])
+        limit = self.target.opset if self.aims else parsed_opset(version)
+        opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
+        if opset > limit:
+            raise BadInput(f"{path}: opset {opset}; {self.who} parses up to {limit}: export it with opset={limit}")
+
+    def parse(self, path: Path) -> None:
+        parser: types.OnnxParser = self.trt.OnnxParser(self.network, self.logger)
+        if parser.parse_from_file(str(path)):
+            return
+        if parser.num_errors == 0:
+            raise UnparsedOp(f"{path}: {self.who} cannot parse it")
+        error = parser.get_error(0)
+        if hasattr(error, "node_name"):
+            name, op = error.node_name(), error.node_operator()
+        else:  # before 10.0 only the index
+            nodes = onnx.load(str(path), load_external_data=False).graph.node
+            found = nodes[error.node()] if 0 <= error.node() < len(nodes) else None
+            name, op = (found.name, found.op_type) if found else ("", "")
+        reason = " ".join(error.desc().split("\n")[0].split())[:300]
+        reason = reason if reason not in ("", "false") else "operator not supported"
+        where = f"node {name or error.node()} ({op}): " if op else ""
+        raise UnparsedOp(f"{path}: {self.who} cannot parse it: {where}{reason}")
+
+    def aim(self) -> None:
+        """Build for the target's compute capability."""
+        if not self.aims:
+            return
+        known = {n: m for n, m in self.trt.ComputeCapability.__members__.items() if n.startswith("SM")}
+        config: Any = self.config  # classic TensorRT of the stubs' version has no capabilities to set
+        config.num_compute_capabilities = 1
+        # The setter answers False, and does not raise, for what it does not support.
+        if self.target.sm not in known or not config.set_compute_capability(known[self.target.sm], 0):
+            raise BadInput(f"target {self._target()}: {self.who} builds for {', '.join(known)} only")
+
+    def allow(self, kind: str) -> None:
+        """Without strong typing: let the library compute in the types of the ONNX file."""
+        if self.strong or kind not in WEAK_FLAGS:
+            return
+        for name in WEAK_FLAGS[kind]:
+            self.flag(name, f"precision {kind}")
+        self.notes.append(f"{self.who} has no strongly typed networks: it may compute layers wider than in {kind}")
+
+    def shape(
+        self, path: Path, batch: int | Sequence[int] | None, shapes: Mapping[str, Sequence[Sequence[int]]]
+    ) -> None:
+        """An optimisation profile for a model with dynamic shapes."""
+        tensors = [self.network.get_input(index) for index in range(self.network.num_inputs)]
+        ranges = _ranges({t.name: _sizes(t.shape) for t in tensors}, path, batch, shapes)
+        if not ranges:
+            return
+        profile: Any = self.builder.create_optimization_profile()  # whose shapes may be tuples, unlike the stubs say
+        for name, (smallest, best, largest) in ranges.items():
+            profile.set_shape(name, smallest, best, largest)
+        if self.config.add_optimization_profile(profile) < 0:
+            raise BadInput(f"shapes: {self.who} refuses the profile {ranges}: {self.logger.error()}")
+
+    def flag(self, name: str, why: str) -> None:
+        if not hasattr(self.trt.BuilderFlag, name):
+            raise Refused(f"{why}: {self.who} has no builder flag {name}")
+        self.config.set_flag(getattr(self.trt.BuilderFlag, name))
+
+    def limit(self, workspace: int) -> None:
+        if workspace < 1:
+            raise BadInput(f"option workspace: a whole number of MiB, from 1 up, not {workspace}")
+        self.config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, workspace << 20)
+
+    def optimize(self, level: int) -> None:
+        if not 0 <= level <= 5:
+            raise BadInput(f"option optimization_level: a whole number from 0 to 5, not {level}")
+        self.config.builder_optimization_level = level
+
+    def use_dla(self, core: int) -> None:
+        """Run on a DLA core what it can run, and note what it cannot."""
+        cores = self.builder.num_DLA_cores
+        if core >= cores:
+            driven = ", ".join("{}.{}".format(*v) for v in self.target.dla.tensorrt) if self.target.dla else "none"
+            where = f"{self.target.name}'s DLA is driven by TensorRT {driven}"
+            raise Refused(f"option dla: core {core} asked for, {self.who} finds {cores} cores on this machine; {where}")
+        self.config.default_device_type = self.trt.DeviceType.DLA
+        self.config.DLA_core = core
+        self.flag("GPU_FALLBACK", "option dla")
+        layers = [self.network.get_layer(index) for index in range(self.network.num_layers)]
+        left = [f"{layer.name} ({layer.type.name})" for layer in layers if not self.config.can_run_on_DLA(layer)]
+        if left:
+            self.notes.append(f"the DLA cannot run {len(left)} of {len(layers)} layers: {', '.join(left)}")
+
+    def attach(self, path: Path) -> None:
+        """Reuse the kernel timings in the file, or start an empty cache."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            cache = self.config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+            attached = cache is not None and self.config.set_timing_cache(cache, False)
+        if any(issubclass(warning.category, DeprecationWarning) for warning in said):  # TensorRT-RTX: it does nothing
+            raise Refused(f"option timing_cache: {self.who} measures no kernels when it builds, so it keeps no cache")
+        if not attached:
+            raise BadInput(f"option timing_cache: {path} was made by another version or device; delete it")
+
+    def run(self, title: str, progress: bool) -> Any:
+        """The serialised engine, or None; with a progress bar by phases where the library reports them (from 10.0)."""
+        if not progress:
+            return self.builder.build_serialized_network(self.network, self.config)
+        with Progress(transient=True) as bar:
+            whole = bar.add_task(title, total=None)
+            if hasattr(self.config, "progress_monitor"):
+                self.config.progress_monitor = new_monitor(self.trt, bar, whole)
+            return self.builder.build_serialized_network(self.network, self.config)
+
+    def _check_device(self) -> None:
+        try:
+            major, minor = canonical(Cuda().compute_capability)
+        except CudaError as error:
+            raise Refused(f"target {self._target()}: {self.who} builds on the device itself; {error}") from error
+        if (major, minor) != self.target.compute_capability:
+            raise BadInput(f"target {self._target()}: {self.who} builds for the GPU at hand, which is SM{major}{minor}")
+
+    def _target(self) -> str:
+        return f"{self.target.name} ({self.target.sm or 'no compute capability'})"
+
+
+def _sizes(dims: Any) -> tuple[int, ...]:
+    """A shape of the library's as a tuple."""
+    return tuple(dims)
+
+
+def _ranges(
+    inputs: Mapping[str, tuple[int, ...]],
+    path: Path,
+    batch: int | Sequence[int] | None,
+    shapes: Mapping[str, Sequence[Sequence[int]]],
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Smallest, best and largest shape of every dynamic input (-1 in its shape); empty for a static model."""
+    dynamic = {name: shape for name, shape in inputs.items() if -1 in shape}
+    for name in shapes:
+        if name not in inputs:
+            raise BadInput(f"shapes: {path} has no input {name}; {nearest(name, inputs)}")
+    if batch is not None and not dynamic:
+        raise BadInput(f"batch: {path} has a fixed batch; export it with a dynamic one")
+    counts = DEFAULT_BATCH if batch is None else _three(batch, "batch")
+    ranges: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for name, shape in dynamic.items():
+        if name in shapes:
+            ranges[name] = tuple(tuple(given) for given in _three(shapes[name], f"shapes.{name}"))
+        elif -1 in shape[1:]:
+            axes = [axis for axis, extent in enumerate(shape) if extent == -1]
+            example = "x".join("N" if extent == -1 else str(extent) for extent in shape)
+            give = f"shapes={{'{name}': (smallest, best, largest)}}; on the command line --shape {name}={example}"
+            raise BadInput(f"input {name}: axes {axes} are dynamic; give {give}")
+        else:
+            ranges[name] = tuple((count, *shape[1:]) for count in counts)
+        for given in ranges[name]:
+            if len(given) != len(shape) or any(b not in (a, -1) for a, b in zip(given, shape, strict=True)):
+                raise BadInput(f"input {name}: shape {given} does not fit {shape}")
+        if any(not 0 < a <= b <= c for a, b, c in zip(*ranges[name], strict=True)):
+            raise BadInput(f"input {name}: {ranges[name]} is not smallest <= best <= largest, from 1 up")
+    return ranges
+
+
+def _three(given: Any, name: str) -> tuple[Any, Any, Any]:
+    values = (given,) * 3 if isinstance(given, int) else tuple(given)
+    if len(values) != 3:
+        raise BadInput(f"{name}: three are needed (smallest, the one to optimise for, largest), got {len(values)}")
+    return values[0], values[1], values[2]

@@ -1,0 +1,93 @@
+"""The library of TensorRT or TensorRT-RTX, and the classes that it calls back."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.progress import Progress, TaskID
+
+from ....graph.errors import BadInput, MissingBackend, Refused
+from ..base import BACKENDS
+
+NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+
+
+def library(backend: str) -> ModuleType:
+    """Import `tensorrt` or `tensorrt_rtx`. Raises MissingBackend where it is absent or cannot load its libraries."""
+    extra = BACKENDS[backend].extra
+    try:
+        found = importlib.import_module(backend)
+    except ModuleNotFoundError as error:
+        if error.name != backend:
+            raise MissingBackend(f"{backend} cannot be loaded: {error}; install what it lacks") from error
+        raise MissingBackend(
+            f"{backend} is not installed; install it with: pip install 'graphcomb[{extra}]'"
+        ) from error
+    except Exception as error:  # loading shared libraries fails in many ways
+        reason = " ".join(str(error).split())[:160]
+        raise MissingBackend(f"{backend} is installed and cannot be loaded: {reason}") from error
+    if not hasattr(found, "Builder"):
+        raise MissingBackend(f"{backend} is installed without its libraries; install them from NVIDIA or JetPack")
+    return found
+
+
+def load_plugins(trt: ModuleType, logger: Any, paths: Sequence[str]) -> None:
+    """Load shared libraries with plugins. Raises BadInput for one that cannot be loaded, Refused without plugins."""
+    if not paths:
+        return
+    if not hasattr(trt, "get_plugin_registry"):
+        raise Refused(f"option plugins: {trt.__name__} {trt.__version__} takes none")
+    if hasattr(trt, "init_libnvinfer_plugins"):
+        trt.init_libnvinfer_plugins(logger, "")
+    for path in paths:
+        if not Path(path).is_file():
+            raise BadInput(f"option plugins: {path}: no such file")
+        if trt.get_plugin_registry().load_library(str(Path(path).absolute())) is None:
+            raise BadInput(f"option plugins: {path}: not a library of plugins for {trt.__name__}: {logger.error()}")
+
+
+def new_profiler(trt: ModuleType) -> Any:
+    """Collects the time of every layer over several runs."""
+    base: Any = trt.IProfiler
+
+    class Profiler(base):
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.times: dict[str, list[float]] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.times.setdefault(layer_name, []).append(ms)
+
+    return Profiler()
+
+
+def new_monitor(trt: ModuleType, bar: Progress, whole: TaskID) -> Any:
+    """Shows the library's build phases as tasks of a progress bar."""
+    base: Any = trt.IProgressMonitor
+
+    class Monitor(base):
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.phases: dict[str, TaskID] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self.phases[phase_name] = whole
+                bar.update(whole, total=num_steps)
+            else:
+                self.phases[phase_name] = bar.add_task(f"  {phase_name}", total=num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            bar.update(self.phases[phase_name], completed=step + 1)
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            task = self.phases.pop(phase_name)
+            if task != whole:
+                bar.remove_task(task)
+
+    return Monitor()

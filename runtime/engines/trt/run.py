@@ -1,0 +1,265 @@
+"""Running an engine of TensorRT or TensorRT-RTX on this machine's GPU.
+
+Source: TensorRT developer guide, "Working with CUDA graphs" and "Working with dynamic shapes".
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ....graph.errors import BadInput, MissingBackend, Refused
+from ...kit.cuda import Cuda, CudaError, NoCuda
+from ...kit.device_engines import DTYPES as NUMPY
+from ...kit.device_engines import new_context, new_logger, record
+from ..base import HostEngine, TensorSpec
+from .library import NAMES, library, load_plugins, new_profiler
+
+if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT, whose interface both packages have
+    import tensorrt as types
+
+DTYPES = NUMPY | {"BF16": "bfloat16", "FP8": "float8_e4m3fn"}  # as ml_dtypes spells them; 4-bit types have no buffers
+
+
+class TensorRTEngine(HostEngine):
+    """A deserialised engine with one execution context and one stream. Inputs and outputs are host arrays."""
+
+    on_device = True  # the processor waits while it runs
+
+    def __init__(
+        self, path: Path, backend: str, graphs: bool = False, host_code: bool = False, plugins: Sequence[str] = ()
+    ):
+        self._trt = trt = library(backend)
+        self._path, self._graphs = path, graphs
+        self._logger = new_logger(trt)
+        load_plugins(trt, self._logger, plugins)
+        try:
+            self._cuda = Cuda()
+        except NoCuda as error:
+            raise MissingBackend(f"{path}: running an engine takes the GPU it was built for; {error}") from error
+        self._runtime: types.Runtime = trt.Runtime(self._logger)
+        if host_code:
+            if not hasattr(self._runtime, "engine_host_code_allowed"):
+                raise Refused(
+                    f"option host_code: {NAMES[backend]} {trt.__version__} knows no engines with code of their own"
+                )
+            self._runtime.engine_host_code_allowed = True
+        self._engine: types.ICudaEngine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            raise BadInput(f"{path}: not an engine for {NAMES[backend]} {trt.__version__} here: {self._logger.error()}")
+        self._context: types.IExecutionContext = new_context(trt, self._engine)
+        if self._context is None:
+            raise Refused(f"{path}: no execution context: {self._logger.error()}")
+        self._buffers: dict[str, tuple[int, int]] = {}
+        self._graph, self._profile, self._prepared = 0, 0, 0
+        self._recorded: tuple[tuple[int, ...], ...] = ()  # the shapes that the graph was recorded with
+        self._inputs: list[TensorSpec] = []
+        self._outputs: list[TensorSpec] = []
+        for index in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(index)
+            is_input = self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+            (self._inputs if is_input else self._outputs).append(self._spec(name, path))
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        arrays, results = self._prepare(inputs)
+        self._start(arrays)
+        for spec, result in zip(self._outputs, results, strict=True):
+            self._cuda.to_host(result, self._buffers[spec.name][0])
+        self._cuda.synchronize()
+        return results
+
+    def prepared(self, inputs: Sequence[np.ndarray]) -> Callable[[], None]:
+        """A call that runs the engine on inputs that stay on the device, and leaves the outputs there: what a benchmark
+        of the engine measures. Warns where the engine is optimised for other shapes."""
+        arrays, _ = self._prepare(inputs)
+        mine = self._prepared
+        self._start(arrays)
+        self._cuda.synchronize()
+        for spec, array in zip(self._inputs, arrays, strict=True):
+            best = self._best(spec, self._profile)
+            if best != array.shape:
+                warnings.warn(
+                    f"{self._path}: input {spec.name}: measured with shape {array.shape}, and the engine is optimised for "
+                    f"{best}; build it for the former",
+                    stacklevel=2,
+                )
+
+        def call() -> None:
+            nonlocal arrays, mine
+            if mine != self._prepared:  # other inputs lie in the buffers now
+                arrays, _ = self._prepare(arrays)
+                mine = self._prepared
+            self._start(arrays)
+            self._cuda.synchronize()
+
+        return call
+
+    def profile(self, inputs: Sequence[np.ndarray], runs: int = 20) -> list[tuple[str, float]]:
+        """Mean milliseconds of every layer, in execution order. The library's profiler slows the whole down, so the sum
+        is not the engine's latency."""
+        self._prepare(inputs)
+        self._context.profiler = profiler = new_profiler(self._trt)
+        for _ in range(runs):
+            self._enqueue()
+            self._cuda.synchronize()
+        self._context = new_context(self._trt, self._engine)  # a profiler cannot be taken off
+        self._profile = 0
+        for name, (address, _) in self._buffers.items():
+            self._context.set_tensor_address(name, address)
+        self._drop_graph()
+        return [(name, sum(times) / runs) for name, times in profiler.times.items()]
+
+    def inspect(self) -> list[dict[str, Any]]:
+        """The layers of the engine as the library's inspector describes them: name, type, tactic, formats, and whether
+        the weights are sparse, as far as the version tells. Empty without an inspector."""
+        if not hasattr(self._engine, "create_engine_inspector"):
+            return []
+        inspector: types.EngineInspector = self._engine.create_engine_inspector()
+        inspector.execution_context = self._context  # which knows the shapes
+        text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+        rows = json.loads(text).get("Layers", [])
+        return [row if isinstance(row, dict) else {"Name": row} for row in rows]
+
+    def refit(self, model: Path) -> None:
+        """Replace the weights by those of an ONNX file of the same network.
+
+        Raises Refused where the version has no refitter for ONNX files (before 10.0) or the engine was not built with
+        `refit`, BadInput for another network's file.
+        """
+        if not hasattr(self._trt, "OnnxParserRefitter"):
+            raise Refused(
+                f"{self._path}: TensorRT {self._trt.__version__} refits no ONNX files; build the engine again"
+            )
+        if not self._engine.refittable:
+            raise Refused(f"{self._path}: not built with the option refit")
+        refitter: types.Refitter = self._trt.Refitter(self._engine, self._logger)
+        parser: types.OnnxParserRefitter = self._trt.OnnxParserRefitter(refitter, self._logger)
+        if not parser.refit_from_file(str(model)):
+            reason = parser.get_error(0).desc() if parser.num_errors else self._logger.error()
+            raise BadInput(f"{model}: not the network of {self._path}: {' '.join(reason.split())[:300]}")
+        if not refitter.refit_cuda_engine():
+            raise Refused(f"{self._path}: not refitted: {self._logger.error()}")
+
+    def close(self) -> None:
+        """Free the device's memory, context and engine."""
+        self._drop_graph()
+        for address, _ in self._buffers.values():
+            self._cuda.free(address)
+        self._buffers.clear()
+        self._cuda.close()
+        del self._context, self._engine
+
+    def _prepare(self, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Check the inputs, make buffers, and return the inputs as they are copied and arrays for the outputs."""
+        self._check_count(inputs)
+        arrays = [np.ascontiguousarray(array) for array in inputs]
+        self._prepared += 1
+        self._choose_profile(arrays)
+        for spec, array in zip(self._inputs, arrays, strict=True):
+            self._check_dtype(spec, array)
+            if not self._context.set_input_shape(spec.name, tuple(array.shape)):
+                raise BadInput(f"input {spec.name}: shape {array.shape} is outside of the engine's {self._range(spec)}")
+            self._cuda.to_device(self._bind(spec.name, array.nbytes), array)
+        results = []
+        for spec in self._outputs:
+            shape = _sizes(self._context.get_tensor_shape(spec.name))
+            if any(extent < 0 for extent in shape):
+                raise Refused(f"output {spec.name}: its shape {shape} depends on the data, which is not supported")
+            results.append(np.empty(shape, np.dtype(spec.dtype)))
+            self._bind(spec.name, results[-1].nbytes)
+        return arrays, results
+
+    def _start(self, arrays: list[np.ndarray]) -> None:
+        """Put one run on the stream."""
+        shapes = tuple(array.shape for array in arrays)
+        if self._graphs and shapes != self._recorded:
+            self._drop_graph()
+            self._enqueue()  # the first run with new shapes makes resources, which cannot be recorded
+            self._cuda.synchronize()
+            self._recorded = shapes
+            try:
+                self._graph = record(self._cuda, self._context, self._enqueue)
+            except CudaError as error:
+                warnings.warn(f"{self._path}: runs without a CUDA graph: {error}", stacklevel=3)
+        if self._graph:
+            self._cuda.launch(self._graph)
+        else:
+            self._enqueue()
+
+    def _choose_profile(self, arrays: list[np.ndarray]) -> None:
+        """Of several optimisation profiles, the one for these shapes, else the first that takes them."""
+        shapes = [array.shape for array in arrays]
+
+        def fit(profile: int) -> int:
+            best = [self._best(spec, profile) for spec in self._inputs]
+            takes = all(self._takes(spec, profile, s) for spec, s in zip(self._inputs, shapes, strict=True))
+            return 2 if best == shapes else 1 if takes else 0
+
+        count = self._engine.num_optimization_profiles
+        chosen = max(range(count), key=fit, default=0) if count > 1 else self._profile
+        if chosen != self._profile:
+            self._drop_graph()
+            if not self._context.set_optimization_profile_async(chosen, self._cuda.stream):
+                raise Refused(f"{self._path}: optimisation profile {chosen} cannot be used: {self._logger.error()}")
+            self._cuda.synchronize()
+            self._profile = chosen
+
+    def _best(self, spec: TensorSpec, profile: int) -> tuple[int | None, ...]:
+        """The shape of an input that the engine is optimised for."""
+        if None not in spec.shape:
+            return spec.shape
+        return _sizes(self._engine.get_tensor_profile_shape(spec.name, profile)[1])
+
+    def _takes(self, spec: TensorSpec, profile: int, shape: tuple[int, ...]) -> bool:
+        if None not in spec.shape:
+            return spec.shape == shape
+        smallest, _, largest = map(_sizes, self._engine.get_tensor_profile_shape(spec.name, profile))
+        return len(shape) == len(smallest) and all(
+            a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True)
+        )
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._cuda.stream):
+            raise Refused(f"the engine did not run: {self._logger.error()}")
+
+    def _drop_graph(self) -> None:
+        if self._graph:
+            self._cuda.synchronize()
+            self._cuda.destroy_graph(self._graph)
+        self._graph, self._recorded = 0, ()
+
+    def _spec(self, name: str, path: Path) -> TensorSpec:
+        kind = self._engine.get_tensor_dtype(name).name
+        if kind not in DTYPES:
+            raise Refused(f"{path}: tensor {name} is of type {kind}, which has no form on the host")
+        shape = tuple(extent if extent >= 0 else None for extent in _sizes(self._engine.get_tensor_shape(name)))
+        return TensorSpec(name, DTYPES[kind], shape)
+
+    def _bind(self, name: str, size: int) -> int:
+        """The address of the tensor's buffer, which grows when it must."""
+        address, capacity = self._buffers.get(name, (0, 0))
+        if capacity < size or not address:
+            if address:
+                self._cuda.synchronize()
+                self._cuda.free(address)
+            address = self._cuda.allocate(max(size, 1))
+            self._buffers[name] = address, size
+            self._context.set_tensor_address(name, address)
+            self._drop_graph()  # it holds the old address
+        return address
+
+    def _range(self, spec: TensorSpec) -> str:
+        if None not in spec.shape:
+            return f"shape {spec.shape}"
+        smallest, _, largest = map(_sizes, self._engine.get_tensor_profile_shape(spec.name, self._profile))
+        return f"range {smallest} to {largest}"
+
+
+def _sizes(dims: Any) -> tuple[int, ...]:
+    """A shape of the library's as a tuple."""
+    return tuple(dims)

@@ -1,0 +1,230 @@
+"""Whether an exported file may be handed out: it is run and compared with the program, to limits that are stated here.
+
+An fp32 file differs by rounding only. An fp16 file is judged by its emulation, in which every operator rounds, for a
+processor without fp16 hides overflows. A file with Q/DQ nodes is run node by node, for fused integer kernels round
+otherwise; even so a value half-way between two steps falls either way, and takes others with it. Source: ours.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from ...graph.errors import BadInput, Refused
+from ..engines import origins
+from ..engines.ort import OrtEngine, inserted_casts
+from .emulation import emulate, float_tensors, with_tensors
+from .islands import widest, with_ranges
+from .parity import Case, Check, compare, feeds
+
+# By what the program is and what the file is. A rounding to fp16 is off by 5e-4; trained networks make 1e-3 to 1e-2 of
+# that, deep ones with random weights up to 0.08.
+TOLERANCES = {("fp32", "fp32"): 1e-4, ("fp16", "fp16"): 0.1, ("int8", "fp32"): 1e-4, ("int8", "fp16"): 0.1}
+# Of a quantised program's samples in fp32, this share is within the tolerance, and all outputs have this cosine: networks
+# with random weights make the most of a value that falls the other way.
+EXACT, NEAR = 0.2, 0.95
+# In fp16, and in transformers, values fall the other way everywhere. The file may be this many times as far from the network
+# without quantisation as the quantised program is; in fp32 its outputs are near besides.
+FURTHER = {"fp32": 1.2, "fp16": 1.5}
+LOOSE = 0.1
+EMULATED = ", every operator rounded to fp16"
+LARGE = 1_900_000_000  # bytes, from which protobuf needs files beside
+AT_ONCE = 16  # tensors to look at in one run
+
+
+@dataclass
+class Verdict:
+    """checks: all comparisons. wrong: what exceeds its limit, with the first node that does where that is known; empty
+    when the file is good. notes: what the user should know."""
+
+    checks: list[Check] = field(default_factory=list)
+    wrong: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def verdict(
+    model: onnx.ModelProto,
+    single: onnx.ModelProto | None,
+    file: Path,
+    known: Sequence[Case],
+    tolerance: float,
+    quantised: bool = False,
+) -> Verdict:
+    """Compare a model, saved in `file`, with the program's outputs in `known`. single: the model in fp32, for one in fp16.
+
+    Raises Refused where ONNX Runtime cannot run an fp32 file, or its outputs have other shapes.
+    """
+    found = Verdict()
+    try:
+        found.checks = _run(file, known, single is not None, quantised, found.notes)
+    except BadInput as error:
+        if single is None:
+            raise Refused(f"ONNX Runtime cannot run what was exported ({error})") from error
+        found.notes.append(f"the file was not run: {error}")
+    judged, emulated = found.checks, None
+    if single is not None:
+        emulated = emulate(model)
+        with session(emulated) as engine:
+            judged = [replace(c, inputs=c.inputs + EMULATED) for c in compare(known, engine)]
+        found.checks = [*found.checks, *judged]
+        found.notes += _vanishing(known)
+    for checks in (judged, found.checks):  # what the emulation says counts most, and names nodes
+        found.wrong = found.wrong or _wrong(checks, tolerance, quantised, single is not None)
+    if found.wrong and single is not None and emulated is not None:
+        case = max(zip(judged, known, strict=True), key=lambda pair: pair[0].error)[1]
+        if where := _first_node(single, emulated, case, tolerance):
+            found.wrong += f"; {where}"
+    return found
+
+
+def ranges_of(model: onnx.ModelProto, known: Iterable[Case]) -> dict[str, tuple[float, float]]:
+    """Smallest and largest finite value of every fp32 tensor of a model, over the inputs of all cases."""
+    watching, names = with_ranges(model)
+    if not names:
+        return {}
+    with session(watching) as engine:
+        return widest(names, (engine.run(feeds(engine, case.args, case.kwargs)) for case in known))
+
+
+@contextmanager
+def session(model: onnx.ModelProto) -> Iterator[OrtEngine]:
+    """A model that runs node by node as it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        large = sum(len(t.raw_data) for t in model.graph.initializer) > LARGE
+        onnx.save_model(model, str(path), save_as_external_data=large, location="model.data")
+        engine = OrtEngine(path, plain=True)
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
+def _run(file: Path, known: Sequence[Case], half: bool, quantised: bool, notes: list[str]) -> list[Check]:
+    """The file itself, as ONNX Runtime runs it here; a quantised one node by node."""
+    optimized = file.with_name("optimized.onnx")
+    small = file.stat().st_size < LARGE
+    engine = OrtEngine(file, optimized=optimized if half and small else None, plain=quantised)
+    try:
+        return compare(known, engine)
+    finally:
+        engine.close()
+        if optimized.exists():
+            if inserted_casts(onnx.load(str(optimized))):
+                notes.append("ONNX Runtime has no fp16 kernels for this CPU: the file was run in fp32 arithmetic")
+            optimized.unlink()
+
+
+def _first(checks: Sequence[Check], tolerance: float) -> str:
+    """What is furthest off, in words; empty when nothing is too far."""
+    for check in sorted(checks, key=lambda c: -c.error):
+        if why := check.wrong(tolerance):
+            return f"differs from the program {why} (limit {tolerance:g}; {_inputs(check)})"
+    return ""
+
+
+def _wrong(checks: Sequence[Check], tolerance: float, quantised: bool, half: bool) -> str:
+    if not quantised:
+        return _first(checks, tolerance)
+    if half:
+        return _first(checks, tolerance) and _further(checks, tolerance, FURTHER["fp16"])
+    return _quantised(checks, tolerance) and (_first(checks, LOOSE) or _further(checks, LOOSE, FURTHER["fp32"]))
+
+
+def _further(checks: Sequence[Check], tolerance: float, limit: float) -> str:
+    """How much further than the quantised program the file is from the network without quantisation, in words; empty
+    within the limit."""
+    distances: dict[str, list[tuple[float, float]]] = {}
+    for check in checks:
+        for output in check.outputs:
+            if not np.isfinite(output.error) or output.distances is None:
+                return _first(checks, tolerance) or _first(checks, 0.0)
+            distances.setdefault(output.name, []).append(output.distances)
+    for name, rows in distances.items():
+        ours, own = (float(np.sqrt(sum(row[i] for row in rows))) for i in (0, 1))
+        if not ours <= limit * own:
+            further = f"{ours / own:.2g} times" if own else "infinitely"
+            why = _first(checks, tolerance) or "differs from the quantised program"
+            return f"{why}; {name} is {further} as far from the network without quantisation (limit {limit})"
+    return ""
+
+
+def _quantised(checks: Sequence[Check], tolerance: float) -> str:
+    """Most samples are exact and all are near; a wrong scale or a wrong axis spoils them all."""
+    errors: dict[str, list[float]] = {}
+    for check in checks:
+        for output in check.outputs:
+            errors.setdefault(output.name, []).extend(output.samples)
+            if not output.cosine >= NEAR:
+                why = f"{output.name} has a cosine of {output.cosine:.3f} (limit {NEAR})"
+                return f"differs from the quantised program: {why} ({_inputs(check)})"
+    for name, values in errors.items():
+        share = float(np.mean(np.asarray(values) <= tolerance))
+        if share < EXACT:
+            why = f"{name} is within {tolerance:g} for {share:.0%} of the samples only (limit {EXACT:.0%})"
+            return f"differs from the quantised program: {why}"
+    return ""
+
+
+def _inputs(check: Check) -> str:
+    return f"{check.inputs} inputs" + (f", batch {check.batch}" if check.batch is not None else "")
+
+
+def _vanishing(known: Sequence[Case]) -> list[str]:
+    """Outputs that fp16 would make 0."""
+    notes, normal = [], float(np.finfo(np.float16).smallest_normal)
+    for i, output in enumerate(known[0].wanted if known else ()):
+        largest = float(np.abs(output).max(initial=0.0)) if output.dtype.kind == "f" else 0.0
+        if 0 < largest < normal:
+            notes.append(f"output {i} reaches {largest:.2g} only, below the normal range of fp16 ({normal:.2g})")
+    return notes
+
+
+def _first_node(single: onnx.ModelProto, emulated: onnx.ModelProto, case: Case, tolerance: float) -> str:
+    """The first node whose result is off when every operator rounds, in words; the worst one when none exceeds the
+    tolerance by itself."""
+    there = {name for name, _ in float_tensors(emulated)}
+    rows = [(name, node) for name, node in float_tensors(single) if name in there]
+    worst, said = 0.0, ""
+    for start in range(0, len(rows), AT_ONCE):
+        names = [name for name, _ in rows[start : start + AT_ONCE]]
+        runs = []
+        for model in (single, emulated):
+            with session(with_tensors(model, names)) as engine:
+                runs.append(engine.run(feeds(engine, case.args, case.kwargs)))
+        for (_, node), a, b in zip(rows[start:], runs[1], runs[0], strict=False):
+            error = _rms_error(a, b)
+            if error > worst:
+                worst, said = error, _describe(node, single, a, b, error)
+            if error > tolerance:
+                return f"first off in fp16: {said}"
+    return f"furthest off in fp16: {said}" if said else ""
+
+
+def _rms_error(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Root of the mean squared error by the root of the mean square; infinite where one is finite only."""
+    finite = np.isfinite(wanted)
+    if not np.isfinite(found[finite]).all():
+        return float("inf")
+    a, b = found[finite].astype(np.float64), wanted[finite].astype(np.float64)
+    scale = float(np.sqrt(np.mean(b * b))) if b.size else 0.0
+    return float(np.sqrt(np.mean((a - b) ** 2))) / scale if scale else 0.0
+
+
+def _describe(node: onnx.NodeProto, model: onnx.ModelProto, found: np.ndarray, wanted: np.ndarray, error: float) -> str:
+    finite = wanted[np.isfinite(wanted)]
+    largest = float(np.abs(finite).max(initial=0.0))
+    place = origins.read(model).get(node.name)
+    module = place.module if place is not None and place.module else node.name.rpartition("/")[0]
+    where = f"{node.name} ({node.op_type}{f' in {module}' if module and module not in node.name else ''})"
+    if error == float("inf"):
+        return f"{where} overflows, it reaches {largest:.3g}"
+    if not found.any():
+        return f"{where} vanishes, it reaches {largest:.3g} only"
+    return f"{where} is off by {error:.2g} of its scale"

@@ -1,0 +1,208 @@
+"""Half precision on an ONNX graph: every tensor that carries data becomes fp16, the graph's inputs and outputs too.
+
+What stays in fp32, and is reported: arithmetic on shapes (fp16 counts exactly to 2048 only), and the operands for which
+ONNX has no fp16 (the scales of Resize, the boxes of NonMaxSuppression), with a Cast on either side, and the nodes that
+are asked to (islands.py chooses those that fp16 would spoil). Statistics inside LayerNormalization are fp32 by its own
+definition (`stash_type`). Source: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from ...graph.errors import Refused
+
+FLOAT, HALF = int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.FLOAT16)
+LARGEST = float(np.finfo(np.float16).max)
+SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
+# How many of an operator's inputs it takes values from; the others only say shapes, places or axes. Others: all.
+VALUE_INPUTS = {"ConstantOfShape": 0} | dict.fromkeys(
+    "Expand Reshape Tile Slice Pad Resize Split Squeeze Unsqueeze Gather TopK".split(), 1
+)
+TYPE_ATTRIBUTES = ("to", "dtype")
+QUANTISATION = ("QuantizeLinear", "DequantizeLinear")
+
+
+def to_half(
+    graph: gs.Graph, keep: Mapping[str, str] | None = None, io: Collection[str] = ()
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Convert a graph with typed tensors and folded constants in place.
+
+    keep: names of nodes that stay in fp32, and why; values are cast where they enter and leave them. io: names of inputs
+    and outputs of the graph that stay in fp32; all others are fp16, whatever computes them.
+
+    Returns what stays in fp32 (node name: reason) and the constants that fp16 cannot hold (name: what became of them).
+    Raises Refused for a graph with control flow.
+    """
+    for node in graph.nodes:
+        if any(isinstance(a, gs.Graph) for a in node.attrs.values()):
+            raise Refused(f"{node.name} ({node.op}): no fp16 for graphs with control flow; export fp32")
+    conversion = _Conversion(graph, keep or {}, io)
+    conversion.run()
+    return conversion.float32, conversion.clamped
+
+
+def inexact(graph: gs.Graph) -> str:
+    """Why half precision would change the quantised values of a graph with Q/DQ nodes, in words; empty when it would not."""
+    for node in (n for n in graph.nodes if n.op in QUANTISATION):
+        if not isinstance(node.inputs[1], gs.Constant):
+            return f"the scale of a {node.op} is computed"
+        for i, tensor in enumerate(node.inputs):
+            if not isinstance(tensor, gs.Constant) or not _is_float(tensor):
+                continue
+            if not _takes_half(node, i, False, graph.opset):
+                return f"opset {graph.opset} has no fp16 for {node.op}"
+            with np.errstate(over="ignore"):
+                half = tensor.values.astype(np.float16)
+            if (half != tensor.values).any():
+                return f"fp16 cannot hold {tensor.name} of {node.op} exactly"
+    return ""
+
+
+class _Conversion:
+    def __init__(self, graph: gs.Graph, keep: Mapping[str, str], io: Collection[str]):
+        self.graph, self.keep, self.io = graph, keep, io
+        sizes = _shape_arithmetic(graph)
+        kept = {id(t) for n in graph.nodes if n.name in keep for t in n.outputs if _is_float(t)}
+        # Identities of the tensors that stay in fp32.
+        self.exact = sizes | kept | {id(t) for t in graph.inputs if t.name in io and _is_float(t)}
+        self.halves: dict[int, gs.Constant] = {}
+        self.casts: dict[tuple[int, int], gs.Variable] = {}
+        self.float32: dict[str, str] = {}
+        self.clamped: dict[str, str] = {}
+
+    def run(self) -> None:
+        nodes = list(self.graph.nodes)
+        data = [t for t in self.graph.tensors().values() if _is_float(t) and id(t) not in self.exact]
+        constants = [t for t in data if isinstance(t, gs.Constant)]
+        for tensor in data:
+            if isinstance(tensor, gs.Variable):
+                tensor.dtype = np.dtype(np.float16)
+        for node in nodes:
+            floats = [t for t in (*node.inputs, *node.outputs) if isinstance(t, gs.Variable) and _is_any_float(t)]
+            if node.name in self.keep:
+                self._keep(node)
+            elif floats and all(id(t) in self.exact for t in floats):
+                self.float32[node.name] = f"{node.op}: arithmetic on shapes"
+            else:
+                self._convert(node)
+        for constant in constants:  # one that is used in both types needs two names
+            if constant.outputs and id(constant) in self.halves:
+                constant.name += "_fp32"
+        for i, tensor in enumerate(self.graph.outputs):
+            wanted = np.float32 if tensor.name in self.io else np.float16
+            if _is_any_float(tensor) and tensor.dtype != wanted:
+                self._cast_output(i, np.dtype(wanted))
+        self._drop_idle_casts()
+        self.graph.cleanup().toposort()
+
+    def _keep(self, node: gs.Node) -> None:
+        for i, tensor in enumerate(node.inputs):
+            if isinstance(tensor, gs.Variable) and tensor.dtype == np.float16:
+                node.inputs[i] = self._cast(tensor, FLOAT)
+        self.float32[node.name] = f"{node.op}: {self.keep[node.name]}"
+
+    def _cast_output(self, index: int, dtype: np.dtype) -> None:
+        """Give an output of the graph another type than its node computes."""
+        inner = self.graph.outputs[index]
+        outer = gs.Variable(inner.name, dtype, inner.shape)
+        inner.name += "_inner"
+        self.graph.outputs[index] = outer
+        self._append_cast(inner, outer, FLOAT if dtype == np.float32 else HALF)
+
+    def _convert(self, node: gs.Node) -> None:
+        takes = [_takes_half(node, i, False, self.graph.opset) for i in range(len(node.inputs))]
+        for name in TYPE_ATTRIBUTES:
+            if node.attrs.get(name) == FLOAT:
+                node.attrs[name] = HALF
+        if isinstance(node.attrs.get("value"), gs.Constant) and _is_float(node.attrs["value"]):
+            node.attrs["value"] = self._half(node.attrs["value"])
+        for i, tensor in enumerate(node.inputs):
+            if isinstance(tensor, gs.Constant):
+                if _is_float(tensor) and takes[i]:
+                    node.inputs[i] = self._half(tensor)
+            elif _is_any_float(tensor):
+                wanted = HALF if takes[i] else FLOAT
+                if wanted != (FLOAT if id(tensor) in self.exact else HALF):
+                    node.inputs[i] = self._cast(tensor, wanted)
+        for i, tensor in enumerate(node.outputs):
+            if tensor.dtype == np.float16 and not _takes_half(node, i, True, self.graph.opset):
+                node.outputs[i] = gs.Variable(f"{tensor.name}_fp32", np.dtype(np.float32), tensor.shape)
+                self._append_cast(node.outputs[i], tensor, HALF)
+        if not all(takes[i] for i, t in enumerate(node.inputs) if _is_any_float(t)):
+            self.float32[node.name] = f"{node.op}: ONNX has no fp16 for some of its operands"
+
+    def _cast(self, tensor: gs.Variable, to: int) -> gs.Variable:
+        if (id(tensor), to) not in self.casts:
+            suffix, dtype = ("fp16", np.float16) if to == HALF else ("fp32", np.float32)
+            out = gs.Variable(f"{tensor.name}_as_{suffix}", np.dtype(dtype), tensor.shape)
+            self._append_cast(tensor, out, to)
+            self.casts[id(tensor), to] = out
+        return self.casts[id(tensor), to]
+
+    def _append_cast(self, tensor: gs.Variable, out: gs.Variable, to: int) -> None:
+        self.graph.nodes.append(gs.Node("Cast", f"{out.name}/Cast", {"to": to}, [tensor], [out]))
+
+    def _half(self, constant: gs.Constant) -> gs.Constant:
+        """The constant in fp16: finite values stay finite, and a scalar (an epsilon, a divisor) does not become 0."""
+        if id(constant) not in self.halves:
+            values = constant.values
+            kept = np.where(np.isfinite(values), np.clip(values, -LARGEST, LARGEST), values)
+            if values.size == 1:
+                kept = np.where((kept != 0) & (np.abs(kept) < SMALLEST), np.copysign(SMALLEST, kept), kept)
+            changed = kept != values
+            changed &= ~np.isnan(values)
+            if changed.any():
+                first, became = values[changed].flat[0], kept[changed].flat[0]
+                self.clamped[constant.name] = (
+                    f"{changed.sum()} of {values.size} values, such as {first:g} to {became:g}"
+                )
+            self.halves[id(constant)] = gs.Constant(constant.name, kept.astype(np.float16))
+        return self.halves[id(constant)]
+
+    def _drop_idle_casts(self) -> None:
+        outputs = {id(t) for t in self.graph.outputs}
+        for node in [n for n in self.graph.nodes if n.op == "Cast" and n.inputs[0].dtype == n.outputs[0].dtype]:
+            if id(node.outputs[0]) in outputs:
+                continue
+            for user in list(node.outputs[0].outputs):
+                user.inputs = [node.inputs[0] if t is node.outputs[0] else t for t in user.inputs]
+            node.outputs.clear()
+
+
+def _shape_arithmetic(graph: gs.Graph) -> set[int]:
+    """Identities of the float tensors whose values are computed from the sizes of the inputs, not from their data."""
+    graph.toposort()
+    data = {id(t) for t in graph.inputs}
+    sizes: set[int] = set()
+    for node in graph.nodes:
+        values = node.inputs[: VALUE_INPUTS.get(node.op)]
+        if node.op in ("Shape", "Size") or (
+            any(id(t) in sizes for t in values) and not any(id(t) in data for t in node.inputs)
+        ):
+            sizes.update(id(t) for t in node.outputs)
+        elif any(id(t) in data for t in node.inputs):
+            data.update(id(t) for t in node.outputs)
+    return {id(t) for t in graph.tensors().values() if id(t) in sizes and _is_float(t)}
+
+
+def _takes_half(node: gs.Node, index: int, output: bool, opset: int) -> bool:
+    """Whether ONNX allows fp16 at one of the node's places; never for custom operators, of which nothing is known."""
+    try:
+        schema = onnx.defs.get_schema(node.op, opset, node.domain or "")
+    except onnx.defs.SchemaError:
+        return False
+    places = schema.outputs if output else schema.inputs
+    return "tensor(float16)" in places[min(index, len(places) - 1)].types
+
+
+def _is_float(tensor: gs.Tensor) -> bool:
+    return tensor.dtype == np.float32
+
+
+def _is_any_float(tensor: gs.Tensor) -> bool:
+    return tensor.dtype in (np.float32, np.float16)

@@ -1,0 +1,215 @@
+"""Which nodes of a graph stay in fp32 when it becomes fp16, and why.
+
+fp16 ends at 65,504, keeps whole numbers only to 2,048 and nothing below 6e-8. So three kinds of nodes stay in fp32:
+those with values near the end of the range, as measured on inputs; those whose intermediate sums or powers leave it on
+other inputs (hand-written norms, exp, pow; Softmax and LayerNormalization compute in fp32 inside); and the last
+steps to an output with coordinates, such as the decoding of boxes. Source: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from ...graph.errors import BadInput
+from ..devices.table import nearest
+from .half import LARGEST, SMALLEST
+
+MARGIN = 4.0  # other inputs than the measured ones may reach further
+WHOLE = 2048.0  # to here fp16 has every whole number
+NORMAL = float(np.finfo(np.float16).smallest_normal)  # below, ever fewer digits
+FRAGILE = {
+    "Exp": "an exponential leaves the range of fp16 from 11 on",
+    "Pow": "powers leave the range of fp16",
+    "ReduceProd": "products leave the range of fp16",
+    "CumSum": "a running sum leaves the range of fp16, and its small terms vanish",
+} | dict.fromkeys(
+    "ReduceSum ReduceL1 ReduceL2 ReduceSumSquare ReduceLogSum ReduceLogSumExp".split(),
+    "a sum over many values leaves the range of fp16",
+)
+NORM = "part of a norm written by hand, whose squares fp16 cannot hold"
+# What follows a sum of squares up to where it divides the values; steps of decoding up to an output.
+AFTER = frozenset("Add Sub Sqrt Reciprocal Pow Max Min Clip Neg Log Exp Expand Unsqueeze Squeeze Reshape Cast".split())
+DIVIDE = frozenset(("Div", "Mul"))
+ARITHMETIC = frozenset("Add Sub Mul Div Exp Pow".split())
+MOVES = frozenset(
+    "Concat Slice Split Reshape Transpose Squeeze Unsqueeze Gather Expand Identity Flatten Tile Where".split()
+)
+TAIL = ARITHMETIC | MOVES | frozenset("Sigmoid Clip Max Min Neg Cast Relu".split())
+SHAPES = ("Shape", "Size")
+SOFTMAX = ("Softmax", "LogSoftmax")
+
+Ranges = Mapping[str, tuple[float, float]]
+
+
+def islands(
+    graph: gs.Graph, ranges: Ranges, patterns: Sequence[str] = (), io: bool = False
+) -> tuple[dict[str, str], set[str]]:
+    """The nodes that stay in fp32 (name: reason), and the inputs and outputs of the graph that do.
+
+    graph: in fp32, with folded constants. ranges: smallest and largest finite value of its tensors by name, as measured.
+    patterns: names or modules of nodes that stay in any case, `*` for anything. io: all inputs and outputs do. Raises
+    BadInput for a pattern that matches no node.
+    """
+    found = _Islands(graph, ranges)
+    found.by_name(patterns)
+    for node in graph.nodes:
+        found.by_range(node)
+        found.by_operator(node)
+    found.by_output()
+    return found.keep, {t.name for t in (*graph.inputs, *graph.outputs) if io or t.name in found.io}
+
+
+class _Islands:
+    def __init__(self, graph: gs.Graph, ranges: Ranges):
+        self.graph, self.ranges = graph, ranges
+        self.keep: dict[str, str] = {}
+        self.masks: dict[int, bool] = {}
+        self.io = {t.name for t in (*graph.inputs, *graph.outputs) if self._wide(t)}
+
+    def by_name(self, patterns: Sequence[str]) -> None:
+        for pattern in patterns:
+            names = [n.name for n in self.graph.nodes if _matches(n.name, pattern)]
+            if not names:
+                known = {m for n in self.graph.nodes for m in (n.name, n.name.rpartition("/")[0]) if m}
+                raise BadInput(f"keep_fp32: {pattern} matches no node; {nearest(pattern, sorted(known)[:200])}")
+            self.keep |= dict.fromkeys(names, "asked for")
+
+    def by_range(self, node: gs.Node) -> None:
+        if node.op in SHAPES:
+            return
+        for tensor in (*node.inputs, *node.outputs):
+            if self._wide(tensor):
+                low, high = self._range(tensor)
+                largest = high if high >= -low else low
+                self._add(node, f"{tensor.name} reaches {largest:.3g}; fp16 ends at {LARGEST:.0f}")
+                return
+
+    def by_operator(self, node: gs.Node) -> None:
+        squares = node.op == "ReduceMean" and any(_is_square(p) for t in node.inputs[:1] for p in t.inputs)
+        tiny = next((t for t in node.inputs if node.op in ("Add", "Max", "Clip") and _is_tiny(t)), None)
+        if not (squares or tiny is not None or (node.op in FRAGILE and _is_float(node))):
+            return
+        why = NORM if squares else FRAGILE.get(node.op) or f"fp16 cannot hold its {tiny.values.flat[0]:.1g}"  # type: ignore[union-attr]
+        self._add(node, why)
+        for tensor in node.inputs[:1] if squares or node.op in FRAGILE else ():
+            for square in tensor.inputs:
+                if _is_square(square):
+                    self._add(square, NORM)
+        if node.op.startswith("Reduce") or tiny is not None:
+            self._follow(node)
+
+    def _follow(self, node: gs.Node) -> None:
+        """From a sum of squares to the division by its root."""
+        for user in (u for t in node.outputs for u in t.outputs):
+            if user.op in DIVIDE or user.op in AFTER:
+                new = user.name not in self.keep
+                self._add(user, NORM)
+                if new and user.op not in DIVIDE:
+                    self._follow(user)
+
+    def by_output(self) -> None:
+        """The steps from the last product to an output in which fp16 would miss whole numbers, or be 0."""
+        for output in self.graph.outputs:
+            largest = max(map(abs, self._range(output)))
+            small = 0 < largest < MARGIN * NORMAL
+            if (MARGIN * largest <= WHOLE and not small) or output.dtype != np.float32:
+                continue
+            tail: dict[str, gs.Node] = {}
+            stack = list(output.inputs)
+            while stack:
+                node = stack.pop()
+                if node.op in TAIL and node.name not in tail:
+                    tail[node.name] = node
+                    stack += [p for t in node.inputs for p in t.inputs]
+            if any(node.op in ARITHMETIC for node in tail.values()):
+                self.io.add(output.name)
+                for node in tail.values():
+                    loss = "is coarse" if small else "misses whole numbers"
+                    self._add(node, f"makes {output.name}, which reaches {largest:.3g}; fp16 {loss} there")
+
+    def _add(self, node: gs.Node, why: str) -> None:
+        self.keep.setdefault(node.name, why)
+
+    def _range(self, tensor: gs.Tensor) -> tuple[float, float]:
+        if isinstance(tensor, gs.Constant):
+            values = tensor.values[np.isfinite(tensor.values)] if tensor.dtype == np.float32 else np.zeros(1)
+            return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+        return self.ranges.get(tensor.name, (0.0, 0.0))
+
+    def _wide(self, tensor: gs.Tensor) -> bool:
+        """Whether fp16 might not hold the values. Large negative ones that softmax makes 0 do no harm, and of constants
+        there are no others than those in sight."""
+        low, high = self._range(tensor)
+        margin = 1.0 if isinstance(tensor, gs.Constant) else MARGIN
+        return margin * high > LARGEST or (margin * -low > LARGEST and not self._masks(tensor))
+
+    def _masks(self, tensor: gs.Tensor) -> bool:
+        """Whether a tensor is only added to the scores of a softmax, or is such scores."""
+        if id(tensor) not in self.masks:
+            self.masks[id(tensor)] = False  # no loops in a graph; a guard all the same
+            steps = MOVES | {"Add", "Mul", "Where", "Cast"}
+            self.masks[id(tensor)] = bool(tensor.outputs) and all(
+                user.op in SOFTMAX or (user.op in steps and all(self._masks(t) for t in user.outputs))
+                for user in tensor.outputs
+            )
+        return self.masks[id(tensor)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    module = name.rpartition("/")[0]
+    return any(fnmatchcase(text, pattern) for text in (name, module)) or module.startswith(f"{pattern}.")
+
+
+def _is_square(node: gs.Node) -> bool:
+    if node.op == "Mul":
+        return node.inputs[0] is node.inputs[1]
+    return node.op == "Pow" and isinstance(node.inputs[1], gs.Constant) and bool((node.inputs[1].values % 2 == 0).all())
+
+
+def _is_tiny(tensor: gs.Tensor) -> bool:
+    """A number that fp16 has not: an epsilon."""
+    if not isinstance(tensor, gs.Constant) or tensor.dtype != np.float32 or tensor.values.size != 1:
+        return False
+    return 0 < abs(float(tensor.values.flat[0])) < SMALLEST
+
+
+def _is_float(node: gs.Node) -> bool:
+    return any(t.dtype == np.float32 for t in node.outputs)
+
+
+def with_ranges(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+    """A model whose outputs are the smallest and largest finite values of the float tensors of another, and their names."""
+    graph = gs.import_onnx(model)
+    graph.toposort()
+    tensors = [t for t in graph.tensors().values() if isinstance(t, gs.Variable) and t.dtype == np.float32]
+    tensors = [t for t in tensors if t.inputs or any(t is i for i in graph.inputs)]
+    zero = gs.Constant("graphcomb_zero", np.zeros((), np.float32))
+    outputs: list[gs.Variable] = []
+    for i, tensor in enumerate(tensors):
+        places, finite = (
+            gs.Variable(f"graphcomb_inf_{i}", np.dtype(bool)),
+            gs.Variable(f"graphcomb_finite_{i}", zero.dtype),
+        )
+        graph.nodes.append(gs.Node("IsInf", f"graphcomb_isinf_{i}", {}, [tensor], [places]))
+        graph.nodes.append(gs.Node("Where", f"graphcomb_where_{i}", {}, [places, zero, tensor], [finite]))
+        for op in ("ReduceMin", "ReduceMax"):
+            outputs.append(gs.Variable(f"graphcomb_{op}_{i}", zero.dtype, []))
+            graph.nodes.append(gs.Node(op, outputs[-1].name, {"keepdims": 0}, [finite], [outputs[-1]]))
+    graph.outputs = outputs
+    return gs.export_onnx(graph, do_type_check=False), [t.name for t in tensors]
+
+
+def widest(names: Sequence[str], runs: Iterable[Sequence[np.ndarray]]) -> dict[str, tuple[float, float]]:
+    """Ranges over several runs of what `with_ranges` made."""
+    found: dict[str, tuple[float, float]] = {}
+    for values in runs:
+        for i, name in enumerate(names):
+            low, high = float(values[2 * i]), float(values[2 * i + 1])
+            old = found.get(name, (low, high))
+            found[name] = min(old[0], low), max(old[1], high)
+    return found

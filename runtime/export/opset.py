@@ -1,0 +1,101 @@
+"""The ONNX opset of a file, and the way from 18 to 17, the last that TensorRT 8.6 parses, which ONNX's converter lacks.
+
+Opset 18 moved the axes of reductions and the number of pieces of Split from attributes to inputs or back, and gave Pad
+and Resize options that are left at their defaults here. Source: the version notes of each operator in the ONNX
+specification.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from ...graph.errors import BadInput, Refused
+from ...graph.nodes import op_name
+from ...graph.program import Program
+from ..devices.table import Target
+
+LOWEST = 17  # that can be written: LayerNormalization came with it
+DEFAULT = 18  # what torch's exporter writes without converting, and every TensorRT from 10.0 parses
+QUANTISED = 20  # Q/DQ take fp16 from 19 on; before, casts sit around each, and keep it from its layer
+SINCE = {"deform_conv2d": 19}
+
+AXES_TO_ATTRIBUTE = frozenset(
+    "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSumSquare".split()
+)
+RESIZE_DEFAULTS = {"antialias": 0, "keep_aspect_ratio_policy": "stretch", "axes": None}
+
+
+def choose_opset(program: Program, target: Target | None = None, asked: int | None = None) -> int:
+    """The opset to export a program with: what is asked for, else the one that its operators, and INT8, are best served
+    by, as far as the target parses it.
+
+    Raises BadInput for an opset that cannot be written or parsed, Refused for an operator that the target's opsets lack.
+    """
+    limit = target.opset if target is not None else None
+    if asked is not None and asked < LOWEST:
+        raise BadInput(f"opset {asked}: {LOWEST} is the lowest that can be written (LayerNormalization came with it)")
+    if asked is not None and limit is not None and asked > limit:
+        raise BadInput(f"opset {asked}: target {target.name if target else ''} parses up to {limit}")
+    names = {op_name(node): node.name for node in program.graph.nodes}
+    needed = {name: since for name, since in SINCE.items() if name in names}
+    for name, since in needed.items():
+        most = asked if asked is not None else limit
+        if most is not None and most < since:
+            cure = f"export it with opset={since}" if asked is not None else f"the target parses up to {limit}"
+            raise Refused(f"{names[name]} ({name}): it came with opset {since}; {cure}")
+    best = max([QUANTISED if is_quantised(program) else DEFAULT, *needed.values()])
+    return asked or min(best, limit or best)
+
+
+def is_quantised(program: Program) -> bool:
+    """Whether a program has quantised values."""
+    return any(op_name(node).startswith("fake_quantize") for node in program.graph.nodes)
+
+
+def lower_to_17(graph: gs.Graph) -> None:
+    """Rewrite a graph with folded constants from 18 in place. Raises Refused with the node where it cannot."""
+    for node in graph.nodes:
+        if node.domain:
+            continue
+        if node.op in AXES_TO_ATTRIBUTE:
+            _reduction(node)
+        elif node.op == "Split":
+            _split(node)
+        elif node.op == "Pad" and len(node.inputs) > 3:
+            raise Refused(f"{node.name}: opset 17 has no Pad with axes")
+        elif node.op == "Resize":
+            for name, default in RESIZE_DEFAULTS.items():
+                if node.attrs.pop(name, default) != default:
+                    raise Refused(f"{node.name}: opset 17 has no Resize with {name}")
+        elif node.op in ("ScatterElements", "ScatterND") and node.attrs.get("reduction") in ("min", "max"):
+            raise Refused(f"{node.name}: opset 17 has no {node.op} with reduction {node.attrs['reduction']}")
+        elif onnx.defs.get_schema(node.op, 18).since_version == 18 and not onnx.defs.has(node.op, 17):
+            raise Refused(f"{node.name}: {node.op} came with opset 18")
+    graph.opset = 17
+    for domain in graph.import_domains or ():
+        if not domain.domain:
+            domain.version = 17
+
+
+def _reduction(node: gs.Node) -> None:
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    nothing = node.attrs.pop("noop_with_empty_axes", 0)
+    if axes is None or axes.is_empty():
+        if nothing:
+            raise Refused(f"{node.name}: opset 17 has no {node.op} over no axes")
+        node.inputs = [node.inputs[0]]
+    elif isinstance(axes, gs.Constant):
+        node.attrs["axes"] = [int(a) for a in axes.values]
+        node.inputs = [node.inputs[0]]
+    else:
+        raise Refused(f"{node.name}: opset 17 has no {node.op} over computed axes")
+
+
+def _split(node: gs.Node) -> None:
+    pieces = node.attrs.pop("num_outputs", None)
+    if pieces is None:
+        return
+    size = (node.inputs[0].shape or [])[node.attrs.get("axis", 0)]
+    if not isinstance(size, int) or size % pieces:
+        raise Refused(f"{node.name}: opset 17 splits only into equal pieces of a known size")

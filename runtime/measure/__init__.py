@@ -1,0 +1,1 @@
+"""Measured latencies, what they are of, and the gate that compares builds."""

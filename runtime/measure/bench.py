@@ -1,0 +1,424 @@
+"""Compare latencies so that the answer can be trusted on a shared machine, or is refused.
+
+The items run in turns, A B, B A, A B, so that a drift of clocks or load meets them alike. A run counts only when the
+process had the processor: its CPU time must be at least 93 % of threads x wall time, otherwise something else ran
+meanwhile; and, in a virtual machine, when the hypervisor took nothing. The ratio is the median over the rounds in which
+every item's run counted, with the interval that holds it with 95 % (order statistics); too few of them, no ratio.
+Source: the method of paired, interleaved measurement; the guard is ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import gc
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from ...graph.errors import BadInput
+from ...graph.program import Program
+from ..devices.table import nearest
+from ..engines.base import BACKENDS, Engine, TensorSpec, backend_module, input_specs, open_engine
+from ..export.to_onnx import export_onnx
+from ..kit.bench_device import median_interval
+from ..kit.bench_device import stolen as _stolen
+
+GUARD = 0.93
+SLOW = 1.0  # seconds of one call from which on it is not repeated to find out how long it takes
+SAMPLE = 2e-3  # seconds: shorter runs are repeated within one sample, so that clocks and scheduling ticks do not matter
+PERCENTILES = {"p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "p99": 99}
+PACKAGES = (
+    "graphcomb",
+    "torch",
+    "onnxruntime",
+    "onnx",
+    "numpy",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "torch_tensorrt",
+)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One item. runs: samples that counted, rejected: that did not. repeats: calls in one sample, whose mean counts.
+    ms: percentiles of the latency of one call in milliseconds; empty when too few samples counted."""
+
+    name: str
+    runs: int
+    rejected: int
+    repeats: int
+    ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What was measured.
+
+    ratios: by name of every item after the first, how many times faster it is than the first: percentiles over paired
+    rounds, and low and high, between which the median lies with 95 % (from six rounds on); None when too few rounds
+    counted; then `note` says so. rounds: pairs that counted. environment: machine, versions, threads, date. contended:
+    whether the machine was too busy for an answer.
+    """
+
+    timings: list[Timing]
+    ratios: dict[str, dict[str, float] | None]
+    rounds: int
+    rejected: int
+    seconds: float
+    note: str
+    environment: dict[str, Any]
+    contended: bool = False
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times faster the second item is than the first; None when that cannot be said."""
+        first = next(iter(self.ratios.values()), None)
+        return first["median"] if first else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self) | {"ratio": self.ratio}
+
+
+@dataclass(frozen=True)
+class _Sample:
+    seconds: float
+    counts: bool
+
+
+def bench(
+    items: Sequence[Any],
+    inputs: Sequence[Any] | None = None,
+    threads: int = 1,
+    seconds: float = 10.0,
+    min_runs: int = 20,
+    max_runs: int = 500,
+    names: Sequence[str] | None = None,
+    batch: int = 1,
+    progress: bool = False,
+    engine: str | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> BenchResult:
+    """Measure items against the first of them.
+
+    items: ONNX or engine files, engines, programs (run in ONNX Runtime after a temporary export), or callables. inputs:
+    arrays or tensors in the order of the engines' inputs, cast to each engine's types; by default the first program's
+    example inputs, else random ones with dynamic batches of size `batch`, and of the shapes that `shapes` gives by name of
+    an input, which other dynamic dimensions need. An engine that is built here is optimised for the inputs' shapes. A
+    callable gets `inputs` as they are. threads: of engines on the CPU, and what the guard expects to be busy. engine: the
+    backend that runs programs and ONNX files, by default ONNX Runtime. seconds: time limit. min_runs: rounds that must count
+    before anything is stated; max_runs: enough.
+
+    With several threads an engine may rightly leave some idle, so the guard then rejects runs whose threads waited for
+    a processor more than 7 % of the time (Linux). Engines that run on an accelerator are not guarded.
+
+    Raises BadInput for items or inputs that do not fit.
+    """
+    if not items:
+        raise BadInput("bench: nothing to measure")
+    if threads < 1 or min_runs < 1 or max_runs < min_runs or seconds <= 0:
+        raise BadInput("bench: threads and min_runs are at least 1, max_runs at least min_runs, seconds positive")
+    if batch < 1:
+        raise BadInput(f"batch: 1 or more, not {batch}")
+    if engine is not None:
+        backend_module(engine)
+    titles = _names(items, names)
+    with contextlib.ExitStack() as stack:
+        calls, guarded = _calls(items, inputs, threads, batch, shapes or {}, engine, stack)
+        repeats = [_repeats(call) for call in calls]
+        rounds: list[list[_Sample]] = []
+        paired = 0
+        with _collector_off(), _bar(progress, seconds) as advance:
+            start, taken = time.perf_counter(), _stolen()
+            while time.perf_counter() - start < seconds and paired < max_runs:
+                found: list[_Sample | None] = [None] * len(calls)
+                order = range(len(calls)) if len(rounds) % 2 == 0 else range(len(calls) - 1, -1, -1)
+                for i in order:
+                    found[i] = _sample(calls[i], repeats[i], threads if guarded[i] else 0)
+                rounds.append([s for s in found if s is not None])
+                paired += all(s.counts for s in rounds[-1])
+                advance(max((time.perf_counter() - start) / seconds, paired / max_runs))
+        elapsed, taken = time.perf_counter() - start, _stolen() - taken
+    return _result(titles, rounds, repeats, min_runs, elapsed, threads, taken)
+
+
+def _result(
+    names: list[str],
+    rounds: list[list[_Sample]],
+    repeats: list[int],
+    min_runs: int,
+    seconds: float,
+    threads: int,
+    taken: float,
+) -> BenchResult:
+    timings = []
+    for i, name in enumerate(names):
+        good = [r[i].seconds * 1e3 for r in rounds if r[i].counts]
+        ms = _percentiles(good) if len(good) >= min_runs else {}
+        timings.append(Timing(name, len(good), len(rounds) - len(good), repeats[i], ms))
+    paired = [r for r in rounds if all(s.counts for s in r)]
+    # Short thefts fall between the samples in which they show.
+    stolen = taken > (1 - GUARD) * threads * seconds
+    enough = len(paired) >= min_runs and not stolen
+    ratios = {
+        name: _ratio([r[0].seconds / r[i].seconds for r in paired]) if enough else None
+        for i, name in enumerate(names)
+        if i
+    }
+    slow = not stolen and len(rounds) < min_runs and 2 * len(paired) >= len(rounds)
+    contended = not enough and not slow
+    rejected = len(rounds) - len(paired)
+    return BenchResult(
+        timings,
+        ratios,
+        len(paired),
+        rejected,
+        seconds,
+        ""
+        if enough
+        else _no_figure(len(rounds), len(paired), min_runs, seconds, threads, taken if stolen else 0.0, slow),
+        environment(threads),
+        contended,
+    )
+
+
+def _no_figure(rounds: int, paired: int, min_runs: int, seconds: float, threads: int, taken: float, slow: bool) -> str:
+    """Why there is no figure: it takes more time, or the machine is busy."""
+    if taken:
+        return f"no figure: the hypervisor took the processors for {taken:.1f} s of {seconds:.0f} s; measure again"
+    if slow:
+        needed = max(1, int(np.ceil(1.2 * seconds / max(rounds, 1) * min_runs)))
+        return (
+            f"no figure: only {rounds} rounds fit into {seconds:.0f} s ({min_runs} needed), the models are slow; "
+            f"give it {needed} seconds"
+        )
+    return (
+        f"no figure: only {paired} of {rounds} rounds ran undisturbed in {seconds:.0f} s ({min_runs} "
+        f"needed); the machine is contended, or an item waits or uses other than {threads} threads"
+    )
+
+
+def _ratio(values: Sequence[float]) -> dict[str, float]:
+    interval = median_interval(values)
+    found = _percentiles(values)
+    return found | ({"low": interval[0], "high": interval[1]} if interval else {})
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    points = np.percentile(values, list(PERCENTILES.values()))
+    found = {name: float(p) for name, p in zip(PERCENTILES, points, strict=True)}
+    return found | {"iqr": found["p75"] - found["p25"]}
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+def _sample(call: Callable[[], Any], repeats: int, threads: int) -> _Sample:
+    """Time some calls. threads: that should be busy; 0 for work that is not done by the processor."""
+    waited, taken = _waited() if threads > 1 else 0.0, _stolen() if threads else 0.0
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(repeats):
+        call()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    if threads > 1:
+        counts = (_waited() - waited) / (threads * wall) <= 1 - GUARD and cpu / (threads * wall) <= 1 / GUARD
+    else:
+        counts = not threads or GUARD <= cpu / wall <= 1 / GUARD
+    if threads and _stolen() > taken:  # which the processor time of a virtual machine need not show
+        counts = False
+    return _Sample(wall / repeats, counts)
+
+
+def _waited() -> float:
+    """Seconds that this process's threads were ready to run and had no processor."""
+    total = 0
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            total += int(task.read_text().split()[1])
+    return total * 1e-9
+
+
+def _repeats(call: Callable[[], Any]) -> int:
+    """Warm up, and find how many calls make a sample."""
+    call()
+    fastest = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        fastest = min(fastest, time.perf_counter() - start)
+        if fastest > SLOW:
+            break
+    return max(1, int(np.ceil(SAMPLE / max(fastest, 1e-7))))
+
+
+@contextlib.contextmanager
+def _collector_off() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def _bar(progress: bool, seconds: float) -> Iterator[Callable[[float], None]]:
+    if not progress:
+        yield lambda share: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    # It is drawn between the runs, never during one.
+    with Progress(console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
+        task, drawn = bar.add_task("measuring", total=1.0), [0.0]
+
+        def advance(share: float) -> None:
+            if time.perf_counter() - drawn[0] > 0.2:
+                bar.update(task, completed=min(share, 1.0), refresh=True)
+                drawn[0] = time.perf_counter()
+
+        yield advance
+
+
+# --------------------------------------------------------------------------------------------------------------- items
+def _names(items: Sequence[Any], names: Sequence[str] | None) -> list[str]:
+    if names is not None and (len(names) != len(items) or len(set(names)) != len(items)):
+        raise BadInput(f"bench: names must be {len(items)} different ones")
+    if names is not None:
+        return list(names)
+    found: list[str] = []
+    for i, item in enumerate(items):
+        kind = type(item).__name__
+        title = Path(item).stem if isinstance(item, (str, os.PathLike)) else getattr(item, "__name__", kind)
+        found.append(title if title not in found else f"{title} {i}")
+    return found
+
+
+def _calls(
+    items: Sequence[Any],
+    inputs: Sequence[Any] | None,
+    threads: int,
+    batch: int,
+    shapes: Mapping[str, Sequence[int]],
+    engine: str | None,
+    stack: contextlib.ExitStack,
+) -> tuple[list[Callable[[], Any]], list[bool]]:
+    program = next((i for i in items if isinstance(i, Program)), None)
+    if inputs is None and program is not None:
+        inputs = [t for t in pytree.tree_leaves((program.args, program.kwargs)) if isinstance(t, torch.Tensor)]
+    calls: list[Callable[[], Any]] = []
+    guarded = []
+    for item in items:
+        if isinstance(item, Program) and not (engine and BACKENDS[engine].source == ".pt2"):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            item = export_onnx(item, Path(folder) / "program.onnx").path
+        if isinstance(item, (str, os.PathLike, Program)):
+            wanted = None if isinstance(item, Program) else input_specs(Path(item))
+            if inputs is None and wanted is not None:
+                inputs = random_inputs(wanted, batch, shapes)
+            given = None if inputs is None else [tuple(np.shape(x)) for x in inputs]
+            item = open_engine(item, engine, threads, given or [(batch,)])
+            stack.callback(item.close)
+        if isinstance(item, Engine):
+            if inputs is None:
+                inputs = random_inputs(item.inputs, batch, shapes)
+            arrays = _arrays(item, inputs)
+            # An accelerator's engine is measured with its inputs on the device.
+            calls.append(item.prepared(arrays) if hasattr(item, "prepared") else functools.partial(item.run, arrays))
+        elif callable(item):
+            calls.append(functools.partial(item, *(inputs or ())))
+        else:
+            raise BadInput(
+                f"bench: cannot run a {type(item).__name__}; give a path, an engine, a program or a callable"
+            )
+        guarded.append(not getattr(item, "on_device", False))
+    return calls, guarded
+
+
+def _arrays(engine: Engine, inputs: Sequence[Any]) -> list[np.ndarray]:
+    if len(inputs) != len(engine.inputs):
+        raise BadInput(f"bench: an engine takes {len(engine.inputs)} inputs, {len(inputs)} were given")
+    arrays = [x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x) for x in inputs]
+    return [np.ascontiguousarray(x.astype(i.dtype)) for x, i in zip(arrays, engine.inputs, strict=True)]
+
+
+def random_inputs(
+    inputs: Sequence[TensorSpec], batch: int, shapes: Mapping[str, Sequence[int]] | None = None
+) -> list[np.ndarray]:
+    """Normal floats and zeros for integers, which are valid indices whatever they index. shapes: by name of an input,
+    where more than its batch is dynamic.
+
+    Raises BadInput for shapes of no input, that do not fit, or that are missing.
+    """
+    shapes, generator, found = shapes or {}, np.random.default_rng(0), []
+    names = [spec.name for spec in inputs]
+    for name in shapes:
+        if name not in names:
+            raise BadInput(f"shapes: no input {name}; {nearest(name, names)}")
+    for spec in inputs:
+        if spec.name not in shapes and None in spec.shape[1:]:
+            example = "x".join(str(s) if s is not None else "N" for s in (batch, *spec.shape[1:]))
+            raise BadInput(
+                f"input {spec.name} has dynamic dimensions beyond the batch, {spec.shape}: give its shape "
+                f"(--shape {spec.name}={example}; in Python inputs or shapes)"
+            )
+        shape = tuple(shapes.get(spec.name, [batch if s is None else s for s in spec.shape]))
+        if (
+            len(shape) != len(spec.shape)
+            or any(b not in (None, a) for a, b in zip(shape, spec.shape, strict=True))
+            or any(a < 1 for a in shape)
+        ):
+            raise BadInput(f"input {spec.name}: shape {shape} does not fit {spec.shape}")
+        floating = spec.dtype.startswith(("float", "bfloat"))
+        found.append(generator.standard_normal(shape, np.float32) if floating else np.zeros(shape, spec.dtype))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- environment
+def environment(threads: int = 1) -> dict[str, Any]:
+    """What a figure depends on: processor, accelerator, clocks, versions, threads, load and date."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": _cpu(),
+        "cores": cores,
+        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "threads": threads,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu() -> str:
+    lines = (_read("/proc/cpuinfo") or "").splitlines()
+    found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return found or _read("/proc/device-tree/model") or platform.processor() or platform.machine()
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip().strip("\0") or None
+    except OSError:
+        return None

@@ -1,0 +1,1 @@
+"""Latency of a program that was not measured: tables, rooflines, fits to what a device measured."""

@@ -1,0 +1,100 @@
+"""What a run is predicted to take, layer by layer, and which layers will not profit from fewer channels. Source: ours."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from ...graph.comb.solve import Comb
+from ...graph.errors import BadInput
+from ...graph.program import Program
+from ...graph.workload.layers import Latency, Layers, rules_of
+from ..devices.table import Target
+from .measured import describe_one
+from .roofline import Estimate, Roofline
+
+LITTLE = 0.1  # a layer that saves less than this share at half its width does not profit
+
+
+def predict(
+    programs: Mapping[str, Program], target: Target, dtype: str, latency: Latency | None = None, batch: int = 1
+) -> dict[str, Any]:
+    """Predicted time of programs that come from each other, and of their layers side by side, JSON-able.
+
+    programs: by name, as in "before" and "after". latency: what predicts the seconds, by default the roofline of the
+    target's data sheet; what bounds a layer, and what it would save, is a roofline's answer (the calibrated one's, if that
+    is what predicts). batch: where it is dynamic.
+
+    Raises BadInput for a dtype the target lacks or a batch below 1, Contended when a latency table cannot measure what it
+    does not know.
+    """
+    if batch < 1:
+        raise BadInput(f"batch: 1 or more, not {batch}")
+    roofline = latency if isinstance(latency, Roofline) else Roofline(target, dtype)
+    latency = latency or roofline
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    total = {}
+    for which, program in programs.items():
+        found = _layers(program, roofline, latency, target.alignment(dtype), batch)
+        total[which] = 1e3 * latency.per_run + sum(row["ms"] for row in found)
+        seen: Counter[str] = Counter()  # a weight may be used several times
+        for row in found:
+            name = row.pop("name")
+            key = name, seen[name]
+            seen[name] += 1
+            rows.setdefault(key, {"name": name, "op": row["op"], **dict.fromkeys(programs)})[which] = row
+    return {
+        "by": str(latency), "target": target.name, "precision": dtype, "batch": batch, "ms": total,
+        "uncertainty": _error(latency), "run_ms": 1e3 * latency.per_run,
+        "calibration": getattr(latency, "calibration", None), "layers": list(rows.values()),
+    }  # fmt: skip
+
+
+def _error(latency: Latency) -> dict[str, Any] | None:
+    """How far off what predicts is known to be."""
+    error = getattr(latency, "error", None)
+    return {"factor": error.factor, "source": error.source} if error else None
+
+
+def _layers(program: Program, roofline: Roofline, latency: Latency, alignment: int, batch: int) -> list[dict[str, Any]]:
+    """The layers of one program, each as `measured.describe` has it and with what it costs."""
+    comb = Comb(program)
+    layers = Layers(comb, batch, rules_of(latency))
+    half = {g.atom: _half(g.size, max(g.least, alignment)) for g in comb.groups if g.frozen is None}
+    whole, halved = layers.sizer({}), layers.sizer(half)
+    found = [(i, node, layers.numbered(i, whole)) for i, node in enumerate(layers.nodes)]
+    latency.prepare(dict.fromkeys(layer for _, _, layer in found if layer is not None))
+    rows = []
+    for i, node, layer in found:
+        if layer is None:
+            continue
+        narrow = layers.numbered(i, halved) or layer
+        estimate, smaller = roofline.estimate(layer), roofline.estimate(narrow)
+        rows.append(
+            describe_one(node, layer)
+            | {
+                "macs": estimate.macs, "padded_macs": estimate.padded_macs, "bytes": estimate.bytes,
+                "ms": 1e3 * latency.seconds(layer), "bound": estimate.bound,
+                "half": smaller.seconds / max(estimate.seconds, 1e-12),
+                "verdict": verdict(estimate, smaller, any(a in half for a in layers.atoms(i))),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _half(size: int, step: int) -> int:
+    """Half the size, rounded up to a multiple of the step."""
+    return min(size, -(-size // (2 * step)) * step)
+
+
+def verdict(estimate: Estimate, half: Estimate, prunable: bool) -> str:
+    """Why a layer will not profit from fewer channels, or less than its MACs say; empty when it will. half: what it costs
+    when every group that can shrink has half its size."""
+    if not prunable:
+        return "none of its channels can go"
+    if 1 - half.seconds / max(estimate.seconds, 1e-12) < LITTLE:
+        if estimate.bound == "launch":
+            return "starting its kernel takes longer than its work"
+        return "its kernel cannot be narrower"
+    return "time falls with its bytes, not with its MACs" if estimate.bound == "memory" else ""

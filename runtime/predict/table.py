@@ -1,0 +1,346 @@
+"""How long layers take on a device: measured tables. `roofline` is for devices that are not at hand.
+
+A table measures every distinct layer at aligned sizes in the engine itself. Models with one and with several copies of the
+layer run in turns (`runtime.bench`, guarded against a busy machine), and the difference is what one more copy costs: the
+kernel, its dispatch and cold weights, without the fixed price of a run. Copies of a convolution are added up, as a residual
+network does, so that they stay in the engine's own memory layout. Between measured sizes it interpolates. What layers cost
+each other (caches, changes of layout) only the whole program shows: `anchored` scales the sum to it. Source: ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from ...graph.comb.solve import Comb
+from ...graph.errors import BadInput, Contended
+from ...graph.program import Program
+from ...graph.workload.layers import Latency, Layer, Layers, run_seconds
+from ..devices.table import Target, canonical, get_target
+from ..engines.base import build_engine, replacing
+from ..engines.ort import computes_half
+from ..export.to_onnx import export_onnx
+from ..measure.bench import bench, environment
+from .roofline import Error
+
+COPIES = 5  # of a layer, in the model that is compared with a single one
+RUNS = (6, 12)  # rounds that must count, and that are enough
+SECONDS, WHOLE = 4.0, 30.0  # limits per layer, and for a whole program
+PER_OCTAVE = 4  # sizes measured between n and 2 n, once steps are finer than that
+GRAIN = 4  # ONNX Runtime lays out a convolution in blocks only if its channels are multiples of it
+OPSET = 20
+TYPES = {"fp32": int(TensorProto.FLOAT), "fp16": int(TensorProto.FLOAT16)}  # that layers are measured in
+
+
+class LatencyTable:
+    """Measured seconds of layers for one device and engine, kept in a JSON file; what is missing is measured when asked
+    for, so a table grows with use and an interrupted one goes on.
+
+    path: of the file, made when it is not there. target: of the engine; "cpu" is ONNX Runtime on this machine, others need
+    the device and its library here. step: sizes are measured at multiples of it (the alignment). precision: "fp32" or
+    "fp16", in which layers and whole programs are measured.
+
+    Raises BadInput when the file is of another device, engine or precision, and for a precision in which the engine does
+    not compute here; Contended when the machine is too busy.
+    """
+
+    def __init__(self, path: str | Path, target: str | Target = "cpu", step: int = 8, precision: str = "fp32"):
+        self.path, self.step, self.precision = Path(path), step, precision
+        self.target = get_target(target) if isinstance(target, str) else target
+        self.about = _about(self.target, precision)
+        self.entries: dict[str, float] = {}
+        if self.path.is_file():
+            try:
+                found = json.loads(self.path.read_text())
+                self.entries = {str(k): float(v) for k, v in found["seconds"].items()}
+                about = found["about"]
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                raise BadInput(f"{self.path}: not a latency table ({type(error).__name__})") from error
+            if about != self.about:
+                different = ", ".join(f"{k} {about.get(k)}" for k in self.about if about.get(k) != self.about[k])
+                raise BadInput(
+                    f"{self.path}: a latency table of another device, engine or precision ({different}); name another file"
+                )
+
+    def __str__(self) -> str:
+        return f"latency table of {self.about['engine']} on {self.about['device']}, {self.precision}"
+
+    @property
+    def error(self) -> Error:
+        """How far off its sums are known to be."""
+        return Error(1.7, "nine in ten of 62 networks on one CPU were within that")
+
+    @property
+    def per_run(self) -> float:
+        if "run" not in self.entries:
+            self._measure([None], progress=False)
+        return self.entries["run"]
+
+    def prepare(self, layers: Iterable[Layer], progress: bool = False) -> None:
+        """Measure what is needed to answer for these layers."""
+        wanted = dict.fromkeys(corner for layer in layers for corner, _ in self._corners(layer))
+        missing = [layer for layer in wanted if str(layer) not in self.entries]
+        if missing:
+            self._measure(missing, progress)
+
+    def seconds(self, layer: Layer) -> float:
+        """Time of one run of the layer, interpolated (multilinearly) between measured sizes."""
+        self.prepare([layer])
+        return sum(share * self.entries[str(corner)] for corner, share in self._corners(layer))
+
+    def anchored(self, program: Program) -> Anchored:
+        """The table with one factor on all its seconds, so that a run of the program at batch 1 takes what it is measured to
+        take as a whole. That measurement is kept like those of layers.
+
+        Raises Contended when the machine is too busy.
+        """
+        layers = [layer for _, layer in Layers(Comb(program)).at({})]
+        summed = run_seconds(self, layers)
+        key = f"program {hashlib.sha256(str(layers).encode()).hexdigest()[:16]}"
+        if key not in self.entries:
+            self.entries[key] = self._whole(program)
+            self._save()
+        return Anchored(self, self.entries[key] / summed)
+
+    def _corners(self, layer: Layer) -> Iterator[tuple[Layer, float]]:
+        """The measured layers around a layer, and their shares."""
+        sizes = dict(layer.sizes)
+        if layer.op == "conv" and sizes["groups"] > 1:
+            if sizes["groups"] == sizes["inputs"] == sizes["outputs"]:
+                for n, share in self._around(sizes["groups"]):
+                    yield layer.resized([n] * 3), share
+            else:
+                yield layer, 1.0
+            return
+        exact = ("groups", "batch", "heads")
+        spans = [[(n, 1.0)] if name in exact else self._around(n) for name, n in layer.sizes]
+        for corner in itertools.product(*spans):
+            yield layer.resized(n for n, _ in corner), math.prod(share for _, share in corner)
+
+    def _around(self, n: int) -> list[tuple[int, float]]:
+        """The sizes that are measured on both sides of a size. Sizes up to the step are measured as they are, and so are
+        those off the engine's grain: they may be several times slower than both neighbours."""
+        if n <= self.step or n % GRAIN:
+            return [(n, 1.0)]
+        spacing = self.step * 2 ** max(0, int(math.log2(n / (PER_OCTAVE * self.step))))
+        low = n // spacing * spacing
+        return [(n, 1.0)] if low == n else [(low, 1 - (n - low) / spacing), (low + spacing, (n - low) / spacing)]
+
+    # ------------------------------------------------------------------------------------------------------- measuring
+    def _measure(self, layers: list[Layer] | list[None], progress: bool) -> None:
+        """Measure layers (None: an empty run) and keep what was measured whatever happens."""
+        from rich.console import Console
+        from rich.progress import Progress
+
+        saved = time.monotonic()
+        try:
+            with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
+                for layer in bar.track(layers, description="measuring layers"):
+                    self.entries[str(layer) if layer else "run"] = self._time(layer)
+                    if time.monotonic() - saved > 5:
+                        self._save()
+                        saved = time.monotonic()
+        finally:
+            self._save()
+
+    def _time(self, layer: Layer | None) -> float:
+        counts = (1,) if layer is None else (1, COPIES)
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder) / f"{count}.onnx" for count in counts]
+            for count, file in zip(counts, files, strict=True):
+                onnx.save(model(layer, count, self.precision), file)
+            times = self._run(files, str(layer or "an empty run"), SECONDS)
+        return times[0] if layer is None else max((times[1] - times[0]) / (COPIES - 1), 1e-9)
+
+    def _whole(self, program: Program) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "whole.onnx"
+            export_onnx(program, file, self.precision)
+            return self._run([file], "the whole program", WHOLE)[0]
+
+    def _run(self, files: list[Path], what: str, seconds: float) -> list[float]:
+        """The median seconds of ONNX files."""
+        if self.target.backend != "onnxruntime":
+            files = [build_engine(f, self.target).path for f in files]  # with the suffix of the target's backend
+        names = [f.stem for f in files]
+        found = bench(files, names=names, seconds=seconds, min_runs=RUNS[0], max_runs=RUNS[1])
+        if not all(t.ms for t in found.timings):
+            raise Contended(
+                f"latency table: the machine is too busy to measure ({what}); what was measured is kept in {self.path}, "
+                "run it again"
+            )
+        times = [t.ms["median"] / 1e3 for t in found.timings]
+        if len(times) == 2 and found.ratio:
+            times[1] = times[0] / found.ratio  # of runs in turns, which a machine that slows down does not change
+        return times
+
+    def _save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as part:
+            part.write_text(json.dumps({"about": self.about, "seconds": self.entries}, indent=0) + "\n")
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """A latency model whose seconds are multiplied by a factor; see `LatencyTable.anchored`."""
+
+    latency: Latency
+    factor: float
+
+    def __str__(self) -> str:
+        return f"{self.latency}, times {self.factor:.3g} as the whole program takes"
+
+    @property
+    def error(self) -> Error:
+        """How far off it is known to be for programs that come from the measured one."""
+        return Error(1.3, "nine in ten of 62 pruned networks on one CPU were within that")
+
+    @property
+    def per_run(self) -> float:
+        return self.factor * self.latency.per_run
+
+    def prepare(self, layers: Iterable[Layer], progress: bool = False) -> None:
+        self.latency.prepare(layers, progress)
+
+    def seconds(self, layer: Layer) -> float:
+        return self.factor * self.latency.seconds(layer)
+
+
+def _about(target: Target, precision: str) -> dict[str, Any]:
+    """What a table is valid for. Raises BadInput where nothing can be measured in that precision."""
+    if precision not in TYPES:
+        raise BadInput(f"latency table: layers are measured in {' or '.join(TYPES)}, not in {precision}; use roofline")
+    target.alignment(precision)
+    found = environment()
+    device = found["cpu"] if target.backend == "onnxruntime" else found["gpu"]
+    package = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx"}[target.backend]
+    version = found["versions"].get(package)
+    if device is None or version is None or (target.backend != "onnxruntime" and target.sm != _sm()):
+        raise BadInput(f"latency table: {target.name} is not at hand ({package}, and its device); use roofline instead")
+    if precision == "fp16" and target.backend == "onnxruntime" and not computes_half():
+        raise BadInput(
+            "latency table: ONNX Runtime has no fp16 kernels for this CPU and computes in fp32; measure in fp32, or use "
+            "roofline"
+        )
+    return {"target": target.name, "device": device, "engine": f"{package} {version}", "threads": 1, "dtype": precision}
+
+
+def _sm() -> str | None:
+    """The compute capability of this machine's GPU as targets name it; None without one."""
+    return "SM{}{}".format(*canonical(torch.cuda.get_device_capability())) if torch.cuda.is_available() else None
+
+
+# ------------------------------------------------------------------------------------------------------ models of layers
+def model(layer: Layer | None, copies: int, precision: str = "fp32") -> onnx.ModelProto:
+    """An ONNX model that runs the layer so many times, each copy with weights or inputs of its own. precision: of all of
+    its tensors."""
+    graph = _Graph(TYPES[precision])
+    if layer is None:
+        graph.outputs.append(graph.node("Neg", graph.input("x", (1,))))
+    else:
+        {"conv": _convs, "matmul": _matmuls, "attention": _attentions, "norm": _norms}.get(layer.op, _maps)(
+            graph, layer, copies
+        )
+    return graph.finish()
+
+
+class _Graph:
+    """An ONNX graph under construction, of tensors of one type; random weights are the same on every machine."""
+
+    def __init__(self, kind: int) -> None:
+        self.kind = kind
+        self.nodes: list[onnx.NodeProto] = []
+        self.inputs: dict[str, onnx.ValueInfoProto] = {}
+        self.weights: list[TensorProto] = []
+        self.outputs: list[str] = []
+        self.draw = np.random.default_rng(0)
+
+    def input(self, name: str, shape: Iterable[int]) -> str:
+        self.inputs[name] = helper.make_tensor_value_info(name, self.kind, list(shape))
+        return name
+
+    def operands(self, copies: int, *shapes: tuple[int, ...]) -> list[list[str]]:
+        """Inputs of these shapes for every copy. A model with fewer copies has the same inputs, so that it can be fed the
+        same arrays."""
+        found = [[self.input(f"x{i}_{j}", shape) for j, shape in enumerate(shapes)] for i in range(COPIES)]
+        return found[:copies]
+
+    def weight(self, *shape: int) -> str:
+        values = self.draw.standard_normal(shape, np.float32) / math.sqrt(max(math.prod(shape[1:]), 1))
+        values = values.astype(helper.tensor_dtype_to_np_dtype(self.kind))
+        self.weights.append(numpy_helper.from_array(values, f"w{len(self.weights)}"))
+        return self.weights[-1].name
+
+    def node(self, op: str, *inputs: str, **options: Any) -> str:
+        self.nodes.append(helper.make_node(op, inputs, [f"n{len(self.nodes)}"], f"{op}{len(self.nodes)}", **options))
+        return self.nodes[-1].output[0]
+
+    def finish(self) -> onnx.ModelProto:
+        outputs = [helper.make_tensor_value_info(name, self.kind, None) for name in self.outputs]
+        graph = helper.make_graph(self.nodes, "layer", list(self.inputs.values()), outputs, self.weights)
+        found = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+        return onnx.shape_inference.infer_shapes(found)  # outputs must say theirs
+
+
+def _convs(graph: _Graph, layer: Layer, copies: int) -> None:
+    x = graph.input("x", (layer["batch"], layer["inputs"], *layer["image"]))
+    groups = layer["groups"]
+    into, out = layer["inputs"], layer["outputs"] // groups
+    first = (into, out) if layer["transposed"] else (layer["outputs"], into // groups)
+    total = ""
+    for _ in range(copies):
+        y = graph.node(
+            "ConvTranspose" if layer["transposed"] else "Conv", x, graph.weight(*first, *layer["kernel"]),
+            graph.weight(layer["outputs"]), strides=layer["stride"], pads=[*layer["padding"]] * 2,
+            dilations=layer["dilation"], group=groups,
+        )  # fmt: skip
+        total = graph.node("Add", y, total) if total else y
+    graph.outputs.append(total)
+
+
+def _matmuls(graph: _Graph, layer: Layer, copies: int) -> None:
+    batch, rows, into, out = layer["batch"], layer["rows"], layer["inputs"], layer["outputs"]
+    if layer["shared"]:
+        x = graph.input("x", (1, rows, into))
+        for _ in range(copies):
+            graph.outputs.append(graph.node("Add", graph.node("MatMul", x, graph.weight(into, out)), graph.weight(out)))
+        return
+    for a, b in graph.operands(copies, (batch, rows, into), (batch, into, out)):
+        graph.outputs.append(graph.node("MatMul", a, b))
+
+
+def _attentions(graph: _Graph, layer: Layer, copies: int) -> None:
+    lead = (layer["batch"], layer["heads"])
+    shapes = [(layer["queries"], layer["width"]), (layer["width"], layer["keys"]), (layer["keys"], layer["value"])]
+    for q, k, v in graph.operands(copies, *((*lead, *shape) for shape in shapes)):
+        scores = graph.node("Softmax", graph.node("MatMul", graph.node("Mul", q, graph.weight(1)), k), axis=-1)
+        graph.outputs.append(graph.node("MatMul", scores, v))
+
+
+def _norms(graph: _Graph, layer: Layer, copies: int) -> None:
+    x = graph.input("x", (layer["rows"], layer["channels"]))
+    for _ in range(copies):
+        scale, bias = graph.weight(layer["channels"]), graph.weight(layer["channels"])
+        graph.outputs.append(graph.node("LayerNormalization", x, scale, bias, axis=-1))
+
+
+def _maps(graph: _Graph, layer: Layer, copies: int) -> None:
+    """Activations as GELU, everything that moves tensors as an addition."""
+    for (x,) in graph.operands(copies, (layer["entries"],)):
+        found = (
+            graph.node("Gelu", x) if layer.op == "activation" else graph.node("Add", x, graph.weight(layer["entries"]))
+        )
+        graph.outputs.append(found)
