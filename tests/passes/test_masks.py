@@ -3,7 +3,6 @@
 import onnx
 import pytest
 import torch
-from depth_networks import Tied
 from torch import nn
 
 import graphcomb.graph as g
@@ -15,6 +14,8 @@ from graphcomb.passes.base import Pass, PassResult
 from graphcomb.passes.common import masks
 from graphcomb.runtime import export_onnx
 from graphcomb.runtime.export.sparsity import check_sparsity, sparse_weights
+
+from .depth.toys import Tied
 
 
 def network():

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from depth_networks import Tied
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,6 +18,8 @@ from graphcomb.passes.common import masks
 from graphcomb.passes.common.scoring import evaluate
 from graphcomb.passes.common.statistics import Gradients, input_moments, layers
 from graphcomb.passes.sparse import cap
+
+from ..depth.toys import Tied
 
 METHODS = ("cap", "fastcap", "woodfisher", "sparsegpt", "wanda", "magnitude")
 

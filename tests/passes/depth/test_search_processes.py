@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from depth_networks import NETWORKS, captured
 from torch import nn
 
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Context, PruneDepth
 from graphcomb.passes.depth import prune_depth as module
 from graphcomb.passes.depth.blocks import find_blocks
+
+from .toys import NETWORKS, captured
 
 SEARCH = PruneDepth(blocks=2, supernet_steps=0, population=5, generations=2, calibrate=2, score_batches=3)
 
@@ -65,7 +66,8 @@ def test_two_processes_choose_what_one_does(tmp_path):
             **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
             "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",  # unused, the group meets by a file
         }  # fmt: skip
-        processes.append(subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=environment))
+        command = [sys.executable, "-m", "tests.passes.depth.test_search_processes", str(tmp_path)]
+        processes.append(subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[3]))
     assert [p.wait(timeout=300) for p in processes] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for found in (first["same"], second["same"]):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from depth_networks import NETWORKS, Add, Attention, Gate, Move, Tokens, captured, conv, head, mlp
 from torch import nn
 
 import graphcomb.graph as g
@@ -13,6 +12,8 @@ from graphcomb.passes.depth.blocks import find_blocks
 from graphcomb.passes.depth.relax import relax, set_switches, settle
 from graphcomb.passes.depth.start_norms import start_norms
 from graphcomb.passes.fuse.fuse import Fuse
+
+from .toys import NETWORKS, Add, Attention, Gate, Move, Tokens, captured, conv, head, mlp
 
 
 @pytest.fixture(params=NETWORKS)

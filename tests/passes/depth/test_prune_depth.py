@@ -5,7 +5,6 @@ import random
 
 import pytest
 import torch
-from depth_networks import NETWORKS, Add, Attention, captured, conv, inverted, mlp
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,6 +18,8 @@ from graphcomb.passes.common import masks
 from graphcomb.passes.depth import prune_depth as module
 from graphcomb.passes.depth.blocks import find_blocks
 from graphcomb.passes.depth.relax import SWITCHES, relax
+
+from .toys import NETWORKS, Add, Attention, captured, conv, inverted, mlp
 
 
 def digits(part, batch=32):

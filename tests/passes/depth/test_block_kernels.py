@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from depth_networks import NETWORKS
 
 import graphcomb
 from graphcomb.passes import Fuse
 from graphcomb.passes.depth.blocks import find_blocks
 from graphcomb.passes.depth.relax import relax
+
+from .toys import NETWORKS
 
 
 def kernels(program, folder):
