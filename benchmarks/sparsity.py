@@ -44,8 +44,8 @@ from torch.utils.data import DataLoader, RandomSampler
 
 import graphcomb
 from graphcomb.data import cache_folder, fashion_mnist
+from graphcomb.graph import sparse as masks
 from graphcomb.passes import Distill, Sparsify
-from graphcomb.passes.common import masks
 from graphcomb.passes.common.repeat import seeded
 from graphcomb.passes.common.scoring import evaluate
 

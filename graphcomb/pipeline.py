@@ -20,7 +20,7 @@ from .graph.errors import BadInput, GraphcombError
 from .graph.nodes import op_name
 from .graph.program import Program
 from .passes.base import Context, Pass, PassResult
-from .passes.common.batches import Adapted
+from .passes.batch import Adapted
 from .passes.common.processes import agreed, stored_program
 from .passes.common.repeat import Samples, code_of, run_code, says_anew, seeded
 from .passes.common.scoring import evaluate

@@ -20,7 +20,8 @@ from .data import cache_folder
 from .graph.errors import BadInput, CaptureError, GraphcombError
 from .graph.program import Program, capture
 from .passes.base import Context
-from .passes.common.batches import Feed, adapted, split_batch
+from .passes.batch import adapted, split_batch
+from .passes.common.feed import Feed
 from .passes.quantize import Quantize
 from .pipeline import Pipeline, PipelineResult, is_main, write_json
 from .recipe import Input, Recipe

@@ -13,9 +13,9 @@ from torch.export import ExportedProgram
 
 from ..graph.errors import BadInput
 from ..graph.program import Program
+from ..graph.sparse import check_masks
 from ..graph.workload.layers import Latency
-from .common.batches import adapted
-from .common.masks import check
+from .batch import adapted
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Pass:
             raise BadInput(f"{type(self).__name__}: {error}") from None
         start = time.perf_counter()
         result = self.run(program, context)
-        check(program, result.program, result.removed, type(self).__name__, self.exact)
+        check_masks(program, result.program, result.removed, type(self).__name__, self.exact)
         head = {"pass": type(self).__name__, "options": self.options()}
         result.record = head | result.record | {"seconds": time.perf_counter() - start}
         if "cost" not in result.record:

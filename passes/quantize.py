@@ -16,11 +16,11 @@ from ..graph.errors import BadInput, MissingBackend
 from ..graph.nodes import arguments, fetch, op_name, set_argument
 from ..graph.program import Program, place_tensor
 from .base import Context, Pass, PassResult, check_field
-from .common.batches import Feed
+from .common.feed import Feed
 from .common.processes import accelerator, placed
 from .common.repeat import seeded
 from .common.samples import sample_batches
-from .common.statistics import Layer, check_included, layers, read_patterns
+from .common.weights import Layer, check_included, layers, read_patterns
 
 RANGE = (-128, 127)  # the one signed range that ONNX's QuantizeLinear has
 

@@ -25,7 +25,7 @@ from ...graph.errors import BadInput
 from ...graph.nodes import arguments, op_name
 from ...graph.program import TrainableModule
 from ..base import Context
-from ..common.batches import Feed
+from ..common.feed import Feed
 from ..common.losses import task_loss
 from ..common.processes import accelerator, averaged, placed, summed
 from ..common.repeat import seeded

@@ -24,8 +24,6 @@ import numpy as np
 
 from ...graph.comb.axes import Factor
 from ...graph.comb.solve import Comb
-from ...graph.errors import BadInput
-from ...graph.program import Program
 from ...graph.workload.layers import Latency, Layers, rules_of
 
 Sizes = dict[Factor, int]
@@ -34,39 +32,6 @@ ROUNDS = 8
 EXHAUSTIVE = 4000  # combinations up to which all are tried
 COMBINATIONS = 4096  # sizes of one layer that are measured beforehand, at most
 WEIGHTS = (0.25, 0.5, 0.75, 0.9, 0.97, 1.0)  # of what has to be left beside importance, tried in this order
-UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-
-
-def allowed_seconds(latency: float | str, dense: float, of: str) -> float:
-    """What the latency target of a pass allows: a share of the dense program's seconds, or a time such as "3.5 ms".
-
-    of: the pass, for the message. Raises BadInput for anything else.
-    """
-    try:
-        if isinstance(latency, str):
-            number, unit = latency.split()
-            seconds = float(number) * UNITS[unit]
-        else:
-            seconds = latency * dense
-        if not (0 < seconds < math.inf and (isinstance(latency, str) or latency <= 1)):
-            raise ValueError
-    except (ValueError, KeyError):
-        raise BadInput(
-            f'{of}.latency: a share above 0 and at most 1, or a time such as "3.5 ms", not {latency!r}'
-        ) from None
-    return seconds
-
-
-def needed_latency(latency: Latency | None, of: str, program: Program) -> Latency:
-    """What predicts latencies, scaled to the program's own where that can be measured. Raises BadInput, in the name of the
-    pass, where nothing does."""
-    if latency is None:
-        raise BadInput(
-            f"{of}.latency: nothing predicts latencies here; pass latency=, a LatencyTable or a Roofline (in a recipe: "
-            "latency_table)"
-        )
-    anchored: Callable[[Program], Latency] | None = getattr(latency, "anchored", None)
-    return latency if anchored is None else anchored(program)
 
 
 class Predictor:

@@ -19,17 +19,18 @@ from ...graph.sparse import sparse_weights
 from ...graph.surgery import remove
 from ...graph.verify import TOLERANCE, check
 from ..base import Context, Pass, PassResult, check_field
-from ..common.batches import Feed
-from ..common.floor import check_least
+from ..common.feed import Feed
+from ..common.latency_target import allowed_seconds, check_least
 from ..common.processes import agreed
-from ..train.distill import Distill, block_outputs
+from ..train.distill import Distill
+from ..train.features import block_outputs
 from ..train.loop import total_steps
 from .importance import IMPORTANCES, SAMPLES, TRANSFORMS, Scores, normalised, together
 from .kernel_count import kernel_record
-from .knapsack import Predictor, allowed_seconds
+from .knapsack import Predictor
 from .legalise import Costs, mac_terms, movable
 from .selection import Selection, lowest_removed
-from .targets import Chooser, read_plan, some, untrained
+from .targets import Chooser, Target, read_plan, some, untrained
 from .while_training import Pruner, event_steps, removed_values
 
 DURING = ("schedule", "interval", "rounds", "prune_share")  # options of pruning while training
@@ -149,7 +150,7 @@ class RemoveChannels(Pass):
 
         def prepare() -> list[Any]:
             nonlocal chooser
-            chooser = Chooser(self, comb, free, planned, context, tuple(silent))
+            chooser = Chooser(self._target(context), comb, free, planned, context, tuple(silent))
             return [str(chooser.predictor.latency), chooser.predictor.total({})] if chooser.predictor else []
 
         def choose(sizes: dict[Factor, int], scores: Scores, share: float) -> dict[Factor, int]:
@@ -272,8 +273,8 @@ class RemoveChannels(Pass):
         unscored = self._without_gradients(comb, groups)
         groups = [g for g in groups if g.name not in unscored]
         self._require_groups(comb, groups, tuple(unscored))
-        chooser = Chooser(self, comb, groups, {}, context, tuple(unscored))
-        selection = Selection(comb, groups, chooser.alignment, self.min_channels)
+        chooser = Chooser(self._target(context), comb, groups, {}, context, tuple(unscored))
+        selection = Selection(comb, groups, chooser.target.alignment, self.min_channels)
         selection.sizes |= chooser({}, self._score(comb, groups, context))
         whole = Costs(mac_terms(comb), [g for g in comb.groups if g.frozen is None])
         rows = []
@@ -286,6 +287,18 @@ class RemoveChannels(Pass):
                 share = whole.saving(g.atom, g.size - keep) / max(whole.total, 1)
                 rows.append(row | {"proposed": keep, "saves_macs": round(share, 4), "step": selection.step(g)})
         return rows
+
+    def _target(self, context: Context) -> Target:
+        value = getattr(self, self.target)
+        return Target(
+            self.target,
+            0.5 if value is None else value,
+            ranked=self.scope == "global",
+            per_cost=self.importance in TRANSFORMS,
+            alignment=self.alignment(context),
+            min_channels=self.min_channels,
+            least_macs=self.least_macs,
+        )
 
     def alignment(self, context: Context) -> int:
         """The step widths are multiples of."""

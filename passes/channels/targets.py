@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,17 +12,41 @@ from ...graph.comb.axes import Factor
 from ...graph.comb.solve import Comb, Group
 from ...graph.errors import BadInput, Unreachable
 from ..base import Context
-from ..common.floor import below, least_share
-from .importance import TRANSFORMS, Scores
-from .knapsack import Floor, Predictor, allowed_seconds, knapsack, needed_latency, towards
+from ..common.latency_target import allowed_seconds, below, least_share, needed_latency
+from .importance import Scores
+from .knapsack import Floor, Predictor, knapsack, towards
 from .legalise import Costs, mac_terms, parameter_terms
 from .selection import Selection
 
-if TYPE_CHECKING:
-    from .remove_channels import RemoveChannels
-
 Sizes = dict[Factor, int]
 TERMS = {"macs": mac_terms, "params": parameter_terms}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked of the sizes, and how they may be chosen.
+
+    name: "ratio" (value: the share of indices that goes), "macs" or "params" (what may remain, a share of the dense program
+    up to 1, else a number) or "latency" (what may remain, a share or a time such as "3.5 ms"). ranked: all groups together
+    by their scores, else each group loses the same share. per_cost: scores are changes of the loss, and count by the cost
+    that an index saves. alignment: sizes are multiples of it. min_channels: of every group. least_macs: see
+    `common.latency_target`.
+    """
+
+    name: str
+    value: float | str
+    ranked: bool
+    per_cost: bool
+    alignment: int
+    min_channels: int
+    least_macs: float | None
+
+    def remaining(self, dense: float) -> float:
+        """What may remain of a dense program's cost or seconds."""
+        if self.name == "latency":
+            return allowed_seconds(self.value, dense, "RemoveChannels")
+        assert not isinstance(self.value, str)
+        return self.value * dense if self.value <= 1 else self.value
 
 
 @dataclass(frozen=True)
@@ -62,26 +86,25 @@ def read_plan(comb: Comb, plan: Any) -> dict[str, Planned]:
 
 
 class Chooser:
-    """Chooses the sizes of groups for the target of a RemoveChannels.
+    """Chooses the sizes of groups for a target.
 
-    options: the pass. groups: what it may shrink. plan: see `read_plan`. untrained: names of groups that it may not shrink
+    groups: what may shrink. plan: see `read_plan`. untrained: names of groups that may not shrink
     because nothing scores them. Where a plan as it stands does not meet the target, the rows that are no decisions are
     chosen anew. Raises Unreachable for a target that cannot be met, before any score is known.
     """
 
     def __init__(
         self,
-        options: RemoveChannels,
+        target: Target,
         comb: Comb,
         groups: list[Group],
         plan: Mapping[str, Planned],
         context: Context,
         untrained: tuple[str, ...] = (),
     ):
-        self.options, self.comb, self.groups, self.untrained = options, comb, groups, untrained
-        self.alignment = options.alignment(context)
+        self.target, self.comb, self.groups, self.untrained = target, comb, groups, untrained
         self.predictor = self._predictor(context)
-        self.least = least_share(options.least_macs, self.predictor.latency if self.predictor else None)
+        self.least = least_share(target.least_macs, self.predictor.latency if self.predictor else None)
         self._end: Sizes | None = None  # the last that a latency was found to be met with
         rows = [(g, plan[g.name]) for g in comb.groups if g.name in plan]
         self.plan = [(g, row.keep) for g, row in rows]
@@ -90,7 +113,7 @@ class Chooser:
 
     def _predictor(self, context: Context) -> Predictor | None:
         """What predicts the latency, ready for all sizes that the groups may have; None without a latency target."""
-        if self.options.latency is None:
+        if self.target.name != "latency":
             return None
         predictor = Predictor(self.comb, needed_latency(context.latency, "RemoveChannels", self.comb.program))
         selection = self._selection({})
@@ -98,7 +121,7 @@ class Chooser:
         return predictor
 
     def _selection(self, sizes: Mapping[Factor, int]) -> Selection:
-        return Selection(self.comb, self.groups, self.alignment, self.options.min_channels, sizes)
+        return Selection(self.comb, self.groups, self.target.alignment, self.target.min_channels, sizes)
 
     def _meets(self) -> bool:
         try:
@@ -156,26 +179,23 @@ class Chooser:
         ratio that cannot be is no error."""
         planned = {g.atom: keep for g, keep in self.plan}
         groups = [g for g in self.groups if g.atom not in planned]
-        if self.options.target == "latency":
+        value = self.target.value
+        if self.target.name == "latency":
             self._within_latency(selection, groups, scores, planned, share)
-        elif self.options.target != "ratio":
+        elif self.target.name != "ratio":
             self._within_cost(selection, groups, scores, planned, share)
-        elif self.options.scope == "global":
-            return selection.by_count(groups, scores, self.ratio, share, self.groups)
+        elif self.target.ranked:
+            return selection.by_count(groups, scores, float(value), share, self.groups)
         else:
-            selection.uniform(groups, self.ratio * share)
+            selection.uniform(groups, float(value) * share)
         return True
-
-    @property
-    def ratio(self) -> float:
-        return 0.5 if self.options.ratio is None else self.options.ratio
 
     def _within_latency(
         self, selection: Selection, groups: list[Group], scores: Scores, planned: Sizes, share: float
     ) -> None:
         assert self.predictor is not None
         dense = self.predictor.total({})
-        seconds = self._asked(dense)
+        seconds = self.target.remaining(dense)
         options = {a: [n] for a, n in planned.items()} | {g.atom: selection.allowed(g) for g in groups}
         flat = {a: scores.get(a, np.ones(a.size)) for a in options}
         sizes = knapsack(self.predictor, options, flat, seconds, self._floor())
@@ -194,44 +214,36 @@ class Chooser:
     def _within_cost(
         self, selection: Selection, groups: list[Group], scores: Scores, planned: Sizes, share: float
     ) -> None:
-        costs = Costs(TERMS[self.options.target](self.comb), [g for g in self.comb.groups if g.frozen is None])
+        costs = Costs(TERMS[self.target.name](self.comb), [g for g in self.comb.groups if g.frozen is None])
         dense = costs.total
         for atom, size in planned.items():
             costs.set(atom, size)
         whole = costs.total
         for g in groups:
             costs.set(g.atom, selection.kept(g))
-        end = self._asked(dense)
+        end = self.target.remaining(dense)
         goal = end if share == 1 else whole - share * max(whole - end, 0)  # exactly, in floating point too
-        if self.options.scope == "local":
-            reached = selection.uniform_until(groups, costs, goal) <= goal
+        if self.target.ranked:
+            reached = selection.greedy(groups, scores, costs, goal, self.target.per_cost, end)
         else:
-            gradients = self.options.importance in TRANSFORMS
-            reached = selection.greedy(groups, scores, costs, goal, gradients, end)
+            reached = selection.uniform_until(groups, costs, goal) <= goal
         if not reached:
             raise self._unreachable(f"{end:,.0f}", f"{dense:,}", f"{costs.total:,} ({costs.total / dense:.1%})")
 
-    def _asked(self, dense: float) -> float:
-        """What may remain of a cost or latency."""
-        wanted = getattr(self.options, self.options.target)
-        if self.options.target == "latency":
-            return allowed_seconds(wanted, dense, "RemoveChannels")
-        return wanted * dense if wanted <= 1 else wanted
-
     def _unreachable(self, wanted: str, dense: str, reached: str) -> Unreachable:
         frozen = [g.name for g in self.comb.groups if g.frozen]
-        why = [f"alignment {self.alignment}", f"min_channels {self.options.min_channels}"]
+        why = [f"alignment {self.target.alignment}", f"min_channels {self.target.min_channels}"]
         if self.plan:
             why.append("the sizes in the plan for " + some([f"{g.name} ({keep})" for g, keep in self.plan]))
         message = (
-            f"RemoveChannels.{self.options.target}: {wanted} of {dense} cannot be reached; {reached} can, with "
+            f"RemoveChannels.{self.target.name}: {wanted} of {dense} cannot be reached; {reached} can, with "
             f"{', '.join(why[:-1])} and {why[-1]}; frozen: {some(frozen) or 'nothing'}"
         )
         return Unreachable(message + (f"; {untrained(self.untrained)}" if self.untrained else ""))
 
     def record(self, sizes: Sizes) -> dict[str, Any]:
         """What was asked for and what the sizes leave of it, as shares of the dense program, and why they differ."""
-        target = self.options.target
+        target = self.target.name
         if target == "latency":
             assert self.predictor is not None
             dense, left = self.predictor.total({}), self.predictor.total(sizes)
@@ -243,7 +255,7 @@ class Chooser:
             for atom, size in sizes.items():
                 costs[1].set(atom, size)
             dense, left = costs[0].total, costs[1].total
-        asked = 1 - self.ratio if target == "ratio" else self._asked(dense) / dense
+        asked = 1 - float(self.target.value) if target == "ratio" else self.target.remaining(dense) / dense
         reached = left / dense if dense else 1.0
         found = {"target": target, "asked": asked, "reached": reached}
         if abs(asked - reached) > NEAR:
@@ -259,7 +271,7 @@ class Chooser:
             for g in self.groups
             if g.atom in sizes or not beyond
         ]
-        how = f"alignment {self.alignment} and min_channels {self.options.min_channels}"
+        how = f"alignment {self.target.alignment} and min_channels {self.target.min_channels}"
         if beyond:
             return f"no size that was removed would fit back, with {how}: {some(steps)}"
         return f"nothing more can go, with {how}: {some(steps)}"

@@ -28,11 +28,12 @@ from ...graph.nodes import fetch
 from ...graph.program import Program, TrainableModule, copy_tensor, like, rebuild
 from ...graph.surgery import Removed, kept_indices, resized
 from ..base import Context
-from ..common.batches import split_batch
+from ..batch import split_batch
 from ..common.processes import averaged, gathered
 from ..common.repeat import seeded
 from ..train.callbacks import Callback, Kept, Surgery, taken
-from ..train.distill import Distill, block_outputs
+from ..train.distill import Distill
+from ..train.features import block_outputs
 from .importance import IMPORTANCES, TRANSFORMS, GradientScores, Scores, normalised, relative_norms, together
 from .selection import lowest_removed
 

@@ -22,7 +22,8 @@ from accelerate.utils import set_seed
 from ... import graph
 from ...graph.program import Program, TrainableModule
 from ..base import Context
-from .batches import Adapted, generators, length
+from ..batch import Adapted
+from .loaders import generators, length
 
 OWN = ("graphcomb",)  # packages whose code `sources` stands for
 CONSTANTS = (

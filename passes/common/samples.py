@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from ...graph.errors import BadInput
 from ..base import Context
-from .batches import Adapted, Batch, Feed, adapted, generators, length, like_loader, shard
+from ..batch import Adapted, adapted
+from .feed import Batch, Feed
+from .loaders import generators, length, like_loader, shard
 from .processes import accelerator, forwarded, gathered
 from .repeat import rng_state, set_rng_state
 from .scoring import bar

@@ -14,7 +14,9 @@ from torch import nn
 
 from ...graph.errors import BadInput
 from ...graph.program import Program, TrainableModule
-from .batches import Batch, Feed, length, shard, split_batch
+from ..batch import split_batch
+from .feed import Batch, Feed
+from .loaders import length, shard
 from .losses import accuracy, applied
 from .processes import accelerator, placed, reduced
 from .repeat import seeded

@@ -16,7 +16,7 @@ from torch import fx
 from ...graph.cost import evaluate, macs
 from ...graph.nodes import arguments, op_name, shape
 from ...graph.program import Program
-from ..common.masks import sparse_weights
+from ...graph.sparse import sparse_weights
 from ..fuse.fuse import CONVS, MAPS, Cost, Planner, Regions
 
 ACTIVATIONS = (

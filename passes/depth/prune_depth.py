@@ -25,10 +25,9 @@ from ...graph.program import Program, TrainableModule, copy_tensor, rebuild
 from ...graph.verify.evaluate import Evaluator, double_weights, random_inputs, relative_error
 from ...graph.workload.layers import Layers, rules_of, run_seconds
 from ..base import Context, Pass, PassResult, check_field
-from ..channels.knapsack import allowed_seconds, needed_latency
-from ..common.batches import Batch, Feed
 from ..common.class_axis import class_axis
-from ..common.floor import below, check_least, least_share
+from ..common.feed import Batch, Feed
+from ..common.latency_target import allowed_seconds, below, check_least, least_share, needed_latency
 from ..common.losses import class_dim, logits_of, task_loss
 from ..common.processes import accelerator, agreed, forwarded, gathered, placed
 from ..common.repeat import Samples, code_of, run_code, says_anew, seeded

@@ -16,7 +16,7 @@ from torch import fx
 from ...graph.errors import BadInput
 from ...graph.nodes import arguments, fetch, op_name, set_argument, shape
 from ...graph.program import Program, TrainableModule, like, place_tensor, rebuild
-from ..common.masks import sparse_weights
+from ...graph.sparse import sparse_weights
 from ..fuse.fuse import CONVS, MAPS, TRANSPOSED, Regions, permutation
 from .blocks import ACTIVATIONS, NORMS, Block, has_layers, single_path
 

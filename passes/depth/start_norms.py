@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ...graph.nodes import arguments, fetch, op_name
 from ...graph.program import Program, like, place_tensor
-from ..common.batches import Batch
+from ..common.feed import Batch
 from ..common.processes import accelerator, averaged, placed
 from .relax import FOLDER
 

@@ -14,6 +14,7 @@ from torch import fx
 from ...graph.cost import evaluate, macs
 from ...graph.nodes import arguments, fetch, op_name, shape
 from ...graph.program import DROPOUTS, Program, TrainableModule, like, place_tensor, rebuild
+from ...graph.sparse import sparse_weights
 from ...graph.verify.evaluate import (  # fmt: skip
     Evaluator,
     double_weights,
@@ -24,7 +25,6 @@ from ...graph.verify.evaluate import (  # fmt: skip
     to_double,
 )
 from ..base import Context, Pass, PassResult
-from ..common.masks import sparse_weights
 from .affine import Geometry, Inexact, Kernel
 
 CONVS = ("conv1d", "conv2d", "conv3d")

@@ -331,9 +331,3 @@ def lowest_of_groups(scores: Tensor, pattern: Pattern) -> Tensor:
     groups = scores.reshape(-1, m)
     order = groups.argsort(dim=1, stable=True)[:, : m - n]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).view_as(scores)
-
-
-def allowed(mask: Tensor, pattern: Pattern) -> bool:
-    """Whether at least `m - n` of every `m` consecutive entries along the last dimension are in the mask."""
-    n, m = pattern
-    return mask.shape[-1] % m == 0 and bool((mask.reshape(-1, m).sum(1) >= m - n).all())

@@ -21,7 +21,7 @@ from ...graph.comb.solve import Comb
 from ...graph.nodes import fetch
 from ...graph.program import Program, copy_tensor, like, rebuild
 from ...graph.verify import equivalence
-from ..train.distill import block_outputs
+from ..train.features import block_outputs
 from .cap import Pattern
 
 ROUNDS, ROWS = 60, 4096  # of exchanges between random pairs of groups; rows of weights looked at

@@ -14,8 +14,11 @@ from ...graph.program import Program
 from ..base import Context
 from ..common.processes import accelerator
 from ..common.scoring import bar
-from ..common.statistics import Gradients, Layer, check_again, check_finite, input_moments
+from ..common.weights import Layer
 from . import cap
+from .gradients import Gradients
+from .moments import input_moments
+from .unfold import check_again, check_finite
 
 DAMPING = 1e-2  # relative to a mean diagonal
 PROBE = 64  # gradients from which that mean is estimated

@@ -15,17 +15,18 @@ from torch import Tensor, fx
 from ...graph.errors import BadInput, Refused
 from ...graph.nodes import fetch
 from ...graph.program import Program
-from ...graph.sparse import implies, read_pattern, sparse_weights, stronger
+from ...graph.sparse import implies, legal, read_pattern, sparse_weights, stronger
 from ..base import Context, Pass, PassResult, check_field
-from ..common.masks import legal
 from ..common.processes import accelerator, agreed, broadcast_all, stored_program
 from ..common.repeat import Samples, run_code, sample, says_anew
 from ..common.scoring import evaluate
-from ..common.statistics import Gradients, Layer, check_again, check_included, layers, read_patterns
+from ..common.weights import Layer, check_included, layers, read_patterns
 from ..train.distill import Distill
 from .cap import Pattern
+from .gradients import Gradients
 from .permute import permuted
 from .solver import PROBE, Method, Solver
+from .unfold import check_again
 
 METHODS = ("cap", "fastcap", "woodfisher", "sparsegpt", "wanda", "magnitude")
 GLOBAL = ("cap", "woodfisher", "magnitude")  # methods whose scores are losses or sizes that compare between layers

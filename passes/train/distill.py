@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
-from torch.utils import _pytree as pytree
 
 from ...graph.errors import BadInput
-from ...graph.nodes import op_name, shape
 from ...graph.program import Program, TrainableModule
 from ..base import Context, Pass, PassResult
-from ..common.batches import Batch
 from ..common.class_axis import class_axis, other_outputs
+from ..common.feed import Batch
 from ..common.losses import class_dim, logits_of, task_loss
 from ..common.processes import accelerator, placed
 from ..common.scoring import evaluate
-from ..train.callbacks import Callback, Kept, Surgery, taken
-from ..train.loop import fit
-from ..train.options import Training
+from .callbacks import Callback, Kept, Surgery, taken
+from .features import matching_features, tapped
+from .loop import fit
+from .options import Training
 
 NO_SCORES = "set Distill's alpha to 0 (then give loss=, and metric= where there is val)"
 NO_CLASSES = "set Distill's class_dim to the dimension of the classes, or alpha to 0"
@@ -172,92 +169,6 @@ def feature_distance(student: Sequence[torch.Tensor], teacher: Sequence[torch.Te
         return t * (t.square().mean(1, keepdim=True) + 1e-12).rsqrt()
 
     return torch.stack([(norm(s) - norm(t)).square().mean() for s, t in zip(student, teacher, strict=True)]).sum()
-
-
-# ------------------------------------------------------------------------------------------------------------ features
-def block_outputs(program: Program) -> list[fx.Node]:
-    """Where a network's blocks end: its residual additions; without any, its concatenations; else what it pools."""
-    nodes = [n for n in program.graph.nodes if n.op == "call_function"]
-    added = [n for n in nodes if op_name(n) == "add" and _residual(n)]
-    joined = [n for n in nodes if op_name(n) == "cat" and len(shape(n)) > 2]
-    pooled = [n.all_input_nodes[0] for n in nodes if "pool" in op_name(n)]
-    return added or joined or list(dict.fromkeys(pooled))
-
-
-def _residual(node: fx.Node) -> bool:
-    terms = [node.args[0], node.args[1]]
-    computed = all(isinstance(t, fx.Node) and t.op == "call_function" for t in terms)
-    return computed and all(
-        isinstance(t.meta["val"], torch.Tensor) and len(shape(t)) > 2 and shape(t) == shape(node)  # type: ignore[union-attr, arg-type]
-        for t in terms
-    )
-
-
-def matching_features(teacher: Program, student: Program) -> tuple[Kept, list[dict[str, str]]]:
-    """The block outputs that both programs have, each with the indices of the teacher's that the student kept (by
-    dimension, none where all are), and the others with the reason.
-
-    What was kept is what the records of the student's history that are not the teacher's leave (`features` in the record
-    of `RemoveChannels`). Without such a record, shapes have to be equal but for the batch.
-    """
-    since = list(student.history)
-    for record in teacher.history:
-        if since and since[0] == record:
-            since.pop(0)
-    theirs = {n.name: shape(n) for n in block_outputs(teacher)}
-    ours = {n.name: shape(n) for n in block_outputs(student)}
-    kept: Kept = {}
-    refused = []
-    for name, size in theirs.items():
-        if name not in ours:
-            refused.append({"what": name, "why": "the student has no block output of that name"})
-            continue
-        dims = _kept_since(name, size, since)
-        left = tuple(len(dims[d]) if d in dims else n for d, n in enumerate(size))
-        if left[1:] == ours[name][1:]:
-            kept[name] = dims
-        else:
-            why = f"its shape is {ours[name][1:]} in the student, {size[1:]} in the teacher"
-            refused.append({"what": name, "why": why})
-    if not theirs:
-        refused.append({"what": "features", "why": "the teacher has no residual addition, concatenation or pooling"})
-    return kept, refused
-
-
-def _kept_since(name: str, size: tuple[int, ...], records: list[dict[str, Any]]) -> dict[int, torch.Tensor]:
-    """Which indices of a value's dimensions are left after the passes recorded."""
-    kept: dict[int, torch.Tensor] = {}
-    for record in records:
-        for entry in record.get("features", ()):
-            for _, d in (place for place in entry["nodes"] if place[0] == name):
-                left = kept.get(d, torch.arange(size[d]))
-                stay = torch.ones(len(left), dtype=torch.bool)
-                if max(entry["removed"]) < len(left):  # else the record is about a network of another size
-                    stay[entry["removed"]] = False
-                kept[d] = left[stay]
-    return kept
-
-
-@contextmanager
-def tapped(module: TrainableModule, names: Sequence[str]) -> Iterator[None]:
-    """Within the context the module returns `(its outputs, [values of the named nodes])`."""
-    graph = module.graph
-    output = next(n for n in graph.nodes if n.op == "output")
-    before, codegen = output.args, graph._codegen
-    by_name = {n.name: n for n in graph.nodes}
-    plain = codegen.pytree_info.out_spec  # type: ignore[attr-defined]
-    spec = pytree.tree_structure((pytree.tree_unflatten([0] * plain.num_leaves, plain), [0] * len(names)))
-    widened = copy.copy(codegen)
-    widened.pytree_info = codegen.pytree_info._replace(out_spec=spec)  # type: ignore[attr-defined]
-    output.args = ((*before[0], *(by_name[name] for name in names)),)
-    graph.set_codegen(widened)
-    module.recompile()
-    try:
-        yield
-    finally:
-        output.args = before
-        graph.set_codegen(codegen)
-        module.recompile()
 
 
 def _same_inputs(teacher: Program, student: Program) -> None:

@@ -23,10 +23,11 @@ from torch.utils import _pytree as pytree
 
 from ...graph.errors import BadInput, GraphcombError
 from ...graph.program import Program, TrainableModule
+from ...graph.sparse import zeros
 from ..base import Context
-from ..common.batches import Batch, Feed, generators, length, shard
+from ..common.feed import Batch, Feed
+from ..common.loaders import generators, length, shard
 from ..common.losses import accuracy
-from ..common.masks import zeros
 from ..common.processes import accelerator, agreed, gathered, move, reduced
 from ..common.repeat import code_of, rng_state, run_code, sample, says_anew, seeded, set_rng_state
 from ..common.scoring import bar, score

@@ -6,8 +6,8 @@ from torch import nn
 
 import graphcomb
 from graphcomb.graph import sparse
+from graphcomb.graph import sparse as masks
 from graphcomb.passes import Sparsify
-from graphcomb.passes.common import masks
 from graphcomb.pipeline import Pipeline
 from graphcomb.recipe import parse_recipe
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import graphcomb
+from graphcomb.graph import sparse as masks
 from graphcomb.graph.errors import GraphcombError
-from graphcomb.passes.common import masks
 from graphcomb.pipeline import Pipeline
 from graphcomb.recipe import parse_recipe
 

@@ -27,7 +27,8 @@ from graphcomb.passes.channels.importance import TRANSFORMS, Members
 from graphcomb.passes.channels.remove_channels import RemoveChannels
 from graphcomb.passes.channels.while_training import event_steps
 from graphcomb.passes.train import loop
-from graphcomb.passes.train.distill import Distill, feature_distance, matching_features
+from graphcomb.passes.train.distill import Distill, feature_distance
+from graphcomb.passes.train.features import matching_features
 
 EXACT = 1e-10
 

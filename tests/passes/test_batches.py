@@ -12,7 +12,9 @@ from graphcomb import Pipeline
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Distill, Quantize, Sparsify
 from graphcomb.passes.base import Context
-from graphcomb.passes.common.batches import Adapted, Feed, adapted, generators, length, shard, split_batch
+from graphcomb.passes.batch import Adapted, adapted, split_batch
+from graphcomb.passes.common.feed import Feed
+from graphcomb.passes.common.loaders import generators, length, shard
 from graphcomb.passes.common.scoring import evaluate
 
 

@@ -18,13 +18,16 @@ import graphcomb.graph as g
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import RemoveChannels, Sparsify
 from graphcomb.passes.base import Context
-from graphcomb.passes.common.batches import Every, Feed, shard, split_batch
+from graphcomb.passes.batch import split_batch
+from graphcomb.passes.common.feed import Feed
+from graphcomb.passes.common.loaders import Every, shard
 from graphcomb.passes.common.losses import accuracy, default_loss, logits_of
 from graphcomb.passes.common.processes import placed
 from graphcomb.passes.common.repeat import rng_state
 from graphcomb.passes.common.scoring import evaluate
 from graphcomb.passes.train.callbacks import Callback
-from graphcomb.passes.train.distill import Distill, feature_distance, matching_features, soft_kl
+from graphcomb.passes.train.distill import Distill, feature_distance, soft_kl
+from graphcomb.passes.train.features import matching_features
 from graphcomb.passes.train.options import Training, learning_rate
 
 

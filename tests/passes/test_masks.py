@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 import graphcomb.graph as g
+from graphcomb.graph import sparse as masks
 from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.errors import Refused
 from graphcomb.graph.surgery import remove
 from graphcomb.passes import Distill, Fuse, RemoveChannels, Sparsify
 from graphcomb.passes.base import Pass, PassResult
-from graphcomb.passes.common import masks
 from graphcomb.runtime import export_onnx
 from graphcomb.runtime.export.sparsity import check_sparsity, sparse_weights
 
@@ -198,10 +198,10 @@ def test_whole_groups_of_four_may_go(sparse):
     keep = torch.ones(group.size, dtype=torch.bool)
     keep[4:8] = False
     smaller, removed = remove(comb, {group.atom: keep.numpy()})
-    masks.check(sparse, smaller, removed, "RemoveChannels", False)
+    masks.check_masks(sparse, smaller, removed, "RemoveChannels", False)
     keep[8] = False
     with pytest.raises(Refused, match="would break the pattern"):
-        masks.check(sparse, *remove(comb, {group.atom: keep.numpy()}), "RemoveChannels", False)
+        masks.check_masks(sparse, *remove(comb, {group.atom: keep.numpy()}), "RemoveChannels", False)
 
 
 def test_channels_that_would_break_a_pattern_are_refused_before_training(sparse):

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 import graphcomb.graph as g
+from graphcomb.graph import sparse as masks
 from graphcomb.graph.errors import BadInput
 from graphcomb.graph.nodes import op_name
 from graphcomb.passes import Distill, Quantize, Sparsify
-from graphcomb.passes.common import masks
 from graphcomb.runtime import build_engine, export_onnx
 
 pytest.importorskip("torchao", reason="needs torchao (the quantize extra)")

@@ -19,7 +19,9 @@ from graphcomb.passes.base import Context
 from graphcomb.passes.channels.importance import from_gradients
 from graphcomb.passes.common import processes
 from graphcomb.passes.common.processes import accelerator, agreed
-from graphcomb.passes.common.statistics import Gradients, input_moments, layers
+from graphcomb.passes.common.weights import layers
+from graphcomb.passes.sparse.gradients import Gradients
+from graphcomb.passes.sparse.moments import input_moments
 
 
 class Skewed:

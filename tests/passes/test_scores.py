@@ -21,9 +21,11 @@ from graphcomb.graph.surgery import remove
 from graphcomb.passes.base import Context
 from graphcomb.passes.channels.gates import Gates
 from graphcomb.passes.channels.remove_channels import RemoveChannels
-from graphcomb.passes.common import statistics
-from graphcomb.passes.common.batches import Feed
-from graphcomb.passes.common.statistics import Gradients, input_moments, layers
+from graphcomb.passes.common.feed import Feed
+from graphcomb.passes.common.weights import layers
+from graphcomb.passes.sparse import unfold
+from graphcomb.passes.sparse.gradients import Gradients
+from graphcomb.passes.sparse.moments import input_moments
 
 from ..graph.micro_models import CASES
 
@@ -405,7 +407,7 @@ def test_unfolded_inputs_and_gradients_of_samples_are_bounded(full, monkeypatch)
     program = g.capture(model, torch.randn(4, 2, 8, 9), dynamic_shapes="batch")
     names = [layer.name for layer in layers(program)[0]]
     data = [(torch.randn(4, 2, 8, 9), torch.randint(3, (4,))) for _ in range(2)]
-    pieces, moments, gradients = statistics._pieces, [], []
+    pieces, moments, gradients = unfold.pieces, [], []
     sizes = []
 
     def watched(*args, **kwargs):
@@ -413,7 +415,8 @@ def test_unfolded_inputs_and_gradients_of_samples_are_bounded(full, monkeypatch)
             sizes.append(piece.numel() if kwargs.get("flat", True) else 0)
             yield piece, where
 
-    monkeypatch.setattr(statistics, "_pieces", watched)
+    for module in ("gradients", "moments"):
+        monkeypatch.setattr(f"graphcomb.passes.sparse.{module}.pieces", watched)
     for limit in (1, 500, 10**9):
         sizes.clear()
         moments.append(input_moments(program.copy(), names, Context(data=data), 8, full, limit)[0])

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import graphcomb.graph as g
 from graphcomb import Pipeline
+from graphcomb.graph import sparse as masks
 from graphcomb.graph.errors import BadInput, Refused, Unreachable
 from graphcomb.graph.verify.evaluate import relative_error
 from graphcomb.passes import Context, Distill, Fuse, PruneDepth, RemoveChannels, Sparsify
-from graphcomb.passes.common import masks
 from graphcomb.passes.depth import prune_depth as module
 from graphcomb.passes.depth.blocks import find_blocks
 from graphcomb.passes.depth.relax import SWITCHES, relax

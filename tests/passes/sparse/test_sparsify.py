@@ -11,13 +11,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import graphcomb.graph as g
 from graphcomb.data import digits
+from graphcomb.graph import sparse as masks
 from graphcomb.graph.errors import BadInput, Refused
 from graphcomb.passes import Distill, Sparsify
 from graphcomb.passes.base import Context
-from graphcomb.passes.common import masks
 from graphcomb.passes.common.scoring import evaluate
-from graphcomb.passes.common.statistics import Gradients, input_moments, layers
+from graphcomb.passes.common.weights import layers
 from graphcomb.passes.sparse import cap
+from graphcomb.passes.sparse.gradients import Gradients
+from graphcomb.passes.sparse.moments import input_moments
 
 from ..depth.toys import Tied
 

@@ -1,4 +1,4 @@
-"""What data loaders yield, split into inputs and labels and fitted to a program's inputs."""
+"""Batches fitted to the inputs of one program: order, names, dtypes and sizes."""
 
 from __future__ import annotations
 
@@ -9,138 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from ...graph.errors import BadInput
 from ...graph.program import Program
-
-FORMS = "a batch is (inputs, labels), a tensor, a one-element list, or a dict of keyword inputs with optional labels"
-ADAPT = "for others give inputs= and labels=, functions of a batch (in a recipe, data: {inputs: module:function, …})"
-
-
-def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """`(args, kwargs, labels)` of one batch; labels is None when the batch has none.
-
-    Taken forms: `(inputs, labels)`; a tensor; a one-element list or tuple (as `TensorDataset` yields); a mapping of
-    keyword inputs with an optional "labels" entry. In the first form, inputs is a tensor, a list or tuple of tensors
-    (several positional inputs), or a mapping of keyword inputs. Raises BadInput for anything else, which functions of the
-    user can split (`adapted`).
-    """
-    if isinstance(batch, Split):
-        return batch.args, batch.kwargs, batch.labels
-    if isinstance(batch, Mapping):
-        args, kwargs = _inputs({k: v for k, v in batch.items() if k != "labels"})
-        return args, kwargs, batch.get("labels")
-    if isinstance(batch, (list, tuple)):
-        if not 1 <= len(batch) <= 2:
-            raise BadInput(f"data: the loader yields {_describe(batch)}; {FORMS}; {ADAPT}")
-        args, kwargs = _inputs(batch[0])
-        return args, kwargs, batch[1] if len(batch) == 2 else None
-    args, kwargs = _inputs(batch)
-    return args, kwargs, None
-
-
-def _inputs(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(value, torch.Tensor):
-        return (value,), {}
-    if isinstance(value, Mapping) and value and all(map(_is_input, value.values())):
-        return (), dict(value)
-    if isinstance(value, (list, tuple)) and value and all(map(_is_input, value)):
-        return tuple(value), {}
-    raise BadInput(f"data: the loader yields {_describe(value)} for inputs; {FORMS}; {ADAPT}")
-
-
-def _is_input(value: Any) -> bool:
-    """Whether a value is a tensor, or a list or mapping of such, which a model may take as one input."""
-    leaves = pytree.tree_leaves(value)
-    return bool(leaves) and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
-
-
-@dataclass(frozen=True)
-class Split:
-    """A batch whose inputs and labels are told apart already."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    labels: Any
-
-
-class Adapted:
-    """The batches of a loader, split by functions of the user; in everything else the loader itself."""
-
-    def __init__(self, data: Any, inputs: Callable[[Any], Any] | None, labels: Callable[[Any], Any] | None):
-        self.data, self.inputs, self.labels = data, inputs, labels
-
-    def __iter__(self) -> Iterator[Split]:
-        return map(self.split, self.data)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "data":
-            raise AttributeError(name)
-        return getattr(self.data, name)
-
-    def split(self, raw: Any) -> Split:
-        """One batch; what the functions raise, or do not give, is one line."""
-        if self.inputs is None:
-            args, kwargs, labels = split_batch(raw)
-        else:
-            args, kwargs = _inputs(_called("inputs", self.inputs, raw))
-            labels = self._usual_labels(raw) if self.labels is None else None
-        if self.labels is not None:
-            labels = _called("labels", self.labels, raw)
-        return Split(args, kwargs, labels)
-
-    @staticmethod
-    def _usual_labels(raw: Any) -> Any:
-        try:
-            return split_batch(raw)[2]
-        except BadInput:
-            raise BadInput(
-                f"data: which part of {_describe(raw)} are the labels? Give labels= besides inputs=, a function of a batch "
-                "that returns None where there are none"
-            ) from None
-
-
-class AdaptedOnce(Adapted):
-    """The same of an iterator, which yields its batches once."""
-
-    def __iter__(self) -> Iterator[Split]:
-        return self
-
-    def __next__(self) -> Split:
-        return self.split(next(self.data))
-
-
-def adapted(data: Any, inputs: Callable[[Any], Any] | None, labels: Callable[[Any], Any] | None) -> Any:
-    """Data whose batches `inputs(batch)` and `labels(batch)` split: the first gives a tensor, a list or tuple of positional
-    inputs, or a mapping of keyword inputs. Without functions, or for data that has some, the data itself."""
-    if data is None or isinstance(data, Adapted) or (inputs is None and labels is None):
-        return data
-    if not isinstance(data, Iterable):
-        raise BadInput(f"data: a {type(data).__name__} cannot be iterated; give a DataLoader")
-    return (AdaptedOnce if isinstance(data, Iterator) else Adapted)(data, inputs, labels)
-
-
-def _called(field: str, function: Callable[[Any], Any], raw: Any) -> Any:
-    if not callable(function):
-        raise BadInput(f"{field}: takes a function of a batch, not a {type(function).__name__}")
-    try:
-        return function(raw)
-    except Exception as error:
-        text = (str(error).splitlines() or ["no message"])[0]
-        raise BadInput(f"{field}: fails on {_describe(raw)} ({type(error).__name__}: {text[:200]})") from error
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Mapping):
-        odd = next((f'"{k}": {type(v).__name__}' for k, v in value.items() if not isinstance(v, torch.Tensor)), "")
-        return f"a dict with {odd}" if odd else "an empty dict"
-    if isinstance(value, (list, tuple)):
-        return f"a {type(value).__name__} of {len(value)} ({', '.join(sorted({type(v).__name__ for v in value}))})"
-    return f"a {type(value).__name__}"
+from ..batch import ADAPT, Adapted, Split, describe, split_batch
+from .loaders import length
 
 
 def map_some(change: Callable[[torch.Tensor], torch.Tensor], tree: Any, which: Sequence[bool]) -> Any:
@@ -255,9 +128,7 @@ class Feed:
             return given
         leaves = pytree.tree_leaves(given)
         if isinstance(given, (list, tuple)) != isinstance(example, (list, tuple)) or len(leaves) != spec.num_leaves:
-            raise BadInput(
-                f'{self.field}: input "{name}" is {_describe(given)}, the program takes {_describe(example)}'
-            )
+            raise BadInput(f'{self.field}: input "{name}" is {describe(given)}, the program takes {describe(example)}')
         if isinstance(given, (list, tuple)):
             return pytree.tree_unflatten(leaves, spec)
         return given
@@ -311,75 +182,3 @@ def _batch_size(inputs: Iterable[Any], outputs: Iterable[Any]) -> Any:
         return isinstance(size, int), str(size) not in results
 
     return min(first, key=rank, default=None)
-
-
-# ------------------------------------------------------------------------------------------------- several processes
-class Every:
-    """Every `count`-th element of an iterable, from element `index` on; `even`: only from complete groups of `count`,
-    so that all processes take the same number of steps."""
-
-    def __init__(self, items: Iterable[Any], index: int, count: int, even: bool):
-        self._items, self._index, self._count, self._even = items, index, count, even
-
-    def __iter__(self) -> Iterator[Any]:
-        group: list[Any] = []
-        for item in self._items:
-            group.append(item)
-            if len(group) == self._count:
-                yield group[self._index]
-                group = []
-        if not self._even and self._index < len(group):
-            yield group[self._index]
-
-    def __len__(self) -> int:
-        whole, rest = divmod(len(self._items), self._count)  # type: ignore[arg-type]
-        return whole + (not self._even and self._index < rest)
-
-
-def shard(data: Iterable[Any], index: int, count: int, even: bool = True) -> Iterable[Any]:
-    """The batches that process `index` of `count` takes: batch `index`, `index + count`, … of the loader's order.
-
-    A `DataLoader` over an indexable data set loads only these; of any other iterable the rest is loaded and dropped.
-    A loader that already has a `DistributedSampler` is left as it is.
-    """
-    if count == 1:
-        return data
-    if isinstance(data, Adapted):
-        return adapted(shard(data.data, index, count, even), data.inputs, data.labels)
-    if not isinstance(data, DataLoader) or data.batch_sampler is None or isinstance(data.dataset, IterableDataset):
-        return Every(data, index, count, even)
-    if isinstance(data.sampler, DistributedSampler):
-        return data
-    return like_loader(data, batch_sampler=Every(data.batch_sampler, index, count, even))
-
-
-def like_loader(data: DataLoader[Any], **parts: Any) -> DataLoader[Any]:
-    """A loader of the same data set that works alike, with another sampler or batch sampler."""
-    return DataLoader(
-        data.dataset,
-        num_workers=data.num_workers,
-        collate_fn=data.collate_fn,
-        pin_memory=data.pin_memory,
-        timeout=data.timeout,
-        worker_init_fn=data.worker_init_fn,
-        multiprocessing_context=data.multiprocessing_context,
-        generator=data.generator,
-        prefetch_factor=data.prefetch_factor,
-        persistent_workers=data.persistent_workers,
-        **parts,
-    )
-
-
-def length(data: Iterable[Any]) -> int | None:
-    """Number of batches, None when the iterable does not know."""
-    try:
-        return len(data)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
-def generators(data: Iterable[Any] | None) -> list[torch.Generator]:
-    """The random generators that decide a loader's order, apart from the global one."""
-    sampler = getattr(data, "sampler", None)
-    found = [getattr(owner, "generator", None) for owner in (data, sampler, getattr(data, "batch_sampler", None))]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

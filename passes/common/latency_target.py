@@ -1,4 +1,4 @@
-"""What a latency target may not take, however little time is predicted to be left: a share of the multiply-accumulates.
+"""Latency targets: the seconds they allow, what predicts them, and what they may not take.
 
 Predictions from a data sheet are off by a factor; a network that loses nine tenths of its arithmetic for one is lost for
 nothing. So a latency target leaves a quarter of the multiply-accumulates where nothing was measured. Source: ours.
@@ -6,13 +6,49 @@ nothing. So a latency target leaves a quarter of the multiply-accumulates where 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from ...graph.errors import BadInput, Unreachable
+from ...graph.program import Program
 from ...graph.workload.layers import Latency
 from ..base import check_field
 
 LEAST_MACS = 0.25  # share that a latency target leaves where nothing was measured
+UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+
+
+def allowed_seconds(latency: float | str, dense: float, of: str) -> float:
+    """What the latency target of a pass allows: a share of the dense program's seconds, or a time such as "3.5 ms".
+
+    of: the pass, for the message. Raises BadInput for anything else.
+    """
+    try:
+        if isinstance(latency, str):
+            number, unit = latency.split()
+            seconds = float(number) * UNITS[unit]
+        else:
+            seconds = latency * dense
+        if not (0 < seconds < math.inf and (isinstance(latency, str) or latency <= 1)):
+            raise ValueError
+    except (ValueError, KeyError):
+        raise BadInput(
+            f'{of}.latency: a share above 0 and at most 1, or a time such as "3.5 ms", not {latency!r}'
+        ) from None
+    return seconds
+
+
+def needed_latency(latency: Latency | None, of: str, program: Program) -> Latency:
+    """What predicts latencies, scaled to the program's own where that can be measured. Raises BadInput, in the name of the
+    pass, where nothing does."""
+    if latency is None:
+        raise BadInput(
+            f"{of}.latency: nothing predicts latencies here; pass latency=, a LatencyTable or a Roofline (in a recipe: "
+            "latency_table)"
+        )
+    anchored: Callable[[Program], Latency] | None = getattr(latency, "anchored", None)
+    return latency if anchored is None else anchored(program)
 
 
 def check_least(options: Any) -> None:

@@ -1,4 +1,4 @@
-"""What data says about weights: gradients of the loss, sample by sample, and the inputs of layers."""
+"""Gradients of the loss by chosen weights, sample by sample or batch by batch."""
 
 from __future__ import annotations
 
@@ -7,119 +7,25 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ...graph.errors import BadInput
-from ...graph.nodes import arguments, fetch, hint, op_name, shape
+from ...graph.nodes import fetch, hint
 from ...graph.program import Program, TrainableModule
-from ..base import Context, Pass, check_field
-from ..common.losses import logits_of, task_loss
-from ..common.processes import accelerator, placed
-from ..common.repeat import seeded
-from .batches import Batch, Feed, map_some
-from .class_axis import class_axis
-from .losses import class_dim
-from .processes import summed
-from .samples import apart, everywhere, sample_batches
+from ..base import Context
+from ..common.class_axis import class_axis
+from ..common.feed import Batch, Feed, map_some
+from ..common.losses import class_dim, logits_of, task_loss
+from ..common.processes import accelerator, placed, summed
+from ..common.samples import apart, everywhere, sample_batches
+from ..common.weights import Layer, layers
+from .unfold import check_finite, outputs_of, pieces, windows
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A linear or convolution weight `(out, in / groups, *kernel)`, the nodes that use it and all names that it goes by
-    (several where tied)."""
-
-    name: str
-    nodes: tuple[fx.Node, ...]
-    shape: tuple[int, ...]
-    groups: int
-    names: tuple[str, ...]
-
-    @property
-    def kind(self) -> str:
-        return "linear" if len(self.shape) == 2 else "depthwise" if self.shape[1] == 1 < self.groups else "conv"
-
-    @property
-    def size(self) -> int:
-        return torch.Size(self.shape).numel()
-
-    def matches(self, patterns: Iterable[str]) -> bool:
-        """Whether one of its names does."""
-        return any(fnmatchcase(name, pattern) for name in self.names for pattern in patterns)
-
-
-def layers(program: Program) -> tuple[list[Layer], list[dict[str, str]]]:
-    """The linear and convolution weights that are stored tensors, in the order they are used, and the others with the
-    reason."""
-    found: dict[int, tuple[str, list[fx.Node]]] = {}
-    refused = []
-    module = program.module()
-    for node in program.graph.nodes:
-        name = op_name(node)
-        if name not in ("linear", "conv1d", "conv2d", "conv3d"):
-            if name.startswith("conv_transpose"):
-                what = str(arguments(node)["weight"].target)
-                refused.append({"what": what, "why": "the weights of a transposed convolution lie the other way round"})
-            continue
-        weight = arguments(node)["weight"]
-        if weight.op != "get_attr" or not isinstance(fetch(module, str(weight.target)), torch.nn.Parameter):
-            what, why = node.name, "its weight is computed, not a stored parameter"
-            if op_name(weight).startswith("fake_quantize"):
-                what, why = str(weight.all_input_nodes[0].target), "it is quantised; Quantize comes last"
-            refused.append({"what": what, "why": why})
-            continue
-        if name != "linear" and len(shape(arguments(node)["input"])) < len(shape(weight)):
-            refused.append({"what": str(weight.target), "why": "its inputs have no batch dimension"})
-            continue
-        tensor = fetch(module, str(weight.target))
-        found.setdefault(id(tensor), (str(weight.target), []))[1].append(node)
-    names: dict[int, list[str]] = {}
-    for name, tensor in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(tensor), []).append(name)
-    return [
-        Layer(
-            name,
-            tuple(nodes),
-            shape(arguments(nodes[0])["weight"]),
-            arguments(nodes[0]).get("groups", 1),
-            tuple(names[key]),
-        )
-        for key, (name, nodes) in found.items()
-    ], refused
-
-
-def read_patterns(of: Pass) -> None:
-    """Make tuples of a pass's `include` and `exclude`, where a single name may be given by itself."""
-    for key in ("include", "exclude"):
-        value = getattr(of, key)
-        value = (value,) if isinstance(value, str) else value
-        good = isinstance(value, (list, tuple)) and all(isinstance(pattern, str) for pattern in value)
-        check_field(of, key, good, "patterns over weight names")
-        object.__setattr__(of, key, tuple(value))
-
-
-def check_included(of: Pass, include: Sequence[str], found: Sequence[Layer], refused: Sequence[dict[str, str]]) -> None:
-    """Raise BadInput unless each pattern of a pass's `include` matches a weight, taken or refused."""
-    names = [name for layer in found for name in layer.names] + [row["what"] for row in refused]
-    for pattern in include:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-            raise BadInput(f'{type(of).__name__}.include: "{pattern}" matches no weight; there are {some or "none"}')
-
-
-# ----------------------------------------------------------------------------------------------------------------- data
-def check_again(before: int, now: int) -> None:
-    """Raise BadInput unless a further run over the data saw as many samples as the one before (0: there was none)."""
-    if before not in (0, now):
-        raise BadInput(f"data: yields {now} samples, and {before} the time before; it must be iterable again")
-
-
-# ------------------------------------------------------------------------------------------------------------ gradients
 @dataclass(frozen=True)
 class Gradients:
     """How to make gradients: `count` of them, of single samples (`per` "sample") or of batches, against the data's labels
@@ -219,12 +125,6 @@ def _checked(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in gradients.items():
         check_finite(value, f"a gradient of {name} is")
     return gradients
-
-
-def check_finite(value: Tensor, what: str) -> None:
-    """Raise BadInput, which starts with `what`, when a tensor has an entry that is not finite."""
-    if not bool(value.isfinite().all()):
-        raise BadInput(f"Sparsify: {what} not finite; check the data and the loss")
 
 
 def _sample(tree: Any, index: list[int], size: int, batched: Sequence[bool] | None = None) -> Any:
@@ -342,12 +242,12 @@ class _Samples:
         """For each of `count` samples the sum over positions of outputs' gradients times inputs, `(count, groups, out /
         groups, c)`; as many samples at a time, or else positions, as the limit of numbers allows."""
         per, found = len(x) // count, []
-        some = max(1, self.largest // max(1, _windows(node, x[:per], layer).numel()))
+        some = max(1, self.largest // max(1, windows(node, x[:per], layer).numel()))
         for start in range(0, count, some):
             own = slice(start * per, (start + some) * per)
             number, total = min(some, count - start), torch.zeros(())
-            for rows, where in _pieces(_windows(node, x[own], layer), self.largest, 2):
-                given = _outputs(pull[own] if where is None else pull[own][:, :, where], layer)
+            for rows, where in pieces(windows(node, x[own], layer), self.largest, 2):
+                given = outputs_of(pull[own] if where is None else pull[own][:, :, where], layer)
                 rows, given = (t.unflatten(1, (number, -1)) for t in (rows, given))
                 total = total.to(rows) + torch.einsum("gnpo,gnpc->ngoc", given, rows)
             found.append(total)
@@ -395,112 +295,3 @@ class _Tap(fx.Interpreter):
             self.inputs[n] = self.env[n.args[0]].detach()  # type: ignore[index]
             self.outputs[n] = found
         return found
-
-
-# --------------------------------------------------------------------------------------------------------- activations
-def input_moments(
-    program: Program, names: Sequence[str], context: Context, count: int, full: bool = True, largest: int = 1 << 26
-) -> tuple[dict[str, Tensor], int]:
-    """`X Xᵀ / n` of the inputs of each named layer, one matrix per group: `(groups, c, c)`, `c` the inputs of one output
-    in the order of the flattened weight; with `full` False its diagonal, `(groups, c)`. From `count` samples, eval mode,
-    shared out over processes; returns how many of these the data has, too. largest: how many numbers a layer's unfolded
-    inputs may hold at a time.
-
-    Raises BadInput without data or batches, or for inputs whose squares are not finite.
-    """
-    if context.data is None:
-        raise BadInput("Sparsify: needs data for its statistics; pass data=, or choose method magnitude")
-    module, device = program.module().eval(), accelerator().device
-    moments = _Moments(module, [layer for layer in layers(program)[0] if layer.name in names], full, largest, device)
-
-    def add_up() -> int:
-        seen = 0
-        for batch, taken in sample_batches(Feed(program), context, count, share=True):
-            moments.run(*pytree.tree_leaves((batch.args, batch.kwargs)), enable_io_processing=False)
-            seen += taken
-        return seen
-
-    with seeded(context.seed, context.data), placed(module, device), torch.no_grad():
-        seen = everywhere(add_up)
-    numbers = summed(torch.tensor([seen, *moments.seen.values()], dtype=torch.float64, device=device)).tolist()
-    found = {}
-    for (name, total), rows in zip(moments.totals.items(), numbers[1:], strict=True):
-        found[name] = summed(total) / rows
-        check_finite(found[name], f"the statistics of {name} are")
-    return found, int(numbers[0])
-
-
-class _Moments(fx.Interpreter):
-    """Runs a graph and sums up the second moments of the inputs of some layers."""
-
-    def __init__(
-        self, module: TrainableModule, wanted: Sequence[Layer], full: bool, largest: int, device: torch.device
-    ):
-        super().__init__(module)
-        self.full, self.largest = full, largest
-        self.layers = {node: layer for layer in wanted for node in layer.nodes}
-        self.totals: dict[str, Tensor] = {}
-        self.seen = {layer.name: 0 for layer in wanted}
-        for layer in wanted:
-            size = math.prod(layer.shape[1:])
-            dtype = torch.promote_types(fetch(module, layer.name).dtype, torch.float32)  # squares of halves overflow
-            form = (1 if layer.kind == "linear" else layer.groups, size, *[size] * full)
-            self.totals[layer.name] = torch.zeros(form, dtype=dtype, device=device)
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n in self.layers:
-            layer = self.layers[n]
-            total = self.totals[layer.name]
-            every = _windows(n, self.env[n.args[0]], layer)  # type: ignore[index]
-            for samples, _ in _pieces(every, self.largest, 1, flat=False):
-                for rows, _ in _pieces(samples, self.largest, 2):
-                    rows = rows.to(total.dtype)
-                    total += rows.transpose(1, 2) @ rows if self.full else rows.square().sum(1)
-                    self.seen[layer.name] += rows.shape[1]
-        return super().run_node(n)
-
-
-def _windows(node: fx.Node, x: Tensor, layer: Layer) -> Tensor:
-    """The inputs of a layer as a view `(groups, samples, *positions, c...)`: what each output value is computed from."""
-    if len(layer.shape) == 2:
-        return x.reshape(1, -1, x.shape[-1])
-    a, kernel = arguments(node), layer.shape[2:]
-    every = [_each(a[key], len(kernel)) for key in ("stride", "dilation")]
-    if isinstance(a["padding"], str):
-        total = [d * (k - 1) * (a["padding"] == "same") for k, d in zip(kernel, every[1], strict=True)]
-        pads = [(t // 2, t - t // 2) for t in total]
-    else:
-        pads = [(p, p) for p in _each(a["padding"], len(kernel))]
-    x = F.pad(x, [p for pair in reversed(pads) for p in pair])
-    for d, (k, stride, dilation) in enumerate(zip(kernel, *every, strict=True)):
-        x = x.unfold(2 + d, dilation * (k - 1) + 1, stride)[..., ::dilation]
-    x = x.unflatten(1, (layer.groups, -1))  # (N, groups, channels, *out, *kernel)
-    rank = len(kernel)
-    return x.permute(1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank))
-
-
-def _pieces(windows: Tensor, largest: int, dim: int, flat: bool = True) -> Iterator[tuple[Tensor, slice | None]]:
-    """What `_windows` gives, cut along a dimension (1: samples, 2: the first of the positions, which a linear layer lacks)
-    into pieces of about `largest` numbers; with `flat` each as rows `(groups, n, c)`. And where it lies, None for all."""
-    rank = (windows.dim() - 3) // 2
-    if dim == 2 and not rank:
-        yield windows, None
-        return
-    step = max(1, largest // max(1, windows.numel() // max(1, windows.shape[dim])))
-    for start in range(0, windows.shape[dim], step):
-        piece = windows.narrow(dim, start, min(step, windows.shape[dim] - start))
-        if flat:
-            piece = piece.reshape(len(piece), -1, math.prod(piece.shape[2 + rank :]))
-        yield piece, slice(start, start + step)
-
-
-def _outputs(y: Tensor, layer: Layer) -> Tensor:
-    """The outputs of a layer as `(groups, n, out / groups)` rows, in the order of `_rows`."""
-    if len(layer.shape) == 2:
-        return y.reshape(1, -1, y.shape[-1])
-    y = y.unflatten(1, (layer.groups, -1)).movedim(1, 0).movedim(2, -1)
-    return y.reshape(layer.groups, -1, y.shape[-1])
-
-
-def _each(value: Any, count: int) -> list[int]:
-    return [*value] * count if len(value) == 1 else [*value]

@@ -1,0 +1,140 @@
+"""What a data loader yields: one batch, split into inputs and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..graph.errors import BadInput
+
+FORMS = "a batch is (inputs, labels), a tensor, a one-element list, or a dict of keyword inputs with optional labels"
+ADAPT = "for others give inputs= and labels=, functions of a batch (in a recipe, data: {inputs: module:function, …})"
+
+
+def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """`(args, kwargs, labels)` of one batch; labels is None when the batch has none.
+
+    Taken forms: `(inputs, labels)`; a tensor; a one-element list or tuple (as `TensorDataset` yields); a mapping of
+    keyword inputs with an optional "labels" entry. In the first form, inputs is a tensor, a list or tuple of tensors
+    (several positional inputs), or a mapping of keyword inputs. Raises BadInput for anything else, which functions of the
+    user can split (`adapted`).
+    """
+    if isinstance(batch, Split):
+        return batch.args, batch.kwargs, batch.labels
+    if isinstance(batch, Mapping):
+        args, kwargs = _inputs({k: v for k, v in batch.items() if k != "labels"})
+        return args, kwargs, batch.get("labels")
+    if isinstance(batch, (list, tuple)):
+        if not 1 <= len(batch) <= 2:
+            raise BadInput(f"data: the loader yields {describe(batch)}; {FORMS}; {ADAPT}")
+        args, kwargs = _inputs(batch[0])
+        return args, kwargs, batch[1] if len(batch) == 2 else None
+    args, kwargs = _inputs(batch)
+    return args, kwargs, None
+
+
+def _inputs(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(value, torch.Tensor):
+        return (value,), {}
+    if isinstance(value, Mapping) and value and all(map(_is_input, value.values())):
+        return (), dict(value)
+    if isinstance(value, (list, tuple)) and value and all(map(_is_input, value)):
+        return tuple(value), {}
+    raise BadInput(f"data: the loader yields {describe(value)} for inputs; {FORMS}; {ADAPT}")
+
+
+def _is_input(value: Any) -> bool:
+    """Whether a value is a tensor, or a list or mapping of such, which a model may take as one input."""
+    leaves = pytree.tree_leaves(value)
+    return bool(leaves) and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A batch whose inputs and labels are told apart already."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Any
+
+
+class Adapted:
+    """The batches of a loader, split by functions of the user; in everything else the loader itself."""
+
+    def __init__(self, data: Any, inputs: Callable[[Any], Any] | None, labels: Callable[[Any], Any] | None):
+        self.data, self.inputs, self.labels = data, inputs, labels
+
+    def __iter__(self) -> Iterator[Split]:
+        return map(self.split, self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "data":
+            raise AttributeError(name)
+        return getattr(self.data, name)
+
+    def split(self, raw: Any) -> Split:
+        """One batch; what the functions raise, or do not give, is one line."""
+        if self.inputs is None:
+            args, kwargs, labels = split_batch(raw)
+        else:
+            args, kwargs = _inputs(_called("inputs", self.inputs, raw))
+            labels = self._usual_labels(raw) if self.labels is None else None
+        if self.labels is not None:
+            labels = _called("labels", self.labels, raw)
+        return Split(args, kwargs, labels)
+
+    @staticmethod
+    def _usual_labels(raw: Any) -> Any:
+        try:
+            return split_batch(raw)[2]
+        except BadInput:
+            raise BadInput(
+                f"data: which part of {describe(raw)} are the labels? Give labels= besides inputs=, a function of a batch "
+                "that returns None where there are none"
+            ) from None
+
+
+class AdaptedOnce(Adapted):
+    """The same of an iterator, which yields its batches once."""
+
+    def __iter__(self) -> Iterator[Split]:
+        return self
+
+    def __next__(self) -> Split:
+        return self.split(next(self.data))
+
+
+def adapted(data: Any, inputs: Callable[[Any], Any] | None, labels: Callable[[Any], Any] | None) -> Any:
+    """Data whose batches `inputs(batch)` and `labels(batch)` split: the first gives a tensor, a list or tuple of positional
+    inputs, or a mapping of keyword inputs. Without functions, or for data that has some, the data itself."""
+    if data is None or isinstance(data, Adapted) or (inputs is None and labels is None):
+        return data
+    if not isinstance(data, Iterable):
+        raise BadInput(f"data: a {type(data).__name__} cannot be iterated; give a DataLoader")
+    return (AdaptedOnce if isinstance(data, Iterator) else Adapted)(data, inputs, labels)
+
+
+def _called(field: str, function: Callable[[Any], Any], raw: Any) -> Any:
+    if not callable(function):
+        raise BadInput(f"{field}: takes a function of a batch, not a {type(function).__name__}")
+    try:
+        return function(raw)
+    except Exception as error:
+        text = (str(error).splitlines() or ["no message"])[0]
+        raise BadInput(f"{field}: fails on {describe(raw)} ({type(error).__name__}: {text[:200]})") from error
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        odd = next((f'"{k}": {type(v).__name__}' for k, v in value.items() if not isinstance(v, torch.Tensor)), "")
+        return f"a dict with {odd}" if odd else "an empty dict"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)} ({', '.join(sorted({type(v).__name__ for v in value}))})"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,82 @@
+"""Data loaders: how long they are, what decides their order, and which of their batches a process takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from ..batch import Adapted, adapted
+
+
+class Every:
+    """Every `count`-th element of an iterable, from element `index` on; `even`: only from complete groups of `count`,
+    so that all processes take the same number of steps."""
+
+    def __init__(self, items: Iterable[Any], index: int, count: int, even: bool):
+        self._items, self._index, self._count, self._even = items, index, count, even
+
+    def __iter__(self) -> Iterator[Any]:
+        group: list[Any] = []
+        for item in self._items:
+            group.append(item)
+            if len(group) == self._count:
+                yield group[self._index]
+                group = []
+        if not self._even and self._index < len(group):
+            yield group[self._index]
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self._items), self._count)  # type: ignore[arg-type]
+        return whole + (not self._even and self._index < rest)
+
+
+def shard(data: Iterable[Any], index: int, count: int, even: bool = True) -> Iterable[Any]:
+    """The batches that process `index` of `count` takes: batch `index`, `index + count`, … of the loader's order.
+
+    A `DataLoader` over an indexable data set loads only these; of any other iterable the rest is loaded and dropped.
+    A loader that already has a `DistributedSampler` is left as it is.
+    """
+    if count == 1:
+        return data
+    if isinstance(data, Adapted):
+        return adapted(shard(data.data, index, count, even), data.inputs, data.labels)
+    if not isinstance(data, DataLoader) or data.batch_sampler is None or isinstance(data.dataset, IterableDataset):
+        return Every(data, index, count, even)
+    if isinstance(data.sampler, DistributedSampler):
+        return data
+    return like_loader(data, batch_sampler=Every(data.batch_sampler, index, count, even))
+
+
+def like_loader(data: DataLoader[Any], **parts: Any) -> DataLoader[Any]:
+    """A loader of the same data set that works alike, with another sampler or batch sampler."""
+    return DataLoader(
+        data.dataset,
+        num_workers=data.num_workers,
+        collate_fn=data.collate_fn,
+        pin_memory=data.pin_memory,
+        timeout=data.timeout,
+        worker_init_fn=data.worker_init_fn,
+        multiprocessing_context=data.multiprocessing_context,
+        generator=data.generator,
+        prefetch_factor=data.prefetch_factor,
+        persistent_workers=data.persistent_workers,
+        **parts,
+    )
+
+
+def length(data: Iterable[Any]) -> int | None:
+    """Number of batches, None when the iterable does not know."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def generators(data: Iterable[Any] | None) -> list[torch.Generator]:
+    """The random generators that decide a loader's order, apart from the global one."""
+    sampler = getattr(data, "sampler", None)
+    found = [getattr(owner, "generator", None) for owner in (data, sampler, getattr(data, "batch_sampler", None))]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
