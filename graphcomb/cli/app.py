@@ -179,7 +179,7 @@ def build(
     from ..pipeline import write_json
     from ..runtime.engines.base import UnparsedOp, check_model
     from ..runtime.engines.dla import dla_report
-    from ..runtime.measure.gate import choose, compare, read_baseline
+    from ..runtime.report.gate import choose, compare, read_baseline
     from ..shapes import read_ranges
 
     options = _arguments(option or (), "--option")

@@ -8,7 +8,7 @@ from typing import Any
 
 def latency_place(summary: Mapping[str, Any]) -> str:
     """What measured a run's latencies: library, precision, threads and processor, batch; as far as the summary says."""
-    bench = summary.get("latency", summary.get("bench"))
+    bench = summary.get("bench")
     about = bench.get("environment") if isinstance(bench, Mapping) else None
     about = about if isinstance(about, Mapping) else {}
     versions, threads = about.get("versions"), about.get("threads")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from graphcomb.graph.errors import BadInput
-from graphcomb.runtime.measure.gate import choose, compare, read_baseline
+from graphcomb.runtime.report.gate import choose, compare, read_baseline
 
 
 def kernel(name, nodes, padding=False):

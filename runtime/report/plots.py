@@ -1,0 +1,129 @@
+"""Which plots the report shows of a summary, each with its numbers in words for those who do not see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from . import charts
+from .devices import device_name, median
+from .layers import LayerRow
+from .reading import costs, items, mapping, metric_name, timings
+from .text import count, milliseconds, number, plain_score, si, tick_format
+
+Plot = tuple[str, str, str]  # caption, SVG, its numbers in words
+Point = tuple[float, float, str]  # cost, accuracy, stage
+
+
+def plots(
+    summary: Mapping[str, Any], records: list[Mapping[str, Any]], layers: list[LayerRow]
+) -> list[tuple[str, Markup]]:
+    """Caption and SVG of every plot that the summary has the numbers for."""
+    found = [
+        *_trade_offs(summary, _trajectory(summary, records)),
+        *_profiles(layers),
+        *_latencies(timings(summary)),
+        *_training(_epochs(records), metric_name(summary)),
+    ]
+    return [(caption, _described(svg, f"{caption}. {words}")) for caption, svg, words in found]
+
+
+def _described(svg: str, words: str) -> Markup:
+    """An image with a description for those who do not see it."""
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(words)}"', 1))
+
+
+def _trade_offs(summary: Mapping[str, Any], path: list[Point]) -> Iterable[Plot]:
+    """Accuracy against multiply-accumulates, and against every latency that was measured before and after."""
+    if len(path) < 2:
+        return
+    metric = metric_name(summary)
+    ticks = tick_format((accuracy for _, accuracy, _ in path), metric)
+
+    def plot(name: str, points: list[Point], what: str, label: str, text: Callable[[float], str]) -> Plot:
+        words = "; ".join(f"{stage}: {text(cost)}, {ticks(accuracy)}" for cost, accuracy, stage in points)
+        svg = charts.trade_off(name, points, label, text, metric, ticks)
+        return f"{metric.capitalize()} against {what}", svg, words
+
+    def latency(name: str, first: float, last: float, what: str) -> Plot:
+        points = [(first, path[0][1], "dense"), (last, path[-1][1], "compressed")]
+        return plot(name, points, what, "median latency", milliseconds)
+
+    yield plot("macs", path, "multiply-accumulates", "multiply-accumulates", si)
+    medians = [row["median"] for row in timings(summary).values()]
+    if len(medians) == 2:
+        yield latency("latency", medians[0], medians[1], "latency")
+    for i, results in enumerate(items(summary.get("devices"))):
+        medians = [median(mapping(model)) or 0.0 for model in mapping(results.get("models")).values()]
+        if len(medians) > 1 and medians[0] and medians[-1]:
+            yield latency(f"device-{i}", medians[0], medians[-1], f"latency on {device_name(results, 'a device')}")
+
+
+def _profiles(layers: list[LayerRow]) -> Iterable[Plot]:
+    """MACs, output channels and predicted time over the layers."""
+
+    def plot(caption: str, name: str, values: list[tuple[float, float]], text: Callable[[float], str]) -> Plot:
+        before, after = [pair[0] for pair in values], [pair[1] for pair in values]
+        most = before.index(max(before))
+        words = (
+            f"{len(values)} layers in the order of the network, {text(sum(before))} before and {text(sum(after))} after; "
+            f"the largest is layer {most + 1}, {text(before[most])} before and {text(after[most])} after"
+        )
+        return caption, charts.profile(name, before, after, "", text), words
+
+    if any(layer.macs[0] for layer in layers):
+        yield plot("Multiply-accumulates of each layer", "work", [row.macs for row in layers if any(row.macs)], si)
+    if channels := [layer.channels for layer in layers if layer.channels]:
+        yield plot("Output channels of each layer", "channels", channels, count)
+    if ms := [layer.ms for layer in layers if layer.ms]:
+        yield plot("Predicted time of each layer", "times", ms, milliseconds)
+
+
+def _latencies(percentiles: Mapping[str, Mapping[str, float]]) -> Iterable[Plot]:
+    if percentiles:
+        words = "; ".join(
+            f"{name}: median {milliseconds(row['median'])}, nine of ten from {milliseconds(row['p5'])} to "
+            f"{milliseconds(row['p95'])}"
+            for name, row in percentiles.items()
+        )
+        yield "Latency of single calls", charts.ranges("calls", percentiles, "", milliseconds), words
+
+
+def _training(series: Mapping[str, list[tuple[float, float]]], metric: str) -> Iterable[Plot]:
+    if series:
+        texts = {"loss": plain_score, "accuracy": tick_format((y for _, y in series.get("accuracy", [])), metric)}
+        words = "; ".join(
+            f"{name}: {texts[name](points[0][1])} in epoch {points[0][0]:g}, {texts[name](points[-1][1])} in epoch "
+            f"{points[-1][0]:g}"
+            for name, points in series.items()
+        )
+        yield "Training", charts.curves("training", series, texts), words
+
+
+def _trajectory(summary: Mapping[str, Any], records: list[Mapping[str, Any]]) -> list[Point]:
+    """MACs, accuracy and name of the dense program and of every stage whose accuracy is known. Stages that change
+    neither are one point."""
+    first, last, _ = costs(summary, "macs")
+    points = [(first, number(summary.get("accuracy_before")), "dense")]
+    for record in records:
+        macs = number(mapping(mapping(record.get("cost")).get("after")).get("macs"))
+        points.append((macs, number(mapping(record.get("accuracy")).get("after")), str(record.get("pass", ""))))
+    points.append((last, number(summary.get("accuracy_after")), "compressed"))
+    known: list[Point] = []
+    for macs, accuracy, name in points:
+        if macs is not None and accuracy is not None and (macs, accuracy) not in [p[:2] for p in known]:
+            known.append((macs, accuracy, name))
+    return known
+
+
+def _epochs(records: list[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Loss and accuracy over the epochs of all passes, as far as they were noted."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    epochs = [epoch for record in records for epoch in items(record.get("epochs"))]
+    for i, epoch in enumerate(epochs, 1):
+        for name, key in (("loss", "loss"), ("accuracy", "val")):
+            if (value := number(epoch.get(key))) is not None:
+                series.setdefault(name, []).append((i, value))
+    return series
