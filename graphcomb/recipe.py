@@ -19,11 +19,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import math
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -33,12 +32,12 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
-    TypeAdapter,
     ValidationError,
 )
 
 from . import passes as library
 from .graph.errors import BadInput, GraphcombError
+from .graph.hints import field_hints
 from .passes.base import Pass
 from .runtime.devices.table import nearest
 
@@ -242,49 +241,28 @@ def parse_passes(steps: list[Any]) -> list[Pass]:
 
 
 def parse_pass(cls: type[Pass], options: Any, path: str) -> Pass:
-    """One pass from its options, each checked against the type of the field of that name."""
+    """One pass from its options; what the pass itself says against them is told with the path of the field."""
     options = {} if options is None else options
     if not isinstance(options, dict):
         raise BadInput(f"{path}: expected options as a mapping, got {_brief(options)}")
     fields = {f.name for f in dataclasses.fields(cls) if f.init}
-    hints = get_type_hints(cls)
-    given = {}
+    hints, arguments = field_hints(cls), {}
     for name, value in options.items():
         if name not in fields:
             raise BadInput(
                 f"{path}.{name}: unknown option; {nearest(str(name), fields) if fields else 'the pass takes none'}"
             )
-        inner = _pass_type(hints[name])
+        hint = hints.get(name)
+        inner = next((t for t in (hint, *get_args(hint)) if inspect.isclass(t) and issubclass(t, Pass)), None)
         if inner is not None and value is not None:
-            given[name] = parse_pass(inner, value, f"{path}.{name}")
-        else:
-            given[name] = _typed(hints[name], value, f"{path}.{name}")
+            value = parse_pass(inner, value, f"{path}.{name}")
+        # YAML reads a bare `no` as false.
+        arguments[name] = "no" if value is False and "no" in get_args(hint) else value
     try:
-        return cls(**given)
+        return cls(**arguments)
     except GraphcombError as error:
         text = str(error).removeprefix(cls.__name__)
         raise BadInput(path + (text if text[:1] in (":", ".") else f": {error}")) from error
-    except TypeError as error:
-        raise BadInput(f"{path}: {error}") from error
-
-
-def _pass_type(hint: Any) -> type[Pass] | None:
-    """The pass that an option takes the options of, such as `RemoveChannels.train`."""
-    return next((t for t in (hint, *get_args(hint)) if inspect.isclass(t) and issubclass(t, Pass)), None)
-
-
-def _typed(hint: Any, value: Any, path: str) -> Any:
-    """The value as the hinted type, without conversions other than list to tuple and int to float, and of a bare `no`,
-    which YAML reads as false, to "no" where that is an option."""
-    if value is False and "no" in get_args(hint):
-        value = "no"
-    if isinstance(value, float) and not math.isfinite(value):
-        raise BadInput(f"{path}: should be a finite number, got {value}")
-    try:
-        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise BadInput(f"{path}: {first['msg'].removeprefix('Input ')}, got {_brief(value)}") from error
     except TypeError as error:
         raise BadInput(f"{path}: {error}") from error
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch.export import ExportedProgram
 
 from ..graph.errors import BadInput
+from ..graph.hints import check_fields
 from ..graph.program import Program
 from ..graph.sparse import check_masks
 from ..graph.workload.layers import Latency
@@ -72,7 +73,39 @@ class PassResult:
 
 
 @dataclass(frozen=True)
-class Pass:
+class Options:
+    """Base of passes and of what they share: every field is an option, checked against its type hint (`graph.hints`)
+    before the class's own `__post_init__` checks its range."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "__post_init__" in cls.__dict__:
+            check_range = cls.__post_init__
+
+            def check(self: Options) -> None:
+                check_fields(self)
+                check_range(self)
+
+            cls.__post_init__ = check  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """Options inside options are objects of their class, which have checked themselves."""
+        from pydantic_core import core_schema
+
+        return core_schema.is_instance_schema(cls)
+
+    def options(self) -> dict[str, Any]:
+        """The recipe options, JSON-able."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value.options() if isinstance(value, Options) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Pass(Options):
     """Base of all passes; subclasses define fields and `run(program, context) -> PassResult` and never change their
     input program.
 
@@ -105,11 +138,6 @@ class Pass:
             result.record["cost"] = {"before": program.cost(), "after": result.program.cost()}
         result.program.history = [*program.history, result.record]
         return result
-
-    def options(self) -> dict[str, Any]:
-        """The recipe options, JSON-able."""
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: value.options() if isinstance(value, Pass) else value for name, value in given.items()}
 
     def run(self, program: Program, context: Context) -> PassResult:
         raise TypeError(f"{type(self).__name__} does not define run()")

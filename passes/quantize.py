@@ -20,7 +20,7 @@ from .common.feed import Feed
 from .common.processes import accelerator, placed
 from .common.repeat import seeded
 from .common.samples import sample_batches
-from .common.weights import Layer, check_included, layers, read_patterns
+from .common.weights import Layer, check_included, layers
 
 RANGE = (-128, 127)  # the one signed range that ONNX's QuantizeLinear has
 
@@ -49,10 +49,7 @@ class Quantize(Pass):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        whole = type(self.samples) is int and self.samples >= 1
-        check_field(self, "samples", whole, "a whole number of at least 1")
-        check_field(self, "calibration", self.calibration in ("histogram", "minmax"), "histogram or minmax")
-        read_patterns(self)
+        check_field(self, "samples", self.samples >= 1, "a whole number of at least 1")
 
     def run(self, program: Program, context: Context) -> PassResult:
         new = program.copy()

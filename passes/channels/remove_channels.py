@@ -77,7 +77,7 @@ class RemoveChannels(Pass):
     latency: float | str | None = None
     least_macs: float | None = None
     importance: str | None = None
-    scope: str | None = None
+    scope: Literal["local", "global"] | None = None
     round_to: int | None = None
     min_channels: int = 1
     kinds: tuple[str, ...] = DEFAULT_KINDS
@@ -108,15 +108,11 @@ class RemoveChannels(Pass):
             value = getattr(self, key)
             says = "what may remain: a share above 0 and at most 1, or a whole number above 1"
             check_field(self, key, value is None or 0 < value <= 1 or (value > 1 and value == int(value)), says)
-        schedules = ("adaptive", "iterative", "one-shot")
         check_field(self, "importance", self.importance in IMPORTANCES, f"one of {', '.join(IMPORTANCES)}")
-        check_field(self, "scope", self.scope in ("local", "global"), "local or global")
-        check_field(self, "schedule", self.schedule in schedules, "adaptive, iterative or one-shot")
         check_field(self, "prune_share", 0 < self.prune_share <= 1, "a share above 0, at most 1")
         for key in ("round_to", "min_channels", "interval", "rounds", "samples"):
             value = getattr(self, key)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise BadInput(f"RemoveChannels.{key}: a whole number of at least 1, not {value}")
+            check_field(self, key, value is None or value >= 1, "a whole number of at least 1")
         for option in dataclasses.fields(self):
             said = option.name in DURING and getattr(self, option.name) not in (option.default, "one-shot")
             if said and self.train is None:
@@ -124,9 +120,6 @@ class RemoveChannels(Pass):
                     f"RemoveChannels.{option.name}: says how to prune while training, so it needs `train`; without it "
                     "everything goes at once"
                 )
-        for key in ("kinds", "include", "exclude"):
-            value = getattr(self, key)
-            object.__setattr__(self, key, (value,) if isinstance(value, str) else tuple(value))
         for kind in self.kinds:
             if kind not in KINDS:
                 raise BadInput(f"RemoveChannels.kinds: some of {', '.join(KINDS)}, not {kind!r}")

@@ -12,7 +12,7 @@ from torch import fx
 from ...graph.errors import BadInput
 from ...graph.nodes import arguments, fetch, op_name, shape
 from ...graph.program import Program
-from ..base import Pass, check_field
+from ..base import Pass
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,6 @@ def layers(program: Program) -> tuple[list[Layer], list[dict[str, str]]]:
         )
         for key, (name, nodes) in found.items()
     ], refused
-
-
-def read_patterns(of: Pass) -> None:
-    """Make tuples of a pass's `include` and `exclude`, where a single name may be given by itself."""
-    for key in ("include", "exclude"):
-        value = getattr(of, key)
-        value = (value,) if isinstance(value, str) else value
-        good = isinstance(value, (list, tuple)) and all(isinstance(pattern, str) for pattern in value)
-        check_field(of, key, good, "patterns over weight names")
-        object.__setattr__(of, key, tuple(value))
 
 
 def check_included(of: Pass, include: Sequence[str], found: Sequence[Layer], refused: Sequence[dict[str, str]]) -> None:

@@ -101,7 +101,6 @@ class PruneDepth(Pass):
     train: Distill | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "names", (self.names,) if isinstance(self.names, str) else tuple(self.names))
         given = [k for k in ("blocks", "macs", "latency", "names") if getattr(self, k) not in (None, ())]
         if len(given) != 1:
             raise BadInput(
@@ -113,10 +112,6 @@ class PruneDepth(Pass):
         if self.latency is not None:
             allowed_seconds(self.latency, 1.0, "PruneDepth")
         check_least(self)
-        check_field(self, "select", self.select in ("search", "random"), '"search" or "random"')
-        check_field(
-            self, "progress", self.progress in ("linear", "cosine", "at once"), '"linear", "cosine" or "at once"'
-        )
         check_field(self, "share", 0 < self.share <= 1, "a share of the training steps, above 0 to 1")
         for key in ("supernet_steps", "generations"):
             check_field(self, key, getattr(self, key) >= 0, "at least 0")

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...graph.errors import BadInput
+from ..base import Options
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Options):
     """How to train; the options that every trained pass has.
 
     epochs: passes over the data (ignored when `steps` is given). steps: optimizer steps. optimizer: "adamw" or "sgd"
@@ -37,14 +38,10 @@ class Training:
     def __post_init__(self) -> None:
         self._require("epochs", self.epochs >= 1, "at least 1")
         self._require("steps", self.steps is None or self.steps >= 1, "at least 1, or null")
-        self._require("optimizer", self.optimizer in ("adamw", "sgd"), '"adamw" or "sgd"')
         self._require("lr", self.lr > 0, "greater than 0")
         self._require("weight_decay", self.weight_decay >= 0, "at least 0")
-        self._require("schedule", self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES))
         self._require("warmup", 0 <= self.warmup <= 1, "a share of the steps, 0 to 1")
         self._require("clip", self.clip >= 0, "at least 0")
-        self._require("batch_norm", self.batch_norm in ("train", "frozen"), '"train" or "frozen"')
-        self._require("precision", self.precision in ("no", "bf16", "fp16"), '"no", "bf16" or "fp16"')
         self._require("checkpoint_every", self.checkpoint_every >= 0, "at least 0")
 
     def _require(self, field: str, holds: bool, what: str) -> None:

@@ -21,22 +21,19 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, UnionType
-from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
+from types import ModuleType
+from typing import Any, Protocol, get_type_hints, runtime_checkable
 
 import numpy as np
 import onnx
 
 from ...graph.errors import BadInput, MissingBackend
+from ...graph.hints import checked
 from ...graph.program import Program
 from ...graph.program import load as load_program
 from ..devices.table import Target, get_target, nearest
 from .origins import Origin
 from .origins import read as read_origins
-
-UNIONS = (Union, UnionType)
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", os.PathLike: "text"}
-WORDS |= {Sequence: "a list", Mapping: "a mapping"}
 
 
 class UnparsedOp(BadInput):
@@ -303,28 +300,7 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], back
     for name, value in options.items():
         if name not in known:
             raise BadInput(f"option {name}: not one of backend {backend}; {nearest(name, known)}")
-        if not _fits(value, annotations[name]):
-            raise BadInput(f"option {name}: {_kind(annotations[name])}, not {value!r}")
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is what an annotation says; true and false are no numbers."""
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin in UNIONS:
-        return any(_fits(value, a) for a in inner)
-    if annotation in (int, float):
-        return isinstance(value, int if annotation is int else int | float) and not isinstance(value, bool)
-    if not isinstance(value, origin or annotation) or (isinstance(value, str) and inner):
-        return False  # a text is no sequence of options
-    if isinstance(value, Mapping) and inner:
-        return all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
-    return all(_fits(v, inner[0]) for v in value) if isinstance(value, Sequence) and inner else True
-
-
-def _kind(annotation: Any) -> str:
-    """What an annotation asks for, in words."""
-    kinds = get_args(annotation) if get_origin(annotation) in UNIONS else (annotation,)
-    return " or ".join(dict.fromkeys(WORDS[get_origin(k) or k] for k in kinds if k is not type(None)))
+        checked(annotations[name], value, f"option {name}")
 
 
 # ---------------------------------------------------------------------------------------------------------- ONNX files

@@ -33,7 +33,7 @@ def test_unknown_option(refused, recipe) -> None:
 
 
 def test_wrong_type(refused, recipe) -> None:
-    assert 'passes.0.RemoveChannels.ratio: should be a valid number, got "half"' in refused(
+    assert "passes.0.RemoveChannels.ratio: a number, not 'half'" in refused(
         "run", recipe(), "--set", "passes.0.ratio=half"
     )
 

@@ -1,11 +1,16 @@
 """Reading recipes: what is taken, and that every mistake names its place and the nearest valid name."""
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Comb, Distill, RemoveChannels, Sparsify
+from graphcomb.passes.train.options import Training
 from graphcomb.recipe import known_passes, override, parse_recipe, read_recipe, read_yaml
 
 GOOD = {"model": "a:b", "passes": []}
@@ -45,8 +50,38 @@ def test_a_pattern_is_no_number_in_base_60(tmp_path: Path, text: str) -> None:
     assert recipe.seed == 16
 
 
+def test_options_are_checked_alike_in_python() -> None:
+    taken = RemoveChannels(ratio=np.float32(0.5), round_to=np.int64(8), kinds=["channel"], include="stem.*")
+    assert taken == RemoveChannels(ratio=0.5, round_to=8, kinds=("channel",), include=("stem.*",))
+    assert [type(value) for value in (taken.ratio, taken.round_to)] == [float, int]
+    assert RemoveChannels(ratio=torch.tensor(0.25)).ratio == 0.25
+    assert isinstance(RemoveChannels(macs=1000).macs, float)
+    for options, message in [
+        ({"ratio": "0.5"}, "RemoveChannels.ratio: a number, not '0.5'"),
+        ({"ratio": True}, "RemoveChannels.ratio: a number, not True"),
+        ({"kinds": [3]}, "RemoveChannels.kinds: a list of texts, not [3]"),
+        ({"latency": [1]}, "RemoveChannels.latency: a number or text, not [1]"),
+        ({"train": {"epochs": 2}}, "RemoveChannels.train: a Distill, not {'epochs': 2}"),
+    ]:
+        with pytest.raises(BadInput, match=f"^{re.escape(message)}$"):
+            RemoveChannels(**options)
+    with pytest.raises(BadInput, match=r"^Training.epochs: a whole number, not '3'$"):
+        Training(epochs="3")
+
+
+def test_an_heir_without_checks_of_its_own_has_those_of_its_base() -> None:
+    @dataclass(frozen=True)
+    class Longer(Distill):
+        more: int = 1
+
+    with pytest.raises(BadInput, match=r"^Longer.more: a whole number, not 'x'$"):
+        Longer(more="x")
+    with pytest.raises(BadInput, match=r"^Longer.epochs: must be at least 1, got 0$"):
+        Longer(epochs=0)
+
+
 def test_only_options_that_may_be_no_take_false() -> None:
-    with pytest.raises(BadInput, match=r"passes.0.Distill.optimizer: .* got false"):
+    with pytest.raises(BadInput, match=r"passes.0.Distill.optimizer: adamw or sgd, not False"):
         parse_recipe(GOOD | {"passes": [{"Distill": {"optimizer": False}}]})
 
 
@@ -81,17 +116,17 @@ MISTAKES = [
     ({"passes": ["RemoveChanels"]}, 'passes.0: unknown pass "RemoveChanels"; did you mean RemoveChannels?'),
     (removal(ration=0.5), f"{HERE}.ration: unknown option; did you mean ratio"),
     ({"passes": [{"Comb": {"x": 1}}]}, "passes.0.Comb.x: unknown option; the pass takes none"),
-    (removal(ratio="half"), f'{HERE}.ratio: should be a valid number, got "half"'),
+    (removal(ratio="half"), f"{HERE}.ratio: a number, not 'half'"),
     (removal(ratio=1.5), f"{HERE}.ratio: a share"),
-    (removal(ratio=float("nan")), f"{HERE}.ratio: should be a finite number"),
-    (removal(round_to=2.5), f"{HERE}.round_to: should be a valid integer"),
-    (removal(min_channels=True), f"{HERE}.min_channels: should be a valid integer"),
+    (removal(ratio=float("nan")), f"{HERE}.ratio: a finite number, not nan"),
+    (removal(round_to=2.5), f"{HERE}.round_to: a whole number, not 2.5"),
+    (removal(min_channels=True), f"{HERE}.min_channels: a whole number, not True"),
     (removal(ratio=0.5, macs=0.5), f"{HERE}: give one of"),
     (removal(train={"epoch": 3}), f"{HERE}.train.epoch: unknown option; did you mean epochs"),
     (removal(train={"epochs": 0}), f"{HERE}.train.epochs: must be at least 1, got 0"),
-    (removal(train={"lr": "low"}), f'{HERE}.train.lr: should be a valid number, got "low"'),
+    (removal(train={"lr": "low"}), f"{HERE}.train.lr: a number, not 'low'"),
     (removal(train=3), f"{HERE}.train: expected options as a mapping, got 3"),
-    (removal(schedule="never"), f"{HERE}.schedule: should be 'adaptive', 'iterative' or 'one-shot', got \"never\""),
+    (removal(schedule="never"), f"{HERE}.schedule: adaptive, iterative or one-shot, not 'never'"),
     ({"passes": [{"RemoveChannels": 0.5}]}, f"{HERE}: expected options as a mapping, got 0.5"),
     ({"passes": [{"Comb": {}, "RemoveChannels": {}}]}, "passes.0: expected a pass name or one"),
     ({"passes": "Comb"}, "passes: should be a valid list"),
