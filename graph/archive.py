@@ -20,9 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch.export import ExportedProgram
 
+from . import compat
 from .errors import BadInput
 
 RECORD = "graphcomb.json"
@@ -160,7 +162,7 @@ def _inspect(data: bytes) -> None:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         if "version" in archive.namelist():
             raise ValueError("written by torch.export of torch 2.7 or older; load and save it there once more")
-    reader = torch._C.PyTorchFileReader(io.BytesIO(data))
+    reader = compat.archive_reader(io.BytesIO(data))
     for name in reader.get_all_records():
         if name.startswith("data/aotinductor/"):
             raise Unsafe(f"{name} is compiled code")
@@ -237,7 +239,7 @@ def _operator(value: str, key: str) -> str:
         if not hasattr(target, name):
             return ""  # not registered here: torch says so, and how to
         target = getattr(target, name)
-    known = isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator)
+    known = isinstance(target, compat.OpOverload | compat.HigherOrderOperator)
     return "" if known else "is not an operator of a graph"
 
 
@@ -261,9 +263,7 @@ def _harmless(node: ast.AST) -> bool:
 
 def _of_sizes(name: str) -> bool:
     """Whether the name is that of a mathematical function in sympy or in torch's own additions to it."""
-    import sympy
-    from torch.utils._sympy import functions
-
+    functions = compat.size_functions
     found = getattr(functions, name, None) if name in functions.__all__ else getattr(sympy, name, None)
     return isinstance(found, type) and issubclass(found, sympy.Basic)
 

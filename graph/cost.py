@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import compat
 from .errors import Refused
-from .nodes import arguments, fetch, op_name, shape, source, spelled_out
+from .nodes import arguments, fetch, is_operator, op_name, shape, source, spelled_out
 
 Ref = tuple[fx.Node, int] | int
 Polynomial = list[list[Ref]]
@@ -51,7 +52,7 @@ def macs(node: fx.Node) -> Polynomial:
     """Multiply-accumulates of one node; empty for everything that multiplies nothing, and for what `unknown` names."""
     if node.op != "call_function":
         return NOTHING
-    if not hasattr(node.target, "_schema"):
+    if not is_operator(node):
         return _branches(node) if str(node.target) == "cond" else NOTHING
     count = COUNTS.get(op_name(node))
     return NOTHING if count is None else count(node, arguments(node))
@@ -60,9 +61,9 @@ def macs(node: fx.Node) -> Polynomial:
 def unknown(node: fx.Node) -> str | None:
     """Why the node's multiply-accumulates cannot be counted; None where they can, or where there are none."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, compat.OpOverload):
         return _said(target)
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, compat.HigherOrderOperator):
         bodies = _bodies(node)
         if str(target) == "cond":
             return next((why for body in bodies for n in body.graph.nodes if (why := _inside(n))), None)
@@ -72,8 +73,8 @@ def unknown(node: fx.Node) -> str | None:
     return None
 
 
-def _said(target: torch._ops.OpOverload) -> str | None:
-    name = target._schema.name.removeprefix("aten::")
+def _said(target: compat.OpOverload) -> str | None:
+    name = compat.schema(target).name.removeprefix("aten::")
     if name in COUNTS:
         return None
     if name in UNCOUNTED:

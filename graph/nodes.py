@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import compat
+
 
 def op_name(node: fx.Node) -> str:
     """Name of the node's operator without namespace or overload: "conv2d", "getitem"; for custom ops "space::name"."""
@@ -15,16 +17,26 @@ def op_name(node: fx.Node) -> str:
         return node.op
     if node.target is operator.getitem:
         return "getitem"
-    schema = getattr(node.target, "_schema", None)
+    schema = compat.schema(node.target)
     if schema is None:
         return getattr(node.target, "__name__", str(node.target))
     return schema.name.removeprefix("aten::")
 
 
+def is_operator(node: fx.Node) -> bool:
+    """Whether the node calls an ATen or custom operator, which has a schema (and not Python, or the body of a branch)."""
+    return compat.schema(node.target) is not None
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether the node's operator writes to one of its arguments."""
+    return compat.writes(node.target)
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of an operator node by schema name, defaults filled in."""
     found = {}
-    for i, a in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for i, a in enumerate(compat.schema(node.target).arguments):
         default = a.default_value if a.has_default_value() else None
         found[a.name] = node.args[i] if i < len(node.args) else node.kwargs.get(a.name, default)
     return found
@@ -32,7 +44,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
     """Set one argument by schema name, whether it was given by position, keyword or default."""
-    for i, a in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for i, a in enumerate(compat.schema(node.target).arguments):
         if a.name == name:
             if i < len(node.args) and not a.kwarg_only:
                 node.update_arg(i, value)
@@ -51,12 +63,7 @@ def hint(size: Any) -> int:
         return int(size)
     if isinstance(size, fx.Node):
         return hint(size.meta["val"])
-    if size.node.has_hint():
-        return int(size.node.hint)
-    environment = size.node.shape_env
-    newer = hasattr(environment, "backed_var_to_val")  # what newer releases of torch call it
-    known = environment.backed_var_to_val if newer else environment.var_to_val
-    return int(size.node.expr.subs({s: known.get(s, DATA_DEPENDENT) for s in size.node.expr.free_symbols}))
+    return compat.example_of(size, DATA_DEPENDENT)
 
 
 def shape(node: fx.Node) -> tuple[int, ...]:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from . import archive
 from .capture import (
@@ -32,10 +27,12 @@ from .capture import (
     read_modes,
 )
 from .capture import prove as compare
+from .compat import copy_specs, pytree
+from .cost import total
+from .edit import attributes, copy_tensor, drop_dead, propagate, rebuild
 from .errors import BadInput, CaptureError
-from .flags import DROPOUTS as DROPOUTS
 from .flags import TAG, switched, tag
-from .nodes import fetch, op_name
+from .nodes import op_name
 from .trainable import TrainableModule
 
 
@@ -95,7 +92,7 @@ class Program:
     def graph_module(self) -> TrainableModule:
         """The graph with up-to-date metadata (fake values of every node)."""
         if self._stale or _outdated(self._module):
-            propagate(self)
+            propagate(self.module())
             self._stale = False
         return self._hand_out()
 
@@ -127,7 +124,7 @@ class Program:
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = rebuild(self._module, lambda name, value: value).train(training)  # the live module stays as it is
+            module = rebuild(self._module).train(training)  # the live module stays as it is
             exported = export(module, self.args, self.kwargs, self.dynamic_shapes, training)
         nodes, new = switched(module), switched(exported.graph_module)
         if [n.target for _, n in nodes] == [n.target for _, n in new]:  # what both modes mean travels with the file
@@ -155,8 +152,6 @@ class Program:
 
         A pass that knows the cost of its result from the axes sets `known_cost`, which spares a fake run.
         """
-        from .cost import total
-
         if (known := self.known_cost) is not None:
             return dict(known)
         return {**total(self.graph_module), "params": self.params}
@@ -304,158 +299,28 @@ def _refuse_decomposed(exported: ExportedProgram) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------------- graph tools
 def _adopt(module: fx.GraphModule) -> TrainableModule:
     if isinstance(module, TrainableModule):
         return module
-    _drop_dead(module)
+    drop_dead(module)
     new = TrainableModule(module, module.graph)
     new.eval()  # a capture is in eval mode, whatever flag torch.export leaves on its module
-    for name in ("_in_spec", "_out_spec"):
-        if hasattr(module, name):
-            setattr(new, name, getattr(module, name))
+    copy_specs(module, new)
     return new
-
-
-def _attributes(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Any]]:
-    """The nodes that read an attribute, each with what is there now."""
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            yield node, fetch(module, str(node.target))
 
 
 def _outdated(module: fx.GraphModule) -> bool:
     """Whether a tensor in place of another, such as the weight of a new head, has a shape the metadata do not know."""
     return any(
-        isinstance(found, torch.Tensor) and "val" in node.meta and node.meta["val"].shape != found.shape
-        for node, found in _attributes(module)
+        isinstance(stored, torch.Tensor) and "val" in node.meta and node.meta["val"].shape != stored.shape
+        for node, stored in attributes(module)
     )
 
 
 def _fingerprint(module: fx.GraphModule) -> int:
     """A number for the operators of a graph and the shapes of its weights."""
-    shapes = [found.shape for _, found in _attributes(module) if isinstance(found, torch.Tensor)]
+    shapes = [stored.shape for _, stored in attributes(module) if isinstance(stored, torch.Tensor)]
     return hash((*(n.target for n in module.graph.nodes), *shapes))
-
-
-def _drop_dead(module: fx.GraphModule) -> None:
-    """Remove what no output needs; a second name of a live tensor stays, so that tied weights keep both names."""
-    for node in reversed(list(module.graph.nodes)):
-        if node.users or node.op in ("placeholder", "output", "get_attr"):
-            continue
-        schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and not (schema is not None and schema.is_mutable):
-            module.graph.erase_node(node)
-    attributes = [n for n in module.graph.nodes if n.op == "get_attr"]
-    live = {id(fetch(module, str(n.target))) for n in attributes if n.users}
-    for node in attributes:
-        if not node.users and id(fetch(module, str(node.target))) not in live:
-            module.graph.erase_node(node)
-
-
-def rebuild(
-    module: TrainableModule,
-    take: Callable[[str, Any], Any],
-    edit: Callable[[dict[fx.Node, fx.Node]], None] | None = None,
-) -> TrainableModule:
-    """The same graph around other tensors.
-
-    take(name, value) gives the new value of an attribute; it is asked once for a tensor with several names, so tied
-    weights stay tied. edit(nodes) may change the new graph, given the new node for every old one.
-    """
-    graph = fx.Graph()
-    nodes: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(module.graph, nodes))
-    graph.set_codegen(copy.copy(module.graph._codegen))
-    new, taken = TrainableModule(torch.nn.Module(), fx.Graph()), {}
-    folders: dict[str, torch.nn.Module] = {"": new}
-    for node, old in _attributes(module):
-        name = str(node.target)
-        if id(old) not in taken:
-            taken[id(old)] = take(name, old)
-        _put(folders, name, taken[id(old)])
-    if edit is not None:
-        edit(nodes)
-    new.graph = graph
-    for path, part in new.named_modules():
-        part.training = _flag(module, path)
-    if "batch_norm" in module.meta:
-        new.meta["batch_norm"] = module.meta["batch_norm"]
-    for name in ("_in_spec", "_out_spec"):
-        if hasattr(module, name):
-            setattr(new, name, getattr(module, name))
-    return new
-
-
-def _flag(module: torch.nn.Module, path: str) -> bool:
-    """The training flag of the submodule at a path, or of the nearest one above it."""
-    for part in path.split(".") if path else ():
-        if part not in module._modules:
-            break
-        module = module._modules[part]  # type: ignore[assignment]
-    return module.training
-
-
-def _put(folders: dict[str, torch.nn.Module], path: str, value: Any) -> None:
-    """As `place_tensor`, in a module that is being made: nothing is there yet, so nothing has to be looked for."""
-    folder, _, name = path.rpartition(".")
-    if folder not in folders:
-        _put(folders, folder, torch.nn.Module())
-    owner = folders[folder]
-    if isinstance(value, torch.nn.Parameter):
-        owner._parameters[name] = value
-    elif isinstance(value, torch.Tensor):
-        owner._buffers[name] = value
-    elif isinstance(value, torch.nn.Module):
-        owner._modules[name] = folders[path] = value
-    else:
-        setattr(owner, name, value)
-
-
-def copy_tensor(name: str, value: Any) -> Any:
-    """A copy of an attribute; a parameter stays one."""
-    if not isinstance(value, torch.Tensor):
-        return copy.deepcopy(value)
-    return like(value, value.detach().clone())
-
-
-def like(old: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
-    """The data as a parameter where the old tensor is one."""
-    return torch.nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else data
-
-
-def place_tensor(root: torch.nn.Module, path: str, value: Any) -> None:
-    """Set a parameter, buffer or other attribute at a dotted path, making modules on the way."""
-    *parents, name = path.split(".")
-    for part in parents:
-        if part not in root._modules:
-            root.add_module(part, torch.nn.Module().train(root.training))
-        root = root._modules[part]  # type: ignore[assignment]
-    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-        root.register_buffer(name, value)
-    else:
-        setattr(root, name, value)
-
-
-def propagate(program: Program) -> None:
-    """Recompute the fake value of every node by one fake run; dynamic dimensions stay symbolic."""
-    module = program.module()
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    fakes = [n.meta["val"] for n in placeholders]
-    mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
-    if mode is None:
-        raise BadInput("the graph has no tensor input to propagate shapes from")
-    env: dict[fx.Node, Any] = dict(zip(placeholders, fakes, strict=True))
-    with mode, torch.no_grad(), enable_python_dispatcher():  # else composite operators fix dynamic sizes
-        for node in module.graph.nodes:
-            if node.op == "get_attr":
-                found = fetch(module, str(node.target))
-                env[node] = mode.from_tensor(found, static_shapes=True) if isinstance(found, torch.Tensor) else found
-            elif node.op == "call_function":
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
-                env[node] = node.target(*args, **kwargs)
-    for node, value in env.items():
-        node.meta["val"] = value
 
 
 def flatten_outputs(outputs: Any) -> list[torch.Tensor]:

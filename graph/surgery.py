@@ -18,9 +18,11 @@ from torch import fx
 from .comb import axes as ax
 from .comb.axes import Axis, Factor, Masks
 from .comb.solve import Comb
+from .edit import copy_tensor, like, rebuild
 from .errors import Refused
 from .nodes import arguments, op_name, set_argument, source
-from .program import Program, TrainableModule, copy_tensor, like, rebuild
+from .program import Program
+from .trainable import TrainableModule
 
 Removed = dict[str, dict[int, list[int]]]
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch.fx import Node
 
 from .graph import verify
 from .graph.errors import BadInput, GraphcombError
-from .graph.nodes import op_name
+from .graph.nodes import op_name, writes
 from .graph.program import Program
 from .passes.base import Context, Pass, PassResult
 from .passes.batch import Adapted
@@ -233,19 +232,14 @@ def check_invariants(program: Program, name: str, before: Program) -> None:
     of the model's own buffers, which a capture keeps as they are, may stay."""
     module = program.graph_module
     module.graph.lint()
-    known = set(map(op_name, filter(_mutable, before.graph.nodes)))
+    known = set(map(op_name, filter(writes, before.graph.nodes)))
     for node in module.graph.nodes:
-        if _mutable(node) and op_name(node) not in known:
+        if writes(node) and op_name(node) not in known:
             raise GraphcombError(
                 f"{name}: left the in-place operator {op_name(node)} at {node.name}; a bug of the pass"
             )
         if node.op == "call_module":
             raise GraphcombError(f"{name}: left a module call at {node.name}; a bug of the pass")
-
-
-def _mutable(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and schema is not None and schema.is_mutable
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:

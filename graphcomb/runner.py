@@ -17,6 +17,7 @@ from rich.console import Console
 
 from . import runtime
 from .data import cache_folder
+from .graph.compat import pytree
 from .graph.errors import BadInput, CaptureError, GraphcombError
 from .graph.program import Program, capture
 from .passes.base import Context
@@ -224,7 +225,7 @@ def _capture(model: torch.nn.Module, recipe: Recipe, batch: Any) -> Program:
         args = example([Input(shape=DEFAULT_SHAPE)], recipe.seed)
     dynamic = batch is not None if recipe.dynamic_batch is None else recipe.dynamic_batch
     if batch is not None and not recipe.inputs and dynamic:
-        args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t[:2], (args, kwargs))
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t[:2], (args, kwargs))
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints the graph it gives up on
             return capture(model, args, kwargs, "batch" if dynamic else None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch.utils import _pytree as pytree
 
+from .graph.compat import pytree
 from .graph.errors import BadInput
 from .graph.program import Program, capture
 from .runner import DEFAULT_SHAPE

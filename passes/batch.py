@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from ..graph.compat import pytree
 from ..graph.errors import BadInput
 
 FORMS = "a batch is (inputs, labels), a tensor, a one-element list, or a dict of keyword inputs with optional labels"

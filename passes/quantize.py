@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
-from ..graph.capture import infer
+from ..graph.compat import pytree
+from ..graph.edit import infer, place_tensor
 from ..graph.errors import BadInput, MissingBackend
 from ..graph.nodes import arguments, fetch, op_name, set_argument
-from ..graph.program import Program, place_tensor
+from ..graph.program import Program
 from .base import Context, Pass, PassResult, check_field
 from .common.feed import Feed
 from .common.processes import accelerator, placed

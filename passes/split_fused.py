@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from ..graph.capture import infer
+from ..graph.edit import infer
 from ..graph.nodes import arguments, op_name, shape
 from ..graph.program import Program
 from .base import Context, Pass, PassResult

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..flags import STATISTICS
-from ..nodes import arguments, fetch, op_name
+from ..nodes import arguments, fetch, op_name, writes
 
 FACTORIES = frozenset(
     "new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like arange zeros ones full empty linspace "
@@ -86,7 +86,7 @@ def _changed_buffers(module: fx.GraphModule) -> set[int]:
         written: list[Any] = []
         if op_name(node) in STATISTICS:
             written = [arguments(node)["running_mean"], arguments(node)["running_var"]]
-        elif _mutable(node):
+        elif writes(node):
             written = list(node.args[:1])
         for at in written:
             if isinstance(at, fx.Node) and at.op == "get_attr":
@@ -94,12 +94,8 @@ def _changed_buffers(module: fx.GraphModule) -> set[int]:
     return found
 
 
-def _mutable(node: fx.Node) -> bool:
-    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
-
-
 def _impure(node: fx.Node) -> bool:
-    return _mutable(node) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return writes(node) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _static(node: fx.Node) -> bool:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.utils import _pytree as pytree
 
+from ..compat import BatchNorm, pytree
 from ..errors import CaptureError
 
 ADVICE = (
@@ -70,7 +70,7 @@ def without_fast_path() -> Iterator[None]:
 def _quiet_average(model: torch.nn.Module) -> Iterator[None]:
     """momentum None makes BatchNorm read its counter as a number in training, which cannot be traced; 0 stands for it
     (as it does in eval mode), and the module of the program keeps the count."""
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.momentum is None]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.momentum is None]
     for norm in norms:
         norm.momentum = 0.0
     try:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
+from .. import compat
+from ..edit import infer, origin
 from ..errors import CaptureError
 from ..flags import DROPOUTS, set_tag, tag, walk
-from ..nodes import arguments, fetch, op_name, source
+from ..nodes import arguments, fetch, op_name, source, writes
 from .constants import fold_constants
 from .regions import drop_litter
 
@@ -59,9 +60,9 @@ def functional_graph(exported: ExportedProgram) -> fx.GraphModule:
 
     Raises CaptureError where the functionaliser refuses.
     """
-    if any(_mutable(n) for _, n in walk(exported.graph_module)):
+    if any(writes(n) for _, n in walk(exported.graph_module)):
         exported = _functionalised(exported)
-    module = _unlifted(exported)
+    module = compat.unlifted(exported)
     for part in {id(m): m for m, _ in walk(module)}.values():
         _restore(part.graph)
     drop_litter(module.graph)
@@ -93,12 +94,7 @@ def own(exported: ExportedProgram) -> ExportedProgram:
         new.meta, new.name = dict(old.meta), old.name  # with the same fake values, and names the signature knows
     for part in {id(m): m for m, _ in walk(module)}.values():
         part.recompile()
-    return exported._update(module, exported.graph_signature)
-
-
-def _unlifted(exported: ExportedProgram) -> fx.GraphModule:
-    checks = "check_guards" in exported.module.__code__.co_varnames
-    return exported.module(check_guards=False) if checks else exported.module()
+    return compat.with_module(exported, module)
 
 
 # ---------------------------------------------------------------------------------------------------- opaque operators
@@ -141,7 +137,7 @@ def _alias_conflict(graph: fx.Graph, dropout: fx.Node) -> fx.Node | None:
         for i in touched:
             if written[i not in inside]:
                 return node
-        base = node.args[0] if node.args and _mutable(node) else None
+        base = node.args[0] if node.args and writes(node) else None
         if isinstance(base, fx.Node) and base in touched:
             written[base in inside] = True
         if _memory(node) == memory and any(i in inside for i in touched):
@@ -151,11 +147,7 @@ def _alias_conflict(graph: fx.Graph, dropout: fx.Node) -> fx.Node | None:
 
 def _memory(node: Any) -> int | None:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) and value.layout == torch.strided else None
-
-
-def _mutable(node: fx.Node) -> bool:
-    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+    return compat.storage_id(value) if isinstance(value, torch.Tensor) and value.layout == torch.strided else None
 
 
 def _restore(graph: fx.Graph) -> None:
@@ -163,7 +155,7 @@ def _restore(graph: fx.Graph) -> None:
         if node.target in _BACK:
             known = (node.meta.get("custom") or {}).get("graphcomb")
             node.target = _BACK[node.target]
-            node._rename(op_name(node))
+            compat.rename(node, op_name(node))
             if isinstance(known, dict) and "modes" in known:
                 set_tag(node, **{k: v for k, v in known.items() if k != "op"})
 
@@ -175,7 +167,7 @@ def _tie(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         found = fetch(module, str(node.target)) if node.op == "get_attr" else None
         if isinstance(found, torch.Tensor) and found.layout == torch.strided and found.numel():
-            memory = (found.untyped_storage()._cdata, found.storage_offset(), found.dtype, found.shape, found.stride())
+            memory = (compat.storage_id(found), found.storage_offset(), found.dtype, found.shape, found.stride())
             kind = isinstance(found, torch.nn.Parameter)
             first = known.setdefault((kind, *memory), found)
             if first is not found:
@@ -206,13 +198,13 @@ def _tidy(graph: fx.Graph) -> None:
         elif node.target is aten.copy_.default and _floating(node.args[1]):  # at the end of the graph, into a buffer
             with graph.inserting_before(node):
                 cut = graph.call_function(aten.detach.default, (node.args[1],))
-            cut.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+            cut.meta = origin(node)
             cut.meta["val"] = node.args[1].meta["val"]
             node.replace_input_with(node.args[1], cut)
     for node in reversed(list(graph.nodes)):
         if node.target is aten.clone.default and node.kwargs.get("memory_format") is torch.contiguous_format:
             node.target, node.kwargs = aten.contiguous.default, {}
-        if not node.users and node.op == "call_function" and not _mutable(node):
+        if not node.users and node.op == "call_function" and not writes(node):
             graph.erase_node(node)
 
 
@@ -228,7 +220,7 @@ def _plain_copy(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         for target, rest in steps:
             value = graph.call_function(target, (value, *rest))
-            value.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+            value.meta = origin(node)
             infer(value)
     node.replace_all_uses_with(value)
     graph.erase_node(node)
@@ -257,7 +249,7 @@ def _plain_scatter(graph: fx.Graph, node: fx.Node) -> None:
         put = graph.call_function(aten.index_put.default, (flat, [index], new))
         result = graph.call_function(aten.reshape.default, (put, list(value.shape)))
     for made in (flat, new, put, result):
-        made.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        made.meta = origin(node)
         infer(made)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
@@ -275,12 +267,3 @@ def _shape_of_fake_quantisation(self: torch.Tensor, *rest: Any, **options: Any) 
 
 for _name in ("per_tensor_affine_cachemask", "per_channel_affine_cachemask"):  # no shapes with a symbolic batch so far
     torch.library.register_fake(f"aten::fake_quantize_{_name}", _shape_of_fake_quantisation)
-
-
-def infer(node: fx.Node) -> None:
-    """Give a new node its fake value by running its operator on the fake values of its inputs."""
-    values = pytree.tree_leaves([i.meta.get("val") for i in node.all_input_nodes])
-    fake = next((v for v in values if isinstance(v, torch.Tensor)), None)
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with fake.fake_mode, torch.no_grad():  # type: ignore[union-attr]
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]

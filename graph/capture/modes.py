@@ -17,8 +17,9 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from ..compat import BatchNorm
 from ..flags import DROPOUTS, depends, set_tag, switch, switched, tag, values, walk
-from ..nodes import arguments, op_name, source
+from ..nodes import arguments, is_operator, op_name, source, writes
 
 COUNTER = "num_batches_tracked"
 
@@ -121,7 +122,7 @@ def _average(node: fx.Node, model: torch.nn.Module) -> dict[str, Any]:
         norm: Any = model.get_submodule(module_path(node))
     except AttributeError:
         return {}
-    if not isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
+    if not isinstance(norm, BatchNorm):
         return {}
     count = getattr(norm, COUNTER, None)
     known = isinstance(count, torch.Tensor) and count.device.type != "meta"
@@ -194,12 +195,12 @@ def _lost(
     known = {module_path(n) for _, n in walk(exported.graph_module) if n.op == "call_function"}
     buffers = _names(training, InputKind.BUFFER)
     for node in extra:
-        written = node.args[0] if node.args and _mutable(node) else None
+        written = node.args[0] if node.args and writes(node) else None
         if isinstance(written, fx.Node) and written.name in buffers:
             if not buffers[written.name].endswith(COUNTER):
                 lost.buffers.append(buffers[written.name])
             continue
-        if (not node.users and not _mutable(node)) or op_name(node) in ("sym_size", "getitem"):
+        if (not node.users and not writes(node)) or op_name(node) in ("sym_size", "getitem"):
             continue
         path = _outermost_unknown(node, known)
         lost.quiet += [p for p in (*(path or ())[:1], _caller(node, path)) if p not in lost.quiet]
@@ -220,7 +221,7 @@ def _lost(
 def _same_inputs(theirs: fx.Node, ours: fx.Node, pairs: dict[fx.Node, fx.Node]) -> bool:
     """Whether a pair of nodes takes the same inputs and numbers, training flags aside; inputs that only training has are
     named by themselves."""
-    if not hasattr(ours.target, "_schema") or ours.target is not theirs.target:
+    if not is_operator(ours) or ours.target is not theirs.target:
         return True
     free = {*values(ours), "momentum"} if depends(ours) else set()
     left, right = arguments(theirs), arguments(ours)
@@ -251,10 +252,6 @@ def _caller(node: fx.Node, path: tuple[str, str] | None) -> str:
     if path is None:
         return stack[-1] if stack else ""
     return stack[max(stack.index(path[0]) - 1, 0)]
-
-
-def _mutable(node: fx.Node) -> bool:
-    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def _names(exported: ExportedProgram, kind: InputKind) -> dict[str, str]:

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..compat import TorchDispatchMode, pytree, writes
 from ..errors import CaptureError
 from ..nodes import fetch, source
 from ..trainable import TrainableModule
@@ -382,7 +381,7 @@ class _SameDraws(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         base = args[0] if args else None
-        if func._schema.is_mutable and isinstance(base, Tensor):
+        if writes(func) and isinstance(base, Tensor):
             drawn = base.clone(memory_format=torch.contiguous_format)
             func(drawn, *args[1:], **kwargs)
             return base.copy_(drawn)

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..compat import FAKE_TENSOR_LOG, TorchDispatchMode, is_guard, pytree
 from ..errors import CaptureError
 from ..flags import DROPOUTS, walk
-from ..nodes import fetch, op_name, source
+from ..nodes import fetch, is_operator, op_name, source
 
 LITTER = (
     "_assert_tensor_metadata",
@@ -45,7 +44,7 @@ def flatten_regions(module: fx.GraphModule) -> None:
 
 def drop_litter(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        if (node.op == "call_module" and "_guards" in str(node.target)) or op_name(node) in LITTER:
+        if is_guard(node) or op_name(node) in LITTER:
             graph.erase_node(node)
 
 
@@ -141,7 +140,7 @@ class _Casts:
     def insert(self, node: fx.Node) -> None:
         """Cast the inputs of a node of the region as autocast does. Raises CaptureError where casts happen inside an
         operator, so that they cannot be written around it."""
-        if not self.enabled or node.op != "call_function" or not hasattr(node.target, "_schema"):
+        if not self.enabled or node.op != "call_function" or not is_operator(node):
             return
         inputs = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
         if not inputs:
@@ -183,7 +182,7 @@ class _Casts:
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
     """Fake tensors log what fails, also where failing is one of the answers."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log = logging.getLogger(FAKE_TENSOR_LOG)
     before, log.disabled = log.disabled, True
     try:
         yield

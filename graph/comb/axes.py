@@ -11,13 +11,14 @@ so nothing can become cyclic and no occurs check is needed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from ..nodes import source
 
 Axis = list["Factor"]
 MAX_CUTS = 64  # a sum that does not factor is cut into at most this many equal pieces
@@ -39,8 +40,6 @@ class Reason:
     advice: str = ""
 
     def __str__(self) -> str:
-        from ..nodes import source
-
         where = f"{source(self.node)}: " if self.node is not None else ""
         return where + self.text + (f"; {self.advice}" if self.advice else "")
 
@@ -399,8 +398,3 @@ def show(axis: Axis, name: Any = None) -> str:
         return label + ("!" if factor.frozen else "")
 
     return "·".join(one(f) for f in normal(axis)) or "1"
-
-
-def lcm_step(step: int, cofactor: int) -> int:
-    """Smallest k such that k * cofactor is a multiple of step."""
-    return step // math.gcd(step, cofactor)

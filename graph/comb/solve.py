@@ -19,7 +19,7 @@ from torch import fx
 
 from .. import cost
 from ..errors import BadInput
-from ..nodes import arguments, fetch, hint, op_name, shape, source
+from ..nodes import arguments, fetch, hint, is_operator, op_name, shape, source
 from ..program import Program
 from . import axes as ax
 from .axes import Axis, Factor, Misaligned, Reason, atoms, freeze, show, unify
@@ -165,7 +165,7 @@ class Comb:
             function = pointwise
         solving = ax.solving.set(node)
         try:
-            if function is None or not hasattr(node.target, "_schema"):
+            if function is None or not is_operator(node):
                 raise NoRule("no rule for it")
             result = function(self, node, arguments(node))
             if node not in self._sums and not function.__module__.startswith(f"{__package__}."):

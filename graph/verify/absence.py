@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
-from ..nodes import op_name, source
+from ..compat import pytree
+from ..nodes import is_operator, op_name, source
 from ..program import Program
 from .evaluate import Evaluator, evaluated, invoke
 from .presence import (
@@ -148,7 +148,7 @@ class Absence(Evaluator):
     def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         if node.target is operator.getitem:
             return env[node.args[0]][node.args[1]]  # type: ignore[index]
-        if not hasattr(node.target, "_schema"):
+        if not is_operator(node):
             plain = {n: pytree.tree_map(_value, env[n], is_leaf=_is_held) for n in node.all_input_nodes}
             return hold(super().call(node, plain)) if not _lost([env[n] for n in plain]) else _unknown()
         call = Call(node, evaluated(node, env))

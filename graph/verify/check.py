@@ -12,14 +12,13 @@ import torch
 from torch import fx
 
 from ..errors import GraphcombError
-from ..program import Program
+from ..program import Program, flatten_outputs
 from .absence import Absence
 from .evaluate import (
     Evaluator,
     Observer,
     double_weights,
     example_inputs,
-    flatten,
     random_inputs,
     relative_error,
     size_symbols,
@@ -261,7 +260,7 @@ def _fits(value: torch.Tensor, expected: tuple[int | None, ...]) -> bool:
 
 def _numbers(outputs: Any) -> bool:
     """Whether no output holds a NaN."""
-    return not any(bool(torch.isnan(t).any()) for t in flatten(outputs))
+    return not any(bool(torch.isnan(t).any()) for t in flatten_outputs(outputs))
 
 
 def _first_line(error: BaseException) -> str:

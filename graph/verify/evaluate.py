@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from ..compat import pytree, schema
 from ..errors import BadInput
-from ..nodes import arguments, fetch, op_name, source
-from ..program import DROPOUTS, Program
+from ..flags import DROPOUTS
+from ..nodes import arguments, fetch, is_operator, op_name, source, writes
+from ..program import Program, flatten_outputs
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 COMPLEX = (torch.complex32, torch.complex64)
@@ -95,7 +96,7 @@ class Evaluator:
 
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         """The value of an operator node; `env` holds those of the nodes before it."""
-        if not hasattr(node.target, "_schema"):
+        if not is_operator(node):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
             return node.target(*args, **kwargs)  # type: ignore[operator]
         return invoke(node, evaluated(node, env))
@@ -103,7 +104,7 @@ class Evaluator:
 
 def _is_written(node: fx.Node) -> bool:
     """Whether an operator changes the tensor in place: then every run works on a copy of its own."""
-    return any(getattr(getattr(u.target, "_schema", None), "is_mutable", False) for u in node.users)
+    return any(writes(u) for u in node.users)
 
 
 def evaluated(node: fx.Node, env: dict[fx.Node, Any]) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def invoke(node: fx.Node, a: dict[str, Any]) -> Any:
     """Call the node's operator on arguments given by schema name. One that draws at random draws the same for every node
     of that name, so that two programs can be compared."""
     args, kwargs = [], {}
-    for spec in node.target._schema.arguments:  # type: ignore[union-attr]
+    for spec in schema(node.target).arguments:
         if spec.kwarg_only:
             kwargs[spec.name] = a[spec.name]
         else:
@@ -192,16 +193,12 @@ def size_symbols(program: Program) -> dict[Any, tuple[int, int]]:
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
-def flatten(outputs: Any) -> list[torch.Tensor]:
-    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
-
-
 def relative_error(a: Any, b: Any) -> float:
     """Worst max|a - b| / max|b| over the output tensors; inf when shapes differ or a value is not finite in one of them.
 
     Tensors of integers and booleans must be equal (0 or inf).
     """
-    left, right = flatten(a), flatten(b)
+    left, right = flatten_outputs(a), flatten_outputs(b)
     if len(left) != len(right):
         return float("inf")
     return max((_tensor_error(x, y) for x, y in zip(left, right, strict=True)), default=0.0)

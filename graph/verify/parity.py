@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
+from ..compat import pytree
 from ..program import Program
 from .check import Trial
 from .evaluate import Evaluator, double_weights, relative_error, tensors_of

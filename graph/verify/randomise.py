@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..nodes import arguments, op_name
+from ..nodes import arguments, is_operator, op_name
 from ..program import Program
 from .absence import Absence
 from .evaluate import Observer, tensors_of, to_double
@@ -81,7 +81,7 @@ def _roles(program: Program) -> dict[str, str]:
 
 def _role(node: fx.Node, user: fx.Node) -> str:
     name = op_name(user)
-    if user.op != "call_function" or not hasattr(user.target, "_schema"):
+    if user.op != "call_function" or not is_operator(user):
         return ""
     key = next((k for k, v in arguments(user).items() if v is node), "")
     if name in CONTRACTIONS:

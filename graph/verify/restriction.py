@@ -17,7 +17,7 @@ from torch import fx
 from ..comb import axes as ax
 from ..comb.solve import Comb
 from ..errors import GraphcombError
-from ..nodes import arguments, op_name
+from ..nodes import arguments, is_operator, op_name
 from ..program import Program
 from .absence import spell_out
 from .check import Trial
@@ -123,7 +123,7 @@ class Restriction(Evaluator):
 
     # ------------------------------------------------------------------------------------------------------------ ops
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        if not hasattr(node.target, "_schema"):
+        if not is_operator(node):
             return super().call(node, env)
         name, nodes, a = op_name(node), arguments(node), evaluated(node, env)
         if name.startswith("conv") or name == "torchvision::deform_conv2d":

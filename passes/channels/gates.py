@@ -30,14 +30,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from ...graph.comb import axes as ax
 from ...graph.comb.axes import Axis, Factor, Misaligned
 from ...graph.comb.rules.contraction import spelled_out
 from ...graph.comb.solve import Comb
-from ...graph.nodes import arguments, fetch, op_name, set_argument, shape
-from ...graph.program import TrainableModule
+from ...graph.compat import pytree
+from ...graph.nodes import arguments, fetch, is_operator, op_name, set_argument, shape
+from ...graph.trainable import TrainableModule
 from ..common.sums import weighted_sums
 
 Totals = dict[Factor, np.ndarray]
@@ -88,7 +88,7 @@ def find_reads(comb: Comb, wanted: dict[Factor, None]) -> tuple[list[Read], list
     reads: list[Read] = []
     moments: list[Moments] = []
     for node in comb.module.graph.nodes:
-        if node.op != "call_function" or not hasattr(node.target, "_schema") or comb.axes[node] is None:
+        if node.op != "call_function" or not is_operator(node) or comb.axes[node] is None:
             continue
         if not any(ax.touches(axis, wanted) for i in node.all_input_nodes for axis in comb.axes[i] or () if _plain(i)):
             continue
@@ -508,7 +508,7 @@ def _passing(gates: Gates, tap: Tap, dim: int) -> Callable[[Tensor], Tensor]:
 
 def _watching(gates: Gates, tap: Tap, moments: Moments, node: fx.Node) -> Callable[..., None]:
     """Sees a node's results and arguments, and adds up the derivatives by the gates in its statistics."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = list(arguments(node))
     key = next(k for k, v in arguments(moments.node).items() if v is moments.source)
     defaults = {k: v for k, v in arguments(node).items() if not isinstance(v, fx.Node)}
 

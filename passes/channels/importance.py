@@ -23,7 +23,7 @@ from ...graph.comb.axes import Factor
 from ...graph.comb.solve import Comb, Group
 from ...graph.errors import BadInput
 from ...graph.nodes import arguments, op_name
-from ...graph.program import TrainableModule
+from ...graph.trainable import TrainableModule
 from ..base import Context
 from ..common.feed import Feed
 from ..common.losses import task_loss

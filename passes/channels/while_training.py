@@ -23,10 +23,12 @@ from torch import fx
 from ...graph.comb import axes as ax
 from ...graph.comb.axes import Factor
 from ...graph.comb.solve import Comb, Group
+from ...graph.edit import copy_tensor, like, rebuild
 from ...graph.errors import BadInput, GraphcombError
 from ...graph.nodes import fetch
-from ...graph.program import Program, TrainableModule, copy_tensor, like, rebuild
+from ...graph.program import Program
 from ...graph.surgery import Removed, kept_indices, resized
+from ...graph.trainable import TrainableModule
 from ..base import Context
 from ..batch import split_batch
 from ..common.processes import averaged, gathered

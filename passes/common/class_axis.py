@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from ...graph.compat import output_spec, pytree
 from ...graph.errors import GraphcombError
 from ...graph.nodes import arguments, op_name, shape
 from ...graph.program import Program
@@ -31,7 +31,7 @@ def class_axis(program: Program) -> int | None:
 def scores_node(program: Program) -> fx.Node | None:
     """The node that computes what `logits_of` takes from the outputs."""
     nodes = pytree.tree_leaves(program.graph.output_node().args)
-    spec = program.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    spec = output_spec(program.graph)
     values = [n.meta.get("val") if isinstance(n, fx.Node) else n for n in nodes]
     try:
         scores = logits_of(pytree.tree_unflatten(values, spec))
@@ -44,7 +44,7 @@ def other_outputs(program: Program) -> list[str]:
     """Names of the floating-point outputs besides the class scores; empty where these cannot be told."""
     if (scores := scores_node(program)) is None:
         return []
-    spec = program.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    spec = output_spec(program.graph)
     tree = pytree.tree_unflatten(pytree.tree_leaves(program.graph.output_node().args), spec)
     return [
         pytree.keystr(path).strip("[]'\"") or node.name

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from ...graph import compat
+from ...graph.compat import pytree
 from ...graph.errors import BadInput
 from ...graph.program import Program
 from ..batch import ADAPT, Adapted, Split, describe, split_batch
@@ -47,9 +48,8 @@ class Feed:
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
         self._names = [str(n.target) for n in placeholders]
         self._values = [n.meta.get("val") for n in placeholders]
-        info = getattr(program.graph._codegen, "pytree_info", None)
         top = len(self._args) + len(self._kwargs)
-        names = [n for n in info.orig_args if n != "self"] if info else self._names
+        names = compat.input_names(program.graph) or self._names
         positional = names[: len(self._args)] if len(names) == top else self._names[: len(self._args)]
         self._order = [*positional, *self._kwargs]
         results = [

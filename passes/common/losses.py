@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils import _pytree as pytree
 
+from ...graph.compat import pytree
 from ...graph.errors import BadInput
 
 NAMES = ("logits", "out")  # what class scores are called among several outputs

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list, gather_object, reduce
 
 from ...graph.errors import BadInput, GraphcombError
-from ...graph.program import Program, TrainableModule, load
+from ...graph.program import Program, load
+from ...graph.trainable import TrainableModule
 
 
 def accelerator(find_unused: bool = False) -> Accelerator:

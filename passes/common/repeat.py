@@ -20,7 +20,8 @@ import torch
 from accelerate.utils import set_seed
 
 from ... import graph
-from ...graph.program import Program, TrainableModule
+from ...graph.program import Program
+from ...graph.trainable import TrainableModule
 from ..base import Context
 from ..batch import Adapted
 from .loaders import generators, length

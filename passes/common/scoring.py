@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from ...graph.errors import BadInput
-from ...graph.program import Program, TrainableModule
+from ...graph.program import Program
+from ...graph.trainable import TrainableModule
 from ..batch import split_batch
 from .feed import Batch, Feed
 from .loaders import length, shard

@@ -19,9 +19,11 @@ from accelerate.utils import send_to_device
 
 from ...graph.comb.solve import Comb
 from ...graph.cost import require_counted
+from ...graph.edit import copy_tensor, rebuild
 from ...graph.errors import BadInput, GraphcombError, Refused, Unreachable
 from ...graph.nodes import arguments, fetch, op_name, set_argument
-from ...graph.program import Program, TrainableModule, copy_tensor, rebuild
+from ...graph.program import Program
+from ...graph.trainable import TrainableModule
 from ...graph.verify.evaluate import Evaluator, double_weights, random_inputs, relative_error
 from ...graph.workload.layers import Layers, rules_of, run_seconds
 from ..base import Context, Pass, PassResult, check_field

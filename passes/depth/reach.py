@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ...graph.program import Program
-from ...graph.verify.evaluate import Evaluator, double_weights, flatten, random_inputs
+from ...graph.program import Program, flatten_outputs
+from ...graph.verify.evaluate import Evaluator, double_weights, random_inputs
 from .blocks import Block
 from .relax import relax
 
@@ -50,5 +50,5 @@ class Reach:
     def _moves(self, program: Program) -> list[list[bool]]:
         """By input and output tensor, whether the output changes with the input."""
         evaluator = Evaluator(program, double_weights(program))
-        base, *others = (flatten(evaluator.run(inputs)) for inputs in self.inputs)
+        base, *others = (flatten_outputs(evaluator.run(inputs)) for inputs in self.inputs)
         return [[not torch.equal(a, b) for a, b in zip(base, own, strict=True)] for own in others]

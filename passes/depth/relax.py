@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...graph.edit import like, place_tensor, rebuild
 from ...graph.errors import BadInput
-from ...graph.nodes import arguments, fetch, op_name, set_argument, shape
-from ...graph.program import Program, TrainableModule, like, place_tensor, rebuild
+from ...graph.nodes import arguments, fetch, op_name, set_argument, shape, writes
+from ...graph.program import Program
 from ...graph.sparse import sparse_weights
+from ...graph.trainable import TrainableModule
 from ..fuse.fuse import CONVS, MAPS, TRANSPOSED, Regions, permutation
 from .blocks import ACTIVATIONS, NORMS, Block, has_layers, single_path
 
@@ -92,8 +94,7 @@ def relax(
 
 def _stays(node: fx.Node) -> bool:
     """Whether a node counts although nothing uses it; a random one, such as attention with dropout, does not."""
-    schema = getattr(node.target, "_schema", None)
-    return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
+    return node.op in ("placeholder", "output") or writes(node)
 
 
 def set_switches(module: TrainableModule, values: Sequence[float]) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from ...graph.compat import pytree
+from ...graph.edit import like, place_tensor
 from ...graph.nodes import arguments, fetch, op_name
-from ...graph.program import Program, like, place_tensor
+from ...graph.program import Program
 from ..common.feed import Batch
 from ..common.processes import accelerator, averaged, placed
 from .relax import FOLDER

@@ -12,9 +12,12 @@ import torch
 from torch import fx
 
 from ...graph.cost import evaluate, macs
-from ...graph.nodes import arguments, fetch, op_name, shape
-from ...graph.program import DROPOUTS, Program, TrainableModule, like, place_tensor, rebuild
+from ...graph.edit import like, place_tensor, rebuild
+from ...graph.flags import DROPOUTS
+from ...graph.nodes import arguments, fetch, is_operator, op_name, shape
+from ...graph.program import Program
 from ...graph.sparse import sparse_weights
+from ...graph.trainable import TrainableModule
 from ...graph.verify.evaluate import (  # fmt: skip
     Evaluator,
     double_weights,
@@ -433,7 +436,7 @@ def _constants(graph: fx.Graph) -> set[Any]:
     found: set[Any] = set()
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        pure = node.op == "call_function" and hasattr(node.target, "_schema") and inputs and found.issuperset(inputs)
+        pure = node.op == "call_function" and is_operator(node) and inputs and found.issuperset(inputs)
         if (node.op == "get_attr" or pure) and isinstance(node.meta.get("val"), torch.Tensor):
             found.add(node)
     return found

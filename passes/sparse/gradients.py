@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from ...graph.compat import pytree
 from ...graph.errors import BadInput
 from ...graph.nodes import fetch, hint
-from ...graph.program import Program, TrainableModule
+from ...graph.program import Program
+from ...graph.trainable import TrainableModule
 from ..base import Context
 from ..common.class_axis import class_axis
 from ..common.feed import Batch, Feed, map_some

@@ -18,8 +18,9 @@ from torch import Tensor
 from ...graph.comb import axes as ax
 from ...graph.comb.axes import Axis, Factor
 from ...graph.comb.solve import Comb
+from ...graph.edit import copy_tensor, like, rebuild
 from ...graph.nodes import fetch
-from ...graph.program import Program, copy_tensor, like, rebuild
+from ...graph.program import Program
 from ...graph.verify import equivalence
 from ..train.features import block_outputs
 from .cap import Pattern

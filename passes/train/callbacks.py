@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...graph.program import TrainableModule
+from ...graph.trainable import TrainableModule
 
 Kept = dict[str, dict[int, torch.Tensor]]  # which indices stay, by name and dimension, in the numbering before
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from ...graph.errors import BadInput
-from ...graph.program import Program, TrainableModule
+from ...graph.program import Program
+from ...graph.trainable import TrainableModule
 from ..base import Context, Pass, PassResult
 from ..common.class_axis import class_axis, other_outputs
 from ..common.feed import Batch

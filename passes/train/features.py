@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from ...graph import compat
+from ...graph.compat import pytree
 from ...graph.nodes import op_name, shape
-from ...graph.program import Program, TrainableModule
+from ...graph.program import Program
+from ...graph.trainable import TrainableModule
 from .callbacks import Kept
 
 
@@ -84,14 +85,12 @@ def tapped(module: TrainableModule, names: Sequence[str]) -> Iterator[None]:
     """Within the context the module returns `(its outputs, [values of the named nodes])`."""
     graph = module.graph
     output = next(n for n in graph.nodes if n.op == "output")
-    before, codegen = output.args, graph._codegen
+    before, codegen = output.args, compat.codegen_of(graph)
     by_name = {n.name: n for n in graph.nodes}
-    plain = codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    plain = compat.output_spec(graph)
     spec = pytree.tree_structure((pytree.tree_unflatten([0] * plain.num_leaves, plain), [0] * len(names)))
-    widened = copy.copy(codegen)
-    widened.pytree_info = codegen.pytree_info._replace(out_spec=spec)  # type: ignore[attr-defined]
     output.args = ((*before[0], *(by_name[name] for name in names)),)
-    graph.set_codegen(widened)
+    graph.set_codegen(compat.with_output_spec(codegen, spec))
     module.recompile()
     try:
         yield

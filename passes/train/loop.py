@@ -19,11 +19,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object, send_to_device, set_seed
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from ...graph.compat import pytree
 from ...graph.errors import BadInput, GraphcombError
-from ...graph.program import Program, TrainableModule
+from ...graph.program import Program
 from ...graph.sparse import zeros
+from ...graph.trainable import TrainableModule
 from ..base import Context
 from ..common.feed import Batch, Feed
 from ..common.loaders import generators, length, shard

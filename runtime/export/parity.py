@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
+from ...graph.compat import pytree
 from ...graph.errors import BadInput, Refused
 from ...graph.nodes import op_name
 from ...graph.program import Program, flatten_outputs

@@ -30,9 +30,9 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
-from torch.utils import _pytree as pytree
 
-from ...graph.capture import infer
+from ...graph.compat import pytree
+from ...graph.edit import infer
 from ...graph.errors import BadInput, Refused
 from ...graph.nodes import arguments, hint, op_name
 from ...graph.program import Program

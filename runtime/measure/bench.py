@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
+from ...graph.compat import pytree
 from ...graph.errors import BadInput
 from ...graph.program import Program
 from ..devices.table import nearest

@@ -18,7 +18,7 @@ from torch import fx
 
 from ...graph.comb.solve import Comb
 from ...graph.errors import BadInput
-from ...graph.nodes import arguments, op_name
+from ...graph.nodes import arguments, is_operator, op_name
 from ...graph.program import Program
 from ...graph.workload.fusion import ONNXRUNTIME, Rules, classify
 from ...graph.workload.layers import Layer, Layers
@@ -57,7 +57,7 @@ def describe_one(node: fx.Node, layer: Layer) -> dict[str, Any]:
     """A layer and the node that it is of, as `describe` has them."""
     if layer.op == "copy" and (node.op == "placeholder" or classify(node) in ("product", "depthwise", "attention")):
         return {"name": f"copy of {node.name}", "node": node.name, "call": "copy"} | to_dict(layer)
-    weight = arguments(node).get("weight") if hasattr(node.target, "_schema") else None
+    weight = arguments(node).get("weight") if is_operator(node) else None
     while isinstance(weight, fx.Node) and weight.op == "call_function" and len(weight.all_input_nodes) > 0:
         weight = weight.all_input_nodes[0]  # quantised, or computed from the parameter otherwise
     name = str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else node.name

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
+from ....graph.compat import pytree
 from ....graph.errors import BadInput, MissingBackend
 from ....graph.program import Program, flatten_outputs
 from ..base import HostEngine, TensorSpec, replacing

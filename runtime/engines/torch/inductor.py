@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ....graph.compat import compile_ahead, load_compiled, pytree
 from ....graph.errors import BadInput, MissingBackend, Refused
 from ....graph.program import Program
 from ....graph.program import load as load_program
@@ -43,7 +44,7 @@ def compile_program(
     torch.compiler.reset()
     compiled = torch.compile(module, options=options, dynamic=bool(program.dynamic_shapes))
     engine = TorchEngine(on_leaves(program, compiled), *specs(program), device)
-    leaves = torch.utils._pytree.tree_leaves((program.args, program.kwargs))
+    leaves = pytree.tree_leaves((program.args, program.kwargs))
     try:
         engine.prepared([leaf.cpu().numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)])
     except RuntimeError as error:
@@ -70,9 +71,7 @@ def build(
     _threads(device, threads)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            package = torch._inductor.aoti_compile_and_package(
-                program.exported(), package_path=str(Path(folder) / "model.pt2")
-            )
+            package = compile_ahead(program.exported(), str(Path(folder) / "model.pt2"))
         except RuntimeError as error:
             raise Refused(f"{model}: inductor cannot compile it: {reason(error)}") from error
         pack(out, Path(package), program, device)
@@ -91,7 +90,7 @@ def build(
 def load(path: Path, *, backend: str = "inductor", threads: int = 1) -> TorchEngine:
     """Load what `build` compiled. threads: on the CPU. Raises BadInput for another file, MissingBackend where its device
     is not at hand."""
-    engine = unpack(path, backend, torch._inductor.aoti_load_package)
+    engine = unpack(path, backend, load_compiled)
     if not engine.on_device:
         torch.set_num_threads(threads)
     return engine

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch.export.passes import move_to_device_pass
-from torch.utils import _pytree as pytree
 
+from ....graph.compat import pytree
 from ....graph.errors import BadInput, MissingBackend, Refused
 from ....graph.program import Program
 from ....graph.program import load as load_program

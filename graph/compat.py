@@ -1,0 +1,179 @@
+"""Every private API of PyTorch that graphcomb uses, by a name that says what it does; no other file touches one.
+
+Seen to work with the versions in `tests/torch_versions.md`, unless a line says otherwise. Not counted as private: the
+dictionaries of `nn.Module` (`_modules`, `_parameters`, `_buffers`), on which `state_dict` hooks rely, and ATen operators
+whose names begin with an underscore.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._sympy import functions as size_functions
+
+FAKE_TENSOR_LOG = "torch._subclasses.fake_tensor"  # the logger of what fails on fake tensors
+
+
+# ------------------------------------------------------------------------------------------------------------ operators
+def schema(target: Any) -> Any:
+    """The schema of an operator's overload (`name`, `arguments`, `is_mutable`); None for anything else."""
+    return getattr(target, "_schema", None)
+
+
+def writes(target: Any) -> bool:
+    """Whether an operator writes to one of its arguments."""
+    found = schema(target)
+    return found is not None and found.is_mutable
+
+
+# ----------------------------------------------------------------------------------------------------- sizes and memory
+def example_of(size: torch.SymInt, unknown: int) -> int:
+    """The example value of a symbolic size; `unknown` stands for every symbol that only the data knows."""
+    if size.node.has_hint():
+        return int(size.node.hint)
+    environment = size.node.shape_env
+    newer = hasattr(environment, "backed_var_to_val")  # what releases after 2.11 call it
+    known = environment.backed_var_to_val if newer else environment.var_to_val
+    return int(size.node.expr.subs({s: known.get(s, unknown) for s in size.node.expr.free_symbols}))
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """A number for the memory of a tensor, also of a fake one: equal for two tensors that are views of one storage."""
+    return tensor.untyped_storage()._cdata
+
+
+# --------------------------------------------------------------------------------------------------------- fake tensors
+def fake_mode(values: Any) -> FakeTensorMode | None:
+    """The mode of the first fake tensor in a nest of values; None where there is none."""
+    return next((v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, FakeTensor)), None)
+
+
+def fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of static shape for a stored one."""
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+@contextmanager
+def faking(mode: FakeTensorMode) -> Iterator[None]:
+    """Operators run on fake tensors, without gradients and so that composite ones keep dynamic sizes."""
+    with mode, torch.no_grad(), enable_python_dispatcher():
+        yield
+
+
+# --------------------------------------------------------------------------------------------------------------- graphs
+def codegen_of(graph: fx.Graph) -> Any:
+    """How a graph's inputs and outputs are nested, which its generated code unpacks and packs."""
+    return graph._codegen
+
+
+def share_codegen(graph: fx.Graph, other: fx.Graph) -> None:
+    """Nest the inputs and outputs of a graph as those of another."""
+    graph.set_codegen(copy.copy(other._codegen))
+
+
+def input_names(graph: fx.Graph) -> list[str] | None:
+    """The names of a graph's arguments before they are flattened; None where they are not known."""
+    info = getattr(graph._codegen, "pytree_info", None)
+    return [n for n in info.orig_args if n != "self"] if info else None
+
+
+def output_spec(graph: fx.Graph) -> pytree.TreeSpec:
+    """How a graph's outputs are nested."""
+    return graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+
+
+def with_output_spec(codegen: Any, spec: pytree.TreeSpec) -> Any:
+    """A copy of what `codegen_of` returns, for outputs that are nested otherwise."""
+    found = copy.copy(codegen)
+    found.pytree_info = codegen.pytree_info._replace(out_spec=spec)
+    return found
+
+
+def copy_specs(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Keep what torch.export notes on its module about how inputs and outputs are nested, as far as it is there."""
+    for name in ("_in_spec", "_out_spec"):
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
+
+
+def rename(node: fx.Node, name: str) -> None:
+    """Give a node a name, made unique in its graph."""
+    node._rename(name)
+
+
+# ----------------------------------------------------------------------------------------------------- exported programs
+def with_module(exported: ExportedProgram, module: fx.GraphModule) -> ExportedProgram:
+    """The exported program around another module of the same signature."""
+    return exported._update(module, exported.graph_signature)
+
+
+def unlifted(exported: ExportedProgram) -> fx.GraphModule:
+    """The module of an exported program, without a check of its inputs' sizes (which 2.10 and older cannot have)."""
+    checks = "check_guards" in exported.module.__code__.co_varnames
+    return exported.module(check_guards=False) if checks else exported.module()
+
+
+def is_guard(node: fx.Node) -> bool:
+    """Whether a node calls the module that checks the sizes of the inputs."""
+    return node.op == "call_module" and "_guards" in str(node.target)
+
+
+def archive_reader(file: BinaryIO) -> Any:
+    """Reads the members of a `.pt2` file as `torch.export.load` does: `get_all_records()`, `get_record(name)`."""
+    return torch._C.PyTorchFileReader(file)
+
+
+# --------------------------------------------------------------------------------------------------------------- inductor
+def compile_ahead(exported: ExportedProgram, package: str) -> str:
+    """Compile with AOTInductor into a package at the path, which is returned."""
+    return torch._inductor.aoti_compile_and_package(exported, package_path=package)
+
+
+def load_compiled(package: str) -> Any:
+    """Load what `compile_ahead` wrote: a callable of the original's arguments."""
+    return torch._inductor.aoti_load_package(package)
+
+
+__all__ = [
+    "FAKE_TENSOR_LOG",
+    "BatchNorm",
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "TorchDispatchMode",
+    "archive_reader",
+    "codegen_of",
+    "compile_ahead",
+    "copy_specs",
+    "example_of",
+    "fake",
+    "fake_mode",
+    "faking",
+    "input_names",
+    "is_guard",
+    "load_compiled",
+    "output_spec",
+    "pytree",
+    "rename",
+    "schema",
+    "share_codegen",
+    "size_functions",
+    "storage_id",
+    "unlifted",
+    "with_module",
+    "with_output_spec",
+    "writes",
+]

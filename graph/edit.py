@@ -1,0 +1,247 @@
+"""Edit a graph: insert, replace, clean up; and make it again around other tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import compat
+from .errors import BadInput
+from .nodes import fetch, writes
+from .trainable import TrainableModule
+
+ORIGIN = ("stack_trace", "nn_module_stack")  # metadata that say which line of the user's model an operator comes from
+
+
+class Editor:
+    """Edits the graph of one module in place; call `finish` when done.
+
+    New nodes are inserted where `before` or `after` point to (`with edit.before(node): edit.call(...)`) and know the shape
+    of their value (`meta["val"]`) at once.
+    """
+
+    def __init__(self, module: fx.GraphModule):
+        self.module, self.graph = module, module.graph
+
+    def before(self, node: fx.Node) -> AbstractContextManager:
+        """A context in which new nodes are inserted in front of a node."""
+        return self.graph.inserting_before(node)
+
+    def after(self, node: fx.Node) -> AbstractContextManager:
+        """A context in which new nodes are inserted behind a node, in the order in which they are made."""
+        return self.graph.inserting_before(node.next)
+
+    def call(
+        self,
+        target: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any] | None = None,
+        *,
+        like: fx.Node | None = None,
+        value: Any = None,
+    ) -> fx.Node:
+        """A new node that calls an operator.
+
+        like: the node whose place in the user's model messages about the new one shall name. value: its fake value where
+        that is known or cannot be inferred yet; else the operator runs on the fake values of its inputs.
+        """
+        node = self.graph.call_function(target, tuple(args), kwargs or {})
+        node.meta = {} if like is None else origin(like)
+        if value is None:
+            infer(node)
+        else:
+            node.meta["val"] = value
+        return node
+
+    def attribute(self, name: str) -> fx.Node:
+        """A new node that reads the stored tensor at a dotted path."""
+        node = self.graph.get_attr(name)
+        mode = compat.fake_mode([n.meta.get("val") for n in self.graph.nodes])
+        node.meta["val"] = compat.fake(mode, fetch(self.module, name))
+        return node
+
+    def store(self, name: str, value: torch.Tensor) -> fx.Node:
+        """Store a tensor at a dotted path, in place of what is there, and return a new node that reads it."""
+        place_tensor(self.module, name, value)
+        return self.attribute(name)
+
+    def free_name(self, path: str) -> str:
+        """The dotted path, with underscores appended until the module has nothing there."""
+        owner, _, name = path.rpartition(".")
+        try:
+            holder = fetch(self.module, owner) if owner else self.module
+        except (AttributeError, KeyError):
+            return path
+        while hasattr(holder, name):
+            name += "_"
+        return f"{owner}.{name}" if owner else name
+
+    def replace(self, node: fx.Node, new: fx.Node) -> None:
+        """Let everything that reads a node read a new one instead (which may itself read the old), and erase the old one
+        and what only it needed."""
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        if not node.users:
+            self.erase(node)
+
+    def erase(self, node: fx.Node) -> None:
+        """Erase a node that nothing reads, and the inputs that nothing else reads; inputs of the program stay."""
+        inputs = node.all_input_nodes
+        self.graph.erase_node(node)
+        for i in inputs:
+            if not i.users and _removable(i):
+                self.erase(i)
+
+    def finish(self) -> None:
+        """Drop what no output needs and generate the module's code anew."""
+        drop_dead(self.module)
+        self.module.recompile()
+
+
+def origin(node: fx.Node) -> dict[str, Any]:
+    """The metadata of a node that say where in the user's model it comes from."""
+    return {k: v for k, v in node.meta.items() if k in ORIGIN}
+
+
+def _removable(node: fx.Node) -> bool:
+    return node.op == "get_attr" or (node.op == "call_function" and not writes(node))
+
+
+def drop_dead(module: fx.GraphModule) -> None:
+    """Erase what no output needs; a second name of a live tensor stays, so that tied weights keep both names."""
+    for node in reversed(list(module.graph.nodes)):
+        if not node.users and node.op != "get_attr" and _removable(node):
+            module.graph.erase_node(node)
+    attributes = [n for n in module.graph.nodes if n.op == "get_attr"]
+    live = {id(fetch(module, str(n.target))) for n in attributes if n.users}
+    for node in attributes:
+        if not node.users and id(fetch(module, str(node.target))) not in live:
+            module.graph.erase_node(node)
+
+
+# --------------------------------------------------------------------------------------------------------- fake values
+def infer(node: fx.Node) -> None:
+    """Give a new node its fake value by running its operator on the fake values of its inputs."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    mode = compat.fake_mode([i.meta.get("val") for i in node.all_input_nodes])
+    with mode, torch.no_grad():  # type: ignore[union-attr]
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def propagate(module: fx.GraphModule) -> None:
+    """Recompute the fake value of every node by one fake run from the inputs; dynamic dimensions stay symbolic. BadInput
+    for a graph without an input tensor."""
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    env: dict[fx.Node, Any] = {n: n.meta["val"] for n in placeholders}
+    mode = compat.fake_mode(list(env.values()))
+    if mode is None:
+        raise BadInput("the graph has no tensor input to propagate shapes from")
+    with compat.faking(mode):
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                stored = fetch(module, str(node.target))
+                env[node] = compat.fake(mode, stored) if isinstance(stored, torch.Tensor) else stored
+            elif node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+                env[node] = node.target(*args, **kwargs)
+    for node, value in env.items():
+        node.meta["val"] = value
+
+
+# ------------------------------------------------------------------------------------------------------- stored tensors
+def attributes(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Any]]:
+    """The nodes that read an attribute, each with what is stored there now."""
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            yield node, fetch(module, str(node.target))
+
+
+def place_tensor(root: torch.nn.Module, path: str, value: Any) -> None:
+    """Set a parameter, buffer or other attribute at a dotted path, making modules on the way."""
+    *parents, name = path.split(".")
+    for part in parents:
+        if part not in root._modules:
+            root.add_module(part, torch.nn.Module().train(root.training))
+        root = root._modules[part]  # type: ignore[assignment]
+    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+        root.register_buffer(name, value)
+    else:
+        setattr(root, name, value)
+
+
+def like(old: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    """The data as a parameter where the old tensor is one."""
+    return torch.nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else data
+
+
+def copy_tensor(name: str, value: Any) -> Any:
+    """A copy of an attribute, for `rebuild`; a parameter stays one."""
+    if not isinstance(value, torch.Tensor):
+        return copy.deepcopy(value)
+    return like(value, value.detach().clone())
+
+
+def keep_tensor(name: str, value: Any) -> Any:
+    """The attribute itself, for `rebuild`."""
+    return value
+
+
+def rebuild(
+    module: TrainableModule,
+    take: Callable[[str, Any], Any] = keep_tensor,
+    edit: Callable[[dict[fx.Node, fx.Node]], None] | None = None,
+) -> TrainableModule:
+    """The same graph in a new module, around other tensors or the same; tensors that no node reads are left behind.
+
+    take(name, value) gives the new value of an attribute; it is asked once for a tensor with several names, so tied
+    weights stay tied. edit(nodes) may change the new graph, given the new node for every old one.
+    """
+    graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(module.graph, nodes))
+    compat.share_codegen(graph, module.graph)
+    new, taken = TrainableModule(torch.nn.Module(), fx.Graph()), {}
+    folders: dict[str, torch.nn.Module] = {"": new}
+    for node, old in attributes(module):
+        name = str(node.target)
+        if id(old) not in taken:
+            taken[id(old)] = take(name, old)
+        _put(folders, name, taken[id(old)])
+    if edit is not None:
+        edit(nodes)
+    new.graph = graph
+    for path, part in new.named_modules():
+        part.training = _flag(module, path)
+    if "batch_norm" in module.meta:
+        new.meta["batch_norm"] = module.meta["batch_norm"]
+    compat.copy_specs(module, new)
+    return new
+
+
+def _flag(module: torch.nn.Module, path: str) -> bool:
+    """The training flag of the submodule at a path, or of the nearest one above it."""
+    for part in path.split(".") if path else ():
+        if part not in module._modules:
+            break
+        module = module._modules[part]  # type: ignore[assignment]
+    return module.training
+
+
+def _put(folders: dict[str, torch.nn.Module], path: str, value: Any) -> None:
+    """As `place_tensor`, in a module that is being made: nothing is there yet, so nothing has to be looked for."""
+    folder, _, name = path.rpartition(".")
+    if folder not in folders:
+        _put(folders, folder, torch.nn.Module())
+    owner = folders[folder]
+    if isinstance(value, torch.nn.Parameter):
+        owner._parameters[name] = value
+    elif isinstance(value, torch.Tensor):
+        owner._buffers[name] = value
+    elif isinstance(value, torch.nn.Module):
+        owner._modules[name] = folders[path] = value
+    else:
+        setattr(owner, name, value)
