@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .recipe import read_recipe
-from .runner import run
+from .run import run
 
 RECIPE = Path(__file__).with_name("demo.yaml")
 

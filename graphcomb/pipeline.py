@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +16,9 @@ from .graph.nodes import op_name, writes
 from .graph.program import Program
 from .passes.base import Context, Pass, PassResult
 from .passes.batch import Adapted
-from .passes.common.processes import agreed, stored_program
-from .passes.common.repeat import Samples, code_of, run_code, says_anew, seeded
+from .passes.common.repeat import Samples, run_code, seeded
 from .passes.common.scoring import evaluate
-from .runtime.engines.base import replacing
+from .store import Store, is_main, write_json
 
 SURGERY_TOLERANCE = 1e-10  # an exact surgery differs from the oracle by float64 rounding only
 ACCURACY = ("accuracy", "training accuracy")  # figures that are shares
@@ -44,16 +39,16 @@ class PipelineResult:
     @property
     def surgery_error(self) -> float | None:
         """The worst error of any surgery against the absence oracle, relative, in float64; None without a surgery."""
-        found = [r.get("verified") for r in self.records]
-        errors = [v["error"] for v in found if v and v["oracle"] == "absence oracle"]
+        checks = [record.get("verified") for record in self.records]
+        errors = [check["error"] for check in checks if check and check["oracle"] == "absence oracle"]
         return max(errors) if errors else None
 
 
 class Pipeline:
     """Passes to apply in order.
 
-    `run` verifies each result, keeps the records, and, given a folder, stores every finished pass there so that an
-    interrupted run continues after the last finished one.
+    `run` verifies the result of every pass, keeps the records, and, given a folder, stores every finished pass there so
+    that an interrupted run continues after the last finished one.
     """
 
     def __init__(self, passes: Sequence[Pass]):
@@ -65,69 +60,59 @@ class Pipeline:
     def run(
         self,
         program: Program,
-        data: Iterable[Any] | None = None,
-        val: Iterable[Any] | None = None,
-        loss: Callable[..., Any] | None = None,
-        metric: Callable[..., Any] | None = None,
-        target: Any = None,
-        dtype: str = "fp32",
-        teacher: Program | None = None,
-        seed: int = 0,
-        out: str | Path | None = None,
-        progress: bool = False,
-        plan: dict[str, Any] | None = None,
+        context: Context | None = None,
+        *,
         key: Any = None,
         resume: bool = True,
-        latency: Any = None,
-        inputs: Callable[[Any], Any] | None = None,
-        labels: Callable[[Any], Any] | None = None,
+        **fields: Any,
     ) -> PipelineResult:
-        """Apply all passes.
+        """Apply all passes in a context; further keyword arguments, such as `data`, set fields of it.
 
-        The fields down to `plan`, `latency`, `inputs` and `labels` are those of `passes.base.Context`; teacher is by
-        default the program itself, the plan goes to the first pass that takes one. key: anything JSON-able that decides
-        the result besides. resume: take a finished pass found in `out` over when its options, those of all before it,
-        the program, the data (as far as a sample tells), loss, metric, teacher, seed, target, plan, this key and
-        graphcomb's passes are unchanged. Raises GraphcombError when a pass refuses or a verification fails; the records
-        so far stay in `out`.
+        The context's teacher is by default the program itself; its plan goes to the first pass that takes one; in its
+        folder `out`, if there is one, finished passes and record.json are kept. key: anything JSON-able that decides the
+        result besides. resume: take a finished pass found in `out` over when its options, those of all before it, the
+        program, the data (as far as a sample tells), loss, metric, teacher, seed, target, plan, this key and graphcomb's
+        passes are unchanged. Raises GraphcombError when a pass refuses or a verification fails; the records so far stay
+        in `out`.
         """
-        main = is_main()
-        context = Context(
-            data=data, val=val, loss=loss, metric=metric, target=target, dtype=dtype, teacher=teacher or program,
-            seed=seed, progress=progress and main, plan=plan, latency=latency, inputs=inputs, labels=labels,
-        )  # fmt: skip
+        context = (context or Context()).replaced("Pipeline.run", **fields)
+        context = context.replaced(
+            "Pipeline.run", teacher=context.teacher or program, progress=context.progress and is_main()
+        )
+        out, context.out = context.out, None
         store = None
         if out is not None:
             digest = run_code(program.module(), context, key)
-            store = _Store(Path(out) / "passes", digest, main, resume, Samples(context))
+            store = Store(Path(out) / "passes", digest, resume, Samples(context))
         say = Console(quiet=not context.progress, markup=False, emoji=False).print
         result = PipelineResult(program, metric=figure_name(context))
         if context.val is not None:
-            result.accuracy_before = result.accuracy_after = evaluate(program, context.val, metric, context.progress)
+            accuracy = evaluate(program, context.val, context.metric, context.progress)
+            result.accuracy_before = result.accuracy_after = accuracy
         say(_dense(program, result))
         for i, pass_ in enumerate(self.passes):
             head = f"[{i + 1}/{len(self.passes)}] {type(pass_).__name__}"
-            found = store.find(i, pass_, result.program) if store else None
-            if found is None:
+            compressed = store.find(i, pass_, result.program) if store else None
+            if compressed is None:
                 say(f"{head} ...")
                 if store:
                     context.out = store.path(i, pass_)
-                with seeded(seed, context.data, context.val):
-                    found = self._apply(pass_, result.program, context, result.accuracy_after)
+                with seeded(context.seed, context.data, context.val):
+                    compressed = self._apply(pass_, result.program, context, result.accuracy_after)
                 if store:
-                    store.keep(i, pass_, found)
+                    store.keep(i, pass_, compressed)
             if hasattr(pass_, "plan"):
                 context.plan = None
-            result.program = found
-            result.records.append(found.history[-1])
+            result.program = compressed
+            result.records.append(compressed.history[-1])
             result.accuracy_after = result.records[-1].get("accuracy", {}).get("after", result.accuracy_after)
             say(f"{head}: {_summary(result.records[-1])}")
-            if out is not None and main:
+            if out is not None and is_main():
                 write_json(Path(out) / "record.json", result.records)
         return result
 
     def _apply(self, pass_: Pass, program: Program, context: Context, accuracy: float | None) -> Program:
-        """One pass, its checks, and what they found added to its record."""
+        """Apply one pass, check its result, and add to its record what the checks say."""
         result: PassResult = pass_(program, context)
         check_invariants(result.program, type(pass_).__name__, program)
         if not result.record.get("changed"):
@@ -155,76 +140,12 @@ def verification(pass_: Pass, program: Program, result: PassResult, seed: int) -
             raise GraphcombError(
                 f"{type(pass_).__name__}: something was removed and no output changed, so the surgery is not proven"
             )
-        found = {"oracle": "absence oracle", "error": verdict.error, "tolerance": SURGERY_TOLERANCE}
-        return found | ({"why": f" ({verdict.disagreements[0]})"} if verdict.disagreements else {})
+        verified = {"oracle": "absence oracle", "error": verdict.error, "tolerance": SURGERY_TOLERANCE}
+        return verified | ({"why": f" ({verdict.disagreements[0]})"} if verdict.disagreements else {})
     if pass_.exact:
         error, tolerance = verify.equivalence(program, result.program, seed=seed), EXACT_TOLERANCE
         return {"oracle": "input program", "error": error, "tolerance": tolerance}
     return None
-
-
-class _Store:
-    """Finished passes in a folder: NN-Name.json with the digest of everything the pass depends on and a sample of the data,
-    and NN-Name.pt2 (only the record where the pass changed nothing).
-
-    The folder NN-Name holds the checkpoints of a pass that is under way. Of several processes the main one writes.
-    """
-
-    def __init__(self, folder: Path, digest: str, main: bool, resume: bool, samples: Samples):
-        self.folder, self.digest, self.main, self.resume, self.samples = folder, digest, main, resume, samples
-        self.warned = False
-
-    def find(self, index: int, pass_: Pass, program: Program) -> Program | None:
-        """The stored result of the pass, or None. Call once per pass, in order: the digest covers all before it."""
-        own = code_of(type(pass_))
-        text = json.dumps([self.digest, type(pass_).__name__, own, pass_.options()], sort_keys=True, default=str)
-        self.digest = hashlib.sha256(text.encode()).hexdigest()
-        base = self.path(index, pass_)
-        note = agreed(lambda: self._note(base)) if self.resume else None
-        if note is not None:
-            if "record" in note:
-                same = program.copy()
-                same.history.append(note["record"])
-                return same
-            return stored_program(base.with_suffix(".pt2")) if note.get("finished") else None
-        if self.main:
-            shutil.rmtree(base, ignore_errors=True)
-            base.with_suffix(".pt2").unlink(missing_ok=True)
-            write_json(
-                base.with_suffix(".json"), {"digest": self.digest, "finished": False, "data": self.samples.codes}
-            )
-        return None
-
-    def _note(self, base: Path) -> dict[str, Any] | None:
-        """What is noted of the same pass on the same data."""
-        note = _read_json(base.with_suffix(".json"))
-        if note.get("digest") == self.digest and not self.samples.differ(note.get("data", [[], []])):
-            return note
-        if note.get("finished") and not self.warned:
-            self.warned = True
-            says_anew(self.folder, base.name)
-        return None
-
-    def keep(self, index: int, pass_: Pass, program: Program) -> None:
-        """Store a finished pass and drop its checkpoints."""
-        if not self.main:
-            return
-        base, record = self.path(index, pass_), program.history[-1]
-        note: dict[str, Any] = {"digest": self.digest, "finished": True, "data": self.samples.codes}
-        if record.get("changed"):
-            program.save(base.with_suffix(".pt2"))
-        else:
-            note["record"] = record
-        write_json(base.with_suffix(".json"), note)
-        shutil.rmtree(base, ignore_errors=True)
-
-    def path(self, index: int, pass_: Pass) -> Path:
-        return self.folder / f"{index:02d}-{type(pass_).__name__}"
-
-
-def is_main() -> bool:
-    """Whether this process writes the files: the only one, or the first of those that `accelerate launch` started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def check_invariants(program: Program, name: str, before: Program) -> None:
@@ -242,28 +163,13 @@ def check_invariants(program: Program, name: str, before: Program) -> None:
             raise GraphcombError(f"{name}: left a module call at {node.name}; a bug of the pass")
 
 
-def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Write JSON under a temporary name and rename it."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(value, indent=indent, default=str) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty when there is none or it is not one."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def figure_name(context: Context) -> str:
     """What the metric's mean is called: accuracy, or the name of the user's metric; "training" goes before it where the
     validation data is the training data."""
-    own = context.metric
-    name = (
-        "accuracy" if own is None else str(getattr(own, "__name__", type(own).__name__)).replace("<lambda>", "metric")
-    )
+    metric = context.metric
+    name = "accuracy"
+    if metric is not None:
+        name = str(getattr(metric, "__name__", type(metric).__name__)).replace("<lambda>", "metric")
     val, data = (d.data if isinstance(d, Adapted) else d for d in (context.val, context.data))
     return f"training {name}" if val is not None and val is data else name
 

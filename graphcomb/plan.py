@@ -10,11 +10,11 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
 from .graph.errors import BadInput
+from .job import Job
 from .passes.channels.remove_channels import RemoveChannels
 from .passes.depth.blocks import Block, find_blocks
 from .passes.depth.prune_depth import PruneDepth
 from .recipe import Section, explain, read_yaml
-from .runner import Job
 from .runtime.engines.base import replacing
 
 HEAD = """\

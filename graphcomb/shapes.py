@@ -9,7 +9,7 @@ import torch
 from .graph.compat import pytree
 from .graph.errors import BadInput
 from .graph.program import Program, capture
-from .runner import DEFAULT_SHAPE
+from .job import DEFAULT_SHAPE
 from .runtime.devices.table import nearest
 from .runtime.engines.torch.base import specs
 

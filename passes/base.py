@@ -52,6 +52,13 @@ class Context:
         self.data, self.val = (adapted(d, self.inputs, self.labels) for d in (self.data, self.val))
         self.out = None if self.out is None else Path(self.out)
 
+    def replaced(self, caller: str, **fields: Any) -> Context:
+        """A copy in which some fields are set anew. Raises BadInput that names the caller for a field there is not."""
+        try:
+            return dataclasses.replace(self, **fields)
+        except TypeError as error:
+            raise BadInput(f"{caller}: {error}") from None
+
     @property
     def batches(self) -> Iterable[Any]:
         """The data, or nothing to iterate over; a loader without a length has no truth value either."""
@@ -125,10 +132,7 @@ class Pass(Options):
             raise BadInput(
                 f"{type(self).__name__}: takes a Program or an ExportedProgram, got {type(program).__name__}"
             )
-        try:
-            context = dataclasses.replace(context or Context(), **fields)
-        except TypeError as error:
-            raise BadInput(f"{type(self).__name__}: {error}") from None
+        context = (context or Context()).replaced(type(self).__name__, **fields)
         start = time.perf_counter()
         result = self.run(program, context)
         check_masks(program, result.program, result.removed, type(self).__name__, self.exact)

@@ -187,12 +187,12 @@ def test_plans_that_do_not_fit(refused, recipe, tmp_path: Path) -> None:
 
 
 def test_unexpected_exceptions_are_one_line_too(cli, recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphcomb import runner
+    from graphcomb import run as runs
 
     def fail(*args: object, **kwargs: object) -> None:
         raise KeyError("lost\nand found")
 
-    monkeypatch.setattr(runner, "run", fail)
+    monkeypatch.setattr(runs, "run", fail)
     outcome = cli("run", recipe())
     assert outcome.code == 1
     assert outcome.err.startswith("error: unexpected KeyError: ")
@@ -202,12 +202,12 @@ def test_unexpected_exceptions_are_one_line_too(cli, recipe, monkeypatch: pytest
 
 
 def test_interrupting_is_one_line(cli, recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphcomb import runner
+    from graphcomb import run as runs
 
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "run", stop)
+    monkeypatch.setattr(runs, "run", stop)
     outcome = cli("run", recipe())
     assert outcome.code == 130
     assert outcome.err == "error: interrupted; run the same command again to continue\n"

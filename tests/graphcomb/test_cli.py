@@ -29,7 +29,7 @@ TRAINED = [
 
 def test_run_writes_everything_it_names(cli, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr("graphcomb.runner.BENCH_SECONDS", 1.0)
+    monkeypatch.setattr("graphcomb.run.BENCH_SECONDS", 1.0)
     outputs = FULL | {"engines": ["rtx-sm86"]}
     out = tmp_path / "out"
     path = recipe(passes=TRAINED, outputs=outputs, precision="fp16", target="rtx-sm86")
@@ -222,7 +222,7 @@ def test_two_processes_run_the_same_recipe(cli, recipe, tmp_path: Path) -> None:
 
 
 def test_plan_lists_the_blocks_of_a_recipe_that_prunes_depth(cli, recipe, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("graphcomb.cli.app.console", Console(width=80))
+    monkeypatch.setattr("graphcomb.cli.plan.console", Console(width=80))
     path = recipe(model={"source": "torchvision.models:resnet18"}, data=None, inputs=[[1, 3, 64, 64]],
                   passes=[{"PruneDepth": {"blocks": 2}}])  # fmt: skip
     out = cli("plan", path, "--out", tmp_path / "plan.yaml")

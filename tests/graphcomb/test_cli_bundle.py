@@ -129,7 +129,7 @@ def test_an_interrupt_without_results_is_one_line(cli, tmp_path: Path, monkeypat
 
 
 def test_a_run_is_bundled_with_its_record(cli, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphcomb.runner.BENCH_SECONDS", 0.2)
+    monkeypatch.setattr("graphcomb.run.BENCH_SECONDS", 0.2)
     path = recipe(outputs={"onnx": True, "report": False, "bench": True}, precision="fp16")
     assert cli("run", path, "--out", tmp_path / "run", "--quiet").code == 0
     assert cli("bundle", tmp_path / "run", "--out", tmp_path / "b").code == 0

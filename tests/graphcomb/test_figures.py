@@ -10,10 +10,10 @@ from rich.console import Console
 
 from graphcomb import Pipeline, capture
 from graphcomb.graph.errors import BadInput
+from graphcomb.job import prepare
 from graphcomb.passes import Fuse
 from graphcomb.pipeline import figure
 from graphcomb.recipe import parse_recipe
-from graphcomb.runner import prepare
 
 
 def log_loss(outputs, labels):
@@ -30,7 +30,7 @@ def test_a_figure_is_called_what_it_is(metric, single, name, monkeypatch, capsys
     program = capture(toys.net(), torch.randn(2, 3, 8, 8), dynamic_shapes="batch")
     data = toys.batches()
     val = data if single else toys.batches(count=2)
-    result = Pipeline([Fuse()]).run(program, data, val, metric=metric, progress=True)
+    result = Pipeline([Fuse()]).run(program, data=data, val=val, metric=metric, progress=True)
     assert result.metric == result.records[0]["accuracy"]["metric"] == name
     said = capsys.readouterr().out
     assert f", {name} {figure(name, result.accuracy_before)}" in said
@@ -59,7 +59,7 @@ def test_a_recipe_names_functions_that_split_batches(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     recipe = {"model": "toys:net", "passes": ["Fuse"]}
     job = prepare(parse_recipe(recipe | {"data": {"source": "odd:odd", "inputs": "odd:image", "labels": "odd:label"}}))
-    result = Pipeline(job.recipe.passes).run(job.program, job.train, job.val)
+    result = Pipeline(job.recipe.passes).run(job.program, data=job.train, val=job.val)
     assert result.metric == "training accuracy"
     assert result.accuracy_before == pytest.approx(result.accuracy_after)
     with pytest.raises(BadInput, match=r"a tuple of 3 .* give inputs= and labels=, functions of a batch"):

@@ -12,7 +12,7 @@ from torch import nn
 
 import graphcomb
 from graphcomb import runtime
-from graphcomb.cli.app import printable
+from graphcomb.cli.output import printable
 from graphcomb.runtime.devices.table import get_target
 from graphcomb.runtime.export.opset import choose_opset
 
@@ -103,7 +103,7 @@ def test_options_of_engines_are_checked_before_anything_runs(
 
 
 def test_a_run_for_an_old_target_can_be_bundled(cli, recipe, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("graphcomb.runner.BENCH_SECONDS", 0.3)
+    monkeypatch.setattr("graphcomb.run.BENCH_SECONDS", 0.3)
     outputs = ONNX | {"bench": True}
     path = recipe(target="drive-orin", precision="fp16", outputs=outputs, passes=["Fuse"])
     outcome = cli("run", path, "--out", tmp_path / "out", "--quiet")

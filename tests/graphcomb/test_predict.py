@@ -45,14 +45,14 @@ def test_a_run_says_what_its_layers_take(cli, recipe, tmp_path: Path) -> None:
 
 
 def test_the_error_is_said_where_the_target_is_this_machine(cli, recipe, tmp_path: Path, monkeypatch) -> None:
-    from graphcomb import runner
+    from graphcomb import run as runs
     from graphcomb.runtime.measure.bench import BenchResult, Timing
 
     timings = [Timing(name, 20, 0, 1, {"median": ms}) for name, ms in (("dense", 4.0), ("compressed", 2.0))]
     result = BenchResult(timings, {"compressed": {"median": 2.0}}, 20, 0, 1.0, "", {})
-    monkeypatch.setattr(runner.runtime, "bench", lambda *a, **k: result)
-    monkeypatch.setattr(runner.runtime, "export_onnx", lambda *a, **k: None)
-    monkeypatch.setattr(runner, "_lower", lambda *a: {"onnx": {}, "engines": []})
+    monkeypatch.setattr(runs.runtime, "bench", lambda *a, **k: result)
+    monkeypatch.setattr(runs.runtime, "export_onnx", lambda *a, **k: None)
+    monkeypatch.setattr(runs, "_lower", lambda *a: {"onnx": {}, "engines": []})
     path = recipe(data=None, inputs=INPUTS, outputs=OUTPUTS | {"bench": True})
     assert cli("run", path, "--out", tmp_path / "run", "--quiet").code == 0
     found = json.loads((tmp_path / "run" / "summary.json").read_text())["prediction"]
@@ -110,7 +110,7 @@ def test_results_of_another_target_are_one_line(cli, recipe, results: Path) -> N
 
 
 def test_the_bundle_of_a_run_knows_its_layers(cli, recipe, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("graphcomb.runner.BENCH_SECONDS", 0.1)
+    monkeypatch.setattr("graphcomb.run.BENCH_SECONDS", 0.1)
     path = recipe(data=None, inputs=INPUTS, outputs={"onnx": True, "report": False, "bench": True})
     assert cli("run", path, "--out", tmp_path / "run", "--quiet").code == 0
     assert cli("bundle", tmp_path / "run", "--out", tmp_path / "b").code == 0

@@ -18,7 +18,7 @@ def test_the_page_is_what_the_models_say() -> None:
 
 
 def test_a_run_writes_what_is_documented(cli, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphcomb.runner.BENCH_SECONDS", 0.3)
+    monkeypatch.setattr("graphcomb.run.BENCH_SECONDS", 0.3)
     path = recipe(outputs={"onnx": True, "report": True, "bench": True, "engines": ["cpu"]}, precision="fp16")
     assert cli("run", path, "--out", tmp_path / "out", "--quiet").code == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -57,7 +57,7 @@ def test_functions_split_batches_of_any_form(form):
     found = train(program(), data=odd, val=odd, **split)
     assert found.record["epochs"] == expected.record["epochs"]
     assert all(torch.equal(v, weights(expected)[k]) for k, v in weights(found).items())
-    whole = Pipeline([train]).run(program(), odd, odd, **split)
+    whole = Pipeline([train]).run(program(), data=odd, val=odd, **split)
     assert whole.accuracy_after == expected.record["epochs"][-1]["val"]
     with pytest.raises(BadInput, match=r"data: .* for others give inputs= and labels=") as caught:
         train(program(), data=odd)

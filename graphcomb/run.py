@@ -1,13 +1,10 @@
-"""Running a recipe: model and data in, compressed program, ONNX, engines, measurements and report out."""
+"""From a job to its results: the compressed program, ONNX files, engines, measurements, the report and the summary."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import platform
 import time
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,100 +13,19 @@ import torch
 from rich.console import Console
 
 from . import runtime
-from .data import cache_folder
-from .graph.compat import pytree
-from .graph.errors import BadInput, CaptureError, GraphcombError
-from .graph.program import Program, capture
-from .passes.base import Context
-from .passes.batch import adapted, split_batch
+from .graph.errors import BadInput, GraphcombError
+from .graph.program import Program
+from .job import Job, prepare, targets_of
 from .passes.common.feed import Feed
-from .passes.quantize import Quantize
-from .pipeline import Pipeline, PipelineResult, is_main, write_json
-from .recipe import Input, Recipe
-from .runtime.devices.table import Target, get_target
-from .runtime.engines.base import backend_module, check_options, known_options
-from .runtime.engines.dla import dla_core
-from .runtime.export.opset import LOWEST, choose_opset
+from .pipeline import Pipeline, PipelineResult
+from .recipe import Recipe
+from .runtime.devices.table import get_target
+from .runtime.engines.base import backend_module, known_options
+from .runtime.export.opset import choose_opset
 from .runtime.export.parity import SAMPLES
-from .runtime.predict.measured import are_results
-from .runtime.predict.roofline import Roofline
-from .runtime.predict.table import LatencyTable
-from .sources import first_batch, load_data, load_model, resolve
+from .store import is_main, write_json
 
-DEFAULT_SHAPE = [1, 3, 224, 224]
 BENCH_SECONDS = 30.0  # at most; an undisturbed machine needs far fewer
-
-
-@dataclass
-class Job:
-    """What a recipe stands for, loaded and checked: everything a pipeline needs. val is None without labels."""
-
-    recipe: Recipe
-    program: Program
-    target: Target
-    train: Any = None
-    val: Any = None
-    loss: Any = None
-    metric: Any = None
-    latency: Any = None
-
-    def context(self, progress: bool = False) -> Context:
-        """The context in which a single pass of the recipe would run."""
-        return Context(
-            data=self.train, val=self.val, loss=self.loss, metric=self.metric, target=self.target,
-            dtype=self.recipe.precision, teacher=self.program, seed=self.recipe.seed, progress=progress,
-            latency=self.latency,
-        )  # fmt: skip
-
-
-def prepare(recipe: Recipe) -> Job:
-    """Load and capture the model, load the data, and check that all of it fits together; nothing is written.
-
-    Raises GraphcombError naming the field: a target that is not known, a library that is not installed, a model that
-    cannot be imported or captured, data that the model does not take.
-    """
-    target = get_target(recipe.target)
-    _check_outputs(recipe)
-    torch.manual_seed(recipe.seed)
-    model = load_model(recipe.model.source, recipe.model.arguments)
-    train, val, batch = _data(recipe)
-    if isinstance(model, Program):
-        if recipe.inputs or recipe.dynamic_batch is not None:
-            raise BadInput("inputs, dynamic_batch: a captured program has its own, remove the fields")
-        program = model
-    else:
-        program = _capture(model, recipe, batch)
-    if batch is not None:
-        Feed(program, "data").fit(batch)
-        if Feed(program, "validation data").fit(first_batch(val)).labels is None:
-            val = None
-    loss = resolve(recipe.loss, "loss") if recipe.loss else None
-    metric = resolve(recipe.metric, "metric") if recipe.metric else None
-    return Job(recipe, program, target, train, val, loss, metric, _latency(recipe, target))
-
-
-def _check_outputs(recipe: Recipe) -> None:
-    """Raise what building the engines would, as far as it can be told before anything is trained."""
-    quantised = any(isinstance(pass_, Quantize) for pass_ in recipe.passes)
-    for i, engine in enumerate(recipe.outputs.engines):
-        try:
-            device = get_target(engine.target)
-            check_options(backend_module(device.backend).build, engine.options(), device.backend)
-            if engine.dla is not None:
-                dla_core(device, engine.dla, "int8" if quantised else recipe.precision, quantised)
-        except GraphcombError as error:
-            raise type(error)(f"outputs.engines.{i}: {error}") from error
-    lowest = min(_targets(recipe), key=lambda target: target.opset)
-    if recipe.outputs.opset is not None and not LOWEST <= recipe.outputs.opset <= lowest.opset:
-        limits = f"{LOWEST} is the lowest, and target {lowest.name} parses up to {lowest.opset}"
-        raise BadInput(f"outputs.opset: {recipe.outputs.opset}: {limits}")
-    if recipe.outputs.keep_fp32 and recipe.precision == "fp32":
-        raise BadInput("outputs.keep_fp32: is for precision fp16")
-
-
-def _targets(recipe: Recipe) -> list[Target]:
-    """All that the run's ONNX files are for, the run's own target first."""
-    return [get_target(name) for name in (recipe.target, *(engine.target for engine in recipe.outputs.engines))]
 
 
 def run(
@@ -135,9 +51,8 @@ def run(
     if is_main():
         (out / "summary.json").unlink(missing_ok=True)
     result = Pipeline(recipe.passes).run(
-        job.program, job.train, job.val, job.loss, job.metric, job.target, recipe.precision,
-        seed=recipe.seed, out=out, progress=progress, plan={"groups": plan} if plan else None, key=recipe.key(),
-        resume=not fresh, latency=job.latency,
+        job.program, job.context(progress), out=out, plan={"groups": plan} if plan else None, key=recipe.key(),
+        resume=not fresh,
     )  # fmt: skip
     summary = _summary(job, result)
     if not is_main():
@@ -160,24 +75,6 @@ def run(
     return summary
 
 
-def _latency(recipe: Recipe, target: Target) -> LatencyTable | Roofline | None:
-    """What predicts latencies; a table, which takes measurements, only when a pass asks for it."""
-    asked = any(getattr(pass_, "latency", None) is not None for pass_ in recipe.passes)
-    name = recipe.latency_table
-    try:
-        if name == "roofline":
-            return Roofline(target, recipe.precision)
-        if name is not None and are_results(name):
-            return Roofline.calibrated(name, target, recipe.precision)
-        if not asked:
-            return None
-        kind = "" if recipe.precision == "fp32" else f"-{recipe.precision}"
-        file = name or cache_folder() / f"latency-{target.name}{kind}.json"
-        return LatencyTable(file, target, precision=recipe.precision)
-    except BadInput as error:
-        raise BadInput(f"latency_table: {error}") from error
-
-
 def check_folder(out: Path) -> None:
     """Raise BadInput when the folder cannot be made or written; makes nothing."""
     found = out.absolute()
@@ -187,51 +84,6 @@ def check_folder(out: Path) -> None:
         raise BadInput(f"--out {out}: {found} is not a folder")
     if not os.access(found, os.W_OK | os.X_OK):
         raise BadInput(f"--out {out}: no permission to write in {found}")
-
-
-def example(inputs: list[Input], seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Example inputs: Gaussian noise for floats, zeros for integers and booleans."""
-    generator = torch.Generator().manual_seed(seed)
-    result = []
-    for wanted in inputs:
-        dtype = getattr(torch, wanted.dtype)
-        noise = torch.randn(wanted.shape, generator=generator)
-        result.append(noise.to(dtype) if dtype.is_floating_point else torch.zeros(wanted.shape, dtype=dtype))
-    return tuple(result)
-
-
-def _data(recipe: Recipe) -> tuple[Any, Any, Any]:
-    """Training and validation loaders and the first training batch; Nones without data."""
-    if recipe.data is None:
-        return None, None, None
-    arguments = dict(recipe.data.arguments)
-    if recipe.data.source == "random" and recipe.inputs:
-        arguments.setdefault("shape", recipe.inputs[0].shape[1:])
-    splits = [
-        resolve(name, f"data.{key}") if name else None
-        for key, name in (("inputs", recipe.data.inputs), ("labels", recipe.data.labels))
-    ]
-    train, val = (adapted(loader, *splits) for loader in load_data(recipe.data.source, arguments))
-    return train, val, first_batch(train)
-
-
-def _capture(model: torch.nn.Module, recipe: Recipe, batch: Any) -> Program:
-    kwargs: dict[str, Any] = {}
-    if recipe.inputs:
-        args = example(recipe.inputs, recipe.seed)
-    elif batch is not None:
-        args, kwargs, _ = split_batch(batch)
-    else:
-        args = example([Input(shape=DEFAULT_SHAPE)], recipe.seed)
-    dynamic = batch is not None if recipe.dynamic_batch is None else recipe.dynamic_batch
-    if batch is not None and not recipe.inputs and dynamic:
-        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t[:2], (args, kwargs))
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints the graph it gives up on
-            return capture(model, args, kwargs, "batch" if dynamic else None)
-    except CaptureError as error:
-        shapes = ", ".join(str(tuple(a.shape)) for a in [*args, *kwargs.values()] if isinstance(a, torch.Tensor))
-        raise CaptureError(f"model: {recipe.model.source} with inputs {shapes}: {error}") from error
 
 
 def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
@@ -299,7 +151,7 @@ def _lower(job: Job, program: Program, out: Path, progress: bool) -> dict[str, A
 
 def _opset(recipe: Recipe, program: Program) -> int:
     """The opset of the run's ONNX files: what is asked for, or the best that all of its targets parse."""
-    return min(choose_opset(program, target, recipe.outputs.opset) for target in _targets(recipe))
+    return min(choose_opset(program, target, recipe.outputs.opset) for target in targets_of(recipe))
 
 
 def _samples(job: Job, program: Program) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

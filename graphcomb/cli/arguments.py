@@ -1,0 +1,44 @@
+"""Options that several commands take, and how their texts are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from ..graph.errors import BadInput
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a field, as in passes.0.ratio=0.3.")
+]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option("--shape", metavar="NAME=1x3x480x640", help="Shape of an input with more than a dynamic batch."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+def read_values(pairs: Sequence[str], option: str = "--arg") -> dict[str, Any]:
+    """The values, read as YAML, of texts such as `ratio=0.3`; BadInput names the option for another text."""
+    values = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise BadInput(f"{option} {pair}: expected name=value")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise BadInput(f"{option} {pair}: the value is not valid YAML") from error
+    return values
+
+
+def read_sizes(text: str, option: str = "--input") -> list[int]:
+    """Whole numbers separated by commas; BadInput names the option for another text."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BadInput(f"{option} {text}: expected sizes separated by commas, as in 1,3,224,224") from error

@@ -1,0 +1,188 @@
+"""`graphcomb bench` and `graphcomb bundle`: latency, here or on a device."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..graph.errors import BadInput
+from .arguments import Quiet, Shapes, read_values
+from .output import NO_FIGURE, Interrupted, between, console, printable
+from .report import read_summary
+
+
+def bench(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The reference: an ONNX or engine file; or a bench bundle.")],
+    b: Annotated[Path | None, typer.Argument(metavar="B", help="What is compared with it.")] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="The library that runs ONNX files; ONNX Runtime by default.")
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of engines on the CPU.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", help="Batch size where it is dynamic.")] = 1,
+    shape: Shapes = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="Time limit.")] = 10.0,
+    host: Annotated[
+        str | None, typer.Option("--host", metavar="USER@DEVICE", help="Measure a bundle there, by ssh and scp.")
+    ] = None,
+    python: Annotated[
+        str | None, typer.Option("--python", help="Interpreter that measures a bundle; on a host python3.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="Option of a bundle, as dla=0.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the result as JSON; default in the bundle.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Latency of two models, measured in turns and guarded against a busy machine; or a bench bundle on a device.
+
+    Exit code 1 without a figure, and when some models of a bundle failed.
+    """
+    from .. import runtime
+    from ..shapes import read_shapes
+    from ..store import write_json
+
+    if a.is_dir():
+        if b is not None:
+            raise BadInput(f"bench: {a} is a bundle and holds the models to compare; leave {b} out")
+        if batch != 1:
+            raise BadInput("--batch: a bundle has the batch that it was written with; give it to `graphcomb bundle`")
+        if shape:
+            raise BadInput("--shape: a bundle has the shapes that it was written with; give them to `graphcomb bundle`")
+        options = {"seconds": seconds, "threads": threads, **({"engine": engine} if engine else {})}
+        measure_bundle(
+            a, out or a / "results.json", host, options | read_values(option or (), "--option"), quiet, python
+        )
+        return
+    for name, value in (("--host", host), ("--python", python), ("--option", option)):
+        if value:
+            raise BadInput(f"{name}: {a} is no bench bundle; `graphcomb bundle` writes one")
+    if b is None:
+        raise BadInput(f"bench: {a} against what? give a second file")
+    result = runtime.bench(
+        [a, b], threads=threads, batch=batch, seconds=seconds, progress=not quiet, engine=engine,
+        shapes=read_shapes(shape or ()),
+    )  # fmt: skip
+    if out is not None:
+        write_json(out, result.to_dict(), indent=2)
+    show_bench(result.to_dict())
+    if result.ratio is None:
+        raise typer.Exit(NO_FIGURE)
+
+
+def measure_bundle(
+    folder: Path, out: Path, host: str | None, options: dict[str, Any], quiet: bool, python: str | None
+) -> None:
+    """Run a bench bundle, show what it measured, and leave with an exit code when a model failed or none is compared."""
+    from ..runtime.bundle.bundle import run_bundle, script_arguments
+
+    arguments = script_arguments(options) + ["--quiet"] * quiet
+    results = run_bundle(folder, out, host, arguments, python)
+    show_device(results)
+    console.print(f"written: {out}", soft_wrap=True)
+    if results.get("interrupted"):
+        raise Interrupted
+    for name, reason in results.get("failed", {}).items():
+        print(f"failed: {name}: {' '.join(str(reason).split())}", file=sys.stderr)
+    if results.get("failed") or (len(results["models"]) > 1 and not any(results["ratios"].values())):
+        raise typer.Exit(NO_FIGURE)
+
+
+def bundle(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN | NAME=MODEL...", help="A run's folder; or models (.onnx, .pt2), dense first."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("bundle"),
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="fp32, fp16 or int8; default the run's, else fp16.")
+    ] = None,
+    target: Annotated[str | None, typer.Option("--target", help="The device, to check opset and precision.")] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Batch size where it is dynamic.")] = 1,
+    shape: Shapes = None,
+    opset: Annotated[
+        int | None, typer.Option("--opset", help="Of programs (.pt2): 17 for TensorRT 8, as on JetPack 5 and 6.0.")
+    ] = None,
+) -> None:
+    """Write a folder that measures models on a device with nothing but its own TensorRT and numpy."""
+    from ..graph.program import load
+    from ..runtime.bundle.bundle import write_bundle
+    from ..runtime.predict.measured import read_json
+    from ..shapes import read_shapes
+
+    record = None
+    layers: dict[str, Any] = {}  # of ONNX files, which do not tell themselves
+    if len(models) == 1 and Path(models[0]).is_dir():
+        folder = Path(models[0])
+        summary = read_summary(folder / "summary.json")
+        found = {"dense": folder / "dense.onnx", "compressed": folder / "model.onnx"}
+        for path in found.values():
+            if not path.is_file():
+                raise BadInput(f"bundle: {path} is missing; run the recipe with outputs.onnx and outputs.bench")
+        precision, target = precision or summary.get("precision"), target or summary.get("target")
+        record = folder / "record.json" if (folder / "record.json").is_file() else None
+        prediction = summary.get("prediction") or {}
+        if prediction.get("batch") == batch:
+            for name, side in (("dense", "before"), ("compressed", "after")):
+                layers[name] = [row[side] | {"name": row["name"]} for row in prediction["layers"] if row.get(side)]
+    else:
+        found = {}
+        for text in models:
+            name, equals, file = text.partition("=")
+            name, file = (name, file) if equals else (Path(text).stem, text)
+            if name in found:
+                raise BadInput(f"bundle: two models named {name}; name them, as in dense={file}")
+            found[name] = Path(file)
+    given = {name: load(path) if path.suffix == ".pt2" else path for name, path in found.items()}
+    folder = write_bundle(
+        out, given, precision or "fp16", target, batch, record, layers, read_shapes(shape or ()), opset
+    )
+    for name, about in read_json(folder / "bundle.json")["models"].items():
+        if about["note"]:
+            console.print(printable(f"{name}: {about['note']}"), soft_wrap=True, markup=False)
+    console.print(f"{folder}: on the device, python3 bench_device.py; or graphcomb bench {folder} --host USER@DEVICE")
+
+
+def show_bench(result: dict[str, Any]) -> None:
+    """Latencies and their ratio, or why there is none."""
+    result = printable(result)
+    table = Table("model", "median ms", "p95 ms", "runs", "times faster (95 %)")
+    for timing in result["timings"]:
+        ms, ratio = timing["ms"], result["ratios"].get(timing["name"])
+        faster = between(ratio) if ratio else ""
+        table.add_row(
+            timing["name"], *(f"{ms[k]:.3f}" if ms else "" for k in ("median", "p95")), str(timing["runs"]), faster
+        )
+    console.print(table)
+    if result["note"]:
+        console.print(result["note"])
+
+
+def show_device(results: dict[str, Any]) -> None:
+    """What a bench bundle measured on a device."""
+    results = printable(results)
+    console.print(f"{results['device']['model'] or 'this machine'}, {results['engine']} {results['version']}")
+    table = Table("model", "run as", "median ms", "p99 ms", "times faster", "power W", "energy mJ", "error")
+    wrong = {name for name, row in results["models"].items() if row["parity"].get("note")}
+    for name, row in results["models"].items():
+        power, error = row["power"], row["parity"]["error"]
+        mark = " (wrong outputs)" if wrong & {next(iter(results["models"])), name} else ""
+        for mode, found in row["latency"].items():
+            ms = found.get("gpu_ms", found["host_ms"])
+            ratio = results["ratios"].get(name, {}).get(mode)
+            cells = (power.get("total_mw"), power.get("energy_mj"))
+            table.add_row(
+                name, mode, f"{ms['median']:.3f}", f"{ms['p99']:.3f}", f"{ratio['median']:.2f}{mark}" if ratio else "",
+                f"{cells[0] / 1e3:.2f}" if cells[0] is not None else "",
+                f"{cells[1]:.1f}" if cells[1] is not None else "", f"{error:.1e}" if error is not None else "none",
+            )  # fmt: skip
+    console.print(table)
+    for name, modes in results["ratios"].items():
+        for mode, ratio in modes.items():
+            if "low" in ratio:  # which the table has no room for
+                console.print(f"{name} ({mode}): {between(ratio)} times faster, with 95 %", soft_wrap=True)
+    for note in results["notes"]:
+        console.print(note, soft_wrap=True, markup=False)

@@ -1,0 +1,126 @@
+"""`graphcomb build`: an engine from an ONNX file, and what came out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .arguments import read_sizes, read_values
+from .output import WORSE, console, printable
+
+if TYPE_CHECKING:
+    from ..runtime.engines.dla import Placement
+
+
+def build(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file.")],
+    target: Annotated[str, typer.Option("--target", help="A device, as in rtx-sm86.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The engine file.")] = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="The library; by default the target's own.")] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", metavar="N | MIN,BEST,MAX", help="Batch sizes, where dynamic.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape",
+            metavar="NAME=1x3x480x640",
+            help="Shape of an input with more than a dynamic batch, or NAME=MIN,BEST,MAX.",
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="Option of the library, as sparse=true.")
+    ] = None,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="REPORT.json", help="Write the report.")] = None,
+    gate: Annotated[
+        Path | None,
+        typer.Option(
+            "--gate", metavar="BASELINE.json", help="An earlier report or summary.json; exit code 1 if worse."
+        ),
+    ] = None,
+) -> None:
+    """Build an engine from an ONNX file for a target, and say what came out: what fuses, where kernels pad, memory."""
+    from .. import runtime
+    from ..runtime.engines.base import UnparsedOp, check_model
+    from ..runtime.engines.dla import dla_report
+    from ..runtime.report.gate import choose, compare, read_baseline
+    from ..shapes import read_ranges
+    from ..store import write_json
+
+    options = read_values(option or (), "--option")
+    if shape:
+        options["shapes"] = read_ranges(shape)
+    if batch is not None:
+        options["batch"] = read_sizes(batch, "--batch") if "," in batch else read_sizes(batch, "--batch")[0]
+    baselines = read_baseline(gate, target) if gate else None
+    if (core := options.get("dla")) is not None:  # by the rules alone, since the library may not be here
+        show_dla(dla_report(check_model(model), runtime.get_target(target), core, options.get("batch")))
+    try:
+        built = runtime.build_engine(model, target, out, engine, **options)
+    except UnparsedOp as error:
+        if gate is None:
+            raise
+        print(f"gate: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(WORSE) from error
+    report = built.to_dict()
+    baseline = choose(baselines, built.precision) if baselines else None
+    if json_:
+        write_json(json_, report, indent=2)
+    show_engine(report)
+    if baseline is not None and (worse := compare(report, baseline)):
+        for text in worse:
+            print(f"gate: {text}", file=sys.stderr)
+        raise typer.Exit(WORSE)
+
+
+def show_engine(report: dict[str, Any]) -> None:
+    """What a build made of the model: kernels, padding and quantisation that cost, memory, with their origin."""
+    from ..runtime.engines.trt.log import UNFUSED
+
+    report = printable(report)
+
+    console.print(
+        f"{report['path']}: {report['bytes']:,} bytes, {report['precision']}, {report['backend']} {report['version']}",
+        soft_wrap=True,
+    )
+    fused = [k for k in report["kernels"] if len(k["nodes"]) > 1]
+    nodes = sum(len(k["nodes"]) for k in fused)
+    console.print(f"{len(report['kernels'])} kernels, {len(fused)} of them fuse {nodes} ONNX nodes")
+    console.print(f"{len(report['padding'])} kernels only pad or re-format")
+    origins = report["origins"]
+
+    def where(names: Sequence[str]) -> str:
+        known = [f"{o['node']} of {o['module'] or 'the model'}" for n in names if (o := origins.get(n))]
+        passes = dict.fromkeys(p for n in names if n in origins for p in origins[n]["passes"])
+        return ", ".join([*known[:2], *(f"changed by {p}" for p in passes)])
+
+    if report.get("pads"):
+        table = Table("padded node", "axis", "model", "engine", "how", "multiples of", "from")
+        for p in report["pads"]:
+            names = p["nodes"] or [p["kernel"]]
+            advice = " ".join([str(p["alignment"] or "none"), *([f"({p['note']})"] if p.get("note") else [])])
+            cells = (p["axis"], p["before"], p["after"], p["how"], advice)
+            table.add_row(", ".join(names[:3]), *map(str, cells), where(names))
+        console.print(table)
+    for row in report.get("unfused", ()):
+        place = where(row["nodes"])
+        console.print(f"{', '.join(row['nodes'][:4])}: {UNFUSED[row['how']]}{f' ({place})' if place else ''}")
+    for name, size in report["memory"].items():
+        console.print(f"{name}: {size:,} bytes")
+    for line in report.get("unread", ()):
+        console.print(f"not understood: {line[:200]}", markup=False)
+    for text in report["warnings"]:
+        console.print(f"warning: {text}", markup=False)
+
+
+def show_dla(report: Sequence[Placement]) -> None:
+    """How many layers the DLA's rules allow, and why the others are left to the GPU."""
+    left = [p for p in report if p.why]
+    console.print(f"by its rules the DLA can run {len(report) - len(left)} of {len(report)} layers")
+    for p in left:
+        console.print(f"{p.node} ({p.op}) is left to the GPU: {p.why}", soft_wrap=True, markup=False)

@@ -1,0 +1,96 @@
+"""`graphcomb predict`: how long a model and its layers take on a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..graph.errors import BadInput
+from .arguments import Shapes, read_sizes, read_values
+from .output import console
+
+
+def predict(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL [SMALLER]", help="package.module:callable or a .pt2 file.")
+    ],
+    target: Annotated[str, typer.Option("--target", help="A device, as in rtx-sm86.")] = "cpu",
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="As in fp16; default the results' own, else fp32.")
+    ] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option("--calibrate", metavar="RESULTS.json", help="Results of bench bundles on the device."),
+    ] = None,
+    arg: Annotated[
+        list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="Argument of the callable.")
+    ] = None,
+    input_: Annotated[list[str] | None, typer.Option("--input", metavar="1,3,224,224", help="Input shape.")] = None,
+    shape: Shapes = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", help="Batch size; 1, where a program does not have another.")
+    ] = None,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="OUT.json", help="Write what is predicted.")] = None,
+) -> None:
+    """Predict how long a model and its layers take on a device, and which layers will not profit from fewer channels.
+
+    By the device's data sheet, or calibrated with what bench bundles measured on it.
+    """
+    from .. import runtime
+    from ..job import prepare
+    from ..recipe import parse_recipe
+    from ..shapes import at_shapes, check_names, example_batch, read_shapes, with_batch
+    from ..store import write_json
+
+    if len(models) > 2:
+        raise BadInput(f"predict: one model, or one and what became of it, not {len(models)}")
+    device = runtime.get_target(target)
+    roofline = runtime.Roofline.calibrated(calibrate, device, precision) if calibrate else None
+    dtype = precision or (roofline.dtype if roofline else "fp32")
+    if batch is not None and batch < 1:
+        raise BadInput(f"batch: 1 or more, not {batch}")
+    given, sizes = read_shapes(shape or ()), [read_sizes(s) for s in input_ or ()]
+    if given and sizes:
+        raise BadInput("--shape, --input: give one of the two")
+    programs, fixed = {}, None
+    for which, model in zip(("before", "after"), models, strict=False):
+        tree: dict[str, Any] = {"model": {"source": model, "arguments": read_values(arg or ())}, "passes": []}
+        saved = model.endswith(".pt2")
+        if not saved and (given or sizes or batch is not None):
+            tree["inputs"] = [{"shape": s} for s in with_batch(sizes or list(given.values()), batch)]
+        program = prepare(parse_recipe(tree)).program
+        check_names(program, given)
+        programs[which] = program = at_shapes(program, given, batch) if saved and given else program
+        fixed = fixed or example_batch(program)
+        if fixed and batch not in (None, fixed):
+            raise BadInput(f"--batch {batch}: {model} has a fixed batch of {fixed}; capture it with a dynamic one")
+    found = runtime.predict(programs, device, dtype, roofline, batch or fixed or 1)
+    if json_:
+        write_json(json_, found, indent=2)
+    show_prediction(found)
+
+
+def show_prediction(found: dict[str, Any]) -> None:
+    """Predicted time by layer, what bounds it, and why fewer channels will not help."""
+    from ..runtime.predict.roofline import calibration_text
+
+    table = Table("layer", "op", "MACs", "padded", "bytes", "ms", "bound", "fewer channels")
+    table.columns[0].overflow = "fold"
+    for row in found["layers"]:
+        sides = [row[k] for k in ("before", "after") if row.get(k)]
+        last = sides[-1]
+
+        def cell(key: str, form: str, sides: list[dict[str, Any]] = sides) -> str:
+            return " -> ".join(dict.fromkeys(form.format(side[key]) for side in sides))
+
+        numbers = [cell("macs", "{:,}"), cell("padded_macs", "{:,}"), cell("bytes", "{:,.0f}"), cell("ms", "{:.4f}")]
+        table.add_row(row["name"], row["op"], *numbers, cell("bound", "{}"), last["verdict"])
+    console.print(table)
+    console.print(f"{found['by']}: {' -> '.join(f'{ms:.3f} ms' for ms in found['ms'].values())}", soft_wrap=True)
+    if (c := found["calibration"]) is not None:
+        console.print(calibration_text(c), soft_wrap=True)
+    if (doubt := found.get("uncertainty")) is not None:
+        console.print(f"off by up to {doubt['factor']:.2g} times: {doubt['source']}", soft_wrap=True)

@@ -1,0 +1,84 @@
+"""`graphcomb run` and `graphcomb demo`: a recipe, and the figures of a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from .arguments import Overrides, Quiet, RecipeFile
+from .output import console
+
+SUMMARY_ROWS = {
+    "macs_ratio": "{:.2f}x fewer",
+    "params_ratio": "{:.2f}x fewer",
+    "latency_ratio": "{:.2f}x faster",
+    "surgery_error": "{:.1e}",
+    "onnx_parity": "{:.1e}",
+    "onnx_parity_fp16": "{:.1e}",
+    "seconds": "{:.0f} s",
+}
+
+
+def run(
+    recipe: RecipeFile,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results; default out/NAME.")] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="A plan file, edited by hand.")] = None,
+    set_: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not continue from finished passes.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a recipe: compress, verify, export, build engines, measure, report. Continues where it was interrupted."""
+    from .. import plan as plans
+    from .. import run as runs
+    from ..recipe import read_recipe
+    from ..store import is_main
+
+    parsed = read_recipe(recipe, set_ or ())
+    edited = plans.read_plan(plan) if plan else None
+    folder = out or Path("out") / recipe.stem
+    summary = runs.run(parsed, folder, edited, progress=not quiet, fresh=fresh)
+    if is_main():
+        show_summary(summary)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("out/demo"), quiet: Quiet = False
+) -> None:
+    """Train a small network on digits (or load the cached one) and run the whole pipeline on it."""
+    from ..demo import run_demo
+
+    show_summary(run_demo(out, progress=not quiet))
+
+
+def show_summary(summary: dict[str, Any]) -> None:
+    """The figures of a finished run."""
+    from ..pipeline import figure
+    from ..runtime.measure.places import latency_place
+
+    table = Table(show_header=False)
+    hidden = {"onnx_parity"} if summary.get("onnx_parity_fp16") is not None else set()  # of the file nobody runs
+    name = summary.get("metric") or "accuracy"
+    for when in ("before", "after"):
+        if (value := summary.get(f"accuracy_{when}")) is not None:
+            table.add_row(f"{name.replace(' ', '_')}_{when}", figure(name, value))
+    for key, form in SUMMARY_ROWS.items():
+        if summary.get(key) is not None and key not in hidden:
+            where = f" in {latency_place(summary)}" if key == "latency_ratio" else ""
+            table.add_row(key, Text(form.format(summary[key]) + where))
+    if (prediction := summary.get("prediction")) and len(prediction["ms"]) == 2:
+        before, after = prediction["ms"].values()
+        where = f"{prediction['target']}, {prediction['precision']}, batch {prediction['batch']}"
+        doubt = prediction.get("uncertainty")
+        bar = f" (each off by up to {doubt['factor']:.2g} times)" if doubt else ""
+        ms = f"{before:.3g} -> {after:.3g} ms{bar}"
+        table.add_row("predicted", Text(f"{before / after:.2f}x faster on {where}: {ms}") if after else "")
+    for kind, path in summary["files"].items():
+        for one in path if isinstance(path, list) else [path]:
+            table.add_row(kind, one)
+    console.print(table)
+    if note := summary.get("bench", {}).get("note"):
+        console.print(f"latency: {note}")

@@ -1,0 +1,91 @@
+"""What a pipeline keeps in its folder: finished passes, by which an interrupted run continues, and JSON files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .graph.program import Program
+from .passes.base import Pass
+from .passes.common.processes import agreed, stored_program
+from .passes.common.repeat import Samples, code_of, says_anew
+from .runtime.engines.base import replacing
+
+
+def is_main() -> bool:
+    """Whether this process writes the files: the only one, or the first of those that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class Store:
+    """Finished passes in a folder: NN-Name.json with the digest of everything the pass depends on and a sample of the data,
+    and NN-Name.pt2 (only the record where the pass changed nothing).
+
+    The folder NN-Name holds the checkpoints of a pass that is under way. Of several processes the main one writes. digest:
+    of what all passes depend on. resume: whether finished passes may be taken over.
+    """
+
+    def __init__(self, folder: Path, digest: str, resume: bool, samples: Samples):
+        self.folder, self.digest, self.resume, self.samples = folder, digest, resume, samples
+        self.warned = False
+
+    def find(self, index: int, pass_: Pass, program: Program) -> Program | None:
+        """The stored result of the pass, or None. Call once per pass, in order: the digest covers all before it."""
+        parts = [self.digest, type(pass_).__name__, code_of(type(pass_)), pass_.options()]
+        self.digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        base = self.path(index, pass_)
+        note = agreed(lambda: self._note(base)) if self.resume else None
+        if note is not None:
+            if "record" in note:
+                same = program.copy()
+                same.history.append(note["record"])
+                return same
+            return stored_program(base.with_suffix(".pt2")) if note.get("finished") else None
+        if is_main():
+            shutil.rmtree(base, ignore_errors=True)
+            base.with_suffix(".pt2").unlink(missing_ok=True)
+            note = {"digest": self.digest, "finished": False, "data": self.samples.codes}
+            write_json(base.with_suffix(".json"), note)
+        return None
+
+    def _note(self, base: Path) -> dict[str, Any] | None:
+        """What is noted of the same pass on the same data."""
+        try:
+            note = json.loads(base.with_suffix(".json").read_text())
+        except (OSError, ValueError):
+            return None
+        if not isinstance(note, dict):
+            return None
+        if note.get("digest") == self.digest and not self.samples.differ(note.get("data", [[], []])):
+            return note
+        if note.get("finished") and not self.warned:
+            self.warned = True
+            says_anew(self.folder, base.name)
+        return None
+
+    def keep(self, index: int, pass_: Pass, program: Program) -> None:
+        """Store a finished pass and drop its checkpoints."""
+        if not is_main():
+            return
+        base, record = self.path(index, pass_), program.history[-1]
+        note: dict[str, Any] = {"digest": self.digest, "finished": True, "data": self.samples.codes}
+        if record.get("changed"):
+            program.save(base.with_suffix(".pt2"))
+        else:
+            note["record"] = record
+        write_json(base.with_suffix(".json"), note)
+        shutil.rmtree(base, ignore_errors=True)
+
+    def path(self, index: int, pass_: Pass) -> Path:
+        """Where the pass is stored, without a suffix."""
+        return self.folder / f"{index:02d}-{type(pass_).__name__}"
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write JSON under a temporary name and rename it."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(value, indent=indent, default=str) + "\n")
