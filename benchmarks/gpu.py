@@ -86,7 +86,7 @@ def present(wanted: list[str] | None) -> dict[str, str]:
     import torch
 
     from graphcomb.graph.errors import GraphcombError
-    from graphcomb.runtime.engines.base import BACKENDS, backend_module
+    from graphcomb.runtime.engines.backends import BACKENDS, backend_module
 
     found = {}
     for name in wanted or ENGINES:
@@ -130,7 +130,8 @@ def engines(
 def opened(name: str, backend: str, program: Any, batches: list[int], folder: Path) -> Any:
     """A variant's engine, ready to run."""
     from graphcomb.runtime import build_engine, export_onnx, load_engine
-    from graphcomb.runtime.engines.base import BACKENDS, backend_module, open_engine
+    from graphcomb.runtime.engines.backends import BACKENDS, backend_module
+    from graphcomb.runtime.engines.build import open_engine
 
     if BACKENDS[backend].source == ".pt2":
         return open_engine(half(program), backend)
@@ -167,7 +168,7 @@ def checked(program: Any, engine: Any, batch: int) -> float:
 
 def measure(name: str, backend: str, batches: list[int], seconds: float, programs: dict[str, Any]) -> dict:
     """Rows by batch: median milliseconds of each variant, and how many times faster it is than dense."""
-    from graphcomb.runtime.measure import bench
+    from graphcomb.runtime import bench
 
     with tempfile.TemporaryDirectory() as folder:
         built, errors, failed = engines(backend, programs, batches, Path(folder))

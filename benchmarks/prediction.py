@@ -78,7 +78,7 @@ def small(name: str) -> Any:
 def measured(dense: Any, pruned: Any, seconds: float, least: int = 20) -> dict[str, Any] | None:
     """Milliseconds of both, fused, in turns; None when fewer than `least` rounds were undisturbed."""
     from graphcomb.passes import Fuse
-    from graphcomb.runtime.measure import bench
+    from graphcomb.runtime import bench
 
     programs = [Fuse()(program).program for program in (dense, pruned)]
     found = bench(programs, names=["dense", "pruned"], seconds=seconds, min_runs=least, max_runs=3 * least)

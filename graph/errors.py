@@ -1,5 +1,10 @@
 """Errors a user may see: one clear line each; the command line prints it and exits with code 2."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class GraphcombError(Exception):
     """Base of all errors that are the user's to act on. The message is one line that names the field or node."""
@@ -27,3 +32,10 @@ class Contended(GraphcombError):
 
 class MissingBackend(GraphcombError):
     """An optional package is not installed; the message names the extra to install."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the most similar valid names, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"

@@ -18,9 +18,9 @@ from .passes.batch import adapted, split_batch
 from .passes.common.feed import Feed
 from .passes.quantize import Quantize
 from .recipe import Input, Recipe
+from .runtime.devices.dla import dla_core
 from .runtime.devices.table import Target, get_target
-from .runtime.engines.base import backend_module, check_options
-from .runtime.engines.dla import dla_core
+from .runtime.engines.backends import backend_module, check_options
 from .runtime.export.opset import LOWEST
 from .runtime.predict.measured import are_results
 from .runtime.predict.roofline import Roofline

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from .data import cache_folder, digits
-from .runtime.engines.base import replacing
+from .graph.files import replacing
 
 
 class ResidualBlock(nn.Module):

@@ -12,13 +12,14 @@ from rich.console import Console
 
 from .graph import verify
 from .graph.errors import BadInput, GraphcombError
+from .graph.files import write_json
 from .graph.nodes import op_name, writes
 from .graph.program import Program
 from .passes.base import Context, Pass, PassResult
 from .passes.batch import Adapted
 from .passes.common.repeat import Samples, run_code, seeded
 from .passes.common.scoring import evaluate
-from .store import Store, is_main, write_json
+from .store import Store, is_main
 
 SURGERY_TOLERANCE = 1e-10  # an exact surgery differs from the oracle by float64 rounding only
 ACCURACY = ("accuracy", "training accuracy")  # figures that are shares

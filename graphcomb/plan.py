@@ -10,12 +10,12 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
 from .graph.errors import BadInput
+from .graph.files import replacing
 from .job import Job
 from .passes.channels.remove_channels import RemoveChannels
 from .passes.depth.blocks import Block, find_blocks
 from .passes.depth.prune_depth import PruneDepth
 from .recipe import Section, explain, read_yaml
-from .runtime.engines.base import replacing
 
 HEAD = """\
 # How many indices every group keeps. Edit `keep` (from 1 to `size`), switch a group off with `prune: false`, or delete

@@ -36,10 +36,9 @@ from pydantic import (
 )
 
 from . import passes as library
-from .graph.errors import BadInput, GraphcombError
+from .graph.errors import BadInput, GraphcombError, nearest
 from .graph.hints import field_hints
 from .passes.base import Pass
-from .runtime.devices.table import nearest
 
 TEXT = "tag:yaml.org,2002:str"
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")

@@ -14,16 +14,17 @@ from rich.console import Console
 
 from . import runtime
 from .graph.errors import BadInput, GraphcombError
+from .graph.files import write_json
 from .graph.program import Program
 from .job import Job, prepare, targets_of
 from .passes.common.feed import Feed
 from .pipeline import Pipeline, PipelineResult
 from .recipe import Recipe
 from .runtime.devices.table import get_target
-from .runtime.engines.base import backend_module, known_options
+from .runtime.engines.backends import backend_module, known_options
 from .runtime.export.opset import choose_opset
 from .runtime.export.parity import SAMPLES
-from .store import is_main, write_json
+from .store import is_main
 
 BENCH_SECONDS = 30.0  # at most; an undisturbed machine needs far fewer
 

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .graph.compat import pytree
-from .graph.errors import BadInput
+from .graph.errors import BadInput, nearest
 from .graph.program import Program, capture
 from .job import DEFAULT_SHAPE
-from .runtime.devices.table import nearest
 from .runtime.engines.torch.base import specs
 
 

@@ -12,9 +12,8 @@ import torch
 from torch.export import ExportedProgram
 
 from . import data as builtin
-from .graph.errors import BadInput, GraphcombError
+from .graph.errors import BadInput, GraphcombError, nearest
 from .graph.program import Program, load
-from .runtime.devices.table import nearest
 
 
 def resolve(spec: str, field: str) -> Any:

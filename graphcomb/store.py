@@ -9,11 +9,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from .graph.files import write_json
 from .graph.program import Program
 from .passes.base import Pass
 from .passes.common.processes import agreed, stored_program
 from .passes.common.repeat import Samples, code_of, says_anew
-from .runtime.engines.base import replacing
 
 
 def is_main() -> bool:
@@ -83,9 +83,3 @@ class Store:
     def path(self, index: int, pass_: Pass) -> Path:
         """Where the pass is stored, without a suffix."""
         return self.folder / f"{index:02d}-{type(pass_).__name__}"
-
-
-def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Write JSON under a temporary name and rename it."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(value, indent=indent, default=str) + "\n")

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from .bundle.bundle import run_bundle, write_bundle
 from .devices.table import TARGETS, Target, get_target
-from .engines.base import Engine, EngineReport, build_engine, load_engine, open_engine
+from .engines.base import Engine, EngineReport
+from .engines.build import build_engine, load_engine, open_engine
 from .export.parity import parity
 from .export.to_onnx import OnnxReport, export_onnx
 from .measure.bench import BenchResult, bench

@@ -42,8 +42,8 @@ def bench(
     Exit code 1 without a figure, and when some models of a bundle failed.
     """
     from .. import runtime
+    from ..graph.files import write_json
     from ..shapes import read_shapes
-    from ..store import write_json
 
     if a.is_dir():
         if b is not None:
@@ -108,9 +108,9 @@ def bundle(
     ] = None,
 ) -> None:
     """Write a folder that measures models on a device with nothing but its own TensorRT and numpy."""
+    from ..graph.files import read_json
     from ..graph.program import load
     from ..runtime.bundle.bundle import write_bundle
-    from ..runtime.predict.measured import read_json
     from ..shapes import read_shapes
 
     record = None

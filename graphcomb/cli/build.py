@@ -14,7 +14,7 @@ from .arguments import read_sizes, read_values
 from .output import WORSE, console, printable
 
 if TYPE_CHECKING:
-    from ..runtime.engines.dla import Placement
+    from ..runtime.devices.dla import Placement
 
 
 def build(
@@ -46,11 +46,12 @@ def build(
 ) -> None:
     """Build an engine from an ONNX file for a target, and say what came out: what fuses, where kernels pad, memory."""
     from .. import runtime
-    from ..runtime.engines.base import UnparsedOp, check_model
-    from ..runtime.engines.dla import dla_report
+    from ..graph.files import write_json
+    from ..runtime.devices.dla import dla_report
+    from ..runtime.engines.base import UnparsedOp
+    from ..runtime.onnx_file import check_model
     from ..runtime.report.gate import choose, compare, read_baseline
     from ..shapes import read_ranges
-    from ..store import write_json
 
     options = read_values(option or (), "--option")
     if shape:

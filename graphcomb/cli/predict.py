@@ -40,10 +40,10 @@ def predict(
     By the device's data sheet, or calibrated with what bench bundles measured on it.
     """
     from .. import runtime
+    from ..graph.files import write_json
     from ..job import prepare
     from ..recipe import parse_recipe
     from ..shapes import at_shapes, check_names, example_batch, read_shapes, with_batch
-    from ..store import write_json
 
     if len(models) > 2:
         raise BadInput(f"predict: one model, or one and what became of it, not {len(models)}")

@@ -34,7 +34,7 @@ def report(
 
 def read_summary(path: Path) -> dict[str, Any]:
     """What `run` wrote, or the results of a bench bundle."""
-    from ..runtime.predict.measured import read_json
+    from ..graph.files import read_json
 
     found = read_json(path)
     if not isinstance(found, dict) or not {"passes", "format"} & found.keys():

@@ -7,7 +7,6 @@ with the files it needs, which take the device's own TensorRT and numpy. Source:
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import shlex
@@ -26,12 +25,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from ...graph.errors import BadInput, GraphcombError, Refused
+from ...graph.errors import BadInput, GraphcombError, Refused, nearest
+from ...graph.files import read_json, replacing, write_json
 from ...graph.program import Program
 from ...graph.workload.fusion import ONNXRUNTIME
 from .. import kit
-from ..devices.table import Target, get_target, nearest
-from ..engines.base import TensorSpec, check_model, precision, replacing
+from ..devices.table import Target, get_target
 from ..engines.ort import OrtEngine
 from ..export.half import inexact, to_half
 from ..export.half_file import half_file
@@ -39,7 +38,8 @@ from ..export.sparsity import sparse_weights
 from ..export.to_onnx import export_onnx
 from ..kit.bench_device import FORMAT, OPTIONS, TOLERANCES, digest
 from ..measure.bench import random_inputs
-from ..predict.measured import describe, name_nodes, read_json, read_results
+from ..onnx_file import TensorSpec, check_model, opset_of, precision
+from ..predict.measured import describe, name_nodes, read_results
 from ..predict.roofline import Roofline
 
 SCRIPT = "bench_device.py"
@@ -127,7 +127,7 @@ def write_bundle(
                 "data": {f"{name}/{data}": digest(place / data) for data in _weights(model, file)},
                 "precision": precision(model),
                 "sparse": any(w.pattern for w in sparse_weights(onnx.load(str(file)))),
-                "opset": _opset(model),
+                "opset": opset_of(model),
                 "batch": int(feeds[0].shape[0]) if feeds and feeds[0].ndim else None,
                 "note": note,
                 "layers": name_nodes(rows, model),
@@ -149,8 +149,7 @@ def write_bundle(
     (folder / "README.txt").write_text(README.format(script=SCRIPT, models=", ".join(models), clocks=clocks))
     head: dict[str, Any] = {"format": FORMAT, "graphcomb": metadata.version("graphcomb"), "precision": kind}
     head |= {"target": device.name if device else None, "engine": device.backend if device else None}
-    with replacing(folder / "bundle.json") as part_of_it:
-        part_of_it.write_text(json.dumps(head | {"models": about}, indent=1) + "\n")
+    write_json(folder / "bundle.json", head | {"models": about}, indent=1)
     return folder
 
 
@@ -179,7 +178,7 @@ def _lower(
     if isinstance(given, Program):
         export_onnx(given, source, "fp32", version, device)
     model = check_model(source)
-    has, opset = precision(model), _opset(model)
+    has, opset = precision(model), opset_of(model)
     if device is not None:
         device.alignment(has)
         if opset > device.opset:
@@ -228,10 +227,6 @@ def _weights(model: onnx.ModelProto, path: Path) -> list[str]:
         if PurePath(place).is_absolute() or ".." in PurePath(place).parts:
             raise BadInput(f"{path}: its weights lie in {place}; save them in the model's folder or below it")
     return list(dict.fromkeys(places))
-
-
-def _opset(model: onnx.ModelProto) -> int:
-    return next(o.version for o in model.opset_import if not o.domain)
 
 
 # -------------------------------------------------------------------------------------------------------------- running

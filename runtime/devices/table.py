@@ -7,11 +7,10 @@ the named board; a measurement on the device replaces them.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ...graph.errors import BadInput
+from ...graph.errors import BadInput, nearest
 
 # Sizes of a channel or of matmul K and N that a tensor-core kernel takes without padding: 16 bytes, except INT8, whose
 # convolutions work on vectors of 32 channels (TensorRT's CHW32 and HWC32 formats).
@@ -208,13 +207,6 @@ def parsed_opset(version: tuple[int, ...]) -> int:
 def canonical(capability: tuple[int, int]) -> tuple[int, int]:
     """A compute capability as the table has it, under whichever name CUDA knows it."""
     return RENAMED.get(capability, capability)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the most similar valid names, or all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
 def get_target(name: str) -> Target:

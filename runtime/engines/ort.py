@@ -15,8 +15,10 @@ import onnx
 import onnxruntime as ort
 
 from ...graph.errors import BadInput
+from ...graph.files import replacing
 from ..devices.table import Target
-from .base import EngineReport, HostEngine, Kernel, TensorSpec, precision, replacing, unparsed
+from ..onnx_file import TensorSpec, precision
+from .base import EngineReport, HostEngine, Kernel, unparsed
 
 # No kernel for an operator on the CPU, or no such operator ("domain:Op(version)").
 UNPARSED = re.compile(r"Could not find an implementation for (\w+)\(|(\w+)\(-?\d+\) is not a registered function/op")

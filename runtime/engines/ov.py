@@ -16,8 +16,10 @@ import numpy as np
 import onnx
 
 from ...graph.errors import BadInput
+from ...graph.files import replacing
 from ..devices.table import Target
-from .base import EngineReport, HostEngine, Kernel, TensorSpec, UnparsedOp, precision, replacing, unparsed
+from ..onnx_file import TensorSpec, precision
+from .base import EngineReport, HostEngine, Kernel, UnparsedOp, unparsed
 
 TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64", "boolean": "bool"}
 TYPES |= {f"{sign}{bits}": f"{'u' * (sign == 'u')}int{bits}" for sign in "iu" for bits in (8, 16, 32, 64)}

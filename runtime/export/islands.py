@@ -15,8 +15,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from ...graph.errors import BadInput
-from ..devices.table import nearest
+from ...graph.errors import BadInput, nearest
 from .half import LARGEST, SMALLEST
 
 MARGIN = 4.0  # other inputs than the measured ones may reach further

@@ -33,12 +33,12 @@ from torch.export.graph_signature import InputKind, TensorArgument
 
 from ...graph.compat import pytree
 from ...graph.edit import infer
-from ...graph.errors import BadInput, Refused
+from ...graph.errors import BadInput, Refused, nearest
 from ...graph.nodes import arguments, hint, op_name
 from ...graph.program import Program
-from ..devices.table import Target, get_target, nearest
+from ..devices.table import Target, get_target
 from ..engines import origins
-from ..engines.base import FLOATS, TensorSpec
+from ..onnx_file import FLOATS, TensorSpec, opset_of
 from .compare import TOLERANCES, Verdict, ranges_of, verdict
 from .half import to_half
 from .islands import islands
@@ -337,7 +337,7 @@ def _output_names(exported: ExportedProgram) -> list[str]:
 def _check(model: onnx.ModelProto, opset: int, precision: str, float32: set[str], io: set[str]) -> None:
     """Opset and types as they came out; torch's exporter may keep its own opset. float32: nodes that are not in the
     precision; io: names of inputs and outputs, which may be fp32 as well."""
-    came = next((o.version for o in model.opset_import if not o.domain), 0)
+    came = opset_of(model)
     if came != opset:
         raise Refused(f"opset {opset} was asked for, torch.onnx wrote {came}")
     exempt = set(io) if precision != "fp32" else set()

@@ -27,13 +27,15 @@ import numpy as np
 import torch
 
 from ...graph.compat import pytree
-from ...graph.errors import BadInput
+from ...graph.errors import BadInput, nearest
 from ...graph.program import Program
-from ..devices.table import nearest
-from ..engines.base import BACKENDS, Engine, TensorSpec, backend_module, input_specs, open_engine
+from ..engines.backends import BACKENDS, backend_module
+from ..engines.base import Engine
+from ..engines.build import open_engine
 from ..export.to_onnx import export_onnx
 from ..kit.bench_device import median_interval
 from ..kit.bench_device import stolen as _stolen
+from ..onnx_file import TensorSpec, input_specs
 
 GUARD = 0.93
 SLOW = 1.0  # seconds of one call from which on it is not repeated to find out how long it takes

@@ -4,7 +4,6 @@ them each kernel of a profile ran. Source: ours.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -18,6 +17,7 @@ from torch import fx
 
 from ...graph.comb.solve import Comb
 from ...graph.errors import BadInput
+from ...graph.files import read_json
 from ...graph.nodes import arguments, is_operator, op_name
 from ...graph.program import Program
 from ...graph.workload.fusion import ONNXRUNTIME, Rules, classify
@@ -156,16 +156,6 @@ def kernels(model: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
-def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises BadInput for one that cannot be read or is no JSON."""
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise BadInput(f"{path}: not JSON ({error})") from error
-
-
 def are_results(path: str | Path) -> bool:
     """Whether a file looks like the results of a bench bundle."""
     try:

@@ -27,10 +27,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ...graph.comb.solve import Comb
 from ...graph.errors import BadInput, Contended
+from ...graph.files import write_json
 from ...graph.program import Program
 from ...graph.workload.layers import Latency, Layer, Layers, run_seconds
 from ..devices.table import Target, canonical, get_target
-from ..engines.base import build_engine, replacing
+from ..engines.build import build_engine
 from ..engines.ort import computes_half
 from ..export.to_onnx import export_onnx
 from ..measure.bench import bench, environment
@@ -188,9 +189,7 @@ class LatencyTable:
         return times
 
     def _save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as part:
-            part.write_text(json.dumps({"about": self.about, "seconds": self.entries}, indent=0) + "\n")
+        write_json(self.path, {"about": self.about, "seconds": self.entries}, indent=0)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Kernels are matched by the ONNX nodes they compute, since libraries number them 
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...graph.errors import BadInput
+from ...graph.files import read_json
 
 NUMBER = re.compile(r"_myl\d+_\d+$")  # of a generated kernel
 
@@ -21,13 +21,9 @@ def read_baseline(path: Path, target: str) -> list[dict[str, Any]]:
     """The engine reports for a target to compare with: a file of `graphcomb build --json`, or a run's summary.json, which
     may have several. Raises BadInput for anything else."""
     try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise BadInput(
-            f"--gate {path}: cannot be read ({error.strerror}); `graphcomb build --json` makes one"
-        ) from error
-    except ValueError as error:
-        raise BadInput(f"--gate {path}: not JSON ({error})") from error
+        found = read_json(path)
+    except BadInput as error:
+        raise BadInput(f"--gate {error}; `graphcomb build --json` makes one") from error
     rows = found.get("engines", [found]) if isinstance(found, dict) else []
     rows = [row for row in rows if isinstance(row, dict) and "kernels" in row] if isinstance(rows, list) else []
     if not rows:

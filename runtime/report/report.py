@@ -38,7 +38,7 @@ import jinja2
 from markupsafe import Markup
 
 from ...graph.errors import BadInput
-from ..engines.base import replacing
+from ...graph.files import replacing
 from .devices import device_section, profiled_layers
 from .engines import PAD_TEXTS, engine_section
 from .headline import Tile, lead, tiles

@@ -15,8 +15,8 @@ import graphcomb
 from graphcomb import runtime
 from graphcomb.graph.errors import BadInput
 from graphcomb.runtime.bundle.bundle import run_bundle
-from graphcomb.runtime.engines.base import check_model, precision
 from graphcomb.runtime.measure.bench import BenchResult, Timing
+from graphcomb.runtime.onnx_file import check_model, precision
 from graphcomb.shapes import read_ranges, read_shapes, with_batch
 
 
@@ -161,7 +161,7 @@ def test_warnings_are_one_line_each(cli, model: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_gpu_that_is_taken_for_one_of_several_is_said(cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphcomb.runtime.engines import base as engine
+    from graphcomb.runtime.engines import backends
     from graphcomb.runtime.engines.trt import build as tensorrt
 
     class Orin:
@@ -169,7 +169,7 @@ def test_a_gpu_that_is_taken_for_one_of_several_is_said(cli, model: Path, monkey
 
     monkeypatch.setattr(tensorrt, "Cuda", Orin)
     monkeypatch.setattr(tensorrt, "_machine_names", set)
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     outcome = cli("bench", model, model, "--engine", "tensorrt", "--shape", "image=1x3x8x8")
     assert outcome.code == 2

@@ -19,8 +19,8 @@ from torch import nn
 import graphcomb.graph as g
 from graphcomb.graph.errors import BadInput
 from graphcomb.runtime import bench as bench_function
-from graphcomb.runtime.engines.base import TensorSpec
 from graphcomb.runtime.measure import bench
+from graphcomb.runtime.onnx_file import TensorSpec
 
 bench_module = sys.modules["graphcomb.runtime.measure.bench"]
 

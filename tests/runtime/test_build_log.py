@@ -36,7 +36,7 @@ class Net:
         return self.add(op, name, (out, ins, k, k), kernel_shape=[k, k], pads=[k // 2] * 4, **options)
 
     def log(self, tmp_path, target="rtx-sm86"):
-        from graphcomb.runtime.engines.base import build_engine
+        from graphcomb.runtime.engines.build import build_engine
 
         self.nodes[-1].output[0] = "y"
         graph = helper.make_graph(self.nodes, "net", self.inputs, self.outputs, self.weights)

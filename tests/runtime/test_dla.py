@@ -10,9 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 import graphcomb
 from graphcomb.graph.errors import BadInput
 from graphcomb.runtime import get_target
-from graphcomb.runtime.engines.base import check_model
-from graphcomb.runtime.engines.dla import dla_report
+from graphcomb.runtime.devices.dla import dla_report
 from graphcomb.runtime.export.to_onnx import export_onnx
+from graphcomb.runtime.onnx_file import check_model
 
 ORIN = get_target("agx-orin")
 HALF = TensorProto.FLOAT16

@@ -6,11 +6,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import graphcomb.runtime.engines.base as engine_module
+from graphcomb.graph import files
 from graphcomb.graph.errors import BadInput, MissingBackend
+from graphcomb.graph.files import replacing
 from graphcomb.runtime import build_engine, load_engine, open_engine
-from graphcomb.runtime.engines.base import Backend, Engine, UnparsedOp, check_model, precision, replacing
+from graphcomb.runtime.engines.backends import BACKENDS, Backend, check_options
+from graphcomb.runtime.engines.base import Engine, UnparsedOp
 from graphcomb.runtime.engines.trt import build as tensorrt
+from graphcomb.runtime.onnx_file import check_model, precision
 
 
 def linear_model(dtype: int = TensorProto.FLOAT) -> onnx.ModelProto:
@@ -179,7 +182,7 @@ def test_options_of_tensorrt_are_of_their_kind(path: Path, option: dict, wanted:
 
 @pytest.mark.parametrize("option", [{"batch": 2}, {"batch": [1, 2, 4]}, {"log": Path("log")}, {"workspace": None}])
 def test_options_of_every_kind_are_taken(option: dict) -> None:
-    engine_module.check_options(tensorrt.build, option, "tensorrt")
+    check_options(tensorrt.build, option, "tensorrt")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +199,7 @@ def test_a_precision_that_the_gpu_lacks_is_refused(tmp_path: Path, target: str, 
 
 def test_a_missing_library_names_the_extra(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = Backend("tensorrt", "no_such_library", "rtx", (".rtx",))
-    monkeypatch.setitem(engine_module.BACKENDS, "tensorrt_rtx", missing)
+    monkeypatch.setitem(BACKENDS, "tensorrt_rtx", missing)
     with pytest.raises(MissingBackend, match=r"no_such_library is not installed.*pip install 'graphcomb\[rtx\]'"):
         build_engine(path, "rtx-sm86")
 
@@ -224,7 +227,7 @@ def test_models_quantised_to_8_bit_floats_are_not_called_int8(how: str) -> None:
 def test_temporary_names_follow_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     precious, target = tmp_path / "precious", tmp_path / "file.bin"
     precious.write_text("keep")
-    monkeypatch.setattr(engine_module.secrets, "token_hex", lambda count: "guessed")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "guessed")
     (tmp_path / ".file.guessed.part.bin").symlink_to(precious)
     with pytest.raises(BadInput, match=r"file\.bin: cannot be written"), replacing(target) as part:
         part.write_text("spoilt")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import graphcomb
-from graphcomb.runtime.engines.base import TensorSpec
+from graphcomb.runtime.onnx_file import TensorSpec
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 gpu = pytest.importorskip("gpu")

@@ -16,7 +16,8 @@ from graphcomb import capture, comb
 from graphcomb.graph.errors import BadInput, GraphcombError
 from graphcomb.graph.workload.layers import Layer, Layers
 from graphcomb.runtime.devices.table import get_target
-from graphcomb.runtime.engines.base import build_engine, precision
+from graphcomb.runtime.engines.build import build_engine
+from graphcomb.runtime.onnx_file import precision
 from graphcomb.runtime.predict import table as latency
 from graphcomb.runtime.predict.roofline import Roofline
 from graphcomb.runtime.predict.table import COPIES, LatencyTable, model

@@ -7,10 +7,10 @@ import torch
 
 import graphcomb
 from graphcomb.graph.errors import BadInput
-from graphcomb.runtime import build_engine, load_engine
-from graphcomb.runtime.engines.base import Engine, open_engine
+from graphcomb.runtime import bench, build_engine, load_engine
+from graphcomb.runtime.engines.base import Engine
+from graphcomb.runtime.engines.build import open_engine
 from graphcomb.runtime.export.to_onnx import export_onnx
-from graphcomb.runtime.measure import bench
 
 pytest.importorskip("openvino")
 

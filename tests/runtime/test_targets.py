@@ -1,7 +1,7 @@
 import pytest
 
-from graphcomb.graph.errors import BadInput
-from graphcomb.runtime.devices.table import CPU, TARGETS, TENSOR_CORE, get_target, nearest
+from graphcomb.graph.errors import BadInput, nearest
+from graphcomb.runtime.devices.table import CPU, TARGETS, TENSOR_CORE, get_target
 
 REQUIRED = (
     "orin-nano orin-nx agx-orin agx-thor drive-orin drive-thor rtx-sm75 rtx-sm80 rtx-sm86 rtx-sm89 rtx-sm120 rtx-sm121 "

@@ -25,8 +25,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 import graphcomb
 from graphcomb.graph.errors import BadInput, MissingBackend, Refused
 from graphcomb.runtime.devices.table import TARGETS, get_target
-from graphcomb.runtime.engines import base as engine_module
-from graphcomb.runtime.engines.base import build_engine, load_engine
+from graphcomb.runtime.engines import backends
+from graphcomb.runtime.engines.build import build_engine, load_engine
 from graphcomb.runtime.engines.trt import build as tensorrt
 from graphcomb.runtime.engines.trt import library as tensorrt_library
 from graphcomb.runtime.engines.trt.build import TensorRTEngine, build, local_target
@@ -594,7 +594,7 @@ def test_an_engine_is_measured_on_a_profile_for_its_batch(classic, tmp_path, mon
 
     monkeypatch.setattr(context, "set_input_shape", fits)
     monkeypatch.setattr(tensorrt, "_machine_names", lambda: tensorrt._words("Jetson AGX Orin"))
-    monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: True)
     result = graphcomb.runtime.bench([model, model], engine="tensorrt", batch=batch, seconds=0.2, min_runs=1)
     assert result.ratio is not None
     assert classic.profile == {"x": ((batch, 4),) * 3}

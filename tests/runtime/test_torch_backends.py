@@ -12,12 +12,12 @@ import torch
 
 import graphcomb
 from graphcomb.graph.errors import BadInput, MissingBackend, Refused
-from graphcomb.runtime import build_engine, load_engine
-from graphcomb.runtime.engines.base import Engine, open_engine
+from graphcomb.runtime import bench, build_engine, load_engine
+from graphcomb.runtime.engines.base import Engine
+from graphcomb.runtime.engines.build import open_engine
 from graphcomb.runtime.engines.torch import inductor as inductor_module
 from graphcomb.runtime.engines.torch import torch_tensorrt as backend
 from graphcomb.runtime.engines.torch.base import TorchEngine, on_leaves, precision, specs
-from graphcomb.runtime.measure import bench
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 
@@ -73,7 +73,7 @@ def test_only_tensors_are_inputs():
 
 @pytest.mark.parametrize("name", ["inductor", "torch_tensorrt"])
 def test_they_build_from_programs(tmp_path, name, monkeypatch):
-    monkeypatch.setattr("graphcomb.runtime.engines.base.backend_module", lambda name: None)
+    monkeypatch.setattr("graphcomb.runtime.engines.build.backend_module", lambda name: None)
     (tmp_path / "net.onnx").write_bytes(b"")
     with pytest.raises(BadInput, match=rf"net\.onnx: {name} builds from a saved program \(\.pt2\)"):
         build_engine(tmp_path / "net.onnx", "cpu", backend=name)
@@ -215,7 +215,7 @@ def test_torch_tensorrt_is_asked_for_the_programs_types_and_shapes(program, libr
 
 
 def test_torch_tensorrt_is_compiled_for_the_batch_it_is_measured_with(program, library, monkeypatch):
-    monkeypatch.setattr("graphcomb.runtime.engines.base.backend_module", lambda name: backend)
+    monkeypatch.setattr("graphcomb.runtime.engines.build.backend_module", lambda name: backend)
     open_engine(program, "torch_tensorrt", 1, [(16, 3, 8, 8)])
     assert {shape[0] for key, shape in library.options["arg_inputs"][0].items() if key != "dtype"} == {16}
 

@@ -15,8 +15,10 @@ import torch
 
 from ....graph.compat import pytree
 from ....graph.errors import BadInput, MissingBackend
+from ....graph.files import replacing
 from ....graph.program import Program, flatten_outputs
-from ..base import HostEngine, TensorSpec, replacing
+from ...onnx_file import TensorSpec
+from ..base import HostEngine
 
 PACKAGE, ABOUT = "model.pt2", "engine.json"  # in the engine file, a zip
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}

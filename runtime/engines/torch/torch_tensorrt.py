@@ -24,7 +24,8 @@ from ....graph.errors import BadInput, MissingBackend, Refused
 from ....graph.program import Program
 from ....graph.program import load as load_program
 from ...devices.table import Target, canonical
-from ..base import BACKENDS, EngineReport, Kernel
+from ..backends import not_installed
+from ..base import EngineReport, Kernel
 from .base import TorchEngine, on_leaves, pack, precision, reason, specs, unpack
 
 BATCHES = 1, 1, 8  # smallest, the one to optimise for, largest, where the batch is dynamic
@@ -147,7 +148,6 @@ def _library() -> ModuleType:
     try:
         return importlib.import_module("torch_tensorrt")
     except ModuleNotFoundError as error:
-        hint = f"pip install 'graphcomb[{BACKENDS['torch_tensorrt'].extra}]'"
-        raise MissingBackend(f"torch_tensorrt is not installed; install it with: {hint}") from error
+        raise not_installed("torch_tensorrt") from error
     except Exception as error:  # it asks for the device when it is imported
         raise MissingBackend(f"torch_tensorrt does not load here: {reason(error)}; it needs an NVIDIA GPU") from error

@@ -24,12 +24,15 @@ import onnx
 import torch
 from rich.progress import Progress
 
-from ....graph.errors import BadInput, MissingBackend, Refused
-from ...devices.table import TARGETS, Target, canonical, nearest, parsed_opset
+from ....graph.errors import BadInput, MissingBackend, Refused, nearest
+from ....graph.files import replacing
+from ...devices.dla import dla_report
+from ...devices.table import TARGETS, Target, canonical, parsed_opset
 from ...kit.cuda import Cuda, CudaError
 from ...kit.device_engines import new_logger
-from ..base import BACKENDS, EngineReport, UnparsedOp, precision, replacing
-from ..dla import dla_report
+from ...onnx_file import opset_of, precision
+from ..backends import BACKENDS
+from ..base import EngineReport, UnparsedOp
 from .library import NAMES, library, load_plugins, new_monitor
 from .log import Pad, Unfused, parse_build_log
 from .run import TensorRTEngine
@@ -220,7 +223,7 @@ class _Build:
         """The library at hand may be newer than the oldest release that the target's own opset is for."""
         version = tuple(int(part) for part in self.trt.__version__.split(".")[:2])
         limit = self.target.opset if self.aims else parsed_opset(version)
-        opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
+        opset = opset_of(model)
         if opset > limit:
             raise BadInput(f"{path}: opset {opset}; {self.who} parses up to {limit}: export it with opset={limit}")
 

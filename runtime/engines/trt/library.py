@@ -11,22 +11,19 @@ from typing import Any
 from rich.progress import Progress, TaskID
 
 from ....graph.errors import BadInput, MissingBackend, Refused
-from ..base import BACKENDS
+from ..backends import not_installed
 
 NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 
 def library(backend: str) -> ModuleType:
     """Import `tensorrt` or `tensorrt_rtx`. Raises MissingBackend where it is absent or cannot load its libraries."""
-    extra = BACKENDS[backend].extra
     try:
         found = importlib.import_module(backend)
     except ModuleNotFoundError as error:
         if error.name != backend:
             raise MissingBackend(f"{backend} cannot be loaded: {error}; install what it lacks") from error
-        raise MissingBackend(
-            f"{backend} is not installed; install it with: pip install 'graphcomb[{extra}]'"
-        ) from error
+        raise not_installed(backend) from error
     except Exception as error:  # loading shared libraries fails in many ways
         reason = " ".join(str(error).split())[:160]
         raise MissingBackend(f"{backend} is installed and cannot be loaded: {reason}") from error

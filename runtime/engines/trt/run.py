@@ -17,7 +17,8 @@ from ....graph.errors import BadInput, MissingBackend, Refused
 from ...kit.cuda import Cuda, CudaError, NoCuda
 from ...kit.device_engines import DTYPES as NUMPY
 from ...kit.device_engines import new_context, new_logger, record
-from ..base import HostEngine, TensorSpec
+from ...onnx_file import TensorSpec
+from ..base import HostEngine
 from .library import NAMES, library, load_plugins, new_profiler
 
 if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT, whose interface both packages have

@@ -14,8 +14,8 @@ import onnx
 from onnx import TensorProto
 
 from ...graph.errors import BadInput
-from ..devices.table import Dla, Target
-from .base import precision
+from ..onnx_file import precision
+from .table import Dla, Target
 
 # The largest of a convolution, of a pooling and of a resize.
 KERNEL, STRIDE, PADDING = 32, 8, 31

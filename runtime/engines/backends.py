@@ -1,0 +1,77 @@
+"""The table of backends: the libraries that engines are built with.
+
+A backend is a module of this package with two functions, imported only when it is asked for:
+
+    build(model: Path, target: Target, out: Path | None, *, backend: str, **options) -> EngineReport
+    load(path: Path, *, backend: str, **options) -> Engine
+
+Its keyword-only parameters are the options a user may set. Adding a backend is its file and one row of `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from ...graph.errors import BadInput, MissingBackend, nearest
+from ...graph.hints import checked
+
+
+@dataclass(frozen=True)
+class Backend:
+    """module: name in this package; package: the library it drives; extra: of graphcomb, that installs the library
+    (None: always there); suffixes: of its engine files, the first is the one written; source: suffix of the files it
+    builds from, ONNX models or saved programs."""
+
+    module: str
+    package: str
+    extra: str | None
+    suffixes: tuple[str, ...]
+    source: str = ".onnx"
+
+
+BACKENDS = {
+    "onnxruntime": Backend("ort", "onnxruntime", None, (".onnx",)),
+    "tensorrt_rtx": Backend("trt.build", "tensorrt_rtx", "rtx", (".rtx",)),
+    "tensorrt": Backend("trt.build", "tensorrt", "tensorrt", (".engine", ".plan", ".trt")),
+    "openvino": Backend("ov", "openvino", "openvino", (".xml",)),
+    "inductor": Backend("torch.inductor", "torch", None, (".aoti",), ".pt2"),
+    "torch_tensorrt": Backend("torch.torch_tensorrt", "torch_tensorrt", "tensorrt", (".ep",), ".pt2"),
+}
+
+
+def backend_module(name: str) -> ModuleType:
+    """Import a backend. Raises BadInput for an unknown name, MissingBackend when its library is not installed."""
+    if name not in BACKENDS:
+        raise BadInput(f"backend {name}: not known; {nearest(name, BACKENDS)}")
+    if importlib.util.find_spec(BACKENDS[name].package) is None:
+        raise not_installed(name)
+    return importlib.import_module(f".{BACKENDS[name].module}", __package__)
+
+
+def not_installed(name: str) -> MissingBackend:
+    """The error about a backend whose library is absent."""
+    backend = BACKENDS[name]
+    extra = f"graphcomb[{backend.extra}]" if backend.extra else "graphcomb"
+    return MissingBackend(f"{backend.package} is not installed; install it with: pip install '{extra}'")
+
+
+def known_options(function: Callable[..., Any]) -> list[str]:
+    """The options that a backend's `build` or `load` takes."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "backend"]
+
+
+def check_options(function: Callable[..., Any], options: Mapping[str, Any], backend: str) -> None:
+    """Raise BadInput for an option that a backend's function does not take, or not with this value."""
+    known = known_options(function)
+    annotations = get_type_hints(function)
+    for name, value in options.items():
+        if name not in known:
+            raise BadInput(f"option {name}: not one of backend {backend}; {nearest(name, known)}")
+        checked(annotations[name], value, f"option {name}")
