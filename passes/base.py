@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -65,18 +65,50 @@ class Context:
         return () if self.data is None else self.data
 
 
+@dataclass(frozen=True)
+class Change:
+    """Something that a pass changed: its name in the program, and what else its row of the record says."""
+
+    what: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """The row of the record's `changed`, JSON-able."""
+        return {"what": self.what, **self.details}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that a pass left as it was: its name in the program, the reason, and what else its row says."""
+
+    what: str
+    why: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """The row of the record's `refused`, JSON-able."""
+        return {"what": self.what, **self.details, "why": self.why}
+
+
 @dataclass
 class PassResult:
     """The new program and the JSON-able record of what changed, what was refused and the cost before and after.
 
-    removed: `{parameter or buffer: {dim: indices}}`, in the input program's numbering. masked: where a pass that removes
-    also trains, the input program with the trained weights, of which the result is the exact slice.
+    record: its `changed` and `refused` may hold `Change`s and `Refusal`s, which become their rows. removed:
+    `{parameter or buffer: {dim: indices}}`, in the input program's numbering. masked: where a pass that removes also trains,
+    the input program with the trained weights, of which the result is the exact slice.
     """
 
     program: Program
     record: dict[str, Any]
     removed: dict[str, dict[int, list[int]]] = field(default_factory=dict)
     masked: Program | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("changed", "refused"):
+            if key in self.record:
+                rows = self.record[key]
+                self.record[key] = [r.row() if isinstance(r, (Change, Refusal)) else r for r in rows]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..graph.comb.solve import Comb as Solver
 from ..graph.program import Program
-from .base import Context, Pass, PassResult
+from .base import Context, Pass, PassResult, Refusal
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,7 @@ class Comb(Pass):
         groups = [{"name": g.name, "kind": g.kind, "size": g.size, "members": len(g.members)} for g in solved.groups]
         record = {
             "groups": [row for row, g in zip(groups, solved.groups, strict=True) if g.frozen is None],
-            "refused": [
-                {"what": g.name, "kind": g.kind, "size": g.size, "why": g.frozen} for g in solved.groups if g.frozen
-            ],
+            "refused": [Refusal(g.name, g.frozen, {"kind": g.kind, "size": g.size}) for g in solved.groups if g.frozen],
             "prunable_share": solved.coverage(),
         }
         return PassResult(program.copy(), record)

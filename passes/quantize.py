@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from ..graph.compat import pytree
 from ..graph.edit import infer, place_tensor
 from ..graph.errors import BadInput, MissingBackend
 from ..graph.nodes import arguments, fetch, op_name, set_argument
-from ..graph.program import Program
-from .base import Context, Pass, PassResult, check_field
+from ..graph.program import Program, place_tensor
+from .base import Change, Context, Pass, PassResult, Refusal, check_field
 from .common.feed import Feed
+from .common.observe import Observer
 from .common.processes import accelerator, placed
 from .common.repeat import seeded
 from .common.samples import sample_batches
@@ -61,22 +61,23 @@ class Quantize(Pass):
             if kept and not layer.matches(self.exclude):
                 chosen.append(layer)
             else:
-                refused.append({"what": layer.name, "why": "excluded" if kept else "not included"})
+                refused.append(Refusal(layer.name, "excluded" if kept else "not included"))
         for node in new.graph.nodes:
             if op_name(node) == "batch_norm":
                 why = "a normalisation that is not folded stays in floating point; run Fuse before Quantize"
-                refused.append({"what": node.name, "why": why})
+                refused.append(Refusal(node.name, why))
         scales = self._calibrated(new, chosen, context) if chosen else {}
         writer, changed = _Writer(new), []
         for layer in chosen:
             inputs = [scales[node.args[0]] for node in layer.nodes]  # type: ignore[index]
             if not all(inputs):
-                refused.append({"what": layer.name, "why": "its inputs are all zero in the calibration data"})
+                refused.append(Refusal(layer.name, "its inputs are all zero in the calibration data"))
                 continue
             for node, scale in zip(layer.nodes, inputs, strict=True):
                 writer.quantise_input(node, scale)
             spread = writer.quantise_weight(layer)
-            changed.append({"what": layer.name, "input_scales": inputs, "largest_weight_scale": float(spread.max())})
+            largest = float(spread.max())
+            changed.append(Change(layer.name, {"input_scales": inputs, "largest_weight_scale": largest}))
         new.module().recompile()
         return PassResult(new, {"changed": changed, "refused": refused})
 
@@ -92,15 +93,23 @@ class Quantize(Pass):
         }
         module = program.module().eval()
         readers = {node.args[0]: layer.name for layer in reversed(chosen) for node in layer.nodes}
-        runner = _Watching(module, watched, readers)  # type: ignore[arg-type]
+        largest = dict.fromkeys(watched, 0.0)
+
+        def see(node: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> None:
+            if not bool(value.isfinite().all()):
+                raise BadInput(f"Quantize: the inputs of {readers[node]} are not finite; check the data")
+            watched[node](value.float().cpu())
+            largest[node] = max(largest[node], float(value.abs().max()))
+
+        show = Observer(module, watched, see)
         with seeded(context.seed, context.data), placed(module, accelerator().device), torch.no_grad():
             for batch, _ in sample_batches(Feed(program), context, self.samples, "Quantize"):
-                runner.run(*pytree.tree_leaves((batch.args, batch.kwargs)), enable_io_processing=False)
+                show(batch)
         # The observer's own scale is for 127.5 steps, which saturates the largest value.
         if self.calibration == "minmax":
-            return {node: runner.largest[node] / RANGE[1] for node in watched}
+            return {node: largest[node] / RANGE[1] for node in watched}
         return {
-            node: float(observer.calculate_qparams()[0]) if runner.largest[node] > 0 else 0.0
+            node: float(observer.calculate_qparams()[0]) if largest[node] > 0 else 0.0
             for node, observer in watched.items()
         }
 
@@ -117,25 +126,6 @@ def _observer(calibration: str) -> Callable[[], Any]:
     kind = HistogramObserver if calibration == "histogram" else MinMaxObserver
     low, high = RANGE
     return lambda: kind(dtype=torch.int8, qscheme=torch.per_tensor_symmetric, quant_min=low, quant_max=high)
-
-
-class _Watching(fx.Interpreter):
-    """Runs a graph and shows some of its values to observers. readers: the weight that each is multiplied with, for
-    messages."""
-
-    def __init__(self, module: fx.GraphModule, watched: dict[fx.Node, Any], readers: dict[fx.Node, str]):
-        super().__init__(module)
-        self.watched, self.readers = watched, readers
-        self.largest = dict.fromkeys(watched, 0.0)
-
-    def run_node(self, n: fx.Node) -> Any:
-        found = super().run_node(n)
-        if n in self.watched:
-            if not bool(found.isfinite().all()):
-                raise BadInput(f"Quantize: the inputs of {self.readers[n]} are not finite; check the data")
-            self.watched[n](found.float().cpu())
-            self.largest[n] = max(self.largest[n], float(found.abs().max()))
-        return found
 
 
 class _Writer:

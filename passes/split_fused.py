@@ -11,7 +11,7 @@ from torch import fx
 from ..graph.edit import infer
 from ..graph.nodes import arguments, op_name, shape
 from ..graph.program import Program
-from .base import Context, Pass, PassResult
+from .base import Change, Context, Pass, PassResult, Refusal
 
 SIZES = {"view": "size", "reshape": "shape", "unflatten": "sizes"}
 
@@ -41,13 +41,13 @@ class SplitFused(Pass):
                 continue
             chain, dim, takers = found
             if isinstance(takers, str):
-                refused.append({"what": node.name, "why": takers})
+                refused.append(Refusal(node.name, takers))
                 continue
             for index, taker in takers:
                 with graph.inserting_before(chain[-1].next):
                     part = _part(graph, node, chain[1:], dim, index)
                 taker.replace_all_uses_with(part)
-            changed.append({"what": node.name, "parts": shape(node)[dim]})
+            changed.append(Change(node.name, {"parts": shape(node)[dim]}))
         if changed:
             graph.eliminate_dead_code()
             new.module().recompile()

@@ -18,7 +18,7 @@ from ...graph.program import Program
 from ...graph.sparse import sparse_weights
 from ...graph.surgery import remove
 from ...graph.verify import TOLERANCE, check
-from ..base import Context, Pass, PassResult, check_field
+from ..base import Change, Context, Pass, PassResult, Refusal, check_field
 from ..common.feed import Feed
 from ..common.latency_target import allowed_seconds, check_least
 from ..common.processes import agreed
@@ -173,17 +173,17 @@ class RemoveChannels(Pass):
         agreed(lambda: cast(Chooser, chooser).require_macs(sizes))
         smaller.known_cost = comb.cost(sizes)
         frozen = [
-            {"what": g.name, "kind": g.kind, "size": g.size, "why": g.frozen or silent[g.name]}
+            Refusal(g.name, g.frozen or silent[g.name], {"kind": g.kind, "size": g.size})
             for g in comb.groups
             if g.frozen or g.name in silent
         ]
         record = training | {
             "changed": [
-                {"what": g.name, "kind": g.kind, "before": g.size, "after": sizes[g.atom]}
+                Change(g.name, {"kind": g.kind, "before": g.size, "after": sizes[g.atom]})
                 for g in comb.groups
                 if g.atom in sizes
             ],
-            "refused": frozen + training.get("refused", []),
+            "refused": [*frozen, *training.get("refused", [])],
             "layers": layers(comb, sizes),
             "cost": {"before": comb.cost({}), "after": smaller.cost()},
             "target": agreed(lambda: cast(Chooser, chooser).record(sizes)),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import fx
 
 from ...graph import compat
@@ -31,6 +32,11 @@ class Batch:
     kwargs: dict[str, Any]
     labels: Any
     size: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device."""
+        args, kwargs, labels = send_to_device((self.args, self.kwargs, self.labels), device)
+        return Batch(args, kwargs, labels, self.size)
 
 
 class Feed:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from ...graph.errors import BadInput
@@ -64,8 +64,7 @@ def sample_batches(
             taken = min(batch.size, count - start)
             if taken <= 0:
                 return
-            args, kwargs, labels = send_to_device((batch.args, batch.kwargs, batch.labels), acc.device)
-            yield Batch(args, kwargs, labels, batch.size), taken
+            yield batch.to(acc.device), taken
             done += taken
             update(min(done * parts, count), "")
             start = position * size if parts > 1 else done

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
@@ -95,11 +94,11 @@ def score(
         for done, batch in enumerate(batches, 1):
             if batch.labels is None:
                 raise BadInput(f"{field}: the batches have no labels, and the metric needs them")
-            args, kwargs, labels = send_to_device((batch.args, batch.kwargs, batch.labels), acc.device)
-            outputs = forward(*args, **kwargs)
+            batch = batch.to(acc.device)
+            outputs = forward(*batch.args, **batch.kwargs)
             if feed:
                 outputs = feed.cut(outputs, batch)
-            scores = torch.as_tensor(applied("metric", metric, outputs, labels))
+            scores = torch.as_tensor(applied("metric", metric, outputs, batch.labels))
             total, count = total + scores.cpu().double().sum().item(), count + scores.numel()
             update(done, "")
     total, counted = (total, count) if alone else reduced([total, count], "sum", acc)

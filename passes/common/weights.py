@@ -12,7 +12,7 @@ from torch import fx
 from ...graph.errors import BadInput
 from ...graph.nodes import arguments, fetch, op_name, shape
 from ...graph.program import Program
-from ..base import Pass
+from ..base import Pass, Refusal
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Layer:
         return any(fnmatchcase(name, pattern) for name in self.names for pattern in patterns)
 
 
-def layers(program: Program) -> tuple[list[Layer], list[dict[str, str]]]:
+def layers(program: Program) -> tuple[list[Layer], list[Refusal]]:
     """The linear and convolution weights that are stored tensors, in the order they are used, and the others with the
     reason."""
     found: dict[int, tuple[str, list[fx.Node]]] = {}
@@ -50,17 +50,17 @@ def layers(program: Program) -> tuple[list[Layer], list[dict[str, str]]]:
         if name not in ("linear", "conv1d", "conv2d", "conv3d"):
             if name.startswith("conv_transpose"):
                 what = str(arguments(node)["weight"].target)
-                refused.append({"what": what, "why": "the weights of a transposed convolution lie the other way round"})
+                refused.append(Refusal(what, "the weights of a transposed convolution lie the other way round"))
             continue
         weight = arguments(node)["weight"]
         if weight.op != "get_attr" or not isinstance(fetch(module, str(weight.target)), torch.nn.Parameter):
             what, why = node.name, "its weight is computed, not a stored parameter"
             if op_name(weight).startswith("fake_quantize"):
                 what, why = str(weight.all_input_nodes[0].target), "it is quantised; Quantize comes last"
-            refused.append({"what": what, "why": why})
+            refused.append(Refusal(what, why))
             continue
         if name != "linear" and len(shape(arguments(node)["input"])) < len(shape(weight)):
-            refused.append({"what": str(weight.target), "why": "its inputs have no batch dimension"})
+            refused.append(Refusal(str(weight.target), "its inputs have no batch dimension"))
             continue
         tensor = fetch(module, str(weight.target))
         found.setdefault(id(tensor), (str(weight.target), []))[1].append(node)
@@ -79,9 +79,9 @@ def layers(program: Program) -> tuple[list[Layer], list[dict[str, str]]]:
     ], refused
 
 
-def check_included(of: Pass, include: Sequence[str], found: Sequence[Layer], refused: Sequence[dict[str, str]]) -> None:
+def check_included(of: Pass, include: Sequence[str], found: Sequence[Layer], refused: Sequence[Refusal]) -> None:
     """Raise BadInput unless each pattern of a pass's `include` matches a weight, taken or refused."""
-    names = [name for layer in found for name in layer.names] + [row["what"] for row in refused]
+    names = [name for layer in found for name in layer.names] + [row.what for row in refused]
     for pattern in include:
         if not any(fnmatchcase(name, pattern) for name in names):
             some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

@@ -26,7 +26,7 @@ from ...graph.program import Program
 from ...graph.trainable import TrainableModule
 from ...graph.verify.evaluate import Evaluator, double_weights, random_inputs, relative_error
 from ...graph.workload.layers import Layers, rules_of, run_seconds
-from ..base import Context, Pass, PassResult, check_field
+from ..base import Change, Context, Pass, PassResult, Refusal, check_field
 from ..common.class_axis import class_axis
 from ..common.feed import Batch, Feed
 from ..common.latency_target import allowed_seconds, below, check_least, least_share, needed_latency
@@ -123,7 +123,7 @@ class PruneDepth(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         context = dataclasses.replace(context, teacher=context.teacher or program)
         found = find_blocks(program)
-        record: dict[str, Any] = {"refused": [{"what": b.name, "why": b.why} for b in found if b.why is not None]}
+        record: dict[str, Any] = {"refused": [Refusal(b.name, b.why) for b in found if b.why is not None]}
         chosen, record["search"] = self.choose(program, found, context)
         pruned, record["train"] = self.progressive(program, chosen, context)
         result, merged = self.merge(pruned, context)
@@ -131,8 +131,11 @@ class PruneDepth(Pass):
         error = max(record["train"].get("error") or 0.0, merged.get("error", 0.0))
         record["merge"] = merged | {"error": error}
         record["changed"] = [
-            {"what": b.name, "kind": b.kind, "form": "left out" if b.dropped else "merged"}
-            | {"saves_macs": b.saves, "saves_kernels": b.kernels}
+            Change(
+                b.name,
+                {"kind": b.kind, "form": "left out" if b.dropped else "merged"}
+                | {"saves_macs": b.saves, "saves_kernels": b.kernels},
+            )
             for b in chosen
         ]
         return PassResult(result, record)

@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import fx
 
-from ...graph.compat import pytree
 from ...graph.edit import like, place_tensor
 from ...graph.nodes import arguments, fetch, op_name
 from ...graph.program import Program
 from ..common.feed import Batch
+from ..common.observe import Observer
 from ..common.processes import accelerator, averaged, placed
 from .relax import FOLDER
 
@@ -27,14 +26,23 @@ def start_norms(program: Program, batches: Iterable[Batch]) -> None:
     """
     module = program.module()
     pairs = {n: dense for n in module.graph.nodes if _added(n) and (dense := _stands_for(n)) is not None}
-    sums = _Sums(module, pairs)
-    device = accelerator().device
+    sums: dict[fx.Node, list[Any]] = {}  # over batch and positions, per channel: n, x, y, x^2, x y
+
+    def add_up(node: fx.Node, value: torch.Tensor, values: dict[fx.Node, Any]) -> None:
+        x, y = values[arguments(node)["input"]], values[pairs[node]]
+        (after,) = node.users
+        if op_name(after) == "transpose":  # it reads channels at axis 1, and they are moved back
+            y = y.transpose(*after.args[1:])
+        x, y = (t.transpose(0, 1).flatten(1).double() for t in (x, y))
+        new = [x.shape[1], x.sum(1), y.sum(1), (x * x).sum(1), (x * y).sum(1)]
+        sums[node] = [a + b for a, b in zip(sums.get(node, [0] * 5), new, strict=True)]
+
+    show, device = Observer(module, pairs, add_up), accelerator().device
     with placed(module, device), torch.no_grad():
         for batch in batches:
-            inputs = send_to_device(pytree.tree_leaves((batch.args, batch.kwargs)), device)
-            sums.run(*inputs, enable_io_processing=False)
-    for node, found in sums.of.items():
-        x, y, xx, xy = (torch.from_numpy(averaged((part / found[0]).cpu().numpy())) for part in found[1:])
+            show(batch.to(device))
+    for node, (count, *parts) in sums.items():
+        x, y, xx, xy = (torch.from_numpy(averaged((part / count).cpu().numpy())) for part in parts)
         variance, shared = (xx - x * x).clamp(min=0), xy - x * y
         a = arguments(node)
         scale = shared / (variance + float(a["eps"])).sqrt()
@@ -60,24 +68,3 @@ def _stands_for(norm: fx.Node) -> fx.Node | None:
     rest = pruned.args[1] if isinstance(pruned, fx.Node) and op_name(pruned) == "mul" else None
     mixes = isinstance(rest, fx.Node) and op_name(rest) == "rsub"
     return dense.args[0] if mixes else None  # type: ignore[union-attr,return-value]
-
-
-class _Sums(fx.Interpreter):
-    """Sums over batch and positions, per channel, of what norms read (x) and stand for (y): n, x, y, x^2, x y."""
-
-    def __init__(self, module: fx.GraphModule, pairs: dict[fx.Node, fx.Node]):
-        super().__init__(module)
-        self.pairs = pairs
-        self.of: dict[fx.Node, list[Any]] = {}
-
-    def run_node(self, node: fx.Node) -> Any:
-        value = super().run_node(node)
-        if node in self.pairs:
-            x, y = self.env[arguments(node)["input"]], self.env[self.pairs[node]]
-            (after,) = node.users
-            if op_name(after) == "transpose":  # it reads channels at axis 1, and they are moved back
-                y = y.transpose(*after.args[1:])
-            x, y = (t.transpose(0, 1).flatten(1).double() for t in (x, y))
-            new = [x.shape[1], x.sum(1), y.sum(1), (x * x).sum(1), (x * y).sum(1)]
-            self.of[node] = [a + b for a, b in zip(self.of.get(node, [0] * 5), new, strict=True)]
-        return value

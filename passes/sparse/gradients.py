@@ -21,6 +21,7 @@ from ..base import Context
 from ..common.class_axis import class_axis
 from ..common.feed import Batch, Feed, map_some
 from ..common.losses import class_dim, logits_of, task_loss
+from ..common.observe import Observer
 from ..common.processes import accelerator, placed, summed
 from ..common.samples import apart, everywhere, sample_batches
 from ..common.weights import Layer, layers
@@ -210,19 +211,23 @@ class _Samples:
 
     def _run(self, batch: Batch) -> tuple[dict[fx.Node, Tensor], dict[fx.Node, Tensor]]:
         """The inputs of the layers, and the gradients of the sum of the samples' losses at their outputs."""
-        tap = _Tap(self.program.module(), [node for layer in self.layers for node in layer.nodes])
-        out = tap.run(*pytree.tree_leaves((batch.args, batch.kwargs)), enable_io_processing=False)
-        out = self.program.module().graph.process_outputs(out)
+        inputs: dict[fx.Node, Tensor] = {}
+        outputs: dict[fx.Node, Tensor] = {}
+
+        def see(node: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> None:
+            inputs[node] = values[node.args[0]].detach()  # type: ignore[index]
+            outputs[node] = value
+
+        show = Observer(self.program.module(), (node for layer in self.layers for node in layer.nodes), see)
+        out = self.program.module().graph.process_outputs(show(batch))
         losses = []
         for i in range(batch.size):
             alone = _sample(out, [i], batch.size, self.feed.outputs), _sample(batch.labels, [i], batch.size)
             losses.append(task_loss(self.loss, *alone))
         total = _dependent(torch.stack(losses).sum())
-        pulls = torch.autograd.grad(total, list(tap.outputs.values()), allow_unused=True)
-        given = {
-            n: torch.zeros_like(y) if g is None else g for (n, y), g in zip(tap.outputs.items(), pulls, strict=True)
-        }
-        return tap.inputs, given
+        pulls = torch.autograd.grad(total, list(outputs.values()), allow_unused=True)
+        given = {n: torch.zeros_like(y) if g is None else g for (n, y), g in zip(outputs.items(), pulls, strict=True)}
+        return inputs, given
 
     def _products(
         self, values: dict[fx.Node, Tensor], pulls: dict[fx.Node, Tensor], size: int, part: slice
@@ -279,20 +284,3 @@ def _dependent(loss: Tensor) -> Tensor:
     if not loss.requires_grad:
         raise BadInput("loss: has no gradient; it must be computed from the outputs by differentiable operations")
     return loss
-
-
-class _Tap(fx.Interpreter):
-    """Runs a graph and keeps the inputs and outputs of some layers."""
-
-    def __init__(self, module: TrainableModule, nodes: Sequence[fx.Node]):
-        super().__init__(module)
-        self.inputs: dict[fx.Node, Tensor] = {}
-        self.outputs: dict[fx.Node, Tensor] = {}
-        self.nodes = set(nodes)
-
-    def run_node(self, n: fx.Node) -> Any:
-        found = super().run_node(n)
-        if n in self.nodes:
-            self.inputs[n] = self.env[n.args[0]].detach()  # type: ignore[index]
-            self.outputs[n] = found
-        return found

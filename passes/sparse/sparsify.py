@@ -15,7 +15,7 @@ from ...graph.errors import BadInput, Refused
 from ...graph.nodes import fetch
 from ...graph.program import Program
 from ...graph.sparse import implies, legal, read_pattern, sparse_weights, stronger
-from ..base import Context, Pass, PassResult, check_field
+from ..base import Context, Pass, PassResult, Refusal, check_field
 from ..common.processes import accelerator, agreed, broadcast_all, stored_program
 from ..common.repeat import Samples, run_code, sample, says_anew
 from ..common.scoring import evaluate
@@ -139,11 +139,11 @@ class Sparsify(Pass):
         if names and self.method in BY_GRADIENTS:
             silent, probed = agreed(lambda: self._silent(new, names, context))
             names = [name for name in names if name not in silent]
-            refused += [{"what": name, "why": NO_GRADIENT} for name in silent]
+            refused += [Refusal(name, NO_GRADIENT) for name in silent]
         stages: list[dict[str, Any]] = []
         moved: list[dict[str, Any]] = []
         if self.permute and self.pattern and sparse_weights(new):
-            refused.append({"what": "permute", "why": "other weights are sparse already, whose zeros would move"})
+            refused.append(Refusal("permute", "other weights are sparse already, whose zeros would move"))
         elif self.permute and self.pattern and names:
             new, moved = permuted(new, names, read_pattern(self.pattern), context.seed)
         if names and self.schedule:
@@ -161,7 +161,7 @@ class Sparsify(Pass):
                 raise Refused(f"Sparsify: {self.method} left {name} without the pattern {pattern}; this is a bug")
 
     # -------------------------------------------------------------------------------------------------- which layers
-    def choose(self, program: Program, context: Context) -> tuple[list[str], list[dict[str, str]]]:
+    def choose(self, program: Program, context: Context) -> tuple[list[str], list[Refusal]]:
         """The weights to sparsify, and the others with the reason."""
         found, refused = layers(program)
         check_included(self, self.include, found, refused)
@@ -182,7 +182,7 @@ class Sparsify(Pass):
             else:
                 why = not_accelerated(layer, self.pattern, context) if where == "pays" else None
             if why:
-                refused.append({"what": layer.name, "why": why})
+                refused.append(Refusal(layer.name, why))
             else:
                 chosen.append(layer.name)
         return chosen, refused

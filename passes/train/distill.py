@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ...graph.errors import BadInput
 from ...graph.program import Program
 from ...graph.trainable import TrainableModule
-from ..base import Context, Pass, PassResult
+from ..base import Context, Pass, PassResult, Refusal
 from ..common.class_axis import class_axis, other_outputs
 from ..common.feed import Batch
 from ..common.losses import class_dim, logits_of, task_loss
@@ -84,8 +84,9 @@ class Distill(Training, Pass):
         kept, refused = matching_features(teacher, student) if teacher is not None and self.features else ({}, [])
         names = list(kept)
         if teacher is not None and self.alpha:
-            refused += [{"what": name, "why": UNTAUGHT} for name in other_outputs(student)]
-        record: dict[str, Any] = {"changed": ["weights", "running statistics"], "refused": refused, "matched": names}
+            refused += [Refusal(name, UNTAUGHT) for name in other_outputs(student)]
+        rows = [r.row() for r in refused]
+        record: dict[str, Any] = {"changed": ["weights", "running statistics"], "refused": rows, "matched": names}
         for key, model in (("val_before", student), ("val_teacher", teacher)):
             if context.val is not None and model is not None:
                 record[key] = evaluate(model, context.val, context.metric, context.progress)

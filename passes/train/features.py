@@ -14,6 +14,7 @@ from ...graph.compat import pytree
 from ...graph.nodes import op_name, shape
 from ...graph.program import Program
 from ...graph.trainable import TrainableModule
+from ..base import Refusal
 from .callbacks import Kept
 
 
@@ -35,7 +36,7 @@ def _residual(node: fx.Node) -> bool:
     )
 
 
-def matching_features(teacher: Program, student: Program) -> tuple[Kept, list[dict[str, str]]]:
+def matching_features(teacher: Program, student: Program) -> tuple[Kept, list[Refusal]]:
     """The block outputs that both programs have, each with the indices of the teacher's that the student kept (by
     dimension, none where all are), and the others with the reason.
 
@@ -52,7 +53,7 @@ def matching_features(teacher: Program, student: Program) -> tuple[Kept, list[di
     refused = []
     for name, size in theirs.items():
         if name not in ours:
-            refused.append({"what": name, "why": "the student has no block output of that name"})
+            refused.append(Refusal(name, "the student has no block output of that name"))
             continue
         dims = _kept_since(name, size, since)
         left = tuple(len(dims[d]) if d in dims else n for d, n in enumerate(size))
@@ -60,9 +61,9 @@ def matching_features(teacher: Program, student: Program) -> tuple[Kept, list[di
             kept[name] = dims
         else:
             why = f"its shape is {ours[name][1:]} in the student, {size[1:]} in the teacher"
-            refused.append({"what": name, "why": why})
+            refused.append(Refusal(name, why))
     if not theirs:
-        refused.append({"what": "features", "why": "the teacher has no residual addition, concatenation or pooling"})
+        refused.append(Refusal("features", "the teacher has no residual addition, concatenation or pooling"))
     return kept, refused
 
 

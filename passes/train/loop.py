@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object, send_to_device, set_seed
+from accelerate.utils import broadcast, gather_object, set_seed
 from torch import nn
 
 from ...graph.compat import pytree
@@ -262,11 +262,10 @@ class _Loop:
         rate = learning_rate(training, self.done, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        args, kwargs, labels = send_to_device((batch.args, batch.kwargs, batch.labels), device)
-        batch = Batch(args, kwargs, labels, batch.size)
+        batch = batch.to(device)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.precision)
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
-            loss, parts = self.objective(self.model(*args, **kwargs), batch)
+            loss, parts = self.objective(self.model(*batch.args, **batch.kwargs), batch)
         values = torch.stack([v.detach().float() for v in (loss, *parts.values())]).tolist()
         self._require_finite(batch, values[0], rate)
         self.scaler.scale(loss).backward()

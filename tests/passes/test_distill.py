@@ -126,13 +126,13 @@ def test_features_of_equal_width_are_learnt_and_the_others_named(teacher):
     kept, refused = matching_features(teacher, student)
     names = list(kept)
     assert len(names) == len(refused) == 1
-    assert refused[0]["why"] == "its shape is (12, 4, 4) in the student, (24, 4, 4) in the teacher"
+    assert refused[0].why == "its shape is (12, 4, 4) in the student, (24, 4, 4) in the teacher"
     data, _ = loaders()
     plain, matched = (
         Distill(epochs=3, lr=5e-3, features=f, labels=False)(student, data=data, teacher=teacher) for f in (0.0, 2.0)
     )
     assert matched.record["matched"] == names
-    assert matched.record["refused"] == refused
+    assert matched.record["refused"] == [r.row() for r in refused]
     x = tensors()[0][-100:]
 
     def distance(program):
