@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import graphcomb
 from graphcomb.graph.comb.solve import DEFAULT_KINDS
 from graphcomb.passes import Distill, RemoveChannels
-from graphcomb.passes.channels.legalise import movable, steps
+from graphcomb.passes.channels.groups import movable, steps
 
 RESULTS = Path(__file__).parent / "results" / "selection.json"
 SCHEDULES = {"adaptive": {"interval": 2, "prune_share": 1.0}, "at once": {"schedule": "one-shot"}}

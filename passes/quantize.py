@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from ..graph.edit import infer, place_tensor
 from ..graph.errors import BadInput, MissingBackend
 from ..graph.nodes import arguments, fetch, op_name, set_argument
-from ..graph.program import Program, place_tensor
+from ..graph.program import Program
 from .base import Change, Context, Pass, PassResult, Refusal, check_field
 from .common.feed import Feed
 from .common.observe import Observer

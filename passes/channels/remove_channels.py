@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from ...graph.comb.axes import Factor
-from ...graph.comb.solve import DEFAULT_KINDS, KINDS, Comb, Group, Sizer
+from ...graph.comb.solve import DEFAULT_KINDS, KINDS, Comb, Group
 from ...graph.cost import require_counted
 from ...graph.errors import BadInput, GraphcombError, Refused, Unreachable
-from ...graph.nodes import arguments, op_name
 from ...graph.program import Program
 from ...graph.sparse import sparse_weights
 from ...graph.surgery import remove
@@ -25,10 +23,11 @@ from ..common.processes import agreed
 from ..train.distill import Distill
 from ..train.features import block_outputs
 from ..train.loop import total_steps
-from .importance import IMPORTANCES, SAMPLES, TRANSFORMS, Scores, normalised, together
+from .costs import Costs, layer_costs, mac_terms
+from .groups import movable
+from .importance.scores import IMPORTANCES, SAMPLES, TRANSFORMS, Scores, normalised, together
 from .kernel_count import kernel_record
 from .knapsack import Predictor
-from .legalise import Costs, mac_terms, movable
 from .selection import Selection, lowest_removed
 from .targets import Chooser, Target, read_plan, some, untrained
 from .while_training import Pruner, event_steps, removed_values
@@ -184,7 +183,7 @@ class RemoveChannels(Pass):
                 if g.atom in sizes
             ],
             "refused": [*frozen, *training.get("refused", [])],
-            "layers": layers(comb, sizes),
+            "layers": layer_costs(comb, sizes),
             "cost": {"before": comb.cost({}), "after": smaller.cost()},
             "target": agreed(lambda: cast(Chooser, chooser).record(sizes)),
             "alignment": step,
@@ -298,27 +297,3 @@ class RemoveChannels(Pass):
         if self.round_to is not None:
             return self.round_to
         return DEFAULT_ALIGNMENT if context.target is None else int(context.target.alignment(context.dtype))
-
-
-def layers(comb: Comb, sizes: dict[Factor, int]) -> list[dict[str, Any]]:
-    """Convolutions and linears with their channels and MACs before and after."""
-    rows = []
-    dense, kept = Sizer({}), Sizer(sizes)
-    for node, terms in comb.cost_terms():
-        name = op_name(node)
-        if not (name.startswith("conv") or name == "linear"):
-            continue
-        a = arguments(node)
-        weight = a["weight"]
-        channel = 1 if name.startswith("conv") else -1
-        into, out = comb.axes[a["input"]][channel], comb.axes[node][channel]
-        macs = [sum(math.prod(map(size, m)) for m in terms) for size in (dense, kept)]
-        rows.append(
-            {
-                "name": str(weight.target) if weight.op == "get_attr" else node.name,
-                "kind": "linear" if name == "linear" else "depthwise" if 1 < a["groups"] == dense(into) else "conv",
-                "channels": {"before": [dense(into), dense(out)], "after": [kept(into), kept(out)]},
-                "macs": {"before": macs[0], "after": macs[1]},
-            }
-        )
-    return rows

@@ -10,8 +10,9 @@ import numpy as np
 
 from ...graph.comb.axes import Factor
 from ...graph.comb.solve import Comb, Group
-from .importance import Scores
-from .legalise import Costs, steps
+from .costs import Costs
+from .groups import steps
+from .importance.members import Scores
 
 Sizes = Mapping[Factor, int]
 

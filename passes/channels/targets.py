@@ -13,13 +13,12 @@ from ...graph.comb.solve import Comb, Group
 from ...graph.errors import BadInput, Unreachable
 from ..base import Context
 from ..common.latency_target import allowed_seconds, below, least_share, needed_latency
-from .importance import Scores
+from .costs import TERMS, Costs, mac_terms
+from .importance.members import Scores
 from .knapsack import Floor, Predictor, knapsack, towards
-from .legalise import Costs, mac_terms, parameter_terms
 from .selection import Selection
 
 Sizes = dict[Factor, int]
-TERMS = {"macs": mac_terms, "params": parameter_terms}
 
 
 @dataclass(frozen=True)

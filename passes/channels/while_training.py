@@ -36,7 +36,7 @@ from ..common.repeat import seeded
 from ..train.callbacks import Callback, Kept, Surgery, taken
 from ..train.distill import Distill
 from ..train.features import block_outputs
-from .importance import IMPORTANCES, TRANSFORMS, GradientScores, Scores, normalised, relative_norms, together
+from .importance.scores import IMPORTANCES, TRANSFORMS, GradientScores, Scores, normalised, relative_norms, together
 from .selection import lowest_removed
 
 GONE = -np.finfo(np.float64).tiny  # below every score: gone already, and first in line; nothing to a sum of scores

@@ -23,7 +23,8 @@ from graphcomb.graph.errors import BadInput, GraphcombError, Unreachable
 from graphcomb.graph.program import load
 from graphcomb.graph.surgery import remove
 from graphcomb.passes.base import Context
-from graphcomb.passes.channels.importance import TRANSFORMS, Members
+from graphcomb.passes.channels.importance.members import Members
+from graphcomb.passes.channels.importance.scores import TRANSFORMS
 from graphcomb.passes.channels.remove_channels import RemoveChannels
 from graphcomb.passes.channels.while_training import event_steps
 from graphcomb.passes.train import loop

@@ -16,7 +16,7 @@ from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.errors import BadInput, GraphcombError
 from graphcomb.passes import Distill, PruneDepth, RemoveChannels, Sparsify
 from graphcomb.passes.base import Context
-from graphcomb.passes.channels.importance import from_gradients
+from graphcomb.passes.channels.importance.scores import from_gradients
 from graphcomb.passes.common import processes
 from graphcomb.passes.common.processes import accelerator, agreed
 from graphcomb.passes.common.weights import layers

@@ -19,7 +19,7 @@ from graphcomb.graph.errors import BadInput
 from graphcomb.graph.nodes import arguments, op_name
 from graphcomb.graph.surgery import remove
 from graphcomb.passes.base import Context
-from graphcomb.passes.channels.gates import Gates
+from graphcomb.passes.channels.importance.gates import Gates
 from graphcomb.passes.channels.remove_channels import RemoveChannels
 from graphcomb.passes.common.feed import Feed
 from graphcomb.passes.common.weights import layers

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from graphcomb import Comb, capture
-from graphcomb.passes.channels.legalise import Costs
-from graphcomb.passes.channels.remove_channels import mac_terms
+from graphcomb.passes.channels.costs import Costs, mac_terms
 from graphcomb.passes.channels.selection import Selection
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from graphcomb import Comb, capture
 from graphcomb.graph.errors import BadInput, Unreachable
 from graphcomb.passes import Context, Distill, RemoveChannels
-from graphcomb.passes.channels.importance import IMPORTANCES
+from graphcomb.passes.channels.importance.scores import IMPORTANCES
 from graphcomb.passes.channels.selection import Selection, lowest_removed
 
 DATA = [(torch.randn(4, 1, 8, 8), torch.randint(3, (4,))) for _ in range(8)]

@@ -1,0 +1,110 @@
+"""What sizes of the groups cost, exactly: polynomials in the sizes, as the comb knows the axes of every tensor."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from ...graph.comb import axes as ax
+from ...graph.comb.axes import Axis, Factor
+from ...graph.comb.solve import Comb, Group, Sizer
+from ...graph.nodes import arguments, op_name
+
+
+class Costs:
+    """A cost (MACs or parameters) as a polynomial in the sizes of the movable atoms; `sizes` is the current state."""
+
+    def __init__(self, terms: Iterable[list[Axis]], groups: list[Group]):
+        self.sizes: dict[Factor, int] = {g.atom: g.size for g in groups}
+        self.terms: list[list[list[tuple[int, tuple[Factor, ...]]]]] = []
+        self.uses: dict[Factor, list[int]] = defaultdict(list)
+        self.fixed = 0
+        for axes in terms:
+            constant, varying = 1, []
+            for axis in axes:
+                sums = self._polynomial(axis)
+                if len(sums) == 1 and not sums[0][1]:
+                    constant *= sums[0][0]
+                else:
+                    varying.append(sums)
+            if not varying:
+                self.fixed += constant
+                continue
+            varying.append([(constant, ())])
+            for atom in {a for sums in varying for _, m in sums for a in m}:
+                self.uses[atom].append(len(self.terms))
+            self.terms.append(varying)
+        self._values = [self._value(t) for t in self.terms]
+        self.total = self.fixed + sum(self._values)
+
+    def _polynomial(self, axis: Axis) -> list[tuple[int, tuple[Factor, ...]]]:
+        merged: dict[tuple[Factor, ...], int] = defaultdict(int)
+        for monomial in ax.monomials(axis):
+            free = tuple(m for m in monomial if m in self.sizes)
+            merged[free] += math.prod(m.size for m in monomial if m not in self.sizes)
+        return [(coefficient, free) for free, coefficient in merged.items()]
+
+    def _value(self, term: list[list[tuple[int, tuple[Factor, ...]]]]) -> int:
+        product = 1
+        for sums in term:
+            value = 0
+            for coefficient, free in sums:
+                for atom in free:
+                    coefficient *= self.sizes[atom]
+                value += coefficient
+            product *= value
+        return product
+
+    def set(self, atom: Factor, size: int) -> None:
+        """Give an atom another size and update the total."""
+        self.sizes[atom] = size
+        for i in self.uses[atom]:
+            value = self._value(self.terms[i])
+            self.total += value - self._values[i]
+            self._values[i] = value
+
+    def saving(self, atom: Factor, count: int) -> int:
+        """What removing `count` more indices of an atom saves, exactly."""
+        before = self.sizes[atom]
+        self.sizes[atom] = before - count
+        saved = sum(self._values[i] - self._value(self.terms[i]) for i in self.uses[atom])
+        self.sizes[atom] = before
+        return saved
+
+
+def mac_terms(comb: Comb) -> list[list[Axis]]:
+    return [axes for _, terms in comb.cost_terms() for axes in terms]
+
+
+def parameter_terms(comb: Comb) -> list[list[Axis]]:
+    names = {name for name, _ in comb.module.named_parameters(remove_duplicate=True)}
+    return [axes for name, axes in comb.parameters.items() if name in names]
+
+
+TERMS = {"macs": mac_terms, "params": parameter_terms}
+
+
+def layer_costs(comb: Comb, sizes: dict[Factor, int]) -> list[dict[str, Any]]:
+    """Convolutions and linears with their channels and MACs before and after."""
+    rows = []
+    dense, kept = Sizer({}), Sizer(sizes)
+    for node, terms in comb.cost_terms():
+        name = op_name(node)
+        if not (name.startswith("conv") or name == "linear"):
+            continue
+        a = arguments(node)
+        weight = a["weight"]
+        channel = 1 if name.startswith("conv") else -1
+        into, out = comb.axes[a["input"]][channel], comb.axes[node][channel]
+        macs = [sum(math.prod(map(size, m)) for m in terms) for size in (dense, kept)]
+        rows.append(
+            {
+                "name": str(weight.target) if weight.op == "get_attr" else node.name,
+                "kind": "linear" if name == "linear" else "depthwise" if 1 < a["groups"] == dense(into) else "conv",
+                "channels": {"before": [dense(into), dense(out)], "after": [kept(into), kept(out)]},
+                "macs": {"before": macs[0], "after": macs[1]},
+            }
+        )
+    return rows

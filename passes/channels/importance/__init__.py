@@ -1,0 +1,1 @@
+"""How much each index of each group matters."""

@@ -1,0 +1,166 @@
+"""Statistics with one gate per index in them: index i counts `gate[i]` times in means, variances, sums and softmax.
+
+Each function computes its operator from the arguments by schema name and `{dimension: gates}`; at gates of 1 it is the
+operator itself, and its derivative by the gates is taken there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _spread(x: Tensor, gates: dict[int, Tensor]) -> Tensor:
+    """The product of the gates at every entry of x."""
+    weight = torch.ones_like(x)
+    for d, gate in gates.items():
+        weight = weight * gate.view([-1 if k == d else 1 for k in range(x.dim())])
+    return weight
+
+
+def _mean(x: Tensor, weight: Tensor, dims: list[int]) -> Tensor:
+    return (x * weight).sum(dims, keepdim=True) / weight.sum(dims, keepdim=True)
+
+
+def _variance(x: Tensor, weight: Tensor, dims: list[int]) -> Tensor:
+    return _mean((x - _mean(x, weight, dims)).square(), weight, dims)
+
+
+def _per_channel(y: Tensor, a: dict[str, Any]) -> Tensor:
+    form = [1, -1, *[1] * (y.dim() - 2)]
+    y = y if a.get("weight") is None else y * a["weight"].view(form)
+    return y if a.get("bias") is None else y + a["bias"].view(form)
+
+
+def _layer_norm(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
+    x = a["input"]
+    weight, dims = _spread(x, gates), list(range(x.dim() - len(a["normalized_shape"]), x.dim()))
+    y = (x - _mean(x, weight, dims)) * (_variance(x, weight, dims) + a["eps"]).rsqrt()
+    y = y if a.get("weight") is None else y * a["weight"]
+    return y if a.get("bias") is None else y + a["bias"]
+
+
+def _rms_norm(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
+    x = a["input"]
+    weight, dims = _spread(x, gates), list(range(x.dim() - len(a["normalized_shape"]), x.dim()))
+    eps = torch.finfo(x.dtype).eps if a.get("eps") is None else a["eps"]
+    y = x * (_mean(x.square(), weight, dims) + eps).rsqrt()
+    return y if a.get("weight") is None else y * a["weight"]
+
+
+def _group_norm(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
+    x = a["input"]
+    grouped = (len(x), a["num_groups"], -1)
+    rows, weight = x.reshape(grouped), _spread(x, gates).reshape(grouped)
+    y = (rows - _mean(rows, weight, [2])) * (_variance(rows, weight, [2]) + a["eps"]).rsqrt()
+    return _per_channel(y.reshape(x.shape), a)
+
+
+def _batch_norm(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
+    """With statistics of the batch, as weight standardisation takes them."""
+    x = a["input"]
+    weight, dims = _spread(x, gates), [d for d in range(x.dim()) if d != 1]
+    return _per_channel((x - _mean(x, weight, dims)) * (_variance(x, weight, dims) + a["eps"]).rsqrt(), a)
+
+
+def _instance_norm(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
+    x = a["input"]
+    weight, dims = _spread(x, gates), list(range(2, x.dim()))
+    return _per_channel((x - _mean(x, weight, dims)) * (_variance(x, weight, dims) + a["eps"]).rsqrt(), a)
+
+
+def _softmax(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
+    x = a["self"] if "self" in a else a["input"]
+    return (x - (_spread(x, gates).log() + x).logsumexp(a["dim"], keepdim=True)).exp()
+
+
+def _log_softmax(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
+    return _softmax(a, gates).log()
+
+
+def _reduced(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    """A reduction from its form `function(x, weight, dims, arguments)` with the dimensions kept."""
+
+    def reduce(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
+        x = a["self"]
+        dims = _reduced_dims(a, x.dim())
+        y = function(x, _spread(x, gates), dims, a)
+        return y if a.get("keepdim") else y.squeeze(dims)
+
+    return reduce
+
+
+def _unbiased(x: Tensor, weight: Tensor, dims: list[int], a: dict[str, Any]) -> Tensor:
+    correction = a.get("correction", 1) if "unbiased" not in a else int(a["unbiased"])
+    count = weight.sum(dims, keepdim=True)
+    return _variance(x, weight, dims) * count / (count - (1 if correction is None else correction))
+
+
+def _both(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda a, gates: (function(a, gates), STATISTICS["mean"](a, gates))
+
+
+def _pool(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
+    """An adaptive pooling to size 1 along the gated dimensions."""
+    x, dims = a["self"], list(gates)
+    mean = _mean(x, _spread(x, gates), dims).expand_as(x)
+    sizes = a["output_size"]
+    return getattr(torch.nn.functional, f"adaptive_avg_pool{len(sizes)}d")(mean, sizes)
+
+
+def gated_attention(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
+    """Keys as the softmax sees them: a gate multiplies the exponential of its logits."""
+    mask, (gate,) = a.get("attn_mask"), gates.values()
+    n, m = a["query"].shape[-2], a["key"].shape[-2]
+    if a.get("is_causal"):
+        mask = torch.ones(n, m, dtype=torch.bool, device=gate.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=gate.dtype, device=gate.device).masked_fill(~mask, -math.inf)
+    mask = gate.log().expand(n, m) if mask is None else mask.to(gate.dtype) + gate.log()
+    q, k, v = a["query"], a["key"], a["value"]
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=a.get("scale"), enable_gqa=a.get("enable_gqa", False)
+    )
+
+
+STATISTICS: dict[str, Callable[[dict[str, Any], dict[int, Tensor]], Any]] = {
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "group_norm": _group_norm,
+    "batch_norm": _batch_norm,
+    "instance_norm": _instance_norm,
+    "mean": _reduced(lambda x, w, dims, a: _mean(x, w, dims)),
+    "sum": _reduced(lambda x, w, dims, a: (x * w).sum(dims, keepdim=True)),
+    "var": _reduced(_unbiased),
+    "std": _reduced(lambda *args: _unbiased(*args).sqrt()),
+    "logsumexp": _reduced(lambda x, w, dims, a: (x + w.log()).logsumexp(dims, keepdim=True)),
+}
+STATISTICS |= {"var_mean": _both(STATISTICS["var"]), "std_mean": _both(STATISTICS["std"])}
+STATISTICS |= dict.fromkeys(("softmax", "_softmax", "_safe_softmax"), _softmax)
+STATISTICS |= dict.fromkeys(("log_softmax", "_log_softmax"), _log_softmax)
+STATISTICS |= {f"adaptive_avg_pool{n}d": _pool for n in (1, 2, 3)}
+
+
+def _reduced_dims(a: dict[str, Any], rank: int) -> list[int]:
+    given = a.get("dim")
+    dims = range(rank) if given is None or given == [] else [given] if isinstance(given, int) else given
+    return [d % rank for d in dims]
+
+
+def statistics_dims(name: str, a: dict[str, Any], rank: int) -> list[int]:
+    """Over which dimensions a node takes its statistics."""
+    if name in ("layer_norm", "rms_norm"):
+        return list(range(rank - len(a["normalized_shape"]), rank))
+    if name == "group_norm":
+        return list(range(1, rank))
+    if name == "batch_norm":
+        return [d for d in range(rank) if d != 1] if a["running_mean"] is None else []
+    if name == "instance_norm":
+        return list(range(2, rank))
+    if name.startswith("adaptive_avg_pool"):
+        return [rank - k for k in range(1, len(a["output_size"]) + 1) if a["output_size"][-k] == 1]
+    return _reduced_dims(a, rank)

@@ -1,0 +1,246 @@
+"""First-order effect of masking an index, exactly: the derivative of the loss with respect to one gate per index.
+
+A gate stands at every place where the entries along an axis are added up, which is where an index is read:
+
+- contractions (linear, convolution, matmul, einsum, attention): the products of index i count `gate[i]` times, once per
+  product however many of its operands the axis is in;
+- normalisations, means, variances and softmax over the axis: index i counts `gate[i]` times in the moments and sums, so
+  statistics are those of what is left, as after surgery;
+- sums: index i counts `gate[i]` times; in p-norms, cosine similarities and distances its powers do;
+- whatever else takes an axis away (maxima): the operand's entries at index i are multiplied by `gate[i]`.
+
+What acts on each entry by itself, depthwise convolutions and elementwise products included, reads nothing. With the
+gates of an index at 0 the network is the one that `graph.surgery` leaves without it (`graph.verify.restriction` says the
+same with hard masks); at 1, where the derivative is taken, it is the network itself. Definition and derivation: ours.
+
+A weight that reads an axis has the derivative in its gradient: the sum of weight * gradient over the entries that read
+index i. Elsewhere (products of two activations, statistics, frozen weights, tensors used in several roles) the graph is
+tapped: identities that see the gradient as it passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ....graph.comb import axes as ax
+from ....graph.comb.axes import Axis, Factor
+from ....graph.comb.solve import Comb
+from ....graph.compat import pytree
+from ....graph.nodes import arguments, fetch, set_argument, shape
+from ....graph.trainable import TrainableModule
+from .reads import Moments, Operand, Read, find_reads
+from .sums import weighted_sums
+
+Totals = dict[Factor, np.ndarray]
+
+
+@dataclass
+class Tap:
+    """Where a tapped value's sums go: the axes they lie along, which of their atoms count, and the sums so far."""
+
+    axes: list[Axis]
+    atoms: frozenset[Factor]
+    share: float = 1.0
+    sums: list[Any] = field(default_factory=list)
+
+    def add(self, found: Sequence[Tensor]) -> None:
+        self.sums = [s + f for s, f in zip(self.sums, found, strict=True)] if self.sums else list(found)
+
+
+class Gates:
+    """Derivatives of the loss by the gates of a network's indices, gathered in its backward passes.
+
+    comb, wanted: the network as it was solved, and the atoms that have gates. masks: which of their indices it still has.
+    module: the network as it is, with the comb's node names. Run it within `tapped`; `totals` then gives the sums since
+    the last call: of the gradients that lie in its parameters and of what the taps saw.
+    """
+
+    def __init__(self, comb: Comb, wanted: Iterable[Factor], masks: ax.Masks | None, module: TrainableModule):
+        self.comb, self.masks, self.module = comb, masks or {}, module
+        self.wanted = dict.fromkeys(wanted)
+        self.parameters: list[tuple[str, int, Tap]] = []
+        self.reads: list[tuple[Read, Operand, Tap]] = []
+        self.moments: list[tuple[Moments, Tap]] = []
+        self.active = True
+        reads, moments = find_reads(comb, self.wanted)
+        direct = self._direct(reads)
+        seen: set[tuple[int, int]] = set()
+        for read in reads:
+            own = next((o for o in read.operands if (self._tensor(o), o.dim) in direct), None)
+            if own is not None:
+                if (self._tensor(own), own.dim) not in seen:
+                    seen.add((self._tensor(own), own.dim))
+                    self.parameters.append((str(own.source.target), own.dim, self._tap(read, own)))
+                continue
+            values = [o for o in read.operands if o.source.op != "get_attr"] or list(read.operands)
+            smallest = min(values, key=lambda o: math.prod(shape(o.source)))
+            self.reads.append((read, smallest, self._tap(read, smallest)))
+        for m in moments:
+            axes = [comb.axes[m.source][d] for d in m.dims]
+            self.moments.append((m, Tap(axes, frozenset(self.wanted))))
+
+    def _tap(self, read: Read, operand: Operand) -> Tap:
+        return Tap([self.comb.axes[operand.source][operand.dim]], read.atoms, read.share)
+
+    def _tensor(self, operand: Operand) -> int:
+        """Which stored tensor an operand is (a number), 0 for one that is computed."""
+        return id(fetch(self.module, str(operand.source.target))) if operand.source.op == "get_attr" else 0
+
+    def _direct(self, reads: list[Read]) -> set[tuple[int, int]]:
+        """The parameters, each with a dimension, whose gradients say all: trained, and every use reads that dimension."""
+        uses: dict[int, list[fx.Node]] = defaultdict(list)
+        for node in self.comb.module.graph.nodes:
+            if node.op == "get_attr":
+                tensor = fetch(self.module, str(node.target))
+                if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:
+                    for user in node.users:
+                        uses[id(tensor)] += [user] * pytree.tree_leaves((user.args, user.kwargs)).count(node)
+        read_by: dict[tuple[int, int], list[fx.Node]] = defaultdict(list)
+        for read in reads:
+            for operand in read.operands:
+                if operand.place is None and read.share == 1.0:
+                    read_by[self._tensor(operand), operand.dim].append(read.node)
+        return {key for key, nodes in read_by.items() if key[0] in uses and Counter(uses[key[0]]) == Counter(nodes)}
+
+    @contextmanager
+    def tapped(self) -> Iterator[None]:
+        """The module's graph has the taps in it."""
+        if not self.reads and not self.moments:
+            yield
+            return
+        graph = self.module.graph
+        by_name = {n.name: n for n in graph.nodes}
+        for read, operand, tap in self.reads:
+            node = by_name[read.node.name]
+            value = arguments(node)[operand.key]
+            source = value if operand.place is None else value[operand.place]
+            with graph.inserting_before(node):
+                new = graph.call_function(_passing(self, tap, operand.dim), (source,))
+            replaced = new if operand.place is None else [new if i == operand.place else v for i, v in enumerate(value)]
+            set_argument(node, operand.key, replaced)
+        for moments, tap in self.moments:
+            node = by_name[moments.node.name]
+            with graph.inserting_after(node):
+                graph.call_function(_watching(self, tap, moments, node), (node, *node.args), dict(node.kwargs))
+        self.module.recompile()
+        try:
+            yield
+        finally:
+            for node in reversed(list(graph.nodes)):
+                if getattr(node.target, "_gates", None) is self:
+                    if node.users:
+                        node.replace_all_uses_with(node.args[0])
+                    graph.erase_node(node)
+            self.module.recompile()
+
+    def totals(self, share: Callable[[np.ndarray], np.ndarray] = lambda values: values, scale: float = 1.0) -> Totals:
+        """By atom, the derivatives by its gates in the original's numbering, 0 where the network has lost the index.
+
+        share: makes what the taps saw in one process the mean over all. scale: by how much the loss was multiplied, which
+        the parameters' gradients no longer are.
+        """
+        found: Totals = {}
+        given = [(name, dim, tap) for name, dim, tap in self.parameters if fetch(self.module, name).grad is not None]
+        tensors = [fetch(self.module, name) for name, _, _ in given]
+        sums = weighted_sums([(t.detach(), t.grad, [dim]) for t, (_, dim, _) in zip(tensors, given, strict=True)])
+        for (_, dim, tap), values in zip(given, sums, strict=True):
+            self._fold(tap.axes[0], values[dim] * tap.share, tap.atoms, found)
+        taps = [tap for _, _, tap in self.reads] + [tap for _, tap in self.moments]
+        if taps:
+            self._fold_taps(taps, share, scale, found)
+        return found
+
+    def _fold_taps(
+        self, taps: list[Tap], share: Callable[[np.ndarray], np.ndarray], scale: float, found: Totals
+    ) -> None:
+        sizes = [[self._size(axis) for axis in tap.axes] for tap in taps]
+        rows = [
+            value for tap, own in zip(taps, sizes, strict=True) for value in (tap.sums or [torch.zeros(n) for n in own])
+        ]
+        device = next((r.device for r in rows if r.device.type != "cpu"), torch.device("cpu"))
+        values = share(torch.cat([r.to(device).double() for r in rows]).cpu().numpy() / scale)
+        parts = iter(np.split(values, np.cumsum([n for own in sizes for n in own])[:-1]))
+        for tap in taps:
+            for axis in tap.axes:
+                self._fold(axis, next(parts) * tap.share, tap.atoms, found)
+            tap.sums = []
+
+    def _size(self, axis: Axis) -> int:
+        return ax.kept_size(axis, {atom: int(mask.sum()) for atom, mask in self.masks.items()})
+
+    def _fold(self, axis: Axis, values: np.ndarray, atoms: frozenset[Factor], found: Totals) -> None:
+        if ax.touches(axis, self.masks):
+            kept = ax.kept_mask(axis, self.masks)
+            values, given = np.zeros(len(kept)), values
+            values[kept] = given
+        own: Totals = {}
+        ax.fold(axis, values, own)
+        for atom in own.keys() & atoms:
+            found[atom] = found[atom] + own[atom] if atom in found else own[atom]
+
+
+def _wide(value: Any) -> Any:
+    """Detached, and of at least single precision where it is a floating tensor."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    return value.float() if value.is_floating_point() and value.element_size() < 4 else value
+
+
+def _passing(gates: Gates, tap: Tap, dim: int) -> Callable[[Tensor], Tensor]:
+    """An identity that adds up value * gradient along a dimension."""
+
+    def pass_on(x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or not gates.active:
+            return x
+        y = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        others = [d for d in range(x.dim()) if d != dim]
+        kept = x.detach()
+
+        def pull(gradient: Tensor) -> None:
+            product = _wide(kept) * _wide(gradient)
+            tap.add([product.sum(others) if others else product])
+
+        y.register_hook(pull)
+        return y
+
+    pass_on._gates = gates  # type: ignore[attr-defined]
+    return pass_on
+
+
+def _watching(gates: Gates, tap: Tap, moments: Moments, node: fx.Node) -> Callable[..., None]:
+    """Sees a node's results and arguments, and adds up the derivatives by the gates in its statistics."""
+    names = list(arguments(node))
+    key = next(k for k, v in arguments(moments.node).items() if v is moments.source)
+    defaults = {k: v for k, v in arguments(node).items() if not isinstance(v, fx.Node)}
+
+    def watch(result: Any, *args: Any, **kwargs: Any) -> None:
+        if not torch.is_grad_enabled() or not gates.active:
+            return
+        a = {k: _wide(v) for k, v in (defaults | dict(zip(names, args, strict=False)) | kwargs).items()}
+
+        def pull(gradient: Tensor, which: int | None) -> None:
+            x = a[key]
+            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+                ones = {
+                    d: torch.ones(x.shape[d], dtype=x.dtype, device=x.device, requires_grad=True) for d in moments.dims
+                }
+                again = moments.function(a, ones)
+                again = again if which is None else again[which]
+                tap.add(torch.autograd.grad(again, list(ones.values()), _wide(gradient).to(again.dtype)))
+
+        for which, value in [(None, result)] if isinstance(result, Tensor) else enumerate(result):
+            if value.requires_grad:
+                value.register_hook(lambda gradient, which=which: pull(gradient, which))
+
+    watch._gates = gates  # type: ignore[attr-defined]
+    return watch

@@ -1,0 +1,62 @@
+"""Where the indices of a group lie in the parameters, and what a parameter says of each of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+
+from ....graph.comb import axes as ax
+from ....graph.comb.axes import Factor
+from ....graph.comb.solve import Comb
+from .sums import weighted_sums
+
+Scores = dict[Factor, np.ndarray]
+
+
+class Members:
+    """Where the indices of some atoms lie in the parameters of a network that may have lost some of them already.
+
+    masks: which indices of each atom the network still has, by default all. Sums are per index of the original atoms, 0
+    where the network has lost it.
+    """
+
+    def __init__(self, comb: Comb, wanted: Iterable[Factor], masks: ax.Masks | None = None):
+        self.wanted, self.masks = dict.fromkeys(wanted), masks or {}
+        self._axes: dict[str, dict[int, tuple[ax.Axis, np.ndarray | None]]] = {}
+        for name, axes in comb.parameters.items():
+            touched = {d: axis for d, axis in enumerate(axes) if ax.touches(axis, self.wanted)}
+            if touched:
+                self._axes[name] = {d: (axis, self._kept(axis)) for d, axis in touched.items()}
+
+    def _kept(self, axis: ax.Axis) -> np.ndarray | None:
+        return ax.kept_mask(axis, self.masks) if ax.touches(axis, self.masks) else None
+
+    def sums(self, module: torch.nn.Module, gradients: bool) -> Iterator[tuple[str, Scores]]:
+        """For every parameter and dimension, the sums over the entries of each index: of weight * gradient, or of the
+        squared weight."""
+        given = [
+            (name, tensor)
+            for name, tensor in module.named_parameters()
+            if name in self._axes and (tensor.grad is not None or not gradients)
+        ]
+        items = [(t.detach(), t.grad if gradients else None, self._axes[name]) for name, t in given]
+        for (name, _), sums in zip(given, weighted_sums(items), strict=True):
+            for dim, values in sums.items():
+                axis, kept = self._axes[name][dim]
+                if kept is not None:
+                    values, own = np.zeros(len(kept)), values
+                    values[kept] = own
+                found: Scores = {}
+                ax.fold(axis, values, found)
+                yield name, {atom: own for atom, own in found.items() if atom in self.wanted}
+
+    def gradient_scores(self, module: torch.nn.Module, transform: Callable[[np.ndarray], np.ndarray]) -> Scores:
+        """For every atom the mean over its members of the transformed sums of weight * gradient."""
+        found: dict[Factor, list[np.ndarray]] = defaultdict(list)
+        for _, sums in self.sums(module, gradients=True):
+            for atom, own in sums.items():
+                found[atom].append(transform(own))
+        return {atom: np.mean(values, axis=0) for atom, values in found.items()}

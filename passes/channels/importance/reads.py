@@ -1,0 +1,155 @@
+"""Where a graph reads the indices of an axis: products, statistics, and whatever else takes the axis away.
+
+`gates` says what that is for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from ....graph.comb import axes as ax
+from ....graph.comb.axes import Axis, Factor, Misaligned
+from ....graph.comb.rules.contraction import spelled_out
+from ....graph.comb.solve import Comb
+from ....graph.nodes import arguments, is_operator, op_name, shape
+from .gated_statistics import STATISTICS, gated_attention, statistics_dims
+
+MATMULS = {
+    "matmul": ("self", "other"), "bmm": ("self", "mat2"), "mm": ("self", "mat2"), "mv": ("self", "vec"),
+    "dot": ("self", "tensor"), "addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"),
+}  # fmt: skip
+PARTS = frozenset("slice narrow select split split_with_sizes chunk unbind tensor_split getitem".split())
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "torchvision::deform_conv2d")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor operand of a node: the argument, its place in the argument's list if it is one, and one of its
+    dimensions."""
+
+    source: fx.Node
+    key: str
+    place: int | None
+    dim: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """Products that a node adds up along an axis. Value * gradient summed over the axis of any one of the operands, times
+    `share`, is the derivative by the gates of these atoms."""
+
+    node: fx.Node
+    operands: tuple[Operand, ...]
+    atoms: frozenset[Factor]
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Statistics that a node takes along some dimensions of an operand. function(arguments, gates) computes the node with
+    weights `{dim: vector}` in the statistics."""
+
+    node: fx.Node
+    source: fx.Node
+    dims: tuple[int, ...]
+    function: Callable[[dict[str, Any], dict[int, Tensor]], Any]
+
+
+def find_reads(comb: Comb, wanted: dict[Factor, None]) -> tuple[list[Read], list[Moments]]:
+    """Every place of the graph where an axis with one of the wanted atoms is read."""
+    reads: list[Read] = []
+    moments: list[Moments] = []
+    for node in comb.module.graph.nodes:
+        if node.op != "call_function" or not is_operator(node) or comb.axes[node] is None:
+            continue
+        if not any(ax.touches(axis, wanted) for i in node.all_input_nodes for axis in comb.axes[i] or () if _plain(i)):
+            continue
+        own_reads, own_moments = _reads_of(comb, node, wanted)
+        reads += [r for r in own_reads if r.atoms]
+        moments += own_moments
+    return reads, moments
+
+
+def _plain(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor) or node.op == "get_attr"
+
+
+def _reads_of(comb: Comb, node: fx.Node, wanted: dict[Factor, None]) -> tuple[list[Read], list[Moments]]:
+    name, a = op_name(node), arguments(node)
+
+    def atoms(axis: Axis) -> frozenset[Factor]:
+        return frozenset(atom for atom in ax.atoms([axis]) if atom in wanted)
+
+    def read(*operands: Operand, of: Axis | None = None, share: float = 1.0) -> Read:
+        first = operands[0]
+        return Read(node, operands, atoms(comb.axes[first.source][first.dim] if of is None else of), share)
+
+    def over(key: str, dims: Iterable[int], function: Callable[..., Any]) -> list[Moments]:
+        axes = comb.axes[a[key]]
+        touched = tuple(d for d in sorted({d % len(axes) for d in dims}) if atoms(axes[d]))
+        return [Moments(node, a[key], touched, function)] if touched else []
+
+    if name in CONVOLUTIONS:
+        weight, x = Operand(a["weight"], "weight", None, 1), Operand(a["input"], "input", None, 1)
+        return [read(weight, x, of=comb.axes[a["weight"]][1])], []
+    if name.startswith("conv_transpose"):
+        weight, x = Operand(a["weight"], "weight", None, 0), Operand(a["input"], "input", None, 1)
+        try:
+            _, inner = ax.take_inner(comb.axes[a["weight"]][0], shape(a["weight"])[0] // a["groups"])
+        except Misaligned:  # then it is frozen
+            inner = []
+        return [read(weight, x, of=inner)], []
+    if name == "linear":
+        last = len(shape(a["input"])) - 1
+        return [read(Operand(a["weight"], "weight", None, 1), Operand(a["input"], "input", None, last))], []
+    if name in MATMULS:
+        left, right = MATMULS[name]
+        p, q = a[left], a[right]
+        operands = (Operand(p, left, None, len(shape(p)) - 1), Operand(q, right, None, max(len(shape(q)) - 2, 0)))
+        return [read(*operands)], []
+    if name == "einsum":
+        terms, result = spelled_out(a["equation"], [len(shape(t)) for t in a["tensors"]])
+        found = []
+        for letter in dict.fromkeys("".join(terms)):
+            if letter not in result:
+                places = [
+                    Operand(t, "tensors", i, term.index(letter))
+                    for i, (term, t) in enumerate(zip(terms, a["tensors"], strict=True))
+                    if letter in term and shape(t)[term.index(letter)] > 1
+                ]
+                found += [read(*places)] if places else []
+        return found, []
+    if name == "scaled_dot_product_attention":
+        width = len(shape(a["query"])) - 1
+        products = read(Operand(a["query"], "query", None, width), Operand(a["key"], "key", None, width))
+        return [products], over("key", [-2], gated_attention)
+    key = "self" if "self" in a else "input"
+    if name in STATISTICS and isinstance(a.get(key), fx.Node) and not isinstance(a.get("other"), fx.Node):
+        dims = statistics_dims(name, a, len(shape(a[key])))
+        return [], over(key, dims, STATISTICS[name]) if dims else []
+    shares = {"cosine_similarity": 0.5, "cdist": 0.5, "pairwise_distance": 0.5}
+    if name in ("linalg_vector_norm", "norm", "frobenius_norm"):
+        order = a.get("ord", a.get("p"))
+        order = 2 if order is None else order
+        share = 1 / order if isinstance(order, (int, float)) and 0 < order < math.inf else 1.0
+        return _vanished(comb, node, atoms, share), []
+    return [] if name in PARTS else _vanished(comb, node, atoms, shares.get(name, 1.0)), []
+
+
+def _vanished(comb: Comb, node: fx.Node, atoms: Callable[[Axis], frozenset[Factor]], share: float) -> list[Read]:
+    """The axes of its operands that a node's results no longer have."""
+    left = frozenset(ax.atoms(comb._flat(node)))
+    found = []
+    for key, value in arguments(node).items():
+        several = isinstance(value, (list, tuple))
+        for place, source in enumerate(value if several else [value]):
+            if isinstance(source, fx.Node) and _plain(source) and comb.axes[source] is not None:
+                for d, axis in enumerate(comb.axes[source]):
+                    operand = Operand(source, key, place if several else None, d)
+                    found.append(Read(node, (operand,), atoms(axis) - left, share))
+    return found
