@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,11 @@ from ..common.feed import Batch, Feed
 from ..common.loaders import generators, length, shard
 from ..common.losses import accuracy
 from ..common.processes import accelerator, agreed, gathered, move, reduced
-from ..common.repeat import code_of, rng_state, run_code, sample, says_anew, seeded, set_rng_state
+from ..common.repeat import code_of, rng_state, run_code, sample, seeded, set_rng_state
 from ..common.scoring import bar, score
 from .callbacks import Callback, HeldZeros, Surgery, taken
-from .options import Training, learning_rate
+from .checkpoint import Checkpoint
+from .options import Training, learning_rate, make_optimizer
 
 Objective = Callable[[Any, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -75,7 +75,7 @@ def fit(
         decides = [*identity, *((code_of(type(c)), c.identity) for c in callbacks)]
         options = (repr(training), acc.num_processes, sample(context.val, context.seed))
         code = agreed(lambda: run_code(module, context, *options, *decides))
-        checkpoint = Path(context.out) / f"{name.lower()}-{code}.ckpt"
+        checkpoint = Checkpoint(Path(context.out) / f"{name.lower()}-{code}.ckpt", name)
     elif training.checkpoint_every:
         raise BadInput(f"{name}.checkpoint_every: needs a folder for the checkpoints; pass out=")
     loop = _Loop(program, objective, training, context, name, outputs, callbacks, acc, checkpoint, dress)
@@ -122,7 +122,7 @@ class _Loop:
         outputs: Callable[[Any], Any],
         callbacks: Sequence[Callback],
         acc: Accelerator,
-        checkpoint: Path | None,
+        checkpoint: Checkpoint | None,
         dress: Callable[[TrainableModule], AbstractContextManager[Any]],
     ):
         self.program, self.module, self.dress, self.worn = program, program.module(), dress, ExitStack()
@@ -173,7 +173,7 @@ class _Loop:
             self.worn.enter_context(dress(module))
         self.acc._models.clear()  # accelerate keeps every model it was ever given
         self.model = self.acc.prepare_model(module)
-        self.optimizer = _optimizer(module, self.training)
+        self.optimizer = make_optimizer(module, self.training)
 
     def _operate(self, surgery: Surgery | None) -> None:
         """Go on with a smaller network; the optimizer's moments lose the same indices."""
@@ -207,7 +207,7 @@ class _Loop:
             while self.done < self.total:
                 self._epoch(update)
         if self.checkpoint is not None and self.acc.is_main_process:
-            self.checkpoint.unlink(missing_ok=True)
+            self.checkpoint.remove()
         record |= {"steps": self.step, "processes": self.acc.num_processes, "epochs": self.log, "curve": self.curve}
         if self.feed.skipped:
             record["skipped_batches"] = self.feed.skipped
@@ -346,45 +346,19 @@ class _Loop:
             "skipped": self.feed.skipped,
             **{key: getattr(self, key) for key in PLAIN},
         }
-        part = self.checkpoint.with_name(f".{self.checkpoint.name}.part")
-        try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, part)
-            os.replace(part, self.checkpoint)
-        except (OSError, RuntimeError) as error:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise BadInput(f"{self.checkpoint}: the checkpoint cannot be written ({error})") from None
+        self.checkpoint.write(state)
 
     def _stored(self) -> dict[str, Any] | None:
         """What the checkpoint of this run holds, or None; the same in every process, whoever sees the file."""
         if self.checkpoint is None:
             return None
-        state: dict[str, Any] | None = agreed(self._read)
+        state: dict[str, Any] | None = agreed(self.checkpoint.read)
         if state is not None:
             other = self._is_other(state["own"][self.acc.process_index]["seen"])
             state = None if reduced([float(other)], "sum", self.acc)[0] else state
-        if (
-            state is None
-            and self.acc.is_main_process
-            and list(self.checkpoint.parent.glob(f"{self.name.lower()}-*.ckpt"))
-        ):
-            says_anew(self.checkpoint.parent, self.name)
+        if state is None and self.acc.is_main_process:
+            self.checkpoint.warn_of_others()
         return state
-
-    def _read(self) -> dict[str, Any] | None:
-        assert self.checkpoint is not None
-        if not self.checkpoint.exists():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            _ = [own["seen"] for own in state["own"]]
-            return state
-        except Exception as error:
-            raise self._unusable(error) from error
-
-    def _unusable(self, error: Exception) -> BadInput:
-        return BadInput(f"{self.checkpoint}: no usable checkpoint ({error}); delete it to train from the start")
 
     def _is_other(self, stored: list[str]) -> bool:
         """Whether the data is not what the stored run began with.
@@ -410,6 +384,7 @@ class _Loop:
         return len(now) != len(stored) or any(old != new == once_more for old, new, once_more in again)
 
     def _load(self, state: dict[str, Any]) -> None:
+        assert self.checkpoint is not None
         try:
             for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
                 if (module := callback.load_state_dict(saved)) is not None:
@@ -426,22 +401,11 @@ class _Loop:
             for key in PLAIN:
                 setattr(self, key, state[key])
         except Exception as error:
-            raise self._unusable(error) from error
+            raise self.checkpoint.unusable(error) from error
 
 
 def _code(batch: Batch) -> str:
     return code_of((batch.args, batch.kwargs, batch.labels))
-
-
-def _optimizer(module: nn.Module, training: Training) -> torch.optim.Optimizer:
-    params = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.dim() > 1], "weight_decay": training.weight_decay},
-        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=training.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=training.lr)
 
 
 def _finite(module: nn.Module) -> set[str]:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from ...graph.errors import BadInput
 from ..base import Options
 
@@ -62,3 +64,15 @@ def learning_rate(training: Training, step: int, total: int) -> float:
     if step < warm:
         return training.lr * (step + 1) / warm
     return training.lr * SCHEDULES[training.schedule]((step - warm) / max(total - warm, 1))
+
+
+def make_optimizer(module: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
+    """An optimizer of the parameters that train; weight decay is for tensors of two dimensions and more."""
+    params = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.dim() > 1], "weight_decay": training.weight_decay},
+        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=training.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=training.lr)
