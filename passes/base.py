@@ -179,7 +179,7 @@ class Pass(Options):
         raise TypeError(f"{type(self).__name__} does not define run()")
 
 
-def check_field(of: Pass, name: str, holds: bool, what: str) -> None:
-    """Raise BadInput that names an option of a pass, what it takes, and what it got, unless the condition holds."""
+def check_field(of: Options, name: str, holds: bool, what: str) -> None:
+    """Raise BadInput that names an option, what it takes, and what it got, unless the condition holds."""
     if not holds:
         raise BadInput(f"{type(of).__name__}.{name}: {what}, not {getattr(of, name)!r}")

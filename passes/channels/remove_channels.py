@@ -6,9 +6,8 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from ...graph.comb.axes import Factor
 from ...graph.comb.solve import DEFAULT_KINDS, KINDS, Comb, Group
 from ...graph.cost import require_counted
 from ...graph.errors import BadInput, GraphcombError, Refused, Unreachable
@@ -19,7 +18,6 @@ from ...graph.verify import TOLERANCE, check
 from ..base import Change, Context, Pass, PassResult, Refusal, check_field
 from ..common.feed import Feed
 from ..common.latency_target import allowed_seconds, check_least
-from ..common.processes import agreed
 from ..train.distill import Distill
 from ..train.features import block_outputs
 from ..train.loop import total_steps
@@ -27,9 +25,8 @@ from .costs import Costs, layer_costs, mac_terms
 from .groups import movable
 from .importance.scores import IMPORTANCES, SAMPLES, TRANSFORMS, Scores, normalised, together
 from .kernel_count import kernel_record
-from .knapsack import Predictor
 from .selection import Selection, lowest_removed
-from .targets import Chooser, Target, read_plan, some, untrained
+from .targets import Chooser, SharedChooser, Target, read_plan, some, untrained
 from .while_training import Pruner, event_steps, removed_values
 
 DURING = ("schedule", "interval", "rounds", "prune_share")  # options of pruning while training
@@ -40,34 +37,44 @@ DEFAULT_ALIGNMENT = 8  # fp16 tensor cores; what a target says goes before it
 class RemoveChannels(Pass):
     """Remove the least important indices of every prunable group, exactly: at once, or while the network trains.
 
-    One of four targets: `ratio`, the share of every unfrozen axis removed (scope "local"), or of all prunable indices
-    together (scope "global"); `macs` or `params`, what may remain, as a share of the dense program (at most 1) or as an
-    absolute number; `latency`, what a run may take as the context's latency model predicts it, as a share of the dense
-    program or as a time ("3.5 ms", "800 us"), by a knapsack over all groups (`passes.knapsack`). Without a target, ratio
-    0.5. Where an axis is a product, one factor shrinks: heads before head width. least_macs: the share of the MACs that
-    whatever is chosen for a latency leaves; where that cannot be, it refuses. By default 0.25 where the prediction is a data
-    sheet's, which may be off by as much as all that it asks for, and 0 where something was measured.
+    An index is one channel, head, hidden unit, or group of channels; a group is what the comb finds to be one axis of
+    several tensors, which have to lose the same indices. Where an axis is a product, such as heads times head width, one
+    factor shrinks, heads first.
 
-    importance: "magnitude", "taylor", "fisher" (both need data, and are exact to first order: `passes.importance`; with
-    "-paper" after them in CPD's published form) or "random"; by default magnitude, with `train` fisher. samples: how many
-    of the data's samples gradients are taken of before anything is cut (without `train`, or with schedule "one-shot"), in
-    whole batches: random ones where a loader goes through its data set in order, else the first it yields.
-    scope: by default local, with `train` global. round_to: widths stay multiples of it; None takes the target's alignment
-    for the dtype, or 8. min_channels: what every group keeps at least. kinds: which kinds of groups may shrink. include,
-    exclude: patterns over parameter names.
+    The target is one of four; without any it is ratio 0.5.
 
-    A global selection for a cost ranks chunks by importance; gradient scores, which are changes of the loss, by importance
-    per cost saved (after CPD, arXiv 2408.03046; the exact cost is ours), and more so the less of a group is left.
+    - ratio: the share of indices that goes, from 0 to under 1: of each group (scope "local") or of all together ("global").
+    - macs, params: the multiply-accumulates or parameters that may remain: a share of the dense program's up to 1, or a
+      whole number. MACs are those of the example input.
+    - latency: the time that a run may take as the context's `latency` predicts it: a share of the dense program's, or a time
+      such as "3.5 ms" or "800 us". Sizes come from a knapsack over all groups (`channels.knapsack`).
+    - least_macs: the share of the MACs that a latency target has to leave. None is 0.25 where a data sheet predicts, which
+      may be off by a factor, and 0 where something was measured.
 
-    train: prune while training, with the options of `Distill` (CPD's way). Scores are summed after every backward pass of
-    the network as it then is, with the loss it trains on. schedule: "adaptive" prunes every `interval` steps, a little
-    each time; "iterative" in `rounds` equal parts; "one-shot" before the first step. prune_share: the share of all steps in
-    which the first two reach the target; the rest fine-tunes what is left. Learning rates, labels and checkpoints are
-    those of `train`. The record is that of training, with the `events`; `passes.adaptive` says when they come and what
-    masks mean.
+    What goes, in which portions:
 
-    Raises BadInput for options that make no sense, Unreachable when a target cannot be met, Refused for a pattern of
-    `Sparsify` that would break.
+    - importance: "magnitude"; "taylor" or "fisher", from gradients, which need labelled data and are exact to first order
+      (`channels.importance`), or "taylor-paper" and "fisher-paper", the form that CPD publishes (arXiv 2408.03046); or
+      "random". None is fisher with `train`, else magnitude.
+    - samples: how many of the data's samples gradients are taken from before anything is cut, in whole batches
+      (`common.samples` says which).
+    - scope: "local" takes the same share of each group, "global" ranks all groups together. For a cost, global ranks scores
+      from gradients, which are changes of the loss, by importance per cost saved (after CPD; the exact cost is ours), the
+      more so the less of a group is left. None is global with `train` or a latency target, else local.
+    - round_to: sizes stay multiples of it; None is the target's alignment for the context's dtype, or 8.
+    - min_channels: how many indices every group keeps at least.
+    - kinds: which kinds of groups may shrink. include, exclude: patterns over names of parameters and groups.
+
+    While training, where `train` says how (the options of `Distill`; CPD's way):
+
+    - schedule: "adaptive" removes a little every `interval` steps, "iterative" in `rounds` equal parts, "one-shot" all
+      before the first step. Scores are summed over the steps since the last removal, from gradients of training.
+    - prune_share: the share of all steps in which the target is reached; the rest fine-tunes what is left.
+
+    The record has what `Distill`'s has, and the `events`; `channels.while_training` says when they come and what masks mean.
+
+    Raises BadInput for options that make no sense and for missing data, Unreachable for a target that cannot be met, Refused
+    where a pattern of `Sparsify` would break. Frozen groups are left whole, and named with the reason.
     """
 
     ratio: float | None = None
@@ -129,52 +136,39 @@ class RemoveChannels(Pass):
         return next((t for t in ("macs", "params", "latency") if getattr(self, t) is not None), "ratio")
 
     def run(self, program: Program, context: Context) -> PassResult:
-        comb, step = Comb(program), self.alignment(context)
-        free = movable(comb, self.kinds, self.include, self.exclude)
-        silent = self._without_gradients(comb, free)
-        free = [g for g in free if g.name not in silent]
+        comb = Comb(program)
+        free, unscored = self._movable(comb)
         planned = read_plan(comb, context.plan)
         atoms = {g.atom for g in free}
         groups = [g for g in comb.groups if g.atom in atoms or g.name in planned]
-        self._require_groups(comb, groups, tuple(silent))
-        places = {g.atom: i for i, g in enumerate(comb.groups)}
-        chooser: Chooser | None = None
-
-        def prepare() -> list[Any]:
-            nonlocal chooser
-            chooser = Chooser(self._target(context), comb, free, planned, context, tuple(silent))
-            return [str(chooser.predictor.latency), chooser.predictor.total({})] if chooser.predictor else []
-
-        def choose(sizes: dict[Factor, int], scores: Scores, share: float) -> dict[Factor, int]:
-            found = agreed(
-                lambda: {places[atom]: n for atom, n in cast(Chooser, chooser)(sizes, scores, share).items()}
-            )
-            return {comb.groups[i].atom: n for i, n in found.items()}
-
+        self._require_groups(comb, groups, tuple(unscored))
+        target = self._target(context)
+        chooser = SharedChooser(comb, lambda: Chooser(target, comb, free, planned, context, tuple(unscored)))
         training: dict[str, Any] = {}
-        masked, predicted = None, agreed(prepare)  # only the main process measures
+        masked = None
         if self.train is None:
             scores = normalised(together(self._score(comb, groups, context)))
-            sizes = choose({}, scores, 1.0)
+            sizes = chooser({}, scores, 1.0)
             masks = {g.atom: lowest_removed(scores[g.atom], sizes.get(g.atom, g.size)) for g in groups}
             smaller, removed = remove(comb, masks)
         else:
             self._require_no_pattern(program, groups)  # what cannot be done is said before training
-            agreed(lambda: cast(Chooser, chooser).require())
+            chooser.require()
             total = total_steps(self.train, context.batches, "RemoveChannels.train", Feed(program))
             events = event_steps(self.schedule, total, self.interval, self.rounds, self.prune_share)
-            identity = [self.options(), step, {n: [row.keep, row.fixed] for n, row in planned.items()}, predicted]
-            pruner = Pruner(comb, groups, choose, str(self.importance), events, context, self.samples, identity)
+            rows = {name: [row.keep, row.fixed] for name, row in planned.items()}
+            identity = [self.options(), target.alignment, rows, chooser.prediction]
+            pruner = Pruner(comb, groups, chooser, str(self.importance), events, context, self.samples, identity)
             smaller, training = pruner.train(self.train)
             masks, removed, masked = pruner.masks, pruner.removed(), pruner.masked(smaller.module())
         masks = {atom: mask for atom, mask in masks.items() if not mask.all()}
         sizes = {atom: int(mask.sum()) for atom, mask in masks.items()}
-        agreed(lambda: cast(Chooser, chooser).require_macs(sizes))
+        chooser.require_macs(sizes)
         smaller.known_cost = comb.cost(sizes)
         frozen = [
-            Refusal(g.name, g.frozen or silent[g.name], {"kind": g.kind, "size": g.size})
+            Refusal(g.name, g.frozen or unscored[g.name], {"kind": g.kind, "size": g.size})
             for g in comb.groups
-            if g.frozen or g.name in silent
+            if g.frozen or g.name in unscored
         ]
         record = training | {
             "changed": [
@@ -185,14 +179,14 @@ class RemoveChannels(Pass):
             "refused": [*frozen, *training.get("refused", [])],
             "layers": layer_costs(comb, sizes),
             "cost": {"before": comb.cost({}), "after": smaller.cost()},
-            "target": agreed(lambda: cast(Chooser, chooser).record(sizes)),
-            "alignment": step,
+            "target": chooser.record(sizes),
+            "alignment": target.alignment,
             "kernels": kernel_record(comb, sizes, smaller.structure, context),
             "removed": removed,
             "features": removed_values(comb, masks, block_outputs(program)),
         }
-        if predicted:
-            record["latency"] = agreed(lambda: cast(Predictor, cast(Chooser, chooser).predictor).record(sizes))
+        if chooser.prediction:
+            record["latency"] = chooser.latency_record(sizes)
         result = PassResult(smaller, record, removed, masked)
         if masked is not None and removed:
             record["verified"] = self._proven(program, result, context)
@@ -217,14 +211,17 @@ class RemoveChannels(Pass):
                     f"made {pattern}; run RemoveChannels before Sparsify"
                 )
 
-    def _without_gradients(self, comb: Comb, groups: list[Group]) -> dict[str, str]:
-        """Groups that training gives no scores, by name: all of their parameters are frozen. As they would score 0, they
-        would be the first to go. What is pruned before the first step is scored by a pass over the data of its own."""
+    def _movable(self, comb: Comb) -> tuple[list[Group], dict[str, str]]:
+        """The groups that may shrink; and by name, with the reason, those that training gives no scores, as all of their
+        parameters are frozen. Since they would score 0, they would be the first to go. What is pruned before the first step
+        is scored by a pass over the data of its own."""
+        groups = movable(comb, self.kinds, self.include, self.exclude)
         if self.train is None or self.importance not in TRANSFORMS or self.schedule == "one-shot":
-            return {}
+            return groups, {}
         trained = {name for name, p in comb.module.named_parameters(remove_duplicate=False) if p.requires_grad}
         why = "its parameters are frozen (requires_grad is False), so training gives it no score"
-        return {g.name: why for g in groups if not any(name in trained for name, _ in g.members)}
+        unscored = {g.name: why for g in groups if not any(name in trained for name, _ in g.members)}
+        return [g for g in groups if g.name not in unscored], unscored
 
     def _require_groups(self, comb: Comb, groups: list[Group], unscored: Sequence[str]) -> None:
         """Raise Unreachable where there is nothing to prune, unless nothing is asked for. A share of every axis that is
@@ -261,9 +258,7 @@ class RemoveChannels(Pass):
         """
         context = context or Context()
         comb = Comb(program)
-        groups = movable(comb, self.kinds, self.include, self.exclude)
-        unscored = self._without_gradients(comb, groups)
-        groups = [g for g in groups if g.name not in unscored]
+        groups, unscored = self._movable(comb)
         self._require_groups(comb, groups, tuple(unscored))
         chooser = Chooser(self._target(context), comb, groups, {}, context, tuple(unscored))
         selection = Selection(comb, groups, chooser.target.alignment, self.min_channels)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ...graph.comb.solve import Comb, Group
 from ...graph.errors import BadInput, Unreachable
 from ..base import Context
 from ..common.latency_target import allowed_seconds, below, least_share, needed_latency
+from ..common.processes import agreed
 from .costs import TERMS, Costs, mac_terms
 from .importance.members import Scores
 from .knapsack import Floor, Predictor, knapsack, towards
@@ -261,6 +263,11 @@ class Chooser:
             found["why"] = self._why(sizes, reached < asked)
         return found
 
+    def latency_record(self, sizes: Sizes) -> dict[str, Any]:
+        """What was predicted; see `Predictor`."""
+        assert self.predictor is not None
+        return self.predictor.record(sizes)
+
     def _why(self, sizes: Sizes, beyond: bool) -> str:
         if self.plan:
             return "the plan fixes " + some([f"{g.name} at {keep}" for g, keep in self.plan])
@@ -274,6 +281,47 @@ class Chooser:
         if beyond:
             return f"no size that was removed would fit back, with {how}: {some(steps)}"
         return f"nothing more can go, with {how}: {some(steps)}"
+
+
+class SharedChooser:
+    """A `Chooser` in the main process, whose answers and errors all processes share, since measured times differ.
+
+    prediction: with a latency target, what predicts and the dense program's seconds; else empty.
+    """
+
+    def __init__(self, comb: Comb, make: Callable[[], Chooser]):
+        self.comb, self._make = comb, make
+        self._places = {g.atom: i for i, g in enumerate(comb.groups)}
+        self.prediction: list[Any] = agreed(self._predict)
+
+    @cached_property
+    def _chooser(self) -> Chooser:
+        return self._make()
+
+    def _predict(self) -> list[Any]:
+        predictor = self._chooser.predictor
+        return [] if predictor is None else [str(predictor.latency), predictor.total({})]
+
+    def __call__(self, sizes: Sizes, scores: Scores, share: float) -> Sizes:
+        """See `Chooser`. Atoms do not travel between processes; the places of their groups do."""
+        chosen = agreed(lambda: {self._places[a]: n for a, n in self._chooser(sizes, scores, share).items()})
+        return {self.comb.groups[i].atom: n for i, n in chosen.items()}
+
+    def require(self) -> None:
+        """See `Chooser`."""
+        agreed(lambda: self._chooser.require())
+
+    def require_macs(self, sizes: Sizes) -> None:
+        """See `Chooser`."""
+        agreed(lambda: self._chooser.require_macs(sizes))
+
+    def record(self, sizes: Sizes) -> dict[str, Any]:
+        """See `Chooser`."""
+        return agreed(lambda: self._chooser.record(sizes))
+
+    def latency_record(self, sizes: Sizes) -> dict[str, Any]:
+        """What was predicted; see `Predictor`."""
+        return agreed(lambda: self._chooser.latency_record(sizes))
 
 
 NEAR = 0.02  # shares of the dense program that differ by less need no reason

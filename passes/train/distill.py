@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ...graph.errors import BadInput
 from ...graph.program import Program
 from ...graph.trainable import TrainableModule
-from ..base import Context, Pass, PassResult, Refusal
+from ..base import Context, Pass, PassResult, Refusal, check_field
 from ..common.class_axis import class_axis, other_outputs
 from ..common.feed import Batch
 from ..common.losses import class_dim, logits_of, task_loss
@@ -35,24 +35,26 @@ class Distill(Training, Pass):
 
         L = (1-alpha) * task + alpha * T^2 * KL(teacher/T || student/T) + features * sum_l MSE(norm(S_l), norm(T_l))
 
-    The form of the loss is ours; CPD (arXiv 2408.03046) says that the dense network teaches the pruned one, not how.
-    Softened scores with T^2 are Hinton et al.'s (arXiv 1503.02531). KL runs over the classes of the class scores and is
-    averaged over samples and, for segmentation, pixels. Other outputs are not taught (named in the record). `S_l` and
-    `T_l` are block outputs, matched by node name; where the student's is narrower because it was pruned, the teacher's
-    is restricted to the indices that the comb kept (from the student's history, or as pruning goes on). norm divides
-    every sample by its root mean square, so that the MSE is 2 * (1 - cosine). task is the context's loss or cross-
-    entropy.
+    task is the context's loss, by default cross-entropy. KL runs over the classes of the class scores and is averaged over
+    samples and, for segmentation, pixels. S_l and T_l are outputs of blocks that both networks have by the same node name;
+    norm divides every sample by its root mean square, so that the MSE is 2 * (1 - cosine). Where the student was pruned,
+    the teacher's features are restricted to the indices that the student kept. The teacher runs in eval mode; neither it
+    nor the input program is changed.
 
-    alpha: weight of the teacher's scores, 0..1; without labels it counts as 1, without a teacher as 0. temperature: T.
-    features: weight of the feature term, 0 for none; gradient scores of pruning while training feel it too, which let
-    small segmenters keep their early layers at the cost of the rest (benchmarks/accuracy.py). labels: use those of the
-    data. class_dim: the dimension of the class scores that holds the classes; None finds it by the labels' shape, or
-    the layer that computes the scores, else takes 1 for `(N, C)` and `(N, C, H, W)`, and refuses what is left. The
-    teacher runs in eval mode and, like the input program, is not changed. Training options are those of `Training`.
+    - alpha: weight of the teacher's class scores, 0 to 1. Counts as 1 without labels, as 0 without a teacher.
+    - temperature: T, above 0.
+    - features: weight of the feature term, 0 for none. Scores from gradients that prune while training feel it too, which
+      let small segmenters keep their early layers at the cost of the rest (benchmarks/accuracy.py).
+    - labels: whether to use the labels of the data.
+    - class_dim: the dimension of the class scores that holds the classes. None finds it by the shape of the labels, then by
+      the layer that computes the scores, and takes 1 for `(N, C)` and `(N, C, H, W)`; anything else is BadInput.
 
-    Raises BadInput when there is no data, neither teacher nor labels, a teacher with other inputs or scores, or when
-    the loss is no longer finite. Refused, and named in the record: block outputs whose shape differs and whose kept
-    indices nobody knows.
+    The others are those of `Training`. The form of the loss is ours (CPD, arXiv 2408.03046, says that the dense network
+    teaches the pruned one, not how); softened scores with T^2 are Hinton et al.'s (arXiv 1503.02531).
+
+    Raises BadInput without data, with neither teacher nor labels, for a teacher with other inputs or class scores, and when
+    the loss is no longer finite. Refused: outputs besides the class scores, and blocks whose output has another shape in
+    the teacher while no record says which indices were kept.
     """
 
     alpha: float = 0.5
@@ -63,10 +65,10 @@ class Distill(Training, Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("alpha", 0 <= self.alpha <= 1, "0 to 1")
-        self._require("temperature", self.temperature > 0, "greater than 0")
-        self._require("features", self.features >= 0, "at least 0")
-        self._require("class_dim", self.class_dim != 0, "a dimension besides the batch's, or null")
+        check_field(self, "alpha", 0 <= self.alpha <= 1, "0 to 1")
+        check_field(self, "temperature", self.temperature > 0, "above 0")
+        check_field(self, "features", self.features >= 0, "at least 0")
+        check_field(self, "class_dim", self.class_dim != 0, "a dimension besides the batch's, or null")
 
     def run(self, program: Program, context: Context) -> PassResult:
         student = program.copy()

@@ -9,20 +9,23 @@ from typing import Literal
 
 import torch
 
-from ...graph.errors import BadInput
-from ..base import Options
+from ..base import Options, check_field
 
 
 @dataclass(frozen=True)
 class Training(Options):
     """How to train; the options that every trained pass has.
 
-    epochs: passes over the data (ignored when `steps` is given). steps: optimizer steps. optimizer: "adamw" or "sgd"
-    (momentum 0.9). lr: peak learning rate. weight_decay: not applied to biases and norm scales (tensors of fewer than
-    two dimensions). schedule: of the learning rate after the warm-up, down to 0, or "constant". warmup: share of all
-    steps, 0..1. clip: largest gradient norm, 0 for none. batch_norm: "train" normalises with batch statistics and
-    updates the running ones, "frozen" uses the running ones as they are. precision: "no", "bf16" or "fp16" (autocast;
-    fp16 needs a GPU). checkpoint_every: steps between checkpoints in the context's `out` folder, 0 for once an epoch.
+    - epochs: passes over the data, where `steps` is None. steps: optimizer steps.
+    - optimizer: "adamw" or "sgd" (momentum 0.9). weight_decay: of tensors with two dimensions or more, so neither of biases
+      nor of scales of normalisations.
+    - lr: the peak learning rate, reached by a linear warm-up over the share `warmup` of all steps, 0 to 1. schedule: how it
+      falls to 0 afterwards, "cosine" or "linear", or "constant".
+    - clip: largest norm of all gradients together, 0 for no limit.
+    - batch_norm: "train" normalises with the batch's statistics and updates the running ones, "frozen" uses the running
+      ones as they are.
+    - precision: of autocast, "no", "bf16" or "fp16" (which needs a GPU). Weights stay in their own precision.
+    - checkpoint_every: steps between checkpoints in the context's `out` folder, 0 for one after each epoch.
     """
 
     epochs: int = 1
@@ -38,17 +41,13 @@ class Training(Options):
     checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
-        self._require("epochs", self.epochs >= 1, "at least 1")
-        self._require("steps", self.steps is None or self.steps >= 1, "at least 1, or null")
-        self._require("lr", self.lr > 0, "greater than 0")
-        self._require("weight_decay", self.weight_decay >= 0, "at least 0")
-        self._require("warmup", 0 <= self.warmup <= 1, "a share of the steps, 0 to 1")
-        self._require("clip", self.clip >= 0, "at least 0")
-        self._require("checkpoint_every", self.checkpoint_every >= 0, "at least 0")
-
-    def _require(self, field: str, holds: bool, what: str) -> None:
-        if not holds:
-            raise BadInput(f"{type(self).__name__}.{field}: must be {what}, got {getattr(self, field)!r}")
+        check_field(self, "epochs", self.epochs >= 1, "at least 1")
+        check_field(self, "steps", self.steps is None or self.steps >= 1, "at least 1, or null")
+        check_field(self, "lr", self.lr > 0, "above 0")
+        check_field(self, "weight_decay", self.weight_decay >= 0, "at least 0")
+        check_field(self, "warmup", 0 <= self.warmup <= 1, "a share of the steps, 0 to 1")
+        check_field(self, "clip", self.clip >= 0, "at least 0")
+        check_field(self, "checkpoint_every", self.checkpoint_every >= 0, "at least 0")
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {

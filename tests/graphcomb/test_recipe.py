@@ -76,7 +76,7 @@ def test_an_heir_without_checks_of_its_own_has_those_of_its_base() -> None:
 
     with pytest.raises(BadInput, match=r"^Longer.more: a whole number, not 'x'$"):
         Longer(more="x")
-    with pytest.raises(BadInput, match=r"^Longer.epochs: must be at least 1, got 0$"):
+    with pytest.raises(BadInput, match=r"^Longer.epochs: at least 1, not 0$"):
         Longer(epochs=0)
 
 
@@ -123,7 +123,7 @@ MISTAKES = [
     (removal(min_channels=True), f"{HERE}.min_channels: a whole number, not True"),
     (removal(ratio=0.5, macs=0.5), f"{HERE}: give one of"),
     (removal(train={"epoch": 3}), f"{HERE}.train.epoch: unknown option; did you mean epochs"),
-    (removal(train={"epochs": 0}), f"{HERE}.train.epochs: must be at least 1, got 0"),
+    (removal(train={"epochs": 0}), f"{HERE}.train.epochs: at least 1, not 0"),
     (removal(train={"lr": "low"}), f"{HERE}.train.lr: a number, not 'low'"),
     (removal(train=3), f"{HERE}.train: expected options as a mapping, got 3"),
     (removal(schedule="never"), f"{HERE}.schedule: adaptive, iterative or one-shot, not 'never'"),

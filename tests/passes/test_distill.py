@@ -457,11 +457,11 @@ def test_processes_share_the_batches():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"epochs": 0}, "Distill.epochs: must be at least 1, got 0"),
-        ({"lr": -1.0}, "Distill.lr: must be greater than 0"),
+        ({"epochs": 0}, "Distill.epochs: at least 1, not 0"),
+        ({"lr": -1.0}, "Distill.lr: above 0, not -1"),
         ({"optimizer": "lion"}, "Distill.optimizer: adamw or sgd, not 'lion'"),
         ({"schedule": "step"}, "Distill.schedule: cosine, linear or constant"),
-        ({"alpha": 1.5}, "Distill.alpha: must be 0 to 1"),
+        ({"alpha": 1.5}, "Distill.alpha: 0 to 1, not 1.5"),
         ({"temperature": 0}, "Distill.temperature"),
         ({"warmup": 2}, "Distill.warmup"),
         ({"batch_norm": "eval"}, "Distill.batch_norm"),

@@ -114,7 +114,7 @@ def test_a_latency_needs_something_that_predicts_it() -> None:
 
 @pytest.mark.parametrize("wrong", [0, -0.5, 1.5, "fast", "3", "3 hours", "-1 ms", float("nan"), "inf ms"])
 def test_wrong_latencies_are_named(wrong) -> None:
-    with pytest.raises(BadInput, match=r"RemoveChannels\.latency: a share"):
+    with pytest.raises(BadInput, match=r"RemoveChannels\.latency: (a share|a finite number, not nan)"):
         RemoveChannels(latency=wrong)
 
 
