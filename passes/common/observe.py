@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from ...graph.compat import pytree
 from .feed import Batch
 
 See = Callable[[fx.Node, Any, dict[fx.Node, Any]], None]
