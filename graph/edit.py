@@ -70,6 +70,11 @@ class Editor:
         place_tensor(self.module, name, value)
         return self.attribute(name)
 
+    def overwrite(self, stored: fx.Node, value: torch.Tensor) -> None:
+        """Store another tensor, perhaps of another shape, in place of the one that a node reads."""
+        place_tensor(self.module, str(stored.target), value)
+        stored.meta["val"] = stored.meta["val"].new_empty(value.shape, dtype=value.dtype)
+
     def free_name(self, path: str) -> str:
         """The dotted path, with underscores appended until the module has nothing there."""
         owner, _, name = path.rpartition(".")

@@ -54,6 +54,21 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
     raise KeyError(name)
 
 
+def per_dim(value: Any, dims: int) -> tuple[int, ...]:
+    """An argument of a convolution or pooling by spatial dimension, where one number may stand for all."""
+    return tuple(value) * dims if len(value) == 1 else tuple(value)
+
+
+def conv_padding(conv: fx.Node) -> list[tuple[int, int]]:
+    """Zeros that a convolution puts before and after its input, by spatial dimension."""
+    a, extent = arguments(conv), shape(arguments(conv)["weight"])[2:]
+    if a["padding"] == "same":
+        dilation = per_dim(a["dilation"], len(extent))
+        spans = [(k - 1) * d for k, d in zip(extent, dilation, strict=True)]
+        return [(s // 2, s - s // 2) for s in spans]
+    return [(p, p) for p in per_dim([0] if a["padding"] == "valid" else a["padding"], len(extent))]
+
+
 DATA_DEPENDENT = 97  # stands for a size that only the data knows; prime, so that it divides nothing by accident
 
 

@@ -17,7 +17,9 @@ from ...graph.cost import evaluate, macs
 from ...graph.nodes import arguments, op_name, shape
 from ...graph.program import Program
 from ...graph.sparse import sparse_weights
-from ..fuse.fuse import CONVS, MAPS, Cost, Planner, Regions
+from ..fuse.affine import CONVS, MAPS
+from ..fuse.plan import Cost, Planner
+from ..fuse.regions import Regions
 
 ACTIVATIONS = (
     "relu", "relu6", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu", "mish", "selu", "softplus", "celu",
@@ -122,12 +124,10 @@ def _costs(program: Program, owner: Callable[[fx.Node], str | None]) -> dict[str
             before = costs.get(name, (0, 0))
             costs[name] = before[0] + cost[0], before[1] + cost[1]
 
-    for parts, _ in regions.find():
-        axis = next(p.axis for p in parts if p.carriers)
-        assert axis is not None
+    for parts in regions.find():
         for name, own in groupby(parts, key=lambda p: owner(p.last)):
             run = list(own)
-            merges = planner.chain(run, axis).merges if any(p.carriers for p in run) else []
+            merges = planner.chain(run).merges if any(p.carriers for p in run) else ()
             for merge in merges:
                 merged |= merge.members
                 add(name, merge.after)

@@ -19,7 +19,8 @@ from ...graph.nodes import arguments, fetch, op_name, set_argument, shape, write
 from ...graph.program import Program
 from ...graph.sparse import sparse_weights
 from ...graph.trainable import TrainableModule
-from ..fuse.fuse import CONVS, MAPS, TRANSPOSED, Regions, permutation
+from ..fuse.affine import CONVS, MAPS, TRANSPOSED
+from ..fuse.regions import Regions, permutation
 from .blocks import ACTIVATIONS, NORMS, Block, has_layers, single_path
 
 aten = torch.ops.aten

@@ -1,7 +1,7 @@
 """The algebra of merging: a convolution, linear layer, normalisation or scale as one affine map with a kernel.
 
-Maps compose (`then`), run side by side and are summed (`plus`), and what cannot be written as one map raises `Inexact`.
-A `Geometry` is what a merge can be priced by; a `Kernel` has the weights too. Composition is UPDP's (arXiv 2401.06426)
+Maps compose (`then`) and add up (`plus`); what cannot be written as one map raises `Inexact`. A `Geometry` is enough to
+tell what a merged map costs; a `Kernel` has the weights too. Composition is UPDP's (arXiv 2401.06426)
 reparameterisation, sums of branches are RepVGG's (arXiv 2101.03697); the rules for strides, dilation, groups and borders
 are ours.
 """
@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+CONVS = ("conv1d", "conv2d", "conv3d")
+TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+MAPS = (*CONVS, *TRANSPOSED, "linear")
 Sides = tuple[int, int]  # of one spatial dimension: zeros before the first and after the last entry
 
 
@@ -87,6 +91,8 @@ class Geometry:
         dilation = [math.gcd(a, b) or 1 for a, b in zip(self.steps(), second.steps(self.stride), strict=True)]
         spans = zip(self.span, second.span, self.stride, dilation, strict=True)
         padding = zip(self.padding, second.padding, self.stride, strict=True)
+        # One step of the second map is `s` steps of the input, so its taps lie s * dilation apart there and its zeros
+        # count s times. Taps of both lie on the grid of their greatest common distance, with zeros between them.
         return Geometry(
             second.outputs,
             self.inputs,
@@ -105,6 +111,7 @@ class Geometry:
             raise Inexact("a sum with a transposed convolution")
         if self.stride != other.stride:
             raise Inexact(f"a sum of maps of strides {self.stride} and {other.stride}")
+        # Equal sums of padding minus span: outputs of both lie at the same positions, and are equally many.
         ends = [[p[0] + p[1] - s for p, s in zip(m.padding, m.span, strict=True)] for m in pair]
         if ends[0] != ends[1]:
             raise Inexact("a sum of maps that are padded differently")
@@ -210,10 +217,44 @@ class Kernel:
         total = self.weight.new_zeros(result.outputs, result.inputs // result.groups, *result.extent)
         for kernel in (self, other):
             g = kernel.geometry
-            found = zip(g.offsets(left), g.steps(), g.extent, result.dilation, strict=True)
-            taps = [slice(o // d, o // d + (k - 1) * max(s // d, 1) + 1, max(s // d, 1)) for o, s, k, d in found]
+            taps = []  # of the common kernel, by dimension
+            for offset, step, count, dilation in zip(
+                g.offsets(left), g.steps(), g.extent, result.dilation, strict=True
+            ):
+                first, apart = offset // dilation, max(step // dilation, 1)
+                taps.append(slice(first, first + (count - 1) * apart + 1, apart))
             total[(slice(None), slice(None), *taps)] += kernel.regrouped(result.groups)
         return Kernel(result, total, _added(self.bias, other.bias))
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """The map of a value with a batch dimension, through the operator that it becomes."""
+        g = self.geometry
+        names = TRANSPOSED if g.transposed else CONVS
+        target, args = operator(names[len(g.extent) - 1] if g.extent else "linear", g)
+        return target(x, self.stored_weight(), self.bias, *args)
+
+    def stored_weight(self) -> torch.Tensor:
+        """The weight as ATen's operator wants it."""
+        return swapped(self.weight, self.geometry.groups) if self.geometry.transposed else self.weight
+
+
+def operator(name: str, g: Geometry) -> tuple[Any, tuple[Any, ...]]:
+    """The overload of an operator of `MAPS` that computes a map, and its arguments after input, weight and bias."""
+    target = getattr(torch.ops.aten, name)
+    if name == "linear":
+        return target.default, ()
+    stride, dilation = list(g.stride), list(g.dilation)
+    if g.transposed:
+        overload = target.default if name == "conv_transpose1d" else target.input
+        return overload, (stride, [a for a, _ in g.padding], list(g.output_padding), g.groups, dilation)
+    padding = g.convolution_padding()
+    return (target.padding if padding == "same" else target.default), (stride, padding, dilation, g.groups)
+
+
+def swapped(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """A transposed convolution's weight `(inputs, outputs / groups, *extent)` with inputs and outputs in each other's
+    place, and back."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _added(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:

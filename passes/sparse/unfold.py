@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ...graph.errors import BadInput
-from ...graph.nodes import arguments
+from ...graph.nodes import arguments, conv_padding, per_dim
 from ..common.weights import Layer
 
 
@@ -19,14 +18,9 @@ def windows(node: fx.Node, x: Tensor, layer: Layer) -> Tensor:
     if len(layer.shape) == 2:
         return x.reshape(1, -1, x.shape[-1])
     a, kernel = arguments(node), layer.shape[2:]
-    every = [_each(a[key], len(kernel)) for key in ("stride", "dilation")]
-    if isinstance(a["padding"], str):
-        total = [d * (k - 1) * (a["padding"] == "same") for k, d in zip(kernel, every[1], strict=True)]
-        pads = [(t // 2, t - t // 2) for t in total]
-    else:
-        pads = [(p, p) for p in _each(a["padding"], len(kernel))]
-    x = F.pad(x, [p for pair in reversed(pads) for p in pair])
-    for d, (k, stride, dilation) in enumerate(zip(kernel, *every, strict=True)):
+    strides, dilations = (per_dim(a[key], len(kernel)) for key in ("stride", "dilation"))
+    x = F.pad(x, [p for pair in reversed(conv_padding(node)) for p in pair])
+    for d, (k, stride, dilation) in enumerate(zip(kernel, strides, dilations, strict=True)):
         x = x.unfold(2 + d, dilation * (k - 1) + 1, stride)[..., ::dilation]
     x = x.unflatten(1, (layer.groups, -1))  # (N, groups, channels, *out, *kernel)
     rank = len(kernel)
@@ -54,10 +48,6 @@ def outputs_of(y: Tensor, layer: Layer) -> Tensor:
         return y.reshape(1, -1, y.shape[-1])
     y = y.unflatten(1, (layer.groups, -1)).movedim(1, 0).movedim(2, -1)
     return y.reshape(layer.groups, -1, y.shape[-1])
-
-
-def _each(value: Any, count: int) -> list[int]:
-    return [*value] * count if len(value) == 1 else [*value]
 
 
 def check_again(before: int, now: int) -> None:

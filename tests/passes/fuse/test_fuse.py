@@ -8,7 +8,7 @@ from torch import nn
 
 import graphcomb.graph as g
 from graphcomb.graph.nodes import op_name
-from graphcomb.passes.fuse import fuse
+from graphcomb.passes.fuse import merge as module
 from graphcomb.passes.fuse.fuse import Fuse
 
 
@@ -184,15 +184,15 @@ def test_an_unbatched_convolution_is_not_taken_for_a_batched_one():
 
 @pytest.mark.parametrize("planted", ["weight", "bias"])
 def test_a_wrong_merge_is_caught_and_not_done(planted, monkeypatch):
-    right = fuse._Merger._kernel
+    right = module.merged_kernel
 
-    def wrong(self, merge, values):
-        found = right(self, merge, values)
+    def wrong(merge, values):
+        found = right(merge, values)
         tensor = getattr(found, planted).clone()
         tensor.view(-1)[-1] += 1e-6
         return dataclasses.replace(found, **{planted: tensor})
 
-    monkeypatch.setattr(fuse._Merger, "_kernel", wrong)
+    monkeypatch.setattr(module, "merged_kernel", wrong)
     model = lively(nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5)))
     program = g.capture(model, torch.randn(2, 3, 6, 6), dynamic_shapes="batch")
     result = Fuse()(program)
@@ -203,9 +203,9 @@ def test_a_wrong_merge_is_caught_and_not_done(planted, monkeypatch):
 
 
 def test_a_merge_that_only_the_whole_network_shows_to_be_wrong_is_rolled_back(monkeypatch):
-    right = fuse._Merger._kernel
-    monkeypatch.setattr(fuse._Merger, "_error", lambda *args: 0.0)  # the check of one merge goes blind
-    monkeypatch.setattr(fuse._Merger, "_kernel", lambda *args: right(*args).scaled(1.0001))
+    right = module.merged_kernel
+    monkeypatch.setattr(module, "merge_error", lambda *args: 0.0)  # the check of one merge goes blind
+    monkeypatch.setattr(module, "merged_kernel", lambda *args: right(*args).scaled(1.0001))
     model = lively(nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU()))
     program = g.capture(model, torch.randn(2, 3, 6, 6), dynamic_shapes="batch")
     result = Fuse()(program)
@@ -266,14 +266,14 @@ def test_a_network_that_magnifies_rounding_errors_is_proven_node_by_node():
 
 
 def test_in_such_a_network_only_the_wrong_merge_is_dropped(monkeypatch):
-    right = fuse._Merger._kernel
+    right = module.merged_kernel
 
-    def wrong(self, merge, values):
-        found = right(self, merge, values)
+    def wrong(merge, values):
+        found = right(merge, values)
         return found.scaled(1.0001) if merge.source.op == "placeholder" else found
 
-    monkeypatch.setattr(fuse._Merger, "_error", lambda *args: 0.0)  # the check of one merge goes blind
-    monkeypatch.setattr(fuse._Merger, "_kernel", wrong)
+    monkeypatch.setattr(module, "merge_error", lambda *args: 0.0)  # the check of one merge goes blind
+    monkeypatch.setattr(module, "merged_kernel", wrong)
     program = g.capture(lively(Wild().double()), torch.randn(2, 3, 5, 5, dtype=torch.float64))
     result = Fuse()(program)
     assert [c["into"] for c in result.record["changed"]] == ["more.0.weight"]

@@ -1,0 +1,147 @@
+"""Merges done in a graph: the map of a merge takes the place of its layer with the most weights, the rest is erased."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...graph.edit import Editor, like
+from ...graph.nodes import arguments, fetch, op_name, shape
+from ...graph.program import Program
+from ...graph.sparse import sparse_weights
+from ...graph.trainable import TrainableModule
+from ...graph.verify.evaluate import to_double
+from .affine import Kernel, operator
+from .parts import Sum
+from .plan import Merge, Planner
+from .proof import TOLERANCE, Proof, merge_error, merged_kernel, prove, random_values
+from .regions import Regions
+
+
+class Merger:
+    """A copy of a program in which merges are done, each after it was checked.
+
+    Merged weights are held in float64, before they are rounded to the program's precision, so that chains of merges round
+    once and checks see the algebra alone. wrong: why merges must not be done, by the names of their ends in the program.
+    """
+
+    def __init__(self, program: Program, seed: int, wrong: Mapping[str, str]):
+        copied = program.copy()
+        self.program, self.seed = program, seed
+        self.module: TrainableModule = copied.graph_module.eval()
+        self.graph, self.edit = self.module.graph, Editor(self.module)
+        # For every node the node of the original program that has the same value.
+        self.twins: dict[fx.Node, fx.Node] = dict(zip(self.graph.nodes, program.graph.nodes, strict=True))
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sparse = sparse_weights(program)
+        self.exact: dict[str, torch.Tensor] = {}
+        self.changed: list[dict[str, Any]] = []
+        # By the end of a merge that is wrong, its nodes and the reason.
+        self.failed: dict[fx.Node, tuple[set[fx.Node], str]] = {
+            node: ({node}, wrong[twin.name]) for node, twin in self.twins.items() if twin.name in wrong
+        }
+        self.moved: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> None:
+        """Plan all regions and do what pays, until nothing more does."""
+        while self._sweep():
+            pass
+
+    def _sweep(self) -> bool:
+        before = len(self.changed)
+        self.regions, self.planner = Regions(self.module), Planner(self.failed, self.sparse)
+        for parts in list(self.regions.find()):
+            for merge in self.planner.chain(parts).merges:
+                self._do(merge)
+        self.module.recompile()
+        return len(self.changed) > before
+
+    def proof(self) -> Proof:
+        """What the fused network makes of random inputs, compared with the original."""
+        fused = self.program.derive(self.module, stale=False)
+        return prove(self.program, fused, self.twins, self.exact, self.seed)
+
+    def _do(self, merge: Merge) -> None:
+        """Merge and check; a merge that is wrong is remembered and not done."""
+        kernel, nodes = merged_kernel(merge, self._value), list(self.graph.nodes)
+        error = merge_error(merge, kernel, self._value, nodes, self._current, self.generator)
+        drawn = random_values(self._value, self.generator)
+        other = merge_error(merge, merged_kernel(merge, drawn), drawn, nodes, self._current, self.generator)
+        error = max(error, other)
+        if not error <= TOLERANCE:
+            self.failed[merge.last] = merge.members, f"the merged layer is {error:.1e} off"
+            return
+        members = [n.name for n in nodes if n in merge.members]
+        into = self._commit(merge, kernel)
+        self.changed.append({"rule": _rule(merge), "into": into, "nodes": members, "error": error})
+        if merge.after[0] != merge.before[0]:
+            self.changed[-1]["macs"] = [merge.before[0], merge.after[0]]
+
+    def _value(self, stored: fx.Node) -> torch.Tensor:
+        """A stored tensor in float64, as exact as it is known."""
+        name = str(stored.target)
+        exact = self.exact.get(name)
+        return to_double(fetch(self.module, name)) if exact is None else exact
+
+    def _current(self, node: fx.Node) -> fx.Node:
+        """What stands for a node that may have been merged since the plan was made."""
+        while node in self.moved:
+            node = self.moved[node]
+        return node
+
+    def _commit(self, merge: Merge, kernel: Kernel) -> str:
+        """Put the map into the graph, at the place of the layer with the most weights; the name of its weight."""
+        carriers = [step.carrier for step in merge.steps() if step.carrier]
+        keep = max(carriers, key=lambda n: math.prod(shape(arguments(n)["weight"])))
+        weight = self._store(keep, "weight", kernel.stored_weight())
+        bias = None if kernel.bias is None else self._store(keep, "bias", kernel.bias)
+        keep.target, args = operator(op_name(keep), kernel.geometry)
+        keep.args, keep.kwargs = (self._current(merge.source), weight, bias, *args), {}
+        total = keep
+        value = merge.last.meta["val"]
+        with self.edit.before(merge.last):
+            for branch in merge.rest:
+                alpha: dict[str, Any] = {} if branch.factor == 1 else {"alpha": branch.factor}
+                terms = (total, self._current(branch.end))
+                total = self.edit.call(torch.ops.aten.add.Tensor, terms, alpha, like=merge.last, value=value)
+        keep.meta["val"] = value
+        twin = self.twins.get(merge.last)
+        self.twins.pop(keep, None)  # of a sum that keeps some branches, it is a part that the original does not have
+        if twin is not None:
+            self.twins[total] = twin
+        if merge.last is not total:
+            merge.last.replace_all_uses_with(total, delete_user_cb=lambda user: user is not keep)
+            self.moved[merge.last] = total
+        for node in [n for n in reversed(list(self.graph.nodes)) if n in merge.members - {keep} and not n.users]:
+            self.edit.erase(node)
+        return str(weight.target)
+
+    def _store(self, keep: fx.Node, key: str, exact: torch.Tensor) -> fx.Node:
+        """The node of the layer's weight or bias with a new value; a bias may be new."""
+        stored, name = arguments(keep)[key], str(arguments(keep)["weight"].target)
+        weight = fetch(self.module, name)
+        value = like(weight, exact.to(weight.dtype))
+        if stored is None:
+            with self.edit.before(keep):
+                stored = self.edit.store(self.edit.free_name(_beside(name, key)), value)
+        else:
+            self.edit.overwrite(stored, value)
+        self.exact[str(stored.target)] = exact
+        return stored
+
+
+def _beside(weight: str, key: str) -> str:
+    """What a tensor of a layer is called, by the name of its weight: `conv.weight` gives `conv.bias`."""
+    owner, _, name = weight.rpartition(".")
+    return f"{owner}{'.' * bool(owner)}{name.replace('weight', key) if 'weight' in name else f'{name}_{key}'}"
+
+
+def _rule(merge: Merge) -> str:
+    """What was merged, in words."""
+    if len(merge.parts) == 1:
+        return f"sum of {len(merge.taken or merge.parts[0].branches)} branches"
+    return " + ".join("sum" if isinstance(p, Sum) else op_name(p.nodes[len(p.nodes) // 2]) for p in merge.parts)

@@ -1,0 +1,143 @@
+"""Parts of a graph that are affine: steps in a row, sums of branches, and both as one map."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from ...graph.nodes import shape
+from .affine import Geometry, Kernel
+
+Values = Callable[[fx.Node], torch.Tensor]  # the float64 value of a stored tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Nodes of a graph that compute `last` from `source`; axis: of the channels in the value, None where any will do."""
+
+    nodes: tuple[fx.Node, ...]
+    source: fx.Node
+    axis: int | None
+    branches: ClassVar[tuple[Branch, ...]] = ()  # of a sum
+
+    @property
+    def last(self) -> fx.Node:
+        return self.nodes[-1]
+
+    @property
+    def members(self) -> set[fx.Node]:
+        """Its nodes and those of its branches."""
+        return set(self.nodes).union(*(b.members for b in self.branches))
+
+    def steps(self) -> Iterator[Step]:
+        """All steps inside."""
+        for branch in self.branches:
+            for part in branch.parts:
+                yield from part.steps()
+
+    @property
+    def carriers(self) -> list[fx.Node]:
+        """The layers whose weights it has."""
+        return [step.carrier for step in self.steps() if step.carrier]
+
+
+@dataclass(frozen=True)
+class Step(Part):
+    """One affine map, by channel; its nodes follow each other.
+
+    geometry: of the map, given the number of channels and of spatial dimensions. numbers: its weight (or scale) and bias
+    (or shift), each perhaps a number for all channels, given a function that reads a stored tensor. carrier: the layer
+    whose weights it has, if any. folds: its first node folds all dimensions but the last into one, its last one unfolds
+    them.
+    """
+
+    geometry: Callable[[int, int], Geometry]
+    numbers: Callable[[Values], tuple[Any, Any]]
+    carrier: fx.Node | None = None
+    folds: bool = False
+
+    def steps(self) -> Iterator[Step]:
+        yield self
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What a sum adds: `factor` times the value of `end`, which `parts` compute from the sum's source."""
+
+    factor: float
+    end: fx.Node
+    parts: tuple[Part, ...]
+
+    @property
+    def members(self) -> set[fx.Node]:
+        return set().union(*(p.members for p in self.parts))
+
+
+@dataclass(frozen=True)
+class Sum(Part):
+    """Branches of one source, added up by its nodes."""
+
+    branches: tuple[Branch, ...] = ()  # type: ignore[misc]
+
+
+# --------------------------------------------------------------------------------------------------------- as one map
+Leaf = Callable[[Step | None, int, int], Any]  # the map of a step (None: the identity), by channels and dimensions
+
+
+def geometry_of(step: Step | None, channels: int, dims: int) -> Geometry:
+    """The leaf that makes maps without weights."""
+    return Geometry.scaling(channels, dims, False) if step is None else step.geometry(channels, dims)
+
+
+def kernel_of(values: Values) -> Leaf:
+    """The leaf that makes maps with the weights that `values` gives."""
+
+    def leaf(step: Step | None, channels: int, dims: int) -> Kernel:
+        g = geometry_of(step, channels, dims)
+        weight, bias = step.numbers(values) if step else (1, None)
+        filled = _filled(weight, (g.outputs, g.inputs // g.groups, *g.extent))
+        return Kernel(g, filled, None if bias is None else _filled(bias, (g.outputs,)))
+
+    return leaf
+
+
+def _filled(value: Any, size: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of that size from one of as many entries, from one entry, or from a number."""
+    entries = torch.as_tensor(value, dtype=torch.float64).flatten()
+    return entries.expand(math.prod(size)).reshape(size)
+
+
+def map_of(part: Part, axis: int, leaf: Leaf) -> Any:
+    """A part as one map: a geometry or a kernel, whatever the leaves are. Raises Inexact where there is none."""
+    if isinstance(part, Step):
+        return leaf(part, *_layout(part.source, axis))
+    return map_of_branches(part.branches, axis, part.source, leaf)
+
+
+def map_of_chain(parts: Sequence[Part], axis: int, source: fx.Node, leaf: Leaf) -> Any:
+    """Parts in a row as one map; none at all are the identity."""
+    if not parts:
+        return leaf(None, *_layout(source, axis))
+    result = map_of(parts[-1], axis, leaf)
+    for part in reversed(parts[:-1]):
+        result = map_of(part, axis, leaf).then(result)
+    return result
+
+
+def map_of_branches(branches: Iterable[Branch], axis: int, source: fx.Node, leaf: Leaf) -> Any:
+    """Branches of one source, added up, as one map."""
+    maps = ((b.factor, map_of_chain(b.parts, axis, source, leaf)) for b in branches)
+    first, *others = (m if factor == 1 else m.scaled(factor) for factor, m in maps)
+    return reduce(lambda a, b: a.plus(b), others, first)
+
+
+def _layout(source: fx.Node, axis: int) -> tuple[int, int]:
+    """Channels and spatial dimensions of a value whose channels are at that axis."""
+    sizes = shape(source)
+    return sizes[axis], len(sizes) - 2 if axis == 1 else 0

@@ -1,0 +1,212 @@
+"""Which merges pay: chains and sums cut into pieces, so that multiply-accumulates and then kernels are fewest (ours)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from ...graph.cost import evaluate, macs
+from ...graph.flags import DROPOUTS
+from ...graph.nodes import arguments, op_name, shape
+from .affine import Geometry, Inexact
+from .parts import Branch, Part, Step, Sum, geometry_of, map_of, map_of_chain
+
+LONGEST = 16  # parts of a chain that are merged into one map at most
+
+Cost = tuple[int, int]  # MACs for the example input, kernels launched
+Layers = tuple[fx.Node, fx.Node]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One map in the place of others.
+
+    parts: those in a row that it replaces; or one sum, of which it replaces the branches with the indices `taken` (all
+    of them where that is None). axis: of the channels. geometry: of the map. before, after: cost of what it replaces, and
+    its own.
+    """
+
+    parts: tuple[Part, ...]
+    axis: int
+    taken: tuple[int, ...] | None
+    geometry: Geometry
+    before: Cost
+    after: Cost
+
+    @property
+    def source(self) -> fx.Node:
+        return self.parts[0].source
+
+    @property
+    def last(self) -> fx.Node:
+        return self.parts[-1].last
+
+    @property
+    def branches(self) -> list[Branch]:
+        """What it replaces, parts in a row as one branch."""
+        if self.taken is None:
+            return [Branch(1.0, self.last, self.parts)]
+        return [self.parts[0].branches[i] for i in self.taken]
+
+    @property
+    def rest(self) -> list[Branch]:
+        """The branches of a sum that stay."""
+        taken = self.taken
+        return [] if taken is None else [b for i, b in enumerate(self.parts[0].branches) if i not in taken]
+
+    @property
+    def members(self) -> set[fx.Node]:
+        """The nodes that it makes superfluous."""
+        inner = set().union(*(b.members for b in self.branches))
+        return inner if self.taken is None else inner.union(self.parts[0].nodes)
+
+    def steps(self) -> list[Step]:
+        """All affine maps that it replaces."""
+        return [step for branch in self.branches for part in branch.parts for step in part.steps()]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to run some parts: its cost, and the merges to do."""
+
+    cost: Cost
+    merges: tuple[Merge, ...] = ()
+
+    def __add__(self, other: Choice) -> Choice:
+        return Choice(_plus(self.cost, other.cost), self.merges + other.merges)
+
+
+def _plus(*costs: Cost) -> Cost:
+    return sum(c[0] for c in costs), sum(c[1] for c in costs)
+
+
+class Planner:
+    """Finds the cheapest ways to run chains and sums.
+
+    skip: ends of merges that were tried and are wrong. sparse: weights that no other map may fill up. refused, gated:
+    neighbouring layers that cannot be merged exactly, or that cost more when they are, with the reason.
+    """
+
+    def __init__(self, skip: Iterable[fx.Node], sparse: Mapping[str, str | None]):
+        self.skip, self.sparse = set(skip), sparse
+        self.refused: dict[Layers, str] = {}
+        self.gated: dict[Layers, str] = {}
+        self.known: dict[tuple[fx.Node, int], Choice] = {}
+
+    def chain(self, parts: Sequence[Part]) -> Choice:
+        """The cheapest way to run parts in a row, one of which at least has a layer."""
+        axis = next(p.axis for p in parts if p.carriers)
+        assert axis is not None
+        return self._chain(parts, axis)
+
+    def _chain(self, parts: Sequence[Part], axis: int) -> Choice:
+        maps: list[Geometry | Inexact] = []
+        for part in parts:
+            try:
+                maps.append(map_of(part, axis, geometry_of))
+            except Inexact as why:
+                maps.append(why)
+        # best[j] is the cheapest way to run the first j parts. Part j runs alone after best[j], or is merged with those
+        # from i on, after best[i]; `merged` is their map, which grows to the front as i falls, since a map is composed
+        # with what comes before it; it stops where it becomes inexact.
+        best = [Choice((0, 0))]
+        for j, part in enumerate(parts):
+            best.append(best[j] + self._alone(part, axis))
+            merged = maps[j]
+            for i in range(j - 1, max(-1, j - LONGEST), -1):
+                first = maps[i]
+                if isinstance(merged, Inexact) or isinstance(first, Inexact):
+                    break
+                try:
+                    merged = first.then(merged)
+                    merged.convolution_padding()
+                except Inexact as why:
+                    self._note(self.refused, parts[i], part, str(why))
+                    break
+                apart = _plus(*(self._alone(p, axis).cost for p in parts[i : j + 1]))
+                merge = self._merge(parts[i : j + 1], axis, None, merged, apart)
+                if merge is None:
+                    continue
+                choice = best[i] + Choice(merge.after, (merge,))
+                if choice.cost < best[j + 1].cost:
+                    best[j + 1] = choice
+                elif i == j - 1 and merge.after[0] > apart[0]:
+                    why_not = f"merged they take {merge.after[0]:,} MACs instead of {apart[0]:,}"
+                    self._note(self.gated, parts[i], part, why_not)
+        return best[-1]
+
+    def _alone(self, part: Part, axis: int) -> Choice:
+        """The cheapest way to run one part without its neighbours."""
+        key = part.last, axis
+        if key not in self.known:
+            if isinstance(part, Sum):
+                self.known[key] = self._branches(part, axis)
+            else:
+                launched = sum(op_name(n) not in DROPOUTS for n in part.nodes)
+                self.known[key] = Choice((sum(evaluate(macs(n)) for n in part.nodes), launched))
+        return self.known[key]
+
+    def _branches(self, part: Sum, axis: int) -> Choice:
+        """The cheapest way to run a sum: the most expensive branch takes in every other one that pays."""
+        apart = [self._chain(b.parts, axis) for b in part.branches]
+        maps: dict[int, Geometry] = {}
+        for i, branch in enumerate(part.branches):
+            try:
+                maps[i] = map_of_chain(branch.parts, axis, part.source, geometry_of)
+            except Inexact as why:
+                self._note(self.refused, branch.parts[0], branch.parts[-1], str(why))
+        best = sum(apart, Choice((0, len(apart) - 1)))
+        for first in sorted(maps, key=lambda i: -maps[i].taps)[:2]:
+            taken, total = [first], maps[first]
+            cost = _price(total, part.source, part.last)
+            for i in maps.keys() - {first}:
+                try:
+                    wider = total.plus(maps[i])
+                    wider.convolution_padding()
+                except Inexact:
+                    continue
+                price = _price(wider, part.source, part.last)
+                if price < _plus(cost, apart[i].cost, (0, 1)):
+                    taken, total, cost = [*taken, i], wider, price
+            if len(taken) == 1:
+                continue
+            before = _plus(*(apart[i].cost for i in taken), (0, len(taken) - 1))
+            some = None if len(taken) == len(apart) else tuple(sorted(taken))
+            merge = self._merge([part], axis, some, total, before)
+            if merge is not None:
+                rest = [apart[i] for i in range(len(apart)) if i not in taken]
+                choice = sum(rest, Choice(_plus(cost, (0, len(rest))), (merge,)))
+                best = min(best, choice, key=lambda c: c.cost)
+        return best
+
+    def _merge(
+        self, parts: Sequence[Part], axis: int, taken: tuple[int, ...] | None, geometry: Geometry, before: Cost
+    ) -> Merge | None:
+        """The merge, unless it was tried before, has no layer to carry its weights, or would fill up a sparse weight."""
+        source, last = parts[0].source, parts[-1].last
+        carriers = [c for p in parts for c in p.carriers]
+        if last in self.skip or not carriers:
+            return None
+        if len(carriers) > 1 or any(isinstance(p, Sum) for p in parts):
+            names = [str(arguments(c)["weight"].target) for c in carriers]
+            if filled := [name for name in names if name in self.sparse]:
+                pattern = self.sparse[filled[0]] or "sparse"
+                why = f"it would fill up {filled[0]}, which Sparsify made {pattern}; run Fuse before Sparsify"
+                self.refused[carriers[0], carriers[-1]] = why
+                return None
+        return Merge(tuple(parts), axis, taken, geometry, before, _price(geometry, source, last))
+
+    def _note(self, into: dict[Layers, str], first: Part, second: Part, why: str) -> None:
+        """Remember what stands between two layers; normalisations are explained by themselves."""
+        if first.carriers and second.carriers and first is not second:
+            into[first.carriers[-1], second.carriers[0]] = why
+
+
+def _price(geometry: Geometry, source: fx.Node, last: fx.Node) -> Cost:
+    """MACs and launches of one map between two values."""
+    if geometry.transposed:
+        return math.prod(shape(source)) * geometry.taps * geometry.outputs // geometry.inputs, 1
+    return math.prod(shape(last)) * geometry.taps, 1
