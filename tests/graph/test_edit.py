@@ -95,3 +95,10 @@ def test_shapes_follow_tensors_of_another_size(program):
     module = program.module()
     propagate(module)
     assert [shape(n) for n in module.graph.nodes if op_name(n) == "conv2d"] == [(2, 4, 6, 6), (2, 7, 4, 4)]
+
+
+def test_a_stored_tensor_is_overwritten_with_its_shape(program):
+    edit, conv = Editor(program.graph_module), named(program, "conv2d")
+    stored = arguments(conv)["weight"]
+    edit.overwrite(stored, nn.Parameter(torch.zeros(4, 3, 1, 1)))
+    assert shape(stored) == (4, 3, 1, 1) == program.module().get_parameter(str(stored.target)).shape
