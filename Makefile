@@ -40,7 +40,7 @@ lint-tensorrt: $(STAMP)
 	  mv $(STUBS).part $(STUBS); } || echo "lint: no stubs of TensorRT to be had; its calls are not checked"
 	test ! -d $(STUBS) || MYPYPATH=$(SITE):$(STUBS) $(BIN)/mypy \
 	  --cache-dir .cache/mypy-stubs --follow-imports=silent \
-	    -m graphcomb.runtime.engines.trt.build -m graphcomb.runtime.engines.trt.run -m graphcomb.runtime.kit.device_engines
+	    -m graphcomb.runtime.engines.trt.build -m graphcomb.runtime.engines.trt.run -m graphcomb.runtime.kit.trt
 
 bench: $(STAMP)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -22,7 +22,7 @@ from .runtime.devices.dla import dla_core
 from .runtime.devices.table import Target, get_target
 from .runtime.engines.backends import backend_module, check_options
 from .runtime.export.opset import LOWEST
-from .runtime.predict.measured import are_results
+from .runtime.measure.results import are_results
 from .runtime.predict.roofline import Roofline
 from .runtime.predict.table import LatencyTable
 from .sources import first_batch, load_data, load_model, resolve

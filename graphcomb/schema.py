@@ -290,7 +290,7 @@ class Device(Format):
     idle: dict[str, Any] = says("power and temperatures at rest, before anything is built")
     failed: dict[str, str] = says("by name of a model that could not be built or run: the reason", default={})
     interrupted: bool = says("by Ctrl-C: the rest is what was measured until then", default=False)
-    monitor: str | None = says("jtop, tegrastats, nvidia-smi or null")
+    monitor: str | None = says("tegrastats, nvidia-smi or null")
     notes: list[str] = says("what a reader should know")
 
 

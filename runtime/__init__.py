@@ -2,14 +2,15 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .bundle.bundle import run_bundle, write_bundle
+from .bundle.run import run_bundle
+from .bundle.write import write_bundle
 from .devices.table import TARGETS, Target, get_target
 from .engines.base import Engine, EngineReport
 from .engines.build import build_engine, load_engine, open_engine
 from .export.parity import parity
 from .export.to_onnx import OnnxReport, export_onnx
 from .measure.bench import BenchResult, bench
-from .predict.measured import read_results
+from .measure.results import read_results
 from .predict.predict import predict
 from .predict.roofline import Roofline
 from .predict.table import LatencyTable

@@ -77,7 +77,7 @@ def measure_bundle(
     folder: Path, out: Path, host: str | None, options: dict[str, Any], quiet: bool, python: str | None
 ) -> None:
     """Run a bench bundle, show what it measured, and leave with an exit code when a model failed or none is compared."""
-    from ..runtime.bundle.bundle import run_bundle, script_arguments
+    from ..runtime.bundle.run import run_bundle, script_arguments
 
     arguments = script_arguments(options) + ["--quiet"] * quiet
     results = run_bundle(folder, out, host, arguments, python)
@@ -110,7 +110,7 @@ def bundle(
     """Write a folder that measures models on a device with nothing but its own TensorRT and numpy."""
     from ..graph.files import read_json
     from ..graph.program import load
-    from ..runtime.bundle.bundle import write_bundle
+    from ..runtime.bundle.write import write_bundle
     from ..shapes import read_shapes
 
     record = None

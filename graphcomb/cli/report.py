@@ -20,7 +20,7 @@ def report(
 ) -> None:
     """Write the HTML report of a finished run again, or of measurements on devices."""
     from .. import runtime
-    from ..runtime.predict.measured import read_results
+    from ..runtime.measure.results import read_results
 
     found = read_summary(summary)
     measured = [read_results(path) for path in device or ()]

@@ -1,1 +1,16 @@
-"""What travels to a device in a bench bundle: scripts for Python 3.8 that need nothing of graphcomb."""
+"""What travels in a bench bundle and runs on the device: Python 3.8, numpy and the device's own library, no graphcomb."""
+
+import re
+from pathlib import Path
+
+SCRIPT = "bench_device.py"  # what bench.py is called in a bundle; the files that it imports begin with graphcomb_
+
+
+def bundled_files() -> dict[str, str]:
+    """The text of every file that travels, by its name in a bundle, where there is no package."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        name = SCRIPT if path.stem == "bench" else f"graphcomb_{path.name}"
+        text = path.read_text(encoding="utf-8")
+        found[name] = re.sub(r"^from \.(\w+) import", r"from graphcomb_\1 import", text, flags=re.MULTILINE)
+    return found

@@ -1,14 +1,12 @@
 """Power, temperatures and clocks of the device that a bench bundle lies on, and what it is.
 
 A bench bundle takes this file along, so it needs nothing but Python 3.8. Run as a script it is the monitor's own process,
-which takes no time of the process that is measured. Sources: NVIDIA's tegrastats documentation; jetson-stats' Python
-interface; Jetson Linux developer guide, "Platform power and performance", for the rails of AGX Orin.
+which takes no time of the process that is measured. Sources: NVIDIA's tegrastats documentation; Jetson Linux
+developer guide, "Platform power and performance", for the rails of AGX Orin.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 import os
 import platform
@@ -19,9 +17,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Sequence
 
 # A sample is {"power_mw": {rail: n}, "temperatures_c": {zone: n}, "clocks_mhz": {unit: n}, "load_percent": {unit: n},
 # "ram_mb": n, "throttled": bits of nvidia-smi's reasons}, each part as far as the tool tells.
@@ -71,45 +70,6 @@ def parse_tegrastats(line: str) -> dict[str, Any]:
     if memory:
         sample["ram_mb"] = int(memory.group(1))
     return sample
-
-
-def read_jtop(power: Any, temperature: Any, gpu: Any, memory: Any = None) -> dict[str, Any]:
-    """What the properties of jetson-stats' `jtop` hold, version 4 (and 3, whose power is a pair of total and rails).
-    Which entries there are depends on the board and its software; what is missing is left out."""
-    if isinstance(power, (tuple, list)):
-        power = dict(zip(("tot", "rail"), power))
-    power, gpu, memory = _table(power), _table(gpu), _table(memory)
-    rails, total = dict(_table(power.get("rail"))), _table(power.get("tot"))
-    if "name" in total:  # the rail that is the total was taken out of the others
-        rails[total["name"]] = total
-    units = [row for row in gpu.values() if "freq" in _table(row)]
-    clock = _number(units[0]["freq"], "cur") if units else _number(gpu, "frq")
-    load = _number(units[0].get("status"), "load") if units else _number(gpu, "val")
-    emc, used = _number(memory.get("EMC"), "cur"), _number(memory.get("RAM"), "used")
-    zones = {
-        zone: _number(row if isinstance(row, dict) else {"temp": row}, "temp")
-        for zone, row in _table(temperature).items()
-        if zone != "PMIC" and _table(row).get("online", True)
-    }
-    found = {
-        "power_mw": {rail: _number(row, "power", "cur") for rail, row in rails.items()},
-        "temperatures_c": {zone: degrees for zone, degrees in zones.items() if degrees is not None and degrees > -200},
-        "clocks_mhz": {"gpu": None if clock is None else clock // 1000, "memory": None if emc is None else emc // 1000},
-        "load_percent": {"gpu": load},
-    }
-    sample: dict[str, Any] = {part: _known(row) for part, row in found.items()}
-    return sample if used is None else dict(sample, ram_mb=used // 1024)
-
-
-def _table(value: Any) -> dict[str, Any]:
-    """A dict, also of jtop's own classes, which only behave like one; empty for anything else."""
-    return dict(value.items()) if hasattr(value, "items") else {}
-
-
-def _number(row: Any, *keys: str) -> Any:
-    """The first of a dict's entries that is a number; None without one."""
-    values = [_table(row).get(key) for key in keys]
-    return next((v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)), None)
 
 
 def _known(row: dict[str, Any]) -> dict[str, Any]:
@@ -192,14 +152,14 @@ def throttling(samples: Sequence[dict[str, Any]], units: Sequence[str]) -> list[
 class Monitor:
     """Reads power, temperatures and clocks ten times a second, in a process of its own.
 
-    source: "jtop", "tegrastats" or "nvidia-smi"; None where there is none of them. Where jtop fails, tegrastats goes on.
+    source: "tegrastats" or "nvidia-smi"; None where there is neither.
     """
 
     def __init__(self, source: str | None = None) -> None:
         self.source = source if source is not None else self._find()
         self._process: subprocess.Popen | None = None
         self._samples: list[tuple[float, dict[str, Any]]] = []
-        self._failure, self._read = "", 0
+        self._read = 0
         if self.source:
             self._folder = tempfile.mkdtemp(prefix="graphcomb-monitor-")
             self._path = Path(self._folder) / "samples"
@@ -220,9 +180,7 @@ class Monitor:
             self._read += len(whole.encode())
             for line in whole.splitlines():
                 row = json.loads(line)
-                self.source, self._failure = row.get("source", self.source), row.get("failure", self._failure)
-                if "sample" in row:
-                    self._samples.append((row["time"], row["sample"]))
+                self._samples.append((row["time"], row["sample"]))
         return self._samples
 
     def since(self, start: float, end: float = float("inf")) -> list[dict[str, Any]]:
@@ -232,10 +190,8 @@ class Monitor:
     def notes(self) -> list[str]:
         """What a reader of the results should know."""
         if not self.source:
-            return ["no jtop, tegrastats or nvidia-smi here: power, temperatures and clocks are not known"]
-        samples = self.samples
-        found = [self._failure] if self._failure else []
-        return found if samples else [*found, f"{self.source} gave no samples: power and clocks are not known"]
+            return ["no tegrastats or nvidia-smi here: power, temperatures and clocks are not known"]
+        return [] if self.samples else [f"{self.source} gave no samples: power and clocks are not known"]
 
     def close(self) -> None:
         if self._process is not None and self._process.stdin is not None:
@@ -250,17 +206,11 @@ class Monitor:
 
     @staticmethod
     def _find() -> str | None:
-        # jetson-stats may be installed with its service off, or of another version.
-        with contextlib.suppress(Exception), importlib.import_module("jtop").jtop() as jetson:
-            if jetson.ok():
-                return "jtop"
         return next((tool for tool in ("tegrastats", "nvidia-smi") if shutil.which(tool)), None)
 
 
 def watch(source: str, path: str) -> None:
     """The monitor's process: write samples, a line of JSON each, until the standard input ends."""
-    import threading
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that is measured gets it too, and ends this one
     tools: list[subprocess.Popen] = []
 
@@ -279,31 +229,15 @@ def watch(source: str, path: str) -> None:
                     sample["clocks_mhz"].update(_gpu_clock())  # tegrastats tells it to root only, from JetPack 6 on
                 file.write(json.dumps({"time": time.monotonic(), "sample": sample}) + "\n")
 
-        if source == "jtop":
-            reason = _follow_jtop(keep)
-            source = "tegrastats" if shutil.which("tegrastats") else source
-            file.write(json.dumps({"failure": f"jtop failed ({reason})", "source": source}) + "\n")
-        if source != "jtop":
-            parse = parse_tegrastats if source == "tegrastats" else parse_smi
-            query = ["nvidia-smi", "--query-gpu=" + SMI, "--format=csv,noheader,nounits", "-lms", "100", "-i", "0"]
-            command = ["tegrastats", "--interval", "100"] if source == "tegrastats" else query
-            with subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            ) as tool:
-                tools.append(tool)
-                for line in tool.stdout or ():
-                    keep(parse(line))
-
-
-def _follow_jtop(keep: Callable[[dict[str, Any]], None]) -> str:
-    """Keep what jtop says until it ends; why it did."""
-    try:
-        with importlib.import_module("jtop").jtop(interval=0.1) as jetson:
-            while jetson.ok():
-                keep(read_jtop(jetson.power, jetson.temperature, jetson.gpu, jetson.memory))
-        return "its service ended"
-    except Exception as error:  # whatever the service of another version sends
-        return f"{type(error).__name__}: {error}"
+        parse = parse_tegrastats if source == "tegrastats" else parse_smi
+        query = ["nvidia-smi", "--query-gpu=" + SMI, "--format=csv,noheader,nounits", "-lms", "100", "-i", "0"]
+        command = ["tegrastats", "--interval", "100"] if source == "tegrastats" else query
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as tool:
+            tools.append(tool)
+            for line in tool.stdout or ():
+                keep(parse(line))
 
 
 def _gpu_clock() -> dict[str, int]:

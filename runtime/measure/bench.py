@@ -10,48 +10,37 @@ Source: the method of paired, interleaved measurement; the guard is ours.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import gc
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from ...graph.compat import pytree
-from ...graph.errors import BadInput, nearest
+from ...graph.errors import BadInput
 from ...graph.program import Program
 from ..engines.backends import BACKENDS, backend_module
 from ..engines.base import Engine
 from ..engines.build import open_engine
 from ..export.to_onnx import export_onnx
-from ..kit.bench_device import median_interval
-from ..kit.bench_device import stolen as _stolen
-from ..onnx_file import TensorSpec, input_specs
+from ..kit.guard import GUARD, stolen
+from ..kit.measuring import median_interval
+from ..onnx_file import input_specs
+from .environment import environment
+from .inputs import host_arrays, random_inputs
 
-GUARD = 0.93
 SLOW = 1.0  # seconds of one call from which on it is not repeated to find out how long it takes
 SAMPLE = 2e-3  # seconds: shorter runs are repeated within one sample, so that clocks and scheduling ticks do not matter
 PERCENTILES = {"p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "p99": 99}
-PACKAGES = (
-    "graphcomb",
-    "torch",
-    "onnxruntime",
-    "onnx",
-    "numpy",
-    "openvino",
-    "tensorrt",
-    "tensorrt_rtx",
-    "torch_tensorrt",
-)
 
 
 @dataclass(frozen=True)
@@ -145,7 +134,7 @@ def bench(
         rounds: list[list[_Sample]] = []
         paired = 0
         with _collector_off(), _bar(progress, seconds) as advance:
-            start, taken = time.perf_counter(), _stolen()
+            start, taken = time.perf_counter(), stolen()
             while time.perf_counter() - start < seconds and paired < max_runs:
                 found: list[_Sample | None] = [None] * len(calls)
                 order = range(len(calls)) if len(rounds) % 2 == 0 else range(len(calls) - 1, -1, -1)
@@ -154,7 +143,7 @@ def bench(
                 rounds.append([s for s in found if s is not None])
                 paired += all(s.counts for s in rounds[-1])
                 advance(max((time.perf_counter() - start) / seconds, paired / max_runs))
-        elapsed, taken = time.perf_counter() - start, _stolen() - taken
+        elapsed, taken = time.perf_counter() - start, stolen() - taken
     return _result(titles, rounds, repeats, min_runs, elapsed, threads, taken)
 
 
@@ -174,14 +163,14 @@ def _result(
         timings.append(Timing(name, len(good), len(rounds) - len(good), repeats[i], ms))
     paired = [r for r in rounds if all(s.counts for s in r)]
     # Short thefts fall between the samples in which they show.
-    stolen = taken > (1 - GUARD) * threads * seconds
-    enough = len(paired) >= min_runs and not stolen
+    robbed = taken > (1 - GUARD) * threads * seconds
+    enough = len(paired) >= min_runs and not robbed
     ratios = {
         name: _ratio([r[0].seconds / r[i].seconds for r in paired]) if enough else None
         for i, name in enumerate(names)
         if i
     }
-    slow = not stolen and len(rounds) < min_runs and 2 * len(paired) >= len(rounds)
+    slow = not robbed and len(rounds) < min_runs and 2 * len(paired) >= len(rounds)
     contended = not enough and not slow
     rejected = len(rounds) - len(paired)
     return BenchResult(
@@ -229,7 +218,7 @@ def _percentiles(values: Sequence[float]) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------------------- measuring
 def _sample(call: Callable[[], Any], repeats: int, threads: int) -> _Sample:
     """Time some calls. threads: that should be busy; 0 for work that is not done by the processor."""
-    waited, taken = _waited() if threads > 1 else 0.0, _stolen() if threads else 0.0
+    waited, taken = _waited() if threads > 1 else 0.0, stolen() if threads else 0.0
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(repeats):
         call()
@@ -238,7 +227,7 @@ def _sample(call: Callable[[], Any], repeats: int, threads: int) -> _Sample:
         counts = (_waited() - waited) / (threads * wall) <= 1 - GUARD and cpu / (threads * wall) <= 1 / GUARD
     else:
         counts = not threads or GUARD <= cpu / wall <= 1 / GUARD
-    if threads and _stolen() > taken:  # which the processor time of a virtual machine need not show
+    if threads and stolen() > taken:  # which the processor time of a virtual machine need not show
         counts = False
     return _Sample(wall / repeats, counts)
 
@@ -282,9 +271,6 @@ def _bar(progress: bool, seconds: float) -> Iterator[Callable[[float], None]]:
     if not progress:
         yield lambda share: None
         return
-    from rich.console import Console
-    from rich.progress import Progress
-
     # It is drawn between the runs, never during one.
     with Progress(console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
         task, drawn = bar.add_task("measuring", total=1.0), [0.0]
@@ -339,7 +325,7 @@ def _calls(
         if isinstance(item, Engine):
             if inputs is None:
                 inputs = random_inputs(item.inputs, batch, shapes)
-            arrays = _arrays(item, inputs)
+            arrays = host_arrays(item, inputs)
             # An accelerator's engine is measured with its inputs on the device.
             calls.append(item.prepared(arrays) if hasattr(item, "prepared") else functools.partial(item.run, arrays))
         elif callable(item):
@@ -350,77 +336,3 @@ def _calls(
             )
         guarded.append(not getattr(item, "on_device", False))
     return calls, guarded
-
-
-def _arrays(engine: Engine, inputs: Sequence[Any]) -> list[np.ndarray]:
-    if len(inputs) != len(engine.inputs):
-        raise BadInput(f"bench: an engine takes {len(engine.inputs)} inputs, {len(inputs)} were given")
-    arrays = [x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x) for x in inputs]
-    return [np.ascontiguousarray(x.astype(i.dtype)) for x, i in zip(arrays, engine.inputs, strict=True)]
-
-
-def random_inputs(
-    inputs: Sequence[TensorSpec], batch: int, shapes: Mapping[str, Sequence[int]] | None = None
-) -> list[np.ndarray]:
-    """Normal floats and zeros for integers, which are valid indices whatever they index. shapes: by name of an input,
-    where more than its batch is dynamic.
-
-    Raises BadInput for shapes of no input, that do not fit, or that are missing.
-    """
-    shapes, generator, found = shapes or {}, np.random.default_rng(0), []
-    names = [spec.name for spec in inputs]
-    for name in shapes:
-        if name not in names:
-            raise BadInput(f"shapes: no input {name}; {nearest(name, names)}")
-    for spec in inputs:
-        if spec.name not in shapes and None in spec.shape[1:]:
-            example = "x".join(str(s) if s is not None else "N" for s in (batch, *spec.shape[1:]))
-            raise BadInput(
-                f"input {spec.name} has dynamic dimensions beyond the batch, {spec.shape}: give its shape "
-                f"(--shape {spec.name}={example}; in Python inputs or shapes)"
-            )
-        shape = tuple(shapes.get(spec.name, [batch if s is None else s for s in spec.shape]))
-        if (
-            len(shape) != len(spec.shape)
-            or any(b not in (None, a) for a, b in zip(shape, spec.shape, strict=True))
-            or any(a < 1 for a in shape)
-        ):
-            raise BadInput(f"input {spec.name}: shape {shape} does not fit {spec.shape}")
-        floating = spec.dtype.startswith(("float", "bfloat"))
-        found.append(generator.standard_normal(shape, np.float32) if floating else np.zeros(shape, spec.dtype))
-    return found
-
-
-# --------------------------------------------------------------------------------------------------------- environment
-def environment(threads: int = 1) -> dict[str, Any]:
-    """What a figure depends on: processor, accelerator, clocks, versions, threads, load and date."""
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "cpu": _cpu(),
-        "cores": cores,
-        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "threads": threads,
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": versions,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu() -> str:
-    lines = (_read("/proc/cpuinfo") or "").splitlines()
-    found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return found or _read("/proc/device-tree/model") or platform.processor() or platform.machine()
-
-
-def _read(path: str) -> str | None:
-    try:
-        return Path(path).read_text().strip().strip("\0") or None
-    except OSError:
-        return None

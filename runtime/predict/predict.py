@@ -11,7 +11,7 @@ from ...graph.errors import BadInput
 from ...graph.program import Program
 from ...graph.workload.layers import Latency, Layers, rules_of
 from ..devices.table import Target
-from .measured import describe_one
+from .layers import describe_one
 from .roofline import Estimate, Roofline
 
 LITTLE = 0.1  # a layer that saves less than this share at half its width does not profit

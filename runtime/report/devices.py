@@ -7,7 +7,8 @@ from typing import Any
 
 from ...graph.errors import GraphcombError
 from ...graph.workload.layers import run_seconds
-from ..predict.measured import from_dict, kernels
+from ..predict.layers import from_dict
+from ..predict.measured import kernels
 from ..predict.roofline import Roofline, calibration_text
 from .reading import SIDES, items, mapping, pairs
 from .text import against, change, counted, exact, milliseconds, number, off

@@ -10,7 +10,8 @@ import torch
 import graphcomb
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import RemoveChannels
-from graphcomb.runtime.bundle import bundle as bundles
+from graphcomb.runtime.bundle import run as bundle_run
+from graphcomb.runtime.bundle import write as bundle_write
 
 QUICK = ("--seconds", "1", "--engine", "onnxruntime", "--quiet")
 
@@ -26,9 +27,9 @@ def models(tmp_path: Path) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = bundles.run_bundle
+    run = bundle_run.run_bundle
     short = ("--rounds", "2", "--power-seconds", "0.1")
-    monkeypatch.setattr(bundles, "run_bundle", lambda a, b, c, d, e: run(a, b, c, [*short, *d], e))
+    monkeypatch.setattr(bundle_run, "run_bundle", lambda a, b, c, d, e: run(a, b, c, [*short, *d], e))
 
 
 def no_ratio(outcome) -> int:
@@ -65,7 +66,7 @@ def test_options_reach_the_script(cli, tmp_path: Path, monkeypatch: pytest.Monke
         given.extend(arguments)
         raise BadInput("far enough")
 
-    monkeypatch.setattr(bundles, "run_bundle", stop)
+    monkeypatch.setattr(bundle_run, "run_bundle", stop)
     texts = ("sparse=true", "dla=0", "no_graphs=false", "rounds=7", "power-seconds=2.5", "seconds=3")
     options = [part for text in texts for part in ("--option", text)]
     assert "far enough" in cli("bench", tmp_path, "--host", "user@jetson", "--python", "venv/bin/python", *options).err
@@ -74,8 +75,8 @@ def test_options_reach_the_script(cli, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_what_became_of_the_models_is_said(cli, models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lower = bundles._lower
-    monkeypatch.setattr(bundles, "_lower", lambda *given: (*lower(*given)[:2], "left as it is"))
+    lower = bundle_write._lower
+    monkeypatch.setattr(bundle_write, "_lower", lambda *given: (*lower(*given)[:2], "left as it is"))
     outcome = cli("bundle", models["small"], "--out", tmp_path / "b", "--precision", "fp32")
     assert "small: left as it is" in outcome.out.splitlines()
     with np.load(tmp_path / "b" / "small" / "reference.npz") as data:
@@ -109,7 +110,7 @@ RESULTS = {
     ],
 )
 def test_the_exit_code_says_what_is_missing(cli, tmp_path: Path, monkeypatch, changed, code: int) -> None:
-    monkeypatch.setattr(bundles, "run_bundle", lambda *given: RESULTS | changed)
+    monkeypatch.setattr(bundle_run, "run_bundle", lambda *given: RESULTS | changed)
     outcome = cli("bench", tmp_path)
     assert outcome.code == code
     assert "2.000" in outcome.out  # what was measured is shown
@@ -123,7 +124,7 @@ def test_an_interrupt_without_results_is_one_line(cli, tmp_path: Path, monkeypat
     def stop(*given: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bundles, "run_bundle", stop)
+    monkeypatch.setattr(bundle_run, "run_bundle", stop)
     outcome = cli("bench", tmp_path)
     assert (outcome.code, outcome.err.count("\n")) == (130, 1)
 

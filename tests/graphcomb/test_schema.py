@@ -8,7 +8,8 @@ import torch
 
 import graphcomb
 from graphcomb import schema
-from graphcomb.runtime.bundle.bundle import run_bundle, write_bundle
+from graphcomb.runtime.bundle.run import run_bundle
+from graphcomb.runtime.bundle.write import write_bundle
 
 PAGE = Path(schema.__file__).parents[1] / "docs" / "formats.md"
 

@@ -22,11 +22,15 @@ import graphcomb
 from graphcomb.graph.errors import BadInput, GraphcombError, Refused
 from graphcomb.passes import RemoveChannels
 from graphcomb.runtime import Roofline, write_report
-from graphcomb.runtime.bundle.bundle import run_bundle, write_bundle
+from graphcomb.runtime.bundle.run import run_bundle
+from graphcomb.runtime.bundle.write import write_bundle
 from graphcomb.runtime.export.to_onnx import export_onnx
-from graphcomb.runtime.predict.measured import read_results
+from graphcomb.runtime.measure.results import read_results
 
-SCRIPTS = ["bench_device.py", "graphcomb_cuda.py", "graphcomb_device_engines.py", "graphcomb_telemetry.py"]
+SCRIPTS = [
+    "bench_device.py",
+    *(f"graphcomb_{name}.py" for name in "contents cuda guard measuring ort telemetry trt".split()),
+]
 QUICK = ["--engine", "onnxruntime", "--rounds", "3", "--power-seconds", "0.2", "--seconds", "5"]
 
 

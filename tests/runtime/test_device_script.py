@@ -3,8 +3,7 @@
 The lines are recorded ones. tegrastats: Nano, TX2 and AGX Xavier from the tests of DataDog's agent (pkg/collector/
 corechecks/nvidia/jetson), Xavier NX from a device log, AGX Orin with JetPack 7.2 from the tests of jetson-stats
 (jtop/tests), Orin Nano with JetPack 6 and Thor with L4T 38.4 from device logs, DRIVE Orin from NVIDIA's DriveOS
-documentation. jtop: the structures of jetson-stats 4 (jtop/core/power.py, temperature.py, gpu.py) and 3. TensorRT and CUDA
-are stand-ins (`standins.py`), which show what is called and not what a GPU would do.
+documentation. TensorRT and CUDA are stand-ins (`standins.py`), which show what is called and not what a GPU would do.
 """
 
 import hashlib
@@ -20,7 +19,8 @@ import numpy as np
 import pytest
 from standins import FakeCudart, flags
 
-from graphcomb.runtime.kit import bench_device, device_engines, telemetry
+from graphcomb.runtime.kit import bench as bench_device
+from graphcomb.runtime.kit import measuring, telemetry, trt
 
 
 @pytest.fixture
@@ -149,52 +149,7 @@ def test_other_lines_give_an_empty_sample(script):
     assert telemetry.parse_smi("") == {}
 
 
-# ---------------------------------------------------------------------------------------------- jtop, nvidia-smi, means
-def test_jetson_stats_of_version_4(script):
-    rail = {"volt": 4968, "curr": 864, "avg": 4292, "power": 4292, "warn": 32768, "crit": 32768, "type": "I2C"}
-    power = {"rail": {"VDD_CPU_GPU_CV": rail | {"power": 500}}, "tot": rail | {"name": "VDD_IN"}}
-    temperature = {"gpu": {"temp": 42.5, "online": True}, "cv0": {"temp": -256, "online": False}}
-    unit = {"type": "integrated", "status": {"load": 61.3}, "freq": {"cur": 624750, "max": 1020000}}
-    gpu = Interface({"ga10b": unit})
-    memory = Interface({"RAM": {"tot": 7793000, "used": 2097152}, "EMC": {"cur": 2133000, "val": 4}})
-    found = telemetry.read_jtop(power, temperature, gpu, memory)
-    assert found == {
-        "power_mw": {"VDD_CPU_GPU_CV": 500, "VDD_IN": 4292}, "temperatures_c": {"gpu": 42.5},
-        "clocks_mhz": {"gpu": 624, "memory": 2133}, "load_percent": {"gpu": 61.3}, "ram_mb": 2048,
-    }  # fmt: skip
-    assert telemetry.total_power(found["power_mw"]) == 4292
-
-
-class Interface:
-    """What jetson-stats 4 has instead of a dict for `gpu` and `memory` (GenericInterface of jtop/core/common.py)."""
-
-    def __init__(self, data):
-        self._data = data
-
-    def items(self):
-        return self._data.items()
-
-
-def test_what_jetson_stats_lacks_is_left_out(script):
-    power = {"rail": {"GPU": {"volt": 4968}, "CPU": {"power": None, "cur": 12}, "CV": None}, "tot": None}
-    temperature = {"gpu": {"temp": None}, "cpu": {"online": True}, "tj": {"temp": 41.5}, "soc": None}
-    gpu = Interface({"ga10b": {"freq": {"max": 1020000}, "status": {"load": 7.5}}})
-    found = telemetry.read_jtop(power, temperature, gpu, Interface({"EMC": {"val": 4}, "RAM": {"tot": 7}}))
-    assert found == {
-        "power_mw": {"CPU": 12}, "temperatures_c": {"tj": 41.5}, "clocks_mhz": {}, "load_percent": {"gpu": 7.5}
-    }  # fmt: skip
-    assert not any(telemetry.read_jtop(None, None, None).values())
-    assert script.average([{"power_mw": {"GPU": None}}, found])["total_mw"] == 12
-
-
-def test_jetson_stats_of_version_3(script):
-    power = {"cur": 3346, "avg": 3300}, {"GPU": {"cur": 0, "avg": 0}, "SYS5V": {"cur": 1482, "avg": 1482}}
-    found = telemetry.read_jtop(power, {"GPU": 37.5, "PMIC": 100.0}, {"frq": 318750, "val": 12})
-    assert found["power_mw"] == {"GPU": 0, "SYS5V": 1482}
-    assert found["temperatures_c"] == {"GPU": 37.5}
-    assert (found["clocks_mhz"], found["load_percent"]) == ({"gpu": 318}, {"gpu": 12})
-
-
+# ---------------------------------------------------------------------------------------------------- nvidia-smi, means
 def test_a_line_of_nvidia_smi(script):
     assert telemetry.parse_smi("71.52, 34, 1980, 2619, 100\n") == {
         "power_mw": {"GPU": 71520.0}, "temperatures_c": {"gpu": 34.0},
@@ -230,6 +185,7 @@ def test_samples_are_averaged_rail_by_rail(script):
     assert found["power_mw"]["VDD_SOC"] == 1104
     assert found["samples"] == 3
     assert script.average([]) == {}
+    assert script.average([{"power_mw": {"GPU": None}}, {"power_mw": {"CPU": 12}}])["total_mw"] == 12
 
 
 def test_the_monitor_reads_the_tool_that_is_there(script, tmp_path, monkeypatch):
@@ -258,47 +214,6 @@ def wait(until):
             return
         time.sleep(0.05)
     raise AssertionError("waited for ten seconds")
-
-
-JTOP = """
-class jtop:
-    temperature = gpu = memory = None
-
-    def __init__(self, interval=1.0):
-        self.seen = 0
-
-    def ok(self):
-        self.seen += 1
-        return {ok}
-
-    @property
-    def power(self):
-        if self.seen > 1:
-            raise KeyError("rail")
-        return {{"rail": {{"CPU": {{"power": 5}}}}}}
-
-    __enter__ = lambda self: self
-    __exit__ = lambda self, *error: None
-"""
-
-
-@pytest.mark.parametrize("fails", ["in a sample", "at the end"])
-def test_where_jtop_fails_tegrastats_goes_on(script, tmp_path, monkeypatch, fails):
-    (tmp_path / "tegrastats").write_text(f'#!/bin/sh\nwhile :; do echo "{ORIN_NANO}"; sleep 0.02; done\n')
-    (tmp_path / "tegrastats").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-
-    ok = "self.seen == 1" if fails == "at the end" else "True"
-    (tmp_path / "jtop.py").write_text(JTOP.format(ok=ok))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monitor = script.Monitor("jtop")
-    wait(lambda: len(monitor.samples) > 2)
-    monitor.close()
-    assert monitor.source == "tegrastats"
-    assert monitor.samples[0][1]["power_mw"] == {"CPU": 5}
-    assert script.average(monitor.since(0))["power_mw"]["VDD_IN"] == 4880
-    reason = "KeyError: 'rail'" if fails == "in a sample" else "its service ended"
-    assert monitor.notes() == [f"jtop failed ({reason})"]
 
 
 def test_a_tool_that_says_nothing_is_named(script, tmp_path, monkeypatch):
@@ -533,7 +448,7 @@ def test_an_interrupt_leaves_what_was_measured(script, classic, bundle, capsys, 
     time_one = script.TensorRT.time
 
     def interrupt(engine, mode):
-        if next(runs) == 4 * script.BLOCK + 5:  # in the third round
+        if next(runs) == 4 * measuring.BLOCK + 5:  # in the third round
             raise KeyboardInterrupt
         return time_one(engine, mode)
 
@@ -542,7 +457,7 @@ def test_an_interrupt_leaves_what_was_measured(script, classic, bundle, capsys, 
     found = json.loads((bundle / "r.json").read_text())
     assert found["interrupted"] is True
     for row in found["models"].values():
-        assert row["latency"]["stream"]["runs"] == 2 * (script.BLOCK - script.SETTLE)  # of whole rounds
+        assert row["latency"]["stream"]["runs"] == 2 * (measuring.BLOCK - measuring.SETTLE)  # of whole rounds
         assert "graph" not in row["latency"]
     assert "interrupted: what was measured until then" in found["notes"]
     assert capsys.readouterr().err == "error: interrupted\n"
@@ -562,8 +477,8 @@ def test_attached_it_ends_with_its_input():
     """As over ssh: nobody can press Ctrl-C there, and SIGINT may be ignored from the start."""
     code = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "from graphcomb.runtime import bench_device\n"
-        "bench_device._attach()\n"
+        "from graphcomb.runtime.kit import bench\n"
+        "bench._attach()\n"
         "try:\n    print(1, flush=True); time.sleep(60)\n"
         "except KeyboardInterrupt:\n    print('stopped')\n"
     )
@@ -647,7 +562,7 @@ def rounds(script, ratios):
     times = {"a": [1.0] * len(ratios), "b": [1 / ratio for ratio in ratios]}
 
     def engine(name):
-        blocks = (ms for ms in times[name] for _ in range(script.BLOCK))
+        blocks = (ms for ms in times[name] for _ in range(measuring.BLOCK))
         return types.SimpleNamespace(modes=("stream",), about={}, time=lambda mode: (None, next(blocks)))
 
     return script.measure({name: engine(name) for name in times}, 60.0, len(ratios))[1]["b"]["stream"]
@@ -660,11 +575,11 @@ def test_the_interval_is_of_the_median(script):
     assert (found["low"], found["high"]) == (pytest.approx(1.005), pytest.approx(1.014))
     assert script.unsure(found) == ""
     assert "low" not in rounds(script, values[:5])  # even the extremes hold it with 93.75 % only
-    assert script.median_interval([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == (1.0, 6.0)
+    assert measuring.median_interval([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == (1.0, 6.0)
     random = np.random.default_rng(0)
     inside = 0
     for _ in range(500):
-        low, high = script.median_interval(random.exponential(size=31))
+        low, high = measuring.median_interval(random.exponential(size=31))
         inside += low <= np.log(2) <= high
     assert 0.94 <= inside / 500 <= 0.99
 
@@ -672,7 +587,7 @@ def test_the_interval_is_of_the_median(script):
 def test_a_ratio_with_a_wide_interval_is_refused(script, classic, bundle, capsys, monkeypatch):
     random, runs = np.random.default_rng(0), iter(range(10**6))
     levels = random.uniform(1.0, 2.0, 10**4)  # milliseconds, of one block each
-    monkeypatch.setattr(script.TensorRT, "time", lambda engine, mode: (levels[next(runs) // script.BLOCK],) * 2)
+    monkeypatch.setattr(script.TensorRT, "time", lambda engine, mode: (levels[next(runs) // measuring.BLOCK],) * 2)
     arguments = ["--out", str(bundle / "r.json"), "--rounds", "12", "--power-seconds", "0.01", "--quiet"]
     assert script.main(arguments) == 0
     found = json.loads((bundle / "r.json").read_text())
@@ -685,8 +600,8 @@ def test_a_ratio_with_a_wide_interval_is_refused(script, classic, bundle, capsys
 def test_a_loaded_machine_gives_no_ratio(script, classic, bundle, monkeypatch, reason):
     if reason == "the processor":
         waited = iter(range(10**9))
-        monkeypatch.setattr(device_engines, "_waited", lambda: float(next(waited)))
-        monkeypatch.setattr(device_engines, "TRIES", 2)
+        monkeypatch.setattr(trt, "waited", lambda: float(next(waited)))
+        monkeypatch.setattr(trt, "TRIES", 2)
     if reason == "the GPU":
         sample = telemetry.parse_smi("71.52, 34, 1980, 2619, 64")
         monitor = types.SimpleNamespace(source="nvidia-smi", since=lambda *times: [sample], close=lambda: None)

@@ -29,7 +29,7 @@ from ....graph.files import replacing
 from ...devices.dla import dla_report
 from ...devices.table import TARGETS, Target, canonical, parsed_opset
 from ...kit.cuda import Cuda, CudaError
-from ...kit.device_engines import new_logger
+from ...kit.trt import new_logger
 from ...onnx_file import opset_of, precision
 from ..backends import BACKENDS
 from ..base import EngineReport, UnparsedOp

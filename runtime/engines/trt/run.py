@@ -15,8 +15,8 @@ import numpy as np
 
 from ....graph.errors import BadInput, MissingBackend, Refused
 from ...kit.cuda import Cuda, CudaError, NoCuda
-from ...kit.device_engines import DTYPES as NUMPY
-from ...kit.device_engines import new_context, new_logger, record
+from ...kit.trt import DTYPES as NUMPY
+from ...kit.trt import new_context, new_logger, record
 from ...onnx_file import TensorSpec
 from ..base import HostEngine
 from .library import NAMES, library, load_plugins, new_profiler

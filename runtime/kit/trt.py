@@ -1,4 +1,4 @@
-"""The engines that a bench bundle measures: TensorRT's, built on the device and kept, and ONNX Runtime's.
+"""TensorRT's engines, as a bench bundle builds, keeps and measures them on the device.
 
 A bench bundle takes this file along, so it needs nothing but numpy and the library itself, and runs on Python 3.8. Sources:
 TensorRT developer guide, "Working with CUDA graphs"; TensorRT-RTX developer guide, "Working with dynamic shapes".
@@ -12,21 +12,19 @@ import hashlib
 import importlib
 import json
 import os
-import statistics
-import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .contents import Failure, complete
 from .cuda import Cuda, CudaError, NoGraph
+from .guard import GUARD, TRIES, waited
 
 if TYPE_CHECKING:
     import tensorrt as types
 
-GUARD, TRIES = 0.93, 20  # share of a run in which the processor must work for it, and how often it is repeated
-KERNEL = "_kernel_time"  # what ONNX Runtime's profiler appends to the name of a node
 OLD_OPSET = 17  # the highest that TensorRT 8.5 and 8.6 parse, which JetPack 5 and 6.0 have
 SUFFIXES = {"tensorrt": ".engine", "tensorrt_rtx": ".rtx"}
 # numpy's names of TensorRT's types, as far as numpy has them.
@@ -41,95 +39,6 @@ DTYPES = {
 }
 
 
-class Failure(Exception):
-    """A message for the user, one line."""
-
-
-class Damaged(Failure):
-    """The bundle is not as it was written, so that none of it can be relied on."""
-
-
-def complete(path: Path, names: Iterable[str], feeds: dict[str, np.ndarray]) -> None:
-    """Failure where the reference does not have exactly the inputs that a model takes."""
-    if set(names) != feeds.keys():
-        texts = ", ".join(sorted(names)), ", ".join(sorted(feeds))
-        raise Damaged("{}: takes {}, and the reference has {}; bundle it again".format(path.name, *texts))
-
-
-# --------------------------------------------------------------------------------------------------------- ONNX Runtime
-class OnnxRuntime:
-    """ONNX Runtime on the CPU: for a device without TensorRT, and to try a bundle out anywhere."""
-
-    modes: tuple[str, ...] = ("stream",)
-
-    def __init__(
-        self, path: Path, arguments: argparse.Namespace, feeds: dict[str, np.ndarray], about: dict[str, Any]
-    ) -> None:
-        import onnxruntime
-
-        start = time.perf_counter()
-        self._path, self._threads, self._half = path, arguments.threads, about["precision"] == "fp16"
-        try:
-            self._session = self._open()
-        except Exception as error:  # ONNX Runtime's exceptions share no public base
-            raise Failure(f"{path.name}: ONNX Runtime refuses it: {error}") from error
-        self.version = onnxruntime.__version__
-        self.about: dict[str, Any] = {
-            "build_seconds": round(time.perf_counter() - start, 3),
-            "bytes": path.stat().st_size,
-        }
-        kinds = {i.name: i.type for i in self._session.get_inputs()}
-        complete(path, kinds, feeds)
-        self._feeds = {k: v.astype(np.float16 if kinds[k] == "tensor(float16)" else v.dtype) for k, v in feeds.items()}
-
-    def _open(self, profile: str | None = None) -> Any:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if self._half:  # else some of its optimisations crash the process or compute something else on CPUs
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-            options.enable_mem_pattern = False
-        if profile is not None:
-            options.enable_profiling, options.profile_file_prefix = True, profile
-        return onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
-
-    def outputs(self) -> dict[str, np.ndarray]:
-        """The outputs for the reference inputs, by name."""
-        names = [output.name for output in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, self._feeds)))
-
-    def time(self, mode: str) -> tuple[float | None, float]:
-        """Milliseconds of one run: on the accelerator (None without one), and as the caller sees it. A run during which
-        something else had the processor is repeated; one that never was alone is counted."""
-        for _ in range(TRIES):
-            cpu, start = time.process_time(), time.perf_counter()
-            self._session.run(None, self._feeds)
-            wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-            if self._threads > 1 or cpu >= GUARD * wall:
-                return None, 1e3 * wall
-        self.about["contended"] = self.about.get("contended", 0) + 1
-        return None, 1e3 * wall
-
-    def layers(self, runs: int) -> list[dict[str, Any]]:
-        """Median milliseconds of each layer, from the library's profiler, in a session of its own."""
-        with tempfile.TemporaryDirectory() as folder:
-            session = self._open(str(Path(folder) / "profile"))
-            for _ in range(runs + 1):  # the first only warms up
-                session.run(None, self._feeds)
-            events = json.loads(Path(session.end_profiling()).read_text())
-        times: dict[str, list[float]] = {}
-        for event in events:
-            if event.get("cat") == "Node" and event["name"].endswith(KERNEL):
-                times.setdefault(event["name"][: -len(KERNEL)], []).append(event["dur"] / 1e3)
-        return [{"name": name, "ms": round(statistics.median(ms[1:]), 6)} for name, ms in times.items() if ms[1:]]
-
-    def close(self) -> None:
-        del self._session
-
-
-# ------------------------------------------------------------------------------------------------------------- TensorRT
 def new_logger(trt: Any) -> Any:
     """A logger of the library's that keeps everything the library says."""
     base: Any = trt.ILogger
@@ -174,15 +83,6 @@ def record(cuda: Cuda, context: Any, enqueue: Any) -> int:
     if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(cuda.stream):
         raise NoGraph("the engine says that its runs cannot be recorded with these shapes")
     return cuda.capture(enqueue)
-
-
-def _waited() -> float:
-    """Seconds that this thread was ready to run and had no processor; 0 where the system does not tell."""
-    try:
-        with open("/proc/thread-self/schedstat") as file:
-            return int(file.read().split()[1]) * 1e-9
-    except (OSError, ValueError, IndexError):
-        return 0.0
 
 
 class TensorRT:
@@ -368,13 +268,13 @@ class TensorRT:
         """Milliseconds of one run: on the GPU, and as the caller sees it. Inputs stay on the device. A run during which
         this thread had to wait for a processor is repeated, as with ONNX Runtime."""
         for _ in range(TRIES):
-            waited, start = _waited(), time.perf_counter()
+            before, start = waited(), time.perf_counter()
             self._cuda.record(self._events[0])
             self._cuda.launch(self._graph) if mode == "graph" else self._enqueue()
             self._cuda.record(self._events[1])
             self._cuda.synchronize()
             host = time.perf_counter() - start
-            if _waited() - waited <= (1 - GUARD) * host:
+            if waited() - before <= (1 - GUARD) * host:
                 return self._cuda.elapsed(*self._events), 1e3 * host
         self.about["contended"] = self.about.get("contended", 0) + 1
         return self._cuda.elapsed(*self._events), 1e3 * host

@@ -6,10 +6,10 @@
 Needs Python 3.8, numpy and the device's own TensorRT (or TensorRT-RTX, or ONNX Runtime); graphcomb is not needed. Engines
 are built here, from the ONNX files of the bundle, because an engine fits only the device and version that built it; they
 stay beside the results, and a later run with the same models, options and versions takes them. The models run in turns,
-with and without CUDA graphs; then each one runs alone while power, temperatures and clocks are read (jetson-stats,
-tegrastats or nvidia-smi); then once more layer by layer. Results whose outputs are not finite, or differ from the reference
-by more than the precision explains, are marked. A model that cannot be built or run is named, and the others are measured.
-`graphcomb report` reads the file.
+with and without CUDA graphs; then each one runs alone while power, temperatures and clocks are read (tegrastats or
+nvidia-smi); then once more layer by layer. Results whose outputs are not finite, or differ from the reference by more than
+the precision explains, are marked. A model that cannot be built or run is named, and the others are measured. `graphcomb
+report` reads the file. In a bundle this file is bench_device.py, and those that it imports begin with graphcomb_.
 
 Exit codes: 0; 1 when some of the models failed; 2 when there are no results; 130 after Ctrl-C, with what was measured until
 then.
@@ -20,215 +20,39 @@ Sources: trtexec's practice (CUDA graph, events around each inference, layers in
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
 import importlib
 import json
-import math
 import os
 import signal
-import statistics
 import sys
 import threading
 import time
-import zipfile
-import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
-import numpy as np
-
+from .contents import FORMAT, TOLERANCES, Damaged, Failure, read_bundle, read_reference
 from .cuda import Cuda
-from .device_engines import GUARD, Damaged, Failure, OnnxRuntime, TensorRT
+from .guard import BUSY, GUARD, stolen
+from .measuring import check, measure, unsure, watch
+from .ort import OnnxRuntime
 from .telemetry import Monitor, average, clock_notes, describe_device, over_current, throttling
+from .trt import TensorRT
 
-FORMAT = "graphcomb-bench/1"
 HERE = Path(__file__).resolve().parent
-BLOCK, SETTLE = 20, 3  # runs of one model in a row, and how many of them only warm its caches
 LIBRARIES = ("tensorrt", "tensorrt_rtx", "onnxruntime")
-PERCENTILES = (("p5", 5), ("median", 50), ("p95", 95), ("p99", 99))
-WIDE = 0.1  # width of a ratio's interval, relative to it, from which on there is no ratio
-BUSY = 0.1  # share of a model's runs that may have met something else on the processor
 TAKEN = 20  # percent of the GPU's time that something else may have had before the measurement
 INTERRUPTED = 130
 
-# How far outputs may be from the reference, relative to its largest value, before it is said that they differ.
-TOLERANCES = {"fp32": 1e-3, "fp16": 5e-2, "int8": 0.3}
-
-
-def digest(path: Path) -> str:
-    """The SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        for part in iter(lambda: file.read(1 << 20), b""):
-            found.update(part)
-    return found.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------------ measuring
-def measure(
-    engines: dict[str, Any], seconds: float, rounds: int, stopped: list[str] | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Latencies by model and mode, and how many times faster each is than the first model.
-
-    The models take turns in blocks of runs, in alternating order, so that a drift of clocks meets them alike; a ratio is
-    of the blocks' medians in one round, and low and high are the interval of its median (`median_interval`). There is at
-    least one round. stopped: is given a word after Ctrl-C, and what was measured until then is returned.
-    """
-    found: dict[str, Any] = {name: {} for name in engines}
-    ratios: dict[str, Any] = {name: {} for name in list(engines)[1:]}
-    modes = [mode for mode in ("stream", "graph") if all(mode in engine.modes for engine in engines.values())]
-    for mode in modes:
-        times: dict[str, list[Any]] = {name: [] for name in engines}
-        start = time.monotonic()
-        done = 0
-        try:
-            while not done or (done < rounds and time.monotonic() - start < seconds / len(modes)):
-                order = list(engines) if done % 2 == 0 else list(engines)[::-1]
-                block = {name: [engines[name].time(mode) for _ in range(BLOCK)][SETTLE:] for name in order}
-                for name, runs in block.items():
-                    times[name].append(runs)
-                done += 1
-        except KeyboardInterrupt:
-            if stopped is None:
-                raise
-            stopped.append(mode)
-        if not done:
-            break
-        for name, blocks in times.items():
-            runs = [run for block in blocks for run in block]
-            rows = {"host_ms": percentiles([host for _, host in runs])}
-            on_device = [gpu for gpu, _ in runs if gpu is not None]
-            found[name][mode] = dict(rows, runs=len(runs), **({"gpu_ms": percentiles(on_device)} if on_device else {}))
-        first = _medians(times[next(iter(engines))])
-        for name, row in ratios.items():
-            paired = [a / b for a, b in zip(first, _medians(times[name]))]
-            interval = median_interval(paired)
-            row[mode] = percentiles(paired)
-            if interval is not None:
-                row[mode].update(low=round(interval[0], 6), high=round(interval[1], 6))
-        if stopped:
-            break
-    return found, ratios
-
-
-def _medians(blocks: list[Any]) -> list[float]:
-    """The median run of every block, on the device where that is known."""
-    return [statistics.median(host if gpu is None else gpu for gpu, host in runs) for runs in blocks]
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    return {name: round(float(np.percentile(values, point)), 6) for name, point in PERCENTILES}
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The two of the values between which the median of what they were drawn from lies with a probability of at least
-    95 %, whatever its distribution; None of fewer than six values, which cannot say that.
-
-    The number of values below that median is binomial with probability 1/2 (order statistics).
-    """
-    ordered, count, tail, k = sorted(values), len(values), 0, 0
-    while 40 * (tail + math.comb(count, k)) <= 2**count:  # at most 2.5 % at either end
-        tail += math.comb(count, k)
-        k += 1
-    return (ordered[k - 1], ordered[count - k]) if k else None
-
-
-def unsure(ratio: dict[str, float]) -> str:
-    """Why a ratio is no figure to rely on, by its interval; empty when it is one."""
-    if "low" in ratio and ratio["high"] - ratio["low"] > WIDE * ratio["median"]:
-        return "it lies between {low:.2f} and {high:.2f} (95 %), which is too wide; measure longer".format(**ratio)
-    return ""
-
-
-def stolen() -> float:
-    """Seconds that a hypervisor has taken from this virtual machine's processors; 0 where that is not known."""
-    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError), open("/proc/stat") as file:
-        return int(file.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
-    return 0.0
-
-
-def check(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray], tolerance: float) -> dict[str, Any]:
-    """Whether the outputs are finite, and max |found - wanted| / max |wanted| of the worst one. note: what is wrong with
-    them, in words, where something is."""
-    row: dict[str, Any] = {"finite": True, "error": None, "tolerance": tolerance}
-    if not all(bool(np.isfinite(a).all()) for a in found if a.dtype.kind == "f"):
-        return dict(row, finite=False, note="outputs that are not finite")
-    if [a.shape for a in found] != [b.shape for b in wanted]:
-        shapes = [list(a.shape) for a in found], [list(b.shape) for b in wanted]
-        return dict(row, note="outputs of shapes {} instead of {}".format(*shapes))
-    errors = [
-        float(np.abs(a.astype(np.float64) - b).max(initial=0.0)) / (float(np.abs(b).max(initial=0.0)) or 1.0)
-        for a, b in zip(found, wanted)
-    ]
-    row["error"] = max(errors) if errors else None
-    if errors and not max(errors) <= tolerance:
-        row["note"] = f"outputs that differ from the reference by {max(errors):.1e}, more than {tolerance:g}"
-    return row
-
-
-def watch(engine: Any, monitor: Monitor, seconds: float) -> dict[str, Any]:
-    """What one model draws when it runs alone without a pause; energy in mJ of one run."""
-    mode = engine.modes[-1]
-    start, runs = time.monotonic(), 0
-    while not runs or time.monotonic() - start < seconds:
-        engine.time(mode)
-        runs += 1
-    elapsed = time.monotonic() - start
-    samples = monitor.since(start + 0.2 * elapsed)  # the sensors average over some time themselves
-    found = average(samples)
-    if found.get("total_mw"):
-        found["energy_mj"] = round(found["total_mw"] * elapsed / runs, 4)
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------------------- main
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Failure for a file of the bundle that is not as it was written."""
-    try:
-        yield
-    except OSError as error:
-        raise Damaged(f"{path}: {error.strerror or error}") from error
-    except (AttributeError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise Damaged(f"{path}: damaged ({type(error).__name__}: {error}); copy the bundle again") from error
-
-
-def read_bundle() -> dict[str, Any]:
-    """bundle.json, with what every model needs made sure of."""
-    path = HERE / "bundle.json"
-    with reading(path):
-        found = json.loads(path.read_text())
-        if found["format"] != FORMAT:
-            raise Failure(f"{path}: of format {found['format']}, this script reads {FORMAT}; bundle the models again")
-        if not found["models"]:
-            raise ValueError("no models")
-        for about in found["models"].values():
-            about.setdefault("precision", found["precision"])
-            about["file"], about["reference"], about["sha256"] = (
-                str(about[k]) for k in ("file", "reference", "sha256")
-            )
-            TOLERANCES[about["precision"]]
-    return found
-
-
-def read_reference(about: dict[str, Any]) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """Inputs by name, and outputs in order, of a model whose files are those that were bundled."""
-    for name, wanted in {about["file"]: about["sha256"], **about.get("data", {})}.items():
-        with reading(HERE / name):
-            if digest(HERE / name) != wanted:
-                raise Damaged(f"{Path(name).name}: not the file that was bundled; copy the bundle again")
-    with reading(HERE / about["reference"]):
-        with np.load(str(HERE / about["reference"])) as data:
-            arrays = {key: data[key] for key in data.files}
-        feeds = {key[6:]: value for key, value in arrays.items() if key.startswith("input:")}
-        return feeds, [arrays[key] for key in sorted(arrays) if key.startswith("output:")]
-
 
 def run(arguments: argparse.Namespace, say: Callable[[str], None], result: dict[str, Any]) -> None:
-    """Everything; `result` becomes what the JSON file holds. After Ctrl-C it has what was measured until then."""
-    bundle = read_bundle()
-    references = {name: read_reference(about) for name, about in bundle["models"].items()}  # fails early
+    """Build, compare and measure all models; `result` becomes what the JSON file holds, after Ctrl-C with what was measured
+    until then.
+
+    Raises Failure, RuntimeError or OSError where nothing can be measured.
+    """
+    bundle = read_bundle(HERE)
+    references = {name: read_reference(HERE, about) for name, about in bundle["models"].items()}  # fails early
     writable(arguments.out.parent)
     notes: list[str] = []
     wanted = bundle.get("engine")

@@ -1,0 +1,187 @@
+"""Measure a bench bundle, on this machine or on a device that ssh reaches, and bring its results back. Source: ours."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from ...graph.errors import BadInput, GraphcombError, nearest
+from ...graph.files import read_json, replacing
+from ..kit import SCRIPT
+from ..kit.bench import INTERRUPTED, OPTIONS
+from ..kit.contents import digest
+from ..measure.results import read_results
+
+PATIENCE = 60  # seconds until a script that was interrupted must have written what it has
+SOME = 1  # its exit code when there are results of some of the models
+
+
+def run_bundle(
+    folder: str | Path,
+    out: str | Path,
+    host: str | None = None,
+    arguments: Sequence[str] = (),
+    python: str | None = None,
+) -> dict[str, Any]:
+    """Measure a bundle and return the results, which also go to the file `out`.
+
+    host: "user@device", reached by ssh and scp (whose own settings hold: keys, ports, jump hosts); None measures on
+    this machine. arguments: of bench_device.py (`script_arguments`). python: the interpreter; by default this one here,
+    python3 on a host.
+
+    Where some models failed, or Ctrl-C ended it, the results are of the others, or until then; `failed` has the reasons by
+    model, and `interrupted` is true. Engines that TensorRT built on a host are brought back beside `out`.
+
+    Raises BadInput for a folder that is no bundle, GraphcombError with the reason when the measurement fails,
+    KeyboardInterrupt where Ctrl-C came before there were results.
+    """
+    folder, out = Path(folder).absolute(), Path(out).absolute()
+    if not (folder / "bundle.json").is_file() or not (folder / SCRIPT).is_file():
+        raise BadInput(f"{folder}: not a bench bundle; `graphcomb bundle` writes one")
+    _make(out.parent)
+    if host is None:
+        before = _stamp(out)
+        command = [python or sys.executable, str(folder / SCRIPT), "--out", str(out), "--attached", *arguments]
+        _measure(command, "bench_device.py", lambda: _stamp(out) != before)
+        return read_results(out)
+    if not host or host.startswith("-") or any(c.isspace() or c == ":" for c in host):
+        raise BadInput(f"--host {host}: expected user@device")
+    away = f"graphcomb-bench-{digest(folder / 'bundle.json')[:12]}"  # in the home folder there
+    _call(["ssh", host, f"mkdir -p {away} && rm -f {away}/results.json"], f"ssh {host}")
+    _call(["scp", "-q", "-r", *map(str, _contents(folder)), f"{host}:{away}/"], f"scp to {host}")
+    command = [python or "python3", f"{away}/{SCRIPT}", "--out", f"{away}/results.json", "--attached", *arguments]
+
+    def fetch() -> bool:
+        """Whether there are results; they are here then."""
+        try:
+            with replacing(out) as part:
+                _call(["scp", "-q", f"{host}:{away}/results.json", str(part)], f"scp from {host}")
+        except BadInput:
+            raise
+        except GraphcombError:
+            return False
+        return True
+
+    if _measure(["ssh", host, shlex.join(command)], f"bench_device.py on {host}", fetch) == 0 and not fetch():
+        raise GraphcombError(f"scp from {host} failed: {away}/results.json is not there")
+    found = read_results(out)
+    for file in _engines(found):
+        with replacing(out.with_name(file)) as part:
+            _call(["scp", "-q", f"{host}:{away}/{file}", str(part)], f"scp from {host}")
+    return found
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out: {folder} cannot be made ({error.strerror})") from error
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced."""
+    found = path.stat() if path.exists() else None
+    return (found.st_ino, found.st_mtime_ns) if found else None
+
+
+def _engines(results: Mapping[str, Any]) -> list[str]:
+    """Names of the engine files that a device keeps beside its results."""
+    names = [str(row.get("engine", {}).get("file", "")) for row in results["models"].values()]
+    return [name for name in names if name and PurePath(name).name == name and not name.startswith((".", "-"))]
+
+
+def _contents(folder: Path) -> list[Path]:
+    """What a bundle consists of, without what was measured here."""
+    try:
+        models = list(read_json(folder / "bundle.json")["models"])
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{folder / 'bundle.json'}: no models; bundle them again") from error
+    names = [SCRIPT, "bundle.json", "README.txt", "record.json", *models]
+    parts = sorted(folder.glob("graphcomb_*.py"))  # a bundle of an older version may have others
+    return [*parts, *(folder / name for name in names if (folder / name).exists())]
+
+
+def script_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options of bench_device.py as its command line takes them: {"dla": 0, "sparse": True} is --dla 0 --sparse.
+
+    Raises BadInput for what it does not take.
+    """
+    found: list[str] = []
+    for given, value in options.items():
+        name = given.replace("_", "-")
+        if name not in OPTIONS:
+            raise BadInput(f"option {given}: not one of the bench bundle; {nearest(name, OPTIONS)}")
+        about = OPTIONS[name]
+        if "action" in about:  # it is a switch
+            if not isinstance(value, bool):
+                raise BadInput(f"option {given}: true or false, not {value}")
+            found += [f"--{name}"] * value
+            continue
+        try:
+            about.get("type", str)(str(value))
+        except (ValueError, ArgumentTypeError) as error:
+            raise BadInput(f"option {given}: {error}") from error
+        if str(value) not in map(str, about.get("choices", (value,))):
+            raise BadInput(f"option {given}={value}: {nearest(str(value), about['choices'])}")
+        found.append(f"--{name}={value}")
+    return found
+
+
+def _call(command: list[str], what: str) -> None:
+    """Run a command; what it prints is shown, its last error line is the message of what is raised."""
+    try:
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    except FileNotFoundError as error:
+        raise BadInput(f"{command[0]}: not installed here") from error
+    if done.returncode:
+        raise GraphcombError(f"{what} failed: {_last(done.stderr, done.returncode)}")
+
+
+def _measure(command: list[str], what: str, results: Callable[[], bool]) -> int:
+    """Run the script, here or over ssh, until it ends or Ctrl-C, after which it is told to write what it has by the end of
+    its input. Returns its exit code where there are results (`results` says so), of all models or of some.
+
+    Raises GraphcombError with its last error line, KeyboardInterrupt where it was interrupted before there were any.
+    """
+    if shutil.which(command[0]) is None:
+        raise BadInput(f"{command[0]}: not installed here")
+    reading, writing = os.pipe()
+    # Ctrl-C reaches the whole group of processes: this one alone heeds it, so that ssh stays to the end.
+    command = ["/bin/sh", "-c", 'trap "" INT; exec "$@"', "sh", *command]
+    process = subprocess.Popen(command, stdin=reading, stderr=subprocess.PIPE, text=True)
+    os.close(reading)
+    interrupted = False
+    try:
+        while True:
+            try:
+                _, said = process.communicate(timeout=PATIENCE if interrupted else None)
+                break
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted = True
+                os.close(writing)
+    except BaseException as error:  # a second Ctrl-C, or it does not end
+        process.kill()
+        raise KeyboardInterrupt if isinstance(error, subprocess.TimeoutExpired) else error from None
+    finally:
+        if not interrupted:
+            os.close(writing)
+    code = process.returncode
+    if code and not (code in (SOME, INTERRUPTED) and results()):
+        if interrupted or code == INTERRUPTED:
+            raise KeyboardInterrupt
+        raise GraphcombError(f"{what} failed: {_last(said, code)}")
+    return code
+
+
+def _last(said: str, code: int) -> str:
+    lines = [line for line in said.splitlines() if line.strip()] or [f"exit code {code}"]
+    return lines[-1].removeprefix("error: ")

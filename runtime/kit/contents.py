@@ -1,0 +1,93 @@
+"""What a bench bundle holds, read on the device: its models, their reference inputs and outputs, and whether they are whole.
+
+A bench bundle takes this file along, so it needs nothing but numpy, and runs on Python 3.8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = "graphcomb-bench/1"
+# How far outputs may be from the reference, relative to its largest value, before it is said that they differ.
+TOLERANCES = {"fp32": 1e-3, "fp16": 5e-2, "int8": 0.3}
+
+
+class Failure(Exception):
+    """A message for the user, one line."""
+
+
+class Damaged(Failure):
+    """The bundle is not as it was written, so that none of it can be relied on."""
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        for part in iter(lambda: file.read(1 << 20), b""):
+            found.update(part)
+    return found.hexdigest()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise Damaged for a file of the bundle that cannot be read as it was written."""
+    try:
+        yield
+    except OSError as error:
+        raise Damaged(f"{path}: {error.strerror or error}") from error
+    except (AttributeError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise Damaged(f"{path}: damaged ({type(error).__name__}: {error}); copy the bundle again") from error
+
+
+def read_bundle(folder: Path) -> dict[str, Any]:
+    """What bundle.json holds, with what every model needs made sure of.
+
+    Raises Failure for another format, Damaged for a file that is not as it was written.
+    """
+    path = folder / "bundle.json"
+    with reading(path):
+        found = json.loads(path.read_text())
+        if found["format"] != FORMAT:
+            raise Failure(f"{path}: of format {found['format']}, this script reads {FORMAT}; bundle the models again")
+        if not found["models"]:
+            raise ValueError("no models")
+        for about in found["models"].values():
+            about.setdefault("precision", found["precision"])
+            about["file"], about["reference"], about["sha256"] = (
+                str(about[k]) for k in ("file", "reference", "sha256")
+            )
+            TOLERANCES[about["precision"]]
+    return found
+
+
+def read_reference(folder: Path, about: dict[str, Any]) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """Reference inputs by name, and outputs in order, of a model.
+
+    Raises Damaged where its files are not those that were bundled.
+    """
+    for name, wanted in {about["file"]: about["sha256"], **about.get("data", {})}.items():
+        with reading(folder / name):
+            if digest(folder / name) != wanted:
+                raise Damaged(f"{Path(name).name}: not the file that was bundled; copy the bundle again")
+    with reading(folder / about["reference"]):
+        with np.load(str(folder / about["reference"])) as data:
+            arrays = {key: data[key] for key in data.files}
+        feeds = {key[6:]: value for key, value in arrays.items() if key.startswith("input:")}
+        return feeds, [arrays[key] for key in sorted(arrays) if key.startswith("output:")]
+
+
+def complete(path: Path, names: Iterable[str], feeds: dict[str, np.ndarray]) -> None:
+    """Raise Damaged where the reference does not have exactly the inputs that a model takes."""
+    if set(names) != feeds.keys():
+        texts = ", ".join(sorted(names)), ", ".join(sorted(feeds))
+        raise Damaged("{}: takes {}, and the reference has {}; bundle it again".format(path.name, *texts))

@@ -1,0 +1,130 @@
+"""Latencies of models that run in turns, how sure their ratios are, and how far outputs are from the reference.
+
+A bench bundle takes this file along, so it needs nothing but numpy, and runs on Python 3.8. Sources: trtexec's practice
+(CUDA graph, events around each inference); the interval of a median by order statistics.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .telemetry import Monitor, average
+
+BLOCK, SETTLE = 20, 3  # runs of one model in a row, and how many of them only warm its caches
+PERCENTILES = (("p5", 5), ("median", 50), ("p95", 95), ("p99", 99))
+WIDE = 0.1  # width of a ratio's interval, relative to it, from which on there is no ratio
+
+
+def measure(
+    engines: dict[str, Any], seconds: float, rounds: int, stopped: list[str] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Latencies by model and mode, and how many times faster each is than the first model.
+
+    The models take turns in blocks of runs, in alternating order, so that a drift of clocks meets them alike; a ratio is
+    of the blocks' medians in one round, and low and high are the interval of its median (`median_interval`). There is at
+    least one round. stopped: is given a word after Ctrl-C, and what was measured until then is returned.
+    """
+    found: dict[str, Any] = {name: {} for name in engines}
+    ratios: dict[str, Any] = {name: {} for name in list(engines)[1:]}
+    modes = [mode for mode in ("stream", "graph") if all(mode in engine.modes for engine in engines.values())]
+    for mode in modes:
+        times: dict[str, list[Any]] = {name: [] for name in engines}
+        start = time.monotonic()
+        done = 0
+        try:
+            while not done or (done < rounds and time.monotonic() - start < seconds / len(modes)):
+                order = list(engines) if done % 2 == 0 else list(engines)[::-1]
+                block = {name: [engines[name].time(mode) for _ in range(BLOCK)][SETTLE:] for name in order}
+                for name, runs in block.items():
+                    times[name].append(runs)
+                done += 1
+        except KeyboardInterrupt:
+            if stopped is None:
+                raise
+            stopped.append(mode)
+        if not done:
+            break
+        for name, blocks in times.items():
+            runs = [run for block in blocks for run in block]
+            rows = {"host_ms": percentiles([host for _, host in runs])}
+            on_device = [gpu for gpu, _ in runs if gpu is not None]
+            found[name][mode] = dict(rows, runs=len(runs), **({"gpu_ms": percentiles(on_device)} if on_device else {}))
+        first = _medians(times[next(iter(engines))])
+        for name, row in ratios.items():
+            paired = [a / b for a, b in zip(first, _medians(times[name]))]
+            interval = median_interval(paired)
+            row[mode] = percentiles(paired)
+            if interval is not None:
+                row[mode].update(low=round(interval[0], 6), high=round(interval[1], 6))
+        if stopped:
+            break
+    return found, ratios
+
+
+def _medians(blocks: list[Any]) -> list[float]:
+    """The median run of every block, on the device where that is known."""
+    return [statistics.median(host if gpu is None else gpu for gpu, host in runs) for runs in blocks]
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    return {name: round(float(np.percentile(values, point)), 6) for name, point in PERCENTILES}
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The two of the values between which the median of what they were drawn from lies with a probability of at least
+    95 %, whatever its distribution; None of fewer than six values, which cannot say that.
+
+    The number of values below that median is binomial with probability 1/2 (order statistics).
+    """
+    ordered, count, tail, k = sorted(values), len(values), 0, 0
+    while 40 * (tail + math.comb(count, k)) <= 2**count:  # at most 2.5 % at either end
+        tail += math.comb(count, k)
+        k += 1
+    return (ordered[k - 1], ordered[count - k]) if k else None
+
+
+def unsure(ratio: dict[str, float]) -> str:
+    """Why a ratio is no figure to rely on, by its interval; empty when it is one."""
+    if "low" in ratio and ratio["high"] - ratio["low"] > WIDE * ratio["median"]:
+        return "it lies between {low:.2f} and {high:.2f} (95 %), which is too wide; measure longer".format(**ratio)
+    return ""
+
+
+def check(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray], tolerance: float) -> dict[str, Any]:
+    """Whether the outputs are finite, and max |found - wanted| / max |wanted| of the worst one. note: what is wrong with
+    them, in words, where something is."""
+    row: dict[str, Any] = {"finite": True, "error": None, "tolerance": tolerance}
+    if not all(bool(np.isfinite(a).all()) for a in found if a.dtype.kind == "f"):
+        return dict(row, finite=False, note="outputs that are not finite")
+    if [a.shape for a in found] != [b.shape for b in wanted]:
+        shapes = [list(a.shape) for a in found], [list(b.shape) for b in wanted]
+        return dict(row, note="outputs of shapes {} instead of {}".format(*shapes))
+    errors = [
+        float(np.abs(a.astype(np.float64) - b).max(initial=0.0)) / (float(np.abs(b).max(initial=0.0)) or 1.0)
+        for a, b in zip(found, wanted)
+    ]
+    row["error"] = max(errors) if errors else None
+    if errors and not max(errors) <= tolerance:
+        row["note"] = f"outputs that differ from the reference by {max(errors):.1e}, more than {tolerance:g}"
+    return row
+
+
+def watch(engine: Any, monitor: Monitor, seconds: float) -> dict[str, Any]:
+    """What one model draws when it runs alone without a pause; energy in mJ of one run."""
+    mode = engine.modes[-1]
+    start, runs = time.monotonic(), 0
+    while not runs or time.monotonic() - start < seconds:
+        engine.time(mode)
+        runs += 1
+    elapsed = time.monotonic() - start
+    samples = monitor.since(start + 0.2 * elapsed)  # the sensors average over some time themselves
+    found = average(samples)
+    if found.get("total_mw"):
+        found["energy_mj"] = round(found["total_mw"] * elapsed / runs, 4)
+    return found

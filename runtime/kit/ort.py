@@ -1,0 +1,93 @@
+"""ONNX Runtime on the CPU, as a bench bundle measures it: for a device without TensorRT, and to try a bundle out anywhere.
+
+A bench bundle takes this file along, so it needs nothing but numpy and ONNX Runtime itself, and runs on Python 3.8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .contents import Failure, complete
+from .guard import GUARD, TRIES
+
+KERNEL = "_kernel_time"  # what ONNX Runtime's profiler appends to the name of a node
+
+
+class OnnxRuntime:
+    """ONNX Runtime on the CPU: for a device without TensorRT, and to try a bundle out anywhere."""
+
+    modes: tuple[str, ...] = ("stream",)
+
+    def __init__(
+        self, path: Path, arguments: argparse.Namespace, feeds: dict[str, np.ndarray], about: dict[str, Any]
+    ) -> None:
+        import onnxruntime
+
+        start = time.perf_counter()
+        self._path, self._threads, self._half = path, arguments.threads, about["precision"] == "fp16"
+        try:
+            self._session = self._open()
+        except Exception as error:  # ONNX Runtime's exceptions share no public base
+            raise Failure(f"{path.name}: ONNX Runtime refuses it: {error}") from error
+        self.version = onnxruntime.__version__
+        self.about: dict[str, Any] = {
+            "build_seconds": round(time.perf_counter() - start, 3),
+            "bytes": path.stat().st_size,
+        }
+        kinds = {i.name: i.type for i in self._session.get_inputs()}
+        complete(path, kinds, feeds)
+        self._feeds = {k: v.astype(np.float16 if kinds[k] == "tensor(float16)" else v.dtype) for k, v in feeds.items()}
+
+    def _open(self, profile: str | None = None) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self._half:  # else some of its optimisations crash the process or compute something else on CPUs
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            options.enable_mem_pattern = False
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, profile
+        return onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """The outputs for the reference inputs, by name."""
+        names = [output.name for output in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(names, self._feeds)))
+
+    def time(self, mode: str) -> tuple[float | None, float]:
+        """Milliseconds of one run: on the accelerator (None without one), and as the caller sees it. A run during which
+        something else had the processor is repeated; one that never was alone is counted."""
+        for _ in range(TRIES):
+            cpu, start = time.process_time(), time.perf_counter()
+            self._session.run(None, self._feeds)
+            wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+            if self._threads > 1 or cpu >= GUARD * wall:
+                return None, 1e3 * wall
+        self.about["contended"] = self.about.get("contended", 0) + 1
+        return None, 1e3 * wall
+
+    def layers(self, runs: int) -> list[dict[str, Any]]:
+        """Median milliseconds of each layer, from the library's profiler, in a session of its own."""
+        with tempfile.TemporaryDirectory() as folder:
+            session = self._open(str(Path(folder) / "profile"))
+            for _ in range(runs + 1):  # the first only warms up
+                session.run(None, self._feeds)
+            events = json.loads(Path(session.end_profiling()).read_text())
+        times: dict[str, list[float]] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith(KERNEL):
+                times.setdefault(event["name"][: -len(KERNEL)], []).append(event["dur"] / 1e3)
+        return [{"name": name, "ms": round(statistics.median(ms[1:]), 6)} for name, ms in times.items() if ms[1:]]
+
+    def close(self) -> None:
+        del self._session

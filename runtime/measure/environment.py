@@ -1,0 +1,59 @@
+"""What a measured figure depends on: the machine, its clocks and load, the versions of libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "graphcomb",
+    "torch",
+    "onnxruntime",
+    "onnx",
+    "numpy",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "torch_tensorrt",
+)
+
+
+def environment(threads: int = 1) -> dict[str, Any]:
+    """What a figure depends on: processor, accelerator, clocks, versions, threads, load and date."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": _cpu(),
+        "cores": cores,
+        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "threads": threads,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu() -> str:
+    lines = (_read("/proc/cpuinfo") or "").splitlines()
+    found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return found or _read("/proc/device-tree/model") or platform.processor() or platform.machine()
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip().strip("\0") or None
+    except OSError:
+        return None

@@ -1,0 +1,119 @@
+"""ONNX models of one layer or several copies of it, which a latency table measures. Source: ours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from ...graph.workload.layers import Layer
+
+COPIES = 5  # of a layer, in the model that is compared with a single one
+OPSET = 20
+TYPES = {"fp32": int(TensorProto.FLOAT), "fp16": int(TensorProto.FLOAT16)}  # that layers are measured in
+
+
+def model(layer: Layer | None, copies: int, precision: str = "fp32") -> onnx.ModelProto:
+    """An ONNX model that runs the layer so many times, each copy with weights or inputs of its own. precision: of all of
+    its tensors."""
+    graph = _Graph(TYPES[precision])
+    if layer is None:
+        graph.outputs.append(graph.node("Neg", graph.input("x", (1,))))
+    else:
+        {"conv": _convs, "matmul": _matmuls, "attention": _attentions, "norm": _norms}.get(layer.op, _maps)(
+            graph, layer, copies
+        )
+    return graph.finish()
+
+
+class _Graph:
+    """An ONNX graph under construction, of tensors of one type; random weights are the same on every machine."""
+
+    def __init__(self, kind: int) -> None:
+        self.kind = kind
+        self.nodes: list[onnx.NodeProto] = []
+        self.inputs: dict[str, onnx.ValueInfoProto] = {}
+        self.weights: list[TensorProto] = []
+        self.outputs: list[str] = []
+        self.draw = np.random.default_rng(0)
+
+    def input(self, name: str, shape: Iterable[int]) -> str:
+        self.inputs[name] = helper.make_tensor_value_info(name, self.kind, list(shape))
+        return name
+
+    def operands(self, copies: int, *shapes: tuple[int, ...]) -> list[list[str]]:
+        """Inputs of these shapes for every copy. A model with fewer copies has the same inputs, so that it can be fed the
+        same arrays."""
+        found = [[self.input(f"x{i}_{j}", shape) for j, shape in enumerate(shapes)] for i in range(COPIES)]
+        return found[:copies]
+
+    def weight(self, *shape: int) -> str:
+        values = self.draw.standard_normal(shape, np.float32) / math.sqrt(max(math.prod(shape[1:]), 1))
+        values = values.astype(helper.tensor_dtype_to_np_dtype(self.kind))
+        self.weights.append(numpy_helper.from_array(values, f"w{len(self.weights)}"))
+        return self.weights[-1].name
+
+    def node(self, op: str, *inputs: str, **options: Any) -> str:
+        self.nodes.append(helper.make_node(op, inputs, [f"n{len(self.nodes)}"], f"{op}{len(self.nodes)}", **options))
+        return self.nodes[-1].output[0]
+
+    def finish(self) -> onnx.ModelProto:
+        outputs = [helper.make_tensor_value_info(name, self.kind, None) for name in self.outputs]
+        graph = helper.make_graph(self.nodes, "layer", list(self.inputs.values()), outputs, self.weights)
+        found = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+        return onnx.shape_inference.infer_shapes(found)  # outputs must say theirs
+
+
+def _convs(graph: _Graph, layer: Layer, copies: int) -> None:
+    x = graph.input("x", (layer["batch"], layer["inputs"], *layer["image"]))
+    groups = layer["groups"]
+    into, out = layer["inputs"], layer["outputs"] // groups
+    first = (into, out) if layer["transposed"] else (layer["outputs"], into // groups)
+    total = ""
+    for _ in range(copies):
+        y = graph.node(
+            "ConvTranspose" if layer["transposed"] else "Conv", x, graph.weight(*first, *layer["kernel"]),
+            graph.weight(layer["outputs"]), strides=layer["stride"], pads=[*layer["padding"]] * 2,
+            dilations=layer["dilation"], group=groups,
+        )  # fmt: skip
+        total = graph.node("Add", y, total) if total else y
+    graph.outputs.append(total)
+
+
+def _matmuls(graph: _Graph, layer: Layer, copies: int) -> None:
+    batch, rows, into, out = layer["batch"], layer["rows"], layer["inputs"], layer["outputs"]
+    if layer["shared"]:
+        x = graph.input("x", (1, rows, into))
+        for _ in range(copies):
+            graph.outputs.append(graph.node("Add", graph.node("MatMul", x, graph.weight(into, out)), graph.weight(out)))
+        return
+    for a, b in graph.operands(copies, (batch, rows, into), (batch, into, out)):
+        graph.outputs.append(graph.node("MatMul", a, b))
+
+
+def _attentions(graph: _Graph, layer: Layer, copies: int) -> None:
+    lead = (layer["batch"], layer["heads"])
+    shapes = [(layer["queries"], layer["width"]), (layer["width"], layer["keys"]), (layer["keys"], layer["value"])]
+    for q, k, v in graph.operands(copies, *((*lead, *shape) for shape in shapes)):
+        scores = graph.node("Softmax", graph.node("MatMul", graph.node("Mul", q, graph.weight(1)), k), axis=-1)
+        graph.outputs.append(graph.node("MatMul", scores, v))
+
+
+def _norms(graph: _Graph, layer: Layer, copies: int) -> None:
+    x = graph.input("x", (layer["rows"], layer["channels"]))
+    for _ in range(copies):
+        scale, bias = graph.weight(layer["channels"]), graph.weight(layer["channels"])
+        graph.outputs.append(graph.node("LayerNormalization", x, scale, bias, axis=-1))
+
+
+def _maps(graph: _Graph, layer: Layer, copies: int) -> None:
+    """Activations as GELU, everything that moves tensors as an addition."""
+    for (x,) in graph.operands(copies, (layer["entries"],)):
+        found = (
+            graph.node("Gelu", x) if layer.op == "activation" else graph.node("Add", x, graph.weight(layer["entries"]))
+        )
+        graph.outputs.append(found)
