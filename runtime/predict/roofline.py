@@ -3,14 +3,14 @@
 A layer takes the longer of its padded arithmetic and of moving its tensors once, and starting its kernel (Williams et al.,
 CACM 2009); which nodes of a program are one kernel, the target's library decides (`graph.fusion`). The device attains a
 share of its peak arithmetic and a share of its bandwidth, and a kernel and a run cost seconds of their own: four numbers,
-which an engineer can read, nominal or, calibrated, fitted to measurements. The fit is ours.
+which an engineer can read, nominal or, calibrated, fitted to measurements by robust least squares (the rows are ours).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,36 +226,13 @@ def _fit(base: Roofline, runs: list[Measured]) -> tuple[Roofline, list[str]]:
         found = np.log((work + launch * launches + run * whole) / measured)
         return np.concatenate([np.sqrt(weight) * found, PRIOR * (numbers - start)])
 
+    from scipy.optimize import least_squares  # here, since it takes half a second to import and nothing else needs it
+
     start = np.log([*scaled.rates, scaled.start])
-    numbers = np.exp(_least_squares(errors, start))
-    return _roofline(base, numbers), ["compute_share", "memory_share", "launch_us", "run_us"]
+    fit = least_squares(errors, start, loss="soft_l1", f_scale=ROBUST, ftol=1e-12, xtol=1e-8)
+    return _roofline(base, np.exp(fit.x)), ["compute_share", "memory_share", "launch_us", "run_us"]
 
 
 def _roofline(base: Roofline, numbers: Iterable[float]) -> Roofline:
     compute, memory, launch, run = map(float, numbers)
     return dataclasses.replace(base, compute=compute, memory=memory, launch=launch, per_run=run)
-
-
-def _least_squares(errors: Callable[[np.ndarray], np.ndarray], start: np.ndarray) -> np.ndarray:
-    """The numbers with the least robust sum of errors (soft L1): Levenberg-Marquardt with numeric derivatives."""
-
-    def cost(found: np.ndarray) -> float:
-        return float(np.sum(2 * (np.sqrt(1 + (found / ROBUST) ** 2) - 1)))
-
-    numbers, found, damping = start, errors(start), 1e-2
-    for _ in range(200):
-        weight = 1 / np.sqrt(1 + (found / ROBUST) ** 2)
-        step = 1e-5
-        slopes = np.stack([(errors(numbers + step * e) - found) / step for e in np.eye(len(numbers))], axis=1)
-        normal, gradient = slopes.T @ (weight[:, None] * slopes), slopes.T @ (weight * found)
-        move = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -gradient)
-        after = errors(numbers + np.clip(move, -1, 1))
-        if cost(after) < cost(found):
-            numbers, found, damping = numbers + np.clip(move, -1, 1), after, damping / 3
-            if np.abs(move).max() < 1e-6:
-                break
-        else:
-            damping *= 4
-            if damping > 1e9:
-                break
-    return numbers
