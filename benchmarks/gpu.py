@@ -86,6 +86,8 @@ def present(wanted: list[str] | None) -> dict[str, str]:
     import torch
 
     from graphcomb.graph.errors import GraphcombError
+    from graphcomb.runtime.devices.here import local_target
+    from graphcomb.runtime.devices.table import NAMES
     from graphcomb.runtime.engines.backends import BACKENDS, backend_module
 
     found = {}
@@ -97,9 +99,9 @@ def present(wanted: list[str] | None) -> dict[str, str]:
             module = backend_module(name)
             if not wanted and not torch.cuda.is_available():
                 found[name] = "no GPU"
-            elif hasattr(module, "local_target"):
+            elif name in NAMES:
                 module.library(name)
-                module.local_target(name)
+                local_target(name)
             found.setdefault(name, "")
         except GraphcombError as error:
             found[name] = str(error)
@@ -130,19 +132,20 @@ def engines(
 def opened(name: str, backend: str, program: Any, batches: list[int], folder: Path) -> Any:
     """A variant's engine, ready to run."""
     from graphcomb.runtime import build_engine, export_onnx, load_engine
-    from graphcomb.runtime.engines.backends import BACKENDS, backend_module
+    from graphcomb.runtime.devices.here import local_target
+    from graphcomb.runtime.devices.table import NAMES
+    from graphcomb.runtime.engines.backends import BACKENDS
     from graphcomb.runtime.engines.build import open_engine
 
     if BACKENDS[backend].source == ".pt2":
         return open_engine(half(program), backend)
     path = folder / f"{name.replace(' ', '-').replace(':', '-')}.onnx"
     export_onnx(program, path, "fp16")
-    module = backend_module(backend)
-    if not hasattr(module, "local_target"):
+    if backend not in NAMES:
         return open_engine(path, backend)
     sizes = (min(batches), min(batches), max(batches))
     file = path.with_suffix(BACKENDS[backend].suffixes[0])
-    report = build_engine(path, module.local_target(backend), file, backend, batch=sizes, sparse=name == "2:4")
+    report = build_engine(path, local_target(backend), file, backend, batch=sizes, sparse=name == "2:4")
     return load_engine(report.path, backend, graphs=True)
 
 

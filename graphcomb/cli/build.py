@@ -81,7 +81,7 @@ def build(
 
 def show_engine(report: dict[str, Any]) -> None:
     """What a build made of the model: kernels, padding and quantisation that cost, memory, with their origin."""
-    from ..runtime.engines.trt.log import UNFUSED
+    from ..runtime.engines.trt.kernels import UNFUSED
 
     report = printable(report)
 

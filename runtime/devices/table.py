@@ -29,6 +29,8 @@ DRIVE_THOR = {"DriveOS 7.0.3": (10, 10)}
 X86 = {"x86": (11, 4)}
 RTX = {"TensorRT-RTX": (1, 7)}
 
+NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}  # of the libraries that build for GPUs, in messages
+
 RENAMED = {(10, 1): (11, 0)}  # Thor's compute capability, to CUDA 12 and from CUDA 13 on
 
 AMPERE = ("fp32", "tf32", "fp16", "bf16", "int8")

@@ -12,6 +12,7 @@ from typing import Any
 from ...graph.errors import BadInput
 from ...graph.program import Program
 from ...graph.program import load as load_program
+from ..devices.here import local_target
 from ..devices.table import Target, get_target
 from ..onnx_file import check_model, input_specs, precision
 from .backends import BACKENDS, backend_module, check_options
@@ -114,7 +115,7 @@ def open_engine(
         ranges = {spec.name: (tuple(s),) * 3 for spec, s in wanted if None in spec.shape}
         options = options | ({"shapes": ranges} if ranges else {})
     with tempfile.TemporaryDirectory() as folder:
-        report = build_engine(path, module.local_target(name), Path(folder) / f"x{found.suffixes[0]}", name, **options)
+        report = build_engine(path, local_target(name), Path(folder) / f"x{found.suffixes[0]}", name, **options)
         own = {"host_code": True} if options.get("version_compatible") else {}  # this machine has just built it
         return load_engine(report.path, name, **own)
 

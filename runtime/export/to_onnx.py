@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import logging
-import math
 import os
 import re
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,15 +22,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-import torch
-from torch import fx
+from rich.console import Console
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 
 from ...graph.compat import pytree
-from ...graph.edit import infer
 from ...graph.errors import BadInput, Refused, nearest
-from ...graph.nodes import arguments, hint, op_name
 from ...graph.program import Program
 from ..devices.table import Target, get_target
 from ..engines import origins
@@ -45,6 +38,7 @@ from .islands import islands
 from .opset import DEFAULT, choose_opset, is_quantised, lower_to_17
 from .parity import Check, cases
 from .sparsity import SparseWeight, check_sparsity
+from .translate import exportable, quiet, translate
 
 PRECISIONS = ("fp32", "fp16")
 EXTERNAL_DATA = 1_900_000_000  # bytes of weights from which they go to a file of their own: protobuf ends at 2 GiB
@@ -134,11 +128,11 @@ def export_onnx(
     opset = choose_opset(program, device, opset)
     with _status(progress) as say:
         say("translating")
-        exported = _exportable(program).exported()
-        model = _translate(exported, max(opset, DEFAULT))
+        exported = exportable(program).exported()
+        model = translate(exported, max(opset, DEFAULT))
         places = {node.name: origins.scopes(node) for node in model.graph.node}
         say("folding constants")
-        with _quiet():
+        with quiet():
             graph = gs.import_onnx(model)
             graph.fold_constants().cleanup().toposort()
         _name(graph, exported)
@@ -212,79 +206,6 @@ def _accept(report: OnnxReport, found: Verdict) -> None:
         raise Refused("; ".join([f"{report.path}: {report.precision} {found.wrong}", *report.warnings]) + cure)
 
 
-# --------------------------------------------------------------------------------------------------------- translation
-def _exportable(program: Program) -> Program:
-    """A copy in eval mode, without what torch.onnx translates into shapes that no engine fuses; same arithmetic, plain
-    operators."""
-    program = program.copy()
-    program.module().eval()
-    module = program.graph_module
-    for node in list(module.graph.nodes):
-        if op_name(node) in ("adaptive_avg_pool2d", "adaptive_avg_pool3d"):
-            _global_pool(node)
-        elif op_name(node) == "scaled_dot_product_attention":
-            _attention(node)
-    module.recompile()
-    return program
-
-
-def _global_pool(node: fx.Node) -> None:
-    """Pooling to 1x1 is a mean; on a channels-last tensor torch.onnx would make it a gather over the whole tensor."""
-    a = arguments(node)
-    if all(size == 1 for size in a["output_size"]):
-        node.target = torch.ops.aten.mean.dim
-        node.args, node.kwargs = (a["self"], list(range(-len(a["output_size"]), 0)), True), {}
-
-
-def _attention(node: fx.Node) -> None:
-    """softmax(q k^T s + mask) v; torch.onnx would transpose k by two reshapes, which hides attention from TensorRT."""
-    a, aten, graph = arguments(node), torch.ops.aten, node.graph
-    mask, query = a["attn_mask"], a["query"].meta["val"]
-    if (
-        a["is_causal"]
-        or a["enable_gqa"]
-        or a["dropout_p"]
-        or (mask is not None and mask.meta["val"].dtype == torch.bool)
-    ):
-        return
-    scale = a["scale"] if a["scale"] is not None else hint(query.shape[-1]) ** -0.5
-    with graph.inserting_before(node):
-        found = graph.call_function(aten.mul.Scalar, (a["query"], scale))
-        keys = graph.call_function(aten.transpose.int, (a["key"], -2, -1))
-        found = graph.call_function(aten.matmul.default, (found, keys))
-        if mask is not None:
-            found = graph.call_function(aten.add.Tensor, (found, mask))
-        found = graph.call_function(aten.softmax.int, (found, -1))
-        found = graph.call_function(aten.matmul.default, (found, a["value"]))
-    for new in found.graph.nodes:
-        if "val" not in new.meta and new.op == "call_function":
-            new.meta = {k: v for k, v in node.meta.items() if k != "val"}
-            infer(new)
-    node.replace_all_uses_with(found)
-    graph.erase_node(node)
-
-
-def _translate(exported: ExportedProgram, opset: int) -> onnx.ModelProto:
-    try:
-        with _quiet(), _exact_rewrites():
-            found = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
-    except Exception as error:  # the exporter's errors carry the reason of the innermost one in their text
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        text = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-        raise Refused(f"torch.onnx cannot translate the program: {text[:300]}") from error
-    assert found is not None
-    model = found.model_proto
-    taken: set[str] = set()
-    for node in model.graph.node:  # the module's path tells a reader of an engine's report where a kernel comes from
-        module, _ = origins.scopes(node)
-        name = "/".join([*([module] if module else []), node.name.removeprefix("node_")])
-        node.name = name if name not in taken else f"{name}_{len(taken)}"
-        taken.add(node.name)
-    return model
-
-
 def _name(graph: gs.Graph, exported: ExportedProgram) -> None:
     """Name inputs after the program's arguments, outputs after its output structure, dynamic dimensions after what they
     are. An output that is an input, a constant or another output gets a tensor of its own."""
@@ -333,7 +254,6 @@ def _output_names(exported: ExportedProgram) -> list[str]:
     return names
 
 
-# -------------------------------------------------------------------------------------------------------------- checks
 def _check(model: onnx.ModelProto, opset: int, precision: str, float32: set[str], io: set[str]) -> None:
     """Opset and types as they came out; torch's exporter may keep its own opset. float32: nodes that are not in the
     precision; io: names of inputs and outputs, which may be fp32 as well."""
@@ -363,7 +283,6 @@ def _spec(tensor: gs.Variable) -> TensorSpec:
     return TensorSpec(tensor.name, np.dtype(tensor.dtype).name, shape)
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
 @contextlib.contextmanager
 def _saved(model: onnx.ModelProto, path: Path) -> Iterator[tuple[Path, int]]:
     """Write the model and run ONNX's checker under a temporary folder beside `path`; moved there on success only.
@@ -392,55 +311,10 @@ def _saved(model: onnx.ModelProto, path: Path) -> Iterator[tuple[Path, int]]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No chatter of the exporter and of graphsurgeon: prints, warnings, log lines."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    surgeon = gs.logger.G_LOGGER
-    severity, surgeon.severity = surgeon.severity, surgeon.ERROR
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        surgeon.severity = severity
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _exact_rewrites() -> Iterator[None]:
-    """The exporter's optimiser takes a number within 1e-8 of 0, or 1e-5 of 1, for it, and drops `x + 1e-12`, which keeps
-    a norm from dividing by 0. Here only 0 is 0, and 1 is 1."""
-    from onnxscript.rewriter import _matcher
-
-    def equal(a: float, b: float, **tolerances: float) -> bool:
-        return a == b if {0, 1} & {a, b} else math.isclose(a, b, **tolerances)
-
-    class Exact:
-        def __getattr__(self, name: str) -> Any:
-            return equal if name == "isclose" else getattr(math, name)
-
-    before = getattr(_matcher, "math", None)
-    if before is None:  # another version of onnxscript
-        yield
-        return
-    _matcher.math = Exact()  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        _matcher.math = before
-
-
-@contextlib.contextmanager
 def _status(progress: bool) -> Iterator[Any]:
     """A spinner that names the stage."""
     if not progress:
         yield lambda stage: None
         return
-    from rich.console import Console
-
     with Console(stderr=True).status("ONNX") as status:
         yield lambda stage: status.update(f"ONNX: {stage}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..engines.trt.log import UNFUSED
+from ..engines.trt.kernels import UNFUSED
 from .reading import items, mapping
 from .text import number
 

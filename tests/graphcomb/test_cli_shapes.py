@@ -161,14 +161,14 @@ def test_warnings_are_one_line_each(cli, model: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_gpu_that_is_taken_for_one_of_several_is_said(cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphcomb.runtime.devices import here
     from graphcomb.runtime.engines import backends
-    from graphcomb.runtime.engines.trt import build as tensorrt
 
     class Orin:
         compute_capability = (8, 7)
 
-    monkeypatch.setattr(tensorrt, "Cuda", Orin)
-    monkeypatch.setattr(tensorrt, "_machine_names", set)
+    monkeypatch.setattr(here, "Cuda", Orin)
+    monkeypatch.setattr(here, "_machine_names", set)
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     outcome = cli("bench", model, model, "--engine", "tensorrt", "--shape", "image=1x3x8x8")

@@ -57,7 +57,7 @@ def test_int8_that_is_right_is_handed_out(quantised: Program, precision: str, tm
 def test_int8_with_wrong_scales_is_refused(
     quantised: Program, precision: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    translate = onnx_module._translate
+    translate = onnx_module.translate
 
     def spoilt(*args: Any) -> onnx.ModelProto:
         model = translate(*args)
@@ -67,7 +67,7 @@ def test_int8_with_wrong_scales_is_refused(
         scale.CopyFrom(onnx.numpy_helper.from_array(values, scale.name))
         return model
 
-    monkeypatch.setattr(onnx_module, "_translate", spoilt)
+    monkeypatch.setattr(onnx_module, "translate", spoilt)
     with pytest.raises(Refused, match=f"{precision} differs from the"):
         export_onnx(quantised, tmp_path / "q.onnx", precision)
     assert list(tmp_path.iterdir()) == []

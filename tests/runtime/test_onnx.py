@@ -252,7 +252,7 @@ def test_an_opset_that_did_not_come_out_is_refused(
 def test_a_wrong_weight_is_refused_and_nothing_is_written(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    translate = onnx_module._translate
+    translate = onnx_module.translate
 
     def spoiled(*args: Any) -> onnx.ModelProto:
         model = translate(*args)
@@ -262,7 +262,7 @@ def test_a_wrong_weight_is_refused_and_nothing_is_written(
         weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
         return model
 
-    monkeypatch.setattr(onnx_module, "_translate", spoiled)
+    monkeypatch.setattr(onnx_module, "translate", spoiled)
     with pytest.raises(Refused, match=r"fp32 differs from the program by 0\.0\d+"):
         export_onnx(program, tmp_path / "net.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -406,7 +406,7 @@ def test_box_coordinates_are_decoded_in_fp32(tmp_path: Path) -> None:
 
 
 def test_wrong_scores_beside_boxes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    translate = onnx_module._translate
+    translate = onnx_module.translate
 
     def swapped(*args: Any) -> onnx.ModelProto:
         model = translate(*args)
@@ -419,7 +419,7 @@ def test_wrong_scores_beside_boxes_are_refused(tmp_path: Path, monkeypatch: pyte
 
     torch.manual_seed(0)
     program = captured(Boxes().eval(), 3, 20, 20)
-    monkeypatch.setattr(onnx_module, "_translate", swapped)
+    monkeypatch.setattr(onnx_module, "translate", swapped)
     for precision, figure in (("fp32", "by 0.000"), ("fp16", "in channel [45] of axis 1 of output")):
         with pytest.raises(Refused, match=f"{precision} differs from the program {figure}"):
             export_onnx(program, tmp_path / "b.onnx", precision)

@@ -24,12 +24,14 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import graphcomb
 from graphcomb.graph.errors import BadInput, MissingBackend, Refused
+from graphcomb.runtime.devices import here
+from graphcomb.runtime.devices.here import local_target
 from graphcomb.runtime.devices.table import TARGETS, get_target
 from graphcomb.runtime.engines import backends
 from graphcomb.runtime.engines.build import build_engine, load_engine
 from graphcomb.runtime.engines.trt import build as tensorrt
 from graphcomb.runtime.engines.trt import library as tensorrt_library
-from graphcomb.runtime.engines.trt.build import TensorRTEngine, build, local_target
+from graphcomb.runtime.engines.trt.build import TensorRTEngine, build
 from graphcomb.runtime.export.to_onnx import export_onnx
 from graphcomb.runtime.kit import cuda
 from graphcomb.runtime.kit.cuda import Cuda, CudaError, NoCuda
@@ -593,7 +595,7 @@ def test_an_engine_is_measured_on_a_profile_for_its_batch(classic, tmp_path, mon
         return all(a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True))
 
     monkeypatch.setattr(context, "set_input_shape", fits)
-    monkeypatch.setattr(tensorrt, "_machine_names", lambda: tensorrt._words("Jetson AGX Orin"))
+    monkeypatch.setattr(here, "_machine_names", lambda: here._words("Jetson AGX Orin"))
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: True)
     result = graphcomb.runtime.bench([model, model], engine="tensorrt", batch=batch, seconds=0.2, min_runs=1)
     assert result.ratio is not None
@@ -607,7 +609,7 @@ def machine(cudart, monkeypatch):
 
     def make(capability, *names):
         cudart.capability = capability
-        monkeypatch.setattr(tensorrt, "_machine_names", lambda: tensorrt._words(" ".join(names)))
+        monkeypatch.setattr(here, "_machine_names", lambda: here._words(" ".join(names)))
 
     return make
 

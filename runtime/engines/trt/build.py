@@ -12,7 +12,6 @@ Sources: TensorRT developer guide, "Strongly typed networks", "Working with dyna
 from __future__ import annotations
 
 import os
-import re
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,20 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
-import torch
 from rich.progress import Progress
 
-from ....graph.errors import BadInput, MissingBackend, Refused, nearest
+from ....graph.errors import BadInput, Refused, nearest
 from ....graph.files import replacing
 from ...devices.dla import dla_report
-from ...devices.table import TARGETS, Target, canonical, parsed_opset
+from ...devices.table import NAMES, Target, canonical, parsed_opset
 from ...kit.cuda import Cuda, CudaError
 from ...kit.trt import new_logger
 from ...onnx_file import opset_of, precision
 from ..backends import BACKENDS
 from ..base import EngineReport, UnparsedOp
-from .library import NAMES, library, load_plugins, new_monitor
-from .log import Pad, Unfused, parse_build_log
+from .kernels import Unfused
+from .library import library, load_plugins, new_monitor
+from .log import parse_build_log
+from .padding import Pad
 from .run import TensorRTEngine
 
 if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT, whose interface both packages have
@@ -160,40 +160,6 @@ def load(
     return TensorRTEngine(path, backend, graphs, host_code, plugins or ())
 
 
-def local_target(backend: str) -> Target:
-    """The target that this machine's GPU is; of boards with the same GPU the one that the machine's name fits best, with
-    a warning where that leaves several. Raises MissingBackend without a GPU, BadInput for one the table lacks."""
-    try:
-        capability = canonical(Cuda().compute_capability)
-    except CudaError as error:
-        raise MissingBackend(f"{backend} builds for this machine's GPU; {error}") from error
-    able = [t for t in TARGETS.values() if t.compute_capability == capability]
-    # Classic TensorRT builds for every GPU; where TensorRT-RTX does too, the table has the latter's target.
-    found = [t for t in able if t.backend == backend] or [t for t in able if backend == "tensorrt"]
-    gpu = "SM{}{}".format(*capability)
-    if not found:
-        raise BadInput(f"{NAMES[backend]}: no target for this machine's GPU ({gpu})")
-    words = _machine_names()
-    fits = [len(words & _words(f"{t.name} {t.board}")) for t in found]
-    best = [t for t, fit in zip(found, fits, strict=True) if fit == max(fits)]
-    if len(best) > 1:
-        others = ", ".join(t.name for t in best[1:])
-        warnings.warn(f"this machine's GPU ({gpu}) is taken for {best[0].name}; it may be {others}", stacklevel=2)
-    return best[0]
-
-
-def _machine_names() -> set[str]:
-    """The words in the names of the board (which Jetsons tell) and of the GPU (which PyTorch knows)."""
-    board = Path("/proc/device-tree/model")
-    names = board.read_text(errors="replace").strip("\0") if board.is_file() else ""
-    return _words(f"{names} {torch.cuda.get_device_name() if torch.cuda.is_available() else ''}")
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
-
-
-# ------------------------------------------------------------------------------------------------------ building
 class _Build:
     """One build: the library's objects, and each capability looked up before it is used.
 

@@ -13,8 +13,6 @@ from rich.progress import Progress, TaskID
 from ....graph.errors import BadInput, MissingBackend, Refused
 from ..backends import not_installed
 
-NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-
 
 def library(backend: str) -> ModuleType:
     """Import `tensorrt` or `tensorrt_rtx`. Raises MissingBackend where it is absent or cannot load its libraries."""

@@ -4,29 +4,14 @@ An engine built for another device cannot be opened on the machine that builds i
 profiling verbosity says the same: the parser prints every ONNX node with its shapes, the compiler one `Layers:` message
 with every kernel (TensorRT-RTX, TensorRT 10 and later) or `Engine Layer Information:` (TensorRT 8 to 10), the allocator
 its totals. Fields that a version leaves out stay empty; nothing is guessed from them.
-
-How padding is told apart from the model's own concatenations, pads and slices (ours): a tensor between two kernels is
-*padded* when it has the shape of none of the ONNX tensors that pass between their nodes, adjacent axes merged or not,
-and one of those has the same shape but for smaller extents.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 
-from ..base import Kernel
-from .padding import Pad, advice
+from .kernels import DTYPES, BuildLog, LoggedKernel, Node, Shape, Tensor
 
-Shape = tuple[int, ...]
-
-DTYPES = {
-    "Half": "fp16", "Float": "fp32", "BFloat16": "bf16", "FP8": "fp8", "FP4": "fp4",
-    "Int4": "int4", "Int8": "int8", "Int32": "int32", "Int64": "int64",
-}  # fmt: skip
 MEMORY = {
     "Total Weights": "weights",
     "Total Activation": "activations",
@@ -34,250 +19,7 @@ MEMORY = {
     "Total Host Persistent": "host",
     "Total Device Persistent": "device",
 }
-# Steps in the names of generated kernels (`__myl_ReluConc_myl0_3`) that make an axis longer or shorter. A kernel of only
-# these and reshapes does no work but padding, nor does one that also moves data if the order in memory stays the same.
-GROW, SHRINK = {"Conc", "Pad"}, {"Slic"}
-PADDING_ONLY = GROW | SHRINK | {"Repl", "Resh"}
-MOVES = {"Move", "Tran"}
-MOVERS = ("kgen", "runtime_function")
 SYNCHRONISE = ("signal", "wait")  # of streams that run at once: listed among the kernels, and none
-PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-QDQ = ("QuantizeLinear", "DequantizeLinear")
-QUANTIZED = ("int8", "fp8", "int4", "fp4")
-UNFUSED = {
-    "kernel": "a kernel of its own quantises or dequantises",
-    "float": "computes in floating point although its operands are quantised",
-    "idle": "quantises and dequantises within one kernel, which rounds and saves nothing",
-    "wide": "computes in few bits but writes floating point, and a kernel of its own scales and quantises that",
-}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A kernel's operand. shape: -1 where dynamic. format: the library's short name of the layout: "NHWC", "Linear".
-    order: axes from the slowest to the fastest in memory."""
-
-    name: str
-    shape: Shape
-    dtype: str = ""
-    format: str = ""
-    order: Shape = ()
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.shape))}] {self.format}".strip()
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One kernel as the log has it. nodes: names of the ONNX nodes that it computes."""
-
-    name: str
-    kind: str = ""
-    nodes: tuple[str, ...] = ()
-    inputs: tuple[Tensor, ...] = ()
-    constants: tuple[Tensor, ...] = ()
-    outputs: tuple[Tensor, ...] = ()
-
-    @property
-    def steps(self) -> list[str]:
-        """The operations of a generated kernel, from its name; empty for library kernels."""
-        name = re.match(r"__myl_([A-Za-z]+)", self.name)
-        return re.findall(r"[A-Z][a-z]*", name[1]) if name else []
-
-
-@dataclass(frozen=True)
-class Node:
-    """An ONNX node as the parser printed it, with the names and shapes of its operands."""
-
-    name: str
-    op: str
-    inputs: tuple[tuple[str, Shape], ...] = ()
-    outputs: tuple[tuple[str, Shape], ...] = ()
-
-
-@dataclass(frozen=True)
-class Unfused:
-    """Quantisation that buys no speed.
-
-    how: "kernel" (a kernel between two others does nothing but quantise or dequantise), "float" (an operator whose
-    operands are dequantised computes in floating point all the same), "idle" (a tensor is rounded and restored within
-    one kernel, so that it never crosses memory in few bits) or "wide" (a product of quantised operands is written in
-    floating point, for another kernel to scale). nodes: the ONNX nodes concerned.
-    """
-
-    kernel: str
-    how: str
-    nodes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{', '.join(self.nodes[:4])}: {UNFUSED[self.how]}"
-
-
-@dataclass
-class BuildLog:
-    """A parsed build log. memory: bytes by purpose. unread: lines that should describe a kernel and could not be
-    read."""
-
-    layers: list[Layer] = field(default_factory=list)
-    nodes: dict[str, Node] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
-    unread: list[str] = field(default_factory=list)
-
-    def kernels(self) -> list[Kernel]:
-        """The kernels in execution order; `padding` marks those that exist only to pad."""
-        padding = {pad.kernel for pad in self.pads() if pad.how == "kernel"}
-        return [
-            Kernel(
-                layer.name,
-                layer.kind,
-                layer.nodes,
-                tuple(map(str, layer.inputs)),
-                tuple(map(str, layer.outputs)),
-                layer.name in padding,
-            )
-            for layer in self.layers
-        ]
-
-    def pads(self, alignment: Callable[[str], int] | None = None) -> list[Pad]:
-        """Every padded axis. alignment: of the target by dtype ("fp16" -> 8); see `padding.advice`."""
-        readers: dict[str, list[Layer]] = {}
-        writers: dict[str, list[Layer]] = {}
-        for layer in self.layers:
-            for tensor in layer.inputs:
-                readers.setdefault(tensor.name, []).append(layer)
-            for tensor in layer.outputs:
-                writers.setdefault(tensor.name, []).append(layer)
-        pads: list[Pad] = []
-        widened: set[tuple[str, int, int]] = set()
-        for layer in self.layers:
-            steps = set(layer.steps)
-            for tensor in layer.outputs if steps & GROW else ():
-                known = self._inputs_of(readers.get(tensor.name, [])) or self._outputs_of([layer])
-                if small := _unpadded(tensor.shape, known):
-                    found = self._differences(layer, _how(layer, tensor, layer.inputs), small, tensor, alignment)
-                    pads += found
-                    widened |= {(r.name, p.before, p.after) for p in found for r in readers.get(tensor.name, [])}
-            for tensor in layer.inputs if steps & SHRINK else ():
-                known = self._outputs_of(writers.get(tensor.name, [])) or self._inputs_of([layer])
-                small = _unpadded(tensor.shape, known)
-                if small and any(output.shape == small for output in layer.outputs):
-                    pads += self._differences(layer, _how(layer, tensor, layer.outputs), small, tensor, alignment)
-            if layer.kind not in MOVERS:
-                weights = self._weight_pads(layer, alignment)
-                pads += [pad for pad in weights if (layer.name, pad.before, pad.after) not in widened]
-        return pads
-
-    def unfused(self) -> list[Unfused]:
-        """Quantisation that stayed outside of the operators it is for. Quantising the network's inputs and dequantising
-        its outputs is nobody's fault and not listed, nor are weights, which are quantised when the engine is built."""
-        made = {tensor.name for layer in self.layers for tensor in layer.outputs}
-        taken = {tensor.name for layer in self.layers for tensor in layer.inputs}
-        sources = {tensor: node for node in self.nodes.values() for tensor, _ in node.outputs}
-        narrow = {n for layer in self.layers if any(t.dtype in QUANTIZED for t in layer.inputs) for n in layer.nodes}
-        found: list[Unfused] = []
-        for layer in self.layers:
-            nodes = [self.nodes[name] for name in layer.nodes if name in self.nodes]
-            few = any(tensor.dtype in QUANTIZED for tensor in layer.outputs)
-            inner = any(t.name in made for t in layer.inputs) and any(t.name in taken for t in layer.outputs)
-            if nodes and all(node.op in QDQ for node in nodes):
-                found += [Unfused(layer.name, "kernel", layer.nodes)] if inner else []
-                continue
-            for node in nodes:
-                feeds = [sources[tensor] for tensor, _ in node.inputs if tensor in sources]
-                if node.op in PRODUCTS and len(feeds) > 1 and all(feed.op == QDQ[1] for feed in feeds[:2]):
-                    # A product may be spread over kernels, its bias apart: one that takes few bits is enough.
-                    if node.name not in narrow:
-                        found.append(Unfused(layer.name, "float", (node.name,)))
-                    elif self._writes_wide(layer, node):
-                        found.append(Unfused(layer.name, "wide", (node.name,)))
-                elif node.op == QDQ[1] and feeds and feeds[0].op == QDQ[0] and feeds[0] in nodes and not few:
-                    source = feeds[0].inputs[0][0] if feeds[0].inputs else ""
-                    if source in sources or source in taken:  # else it is a weight
-                        found.append(Unfused(layer.name, "idle", (feeds[0].name, node.name)))
-        return found
-
-    def _writes_wide(self, layer: Layer, node: Node) -> bool:
-        """Whether a layer multiplies in few bits and leaves the scaling of the result to another kernel."""
-        if layer.kind in MOVERS or not any(t.dtype in QUANTIZED for t in layer.inputs):
-            return False
-        wide = {t.name for t in layer.outputs if t.dtype in ("fp32", "fp16", "bf16")}
-        return any(
-            other is not layer and node.name in other.nodes and any(t.name in wide for t in other.inputs)
-            for other in self.layers
-        )
-
-    def _weight_pads(self, layer: Layer, alignment: Callable[[str], int] | None) -> list[Pad]:
-        """Zeros in the constants of a convolution or matrix product; a 1x1 convolution may have become a product, so
-        axes of size 1 do not count."""
-        pads = []
-        for name in layer.nodes:
-            node = self.nodes.get(name)
-            if node is None or node.op not in PRODUCTS or len(node.inputs) < 2:
-                continue
-            axes = [axis for axis, extent in enumerate(node.inputs[1][1]) if extent != 1]
-            weight = tuple(node.inputs[1][1][axis] for axis in axes)
-            turns = {weight: axes} | ({weight[::-1]: axes[::-1]} if len(weight) == 2 else {})
-            squeezed = [replace(c, shape=tuple(n for n in c.shape if n != 1)) for c in layer.constants]
-            wide = [c for c in squeezed if len(c.shape) == len(weight) > 1]
-            fits = [(c, small) for c in wide if (small := _unpadded(c.shape, turns, everywhere=True))]
-            if len(fits) == 1 and not any(c.shape in turns for c in wide):
-                constant, small = fits[0]
-                pads += self._differences(layer, "weights", small, constant, alignment, node, turns[small])
-        return pads
-
-    def _differences(
-        self,
-        layer: Layer,
-        how: str,
-        small: Shape,
-        tensor: Tensor,
-        alignment: Callable[[str], int] | None,
-        node: Node | None = None,
-        axes: Sequence[int] | None = None,
-    ) -> list[Pad]:
-        """The axes along which a tensor is wider than the model's shape of it. node: whose weight it is, with those axes."""
-        pads = []
-        nodes = layer.nodes if node is None else (node.name,)
-        aligned = alignment(tensor.dtype) if alignment and tensor.dtype in DTYPES.values() else 0
-        for place, (before, after) in enumerate(zip(small, tensor.shape, strict=True)):
-            if before != after:
-                axis = place if axes is None else axes[place]
-                groups = max(self._groups(name, None if node else before) for name in nodes) if nodes else 1
-                inner = node is not None and axis == 1
-                pads.append(
-                    Pad(layer.name, how, nodes, axis, before, after, *advice(before, after, aligned, groups, inner))
-                )
-        return pads
-
-    def _groups(self, name: str, channels: int | None) -> int:
-        """Of a convolution; 1 for another node, and for one that reads and writes others than so many channels. A depthwise
-        convolution that gives each channel one is as wide as it has groups, so that these bind nothing."""
-        node = self.nodes.get(name)
-        shapes = [] if node is None else [shape for _, shape in (*node.inputs[:2], *node.outputs[:1])]
-        if node is None or not node.op.startswith("Conv") or len(shapes) != 3 or min(map(len, shapes)) < 3:
-            return 1
-        (_, read, *_), weight, (_, written, *_) = shapes
-        groups = (read if node.op == "Conv" else written) // max(weight[1], 1)
-        bound = groups != read or groups != written
-        return groups if bound and channels in (None, read, written) else 1
-
-    def _inputs_of(self, layers: list[Layer]) -> list[Shape]:
-        """Shapes of the ONNX tensors that the layers' nodes read and do not write themselves."""
-        found = []
-        for layer in layers:
-            nodes = [self.nodes[name] for name in layer.nodes if name in self.nodes]
-            inner = {name for node in nodes for name, _ in node.outputs}
-            found += [shape for node in nodes for name, shape in node.inputs if name not in inner]
-        return found
-
-    def _outputs_of(self, layers: list[Layer]) -> list[Shape]:
-        """Shapes of the ONNX tensors that the layers' nodes write and do not read themselves."""
-        found = []
-        for layer in layers:
-            nodes = [self.nodes[name] for name in layer.nodes if name in self.nodes]
-            inner = {name for node in nodes for name, _ in node.inputs}
-            found += [shape for node in nodes for name, shape in node.outputs if name not in inner]
-        return found
 
 
 def parse_build_log(text: str) -> BuildLog:
@@ -320,13 +62,13 @@ OLD_LAYER = re.compile(r"Layer\(([^)]*)\): (.*), Tactic: ([^,]*), (.*)$")
 OLD_TENSOR = re.compile(r"(.*?) ?[\[(](\w+)[\[(]([-\d,: ]*)[\])][\])](?:, |$)")
 
 
-def _layer(name: str, rest: str) -> Layer:
+def _layer(name: str, rest: str) -> LoggedKernel:
     sections = re.split(r", (?=(?:Inputs|Constants|Outputs|TacticName|Metadata): )", rest)
     parts = {key: value for key, _, value in (section.partition(": ") for section in sections[1:])}
     inputs, constants, outputs = (
         tuple(_tensor(*t) for t in TENSOR.findall(parts.get(key, ""))) for key in ("Inputs", "Constants", "Outputs")
     )
-    return Layer(name, sections[0], tuple(SOURCE.findall(parts.get("Metadata", ""))), inputs, constants, outputs)
+    return LoggedKernel(name, sections[0], tuple(SOURCE.findall(parts.get("Metadata", ""))), inputs, constants, outputs)
 
 
 def _tensor(name: str, dims: str, rest: str) -> Tensor:
@@ -339,7 +81,7 @@ def _tensor(name: str, dims: str, rest: str) -> Tensor:
     )
 
 
-def _old_layer(kind: str, name: str, tactic: str, tensors: str) -> Layer:
+def _old_layer(kind: str, name: str, tactic: str, tensors: str) -> LoggedKernel:
     """`conv1 + relu1, Tactic: 0x1, x (Half[1,64:8,56,56]) -> y (Half[…])`; 8.x writes `x[Half(…)]`. The part after the
     colon is the vector of a blocked format; nodes are the names joined by " + "."""
     sides = [
@@ -356,40 +98,8 @@ def _old_layer(kind: str, name: str, tactic: str, tensors: str) -> Layer:
     ]
     moved = name.startswith("Reformatting CopyNode") or kind in ("Reformat", "NoOp")
     nodes = () if moved or name.startswith("{ForeignNode") else tuple(name.split(" + "))
-    return Layer(name, kind, nodes, sides[0], (), sides[1] if len(sides) > 1 else ())
+    return LoggedKernel(name, kind, nodes, sides[0], (), sides[1] if len(sides) > 1 else ())
 
 
 def _shape(text: str) -> Shape:
     return tuple(int(n) for n in re.findall(r"-?\d+", text))
-
-
-def _how(layer: Layer, padded: Tensor, others: tuple[Tensor, ...]) -> str:
-    """Whether the kernel that makes or takes the padded tensor exists only for the padding."""
-    steps = set(layer.steps)
-    if steps <= PADDING_ONLY:
-        return "kernel"
-    unmoved = bool(padded.order) and any(other.order == padded.order for other in others)
-    return "kernel" if steps <= PADDING_ONLY | MOVES and unmoved else "fused"
-
-
-def _unpadded(shape: Shape, known: Iterable[Shape], everywhere: bool = False) -> Shape | None:
-    """The largest known shape, seen with as many axes, that is a little smaller than `shape` along some axes (all of
-    them only if `everywhere`) and equal along the others; None when the shape itself is known or nothing fits. -1,
-    dynamic, fits itself only."""
-    views = {view for other in known for view in _views(other, len(shape))}
-    if shape in views:
-        return None
-    fits = [
-        small
-        for small in views
-        if all(0 < a <= b < 2 * a + 8 or a == b for a, b in zip(small, shape, strict=True))
-        and (everywhere or any(a == b for a, b in zip(small, shape, strict=True)))
-    ]
-    return max(fits, key=math.prod, default=None)
-
-
-def _views(shape: Shape, rank: int) -> Iterator[Shape]:
-    """The shape with adjacent axes merged down to `rank` axes, in every way."""
-    for cuts in itertools.combinations(range(1, len(shape)), rank - 1) if 0 < rank <= len(shape) else ():
-        runs = [shape[i:j] for i, j in itertools.pairwise((0, *cuts, len(shape)))]
-        yield tuple(-1 if -1 in run else math.prod(run) for run in runs)
