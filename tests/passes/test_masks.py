@@ -16,6 +16,7 @@ from graphcomb.runtime import export_onnx
 from graphcomb.runtime.export.sparsity import check_sparsity, sparse_weights
 
 from .depth.toys import Tied
+from .toys import Cut, Stop, draws
 
 
 def network():
@@ -27,11 +28,7 @@ def network():
 
 
 def batches(count=4):
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (torch.randn(8, 3, 12, 12, generator=generator), torch.randint(5, (8,), generator=generator))
-        for _ in range(count)
-    ]
+    return draws(count, (8, 3, 12, 12), 5)
 
 
 @pytest.fixture(scope="module")
@@ -77,23 +74,10 @@ def test_training_holds_the_zeros_and_moves_the_rest(sparse, optimizer):
 
 
 def test_a_resumed_training_holds_them_too(sparse, tmp_path):
-    class Stop(Exception):
-        pass
-
-    class Interrupted(list):
-        left = 6
-
-        def __iter__(self):
-            for item in super().__iter__():
-                if not self.left:
-                    raise Stop
-                self.left -= 1
-                yield item
-
     distill = Distill(epochs=3, lr=1e-2, alpha=0)
     whole = distill(sparse, data=batches())
     with pytest.raises(Stop):
-        distill(sparse, data=Interrupted(batches()), out=tmp_path)
+        distill(sparse, data=Cut(batches(), 6), out=tmp_path)
     resumed = distill(sparse, data=batches(), out=tmp_path)
     assert resumed.record["resumed_at"] == 4
     for name, mask in zeros_of(sparse).items():

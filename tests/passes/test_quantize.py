@@ -12,6 +12,8 @@ from graphcomb.graph.nodes import op_name
 from graphcomb.passes import Distill, Quantize, Sparsify
 from graphcomb.runtime import build_engine, export_onnx
 
+from .toys import draws
+
 pytest.importorskip("torchao", reason="needs torchao (the quantize extra)")
 
 
@@ -29,11 +31,7 @@ class Network(nn.Module):
 
 
 def batches(count=4):
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (torch.randn(8, 3, 12, 12, generator=generator), torch.randint(5, (8,), generator=generator))
-        for _ in range(count)
-    ]
+    return draws(count, (8, 3, 12, 12), 5)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from test_training import Cut, Stop, batches, captured, same, state
 from torch.nn import functional as F
 
 from graphcomb import Pipeline, capture
@@ -16,6 +15,8 @@ from graphcomb.passes import Distill, PruneDepth, Sparsify
 from graphcomb.passes.base import Context
 from graphcomb.passes.common.repeat import code_of, sample
 from graphcomb.passes.sparse.gradients import Gradients
+
+from ..toys import Cut, Stop, batches, captured, same, state
 
 
 def loss(outputs, labels):

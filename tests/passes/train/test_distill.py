@@ -1,15 +1,9 @@
 """Distill: what it learns, what it leaves alone, what it refuses, and that a killed run ends where a whole one does."""
 
 import itertools
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -18,10 +12,6 @@ import graphcomb.graph as g
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import RemoveChannels, Sparsify
 from graphcomb.passes.base import Context
-from graphcomb.passes.batch import split_batch
-from graphcomb.passes.common.feed import Feed
-from graphcomb.passes.common.loaders import Every, shard
-from graphcomb.passes.common.losses import accuracy, default_loss, logits_of
 from graphcomb.passes.common.processes import placed
 from graphcomb.passes.common.repeat import rng_state
 from graphcomb.passes.common.scoring import evaluate
@@ -30,58 +20,8 @@ from graphcomb.passes.train.distill import Distill, feature_distance, soft_kl
 from graphcomb.passes.train.features import matching_features
 from graphcomb.passes.train.options import Training, learning_rate
 
-
-class Block(nn.Module):
-    def __init__(self, inputs, outputs, stride=1):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs),
-        )  # fmt: skip
-        self.short = nn.Conv2d(inputs, outputs, 1, stride)
-
-    def forward(self, x):
-        return F.relu(self.body(x) + self.short(x))
-
-
-def network(width, last=None, dropout=0.1):
-    torch.manual_seed(width)
-    last = last or 2 * width
-    return nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), Block(width, 2 * width, 2),
-        Block(2 * width, last, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(last, 10),
-    )  # fmt: skip
-
-
-def capture(model, dynamic="batch", batch=3):
-    return g.capture(model, torch.randn(batch, 1, 8, 8), dynamic_shapes=dynamic)
-
-
-def tensors():
-    images, labels = load_digits(return_X_y=True)
-    return torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
-
-
-def loaders(batch=64, count=512, shuffle=True):
-    x, y = tensors()
-    return (
-        DataLoader(TensorDataset(x[:count], y[:count]), batch, shuffle=shuffle),
-        DataLoader(TensorDataset(x[-400:], y[-400:]), 128),
-    )
-
-
-@pytest.fixture(scope="module")
-def teacher():
-    data, _ = loaders(count=1300)
-    return Distill(epochs=4, lr=5e-3)(capture(network(12)), data=data).program
-
-
-def state(program):
-    return {k: v.clone() for k, v in program.module().state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+from ..toys import Cut, Stop, same, state
+from .toys import capture, loaders, network, tensors
 
 
 # ---------------------------------------------------------------------------------------------------------------- gain
@@ -282,7 +222,7 @@ def test_callbacks_see_gradients_hold_masks_and_resume(teacher, tmp_path):
     dead = programs[0].module().get_parameter("0.weight").flatten(1).abs().sum(1) == 0
     assert torch.equal(dead, masks.alive == 0)
     with pytest.raises(Stop):
-        distill.train(programs[1], Context(data=stopping_after(data, 5), teacher=teacher, out=tmp_path), [Masks()])
+        distill.train(programs[1], Context(data=Cut(data, 5), teacher=teacher, out=tmp_path), [Masks()])
     resumed = Masks()
     record = distill.train(programs[2], Context(data=data, teacher=teacher, out=tmp_path), [resumed])
     assert record["resumed_at"] == 4
@@ -304,61 +244,6 @@ def test_a_module_on_another_device_takes_the_tensors_it_creates_along():
     assert torch.equal(program.module()(torch.ones(5, 1, 8, 8)), torch.ones(5, 1, 8, 8))
 
 
-# ----------------------------------------------------------------------------------------------------- data and scores
-def test_batches_of_every_form():
-    x, y = torch.zeros(2, 1), torch.zeros(2)
-    assert split_batch((x, y)) == ((x,), {}, y)
-    assert split_batch([x, y]) == ((x,), {}, y)
-    assert split_batch(x) == split_batch([x]) == split_batch((x,)) == ((x,), {}, None)
-    assert split_batch({"a": x, "labels": y}) == ((), {"a": x}, y)
-    assert split_batch(({"a": x}, y)) == ((), {"a": x}, y)
-    assert split_batch(([x, y], y)) == ((x, y), {}, y)
-
-
-@pytest.mark.parametrize(
-    ("batch", "says"),
-    [
-        ("text", "yields a str"), ((1, 2), "yields a int"), ((torch.ones(1),) * 3, r"a tuple of 3 \(Tensor\)"),
-        ({"labels": torch.ones(1)}, "an empty dict"), ({"a": [1]}, '"a": list'), ([], "a list of 0"),
-    ],
-)  # fmt: skip
-def test_other_batches_are_refused_by_what_they_are(batch, says):
-    with pytest.raises(BadInput, match=says):
-        split_batch(batch)
-
-
-def test_keyword_inputs_are_put_in_the_programs_order():
-    class Two(nn.Module):
-        def forward(self, x, scale, *, shift):
-            return x * scale + shift
-
-    a, b, c = (torch.full((3, 2), float(i)) for i in (2, 3, 4))
-    program = g.capture(Two(), (a, b), {"shift": c}, dynamic_shapes="batch")
-    feed = Feed(program)
-    for batch in ({"shift": c, "scale": b, "x": a}, ([a, b, c], None)):
-        found = feed.fit(batch)
-        assert torch.equal(program.module()(*found.args, **found.kwargs), torch.full((3, 2), 10.0))
-    with pytest.raises(BadInput, match='lacks the input "scale"'):
-        feed.fit({"x": a, "shift": c})
-    with pytest.raises(BadInput, match='no input "y" in the program; it takes x, scale, shift'):
-        feed.fit({"x": a, "y": b})
-    with pytest.raises(BadInput, match="a batch has 4 inputs"):
-        feed.fit(([a, b, c, c], None))
-
-
-@pytest.mark.parametrize(
-    ("x", "says"),
-    [
-        (torch.zeros(4, 8, 8), r'input "input" has shape \(4, 8, 8\), the program takes \(batch, 1, 8, 8\)'),
-        (torch.zeros(4, 3, 8, 8), r"has shape \(4, 3, 8, 8\)"),
-        (torch.zeros(4, 1, 8, 8, dtype=torch.float64), "is torch.float64, the program takes torch.float32"),
-    ],
-)
-def test_inputs_that_do_not_fit_are_named(x, says):
-    with pytest.raises(BadInput, match=says):
-        Distill()(capture(network(4)), data=[(x, torch.zeros(4).long())])
-
-
 def test_a_program_of_fixed_batch_size_trains_and_scores_every_sample(teacher):
     x, y = tensors()
     x, y = x[:150], y[:150]
@@ -376,81 +261,6 @@ def test_a_program_of_fixed_batch_size_trains_and_scores_every_sample(teacher):
         Distill()(student, data=DataLoader(TensorDataset(x, y), 16))
     with pytest.raises(BadInput, match="a batch has 64 samples"):
         evaluate(student, DataLoader(TensorDataset(x, y), 64))
-
-
-def test_filling_up_a_batch_leaves_alone_what_is_not_batched():
-    """A table as long as the short batch, as an input and as an output."""
-
-    class Anchored(nn.Module):
-        def __init__(self, classes):
-            super().__init__()
-            self.head = nn.Linear(4, classes)
-
-        def forward(self, x, table):
-            return self.head(x) @ table, table * 2
-
-    program = g.capture(Anchored(3), (torch.zeros(5, 4), torch.zeros(3, 3)))
-    x, table = torch.randn(3, 4), torch.randn(3, 3)
-
-    def metric(outputs, labels):
-        assert outputs[0].shape == (3, 3)
-        assert torch.equal(outputs[1], table * 2)
-        return outputs[0].sum(1)
-
-    expected = program.module()(torch.cat([x, x[-1:], x[-1:]]), table)[0][:3].sum(1).mean().item()
-    assert evaluate(program, [((x, table), torch.zeros(3))], metric) == pytest.approx(expected)
-    program = g.capture(Anchored(5), (torch.zeros(5, 4), torch.zeros(5, 5)))  # the table is complete already
-    (batch,) = Feed(program).batches([((x, table := torch.randn(5, 5)), torch.zeros(3))], pad=True)
-    assert batch.args[0].shape == (5, 4)
-    assert torch.equal(batch.args[1], table)
-
-
-def test_evaluate_restores_every_flag_and_takes_a_metric():
-    _, val = loaders()
-    model = network(6).train()
-    model[3].eval()
-    modes = [m.training for m in model.modules()]
-    program = capture(model)
-    code = program.module().train().code
-    assert evaluate(model, val) == evaluate(program, val)
-    assert [m.training for m in model.modules()] == modes
-    assert program.module().training
-    assert program.module().code == code
-    margin = evaluate(program, val, lambda outputs, labels: outputs.max(1).values)
-    assert margin == pytest.approx(torch.cat([program.module().eval()(x).max(1).values for x, _ in val]).mean().item())
-    with pytest.raises(BadInput, match="val: the batches have no labels"):
-        evaluate(program, [torch.zeros(3, 1, 8, 8)])
-    with pytest.raises(BadInput, match="metric: does not take these outputs"):
-        evaluate(program, [(torch.zeros(3, 1, 8, 8), torch.zeros(2))])
-    with pytest.raises(BadInput, match="yields nothing"):
-        evaluate(program, [])
-
-
-def test_class_scores_are_found_or_asked_for():
-    scores = torch.zeros(2, 3)
-    assert logits_of(scores) is logits_of([scores]) is logits_of({"logits": scores, "h": scores}) is scores
-    with pytest.raises(BadInput, match=r"no single tensor of class scores \(found \(2, 3\), \(2, 3\)\)"):
-        logits_of((scores, scores))
-    assert accuracy(torch.eye(3), torch.tensor([0, 2, -100])).tolist() == [1.0, 0.0]
-    assert default_loss(torch.eye(3), torch.tensor([0, -100, -100])) < 0.6
-
-
-def test_processes_share_the_batches():
-    data = DataLoader(TensorDataset(torch.arange(22)), 4)
-    whole = [b[0].tolist() for b in data]
-    for even, count in itertools.product((True, False), (1, 2, 4)):
-        parts = [shard(data, i, count, even) for i in range(count)]
-        taken = [[b[0].tolist() for b in part] for part in parts]
-        assert [len(p) for p in parts] == [len(t) for t in taken]
-        merged = [b for group in itertools.zip_longest(*taken) for b in group if b is not None]
-        assert merged == (whole[: len(whole) // count * count] if even else whole)
-
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter(range(6))
-
-    assert [b.tolist() for b in shard(DataLoader(Stream(), 2), 1, 2)] == [[2, 3]]
-    assert list(Every("abcde", 0, 2, even=False)) == ["a", "c", "e"]
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -520,162 +330,6 @@ def test_half_precision_needs_a_gpu(monkeypatch):
         pytest.skip("this machine has a GPU")
     with pytest.raises(BadInput, match='precision: "fp16" needs a GPU'):
         Distill(precision="fp16")(capture(network(4)), data=loaders()[0])
-
-
-# --------------------------------------------------------------------------------------------------- checkpoint, resume
-class Noisy(torch.utils.data.Dataset):
-    """Digits with noise drawn from the global generator while training goes on, the hardest case for a resume."""
-
-    def __init__(self):
-        self.x, self.y = tensors()
-
-    def __len__(self):
-        return 256
-
-    def __getitem__(self, i):
-        return self.x[i] + 0.1 * torch.randn(1, 8, 8), self.y[i]
-
-
-class Stop(Exception):
-    pass
-
-
-def stopping_after(data, count):
-    """The loader, cut off by an exception before batch `count` + 1 in all."""
-
-    class Cut:
-        seen, generator = 0, data.generator
-
-        def __len__(self):
-            return len(data)
-
-        def __iter__(self):
-            for batch in data:
-                if self.seen == count:
-                    raise Stop
-                self.seen += 1
-                yield batch
-
-    return Cut()
-
-
-@pytest.mark.parametrize("stop", [1, 3, 8, 11])
-@pytest.mark.parametrize("own_generator", [False, True])
-def test_a_resumed_run_ends_bit_by_bit_where_a_whole_one_does(stop, own_generator, teacher, tmp_path):
-    def data():
-        generator = torch.Generator().manual_seed(5) if own_generator else None
-        return DataLoader(Noisy(), 32, shuffle=True, generator=generator)
-
-    student, distill = capture(network(6)), Distill(epochs=2, checkpoint_every=3)
-    _, val = loaders()
-    whole = distill(student, data=data(), val=val, teacher=teacher, out=tmp_path / "whole")
-    out = tmp_path / "cut"
-    with pytest.raises(Stop):
-        distill(student, data=stopping_after(data(), stop), val=val, teacher=teacher, out=out)
-    assert len(list(out.glob("*"))) == (stop >= 3)
-    resumed = distill(student, data=data(), val=val, teacher=teacher, out=out)
-    assert resumed.record.get("resumed_at") == {1: None, 3: 3, 8: 6, 11: 9}[stop]
-    assert same(state(resumed.program), state(whole.program))
-    assert resumed.record["epochs"] == whole.record["epochs"]
-    assert list(out.glob("*")) == [], "a finished run leaves no checkpoint"
-
-
-def job(out, *, kill_at=0, per_process=64, epochs=2):
-    """The run of the tests with several processes: no dropout and frozen statistics, so that only the global batch
-    counts. kill_at: the checkpoint in whose middle the process kills itself."""
-    student, teacher = capture(network(6, dropout=0.0)), capture(network(12))
-    data, val = loaders(batch=per_process)
-    save, calls = torch.save, itertools.count(1)
-
-    def half_a_file(value, path, **options):
-        if isinstance(path, Path) and next(calls) == kill_at:
-            path.write_bytes(b"half a file")
-            os.kill(os.getpid(), signal.SIGKILL)
-        save(value, path, **options)
-
-    torch.save = half_a_file
-    try:
-        distill = Distill(epochs=epochs, checkpoint_every=3, batch_norm="frozen")
-        return distill(student, data=data, val=val, teacher=teacher, out=out)
-    finally:
-        torch.save = save
-
-
-def command(*arguments):
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-def test_a_run_killed_while_it_writes_a_checkpoint_resumes(tmp_path):
-    whole = job(tmp_path / "whole")
-    done = command(__file__, str(tmp_path / "killed"), "3")
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    files = sorted(f.name for f in (tmp_path / "killed").iterdir())
-    assert [f.split(".")[-1] for f in files] == ["part", "ckpt"]
-    assert (tmp_path / "killed" / files[0]).read_bytes() == b"half a file"
-    resumed = job(tmp_path / "killed")
-    assert resumed.record["resumed_at"] == 6
-    assert same(state(resumed.program), state(whole.program))
-    assert resumed.record["epochs"] == whole.record["epochs"]
-    assert list((tmp_path / "killed").iterdir()) == []
-
-
-def test_a_checkpoint_of_another_run_is_not_taken_and_a_damaged_one_is_named(tmp_path):
-    data, _ = loaders()
-    student = capture(network(6))
-    with pytest.raises(Stop):
-        Distill(checkpoint_every=2)(student, data=stopping_after(data, 5), out=tmp_path)
-    (checkpoint,) = tmp_path.iterdir()
-    for options, context in (({"lr": 2e-3}, {}), ({}, {"seed": 1})):
-        other = Distill(checkpoint_every=2, **options)(student, data=data, out=tmp_path, **context)
-        assert "resumed_at" not in other.record
-    other = Distill(checkpoint_every=2)(capture(network(7)), data=data, out=tmp_path)
-    assert "resumed_at" not in other.record
-    assert list(tmp_path.iterdir()) == [checkpoint]
-    checkpoint.write_bytes(b"half a file")
-    with pytest.raises(BadInput, match=r"distill-\w+.ckpt: no usable checkpoint .*delete it to train from the start"):
-        Distill(checkpoint_every=2)(student, data=data, out=tmp_path)
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    data, _ = loaders()
-    with pytest.raises(BadInput, match="the checkpoint cannot be written"):
-        Distill(checkpoint_every=2)(capture(network(4)), data=data, out=tmp_path / "file")
-
-
-@pytest.mark.slow
-def test_two_processes_train_what_one_does_with_the_same_global_batch(tmp_path):
-    one = job(tmp_path / "one")
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = command(*launch, __file__, str(tmp_path / "two"), "0", "32")
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"two-{rank}.pt") for rank in range(2))
-    assert first["record"]["processes"] == 2
-    assert first["record"]["steps"] == one.record["steps"]
-    assert same(first["state"], second["state"])
-    for name, tensor in state(one.program).items():
-        torch.testing.assert_close(first["state"][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
-    for found, expected in zip(first["record"]["epochs"], one.record["epochs"], strict=True):
-        assert found == pytest.approx(expected, rel=1e-3)
-    # killed in the middle of a checkpoint, the launcher stops both; started again, they end at the same bits
-    done = command(*launch, __file__, str(tmp_path / "killed"), "2", "32")
-    assert done.returncode != 0
-    done = command(*launch, __file__, str(tmp_path / "killed"), "0", "32")
-    assert done.returncode == 0, done.stderr
-    again = torch.load(tmp_path / "killed-0.pt")
-    assert again["record"]["resumed_at"] == 3
-    assert same(again["state"], first["state"])
-    assert again["record"]["epochs"] == first["record"]["epochs"]
-
-
-if __name__ == "__main__":
-    folder, kill, per_process = (*sys.argv[1:], "64")[:3]
-    rank = os.environ.get("RANK", "0")
-    result = job(folder, kill_at=int(kill) if rank == "0" else 0, per_process=int(per_process))
-    torch.save({"state": state(result.program), "record": result.record}, f"{folder}-{rank}.pt")
 
 
 class Archive(IterableDataset):

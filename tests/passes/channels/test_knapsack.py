@@ -15,6 +15,8 @@ from graphcomb.graph.workload.layers import Layer
 from graphcomb.passes.channels import knapsack as module
 from graphcomb.passes.channels.knapsack import Floor, Predictor, knapsack
 
+from ..toys import chain
+
 
 class PerMac:
     """A device whose time is padded MACs and a price per layer."""
@@ -27,13 +29,6 @@ class PerMac:
 
     def seconds(self, layer: Layer) -> float:
         return 1e-9 * layer.macs(self.alignment) + 1e-7
-
-
-def chain(*widths: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for a, b in itertools.pairwise((1, *widths)):
-        layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 3))
 
 
 @pytest.fixture

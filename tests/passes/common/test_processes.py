@@ -23,6 +23,10 @@ from graphcomb.passes.common.weights import layers
 from graphcomb.passes.sparse.gradients import Gradients
 from graphcomb.passes.sparse.moments import input_moments
 
+from ..toys import Cut, Stop
+
+ROOT, MODULE = Path(__file__).parents[3], "tests.passes.common.test_processes"
+
 
 class Skewed:
     """Latencies that differ from process to process, as measured ones do."""
@@ -94,23 +98,6 @@ def shared(program):
     return found | {"squares": lambda: [squares()], "moments": lambda: moments()[0][name].flatten(1).tolist()}
 
 
-class Stop(Exception):
-    pass
-
-
-class Cut(list):
-    """Batches, cut off in every process after so many in all."""
-
-    left = 0
-
-    def __iter__(self):
-        for batch in super().__iter__():
-            if not self.left:
-                raise Stop
-            self.left -= 1
-            yield batch
-
-
 def digest(program):
     return [round(float(p.double().sum()), 9) for p in program.module().parameters()]
 
@@ -119,10 +106,8 @@ def interrupted(pass_, program, data, folder, left):
     """The weights after a run that was interrupted and started again, in a folder that only this process sees; and those of
     a whole one, and whether the second run trained less."""
     whole = pass_(program, data=data, out=folder / "whole")
-    cut = Cut(data)
-    cut.left = left
     try:
-        pass_(program, data=cut, out=folder / "cut")
+        pass_(program, data=Cut(data, left), out=folder / "cut")
     except Stop:
         again = pass_(program, data=data, out=folder / "cut")
         return digest(again.program), digest(whole.program), again.record.get("resumed_at", 0)
@@ -188,8 +173,8 @@ def test_processes_agree(tmp_path):
     environment = plain | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)], env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", MODULE, str(tmp_path)],
+            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, cwd=ROOT, stderr=subprocess.PIPE, text=True,
         )
         for r in range(2)
     ]  # fmt: skip

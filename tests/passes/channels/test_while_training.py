@@ -1,25 +1,13 @@
 """Pruning while training: what is scored, what an event cuts, that masked equals sliced, and that several processes and
 resumed runs end where one whole run does."""
 
-import dataclasses
-import itertools
-import os
-import signal
-import socket
-import subprocess
-import sys
-from datetime import timedelta
-
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-import graphcomb.graph as g
 from graphcomb.graph import verify
 from graphcomb.graph.comb.solve import Comb
-from graphcomb.graph.errors import BadInput, GraphcombError, Unreachable
 from graphcomb.graph.program import load
 from graphcomb.graph.surgery import remove
 from graphcomb.passes.base import Context
@@ -31,78 +19,10 @@ from graphcomb.passes.train import loop
 from graphcomb.passes.train.distill import Distill, feature_distance
 from graphcomb.passes.train.features import matching_features
 
+from ..toys import same, state
+from .toys import Segmenter, Transformer, batches, capture, convolutions, pruning
+
 EXACT = 1e-10
-
-
-class Block(nn.Module):
-    def __init__(self, inputs, outputs, stride=1):
-        super().__init__()
-        self.one, self.two = nn.Conv2d(inputs, outputs, 3, stride, 1), nn.Conv2d(outputs, outputs, 3, 1, 1)
-        self.norm, self.short = nn.GroupNorm(1, outputs), nn.Conv2d(inputs, outputs, 1, stride)
-
-    def forward(self, x):
-        return F.relu(self.norm(self.two(F.relu(self.one(x)))) + self.short(x))
-
-
-def convolutions(norm=True, width=8):
-    """Two residual blocks; GroupNorm over all channels, so that multiplying by masks would not be slicing."""
-    torch.manual_seed(0)
-    blocks = [Block(1, width, 2), Block(width, 2 * width, 2)] if norm else []
-    if not norm:
-        blocks = [nn.Conv2d(1, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU()]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 4))
-
-
-class Transformer(nn.Module):
-    def __init__(self, width=16, heads=4, depth=2):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.heads = nn.Conv2d(1, width, 2, 2), heads
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({
-                "a": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width),
-                "b": nn.LayerNorm(width), "up": nn.Linear(width, 2 * width), "down": nn.Linear(2 * width, width),
-            })
-            for _ in range(depth)
-        )  # fmt: skip
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 4)
-
-    def forward(self, x):
-        x = self.embed(x).flatten(2).transpose(1, 2)
-        for m in self.layers:
-            b, n, c = x.shape
-            q, k, v = m["qkv"](m["a"](x)).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-            x = x + m["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
-            x = x + m["down"](F.gelu(m["up"](m["b"](x))))
-        return self.head(self.norm(x).mean(1))
-
-
-def batches(count=12, size=8, labels=True, dtype=torch.float32):
-    """Four classes by the brightest quarter."""
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(count * size, 1, 8, 8, generator=generator, dtype=dtype)
-    y = torch.randint(4, (count * size,), generator=generator)
-    for k, (row, column) in enumerate(itertools.product((0, 4), repeat=2)):
-        x[y == k, :, row : row + 4, column : column + 4] += 1
-    pairs = list(zip(x.split(size), y.split(size), strict=True))
-    return pairs if labels else [a for a, _ in pairs]
-
-
-def capture(model, dtype=torch.float32):
-    return g.capture(model.to(dtype), torch.randn(3, 1, 8, 8, dtype=dtype), dynamic_shapes="batch")
-
-
-def pruning(train=None, **options):
-    options = {"macs": 0.4, "round_to": 2, "interval": 2, **options}
-    return RemoveChannels(train=Distill(**{"epochs": 1, "lr": 0.01, "warmup": 0.0} | (train or {})), **options)
-
-
-def state(program):
-    return {k: v.clone() for k, v in program.module().state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def value(program, name, x):
@@ -384,16 +304,6 @@ def test_a_student_that_is_still_its_teacher_is_pruned_by_magnitude():
     assert found[0].removed == found[1].removed == found[2].removed
 
 
-class Segmenter(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem, self.block, self.head = nn.Conv2d(1, 8, 3, 1, 1), Block(8, 16), nn.Conv2d(16, 3, 1)
-
-    def forward(self, x):
-        return {"out": self.head(self.block(F.relu(self.stem(x))))}
-
-
 @pytest.mark.parametrize("labels", [True, False])
 def test_segmentation_is_pruned_and_distilled_per_pixel(labels):
     """Three classes by brightness, one of them ignored in part; the student keeps most of its teacher's pixels."""
@@ -411,165 +321,6 @@ def test_segmentation_is_pruned_and_distilled_per_pixel(labels):
     assert ("task" in last) == labels
     assert last["features"] < 0.5
     assert last["val"] > teacher.record["epochs"][-1]["val"] - 0.15 > 0.6
-
-
-# ---------------------------------------------------------------------------------------------------------- resume, refuse
-class Stop(Exception):
-    pass
-
-
-class Cut(list):
-    """Batches that end in an exception after `stop` of them."""
-
-    stop = 0
-
-    def __iter__(self):
-        for i, batch in enumerate(super().__iter__()):
-            if i == self.stop:
-                raise Stop
-            yield batch
-
-
-@pytest.mark.parametrize("stop", [1, 5, 9])
-@pytest.mark.parametrize("options", [{}, {"schedule": "one-shot", "importance": "magnitude"}])
-def test_a_resumed_run_removes_the_same_and_ends_at_the_same_bits(stop, options, tmp_path):
-    program, data = capture(convolutions()), batches()
-    pass_ = pruning({"checkpoint_every": 3, "features": 1.0}, interval=2, prune_share=0.7, **options)
-    context = {"val": batches(2), "teacher": program}
-    whole = pass_(program, data=data, out=tmp_path / "whole", **context)
-    cut = Cut(data)
-    cut.stop = stop
-    with pytest.raises(Stop):
-        pass_(program, data=cut, out=tmp_path / "cut", **context)
-    resumed = pass_(program, data=data, out=tmp_path / "cut", **context)
-    assert resumed.record.get("resumed_at") == (stop // 3 * 3 or None)
-    assert resumed.removed == whole.removed
-    assert same(state(resumed.program), state(whole.program))
-    assert resumed.record["events"] == whole.record["events"]
-    for key in ("epochs", "curve"):
-        assert resumed.record[key] == whole.record[key]
-
-
-@pytest.mark.parametrize("change", [{"macs": 0.5}, {"prune_share": 0.4}, {"round_to": 4}, {"scope": "local"}])
-def test_a_checkpoint_of_other_options_is_not_taken(change, tmp_path):
-    program, cut = capture(convolutions()), Cut(batches())
-    cut.stop = 4
-    pass_ = pruning({"checkpoint_every": 3}, interval=2)
-    with pytest.raises(Stop):
-        pass_(program, data=cut, out=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1
-    other = dataclasses.replace(pass_, **change)(program, data=batches(), out=tmp_path)
-    assert "resumed_at" not in other.record
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"interval": 0}, "RemoveChannels.interval: a whole number of at least 1, not 0"),
-        ({"rounds": 0}, "RemoveChannels.rounds"),
-        ({"prune_share": 0}, "RemoveChannels.prune_share: a share above 0, at most 1, not 0"),
-        ({"prune_share": 1.5}, "RemoveChannels.prune_share"),
-        ({"schedule": "never"}, "RemoveChannels.schedule: adaptive, iterative or one-shot, not 'never'"),
-    ],
-)
-def test_options_out_of_range_are_named(options, says):
-    with pytest.raises(BadInput, match=says):
-        RemoveChannels(**options)
-
-
-def test_what_cannot_be_is_said_before_training():
-    def never(outputs, labels):
-        raise AssertionError("trained")
-
-    program = capture(convolutions())
-    with pytest.raises(Unreachable, match=r"RemoveChannels.macs: .* cannot be reached"):
-        pruning(macs=1e-6)(program, data=batches(), loss=never)
-    with pytest.raises(BadInput, match="needs data to train on"):
-        pruning()(program)
-    with pytest.raises(BadInput, match="needs a teacher"):
-        pruning({"features": 1.0})(program, data=batches(), loss=never)
-
-
-def test_defaults_of_training_are_those_of_cpd():
-    assert (RemoveChannels().importance, RemoveChannels().scope) == ("magnitude", "local")
-    pass_ = pruning()
-    assert (pass_.importance, pass_.scope, pass_.schedule) == ("fisher", "global", "adaptive")
-    assert pass_.options()["train"]["epochs"] == 1, "nested options are plain data"
-
-
-# ------------------------------------------------------------------------------------------------------ several processes
-def job(out, per_process, die_at=0):
-    """What the processes run: no batch statistics, so that only the global batch counts. die_at: the step at which
-    this one kills itself."""
-
-    class Dies(list):
-        def __iter__(self):
-            for i, batch in enumerate(super().__iter__()):
-                if die_at and i == die_at * 2:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                yield batch
-
-    program = capture(convolutions(), torch.float64)
-    data = Dies(batches(96 // per_process, per_process, dtype=torch.float64))
-    pass_ = pruning({"epochs": 2, "checkpoint_every": 3, "features": 1.0}, interval=2)
-    return pass_(program, data=data, teacher=program, out=out)
-
-
-def launch(out, port, deaths=(0, 0), timeout=200):
-    """Two processes, without a launcher that would stop one when the other dies; raises when one hangs."""
-    processes = []
-    for rank, death in enumerate(deaths):
-        environment = {
-            **os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
-        arguments = [sys.executable, __file__, str(out), str(death)]
-        processes.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
-    return [(p.communicate(timeout=timeout)[1], p.returncode) for p in processes]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@pytest.mark.slow
-def test_two_processes_remove_what_one_does_and_a_lost_one_is_said(tmp_path):
-    one = job(tmp_path / "one", 8)
-    done = launch(tmp_path / "two", free_port())
-    assert [code for _, code in done] == [0, 0], done
-    first, second = (torch.load(tmp_path / f"two-{rank}.pt") for rank in range(2))
-    assert first["removed"] == second["removed"] == one.removed
-    assert first["events"] == second["events"] == one.record["events"]
-    assert same(first["state"], second["state"])
-    for name, tensor in state(one.program).items():
-        torch.testing.assert_close(first["state"][name], tensor, rtol=1e-6, atol=1e-9, msg=name)
-    # one is killed between events: the other says so in one line and ends; started again, both end at the same bits
-    (_, killed), (message, code) = launch(tmp_path / "lost", free_port(), deaths=(5, 0))
-    assert killed == -signal.SIGKILL
-    assert code == 2, message
-    assert message.splitlines()[-1].startswith("error: Distill: process 1 of 2 lost another one at step")
-    assert "continues from its last checkpoint" in message
-    done = launch(tmp_path / "lost", free_port())
-    assert [code for _, code in done] == [0, 0], done
-    again = torch.load(tmp_path / "lost-1.pt")
-    assert again["resumed_at"] == 3
-    assert again["removed"] == one.removed
-    assert same(again["state"], first["state"])
-
-
-if __name__ == "__main__":
-    folder, death = sys.argv[1:]
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
-    try:
-        result = job(folder, 4, int(death))
-    except GraphcombError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    found = {"removed": result.removed, "state": state(result.program), "events": result.record["events"]}
-    found["resumed_at"] = result.record.get("resumed_at")
-    torch.save(found, f"{folder}-{os.environ['RANK']}.pt")
 
 
 @pytest.mark.parametrize("importance", ["fisher", "taylor", "fisher-paper"])

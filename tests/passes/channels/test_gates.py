@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import numpy as np
 import pytest
@@ -15,19 +14,11 @@ import graphcomb.graph as g
 from graphcomb.graph.comb import axes as ax
 from graphcomb.graph.comb.rules.contraction import spelled_out
 from graphcomb.graph.comb.solve import Comb
-from graphcomb.graph.errors import BadInput
 from graphcomb.graph.nodes import arguments, op_name
 from graphcomb.graph.surgery import remove
-from graphcomb.passes.base import Context
 from graphcomb.passes.channels.importance.gates import Gates
-from graphcomb.passes.channels.remove_channels import RemoveChannels
-from graphcomb.passes.common.feed import Feed
-from graphcomb.passes.common.weights import layers
-from graphcomb.passes.sparse import unfold
-from graphcomb.passes.sparse.gradients import Gradients
-from graphcomb.passes.sparse.moments import input_moments
 
-from ..graph.micro_models import CASES
+from ...graph.micro_models import CASES
 
 TOLERANCE = 1e-9
 
@@ -324,124 +315,3 @@ def test_a_network_that_has_lost_some_is_scored_in_the_originals_numbering(name)
     gradients = torch.autograd.grad(loss_of(Gated(comb, gates)(x)), list(gates.values()))
     kept = {a: e * torch.from_numpy(masks[a]) for a, e in zip(gates, gradients, strict=True)}
     compare(totals, kept)
-
-
-# --------------------------------------------------------------------------------------------------- which samples
-class Numbered(torch.utils.data.Dataset):
-    """Two classes, one after the other; remembers which samples were asked for."""
-
-    def __init__(self, count=64):
-        self.count, self.asked = count, []
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        self.asked.append(i)
-        x = torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(i))
-        return x + (2 * i >= self.count), int(2 * i >= self.count)
-
-
-def small_network(static=False):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
-    return g.capture(model, torch.randn(8, 2, 5, 5), dynamic_shapes=None if static else "batch")
-
-
-@pytest.mark.parametrize("static", [False, True])
-def test_gradients_are_taken_of_random_samples_up_to_the_limit(static):
-    program, asked = small_network(static), []
-    for seed in (0, 0, 1):
-        data = Numbered()
-        before = torch.get_rng_state()
-        loader = torch.utils.data.DataLoader(data, batch_size=8)
-        RemoveChannels(importance="fisher", samples=20, round_to=1)(program, data=loader, seed=seed)
-        assert torch.equal(before, torch.get_rng_state())
-        assert len(set(data.asked)) == 24, "whole batches"
-        assert {i < 32 for i in data.asked} == {True, False}, "of both classes, though they come one after the other"
-        asked.append(data.asked)
-    assert asked[0] == asked[1] != asked[2]
-    data = Numbered()
-    RemoveChannels(importance="fisher", round_to=1)(program, data=torch.utils.data.DataLoader(data, batch_size=8))
-    assert sorted(data.asked) == list(range(64))
-    taken = []
-
-    def endless():
-        for i in itertools.count():
-            taken.append(i)
-            yield torch.randn(8, 2, 5, 5), torch.zeros(8, dtype=torch.long)
-
-    RemoveChannels(importance="fisher", samples=20, round_to=1)(program, data=endless())
-    assert taken == [0, 1, 2]
-
-
-def test_the_batch_is_found_wherever_it_is_among_the_inputs():
-    class Anchored(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Linear(3, 4)
-
-        def forward(self, anchors, x):
-            return self.a(x) @ anchors.t()
-
-    anchors, x = torch.randn(7, 4), torch.randn(5, 3)
-    batch = torch.export.Dim("batch", min=1)
-    shapes = {"anchors": None, "x": {0: batch}}
-    for dynamic in (shapes, None):
-        feed = Feed(g.capture(Anchored(), (anchors, x), dynamic_shapes=dynamic))
-        assert feed.batched == [False, True]
-        assert feed.static == (None if dynamic else 5)
-        assert feed.outputs == [True]
-        assert feed.fit(((anchors, torch.randn(3, 3)), None)).size == 3
-        with pytest.raises(BadInput, match=r'input "anchors" has shape \(6, 4\), the program takes \(7, 4\)'):
-            feed.fit(((anchors[:6], x), None))
-
-
-@pytest.mark.parametrize("full", [True, False])
-def test_unfolded_inputs_and_gradients_of_samples_are_bounded(full, monkeypatch):
-    """Whatever the limit, the result is the same, and no piece is larger than it, or than a row of positions of a sample."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, (3, 2), 2, groups=2), nn.Flatten(), nn.Linear(48, 3)
-    )
-    program = g.capture(model, torch.randn(4, 2, 8, 9), dynamic_shapes="batch")
-    names = [layer.name for layer in layers(program)[0]]
-    data = [(torch.randn(4, 2, 8, 9), torch.randint(3, (4,))) for _ in range(2)]
-    pieces, moments, gradients = unfold.pieces, [], []
-    sizes = []
-
-    def watched(*args, **kwargs):
-        for piece, where in pieces(*args, **kwargs):
-            sizes.append(piece.numel() if kwargs.get("flat", True) else 0)
-            yield piece, where
-
-    for module in ("gradients", "moments"):
-        monkeypatch.setattr(f"graphcomb.passes.sparse.{module}.pieces", watched)
-    for limit in (1, 500, 10**9):
-        sizes.clear()
-        moments.append(input_moments(program.copy(), names, Context(data=data), 8, full, limit)[0])
-        stream = Gradients(7, "sample", "labels").stream(program.copy(), names, Context(data=data), limit)
-        found = list(stream)
-        gradients.append({name: torch.cat([f[name] for f in found]) for name in names})
-        assert max(sizes) <= max(limit, 9 * 6 * 9), "a row of 9 positions with 6 channels of 9 taps"
-    for name in names:
-        for some in (0, 1):
-            torch.testing.assert_close(moments[some][name], moments[2][name])
-            torch.testing.assert_close(gradients[some][name], gradients[2][name], rtol=1e-4, atol=1e-7)
-
-
-def test_a_stream_of_gradients_leaves_the_callers_state_alone():
-    program, data = small_network(), [(torch.randn(8, 2, 5, 5), torch.zeros(8, dtype=torch.long))] * 2
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        stream = Gradients(16, "sample", "teacher").stream(program, ["0.weight"], Context(data=data), 1)
-        seen = []
-        for _, value in zip(stream, expected, strict=False):
-            assert not torch.is_grad_enabled()
-            seen.append(torch.rand(()))
-            assert torch.equal(seen[-1], value)
-        stream.close()
-        assert not torch.is_grad_enabled()
-    assert torch.is_grad_enabled()

@@ -4,73 +4,13 @@ import logging
 
 import pytest
 import torch
-from torch import nn
 
-import graphcomb.graph as g
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Comb, Distill, Fuse, PruneDepth, Quantize, RemoveChannels, Sparsify
 from graphcomb.passes.base import Context
 from graphcomb.passes.common.scoring import evaluate
 
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width),
-        )  # fmt: skip
-
-    def forward(self, x):
-        return torch.relu(x + self.body(x))
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), Block(8), Block(8), nn.Conv2d(8, 8, 1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
-    )  # fmt: skip
-
-
-def captured(model=None, seed=0):
-    return g.capture(model or network(seed), torch.randn(2, 3, 8, 8), dynamic_shapes="batch")
-
-
-def batches(count=8, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    pairs = ((torch.randn(8, 3, 8, 8, generator=draw), torch.randint(4, (8,), generator=draw)) for _ in range(count))
-    return list(pairs)
-
-
-class Stop(Exception):
-    pass
-
-
-class Cut:
-    """Batches, cut off by an exception after so many in all."""
-
-    def __init__(self, data, count):
-        self.data, self.left = data, count
-
-    def __len__(self):
-        return len(self.data)
-
-    def __iter__(self):
-        for batch in self.data:
-            if not self.left:
-                raise Stop
-            self.left -= 1
-            yield batch
-
-
-def state(program):
-    return program.module().state_dict()
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
+from ..toys import Cut, Stop, batches, captured, network, same, state
 
 TRAIN = Distill(epochs=2, lr=1e-2, checkpoint_every=3, warmup=0.0)
 TRAINED = {

@@ -11,15 +11,10 @@ from graphcomb.passes import Context, Distill, RemoveChannels
 from graphcomb.passes.channels.importance.scores import IMPORTANCES
 from graphcomb.passes.channels.selection import Selection, lowest_removed
 
+from ..toys import chain
+
 DATA = [(torch.randn(4, 1, 8, 8), torch.randint(3, (4,))) for _ in range(8)]
 TRAIN = Distill(epochs=1, lr=1e-3, alpha=0.0)
-
-
-def chain(*widths):
-    layers = []
-    for inputs, outputs in zip((1, *widths), widths, strict=False):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 3))
 
 
 def program(*widths, frozen=()):
