@@ -23,10 +23,8 @@ class Cut:
         return len(self.data)
 
     def __iter__(self):
-        if self.every_pass:
-            self.left = self.count
-        for batch in self.data:
-            if not self.left:
+        for i, batch in enumerate(self.data):
+            if (i == self.count) if self.every_pass else not self.left:
                 raise Stop
             self.left -= 1
             yield batch

@@ -94,7 +94,7 @@ def test_scores_of_unknown_classes_are_refused_until_the_dimension_is_given():
     assert last.record["epochs"] == same.record["epochs"] != first.record["epochs"]
     with pytest.raises(BadInput, match="class_dim: 3 is no dimension"):
         Distill(labels=False, class_dim=3)(student, data=x, teacher=teacher)
-    with pytest.raises(BadInput, match=r"Distill.class_dim: must be a dimension besides the batch's"):
+    with pytest.raises(BadInput, match=r"Distill.class_dim: a dimension besides the batch's"):
         Distill(class_dim=0)
     with pytest.raises(BadInput, match="may be the classes"):
         soft_kl(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), 1.0)
