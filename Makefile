@@ -6,7 +6,7 @@ SITE := .cache/site
 STUBS := .cache/stubs
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint lint-tensorrt bench bench-gpu clean
+.PHONY: demo test test-slow lint lint-tensorrt docs-formats bench bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/graphcomb demo
@@ -23,7 +23,7 @@ test-slow: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build $(SITE)
+	rm -rf build/lib build/bdist.* $(SITE)
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation --target $(SITE) .
 	MYPYPATH=$(SITE) $(BIN)/mypy -p graphcomb
 	$(MAKE) --no-print-directory lint-tensorrt
@@ -41,6 +41,10 @@ lint-tensorrt: $(STAMP)
 	test ! -d $(STUBS) || MYPYPATH=$(SITE):$(STUBS) $(BIN)/mypy \
 	  --cache-dir .cache/mypy-stubs --follow-imports=silent \
 	    -m graphcomb.runtime.engines.trt.build -m graphcomb.runtime.engines.trt.run -m graphcomb.runtime.kit.trt
+
+# The pages about JSON files, from the models in runtime/summary.py.
+docs-formats: $(STAMP)
+	$(BIN)/python docs/formats.py
 
 bench: $(STAMP)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'

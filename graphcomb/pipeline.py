@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from .passes.base import Context, Pass, PassResult
 from .passes.batch import Adapted
 from .passes.common.repeat import Samples, run_code, seeded
 from .passes.common.scoring import evaluate
+from .runtime.formats import read
+from .runtime.summary import Record
 from .store import Store, is_main
 
 SURGERY_TOLERANCE = 1e-10  # an exact surgery differs from the oracle by float64 rounding only
@@ -116,6 +119,7 @@ class Pipeline:
         """Apply one pass, check its result, and add to its record what the checks say."""
         result: PassResult = pass_(program, context)
         check_invariants(result.program, type(pass_).__name__, program)
+        read(Record, json.loads(json.dumps(result.record, default=str)), f"{type(pass_).__name__}: its record")
         if not result.record.get("changed"):
             return result.program
         if verified := result.record.get("verified") or verification(pass_, program, result, context.seed):

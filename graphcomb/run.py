@@ -24,6 +24,8 @@ from .runtime.devices.table import get_target
 from .runtime.engines.backends import backend_module, known_options
 from .runtime.export.opset import choose_opset
 from .runtime.export.parity import SAMPLES
+from .runtime.formats import read
+from .runtime.summary import Summary
 from .store import is_main
 
 BENCH_SECONDS = 30.0  # at most; an undisturbed machine needs far fewer
@@ -35,7 +37,7 @@ def run(
     plan: list[dict[str, Any]] | None = None,
     progress: bool = False,
     fresh: bool = False,
-) -> dict[str, Any]:
+) -> Summary:
     """Run a recipe and write its outputs to the folder `out`; returns what summary.json holds.
 
     Finished passes found in `out` are taken over when nothing they depend on has changed, unless fresh is set. Under
@@ -55,40 +57,42 @@ def run(
         job.program, job.context(progress), out=out, plan={"groups": plan} if plan else None, key=recipe.key(),
         resume=not fresh,
     )  # fmt: skip
-    summary = _summary(job, result)
+    values = _summary(job, result)
     if not is_main():
-        return summary
-    wanted, files = recipe.outputs, summary["files"]
+        return read(Summary, values, "summary.json")
+    wanted, files = recipe.outputs, values["files"]
     if wanted.pt2:
         files["pt2"] = str(result.program.save(out / "model.pt2"))
     if wanted.onnx or wanted.engines or wanted.bench:
-        summary |= _lower(job, result.program, out, progress)
-        files["onnx"] = [report["path"] for report in summary["onnx"].values()]
-        files["engines"] = [report["path"] for report in summary["engines"]]
+        values |= _lower(job, result.program, out, progress)
+        files["onnx"] = [report["path"] for report in values["onnx"].values()]
+        files["engines"] = [report["path"] for report in values["engines"]]
     if wanted.bench:
-        summary |= _bench(job, out, progress)
-    summary |= _predict(job, result.program, summary)
-    summary["seconds"] = round(time.perf_counter() - start, 1)
+        values |= _bench(job, out, progress)
+    values |= _predict(job, result.program, values.get("bench"))
+    values["seconds"] = round(time.perf_counter() - start, 1)
     if wanted.report:
         files["report"] = str(out / "report.html")
+    summary = read(Summary, values, "summary.json")
+    if wanted.report:
         runtime.write_report(summary, out / "report.html")
-    write_json(out / "summary.json", summary, indent=2)
+    write_json(out / "summary.json", summary.to_dict(), indent=2)
     return summary
 
 
 def check_folder(out: Path) -> None:
     """Raise BadInput when the folder cannot be made or written; makes nothing."""
-    found = out.absolute()
-    while not found.exists() and found != found.parent:
-        found = found.parent
-    if not found.is_dir():
-        raise BadInput(f"--out {out}: {found} is not a folder")
-    if not os.access(found, os.W_OK | os.X_OK):
-        raise BadInput(f"--out {out}: no permission to write in {found}")
+    folder = out.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise BadInput(f"--out {out}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput(f"--out {out}: no permission to write in {folder}")
 
 
 def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
-    """The part of the summary that needs no runtime."""
+    """The fields of the summary that need no runtime."""
     before, after = job.program.cost(), result.program.cost()
     predicted = [r["latency"]["predicted"] for r in result.records if "latency" in r]
     return {
@@ -158,14 +162,14 @@ def _opset(recipe: Recipe, program: Program) -> int:
 def _samples(job: Job, program: Program) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Some real inputs, those that nothing was trained on where there are any."""
     data = job.val if job.val is not None else job.train
-    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    samples: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     count = 0
     for batch in Feed(program).batches(data) if data is not None else ():
-        found.append((batch.args, batch.kwargs))
+        samples.append((batch.args, batch.kwargs))
         count += batch.size
         if count >= SAMPLES:
             break
-    return found
+    return samples
 
 
 def _bench(job: Job, out: Path, progress: bool) -> dict[str, Any]:
@@ -174,21 +178,20 @@ def _bench(job: Job, out: Path, progress: bool) -> dict[str, Any]:
     dense = job.program
     runtime.export_onnx(dense, out / "dense.onnx", "fp32", _opset(job.recipe, dense), job.target)
     files = [out / "dense.onnx", out / "model.onnx"]
-    found = runtime.bench(files, names=["dense", "compressed"], seconds=BENCH_SECONDS, progress=progress)
-    return {"bench": found.to_dict(), "latency_ratio": found.ratio}
+    result = runtime.bench(files, names=["dense", "compressed"], seconds=BENCH_SECONDS, progress=progress)
+    return {"bench": result.to_dict(), "latency_ratio": result.ratio}
 
 
-def _predict(job: Job, compressed: Program, summary: dict[str, Any]) -> dict[str, Any]:
+def _predict(job: Job, compressed: Program, bench: dict[str, Any] | None) -> dict[str, Any]:
     """Predicted time of the dense and the compressed program, layer by layer, and how far off it is where the target itself
     was measured: with ONNX Runtime, in fp32."""
     try:
         programs = {"before": job.program, "after": compressed}
-        found = runtime.predict(programs, job.target, job.recipe.precision, job.latency)
+        prediction = runtime.predict(programs, job.target, job.recipe.precision, job.latency)
     except GraphcombError as error:
         return {"prediction": None, "prediction_note": str(error)}
-    bench = summary.get("bench")
     if bench and not bench["note"] and job.target.backend == "onnxruntime" and job.recipe.precision == "fp32":
         times = [timing["ms"]["median"] for timing in bench["timings"]]
-        found["measured_ms"] = dict(zip(programs, times, strict=True))
-        found["error"] = {k: found["ms"][k] / ms - 1 for k, ms in found["measured_ms"].items()}
-    return {"prediction": found}
+        prediction["measured_ms"] = dict(zip(programs, times, strict=True))
+        prediction["error"] = {k: prediction["ms"][k] / ms - 1 for k, ms in prediction["measured_ms"].items()}
+    return {"prediction": prediction}

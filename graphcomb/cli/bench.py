@@ -12,7 +12,7 @@ from rich.table import Table
 from ..graph.errors import BadInput
 from .arguments import Quiet, Shapes, read_values
 from .output import NO_FIGURE, Interrupted, between, console, printable
-from .report import read_summary
+from .report import read_run
 
 
 def bench(
@@ -117,17 +117,17 @@ def bundle(
     layers: dict[str, Any] = {}  # of ONNX files, which do not tell themselves
     if len(models) == 1 and Path(models[0]).is_dir():
         folder = Path(models[0])
-        summary = read_summary(folder / "summary.json")
+        summary = read_run(folder / "summary.json")
         found = {"dense": folder / "dense.onnx", "compressed": folder / "model.onnx"}
         for path in found.values():
             if not path.is_file():
                 raise BadInput(f"bundle: {path} is missing; run the recipe with outputs.onnx and outputs.bench")
-        precision, target = precision or summary.get("precision"), target or summary.get("target")
+        precision, target = precision or summary.precision, target or summary.target
         record = folder / "record.json" if (folder / "record.json").is_file() else None
-        prediction = summary.get("prediction") or {}
-        if prediction.get("batch") == batch:
-            for name, side in (("dense", "before"), ("compressed", "after")):
-                layers[name] = [row[side] | {"name": row["name"]} for row in prediction["layers"] if row.get(side)]
+        if summary.prediction and summary.prediction.batch == batch:
+            rows = summary.prediction.layers
+            layers["dense"] = [row.before.to_dict() | {"name": row.name} for row in rows if row.before]
+            layers["compressed"] = [row.after.to_dict() | {"name": row.name} for row in rows if row.after]
     else:
         found = {}
         for text in models:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..graph.errors import BadInput
 from .output import console
+
+if TYPE_CHECKING:
+    from ..runtime.summary import Summary
 
 
 def report(
@@ -20,23 +23,35 @@ def report(
 ) -> None:
     """Write the HTML report of a finished run again, or of measurements on devices."""
     from .. import runtime
+    from ..runtime.device_results import Device
+    from ..runtime.formats import read
     from ..runtime.measure.results import read_results
+    from ..runtime.summary import read_summary
 
-    found = read_summary(summary)
-    measured = [read_results(path) for path in device or ()]
-    if "passes" not in found:  # no run: what a device measured stands for itself
-        measured.insert(0, read_results(summary))
-        found = {"model": "Measured on the device", "passes": []}
+    if "passes" in _read(summary):
+        run = read_run(summary)
+    else:  # no run: what a device measured stands for itself
+        device = [summary, *(device or ())]
+        run = read_summary({"model": "Measured on the device"}, str(summary))
+    for path in device or ():
+        run.devices.append(read(Device, read_results(path), str(path)))
     path = out or summary.with_name("report.html")
-    runtime.write_report(found | ({"devices": measured} if measured else {}), path)
+    runtime.write_report(run, path)
     console.print(str(path), soft_wrap=True)
 
 
-def read_summary(path: Path) -> dict[str, Any]:
+def read_run(path: Path) -> Summary:
+    """The summary.json of a run."""
+    from ..runtime.summary import read_summary
+
+    return read_summary(_read(path), str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
     """What `run` wrote, or the results of a bench bundle."""
     from ..graph.files import read_json
 
-    found = read_json(path)
-    if not isinstance(found, dict) or not {"passes", "format"} & found.keys():
+    values = read_json(path)
+    if not isinstance(values, dict) or not {"passes", "format"} & values.keys():
         raise BadInput(f"{path}: not a summary.json of graphcomb run")
-    return found
+    return values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -11,6 +11,9 @@ from rich.text import Text
 
 from .arguments import Overrides, Quiet, RecipeFile
 from .output import console
+
+if TYPE_CHECKING:
+    from ..runtime.summary import Summary
 
 SUMMARY_ROWS = {
     "macs_ratio": "{:.2f}x fewer",
@@ -54,31 +57,31 @@ def demo(
     show_summary(run_demo(out, progress=not quiet))
 
 
-def show_summary(summary: dict[str, Any]) -> None:
+def show_summary(summary: Summary) -> None:
     """The figures of a finished run."""
     from ..pipeline import figure
     from ..runtime.measure.places import latency_place
 
     table = Table(show_header=False)
-    hidden = {"onnx_parity"} if summary.get("onnx_parity_fp16") is not None else set()  # of the file nobody runs
-    name = summary.get("metric") or "accuracy"
-    for when in ("before", "after"):
-        if (value := summary.get(f"accuracy_{when}")) is not None:
-            table.add_row(f"{name.replace(' ', '_')}_{when}", figure(name, value))
+    name = summary.metric.replace(" ", "_")
+    for when, value in (("before", summary.accuracy_before), ("after", summary.accuracy_after)):
+        if value is not None:
+            table.add_row(f"{name}_{when}", figure(summary.metric, value))
+    hidden = {"onnx_parity"} if summary.onnx_parity_fp16 is not None else set()  # of the file nobody runs
     for key, form in SUMMARY_ROWS.items():
-        if summary.get(key) is not None and key not in hidden:
+        if (number := getattr(summary, key)) is not None and key not in hidden:
             where = f" in {latency_place(summary)}" if key == "latency_ratio" else ""
-            table.add_row(key, Text(form.format(summary[key]) + where))
-    if (prediction := summary.get("prediction")) and len(prediction["ms"]) == 2:
-        before, after = prediction["ms"].values()
-        where = f"{prediction['target']}, {prediction['precision']}, batch {prediction['batch']}"
-        doubt = prediction.get("uncertainty")
-        bar = f" (each off by up to {doubt['factor']:.2g} times)" if doubt else ""
+            table.add_row(key, Text(form.format(number) + where))
+    if (prediction := summary.prediction) and len(prediction.ms) == 2:
+        before, after = prediction.ms.values()
+        where = f"{prediction.target}, {prediction.precision}, batch {prediction.batch}"
+        doubt = prediction.uncertainty
+        bar = f" (each off by up to {doubt.factor:.2g} times)" if doubt else ""
         ms = f"{before:.3g} -> {after:.3g} ms{bar}"
         table.add_row("predicted", Text(f"{before / after:.2f}x faster on {where}: {ms}") if after else "")
-    for kind, path in summary["files"].items():
+    for kind, path in summary.files.items():
         for one in path if isinstance(path, list) else [path]:
             table.add_row(kind, one)
     console.print(table)
-    if note := summary.get("bench", {}).get("note"):
-        console.print(f"latency: {note}")
+    if summary.bench and summary.bench.note:
+        console.print(f"latency: {summary.bench.note}")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..devices.table import TARGETS
 from ..measure.places import latency_place
+from ..summary import Engine, Summary
 from .devices import compared
-from .reading import SIDES, costs, items, mapping, metric_name, timings
+from .reading import costs, timings
 from .text import against, change, counted, exact, milliseconds, number, percent, score_format, si, size, times
 
 
@@ -24,18 +23,18 @@ class Tile:
     state: str = ""
 
 
-def lead(summary: Mapping[str, Any]) -> str:
+def lead(summary: Summary) -> str:
     """How much smaller and faster the program became, in one sentence."""
     parts = []
     for key, noun in (("macs", "multiply-accumulates"), ("params", "parameters")):
         if (ratio := costs(summary, key)[2]) is not None:
             parts.append(f"{against(ratio, 'fewer', 'more')} {noun}")
-    if (ratio := number(summary.get("latency_ratio"))) is not None:
+    if (ratio := number(summary.latency_ratio)) is not None:
         parts.append(f"{against(ratio, 'faster', 'slower')} in {latency_place(summary)}")
     return ", ".join(parts)
 
 
-def tiles(summary: Mapping[str, Any], engines: list[Mapping[str, Any]]) -> list[Tile]:
+def tiles(summary: Summary) -> list[Tile]:
     """The headline figures that the summary has."""
     found = [
         *_quality(summary),
@@ -43,29 +42,28 @@ def tiles(summary: Mapping[str, Any], engines: list[Mapping[str, Any]]) -> list[
         *_latency(summary),
         *_prediction(summary),
         *_surgery(summary),
-        *_parity(summary, engines),
-        *map(_engine, engines),
+        *_parity(summary),
+        *map(_engine, summary.engines),
     ]
-    if not engines and summary.get("engine"):
-        found.append(Tile("engine", Path(str(summary["engine"])).name))
+    if not summary.engines and summary.engine:
+        found.append(Tile("engine", Path(summary.engine).name))
     return found
 
 
-def _quality(summary: Mapping[str, Any]) -> list[Tile]:
-    before, after = number(summary.get("accuracy_before")), number(summary.get("accuracy_after"))
+def _quality(summary: Summary) -> list[Tile]:
+    before, after = number(summary.accuracy_before), number(summary.accuracy_after)
     if after is None and before is None:
         return []
-    metric = metric_name(summary)
-    score = score_format(before, after, metric=metric)
+    score = score_format(before, after, metric=summary.metric)
     detail = ""
     if before is not None and after is not None:
         factor, unit = (100, " points") if score is percent else (1, "")
         difference = f"{(after - before) * factor:+.2f}".replace("-", "−")
         detail = f"from {score(before)}, {difference}{unit}"
-    return [Tile(metric, score(before if after is None else after), detail)]
+    return [Tile(summary.metric, score(before if after is None else after), detail)]
 
 
-def _costs(summary: Mapping[str, Any]) -> list[Tile]:
+def _costs(summary: Summary) -> list[Tile]:
     found = []
     for key, label in (("macs", "multiply-accumulates"), ("params", "parameters")):
         before, after, ratio = costs(summary, key)
@@ -75,10 +73,9 @@ def _costs(summary: Mapping[str, Any]) -> list[Tile]:
     return found
 
 
-def _latency(summary: Mapping[str, Any]) -> list[Tile]:
-    bench = mapping(summary.get("bench"))
-    ratio, note = number(summary.get("latency_ratio")), str(bench.get("note") or "")
-    predicted = number(summary.get("latency_predicted"))
+def _latency(summary: Summary) -> list[Tile]:
+    bench, ratio, predicted = summary.bench, number(summary.latency_ratio), number(summary.latency_predicted)
+    note = bench.note if bench else ""
     if ratio is None and predicted is not None:
         detail = f"predicted; not measured: {note}" if note else "predicted, not measured"
         return [Tile("latency", against(predicted, "faster", "slower"), detail, "watch")]
@@ -86,12 +83,11 @@ def _latency(summary: Mapping[str, Any]) -> list[Tile]:
         return [Tile("latency", "no figure", note, "watch")] if note else []
     medians = [row["median"] for row in timings(summary).values()]
     details = [" → ".join(map(milliseconds, medians))] if len(medians) == 2 else []
-    spread = next((row for row in mapping(bench.get("ratios")).values() if row), None)
-    low, high = (number(mapping(spread).get(key)) for key in ("p5", "p95"))
-    if low is not None and high is not None:
-        details.append(f"90\u00a0% of pairs {times(low)} to {times(high)}")
+    spread = next(filter(None, bench.ratios.values()), {}) if bench else {}
+    if {"p5", "p95"} <= spread.keys():
+        details.append(f"90\u00a0% of pairs {times(spread['p5'])} to {times(spread['p95'])}")
     details.append(f"measured in {latency_place(summary)}")
-    target = TARGETS.get(str(summary.get("target")))
+    target = TARGETS.get(summary.target)
     if target is None or target.backend == "onnxruntime":
         if predicted is not None:
             details.append(f"predicted {times(predicted)}, {100 * abs(predicted / ratio - 1):.0f}\u00a0% off")
@@ -102,56 +98,50 @@ def _latency(summary: Mapping[str, Any]) -> list[Tile]:
     return [Tile("latency on this processor", against(ratio, "faster", "slower"), ", ".join(details))]
 
 
-def _prediction(summary: Mapping[str, Any]) -> list[Tile]:
-    prediction = mapping(summary.get("prediction"))
-    predicted = [ms for side in SIDES if (ms := number(mapping(prediction.get("ms")).get(side))) is not None]
-    if not predicted:
+def _prediction(summary: Summary) -> list[Tile]:
+    prediction = summary.prediction
+    if prediction is None or not prediction.ms:
         return []
+    predicted = list(prediction.ms.values())
     measured = [f"measured on {where}: {change(map(milliseconds, ms))}" for where, ms, _ in compared(summary)]
     details = []
     if len(predicted) == 2 and all(predicted):
-        facts = [against(predicted[0] / predicted[1], "faster", "slower")]
-        if prediction.get("precision"):
-            facts.append(str(prediction["precision"]))
-        if (batch := number(prediction.get("batch"))) is not None:
-            facts.append(f"batch {batch:.0f}")
-        if not measured:
-            facts.append("not measured")
+        faster = against(predicted[0] / predicted[1], "faster", "slower")
+        facts = [faster, prediction.precision, f"batch {prediction.batch}", *([] if measured else ["not measured"])]
         details.append(", ".join(facts))
-    name = f"predicted on {prediction.get('target', '')}"
+    name = f"predicted on {prediction.target}"
     return [Tile(name, change(map(milliseconds, predicted)), "; ".join(details + measured))]
 
 
-def _surgery(summary: Mapping[str, Any]) -> list[Tile]:
-    error = number(summary.get("surgery_error"))
+def _surgery(summary: Summary) -> list[Tile]:
+    error = number(summary.surgery_error)
     return [] if error is None else [Tile("surgery error", exact(error), "worst, relative, float64")]
 
 
-def _parity(summary: Mapping[str, Any], engines: list[Mapping[str, Any]]) -> list[Tile]:
+def _parity(summary: Summary) -> list[Tile]:
     """How far the file is off that the engines were built from."""
-    keys = {"fp32": "onnx_parity", "fp16": "onnx_parity_fp16"}
-    errors = {name: error for name, key in keys.items() if (error := number(summary.get(key))) is not None}
+    files = {"fp32": number(summary.onnx_parity), "fp16": number(summary.onnx_parity_fp16)}
+    errors = {name: error for name, error in files.items() if error is not None}
     if not errors:
         return []
-    wanted = str(summary.get("precision") or next((e.get("precision") for e in engines), ""))
+    wanted = summary.precision or next((engine.precision for engine in summary.engines), "")
     # An INT8 engine is built from a file in fp16 or fp32; without a word about it, from the least exact one.
     precision = wanted if wanted in errors else max(errors, key=lambda name: errors[name])
-    export = mapping(mapping(summary.get("onnx")).get(precision))
+    export = summary.onnx.get(precision)
     details = [
         f"the {precision} file, relative to the fp32 program" if precision != "fp32" else "relative to the program"
     ]
-    if (agreement := number(export.get("agreement"))) is not None:
-        details.append(f"{100 * agreement:.4g}\u00a0% of decisions on real samples the same")
-    if (limit := number(export.get("tolerance"))) is not None:
-        details.append(f"limit {limit:g}")
-    if kept := len(mapping(export.get("float32"))):
-        details.append(f"{counted(kept, 'node')} kept in fp32")
+    if export and export.agreement is not None:
+        details.append(f"{100 * export.agreement:.4g}\u00a0% of decisions on real samples the same")
+    if export:
+        details.append(f"limit {export.tolerance:g}")
+    if export and export.float32:
+        details.append(f"{counted(len(export.float32), 'node')} kept in fp32")
     return [Tile(f"ONNX parity, {precision}", exact(errors[precision]), ", ".join(details))]
 
 
-def _engine(engine: Mapping[str, Any]) -> Tile:
-    padding = len(items(engine.get("padding"), (str, Mapping)))
+def _engine(engine: Engine) -> Tile:
+    padding = len(engine.padding)
     padded = counted(padding, "padding kernel") if padding else "no padding kernels"
-    name = " ".join(str(engine[k]) for k in ("target", "precision") if engine.get(k))
-    detail = f"{len(items(engine.get('kernels')))} kernels, {size(engine.get('bytes'))}, {padded}"
-    return Tile("engine", name, detail, "watch" if padding else "")
+    detail = f"{len(engine.kernels)} kernels, {size(engine.bytes)}, {padded}"
+    return Tile("engine", f"{engine.target} {engine.precision}".strip(), detail, "watch" if padding else "")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from .devices import calibration_note, compared
-from .reading import SIDES, items, mapping
-from .text import change, counted, number, size
+from ..predict.roofline import calibration_text
+from ..summary import Predicted, PredictedLayer, Record, Summary
+from .devices import compared
+from .text import change, counted, size
 
 IN_SIGHT = 20  # of longer tables, the most expensive rows stay in sight and the rest is folded
 
@@ -34,7 +34,7 @@ class LayerRow:
 
 
 def layer_rows(
-    records: Iterable[Mapping[str, Any]], predicted: list[Mapping[str, Any]], profiled: Mapping[str, str]
+    records: Iterable[Record], predicted: list[PredictedLayer], profiled: Mapping[str, str]
 ) -> list[LayerRow]:
     """The layers over all passes: as the first pass that names one found it, and as the last one left it; then with what
     is predicted, in the order of the prediction. profiled: in words, by name."""
@@ -56,77 +56,60 @@ def slowest(rows: list[LayerRow]) -> list[LayerRow]:
     return sorted(rows, key=lambda row: (max(row.ms or (0.0,)), row.macs[0]), reverse=True)[:IN_SIGHT]
 
 
-def _recorded(records: Iterable[Mapping[str, Any]]) -> dict[str, LayerRow]:
+def _recorded(records: Iterable[Record]) -> dict[str, LayerRow]:
     """The layers that the passes' records list, by name."""
     rows: dict[str, LayerRow] = {}
-    for record in records:
-        for layer in items(record.get("layers")):
-            channels, macs = mapping(layer.get("channels")), mapping(layer.get("macs"))
-            old, new = (_outputs(channels.get(side)) for side in SIDES)
-            if old is None or new is None:
-                continue
-            work = number(macs.get("before")) or 0.0, number(macs.get("after")) or 0.0
-            name = str(layer.get("name", ""))
-            row = rows.setdefault(name, LayerRow(name, str(layer.get("kind", "")), (old, new), work))
-            row.channels = (row.channels or (old,))[0], new
-            row.macs = row.macs[0], work[1]
+    for layer in (layer for record in records for layer in record.layers):
+        old, new = layer.channels.before[-1], layer.channels.after[-1]
+        macs = layer.macs.before, layer.macs.after
+        row = rows.setdefault(layer.name, LayerRow(layer.name, layer.kind, (old, new), macs))
+        row.channels = (row.channels or (old,))[0], new
+        row.macs = row.macs[0], layer.macs.after
     return rows
 
 
-def _predicted(layer: Mapping[str, Any], recorded: dict[str, LayerRow], profiled: Mapping[str, str]) -> LayerRow:
+def _predicted(layer: PredictedLayer, recorded: dict[str, LayerRow], profiled: Mapping[str, str]) -> LayerRow:
     """The row of a layer that the prediction lists; it is taken out of the recorded ones where it is among them."""
-    name, before, after = str(layer.get("name", "")), mapping(layer.get("before")), mapping(layer.get("after"))
-    sides = [before, after]
-    row = recorded.pop(name, None)
-    if row is None:
-        widths = [number(mapping(side.get("sizes")).get("outputs")) for side in sides]
-        channels = (widths[0] or 0.0, widths[1] or 0.0) if any(widths) else None
-        macs = number(before.get("macs")) or 0.0, number(after.get("macs")) or 0.0
-        row = LayerRow(name, str(layer.get("op", "")), channels, macs)
+    sides = [layer.before, layer.after]
     present = [side for side in sides if side]
-    row.ms = number(before.get("ms")) or 0.0, number(after.get("ms")) or 0.0
-    row.work = ", ".join(filter(None, [_padding(sides), change(size(side.get("bytes")) for side in present)]))
-    row.bound = change(str(side.get("bound", "")) for side in present)
-    row.verdict = str((after or before).get("verdict", ""))
-    row.measured = profiled.get(name, "")
+    row = recorded.pop(layer.name, None)
+    if row is None:
+        old, new = (side.sizes.get("outputs", 0) if side else 0 for side in sides)
+        macs = [side.macs if side else 0 for side in sides]
+        row = LayerRow(layer.name, layer.op, (old, new) if old or new else None, (macs[0], macs[1]))
+    old_ms, new_ms = (side.ms if side else 0.0 for side in sides)
+    row.ms = old_ms, new_ms
+    row.work = ", ".join(filter(None, [_padding(present), change(size(side.bytes) for side in present)]))
+    row.bound = change(side.bound for side in present)
+    row.verdict = present[-1].verdict if present else ""
+    row.measured = profiled.get(layer.name, "")
     return row
 
 
-def _padding(sides: Iterable[Mapping[str, Any]]) -> str:
+def _padding(sides: Iterable[Predicted]) -> str:
     """How much the kernels' padding adds to the multiply-accumulates; empty where it adds nothing."""
-    work = [(number(side.get("macs")), number(side.get("padded_macs"))) for side in sides]
-    added = [padded / macs - 1 for macs, padded in work if macs and padded]
+    added = [side.padded_macs / side.macs - 1 for side in sides if side.macs and side.padded_macs]
     return f"padding adds {change(f'{100 * share:.0f}' for share in added)} %" if any(added) else ""
-
-
-def _outputs(channels: Any) -> float | None:
-    """The output channels of a pair (input channels, output channels)."""
-    if not isinstance(channels, list | tuple) or len(channels) != 2 or number(channels[0]) is None:
-        return None
-    return number(channels[1])
 
 
 def _bars(pair: tuple[float, float], whole: float) -> tuple[float, float]:
     return round(100 * pair[0] / whole, 2), round(100 * pair[1] / whole, 2)
 
 
-def prediction_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def prediction_facts(summary: Summary) -> list[tuple[str, str]]:
     """What predicts the time, how far off it is, and how much of it will not fall with the channels."""
-    prediction = mapping(summary.get("prediction"))
-    if not prediction:
-        note = summary.get("prediction_note")
-        return [("predicted time", f"none: {note}")] if note else []
-    facts = [("predicted by", str(prediction.get("by", "")))]
-    if (calibration := mapping(prediction.get("calibration"))) and (text := calibration_note(calibration)):
-        facts.append(("calibration", text))
-    doubt = mapping(prediction.get("uncertainty"))
-    if (factor := number(doubt.get("factor"))) is not None:
-        facts.append(("known error", f"off by up to {factor:.2g} times: {doubt.get('source', '')}"))
+    prediction = summary.prediction
+    if prediction is None:
+        return [("predicted time", f"none: {summary.prediction_note}")] if summary.prediction_note else []
+    facts = [("predicted by", prediction.by)]
+    if prediction.calibration:
+        facts.append(("calibration", calibration_text(prediction.calibration.to_dict())))
+    if doubt := prediction.uncertainty:
+        facts.append(("known error", f"off by up to {doubt.factor:.2g} times: {doubt.source}"))
     facts += [("error", f"{where}: {text}") for where, _, text in compared(summary)]
     by_verdict: dict[str, list[float]] = {}
-    for row in items(prediction.get("layers")):
-        side = mapping(row.get("after")) or mapping(row.get("before"))
-        by_verdict.setdefault(str(side.get("verdict", "")), []).append(number(side.get("ms")) or 0.0)
+    for side in filter(None, (row.after or row.before for row in prediction.layers)):
+        by_verdict.setdefault(side.verdict, []).append(side.ms)
     whole = sum(map(sum, by_verdict.values())) or 1.0
     for verdict, ms in sorted(by_verdict.items(), key=lambda pair: -sum(pair[1])):
         if verdict:

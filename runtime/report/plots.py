@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from markupsafe import Markup, escape
 
+from ..summary import Record, Summary
 from . import charts
 from .devices import device_name, median
 from .layers import LayerRow
-from .reading import costs, items, mapping, metric_name, timings
+from .reading import costs, timings
 from .text import count, milliseconds, number, plain_score, si, tick_format
 
 Plot = tuple[str, str, str]  # caption, SVG, its numbers in words
 Point = tuple[float, float, str]  # cost, accuracy, stage
 
 
-def plots(
-    summary: Mapping[str, Any], records: list[Mapping[str, Any]], layers: list[LayerRow]
-) -> list[tuple[str, Markup]]:
+def plots(summary: Summary, layers: list[LayerRow]) -> list[tuple[str, Markup]]:
     """Caption and SVG of every plot that the summary has the numbers for."""
     found = [
-        *_trade_offs(summary, _trajectory(summary, records)),
+        *_trade_offs(summary, _trajectory(summary)),
         *_profiles(layers),
         *_latencies(timings(summary)),
-        *_training(_epochs(records), metric_name(summary)),
+        *_training(_epochs(summary.passes), summary.metric),
     ]
     return [(caption, _described(svg, f"{caption}. {words}")) for caption, svg, words in found]
 
@@ -35,11 +33,11 @@ def _described(svg: str, words: str) -> Markup:
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(words)}"', 1))
 
 
-def _trade_offs(summary: Mapping[str, Any], path: list[Point]) -> Iterable[Plot]:
+def _trade_offs(summary: Summary, path: list[Point]) -> Iterable[Plot]:
     """Accuracy against multiply-accumulates, and against every latency that was measured before and after."""
     if len(path) < 2:
         return
-    metric = metric_name(summary)
+    metric = summary.metric
     ticks = tick_format((accuracy for _, accuracy, _ in path), metric)
 
     def plot(name: str, points: list[Point], what: str, label: str, text: Callable[[float], str]) -> Plot:
@@ -55,8 +53,8 @@ def _trade_offs(summary: Mapping[str, Any], path: list[Point]) -> Iterable[Plot]
     medians = [row["median"] for row in timings(summary).values()]
     if len(medians) == 2:
         yield latency("latency", medians[0], medians[1], "latency")
-    for i, results in enumerate(items(summary.get("devices"))):
-        medians = [median(mapping(model)) or 0.0 for model in mapping(results.get("models")).values()]
+    for i, results in enumerate(summary.devices):
+        medians = [median(model) for model in results.models.values()]
         if len(medians) > 1 and medians[0] and medians[-1]:
             yield latency(f"device-{i}", medians[0], medians[-1], f"latency on {device_name(results, 'a device')}")
 
@@ -102,28 +100,26 @@ def _training(series: Mapping[str, list[tuple[float, float]]], metric: str) -> I
         yield "Training", charts.curves("training", series, texts), words
 
 
-def _trajectory(summary: Mapping[str, Any], records: list[Mapping[str, Any]]) -> list[Point]:
+def _trajectory(summary: Summary) -> list[Point]:
     """MACs, accuracy and name of the dense program and of every stage whose accuracy is known. Stages that change
     neither are one point."""
     first, last, _ = costs(summary, "macs")
-    points = [(first, number(summary.get("accuracy_before")), "dense")]
-    for record in records:
-        macs = number(mapping(mapping(record.get("cost")).get("after")).get("macs"))
-        points.append((macs, number(mapping(record.get("accuracy")).get("after")), str(record.get("pass", ""))))
-    points.append((last, number(summary.get("accuracy_after")), "compressed"))
+    points = [(first, summary.accuracy_before, "dense")]
+    for record in summary.passes:
+        points.append((record.cost.after.macs, record.accuracy.after if record.accuracy else None, record.pass_))
+    points.append((last, summary.accuracy_after, "compressed"))
     known: list[Point] = []
     for macs, accuracy, name in points:
-        if macs is not None and accuracy is not None and (macs, accuracy) not in [p[:2] for p in known]:
+        if macs is not None and number(accuracy) is not None and (macs, accuracy) not in [p[:2] for p in known]:
             known.append((macs, accuracy, name))
     return known
 
 
-def _epochs(records: list[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+def _epochs(records: list[Record]) -> dict[str, list[tuple[float, float]]]:
     """Loss and accuracy over the epochs of all passes, as far as they were noted."""
     series: dict[str, list[tuple[float, float]]] = {}
-    epochs = [epoch for record in records for epoch in items(record.get("epochs"))]
-    for i, epoch in enumerate(epochs, 1):
-        for name, key in (("loss", "loss"), ("accuracy", "val")):
-            if (value := number(epoch.get(key))) is not None:
+    for i, epoch in enumerate((epoch for record in records for epoch in record.epochs), 1):
+        for name, value in (("loss", number(epoch.loss)), ("accuracy", number(epoch.val))):
+            if value is not None:
                 series.setdefault(name, []).append((i, value))
     return series

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -14,6 +13,7 @@ import graphcomb
 from graphcomb import runtime
 from graphcomb.cli.output import printable
 from graphcomb.runtime.devices.table import get_target
+from graphcomb.runtime.engines.base import EngineReport
 from graphcomb.runtime.export.opset import choose_opset
 
 
@@ -64,7 +64,7 @@ class Builds(list):
 
     def __call__(self, path: Path, target: Any, **options: Any) -> Any:
         self.append((Path(path).name, target.name, options))
-        return SimpleNamespace(path=path, to_dict=lambda: {"path": str(path), "target": target.name, "kernels": []})
+        return EngineReport("tensorrt_rtx", "1.7", target.name, path, 0, 0.0, "fp32")
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from graphcomb import schema
 from graphcomb.runtime import Roofline, get_target
+from graphcomb.runtime import summary as summaries
 
 OUTPUTS = {"pt2": False, "onnx": False, "bench": False, "report": False}
 INPUTS = [[1, 3, 32, 32]]
@@ -35,9 +35,9 @@ def test_a_run_says_what_its_layers_take(cli, recipe, tmp_path: Path) -> None:
     path = recipe(data=None, inputs=INPUTS, target="rtx-sm86", precision="fp16", outputs=OUTPUTS)
     assert cli("run", path, "--out", tmp_path / "run", "--quiet").code == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    found = schema.Prediction.model_validate(summary["prediction"], strict=True)
+    found = summaries.Prediction.model_validate(summary["prediction"], strict=True)
     for which in ("before", "after"):
-        rows = [schema.Predicted.model_validate(row[which], strict=True) for row in summary["prediction"]["layers"]]
+        rows = [summaries.Predicted.model_validate(row[which], strict=True) for row in summary["prediction"]["layers"]]
         assert sum(row.ms for row in rows) == pytest.approx(found.ms[which])
         assert sum(row.macs for row in rows) == summary["cost"][which]["macs"]
     assert found.by == str(Roofline(get_target("rtx-sm86"), "fp16"))
@@ -68,7 +68,7 @@ def test_a_recipe_is_calibrated_by_results(cli, recipe, results: Path, tmp_path:
     outcome = cli("run", path, "--out", tmp_path / "again", "--quiet")
     assert outcome.code == 0, outcome.err
     summary = json.loads((tmp_path / "again" / "summary.json").read_text())
-    found = schema.Prediction.model_validate(summary["prediction"])
+    found = summaries.Prediction.model_validate(summary["prediction"])
     assert found.calibration.fitted == ["common factor"]
     half = 0.5 * Roofline(get_target("agx-orin"), "fp16").rates[0]
     assert found.calibration.compute_share == pytest.approx(half)
@@ -86,7 +86,7 @@ def test_predict(cli, results: Path, tmp_path: Path) -> None:
     outcome = cli("predict", "toys:net", "toys:net", *arguments)
     assert outcome.code == 0, outcome.err
     assert "calibrated with 2 models and 0 kernels measured by tensorrt 10.3 (common factor)" in outcome.out
-    found = schema.Prediction.model_validate(json.loads((tmp_path / "p.json").read_text()), strict=True)
+    found = summaries.Prediction.model_validate(json.loads((tmp_path / "p.json").read_text()), strict=True)
     assert found.ms["before"] == found.ms["after"] > 0
     assert found.precision == "fp16"
 

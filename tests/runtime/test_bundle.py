@@ -352,12 +352,13 @@ def results(kinds, **changed):
     layer = {"op": "copy", "sizes": {"entries": 10**7}, "options": {}, "name": "x", "onnx": ["/x"]}
     ms = {"p5": 1.0, "median": 1.0, "p95": 1.0, "p99": 1.0}
     model = {
-        "engine": {}, "power": {}, "latency": {"graph": {"runs": 9, "host_ms": ms, "gpu_ms": ms}},
+        "file": "x.onnx", "engine": {}, "power": {}, "latency": {"graph": {"runs": 9, "host_ms": ms, "gpu_ms": ms}},
         "parity": {"finite": True, "error": 1e-4, "tolerance": 1e-3}, "layers": [{"name": "/x", "ms": 1.0}],
     }  # fmt: skip
     about = {name: {"layers": [layer], "precision": kind} for name, kind in kinds.items()}
     head = {"format": "graphcomb-bench/1", "engine": "tensorrt", "version": "10.3", "device": {"model": "an Orin"}}
     head |= {"bundle": {"target": "agx-orin", "precision": "fp16", "models": about}, "notes": [], "ratios": {}}
+    head |= {"date": "", "idle": {}, "monitor": None}
     return json.loads(json.dumps(head | {"models": dict.fromkeys(kinds, model | changed)}))
 
 

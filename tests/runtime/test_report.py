@@ -77,11 +77,12 @@ def device():
             "parity": {"finite": error is not None, "error": error},
             "layers": [{"name": "conv1 + relu", "ms": 3.0 / factor}, {"name": "/fc0", "ms": 1.0 / factor}],
             "engine": {},
+            "file": "net.onnx",
         }
 
     return {
         "device": {"model": "Jetson Orin Nano", "power_mode": "MAXN_SUPER"},
-        "engine": "tensorrt", "version": "10.3.0",
+        "format": "graphcomb-bench/1", "engine": "tensorrt", "version": "10.3.0", "date": "", "idle": {}, "monitor": None,
         "bundle": {
             "precision": "fp16", "target": "orin-nano",
             "models": {"big": {"layers": [work(0, 1024)]}, "small": {"layers": [work(0, 512)]}},
@@ -114,6 +115,9 @@ def prediction(layers=3):
         for i in range(layers)
     ]
     loose = {
+        "node": "add",
+        "call": "add",
+        "half": 1.0,
         "op": "copy",
         "sizes": {"entries": 5},
         "options": {},
@@ -131,6 +135,7 @@ def prediction(layers=3):
 
 def summary(layers=3):
     ms = {"p5": 4.9, "p25": 5.0, "median": 5.1, "p75": 5.2, "p95": 5.4, "p99": 5.9}
+    runs = {"runs": 50, "rejected": 0, "repeats": 1}
     engine = EngineReport(
         "tensorrt_rtx", "1.7", "rtx-sm86", "net.rtx", 768_020, 0.42, "fp16",
         [Kernel("conv_k", "correlation", ("conv", "relu"), ("fp16[1,3,8,8]",), ("fp16[1,61,8,8]",)),
@@ -152,9 +157,13 @@ def summary(layers=3):
         "latency_ratio": 3.12,
         "bench": {
             "timings": [
-                {"name": "dense", "ms": ms},
-                {"name": "small", "ms": {k: v / 3.12 for k, v in ms.items()}},
+                {"name": "dense", "ms": ms} | runs,
+                {"name": "small", "ms": {k: v / 3.12 for k, v in ms.items()}} | runs,
             ],
+            "ratio": 3.12,
+            "rounds": 50,
+            "contended": False,
+            "environment": {},
             "ratios": {"small": {"p5": 3.02, "median": 3.12, "p95": 3.19}},
             "note": "",
         },
@@ -295,23 +304,35 @@ def test_a_nearly_empty_summary(tmp_path):
     found, html = page(tmp_path, {})
     assert "graphcomb run" in found.text
     assert "<svg" not in html
-    found, html = page(tmp_path, {"accuracy_after": 31.5, "passes": [{}], "engine": "a/net.rtx", "engines": []})
+    found, html = page(tmp_path, {"accuracy_after": 31.5, "passes": [], "engine": "a/net.rtx", "engines": []})
     assert "31.5" in found.text
     assert "net.rtx" in found.text
 
 
+def shown_or_named(tmp_path, values, key):
+    """A page, or one line that names the field."""
+    try:
+        page(tmp_path, values)
+        return
+    except BadInput as error:
+        line = str(error)
+    assert re.match(rf"report: {key}\b.*, got ", line), line
+    assert "\n" not in line
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("junk", ["text", [1, None, "x"], {"a": {"b": None}}, float("nan"), True])
 @pytest.mark.parametrize("key", summary())
-def test_wrong_values_are_left_out(tmp_path, quick, key, junk):
-    page(tmp_path, summary() | {key: junk})
+def test_wrong_values_are_named(tmp_path, quick, key, junk):
+    shown_or_named(tmp_path, summary() | {key: junk}, key)
 
 
 @pytest.mark.parametrize("junk", [None, "text", [1], {"a": 1}])
 @pytest.mark.parametrize("key", ["layers", "refused", "cost", "accuracy", "verified", "options", "epochs", "seconds"])
-def test_wrong_values_in_a_record_are_left_out(tmp_path, quick, key, junk):
+def test_wrong_values_in_a_record_are_named(tmp_path, quick, key, junk):
     values = summary()
     values["passes"][0][key] = junk
-    page(tmp_path, values)
+    shown_or_named(tmp_path, values, rf"passes\.0\.{key}")
 
 
 def test_text_is_escaped_everywhere(tmp_path):
@@ -371,11 +392,11 @@ def test_layers_over_several_passes_are_the_first_before_and_the_last_after(tmp_
         {"memory": 5, "padding": 5, "bytes": "x", "seconds": "x"},
     ],
 )
-def test_an_engine_report_that_is_not_one_leaves_out_what_it_lacks(tmp_path, wrong):
+def test_an_engine_report_that_is_not_one_is_named(tmp_path, wrong):
     values = summary()
     values["engines"][0] |= wrong
-    found, _ = page(tmp_path, values)
-    assert "Engine for rtx-sm86" in found.text
+    with pytest.raises(BadInput, match=rf"^report: engines\.0\.({'|'.join(wrong)})\b[^\n]*, got [^\n]*$"):
+        write_report(values, tmp_path / "report.html")
 
 
 def test_a_contended_machine_gives_no_figure_and_a_slower_result_says_so(tmp_path):
@@ -428,6 +449,15 @@ def test_bars_have_the_width_of_their_column_and_layers_are_sorted(tmp_path, qui
 
 def test_the_parity_is_that_of_the_file_engines_are_built_from(tmp_path, quick):
     files = {"fp16": {"agreement": 0.975, "tolerance": 0.1, "float32": {"a": "Exp: ...", "b": "Mul: ..."}}}
+    files["fp16"] |= {
+        "path": "",
+        "precision": "fp16",
+        "opset": 20,
+        "bytes": 1,
+        "parity": 9.6e-4,
+        "cosine": 1.0,
+        "nodes": {},
+    }
     values = {"precision": "fp16", "onnx_parity": 2.8e-7, "onnx_parity_fp16": 9.6e-4, "onnx": files}
     text = page(tmp_path, values)[0].text
     assert "9.6e-04" in text
@@ -515,9 +545,12 @@ def test_more_kernels_and_dead_branches_are_named(tmp_path):
     text = write_report(given, tmp_path / "report.html").read_text()
     assert "46 → 52 predicted; new: mean_1" in text
     assert "softmax_1 has a single entry left and decides nothing; only for it: conv2d_4" in text
-    for junk in (5, {"before": 1, "after": 2}, {"before": "x", "more": 5, "dead": [1]}, {"dead": {"a": 5}}):
+    records[0]["kernels"] = {"before": 1, "after": 2}
+    write_report(given, tmp_path / "report.html")
+    for junk in (5, {"before": "x", "more": 5, "dead": [1]}, {"dead": {"a": 5}}):
         records[0]["kernels"] = junk
-        write_report(given, tmp_path / "report.html")
+        with pytest.raises(BadInput, match=r"^report: passes\.0\.kernels"):
+            write_report(given, tmp_path / "report.html")
 
 
 def test_same_summary_same_plots(tmp_path):

@@ -1,23 +1,17 @@
-"""The JSON files that graphcomb writes, as models: what `docs/formats.md` says, and what a reader may rely on.
+"""summary.json and the files that are parts of it, as models: a run writes it, the report and the command line read it.
 
-Fields may be added; those below keep their meaning. `python -m graphcomb.schema` prints the page.
+docs/formats.md and docs/summary.schema.json are made from these models and those of device_results.py (`make docs-formats`).
+Fields may be added; those below keep their meaning.
 """
 
 from __future__ import annotations
 
-from typing import Any, get_type_hints
+from collections.abc import Mapping
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
-
-class Format(BaseModel):
-    """Fields that are not named here are allowed."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-
-def says(text: str, **options: Any) -> Any:
-    return Field(description=text, **options)
+from ..graph.errors import BadInput
+from .device_results import Device
+from .formats import Format, read, says
 
 
 class Cost(Format):
@@ -28,11 +22,61 @@ class Cost(Format):
     unknown: list[str] = says("operators whose multiply-accumulates are not known and not counted", default=[])
 
 
-class Change(Format):
-    """Before and after a pass or a run."""
+class Costs(Format):
+    """What a pass or a run changes of the cost."""
 
-    before: Any = says("of the program that went in")
-    after: Any = says("of the program that came out")
+    before: Cost = says("of the program that went in")
+    after: Cost = says("of the program that came out")
+
+
+class Scores(Format):
+    """What a pass changes of the metric's mean."""
+
+    before: float | None = says("of the program that went in")
+    after: float | None = says("of the program that came out")
+    metric: str = says("what it is called", default="accuracy")
+
+
+class Widths(Format):
+    """Channels of a layer, each a list of two: input and output channels."""
+
+    before: list[int] = says("of the program that went in")
+    after: list[int] = says("of the program that came out")
+
+
+class Work(Format):
+    """Multiply-accumulates of a layer."""
+
+    before: int = says("of the program that went in")
+    after: int = says("of the program that came out")
+
+
+class Verified(Format):
+    """How a result was checked."""
+
+    oracle: str = says("absence oracle, for a surgery; input program, for a pass that changes no function", default="")
+    error: float = says("relative, in float64")
+    tolerance: float | None = says("the largest that is allowed", default=None)
+
+
+class RecordedLayer(Format):
+    """A convolution or linear layer in the record of a pass that removes channels."""
+
+    name: str = says("of the weight, or of the node where there is none")
+    kind: str = says("conv, depthwise or linear")
+    channels: Widths = says("how many go in and come out")
+    macs: Work = says("multiply-accumulates")
+
+
+class KernelCount(Format):
+    """How many kernels a run starts, as the target's library is predicted to make them."""
+
+    before: int = says("of the program that went in")
+    after: int = says("of the program that came out")
+    more: list[str] = says("nodes that begin those that are new, where there are more", default=[])
+    dead: dict[str, list[str]] = says(
+        "by softmax that has a single entry left, the nodes that only it reads", default={}
+    )
 
 
 class Refused(Format):
@@ -42,6 +86,13 @@ class Refused(Format):
     why: str = says("the reason, with the node that it comes from")
 
 
+class Epoch(Format):
+    """One epoch of a pass that trains."""
+
+    loss: float | None = says("mean over its batches", default=None)
+    val: float | None = says("the metric on the validation data after it", default=None)
+
+
 class Record(Format):
     """One pass: an entry of record.json, and of `passes` in summary.json (there without `removed`)."""
 
@@ -49,18 +100,13 @@ class Record(Format):
     options: dict[str, Any] = says("as in the recipe, defaults included")
     changed: list[Any] = says("what it changed; each pass says it in its own way", default=[])
     refused: list[Refused] = says("what it left alone, and why", default=[])
-    cost: Change = says("of the program, each a Cost")
+    cost: Costs = says("of the program")
     seconds: float = says("wall time")
-    accuracy: Change | None = says("the metric, where there are labels; metric: its name", default=None)
-    verified: dict[str, Any] | None = says("oracle, relative error in float64, tolerance", default=None)
-    layers: list[dict[str, Any]] | None = says(
-        "by layer: name, kind, channels and macs, each before and after", default=None
-    )
-    kernels: dict[str, Any] | None = says(
-        "that a run starts, as the target's library is predicted to make them: before, after; more: nodes that begin those "
-        "that are new, where there are more; dead: by softmax that has a single entry left, the nodes only it reads",
-        default=None,
-    )
+    accuracy: Scores | None = says("the metric, where there are labels", default=None)
+    verified: Verified | None = says("how the result was checked, where it can be", default=None)
+    layers: list[RecordedLayer] = says("convolutions and linear layers, by a pass that removes channels", default=[])
+    epochs: list[Epoch] = says("of a pass that trains", default=[])
+    kernels: KernelCount | None = says("of a pass that removes channels, where the target's are known", default=None)
     removed: dict[str, dict[str, list[int]]] | None = says(
         "by parameter and dimension: the indices that went, in the numbering of the program that went in", default=None
     )
@@ -96,8 +142,39 @@ class Kernel(Format):
 
     name: str = says("the library's")
     kind: str = says("the library's name for what it is")
-    nodes: list[str] = says("ONNX nodes that it computes")
+    nodes: list[str] = says("ONNX nodes that it computes", default=[])
+    inputs: list[str] = says("tensors that it reads, type and shape first", default=[])
+    outputs: list[str] = says("tensors that it writes", default=[])
     padding: bool = says("it only pads or re-formats")
+
+
+class Origin(Format):
+    """Where an ONNX node comes from."""
+
+    node: str = says("of the program's graph")
+    module: str = says("path in the model, empty at the top")
+    passes: list[str] = says("names of those that changed the node or a parameter of its module, in order", default=[])
+
+
+class Pad(Format):
+    """An axis that an engine computes wider than the model has it."""
+
+    kernel: str = says("that pads or is wider")
+    how: str = says("kernel: it only pads; fused: inside one that is there anyway; weights: zeros in the weights")
+    nodes: list[str] = says("ONNX nodes that it pads for")
+    axis: int = says("of their output")
+    before: int = says("its size in the model")
+    after: int = says("its size in the engine")
+    alignment: int | None = says("multiples of it avoid the padding; null: no width would")
+    note: str = says("more about it", default="")
+
+
+class Unfused(Format):
+    """Quantisation that buys nothing."""
+
+    kernel: str = says("that computes it", default="")
+    how: str = says("kernel, float, idle or wide")
+    nodes: list[str] = says("ONNX nodes that it concerns")
 
 
 class Engine(Format):
@@ -114,14 +191,9 @@ class Engine(Format):
     padding: list[str] = says("names of the kernels that only pad")
     memory: dict[str, int] = says("bytes by purpose: weights, activations, scratch")
     warnings: list[str] = says("the library's and graphcomb's")
-    origins: dict[str, dict[str, Any]] = says("by ONNX node: node of the graph, module, passes that changed it")
-    pads: list[dict[str, Any]] = says(
-        "TensorRT: axes computed wider than the model has them; how (kernel, fused, weights), nodes, axis, before, "
-        "after, the alignment that would avoid it (null: no width would), and a note on it", default=[],
-    )  # fmt: skip
-    unfused: list[dict[str, Any]] = says(
-        "TensorRT: quantisation that buys nothing; how (kernel, float, idle, wide) and nodes", default=[]
-    )
+    origins: dict[str, Origin] = says("by ONNX node", default={})
+    pads: list[Pad] = says("TensorRT: axes computed wider than the model has them", default=[])
+    unfused: list[Unfused] = says("TensorRT: quantisation that buys nothing", default=[])
     unread: list[str] = says("TensorRT: lines of the build log about kernels that could not be read", default=[])
 
 
@@ -161,10 +233,12 @@ class Predicted(Format):
 
 
 class PredictedLayer(Format):
-    """A layer of a Prediction; further keys as in its `ms`, each a Predicted, null where a program does not have it."""
+    """A layer of a Prediction, side by side in the programs; null where a program does not have it."""
 
     name: str = says("of the weight, or of the node where there is none")
     op: str = says("as in Predicted")
+    before: Predicted | None = says("of the program, or of the dense one", default=None)
+    after: Predicted | None = says("of what became of it", default=None)
 
 
 class Calibration(Format):
@@ -222,13 +296,15 @@ class Summary(Format):
         default="accuracy",
     )
     macs_ratio: float | None = says("how many times fewer multiply-accumulates; null where not all are known")
-    params_ratio: float = says("how many times fewer parameters")
+    params_ratio: float | None = says("how many times fewer parameters")
     latency_ratio: float | None = says("how many times faster, measured; null where that cannot be said")
     latency_predicted: float | None = says("how many times faster, predicted", default=None)
+    engine: str | None = says("path of the first engine's file; null without engines", default=None)
+    inputs: list[list[int]] = says("shapes of the example inputs", default=[])
     surgery_error: float | None = says("worst relative error against the oracle, float64; null without a surgery")
     onnx_parity: float | None = says("worst error of the fp32 ONNX file against the program")
     onnx_parity_fp16: float | None = says("of the fp16 one, which the engines are built from then", default=None)
-    cost: Change = says("each a Cost")
+    cost: Costs | None = says("of the program")
     passes: list[Record] = says("in order")
     files: dict[str, Any] = says("paths of what was written, by kind")
     environment: dict[str, Any] = says("versions and machine")
@@ -238,103 +314,21 @@ class Summary(Format):
     bench: Bench | None = says("dense against compressed in ONNX Runtime, fp32, one thread", default=None)
     prediction: Prediction | None = says("dense and compressed on the target, layer by layer", default=None)
     prediction_note: str = says("why there is none", default="")
-
-
-class Latency(Format):
-    """Of one model, run in one way."""
-
-    runs: int = says("runs that counted")
-    host_ms: dict[str, float] = says("as the caller sees it: p5, median, p95, p99")
-    gpu_ms: dict[str, float] | None = says("between two CUDA events", default=None)
-
-
-class DeviceModel(Format):
-    """One model on a device."""
-
-    file: str = says("in the bundle")
-    engine: dict[str, Any] = says(
-        "build_seconds (null for the engine of an earlier run, which is reused), bytes, scratch_bytes, file: of the engine, "
-        "beside the results, flags: of TensorRT's builder, inspector: layers as the library has them, no_graph: why it "
-        "cannot run as a CUDA graph, and contended: runs that counted although something else had the processor"
+    devices: list[Device] = says(
+        "what bench bundles measured, as the report was given it; no run writes it", default=[]
     )
-    parity: dict[str, Any] = says(
-        "finite: no NaN or infinity; error: relative to the reference, null without one; tolerance: the largest error that "
-        "the model's precision explains; note: what is wrong with the outputs, where something is"
-    )
-    latency: dict[str, Latency] = says("by way to run it: stream, graph (a CUDA graph)")
-    power: dict[str, Any] = says(
-        "while it runs alone: power_mw by rail, total_mw, energy_mj of one run, temperatures_c, clocks_mhz, "
-        "load_percent, samples"
-    )
-    layers: list[dict[str, Any]] = says("name and ms of each, from the library's profiler in runs of its own")
 
 
-class Device(Format):
-    """results.json of a bench bundle."""
-
-    format: str = says("graphcomb-bench/1")
-    bundle: dict[str, Any] = says(
-        "bundle.json: graphcomb's version, the precision asked for, target and its library, and by model its files, their "
-        "sha256, its precision (int8: with Q/DQ nodes), names of its outputs, sparse: it has 2:4 weights, note: what became "
-        "of it, and its layers"
-    )
-    engine: str = says("library")
-    version: str = says("of the library")
-    date: str = says("ISO 8601")
-    device: dict[str, Any] = says("model, system, l4t, power_mode, clocks, cpus, python")
-    models: dict[str, DeviceModel] = says("by name, the reference first")
-    ratios: dict[str, dict[str, dict[str, float]]] = says(
-        "by model and way to run it: how many times faster, percentiles, and low and high: between which the median lies "
-        "with 95 %; only of models and ways where that can be said, notes has the reason for the others"
-    )
-    idle: dict[str, Any] = says("power and temperatures at rest, before anything is built")
-    failed: dict[str, str] = says("by name of a model that could not be built or run: the reason", default={})
-    interrupted: bool = says("by Ctrl-C: the rest is what was measured until then", default=False)
-    monitor: str | None = says("tegrastats, nvidia-smi or null")
-    notes: list[str] = says("what a reader should know")
+# What a summary that is only read may lack.
+NOTHING: dict[str, Any] = dict.fromkeys(name for name, field in Summary.model_fields.items() if field.is_required())
+NOTHING |= {"model": "", "target": "", "precision": "", "passes": [], "files": {}, "environment": {}}
 
 
-FORMATS = (
-    Summary,
-    Record,
-    Cost,
-    Change,
-    Refused,
-    Bench,
-    Timing,
-    Engine,
-    Kernel,
-    Onnx,
-    Device,
-    DeviceModel,
-    Latency,
-    Prediction,
-    PredictedLayer,
-    Predicted,
-    Calibration,
-)
+def read_summary(values: Any, where: str) -> Summary:
+    """A summary from what its JSON file holds, checked here once; what is missing or null is empty.
 
-
-def markdown() -> str:
-    """The page: a table for every model."""
-    lines = [
-        "# JSON formats",
-        "",
-        "The JSON files that graphcomb writes. Fields may be added; these keep their meaning.",
-    ]
-    for model in FORMATS:
-        lines += ["", f"## {model.__name__}", "", " ".join((model.__doc__ or "").split()), ""]
-        lines += ["| field | type | meaning |", "| --- | --- | --- |"]
-        hints = get_type_hints(model)
-        for name, field in model.model_fields.items():
-            kind = str(hints[name]) if not isinstance(hints[name], type) else hints[name].__name__
-            kind = (
-                kind.replace("typing.", "").replace(f"{__name__}.", "").replace(" | ", " or ").replace("None", "null")
-            )
-            optional = "" if field.is_required() else " (optional)"
-            lines.append(f"| {field.alias or name} | {kind} | {field.description}{optional} |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")
+    where: the file, which an error names. Raises BadInput, one line with the field, for what is of another kind.
+    """
+    if not isinstance(values, Mapping):
+        raise BadInput(f"{where}: the summary is a mapping of names to values, not a {type(values).__name__}")
+    return read(Summary, NOTHING | {name: value for name, value in values.items() if value is not None}, where)

@@ -1,0 +1,53 @@
+"""Makes formats.md and summary.schema.json, beside this file, from the models in runtime/summary.py: `make docs-formats`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import get_type_hints
+
+from graphcomb.runtime import device_results as results
+from graphcomb.runtime import summary
+
+FORMATS = (
+    summary.Summary, summary.Record, summary.Cost, summary.Costs, summary.Scores, summary.Verified, summary.RecordedLayer,
+    summary.Widths, summary.Work, summary.KernelCount, summary.Epoch, summary.Refused, summary.Bench, summary.Timing,
+    summary.Engine, summary.Kernel, summary.Origin, summary.Pad, summary.Unfused, summary.Onnx, summary.Prediction,
+    summary.PredictedLayer, summary.Predicted, summary.Uncertainty, summary.Calibration, results.Device, results.Bundle,
+    results.BundledModel, results.BundledLayer, results.DeviceModel, results.DeviceEngine, results.DeviceParity,
+    results.Latency, results.Power, results.ProfiledLayer,
+)  # fmt: skip
+
+
+def pages() -> dict[str, str]:
+    """The text of each page by its name."""
+    schema = summary.Summary.model_json_schema()
+    return {"formats.md": markdown(), "summary.schema.json": json.dumps(schema, indent=1) + "\n"}
+
+
+def markdown() -> str:
+    """A table for every model."""
+    lines = [
+        "# JSON formats",
+        "",
+        "The JSON files that graphcomb writes. Fields may be added; these keep their meaning. summary.schema.json says of",
+        "summary.json the same for programs.",
+    ]
+    for model in FORMATS:
+        lines += ["", f"## {model.__name__}", "", " ".join((model.__doc__ or "").split()), ""]
+        lines += ["| field | type | meaning |", "| --- | --- | --- |"]
+        hints = get_type_hints(model)
+        for name, field in model.model_fields.items():
+            kind = str(hints[name]) if not isinstance(hints[name], type) else hints[name].__name__
+            kind = (
+                re.sub(r"\b(typing|graphcomb\.runtime\.\w+)\.", "", kind).replace(" | ", " or ").replace("None", "null")
+            )
+            optional = "" if field.is_required() else " (optional)"
+            lines.append(f"| {field.alias or name} | {kind} | {field.description}{optional} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    for name, text in pages().items():
+        Path(__file__).with_name(name).write_text(text)

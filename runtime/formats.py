@@ -1,0 +1,38 @@
+"""What the models of graphcomb's JSON files (summary.py, device_results.py) have in common."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..graph.errors import BadInput
+
+Read = TypeVar("Read", bound=BaseModel)
+
+
+class Format(BaseModel):
+    """Fields that are not named here are allowed, and kept."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form: what was set, under the names that the file has."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+
+def says(text: str, **options: Any) -> Any:
+    """A field with what it means."""
+    return Field(description=text, **options)
+
+
+def read(model: type[Read], values: Any, where: str) -> Read:
+    """The values as a model. Raises BadInput that names the file and the first field that is wrong."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise BadInput(
+            f"{where}: {place}: {first['msg'].removeprefix('Input ')}, got {first['input']!r:.60}"
+        ) from error
