@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 import pytest
@@ -37,6 +38,7 @@ class PerMac:
         return 1e-9 * layer.macs(4)
 
 
+@functools.cache
 def program(silent: int = 0):
     """silent: how many channels of the middle convolution hardly compute anything."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,18 +17,23 @@ from graphcomb.graph.errors import BadInput, GraphcombError, Unreachable
 from graphcomb.passes.channels.remove_channels import RemoveChannels
 
 from ..toys import Cut, Stop, same, state
-from .toys import batches, capture, convolutions, pruning
+from .toys import batches, dense, pruning
 
 ROOT, MODULE = Path(__file__).parents[3], "tests.passes.channels.test_resume"
 
 
+@pytest.fixture(scope="module", params=[{}, {"schedule": "one-shot", "importance": "magnitude"}], ids=str)
+def run(request, tmp_path_factory):
+    """A pass, its context, and its result when nothing interrupts it."""
+    pass_ = pruning({"checkpoint_every": 3, "features": 1.0}, interval=2, prune_share=0.7, **request.param)
+    context = {"val": batches(2), "teacher": dense()}
+    return pass_, context, pass_(dense(), data=batches(), out=tmp_path_factory.mktemp("whole"), **context)
+
+
 @pytest.mark.parametrize("stop", [1, 5, 9])
-@pytest.mark.parametrize("options", [{}, {"schedule": "one-shot", "importance": "magnitude"}])
-def test_a_resumed_run_removes_the_same_and_ends_at_the_same_bits(stop, options, tmp_path):
-    program, data = capture(convolutions()), batches()
-    pass_ = pruning({"checkpoint_every": 3, "features": 1.0}, interval=2, prune_share=0.7, **options)
-    context = {"val": batches(2), "teacher": program}
-    whole = pass_(program, data=data, out=tmp_path / "whole", **context)
+def test_a_resumed_run_removes_the_same_and_ends_at_the_same_bits(stop, run, tmp_path):
+    pass_, context, whole = run
+    program, data = dense(), batches()
     cut = Cut(data, stop, every_pass=True)
     with pytest.raises(Stop):
         pass_(program, data=cut, out=tmp_path / "cut", **context)
@@ -40,14 +46,21 @@ def test_a_resumed_run_removes_the_same_and_ends_at_the_same_bits(stop, options,
         assert resumed.record[key] == whole.record[key]
 
 
-@pytest.mark.parametrize("change", [{"macs": 0.5}, {"prune_share": 0.4}, {"round_to": 4}, {"scope": "local"}])
-def test_a_checkpoint_of_other_options_is_not_taken(change, tmp_path):
-    program, cut = capture(convolutions()), Cut(batches(), 4, every_pass=True)
-    pass_ = pruning({"checkpoint_every": 3}, interval=2)
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A pass, and the folder that holds its checkpoint."""
+    pass_, folder = pruning({"checkpoint_every": 3}, interval=2), tmp_path_factory.mktemp("interrupted")
     with pytest.raises(Stop):
-        pass_(program, data=cut, out=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1
-    other = dataclasses.replace(pass_, **change)(program, data=batches(), out=tmp_path)
+        pass_(dense(), data=Cut(batches(), 4, every_pass=True), out=folder)
+    assert len(list(folder.iterdir())) == 1
+    return pass_, folder
+
+
+@pytest.mark.parametrize("change", [{"macs": 0.5}, {"prune_share": 0.4}, {"round_to": 4}, {"scope": "local"}])
+def test_a_checkpoint_of_other_options_is_not_taken(change, interrupted, tmp_path):
+    pass_, folder = interrupted
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    other = dataclasses.replace(pass_, **change)(dense(), data=batches(), out=tmp_path)
     assert "resumed_at" not in other.record
 
 
@@ -70,7 +83,7 @@ def test_what_cannot_be_is_said_before_training():
     def never(outputs, labels):
         raise AssertionError("trained")
 
-    program = capture(convolutions())
+    program = dense()
     with pytest.raises(Unreachable, match=r"RemoveChannels.macs: .* cannot be reached"):
         pruning(macs=1e-6)(program, data=batches(), loss=never)
     with pytest.raises(BadInput, match="needs data to train on"):
@@ -98,7 +111,7 @@ def job(out, per_process, die_at=0):
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield batch
 
-    program = capture(convolutions(), torch.float64)
+    program = dense(torch.float64)
     data = Dies(batches(96 // per_process, per_process, dtype=torch.float64))
     pass_ = pruning({"epochs": 2, "checkpoint_every": 3, "features": 1.0}, interval=2)
     return pass_(program, data=data, teacher=program, out=out)

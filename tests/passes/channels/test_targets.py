@@ -1,5 +1,7 @@
 """What a target, a plan and patterns ask for: met with what is free, or a line that says why not, before any training."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ DATA = [(torch.randn(4, 1, 8, 8), torch.randint(3, (4,))) for _ in range(8)]
 TRAIN = Distill(epochs=1, lr=1e-3, alpha=0.0)
 
 
+@functools.cache
 def program(*widths, frozen=()):
     torch.manual_seed(0)
     model = chain(*widths)

@@ -20,7 +20,7 @@ from graphcomb.passes.train.distill import Distill, feature_distance
 from graphcomb.passes.train.features import matching_features
 
 from ..toys import same, state
-from .toys import Segmenter, Transformer, batches, capture, convolutions, pruning
+from .toys import Segmenter, Transformer, batches, capture, convolutions, dense, pruning
 
 EXACT = 1e-10
 
@@ -111,7 +111,7 @@ def test_the_target_is_never_missed(schedule):
 @pytest.mark.parametrize("schedule", ["adaptive", "iterative", "one-shot"])
 @pytest.mark.parametrize("importance", ["fisher", "taylor", "magnitude", "random"])
 def test_the_target_is_reached_and_the_result_is_one_slice_of_the_masked_network(schedule, importance):
-    program = capture(convolutions())
+    program = dense()
     before = state(program)
     options = {"schedule": schedule, "importance": importance, "rounds": 3}
     result = pruning({"epochs": 2}, **options)(program, data=batches(), val=batches(2))
@@ -203,7 +203,7 @@ def test_moments_of_adam_go_with_their_weights(monkeypatch):
             seen.append({n: {k: t.clone() for k, t in m.items()} for n, m in moments.items()})
 
     monkeypatch.setattr(loop._Loop, "_operate", watched)
-    result = pruning(interval=6)(capture(convolutions()), data=batches())
+    result = pruning(interval=6)(dense(), data=batches())
     assert len(seen) == 2
     for name, moments in seen[1].items():
         lost = result.removed.get(name, {})
@@ -213,7 +213,7 @@ def test_moments_of_adam_go_with_their_weights(monkeypatch):
 
 
 def test_a_plan_says_where_groups_end():
-    program = capture(convolutions())
+    program = dense()
     pass_ = pruning(interval=3, round_to=4)
     rows = pass_.plan(program, Context(data=batches()))
     first, second = [r for r in rows if "frozen" not in r][:2]
@@ -228,7 +228,7 @@ def test_a_plan_says_where_groups_end():
 # ---------------------------------------------------------------------------------------------------------- distillation
 def test_features_are_compared_at_the_kept_indices():
     """The term of a pruned student against the formula, from its history, before and after a round trip through a file."""
-    teacher = capture(convolutions())
+    teacher = dense()
     once = RemoveChannels(ratio=0.25, round_to=1, importance="random")(teacher, seed=1)
     twice = RemoveChannels(ratio=0.25, round_to=1, importance="random")(once.program, seed=2)
     kept, refused = matching_features(teacher, twice.program)
@@ -255,7 +255,7 @@ def test_features_are_compared_at_the_kept_indices():
 
 
 def test_kept_indices_survive_a_file(tmp_path):
-    teacher = capture(convolutions())
+    teacher = dense()
     small = RemoveChannels(ratio=0.5, round_to=1, importance="random")(teacher).program
     again = load(small.save(tmp_path / "small.pt2"))
     (before, _), (after, refused) = (matching_features(teacher, p) for p in (small, again))
@@ -271,7 +271,7 @@ def test_kept_indices_survive_a_file(tmp_path):
 
 def test_features_follow_what_is_pruned_meanwhile(monkeypatch):
     """Every feature term that training saw, against the formula with the indices kept at that step."""
-    teacher = capture(convolutions())
+    teacher = dense()
     seen = []
 
     def watched(student, taught):
@@ -295,7 +295,7 @@ def test_features_follow_what_is_pruned_meanwhile(monkeypatch):
 
 def test_a_student_that_is_still_its_teacher_is_pruned_by_magnitude():
     """Without labels the loss has no gradient then, only rounding; AdamW would move at once, SGD does not."""
-    program = capture(convolutions())
+    program = dense()
     options = {"optimizer": "sgd", "lr": 1e-3, "weight_decay": 0.0, "labels": False}
     found = [
         pruning(options, interval=6, importance=i, scope="local")(program, data=batches(labels=False), teacher=program)
@@ -326,7 +326,7 @@ def test_segmentation_is_pruned_and_distilled_per_pixel(labels):
 @pytest.mark.parametrize("importance", ["fisher", "taylor", "fisher-paper"])
 def test_the_scale_of_the_loss_changes_nothing(importance):
     """Neither at once nor while training, where plain SGD needs a learning rate that makes up for it."""
-    program, removed = capture(convolutions(), torch.float64), {}
+    program, removed = dense(torch.float64), {}
     data = batches(dtype=torch.float64)
     for scale in (1.0, 1e-5, 2.0**-40):
 

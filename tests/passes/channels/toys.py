@@ -1,5 +1,6 @@
 """Networks of convolutions and attention that are pruned while they train, their data, and the pass that does it."""
 
+import functools
 import itertools
 
 import torch
@@ -66,6 +67,12 @@ def batches(count=12, size=8, labels=True, dtype=torch.float32):
 
 def capture(model, dtype=torch.float32):
     return g.capture(model.to(dtype), torch.randn(3, 1, 8, 8, dtype=dtype), dynamic_shapes="batch")
+
+
+@functools.cache
+def dense(dtype=torch.float32):
+    """`convolutions`, captured once; passes leave their input program alone."""
+    return capture(convolutions(), dtype)
 
 
 def pruning(train=None, **options):

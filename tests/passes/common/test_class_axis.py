@@ -1,5 +1,7 @@
 """Which dimension of the class scores holds the classes: found with certainty, declared, or refused with what to give."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -41,6 +43,7 @@ class Queries(nn.Module):
         return scores
 
 
+@functools.cache
 def captured(form="plain", seed=0):
     return g.capture(Queries(form, seed), torch.randn(2, 3, 4, 4), dynamic_shapes="batch")
 

@@ -16,7 +16,7 @@ from graphcomb.passes.common.losses import accuracy, default_loss, logits_of
 from graphcomb.passes.common.scoring import evaluate
 from graphcomb.passes.train.distill import Distill
 
-from ..train.toys import capture, loaders, network
+from ..train.toys import capture, loaders, network, small
 
 
 def test_batches_of_every_form():
@@ -70,7 +70,7 @@ def test_keyword_inputs_are_put_in_the_programs_order():
 )
 def test_inputs_that_do_not_fit_are_named(x, says):
     with pytest.raises(BadInput, match=says):
-        Distill()(capture(network(4)), data=[(x, torch.zeros(4).long())])
+        Distill()(small(4), data=[(x, torch.zeros(4).long())])
 
 
 def test_filling_up_a_batch_leaves_alone_what_is_not_batched():

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import shutil
 import textwrap
 import warnings
 
@@ -108,6 +109,7 @@ def last_changed(data):
     return [*data[:-1], (data[-1][0] + 1, data[-1][1])]
 
 
+@functools.cache
 def small(seed=0):
     torch.manual_seed(seed)
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
@@ -129,25 +131,32 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_training_goes_on_only_where_nothing_has_changed(change, tmp_path):
-    program, train = small(), Distill(epochs=2, lr=1e-2, checkpoint_every=3, warmup=0.0)
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """What trains in a context, its checkpoint after an interruption, and the weights of a whole run."""
+    folder, train = tmp_path_factory.mktemp("run"), Distill(epochs=2, lr=1e-2, checkpoint_every=3, warmup=0.0)
     context = {"data": DATA, "val": pairs(2, seed=3), "teacher": small(seed=2), "loss": loss}
     with pytest.raises(Stop):
-        train(program, **context | {"data": Cut(DATA, 12)}, out=tmp_path)
-    (checkpoint,) = tmp_path.iterdir()
-    kept = checkpoint.read_bytes()
-    other = context | CHANGES[change]
+        train(small(), **context | {"data": Cut(DATA, 12)}, out=folder / "cut")
+    (checkpoint,) = (folder / "cut").iterdir()
+    return train, context, checkpoint, state(train(small(), **context, out=folder / "whole").program)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_training_goes_on_only_where_nothing_has_changed(change, interrupted, tmp_path):
+    train, context, checkpoint, whole = interrupted
+    program, other = small(), context | CHANGES[change]
+    shutil.copy(checkpoint, tmp_path)
     with pytest.warns(UserWarning, match="Distill starts anew, what is stored there belongs to another run"):
         changed = train(program, **other, out=tmp_path)
     assert "resumed_at" not in changed.record
     assert same(state(changed.program), state(train(program, **other, out=tmp_path / "new").program))
-    checkpoint.write_bytes(kept)
+    shutil.copy(checkpoint, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         again = train(program, **context, out=tmp_path)
     assert again.record["resumed_at"] == 12
-    assert same(state(again.program), state(train(program, **context, out=tmp_path / "whole").program))
+    assert same(state(again.program), whole)
 
 
 class Unrepeatable:
@@ -187,35 +196,54 @@ def test_stages_of_depth_pruning_are_taken_up_only_where_nothing_has_changed(tmp
         prune(program, **context, out=tmp_path)
 
 
-@pytest.mark.parametrize("change", [*CHANGES, "last batch"])
-def test_snapshots_are_taken_up_only_where_nothing_has_changed(change, tmp_path):
+def times(folder):
+    return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def snapshots(tmp_path_factory):
+    """A pass, its context, and the folder of its snapshots, which a second run leaves as they are."""
     pass_ = Sparsify(schedule=((0, 0.5),), method="magnitude", include=("1.*",), train=Distill(epochs=1))
-    program = small()
-    context = {"data": DATA, "val": pairs(2, seed=3), "teacher": program, "loss": loss}
-    pass_(program, **context, out=tmp_path)
-    times = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    pass_(program, **context, out=tmp_path)
-    assert times == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    context = {"data": DATA, "val": pairs(2, seed=3), "teacher": small(), "loss": loss}
+    folder = tmp_path_factory.mktemp("snapshots")
+    pass_(small(), **context, out=folder)
+    before = times(folder)
+    pass_(small(), **context, out=folder)
+    assert times(folder) == before
+    return pass_, context, folder
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "last batch"])
+def test_snapshots_are_taken_up_only_where_nothing_has_changed(change, snapshots, tmp_path):
+    pass_, context, folder = snapshots
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     other = context | (CHANGES | {"last batch": {"data": last_changed(DATA)}})[change]
     with pytest.warns(UserWarning, match=r"Sparsify's stage 0\.5000 starts anew"):
-        changed = pass_(program, **other, out=tmp_path)
-    assert times != {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    assert same(state(changed.program), state(pass_(program, **other).program))
+        changed = pass_(small(), **other, out=tmp_path)
+    assert times(tmp_path) != times(folder)
+    assert same(state(changed.program), state(pass_(small(), **other).program))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A pipeline, its context, and the folder of its passes, which a second run leaves as it is."""
+    passes, folder = Pipeline([Distill(steps=2)]), tmp_path_factory.mktemp("finished")
+    context = {"data": DATA, "val": pairs(2, seed=3), "teacher": small(), "loss": loss}
+    passes.run(small(), **context, out=folder)
+    before = times(folder / "passes")["00-Distill.pt2"]
+    passes.run(small(), **context, out=folder)
+    assert times(folder / "passes")["00-Distill.pt2"] == before
+    return passes, context, folder
 
 
 @pytest.mark.parametrize("change", [*CHANGES, "last batch"])
-def test_finished_passes_are_taken_over_only_where_nothing_has_changed(change, tmp_path):
-    program, passes = small(), Pipeline([Distill(steps=2)])
-    context = {"data": DATA, "val": pairs(2, seed=3), "teacher": program, "loss": loss}
-    file = tmp_path / "passes" / "00-Distill.pt2"
-    passes.run(program, **context, out=tmp_path)
-    time = file.stat().st_mtime_ns
-    passes.run(program, **context, out=tmp_path)
-    assert file.stat().st_mtime_ns == time
+def test_finished_passes_are_taken_over_only_where_nothing_has_changed(change, finished, tmp_path):
+    passes, context, folder = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     other = context | (CHANGES | {"last batch": {"data": last_changed(DATA)}})[change]
     with pytest.warns(UserWarning, match="00-Distill starts anew"):
-        passes.run(program, **other, out=tmp_path)
-    assert file.stat().st_mtime_ns != time
+        passes.run(small(), **other, out=tmp_path)
+    assert times(tmp_path / "passes")["00-Distill.pt2"] != times(folder / "passes")["00-Distill.pt2"]
 
 
 def test_a_sample_disturbs_nothing():

@@ -15,7 +15,7 @@ from graphcomb.graph.errors import BadInput
 from graphcomb.passes.train.distill import Distill
 
 from ..toys import Cut, Stop, same, state
-from .toys import capture, loaders, network, tensors
+from .toys import capture, loaders, network, small, tensors
 
 ROOT, MODULE = Path(__file__).parents[3], "tests.passes.train.test_checkpoint"
 
@@ -33,25 +33,35 @@ class Noisy(torch.utils.data.Dataset):
         return self.x[i] + 0.1 * torch.randn(1, 8, 8), self.y[i]
 
 
-@pytest.mark.parametrize("stop", [1, 3, 8, 11])
-@pytest.mark.parametrize("own_generator", [False, True])
-def test_a_resumed_run_ends_bit_by_bit_where_a_whole_one_does(stop, own_generator, teacher, tmp_path):
-    def data():
-        generator = torch.Generator().manual_seed(5) if own_generator else None
-        return DataLoader(Noisy(), 32, shuffle=True, generator=generator)
+def noisy(own_generator):
+    generator = torch.Generator().manual_seed(5) if own_generator else None
+    return DataLoader(Noisy(), 32, shuffle=True, generator=generator)
 
-    student, distill = capture(network(6)), Distill(epochs=2, checkpoint_every=3)
+
+@pytest.fixture(scope="module", params=[False, True], ids=["global generator", "own generator"])
+def run(request, teacher, tmp_path_factory):
+    """A student, what trains it, and the result when nothing interrupts it."""
     _, val = loaders()
-    whole = distill(student, data=data(), val=val, teacher=teacher, out=tmp_path / "whole")
-    out = tmp_path / "cut"
+
+    def train(out, stop=None):
+        data = noisy(request.param) if stop is None else Cut(noisy(request.param), stop)
+        distill = Distill(epochs=2, checkpoint_every=3)
+        return distill(small(6), data=data, val=val, teacher=teacher, out=out)
+
+    return train, train(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("stop", [1, 3, 8, 11])
+def test_a_resumed_run_ends_bit_by_bit_where_a_whole_one_does(stop, run, tmp_path):
+    train, whole = run
     with pytest.raises(Stop):
-        distill(student, data=Cut(data(), stop), val=val, teacher=teacher, out=out)
-    assert len(list(out.glob("*"))) == (stop >= 3)
-    resumed = distill(student, data=data(), val=val, teacher=teacher, out=out)
+        train(tmp_path, stop)
+    assert len(list(tmp_path.glob("*"))) == (stop >= 3)
+    resumed = train(tmp_path)
     assert resumed.record.get("resumed_at") == {1: None, 3: 3, 8: 6, 11: 9}[stop]
     assert same(state(resumed.program), state(whole.program))
     assert resumed.record["epochs"] == whole.record["epochs"]
-    assert list(out.glob("*")) == [], "a finished run leaves no checkpoint"
+    assert list(tmp_path.glob("*")) == [], "a finished run leaves no checkpoint"
 
 
 def job(out, *, kill_at=0, per_process=64, epochs=2):
@@ -104,7 +114,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_resumes(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_not_taken_and_a_damaged_one_is_named(tmp_path):
     data, _ = loaders()
-    student = capture(network(6))
+    student = small(6)
     with pytest.raises(Stop):
         Distill(checkpoint_every=2)(student, data=Cut(data, 5), out=tmp_path)
     (checkpoint,) = tmp_path.iterdir()
@@ -123,7 +133,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     data, _ = loaders()
     with pytest.raises(BadInput, match="the checkpoint cannot be written"):
-        Distill(checkpoint_every=2)(capture(network(4)), data=data, out=tmp_path / "file")
+        Distill(checkpoint_every=2)(small(4), data=data, out=tmp_path / "file")
 
 
 @pytest.mark.slow

@@ -21,14 +21,14 @@ from graphcomb.passes.train.features import matching_features
 from graphcomb.passes.train.options import Training, learning_rate
 
 from ..toys import Cut, Stop, same, state
-from .toys import capture, loaders, network, tensors
+from .toys import capture, loaders, network, small, tensors
 
 
 # ---------------------------------------------------------------------------------------------------------------- gain
 @pytest.mark.parametrize("options", [{}, {"alpha": 0.0}, {"labels": False}, {"optimizer": "sgd", "lr": 0.1}])
 def test_the_student_learns_and_nothing_else_changes(options, teacher):
     data, val = loaders(count=1300)
-    student = capture(network(6))
+    student = small(6)
     before, taught, rng = state(student), state(teacher), rng_state()
     codes = student.module().code, teacher.module().code
     result = Distill(epochs=4, **{"lr": 5e-3, **options})(student, data=data, val=val, teacher=teacher)
@@ -52,7 +52,7 @@ def test_the_student_learns_and_nothing_else_changes(options, teacher):
 def test_unlabelled_batches_are_enough(teacher):
     x, _ = tensors()
     plain, named = TensorDataset(x[:256]), [{"input": t} for t in x[:256].split(64)]
-    student = capture(network(6))
+    student = small(6)
     results = [
         Distill(epochs=1)(student, data=data, teacher=teacher)
         for data in (DataLoader(plain, 64), named, [t for (t,) in DataLoader(plain, 64)])
@@ -160,7 +160,7 @@ def test_learning_rates_warm_up_and_end_low():
 
 def test_frozen_statistics_stay_and_decay_spares_scales():
     data, _ = loaders()
-    student = capture(network(6))
+    student = small(6)
     before = state(student)
     result = Distill(epochs=1, batch_norm="frozen")(student, data=data)
     after = state(result.program)
@@ -176,14 +176,14 @@ def test_frozen_statistics_stay_and_decay_spares_scales():
 
 def test_bfloat16_trains_and_keeps_full_precision_weights(teacher):
     data, val = loaders(count=1300)
-    result = Distill(epochs=3, lr=5e-3, precision="bf16")(capture(network(6)), data=data, val=val, teacher=teacher)
+    result = Distill(epochs=3, lr=5e-3, precision="bf16")(small(6), data=data, val=val, teacher=teacher)
     assert result.record["epochs"][-1]["val"] > 0.7
     assert all(t.dtype == torch.float32 for t in state(result.program).values())
 
 
 def test_the_seed_decides_everything(teacher):
     data, _ = loaders()
-    student = capture(network(6))
+    student = small(6)
     runs = [Distill(epochs=2)(student, data=data, teacher=teacher, seed=seed).program for seed in (1, 1, 2)]
     assert same(state(runs[0]), state(runs[1]))
     assert not same(state(runs[0]), state(runs[2]))
@@ -300,7 +300,7 @@ def test_options_out_of_range_are_named(options, says):
 )
 def test_what_cannot_run_says_so_in_one_line(options, context, says):
     with pytest.raises(BadInput, match=says) as caught:
-        Distill(**options)(capture(network(4)), **context)
+        Distill(**options)(small(4), **context)
     assert "\n" not in str(caught.value)
 
 
@@ -312,24 +312,24 @@ def test_a_diverging_loss_names_the_step():
         return outputs.sum() * (float("inf") if next(calls) == 3 else 1.0)
 
     with pytest.raises(BadInput, match=r"Distill: the loss is -?(inf|nan) at step 3 \(epoch 1\).*try a lower lr"):
-        Distill(lr=1e-3)(capture(network(4)), data=data, loss=loss)
+        Distill(lr=1e-3)(small(4), data=data, loss=loss)
 
 
 def test_an_unfitting_teacher_is_named():
     data, _ = loaders()
     other = g.capture(nn.Flatten(), torch.zeros(3, 2, 8, 8), dynamic_shapes="batch")
     with pytest.raises(BadInput, match=r"teacher: an input is torch.float32"):
-        Distill()(capture(network(4)), data=data, teacher=other)
+        Distill()(small(4), data=data, teacher=other)
     wide = capture(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)))
     with pytest.raises(BadInput, match=r"teacher: its class scores are \(64, 5\), the program's \(64, 10\)"):
-        Distill()(capture(network(4)), data=data, teacher=wide)
+        Distill()(small(4), data=data, teacher=wide)
 
 
 def test_half_precision_needs_a_gpu(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(BadInput, match='precision: "fp16" needs a GPU'):
-        Distill(precision="fp16")(capture(network(4)), data=loaders()[0])
+        Distill(precision="fp16")(small(4), data=loaders()[0])
 
 
 class Archive(IterableDataset):

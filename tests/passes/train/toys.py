@@ -1,5 +1,7 @@
 """Residual networks for scikit-learn's digits, and the digits."""
 
+import functools
+
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -35,6 +37,13 @@ def capture(model, dynamic="batch", batch=3):
     return g.capture(model, torch.randn(batch, 1, 8, 8), dynamic_shapes=dynamic)
 
 
+@functools.cache
+def small(width):
+    """A network, captured once; passes leave their input program alone."""
+    return capture(network(width))
+
+
+@functools.cache
 def tensors():
     images, labels = load_digits(return_X_y=True)
     return torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
