@@ -163,28 +163,19 @@ def _result(
         timings.append(Timing(name, len(good), len(rounds) - len(good), repeats[i], ms))
     paired = [r for r in rounds if all(s.counts for s in r)]
     # Short thefts fall between the samples in which they show.
-    robbed = taken > (1 - GUARD) * threads * seconds
-    enough = len(paired) >= min_runs and not robbed
+    preempted = taken > (1 - GUARD) * threads * seconds
+    enough = len(paired) >= min_runs and not preempted
     ratios = {
         name: _ratio([r[0].seconds / r[i].seconds for r in paired]) if enough else None
         for i, name in enumerate(names)
         if i
     }
-    slow = not robbed and len(rounds) < min_runs and 2 * len(paired) >= len(rounds)
+    slow = not preempted and len(rounds) < min_runs and 2 * len(paired) >= len(rounds)
     contended = not enough and not slow
-    rejected = len(rounds) - len(paired)
-    return BenchResult(
-        timings,
-        ratios,
-        len(paired),
-        rejected,
-        seconds,
-        ""
-        if enough
-        else _no_figure(len(rounds), len(paired), min_runs, seconds, threads, taken if stolen else 0.0, slow),
-        environment(threads),
-        contended,
-    )
+    rejected, note = len(rounds) - len(paired), ""
+    if not enough:
+        note = _no_figure(len(rounds), len(paired), min_runs, seconds, threads, taken if preempted else 0.0, slow)
+    return BenchResult(timings, ratios, len(paired), rejected, seconds, note, environment(threads), contended)
 
 
 def _no_figure(rounds: int, paired: int, min_runs: int, seconds: float, threads: int, taken: float, slow: bool) -> str:
