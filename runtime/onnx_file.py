@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,18 +45,20 @@ def input_specs(path: Path) -> list[TensorSpec] | None:
         return None
     graph = check_model(path).graph
     weights = {tensor.name for tensor in graph.initializer}
-    found = []
-    for value in graph.input:
-        if value.name not in weights:
-            kind = value.type.tensor_type
-            dtype = (
-                "bfloat16"
-                if kind.elem_type == onnx.TensorProto.BFLOAT16
-                else (onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name)
-            )
-            shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
-            found.append(TensorSpec(value.name, dtype, shape))
-    return found
+    return tensor_specs(value for value in graph.input if value.name not in weights)
+
+
+def tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> list[TensorSpec]:
+    """Name, numpy dtype and shape of inputs or outputs of a graph."""
+    specs = []
+    for value in values:
+        tensor = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        if tensor.elem_type == onnx.TensorProto.BFLOAT16:
+            dtype = "bfloat16"  # onnx says float32 or bfloat16, by its version
+        shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+        specs.append(TensorSpec(value.name, dtype, shape))
+    return specs
 
 
 FLOATS = {

@@ -24,9 +24,12 @@ from ...graph.hints import checked
 
 @dataclass(frozen=True)
 class Backend:
-    """module: name in this package; package: the library it drives; extra: of graphcomb, that installs the library
-    (None: always there); suffixes: of its engine files, the first is the one written; source: suffix of the files it
-    builds from, ONNX models or saved programs."""
+    """A library that builds and runs engines.
+
+    module: its name in this package. package: the library. extra: of graphcomb, that installs the library (None: always
+    there). suffixes: of the files that it loads; it writes the first. source: suffix of the files that it builds from, ONNX
+    models or saved programs.
+    """
 
     module: str
     package: str
@@ -39,7 +42,7 @@ BACKENDS = {
     "onnxruntime": Backend("ort", "onnxruntime", None, (".onnx",)),
     "tensorrt_rtx": Backend("trt.build", "tensorrt_rtx", "rtx", (".rtx",)),
     "tensorrt": Backend("trt.build", "tensorrt", "tensorrt", (".engine", ".plan", ".trt")),
-    "openvino": Backend("ov", "openvino", "openvino", (".xml",)),
+    "openvino": Backend("ov", "openvino", "openvino", (".xml", ".onnx")),
     "inductor": Backend("torch.inductor", "torch", None, (".aoti",), ".pt2"),
     "torch_tensorrt": Backend("torch.torch_tensorrt", "torch_tensorrt", "tensorrt", (".ep",), ".pt2"),
 }

@@ -70,7 +70,7 @@ def load_engine(path: str | os.PathLike[str], backend: str | None = None, **opti
     if backend is None:
         backend = next((name for name, b in BACKENDS.items() if path.suffix in b.suffixes), None)
     if backend is None:
-        suffixes = [s for b in BACKENDS.values() for s in b.suffixes]
+        suffixes = dict.fromkeys(s for b in BACKENDS.values() for s in b.suffixes)
         raise BadInput(f"{path}: no backend for this suffix (known: {', '.join(suffixes)}); name one with backend=")
     module = backend_module(backend)
     check_options(module.load, options, backend)
@@ -106,7 +106,7 @@ def open_engine(
         return load_engine(path)  # which says what is wrong
     module = backend_module(name)
     found = BACKENDS[name]
-    if path.suffix in found.suffixes or name == "openvino":
+    if path.suffix in found.suffixes:
         return load_engine(path, name, **_threads(module.load, threads), **options)
     if found.source == ".pt2":
         return open_engine(load_program(path), name, threads, shapes, **options)

@@ -12,17 +12,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = (
-    "graphcomb",
-    "torch",
-    "onnxruntime",
-    "onnx",
-    "numpy",
-    "openvino",
-    "tensorrt",
-    "tensorrt_rtx",
-    "torch_tensorrt",
-)
+from ..engines.backends import BACKENDS
+
+PACKAGES = dict.fromkeys(("graphcomb", "torch", "onnx", "numpy", *(backend.package for backend in BACKENDS.values())))
 
 
 def environment(threads: int = 1) -> dict[str, Any]:

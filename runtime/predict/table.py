@@ -31,6 +31,7 @@ from ...graph.files import write_json
 from ...graph.program import Program
 from ...graph.workload.layers import Latency, Layer, Layers, run_seconds
 from ..devices.table import Target, canonical, get_target
+from ..engines.backends import BACKENDS
 from ..engines.build import build_engine
 from ..engines.ort import computes_half
 from ..export.to_onnx import export_onnx
@@ -221,7 +222,7 @@ def _about(target: Target, precision: str) -> dict[str, Any]:
     target.alignment(precision)
     found = environment()
     device = found["cpu"] if target.backend == "onnxruntime" else found["gpu"]
-    package = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx"}[target.backend]
+    package = BACKENDS[target.backend].package
     version = found["versions"].get(package)
     if device is None or version is None or (target.backend != "onnxruntime" and target.sm != _sm()):
         raise BadInput(f"latency table: {target.name} is not at hand ({package}, and its device); use roofline instead")

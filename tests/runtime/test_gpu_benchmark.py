@@ -1,6 +1,5 @@
 """The benchmark on a GPU, as far as it runs without one."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,9 @@ import torch
 import graphcomb
 from graphcomb.runtime.onnx_file import TensorSpec
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-gpu = pytest.importorskip("gpu")
+with pytest.MonkeyPatch.context() as path:
+    path.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    gpu = pytest.importorskip("gpu")
 
 
 @pytest.fixture(scope="module")

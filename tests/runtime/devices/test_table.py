@@ -10,11 +10,11 @@ REQUIRED = (
 
 
 def test_every_device_is_in_the_table_under_its_name() -> None:
-    assert set(TARGETS) == set(REQUIRED)
-    assert all(get_target(name).name == name for name in REQUIRED)
+    assert set(TARGETS) >= set(REQUIRED)
+    assert all(get_target(name).name == name for name in TARGETS)
 
 
-@pytest.mark.parametrize("name", REQUIRED)
+@pytest.mark.parametrize("name", TARGETS)
 def test_every_type_of_a_device_has_alignment_and_peak(name: str) -> None:
     target = get_target(name)
     assert {"fp32", "fp16"} <= set(target.dtypes)

@@ -1,26 +1,23 @@
-"""What runs on a device: reading its sensors, and driving its TensorRT.
+"""What runs on a device: driving its TensorRT and writing what was measured.
 
-The lines are recorded ones. tegrastats: Nano, TX2 and AGX Xavier from the tests of DataDog's agent (pkg/collector/
-corechecks/nvidia/jetson), Xavier NX from a device log, AGX Orin with JetPack 7.2 from the tests of jetson-stats
-(jtop/tests), Orin Nano with JetPack 6 and Thor with L4T 38.4 from device logs, DRIVE Orin from NVIDIA's DriveOS
-documentation. TensorRT and CUDA are stand-ins (`standins.py`), which show what is called and not what a GPU would do.
+TensorRT and CUDA are stand-ins (`standins.py`), which show what is called and not what a GPU would do.
 """
 
 import hashlib
 import importlib
 import json
-import os
 import subprocess
 import sys
-import time
 import types
 
 import numpy as np
 import pytest
-from standins import FakeCudart, flags
 
 from graphcomb.runtime.kit import bench as bench_device
 from graphcomb.runtime.kit import measuring, telemetry, trt
+
+from ..standins import FakeCudart, flags
+from .recorded import ORIN_NANO
 
 
 @pytest.fixture
@@ -29,217 +26,6 @@ def script():
     return bench_device
 
 
-# ---------------------------------------------------------------------------------------------------------- tegrastats
-NANO = (
-    "RAM 1220/3964MB (lfb 430x4MB) SWAP 0/1982MB (cached 0MB) IRAM 0/252kB(lfb 252kB) "
-    "CPU [26%@102,24%@102,off,8%@204] EMC_FREQ 7%@408 GR3D_FREQ 38%@76 APE 25 PLL@28.5C CPU@30.5C PMIC@100C "
-    "GPU@31C AO@38.5C thermal@30.75C POM_5V_IN 1210/1303 POM_5V_GPU 0/0 POM_5V_CPU 200/250"
-)
-TX2 = (
-    "RAM 2135/7855MB (lfb 1057x4MB) CPU [2%@2035,0%@2035,0%@2035,2%@2035,2%@2036,2%@2035] EMC_FREQ 1%@1866 "
-    "GR3D_FREQ 0%@1300 APE 150 MTS fg 0% bg 0% BCPU@30C MCPU@30C GPU@29C PLL@30C Tboard@28C Tdiode@28.25C PMIC@100C "
-    "thermal@29.4C VDD_IN 3104/4029 VDD_CPU 291/730 VDD_GPU 145/207 VDD_SOC 727/746 VDD_WIFI 0/180 VDD_DDR 1248/1375"
-)
-AGX_XAVIER = (
-    "RAM 721/31927MB (lfb 7291x4MB) SWAP 0/15963MB (cached 0MB) CPU [2%@1190,0%@1190,0%@1190,0%@1190,off,off,off,off] "
-    "EMC_FREQ 0%@665 GR3D_FREQ 0%@318 APE 150 MTS fg 0% bg 0% AO@37.5C GPU@37.5C Tdiode@40C PMIC@100C AUX@36C CPU@37.5C "
-    "thermal@36.9C Tboard@37C GPU 0/0 CPU 311/311 SOC 932/932 CV 0/0 VDDRQ 621/621 SYS5V 1482/1482"
-)
-XAVIER_NX = (
-    "RAM 2690/6854MB (lfb 6x1MB) SWAP 479/3427MB (cached 3MB) CPU [3%@1904,7%@1906,1%@1905,0%@1907,off,off] "
-    "EMC_FREQ 0%@1600 GR3D_FREQ 0%@[510] VIC_FREQ 601 APE 150 AUX@39C CPU@39.5C AO@37.5C GPU@37.5C PMIC@50C "
-    "VDD_IN 5079mW/5079mW VDD_CPU_GPU_CV 696mW/696mW VDD_SOC 1104mW/1104mW"
-)
-AGX_ORIN = (
-    "07-25-2026 09:08:28 RAM 20642/62817MB (lfb 1x2MB) CPU [23%@2201,10%@2201,4%@2201,14%@2201] EMC_FREQ 3%@3199 "
-    "GR3D_FREQ 12%@[1300,1300] NVENC0 off NVDEC0 off NVJPG0 off NVJPG1 off VIC off OFA off NVDLA0 off NVDLA1 off "
-    "PVA0_FREQ off APE 174 cpu@52.968C/52.968C soc2@48.406C/48.406C soc0@49.531C/49.531C gpu@47.625C/47.625C "
-    "VDD_GPU_SOC 5139mW/5139mW/5139mW VDD_CPU_CV 3268mW/3268mW/3268mW VIN_SYS_5V0 5500mW/5500mW/5500mW"
-)
-ORIN_NANO = (
-    "RAM 2505/7775MB (lfb 1429x4MB) SWAP 0/3887MB (cached 0MB) CPU [2%@1510,off] GR3D_FREQ 45% cpu@38.25C "
-    "soc2@36.25C cv0@-256C tj@38.25C gpu@36.5C VDD_IN 4880mW/4880mW VDD_CPU_GPU_CV 520mW/520mW VDD_SOC 1400mW/1400mW"
-)
-THOR = (
-    "05-17-2026 10:00:32 RAM 4208/125773MB (lfb 31x4MB) SWAP 0/2048MB (cached 0MB) CPU [1%@972,0%@972] EMC_FREQ 0%@665 "
-    "GR3D_FREQ @[0,0,0] NVENC0_FREQ @0 NVDEC0_FREQ @0 VIC off OFA_FREQ @0 PVA0_FREQ off APE 300 cpu@34.468C tj@34.5C "
-    "soc012@33.781C soc345@34.5C VDD_GPU -392mW/-392mW VDD_CPU_SOC_MSS 4165mW/4165mW VIN_SYS_5V0 4126mW/4126mW"
-)
-AGX_ORIN_5 = (  # JetPack 5: the memory's rail is fed by the system's, and one channel is not connected
-    "11-15-2023 09:12:34 RAM 2502/30588MB (lfb 6542x4MB) SWAP 0/15294MB (cached 0MB) CPU [1%@1190,0%@1190,off,off] "
-    "EMC_FREQ 0%@2133 GR3D_FREQ 61%@[1300,1295] VIC_FREQ 115 APE 174 CV0@-256C CPU@45.25C Tboard@33C SOC2@41.187C "
-    "Tdiode@33.25C SOC0@42.281C CV1@-256C GPU@40.5C tj@45.25C SOC1@41.593C CV2@-256C VDD_GPU_SOC 2400mW/2400mW "
-    "VDD_CPU_CV 400mW/400mW VIN_SYS_5V0 3000mW/3000mW NC 0mW/0mW VDDQ_VDD2_1V8AO 500mW/500mW NC 0mW/0mW"
-)
-ORIN_NX_6 = (  # JetPack 6.0, as root
-    "05-03-2024 10:21:42 RAM 3051/15656MB (lfb 2x4MB) SWAP 0/7828MB (cached 0MB) CPU [4%@1984,2%@1984,off,off] "
-    "EMC_FREQ 1%@3199 GR3D_FREQ 97%@[918] NVDEC off NVJPG off NVJPG1 off VIC off OFA off APE 200 cpu@52.5C soc2@50.1C "
-    "soc0@50.4C gpu@51.2C tj@52.5C soc1@50.5C VDD_IN 11842mW/11842mW VDD_CPU_GPU_CV 5280mW/5280mW VDD_SOC 2240mW/2240mW"
-)
-DRIVE_ORIN = (
-    "RAM 264/28409MB (lfb 7004x4MB) CPU [0%@1817,0%@1817] EMC_FREQ @2133 GR3D_FREQ 0%@1109 APE 245 AUX@30C CPU@31.5C "
-    "Tdiode@30.75C AO@31C GPU@30.5C tj@41C"
-)
-TX1 = (
-    "RAM 3468/3983MB (lfb 48x4MB) SWAP 873/8192MB (cached 295MB) cpu [17%,13%,29%,5%]@408 EMC 1%@408 APE 25 GR3D 3%@76"
-)
-CASES = {  # line: power by rail, total, some temperatures, clocks, loads, memory
-    NANO: (
-        {"POM_5V_IN": 1210, "POM_5V_GPU": 0, "POM_5V_CPU": 200}, 1210, {"GPU": 31.0, "CPU": 30.5},
-        {"gpu": 76, "memory": 408, "cpu": 204}, {"gpu": 38, "memory": 7, "cpu": 19.3}, 1220,
-    ),
-    TX2: (
-        {"VDD_IN": 3104, "VDD_CPU": 291, "VDD_GPU": 145, "VDD_SOC": 727, "VDD_WIFI": 0, "VDD_DDR": 1248}, 3104,
-        {"GPU": 29.0, "Tdiode": 28.25}, {"gpu": 1300, "memory": 1866, "cpu": 2036},
-        {"gpu": 0, "memory": 1, "cpu": 1.3}, 2135,
-    ),
-    AGX_XAVIER: (
-        {"GPU": 0, "CPU": 311, "SOC": 932, "CV": 0, "VDDRQ": 621, "SYS5V": 1482}, 3346, {"GPU": 37.5},
-        {"gpu": 318, "memory": 665, "cpu": 1190}, {"gpu": 0, "memory": 0, "cpu": 0.5}, 721,
-    ),
-    XAVIER_NX: (
-        {"VDD_IN": 5079, "VDD_CPU_GPU_CV": 696, "VDD_SOC": 1104}, 5079, {"AUX": 39.0},
-        {"gpu": 510, "memory": 1600, "cpu": 1907}, {"gpu": 0, "memory": 0, "cpu": 2.8}, 2690,
-    ),
-    AGX_ORIN: (
-        {"VDD_GPU_SOC": 5139, "VDD_CPU_CV": 3268, "VIN_SYS_5V0": 5500}, 13907, {"gpu": 47.625, "cpu": 52.968},
-        {"gpu": 1300, "memory": 3199, "cpu": 2201}, {"gpu": 12, "memory": 3, "cpu": 12.8}, 20642,
-    ),
-    ORIN_NANO: (
-        {"VDD_IN": 4880, "VDD_CPU_GPU_CV": 520, "VDD_SOC": 1400}, 4880, {"tj": 38.25},
-        {"cpu": 1510}, {"gpu": 45, "cpu": 2.0}, 2505,
-    ),
-    THOR: (
-        {"VDD_GPU": -392, "VDD_CPU_SOC_MSS": 4165, "VIN_SYS_5V0": 4126}, 7899, {"soc345": 34.5},
-        {"gpu": 0, "memory": 665, "cpu": 972}, {"memory": 0, "cpu": 0.5}, 4208,
-    ),
-    AGX_ORIN_5: (
-        {"VDD_GPU_SOC": 2400, "VDD_CPU_CV": 400, "VIN_SYS_5V0": 3000, "VDDQ_VDD2_1V8AO": 500}, 5800,
-        {"CPU": 45.25, "tj": 45.25, "GPU": 40.5}, {"gpu": 1300, "memory": 2133, "cpu": 1190},
-        {"gpu": 61, "memory": 0, "cpu": 0.5}, 2502,
-    ),
-    ORIN_NX_6: (
-        {"VDD_IN": 11842, "VDD_CPU_GPU_CV": 5280, "VDD_SOC": 2240}, 11842, {"tj": 52.5},
-        {"gpu": 918, "memory": 3199, "cpu": 1984}, {"gpu": 97, "memory": 1, "cpu": 3.0}, 3051,
-    ),
-    DRIVE_ORIN: ({}, None, {"tj": 41.0}, {"gpu": 1109, "memory": 2133, "cpu": 1817}, {"gpu": 0, "cpu": 0.0}, 264),
-    TX1: ({}, None, {}, {"gpu": 76, "memory": 408, "cpu": 408}, {"gpu": 3, "memory": 1, "cpu": 16.0}, 3468),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "line",
-    CASES,
-    ids="nano tx2 agx-xavier xavier-nx agx-orin orin-nano thor agx-orin-5 orin-nx-6 drive-orin tx1".split(),
-)
-def test_a_line_of_tegrastats(script, line):
-    power, total, temperatures, clocks, loads, memory = CASES[line]
-    found = telemetry.parse_tegrastats(line)
-    assert found["power_mw"] == power
-    assert telemetry.total_power(found["power_mw"]) == total
-    assert temperatures.items() <= found["temperatures_c"].items()
-    assert not {"PMIC", "cv0", "CV0"} & found["temperatures_c"].keys()  # a constant, and a sensor that is off
-    assert found["clocks_mhz"] == clocks
-    assert found["load_percent"] == loads
-    assert found["ram_mb"] == memory
-
-
-def test_other_lines_give_an_empty_sample(script):
-    assert not any(telemetry.parse_tegrastats("tegrastats: error while loading shared libraries").values())
-    assert telemetry.parse_smi("") == {}
-
-
-# ---------------------------------------------------------------------------------------------------- nvidia-smi, means
-def test_a_line_of_nvidia_smi(script):
-    assert telemetry.parse_smi("71.52, 34, 1980, 2619, 100\n") == {
-        "power_mw": {"GPU": 71520.0}, "temperatures_c": {"gpu": 34.0},
-        "clocks_mhz": {"gpu": 1980.0, "memory": 2619.0}, "load_percent": {"gpu": 100.0},
-    }  # fmt: skip
-    assert telemetry.parse_smi("[N/A], 34, 1980, [N/A], 100")["power_mw"] == {}
-
-
-def test_what_slows_a_gpu_down_is_named():
-    def sample(clock, reasons, load=99):
-        return telemetry.parse_smi(f"71.52, 84, {clock}, 2619, {load}, {reasons}")
-
-    steady = [sample(1980, "0x0000000000000000")] * 9 + [sample(210, "0x0000000000000001", load=0)]  # idle
-    assert telemetry.throttling(steady, ("gpu", "memory")) == []
-    assert telemetry.throttling([sample(1980, "[N/A]")] * 9, ("gpu",)) == []
-    capped = [sample(1980, "0x0000000000000000")] * 5 + [sample(1400, "0x0000000000000024")] * 5
-    assert telemetry.throttling(capped, ("gpu", "memory")) == [
-        "the GPU was slowed down by its power cap and temperature",
-        "the gpu clock went between 1400 and 1980 MHz at up to 84 °C; fix the clocks, or cool it",
-    ]
-    hot = [telemetry.parse_tegrastats(ORIN_NX_6.replace("918", str(clock))) for clock in (918, 918, 918, 612, 612, 612)]
-    assert telemetry.throttling(hot, ("gpu",))[0].startswith(
-        "the gpu clock went between 612 and 918 MHz at up to 52 °C"
-    )
-
-
-def test_samples_are_averaged_rail_by_rail(script):
-    samples = [
-        telemetry.parse_tegrastats(line) for line in (XAVIER_NX, XAVIER_NX.replace("VDD_IN 5079", "VDD_IN 7079"), "")
-    ]
-    found = script.average(samples)
-    assert found["power_mw"]["VDD_IN"] == found["total_mw"] == 6079
-    assert found["power_mw"]["VDD_SOC"] == 1104
-    assert found["samples"] == 3
-    assert script.average([]) == {}
-    assert script.average([{"power_mw": {"GPU": None}}, {"power_mw": {"CPU": 12}}])["total_mw"] == 12
-
-
-def test_the_monitor_reads_the_tool_that_is_there(script, tmp_path, monkeypatch):
-    tool = tmp_path / "tegrastats"
-    tool.write_text(f'#!/bin/sh\nwhile :; do echo "{ORIN_NANO}"; sleep 0.02; done\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monitor = script.Monitor()
-    assert monitor.source == "tegrastats"
-    wait(lambda: len(monitor.samples) > 2)
-    engine = types.SimpleNamespace(modes=("stream",), time=lambda mode: time.sleep(0.01))
-    found = script.watch(engine, monitor, 1.0)
-    assert monitor._process.pid != os.getpid()
-    monitor.close()
-    assert found["total_mw"] == 4880
-    assert found["temperatures_c"]["tj"] == 38.25
-    runs = 4880 * 1.0 / found["energy_mj"]
-    assert 10 < runs <= 101
-    assert monitor._process.poll() is not None
-    assert monitor.since(time.monotonic() + 1) == []
-
-
-def wait(until):
-    for _ in range(200):
-        if until():
-            return
-        time.sleep(0.05)
-    raise AssertionError("waited for ten seconds")
-
-
-def test_a_tool_that_says_nothing_is_named(script, tmp_path, monkeypatch):
-    (tmp_path / "tegrastats").write_text("#!/bin/sh\necho 'tegrastats: permission denied'\nexit 1\n")
-    (tmp_path / "tegrastats").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monitor = script.Monitor()
-    wait(lambda: monitor._process is not None and monitor._process.poll() is not None)
-    monitor.close()
-    assert monitor.notes() == ["tegrastats gave no samples: power and clocks are not known"]
-
-
-def test_without_a_tool_nothing_is_made_up(script, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monitor = script.Monitor()
-    assert (monitor.source, monitor.samples) == (None, [])
-
-
-def test_the_power_mode_is_read(script, tmp_path, monkeypatch):
-    (tmp_path / "nvpmodel").write_text("#!/bin/sh\nprintf 'NV Power Mode: MAXN_SUPER\\n2\\n'\n")
-    (tmp_path / "nvpmodel").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert telemetry.describe_device()["power_mode"] == "MAXN_SUPER"
-
-
-# ------------------------------------------------------------------------------------------------------------ TensorRT
 @pytest.fixture
 def bundle(script, tmp_path, monkeypatch):
     """A bundle of two models, whose files the stand-in does not read; the first is what it computes, the second not."""

@@ -18,7 +18,6 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from standins import FakeCudart, flags
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vision_transformer import VisionTransformer
 
@@ -35,6 +34,8 @@ from graphcomb.runtime.engines.trt.build import TensorRTEngine, build
 from graphcomb.runtime.export.to_onnx import export_onnx
 from graphcomb.runtime.kit import cuda
 from graphcomb.runtime.kit.cuda import Cuda, CudaError, NoCuda
+
+from ..standins import FakeCudart, flags
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
 RTX_TARGETS = ["rtx-sm75", "rtx-sm80", "rtx-sm86", "rtx-sm89", "rtx-sm120", "rtx-sm121"]
