@@ -57,7 +57,8 @@ from torch import nn
 import graphcomb
 from graphcomb.data import cache_folder, fashion_mnist
 from graphcomb.graph.errors import Contended
-from graphcomb.graph.workload.layers import Layers, run_seconds
+from graphcomb.graph.workload.layer import run_seconds
+from graphcomb.graph.workload.layers import Layers
 from graphcomb.passes import Distill, RemoveChannels
 from graphcomb.runtime import LatencyTable
 

@@ -78,7 +78,8 @@ def file_name(name: str) -> str:
 def predict(name: str, kept: Path) -> dict:
     """How many kernels the rules predict for a kept program."""
     import graphcomb
-    from graphcomb.graph.workload.fusion import TENSORRT, kernels
+    from graphcomb.graph.workload.fusion import kernels
+    from graphcomb.graph.workload.libraries import TENSORRT
 
     found = kernels(graphcomb.load(kept / f"{file_name(name)}.pt2").graph, TENSORRT)
     launches = [kernel.launches(TENSORRT.grain) for kernel in found]

@@ -146,7 +146,7 @@ def layers_of(options: argparse.Namespace, *names: str) -> list[dict]:
 def predict_variants(data: dict, options: argparse.Namespace) -> Iterator[str]:
     """Predict what is measured, by tables (which measure what they do not know yet) and by rooflines."""
     from graphcomb.graph.errors import Contended
-    from graphcomb.graph.workload.layers import run_seconds
+    from graphcomb.graph.workload.layer import run_seconds
     from graphcomb.runtime import LatencyTable, Roofline, get_target
     from graphcomb.runtime.predict.layers import from_dict
 

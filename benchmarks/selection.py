@@ -26,7 +26,7 @@ from common import revision, save, write
 from torch import Tensor, nn
 
 import graphcomb
-from graphcomb.graph.comb.solve import DEFAULT_KINDS
+from graphcomb.graph.comb.groups import DEFAULT_KINDS
 from graphcomb.passes import Distill, RemoveChannels
 from graphcomb.passes.channels.groups import movable, steps
 

@@ -15,13 +15,16 @@ from typing import Any, BinaryIO
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator as HigherOrderOperator
+from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # noqa: F401
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._sympy import functions as size_functions
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._sympy import functions as size_functions  # noqa: F401
+
+from .errors import BadInput
 
 FAKE_TENSOR_LOG = "torch._subclasses.fake_tensor"  # the logger of what fails on fake tensors
 
@@ -41,12 +44,13 @@ def writes(target: Any) -> bool:
 # ----------------------------------------------------------------------------------------------------- sizes and memory
 def example_of(size: torch.SymInt, unknown: int) -> int:
     """The example value of a symbolic size; `unknown` stands for every symbol that only the data knows."""
-    if size.node.has_hint():
-        return int(size.node.hint)
-    environment = size.node.shape_env
+    node: Any = size.node
+    if node.has_hint():
+        return int(node.hint)
+    environment = node.shape_env
     newer = hasattr(environment, "backed_var_to_val")  # what releases after 2.11 call it
     known = environment.backed_var_to_val if newer else environment.var_to_val
-    return int(size.node.expr.subs({s: known.get(s, unknown) for s in size.node.expr.free_symbols}))
+    return int(node.expr.subs({s: known.get(s, unknown) for s in node.expr.free_symbols}))
 
 
 def storage_id(tensor: torch.Tensor) -> int:
@@ -60,8 +64,10 @@ def fake_mode(values: Any) -> FakeTensorMode | None:
     return next((v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, FakeTensor)), None)
 
 
-def fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    """A fake tensor of static shape for a stored one."""
+def fake(mode: FakeTensorMode | None, tensor: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of static shape for a stored one. BadInput where the graph has no fake values."""
+    if mode is None:
+        raise BadInput("the graph has no tensor input to propagate shapes from")
     return mode.from_tensor(tensor, static_shapes=True)
 
 
@@ -144,36 +150,3 @@ def compile_ahead(exported: ExportedProgram, package: str) -> str:
 def load_compiled(package: str) -> Any:
     """Load what `compile_ahead` wrote: a callable of the original's arguments."""
     return torch._inductor.aoti_load_package(package)
-
-
-__all__ = [
-    "FAKE_TENSOR_LOG",
-    "BatchNorm",
-    "FakeTensor",
-    "FakeTensorMode",
-    "HigherOrderOperator",
-    "OpOverload",
-    "TorchDispatchMode",
-    "archive_reader",
-    "codegen_of",
-    "compile_ahead",
-    "copy_specs",
-    "example_of",
-    "fake",
-    "fake_mode",
-    "faking",
-    "input_names",
-    "is_guard",
-    "load_compiled",
-    "output_spec",
-    "pytree",
-    "rename",
-    "schema",
-    "share_codegen",
-    "size_functions",
-    "storage_id",
-    "unlifted",
-    "with_module",
-    "with_output_spec",
-    "writes",
-]

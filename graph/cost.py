@@ -8,7 +8,7 @@ solved axes (`Comb.cost`), so "what does removing 8 of these save" is exact. Wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -218,24 +218,35 @@ def evaluate(polynomial: Polynomial) -> int:
     return result
 
 
-def total(module: fx.GraphModule) -> dict[str, Any]:
-    """MACs, bytes of weights, and bytes of all activations written, for the example input; `unknown`: the operators whose
-    MACs are not among them, where there are any."""
-    counts, weights, activations, seen = 0, 0, 0, set()
+def terms(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Polynomial, dict[str, int]]]:
+    """The parts of a program's cost: a node, a polynomial, and what one unit of its value adds to each part ("macs",
+    "params", "weight_bytes", "activation_bytes"). Parameters that are tied count once, their bytes once for each name."""
+    parameters, names = {id(p) for p in module.parameters()}, set()
     for node in module.graph.nodes:
-        counts += evaluate(macs(node))
+        if polynomial := macs(node):
+            yield node, polynomial, {"macs": 1}
         value: Any = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             continue
-        size = value.element_size()
-        for s in shape(node):
-            size *= s
         if node.op == "call_function":
-            activations += size
-        elif node.op == "get_attr" and node.target not in seen:
-            seen.add(node.target)
-            weights += size
-    return {"macs": counts, "weight_bytes": weights, "activation_bytes": activations} | unknowns(module)
+            yield node, [_dims(node)], {"activation_bytes": value.element_size()}
+        elif node.op == "get_attr" and node.target not in names:
+            names.add(node.target)
+            stored = id(fetch(module, str(node.target)))
+            units = {"weight_bytes": value.element_size(), "params": int(stored in parameters)}
+            parameters.discard(stored)
+            yield node, [_dims(node)], units
+
+
+def total(module: fx.GraphModule) -> dict[str, Any]:
+    """MACs, parameters, bytes of weights, and bytes of all activations written, for the example input; `unknown`: the
+    operators whose MACs are not among them, where there are any."""
+    found = {"macs": 0, "weight_bytes": 0, "activation_bytes": 0, "params": 0}
+    for _, polynomial, units in terms(module):
+        amount = evaluate(polynomial)
+        for part, unit in units.items():
+            found[part] += amount * unit
+    return found | unknowns(module)
 
 
 def unknowns(module: fx.GraphModule) -> dict[str, list[str]]:

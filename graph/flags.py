@@ -15,13 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import fx
 
+from .facts import DROPOUTS, is_random
 from .nodes import arguments, fetch, op_name
 
 TAG = "graphcomb"
-DROPOUTS = frozenset("dropout feature_dropout alpha_dropout feature_alpha_dropout".split())
 SWITCHES = {  # the boolean argument that says "training"
     **dict.fromkeys(DROPOUTS, "train"),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "train"),
@@ -59,6 +58,7 @@ def tag(node: fx.Node) -> dict[str, Any]:
 
 
 def set_tag(node: fx.Node, **entry: Any) -> None:
+    """Note what is known about the node's modes, in place of what was."""
     node.meta["custom"] = {**(node.meta.get("custom") or {}), TAG: {"op": op_name(node), **entry}}
 
 
@@ -86,6 +86,6 @@ def switched(module: fx.GraphModule) -> list[tuple[fx.GraphModule, fx.Node]]:
 
 def draws(node: fx.Node) -> bool:
     """Whether the operator draws random numbers, as its node is now."""
-    if node.op != "call_function" or torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+    if node.op != "call_function" or not is_random(node):
         return False
     return any(values(node).values()) if depends(node) else True

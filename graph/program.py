@@ -98,6 +98,7 @@ class Program:
 
     @property
     def graph(self) -> fx.Graph:
+        """The graph of `graph_module`, with up-to-date metadata."""
         return self.graph_module.graph
 
     @property
@@ -154,7 +155,7 @@ class Program:
         """
         if (known := self.known_cost) is not None:
             return dict(known)
-        return {**total(self.graph_module), "params": self.params}
+        return total(self.graph_module)
 
     @property
     def known_cost(self) -> dict[str, Any] | None:
@@ -164,6 +165,7 @@ class Program:
 
     @known_cost.setter
     def known_cost(self, cost: dict[str, Any] | None) -> None:
+        """For the graph as it is now."""
         self._known, self._known_for = cost, None
 
     def _hand_out(self) -> TrainableModule:

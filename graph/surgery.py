@@ -39,13 +39,16 @@ class Slicer:
         self._tainted: set[fx.Node] | None = None
 
     def full(self, axis: Axis) -> bool:
+        """Whether the axis lost nothing."""
         return not ax.touches(axis, self.sizes)
 
     def size(self, axis: Axis) -> int:
+        """How many indices of the axis are left."""
         return ax.kept_size(axis, self.sizes)
 
     @staticmethod
     def assign(node: fx.Node, argument: str, value: Any) -> None:
+        """Set an argument of a node of the new graph by schema name."""
         set_argument(node, argument, value)
 
     def resize(self, old: fx.Node, new: fx.Node, argument: str, axes: list[Axis]) -> None:

@@ -41,6 +41,7 @@ class TrainableModule(fx.GraphModule):
     _cumulative: tuple[tuple[fx.GraphModule, fx.Node], ...] = ()
 
     def recompile(self) -> Any:
+        """Generate the code anew, unless nobody has asked for any yet."""
         return super().recompile() if "forward" in vars(type(self)) else None
 
     @property

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import passes, runtime
     from .graph import verify
+    from .graph.comb.groups import Group
     from .graph.comb.rules import rule
-    from .graph.comb.solve import Comb, Group, comb
+    from .graph.comb.solve import Comb, comb
     from .graph.cost import counts
     from .graph.errors import BadInput, CaptureError, GraphcombError, MissingBackend, Refused, Unreachable
     from .graph.program import Program, capture, load

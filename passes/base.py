@@ -15,7 +15,7 @@ from ..graph.errors import BadInput
 from ..graph.hints import check_fields
 from ..graph.program import Program
 from ..graph.sparse import check_masks
-from ..graph.workload.layers import Latency
+from ..graph.workload.layer import Latency
 from .batch import adapted
 
 

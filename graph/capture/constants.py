@@ -8,13 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..facts import FACTORIES, is_random
 from ..flags import STATISTICS
 from ..nodes import arguments, fetch, op_name, writes
 
-FACTORIES = frozenset(
-    "new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like arange zeros ones full empty linspace "
-    "eye scalar_tensor tril_indices triu_indices".split()
-)
 SPREAD = 4096  # elements from which on a constant that repeats itself is stored once and expanded
 
 
@@ -95,7 +92,7 @@ def _changed_buffers(module: fx.GraphModule) -> set[int]:
 
 
 def _impure(node: fx.Node) -> bool:
-    return writes(node) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return writes(node) or is_random(node)
 
 
 def _static(node: fx.Node) -> bool:

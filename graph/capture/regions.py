@@ -43,6 +43,7 @@ def flatten_regions(module: fx.GraphModule) -> None:
 
 
 def drop_litter(graph: fx.Graph) -> None:
+    """Erase the nodes that only check sizes and types; nothing reads them."""
     for node in reversed(list(graph.nodes)):
         if is_guard(node) or op_name(node) in LITTER:
             graph.erase_node(node)

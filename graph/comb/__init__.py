@@ -1,5 +1,6 @@
 """The comb: what every dimension of every tensor is made of, and which indices must go together."""
 
-from .solve import Comb, Group, comb
+from .groups import Group
+from .solve import Comb, comb
 
 __all__ = ["Comb", "Group", "comb"]

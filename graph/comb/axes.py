@@ -57,12 +57,9 @@ class Factor:
         self.product: Axis | None = None
         self.segments: list[Axis] | None = None
 
-    @property
-    def is_atom(self) -> bool:
-        return self.segments is None and self.product is None
-
 
 def find(factor: Factor) -> Factor:
+    """The factor that stands for all that were unified with this one."""
     root = factor
     while root.parent is not None:
         root = root.parent
@@ -72,6 +69,7 @@ def find(factor: Factor) -> Factor:
 
 
 def size(axis: Axis) -> int:
+    """Number of indices of an axis: the product of its factors' sizes, 1 for the empty product."""
     n = 1
     for factor in axis:
         n *= factor.size

@@ -55,6 +55,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
+        """Whether the program is proven: within the tolerance, not vacuous, and without disagreements."""
         return self.error <= TOLERANCE and not self.vacuous and not self.disagreements
 
     def record(self) -> dict[str, Any]:
@@ -148,6 +149,7 @@ class Trial:
         return random_inputs(self.before, self.generator, self.sizes)
 
     def judge(self, batches: int) -> Verdict:
+        """The verdict over the prepared inputs and others, at this many batch sizes where the batch is dynamic."""
         errors, tried, found = [0.0], [], []
         try:
             self.prepare()
@@ -234,6 +236,7 @@ class Jitter(Evaluator):
         self.generator = generator
 
     def fetch(self, name: str) -> Any:
+        """A stored tensor; floating-point ones are off by random factors along their first and last dimension."""
         value = super().fetch(name)
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value

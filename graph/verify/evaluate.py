@@ -86,9 +86,11 @@ class Evaluator:
         raise BadInput("the graph has no output")
 
     def enter(self, value: Any) -> Any:
+        """An input in float64, where it is floating-point."""
         return to_double(value)
 
     def fetch(self, name: str) -> Any:
+        """A stored tensor by name: the weight given for it, a copy where the run writes to it, else the program's own."""
         found = self.weights.get(name)
         if found is None:
             return fetch(self.module, name)
@@ -147,6 +149,7 @@ def example_inputs(program: Program) -> list[Any]:
 
 
 def placeholders(program: Program) -> list[fx.Node]:
+    """The input nodes of a program, in order."""
     return [n for n in program.module().graph.nodes if n.op == "placeholder"]
 
 

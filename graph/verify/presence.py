@@ -42,6 +42,7 @@ class Held:
 
     @property
     def touched(self) -> bool:
+        """Whether anything of it is absent or free."""
         return any(s is not None for s in self.states)
 
     def kept_shape(self) -> tuple[int | None, ...]:
@@ -55,37 +56,40 @@ class Held:
         """The pruned tensor: absent indices dropped."""
         value = self.value
         for d, state in enumerate(self.states):
-            value = take(value, d, state)
+            value = drop_absent(value, d, state)
         return value
 
 
-def tidy(state: State) -> State:
+def simplified(state: State) -> State:
     """None for an axis that is present throughout or has a single index. Disagreement when nothing of it is left."""
     if state is not None and len(state) and (state == ABSENT).all():
         raise Disagreement("nothing is left of the axis")
     return None if state is None or len(state) < 2 or not state.any() else state
 
 
-def lost(state: State) -> bool:
+def has_absent(state: State) -> bool:
+    """Whether some index of an axis is absent."""
     return state is not None and bool((state == ABSENT).any())
 
 
-def full(state: State, n: int) -> np.ndarray:
+def as_array(state: State, n: int) -> np.ndarray:
+    """The state as an array of length n, also where it is None (present throughout)."""
     return np.zeros(n, dtype=np.int8) if state is None else state
 
 
 def indices(state: np.ndarray, device: Any) -> torch.Tensor:
+    """The indices that are not absent."""
     return torch.from_numpy(np.flatnonzero(state != ABSENT)).to(device)
 
 
-def take(value: torch.Tensor, d: int, state: State) -> torch.Tensor:
+def drop_absent(value: torch.Tensor, d: int, state: State) -> torch.Tensor:
     """The indices along d that are not absent."""
-    return value.index_select(d, indices(state, value.device)) if state is not None and lost(state) else value
+    return value.index_select(d, indices(state, value.device)) if state is not None and has_absent(state) else value
 
 
-def put(part: torch.Tensor, d: int, state: State) -> torch.Tensor:
-    """Undo `take`: back to the original size along d, NaN at absent indices."""
-    if state is None or not lost(state):
+def restore_absent(part: torch.Tensor, d: int, state: State) -> torch.Tensor:
+    """Undo `drop_absent`: back to the original size along d, NaN at absent indices."""
+    if state is None or not has_absent(state):
         return part
     shape = list(part.shape)
     shape[d] = len(state)
@@ -98,28 +102,28 @@ def along(vector: Any, d: int, rank: int) -> Any:
     return vector.reshape([-1 if k == d else 1 for k in range(rank)])
 
 
-def there(states: Sequence[State], device: Any) -> torch.Tensor | None:
+def presence_mask(states: Sequence[State], device: Any) -> torch.Tensor | None:
     """A boolean tensor that broadcasts to the entries that are not absent; None when all are there."""
     mask = None
     for d, state in enumerate(states):
-        if state is not None and lost(state):
+        if state is not None and has_absent(state):
             own = along(torch.from_numpy(state != ABSENT).to(device), d, len(states))
             mask = own if mask is None else mask & own
     return mask
 
 
-def fill(value: torch.Tensor, d: int, state: State, number: float) -> torch.Tensor:
+def fill_absent(value: torch.Tensor, d: int, state: State, number: float) -> torch.Tensor:
     """A copy with `number` at absent indices along d."""
     states: list[State] = [None] * value.dim()
     states[d] = state
-    mask = there(states, value.device)
+    mask = presence_mask(states, value.device)
     return value if mask is None else torch.where(mask, value, number)
 
 
-def poison(value: torch.Tensor, states: Sequence[State]) -> Held:
+def mark_absent(value: torch.Tensor, states: Sequence[State]) -> Held:
     """Hold a tensor; absent floating entries become NaN, so that whatever reads them shows."""
     if value.is_floating_point() or value.is_complex():
-        mask = there(states, value.device)
+        mask = presence_mask(states, value.device)
         if mask is not None:
             value = torch.where(mask, value, math.nan)
     return Held(value, tuple(states))
@@ -138,7 +142,7 @@ def join(states: Sequence[State]) -> State:
     clash = np.flatnonzero(absent & present)
     if len(clash):
         raise Disagreement(f"operands disagree on absence at {len(clash)} of {stacked.shape[1]} indices, {_few(clash)}")
-    return tidy(np.where(absent, ABSENT, np.where(present, PRESENT, FREE)))
+    return simplified(np.where(absent, ABSENT, np.where(present, PRESENT, FREE)))
 
 
 def _few(found: np.ndarray) -> str:
@@ -151,8 +155,8 @@ def outer(states: Sequence[State], sizes: Sequence[int]) -> State:
         return None
     result = np.zeros(1, dtype=np.int8)
     for state, n in zip(states, sizes, strict=True):
-        result = np.maximum.outer(result, full(state, n)).reshape(-1)
-    return tidy(result)
+        result = np.maximum.outer(result, as_array(state, n)).reshape(-1)
+    return simplified(result)
 
 
 def factor(state: State, sizes: Sequence[int]) -> States:
@@ -171,32 +175,12 @@ def factor(state: State, sizes: Sequence[int]) -> States:
             spare = (grid != PRESENT).all(others)
             absent = spare & (grid == ABSENT).any(others) if wild else (grid == ABSENT).all(others)
             gone |= along(absent, d, grid.ndim)
-            result.append(tidy(np.where(absent, ABSENT, np.where(spare, FREE, PRESENT)).astype(np.int8)))
+            result.append(simplified(np.where(absent, ABSENT, np.where(spare, FREE, PRESENT)).astype(np.int8)))
         if gone[grid == ABSENT].all():
             return tuple(result)
     raise Disagreement(
         f"absent entries are no whole indices of the axes {' x '.join(map(str, sizes))} (unbalanced heads or groups?)"
     )
-
-
-def regroup(states: States, old: Sequence[int], new: Sequence[int]) -> States:
-    """Presence after a row-major reshape."""
-    if all(s is None for s in states) or 0 in old:
-        return (None,) * len(new)
-    result: list[State] = [None] * len(new)
-    left = [d for d, n in enumerate(old) if n != 1]
-    right = [d for d, n in enumerate(new) if n != 1]
-    while left:
-        a, b = [left.pop(0)], [right.pop(0)]
-        while (m := math.prod(old[d] for d in a)) != (n := math.prod(new[d] for d in b)):
-            if m < n:
-                a.append(left.pop(0))
-            else:
-                b.append(right.pop(0))
-        whole = outer([states[d] for d in a], [old[d] for d in a])
-        for d, state in zip(b, factor(whole, [new[d] for d in b]), strict=True):
-            result[d] = state
-    return tuple(result)
 
 
 def broadcast(held: Sequence[Held], shape: Sequence[int]) -> States:
@@ -209,16 +193,47 @@ def broadcast(held: Sequence[Held], shape: Sequence[int]) -> States:
     return tuple(result)
 
 
-def moved(states: States, shape: Sequence[int], move: Callable[[torch.Tensor], Any]) -> Any:
-    """Presence after an operator that only moves entries, found by applying it to the presence of every entry.
+def moved(held: Held, move: Callable[[torch.Tensor], Any]) -> list[States]:
+    """Presence of every result of an operator that only moves entries.
 
-    Returns the states of the result, or a list of them for an operator with several results.
+    PyTorch itself moves the positions along every axis that is not present throughout: where they vary in the result, the
+    axis went. Axes that meet there, as in a reshape, are cut anew together.
     """
-    grid = np.zeros((1,) * len(shape), dtype=np.int8)
-    for d, state in enumerate(states):
-        if state is not None:
-            grid = np.maximum(grid, along(state, d, len(shape)))
-    result = move(torch.from_numpy(np.ascontiguousarray(np.broadcast_to(grid, tuple(shape)))))
-    parts = [result] if isinstance(result, torch.Tensor) else result
-    found = [factor(part.numpy().reshape(-1), part.shape) if part.dim() else () for part in parts]
-    return found[0] if isinstance(result, torch.Tensor) else found
+    value = held.value
+    found: list[tuple[tuple[int, ...], list[tuple[list[int], np.ndarray]]]] = []
+    for d, state in enumerate(held.states):
+        if state is None:
+            continue
+        positions = torch.arange(len(state), dtype=torch.float64, device=value.device)
+        results = move(along(positions, d, value.dim()).expand(value.shape))
+        parts = [results] if isinstance(results, torch.Tensor) else list(results)
+        found = found or [(tuple(part.shape), []) for part in parts]
+        for part, (_, pieces) in zip(parts, found, strict=True):
+            if part.numel():
+                pieces.append(_piece(state, part))
+    return [_together(shape, pieces) for shape, pieces in found]
+
+
+def _piece(state: np.ndarray, part: torch.Tensor) -> tuple[list[int], np.ndarray]:
+    """The axes of a result along which positions vary, and the presence at every index of these; size 1 elsewhere."""
+    axes = [e for e in range(part.dim()) if bool((part != part.narrow(e, 0, 1)).any())]
+    for e in set(range(part.dim())) - set(axes):
+        part = part.narrow(e, 0, 1)
+    return axes, state[part.long().cpu().numpy()]
+
+
+def _together(shape: tuple[int, ...], pieces: list[tuple[list[int], np.ndarray]]) -> States:
+    """The states of a tensor's axes from the presence along some of them each; free where the tensor has no entry."""
+    if 0 in shape:
+        return tuple(simplified(np.full(n, FREE)) for n in shape)
+    states: list[State] = [None] * len(shape)
+    while pieces:
+        axes, grid = pieces.pop()
+        while (other := next((p for p in pieces if set(p[0]) & set(axes)), None)) is not None:
+            pieces = [p for p in pieces if p is not other]
+            axes, grid = sorted({*axes, *other[0]}), np.maximum(grid, other[1])
+        if not axes and (grid == ABSENT).all():
+            raise Disagreement("nothing is left of the axis")
+        for e, state in zip(axes, factor(grid.reshape(-1), [shape[e] for e in axes]) if axes else (), strict=True):
+            states[e] = state
+    return tuple(states)

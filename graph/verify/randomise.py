@@ -104,9 +104,11 @@ class Source:
         self.uniforms = torch.rand(n, generator=self.generator, dtype=torch.float64)
 
     def normal(self, shape: torch.Size, spread: float) -> torch.Tensor:
+        """Normally distributed numbers around 0 with this standard deviation."""
         return self._stretch(self.normals, shape).mul_(spread)
 
     def uniform(self, shape: torch.Size, low: float, high: float) -> torch.Tensor:
+        """Numbers between two bounds."""
         return self._stretch(self.uniforms, shape).mul_(high - low).add_(low)
 
     def _stretch(self, pool: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -153,6 +155,7 @@ class Calibration(Absence):
         self.again = False
 
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """The value of a node; statistics and biases that it reads are set first, so that what comes out is alive."""
         name = op_name(node)
         if name == "batch_norm":
             given = arguments(node)

@@ -69,6 +69,7 @@ def checked(before: Program, removed: Removed) -> dict[str, dict[int, list[int]]
 
 
 def kept(n: int, indices: Sequence[int]) -> np.ndarray:
+    """The indices below n that were not removed."""
     return np.delete(np.arange(n), np.asarray(indices, dtype=np.int64))
 
 

@@ -1,146 +1,33 @@
 """Layers: what the nodes of a program compute, as far as their latency depends on it, at any sizes of the groups.
 
-The unit of latency tables and estimates: passes ask what a layer costs, the runtime measures it, and neither needs to know
-the other. Which nodes an inference library computes together is in `fusion`: what it merges into the kernel of another node
-(batch norm, an activation, a residual addition) and what only renames indices (views) is no layer of its own. Source: ours.
+Which nodes an inference library computes together is in `fusion`: what it merges into the kernel of another node (batch
+norm, an activation, a residual addition) and what only renames indices (views) is no layer of its own. Source: ours.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..comb import axes as ax
 from ..comb.axes import Axis, Factor
-from ..comb.solve import Comb, Sizer
+from ..comb.costs import Sizer
+from ..comb.solve import Comb
 from ..cost import macs, unknown
 from ..errors import Refused
+from ..facts import CONVS, MATRIX_PRODUCTS, NORMS, TRANSPOSED_CONVS, VECTOR_PRODUCTS
 from ..nodes import arguments, hint, op_name, shape, source, spelled_out
-from .fusion import ONNXRUNTIME, Copy, Kernel, Rules, classify, kernels
+from .fusion import Copy, Kernel, kernels
+from .layer import Layer
+from .libraries import ONNXRUNTIME, Rules, classify
 
 ACTIVATIONS = frozenset("gelu silu sigmoid tanh softmax _softmax hardswish hardsigmoid exp erf mish softplus".split())
-MATMULS = frozenset("linear matmul linalg_matmul bmm mm addmm baddbmm".split())
-PAIRS = {"mv": ("self", "vec"), "addmv": ("mat", "vec"), "dot": ("self", "tensor"), "vdot": ("self", "other")}
-NORMS = frozenset("layer_norm group_norm instance_norm rms_norm".split())
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One operation at concrete sizes.
-
-    op: "conv" (also transposed: options say), "matmul", "attention", "norm", "activation" or "copy" (anything whose time
-    is moving its tensors). sizes: by name, those that pruning may change. options: by name, those that it does not.
-
-        conv       sizes: inputs, outputs, groups; options: batch, image (height, width, ... of the input), kernel, stride,
-                   padding, dilation, transposed
-        matmul     sizes: batch, inputs (K), outputs (N); options: rows (M), shared (1: one right-hand side for all)
-        attention  sizes: heads, width, value (head widths of queries and keys, and of values); options: batch, queries, keys
-        norm       sizes: channels; options: rows
-        activation, copy   sizes: entries (of the result; for a copy the mean of what is read and written if that is more)
-
-    beside: entries that its kernel moves beside the operation's own, as a residual addition does. joined: another layer's
-    kernel computes it too.
-    """
-
-    op: str
-    sizes: tuple[tuple[str, int], ...]
-    options: tuple[tuple[str, int | tuple[int, ...]], ...] = ()
-    beside: int = 0
-    joined: bool = False
-
-    def __getitem__(self, name: str) -> Any:
-        return dict((*self.sizes, *self.options))[name]
-
-    def macs(self, alignment: int = 1) -> int:
-        """Multiply-accumulates, with channels, K and N padded to multiples of the alignment."""
-
-        def pad(n: int) -> int:
-            return -(-n // alignment) * alignment
-
-        if self.op == "conv":
-            groups = max(self["groups"], 1)
-            depthwise = groups == self["inputs"] == self["outputs"]
-            pairs = (
-                pad(groups) if depthwise else groups * pad(self["inputs"] // groups) * pad(self["outputs"] // groups)
-            )
-            places = math.prod(self["image"] if self["transposed"] else self.result_image())
-            return self["batch"] * places * math.prod(self["kernel"]) * pairs
-        if self.op == "matmul":
-            return self["batch"] * self["rows"] * pad(self["inputs"]) * pad(self["outputs"])
-        if self.op == "attention":
-            pairs = self["batch"] * self["heads"] * self["queries"] * pad(self["keys"])
-            return pairs * (pad(self["width"]) + pad(self["value"]))
-        return 0
-
-    def entries(self) -> int:
-        """Numbers that are read and written, weights included, each once."""
-        return self._own_entries() + self.beside
-
-    def _own_entries(self) -> int:
-        if self.op == "conv":
-            image, result = math.prod(self["image"]), math.prod(self.result_image())
-            weights = self["inputs"] * self["outputs"] // max(self["groups"], 1) * math.prod(self["kernel"])
-            return self["batch"] * (image * self["inputs"] + result * self["outputs"]) + weights
-        if self.op == "matmul":
-            rows = self["batch"] * self["rows"]
-            return rows * (self["inputs"] + self["outputs"]) + self["batch"] * self["inputs"] * self["outputs"]
-        if self.op == "attention":
-            tokens = (self["queries"] + self["keys"]) * (self["width"] + self["value"])
-            return self["batch"] * self["heads"] * tokens
-        if self.op == "norm":
-            return 2 * self["rows"] * self["channels"]
-        return 2 * self["entries"]
-
-    def result_image(self) -> tuple[int, ...]:
-        """Height, width, ... of a convolution's result (output padding of a transposed one left out)."""
-        parts = zip(*(self[k] for k in ("image", "kernel", "stride", "padding", "dilation")), strict=True)
-        if self["transposed"]:
-            return tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in parts)
-        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in parts)
-
-    def resized(self, sizes: Iterable[int]) -> Layer:
-        """The layer with other sizes, in the order of `sizes`."""
-        return Layer(self.op, tuple((k, n) for (k, _), n in zip(self.sizes, sizes, strict=True)), self.options)
-
-    def __str__(self) -> str:
-        def one(name: str, value: int | tuple[int, ...]) -> str:
-            return f"{name}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}"
-
-        return " ".join([self.op, *(one(k, v) for k, v in (*self.options, *self.sizes))])
-
-
-class Latency(Protocol):
-    """Something that knows, or predicts, how long layers take. Its `rules`, if it has them, say what becomes a kernel."""
-
-    @property
-    def per_run(self) -> float:
-        """Seconds of a whole run that belong to no layer."""
-        ...
-
-    def prepare(self, layers: Iterable[Layer], progress: bool = False) -> None:
-        """Get ready to answer for these layers; a table measures what it does not know."""
-
-    def seconds(self, layer: Layer) -> float:
-        """How long one run of the layer takes."""
-        ...
-
-
-def run_seconds(latency: Latency, layers: Iterable[Layer], progress: bool = False) -> float:
-    """What a run of these layers takes; a table first measures, all at once, what it does not know."""
-    layers = list(layers)
-    latency.prepare(dict.fromkeys(layers), progress)
-    return latency.per_run + sum(map(latency.seconds, layers))
-
-
-def rules_of(latency: Any) -> Rules:
-    """The rules of what predicts latencies; ONNX Runtime's where it names none."""
-    return getattr(latency, "rules", ONNXRUNTIME)
+MATMULS = frozenset({"linear", *MATRIX_PRODUCTS})
 
 
 class Layers:
@@ -185,6 +72,7 @@ class Layers:
                 yield node, layer
 
     def sizer(self, sizes: Mapping[Factor, int]) -> Sizer:
+        """Sizes of axes when the atoms have the given sizes and the batch the layers' own."""
         return Sizer({**sizes, **self._fixed})
 
     def numbered(self, index: int, size: Sizer) -> Layer | None:
@@ -215,16 +103,10 @@ class Layers:
         """The prunable atoms that the layer of `nodes[index]` may depend on."""
         node = self.nodes[index]
         nodes = [node] if index in self._copies else self._kernels[node].nodes
-        found = ax.atoms(a for own in nodes for n in (own, *own.all_input_nodes) for a in self._flat(n))
+        found = ax.atoms(a for own in nodes for n in (own, *own.all_input_nodes) for a in self.comb.flat(n))
         if (copy := self._copies.get(index)) is not None and copy.odd is not None:
-            found |= ax.atoms(self._flat(copy.odd[0]))
+            found |= ax.atoms(self.comb.flat(copy.odd[0]))
         return {a: None for a in found if a.frozen is None}
-
-    def _flat(self, node: fx.Node) -> list[Axis]:
-        axes = self.comb.axes[node] or []
-        if isinstance(node.meta.get("val"), (list, tuple)):
-            return [axis for result in axes for axis in result or ()]
-        return axes
 
     def _entries(self, node: fx.Node, size: Sizer) -> int:
         """Of a tensor, or of all tensors of a list."""
@@ -267,11 +149,11 @@ class Layers:
         def sizes(n: fx.Node) -> list[int]:
             return [size(a) for a in axes[n]]
 
-        if name.startswith("conv") and name[4:5] in "123_":
+        if name in (*CONVS, *TRANSPOSED_CONVS):
             return self._conv(node, sizes)
         if name in MATMULS:
             return self._matmul(node, sizes)
-        if (name in PAIRS or name in ("einsum", "inner", "tensordot")) and macs(node):
+        if (name in VECTOR_PRODUCTS or name in ("einsum", "inner", "tensordot")) and macs(node):
             return self._contraction(*_letters(node), sizes)
         if name == "scaled_dot_product_attention":
             a = arguments(node)
@@ -390,8 +272,8 @@ def _is_layer(node: fx.Node) -> bool:
     name = op_name(node)
     if name == "einsum":
         return len(arguments(node)["tensors"]) == 2  # more are several products, one after the other
-    known = name in MATMULS or name in PAIRS or name in ("inner", "tensordot", "scaled_dot_product_attention")
-    return known or (name.startswith("conv") and name[4:5] in "123_")
+    known = name in MATMULS or name in VECTOR_PRODUCTS or name in ("inner", "tensordot", "scaled_dot_product_attention")
+    return known or (name in (*CONVS, *TRANSPOSED_CONVS))
 
 
 def _letters(node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[str, str], str]:
@@ -401,7 +283,7 @@ def _letters(node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[str, str], str]:
         left, right = a["tensors"]
         (one, other), result = spelled_out(a["equation"], [len(shape(left)), len(shape(right))])
         return left, right, (one, other), result
-    first, second = PAIRS.get(name, ("self", "other"))
+    first, second = VECTOR_PRODUCTS.get(name, ("self", "other"))
     left, right = a[first], a[second]
     ranks = len(shape(left)), len(shape(right))
     names = [chr(ord("a") + i) for i in range(sum(ranks))]

@@ -15,7 +15,8 @@ from fnmatch import fnmatchcase
 
 from ...graph.comb import axes as ax
 from ...graph.comb.axes import Axis, Factor
-from ...graph.comb.solve import Comb, Group
+from ...graph.comb.groups import Group
+from ...graph.comb.solve import Comb
 from ...graph.errors import BadInput
 
 PRIORITY = {

@@ -14,9 +14,11 @@ import torch
 from torch import fx
 
 from ...graph.comb.axes import Factor
-from ...graph.comb.solve import Comb, Sizer
+from ...graph.comb.costs import Sizer
+from ...graph.comb.solve import Comb
 from ...graph.nodes import op_name, shape, source
-from ...graph.workload.fusion import Rules, Shape, kernels, library, single
+from ...graph.workload.fusion import kernels
+from ...graph.workload.libraries import Rules, Shape, library, single
 from ..base import Context
 
 ONES = frozenset("softmax _softmax log_softmax _log_softmax".split())

@@ -24,7 +24,8 @@ import numpy as np
 
 from ...graph.comb.axes import Factor
 from ...graph.comb.solve import Comb
-from ...graph.workload.layers import Latency, Layers, rules_of
+from ...graph.workload.layer import Latency, rules_of
+from ...graph.workload.layers import Layers
 
 Sizes = dict[Factor, int]
 BINS = 1500  # of the time axis

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...graph.comb.solve import DEFAULT_KINDS, KINDS, Comb, Group
+from ...graph.comb.groups import DEFAULT_KINDS, KINDS, Group
+from ...graph.comb.solve import Comb
 from ...graph.cost import require_counted
 from ...graph.errors import BadInput, GraphcombError, Refused, Unreachable
 from ...graph.program import Program

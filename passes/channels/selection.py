@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from ...graph.comb.axes import Factor
-from ...graph.comb.solve import Comb, Group
+from ...graph.comb.groups import Group
+from ...graph.comb.solve import Comb
 from .costs import Costs
 from .groups import steps
 from .importance.members import Scores

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ...graph.comb.axes import Factor
-from ...graph.comb.solve import Comb, Group
+from ...graph.comb.groups import Group
+from ...graph.comb.solve import Comb
 from ...graph.errors import BadInput, Unreachable
 from ..base import Context
 from ..common.latency_target import allowed_seconds, below, least_share, needed_latency

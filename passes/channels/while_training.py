@@ -22,7 +22,8 @@ from torch import fx
 
 from ...graph.comb import axes as ax
 from ...graph.comb.axes import Factor
-from ...graph.comb.solve import Comb, Group
+from ...graph.comb.groups import Group
+from ...graph.comb.solve import Comb
 from ...graph.edit import copy_tensor, like, rebuild
 from ...graph.errors import BadInput, GraphcombError
 from ...graph.nodes import fetch

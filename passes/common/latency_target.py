@@ -12,7 +12,7 @@ from typing import Any
 
 from ...graph.errors import BadInput, Unreachable
 from ...graph.program import Program
-from ...graph.workload.layers import Latency
+from ...graph.workload.layer import Latency
 from ..base import check_field
 
 LEAST_MACS = 0.25  # share that a latency target leaves where nothing was measured

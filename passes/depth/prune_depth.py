@@ -25,7 +25,8 @@ from ...graph.nodes import arguments, fetch, op_name, set_argument
 from ...graph.program import Program
 from ...graph.trainable import TrainableModule
 from ...graph.verify.evaluate import Evaluator, double_weights, random_inputs, relative_error
-from ...graph.workload.layers import Layers, rules_of, run_seconds
+from ...graph.workload.layer import rules_of, run_seconds
+from ...graph.workload.layers import Layers
 from ..base import Change, Context, Pass, PassResult, Refusal, check_field
 from ..common.class_axis import class_axis
 from ..common.feed import Batch, Feed

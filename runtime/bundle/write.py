@@ -23,7 +23,7 @@ import onnx_graphsurgeon as gs
 from ...graph.errors import BadInput, GraphcombError, Refused, nearest
 from ...graph.files import write_json
 from ...graph.program import Program
-from ...graph.workload.fusion import ONNXRUNTIME
+from ...graph.workload.libraries import ONNXRUNTIME
 from ..devices.table import Target, get_target
 from ..engines.ort import OrtEngine
 from ..export.half import inexact, to_half

@@ -16,8 +16,9 @@ from torch import fx
 from ...graph.comb.solve import Comb
 from ...graph.nodes import arguments, is_operator, op_name
 from ...graph.program import Program
-from ...graph.workload.fusion import ONNXRUNTIME, Rules, classify
-from ...graph.workload.layers import Layer, Layers
+from ...graph.workload.layer import Layer
+from ...graph.workload.layers import Layers
+from ...graph.workload.libraries import ONNXRUNTIME, Rules, classify
 from ..engines import origins
 
 # What ONNX Runtime and TensorRT compute in the kernel of the convolution before it.

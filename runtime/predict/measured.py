@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...graph.errors import BadInput
-from ...graph.workload.layers import Layer
+from ...graph.workload.layer import Layer
 from ..devices.table import Target, get_target
 from ..engines.trt.log import SOURCE
 from ..kit.guard import BUSY

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ...graph.workload.layers import Layer
+from ...graph.workload.layer import Layer
 
 COPIES = 5  # of a layer, in the model that is compared with a single one
 OPSET = 20

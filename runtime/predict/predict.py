@@ -9,7 +9,8 @@ from typing import Any
 from ...graph.comb.solve import Comb
 from ...graph.errors import BadInput
 from ...graph.program import Program
-from ...graph.workload.layers import Latency, Layers, rules_of
+from ...graph.workload.layer import Latency, rules_of
+from ...graph.workload.layers import Layers
 from ..devices.table import Target
 from .layers import describe_one
 from .roofline import Estimate, Roofline

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ...graph.workload.fusion import Rules, library
-from ...graph.workload.layers import Layer
+from ...graph.workload.layer import Layer
+from ...graph.workload.libraries import Rules, library
 from ..devices.table import Target, get_target
 from .measured import Measured, read_measured
 

@@ -29,7 +29,8 @@ from ...graph.comb.solve import Comb
 from ...graph.errors import BadInput, Contended
 from ...graph.files import write_json
 from ...graph.program import Program
-from ...graph.workload.layers import Latency, Layer, Layers, run_seconds
+from ...graph.workload.layer import Latency, Layer, run_seconds
+from ...graph.workload.layers import Layers
 from ..devices.table import Target, canonical, get_target
 from ..engines.backends import BACKENDS
 from ..engines.build import build_engine

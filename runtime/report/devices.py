@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...graph.errors import GraphcombError
-from ...graph.workload.layers import run_seconds
+from ...graph.workload.layer import run_seconds
 from ..device_results import BundledLayer, Device, DeviceModel, DeviceParity
 from ..predict.layers import from_dict
 from ..predict.measured import kernels

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from micro_models import CASES
 from torch import nn
 from torch.export import Dim
 
 import graphcomb as g
 from graphcomb.graph.errors import BadInput
+
+from .toys import CASES
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from micro_models import CASES
 from torch import nn
 from torch.backends import mkldnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,6 +22,8 @@ from graphcomb.graph.cost import COUNTS
 from graphcomb.graph.errors import Refused
 from graphcomb.graph.workload.layers import Layers
 from graphcomb.passes import PruneDepth, RemoveChannels
+
+from .toys import CASES
 
 Sizes = tuple[int, ...]
 

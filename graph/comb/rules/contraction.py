@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from ...facts import CONVS, MATRIX_PRODUCTS, TRANSPOSED_CONVS, VECTOR_PRODUCTS
 from ...nodes import op_name, shape, spelled_out
 from ..axes import Axis, fresh
+from ..equations import WINDOW, Equations, Sizes
 from .elementwise import broadcast
-from .table import WINDOW, Arguments, NoRule, either, rule
-
-if TYPE_CHECKING:
-    from ...surgery import Slicer
-    from ..solve import Comb
+from .table import Arguments, NoRule, either, rule
 
 
 def is_window(a: Arguments, nd: int, kernel: tuple[int, ...]) -> bool:
@@ -25,8 +23,8 @@ def is_window(a: Arguments, nd: int, kernel: tuple[int, ...]) -> bool:
     return padded or extra or any(k != 1 for k in kernel) or any(s != 1 for s in a["stride"])
 
 
-@rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def convolution(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+@rule(*CONVS, *TRANSPOSED_CONVS)
+def convolution(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     x, w, bias, groups = a["input"], a["weight"], a["bias"], a["groups"]
     nd = len(shape(w)) - 2
     if len(shape(x)) != nd + 2:
@@ -60,7 +58,7 @@ def convolution(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("torchvision::deform_conv2d")
-def deformable(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def deformable(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     """A grouped convolution whose taps are moved by offsets, which map channels to positions and stay whole."""
     xs, ws, groups = c.axes[a["input"]], c.axes[a["weight"]], a["groups"]
     for axis in (*xs[2:], *ws[2:]):
@@ -84,7 +82,7 @@ def deformable(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("linear")
-def linear(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def linear(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, ws = c.axes[a["input"]], c.axes[a["weight"]]
     c.unify(xs[-1], ws[-1])
     c.role(ws[-1], "in", a["weight"])
@@ -97,8 +95,8 @@ def linear(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("matmul", "bmm", "mm", "mv", "dot")
-def matmul(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
-    p, q = a["self"], either(a, "other", "mat2", "vec", "tensor")
+def matmul(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
+    p, q = (a[key] for key in {**MATRIX_PRODUCTS, **VECTOR_PRODUCTS}[op_name(node)])
     xs, ys = c.axes[p], c.axes[q]
     c.unify(xs[-1], ys[-2] if len(ys) > 1 else ys[-1])
     c.sums(node, [xs[-1]])
@@ -117,11 +115,9 @@ def matmul(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     return result + (xs[-2:-1] if len(xs) > 1 else []) + (ys[-1:] if len(ys) > 1 else [])
 
 
-@rule("addmm", "baddbmm", "addbmm")
-def addmm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
-    p, q = either(a, "mat1", "batch1"), either(a, "mat2", "batch2")
-    if op_name(node) == "addbmm":
-        raise NoRule("addbmm")
+@rule("addmm", "baddbmm")
+def addmm(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
+    p, q = (a[key] for key in MATRIX_PRODUCTS[op_name(node)])
     c.unify(c.axes[p][-1], c.axes[q][-2])
     c.sums(node, [c.axes[p][-1]])
     result = [*c.axes[p][:-1], c.axes[q][-1]]
@@ -134,12 +130,12 @@ def addmm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("outer", "ger")
-def outer(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def outer(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     return [c.axes[a["self"]][0], c.axes[either(a, "vec2", "other")][0]]
 
 
 @rule("einsum")
-def einsum(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def einsum(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     terms, right = spelled_out(a["equation"], [len(shape(t)) for t in a["tensors"]])
     if any(len(set(t)) != len(t) for t in terms):
         raise NoRule("einsum with a diagonal")
@@ -164,7 +160,7 @@ def einsum(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("scaled_dot_product_attention")
-def attention(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def attention(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     q, k, v = a["query"], a["key"], a["value"]
     qs, ks, vs = c.axes[q], c.axes[k], c.axes[v]
     nq, nk, nv, out = shape(q), shape(k), shape(v), shape(node)
@@ -193,7 +189,7 @@ def attention(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
         broadcast(c, node, [([*batch, qs[-2], ks[-2]], scores), (c.axes[mask], shape(mask))], scores)
     if a.get("scale") is None:  # the pruned network keeps the scale it was trained with
 
-        def keep_scale(s: Slicer, m: fx.Node) -> None:
+        def keep_scale(s: Sizes, m: fx.Node) -> None:
             if not s.full(qs[-1]):
                 s.assign(m, "scale", 1 / math.sqrt(nq[-1]))
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
-from ...nodes import op_name, shape
+from ...nodes import shape
+from ..equations import Equations
 from .elementwise import broadcast
 from .table import Arguments, NoRule, either, rule
 
-if TYPE_CHECKING:
-    from ..solve import Comb
-
 
 @rule("index", "_unsafe_index")
-def index(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def index(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     x, indices = a["self"], a["indices"]
     xs = c.axes[x]
     used = [d for d, i in enumerate(indices) if i is not None]
@@ -35,7 +33,7 @@ def index(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("index_select")
-def index_select(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def index_select(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, d = c.axes[a["self"]], a["dim"] % len(c.axes[a["self"]])
     c.freeze(xs[d], node, "indexed along the axis")
     picked = c.axes[a["index"]]
@@ -43,7 +41,7 @@ def index_select(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("gather", "take_along_dim")
-def gather(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def gather(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, picks = c.axes[a["self"]], either(a, "index", "indices")
     d = a["dim"] % len(xs)
     c.freeze(xs[d], node, "gathered along the axis")
@@ -58,13 +56,8 @@ def gather(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("embedding")
-def embedding(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def embedding(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     table = c.axes[a["weight"]]
     c.freeze(table[0], node, "looked up by index")
     c.role(table[1], "out", a["weight"])
     return [*c.axes[a["indices"]], table[1]]
-
-
-@rule("index_put", "index_add", "index_copy", "scatter", "scatter_add", "masked_scatter", "scatter_reduce")
-def put(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
-    raise NoRule(f"{op_name(node)} writes at data-dependent positions")

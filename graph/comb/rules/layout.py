@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from ...nodes import arguments, hint, op_name, shape
 from ..axes import Axis, Misaligned, Reason, atoms, cut, freeze, fresh, normal, take_inner, total
+from ..equations import Equations, Sizes
 from .table import Arguments, NoRule, either, rule
 
-if TYPE_CHECKING:
-    from ...surgery import Slicer
-    from ..solve import Comb
 
-
-def regroup(c: Comb, node: fx.Node, axes: list[Axis], sizes: tuple[int, ...]) -> list[Axis]:
+def regroup(c: Equations, node: fx.Node, axes: list[Axis], sizes: tuple[int, ...]) -> list[Axis]:
     """The axes of a tensor seen as one row-major sequence, cut anew into dimensions of the given sizes."""
     flat = normal([factor for axis in axes for factor in axis])
     result: list[Axis] = [[] for _ in sizes]
@@ -41,7 +38,7 @@ SIZE_ARGUMENT = {"view": "size", "reshape": "shape", "_unsafe_view": "size"}
 @rule(
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "ravel", "view_as", "reshape_as", "unsqueeze", "squeeze"
 )
-def view(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def view(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     name = op_name(node)
     if name == "view" and "size" not in a:
         raise NoRule("view as another dtype")
@@ -61,7 +58,7 @@ def view(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
         asked = {d % len(xs) for d in ([given] if isinstance(given, int) else given)} if xs else set()
         dims = [d for d in sorted(asked) if shape(a["self"])[d] == 1]
 
-        def name_dims(s: Slicer, m: fx.Node) -> None:
+        def name_dims(s: Sizes, m: fx.Node) -> None:
             m.target = torch.ops.aten.squeeze.dims
             m.args, m.kwargs = (m.args[0], dims), {}
 
@@ -70,10 +67,8 @@ def view(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     return result
 
 
-@rule(
-    "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "numpy_T", "mT", "matrix_H", "adjoint"
-)
-def permute(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+@rule("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "numpy_T", "mT")
+def permute(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, name = list(c.axes[a["self"]]), op_name(node)
     rank = len(xs)
     if name == "permute":
@@ -86,17 +81,15 @@ def permute(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
         return xs[::-1]
     if name == "mT":
         return [*xs[:-2], xs[-1], xs[-2]]
-    if name in ("movedim", "moveaxis"):
-        source = a["source"] if isinstance(a["source"], (list, tuple)) else [a["source"]]
-        target = a["destination"] if isinstance(a["destination"], (list, tuple)) else [a["destination"]]
-        at = {t % rank: s % rank for s, t in zip(source, target, strict=True)}
-        rest = iter(d for d in range(rank) if d not in at.values())
-        return [xs[at[d]] if d in at else xs[next(rest)] for d in range(rank)]
-    raise NoRule(name)
+    source = a["source"] if isinstance(a["source"], (list, tuple)) else [a["source"]]
+    target = a["destination"] if isinstance(a["destination"], (list, tuple)) else [a["destination"]]
+    at = {t % rank: s % rank for s, t in zip(source, target, strict=True)}
+    rest = iter(d for d in range(rank) if d not in at.values())
+    return [xs[at[d]] if d in at else xs[next(rest)] for d in range(rank)]
 
 
 @rule("cat", "concat", "concatenate", "hstack", "vstack")
-def cat(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def cat(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     rank, tensors = len(shape(node)), [t for t in a["tensors"] if shape(t) != (0,)]
     if any(len(shape(t)) != rank for t in tensors):
         raise NoRule("tensors of several ranks")
@@ -111,7 +104,7 @@ def cat(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("stack")
-def stack(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def stack(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     tensors = a["tensors"]
     d = a["dim"] % len(shape(node))
     c.joins(node)
@@ -122,7 +115,7 @@ def stack(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     return [*first[:d], total([[] for _ in tensors]) if len(tensors) > 1 else [], *first[d:]]
 
 
-def pieces(c: Comb, node: fx.Node, axis: Axis, sizes: list[int]) -> list[Axis]:
+def pieces(c: Equations, node: fx.Node, axis: Axis, sizes: list[int]) -> list[Axis]:
     """Cut an axis; where that cannot be followed, freeze it and return frozen pieces."""
     try:
         return cut(axis, sizes)
@@ -142,7 +135,7 @@ def pieces(c: Comb, node: fx.Node, axis: Axis, sizes: list[int]) -> list[Axis]:
     "unsafe_chunk",
     "unsafe_split_with_sizes",
 )
-def split(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def split(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
     d = a["dim"] % len(xs)
     values = node.meta["val"]
@@ -151,7 +144,7 @@ def split(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
         return [xs[:d] + xs[d + 1 :] for _ in values]
     parts = pieces(c, node, xs[d], [hint(v.shape[d]) for v in values])
 
-    def spell_out(s: Slicer, m: fx.Node) -> None:
+    def spell_out(s: Sizes, m: fx.Node) -> None:
         if not s.full(xs[d]):
             m.target = torch.ops.aten.split_with_sizes.default
             m.args, m.kwargs = (m.args[0], [s.size(p) for p in parts], d), {}
@@ -173,7 +166,7 @@ def bounds(a: Arguments, n: int) -> tuple[int, int]:
 
 
 @rule("slice", "narrow")
-def slice_(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def slice_(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
     d, n = a["dim"] % len(xs), shape(a["self"])[a["dim"]]
     if op_name(node) == "narrow":
@@ -186,7 +179,7 @@ def slice_(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     if low >= high:  # nothing is read, so nothing is imposed
         if op_name(node) == "slice":
 
-            def empty(s: Slicer, m: fx.Node) -> None:
+            def empty(s: Sizes, m: fx.Node) -> None:
                 s.assign(m, "start", 0)
                 s.assign(m, "end", 0)
 
@@ -196,7 +189,7 @@ def slice_(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     if (low, high) == (0, n):
         if op_name(node) == "slice" and not symbolic:
 
-            def whole(s: Slicer, m: fx.Node) -> None:
+            def whole(s: Sizes, m: fx.Node) -> None:
                 s.assign(m, "start", 0)
                 s.assign(m, "end", torch.iinfo(torch.int64).max)
 
@@ -212,7 +205,7 @@ def slice_(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
         c.freeze(xs[d], node, "a slice of dynamic length")
         return [*xs[:d], c.frozen(node, d, "a slice of dynamic length"), *xs[d + 1 :]]
 
-    def move(s: Slicer, m: fx.Node) -> None:
+    def move(s: Sizes, m: fx.Node) -> None:
         if s.full(xs[d]):
             return
         start = s.size(before) if low else 0
@@ -226,7 +219,7 @@ def slice_(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     return [*xs[:d], part, *xs[d + 1 :]]
 
 
-def strided(c: Comb, node: fx.Node, xs: list[Axis], d: int, n: int, low: int, high: int, step: int) -> list[Axis]:
+def strided(c: Equations, node: fx.Node, xs: list[Axis], d: int, n: int, low: int, high: int, step: int) -> list[Axis]:
     """x[low::step] takes one index of the inner factor of outer * step, when it takes all of the outer ones."""
     if n % step == 0 and low < step and high > n - step + low:
         try:
@@ -241,13 +234,13 @@ def strided(c: Comb, node: fx.Node, xs: list[Axis], d: int, n: int, low: int, hi
 
 
 @rule("select")
-def select(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def select(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
     d, n = a["dim"] % len(xs), shape(a["self"])[a["dim"]]
     i = hint(a["index"]) % n
     before, _, _ = pieces(c, node, xs[d], [i, 1, n - i - 1])
 
-    def move(s: Slicer, m: fx.Node) -> None:
+    def move(s: Sizes, m: fx.Node) -> None:
         if not s.full(xs[d]):
             s.assign(m, "index", s.size(before) if i else 0)
 
@@ -256,7 +249,7 @@ def select(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("slice_scatter", "select_scatter")
-def scatter(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def scatter(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, src = c.axes[a["self"]], c.axes[a["src"]]
     d, n = a["dim"] % len(xs), shape(a["self"])[a["dim"]]
     single = op_name(node) == "select_scatter"
@@ -272,7 +265,7 @@ def scatter(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     for k, axis in enumerate(src):
         c.unify(part if k == d else xs[k], axis)
 
-    def move(s: Slicer, m: fx.Node) -> None:
+    def move(s: Sizes, m: fx.Node) -> None:
         if s.full(xs[d]):
             return
         start = s.size(before) if low else 0
@@ -287,7 +280,7 @@ def scatter(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("repeat", "tile")
-def repeat(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def repeat(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     key = "dims" if op_name(node) == "tile" else "repeats"
     xs = c.axes[a["self"]]
     missing = [1] * max(0, len(xs) - len(a[key]))  # tile may leave out leading dimensions
@@ -298,7 +291,7 @@ def repeat(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     shift = len(counts) - len(xs)
     symbolic = [not isinstance(r, int) for r in given]
 
-    def regenerate(s: Slicer, m: fx.Node) -> None:
+    def regenerate(s: Sizes, m: fx.Node) -> None:
         old = [*missing, *arguments(m)[key]]
         s.assign(m, key, [n if sym else s.size(t) for n, sym, t in zip(old, symbolic, times, strict=True)])
 
@@ -307,14 +300,14 @@ def repeat(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("repeat_interleave")
-def repeat_interleave(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def repeat_interleave(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     if not isinstance(a.get("repeats"), int) or a.get("dim") is None:
         raise NoRule("repeat_interleave with counts that are data, or of the flattened tensor")
     xs, times = c.axes[a["self"]], fresh(a["repeats"])
     d = a["dim"] % len(xs)
     c.copies(node, [times], "multiplier")
 
-    def regenerate(s: Slicer, m: fx.Node) -> None:
+    def regenerate(s: Sizes, m: fx.Node) -> None:
         s.assign(m, "repeats", s.size(times))
         if a.get("output_size") is not None:
             s.assign(m, "output_size", None)
@@ -324,7 +317,7 @@ def repeat_interleave(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
-def pad(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def pad(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs = list(c.axes[a["self"]])
     amounts = [hint(p) for p in either(a, "pad", "padding")]
     constant = op_name(node) in ("pad", "constant_pad_nd") and (a.get("mode") or "constant") == "constant"
@@ -342,7 +335,7 @@ def pad(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
         parts = [(low, placed[j][0]), (1, xs[d]), (high, placed[j][1])]
         xs[d] = total([part for n, part in parts if n])
 
-    def regenerate(s: Slicer, m: fx.Node) -> None:
+    def regenerate(s: Sizes, m: fx.Node) -> None:
         values = list(arguments(m)["pad"])  # amounts of dynamic dimensions stay expressions
         for j, (low, high) in placed.items():
             values[2 * j] = s.size(low) if amounts[2 * j] else 0
@@ -355,7 +348,7 @@ def pad(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "empty")
-def constant(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def constant(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     """A uniform tensor: any index of it may go."""
     result = [c.fresh(node, d) for d in range(len(shape(node)))]
     c.copies(node, result, "constant")
@@ -364,12 +357,12 @@ def constant(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("arange", "linspace", "eye", "rand", "randn", "scalar_tensor")
-def generated(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def generated(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     return [c.frozen(node, d, "generated values along the axis") for d in range(len(shape(node)))]
 
 
 @rule("meshgrid")
-def meshgrid(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def meshgrid(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     axes = [c.axes[t][0] if c.axes[t] else [] for t in a["tensors"]]
     if a.get("indexing") == "xy" and len(axes) > 1:
         axes[0], axes[1] = axes[1], axes[0]
@@ -377,19 +370,19 @@ def meshgrid(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("view_as_complex")
-def view_as_complex(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def view_as_complex(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
     c.freeze(xs[-1], node, "real and imaginary part")
     return xs[:-1]
 
 
 @rule("view_as_real")
-def view_as_real(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def view_as_real(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     return [*c.axes[a["self"]], c.frozen(node, len(shape(node)) - 1, "real and imaginary part")]
 
 
 @rule("glu")
-def glu(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def glu(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
     d = a["dim"] % len(xs)
     half = shape(node)[d]
@@ -398,10 +391,8 @@ def glu(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     return [*xs[:d], left, *xs[d + 1 :]]
 
 
-@rule("tril", "triu", "diagonal", "diag_embed", "trace")
-def triangle(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
-    if op_name(node) not in ("tril", "triu"):
-        raise NoRule(op_name(node))
+@rule("tril", "triu")
+def triangle(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
     for axis in xs[-2:]:
         c.freeze(axis, node, f"{op_name(node)} depends on positions along the axis")

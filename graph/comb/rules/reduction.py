@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
+from ...facts import DEVIATIONS, REDUCTIONS, SOFTMAXES
 from ...nodes import op_name, shape
 from ..axes import fresh
+from ..equations import Equations
+from .elementwise import binary, broadcast
 from .table import Arguments, NoRule, either, rule
-
-if TYPE_CHECKING:
-    from ..solve import Comb
 
 
 def dims_of(a: Arguments, rank: int, name: str = "dim") -> list[int]:
@@ -28,7 +28,7 @@ def operand(a: Arguments) -> Any:
 
 
 @rule("batch_norm", "instance_norm")
-def batch_norm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def batch_norm(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["input"]]
     for key in ("weight", "bias", "running_mean", "running_var"):
         if a.get(key) is not None:
@@ -38,7 +38,7 @@ def batch_norm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("layer_norm", "rms_norm", "_fused_rms_norm")
-def layer_norm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def layer_norm(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, k = c.axes[a["input"]], len(a["normalized_shape"])
     for key in ("weight", "bias"):
         if a.get(key) is not None:
@@ -50,7 +50,7 @@ def layer_norm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("group_norm")
-def group_norm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def group_norm(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, group = c.axes[a["input"]], fresh(a["num_groups"])
     c.unify(xs[1], group + fresh(shape(node)[1] // a["num_groups"]))
     for key in ("weight", "bias"):
@@ -62,21 +62,15 @@ def group_norm(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
     return xs
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "_safe_softmax")
-def softmax(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+@rule(*SOFTMAXES)
+def softmax(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[operand(a)]
     c.sums(node, [xs[a["dim"] % len(xs)]] if xs else [])
     return xs
 
 
-DEVIATIONS = ("var", "std", "var_mean", "std_mean")  # undefined over too few entries
-
-
-@rule(
-    "mean", "sum", "nansum", "amax", "amin", "var", "std", "linalg_vector_norm", "norm", "logsumexp", "prod", "all", "any",
-    "var_mean", "std_mean", "aminmax", "frobenius_norm", "count_nonzero",
-)  # fmt: skip
-def reduce(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+@rule(*REDUCTIONS)
+def reduce(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     x = operand(a)
     xs = c.axes[x]
     dims = dims_of(a, len(xs))
@@ -91,11 +85,9 @@ def reduce(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("max", "min", "mode", "median")
-def extremum(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def extremum(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     """With a dimension, the indices count positions along the axis: it is frozen. Of two tensors: elementwise."""
     if isinstance(a.get("other"), torch.fx.Node):
-        from .elementwise import binary
-
         return binary(c, node, a)
     x = operand(a)
     if a.get("dim") is None:
@@ -111,14 +103,11 @@ def extremum(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 @rule(
     "topk", "sort", "argsort", "argmax", "argmin", "cumsum", "cumprod", "logcumsumexp", "roll", "flip", "cummax", "kthvalue",
-    "fliplr", "msort", "unique_dim", "rot90",
 )  # fmt: skip
-def ordered(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def ordered(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     """Operators that depend on positions along an axis: it is frozen, the others pass through."""
     x, name = operand(a), op_name(node)
     xs = c.axes[x]
-    if name in ("fliplr", "msort", "rot90", "unique_dim"):
-        raise NoRule(f"{name} depends on positions")
     key = "dims" if "dims" in a else "dim"
     if a.get(key) is None or a[key] == []:
         raise NoRule(f"{name} of the flattened tensor")
@@ -142,9 +131,7 @@ def ordered(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("cosine_similarity", "pairwise_distance")
-def similarity(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
-    from .elementwise import broadcast
-
+def similarity(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     x, y = a["x1"], a["x2"]
     dim = a.get("dim", -1)
     rank = max(len(shape(x)), len(shape(y)))
@@ -155,7 +142,7 @@ def similarity(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("cdist", "_euclidean_dist")
-def cdist(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def cdist(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, ys = c.axes[a["x1"]], c.axes[a["x2"]]
     c.unify(xs[-1], ys[-1])
     for p, q in zip(xs[:-2], ys[:-2], strict=True):

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from ...nodes import op_name, shape
 from ..axes import Misaligned, fresh, take_inner
-from .table import WINDOW, Arguments, NoRule, either, rule
-
-if TYPE_CHECKING:
-    from ..solve import Comb
+from ..equations import WINDOW, Equations
+from .table import Arguments, NoRule, either, rule
 
 POOLS = {
     f"{kind}{nd}d": nd
     for nd in (1, 2, 3)
     for kind in (
-        "max_pool", "avg_pool", "lp_pool", "adaptive_avg_pool", "adaptive_max_pool", "fractional_max_pool",
-        "upsample_nearest", "_upsample_nearest_exact",
+        "max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample_nearest", "_upsample_nearest_exact",
     )
 } | {
     "upsample_linear1d": 1, "upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsample_trilinear3d": 3,
     "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2, "max_pool1d_with_indices": 1, "max_pool2d_with_indices": 2,
-    "max_pool3d_with_indices": 3, "_adaptive_avg_pool2d": 2, "_adaptive_avg_pool3d": 3, "upsample_nearest2d": 2,
+    "max_pool3d_with_indices": 3,
+    "_adaptive_avg_pool2d": 2, "_adaptive_avg_pool3d": 3, "fractional_max_pool2d": 2, "fractional_max_pool3d": 3,
 }  # fmt: skip
 
 
 @rule(*POOLS)
-def pool(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def pool(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     name = op_name(node)
     nd = POOLS[name]
     x = either(a, "self", "input")
@@ -57,7 +55,7 @@ def pool(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("pixel_shuffle")
-def pixel_shuffle(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def pixel_shuffle(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, r = c.axes[a["self"]], a["upscale_factor"]
     channels, rows, columns = fresh(shape(node)[-3]), fresh(r), fresh(r)
     c.unify(xs[-3], channels + rows + columns)
@@ -66,7 +64,7 @@ def pixel_shuffle(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("pixel_unshuffle")
-def pixel_unshuffle(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def pixel_unshuffle(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, r = c.axes[a["self"]], a["downscale_factor"]
     try:
         (high, rows), (wide, columns) = take_inner(xs[-2], r), take_inner(xs[-1], r)
@@ -77,7 +75,7 @@ def pixel_unshuffle(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("channel_shuffle", "native_channel_shuffle")
-def channel_shuffle(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def channel_shuffle(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, groups = c.axes[a["self"]], fresh(a["groups"])
     inner = fresh(shape(node)[1] // a["groups"])
     c.unify(xs[1], groups + inner)
@@ -86,7 +84,7 @@ def channel_shuffle(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("im2col")
-def im2col(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def im2col(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     x = a["self"]
     xs = c.axes[x]
     window = 1
@@ -100,7 +98,7 @@ def im2col(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("col2im")
-def col2im(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def col2im(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
     window = 1
     for k in a["kernel_size"]:
@@ -114,7 +112,7 @@ def col2im(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("unfold")
-def unfold(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def unfold(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
     d = a["dimension"] % len(xs) if xs else 0
     c.freeze(xs[d], node, WINDOW)
@@ -125,7 +123,7 @@ def unfold(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
-def grid_sample(c: Comb, node: fx.Node, a: Arguments) -> list[Any]:
+def grid_sample(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, gs = c.axes[a["input"]], c.axes[a["grid"]]
     for axis in xs[2:]:
         c.freeze(axis, node, "sampled along the axis")

@@ -3,9 +3,10 @@
     @rule("linear")
     def linear(c, node, a): ...
 
-`c` is the `Comb` being solved, `node` the fx node, `a` its arguments by schema name. The rule unifies the axes that must be
-the same index space, freezes what must not change, registers rewrites for shape constants, and returns the axes of its
-result: a list of axes, or a list of such lists for operators with several results. To refuse, raise `NoRule`.
+`c` holds the equations so far (`Equations` is the vocabulary), `node` is the fx node, `a` its arguments by schema name. The
+rule unifies the axes that must be the same index space, freezes what must not change, registers rewrites for shape
+constants, and returns the axes of its result: a list of axes, or a list of such lists for operators with several results.
+To refuse, raise `NoRule`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-WINDOW = "a window slides along the axis, so positions on it stay; channels are what can go"
 Arguments = dict[str, Any]
 Rule = Callable[..., list[Any]]
 RULES: dict[str, Rule] = {}

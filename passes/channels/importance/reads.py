@@ -143,7 +143,7 @@ def _reads_of(comb: Comb, node: fx.Node, wanted: dict[Factor, None]) -> tuple[li
 
 def _vanished(comb: Comb, node: fx.Node, atoms: Callable[[Axis], frozenset[Factor]], share: float) -> list[Read]:
     """The axes of its operands that a node's results no longer have."""
-    left = frozenset(ax.atoms(comb._flat(node)))
+    left = frozenset(ax.atoms(comb.flat(node)))
     found = []
     for key, value in arguments(node).items():
         several = isinstance(value, (list, tuple))

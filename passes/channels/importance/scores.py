@@ -20,7 +20,8 @@ import torch
 
 from ....graph.comb import axes as ax
 from ....graph.comb.axes import Factor
-from ....graph.comb.solve import Comb, Group
+from ....graph.comb.groups import Group
+from ....graph.comb.solve import Comb
 from ....graph.errors import BadInput
 from ....graph.nodes import arguments, op_name
 from ....graph.trainable import TrainableModule

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphcomb.graph.comb.axes import Factor
-from graphcomb.graph.comb.solve import Group
+from graphcomb.graph.comb.groups import Group
 from graphcomb.passes.channels.costs import Costs
 from graphcomb.passes.channels.selection import Selection
 from graphcomb.passes.channels.while_training import event_steps

@@ -18,7 +18,7 @@ from graphcomb.graph.nodes import arguments, op_name
 from graphcomb.graph.surgery import remove
 from graphcomb.passes.channels.importance.gates import Gates
 
-from ...graph.micro_models import CASES
+from ...graph.toys import CASES
 
 TOLERANCE = 1e-9
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from graphcomb import Pipeline, capture
-from graphcomb.graph.workload.fusion import count, library
+from graphcomb.graph.workload.fusion import count
+from graphcomb.graph.workload.libraries import library
 from graphcomb.passes import Context, RemoveChannels
 
 TENSORRT = SimpleNamespace(backend="tensorrt_rtx", alignment=lambda dtype: 8)

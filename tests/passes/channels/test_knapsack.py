@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from graphcomb import capture, comb
-from graphcomb.graph.workload.layers import Layer
+from graphcomb.graph.workload.layer import Layer
 from graphcomb.passes.channels import knapsack as module
 from graphcomb.passes.channels.knapsack import Floor, Predictor, knapsack
 

@@ -13,7 +13,8 @@ from torch import nn
 from graphcomb import capture, verify
 from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.errors import BadInput, Unreachable
-from graphcomb.graph.workload.layers import Layer, Layers
+from graphcomb.graph.workload.layer import Layer
+from graphcomb.graph.workload.layers import Layers
 from graphcomb.passes import Distill, RemoveChannels
 from graphcomb.runtime.predict.roofline import Error
 

@@ -8,7 +8,7 @@ import torch
 
 import graphcomb
 from graphcomb.graph.errors import BadInput
-from graphcomb.graph.workload.layers import Layer
+from graphcomb.graph.workload.layer import Layer
 from graphcomb.passes import RemoveChannels
 from graphcomb.runtime import Roofline, get_target, predict, run_bundle, write_bundle
 from graphcomb.runtime.predict.layers import describe, from_dict, to_dict

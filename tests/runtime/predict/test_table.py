@@ -14,7 +14,8 @@ import torch
 
 from graphcomb import capture, comb
 from graphcomb.graph.errors import BadInput, GraphcombError
-from graphcomb.graph.workload.layers import Layer, Layers
+from graphcomb.graph.workload.layer import Layer
+from graphcomb.graph.workload.layers import Layers
 from graphcomb.runtime.devices.table import get_target
 from graphcomb.runtime.engines.build import build_engine
 from graphcomb.runtime.onnx_file import precision

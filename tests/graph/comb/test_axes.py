@@ -161,10 +161,6 @@ def test_cat_of_a_tensor_with_itself_loses_the_same_indices_twice():
     assert gone(total([a, a]), mask(a, 1)) == [1, 4]
 
 
-def test_lcm_step():
-    assert [ax.lcm_step(8, c) for c in (1, 2, 12, 16)] == [8, 4, 2, 1]
-
-
 # ------------------------------------------------------------------------------------- random sequences of operations
 class Tensor:
     """Axes, and how the presence of its entries follows from that of the sources: `move(presences) -> array`."""

@@ -9,7 +9,8 @@ from collections import Counter
 
 import pytest
 import torch
-from networks import OPERATIONS, network, trial
+
+from ..random_networks import OPERATIONS, network, trial
 
 CHUNK = 25
 

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..comb import axes as ax
-from ..comb.solve import Comb
-from ..errors import GraphcombError
-from ..nodes import arguments, is_operator, op_name
-from ..program import Program
-from .absence import spell_out
-from .check import Trial
-from .evaluate import Evaluator, evaluated, invoke, relative_error
-from .presence import along
-from .removal import Removed, checked, kept, removed_since
+from graphcomb.graph.comb import axes as ax
+from graphcomb.graph.comb.solve import Comb
+from graphcomb.graph.errors import GraphcombError
+from graphcomb.graph.nodes import arguments, is_operator, op_name
+from graphcomb.graph.program import Program
+from graphcomb.graph.verify.check import Trial
+from graphcomb.graph.verify.evaluate import Evaluator, evaluated, invoke, relative_error
+from graphcomb.graph.verify.meanings.contraction import spell_out
+from graphcomb.graph.verify.presence import along
+from graphcomb.graph.verify.removal import Removed, checked, kept, removed_since
 
 Masks = dict[ax.Factor, np.ndarray]
 STATISTICS = frozenset(

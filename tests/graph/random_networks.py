@@ -26,6 +26,8 @@ from graphcomb.graph.nodes import op_name
 from graphcomb.graph.surgery import remove
 from graphcomb.passes.base import PassResult
 
+from ..oracles.restriction import restriction
+
 LARGEST = 3000  # entries per sample
 HIGHEST = 6  # dimensions
 
@@ -900,7 +902,7 @@ def trial(seed: int) -> Trial:
     smaller, removed = remove(comb, masks)
     result = PassResult(smaller, {}, removed)
     verdict = verify.check(program, result, seed=seed)
-    second = verify.restriction(program, result, seed=seed, comb=comb) if not verdict.disagreements else float("inf")
+    second = restriction(program, result, seed=seed, comb=comb) if not verdict.disagreements else float("inf")
     right = max(verdict.error, second) <= verify.TOLERANCE and not verdict.disagreements
     why = verdict.disagreements[0] if verdict.disagreements else "" if right else "the restriction oracle differs"
     distinct = {id(axis): axis for axes in comb.parameters.values() for axis in axes}.values()

@@ -16,6 +16,9 @@ from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.errors import GraphcombError
 from graphcomb.passes import PassResult, RemoveChannels
 
+from ...oracles.mutate import mutation_test
+from ...oracles.restriction import interference, restriction
+
 models = pytest.importorskip("torchvision.models")
 
 
@@ -139,8 +142,8 @@ def test_families_are_exact(family: str, dynamic: str | None) -> None:
                 assert result.program.params < 0.45 * weighted.params
             x = torch.randn(5 if dynamic else 3, *program.args[0].shape[1:])
             assert result.program.module()(x).shape == (len(x), 7)
-    assert verify.restriction(weighted, result) <= 1e-10
-    assert verify.interference(weighted, result) <= 1e-10
+    assert restriction(weighted, result) <= 1e-10
+    assert interference(weighted, result) <= 1e-10
     assert Comb(program).coverage() > 0.99
 
 
@@ -149,7 +152,7 @@ def test_planted_errors_are_noticed(family: str) -> None:
     """One wrong index in one dimension of one parameter."""
     program = captured(family, "batch")
     result = RemoveChannels(ratio=0.5, round_to=1)(program)
-    report = verify.mutation_test(program, result, count=25)
+    report = mutation_test(program, result, count=25)
     assert report.total >= 20
     assert report.share >= 0.9
     assert all(m.why for m in report.missed)  # a shift before a softmax is invisible, and the like

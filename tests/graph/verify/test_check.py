@@ -21,12 +21,15 @@ from graphcomb.graph.comb.solve import comb
 from graphcomb.graph.errors import BadInput, GraphcombError
 from graphcomb.graph.nodes import arguments, op_name, set_argument
 from graphcomb.graph.surgery import remove
-from graphcomb.graph.verify.absence import RULES
 from graphcomb.graph.verify.check import Trial
 from graphcomb.graph.verify.evaluate import Evaluator, double_weights, relative_error
+from graphcomb.graph.verify.meanings import RULES
 from graphcomb.graph.verify.randomise import randomise
 from graphcomb.graph.verify.removal import checked
 from graphcomb.passes import RemoveChannels
+
+from ...oracles.mutate import mutate, mutation_test
+from ...oracles.restriction import interference, restriction
 
 EXACT = 1e-10
 
@@ -279,7 +282,7 @@ def test_wrong_groups_of_a_convolution():
     def net(n, groups):
         return nn.Sequential(nn.Conv2d(3, n, 1), nn.Conv2d(n, n, 3, groups=groups), nn.Conv2d(n, 2, 1))
 
-    def lost(*gone):
+    def has_absent(*gone):
         gone = list(gone)
         return (
             {f"0.{k}": {0: gone} for k in ("weight", "bias")}
@@ -289,9 +292,9 @@ def test_wrong_groups_of_a_convolution():
 
     torch.manual_seed(0)
     x = torch.randn(3, 3, 5, 5)
-    whole = by_hand(net(8, 4), net(6, 3), lost(2, 3), x)
+    whole = by_hand(net(8, 4), net(6, 3), has_absent(2, 3), x)
     assert verify.surgery(*whole) < EXACT
-    split = by_hand(net(8, 4), net(6, 3), lost(2, 4), x)
+    split = by_hand(net(8, 4), net(6, 3), has_absent(2, 4), x)
     assert "unbalanced heads or groups" in verify.check(*split).disagreements[0]
 
 
@@ -556,14 +559,14 @@ def test_three_oracles_agree(model, size):
     before, result = combed(model, torch.randn(size))
     assert result.removed
     assert verify.check(before, result).ok
-    assert verify.restriction(before, result) < EXACT
-    assert verify.interference(before, result) < EXACT
+    assert restriction(before, result) < EXACT
+    assert interference(before, result) < EXACT
 
 
 @pytest.mark.parametrize(("model", "size"), MADE)
 def test_wrong_indices_are_caught(model, size):
     before, result = combed(model, torch.randn(size))
-    report = verify.mutation_test(before, result, seed=1)
+    report = mutation_test(before, result, seed=1)
     assert report.total >= 12
     assert report.caught + len(report.missed) == report.total
     invisible = [m for m in report.missed if "softmax" in m.why or "attention" in m.why]
@@ -574,13 +577,13 @@ def test_mutations_that_stay_hidden_are_explained():
     """The bias of keys shifts all scores of a query alike, and the softmax forgets it."""
     torch.manual_seed(0)
     before, result = attention()
-    found = {(m.parameter, m.dim): m for m in verify.mutate(before, result)}
+    found = {(m.parameter, m.dim): m for m in mutate(before, result)}
     assert found["k.weight", 0].caught
     hidden = found["k.bias", 0]
     assert not hidden.caught
     assert "scaled_dot_product_attention" in hidden.why
     assert all(m.caught for key, m in found.items() if key != ("k.bias", 0))
-    assert verify.mutation_test(before, result, count=3).total == 3
+    assert mutation_test(before, result, count=3).total == 3
 
 
 def test_removals_that_are_no_union_of_atoms():
@@ -588,7 +591,7 @@ def test_removals_that_are_no_union_of_atoms():
     removed = {n: dict(d) for n, d in result.removed.items()}
     removed["head.weight"][1] = removed["head.weight"][1][1:]
     with pytest.raises(GraphcombError, match="not what its atoms lose elsewhere"):
-        verify.restriction(before, SimpleNamespace(program=result.program, removed=removed))
+        restriction(before, SimpleNamespace(program=result.program, removed=removed))
 
 
 def test_second_opinions_see_a_leak():
@@ -597,8 +600,8 @@ def test_second_opinions_see_a_leak():
     wrong = comb(before)
     head = next(n for n in wrong.module.graph.nodes if op_name(n) == "linear")
     wrong.axes[head.args[0]] = [wrong.axes[head.args[0]][0], wrong.fresh(head.args[0], 1)]
-    assert verify.interference(before, result, comb=wrong) > 1e-3
-    assert verify.restriction(before, result, comb=wrong) > 1e-3
+    assert interference(before, result, comb=wrong) > 1e-3
+    assert restriction(before, result, comb=wrong) > 1e-3
 
 
 def test_buffers_that_the_network_writes_stay_as_they_are():
@@ -674,8 +677,8 @@ def test_several_surgeries_in_a_row_are_one():
     program, results = chain(0.25, 0.4, 0.3)
     for before, result in ((program, results[1]), (program, results[2]), (results[0].program, results[2])):
         assert verify.surgery(before, result) <= EXACT
-        assert verify.restriction(before, result) <= EXACT
-        assert verify.interference(before, result) <= EXACT
+        assert restriction(before, result) <= EXACT
+        assert interference(before, result) <= EXACT
     assert verify.surgery(results[1].program, results[2]) <= EXACT
 
 

@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from micro_models import CASES, Head, TokenHead
 from torch import nn
 
 import graphcomb
 from graphcomb.graph import capture, verify
+from graphcomb.graph.comb.groups import KINDS
 from graphcomb.graph.comb.rules import RULES
-from graphcomb.graph.comb.solve import KINDS, Comb
+from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.errors import BadInput, Refused
 from graphcomb.graph.surgery import remove
 from graphcomb.passes import RemoveChannels
+
+from ..toys import CASES, Head, TokenHead
 
 
 @torch.library.custom_op("graphcomb_test::damp", mutates_args=())
@@ -72,7 +74,7 @@ def test_an_unknown_operator_freezes_what_it_touches_and_nothing_else():
     (refused,) = [r for r in result.record["refused"] if r["what"] == "before.weight:0"]
     for text in (comb.why("before.weight"), comb.why("after.weight"), refused["why"]):
         assert "graphcomb_test::damp has no rule" in text
-        assert re.search(r"damp \(graph/test_refusal\.py:\d+: return self\.head\(", text)  # node, file, line and code
+        assert re.search(r"damp \(comb/test_refusal\.py:\d+: return self\.head\(", text)  # node, file, line and code
         assert "register a rule for it with graphcomb.rule" in text
 
 
@@ -149,17 +151,26 @@ def test_operators_that_act_entry_by_entry_need_no_rule(name):
     assert not any("no rule" in r["why"] for r in result.record["refused"])
 
 
-def test_a_rule_that_does_not_fit_is_refused_not_believed():
-    @graphcomb.rule("graphcomb_test::damp")
-    def wrong(c, node, a):
-        return c.axes[a["x"]][:2]
+MISTAKES = {
+    "the rule gives": lambda c, node, a: c.axes[a["x"]][:2],
+    "KeyError: 'weight'": lambda c, node, a: c.axes[a["weight"]],
+}
 
-    try:
-        found, comb, _ = pruned(Around(lambda y: torch.ops.graphcomb_test.damp(y, 0.5)), X)
-    finally:
-        del RULES["graphcomb_test::damp"]
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistaken_rule_is_refused_not_believed(text, monkeypatch):
+    monkeypatch.delenv("GRAPHCOMB_STRICT")  # as for users
+    monkeypatch.setitem(RULES, "graphcomb_test::damp", MISTAKES[text])
+    found, comb, _ = pruned(Around(lambda y: torch.ops.graphcomb_test.damp(y, 0.5)), X)
     assert found["before.weight"] == (8, 3, 1, 1)
-    assert "the rule gives" in comb.why("before.weight")
+    assert text in comb.why("before.weight")
+
+
+@pytest.mark.parametrize(("text", "error"), [("the rule gives", ValueError), ("KeyError: 'weight'", KeyError)])
+def test_a_mistaken_rule_fails_our_own_tests(text, error, monkeypatch):
+    monkeypatch.setitem(RULES, "graphcomb_test::damp", MISTAKES[text])
+    with pytest.raises(error):
+        Comb(capture(Around(lambda y: torch.ops.graphcomb_test.damp(y, 0.5)), X))
 
 
 # ------------------------------------------------------------------------------------------------- orders and look-ups

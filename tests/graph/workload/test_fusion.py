@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from graphcomb import capture
-from graphcomb.graph.workload.fusion import ONNXRUNTIME, TENSORRT, classify, count, kernels
+from graphcomb.graph.workload.fusion import count, kernels
+from graphcomb.graph.workload.libraries import ONNXRUNTIME, TENSORRT, classify
 
 
 class Calls(nn.Module):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..nodes import op_name
-from ..program import Program
-from .check import TOLERANCE, Trial
-from .evaluate import Evaluator, relative_error, tensors_of
-from .removal import checked, kept, sliced
+from graphcomb.graph.nodes import op_name
+from graphcomb.graph.program import Program
+from graphcomb.graph.verify.check import TOLERANCE, Trial
+from graphcomb.graph.verify.evaluate import Evaluator, relative_error, tensors_of
+from graphcomb.graph.verify.removal import checked, kept, sliced
 
 DRAWS = 3  # inputs to try before a mutation counts as missed
 

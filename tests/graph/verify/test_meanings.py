@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphcomb.graph as g
-from graphcomb.graph.verify.absence import RULES, Absence, spell_out
+from graphcomb.graph.verify.absence import Absence
 from graphcomb.graph.verify.evaluate import double_weights, relative_error
+from graphcomb.graph.verify.meanings import RULES
+from graphcomb.graph.verify.meanings.contraction import spell_out
 from graphcomb.graph.verify.presence import Disagreement, Held
 
 CHANNELS, GONE = 8, [1, 5]  # the same index of either half, so that halves and two groups stay balanced
@@ -42,7 +44,7 @@ def both(function, parameters=()):
     x = torch.randn(2, 1, 4, 6, generator=generator)
 
     wide = Under(function, CHANNELS, [m.shape for m in more])
-    fill(wide, scale, more)
+    fill_absent(wide, scale, more)
     program = g.capture(wide, x, dynamic_shapes="batch")
     seen: list[Held] = []
     try:
@@ -57,12 +59,12 @@ def both(function, parameters=()):
 
     small = [cut(m, lost) for m, (_, lost) in zip(more, parameters, strict=True)]
     narrow = Under(function, len(KEPT), [m.shape for m in small])
-    fill(narrow, scale[KEPT], small)
+    fill_absent(narrow, scale[KEPT], small)
     expected = torch.utils._pytree.tree_leaves(narrow.double()(x.double()))
     return found, expected
 
 
-def fill(module, scale, more):
+def fill_absent(module, scale, more):
     with torch.no_grad():
         module.scale.copy_(scale)
         for p, m in zip(module.more, more, strict=True):

@@ -11,7 +11,8 @@ from torch import nn
 from graphcomb.graph import Program, capture
 from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.surgery import remove
-from graphcomb.graph.workload.layers import Layer, Layers
+from graphcomb.graph.workload.layer import Layer
+from graphcomb.graph.workload.layers import Layers
 
 
 class Convolutional(nn.Module):

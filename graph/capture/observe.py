@@ -1,0 +1,197 @@
+"""One call of a module, observed: its outputs, buffers and gradients, and every tensor on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..compat import TorchDispatchMode, pytree, writes
+from ..nodes import fetch, source
+from ..trainable import TrainableModule
+from .export import without_fast_path
+from .modes import COUNTER
+
+
+@dataclass
+class Run:
+    """The tensors that one call leaves behind, by name, and the gradients (None where there is none)."""
+
+    values: dict[str, Tensor]
+    gradients: dict[str, Tensor | None] | None
+    rest: list[Any]
+
+
+def observe(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], nudge: bool = False, log: Any = None) -> Run:
+    """Run a module on copies of the inputs; its outputs, changed buffers and inputs, and gradients. Random numbers are
+    those of seed 0, drawn in the order of indices, whatever the memory layout."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    copies = [x.detach().clone() if isinstance(x, Tensor) else copy.copy(x) for x in leaves]
+    if nudge:
+        copies = [_moved(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in copies]
+    watched = {f"input {i}": x for i, x in enumerate(copies) if isinstance(x, Tensor) and continuous(x)}
+    for x in watched.values():
+        x.requires_grad_()
+    given = [x.clone() if isinstance(x, Tensor) else x for x in copies]  # may be written in place
+    inputs, options = pytree.tree_unflatten(given, spec)
+    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad and continuous(p)}
+    with (
+        torch.inference_mode(False),
+        torch.random.fork_rng(),
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        without_fast_path(),
+    ):
+        torch.manual_seed(0)
+        with _SameDraws(), log or contextlib.nullcontext():
+            gradients: dict[str, Tensor | None] | None
+            try:
+                outputs = module(*inputs, **options)
+                gradients = {}
+            except RuntimeError:  # what only runs without gradients
+                given = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+                inputs, options = pytree.tree_unflatten(given, spec)
+                torch.manual_seed(0)
+                with torch.no_grad():
+                    outputs = module(*inputs, **options)
+                gradients = None
+            flat = pytree.tree_leaves(outputs)
+            tensors = [t for t in flat if isinstance(t, Tensor)]
+            values = {f"output {i}": t.detach().clone() for i, t in enumerate(tensors)}
+            values |= {
+                f"input {i} after the call": x.detach().clone() for i, x in enumerate(given) if isinstance(x, Tensor)
+            }
+            values |= {f"buffer {n}": b.detach().clone() for n, b in module.named_buffers() if not n.endswith(COUNTER)}
+            if gradients is not None:
+                of = {**dict(parameters.items()), **watched}
+                gradients = _differentiate(tensors, of)
+    rest = [x for x in flat if not isinstance(x, Tensor)]
+    return Run(values, gradients, rest)
+
+
+def continuous(x: Tensor) -> bool:
+    """Whether gradients can reach a tensor: it is floating-point or complex."""
+    return x.is_floating_point() or x.is_complex()
+
+
+def _differentiate(outputs: list[Tensor], of: dict[str, Tensor]) -> dict[str, Tensor | None] | None:
+    """Gradients of a fixed random linear function of all outputs."""
+    roots = [t for t in outputs if t.requires_grad and continuous(t)]
+    if not roots or not of:
+        return dict.fromkeys(of)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in roots]
+    try:
+        found = torch.autograd.grad(roots, list(of.values()), weights, allow_unused=True)
+    except RuntimeError:
+        return None
+    return {n: None if g is None else g.detach() for n, g in zip(of, found, strict=True)}
+
+
+# ------------------------------------------------------------------------------------------------------------ rounding
+def _moved(x: Tensor) -> Tensor:
+    """The tensor with every entry moved by a rounding error of its type."""
+    generator = torch.Generator().manual_seed(2)
+    signs = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+    return (x * (1 + torch.finfo(x.dtype).eps * signs)).detach()
+
+
+@contextlib.contextmanager
+def nudged(module: TrainableModule) -> Iterator[None]:
+    """Parameters moved by a rounding error each, and put back."""
+    before = [(p, p.detach().clone()) for p in module.parameters() if p.is_floating_point()]
+    try:
+        with torch.no_grad():
+            for p, old in before:
+                p.copy_(_moved(old))
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old in before:
+                p.copy_(old)
+
+
+# ---------------------------------------------------------------------------------------------------- same randomness
+class _SameDraws(TorchDispatchMode):
+    """Operators that draw random numbers do so in the order of indices: the two sides may lay tensors out differently."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        base = args[0] if args else None
+        if writes(func) and isinstance(base, Tensor):
+            drawn = base.clone(memory_format=torch.contiguous_format)
+            func(drawn, *args[1:], **kwargs)
+            return base.copy_(drawn)
+        args = pytree.tree_map_only(Tensor, lambda t: t.contiguous(), args)
+        return func(*args, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------- the first difference
+class Values(TorchDispatchMode):
+    """Remembers every tensor that an operator reads or makes by its size, sum and norm, whatever its shape."""
+
+    def __init__(self, backward: bool):
+        super().__init__()
+        self.seen: dict[int, list[tuple[float, float]]] = {}
+        self.backward = backward
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in pytree.tree_leaves((args, kwargs, result)):
+            if isinstance(t, Tensor) and t.numel():
+                size, total, norm = _signature(t)
+                self.seen.setdefault(size, []).append((total, norm))
+        return result
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether a tensor of the same size, sum and norm (within 1e-4) was seen."""
+        size, total, norm = _signature(tensor)
+        close = 1e-4 * max(norm, 1e-12)
+        return any(abs(n - norm) <= close and abs(t - total) <= close * size**0.5 for t, n in self.seen.get(size, ()))
+
+
+def _signature(tensor: Tensor) -> tuple[int, float, float]:
+    value = tensor.detach()
+    value = torch.view_as_real(value) if value.is_complex() else value
+    value = value.double()
+    return value.numel(), float(value.sum()), float(value.norm())
+
+
+def first_unknown(module: TrainableModule, args: tuple, kwargs: dict, seen: Values, backward: bool) -> str:
+    """The first node whose value the model's run does not know; in the backward pass the last one whose gradient."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    values: dict[fx.Node, Any] = {}
+    placeholders = iter(leaves)
+    with torch.random.fork_rng(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _SameDraws():
+        torch.manual_seed(0)
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                x = next(placeholders)
+                values[node] = x.detach().clone().requires_grad_(continuous(x)) if isinstance(x, Tensor) else x
+            elif node.op == "get_attr":
+                values[node] = fetch(module, str(node.target))
+            elif node.op == "call_function":
+                a, k = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*a, **k)
+                result = values[node]
+                if not backward and isinstance(result, Tensor) and result.numel() and not seen.knows(result):
+                    return source(node)
+        if not backward:
+            return "an output"
+        outputs = [values[n] for n in module.graph.output_node().all_input_nodes]
+        inner = {n: v for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad}
+        gradients = _differentiate([t for t in outputs if isinstance(t, Tensor)], {n.name: v for n, v in inner.items()})
+    for node in reversed(list(inner)):
+        gradient = (gradients or {}).get(node.name)
+        if gradient is not None and not seen.knows(gradient):
+            users = [u for u in node.users if u.op == "call_function"]
+            return source(users[0] if users else node)
+    return "a node that has no gradient in one of them"

@@ -1,0 +1,17 @@
+"""What absent entries mean to operators, by theme; importing the package fills the table."""
+
+from . import contraction, entrywise, movement, positions, reduction, repetition
+from .table import REPEATING, RULES, Call, means
+
+__all__ = [
+    "REPEATING",
+    "RULES",
+    "Call",
+    "contraction",
+    "entrywise",
+    "means",
+    "movement",
+    "positions",
+    "reduction",
+    "repetition",
+]

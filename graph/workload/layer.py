@@ -1,0 +1,126 @@
+"""A layer at concrete sizes, and what knows how long layers take: the unit of latency tables and estimates.
+
+Passes ask what a layer costs, the runtime measures it, and neither needs to know the other. Source: ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .libraries import ONNXRUNTIME, Rules
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One operation at concrete sizes.
+
+    op: "conv" (also transposed: options say), "matmul", "attention", "norm", "activation" or "copy" (anything whose time
+    is moving its tensors). sizes: by name, those that pruning may change. options: by name, those that it does not.
+
+        conv       sizes: inputs, outputs, groups; options: batch, image (height, width, ... of the input), kernel, stride,
+                   padding, dilation, transposed
+        matmul     sizes: batch, inputs (K), outputs (N); options: rows (M), shared (1: one right-hand side for all)
+        attention  sizes: heads, width, value (head widths of queries and keys, and of values); options: batch, queries, keys
+        norm       sizes: channels; options: rows
+        activation, copy   sizes: entries (of the result; for a copy the mean of what is read and written if that is more)
+
+    beside: entries that its kernel moves beside the operation's own, as a residual addition does. joined: another layer's
+    kernel computes it too.
+    """
+
+    op: str
+    sizes: tuple[tuple[str, int], ...]
+    options: tuple[tuple[str, int | tuple[int, ...]], ...] = ()
+    beside: int = 0
+    joined: bool = False
+
+    def __getitem__(self, name: str) -> Any:
+        return dict((*self.sizes, *self.options))[name]
+
+    def macs(self, alignment: int = 1) -> int:
+        """Multiply-accumulates, with channels, K and N padded to multiples of the alignment."""
+
+        def pad(n: int) -> int:
+            return -(-n // alignment) * alignment
+
+        if self.op == "conv":
+            groups = max(self["groups"], 1)
+            depthwise = groups == self["inputs"] == self["outputs"]
+            pairs = (
+                pad(groups) if depthwise else groups * pad(self["inputs"] // groups) * pad(self["outputs"] // groups)
+            )
+            places = math.prod(self["image"] if self["transposed"] else self.result_image())
+            return self["batch"] * places * math.prod(self["kernel"]) * pairs
+        if self.op == "matmul":
+            return self["batch"] * self["rows"] * pad(self["inputs"]) * pad(self["outputs"])
+        if self.op == "attention":
+            pairs = self["batch"] * self["heads"] * self["queries"] * pad(self["keys"])
+            return pairs * (pad(self["width"]) + pad(self["value"]))
+        return 0
+
+    def entries(self) -> int:
+        """Numbers that are read and written, weights included, each once."""
+        return self._own_entries() + self.beside
+
+    def _own_entries(self) -> int:
+        if self.op == "conv":
+            image, result = math.prod(self["image"]), math.prod(self.result_image())
+            weights = self["inputs"] * self["outputs"] // max(self["groups"], 1) * math.prod(self["kernel"])
+            return self["batch"] * (image * self["inputs"] + result * self["outputs"]) + weights
+        if self.op == "matmul":
+            rows = self["batch"] * self["rows"]
+            return rows * (self["inputs"] + self["outputs"]) + self["batch"] * self["inputs"] * self["outputs"]
+        if self.op == "attention":
+            tokens = (self["queries"] + self["keys"]) * (self["width"] + self["value"])
+            return self["batch"] * self["heads"] * tokens
+        if self.op == "norm":
+            return 2 * self["rows"] * self["channels"]
+        return 2 * self["entries"]
+
+    def result_image(self) -> tuple[int, ...]:
+        """Height, width, ... of a convolution's result (output padding of a transposed one left out)."""
+        parts = zip(*(self[k] for k in ("image", "kernel", "stride", "padding", "dilation")), strict=True)
+        if self["transposed"]:
+            return tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in parts)
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in parts)
+
+    def resized(self, sizes: Iterable[int]) -> Layer:
+        """The layer with other sizes, in the order of `sizes`."""
+        return Layer(self.op, tuple((k, n) for (k, _), n in zip(self.sizes, sizes, strict=True)), self.options)
+
+    def __str__(self) -> str:
+        def one(name: str, value: int | tuple[int, ...]) -> str:
+            return f"{name}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+        return " ".join([self.op, *(one(k, v) for k, v in (*self.options, *self.sizes))])
+
+
+class Latency(Protocol):
+    """Something that knows, or predicts, how long layers take. Its `rules`, if it has them, say what becomes a kernel."""
+
+    @property
+    def per_run(self) -> float:
+        """Seconds of a whole run that belong to no layer."""
+        ...
+
+    def prepare(self, layers: Iterable[Layer], progress: bool = False) -> None:
+        """Get ready to answer for these layers; a table measures what it does not know."""
+
+    def seconds(self, layer: Layer) -> float:
+        """How long one run of the layer takes."""
+        ...
+
+
+def run_seconds(latency: Latency, layers: Iterable[Layer], progress: bool = False) -> float:
+    """What a run of these layers takes; a table first measures, all at once, what it does not know."""
+    layers = list(layers)
+    latency.prepare(dict.fromkeys(layers), progress)
+    return latency.per_run + sum(map(latency.seconds, layers))
+
+
+def rules_of(latency: Any) -> Rules:
+    """The rules of what predicts latencies; ONNX Runtime's where it names none."""
+    return getattr(latency, "rules", ONNXRUNTIME)
