@@ -58,7 +58,8 @@ from graphcomb.passes import Context, Distill, Fuse, PruneDepth, RemoveChannels
 from graphcomb.passes.common.losses import accuracy
 from graphcomb.passes.common.repeat import fingerprint
 from graphcomb.passes.common.scoring import evaluate
-from graphcomb.passes.depth.blocks import find_blocks
+from graphcomb.passes.depth.price import find_blocks
+from graphcomb.passes.depth.prune_depth import ablated
 from graphcomb.passes.depth.relax import relax
 
 HERE = Path(__file__).parent
@@ -153,7 +154,7 @@ def chosen(network: str, count: int, size: str, data: dict[str, Any]) -> list[st
         )
         context = Context(data=train, val=held, out=cache_folder() / "depth", progress=True, teacher=program)
         blocks = [b for b in find_blocks(program) if b.prunable]
-        supernet, _ = middle.supernet(program, blocks, context, middle.budget(program, blocks, context).draw)
+        supernet, _ = middle.supernet(program, blocks, context, middle.budget(program, blocks, context))
         pass_ = dataclasses.replace(middle, blocks=count)
         bits, record = pass_.search(supernet, pass_.budget(program, blocks, context), context)
         names = [b.name for b, bit in zip(blocks, bits, strict=True) if bit]
@@ -173,11 +174,10 @@ def build(network: str, count: int, method: str, seed: int, size: str, data: dic
     if method == "channels":
         return channels(program, f"{network}/{count}", seed, size, data)
     if method == "random":
-        pass_ = PruneDepth(blocks=count, select="random", train=training(options))
+        pass_ = ablated(search=False)(blocks=count, train=training(options))
     else:
-        how = "linear" if method == "progressive" else "at once"
-        names, fitted = tuple(chosen(network, count, size, data)), method != "at once"
-        pass_ = PruneDepth(names=names, progress=how, fitted=fitted, train=training(options))
+        kind = ablated(fading=method == "progressive", fitted=method != "at once")
+        pass_ = kind(names=tuple(chosen(network, count, size, data)), train=training(options))
     return pass_(program, data=train, seed=seed, teacher=program).program
 
 

@@ -56,15 +56,14 @@ def network(name: str):
 
 def variants() -> dict[str, Any]:
     """Passes by name. What is kept is chosen in the cheapest way: the time does not depend on it."""
-    from graphcomb.passes import Distill, PruneDepth, RemoveChannels, Sparsify
+    from graphcomb.passes import Distill, RemoveChannels, Sparsify
+    from graphcomb.passes.depth.prune_depth import ablated
 
     return {
         "dense": None,
         "channels 2x": RemoveChannels(macs=0.5),
         "channels 4x": RemoveChannels(macs=0.25),
-        "depth": PruneDepth(
-            macs=0.7, select="random", supernet_steps=0, progress="at once", train=Distill(epochs=1, lr=1e-6)
-        ),
+        "depth": ablated(search=False, fading=False)(macs=0.7, supernet_steps=0, train=Distill(epochs=1, lr=1e-6)),
         "2:4": Sparsify(pattern="2:4", method="magnitude"),
     }
 

@@ -13,7 +13,8 @@ from .graph.errors import BadInput
 from .graph.files import replacing
 from .job import Job
 from .passes.channels.remove_channels import RemoveChannels
-from .passes.depth.blocks import Block, find_blocks
+from .passes.depth.blocks import Block
+from .passes.depth.price import find_blocks
 from .passes.depth.prune_depth import PruneDepth
 from .recipe import Section, explain, read_yaml
 

@@ -6,9 +6,8 @@ are used as labels only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -16,10 +15,8 @@ from torch import fx
 from ...graph.cost import evaluate, macs
 from ...graph.nodes import arguments, op_name, shape
 from ...graph.program import Program
-from ...graph.sparse import sparse_weights
 from ..fuse.affine import CONVS, MAPS
-from ..fuse.plan import Cost, Planner
-from ..fuse.regions import Regions
+from ..fuse.regions import permutation
 
 ACTIVATIONS = (
     "relu", "relu6", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu", "mish", "selu", "softplus", "celu",
@@ -76,69 +73,8 @@ class Block:
         return self.why is None
 
 
-def find_blocks(program: Program) -> list[Block]:
-    """The blocks in the order of their exits, with what pruning each would save, or why it cannot be pruned."""
-    from .relax import obstacle, relax  # relax works on blocks
-
-    blocks = [_judged(b, obstacle(program, b)) for b in _regions(program)]
-    merging = [b for b in blocks if b.prunable and not b.dropped]
-    settled = relax(program, merging, settled=True, fitted=True)  # pads the most
-    owner = {n: b.name for b in blocks for n in b.nodes}
-    before = {n.name: evaluate(macs(n)) for n in program.graph.nodes if _is_data(n)}
-    dense, pruned = _costs(program, lambda n: owner.get(n.name)), _costs(settled, lambda n: n.meta.get("block"))
-    result = []
-    for block in blocks:
-        if not block.prunable:
-            result.append(block)
-            continue
-        now = (0, 0) if block.dropped else pruned.get(block.name, (0, 0))
-        saved = sum(before.get(n, 0) for n in block.nodes) - now[0]
-        launches = dense.get(block.name, (0, 0))[1] - now[1]
-        if saved <= 0:
-            after = block.macs - saved
-            why = f"its pruned form would take {after:,} MACs instead of {block.macs:,}"
-            if not saved:
-                why = f"its pruned form would save none of its {block.macs:,} MACs"
-            result.append(replace(block, why=why))
-        else:
-            result.append(replace(block, saves=saved, kernels=launches))
-    return result
-
-
-def _judged(block: Block, why: str | None) -> Block:
-    """A block that cannot be merged can still be left out, if it is added to its input."""
-    if why is not None and block.kind == "attention":
-        return replace(block, dropped=True)
-    return replace(block, why=why)
-
-
-def _costs(program: Program, owner: Callable[[fx.Node], str | None]) -> dict[str, Cost]:
-    """By block, MACs and kernels of what the program runs after merging, each block by itself: a neighbour that it could be
-    merged with may not be pruned."""
-    regions, planner = Regions(program.graph_module), Planner((), sparse_weights(program))
-    merged: set[fx.Node] = set()
-    costs: dict[str, Cost] = {}
-
-    def add(name: str | None, cost: Cost) -> None:
-        if name is not None:
-            before = costs.get(name, (0, 0))
-            costs[name] = before[0] + cost[0], before[1] + cost[1]
-
-    for parts in regions.find():
-        for name, own in groupby(parts, key=lambda p: owner(p.last)):
-            run = list(own)
-            merges = planner.chain(run).merges if any(p.carriers for p in run) else ()
-            for merge in merges:
-                merged |= merge.members
-                add(name, merge.after)
-    for node in program.graph.nodes:
-        if node not in merged and _is_data(node):
-            add(owner(node), (evaluate(macs(node)), int(op_name(node) in (*MAPS, *NORMS, *ATTENTION))))
-    return costs
-
-
-# -------------------------------------------------------------------------------------------------------------- regions
-def _is_data(node: fx.Node) -> bool:
+def is_data(node: fx.Node) -> bool:
+    """Whether a node computes a tensor."""
     return node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
 
 
@@ -188,7 +124,8 @@ class _Flow:
         return sorted(found, key=self.order.__getitem__)
 
 
-def _regions(program: Program) -> list[Block]:
+def candidates(program: Program) -> list[Block]:
+    """All blocks of a program in the order of their exits, whether they can be pruned or not."""
     flow = _Flow(program.graph)
     taken: set[fx.Node] = set()
     found: list[tuple[fx.Node, fx.Node, list[fx.Node]]] = []
@@ -319,3 +256,47 @@ def single_path(block: Block, end: fx.Node) -> list[fx.Node] | None:
         path.insert(0, node)
         node = inputs[0]
     return path
+
+
+def branches_of(nodes: dict[str, fx.Node], block: Block) -> list[list[fx.Node] | None]:
+    """The paths that a residual addition adds, or the one of a chain; None for one that forks."""
+    exit_ = nodes[block.exit]
+    if block.kind == "chain":
+        return [single_path(block, exit_)]
+    terms = [t for t in (arguments(exit_)["self"], arguments(exit_)["other"]) if t.name != block.entry]
+    return [single_path(block, t) for t in terms]
+
+
+def norm_axis(norm: fx.Node) -> int | None:
+    """The axis of the channels that a LayerNorm, GroupNorm or RMSNorm scales; None where it normalises something else."""
+    if op_name(norm) == "group_norm":
+        return 1
+    axes = arguments(norm)["normalized_shape"]
+    return len(shape(norm)) - 1 if len(axes) == 1 and len(shape(norm)) > 1 else None
+
+
+def channel_axis(graph: fx.Graph, value: fx.Node) -> int:
+    """The axis of a value's channels: where the layer that made it puts them, 1 after a convolution, last after a linear
+    layer, wherever permutations between have moved that."""
+    node, axis = value, None
+    moves: list[list[int]] = []
+    while axis is None:
+        name, rank = op_name(node), len(shape(node))
+        if name in CONVS or name in ("batch_norm", "group_norm"):
+            axis = 1
+        elif name in MAPS or name in ("layer_norm", "rms_norm"):
+            axis = rank - 1
+        else:
+            if order := permutation(node):
+                moves.append(order)
+            tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+            before = [n for n in tensors if len(shape(n)) == rank and n.op == "call_function"]
+            if not before:
+                break
+            node = before[0]
+    if axis is None:  # made by no layer of this network
+        rank = len(shape(value))
+        return 1 if rank == 2 or any(op_name(n) in CONVS and len(shape(n)) == rank for n in graph.nodes) else rank - 1
+    for order in reversed(moves):
+        axis = order.index(axis)
+    return axis

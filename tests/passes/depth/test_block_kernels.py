@@ -5,7 +5,7 @@ import torch
 
 import graphcomb
 from graphcomb.passes import Fuse
-from graphcomb.passes.depth.blocks import find_blocks
+from graphcomb.passes.depth.price import find_blocks
 from graphcomb.passes.depth.relax import relax
 
 from .toys import NETWORKS

@@ -15,9 +15,13 @@ from graphcomb.graph import sparse as masks
 from graphcomb.graph.errors import BadInput, Refused, Unreachable
 from graphcomb.graph.verify.evaluate import relative_error
 from graphcomb.passes import Context, Distill, Fuse, PruneDepth, RemoveChannels, Sparsify
-from graphcomb.passes.depth import prune_depth as module
-from graphcomb.passes.depth.blocks import find_blocks
+from graphcomb.passes.depth.budget import Predictor
+from graphcomb.passes.depth.price import find_blocks
+from graphcomb.passes.depth.prune_depth import ablated
 from graphcomb.passes.depth.relax import SWITCHES, relax
+from graphcomb.passes.depth.search import Judge
+from graphcomb.passes.depth.training import Fading
+from graphcomb.recipe import parse_passes
 
 from .toys import NETWORKS, Add, Attention, captured, conv, inverted, mlp
 
@@ -56,12 +60,17 @@ QUICK = {"supernet_steps": 6, "population": 4, "generations": 1, "train": Distil
 
 
 @pytest.mark.parametrize(
-    "options", [{"progress": "linear"}, {"progress": "cosine", "share": 0.6}, {"progress": "at once"}]
+    ("kind", "options"),
+    [
+        (PruneDepth, {"progress": "linear"}),
+        (PruneDepth, {"progress": "cosine", "share": 0.6}),
+        (ablated(fading=False), {}),
+    ],
 )
-def test_chosen_blocks_fade_and_merge_exactly(program, options):
+def test_chosen_blocks_fade_and_merge_exactly(program, kind, options):
     names = [b.name for b in find_blocks(program)][:2]
     before = {k: v.clone() for k, v in program.module().state_dict().items()}
-    result = PruneDepth(names=tuple(names), **{**QUICK, **options})(
+    result = kind(names=tuple(names), **{**QUICK, **options})(
         program, data=digits(slice(None, 1200)), val=digits(slice(1200, None))
     )
     assert [c["what"] for c in result.record["changed"]] == names
@@ -75,13 +84,12 @@ def test_chosen_blocks_fade_and_merge_exactly(program, options):
     assert accuracy > 0.4
 
 
-def fading(program, how, share=4 / 6):
-    options = PruneDepth(blocks=2, progress=how, share=share)
-    return module._Fading(program, find_blocks(program)[:2], options, total=6, seed=0)
+def fading(program, how, kind=PruneDepth):
+    return kind(blocks=2, progress=how, share=4 / 6)._fading(program, find_blocks(program)[:2], 6, 0)
 
 
 def test_the_schedule_moves_l_and_ends_with_the_pruned_forms(program):
-    relaxed = module.relax(program, find_blocks(program)[:2], fitted=True)
+    relaxed = relax(program, find_blocks(program)[:2], fitted=True)
     own, seen, surgeries = fading(program, "cosine"), [], []
     assert own.begin(relaxed.module()) is None
     for step in range(6):
@@ -92,14 +100,14 @@ def test_the_schedule_moves_l_and_ends_with_the_pruned_forms(program):
     assert SWITCHES not in surgeries[3].module.state_dict()
     assert own.error <= 1e-12
     assert own.identity != fading(program, "linear").identity
-    assert fading(program, "at once").begin(relaxed.module()) is not None
+    assert fading(program, "linear", ablated(fading=False)).begin(relaxed.module()) is not None
 
 
 def test_training_goes_on_alike_in_the_pruned_forms(program, monkeypatch):
     """At `l = 0` the relaxed network and the pruned one give the same gradients."""
     options = PruneDepth(blocks=2, **{**QUICK, "supernet_steps": 0}, share=0.3, merged=False)
     pruned = options(program, data=digits(slice(None, 320))).program.module().state_dict()
-    monkeypatch.setattr(module._Fading, "stays", property(lambda self: True, lambda self, value: None), raising=False)
+    monkeypatch.setattr(Fading, "stays", property(lambda self: True, lambda self, value: None), raising=False)
     relaxed = options(program, data=digits(slice(None, 320))).program.module().state_dict()
     assert pruned.keys() == relaxed.keys()
     for key, tensor in pruned.items():
@@ -127,17 +135,17 @@ def test_a_supernet_answers_without_its_blocks(program):
     bits = tuple(i < 2 for i in range(len(blocks)))
     raw, _ = dataclasses.replace(options, supernet_steps=0).supernet(program, blocks, context, budget)
     trained, record = options.supernet(program, blocks, context, budget)
-    scores = [module._Judge(p, context, 4, 20)([bits])[0] for p in (raw, trained)]
+    scores = [Judge(p, context, 4, 20)([bits])[0] for p in (raw, trained)]
     assert scores[1] > scores[0]
     assert record["steps"] == 60
-    assert module._Judge(trained, context, 4, 20)([(False,) * len(blocks)])[0] > 0.6
+    assert Judge(trained, context, 4, 20)([(False,) * len(blocks)])[0] > 0.6
 
 
 def test_a_budget_of_macs_is_met_by_what_is_needed_and_no_more(program):
-    options = PruneDepth(macs=0.8, select="random", **QUICK)
+    options = PruneDepth(macs=0.8, **QUICK)
     prunable = [b for b in find_blocks(program) if b.prunable]
     budget = options.budget(program, prunable, Context())
-    generator = module.random.Random(1)
+    generator = random.Random(1)
     for _ in range(20):
         bits = budget.draw(generator)
         chosen = [b.saves for b, bit in zip(prunable, bits, strict=True) if bit]
@@ -163,9 +171,9 @@ class PerMac:
 
 
 def test_a_budget_of_predicted_latency(program):
-    options = PruneDepth(latency=0.85, select="random", **{**QUICK, "train": Distill(steps=2)})
+    options = ablated(search=False)(latency=0.85, **{**QUICK, "train": Distill(steps=2)})
     result = options(program, data=digits(slice(None, 1200)), latency=PerMac())
-    seconds = [module._Predictor(Context(latency=PerMac()), p)(p) for p in (Fuse()(program).program, result.program)]
+    seconds = [Predictor(Context(latency=PerMac()), p)(p) for p in (Fuse()(program).program, result.program)]
     assert seconds[1] <= 0.85 * seconds[0]
     with pytest.raises(BadInput, match="nothing predicts latencies"):
         options(program, data=digits(slice(None, 64)))
@@ -184,7 +192,7 @@ class Sheet(PerMac):
 
 
 def test_a_latency_leaves_the_least_macs_of_every_choice(program):
-    options = PruneDepth(latency=0.7, select="random", **{**QUICK, "train": Distill(steps=2)})
+    options = PruneDepth(latency=0.7, **{**QUICK, "train": Distill(steps=2)})
     prunable = [b for b in find_blocks(program) if b.prunable]
     shares = {}
     for least in (0.0, 0.7):
@@ -305,13 +313,19 @@ def test_zeros_of_an_attention_that_is_left_out_are_forgotten():
         ({"latency": "soon"}, "PruneDepth.latency"),
         ({"blocks": 1, "share": 0.0}, "PruneDepth.share"),
         ({"blocks": 1, "progress": "sine"}, "PruneDepth.progress"),
-        ({"blocks": 1, "select": "best"}, "PruneDepth.select"),
+        ({"blocks": 1, "progress": "at once"}, "PruneDepth.progress"),
         ({"blocks": 1, "population": 0}, "PruneDepth.population"),
     ],
 )
 def test_options_that_make_no_sense(options, message):
     with pytest.raises(BadInput, match=message.replace(".", r"\.")):
         PruneDepth(**options)
+
+
+@pytest.mark.parametrize("name", ["select", "tail", "fitted", "ablation"])
+def test_ablations_are_no_options(name):
+    with pytest.raises(BadInput, match=name):
+        parse_passes([{"PruneDepth": {"blocks": 1, name: True}}])
 
 
 def test_targets_that_cannot_be_met(program):
@@ -382,7 +396,7 @@ def test_every_choice_of_the_search_answers_to_its_inputs():
     found = [b for b in find_blocks(network) if b.prunable]
     options = PruneDepth(blocks=len(found) - 1)
     budget = options.budget(network, found, Context())
-    generator = module.random.Random(0)
+    generator = random.Random(0)
     draws = [budget.draw(generator) for _ in range(30)]
     draws += [budget.child(draws[0], draws[1], generator) for _ in range(10)] + [budget.greedy([0.0] * len(found))]
     for bits in {*draws, budget.widest()}:

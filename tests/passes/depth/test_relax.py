@@ -8,7 +8,7 @@ import graphcomb.graph as g
 from graphcomb.graph.errors import BadInput
 from graphcomb.graph.verify.evaluate import relative_error
 from graphcomb.passes.common.feed import Batch
-from graphcomb.passes.depth.blocks import find_blocks
+from graphcomb.passes.depth.price import find_blocks
 from graphcomb.passes.depth.relax import relax, set_switches, settle
 from graphcomb.passes.depth.start_norms import start_norms
 from graphcomb.passes.fuse.fuse import Fuse

@@ -12,8 +12,8 @@ from torch import nn
 
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Context, PruneDepth
-from graphcomb.passes.depth import prune_depth as module
-from graphcomb.passes.depth.blocks import find_blocks
+from graphcomb.passes.depth.price import find_blocks
+from graphcomb.passes.depth.search import Judge
 
 from .toys import NETWORKS, captured
 
@@ -34,17 +34,17 @@ def search(folder: Path, labels: bool = True, own: int = 0):
     images = torch.randn(4, 6, 3, 16, 12, generator=generator, dtype=torch.float64)
     data = [(x, torch.randint(8, (6,), generator=generator)) for x in images] if labels else list(images)
     scored = []
-    plain = module._Judge._score
+    plain = Judge._score
 
     def counting(judge, bits, alone=False):
         scored.append(alone)
         return plain(judge, bits, alone)
 
-    module._Judge._score = counting
+    Judge._score = counting
     try:
         blocks, record = SEARCH.choose(program, find_blocks(program), Context(data=data, metric=log_loss, out=folder))
     finally:
-        module._Judge._score = plain
+        Judge._score = plain
     return {"names": [b.name for b in blocks], "record": record, "alone": sum(scored), "scored": len(scored)}
 
 

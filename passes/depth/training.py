@@ -1,0 +1,118 @@
+"""What is special in training for depth: the loss of a supernet, and blocks that fade while the network trains."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ...graph.edit import copy_tensor, rebuild
+from ...graph.program import Program
+from ...graph.trainable import TrainableModule
+from ...graph.verify.evaluate import Evaluator, double_weights, random_inputs, relative_error
+from ..common.feed import Batch
+from ..common.losses import class_dim, logits_of, task_loss
+from ..common.processes import placed
+from ..train.callbacks import Callback, Surgery
+from ..train.distill import soft_kl
+from ..train.options import SCHEDULES
+from .blocks import Block
+from .budget import Budget
+from .relax import relax, set_switches, settle
+
+NO_SUPERNET = "set PruneDepth's supernet_steps to 0 (then give metric=, and loss= with alpha: 0 in train)"
+
+
+class Sandwich:
+    """Loss of a supernet's step: of the dense path on the labels, and of two random choices and the widest one against what
+    the dense path says.
+
+    class_axes: the dimension of the classes, as an option says and as the graph does; None for unknown.
+    """
+
+    def __init__(
+        self,
+        module: TrainableModule,
+        budget: Budget,
+        temperature: float,
+        loss: Callable[..., Any] | None,
+        class_axes: tuple[int | None, int | None],
+    ):
+        self.module, self.budget, self.temperature, self.loss = module, budget, temperature, loss
+        self.class_axes, self.widest = class_axes, budget.widest()
+
+    def __call__(self, raw: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        taught = logits_of(raw, NO_SUPERNET).detach()
+        dim = class_dim(taught, batch.labels, *self.class_axes, "set class_dim in PruneDepth's train")
+        parts = {} if batch.labels is None else {"task": task_loss(self.loss, raw, batch.labels)}
+        generator = random.Random(int(torch.randint(2**31, ())))
+        choices = [self.budget.draw(generator), self.budget.draw(generator), self.widest]
+        losses = []
+        for bits in choices:
+            set_switches(self.module, [1.0 - b for b in bits])
+            scores = logits_of(self.module(*batch.args, **batch.kwargs))
+            losses.append(soft_kl(scores, taught, self.temperature, dim))
+        set_switches(self.module, [1.0] * self.budget.count)
+        parts["kl"] = torch.stack(losses).mean()
+        return torch.stack(list(parts.values())).sum(), parts
+
+
+class Fading(Callback):
+    """Moves `l` of all blocks from 1 to 0; then the pruned forms alone go on training: the same, at less cost (ours).
+
+    progress: how, "linear" or "cosine", over so many `steps`. stays: the relaxed network goes on instead, since features
+    are taken at nodes that pruned forms may lack. tail, fitted: see `relax`. error: of the pruned forms against the
+    relaxed ones whose place they take, in float64; of a network that a checkpoint held in its pruned form, None.
+    """
+
+    def __init__(
+        self, program: Program, blocks: Sequence[Block], progress: str, steps: int, stays: bool, seed: int,
+        tail: bool = True, fitted: bool = True,
+    ):  # fmt: skip
+        self.program, self.blocks, self.progress, self.steps, self.seed = program, blocks, progress, steps, seed
+        self.identity = ("fading", len(blocks), progress, steps)
+        self.stays, self.tail, self.fitted = stays, tail, fitted
+        self.over = False
+        self.error: float | None = None
+
+    def begin(self, module: TrainableModule) -> Surgery | None:
+        return self._move(module, 0)
+
+    def after_step(self, step: int, module: TrainableModule) -> Surgery | None:
+        return None if self.over else self._move(module, step + 1)
+
+    def _move(self, module: TrainableModule, done: int) -> Surgery | None:
+        left = SCHEDULES[self.progress](done / self.steps) if done < self.steps else 0.0
+        set_switches(module, [left] * len(self.blocks))
+        if left or self.stays:
+            return None
+        self.over, pruned = True, self.settle(module).module()
+        before, after = module.state_dict(), pruned.state_dict()
+        centre = {
+            name: {d: torch.tensor([before[name].shape[d] // 2]) for d in range(2, value.dim())}
+            for name, value in after.items()
+            if value.shape != before[name].shape
+        }
+        return Surgery(pruned, centre, {})
+
+    def settle(self, module: TrainableModule) -> Program:
+        """The pruned program with the weights of the relaxed one."""
+        set_switches(module, [0.0] * len(self.blocks))
+        relaxed = self.program.derive(rebuild(module, copy_tensor))
+        with placed(relaxed.module(), torch.device("cpu")):
+            pruned = settle(self.program, self.blocks, relaxed, self.tail, self.fitted)
+            inputs = random_inputs(self.program, torch.Generator().manual_seed(self.seed))
+            expected, outputs = (Evaluator(p, double_weights(p)).run(inputs) for p in (relaxed, pruned))
+        self.error = relative_error(outputs, expected)
+        return pruned
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"over": self.over}
+
+    def load_state_dict(self, state: dict[str, Any]) -> TrainableModule | None:
+        self.over = state["over"]
+        if not self.over:
+            return None
+        return relax(self.program, self.blocks, True, self.tail, self.fitted).module()
