@@ -89,10 +89,10 @@ def _quantises_to_floats(model: onnx.ModelProto) -> bool:
     kinds = {t.name: t.data_type for t in model.graph.initializer}
     kinds |= {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
     asked = next((a.i for a in node.attribute if a.name == "output_dtype"), 0)
-    found = asked or kinds.get(node.output[0], 0) or (kinds.get(node.input[2], 0) if len(node.input) > 2 else 0)
+    kind = asked or kinds.get(node.output[0], 0) or (kinds.get(node.input[2], 0) if len(node.input) > 2 else 0)
     constants = {n.output[0]: n.attribute[0].t.data_type for n in model.graph.node if n.op_type == "Constant"}
-    found = found or (constants.get(node.input[2], 0) if len(node.input) > 2 else 0)
-    return found in FLOATS8
+    kind = kind or (constants.get(node.input[2], 0) if len(node.input) > 2 else 0)
+    return kind in FLOATS8
 
 
 FLOATS8 = {

@@ -30,17 +30,19 @@ def run_bundle(
     arguments: Sequence[str] = (),
     python: str | None = None,
 ) -> dict[str, Any]:
-    """Measure a bundle and return the results, which also go to the file `out`.
+    """Measure a bundle, here or on a device, and return the results, which also go to the file `out` (docs/formats.md).
 
-    host: "user@device", reached by ssh and scp (whose own settings hold: keys, ports, jump hosts); None measures on
-    this machine. arguments: of bench_device.py (`script_arguments`). python: the interpreter; by default this one here,
-    python3 on a host.
+    - folder: of the bundle. out: the JSON file to write.
+    - host: "user@device", reached by ssh and scp with their own settings (keys, ports, jump hosts); None measures on
+      this machine. Engines that TensorRT built on a host are brought back beside `out`.
+    - arguments: of bench_device.py, as `script_arguments` makes them.
+    - python: the interpreter; by default the running one here, python3 on a host.
 
-    Where some models failed, or Ctrl-C ended it, the results are of the others, or until then; `failed` has the reasons by
-    model, and `interrupted` is true. Engines that TensorRT built on a host are brought back beside `out`.
+    Where some models failed, or Ctrl-C ended it, the results are of the others, or until then: `failed` has the reasons
+    by model, and `interrupted` is true.
 
-    Raises BadInput for a folder that is no bundle, GraphcombError with the reason when the measurement fails,
-    KeyboardInterrupt where Ctrl-C came before there were results.
+    Raises BadInput for a folder that is no bundle or a host that cannot be meant, GraphcombError with the script's
+    reason when nothing could be measured, KeyboardInterrupt where Ctrl-C came before there were results.
     """
     folder, out = Path(folder).absolute(), Path(out).absolute()
     if not (folder / "bundle.json").is_file() or not (folder / SCRIPT).is_file():
@@ -71,11 +73,11 @@ def run_bundle(
 
     if _measure(["ssh", host, shlex.join(command)], f"bench_device.py on {host}", fetch) == 0 and not fetch():
         raise GraphcombError(f"scp from {host} failed: {away}/results.json is not there")
-    found = read_results(out)
-    for file in _engines(found):
+    results = read_results(out)
+    for file in _engines(results):
         with replacing(out.with_name(file)) as part:
             _call(["scp", "-q", f"{host}:{away}/{file}", str(part)], f"scp from {host}")
-    return found
+    return results
 
 
 def _make(folder: Path) -> None:
@@ -87,8 +89,8 @@ def _make(folder: Path) -> None:
 
 def _stamp(path: Path) -> tuple[int, int] | None:
     """What changes when a file is replaced."""
-    found = path.stat() if path.exists() else None
-    return (found.st_ino, found.st_mtime_ns) if found else None
+    status = path.stat() if path.exists() else None
+    return (status.st_ino, status.st_mtime_ns) if status else None
 
 
 def _engines(results: Mapping[str, Any]) -> list[str]:
@@ -113,25 +115,25 @@ def script_arguments(options: Mapping[str, Any]) -> list[str]:
 
     Raises BadInput for what it does not take.
     """
-    found: list[str] = []
-    for given, value in options.items():
-        name = given.replace("_", "-")
+    arguments: list[str] = []
+    for option, value in options.items():
+        name = option.replace("_", "-")
         if name not in OPTIONS:
-            raise BadInput(f"option {given}: not one of the bench bundle; {nearest(name, OPTIONS)}")
+            raise BadInput(f"option {option}: not one of the bench bundle; {nearest(name, OPTIONS)}")
         about = OPTIONS[name]
         if "action" in about:  # it is a switch
             if not isinstance(value, bool):
-                raise BadInput(f"option {given}: true or false, not {value}")
-            found += [f"--{name}"] * value
+                raise BadInput(f"option {option}: true or false, not {value}")
+            arguments += [f"--{name}"] * value
             continue
         try:
             about.get("type", str)(str(value))
         except (ValueError, ArgumentTypeError) as error:
-            raise BadInput(f"option {given}: {error}") from error
+            raise BadInput(f"option {option}: {error}") from error
         if str(value) not in map(str, about.get("choices", (value,))):
-            raise BadInput(f"option {given}={value}: {nearest(str(value), about['choices'])}")
-        found.append(f"--{name}={value}")
-    return found
+            raise BadInput(f"option {option}={value}: {nearest(str(value), about['choices'])}")
+        arguments.append(f"--{name}={value}")
+    return arguments
 
 
 def _call(command: list[str], what: str) -> None:

@@ -57,18 +57,27 @@ def write_bundle(
     shapes: Mapping[str, Sequence[int]] | None = None,
     opset: int | None = None,
 ) -> Path:
-    """Write a bundle of models to compare; returns the folder.
+    """Write a bench bundle: a folder that measures models on a device with nothing but its own TensorRT and numpy.
 
-    models: by name, the one to compare with first: programs, or ONNX files in fp32 or in the wanted precision. kind:
-    "fp32", "fp16" or "int8", of which every model keeps what it has: one that is quantised (Q/DQ nodes) is int8 in every
-    kind, in "fp16" with the rest of it in half precision where that changes no quantised value; in "int8" the others stay
-    as they are. target: checked for opset and precision, and named in the bundle with its library. batch: of models with
-    a dynamic one. record: a run's record.json, to go along. layers: of models that are ONNX files, by name, as
-    `measured.describe` gives them for the program and the batch; what is measured can then be compared with a prediction,
-    layer by layer, and calibrate a roofline. shapes: of inputs, by name, where more than the batch is dynamic.
-    opset: of programs, by default what the target's current releases parse; 17 for TensorRT 8, as JetPack 5 and 6.0 have it.
+    Returns the folder. It holds each model as an ONNX file with reference inputs and outputs (of ONNX Runtime on the
+    most exact form of the model), what each model is (bundle.json), and the scripts (`runtime/kit/`).
 
-    Raises BadInput for a model that does not fit, and what `export_onnx` raises for programs.
+    - models: what is compared, by name (letters, digits and _), the reference first: programs, or ONNX files in fp32 or
+      in the precision asked for.
+    - kind: "fp32", "fp16" or "int8". A model with Q/DQ nodes stays int8 in each of them; in "fp16" the rest of it
+      becomes half precision where that changes no quantised value. In "int8" models without Q/DQ nodes stay as they
+      are.
+    - target: the device, by which opset and precision are checked; it is named in the bundle, with its library.
+    - batch: samples in the reference inputs of models whose batch is dynamic.
+    - record: a run's record.json, to go along.
+    - layers: of models that are ONNX files, by name: what `predict.layers.describe` gives for the program. With them,
+      as with programs, measured times can be compared with predicted ones layer by layer, and calibrate a roofline.
+    - shapes: of inputs, by name, where more than the batch is dynamic.
+    - opset: of programs; by default the best that the target's current releases parse. TensorRT 8, as JetPack 5 and 6.0
+      have it, parses up to 17.
+
+    Raises BadInput for a folder that holds something else or a model that does not fit the target, the precision or the
+    other models, Refused for what half precision spoils, and what `export_onnx` raises for programs.
     """
     folder = Path(folder)
     device = get_target(target) if isinstance(target, str) else target
@@ -89,13 +98,13 @@ def write_bundle(
     about: dict[str, Any] = {}
     inputs: list[np.ndarray] | None = None
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part") as part:
-        for name, given in models.items():
+        for name, source in models.items():
             place, scratch = Path(part, name), Path(part, f"{name}.exact")
             place.mkdir()
             scratch.mkdir()
             with _naming(Path(part), name):
                 make = functools.partial(random_inputs, batch=batch, shapes=shapes)
-                exact, file, note = _lower(given, kind, device, place, scratch, opset, make)
+                exact, file, note = _lower(source, kind, device, place, scratch, opset, make)
                 engine = OrtEngine(exact)
                 inputs = inputs or random_inputs(engine.inputs, batch, shapes)
                 if len(inputs) != len(engine.inputs):
@@ -109,7 +118,7 @@ def write_bundle(
             arrays |= {f"output:{n:03d}": y for n, y in enumerate(outputs)}
             np.savez(place / "reference.npz", allow_pickle=False, **arrays)
             rules = ONNXRUNTIME if device is None else Roofline(device, kind).rules
-            rows = describe(given, batch, rules) if isinstance(given, Program) else (layers or {}).get(name, ())
+            rows = describe(source, batch, rules) if isinstance(source, Program) else (layers or {}).get(name, ())
             about[name] = {
                 "file": f"{name}/{file.name}",
                 "reference": f"{name}/reference.npz",
@@ -150,7 +159,7 @@ def _naming(part: Path, name: str) -> Iterator[None]:
 
 
 def _lower(
-    given: Program | str | Path,
+    model_or_path: Program | str | Path,
     kind: str,
     device: Target | None,
     place: Path,
@@ -161,9 +170,9 @@ def _lower(
     """The model as exactly as it is known, in the folder `scratch` or where it lies; as it is measured, in the folder
     `place`; and what became of it, in words, where that is not what was asked for."""
     file = place / "model.onnx"
-    source = scratch / file.name if isinstance(given, Program) else Path(given)
-    if isinstance(given, Program):
-        export_onnx(given, source, "fp32", version, device)
+    source = scratch / file.name if isinstance(model_or_path, Program) else Path(model_or_path)
+    if isinstance(model_or_path, Program):
+        export_onnx(model_or_path, source, "fp32", version, device)
     model = check_model(source)
     has, opset = precision(model), opset_of(model)
     if device is not None:
@@ -172,8 +181,8 @@ def _lower(
             raise BadInput(f"{source}: opset {opset}, target {device.name} parses up to {device.opset}")
     if has not in (kind, "int8") and (has, kind) not in (("fp32", "fp16"), ("fp32", "int8"), ("fp16", "int8")):
         raise BadInput(f"{source}: is {has} and cannot be made {kind} here; export it in {kind}")
-    if isinstance(given, Program) and (has, kind) == ("fp32", "fp16"):
-        export_onnx(given, file, kind, version, device)  # which also compares the two
+    if isinstance(model_or_path, Program) and (has, kind) == ("fp32", "fp16"):
+        export_onnx(model_or_path, file, kind, version, device)  # which also compares the two
         return source, file, ""
     if kind != "fp16" or has == "fp16":
         _copy(source, model, file)

@@ -104,10 +104,10 @@ def _either(rules: Dla) -> str:
 
 def _static(model: onnx.ModelProto, rules: Dla, batch: Any) -> onnx.ModelProto:
     """A copy whose inputs have the batch."""
-    found = onnx.ModelProto()
-    found.CopyFrom(model)
-    weights = {t.name for t in found.graph.initializer}
-    for value in found.graph.input:
+    static = onnx.ModelProto()
+    static.CopyFrom(model)
+    weights = {t.name for t in static.graph.initializer}
+    for value in static.graph.input:
         axes = value.type.tensor_type.shape.dim
         dynamic = [i for i, axis in enumerate(axes) if not axis.HasField("dim_value")]
         if value.name in weights or not dynamic or rules.dynamic_shapes:
@@ -116,7 +116,7 @@ def _static(model: onnx.ModelProto, rules: Dla, batch: Any) -> onnx.ModelProto:
             cure = "give one batch size" if dynamic == [0] else "export it with fixed shapes"
             raise BadInput(f"option dla: input {value.name}: axes {dynamic} are dynamic, a DLA's are not; {cure}")
         axes[0].dim_value = batch
-    return found
+    return static
 
 
 def _shape(tensor: onnx.TypeProto.Tensor) -> Shape:

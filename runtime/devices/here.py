@@ -22,13 +22,13 @@ def local_target(backend: str) -> Target:
         raise MissingBackend(f"{backend} builds for this machine's GPU; {error}") from error
     able = [t for t in TARGETS.values() if t.compute_capability == capability]
     # Classic TensorRT builds for every GPU; where TensorRT-RTX does too, the table has the latter's target.
-    found = [t for t in able if t.backend == backend] or [t for t in able if backend == "tensorrt"]
+    targets = [t for t in able if t.backend == backend] or [t for t in able if backend == "tensorrt"]
     gpu = "SM{}{}".format(*capability)
-    if not found:
+    if not targets:
         raise BadInput(f"{NAMES[backend]}: no target for this machine's GPU ({gpu})")
     words = _machine_names()
-    fits = [len(words & _words(f"{t.name} {t.board}")) for t in found]
-    best = [t for t, fit in zip(found, fits, strict=True) if fit == max(fits)]
+    fits = [len(words & _words(f"{t.name} {t.board}")) for t in targets]
+    best = [t for t, fit in zip(targets, fits, strict=True) if fit == max(fits)]
     if len(best) > 1:
         others = ", ".join(t.name for t in best[1:])
         warnings.warn(f"this machine's GPU ({gpu}) is taken for {best[0].name}; it may be {others}", stacklevel=2)

@@ -64,13 +64,18 @@ class Dla:
 
 @dataclass(frozen=True)
 class Target:
-    """One device.
+    """A device that engines are built for: what it computes in, how fast it can be, and what its library parses.
 
-    board: whose figures the peaks are. backend: the runtime backend that builds for it. compute_capability: of the GPU
-    (None on CPU). tensorrt: version by software release (empty on CPU; on RTX targets TensorRT-RTX's own version).
-    tflops: peak by dtype, 1e12 operations a second, a multiply-accumulate counting two. bandwidth: of device memory,
-    1e9 bytes a second. clocks: commands that fix the clocks before a measurement; power: the command that reports
-    power, clocks and temperature during one.
+    - name: as recipes and the command line have it. board: whose data sheet the figures are from.
+    - backend: the library that builds for it, a key of `BACKENDS`.
+    - dtypes: precisions that it computes in. tflops: its peak by precision in 1e12 operations a second, a
+      multiply-accumulate counting as two. bandwidth: of device memory in 1e9 bytes a second.
+    - compute_capability: of the GPU; None for a CPU.
+    - tensorrt: version by software release; empty for a CPU, TensorRT-RTX's own version for an RTX target.
+    - alignments: by precision, what channels and matmul sizes should be multiples of so that kernels do not pad.
+    - dla: the rules of an accelerator beside the GPU, where there is one.
+    - clocks: commands that fix the clocks before a measurement. power: the command that reports power, clocks and
+      temperature.
     """
 
     name: str
@@ -118,8 +123,8 @@ class Target:
 def _peaks(*figures: float) -> dict[str, float]:
     """fp32, tf32, fp16, int8[, fp8[, fp4]]; bf16 runs at the rate of fp16."""
     names = ("fp32", "tf32", "fp16", "int8", "fp8", "fp4")
-    found = dict(zip(names, figures, strict=False))
-    return found | {"bf16": found["fp16"]}
+    peaks = dict(zip(names, figures, strict=False))
+    return peaks | {"bf16": peaks["fp16"]}
 
 
 def _jetson(name: str, board: str, peaks: dict[str, float], bandwidth: float, dla_cores: int = 0) -> Target:

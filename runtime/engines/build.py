@@ -27,13 +27,21 @@ def build_engine(
     backend: str | None = None,
     **options: Any,
 ) -> EngineReport:
-    """Build an engine from an ONNX file (for the backends of PyTorch: a saved program) for a target device and say what
-    came out.
+    """Build an engine for a target device, write it to a file, and report what the library made of the model.
 
-    out: the engine file; by default next to the ONNX file with the target in its name (on "cpu" nothing is written and
-    the ONNX file itself is the engine). backend: by default the target's own. options: the backend's, for TensorRT
-    among others the `batch` range of a dynamic model. Raises BadInput for a damaged file, a precision that the target's
-    GPU lacks, an unknown target or option, MissingBackend when the target's library is not installed.
+    - onnx_path: an ONNX file; for the backends of PyTorch (inductor, torch_tensorrt) a saved program (.pt2).
+    - target: the device, by name or row of `TARGETS`.
+    - out: the engine file; by default beside the ONNX file, with the target in its name. On "cpu" nothing is written:
+      the ONNX file itself is the engine.
+    - backend: a key of `BACKENDS`; by default the target's.
+    - options: the keyword-only parameters of the backend's `build`, such as TensorRT's `batch` (smallest, the one to
+      optimise for, largest, of a model with a dynamic batch), `sparse` or `dla`.
+
+    The report has size in bytes, build time in seconds, precision, kernels with the ONNX nodes in each, padding, memory
+    in bytes by purpose, warnings, and where the nodes come from.
+
+    Raises BadInput for a damaged file, an unknown target, backend or option, and a precision that the target's GPU
+    lacks; MissingBackend where the library is not installed; Refused for what this version or machine cannot do.
     """
     device = target if isinstance(target, Target) else get_target(target)
     path = Path(onnx_path)
@@ -63,7 +71,12 @@ def build_engine(
 
 
 def load_engine(path: str | os.PathLike[str], backend: str | None = None, **options: Any) -> Engine:
-    """Load an engine file to run it here. backend: by default from the file's suffix."""
+    """Load an engine file to run it on this machine. backend: by default the first that knows the file's suffix;
+    options: the keyword-only parameters of its `load`.
+
+    Raises BadInput for a file that is missing, of an unknown suffix or no engine of this library and machine,
+    MissingBackend without the library or its device.
+    """
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
@@ -105,19 +118,19 @@ def open_engine(
     if name is None:
         return load_engine(path)  # which says what is wrong
     module = backend_module(name)
-    found = BACKENDS[name]
-    if path.suffix in found.suffixes:
+    row = BACKENDS[name]
+    if path.suffix in row.suffixes:
         return load_engine(path, name, **_threads(module.load, threads), **options)
-    if found.source == ".pt2":
+    if row.source == ".pt2":
         return open_engine(load_program(path), name, threads, shapes, **options)
     if shapes and not {"batch", "shapes"} & options.keys() and "shapes" in inspect.signature(module.build).parameters:
         wanted = zip(input_specs(path) or (), shapes, strict=False)
         ranges = {spec.name: (tuple(s),) * 3 for spec, s in wanted if None in spec.shape}
         options = options | ({"shapes": ranges} if ranges else {})
     with tempfile.TemporaryDirectory() as folder:
-        report = build_engine(path, local_target(name), Path(folder) / f"x{found.suffixes[0]}", name, **options)
-        own = {"host_code": True} if options.get("version_compatible") else {}  # this machine has just built it
-        return load_engine(report.path, name, **own)
+        report = build_engine(path, local_target(name), Path(folder) / f"x{row.suffixes[0]}", name, **options)
+        trusted = {"host_code": True} if options.get("version_compatible") else {}  # this machine has just built it
+        return load_engine(report.path, name, **trusted)
 
 
 def _threads(function: Callable[..., Any], threads: int) -> dict[str, Any]:

@@ -36,8 +36,8 @@ class Origin:
 
 def scopes(node: onnx.NodeProto) -> tuple[str, str]:
     """Module path and graph node that torch.onnx notes with an ONNX node; empty where it notes none."""
-    found = {p.key: p.value for p in node.metadata_props}.get(SCOPES)
-    names = ast.literal_eval(found) if found else []
+    text = {p.key: p.value for p in node.metadata_props}.get(SCOPES)
+    names = ast.literal_eval(text) if text else []
     return (names[-2] if len(names) > 1 else ""), (names[-1] if names else "")
 
 
@@ -49,11 +49,11 @@ def trace(program: Program, places: Mapping[str, tuple[str, str]]) -> dict[str, 
             passes = changed.setdefault(name, [])
             if record["pass"] not in passes:
                 passes.append(record["pass"])
-    found = {}
+    origins = {}
     for name, (module, node) in places.items():
         passes = [p for key in {module, node} - {""} for p in changed.get(key, ())]
-        found[name] = Origin(node, module, tuple(dict.fromkeys(passes)))
-    return found
+        origins[name] = Origin(node, module, tuple(dict.fromkeys(passes)))
+    return origins
 
 
 def store(model: onnx.ModelProto, origins: Mapping[str, Origin]) -> None:

@@ -51,8 +51,8 @@ class OrtEngine(HostEngine):
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no public base
-            if found := UNPARSED.search(str(error)):
-                raise unparsed(path, f"ONNX Runtime {ort.__version__}", [found[1] or found[2]]) from error
+            if unknown := UNPARSED.search(str(error)):
+                raise unparsed(path, f"ONNX Runtime {ort.__version__}", [unknown[1] or unknown[2]]) from error
             raise BadInput(f"{path}: ONNX Runtime refuses it ({_line(error)})") from error
         self._inputs = [_spec(i) for i in self._session.get_inputs()]
         self._outputs = [_spec(o) for o in self._session.get_outputs()]
@@ -89,7 +89,7 @@ def build(
             optimized = _optimize(model, part, threads)
     seconds = time.perf_counter() - start
     kernels = [Kernel(n.name, n.op_type, padding=n.op_type in REFORMATS) for n in optimized.graph.node]
-    found = EngineReport(
+    report = EngineReport(
         backend=backend,
         version=ort.__version__,
         target=target.name,
@@ -101,8 +101,8 @@ def build(
         memory={"weights": sum(_size(t) for t in optimized.graph.initializer)},
     )
     if inserted_casts(optimized):
-        found.warnings.append("ONNX Runtime has no fp16 kernels for this CPU and computes in fp32")
-    return found
+        report.warnings.append("ONNX Runtime has no fp16 kernels for this CPU and computes in fp32")
+    return report
 
 
 def inserted_casts(optimized: onnx.ModelProto) -> int:

@@ -46,10 +46,10 @@ class OpenVinoEngine(HostEngine):
         for spec, array in zip(self._inputs, inputs, strict=True):
             self._check_dtype(spec, array)
         try:
-            found = self._request.infer(dict(enumerate(inputs)), share_inputs=True)
+            results = self._request.infer(dict(enumerate(inputs)), share_inputs=True)
         except RuntimeError as error:
             raise BadInput(f"the inputs do not fit the engine: {_line(error)}") from error
-        return [np.array(found[i]) for i in range(len(self._outputs))]
+        return [np.array(results[i]) for i in range(len(self._outputs))]
 
     def close(self) -> None:
         del self._request, self.compiled
@@ -116,8 +116,8 @@ def _spec(port: Any) -> TensorSpec:
 
 def _unparsed(path: Path, error: Exception) -> UnparsedOp | None:
     """The error about operators that OpenVINO names with their version ("Det-18") or domain ("my.Op")."""
-    found = UNPARSED.search(str(error))
-    return found and unparsed(path, "OpenVINO", [op.split("-")[0].split(".")[-1] for op in found[1].split(", ")])
+    unknown = UNPARSED.search(str(error))
+    return unknown and unparsed(path, "OpenVINO", [op.split("-")[0].split(".")[-1] for op in unknown[1].split(", ")])
 
 
 def _line(error: Exception) -> str:

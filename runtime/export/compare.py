@@ -60,27 +60,27 @@ def verdict(
 
     Raises Refused where ONNX Runtime cannot run an fp32 file, or its outputs have other shapes.
     """
-    found = Verdict()
+    result = Verdict()
     try:
-        found.checks = _run(file, known, single is not None, quantised, found.notes)
+        result.checks = _run(file, known, single is not None, quantised, result.notes)
     except BadInput as error:
         if single is None:
             raise Refused(f"ONNX Runtime cannot run what was exported ({error})") from error
-        found.notes.append(f"the file was not run: {error}")
-    judged, emulated = found.checks, None
+        result.notes.append(f"the file was not run: {error}")
+    judged, emulated = result.checks, None
     if single is not None:
         emulated = emulate(model)
         with session(emulated) as engine:
             judged = [replace(c, inputs=c.inputs + EMULATED) for c in compare(known, engine)]
-        found.checks = [*found.checks, *judged]
-        found.notes += _vanishing(known)
-    for checks in (judged, found.checks):  # what the emulation says counts most, and names nodes
-        found.wrong = found.wrong or _wrong(checks, tolerance, quantised, single is not None)
-    if found.wrong and single is not None and emulated is not None:
+        result.checks = [*result.checks, *judged]
+        result.notes += _vanishing(known)
+    for checks in (judged, result.checks):  # what the emulation says counts most, and names nodes
+        result.wrong = result.wrong or _wrong(checks, tolerance, quantised, single is not None)
+    if result.wrong and single is not None and emulated is not None:
         case = max(zip(judged, known, strict=True), key=lambda pair: pair[0].error)[1]
         if where := _first_node(single, emulated, case, tolerance):
-            found.wrong += f"; {where}"
-    return found
+            result.wrong += f"; {where}"
+    return result
 
 
 def ranges_of(model: onnx.ModelProto, known: Iterable[Case]) -> dict[str, tuple[float, float]]:

@@ -33,7 +33,7 @@ def half_file(source: Path, to: Path, inputs: Sequence[np.ndarray]) -> dict[str,
     half = gs.export_onnx(graph)
     onnx.helper.set_model_props(half, {p.key: p.value for p in model.metadata_props})
     onnx.save(half, str(to))
-    found = verdict(half, model, to, known, TOLERANCES["fp16", "fp16"])
-    if found.wrong:
-        raise Refused(f"{source}: fp16 {found.wrong}; bundle it in fp32, or keep nodes in fp32 as `export_onnx` does")
+    result = verdict(half, model, to, known, TOLERANCES["fp16", "fp16"])
+    if result.wrong:
+        raise Refused(f"{source}: fp16 {result.wrong}; bundle it in fp32, or keep nodes in fp32 as `export_onnx` does")
     return float32

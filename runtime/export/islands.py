@@ -54,13 +54,13 @@ def islands(
     patterns: names or modules of nodes that stay in any case, `*` for anything. io: all inputs and outputs do. Raises
     BadInput for a pattern that matches no node.
     """
-    found = _Islands(graph, ranges)
-    found.by_name(patterns)
+    search = _Islands(graph, ranges)
+    search.by_name(patterns)
     for node in graph.nodes:
-        found.by_range(node)
-        found.by_operator(node)
-    found.by_output()
-    return found.keep, {t.name for t in (*graph.inputs, *graph.outputs) if io or t.name in found.io}
+        search.by_range(node)
+        search.by_operator(node)
+    search.by_output()
+    return search.keep, {t.name for t in (*graph.inputs, *graph.outputs) if io or t.name in search.io}
 
 
 class _Islands:
@@ -205,10 +205,10 @@ def with_ranges(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
 
 def widest(names: Sequence[str], runs: Iterable[Sequence[np.ndarray]]) -> dict[str, tuple[float, float]]:
     """Ranges over several runs of what `with_ranges` made."""
-    found: dict[str, tuple[float, float]] = {}
+    ranges: dict[str, tuple[float, float]] = {}
     for values in runs:
         for i, name in enumerate(names):
             low, high = float(values[2 * i]), float(values[2 * i + 1])
-            old = found.get(name, (low, high))
-            found[name] = min(old[0], low), max(old[1], high)
-    return found
+            old = ranges.get(name, (low, high))
+            ranges[name] = min(old[0], low), max(old[1], high)
+    return ranges

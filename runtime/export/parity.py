@@ -119,10 +119,18 @@ class Case:
 
 
 def parity(program: Program, engine: Engine, seed: int = 0, data: Iterable[Any] = ()) -> list[Check]:
-    """Compare an engine with the program in eval mode; the program is not changed.
+    """Compare an engine with the program in eval mode, on the example inputs, random ones at several batch sizes, and
+    real ones.
 
-    Inputs are cast to the engine's dtypes, so that a half-precision engine is measured against the fp32 program. Batch
-    sizes that the program itself does not take are left out. data: real inputs, (args, kwargs) of the program or batches.
+    Returns a `Check` for each set of inputs: relative errors of the outputs, against the program's in float64, and
+    whether what they decide is the same. Inputs are cast to the engine's types, so that an engine in half precision is
+    measured against the fp32 program. Batch sizes that the program itself does not take are left out. The program is
+    not changed.
+
+    - seed: of the random inputs.
+    - data: real inputs, (args, kwargs) of the program or batches of a loader, of which the first `SAMPLES` samples
+      count.
+
     Raises Refused when the engine's outputs differ in number or shape, BadInput when it does not take the inputs.
     """
     return compare(cases(program, seed, data), engine)
@@ -134,7 +142,7 @@ def cases(program: Program, seed: int = 0, data: Iterable[Any] = ()) -> list[Cas
     frozen = program.copy()
     module = frozen.module().eval()
     plain = _without_quantisation(program)
-    found = []
+    known = []
     for what, batch, args, kwargs in [*input_sets(frozen, seed), *_samples(frozen, data)]:
         try:
             with torch.no_grad():
@@ -149,8 +157,8 @@ def cases(program: Program, seed: int = 0, data: Iterable[Any] = ()) -> list[Cas
         if plain is not None:
             with torch.no_grad():
                 exact = _arrays(flatten_outputs(plain.module()(*args, **kwargs)))
-        found.append(Case(what, batch, args, kwargs, _arrays(outputs), exact))
-    return found
+        known.append(Case(what, batch, args, kwargs, _arrays(outputs), exact))
+    return known
 
 
 def _arrays(tensors: Iterable[torch.Tensor]) -> list[np.ndarray]:
@@ -173,12 +181,12 @@ def compare(known: Iterable[Case], engine: Engine) -> list[Check]:
     """An engine's outputs against those of the program; raises what `parity` raises."""
     checks = []
     for case in known:
-        found = engine.run(feeds(engine, case.args, case.kwargs))
-        if len(found) != len(case.wanted):
-            raise Refused(f"the engine has {len(found)} outputs, the program {len(case.wanted)}")
+        results = engine.run(feeds(engine, case.args, case.kwargs))
+        if len(results) != len(case.wanted):
+            raise Refused(f"the engine has {len(results)} outputs, the program {len(case.wanted)}")
         names = [o.name for o in engine.outputs]
-        plain: Sequence[np.ndarray | None] = case.plain or (None,) * len(found)
-        rows = zip(found, case.wanted, names, plain, strict=True)
+        plain: Sequence[np.ndarray | None] = case.plain or (None,) * len(results)
+        rows = zip(results, case.wanted, names, plain, strict=True)
         outputs = tuple(replace(output_error(a, b, n), distances=_distances(a, b, c)) for a, b, n, c in rows)
         error = max((o.worst for o in outputs), default=0.0)
         checks.append(Check(case.inputs, case.batch, error, outputs))
@@ -316,17 +324,17 @@ def input_sets(program: Program, seed: int = 0) -> Iterator[tuple[str, int | Non
 
 def _samples(program: Program, data: Iterable[Any]) -> Iterator[tuple[str, int | None, tuple, dict[str, Any]]]:
     """Real inputs, of a dynamic batch the first `SAMPLES` samples."""
-    sizes, taken = _batch(program), 0
+    sizes, count = _batch(program), 0
     for item in data:
         leaves, spec = pytree.tree_flatten(_inputs(item))
         batch = next((leaves[i].shape[0] for i in sizes), None)
         if batch is not None:
-            batch = min(batch, SAMPLES - taken)
+            batch = min(batch, SAMPLES - count)
             leaves = [x[:batch] if i in sizes else x for i, x in enumerate(leaves)]
         first = next((x for x in leaves if isinstance(x, torch.Tensor)), None)
         yield "data", batch, *pytree.tree_unflatten(leaves, spec)
-        taken += len(first) if first is not None and first.dim() else 1
-        if taken >= SAMPLES:
+        count += len(first) if first is not None and first.dim() else 1
+        if count >= SAMPLES:
             return
 
 
@@ -359,15 +367,15 @@ def _batch(program: Program) -> dict[int, int]:
     """Positions and batch size of the inputs whose first dimension is the dynamic batch."""
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     leaves = pytree.tree_leaves((program.args, program.kwargs))
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     symbol = None
     for i, (node, leaf) in enumerate(zip(placeholders, leaves, strict=True)):
         value = node.meta.get("val")
         size = value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else 0
         if isinstance(size, torch.SymInt) and (symbol is None or str(size) == symbol):
             symbol = str(size)
-            found[i] = leaf.shape[0]
-    return found
+            sizes[i] = leaf.shape[0]
+    return sizes
 
 
 def worst(checks: Sequence[Check]) -> Check | None:

@@ -35,7 +35,7 @@ def sparse_weights(model: onnx.ModelProto) -> list[SparseWeight]:
     """All constant weights of convolutions and matrix products of a model, weights loaded."""
     constants = {t.name: t for t in model.graph.initializer}
     made = {name: node for node in model.graph.node for name in node.output}
-    found = []
+    rows = []
     for node in model.graph.node:
         if node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.input) < 2:
             continue
@@ -49,10 +49,10 @@ def sparse_weights(model: onnx.ModelProto) -> list[SparseWeight]:
         axis = 1 if node.op_type == "Conv" else values.ndim - 2
         zero = np.moveaxis(values, axis, -1) == 0
         two = zero.shape[-1] % 4 == 0 and bool((zero.reshape(-1, 4).sum(1) >= 2).all())
-        found.append(
+        rows.append(
             SparseWeight(name, node.op_type, values.shape, float(zero.mean()), "2:4" if two and zero.size else None)
         )
-    return found
+    return rows
 
 
 def _origin(name: str, made: Mapping[str, onnx.NodeProto]) -> tuple[str, bool]:

@@ -105,23 +105,29 @@ def export_onnx(
     keep_io_types: bool = False,
     data: Iterable[Any] = (),
 ) -> OnnxReport:
-    """Write the program (eval mode) as an ONNX file; the program is not changed.
+    """Write the program, in eval mode, as an ONNX file whose outputs were compared with the program's; it is not
+    changed.
 
-    precision: "fp32", or "fp16" for a strongly typed fp16 graph, whose inputs and outputs are fp16 as well (integer
-    ones keep their type). Nodes that fp16 would spoil stay in fp32, named in the report (`islands`); keep_fp32 adds
-    nodes or modules by pattern. keep_io_types: inputs and outputs stay fp32; of themselves only those do whose values
-    fp16 cannot hold, such as box coordinates in pixels. opset: 17 or more, by default what `choose_opset` finds best
-    for the target. target: checked for the precision and the opset.
+    - precision: "fp32", or "fp16" for a strongly typed fp16 graph, whose floating-point inputs and outputs are fp16
+      too. Nodes that fp16 would spoil stay in fp32, named in the report (`islands`).
+    - opset: 17 or more; by default what `choose_opset` finds best for the target.
+    - target: a device that must compute in the precision and parse the opset.
+    - tolerance: the largest error allowed of an output, relative to its largest value, and ten times as much for a
+      channel, relative to the channel's own scale; by default `TOLERANCES`. A quantised program rounds a value half-way
+      between two steps either way: most of its samples must be within the tolerance, and all of them near
+      (`compare.NEAR`).
+    - keep_fp32: names or modules of nodes that stay in fp32 besides, with `*` for anything.
+    - keep_io_types: inputs and outputs stay fp32; otherwise only those do whose values fp16 cannot hold, such as box
+      coordinates in pixels.
+    - data: real inputs, batches of a loader or (args, kwargs), to compare on besides the example and random ones; what
+      scores decide must be the same on them.
 
-    tolerance: largest error allowed of an output, relative to its largest value; of a channel ten times as much of its
-    own scale; by default `TOLERANCES`. A quantised program rounds a value half-way between two steps either way: most
-    of its samples must be within the tolerance, and all near (`compare.NEAR`). data: real inputs, batches of a
-    loader or (args, kwargs), to compare on besides the example and random ones; what scores decide must be the same
-    there. In fp16 the file counts as it runs where every operator rounds. Dynamic dimensions stay dynamic. Weights over
-    1.9 GB go to `<path>.data`. Nothing is written unless everything holds.
+    An fp16 file is judged as it runs where every operator rounds to fp16. Dynamic dimensions stay dynamic. Weights of
+    more than 1.9 GB go to `<path>.data`. Nothing is written unless everything holds.
 
-    Raises BadInput for a wrong argument, Refused for an operator that cannot be translated, types or an opset that did
-    not come out as asked, and outputs that differ by more than the tolerance, with the first node that is off in fp16.
+    Raises BadInput for a wrong argument; Refused for an operator that torch.onnx cannot translate, types or an opset
+    that did not come out as asked, and outputs that differ by more than the tolerance, with the first node that is off
+    in fp16.
     """
     start, path = time.perf_counter(), Path(path)
     device = _settings(precision, target, tolerance)
@@ -198,12 +204,12 @@ def _settings(precision: str, target: str | Target | None, tolerance: float | No
     return device
 
 
-def _accept(report: OnnxReport, found: Verdict) -> None:
+def _accept(report: OnnxReport, result: Verdict) -> None:
     """Take over what the comparison found. Raises Refused when it says no."""
-    report.checks, report.warnings = found.checks, [*report.warnings, *found.notes]
-    if found.wrong:
+    report.checks, report.warnings = result.checks, [*report.warnings, *result.notes]
+    if result.wrong:
         cure = "; keep_fp32 and tolerance are the options" if report.precision == "fp16" else ""
-        raise Refused("; ".join([f"{report.path}: {report.precision} {found.wrong}", *report.warnings]) + cure)
+        raise Refused("; ".join([f"{report.path}: {report.precision} {result.wrong}", *report.warnings]) + cure)
 
 
 def _name(graph: gs.Graph, exported: ExportedProgram) -> None:

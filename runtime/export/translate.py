@@ -59,18 +59,18 @@ def _attention(node: fx.Node) -> None:
         return
     scale = a["scale"] if a["scale"] is not None else hint(query.shape[-1]) ** -0.5
     with graph.inserting_before(node):
-        found = graph.call_function(aten.mul.Scalar, (a["query"], scale))
+        value = graph.call_function(aten.mul.Scalar, (a["query"], scale))
         keys = graph.call_function(aten.transpose.int, (a["key"], -2, -1))
-        found = graph.call_function(aten.matmul.default, (found, keys))
+        value = graph.call_function(aten.matmul.default, (value, keys))
         if mask is not None:
-            found = graph.call_function(aten.add.Tensor, (found, mask))
-        found = graph.call_function(aten.softmax.int, (found, -1))
-        found = graph.call_function(aten.matmul.default, (found, a["value"]))
-    for new in found.graph.nodes:
+            value = graph.call_function(aten.add.Tensor, (value, mask))
+        value = graph.call_function(aten.softmax.int, (value, -1))
+        value = graph.call_function(aten.matmul.default, (value, a["value"]))
+    for new in value.graph.nodes:
         if "val" not in new.meta and new.op == "call_function":
             new.meta = {k: v for k, v in node.meta.items() if k != "val"}
             infer(new)
-    node.replace_all_uses_with(found)
+    node.replace_all_uses_with(value)
     graph.erase_node(node)
 
 
@@ -90,12 +90,12 @@ def translate(exported: ExportedProgram, opset: int) -> onnx.ModelProto:
         raise Refused(f"torch.onnx cannot translate the program: {text[:300]}") from error
     assert found is not None
     model = found.model_proto
-    taken: set[str] = set()
+    names: set[str] = set()
     for node in model.graph.node:  # the module's path tells a reader of an engine's report where a kernel comes from
         module, _ = origins.scopes(node)
         name = "/".join([*([module] if module else []), node.name.removeprefix("node_")])
-        node.name = name if name not in taken else f"{name}_{len(taken)}"
-        taken.add(node.name)
+        node.name = name if name not in names else f"{name}_{len(names)}"
+        names.add(node.name)
     return model
 
 

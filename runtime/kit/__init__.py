@@ -8,9 +8,9 @@ SCRIPT = "bench_device.py"  # what bench.py is called in a bundle; the files tha
 
 def bundled_files() -> dict[str, str]:
     """The text of every file that travels, by its name in a bundle, where there is no package."""
-    found = {}
+    files = {}
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         name = SCRIPT if path.stem == "bench" else f"graphcomb_{path.name}"
         text = path.read_text(encoding="utf-8")
-        found[name] = re.sub(r"^from \.(\w+) import", r"from graphcomb_\1 import", text, flags=re.MULTILINE)
-    return found
+        files[name] = re.sub(r"^from \.(\w+) import", r"from graphcomb_\1 import", text, flags=re.MULTILINE)
+    return files

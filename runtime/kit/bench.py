@@ -112,8 +112,8 @@ def _open(
     engine: Any = make(HERE / about["file"], arguments, feeds, about)
     try:
         outputs, order = engine.outputs(), about.get("outputs", ())
-        found = [outputs[key] for key in order] if outputs.keys() == set(order) else list(outputs.values())
-        parity = check(found, reference, TOLERANCES[about["precision"]])
+        results = [outputs[key] for key in order] if outputs.keys() == set(order) else list(outputs.values())
+        parity = check(results, reference, TOLERANCES[about["precision"]])
     except BaseException:
         engine.close()
         raise
@@ -135,11 +135,11 @@ def _measure(
     notes, models = result["notes"], result["models"]
     say("measuring ...")
     stopped: list[str] = []
-    start, taken = time.monotonic(), stolen()
+    start, lost = time.monotonic(), stolen()
     times, ratios = measure(engines, arguments.seconds, arguments.rounds, stopped)
-    end, taken = time.monotonic(), stolen() - taken
-    for name, found in times.items():
-        models[name]["latency"] = found
+    end, lost = time.monotonic(), stolen() - lost
+    for name, latencies in times.items():
+        models[name]["latency"] = latencies
     units = ("cpu",) if arguments.engine == "onnxruntime" else ("gpu", "memory")
     notes += [f"while measuring, {text}" for text in throttling(monitor.since(start, end), units)]
     doubts = {name: _contended(engine, times[name]) for name, engine in engines.items()}
@@ -148,8 +148,8 @@ def _measure(
     load = result["idle"].get("load_percent", {}).get("gpu", 0) if arguments.engine != "onnxruntime" else 0
     if load > TAKEN:
         everywhere = f"something else had the GPU for {load:.0f} % of the time before"
-    elif taken > 0.1 and taken > (1 - GUARD) * (end - start):
-        everywhere = f"the hypervisor took the processor for {taken:.1f} s of {end - start:.1f} s"
+    elif lost > 0.1 and lost > (1 - GUARD) * (end - start):
+        everywhere = f"the hypervisor took the processor for {lost:.1f} s of {end - start:.1f} s"
     reference = next(iter(result["bundle"]["models"]))
     for name, row in ratios.items() if reference in engines else ():
         for mode in list(row):
@@ -200,8 +200,8 @@ def library(name: str, preferred: str | None = None) -> tuple[str, dict[str, str
     missing: dict[str, str] = {}
     for candidate in sorted(LIBRARIES, key=lambda c: c != preferred) if name == "auto" else (name,):
         try:
-            found = importlib.import_module(candidate)
-            if candidate != "onnxruntime" and not hasattr(found, "Builder"):
+            module = importlib.import_module(candidate)
+            if candidate != "onnxruntime" and not hasattr(module, "Builder"):
                 raise ImportError("installed without its libraries")
             if candidate != "onnxruntime" and name == "auto":
                 Cuda().close()

@@ -31,11 +31,11 @@ class Damaged(Failure):
 
 def digest(path: Path) -> str:
     """The SHA-256 of a file."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with path.open("rb") as file:
         for part in iter(lambda: file.read(1 << 20), b""):
-            found.update(part)
-    return found.hexdigest()
+            sha256.update(part)
+    return sha256.hexdigest()
 
 
 @contextlib.contextmanager
@@ -56,18 +56,18 @@ def read_bundle(folder: Path) -> dict[str, Any]:
     """
     path = folder / "bundle.json"
     with reading(path):
-        found = json.loads(path.read_text())
-        if found["format"] != FORMAT:
-            raise Failure(f"{path}: of format {found['format']}, this script reads {FORMAT}; bundle the models again")
-        if not found["models"]:
+        bundle = json.loads(path.read_text())
+        if bundle["format"] != FORMAT:
+            raise Failure(f"{path}: of format {bundle['format']}, this script reads {FORMAT}; bundle the models again")
+        if not bundle["models"]:
             raise ValueError("no models")
-        for about in found["models"].values():
-            about.setdefault("precision", found["precision"])
+        for about in bundle["models"].values():
+            about.setdefault("precision", bundle["precision"])
             about["file"], about["reference"], about["sha256"] = (
                 str(about[k]) for k in ("file", "reference", "sha256")
             )
             TOLERANCES[about["precision"]]
-    return found
+    return bundle
 
 
 def read_reference(folder: Path, about: dict[str, Any]) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:

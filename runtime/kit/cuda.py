@@ -100,9 +100,9 @@ class Cuda:
 
     def elapsed(self, start: int, end: int) -> float:
         """Milliseconds between two events that have been reached."""
-        found = ctypes.c_float()
-        self._call("cudaEventElapsedTime", ctypes.byref(found), ctypes.c_void_p(start), ctypes.c_void_p(end))
-        return found.value
+        milliseconds = ctypes.c_float()
+        self._call("cudaEventElapsedTime", ctypes.byref(milliseconds), ctypes.c_void_p(start), ctypes.c_void_p(end))
+        return milliseconds.value
 
     def destroy_event(self, event: int) -> None:
         self._call("cudaEventDestroy", ctypes.c_void_p(event))

@@ -30,7 +30,7 @@ def measure(
     of the blocks' medians in one round, and low and high are the interval of its median (`median_interval`). There is at
     least one round. stopped: is given a word after Ctrl-C, and what was measured until then is returned.
     """
-    found: dict[str, Any] = {name: {} for name in engines}
+    latencies: dict[str, Any] = {name: {} for name in engines}
     ratios: dict[str, Any] = {name: {} for name in list(engines)[1:]}
     modes = [mode for mode in ("stream", "graph") if all(mode in engine.modes for engine in engines.values())]
     for mode in modes:
@@ -54,7 +54,9 @@ def measure(
             runs = [run for block in blocks for run in block]
             rows = {"host_ms": percentiles([host for _, host in runs])}
             on_device = [gpu for gpu, _ in runs if gpu is not None]
-            found[name][mode] = dict(rows, runs=len(runs), **({"gpu_ms": percentiles(on_device)} if on_device else {}))
+            latencies[name][mode] = dict(
+                rows, runs=len(runs), **({"gpu_ms": percentiles(on_device)} if on_device else {})
+            )
         first = _medians(times[next(iter(engines))])
         for name, row in ratios.items():
             paired = [a / b for a, b in zip(first, _medians(times[name]))]
@@ -64,7 +66,7 @@ def measure(
                 row[mode].update(low=round(interval[0], 6), high=round(interval[1], 6))
         if stopped:
             break
-    return found, ratios
+    return latencies, ratios
 
 
 def _medians(blocks: list[Any]) -> list[float]:
@@ -124,7 +126,7 @@ def watch(engine: Any, monitor: Monitor, seconds: float) -> dict[str, Any]:
         runs += 1
     elapsed = time.monotonic() - start
     samples = monitor.since(start + 0.2 * elapsed)  # the sensors average over some time themselves
-    found = average(samples)
-    if found.get("total_mw"):
-        found["energy_mj"] = round(found["total_mw"] * elapsed / runs, 4)
-    return found
+    means = average(samples)
+    if means.get("total_mw"):
+        means["energy_mj"] = round(means["total_mw"] * elapsed / runs, 4)
+    return means

@@ -86,13 +86,13 @@ def parse_smi(line: str) -> dict[str, Any]:
     if len(numbers) != 5:
         return {}
     power, degrees, clock, memory, load = numbers
-    found = {
+    parts = {
         "power_mw": {"GPU": None if power is None else power * 1000},
         "temperatures_c": {"gpu": degrees},
         "clocks_mhz": {"gpu": clock, "memory": memory},
         "load_percent": {"gpu": load},
     }
-    sample: dict[str, Any] = {part: _known(row) for part, row in found.items()}
+    sample: dict[str, Any] = {part: _known(row) for part, row in parts.items()}
     reasons = int(fields[5], 16) if len(fields) > 5 and re.match(r"^0x[\da-fA-F]+$", fields[5]) else 0
     return dict(sample, throttled=reasons) if reasons else sample
 
@@ -101,25 +101,25 @@ def total_power(rails: dict[str, float]) -> float | None:
     """mW into the board: of the rail that measures it, else the sum of those that are no part of another; None without
     rails."""
     named = [rails[rail] for rail in INPUT_RAILS if rail in rails]
-    own = [power for rail, power in rails.items() if PART_OF.get(rail) not in rails]
-    return named[0] if named else sum(own) if own else None
+    independent = [power for rail, power in rails.items() if PART_OF.get(rail) not in rails]
+    return named[0] if named else sum(independent) if independent else None
 
 
 def average(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean of the samples, part by part, with the total power; {} of none."""
-    found: dict[str, Any] = {}
+    means: dict[str, Any] = {}
     for part in ("power_mw", "temperatures_c", "clocks_mhz", "load_percent"):
         values: dict[str, list[float]] = {}
         for sample in samples:
             for name, value in _known(sample.get(part, {})).items():
                 values.setdefault(name, []).append(value)
         if values:
-            found[part] = {name: round(statistics.mean(row), 2) for name, row in values.items()}
-    if "power_mw" in found:
-        found["total_mw"] = total_power(found["power_mw"])
+            means[part] = {name: round(statistics.mean(row), 2) for name, row in values.items()}
+    if "power_mw" in means:
+        means["total_mw"] = total_power(means["power_mw"])
     if samples:
-        found["samples"] = len(samples)
-    return found
+        means["samples"] = len(samples)
+    return means
 
 
 def throttling(samples: Sequence[dict[str, Any]], units: Sequence[str]) -> list[str]:
@@ -130,7 +130,7 @@ def throttling(samples: Sequence[dict[str, Any]], units: Sequence[str]) -> list[
     for sample in samples:
         bits |= sample.get("throttled", 0)
     reasons = dict.fromkeys(text for bit, text in REASONS.items() if bits & bit)
-    found = [f"the GPU was slowed down by its {' and '.join(reasons)}"] if reasons else []
+    notes = [f"the GPU was slowed down by its {' and '.join(reasons)}"] if reasons else []
     heat = max((t for sample in samples for t in sample.get("temperatures_c", {}).values()), default=None)
     for unit in units:
         clocks = sorted(
@@ -144,8 +144,8 @@ def throttling(samples: Sequence[dict[str, Any]], units: Sequence[str]) -> list[
         low, high = clocks[len(clocks) // 10], clocks[-1]
         if low < STEADY * high:
             at = f" at up to {heat:.0f} °C" if heat is not None else ""
-            found.append(f"the {unit} clock went between {low:.0f} and {high:.0f} MHz{at}; fix the clocks, or cool it")
-    return found
+            notes.append(f"the {unit} clock went between {low:.0f} and {high:.0f} MHz{at}; fix the clocks, or cool it")
+    return notes
 
 
 # -------------------------------------------------------------------------------------------------------------- monitor

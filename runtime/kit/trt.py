@@ -150,10 +150,10 @@ class TensorRT:
         file = arguments.out.with_name(f"{Path(about['file']).parent.name}-{key}{SUFFIXES[arguments.engine]}")
         self.about["file"] = file.name
         if file.is_file() and not arguments.rebuild:
-            found = self._runtime.deserialize_cuda_engine(file.read_bytes())
-            if found is not None:
+            engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
+            if engine is not None:
                 self.about.update(build_seconds=None, reused=True, bytes=file.stat().st_size)
-                return found
+                return engine
         start = time.perf_counter()
         if arguments.engine == "tensorrt" and self.version.startswith("8.") and about.get("opset", 0) > OLD_OPSET:
             limit = f"parses up to {OLD_OPSET}: bundle it with --opset {OLD_OPSET}"
@@ -163,10 +163,10 @@ class TensorRT:
         part = file.with_name(f".{file.name}.{os.getpid()}.part")
         part.write_bytes(plan)
         part.replace(file)
-        found = self._runtime.deserialize_cuda_engine(plan)
-        if found is None:
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
             raise Failure(f"{path.name}: the engine that was built cannot be loaded: {self._logger.error()}")
-        return found
+        return engine
 
     def _build(self, path: Path, arguments: argparse.Namespace, feeds: dict[str, np.ndarray]) -> bytes:
         trt = self.trt

@@ -104,20 +104,28 @@ def bench(
     engine: str | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> BenchResult:
-    """Measure items against the first of them.
+    """Measure the latency of several items in turns, and how many times faster each is than the first.
 
-    items: ONNX or engine files, engines, programs (run in ONNX Runtime after a temporary export), or callables. inputs:
-    arrays or tensors in the order of the engines' inputs, cast to each engine's types; by default the first program's
-    example inputs, else random ones with dynamic batches of size `batch`, and of the shapes that `shapes` gives by name of
-    an input, which other dynamic dimensions need. An engine that is built here is optimised for the inputs' shapes. A
-    callable gets `inputs` as they are. threads: of engines on the CPU, and what the guard expects to be busy. engine: the
-    backend that runs programs and ONNX files, by default ONNX Runtime. seconds: time limit. min_runs: rounds that must count
-    before anything is stated; max_runs: enough.
+    - items: ONNX or engine files, engines, programs (run in ONNX Runtime after a temporary export), or callables, which
+      get `inputs` as they are.
+    - inputs: arrays or tensors in the order of the engines' inputs, cast to each engine's types; by default the example
+      inputs of the first program among the items, else random ones. Engines that are built here are optimised for their
+      shapes.
+    - threads: of engines on the CPU, and what the guard expects to be busy.
+    - seconds: time limit. min_runs: rounds that must count before anything is stated. max_runs: rounds that are enough.
+    - names: of the items, by default their file, class or function names.
+    - batch: of random inputs, where it is dynamic. shapes: of random inputs by name, where more than the batch is
+      dynamic.
+    - engine: the backend that runs programs and ONNX files; by default ONNX Runtime.
 
-    With several threads an engine may rightly leave some idle, so the guard then rejects runs whose threads waited for
-    a processor more than 7 % of the time (Linux). Engines that run on an accelerator are not guarded.
+    A round runs every item once, in alternating order; a run counts only when the process had the processor (see the
+    module). With several threads an engine may rightly leave some idle, so there a run counts unless its threads waited
+    for a processor more than 7 % of the time (Linux). Engines that run on an accelerator are not guarded.
 
-    Raises BadInput for items or inputs that do not fit.
+    Returns latencies as percentiles in milliseconds and ratios with the interval that holds their median with 95 %;
+    with too few rounds that count, no ratio and a note that says why.
+
+    Raises BadInput for items, inputs or options that do not fit.
     """
     if not items:
         raise BadInput("bench: nothing to measure")
@@ -134,17 +142,17 @@ def bench(
         rounds: list[list[_Sample]] = []
         paired = 0
         with _collector_off(), _bar(progress, seconds) as advance:
-            start, taken = time.perf_counter(), stolen()
+            start, lost = time.perf_counter(), stolen()
             while time.perf_counter() - start < seconds and paired < max_runs:
-                found: list[_Sample | None] = [None] * len(calls)
+                samples: list[_Sample | None] = [None] * len(calls)
                 order = range(len(calls)) if len(rounds) % 2 == 0 else range(len(calls) - 1, -1, -1)
                 for i in order:
-                    found[i] = _sample(calls[i], repeats[i], threads if guarded[i] else 0)
-                rounds.append([s for s in found if s is not None])
+                    samples[i] = _sample(calls[i], repeats[i], threads if guarded[i] else 0)
+                rounds.append([s for s in samples if s is not None])
                 paired += all(s.counts for s in rounds[-1])
                 advance(max((time.perf_counter() - start) / seconds, paired / max_runs))
-        elapsed, taken = time.perf_counter() - start, stolen() - taken
-    return _result(titles, rounds, repeats, min_runs, elapsed, threads, taken)
+        elapsed, lost = time.perf_counter() - start, stolen() - lost
+    return _result(titles, rounds, repeats, min_runs, elapsed, threads, lost)
 
 
 def _result(
@@ -154,7 +162,7 @@ def _result(
     min_runs: int,
     seconds: float,
     threads: int,
-    taken: float,
+    lost: float,
 ) -> BenchResult:
     timings = []
     for i, name in enumerate(names):
@@ -163,7 +171,7 @@ def _result(
         timings.append(Timing(name, len(good), len(rounds) - len(good), repeats[i], ms))
     paired = [r for r in rounds if all(s.counts for s in r)]
     # Short thefts fall between the samples in which they show.
-    preempted = taken > (1 - GUARD) * threads * seconds
+    preempted = lost > (1 - GUARD) * threads * seconds
     enough = len(paired) >= min_runs and not preempted
     ratios = {
         name: _ratio([r[0].seconds / r[i].seconds for r in paired]) if enough else None
@@ -174,14 +182,14 @@ def _result(
     contended = not enough and not slow
     rejected, note = len(rounds) - len(paired), ""
     if not enough:
-        note = _no_figure(len(rounds), len(paired), min_runs, seconds, threads, taken if preempted else 0.0, slow)
+        note = _no_figure(len(rounds), len(paired), min_runs, seconds, threads, lost if preempted else 0.0, slow)
     return BenchResult(timings, ratios, len(paired), rejected, seconds, note, environment(threads), contended)
 
 
-def _no_figure(rounds: int, paired: int, min_runs: int, seconds: float, threads: int, taken: float, slow: bool) -> str:
+def _no_figure(rounds: int, paired: int, min_runs: int, seconds: float, threads: int, lost: float, slow: bool) -> str:
     """Why there is no figure: it takes more time, or the machine is busy."""
-    if taken:
-        return f"no figure: the hypervisor took the processors for {taken:.1f} s of {seconds:.0f} s; measure again"
+    if lost:
+        return f"no figure: the hypervisor took the processors for {lost:.1f} s of {seconds:.0f} s; measure again"
     if slow:
         needed = max(1, int(np.ceil(1.2 * seconds / max(rounds, 1) * min_runs)))
         return (
@@ -196,20 +204,20 @@ def _no_figure(rounds: int, paired: int, min_runs: int, seconds: float, threads:
 
 def _ratio(values: Sequence[float]) -> dict[str, float]:
     interval = median_interval(values)
-    found = _percentiles(values)
-    return found | ({"low": interval[0], "high": interval[1]} if interval else {})
+    percentiles = _percentiles(values)
+    return percentiles | ({"low": interval[0], "high": interval[1]} if interval else {})
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float]:
     points = np.percentile(values, list(PERCENTILES.values()))
-    found = {name: float(p) for name, p in zip(PERCENTILES, points, strict=True)}
-    return found | {"iqr": found["p75"] - found["p25"]}
+    percentiles = {name: float(p) for name, p in zip(PERCENTILES, points, strict=True)}
+    return percentiles | {"iqr": percentiles["p75"] - percentiles["p25"]}
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
 def _sample(call: Callable[[], Any], repeats: int, threads: int) -> _Sample:
     """Time some calls. threads: that should be busy; 0 for work that is not done by the processor."""
-    waited, taken = _waited() if threads > 1 else 0.0, stolen() if threads else 0.0
+    waited, lost = _waited() if threads > 1 else 0.0, stolen() if threads else 0.0
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(repeats):
         call()
@@ -218,7 +226,7 @@ def _sample(call: Callable[[], Any], repeats: int, threads: int) -> _Sample:
         counts = (_waited() - waited) / (threads * wall) <= 1 - GUARD and cpu / (threads * wall) <= 1 / GUARD
     else:
         counts = not threads or GUARD <= cpu / wall <= 1 / GUARD
-    if threads and stolen() > taken:  # which the processor time of a virtual machine need not show
+    if threads and stolen() > lost:  # which the processor time of a virtual machine need not show
         counts = False
     return _Sample(wall / repeats, counts)
 
@@ -280,12 +288,12 @@ def _names(items: Sequence[Any], names: Sequence[str] | None) -> list[str]:
         raise BadInput(f"bench: names must be {len(items)} different ones")
     if names is not None:
         return list(names)
-    found: list[str] = []
+    titles: list[str] = []
     for i, item in enumerate(items):
         kind = type(item).__name__
         title = Path(item).stem if isinstance(item, (str, os.PathLike)) else getattr(item, "__name__", kind)
-        found.append(title if title not in found else f"{title} {i}")
-    return found
+        titles.append(title if title not in titles else f"{title} {i}")
+    return titles
 
 
 def _calls(

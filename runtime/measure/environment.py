@@ -40,8 +40,8 @@ def environment(threads: int = 1) -> dict[str, Any]:
 
 def _cpu() -> str:
     lines = (_read("/proc/cpuinfo") or "").splitlines()
-    found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return found or _read("/proc/device-tree/model") or platform.processor() or platform.machine()
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return name or _read("/proc/device-tree/model") or platform.processor() or platform.machine()
 
 
 def _read(path: str) -> str | None:

@@ -32,7 +32,7 @@ def random_inputs(
 
     Raises BadInput for shapes of no input, that do not fit, or that are missing.
     """
-    shapes, generator, found = shapes or {}, np.random.default_rng(0), []
+    shapes, generator, arrays = shapes or {}, np.random.default_rng(0), []
     names = [spec.name for spec in inputs]
     for name in shapes:
         if name not in names:
@@ -52,5 +52,5 @@ def random_inputs(
         ):
             raise BadInput(f"input {spec.name}: shape {shape} does not fit {spec.shape}")
         floating = spec.dtype.startswith(("float", "bfloat"))
-        found.append(generator.standard_normal(shape, np.float32) if floating else np.zeros(shape, spec.dtype))
-    return found
+        arrays.append(generator.standard_normal(shape, np.float32) if floating else np.zeros(shape, spec.dtype))
+    return arrays

@@ -19,22 +19,22 @@ def are_results(path: str | Path) -> bool:
         return False
 
 
-def _are_results(found: Any) -> bool:
-    return isinstance(found, dict) and str(found.get("format", "")).startswith("graphcomb-bench")
+def _are_results(values: Any) -> bool:
+    return isinstance(values, dict) and str(values.get("format", "")).startswith("graphcomb-bench")
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
     """What bench_device.py wrote. Raises BadInput for another file or another version's, or one without models."""
     path = Path(path)
-    found = read_json(path)
-    if not _are_results(found) or "models" not in found:
+    results = read_json(path)
+    if not _are_results(results) or "models" not in results:
         raise BadInput(f"{path}: not the results of a bench bundle")
-    if found["format"] != FORMAT:
-        raise BadInput(f"{path}: of format {found['format']}, this version reads {FORMAT}; bundle and measure again")
-    models = found["models"]
+    if results["format"] != FORMAT:
+        raise BadInput(f"{path}: of format {results['format']}, this version reads {FORMAT}; bundle and measure again")
+    models = results["models"]
     if not isinstance(models, dict) or not models or not all(isinstance(row, dict) for row in models.values()):
         raise BadInput(f"{path}: models: expected what was measured, by name of the model; measure again")
-    return found
+    return results
 
 
 def precision_of(bundle: Mapping[str, Any], name: str) -> str:
@@ -46,5 +46,5 @@ def median_latency(model: Mapping[str, Any]) -> tuple[str, float]:
     """How a measured model was run, in a CUDA graph where it could be, and its median seconds, on the device where that
     is known."""
     mode = "graph" if "graph" in model["latency"] else "stream"
-    found = model["latency"][mode]
-    return mode, (found.get("gpu_ms") or found["host_ms"])["median"] / 1e3
+    times = model["latency"][mode]
+    return mode, (times.get("gpu_ms") or times["host_ms"])["median"] / 1e3

@@ -44,8 +44,8 @@ def describe_one(node: fx.Node, layer: Layer) -> dict[str, Any]:
 
 
 def to_dict(layer: Layer) -> dict[str, Any]:
-    found: dict[str, Any] = {"op": layer.op, "sizes": dict(layer.sizes), "options": dict(layer.options)}
-    return found | {key: value for key in ("beside", "joined") if (value := getattr(layer, key))}
+    row: dict[str, Any] = {"op": layer.op, "sizes": dict(layer.sizes), "options": dict(layer.options)}
+    return row | {key: value for key in ("beside", "joined") if (value := getattr(layer, key))}
 
 
 def from_dict(row: Mapping[str, Any]) -> Layer:
@@ -61,20 +61,20 @@ def from_dict(row: Mapping[str, Any]) -> Layer:
 def name_nodes(rows: Sequence[Mapping[str, Any]], model: onnx.ModelProto) -> list[dict[str, Any]]:
     """The rows of `describe` with `onnx`: names of the ONNX nodes, and of their results, that compute each layer, as far
     as the exported model tells; nothing is guessed."""
-    found = _nodes(rows, model)
+    nodes_of = _nodes(rows, model)
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in model.graph.node:
         for tensor in node.input:
             readers[tensor].append(node)
     merged: dict[str, tuple[int, onnx.NodeProto]] = {}
-    for i, (row, nodes) in enumerate(zip(rows, found, strict=True)):
+    for i, (row, nodes) in enumerate(zip(rows, nodes_of, strict=True)):
         last = nodes[-1] if row["op"] == "conv" and nodes else None
         while last and len(after := readers[last.output[0]]) == 1 and after[0].op_type in FOLLOWERS:
             last = after[0]
             merged[last.name] = i, last  # of two sums into one, the later convolution's
     for i, node in merged.values():
-        found[i].append(node)
-    names = [[text for node in nodes for text in (node.name, *node.output)] for nodes in found]
+        nodes_of[i].append(node)
+    names = [[text for node in nodes for text in (node.name, *node.output)] for nodes in nodes_of]
     return [dict(row) | {"onnx": texts} for row, texts in zip(rows, names, strict=True)]
 
 
@@ -88,11 +88,11 @@ def _nodes(rows: Sequence[Mapping[str, Any]], model: onnx.ModelProto) -> list[li
             name = origin[node.name].node
             groups[re.sub(r"_\d+$", "", name)].setdefault(name, []).append(node)
     weights = {node.input[1]: node for node in model.graph.node if node.op_type in ("Conv", "ConvTranspose")}
-    found: list[list[onnx.NodeProto]] = [[] for _ in rows]
+    nodes_of: list[list[onnx.NodeProto]] = [[] for _ in rows]
     layers: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         if row["op"] == "conv":
-            found[i] += [weights[row["name"]]] if row["name"] in weights else []
+            nodes_of[i] += [weights[row["name"]]] if row["name"] in weights else []
         else:
             layers[row["call"]].append(i)
     for call, which in layers.items():
@@ -102,5 +102,5 @@ def _nodes(rows: Sequence[Mapping[str, Any]], model: onnx.ModelProto) -> list[li
             nodes = list(groups[name].values())
             if len(nodes) == each * len(which) and (name == call or name not in layers):
                 for k, i in enumerate(which):
-                    found[i] += [n for part in nodes[each * k : each * (k + 1)] for n in part]
-    return found
+                    nodes_of[i] += [n for part in nodes[each * k : each * (k + 1)] for n in part]
+    return nodes_of

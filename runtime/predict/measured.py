@@ -48,15 +48,15 @@ def kernels(model: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list
         for entry in model.get("engine", {}).get("inspector", ())
         if isinstance(entry, Mapping)
     }
-    found: list[tuple[set[int], list[str], float]] = []
+    joined: list[tuple[set[int], list[str], float]] = []
     for row in model.get("layers", ()):
         which = {owner[text] for text in kernel_names(row, inspector) if text in owner}
         names, ms = [str(row["name"])], float(row["ms"])
-        for other in [other for other in found if other[0] & which]:
-            found.remove(other)
+        for other in [other for other in joined if other[0] & which]:
+            joined.remove(other)
             which, names, ms = which | other[0], other[1] + names, ms + other[2]
-        found.append((which, names, ms))
-    return found
+        joined.append((which, names, ms))
+    return joined
 
 
 def read_measured(
@@ -71,18 +71,18 @@ def read_measured(
     runs: list[Measured] = []
     about: dict[str, Any] = {}
     seen: list[tuple[str, Mapping[str, Any]]] = []
-    for given in results:
-        found = given if isinstance(given, Mapping) else read_results(given)
-        where = "these results" if isinstance(given, Mapping) else str(given)
-        if twin := next((other for other, earlier in seen if earlier == found), None):
+    for source in results:
+        measurement = source if isinstance(source, Mapping) else read_results(source)
+        where = "these results" if isinstance(source, Mapping) else str(source)
+        if twin := next((other for other, earlier in seen if earlier == measurement), None):
             raise BadInput(f"{where}: the same measurement as {twin}; give it once")
-        seen.append((where, found))
+        seen.append((where, measurement))
         try:
-            about = _same(found, where, about, target, dtype)
-            for name, model in found["models"].items():
-                if precision_of(found["bundle"], name) != about["precision"]:
+            about = _same(measurement, where, about, target, dtype)
+            for name, model in measurement["models"].items():
+                if precision_of(measurement["bundle"], name) != about["precision"]:
                     continue
-                rows = found["bundle"]["models"][name].get("layers") or ()
+                rows = measurement["bundle"]["models"][name].get("layers") or ()
                 mode, _ = median_latency(model)
                 if model["engine"].get("contended", 0) > BUSY * model["latency"][mode]["runs"]:
                     raise BadInput(f"{where}: {name} was measured on a busy machine; measure again")
@@ -99,24 +99,24 @@ def read_measured(
 
 
 def _same(
-    found: Mapping[str, Any], where: str, about: Mapping[str, Any], target: Target | None, dtype: str | None
+    measurement: Mapping[str, Any], where: str, about: Mapping[str, Any], target: Target | None, dtype: str | None
 ) -> dict[str, Any]:
     """What the results are of; BadInput when that is not what is wanted."""
-    bundle = found["bundle"]
+    bundle = measurement["bundle"]
     if bundle.get("target") is None:
         raise BadInput(f"{where}: the bundle names no target; write it with --target")
     device = get_target(bundle["target"])
     if target is not None and device.name != target.name:
         raise BadInput(f"{where}: measured for target {device.name}, not {target.name}")
-    if found["engine"] != device.backend:
-        raise BadInput(f"{where}: measured with {found['engine']}, and {device.name} runs {device.backend}")
-    measured = [precision_of(bundle, name) for name in found["models"]] or [bundle["precision"]]
+    if measurement["engine"] != device.backend:
+        raise BadInput(f"{where}: measured with {measurement['engine']}, and {device.name} runs {device.backend}")
+    measured = [precision_of(bundle, name) for name in measurement["models"]] or [bundle["precision"]]
     if dtype is not None and dtype not in measured:
         raise BadInput(f"{where}: measured in {' and '.join(dict.fromkeys(measured))}, not {dtype}")
     kind = dtype or (bundle["precision"] if bundle["precision"] in measured else measured[0])
     new = {
-        "target": device.name, "precision": kind, "device": found["device"].get("model"),
-        "engine": f"{found['engine']} {found['version']}",
+        "target": device.name, "precision": kind, "device": measurement["device"].get("model"),
+        "engine": f"{measurement['engine']} {measurement['version']}",
     }  # fmt: skip
     different = [f"{k} {v}, not {about[k]}" for k, v in new.items() if k in about and about[k] != v]
     if different:
@@ -126,11 +126,11 @@ def _same(
 
 def _run(name: str, model: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Measured:
     layers, (_, seconds) = [from_dict(row) for row in rows], median_latency(model)
-    found = kernels(model, rows)
-    times = [1e3 * seconds, *(ms for _, _, ms in found)]
+    profile = kernels(model, rows)
+    times = [1e3 * seconds, *(ms for _, _, ms in profile)]
     if not seconds > 0 or not all(map(math.isfinite, times)) or any(x.macs() < 0 or x.entries() < 0 for x in layers):
         raise ValueError(f"sizes or times of {name}")
-    whole = sum(ms for _, _, ms in found) / 1e3
+    whole = sum(ms for _, _, ms in profile) / 1e3
     scale = min(1.0, seconds / whole) if whole else 0.0  # the profiler slows the run down
-    known = [(tuple(sorted(w)), len(names), scale * ms / 1e3) for w, names, ms in found if w and ms > 0]
+    known = [(tuple(sorted(w)), len(names), scale * ms / 1e3) for w, names, ms in profile if w and ms > 0]
     return Measured(name, layers, seconds, known)

@@ -48,8 +48,8 @@ class _Graph:
     def operands(self, copies: int, *shapes: tuple[int, ...]) -> list[list[str]]:
         """Inputs of these shapes for every copy. A model with fewer copies has the same inputs, so that it can be fed the
         same arrays."""
-        found = [[self.input(f"x{i}_{j}", shape) for j, shape in enumerate(shapes)] for i in range(COPIES)]
-        return found[:copies]
+        names = [[self.input(f"x{i}_{j}", shape) for j, shape in enumerate(shapes)] for i in range(COPIES)]
+        return names[:copies]
 
     def weight(self, *shape: int) -> str:
         values = self.draw.standard_normal(shape, np.float32) / math.sqrt(max(math.prod(shape[1:]), 1))
@@ -64,8 +64,8 @@ class _Graph:
     def finish(self) -> onnx.ModelProto:
         outputs = [helper.make_tensor_value_info(name, self.kind, None) for name in self.outputs]
         graph = helper.make_graph(self.nodes, "layer", list(self.inputs.values()), outputs, self.weights)
-        found = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
-        return onnx.shape_inference.infer_shapes(found)  # outputs must say theirs
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+        return onnx.shape_inference.infer_shapes(model)  # outputs must say theirs
 
 
 def _convs(graph: _Graph, layer: Layer, copies: int) -> None:
@@ -113,7 +113,7 @@ def _norms(graph: _Graph, layer: Layer, copies: int) -> None:
 def _maps(graph: _Graph, layer: Layer, copies: int) -> None:
     """Activations as GELU, everything that moves tensors as an addition."""
     for (x,) in graph.operands(copies, (layer["entries"],)):
-        found = (
+        result = (
             graph.node("Gelu", x) if layer.op == "activation" else graph.node("Add", x, graph.weight(layer["entries"]))
         )
-        graph.outputs.append(found)
+        graph.outputs.append(result)

@@ -21,14 +21,22 @@ LITTLE = 0.1  # a layer that saves less than this share at half its width does n
 def predict(
     programs: Mapping[str, Program], target: Target, dtype: str, latency: Latency | None = None, batch: int = 1
 ) -> dict[str, Any]:
-    """Predicted time of programs that come from each other, and of their layers side by side, JSON-able.
+    """Predict the latency of programs that come from each other, and of their layers side by side; returns JSON-able
+    values.
 
-    programs: by name, as in "before" and "after". latency: what predicts the seconds, by default the roofline of the
-    target's data sheet; what bounds a layer, and what it would save, is a roofline's answer (the calibrated one's, if that
-    is what predicts). batch: where it is dynamic.
+    - programs: by name, as in {"before": ..., "after": ...}.
+    - dtype: the precision in which they are to run on the target, such as "fp16".
+    - latency: what predicts the seconds of a layer: a `LatencyTable`, or a `Roofline`; by default the roofline of the
+      target's data sheet. What bounds a layer, and what it would save at half its width, is a roofline's answer in any
+      case: the given one's, else the data sheet's.
+    - batch: samples, where the batch is dynamic.
 
-    Raises BadInput for a dtype the target lacks or a batch below 1, Contended when a latency table cannot measure what it
-    does not know.
+    `ms` has milliseconds of a run by program, `layers` a row for each layer with its multiply-accumulates, bytes,
+    milliseconds and bound ("compute", "memory" or "launch") in every program that has it, and `uncertainty` how far off
+    such predictions are known to be.
+
+    Raises BadInput for a precision that the target lacks or a batch below 1, Contended when a latency table has to
+    measure and the machine is too busy.
     """
     if batch < 1:
         raise BadInput(f"batch: 1 or more, not {batch}")
@@ -37,10 +45,10 @@ def predict(
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     total = {}
     for which, program in programs.items():
-        found = _layers(program, roofline, latency, target.alignment(dtype), batch)
-        total[which] = 1e3 * latency.per_run + sum(row["ms"] for row in found)
+        layers = _layers(program, roofline, latency, target.alignment(dtype), batch)
+        total[which] = 1e3 * latency.per_run + sum(row["ms"] for row in layers)
         seen: Counter[str] = Counter()  # a weight may be used several times
-        for row in found:
+        for row in layers:
             name = row.pop("name")
             key = name, seen[name]
             seen[name] += 1
@@ -64,10 +72,10 @@ def _layers(program: Program, roofline: Roofline, latency: Latency, alignment: i
     layers = Layers(comb, batch, rules_of(latency))
     half = {g.atom: _half(g.size, max(g.least, alignment)) for g in comb.groups if g.frozen is None}
     whole, halved = layers.sizer({}), layers.sizer(half)
-    found = [(i, node, layers.numbered(i, whole)) for i, node in enumerate(layers.nodes)]
-    latency.prepare(dict.fromkeys(layer for _, _, layer in found if layer is not None))
+    numbered = [(i, node, layers.numbered(i, whole)) for i, node in enumerate(layers.nodes)]
+    latency.prepare(dict.fromkeys(layer for _, _, layer in numbered if layer is not None))
     rows = []
-    for i, node, layer in found:
+    for i, node, layer in numbered:
         if layer is None:
             continue
         narrow = layers.numbered(i, halved) or layer

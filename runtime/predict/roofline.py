@@ -74,11 +74,17 @@ SHEET = {
 
 @dataclass(frozen=True)
 class Roofline:
-    """Predicts the seconds of layers on a target, in a dtype.
+    """Predicts the seconds of layers on a target in one precision.
 
-    compute, memory: attained shares of peak arithmetic and of bandwidth. launch: seconds to start a kernel. All three by
-    default nominal. per_run: seconds of a run that belong to no layer. calibration: how these were fitted (see
-    `calibrated`); None for a plain data sheet, which ranks layers and predicts no benchmark.
+    A layer takes the time to start its kernel plus the longer of its arithmetic, padded as the target's kernels pad it,
+    and of moving its tensors once (Williams et al., CACM 2009).
+
+    - target, dtype: the device, and the precision ("fp16" and so on).
+    - compute, memory: shares of the target's peak arithmetic and bandwidth that are attained, from 0 to 1.
+    - launch: seconds to start a kernel. All three are nominal by default.
+    - per_run: seconds of a run that belong to no layer.
+    - calibration: how these were fitted (see `calibrated`); None for a plain data sheet, which ranks layers and
+      predicts no benchmark.
     """
 
     target: Target
@@ -101,8 +107,8 @@ class Roofline:
     def rates(self) -> tuple[float, float, float]:
         """Attained shares of peak and bandwidth, and seconds to start a kernel."""
         nominal = GPU if self.target.compute_capability is not None else CPU
-        given = (self.compute, self.memory, self.launch)
-        return tuple(n if g is None else g for g, n in zip(given, nominal, strict=True))  # type: ignore[return-value]
+        chosen = (self.compute, self.memory, self.launch)
+        return tuple(n if g is None else g for g, n in zip(chosen, nominal, strict=True))  # type: ignore[return-value]
 
     @property
     def start(self) -> float:
@@ -125,9 +131,9 @@ class Roofline:
         if self.calibration is None:
             return SHEET[self.target.compute_capability is not None]
         left = self.calibration.get("left_out")
-        found = left or self.calibration.get("error") or {"worst": 1.0}
+        spread = left or self.calibration.get("error") or {"worst": 1.0}
         what = "every model predicted from the others alone" if left else "over the models that it was fitted to"
-        return Error(1 + found["worst"], f"the worst, {what}")
+        return Error(1 + spread["worst"], f"the worst, {what}")
 
     def prepare(self, layers: Iterable[Layer], progress: bool = False) -> None:
         """Nothing to prepare."""
@@ -166,16 +172,16 @@ class Roofline:
         device = get_target(target) if isinstance(target, str) else target
         runs, about = read_measured(many, device, dtype)
         base = cls(get_target(about["target"]), about["precision"])
-        found, fitted = _fit(base, runs)
-        errors = [abs(_whole(found, run) / run.seconds - 1) for run in runs]
+        fit, fitted = _fit(base, runs)
+        errors = [abs(_whole(fit, run) / run.seconds - 1) for run in runs]
         others = [(run, _fit(base, [r for r in runs if r is not run])[0]) for run in runs if len(runs) > 2]
         left = [abs(_whole(roofline, run) / run.seconds - 1) for run, roofline in others]
         record = about | {
             "models": len(runs), "kernels": sum(len(run.kernels) for run in runs), "fitted": fitted,
-            "compute_share": found.rates[0], "memory_share": found.rates[1], "launch_us": 1e6 * found.start,
-            "run_us": 1e6 * found.per_run, "error": _spread(errors), "left_out": _spread(left),
+            "compute_share": fit.rates[0], "memory_share": fit.rates[1], "launch_us": 1e6 * fit.start,
+            "run_us": 1e6 * fit.per_run, "error": _spread(errors), "left_out": _spread(left),
         }  # fmt: skip
-        return dataclasses.replace(found, calibration=record)
+        return dataclasses.replace(fit, calibration=record)
 
 
 def _spread(errors: list[float]) -> dict[str, float] | None:
@@ -223,8 +229,8 @@ def _fit(base: Roofline, runs: list[Measured]) -> tuple[Roofline, list[str]]:
     def errors(numbers: np.ndarray) -> np.ndarray:
         compute, memory, launch, run = np.exp(numbers)
         work = np.add.reduceat(np.maximum(arithmetic / compute, traffic / memory), begins)
-        found = np.log((work + launch * launches + run * whole) / measured)
-        return np.concatenate([np.sqrt(weight) * found, PRIOR * (numbers - start)])
+        logs = np.log((work + launch * launches + run * whole) / measured)
+        return np.concatenate([np.sqrt(weight) * logs, PRIOR * (numbers - start)])
 
     from scipy.optimize import least_squares  # here, since it takes half a second to import and nothing else needs it
 

@@ -48,15 +48,17 @@ GRAIN = 4  # ONNX Runtime lays out a convolution in blocks only if its channels 
 
 
 class LatencyTable:
-    """Measured seconds of layers for one device and engine, kept in a JSON file; what is missing is measured when asked
-    for, so a table grows with use and an interrupted one goes on.
+    """Measured seconds of layers for one device, engine and precision, kept in a JSON file.
 
-    path: of the file, made when it is not there. target: of the engine; "cpu" is ONNX Runtime on this machine, others need
-    the device and its library here. step: sizes are measured at multiples of it (the alignment). precision: "fp32" or
-    "fp16", in which layers and whole programs are measured.
+    What is missing is measured when it is asked for, so a table grows with use, and an interrupted one goes on.
 
-    Raises BadInput when the file is of another device, engine or precision, and for a precision in which the engine does
-    not compute here; Contended when the machine is too busy.
+    - path: the file, made when it is not there.
+    - target: the device; "cpu" is ONNX Runtime on this machine, others need the device and its library here.
+    - step: layers are measured with sizes that are multiples of it, and interpolated between them.
+    - precision: "fp32" or "fp16", in which layers and whole programs are measured.
+
+    Raises BadInput when the file is of another device, engine or precision, and for a precision in which the engine
+    does not compute here; Contended when the machine is too busy.
     """
 
     def __init__(self, path: str | Path, target: str | Target = "cpu", step: int = 8, precision: str = "fp32"):
@@ -66,9 +68,9 @@ class LatencyTable:
         self.entries: dict[str, float] = {}
         if self.path.is_file():
             try:
-                found = json.loads(self.path.read_text())
-                self.entries = {str(k): float(v) for k, v in found["seconds"].items()}
-                about = found["about"]
+                stored = json.loads(self.path.read_text())
+                self.entries = {str(k): float(v) for k, v in stored["seconds"].items()}
+                about = stored["about"]
             except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
                 raise BadInput(f"{self.path}: not a latency table ({type(error).__name__})") from error
             if about != self.about:
@@ -175,15 +177,15 @@ class LatencyTable:
         if self.target.backend != "onnxruntime":
             files = [build_engine(f, self.target).path for f in files]  # with the suffix of the target's backend
         names = [f.stem for f in files]
-        found = bench(files, names=names, seconds=seconds, min_runs=RUNS[0], max_runs=RUNS[1])
-        if not all(t.ms for t in found.timings):
+        result = bench(files, names=names, seconds=seconds, min_runs=RUNS[0], max_runs=RUNS[1])
+        if not all(t.ms for t in result.timings):
             raise Contended(
                 f"latency table: the machine is too busy to measure ({what}); what was measured is kept in {self.path}, "
                 "run it again"
             )
-        times = [t.ms["median"] / 1e3 for t in found.timings]
-        if len(times) == 2 and found.ratio:
-            times[1] = times[0] / found.ratio  # of runs in turns, which a machine that slows down does not change
+        times = [t.ms["median"] / 1e3 for t in result.timings]
+        if len(times) == 2 and result.ratio:
+            times[1] = times[0] / result.ratio  # of runs in turns, which a machine that slows down does not change
         return times
 
     def _save(self) -> None:
@@ -221,10 +223,10 @@ def _about(target: Target, precision: str) -> dict[str, Any]:
     if precision not in TYPES:
         raise BadInput(f"latency table: layers are measured in {' or '.join(TYPES)}, not in {precision}; use roofline")
     target.alignment(precision)
-    found = environment()
-    device = found["cpu"] if target.backend == "onnxruntime" else found["gpu"]
+    machine = environment()
+    device = machine["cpu"] if target.backend == "onnxruntime" else machine["gpu"]
     package = BACKENDS[target.backend].package
-    version = found["versions"].get(package)
+    version = machine["versions"].get(package)
     if device is None or version is None or (target.backend != "onnxruntime" and target.sm != _sm()):
         raise BadInput(f"latency table: {target.name} is not at hand ({package}, and its device); use roofline instead")
     if precision == "fp16" and target.backend == "onnxruntime" and not computes_half():

@@ -21,10 +21,10 @@ def read_baseline(path: Path, target: str) -> list[dict[str, Any]]:
     """The engine reports for a target to compare with: a file of `graphcomb build --json`, or a run's summary.json, which
     may have several. Raises BadInput for anything else."""
     try:
-        found = read_json(path)
+        stored = read_json(path)
     except BadInput as error:
         raise BadInput(f"--gate {error}; `graphcomb build --json` makes one") from error
-    rows = found.get("engines", [found]) if isinstance(found, dict) else []
+    rows = stored.get("engines", [stored]) if isinstance(stored, dict) else []
     rows = [row for row in rows if isinstance(row, dict) and "kernels" in row] if isinstance(rows, list) else []
     if not rows:
         raise BadInput(f"--gate {path}: holds no engine report (of `graphcomb build --json` or `graphcomb run`)")
@@ -41,8 +41,8 @@ def read_baseline(path: Path, target: str) -> list[dict[str, Any]]:
 def choose(rows: list[dict[str, Any]], precision: str) -> dict[str, Any]:
     """The report of a precision, or one that says none. Raises BadInput where all are of others."""
     for wanted in (precision, None):
-        if found := next((row for row in rows if row.get("precision") == wanted), None):
-            return found
+        if match := next((row for row in rows if row.get("precision") == wanted), None):
+            return match
     has = ", ".join(sorted({str(row["precision"]) for row in rows}))
     raise BadInput(f"--gate: the baseline has no {precision} engine for {rows[0]['target']} (it has {has})")
 
@@ -84,8 +84,8 @@ def compare(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]
 
 
 def _advice(pad: Mapping[str, Any]) -> str:
-    found = "no width avoids it" if pad["alignment"] is None else f"multiples of {pad['alignment']} avoid it"
-    return found + (f" ({pad['note']})" if pad.get("note") else "")
+    text = "no width avoids it" if pad["alignment"] is None else f"multiples of {pad['alignment']} avoid it"
+    return text + (f" ({pad['note']})" if pad.get("note") else "")
 
 
 def _padding(report: Mapping[str, Any]) -> Counter[tuple[str, ...]]:

@@ -64,13 +64,13 @@ def _quality(summary: Summary) -> list[Tile]:
 
 
 def _costs(summary: Summary) -> list[Tile]:
-    found = []
+    tiles = []
     for key, label in (("macs", "multiply-accumulates"), ("params", "parameters")):
         before, after, ratio = costs(summary, key)
         if ratio is not None or after is not None:
             value = si(after) if ratio is None else against(ratio, "fewer", "more")
-            found.append(Tile(label, value, f"{si(before)} → {si(after)}" if before and after else ""))
-    return found
+            tiles.append(Tile(label, value, f"{si(before)} → {si(after)}" if before and after else ""))
+    return tiles
 
 
 def _latency(summary: Summary) -> list[Tile]:

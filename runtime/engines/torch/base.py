@@ -40,8 +40,8 @@ class TorchEngine(HostEngine):
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         with torch.no_grad():
-            found = flatten_outputs(self._call(*self._tensors(inputs)))
-        return [tensor.cpu().numpy() for tensor in found]
+            outputs = flatten_outputs(self._call(*self._tensors(inputs)))
+        return [tensor.cpu().numpy() for tensor in outputs]
 
     def prepared(self, inputs: Sequence[np.ndarray]) -> Callable[[], None]:
         """A call that runs on inputs that stay on the device, and leaves the outputs there."""

@@ -204,8 +204,8 @@ class _Build:
             name, op = error.node_name(), error.node_operator()
         else:  # before 10.0 only the index
             nodes = onnx.load(str(path), load_external_data=False).graph.node
-            found = nodes[error.node()] if 0 <= error.node() < len(nodes) else None
-            name, op = (found.name, found.op_type) if found else ("", "")
+            node = nodes[error.node()] if 0 <= error.node() < len(nodes) else None
+            name, op = (node.name, node.op_type) if node else ("", "")
         reason = " ".join(error.desc().split("\n")[0].split())[:300]
         reason = reason if reason not in ("", "false") else "operator not supported"
         where = f"node {name or error.node()} ({op}): " if op else ""
@@ -329,7 +329,7 @@ def _ranges(
     ranges: dict[str, tuple[tuple[int, ...], ...]] = {}
     for name, shape in dynamic.items():
         if name in shapes:
-            ranges[name] = tuple(tuple(given) for given in _three(shapes[name], f"shapes.{name}"))
+            ranges[name] = tuple(tuple(extents) for extents in _three(shapes[name], f"shapes.{name}"))
         elif -1 in shape[1:]:
             axes = [axis for axis, extent in enumerate(shape) if extent == -1]
             example = "x".join("N" if extent == -1 else str(extent) for extent in shape)
@@ -337,16 +337,16 @@ def _ranges(
             raise BadInput(f"input {name}: axes {axes} are dynamic; give {give}")
         else:
             ranges[name] = tuple((count, *shape[1:]) for count in counts)
-        for given in ranges[name]:
-            if len(given) != len(shape) or any(b not in (a, -1) for a, b in zip(given, shape, strict=True)):
-                raise BadInput(f"input {name}: shape {given} does not fit {shape}")
+        for extents in ranges[name]:
+            if len(extents) != len(shape) or any(b not in (a, -1) for a, b in zip(extents, shape, strict=True)):
+                raise BadInput(f"input {name}: shape {extents} does not fit {shape}")
         if any(not 0 < a <= b <= c for a, b, c in zip(*ranges[name], strict=True)):
             raise BadInput(f"input {name}: {ranges[name]} is not smallest <= best <= largest, from 1 up")
     return ranges
 
 
-def _three(given: Any, name: str) -> tuple[Any, Any, Any]:
-    values = (given,) * 3 if isinstance(given, int) else tuple(given)
+def _three(bounds: Any, name: str) -> tuple[Any, Any, Any]:
+    values = (bounds,) * 3 if isinstance(bounds, int) else tuple(bounds)
     if len(values) != 3:
         raise BadInput(f"{name}: three are needed (smallest, the one to optimise for, largest), got {len(values)}")
     return values[0], values[1], values[2]

@@ -141,9 +141,9 @@ class BuildLog:
             for tensor in layer.outputs if steps & GROW else ():
                 known = self._inputs_of(readers.get(tensor.name, [])) or self._outputs_of([layer])
                 if small := _unpadded(tensor.shape, known):
-                    found = self._differences(layer, _how(layer, tensor, layer.inputs), small, tensor, alignment)
-                    pads += found
-                    widened |= {(r.name, p.before, p.after) for p in found for r in readers.get(tensor.name, [])}
+                    padded = self._differences(layer, _how(layer, tensor, layer.inputs), small, tensor, alignment)
+                    pads += padded
+                    widened |= {(r.name, p.before, p.after) for p in padded for r in readers.get(tensor.name, [])}
             for tensor in layer.inputs if steps & SHRINK else ():
                 known = self._outputs_of(writers.get(tensor.name, [])) or self._inputs_of([layer])
                 small = _unpadded(tensor.shape, known)
@@ -158,30 +158,30 @@ class BuildLog:
         """Quantisation that stayed outside of the operators it is for. Quantising the network's inputs and dequantising
         its outputs is nobody's fault and not listed, nor are weights, which are quantised when the engine is built."""
         made = {tensor.name for layer in self.layers for tensor in layer.outputs}
-        taken = {tensor.name for layer in self.layers for tensor in layer.inputs}
+        read = {tensor.name for layer in self.layers for tensor in layer.inputs}
         sources = {tensor: node for node in self.nodes.values() for tensor, _ in node.outputs}
         narrow = {n for layer in self.layers if any(t.dtype in QUANTIZED for t in layer.inputs) for n in layer.nodes}
-        found: list[Unfused] = []
+        rows: list[Unfused] = []
         for layer in self.layers:
             nodes = [self.nodes[name] for name in layer.nodes if name in self.nodes]
             few = any(tensor.dtype in QUANTIZED for tensor in layer.outputs)
-            inner = any(t.name in made for t in layer.inputs) and any(t.name in taken for t in layer.outputs)
+            inner = any(t.name in made for t in layer.inputs) and any(t.name in read for t in layer.outputs)
             if nodes and all(node.op in QDQ for node in nodes):
-                found += [Unfused(layer.name, "kernel", layer.nodes)] if inner else []
+                rows += [Unfused(layer.name, "kernel", layer.nodes)] if inner else []
                 continue
             for node in nodes:
                 feeds = [sources[tensor] for tensor, _ in node.inputs if tensor in sources]
                 if node.op in PRODUCTS and len(feeds) > 1 and all(feed.op == QDQ[1] for feed in feeds[:2]):
                     # A product may be spread over kernels, its bias apart: one that takes few bits is enough.
                     if node.name not in narrow:
-                        found.append(Unfused(layer.name, "float", (node.name,)))
+                        rows.append(Unfused(layer.name, "float", (node.name,)))
                     elif self._writes_wide(layer, node):
-                        found.append(Unfused(layer.name, "wide", (node.name,)))
+                        rows.append(Unfused(layer.name, "wide", (node.name,)))
                 elif node.op == QDQ[1] and feeds and feeds[0].op == QDQ[0] and feeds[0] in nodes and not few:
                     source = feeds[0].inputs[0][0] if feeds[0].inputs else ""
-                    if source in sources or source in taken:  # else it is a weight
-                        found.append(Unfused(layer.name, "idle", (feeds[0].name, node.name)))
-        return found
+                    if source in sources or source in read:  # else it is a weight
+                        rows.append(Unfused(layer.name, "idle", (feeds[0].name, node.name)))
+        return rows
 
     def _writes_wide(self, layer: LoggedKernel, node: Node) -> bool:
         """Whether a layer multiplies in few bits and leaves the scaling of the result to another kernel."""
@@ -250,21 +250,21 @@ class BuildLog:
 
     def _inputs_of(self, layers: list[LoggedKernel]) -> list[Shape]:
         """Shapes of the ONNX tensors that the layers' nodes read and do not write themselves."""
-        found = []
+        shapes = []
         for layer in layers:
             nodes = [self.nodes[name] for name in layer.nodes if name in self.nodes]
             inner = {name for node in nodes for name, _ in node.outputs}
-            found += [shape for node in nodes for name, shape in node.inputs if name not in inner]
-        return found
+            shapes += [shape for node in nodes for name, shape in node.inputs if name not in inner]
+        return shapes
 
     def _outputs_of(self, layers: list[LoggedKernel]) -> list[Shape]:
         """Shapes of the ONNX tensors that the layers' nodes write and do not read themselves."""
-        found = []
+        shapes = []
         for layer in layers:
             nodes = [self.nodes[name] for name in layer.nodes if name in self.nodes]
             inner = {name for node in nodes for name, _ in node.inputs}
-            found += [shape for node in nodes for name, shape in node.outputs if name not in inner]
-        return found
+            shapes += [shape for node in nodes for name, shape in node.outputs if name not in inner]
+        return shapes
 
 
 def _how(layer: LoggedKernel, padded: Tensor, others: tuple[Tensor, ...]) -> str:

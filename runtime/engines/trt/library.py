@@ -17,7 +17,7 @@ from ..backends import not_installed
 def library(backend: str) -> ModuleType:
     """Import `tensorrt` or `tensorrt_rtx`. Raises MissingBackend where it is absent or cannot load its libraries."""
     try:
-        found = importlib.import_module(backend)
+        module = importlib.import_module(backend)
     except ModuleNotFoundError as error:
         if error.name != backend:
             raise MissingBackend(f"{backend} cannot be loaded: {error}; install what it lacks") from error
@@ -25,9 +25,9 @@ def library(backend: str) -> ModuleType:
     except Exception as error:  # loading shared libraries fails in many ways
         reason = " ".join(str(error).split())[:160]
         raise MissingBackend(f"{backend} is installed and cannot be loaded: {reason}") from error
-    if not hasattr(found, "Builder"):
+    if not hasattr(module, "Builder"):
         raise MissingBackend(f"{backend} is installed without its libraries; install them from NVIDIA or JetPack")
-    return found
+    return module
 
 
 def load_plugins(trt: ModuleType, logger: Any, paths: Sequence[str]) -> None:

@@ -8,8 +8,7 @@ from torch import nn
 import graphcomb.graph as g
 from graphcomb.graph.errors import BadInput, Refused
 from graphcomb.graph.program import Program
-from graphcomb.runtime.export import parity
-from graphcomb.runtime.export.parity import input_sets, output_error, random_like, relative_error
+from graphcomb.runtime.export.parity import input_sets, output_error, parity, random_like, relative_error
 from graphcomb.runtime.onnx_file import TensorSpec
 
 
