@@ -50,10 +50,11 @@ def in_words(hint: Any) -> str:
 
 def check_fields(instance: Any) -> None:
     """Check every field of a frozen dataclass against its type hint, and store what `checked` returns."""
-    hints = field_hints(type(instance))
+    cls: type = type(instance)
+    hints = field_hints(cls)
     for field in dataclasses.fields(instance):
         if field.name in hints:
-            value = checked(hints[field.name], getattr(instance, field.name), f"{type(instance).__name__}.{field.name}")
+            value = checked(hints[field.name], getattr(instance, field.name), f"{cls.__name__}.{field.name}")
             object.__setattr__(instance, field.name, value)
 
 

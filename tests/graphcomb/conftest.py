@@ -1,4 +1,3 @@
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +6,6 @@ import pytest
 import yaml
 
 from graphcomb.cli.app import main
-
-sys.path.insert(0, str(Path(__file__).parent))  # for toys.py, in tests and in recipes
 
 
 @dataclass

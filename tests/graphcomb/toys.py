@@ -101,3 +101,69 @@ def boxes() -> list:
 
 def many_classes() -> list:
     return batches(classes=100)
+
+
+class Cancelled(nn.Module):
+    """Finite in fp16 and far off: 2048.1 is 2048 there."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + 2048) - 2048
+
+
+def cancelled() -> nn.Module:
+    return Cancelled()
+
+
+def wide() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 4))
+
+
+def conv(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
+
+
+class Block(nn.Module):
+    def __init__(self, body: nn.Module, act: nn.Module):
+        super().__init__()
+        self.body, self.act = body, act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(x + self.body(x))
+
+
+def residual() -> nn.Module:
+    return Block(nn.Sequential(*conv(8, 8), nn.ReLU(), *conv(8, 8)), nn.ReLU())
+
+
+def mlp() -> nn.Module:
+    return Block(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)), nn.Identity())
+
+
+class ResidualNet(nn.Module):
+    """Two residual blocks and two MLP halves."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two = nn.Sequential(*conv(3, 8), nn.ReLU()), residual(), residual()
+        self.three, self.four, self.head = mlp(), mlp(), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.four(self.three(self.two(self.one(self.stem(x))).mean((2, 3)))))
+
+
+def residual_net() -> nn.Module:
+    torch.manual_seed(0)
+    return ResidualNet()
+
+
+def odd():
+    return [(x, y, ["a.png"]) for x, y in batches()]
+
+
+def image(batch):
+    return batch[0]
+
+
+def label(batch):
+    return batch[1]

@@ -4,52 +4,13 @@ import json
 
 import pytest
 import torch
-from torch import nn
+from toys import residual_net
 
 import graphcomb
 from graphcomb.graph import sparse as masks
 from graphcomb.graph.errors import GraphcombError
 from graphcomb.pipeline import Pipeline
 from graphcomb.recipe import parse_recipe
-
-
-def conv(inputs: int, outputs: int) -> list[nn.Module]:
-    return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
-
-
-class Block(nn.Module):
-    def __init__(self, body: nn.Module, act: nn.Module):
-        super().__init__()
-        self.body, self.act = body, act
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(x + self.body(x))
-
-
-def residual() -> nn.Module:
-    return Block(nn.Sequential(*conv(8, 8), nn.ReLU(), *conv(8, 8)), nn.ReLU())
-
-
-def mlp() -> nn.Module:
-    return Block(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)), nn.Identity())
-
-
-class Net(nn.Module):
-    """Two residual blocks and two MLP halves."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.one, self.two = nn.Sequential(*conv(3, 8), nn.ReLU()), residual(), residual()
-        self.three, self.four, self.head = mlp(), mlp(), nn.Linear(8, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.four(self.three(self.two(self.one(self.stem(x))).mean((2, 3)))))
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return Net()
-
 
 SHORT = {"steps": 3}
 SPARSE = {"Sparsify": {"pattern": "2:4", "where": "all", "gradients": 16, "block": 48}}
@@ -84,7 +45,7 @@ def all_legal(program: graphcomb.Program, count: int) -> bool:
 def test_everything_in_one_recipe_from_the_command_line(cli, recipe, tmp_path) -> None:
     steps = [CHANNELS, SEARCHED, "Fuse", SPARSE, DISTILL]
     outputs = {"onnx": True, "report": True, "bench": False}
-    path = recipe(model="test_whole_recipe:net", passes=steps, outputs=outputs, precision="fp16")
+    path = recipe(model="toys:residual_net", passes=steps, outputs=outputs, precision="fp16")
     outcome = cli("run", path, "--out", tmp_path / "out", "--quiet")
     assert (outcome.code, outcome.err.strip()) == (0, "")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -106,7 +67,7 @@ def test_everything_in_one_recipe_from_the_command_line(cli, recipe, tmp_path) -
 
 @pytest.fixture(scope="module")
 def dense() -> graphcomb.Program:
-    return graphcomb.capture(net().eval(), torch.randn(2, 3, 8, 8), dynamic_shapes="batch")
+    return graphcomb.capture(residual_net().eval(), torch.randn(2, 3, 8, 8), dynamic_shapes="batch")
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,5 @@
 """A run's figure is called what it is; batches of unusual form in a recipe."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import toys
@@ -42,27 +39,15 @@ def test_figures_of_own_metrics_are_no_shares() -> None:
     assert figure("log_loss", -27.9596) == "-27.96"
 
 
-def odd():
-    return [(x, y, ["a.png"]) for x, y in toys.batches()]
-
-
-def image(batch):
-    return batch[0]
-
-
-def label(batch):
-    return batch[1]
-
-
-def test_a_recipe_names_functions_that_split_batches(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "odd", sys.modules[__name__])
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+def test_a_recipe_names_functions_that_split_batches() -> None:
     recipe = {"model": "toys:net", "passes": ["Fuse"]}
-    job = prepare(parse_recipe(recipe | {"data": {"source": "odd:odd", "inputs": "odd:image", "labels": "odd:label"}}))
+    job = prepare(
+        parse_recipe(recipe | {"data": {"source": "toys:odd", "inputs": "toys:image", "labels": "toys:label"}})
+    )
     result = Pipeline(job.recipe.passes).run(job.program, data=job.train, val=job.val)
     assert result.metric == "training accuracy"
     assert result.accuracy_before == pytest.approx(result.accuracy_after)
     with pytest.raises(BadInput, match=r"a tuple of 3 .* give inputs= and labels=, functions of a batch"):
-        prepare(parse_recipe(recipe | {"data": "odd:odd"}))
+        prepare(parse_recipe(recipe | {"data": "toys:odd"}))
     with pytest.raises(BadInput, match=r"data\.inputs: .* has no"):
-        prepare(parse_recipe(recipe | {"data": {"source": "odd:odd", "inputs": "odd:images_"}}))
+        prepare(parse_recipe(recipe | {"data": {"source": "toys:odd", "inputs": "toys:images_"}}))

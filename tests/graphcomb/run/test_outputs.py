@@ -16,34 +16,17 @@ from graphcomb.runtime.devices.table import get_target
 from graphcomb.runtime.engines.base import EngineReport
 from graphcomb.runtime.export.opset import choose_opset
 
-
-class Cancelled(nn.Module):
-    """Finite in fp16 and far off: 2048.1 is 2048 there."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(x + 2048) - 2048
-
-
-def cancelled() -> nn.Module:
-    return Cancelled()
-
-
-def wide() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 4))
-
-
 FP16 = {"data": None, "inputs": [[2, 3, 8, 8]], "precision": "fp16", "passes": ["Comb"]}
 ONNX = {"onnx": True, "report": False, "bench": False, "pt2": False}
 
 
 def test_an_fp16_file_that_is_far_off_ends_the_run(cli, recipe, refused, tmp_path: Path) -> None:
-    path = recipe(model="test_outputs:cancelled", outputs=ONNX, **FP16)
+    path = recipe(model="toys:cancelled", outputs=ONNX, **FP16)
     message = refused_but_fp32(cli, path, tmp_path / "out")
     assert "fp16 differs from the program" in message
     assert "first off in fp16: sub" in message
     assert not (tmp_path / "out" / "model.fp16.onnx").exists()
-    path = recipe(model="test_outputs:cancelled", outputs=ONNX | {"keep_fp32": ["*"]}, **FP16)
+    path = recipe(model="toys:cancelled", outputs=ONNX | {"keep_fp32": ["*"]}, **FP16)
     assert cli("run", path, "--out", tmp_path / "out", "--quiet").code == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["onnx"]["fp16"]["parity"] < 1e-3
@@ -78,7 +61,7 @@ def test_weights_with_the_pattern_build_engines_that_may_use_it(cli, recipe, bui
     pytest.importorskip("tensorrt_rtx")
     engines = ["rtx-sm86", {"target": "rtx-sm89", "sparse": False, "workspace": 64}]
     passes = [{"Sparsify": {"pattern": "2:4", "where": "all", "method": "magnitude"}}]
-    path = recipe(model="test_outputs:wide", passes=passes, outputs=ONNX | {"engines": engines})
+    path = recipe(model="toys:wide", passes=passes, outputs=ONNX | {"engines": engines})
     outcome = cli("run", path, "--out", tmp_path / "out", "--quiet")
     assert outcome.code == 0, outcome.err
     assert builds == [
