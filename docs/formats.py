@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import get_type_hints
 
 from graphcomb.runtime import device_results as results
 from graphcomb.runtime import summary
 
 FORMATS = (
-    summary.Summary, summary.Record, summary.Cost, summary.Costs, summary.Scores, summary.Verified, summary.RecordedLayer,
-    summary.Widths, summary.Work, summary.KernelCount, summary.Epoch, summary.Refused, summary.Bench, summary.Timing,
+    summary.Summary, summary.Record, summary.Cost, summary.Change, summary.Scores, summary.Verified, summary.RecordedLayer,
+    summary.KernelCount, summary.Epoch, summary.Refused, summary.Bench, summary.Timing,
     summary.Engine, summary.Kernel, summary.Origin, summary.Pad, summary.Unfused, summary.Onnx, summary.Prediction,
     summary.PredictedLayer, summary.Predicted, summary.Uncertainty, summary.Calibration, results.Device, results.Bundle,
     results.BundledModel, results.BundledLayer, results.DeviceModel, results.DeviceEngine, results.DeviceParity,
@@ -37,12 +36,15 @@ def markdown() -> str:
     for model in FORMATS:
         lines += ["", f"## {model.__name__}", "", " ".join((model.__doc__ or "").split()), ""]
         lines += ["| field | type | meaning |", "| --- | --- | --- |"]
-        hints = get_type_hints(model)
         for name, field in model.model_fields.items():
-            kind = str(hints[name]) if not isinstance(hints[name], type) else hints[name].__name__
+            hint = field.annotation
             kind = (
-                re.sub(r"\b(typing|graphcomb\.runtime\.\w+)\.", "", kind).replace(" | ", " or ").replace("None", "null")
+                hint.__name__
+                if isinstance(hint, type)
+                else re.sub(r"\b(typing|graphcomb\.runtime\.\w+)\.", "", str(hint))
             )
+            for python, plain in ((" | ", " or "), ("None", "null"), ("~T", "any")):
+                kind = kind.replace(python, plain)
             optional = "" if field.is_required() else " (optional)"
             lines.append(f"| {field.alias or name} | {kind} | {field.description}{optional} |")
     return "\n".join(lines) + "\n"

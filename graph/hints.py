@@ -36,7 +36,7 @@ def checked(hint: Any, value: Any, name: str) -> Any:
 
 
 def in_words(hint: Any) -> str:
-    """What a type hint asks for, as in "a whole number or a list"; None is left out."""
+    """Say what a type hint asks for, as in "a whole number or a list"; None is left out."""
     origin = get_origin(hint) or hint
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(in_words(part) for part in get_args(hint) if part is not NoneType))
@@ -60,7 +60,7 @@ def check_fields(instance: Any) -> None:
 
 @functools.cache
 def field_hints(cls: type) -> dict[str, Any]:
-    """The type hints of a class; none where a name in them is not known at run time, and nothing can be checked."""
+    """Return the type hints of a class; none where a name in them is not known at run time, and nothing can be checked."""
     try:
         return get_type_hints(cls)
     except NameError:

@@ -93,18 +93,18 @@ def image_folder(
         train: [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()],
         val: [transforms.Resize(round(size / 0.875)), transforms.CenterCrop(size)],
     }
-    found = []
+    splits = []
     for split, changes in first.items():
         if not (Path(root) / split).is_dir():
             raise BadInput(f"image-folder: {Path(root) / split} is not a folder of one folder per class")
         try:
-            found.append(datasets.ImageFolder(str(Path(root) / split), transforms.Compose([*changes, *last])))
+            splits.append(datasets.ImageFolder(str(Path(root) / split), transforms.Compose([*changes, *last])))
         except (FileNotFoundError, OSError) as error:
             raise BadInput(f"image-folder: {Path(root) / split}: {str(error).splitlines()[0][:200]}") from error
-    if found[0].classes != found[1].classes:
-        odd = sorted(set(found[0].classes) ^ set(found[1].classes))
+    if splits[0].classes != splits[1].classes:
+        odd = sorted(set(splits[0].classes) ^ set(splits[1].classes))
         raise BadInput(f"image-folder: {train} and {val} do not have the same classes; only one of them has {odd[0]}")
-    return _file_loaders(found[0], found[1], batch_size, workers)
+    return _file_loaders(splits[0], splits[1], batch_size, workers)
 
 
 def segmentation_folder(
@@ -129,8 +129,8 @@ class Scenes(Dataset[Any]):
         images, labels = (Path(root) / kind / split for kind in ("images", "annotations"))
         if not images.is_dir() or not labels.is_dir():
             raise BadInput(f"segmentation-folder: {images if not images.is_dir() else labels} is not a folder")
-        found = [p for p in sorted(images.iterdir()) if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
-        self.pairs = [(p, labels / f"{p.stem}.png") for p in found]
+        photographs = [p for p in sorted(images.iterdir()) if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
+        self.pairs = [(p, labels / f"{p.stem}.png") for p in photographs]
         missing = next((label for _, label in self.pairs if not label.is_file()), None)
         if not self.pairs or missing is not None:
             raise BadInput(f"segmentation-folder: {f'{missing} is missing' if missing else f'{images} holds no image'}")

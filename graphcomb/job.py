@@ -32,7 +32,8 @@ DEFAULT_SHAPE = [1, 3, 224, 224]
 
 @dataclass
 class Job:
-    """What a recipe stands for, loaded and checked: everything a pipeline needs. val is None without labels."""
+    """A recipe, loaded and checked: its captured program, target, data (val is None without labels), loss and metric, and
+    what predicts latencies."""
 
     recipe: Recipe
     program: Program
@@ -44,7 +45,7 @@ class Job:
     latency: Any = None
 
     def context(self, progress: bool = False) -> Context:
-        """The context in which a single pass of the recipe would run."""
+        """Return the context in which the passes of the recipe run."""
         return Context(
             data=self.train, val=self.val, loss=self.loss, metric=self.metric, target=self.target,
             dtype=self.recipe.precision, teacher=self.program, seed=self.recipe.seed, progress=progress,
@@ -98,7 +99,7 @@ def _check_outputs(recipe: Recipe) -> None:
 
 
 def targets_of(recipe: Recipe) -> list[Target]:
-    """All that the run's ONNX files are for, the run's own target first."""
+    """Return all targets that the run's ONNX files are for, the recipe's `target` first."""
     return [get_target(name) for name in (recipe.target, *(engine.target for engine in recipe.outputs.engines))]
 
 
@@ -121,7 +122,7 @@ def _latency(recipe: Recipe, target: Target) -> LatencyTable | Roofline | None:
 
 
 def example(inputs: list[Input], seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Example inputs: Gaussian noise for floats, zeros for integers and booleans."""
+    """Return example inputs: Gaussian noise for floats, zeros for integers and booleans."""
     generator = torch.Generator().manual_seed(seed)
     result = []
     for wanted in inputs:

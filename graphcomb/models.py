@@ -60,7 +60,7 @@ class SmallResNet(nn.Module):
 
 
 def random_torchvision(name: str, **options: Any) -> nn.Module:
-    """A torchvision model with random weights, for runs without a network.
+    """Make a torchvision model with random weights, for runs without a network.
 
     Some start with weights of zero (the head of ViT); those are drawn too, as outputs of zero would agree with
     everything. options: arguments of torchvision's own builder.
@@ -89,7 +89,7 @@ class Training:
 
 
 def trained_digits(**options: Any) -> SmallResNet:
-    """A `SmallResNet` trained on digits, in eval mode; trained once (about a minute on two cores), then cached.
+    """Return a `SmallResNet` trained on digits, in eval mode; it is trained once (about a minute on two cores), then cached.
 
     options: fields of `Training`.
     """
@@ -107,7 +107,7 @@ def trained_digits(**options: Any) -> SmallResNet:
 
 
 def fit(model: nn.Module, training: Training) -> None:
-    """Supervised training on digits: AdamW, one learning-rate cycle, label smoothing 0.1."""
+    """Train a model on digits in place: cross-entropy with label smoothing 0.1, AdamW, one learning-rate cycle."""
     loader, _ = digits(training.batch_size, training.size)
     optimizer = torch.optim.AdamW(model.parameters(), training.rate, weight_decay=training.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.rate, training.epochs * len(loader))

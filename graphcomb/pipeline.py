@@ -137,8 +137,10 @@ class Pipeline:
 
 
 def verification(pass_: Pass, program: Program, result: PassResult, seed: int) -> dict[str, Any] | None:
-    """What can be proven about a result, as {"oracle", "error", "tolerance"}, errors relative and in float64: a surgery
-    against the absence oracle, an exact pass against its input program. None for passes that train."""
+    """Check what can be proven: a surgery against the absence oracle, an exact pass against its input program.
+
+    Returns {"oracle", "error", "tolerance"}, errors relative and in float64; None for passes that train.
+    """
     if result.removed:
         verdict = verify.check(program, result, seed=seed)
         if verdict.vacuous:
@@ -154,8 +156,8 @@ def verification(pass_: Pass, program: Program, result: PassResult, seed: int) -
 
 
 def check_invariants(program: Program, name: str, before: Program) -> None:
-    """What every program must be after a pass: a well-formed graph of functional operators without dead tensors. Updates
-    of the model's own buffers, which a capture keeps as they are, may stay."""
+    """Check what every program must be after a pass: a well-formed graph of functional operators. Updates of the model's own
+    buffers, which a capture keeps as they are, may stay. Raises GraphcombError that names pass and node."""
     module = program.graph_module
     module.graph.lint()
     known = set(map(op_name, filter(writes, before.graph.nodes)))
@@ -180,7 +182,7 @@ def figure_name(context: Context) -> str:
 
 
 def figure(name: str, value: float) -> str:
-    """A metric's mean as text: in percent when it is an accuracy, whose values are shares."""
+    """Write a metric's mean: in percent when it is an accuracy, whose values are shares."""
     return f"{value:.2%}" if name in ACCURACY else f"{value:.4g}"
 
 

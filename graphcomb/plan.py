@@ -64,16 +64,16 @@ class Plan(Section):
 
 
 def make_plan(job: Job) -> list[dict[str, Any]]:
-    """What the recipe's first RemoveChannels would do, group by group (see `RemoveChannels.plan`); empty when it has none
-    and a PruneDepth instead."""
-    found = next((p for p in job.recipe.passes if isinstance(p, RemoveChannels)), None)
-    if found is None and not _prunes_depth(job):
+    """Return what the recipe's first RemoveChannels would do, group by group (see `RemoveChannels.plan`); nothing when it
+    has none and a PruneDepth instead. Raises BadInput when it has neither."""
+    removal = next((p for p in job.recipe.passes if isinstance(p, RemoveChannels)), None)
+    if removal is None and not _prunes_depth(job):
         raise BadInput("passes: no RemoveChannels in the recipe and no PruneDepth, so there is nothing to plan")
-    return found.plan(job.program, job.context()) if found else []
+    return removal.plan(job.program, job.context()) if removal else []
 
 
 def make_blocks(job: Job) -> list[Block]:
-    """The blocks of the network, for a recipe with a PruneDepth."""
+    """Return the blocks of the network for a recipe with a PruneDepth, else nothing."""
     return find_blocks(job.program) if _prunes_depth(job) else []
 
 
@@ -106,7 +106,7 @@ def _lines(entries: list[dict[str, Any]]) -> list[str]:
 
 
 def read_plan(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a plan file as `RemoveChannels` takes them; BadInput with file and path of the field."""
+    """Return the rows of a plan file as `RemoveChannels` takes them. Raises BadInput with file and path of the field."""
     tree = read_yaml(path)
     try:
         plan = Plan.model_validate(tree)

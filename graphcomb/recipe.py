@@ -96,7 +96,7 @@ class EngineOutput(Section):
     log: str | None = None
 
     def options(self) -> dict[str, Any]:
-        """What is set, besides the target."""
+        """Return the options that are set, without the target."""
         return {k: v for k, v in self.model_dump(exclude={"target"}).items() if v is not None}
 
 
@@ -142,7 +142,7 @@ class Recipe(Section):
     outputs: Outputs = Outputs()
 
     def key(self) -> dict[str, Any]:
-        """What a finished pass depends on besides its own options: everything that is not an output."""
+        """Return what a finished pass depends on besides its own options: every field that is not an output."""
         return self.model_dump(mode="json", exclude={"passes", "outputs"})
 
 
@@ -158,7 +158,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping; BadInput with file and line otherwise."""
+    """Return the mapping that a YAML file holds. Raises BadInput with file and line for any other file."""
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -184,7 +184,7 @@ def parse_recipe(tree: dict[str, Any]) -> Recipe:
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """The first validation error as `path: what is wrong, what would be right`."""
+    """Write the first validation error as `path: what is wrong, what would be right`."""
     first = error.errors()[0]
     path = ".".join([prefix, *map(str, first["loc"])] if prefix else map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
@@ -204,10 +204,10 @@ def _inner(owner: type[BaseModel], part: str | int) -> type[BaseModel]:
         return owner
     stack: list[Any] = [owner.model_fields[part].annotation]
     while stack:
-        found = stack.pop()
-        if inspect.isclass(found) and issubclass(found, BaseModel):
-            return found
-        stack.extend(get_args(found))
+        part_type = stack.pop()
+        if inspect.isclass(part_type) and issubclass(part_type, BaseModel):
+            return part_type
+        stack.extend(get_args(part_type))
     return owner
 
 
@@ -218,13 +218,13 @@ def _brief(value: Any) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- passes
 def known_passes() -> dict[str, type[Pass]]:
-    """All passes a recipe may name: the public ones of `graphcomb.passes`."""
-    found = {name: getattr(library, name) for name in library.__all__}
-    return {n: c for n, c in found.items() if inspect.isclass(c) and issubclass(c, Pass) and c is not Pass}
+    """Return all passes that a recipe may name, by name: the public ones of `graphcomb.passes`."""
+    public = {name: getattr(library, name) for name in library.__all__}
+    return {n: c for n, c in public.items() if inspect.isclass(c) and issubclass(c, Pass) and c is not Pass}
 
 
 def parse_passes(steps: list[Any]) -> list[Pass]:
-    """Passes from a list of names and of single-key mappings `{name: {option: value}}`."""
+    """Make passes from a list of names and of single-key mappings `{name: {option: value}}`."""
     known = known_passes()
     result = []
     for i, step in enumerate(steps):
@@ -240,7 +240,7 @@ def parse_passes(steps: list[Any]) -> list[Pass]:
 
 
 def parse_pass(cls: type[Pass], options: Any, path: str) -> Pass:
-    """One pass from its options; what the pass itself says against them is told with the path of the field."""
+    """Make one pass from its options. What the pass says against them is raised as BadInput with the path of the field."""
     options = {} if options is None else options
     if not isinstance(options, dict):
         raise BadInput(f"{path}: expected options as a mapping, got {_brief(options)}")

@@ -14,7 +14,7 @@ from .runtime.engines.torch.base import specs
 
 
 def read_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes by name of an input, of one each. Raises BadInput for another text."""
+    """Read texts NAME=SIZES into one shape by name of an input. Raises BadInput for another text."""
     return {name: _one(name, rows) for name, rows in read_ranges(texts).items()}
 
 
@@ -25,8 +25,9 @@ def _one(name: str, rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def read_ranges(texts: Sequence[str]) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Smallest, best and largest shape by name of an input: NAME=MIN,BEST,MAX, or one shape for all three."""
-    found: dict[str, tuple[tuple[int, ...], ...]] = {}
+    """Read texts NAME=MIN,BEST,MAX, or NAME=SIZES for all three, into three shapes by name of an input. Raises BadInput for
+    another text."""
+    ranges: dict[str, tuple[tuple[int, ...], ...]] = {}
     for text in texts:
         name, equals, value = text.rpartition("=")  # names of inputs may hold anything
         try:
@@ -35,15 +36,15 @@ def read_ranges(texts: Sequence[str]) -> dict[str, tuple[tuple[int, ...], ...]]:
             rows = ()
         if not equals or not name or len(rows) not in (1, 3) or any(size < 1 for row in rows for size in row):
             raise BadInput(f"--shape {text}: expected NAME=SIZES, as in x=1x3x480x640")
-        if name in found:
+        if name in ranges:
             raise BadInput(f"--shape {text}: {name} has a shape already")
-        found[name] = rows if len(rows) == 3 else rows * 3
-    return found
+        ranges[name] = rows if len(rows) == 3 else rows * 3
+    return ranges
 
 
 def with_batch(shapes: Sequence[Sequence[int]], batch: int | None) -> list[list[int]]:
-    """The shapes of a model's inputs (by default one image), at a batch: their first sizes, where these are the first
-    input's."""
+    """Return the shapes of a model's inputs (by default one image) with the first size replaced by a batch, where it is
+    that of the first input. Raises BadInput for shapes that have another batch already."""
     rows = [list(shape) for shape in shapes] or [list(DEFAULT_SHAPE)]
     first = rows[0][0] if rows[0] else None
     if batch is None or first is None:
@@ -54,7 +55,7 @@ def with_batch(shapes: Sequence[Sequence[int]], batch: int | None) -> list[list[
 
 
 def example_batch(program: Program) -> int | None:
-    """The batch that a program without dynamic dimensions has; None for another."""
+    """Return the batch size of a program without dynamic dimensions; None for one with."""
     inputs = specs(program)[0]
     fixed = all(None not in spec.shape for spec in inputs)
     return inputs[0].shape[0] if fixed and inputs and inputs[0].shape else None
@@ -69,7 +70,7 @@ def check_names(program: Program, shapes: Mapping[str, Sequence[int]]) -> None:
 
 
 def at_shapes(program: Program, shapes: Mapping[str, Sequence[int]], batch: int | None) -> Program:
-    """The program captured again for inputs of these shapes, others as in its example, all of them fixed."""
+    """Capture a program again for inputs of these shapes, all of them fixed; other inputs keep the shapes of the example."""
     check_names(program, shapes)
     inputs = iter(specs(program)[0])
 

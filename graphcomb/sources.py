@@ -17,7 +17,7 @@ from .graph.program import Program, load
 
 
 def resolve(spec: str, field: str) -> Any:
-    """The object named `package.module:attribute`; the working folder is searched too.
+    """Return the object named `package.module:attribute`; the working folder is searched too.
 
     Raises BadInput naming `field`.
     """
@@ -27,14 +27,14 @@ def resolve(spec: str, field: str) -> Any:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(module_name)
+        value: Any = importlib.import_module(module_name)
     except Exception as error:
         raise BadInput(f'{field}: cannot import "{module_name}" ({_reason(error)})') from error
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise BadInput(f'{field}: {module_name} has no "{attribute}"; {nearest(part, _public(found))}')
-        found = getattr(found, part)
-    return found
+        if not hasattr(value, part):
+            raise BadInput(f'{field}: {module_name} has no "{attribute}"; {nearest(part, _public(value))}')
+        value = getattr(value, part)
+    return value
 
 
 def call(spec: str, arguments: dict[str, Any], field: str) -> Any:
@@ -46,7 +46,7 @@ def call(spec: str, arguments: dict[str, Any], field: str) -> Any:
 
 
 def load_model(spec: str, arguments: dict[str, Any] | None = None, field: str = "model") -> torch.nn.Module | Program:
-    """A module from `package.module:callable`, or a Program from a `.pt2` file."""
+    """Return a module from `package.module:callable`, or a Program from a `.pt2` file. Raises BadInput naming `field`."""
     if spec.endswith(".pt2"):
         if arguments:
             raise BadInput(f"{field}: a .pt2 file takes no arguments")
@@ -56,24 +56,27 @@ def load_model(spec: str, arguments: dict[str, Any] | None = None, field: str = 
             raise type(error)(f"{field}: {error}") from error
     if ":" not in spec:
         raise BadInput(f'{field}: "{spec}" is neither package.module:callable nor a .pt2 file')
-    found = call(spec, arguments or {}, field)
-    if isinstance(found, ExportedProgram):
-        return Program.from_exported(found)
-    if not isinstance(found, (torch.nn.Module, Program)):
-        raise BadInput(f"{field}: {spec} returned a {type(found).__name__}, not a torch.nn.Module")
-    return found
+    model = call(spec, arguments or {}, field)
+    if isinstance(model, ExportedProgram):
+        return Program.from_exported(model)
+    if not isinstance(model, (torch.nn.Module, Program)):
+        raise BadInput(f"{field}: {spec} returned a {type(model).__name__}, not a torch.nn.Module")
+    return model
 
 
 def load_data(spec: str, arguments: dict[str, Any] | None = None, field: str = "data") -> tuple[Any, Any]:
-    """Training and validation batches: both re-iterable. A callable may return one loader (used for both) or two."""
+    """Return training and validation batches, both re-iterable. A callable may return one loader (used for both) or two.
+
+    Raises BadInput naming `field` for anything else.
+    """
     arguments = arguments or {}
     if ":" in spec:
-        found = call(spec, arguments, field)
+        loaders = call(spec, arguments, field)
     elif spec in builtin.BUILTIN:
-        found = _guarded(builtin.BUILTIN[spec], spec, arguments, field)
+        loaders = _guarded(builtin.BUILTIN[spec], spec, arguments, field)
     else:
         raise BadInput(f'{field}: unknown data "{spec}"; {nearest(spec, builtin.BUILTIN)}, or package.module:callable')
-    pair = found if isinstance(found, tuple) and len(found) == 2 else (found, found)
+    pair = loaders if isinstance(loaders, tuple) and len(loaders) == 2 else (loaders, loaders)
     for loader in pair:
         if isinstance(loader, (str, dict, torch.Tensor)) or not isinstance(loader, Iterable):
             raise BadInput(f"{field}: {spec} returned a {type(loader).__name__}, not a DataLoader or (train, val)")
@@ -83,7 +86,7 @@ def load_data(spec: str, arguments: dict[str, Any] | None = None, field: str = "
 
 
 def first_batch(loader: Any, field: str = "data") -> Any:
-    """The first batch of a loader; raises BadInput when it is empty or fails."""
+    """Return the first batch of a loader. Raises BadInput when it is empty or fails."""
     try:
         return next(iter(loader))
     except StopIteration:
@@ -100,8 +103,8 @@ def _guarded(function: Any, spec: str, arguments: dict[str, Any], field: str) ->
     except GraphcombError as error:
         raise type(error)(f"{field}: {error}") from error
     except Exception as error:
-        given = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
-        raise BadInput(f"{field}: {spec}({given}) failed ({_reason(error)})") from error
+        text = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
+        raise BadInput(f"{field}: {spec}({text}) failed ({_reason(error)})") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -109,5 +112,5 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _public(found: Any) -> list[str]:
-    return [n for n in dir(found) if not n.startswith("_")]
+def _public(value: Any) -> list[str]:
+    return [n for n in dir(value) if not n.startswith("_")]

@@ -34,7 +34,7 @@ class Store:
         self.warned = False
 
     def find(self, index: int, pass_: Pass, program: Program) -> Program | None:
-        """The stored result of the pass, or None. Call once per pass, in order: the digest covers all before it."""
+        """Return the stored result of a pass, or None. Call once per pass, in order: the digest covers all before it."""
         parts = [self.digest, type(pass_).__name__, code_of(type(pass_)), pass_.options()]
         self.digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
         base = self.path(index, pass_)
@@ -81,5 +81,5 @@ class Store:
         shutil.rmtree(base, ignore_errors=True)
 
     def path(self, index: int, pass_: Pass) -> Path:
-        """Where the pass is stored, without a suffix."""
+        """Return where a pass is stored, without a suffix."""
         return self.folder / f"{index:02d}-{type(pass_).__name__}"

@@ -53,7 +53,7 @@ class Context:
         self.out = None if self.out is None else Path(self.out)
 
     def replaced(self, caller: str, **fields: Any) -> Context:
-        """A copy in which some fields are set anew. Raises BadInput that names the caller for a field there is not."""
+        """Return a copy in which some fields are set anew. Raises BadInput that names the caller for an unknown field."""
         try:
             return dataclasses.replace(self, **fields)
         except TypeError as error:

@@ -12,22 +12,22 @@ Read = TypeVar("Read", bound=BaseModel)
 
 
 class Format(BaseModel):
-    """Fields that are not named here are allowed, and kept."""
+    """Base of the models: fields that a model does not name are allowed, and kept."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form: what was set, under the names that the file has."""
+        """Return the JSON-able form: what was set, under the names that the file has."""
         return self.model_dump(by_alias=True, exclude_unset=True)
 
 
 def says(text: str, **options: Any) -> Any:
-    """A field with what it means."""
+    """Declare a field with what it means; options are those of pydantic's Field."""
     return Field(description=text, **options)
 
 
 def read(model: type[Read], values: Any, where: str) -> Read:
-    """The values as a model. Raises BadInput that names the file and the first field that is wrong."""
+    """Check values and return them as a model. Raises BadInput that names the file and the first field that is wrong."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -7,11 +7,13 @@ Fields may be added; those below keep their meaning.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ..graph.errors import BadInput
 from .device_results import Device
 from .formats import Format, read, says
+
+T = TypeVar("T")
 
 
 class Cost(Format):
@@ -22,33 +24,17 @@ class Cost(Format):
     unknown: list[str] = says("operators whose multiply-accumulates are not known and not counted", default=[])
 
 
-class Costs(Format):
-    """What a pass or a run changes of the cost."""
+class Change(Format, Generic[T]):
+    """Before and after a pass or a run."""
 
-    before: Cost = says("of the program that went in")
-    after: Cost = says("of the program that came out")
+    before: T = says("of the program that went in")
+    after: T = says("of the program that came out")
 
 
-class Scores(Format):
-    """What a pass changes of the metric's mean."""
+class Scores(Change[float | None]):
+    """The metric's mean, before and after a pass."""
 
-    before: float | None = says("of the program that went in")
-    after: float | None = says("of the program that came out")
     metric: str = says("what it is called", default="accuracy")
-
-
-class Widths(Format):
-    """Channels of a layer, each a list of two: input and output channels."""
-
-    before: list[int] = says("of the program that went in")
-    after: list[int] = says("of the program that came out")
-
-
-class Work(Format):
-    """Multiply-accumulates of a layer."""
-
-    before: int = says("of the program that went in")
-    after: int = says("of the program that came out")
 
 
 class Verified(Format):
@@ -64,19 +50,15 @@ class RecordedLayer(Format):
 
     name: str = says("of the weight, or of the node where there is none")
     kind: str = says("conv, depthwise or linear")
-    channels: Widths = says("how many go in and come out")
-    macs: Work = says("multiply-accumulates")
+    channels: Change[list[int]] = says("how many go in, and how many come out")
+    macs: Change[int] = says("multiply-accumulates")
 
 
-class KernelCount(Format):
+class KernelCount(Change[int]):
     """How many kernels a run starts, as the target's library is predicted to make them."""
 
-    before: int = says("of the program that went in")
-    after: int = says("of the program that came out")
     more: list[str] = says("nodes that begin those that are new, where there are more", default=[])
-    dead: dict[str, list[str]] = says(
-        "by softmax that has a single entry left, the nodes that only it reads", default={}
-    )
+    dead: dict[str, list[str]] = says("by softmax with a single entry left, the nodes only it reads", default={})
 
 
 class Refused(Format):
@@ -100,7 +82,7 @@ class Record(Format):
     options: dict[str, Any] = says("as in the recipe, defaults included")
     changed: list[Any] = says("what it changed; each pass says it in its own way", default=[])
     refused: list[Refused] = says("what it left alone, and why", default=[])
-    cost: Costs = says("of the program")
+    cost: Change[Cost] = says("of the program")
     seconds: float = says("wall time")
     accuracy: Scores | None = says("the metric, where there are labels", default=None)
     verified: Verified | None = says("how the result was checked, where it can be", default=None)
@@ -304,7 +286,7 @@ class Summary(Format):
     surgery_error: float | None = says("worst relative error against the oracle, float64; null without a surgery")
     onnx_parity: float | None = says("worst error of the fp32 ONNX file against the program")
     onnx_parity_fp16: float | None = says("of the fp16 one, which the engines are built from then", default=None)
-    cost: Costs | None = says("of the program")
+    cost: Change[Cost] | None = says("of the program")
     passes: list[Record] = says("in order")
     files: dict[str, Any] = says("paths of what was written, by kind")
     environment: dict[str, Any] = says("versions and machine")

@@ -23,7 +23,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
 def read_values(pairs: Sequence[str], option: str = "--arg") -> dict[str, Any]:
-    """The values, read as YAML, of texts such as `ratio=0.3`; BadInput names the option for another text."""
+    """Return names and values (read as YAML) of texts such as `ratio=0.3`. Raises BadInput that names the option."""
     values = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -37,7 +37,7 @@ def read_values(pairs: Sequence[str], option: str = "--arg") -> dict[str, Any]:
 
 
 def read_sizes(text: str, option: str = "--input") -> list[int]:
-    """Whole numbers separated by commas; BadInput names the option for another text."""
+    """Return the whole numbers of a text such as `1,3,224,224`. Raises BadInput that names the option."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:

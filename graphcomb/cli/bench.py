@@ -118,8 +118,8 @@ def bundle(
     if len(models) == 1 and Path(models[0]).is_dir():
         folder = Path(models[0])
         summary = read_run(folder / "summary.json")
-        found = {"dense": folder / "dense.onnx", "compressed": folder / "model.onnx"}
-        for path in found.values():
+        files = {"dense": folder / "dense.onnx", "compressed": folder / "model.onnx"}
+        for path in files.values():
             if not path.is_file():
                 raise BadInput(f"bundle: {path} is missing; run the recipe with outputs.onnx and outputs.bench")
         precision, target = precision or summary.precision, target or summary.target
@@ -129,16 +129,16 @@ def bundle(
             layers["dense"] = [row.before.to_dict() | {"name": row.name} for row in rows if row.before]
             layers["compressed"] = [row.after.to_dict() | {"name": row.name} for row in rows if row.after]
     else:
-        found = {}
+        files = {}
         for text in models:
             name, equals, file = text.partition("=")
             name, file = (name, file) if equals else (Path(text).stem, text)
-            if name in found:
+            if name in files:
                 raise BadInput(f"bundle: two models named {name}; name them, as in dense={file}")
-            found[name] = Path(file)
-    given = {name: load(path) if path.suffix == ".pt2" else path for name, path in found.items()}
+            files[name] = Path(file)
+    contents = {name: load(path) if path.suffix == ".pt2" else path for name, path in files.items()}
     folder = write_bundle(
-        out, given, precision or "fp16", target, batch, record, layers, read_shapes(shape or ()), opset
+        out, contents, precision or "fp16", target, batch, record, layers, read_shapes(shape or ()), opset
     )
     for name, about in read_json(folder / "bundle.json")["models"].items():
         if about["note"]:
@@ -147,7 +147,7 @@ def bundle(
 
 
 def show_bench(result: dict[str, Any]) -> None:
-    """Latencies and their ratio, or why there is none."""
+    """Print latencies and their ratio, or why there is none."""
     result = printable(result)
     table = Table("model", "median ms", "p95 ms", "runs", "times faster (95 %)")
     for timing in result["timings"]:
@@ -162,7 +162,7 @@ def show_bench(result: dict[str, Any]) -> None:
 
 
 def show_device(results: dict[str, Any]) -> None:
-    """What a bench bundle measured on a device."""
+    """Print what a bench bundle measured on a device."""
     results = printable(results)
     console.print(f"{results['device']['model'] or 'this machine'}, {results['engine']} {results['version']}")
     table = Table("model", "run as", "median ms", "p99 ms", "times faster", "power W", "energy mJ", "error")
@@ -170,8 +170,8 @@ def show_device(results: dict[str, Any]) -> None:
     for name, row in results["models"].items():
         power, error = row["power"], row["parity"]["error"]
         mark = " (wrong outputs)" if wrong & {next(iter(results["models"])), name} else ""
-        for mode, found in row["latency"].items():
-            ms = found.get("gpu_ms", found["host_ms"])
+        for mode, run in row["latency"].items():
+            ms = run.get("gpu_ms", run["host_ms"])
             ratio = results["ratios"].get(name, {}).get(mode)
             cells = (power.get("total_mw"), power.get("energy_mj"))
             table.add_row(

@@ -80,7 +80,7 @@ def build(
 
 
 def show_engine(report: dict[str, Any]) -> None:
-    """What a build made of the model: kernels, padding and quantisation that cost, memory, with their origin."""
+    """Print what a build made of the model: kernels, padding and quantisation that cost, memory, with their origin."""
     from ..runtime.engines.trt.kernels import UNFUSED
 
     report = printable(report)
@@ -120,7 +120,7 @@ def show_engine(report: dict[str, Any]) -> None:
 
 
 def show_dla(report: Sequence[Placement]) -> None:
-    """How many layers the DLA's rules allow, and why the others are left to the GPU."""
+    """Print how many layers the DLA's rules allow, and why the others are left to the GPU."""
     left = [p for p in report if p.why]
     console.print(f"by its rules the DLA can run {len(report) - len(left)} of {len(report)} layers")
     for p in left:

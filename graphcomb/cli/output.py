@@ -16,7 +16,7 @@ class Interrupted(Exception):
 
 
 def printable(value: Any) -> Any:
-    """A value of a file or a device without the control characters that a terminal would obey, in all its texts."""
+    """Return a value of a file or a device without the control characters, which a terminal would obey, in its texts."""
     if isinstance(value, str):
         return "".join("\ufffd" if category(c)[0] == "C" and c not in "\n\t" else c for c in value)
     if isinstance(value, dict):
@@ -25,6 +25,6 @@ def printable(value: Any) -> Any:
 
 
 def between(ratio: dict[str, float]) -> str:
-    """A ratio and the interval in which its median lies, as far as there is one."""
+    """Write a ratio and the interval in which its median lies, where there is one."""
     between = f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if "low" in ratio else ""
     return f"{ratio['median']:.2f}{between}"

@@ -74,7 +74,7 @@ def comb(
 
 
 def show_groups(rows: list[dict[str, Any]]) -> None:
-    """A table of groups: what can shrink first, then what cannot and why."""
+    """Print a table of groups: what can shrink first, then what cannot and why."""
     planned = any("keep" in r for r in rows)
     table = Table("group", "kind", "size", *(["keep", "saves MACs"] if planned else []), "frozen because")
     table.columns[0].overflow = "fold"
@@ -85,7 +85,7 @@ def show_groups(rows: list[dict[str, Any]]) -> None:
 
 
 def show_blocks(blocks: Sequence[Block]) -> None:
-    """A table of blocks, as they follow each other, and below it why some cannot be pruned."""
+    """Print a table of blocks in the order of the network, and below it why some cannot be pruned."""
     table = Table("block", "kind")
     table.columns[0].overflow = "fold"
     for head in ("MACs", "params", "saves\nMACs", "saves\nkernels"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -11,6 +12,9 @@ from rich.table import Table
 from ..graph.errors import BadInput
 from .arguments import Shapes, read_sizes, read_values
 from .output import console
+
+if TYPE_CHECKING:
+    from ..runtime.summary import Predicted, Prediction
 
 
 def predict(
@@ -43,6 +47,7 @@ def predict(
     from ..graph.files import write_json
     from ..job import prepare
     from ..recipe import parse_recipe
+    from ..runtime.summary import Prediction
     from ..shapes import at_shapes, check_names, example_batch, read_shapes, with_batch
 
     if len(models) > 2:
@@ -52,45 +57,44 @@ def predict(
     dtype = precision or (roofline.dtype if roofline else "fp32")
     if batch is not None and batch < 1:
         raise BadInput(f"batch: 1 or more, not {batch}")
-    given, sizes = read_shapes(shape or ()), [read_sizes(s) for s in input_ or ()]
-    if given and sizes:
+    shapes, sizes = read_shapes(shape or ()), [read_sizes(s) for s in input_ or ()]
+    if shapes and sizes:
         raise BadInput("--shape, --input: give one of the two")
     programs, fixed = {}, None
     for which, model in zip(("before", "after"), models, strict=False):
         tree: dict[str, Any] = {"model": {"source": model, "arguments": read_values(arg or ())}, "passes": []}
         saved = model.endswith(".pt2")
-        if not saved and (given or sizes or batch is not None):
-            tree["inputs"] = [{"shape": s} for s in with_batch(sizes or list(given.values()), batch)]
+        if not saved and (shapes or sizes or batch is not None):
+            tree["inputs"] = [{"shape": s} for s in with_batch(sizes or list(shapes.values()), batch)]
         program = prepare(parse_recipe(tree)).program
-        check_names(program, given)
-        programs[which] = program = at_shapes(program, given, batch) if saved and given else program
+        check_names(program, shapes)
+        programs[which] = program = at_shapes(program, shapes, batch) if saved and shapes else program
         fixed = fixed or example_batch(program)
         if fixed and batch not in (None, fixed):
             raise BadInput(f"--batch {batch}: {model} has a fixed batch of {fixed}; capture it with a dynamic one")
-    found = runtime.predict(programs, device, dtype, roofline, batch or fixed or 1)
+    prediction = runtime.predict(programs, device, dtype, roofline, batch or fixed or 1)
     if json_:
-        write_json(json_, found, indent=2)
-    show_prediction(found)
+        write_json(json_, prediction, indent=2)
+    show_prediction(Prediction.model_validate(prediction))
 
 
-def show_prediction(found: dict[str, Any]) -> None:
-    """Predicted time by layer, what bounds it, and why fewer channels will not help."""
+def show_prediction(prediction: Prediction) -> None:
+    """Print the predicted time by layer, what bounds it, and why fewer channels will not help."""
     from ..runtime.predict.roofline import calibration_text
 
     table = Table("layer", "op", "MACs", "padded", "bytes", "ms", "bound", "fewer channels")
     table.columns[0].overflow = "fold"
-    for row in found["layers"]:
-        sides = [row[k] for k in ("before", "after") if row.get(k)]
-        last = sides[-1]
+    for row in prediction.layers:
+        sides = [side for side in (row.before, row.after) if side]
 
-        def cell(key: str, form: str, sides: list[dict[str, Any]] = sides) -> str:
-            return " -> ".join(dict.fromkeys(form.format(side[key]) for side in sides))
+        def cell(key: str, form: str, sides: Sequence[Predicted] = sides) -> str:
+            return " -> ".join(dict.fromkeys(form.format(getattr(side, key)) for side in sides))
 
         numbers = [cell("macs", "{:,}"), cell("padded_macs", "{:,}"), cell("bytes", "{:,.0f}"), cell("ms", "{:.4f}")]
-        table.add_row(row["name"], row["op"], *numbers, cell("bound", "{}"), last["verdict"])
+        table.add_row(row.name, row.op, *numbers, cell("bound", "{}"), sides[-1].verdict)
     console.print(table)
-    console.print(f"{found['by']}: {' -> '.join(f'{ms:.3f} ms' for ms in found['ms'].values())}", soft_wrap=True)
-    if (c := found["calibration"]) is not None:
-        console.print(calibration_text(c), soft_wrap=True)
-    if (doubt := found.get("uncertainty")) is not None:
-        console.print(f"off by up to {doubt['factor']:.2g} times: {doubt['source']}", soft_wrap=True)
+    console.print(f"{prediction.by}: {' -> '.join(f'{ms:.3f} ms' for ms in prediction.ms.values())}", soft_wrap=True)
+    if prediction.calibration:
+        console.print(calibration_text(prediction.calibration.to_dict()), soft_wrap=True)
+    if doubt := prediction.uncertainty:
+        console.print(f"off by up to {doubt.factor:.2g} times: {doubt.source}", soft_wrap=True)

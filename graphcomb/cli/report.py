@@ -41,7 +41,7 @@ def report(
 
 
 def read_run(path: Path) -> Summary:
-    """The summary.json of a run."""
+    """Read the summary.json of a run. Raises BadInput, one line with the field, for another file."""
     from ..runtime.summary import read_summary
 
     return read_summary(_read(path), str(path))

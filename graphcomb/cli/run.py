@@ -58,7 +58,7 @@ def demo(
 
 
 def show_summary(summary: Summary) -> None:
-    """The figures of a finished run."""
+    """Print the figures of a finished run."""
     from ..pipeline import figure
     from ..runtime.measure.places import latency_place
 

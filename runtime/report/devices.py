@@ -102,8 +102,8 @@ def device_section(results: Device) -> dict[str, Any]:
 def _precisions(results: Device) -> dict[str, str]:
     """The precision of each model, which need not be the one that the bundle was asked for."""
     bundle = results.bundle
-    own = {name: model.precision for name, model in bundle.models.items()}
-    return {name: own.get(name) or bundle.precision or "" for name in results.models}
+    precisions = {name: model.precision for name, model in bundle.models.items()}
+    return {name: precisions.get(name) or bundle.precision or "" for name in results.models}
 
 
 def _rows(results: Device, name: str, roofline: Roofline | None, wrong: bool) -> list[dict[str, Any]]:

@@ -19,13 +19,13 @@ Point = tuple[float, float, str]  # cost, accuracy, stage
 
 def plots(summary: Summary, layers: list[LayerRow]) -> list[tuple[str, Markup]]:
     """Caption and SVG of every plot that the summary has the numbers for."""
-    found = [
+    drawn = [
         *_trade_offs(summary, _trajectory(summary)),
         *_profiles(layers),
         *_latencies(timings(summary)),
         *_training(_epochs(summary.passes), summary.metric),
     ]
-    return [(caption, _described(svg, f"{caption}. {words}")) for caption, svg, words in found]
+    return [(caption, _described(svg, f"{caption}. {words}")) for caption, svg, words in drawn]
 
 
 def _described(svg: str, words: str) -> Markup:
