@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = "graph|passes|runtime|graphcomb|tests|benchmarks|recipes|docs|examples"
-EXAMPLES = ("scale_biases",)  # files that a page shows whole, and that are not there
+EXAMPLES = ("scale_biases", "engines/reference", "my_norm")  # files that a page shows whole, and that are not there
 # Smaller than what the page says, to be quick.
 SMALL = {
     "trained_digits()": "trained_digits(width=16, epochs=1)",

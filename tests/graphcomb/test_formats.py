@@ -28,7 +28,7 @@ def test_the_pages_are_what_the_models_say() -> None:
 def test_every_model_is_on_the_page() -> None:
     for module in (schema, results):
         for name, model in vars(module).items():
-            if isinstance(model, type) and issubclass(model, Format) and model is not Format:
+            if isinstance(model, type) and issubclass(model, Format) and model is not Format and "[" not in name:
                 assert f"\n## {name}\n" in (DOCS / "formats.md").read_text()
 
 
