@@ -81,19 +81,7 @@ def write_bundle(
     """
     folder = Path(folder)
     device = get_target(target) if isinstance(target, str) else target
-    if device is not None:
-        device.alignment(kind)
-    if kind not in TOLERANCES:
-        raise BadInput(f"precision {kind}: not known; {nearest(str(kind), TOLERANCES)}")
-    if batch < 1:
-        raise BadInput(f"batch: 1 or more, not {batch}")
-    if not models:
-        raise BadInput("bundle: no models")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "bundle.json").is_file():
-        raise BadInput(f"{folder}: not empty, and no bundle; name another folder")
-    for name in models:
-        if not name.isidentifier():
-            raise BadInput(f"bundle: {name} is no name for a model; letters, digits and _ only")
+    _check(folder, models, kind, device, batch)
     folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {}
     inputs: list[np.ndarray] | None = None
@@ -110,19 +98,15 @@ def write_bundle(
                 if len(inputs) != len(engine.inputs):
                     raise BadInput(f"bundle: {name} takes {len(engine.inputs)} inputs, the first model {len(inputs)}")
                 feeds = [x.astype(i.dtype) for x, i in zip(inputs, engine.inputs, strict=True)]
-                outputs = engine.run(feeds)
-                names = [o.name for o in engine.outputs]
+                _write_reference(place / "reference.npz", engine, feeds)
                 engine.close()
                 model = check_model(file)
-            arrays = {f"input:{i.name}": x for i, x in zip(engine.inputs, feeds, strict=True)}
-            arrays |= {f"output:{n:03d}": y for n, y in enumerate(outputs)}
-            np.savez(place / "reference.npz", allow_pickle=False, **arrays)
             rules = ONNXRUNTIME if device is None else Roofline(device, kind).rules
             rows = describe(source, batch, rules) if isinstance(source, Program) else (layers or {}).get(name, ())
             about[name] = {
                 "file": f"{name}/{file.name}",
                 "reference": f"{name}/reference.npz",
-                "outputs": names,
+                "outputs": [output.name for output in engine.outputs],
                 "sha256": digest(file),
                 "data": {f"{name}/{data}": digest(place / data) for data in _weights(model, file)},
                 "precision": precision(model),
@@ -147,6 +131,32 @@ def write_bundle(
     head |= {"target": device.name if device else None, "engine": device.backend if device else None}
     write_json(folder / "bundle.json", head | {"models": about}, indent=1)
     return folder
+
+
+def _check(
+    folder: Path, models: Mapping[str, Program | str | Path], kind: str, device: Target | None, batch: int
+) -> None:
+    """Raise BadInput for what cannot be bundled, before anything is written."""
+    if device is not None:
+        device.alignment(kind)
+    if kind not in TOLERANCES:
+        raise BadInput(f"precision {kind}: not known; {nearest(str(kind), TOLERANCES)}")
+    if batch < 1:
+        raise BadInput(f"batch: 1 or more, not {batch}")
+    if not models:
+        raise BadInput("bundle: no models")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "bundle.json").is_file():
+        raise BadInput(f"{folder}: not empty, and no bundle; name another folder")
+    for name in models:
+        if not name.isidentifier():
+            raise BadInput(f"bundle: {name} is no name for a model; letters, digits and _ only")
+
+
+def _write_reference(file: Path, engine: OrtEngine, feeds: list[np.ndarray]) -> None:
+    """Write the inputs by name, and the outputs for them in order."""
+    arrays = {f"input:{spec.name}": array for spec, array in zip(engine.inputs, feeds, strict=True)}
+    arrays |= {f"output:{n:03d}": array for n, array in enumerate(engine.run(feeds))}
+    np.savez(file, allow_pickle=False, **arrays)
 
 
 @contextmanager

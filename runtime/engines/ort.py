@@ -17,6 +17,7 @@ import onnxruntime as ort
 from ...graph.errors import BadInput
 from ...graph.files import replacing
 from ..devices.table import Target
+from ..kit.ort import session_options
 from ..onnx_file import TensorSpec, precision
 from .base import EngineReport, HostEngine, Kernel, unparsed
 
@@ -33,19 +34,11 @@ class OrtEngine(HostEngine):
     """
 
     def __init__(self, path: Path, threads: int = 1, optimized: Path | None = None, plain: bool = False):
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options = session_options(threads, not plain and _is_half(path))
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # Waiting threads must sleep: spinning ones take the other cores' time and spoil every measurement.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if plain:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        elif _is_half(path):
-            # Seen with fp16 on CPUs: the extended optimisations crash the process (1.31), and with memory patterns
-            # LayerNormalization is wrong from the second run on (onnxruntime issue 27768).
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-            options.enable_mem_pattern = False
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
         try:

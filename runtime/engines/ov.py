@@ -103,7 +103,7 @@ def _kernel(op: Any) -> Kernel:
 
 
 def _library() -> Any:
-    import openvino
+    import openvino  # here, since it need not be installed
 
     return openvino
 

@@ -21,6 +21,22 @@ from .guard import GUARD, TRIES
 KERNEL = "_kernel_time"  # what ONNX Runtime's profiler appends to the name of a node
 
 
+def session_options(threads: int, half: bool) -> Any:
+    """Options of a session that is measured. half: the model computes in fp16."""
+    import onnxruntime  # here, since a device may be without it
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Waiting threads must sleep: spinning ones take the other cores' time and spoil every measurement.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if half:
+        # Seen with fp16 on CPUs: the extended optimisations crash the process (1.31), and with memory patterns
+        # LayerNormalization is wrong from the second run on (onnxruntime issue 27768).
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.enable_mem_pattern = False
+    return options
+
+
 class OnnxRuntime:
     """ONNX Runtime on the CPU: for a device without TensorRT, and to try a bundle out anywhere."""
 
@@ -29,7 +45,7 @@ class OnnxRuntime:
     def __init__(
         self, path: Path, arguments: argparse.Namespace, feeds: dict[str, np.ndarray], about: dict[str, Any]
     ) -> None:
-        import onnxruntime
+        import onnxruntime  # here, since a device may be without it
 
         start = time.perf_counter()
         self._path, self._threads, self._half = path, arguments.threads, about["precision"] == "fp16"
@@ -47,14 +63,9 @@ class OnnxRuntime:
         self._feeds = {k: v.astype(np.float16 if kinds[k] == "tensor(float16)" else v.dtype) for k, v in feeds.items()}
 
     def _open(self, profile: str | None = None) -> Any:
-        import onnxruntime
+        import onnxruntime  # as above
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if self._half:  # else some of its optimisations crash the process or compute something else on CPUs
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-            options.enable_mem_pattern = False
+        options = session_options(self._threads, self._half)
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
         return onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])

@@ -66,6 +66,21 @@ def new_logger(trt: Any) -> Any:
     return Logger()
 
 
+def new_profiler(trt: Any) -> Any:
+    """A profiler of the library's that collects the milliseconds of every layer (`times`) over several runs."""
+    base: Any = trt.IProfiler
+
+    class Profiler(base):
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.times: dict[str, list[float]] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.times.setdefault(layer_name, []).append(ms)
+
+    return Profiler()
+
+
 def new_context(trt: Any, engine: Any) -> Any:
     """An execution context, or None. TensorRT-RTX compiles kernels for the shapes at hand; it does so before the first run
     instead of beside later ones, which would run slower ones until then and could not be recorded as a graph."""
@@ -281,22 +296,11 @@ class TensorRT:
 
     def layers(self, runs: int) -> list[dict[str, Any]]:
         """Mean milliseconds of each layer, from the library's profiler, which slows the whole down."""
-        base: Any = self.trt.IProfiler
-        times: dict[str, list[float]] = {}
-
-        class Profiler(base):
-            def __init__(self) -> None:
-                base.__init__(self)
-
-            def report_layer_time(self, layer_name: str, ms: float) -> None:
-                times.setdefault(layer_name, []).append(ms)
-
-        self._context.profiler = profiler = Profiler()
+        self._context.profiler = profiler = new_profiler(self.trt)
         for _ in range(runs):
             self._enqueue()
             self._cuda.synchronize()
-        del profiler
-        return [{"name": name, "ms": round(sum(ms) / runs, 6)} for name, ms in times.items()]
+        return [{"name": name, "ms": round(sum(ms) / runs, 6)} for name, ms in profiler.times.items()]
 
     def close(self) -> None:
         for address in self._addresses:

@@ -45,21 +45,6 @@ def load_plugins(trt: ModuleType, logger: Any, paths: Sequence[str]) -> None:
             raise BadInput(f"option plugins: {path}: not a library of plugins for {trt.__name__}: {logger.error()}")
 
 
-def new_profiler(trt: ModuleType) -> Any:
-    """Collects the time of every layer over several runs."""
-    base: Any = trt.IProfiler
-
-    class Profiler(base):
-        def __init__(self) -> None:
-            base.__init__(self)
-            self.times: dict[str, list[float]] = {}
-
-        def report_layer_time(self, layer_name: str, ms: float) -> None:
-            self.times.setdefault(layer_name, []).append(ms)
-
-    return Profiler()
-
-
 def new_monitor(trt: ModuleType, bar: Progress, whole: TaskID) -> Any:
     """Shows the library's build phases as tasks of a progress bar."""
     base: Any = trt.IProgressMonitor

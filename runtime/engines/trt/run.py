@@ -17,10 +17,10 @@ from ....graph.errors import BadInput, MissingBackend, Refused
 from ...devices.table import NAMES
 from ...kit.cuda import Cuda, CudaError, NoCuda
 from ...kit.trt import DTYPES as NUMPY
-from ...kit.trt import new_context, new_logger, record
+from ...kit.trt import new_context, new_logger, new_profiler, record
 from ...onnx_file import TensorSpec
 from ..base import HostEngine
-from .library import library, load_plugins, new_profiler
+from .library import library, load_plugins
 
 if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT, whose interface both packages have
     import tensorrt as types
