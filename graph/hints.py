@@ -50,7 +50,7 @@ def in_words(hint: Any) -> str:
 
 def check_fields(instance: Any) -> None:
     """Check every field of a frozen dataclass against its type hint, and store what `checked` returns."""
-    cls: type = type(instance)
+    cls = type(instance)
     hints = field_hints(cls)
     for field in dataclasses.fields(instance):
         if field.name in hints:
@@ -59,7 +59,7 @@ def check_fields(instance: Any) -> None:
 
 
 @functools.cache
-def field_hints(cls: type) -> dict[str, Any]:
+def field_hints(cls: Any) -> dict[str, Any]:
     """Return the type hints of a class; none where a name in them is not known at run time, and nothing can be checked."""
     try:
         return get_type_hints(cls)

@@ -54,7 +54,7 @@ def _trade_offs(summary: Summary, path: list[Point]) -> Iterable[Plot]:
     if len(medians) == 2:
         yield latency("latency", medians[0], medians[1], "latency")
     for i, results in enumerate(summary.devices):
-        medians = [median(model) for model in results.models.values()]
+        medians = [median(model) or 0.0 for model in results.models.values()]
         if len(medians) > 1 and medians[0] and medians[-1]:
             yield latency(f"device-{i}", medians[0], medians[-1], f"latency on {device_name(results, 'a device')}")
 
@@ -109,8 +109,9 @@ def _trajectory(summary: Summary) -> list[Point]:
         points.append((record.cost.after.macs, record.accuracy.after if record.accuracy else None, record.pass_))
     points.append((last, summary.accuracy_after, "compressed"))
     known: list[Point] = []
-    for macs, accuracy, name in points:
-        if macs is not None and number(accuracy) is not None and (macs, accuracy) not in [p[:2] for p in known]:
+    for macs, score, name in points:
+        accuracy = number(score)
+        if macs is not None and accuracy is not None and (macs, accuracy) not in [p[:2] for p in known]:
             known.append((macs, accuracy, name))
     return known
 
