@@ -74,7 +74,7 @@ def measure(name: str) -> dict:
     """One row: worst relative error in both modes, what was warned, what was refused, and CPU seconds."""
     import torch
 
-    from graphcomb.graph import capture
+    from graphcomb import capture
     from graphcomb.graph.errors import CaptureError
 
     torch.set_num_threads(1)

@@ -44,7 +44,7 @@ def measure(name: str, runs: int, seconds: float, rival: bool) -> dict:
     import torch
     import torch_pruning as tp
 
-    from graphcomb.graph import capture
+    from graphcomb import capture
     from graphcomb.graph.comb.solve import Comb
     from graphcomb.passes import RemoveChannels
 

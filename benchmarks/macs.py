@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 def measure(name: str) -> dict:
     import torch
 
-    from graphcomb.graph import capture
+    from graphcomb import capture
 
     torch.set_num_threads(1)
     model, inputs = build(name)

@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # for tests/oracles
 def measure(name: str, count: int, seed: int) -> dict:
     import torch
 
-    from graphcomb.graph import capture
+    from graphcomb import capture
     from graphcomb.passes import RemoveChannels
     from tests.oracles.mutate import mutation_test
 

@@ -141,7 +141,7 @@ def measure(name: str, verify_up_to: float) -> dict:
     """One row: what the comb found, what was removed, how long it took, and the oracle's error."""
     import torch
 
-    from graphcomb.graph import capture
+    from graphcomb import capture
     from graphcomb.graph.comb.solve import Comb
     from graphcomb.graph.program import flatten_outputs
     from graphcomb.passes import RemoveChannels

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphcomb.graph import Program, capture, verify
+from graphcomb import Program, capture, verify
 from graphcomb.graph.comb.axes import Factor, monomials
 from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.nodes import op_name

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import graphcomb as g
-from graphcomb.graph import Program, capture
+from graphcomb import Program, capture
 from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.cost import COUNTS
 from graphcomb.graph.errors import Refused

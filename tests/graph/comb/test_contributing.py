@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import graphcomb
-from graphcomb.graph import verify
+from graphcomb import verify
 from graphcomb.graph.comb.rules import RULES
 from graphcomb.graph.verify.meanings import RULES as MEANINGS
 from graphcomb.passes import RemoveChannels

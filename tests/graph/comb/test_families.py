@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphcomb.graph import Program, capture, verify
+from graphcomb import Program, capture, verify
 from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.errors import GraphcombError
 from graphcomb.passes import PassResult, RemoveChannels

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
+from graphcomb import capture
 from graphcomb.cli import plan as cli
-from graphcomb.graph import capture
 from graphcomb.graph.comb.solve import Comb
 
 

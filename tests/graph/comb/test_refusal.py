@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphcomb
-from graphcomb.graph import capture, verify
+from graphcomb import capture, verify
 from graphcomb.graph.comb.groups import KINDS
 from graphcomb.graph.comb.rules import RULES
 from graphcomb.graph.comb.solve import Comb

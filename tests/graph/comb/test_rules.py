@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import Dim
 
 import graphcomb
-from graphcomb.graph import Program, capture, verify
+from graphcomb import Program, capture, verify
 from graphcomb.graph.comb.groups import KINDS
 from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.surgery import remove

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphcomb.graph import capture, verify
+from graphcomb import capture, verify
 from graphcomb.graph.errors import CaptureError
 from graphcomb.passes import RemoveChannels
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphcomb.graph as g
-from graphcomb.graph import verify
+from graphcomb import verify
 from graphcomb.graph.comb.solve import comb
 from graphcomb.graph.errors import BadInput, GraphcombError
 from graphcomb.graph.nodes import arguments, op_name, set_argument

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphcomb.graph import Program, capture
+from graphcomb import Program, capture
 from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.surgery import remove
 from graphcomb.graph.workload.layer import Layer

@@ -117,6 +117,11 @@ def test_help_names_every_command(cli) -> None:
         assert f"\n  {command} " in outcome.out
 
 
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from graphcomb.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Sums are added up in the same order as in a process with one thread."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from graphcomb.graph import verify
+from graphcomb import verify
 from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.program import load
 from graphcomb.graph.surgery import remove

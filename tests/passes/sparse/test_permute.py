@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import graphcomb.graph as g
+from graphcomb import verify
 from graphcomb.graph import sparse as masks
-from graphcomb.graph import verify
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Sparsify
 from graphcomb.passes.sparse.permute import best_order, kept, permuted
