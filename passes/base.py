@@ -28,8 +28,8 @@ class Context:
         that give what the model takes and what loss and metric take.
     loss: `loss(outputs, labels) -> scalar tensor`; metric: `metric(outputs, labels) -> per-sample scores` (higher is
         better, averaged over the data set).
-    target: a device with `alignment(dtype) -> int` (see `runtime.target`); dtype: what the engine will run in.
-    latency: predicts how long layers take (see `graph.layers.Latency`), for latency targets.
+    target: a device with `alignment(dtype) -> int` (see `runtime.Target`); dtype: what the engine will run in.
+    latency: predicts how long layers take (see `graph.workload.layers.Latency`), for latency targets.
     teacher: the dense program, for distillation. out: folder for checkpoints. progress: show progress bars.
     """
 
@@ -117,6 +117,7 @@ class Options:
     before the class's own `__post_init__` checks its range."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
+        """Put the check of the types before the `__post_init__` that a subclass defines, which need not call ours."""
         super().__init_subclass__(**keywords)
         if "__post_init__" in cls.__dict__:
             check_range = cls.__post_init__

@@ -57,6 +57,14 @@ class InPlace(Pass):
         return PassResult(result, {"changed": [node.name]})
 
 
+@dataclass(frozen=True)
+class Unreasoned(Pass):
+    """Refuses something and does not say why."""
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        return PassResult(program.copy(), {"changed": [], "refused": [{"what": "x"}]})
+
+
 @pytest.fixture
 def program() -> Program:
     CALLS.clear()
@@ -105,6 +113,11 @@ def test_an_exact_pass_that_changes_the_function_is_not_kept(program: Program, t
 def test_a_graph_that_is_not_functional_is_refused(program: Program) -> None:
     with pytest.raises(GraphcombError, match="InPlace: left the in-place operator relu_ at relu"):
         Pipeline([InPlace()]).run(program)
+
+
+def test_a_record_that_nobody_could_read_is_refused(program: Program) -> None:
+    with pytest.raises(BadInput, match=r"^Unreasoned: its record: refused.0.why: Field required, got {'what': 'x'}$"):
+        Pipeline([Unreasoned()]).run(program)
 
 
 def test_finished_passes_are_taken_over_until_something_they_depend_on_changes(
