@@ -16,12 +16,11 @@ from torch import fx
 from ...graph.comb.axes import Factor
 from ...graph.comb.costs import Sizer
 from ...graph.comb.solve import Comb
+from ...graph.facts import SOFTMAXES
 from ...graph.nodes import op_name, shape, source
 from ...graph.workload.fusion import kernels
 from ...graph.workload.libraries import Rules, Shape, library, single
 from ..base import Context
-
-ONES = frozenset("softmax _softmax log_softmax _log_softmax".split())
 
 
 def kernel_record(comb: Comb, sizes: Mapping[Factor, int], smaller: fx.Graph, context: Context) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def kernel_record(comb: Comb, sizes: Mapping[Factor, int], smaller: fx.Graph, co
     more = [source(node) for node in smaller.nodes if new.get(node.name, 0) > old.get(node.name, 0)]
     found: dict[str, Any] = {"before": counts[0], "after": counts[1], "more": more if counts[1] > counts[0] else []}
     known = {node.name for node in comb.module.graph.nodes if single(node)}
-    dead = [n for n in smaller.nodes if op_name(n) in ONES and single(n, kept) and n.name not in known]
+    dead = [n for n in smaller.nodes if op_name(n) in SOFTMAXES and single(n, kept) and n.name not in known]
     return found | {"dead": {source(n): [m.name for m in _only_for(n)] for n in dead}}
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import fx
 
 from ...graph.cost import evaluate, macs
+from ...graph.facts import CONVS, MAPS
 from ...graph.nodes import arguments, op_name, shape
 from ...graph.program import Program
-from ..fuse.affine import CONVS, MAPS
 from ..fuse.regions import permutation
 
 ACTIVATIONS = (

@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
+from ...graph.facts import CONVS, PADS, TRANSPOSED_CONVS
 from ...graph.nodes import arguments, conv_padding, op_name, per_dim, shape
-from ..fuse.affine import CONVS, TRANSPOSED
 from ..fuse.regions import Regions, permutation
 from .blocks import ACTIVATIONS, channel_axis, norm_axis
 
-PADS = ("constant_pad_nd", "pad")
 Sides = list[tuple[int, int]]  # by axis, zeros before the first and after the last entry
 
 
@@ -101,7 +100,7 @@ def _is_pointwise(node: fx.Node, axes: Sequence[int], regions: Regions) -> bool:
         return channel_axis(node.graph, node) not in axes[2:]
     if name in ("layer_norm", "rms_norm"):
         return norm_axis(node) not in axes[2:]
-    if name in (*TRANSPOSED, *PADS) or (name in CONVS and (zeros_before(node) or list(axes) != sorted(axes))):
+    if name in (*TRANSPOSED_CONVS, *PADS) or (name in CONVS and (zeros_before(node) or list(axes) != sorted(axes))):
         return False
     step = regions.step(node)
     return step is not None and step.axis not in axes[2:]

@@ -9,10 +9,10 @@ from itertools import groupby
 from torch import fx
 
 from ...graph.cost import evaluate, macs
+from ...graph.facts import MAPS
 from ...graph.nodes import arguments, op_name
 from ...graph.program import Program
 from ...graph.sparse import sparse_weights
-from ..fuse.affine import MAPS
 from ..fuse.plan import Cost, Planner
 from ..fuse.regions import Regions
 from .blocks import ACTIVATIONS, ATTENTION, NORMS, Block, branches_of, candidates, is_data, norm_axis

@@ -15,13 +15,13 @@ from torch import fx
 
 from ...graph.edit import Editor, like, place_tensor, rebuild
 from ...graph.errors import BadInput
+from ...graph.facts import MAPS, PADS
 from ...graph.nodes import arguments, fetch, op_name, set_argument, shape
 from ...graph.program import Program
 from ...graph.trainable import TrainableModule
-from ..fuse.affine import MAPS
 from ..fuse.regions import Regions
 from .blocks import ACTIVATIONS, NORMS, Block, branches_of, channel_axis, has_layers, norm_axis
-from .padding import PADS, centre, earliest, pad_argument, sides_of, spatial, unpad, zeros_before
+from .padding import centre, earliest, pad_argument, sides_of, spatial, unpad, zeros_before
 
 aten = torch.ops.aten
 FOLDER = "relaxed"

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-CONVS = ("conv1d", "conv2d", "conv3d")
-TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-MAPS = (*CONVS, *TRANSPOSED, "linear")
+from ...graph.facts import CONVS, TRANSPOSED_CONVS
+
 Sides = tuple[int, int]  # of one spatial dimension: zeros before the first and after the last entry
 
 
@@ -229,7 +228,7 @@ class Kernel:
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """The map of a value with a batch dimension, through the operator that it becomes."""
         g = self.geometry
-        names = TRANSPOSED if g.transposed else CONVS
+        names = TRANSPOSED_CONVS if g.transposed else CONVS
         target, args = operator(names[len(g.extent) - 1] if g.extent else "linear", g)
         return target(x, self.stored_weight(), self.bias, *args)
 

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 from torch import fx
 
 from ...graph.edit import rebuild
+from ...graph.facts import MAPS
 from ...graph.nodes import arguments, op_name
 from ...graph.program import Program
 from ..base import Context, Pass, PassResult
-from .affine import MAPS, Inexact
+from .affine import Inexact
 from .merge import Merger
 from .parts import geometry_of, map_of
 from .plan import Layers

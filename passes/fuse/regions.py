@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...graph.facts import MAPS, TRANSPOSED_CONVS
 from ...graph.flags import DROPOUTS
 from ...graph.nodes import arguments, conv_padding, fetch, is_operator, op_name, per_dim, shape
 from ...graph.trainable import TrainableModule
 from ...graph.verify.evaluate import evaluated, invoke, to_double
-from .affine import MAPS, TRANSPOSED, Geometry, swapped
+from .affine import Geometry, swapped
 from .parts import Branch, Part, Step, Sum, Values
 
 VIEWS = ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
@@ -234,7 +235,7 @@ def _layer(node: fx.Node) -> Step:
         if name == "linear":
             return Geometry(size[0], size[1], biased=biased)
         stride, dilation = (per_dim(a[key], dims) for key in ("stride", "dilation"))
-        extent, groups, transposed = size[2:], a["groups"], name in TRANSPOSED
+        extent, groups, transposed = size[2:], a["groups"], name in TRANSPOSED_CONVS
         outputs = size[1] * groups if transposed else size[0]
         padding = tuple(conv_padding(node))
         more = per_dim(a["output_padding"], dims) if transposed else ()
@@ -242,7 +243,7 @@ def _layer(node: fx.Node) -> Step:
 
     def numbers(values: Values) -> tuple[Any, Any]:
         stored = values(a["weight"])
-        weight = swapped(stored, a["groups"]) if name in TRANSPOSED else stored
+        weight = swapped(stored, a["groups"]) if name in TRANSPOSED_CONVS else stored
         return weight, None if a["bias"] is None else values(a["bias"])
 
     source = next(iter(a.values()))

@@ -14,17 +14,12 @@ from torch import Tensor, fx
 
 from ....graph.comb import axes as ax
 from ....graph.comb.axes import Axis, Factor, Misaligned
-from ....graph.comb.rules.contraction import spelled_out
 from ....graph.comb.solve import Comb
-from ....graph.nodes import arguments, is_operator, op_name, shape
+from ....graph.facts import CONVS, MATRIX_PRODUCTS, PARTS, VECTOR_PRODUCTS
+from ....graph.nodes import arguments, is_operator, op_name, shape, spelled_out
 from .gated_statistics import STATISTICS, gated_attention, statistics_dims
 
-MATMULS = {
-    "matmul": ("self", "other"), "bmm": ("self", "mat2"), "mm": ("self", "mat2"), "mv": ("self", "vec"),
-    "dot": ("self", "tensor"), "addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"),
-}  # fmt: skip
-PARTS = frozenset("slice narrow select split split_with_sizes chunk unbind tensor_split getitem".split())
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "torchvision::deform_conv2d")
+PRODUCTS = {**MATRIX_PRODUCTS, **VECTOR_PRODUCTS}
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ def _reads_of(comb: Comb, node: fx.Node, wanted: dict[Factor, None]) -> tuple[li
         touched = tuple(d for d in sorted({d % len(axes) for d in dims}) if atoms(axes[d]))
         return [Moments(node, a[key], touched, function)] if touched else []
 
-    if name in CONVOLUTIONS:
+    if name in (*CONVS, "torchvision::deform_conv2d"):
         weight, x = Operand(a["weight"], "weight", None, 1), Operand(a["input"], "input", None, 1)
         return [read(weight, x, of=comb.axes[a["weight"]][1])], []
     if name.startswith("conv_transpose"):
@@ -107,8 +102,8 @@ def _reads_of(comb: Comb, node: fx.Node, wanted: dict[Factor, None]) -> tuple[li
     if name == "linear":
         last = len(shape(a["input"])) - 1
         return [read(Operand(a["weight"], "weight", None, 1), Operand(a["input"], "input", None, last))], []
-    if name in MATMULS:
-        left, right = MATMULS[name]
+    if name in PRODUCTS:
+        left, right = PRODUCTS[name]
         p, q = a[left], a[right]
         operands = (Operand(p, left, None, len(shape(p)) - 1), Operand(q, right, None, max(len(shape(q)) - 2, 0)))
         return [read(*operands)], []
@@ -138,7 +133,7 @@ def _reads_of(comb: Comb, node: fx.Node, wanted: dict[Factor, None]) -> tuple[li
         order = 2 if order is None else order
         share = 1 / order if isinstance(order, (int, float)) and 0 < order < math.inf else 1.0
         return _vanished(comb, node, atoms, share), []
-    return [] if name in PARTS else _vanished(comb, node, atoms, shares.get(name, 1.0)), []
+    return [] if name in (*PARTS, "getitem") else _vanished(comb, node, atoms, shares.get(name, 1.0)), []
 
 
 def _vanished(comb: Comb, node: fx.Node, atoms: Callable[[Axis], frozenset[Factor]], share: float) -> list[Read]:

@@ -23,6 +23,7 @@ from ....graph.comb.axes import Factor
 from ....graph.comb.groups import Group
 from ....graph.comb.solve import Comb
 from ....graph.errors import BadInput
+from ....graph.facts import NORMS
 from ....graph.nodes import arguments, op_name
 from ....graph.trainable import TrainableModule
 from ...base import Context
@@ -36,7 +37,6 @@ from .members import Members, Scores
 
 Importance = Callable[..., Scores]
 """`importance(comb, groups, context, samples)`; samples: how many of the data's to look at, where it looks at data."""
-NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 
 
 TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -108,7 +108,7 @@ def relative_norms(comb: Comb, groups: list[Group], module: torch.nn.Module, mas
 
 def _norm_scales(comb: Comb) -> Iterable[torch.fx.Node]:
     for node in comb.module.graph.nodes:
-        if op_name(node) in NORMS:
+        if op_name(node) in (*NORMS, "batch_norm"):
             weight = arguments(node).get("weight")
             if isinstance(weight, torch.fx.Node) and weight.op == "get_attr":
                 yield weight

@@ -231,7 +231,7 @@ def test_wrong_index_in_one_parameter_is_a_disagreement_at_a_node():
         assert verdict.error == float("inf")
         assert not verdict.ok
         assert "disagree on absence" in verdict.disagreements[0]
-        assert "test_verify.py" in verdict.disagreements[0]
+        assert "test_check.py" in verdict.disagreements[0]
 
 
 def test_residual_branches_must_agree():
@@ -413,6 +413,11 @@ def test_custom_operators_need_a_meaning(monkeypatch):
     assert "say so with graphcomb.verify.means" in verify.check(before, result).disagreements[0]
     verify.means("verify_test::swing")(verify.entrywise)
     assert verify.surgery(before, result) < EXACT
+    verify.means("verify_test::swing")(lambda call: call.a["y"])
+    with pytest.raises(AssertionError, match="swing: its meaning fails: KeyError: 'y'"):  # in our own tests
+        verify.check(before, result)
+    monkeypatch.delenv("GRAPHCOMB_STRICT")
+    assert "its meaning fails: KeyError: 'y'" in verify.check(before, result).disagreements[0]
 
 
 # ------------------------------------------------------------------------------------------------------- random weights

@@ -277,7 +277,7 @@ def test_what_has_no_meaning_is_refused_and_named(name):
     with pytest.raises(Disagreement) as error:
         both(*ILLEGAL[name])
     assert "\n" not in str(error.value)
-    assert "test_verify_rules" in str(error.value)  # the source line of the node
+    assert "test_meanings" in str(error.value)  # the source line of the node
 
 
 def test_absent_outputs_are_refused():

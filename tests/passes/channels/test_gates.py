@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 import graphcomb.graph as g
 from graphcomb.graph.comb import axes as ax
-from graphcomb.graph.comb.rules.contraction import spelled_out
 from graphcomb.graph.comb.solve import Comb
-from graphcomb.graph.nodes import arguments, op_name
+from graphcomb.graph.nodes import arguments, op_name, spelled_out
 from graphcomb.graph.surgery import remove
 from graphcomb.passes.channels.importance.gates import Gates
 
