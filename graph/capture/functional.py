@@ -7,7 +7,6 @@ flags out of batch_norm, dropout and rrelu. They become opaque operators before 
 from __future__ import annotations
 
 import copy
-import itertools
 import warnings
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from .. import compat
-from ..edit import infer, origin
+from ..edit import Editor
 from ..errors import CaptureError
 from ..flags import DROPOUTS, set_tag, tag, walk
 from ..nodes import arguments, fetch, op_name, source, writes
@@ -196,10 +195,9 @@ def _tidy(graph: fx.Graph) -> None:
         elif node.target is aten.copy.default:
             _plain_copy(graph, node)
         elif node.target is aten.copy_.default and _floating(node.args[1]):  # at the end of the graph, into a buffer
-            with graph.inserting_before(node):
-                cut = graph.call_function(aten.detach.default, (node.args[1],))
-            cut.meta = origin(node)
-            cut.meta["val"] = node.args[1].meta["val"]
+            edit = Editor(graph.owning_module)  # type: ignore[arg-type]
+            with edit.before(node):
+                cut = edit.call(aten.detach.default, (node.args[1],), like=node, value=node.args[1].meta["val"])
             node.replace_input_with(node.args[1], cut)
     for node in reversed(list(graph.nodes)):
         if node.target is aten.clone.default and node.kwargs.get("memory_format") is torch.contiguous_format:
@@ -217,11 +215,10 @@ def _plain_copy(graph: fx.Graph, node: fx.Node) -> None:
         steps.append((aten.to.dtype, (old.dtype,)))
     if tuple(old.shape) != tuple(new.shape):
         steps.append((aten.expand_as.default, (node.args[0],)))
-    with graph.inserting_before(node):
+    edit = Editor(graph.owning_module)  # type: ignore[arg-type]
+    with edit.before(node):
         for target, rest in steps:
-            value = graph.call_function(target, (value, *rest))
-            value.meta = origin(node)
-            infer(value)
+            value = edit.call(target, (value, *rest), like=node)
     node.replace_all_uses_with(value)
     graph.erase_node(node)
 
@@ -235,22 +232,14 @@ def _plain_scatter(graph: fx.Graph, node: fx.Node) -> None:
     if not all(isinstance(s, int) for s in sizes) or not value.is_contiguous():
         raise CaptureError(f"{source(node)}: a write through as_strided into a tensor of dynamic shape or other layout")
     positions = torch.arange(value.numel()).as_strided(a["size"], a["stride"], a["storage_offset"] or 0)
-    first = next(iter(graph.nodes))
-    owner: Any = graph.owning_module
-    name = next(n for i in itertools.count() if not hasattr(owner, n := f"_positions_{i}"))
-    owner.register_buffer(name, positions.flatten().to(value.device))
-    with graph.inserting_before(first):
-        index = graph.get_attr(name)
-    with value.fake_mode:
-        index.meta["val"] = torch.empty(positions.numel(), dtype=torch.long, device=value.device)
-    with graph.inserting_before(node):
-        flat = graph.call_function(aten.reshape.default, (x, [-1]))
-        new = graph.call_function(aten.reshape.default, (piece, [-1]))
-        put = graph.call_function(aten.index_put.default, (flat, [index], new))
-        result = graph.call_function(aten.reshape.default, (put, list(value.shape)))
-    for made in (flat, new, put, result):
-        made.meta = origin(node)
-        infer(made)
+    edit = Editor(graph.owning_module)  # type: ignore[arg-type]
+    with edit.before(next(iter(graph.nodes))):
+        index = edit.store(edit.free_name("_positions_0"), positions.flatten().to(value.device))
+    with edit.before(node):
+        flat = edit.call(aten.reshape.default, (x, [-1]), like=node)
+        new = edit.call(aten.reshape.default, (piece, [-1]), like=node)
+        put = edit.call(aten.index_put.default, (flat, [index], new), like=node)
+        result = edit.call(aten.reshape.default, (put, list(value.shape)), like=node)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
 
