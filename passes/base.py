@@ -23,14 +23,15 @@ from .batch import adapted
 class Context:
     """What passes may use besides the program itself. Every field is optional; a pass that needs one says so.
 
-    data, val: iterables of batches (re-iterable, such as a DataLoader). A batch is `(inputs, labels)`, a tensor, or a
-        dict of keyword inputs with an optional "labels" entry; others are split by inputs and labels, functions of a batch
-        that give what the model takes and what loss and metric take.
-    loss: `loss(outputs, labels) -> scalar tensor`; metric: `metric(outputs, labels) -> per-sample scores` (higher is
-        better, averaged over the data set).
-    target: a device with `alignment(dtype) -> int` (see `runtime.Target`); dtype: what the engine will run in.
-    latency: predicts how long layers take (see `graph.workload.layers.Latency`), for latency targets.
-    teacher: the dense program, for distillation. out: folder for checkpoints. progress: show progress bars.
+    - data, val: iterables of batches that can be iterated again, such as a `DataLoader`. A batch is `(inputs, labels)`, a
+      tensor, or a dict of keyword inputs with an optional "labels" entry. inputs, labels: functions that split other
+      batches: what the model takes, and what loss and metric take.
+    - loss: `loss(outputs, labels)`, a scalar tensor; by default cross-entropy. metric: `metric(outputs, labels)`, a score
+      for each sample or pixel, higher is better, averaged over `val`; by default accuracy.
+    - target: a device with `alignment(dtype) -> int` (see `runtime.Target`). dtype: the precision of the engine.
+    - latency: predicts the seconds of layers (`graph.workload.layers.Latency`), for latency targets.
+    - teacher: the dense program, for distillation. plan: sizes of groups, as `RemoveChannels.plan` proposes them.
+    - seed: of everything random. out: a folder for checkpoints and stages. progress: whether to show progress bars.
     """
 
     data: Iterable[Any] | None = None
@@ -177,6 +178,7 @@ class Pass(Options):
         return result
 
     def run(self, program: Program, context: Context) -> PassResult:
+        """What the pass does; the program stays as it is."""
         raise TypeError(f"{type(self).__name__} does not define run()")
 
 

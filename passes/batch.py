@@ -132,6 +132,7 @@ def _called(field: str, function: Callable[[Any], Any], raw: Any) -> Any:
 
 
 def describe(value: Any) -> str:
+    """What a value is, in a few words for messages."""
     if isinstance(value, Mapping):
         odd = next((f'"{k}": {type(v).__name__}' for k, v in value.items() if not isinstance(v, torch.Tensor)), "")
         return f"a dict with {odd}" if odd else "an empty dict"

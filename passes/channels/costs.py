@@ -77,10 +77,12 @@ class Costs:
 
 
 def mac_terms(comb: Comb) -> list[list[Axis]]:
+    """The multiply-accumulates of a program as sums of products: the axes of each term."""
     return [axes for _, terms in comb.cost_terms() for axes in terms]
 
 
 def parameter_terms(comb: Comb) -> list[list[Axis]]:
+    """The parameters of a program as sums of products: the axes of each tensor; a tied tensor counts once."""
     names = {name for name, _ in comb.module.named_parameters(remove_duplicate=True)}
     return [axes for name, axes in comb.parameters.items() if name in names]
 

@@ -67,12 +67,12 @@ def _nearest(pattern: str, known: list[str]) -> str:
 
 def products(comb: Comb) -> dict[Factor, set[Factor]]:
     """For every atom, the other atoms it is multiplied with in some axis of a parameter."""
-    found: dict[Factor, set[Factor]] = defaultdict(set)
+    partners: dict[Factor, set[Factor]] = defaultdict(set)
     for axis in _distinct(comb):
         for monomial in ax.monomials(axis):
             for atom in monomial:
-                found[atom].update(m for m in monomial if m is not atom)
-    return found
+                partners[atom].update(m for m in monomial if m is not atom)
+    return partners
 
 
 def _distinct(comb: Comb) -> list[Axis]:

@@ -33,38 +33,38 @@ def kernel_record(comb: Comb, sizes: Mapping[Factor, int], smaller: fx.Graph, co
     rules = library(getattr(context.target, "backend", None), context.dtype)
     kept = _kept_shapes(comb, sizes)
     old, new = _started(comb.module.graph, rules, shape), _started(smaller, rules, kept)
-    counts = [sum(found.values()) for found in (old, new)]
+    counts = [sum(started.values()) for started in (old, new)]
     more = [source(node) for node in smaller.nodes if new.get(node.name, 0) > old.get(node.name, 0)]
-    found: dict[str, Any] = {"before": counts[0], "after": counts[1], "more": more if counts[1] > counts[0] else []}
+    record: dict[str, Any] = {"before": counts[0], "after": counts[1], "more": more if counts[1] > counts[0] else []}
     known = {node.name for node in comb.module.graph.nodes if single(node)}
     dead = [n for n in smaller.nodes if op_name(n) in SOFTMAXES and single(n, kept) and n.name not in known]
-    return found | {"dead": {source(n): [m.name for m in _only_for(n)] for n in dead}}
+    return record | {"dead": {source(n): [m.name for m in _only_for(n)] for n in dead}}
 
 
 def _kept_shapes(comb: Comb, sizes: Mapping[Factor, int]) -> Shape:
     """The sizes that the nodes of the graph have after the removal, by name."""
     size = Sizer(sizes)
-    found = {
+    shapes = {
         node.name: tuple(map(size, axes))
         for node, axes in comb.axes.items()
         if axes is not None and isinstance(node.meta.get("val"), torch.Tensor)
     }
-    return lambda node: found.get(node.name) or shape(node)
+    return lambda node: shapes.get(node.name) or shape(node)
 
 
 def _started(graph: fx.Graph, rules: Rules, shape: Shape) -> dict[str, int]:
     """How many kernels each node begins, or is laid out anew by."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for kernel in kernels(graph, rules, shape):
         for node in (kernel.nodes[0], *kernel.copied(rules.grain, shape)):
-            found[node.name] = found.get(node.name, 0) + 1
-    return found
+            counts[node.name] = counts.get(node.name, 0) + 1
+    return counts
 
 
 def _only_for(node: fx.Node) -> list[fx.Node]:
     """The nodes that compute something for this one alone."""
-    found = {node}
+    nodes = {node}
     for other in reversed(node.graph.nodes):
-        if other.op == "call_function" and other.users and set(other.users) <= found:
-            found.add(other)
-    return [n for n in node.graph.nodes if n in found and n is not node]
+        if other.op == "call_function" and other.users and set(other.users) <= nodes:
+            nodes.add(other)
+    return [n for n in node.graph.nodes if n in nodes and n is not node]

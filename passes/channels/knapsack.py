@@ -65,9 +65,9 @@ class Predictor:
 
     def record(self, sizes: Mapping[Factor, int]) -> dict[str, Any]:
         """What was predicted before and after, in seconds, by what, and how far off that may be."""
-        found = {"predicted": {"before": self.total({}), "after": self.total(sizes)}, "by": str(self.latency)}
+        record = {"predicted": {"before": self.total({}), "after": self.total(sizes)}, "by": str(self.latency)}
         error = getattr(self.latency, "error", None)
-        return found | ({"error": str(error), "factor": error.factor} if error else {})
+        return record | ({"error": str(error), "factor": error.factor} if error else {})
 
     def prepare(self, options: Mapping[Factor, Sequence[int]], progress: bool = False) -> None:
         """Let the table measure, at once, every layer at every combination of the sizes its groups may have."""
@@ -106,10 +106,10 @@ def knapsack(
     problem = _Problem(predictor, {a: sorted(set(o)) for a, o in options.items()}, scores, budget, floor)
     if math.prod(len(o) for o in problem.options.values()) <= EXHAUSTIVE:
         return problem.exhaustive()
-    found = problem.search()
-    for weight in WEIGHTS if found is None and floor is not None else ():
-        found = found or problem.weighed(weight).search()
-    return found
+    sizes = problem.search()
+    for weight in WEIGHTS if sizes is None and floor is not None else ():
+        sizes = sizes or problem.weighed(weight).search()
+    return sizes
 
 
 def towards(
@@ -152,16 +152,16 @@ class _Problem:
     def weighed(self, weight: float) -> _Problem:
         """The problem in which the floor's measure counts as importance, by this share of all of it."""
         assert self.floor is not None
-        found, largest = copy(self), {a: o[-1] for a, o in self.options.items()}
+        problem, largest = copy(self), {a: o[-1] for a, o in self.options.items()}
         measures = {
             a: np.array([self.floor.measure({**largest, a: n}) for n in options], dtype=float)
             for a, options in self.options.items()
         }
-        wholes = [sum(float(np.ptp(v)) for v in each.values()) or 1.0 for each in (self.values, measures)]
-        found.values = {
+        wholes = [sum(float(np.ptp(v)) for v in parts.values()) or 1.0 for parts in (self.values, measures)]
+        problem.values = {
             a: (1 - weight) * values / wholes[0] + weight * measures[a] / wholes[1] for a, values in self.values.items()
         }
-        return found
+        return problem
 
     def value(self, sizes: Sizes) -> float:
         return float(sum(self.values[a][self.options[a].index(n)] for a, n in sizes.items()))

@@ -102,9 +102,9 @@ class RemoveChannels(Pass):
             object.__setattr__(self, "importance", "fisher" if self.train else "magnitude")
         if self.scope is None:
             object.__setattr__(self, "scope", "global" if self.train or self.latency is not None else "local")
-        given = [k for k in ("ratio", "macs", "params", "latency") if getattr(self, k) is not None]
-        if len(given) > 1:
-            raise BadInput(f"RemoveChannels: give one of ratio, macs, params and latency, not {' and '.join(given)}")
+        targets = [k for k in ("ratio", "macs", "params", "latency") if getattr(self, k) is not None]
+        if len(targets) > 1:
+            raise BadInput(f"RemoveChannels: give one of ratio, macs, params and latency, not {' and '.join(targets)}")
         if self.latency is not None:
             allowed_seconds(self.latency, 1.0, "RemoveChannels")
             says = "global with a latency target, which a knapsack over all groups meets"

@@ -29,9 +29,11 @@ class Selection:
         self._steps = steps(comb, groups, alignment)
 
     def kept(self, group: Group) -> int:
+        """How many indices a group keeps, as chosen so far."""
         return self.sizes.get(group.atom, group.size)
 
     def step(self, group: Group) -> int:
+        """By how many indices the group may shrink at a time."""
         return self._steps.get(group.atom, 1)
 
     def legal(self, group: Group, size: float) -> int:
@@ -64,6 +66,7 @@ class Selection:
             self.sizes[group.atom] = max(size, self.legal(group, group.size - share * (group.size - size)))
 
     def uniform(self, groups: list[Group], ratio: float) -> None:
+        """Take the same share of every group, as near as the alignment allows and never more."""
         for g in groups:
             self.sizes[g.atom] = self.legal(g, g.size - int(g.size * ratio + 1e-9))
 
@@ -275,10 +278,10 @@ class Selection:
             if heap and value > heap[0][0]:
                 heapq.heappush(heap, (value, i))
                 continue
-            taken = take(groups[i], size) if size else False
-            if taken is None:
+            answer = take(groups[i], size) if size else False
+            if answer is None:
                 return
-            if taken:
+            if answer:
                 self.sizes[groups[i].atom] = size
                 heapq.heappush(heap, (price(groups[i])[0], i))
 

@@ -259,10 +259,10 @@ class Chooser:
             dense, left = costs[0].total, costs[1].total
         asked = 1 - float(self.target.value) if target == "ratio" else self.target.remaining(dense) / dense
         reached = left / dense if dense else 1.0
-        found = {"target": target, "asked": asked, "reached": reached}
+        record = {"target": target, "asked": asked, "reached": reached}
         if abs(asked - reached) > NEAR:
-            found["why"] = self._why(sizes, reached < asked)
-        return found
+            record["why"] = self._why(sizes, reached < asked)
+        return record
 
     def latency_record(self, sizes: Sizes) -> dict[str, Any]:
         """What was predicted; see `Predictor`."""

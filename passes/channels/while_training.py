@@ -34,7 +34,7 @@ from ..base import Context
 from ..batch import split_batch
 from ..common.processes import averaged, gathered
 from ..common.repeat import seeded
-from ..train.callbacks import Callback, Kept, Surgery, taken
+from ..train.callbacks import Callback, Kept, Surgery, select_kept
 from ..train.distill import Distill
 from ..train.features import block_outputs
 from .importance.scores import IMPORTANCES, TRANSFORMS, GradientScores, Scores, normalised, relative_norms, together
@@ -107,6 +107,7 @@ class Pruner(Callback):
 
     @property
     def sizes(self) -> dict[Factor, int]:
+        """How many indices are left of each group that has lost some."""
         return {atom: int(mask.sum()) for atom, mask in self.masks.items()}
 
     # ------------------------------------------------------------------------------------------------------- the hooks
@@ -117,7 +118,7 @@ class Pruner(Callback):
             return self._by_magnitude(0, module)
         return self._event(0, module, IMPORTANCES[self.importance](self.comb, self.groups, self.context, self.samples))
 
-    def dress(self, module: TrainableModule) -> AbstractContextManager[Any]:
+    def training_context(self, module: TrainableModule) -> AbstractContextManager[Any]:
         if self.importance not in TRANSFORMS or len(self.log) == len(self.events):
             return nullcontext()
         self.gradients = GradientScores(self.importance, self.comb, self.groups, self.masks, module, averaged)
@@ -145,11 +146,11 @@ class Pruner(Callback):
     def after_backward(self, step: int, module: TrainableModule) -> None:
         if self.importance not in TRANSFORMS or step >= max(self.events):
             return
-        found = self.gradients.of_batch(self.loss_scale)
-        if not all(np.isfinite(own).all() for own in found.values()):
+        scores = self.gradients.of_batch(self.loss_scale)
+        if not all(np.isfinite(values).all() for values in scores.values()):
             return  # a step that a gradient scaler skips
-        for atom, own in found.items():
-            self.scores[atom] += own
+        for atom, values in scores.items():
+            self.scores[atom] += values
         self.count += 1
 
     def after_step(self, step: int, module: TrainableModule) -> Surgery | None:
@@ -159,8 +160,8 @@ class Pruner(Callback):
         if self.importance == "random":
             generator = np.random.default_rng([self.context.seed, done])
             return self._event(done, module, {g.atom: generator.random(g.size) for g in self.groups})
-        scores = {a: own / max(self.count, 1) for a, own in self.scores.items()}
-        if not any(own.any() for own in scores.values()) or (not self.masks and self._own_teacher):
+        scores = {a: values / max(self.count, 1) for a, values in self.scores.items()}
+        if not any(values.any() for values in scores.values()) or (not self.masks and self._own_teacher):
             return self._by_magnitude(done, module)
         return self._event(done, module, scores)
 
@@ -216,8 +217,8 @@ class Pruner(Callback):
         return np.flatnonzero(before & ~new[group.atom]).tolist()
 
     def _same_everywhere(self, masks: ax.Masks) -> None:
-        found = gathered([[g.name, np.flatnonzero(~masks[g.atom]).tolist()] for g in self.groups if g.atom in masks])
-        if any(other != found[0] for other in found):
+        removed = gathered([[g.name, np.flatnonzero(~masks[g.atom]).tolist()] for g in self.groups if g.atom in masks])
+        if any(other != removed[0] for other in removed):
             raise GraphcombError("RemoveChannels: the processes would remove different channels; this is a bug")
 
     def _surgery(self, module: TrainableModule, old: ax.Masks) -> Surgery:
@@ -240,7 +241,7 @@ class Pruner(Callback):
             current = fetch(module, name)
             if not tensors.get(name):
                 return copy_tensor(name, current)
-            return like(value, taken(current.detach(), tensors[name]))
+            return like(value, select_kept(current.detach(), tensors[name]))
 
         return resized(self.comb, self.masks, take)
 
@@ -282,22 +283,22 @@ class Pruner(Callback):
 
 def _relative(kept: Mapping[int, np.ndarray], axes: list[ax.Axis], old: ax.Masks) -> dict[int, torch.Tensor]:
     """Kept indices counted among those that the old masks had left; only where something new is gone."""
-    found = {}
+    indices = {}
     for d, keep in kept.items():
         before = ax.kept_mask(axes[d], old)
         if before.sum() > keep.sum():
-            found[d] = torch.from_numpy(np.flatnonzero(keep[before]))
-    return found
+            indices[d] = torch.from_numpy(np.flatnonzero(keep[before]))
+    return indices
 
 
 def removed_values(comb: Comb, masks: ax.Masks, nodes: list[fx.Node]) -> list[dict[str, Any]]:
     """What the values of some nodes lose, nodes and dimensions that lose the same together: a list of {"nodes": [[name,
     dim], ...], "removed": indices in the original's numbering}. With it a pass finds its way back from a smaller
     network's features to the teacher's."""
-    found: dict[tuple[int, ...], list[list[Any]]] = {}
+    places: dict[tuple[int, ...], list[list[Any]]] = {}
     for node in nodes:
         for d, axis in enumerate(comb.axes[node]):
             if ax.touches(axis, masks):
                 lost = tuple(np.flatnonzero(~ax.kept_mask(axis, masks)).tolist())
-                found.setdefault(lost, []).append([node.name, d])
-    return [{"nodes": where, "removed": list(lost)} for lost, where in found.items()]
+                places.setdefault(lost, []).append([node.name, d])
+    return [{"nodes": where, "removed": list(lost)} for lost, where in places.items()]

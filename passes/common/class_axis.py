@@ -65,9 +65,9 @@ def _features(node: fx.Node) -> int | None:
         return 1 if len(size) == len(shape(arguments(node)["weight"])) else None
     inputs = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     if name in ARITHMETIC:
-        found = {_features(n) for n in inputs if n.op == "call_function"}
+        places = {_features(n) for n in inputs if n.op == "call_function"}
         shapes = {shape(n) for n in inputs if n.op == "call_function"}
-        return found.pop() if len(found) == 1 and shapes == {size} else None
+        return places.pop() if len(places) == 1 and shapes == {size} else None
     if not inputs or inputs[0].op != "call_function":
         return None
     if name in ("cat", "stack"):
@@ -79,9 +79,9 @@ def _features(node: fx.Node) -> int | None:
 
 
 def _joined(node: fx.Node, inputs: list[fx.Node]) -> int | None:
-    found = {_features(n) for n in inputs}
-    d = found.pop()
-    if found or d is None:
+    places = {_features(n) for n in inputs}
+    d = places.pop()
+    if places or d is None:
         return None
     rank = len(shape(node))
     at = arguments(node).get("dim", 0) % rank

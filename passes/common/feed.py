@@ -21,7 +21,7 @@ from .loaders import length
 def map_some(change: Callable[[torch.Tensor], torch.Tensor], tree: Any, which: Sequence[bool]) -> Any:
     """`tree` with `change` applied to those of its leaves that `which` names."""
     leaves, spec = pytree.tree_flatten(tree)
-    return pytree.tree_unflatten([change(v) if own else v for v, own in zip(leaves, which, strict=True)], spec)
+    return pytree.tree_unflatten([change(v) if chosen else v for v, chosen in zip(leaves, which, strict=True)], spec)
 
 
 @dataclass
@@ -105,14 +105,14 @@ class Feed:
         takes = ", ".join(self._order)
         if len(args) > len(self._order):
             raise BadInput(f"{self.field}: a batch has {len(args)} inputs, the program takes {takes}; {ADAPT}")
-        given = dict(zip(self._order, args, strict=False)) | kwargs
-        if unknown := [name for name in given if name not in self._order]:
+        inputs = dict(zip(self._order, args, strict=False)) | kwargs
+        if unknown := [name for name in inputs if name not in self._order]:
             raise BadInput(f'{self.field}: no input "{unknown[0]}" in the program; it takes {takes}; {ADAPT}')
         example = dict(zip(self._order, [*self._args, *self._kwargs.values()], strict=True))
         for name, value in example.items():
-            if name not in given and any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(value)):
+            if name not in inputs and any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(value)):
                 raise BadInput(f'{self.field}: the batch lacks the input "{name}"')
-        values = [self._like(name, given.get(name, value), value) for name, value in example.items()]
+        values = [self._like(name, inputs.get(name, value), value) for name, value in example.items()]
         args, kwargs = tuple(values[: len(self._args)]), dict(zip(self._kwargs, values[len(self._args) :], strict=True))
         size = self._check(pytree.tree_leaves((args, kwargs)))
         if self.static is not None and size > self.static:
@@ -128,16 +128,16 @@ class Feed:
             return ({k: kwargs[k] for k in only},), {k: v for k, v in kwargs.items() if k not in only}
         return args, kwargs
 
-    def _like(self, name: str, given: Any, example: Any) -> Any:
+    def _like(self, name: str, value: Any, example: Any) -> Any:
         """An input in the structure of the example: a list for a list, mappings in their order."""
-        if pytree.tree_structure(given) == (spec := pytree.tree_structure(example)):
-            return given
-        leaves = pytree.tree_leaves(given)
-        if isinstance(given, (list, tuple)) != isinstance(example, (list, tuple)) or len(leaves) != spec.num_leaves:
-            raise BadInput(f'{self.field}: input "{name}" is {describe(given)}, the program takes {describe(example)}')
-        if isinstance(given, (list, tuple)):
+        if pytree.tree_structure(value) == (spec := pytree.tree_structure(example)):
+            return value
+        leaves = pytree.tree_leaves(value)
+        if isinstance(value, (list, tuple)) != isinstance(example, (list, tuple)) or len(leaves) != spec.num_leaves:
+            raise BadInput(f'{self.field}: input "{name}" is {describe(value)}, the program takes {describe(example)}')
+        if isinstance(value, (list, tuple)):
             return pytree.tree_unflatten(leaves, spec)
-        return given
+        return value
 
     def _pad(self, batch: Batch, size: int) -> Batch:
         def fill(value: torch.Tensor) -> torch.Tensor:

@@ -78,5 +78,5 @@ def length(data: Iterable[Any]) -> int | None:
 def generators(data: Iterable[Any] | None) -> list[torch.Generator]:
     """The random generators that decide a loader's order, apart from the global one."""
     sampler = getattr(data, "sampler", None)
-    found = [getattr(owner, "generator", None) for owner in (data, sampler, getattr(data, "batch_sampler", None))]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    candidates = [getattr(owner, "generator", None) for owner in (data, sampler, getattr(data, "batch_sampler", None))]
+    return list({id(g): g for g in candidates if isinstance(g, torch.Generator)}.values())

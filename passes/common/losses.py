@@ -21,12 +21,12 @@ def logits_of(outputs: Any, instead: str = "") -> torch.Tensor:
         for name in NAMES:
             if isinstance(outputs.get(name), torch.Tensor):
                 return outputs[name]
-    found = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    if len(found) != 1 or found[0].dim() < 2:
-        shapes = ", ".join(str(tuple(t.shape)) for t in found) or "none"
+    tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    if len(tensors) != 1 or tensors[0].dim() < 2:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors) or "none"
         way = 'name it "logits" or "out"' + (f", or {instead}" if instead else "")
         raise BadInput(f"outputs: no single tensor of class scores (found {shapes}); {way}")
-    return found[0]
+    return tensors[0]
 
 
 def class_dim(
@@ -80,10 +80,10 @@ def accuracy(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
 
 def task_loss(loss: Callable[..., Any] | None, outputs: Any, labels: Any) -> torch.Tensor:
     """`loss(outputs, labels)`, by default `default_loss`: a scalar. BadInput when they do not fit together."""
-    found = applied("loss", loss or default_loss, outputs, labels)
-    if not isinstance(found, torch.Tensor) or found.dim():
-        raise BadInput(f"loss: must return a scalar tensor, got {type(found).__name__}")
-    return found
+    value = applied("loss", loss or default_loss, outputs, labels)
+    if not isinstance(value, torch.Tensor) or value.dim():
+        raise BadInput(f"loss: must return a scalar tensor, got {type(value).__name__}")
+    return value
 
 
 def applied(field: str, function: Callable[..., Any], outputs: Any, labels: Any) -> Any:

@@ -29,17 +29,17 @@ def accelerator(find_unused: bool = False) -> Accelerator:
     started = os.environ.get("WORLD_SIZE", "1")
     several = started.isdigit() and int(started) > 1
     try:
-        found = Accelerator(mixed_precision="no", cpu=several and not _has_gpu(), kwargs_handlers=handlers)
+        acc = Accelerator(mixed_precision="no", cpu=several and not _has_gpu(), kwargs_handlers=handlers)
     except ValueError as error:
         raise BadInput(f"accelerate: {error}") from None
-    if several and found.num_processes == 1:
+    if several and acc.num_processes == 1:
         raise BadInput(
             f"accelerate: {started} processes were started (WORLD_SIZE) and each would run by itself; launch them with "
             "`accelerate launch`, or call graphcomb before anything else makes an Accelerator"
         )
-    if found.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise BadInput(f"accelerate: {found.distributed_type.value} is not supported, launch plain data parallelism")
-    return found
+    if acc.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise BadInput(f"accelerate: {acc.distributed_type.value} is not supported, launch plain data parallelism")
+    return acc
 
 
 def _has_gpu() -> bool:
@@ -60,6 +60,7 @@ def placed(module: TrainableModule, device: torch.device) -> Iterator[TrainableM
 
 
 def move(module: TrainableModule, device: torch.device) -> None:
+    """Move a module's tensors to a device, and the nodes that create tensors."""
     changed = False
     for node in module.graph.nodes:
         if node.op == "call_function" and node.kwargs.get("device") not in (None, device):

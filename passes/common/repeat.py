@@ -40,15 +40,15 @@ def seeded(seed: int, *data: Iterable[Any] | None) -> Iterator[None]:
     """Run under a seed (Python, NumPy, torch, and the generators of the data loaders given) and give the random states back
     afterwards."""
     state = rng_state()
-    own = [(generator, generator.get_state()) for loader in data for generator in generators(loader)]
+    states = [(generator, generator.get_state()) for loader in data for generator in generators(loader)]
     set_seed(seed)
-    for generator, _ in own:
+    for generator, _ in states:
         generator.manual_seed(seed)
     try:
         yield
     finally:
         set_rng_state(state)
-        for generator, before in own:
+        for generator, before in states:
             generator.set_state(before)
 
 
@@ -86,8 +86,8 @@ def run_code(module: TrainableModule, context: Context, *parts: Any) -> str:
     lengths = [None if d is None else length(d) for d in (context.data, context.val)]
     splits = [(d.inputs, d.labels) for d in (context.data, context.val) if isinstance(d, Adapted)]
     latency = None if context.latency is None else str(context.latency)
-    given = code_of((context.loss, context.metric, context.target, context.dtype, latency, context.plan, *splits))
-    return fingerprint(module, teacher, lengths, given, context.seed, sources(), *parts)
+    functions = code_of((context.loss, context.metric, context.target, context.dtype, latency, context.plan, *splits))
+    return fingerprint(module, teacher, lengths, functions, context.seed, sources(), *parts)
 
 
 def fingerprint(module: TrainableModule, *parts: Any) -> str:

@@ -52,20 +52,20 @@ def sample_batches(
     """
     acc, data = accelerator(), drawn(context.batches, count, context.seed)
     parts, position = (acc.num_processes, acc.process_index) if share else (1, 0)
-    own = shard(data, position, parts, even=False)
-    if parts > 1 and own is data:  # the loader shares out by itself
+    loader = shard(data, position, parts, even=False)
+    if parts > 1 and loader is data:  # the loader shares out by itself
         count, parts, position = math.ceil(count / parts), 1, 0
     start = size = done = 0
     with bar(title is not None and context.progress and acc.is_main_process, title or "", count) as update:
-        for batch in feed.batches(own):
+        for batch in feed.batches(loader):
             if parts > 1:  # batches are of one size, the last one aside
                 size = max(size, batch.size)
                 start, position = position * size, position + parts
-            taken = min(batch.size, count - start)
-            if taken <= 0:
+            counted = min(batch.size, count - start)
+            if counted <= 0:
                 return
-            yield batch.to(acc.device), taken
-            done += taken
+            yield batch.to(acc.device), counted
+            done += counted
             update(min(done * parts, count), "")
             start = position * size if parts > 1 else done
             if start >= count:
@@ -77,28 +77,28 @@ def sample_batches(
 def apart(made: Generator[T], seed: int, data: Iterable[Any] | None) -> Iterator[T]:
     """What a generator yields. It runs under the seed and with gradients enabled; between two elements, and whenever the
     caller stops asking, random states and the gradient mode are the caller's own."""
-    own, inner = [(g, g.get_state()) for g in generators(data)], None
+    states, inner = [(g, g.get_state()) for g in generators(data)], None
     try:
         while True:
             outer = rng_state()
             try:
                 if inner is None:
                     set_seed(seed)
-                    for generator, _ in own:
+                    for generator, _ in states:
                         generator.manual_seed(seed)
                 else:
                     set_rng_state(inner)
                 with torch.enable_grad():
-                    found = next(made, made)
+                    element = next(made, made)
                 inner = rng_state()
             finally:
                 set_rng_state(outer)
-            if found is made:
+            if element is made:
                 return
-            yield found  # type: ignore[misc]
+            yield element  # type: ignore[misc]
     finally:
         made.close()
-        for generator, before in own:
+        for generator, before in states:
             generator.set_state(before)
 
 
@@ -109,8 +109,8 @@ def everywhere(act: Callable[[], T]) -> T:
     result, error = None, None
     try:
         result = act()
-    except Exception as found:
-        error = forwarded(found)
+    except Exception as raised:
+        error = forwarded(raised)
     for other in gathered(error):
         if other is not None:
             raise other

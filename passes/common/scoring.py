@@ -70,7 +70,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(modes[module])
         for m, mode in modes.items():
             m.training = mode
-        changed = {node: given for node, given in flags.items() if (node.args, node.kwargs) != given}
+        changed = {node: arguments for node, arguments in flags.items() if (node.args, node.kwargs) != arguments}
         for node, (args, kwargs) in changed.items():
             node.args, node.kwargs = args, kwargs
         if changed and isinstance(module, TrainableModule):
@@ -87,6 +87,10 @@ def score(
     field: str = "val",
     alone: bool = False,
 ) -> float:
+    """Mean of the metric over the batches, as `evaluate` says; the module and its modes are the caller's matter.
+
+    forward: gives the outputs of a batch. feed: fits batches to a program, None for a module that takes them as they are.
+    """
     total, count = 0.0, 0
     share = data if alone else shard(data, acc.process_index, acc.num_processes, even=False)
     batches = feed.batches(share, pad=True) if feed else (Batch(*split_batch(raw), size=0) for raw in share)

@@ -28,10 +28,12 @@ class Layer:
 
     @property
     def kind(self) -> str:
+        """What it is of: "linear", "depthwise" or "conv"."""
         return "linear" if len(self.shape) == 2 else "depthwise" if self.shape[1] == 1 < self.groups else "conv"
 
     @property
     def size(self) -> int:
+        """How many weights."""
         return torch.Size(self.shape).numel()
 
     def matches(self, patterns: Iterable[str]) -> bool:
@@ -42,7 +44,7 @@ class Layer:
 def layers(program: Program) -> tuple[list[Layer], list[Refusal]]:
     """The linear and convolution weights that are stored tensors, in the order they are used, and the others with the
     reason."""
-    found: dict[int, tuple[str, list[fx.Node]]] = {}
+    users: dict[int, tuple[str, list[fx.Node]]] = {}
     refused = []
     module = program.module()
     for node in program.graph.nodes:
@@ -63,7 +65,7 @@ def layers(program: Program) -> tuple[list[Layer], list[Refusal]]:
             refused.append(Refusal(str(weight.target), "its inputs have no batch dimension"))
             continue
         tensor = fetch(module, str(weight.target))
-        found.setdefault(id(tensor), (str(weight.target), []))[1].append(node)
+        users.setdefault(id(tensor), (str(weight.target), []))[1].append(node)
     names: dict[int, list[str]] = {}
     for name, tensor in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name)
@@ -75,7 +77,7 @@ def layers(program: Program) -> tuple[list[Layer], list[Refusal]]:
             arguments(nodes[0]).get("groups", 1),
             tuple(names[key]),
         )
-        for key, (name, nodes) in found.items()
+        for key, (name, nodes) in users.items()
     ], refused
 
 

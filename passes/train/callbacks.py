@@ -34,8 +34,8 @@ class Callback:
     identity: Any = None
     loss_scale: float = 1.0
 
-    def dress(self, module: TrainableModule) -> AbstractContextManager[Any]:
-        """A context in which the module trains; entered anew when the network is replaced."""
+    def training_context(self, module: TrainableModule) -> AbstractContextManager[Any]:
+        """A context in which the module trains; entered anew when a callback replaces the network."""
         return nullcontext()
 
     def begin(self, module: TrainableModule) -> Surgery | None:
@@ -63,7 +63,7 @@ class Callback:
 
 class HeldZeros(Callback):
     """Zeros of sparse weights stay zero: neither gradients nor the optimizer move them. masks: by parameter, True where
-    the weight is zero for good (`passes.masks`)."""
+    the weight is zero for good (`graph.sparse`)."""
 
     def __init__(self, masks: dict[str, torch.Tensor]):
         self.masks = masks
@@ -81,7 +81,7 @@ class HeldZeros(Callback):
 
     def after_surgery(self, surgery: Surgery) -> None:
         left = dict(surgery.module.named_parameters())
-        self.masks = {k: taken(mask, surgery.tensors.get(k, {})) for k, mask in self.masks.items() if k in left}
+        self.masks = {k: select_kept(mask, surgery.tensors.get(k, {})) for k, mask in self.masks.items() if k in left}
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.masks)
@@ -90,7 +90,7 @@ class HeldZeros(Callback):
         self.masks = dict(state)
 
 
-def taken(tensor: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
+def select_kept(tensor: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """The entries of a tensor at the kept indices of each dimension named."""
     for d, indices in kept.items():
         tensor = tensor.index_select(d, indices.to(tensor.device))

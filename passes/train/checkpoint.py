@@ -53,4 +53,5 @@ class Checkpoint:
             says_anew(self.path.parent, self.name)
 
     def remove(self) -> None:
+        """Delete the file, where there is one."""
         self.path.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..common.feed import Batch
 from ..common.losses import class_dim, logits_of, task_loss
 from ..common.processes import accelerator, placed
 from ..common.scoring import evaluate
-from .callbacks import Callback, Kept, Surgery, taken
+from .callbacks import Callback, Kept, Surgery, select_kept
 from .features import matching_features, tapped
 from .loop import fit
 from .options import Training
@@ -100,8 +100,7 @@ class Distill(Training, Pass):
             objective = _Objective(self, context.loss, taught, kept, class_axis(student))
             record |= fit(
                 student, objective, self, context, type(self).__name__, outputs=lambda raw: raw[0],
-                callbacks=[*callbacks, objective],
-                dress=lambda module: tapped(module, names),
+                callbacks=[objective, *callbacks],
             )  # fmt: skip
         return record
 
@@ -119,6 +118,9 @@ class _Objective(Callback):
         of_graph: int | None,
     ):
         self.options, self.loss, self.teacher, self.kept, self.of_graph = options, loss, teacher, kept, of_graph
+
+    def training_context(self, module: TrainableModule) -> AbstractContextManager[None]:
+        return tapped(module, list(self.kept))
 
     def after_surgery(self, surgery: Surgery) -> None:
         for name, dims in self.kept.items():
@@ -144,12 +146,12 @@ class _Objective(Callback):
             with torch.no_grad():
                 taught, taught_features = self.teacher(*batch.args, **batch.kwargs)
             if alpha:
-                ours, theirs = (logits_of(each, NO_SCORES) for each in (outputs, taught))
+                ours, theirs = (logits_of(raw, NO_SCORES) for raw in (outputs, taught))
                 known = (self.options.class_dim, self.of_graph, NO_CLASSES)
                 dim = class_dim(ours, batch.labels if labelled else None, *known)
                 parts["kl"] = soft_kl(ours, theirs, self.options.temperature, dim)
             if features:
-                same = [taken(t, dims) for t, dims in zip(taught_features, self.kept.values(), strict=True)]
+                same = [select_kept(t, dims) for t, dims in zip(taught_features, self.kept.values(), strict=True)]
                 parts["features"] = feature_distance(features, same)
         return torch.stack([weights[key] * value for key, value in parts.items()]).sum(), parts
 

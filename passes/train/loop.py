@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from ..common.losses import accuracy
 from ..common.processes import accelerator, agreed, gathered, move, reduced
 from ..common.repeat import code_of, rng_state, run_code, sample, seeded, set_rng_state
 from ..common.scoring import bar, score
-from .callbacks import Callback, HeldZeros, Surgery, taken
+from .callbacks import Callback, HeldZeros, Surgery, select_kept
 from .checkpoint import Checkpoint
 from .options import Training, learning_rate, make_optimizer
 
@@ -47,7 +47,6 @@ def fit(
     outputs: Callable[[Any], Any] = lambda raw: raw,
     callbacks: Sequence[Callback] = (),
     identity: Sequence[Any] = (),
-    dress: Callable[[TrainableModule], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Any]:
     """Train `program.module()` in place on `context.data` and leave it in eval mode. Returns the record: steps, one
     entry per epoch (mean loss and its parts, score on `context.val`), the loss over steps as `curve`, up to 200 pairs of
@@ -56,8 +55,7 @@ def fit(
     objective: `(what the module returns, batch) -> (loss, {part: value})`. name: of the pass, in messages and file
     names. outputs: picks the model's own outputs from what the module returns, for the metric. identity: whatever else
     decides the result: a checkpoint is taken up when that and all that `run_code` sees is the same, and the data begins
-    as it did; else training starts anew and says so. dress: a context in which a module trains; entered anew when a
-    callback replaces the module, which then becomes the program's.
+    as it did; else training starts anew and says so. callbacks: may replace the module, which then becomes the program's.
 
     The result depends on the seed, the data and the options only: every epoch starts from its own seed, and a run
     killed at any point and started again ends where the uninterrupted one does, bit by bit on a CPU.
@@ -78,7 +76,7 @@ def fit(
         checkpoint = Checkpoint(Path(context.out) / f"{name.lower()}-{code}.ckpt", name)
     elif training.checkpoint_every:
         raise BadInput(f"{name}.checkpoint_every: needs a folder for the checkpoints; pass out=")
-    loop = _Loop(program, objective, training, context, name, outputs, callbacks, acc, checkpoint, dress)
+    loop = _Loop(program, objective, training, context, name, outputs, callbacks, acc, checkpoint)
     with seeded(context.seed, context.data, context.val):
         try:
             return loop.run()
@@ -123,9 +121,8 @@ class _Loop:
         callbacks: Sequence[Callback],
         acc: Accelerator,
         checkpoint: Checkpoint | None,
-        dress: Callable[[TrainableModule], AbstractContextManager[Any]],
     ):
-        self.program, self.module, self.dress, self.worn = program, program.module(), dress, ExitStack()
+        self.program, self.module, self.contexts = program, program.module(), ExitStack()
         self.feed, self.val_feed = Feed(program), Feed(program, "val")
         self.objective, self.training, self.context, self.name = objective, training, context, name
         self.outputs, self.callbacks, self.acc, self.checkpoint = outputs, callbacks, acc, checkpoint
@@ -159,18 +156,18 @@ class _Loop:
             self._train_on(self.module)
             return self._run()
         finally:
-            self.worn.close()
+            self.contexts.close()
             move(self.module.eval(), home)
 
     def _train_on(self, module: TrainableModule) -> None:
-        """Make this the network that trains: on the device, dressed, with an optimizer of its own."""
-        self.worn.close()
+        """Make this the network that trains: on the device, in the callbacks' contexts, with an optimizer of its own."""
+        self.contexts.close()
         self.module = module
         self.finite &= set(module.state_dict())
         self.program.replace_module(module)
         move(module, self.acc.device)
-        for dress in (self.dress, *(callback.dress for callback in self.callbacks)):
-            self.worn.enter_context(dress(module))
+        for callback in self.callbacks:
+            self.contexts.enter_context(callback.training_context(module))
         self.acc._models.clear()  # accelerate keeps every model it was ever given
         self.model = self.acc.prepare_model(module)
         self.optimizer = make_optimizer(module, self.training)
@@ -187,7 +184,7 @@ class _Loop:
             if old.get(name) not in moments:
                 continue  # frozen, new, or no gradient has reached it: the optimizer knows nothing of it
             self.optimizer.state[parameter] = {
-                key: taken(value, surgery.tensors.get(name, {}))
+                key: select_kept(value, surgery.tensors.get(name, {}))
                 if isinstance(value, torch.Tensor) and value.shape == old[name].shape
                 else value
                 for key, value in moments[old[name]].items()

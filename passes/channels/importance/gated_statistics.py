@@ -146,8 +146,8 @@ STATISTICS |= {f"adaptive_avg_pool{n}d": _pool for n in (1, 2, 3)}
 
 
 def _reduced_dims(a: dict[str, Any], rank: int) -> list[int]:
-    given = a.get("dim")
-    dims = range(rank) if given is None or given == [] else [given] if isinstance(given, int) else given
+    dim = a.get("dim")
+    dims = range(rank) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
     return [d % rank for d in dims]
 
 

@@ -52,8 +52,9 @@ class Tap:
     share: float = 1.0
     sums: list[Any] = field(default_factory=list)
 
-    def add(self, found: Sequence[Tensor]) -> None:
-        self.sums = [s + f for s, f in zip(self.sums, found, strict=True)] if self.sums else list(found)
+    def add(self, sums: Sequence[Tensor]) -> None:
+        """Add a backward pass's sums, one vector for each axis."""
+        self.sums = [s + f for s, f in zip(self.sums, sums, strict=True)] if self.sums else list(sums)
 
 
 class Gates:
@@ -75,11 +76,11 @@ class Gates:
         direct = self._direct(reads)
         seen: set[tuple[int, int]] = set()
         for read in reads:
-            own = next((o for o in read.operands if (self._tensor(o), o.dim) in direct), None)
-            if own is not None:
-                if (self._tensor(own), own.dim) not in seen:
-                    seen.add((self._tensor(own), own.dim))
-                    self.parameters.append((str(own.source.target), own.dim, self._tap(read, own)))
+            operand = next((o for o in read.operands if (self._tensor(o), o.dim) in direct), None)
+            if operand is not None:
+                if (self._tensor(operand), operand.dim) not in seen:
+                    seen.add((self._tensor(operand), operand.dim))
+                    self.parameters.append((str(operand.source.target), operand.dim, self._tap(read, operand)))
                 continue
             values = [o for o in read.operands if o.source.op != "get_attr"] or list(read.operands)
             smallest = min(values, key=lambda o: math.prod(shape(o.source)))
@@ -148,44 +149,48 @@ class Gates:
         share: makes what the taps saw in one process the mean over all. scale: by how much the loss was multiplied, which
         the parameters' gradients no longer are.
         """
-        found: Totals = {}
-        given = [(name, dim, tap) for name, dim, tap in self.parameters if fetch(self.module, name).grad is not None]
-        tensors = [fetch(self.module, name) for name, _, _ in given]
-        sums = weighted_sums([(t.detach(), t.grad, [dim]) for t, (_, dim, _) in zip(tensors, given, strict=True)])
-        for (_, dim, tap), values in zip(given, sums, strict=True):
-            self._fold(tap.axes[0], values[dim] * tap.share, tap.atoms, found)
+        totals: Totals = {}
+        parameters = [
+            (name, dim, tap) for name, dim, tap in self.parameters if fetch(self.module, name).grad is not None
+        ]
+        tensors = [fetch(self.module, name) for name, _, _ in parameters]
+        sums = weighted_sums([(t.detach(), t.grad, [dim]) for t, (_, dim, _) in zip(tensors, parameters, strict=True)])
+        for (_, dim, tap), values in zip(parameters, sums, strict=True):
+            self._fold(tap.axes[0], values[dim] * tap.share, tap.atoms, totals)
         taps = [tap for _, _, tap in self.reads] + [tap for _, tap in self.moments]
         if taps:
-            self._fold_taps(taps, share, scale, found)
-        return found
+            self._fold_taps(taps, share, scale, totals)
+        return totals
 
     def _fold_taps(
-        self, taps: list[Tap], share: Callable[[np.ndarray], np.ndarray], scale: float, found: Totals
+        self, taps: list[Tap], share: Callable[[np.ndarray], np.ndarray], scale: float, totals: Totals
     ) -> None:
         sizes = [[self._size(axis) for axis in tap.axes] for tap in taps]
         rows = [
-            value for tap, own in zip(taps, sizes, strict=True) for value in (tap.sums or [torch.zeros(n) for n in own])
+            value
+            for tap, lengths in zip(taps, sizes, strict=True)
+            for value in (tap.sums or [torch.zeros(n) for n in lengths])
         ]
         device = next((r.device for r in rows if r.device.type != "cpu"), torch.device("cpu"))
         values = share(torch.cat([r.to(device).double() for r in rows]).cpu().numpy() / scale)
-        parts = iter(np.split(values, np.cumsum([n for own in sizes for n in own])[:-1]))
+        parts = iter(np.split(values, np.cumsum([n for lengths in sizes for n in lengths])[:-1]))
         for tap in taps:
             for axis in tap.axes:
-                self._fold(axis, next(parts) * tap.share, tap.atoms, found)
+                self._fold(axis, next(parts) * tap.share, tap.atoms, totals)
             tap.sums = []
 
     def _size(self, axis: Axis) -> int:
         return ax.kept_size(axis, {atom: int(mask.sum()) for atom, mask in self.masks.items()})
 
-    def _fold(self, axis: Axis, values: np.ndarray, atoms: frozenset[Factor], found: Totals) -> None:
+    def _fold(self, axis: Axis, values: np.ndarray, atoms: frozenset[Factor], totals: Totals) -> None:
         if ax.touches(axis, self.masks):
             kept = ax.kept_mask(axis, self.masks)
-            values, given = np.zeros(len(kept)), values
-            values[kept] = given
-        own: Totals = {}
-        ax.fold(axis, values, own)
-        for atom in own.keys() & atoms:
-            found[atom] = found[atom] + own[atom] if atom in found else own[atom]
+            values, left = np.zeros(len(kept)), values
+            values[kept] = left
+        folded: Totals = {}
+        ax.fold(axis, values, folded)
+        for atom in folded.keys() & atoms:
+            totals[atom] = totals[atom] + folded[atom] if atom in totals else folded[atom]
 
 
 def _wide(value: Any) -> Any:

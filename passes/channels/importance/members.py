@@ -37,26 +37,26 @@ class Members:
     def sums(self, module: torch.nn.Module, gradients: bool) -> Iterator[tuple[str, Scores]]:
         """For every parameter and dimension, the sums over the entries of each index: of weight * gradient, or of the
         squared weight."""
-        given = [
+        parameters = [
             (name, tensor)
             for name, tensor in module.named_parameters()
             if name in self._axes and (tensor.grad is not None or not gradients)
         ]
-        items = [(t.detach(), t.grad if gradients else None, self._axes[name]) for name, t in given]
-        for (name, _), sums in zip(given, weighted_sums(items), strict=True):
+        items = [(t.detach(), t.grad if gradients else None, self._axes[name]) for name, t in parameters]
+        for (name, _), sums in zip(parameters, weighted_sums(items), strict=True):
             for dim, values in sums.items():
                 axis, kept = self._axes[name][dim]
                 if kept is not None:
-                    values, own = np.zeros(len(kept)), values
-                    values[kept] = own
-                found: Scores = {}
-                ax.fold(axis, values, found)
-                yield name, {atom: own for atom, own in found.items() if atom in self.wanted}
+                    left, values = values, np.zeros(len(kept))
+                    values[kept] = left
+                folded: Scores = {}
+                ax.fold(axis, values, folded)
+                yield name, {atom: sums_of for atom, sums_of in folded.items() if atom in self.wanted}
 
     def gradient_scores(self, module: torch.nn.Module, transform: Callable[[np.ndarray], np.ndarray]) -> Scores:
         """For every atom the mean over its members of the transformed sums of weight * gradient."""
-        found: dict[Factor, list[np.ndarray]] = defaultdict(list)
+        scores: dict[Factor, list[np.ndarray]] = defaultdict(list)
         for _, sums in self.sums(module, gradients=True):
-            for atom, own in sums.items():
-                found[atom].append(transform(own))
-        return {atom: np.mean(values, axis=0) for atom, values in found.items()}
+            for atom, value in sums.items():
+                scores[atom].append(transform(value))
+        return {atom: np.mean(values, axis=0) for atom, values in scores.items()}

@@ -109,7 +109,7 @@ def _reads_of(comb: Comb, node: fx.Node, wanted: dict[Factor, None]) -> tuple[li
         return [read(*operands)], []
     if name == "einsum":
         terms, result = spelled_out(a["equation"], [len(shape(t)) for t in a["tensors"]])
-        found = []
+        reads = []
         for letter in dict.fromkeys("".join(terms)):
             if letter not in result:
                 places = [
@@ -117,8 +117,8 @@ def _reads_of(comb: Comb, node: fx.Node, wanted: dict[Factor, None]) -> tuple[li
                     for i, (term, t) in enumerate(zip(terms, a["tensors"], strict=True))
                     if letter in term and shape(t)[term.index(letter)] > 1
                 ]
-                found += [read(*places)] if places else []
-        return found, []
+                reads += [read(*places)] if places else []
+        return reads, []
     if name == "scaled_dot_product_attention":
         width = len(shape(a["query"])) - 1
         products = read(Operand(a["query"], "query", None, width), Operand(a["key"], "key", None, width))
@@ -139,12 +139,12 @@ def _reads_of(comb: Comb, node: fx.Node, wanted: dict[Factor, None]) -> tuple[li
 def _vanished(comb: Comb, node: fx.Node, atoms: Callable[[Axis], frozenset[Factor]], share: float) -> list[Read]:
     """The axes of its operands that a node's results no longer have."""
     left = frozenset(ax.atoms(comb.flat(node)))
-    found = []
+    reads = []
     for key, value in arguments(node).items():
         several = isinstance(value, (list, tuple))
         for place, source in enumerate(value if several else [value]):
             if isinstance(source, fx.Node) and _plain(source) and comb.axes[source] is not None:
                 for d, axis in enumerate(comb.axes[source]):
                     operand = Operand(source, key, place if several else None, d)
-                    found.append(Read(node, (operand,), atoms(axis) - left, share))
-    return found
+                    reads.append(Read(node, (operand,), atoms(axis) - left, share))
+    return reads

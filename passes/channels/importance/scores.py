@@ -69,6 +69,7 @@ class GradientScores:
         self.members = Members(comb, wanted, masks) if self.gates is None else None
 
     def tapped(self) -> AbstractContextManager[None]:
+        """A context in which the network's passes are seen."""
         return nullcontext() if self.gates is None else self.gates.tapped()
 
     def of_batch(self, scale: float = 1.0) -> Scores:
@@ -76,7 +77,7 @@ class GradientScores:
         if self.members is not None:
             return self.members.gradient_scores(self.module, self.transform)
         assert self.gates is not None
-        return {atom: self.transform(own) for atom, own in self.gates.totals(self.share, scale).items()}
+        return {atom: self.transform(values) for atom, values in self.gates.totals(self.share, scale).items()}
 
 
 def magnitude(comb: Comb, groups: list[Group], context: Context, samples: int = 0) -> Scores:
@@ -95,14 +96,14 @@ def relative_norms(comb: Comb, groups: list[Group], module: torch.nn.Module, mas
     weak: dict[Factor, list[np.ndarray]] = defaultdict(list)
     for name, sums in Members(comb, (g.atom for g in groups), masks).sums(module, gradients=False):
         into = strong if len(comb.parameters[name]) > 1 or name in scales else weak
-        for atom, own in sums.items():
-            mean = own[masks[atom]].mean() if atom in masks else own.mean()
+        for atom, values in sums.items():
+            mean = values[masks[atom]].mean() if atom in masks else values.mean()
             if mean > 0:
-                into[atom].append(own / mean)
+                into[atom].append(values / mean)
     result = {}
     for group in groups:
-        found = strong.get(group.atom) or weak.get(group.atom)
-        result[group.atom] = np.mean(found, axis=0) if found else np.ones(group.size)
+        norms = strong.get(group.atom) or weak.get(group.atom)
+        result[group.atom] = np.mean(norms, axis=0) if norms else np.ones(group.size)
     return result
 
 
@@ -137,25 +138,25 @@ def from_gradients(importance: str) -> Importance:
             raise BadInput("importance from gradients needs data: give data= (batches of inputs and labels)")
         module = comb.program.copy().module()
         module.eval().requires_grad_()  # what is frozen for training matters all the same
-        found = GradientScores(importance, comb, groups, None, module)
+        gradients = GradientScores(importance, comb, groups, None, module)
         sums = {g.atom: np.zeros(g.size) for g in groups}
-        count = everywhere(lambda: _add_up(sums, found, comb, context, samples))
+        count = everywhere(lambda: _add_up(sums, gradients, comb, context, samples))
         total = (
             summed(torch.from_numpy(np.concatenate([[count], *sums.values()])).to(accelerator().device)).cpu().numpy()
         )
         if not total[0]:
             raise BadInput("importance from gradients: the data yields no batch")
-        parts = np.split(total[1:] / total[0], np.cumsum([len(own) for own in sums.values()])[:-1])
+        parts = np.split(total[1:] / total[0], np.cumsum([len(values) for values in sums.values()])[:-1])
         return dict(zip(sums, parts, strict=True))
 
     return scores
 
 
-def _add_up(sums: Scores, found: GradientScores, comb: Comb, context: Context, samples: int) -> int:
+def _add_up(sums: Scores, gradients: GradientScores, comb: Comb, context: Context, samples: int) -> int:
     """Add the scores of this process's batches to the sums; returns how many batches there were."""
-    module, feed, count = found.module, Feed(comb.program), 0
+    module, feed, count = gradients.module, Feed(comb.program), 0
     with (
-        seeded(context.seed, context.data), placed(module, accelerator().device), found.tapped(), torch.enable_grad()
+        seeded(context.seed, context.data), placed(module, accelerator().device), gradients.tapped(), torch.enable_grad()
     ):  # fmt: skip
         for batch, _ in sample_batches(feed, context, samples, "importance", share=True):
             if batch.labels is None:
@@ -167,7 +168,7 @@ def _add_up(sums: Scores, found: GradientScores, comb: Comb, context: Context, s
             if not torch.isfinite(loss):
                 raise BadInput(f"importance: the loss of batch {count} is {float(loss)}; check the data and the model")
             loss.backward()
-            for atom, values in found.of_batch().items():
+            for atom, values in gradients.of_batch().items():
                 sums[atom] += values
             count += 1
     return count
@@ -176,11 +177,11 @@ def _add_up(sums: Scores, found: GradientScores, comb: Comb, context: Context, s
 def normalised(scores: Scores) -> Scores:
     """The scores times one power of two that makes the largest about 1, so that no threshold or sum in the selection sees
     the scale of the loss."""
-    largest = max((float(own.max()) for own in scores.values() if len(own)), default=0.0)
+    largest = max((float(values.max()) for values in scores.values() if len(values)), default=0.0)
     if not 0 < largest < np.inf:
         return dict(scores)
     _, exponent = np.frexp(largest)
-    return {atom: np.ldexp(own, -int(exponent)) for atom, own in scores.items()}
+    return {atom: np.ldexp(values, -int(exponent)) for atom, values in scores.items()}
 
 
 def together(scores: Scores) -> Scores:

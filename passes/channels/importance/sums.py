@@ -17,12 +17,12 @@ def weighted_sums(items: Sequence[Item]) -> list[dict[int, np.ndarray]]:
 
     What lies on a device stays there until all sums are ready, so there is one wait for all of them.
     """
-    found: list[dict[int, np.ndarray]] = [{} for _ in items]
+    result: list[dict[int, np.ndarray]] = [{} for _ in items]
     waiting: list[tuple[int, int, torch.Tensor]] = []
     for i, (values, factors, dims) in enumerate(items):
         factors = values if factors is None else factors
         if values.device.type == "cpu":
-            found[i] = _on_cpu(values, factors, dims)
+            result[i] = _on_cpu(values, factors, dims)
             continue
         product = _wide(values) * _wide(factors)
         for d in dims:
@@ -31,9 +31,9 @@ def weighted_sums(items: Sequence[Item]) -> list[dict[int, np.ndarray]]:
     if waiting:
         rows = torch.cat([row.double() for _, _, row in waiting]).cpu().numpy()
         ends = np.cumsum([len(row) for _, _, row in waiting])
-        for (i, d, _), own in zip(waiting, np.split(rows, ends[:-1]), strict=True):
-            found[i][d] = own
-    return found
+        for (i, d, _), values_of in zip(waiting, np.split(rows, ends[:-1]), strict=True):
+            result[i][d] = values_of
+    return result
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -54,8 +54,8 @@ def _on_cpu(values: torch.Tensor, factors: torch.Tensor, dims: Iterable[int]) ->
         rows.append(np.einsum("ij,ij->i", p, q))
         columns += np.einsum("ij,ij->j", p, q)
     grid = columns.reshape(values.shape[1:])
-    found = {0: np.concatenate(rows).astype(np.float64)}
+    sums = {0: np.concatenate(rows).astype(np.float64)}
     for d in dims:
         if d > 0:
-            found[d] = grid.sum(axis=tuple(k for k in range(grid.ndim) if k != d - 1))
-    return {d: found[d] for d in dims}
+            sums[d] = grid.sum(axis=tuple(k for k in range(grid.ndim) if k != d - 1))
+    return {d: sums[d] for d in dims}
