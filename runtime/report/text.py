@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
-def number(value: Any) -> float | None:
-    """The value if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if math.isfinite(value) else None
+def number(value: float | None) -> float | None:
+    """Return the value if it is a finite number."""
+    return value if value is not None and math.isfinite(value) else None
 
 
-def si(value: Any) -> str:
+def si(value: float | None) -> str:
     """A count in steps of a thousand: 4.09 G."""
     scaled = number(value)
     if scaled is None:
@@ -26,13 +24,13 @@ def si(value: Any) -> str:
     return f"{scaled:.3g}{unit}"
 
 
-def size(value: Any) -> str:
+def size(value: float | None) -> str:
     """Bytes: 10.6 MB."""
     count = number(value)
     return "–" if count is None else f"{si(count)}{'' if abs(count) >= 999.5 else ' '}B"
 
 
-def count(value: Any) -> str:
+def count(value: float | None) -> str:
     """A whole number with thousands separated."""
     valid = number(value)
     return "–" if valid is None else f"{valid:,.0f}"
@@ -43,7 +41,7 @@ def counted(how_many: int, noun: str) -> str:
     return f"{how_many} {noun}{'s' * (how_many != 1)}"
 
 
-def exact(value: Any) -> str:
+def exact(value: float | None) -> str:
     """A small error: 3.1e-14, and 0 for none at all."""
     error = number(value)
     if error is None:
@@ -66,7 +64,7 @@ def off(predicted: float, measured: float) -> str:
     return f"{predicted / measured - 1:+.0%}".replace("-", "−").replace("%", "\u00a0%")
 
 
-def percent(value: Any) -> str:
+def percent(value: float | None) -> str:
     """A share with two digits after the point: 98.33 %."""
     share = number(value)
     return "–" if share is None else f"{100 * share:.2f}\u00a0%"
@@ -77,19 +75,19 @@ def round_percent(value: float) -> str:
     return f"{100 * value:.6g} %"
 
 
-def plain_score(value: Any) -> str:
+def plain_score(value: float | None) -> str:
     """A figure of quality that is not a share."""
     score = number(value)
     return "–" if score is None else f"{score:.4g}"
 
 
-def score_format(*values: float | None, metric: str) -> Callable[[Any], str]:
+def score_format(*values: float | None, metric: str) -> Callable[[float | None], str]:
     """How to write the values of a metric: in percent when it is an accuracy and all of them are shares."""
     share = metric.endswith("accuracy") and all(0 <= value <= 1 for value in values if value is not None)
     return percent if share else plain_score
 
 
-def tick_format(values: Iterable[float], metric: str) -> Callable[[Any], str]:
+def tick_format(values: Iterable[float], metric: str) -> Callable[[float], str]:
     """How to write a metric along an axis."""
     return round_percent if score_format(*values, metric=metric) is percent else plain_score
 
