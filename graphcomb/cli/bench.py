@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,6 +13,9 @@ from ..graph.errors import BadInput
 from .arguments import Quiet, Shapes, read_values
 from .output import NO_FIGURE, Interrupted, between, console, printable
 from .report import read_run
+
+if TYPE_CHECKING:
+    from ..runtime.summary import Bench
 
 
 def bench(
@@ -43,6 +46,7 @@ def bench(
     """
     from .. import runtime
     from ..graph.files import write_json
+    from ..runtime.summary import Bench
     from ..shapes import read_shapes
 
     if a.is_dir():
@@ -68,7 +72,7 @@ def bench(
     )  # fmt: skip
     if out is not None:
         write_json(out, result.to_dict(), indent=2)
-    show_bench(result.to_dict())
+    show_bench(Bench.model_validate(printable(result.to_dict())))
     if result.ratio is None:
         raise typer.Exit(NO_FIGURE)
 
@@ -146,19 +150,16 @@ def bundle(
     console.print(f"{folder}: on the device, python3 bench_device.py; or graphcomb bench {folder} --host USER@DEVICE")
 
 
-def show_bench(result: dict[str, Any]) -> None:
+def show_bench(result: Bench) -> None:
     """Print latencies and their ratio, or why there is none."""
-    result = printable(result)
     table = Table("model", "median ms", "p95 ms", "runs", "times faster (95 %)")
-    for timing in result["timings"]:
-        ms, ratio = timing["ms"], result["ratios"].get(timing["name"])
-        faster = between(ratio) if ratio else ""
-        table.add_row(
-            timing["name"], *(f"{ms[k]:.3f}" if ms else "" for k in ("median", "p95")), str(timing["runs"]), faster
-        )
+    for timing in result.timings:
+        ratio = result.ratios.get(timing.name)
+        ms = [f"{timing.ms[key]:.3f}" if timing.ms else "" for key in ("median", "p95")]
+        table.add_row(timing.name, *ms, str(timing.runs), between(ratio) if ratio else "")
     console.print(table)
-    if result["note"]:
-        console.print(result["note"])
+    if result.note:
+        console.print(result.note)
 
 
 def show_device(results: dict[str, Any]) -> None:

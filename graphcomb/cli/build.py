@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -15,6 +15,7 @@ from .output import WORSE, console, printable
 
 if TYPE_CHECKING:
     from ..runtime.devices.dla import Placement
+    from ..runtime.summary import Engine
 
 
 def build(
@@ -51,6 +52,7 @@ def build(
     from ..runtime.engines.base import UnparsedOp
     from ..runtime.onnx_file import check_model
     from ..runtime.report.gate import choose, compare, read_baseline
+    from ..runtime.summary import Engine
     from ..shapes import read_ranges
 
     options = read_values(option or (), "--option")
@@ -72,50 +74,46 @@ def build(
     baseline = choose(baselines, built.precision) if baselines else None
     if json_:
         write_json(json_, report, indent=2)
-    show_engine(report)
+    show_engine(Engine.model_validate(printable(report)))
     if baseline is not None and (worse := compare(report, baseline)):
         for text in worse:
             print(f"gate: {text}", file=sys.stderr)
         raise typer.Exit(WORSE)
 
 
-def show_engine(report: dict[str, Any]) -> None:
+def show_engine(engine: Engine) -> None:
     """Print what a build made of the model: kernels, padding and quantisation that cost, memory, with their origin."""
     from ..runtime.engines.trt.kernels import UNFUSED
 
-    report = printable(report)
-
-    console.print(
-        f"{report['path']}: {report['bytes']:,} bytes, {report['precision']}, {report['backend']} {report['version']}",
-        soft_wrap=True,
-    )
-    fused = [k for k in report["kernels"] if len(k["nodes"]) > 1]
-    nodes = sum(len(k["nodes"]) for k in fused)
-    console.print(f"{len(report['kernels'])} kernels, {len(fused)} of them fuse {nodes} ONNX nodes")
-    console.print(f"{len(report['padding'])} kernels only pad or re-format")
-    origins = report["origins"]
+    head = f"{engine.path}: {engine.bytes:,} bytes, {engine.precision}, {engine.backend} {engine.version}"
+    console.print(head, soft_wrap=True)
+    fused = [kernel for kernel in engine.kernels if len(kernel.nodes) > 1]
+    nodes = sum(len(kernel.nodes) for kernel in fused)
+    console.print(f"{len(engine.kernels)} kernels, {len(fused)} of them fuse {nodes} ONNX nodes")
+    console.print(f"{len(engine.padding)} kernels only pad or re-format")
 
     def where(names: Sequence[str]) -> str:
-        known = [f"{o['node']} of {o['module'] or 'the model'}" for n in names if (o := origins.get(n))]
-        passes = dict.fromkeys(p for n in names if n in origins for p in origins[n]["passes"])
-        return ", ".join([*known[:2], *(f"changed by {p}" for p in passes)])
+        origins = [origin for name in names if (origin := engine.origins.get(name))]
+        places = [f"{origin.node} of {origin.module or 'the model'}" for origin in origins]
+        passes = dict.fromkeys(name for origin in origins for name in origin.passes)
+        return ", ".join([*places[:2], *(f"changed by {name}" for name in passes)])
 
-    if report.get("pads"):
+    if engine.pads:
         table = Table("padded node", "axis", "model", "engine", "how", "multiples of", "from")
-        for p in report["pads"]:
-            names = p["nodes"] or [p["kernel"]]
-            advice = " ".join([str(p["alignment"] or "none"), *([f"({p['note']})"] if p.get("note") else [])])
-            cells = (p["axis"], p["before"], p["after"], p["how"], advice)
+        for pad in engine.pads:
+            names = pad.nodes or [pad.kernel]
+            advice = f"{pad.alignment or 'none'}{f' ({pad.note})' if pad.note else ''}"
+            cells = (pad.axis, pad.before, pad.after, pad.how, advice)
             table.add_row(", ".join(names[:3]), *map(str, cells), where(names))
         console.print(table)
-    for row in report.get("unfused", ()):
-        place = where(row["nodes"])
-        console.print(f"{', '.join(row['nodes'][:4])}: {UNFUSED[row['how']]}{f' ({place})' if place else ''}")
-    for name, size in report["memory"].items():
+    for row in engine.unfused:
+        place = where(row.nodes)
+        console.print(f"{', '.join(row.nodes[:4])}: {UNFUSED[row.how]}{f' ({place})' if place else ''}")
+    for name, size in engine.memory.items():
         console.print(f"{name}: {size:,} bytes")
-    for line in report.get("unread", ()):
+    for line in engine.unread:
         console.print(f"not understood: {line[:200]}", markup=False)
-    for text in report["warnings"]:
+    for text in engine.warnings:
         console.print(f"warning: {text}", markup=False)
 
 
