@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 from common import save, write
 
-from graphcomb.passes.sparse import cap
+from graphcomb.passes.sparse import cap, ranking
+from graphcomb.passes.sparse.fisher import Fisher, chunks
 
 RESULTS = Path(__file__).parent / "results" / "cap_speed.json"
 SIZES = ((32, 256), (64, 256), (128, 256), (192, 256), (256, 256), (384, 256))
@@ -60,13 +61,13 @@ def fast(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All blocks `(b, B)`, gradients `(m, b, B)`, as `Sparsify` does it."""
     count, size = weights.shape
-    fisher = cap.Fisher(count, size, len(gradients), damping, weights.dtype)
+    fisher = Fisher(count, size, len(gradients), damping, weights.dtype)
     for part in gradients.split(32):
         fisher.add(part)
     orders, news = [], []
-    for part in cap.chunks(count, size):
+    for part in chunks(count, size):
         order, _ = cap.eliminate(weights[part], fisher.inverse(part).to(weights))
-        mask = cap.first(order, torch.full((len(order),), round(share * size)), size)
+        mask = ranking.first(order, torch.full((len(order),), round(share * size)), size)
         orders.append(order)
         news.append(cap.repair(weights[part], fisher.matrix(part), mask))
     return torch.cat(orders), torch.cat(news)

@@ -53,7 +53,7 @@ def gpu(repeats: int) -> dict:
         return {"skipped": f"{torch.cuda.get_device_name()} has no sparse tensor cores"}
     from torch.sparse import to_sparse_semi_structured
 
-    from graphcomb.passes.sparse.cap import lowest_of_groups
+    from graphcomb.passes.sparse.ranking import lowest_of_groups
 
     rows = []
     for dtype in (torch.float16, torch.bfloat16, torch.int8):

@@ -23,7 +23,7 @@ from ...graph.nodes import fetch
 from ...graph.program import Program
 from ...graph.verify import equivalence
 from ..train.features import block_outputs
-from .cap import Pattern
+from .ranking import Pattern
 
 ROUNDS, ROWS = 60, 4096  # of exchanges between random pairs of groups; rows of weights looked at
 TOLERANCE = 1e-9
@@ -51,8 +51,8 @@ def permuted(
     orders: dict[Factor, np.ndarray] = {}
     rows: list[dict[str, Any]] = []
     generator = torch.Generator().manual_seed(seed)
-    for atom, found in readers.items():
-        weights = [fetch(program.module(), n).detach().movedim(1, -1).flatten(0, -2) for n in found]
+    for atom, read_by in readers.items():
+        weights = [fetch(program.module(), n).detach().movedim(1, -1).flatten(0, -2) for n in read_by]
         squares = torch.cat(weights).square().float().cpu()
         if len(squares) > ROWS:
             squares = squares[torch.randperm(len(squares), generator=generator)[:ROWS]]
@@ -60,7 +60,7 @@ def permuted(
         before, after = (float(kept(squares[:, o], pattern) / squares.sum()) for o in (torch.arange(atom.size), order))
         if after > before:
             orders[atom] = order.numpy()
-            rows.append({"what": found, "kept_before": before, "kept_after": after})
+            rows.append({"what": read_by, "kept_before": before, "kept_after": after})
     if not orders:
         return program, []
 
@@ -85,10 +85,10 @@ def positions(axis: Axis, orders: Orders) -> np.ndarray:
         if factor.segments is not None:
             starts = np.cumsum([0, *(ax.size(part) for part in factor.segments)])
             parts = zip(starts, factor.segments, strict=False)
-            own = np.concatenate([start + positions(part, orders) for start, part in parts])
+            indices = np.concatenate([start + positions(part, orders) for start, part in parts])
         else:
-            own = orders[factor] if factor in orders else np.arange(factor.size)
-        result = (result[:, None] * len(own) + own).reshape(-1)
+            indices = orders[factor] if factor in orders else np.arange(factor.size)
+        result = (result[:, None] * len(indices) + indices).reshape(-1)
     return result
 
 

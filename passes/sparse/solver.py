@@ -15,9 +15,10 @@ from ..base import Context
 from ..common.processes import accelerator
 from ..common.scoring import bar
 from ..common.weights import Layer
-from . import cap
+from . import cap, fisher, ranking
 from .gradients import Gradients
 from .moments import input_moments
+from .sweep import sweep
 from .unfold import check_again, check_finite
 
 DAMPING = 1e-2  # relative to a mean diagonal
@@ -27,20 +28,24 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 @dataclass(frozen=True)
 class Method:
-    """What to do: a method by name, its options (those of `Sparsify`) and the goal, a share of zeros or a pattern."""
+    """What to do: a method by name, its options (those of `Sparsify`) and the goal, a share of zeros or a pattern.
+
+    everywhere: one ranking for all layers. by_increments: cap shares zeros out over blocks by what the next weight of a
+    block adds to the loss (ours); else by the block's loss so far, as the paper's code does, which loses more.
+    """
 
     name: str
-    goal: float | cap.Pattern
-    everywhere: bool  # one ranking for all layers
+    goal: float | ranking.Pattern
+    everywhere: bool
     block: int
     gradients: Gradients
     damping: float | None
     dtype: str
     memory: float
-    allocation: str = "increments"
+    by_increments: bool = True
 
     @property
-    def pattern(self) -> cap.Pattern | None:
+    def pattern(self) -> ranking.Pattern | None:
         return self.goal if isinstance(self.goal, tuple) else None
 
 
@@ -110,64 +115,64 @@ class Solver:
         self.damping = method.damping or DAMPING * self._mean_square() or 1e-8
         kept = self._collect(batches[0], "1/1") if len(batches) == 1 else None
         ranked: dict[Piece, tuple[Tensor, Tensor]] = {}
-        for piece, fisher in self._fishers(batches, kept, ""):
-            ranked[piece] = self._rank(piece, fisher)
-            del fisher
+        for piece, sums in self._fishers(batches, kept, ""):
+            ranked[piece] = self._rank(piece, sums)
+            del sums
         masks = self._masks(ranked)
         updated: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         predicted = 0.0
-        for piece, fisher in self._fishers(batches, kept, " again"):
+        for piece, sums in self._fishers(batches, kept, " again"):
             old = self._blocks(piece)
-            for part in cap.chunks(piece.count, piece.size):
+            for part in fisher.chunks(piece.count, piece.size):
                 w, mask = old[part].to(self.device), masks[piece][part].to(self.device)
-                matrix = fisher.matrix(part)
-                new = cap.repair(w, matrix, mask) if exact else cap.step_once(w, fisher.inverse(part), mask)
+                matrix = sums.matrix(part)
+                new = cap.repair(w, matrix, mask) if exact else cap.step_once(w, sums.inverse(part), mask)
                 matrix.diagonal(dim1=1, dim2=2).sub_(self.damping)
                 predicted += float(cap.loss(new - w, matrix).sum())
                 updated[piece.layer.name].append(new.to(old.device))
-            del fisher
+            del sums
         for name, blocks in updated.items():
             last = bool(method.pattern)
-            self._write(name, cap.from_blocks(torch.cat(blocks), self.layers[name].shape, last))
+            self._write(name, fisher.from_blocks(torch.cat(blocks), self.layers[name].shape, last))
         return predicted
 
     def _mean_square(self) -> float:
         """Of a weight's gradient, over all layers: λ stands for the curvature where the gradients say nothing, so that one
         for all keeps such weights comparable. From gradients of its own, so that the memory limit changes nothing."""
         few = replace(self.method.gradients, count=min(PROBE, self.method.gradients.count))
-        found, seen = few.mean_squares(self.program, list(self.layers), self.context, int(self.method.memory / 32))
+        squares, seen = few.mean_squares(self.program, list(self.layers), self.context, int(self.method.memory / 32))
         check_again(self.probed, seen)
         self.probed = seen
         sizes = {name: layer.size for name, layer in self.layers.items()}
-        return sum(found[name] * size for name, size in sizes.items()) / sum(sizes.values())
+        return sum(squares[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
     def _fishers(
-        self, batches: Sequence[Sequence[Piece]], kept: Sequence[cap.Fisher] | None, title: str
-    ) -> Iterator[tuple[Piece, cap.Fisher]]:
+        self, batches: Sequence[Sequence[Piece]], kept: Sequence[fisher.Fisher] | None, title: str
+    ) -> Iterator[tuple[Piece, fisher.Fisher]]:
         """The pieces with what was kept, or else with sums made now; of these, none is held beyond its turn, so that those
         of two batches are never there together."""
         if kept is not None:
             yield from zip(batches[0], kept, strict=True)
             return
         for i, batch in enumerate(batches):
-            found = self._collect(batch, f"{i + 1}/{len(batches)}{title}")
+            made = self._collect(batch, f"{i + 1}/{len(batches)}{title}")
             for piece in batch:
-                yield piece, found.pop(0)
+                yield piece, made.pop(0)
 
     def _blocks(self, piece: Piece) -> Tensor:
-        return cap.to_blocks(self.weights[piece.layer.name], piece.size, bool(self.method.pattern))[piece.part]
+        return fisher.to_blocks(self.weights[piece.layer.name], piece.size, bool(self.method.pattern))[piece.part]
 
     def _batches(self) -> list[list[Piece]]:
         """All blocks of all layers, cut so that the Fisher sums of a batch fit into the memory."""
         width = torch.finfo(DTYPES[self.method.dtype]).bits // 8
-        working = 4 * cap.CHUNK * 8 + sum(w.numel() for w in self.weights.values()) * 16
+        working = 4 * fisher.CHUNK * 8 + sum(w.numel() for w in self.weights.values()) * 16
         budget = max(self.method.memory - working, self.method.memory / 4) * 7 / 8  # an eighth holds gradients
         batches: list[list[Piece]] = [[]]
         left = budget
         for layer in self.layers.values():
             size = min(self.method.block, layer.size)
             blocks, start = -(-layer.size // size), 0
-            cost = cap.Fisher.numbers(size, size, self.method.gradients.count) * width
+            cost = fisher.Fisher.numbers(size, size, self.method.gradients.count) * width
             while start < blocks:
                 fits = int(left // cost)
                 if fits < 1 and batches[-1]:
@@ -180,55 +185,55 @@ class Solver:
                 start += take
         return batches
 
-    def _collect(self, batch: Sequence[Piece], title: str) -> list[cap.Fisher]:
+    def _collect(self, batch: Sequence[Piece], title: str) -> list[fisher.Fisher]:
         method = self.method
         dtype, last = DTYPES[method.dtype], bool(method.pattern)
         count = method.gradients.count
         with torch.device(self.device):
-            fishers = [cap.Fisher(p.count, p.size, count, self.damping, dtype) for p in batch]
+            fishers = [fisher.Fisher(p.count, p.size, count, self.damping, dtype) for p in batch]
         alive = [(self._blocks(p) != 0).to(self.device, dtype) for p in batch]
         before, self.seen = self.seen, 0
         names = list(dict.fromkeys(p.layer.name for p in batch))
         stream = method.gradients.stream(self.program, names, self.context, int(method.memory / 32))
         with bar(self.context.progress, f"Sparsify: gradients {title}", count) as update:
             for gradients in stream:
-                for piece, fisher, mask in zip(batch, fishers, alive, strict=True):
-                    every = gradients[piece.layer.name]
-                    blocks = torch.stack([cap.to_blocks(g, piece.size, last)[piece.part] for g in every])
-                    fisher.add(blocks.to(dtype) * mask)
-                self.seen += len(every)
+                for piece, sums, mask in zip(batch, fishers, alive, strict=True):
+                    samples = gradients[piece.layer.name]
+                    blocks = torch.stack([fisher.to_blocks(g, piece.size, last)[piece.part] for g in samples])
+                    sums.add(blocks.to(dtype) * mask)
+                self.seen += len(samples)
                 update(self.seen, "")
         check_again(before, self.seen)
         check_again(self.probed, min(self.seen, PROBE))
-        for piece, fisher in zip(batch, fishers, strict=True):
-            check_finite(fisher.sums, f"the statistics of {piece.layer.name} are")
+        for piece, sums in zip(batch, fishers, strict=True):
+            check_finite(sums.sums, f"the statistics of {piece.layer.name} are")
         return fishers
 
-    def _rank(self, piece: Piece, fisher: cap.Fisher) -> tuple[Tensor, Tensor]:
+    def _rank(self, piece: Piece, sums: fisher.Fisher) -> tuple[Tensor, Tensor]:
         """`(order, losses)` of the piece's blocks: for cap the elimination, for woodfisher every weight by itself. Losses
         never fall along a block's order; what goes is compared by them."""
         method, old = self.method, self._blocks(piece)
-        found = []
+        ranked = []
         with bar(self.context.progress, f"Sparsify: {piece.layer.name}", piece.count) as update:
-            for part in cap.chunks(piece.count, piece.size):
+            for part in fisher.chunks(piece.count, piece.size):
                 w = old[part].to(self.device, DTYPES[method.dtype])
                 if method.name == "cap":
-                    order, losses = self._eliminated(piece, w, fisher.inverse(part))
-                    if method.pattern is None and method.allocation == "increments":
-                        losses = cap.increments(losses)
+                    order, losses = self._eliminated(piece, w, sums.inverse(part))
+                    if method.pattern is None and method.by_increments:
+                        losses = ranking.increments(losses)
                 else:
-                    inverse = fisher.inverse(part)
+                    inverse = sums.inverse(part)
                     scores = w.square() / (2 * inverse.diagonal(dim1=1, dim2=2)).to(w.dtype)
                     losses, order = scores.masked_fill_(w == 0, torch.inf).sort(1)
-                found.append((order.to("cpu", torch.int32), losses.float().cpu()))
+                ranked.append((order.to("cpu", torch.int32), losses.float().cpu()))
                 update(part.stop, "")
-        steps = max(order.shape[1] for order, _ in found)
+        steps = max(order.shape[1] for order, _ in ranked)
 
         def padded(tensors: Sequence[Tensor], value: float) -> Tensor:
             wide = [torch.nn.functional.pad(t, (0, steps - t.shape[1]), value=value) for t in tensors]
             return torch.cat(wide)
 
-        return padded([o for o, _ in found], 0), padded([x for _, x in found], torch.inf)
+        return padded([o for o, _ in ranked], 0), padded([x for _, x in ranked], torch.inf)
 
     def _eliminated(self, piece: Piece, w: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
         """`cap.eliminate`, in float64 where the method's precision does not do."""
@@ -249,18 +254,18 @@ class Solver:
         if method.pattern is None:
             for names in self._scopes():
                 pieces = [p for p in ranked if p.layer.name in names]
-                found = cap.prefixes([ranked[p][1] for p in pieces], self._goal(names))
-                lengths |= dict(zip(pieces, found, strict=True))
+                counts = ranking.prefixes([ranked[p][1] for p in pieces], self._goal(names))
+                lengths |= dict(zip(pieces, counts, strict=True))
         for piece, (order, losses) in ranked.items():
             zero = self._blocks(piece).cpu() == 0
             if method.pattern is None:
-                new = cap.first(order, lengths[piece], piece.size)
+                new = ranking.first(order, lengths[piece], piece.size)
             elif method.name == "cap":
-                new = cap.first(order, losses.isfinite().sum(1), piece.size)
+                new = ranking.first(order, losses.isfinite().sum(1), piece.size)
             else:
                 scores = torch.empty(len(order), piece.size).scatter_(1, order.long(), losses)
                 scores.masked_fill_(zero, -1)
-                new = cap.lowest_of_groups(scores, method.pattern)
+                new = ranking.lowest_of_groups(scores, method.pattern)
             masks[piece] = zero | new
         return masks
 
@@ -273,16 +278,16 @@ class Solver:
         matrices = self._shared_fisher if self.method.name == "fastcap" else self._moments
         new = {}
         for batch in batches:
-            for name, found in matrices(batch).items():
+            for name, parts in matrices(batch).items():
                 layer, last = self.layers[name], bool(self.method.pattern)
                 rows = _rows(self.weights[name], last).to(self.device).clone()
-                sizes = [int((rows[row, column] != 0).sum()) for row, column, _ in found]
-                shares = cap.portions(0 if self.method.pattern else self._goal([name]), sizes)
-                for (row, column, matrix), share in zip(found, shares, strict=True):
+                sizes = [int((rows[row, column] != 0).sum()) for row, column, _ in parts]
+                shares = ranking.portions(0 if self.method.pattern else self._goal([name]), sizes)
+                for (row, column, matrix), share in zip(parts, shares, strict=True):
                     damp = self.damping * float(matrix.diagonal().mean()) or 1.0
                     w = rows[row, column]
                     damped = matrix.double() + damp * torch.eye(len(matrix), device=matrix.device, dtype=torch.float64)
-                    rows[row, column] = cap.sweep(w, damped, share, self.method.pattern, w != 0)[0]
+                    rows[row, column] = sweep(w, damped, share, self.method.pattern, w != 0)[0]
                 new[name] = _from_rows(rows, layer.shape, last)
         for name, value in new.items():
             self._write(name, value)
@@ -290,40 +295,40 @@ class Solver:
     def _shared_fisher(self, batch: Sequence[Layer]) -> dict[str, list[tuple[slice, slice, Tensor]]]:
         """For every block of columns the mean of `g gᵀ` over gradients and rows."""
         method, last = self.method, bool(self.method.pattern)
-        found: dict[str, list[tuple[slice, slice, Tensor]]] = {}
+        matrices: dict[str, list[tuple[slice, slice, Tensor]]] = {}
         for layer in batch:
             width = _columns(layer)
             parts = [slice(i, min(i + method.block, width)) for i in range(0, width, method.block)]
             sizes = [p.stop - p.start for p in parts]
             empty = [torch.zeros(s, s, device=self.device, dtype=torch.float64) for s in sizes]
-            found[layer.name] = [(slice(None), p, e) for p, e in zip(parts, empty, strict=True)]
-        stream = method.gradients.stream(self.program, list(found), self.context, int(method.memory / 32))
+            matrices[layer.name] = [(slice(None), p, e) for p, e in zip(parts, empty, strict=True)]
+        stream = method.gradients.stream(self.program, list(matrices), self.context, int(method.memory / 32))
         with bar(self.context.progress, "Sparsify: gradients", method.gradients.count) as update:
             for gradients in stream:
-                for name, columns in found.items():
-                    every = torch.cat([_rows(g, last) for g in gradients[name]])
-                    every = every.to(torch.promote_types(every.dtype, torch.float32))  # squares of halves underflow
+                for name, columns in matrices.items():
+                    rows = torch.cat([_rows(g, last) for g in gradients[name]])
+                    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # squares of halves underflow
                     for _, part, total in columns:
-                        total += (every[:, part].T @ every[:, part]).double()
+                        total += (rows[:, part].T @ rows[:, part]).double()
                 self.seen += len(gradients[name])
                 update(self.seen, "")
-        for name, columns in found.items():
+        for name, columns in matrices.items():
             for _, _, total in columns:
                 check_finite(total, f"the statistics of {name} are")
                 total /= self.seen * self.layers[name].shape[0]
-        return found
+        return matrices
 
     def _moments(self, batch: Sequence[Layer]) -> dict[str, list[tuple[slice, slice, Tensor]]]:
-        found = {}
+        parts = {}
         for name, matrices in self._inputs([x.name for x in batch], True).items():
             layer = self.layers[name]
             order = _column_order(layer, bool(self.method.pattern)).to(matrices.device)
             height = layer.shape[0] // layer.groups
-            found[name] = [
+            parts[name] = [
                 (slice(g * height, (g + 1) * height), slice(None), matrices[g][order][:, order])
                 for g in range(layer.groups)
             ]
-        return found
+        return parts
 
     def _inputs(self, names: Sequence[str], full: bool) -> dict[str, Tensor]:
         before = self.seen
@@ -344,7 +349,7 @@ class Solver:
         for name, w in self.weights.items():  # what is zero already goes first
             scores[name] = scores[name].masked_fill(_rows(w, last) == 0, -1)
         if self.method.pattern:
-            masks = {name: cap.lowest_of_groups(s, self.method.pattern) for name, s in scores.items()}
+            masks = {name: ranking.lowest_of_groups(s, self.method.pattern) for name, s in scores.items()}
         elif self.method.name == "wanda":
             goal = self.method.goal
             assert isinstance(goal, float)
@@ -353,7 +358,9 @@ class Solver:
             masks = {}
             for names in self._scopes():
                 gone = sum(int((self.weights[n] == 0).sum()) for n in names)
-                masks |= dict(zip(names, cap.lowest([scores[n] for n in names], self._goal(names) + gone), strict=True))
+                masks |= dict(
+                    zip(names, ranking.lowest([scores[n] for n in names], self._goal(names) + gone), strict=True)
+                )
         for name, mask in masks.items():
             self._write(
                 name, _from_rows(_rows(self.weights[name], last).masked_fill(mask, 0), self.layers[name].shape, last)
@@ -379,8 +386,8 @@ def _columns(layer: Layer) -> int:
 
 def _lowest_of_rows(scores: Tensor, count: int) -> Tensor:
     """The mask of `count` entries of `(r, c)` scores, shared out over the rows, the lowest of each."""
-    shares = cap.portions(count, [scores.shape[1]] * len(scores))
-    return torch.stack([cap.lowest([row], share)[0] for row, share in zip(scores, shares, strict=True)])
+    shares = ranking.portions(count, [scores.shape[1]] * len(scores))
+    return torch.stack([ranking.lowest([row], share)[0] for row, share in zip(scores, shares, strict=True)])
 
 
 def _rows(weight: Tensor, channels_last: bool) -> Tensor:
@@ -389,7 +396,7 @@ def _rows(weight: Tensor, channels_last: bool) -> Tensor:
 
 
 def _from_rows(rows: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    return cap.from_blocks(rows, shape, channels_last)
+    return fisher.from_blocks(rows, shape, channels_last)
 
 
 def _column_order(layer: Layer, channels_last: bool) -> Tensor:

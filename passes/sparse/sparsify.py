@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, fx
 
@@ -21,9 +21,9 @@ from ..common.repeat import Samples, run_code, sample, says_anew
 from ..common.scoring import evaluate
 from ..common.weights import Layer, check_included, layers
 from ..train.distill import Distill
-from .cap import Pattern
 from .gradients import Gradients
 from .permute import permuted
+from .ranking import Pattern
 from .solver import PROBE, Method, Solver
 from .unfold import check_again
 
@@ -38,39 +38,48 @@ SPARSE_CHANNELS = 256  # under about so many input and output channels a sparse 
 class Sparsify(Pass):
     """Set weights of linear layers and convolutions to zero, those that the loss misses least, and adapt the others.
 
-    One target: `sparsity`, the share of zeros in the chosen weights, or `pattern`, "2:4" and the like: so many of every
-    four input channels stay, for each output channel and kernel position (the one form that sparse tensor cores use).
+    One target:
+    sparsity: the share of zeros in the chosen weights together, above 0 and under 1; 0.5 if no target is given.
+    pattern: "2:4" and the like: so many of every four input channels stay, for each output channel and kernel position
+        (the one form that sparse tensor cores use).
+    schedule: a gradual run, pairs `(epoch, sparsity)`: prune at that epoch, then train up to the next one's.
 
+    How:
     method: "cap" (arXiv 2210.09223: block Fisher matrices, greedy one-by-one elimination, closed-form update), "fastcap"
-    (one Fisher matrix for all rows of a block of columns, relative damping, column sweep; one matrix for each block of
-    columns is ours), "woodfisher" (arXiv 2004.14340: all scores at once, updates added up), "sparsegpt" (arXiv
-    2301.00774), "wanda" (arXiv 2306.11695) or "magnitude". scope: "global" ranks all layers together, "uniform" each
-    layer by itself; None takes global where the scores compare (cap, woodfisher, magnitude).
-    block: B, weights correlated with one another. gradients: m, how many, or how many samples the others see. per: a
-    gradient of each "sample" or of each "batch". against: "labels", or "teacher" for labels drawn from the teacher's
-    class probabilities. damping: λ of cap and woodfisher (1e-8 in the paper); None takes 1e-2 of the gradients' mean square,
-    whatever the scale of the loss: with images like those it is used on 1e-3 may lose a little less, with few or unlike ones
-    1e-1 does (ours). For fastcap and sparsegpt relative to the mean diagonal, 1e-2 if None. recomputations: Nr,
-    the target in so many equal steps, with new gradients each. allocation: how cap shares the zeros out over blocks: by
-    what the next weight of a block adds to the loss ("increments", ours), or by the block's loss so far ("cumulated", the
-    paper's code, which loses more). dtype: of the Fisher sums and the elimination; a block for which fp32 does not do is
-    eliminated in fp64. memory: bytes for them; what does not fit is done in several passes over the data.
-
+        (one Fisher matrix for all rows of a block of columns, relative damping, column sweep; one matrix for each block of
+        columns is ours), "woodfisher" (arXiv 2004.14340: all scores at once, updates added up), "sparsegpt" (arXiv
+        2301.00774), "wanda" (arXiv 2306.11695) or "magnitude".
+    scope: "global" ranks all layers together, "uniform" each layer by itself; None takes global where the scores compare
+        (cap, woodfisher, magnitude).
+    block: how many weights are correlated with one another, the papers' B.
+    gradients: how many there are, the papers' m; for methods without gradients, how many samples are seen. per: a gradient
+        of each "sample" or of each "batch". against: "labels", or "teacher" for labels drawn from the teacher's class
+        probabilities.
+    damping: λ of cap and woodfisher (1e-8 in the paper); None takes 1e-2 of the gradients' mean square, whatever the scale
+        of the loss. With images like those it is used on, 1e-3 may lose a little less; with few or unlike ones 1e-1 does
+        (ours). For fastcap and sparsegpt it is relative to the mean diagonal, 1e-2 if None.
+    recomputations: the target is reached in so many equal steps, with new gradients each, the paper's Nr.
+    dtype: of the Fisher sums and the elimination, "fp32" or "fp64"; a block for which fp32 does not do is eliminated in
+        fp64. memory: bytes for them, at least a million; what does not fit is done in several passes over the data.
     permute: with a pattern, first bring the input channels into an order in which it loses less, where the comb knows
-    their axis whole and free, which changes no output (`passes.permute`); not on a program that is sparse already.
+        their axis whole and free, which changes no output (`passes.sparse.permute`); not on a program that is sparse
+        already.
 
+    Which layers:
     where: "pays" sparsifies only layers that the target then computes faster, "all" every one; None takes "pays" with a
-    pattern and "all" without, since no engine here gains from unstructured zeros. The layers at the input and the output
-    and depthwise ones stay dense unless `include` names them. include, exclude: patterns over parameter names (all
-    of those of a tied weight). Methods that go by gradients refuse weights that get none.
+        pattern and "all" without, since no engine here gains from unstructured zeros. The layers at the input and the
+        output and depthwise ones stay dense unless `include` names them.
+    include, exclude: patterns over parameter names, all of those of a tied weight. Methods that go by gradients refuse
+        weights that get none.
 
-    schedule: a gradual run, pairs (epoch, sparsity): prune at that epoch, then train up to the next one's. train: how,
-    a `Distill` whose epochs are those of the whole run; its learning rate starts anew after each pruning (CAP: linear
-    down). snapshots: folder for the program after each stage; an interrupted run goes on from the last one (not from one
-    of other data, another teacher, target, precision or number of processes).
+    A gradual run:
+    train: a `Distill` whose epochs are those of the whole run; its learning rate starts anew after each pruning (CAP:
+        linear down).
+    snapshots: folder for the program after each stage; an interrupted run goes on from the last one (not from one of other
+        data, another teacher, target, precision or number of processes).
 
     Zeros that a weight already has count, and stay. The record names each layer with its sparsity and whether the target
-    will accelerate it; zeros stay zero in later passes (`passes.masks`). Raises BadInput for options that make no sense
+    will accelerate it; zeros stay zero in later passes (`graph.sparse`). Raises BadInput for options that make no sense
     and for missing data. Refused, and named: layers that the pattern does not divide, computed and transposed weights.
     """
 
@@ -84,7 +93,6 @@ class Sparsify(Pass):
     against: Literal["labels", "teacher"] = "labels"
     damping: float | None = None
     recomputations: int = 1
-    allocation: Literal["increments", "cumulated"] = "increments"
     dtype: Literal["fp32", "fp64"] = "fp32"
     memory: float = 4e9
     permute: bool = False
@@ -94,13 +102,14 @@ class Sparsify(Pass):
     schedule: tuple[tuple[int, float], ...] = ()
     train: Distill | None = None
     snapshots: str | None = None
+    by_increments: ClassVar[bool] = True  # no option: benchmarks set it to False, see `Method`
 
     def __post_init__(self) -> None:
         require = functools.partial(check_field, self)
-        given = [k for k in ("sparsity", "pattern", "schedule") if getattr(self, k) not in (None, ())]
-        if len(given) > 1:
-            raise BadInput(f"Sparsify: give one of sparsity, pattern and schedule, not {' and '.join(given)}")
-        if not given:
+        targets = [k for k in ("sparsity", "pattern", "schedule") if getattr(self, k) not in (None, ())]
+        if len(targets) > 1:
+            raise BadInput(f"Sparsify: give one of sparsity, pattern and schedule, not {' and '.join(targets)}")
+        if not targets:
             object.__setattr__(self, "sparsity", 0.5)
         require("sparsity", self.sparsity is None or _is_share(self.sparsity), "a share above 0 and under 1")
         for key in ("block", "gradients", "recomputations"):
@@ -163,12 +172,12 @@ class Sparsify(Pass):
     # -------------------------------------------------------------------------------------------------- which layers
     def choose(self, program: Program, context: Context) -> tuple[list[str], list[Refusal]]:
         """The weights to sparsify, and the others with the reason."""
-        found, refused = layers(program)
-        check_included(self, self.include, found, refused)
-        ends = _ends(program, found)
+        known, refused = layers(program)
+        check_included(self, self.include, known, refused)
+        ends = _ends(program, known)
         where = self.where or ("pays" if self.pattern and not self.include else "all")
         chosen: list[str] = []
-        for layer in found:
+        for layer in known:
             if layer.matches(self.exclude):
                 why: str | None = "excluded"
             elif self.include and not layer.matches(self.include):
@@ -194,8 +203,8 @@ class Sparsify(Pass):
         for count in (min(PROBE, self.gradients), self.gradients):
             if silent:
                 gradients = Gradients(count, self.per, self.against)
-                found, number = gradients.mean_squares(program, silent, context, int(self.memory / 32))
-                silent = [name for name in silent if not found[name]]
+                squares, number = gradients.mean_squares(program, silent, context, int(self.memory / 32))
+                silent = [name for name in silent if not squares[name]]
                 seen.append(number)
         if silent == names:
             raise BadInput(f"Sparsify: all gradients of {', '.join(names[:3])}, … are zero; check the loss")
@@ -231,7 +240,7 @@ class Sparsify(Pass):
     def _method(self, goal: float | Pattern) -> Method:
         everywhere = (self.scope or "global") == "global" and self.method in GLOBAL
         gradients = Gradients(self.gradients, self.per, self.against)
-        options = (everywhere, self.block, gradients, self.damping, self.dtype, self.memory, self.allocation)
+        options = (everywhere, self.block, gradients, self.damping, self.dtype, self.memory, self.by_increments)
         return Method(self.method, goal, *options)
 
     # -------------------------------------------------------------------------------------------------------- gradual
@@ -248,8 +257,8 @@ class Sparsify(Pass):
         plan = [(share, end - start) for (start, share), end in zip(self.schedule, ends, strict=True)]
         for share, epochs in [(0.0, first), *plan] if first else plan:
             file = None if folder is None else folder / f"sparsity-{share:.4f}-{run}.pt2"
-            if file is not None and (found := self._taken(file, samples)) is not None:
-                program = found
+            if file is not None and (stored := self._snapshot(file, samples)) is not None:
+                program = stored
                 stages.append(program.history[-1]["stages"][-1])
                 continue
             program.module().meta.pop("batches", None)  # plain averages of statistics start anew, also after a snapshot
@@ -273,7 +282,7 @@ class Sparsify(Pass):
         program.history = history
         return program
 
-    def _taken(self, file: Path, samples: Samples) -> Program | None:
+    def _snapshot(self, file: Path, samples: Samples) -> Program | None:
         """The program of a snapshot, unless it is not there or was trained on other data."""
         program = stored_program(file)
         if program is not None and not agreed(lambda: samples.differ(program.history[-1].get("data", [[], []]))):
@@ -286,7 +295,7 @@ class Sparsify(Pass):
         """A code for all that decides what the snapshots hold, the data's first batch included."""
         options = repr(dataclasses.replace(self, snapshots=None))
         first = sample(context.data, context.seed)[:1]
-        return run_code(program.module(), context, options, first, accelerator().num_processes)
+        return run_code(program.module(), context, options, self.by_increments, first, accelerator().num_processes)
 
     def _report(self, program: Program, names: list[str], context: Context) -> dict[str, Any]:
         """What changed, layer by layer, and the names that later passes have to respect."""
@@ -325,9 +334,9 @@ def not_accelerated(layer: Layer, pattern: str | None, context: Context) -> str 
     return None
 
 
-def _ends(program: Program, found: list[Layer]) -> dict[str, str]:
+def _ends(program: Program, known: list[Layer]) -> dict[str, str]:
     """The layers whose inputs no other layer has worked on, and those whose results none works on."""
-    named = {node: layer.name for layer in found for node in layer.nodes}
+    named = {node: layer.name for layer in known for node in layer.nodes}
     result = {}
     for what, nodes, way in (
         ("the last layer", reversed(program.graph.nodes), lambda n: n.users),

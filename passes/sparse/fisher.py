@@ -1,0 +1,119 @@
+"""Empirical Fisher matrices of blocks of weights, and their inverses.
+
+A weight is cut into `b` blocks of `B` entries. Around trained weights, moving a block's entries by `d` costs
+`1/2 dᵀ F d`, with the damped empirical Fisher matrix `F = λI + (1/m) Σ g gᵀ` of `m` gradients of that block (CAP, arXiv
+2210.09223; WoodFisher, arXiv 2004.14340).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...graph.errors import BadInput
+
+CHUNK = 1 << 21  # elements of the matrices worked on together
+
+
+def to_blocks(tensor: Tensor, size: int, channels_last: bool = False) -> Tensor:
+    """A tensor as blocks `(b, size)` of its flattened entries, the last one filled up with zeros.
+
+    channels_last: dimension 1 runs fastest, so that groups of neighbours lie along the input channels of one output
+    channel and kernel position; otherwise the entries stay in their order.
+    """
+    flat = (tensor.movedim(1, -1) if channels_last else tensor).reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
+
+
+def from_blocks(blocks: Tensor, shape: Sequence[int], channels_last: bool = False) -> Tensor:
+    """What `to_blocks` cut, put together again."""
+    flat = blocks.reshape(-1)[: math.prod(shape)]
+    if not channels_last:
+        return flat.view(*shape)
+    return flat.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+
+
+def chunks(blocks: int, size: int) -> list[slice]:
+    """Ranges of blocks whose matrices are worked on together."""
+    step = max(1, CHUNK // size**2)
+    return [slice(i, min(i + step, blocks)) for i in range(0, blocks, step)]
+
+
+class Fisher:
+    """`F = λI + (1/m) Σ g gᵀ` for each of `b` blocks of `B` weights, from a stream of gradients.
+
+    Up to `B` gradients are kept as they are (and inverted through their Gram matrix: sums of so few would hide `λ` in
+    their rounding), more of them as `B x B` sums: `b·B·min(m, B)` numbers either way, in the dtype given; inverses are
+    computed in float64, since `λ` may lie far below the largest eigenvalue.
+    """
+
+    def __init__(self, blocks: int, size: int, count: int, damping: float, dtype: torch.dtype = torch.float32):
+        self.size, self.count, self.damping, self.seen = size, count, damping, 0
+        self.few = True
+        self.sums = torch.zeros(blocks, min(count, size), size, dtype=dtype)
+
+    @staticmethod
+    def numbers(weights: int, size: int, count: int) -> int:
+        """How many numbers are stored for so many weights."""
+        return weights * min(count, size)
+
+    def add(self, gradients: Tensor) -> None:
+        """Take `(k, b, B)` gradients in; those beyond the `m` announced are left out."""
+        gradients = gradients[: self.count - self.seen].to(self.sums)
+        start, self.seen = self.seen, self.seen + len(gradients)
+        if self.few and self.seen > self.sums.shape[1]:
+            self.few = False
+            for part in chunks(len(self.sums), self.size):
+                rows = self.sums[part, :start]
+                self.sums[part] = rows.transpose(1, 2) @ rows
+        if self.few:
+            self.sums[:, start : self.seen] = gradients.transpose(0, 1)
+        elif len(gradients) == 1:
+            self.sums.baddbmm_(gradients[0].unsqueeze(2), gradients[0].unsqueeze(1))
+        else:
+            self.sums.baddbmm_(gradients.permute(1, 2, 0), gradients.transpose(0, 1))
+
+    def matrix(self, part: slice) -> Tensor:
+        """`F` of a range of blocks, `(b, B, B)` in float64."""
+        total = self.sums[part].double()
+        if self.few:
+            total = total[:, : self.seen].transpose(1, 2) @ total[:, : self.seen]
+        matrix = total / max(self.seen, 1)
+        matrix.diagonal(dim1=1, dim2=2).add_(self.damping)
+        return matrix
+
+    def inverse(self, part: slice) -> Tensor:
+        """`F⁻¹` of a range of blocks, `(b, B, B)` in float64.
+
+        With few gradients `G` `(m, B)` by the Woodbury identity, `(I − Gᵀ (mλI + G Gᵀ)⁻¹ G) / λ`: what the recursion
+        `H -= (H g)(H g)ᵀ / (m + gᵀ H g)` over single gradients reaches.
+        """
+        if not self.few:
+            return torch.cholesky_inverse(cholesky(self.matrix(part)))
+        rows = self.sums[part, : self.seen].double()
+        gram = rows @ rows.transpose(1, 2)
+        gram.diagonal(dim1=1, dim2=2).add_(max(self.seen, 1) * self.damping)
+        half = torch.linalg.solve_triangular(cholesky(gram), rows, upper=False)
+        inverse = (half.transpose(1, 2) @ half).neg_()
+        inverse.diagonal(dim1=1, dim2=2).add_(1)
+        return inverse.div_(self.damping)
+
+
+def cholesky(matrices: Tensor) -> Tensor:
+    """Lower Cholesky factors of `(b, n, n)`; a matrix that rounding has made indefinite gets a diagonal of 1e-12 of its
+    mean one, then ten times more, until it factors. BadInput where that much is more than rounding: the matrix is not
+    finite, or no sum of squares."""
+    factors, failed = torch.linalg.cholesky_ex(matrices)
+    relative = 1e-12
+    while failed.any():
+        if relative > 1:
+            raise BadInput("Sparsify: a matrix of the statistics cannot be factored; check the data and the loss")
+        bad = failed.nonzero()[:, 0]
+        shift = relative * matrices[bad].diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(matrices.dtype).tiny)
+        raised = matrices[bad] + torch.diag_embed(shift[:, None].expand(-1, matrices.shape[1]))
+        factors[bad], failed[bad] = torch.linalg.cholesky_ex(raised)
+        relative *= 10
+    return factors

@@ -1,0 +1,85 @@
+"""Which entries go: the lowest scores of all, of groups, or of blocks that lose their entries in an order of their own.
+
+Masks are bool, True where the weight goes. A pattern `(n, m)` keeps `n` of every `m` consecutive entries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Pattern = tuple[int, int]
+
+
+def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Masks of the `count` lowest scores of all tensors together; of equal ones, the first."""
+    if not count:
+        return [torch.zeros_like(s, dtype=torch.bool) for s in scores]
+    together = torch.cat([s.reshape(-1) for s in scores])
+    threshold = together.kthvalue(min(count, len(together))).values
+    ties = count - int((together < threshold).sum())
+    masks = []
+    for part in scores:
+        equal = part == threshold
+        equal &= (equal.reshape(-1).cumsum(0) <= ties).view_as(part)
+        ties -= int(equal.sum())
+        masks.append((part < threshold) | equal)
+    return masks
+
+
+def lowest_of_groups(scores: Tensor, pattern: Pattern) -> Tensor:
+    """The mask of the `m - n` lowest scores of every `m` consecutive entries of `(r, c)` scores."""
+    n, m = pattern
+    groups = scores.reshape(-1, m)
+    order = groups.argsort(dim=1, stable=True)[:, : m - n]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).view_as(scores)
+
+
+def portions(count: int, sizes: Sequence[int]) -> list[int]:
+    """`count` things shared out in proportion to the sizes; what rounding leaves over goes to the later ones."""
+    shares, left = [], sum(sizes)
+    for size in sizes:
+        shares.append(round(count * size / left) if left else 0)
+        count, left = count - shares[-1], left - size
+    return shares
+
+
+def increments(losses: Tensor) -> Tensor:
+    """What each next entry of a block costs, given the cumulated losses `(b, s)`, never less than one before it: `(b, s)`.
+
+    The order in which entries of all blocks should go, when a block must lose its own in their order: with falling
+    increments the entries of a block are worth having only together, hence the running maximum (ours). The paper's code
+    ranks the cumulated losses, by which a block that has lost much for little stops losing.
+    """
+    steps = torch.diff(losses, dim=1, prepend=losses.new_zeros(len(losses), 1))
+    return steps.nan_to_num(math.inf, math.inf).cummax(1).values  # beyond a block's last entry, inf - inf
+
+
+def prefixes(losses: Sequence[Tensor], count: int) -> list[Tensor]:
+    """How many entries each block loses when `count` go in all, those with the lowest losses: `(b,)` for each tensor of
+    `(b, s)` losses, which never fall along a row (cumulated ones, or `increments` of such)."""
+    together = torch.cat([part.reshape(-1) for part in losses])
+    count = min(count, int(together.isfinite().sum()))
+    if not count:
+        return [torch.zeros(len(part), dtype=torch.int64) for part in losses]
+    threshold = together.kthvalue(count).values
+    ties = count - int((together < threshold).sum())
+    lengths = []
+    for part in losses:
+        below, equal = (part < threshold).sum(1), (part == threshold).sum(1)
+        more = (
+            (ties - (equal.cumsum(0) - equal)).clamp(min=0).minimum(equal)
+        )  # of those at the threshold, block by block
+        ties -= int(more.sum())
+        lengths.append(below + more)
+    return lengths
+
+
+def first(order: Tensor, lengths: Tensor, size: int) -> Tensor:
+    """The mask `(b, B)` of the first `lengths[i]` entries of each block's order."""
+    later = torch.arange(order.shape[1], device=order.device) >= lengths.unsqueeze(1)
+    mask = torch.zeros(len(order), size + 1, dtype=torch.bool, device=order.device)
+    return mask.scatter_(1, order.long().masked_fill(later, size), True)[:, :size]
