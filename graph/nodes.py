@@ -54,6 +54,19 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
     raise KeyError(name)
 
 
+def permutation(node: Any) -> list[int] | None:
+    """The dimensions of its input in the order that a transpose or permute gives them; None for other nodes."""
+    if not isinstance(node, fx.Node) or op_name(node) not in ("transpose", "permute"):
+        return None
+    a, rank = arguments(node), len(shape(node))
+    if op_name(node) == "permute":
+        return [d % rank for d in a["dims"]]
+    order = list(range(rank))
+    i, j = a["dim0"] % rank, a["dim1"] % rank
+    order[i], order[j] = j, i
+    return order
+
+
 def per_dim(value: Any, dims: int) -> tuple[int, ...]:
     """An argument of a convolution or pooling by spatial dimension, where one number may stand for all."""
     return tuple(value) * dims if len(value) == 1 else tuple(value)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from ..graph.edit import infer, place_tensor
+from ..graph.edit import Editor
 from ..graph.errors import BadInput, MissingBackend
 from ..graph.nodes import arguments, fetch, op_name, set_argument
 from ..graph.program import Program
@@ -35,8 +35,9 @@ class Quantize(Pass):
     QuantizeLinear and DequantizeLinear, which TensorRT and TensorRT-RTX build INT8 kernels from, and their gradients pass
     straight through, so that a `Distill` after this pass is quantisation-aware training (with these scales, masks held).
 
-    calibration: scales of inputs from torchao's observers, "histogram" (least squared error) or "minmax", over `samples`
-    samples. include, exclude: patterns over weight names, all of those of a tied weight.
+    samples: how many samples of the data the scales of inputs are taken from.
+    calibration: by which rule, "histogram" (torchao's observer, least squared error) or "minmax" (the largest becomes 127).
+    include, exclude: patterns over weight names, all of those of a tied weight.
 
     Run it last: `Fuse` before it, or normalisations stay in floating point (named in the record), and `Sparsify` before
     it. Raises BadInput without finite data, MissingBackend without torchao. Refused, and named: computed weights,
@@ -53,10 +54,10 @@ class Quantize(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         new = program.copy()
-        found, refused = layers(new)
-        check_included(self, self.include, found, refused)
+        known, refused = layers(new)
+        check_included(self, self.include, known, refused)
         chosen = []
-        for layer in found:
+        for layer in known:
             kept = not self.include or layer.matches(self.include)
             if kept and not layer.matches(self.exclude):
                 chosen.append(layer)
@@ -78,7 +79,7 @@ class Quantize(Pass):
             spread = writer.quantise_weight(layer)
             largest = float(spread.max())
             changed.append(Change(layer.name, {"input_scales": inputs, "largest_weight_scale": largest}))
-        new.module().recompile()
+        writer.edit.finish()
         return PassResult(new, {"changed": changed, "refused": refused})
 
     def _calibrated(self, program: Program, chosen: Sequence[Layer], context: Context) -> dict[fx.Node, float]:
@@ -132,42 +133,30 @@ class _Writer:
     """Puts fake quantisation into a graph; a value that several layers read is quantised once."""
 
     def __init__(self, program: Program):
-        self.module, self.graph = program.module(), program.graph
+        self.module, self.edit = program.module(), Editor(program.module())
         self.inputs: dict[fx.Node, fx.Node] = {}
 
     def quantise_input(self, node: fx.Node, scale: float) -> None:
+        """Let a layer read its input quantised. scale: the value of one step."""
         source = node.args[0]
         assert isinstance(source, fx.Node)
         if source not in self.inputs:
-            with self.graph.inserting_after(source):
+            with self.edit.after(source):
                 target = torch.ops.aten.fake_quantize_per_tensor_affine.default
-                self.inputs[source] = self._call(target, (source, scale, 0, *RANGE), source)
+                self.inputs[source] = self.edit.call(target, (source, scale, 0, *RANGE), like=source)
         set_argument(node, next(iter(arguments(node))), self.inputs[source])
 
     def quantise_weight(self, layer: Layer) -> Tensor:
-        """Returns the scales, one for each output channel."""
+        """Let a layer read its weight quantised; returns the scales, one for each output channel."""
         weight = fetch(self.module, layer.name).detach()
         largest = weight.abs().flatten(1).amax(1).float()
         scales = torch.where(largest > 0, largest, torch.ones_like(largest)) / RANGE[1]
         stored = arguments(layer.nodes[0])["weight"]
-        with self.graph.inserting_after(stored):
-            zero = self._store(f"{layer.name}_zero", torch.zeros_like(scales, dtype=torch.int32), stored)
-            scale = self._store(f"{layer.name}_scale", scales, stored)
-        with self.graph.inserting_before(layer.nodes[0]):
+        with self.edit.before(layer.nodes[0]):
+            zero = self.edit.store(f"{layer.name}_zero", torch.zeros_like(scales, dtype=torch.int32))
+            scale = self.edit.store(f"{layer.name}_scale", scales)
             target = torch.ops.aten.fake_quantize_per_channel_affine.default
-            fake = self._call(target, (stored, scale, zero, 0, *RANGE), layer.nodes[0])
+            fake = self.edit.call(target, (stored, scale, zero, 0, *RANGE), like=layer.nodes[0])
         for node in layer.nodes:
             set_argument(node, "weight", fake)
         return scales
-
-    def _store(self, name: str, value: Tensor, beside: fx.Node) -> fx.Node:
-        place_tensor(self.module, name, value)
-        node = self.graph.get_attr(name)
-        node.meta["val"] = beside.meta["val"].new_empty(value.shape, dtype=value.dtype)
-        return node
-
-    def _call(self, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-        node = self.graph.call_function(target, args)
-        node.meta = {k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack")}
-        infer(node)
-        return node

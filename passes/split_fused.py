@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from ..graph.edit import infer
-from ..graph.nodes import arguments, op_name, shape
+from ..graph.edit import Editor
+from ..graph.nodes import arguments, op_name, permutation, shape
 from ..graph.program import Program
 from .base import Change, Context, Pass, PassResult, Refusal
 
@@ -31,45 +31,48 @@ class SplitFused(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         new = program.copy()
-        graph = new.graph
+        edit = Editor(new.module())
         changed, refused = [], []
-        for node in list(graph.nodes):
+        for node in list(new.graph.nodes):
             if op_name(node) not in SIZES or not isinstance(node.meta["val"], torch.Tensor):
                 continue
-            found = _parts(node)
-            if found is None:
+            fused = _fused(node)
+            if fused is None:
                 continue
-            chain, dim, takers = found
-            if isinstance(takers, str):
-                refused.append(Refusal(node.name, takers))
+            if fused.dim != len(shape(node.args[0])) - 1:  # type: ignore[arg-type]
+                why = f"dimension {fused.dim} of {node.name} is not the outermost of the projection"
+                refused.append(Refusal(node.name, why))
                 continue
-            for index, taker in takers:
-                with graph.inserting_before(chain[-1].next):
-                    part = _part(graph, node, chain[1:], dim, index)
+            for index, taker in fused.takers:
+                with edit.after(fused.chain[-1]):
+                    part = _part(edit, fused, index)
                 taker.replace_all_uses_with(part)
-            changed.append(Change(node.name, {"parts": shape(node)[dim]}))
+            changed.append(Change(node.name, {"parts": shape(node)[fused.dim]}))
         if changed:
-            graph.eliminate_dead_code()
-            new.module().recompile()
+            edit.finish()
         return PassResult(new, {"changed": changed, "refused": refused})
 
 
-def _parts(node: fx.Node) -> tuple[list[fx.Node], int, Any] | None:
-    """(view and permutes, dimension of the parts in the view, [(index, node that takes the part)]), the last one a reason
-    when it is a fused projection that cannot be split, or None when it is none."""
-    x = node.args[0]
-    sizes, inner = shape(node), shape(x)  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class _Fused:
+    """A fused projection taken apart: its view, followed by permutes; `dim`: of the parts, in the view; `takers`: the nodes
+    that take a part, each with its index."""
+
+    chain: tuple[fx.Node, ...]
+    dim: int
+    takers: tuple[tuple[int, fx.Node], ...]
+
+
+def _fused(node: fx.Node) -> _Fused | None:
+    """The fused projection that a node is the view of, or None."""
+    sizes, inner = shape(node), shape(node.args[0])  # type: ignore[arg-type]
     lead = len(inner) - 1
     chain, order = [node], list(range(len(sizes)))
     while len(chain[-1].users) == 1:
         user = next(iter(chain[-1].users))
-        if op_name(user) == "permute":
-            order = [order[d] for d in arguments(user)["dims"]]
-        elif op_name(user) == "transpose":
-            i, j = (arguments(user)[k] for k in ("dim0", "dim1"))
-            order[i], order[j] = order[j], order[i]
-        else:
+        if (moved := permutation(user)) is None:
             break
+        order = [order[d] for d in moved]
         chain.append(user)
     dims, takers = set(), []
     for user in chain[-1].users:
@@ -87,38 +90,29 @@ def _parts(node: fx.Node) -> tuple[list[fx.Node], int, Any] | None:
     dim = dims.pop()
     if sizes[dim] < 2 or dim < lead or sizes[:lead] != inner[:lead]:
         return None
-    if dim != lead:
-        return chain, dim, f"dimension {dim} of {node.name} is not the outermost of the projection"
-    return chain, dim, takers
+    return _Fused(tuple(chain), dim, tuple(takers))
 
 
-def _part(graph: fx.Graph, view: fx.Node, permutes: list[fx.Node], dim: int, index: int) -> fx.Node:
+def _part(edit: Editor, fused: _Fused, index: int) -> fx.Node:
     """The view and its permutes for one part alone, without the dimension of the parts."""
-    x, count = view.args[0], shape(view)[dim]
-    width = shape(x)[-1] // count  # type: ignore[arg-type]
+    view, dim = fused.chain[0], fused.dim
+    x = view.args[0]
+    width = shape(x)[-1] // shape(view)[dim]  # type: ignore[arg-type]
 
-    def call(target: Any, args: tuple) -> fx.Node:
-        new = graph.call_function(target, args)
-        new.meta = {k: v for k, v in view.meta.items() if k in ("stack_trace", "nn_module_stack")}
-        infer(new)
-        return new
+    def call(target: Any, *args: Any) -> fx.Node:
+        return edit.call(target, args, like=view)
 
-    part = call(torch.ops.aten.slice.Tensor, (x, -1, index * width, (index + 1) * width))
+    part = call(torch.ops.aten.slice.Tensor, x, -1, index * width, (index + 1) * width)
     if op_name(view) == "unflatten":
-        part = call(torch.ops.aten.unflatten.int, (part, -1, list(arguments(view)["sizes"][1:])))
+        part = call(torch.ops.aten.unflatten.int, part, -1, list(arguments(view)["sizes"][1:]))
     else:
         sizes = list(arguments(view)[SIZES[op_name(view)]])
-        part = call(torch.ops.aten.reshape.default, (part, sizes[:dim] + sizes[dim + 1 :]))
-    at = dim
-    for node in permutes:
-        rank = len(shape(part)) + 1
-        if op_name(node) == "permute":
-            dims = [d % rank for d in arguments(node)["dims"]]
-        else:
-            i, j = (arguments(node)[k] % rank for k in ("dim0", "dim1"))
-            dims = list(range(rank))
-            dims[i], dims[j] = dims[j], dims[i]
+        part = call(torch.ops.aten.reshape.default, part, sizes[:dim] + sizes[dim + 1 :])
+    at = dim  # where the dimension of the parts would be
+    for node in fused.chain[1:]:
+        dims = permutation(node)
+        assert dims is not None
         kept = [d - (d > at) for d in dims if d != at]
         at = dims.index(at)
-        part = call(torch.ops.aten.permute.default, (part, kept))
+        part = call(torch.ops.aten.permute.default, part, kept)
     return part

@@ -14,9 +14,8 @@ from torch import fx
 
 from ...graph.cost import evaluate, macs
 from ...graph.facts import CONVS, MAPS
-from ...graph.nodes import arguments, op_name, shape
+from ...graph.nodes import arguments, op_name, permutation, shape
 from ...graph.program import Program
-from ..fuse.regions import permutation
 
 ACTIVATIONS = (
     "relu", "relu6", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu", "mish", "selu", "softplus", "celu",
@@ -113,39 +112,39 @@ class _Flow:
 
     def between(self, entry: fx.Node, exit_: fx.Node) -> list[fx.Node] | None:
         """The nodes on paths from the entry to the exit, with it; None when one of them is used elsewhere."""
-        found, stack = {exit_}, [exit_]
+        inside, stack = {exit_}, [exit_]
         while stack:
             for n in self.before[stack.pop()]:
-                if n is not entry and n not in found:
-                    found.add(n)
+                if n is not entry and n not in inside:
+                    inside.add(n)
                     stack.append(n)
-        if any(n is not exit_ and not found.issuperset(self.after[n]) for n in found):
+        if any(n is not exit_ and not inside.issuperset(self.after[n]) for n in inside):
             return None
-        return sorted(found, key=self.order.__getitem__)
+        return sorted(inside, key=self.order.__getitem__)
 
 
 def candidates(program: Program) -> list[Block]:
     """All blocks of a program in the order of their exits, whether they can be pruned or not."""
     flow = _Flow(program.graph)
-    taken: set[fx.Node] = set()
-    found: list[tuple[fx.Node, fx.Node, list[fx.Node]]] = []
+    covered: set[fx.Node] = set()  # by residual blocks
+    regions: list[tuple[fx.Node, fx.Node, list[fx.Node]]] = []  # entry, exit, nodes
     for node in flow.order:
         entry = _residual_entry(flow, node)
         nodes = flow.between(entry, node) if entry is not None else None
-        if entry is None or not nodes or taken.intersection(nodes):
+        if entry is None or not nodes or covered.intersection(nodes):
             continue
         names = {n.name for n in nodes}
         branches = sum(has_layers(n, names) for n in node.all_input_nodes)
-        # attention can only be left out, as long as it is the one branch
         attends = any(op_name(n) in ATTENTION for n in nodes)
-        if branches == 1 if attends else any(_bends(n) for n in nodes):
-            found.append((entry, node, nodes))
-            taken.update(nodes)
-    found += _chains(flow, taken)
+        # Attention can only be left out, as long as it is the one branch; linear branches are left to `Fuse`.
+        if (attends and branches == 1) or (not attends and any(_bends(n) for n in nodes)):
+            regions.append((entry, node, nodes))
+            covered.update(nodes)
+    regions += _chains(flow, covered)
     labels: dict[str, int] = {}
     parameters = {name for name, _ in program.module().named_parameters()}
     blocks = []
-    for entry, exit_, nodes in sorted(found, key=lambda f: flow.order[f[1]]):
+    for entry, exit_, nodes in sorted(regions, key=lambda region: flow.order[region[1]]):
         label = _label(nodes)
         labels[label] = labels.get(label, 0) + 1
         name = label if labels[label] == 1 else f"{label}#{labels[label]}"
@@ -168,14 +167,14 @@ def _bends(node: fx.Node) -> bool:
     return op_name(node) in (*ACTIVATIONS, *NORMS, *ATTENTION, *OTHER_BENDS)
 
 
-def _chains(flow: _Flow, taken: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node, list[fx.Node]]]:
+def _chains(flow: _Flow, covered: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node, list[fx.Node]]]:
     """Two layers, or three up to a linear bottleneck, in a row outside of other blocks, with an activation between."""
-    done: set[fx.Node] = set(taken)
+    done: set[fx.Node] = set(covered)
     for start in flow.order:
         if start in done or op_name(start) not in MAPS or not flow.before[start]:
             continue
         run = [start]
-        while len(after := flow.after[run[-1]]) == 1 and after[0] not in taken and len(flow.before[after[0]]) == 1:
+        while len(after := flow.after[run[-1]]) == 1 and after[0] not in covered and len(flow.before[after[0]]) == 1:
             if op_name(after[0]) not in IN_CHAINS:
                 break
             run.append(after[0])

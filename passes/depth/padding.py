@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from ...graph.facts import CONVS, PADS, TRANSPOSED_CONVS
-from ...graph.nodes import arguments, conv_padding, op_name, per_dim, shape
-from ..fuse.regions import Regions, permutation
+from ...graph.nodes import arguments, conv_padding, op_name, per_dim, permutation, shape
+from ..fuse.regions import Regions
 from .blocks import ACTIVATIONS, channel_axis, norm_axis
 
 Sides = list[tuple[int, int]]  # by axis, zeros before the first and after the last entry

@@ -12,7 +12,7 @@ from torch import fx
 
 from ...graph.facts import MAPS, TRANSPOSED_CONVS
 from ...graph.flags import DROPOUTS
-from ...graph.nodes import arguments, conv_padding, fetch, is_operator, op_name, per_dim, shape
+from ...graph.nodes import arguments, conv_padding, fetch, is_operator, op_name, per_dim, permutation, shape
 from ...graph.trainable import TrainableModule
 from ...graph.verify.evaluate import evaluated, invoke, to_double
 from .affine import Geometry, swapped
@@ -305,16 +305,3 @@ def constant_value(node: fx.Node, values: Values) -> Any:
     if node.op == "get_attr":
         return to_double(values(node))
     return invoke(node, evaluated(node, {n: constant_value(n, values) for n in node.all_input_nodes}))
-
-
-def permutation(node: Any) -> list[int] | None:
-    """The dimensions of its input in the order that a transpose or permute gives them; None for other nodes."""
-    if not isinstance(node, fx.Node) or op_name(node) not in ("transpose", "permute"):
-        return None
-    a, rank = arguments(node), len(shape(node))
-    if op_name(node) == "permute":
-        return [d % rank for d in a["dims"]]
-    order = list(range(rank))
-    i, j = a["dim0"] % rank, a["dim1"] % rank
-    order[i], order[j] = j, i
-    return order
