@@ -69,8 +69,8 @@ def _costs(program: Program, owner: Callable[[fx.Node], str | None]) -> dict[str
             costs[name] = before[0] + cost[0], before[1] + cost[1]
 
     for parts in regions.find():
-        for name, own in groupby(parts, key=lambda p: owner(p.last)):
-            run = list(own)
+        for name, group in groupby(parts, key=lambda p: owner(p.last)):
+            run = list(group)
             merges = planner.chain(run).merges if any(p.carriers for p in run) else ()
             for merge in merges:
                 merged |= merge.members

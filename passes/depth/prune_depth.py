@@ -108,11 +108,11 @@ class PruneDepth(Pass):
     ablation: ClassVar[Ablation] = Ablation()
 
     def __post_init__(self) -> None:
-        given = [k for k in ("blocks", "macs", "latency", "names") if getattr(self, k) not in (None, ())]
-        if len(given) != 1:
+        targets = [k for k in ("blocks", "macs", "latency", "names") if getattr(self, k) not in (None, ())]
+        if len(targets) != 1:
             raise BadInput(
                 "PruneDepth: give one of blocks, macs, latency and names"
-                + (f", not {' and '.join(given)}" * bool(given))
+                + (f", not {' and '.join(targets)}" * bool(targets))
             )
         check_field(self, "blocks", self.blocks is None or self.blocks >= 1, "at least 1")
         check_field(self, "macs", self.macs is None or self.macs > 0, "what may remain, a share or a number above 0")

@@ -43,12 +43,12 @@ class Reach:
             self._dense = self._moves(self.program)
         without = relax(self.program, [self.blocks[i] for i in sorted(dropped)], settled=True)
         pairs = zip(self._dense, self._moves(without), strict=True)
-        found = all(now or not before for a, b in pairs for before, now in zip(a, b, strict=True))
-        (self.reaching if found else self.cutting).append(dropped)
-        return found
+        reaches = all(now or not before for a, b in pairs for before, now in zip(a, b, strict=True))
+        (self.reaching if reaches else self.cutting).append(dropped)
+        return reaches
 
     def _moves(self, program: Program) -> list[list[bool]]:
         """By input and output tensor, whether the output changes with the input."""
         evaluator = Evaluator(program, double_weights(program))
         base, *others = (flatten_outputs(evaluator.run(inputs)) for inputs in self.inputs)
-        return [[not torch.equal(a, b) for a, b in zip(base, own, strict=True)] for own in others]
+        return [[not torch.equal(a, b) for a, b in zip(base, outputs, strict=True)] for outputs in others]

@@ -86,10 +86,10 @@ class Judge:
         if self.at_once == 1:
             return [self._score(bits) for bits in choices]
         try:  # one that fails must not leave the others waiting
-            own: Any = [self._score(bits, alone=True) for bits in choices[self.index : self.index + 1]]
+            mine: Any = [self._score(bits, alone=True) for bits in choices[self.index : self.index + 1]]
         except Exception as error:
-            own = forwarded(error)
-        of_processes = gathered(own)
+            mine = forwarded(error)
+        of_processes = gathered(mine)
         if failed := [scores for scores in of_processes if isinstance(scores, GraphcombError)]:
             raise failed[0]
         return [score for scores in of_processes for score in scores]

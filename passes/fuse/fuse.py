@@ -11,7 +11,7 @@ from ...graph.edit import rebuild
 from ...graph.facts import MAPS
 from ...graph.nodes import arguments, op_name
 from ...graph.program import Program
-from ..base import Context, Pass, PassResult
+from ..base import Context, Pass, PassResult, Refusal
 from .affine import Inexact
 from .merge import Merger
 from .parts import geometry_of, map_of
@@ -54,7 +54,7 @@ class Fuse(Pass):
             merger = Merger(program, context.seed, wrong)
             merger.run()
             record: dict[str, Any] = {"changed": merger.changed, "refused": _refusals(merger)}
-            record |= {"gated": _pairs(merger.planner.gated), "error": 0.0}
+            record |= {"gated": [pair.row() for pair in _pairs(merger.planner.gated)], "error": 0.0}
             if not merger.changed:
                 return PassResult(program.copy(), record)
             proof = merger.proof()
@@ -78,22 +78,18 @@ def _magnified(proof: Proof) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------ why what is left was not merged
-def _refusals(merger: Merger) -> list[dict[str, str]]:
+def _refusals(merger: Merger) -> list[Refusal]:
     """Every normalisation that is left, and every pair of layers that could not be merged, with the reason."""
     left = [n for n in merger.graph.nodes if op_name(n) == "batch_norm"]
-    norms = [{"what": _label(n), "why": _why_left(merger, n)} for n in left]
-    wrong = [
-        {"what": last.name, "why": why}
-        for last, (members, why) in merger.failed.items()
-        if not any(n in members for n in left)
-    ]
+    norms = [Refusal(_label(n), _why_left(merger, n)) for n in left]
+    wrong = [Refusal(end.name, f.why) for end, f in merger.failed.items() if f.members.isdisjoint(left)]
     return norms + _pairs(merger.planner.refused) + wrong
 
 
-def _pairs(reasons: dict[Layers, str]) -> list[dict[str, str]]:
+def _pairs(reasons: dict[Layers, str]) -> list[Refusal]:
     """Neighbouring layers by the names of their weights, with the reason."""
     return [
-        {"what": " + ".join(str(arguments(n)["weight"].target).removesuffix(".weight") for n in layers), "why": why}
+        Refusal(" + ".join(str(arguments(n)["weight"].target).removesuffix(".weight") for n in layers), why)
         for layers, why in reasons.items()
     ]
 
@@ -105,7 +101,7 @@ def _why_left(merger: Merger, norm: fx.Node) -> str:
     for user in norm.users:
         if op_name(user) in MAPS and user.args[0] is norm:
             reasons.append(f"batch_norm before linear map: {_between(merger, norm, user)}")
-    reasons += [why for members, why in merger.failed.values() if norm in members]
+    reasons += [f.why for f in merger.failed.values() if norm in f.members]
     return "; ".join(reasons) or _surroundings(norm)
 
 

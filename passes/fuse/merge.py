@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ from .parts import Sum
 from .plan import Merge, Planner
 from .proof import TOLERANCE, Proof, merge_error, merged_kernel, prove, random_values
 from .regions import Regions
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A merge that is wrong: its nodes, and the reason."""
+
+    members: set[fx.Node]
+    why: str
 
 
 class Merger:
@@ -40,10 +49,8 @@ class Merger:
         self.sparse = sparse_weights(program)
         self.exact: dict[str, torch.Tensor] = {}
         self.changed: list[dict[str, Any]] = []
-        # By the end of a merge that is wrong, its nodes and the reason.
-        self.failed: dict[fx.Node, tuple[set[fx.Node], str]] = {
-            node: ({node}, wrong[twin.name]) for node, twin in self.twins.items() if twin.name in wrong
-        }
+        # By the ends of merges that are wrong.
+        self.failed = {n: Failure({n}, wrong[twin.name]) for n, twin in self.twins.items() if twin.name in wrong}
         self.moved: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> None:
@@ -73,7 +80,7 @@ class Merger:
         other = merge_error(merge, merged_kernel(merge, drawn), drawn, nodes, self._current, self.generator)
         error = max(error, other)
         if not error <= TOLERANCE:
-            self.failed[merge.last] = merge.members, f"the merged layer is {error:.1e} off"
+            self.failed[merge.last] = Failure(merge.members, f"the merged layer is {error:.1e} off")
             return
         members = [n.name for n in nodes if n in merge.members]
         into = self._commit(merge, kernel)
@@ -143,5 +150,5 @@ def _beside(weight: str, key: str) -> str:
 def _rule(merge: Merge) -> str:
     """What was merged, in words."""
     if len(merge.parts) == 1:
-        return f"sum of {len(merge.taken or merge.parts[0].branches)} branches"
+        return f"sum of {len(merge.indices or merge.parts[0].branches)} branches"
     return " + ".join("sum" if isinstance(p, Sum) else op_name(p.nodes[len(p.nodes) // 2]) for p in merge.parts)

@@ -24,14 +24,14 @@ Layers = tuple[fx.Node, fx.Node]
 class Merge:
     """One map in the place of others.
 
-    parts: those in a row that it replaces; or one sum, of which it replaces the branches with the indices `taken` (all
+    parts: those in a row that it replaces; or one sum, of which it replaces the branches with these `indices` (all
     of them where that is None). axis: of the channels. geometry: of the map. before, after: cost of what it replaces, and
     its own.
     """
 
     parts: tuple[Part, ...]
     axis: int
-    taken: tuple[int, ...] | None
+    indices: tuple[int, ...] | None
     geometry: Geometry
     before: Cost
     after: Cost
@@ -47,21 +47,21 @@ class Merge:
     @property
     def branches(self) -> list[Branch]:
         """What it replaces, parts in a row as one branch."""
-        if self.taken is None:
+        if self.indices is None:
             return [Branch(1.0, self.last, self.parts)]
-        return [self.parts[0].branches[i] for i in self.taken]
+        return [self.parts[0].branches[i] for i in self.indices]
 
     @property
     def rest(self) -> list[Branch]:
         """The branches of a sum that stay."""
-        taken = self.taken
-        return [] if taken is None else [b for i, b in enumerate(self.parts[0].branches) if i not in taken]
+        chosen = self.indices
+        return [] if chosen is None else [b for i, b in enumerate(self.parts[0].branches) if i not in chosen]
 
     @property
     def members(self) -> set[fx.Node]:
         """The nodes that it makes superfluous."""
         inner = set().union(*(b.members for b in self.branches))
-        return inner if self.taken is None else inner.union(self.parts[0].nodes)
+        return inner if self.indices is None else inner.union(self.parts[0].nodes)
 
     def steps(self) -> list[Step]:
         """All affine maps that it replaces."""
@@ -160,7 +160,7 @@ class Planner:
                 self._note(self.refused, branch.parts[0], branch.parts[-1], str(why))
         best = sum(apart, Choice((0, len(apart) - 1)))
         for first in sorted(maps, key=lambda i: -maps[i].taps)[:2]:
-            taken, total = [first], maps[first]
+            chosen, total = [first], maps[first]
             cost = _price(total, part.source, part.last)
             for i in maps.keys() - {first}:
                 try:
@@ -170,20 +170,20 @@ class Planner:
                     continue
                 price = _price(wider, part.source, part.last)
                 if price < _plus(cost, apart[i].cost, (0, 1)):
-                    taken, total, cost = [*taken, i], wider, price
-            if len(taken) == 1:
+                    chosen, total, cost = [*chosen, i], wider, price
+            if len(chosen) == 1:
                 continue
-            before = _plus(*(apart[i].cost for i in taken), (0, len(taken) - 1))
-            some = None if len(taken) == len(apart) else tuple(sorted(taken))
-            merge = self._merge([part], axis, some, total, before)
+            before = _plus(*(apart[i].cost for i in chosen), (0, len(chosen) - 1))
+            indices = None if len(chosen) == len(apart) else tuple(sorted(chosen))
+            merge = self._merge([part], axis, indices, total, before)
             if merge is not None:
-                rest = [apart[i] for i in range(len(apart)) if i not in taken]
+                rest = [apart[i] for i in range(len(apart)) if i not in chosen]
                 choice = sum(rest, Choice(_plus(cost, (0, len(rest))), (merge,)))
                 best = min(best, choice, key=lambda c: c.cost)
         return best
 
     def _merge(
-        self, parts: Sequence[Part], axis: int, taken: tuple[int, ...] | None, geometry: Geometry, before: Cost
+        self, parts: Sequence[Part], axis: int, indices: tuple[int, ...] | None, geometry: Geometry, before: Cost
     ) -> Merge | None:
         """The merge, unless it was tried before, has no layer to carry its weights, or would fill up a sparse weight."""
         source, last = parts[0].source, parts[-1].last
@@ -197,7 +197,7 @@ class Planner:
                 why = f"it would fill up {filled[0]}, which Sparsify made {pattern}; run Fuse before Sparsify"
                 self.refused[carriers[0], carriers[-1]] = why
                 return None
-        return Merge(tuple(parts), axis, taken, geometry, before, _price(geometry, source, last))
+        return Merge(tuple(parts), axis, indices, geometry, before, _price(geometry, source, last))
 
     def _note(self, into: dict[Layers, str], first: Part, second: Part, why: str) -> None:
         """Remember what stands between two layers; normalisations are explained by themselves."""

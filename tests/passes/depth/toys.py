@@ -1,10 +1,14 @@
-"""Small networks of the families that depth pruning knows, and their capture in float64."""
+"""Small networks of the families that depth pruning knows, captured in float64, and devices that predict latencies."""
 
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import graphcomb
 import graphcomb.graph as g
+from graphcomb.passes import Distill
 
 
 def conv(a, b, k=3, stride=1, groups=1, act=True):
@@ -128,3 +132,90 @@ class Tied(nn.Module):
 
     def forward(self, x):
         return self.last(self.b(self.a(self.first(x)).tanh()).tanh())
+
+
+def digits(part, batch=32):
+    data = load_digits()
+    images, labels = torch.tensor(data.images[part], dtype=torch.float32)[:, None] / 16, torch.tensor(data.target[part])
+    shuffle = torch.Generator().manual_seed(0)
+    return DataLoader(TensorDataset(images, labels), batch, shuffle=part.start is None, generator=shuffle)
+
+
+class Digits(nn.Module):
+    """Residual and inverted blocks, one of them useless, and an MLP half."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            conv(1, 8), inverted(8, 8), Add(nn.Sequential(conv(8, 8), conv(8, 8, act=False)), act=True)
+        )
+        self.useless = Add(nn.Sequential(conv(8, 8), conv(8, 8, act=False)))
+        self.useless.body[1][1].weight.data.zero_()
+        self.mlp, self.head = mlp(8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.head(self.mlp(self.useless(self.body(x)).mean((2, 3))))
+
+
+QUICK = {"supernet_steps": 6, "population": 4, "generations": 1, "train": Distill(steps=40, lr=2e-3)}
+
+
+class PerMac:
+    """A device that takes a nanosecond per multiply-accumulate, and a microsecond per run."""
+
+    per_run = 1e-6
+
+    def prepare(self, layers, progress=False):
+        self.known = set(layers)
+
+    def seconds(self, layer):
+        assert layer in self.known
+        return 1e-9 * layer.macs()
+
+
+class Sheet(PerMac):
+    """A device of which nothing was measured, and whose time is that of a few blocks."""
+
+    measured = False
+
+    def __str__(self):
+        return "a data sheet"
+
+    def seconds(self, layer):
+        return 1e-6
+
+
+class Mlp(nn.Sequential):
+    def __init__(self, dim):
+        super().__init__(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+
+class ClassToken(nn.Module):
+    """A small ViT that answers from its class token alone, or from all tokens."""
+
+    def __init__(self, pooled=False, depth=3, dim=16):
+        super().__init__()
+        self.patch, self.pooled = nn.Conv2d(1, dim, 2, 2), pooled
+        self.token, self.place = nn.Parameter(torch.randn(1, 1, dim)), nn.Parameter(torch.randn(1, 17, dim))
+        layers = [layer for _ in range(depth) for layer in (Add(Attention(dim)), Add(Mlp(dim)))]
+        self.blocks, self.norm, self.head = nn.Sequential(*layers), nn.LayerNorm(dim), nn.Linear(dim, 10)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = self.blocks(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.place)
+        return self.head(self.norm(x.mean(1) if self.pooled else x[:, 0]))
+
+
+def vit(pooled=False):
+    torch.manual_seed(0)
+    return g.capture(ClassToken(pooled).eval(), torch.randn(2, 1, 8, 8), dynamic_shapes="batch")
+
+
+def last(*layers):
+    """Layers of which the channels come last, in an image network."""
+    return head(Move(0, 2, 3, 1), *layers, Move(0, 3, 1, 2))
+
+
+def kernels(program, folder):
+    graphcomb.runtime.export_onnx(program, folder / "model.onnx", precision="fp16")
+    return len(graphcomb.runtime.build_engine(folder / "model.onnx", target="rtx-sm86").kernels)
