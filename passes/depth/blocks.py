@@ -69,6 +69,7 @@ class Block:
 
     @property
     def prunable(self) -> bool:
+        """Whether it can be pruned."""
         return self.why is None
 
 

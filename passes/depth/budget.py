@@ -37,6 +37,7 @@ class Budget:
 
     @property
     def count(self) -> int:
+        """How many blocks there are to choose from."""
         return len(self.saves)
 
     def complete(self, order: Iterable[int]) -> Bits:
@@ -62,6 +63,7 @@ class Budget:
         return self.spare == math.inf or sum(self.macs[i] for i in chosen) <= self.spare
 
     def met(self, bits: Bits) -> bool:
+        """Whether a choice saves enough."""
         return self._saved(i for i, bit in enumerate(bits) if bit) >= self.needed
 
     def widest(self) -> Bits:

@@ -8,7 +8,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 
 from ...graph.edit import rebuild
 from ...graph.errors import GraphcombError
@@ -118,7 +117,7 @@ class Calibrator:
 
     @torch.no_grad()
     def __call__(self, only: str = "") -> None:
-        """only: of normalisations whose names start so; the others keep their statistics."""
+        """Take them anew. only: of normalisations whose names start so; the others keep theirs."""
         module, live = self.module, self.program.module()
         keys = {str(arguments(n)[k].target) for n in self.norms for k in ("running_mean", "running_var")}
         if SWITCHES in dict(live.named_buffers()):
@@ -128,8 +127,8 @@ class Calibrator:
         device = accelerator().device
         with placed(module, device):
             for batch in self.batches:
-                args, kwargs = send_to_device((batch.args, batch.kwargs), device)
-                module(*args, **kwargs)
+                placed_batch = batch.to(device)
+                module(*placed_batch.args, **placed_batch.kwargs)
                 for k in keys:
                     sums[k] += fetch(module, k).to(sums[k].device)
         for k in keys:

@@ -31,15 +31,19 @@ class StoredStage:
             self.path = Path(context.out) / f"{stage}-{code}"
 
     def tensors(self) -> dict[str, torch.Tensor] | None:
+        """The stored state of a network by name, on the CPU; None where there is none of this run."""
         return self._read(lambda path: torch.load(path, map_location="cpu", weights_only=True))
 
     def keep_tensors(self, state: dict[str, torch.Tensor]) -> None:
+        """Store the state of a network."""
         self._write(state, torch.save)
 
     def values(self) -> dict[str, float]:
+        """The stored scores; none where there are none of this run."""
         return self._read(lambda path: json.loads(path.read_text())) or {}
 
     def keep_values(self, values: dict[str, float]) -> None:
+        """Store scores, in place of those before."""
         self._write(values, lambda value, part: part.write_text(json.dumps(value)))
 
     def _read(self, read: Callable[[Path], Any]) -> Any:

@@ -61,6 +61,7 @@ class Geometry:
 
     @property
     def padded(self) -> bool:
+        """Whether zeros are put around the input."""
         return any(a or b for a, b in self.padding)
 
     @property

@@ -28,6 +28,7 @@ class Part:
 
     @property
     def last(self) -> fx.Node:
+        """The node that gives the part's value."""
         return self.nodes[-1]
 
     @property
@@ -76,6 +77,7 @@ class Branch:
 
     @property
     def members(self) -> set[fx.Node]:
+        """The nodes of its parts."""
         return set().union(*(p.members for p in self.parts))
 
 

@@ -38,10 +38,12 @@ class Merge:
 
     @property
     def source(self) -> fx.Node:
+        """The node whose value it reads."""
         return self.parts[0].source
 
     @property
     def last(self) -> fx.Node:
+        """The node whose value it gives."""
         return self.parts[-1].last
 
     @property

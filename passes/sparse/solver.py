@@ -46,12 +46,13 @@ class Method:
 
     @property
     def pattern(self) -> ranking.Pattern | None:
+        """The goal where it is a pattern."""
         return self.goal if isinstance(self.goal, tuple) else None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of a weight's blocks."""
+    """Some of a layer's blocks of `size` weights: those from `start` to before `stop`."""
 
     layer: Layer
     size: int
