@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-import graphcomb.graph as g
+import graphcomb as g
 
 
 class Block(nn.Module):

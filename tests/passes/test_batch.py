@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb import Pipeline
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Distill, Quantize, Sparsify

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.graph import sparse as masks
 from graphcomb.graph.errors import BadInput
 from graphcomb.graph.nodes import op_name

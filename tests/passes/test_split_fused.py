@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.nodes import op_name
 from graphcomb.passes import RemoveChannels, SplitFused

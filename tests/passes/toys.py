@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 
 
 class Stop(Exception):

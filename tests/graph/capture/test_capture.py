@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.graph.errors import BadInput, CaptureError
 from graphcomb.graph.nodes import op_name
 

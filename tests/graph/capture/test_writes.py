@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.graph.errors import CaptureError
 
 WRITES = {

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb import verify
 from graphcomb.graph.comb.solve import comb
 from graphcomb.graph.errors import BadInput, GraphcombError

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.graph.verify.absence import Absence
 from graphcomb.graph.verify.evaluate import double_weights, relative_error
 from graphcomb.graph.verify.meanings import RULES

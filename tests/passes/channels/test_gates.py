@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.graph.comb import axes as ax
 from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.nodes import arguments, op_name, spelled_out

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Distill, PruneDepth, Sparsify
 from graphcomb.passes.common.class_axis import class_axis, other_outputs

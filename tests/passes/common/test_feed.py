@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes.batch import split_batch
 from graphcomb.passes.common.feed import Feed

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes.base import Context
 from graphcomb.passes.channels.remove_channels import RemoveChannels

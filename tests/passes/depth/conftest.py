@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.passes import Distill
 
 from .toys import NETWORKS, Digits, captured, digits

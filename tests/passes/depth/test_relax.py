@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.graph.errors import BadInput
 from graphcomb.graph.verify.evaluate import relative_error
 from graphcomb.passes import Fuse

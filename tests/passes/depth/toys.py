@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import graphcomb
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.passes import Distill
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.graph.nodes import op_name
 from graphcomb.passes.fuse.fuse import Fuse
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.passes.fuse import merge as module
 from graphcomb.passes.fuse.fuse import Fuse
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.passes.fuse.fuse import Fuse
 
 from .toys import Branches, Residual, conv, fused_in_fp32, fused_in_fp64, norms, ops

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.data import digits
 from graphcomb.passes import Distill
 

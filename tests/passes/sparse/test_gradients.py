@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Sparsify
 from graphcomb.passes.base import Context

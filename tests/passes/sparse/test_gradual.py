@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.graph import sparse as masks
 from graphcomb.passes import Distill, Sparsify
 from graphcomb.passes.base import Context

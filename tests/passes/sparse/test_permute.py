@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb import verify
 from graphcomb.graph import sparse as masks
 from graphcomb.graph.errors import BadInput

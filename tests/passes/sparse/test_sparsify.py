@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.graph import sparse as masks
 from graphcomb.graph.errors import BadInput, Refused
 from graphcomb.passes import Distill, Sparsify

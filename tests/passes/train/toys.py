@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import graphcomb.graph as g
+import graphcomb as g
 
 
 class Block(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.runtime import export_onnx
 from graphcomb.runtime.export.compare import session
 from graphcomb.runtime.export.emulation import emulate

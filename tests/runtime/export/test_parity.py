@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.graph.errors import BadInput, Refused
 from graphcomb.graph.program import Program
 from graphcomb.runtime.export.parity import input_sets, output_error, parity, random_like, relative_error

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 import graphcomb.runtime.export.to_onnx as onnx_module
 from graphcomb.graph.errors import BadInput, Refused
 from graphcomb.graph.program import Program

@@ -16,7 +16,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-import graphcomb.graph as g
+import graphcomb as g
 from graphcomb.graph.errors import BadInput
 from graphcomb.runtime import bench
 from graphcomb.runtime.measure import bench as bench_module
