@@ -241,7 +241,7 @@ class PruneDepth(Pass):
             return supernet, {}
         options = dataclasses.replace(self._training(), steps=self.supernet_steps)
         stored = self._stored("supernet", program, context)
-        if state := stored.tensors():
+        if state := stored.read():
             supernet.module().load_state_dict(state)
             return supernet, {"resumed": True}
         if context.data is None:
@@ -251,7 +251,7 @@ class PruneDepth(Pass):
         objective = Sandwich(supernet.module(), budget, options.temperature, context.loss, class_axes)
         identity = [self.ablation.tail, self.ablation.fitted]
         record = fit(supernet, objective, options, context, "PruneDepth.supernet", identity=identity)
-        stored.keep_tensors(supernet.module().state_dict())
+        stored.write(supernet.module().state_dict())
         return supernet, record
 
     def search(self, supernet: Program, budget: Budget, context: Context) -> tuple[Bits, dict[str, Any]]:
@@ -262,7 +262,7 @@ class PruneDepth(Pass):
         with seeded(context.seed, context.data, context.val):  # the same batches if the stage before is taken up
             judge = Judge(supernet, context, self.calibrate, self.score_batches)
         size = self.population, self.generations
-        return search(judge, budget, *size, context, stored.values(), stored.keep_values)
+        return search(judge, budget, *size, context, stored.read() or {}, stored.write)
 
     # ------------------------------------------------------------------------------------------------- training, merging
     def progressive(
@@ -271,7 +271,7 @@ class PruneDepth(Pass):
         """Stage 3: the program with the pruned forms of the blocks, trained, and the record of training; its `error`
         compares it in float64 with the relaxed program at `l = 0`, where one becomes the other."""
         stored = self._stored("pruned", program, context, [b.name for b in blocks])
-        if state := stored.tensors():
+        if state := stored.read():
             pruned = self._relaxed(program, blocks, settled=True)
             pruned.module().load_state_dict(state)
             return pruned, {"resumed": True}
@@ -283,7 +283,7 @@ class PruneDepth(Pass):
         fading = self._fading(program, blocks, total_steps(options, context.data, "train"), context.seed)
         record = options.train(trained, dataclasses.replace(context, teacher=context.teacher or program), [fading])
         pruned = trained if fading.over else fading.settle(trained.module())
-        stored.keep_tensors(pruned.module().state_dict())
+        stored.write(pruned.module().state_dict())
         return pruned, record | {"error": fading.error}
 
     def merge(self, pruned: Program, context: Context) -> tuple[Program, dict[str, Any]]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from ...graph.program import Program
 from ..base import Context
 from ..common.processes import accelerator, agreed
 from ..common.repeat import Samples, run_code, says_anew
+from ..train.checkpoint import Checkpoint
 
 
 class StoredStage:
@@ -30,31 +28,16 @@ class StoredStage:
             code = agreed(lambda: run_code(program.module(), context, *parts))
             self.path = Path(context.out) / f"{stage}-{code}"
 
-    def tensors(self) -> dict[str, torch.Tensor] | None:
-        """The stored state of a network by name, on the CPU; None where there is none of this run."""
-        return self._read(lambda path: torch.load(path, map_location="cpu", weights_only=True))
+    def read(self) -> Any:
+        """The stored tensors or numbers, by name, in every process; None where there are none of this run. BadInput for a
+        damaged file."""
+        return None if self.path is None else agreed(self._read)
 
-    def keep_tensors(self, state: dict[str, torch.Tensor]) -> None:
-        """Store the state of a network."""
-        self._write(state, torch.save)
-
-    def values(self) -> dict[str, float]:
-        """The stored scores; none where there are none of this run."""
-        return self._read(lambda path: json.loads(path.read_text())) or {}
-
-    def keep_values(self, values: dict[str, float]) -> None:
-        """Store scores, in place of those before."""
-        self._write(values, lambda value, part: part.write_text(json.dumps(value)))
-
-    def _read(self, read: Callable[[Path], Any]) -> Any:
-        """What the main process finds of the same data, in every process."""
-        return None if self.path is None else agreed(lambda: self._same(read))
-
-    def _same(self, read: Callable[[Path], Any]) -> Any:
+    def _read(self) -> Any:
         assert self.path is not None
         if self.path.exists():
             try:
-                stored = read(self.path)
+                stored = torch.load(self.path, map_location="cpu", weights_only=True)
                 if not self.samples.differ(stored["data"]):
                     return stored["result"]
             except (OSError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
@@ -63,10 +46,7 @@ class StoredStage:
             says_anew(self.path.parent, f"PruneDepth's {self.stage}")
         return None
 
-    def _write(self, result: Any, write: Callable[[Any, Path], Any]) -> None:
-        if self.path is None or not accelerator().is_main_process:
-            return
-        part = self.path.with_name(f".{self.path.name}.part")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write({"result": result, "data": self.samples.codes}, part)
-        os.replace(part, self.path)
+    def write(self, result: dict[str, Any]) -> None:
+        """Store tensors or numbers, in place of those before."""
+        if self.path is not None and accelerator().is_main_process:
+            Checkpoint(self.path, "PruneDepth").write({"result": result, "data": self.samples.codes})

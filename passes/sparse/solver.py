@@ -289,7 +289,7 @@ class Solver:
                     w = rows[row, column]
                     damped = matrix.double() + damp * torch.eye(len(matrix), device=matrix.device, dtype=torch.float64)
                     rows[row, column] = sweep(w, damped, share, self.method.pattern, w != 0)[0]
-                new[name] = _from_rows(rows, layer.shape, last)
+                new[name] = fisher.from_blocks(rows, layer.shape, last)
         for name, value in new.items():
             self._write(name, value)
 
@@ -364,7 +364,8 @@ class Solver:
                 )
         for name, mask in masks.items():
             self._write(
-                name, _from_rows(_rows(self.weights[name], last).masked_fill(mask, 0), self.layers[name].shape, last)
+                name,
+                fisher.from_blocks(_rows(self.weights[name], last).masked_fill(mask, 0), self.layers[name].shape, last),
             )
 
 
@@ -394,10 +395,6 @@ def _lowest_of_rows(scores: Tensor, count: int) -> Tensor:
 def _rows(weight: Tensor, channels_last: bool) -> Tensor:
     """A weight as `(out, c)` rows."""
     return (weight.movedim(1, -1) if channels_last else weight).reshape(len(weight), -1)
-
-
-def _from_rows(rows: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    return fisher.from_blocks(rows, shape, channels_last)
 
 
 def _column_order(layer: Layer, channels_last: bool) -> Tensor:
