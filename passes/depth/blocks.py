@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ...graph.cost import evaluate, macs
-from ...graph.facts import CONVS, MAPS
+from ...graph.facts import CONVS, MAPS, PADS
 from ...graph.nodes import arguments, op_name, permutation, shape
 from ...graph.program import Program
 
@@ -22,18 +22,7 @@ ACTIVATIONS = (
     "hardsigmoid", "sigmoid", "tanh", "prelu",
 )  # fmt: skip
 NORMS = ("layer_norm", "group_norm", "rms_norm")
-IN_CHAINS = (
-    *MAPS,
-    *ACTIVATIONS,
-    *NORMS,
-    "batch_norm",
-    "dropout",
-    "permute",
-    "transpose",
-    "constant_pad_nd",
-    "pad",
-    "mul",
-)
+IN_CHAINS = (*MAPS, *ACTIVATIONS, *NORMS, *PADS, "batch_norm", "dropout", "permute", "transpose", "mul")
 OTHER_BENDS = (
     "clamp", "clamp_min", "clamp_max", "threshold", "hardshrink", "softshrink", "rrelu", "log_sigmoid", "glu", "abs", "erf",
     "exp", "log", "pow", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "maximum", "minimum", "instance_norm",

@@ -111,7 +111,7 @@ class Geometry:
             raise Inexact("a sum with a transposed convolution")
         if self.stride != other.stride:
             raise Inexact(f"a sum of maps of strides {self.stride} and {other.stride}")
-        # Equal sums of padding minus span: outputs of both lie at the same positions, and are equally many.
+        # Both give equally many values if their zeros, less what a kernel spans, are equally many.
         ends = [[p[0] + p[1] - s for p, s in zip(m.padding, m.span, strict=True)] for m in pair]
         if ends[0] != ends[1]:
             raise Inexact("a sum of maps that are padded differently")
