@@ -322,4 +322,9 @@ class PruneDepth(Pass):
 
 def ablated(**parts: bool) -> type[PruneDepth]:
     """The pass without some parts of `Ablation`, as in `ablated(fading=False)(blocks=2)`."""
-    return type("PruneDepth", (PruneDepth,), {"ablation": Ablation(**parts)})
+
+    class Ablated(PruneDepth):
+        ablation = Ablation(**parts)
+
+    Ablated.__name__ = PruneDepth.__name__  # in records
+    return Ablated

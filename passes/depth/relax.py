@@ -8,6 +8,7 @@ block, 0 exactly one that merges. The graph is the same all the time, so trainin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,11 +120,11 @@ class _Relaxer:
         for name in block.nodes:
             node = self.nodes[name]
             if op_name(node) in ACTIVATIONS:
-                self._mix(node, lambda node=node: self._linear(node))
+                self._mix(node, partial(self._linear, node))
             elif op_name(node) in NORMS:
-                self._mix(node, lambda node=node: self._batch_norm(node.args[0], norm_axis(node), node))
+                self._mix(node, partial(self._batch_norm, node.args[0], norm_axis(node), node))
         if self.tail and not block.tailed and act is not None:
-            self._mix(exit_, lambda: self._tail(exit_, act))
+            self._mix(exit_, partial(self._tail, exit_, act))
 
     def _drop(self, block: Block, exit_: fx.Node) -> None:
         """Leave the branch of a residual addition out; its other operand is the block's entry, relaxed and scaled or not."""
