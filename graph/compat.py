@@ -37,8 +37,8 @@ def schema(target: Any) -> Any:
 
 def writes(target: Any) -> bool:
     """Whether an operator writes to one of its arguments."""
-    found = schema(target)
-    return found is not None and found.is_mutable
+    known = schema(target)
+    return known is not None and known.is_mutable
 
 
 # ----------------------------------------------------------------------------------------------------- sizes and memory
@@ -102,9 +102,9 @@ def output_spec(graph: fx.Graph) -> pytree.TreeSpec:
 
 def with_output_spec(codegen: Any, spec: pytree.TreeSpec) -> Any:
     """A copy of what `codegen_of` returns, for outputs that are nested otherwise."""
-    found = copy.copy(codegen)
-    found.pytree_info = codegen.pytree_info._replace(out_spec=spec)
-    return found
+    new = copy.copy(codegen)
+    new.pytree_info = codegen.pytree_info._replace(out_spec=spec)
+    return new
 
 
 def copy_specs(source: torch.nn.Module, target: torch.nn.Module) -> None:

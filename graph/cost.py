@@ -177,17 +177,17 @@ def _einsum(node: fx.Node, a: dict[str, Any]) -> Polynomial:
         {letter: (tensor, d) for d, letter in enumerate(term) if shape(tensor)[d] != 1}
         for term, tensor in zip(terms, a["tensors"], strict=True)
     ]
-    given, found = a.get("path"), NOTHING
-    path = list(given or [0, 1] * len(left))
+    named_path, products = a.get("path"), NOTHING
+    path = list(named_path or [0, 1] * len(left))
     while len(left) > 1:
         i, j = path.pop(0), path.pop(0)
         one, other = (left.pop(k) for k in sorted((i, j), reverse=True))
         wanted = {*result, *(letter for term in left for letter in term)}
         both = {k: r for k, r in {**one, **other}.items() if k in wanted or (k in one and k in other)}
         if any(letter not in wanted for letter in both):
-            found = [*found, list(both.values())]
-        left.insert(len(left) if given else 0, {k: r for k, r in both.items() if k in wanted})
-    return found
+            products = [*products, list(both.values())]
+        left.insert(len(left) if named_path else 0, {k: r for k, r in both.items() if k in wanted})
+    return products
 
 
 def _branches(node: fx.Node) -> Polynomial:
@@ -198,9 +198,9 @@ def _branches(node: fx.Node) -> Polynomial:
 def _bodies(node: fx.Node) -> list[fx.GraphModule]:
     """The graphs that a higher-order operator is given to run."""
     module = node.graph.owning_module
-    given = [n for n in node.all_input_nodes if n.op == "get_attr"]
-    found: Sequence[Any] = [fetch(module, str(n.target)) for n in given] if module is not None else ()
-    return [body for body in found if isinstance(body, fx.GraphModule)]
+    stored = [n for n in node.all_input_nodes if n.op == "get_attr"]
+    values: Sequence[Any] = [fetch(module, str(n.target)) for n in stored] if module is not None else ()
+    return [body for body in values if isinstance(body, fx.GraphModule)]
 
 
 def _dims(node: fx.Node) -> list[Ref]:
@@ -241,15 +241,15 @@ def terms(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Polynomial, dict[st
 def total(module: fx.GraphModule) -> dict[str, Any]:
     """MACs, parameters, bytes of weights, and bytes of all activations written, for the example input; `unknown`: the
     operators whose MACs are not among them, where there are any."""
-    found = {"macs": 0, "weight_bytes": 0, "activation_bytes": 0, "params": 0}
+    totals = {"macs": 0, "weight_bytes": 0, "activation_bytes": 0, "params": 0}
     for _, polynomial, units in terms(module):
         amount = evaluate(polynomial)
         for part, unit in units.items():
-            found[part] += amount * unit
-    return found | unknowns(module)
+            totals[part] += amount * unit
+    return totals | unknowns(module)
 
 
 def unknowns(module: fx.GraphModule) -> dict[str, list[str]]:
     """The entry of a cost that names what was not counted: nothing where everything was."""
-    found = [f"{source(node)}: {why}" for node, why in uncounted(module)]
-    return {"unknown": found} if found else {}
+    reasons = [f"{source(node)}: {why}" for node, why in uncounted(module)]
+    return {"unknown": reasons} if reasons else {}

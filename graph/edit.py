@@ -209,13 +209,13 @@ def rebuild(
     nodes: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(module.graph, nodes))
     compat.share_codegen(graph, module.graph)
-    new, taken = TrainableModule(torch.nn.Module(), fx.Graph()), {}
+    new, new_values = TrainableModule(torch.nn.Module(), fx.Graph()), {}
     folders: dict[str, torch.nn.Module] = {"": new}
     for node, old in attributes(module):
         name = str(node.target)
-        if id(old) not in taken:
-            taken[id(old)] = take(name, old)
-        _put(folders, name, taken[id(old)])
+        if id(old) not in new_values:
+            new_values[id(old)] = take(name, old)
+        _put(folders, name, new_values[id(old)])
     if edit is not None:
         edit(nodes)
     new.graph = graph

@@ -53,8 +53,8 @@ def values(node: fx.Node) -> dict[str, Any]:
 
 def tag(node: fx.Node) -> dict[str, Any]:
     """What is known about the node's modes (see above); empty for a node that a pass made."""
-    found = (node.meta.get("custom") or {}).get(TAG)
-    return found if isinstance(found, dict) and found.get("op") == op_name(node) else {}
+    entry = (node.meta.get("custom") or {}).get(TAG)
+    return entry if isinstance(entry, dict) and entry.get("op") == op_name(node) else {}
 
 
 def set_tag(node: fx.Node, **entry: Any) -> None:

@@ -35,11 +35,11 @@ def writes(node: fx.Node) -> bool:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of an operator node by schema name, defaults filled in."""
-    found = {}
+    values = {}
     for i, a in enumerate(compat.schema(node.target).arguments):
         default = a.default_value if a.has_default_value() else None
-        found[a.name] = node.args[i] if i < len(node.args) else node.kwargs.get(a.name, default)
-    return found
+        values[a.name] = node.args[i] if i < len(node.args) else node.kwargs.get(a.name, default)
+    return values
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
@@ -112,9 +112,9 @@ def source(node: fx.Node) -> str:
     torch's own, or else the module's path."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
     frames = [(i, line) for i, line in enumerate(lines) if line.startswith('File "')]
-    own = [(i, line) for i, line in frames if "/torch/" not in line] or frames
-    if own:
-        i, line = own[-1]
+    user_frames = [(i, line) for i, line in frames if "/torch/" not in line] or frames
+    if user_frames:
+        i, line = user_frames[-1]
         path, number = line.removeprefix('File "').split('", line ')
         code = lines[i + 1] if i + 1 < len(lines) and not lines[i + 1].startswith('File "') else ""
         place = f"{'/'.join(path.split('/')[-2:])}:{number.split(',')[0]}"

@@ -51,10 +51,10 @@ def sparse_weights(program: Program) -> dict[str, str | None]:
 def weight(program: Program, name: str) -> Tensor | None:
     """A stored tensor by name, None where the program has none."""
     try:
-        found = fetch(program._module, name)
+        stored = fetch(program._module, name)
     except (AttributeError, KeyError):
         return None
-    return found.detach() if isinstance(found, Tensor) else None
+    return stored.detach() if isinstance(stored, Tensor) else None
 
 
 def zeros(program: Program) -> dict[str, Tensor]:

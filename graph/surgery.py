@@ -111,8 +111,8 @@ class Slicer:
                 for d, n in enumerate(value.shape):
                     if not isinstance(n, int):
                         self._sources.setdefault(_key(axes[d]), (node, d))
-        found = self._sources.get(_key(factors))
-        return found if found is not None and self._places[found[0]] < self._places[user] else None
+        place = self._sources.get(_key(factors))
+        return place if place is not None and self._places[place[0]] < self._places[user] else None
 
 
 def _key(axis: Axis) -> tuple[int, ...]:

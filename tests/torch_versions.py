@@ -20,6 +20,14 @@ SUITE = (
     "tests/graph/capture/test_writes.py", "tests/graph/comb/test_contributing.py", "tests/graph/comb/test_reasons.py",
     "tests/graph/comb/test_rules.py", "tests/passes/test_split_fused.py",
 )  # fmt: skip
+LIBRARIES = """
+import importlib.metadata
+from packaging.requirements import Requirement
+known = {d.metadata["Name"]: d.version for d in reversed(list(importlib.metadata.distributions()))}
+for r in map(Requirement, importlib.metadata.requires("torch") or ()):
+    if r.name.startswith("nvidia-") and not r.specifier.contains(known.get(r.name, "0")):
+        print(f"{r.name}{r.specifier}")
+"""
 VERSIONS = """
 import platform, torch
 try:
@@ -51,6 +59,9 @@ def environment(version: str) -> Path:
         options = "install -q --no-deps --ignore-installed".split()
         install = [sys.executable, "-m", "pip", "--python", str(python), *options]
         subprocess.run([*install, f"torch=={version}"], check=True)
+        libraries = subprocess.run([python, "-c", LIBRARIES], capture_output=True, text=True, check=True).stdout.split()
+        if libraries:  # that this torch does not run with as they are in .venv
+            subprocess.run([*install, *libraries], check=True)
         if subprocess.run([*install, vision]).returncode:  # not released yet: tests that need it skip
             (site / "torchvision.py").write_text("raise ModuleNotFoundError('no torchvision for this torch')\n")
         (folder / "done").touch()

@@ -51,13 +51,13 @@ def _constants(module: fx.GraphModule) -> dict[fx.Node, Any]:
     value: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            found = fetch(module, str(node.target))
+            stored = fetch(module, str(node.target))
             if (
-                isinstance(found, torch.Tensor)
-                and not isinstance(found, torch.nn.Parameter)
-                and id(found) not in changed
+                isinstance(stored, torch.Tensor)
+                and not isinstance(stored, torch.nn.Parameter)
+                and id(stored) not in changed
             ):
-                value[node] = found
+                value[node] = stored
         elif node.op == "call_function" and not _impure(node):
             inputs = node.all_input_nodes
             constant = all(i in value for i in inputs)
@@ -78,7 +78,7 @@ def _constants(module: fx.GraphModule) -> dict[fx.Node, Any]:
 
 def _changed_buffers(module: fx.GraphModule) -> set[int]:
     """The tensors that running the graph changes, in either mode."""
-    found = set()
+    changed = set()
     for node in module.graph.nodes:
         written: list[Any] = []
         if op_name(node) in STATISTICS:
@@ -87,8 +87,8 @@ def _changed_buffers(module: fx.GraphModule) -> set[int]:
             written = list(node.args[:1])
         for at in written:
             if isinstance(at, fx.Node) and at.op == "get_attr":
-                found.add(id(fetch(module, str(at.target))))
-    return found
+                changed.add(id(fetch(module, str(at.target))))
+    return changed
 
 
 def _impure(node: fx.Node) -> bool:
@@ -96,8 +96,8 @@ def _impure(node: fx.Node) -> bool:
 
 
 def _static(node: fx.Node) -> bool:
-    found = node.meta.get("val")
-    return isinstance(found, torch.Tensor) and all(isinstance(s, int) for s in found.shape)
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and all(isinstance(s, int) for s in value.shape)
 
 
 def _concrete(node: fx.Node, value: dict[fx.Node, Any]) -> Any:

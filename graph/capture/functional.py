@@ -164,12 +164,12 @@ def _tie(module: fx.GraphModule) -> None:
     """Make names of the same memory one tensor again: a saved program comes back with a tensor for every name."""
     known: dict[Any, torch.Tensor] = {}
     for node in module.graph.nodes:
-        found = fetch(module, str(node.target)) if node.op == "get_attr" else None
-        if isinstance(found, torch.Tensor) and found.layout == torch.strided and found.numel():
-            memory = (compat.storage_id(found), found.storage_offset(), found.dtype, found.shape, found.stride())
-            kind = isinstance(found, torch.nn.Parameter)
-            first = known.setdefault((kind, *memory), found)
-            if first is not found:
+        stored = fetch(module, str(node.target)) if node.op == "get_attr" else None
+        if isinstance(stored, torch.Tensor) and stored.layout == torch.strided and stored.numel():
+            memory = (compat.storage_id(stored), stored.storage_offset(), stored.dtype, stored.shape, stored.stride())
+            kind = isinstance(stored, torch.nn.Parameter)
+            first = known.setdefault((kind, *memory), stored)
+            if first is not stored:
                 path, _, name = str(node.target).rpartition(".")
                 setattr(module.get_submodule(path), name, first)
 

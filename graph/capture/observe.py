@@ -38,8 +38,8 @@ def observe(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], nudge:
     watched = {f"input {i}": x for i, x in enumerate(copies) if isinstance(x, Tensor) and continuous(x)}
     for x in watched.values():
         x.requires_grad_()
-    given = [x.clone() if isinstance(x, Tensor) else x for x in copies]  # may be written in place
-    inputs, options = pytree.tree_unflatten(given, spec)
+    call_inputs = [x.clone() if isinstance(x, Tensor) else x for x in copies]  # may be written in place
+    inputs, options = pytree.tree_unflatten(call_inputs, spec)
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad and continuous(p)}
     with (
         torch.inference_mode(False),
@@ -55,8 +55,8 @@ def observe(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], nudge:
                 outputs = module(*inputs, **options)
                 gradients = {}
             except RuntimeError:  # what only runs without gradients
-                given = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
-                inputs, options = pytree.tree_unflatten(given, spec)
+                call_inputs = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+                inputs, options = pytree.tree_unflatten(call_inputs, spec)
                 torch.manual_seed(0)
                 with torch.no_grad():
                     outputs = module(*inputs, **options)
@@ -65,7 +65,9 @@ def observe(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], nudge:
             tensors = [t for t in flat if isinstance(t, Tensor)]
             values = {f"output {i}": t.detach().clone() for i, t in enumerate(tensors)}
             values |= {
-                f"input {i} after the call": x.detach().clone() for i, x in enumerate(given) if isinstance(x, Tensor)
+                f"input {i} after the call": x.detach().clone()
+                for i, x in enumerate(call_inputs)
+                if isinstance(x, Tensor)
             }
             values |= {f"buffer {n}": b.detach().clone() for n, b in module.named_buffers() if not n.endswith(COUNTER)}
             if gradients is not None:
@@ -88,10 +90,10 @@ def _differentiate(outputs: list[Tensor], of: dict[str, Tensor]) -> dict[str, Te
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in roots]
     try:
-        found = torch.autograd.grad(roots, list(of.values()), weights, allow_unused=True)
+        gradients = torch.autograd.grad(roots, list(of.values()), weights, allow_unused=True)
     except RuntimeError:
         return None
-    return {n: None if g is None else g.detach() for n, g in zip(of, found, strict=True)}
+    return {n: None if g is None else g.detach() for n, g in zip(of, gradients, strict=True)}
 
 
 # ------------------------------------------------------------------------------------------------------------ rounding

@@ -133,20 +133,20 @@ class _Comparison:
                 module.meta.pop("batches", None)
 
     # ------------------------------------------------------------------------------------------------------ verdicts
-    def _compare(self, expected: Run, found: Run) -> None:
-        if problem := self._structure(expected, found):
+    def _compare(self, expected: Run, actual: Run) -> None:
+        if problem := self._structure(expected, actual):
             if self.lost:
                 return self._skipped("the outputs in training are others")
             raise CaptureError(f"the captured program differs from the model in {self.mode} mode: {problem}")
-        pairs = [(n, expected.values[n], found.values[n]) for n in expected.values if n in found.values]
+        pairs = [(n, expected.values[n], actual.values[n]) for n in expected.values if n in actual.values]
         wrong = self._wrong(pairs)
-        gradients = self._gradients(expected, found)
+        gradients = self._gradients(expected, actual)
         noise: Run | None = None
         wrong_gradients = self._wrong(gradients)
         if wrong or wrong_gradients:
             noise = self._program(nudge=True)
-            wrong = self._beyond(wrong, found.values, noise.values)
-            wrong_gradients = self._beyond(wrong_gradients, found.gradients or {}, noise.gradients or {})
+            wrong = self._beyond(wrong, actual.values, noise.values)
+            wrong_gradients = self._beyond(wrong_gradients, actual.gradients or {}, noise.gradients or {})
         if wrong and self.lost:
             return self._skipped("what only training has changes the outputs")
         if wrong:
@@ -169,28 +169,28 @@ class _Comparison:
                 f"off by {error:.1e} of its norm"
             )
 
-    def _structure(self, expected: Run, found: Run) -> str | None:
+    def _structure(self, expected: Run, actual: Run) -> str | None:
         """What is different before any number is compared."""
-        ours = {n for n in found.values if n.startswith("output")}
+        ours = {n for n in actual.values if n.startswith("output")}
         theirs = {n for n in expected.values if n.startswith("output")}
         if ours != theirs:
             return f"it has {len(ours)} outputs, the model {len(theirs)}"
         for name in sorted(theirs):
-            a, b = found.values[name], expected.values[name]
+            a, b = actual.values[name], expected.values[name]
             if a.shape != b.shape or a.dtype != b.dtype:
                 return f"{name} is {a.dtype} {tuple(a.shape)}, of the model {b.dtype} {tuple(b.shape)}"
-        if not _equal(expected.rest, found.rest):
+        if not _equal(expected.rest, actual.rest):
             return "outputs that are no tensors are others"
         return None
 
-    def _gradients(self, expected: Run, found: Run) -> list[tuple[str, Tensor, Tensor]]:
+    def _gradients(self, expected: Run, actual: Run) -> list[tuple[str, Tensor, Tensor]]:
         """Pairs of gradients; one that is missing counts as zeros."""
-        if expected.gradients is None or found.gradients is None:
+        if expected.gradients is None or actual.gradients is None:
             self.proof.skipped.append(f"{self.mode} mode: gradients, the model cannot be differentiated")
             return []
         pairs = []
         for name, theirs in expected.gradients.items():
-            ours = found.gradients.get(name)
+            ours = actual.gradients.get(name)
             if ours is None and theirs is None:
                 continue
             other = ours if theirs is None else theirs
@@ -200,14 +200,14 @@ class _Comparison:
         return pairs
 
     def _wrong(self, pairs: list[tuple[str, Tensor, Tensor]]) -> dict[str, float]:
-        found = {}
+        errors = {}
         for name, expected, ours in pairs:
             error = distance(expected, ours)
             if error > self.tolerance:
-                found[name] = error
+                errors[name] = error
             else:
                 self._note(error)
-        return found
+        return errors
 
     def _note(self, error: float) -> None:
         self.proof.error[self.mode] = max(self.proof.error.get(self.mode, 0.0), error)
@@ -249,13 +249,13 @@ def _set_flag(module: torch.nn.Module, path: str) -> None:
         module.get_submodule(path).training = False
 
 
-def distance(expected: Tensor, found: Tensor) -> float:
+def distance(expected: Tensor, actual: Tensor) -> float:
     """Difference relative to the expected tensor's norm; infinities and NaN have to be in the same places."""
-    if expected.shape != found.shape:
+    if expected.shape != actual.shape:
         return float("inf")
     if not continuous(expected):
-        return 0.0 if torch.equal(expected, found) else 1.0
-    a, b = (t.detach().to(torch.complex128 if t.is_complex() else torch.float64) for t in (expected, found))
+        return 0.0 if torch.equal(expected, actual) else 1.0
+    a, b = (t.detach().to(torch.complex128 if t.is_complex() else torch.float64) for t in (expected, actual))
     same = (a == b) | (a.isnan() & b.isnan())
     if bool(same.all()):
         return 0.0

@@ -150,7 +150,7 @@ class Trial:
 
     def judge(self, batches: int) -> Verdict:
         """The verdict over the prepared inputs and others, at this many batch sizes where the batch is dynamic."""
-        errors, tried, found = [0.0], [], []
+        errors, tried, disagreements = [0.0], [], []
         try:
             self.prepare()
             for inputs in self.batches(batches):
@@ -160,15 +160,15 @@ class Trial:
                 errors.append(relative_error(pruned, expected))
                 if errors[-1] > TOLERANCE and not wrong:
                     wrong = [self.first_difference(inputs)]
-                found += [w for w in wrong if w not in found]
+                disagreements += [w for w in wrong if w not in disagreements]
         except Disagreement as error:
             errors.append(float("inf"))
-            found.append(str(error))
+            disagreements.append(str(error))
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             errors.append(float("inf"))
-            found.append(f"the program does not run: {_first_line(error)}")
+            disagreements.append(f"the program does not run: {_first_line(error)}")
         vacuous = bool(self.removed) and max(errors) <= TOLERANCE and self.difference <= SAME
-        return Verdict(max(errors), self.difference, self.conditioning, vacuous, tuple(found), tuple(tried))
+        return Verdict(max(errors), self.difference, self.conditioning, vacuous, tuple(disagreements), tuple(tried))
 
     def batches(self, count: int) -> Iterator[list[Any]]:
         """The inputs prepared, then others at larger batch sizes; dynamic heights and widths change once."""
@@ -214,18 +214,18 @@ class Trial:
         Evaluator(self.after, self.sliced).run(
             inputs, lambda n, v: values.update({n.name: v}) if isinstance(v, torch.Tensor) else None
         )
-        found: list[str] = []
+        first: list[str] = []
 
         def look(node: fx.Node, value: Any) -> None:
-            if isinstance(value, Held) and node.name in values and not found:
+            if isinstance(value, Held) and node.name in values and not first:
                 if None in value.kept_shape():
                     return
                 error = relative_error(values[node.name], value.kept())
                 if error > TOLERANCE:
-                    found.append(f"{node.name} is the first to differ from the oracle, by {error:.1e}")
+                    first.append(f"{node.name} is the first to differ from the oracle, by {error:.1e}")
 
         Absence(self.before, self.weights, self.removed).run(inputs, look)
-        return found[0] if found else "outputs differ from the oracle"
+        return first[0] if first else "outputs differ from the oracle"
 
 
 class Jitter(Evaluator):

@@ -107,8 +107,8 @@ def presence_mask(states: Sequence[State], device: Any) -> torch.Tensor | None:
     mask = None
     for d, state in enumerate(states):
         if state is not None and has_absent(state):
-            own = along(torch.from_numpy(state != ABSENT).to(device), d, len(states))
-            mask = own if mask is None else mask & own
+            here = along(torch.from_numpy(state != ABSENT).to(device), d, len(states))
+            mask = here if mask is None else mask & here
     return mask
 
 
@@ -132,12 +132,12 @@ def mark_absent(value: torch.Tensor, states: Sequence[State]) -> Held:
 # ---------------------------------------------------------------------------------------------------------- the algebra
 def join(states: Sequence[State]) -> State:
     """The common state of operands that share an axis. Disagreement when an index is absent in one, present in another."""
-    given = [s for s in states if s is not None]
-    if not given:
+    known = [s for s in states if s is not None]
+    if not known:
         return None
-    if len(given) < len(states):
-        given.append(np.zeros_like(given[0]))
-    stacked = np.stack(given)
+    if len(known) < len(states):
+        known.append(np.zeros_like(known[0]))
+    stacked = np.stack(known)
     absent, present = (stacked == ABSENT).any(0), (stacked == PRESENT).any(0)
     clash = np.flatnonzero(absent & present)
     if len(clash):
@@ -145,8 +145,8 @@ def join(states: Sequence[State]) -> State:
     return simplified(np.where(absent, ABSENT, np.where(present, PRESENT, FREE)))
 
 
-def _few(found: np.ndarray) -> str:
-    return ", ".join(map(str, found[:4])) + (", ..." if len(found) > 4 else "")
+def _few(shown: np.ndarray) -> str:
+    return ", ".join(map(str, shown[:4])) + (", ..." if len(shown) > 4 else "")
 
 
 def outer(states: Sequence[State], sizes: Sequence[int]) -> State:
@@ -188,8 +188,8 @@ def broadcast(held: Sequence[Held], shape: Sequence[int]) -> States:
     result: list[State] = []
     for back in range(len(shape), 0, -1):
         n = shape[len(shape) - back]
-        own = [h.states[-back] for h in held if h.value.dim() >= back and (h.value.shape[-back] == n != 1)]
-        result.append(join(own) if own else None)
+        states = [h.states[-back] for h in held if h.value.dim() >= back and (h.value.shape[-back] == n != 1)]
+        result.append(join(states) if states else None)
     return tuple(result)
 
 
@@ -200,18 +200,18 @@ def moved(held: Held, move: Callable[[torch.Tensor], Any]) -> list[States]:
     axis went. Axes that meet there, as in a reshape, are cut anew together.
     """
     value = held.value
-    found: list[tuple[tuple[int, ...], list[tuple[list[int], np.ndarray]]]] = []
+    pieces_of: list[tuple[tuple[int, ...], list[tuple[list[int], np.ndarray]]]] = []
     for d, state in enumerate(held.states):
         if state is None:
             continue
         positions = torch.arange(len(state), dtype=torch.float64, device=value.device)
         results = move(along(positions, d, value.dim()).expand(value.shape))
         parts = [results] if isinstance(results, torch.Tensor) else list(results)
-        found = found or [(tuple(part.shape), []) for part in parts]
-        for part, (_, pieces) in zip(parts, found, strict=True):
+        pieces_of = pieces_of or [(tuple(part.shape), []) for part in parts]
+        for part, (_, pieces) in zip(parts, pieces_of, strict=True):
             if part.numel():
                 pieces.append(_piece(state, part))
-    return [_together(shape, pieces) for shape, pieces in found]
+    return [_together(shape, pieces) for shape, pieces in pieces_of]
 
 
 def _piece(state: np.ndarray, part: torch.Tensor) -> tuple[list[int], np.ndarray]:

@@ -137,7 +137,7 @@ class _Fusion:
     # ----------------------------------------------------------------------------------------------------- epilogues
     def _epilogue(self, product: fx.Node) -> list[fx.Node]:
         """The pointwise nodes after a product that its kernel computes: as far as a single tensor leaves them."""
-        found: list[fx.Node] = []
+        epilogue: list[fx.Node] = []
         end = product
         while end not in self.outputs:
             inner: list[fx.Node] = []
@@ -145,16 +145,16 @@ class _Fusion:
             candidates = list(self.readers[end])
             while candidates and waiting != {inner[-1] if inner else None}:
                 node = min(candidates, key=self.place.__getitem__)
-                if len(inner) > 8 or not self._joins(node, product, {product, *found, *inner}):
-                    return found
+                if len(inner) > 8 or not self._joins(node, product, {product, *epilogue, *inner}):
+                    return epilogue
                 inner.append(node)
                 waiting = {n for n in waiting if n in self.outputs or not set(self.readers[n]) <= set(inner)} | {node}
                 candidates = [n for n in (*candidates, *self.readers[node]) if n not in inner]
             if not inner or waiting != {inner[-1]}:
-                return found
-            found += inner
+                return epilogue
+            epilogue += inner
             end = inner[-1]
-        return found
+        return epilogue
 
     def _joins(self, node: fx.Node, product: fx.Node, inside: set[fx.Node]) -> bool:
         kind, name = self._kind(product), op_name(node)
@@ -283,10 +283,10 @@ class _Fusion:
                 yield n
 
     # ------------------------------------------------------------------------------------------------------- layouts
-    def _layouts(self, found: list[Kernel]) -> None:
+    def _layouts(self, made: list[Kernel]) -> None:
         """Kernels that only lay data out anew: TensorRT computes images channels last and the rest in plain order."""
         padded: set[fx.Node] = set()
-        for kernel in found:
+        for kernel in made:
             if kernel.kind == "attention":
                 self._copies_of_attention(kernel)
                 continue

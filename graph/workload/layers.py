@@ -103,10 +103,10 @@ class Layers:
         """The prunable atoms that the layer of `nodes[index]` may depend on."""
         node = self.nodes[index]
         nodes = [node] if index in self._copies else self._kernels[node].nodes
-        found = ax.atoms(a for own in nodes for n in (own, *own.all_input_nodes) for a in self.comb.flat(n))
+        all_atoms = ax.atoms(a for own in nodes for n in (own, *own.all_input_nodes) for a in self.comb.flat(n))
         if (copy := self._copies.get(index)) is not None and copy.odd is not None:
-            found |= ax.atoms(self.comb.flat(copy.odd[0]))
-        return {a: None for a in found if a.frozen is None}
+            all_atoms |= ax.atoms(self.comb.flat(copy.odd[0]))
+        return {a: None for a in all_atoms if a.frozen is None}
 
     def _entries(self, node: fx.Node, size: Sizer) -> int:
         """Of a tensor, or of all tensors of a list."""
@@ -116,12 +116,12 @@ class Layers:
 
     def _read(self, kernel: Kernel, size: Sizer, own: set[fx.Node]) -> int:
         """Entries that a kernel reads for its nodes other than `own`, not counting weights."""
-        inside, found = set(kernel.nodes), {}
+        inside, entries = set(kernel.nodes), {}
         for node in (n for n in kernel.nodes if n not in own):
             for n in node.all_input_nodes:
                 if not self._inside(n, inside) and not self.comb.is_parameter(n) and n.op != "get_attr":
-                    found[n] = self._entries(n, size)
-        return sum(found.values())
+                    entries[n] = self._entries(n, size)
+        return sum(entries.values())
 
     def _written(self, kernel: Kernel, size: Sizer) -> int:
         inside = set(kernel.nodes)
@@ -256,15 +256,15 @@ def _batched(comb: Comb, batch: int) -> dict[Factor, int]:
         return {}
     symbols = firsts[0].node.expr.free_symbols
     examples = {n.node.expr: hint(n) for _, n in sizes if n.node.expr.is_symbol} | dict.fromkeys(symbols, batch)
-    found: dict[Factor, int] = {}
+    dynamic: dict[Factor, int] = {}
     for axis, n in sizes:
         expr = n.node.expr
-        new = [a for a in ax.atoms([axis]) if a.symbolic and a not in found]
+        new = [a for a in ax.atoms([axis]) if a.symbolic and a not in dynamic]
         if not new or not expr.free_symbols & symbols or not expr.free_symbols <= examples.keys():
             continue
-        one, two = (ax.kept_size(axis, {**found, new[0]: k}) for k in (1, 2))  # linear in every atom
-        found[new[0]] = max(1, 1 + (int(expr.subs(examples)) - one) // max(two - one, 1))
-    return found
+        one, two = (ax.kept_size(axis, {**dynamic, new[0]: k}) for k in (1, 2))  # linear in every atom
+        dynamic[new[0]] = max(1, 1 + (int(expr.subs(examples)) - one) // max(two - one, 1))
+    return dynamic
 
 
 def _is_layer(node: fx.Node) -> bool:

@@ -37,22 +37,22 @@ def convolution(call: Call) -> Held:
     if not _pointwise(call, w.value.shape[2:]):
         need_all(x, range(at + 1, x.value.dim()), "a window along the axis")
         spatial = (None,) * nd
-    taken = x.states[at]
+    channels = x.states[at]
     if swapped:
-        taken = join([taken, w.states[0]])
-        group, inner = factor(taken, (groups, w.value.shape[0] // groups))
+        channels = join([channels, w.states[0]])
+        group, inner = factor(channels, (groups, w.value.shape[0] // groups))
         result = outer((group, w.states[1]), (groups, w.value.shape[1]))
-        weight = fill_absent(w.value, 0, taken, 0.0)
+        weight = fill_absent(w.value, 0, channels, 0.0)
     else:
         group, outputs = factor(w.states[0], (groups, w.value.shape[0] // groups))
-        given, inner = factor(taken, (groups, x.value.shape[at] // groups))
+        given, inner = factor(channels, (groups, x.value.shape[at] // groups))
         group, inner = join([group, given]), join([inner, w.states[1]])
-        taken = outer((group, inner), (groups, w.value.shape[1]))
+        channels = outer((group, inner), (groups, w.value.shape[1]))
         result = outer((group, outputs), (groups, w.value.shape[0] // groups))
         weight = fill_absent(w.value, 1, inner, 0.0)
     if bias is not None:
         result = join([result, bias.states[0]])
-    value = call.run(input=fill_absent(x.value, at, taken, 0.0), weight=weight)
+    value = call.run(input=fill_absent(x.value, at, channels, 0.0), weight=weight)
     return mark_absent(value, [*x.states[:at], result, *spatial])
 
 
@@ -65,8 +65,8 @@ def _pointwise(call: Call, kernel: Sequence[int]) -> bool:
 @means("linear")
 def linear(call: Call) -> Held:
     x, w, bias = call.a["input"], call.a["weight"], call.a["bias"]
-    taken = join([x.states[-1], w.states[-1]])
-    value = call.run(input=fill_absent(x.value, -1, taken, 0.0), weight=fill_absent(w.value, -1, taken, 0.0))
+    inner = join([x.states[-1], w.states[-1]])
+    value = call.run(input=fill_absent(x.value, -1, inner, 0.0), weight=fill_absent(w.value, -1, inner, 0.0))
     made = w.states[:-1]
     if bias is not None and made:
         made = (join([made[0], bias.states[0]]),)
@@ -80,9 +80,9 @@ def matmul(call: Call) -> Held:
     second = next(k for k in ("mat2", "batch2", "other", "vec", "tensor") if k in a)
     left, right = a[first], a[second]
     at = -1 if right.value.dim() == 1 else -2
-    taken = join([left.states[-1], right.states[at]])
+    inner = join([left.states[-1], right.states[at]])
     value = call.run(
-        **{first: fill_absent(left.value, -1, taken, 0.0), second: fill_absent(right.value, at, taken, 0.0)}
+        **{first: fill_absent(left.value, -1, inner, 0.0), second: fill_absent(right.value, at, inner, 0.0)}
     )
     rows, columns = left.states[-2:-1], right.states[-1:] if at == -2 else ()
     batch = value.shape[: value.dim() - len(rows) - len(columns)]
@@ -103,12 +103,12 @@ def einsum(call: Call) -> Held:
     """Letters that are summed over count 0 where absent; an ellipsis is spelled out with upper-case Greek letters."""
     operands = call.a["tensors"]
     terms, result = spell_out(call.a["equation"], [h.value.dim() for h in operands])
-    found: dict[str, list[State]] = {}
+    by_letter: dict[str, list[State]] = {}
     for term, held in zip(terms, operands, strict=True):
         for letter, state, n in zip(term, held.states, held.value.shape, strict=True):
             if n > 1:
-                found.setdefault(letter, []).append(state)
-    joint = {letter: join(states) for letter, states in found.items()}
+                by_letter.setdefault(letter, []).append(state)
+    joint = {letter: join(states) for letter, states in by_letter.items()}
     values = []
     for term, held in zip(terms, operands, strict=True):
         value = held.value

@@ -23,8 +23,8 @@ from .table import Call, as_list, means
 
 
 def _dims(call: Call, x: Held) -> list[int]:
-    given = call.a.get("dim")
-    return list(range(x.value.dim())) if given in (None, []) else [d % x.value.dim() for d in as_list(given)]
+    dims = call.a.get("dim")
+    return list(range(x.value.dim())) if dims in (None, []) else [d % x.value.dim() for d in as_list(dims)]
 
 
 @means(
@@ -108,13 +108,13 @@ def batch_norm(call: Call) -> Held:
     """Per channel; with statistics of the batch, over the entries that are present."""
     x = call.x
     channels = join([x.states[1], *(p.states[0] for p in call.held("weight", "bias", "running_mean", "running_var"))])
-    own = call.a["training"] if call.name == "batch_norm" else call.a["use_input_stats"]
+    by_batch = call.a["training"] if call.name == "batch_norm" else call.a["use_input_stats"]
     value, dims = x.value, [d for d in range(x.value.dim()) if d != 1]
     if call.name == "instance_norm":
         dims = dims[1:]
-    for d in dims if own else []:
+    for d in dims if by_batch else []:
         value = drop_absent(value, d, x.states[d])
     value = call.run(input=value)
-    for d in dims if own else []:
+    for d in dims if by_batch else []:
         value = restore_absent(value, d, x.states[d])
     return mark_absent(value, [x.states[0], channels, *x.states[2:]])

@@ -51,8 +51,8 @@ class Call:
 
     def held(self, *names: str) -> list[Held]:
         """All tensor operands (or those named), absent optional ones left out."""
-        given = [self.a.get(n) for n in names] if names else list(self.a.values())
-        return [h for h in pytree.tree_leaves(given, is_leaf=is_held) if isinstance(h, Held)]
+        chosen = [self.a.get(n) for n in names] if names else list(self.a.values())
+        return [h for h in pytree.tree_leaves(chosen, is_leaf=is_held) if isinstance(h, Held)]
 
     def run(self, /, **override: Any) -> Any:
         """The operator's result on plain tensors, some arguments replaced. RuntimeError where it cannot run."""
