@@ -376,8 +376,3 @@ def _batch(program: Program) -> dict[int, int]:
             symbol = str(size)
             sizes[i] = leaf.shape[0]
     return sizes
-
-
-def worst(checks: Sequence[Check]) -> Check | None:
-    """The check that is furthest off."""
-    return max(checks, key=lambda c: c.error, default=None)

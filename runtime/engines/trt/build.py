@@ -35,7 +35,7 @@ from .kernels import Unfused
 from .library import library, load_plugins, new_monitor
 from .log import parse_build_log
 from .padding import Pad
-from .run import TensorRTEngine
+from .run import TensorRTEngine, sizes_of
 
 if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT, whose interface both packages have
     import tensorrt as types
@@ -78,13 +78,18 @@ def build(
 ) -> TensorRTReport:
     """Build an engine for a target and report what the library made of the model.
 
-    batch: of a model with a dynamic batch: one number or (smallest, the one to optimise for, largest). shapes: the same
-    three, as full shapes, for inputs with other dynamic axes. workspace: limit in MiB. optimization_level: 0 to 5, the
-    library's own default if None. sparse: allow kernels for 2:4 sparse weights. tf32: allow TF32 in fp32 layers. dla:
-    core to run on, with the GPU as fallback. refit, version_compatible: engines whose weights can be replaced; that
-    later versions can run. timing_cache: file to reuse measurements from and keep them in. plugins: shared libraries
-    with operators that the library lacks; their code runs here, and the engine needs them wherever it runs. log: file
-    for the library's verbose log.
+    - batch: of a model with a dynamic batch: one number, or (smallest, the one to optimise for, largest).
+    - shapes: the same three, as full shapes, by name of an input with other dynamic axes.
+    - workspace: limit in MiB.
+    - optimization_level: 0 to 5; None is the library's own default.
+    - sparse: allow kernels for 2:4 sparse weights. tf32: allow TF32 in fp32 layers.
+    - dla: the core to run on, with the GPU as fallback.
+    - refit: an engine whose weights can be replaced. version_compatible: one that later versions can run.
+    - timing_cache: the file from which measurements of kernels are reused, and in which they are kept.
+    - plugins: shared libraries with operators that the library lacks; their code runs here, and the engine needs them
+      wherever it runs.
+    - log: the file for the library's verbose log.
+    - progress: show the library's build phases.
 
     Raises BadInput for a model, target or option that does not fit, Refused for what this version or machine cannot do,
     MissingBackend without the library.
@@ -235,7 +240,7 @@ class _Build:
     ) -> None:
         """An optimisation profile for a model with dynamic shapes."""
         tensors = [self.network.get_input(index) for index in range(self.network.num_inputs)]
-        ranges = _ranges({t.name: _sizes(t.shape) for t in tensors}, path, batch, shapes)
+        ranges = _ranges({t.name: sizes_of(t.shape) for t in tensors}, path, batch, shapes)
         if not ranges:
             return
         profile: Any = self.builder.create_optimization_profile()  # whose shapes may be tuples, unlike the stubs say
@@ -305,11 +310,6 @@ class _Build:
 
     def _target(self) -> str:
         return f"{self.target.name} ({self.target.sm or 'no compute capability'})"
-
-
-def _sizes(dims: Any) -> tuple[int, ...]:
-    """A shape of the library's as a tuple."""
-    return tuple(dims)
 
 
 def _ranges(

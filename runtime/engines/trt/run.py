@@ -169,7 +169,7 @@ class TensorRTEngine(HostEngine):
             self._cuda.to_device(self._bind(spec.name, array.nbytes), array)
         results = []
         for spec in self._outputs:
-            shape = _sizes(self._context.get_tensor_shape(spec.name))
+            shape = sizes_of(self._context.get_tensor_shape(spec.name))
             if any(extent < 0 for extent in shape):
                 raise Refused(f"output {spec.name}: its shape {shape} depends on the data, which is not supported")
             results.append(np.empty(shape, np.dtype(spec.dtype)))
@@ -215,12 +215,12 @@ class TensorRTEngine(HostEngine):
         """The shape of an input that the engine is optimised for."""
         if None not in spec.shape:
             return spec.shape
-        return _sizes(self._engine.get_tensor_profile_shape(spec.name, profile)[1])
+        return sizes_of(self._engine.get_tensor_profile_shape(spec.name, profile)[1])
 
     def _takes(self, spec: TensorSpec, profile: int, shape: tuple[int, ...]) -> bool:
         if None not in spec.shape:
             return spec.shape == shape
-        smallest, _, largest = map(_sizes, self._engine.get_tensor_profile_shape(spec.name, profile))
+        smallest, _, largest = map(sizes_of, self._engine.get_tensor_profile_shape(spec.name, profile))
         return len(shape) == len(smallest) and all(
             a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True)
         )
@@ -239,7 +239,7 @@ class TensorRTEngine(HostEngine):
         kind = self._engine.get_tensor_dtype(name).name
         if kind not in DTYPES:
             raise Refused(f"{path}: tensor {name} is of type {kind}, which has no form on the host")
-        shape = tuple(extent if extent >= 0 else None for extent in _sizes(self._engine.get_tensor_shape(name)))
+        shape = tuple(extent if extent >= 0 else None for extent in sizes_of(self._engine.get_tensor_shape(name)))
         return TensorSpec(name, DTYPES[kind], shape)
 
     def _bind(self, name: str, size: int) -> int:
@@ -258,10 +258,10 @@ class TensorRTEngine(HostEngine):
     def _range(self, spec: TensorSpec) -> str:
         if None not in spec.shape:
             return f"shape {spec.shape}"
-        smallest, _, largest = map(_sizes, self._engine.get_tensor_profile_shape(spec.name, self._profile))
+        smallest, _, largest = map(sizes_of, self._engine.get_tensor_profile_shape(spec.name, self._profile))
         return f"range {smallest} to {largest}"
 
 
-def _sizes(dims: Any) -> tuple[int, ...]:
+def sizes_of(dims: Any) -> tuple[int, ...]:
     """A shape of the library's as a tuple."""
     return tuple(dims)
