@@ -39,7 +39,7 @@ class SplitFused(Pass):
             fused = _fused(node)
             if fused is None:
                 continue
-            if fused.dim != len(shape(node.args[0])) - 1:  # type: ignore[arg-type]
+            if fused.dim != len(shape(node.args[0])) - 1:
                 why = f"dimension {fused.dim} of {node.name} is not the outermost of the projection"
                 refused.append(Refusal(node.name, why))
                 continue

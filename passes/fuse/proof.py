@@ -98,7 +98,7 @@ def prove(
     original: Program,
     fused: Program,
     twins: Mapping[fx.Node, fx.Node],
-    exact: Mapping[str, torch.Tensor],
+    exact: dict[str, torch.Tensor],
     seed: int,
 ) -> Proof:
     """The fused program beside the original on the same random inputs, in float64.
