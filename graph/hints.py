@@ -58,8 +58,7 @@ def check_fields(instance: Any) -> None:
             object.__setattr__(instance, field.name, value)
 
 
-@functools.cache
-def field_hints(cls: Any) -> dict[str, Any]:
+def field_hints(cls: type) -> dict[str, Any]:
     """Return the type hints of a class; none where a name in them is not known at run time, and nothing can be checked."""
     try:
         return get_type_hints(cls)
