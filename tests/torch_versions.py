@@ -73,7 +73,9 @@ def main(version: str) -> int:
     python = environment(version)
     tested = subprocess.run([python, "-m", "pytest", *SUITE, "-W", "ignore"], cwd=ROOT, capture_output=True, text=True)
     print(tested.stdout[-6000:])
-    last = tested.stdout.strip().splitlines()[-1].strip("= ")
+    lines = tested.stdout.strip().splitlines()
+    failed = [line.split()[1].rpartition("::")[2] for line in lines if line.startswith("FAILED ")]
+    last = ": ".join([lines[-1].strip("= "), *([", ".join(failed)] if failed else [])])
     found = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout.split()
     old = NOTES.read_text().splitlines() if NOTES.exists() else []
     rows = {row.split("|")[1].strip(): row for row in old if row.startswith("| 2")}
