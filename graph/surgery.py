@@ -20,7 +20,7 @@ from .comb.axes import Axis, Factor, Masks
 from .comb.solve import Comb
 from .edit import copy_tensor, like, rebuild
 from .errors import Refused
-from .nodes import arguments, op_name, set_argument, source
+from .nodes import arguments, fetch, op_name, set_argument, source
 from .program import Program
 from .trainable import TrainableModule
 
@@ -166,6 +166,23 @@ def kept_indices(comb: Comb, masks: Masks) -> dict[str, dict[int, np.ndarray]]:
         if lost:
             found[name] = lost
     return found
+
+
+def restored(comb: Comb, masks: Masks, module: TrainableModule) -> Program:
+    """The original network with the values of a smaller one where something is kept, and its own where not: that of which
+    the smaller one is the exact slice."""
+    kept = kept_indices(comb, masks)
+
+    def take(name: str, value: Any) -> Any:
+        changed = fetch(module, name)
+        if name not in kept:
+            return copy_tensor(name, changed)
+        full = value.detach().clone()
+        places = (np.flatnonzero(kept[name][d]) if d in kept[name] else np.arange(n) for d, n in enumerate(full.shape))
+        full[tuple(torch.from_numpy(i).to(full.device) for i in np.ix_(*places))] = changed.detach().to(full.device)
+        return like(value, full)
+
+    return comb.program.derive(rebuild(comb.module, take), stale=False)
 
 
 def resized(comb: Comb, masks: Masks, take: Callable[[str, Any], Any]) -> TrainableModule:

@@ -6,6 +6,7 @@ from .comb import Comb
 from .depth.prune_depth import PruneDepth
 from .fuse.fuse import Fuse
 from .quantize import Quantize
+from .repair import Recalibrate, Repair
 from .sparse.sparsify import Sparsify
 from .split_fused import SplitFused
 from .train.distill import Distill
@@ -19,7 +20,9 @@ __all__ = [
     "PassResult",
     "PruneDepth",
     "Quantize",
+    "Recalibrate",
     "RemoveChannels",
+    "Repair",
     "Sparsify",
     "SplitFused",
 ]

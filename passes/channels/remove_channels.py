@@ -14,11 +14,12 @@ from ...graph.cost import require_counted
 from ...graph.errors import BadInput, GraphcombError, Refused, Unreachable
 from ...graph.program import Program
 from ...graph.sparse import sparse_weights
-from ...graph.surgery import remove
+from ...graph.surgery import remove, restored
 from ...graph.verify import TOLERANCE, check
 from ..base import Change, Context, Pass, PassResult, Refusal, check_field
 from ..common.feed import Feed
 from ..common.latency_target import allowed_seconds, check_least
+from ..repair.repair import Repair
 from ..train.distill import Distill
 from ..train.features import block_outputs
 from ..train.loop import total_steps
@@ -57,6 +58,9 @@ class RemoveChannels(Pass):
     - importance: "magnitude"; "taylor" or "fisher", from gradients, which need labelled data and are exact to first order
       (`channels.importance`), or "taylor-paper" and "fisher-paper", the form that CPD publishes (arXiv 2408.03046); or
       "random". None is fisher with `train`, else magnitude.
+      "fisher-unlabelled" and "repair" need images without labels; the latter is what stays lost after `repair`.
+    - repair: give what is left its least-squares weights at once, as `Repair` with its defaults does, from images of the
+      data; labels are not needed. Not with `train`: train what comes out.
     - samples: how many of the data's samples gradients are taken from before anything is cut, in whole batches
       (`common.samples` says which).
     - scope: "local" takes the same share of each group, "global" ranks all groups together. For a cost, global ranks scores
@@ -96,6 +100,7 @@ class RemoveChannels(Pass):
     rounds: int = 5
     prune_share: float = 0.5
     samples: int = SAMPLES
+    repair: bool = False
 
     def __post_init__(self) -> None:
         if self.importance is None:
@@ -127,6 +132,9 @@ class RemoveChannels(Pass):
                     f"RemoveChannels.{option.name}: says how to prune while training, so it needs `train`; without it "
                     "everything goes at once"
                 )
+        if self.train is not None:
+            check_field(self, "repair", not self.repair, "false with `train`; repair at once, then train with Distill")
+            check_field(self, "importance", self.importance != "repair", "one that training can take, with `train`")
         for kind in self.kinds:
             if kind not in KINDS:
                 raise BadInput(f"RemoveChannels.kinds: some of {', '.join(KINDS)}, not {kind!r}")
@@ -189,6 +197,10 @@ class RemoveChannels(Pass):
         if chooser.prediction:
             record["latency"] = chooser.latency_record(sizes)
         result = PassResult(smaller, record, removed, masked)
+        if self.repair and removed:
+            record["repair"] = Repair().apply(program, smaller, removed, context)
+            result.masked = restored(comb, masks, smaller.module())
+            masked = result.masked
         if masked is not None and removed:
             record["verified"] = self._proven(program, result, context)
         return result
@@ -282,7 +294,7 @@ class RemoveChannels(Pass):
             self.target,
             0.5 if value is None else value,
             ranked=self.scope == "global",
-            per_cost=self.importance in TRANSFORMS,
+            per_cost=self.importance in TRANSFORMS or self.importance == "repair",
             alignment=self.alignment(context),
             min_channels=self.min_channels,
             least_macs=self.least_macs,

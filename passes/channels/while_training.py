@@ -24,11 +24,11 @@ from ...graph.comb import axes as ax
 from ...graph.comb.axes import Factor
 from ...graph.comb.groups import Group
 from ...graph.comb.solve import Comb
-from ...graph.edit import copy_tensor, like, rebuild
+from ...graph.edit import copy_tensor, like
 from ...graph.errors import BadInput, GraphcombError
 from ...graph.nodes import fetch
 from ...graph.program import Program
-from ...graph.surgery import Removed, kept_indices, resized
+from ...graph.surgery import Removed, kept_indices, resized, restored
 from ...graph.trainable import TrainableModule
 from ..base import Context
 from ..batch import split_batch
@@ -265,20 +265,8 @@ class Pruner(Callback):
         }
 
     def masked(self, module: TrainableModule) -> Program:
-        """The original network with the trained weights where something is kept, and its own where not: what the result
-        is the exact slice of."""
-        kept = self._kept({})
-
-        def take(name: str, value: Any) -> Any:
-            trained = fetch(module, name)
-            if name not in kept:
-                return copy_tensor(name, trained)
-            full = value.detach().clone()
-            grid = np.ix_(*(kept[name].get(d, torch.arange(n)).numpy() for d, n in enumerate(full.shape)))
-            full[tuple(torch.from_numpy(i).to(full.device) for i in grid)] = trained.detach().to(full.device)
-            return like(value, full)
-
-        return self.comb.program.derive(rebuild(self.comb.module, take), stale=False)
+        """The original network with the trained weights where something is kept, and its own where not."""
+        return restored(self.comb, self.masks, module)
 
 
 def _relative(kept: Mapping[int, np.ndarray], axes: list[ax.Axis], old: ax.Masks) -> dict[int, torch.Tensor]:

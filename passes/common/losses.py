@@ -94,3 +94,25 @@ def applied(field: str, function: Callable[..., Any], outputs: Any, labels: Any)
         shapes = [tuple(t.shape) for t in pytree.tree_leaves((outputs, labels)) if isinstance(t, torch.Tensor)]
         text = (str(error).splitlines() or ["no message"])[0]
         raise BadInput(f"{field}: does not take these outputs and labels (shapes {shapes}): {text[:200]}") from error
+
+
+def unlabelled_loss(outputs: Any, generator: torch.Generator) -> torch.Tensor:
+    """A number to differentiate where there are no labels, summed over samples: the mean square of its derivatives is the
+    diagonal of the Gauss-Newton matrix (Hutchinson's estimate).
+
+    Of class scores (samples, classes) the log-probability of a class drawn from them; of other outputs a random projection,
+    in units of their standard deviation and per entry of a sample.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for out in pytree.tree_leaves(outputs):
+        if not isinstance(out, torch.Tensor) or not out.is_floating_point():
+            continue
+        if out.dim() == 2 and out.shape[1] > 1:
+            log = out.double().log_softmax(1)
+            chosen = torch.multinomial(log.detach().exp().cpu(), 1, generator=generator).to(out.device)
+            total = total.to(out.device) + log.gather(1, chosen).sum()
+        else:
+            spread = float(out.detach().double().std().clamp(min=1e-12)) * max(1, out[0].numel()) ** 0.5
+            noise = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
+            total = total.to(out.device) + (out.double() * noise).sum() / spread
+    return total

@@ -7,6 +7,9 @@ The form that CPD publishes (arXiv 2408.03046) stays as "fisher-paper" and "tayl
 takes part in, writers, readers and norms alike, is scored by itself, and the mean over them counts. What the parameters
 say of one and the same gate is then added up without signs and divided by their number, so an index with many readers,
 such as a residual trunk's, is underrated, the more the deeper the network.
+
+"fisher-unlabelled" needs no labels: instead of the loss, it differentiates a random projection of the outputs. "repair" is
+what stays lost after the readers of an index are repaired (`repair.score`), in the same unit.
 """
 
 from __future__ import annotations
@@ -28,10 +31,11 @@ from ....graph.nodes import arguments, op_name
 from ....graph.trainable import TrainableModule
 from ...base import Context
 from ...common.feed import Feed
-from ...common.losses import task_loss
+from ...common.losses import task_loss, unlabelled_loss
 from ...common.processes import accelerator, averaged, placed, summed
 from ...common.repeat import seeded
 from ...common.samples import everywhere, sample_batches
+from ...repair.score import lost_after_repair
 from .gates import Gates
 from .members import Members, Scores
 
@@ -44,6 +48,7 @@ TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "fisher": np.square,
     "taylor-paper": np.abs,
     "fisher-paper": np.square,
+    "fisher-unlabelled": np.square,
 }
 """What importances from gradients make of the derivatives of one batch."""
 
@@ -121,6 +126,7 @@ def random(comb: Comb, groups: list[Group], context: Context, samples: int = 0) 
     return {g.atom: generator.random(g.size) for g in groups}
 
 
+UNLABELLED = "fisher-unlabelled"
 SAMPLES = 1024  # for scores from gradients
 
 
@@ -140,7 +146,7 @@ def from_gradients(importance: str) -> Importance:
         module.eval().requires_grad_()  # what is frozen for training matters all the same
         gradients = GradientScores(importance, comb, groups, None, module)
         sums = {g.atom: np.zeros(g.size) for g in groups}
-        count = everywhere(lambda: _add_up(sums, gradients, comb, context, samples))
+        count = everywhere(lambda: _add_up(sums, gradients, comb, context, samples, importance == UNLABELLED))
         total = (
             summed(torch.from_numpy(np.concatenate([[count], *sums.values()])).to(accelerator().device)).cpu().numpy()
         )
@@ -152,25 +158,30 @@ def from_gradients(importance: str) -> Importance:
     return scores
 
 
-def _add_up(sums: Scores, gradients: GradientScores, comb: Comb, context: Context, samples: int) -> int:
-    """Add the scores of this process's batches to the sums; returns how many batches there were."""
+def _add_up(
+    sums: Scores, gradients: GradientScores, comb: Comb, context: Context, samples: int, unlabelled: bool
+) -> int:
+    """Add the scores of this process's batches to the sums; returns how many batches there were, without labels how many
+    samples: what is drawn for each is independent, so that the squares of sums are, in the mean, sums of squares."""
     module, feed, count = gradients.module, Feed(comb.program), 0
+    generator = torch.Generator().manual_seed(context.seed + accelerator().process_index)
     with (
         seeded(context.seed, context.data), placed(module, accelerator().device), gradients.tapped(), torch.enable_grad()
     ):  # fmt: skip
-        for batch, _ in sample_batches(feed, context, samples, "importance", share=True):
-            if batch.labels is None:
+        for batch, taken in sample_batches(feed, context, samples, "importance", share=True):
+            if batch.labels is None and not unlabelled:
                 raise BadInput(
-                    "importance from gradients needs labels, and the data yields none; use importance: magnitude"
+                    "importance from gradients needs labels, and the data yields none; use importance: fisher-unlabelled"
                 )
             module.zero_grad(set_to_none=True)
-            loss = task_loss(context.loss, module(*batch.args, **batch.kwargs), batch.labels)
+            outputs = module(*batch.args, **batch.kwargs)
+            loss = unlabelled_loss(outputs, generator) if unlabelled else task_loss(context.loss, outputs, batch.labels)
             if not torch.isfinite(loss):
                 raise BadInput(f"importance: the loss of batch {count} is {float(loss)}; check the data and the model")
             loss.backward()
             for atom, values in gradients.of_batch().items():
                 sums[atom] += values
-            count += 1
+            count += taken if unlabelled else 1
     return count
 
 
@@ -193,8 +204,19 @@ def together(scores: Scores) -> Scores:
     return dict(zip(scores, parts, strict=True))
 
 
+def after_repair(comb: Comb, groups: list[Group], context: Context, samples: int = SAMPLES) -> Scores:
+    """What stays lost after repair, of each index (`repair.score`). An axis that no linear layer reads, such as the widths
+    of queries and keys, has nothing to repair and is scored by "fisher-unlabelled", which has the same unit."""
+    if context.data is None:
+        raise BadInput("importance repair needs images (labels are not needed): give data=")
+    scores = lost_after_repair(comb, groups, context, samples)
+    unread = [g for g in groups if not np.isfinite(scores[g.atom]).all()]
+    return scores | (from_gradients(UNLABELLED)(comb, unread, context, samples) if unread else {})
+
+
 IMPORTANCES: dict[str, Importance] = {
     "magnitude": magnitude,
+    "repair": after_repair,
     "random": random,
     **{name: from_gradients(name) for name in TRANSFORMS},
 }

@@ -1,0 +1,346 @@
+"""The pass that repairs: layer after layer, the weights that bring the smaller network nearest to the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ...graph.compat import pytree
+from ...graph.errors import BadInput
+from ...graph.nodes import arguments, fetch
+from ...graph.program import Program, TrainableModule
+from ...graph.sparse import sparse_weights
+from ...graph.verify.removal import removed_since
+from ..base import Context, Pass, PassResult, check_field
+from ..common.feed import Feed
+from ..common.processes import accelerator, placed, summed
+from ..common.repeat import seeded
+from ..common.samples import everywhere, sample_batches
+from ..common.scoring import bar
+from .consumers import Consumer, find, rows_of_inputs, rows_of_outputs
+from .least_squares import Fit, Sums, fit
+from .stepwise import Memory, Stepwise
+
+Removed = dict[str, dict[int, list[int]]]
+MANY = 100_000  # rows of which a layer always takes all; of more, 16 for each unknown are enough
+PIECE = 1 << 24  # numbers of unfolded inputs at a time
+
+
+@dataclass(frozen=True)
+class Repair(Pass):
+    """Give every layer behind a removal the weights that reproduce the dense network best.
+
+    A layer `y = W x + b` read channels that are gone, or inputs that are no longer what they were. With unlabelled images,
+    `x` taken from the smaller network as repaired so far and `y` from the dense one, its best weights have a closed form
+    (`least_squares`). Layers are repaired in the order they run, so that each makes up for what those before it could not.
+    Linear layers and convolutions, grouped and depthwise ones too; kernels with more than `unknowns` entries an output, and
+    transposed convolutions, share one map between channels over all kernel positions. Where a layer has no bias, the
+    BatchNorm behind it takes the constant. Nothing changes in front of the first removal, and no layer that would become
+    worse on held-out images.
+
+    samples: images to take from the data; labels are never needed. ridge: how strongly weights are held where they are, as
+    a share of the inputs' mean squares; None chooses by holding out half of the images for each layer. unknowns: see
+    above. memory: gigabytes of activations in memory; the rest goes to temporary files. include, exclude: patterns over
+    weight names.
+
+    The dense program is the context's teacher. Left alone, with the reason in the record: weights that are used more than
+    once, computed or quantised, layers that the dense network does not have, activations that are not finite. Zeros of
+    `Sparsify` stay zero.
+
+    The record has for each layer its squared error against the dense one, as a share of the variance there: `before`,
+    `predicted` by the closed form and `after` (measured), and `held_out` before and after. Source: METHODS of least-squares
+    reconstruction: OSSCAR (arXiv 2403.12983), CORP (arXiv 2602.05243); the sequential form with held-out ridge is ours.
+    """
+
+    samples: int = 256
+    ridge: float | None = None
+    unknowns: int = 4608
+    memory: float = 4.0
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_field(self, "samples", isinstance(self.samples, int) and self.samples >= 1, "a whole number, at least 1")
+        check_field(self, "ridge", self.ridge is None or self.ridge >= 0, "a share of at least 0, or null")
+        check_field(self, "unknowns", isinstance(self.unknowns, int) and self.unknowns >= 1, "at least 1")
+        check_field(self, "memory", self.memory >= 0, "gigabytes, at least 0")
+        for key in ("include", "exclude"):
+            value = getattr(self, key)
+            object.__setattr__(self, key, (value,) if isinstance(value, str) else tuple(value))
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        dense = context.teacher
+        if dense is None:
+            raise BadInput("Repair: needs the dense program to compare with; pass teacher=")
+        result = program.copy()
+        record = self.apply(dense, result, since(dense, program), context)
+        return PassResult(result, record)
+
+    def apply(self, dense: Program, smaller: Program, removed: Removed, context: Context) -> dict[str, Any]:
+        """Change the weights of `smaller` in place; returns the record."""
+        if context.data is None:
+            raise BadInput("Repair: needs images (labels are not needed); pass data=")
+        device = accelerator().device
+        modules = dense.module(), smaller.module()
+        training = [module.training for module in modules]
+        try:
+            for module in modules:
+                module.eval()
+            with (
+                seeded(context.seed, context.data),
+                placed(modules[0], device),
+                placed(modules[1], device),
+                torch.no_grad(),
+            ):
+                return _Run(self, dense, smaller, removed, context).record()
+        finally:
+            for module, mode in zip(modules, training, strict=True):
+                module.train(mode)
+
+    def wants(self, name: str) -> bool:
+        taken = not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)
+        return taken and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+
+def since(dense: Program, program: Program) -> Removed:
+    """What the passes since the dense program removed, in its numbering."""
+    steps = [record["removed"] for record in program.history[len(dense.history) :] if record.get("removed")]
+    last = {name: {int(d): list(i) for d, i in lost.items()} for name, lost in (steps[-1] if steps else {}).items()}
+    found = removed_since(dense, PassResult(program, {}, last))
+    return {name: {d: list(indices) for d, indices in lost.items()} for name, lost in found.items()}
+
+
+class _Run:
+    """One repair: the dense and the smaller network side by side over the same images."""
+
+    def __init__(self, options: Repair, dense: Program, smaller: Program, removed: Removed, context: Context):
+        self.options, self.context = options, context
+        self.module = smaller.module()
+        self.images, self.halves = self._images(smaller)
+        memory = Memory(options.memory * 1e9)
+        self.dense = Stepwise(dense.module(), self.images, memory)
+        self.smaller = Stepwise(self.module, self.images, memory)
+        self.same = _unchanged(dense.module(), self.module)
+        self.twins = {node.name: node for node in self.dense.nodes}
+        self.sparse = set(sparse_weights(smaller))
+        found, self.refused = find(dense, self.module, removed, set(self.same), options.unknowns)
+        self.consumers = [c for c in found if options.wants(c.weight)]
+        self.full = {c.weight: fetch(dense.module(), str(arguments(c.twin)["weight"].target)) for c in found}
+
+    def _images(self, program: Program) -> tuple[list[list[Any]], list[Tensor]]:
+        """The inputs of each batch, and which half every sample belongs to."""
+        images, halves, start = [], [], 0
+
+        def take() -> int:
+            nonlocal start
+            feed = Feed(program)
+            for batch, taken in sample_batches(feed, self.context, self.options.samples, share=True):
+                images.append(pytree.tree_leaves((batch.args, batch.kwargs)))
+                half = torch.arange(start, start + batch.size) % 2
+                half[taken:] = -1  # counts nowhere: beyond the samples asked for, or padding
+                halves.append(half)
+                start += taken
+            return start
+
+        self.count = int(summed(torch.tensor(float(everywhere(take)))))
+        return images, halves
+
+    def record(self) -> dict[str, Any]:
+        rows = []
+        with bar(self.context.progress and accelerator().is_main_process, "repair", len(self.consumers)) as update:
+            for i, consumer in enumerate(self.consumers):
+                self._advance(consumer.node)
+                if consumer.whole:
+                    self.dense.run_through(consumer.twin)
+                else:
+                    self.dense.run_before(consumer.twin)
+                row = self._repair(consumer)
+                if row is not None:
+                    rows.append(row)
+                update(i + 1, consumer.weight)
+        return {"samples": self.count, "layers": rows, "refused": self.refused}
+
+    def _advance(self, node: fx.Node) -> None:
+        """Run the smaller network up to a node; what is the same in both is computed once."""
+        while self.smaller.position < self.smaller.place[node]:
+            following = self.smaller.nodes[self.smaller.position]
+            twin = self.same.get(following) if following.op != "get_attr" else None  # a parameter may change yet
+            if twin is not None:
+                self.dense.run_through(twin)
+            self.smaller.step(self.dense.values.get(twin) if twin is not None else None)
+
+    def _repair(self, consumer: Consumer) -> dict[str, Any] | None:
+        sums = self._sums(consumer)
+        if sums is None:
+            self.refused.append({"what": consumer.weight, "why": "its inputs or outputs are not finite numbers"})
+            return None
+        weight, bias = self._as_rows(consumer)
+        found = fit(sums, weight, bias, self.options.ridge, self._fixed(consumer))
+        total = (sums[0] + sums[1]).loss(*_constant(sums, weight, bias))
+        row = _row(consumer, sums, found, total)
+        if found.helps:
+            self._write(consumer, found)
+            self.smaller.step()
+            row["after"] = self._measured(consumer, found) / total if consumer.whole and total else None
+        else:
+            row |= {"predicted": row["before"], "after": row["before"], "kept": "no better on held-out images"}
+        return row
+
+    def _sums(self, consumer: Consumer) -> tuple[Sums, Sums] | None:
+        """Over all images; None for numbers that are not finite."""
+        x, y = self.smaller.values[consumer.x], self._targets(consumer)
+        one = rows_of_inputs(consumer, x[0][:1])
+        target = self._target_rows(consumer, y[0][:1])
+        positions, groups, unknowns = one.shape[1], one.shape[2], one.shape[3]
+        halves = tuple(Sums.zeros(groups, unknowns, target.shape[-1], one.device) for _ in range(2))
+        wanted = max(MANY, 16 * unknowns)
+        share = min(1.0, wanted / max(1, self.count * positions))
+        generator = torch.Generator().manual_seed(self.context.seed)
+        step = max(1, PIECE // max(1, one.numel()))
+        for batch_x, batch_y, half in zip(x, y, self.halves, strict=True):
+            for start in range(0, len(half), step):
+                part = slice(start, start + step)
+                rows, goals = rows_of_inputs(consumer, batch_x[part]), self._target_rows(consumer, batch_y[part])
+                if share < 1:
+                    chosen = torch.rand(positions, generator=generator) < share
+                    rows, goals = rows[:, chosen.to(rows.device)], goals[:, chosen.to(goals.device)]
+                for k, sums in enumerate(halves):
+                    own = (half[part] == k).to(rows.device)
+                    if bool(own.any()):
+                        sums.add(rows[own].flatten(0, 1).movedim(1, 0), goals[own].flatten(0, 1).movedim(1, 0))
+        for sums in halves:
+            for tensor in sums.tensors():
+                tensor.copy_(summed(tensor))
+        return halves if all(sums.finite for sums in halves) else None  # type: ignore[return-value]
+
+    def _targets(self, consumer: Consumer) -> list[Tensor]:
+        if not consumer.whole:
+            return self.dense.values[consumer.dense_x]
+        return self.dense.values[consumer.twin]
+
+    def _target_rows(self, consumer: Consumer, y: Tensor) -> Tensor:
+        """What the rows should give; what a bias that must stay adds is not theirs to give."""
+        if not consumer.whole:
+            return rows_of_inputs(consumer, y)
+        rows, bias = rows_of_outputs(consumer, y), arguments(consumer.node)["bias"]
+        if consumer.bias is None and bias is not None:
+            rows = rows - fetch(self.module, str(bias.target)).reshape(consumer.groups, -1)
+        return rows
+
+    def _as_rows(self, consumer: Consumer) -> tuple[Tensor, Tensor | None]:
+        """The weights as they are, `(groups, o, u)`, and the bias; or the choice of channels that they stand for."""
+        if not consumer.whole:
+            full = self.full[consumer.weight]
+            channels = full.shape[0 if consumer.transposed else 1]
+            choice = full.new_zeros(channels, len(consumer.inputs), dtype=torch.float64)
+            choice[torch.from_numpy(consumer.inputs), torch.arange(len(consumer.inputs))] = 1
+            return choice[None], None
+        weight = fetch(self.module, consumer.weight).double().flatten(1).unflatten(0, (consumer.groups, -1))
+        if consumer.mean is not None:
+            return weight, weight.new_zeros(weight.shape[:2])
+        if consumer.bias is None:
+            return weight, None
+        return weight, fetch(self.module, consumer.bias).double().reshape(consumer.groups, -1)
+
+    def _fixed(self, consumer: Consumer) -> Tensor | None:
+        if consumer.weight not in self.sparse:
+            return None
+        weight = fetch(self.module, consumer.weight)
+        return (weight == 0).flatten(1).unflatten(0, (consumer.groups, -1))
+
+    def _write(self, consumer: Consumer, found: Fit) -> None:
+        parameter = fetch(self.module, consumer.weight)
+        if consumer.whole:
+            parameter.copy_(found.weight.reshape(parameter.shape))
+            if found.bias is not None and consumer.bias is not None:
+                fetch(self.module, consumer.bias).copy_(found.bias.flatten())
+            elif found.bias is not None and consumer.mean is not None:
+                fetch(self.module, consumer.mean).sub_(found.bias.flatten())
+            return
+        # The map from what is left to what was there, minus the choice of channels that the weights already make.
+        into = 0 if consumer.transposed else 1
+        rest = found.weight[0] - self._as_rows(consumer)[0][0]
+        full = (
+            self.full[consumer.weight]
+            .double()
+            .index_select(1 - into, torch.from_numpy(consumer.outputs).to(rest.device))
+        )
+        parameter.add_(torch.tensordot(full, rest, ([into], [0])).movedim(-1, into).to(parameter.dtype))
+
+    def _measured(self, consumer: Consumer, found: Fit) -> float:
+        """The squared error of the repaired layer, as it computes, on these images."""
+        total = torch.zeros((), dtype=torch.float64)
+        values = zip(self.smaller.values[consumer.node], self.dense.values[consumer.twin], self.halves, strict=True)
+        kept = torch.from_numpy(consumer.outputs)
+        for own, y, half in values:
+            dim = -1 if _last(consumer) else 1
+            if consumer.mean is not None and found.bias is not None:
+                own = own.double() + found.bias.reshape(-1, *[1] * (own.dim() - 2))
+            error = (own.double() - y.index_select(dim, kept.to(y.device)).double()).square()
+            total += error[half >= 0].sum().cpu()
+        return float(summed(total))
+
+
+def _last(consumer: Consumer) -> bool:
+    return consumer.node.target is torch.ops.aten.linear.default
+
+
+def _constant(sums: Sequence[Sums], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The map that knows nothing of its inputs: the mean where there is a bias, else zero."""
+    both = sums[0] + sums[1]
+    return torch.zeros_like(weight), None if bias is None else both.y / both.count.clamp(min=1)
+
+
+def _row(consumer: Consumer, sums: Sequence[Sums], found: Fit, total: float) -> dict[str, Any]:
+    def share(loss: float | None) -> float | None:
+        return loss / total if total and loss is not None else None
+
+    rows, unknowns = int(sums[0].count + sums[1].count), found.weight.shape[-1]
+    row: dict[str, Any] = {
+        "what": consumer.weight, "rows": rows, "unknowns": unknowns, "ridge": found.ridge,
+        "before": share(found.before), "predicted": share(found.predicted),
+        "held_out": [share(found.held_before), share(found.held)],
+    }  # fmt: skip
+    if rows < unknowns:
+        row["few"] = f"{rows} rows for {unknowns} unknowns: the ridge decides; more images would help"
+    return row
+
+
+def _unchanged(dense: TrainableModule, smaller: TrainableModule) -> dict[fx.Node, fx.Node]:
+    """The nodes of the smaller graph that compute what their twins compute, for all inputs."""
+    twins = {node.name: node for node in dense.graph.nodes}
+    found: dict[fx.Node, fx.Node] = {}
+    for node in smaller.graph.nodes:
+        twin = twins.get(node.name)
+        if twin is None or twin.op != node.op or node.op == "output":
+            continue
+        if node.op == "get_attr":
+            own, other = fetch(smaller, str(node.target)), fetch(dense, str(twin.target))
+            same = isinstance(own, Tensor) and isinstance(other, Tensor) and own.shape == other.shape
+            same = same and own.dtype == other.dtype and bool((own == other.to(own.device)).all())
+        elif node.op == "placeholder":
+            same = node.target == twin.target
+        else:
+            same = node.target == twin.target and _same_arguments(node, twin, found)
+        if same:
+            found[node] = twin
+    return found
+
+
+def _same_arguments(node: fx.Node, twin: fx.Node, known: dict[fx.Node, fx.Node]) -> bool:
+    leaves, shape = pytree.tree_flatten((node.args, dict(node.kwargs)), is_leaf=lambda v: isinstance(v, fx.Node))
+    others, other_shape = pytree.tree_flatten((twin.args, dict(twin.kwargs)), is_leaf=lambda v: isinstance(v, fx.Node))
+    if shape != other_shape:
+        return False
+    for a, b in zip(leaves, others, strict=True):
+        if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+            if not isinstance(a, fx.Node) or known.get(a) is not b:
+                return False
+        elif type(a) is not type(b) or a != b:
+            return False
+    return True

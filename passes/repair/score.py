@@ -1,0 +1,266 @@
+"""What stays lost when an index is removed and its readers are repaired: a reason to remove that already knows the cure.
+
+A reader `y = W x` that loses column i and has its other columns refitted (see `least_squares`) loses, summed over the rows,
+
+    |w_i|^2 / (A^-1)_ii,        A = sum x x^T + lambda diag,
+
+and the best answers for the next index follow by a rank-one update of `A^-1` and W, as in the optimal brain surgeon. For
+several columns S at once: tr(W_S ((A^-1)_SS)^-1 W_S^T). All kernel positions of a convolution share the refit here. Each
+output counts by how much the network's result depends on it: the mean square of the gradient there, of the log-probability
+of a class drawn from the network's own prediction, or of a random projection of other outputs, so no labels are needed.
+Source: ours, after OBS (Hassibi and Stork, 1993) and the Gauss-Newton diagonal by random projections (Hutchinson).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ...graph.comb import axes as ax
+from ...graph.comb.axes import Axis, Factor
+from ...graph.comb.solve import Comb, Group
+from ...graph.compat import pytree
+from ...graph.nodes import arguments, fetch, op_name
+from ..base import Context
+from ..common.feed import Feed
+from ..common.losses import unlabelled_loss
+from ..common.processes import accelerator, placed, summed
+from ..common.repeat import seeded
+from ..common.samples import everywhere, sample_batches
+from .consumers import PRODUCTS
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # shares of the diagonal of A, among which held-out halves choose
+STEPS = 64  # a group is emptied in at most about so many steps, each with scores of its own
+
+
+@dataclass
+class Reader:
+    """A linear layer or convolution that reads groups. axis: of its inputs. centred: a bias or a BatchNorm behind it takes
+    up a constant. Sums over rows in each half of the samples, float64: count (2), x (2, c), xx (2, c, c); weight (o *
+    kernel, c); sensitivity (o)."""
+
+    node: fx.Node
+    axis: Axis
+    centred: bool
+    weight: Tensor
+    outputs: int
+    count: Tensor
+    x: Tensor
+    xx: Tensor
+    sensitivity: Tensor
+    coherent: Tensor
+
+    def add(self, rows: Tensor, half: Tensor) -> None:
+        """rows: (samples, positions, c). half: which half each sample belongs to."""
+        for k in range(2):
+            own = rows[half == k].flatten(0, 1)
+            self.count[k] += len(own)
+            self.x[k] += own.sum(0)
+            self.xx[k] += own.T @ own
+
+    def sense(self, gradient: Tensor, output: Tensor) -> None:
+        """Both (samples, positions, o). An error that has the same sign all over an image counts for more than its squares
+        say, since what follows adds it up; by how much is read off the outputs themselves."""
+        self.sensitivity += gradient.square().sum((0, 1))
+        product = gradient * (output - output.mean((0, 1)))
+        self.coherent += torch.stack([product.sum(1).square().sum(), product.square().sum()])
+
+    def moments(self, which: slice) -> Tensor:
+        """`A` over one half or both, about the mean where a constant is free."""
+        count, x, xx = self.count[which].sum(), self.x[which].sum(0), self.xx[which].sum(0)
+        return xx - x[:, None] * x[None, :] / count.clamp(min=1) if self.centred else xx
+
+    def prepared(self) -> tuple[Tensor, Tensor]:
+        """`A^-1` and `W^T G W`, G the sensitivities of the outputs, for one sample. The ridge is the one with which what a
+        half says of each column by the others holds best on the other half."""
+        together = float(self.coherent[0] / self.coherent[1]) if self.coherent[1] > 0 else 1.0
+        root = (self.sensitivity * together / self.count.sum().clamp(min=1)).sqrt()
+        weighted = self.weight * root.repeat_interleave(len(self.weight) // self.outputs)[:, None]
+        power = weighted.T @ weighted
+        whole = self.moments(slice(0, 2))
+        if min(self.count.tolist()) == 0:
+            return _inverse(whole, RIDGES[-1]), power
+        halves = [self.moments(slice(k, k + 1)) for k in range(2)]
+        lost = {ridge: sum(_held_out(halves[k], halves[1 - k], power, ridge) for k in range(2)) for ridge in RIDGES}
+        return _inverse(whole, min(lost, key=lambda ridge: lost[ridge])), power
+
+
+def _inverse(a: Tensor, ridge: float) -> Tensor:
+    diagonal = a.diagonal()
+    scale = diagonal.clamp(min=1e-6 * float(diagonal.mean())).clamp(min=1e-300)
+    return torch.cholesky_inverse(torch.linalg.cholesky(a + torch.diag(ridge * scale)))
+
+
+def _held_out(fitted: Tensor, other: Tensor, power: Tensor, ridge: float) -> float:
+    """What the removal of each column alone loses on one half, summed, when the rest was refitted on the other."""
+    inverse = _inverse(fitted, ridge)
+    residual = inverse / inverse.diagonal()  # column i: x_i minus its prediction by the others
+    return float((power.diagonal() * (residual * (other @ residual)).sum(0)).sum())
+
+
+def readers(comb: Comb, groups: list[Group], context: Context, samples: int) -> tuple[list[Reader], int]:
+    """The readers of some groups with their sums over the data, and from how many samples these are."""
+    module, device = comb.module, accelerator().device
+    wanted = {g.atom: None for g in groups}
+    found: dict[fx.Node, Reader] = {}
+    for node in module.graph.nodes:
+        if op_name(node) not in PRODUCTS or (weight := arguments(node)["weight"]).op != "get_attr":
+            continue
+        a, tensor = arguments(node), fetch(module, str(weight.target))
+        into = 0 if op_name(node).startswith("conv_transpose") else 1
+        axis = comb.axes[a["input"]][-1 if op_name(node) == "linear" else 1]
+        if (a.get("groups", 1) > 1) or not ax.touches(axis, wanted):
+            continue
+        flat = tensor.detach().double().movedim(into, -1).reshape(-1, tensor.shape[into])
+        behind = [op_name(u) for u in node.users] == ["batch_norm"]
+        size, outputs = tensor.shape[into], tensor.shape[1 - into]
+        found[node] = Reader(
+            node, axis, a["bias"] is not None or behind, flat, outputs, flat.new_zeros(2), flat.new_zeros(2, size),
+            flat.new_zeros(2, size, size), flat.new_zeros(outputs), flat.new_zeros(2),
+        )  # fmt: skip
+    generator = torch.Generator().manual_seed(context.seed)
+
+    def add_up() -> int:
+        seen = 0
+        for batch, taken in sample_batches(Feed(comb.program), context, samples, "score", share=True):
+            half = torch.arange(seen, seen + batch.size) % 2
+            half[taken:] = -1
+            _add(module, found, pytree.tree_leaves((batch.args, batch.kwargs)), half, generator)
+            seen += taken
+        return seen
+
+    training = module.training
+    with seeded(context.seed, context.data), placed(module, device):
+        count = everywhere(lambda: _still(module, add_up))
+    module.train(training)
+    for reader in found.values():
+        for tensor in (reader.count, reader.x, reader.xx, reader.sensitivity, reader.coherent):
+            tensor.copy_(summed(tensor))
+    return list(found.values()), int(summed(torch.tensor(float(count))))
+
+
+def _still(module: Any, act: Callable[[], int]) -> int:
+    """Run something with the module in eval mode and no parameter asking for gradients."""
+    asked = [p for p in module.parameters() if p.requires_grad]
+    module.eval()
+    for p in asked:
+        p.requires_grad_(False)
+    try:
+        return act()
+    finally:
+        for p in asked:
+            p.requires_grad_(True)
+
+
+def _add(
+    module: Any, found: dict[fx.Node, Reader], inputs: list[Any], half: Tensor, generator: torch.Generator
+) -> None:
+    """The sums of one batch."""
+    taps = _Taps(module, found, half)
+    leaves = [t.detach().requires_grad_(True) if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
+    with torch.enable_grad():
+        result = taps.run(*leaves, enable_io_processing=False)
+        loss = unlabelled_loss(result, generator)
+        nodes = list(found)
+        grads = torch.autograd.grad(loss, [taps.outputs[n] for n in nodes], allow_unused=True)
+    for node, grad in zip(nodes, grads, strict=True):
+        reader, value = found[node], taps.outputs[node]
+        if grad is not None:
+            dim = -1 if op_name(node) == "linear" else 1
+            reader.sense(
+                *(t.double().movedim(dim, -1).reshape(len(t), -1, reader.outputs) for t in (grad, value.detach()))
+            )
+
+
+class _Taps(fx.Interpreter):
+    """Runs a graph, sums up the inputs of readers and keeps their outputs."""
+
+    def __init__(self, module: Any, found: dict[fx.Node, Reader], half: Tensor):
+        super().__init__(module)
+        self.found, self.half = found, half
+        self.outputs: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if (reader := self.found.get(n)) is not None:
+            x = self.env[arguments(n)["input"]].detach()
+            rows = x.movedim(-1 if op_name(n) == "linear" else 1, -1)
+            reader.add(rows.reshape(len(rows), -1, rows.shape[-1]).double(), self.half)
+            self.outputs[n] = value
+        return value
+
+
+def columns(axis: Axis, atom: Factor) -> np.ndarray:
+    """Which index of the atom each entry of an axis belongs to; -1 for none."""
+    found = np.full(len(ax.kept_mask(axis, {})), -1)
+    for i in range(atom.size):
+        mask = np.ones(atom.size, dtype=bool)
+        mask[i] = False
+        found[~ax.kept_mask(axis, {atom: mask})] = i
+    return found
+
+
+def lost_after_repair(comb: Comb, groups: list[Group], context: Context, samples: int) -> dict[Factor, np.ndarray]:
+    """For each group, what the network's result loses by each index when indices go in the best order found, one after
+    another, and what is left is repaired after each. Groups that no linear layer reads get infinity."""
+    found, _ = readers(comb, groups, context, samples)
+    prepared = {id(r): r.prepared() for r in found}
+    return {g.atom: _emptied(g, [r for r in found if ax.touches(r.axis, {g.atom: None})], prepared) for g in groups}
+
+
+def _emptied(group: Group, found: list[Reader], prepared: dict[int, tuple[Tensor, Tensor]]) -> np.ndarray:
+    """The loss of each index at the time it goes; never less than that of those before it."""
+    score = np.full(group.size, np.inf)
+    if not found:
+        return score
+    state = []
+    for reader in found:
+        inverse, power = (t.clone() for t in prepared[id(reader)])
+        where = columns(reader.axis, group.atom)
+        state.append((inverse, power, [np.flatnonzero(where == i) for i in range(group.size)]))
+    left, least = list(range(group.size)), 0.0
+    step = max(1, group.size // STEPS)
+    while left:
+        losses = sum(_losses(inverse, power, places, left) for inverse, power, places in state)
+        order = np.argsort(losses, kind="stable")[:step]
+        going = [left[i] for i in order]
+        for i, loss in zip(going, np.asarray(losses)[order], strict=True):
+            least = max(least, float(loss))
+            score[i] = least
+        left = [i for i in left if i not in set(going)]
+        for inverse, power, places in state:
+            _remove(inverse, power, np.concatenate([places[i] for i in going]))
+    return score
+
+
+def _losses(inverse: Tensor, power: Tensor, places: list[np.ndarray], left: list[int]) -> np.ndarray:
+    if all(len(places[i]) <= 1 for i in left):
+        at = torch.tensor([places[i][0] if len(places[i]) else -1 for i in left])
+        values = power.diagonal()[at] / inverse.diagonal()[at].clamp(min=1e-300)
+        return torch.where(at >= 0, values, 0.0).clamp(min=0).numpy()
+    found = []
+    for i in left:
+        s = torch.from_numpy(places[i])
+        found.append(float(torch.linalg.solve(inverse[s][:, s], power[s][:, s]).trace()) if len(s) else 0.0)
+    return np.maximum(found, 0)
+
+
+def _remove(inverse: Tensor, power: Tensor, places: np.ndarray) -> None:
+    """Take columns out, in place: `A^-1` and `W^T G W` of what is left, refitted."""
+    s = torch.from_numpy(places)
+    if not len(s):
+        return
+    r = torch.linalg.solve(inverse[s][:, s], inverse[s])  # (k, c); identity at s
+    # W' = W - W_S r, so that W' is zero at s
+    cross = power[:, s] @ r
+    power.sub_(cross + cross.T - r.T @ power[s][:, s] @ r)
+    inverse.sub_(inverse[:, s] @ r)
+    for matrix in (inverse, power):
+        matrix[s] = 0
+        matrix[:, s] = 0
+    inverse[s, s] = 1.0

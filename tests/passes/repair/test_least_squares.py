@@ -1,0 +1,94 @@
+"""The closed form, against torch's own least squares on stacked rows."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphcomb.passes.repair.least_squares import Sums, fit, solve
+
+
+def sums_of(x: torch.Tensor, y: torch.Tensor) -> Sums:
+    sums = Sums.zeros(1, x.shape[1], y.shape[1], x.device)
+    sums.add(x[None], y[None])
+    return sums
+
+
+def rows(seed: int, n: int = 60, u: int = 7, o: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, u, generator=generator, dtype=torch.float64) @ torch.randn(u, u, generator=generator).double()
+    y = torch.randn(n, o, generator=generator, dtype=torch.float64) + x[:, :1] + 3
+    return x + 2, y
+
+
+@given(st.integers(0, 10_000), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_without_a_ridge_it_is_least_squares_on_the_stacked_rows(seed: int, bias: bool) -> None:
+    x, y = rows(seed)
+    old = torch.zeros(1, 4, 7, dtype=torch.float64)
+    weight, constant = solve(sums_of(x, y), old, torch.zeros(1, 4, dtype=torch.float64) if bias else None, 0.0)
+    full = torch.cat([x, torch.ones(len(x), 1)], 1) if bias else x
+    expected = torch.linalg.lstsq(full, y).solution.T
+    torch.testing.assert_close(weight[0], expected[:, :7], rtol=1e-9, atol=1e-9)
+    if bias:
+        torch.testing.assert_close(constant[0], expected[:, 7], rtol=1e-9, atol=1e-9)
+
+
+def test_the_ridge_holds_weights_where_they_are() -> None:
+    x, y = rows(1)
+    old = torch.randn(1, 4, 7, dtype=torch.float64)
+    diagonal = (x - x.mean(0)).square().sum(0)
+    weight, _ = solve(sums_of(x, y), old, torch.zeros(1, 4, dtype=torch.float64), 0.3)
+    wide = torch.cat([x - x.mean(0), (0.3 * diagonal).sqrt().diag()])
+    goal = torch.cat([y - y.mean(0) - (x - x.mean(0)) @ old[0].T, torch.zeros(7, 4)])
+    expected = old[0] + torch.linalg.lstsq(wide, goal).solution.T
+    torch.testing.assert_close(weight[0], expected, rtol=1e-9, atol=1e-9)
+    far, _ = solve(sums_of(x, y), old, torch.zeros(1, 4, dtype=torch.float64), 1e12)
+    torch.testing.assert_close(far, old, rtol=0, atol=1e-9)
+
+
+def test_the_loss_is_the_squared_error_of_the_rows() -> None:
+    x, y = rows(2)
+    weight, bias = torch.randn(1, 4, 7, dtype=torch.float64), torch.randn(1, 4, dtype=torch.float64)
+    expected = (y - x @ weight[0].T - bias[0]).square().sum()
+    assert sums_of(x, y).loss(weight, bias) == pytest.approx(float(expected), rel=1e-10)
+    assert sums_of(x, y).loss(weight, None) == pytest.approx(float((y - x @ weight[0].T).square().sum()), rel=1e-10)
+
+
+def test_zeros_that_must_stay_stay_and_the_other_entries_solve_for_them() -> None:
+    x, y = rows(3)
+    old = torch.randn(1, 4, 7, dtype=torch.float64)
+    fixed = torch.rand(1, 4, 7, generator=torch.Generator().manual_seed(0)) < 0.5
+    old[fixed] = 0
+    weight, _ = solve(sums_of(x, y), old, None, 0.0, fixed)
+    assert not weight[fixed].any()
+    for row in range(4):
+        free = ~fixed[0, row]
+        expected = torch.linalg.lstsq(x[:, free], y[:, row]).solution
+        torch.testing.assert_close(weight[0, row, free], expected, rtol=1e-8, atol=1e-8)
+
+
+def test_what_the_rows_say_nothing_of_stays_as_it_is() -> None:
+    """A constant input, one that is always zero, and two that are the same."""
+    x, y = rows(4)
+    x = torch.cat([x, torch.zeros(len(x), 1), torch.full((len(x), 1), 5.0), x[:, :1]], 1)
+    old = torch.randn(1, 4, 10, dtype=torch.float64)
+    found = fit((sums_of(x[::2], y[::2]), sums_of(x[1::2], y[1::2])), old, torch.zeros(1, 4, dtype=torch.float64), None)
+    torch.testing.assert_close(found.weight[..., 7:9], old[..., 7:9], rtol=0, atol=1e-6)
+    assert found.weight.isfinite().all()
+    assert found.predicted <= found.before
+
+
+def test_halves_choose_a_large_ridge_where_rows_are_few_and_none_where_the_answer_is_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 20, generator=generator, dtype=torch.float64)
+    truth = torch.randn(1, 5, 20, generator=generator, dtype=torch.float64)
+    noise = 3 * torch.randn(24, 5, generator=generator, dtype=torch.float64)
+    zero = torch.zeros(1, 5, dtype=torch.float64)
+    noisy = fit((sums_of(x[::2], noise[::2]), sums_of(x[1::2], noise[1::2])), torch.zeros_like(truth), zero, None)
+    assert noisy.ridge >= 0.1
+    x = torch.randn(400, 20, generator=generator, dtype=torch.float64)
+    y = x @ truth[0].T
+    exact = fit((sums_of(x[::2], y[::2]), sums_of(x[1::2], y[1::2])), torch.zeros_like(truth), zero, None)
+    torch.testing.assert_close(exact.weight, truth, rtol=0, atol=1e-10)
+    assert exact.helps

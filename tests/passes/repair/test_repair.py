@@ -1,0 +1,220 @@
+"""Repair against the dense network: exact where it can be, better where not, and what is left alone."""
+
+import pytest
+import torch
+from torch import nn
+
+import graphcomb
+from graphcomb import BadInput, Context
+from graphcomb.graph.nodes import fetch
+from graphcomb.passes import RemoveChannels, Repair, Sparsify
+
+
+def images(count: int = 48, seed: int = 0, size: int = 10, batch: int = 16) -> list[torch.Tensor]:
+    return list(
+        torch.randn(count, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).split(
+            batch
+        )
+    )
+
+
+def capture(model: nn.Module, size: int = 10) -> graphcomb.Program:
+    return graphcomb.capture(model.double().eval(), torch.zeros(2, 3, size, size).double(), dynamic_shapes="batch")
+
+
+def run(program: graphcomb.Program, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return program.module().eval()(x)
+
+
+def error(dense: graphcomb.Program, other: graphcomb.Program, seed: int = 9) -> float:
+    x = torch.cat(images(64, seed))
+    wanted = run(dense, x)
+    return float((run(other, x) - wanted).square().mean() / wanted.var())
+
+
+class Mixed(nn.Module):
+    """Every kind of reader: 3 x 3 with padding and stride, grouped, depthwise, behind a concatenation, behind a sum, linear
+    after flattening, and one transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.grouped = nn.Conv2d(16, 24, 3, padding=1, groups=2)
+        self.deep = nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False)
+        self.after, self.last = nn.BatchNorm2d(24), nn.Conv2d(40, 16, 1)
+        self.body = nn.Conv2d(16, 16, 3, padding=1)
+        self.up = nn.ConvTranspose2d(16, 8, 2, stride=2)
+        self.head = nn.Linear(8 * 9, 5)
+
+    def forward(self, x):
+        a = self.norm(self.stem(x)).relu()
+        b = self.after(self.deep(self.grouped(a).relu())).relu()
+        c = self.last(torch.cat([a, b], 1))
+        c = c + self.body(c.relu())
+        return self.head(nn.functional.adaptive_avg_pool2d(self.up(c.relu()), 3).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def mixed() -> graphcomb.Program:
+    torch.manual_seed(0)
+    model = Mixed()
+    with torch.no_grad():
+        model.train()
+        for _ in range(20):
+            model(torch.randn(32, 3, 10, 10))  # statistics that fit
+    return capture(model)
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "repair", "fisher-unlabelled"])
+def test_a_repaired_network_is_nearer_to_the_dense_one_on_images_it_has_not_seen(mixed, importance: str) -> None:
+    options = {"macs": 0.6, "scope": "global", "round_to": 2, "importance": importance}
+    plain = RemoveChannels(**options)(mixed, data=images(), seed=3)
+    repaired = RemoveChannels(**options, repair=True)(mixed, data=images(), seed=3)
+    assert repaired.removed == plain.removed
+    assert error(mixed, repaired.program) < 0.5 * error(mixed, plain.program)
+    assert graphcomb.verify.surgery(mixed, repaired) < 1e-10
+    assert repaired.record["verified"]["error"] < 1e-10
+
+
+def test_what_is_predicted_is_what_is_measured(mixed) -> None:
+    result = RemoveChannels(ratio=0.5, round_to=2, repair=True)(mixed, data=images())
+    rows = [row for row in result.record["repair"]["layers"] if row["after"] is not None and "kept" not in row]
+    assert len(rows) >= 3
+    for row in rows:
+        assert row["after"] == pytest.approx(row["predicted"], rel=1e-6, abs=1e-12)
+        assert row["predicted"] <= row["before"]
+
+
+def test_the_last_layer_is_least_squares_on_what_reaches_it() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(300, 24), nn.ReLU(), nn.Linear(24, 5))
+    dense, x = capture(model), images(200, 1)
+    pruned = RemoveChannels(ratio=0.5, round_to=1)(dense)
+    result = Repair(ridge=0.0)(pruned.program, data=x, teacher=dense)
+    stacked = torch.cat(x)
+    weight = fetch(pruned.program.module(), "1.weight")
+    hidden = (stacked.flatten(1) @ weight.T + fetch(pruned.program.module(), "1.bias")).relu()
+    full = torch.cat([hidden, torch.ones(len(hidden), 1)], 1)
+    expected = torch.linalg.lstsq(full, run(dense, stacked)).solution.T
+    torch.testing.assert_close(fetch(result.program.module(), "3.weight").data, expected[:, :-1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fetch(result.program.module(), "3.bias").data, expected[:, -1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_channels_that_others_repeat_come_back_whole(kernel: int) -> None:
+    """Every second channel is a multiple of the one before it; without these, the network can compute the same."""
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, kernel, padding=kernel // 2)
+    with torch.no_grad():
+        first.weight[1::2] = 0.25 * first.weight[::2]
+        first.bias[1::2] = 0.25 * first.bias[::2]
+    dense = capture(
+        nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    )
+    options = {"ratio": 0.5, "round_to": 1, "include": ("0.*",)}
+    plain, repaired = (RemoveChannels(**options, repair=r)(dense, data=images()) for r in (False, True))
+    assert plain.removed["0.weight"][0] == [1, 3, 5, 7]
+    assert error(dense, plain.program) > 1e-4
+    assert error(dense, repaired.program) ** 0.5 < 1e-10
+
+
+def test_nothing_changes_where_nothing_was_removed(mixed) -> None:
+    result = Repair()(mixed, data=images(), teacher=mixed)
+    assert result.record["layers"] == []
+    before, after = mixed.module().state_dict(), result.program.module().state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    pruned = RemoveChannels(ratio=0.5, include=("body*", "last*"), round_to=2)(mixed)
+    result = Repair()(pruned.program, data=images(), teacher=mixed)
+    for name in ("stem.weight", "norm.running_mean", "grouped.weight", "deep.weight", "after.running_mean"):
+        assert torch.equal(fetch(result.program.module(), name), fetch(pruned.program.module(), name))
+
+
+def test_the_input_and_the_dense_program_are_never_changed(mixed) -> None:
+    pruned = RemoveChannels(ratio=0.5, round_to=2)(mixed).program
+    before = [{k: v.clone() for k, v in p.module().state_dict().items()} for p in (pruned, mixed)]
+    Repair()(pruned, data=images(), teacher=mixed)
+    for program, state in zip((pruned, mixed), before, strict=True):
+        assert all(torch.equal(state[k], v) for k, v in program.module().state_dict().items())
+
+
+def test_activations_that_do_not_fit_in_memory_go_through_files(mixed) -> None:
+    pruned = RemoveChannels(ratio=0.5, round_to=2)(mixed).program
+    ample, none = (Repair(memory=m)(pruned, data=images(), teacher=mixed).program for m in (4.0, 0.0))
+    for (name, a), b in zip(ample.module().state_dict().items(), none.module().state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_large_kernels_share_one_map_and_still_come_nearer(mixed) -> None:
+    pruned = RemoveChannels(ratio=0.5, round_to=2, exclude=("grouped*",))(mixed).program
+    result = Repair(unknowns=8)(pruned, data=images(), teacher=mixed)
+    assert error(mixed, result.program) < 0.7 * error(mixed, pruned)
+
+
+def test_zeros_of_sparsify_stay_zero_and_the_others_make_up_for_what_is_gone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1)
+    )
+    sparse = Sparsify(sparsity=0.5, method="magnitude")(capture(model)).program
+    result = RemoveChannels(ratio=0.25, round_to=1, repair=True)(sparse, data=images())
+    plain = RemoveChannels(ratio=0.25, round_to=1)(sparse)
+    assert error(sparse, result.program) < 0.9 * error(sparse, plain.program)
+    zeros = fetch(plain.program.module(), "2.weight") == 0
+    assert zeros.any()
+    assert not fetch(result.program.module(), "2.weight")[zeros].any()
+
+
+def test_few_images_are_said_and_the_ridge_decides() -> None:
+    torch.manual_seed(0)
+    dense = capture(nn.Sequential(nn.Flatten(), nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, 5)))
+    for count in (1, 6):
+        result = RemoveChannels(ratio=0.5, round_to=1, repair=True)(dense, data=images(count, batch=2))
+        (row,) = result.record["repair"]["layers"]
+        assert f"{count} rows for 32 unknowns" in row["few"]
+        assert result.record["repair"]["samples"] == count
+        assert error(dense, result.program) < 10
+
+
+def test_layers_that_cannot_be_repaired_are_named_with_the_reason() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.both, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+            self.scale = nn.Parameter(torch.ones(4, 1, 1, 1))
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            x = self.both(self.both(x).relu()).relu()
+            return nn.functional.conv2d(x, self.last.weight * self.scale)
+
+    torch.manual_seed(0)
+    result = RemoveChannels(ratio=0.5, round_to=1, repair=True)(capture(Twice()), data=images())
+    why = {row["what"]: row["why"] for row in result.record["repair"]["refused"]}
+    assert why["both.weight"] == "its weight is used more than once"
+    assert any("computed" in reason for reason in why.values())
+
+
+def test_inputs_that_are_not_finite_leave_a_layer_as_it_is() -> None:
+    torch.manual_seed(0)
+    dense = capture(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    data = images()
+    data[0][0, 0, 0, 0] = float("nan")
+    result = RemoveChannels(ratio=0.5, round_to=1, repair=True)(dense, data=data)
+    assert result.record["repair"]["refused"] == [
+        {"what": "2.weight", "why": "its inputs or outputs are not finite numbers"}
+    ]
+    assert all(p.isfinite().all() for p in result.program.module().parameters())
+
+
+def test_mistakes_are_one_line_each(mixed) -> None:
+    with pytest.raises(BadInput, match=r"^Repair: needs the dense program to compare with; pass teacher="):
+        Repair()(mixed, data=images())
+    with pytest.raises(BadInput, match=r"^Repair: needs images \(labels are not needed\); pass data="):
+        Repair()(mixed, teacher=mixed)
+    with pytest.raises(BadInput, match=r"importance repair needs images"):
+        RemoveChannels(importance="repair")(mixed, Context())
+    with pytest.raises(BadInput, match=r"Repair\.samples"):
+        Repair(samples=0)
+    with pytest.raises(BadInput, match=r"RemoveChannels\.repair"):
+        RemoveChannels(repair=True, train=graphcomb.passes.Distill(steps=2))
