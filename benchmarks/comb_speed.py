@@ -176,7 +176,7 @@ def main() -> None:
             print(f"{name}: no end after {4 * options.seconds:.0f} s; try --no-rival")
             continue
         if out.returncode:
-            print(f"{name}: {out.stderr.strip().splitlines()[-1]}")
+            print(f"{name}: {(out.stderr.strip().splitlines() or [f'ended with {out.returncode}'])[-1]}")
             continue
         data["rows"][name] = json.loads(out.stdout.strip().splitlines()[-1])
         save(path, data, sort_keys=False)

@@ -50,9 +50,17 @@ def binary(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
 def pointwise(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     """An operator of no table that PyTorch itself tags as acting on each entry by itself."""
     shapes = [shape(i) for i in node.all_input_nodes if c.axes[i] is not None]
-    if not isinstance(node.meta["val"], torch.Tensor) or torch.broadcast_shapes(*shapes) != shape(node):
+    if not isinstance(node.meta["val"], torch.Tensor) or _broadcast_shape(shapes) != shape(node):
         raise NoRule("the result is not the operands' broadcast")
     return binary(c, node, a)
+
+
+def _broadcast_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """What shapes broadcast to, None where they do not; many times faster than torch's."""
+    rank = max(map(len, shapes), default=0)
+    columns = zip(*((1,) * (rank - len(s)) + tuple(s) for s in shapes), strict=True)
+    sizes = [{n for n in column if n != 1} or {1} for column in columns]
+    return tuple(n for size in sizes for n in size) if all(len(size) == 1 for size in sizes) else None
 
 
 @rule("expand_as", "broadcast_to", "expand")
