@@ -18,6 +18,7 @@ from ...graph.comb.axes import Axis, Factor
 from ...graph.comb.groups import Group
 from ...graph.comb.solve import Comb
 from ...graph.errors import BadInput
+from ..common.weights import selected
 
 PRIORITY = {
     "head": 0,
@@ -44,9 +45,7 @@ def movable(comb: Comb, kinds: Iterable[str], include: Iterable[str] = (), exclu
 
     def wanted(group: Group) -> bool:
         names = [group.name, *(name for name, _ in group.members)]
-        if include and not any(fnmatchcase(n, p) for n in names for p in include):
-            return False
-        return not any(fnmatchcase(n, p) for n in names for p in exclude)
+        return selected(names, include, exclude)
 
     candidates = [g for g in comb.groups if g.frozen is None and g.size > g.least and g.kind in kinds and wanted(g)]
     partners = products(comb)

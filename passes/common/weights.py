@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from ...graph.errors import BadInput
-from ...graph.nodes import arguments, fetch, op_name, shape
+from ...graph.nodes import arguments, conv_padding, fetch, op_name, per_dim, shape
 from ...graph.program import Program
 from ..base import Pass, Refusal
 
@@ -38,7 +39,7 @@ class Layer:
 
     def matches(self, patterns: Iterable[str]) -> bool:
         """Whether one of its names does."""
-        return any(fnmatchcase(name, pattern) for name in self.names for pattern in patterns)
+        return _match(self.names, patterns)
 
 
 def layers(program: Program) -> tuple[list[Layer], list[Refusal]]:
@@ -81,10 +82,37 @@ def layers(program: Program) -> tuple[list[Layer], list[Refusal]]:
     ], refused
 
 
+def selected(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether patterns select what goes by these names: `include` is empty or matches one, and `exclude` matches none."""
+    names = tuple(names)
+    return (not include or _match(names, include)) and not _match(names, exclude)
+
+
+def _match(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    """Whether a pattern matches one of the names."""
+    patterns = tuple(patterns)
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def windows(node: fx.Node, x: Tensor) -> Tensor:
+    """The inputs of a linear layer or convolution as a view `(groups, samples, *positions, c...)`: what each output value is
+    computed from."""
+    a, kernel = arguments(node), shape(arguments(node)["weight"])[2:]
+    if op_name(node) == "linear":
+        return x.reshape(1, -1, x.shape[-1])
+    strides, dilations = (per_dim(a[key], len(kernel)) for key in ("stride", "dilation"))
+    x = F.pad(x, [p for pair in reversed(conv_padding(node)) for p in pair])
+    for d, (k, stride, dilation) in enumerate(zip(kernel, strides, dilations, strict=True)):
+        x = x.unfold(2 + d, dilation * (k - 1) + 1, stride)[..., ::dilation]
+    x = x.unflatten(1, (a["groups"], -1))  # (N, groups, channels, *out, *kernel)
+    rank = len(kernel)
+    return x.permute(1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank))
+
+
 def check_included(of: Pass, include: Sequence[str], found: Sequence[Layer], refused: Sequence[Refusal]) -> None:
     """Raise BadInput unless each pattern of a pass's `include` matches a weight, taken or refused."""
     names = [name for layer in found for name in layer.names] + [row.what for row in refused]
     for pattern in include:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not _match(names, [pattern]):
             some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
             raise BadInput(f'{type(of).__name__}.include: "{pattern}" matches no weight; there are {some or "none"}')

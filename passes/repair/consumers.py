@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ...graph.nodes import arguments, fetch, op_name
 from ...graph.program import Program, TrainableModule
+from ..common.weights import windows
 
 PRODUCTS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
@@ -48,6 +47,14 @@ class Consumer:
     @property
     def transposed(self) -> bool:
         return op_name(self.node).startswith("conv_transpose")
+
+    @property
+    def linear(self) -> bool:
+        return op_name(self.node) == "linear"
+
+    def left(self, y: Tensor) -> Tensor:
+        """Of what the dense layer gives, the outputs that are left."""
+        return y.index_select(-1 if self.linear else 1, torch.from_numpy(self.outputs).to(y.device))
 
 
 def find(
@@ -109,7 +116,7 @@ def _consumer(
     if [len(k) for k in kept] != list(parameter.shape):
         return "what was removed from its weight is not known"
     into = 1 if not transposed else 0
-    own = bias is not None and bias.op == "get_attr" and uses[id(fetch(smaller, str(bias.target)))] == 1
+    own = bias is not None and uses[id(fetch(smaller, str(bias.target)))] == 1
     unknowns = math.prod(parameter.shape[1:])
     whole = not transposed and unknowns <= largest
     mean = _mean_behind(node, smaller, uses) if bias is None and whole else None
@@ -141,36 +148,18 @@ def _mean_behind(node: fx.Node, module: TrainableModule, uses: dict[int, int]) -
 
 def rows_of_inputs(consumer: Consumer, x: Tensor) -> Tensor:
     """What each output value of a layer is computed from: `(samples, positions, groups, u)`."""
-    a, name = arguments(consumer.node), op_name(consumer.node)
-    if name == "linear":
+    if consumer.linear:
         return x.reshape(len(x), -1, 1, x.shape[-1]) if x.dim() > 1 else x[None, None, None]
     if not consumer.whole:
         return x.movedim(1, -1).flatten(1, -2)[:, :, None]
-    kernel = arguments(consumer.node)["weight"].meta["val"].shape[2:]
-    stride, dilation = (_each(a[key], len(kernel)) for key in ("stride", "dilation"))
-    if isinstance(a["padding"], str):
-        total = [d * (k - 1) * (a["padding"] == "same") for k, d in zip(kernel, dilation, strict=True)]
-        pads = [(t // 2, t - t // 2) for t in total]
-    else:
-        pads = [(p, p) for p in _each(a["padding"], len(kernel))]
-    x = F.pad(x, [p for pair in reversed(pads) for p in pair])
-    for d, (k, step, wide) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(2 + d, wide * (k - 1) + 1, step)[..., ::wide]
-    rank = len(kernel)
-    x = x.unflatten(1, (consumer.groups, -1))  # (N, groups, channels, *out, *kernel)
-    x = x.permute(0, *range(3, 3 + rank), 1, 2, *range(3 + rank, 3 + 2 * rank))
-    return x.flatten(2 + rank).flatten(1, rank) if rank else x
+    rows = windows(consumer.node, x)
+    rank = (rows.dim() - 3) // 2
+    return rows.flatten(2 + rank).flatten(2, 1 + rank).permute(1, 2, 0, 3)
 
 
 def rows_of_outputs(consumer: Consumer, y: Tensor) -> Tensor:
     """The values of the outputs that are left, in the order of `rows_of_inputs`: `(samples, positions, groups, o)`."""
-    kept = torch.from_numpy(consumer.outputs).to(y.device)
-    if op_name(consumer.node) == "linear":
-        y = y.index_select(-1, kept)
-        return y.reshape(len(y), -1, 1, len(kept)) if y.dim() > 1 else y[None, None, None]
-    y = y.index_select(1, kept).movedim(1, -1).flatten(1, -2)
-    return y.unflatten(2, (consumer.groups, -1))
-
-
-def _each(value: Any, count: int) -> list[int]:
-    return [*value] * count if len(value) == 1 else [*value]
+    y = consumer.left(y)
+    if consumer.linear:
+        return y.reshape(len(y), -1, 1, y.shape[-1]) if y.dim() > 1 else y[None, None, None]
+    return y.movedim(1, -1).flatten(1, -2).unflatten(2, (consumer.groups, -1))

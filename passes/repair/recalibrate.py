@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ...graph.compat import pytree
 from ...graph.errors import BadInput
 from ...graph.nodes import arguments, fetch, op_name
 from ...graph.program import Program
-from ..base import Context, Pass, PassResult, check_field
-from ..common.feed import Feed
+from ..base import Context, Pass, PassResult, Refusal, check_field
 from ..common.processes import accelerator, placed, summed
 from ..common.repeat import seeded
-from ..common.samples import everywhere, sample_batches
+from ..common.scoring import evaluating
+from .images import take_images
 from .stepwise import Memory, Stepwise
 
 
@@ -41,61 +41,37 @@ class Recalibrate(Pass):
     memory: float = 4.0
 
     def __post_init__(self) -> None:
-        check_field(self, "samples", isinstance(self.samples, int) and self.samples >= 1, "a whole number, at least 1")
-        check_field(self, "statistics", self.statistics in ("both", "variance"), '"both" or "variance"')
+        check_field(self, "samples", self.samples >= 1, "a whole number, at least 1")
         check_field(self, "prior", self.prior >= 0, "a number of images, at least 0")
         check_field(self, "memory", self.memory >= 0, "gigabytes, at least 0")
 
     def run(self, program: Program, context: Context) -> PassResult:
         if context.data is None:
             raise BadInput("Recalibrate: needs images (labels are not needed); pass data=")
-        result, device = program.copy(), accelerator().device
+        result = program.copy()
         module = result.module()
-        training = module.training
-        images: list[list[Any]] = []
-        sizes: list[int] = []
-
-        def take() -> int:
-            for batch, taken in sample_batches(Feed(result), context, self.samples, share=True):
-                images.append(pytree.tree_leaves((batch.args, batch.kwargs)))
-                sizes.append(taken)
-            return sum(sizes)
-
         changed: list[dict[str, Any]] = []
-        refused: list[dict[str, str]] = []
-        with seeded(context.seed, context.data), placed(module, device), torch.no_grad():
-            count = int(summed(torch.tensor(float(everywhere(take)))))
-            run = Stepwise(module.eval(), images, Memory(self.memory * 1e9))
-            users: dict[str, int] = {}
+        refused: list[Refusal] = []
+        with (
+            seeded(context.seed, context.data), evaluating(module), placed(module, accelerator().device), torch.no_grad()
+        ):  # fmt: skip
+            images = take_images(result, context, self.samples)
+            run = Stepwise(module, images.inputs, Memory(self.memory * 1e9))
             norms = [n for n in run.nodes if op_name(n) == "batch_norm" and arguments(n)["running_mean"] is not None]
+            users = Counter(str(arguments(node)["running_mean"].target) for node in norms)
             for node in norms:
-                name = str(arguments(node)["running_mean"].target)
-                users[name] = users.get(name, 0) + 1
-            for node in norms:
-                run.run_before(node)
                 a = arguments(node)
                 name = str(a["running_mean"].target)
-                found = self._statistics(run.values[a["input"]], sizes)
                 if users[name] > 1:
-                    refused.append({"what": name, "why": "several layers share these statistics"})
-                elif found is None:
-                    refused.append({"what": name, "why": "its inputs are not finite numbers"})
+                    refused.append(Refusal(name, "several layers share these statistics"))
+                    continue
+                run.run_before(node)
+                statistics = _statistics(run.values[a["input"]], images.halves)
+                if statistics is None:
+                    refused.append(Refusal(name, "its inputs are not finite numbers"))
                 else:
-                    changed.append(self._write(module, a, found, count))
-        module.train(training)
-        return PassResult(result, {"samples": count, "changed": changed, "refused": refused})
-
-    @staticmethod
-    def _statistics(values: list[Tensor], sizes: list[int]) -> tuple[Tensor, Tensor] | None:
-        """Mean and variance of every channel over all images and positions; None where they are not finite."""
-        sums = torch.zeros(3, values[0].shape[1], dtype=torch.float64, device=values[0].device)
-        for value, size in zip(values, sizes, strict=True):
-            x = value[:size].double().movedim(1, 0).flatten(1)
-            sums += torch.stack([torch.full_like(sums[0], x.shape[1]), x.sum(1), x.square().sum(1)])
-        count, total, squares = summed(sums)
-        mean = total / count
-        variance = (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
-        return (mean, variance) if bool((mean + variance).isfinite().all()) else None
+                    changed.append(self._write(module, a, statistics, images.count))
+        return PassResult(result, {"samples": images.count, "changed": changed, "refused": refused})
 
     def _write(self, module: Any, a: dict[str, Any], found: tuple[Tensor, Tensor], count: int) -> dict[str, Any]:
         share = count / (count + self.prior)
@@ -105,3 +81,15 @@ class Recalibrate(Pass):
             mean.copy_((1 - share) * mean.double() + share * found[0])
         variance.copy_((1 - share) * variance.double() + share * found[1])
         return {"what": str(a["running_mean"].target), "variance": ratio}
+
+
+def _statistics(values: list[Tensor], halves: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Mean and variance of every channel over all images and positions; None where they are not finite."""
+    sums = torch.zeros(3, values[0].shape[1], dtype=torch.float64, device=values[0].device)
+    for value, half in zip(values, halves, strict=True):
+        x = value[half >= 0].double().movedim(1, 0).flatten(1)
+        sums += torch.stack([torch.full_like(sums[0], x.shape[1]), x.sum(1), x.square().sum(1)])
+    count, total, squares = summed(sums)
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
+    return (mean, variance) if bool((mean + variance).isfinite().all()) else None

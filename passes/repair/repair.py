@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,12 +17,12 @@ from ...graph.program import Program, TrainableModule
 from ...graph.sparse import sparse_weights
 from ...graph.verify.removal import removed_since
 from ..base import Context, Pass, PassResult, check_field
-from ..common.feed import Feed
 from ..common.processes import accelerator, placed, summed
 from ..common.repeat import seeded
-from ..common.samples import everywhere, sample_batches
-from ..common.scoring import bar
+from ..common.scoring import bar, evaluating
+from ..common.weights import selected
 from .consumers import Consumer, find, rows_of_inputs, rows_of_outputs
+from .images import take_images
 from .least_squares import Fit, Sums, fit
 from .stepwise import Memory, Stepwise
 
@@ -65,13 +65,10 @@ class Repair(Pass):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_field(self, "samples", isinstance(self.samples, int) and self.samples >= 1, "a whole number, at least 1")
+        check_field(self, "samples", self.samples >= 1, "a whole number, at least 1")
         check_field(self, "ridge", self.ridge is None or self.ridge >= 0, "a share of at least 0, or null")
-        check_field(self, "unknowns", isinstance(self.unknowns, int) and self.unknowns >= 1, "at least 1")
+        check_field(self, "unknowns", self.unknowns >= 1, "at least 1")
         check_field(self, "memory", self.memory >= 0, "gigabytes, at least 0")
-        for key in ("include", "exclude"):
-            value = getattr(self, key)
-            object.__setattr__(self, key, (value,) if isinstance(value, str) else tuple(value))
 
     def run(self, program: Program, context: Context) -> PassResult:
         dense = context.teacher
@@ -85,26 +82,13 @@ class Repair(Pass):
         """Change the weights of `smaller` in place; returns the record."""
         if context.data is None:
             raise BadInput("Repair: needs images (labels are not needed); pass data=")
-        device = accelerator().device
-        modules = dense.module(), smaller.module()
-        training = [module.training for module in modules]
-        try:
-            for module in modules:
-                module.eval()
-            with (
-                seeded(context.seed, context.data),
-                placed(modules[0], device),
-                placed(modules[1], device),
-                torch.no_grad(),
-            ):
-                return _Run(self, dense, smaller, removed, context).record()
-        finally:
-            for module, mode in zip(modules, training, strict=True):
-                module.train(mode)
-
-    def wants(self, name: str) -> bool:
-        taken = not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)
-        return taken and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+        with ExitStack() as stack:
+            stack.enter_context(seeded(context.seed, context.data))
+            for module in (dense.module(), smaller.module()):
+                stack.enter_context(evaluating(module))
+                stack.enter_context(placed(module, accelerator().device))
+            stack.enter_context(torch.no_grad())
+            return _Run(self, dense, smaller, removed, context).record()
 
 
 def since(dense: Program, program: Program) -> Removed:
@@ -121,34 +105,15 @@ class _Run:
     def __init__(self, options: Repair, dense: Program, smaller: Program, removed: Removed, context: Context):
         self.options, self.context = options, context
         self.module = smaller.module()
-        self.images, self.halves = self._images(smaller)
+        self.images = take_images(smaller, context, options.samples)
         memory = Memory(options.memory * 1e9)
-        self.dense = Stepwise(dense.module(), self.images, memory)
-        self.smaller = Stepwise(self.module, self.images, memory)
+        self.dense = Stepwise(dense.module(), self.images.inputs, memory)
+        self.smaller = Stepwise(self.module, self.images.inputs, memory)
         self.same = _unchanged(dense.module(), self.module)
-        self.twins = {node.name: node for node in self.dense.nodes}
         self.sparse = set(sparse_weights(smaller))
         found, self.refused = find(dense, self.module, removed, set(self.same), options.unknowns)
-        self.consumers = [c for c in found if options.wants(c.weight)]
+        self.consumers = [c for c in found if selected([c.weight], options.include, options.exclude)]
         self.full = {c.weight: fetch(dense.module(), str(arguments(c.twin)["weight"].target)) for c in found}
-
-    def _images(self, program: Program) -> tuple[list[list[Any]], list[Tensor]]:
-        """The inputs of each batch, and which half every sample belongs to."""
-        images, halves, start = [], [], 0
-
-        def take() -> int:
-            nonlocal start
-            feed = Feed(program)
-            for batch, taken in sample_batches(feed, self.context, self.options.samples, share=True):
-                images.append(pytree.tree_leaves((batch.args, batch.kwargs)))
-                half = torch.arange(start, start + batch.size) % 2
-                half[taken:] = -1  # counts nowhere: beyond the samples asked for, or padding
-                halves.append(half)
-                start += taken
-            return start
-
-        self.count = int(summed(torch.tensor(float(everywhere(take)))))
-        return images, halves
 
     def record(self) -> dict[str, Any]:
         rows = []
@@ -163,7 +128,7 @@ class _Run:
                 if row is not None:
                     rows.append(row)
                 update(i + 1, consumer.weight)
-        return {"samples": self.count, "layers": rows, "refused": self.refused}
+        return {"samples": self.images.count, "layers": rows, "refused": self.refused}
 
     def _advance(self, node: fx.Node) -> None:
         """Run the smaller network up to a node; what is the same in both is computed once."""
@@ -199,10 +164,10 @@ class _Run:
         positions, groups, unknowns = one.shape[1], one.shape[2], one.shape[3]
         halves = tuple(Sums.zeros(groups, unknowns, target.shape[-1], one.device) for _ in range(2))
         wanted = max(MANY, 16 * unknowns)
-        share = min(1.0, wanted / max(1, self.count * positions))
+        share = min(1.0, wanted / max(1, self.images.count * positions))
         generator = torch.Generator().manual_seed(self.context.seed)
         step = max(1, PIECE // max(1, one.numel()))
-        for batch_x, batch_y, half in zip(x, y, self.halves, strict=True):
+        for batch_x, batch_y, half in zip(x, y, self.images.halves, strict=True):
             for start in range(0, len(half), step):
                 part = slice(start, start + step)
                 rows, goals = rows_of_inputs(consumer, batch_x[part]), self._target_rows(consumer, batch_y[part])
@@ -275,19 +240,13 @@ class _Run:
     def _measured(self, consumer: Consumer, found: Fit) -> float:
         """The squared error of the repaired layer, as it computes, on these images."""
         total = torch.zeros((), dtype=torch.float64)
-        values = zip(self.smaller.values[consumer.node], self.dense.values[consumer.twin], self.halves, strict=True)
-        kept = torch.from_numpy(consumer.outputs)
-        for own, y, half in values:
-            dim = -1 if _last(consumer) else 1
+        ours, theirs = self.smaller.values[consumer.node], self.dense.values[consumer.twin]
+        for own, y, half in zip(ours, theirs, self.images.halves, strict=True):
             if consumer.mean is not None and found.bias is not None:
                 own = own.double() + found.bias.reshape(-1, *[1] * (own.dim() - 2))
-            error = (own.double() - y.index_select(dim, kept.to(y.device)).double()).square()
+            error = (own.double() - consumer.left(y).double()).square()
             total += error[half >= 0].sum().cpu()
         return float(summed(total))
-
-
-def _last(consumer: Consumer) -> bool:
-    return consumer.node.target is torch.ops.aten.linear.default
 
 
 def _constant(sums: Sequence[Sums], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

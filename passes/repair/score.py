@@ -13,7 +13,6 @@ Source: ours, after OBS (Hassibi and Stork, 1993) and the Gauss-Newton diagonal 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +28,13 @@ from ...graph.nodes import arguments, fetch, op_name
 from ..base import Context
 from ..common.feed import Feed
 from ..common.losses import unlabelled_loss
+from ..common.observe import Observer
 from ..common.processes import accelerator, placed, summed
 from ..common.repeat import seeded
 from ..common.samples import everywhere, sample_batches
+from ..common.scoring import evaluating
 from .consumers import PRODUCTS
+from .images import halves
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # shares of the diagonal of A, among which held-out halves choose
 STEPS = 64  # a group is emptied in at most about so many steps, each with scores of its own
@@ -128,71 +130,44 @@ def readers(comb: Comb, groups: list[Group], context: Context, samples: int) -> 
     def add_up() -> int:
         seen = 0
         for batch, taken in sample_batches(Feed(comb.program), context, samples, "score", share=True):
-            half = torch.arange(seen, seen + batch.size) % 2
-            half[taken:] = -1
-            _add(module, found, pytree.tree_leaves((batch.args, batch.kwargs)), half, generator)
+            inputs = pytree.tree_leaves((batch.args, batch.kwargs))
+            _add(module, found, inputs, halves(seen, batch.size, taken), generator)
             seen += taken
         return seen
 
-    training = module.training
-    with seeded(context.seed, context.data), placed(module, device):
-        count = everywhere(lambda: _still(module, add_up))
-    module.train(training)
+    with seeded(context.seed, context.data), evaluating(module), placed(module, device):
+        count = everywhere(add_up)
     for reader in found.values():
         for tensor in (reader.count, reader.x, reader.xx, reader.sensitivity, reader.coherent):
             tensor.copy_(summed(tensor))
     return list(found.values()), int(summed(torch.tensor(float(count))))
 
 
-def _still(module: Any, act: Callable[[], int]) -> int:
-    """Run something with the module in eval mode and no parameter asking for gradients."""
-    asked = [p for p in module.parameters() if p.requires_grad]
-    module.eval()
-    for p in asked:
-        p.requires_grad_(False)
-    try:
-        return act()
-    finally:
-        for p in asked:
-            p.requires_grad_(True)
-
-
 def _add(
     module: Any, found: dict[fx.Node, Reader], inputs: list[Any], half: Tensor, generator: torch.Generator
 ) -> None:
     """The sums of one batch."""
-    taps = _Taps(module, found, half)
+    outputs: dict[fx.Node, Tensor] = {}
+
+    def see(node: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> None:
+        x = _positions(node, values[arguments(node)["input"]].detach())
+        found[node].add(x.double(), half)
+        outputs[node] = value
+
     leaves = [t.detach().requires_grad_(True) if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
     with torch.enable_grad():
-        result = taps.run(*leaves, enable_io_processing=False)
+        result = Observer(module, found, see).run(*leaves, enable_io_processing=False)
         loss = unlabelled_loss(result, generator)
-        nodes = list(found)
-        grads = torch.autograd.grad(loss, [taps.outputs[n] for n in nodes], allow_unused=True)
-    for node, grad in zip(nodes, grads, strict=True):
-        reader, value = found[node], taps.outputs[node]
-        if grad is not None:
-            dim = -1 if op_name(node) == "linear" else 1
-            reader.sense(
-                *(t.double().movedim(dim, -1).reshape(len(t), -1, reader.outputs) for t in (grad, value.detach()))
-            )
+        gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
+    for (node, value), gradient in zip(outputs.items(), gradients, strict=True):
+        if gradient is not None:
+            found[node].sense(*(_positions(node, t).double() for t in (gradient, value.detach())))
 
 
-class _Taps(fx.Interpreter):
-    """Runs a graph, sums up the inputs of readers and keeps their outputs."""
-
-    def __init__(self, module: Any, found: dict[fx.Node, Reader], half: Tensor):
-        super().__init__(module)
-        self.found, self.half = found, half
-        self.outputs: dict[fx.Node, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if (reader := self.found.get(n)) is not None:
-            x = self.env[arguments(n)["input"]].detach()
-            rows = x.movedim(-1 if op_name(n) == "linear" else 1, -1)
-            reader.add(rows.reshape(len(rows), -1, rows.shape[-1]).double(), self.half)
-            self.outputs[n] = value
-        return value
+def _positions(node: fx.Node, value: Tensor) -> Tensor:
+    """What a layer reads or gives as `(samples, positions, channels)`."""
+    value = value.movedim(-1 if op_name(node) == "linear" else 1, -1)
+    return value.reshape(len(value), -1, value.shape[-1])
 
 
 def columns(axis: Axis, atom: Factor) -> np.ndarray:
@@ -232,7 +207,8 @@ def _emptied(group: Group, found: list[Reader], prepared: dict[int, tuple[Tensor
         for i, loss in zip(going, np.asarray(losses)[order], strict=True):
             least = max(least, float(loss))
             score[i] = least
-        left = [i for i in left if i not in set(going)]
+        gone = set(going)
+        left = [i for i in left if i not in gone]
         for inverse, power, places in state:
             _remove(inverse, power, np.concatenate([places[i] for i in going]))
     return score

@@ -67,7 +67,7 @@ class Stepwise:
         self.position = 0
         self._batches = batches
         self._count = len(batches)
-        self._inputs = iter(range(len(batches[0])))
+        self._inputs = {n: i for i, n in enumerate(n for n in self.nodes if n.op == "placeholder")}
         self._readers = {node: len(node.users) for node in self.nodes}
         self._bytes: dict[fx.Node, int] = {}
 
@@ -89,14 +89,11 @@ class Stepwise:
         if shared is not None:
             self.values[node] = shared
         elif node.op == "placeholder":
-            index = next(self._inputs)
-            self.values[node] = [batch[index] for batch in self._batches]
+            self.values[node] = [batch[self._inputs[node]] for batch in self._batches]
         elif node.op == "get_attr":
             self.values[node] = [fetch(self.module, str(node.target))] * self._count
         else:
             self._compute(node)
-        if node.op == "placeholder" and shared is not None:
-            next(self._inputs)
         self._drop([n for n in node.all_input_nodes if self._read(n)])
         if not self._readers[node]:
             self._drop([node])

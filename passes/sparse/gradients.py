@@ -24,8 +24,8 @@ from ..common.losses import class_dim, logits_of, task_loss
 from ..common.observe import Observer
 from ..common.processes import accelerator, placed, summed
 from ..common.samples import apart, everywhere, sample_batches
-from ..common.weights import Layer, layers
-from .unfold import check_finite, outputs_of, pieces, windows
+from ..common.weights import Layer, layers, windows
+from .unfold import check_finite, outputs_of, pieces
 
 
 @dataclass(frozen=True)
@@ -248,11 +248,11 @@ class _Samples:
         """For each of `count` samples the sum over positions of outputs' gradients times inputs, `(count, groups, out /
         groups, c)`; as many samples at a time, or else positions, as the limit of numbers allows."""
         per, found = len(x) // count, []
-        some = max(1, self.largest // max(1, windows(node, x[:per], layer).numel()))
+        some = max(1, self.largest // max(1, windows(node, x[:per]).numel()))
         for start in range(0, count, some):
             own = slice(start * per, (start + some) * per)
             number, total = min(some, count - start), torch.zeros(())
-            for rows, where in pieces(windows(node, x[own], layer), self.largest, 2):
+            for rows, where in pieces(windows(node, x[own]), self.largest, 2):
                 given = outputs_of(pull[own] if where is None else pull[own][:, :, where], layer)
                 rows, given = (t.unflatten(1, (number, -1)) for t in (rows, given))
                 total = total.to(rows) + torch.einsum("gnpo,gnpc->ngoc", given, rows)

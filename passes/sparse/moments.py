@@ -19,8 +19,8 @@ from ..common.observe import Observer
 from ..common.processes import accelerator, placed, summed
 from ..common.repeat import seeded
 from ..common.samples import everywhere, sample_batches
-from ..common.weights import Layer, layers
-from .unfold import check_finite, pieces, windows
+from ..common.weights import Layer, layers, windows
+from .unfold import check_finite, pieces
 
 
 def input_moments(
@@ -44,7 +44,7 @@ def input_moments(
     def see(node: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> None:
         layer = readers[node]
         total = totals[layer.name]
-        for samples, _ in pieces(windows(node, values[node.args[0]], layer), largest, 1, flat=False):  # type: ignore[index]
+        for samples, _ in pieces(windows(node, values[node.args[0]]), largest, 1, flat=False):  # type: ignore[index]
             for rows, _ in pieces(samples, largest, 2):
                 rows = rows.to(total.dtype)
                 total += rows.transpose(1, 2) @ rows if full else rows.square().sum(1)

@@ -1,30 +1,14 @@
-"""What a layer reads and gives as matrices, in pieces that fit into memory, and checks of what is made of them."""
+"""What a layer reads and gives as matrices in pieces that fit into memory, and checks of what is made of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 
-import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
 from ...graph.errors import BadInput
-from ...graph.nodes import arguments, conv_padding, per_dim
 from ..common.weights import Layer
-
-
-def windows(node: fx.Node, x: Tensor, layer: Layer) -> Tensor:
-    """The inputs of a layer as a view `(groups, samples, *positions, c...)`: what each output value is computed from."""
-    if len(layer.shape) == 2:
-        return x.reshape(1, -1, x.shape[-1])
-    a, kernel = arguments(node), layer.shape[2:]
-    strides, dilations = (per_dim(a[key], len(kernel)) for key in ("stride", "dilation"))
-    x = F.pad(x, [p for pair in reversed(conv_padding(node)) for p in pair])
-    for d, (k, stride, dilation) in enumerate(zip(kernel, strides, dilations, strict=True)):
-        x = x.unfold(2 + d, dilation * (k - 1) + 1, stride)[..., ::dilation]
-    x = x.unflatten(1, (layer.groups, -1))  # (N, groups, channels, *out, *kernel)
-    rank = len(kernel)
-    return x.permute(1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank))
 
 
 def pieces(windows: Tensor, largest: int, dim: int, flat: bool = True) -> Iterator[tuple[Tensor, slice | None]]:
