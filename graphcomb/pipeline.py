@@ -62,13 +62,7 @@ class Pipeline:
         self.passes = list(passes)
 
     def run(
-        self,
-        program: Program,
-        context: Context | None = None,
-        *,
-        key: Any = None,
-        resume: bool = True,
-        **fields: Any,
+        self, program: Program, context: Context | None = None, *, key: Any = None, resume: bool = True, **fields: Any
     ) -> PipelineResult:
         """Apply all passes in a context; further keyword arguments, such as `data`, set fields of it.
 

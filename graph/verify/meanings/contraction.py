@@ -7,18 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..presence import (
-    Held,
-    State,
-    States,
-    broadcast,
-    drop_absent,
-    factor,
-    fill_absent,
-    join,
-    mark_absent,
-    outer,
-)
+from ..presence import Held, State, States, broadcast, drop_absent, factor, fill_absent, join, mark_absent, outer
 from .table import Call, means, need_all
 
 

@@ -6,12 +6,7 @@ from typing import Any
 
 import torch
 
-from ..presence import (
-    Held,
-    broadcast,
-    join,
-    mark_absent,
-)
+from ..presence import Held, broadcast, join, mark_absent
 from .table import Call, means, need_all, unknown
 
 HEALING = frozenset(

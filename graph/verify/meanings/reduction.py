@@ -8,15 +8,7 @@ from typing import Any
 import torch
 
 from ...compat import pytree
-from ..presence import (
-    ABSENT,
-    Held,
-    drop_absent,
-    factor,
-    join,
-    mark_absent,
-    restore_absent,
-)
+from ..presence import ABSENT, Held, drop_absent, factor, join, mark_absent, restore_absent
 from .entrywise import entrywise
 from .positions import ordered
 from .table import Call, as_list, means
