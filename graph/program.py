@@ -12,10 +12,10 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from . import archive
 from .capture import (
     CaptureWarning,
     Proof,
+    archive,
     batch_dynamic,
     custom_functions,
     dynamic_shapes_of,
@@ -31,9 +31,8 @@ from .compat import copy_specs, pytree
 from .cost import total
 from .edit import attributes, copy_tensor, drop_dead, propagate, rebuild
 from .errors import BadInput, CaptureError
-from .flags import TAG, switched, tag
 from .nodes import op_name
-from .trainable import TrainableModule
+from .trainable import TrainableModule, set_tag, switched, tag
 
 
 class Program:
@@ -131,7 +130,7 @@ class Program:
         if [n.target for _, n in nodes] == [n.target for _, n in new]:  # what both modes mean travels with the file
             for (_, old), (_, node) in zip(nodes, new, strict=True):
                 if known := tag(old):
-                    node.meta["custom"] = {**(node.meta.get("custom") or {}), TAG: known}
+                    set_tag(node, **known)
         return exported
 
     @property

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from ..facts import FACTORIES, is_random
-from ..flags import STATISTICS
 from ..nodes import arguments, fetch, op_name, writes
+from ..trainable import STATISTICS
 
 SPREAD = 4096  # elements from which on a constant that repeats itself is stored once and expanded
 

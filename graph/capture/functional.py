@@ -17,8 +17,9 @@ from torch.export import ExportedProgram
 from .. import compat
 from ..edit import Editor
 from ..errors import CaptureError
-from ..flags import DROPOUTS, set_tag, tag, walk
+from ..facts import DROPOUTS
 from ..nodes import arguments, fetch, op_name, source, writes
+from ..trainable import graphs, set_tag, tag, walk
 from .constants import fold_constants
 from .regions import drop_litter
 
@@ -62,7 +63,7 @@ def functional_graph(exported: ExportedProgram) -> fx.GraphModule:
     if any(writes(n) for _, n in walk(exported.graph_module)):
         exported = _functionalised(exported)
     module = compat.unlifted(exported)
-    for part in {id(m): m for m, _ in walk(module)}.values():
+    for part in graphs(module):
         _restore(part.graph)
     drop_litter(module.graph)
     _tie(module)
@@ -73,7 +74,7 @@ def functional_graph(exported: ExportedProgram) -> fx.GraphModule:
 
 def _functionalised(exported: ExportedProgram) -> ExportedProgram:
     """PyTorch's functionaliser over the whole program; graphs that write nothing in place do not need it."""
-    for module in {id(m): m for m, _ in walk(exported.graph_module)}.values():
+    for module in graphs(exported.graph_module):
         _make_opaque(module)
     try:
         with warnings.catch_warnings(), torch.enable_grad():
@@ -91,7 +92,7 @@ def own(exported: ExportedProgram) -> ExportedProgram:
     module = copy.deepcopy(exported.graph_module)
     for (_, old), (_, new) in zip(walk(exported.graph_module), walk(module), strict=True):
         new.meta, new.name = dict(old.meta), old.name  # with the same fake values, and names the signature knows
-    for part in {id(m): m for m, _ in walk(module)}.values():
+    for part in graphs(module):
         part.recompile()
     return compat.with_module(exported, module)
 
@@ -117,7 +118,7 @@ def _make_opaque(module: fx.GraphModule) -> None:
         known, values = tag(node), tuple(arguments(node).values())
         node.target, node.args, node.kwargs = _THERE[node.target], values, {}
         if known:
-            set_tag(node, **{k: v for k, v in known.items() if k != "op"})
+            set_tag(node, **known)
     module.recompile()
 
 
@@ -152,11 +153,11 @@ def _memory(node: Any) -> int | None:
 def _restore(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target in _BACK:
-            known = (node.meta.get("custom") or {}).get("graphcomb")
+            known = tag(node)
             node.target = _BACK[node.target]
             compat.rename(node, op_name(node))
-            if isinstance(known, dict) and "modes" in known:
-                set_tag(node, **{k: v for k, v in known.items() if k != "op"})
+            if known:
+                set_tag(node, **known)
 
 
 # ---------------------------------------------------------------------------------------------------------- tidying up

@@ -1,6 +1,6 @@
 """What training changes, read off two exports of the same model: one in eval mode, one in train mode.
 
-The nodes of both graphs are paired; an operator with a training flag gets both values of its flag (see `flags`). Dropout
+The nodes of both graphs are paired; an operator with a training flag gets both values of its flag (see `trainable`). Dropout
 that only the training graph has is put into the other one, switched off. What else only one of them has cannot be
 switched and is named.
 """
@@ -18,8 +18,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from ..compat import BatchNorm
-from ..flags import DROPOUTS, depends, set_tag, switch, switched, tag, values, walk
+from ..facts import DROPOUTS
 from ..nodes import arguments, is_operator, op_name, source, writes
+from ..trainable import depends, set_tag, switch, switched, tag, values, walk
 
 COUNTER = "num_batches_tracked"
 

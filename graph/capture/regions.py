@@ -13,8 +13,9 @@ from torch import fx
 
 from ..compat import FAKE_TENSOR_LOG, TorchDispatchMode, is_guard, pytree
 from ..errors import CaptureError
-from ..flags import DROPOUTS, walk
+from ..facts import DROPOUTS
 from ..nodes import fetch, is_operator, op_name, source
+from ..trainable import graphs
 
 LITTER = (
     "_assert_tensor_metadata",
@@ -37,7 +38,7 @@ def flatten_regions(module: fx.GraphModule) -> None:
     while any(_inline(module, node) for node in list(module.graph.nodes) if _is_region(node)):
         drop_litter(module.graph)
     _detach(module.graph)
-    for part in {id(m): m for m, _ in walk(module)}.values():
+    for part in graphs(module):
         for node in [n for n in part.graph.nodes if n.target in IN_PLACE]:
             _out_of_place(part.graph, node)
 

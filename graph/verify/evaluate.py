@@ -12,7 +12,7 @@ from torch import fx
 
 from ..compat import pytree, schema
 from ..errors import BadInput
-from ..flags import DROPOUTS
+from ..facts import DROPOUTS
 from ..nodes import arguments, fetch, is_operator, op_name, source, writes
 from ..program import Program, flatten_outputs
 

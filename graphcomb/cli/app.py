@@ -12,10 +12,9 @@ import typer
 from typer.core import TyperGroup
 
 from ..graph.errors import GraphcombError
-from ..notices import show_warnings
 from .bench import bench, bundle
 from .build import build
-from .output import BAD_INPUT, INTERRUPTED, UNEXPECTED, Interrupted, printable
+from .output import BAD_INPUT, INTERRUPTED, UNEXPECTED, Interrupted, printable, show_warnings
 from .plan import comb, plan
 from .predict import predict
 from .report import report

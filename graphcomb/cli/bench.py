@@ -47,7 +47,7 @@ def bench(
     from .. import runtime
     from ..graph.files import write_json
     from ..runtime.summary import Bench
-    from ..shapes import read_shapes
+    from .shapes import read_shapes
 
     if a.is_dir():
         if b is not None:
@@ -115,7 +115,7 @@ def bundle(
     from ..graph.files import read_json
     from ..graph.program import load
     from ..runtime.bundle.write import write_bundle
-    from ..shapes import read_shapes
+    from .shapes import read_shapes
 
     record = None
     layers: dict[str, Any] = {}  # of ONNX files, which do not tell themselves

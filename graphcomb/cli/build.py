@@ -53,7 +53,7 @@ def build(
     from ..runtime.onnx_file import check_model
     from ..runtime.report.gate import choose, compare, read_baseline
     from ..runtime.summary import Engine
-    from ..shapes import read_ranges
+    from .shapes import read_ranges
 
     options = read_values(option or (), "--option")
     if shape:

@@ -48,7 +48,7 @@ def predict(
     from ..job import prepare
     from ..recipe import parse_recipe
     from ..runtime.summary import Prediction
-    from ..shapes import at_shapes, check_names, example_batch, read_shapes, with_batch
+    from .shapes import at_shapes, check_names, example_batch, read_shapes, with_batch
 
     if len(models) > 2:
         raise BadInput(f"predict: one model, or one and what became of it, not {len(models)}")

@@ -15,6 +15,7 @@ from .output import console
 if TYPE_CHECKING:
     from ..runtime.summary import Summary
 
+DEMO = Path(__file__).parents[1] / "demo.yaml"
 SUMMARY_ROWS = {
     "macs_ratio": "{:.2f}x fewer",
     "params_ratio": "{:.2f}x fewer",
@@ -52,9 +53,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("out/demo"), quiet: Quiet = False
 ) -> None:
     """Train a small network on digits (or load the cached one) and run the whole pipeline on it."""
-    from ..demo import run_demo
-
-    show_summary(run_demo(out, progress=not quiet))
+    run(DEMO, out, quiet=quiet)
 
 
 def show_summary(summary: Summary) -> None:

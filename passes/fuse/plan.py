@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ...graph.cost import evaluate, macs
-from ...graph.flags import DROPOUTS
+from ...graph.facts import DROPOUTS
 from ...graph.nodes import arguments, op_name, shape
 from .affine import Geometry, Inexact
 from .parts import Branch, Part, Step, Sum, geometry_of, map_of, map_of_chain

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...graph.facts import MAPS, TRANSPOSED_CONVS
-from ...graph.flags import DROPOUTS
+from ...graph.facts import DROPOUTS, MAPS, TRANSPOSED_CONVS
 from ...graph.nodes import arguments, conv_padding, fetch, is_operator, op_name, per_dim, permutation, shape
 from ...graph.trainable import TrainableModule
 from ...graph.verify.evaluate import evaluated, invoke, to_double

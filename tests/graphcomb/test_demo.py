@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from graphcomb.demo import RECIPE
+from graphcomb.cli.run import DEMO
 from graphcomb.recipe import read_recipe
 
 
 def test_the_recipe_and_those_beside_it_are_valid() -> None:
-    recipes = [RECIPE, *(Path(__file__).parents[2] / "recipes").glob("*.yaml")]
+    recipes = [DEMO, *(Path(__file__).parents[2] / "recipes").glob("*.yaml")]
     assert len(recipes) >= 3
     for path in recipes:
         recipe = read_recipe(path)

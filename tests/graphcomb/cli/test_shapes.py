@@ -13,11 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 import graphcomb
 from graphcomb import runtime
+from graphcomb.cli.shapes import read_ranges, read_shapes, with_batch
 from graphcomb.graph.errors import BadInput
 from graphcomb.runtime.bundle.run import run_bundle
 from graphcomb.runtime.measure.bench import BenchResult, Timing
 from graphcomb.runtime.onnx_file import check_model, precision
-from graphcomb.shapes import read_ranges, read_shapes, with_batch
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .graph.compat import pytree
-from .graph.errors import BadInput, nearest
-from .graph.program import Program, capture
-from .job import DEFAULT_SHAPE
-from .runtime.engines.torch.base import specs
+from ..graph.compat import pytree
+from ..graph.errors import BadInput, nearest
+from ..graph.program import Program, capture
+from ..job import DEFAULT_SHAPE
+from ..runtime.engines.torch.base import specs
 
 
 def read_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from torch.export import Dim
 import graphcomb as g
 from graphcomb.graph.errors import BadInput
 
-from .toys import CASES
+from ..toys import CASES
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 

@@ -24,8 +24,8 @@ import sympy
 import torch
 from torch.export import ExportedProgram
 
-from . import compat
-from .errors import BadInput
+from .. import compat
+from ..errors import BadInput
 
 RECORD = "graphcomb.json"
 START = b"PK\x03\x04"
