@@ -103,7 +103,7 @@ def refused(build: Any) -> tuple[Any, str]:
 def measure_variants(data: dict, options: argparse.Namespace) -> Iterator[str]:
     """Measure what has no row yet; a line about each."""
     from graphcomb.passes import RemoveChannels
-    from graphcomb.runtime.predict.layers import describe
+    from graphcomb.runtime.prediction.layers import describe
 
     for name in options.networks:
         wanted = list(variants(name).items())[: options.limit]
@@ -132,7 +132,7 @@ def layer_file(options: argparse.Namespace, *names: str) -> Path:
 def layers_of(options: argparse.Namespace, *names: str) -> list[dict]:
     """The layers of a variant, or of a dense network, which is made again where they are not at hand."""
     from graphcomb.passes import RemoveChannels
-    from graphcomb.runtime.predict.layers import describe
+    from graphcomb.runtime.prediction.layers import describe
 
     file = layer_file(options, *names)
     if not file.exists():
@@ -148,7 +148,7 @@ def predict_variants(data: dict, options: argparse.Namespace) -> Iterator[str]:
     from graphcomb.graph.errors import Contended
     from graphcomb.graph.workload.layer import run_seconds
     from graphcomb.runtime import LatencyTable, Roofline, get_target
-    from graphcomb.runtime.predict.layers import from_dict
+    from graphcomb.runtime.prediction.layers import from_dict
 
     table, plain = LatencyTable(options.table), Roofline(get_target("cpu"), "fp32")
     rows = {key: row for key, row in data["variants"].items() if "ms" in row}

@@ -18,13 +18,13 @@ from .passes.batch import adapted, split_batch
 from .passes.common.feed import Feed
 from .passes.quantize import Quantize
 from .recipe import Input, Recipe
+from .runtime.device_results import are_results
 from .runtime.devices.dla import dla_core
 from .runtime.devices.table import Target, get_target
 from .runtime.engines.backends import backend_module, check_options
 from .runtime.export.opset import LOWEST
-from .runtime.measure.results import are_results
-from .runtime.predict.roofline import Roofline
-from .runtime.predict.table import LatencyTable
+from .runtime.prediction.roofline import Roofline
+from .runtime.prediction.table import LatencyTable
 from .sources import first_batch, load_data, load_model, resolve
 
 DEFAULT_SHAPE = [1, 3, 224, 224]

@@ -4,16 +4,16 @@ from typing import TYPE_CHECKING, Any
 
 from .bundle.run import run_bundle
 from .bundle.write import write_bundle
+from .device_results import read_results
 from .devices.table import TARGETS, Target, get_target
 from .engines.base import Engine, EngineReport
 from .engines.build import build_engine, load_engine, open_engine
 from .export.parity import parity
 from .export.to_onnx import OnnxReport, export_onnx
 from .measure.bench import BenchResult, bench
-from .measure.results import read_results
-from .predict.predict import predict
-from .predict.roofline import Roofline
-from .predict.table import LatencyTable
+from .prediction.predict import predict
+from .prediction.roofline import Roofline
+from .prediction.table import LatencyTable
 
 if TYPE_CHECKING:
     from .report.report import write_report

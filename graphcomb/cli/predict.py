@@ -80,7 +80,7 @@ def predict(
 
 def show_prediction(prediction: Prediction) -> None:
     """Print the predicted time by layer, what bounds it, and why fewer channels will not help."""
-    from ..runtime.predict.roofline import calibration_text
+    from ..runtime.prediction.roofline import calibration_text
 
     table = Table("layer", "op", "MACs", "padded", "bytes", "ms", "bound", "fewer channels")
     table.columns[0].overflow = "fold"

@@ -23,9 +23,8 @@ def report(
 ) -> None:
     """Write the HTML report of a finished run again, or of measurements on devices."""
     from .. import runtime
-    from ..runtime.device_results import Device
+    from ..runtime.device_results import Device, read_results
     from ..runtime.formats import read
-    from ..runtime.measure.results import read_results
     from ..runtime.summary import read_summary
 
     if "passes" in _read(summary):

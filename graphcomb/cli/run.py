@@ -59,7 +59,7 @@ def demo(
 def show_summary(summary: Summary) -> None:
     """Print the figures of a finished run."""
     from ..pipeline import figure
-    from ..runtime.measure.places import latency_place
+    from ..runtime.report.reading import latency_place
 
     table = Table(show_header=False)
     name = summary.metric.replace(" ", "_")

@@ -14,10 +14,10 @@ from typing import Any
 
 from ...graph.errors import BadInput, GraphcombError, nearest
 from ...graph.files import read_json, replacing
+from ..device_results import read_results
 from ..kit import SCRIPT
 from ..kit.bench import INTERRUPTED, OPTIONS
 from ..kit.contents import digest
-from ..measure.results import read_results
 
 PATIENCE = 60  # seconds until a script that was interrupted must have written what it has
 SOME = 1  # its exit code when there are results of some of the models

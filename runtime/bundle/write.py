@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+import torch
 
 from ...graph.errors import BadInput, GraphcombError, Refused, nearest
 from ...graph.files import write_json
@@ -26,16 +27,19 @@ from ...graph.program import Program
 from ...graph.workload.libraries import ONNXRUNTIME
 from ..devices.table import Target, get_target
 from ..engines.ort import OrtEngine
+from ..export.compare import TOLERANCES, ranges_of, verdict
 from ..export.half import inexact, to_half
-from ..export.half_file import half_file
+from ..export.islands import islands
+from ..export.parity import Case
 from ..export.sparsity import sparse_weights
 from ..export.to_onnx import export_onnx
 from ..kit import SCRIPT, bundled_files
-from ..kit.contents import FORMAT, TOLERANCES, digest
+from ..kit.contents import FORMAT, digest
+from ..kit.contents import TOLERANCES as DEVICE_TOLERANCES
 from ..measure.inputs import random_inputs
 from ..onnx_file import TensorSpec, check_model, opset_of, precision
-from ..predict.layers import describe, name_nodes
-from ..predict.roofline import Roofline
+from ..prediction.layers import describe, name_nodes
+from ..prediction.roofline import Roofline
 
 README = """A graphcomb bench bundle. On the device, with its own TensorRT and numpy:
 
@@ -70,7 +74,7 @@ def write_bundle(
     - target: the device, by which opset and precision are checked; it is named in the bundle, with its library.
     - batch: samples in the reference inputs of models whose batch is dynamic.
     - record: a run's record.json, to go along.
-    - layers: of models that are ONNX files, by name: what `predict.layers.describe` gives for the program. With them,
+    - layers: of models that are ONNX files, by name: what `prediction.layers.describe` gives for the program. With them,
       as with programs, measured times can be compared with predicted ones layer by layer, and calibrate a roofline.
     - shapes: of inputs, by name, where more than the batch is dynamic.
     - opset: of programs; by default the best that the target's current releases parse. TensorRT 8, as JetPack 5 and 6.0
@@ -139,8 +143,8 @@ def _check(
     """Raise BadInput for what cannot be bundled, before anything is written."""
     if device is not None:
         device.alignment(kind)
-    if kind not in TOLERANCES:
-        raise BadInput(f"precision {kind}: not known; {nearest(str(kind), TOLERANCES)}")
+    if kind not in DEVICE_TOLERANCES:
+        raise BadInput(f"precision {kind}: not known; {nearest(str(kind), DEVICE_TOLERANCES)}")
     if batch < 1:
         raise BadInput(f"batch: 1 or more, not {batch}")
     if not models:
@@ -198,24 +202,35 @@ def _lower(
         _copy(source, model, file)
         wide = any(i.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for i in model.graph.input)
         return source, file, "INT8, with its floating-point parts in fp32" * ((has, kind) == ("int8", "int8") and wide)
-    if has == "fp32":
-        engine = OrtEngine(source)
-        inputs = make(engine.inputs)
-        engine.close()
-        half_file(source, file, inputs)
-        return source, file, ""
-    graph = gs.import_onnx(onnx.load(str(source)))
+    model = onnx.shape_inference.infer_shapes(onnx.load(str(source)))
+    graph = gs.import_onnx(model)
     if has == "int8" and (why := inexact(graph)):
         _copy(source, model, file)
         return source, file, f"its floating-point parts stay as they are: {why}"
+    known: list[Case] = []
+    keep, io = {}, set()
+    if has == "fp32":
+        known = [_case(source, make)]
+        keep, io = islands(graph, ranges_of(model, known))
     try:
-        to_half(graph)
+        to_half(graph, keep, io)
     except Refused as error:
         raise Refused(f"{source}: {error}") from error
     half = gs.export_onnx(graph)
     onnx.helper.set_model_props(half, {p.key: p.value for p in model.metadata_props})
     onnx.save(half, str(file))
+    if known and (wrong := verdict(half, model, file, known, TOLERANCES["fp16", "fp16"]).wrong):
+        raise Refused(f"{source}: fp16 {wrong}; bundle it in fp32, or keep nodes in fp32 as `export_onnx` does")
     return source, file, ""
+
+
+def _case(source: Path, make: Callable[[list[TensorSpec]], list[np.ndarray]]) -> Case:
+    """What an fp32 file computes, node by node, for the half-precision form of it to be compared with."""
+    engine = OrtEngine(source, plain=True)
+    inputs = make(engine.inputs)
+    outputs = [x.astype(np.float64) if x.dtype.kind == "f" else x for x in engine.run(inputs)]
+    engine.close()
+    return Case("random", None, tuple(torch.from_numpy(np.ascontiguousarray(x)) for x in inputs), {}, outputs)
 
 
 def _copy(source: Path, model: onnx.ModelProto, to: Path) -> None:

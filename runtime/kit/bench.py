@@ -33,8 +33,7 @@ from typing import Any
 
 from .contents import FORMAT, TOLERANCES, Damaged, Failure, read_bundle, read_reference
 from .cuda import Cuda
-from .guard import BUSY, GUARD, stolen
-from .measuring import check, measure, unsure, watch
+from .measuring import BUSY, GUARD, check, measure, stolen, unsure, watch
 from .ort import OnnxRuntime
 from .telemetry import Monitor, average, clock_notes, describe_device, over_current, throttling
 from .trt import TensorRT

@@ -1,4 +1,5 @@
-"""Latencies of models that run in turns, how sure their ratios are, and how far outputs are from the reference.
+"""Latencies of models that run in turns, whether something else had the processor meanwhile, how sure the ratios are, and
+how far outputs are from the reference.
 
 A bench bundle takes this file along, so it needs nothing but numpy, and runs on Python 3.8. Sources: trtexec's practice
 (CUDA graph, events around each inference); the interval of a median by order statistics.
@@ -6,7 +7,9 @@ A bench bundle takes this file along, so it needs nothing but numpy, and runs on
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,6 +21,8 @@ from .telemetry import Monitor, average
 
 BLOCK, SETTLE = 20, 3  # runs of one model in a row, and how many of them only warm its caches
 PERCENTILES = (("p5", 5), ("median", 50), ("p95", 95), ("p99", 99))
+BUSY = 0.1  # share of a model's runs that may have met something else on the processor
+GUARD, TRIES = 0.93, 20  # share of a run in which the processor must work for it, and how often it is repeated
 WIDE = 0.1  # width of a ratio's interval, relative to it, from which on there is no ratio
 
 
@@ -130,3 +135,19 @@ def watch(engine: Any, monitor: Monitor, seconds: float) -> dict[str, Any]:
     if means.get("total_mw"):
         means["energy_mj"] = round(means["total_mw"] * elapsed / runs, 4)
     return means
+
+
+def waited() -> float:
+    """Seconds that this thread was ready to run and had no processor; 0 where the system does not tell."""
+    try:
+        with open("/proc/thread-self/schedstat") as file:
+            return int(file.read().split()[1]) * 1e-9
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def stolen() -> float:
+    """Seconds that a hypervisor has taken from this virtual machine's processors; 0 where that is not known."""
+    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError), open("/proc/stat") as file:
+        return int(file.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
+    return 0.0

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .contents import Failure, complete
-from .guard import GUARD, TRIES
+from .measuring import GUARD, TRIES
 
 KERNEL = "_kernel_time"  # what ONNX Runtime's profiler appends to the name of a node
 

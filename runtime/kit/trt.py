@@ -20,7 +20,7 @@ import numpy as np
 
 from .contents import Failure, complete
 from .cuda import Cuda, CudaError, NoGraph
-from .guard import GUARD, TRIES, waited
+from .measuring import GUARD, TRIES, waited
 
 if TYPE_CHECKING:
     import tensorrt as types

@@ -32,8 +32,7 @@ from ..engines.backends import BACKENDS, backend_module
 from ..engines.base import Engine
 from ..engines.build import open_engine
 from ..export.to_onnx import export_onnx
-from ..kit.guard import GUARD, stolen
-from ..kit.measuring import median_interval
+from ..kit.measuring import GUARD, median_interval, stolen
 from ..onnx_file import input_specs
 from .environment import environment
 from .inputs import host_arrays, random_inputs

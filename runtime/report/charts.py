@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from .reading import BOX
+
 # Drawn in these and then replaced by the page's CSS variables.
 INK, MUTED, GRID, BEFORE, AFTER, SECOND = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", BEFORE: "before", AFTER: "after", SECOND: "second"}
@@ -39,7 +41,6 @@ STYLE: dict[Any, Any] = {
 }
 WIDTH = 5.0  # inches: small enough that the text stays readable when the plot shrinks to a phone's width
 STEPS = [1, 2, 2.5, 5, 10]
-BOX = ("p5", "p25", "median", "p75", "p95")
 Text = Callable[[float], str]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 from ...graph.errors import GraphcombError
 from ...graph.workload.layer import run_seconds
 from ..device_results import BundledLayer, Device, DeviceModel, DeviceParity
-from ..predict.layers import from_dict
-from ..predict.measured import kernels
-from ..predict.roofline import Roofline, calibration_text
+from ..prediction.layers import from_dict
+from ..prediction.measured import kernels
+from ..prediction.roofline import Roofline, calibration_text
 from ..summary import Summary
 from .reading import SIDES, pairs
 from .text import against, change, counted, exact, milliseconds, number, off

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..devices.table import TARGETS
-from ..measure.places import latency_place
 from ..summary import Engine, Summary
 from .devices import compared
-from .reading import costs, timings
+from .reading import costs, latency_place, timings
 from .text import against, change, counted, exact, milliseconds, number, percent, score_format, si, size, times
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..predict.roofline import calibration_text
+from ..prediction.roofline import calibration_text
 from ..summary import Predicted, PredictedLayer, Record, Summary
 from .devices import compared
 from .text import change, counted, size

@@ -1,4 +1,4 @@
-"""What several sections of the report read from a run's summary."""
+"""What several sections of the report read from a run's summary, and the command line too."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..summary import Summary
-from . import charts
 from .text import plain
 
 SIDES = ("before", "after")
+BOX = ("p5", "p25", "median", "p75", "p95")  # percentiles that show how single measurements spread
 
 
 def pairs(values: Mapping[str, Any], keys: Iterable[str] | None = None) -> list[tuple[str, str]]:
@@ -27,4 +27,17 @@ def costs(summary: Summary, key: str) -> tuple[float | None, float | None, float
 def timings(summary: Summary) -> dict[str, dict[str, float]]:
     """Percentiles of the latency in ms by model, of the models that have them all."""
     rows = summary.bench.timings if summary.bench else []
-    return {row.name: row.ms for row in rows if row.ms.keys() >= set(charts.BOX)}
+    return {row.name: row.ms for row in rows if row.ms.keys() >= set(BOX)}
+
+
+def latency_place(summary: Summary) -> str:
+    """What measured a run's latencies: library, precision, threads and processor, batch; as far as the summary says."""
+    environment = summary.bench.environment if summary.bench else {}
+    threads, library = environment.get("threads"), environment.get("versions", {}).get("onnxruntime")
+    where = environment.get("cpu") or "the processor of the machine that ran the recipe"
+    if threads is not None:
+        where = f"{threads} thread{'s' * (threads != 1)} of {where}"
+    parts = [f"ONNX Runtime {library}" if library else "ONNX Runtime", "fp32", where]
+    if summary.inputs and summary.inputs[0]:
+        parts.append(f"batch {summary.inputs[0][0]}")
+    return ", ".join(parts)

@@ -31,10 +31,9 @@ from ...kit.trt import new_logger
 from ...onnx_file import opset_of, precision
 from ..backends import BACKENDS
 from ..base import EngineReport, UnparsedOp
-from .kernels import Unfused
+from .kernels import Pad, Unfused
 from .library import library, load_plugins, new_monitor
 from .log import parse_build_log
-from .padding import Pad
 from .run import TensorRTEngine, sizes_of
 
 if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT, whose interface both packages have

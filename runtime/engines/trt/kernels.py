@@ -3,6 +3,9 @@
 How padding is told apart from the model's own concatenations, pads and slices (ours): a tensor between two kernels is
 *padded* when it has the shape of none of the ONNX tensors that pass between their nodes, adjacent axes merged or not,
 and one of those has the same shape but for smaller extents.
+
+A grouped convolution is padded inside each of its groups, so the width of a group is what counts, and only multiples of
+the number of groups are widths at all. What would double a model to spare it some padding is no advice.
 """
 
 from __future__ import annotations
@@ -10,11 +13,12 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from ..base import Kernel
-from .padding import Pad, advice
 
 Shape = tuple[int, ...]
 
@@ -100,6 +104,33 @@ class Unfused:
         return f"{', '.join(self.nodes[:4])}: {UNFUSED[self.how]}"
 
 
+@dataclass(frozen=True)
+class Pad:
+    """An axis that the engine computes wider than the model has it.
+
+    how: "kernel" (a kernel of its own pads it, or cuts the padding off), "fused" (a kernel that moves or computes data
+    anyway pads it in passing) or "weights" (zeros stored in the weights: more work, no more kernels). axis: of the
+    tensor or weight. before, after: the extent in the model and in the engine. alignment: an extent that is a multiple
+    of it needs no padding here; None where no such extent can be advised. note: what else the advice depends on, or why
+    there is none.
+    """
+
+    kernel: str
+    how: str
+    nodes: tuple[str, ...]
+    axis: int
+    before: int
+    after: int
+    alignment: int | None
+    note: str = ""
+
+    def __str__(self) -> str:
+        where = ", ".join(self.nodes[:3]) or self.kernel
+        advice = "no width avoids it" if self.alignment is None else f"multiples of {self.alignment} are not"
+        note = f" ({self.note})" if self.note else ""
+        return f"{where}: axis {self.axis} is padded from {self.before} to {self.after}; {advice}{note}"
+
+
 @dataclass
 class BuildLog:
     """A parsed build log. memory: bytes by purpose. unread: lines that should describe a kernel and could not be
@@ -126,26 +157,26 @@ class BuildLog:
         ]
 
     def pads(self, alignment: Callable[[str], int] | None = None) -> list[Pad]:
-        """Every padded axis. alignment: of the target by dtype ("fp16" -> 8); see `padding.advice`."""
-        readers: dict[str, list[LoggedKernel]] = {}
-        writers: dict[str, list[LoggedKernel]] = {}
+        """Every padded axis. alignment: of the target by dtype ("fp16" -> 8); see `advice`."""
+        readers: dict[str, list[LoggedKernel]] = defaultdict(list)
+        writers: dict[str, list[LoggedKernel]] = defaultdict(list)
         for layer in self.layers:
             for tensor in layer.inputs:
-                readers.setdefault(tensor.name, []).append(layer)
+                readers[tensor.name].append(layer)
             for tensor in layer.outputs:
-                writers.setdefault(tensor.name, []).append(layer)
+                writers[tensor.name].append(layer)
         pads: list[Pad] = []
         widened: set[tuple[str, int, int]] = set()
         for layer in self.layers:
             steps = set(layer.steps)
             for tensor in layer.outputs if steps & GROW else ():
-                known = self._inputs_of(readers.get(tensor.name, [])) or self._outputs_of([layer])
+                known = self._crossing(readers[tensor.name], "inputs") or self._crossing([layer], "outputs")
                 if small := _unpadded(tensor.shape, known):
                     padded = self._differences(layer, _how(layer, tensor, layer.inputs), small, tensor, alignment)
                     pads += padded
-                    widened |= {(r.name, p.before, p.after) for p in padded for r in readers.get(tensor.name, [])}
+                    widened |= {(r.name, p.before, p.after) for p in padded for r in readers[tensor.name]}
             for tensor in layer.inputs if steps & SHRINK else ():
-                known = self._outputs_of(writers.get(tensor.name, [])) or self._inputs_of([layer])
+                known = self._crossing(writers[tensor.name], "outputs") or self._crossing([layer], "inputs")
                 small = _unpadded(tensor.shape, known)
                 if small and any(output.shape == small for output in layer.outputs):
                     pads += self._differences(layer, _how(layer, tensor, layer.outputs), small, tensor, alignment)
@@ -163,7 +194,7 @@ class BuildLog:
         narrow = {n for layer in self.layers if any(t.dtype in QUANTIZED for t in layer.inputs) for n in layer.nodes}
         rows: list[Unfused] = []
         for layer in self.layers:
-            nodes = [self.nodes[name] for name in layer.nodes if name in self.nodes]
+            nodes = self._nodes(layer)
             few = any(tensor.dtype in QUANTIZED for tensor in layer.outputs)
             inner = any(t.name in made for t in layer.inputs) and any(t.name in read for t in layer.outputs)
             if nodes and all(node.op in QDQ for node in nodes):
@@ -197,9 +228,8 @@ class BuildLog:
         """Zeros in the constants of a convolution or matrix product; a 1x1 convolution may have become a product, so
         axes of size 1 do not count."""
         pads = []
-        for name in layer.nodes:
-            node = self.nodes.get(name)
-            if node is None or node.op not in PRODUCTS or len(node.inputs) < 2:
+        for node in self._nodes(layer):
+            if node.op not in PRODUCTS or len(node.inputs) < 2:
                 continue
             axes = [axis for axis, extent in enumerate(node.inputs[1][1]) if extent != 1]
             weight = tuple(node.inputs[1][1][axis] for axis in axes)
@@ -248,23 +278,18 @@ class BuildLog:
         bound = groups != read or groups != written
         return groups if bound and channels in (None, read, written) else 1
 
-    def _inputs_of(self, layers: list[LoggedKernel]) -> list[Shape]:
-        """Shapes of the ONNX tensors that the layers' nodes read and do not write themselves."""
+    def _crossing(self, layers: Iterable[LoggedKernel], side: Literal["inputs", "outputs"]) -> list[Shape]:
+        """Shapes of the ONNX tensors that each layer's nodes read and do not write themselves, or the other way round."""
         shapes = []
         for layer in layers:
-            nodes = [self.nodes[name] for name in layer.nodes if name in self.nodes]
-            inner = {name for node in nodes for name, _ in node.outputs}
-            shapes += [shape for node in nodes for name, shape in node.inputs if name not in inner]
+            nodes = self._nodes(layer)
+            inner = {name for node in nodes for name, _ in (node.outputs if side == "inputs" else node.inputs)}
+            shapes += [shape for node in nodes for name, shape in getattr(node, side) if name not in inner]
         return shapes
 
-    def _outputs_of(self, layers: list[LoggedKernel]) -> list[Shape]:
-        """Shapes of the ONNX tensors that the layers' nodes write and do not read themselves."""
-        shapes = []
-        for layer in layers:
-            nodes = [self.nodes[name] for name in layer.nodes if name in self.nodes]
-            inner = {name for node in nodes for name, _ in node.inputs}
-            shapes += [shape for node in nodes for name, shape in node.outputs if name not in inner]
-        return shapes
+    def _nodes(self, layer: LoggedKernel) -> list[Node]:
+        """The ONNX nodes of a layer, as far as the parser printed them."""
+        return [self.nodes[name] for name in layer.nodes if name in self.nodes]
 
 
 def _how(layer: LoggedKernel, padded: Tensor, others: tuple[Tensor, ...]) -> str:
@@ -297,3 +322,28 @@ def _views(shape: Shape, rank: int) -> Iterator[Shape]:
     for cuts in itertools.combinations(range(1, len(shape)), rank - 1) if 0 < rank <= len(shape) else ():
         runs = [shape[i:j] for i, j in itertools.pairwise((0, *cuts, len(shape)))]
         yield tuple(-1 if -1 in run else math.prod(run) for run in runs)
+
+
+def advice(before: int, after: int, aligned: int, groups: int = 1, inner: bool = False) -> tuple[int | None, str]:
+    """The `alignment` and `note` of a padded axis.
+
+    aligned: the target's alignment, 0 where that is unknown; where it does not explain the padding, the largest power of
+    two in the padded extent is advised. groups: of the convolution whose channels these are. inner: the axis holds the
+    channels of one group.
+    """
+    inside = groups > 1 and before % groups == after % groups == 0 and not inner
+    width, wide = (before // groups, after // groups) if inside else (before, after)
+    step = aligned if aligned and _rounded(width, aligned) == wide else wide & -wide
+    if groups > 1 and (inside or inner):
+        if _rounded(width, step) >= 2 * width:
+            return None, f"each of its {groups} groups has {width}, which the engine pads to {wide}"
+        return (step, f"in each of its {groups} groups") if inner else (step * groups, f"its groups are {groups}")
+    if groups > 1:  # either there are more groups, or they are wider
+        step = min(math.lcm(step, max(before // groups, 1)), math.lcm(step, groups), key=lambda s: _rounded(before, s))
+    if _rounded(before, step) > 2 * before:
+        return None, f"the next width without it is {_rounded(before, step)}"
+    return step, ""
+
+
+def _rounded(n: int, step: int) -> int:
+    return -(-n // step) * step

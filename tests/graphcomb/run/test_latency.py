@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from graphcomb.runtime.predict import table
-from graphcomb.runtime.predict.table import LatencyTable
+from graphcomb.runtime.prediction import table
+from graphcomb.runtime.prediction.table import LatencyTable
 
 MODEL = "toys:net"
 HALF = {"RemoveChannels": {"latency": 0.5, "round_to": 4}}

@@ -16,7 +16,7 @@ from graphcomb.graph.errors import BadInput, Unreachable
 from graphcomb.graph.workload.layer import Layer
 from graphcomb.graph.workload.layers import Layers
 from graphcomb.passes import Distill, RemoveChannels
-from graphcomb.runtime.predict.roofline import Error
+from graphcomb.runtime.prediction.roofline import Error
 
 
 class PerMac:

@@ -12,7 +12,7 @@ import pytest
 
 from graphcomb.graph.errors import BadInput, GraphcombError
 from graphcomb.runtime.bundle.run import run_bundle
-from graphcomb.runtime.measure.results import read_results
+from graphcomb.runtime.device_results import read_results
 
 from .toys import QUICK, SCRIPTS
 

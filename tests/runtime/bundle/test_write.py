@@ -19,8 +19,8 @@ import graphcomb
 from graphcomb.graph.errors import BadInput, GraphcombError, Refused
 from graphcomb.runtime.bundle.run import run_bundle
 from graphcomb.runtime.bundle.write import write_bundle
+from graphcomb.runtime.device_results import read_results
 from graphcomb.runtime.export.to_onnx import export_onnx
-from graphcomb.runtime.measure.results import read_results
 
 from .toys import QUICK, SCRIPTS
 

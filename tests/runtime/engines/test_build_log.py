@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 
+from graphcomb.runtime.engines.trt.kernels import Pad, advice
 from graphcomb.runtime.engines.trt.log import parse_build_log
-from graphcomb.runtime.engines.trt.padding import Pad, advice
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
 HALF = TensorProto.FLOAT16

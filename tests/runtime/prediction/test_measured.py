@@ -6,7 +6,7 @@ import pytest
 
 from graphcomb.graph.errors import BadInput
 from graphcomb.runtime import Roofline, write_report
-from graphcomb.runtime.measure.results import read_results
+from graphcomb.runtime.device_results import read_results
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from typing import Any
 
 from ...graph.errors import BadInput
 from ...graph.workload.layer import Layer
+from ..device_results import median_latency, precision_of, read_results
 from ..devices.table import Target, get_target
 from ..engines.trt.log import SOURCE
-from ..kit.guard import BUSY
-from ..measure.results import median_latency, precision_of, read_results
+from ..kit.measuring import BUSY
 from .layers import from_dict
 
 # Endings that ONNX Runtime's rewrites give to the names of nodes.

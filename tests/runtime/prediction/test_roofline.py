@@ -11,9 +11,9 @@ from graphcomb.graph.errors import BadInput
 from graphcomb.graph.workload.layer import Layer
 from graphcomb.passes import RemoveChannels
 from graphcomb.runtime import Roofline, get_target, predict, run_bundle, write_bundle
-from graphcomb.runtime.predict.layers import describe, from_dict, to_dict
-from graphcomb.runtime.predict.measured import kernels
-from graphcomb.runtime.predict.roofline import FEW
+from graphcomb.runtime.prediction.layers import describe, from_dict, to_dict
+from graphcomb.runtime.prediction.measured import kernels
+from graphcomb.runtime.prediction.roofline import FEW
 
 TRUE = Roofline(get_target("agx-orin"), "fp16", compute=0.4, memory=0.7, launch=5e-6, per_run=40e-6)
 
