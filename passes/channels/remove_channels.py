@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
+from ...graph.comb.axes import Factor
 from ...graph.comb.groups import DEFAULT_KINDS, KINDS, Group
 from ...graph.comb.solve import Comb
 from ...graph.cost import require_counted
 from ...graph.errors import BadInput, GraphcombError, Refused, Unreachable
 from ...graph.program import Program
 from ...graph.sparse import sparse_weights
-from ...graph.surgery import remove, restored
+from ...graph.surgery import Removed, remove, restored
 from ...graph.verify import TOLERANCE, check
 from ..base import Change, Context, Pass, PassResult, Refusal, check_field
 from ..common.feed import Feed
@@ -28,7 +31,7 @@ from .groups import movable
 from .importance.scores import IMPORTANCES, SAMPLES, TRANSFORMS, Scores, normalised, together
 from .kernel_count import kernel_record
 from .selection import Selection, lowest_removed
-from .targets import Chooser, SharedChooser, Target, read_plan, some, untrained
+from .targets import Chooser, SharedChooser, Target, Task, read_plan, some, untrained
 from .while_training import Pruner, event_steps, removed_values
 
 DURING = ("schedule", "interval", "rounds", "prune_share")  # options of pruning while training
@@ -145,6 +148,43 @@ class RemoveChannels(Pass):
         return next((t for t in ("macs", "params", "latency") if getattr(self, t) is not None), "ratio")
 
     def run(self, program: Program, context: Context) -> PassResult:
+        if self.train is not None:
+            pruner = self.pruner(
+                program, context, total_steps(self.train, context.batches, "RemoveChannels.train", Feed(program))
+            )
+            return self.concluded(pruner, *pruner.train(self.train))
+        task = self._task(program, context)
+        scores = normalised(together(self._score(task.comb, task.groups, context)))
+        sizes = task.chooser({}, scores, 1.0)
+        masks = {g.atom: lowest_removed(scores[g.atom], sizes.get(g.atom, g.size)) for g in task.groups}
+        smaller, removed = remove(task.comb, masks)
+        result = self._result(task, masks, smaller, removed, {})
+        if self.repair and removed:
+            result.record["repair"] = Repair().apply(program, smaller, removed, context)
+            result.masked = restored(task.comb, masks, smaller.module())
+            result.record["verified"] = self._proven(program, result, context)
+        return result
+
+    def pruner(self, program: Program, context: Context, steps: int) -> Pruner:
+        """What cuts the program while it trains for so many steps. What cannot be done is said before training."""
+        task = self._task(program, context)
+        self._require_no_pattern(program, task.groups)
+        task.chooser.require()
+        events = event_steps(self.schedule, steps, self.interval, self.rounds, self.prune_share)
+        rows = {name: [row.keep, row.fixed] for name, row in task.planned.items()}
+        identity = [self.options(), self.alignment(context), rows, task.chooser.prediction]
+        return Pruner(task, str(self.importance), events, self.samples, identity)
+
+    def concluded(self, pruner: Pruner, smaller: Program, training: dict[str, Any]) -> PassResult:
+        """The result of a pruner that has cut the program to `smaller`, proven to be one slice of the masked network.
+        training: the record of the training."""
+        result = self._result(pruner.task, pruner.masks, smaller, pruner.removed(), training)
+        result.masked = pruner.masked(smaller.module())
+        if result.removed:
+            result.record["verified"] = self._proven(pruner.comb.program, result, pruner.context)
+        return result
+
+    def _task(self, program: Program, context: Context) -> Task:
         comb = Comb(program)
         free, unscored = self._movable(comb)
         planned = read_plan(comb, context.plan)
@@ -153,31 +193,20 @@ class RemoveChannels(Pass):
         self._require_groups(comb, groups, tuple(unscored))
         target = self._target(context)
         chooser = SharedChooser(comb, lambda: Chooser(target, comb, free, planned, context, tuple(unscored)))
-        training: dict[str, Any] = {}
-        masked = None
-        if self.train is None:
-            scores = normalised(together(self._score(comb, groups, context)))
-            sizes = chooser({}, scores, 1.0)
-            masks = {g.atom: lowest_removed(scores[g.atom], sizes.get(g.atom, g.size)) for g in groups}
-            smaller, removed = remove(comb, masks)
-        else:
-            self._require_no_pattern(program, groups)  # what cannot be done is said before training
-            chooser.require()
-            total = total_steps(self.train, context.batches, "RemoveChannels.train", Feed(program))
-            events = event_steps(self.schedule, total, self.interval, self.rounds, self.prune_share)
-            rows = {name: [row.keep, row.fixed] for name, row in planned.items()}
-            identity = [self.options(), target.alignment, rows, chooser.prediction]
-            pruner = Pruner(comb, groups, chooser, str(self.importance), events, context, self.samples, identity)
-            smaller, training = pruner.train(self.train)
-            masks, removed, masked = pruner.masks, pruner.removed(), pruner.masked(smaller.module())
+        return Task(comb, groups, chooser, context, unscored, planned)
+
+    def _result(
+        self, task: Task, masks: dict[Factor, np.ndarray], smaller: Program, removed: Removed, training: dict[str, Any]
+    ) -> PassResult:
+        comb, chooser = task.comb, task.chooser
         masks = {atom: mask for atom, mask in masks.items() if not mask.all()}
         sizes = {atom: int(mask.sum()) for atom, mask in masks.items()}
         chooser.require_macs(sizes)
         smaller.known_cost = comb.cost(sizes)
         frozen = [
-            Refusal(g.name, g.frozen or unscored[g.name], {"kind": g.kind, "size": g.size})
+            Refusal(g.name, g.frozen or task.unscored[g.name], {"kind": g.kind, "size": g.size})
             for g in comb.groups
-            if g.frozen or g.name in unscored
+            if g.frozen or g.name in task.unscored
         ]
         record = training | {
             "changed": [
@@ -189,21 +218,14 @@ class RemoveChannels(Pass):
             "layers": layer_costs(comb, sizes),
             "cost": {"before": comb.cost({}), "after": smaller.cost()},
             "target": chooser.record(sizes),
-            "alignment": target.alignment,
-            "kernels": kernel_record(comb, sizes, smaller.structure, context),
+            "alignment": self.alignment(task.context),
+            "kernels": kernel_record(comb, sizes, smaller.structure, task.context),
             "removed": removed,
-            "features": removed_values(comb, masks, block_outputs(program)),
+            "features": removed_values(comb, masks, block_outputs(comb.program)),
         }
         if chooser.prediction:
             record["latency"] = chooser.latency_record(sizes)
-        result = PassResult(smaller, record, removed, masked)
-        if self.repair and removed:
-            record["repair"] = Repair().apply(program, smaller, removed, context)
-            result.masked = restored(comb, masks, smaller.module())
-            masked = result.masked
-        if masked is not None and removed:
-            record["verified"] = self._proven(program, result, context)
-        return result
+        return PassResult(smaller, record, removed)
 
     @staticmethod
     def _proven(program: Program, result: PassResult, context: Context) -> dict[str, Any]:

@@ -339,3 +339,16 @@ def untrained(names: Sequence[str]) -> str:
         f"left alone: {len(names)} groups whose parameters have requires_grad=False, so that training gives them no "
         f"score ({some(names)}); let them train (requires_grad_(True) before capture), or take importance: magnitude"
     )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What `RemoveChannels` was asked to do with one program: the groups that may shrink or that a plan fixes, what chooses
+    their sizes, the groups that training gives no score (with the reason), and the plan's rows by group."""
+
+    comb: Comb
+    groups: list[Group]
+    chooser: SharedChooser
+    context: Context
+    unscored: dict[str, str]
+    planned: dict[str, Planned]

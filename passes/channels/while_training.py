@@ -10,7 +10,7 @@ back into the original's shape, for the proof that one slice of it at the end is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,7 +30,6 @@ from ...graph.nodes import fetch
 from ...graph.program import Program
 from ...graph.surgery import Removed, kept_indices, resized, restored
 from ...graph.trainable import TrainableModule
-from ..base import Context
 from ..batch import split_batch
 from ..common.processes import averaged, gathered
 from ..common.repeat import seeded
@@ -39,11 +38,9 @@ from ..train.distill import Distill
 from ..train.features import block_outputs
 from .importance.scores import IMPORTANCES, TRANSFORMS, GradientScores, Scores, normalised, relative_norms, together
 from .selection import lowest_removed
+from .targets import Task
 
 GONE = -np.finfo(np.float64).tiny  # below every score: gone already, and first in line; nothing to a sum of scores
-
-Choose = Callable[[dict[Factor, int], Scores, float], dict[Factor, int]]
-"""`choose(sizes, scores, share)`: sizes of the groups once `share` of the way to the target is gone; never larger."""
 
 
 def event_steps(schedule: str, total: int, interval: int, rounds: int, prune_share: float) -> dict[int, float]:
@@ -70,10 +67,10 @@ def event_steps(schedule: str, total: int, interval: int, rounds: int, prune_sha
 class Pruner(Callback):
     """Cuts a program while it trains.
 
-    comb: of the program as it was before training. groups: those that may shrink. choose: see `Choose`. importance: those
-    from gradients sum the scores of all steps since the last event, "magnitude" and "random" look at the network when an
-    event is due. events: see `event_steps`. context, samples: for the scores of a one-shot event, which come from a pass
-    over samples of the data before training. identity: see `Callback`.
+    task: its comb is of the program as it was before training. importance: those from gradients sum the scores of all steps
+    since the last event, "magnitude" and "random" look at the network when an event is due. events: see `event_steps`.
+    samples: for the scores of a one-shot event, which come from a pass over samples of the data before training. identity:
+    see `Callback`.
 
     "magnitude" stands in for gradients where these say nothing: as long as nothing is cut and the only loss is the distance
     to a teacher that is the network itself, gradients are rounding and the noise of dropout and batch statistics; and
@@ -84,12 +81,9 @@ class Pruner(Callback):
     gradients, and near ties, differ from those of one process. All processes score alike and check that they cut alike.
     """
 
-    comb: Comb
-    groups: list[Group]
-    choose: Choose
+    task: Task
     importance: str
     events: dict[int, float]
-    context: Context
     samples: int
     identity: Any
     distill: Distill | None = None
@@ -97,6 +91,7 @@ class Pruner(Callback):
     log: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.comb, self.groups, self.context = self.task.comb, self.task.groups, self.task.context
         self.outputs = block_outputs(self.comb.program)
         self._restart()
 
@@ -194,7 +189,7 @@ class Pruner(Callback):
         scores = normalised(together(scores))
         for atom, mask in self.masks.items():
             scores[atom] = np.where(mask, scores[atom], GONE)
-        sizes = self.choose(self.sizes, scores, self.events[done])
+        sizes = self.task.chooser(self.sizes, scores, self.events[done])
         old, new = self.masks, dict(self.masks)
         for group in self.groups:
             keep = sizes.get(group.atom, group.size)
