@@ -62,8 +62,8 @@ class RemoveChannels(Pass):
       (`channels.importance`), or "taylor-paper" and "fisher-paper", the form that CPD publishes (arXiv 2408.03046); or
       "random". None is fisher with `train`, else magnitude.
       "fisher-unlabelled" and "repair" need images without labels; the latter is what stays lost after `repair`.
-    - repair: give what is left its least-squares weights at once, as `Repair` with its defaults does, from images of the
-      data; labels are not needed. Not with `train`: train what comes out.
+    - repair: give what is left its least-squares weights, as `Repair` with its defaults does, from images of the data;
+      labels are not needed. With `train`, after each event, against the network just before it.
     - samples: how many of the data's samples gradients are taken from before anything is cut, in whole batches
       (`common.samples` says which).
     - scope: "local" takes the same share of each group, "global" ranks all groups together. For a cost, global ranks scores
@@ -136,7 +136,6 @@ class RemoveChannels(Pass):
                     "everything goes at once"
                 )
         if self.train is not None:
-            check_field(self, "repair", not self.repair, "false with `train`; repair at once, then train with Distill")
             check_field(self, "importance", self.importance != "repair", "one that training can take, with `train`")
         for kind in self.kinds:
             if kind not in KINDS:
@@ -173,7 +172,7 @@ class RemoveChannels(Pass):
         events = event_steps(self.schedule, steps, self.interval, self.rounds, self.prune_share)
         rows = {name: [row.keep, row.fixed] for name, row in task.planned.items()}
         identity = [self.options(), self.alignment(context), rows, task.chooser.prediction]
-        return Pruner(task, str(self.importance), events, self.samples, identity)
+        return Pruner(task, str(self.importance), events, self.samples, identity, Repair() if self.repair else None)
 
     def concluded(self, pruner: Pruner, smaller: Program, training: dict[str, Any]) -> PassResult:
         """The result of a pruner that has cut the program to `smaller`, proven to be one slice of the masked network.

@@ -6,6 +6,9 @@ sliced one. Here the masks are the state, in the original's numbering, and what 
 its sliced form: every event cuts the graph, the weights and the optimizer's moments alike (ours). So masked equals
 sliced at every step, by construction; training gets cheaper as the network shrinks; and `masked` puts the trained weights
 back into the original's shape, for the proof that one slice of it at the end is the result.
+
+With `repair`, what an event leaves also gets the weights that bring it nearest to the network as it was just before the
+event, in closed form (`passes.repair`). Not to the network before training: that would undo what was learnt since.
 """
 
 from __future__ import annotations
@@ -31,8 +34,10 @@ from ...graph.program import Program
 from ...graph.surgery import Removed, kept_indices, resized, restored
 from ...graph.trainable import TrainableModule
 from ..batch import split_batch
-from ..common.processes import averaged, gathered
+from ..common.processes import averaged, gathered, move
 from ..common.repeat import seeded
+from ..repair.images import Images
+from ..repair.repair import Repair
 from ..train.callbacks import Callback, Kept, Surgery, select_kept
 from ..train.distill import Distill
 from ..train.features import block_outputs
@@ -86,6 +91,8 @@ class Pruner(Callback):
     events: dict[int, float]
     samples: int
     identity: Any
+    repair: Repair | None = None
+    images: Images | None = None
     distill: Distill | None = None
     masks: dict[Factor, np.ndarray] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
@@ -107,6 +114,7 @@ class Pruner(Callback):
 
     # ------------------------------------------------------------------------------------------------------- the hooks
     def begin(self, module: TrainableModule) -> Surgery | None:
+        self._take_images()
         if 0 not in self.events:
             return None
         if self.importance in TRANSFORMS and not self._labelled:
@@ -173,13 +181,19 @@ class Pruner(Callback):
             "log": self.log,
         }
 
+    def _take_images(self) -> None:
+        """Take the images of repairs, before training: its own pass over the data must not be disturbed."""
+        if self.repair is not None:
+            self.images = self.repair.images(self.comb.program, self.context)
+
     def load_state_dict(self, state: dict[str, Any]) -> TrainableModule:
+        self._take_images()
         atoms = {g.name: g.atom for g in self.groups}
         self.masks = {atoms[name]: mask.numpy() for name, mask in state["masks"].items()}
         self._restart()
         self.scores |= {atoms[name]: scores.numpy().copy() for name, scores in state["scores"].items()}
         self.count, self.log = state["count"], state["log"]
-        return self._cut(self.comb.module, self._kept({}))
+        return self._cut(self.comb.module, self._kept({}), self.masks)
 
     # ---------------------------------------------------------------------------------------------------------- cutting
     def _event(
@@ -222,15 +236,33 @@ class Pruner(Callback):
             axes = self.comb.axes[node]
             kept = {d: ax.kept_mask(axis, self.masks) for d, axis in enumerate(axes) if ax.touches(axis, self.masks)}
             values[node.name] = _relative(kept, axes, old)
-        return Surgery(self._cut(module, tensors), tensors, values)
+        smaller = self._cut(module, tensors, self.masks)
+        if self.repair is not None:
+            self.log[-1]["repair"] = self._repaired(self.repair, module, smaller, tensors, old)
+        return Surgery(smaller, tensors, values)
+
+    def _repaired(
+        self, repair: Repair, module: TrainableModule, smaller: TrainableModule, tensors: Kept, old: ax.Masks
+    ) -> dict[str, Any]:
+        """Repair the network that an event leaves of a module, in place; the record. old: the masks before the event."""
+        before = self._cut(module, {}, old)  # a copy: the module itself is tapped and in training
+        removed: Removed = {}
+        for name, dims in tensors.items():
+            sizes = fetch(module, name).shape
+            removed[name] = {d: sorted({*range(sizes[d])} - {*kept.tolist()}) for d, kept in dims.items()}
+        programs = []
+        for network in (before, smaller):
+            move(network, torch.device("cpu"))  # where the shapes of values are worked out
+            programs.append(self.comb.program.derive(network))
+        return repair.apply(*programs, removed, self.context, self.images)
 
     def _kept(self, old: ax.Masks) -> Kept:
         """The indices of every tensor that stay, counted among those that the old masks had left."""
         axes = self.comb.parameters
         return {n: _relative(dims, axes[n], old) for n, dims in kept_indices(self.comb, self.masks).items()}
 
-    def _cut(self, module: TrainableModule, tensors: Kept) -> TrainableModule:
-        """The network the masks leave, around what is kept of the tensors of `module`."""
+    def _cut(self, module: TrainableModule, tensors: Kept, masks: ax.Masks) -> TrainableModule:
+        """The network that masks leave, around what is kept of the tensors of `module`."""
 
         def take(name: str, value: Any) -> Any:
             current = fetch(module, name)
@@ -238,7 +270,7 @@ class Pruner(Callback):
                 return copy_tensor(name, current)
             return like(value, select_kept(current.detach(), tensors[name]))
 
-        return resized(self.comb, self.masks, take)
+        return resized(self.comb, masks, take)
 
     # ----------------------------------------------------------------------------------------------------------- results
     def train(self, distill: Distill) -> tuple[Program, dict[str, Any]]:

@@ -20,9 +20,9 @@ from ..base import Context, Pass, PassResult, check_field
 from ..common.processes import accelerator, placed, summed
 from ..common.repeat import seeded
 from ..common.scoring import bar, evaluating
-from ..common.weights import selected
+from ..common.weights import check_included, layers, selected
 from .consumers import Consumer, find, rows_of_inputs, rows_of_outputs
-from .images import take_images
+from .images import Images, take_images
 from .least_squares import Fit, Sums, fit
 from .stepwise import Memory, Stepwise
 
@@ -46,7 +46,7 @@ class Repair(Pass):
     samples: images to take from the data; labels are never needed. ridge: how strongly weights are held where they are, as
     a share of the inputs' mean squares; None chooses by holding out half of the images for each layer. unknowns: see
     above. memory: gigabytes of activations in memory; the rest goes to temporary files. include, exclude: patterns over
-    weight names.
+    weight names; each of `include` matches one.
 
     The dense program is the context's teacher. Left alone, with the reason in the record: weights that are used more than
     once, computed or quantised, layers that the dense network does not have, activations that are not finite. Zeros of
@@ -74,21 +74,30 @@ class Repair(Pass):
         dense = context.teacher
         if dense is None:
             raise BadInput("Repair: needs the dense program to compare with; pass teacher=")
+        check_included(self, self.include, *layers(program))
         result = program.copy()
         record = self.apply(dense, result, since(dense, program), context)
         return PassResult(result, record)
 
-    def apply(self, dense: Program, smaller: Program, removed: Removed, context: Context) -> dict[str, Any]:
-        """Change the weights of `smaller` in place; returns the record."""
+    def images(self, program: Program, context: Context) -> Images:
+        """The images that a repair looks at, on the process's device."""
         if context.data is None:
             raise BadInput("Repair: needs images (labels are not needed); pass data=")
+        with seeded(context.seed, context.data):
+            return take_images(program, context, self.samples)
+
+    def apply(
+        self, dense: Program, smaller: Program, removed: Removed, context: Context, images: Images | None = None
+    ) -> dict[str, Any]:
+        """Change the weights of `smaller` in place; returns the record. images: those of an earlier call of `images`."""
+        images = images or self.images(smaller, context)
         with ExitStack() as stack:
-            stack.enter_context(seeded(context.seed, context.data))
-            for module in (dense.module(), smaller.module()):
+            for program in (dense, smaller):
+                module = program.graph_module  # with the shapes of what is left
                 stack.enter_context(evaluating(module))
                 stack.enter_context(placed(module, accelerator().device))
             stack.enter_context(torch.no_grad())
-            return _Run(self, dense, smaller, removed, context).record()
+            return _Run(self, dense, smaller, removed, context, images).record()
 
 
 def since(dense: Program, program: Program) -> Removed:
@@ -102,10 +111,11 @@ def since(dense: Program, program: Program) -> Removed:
 class _Run:
     """One repair: the dense and the smaller network side by side over the same images."""
 
-    def __init__(self, options: Repair, dense: Program, smaller: Program, removed: Removed, context: Context):
-        self.options, self.context = options, context
+    def __init__(
+        self, options: Repair, dense: Program, smaller: Program, removed: Removed, context: Context, images: Images
+    ):
+        self.options, self.context, self.images = options, context, images
         self.module = smaller.module()
-        self.images = take_images(smaller, context, options.samples)
         memory = Memory(options.memory * 1e9)
         self.dense = Stepwise(dense.module(), self.images.inputs, memory)
         self.smaller = Stepwise(self.module, self.images.inputs, memory)

@@ -189,8 +189,9 @@ def test_training_the_sliced_network_is_training_the_masked_one():
     torch.testing.assert_close(result.program.module()(x), model(x), rtol=1e-9, atol=1e-12)
 
 
-def test_moments_of_adam_go_with_their_weights(monkeypatch):
-    """Right after an event they are slices of those before it."""
+@pytest.mark.parametrize("repair", [False, True])
+def test_moments_of_adam_go_with_their_weights(monkeypatch, repair):
+    """Right after an event they are slices of those before it, also where a repair has changed the weights."""
     seen = []
     operate = loop._Loop._operate
 
@@ -203,7 +204,7 @@ def test_moments_of_adam_go_with_their_weights(monkeypatch):
             seen.append({n: {k: t.clone() for k, t in m.items()} for n, m in moments.items()})
 
     monkeypatch.setattr(loop._Loop, "_operate", watched)
-    result = pruning(interval=6)(dense(), data=batches())
+    result = pruning(interval=6, repair=repair)(dense(), data=batches())
     assert len(seen) == 2
     for name, moments in seen[1].items():
         lost = result.removed.get(name, {})

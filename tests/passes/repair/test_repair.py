@@ -165,6 +165,14 @@ def test_zeros_of_sparsify_stay_zero_and_the_others_make_up_for_what_is_gone() -
     assert not fetch(result.program.module(), "2.weight")[zeros].any()
 
 
+def test_patterns_choose_what_may_change(mixed) -> None:
+    pruned = RemoveChannels(ratio=0.5, round_to=2)(mixed).program
+    result = Repair(include=("body*", "head*"), exclude=("*.bias", "head*"))(pruned, data=images(), teacher=mixed)
+    assert [row["what"] for row in result.record["layers"]] == ["body.weight"]
+    before, after = pruned.module().state_dict(), result.program.module().state_dict()
+    assert {k for k in before if not torch.equal(before[k], after[k])} == {"body.weight", "body.bias"}
+
+
 def test_few_images_are_said_and_the_ridge_decides() -> None:
     torch.manual_seed(0)
     dense = capture(nn.Sequential(nn.Flatten(), nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, 5)))
@@ -216,5 +224,5 @@ def test_mistakes_are_one_line_each(mixed) -> None:
         RemoveChannels(importance="repair")(mixed, Context())
     with pytest.raises(BadInput, match=r"Repair\.samples"):
         Repair(samples=0)
-    with pytest.raises(BadInput, match=r"RemoveChannels\.repair"):
-        RemoveChannels(repair=True, train=graphcomb.passes.Distill(steps=2))
+    with pytest.raises(BadInput, match=r'^Repair\.include: "heat\*" matches no weight; there are stem\.weight, '):
+        Repair(include=("head*", "heat*"))(mixed, data=images(), teacher=mixed)
