@@ -13,6 +13,7 @@ from ...graph.nodes import arguments, fetch, op_name
 from ...graph.program import Program, TrainableModule
 from ..common.weights import windows
 
+Removed = dict[str, dict[int, list[int]]]
 PRODUCTS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
@@ -58,7 +59,7 @@ class Consumer:
 
 
 def find(
-    dense: Program, smaller: TrainableModule, removed: dict[str, dict[int, list[int]]], same: set[fx.Node], largest: int
+    dense: Program, smaller: TrainableModule, removed: Removed, same: set[fx.Node], largest: int
 ) -> tuple[list[Consumer], list[dict[str, str]]]:
     """The layers that read what a removal has changed, in the order they run, and those that must stay as they are, each
     with the reason.
@@ -66,15 +67,12 @@ def find(
     same: nodes whose values are those of the dense program. largest: how many unknowns an output may have.
     """
     twins = {node.name: node for node in dense.graph.nodes}
-    uses: dict[int, int] = {}
-    for node in smaller.graph.nodes:
-        if node.op == "get_attr" and isinstance(found := fetch(smaller, str(node.target)), Tensor):
-            uses[id(found)] = uses.get(id(found), 0) + len(node.users)
+    uses = uses_of(smaller)
     consumers, refused = [], []
     for node in smaller.graph.nodes:
         if op_name(node) not in PRODUCTS or arguments(node)["input"] in same:
             continue
-        found = _consumer(node, twins.get(node.name), dense, smaller, removed, uses, largest)
+        found = consumer_of(node, twins.get(node.name), dense, smaller, removed, uses, largest)
         if isinstance(found, Consumer):
             consumers.append(found)
         else:
@@ -83,12 +81,21 @@ def find(
     return consumers, refused
 
 
-def _consumer(
+def uses_of(module: TrainableModule) -> dict[int, int]:
+    """How many nodes read each stored tensor, by its id."""
+    uses: dict[int, int] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and isinstance(found := fetch(module, str(node.target)), Tensor):
+            uses[id(found)] = uses.get(id(found), 0) + len(node.users)
+    return uses
+
+
+def consumer_of(
     node: fx.Node,
     twin: fx.Node | None,
     dense: Program,
     smaller: TrainableModule,
-    removed: dict[str, dict[int, list[int]]],
+    removed: Removed,
     uses: dict[int, int],
     largest: int,
 ) -> Consumer | str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 RIDGES = (1e-13, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the diagonal, among which halves choose
 ALONE = 1e-2  # the share where there is but one sample, so that nothing can be held out
+EXACT = 2e-15  # a loss below this share of the outputs' squares is rounding; float32 activations stay far above it
 WORTH = 1e-3  # a larger ridge is preferred while its loss on held-out samples is at most this share higher
 
 
@@ -123,6 +124,8 @@ def fit(
         if held:
             best = min(held.values())
             ridge = max(share for share, loss in held.items() if loss <= best * (1 + WORTH))
+            if best <= EXACT * float(both.yy.sum()):
+                ridge = min(held)  # what is left can do all that there was
     found, constant = solve(both, weight, bias, ridge, fixed)
     return Fit(
         found, constant, ridge, both.loss(weight, bias), both.loss(found, constant),

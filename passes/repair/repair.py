@@ -21,12 +21,12 @@ from ..common.processes import accelerator, placed, summed
 from ..common.repeat import seeded
 from ..common.scoring import bar, evaluating
 from ..common.weights import check_included, layers, selected
-from .consumers import Consumer, find, rows_of_inputs, rows_of_outputs
+from .attention import Logits, Mixing, find_logits
+from .consumers import Consumer, Removed, find, rows_of_inputs, rows_of_outputs
 from .images import Images, take_images
 from .least_squares import Fit, Sums, fit
 from .stepwise import Memory, Stepwise
 
-Removed = dict[str, dict[int, list[int]]]
 MANY = 100_000  # rows of which a layer always takes all; of more, 16 for each unknown are enough
 PIECE = 1 << 24  # numbers of unfolded inputs at a time
 
@@ -40,7 +40,9 @@ class Repair(Pass):
     (`least_squares`). Layers are repaired in the order they run, so that each makes up for what those before it could not.
     Linear layers and convolutions, grouped and depthwise ones too; kernels with more than `unknowns` entries an output, and
     transposed convolutions, share one map between channels over all kernel positions. Where a layer has no bias, the
-    BatchNorm behind it takes the constant. Nothing changes in front of the first removal, and no layer that would become
+    BatchNorm behind it takes the constant. Of heads whose queries and keys lost channels, the projection of the queries
+    takes the mix of what is left that brings the logits nearest (`attention`). Nothing changes in front of the first
+    removal, and no layer that would become
     worse on held-out images.
 
     samples: images to take from the data; labels are never needed. ridge: how strongly weights are held where they are, as
@@ -49,8 +51,8 @@ class Repair(Pass):
     weight names; each of `include` matches one.
 
     The dense program is the context's teacher. Left alone, with the reason in the record: weights that are used more than
-    once, computed or quantised, layers that the dense network does not have, activations that are not finite. Zeros of
-    `Sparsify` stay zero.
+    once, computed or quantised, layers that the dense network does not have, activations that are not finite, queries with
+    a norm or a rotation behind their projection. Zeros of `Sparsify` stay zero.
 
     The record has for each layer its squared error against the dense one, as a share of the variance there: `before`,
     `predicted` by the closed form and `after` (measured), and `held_out` before and after. Source: METHODS of least-squares
@@ -122,22 +124,27 @@ class _Run:
         self.same = _unchanged(dense.module(), self.module)
         self.sparse = set(sparse_weights(smaller))
         found, self.refused = find(dense, self.module, removed, set(self.same), options.unknowns)
-        self.consumers = [c for c in found if selected([c.weight], options.include, options.exclude)]
+        logits, unmixed = find_logits(dense, self.module, removed, self.sparse, options.unknowns)
+        self.refused += unmixed
+        chosen = [c for c in (*found, *logits) if selected([c.weight], options.include, options.exclude)]
+        self.layers = sorted(chosen, key=lambda c: self.smaller.place[c.node])
         self.full = {c.weight: fetch(dense.module(), str(arguments(c.twin)["weight"].target)) for c in found}
 
     def record(self) -> dict[str, Any]:
         rows = []
-        with bar(self.context.progress and accelerator().is_main_process, "repair", len(self.consumers)) as update:
-            for i, consumer in enumerate(self.consumers):
-                self._advance(consumer.node)
-                if consumer.whole:
-                    self.dense.run_through(consumer.twin)
+        with bar(self.context.progress and accelerator().is_main_process, "repair", len(self.layers)) as update:
+            for i, layer in enumerate(self.layers):
+                self._advance(layer.node)
+                if isinstance(layer, Consumer) and layer.whole:
+                    self.dense.run_through(layer.twin)
                 else:
-                    self.dense.run_before(consumer.twin)
-                row = self._repair(consumer)
-                if row is not None:
+                    self.dense.run_before(layer.twin)
+                row = self._repair(layer) if isinstance(layer, Consumer) else self._mix(layer)
+                if row is None:
+                    self.refused.append({"what": layer.weight, "why": "its inputs or outputs are not finite numbers"})
+                else:
                     rows.append(row)
-                update(i + 1, consumer.weight)
+                update(i + 1, layer.weight)
         return {"samples": self.images.count, "layers": rows, "refused": self.refused}
 
     def _advance(self, node: fx.Node) -> None:
@@ -152,7 +159,6 @@ class _Run:
     def _repair(self, consumer: Consumer) -> dict[str, Any] | None:
         sums = self._sums(consumer)
         if sums is None:
-            self.refused.append({"what": consumer.weight, "why": "its inputs or outputs are not finite numbers"})
             return None
         weight, bias = self._as_rows(consumer)
         found = fit(sums, weight, bias, self.options.ridge, self._fixed(consumer))
@@ -165,6 +171,36 @@ class _Run:
         else:
             row |= {"predicted": row["before"], "after": row["before"], "kept": "no better on held-out images"}
         return row
+
+    def _mix(self, logits: Logits) -> dict[str, Any] | None:
+        """Repair the queries of an attention, head by head; None for numbers that are not finite."""
+        mixing = Mixing(logits, self.smaller.values, self.dense.values, self.images.halves)
+        losses, ridges, total, count, mixed = [0.0] * 5, [], 0.0, 0, 0
+        for head in range(len(logits.rows)):
+            sums = _everywhere(mixing.sums(head))
+            if sums is None:
+                return None
+            found = mixing.fit(sums, self.options.ridge)
+            both = sums[0] + sums[1]
+            total, count = total + float(both.yy), count + int(both.count)
+            after = found.before
+            if found.helps:
+                mix = found.weight.unflatten(-1, (logits.rows.shape[1], -1))[0, 0]
+                after = float(summed(mixing.measured(head, mix)))
+                mixing.fold(self.module, head, mix)
+                ridges.append(found.ridge)
+                mixed += 1
+            held = (found.held_before or 0.0, (found.held if found.helps else found.held_before) or 0.0)
+            changed = (found.before, found.predicted if found.helps else found.before, after, *held)
+            losses = [a + b for a, b in zip(losses, changed, strict=True)]
+        before, predicted, after, *held_out = (loss / total if total else None for loss in losses)
+        row = {
+            "what": logits.weight, "logits": logits.node.name, "rows": count, "unknowns": logits.unknowns,
+            "ridge": max(ridges, default=None), "before": before, "predicted": predicted, "after": after,
+            "held_out": held_out,
+        }  # fmt: skip
+        left = len(logits.rows) - mixed
+        return row | ({"kept": f"{left} heads are no better on held-out images"} if left else {})
 
     def _sums(self, consumer: Consumer) -> tuple[Sums, Sums] | None:
         """Over all images; None for numbers that are not finite."""
@@ -188,10 +224,7 @@ class _Run:
                     own = (half[part] == k).to(rows.device)
                     if bool(own.any()):
                         sums.add(rows[own].flatten(0, 1).movedim(1, 0), goals[own].flatten(0, 1).movedim(1, 0))
-        for sums in halves:
-            for tensor in sums.tensors():
-                tensor.copy_(summed(tensor))
-        return halves if all(sums.finite for sums in halves) else None  # type: ignore[return-value]
+        return _everywhere(halves)  # type: ignore[arg-type]
 
     def _targets(self, consumer: Consumer) -> list[Tensor]:
         if not consumer.whole:
@@ -257,6 +290,14 @@ class _Run:
             error = (own.double() - consumer.left(y).double()).square()
             total += error[half >= 0].sum().cpu()
         return float(summed(total))
+
+
+def _everywhere(halves: tuple[Sums, Sums]) -> tuple[Sums, Sums] | None:
+    """The sums over all processes; None for numbers that are not finite."""
+    for sums in halves:
+        for tensor in sums.tensors():
+            tensor.copy_(summed(tensor))
+    return halves if all(sums.finite for sums in halves) else None
 
 
 def _constant(sums: Sequence[Sums], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
