@@ -17,10 +17,16 @@ from ...graph.errors import BadInput
 from ..onnx_file import precision
 from .table import Dla, Target
 
-# The largest of a convolution, of a pooling and of a resize.
-KERNEL, STRIDE, PADDING = 32, 8, 31
-WINDOW, POOL_STRIDE, POOL_PADDING = 8, 16, 7
-NEAREST, LINEAR = 32, 4
+# The largest that an operator takes: a kernel by the shape of its weight, the others by an attribute.
+POOLING = {"window": 8, "stride": 16, "padding": 7}
+LIMITS = {
+    "Conv": {"kernel": 32, "stride": 8, "padding": 31},
+    "ConvTranspose": {"dilation": 1, "kernel": 32},
+    "MaxPool": POOLING,
+    "AveragePool": POOLING,
+}
+ATTRIBUTES = {"stride": "strides", "padding": "pads", "dilation": "dilations", "window": "kernel_shape"}
+NEAREST, LINEAR = 32, 4  # scales of a resize
 FOLDED = frozenset("Constant Shape Size".split())  # known when the engine is built
 FREE = frozenset("Identity Dropout QuantizeLinear DequantizeLinear".split())  # no layers of their own
 PLAIN = frozenset(
@@ -28,7 +34,7 @@ PLAIN = frozenset(
     "Reshape Transpose Slice Softmax".split()
 )
 PRODUCT = "it has no matrix products; a 1x1 convolution computes the same"
-MEAN = f"it has no mean; average pooling with a window up to {WINDOW} computes the same"
+MEAN = f"it has no mean; average pooling with a window up to {POOLING['window']} computes the same"
 INSTEAD = {"Gemm": PRODUCT, "MatMul": PRODUCT, "GlobalAveragePool": MEAN, "ReduceMean": MEAN}
 TYPES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16", TensorProto.INT8: "int8"}
 
@@ -69,9 +75,11 @@ def dla_report(model: onnx.ModelProto, target: Target, core: Any = 0, batch: Any
             other = sorted({TYPES.get(types[n].elem_type, "this type") for n in live if n in types} - allowed)
             why = _lacks(node) or (f"it computes in {_either(rules)}, not {other[0]}" if other else "")
             why = why or _size(live, shapes, rules)
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            operands = [shapes.get(n, ()) for n in (*node.input, *node.output)]
             if not why and node.op_type in RULES:
-                attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-                why = RULES[node.op_type](attributes, [shapes.get(n, ()) for n in (*node.input, *node.output)], rules)
+                why = RULES[node.op_type](attributes, operands, rules)
+            why = why or _limits(node.op_type, attributes, operands)
             report.append(Placement(node.name, node.op_type, why))
     return report
 
@@ -125,9 +133,8 @@ def _shape(tensor: onnx.TypeProto.Tensor) -> Shape:
 
 # ------------------------------------------------------------------------------------ rules; each says why not, or ""
 def _lacks(node: onnx.NodeProto) -> str:
-    if node.op_type in PLAIN or node.op_type in RULES:
-        return ""
-    return INSTEAD.get(node.op_type, f"it has no {node.op_type}")
+    known = node.op_type in (*PLAIN, *RULES, *LIMITS)
+    return "" if known else INSTEAD.get(node.op_type, f"it has no {node.op_type}")
 
 
 def _size(names: Sequence[str], shapes: dict[str, Shape], rules: Dla) -> str:
@@ -147,34 +154,24 @@ def _above(name: str, values: Sequence[int | None], limit: int) -> str:
     return f"{name} {largest} is above {limit}" if largest > limit else ""
 
 
-def _convolution(attributes: dict[str, Any], shapes: list[Shape], rules: Dla) -> str:
-    return (
-        _above("kernel", shapes[1][2:], KERNEL)
-        or _above("stride", attributes.get("strides", ()), STRIDE)
-        or _above("padding", attributes.get("pads", ()), PADDING)
-    )
+def _limits(op: str, attributes: dict[str, Any], shapes: list[Shape]) -> str:
+    for name, limit in LIMITS.get(op, {}).items():
+        values = shapes[1][2:] if name == "kernel" else attributes.get(ATTRIBUTES[name], ())
+        if above := _above(name, values, limit):
+            return above
+    return ""
 
 
 def _deconvolution(attributes: dict[str, Any], shapes: list[Shape], rules: Dla) -> str:
     if attributes.get("group", 1) > 1 and not rules.deconvolution_groups:
         return "its deconvolutions have no groups"
     padded = any(attributes.get("pads", ())) or attributes.get("auto_pad", b"").startswith(b"SAME")
-    if padded and not rules.deconvolution_padding:
-        return "its deconvolutions have no padding"
-    return _above("dilation", attributes.get("dilations", ()), 1) or _above("kernel", shapes[1][2:], KERNEL)
+    return "its deconvolutions have no padding" if padded and not rules.deconvolution_padding else ""
 
 
 def _concat(attributes: dict[str, Any], shapes: list[Shape], rules: Dla) -> str:
     axis = attributes["axis"] % 4
     return "" if axis in rules.concat_axes else f"it joins along the channels only, not along axis {axis}"
-
-
-def _pooling(attributes: dict[str, Any], shapes: list[Shape], rules: Dla) -> str:
-    return (
-        _above("window", attributes["kernel_shape"], WINDOW)
-        or _above("stride", attributes.get("strides", ()), POOL_STRIDE)
-        or _above("padding", attributes.get("pads", ()), POOL_PADDING)
-    )
 
 
 def _resize(attributes: dict[str, Any], shapes: list[Shape], rules: Dla) -> str:
@@ -190,10 +187,7 @@ def _resize(attributes: dict[str, Any], shapes: list[Shape], rules: Dla) -> str:
 
 
 RULES: dict[str, Callable[[dict[str, Any], list[Shape], Dla], str]] = {
-    "Conv": _convolution,
     "ConvTranspose": _deconvolution,
     "Concat": _concat,
-    "MaxPool": _pooling,
-    "AveragePool": _pooling,
     "Resize": _resize,
 }

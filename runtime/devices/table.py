@@ -127,46 +127,33 @@ def _peaks(*figures: float) -> dict[str, float]:
     return peaks | {"bf16": peaks["fp16"]}
 
 
-def _jetson(name: str, board: str, peaks: dict[str, float], bandwidth: float, dla_cores: int = 0) -> Target:
-    thor = "fp4" in peaks
-    dla = Dla(dla_cores, ((10, 3), (11, 4)) if name == "agx-orin" else ((10, 3),)) if dla_cores else None
+def _jetson(
+    name: str,
+    board: str,
+    peaks: dict[str, float],
+    bandwidth: float,
+    releases: dict[str, tuple[int, int]],
+    dla: Dla | None = None,
+    clocks: tuple[str, ...] = JETSON_CLOCKS,
+) -> Target:
+    dtypes, capability = (BLACKWELL, (11, 0)) if "fp4" in peaks else (AMPERE, (8, 7))
     return Target(
-        name,
-        board,
-        "tensorrt",
-        BLACKWELL if thor else AMPERE,
-        peaks,
-        bandwidth,
-        (11, 0) if thor else (8, 7),
-        THOR if thor else ORIN,
-        dla=dla,
-        clocks=JETSON_CLOCKS,
+        name, board, "tensorrt", dtypes, peaks, bandwidth, capability, releases, dla=dla, clocks=clocks,
         power=JETSON_POWER,
-    )
+    )  # fmt: skip
 
 
-def _drive(name: str, board: str, peaks: dict[str, float], bandwidth: float) -> Target:
-    if "fp4" in peaks:
-        return Target(name, board, "tensorrt", BLACKWELL, peaks, bandwidth, (11, 0), DRIVE_THOR, power=JETSON_POWER)
-    dla = Dla(2, ((8, 6),))
-    return Target(name, board, "tensorrt", AMPERE, peaks, bandwidth, (8, 7), DRIVE_ORIN, dla=dla, power=JETSON_POWER)
-
-
-def _rtx(
-    capability: tuple[int, int], board: str, dtypes: tuple[str, ...], peaks: dict[str, float], bandwidth: float
+def _gpu(
+    name: str,
+    board: str,
+    dtypes: tuple[str, ...],
+    peaks: dict[str, float],
+    bandwidth: float,
+    capability: tuple[int, int],
 ) -> Target:
-    name = "rtx-sm{}{}".format(*capability)
+    backend, releases = ("tensorrt_rtx", RTX) if name.startswith("rtx") else ("tensorrt", X86)
     return Target(
-        name, board, "tensorrt_rtx", dtypes, peaks, bandwidth, capability, RTX, clocks=SMI_CLOCKS, power=SMI_POWER
-    )
-
-
-def _data_centre(
-    name: str, board: str, capability: tuple[int, int], peaks: dict[str, float], bandwidth: float
-) -> Target:
-    dtypes = BLACKWELL if "fp4" in peaks else HOPPER
-    return Target(
-        name, board, "tensorrt", dtypes, peaks, bandwidth, capability, X86, clocks=SMI_CLOCKS, power=SMI_POWER
+        name, board, backend, dtypes, peaks, bandwidth, capability, releases, clocks=SMI_CLOCKS, power=SMI_POWER
     )
 
 
@@ -174,23 +161,25 @@ TARGETS: Mapping[str, Target] = {
     t.name: t
     for t in (
         # GPU figures only: the DLA's come on top. Orin Nano and NX in their "Super" modes.
-        _jetson("orin-nano", "Jetson Orin Nano 8GB", _peaks(2.1, 8.4, 16.7, 33.5), 102),
-        _jetson("orin-nx", "Jetson Orin NX 16GB", _peaks(2.4, 9.6, 19.2, 38.4), 102.4, dla_cores=2),
-        _jetson("agx-orin", "Jetson AGX Orin 64GB", _peaks(5.3, 21.3, 42.5, 85), 204.8, dla_cores=2),
-        _jetson("agx-thor", "Jetson T5000", _peaks(8.06, 129, 258.5, 517, 517, 1035), 273),
-        _drive("drive-orin", "DRIVE AGX Orin", _peaks(5.2, 20.9, 41.8, 83.5), 205),
-        _drive("drive-thor", "DRIVE AGX Thor", _peaks(8.06, 129, 250, 500, 500, 1000), 273),
-        _rtx((7, 5), "T4", ("fp32", "fp16"), _peaks(8.1, 8.1, 65, 130), 320),
-        _rtx((8, 0), "A100 40GB", AMPERE, _peaks(19.5, 156, 312, 624), 1555),
-        _rtx((8, 6), "A10", AMPERE, _peaks(31.2, 62.5, 125, 250), 600),
-        _rtx((8, 9), "L4", HOPPER, _peaks(30.3, 60, 121, 242, 242), 300),
-        _rtx((12, 0), "RTX 5090", BLACKWELL, _peaks(104.8, 104.8, 209.5, 838, 419, 1676), 1792),
-        _rtx((12, 1), "GB10 (DGX Spark)", BLACKWELL, _peaks(31, 62, 125, 250, 250, 500), 273),
-        _data_centre("h100", "H100 SXM", (9, 0), _peaks(67, 494.7, 989.4, 1979, 1979), 3352),
-        _data_centre("h200", "H200 SXM", (9, 0), _peaks(67, 494.7, 989.4, 1979, 1979), 4800),
+        _jetson("orin-nano", "Jetson Orin Nano 8GB", _peaks(2.1, 8.4, 16.7, 33.5), 102, ORIN),
+        _jetson("orin-nx", "Jetson Orin NX 16GB", _peaks(2.4, 9.6, 19.2, 38.4), 102.4, ORIN, Dla(2, ((10, 3),))),
+        _jetson(
+            "agx-orin", "Jetson AGX Orin 64GB", _peaks(5.3, 21.3, 42.5, 85), 204.8, ORIN, Dla(2, ((10, 3), (11, 4)))
+        ),
+        _jetson("agx-thor", "Jetson T5000", _peaks(8.06, 129, 258.5, 517, 517, 1035), 273, THOR),
+        _jetson("drive-orin", "DRIVE AGX Orin", _peaks(5.2, 20.9, 41.8, 83.5), 205, DRIVE_ORIN, Dla(2, ((8, 6),)), ()),
+        _jetson("drive-thor", "DRIVE AGX Thor", _peaks(8.06, 129, 250, 500, 500, 1000), 273, DRIVE_THOR, clocks=()),
+        _gpu("rtx-sm75", "T4", ("fp32", "fp16"), _peaks(8.1, 8.1, 65, 130), 320, (7, 5)),
+        _gpu("rtx-sm80", "A100 40GB", AMPERE, _peaks(19.5, 156, 312, 624), 1555, (8, 0)),
+        _gpu("rtx-sm86", "A10", AMPERE, _peaks(31.2, 62.5, 125, 250), 600, (8, 6)),
+        _gpu("rtx-sm89", "L4", HOPPER, _peaks(30.3, 60, 121, 242, 242), 300, (8, 9)),
+        _gpu("rtx-sm120", "RTX 5090", BLACKWELL, _peaks(104.8, 104.8, 209.5, 838, 419, 1676), 1792, (12, 0)),
+        _gpu("rtx-sm121", "GB10 (DGX Spark)", BLACKWELL, _peaks(31, 62, 125, 250, 250, 500), 273, (12, 1)),
+        _gpu("h100", "H100 SXM", HOPPER, _peaks(67, 494.7, 989.4, 1979, 1979), 3352, (9, 0)),
+        _gpu("h200", "H200 SXM", HOPPER, _peaks(67, 494.7, 989.4, 1979, 1979), 4800, (9, 0)),
         # An eighth of an HGX board; B300 has hardly any INT8.
-        _data_centre("b200", "B200 SXM", (10, 0), _peaks(75, 1125, 2250, 4500, 4500, 9000), 7700),
-        _data_centre("b300", "B300 SXM", (10, 3), _peaks(75, 1125, 2250, 150, 4500, 13500), 7700),
+        _gpu("b200", "B200 SXM", BLACKWELL, _peaks(75, 1125, 2250, 4500, 4500, 9000), 7700, (10, 0)),
+        _gpu("b300", "B300 SXM", BLACKWELL, _peaks(75, 1125, 2250, 150, 4500, 13500), 7700, (10, 3)),
         # Nominal, one core with two AVX-512 units at 3 GHz; fp16 and bf16 are computed in fp32, int8 with VNNI.
         Target(
             "cpu",
