@@ -51,7 +51,7 @@ def build(
     from ..runtime.devices.dla import dla_report
     from ..runtime.engines.base import UnparsedOp
     from ..runtime.onnx_file import check_model
-    from ..runtime.report.gate import choose, compare, read_baseline
+    from ..runtime.report.gate import Build, choose, compare, read_baseline
     from ..runtime.summary import Engine
     from .shapes import read_ranges
 
@@ -75,7 +75,7 @@ def build(
     if json_:
         write_json(json_, report, indent=2)
     show_engine(Engine.model_validate(printable(report)))
-    if baseline is not None and (worse := compare(report, baseline)):
+    if baseline is not None and (worse := compare(Build.model_validate(report), baseline)):
         for text in worse:
             print(f"gate: {text}", file=sys.stderr)
         raise typer.Exit(WORSE)

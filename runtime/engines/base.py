@@ -100,21 +100,22 @@ class Kernel:
 class EngineReport:
     """What came out of a build; everything in it was read from the library or the file, nothing is assumed.
 
-    bytes: size of the engine file. seconds: build time. precision: "fp32", "fp16", "bf16" or "int8" (see `precision`).
-    memory: bytes by purpose ("weights", "activations", "scratch", as far as the library tells). origins: where the
-    ONNX nodes of the kernels come from, as far as the ONNX file says.
+    version: of the library. path: of the engine file. precision: "fp32", "fp16", "bf16", "int8" or "fp8". memory: bytes by
+    purpose ("weights", "activations", "scratch", as far as the library tells). What a backend may leave to `build_engine`:
+    its own name, the target's, the size of the file in bytes, the build time in seconds, and origins: where the ONNX nodes
+    of the kernels come from, as far as the ONNX file says.
     """
 
-    backend: str
     version: str
-    target: str
     path: Path
-    bytes: int
-    seconds: float
     precision: str
     kernels: list[Kernel] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    backend: str = ""
+    target: str = ""
+    bytes: int = 0
+    seconds: float = 0.0
     origins: dict[str, Origin] = field(default_factory=dict)
 
     @property

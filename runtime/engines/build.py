@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,10 @@ def build_engine(
         destination = None
     else:
         destination = path.with_name(f"{path.stem}.{device.name}{BACKENDS[name].suffixes[0]}")
+    start = time.perf_counter()
     report = module.build(path, device, destination, backend=name, **options)
+    report.backend, report.target, report.seconds = name, device.name, time.perf_counter() - start
+    report.bytes = report.bytes or report.path.stat().st_size
     if model is not None:
         nodes = {node for kernel in report.kernels for node in kernel.nodes}
         report.origins = {node: origin for node, origin in read_origins(model).items() if node in nodes}
@@ -80,8 +84,7 @@ def load_engine(path: str | os.PathLike[str], backend: str | None = None, **opti
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
-    if backend is None:
-        backend = next((name for name, b in BACKENDS.items() if path.suffix in b.suffixes), None)
+    backend = backend or _backend_of(path)
     if backend is None:
         suffixes = dict.fromkeys(s for b in BACKENDS.values() for s in b.suffixes)
         raise BadInput(f"{path}: no backend for this suffix (known: {', '.join(suffixes)}); name one with backend=")
@@ -114,7 +117,7 @@ def open_engine(
         check_options(module.compile_program, options, backend or "inductor")
         return module.compile_program(model, **_threads(module.compile_program, threads), **options)
     path = Path(model)
-    name = backend or next((n for n, b in BACKENDS.items() if path.suffix in b.suffixes), None)
+    name = backend or _backend_of(path)
     if name is None:
         return load_engine(path)  # which says what is wrong
     module = backend_module(name)
@@ -131,6 +134,11 @@ def open_engine(
         report = build_engine(path, local_target(name), Path(folder) / f"x{row.suffixes[0]}", name, **options)
         trusted = {"host_code": True} if options.get("version_compatible") else {}  # this machine has just built it
         return load_engine(report.path, name, **trusted)
+
+
+def _backend_of(path: Path) -> str | None:
+    """The first backend that loads files of this suffix."""
+    return next((name for name, backend in BACKENDS.items() if path.suffix in backend.suffixes), None)
 
 
 def _threads(function: Callable[..., Any], threads: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,29 +72,16 @@ def build(
 
     out: where to keep the optimised model; it fits only CPUs with the same vector width. None keeps nothing.
     """
-    start = time.perf_counter()
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
             optimized = _optimize(model, Path(folder) / "model.onnx", threads)
     else:
         with replacing(out) as part:
             optimized = _optimize(model, part, threads)
-    seconds = time.perf_counter() - start
     kernels = [Kernel(n.name, n.op_type, padding=n.op_type in REFORMATS) for n in optimized.graph.node]
-    report = EngineReport(
-        backend=backend,
-        version=ort.__version__,
-        target=target.name,
-        path=out or model,
-        bytes=(out or model).stat().st_size,
-        seconds=seconds,
-        precision=precision(optimized),
-        kernels=kernels,
-        memory={"weights": sum(_size(t) for t in optimized.graph.initializer)},
-    )
-    if inserted_casts(optimized):
-        report.warnings.append("ONNX Runtime has no fp16 kernels for this CPU and computes in fp32")
-    return report
+    warnings = ["ONNX Runtime has no fp16 kernels for this CPU and computes in fp32"] * bool(inserted_casts(optimized))
+    memory = {"weights": sum(_size(t) for t in optimized.graph.initializer)}
+    return EngineReport(ort.__version__, out or model, precision(optimized), kernels, memory, warnings)
 
 
 def inserted_casts(optimized: onnx.ModelProto) -> int:

@@ -1,4 +1,5 @@
-"""What travels in a bench bundle and runs on the device: Python 3.8, numpy and the device's own library, no graphcomb."""
+"""What travels in a bench bundle and runs on the device: each file of this folder needs nothing but Python 3.8, numpy and
+the device's own library, and imports nothing of graphcomb but what lies beside it."""
 
 import re
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""What a bench bundle holds, read on the device: its models, their reference inputs and outputs, and whether they are whole.
-
-A bench bundle takes this file along, so it needs nothing but numpy, and runs on Python 3.8.
-"""
+"""What a bench bundle holds, read on the device: models, reference inputs and outputs, and whether they are whole."""
 
 from __future__ import annotations
 

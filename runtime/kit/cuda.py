@@ -1,8 +1,6 @@
 """The few CUDA runtime calls that running an engine takes, through ctypes.
 
 PyTorch may be a CPU build on the device (Jetson), so its CUDA bindings are no way in; the runtime library always is.
-
-A bench bundle takes this file along, so it imports nothing of graphcomb and runs on Python 3.8.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Latencies of models that run in turns, whether something else had the processor meanwhile, how sure the ratios are, and
 how far outputs are from the reference.
 
-A bench bundle takes this file along, so it needs nothing but numpy, and runs on Python 3.8. Sources: trtexec's practice
-(CUDA graph, events around each inference); the interval of a median by order statistics.
+Sources: trtexec's practice (CUDA graph, events around each inference); the interval of a median by order statistics.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""ONNX Runtime on the CPU, as a bench bundle measures it: for a device without TensorRT, and to try a bundle out anywhere.
-
-A bench bundle takes this file along, so it needs nothing but numpy and ONNX Runtime itself, and runs on Python 3.8.
-"""
+"""ONNX Runtime on the CPU, as a bench bundle measures it: for a device without TensorRT, and to try a bundle out."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ def session_options(threads: int, half: bool) -> Any:
 
 
 class OnnxRuntime:
-    """ONNX Runtime on the CPU: for a device without TensorRT, and to try a bundle out anywhere."""
+    """A model of a bundle in a session."""
 
     modes: tuple[str, ...] = ("stream",)
 
@@ -54,10 +51,8 @@ class OnnxRuntime:
         except Exception as error:  # ONNX Runtime's exceptions share no public base
             raise Failure(f"{path.name}: ONNX Runtime refuses it: {error}") from error
         self.version = onnxruntime.__version__
-        self.about: dict[str, Any] = {
-            "build_seconds": round(time.perf_counter() - start, 3),
-            "bytes": path.stat().st_size,
-        }
+        seconds = round(time.perf_counter() - start, 3)
+        self.about: dict[str, Any] = {"build_seconds": seconds, "bytes": path.stat().st_size}
         kinds = {i.name: i.type for i in self._session.get_inputs()}
         complete(path, kinds, feeds)
         self._feeds = {k: v.astype(np.float16 if kinds[k] == "tensor(float16)" else v.dtype) for k, v in feeds.items()}
@@ -83,8 +78,9 @@ class OnnxRuntime:
             self._session.run(None, self._feeds)
             wall, cpu = time.perf_counter() - start, time.process_time() - cpu
             if self._threads > 1 or cpu >= GUARD * wall:
-                return None, 1e3 * wall
-        self.about["contended"] = self.about.get("contended", 0) + 1
+                break
+        else:
+            self.about["contended"] = self.about.get("contended", 0) + 1
         return None, 1e3 * wall
 
     def layers(self, runs: int) -> list[dict[str, Any]]:

@@ -1,8 +1,7 @@
 """Power, temperatures and clocks of the device that a bench bundle lies on, and what it is.
 
-A bench bundle takes this file along, so it needs nothing but Python 3.8. Run as a script it is the monitor's own process,
-which takes no time of the process that is measured. Sources: NVIDIA's tegrastats documentation; Jetson Linux
-developer guide, "Platform power and performance", for the rails of AGX Orin.
+Run as a script it is the monitor's own process, which takes no time of the process that is measured. Sources: NVIDIA's
+tegrastats documentation; Jetson Linux developer guide, "Platform power and performance", for the rails of AGX Orin.
 """
 
 from __future__ import annotations

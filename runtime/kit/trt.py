@@ -1,7 +1,6 @@
 """TensorRT's engines, as a bench bundle builds, keeps and measures them on the device.
 
-A bench bundle takes this file along, so it needs nothing but numpy and the library itself, and runs on Python 3.8. Sources:
-TensorRT developer guide, "Working with CUDA graphs"; TensorRT-RTX developer guide, "Working with dynamic shapes".
+Sources: TensorRT developer guide, "Working with CUDA graphs"; TensorRT-RTX developer guide, "Working with dynamic shapes".
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import importlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,26 @@ def new_profiler(trt: Any) -> Any:
     return Profiler()
 
 
+def profiled(trt: Any, context: Any, run: Callable[[], None], runs: int) -> dict[str, float]:
+    """Mean milliseconds of every layer of a context, in execution order, over so many calls of `run`, which waits.
+    The library's profiler stays attached, and slows the whole down: the sum is not the engine's latency."""
+    context.profiler = profiler = new_profiler(trt)
+    for _ in range(runs):
+        run()
+    return {name: sum(times) / runs for name, times in profiler.times.items()}
+
+
+def inspected(trt: Any, engine: Any, context: Any = None) -> list[Any]:
+    """The layers of an engine as the library's inspector describes them; none where a version has no inspector. context: one
+    of the engine's, which knows the shapes."""
+    if not hasattr(engine, "create_engine_inspector"):
+        return []
+    inspector = engine.create_engine_inspector()
+    if context is not None:
+        inspector.execution_context = context
+    return json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON)).get("Layers", [])
+
+
 def new_context(trt: Any, engine: Any) -> Any:
     """An execution context, or None. TensorRT-RTX compiles kernels for the shapes at hand; it does so before the first run
     instead of beside later ones, which would run slower ones until then and could not be recorded as a graph."""
@@ -136,8 +156,7 @@ class TensorRT:
         self._results: dict[str, tuple[int, np.ndarray]] = {}
         self._bind(feeds)
         self._events = self._cuda.event(), self._cuda.event()
-        self._enqueue()  # buffers are made in the first run, which therefore cannot be captured
-        self._cuda.synchronize()
+        self._run()  # buffers are made in the first run, which therefore cannot be captured
         if arguments.graphs:
             self._capture()
         else:
@@ -231,11 +250,8 @@ class TensorRT:
         size = getattr(self._engine, "device_memory_size_v2", None) or getattr(self._engine, "device_memory_size", None)
         if size is not None:
             self.about["scratch_bytes"] = int(size)
-        if hasattr(self._engine, "create_engine_inspector"):
-            inspector = self._engine.create_engine_inspector()
-            text = inspector.get_engine_information(self.trt.LayerInformationFormat.JSON)
-            with contextlib.suppress(ValueError):
-                self.about["inspector"] = json.loads(text).get("Layers", [])
+        with contextlib.suppress(ValueError):
+            self.about["inspector"] = inspected(self.trt, self._engine)
 
     def _bind(self, feeds: dict[str, np.ndarray]) -> None:
         trt = self.trt
@@ -271,6 +287,10 @@ class TensorRT:
         if not self._context.execute_async_v3(self._cuda.stream):
             raise Failure(f"the engine did not run: {self._logger.error()}")
 
+    def _run(self) -> None:
+        self._enqueue()
+        self._cuda.synchronize()
+
     def outputs(self) -> dict[str, np.ndarray]:
         """The outputs for the reference inputs by name, of the last way of running that there is."""
         self._cuda.launch(self._graph) if self._graph else self._enqueue()
@@ -290,17 +310,15 @@ class TensorRT:
             self._cuda.synchronize()
             host = time.perf_counter() - start
             if waited() - before <= (1 - GUARD) * host:
-                return self._cuda.elapsed(*self._events), 1e3 * host
-        self.about["contended"] = self.about.get("contended", 0) + 1
+                break
+        else:
+            self.about["contended"] = self.about.get("contended", 0) + 1
         return self._cuda.elapsed(*self._events), 1e3 * host
 
     def layers(self, runs: int) -> list[dict[str, Any]]:
-        """Mean milliseconds of each layer, from the library's profiler, which slows the whole down."""
-        self._context.profiler = profiler = new_profiler(self.trt)
-        for _ in range(runs):
-            self._enqueue()
-            self._cuda.synchronize()
-        return [{"name": name, "ms": round(sum(ms) / runs, 6)} for name, ms in profiler.times.items()]
+        """Mean milliseconds of each layer, as `profiled` says."""
+        times = profiled(self.trt, self._context, self._run, runs)
+        return [{"name": name, "ms": round(ms, 6)} for name, ms in times.items()]
 
     def close(self) -> None:
         for address in self._addresses:

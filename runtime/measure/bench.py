@@ -84,12 +84,6 @@ class BenchResult:
         return asdict(self) | {"ratio": self.ratio}
 
 
-@dataclass(frozen=True)
-class _Sample:
-    seconds: float
-    counts: bool
-
-
 def bench(
     items: Sequence[Any],
     inputs: Sequence[Any] | None = None,
@@ -138,51 +132,35 @@ def bench(
     with contextlib.ExitStack() as stack:
         calls, guarded = _calls(items, inputs, threads, batch, shapes or {}, engine, stack)
         repeats = [_repeats(call) for call in calls]
-        rounds: list[list[_Sample]] = []
+        rounds: list[list[tuple[float, bool]]] = []
         paired = 0
         with _collector_off(), _bar(progress, seconds) as advance:
             start, lost = time.perf_counter(), stolen()
             while time.perf_counter() - start < seconds and paired < max_runs:
-                samples: list[_Sample | None] = [None] * len(calls)
-                order = range(len(calls)) if len(rounds) % 2 == 0 else range(len(calls) - 1, -1, -1)
-                for i in order:
-                    samples[i] = _sample(calls[i], repeats[i], threads if guarded[i] else 0)
-                rounds.append([s for s in samples if s is not None])
-                paired += all(s.counts for s in rounds[-1])
+                order = range(len(calls)) if len(rounds) % 2 == 0 else reversed(range(len(calls)))
+                samples = {i: _sample(calls[i], repeats[i], threads if guarded[i] else 0) for i in order}
+                rounds.append([samples[i] for i in range(len(calls))])
+                paired += all(counts for _, counts in rounds[-1])
                 advance(max((time.perf_counter() - start) / seconds, paired / max_runs))
         elapsed, lost = time.perf_counter() - start, stolen() - lost
-    return _result(titles, rounds, repeats, min_runs, elapsed, threads, lost)
-
-
-def _result(
-    names: list[str],
-    rounds: list[list[_Sample]],
-    repeats: list[int],
-    min_runs: int,
-    seconds: float,
-    threads: int,
-    lost: float,
-) -> BenchResult:
+    measured = np.array([[sample for sample, _ in row] for row in rounds]).reshape(-1, len(calls))  # by round and item
+    counts = np.array([[count for _, count in row] for row in rounds], bool).reshape(measured.shape)
     timings = []
-    for i, name in enumerate(names):
-        good = [r[i].seconds * 1e3 for r in rounds if r[i].counts]
+    for i, name in enumerate(titles):
+        good = 1e3 * measured[counts[:, i], i]
         ms = _percentiles(good) if len(good) >= min_runs else {}
         timings.append(Timing(name, len(good), len(rounds) - len(good), repeats[i], ms))
-    paired = [r for r in rounds if all(s.counts for s in r)]
+    pairs = measured[counts.all(axis=1)]
     # Short thefts fall between the samples in which they show.
-    preempted = lost > (1 - GUARD) * threads * seconds
-    enough = len(paired) >= min_runs and not preempted
-    ratios = {
-        name: _ratio([r[0].seconds / r[i].seconds for r in paired]) if enough else None
-        for i, name in enumerate(names)
-        if i
-    }
-    slow = not preempted and len(rounds) < min_runs and 2 * len(paired) >= len(rounds)
-    contended = not enough and not slow
-    rejected, note = len(rounds) - len(paired), ""
+    preempted = lost > (1 - GUARD) * threads * elapsed
+    enough = paired >= min_runs and not preempted
+    ratios = {name: _ratio(pairs[:, 0] / pairs[:, i]) if enough else None for i, name in enumerate(titles) if i}
+    slow = not preempted and len(rounds) < min_runs and 2 * paired >= len(rounds)
+    note = ""
     if not enough:
-        note = _no_figure(len(rounds), len(paired), min_runs, seconds, threads, lost if preempted else 0.0, slow)
-    return BenchResult(timings, ratios, len(paired), rejected, seconds, note, environment(threads), contended)
+        note = _no_figure(len(rounds), paired, min_runs, elapsed, threads, lost if preempted else 0.0, slow)
+    contended = not enough and not slow
+    return BenchResult(timings, ratios, paired, len(rounds) - paired, elapsed, note, environment(threads), contended)
 
 
 def _no_figure(rounds: int, paired: int, min_runs: int, seconds: float, threads: int, lost: float, slow: bool) -> str:
@@ -201,21 +179,20 @@ def _no_figure(rounds: int, paired: int, min_runs: int, seconds: float, threads:
     )
 
 
-def _ratio(values: Sequence[float]) -> dict[str, float]:
-    interval = median_interval(values)
-    percentiles = _percentiles(values)
-    return percentiles | ({"low": interval[0], "high": interval[1]} if interval else {})
+def _ratio(values: np.ndarray) -> dict[str, float]:
+    interval = median_interval(values.tolist())
+    return _percentiles(values) | (dict(zip(("low", "high"), interval, strict=True)) if interval else {})
 
 
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
+def _percentiles(values: np.ndarray) -> dict[str, float]:
     points = np.percentile(values, list(PERCENTILES.values()))
     percentiles = {name: float(p) for name, p in zip(PERCENTILES, points, strict=True)}
     return percentiles | {"iqr": percentiles["p75"] - percentiles["p25"]}
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
-def _sample(call: Callable[[], Any], repeats: int, threads: int) -> _Sample:
-    """Time some calls. threads: that should be busy; 0 for work that is not done by the processor."""
+def _sample(call: Callable[[], Any], repeats: int, threads: int) -> tuple[float, bool]:
+    """Mean seconds of some calls, and whether they count. threads: that should be busy; 0 without work of the processor."""
     waited, lost = _waited() if threads > 1 else 0.0, stolen() if threads else 0.0
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(repeats):
@@ -227,7 +204,7 @@ def _sample(call: Callable[[], Any], repeats: int, threads: int) -> _Sample:
         counts = not threads or GUARD <= cpu / wall <= 1 / GUARD
     if threads and stolen() > lost:  # which the processor time of a virtual machine need not show
         counts = False
-    return _Sample(wall / repeats, counts)
+    return wall / repeats, counts
 
 
 def _waited() -> float:

@@ -76,9 +76,6 @@ SHEET = {
 class Roofline:
     """Predicts the seconds of layers on a target in one precision.
 
-    A layer takes the time to start its kernel plus the longer of its arithmetic, padded as the target's kernels pad it,
-    and of moving its tensors once (Williams et al., CACM 2009).
-
     - target, dtype: the device, and the precision ("fp16" and so on).
     - compute, memory: shares of the target's peak arithmetic and bandwidth that are attained, from 0 to 1.
     - launch: seconds to start a kernel. All three are nominal by default.

@@ -7,17 +7,36 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ...graph.errors import BadInput
 from ...graph.files import read_json
+from ..formats import Format, read, says
+from ..summary import Origin, Pad
 
 NUMBER = re.compile(r"_myl\d+_\d+$")  # of a generated kernel
 
 
-def read_baseline(path: Path, target: str) -> list[dict[str, Any]]:
+class BuiltKernel(Format):
+    """What the gate reads of a kernel (`summary.Kernel`)."""
+
+    name: str
+    nodes: list[str] = says("ONNX nodes that it computes", default=[])
+    padding: bool = False
+
+
+class Build(Format):
+    """What the gate reads of an engine report (`summary.Engine`), of which earlier versions may have written less."""
+
+    target: str | None = None
+    precision: str | None = None
+    kernels: list[BuiltKernel]
+    pads: list[Pad] = says("axes computed wider than the model has them", default=[])
+    origins: dict[str, Origin] = says("by ONNX node", default={})
+    unread: list[str] = says("lines of the build log about kernels that could not be read", default=[])
+
+
+def read_baseline(path: Path, target: str) -> list[Build]:
     """The engine reports for a target to compare with: a file of `graphcomb build --json`, or a run's summary.json, which
     may have several. Raises BadInput for anything else."""
     try:
@@ -32,63 +51,46 @@ def read_baseline(path: Path, target: str) -> list[dict[str, Any]]:
     if not same:
         has = ", ".join(sorted({str(row.get("target")) for row in rows}))
         raise BadInput(f"--gate {path}: has no engine for {target} (it has {has})")
-    for row in same:
-        if wrong := _wrong(row):
-            raise BadInput(f"--gate {path}: {wrong}; make it anew with `graphcomb build --json`")
-    return same
+    try:
+        return [read(Build, row, f"--gate {path}") for row in same]
+    except BadInput as error:
+        raise BadInput(f"{error}; make it anew with `graphcomb build --json`") from error
 
 
-def choose(rows: list[dict[str, Any]], precision: str) -> dict[str, Any]:
+def choose(rows: list[Build], precision: str) -> Build:
     """The report of a precision, or one that says none. Raises BadInput where all are of others."""
     for wanted in (precision, None):
-        if match := next((row for row in rows if row.get("precision") == wanted), None):
+        if match := next((row for row in rows if row.precision == wanted), None):
             return match
-    has = ", ".join(sorted({str(row["precision"]) for row in rows}))
-    raise BadInput(f"--gate: the baseline has no {precision} engine for {rows[0]['target']} (it has {has})")
+    has = ", ".join(sorted({str(row.precision) for row in rows}))
+    raise BadInput(f"--gate: the baseline has no {precision} engine for {rows[0].target} (it has {has})")
 
 
-def _wrong(row: Mapping[str, Any]) -> str | None:
-    """What of a report cannot be compared with, if anything."""
-    if not isinstance(row["kernels"], list):
-        return "kernels is not a list"
-    for i, kernel in enumerate(row["kernels"]):
-        if not isinstance(kernel, dict) or not isinstance(kernel.get("name"), str):
-            return f"kernels[{i}] is not a kernel with a name"
-        if not _texts(kernel.get("nodes", [])):
-            return f"kernels[{i}].nodes is not a list of names"
-    return None if _texts(row.get("unread", [])) else "unread is not a list of texts"
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-def compare(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
-    """What is worse than in the baseline, a line each; empty when the build passes. Both are `EngineReport.to_dict()`.
+def compare(build: Build, baseline: Build) -> list[str]:
+    """What is worse than in the baseline, a line each; empty when the build passes.
 
     Worse is a kernel that only pads where the baseline has none for these nodes, and a kernel whose description in the
     build log cannot be read.
     """
-    before, now = _padding(baseline), _padding(report)
+    before, now = _padding(baseline), _padding(build)
     worse = []
     for nodes, count in sorted((now - before).items()):
-        pads = [p for p in report.get("pads", ()) if p["how"] == "kernel" and tuple(sorted(p["nodes"])) == nodes]
-        advice = [f"axis {p['axis']} {p['before']} -> {p['after']}, {_advice(p)}" for p in pads]
-        origin = next((o for n in nodes if (o := report.get("origins", {}).get(n))), None)
-        changed = f" (changed by {', '.join(origin['passes'])})" if origin and origin["passes"] else ""
+        pads = [pad for pad in build.pads if pad.how == "kernel" and tuple(sorted(pad.nodes)) == nodes]
+        advice = [f"axis {pad.axis} {pad.before} -> {pad.after}, {_advice(pad)}" for pad in pads]
+        origin = next((o for n in nodes if (o := build.origins.get(n))), None)
+        changed = f" (changed by {', '.join(origin.passes)})" if origin and origin.passes else ""
         text = f"new padding kernel{f' ({count} times)' if count > 1 else ''} for {', '.join(nodes)}{changed}"
         worse.append(": ".join([text, *advice[:1]]))
-    known = Counter(baseline.get("unread", ()))
-    worse += [f"a kernel that cannot be read: {line[:200]}" for line in Counter(report.get("unread", ())) - known]
-    return worse
+    new = Counter(build.unread) - Counter(baseline.unread)
+    return worse + [f"a kernel that cannot be read: {line[:200]}" for line in new]
 
 
-def _advice(pad: Mapping[str, Any]) -> str:
-    text = "no width avoids it" if pad["alignment"] is None else f"multiples of {pad['alignment']} avoid it"
-    return text + (f" ({pad['note']})" if pad.get("note") else "")
+def _advice(pad: Pad) -> str:
+    text = "no width avoids it" if pad.alignment is None else f"multiples of {pad.alignment} avoid it"
+    return text + (f" ({pad.note})" if pad.note else "")
 
 
-def _padding(report: Mapping[str, Any]) -> Counter[tuple[str, ...]]:
+def _padding(build: Build) -> Counter[tuple[str, ...]]:
     """How many kernels only pad, by the nodes they pad for (by name where the library names no nodes)."""
-    kernels = [k for k in report["kernels"] if k.get("padding")]
-    return Counter(tuple(sorted(k.get("nodes") or (NUMBER.sub("", k["name"]),))) for k in kernels)
+    kernels = [kernel for kernel in build.kernels if kernel.padding]
+    return Counter(tuple(sorted(kernel.nodes or (NUMBER.sub("", kernel.name),))) for kernel in kernels)

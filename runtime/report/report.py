@@ -8,21 +8,19 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from ...graph.files import replacing
-from ..summary import Summary, read_summary
+from ..engines.trt.kernels import UNFUSED
+from ..summary import Engine, Pad, Summary, read_summary
 from .devices import device_section, profiled_layers
-from .engines import PAD_TEXTS, engine_section
-from .headline import Tile, lead, tiles
-from .layers import LayerRow, layer_rows, prediction_facts, slowest
-from .passes import PassRow, Refusal, kernel_facts, pass_row, refusals
+from .headline import lead, tiles
+from .layers import layer_rows, prediction_facts, slowest
+from .passes import kernel_facts, pass_row, refusals
 from .plots import plots
 from .reading import pairs
 from .text import count, exact, seconds, short_ms, si, size
@@ -30,25 +28,11 @@ from .text import count, exact, seconds, short_ms, si, size
 FILTERS = {"si": si, "size": size, "exact": exact, "count": count, "seconds": seconds, "ms": short_ms}
 
 
-@dataclass
-class Report:
-    """Everything the template shows, a field for each section of the page."""
-
-    title: str
-    lead: str
-    tiles: list[Tile]
-    plots: list[tuple[str, Markup]]
-    layers: list[LayerRow]
-    largest: list[LayerRow]
-    prediction: list[tuple[str, str]]
-    refusals: list[Refusal]
-    passes: list[PassRow]
-    engines: list[dict[str, Any]]
-    devices: list[dict[str, Any]]
-    environment: list[tuple[str, str]]
-    files: list[tuple[str, str]]
-    metric: str
-    written: str
+PAD_TEXTS = {
+    "kernel": "an extra kernel",
+    "fused": "inside a kernel that is there anyway",
+    "weights": "zeros in the weights",
+}
 
 
 def write_report(summary: Summary | Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -69,27 +53,47 @@ def render(summary: Summary) -> str:
     source = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FILTERS
-    return environment.from_string(source).render(report=view(summary), pad_texts=PAD_TEXTS)
+    return environment.from_string(source).render(report=sections(summary), pad_texts=PAD_TEXTS)
 
 
-def view(summary: Summary) -> Report:
-    """What the page shows of a summary."""
+def sections(summary: Summary) -> dict[str, Any]:
+    """What the page shows of a summary, by its sections."""
     predicted = summary.prediction.layers if summary.prediction else []
     layers = layer_rows(summary.passes, predicted, profiled_layers(summary))
-    return Report(
-        title=summary.model or "graphcomb run",
-        lead=lead(summary),
-        tiles=tiles(summary),
-        plots=plots(summary, layers),
-        layers=layers,
-        largest=slowest(layers) if len(layers) > 1 else [],
-        prediction=prediction_facts(summary) + kernel_facts(summary.passes),
-        refusals=refusals(summary.passes),
-        passes=[pass_row(record) for record in summary.passes],
-        engines=[engine_section(engine) for engine in summary.engines],
-        devices=[device_section(device) for device in summary.devices],
-        environment=[*pairs({"target": summary.target, "precision": summary.precision}), *pairs(summary.environment)],
-        files=pairs(summary.files),
-        metric=summary.metric,
-        written=datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
-    )
+    return {
+        "title": summary.model or "graphcomb run",
+        "lead": lead(summary),
+        "tiles": tiles(summary),
+        "plots": plots(summary, layers),
+        "layers": layers,
+        "largest": slowest(layers) if len(layers) > 1 else [],
+        "prediction": prediction_facts(summary) + kernel_facts(summary.passes),
+        "refusals": refusals(summary.passes),
+        "passes": [pass_row(record) for record in summary.passes],
+        "engines": [_engine(engine) for engine in summary.engines],
+        "devices": [device_section(device) for device in summary.devices],
+        "environment": pairs({"target": summary.target, "precision": summary.precision} | summary.environment),
+        "files": pairs(summary.files),
+        "metric": summary.metric,
+        "written": datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
+    }
+
+
+def _engine(engine: Engine) -> dict[str, Any]:
+    """An engine: library, kernels, padded axes, quantisation that buys nothing."""
+    return dict(engine) | {
+        "title": f"{engine.backend} {engine.version}".strip(),
+        "padding": sum(kernel.padding for kernel in engine.kernels),
+        "nodes": len({node for kernel in engine.kernels for node in kernel.nodes}),
+        "memory": [(name, size) for name, size in engine.memory.items() if size],
+        "pads": [_pad(engine, pad) for pad in engine.pads],
+        "unfused": [{"text": UNFUSED.get(r.how, ""), "nodes": r.nodes} for r in engine.unfused if r.how != "wide"],
+        "wide": [node for row in engine.unfused if row.how == "wide" for node in row.nodes],
+    }
+
+
+def _pad(engine: Engine, pad: Pad) -> dict[str, Any]:
+    """A padded axis, with the passes that changed its nodes."""
+    passes = [name for node in pad.nodes if node in engine.origins for name in engine.origins[node].passes]
+    alignment = "none" if pad.alignment is None else str(pad.alignment)
+    return dict(pad) | {"alignment": alignment, "origin": ", ".join(dict.fromkeys(passes))}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def build(
     if target.compute_capability != (canonical(here) if here else None):
         at_hand = f"SM{here[0]}{here[1]}" if here else "a CPU"
         raise BadInput(f"target {target.name}: inductor compiles for the machine at hand, which is {at_hand}")
-    start, out = time.perf_counter(), out or model.with_suffix(".aoti")
+    out = out or model.with_suffix(".aoti")
     program = load_program(model)
     program.module().eval().to(device)
     _threads(device, threads)
@@ -75,16 +74,8 @@ def build(
         except RuntimeError as error:
             raise Refused(f"{model}: inductor cannot compile it: {reason(error)}") from error
         pack(out, Path(package), program, device)
-    return EngineReport(
-        backend=backend,
-        version=torch.__version__,
-        target=target.name,
-        path=out,
-        bytes=out.stat().st_size,
-        seconds=time.perf_counter() - start,
-        precision=precision(program),
-        memory={"weights": sum(t.nbytes for t in program.module().parameters())},
-    )
+    memory = {"weights": sum(t.nbytes for t in program.module().parameters())}
+    return EngineReport(torch.__version__, out, precision(program), memory=memory)
 
 
 def load(path: Path, *, backend: str = "inductor", threads: int = 1) -> TorchEngine:

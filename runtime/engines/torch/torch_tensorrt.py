@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -66,7 +65,7 @@ def build(
     here = torch.cuda.get_device_capability()
     if target.compute_capability != canonical(here):
         raise BadInput(f"target {target.name}: {backend} compiles for the GPU at hand, which is SM{here[0]}{here[1]}")
-    start, out = time.perf_counter(), out or model.with_suffix(".ep")
+    out = out or model.with_suffix(".ep")
     program = load_program(model)
     module = _compile(library, program, sparse, optimization_level, BATCHES)
     with tempfile.TemporaryDirectory() as folder:
@@ -76,17 +75,8 @@ def build(
     parts = [name for name, _ in module.named_children()]
     kernels = [Kernel(name, "TensorRT" if name.startswith(ENGINE) else "PyTorch") for name in parts]
     left = [name for name in parts if name.startswith(REST)]
-    return EngineReport(
-        backend=backend,
-        version=library.__version__,
-        target=target.name,
-        path=out,
-        bytes=out.stat().st_size,
-        seconds=time.perf_counter() - start,
-        precision=precision(program),
-        kernels=kernels,
-        warnings=[f"{len(left)} of {len(parts)} parts run in PyTorch"] if left else [],
-    )
+    warnings = [f"{len(left)} of {len(parts)} parts run in PyTorch"] * bool(left)
+    return EngineReport(library.__version__, out, precision(program), kernels, warnings=warnings)
 
 
 def load(path: Path, *, backend: str = "torch_tensorrt") -> TorchEngine:

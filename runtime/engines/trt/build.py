@@ -12,7 +12,6 @@ Sources: TensorRT developer guide, "Strongly typed networks", "Working with dyna
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,7 +97,6 @@ def build(
     kind = precision(graph)
     if dla is not None:
         dla_report(graph, target, dla, batch)  # refuses what no layer could run
-    start = time.perf_counter()
     work = _Build(backend, target, plugins or ())
     work.check_opset(model, graph)
     work.parse(model)
@@ -134,12 +132,8 @@ def build(
             part.write_bytes(work.config.get_timing_cache().serialize())
     said = parse_build_log(work.logger.text())
     return TensorRTReport(
-        backend=backend,
         version=work.trt.__version__,
-        target=target.name,
         path=out,
-        bytes=out.stat().st_size,
-        seconds=time.perf_counter() - start,
         precision=kind,
         kernels=said.kernels(),
         memory=said.memory,

@@ -5,7 +5,6 @@ Source: TensorRT developer guide, "Working with CUDA graphs" and "Working with d
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from ....graph.errors import BadInput, MissingBackend, Refused
 from ...devices.table import NAMES
 from ...kit.cuda import Cuda, CudaError, NoCuda
 from ...kit.trt import DTYPES as NUMPY
-from ...kit.trt import new_context, new_logger, new_profiler, record
+from ...kit.trt import inspected, new_context, new_logger, profiled, record
 from ...onnx_file import TensorSpec
 from ..base import HostEngine
 from .library import library, load_plugins
@@ -105,26 +104,23 @@ class TensorRTEngine(HostEngine):
         """Mean milliseconds of every layer, in execution order. The library's profiler slows the whole down, so the sum
         is not the engine's latency."""
         self._prepare(inputs)
-        self._context.profiler = profiler = new_profiler(self._trt)
-        for _ in range(runs):
+
+        def run() -> None:
             self._enqueue()
             self._cuda.synchronize()
+
+        times = profiled(self._trt, self._context, run, runs)
         self._context = new_context(self._trt, self._engine)  # a profiler cannot be taken off
         self._profile = 0
         for name, (address, _) in self._buffers.items():
             self._context.set_tensor_address(name, address)
         self._drop_graph()
-        return [(name, sum(times) / runs) for name, times in profiler.times.items()]
+        return list(times.items())
 
     def inspect(self) -> list[dict[str, Any]]:
         """The layers of the engine as the library's inspector describes them: name, type, tactic, formats, and whether
         the weights are sparse, as far as the version tells. Empty without an inspector."""
-        if not hasattr(self._engine, "create_engine_inspector"):
-            return []
-        inspector: types.EngineInspector = self._engine.create_engine_inspector()
-        inspector.execution_context = self._context  # which knows the shapes
-        text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
-        rows = json.loads(text).get("Layers", [])
+        rows = inspected(self._trt, self._engine, self._context)
         return [row if isinstance(row, dict) else {"Name": row} for row in rows]
 
     def refit(self, model: Path) -> None:

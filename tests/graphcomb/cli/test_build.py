@@ -106,7 +106,7 @@ def test_a_bad_baseline_is_bad_input_and_nothing_is_built(refused, files, tmp_pa
     arguments = ("build", files["even"], "--target", "rtx-sm86", "--gate")
     assert "cannot be read" in refused(*arguments, tmp_path / "no.json")
     (tmp_path / "base.json").write_text(json.dumps({"target": "rtx-sm86", "kernels": [{"padding": True}]}))
-    assert "kernels[0] is not a kernel with a name" in refused(*arguments, tmp_path / "base.json")
+    assert "kernels.0.name: Field required" in refused(*arguments, tmp_path / "base.json")
     assert not list(tmp_path.glob("*.rtx"))
     (tmp_path / "base.json").write_text(json.dumps({"target": "rtx-sm86", "precision": "fp32", "kernels": []}))
     assert "the baseline has no fp16 engine for rtx-sm86 (it has fp32)" in refused(*arguments, tmp_path / "base.json")

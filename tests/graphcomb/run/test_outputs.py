@@ -47,7 +47,7 @@ class Builds(list):
 
     def __call__(self, path: Path, target: Any, **options: Any) -> Any:
         self.append((Path(path).name, target.name, options))
-        return EngineReport("tensorrt_rtx", "1.7", target.name, path, 0, 0.0, "fp32")
+        return EngineReport("1.7", path, "fp32", backend="tensorrt_rtx", target=target.name)
 
 
 @pytest.fixture

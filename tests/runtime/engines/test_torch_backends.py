@@ -228,7 +228,7 @@ def test_older_versions_are_told_the_types(program, library):
 
 def test_parts_that_stay_in_pytorch_are_reported(program, library, tmp_path):
     saved = program.save(tmp_path / "net.pt2")
-    report = backend.build(saved, graphcomb.runtime.get_target("h100"), tmp_path / "net.ep")
+    report = graphcomb.runtime.build_engine(saved, "h100", tmp_path / "net.ep", "torch_tensorrt")
     assert [(k.name, k.kind) for k in report.kernels[-2:]] == [
         ("_run_on_acc_0", "TensorRT"),
         ("_run_on_gpu_1", "PyTorch"),

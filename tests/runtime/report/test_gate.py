@@ -5,7 +5,8 @@ import json
 import pytest
 
 from graphcomb.graph.errors import BadInput
-from graphcomb.runtime.report.gate import choose, compare, read_baseline
+from graphcomb.runtime.report import gate
+from graphcomb.runtime.report.gate import Build, choose, read_baseline
 
 
 def kernel(name, nodes, padding=False):
@@ -14,6 +15,10 @@ def kernel(name, nodes, padding=False):
 
 def report(*kernels, pads=(), **more):
     return {"target": "rtx-sm86", "precision": "fp16", "kernels": list(kernels), "pads": list(pads), **more}
+
+
+def compare(now, before):
+    return gate.compare(Build.model_validate(now), Build.model_validate(before))
 
 
 PAD = {"kernel": "p", "how": "kernel", "nodes": ("b/conv",), "axis": 1, "before": 61, "after": 64, "alignment": 8}
@@ -52,11 +57,13 @@ def write(path, tree):
 def test_the_baseline_is_the_engine_of_the_same_target_and_precision(tmp_path):
     engines = [report() | {"precision": "fp32"}, report(), report() | {"target": "rtx-sm89"}]
     path = write(tmp_path / "summary.json", {"engines": engines})
-    assert choose(read_baseline(path, "rtx-sm86"), "fp16") == engines[1]
+    assert choose(read_baseline(path, "rtx-sm86"), "fp16") == Build.model_validate(engines[1])
     with pytest.raises(BadInput, match=r"baseline has no int8 engine for rtx-sm86 \(it has fp16, fp32\)"):
         choose(read_baseline(path, "rtx-sm86"), "int8")
     del engines[2]["precision"]
-    assert choose(read_baseline(write(path, {"engines": engines}), "rtx-sm89"), "int8") == engines[2]
+    assert choose(read_baseline(write(path, {"engines": engines}), "rtx-sm89"), "int8") == Build.model_validate(
+        engines[2]
+    )
     with pytest.raises(BadInput, match=r"has no engine for rtx-sm75 \(it has rtx-sm86, rtx-sm89\)"):
         read_baseline(path, "rtx-sm75")
 
@@ -67,12 +74,12 @@ BAD = [
     ("[]", "no engine"),
     ("{}", "no engine"),
     ('{"engines": 5}', "no engine"),
-    (json.dumps(report() | {"kernels": 5}), "kernels is not a list"),
-    (json.dumps(report(5)), r"kernels\[0\] is not a kernel with a name; make it anew with `graphcomb build --json`"),
-    (json.dumps(report(kernel("a", []), {"padding": True})), r"kernels\[1\] is not a kernel with a name"),
-    (json.dumps(report(kernel("a", []) | {"nodes": 5})), r"kernels\[0\].nodes is not a list of names"),
-    (json.dumps(report(kernel("a", [["b"]]))), r"kernels\[0\].nodes is not a list of names"),
-    (json.dumps(report(unread=5)), "unread is not a list of texts"),
+    (json.dumps(report() | {"kernels": 5}), "kernels: should be a valid list"),
+    (json.dumps(report(5)), r"kernels.0: .*; make it anew with `graphcomb build --json`"),
+    (json.dumps(report(kernel("a", []), {"padding": True})), r"kernels.1.name: Field required"),
+    (json.dumps(report(kernel("a", []) | {"nodes": 5})), "kernels.0.nodes: should be a valid list"),
+    (json.dumps(report(kernel("a", [["b"]]))), "kernels.0.nodes.0: should be a valid string"),
+    (json.dumps(report(unread=5)), "unread: should be a valid list"),
 ]
 
 

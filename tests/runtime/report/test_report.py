@@ -137,10 +137,11 @@ def summary(layers=3):
     ms = {"p5": 4.9, "p25": 5.0, "median": 5.1, "p75": 5.2, "p95": 5.4, "p99": 5.9}
     runs = {"runs": 50, "rejected": 0, "repeats": 1}
     engine = EngineReport(
-        "tensorrt_rtx", "1.7", "rtx-sm86", "net.rtx", 768_020, 0.42, "fp16",
+        "1.7", "net.rtx", "fp16",
         [Kernel("conv_k", "correlation", ("conv", "relu"), ("fp16[1,3,8,8]",), ("fp16[1,61,8,8]",)),
          Kernel("pad_k", "kgen", ("conv2",), padding=True)],
-        {"weights": 89_128, "activations": 8_716_288}, ["a warning of the library"],
+        {"weights": 89_128, "activations": 8_716_288}, ["a warning of the library"], "tensorrt_rtx", "rtx-sm86", 768_020,
+        0.42,
     )  # fmt: skip
     pads = [{"kernel": "pad_k", "how": "kernel", "nodes": ["conv2"], "axis": 1, "before": 61, "after": 62,
              "alignment": 2},
