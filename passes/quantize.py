@@ -1,7 +1,5 @@
 """INT8 in the graph: symmetric fake quantisation that exports as Q/DQ, calibrated on data."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from .common.observe import Observer
 from .common.processes import accelerator, placed
 from .common.repeat import seeded
 from .common.samples import sample_batches
-from .common.weights import Layer, check_included, layers
+from .common.weights import WeightedLayer, check_included, layers
 
 RANGE = (-128, 127)  # the one signed range that ONNX's QuantizeLinear has
 
@@ -82,7 +80,7 @@ class Quantize(Pass):
         writer.edit.finish()
         return PassResult(new, {"changed": changed, "refused": refused})
 
-    def _calibrated(self, program: Program, chosen: Sequence[Layer], context: Context) -> dict[fx.Node, float]:
+    def _calibrated(self, program: Program, chosen: Sequence[WeightedLayer], context: Context) -> dict[fx.Node, float]:
         """The scale of each input; 0 where it never was anything but zero."""
         if context.data is None:
             raise BadInput("Quantize: needs data to calibrate on; pass data=")
@@ -146,7 +144,7 @@ class _Writer:
                 self.inputs[source] = self.edit.call(target, (source, scale, 0, *RANGE), like=source)
         set_argument(node, next(iter(arguments(node))), self.inputs[source])
 
-    def quantise_weight(self, layer: Layer) -> Tensor:
+    def quantise_weight(self, layer: WeightedLayer) -> Tensor:
         """Let a layer read its weight quantised; returns the scales, one for each output channel."""
         weight = fetch(self.module, layer.name).detach()
         largest = weight.abs().flatten(1).amax(1).float()

@@ -1,7 +1,5 @@
 """results.json, which bench_device.py writes on a device or a run of it brings back: as a model, and reading it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

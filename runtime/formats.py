@@ -1,7 +1,5 @@
 """What the models of graphcomb's JSON files (summary.py, device_results.py) have in common."""
 
-from __future__ import annotations
-
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError

@@ -1,7 +1,5 @@
 """What an ONNX file says of itself: whether it is valid, its inputs, opset and precision. Weights beside it are not read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ docs/formats.md and docs/summary.schema.json are made from these models and thos
 Fields may be added; those below keep their meaning.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 

@@ -28,7 +28,7 @@ from ..train.features import block_outputs
 from ..train.loop import total_steps
 from .costs import Costs, layer_costs, mac_terms
 from .groups import movable
-from .importance.scores import IMPORTANCES, SAMPLES, TRANSFORMS, Scores, normalised, together
+from .importance.scores import IMPORTANCES, SAMPLES, TRANSFORMS, UNLABELLED, Scores, normalised, together
 from .kernel_count import kernel_record
 from .selection import Selection, lowest_removed
 from .targets import Chooser, SharedChooser, Target, Task, read_plan, some, untrained
@@ -61,7 +61,8 @@ class RemoveChannels(Pass):
     - importance: "magnitude"; "taylor" or "fisher", from gradients, which need labelled data and are exact to first order
       (`channels.importance`), or "taylor-paper" and "fisher-paper", the form that CPD publishes (arXiv 2408.03046); or
       "random". None is fisher with `train`, else magnitude.
-      "fisher-unlabelled" and "repair" need images without labels; the latter is what stays lost after `repair`.
+      "fisher-unlabelled" and "repair" need images without labels, and go without `train`; the latter is what stays lost
+      after `repair`.
     - repair: give what is left its least-squares weights, as `Repair` with its defaults does, from images of the data;
       labels are not needed. With `train`, after each event, against the network just before it.
     - samples: how many of the data's samples gradients are taken from before anything is cut, in whole batches
@@ -136,7 +137,8 @@ class RemoveChannels(Pass):
                     "everything goes at once"
                 )
         if self.train is not None:
-            check_field(self, "importance", self.importance != "repair", "one that training can take, with `train`")
+            says = "one of the loss that trains, with `train`: others are of the network as it was before"
+            check_field(self, "importance", self.importance not in ("repair", UNLABELLED), says)
         for kind in self.kinds:
             if kind not in KINDS:
                 raise BadInput(f"RemoveChannels.kinds: some of {', '.join(KINDS)}, not {kind!r}")

@@ -4,8 +4,6 @@ Predictions from a data sheet are off by a factor; a network that loses nine ten
 nothing. So a latency target leaves a quarter of the multiply-accumulates where nothing was measured. Source: ours.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

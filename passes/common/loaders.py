@@ -1,7 +1,5 @@
 """Data loaders: how long they are, what decides their order, and which of their batches a process takes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

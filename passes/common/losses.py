@@ -1,7 +1,5 @@
 """The default loss and metric, and where they find class scores."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Look at values inside a graph while it runs over batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

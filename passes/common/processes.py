@@ -1,7 +1,5 @@
 """One process or several: the device of each, and what they tell one another."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator

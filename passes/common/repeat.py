@@ -1,7 +1,5 @@
 """The same again: seeds, random states, and codes for everything that decides a result. Source: ours."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

@@ -4,8 +4,6 @@ Which samples: a random subset drawn by the seed where a loader goes through its
 yields, under the seed, where it shuffles or samples by itself, has no data set to draw from, or is no loader.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Scores of a model over a data set."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """The weights of linear layers and convolutions: which there are, and how options name them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,7 +15,7 @@ from ..base import Pass, Refusal
 
 
 @dataclass(frozen=True)
-class Layer:
+class WeightedLayer:
     """A linear or convolution weight `(out, in / groups, *kernel)`, the nodes that use it and all names that it goes by
     (several where tied)."""
 
@@ -42,7 +40,7 @@ class Layer:
         return _match(self.names, patterns)
 
 
-def layers(program: Program) -> tuple[list[Layer], list[Refusal]]:
+def layers(program: Program) -> tuple[list[WeightedLayer], list[Refusal]]:
     """The linear and convolution weights that are stored tensors, in the order they are used, and the others with the
     reason."""
     users: dict[int, tuple[str, list[fx.Node]]] = {}
@@ -71,7 +69,7 @@ def layers(program: Program) -> tuple[list[Layer], list[Refusal]]:
     for name, tensor in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name)
     return [
-        Layer(
+        WeightedLayer(
             name,
             tuple(nodes),
             shape(arguments(nodes[0])["weight"]),
@@ -109,7 +107,9 @@ def windows(node: fx.Node, x: Tensor) -> Tensor:
     return x.permute(1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank))
 
 
-def check_included(of: Pass, include: Sequence[str], found: Sequence[Layer], refused: Sequence[Refusal]) -> None:
+def check_included(
+    of: Pass, include: Sequence[str], found: Sequence[WeightedLayer], refused: Sequence[Refusal]
+) -> None:
     """Raise BadInput unless each pattern of a pass's `include` matches a weight, taken or refused."""
     names = [name for layer in found for name in layer.names] + [row.what for row in refused]
     for pattern in include:

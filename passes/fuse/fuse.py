@@ -1,7 +1,5 @@
 """The pass that merges linear operators: regions are found, priced, merged where it pays, and every merge is verified."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

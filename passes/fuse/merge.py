@@ -1,7 +1,5 @@
 """Merges done in a graph: the map of a merge takes the place of its layer with the most weights, the rest is erased."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Checks of merges in float64: each one by itself on random inputs, and all together on the whole network."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,11 +93,7 @@ class Proof:
 
 
 def prove(
-    original: Program,
-    fused: Program,
-    twins: Mapping[fx.Node, fx.Node],
-    exact: dict[str, torch.Tensor],
-    seed: int,
+    original: Program, fused: Program, twins: Mapping[fx.Node, fx.Node], exact: dict[str, torch.Tensor], seed: int
 ) -> Proof:
     """The fused program beside the original on the same random inputs, in float64.
 

@@ -1,7 +1,5 @@
 """Affine regions of a graph: operators read as affine steps, chains of these, and sums of branches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial

@@ -24,7 +24,7 @@ from ..common.losses import class_dim, logits_of, task_loss
 from ..common.observe import Observer
 from ..common.processes import accelerator, placed, summed
 from ..common.samples import apart, everywhere, sample_batches
-from ..common.weights import Layer, layers, windows
+from ..common.weights import WeightedLayer, layers, windows
 from .unfold import check_finite, outputs_of, pieces
 
 
@@ -244,7 +244,7 @@ class _Samples:
             found[layer.name] = total.reshape(-1, *layer.shape)
         return found
 
-    def _outer(self, node: fx.Node, layer: Layer, x: Tensor, pull: Tensor, count: int) -> Tensor:
+    def _outer(self, node: fx.Node, layer: WeightedLayer, x: Tensor, pull: Tensor, count: int) -> Tensor:
         """For each of `count` samples the sum over positions of outputs' gradients times inputs, `(count, groups, out /
         groups, c)`; as many samples at a time, or else positions, as the limit of numbers allows."""
         per, found = len(x) // count, []

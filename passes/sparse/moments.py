@@ -19,7 +19,7 @@ from ..common.observe import Observer
 from ..common.processes import accelerator, placed, summed
 from ..common.repeat import seeded
 from ..common.samples import everywhere, sample_batches
-from ..common.weights import Layer, layers, windows
+from ..common.weights import WeightedLayer, layers, windows
 from .unfold import check_finite, pieces
 
 
@@ -67,7 +67,7 @@ def input_moments(
     return means, int(numbers[0])
 
 
-def _empty(module: TrainableModule, layer: Layer, full: bool, device: torch.device) -> Tensor:
+def _empty(module: TrainableModule, layer: WeightedLayer, full: bool, device: torch.device) -> Tensor:
     """Zeros to add the moments of a layer up in, in single precision at least: squares of halves overflow."""
     size = math.prod(layer.shape[1:])
     groups = 1 if layer.kind == "linear" else layer.groups

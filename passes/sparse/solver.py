@@ -14,7 +14,7 @@ from ...graph.program import Program
 from ..base import Context
 from ..common.processes import accelerator
 from ..common.scoring import bar
-from ..common.weights import Layer
+from ..common.weights import WeightedLayer
 from . import cap, fisher, ranking
 from .gradients import Gradients
 from .moments import input_moments
@@ -54,7 +54,7 @@ class Method:
 class Piece:
     """Some of a layer's blocks of `size` weights: those from `start` to before `stop`."""
 
-    layer: Layer
+    layer: WeightedLayer
     size: int
     start: int
     stop: int
@@ -75,7 +75,9 @@ class Solver:
     method has none; see `Sparsify`.
     """
 
-    def __init__(self, method: Method, program: Program, chosen: Sequence[Layer], context: Context, probed: int = 0):
+    def __init__(
+        self, method: Method, program: Program, chosen: Sequence[WeightedLayer], context: Context, probed: int = 0
+    ):
         self.method, self.program, self.context = method, program, context
         self.layers = {layer.name: layer for layer in chosen}
         module = program.module()
@@ -293,7 +295,7 @@ class Solver:
         for name, value in new.items():
             self._write(name, value)
 
-    def _shared_fisher(self, batch: Sequence[Layer]) -> dict[str, list[tuple[slice, slice, Tensor]]]:
+    def _shared_fisher(self, batch: Sequence[WeightedLayer]) -> dict[str, list[tuple[slice, slice, Tensor]]]:
         """For every block of columns the mean of `g gᵀ` over gradients and rows."""
         method, last = self.method, bool(self.method.pattern)
         matrices: dict[str, list[tuple[slice, slice, Tensor]]] = {}
@@ -319,7 +321,7 @@ class Solver:
                 total /= self.seen * self.layers[name].shape[0]
         return matrices
 
-    def _moments(self, batch: Sequence[Layer]) -> dict[str, list[tuple[slice, slice, Tensor]]]:
+    def _moments(self, batch: Sequence[WeightedLayer]) -> dict[str, list[tuple[slice, slice, Tensor]]]:
         parts = {}
         for name, matrices in self._inputs([x.name for x in batch], True).items():
             layer = self.layers[name]
@@ -369,9 +371,11 @@ class Solver:
             )
 
 
-def _fitting(items: Iterable[Layer], cost: Callable[[Layer], float], budget: float) -> list[list[Layer]]:
+def _fitting(
+    items: Iterable[WeightedLayer], cost: Callable[[WeightedLayer], float], budget: float
+) -> list[list[WeightedLayer]]:
     """The items in runs whose costs add up to no more than the budget (one item at least)."""
-    batches: list[list[Layer]] = []
+    batches: list[list[WeightedLayer]] = []
     left = 0.0
     for item in items:
         if not batches or cost(item) > left:
@@ -382,7 +386,7 @@ def _fitting(items: Iterable[Layer], cost: Callable[[Layer], float], budget: flo
     return batches
 
 
-def _columns(layer: Layer) -> int:
+def _columns(layer: WeightedLayer) -> int:
     return layer.size // layer.shape[0]
 
 
@@ -397,7 +401,7 @@ def _rows(weight: Tensor, channels_last: bool) -> Tensor:
     return (weight.movedim(1, -1) if channels_last else weight).reshape(len(weight), -1)
 
 
-def _column_order(layer: Layer, channels_last: bool) -> Tensor:
+def _column_order(layer: WeightedLayer, channels_last: bool) -> Tensor:
     """Where each of the columns of `_rows` is in the flattened weight."""
     index = torch.arange(_columns(layer)).view(layer.shape[1:])
     return (index.movedim(0, -1) if channels_last else index).reshape(-1)

@@ -19,7 +19,7 @@ from ..base import Context, Pass, PassResult, Refusal, check_field
 from ..common.processes import accelerator, agreed, broadcast_all, stored_program
 from ..common.repeat import Samples, run_code, sample, says_anew
 from ..common.scoring import evaluate
-from ..common.weights import Layer, check_included, layers
+from ..common.weights import WeightedLayer, check_included, layers
 from ..train.distill import Distill
 from .gradients import Gradients
 from .permute import permuted
@@ -316,7 +316,7 @@ def _is_share(value: float) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------- the layers
-def not_accelerated(layer: Layer, pattern: str | None, context: Context) -> str | None:
+def not_accelerated(layer: WeightedLayer, pattern: str | None, context: Context) -> str | None:
     """Why the context's target will not compute a layer faster for its zeros, or None when it will (as far as is known
     without measuring it: sparse kernels win from about 256 channels on, never in grouped convolutions)."""
     target, out = context.target, layer.shape[0]
@@ -334,7 +334,7 @@ def not_accelerated(layer: Layer, pattern: str | None, context: Context) -> str 
     return None
 
 
-def _ends(program: Program, known: list[Layer]) -> dict[str, str]:
+def _ends(program: Program, known: list[WeightedLayer]) -> dict[str, str]:
     """The layers whose inputs no other layer has worked on, and those whose results none works on."""
     named = {node: layer.name for layer in known for node in layer.nodes}
     result = {}
@@ -351,5 +351,5 @@ def _ends(program: Program, known: list[Layer]) -> dict[str, str]:
     return result
 
 
-def _named(program: Program, names: list[str]) -> list[Layer]:
+def _named(program: Program, names: list[str]) -> list[WeightedLayer]:
     return [layer for layer in layers(program)[0] if layer.name in names]

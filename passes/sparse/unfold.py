@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ...graph.errors import BadInput
-from ..common.weights import Layer
+from ..common.weights import WeightedLayer
 
 
 def pieces(windows: Tensor, largest: int, dim: int, flat: bool = True) -> Iterator[tuple[Tensor, slice | None]]:
@@ -26,7 +26,7 @@ def pieces(windows: Tensor, largest: int, dim: int, flat: bool = True) -> Iterat
         yield piece, slice(start, start + step)
 
 
-def outputs_of(y: Tensor, layer: Layer) -> Tensor:
+def outputs_of(y: Tensor, layer: WeightedLayer) -> Tensor:
     """The outputs of a layer as `(groups, n, out / groups)` rows, in the order of the rows of `windows`."""
     if len(layer.shape) == 2:
         return y.reshape(1, -1, y.shape[-1])

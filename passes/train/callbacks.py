@@ -1,7 +1,5 @@
 """What takes part in a training run besides the loss: hooks that change the network, and zeros that stay."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

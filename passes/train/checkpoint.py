@@ -1,15 +1,13 @@
 """The file that an interrupted training run goes on from."""
 
-from __future__ import annotations
-
-import os
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...graph.errors import BadInput
+from ...graph.files import replacing
 from ..common.repeat import says_anew
 
 
@@ -21,16 +19,12 @@ class Checkpoint:
         self.path, self.name = path, name
 
     def write(self, state: dict[str, Any]) -> None:
-        """Write the state under a temporary name and rename it. BadInput where the folder cannot be written."""
-        part = self.path.with_name(f".{self.path.name}.part")
+        """Write the state. Raises BadInput where the file cannot be written."""
         try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, part)
-            os.replace(part, self.path)
-        except (OSError, RuntimeError) as error:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise BadInput(f"{self.path}: the checkpoint cannot be written ({error})") from None
+            with replacing(self.path) as part:
+                torch.save(state, part)
+        except RuntimeError as error:  # of PyTorch's writer, as where a disk is full
+            raise BadInput(f"{self.path}: cannot be written ({error})") from error
 
     def read(self) -> dict[str, Any] | None:
         """The state, None where there is no file. BadInput for one that is damaged."""
@@ -53,5 +47,20 @@ class Checkpoint:
             says_anew(self.path.parent, self.name)
 
     def remove(self) -> None:
-        """Delete the file, where there is one."""
-        self.path.unlink(missing_ok=True)
+        """Delete the file, where there is one, and what killed runs have left of it half written."""
+        for file in (self.path, *self.path.parent.glob(f".{self.path.stem}.*.part{self.path.suffix}")):
+            file.unlink(missing_ok=True)
+
+
+def is_other(stored: list[str], first: Callable[[bool], list[str]]) -> bool:
+    """Whether data is not what a stored run began with, by the codes of that and of its first batches. first: reads these
+    anew, and draws other random numbers in between where it is told to.
+
+    Batches after the first may hold random changes that depend on what training drew in between, and some data never
+    repeats itself: what changes when other numbers are drawn in between, or without a reason, tells nothing.
+    """
+    now = first(False)
+    if now == stored:
+        return False
+    again = zip(stored, now, first(True), strict=False)
+    return len(now) != len(stored) or any(old != new == once_more for old, new, once_more in again)

@@ -1,7 +1,5 @@
 """Recovery training against the dense teacher."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass

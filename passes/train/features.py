@@ -1,7 +1,5 @@
 """Block outputs as features of a network: where they are, and which indices of the teacher's a student still has."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -4,12 +4,11 @@ One process, `accelerate launch` and `torchrun` run the same code as plain data 
 loader's batch size times the number of processes. Source: ours.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from ..common.processes import accelerator, agreed, gathered, move, reduced
 from ..common.repeat import code_of, rng_state, run_code, sample, seeded, set_rng_state
 from ..common.scoring import bar, score
 from .callbacks import Callback, HeldZeros, Surgery, select_kept
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, is_other
 from .options import Training, learning_rate, make_optimizer
 
 Objective = Callable[[Any, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -351,34 +350,23 @@ class _Loop:
             return None
         state: dict[str, Any] | None = agreed(self.checkpoint.read)
         if state is not None:
-            other = self._is_other(state["own"][self.acc.process_index]["seen"])
+            seen = state["own"][self.acc.process_index]["seen"]
+            other = is_other(seen, partial(self._first, len(seen)))
             state = None if reduced([float(other)], "sum", self.acc)[0] else state
         if state is None and self.acc.is_main_process:
             self.checkpoint.warn_of_others()
         return state
 
-    def _is_other(self, stored: list[str]) -> bool:
-        """Whether the data is not what the stored run began with.
-
-        Batches after the first may hold random changes that depend on what training drew in between, and some data never
-        repeats itself: what changes when other numbers are drawn in between, or without a reason, tells nothing.
-        """
-
-        def first(draw: bool) -> list[str]:
-            codes = []
-            with seeded(self.context.seed, self.context.data):
-                for batch in islice(self._batches(), len(stored)):
-                    codes.append(_code(batch))
-                    if draw:
-                        set_seed(len(codes))
-            self.feed.skipped = 0
-            return codes
-
-        now = first(draw=False)
-        if now == stored:
-            return False
-        again = zip(stored, now, first(draw=True), strict=False)
-        return len(now) != len(stored) or any(old != new == once_more for old, new, once_more in again)
+    def _first(self, count: int, draw: bool) -> list[str]:
+        """Codes of the first batches; draw: other random numbers are drawn in between."""
+        codes: list[str] = []
+        with seeded(self.context.seed, self.context.data):
+            for batch in islice(self._batches(), count):
+                codes.append(_code(batch))
+                if draw:
+                    set_seed(len(codes))
+        self.feed.skipped = 0
+        return codes
 
     def _load(self, state: dict[str, Any]) -> None:
         assert self.checkpoint is not None

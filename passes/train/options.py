@@ -1,7 +1,5 @@
 """How to train: the options that every trained pass has, and the learning rate that follows from them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Measure a bench bundle, on this machine or on a device that ssh reaches, and bring its results back. Source: ours."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

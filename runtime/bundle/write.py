@@ -4,8 +4,6 @@ A bundle holds the ONNX files, reference inputs and outputs, the record of what 
 with the files it needs, which take the device's own TensorRT and numpy. Source: ours.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import shutil

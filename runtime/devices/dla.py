@@ -4,8 +4,6 @@ Nothing of TensorRT is needed for that; on the device the library has the last w
 Supported Layers and Restrictions".
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Which of the targets this machine is."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from pathlib import Path

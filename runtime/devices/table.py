@@ -5,8 +5,6 @@ Peaks are vendor data-sheet figures for dense arithmetic (half of the "with spar
 the named board; a measurement on the device replaces them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

@@ -8,8 +8,6 @@ A backend is a module of this package with two functions, imported only when it 
 Its keyword-only parameters are the options a user may set. Adding a backend is its file and one row of `BACKENDS`.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import inspect

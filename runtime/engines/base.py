@@ -1,7 +1,5 @@
 """The one interface behind which every inference library stands, and the report of what it built."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field

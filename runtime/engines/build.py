@@ -1,7 +1,5 @@
 """Build, load or open an engine with whichever backend it is for."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import tempfile

@@ -4,8 +4,6 @@ The exporter keeps this in the ONNX file's metadata, so that whatever is built f
 machine, can be traced back to the program. Source: ours.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 from collections.abc import Iterable, Mapping

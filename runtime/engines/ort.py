@@ -1,7 +1,5 @@
 """ONNX Runtime on the CPU: the default engine, there on every machine."""
 
-from __future__ import annotations
-
 import functools
 import re
 import tempfile

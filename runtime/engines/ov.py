@@ -4,8 +4,6 @@ Kernels are read from the compiled model's runtime graph, in which every node na
 OpenVINO documentation, "Runtime model" and "CPU device".
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ processor without fp16 hides overflows. A file with Q/DQ nodes is run node by no
 otherwise; even so a value half-way between two steps falls either way, and takes others with it. Source: ours.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ emulation is the same graph in fp32 with the result of every operator rounded to
 fp16 operands and fp32 accumulation. Kernels that fuse operators round less often. Source: ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

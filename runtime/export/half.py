@@ -6,8 +6,6 @@ are asked to (islands.py chooses those that fp16 would spoil). Statistics inside
 definition (`stash_type`). Source: ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import numpy as np

@@ -6,8 +6,6 @@ other inputs (hand-written norms, exp, pow; Softmax and LayerNormalization compu
 steps to an output with coordinates, such as the decoding of boxes. Source: ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 

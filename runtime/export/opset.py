@@ -5,8 +5,6 @@ and Resize options that are left at their defaults here. Source: the version not
 specification.
 """
 
-from __future__ import annotations
-
 import onnx
 import onnx_graphsurgeon as gs
 

@@ -5,8 +5,6 @@ real samples where there are some; for each output, and for each of its channels
 scores beside box coordinates are a thousand times smaller, and all the same as important. Source: ours.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ A 2:4 kernel needs two zeros in every four consecutive entries along the dimensi
 of a convolution (for each output channel and kernel position), the rows of a matrix product's right-hand side.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ graph, so that it is strongly typed (which TensorRT 11 and TensorRT-RTX build fr
 The comparison itself is in compare.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

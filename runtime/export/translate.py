@@ -1,7 +1,5 @@
 """torch.onnx, told what engines fuse: some operators are rewritten before it translates, and its optimiser stays exact."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

@@ -7,8 +7,6 @@ every item's run counted, with the interval that holds it with 95 % (order stati
 Source: the method of paired, interleaved measurement; the guard is ours.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc

@@ -1,7 +1,5 @@
 """What a measured figure depends on: the machine, its clocks and load, the versions of libraries."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import os

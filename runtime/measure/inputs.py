@@ -1,7 +1,5 @@
 """Inputs to measure an engine on: random ones that fit its specs, or given ones in its types."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

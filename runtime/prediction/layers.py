@@ -3,8 +3,6 @@
 Source: ours.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a bench bundle measured, layer by layer: which of a model's layers each kernel of a profile ran. Source: ours."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """ONNX models of one layer or several copies of it, which a latency table measures. Source: ours."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """What a run is predicted to take, layer by layer, and which layers will not profit from fewer channels. Source: ours."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any

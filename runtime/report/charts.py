@@ -1,7 +1,5 @@
 """The report's plots, as SVG that lies inline in a page and takes the page's colours, light or dark."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence

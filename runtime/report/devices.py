@@ -1,7 +1,5 @@
 """What devices measured, as the report shows it: a section for each device, times of layers, errors of predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 Kernels are matched by the ONNX nodes they compute, since libraries number them anew in every build. Source: ours.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from pathlib import Path

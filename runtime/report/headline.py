@@ -1,7 +1,5 @@
 """The top of the report: the sentence under the title, and a tile for each headline figure."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The report's table of layers: channels and multiply-accumulates before and after, predicted and measured times."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The report's account of the passes: a row each, what they left alone and why, and kernels they added."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Which plots the report shows of a summary, each with its numbers in words for those who do not see it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 
 from markupsafe import Markup, escape

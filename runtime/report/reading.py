@@ -1,7 +1,5 @@
 """What several sections of the report read from a run's summary, and the command line too."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 It reads a `Summary` (docs/formats.md), any part of which may be empty and is then left out of the report.
 """
 
-from __future__ import annotations
-
 import datetime
 import os
 from collections.abc import Mapping

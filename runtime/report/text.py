@@ -1,7 +1,5 @@
 """Numbers as the report writes them: with units, few digits, and a dash where there is no number."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

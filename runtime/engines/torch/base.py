@@ -1,7 +1,5 @@
 """A compiled PyTorch callable behind the interface of engines: what inductor and Torch-TensorRT share."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 import zipfile

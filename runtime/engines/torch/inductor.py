@@ -5,8 +5,6 @@
 Source: PyTorch documentation, "torch.compile", "AOTInductor: Ahead-Of-Time Compilation".
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

@@ -5,8 +5,6 @@ and wherever the whole network builds, an ONNX file and TensorRT itself do the s
 documentation, "Compiling Exported Programs with Torch-TensorRT".
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import tempfile

@@ -8,8 +8,6 @@ A grouped convolution is padded inside each of its groups, so the width of a gro
 the number of groups are widths at all. What would double a model to spare it some padding is no advice.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

@@ -1,7 +1,5 @@
 """The library of TensorRT or TensorRT-RTX, and the classes that it calls back."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Sequence
 from pathlib import Path

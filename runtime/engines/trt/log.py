@@ -6,8 +6,6 @@ with every kernel (TensorRT-RTX, TensorRT 10 and later) or `Engine Layer Informa
 its totals. Fields that a version leaves out stay empty; nothing is guessed from them.
 """
 
-from __future__ import annotations
-
 import re
 
 from .kernels import DTYPES, BuildLog, LoggedKernel, Node, Shape, Tensor

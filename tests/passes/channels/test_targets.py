@@ -235,3 +235,9 @@ def test_every_importance_takes_a_target(importance):
 
 def test_of_equal_scores_the_first_stay():
     assert lowest_removed(np.array([1.0, 1.0, 0.0, 1.0]), 2).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("importance", ["fisher-unlabelled", "repair"])
+def test_training_takes_no_importance_that_is_not_of_its_loss(importance):
+    with pytest.raises(BadInput, match=r"RemoveChannels\.importance: one of the loss that trains, with `train`"):
+        RemoveChannels(importance=importance, train=Distill())

@@ -43,6 +43,17 @@ class Queries(nn.Module):
         return scores
 
 
+class First(nn.Module):
+    """The first channels of its input."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def forward(self, x):
+        return x[:, : self.count]
+
+
 @functools.cache
 def captured(form="plain", seed=0):
     return g.capture(Queries(form, seed), torch.randn(2, 3, 4, 4), dynamic_shapes="batch")
@@ -66,6 +77,8 @@ def test_the_graph_tells_where_the_classes_of_a_head_are(form, dim):
         (nn.Sequential(nn.Conv2d(3, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 1),
         (nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(2)), 1),
         (nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Dropout()), 3),
+        (nn.Sequential(nn.Conv2d(3, 6, 1), First(4)), 1),
+        (nn.Sequential(nn.Linear(4, 1), nn.Conv2d(3, 1, 1)), None),
         (nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(1)), None),
         (nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(1), nn.Unflatten(1, (2, 48))), None),
     ],

@@ -228,13 +228,13 @@ def test_older_versions_are_told_the_types(program, library):
 
 def test_parts_that_stay_in_pytorch_are_reported(program, library, tmp_path):
     saved = program.save(tmp_path / "net.pt2")
-    report = graphcomb.runtime.build_engine(saved, "h100", tmp_path / "net.ep", "torch_tensorrt")
+    report = backend.build(saved, graphcomb.runtime.get_target("h100"), tmp_path / "net.ep")
     assert [(k.name, k.kind) for k in report.kernels[-2:]] == [
         ("_run_on_acc_0", "TensorRT"),
         ("_run_on_gpu_1", "PyTorch"),
     ]
     assert any("parts run in PyTorch" in text for text in report.warnings)
-    assert report.bytes == (tmp_path / "net.ep").stat().st_size
+    assert report.path == tmp_path / "net.ep"
     engine = backend.load(tmp_path / "net.ep")
     assert engine.inputs == specs(program)[0]
     with pytest.raises(BadInput, match="target agx-orin: torch_tensorrt compiles for the GPU at hand, which is SM90"):
