@@ -48,7 +48,7 @@ MATRIX = frozenset({*MATRIX_PRODUCTS, *VECTOR_PRODUCTS, "linear", "inner", "tens
 MOVES = JOINS | PARTS | frozenset(
     "permute transpose movedim t numpy_T swapaxes stack unfold im2col col2im roll flip pixel_shuffle pixel_unshuffle "
     "channel_shuffle pad constant_pad_nd reflection_pad2d replication_pad2d repeat repeat_interleave tile index "
-    "index_select gather slice_scatter select_scatter index_put scatter embedding interpolate grid_sampler hsplit vsplit "
+    "index_select gather slice_scatter select_scatter index_put scatter embedding grid_sampler hsplit vsplit "
     "grid_sampler_2d upsample_nearest1d upsample_nearest2d _upsample_nearest_exact2d upsample_nearest3d "
     "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d".split()
 )  # fmt: skip

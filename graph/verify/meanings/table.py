@@ -27,7 +27,7 @@ def means(*names: str, repeats: bool = False) -> Callable[[Rule], Rule]:
     """
 
     def register(rule: Rule) -> Rule:
-        separate = " ".join(names).split()
+        separate = [name.removeprefix("aten::") for name in " ".join(names).split()]
         RULES.update(dict.fromkeys(separate, rule))
         if repeats:
             REPEATING.update(separate)

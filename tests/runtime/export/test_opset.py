@@ -1,5 +1,6 @@
 """Each step from opset 18 to 17: valid ONNX with the same outputs, or refused."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,11 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
+import torch
 
-from graphcomb.graph.errors import Refused
+from graphcomb import capture
+from graphcomb.graph.errors import BadInput, Refused
+from graphcomb.runtime import export_onnx
 from graphcomb.runtime.export.opset import AXES_TO_ATTRIBUTE, lower_to_17
 
 
@@ -70,7 +74,8 @@ def test_resize() -> None:
         (("Pad", [np.array([0, 1]), np.float32(0), np.array([1])], {}), "no Pad with axes"),
         (("Split", [], {"num_outputs": 4, "axis": 2}), "equal pieces"),
         (("ReduceMax", [], {"noop_with_empty_axes": 1}), "over no axes"),
-        (("Mish", [], {}), "node: Mish came with opset 18"),
+        (("Mish", [], {}), "node: opset 17 has no Mish"),
+        (("Gelu", [], {}), "node: opset 17 has no Gelu"),
         (("ScatterND", [np.array([[0]]), np.ones((1, 4, 6), np.float32)], {"reduction": "max"}), "reduction max"),
     ],
     ids=lambda c: c[0] if isinstance(c, tuple) else "",
@@ -79,3 +84,31 @@ def test_what_opset_17_has_not(case: tuple[str, list[Any], dict[str, Any]], mess
     op, inputs, attributes = case
     with pytest.raises(Refused, match=message):
         lower_to_17(graph(op, inputs, **attributes))
+
+
+class Deformable(torch.nn.Module):
+    """A deformable convolution, which ONNX has from opset 19 on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset, self.weight = torch.nn.Conv2d(3, 18, 3), torch.nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return pytest.importorskip("torchvision.ops").deform_conv2d(x, self.offset(x), self.weight)
+
+
+@pytest.mark.parametrize("target", [None, "rtx-sm86"])
+def test_an_operator_of_a_later_opset_brings_it(target: str | None, tmp_path: Path) -> None:
+    report = export_onnx(capture(Deformable().eval(), torch.randn(1, 3, 6, 6)), tmp_path / "net.onnx", target=target)
+    assert (report.opset, report.nodes["DeformConv"]) == (19, 1)
+    assert report.parity < 1e-5
+
+
+def test_an_operator_of_a_later_opset_than_the_target_parses_is_refused(tmp_path: Path) -> None:
+    program = capture(Deformable().eval(), torch.randn(1, 3, 6, 6))
+    with pytest.raises(Refused, match=r"deform_conv2d.*: it came with opset 19; the target parses up to 17"):
+        export_onnx(program, tmp_path / "net.onnx", target="drive-orin")
+    with pytest.raises(Refused, match=r"deform_conv2d.*: it came with opset 19; export it with opset=19"):
+        export_onnx(program, tmp_path / "net.onnx", opset=18)
+    with pytest.raises(BadInput, match="opset 19: target drive-orin parses up to 17"):
+        export_onnx(program, tmp_path / "net.onnx", opset=19, target="drive-orin")
