@@ -19,13 +19,14 @@ from ..common.latency_target import allowed_seconds, below, check_least, least_s
 from ..common.processes import agreed
 from ..common.repeat import seeded
 from ..fuse.fuse import Fuse
+from ..repair.repair import Repair
 from ..train.distill import Distill
 from ..train.loop import fit, total_steps
 from .blocks import Block
 from .budget import CUT, Bits, Budget, Predictor
 from .price import ORDER, find_blocks
 from .reach import Reach
-from .relax import FOLDER, relax
+from .relax import FOLDER, relax, settle
 from .search import Calibrator, Judge, search
 from .start_norms import start_norms
 from .stored import StoredStage
@@ -79,6 +80,10 @@ class PruneDepth(Pass):
     train: a `Distill` with the options of training; the teacher is the context's, or the program itself.
     merged: do the last stage too; else `Fuse` can do it later.
 
+    repair: no training: the blocks go at once, activations in them become the nearest affine map, and the layers that read
+        what has changed, or stand for a merged block, get their least-squares weights, as `Repair` with its defaults does,
+        from images of the data. Where blocks fade in training nothing is lost at once that a repair could bring back.
+
     Every stage keeps its result in the context's `out`, so that an interrupted run goes on; each is a method and can be
     called by itself. Several processes share the candidates of the search among them and choose what one process would;
     where they do not see the same batches, they share the batches of every candidate, as in `evaluate`.
@@ -105,6 +110,7 @@ class PruneDepth(Pass):
     share: float = 0.25
     merged: bool = True
     train: Distill | None = None
+    repair: bool = False
     ablation: ClassVar[Ablation] = Ablation()
 
     def __post_init__(self) -> None:
@@ -119,6 +125,10 @@ class PruneDepth(Pass):
         if self.latency is not None:
             allowed_seconds(self.latency, 1.0, "PruneDepth")
         check_least(self)
+        both = self.repair and self.train is not None
+        check_field(
+            self, "repair", not both, "false with `train`, in which blocks fade; train what comes out with Distill"
+        )
         check_field(self, "share", 0 < self.share <= 1, "a share of the training steps, above 0 to 1")
         for key in ("supernet_steps", "generations"):
             check_field(self, key, getattr(self, key) >= 0, "at least 0")
@@ -130,8 +140,13 @@ class PruneDepth(Pass):
         blocks = find_blocks(program)
         record: dict[str, Any] = {"refused": [Refusal(b.name, b.why) for b in blocks if b.why is not None]}
         chosen, record["search"] = self.choose(program, blocks, context)
-        pruned, record["train"] = self.progressive(program, chosen, context)
+        if self.repair:
+            pruned, record["train"] = self._at_once(program, chosen, context), {}
+        else:
+            pruned, record["train"] = self.progressive(program, chosen, context)
         result, merged = self.merge(pruned, context)
+        if self.repair:
+            record["repair"] = Repair().apply(program, result, {}, context)
         # of the result against what was trained
         error = max(record["train"].get("error") or 0.0, merged.get("error", 0.0))
         record["merge"] = merged | {"error": error}
@@ -286,6 +301,14 @@ class PruneDepth(Pass):
         stored.write(pruned.module().state_dict())
         return pruned, record | {"error": fading.error}
 
+    def _at_once(self, program: Program, blocks: Sequence[Block], context: Context) -> Program:
+        """The program with the pruned forms of the blocks, whose affine maps are fitted to what they replace."""
+        if context.data is None:
+            raise BadInput("PruneDepth.repair: needs images (labels are not needed); pass data=")
+        relaxed = self._relaxed(program, blocks)
+        self._start(relaxed, context)
+        return settle(program, blocks, relaxed, self._tail, self.ablation.fitted)
+
     def merge(self, pruned: Program, context: Context) -> tuple[Program, dict[str, Any]]:
         """Stage 4: the pruned program, merged, and the record; `error` compares the two in float64."""
         if not self.merged:
@@ -310,7 +333,12 @@ class PruneDepth(Pass):
         )
 
     def _relaxed(self, program: Program, blocks: Sequence[Block], settled: bool = False) -> Program:
-        return relax(program, blocks, settled, self.ablation.tail, self.ablation.fitted)
+        return relax(program, blocks, settled, self._tail, self.ablation.fitted)
+
+    @property
+    def _tail(self) -> bool:
+        """Whether blocks that no activation follows get one; without training there is nothing for it to learn."""
+        return self.ablation.tail and not self.repair
 
     def _stored(self, stage: str, program: Program, context: Context, *identity: Any) -> StoredStage:
         fields = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "train"]

@@ -25,7 +25,7 @@ from ...graph.facts import COPIES, PARTS, VIEWS, names
 from ...graph.nodes import arguments, fetch, hint, op_name, shape
 from ...graph.program import Program
 from ...graph.trainable import TrainableModule
-from .consumers import PRODUCTS, Consumer, Removed, consumer_of, uses_of
+from .consumers import PRODUCTS, Consumer, Removed, consumer_of, twin_of, uses_of
 from .least_squares import Fit, Sums, fit
 
 OPERANDS = {"scaled_dot_product_attention": ("query", "key"), "matmul": ("self", "other"), "bmm": ("self", "mat2")}
@@ -58,13 +58,23 @@ class Logits:
         return arguments(self.node)[OPERANDS[op_name(self.node)][0]]
 
     @property
+    def goals(self) -> tuple[fx.Node, ...]:
+        """Where the dense network reads queries and keys."""
+        return tuple(arguments(self.twin)[key] for key in OPERANDS[op_name(self.twin)])
+
+    @property
     def unknowns(self) -> int:
         """Entries of the mix of one head."""
         return self.rows.shape[1] ** 2
 
 
 def find_logits(
-    dense: Program, smaller: TrainableModule, removed: Removed, sparse: set[str], largest: int
+    dense: Program,
+    smaller: TrainableModule,
+    removed: Removed,
+    same: dict[fx.Node, fx.Node],
+    sparse: set[str],
+    largest: int,
 ) -> tuple[list[Logits], list[dict[str, str]]]:
     """The logits whose heads lost channels, in the order they run, and those that stay as they are, each with the reason.
     largest: how many unknowns a head may have."""
@@ -78,7 +88,8 @@ def find_logits(
         if width == whole:
             continue
         projection, why = _projection(node)
-        consumer = why or consumer_of(projection, twins.get(projection.name), dense, smaller, removed, uses, largest)
+        origin = twin_of(projection, twins, same)
+        consumer = why or consumer_of(projection, origin, dense, smaller, removed, uses, largest)
         what = node.name
         if isinstance(consumer, Consumer):
             what = consumer.weight
@@ -86,6 +97,8 @@ def find_logits(
                 consumer = "Sparsify made the weight of the queries sparse, and a mix would fill its zeros up"
             elif arguments(projection)["bias"] is not None and consumer.bias is None:
                 consumer = "the bias of the queries is used more than once"
+            elif op_name(consumer.twin) != op_name(projection):
+                consumer = "the dense network has no such layer to compare with"
             elif consumer.groups > 1 or consumer.transposed:
                 consumer = "a grouped or transposed convolution projects its queries"
             elif width**2 > largest:

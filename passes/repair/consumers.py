@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from ...graph.nodes import arguments, fetch, op_name
+from ...graph.compat import pytree
+from ...graph.facts import COPIES
+from ...graph.nodes import arguments, fetch, op_name, shape
 from ...graph.program import Program, TrainableModule
 from ..common.weights import windows
 
@@ -19,12 +21,16 @@ PRODUCTS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_tr
 
 @dataclass(frozen=True)
 class Consumer:
-    """A layer `y = W x + b` of the smaller program whose weights may change, and its twin in the dense one.
+    """A layer `y = W x + b` of the smaller program whose weights may change, and its twin in the dense one: the node that
+    computes what it stands for (see `twin_of`).
 
     weight, bias: names of parameters; bias is None where there is none of its own. mean: where there is no bias, the
-    running mean of the BatchNorm behind, which a constant can be taken from instead. outputs, inputs: of the dense weight,
-    which indices are left. whole: each output is fitted to what the dense layer computes, from all entries that it reads;
-    otherwise all kernel positions share one map from the channels that are left to those that were there.
+    running mean of the BatchNorm behind, which a constant can be taken from instead. outputs, inputs: of the twin's outputs
+    and inputs, which are left (inputs only where the twin's weight is that of the layer). whole: each output is fitted to
+    what the twin computes, from all entries that the layer reads; otherwise all kernel positions share one map from the
+    channels that are left to those that were there. total, beside: where an addition alone reads the layer, that of the
+    dense network, and what else the smaller one adds: then the layer is fitted to the dense sum less that, so that it makes
+    up for what the other operand lacks, such as a block that is gone.
     """
 
     node: fx.Node
@@ -36,6 +42,15 @@ class Consumer:
     outputs: np.ndarray
     inputs: np.ndarray
     whole: bool
+    total: fx.Node | None = None
+    beside: fx.Node | None = None
+
+    @property
+    def goal(self) -> fx.Node:
+        """The dense node that the layer is fitted to."""
+        if not self.whole:
+            return self.dense_x
+        return self.twin if self.total is None else self.total
 
     @property
     def x(self) -> fx.Node:
@@ -59,26 +74,85 @@ class Consumer:
 
 
 def find(
-    dense: Program, smaller: TrainableModule, removed: Removed, same: set[fx.Node], largest: int
+    dense: Program, smaller: TrainableModule, removed: Removed, same: dict[fx.Node, fx.Node], largest: int
 ) -> tuple[list[Consumer], list[dict[str, str]]]:
-    """The layers that read what a removal has changed, in the order they run, and those that must stay as they are, each
-    with the reason.
+    """The layers that read what a removal has changed, or stand for more than they did, in the order they run, and those
+    that must stay as they are, each with the reason.
 
-    same: nodes whose values are those of the dense program. largest: how many unknowns an output may have.
+    same: nodes whose values are those of the dense program, with these. largest: how many unknowns an output may have.
     """
     twins = {node.name: node for node in dense.graph.nodes}
     uses = uses_of(smaller)
     consumers, refused = [], []
     for node in smaller.graph.nodes:
-        if op_name(node) not in PRODUCTS or arguments(node)["input"] in same:
+        if op_name(node) not in PRODUCTS:
             continue
-        found = consumer_of(node, twins.get(node.name), dense, smaller, removed, uses, largest)
+        twin = twin_of(node, twins, same)
+        if arguments(node)["input"] in same and twin in (None, twins.get(node.name)):
+            continue
+        found = consumer_of(node, twin, dense, smaller, removed, uses, largest)
         if isinstance(found, Consumer):
-            consumers.append(found)
+            consumers.append(_with_sum(found, twins, same) if found.whole else found)
         else:
             weight = arguments(node)["weight"]
             refused.append({"what": str(weight.target) if weight.op == "get_attr" else node.name, "why": found})
     return consumers, refused
+
+
+def twin_of(node: fx.Node, twins: dict[str, fx.Node], same: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """The dense node that computes what a layer stands for: the one of its name, where the same nodes read both. Otherwise
+    passes have rewritten the graph around it, as merged blocks, and it is what its readers read in the dense network, as
+    far as these are there and have the weights that they had; None where they are not."""
+    own = twins.get(node.name)
+    if own is not None and op_name(own) == op_name(node) and _readers(own) == _readers(node):
+        return own
+    found = set()
+    for user in node.users:
+        twin = twins.get(user.name)
+        if twin is None or twin.target != user.target:
+            return None
+        if not all(i in same for i in user.all_input_nodes if i.op == "get_attr"):
+            return None
+        ours, theirs = (pytree.tree_leaves((n.args, dict(n.kwargs)), is_leaf=_is_node) for n in (user, twin))
+        if len(ours) != len(theirs):
+            return None
+        found |= {theirs[i] for i, leaf in enumerate(ours) if leaf is node}
+    one = found.pop() if len(found) == 1 else None
+    return one if isinstance(one, fx.Node) else None
+
+
+def _with_sum(consumer: Consumer, twins: dict[str, fx.Node], same: dict[fx.Node, fx.Node]) -> Consumer:
+    """The consumer with the addition behind it, where there is one and its other operand is not what it was."""
+    at, dense_at = consumer.node, consumer.twin
+    while len(at.users) == 1:
+        before, (at,) = at, at.users
+        twin = twins.get(at.name)
+        if twin is None or op_name(twin) != op_name(at) or dense_at not in twin.all_input_nodes:
+            break
+        if op_name(at) in COPIES:
+            dense_at = twin
+            continue
+        operands, dense_operands = at.all_input_nodes, twin.all_input_nodes
+        if op_name(at) != "add" or {len(operands), len(dense_operands)} != {2}:
+            break
+        beside = operands[operands[0] is before]
+        unchanged = same.get(beside) is dense_operands[dense_operands[0] is dense_at]
+        earlier = beside < consumer.node  # in the order of the graph, so that it is known by then
+        fits = {shape(n) for n in (at, beside)} == {shape(consumer.node)} and shape(twin) == shape(consumer.twin)
+        plain = arguments(at)["alpha"] == arguments(twin)["alpha"] == 1
+        return (
+            replace(consumer, total=twin, beside=beside) if earlier and fits and plain and not unchanged else consumer
+        )
+    return consumer
+
+
+def _is_node(value: object) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def _readers(node: fx.Node) -> set[str]:
+    """The names of what reads a node; what asks for its size alone aside."""
+    return {user.name for user in node.users if not op_name(user).startswith("sym_size")}
 
 
 def uses_of(module: TrainableModule) -> dict[int, int]:
@@ -112,34 +186,34 @@ def consumer_of(
         return "its weight is used more than once"
     if bias is not None and bias.op != "get_attr":
         return "its bias is computed, not a stored parameter"
-    if twin is None or op_name(twin) != name:
+    if twin is None:
         return "the dense network has no such layer to compare with"
     groups, transposed = a.get("groups", 1), name.startswith("conv_transpose")
     if groups > 1 and transposed:
         return "a grouped transposed convolution"
-    full = fetch(dense.module(), str(arguments(twin)["weight"].target))
-    lost = {int(d): lost for d, lost in removed.get(str(weight.target), {}).items()}
-    kept = [np.delete(np.arange(n), lost.get(d, [])) for d, n in enumerate(full.shape)]
-    if [len(k) for k in kept] != list(parameter.shape):
+    along = -1 if name == "linear" else 1
+    into, ours, theirs = int(not transposed), list(shape(node)), list(shape(twin))
+    lost = {int(d): indices for d, indices in removed.get(str(weight.target), {}).items()}
+    outputs = np.delete(np.arange(theirs.pop(along)), lost.get(1 - into, []))
+    if len(outputs) != ours.pop(along):
         return "what was removed from its weight is not known"
-    into = 1 if not transposed else 0
+    if ours[1:] != theirs[1:]:
+        return "what it stands for has another size in the dense network"
+    inputs = None
+    if op_name(twin) == name and arguments(twin)["weight"].op == "get_attr":
+        full = fetch(dense.module(), str(arguments(twin)["weight"].target)).shape
+        kept = [np.delete(np.arange(n), lost.get(d, [])) for d, n in enumerate(full)]
+        inputs = kept[into] if [len(k) for k in kept] == list(parameter.shape) else None
     own = bias is not None and uses[id(fetch(smaller, str(bias.target)))] == 1
     unknowns = math.prod(parameter.shape[1:])
     whole = not transposed and unknowns <= largest
     mean = _mean_behind(node, smaller, uses) if bias is None and whole else None
-    if not whole and groups > 1:
+    if not whole and (groups > 1 or inputs is None):
         return f"{unknowns} unknowns for each output, and {largest} are the most"
     return Consumer(
-        node,
-        twin,
-        str(weight.target),
-        str(bias.target) if own else None,
-        mean,
-        groups,
-        kept[1 - into],
-        kept[into],
-        whole,
-    )
+        node, twin, str(weight.target), str(bias.target) if own else None, mean, groups, outputs,
+        np.arange(0) if inputs is None else inputs, whole,
+    )  # fmt: skip
 
 
 def _mean_behind(node: fx.Node, module: TrainableModule, uses: dict[int, int]) -> str | None:
@@ -165,8 +239,7 @@ def rows_of_inputs(consumer: Consumer, x: Tensor) -> Tensor:
 
 
 def rows_of_outputs(consumer: Consumer, y: Tensor) -> Tensor:
-    """The values of the outputs that are left, in the order of `rows_of_inputs`: `(samples, positions, groups, o)`."""
-    y = consumer.left(y)
+    """Values of the outputs that are left, in the order of `rows_of_inputs`: `(samples, positions, groups, o)`."""
     if consumer.linear:
         return y.reshape(len(y), -1, 1, y.shape[-1]) if y.dim() > 1 else y[None, None, None]
     return y.movedim(1, -1).flatten(1, -2).unflatten(2, (consumer.groups, -1))

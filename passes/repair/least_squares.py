@@ -22,7 +22,7 @@ from torch import Tensor
 
 RIDGES = (1e-13, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the diagonal, among which halves choose
 ALONE = 1e-2  # the share where there is but one sample, so that nothing can be held out
-EXACT = 2e-15  # a loss below this share of the outputs' squares is rounding; float32 activations stay far above it
+EXACT = 1e-14  # a loss below this share of the outputs' squares is rounding
 WORTH = 1e-3  # a larger ridge is preferred while its loss on held-out samples is at most this share higher
 
 
@@ -87,7 +87,7 @@ class Sums:
 class Fit:
     """weight: (groups, o, u). bias: (groups, o) or None. ridge: the share of the diagonal that was used. before,
     predicted: summed squared error on all rows with the weights as they were, and with these. held_before, held: the same
-    on held-out halves; None where nothing could be held out."""
+    on held-out halves; None where nothing could be held out. noise: what rounding may leave of a loss."""
 
     weight: Tensor
     bias: Tensor | None
@@ -96,12 +96,13 @@ class Fit:
     predicted: float
     held_before: float | None
     held: float | None
+    noise: float
 
     @property
     def helps(self) -> bool:
-        """Whether it is better on samples that it has not seen."""
+        """Whether there was something to repair, and it is better on samples that it has not seen."""
         before, after = (self.before, self.predicted) if self.held is None else (self.held_before, self.held)
-        return bool(after < before)  # type: ignore[operator]
+        return self.before > self.noise and bool(after < before)  # type: ignore[operator]
 
 
 def fit(
@@ -113,6 +114,7 @@ def fit(
     choose it by held-out halves. fixed: entries of the weight that stay as they are (bool, its shape).
     """
     both = halves[0] + halves[1]
+    noise = EXACT * float(both.yy.sum())
     held: dict[float, float] = {}
     judged = all(h.count > 0 for h in halves)
     if judged:
@@ -124,12 +126,12 @@ def fit(
         if held:
             best = min(held.values())
             ridge = max(share for share, loss in held.items() if loss <= best * (1 + WORTH))
-            if best <= EXACT * float(both.yy.sum()):
+            if best <= noise:
                 ridge = min(held)  # what is left can do all that there was
     found, constant = solve(both, weight, bias, ridge, fixed)
     return Fit(
         found, constant, ridge, both.loss(weight, bias), both.loss(found, constant),
-        both.loss(weight, bias) if judged else None, held[ridge] if judged else None,
+        both.loss(weight, bias) if judged else None, held[ridge] if judged else None, noise,
     )  # fmt: skip
 
 

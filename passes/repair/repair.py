@@ -40,7 +40,9 @@ class Repair(Pass):
     (`least_squares`). Layers are repaired in the order they run, so that each makes up for what those before it could not.
     Linear layers and convolutions, grouped and depthwise ones too; kernels with more than `unknowns` entries an output, and
     transposed convolutions, share one map between channels over all kernel positions. Where a layer has no bias, the
-    BatchNorm behind it takes the constant. Of heads whose queries and keys lost channels, the projection of the queries
+    BatchNorm behind it takes the constant. A layer that goes into a sum is fitted to the dense sum less the other operand,
+    and so makes up for what that one lacks, as behind a block that is gone; one that stands for a merged block is fitted to
+    what the block gives. Of heads whose queries and keys lost channels, the projection of the queries
     takes the mix of what is left that brings the logits nearest (`attention`). Nothing changes in front of the first
     removal, and no layer that would become
     worse on held-out images.
@@ -123,27 +125,30 @@ class _Run:
         self.smaller = Stepwise(self.module, self.images.inputs, memory)
         self.same = _unchanged(dense.module(), self.module)
         self.sparse = set(sparse_weights(smaller))
-        found, self.refused = find(dense, self.module, removed, set(self.same), options.unknowns)
-        logits, unmixed = find_logits(dense, self.module, removed, self.sparse, options.unknowns)
+        found, self.refused = find(dense, self.module, removed, self.same, options.unknowns)
+        logits, unmixed = find_logits(dense, self.module, removed, self.same, self.sparse, options.unknowns)
         self.refused += unmixed
         chosen = [c for c in (*found, *logits) if selected([c.weight], options.include, options.exclude)]
         self.layers = sorted(chosen, key=lambda c: self.smaller.place[c.node])
-        self.full = {c.weight: fetch(dense.module(), str(arguments(c.twin)["weight"].target)) for c in found}
+        for node in (node for layer in self.layers for node in _goals(layer)):
+            self.dense.hold(node)  # the order of layers may be another in the dense network
+        shared = [c for c in found if not c.whole]
+        self.full = {c.weight: fetch(dense.module(), str(arguments(c.twin)["weight"].target)) for c in shared}
 
     def record(self) -> dict[str, Any]:
         rows = []
         with bar(self.context.progress and accelerator().is_main_process, "repair", len(self.layers)) as update:
             for i, layer in enumerate(self.layers):
                 self._advance(layer.node)
-                if isinstance(layer, Consumer) and layer.whole:
-                    self.dense.run_through(layer.twin)
-                else:
-                    self.dense.run_before(layer.twin)
+                for node in _goals(layer):
+                    self.dense.run_through(node)
                 row = self._repair(layer) if isinstance(layer, Consumer) else self._mix(layer)
                 if row is None:
                     self.refused.append({"what": layer.weight, "why": "its inputs or outputs are not finite numbers"})
                 else:
                     rows.append(row)
+                for node in _goals(layer):
+                    self.dense.release(node)
                 update(i + 1, layer.weight)
         return {"samples": self.images.count, "layers": rows, "refused": self.refused}
 
@@ -204,19 +209,19 @@ class _Run:
 
     def _sums(self, consumer: Consumer) -> tuple[Sums, Sums] | None:
         """Over all images; None for numbers that are not finite."""
-        x, y = self.smaller.values[consumer.x], self._targets(consumer)
+        x = self.smaller.values[consumer.x]
         one = rows_of_inputs(consumer, x[0][:1])
-        target = self._target_rows(consumer, y[0][:1])
+        target = self._target_rows(consumer, 0, slice(1))
         positions, groups, unknowns = one.shape[1], one.shape[2], one.shape[3]
         halves = tuple(Sums.zeros(groups, unknowns, target.shape[-1], one.device) for _ in range(2))
         wanted = max(MANY, 16 * unknowns)
         share = min(1.0, wanted / max(1, self.images.count * positions))
         generator = torch.Generator().manual_seed(self.context.seed)
         step = max(1, PIECE // max(1, one.numel()))
-        for batch_x, batch_y, half in zip(x, y, self.images.halves, strict=True):
+        for i, (batch, half) in enumerate(zip(x, self.images.halves, strict=True)):
             for start in range(0, len(half), step):
                 part = slice(start, start + step)
-                rows, goals = rows_of_inputs(consumer, batch_x[part]), self._target_rows(consumer, batch_y[part])
+                rows, goals = rows_of_inputs(consumer, batch[part]), self._target_rows(consumer, i, part)
                 if share < 1:
                     chosen = torch.rand(positions, generator=generator) < share
                     rows, goals = rows[:, chosen.to(rows.device)], goals[:, chosen.to(goals.device)]
@@ -226,16 +231,16 @@ class _Run:
                         sums.add(rows[own].flatten(0, 1).movedim(1, 0), goals[own].flatten(0, 1).movedim(1, 0))
         return _everywhere(halves)  # type: ignore[arg-type]
 
-    def _targets(self, consumer: Consumer) -> list[Tensor]:
-        if not consumer.whole:
-            return self.dense.values[consumer.dense_x]
-        return self.dense.values[consumer.twin]
+    def _wanted(self, consumer: Consumer, batch: int, part: slice = slice(None)) -> Tensor:
+        """What the outputs that are left should be for some samples of a batch."""
+        y = consumer.left(self.dense.values[consumer.goal][batch][part])
+        return y if consumer.beside is None else y - self.smaller.values[consumer.beside][batch][part]
 
-    def _target_rows(self, consumer: Consumer, y: Tensor) -> Tensor:
+    def _target_rows(self, consumer: Consumer, batch: int, part: slice) -> Tensor:
         """What the rows should give; what a bias that must stay adds is not theirs to give."""
         if not consumer.whole:
-            return rows_of_inputs(consumer, y)
-        rows, bias = rows_of_outputs(consumer, y), arguments(consumer.node)["bias"]
+            return rows_of_inputs(consumer, self.dense.values[consumer.goal][batch][part])
+        rows, bias = rows_of_outputs(consumer, self._wanted(consumer, batch, part)), arguments(consumer.node)["bias"]
         if consumer.bias is None and bias is not None:
             rows = rows - fetch(self.module, str(bias.target)).reshape(consumer.groups, -1)
         return rows
@@ -283,13 +288,16 @@ class _Run:
     def _measured(self, consumer: Consumer, found: Fit) -> float:
         """The squared error of the repaired layer, as it computes, on these images."""
         total = torch.zeros((), dtype=torch.float64)
-        ours, theirs = self.smaller.values[consumer.node], self.dense.values[consumer.twin]
-        for own, y, half in zip(ours, theirs, self.images.halves, strict=True):
+        for i, (own, half) in enumerate(zip(self.smaller.values[consumer.node], self.images.halves, strict=True)):
             if consumer.mean is not None and found.bias is not None:
                 own = own.double() + found.bias.reshape(-1, *[1] * (own.dim() - 2))
-            error = (own.double() - consumer.left(y).double()).square()
+            error = (own.double() - self._wanted(consumer, i).double()).square()
             total += error[half >= 0].sum().cpu()
         return float(summed(total))
+
+
+def _goals(layer: Consumer | Logits) -> tuple[fx.Node, ...]:
+    return (layer.goal,) if isinstance(layer, Consumer) else layer.goals
 
 
 def _everywhere(halves: tuple[Sums, Sums]) -> tuple[Sums, Sums] | None:
@@ -316,6 +324,8 @@ def _row(consumer: Consumer, sums: Sequence[Sums], found: Fit, total: float) -> 
         "before": share(found.before), "predicted": share(found.predicted),
         "held_out": [share(found.held_before), share(found.held)],
     }  # fmt: skip
+    if consumer.total is not None:
+        row["sum"] = consumer.total.name
     if rows < unknowns:
         row["few"] = f"{rows} rows for {unknowns} unknowns: the ridge decides; more images would help"
     return row

@@ -82,6 +82,15 @@ class Stepwise:
         if self.position == self.place[node]:
             self.step()
 
+    def hold(self, node: fx.Node) -> None:
+        """Keep the values of a node until they are released as often as they were held."""
+        self._readers[node] += 1
+
+    def release(self, node: fx.Node) -> None:
+        """See `hold`."""
+        if self._read(node):
+            self._drop([node])
+
     def step(self, shared: list[Any] | None = None) -> None:
         """Run the next node. shared: its values, where they are known to be those of another run."""
         node = self.nodes[self.position]
