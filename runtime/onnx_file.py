@@ -1,10 +1,11 @@
 """What an ONNX file says of itself: whether it is valid, its inputs, opset and precision. Weights beside it are not read."""
 
+import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 
 from ..graph.errors import BadInput
@@ -72,13 +73,17 @@ def precision(model: onnx.ModelProto) -> str:
     quantise to, else the float type that most weight elements have ("fp32" when there are none)."""
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         return "fp8" if _quantises_to_floats(model) else "int8"
-    counts: dict[str, int] = {}
-    constants = [a.t for n in model.graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
-    for tensor in (*model.graph.initializer, *constants):
+    counts: Counter[str] = Counter()
+    for tensor in stored_tensors(model.graph):
         if tensor.data_type in FLOATS:
-            kind = FLOATS[tensor.data_type]
-            counts[kind] = counts.get(kind, 0) + int(np.prod(tensor.dims, dtype=np.int64))
+            counts[FLOATS[tensor.data_type]] += math.prod(tensor.dims)
     return max(counts, key=lambda k: counts[k]) if counts else "fp32"
+
+
+def stored_tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    """The initializers of a graph, and the values of its Constant nodes."""
+    constants = [a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
+    return [*graph.initializer, *constants]
 
 
 def _quantises_to_floats(model: onnx.ModelProto) -> bool:
@@ -87,10 +92,9 @@ def _quantises_to_floats(model: onnx.ModelProto) -> bool:
     kinds = {t.name: t.data_type for t in model.graph.initializer}
     kinds |= {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
     asked = next((a.i for a in node.attribute if a.name == "output_dtype"), 0)
-    kind = asked or kinds.get(node.output[0], 0) or (kinds.get(node.input[2], 0) if len(node.input) > 2 else 0)
-    constants = {n.output[0]: n.attribute[0].t.data_type for n in model.graph.node if n.op_type == "Constant"}
-    kind = kind or (constants.get(node.input[2], 0) if len(node.input) > 2 else 0)
-    return kind in FLOATS8
+    kinds |= {n.output[0]: n.attribute[0].t.data_type for n in model.graph.node if n.op_type == "Constant"}
+    zero_point = kinds.get(node.input[2], 0) if len(node.input) > 2 else 0
+    return (asked or kinds.get(node.output[0], 0) or zero_point) in FLOATS8
 
 
 FLOATS8 = {

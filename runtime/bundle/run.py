@@ -45,7 +45,10 @@ def run_bundle(
     folder, out = Path(folder).absolute(), Path(out).absolute()
     if not (folder / "bundle.json").is_file() or not (folder / SCRIPT).is_file():
         raise BadInput(f"{folder}: not a bench bundle; `graphcomb bundle` writes one")
-    _make(out.parent)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out: {out.parent} cannot be made ({error.strerror})") from error
     if host is None:
         before = _stamp(out)
         command = [python or sys.executable, str(folder / SCRIPT), "--out", str(out), "--attached", *arguments]
@@ -76,13 +79,6 @@ def run_bundle(
         with replacing(out.with_name(file)) as part:
             _call(["scp", "-q", f"{host}:{away}/{file}", str(part)], f"scp from {host}")
     return results
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out: {folder} cannot be made ({error.strerror})") from error
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

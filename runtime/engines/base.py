@@ -50,28 +50,19 @@ class Engine(Protocol):
 
 
 class HostEngine:
-    """What engines on host arrays share: the specs, which a subclass puts in `_inputs` and `_outputs`, and the checks of
-    what is given to `run`."""
+    """What engines on host arrays share: the specs, which a subclass sets, and the checks of what is given to `run`."""
 
-    _inputs: list[TensorSpec]
-    _outputs: list[TensorSpec]
-
-    @property
-    def inputs(self) -> list[TensorSpec]:
-        return self._inputs
-
-    @property
-    def outputs(self) -> list[TensorSpec]:
-        return self._outputs
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
 
     @property
     def input_names(self) -> list[str]:
-        return [spec.name for spec in self._inputs]
+        return [spec.name for spec in self.inputs]
 
     def _check_count(self, inputs: Sequence[np.ndarray]) -> None:
-        if len(inputs) != len(self._inputs):
+        if len(inputs) != len(self.inputs):
             names = ", ".join(self.input_names)
-            raise BadInput(f"the engine takes {len(self._inputs)} inputs ({names}), got {len(inputs)}")
+            raise BadInput(f"the engine takes {len(self.inputs)} inputs ({names}), got {len(inputs)}")
 
     def _check_dtype(self, spec: TensorSpec, array: np.ndarray) -> None:
         if array.dtype != np.dtype(spec.dtype):

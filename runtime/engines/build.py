@@ -1,6 +1,5 @@
 """Build, load or open an engine with whichever backend it is for."""
 
-import inspect
 import os
 import tempfile
 import time
@@ -14,7 +13,7 @@ from ...graph.program import load as load_program
 from ..devices.here import local_target
 from ..devices.table import Target, get_target
 from ..onnx_file import check_model, input_specs, precision
-from .backends import BACKENDS, backend_module, check_options
+from .backends import BACKENDS, backend_module, check_options, known_options
 from .base import Engine, EngineReport
 from .origins import read as read_origins
 
@@ -110,7 +109,7 @@ def open_engine(
         module = backend_module(backend or "inductor")
         if not hasattr(module, "compile_program"):
             raise BadInput(f"backend {backend}: does not run programs; export an ONNX file")
-        if shapes and shapes[0] and "batch" in inspect.signature(module.compile_program).parameters:
+        if shapes and shapes[0] and "batch" in known_options(module.compile_program):
             options = {"batch": shapes[0][0]} | options
         check_options(module.compile_program, options, backend or "inductor")
         return module.compile_program(model, **_threads(module.compile_program, threads), **options)
@@ -124,7 +123,7 @@ def open_engine(
         return load_engine(path, name, **_threads(module.load, threads), **options)
     if row.source == ".pt2":
         return open_engine(load_program(path), name, threads, shapes, **options)
-    if shapes and not {"batch", "shapes"} & options.keys() and "shapes" in inspect.signature(module.build).parameters:
+    if shapes and not {"batch", "shapes"} & options.keys() and "shapes" in known_options(module.build):
         wanted = zip(input_specs(path) or (), shapes, strict=False)
         ranges = {spec.name: (tuple(s),) * 3 for spec, s in wanted if None in spec.shape}
         options = options | ({"shapes": ranges} if ranges else {})
@@ -140,4 +139,4 @@ def _backend_of(path: Path) -> str | None:
 
 
 def _threads(function: Callable[..., Any], threads: int) -> dict[str, Any]:
-    return {"threads": threads} if "threads" in inspect.signature(function).parameters else {}
+    return {"threads": threads} if "threads" in known_options(function) else {}

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime as ort
 
 from ...graph.errors import BadInput
 from ...graph.files import replacing
 from ..devices.table import Target
 from ..kit.ort import session_options
-from ..onnx_file import TensorSpec, precision
+from ..onnx_file import TensorSpec, precision, stored_tensors
 from .base import EngineReport, HostEngine, Kernel, unparsed
 
 # No kernel for an operator on the CPU, or no such operator ("domain:Op(version)").
@@ -44,8 +45,8 @@ class OrtEngine(HostEngine):
             if unknown := UNPARSED.search(str(error)):
                 raise unparsed(path, f"ONNX Runtime {ort.__version__}", [unknown[1] or unknown[2]]) from error
             raise BadInput(f"{path}: ONNX Runtime refuses it ({_line(error)})") from error
-        self._inputs = [_spec(i) for i in self._session.get_inputs()]
-        self._outputs = [_spec(o) for o in self._session.get_outputs()]
+        self.inputs = [_spec(i) for i in self._session.get_inputs()]
+        self.outputs = [_spec(o) for o in self._session.get_outputs()]
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         self._check_count(inputs)
@@ -91,15 +92,12 @@ def inserted_casts(optimized: onnx.ModelProto) -> int:
 def computes_half() -> bool:
     """Whether this CPU has kernels that compute convolutions and matrix products in fp16; else they run in fp32, between
     casts."""
-    half = onnx.TensorProto.FLOAT16
-    infos = [onnx.helper.make_tensor_value_info(n, half, [1, 8, 8, 8]) for n in ("x", "y")]
-    weights = [
-        onnx.numpy_helper.from_array(np.ones(shape, np.float16), name)
-        for name, shape in (("w", (8, 8, 1, 1)), ("v", (8, 8)))
-    ]
-    nodes = [onnx.helper.make_node(op, i, o) for op, i, o in (("Conv", "xw", "z"), ("MatMul", "zv", "y"))]
-    graph = onnx.helper.make_graph(nodes, "half", infos[:1], infos[1:], weights)
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    model = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["": 20]>
+        half (float16[1,8,8,8] x, float16[8,8,1,1] w, float16[8,8] v) => (float16[1,8,8,8] y) {
+            z = Conv(x, w)
+            y = MatMul(z, v)
+        }""")
     with tempfile.TemporaryDirectory() as folder:
         onnx.save(model, Path(folder) / "half.onnx")
         return inserted_casts(_optimize(Path(folder) / "half.onnx", Path(folder) / "optimized.onnx", 1)) == 0
@@ -115,10 +113,7 @@ def _is_half(path: Path) -> bool:
         graph = onnx.load(str(path), load_external_data=False).graph
     except Exception:  # no ONNX file: the session says so
         return False
-    constants = [a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
-    kinds = [t.data_type for t in (*graph.initializer, *constants)] + [
-        i.type.tensor_type.elem_type for i in graph.input
-    ]
+    kinds = [t.data_type for t in stored_tensors(graph)] + [i.type.tensor_type.elem_type for i in graph.input]
     return onnx.TensorProto.FLOAT16 in kinds
 
 

@@ -34,19 +34,19 @@ class OpenVinoEngine(HostEngine):
             self.compiled = ov.Core().compile_model(str(path), "CPU", settings)
         except Exception as error:  # the exceptions of its frontends share no base with the others
             raise _unparsed(path, error) or BadInput(f"{path}: OpenVINO refuses it ({_line(error)})") from error
-        self._inputs = [_spec(port) for port in self.compiled.inputs]
-        self._outputs = [_spec(port) for port in self.compiled.outputs]
+        self.inputs = [_spec(port) for port in self.compiled.inputs]
+        self.outputs = [_spec(port) for port in self.compiled.outputs]
         self._request = self.compiled.create_infer_request()
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         self._check_count(inputs)
-        for spec, array in zip(self._inputs, inputs, strict=True):
+        for spec, array in zip(self.inputs, inputs, strict=True):
             self._check_dtype(spec, array)
         try:
             results = self._request.infer(dict(enumerate(inputs)), share_inputs=True)
         except RuntimeError as error:
             raise BadInput(f"the inputs do not fit the engine: {_line(error)}") from error
-        return [np.array(results[i]) for i in range(len(self._outputs))]
+        return [np.array(results[i]) for i in range(len(self.outputs))]
 
     def close(self) -> None:
         del self._request, self.compiled

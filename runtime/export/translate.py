@@ -15,7 +15,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from ...graph.edit import infer
-from ...graph.errors import Refused
+from ...graph.errors import Refused, reason
 from ...graph.nodes import arguments, hint, op_name
 from ...graph.program import Program
 from ..engines import origins
@@ -81,11 +81,7 @@ def translate(exported: ExportedProgram, opset: int) -> onnx.ModelProto:
         with quiet(), _exact_rewrites():
             found = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:  # the exporter's errors carry the reason of the innermost one in their text
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        text = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-        raise Refused(f"torch.onnx cannot translate the program: {text[:300]}") from error
+        raise Refused(f"torch.onnx cannot translate the program: {reason(error)}") from error
     assert found is not None
     model = found.model_proto
     names: set[str] = set()

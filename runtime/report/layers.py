@@ -14,17 +14,14 @@ IN_SIGHT = 20  # of longer tables, the most expensive rows stay in sight and the
 @dataclass
 class LayerRow:
     """A layer's output channels (None where it has none), MACs and predicted milliseconds (None where nothing is
-    predicted), dense and compressed, and the lengths of their bars in percent. work: padded MACs and bytes, in words;
-    bound: what bounds its time; verdict: why it will not profit from fewer channels; measured: of its kernel, in words."""
+    predicted), dense and compressed. work: padded MACs and bytes, in words; bound: what bounds its time; verdict: why it
+    will not profit from fewer channels; measured: of its kernel, in words."""
 
     name: str
     kind: str
     channels: tuple[float, float] | None
     macs: tuple[float, float]
-    channel_bars: tuple[float, float] = (0.0, 0.0)
-    mac_bars: tuple[float, float] = (0.0, 0.0)
     ms: tuple[float, float] | None = None
-    ms_bars: tuple[float, float] = (0.0, 0.0)
     work: str = ""
     bound: str = ""
     verdict: str = ""
@@ -38,15 +35,13 @@ def layer_rows(
     is predicted, in the order of the prediction. profiled: in words, by name."""
     recorded = _recorded(records)
     rows = [_predicted(row, recorded, profiled) for row in predicted]
-    rows += recorded.values()
-    widest = max((max(row.channels) for row in rows if row.channels), default=0) or 1
-    heaviest = max((max(row.macs) for row in rows), default=0) or 1
-    longest = max((max(row.ms) for row in rows if row.ms), default=0) or 1
-    for row in rows:
-        row.channel_bars = _bars(row.channels or (0.0, 0.0), widest)
-        row.mac_bars = _bars(row.macs, heaviest)
-        row.ms_bars = _bars(row.ms or (0.0, 0.0), longest)
-    return rows
+    return [*rows, *recorded.values()]
+
+
+def longest_bars(rows: Iterable[LayerRow]) -> dict[str, float]:
+    """The largest value in each column of the table that has bars."""
+    columns = {key: [pair for row in rows if (pair := getattr(row, key))] for key in ("channels", "macs", "ms")}
+    return {key: max(map(max, pairs), default=0) or 1 for key, pairs in columns.items()}
 
 
 def slowest(rows: list[LayerRow]) -> list[LayerRow]:
@@ -88,10 +83,6 @@ def _padding(sides: Iterable[Predicted]) -> str:
     """How much the kernels' padding adds to the multiply-accumulates; empty where it adds nothing."""
     added = [side.padded_macs / side.macs - 1 for side in sides if side.macs and side.padded_macs]
     return f"padding adds {change(f'{100 * share:.0f}' for share in added)} %" if any(added) else ""
-
-
-def _bars(pair: tuple[float, float], whole: float) -> tuple[float, float]:
-    return round(100 * pair[0] / whole, 2), round(100 * pair[1] / whole, 2)
 
 
 def prediction_facts(summary: Summary) -> list[tuple[str, str]]:

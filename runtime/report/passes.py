@@ -3,25 +3,13 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..summary import Record, Scores
 from .text import exact, number, plain, score_format
 
 # A reason of the comb's: the node that froze the axis, where that is in the source, and why.
 REASON = re.compile(r"^(\S+)(?: \((.*)\))?: (.+)$", re.DOTALL)
-
-
-@dataclass
-class PassRow:
-    """A pass as the report shows it."""
-
-    name: str
-    options: list[tuple[str, str]]
-    macs: tuple[float | None, float | None]
-    params: tuple[float | None, float | None]
-    accuracy: str
-    error: str
-    seconds: float | None
 
 
 @dataclass
@@ -32,19 +20,19 @@ class Refusal:
     items: list[tuple[str, str]] = field(default_factory=list)
 
 
-def pass_row(record: Record) -> PassRow:
-    """The row of a pass record."""
+def pass_row(record: Record) -> dict[str, Any]:
+    """A pass as the report shows it."""
     cost, scores = record.cost, record.accuracy or Scores(before=None, after=None)
     score = score_format(scores.before, scores.after, metric=scores.metric)
-    return PassRow(
-        name=record.pass_,
-        options=[(k, plain(v)) for k, v in record.options.items() if v not in (None, [], (), {})],
-        macs=(cost.before.macs, cost.after.macs),
-        params=(cost.before.params, cost.after.params),
-        accuracy=score(scores.after) if number(scores.after) is not None else "",
-        error=exact(record.verified.error) if record.verified else "",
-        seconds=record.seconds,
-    )
+    return {
+        "name": record.pass_,
+        "options": [(k, plain(v)) for k, v in record.options.items() if v not in (None, [], (), {})],
+        "macs": (cost.before.macs, cost.after.macs),
+        "params": (cost.before.params, cost.after.params),
+        "accuracy": score(scores.after) if number(scores.after) is not None else "",
+        "error": exact(record.verified.error) if record.verified else "",
+        "seconds": record.seconds,
+    }
 
 
 def refusals(records: Iterable[Record]) -> list[Refusal]:

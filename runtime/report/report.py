@@ -17,7 +17,7 @@ from ..engines.trt.kernels import UNFUSED
 from ..summary import Engine, Pad, Summary, read_summary
 from .devices import device_section, profiled_layers
 from .headline import lead, tiles
-from .layers import layer_rows, prediction_facts, slowest
+from .layers import layer_rows, longest_bars, prediction_facts, slowest
 from .passes import kernel_facts, pass_row, refusals
 from .plots import plots
 from .reading import pairs
@@ -64,6 +64,7 @@ def sections(summary: Summary) -> dict[str, Any]:
         "tiles": tiles(summary),
         "plots": plots(summary, layers),
         "layers": layers,
+        "longest": longest_bars(layers),
         "largest": slowest(layers) if len(layers) > 1 else [],
         "prediction": prediction_facts(summary) + kernel_facts(summary.passes),
         "refusals": refusals(summary.passes),

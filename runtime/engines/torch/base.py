@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ....graph.compat import pytree
-from ....graph.errors import BadInput, MissingBackend
+from ....graph.errors import BadInput, MissingBackend, reason
 from ....graph.files import replacing
 from ....graph.program import Program, flatten_outputs
 from ...onnx_file import TensorSpec
@@ -33,7 +33,7 @@ class TorchEngine(HostEngine):
         device: torch.device,
     ):
         self._call, self._device = call, device
-        self._inputs, self._outputs = list(inputs), list(outputs)
+        self.inputs, self.outputs = list(inputs), list(outputs)
         self.on_device = device.type != "cpu"  # the processor waits while it runs
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -59,7 +59,7 @@ class TorchEngine(HostEngine):
 
     def _tensors(self, inputs: Sequence[np.ndarray]) -> list[torch.Tensor]:
         self._check_count(inputs)
-        for spec, array in zip(self._inputs, inputs, strict=True):
+        for spec, array in zip(self.inputs, inputs, strict=True):
             fits = array.ndim == len(spec.shape) and all(
                 wanted in (None, extent) for extent, wanted in zip(array.shape, spec.shape, strict=True)
             )
@@ -130,13 +130,6 @@ def precision(program: Program) -> str:
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
     most = max(counts, key=lambda kind: counts[kind], default=torch.float32)
     return PRECISIONS.get(most, str(most))
-
-
-def reason(error: BaseException) -> str:
-    """The first line that says something, of the innermost error."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def _spec(name: str, value: torch.Tensor) -> TensorSpec:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from ....graph.compat import compile_ahead, load_compiled, pytree
-from ....graph.errors import BadInput, MissingBackend, Refused
+from ....graph.errors import BadInput, MissingBackend, Refused, reason
 from ....graph.program import Program
 from ....graph.program import load as load_program
 from ...devices.table import Target, canonical
 from ..base import EngineReport
-from .base import TorchEngine, on_leaves, pack, precision, reason, specs, unpack
+from .base import TorchEngine, on_leaves, pack, precision, specs, unpack
 
 
 def compile_program(

@@ -17,13 +17,13 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from ....graph.compat import pytree
-from ....graph.errors import BadInput, MissingBackend, Refused
+from ....graph.errors import BadInput, MissingBackend, Refused, reason
 from ....graph.program import Program
 from ....graph.program import load as load_program
 from ...devices.table import Target, canonical
 from ..backends import not_installed
 from ..base import EngineReport, Kernel
-from .base import TorchEngine, on_leaves, pack, precision, reason, specs, unpack
+from .base import TorchEngine, on_leaves, pack, precision, specs, unpack
 
 BATCHES = 1, 1, 8  # smallest, the one to optimise for, largest, where the batch is dynamic
 ENGINE, REST = "_run_on_acc", "_run_on_gpu"  # names of the parts that TensorRT and PyTorch run

@@ -59,17 +59,17 @@ class TensorRTEngine(HostEngine):
         self._buffers: dict[str, tuple[int, int]] = {}
         self._graph, self._profile, self._prepared = 0, 0, 0
         self._recorded: tuple[tuple[int, ...], ...] = ()  # the shapes that the graph was recorded with
-        self._inputs: list[TensorSpec] = []
-        self._outputs: list[TensorSpec] = []
+        self.inputs: list[TensorSpec] = []
+        self.outputs: list[TensorSpec] = []
         for index in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(index)
             is_input = self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
-            (self._inputs if is_input else self._outputs).append(self._spec(name, path))
+            (self.inputs if is_input else self.outputs).append(self._spec(name, path))
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         arrays, results = self._prepare(inputs)
         self._start(arrays)
-        for spec, result in zip(self._outputs, results, strict=True):
+        for spec, result in zip(self.outputs, results, strict=True):
             self._cuda.to_host(result, self._buffers[spec.name][0])
         self._cuda.synchronize()
         return results
@@ -81,7 +81,7 @@ class TensorRTEngine(HostEngine):
         mine = self._prepared
         self._start(arrays)
         self._cuda.synchronize()
-        for spec, array in zip(self._inputs, arrays, strict=True):
+        for spec, array in zip(self.inputs, arrays, strict=True):
             best = self._best(spec, self._profile)
             if best != array.shape:
                 warnings.warn(
@@ -158,13 +158,13 @@ class TensorRTEngine(HostEngine):
         arrays = [np.ascontiguousarray(array) for array in inputs]
         self._prepared += 1
         self._choose_profile(arrays)
-        for spec, array in zip(self._inputs, arrays, strict=True):
+        for spec, array in zip(self.inputs, arrays, strict=True):
             self._check_dtype(spec, array)
             if not self._context.set_input_shape(spec.name, tuple(array.shape)):
                 raise BadInput(f"input {spec.name}: shape {array.shape} is outside of the engine's {self._range(spec)}")
             self._cuda.to_device(self._bind(spec.name, array.nbytes), array)
         results = []
-        for spec in self._outputs:
+        for spec in self.outputs:
             shape = sizes_of(self._context.get_tensor_shape(spec.name))
             if any(extent < 0 for extent in shape):
                 raise Refused(f"output {spec.name}: its shape {shape} depends on the data, which is not supported")
@@ -194,8 +194,8 @@ class TensorRTEngine(HostEngine):
         shapes = [array.shape for array in arrays]
 
         def fit(profile: int) -> int:
-            best = [self._best(spec, profile) for spec in self._inputs]
-            takes = all(self._takes(spec, profile, s) for spec, s in zip(self._inputs, shapes, strict=True))
+            best = [self._best(spec, profile) for spec in self.inputs]
+            takes = all(self._takes(spec, profile, s) for spec, s in zip(self.inputs, shapes, strict=True))
             return 2 if best == shapes else 1 if takes else 0
 
         count = self._engine.num_optimization_profiles
