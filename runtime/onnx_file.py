@@ -60,7 +60,7 @@ def tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> list[TensorSpec]:
     return specs
 
 
-FLOATS = {
+FLOATS: dict[int, str] = {
     onnx.TensorProto.FLOAT: "fp32",
     onnx.TensorProto.FLOAT16: "fp16",
     onnx.TensorProto.BFLOAT16: "bf16",

@@ -1,6 +1,7 @@
 """Data loaders: how long they are, what decides their order, and which of their batches a process takes."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,26 +10,29 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from ..batch import Adapted, adapted
 
 
+@dataclass(frozen=True)
 class Every:
     """Every `count`-th element of an iterable, from element `index` on; `even`: only from complete groups of `count`,
     so that all processes take the same number of steps."""
 
-    def __init__(self, items: Iterable[Any], index: int, count: int, even: bool):
-        self._items, self._index, self._count, self._even = items, index, count, even
+    items: Iterable[Any]
+    index: int
+    count: int
+    even: bool
 
     def __iter__(self) -> Iterator[Any]:
         group: list[Any] = []
-        for item in self._items:
+        for item in self.items:
             group.append(item)
-            if len(group) == self._count:
-                yield group[self._index]
+            if len(group) == self.count:
+                yield group[self.index]
                 group = []
-        if not self._even and self._index < len(group):
-            yield group[self._index]
+        if not self.even and self.index < len(group):
+            yield group[self.index]
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self._items), self._count)  # type: ignore[arg-type]
-        return whole + (not self._even and self._index < rest)
+        whole, rest = divmod(len(self.items), self.count)  # type: ignore[arg-type]
+        return whole + (not self.even and self.index < rest)
 
 
 def shard(data: Iterable[Any], index: int, count: int, even: bool = True) -> Iterable[Any]:

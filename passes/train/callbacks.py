@@ -59,12 +59,12 @@ class Callback:
         return None
 
 
+@dataclass
 class HeldZeros(Callback):
     """Zeros of sparse weights stay zero: neither gradients nor the optimizer move them. masks: by parameter, True where
     the weight is zero for good (`graph.sparse`)."""
 
-    def __init__(self, masks: dict[str, torch.Tensor]):
-        self.masks = masks
+    masks: dict[str, torch.Tensor]
 
     def after_backward(self, step: int, module: TrainableModule) -> None:
         for name, mask in self.masks.items():

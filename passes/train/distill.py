@@ -103,19 +103,16 @@ class Distill(Training, Pass):
         return record
 
 
+@dataclass
 class _Objective(Callback):
     """The loss of a batch from what the tapped student returns, and its parts. Follows which indices of the teacher's
-    features the student still has."""
+    features the student still has (`kept`). of_graph: the dimension of the classes, as the graph tells."""
 
-    def __init__(
-        self,
-        options: Distill,
-        loss: Callable[..., Any] | None,
-        teacher: TrainableModule | None,
-        kept: Kept,
-        of_graph: int | None,
-    ):
-        self.options, self.loss, self.teacher, self.kept, self.of_graph = options, loss, teacher, kept, of_graph
+    options: Distill
+    loss: Callable[..., Any] | None
+    teacher: TrainableModule | None
+    kept: Kept
+    of_graph: int | None
 
     def training_context(self, module: TrainableModule) -> AbstractContextManager[None]:
         return tapped(module, list(self.kept))

@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -105,26 +106,25 @@ SEEN = 16  # batches by which a checkpoint knows its data
 CURVE = 200  # points of the loss curve, at most
 
 
+@dataclass
 class _Loop:
     """One training run; what decides how it goes on is in the attributes named by PLAIN and in the objects it drives,
     and all of that is in a checkpoint."""
 
-    def __init__(
-        self,
-        program: Program,
-        objective: Objective,
-        training: Training,
-        context: Context,
-        name: str,
-        outputs: Callable[[Any], Any],
-        callbacks: Sequence[Callback],
-        acc: Accelerator,
-        checkpoint: Checkpoint | None,
-    ):
-        self.program, self.module, self.contexts = program, program.module(), ExitStack()
-        self.feed, self.val_feed = Feed(program), Feed(program, "val")
-        self.objective, self.training, self.context, self.name = objective, training, context, name
-        self.outputs, self.callbacks, self.acc, self.checkpoint = outputs, callbacks, acc, checkpoint
+    program: Program
+    objective: Objective
+    training: Training
+    context: Context
+    name: str
+    outputs: Callable[[Any], Any]
+    callbacks: Sequence[Callback]
+    acc: Accelerator
+    checkpoint: Checkpoint | None
+
+    def __post_init__(self) -> None:
+        context, acc = self.context, self.acc
+        self.module, self.contexts = self.program.module(), ExitStack()
+        self.feed, self.val_feed = Feed(self.program), Feed(self.program, "val")
         self.data = shard(context.batches, acc.process_index, acc.num_processes)
         self.per_epoch = length(self.data)
         if acc.num_processes > 1 and self.feed.leaves(context.batches):
@@ -133,10 +133,10 @@ class _Loop:
                 "processes would take a step; set drop_last=True"
             )
         if not any(p.requires_grad for p in self.module.parameters()):
-            raise BadInput(f"{name}: nothing to train, all parameters are frozen (requires_grad is False)")
+            raise BadInput(f"{self.name}: nothing to train, all parameters are frozen (requires_grad is False)")
         if self.per_epoch == 0:
             raise BadInput("data: holds no batch (or fewer batches than there are processes)")
-        self.total = total_steps(training, context.batches, name)
+        self.total = total_steps(self.training, context.batches, self.name)
         self.epoch = self.position = self.step = 0
         self.curve: list[list[float]] = []
         self.recent = 0.0

@@ -206,7 +206,8 @@ def _lower(
         _copy(source, model, file)
         return source, file, f"its floating-point parts stay as they are: {why}"
     known: list[Case] = []
-    keep, io = {}, set()
+    keep: dict[str, str] = {}
+    io: set[str] = set()
     if has == "fp32":
         known = [_case(source, make)]
         keep, io = islands(graph, ranges_of(model, known))

@@ -2,12 +2,12 @@
 
 import re
 import warnings
-from pathlib import Path
 
 import torch
 
 from ...graph.errors import BadInput, MissingBackend
 from ..kit.cuda import Cuda, CudaError
+from ..kit.telemetry import read_line
 from .table import NAMES, TARGETS, Target, canonical
 
 
@@ -35,9 +35,8 @@ def local_target(backend: str) -> Target:
 
 def _machine_names() -> set[str]:
     """The words in the names of the board (which Jetsons tell) and of the GPU (which PyTorch knows)."""
-    board = Path("/proc/device-tree/model")
-    names = board.read_text(errors="replace").strip("\0") if board.is_file() else ""
-    return _words(f"{names} {torch.cuda.get_device_name() if torch.cuda.is_available() else ''}")
+    board = read_line("/proc/device-tree/model") or ""
+    return _words(f"{board} {torch.cuda.get_device_name() if torch.cuda.is_available() else ''}")
 
 
 def _words(text: str) -> set[str]:

@@ -32,7 +32,7 @@ EXACT, NEAR = 0.2, 0.95
 FURTHER = {"fp32": 1.2, "fp16": 1.5}
 LOOSE = 0.1
 EMULATED = ", every operator rounded to fp16"
-LARGE = 1_900_000_000  # bytes, from which protobuf needs files beside
+LARGE = 1_900_000_000  # bytes of weights from which they go to a file of their own: protobuf ends at 2 GiB
 AT_ONCE = 16  # tensors to look at in one run
 
 

@@ -30,7 +30,7 @@ from ...graph.program import Program
 from ..devices.table import Target, get_target
 from ..engines import origins
 from ..onnx_file import FLOATS, TensorSpec, opset_of
-from .compare import TOLERANCES, Verdict, ranges_of, verdict
+from .compare import LARGE, TOLERANCES, Verdict, ranges_of, verdict
 from .half import to_half
 from .islands import islands
 from .opset import DEFAULT, choose_opset, is_quantised, lower_to_17
@@ -39,7 +39,6 @@ from .sparsity import SparseWeight, check_sparsity
 from .translate import exportable, quiet, translate
 
 PRECISIONS = ("fp32", "fp16")
-EXTERNAL_DATA = 1_900_000_000  # bytes of weights from which they go to a file of their own: protobuf ends at 2 GiB
 
 
 @dataclass
@@ -299,7 +298,7 @@ def _saved(model: onnx.ModelProto, path: Path) -> Iterator[tuple[Path, int]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
             file = Path(folder) / path.name
-            onnx.save_model(model, str(file), save_as_external_data=size > EXTERNAL_DATA, location=data)
+            onnx.save_model(model, str(file), save_as_external_data=size > LARGE, location=data)
             try:
                 onnx.checker.check_model(str(file), full_check=True)
             except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -241,7 +241,7 @@ def watch(source: str, path: str) -> None:
 
 def _gpu_clock() -> dict[str, int]:
     for device in sorted(Path("/sys/class/devfreq").glob("*")):
-        text = _cat(str(device / "cur_freq")) if GPU.search(device.name) else None
+        text = read_line(str(device / "cur_freq")) if GPU.search(device.name) else None
         if text and text.isdigit():
             return {"gpu": int(text) // 10**6}
     return {}
@@ -254,12 +254,13 @@ def describe_device() -> dict[str, Any]:
     named = re.search(r"Power Mode: *(.+)", mode or "")
     clocks = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem", "--format=csv"]
     return {
-        "model": _cat("/proc/device-tree/model") or _say(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]),
+        "model": read_line("/proc/device-tree/model")
+        or _say(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]),
         "system": platform.platform(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
-        "l4t": _cat("/etc/nv_tegra_release"),
+        "l4t": read_line("/etc/nv_tegra_release"),
         "power_mode": named.group(1).strip() if named else mode,
         "clocks": _say(["jetson_clocks", "--show"]) or _say(clocks),
     }
@@ -275,7 +276,7 @@ def clock_notes(device: dict[str, Any]) -> list[str]:
 def over_current() -> dict[str, int]:
     """How often a Jetson's GPU and processors were slowed down for drawing too much current, by event, since it started."""
     files = sorted(Path("/sys/class/hwmon").glob("hwmon*/oc*_event_cnt"))
-    texts = {file.name.split("_")[0]: _cat(str(file)) for file in files}
+    texts = {file.name.split("_")[0]: read_line(str(file)) for file in files}
     return {name: int(text) for name, text in texts.items() if text and text.isdigit()}
 
 
@@ -289,7 +290,8 @@ def _say(command: list[str]) -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def _cat(path: str) -> str | None:
+def read_line(path: str) -> str | None:
+    """What a small file of the system says; None where it is absent, empty or not to be read."""
     try:
         return Path(path).read_text().strip().strip("\0") or None
     except OSError:

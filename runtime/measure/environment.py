@@ -5,12 +5,12 @@ import datetime
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..engines.backends import BACKENDS
+from ..kit.telemetry import read_line
 
 PACKAGES = dict.fromkeys(("graphcomb", "torch", "onnx", "numpy", *(backend.package for backend in BACKENDS.values())))
 
@@ -25,7 +25,7 @@ def environment(threads: int = 1) -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "cores": cores,
-        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "governor": read_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "threads": threads,
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -37,13 +37,6 @@ def environment(threads: int = 1) -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    lines = (_read("/proc/cpuinfo") or "").splitlines()
+    lines = (read_line("/proc/cpuinfo") or "").splitlines()
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return name or _read("/proc/device-tree/model") or platform.processor() or platform.machine()
-
-
-def _read(path: str) -> str | None:
-    try:
-        return Path(path).read_text().strip().strip("\0") or None
-    except OSError:
-        return None
+    return name or read_line("/proc/device-tree/model") or platform.processor() or platform.machine()

@@ -9,6 +9,7 @@ each other (caches, changes of layout) only the whole program shows: `anchored` 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -16,7 +17,6 @@ import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ...graph.comb.solve import Comb
 from ...graph.errors import BadInput, Contended
 from ...graph.files import write_json
 from ...graph.program import Program
-from ...graph.workload.layer import Latency, Layer, run_seconds
+from ...graph.workload.layer import Layer, run_seconds
 from ...graph.workload.layers import Layers
 from ..devices.table import Target, canonical, get_target
 from ..engines.backends import BACKENDS
@@ -65,6 +65,7 @@ class LatencyTable:
         self.path, self.step, self.precision = Path(path), step, precision
         self.target = get_target(target) if isinstance(target, str) else target
         self.about = _about(self.target, precision)
+        self.factor: float | None = None  # of a table that is `anchored`
         self.entries: dict[str, float] = {}
         if self.path.is_file():
             try:
@@ -80,18 +81,22 @@ class LatencyTable:
                 )
 
     def __str__(self) -> str:
-        return f"latency table of {self.about['engine']} on {self.about['device']}, {self.precision}"
+        text = f"latency table of {self.about['engine']} on {self.about['device']}, {self.precision}"
+        return text if self.factor is None else f"{text}, times {self.factor:.3g} as the whole program takes"
 
     @property
     def error(self) -> Error:
-        """How far off its sums are known to be."""
-        return Error(1.7, "nine in ten of 62 networks on one CPU were within that")
+        """How far off its sums are known to be; of one that is anchored, for programs that come from the measured one."""
+        if self.factor is None:
+            return Error(1.7, "nine in ten of 62 networks on one CPU were within that")
+        return Error(1.3, "nine in ten of 62 pruned networks on one CPU were within that")
 
     @property
     def per_run(self) -> float:
+        """Seconds of a run that belong to no layer."""
         if "run" not in self.entries:
             self._measure([None], progress=False)
-        return self.entries["run"]
+        return (self.factor or 1.0) * self.entries["run"]
 
     def prepare(self, layers: Iterable[Layer], progress: bool = False) -> None:
         """Measure what is needed to answer for these layers."""
@@ -103,21 +108,25 @@ class LatencyTable:
     def seconds(self, layer: Layer) -> float:
         """Time of one run of the layer, interpolated (multilinearly) between measured sizes."""
         self.prepare([layer])
-        return sum(share * self.entries[str(corner)] for corner, share in self._corners(layer))
+        interpolated = sum(share * self.entries[str(corner)] for corner, share in self._corners(layer))
+        return (self.factor or 1.0) * interpolated
 
-    def anchored(self, program: Program) -> Anchored:
+    def anchored(self, program: Program) -> LatencyTable:
         """The table with one factor on all its seconds, so that a run of the program at batch 1 takes what it is measured to
         take as a whole. That measurement is kept like those of layers.
 
         Raises Contended when the machine is too busy.
         """
+        anchored = copy.copy(self)
+        anchored.factor = None
         layers = [layer for _, layer in Layers(Comb(program)).at({})]
-        summed = run_seconds(self, layers)
+        summed = run_seconds(anchored, layers)
         key = f"program {hashlib.sha256(str(layers).encode()).hexdigest()[:16]}"
         if key not in self.entries:
             self.entries[key] = self._whole(program)
             self._save()
-        return Anchored(self, self.entries[key] / summed)
+        anchored.factor = self.entries[key] / summed
+        return anchored
 
     def _corners(self, layer: Layer) -> Iterator[tuple[Layer, float]]:
         """The measured layers around a layer, and their shares."""
@@ -190,32 +199,6 @@ class LatencyTable:
 
     def _save(self) -> None:
         write_json(self.path, {"about": self.about, "seconds": self.entries}, indent=0)
-
-
-@dataclass(frozen=True)
-class Anchored:
-    """A latency model whose seconds are multiplied by a factor; see `LatencyTable.anchored`."""
-
-    latency: Latency
-    factor: float
-
-    def __str__(self) -> str:
-        return f"{self.latency}, times {self.factor:.3g} as the whole program takes"
-
-    @property
-    def error(self) -> Error:
-        """How far off it is known to be for programs that come from the measured one."""
-        return Error(1.3, "nine in ten of 62 pruned networks on one CPU were within that")
-
-    @property
-    def per_run(self) -> float:
-        return self.factor * self.latency.per_run
-
-    def prepare(self, layers: Iterable[Layer], progress: bool = False) -> None:
-        self.latency.prepare(layers, progress)
-
-    def seconds(self, layer: Layer) -> float:
-        return self.factor * self.latency.seconds(layer)
 
 
 def _about(target: Target, precision: str) -> dict[str, Any]:

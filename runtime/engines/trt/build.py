@@ -103,16 +103,11 @@ def build(
     work.aim()
     work.allow(kind)
     work.shape(model, batch, shapes or {})
-    if workspace is not None:
-        work.limit(workspace)
-    if optimization_level is not None:
-        work.optimize(optimization_level)
+    work.tune(workspace, optimization_level, tf32)
     wishes = {"sparse": sparse, "refit": refit, "version_compatible": version_compatible}
     for option, flag in FLAGS.items():
         if wishes[option]:
             work.flag(flag, f"option {option}")
-    if not tf32 and hasattr(work.trt.BuilderFlag, "TF32"):
-        work.config.clear_flag(work.trt.BuilderFlag.TF32)
     if dla is not None:
         work.use_dla(dla)
     cache = Path(timing_cache) if timing_cache is not None else None
@@ -247,15 +242,18 @@ class _Build:
             raise Refused(f"{why}: {self.who} has no builder flag {name}")
         self.config.set_flag(getattr(self.trt.BuilderFlag, name))
 
-    def limit(self, workspace: int) -> None:
-        if workspace < 1:
-            raise BadInput(f"option workspace: a whole number of MiB, from 1 up, not {workspace}")
-        self.config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, workspace << 20)
-
-    def optimize(self, level: int) -> None:
-        if not 0 <= level <= 5:
-            raise BadInput(f"option optimization_level: a whole number from 0 to 5, not {level}")
-        self.config.builder_optimization_level = level
+    def tune(self, workspace: int | None, level: int | None, tf32: bool) -> None:
+        """Set what the library has a default of its own for."""
+        if workspace is not None:
+            if workspace < 1:
+                raise BadInput(f"option workspace: a whole number of MiB, from 1 up, not {workspace}")
+            self.config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, workspace << 20)
+        if level is not None:
+            if not 0 <= level <= 5:
+                raise BadInput(f"option optimization_level: a whole number from 0 to 5, not {level}")
+            self.config.builder_optimization_level = level
+        if not tf32 and hasattr(self.trt.BuilderFlag, "TF32"):
+            self.config.clear_flag(self.trt.BuilderFlag.TF32)
 
     def use_dla(self, core: int) -> None:
         """Run on a DLA core what it can run, and note what it cannot."""

@@ -82,7 +82,7 @@ class TensorRTEngine(HostEngine):
         self._start(arrays)
         self._cuda.synchronize()
         for spec, array in zip(self.inputs, arrays, strict=True):
-            best = self._best(spec, self._profile)
+            _, best, _ = self._shapes(spec, self._profile)
             if best != array.shape:
                 warnings.warn(
                     f"{self._path}: input {spec.name}: measured with shape {array.shape}, and the engine is optimised for "
@@ -194,9 +194,10 @@ class TensorRTEngine(HostEngine):
         shapes = [array.shape for array in arrays]
 
         def fit(profile: int) -> int:
-            best = [self._best(spec, profile) for spec in self.inputs]
-            takes = all(self._takes(spec, profile, s) for spec, s in zip(self.inputs, shapes, strict=True))
-            return 2 if best == shapes else 1 if takes else 0
+            ranges = [self._shapes(spec, profile) for spec in self.inputs]
+            if [best for _, best, _ in ranges] == shapes:
+                return 2
+            return int(all(_within(shape, low, high) for shape, (low, _, high) in zip(shapes, ranges, strict=True)))
 
         count = self._engine.num_optimization_profiles
         chosen = max(range(count), key=fit, default=0) if count > 1 else self._profile
@@ -207,19 +208,12 @@ class TensorRTEngine(HostEngine):
             self._cuda.synchronize()
             self._profile = chosen
 
-    def _best(self, spec: TensorSpec, profile: int) -> tuple[int | None, ...]:
-        """The shape of an input that the engine is optimised for."""
+    def _shapes(self, spec: TensorSpec, profile: int) -> tuple[Any, Any, Any]:
+        """The smallest shape of an input that a profile takes, the one that it is optimised for, and the largest."""
         if None not in spec.shape:
-            return spec.shape
-        return sizes_of(self._engine.get_tensor_profile_shape(spec.name, profile)[1])
-
-    def _takes(self, spec: TensorSpec, profile: int, shape: tuple[int, ...]) -> bool:
-        if None not in spec.shape:
-            return spec.shape == shape
-        smallest, _, largest = map(sizes_of, self._engine.get_tensor_profile_shape(spec.name, profile))
-        return len(shape) == len(smallest) and all(
-            a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True)
-        )
+            return (spec.shape,) * 3
+        smallest, best, largest = map(sizes_of, self._engine.get_tensor_profile_shape(spec.name, profile))
+        return smallest, best, largest
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._cuda.stream):
@@ -252,10 +246,13 @@ class TensorRTEngine(HostEngine):
         return address
 
     def _range(self, spec: TensorSpec) -> str:
-        if None not in spec.shape:
-            return f"shape {spec.shape}"
-        smallest, _, largest = map(sizes_of, self._engine.get_tensor_profile_shape(spec.name, self._profile))
-        return f"range {smallest} to {largest}"
+        smallest, _, largest = self._shapes(spec, self._profile)
+        return f"range {smallest} to {largest}" if None in spec.shape else f"shape {spec.shape}"
+
+
+def _within(shape: tuple[int, ...], smallest: tuple[int, ...], largest: tuple[int, ...]) -> bool:
+    fits = zip(smallest, shape, largest, strict=False)
+    return len(shape) == len(smallest) and all(a <= b <= c for a, b, c in fits)
 
 
 def sizes_of(dims: Any) -> tuple[int, ...]:

@@ -199,7 +199,7 @@ def test_weights_that_exceed_protobuf_go_to_a_file_beside(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = export_onnx(program, tmp_path / "whole.onnx")
-    monkeypatch.setattr(onnx_module, "EXTERNAL_DATA", 1000)
+    monkeypatch.setattr(onnx_module, "LARGE", 1000)
     report = export_onnx(program, tmp_path / "split" / "net.onnx")
     assert sorted(f.name for f in (tmp_path / "split").iterdir()) == ["net.onnx", "net.onnx.data"]
     assert report.bytes == sum(f.stat().st_size for f in (tmp_path / "split").iterdir())
