@@ -52,7 +52,7 @@ class Checkpoint:
             file.unlink(missing_ok=True)
 
 
-def is_other(stored: list[str], first: Callable[[bool], list[str]]) -> bool:
+def data_differs(stored: list[str], first: Callable[[bool], list[str]]) -> bool:
     """Whether data is not what a stored run began with, by the codes of that and of its first batches. first: reads these
     anew, and draws other random numbers in between where it is told to.
 

@@ -32,7 +32,7 @@ from ..common.processes import accelerator, agreed, gathered, move, reduced
 from ..common.repeat import code_of, rng_state, run_code, sample, seeded, set_rng_state
 from ..common.scoring import bar, score
 from .callbacks import Callback, HeldZeros, Surgery, select_kept
-from .checkpoint import Checkpoint, is_other
+from .checkpoint import Checkpoint, data_differs
 from .options import Training, learning_rate, make_optimizer
 
 Objective = Callable[[Any, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -351,7 +351,7 @@ class _Loop:
         state: dict[str, Any] | None = agreed(self.checkpoint.read)
         if state is not None:
             seen = state["own"][self.acc.process_index]["seen"]
-            other = is_other(seen, partial(self._first, len(seen)))
+            other = data_differs(seen, partial(self._first, len(seen)))
             state = None if reduced([float(other)], "sum", self.acc)[0] else state
         if state is None and self.acc.is_main_process:
             self.checkpoint.warn_of_others()
