@@ -5,6 +5,7 @@ from .channels.remove_channels import RemoveChannels
 from .comb import Comb
 from .depth.prune_depth import PruneDepth
 from .fuse.fuse import Fuse
+from .minimise.minimise import Minimise
 from .quantize import Quantize
 from .repair import Recalibrate, Repair
 from .sparse.sparsify import Sparsify
@@ -16,6 +17,7 @@ __all__ = [
     "Context",
     "Distill",
     "Fuse",
+    "Minimise",
     "Pass",
     "PassResult",
     "PruneDepth",

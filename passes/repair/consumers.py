@@ -207,7 +207,7 @@ def consumer_of(
     own = bias is not None and uses[id(fetch(smaller, str(bias.target)))] == 1
     unknowns = math.prod(parameter.shape[1:])
     whole = not transposed and unknowns <= largest
-    mean = _mean_behind(node, smaller, uses) if bias is None and whole else None
+    mean = mean_behind(node, smaller, uses) if bias is None and whole else None
     if not whole and (groups > 1 or inputs is None):
         return f"{unknowns} unknowns for each output, and {largest} are the most"
     return Consumer(
@@ -216,7 +216,7 @@ def consumer_of(
     )  # fmt: skip
 
 
-def _mean_behind(node: fx.Node, module: TrainableModule, uses: dict[int, int]) -> str | None:
+def mean_behind(node: fx.Node, module: TrainableModule, uses: dict[int, int]) -> str | None:
     """The running mean of a BatchNorm that alone reads a layer: `BN(y + c)` is BN with `mean - c` of `y`."""
     reader = next(iter(node.users)) if len(node.users) == 1 else None
     if reader is None or op_name(reader) != "batch_norm" or arguments(reader)["input"] is not node:

@@ -61,6 +61,21 @@ def test_run_writes_everything_it_names(cli, recipe, tmp_path: Path, monkeypatch
     assert (tmp_path / "e.rtx").is_file()
 
 
+def test_what_zeros_leave_without_a_purpose_goes(cli, recipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    passes = [{"Sparsify": {"sparsity": 0.9, "method": "magnitude", "include": ["0.weight"]}}, "Minimise"]
+    outcome = cli("run", recipe(passes=passes, outputs={"onnx": True, "report": True}), "--out", out)
+    assert (outcome.code, outcome.err.strip()) == (0, "")
+    summary = json.loads((out / "summary.json").read_text())
+    sparse, minimised = summary["passes"]
+    assert minimised["accuracy"]["after"] == sparse["accuracy"]["after"]
+    assert minimised["verified"]["error"] <= 1e-10
+    assert minimised["cost"]["after"]["macs"] < minimised["cost"]["before"]["macs"]
+    (changed,) = [row for row in minimised["changed"] if row["what"] == "0.weight:0"]
+    assert changed["before"] - changed["after"] == changed["dead"] + changed["unread"] > 0
+    assert "Minimise" in (out / "report.html").read_text()
+
+
 def test_a_second_run_takes_over_finished_passes(cli, recipe, tmp_path: Path) -> None:
     path = recipe()
     assert cli("run", path, "--out", tmp_path / "out").code == 0

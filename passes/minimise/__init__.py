@@ -1,0 +1,1 @@
+"""Channels that zeros leave without a purpose."""
