@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -13,7 +13,7 @@ from .errors import BadInput
 
 WORDS = {
     float: "a number", int: "a whole number", bool: "true or false", str: "text", os.PathLike: "text",
-    tuple[str, ...]: "a list of texts", Sequence: "a list", Mapping: "a mapping",
+    tuple[str, ...]: "a list of texts", Sequence: "a list", Mapping: "a mapping", Callable: "a function",
 }  # fmt: skip
 
 

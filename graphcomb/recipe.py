@@ -19,10 +19,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
@@ -31,6 +31,7 @@ from . import passes as library
 from .graph.errors import BadInput, GraphcombError, nearest
 from .graph.hints import field_hints
 from .passes.base import Pass
+from .sources import resolve
 
 TEXT = "tag:yaml.org,2002:str"
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -247,6 +248,8 @@ def parse_pass(cls: type[Pass], options: Any, path: str) -> Pass:
         inner = next((t for t in (hint, *get_args(hint)) if inspect.isclass(t) and issubclass(t, Pass)), None)
         if inner is not None and value is not None:
             value = parse_pass(inner, value, f"{path}.{name}")
+        if isinstance(value, str) and ":" in value and any(get_origin(t) is Callable for t in get_args(hint)):
+            value = resolve(value, f"{path}.{name}")
         # YAML reads a bare `no` as false.
         arguments[name] = "no" if value is False and "no" in get_args(hint) else value
     try:

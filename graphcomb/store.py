@@ -35,7 +35,10 @@ class Store:
 
     def find(self, index: int, pass_: Pass, program: Program) -> Program | None:
         """Return the stored result of a pass, or None. Call once per pass, in order: the digest covers all before it."""
-        parts = [self.digest, type(pass_).__name__, code_of(type(pass_)), pass_.options()]
+        functions = [
+            code_of(value) for value in vars(pass_).values() if callable(value) and not isinstance(value, Pass)
+        ]
+        parts = [self.digest, type(pass_).__name__, code_of(type(pass_)), functions, pass_.options()]
         self.digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
         base = self.path(index, pass_)
         note = agreed(lambda: self._note(base)) if self.resume else None

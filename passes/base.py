@@ -142,7 +142,16 @@ class Options:
     def options(self) -> dict[str, Any]:
         """The recipe options, JSON-able."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: value.options() if isinstance(value, Options) else value for name, value in values.items()}
+        return {name: plain(value) for name, value in values.items()}
+
+
+def plain(value: Any) -> Any:
+    """The value of an option, JSON-able: options inside options, and of a function its name, "module:name"."""
+    if isinstance(value, Options):
+        return value.options()
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return value
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import fx
 
 from ...graph.comb import axes as ax
 from ...graph.comb.axes import Axis, Factor
 from ...graph.comb.groups import Group
 from ...graph.comb.solve import Comb
 from ...graph.errors import BadInput
+from ...graph.facts import MAPS
+from ...graph.nodes import arguments, is_operator, op_name, shape
 from ..common.weights import selected
 
 PRIORITY = {
@@ -54,6 +59,23 @@ def movable(comb: Comb, kinds: Iterable[str], include: Iterable[str] = (), exclu
         if not any(p in chosen for p in partners[group.atom]):
             chosen[group.atom] = group
     return [g for g in candidates if g.atom in chosen]
+
+
+def alike(comb: Comb, groups: Iterable[Group]) -> list[list[Group]]:
+    """The groups, those of one kind together: which take part in the same operators in the same places as often as one
+    another, with the same kernel sizes and norms (Isomorphic Pruning, arXiv 2407.04616)."""
+    reads: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
+    for node in comb.module.graph.nodes:
+        if is_operator(node):
+            for place, value in arguments(node).items():
+                if isinstance(value, fx.Node) and value.op == "get_attr":
+                    kernel = shape(value)[2:] if op_name(node) in MAPS else ()
+                    reads[str(value.target)].append((op_name(node), place, kernel))
+    found: dict[Any, list[Group]] = {}
+    for group in groups:
+        roles = Counter((dim, *role) for name, dim in group.members for role in reads[name])
+        found.setdefault((group.kind, frozenset(roles.items())), []).append(group)
+    return list(found.values())
 
 
 def _nearest(pattern: str, known: list[str]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -22,16 +22,28 @@ from ...graph.verify import TOLERANCE, check
 from ..base import Change, Context, Pass, PassResult, Refusal, check_field
 from ..common.feed import Feed
 from ..common.latency_target import allowed_seconds, check_least
+from ..common.repeat import code_of
 from ..repair.repair import Repair
 from ..train.distill import Distill
 from ..train.features import block_outputs
 from ..train.loop import total_steps
 from .costs import Costs, layer_costs, mac_terms
 from .groups import movable
-from .importance.scores import IMPORTANCES, SAMPLES, TRANSFORMS, UNLABELLED, Scores, normalised, together
+from .importance.scores import (
+    IMPORTANCES,
+    SAMPLES,
+    TRANSFORMS,
+    UNLABELLED,
+    OwnImportance,
+    Scores,
+    importance_of,
+    normalised,
+    together,
+)
 from .kernel_count import kernel_record
+from .plan import Planned, kept_by_pattern, read_plan, some
 from .selection import Selection, lowest_removed
-from .targets import Chooser, SharedChooser, Target, Task, read_plan, some, untrained
+from .targets import Chooser, SharedChooser, Target, Task, untrained
 from .while_training import Pruner, event_steps, removed_values
 
 DURING = ("schedule", "interval", "rounds", "prune_share")  # options of pruning while training
@@ -46,7 +58,7 @@ class RemoveChannels(Pass):
     several tensors, which have to lose the same indices. Where an axis is a product, such as heads times head width, one
     factor shrinks, heads first.
 
-    The target is one of four; without any it is ratio 0.5.
+    The target is one of four; without any it is ratio 0.5, or 0 with `keep`.
 
     - ratio: the share of indices that goes, from 0 to under 1: of each group (scope "local") or of all together ("global").
     - macs, params: the multiply-accumulates or parameters that may remain: a share of the dense program's up to 1, or a
@@ -55,6 +67,10 @@ class RemoveChannels(Pass):
       such as "3.5 ms" or "800 us". Sizes come from a knapsack over all groups (`channels.knapsack`).
     - least_macs: the share of the MACs that a latency target has to leave. None is 0.25 where a data sheet predicts, which
       may be off by a factor, and 0 where something was measured.
+
+    Beside it, keep: by pattern over the names of groups (as `plan` lists them) what each keeps, a share up to 1 or a number
+    of indices, as in `{"layer4.*": 0.5, "layer4.2.*": 32}`; the last pattern that matches counts. The others meet the
+    target.
 
     What goes, in which portions:
 
@@ -67,7 +83,9 @@ class RemoveChannels(Pass):
       labels are not needed. With `train`, after each event, against the network just before it.
     - samples: how many of the data's samples gradients are taken from before anything is cut, in whole batches
       (`common.samples` says which).
-    - scope: "local" takes the same share of each group, "global" ranks all groups together. For a cost, global ranks scores
+    - scope: "local" takes the same share of each group, "global" ranks all groups together, "isomorphic" takes the same
+      share of each kind of groups and ranks those of a kind together (`channels.groups.alike`), for unlike ones do not
+      compare. For a cost, global ranks scores
       from gradients, which are changes of the loss, by importance per cost saved (after CPD; the exact cost is ours), the
       more so the less of a group is left. None is global with `train` or a latency target, else local.
     - round_to: sizes stay multiples of it; None is the target's alignment for the context's dtype, or 8.
@@ -91,8 +109,8 @@ class RemoveChannels(Pass):
     params: float | None = None
     latency: float | str | None = None
     least_macs: float | None = None
-    importance: str | None = None
-    scope: Literal["local", "global"] | None = None
+    importance: str | OwnImportance | None = None
+    scope: Literal["local", "global", "isomorphic"] | None = None
     round_to: int | None = None
     min_channels: int = 1
     kinds: tuple[str, ...] = DEFAULT_KINDS
@@ -105,6 +123,7 @@ class RemoveChannels(Pass):
     prune_share: float = 0.5
     samples: int = SAMPLES
     repair: bool = False
+    keep: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.importance is None:
@@ -117,14 +136,18 @@ class RemoveChannels(Pass):
         if self.latency is not None:
             allowed_seconds(self.latency, 1.0, "RemoveChannels")
             says = "global with a latency target, which a knapsack over all groups meets"
-            check_field(self, "scope", self.scope != "local", says)
+            check_field(self, "scope", self.scope == "global", says)
         check_field(self, "ratio", self.ratio is None or 0 <= self.ratio < 1, "a share of at least 0 and under 1")
         check_least(self)
         for key in ("macs", "params"):
             value = getattr(self, key)
             says = "what may remain: a share above 0 and at most 1, or a whole number above 1"
             check_field(self, key, value is None or 0 < value <= 1 or (value > 1 and value == int(value)), says)
-        check_field(self, "importance", self.importance in IMPORTANCES, f"one of {', '.join(IMPORTANCES)}")
+        known = callable(self.importance) or self.importance in IMPORTANCES
+        check_field(self, "importance", known, f"one of {', '.join(IMPORTANCES)}, or a function")
+        for size in self.keep.values():
+            says = "by pattern what stays: a share above 0 and at most 1, or a whole number above 1"
+            check_field(self, "keep", 0 < size <= 1 or (size > 1 and size == int(size)), says)
         check_field(self, "prune_share", 0 < self.prune_share <= 1, "a share above 0, at most 1")
         for key in ("round_to", "min_channels", "interval", "rounds", "samples"):
             value = getattr(self, key)
@@ -173,8 +196,10 @@ class RemoveChannels(Pass):
         task.chooser.require()
         events = event_steps(self.schedule, steps, self.interval, self.rounds, self.prune_share)
         rows = {name: [row.keep, row.fixed] for name, row in task.planned.items()}
-        identity = [self.options(), self.alignment(context), rows, task.chooser.prediction]
-        return Pruner(task, str(self.importance), events, self.samples, identity, Repair() if self.repair else None)
+        code = code_of(self.importance) if callable(self.importance) else ""
+        identity = [self.options(), code, self.alignment(context), rows, task.chooser.prediction]
+        assert self.importance is not None
+        return Pruner(task, self.importance, events, self.samples, identity, Repair() if self.repair else None)
 
     def concluded(self, pruner: Pruner, smaller: Program, training: dict[str, Any]) -> PassResult:
         """The result of a pruner that has cut the program to `smaller`, proven to be one slice of the masked network.
@@ -188,7 +213,7 @@ class RemoveChannels(Pass):
     def _task(self, program: Program, context: Context) -> Task:
         comb = Comb(program)
         free, unscored = self._movable(comb)
-        planned = read_plan(comb, context.plan)
+        planned = self._kept(comb, free, context) | read_plan(comb, context.plan)
         atoms = {g.atom for g in free}
         groups = [g for g in comb.groups if g.atom in atoms or g.name in planned]
         self._require_groups(comb, groups, tuple(unscored))
@@ -283,7 +308,8 @@ class RemoveChannels(Pass):
         """How much each index of each group matters."""
         if not groups:
             return {}
-        return IMPORTANCES[str(self.importance)](comb, groups, context, self.samples)
+        assert self.importance is not None  # __post_init__ has seen to it
+        return importance_of(self.importance)(comb, groups, context, self.samples)
 
     def plan(self, program: Program, context: Context | None = None) -> list[dict[str, Any]]:
         """What the pass would do, group by group: name, kind, size, keep, the MACs removal saves, and why it is frozen.
@@ -296,7 +322,9 @@ class RemoveChannels(Pass):
         comb = Comb(program)
         groups, unscored = self._movable(comb)
         self._require_groups(comb, groups, tuple(unscored))
-        chooser = Chooser(self._target(context), comb, groups, {}, context, tuple(unscored))
+        chooser = Chooser(
+            self._target(context), comb, groups, self._kept(comb, groups, context), context, tuple(unscored)
+        )
         selection = Selection(comb, groups, chooser.target.alignment, self.min_channels)
         selection.sizes |= chooser({}, self._score(comb, groups, context))
         whole = Costs(mac_terms(comb), [g for g in comb.groups if g.frozen is None])
@@ -311,16 +339,22 @@ class RemoveChannels(Pass):
                 rows.append(row | {"proposed": keep, "saves_macs": round(share, 4), "step": selection.step(g)})
         return rows
 
+    def _kept(self, comb: Comb, groups: list[Group], context: Context) -> dict[str, Planned]:
+        """What `keep` says of the groups that may shrink."""
+        selection = Selection(comb, groups, self.alignment(context), self.min_channels)
+        return kept_by_pattern(self.keep, comb, groups, selection)
+
     def _target(self, context: Context) -> Target:
         value = getattr(self, self.target)
         return Target(
             self.target,
-            0.5 if value is None else value,
+            (0.0 if self.keep else 0.5) if value is None else value,
             ranked=self.scope == "global",
             per_cost=self.importance in TRANSFORMS or self.importance == "repair",
             alignment=self.alignment(context),
             min_channels=self.min_channels,
             least_macs=self.least_macs,
+            alike=self.scope == "isomorphic",
         )
 
     def alignment(self, context: Context) -> int:

@@ -80,6 +80,25 @@ class Selection:
                 costs.set(g.atom, self.sizes[g.atom])
             return costs.total
 
+        return self._bisected(cost, groups, costs, goal)
+
+    def alike_until(self, kinds: list[list[Group]], scores: Scores, costs: Costs, goal: float) -> int:
+        """The smallest common ratio that reaches the goal, where groups of one kind are ranked together and each kind loses
+        the same share of its indices; by bisection, and what fits comes back. Returns the cost reached."""
+        before, groups = dict(self.sizes), [g for kind in kinds for g in kind]
+
+        def cost(ratio: float) -> int:
+            self.sizes = dict(before)
+            for kind in kinds:
+                self.by_count(kind, scores, ratio)
+            for g in groups:
+                costs.set(g.atom, self.kept(g))
+            return costs.total
+
+        return self._bisected(cost, groups, costs, goal)
+
+    def _bisected(self, cost: Callable[[float], int], groups: list[Group], costs: Costs, goal: float) -> int:
+        """Set the smallest ratio with `cost(ratio)` within the goal; returns the cost reached."""
         low, high = 0.0, 1.0 - 1e-9
         if cost(high) > goal:
             return costs.total

@@ -12,13 +12,15 @@ import numpy as np
 from ...graph.comb.axes import Factor
 from ...graph.comb.groups import Group
 from ...graph.comb.solve import Comb
-from ...graph.errors import BadInput, Unreachable
+from ...graph.errors import Unreachable
 from ..base import Context
 from ..common.latency_target import allowed_seconds, below, least_share, needed_latency
 from ..common.processes import agreed
 from .costs import TERMS, Costs, mac_terms
+from .groups import alike
 from .importance.members import Scores
 from .knapsack import Floor, Predictor, knapsack, towards
+from .plan import Planned, some
 from .selection import Selection
 
 Sizes = dict[Factor, int]
@@ -30,7 +32,8 @@ class Target:
 
     name: "ratio" (value: the share of indices that goes), "macs" or "params" (what may remain, a share of the dense program
     up to 1, else a number) or "latency" (what may remain, a share or a time such as "3.5 ms"). ranked: all groups together
-    by their scores, else each group loses the same share. per_cost: scores are changes of the loss, and count by the cost
+    by their scores, else each group loses the same share. alike: of groups of one kind, ranked together, each kind loses the
+    same share. per_cost: scores are changes of the loss, and count by the cost
     that an index saves. alignment: sizes are multiples of it. min_channels: of every group. least_macs: see
     `common.latency_target`.
     """
@@ -42,6 +45,7 @@ class Target:
     alignment: int
     min_channels: int
     least_macs: float | None
+    alike: bool = False
 
     def remaining(self, dense: float) -> float:
         """What may remain of a dense program's cost or seconds."""
@@ -49,42 +53,6 @@ class Target:
             return allowed_seconds(self.value, dense, "RemoveChannels")
         assert not isinstance(self.value, str)
         return self.value * dense if self.value <= 1 else self.value
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What a plan says of a group. fixed: a decision, which stands even where others must then give more."""
-
-    keep: int
-    fixed: bool
-
-
-def read_plan(comb: Comb, plan: Any) -> dict[str, Planned]:
-    """What the rows of a plan ask for, by group name; BadInput where they do not fit the program.
-
-    A row is {"name", "keep"} with an optional `prune`, which may be false to keep the group whole, and an optional
-    `proposed`: a row whose `keep` is still what was proposed is not a decision.
-    """
-    rows = plan.get("groups", []) if isinstance(plan, dict) else plan or []
-    known = {g.name: g for g in comb.groups}
-    result = {}
-    for row in rows:
-        name, keep = row.get("name"), row.get("keep")
-        group = known.get(name)
-        if group is None:
-            raise BadInput(f"plan: no group {name!r} in this program; graphcomb plan lists them")
-        whole = row.get("prune") is False or keep is None
-        if whole:
-            keep = group.size
-        if not isinstance(keep, int) or isinstance(keep, bool) or not group.least <= keep <= group.size:
-            raise BadInput(
-                f"plan: {name}: keep must be a whole number from {group.least} to {group.size}, not {keep!r}"
-            )
-        if group.frozen and keep != group.size:
-            raise BadInput(f"plan: {name} is frozen ({group.frozen})")
-        if not group.frozen:
-            result[name] = Planned(keep, whole or row.get("proposed") != keep)
-    return result
 
 
 class Chooser:
@@ -186,11 +154,19 @@ class Chooser:
             self._within_latency(selection, groups, scores, planned, share)
         elif self.target.name != "ratio":
             self._within_cost(selection, groups, scores, planned, share)
+        elif self.target.alike:
+            ends = [selection.by_count(own, scores, float(value), share, kind) for kind, own in self._kinds(groups)]
+            return all(ends)
         elif self.target.ranked:
             return selection.by_count(groups, scores, float(value), share, self.groups)
         else:
             selection.uniform(groups, float(value) * share)
         return True
+
+    def _kinds(self, groups: list[Group]) -> list[tuple[list[Group], list[Group]]]:
+        """By kind, all groups that may shrink, and those of them that the plan leaves free."""
+        free = {g.atom for g in groups}
+        return [(kind, [g for g in kind if g.atom in free]) for kind in alike(self.comb, self.groups)]
 
     def _within_latency(
         self, selection: Selection, groups: list[Group], scores: Scores, planned: Sizes, share: float
@@ -225,7 +201,10 @@ class Chooser:
             costs.set(g.atom, selection.kept(g))
         end = self.target.remaining(dense)
         goal = end if share == 1 else whole - share * max(whole - end, 0)  # exactly, in floating point too
-        if self.target.ranked:
+        if self.target.alike:
+            kinds = [own for _, own in self._kinds(groups)]
+            reached = selection.alike_until(kinds, scores, costs, goal) <= goal
+        elif self.target.ranked:
             reached = selection.greedy(groups, scores, costs, goal, self.target.per_cost, end)
         else:
             reached = selection.uniform_until(groups, costs, goal) <= goal
@@ -326,11 +305,6 @@ class SharedChooser:
 
 
 NEAR = 0.02  # shares of the dense program that differ by less need no reason
-
-
-def some(names: Sequence[str], count: int = 4) -> str:
-    """The first few of some names, and whether there are more."""
-    return f"{', '.join(names[:count])}{' and more' if len(names) > count else ''}"
 
 
 def untrained(names: Sequence[str]) -> str:

@@ -33,6 +33,7 @@ from ...graph.nodes import fetch
 from ...graph.program import Program
 from ...graph.surgery import Removed, kept_indices, resized, restored
 from ...graph.trainable import TrainableModule
+from ..base import plain
 from ..batch import split_batch
 from ..common.processes import averaged, gathered, move
 from ..common.repeat import seeded
@@ -41,7 +42,17 @@ from ..repair.repair import Repair
 from ..train.callbacks import Callback, Kept, Surgery, select_kept
 from ..train.distill import Distill
 from ..train.features import block_outputs
-from .importance.scores import IMPORTANCES, TRANSFORMS, GradientScores, Scores, normalised, relative_norms, together
+from .importance.scores import (
+    TRANSFORMS,
+    GradientScores,
+    OwnImportance,
+    Scores,
+    importance_of,
+    normalised,
+    own_scores,
+    relative_norms,
+    together,
+)
 from .selection import lowest_removed
 from .targets import Task
 
@@ -73,9 +84,9 @@ class Pruner(Callback):
     """Cuts a program while it trains.
 
     task: its comb is of the program as it was before training. importance: those from gradients sum the scores of all steps
-    since the last event, "magnitude" and "random" look at the network when an event is due. events: see `event_steps`.
-    samples: for the scores of a one-shot event, which come from a pass over samples of the data before training. identity:
-    see `Callback`.
+    since the last event, "magnitude", "random" and functions look at the network when an event is due. events: see
+    `event_steps`. samples: for the scores of a one-shot event, which come from a pass over samples of the data before
+    training. identity: see `Callback`.
 
     "magnitude" stands in for gradients where these say nothing: as long as nothing is cut and the only loss is the distance
     to a teacher that is the network itself, gradients are rounding and the noise of dropout and batch statistics; and
@@ -87,7 +98,7 @@ class Pruner(Callback):
     """
 
     task: Task
-    importance: str
+    importance: str | OwnImportance
     events: dict[int, float]
     samples: int
     identity: Any
@@ -119,7 +130,9 @@ class Pruner(Callback):
             return None
         if self.importance in TRANSFORMS and not self._labelled:
             return self._by_magnitude(0, module)
-        return self._event(0, module, IMPORTANCES[self.importance](self.comb, self.groups, self.context, self.samples))
+        return self._event(
+            0, module, importance_of(self.importance)(self.comb, self.groups, self.context, self.samples)
+        )
 
     def training_context(self, module: TrainableModule) -> AbstractContextManager[Any]:
         if self.importance not in TRANSFORMS or len(self.log) == len(self.events):
@@ -160,6 +173,8 @@ class Pruner(Callback):
         done = step + 1
         if done not in self.events:
             return None
+        if callable(self.importance):
+            return self._event(done, module, own_scores(self.importance, self.comb, self.groups, module, self.masks))
         if self.importance == "random":
             generator = np.random.default_rng([self.context.seed, done])
             return self._event(done, module, {g.atom: generator.random(g.size) for g in self.groups})
@@ -212,7 +227,7 @@ class Pruner(Callback):
         self._same_everywhere(new)
         lost = {g.name: self._lost(g, old, new) for g in self.groups if new.get(g.atom) is not old.get(g.atom)}
         cost = self.comb.cost({atom: int(mask.sum()) for atom, mask in new.items()})
-        by = importance or self.importance
+        by = importance or plain(self.importance)
         self.log.append(
             {"step": done, "removed": lost, "importance": by, "macs": cost["macs"], "params": cost["params"]}
         )

@@ -172,11 +172,13 @@ def _positions(node: fx.Node, value: Tensor) -> Tensor:
 
 def columns(axis: Axis, atom: Factor) -> np.ndarray:
     """Which index of the atom each entry of an axis belongs to; -1 for none."""
-    found = np.full(len(ax.kept_mask(axis, {})), -1)
-    for i in range(atom.size):
-        mask = np.ones(atom.size, dtype=bool)
-        mask[i] = False
-        found[~ax.kept_mask(axis, {atom: mask})] = i
+    found = np.full(1, -1)
+    for factor in ax.normal(axis):
+        if factor.segments is not None:
+            own = np.concatenate([columns(part, atom) for part in factor.segments])
+        else:
+            own = np.arange(factor.size) if factor is atom else np.full(factor.size, -1)
+        found = np.maximum.outer(found, own).reshape(-1)
     return found
 
 

@@ -69,6 +69,19 @@ def test_options_are_checked_alike_in_python() -> None:
         Training(epochs="3")
 
 
+def test_an_importance_may_be_a_function_and_sizes_go_by_pattern() -> None:
+    options = {"importance": "tests.passes.channels.test_own_choices:norms", "keep": {"layer4.*": 0.5, "stem*": 32}}
+    (pass_,) = parse_recipe(GOOD | {"passes": [{"RemoveChannels": {**options, "scope": "isomorphic"}}]}).passes
+    from tests.passes.channels.test_own_choices import norms
+
+    assert pass_.importance is norms
+    assert pass_.options()["importance"] == "tests.passes.channels.test_own_choices:norms"
+    assert pass_.options()["keep"] == {"layer4.*": 0.5, "stem*": 32}
+    for name, says in (("nowhere:norms", 'cannot import "nowhere"'), ("operator:nothing", "operator has no")):
+        with pytest.raises(BadInput, match=rf"^passes\.0\.RemoveChannels\.importance: {says}"):
+            parse_recipe(GOOD | {"passes": [{"RemoveChannels": {"importance": name}}]})
+
+
 def test_an_heir_without_checks_of_its_own_has_those_of_its_base() -> None:
     @dataclass(frozen=True)
     class Longer(Distill):

@@ -8,15 +8,19 @@ takes part in, writers, readers and norms alike, is scored by itself, and the me
 say of one and the same gate is then added up without signs and divided by their number, so an index with many readers,
 such as a residual trunk's, is underrated, the more the deeper the network.
 
+A function of one's own is called for each group, see `from_function`.
+
 "fisher-unlabelled" needs no labels: instead of the loss, it differentiates a random projection of the outputs. "repair" is
 what stays lost after the readers of an index are repaired (`repair.score`), in the same unit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +31,7 @@ from ....graph.comb.groups import Group
 from ....graph.comb.solve import Comb
 from ....graph.errors import BadInput
 from ....graph.facts import NORMS
-from ....graph.nodes import arguments, op_name
+from ....graph.nodes import arguments, fetch, op_name
 from ....graph.trainable import TrainableModule
 from ...base import Context
 from ...common.feed import Feed
@@ -35,7 +39,7 @@ from ...common.losses import task_loss, unlabelled_loss
 from ...common.processes import accelerator, averaged, placed, summed
 from ...common.repeat import seeded
 from ...common.samples import everywhere, sample_batches
-from ...repair.score import lost_after_repair
+from ...repair.score import columns, lost_after_repair
 from .gates import Gates
 from .members import Members, Scores
 
@@ -212,6 +216,65 @@ def after_repair(comb: Comb, groups: list[Group], context: Context, samples: int
     scores = lost_after_repair(comb, groups, context, samples)
     unread = [g for g in groups if not np.isfinite(scores[g.atom]).all()]
     return scores | (from_gradients(UNLABELLED)(comb, unread, context, samples) if unread else {})
+
+
+OwnImportance = Callable[[Group, dict[str, torch.Tensor]], Any]
+"""`importance(group, weights)`, a user's; see `from_function`."""
+
+
+def from_function(function: OwnImportance) -> Importance:
+    """A user's importance. It is called for each group with the group (name, kind, size, members) and what the network's
+    parameters and buffers say of its indices: by "parameter:dim", the entries of each index, `(group.size, entries)`. It
+    returns one finite number for each index, as a tensor, an array or a list; the lowest go first."""
+
+    def scores(comb: Comb, groups: list[Group], context: Context, samples: int = 0) -> Scores:
+        return own_scores(function, comb, groups, comb.module, {})
+
+    return scores
+
+
+def own_scores(
+    function: OwnImportance, comb: Comb, groups: list[Group], module: TrainableModule, masks: ax.Masks
+) -> Scores:
+    """`from_function` of a network that has lost what the masks say: the function sees groups of what is left; 0 for the
+    rest. Raises BadInput for anything else than a finite number for each index."""
+    found: Scores = {}
+    for group in groups:
+        mask = masks.get(group.atom, np.ones(group.size, dtype=bool))
+        left = dataclasses.replace(group, size=int(mask.sum()))
+        weights = {
+            f"{name}:{dim}": _entries(fetch(module, name).detach(), dim, comb.parameters[name][dim], group, masks)
+            for name, dim in group.members
+        }
+        try:
+            values = torch.as_tensor(function(left, weights)).detach().double().cpu().numpy()
+        except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
+            text = (str(error).splitlines() or ["no message"])[0]
+            raise BadInput(f"RemoveChannels.importance: fails for {group.name} ({text[:200]})") from error
+        if values.shape != (left.size,) or not np.isfinite(values).all():
+            what = f"{values.shape}" if values.shape != (left.size,) else "numbers that are not finite"
+            raise BadInput(
+                f"RemoveChannels.importance: gives {what} for {group.name}; it takes one finite number for each of its "
+                f"{left.size} indices"
+            )
+        found[group.atom] = np.zeros(group.size)
+        found[group.atom][mask] = values
+    return found
+
+
+def _entries(tensor: torch.Tensor, dim: int, axis: ax.Axis, group: Group, masks: ax.Masks) -> torch.Tensor:
+    """The entries of each index of a group that is left: `(indices, entries)`."""
+    index = columns(axis, group.atom)
+    if ax.touches(axis, masks):
+        index = index[ax.kept_mask(axis, masks)]
+    order = np.argsort(index, kind="stable")[int((index < 0).sum()) :]  # by index; each has equally many
+    rows = tensor.movedim(dim, 0)[torch.from_numpy(order).to(tensor.device)]
+    return rows.reshape(len(np.unique(index[index >= 0])), -1)
+
+
+def importance_of(importance: str | OwnImportance) -> Importance:
+    """An importance by its name, or a user's."""
+    return from_function(importance) if callable(importance) else IMPORTANCES[importance]
 
 
 IMPORTANCES: dict[str, Importance] = {
