@@ -1,7 +1,5 @@
 """What a data loader yields: one batch, split into inputs and labels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Report what the comb found; changes nothing."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..graph.comb.solve import Comb as Solver

@@ -1,7 +1,5 @@
 """Split fused projections (qkv, kv) so that their parts can have widths of their own."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

@@ -9,6 +9,12 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from ..batch import Adapted, adapted
 
+# Options of a loader that say how it works, and nothing about which batches it makes.
+WORK = (
+    "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context generator prefetch_factor "
+    "persistent_workers"
+).split()
+
 
 @dataclass(frozen=True)
 class Every:
@@ -54,19 +60,7 @@ def shard(data: Iterable[Any], index: int, count: int, even: bool = True) -> Ite
 
 def like_loader(data: DataLoader[Any], **parts: Any) -> DataLoader[Any]:
     """A loader of the same data set that works alike, with another sampler or batch sampler."""
-    return DataLoader(
-        data.dataset,
-        num_workers=data.num_workers,
-        collate_fn=data.collate_fn,
-        pin_memory=data.pin_memory,
-        timeout=data.timeout,
-        worker_init_fn=data.worker_init_fn,
-        multiprocessing_context=data.multiprocessing_context,
-        generator=data.generator,
-        prefetch_factor=data.prefetch_factor,
-        persistent_workers=data.persistent_workers,
-        **parts,
-    )
+    return DataLoader(data.dataset, **{option: getattr(data, option) for option in WORK}, **parts)
 
 
 def length(data: Iterable[Any]) -> int | None:

@@ -68,16 +68,11 @@ def layers(program: Program) -> tuple[list[WeightedLayer], list[Refusal]]:
     names: dict[int, list[str]] = {}
     for name, tensor in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name)
-    return [
-        WeightedLayer(
-            name,
-            tuple(nodes),
-            shape(arguments(nodes[0])["weight"]),
-            arguments(nodes[0]).get("groups", 1),
-            tuple(names[key]),
-        )
-        for key, (name, nodes) in users.items()
-    ], refused
+    found = []
+    for key, (name, nodes) in users.items():
+        a = arguments(nodes[0])
+        found.append(WeightedLayer(name, tuple(nodes), shape(a["weight"]), a.get("groups", 1), tuple(names[key])))
+    return found, refused
 
 
 def selected(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> bool:

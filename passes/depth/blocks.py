@@ -4,8 +4,6 @@ UPDP (arXiv 2401.06426) takes the blocks of its four families as given; finding 
 are used as labels only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 

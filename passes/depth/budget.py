@@ -1,7 +1,5 @@
 """Choices of blocks, and what they have to save together."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence

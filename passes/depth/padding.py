@@ -5,8 +5,6 @@ reads zeros, and not what those layers make of zeros. Merged exactly, the zeros 
 (UPDP, arXiv 2401.06426, trains its supernet so; moving them in a trained network is ours).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

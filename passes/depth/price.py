@@ -1,7 +1,5 @@
 """What pruning each block of a network would save, and why some cannot be pruned."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby

@@ -1,7 +1,5 @@
 """Depth pruning: fewer, simpler layers, by the four stages of UPDP."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Whether a network still answers to its inputs when some of its blocks are left out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch

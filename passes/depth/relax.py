@@ -5,8 +5,6 @@ block to prune is rewritten so that one entry `l` of a buffer of the program mix
 block, 0 exactly one that merges. The graph is the same all the time, so training needs no new capture.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Where the batch norms of relaxed blocks start: at the affine map nearest to what they stand for."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Results of stages in a folder, so that an interrupted run goes on."""
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 from typing import Any

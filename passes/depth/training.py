@@ -1,7 +1,5 @@
 """What is special in training for depth: the loss of a supernet, and blocks that fade while the network trains."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -9,8 +9,6 @@ as LAPACK's `pstrf` does. WoodFisher (arXiv 2004.14340) is here in the form that
 Masks are bool, True where the weight goes. A pattern `(n, m)` keeps `n` of every `m` consecutive entries.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

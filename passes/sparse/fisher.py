@@ -5,8 +5,6 @@ A weight is cut into `b` blocks of `B` entries. Around trained weights, moving a
 2210.09223; WoodFisher, arXiv 2004.14340).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Gradients of the loss by chosen weights, sample by sample or batch by batch."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence

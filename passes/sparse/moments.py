@@ -1,7 +1,5 @@
 """Second moments of what layers read, over samples of the data."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

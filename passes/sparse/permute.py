@@ -5,8 +5,6 @@ output. Which entries share a group is not arbitrary: a group of four large weig
 Yu, "Channel permutations for N:M sparsity", NeurIPS 2021). Permuting through the axes of the comb is ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from itertools import combinations
 from typing import Any

@@ -3,8 +3,6 @@
 Masks are bool, True where the weight goes. A pattern `(n, m)` keeps `n` of every `m` consecutive entries.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

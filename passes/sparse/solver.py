@@ -1,7 +1,5 @@
 """A sparsification method applied to the weights of a program, within a limit of memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 

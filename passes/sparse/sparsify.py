@@ -1,7 +1,5 @@
 """Zeros in weights: CAP and its rivals, unstructured or N:M."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Iterator

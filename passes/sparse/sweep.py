@@ -1,7 +1,5 @@
 """Sweeps over columns: SparseGPT (arXiv 2301.00774), and FastCAP, which is the same with a Fisher matrix."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

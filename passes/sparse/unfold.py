@@ -1,7 +1,5 @@
 """What a layer reads and gives as matrices in pieces that fit into memory, and checks of what is made of them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

@@ -28,7 +28,8 @@ def unparsed(path: Path, library: str, ops: Collection[str]) -> UnparsedOp:
 
 @runtime_checkable
 class Engine(Protocol):
-    """A loaded model that runs on the host's arrays."""
+    """A loaded model that runs on the host's arrays. inputs, outputs: their names, types and shapes, in the order in which
+    `run` takes and gives them."""
 
     @property
     def inputs(self) -> list[TensorSpec]: ...

@@ -14,7 +14,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,10 @@ from ..engines.backends import BACKENDS, backend_module
 from ..engines.base import Engine
 from ..engines.build import open_engine
 from ..export.to_onnx import export_onnx
+from ..formats import says
 from ..kit.measuring import GUARD, median_interval, stolen
 from ..onnx_file import input_specs
+from ..summary import Bench, Timing
 from .environment import environment
 from .inputs import host_arrays, random_inputs
 
@@ -40,46 +41,12 @@ SAMPLE = 2e-3  # seconds: shorter runs are repeated within one sample, so that c
 PERCENTILES = {"p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "p99": 99}
 
 
-@dataclass(frozen=True)
-class Timing:
-    """One item. runs: samples that counted, rejected: that did not. repeats: calls in one sample, whose mean counts.
-    ms: percentiles of the latency of one call in milliseconds; empty when too few samples counted."""
+class BenchResult(Bench):
+    """What was measured, as `summary.Bench` says. Percentiles are of the latency of one call, empty where too few samples
+    counted; a ratio is None where too few rounds did, and `note` says so; the interval around it needs six rounds."""
 
-    name: str
-    runs: int
-    rejected: int
-    repeats: int
-    ms: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """What was measured.
-
-    ratios: by name of every item after the first, how many times faster it is than the first: percentiles over paired
-    rounds, and low and high, between which the median lies with 95 % (from six rounds on); None when too few rounds
-    counted; then `note` says so. rounds: pairs that counted. environment: machine, versions, threads, date. contended:
-    whether the machine was too busy for an answer.
-    """
-
-    timings: list[Timing]
-    ratios: dict[str, dict[str, float] | None]
-    rounds: int
-    rejected: int
-    seconds: float
-    note: str
-    environment: dict[str, Any]
-    contended: bool = False
-
-    @property
-    def ratio(self) -> float | None:
-        """How many times faster the second item is than the first; None when that cannot be said."""
-        first = next(iter(self.ratios.values()), None)
-        return first["median"] if first else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return asdict(self) | {"ratio": self.ratio}
+    rejected: int = says("rounds that did not count")
+    seconds: float = says("that the measurement took")
 
 
 def bench(
@@ -147,7 +114,8 @@ def bench(
     for i, name in enumerate(titles):
         good = 1e3 * measured[counts[:, i], i]
         ms = _percentiles(good) if len(good) >= min_runs else {}
-        timings.append(Timing(name, len(good), len(rounds) - len(good), repeats[i], ms))
+        rejected = len(rounds) - len(good)
+        timings.append(Timing(name=name, runs=len(good), rejected=rejected, repeats=repeats[i], ms=ms))
     pairs = measured[counts.all(axis=1)]
     # Short thefts fall between the samples in which they show.
     preempted = lost > (1 - GUARD) * threads * elapsed
@@ -157,8 +125,12 @@ def bench(
     note = ""
     if not enough:
         note = _no_figure(len(rounds), paired, min_runs, elapsed, threads, lost if preempted else 0.0, slow)
-    contended = not enough and not slow
-    return BenchResult(timings, ratios, paired, len(rounds) - paired, elapsed, note, environment(threads), contended)
+    first = next(iter(ratios.values()), None)
+    return BenchResult(
+        timings=timings, ratios=ratios, ratio=first["median"] if first else None, rounds=paired,
+        rejected=len(rounds) - paired, seconds=elapsed, note=note, contended=not enough and not slow,
+        environment=environment(threads),
+    )  # fmt: skip
 
 
 def _no_figure(rounds: int, paired: int, min_runs: int, seconds: float, threads: int, lost: float, slow: bool) -> str:

@@ -1,7 +1,7 @@
 """A roofline: how long layers take on a device, from its data sheet, or fitted to what a bench bundle measured there.
 
 A layer takes the longer of its padded arithmetic and of moving its tensors once, and starting its kernel (Williams et al.,
-CACM 2009); which nodes of a program are one kernel, the target's library decides (`graph.fusion`). The device attains a
+CACM 2009); which nodes of a program are one kernel, the target's library decides (`graph.workload`). The device attains a
 share of its peak arithmetic and a share of its bandwidth, and a kernel and a run cost seconds of their own: four numbers,
 which an engineer can read, nominal or, calibrated, fitted to measurements by robust least squares (the rows are ours).
 """

@@ -103,11 +103,11 @@ def build(
     work.aim()
     work.allow(kind)
     work.shape(model, batch, shapes or {})
-    work.tune(workspace, optimization_level, tf32)
     wishes = {"sparse": sparse, "refit": refit, "version_compatible": version_compatible}
     for option, flag in FLAGS.items():
         if wishes[option]:
             work.flag(flag, f"option {option}")
+    work.tune(workspace, optimization_level, tf32)
     if dla is not None:
         work.use_dla(dla)
     cache = Path(timing_cache) if timing_cache is not None else None

@@ -142,17 +142,11 @@ class BuildLog:
     def kernels(self) -> list[Kernel]:
         """The kernels in execution order; `padding` marks those that exist only to pad."""
         padding = {pad.kernel for pad in self.pads() if pad.how == "kernel"}
-        return [
-            Kernel(
-                layer.name,
-                layer.kind,
-                layer.nodes,
-                tuple(map(str, layer.inputs)),
-                tuple(map(str, layer.outputs)),
-                layer.name in padding,
-            )
-            for layer in self.layers
-        ]
+        kernels = []
+        for layer in self.layers:
+            inputs, outputs = tuple(map(str, layer.inputs)), tuple(map(str, layer.outputs))
+            kernels.append(Kernel(layer.name, layer.kind, layer.nodes, inputs, outputs, layer.name in padding))
+        return kernels
 
     def pads(self, alignment: Callable[[str], int] | None = None) -> list[Pad]:
         """Every padded axis. alignment: of the target by dtype ("fp16" -> 8); see `advice`."""

@@ -82,21 +82,16 @@ def _tensor(name: str, dims: str, rest: str) -> Tensor:
 def _old_layer(kind: str, name: str, tactic: str, tensors: str) -> LoggedKernel:
     """`conv1 + relu1, Tactic: 0x1, x (Half[1,64:8,56,56]) -> y (Half[…])`; 8.x writes `x[Half(…)]`. The part after the
     colon is the vector of a blocked format; nodes are the names joined by " + "."""
-    sides = [
-        tuple(
-            Tensor(
-                n,
-                _shape(re.sub(r":\d+", "", dims)),
-                DTYPES.get(t, t.lower()),
-                "".join(f"C/{v}" for v in re.findall(r":(\d+)", dims)),
-            )
-            for n, t, dims in OLD_TENSOR.findall(side)
-        )
-        for side in re.split(r" ?-> ", tensors, maxsplit=1)
-    ]
+    sides = [tuple(map(_old_tensor, OLD_TENSOR.findall(side))) for side in re.split(r" ?-> ", tensors, maxsplit=1)]
     moved = name.startswith("Reformatting CopyNode") or kind in ("Reformat", "NoOp")
     nodes = () if moved or name.startswith("{ForeignNode") else tuple(name.split(" + "))
     return LoggedKernel(name, kind, nodes, sides[0], (), sides[1] if len(sides) > 1 else ())
+
+
+def _old_tensor(parts: tuple[str, str, str]) -> Tensor:
+    name, dtype, dims = parts
+    layout = "".join(f"C/{vector}" for vector in re.findall(r":(\d+)", dims))
+    return Tensor(name, _shape(re.sub(r":\d+", "", dims)), DTYPES.get(dtype, dtype.lower()), layout)
 
 
 def _shape(text: str) -> Shape:

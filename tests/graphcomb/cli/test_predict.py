@@ -46,10 +46,15 @@ def test_a_run_says_what_its_layers_take(cli, recipe, tmp_path: Path) -> None:
 
 def test_the_error_is_said_where_the_target_is_this_machine(cli, recipe, tmp_path: Path, monkeypatch) -> None:
     from graphcomb import run as runs
-    from graphcomb.runtime.measure.bench import BenchResult, Timing
+    from graphcomb.runtime.measure.bench import BenchResult
+    from graphcomb.runtime.summary import Timing
 
-    timings = [Timing(name, 20, 0, 1, {"median": ms}) for name, ms in (("dense", 4.0), ("compressed", 2.0))]
-    result = BenchResult(timings, {"compressed": {"median": 2.0}}, 20, 0, 1.0, "", {})
+    runs_of = {"runs": 20, "rejected": 0, "repeats": 1}
+    timings = [Timing(name=name, ms={"median": ms}, **runs_of) for name, ms in (("dense", 4.0), ("compressed", 2.0))]
+    result = BenchResult(
+        timings=timings, ratios={"compressed": {"median": 2.0}}, ratio=2.0, rounds=20, rejected=0, seconds=1.0, note="",
+        environment={}, contended=False,
+    )  # fmt: skip
     monkeypatch.setattr(runs.runtime, "bench", lambda *a, **k: result)
     monkeypatch.setattr(runs.runtime, "export_onnx", lambda *a, **k: None)
     monkeypatch.setattr(runs, "_lower", lambda *a: {"onnx": {}, "engines": []})

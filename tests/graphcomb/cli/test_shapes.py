@@ -16,8 +16,9 @@ from graphcomb import runtime
 from graphcomb.cli.shapes import read_ranges, read_shapes, with_batch
 from graphcomb.graph.errors import BadInput
 from graphcomb.runtime.bundle.run import run_bundle
-from graphcomb.runtime.measure.bench import BenchResult, Timing
+from graphcomb.runtime.measure.bench import BenchResult
 from graphcomb.runtime.onnx_file import check_model, precision
+from graphcomb.runtime.summary import Timing
 
 
 @pytest.fixture
@@ -122,8 +123,11 @@ def test_predict_takes_saved_programs_at_shapes(cli, refused, tmp_path: Path) ->
 
 
 def test_bench_without_a_figure_is_no_success(cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timings = [Timing("a", 0, 9, 1, {}), Timing("b", 0, 9, 1, {})]
-    result = BenchResult(timings, {"b": None}, 0, 9, 1.0, "no figure: busy", {}, True)
+    timings = [Timing(name=name, runs=0, rejected=9, repeats=1, ms={}) for name in "ab"]
+    result = BenchResult(
+        timings=timings, ratios={"b": None}, ratio=None, rounds=0, rejected=9, seconds=1.0, note="no figure: busy",
+        environment={}, contended=True,
+    )  # fmt: skip
     monkeypatch.setattr(runtime, "bench", lambda *given, **options: result)
     outcome = cli("bench", model, model)
     assert outcome.code == 1
