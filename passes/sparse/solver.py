@@ -29,7 +29,8 @@ class Method:
     """What to do: a method by name, its options (those of `Sparsify`) and the goal, a share of zeros or a pattern.
 
     everywhere: one ranking for all layers. by_increments: cap shares zeros out over blocks by what the next weight of a
-    block adds to the loss (ours); else by the block's loss so far, as the paper's code does, which loses more.
+    block adds to the loss (ours); else by the block's loss so far, as the paper's code does, which loses more. finish_rows:
+    by how much less the last weights of a row count there.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Method:
     dtype: str
     memory: float
     by_increments: bool = True
+    finish_rows: float = 0.0
 
     @property
     def pattern(self) -> ranking.Pattern | None:
@@ -228,13 +230,7 @@ class Solver:
                     losses, order = scores.masked_fill_(w == 0, torch.inf).sort(1)
                 ranked.append((order.to("cpu", torch.int32), losses.float().cpu()))
                 update(part.stop, "")
-        steps = max(order.shape[1] for order, _ in ranked)
-
-        def padded(tensors: Sequence[Tensor], value: float) -> Tensor:
-            wide = [torch.nn.functional.pad(t, (0, steps - t.shape[1]), value=value) for t in tensors]
-            return torch.cat(wide)
-
-        return padded([o for o, _ in ranked], 0), padded([x for _, x in ranked], torch.inf)
+        return ranking.joined([o for o, _ in ranked], 0), ranking.joined([x for _, x in ranked], torch.inf)
 
     def _eliminated(self, piece: Piece, w: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
         """`cap.eliminate`, in float64 where the method's precision does not do."""
@@ -252,6 +248,8 @@ class Solver:
         """What is zero from now on: what was, and the cheapest prefixes (the groups' cheapest) of the blocks."""
         method, masks = self.method, {}
         lengths: dict[Piece, Tensor] = {}
+        if method.finish_rows:
+            ranked = self._finishing(ranked)
         if method.pattern is None:
             for names in self._scopes():
                 pieces = [p for p in ranked if p.layer.name in names]
@@ -269,6 +267,18 @@ class Solver:
                 new = ranking.lowest_of_groups(scores, method.pattern)
             masks[piece] = zero | new
         return masks
+
+    def _finishing(self, ranked: dict[Piece, tuple[Tensor, Tensor]]) -> dict[Piece, tuple[Tensor, Tensor]]:
+        """The same orders with cheaper ends of rows, which may go on from one piece to the next."""
+        assert isinstance(self.method.goal, float)
+        left, found = 1 - self.method.goal, dict(ranked)
+        for layer in self.layers.values():
+            pieces = [piece for piece in ranked if piece.layer is layer]
+            gone = torch.cat([self._blocks(piece).cpu() == 0 for piece in pieces])
+            own = [ranked[piece] for piece in pieces]
+            own = ranking.finishing(own, gone, _columns(layer), left, self.method.finish_rows)
+            found |= dict(zip(pieces, own, strict=True))
+        return found
 
     # -------------------------------------------------------------------------------------------- fastcap, sparsegpt
     def _by_sweeps(self) -> None:
@@ -354,7 +364,7 @@ class Solver:
         elif self.method.name == "wanda":
             goal = self.method.goal
             assert isinstance(goal, float)
-            masks = {name: _lowest_of_rows(rows, round(goal * rows.numel())) for name, rows in scores.items()}
+            masks = {name: ranking.lowest_of_rows(rows, round(goal * rows.numel())) for name, rows in scores.items()}
         else:
             masks = {}
             for names in self._scopes():
@@ -386,12 +396,6 @@ def _fitting(
 
 def _columns(layer: WeightedLayer) -> int:
     return layer.size // layer.shape[0]
-
-
-def _lowest_of_rows(scores: Tensor, count: int) -> Tensor:
-    """The mask of `count` entries of `(r, c)` scores, shared out over the rows, the lowest of each."""
-    shares = ranking.portions(count, [scores.shape[1]] * len(scores))
-    return torch.stack([ranking.lowest([row], share)[0] for row, share in zip(scores, shares, strict=True)])
 
 
 def _rows(weight: Tensor, channels_last: bool) -> Tensor:

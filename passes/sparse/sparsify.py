@@ -56,6 +56,8 @@ class Sparsify(Pass):
     damping: λ of cap and woodfisher (1e-8 in the paper); None takes 1e-2 of the gradients' mean square, whatever the scale
         of the loss. With images like those it is used on, 1e-3 may lose a little less; with few or unlike ones 1e-1 does
         (ours). For fastcap and sparsegpt it is relative to the mean diagonal, 1e-2 if None.
+    finish_rows: with cap and a share of zeros, by how much less the last weights of an output count, from 0 (not at all) to
+        1, so that whole outputs empty out, which `Minimise` removes; `benchmarks/finish_rows.py` has a sweep.
     recomputations: the target is reached in so many equal steps, with new gradients each, the paper's Nr.
     dtype: of the Fisher sums and the elimination, "fp32" or "fp64"; a block for which fp32 does not do is eliminated in
         fp64. memory: bytes for them, at least a million; what does not fit is done in several passes over the data.
@@ -90,6 +92,7 @@ class Sparsify(Pass):
     per: Literal["sample", "batch"] = "sample"
     against: Literal["labels", "teacher"] = "labels"
     damping: float | None = None
+    finish_rows: float = 0.0
     recomputations: int = 1
     dtype: Literal["fp32", "fp64"] = "fp32"
     memory: float = 4e9
@@ -124,6 +127,9 @@ class Sparsify(Pass):
         require("scope", not (alone and self.scope == "global"), f"uniform (scores of {self.method} do not compare)")
         require("permute", not self.permute or self.pattern is not None, "only with a pattern")
         require("damping", self.damping is None or self.damping > 0, "a number above 0")
+        require("finish_rows", 0 <= self.finish_rows <= 1, "a share from 0 to 1")
+        rows_free = self.method == "cap" and self.pattern is None
+        require("finish_rows", rows_free or not self.finish_rows, "0 without method cap, or with a pattern")
         require("memory", self.memory >= 1e6, "bytes, at least a million")
         if self.schedule:
             starts, shares = zip(*self.schedule, strict=True)
@@ -239,7 +245,7 @@ class Sparsify(Pass):
         everywhere = (self.scope or "global") == "global" and self.method in GLOBAL
         gradients = Gradients(self.gradients, self.per, self.against)
         options = (everywhere, self.block, gradients, self.damping, self.dtype, self.memory, self.by_increments)
-        return Method(self.method, goal, *options)
+        return Method(self.method, goal, *options, finish_rows=self.finish_rows)
 
     # -------------------------------------------------------------------------------------------------------- gradual
     def _gradual(
