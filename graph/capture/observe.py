@@ -28,9 +28,17 @@ class Run:
     rest: list[Any]
 
 
-def observe(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], nudge: bool = False, log: Any = None) -> Run:
+def observe(
+    module: torch.nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    nudge: bool = False,
+    log: Any = None,
+    ordered: bool = True,
+) -> Run:
     """Run a module on copies of the inputs; its outputs, changed buffers and inputs, and gradients. Random numbers are
-    those of seed 0, drawn in the order of indices, whatever the memory layout."""
+    those of seed 0; ordered: drawn in the order of indices, whatever the memory layout, for which every operator is
+    intercepted. `torch.cond` does not run that way."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     copies = [x.detach().clone() if isinstance(x, Tensor) else copy.copy(x) for x in leaves]
     if nudge:
@@ -49,7 +57,7 @@ def observe(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], nudge:
         without_fast_path(),
     ):
         torch.manual_seed(0)
-        with _SameDraws(), log or contextlib.nullcontext():
+        with _SameDraws() if ordered else contextlib.nullcontext(), log or contextlib.nullcontext():
             gradients: dict[str, Tensor | None] | None
             try:
                 outputs = module(*inputs, **options)

@@ -4,6 +4,10 @@ Compared are outputs, buffers after the call, and the gradients of a random line
 to parameters and floating-point inputs. Both sides draw the same random numbers. Differences count relative to the norm
 of a tensor; where they exceed the tolerance, a second run of the program with its tensors moved by a rounding error says
 how much rounding alone moves each of them (badly conditioned networks, gradients that are zero but for rounding).
+
+A network with `torch.cond` runs with none of its operators observed: compared is the same, in the branches that the
+example inputs take, but where the two part ways no node can be named, and what is drawn at random counts only where both
+sides lay it out alike.
 """
 
 from __future__ import annotations
@@ -17,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import pytree
+from ..compat import HigherOrderOperator, pytree
 from ..errors import CaptureError
-from ..trainable import TrainableModule
+from ..nodes import op_name
+from ..trainable import STATISTICS, TrainableModule, draws, switch, walk
 from .export import preserved
 from .modes import Lost
 from .observe import Run, Values, continuous, first_unknown, nudged, observe
@@ -80,26 +85,24 @@ class _Comparison:
         flat = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()]
         dtypes = {t.dtype for t in [*floats, *flat]} or {torch.float32}
         self.tolerance = max(TOLERANCE.get(d, 1e-2) for d in dtypes)
+        self.ordered = not any(isinstance(n.target, HigherOrderOperator) for _, n in walk(module))
+        self.random = False
         self.skip = next((t for t in [*model.parameters(), *flat] if t.device.type == "meta" or t.is_inference()), None)
 
     def run(self) -> None:
         if self.skip is not None:
             return self._skipped("tensors without values or made in inference mode")
         try:
-            with self._switched(self.model) as trained:
-                expected = observe(trained, self.args, self.kwargs)
+            expected = self._model()
         except Exception as error:
-            text = (str(error).splitlines() or ["no message"])[0]
-            return self._skipped(f"the model itself fails: {type(error).__name__}: {text[:160]}")
+            return self._skipped(f"the model itself fails: {_line(error, 160)}")
         try:
             found = self._program()
         except Exception as error:
             if self.mode == "train" and self.lost:
                 return self._skipped("parts that only training has")
-            text = (str(error).splitlines() or ["no message"])[0]
             raise CaptureError(
-                f"the captured program does not run in {self.mode} mode where the model does: {type(error).__name__}: "
-                f"{text[:200]}"
+                f"the captured program does not run in {self.mode} mode where the model does: {_line(error, 200)}"
             ) from error
         self._compare(expected, found)
 
@@ -114,6 +117,17 @@ class _Comparison:
                 _set_flag(module, path)
             yield module
 
+    def _model(self) -> Run:
+        """The model's run; one that fails where its operators are intercepted is made again without that."""
+        if self.ordered:
+            try:
+                with self._switched(self.model) as trained:
+                    return observe(trained, self.args, self.kwargs)
+            except Exception:
+                self.ordered = False
+        with self._switched(self.model) as trained:
+            return observe(trained, self.args, self.kwargs, ordered=False)
+
     def _program(self, nudge: bool = False) -> Run:
         module: TrainableModule = self.module
         modes = {m: m.training for m in module.modules()}
@@ -125,7 +139,8 @@ class _Comparison:
                 module.train(self.mode == "train")
                 for path in self.quiet:
                     _set_flag(module, path)
-                return observe(module, self.args, self.kwargs, nudge)
+                self.random = any(draws(node) for _, node in walk(module))
+                return observe(module, self.args, self.kwargs, nudge, ordered=self.ordered)
             finally:
                 for part, training in modes.items():
                     part.training = training
@@ -149,6 +164,8 @@ class _Comparison:
             wrong_gradients = self._beyond(wrong_gradients, actual.gradients or {}, noise.gradients or {})
         if wrong and self.lost:
             return self._skipped("what only training has changes the outputs")
+        if (wrong or wrong_gradients) and self.random and not self.ordered:
+            return self._skipped("random numbers that the model may draw in another order")
         if wrong:
             name, error = max(wrong.items(), key=lambda item: item[1])
             at = self._first_difference()
@@ -186,7 +203,15 @@ class _Comparison:
     def _gradients(self, expected: Run, actual: Run) -> list[tuple[str, Tensor, Tensor]]:
         """Pairs of gradients; one that is missing counts as zeros."""
         if expected.gradients is None or actual.gradients is None:
-            self.proof.skipped.append(f"{self.mode} mode: gradients, the model cannot be differentiated")
+            twice = self.mode == "train" and any(
+                owner is not self.module and switch(node) is not None and op_name(node) in STATISTICS
+                for owner, node in walk(self.module)
+                if node.op == "call_function"
+            )
+            more = "; a backward pass through torch.cond computes its branch again, and moves running statistics twice"
+            self.proof.skipped.append(
+                f"{self.mode} mode: gradients, the model cannot be differentiated{more if twice else ''}"
+            )
             return []
         pairs = []
         for name, theirs in expected.gradients.items():
@@ -231,6 +256,8 @@ class _Comparison:
     # ------------------------------------------------------------------------------------------- where they part ways
     def _first_difference(self, backward: bool = False) -> str:
         """The first node (in the backward pass: the last) whose value, or gradient, occurs nowhere in the model's run."""
+        if not self.ordered:
+            return "a node that cannot be named (operators around torch.cond are not observed)"
         try:
             with self._switched(self.model) as trained:
                 seen = Values(backward)
@@ -242,6 +269,11 @@ class _Comparison:
             return "a node that could not be found"
         finally:
             self.module.train(self.module.training)
+
+
+def _line(error: Exception, length: int) -> str:
+    """An exception's type and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0][:length]}"
 
 
 def _set_flag(module: torch.nn.Module, path: str) -> None:
