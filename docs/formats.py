@@ -43,7 +43,7 @@ def markdown() -> str:
                 if isinstance(hint, type)
                 else re.sub(r"\b(typing|graphcomb\.runtime\.\w+)\.", "", str(hint))
             )
-            for python, plain in ((" | ", " or "), ("None", "null"), ("~T", "any")):
+            for python, plain in ((" | ", " or "), ("tuple[str, ...]", "list[str]"), ("None", "null"), ("~T", "any")):
                 kind = kind.replace(python, plain)
             optional = "" if field.is_required() else " (optional)"
             lines.append(f"| {field.alias or name} | {kind} | {field.description}{optional} |")

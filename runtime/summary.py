@@ -5,13 +5,16 @@ Fields may be added; those below keep their meaning.
 """
 
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import BeforeValidator
 
 from ..graph.errors import BadInput
 from .device_results import Device
 from .formats import Format, read, says
 
 T = TypeVar("T")
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda names: tuple(names) if isinstance(names, list) else names)]
 
 
 class Cost(Format):
@@ -122,10 +125,10 @@ class Kernel(Format):
 
     name: str = says("the library's")
     kind: str = says("the library's name for what it is")
-    nodes: list[str] = says("ONNX nodes that it computes", default=[])
-    inputs: list[str] = says("tensors that it reads, type and shape first", default=[])
-    outputs: list[str] = says("tensors that it writes", default=[])
-    padding: bool = says("it only pads or re-formats")
+    nodes: Names = says("ONNX nodes that it computes", default=())
+    inputs: Names = says("tensors that it reads, type and shape first, as in fp16[1,64,56,56] NHWC8", default=())
+    outputs: Names = says("tensors that it writes", default=())
+    padding: bool = says("it only pads or re-formats, a cost without multiply-accumulates", default=False)
 
 
 class Origin(Format):
@@ -133,28 +136,51 @@ class Origin(Format):
 
     node: str = says("of the program's graph")
     module: str = says("path in the model, empty at the top")
-    passes: list[str] = says("names of those that changed the node or a parameter of its module, in order", default=[])
+    passes: Names = says("names of those that changed the node or a parameter of its module, in order", default=())
+
+    def __str__(self) -> str:
+        where = f"{self.module}/{self.node}" if self.module else self.node
+        return where + (f" (changed by {', '.join(self.passes)})" if self.passes else "")
 
 
 class Pad(Format):
     """An axis that an engine computes wider than the model has it."""
 
     kernel: str = says("that pads or is wider")
-    how: str = says("kernel: it only pads; fused: inside one that is there anyway; weights: zeros in the weights")
-    nodes: list[str] = says("ONNX nodes that it pads for")
+    how: str = says(
+        "kernel: it only pads or unpads; fused: inside one that is there anyway; weights: zeros in the weights"
+    )
+    nodes: Names = says("ONNX nodes that it pads for")
     axis: int = says("of their output")
     before: int = says("its size in the model")
     after: int = says("its size in the engine")
     alignment: int | None = says("multiples of it avoid the padding; null: no width would")
-    note: str = says("more about it", default="")
+    note: str = says("what else the advice depends on, or why there is none", default="")
+
+    def __str__(self) -> str:
+        where = ", ".join(self.nodes[:3]) or self.kernel
+        advice = "no width avoids it" if self.alignment is None else f"multiples of {self.alignment} are not"
+        note = f" ({self.note})" if self.note else ""
+        return f"{where}: axis {self.axis} is padded from {self.before} to {self.after}; {advice}{note}"
+
+
+UNFUSED = {
+    "kernel": "a kernel of its own quantises or dequantises",
+    "float": "computes in floating point although its operands are quantised",
+    "idle": "quantises and dequantises within one kernel, which rounds and saves nothing",
+    "wide": "computes in few bits but writes floating point, and a kernel of its own scales and quantises that",
+}
 
 
 class Unfused(Format):
     """Quantisation that buys nothing."""
 
     kernel: str = says("that computes it", default="")
-    how: str = says("kernel, float, idle or wide")
-    nodes: list[str] = says("ONNX nodes that it concerns")
+    how: str = says("; ".join(f"{how}: {what}" for how, what in UNFUSED.items()))
+    nodes: Names = says("ONNX nodes that it concerns")
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.nodes[:4])}: {UNFUSED[self.how]}"
 
 
 class Engine(Format):
@@ -245,6 +271,9 @@ class Uncertainty(Format):
 
     factor: float = says("the true time lies, mostly, between ms / factor and ms * factor")
     source: str = says("where that is known from")
+
+    def __str__(self) -> str:
+        return f"off by up to {self.factor:.2g} times: {self.source}"
 
 
 class Prediction(Format):

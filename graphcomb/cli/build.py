@@ -83,7 +83,7 @@ def build(
 
 def show_engine(engine: Engine) -> None:
     """Print what a build made of the model: kernels, padding and quantisation that cost, memory, with their origin."""
-    from ..runtime.engines.trt.kernels import UNFUSED
+    from ..runtime.summary import UNFUSED
 
     head = f"{engine.path}: {engine.bytes:,} bytes, {engine.precision}, {engine.backend} {engine.version}"
     console.print(head, soft_wrap=True)

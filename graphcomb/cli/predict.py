@@ -97,4 +97,4 @@ def show_prediction(prediction: Prediction) -> None:
     if prediction.calibration:
         console.print(calibration_text(prediction.calibration.to_dict()), soft_wrap=True)
     if doubt := prediction.uncertainty:
-        console.print(f"off by up to {doubt.factor:.2g} times: {doubt.source}", soft_wrap=True)
+        console.print(str(doubt), soft_wrap=True)

@@ -1,6 +1,5 @@
 """The one interface behind which every inference library stands, and the report of what it built."""
 
-import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,10 +7,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import onnx
+from pydantic_core import to_jsonable_python
 
 from ...graph.errors import BadInput
 from ..onnx_file import TensorSpec
-from .origins import Origin
+from ..summary import Kernel, Origin
 
 
 class UnparsedOp(BadInput):
@@ -70,22 +70,6 @@ class HostEngine:
             raise BadInput(f"input {spec.name}: the engine takes {spec.dtype}, got {array.dtype}")
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One fused kernel of an engine: what the library made of one or more ONNX nodes.
-
-    kind: the library's own name for it. nodes: names of the ONNX nodes in it. inputs, outputs: tensors as text, type
-    and shape first ("fp16[1,64,56,56] NHWC8"). padding: the kernel only pads or re-formats, a cost without MACs.
-    """
-
-    name: str
-    kind: str
-    nodes: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
-    padding: bool = False
-
-
 @dataclass
 class EngineReport:
     """What came out of a build; everything in it was read from the library or the file, nothing is assumed.
@@ -115,4 +99,4 @@ class EngineReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, with the count and the list of the padding kernels."""
-        return dataclasses.asdict(self) | {"path": str(self.path), "padding": [k.name for k in self.padding]}
+        return to_jsonable_python(self) | {"padding": [k.name for k in self.padding]}

@@ -7,29 +7,15 @@ machine, can be traced back to the program. Source: ours.
 import ast
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import onnx
 
 from ...graph.program import Program
+from ..summary import Origin
 
 KEY = "graphcomb.origins"
 SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """node: of the program's graph. module: path in the model, "" at the top. passes: names of those that changed the
-    node or a parameter of its module, in order."""
-
-    node: str
-    module: str
-    passes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        where = f"{self.module}/{self.node}" if self.module else self.node
-        return where + (f" (changed by {', '.join(self.passes)})" if self.passes else "")
 
 
 def scopes(node: onnx.NodeProto) -> tuple[str, str]:
@@ -50,13 +36,13 @@ def trace(program: Program, places: Mapping[str, tuple[str, str]]) -> dict[str, 
     origins = {}
     for name, (module, node) in places.items():
         passes = [p for key in {module, node} - {""} for p in changed.get(key, ())]
-        origins[name] = Origin(node, module, tuple(dict.fromkeys(passes)))
+        origins[name] = Origin(node=node, module=module, passes=tuple(dict.fromkeys(passes)))
     return origins
 
 
 def store(model: onnx.ModelProto, origins: Mapping[str, Origin]) -> None:
     """Keep the origins of the nodes that the model still has."""
-    kept = {n.name: asdict(origins[n.name]) for n in model.graph.node if n.name in origins}
+    kept = {n.name: origins[n.name].model_dump() for n in model.graph.node if n.name in origins}
     others = {p.key: p.value for p in model.metadata_props}
     onnx.helper.set_model_props(model, others | {KEY: json.dumps(kept, separators=(",", ":"))})
 
@@ -65,7 +51,7 @@ def read(model: onnx.ModelProto) -> dict[str, Origin]:
     """The origins that `store` kept; empty for a model from elsewhere."""
     text = {p.key: p.value for p in model.metadata_props}.get(KEY)
     rows = json.loads(text) if text else {}
-    return {name: Origin(row["node"], row["module"], tuple(row["passes"])) for name, row in rows.items()}
+    return {name: Origin(**row) for name, row in rows.items()}
 
 
 def _changed(record: Mapping[str, Any]) -> Iterable[str]:

@@ -17,7 +17,8 @@ from ...graph.files import replacing
 from ..devices.table import Target
 from ..kit.ort import session_options
 from ..onnx_file import TensorSpec, precision, stored_tensors
-from .base import EngineReport, HostEngine, Kernel, unparsed
+from ..summary import Kernel
+from .base import EngineReport, HostEngine, unparsed
 
 # No kernel for an operator on the CPU, or no such operator ("domain:Op(version)").
 UNPARSED = re.compile(r"Could not find an implementation for (\w+)\(|(\w+)\(-?\d+\) is not a registered function/op")
@@ -77,7 +78,7 @@ def build(
     else:
         with replacing(out) as part:
             optimized = _optimize(model, part, threads)
-    kernels = [Kernel(n.name, n.op_type, padding=n.op_type in REFORMATS) for n in optimized.graph.node]
+    kernels = [Kernel(name=n.name, kind=n.op_type, padding=n.op_type in REFORMATS) for n in optimized.graph.node]
     warnings = ["ONNX Runtime has no fp16 kernels for this CPU and computes in fp32"] * bool(inserted_casts(optimized))
     memory = {"weights": sum(_size(t) for t in optimized.graph.initializer)}
     return EngineReport(ort.__version__, out or model, precision(optimized), kernels, memory, warnings)

@@ -16,7 +16,8 @@ from ...graph.errors import BadInput
 from ...graph.files import replacing
 from ..devices.table import Target
 from ..onnx_file import TensorSpec, precision
-from .base import EngineReport, HostEngine, Kernel, UnparsedOp, unparsed
+from ..summary import Kernel
+from .base import EngineReport, HostEngine, UnparsedOp, unparsed
 
 TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64", "boolean": "bool"}
 TYPES |= {f"{sign}{bits}": f"{'u' * (sign == 'u')}int{bits}" for sign in "iu" for bits in (8, 16, 32, 64)}
@@ -93,7 +94,8 @@ def _kernel(op: Any) -> Kernel:
     shapes = [
         f"{t}[{port.partial_shape.to_string().strip('[]')}]" for t, port in zip(types, op.outputs(), strict=False)
     ]
-    return Kernel(op.get_friendly_name(), kind, nodes, (), tuple(shapes), kind == "Reorder")
+    name, outputs = op.get_friendly_name(), tuple(shapes)
+    return Kernel(name=name, kind=kind, nodes=nodes, outputs=outputs, padding=kind == "Reorder")
 
 
 def _library() -> Any:

@@ -51,17 +51,12 @@ def predict(
             key = name, seen[name]
             seen[name] += 1
             rows.setdefault(key, {"name": name, "op": row["op"], **dict.fromkeys(programs)})[which] = row
+    doubt = getattr(latency, "error", None)
     return {
         "by": str(latency), "target": target.name, "precision": dtype, "batch": batch, "ms": total,
-        "uncertainty": _error(latency), "run_ms": 1e3 * latency.per_run,
+        "uncertainty": doubt.to_dict() if doubt else None, "run_ms": 1e3 * latency.per_run,
         "calibration": getattr(latency, "calibration", None), "layers": list(rows.values()),
     }  # fmt: skip
-
-
-def _error(latency: Latency) -> dict[str, Any] | None:
-    """How far off what predicts is known to be."""
-    error = getattr(latency, "error", None)
-    return {"factor": error.factor, "source": error.source} if error else None
 
 
 def _layers(program: Program, roofline: Roofline, latency: Latency, alignment: int, batch: int) -> list[dict[str, Any]]:

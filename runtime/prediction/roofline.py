@@ -20,6 +20,7 @@ import numpy as np
 from ...graph.workload.layer import Layer
 from ...graph.workload.libraries import Rules, library
 from ..devices.table import Target, get_target
+from ..summary import Uncertainty
 from .measured import Measured, read_measured
 
 # What a data sheet lacks, nominally: attained shares of peak and bandwidth, seconds to start a kernel (inside a CUDA graph).
@@ -54,21 +55,9 @@ class Estimate:
         return BOUNDS[parts.index(max(parts))]
 
 
-@dataclass(frozen=True)
-class Error:
-    """How far off predictions are known to be: the true time lies, mostly, between a factor-th of it and so many times it.
-    source: where that is known from."""
-
-    factor: float
-    source: str
-
-    def __str__(self) -> str:
-        return f"off by up to {self.factor:.2g} times: {self.source}"
-
-
-SHEET = {
-    True: Error(2.0, "nothing was measured, and public figures of two networks on Orin are 0.8 and 1.9 times it"),
-    False: Error(2.0, "nothing was measured; nine in ten of 62 networks on one CPU were within that"),
+SHEET = {  # how far off a data sheet's predictions are, on a GPU or a CPU
+    True: "nothing was measured, and public figures of two networks on Orin are 0.8 and 1.9 times it",
+    False: "nothing was measured; nine in ten of 62 networks on one CPU were within that",
 }
 
 
@@ -123,14 +112,14 @@ class Roofline:
         return self.calibration is not None
 
     @property
-    def error(self) -> Error:
+    def error(self) -> Uncertainty:
         """How far off its predictions are known to be."""
         if self.calibration is None:
-            return SHEET[self.target.compute_capability is not None]
+            return Uncertainty(factor=2.0, source=SHEET[self.target.compute_capability is not None])
         left = self.calibration.get("left_out")
         spread = left or self.calibration.get("error") or {"worst": 1.0}
         what = "every model predicted from the others alone" if left else "over the models that it was fitted to"
-        return Error(1 + spread["worst"], f"the worst, {what}")
+        return Uncertainty(factor=1 + spread["worst"], source=f"the worst, {what}")
 
     def prepare(self, layers: Iterable[Layer], progress: bool = False) -> None:
         """Nothing to prepare."""

@@ -38,8 +38,8 @@ from ..engines.ort import computes_half
 from ..export.to_onnx import export_onnx
 from ..measure.bench import bench
 from ..measure.environment import environment
+from ..summary import Uncertainty
 from .micro_models import COPIES, TYPES, model
-from .roofline import Error
 
 RUNS = (6, 12)  # rounds that must count, and that are enough
 SECONDS, WHOLE = 4.0, 30.0  # limits per layer, and for a whole program
@@ -85,11 +85,11 @@ class LatencyTable:
         return text if self.factor is None else f"{text}, times {self.factor:.3g} as the whole program takes"
 
     @property
-    def error(self) -> Error:
+    def error(self) -> Uncertainty:
         """How far off its sums are known to be; of one that is anchored, for programs that come from the measured one."""
         if self.factor is None:
-            return Error(1.7, "nine in ten of 62 networks on one CPU were within that")
-        return Error(1.3, "nine in ten of 62 pruned networks on one CPU were within that")
+            return Uncertainty(factor=1.7, source="nine in ten of 62 networks on one CPU were within that")
+        return Uncertainty(factor=1.3, source="nine in ten of 62 pruned networks on one CPU were within that")
 
     @property
     def per_run(self) -> float:

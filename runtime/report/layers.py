@@ -94,7 +94,7 @@ def prediction_facts(summary: Summary) -> list[tuple[str, str]]:
     if prediction.calibration:
         facts.append(("calibration", calibration_text(prediction.calibration.to_dict())))
     if doubt := prediction.uncertainty:
-        facts.append(("known error", f"off by up to {doubt.factor:.2g} times: {doubt.source}"))
+        facts.append(("known error", str(doubt)))
     facts += [("error", f"{where}: {text}") for where, _, text in compared(summary)]
     by_verdict: dict[str, list[float]] = {}
     for side in filter(None, (row.after or row.before for row in prediction.layers)):

@@ -13,8 +13,7 @@ from typing import Any
 import jinja2
 
 from ...graph.files import replacing
-from ..engines.trt.kernels import UNFUSED
-from ..summary import Engine, Pad, Summary, read_summary
+from ..summary import UNFUSED, Engine, Pad, Summary, read_summary
 from .devices import device_section, profiled_layers
 from .headline import lead, tiles
 from .layers import layer_rows, longest_bars, prediction_facts, slowest

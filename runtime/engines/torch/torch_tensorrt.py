@@ -21,8 +21,9 @@ from ....graph.errors import BadInput, MissingBackend, Refused, reason
 from ....graph.program import Program
 from ....graph.program import load as load_program
 from ...devices.table import Target, canonical
+from ...summary import Kernel
 from ..backends import not_installed
-from ..base import EngineReport, Kernel
+from ..base import EngineReport
 from .base import TorchEngine, on_leaves, pack, precision, specs, unpack
 
 BATCHES = 1, 1, 8  # smallest, the one to optimise for, largest, where the batch is dynamic
@@ -71,7 +72,7 @@ def build(
         library.save(module, str(file), output_format="exported_program", retrace=False)
         pack(out, file, program, _device())
     parts = [name for name, _ in module.named_children()]
-    kernels = [Kernel(name, "TensorRT" if name.startswith(ENGINE) else "PyTorch") for name in parts]
+    kernels = [Kernel(name=name, kind="TensorRT" if name.startswith(ENGINE) else "PyTorch") for name in parts]
     left = [name for name in parts if name.startswith(REST)]
     warnings = [f"{len(left)} of {len(parts)} parts run in PyTorch"] * bool(left)
     return EngineReport(library.__version__, out, precision(program), kernels, warnings=warnings)

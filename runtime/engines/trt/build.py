@@ -28,9 +28,9 @@ from ...devices.table import NAMES, Target, canonical, parsed_opset
 from ...kit.cuda import Cuda, CudaError
 from ...kit.trt import new_logger
 from ...onnx_file import opset_of, precision
+from ...summary import Pad, Unfused
 from ..backends import BACKENDS
 from ..base import EngineReport, UnparsedOp
-from .kernels import Pad, Unfused
 from .library import library, load_plugins, new_monitor
 from .log import parse_build_log
 from .run import TensorRTEngine, sizes_of

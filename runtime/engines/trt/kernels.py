@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..base import Kernel
+from ...summary import Kernel, Pad, Unfused
 
 Shape = tuple[int, ...]
 
@@ -33,12 +33,6 @@ MOVERS = ("kgen", "runtime_function")
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 QUANTIZED = ("int8", "fp8", "int4", "fp4")
-UNFUSED = {
-    "kernel": "a kernel of its own quantises or dequantises",
-    "float": "computes in floating point although its operands are quantised",
-    "idle": "quantises and dequantises within one kernel, which rounds and saves nothing",
-    "wide": "computes in few bits but writes floating point, and a kernel of its own scales and quantises that",
-}
 
 
 @dataclass(frozen=True)
@@ -84,51 +78,6 @@ class Node:
     outputs: tuple[tuple[str, Shape], ...] = ()
 
 
-@dataclass(frozen=True)
-class Unfused:
-    """Quantisation that buys no speed.
-
-    how: "kernel" (a kernel between two others does nothing but quantise or dequantise), "float" (an operator whose
-    operands are dequantised computes in floating point all the same), "idle" (a tensor is rounded and restored within
-    one kernel, so that it never crosses memory in few bits) or "wide" (a product of quantised operands is written in
-    floating point, for another kernel to scale). nodes: the ONNX nodes concerned.
-    """
-
-    kernel: str
-    how: str
-    nodes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{', '.join(self.nodes[:4])}: {UNFUSED[self.how]}"
-
-
-@dataclass(frozen=True)
-class Pad:
-    """An axis that the engine computes wider than the model has it.
-
-    how: "kernel" (a kernel of its own pads it, or cuts the padding off), "fused" (a kernel that moves or computes data
-    anyway pads it in passing) or "weights" (zeros stored in the weights: more work, no more kernels). axis: of the
-    tensor or weight. before, after: the extent in the model and in the engine. alignment: an extent that is a multiple
-    of it needs no padding here; None where no such extent can be advised. note: what else the advice depends on, or why
-    there is none.
-    """
-
-    kernel: str
-    how: str
-    nodes: tuple[str, ...]
-    axis: int
-    before: int
-    after: int
-    alignment: int | None
-    note: str = ""
-
-    def __str__(self) -> str:
-        where = ", ".join(self.nodes[:3]) or self.kernel
-        advice = "no width avoids it" if self.alignment is None else f"multiples of {self.alignment} are not"
-        note = f" ({self.note})" if self.note else ""
-        return f"{where}: axis {self.axis} is padded from {self.before} to {self.after}; {advice}{note}"
-
-
 @dataclass
 class BuildLog:
     """A parsed build log. memory: bytes by purpose. unread: lines that should describe a kernel and could not be
@@ -144,8 +93,9 @@ class BuildLog:
         padding = {pad.kernel for pad in self.pads() if pad.how == "kernel"}
         kernels = []
         for layer in self.layers:
-            inputs, outputs = tuple(map(str, layer.inputs)), tuple(map(str, layer.outputs))
-            kernels.append(Kernel(layer.name, layer.kind, layer.nodes, inputs, outputs, layer.name in padding))
+            tensors = {"inputs": tuple(map(str, layer.inputs)), "outputs": tuple(map(str, layer.outputs))}
+            only_pads = layer.name in padding
+            kernels.append(Kernel(name=layer.name, kind=layer.kind, nodes=layer.nodes, padding=only_pads, **tensors))
         return kernels
 
     def pads(self, alignment: Callable[[str], int] | None = None) -> list[Pad]:
@@ -190,20 +140,20 @@ class BuildLog:
             few = any(tensor.dtype in QUANTIZED for tensor in layer.outputs)
             inner = any(t.name in made for t in layer.inputs) and any(t.name in read for t in layer.outputs)
             if nodes and all(node.op in QDQ for node in nodes):
-                rows += [Unfused(layer.name, "kernel", layer.nodes)] if inner else []
+                rows += [Unfused(kernel=layer.name, how="kernel", nodes=layer.nodes)] if inner else []
                 continue
             for node in nodes:
                 feeds = [sources[tensor] for tensor, _ in node.inputs if tensor in sources]
                 if node.op in PRODUCTS and len(feeds) > 1 and all(feed.op == QDQ[1] for feed in feeds[:2]):
                     # A product may be spread over kernels, its bias apart: one that takes few bits is enough.
                     if node.name not in narrow:
-                        rows.append(Unfused(layer.name, "float", (node.name,)))
+                        rows.append(Unfused(kernel=layer.name, how="float", nodes=(node.name,)))
                     elif self._writes_wide(layer, node):
-                        rows.append(Unfused(layer.name, "wide", (node.name,)))
+                        rows.append(Unfused(kernel=layer.name, how="wide", nodes=(node.name,)))
                 elif node.op == QDQ[1] and feeds and feeds[0].op == QDQ[0] and feeds[0] in nodes and not few:
                     source = feeds[0].inputs[0][0] if feeds[0].inputs else ""
                     if source in sources or source in read:  # else it is a weight
-                        rows.append(Unfused(layer.name, "idle", (feeds[0].name, node.name)))
+                        rows.append(Unfused(kernel=layer.name, how="idle", nodes=(feeds[0].name, node.name)))
         return rows
 
     def _writes_wide(self, layer: LoggedKernel, node: Node) -> bool:
@@ -253,9 +203,9 @@ class BuildLog:
                 axis = place if axes is None else axes[place]
                 groups = max(self._groups(name, None if node else before) for name in nodes) if nodes else 1
                 inner = node is not None and axis == 1
-                pads.append(
-                    Pad(layer.name, how, nodes, axis, before, after, *advice(before, after, aligned, groups, inner))
-                )
+                multiple, note = advice(before, after, aligned, groups, inner)
+                extents = {"axis": axis, "before": before, "after": after, "alignment": multiple, "note": note}
+                pads.append(Pad(kernel=layer.name, how=how, nodes=nodes, **extents))
         return pads
 
     def _groups(self, name: str, channels: int | None) -> int:

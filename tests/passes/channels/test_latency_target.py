@@ -16,7 +16,7 @@ from graphcomb.graph.errors import BadInput, Unreachable
 from graphcomb.graph.workload.layer import Layer
 from graphcomb.graph.workload.layers import Layers
 from graphcomb.passes import Distill, RemoveChannels
-from graphcomb.runtime.prediction.roofline import Error
+from graphcomb.runtime.summary import Uncertainty
 
 
 class PerMac:
@@ -129,7 +129,7 @@ def test_only_one_target() -> None:
 class Sheet(PerMac):
     """The same, of which nothing was measured."""
 
-    measured, error = False, Error(2.0, "nothing was measured")
+    measured, error = False, Uncertainty(factor=2.0, source="nothing was measured")
 
     def __str__(self) -> str:
         return "a data sheet"

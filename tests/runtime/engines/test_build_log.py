@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 
-from graphcomb.runtime.engines.trt.kernels import Pad, advice
+from graphcomb.runtime.engines.trt.kernels import advice
 from graphcomb.runtime.engines.trt.log import parse_build_log
+from graphcomb.runtime.summary import Pad
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
 HALF = TensorProto.FLOAT16
@@ -209,7 +210,9 @@ def test_alignment_of_the_target_is_the_advice_only_where_it_explains_the_paddin
         text = "\n".join(lines) % (before, before, before, after, after)
         return parse_build_log(text).pads(fp16)
 
-    assert pad(5, 8) == [Pad("__myl_Conc_myl0_0", "kernel", ("conv",), 1, 5, 8, 8)]
+    assert pad(5, 8) == [
+        Pad(kernel="__myl_Conc_myl0_0", how="kernel", nodes=("conv",), axis=1, before=5, after=8, alignment=8)
+    ]
     assert pad(9, 16)[0].alignment == 8
     assert pad(9, 10)[0].alignment == 2
     assert pad(9, 12)[0].alignment == 4

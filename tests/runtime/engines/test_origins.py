@@ -17,7 +17,7 @@ def test_nodes_carry_module_and_passes(tmp_path):
     for source, passes in ((program, ()), (smaller, ("RemoveChannels",))):
         export_onnx(source, tmp_path / "net.onnx", "fp16")
         found = origins.read(onnx.load(tmp_path / "net.onnx"))
-        assert found["0/conv2d"] == origins.Origin("conv2d", "0", passes)
+        assert found["0/conv2d"] == origins.Origin(node="conv2d", module="0", passes=passes)
         assert {o.module for o in found.values()} >= {"0", "1", "2"}
         nodes = {n.name for n in onnx.load(tmp_path / "net.onnx").graph.node}
         assert set(found) <= nodes

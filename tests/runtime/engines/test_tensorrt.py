@@ -147,7 +147,7 @@ def test_padding_is_reported_with_the_module_it_is_for(tmp_path):
     assert [k.name for k in report.padding] == [pad.kernel]
     assert (pad.before, pad.after, pad.alignment) == (61, 62, 2)
     assert pad.nodes[0].startswith("2/")  # the second convolution
-    assert report.to_dict()["pads"] == [dataclasses.asdict(pad) for pad in report.pads]
+    assert report.to_dict()["pads"] == [pad.model_dump(mode="json") for pad in report.pads]
 
 
 @needs_rtx

@@ -11,10 +11,11 @@ from xml.etree import ElementTree
 import pytest
 
 from graphcomb.graph.errors import BadInput
-from graphcomb.runtime.engines.base import EngineReport, Kernel
+from graphcomb.runtime.engines.base import EngineReport
 from graphcomb.runtime.report import charts
 from graphcomb.runtime.report.report import write_report
 from graphcomb.runtime.report.text import si, size
+from graphcomb.runtime.summary import Kernel
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -138,8 +139,9 @@ def summary(layers=3):
     runs = {"runs": 50, "rejected": 0, "repeats": 1}
     engine = EngineReport(
         "1.7", "net.rtx", "fp16",
-        [Kernel("conv_k", "correlation", ("conv", "relu"), ("fp16[1,3,8,8]",), ("fp16[1,61,8,8]",)),
-         Kernel("pad_k", "kgen", ("conv2",), padding=True)],
+        [Kernel(name="conv_k", kind="correlation", nodes=("conv", "relu"), inputs=("fp16[1,3,8,8]",),
+                outputs=("fp16[1,61,8,8]",)),
+         Kernel(name="pad_k", kind="kgen", nodes=("conv2",), padding=True)],
         {"weights": 89_128, "activations": 8_716_288}, ["a warning of the library"], "tensorrt_rtx", "rtx-sm86", 768_020,
         0.42,
     )  # fmt: skip
