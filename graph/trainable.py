@@ -198,6 +198,15 @@ class TrainableModule(fx.GraphModule):
             for key in ("running_mean", "running_var")
         ]
 
+    def become(self, other: TrainableModule) -> None:
+        """Take over graph, tensors and flags of another module, which must not be used any more."""
+        self._parameters, self._buffers, self._modules = other._parameters, other._buffers, other._modules
+        for name in [k for k, v in vars(self).items() if isinstance(v, torch.Tensor)]:
+            delattr(self, name)
+        self.training, self._seen, self._cumulative = other.training, None, ()
+        self.meta.update(other.meta)
+        self.graph = other.graph
+
     def _apply(self, fn: Any, recurse: bool = True) -> TrainableModule:
         """Move or cast the tensors; nodes that make tensors on the old device make them on the new one."""
         old = self._device()

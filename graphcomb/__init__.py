@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .graph.program import Program, capture, load
     from .passes.base import Context, Pass, PassResult
     from .pipeline import Pipeline, PipelineResult
+    from .session import Session, attach
 
 _MODULES = {"passes": "passes", "runtime": "runtime", "verify": "graph.verify"}
 _NAMES = {
@@ -36,6 +37,7 @@ _NAMES = {
     "graph.comb.rules": ("rule",),
     "passes.base": ("Context", "Pass", "PassResult"),
     "pipeline": ("Pipeline", "PipelineResult"),
+    "session": ("Session", "attach"),
 }
 
 __all__ = [
@@ -52,7 +54,9 @@ __all__ = [
     "PipelineResult",
     "Program",
     "Refused",
+    "Session",
     "Unreachable",
+    "attach",
     "capture",
     "comb",
     "counts",

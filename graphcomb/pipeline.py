@@ -59,6 +59,7 @@ class Pipeline:
         for i, pass_ in enumerate(passes):
             if not isinstance(pass_, Pass):
                 raise BadInput(f"passes.{i}: expected a pass, got {type(pass_).__name__}")
+            pass_.check_alone()
         self.passes = list(passes)
 
     def run(

@@ -176,6 +176,7 @@ class Pass(Options):
                 f"{type(self).__name__}: takes a Program or an ExportedProgram, got {type(program).__name__}"
             )
         context = (context or Context()).replaced(type(self).__name__, **fields)
+        self.check_alone()
         start = time.perf_counter()
         result = self.run(program, context)
         check_masks(program, result.program, result.removed, type(self).__name__, self.exact)
@@ -185,6 +186,9 @@ class Pass(Options):
             result.record["cost"] = {"before": program.cost(), "after": result.program.cost()}
         result.program.history = [*program.history, result.record]
         return result
+
+    def check_alone(self) -> None:
+        """Raise BadInput for options that only a training loop of the user's own gives a meaning (`graphcomb.attach`)."""
 
     def run(self, program: Program, context: Context) -> PassResult:
         """What the pass does; the program stays as it is."""

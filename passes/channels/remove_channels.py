@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from ...graph.errors import BadInput, GraphcombError, Refused, Unreachable
 from ...graph.program import Program
 from ...graph.sparse import sparse_weights
 from ...graph.surgery import Removed, remove, restored
+from ...graph.trainable import TrainableModule
 from ...graph.verify import TOLERANCE, check
 from ..base import Change, Context, Pass, PassResult, Refusal, check_field
 from ..common.feed import Feed
@@ -27,8 +28,10 @@ from ..repair.repair import Repair
 from ..train.distill import Distill
 from ..train.features import block_outputs
 from ..train.loop import total_steps
+from ..train.trainee import Work
 from .costs import Costs, layer_costs, mac_terms
 from .groups import movable
+from .held import HeldPruner, not_held
 from .importance.scores import (
     IMPORTANCES,
     SAMPLES,
@@ -126,6 +129,8 @@ class RemoveChannels(Pass):
     keep: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        unsaid = {k: None for k in ("importance", "scope") if getattr(self, k) is None}
+        object.__setattr__(self, "_unsaid", unsaid)
         if self.importance is None:
             object.__setattr__(self, "importance", "fisher" if self.train else "magnitude")
         if self.scope is None:
@@ -152,13 +157,6 @@ class RemoveChannels(Pass):
         for key in ("round_to", "min_channels", "interval", "rounds", "samples"):
             value = getattr(self, key)
             check_field(self, key, value is None or value >= 1, "a whole number of at least 1")
-        for option in dataclasses.fields(self):
-            said = option.name in DURING and getattr(self, option.name) not in (option.default, "one-shot")
-            if said and self.train is None:
-                raise BadInput(
-                    f"RemoveChannels.{option.name}: says how to prune while training, so it needs `train`; without it "
-                    "everything goes at once"
-                )
         if self.train is not None:
             says = "one of the loss that trains, with `train`: others are of the network as it was before"
             check_field(self, "importance", self.importance not in ("repair", UNLABELLED), says)
@@ -170,6 +168,15 @@ class RemoveChannels(Pass):
     def target(self) -> str:
         """Which of the four targets it has."""
         return next((t for t in ("macs", "params", "latency") if getattr(self, t) is not None), "ratio")
+
+    def check_alone(self) -> None:
+        for option in dataclasses.fields(self):
+            said = option.name in DURING and getattr(self, option.name) not in (option.default, "one-shot")
+            if said and self.train is None:
+                raise BadInput(
+                    f"RemoveChannels.{option.name}: says how to prune while training, so it needs `train`; without it "
+                    "everything goes at once"
+                )
 
     def run(self, program: Program, context: Context) -> PassResult:
         if self.train is not None:
@@ -189,9 +196,20 @@ class RemoveChannels(Pass):
             result.record["verified"] = self._proven(program, result, context)
         return result
 
-    def pruner(self, program: Program, context: Context, steps: int) -> Pruner:
-        """What cuts the program while it trains for so many steps. What cannot be done is said before training."""
-        task = self._task(program, context)
+    def in_loop(self, program: Program, context: Context, steps: int, own: TrainableModule | None) -> Work:
+        training = dataclasses.replace(self, train=self.train or Distill(), **self._unsaid)  # type: ignore[attr-defined]
+        pruner = training.pruner(program, context, steps, own)
+
+        def conclude(trained: Program) -> PassResult:
+            smaller = pruner.cut(trained) if isinstance(pruner, HeldPruner) else trained
+            return training.concluded(pruner, smaller, {"steps": steps, "events": pruner.log})
+
+        return Work([pruner], conclude, self.train and self.train.loss_in_loop(program, context))
+
+    def pruner(self, program: Program, context: Context, steps: int, own: TrainableModule | None = None) -> Pruner:
+        """What cuts the program while it trains for so many steps, or with `own` holds zeros in it (`HeldPruner`). What
+        cannot be done is said before training."""
+        task = self._task(program, context, own)
         self._require_no_pattern(program, task.groups)
         task.chooser.require()
         events = event_steps(self.schedule, steps, self.interval, self.rounds, self.prune_share)
@@ -199,7 +217,9 @@ class RemoveChannels(Pass):
         code = code_of(self.importance) if callable(self.importance) else ""
         identity = [self.options(), code, self.alignment(context), rows, task.chooser.prediction]
         assert self.importance is not None
-        return Pruner(task, self.importance, events, self.samples, identity, Repair() if self.repair else None)
+        repair = Repair() if self.repair else None
+        options = (task, self.importance, events, self.samples, identity, repair)
+        return Pruner(*options) if own is None else HeldPruner(own, *options)
 
     def concluded(self, pruner: Pruner, smaller: Program, training: dict[str, Any]) -> PassResult:
         """The result of a pruner that has cut the program to `smaller`, proven to be one slice of the masked network.
@@ -210,15 +230,18 @@ class RemoveChannels(Pass):
             result.record["verified"] = self._proven(pruner.comb.program, result, pruner.context)
         return result
 
-    def _task(self, program: Program, context: Context) -> Task:
+    def _task(self, program: Program, context: Context, own: TrainableModule | None = None) -> Task:
         comb = Comb(program)
         free, unscored = self._movable(comb)
+        if own is not None:
+            unscored |= not_held(comb, free, own)
+            free = [g for g in free if g.name not in unscored]
         planned = self._kept(comb, free, context) | read_plan(comb, context.plan)
         atoms = {g.atom for g in free}
         groups = [g for g in comb.groups if g.atom in atoms or g.name in planned]
-        self._require_groups(comb, groups, tuple(unscored))
+        self._require_groups(comb, groups, unscored)
         target = self._target(context)
-        chooser = SharedChooser(comb, lambda: Chooser(target, comb, free, planned, context, tuple(unscored)))
+        chooser = SharedChooser(comb, lambda: Chooser(target, comb, free, planned, context, unscored))
         return Task(comb, groups, chooser, context, unscored, planned)
 
     def _result(
@@ -280,11 +303,14 @@ class RemoveChannels(Pass):
         if self.train is None or self.importance not in TRANSFORMS or self.schedule == "one-shot":
             return groups, {}
         trained = {name for name, p in comb.module.named_parameters(remove_duplicate=False) if p.requires_grad}
-        why = "its parameters are frozen (requires_grad is False), so training gives it no score"
+        why = (
+            "its parameters have requires_grad=False, so that training gives it no score; let them train "
+            "(requires_grad_(True) before capture), or take importance: magnitude"
+        )
         unscored = {g.name: why for g in groups if not any(name in trained for name, _ in g.members)}
         return [g for g in groups if g.name not in unscored], unscored
 
-    def _require_groups(self, comb: Comb, groups: list[Group], unscored: Sequence[str]) -> None:
+    def _require_groups(self, comb: Comb, groups: list[Group], unscored: Mapping[str, str]) -> None:
         """Raise Unreachable where there is nothing to prune, unless nothing is asked for. A share of every axis that is
         free is met where none is: a warning and the record say so. Raises Refused for a target in MACs where not all are
         counted."""
@@ -321,10 +347,8 @@ class RemoveChannels(Pass):
         context = context or Context()
         comb = Comb(program)
         groups, unscored = self._movable(comb)
-        self._require_groups(comb, groups, tuple(unscored))
-        chooser = Chooser(
-            self._target(context), comb, groups, self._kept(comb, groups, context), context, tuple(unscored)
-        )
+        self._require_groups(comb, groups, unscored)
+        chooser = Chooser(self._target(context), comb, groups, self._kept(comb, groups, context), context, unscored)
         selection = Selection(comb, groups, chooser.target.alignment, self.min_channels)
         selection.sizes |= chooser({}, self._score(comb, groups, context))
         whole = Costs(mac_terms(comb), [g for g in comb.groups if g.frozen is None])

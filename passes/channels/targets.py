@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,8 @@ class Target:
 class Chooser:
     """Chooses the sizes of groups for a target.
 
-    groups: what may shrink. plan: see `read_plan`. untrained: names of groups that may not shrink
-    because nothing scores them. Where a plan as it stands does not meet the target, the rows that are no decisions are
+    groups: what may shrink. plan: see `read_plan`. untrained: groups that may not shrink
+    because training cannot score or remove them, with the reason. Where a plan as it stands does not meet the target, the rows that are no decisions are
     chosen anew. Raises Unreachable for a target that cannot be met, before any score is known.
     """
 
@@ -70,7 +71,7 @@ class Chooser:
         groups: list[Group],
         plan: Mapping[str, Planned],
         context: Context,
-        untrained: tuple[str, ...] = (),
+        untrained: Mapping[str, str] = MappingProxyType({}),
     ):
         self.target, self.comb, self.groups, self.untrained = target, comb, groups, untrained
         self.predictor = self._predictor(context)
@@ -307,12 +308,9 @@ class SharedChooser:
 NEAR = 0.02  # shares of the dense program that differ by less need no reason
 
 
-def untrained(names: Sequence[str]) -> str:
-    """Why groups with frozen parameters are left alone, and what to do about it."""
-    return (
-        f"left alone: {len(names)} groups whose parameters have requires_grad=False, so that training gives them no "
-        f"score ({some(names)}); let them train (requires_grad_(True) before capture), or take importance: magnitude"
-    )
+def untrained(unscored: Mapping[str, str]) -> str:
+    """Which groups are left alone because training cannot score or remove them, and why the first of them is."""
+    return f"left alone: {len(unscored)} groups ({some(list(unscored))}); of the first: {next(iter(unscored.values()))}"
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,13 @@ class Callback:
     """Hooks of a pass that changes the network while it trains (masks, adaptive pruning). Steps count from 0.
 
     identity: whatever decides the result besides the state, so that a checkpoint of another run is not taken up.
-    loss_scale: by how much the loss is multiplied before the backward pass, against underflow in half precision.
+    loss_scale: by how much the loss is multiplied before the backward pass, against underflow in half precision. copies:
+    whether a copy of the network with other weights, such as a moving average, may lose the same.
     """
 
     identity: Any = None
     loss_scale: float = 1.0
+    copies: bool = True
 
     def training_context(self, module: TrainableModule) -> AbstractContextManager[Any]:
         """A context in which the module trains; entered anew when a callback replaces the network."""
@@ -49,6 +51,9 @@ class Callback:
 
     def after_surgery(self, surgery: Surgery) -> None:
         """Some callback has replaced the network."""
+
+    def hold(self, module: torch.nn.Module) -> None:
+        """Set to zero what this callback holds at zero, in the network or in a copy of it."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain Python values that a checkpoint has to keep."""

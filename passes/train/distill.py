@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...graph.compat import pytree
 from ...graph.errors import BadInput
 from ...graph.program import Program
 from ...graph.trainable import TrainableModule
@@ -15,12 +16,13 @@ from ..base import Context, Pass, PassResult, Refusal, check_field
 from ..common.class_axis import class_axis, other_outputs
 from ..common.feed import Batch
 from ..common.losses import class_dim, logits_of, task_loss
-from ..common.processes import accelerator, placed
+from ..common.processes import accelerator, move, placed
 from ..common.scoring import evaluate
 from .callbacks import Callback, Kept, Surgery, select_kept
 from .features import matching_features, tapped
 from .loop import fit
 from .options import Training
+from .trainee import Work
 
 NO_SCORES = "set Distill's alpha to 0 (then give loss=, and metric= where there is val)"
 NO_CLASSES = "set Distill's class_dim to the dimension of the classes, or alpha to 0"
@@ -72,6 +74,28 @@ class Distill(Training, Pass):
         student = program.copy()
         return PassResult(student, self.train(student, context))
 
+    def in_loop(self, program: Program, context: Context, steps: int, own: TrainableModule | None) -> Work:
+        def conclude(trained: Program) -> PassResult:
+            return PassResult(trained, {"changed": ["weights", "running statistics"], "refused": [], "steps": steps})
+
+        return Work([], conclude, self.loss_in_loop(program, context))
+
+    def loss_in_loop(self, program: Program, context: Context) -> Callable[[Any, Batch], torch.Tensor]:
+        """The loss of a batch for somebody else's loop: of the student's outputs, against the context's teacher. Features
+        are not compared there, since a loop of the user's own sees outputs only."""
+        check_field(self, "features", not self.features, "0 in a loop of your own, which sees no features")
+        assert context.teacher is not None
+        teacher = context.teacher.copy().module().eval()
+        objective = _Objective(self, context.loss, lambda *a, **k: (teacher(*a, **k), ()), {}, class_axis(program))
+
+        def loss(outputs: Any, batch: Batch) -> torch.Tensor:
+            device = next(t.device for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor))
+            if next(t.device for t in teacher.state_dict().values()) != device:
+                move(teacher, device)
+            return objective((outputs, ()), batch.to(device))[0]
+
+        return loss
+
     def train(self, student: Program, context: Context, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Train a program in place and return the record: what a pass calls that changes the network meanwhile."""
         teacher = context.teacher.copy() if context.teacher else None
@@ -110,7 +134,7 @@ class _Objective(Callback):
 
     options: Distill
     loss: Callable[..., Any] | None
-    teacher: TrainableModule | None
+    teacher: Callable[..., Any] | None
     kept: Kept
     of_graph: int | None
 

@@ -1,0 +1,261 @@
+"""A pass in the user's own training loop: `attach`, then two calls a step, then `finish`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..graph.errors import BadInput, GraphcombError
+from ..graph.program import Program, capture
+from ..graph.trainable import TrainableModule
+from ..passes.base import Context, Pass, PassResult
+from ..passes.batch import split_batch
+from ..passes.common.feed import Batch
+from ..passes.train.trainee import Trainee, Work
+from .tensors import shared, tensor_at, trained
+
+AGREES = 1e-3  # of the module as it was held and the program that was cut, relative, in the module's own precision
+
+
+def attach(
+    model: nn.Module | Program,
+    pass_: Pass,
+    *,
+    example: tuple[Any, ...] | None = None,
+    steps: int,
+    cut: Literal["end", "during"] = "end",
+    dynamic_shapes: Any = "batch",
+    kwargs: dict[str, Any] | None = None,
+    **context: Any,
+) -> Session:
+    """Let a pass work on a model that a loop of your own trains.
+
+        session = graphcomb.attach(model, RemoveChannels(macs=0.4), example=(x,), steps=10_000)
+        for x, y in loader:
+            loss = my_loss(session.module(x), y)
+            loss.backward(); session.before_step(optimizer); optimizer.step(); optimizer.zero_grad()
+            session.after_step()
+        result = session.finish()
+
+    model: the module, or a captured `Program`. pass_: `RemoveChannels`, `PruneDepth`, a gradual `Sparsify` or `Distill`;
+    `train=` of the first need not be given. example, kwargs, dynamic_shapes: what `capture` takes; the batch is dynamic
+    unless said otherwise. steps: optimizer steps that the loop will take; the pass spreads its events over them. context:
+    fields of `Context`, such as `teacher`, `target`, `seed` or `data`.
+
+    cut: with "end" `session.module` is the model itself. What would go is held at zero, so class, hooks, EMA and trainer
+    stay as they are, and the cut comes with `finish`. With "during" it is the captured module, which shrinks at each event
+    and trains faster; wrap it anew (DDP) when `after_step` returns True.
+
+    Raises BadInput for options that make no sense together and CaptureError for a model that cannot be captured.
+    """
+    if not isinstance(pass_, Pass):
+        raise BadInput(f"attach: takes a pass, such as RemoveChannels(macs=0.5), not {type(pass_).__name__}")
+    if cut not in ("end", "during"):
+        raise BadInput(f'attach: cut is "end" or "during", not {cut!r}')
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise BadInput(f"attach: steps is how many optimizer steps the loop takes, at least 1, not {steps!r}")
+    if isinstance(model, Program):
+        program, own = model, None
+        if cut == "end":
+            raise BadInput('attach: a Program has no class to keep; give the model, or take cut="during"')
+    else:
+        if example is None:
+            raise BadInput("attach: give example=(x,), inputs as the model takes them")
+        program = capture(model, tuple(example), kwargs, dynamic_shapes)
+        own = model if cut == "end" else None
+    return Session(program, own, pass_, steps, Context().replaced("attach", **context))
+
+
+class Session:
+    """What `attach` gives. Steps are optimizer steps, so gradients may be accumulated over several batches in between.
+
+    module: what the loop trains. step: steps taken. steps: those announced. program: the model as it was captured.
+    """
+
+    def __init__(self, program: Program, own: nn.Module | None, pass_: Pass, steps: int, context: Context):
+        context = context.replaced("attach", teacher=context.teacher or program)
+        self.program, self.steps, self.step, self._own, self._pass = program, steps, 0, own, pass_
+        self._context = context
+        inner = program.copy().module().train() if own is None else shared(program, own)
+        in_loop: Callable[..., Work] | None = getattr(pass_, "in_loop", None)
+        if in_loop is None:
+            raise BadInput(f"attach: {type(pass_).__name__} does not train; apply it before or after")
+        self._work = in_loop(program, context, steps, inner if own is not None else None)
+        self.module: nn.Module = inner if own is None else own
+        self._trainee = Trainee(inner, self._work.callbacks, self._adopt)
+        self._optimizers: list[Optimizer] = []
+        self._copies: list[tuple[nn.Module, nn.Module]] = []  # what the user holds, and its part with the parameters
+        self._ready = self._finished = False
+        self._trainee.enter()
+        self._trainee.begin()
+
+    # ------------------------------------------------------------------------------------------------------- the steps
+    def before_step(self, optimizer: Optimizer, scaler: Any = None) -> None:
+        """Look at the gradients. Call it when they are complete, just before `optimizer.step()`; with several optimizers,
+        once for each. scaler: a `GradScaler`; it unscales the optimizer's gradients first, as `scaler.unscale_` does."""
+        self._require_running("before_step")
+        if not any(optimizer is known for known in self._optimizers):
+            self._require_ours(optimizer)
+            self._optimizers.append(optimizer)
+        scale = 1.0
+        if scaler is not None and scaler.is_enabled():
+            scale = scaler.get_scale()
+            if scaler._per_optimizer_states[id(optimizer)]["stage"].name == "READY":
+                scaler.unscale_(optimizer)
+        if not self._ready:
+            self._trainee.after_backward(self.step, scale)
+        self._ready = True
+
+    def after_step(self) -> bool:
+        """Count the step and do what is due. Returns whether the module was replaced, which happens with cut="during"
+        alone: the optimizers then hold the new parameters, and a wrapper such as DDP has to be made anew."""
+        self._require_running("after_step")
+        if not self._ready:
+            raise BadInput("after_step: call before_step(optimizer) first, between backward() and optimizer.step()")
+        self._ready = False
+        replaced = self._trainee.after_step(self.step, self._optimizers)
+        self.step += 1
+        return replaced
+
+    def follow(self, ema: nn.Module) -> None:
+        """Let a copy of the module, such as an exponential moving average, lose what the module loses: call it right
+        after the copy was made. `AveragedModel`, timm's `ModelEmaV3` and plain deep copies are taken."""
+        self._require_running("follow")
+        if any(not c.copies for c in self._trainee.callbacks):
+            raise BadInput(f"follow: {type(self._pass).__name__} changes weights in ways that a copy cannot follow")
+        names = {name for name, _ in self.module.named_parameters()}
+        kind = nn.Module if self._own is not None else TrainableModule
+        for part in ema.modules():
+            if isinstance(part, kind) and part is not self.module and names <= {n for n, _ in part.named_parameters()}:
+                self._copies.append((ema, part))
+                self._trainee.copies.append(part)
+                return
+        raise BadInput("follow: it has not the parameters of session.module; give a copy of session.module")
+
+    def loss(self, outputs: Any, inputs: Any, labels: Any = None) -> torch.Tensor:
+        """`Distill`'s loss of a batch, for passes that have one (`Distill`, or `train=Distill(...)` of another).
+
+        outputs: what `session.module(*inputs)` returned. inputs: a tensor, a tuple of arguments, or a dict of keyword
+        arguments. labels: as `Context.loss` takes them, or None to learn from the teacher alone.
+        """
+        if self._work.loss is None:
+            raise BadInput(f"loss: {type(self._pass).__name__} has none; give it train=Distill(...)")
+        args, kwargs, labels = split_batch((inputs, labels))
+        return self._work.loss(
+            outputs, Batch(args, kwargs, labels, len(outputs) if isinstance(outputs, torch.Tensor) else 0)
+        )
+
+    # --------------------------------------------------------------------------------------------------------- the end
+    def finish(self, weights: nn.Module | None = None) -> PassResult:
+        """The verified result. weights: a followed copy whose weights count instead of the module's.
+
+        Raises BadInput before all announced steps were taken, and GraphcombError where the program that was cut does not
+        compute what the module computes.
+        """
+        if self._finished:
+            raise BadInput("finish: the session is over; attach again")
+        if self.step < self.steps:
+            raise BadInput(
+                f"finish: {self.step} of {self.steps} steps were taken; go on training, or attach with fewer steps"
+            )
+        source = self.module if weights is None else self._copy(weights)
+        self._trainee.leave()
+        self._finished = True
+        if self._own is None:
+            result = self._work.conclude(self.program.derive(self._trainee.like(source).eval()))
+        else:
+            result = self._work.conclude(trained(self.program, source))
+            self._compare(source, result.program)
+        head = {"pass": type(self._pass).__name__, "options": self._pass.options()}
+        result.record = head | result.record
+        result.program.history = [*self.program.history, result.record]
+        return result
+
+    def _compare(self, source: nn.Module, program: Program) -> None:
+        """That the module as it was held and the program that was cut say the same of the example."""
+        modes = [(m, m.training) for m in source.modules()]
+        args, kwargs = copy.deepcopy((program.args, program.kwargs))
+        try:
+            source.eval()
+            with torch.no_grad():
+                expected, outputs = source(*args, **kwargs), program.module().eval()(*args, **kwargs)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        for a, b in zip(*(torch.utils._pytree.tree_leaves(v) for v in (expected, outputs)), strict=True):
+            if isinstance(a, torch.Tensor) and a.is_floating_point():
+                error = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30))
+                if not error <= AGREES:
+                    raise GraphcombError(
+                        f"finish: the program that was cut differs from the module by {error:.1e}; was a weight changed "
+                        "after the last after_step, or is the module in a mode that the capture did not see?"
+                    )
+
+    # --------------------------------------------------------------------------------------------------------- storing
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs besides the states of module and optimizers: tensors and plain Python values."""
+        return {
+            "step": self.step,
+            "steps": self.steps,
+            "pass": repr(self._pass),
+            "callbacks": [c.state_dict() for c in self._trainee.callbacks],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], optimizers: Iterable[Optimizer] = ()) -> None:
+        """Go on where `state_dict` was taken, in a session that was attached alike. Load it before the states of module and
+        optimizers. optimizers: with cut="during", those made of `session.module`, which then hold the smaller one's
+        parameters."""
+        for key, own in (("pass", repr(self._pass)), ("steps", self.steps)):
+            if state.get(key) != own:
+                raise BadInput(f"load_state_dict: the state is of a session with {key} {state.get(key)}, not {own}")
+        old = dict(self.module.named_parameters())
+        for callback, saved in zip(self._trainee.callbacks, state["callbacks"], strict=True):
+            module = callback.load_state_dict(saved)
+            if module is not None:
+                self._trainee.replace(module)
+        new = dict(self.module.named_parameters())
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                names = {id(p): name for name, p in old.items()}
+                group["params"] = [new[names[id(p)]] if id(p) in names else p for p in group["params"]]
+            optimizer.state.clear()
+        self.step = state["step"]
+
+    # ---------------------------------------------------------------------------------------------------------- checks
+    def _adopt(self, module: TrainableModule) -> TrainableModule:
+        assert self._own is None and isinstance(self.module, TrainableModule)
+        device = next((t.device for t in self.module.parameters()), None)
+        training = self.module.training
+        self.module.become(module if device is None else module.to(device))
+        return self.module.train(training)
+
+    def _require_running(self, what: str) -> None:
+        if self._finished:
+            raise BadInput(f"{what}: the session is over (finish was called)")
+        if what != "follow" and self.step >= self.steps:
+            raise BadInput(f"{what}: all {self.steps} steps that were announced are taken; call finish()")
+
+    def _require_ours(self, optimizer: Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in self.module.parameters()):
+            raise BadInput(
+                "before_step: the optimizer holds no parameter of session.module; make it of session.module.parameters()"
+            )
+        if self._own is not None:
+            moved = [n for n, p in self._trainee.module.named_parameters() if tensor_at(self._own, n) is not p]
+            if moved:
+                raise BadInput(
+                    f"before_step: {moved[0]} is another tensor than when the session was attached; attach after moving or "
+                    "wrapping the model"
+                )
+
+    def _copy(self, weights: nn.Module) -> nn.Module:
+        for given, part in self._copies:
+            if weights is given or weights is part:
+                return part
+        raise BadInput("finish: weights is no copy that the session follows; call follow(ema) when it is made")

@@ -1,0 +1,53 @@
+"""The tensors of a user's module under the names that its program has for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..graph.edit import copy_tensor, rebuild
+from ..graph.errors import BadInput
+from ..graph.program import Program
+from ..graph.trainable import TrainableModule
+
+
+def tensor_at(model: nn.Module, name: str) -> torch.Tensor | None:
+    """The parameter or buffer of that name, or None."""
+    parent, _, last = name.rpartition(".")
+    try:
+        module = model.get_submodule(parent)
+    except AttributeError:
+        return None
+    found = module._parameters.get(last, module._buffers.get(last))
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def shared(program: Program, model: nn.Module) -> TrainableModule:
+    """The program's graph around the model's own parameters and buffers; constants are the program's. Raises BadInput
+    where a parameter of the program is not found in the model by its name and values."""
+    return rebuild(program.module(), lambda name, value: _own(model, name, value))
+
+
+def trained(program: Program, model: nn.Module) -> Program:
+    """The program with the values that the model's parameters and buffers have now."""
+
+    def take(name: str, value: Any) -> Any:
+        own = tensor_at(model, name)
+        same = isinstance(value, torch.Tensor) and own is not None and own.shape == value.shape
+        return copy_tensor(name, own if same else value)
+
+    return program.derive(rebuild(program.module(), take), stale=False)
+
+
+def _own(model: nn.Module, name: str, value: Any) -> Any:
+    own = tensor_at(model, name)
+    if isinstance(value, nn.Parameter):
+        if own is None or own.shape != value.shape or not torch.equal(own.detach(), value.detach().to(own)):
+            raise BadInput(
+                f'attach: the parameter {name} of the captured program is not the model\'s own; take cut="during", which '
+                "trains the captured module"
+            )
+        return own
+    return value if own is None or own.shape != getattr(value, "shape", None) else own

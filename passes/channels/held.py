@@ -1,0 +1,130 @@
+"""Pruning a module that keeps its shape: what would be cut is held at zero where it is read, and cut at the end.
+
+The user's own class, hooks and trainer then go on as they are. An index whose every reader is a trained weight is out of the
+network exactly when the columns that read it are zero, whatever its writers, norms and activations still compute. Where an
+index is read otherwise (the statistics of a LayerNorm over it, the product of queries and keys, frozen weights), zeros would
+be something else than removal, so such groups are left whole, with the reason. Source: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ...graph.comb import axes as ax
+from ...graph.comb.groups import Group
+from ...graph.comb.solve import Comb
+from ...graph.nodes import fetch, source
+from ...graph.program import Program
+from ...graph.surgery import kept_indices
+from ...graph.trainable import TrainableModule
+from ..common.processes import averaged
+from ..repair.repair import Repair
+from ..train.callbacks import Surgery
+from .importance.gates import Gates
+from .importance.scores import TRANSFORMS, GradientScores
+from .targets import Task
+from .while_training import Pruner
+
+
+def not_held(comb: Comb, groups: list[Group], own: TrainableModule) -> dict[str, str]:
+    """The groups that zeros cannot take out of the module, each with the reason. own: the graph around its tensors."""
+    gates = Gates(comb, [g.atom for g in groups], None, own)
+    read_at: dict[Any, fx.Node] = {}
+    for read, _, _ in gates.reads:
+        read_at |= dict.fromkeys(read.atoms, read.node)
+    for moments, tap in gates.moments:
+        read_at |= {g.atom: moments.node for g in groups if any(ax.touches(a, {g.atom: None}) for a in tap.axes)}
+    return {
+        g.name: f"it is read by {source(read_at[g.atom])}, not by trained weights alone, so zeros would not be its removal; "
+        'cut="during" can remove it'
+        for g in groups
+        if g.atom in read_at
+    }
+
+
+class HeldPruner(Pruner):
+    """A `Pruner` that leaves every tensor its shape. own: the graph around the tensors of the module that trains."""
+
+    def __init__(
+        self,
+        own: TrainableModule,
+        task: Task,
+        importance: str,
+        events: dict[int, float],
+        samples: int,
+        identity: Any,
+        repair: Repair | None = None,
+    ):
+        super().__init__(task, importance, events, samples, identity, repair)
+        self.own = own
+        self._gates = Gates(self.comb, [g.atom for g in self.groups], None, own)
+        self._zeros: list[tuple[str, int, torch.Tensor]] = []
+
+    def training_context(self, module: TrainableModule) -> AbstractContextManager[Any]:
+        if self.importance in TRANSFORMS:
+            self.gradients = GradientScores(self.importance, self.comb, self.groups, None, self.own, averaged)
+        return nullcontext()
+
+    def after_backward(self, step: int, module: TrainableModule) -> None:
+        super().after_backward(step, module)
+        for name, dim, gone in self._zeros:  # so that no momentum gathers where nothing may grow back
+            gradient = fetch(module, name).grad
+            if gradient is not None:
+                gradient.index_fill_(dim, gone.to(gradient.device), 0)
+
+    def after_step(self, step: int, module: TrainableModule) -> Surgery | None:
+        super().after_step(step, module)
+        self.hold(module)
+        return None
+
+    def hold(self, module: torch.nn.Module) -> None:
+        """Set the columns that read what is gone to zero."""
+        with torch.no_grad():
+            for name, dim, gone in self._zeros:
+                parameter = fetch(module, name)
+                parameter.index_fill_(dim, gone.to(parameter.device), 0)
+
+    def cut(self, trained: Program) -> Program:
+        """The exact slice of a program of the original's shapes."""
+        return trained.derive(self._smaller(trained.module(), self.masks))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._zeros = list(self._columns())
+        self.hold(self.own)
+
+    def _by_magnitude(self, done: int, module: TrainableModule) -> Surgery | None:
+        return super()._by_magnitude(done, self._smaller(module, self.masks))
+
+    def _smaller(self, module: TrainableModule, masks: ax.Masks) -> TrainableModule:
+        """A copy of a module of the original's shapes, as the masks leave it."""
+        kept = kept_indices(self.comb, masks)
+        indices = {n: {d: torch.from_numpy(np.flatnonzero(k)) for d, k in dims.items()} for n, dims in kept.items()}
+        return self._cut(module, indices, masks)
+
+    def _surgery(self, module: TrainableModule, old: ax.Masks) -> None:  # type: ignore[override]
+        if self.repair is not None:
+            repaired = super()._surgery(self._smaller(module, old), old).module
+            with torch.no_grad():
+                self._take_back(repaired, module)
+        self._zeros = list(self._columns())
+        self.hold(module)
+
+    def _take_back(self, smaller: TrainableModule, module: TrainableModule) -> None:
+        """Put the parameters of a smaller network where they belong in a module of the original's shapes."""
+        kept = kept_indices(self.comb, self.masks)
+        for name, value in smaller.named_parameters():
+            full = fetch(module, name)
+            dims = [np.flatnonzero(kept.get(name, {}).get(d, np.ones(n, dtype=bool))) for d, n in enumerate(full.shape)]
+            full[tuple(torch.from_numpy(i).to(full.device) for i in np.ix_(*dims))] = value.to(full.device)
+
+    def _columns(self) -> Iterator[tuple[str, int, torch.Tensor]]:
+        for name, dim, tap in self._gates.parameters:
+            if ax.touches(tap.axes[0], self.masks):
+                yield name, dim, torch.from_numpy(np.flatnonzero(~ax.kept_mask(tap.axes[0], self.masks)))
