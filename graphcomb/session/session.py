@@ -146,9 +146,7 @@ class Session:
         if self._work.loss is None:
             raise BadInput(f"loss: {type(self._pass).__name__} has none; give it train=Distill(...)")
         args, kwargs, labels = split_batch((inputs, labels))
-        return self._work.loss(
-            outputs, Batch(args, kwargs, labels, len(outputs) if isinstance(outputs, torch.Tensor) else 0)
-        )
+        return self._work.loss(outputs, Batch(args, kwargs, labels, 0))
 
     # --------------------------------------------------------------------------------------------------------- the end
     def finish(self, weights: nn.Module | None = None) -> PassResult:
@@ -228,7 +226,7 @@ class Session:
 
     # ---------------------------------------------------------------------------------------------------------- checks
     def _adopt(self, module: TrainableModule) -> TrainableModule:
-        assert self._own is None and isinstance(self.module, TrainableModule)
+        assert isinstance(self.module, TrainableModule)
         device = next((t.device for t in self.module.parameters()), None)
         training = self.module.training
         self.module.become(module if device is None else module.to(device))

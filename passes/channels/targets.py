@@ -59,8 +59,8 @@ class Target:
 class Chooser:
     """Chooses the sizes of groups for a target.
 
-    groups: what may shrink. plan: see `read_plan`. untrained: groups that may not shrink
-    because training cannot score or remove them, with the reason. Where a plan as it stands does not meet the target, the rows that are no decisions are
+    groups: what may shrink. plan: see `read_plan`. untrained: groups that may not shrink because training cannot score or
+    remove them, with the reason. Where a plan as it stands does not meet the target, the rows that are no decisions are
     chosen anew. Raises Unreachable for a target that cannot be met, before any score is known.
     """
 

@@ -22,9 +22,11 @@ from .callbacks import Callback, Kept, Surgery, select_kept
 
 @dataclass
 class Work:
-    """What a pass does while somebody else's loop trains a program. callbacks: the hooks that the loop has to call.
-    conclude(trained): the pass's result, from the program as it came out of training. loss(outputs, batch): of a batch, where
-    the pass has one."""
+    """What a pass does while somebody else's loop trains a program.
+
+    callbacks: the hooks that the loop has to call. conclude(trained): the pass's result, from the program as it came out of
+    training. loss(outputs, batch): of a batch, where the pass has one.
+    """
 
     callbacks: list[Callback]
     conclude: Callable[[Program], PassResult]
@@ -113,8 +115,8 @@ def carry(optimizer: Optimizer, old: Mapping[str, Any], new: Mapping[str, Any], 
     else holds the optimizer stay as they are.
 
     old, new: parameters by name. kept: indices that stayed, by name. State of a parameter's own shape, such as moments,
-    keeps the same indices; where some state has another shape (Adafactor's factors), that parameter's state starts anew, and a
-    warning says so. Parameters that are gone leave their group; those the optimizer never held are not added.
+    keeps the same indices; where some state has another shape (Adafactor's factors), that parameter's state starts anew, and
+    a warning says so. Parameters that are gone leave their group; those the optimizer never held are not added.
     """
     names = {id(parameter): name for name, parameter in old.items()}
     anew = []

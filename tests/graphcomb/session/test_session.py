@@ -1,0 +1,331 @@
+"""A pass in a loop of the user's own: both cuts do the same, and everything the loop holds follows."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import graphcomb
+from graphcomb import BadInput
+from graphcomb.passes import Distill, Fuse, RemoveChannels
+
+from .toys import STEPS, Attention, Residual, attached, batch, train
+
+CUTS = ("end", "during")
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2, eps=1e-4),
+}
+
+
+def distance(a, b):
+    x = batch(99)[0]
+    with torch.no_grad():
+        return float((a.eval()(x) - b.eval()(x)).abs().max())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_both_cuts_train_the_same_network(name):
+    """Masks in the user's module and slices of the captured one are one and the same run, momentum included."""
+    results = {}
+    for cut in CUTS:
+        model = Residual().train()
+        session = attached(model, cut)
+        assert (session.module is model) == (cut == "end")
+        train(session, OPTIMIZERS[name](session.module.parameters()))
+        results[cut] = session.finish()
+    end, during = (results[cut] for cut in CUTS)
+    assert end.record["events"] == during.record["events"]
+    assert end.removed == during.removed
+    assert end.program.macs <= 0.5 * session.program.macs
+    for a, b in zip(end.program.module().parameters(), during.program.module().parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-9)
+    for result in (end, during):
+        assert result.record["verified"]["error"] < 1e-10
+        assert graphcomb.verify.surgery(result.masked, result) < 1e-10
+
+
+def test_the_users_module_is_what_is_cut():
+    model = Residual().train()
+    session = attached(model, "end")
+    seen = []
+    model.blocks[0].register_forward_hook(lambda *a: seen.append(1))
+    train(session, OPTIMIZERS["sgd"](model.parameters()))
+    result = session.finish()
+    assert len(seen) == STEPS + 1  # and once for the comparison at the end
+    assert distance(model, result.program.module()) < 1e-12
+    x = batch(99)[0].double()
+    assert torch.allclose(
+        copy.deepcopy(model).double().eval()(x), result.program.copy().module().double().eval()(x), atol=1e-12
+    )
+    assert all(p.shape == q.shape for p, q in zip(model.parameters(), Residual().parameters(), strict=True))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_momentum_is_that_of_a_reference_cut_by_hand(cut):
+    """The loop's parameters and moments after an event equal those of a plain run whose tensors are sliced by hand."""
+    session = attached(Residual().train(), cut, RemoveChannels(ratio=0.5, schedule="iterative", rounds=1, round_to=1))
+    optimizer = torch.optim.Adam(session.module.parameters(), lr=1e-2)
+    plain = Residual().train()
+    reference = torch.optim.Adam(plain.parameters(), lr=1e-2)
+    due = STEPS // 2
+    for step in range(due):
+        x, y = batch(step)
+        F.cross_entropy(plain(x), y).backward()
+        reference.step()
+        reference.zero_grad()
+    train(session, optimizer, steps=due)
+    names = dict(plain.named_parameters())
+    removed = _removed(session)
+    assert removed
+    shrunk = 0
+    for name, p in session.module.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            expected, moment = reference.state[names[name]][key], optimizer.state[p][key]
+            own, weight = p.detach(), names[name].detach()
+            for dim, gone in removed.get(name, {}).items():
+                keep = [i for i in range(weight.shape[dim]) if i not in gone]
+                expected, weight = (t.index_select(dim, torch.tensor(keep)) for t in (expected, weight))
+                if cut == "end":
+                    moment, own = (t.index_select(dim, torch.tensor(keep)) for t in (moment, own))
+                shrunk += 1
+            assert torch.allclose(moment, expected, rtol=1e-7, atol=1e-9)
+            assert torch.allclose(own, weight, rtol=1e-7, atol=1e-9)
+    assert shrunk
+
+
+def _removed(session):
+    (pruner,) = session._trainee.callbacks
+    return pruner.removed()
+
+
+def test_groups_and_schedulers_stay():
+    session = attached(Residual().train(), "during")
+    module = session.module
+    groups = [{"params": list(module.stem.parameters()), "lr": 1e-3}, {"params": list(module.blocks.parameters())}]
+    optimizer = torch.optim.AdamW([*groups, {"params": list(module.head.parameters()), "weight_decay": 0.0}], lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    train(session, optimizer, each=lambda step: scheduler.step())
+    assert session.module is module
+    assert [len(g["params"]) for g in optimizer.param_groups] == [4, 12, 2]
+    held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    assert held == {id(p) for p in module.parameters()} == {id(p) for p in optimizer.state}
+    assert optimizer.param_groups[1]["lr"] < 1e-6
+    session.finish()
+
+
+def test_state_of_another_shape_starts_anew_with_a_warning():
+    session = attached(Residual().train(), "during")
+    optimizer = torch.optim.Adafactor(session.module.parameters(), lr=1e-2)
+    with pytest.warns(UserWarning, match="Adafactor: its state of .* starts anew"):
+        train(session, optimizer)
+    session.finish()
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_accumulated_gradients_and_a_scaler(cut):
+    """Two half batches a step with scaled losses prune as whole batches do."""
+
+    def run(parts, scaled):
+        session = attached(Attention().train(), cut)
+        optimizer = torch.optim.SGD(session.module.parameters(), lr=0.05, momentum=0.9)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        for step in range(STEPS):
+            x, y = batch(step)
+            for own_x, own_y in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                scaler.scale(F.cross_entropy(session.module(own_x), own_y) / parts).backward()
+            session.before_step(optimizer, scaler)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            session.after_step()
+        return session.finish()
+
+    whole, halves = run(1, False), run(2, True)
+    assert [e["removed"] for e in whole.record["events"]] == [e["removed"] for e in halves.record["events"]]
+    assert distance(whole.program.module(), halves.program.module()) < 1e-4
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_averages_follow(cut):
+    """The average of sliced weights is the slice of the averaged weights of a run that is never cut."""
+    session = attached(Residual().train(), cut)
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.8)
+    ema = torch.optim.swa_utils.AveragedModel(session.module, multi_avg_fn=average)
+    session.follow(ema)
+    sums = copy.deepcopy(dict(session.module.named_parameters())) if cut == "end" else None
+    train(
+        session, OPTIMIZERS["sgd"](session.module.parameters()), each=lambda step: ema.update_parameters(session.module)
+    )
+    result = session.finish(weights=ema)
+    assert distance(ema.module, result.program.module()) < 1e-6
+    assert result.program.macs <= 0.5 * session.program.macs
+    if sums is not None:
+        assert any(not torch.equal(p, sums[n]) for n, p in ema.module.named_parameters())
+
+
+def test_averages_of_both_cuts_are_the_same():
+    results = []
+    for cut in CUTS:
+        session = attached(Residual().train(), cut)
+        ema = copy.deepcopy(session.module)
+        session.follow(ema)
+
+        def update(step, ema=ema, session=session):
+            with torch.no_grad():
+                for a, b in zip(ema.state_dict().values(), session.module.state_dict().values(), strict=True):
+                    a.copy_(a.lerp(b, 0.3) if a.is_floating_point() else b)
+
+        train(session, OPTIMIZERS["adamw"](session.module.parameters()), each=update)
+        results.append(session.finish(weights=ema).program.module())
+    assert distance(*results) < 1e-5
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_checkpoint_in_the_middle(cut):
+    def start():
+        session = attached(Residual().train(), cut)
+        return session, OPTIMIZERS["adamw"](session.module.parameters())
+
+    session, optimizer = start()
+    train(session, optimizer)
+    whole = session.finish()
+    first, optimizer = start()
+    train(first, optimizer, steps=5)
+    stored = copy.deepcopy((first.state_dict(), first.module.state_dict(), optimizer.state_dict()))
+    second, optimizer = start()
+    second.load_state_dict(stored[0], [optimizer])
+    second.module.load_state_dict(stored[1])
+    optimizer.load_state_dict(stored[2])
+    train(second, optimizer, first=5)
+    resumed = second.finish()
+    assert resumed.record["events"] == whole.record["events"]
+    for a, b in zip(resumed.program.module().parameters(), whole.program.module().parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_attention_loses_heads_and_hidden_units(cut):
+    session = attached(Attention().train(), cut, RemoveChannels(macs=0.6, interval=2, round_to=1))
+    train(session, OPTIMIZERS["adamw"](session.module.parameters()))
+    result = session.finish()
+    refused = {row["what"]: row["why"] for row in result.record["refused"]}
+    trunk = [why for name, why in refused.items() if name == "embed.weight:0"]
+    if cut == "end":
+        assert "layer_norm" in trunk[0]
+        assert 'cut="during" can remove it' in trunk[0]
+        assert distance(session.module, result.program.module()) < 1e-5
+    else:
+        assert not trunk
+    assert result.record["verified"]["error"] < 1e-10
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_compiled_between_events(cut):
+    session = attached(Residual().train(), cut)
+    plain = attached(Residual().train(), cut)
+    compiled = torch.compile(session.module, backend="aot_eager")
+    optimizers = [OPTIMIZERS["sgd"](s.module.parameters()) for s in (session, plain)]
+    train(plain, optimizers[1])
+    for step in range(STEPS):
+        x, y = batch(step)
+        F.cross_entropy(compiled(x), y).backward()
+        session.before_step(optimizers[0])
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        session.after_step()
+    assert distance(session.finish().program.module(), plain.finish().program.module()) < 1e-4
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_loss_of_distill(cut):
+    teacher = graphcomb.capture(Residual(), (batch(0)[0],), dynamic_shapes="batch")
+    session = attached(Residual().train(), cut, Distill(alpha=0.7, temperature=3.0), teacher=teacher)
+    optimizer = OPTIMIZERS["sgd"](session.module.parameters())
+    x, y = batch(1)
+    outputs = session.module(x)
+    with torch.no_grad():
+        taught = teacher.module().eval()(x)
+    kl = F.kl_div((outputs / 3).log_softmax(1), (taught / 3).log_softmax(1), log_target=True, reduction="batchmean")
+    expected = 0.3 * F.cross_entropy(outputs, y) + 0.7 * 9 * kl
+    assert torch.allclose(session.loss(outputs, x, y), expected.float(), rtol=1e-5)
+    for step in range(STEPS):
+        x, y = batch(step)
+        session.loss(session.module(x), x, y).backward()
+        session.before_step(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        session.after_step()
+    assert distance(session.module, session.finish().program.module()) < 1e-6
+
+
+class TestRefused:
+    def test_what_cannot_be_attached(self):
+        x = batch(0)[0]
+        for arguments, says in (
+            ({"pass_": Fuse()}, "Fuse does not train"),
+            ({"pass_": "prune"}, "takes a pass"),
+            ({"steps": 0}, "steps is how many"),
+            ({"cut": "middle"}, '"end" or "during"'),
+            ({"example": None}, "give example"),
+            ({"colour": 1}, "colour"),
+            ({"pass_": RemoveChannels(macs=0.5, round_to=1, train=Distill(features=1.0))}, "sees no features"),
+        ):
+            options = {"pass_": RemoveChannels(macs=0.5), "example": (x,), "steps": 3} | arguments
+            with pytest.raises(BadInput, match=says):
+                graphcomb.attach(Residual(), **options)
+        with pytest.raises(BadInput, match="has no class to keep"):
+            graphcomb.attach(graphcomb.capture(Residual(), (x,)), RemoveChannels(macs=0.5), steps=3)
+
+    def test_steps_out_of_order(self):
+        session = attached(Residual().train(), "end", steps=2)
+        optimizer = OPTIMIZERS["sgd"](session.module.parameters())
+        with pytest.raises(BadInput, match="call before_step"):
+            session.after_step()
+        train(session, optimizer, steps=1)
+        with pytest.raises(BadInput, match="1 of 2 steps were taken"):
+            session.finish()
+        train(session, optimizer, first=1, steps=2)
+        with pytest.raises(BadInput, match="all 2 steps"):
+            session.before_step(optimizer)
+        session.finish()
+        with pytest.raises(BadInput, match="over"):
+            session.finish()
+
+    @pytest.mark.parametrize("cut", CUTS)
+    def test_an_optimizer_of_something_else(self, cut):
+        session = attached(Residual().train(), cut)
+        with pytest.raises(BadInput, match="holds no parameter of session"):
+            session.before_step(OPTIMIZERS["sgd"](Residual().parameters()))
+
+    def test_a_copy_of_something_else(self):
+        session = attached(Residual().train(), "end")
+        with pytest.raises(BadInput, match="has not the parameters"):
+            session.follow(nn.Linear(2, 2))
+        train(session, OPTIMIZERS["sgd"](session.module.parameters()))
+        with pytest.raises(BadInput, match="no copy that the session follows"):
+            session.finish(weights=nn.Linear(2, 2))
+
+    def test_a_state_of_another_session(self):
+        state = attached(Residual().train(), "end", steps=3).state_dict()
+        with pytest.raises(BadInput, match="steps 3, not 12"):
+            attached(Residual().train(), "end").load_state_dict(state)
+
+    def test_weights_that_were_changed_behind_its_back(self):
+        session = attached(Residual().train(), "end")
+        train(session, OPTIMIZERS["sgd"](session.module.parameters()))
+        with torch.no_grad():
+            for p in session.module.parameters():
+                p.add_(0.5)
+        with pytest.raises(graphcomb.GraphcombError, match="differs from the module"):
+            session.finish()
+
+    def test_options_of_training_alone_need_it_where_there_is_no_loop(self):
+        program = graphcomb.capture(Residual(), (batch(0)[0],))
+        with warnings.catch_warnings(), pytest.raises(BadInput, match="interval: says how to prune while training"):
+            RemoveChannels(macs=0.5, interval=2)(program)
