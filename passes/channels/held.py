@@ -117,9 +117,9 @@ class HeldPruner(Pruner):
         self.hold(module)
 
     def _take_back(self, smaller: TrainableModule, module: TrainableModule) -> None:
-        """Put the parameters of a smaller network where they belong in a module of the original's shapes."""
+        """Put the tensors of a smaller network where they belong in a module of the original's shapes."""
         kept = kept_indices(self.comb, self.masks)
-        for name, value in smaller.named_parameters():
+        for name, value in smaller.state_dict().items():
             full = fetch(module, name)
             dims = [np.flatnonzero(kept.get(name, {}).get(d, np.ones(n, dtype=bool))) for d, n in enumerate(full.shape)]
             full[tuple(torch.from_numpy(i).to(full.device) for i in np.ix_(*dims))] = value.to(full.device)

@@ -329,3 +329,16 @@ class TestRefused:
         program = graphcomb.capture(Residual(), (batch(0)[0],))
         with warnings.catch_warnings(), pytest.raises(BadInput, match="interval: says how to prune while training"):
             RemoveChannels(macs=0.5, interval=2)(program)
+
+
+def test_repair_in_both_cuts():
+    """What an event leaves gets the same least-squares weights in the user's module as in the captured one."""
+    data = [batch(100 + i)[0] for i in range(4)]
+    pass_ = RemoveChannels(macs=0.5, schedule="iterative", rounds=2, round_to=1, repair=True)
+    results = []
+    for cut in CUTS:
+        session = attached(Residual().train(), cut, pass_, data=data)
+        train(session, OPTIMIZERS["sgd"](session.module.parameters()))
+        results.append(session.finish())
+    assert all("repair" in event for event in results[0].record["events"])
+    assert distance(*(r.program.module() for r in results)) < 1e-6
