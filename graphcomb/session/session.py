@@ -16,7 +16,8 @@ from ..graph.trainable import TrainableModule
 from ..passes.base import Context, Pass, PassResult
 from ..passes.batch import split_batch
 from ..passes.common.feed import Batch
-from ..passes.train.trainee import Trainee, Work
+from ..passes.train.callbacks import Kept
+from ..passes.train.trainee import Parameters, Trainee, Work, carry
 from .tensors import shared, tensor_at, trained
 
 AGREES = 1e-3  # of the module as it was held and the program that was cut, relative, in the module's own precision
@@ -87,7 +88,7 @@ class Session:
             raise BadInput(f"attach: {type(pass_).__name__} does not train; apply it before or after")
         self._work = in_loop(program, context, steps, inner if own is not None else None)
         self.module: nn.Module = inner if own is None else own
-        self._trainee = Trainee(inner, self._work.callbacks, self._adopt)
+        self._trainee = Trainee(inner, self._work.callbacks, self._adopt, self._carry_on)
         self._optimizers: list[Optimizer] = []
         self._copies: list[tuple[nn.Module, nn.Module]] = []  # what the user holds, and its part with the parameters
         self._ready = self._finished = False
@@ -118,7 +119,7 @@ class Session:
         if not self._ready:
             raise BadInput("after_step: call before_step(optimizer) first, between backward() and optimizer.step()")
         self._ready = False
-        replaced = self._trainee.after_step(self.step, self._optimizers)
+        replaced = self._trainee.after_step(self.step)
         self.step += 1
         return replaced
 
@@ -216,12 +217,9 @@ class Session:
             module = callback.load_state_dict(saved)
             if module is not None:
                 self._trainee.replace(module)
-        new = dict(self.module.named_parameters())
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                names = {id(p): name for name, p in old.items()}
-                group["params"] = [new[names[id(p)]] if id(p) in names else p for p in group["params"]]
+        for i, optimizer in enumerate(optimizers):
             optimizer.state.clear()
+            carry(optimizer, old, dict(self.module.named_parameters()), {}, adds=i == 0)
         self.step = state["step"]
 
     # ---------------------------------------------------------------------------------------------------------- checks
@@ -231,6 +229,10 @@ class Session:
         training = self.module.training
         self.module.become(module if device is None else module.to(device))
         return self.module.train(training)
+
+    def _carry_on(self, old: Parameters, new: Parameters, kept: Kept) -> None:
+        for i, optimizer in enumerate(self._optimizers):
+            carry(optimizer, old, new, kept, adds=i == 0)
 
     def _require_running(self, what: str) -> None:
         if self._finished:

@@ -79,8 +79,9 @@ class HeldPruner(Pruner):
                 gradient.index_fill_(dim, gone.to(gradient.device), 0)
 
     def after_step(self, step: int, module: TrainableModule) -> Surgery | None:
-        super().after_step(step, module)
-        self.hold(module)
+        seen = self._smaller(self.own, self.masks) if step + 1 in self.events else self.own
+        super().after_step(step, seen)
+        self.hold(self.own)
         return None
 
     def hold(self, module: torch.nn.Module) -> None:
@@ -99,9 +100,6 @@ class HeldPruner(Pruner):
         self._zeros = list(self._columns())
         self.hold(self.own)
 
-    def _by_magnitude(self, done: int, module: TrainableModule) -> Surgery | None:
-        return super()._by_magnitude(done, self._smaller(module, self.masks))
-
     def _smaller(self, module: TrainableModule, masks: ax.Masks) -> TrainableModule:
         """A copy of a module of the original's shapes, as the masks leave it."""
         kept = kept_indices(self.comb, masks)
@@ -110,11 +108,10 @@ class HeldPruner(Pruner):
 
     def _surgery(self, module: TrainableModule, old: ax.Masks) -> None:  # type: ignore[override]
         if self.repair is not None:
-            repaired = super()._surgery(self._smaller(module, old), old).module
             with torch.no_grad():
-                self._take_back(repaired, module)
+                self._take_back(super()._surgery(module, old).module, self.own)
         self._zeros = list(self._columns())
-        self.hold(module)
+        self.hold(self.own)
 
     def _take_back(self, smaller: TrainableModule, module: TrainableModule) -> None:
         """Put the tensors of a smaller network where they belong in a module of the original's shapes."""

@@ -7,7 +7,7 @@ loader's batch size times the number of processes. Source: ours.
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -31,9 +31,10 @@ from ..common.losses import accuracy
 from ..common.processes import accelerator, agreed, gathered, move, reduced
 from ..common.repeat import code_of, rng_state, run_code, sample, seeded, set_rng_state
 from ..common.scoring import bar, score
-from .callbacks import Callback, HeldZeros, Surgery, select_kept
+from .callbacks import Callback, HeldZeros, Kept
 from .checkpoint import Checkpoint, data_differs
 from .options import Training, learning_rate, make_optimizer
+from .trainee import Parameters, Trainee, carry_state
 
 Objective = Callable[[Any, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -123,7 +124,8 @@ class _Loop:
 
     def __post_init__(self) -> None:
         context, acc = self.context, self.acc
-        self.module, self.contexts = self.program.module(), ExitStack()
+        module = self.program.module()
+        self.trainee = Trainee(module, self.callbacks, self._adopt, self._carry_on)
         self.feed, self.val_feed = Feed(self.program), Feed(self.program, "val")
         self.data = shard(context.batches, acc.process_index, acc.num_processes)
         self.per_epoch = length(self.data)
@@ -132,7 +134,7 @@ class _Loop:
                 f"data: the last batch is short, the program is fixed to {self.feed.static} samples, and so only some "
                 "processes would take a step; set drop_last=True"
             )
-        if not any(p.requires_grad for p in self.module.parameters()):
+        if not any(p.requires_grad for p in module.parameters()):
             raise BadInput(f"{self.name}: nothing to train, all parameters are frozen (requires_grad is False)")
         if self.per_epoch == 0:
             raise BadInput("data: holds no batch (or fewer batches than there are processes)")
@@ -144,7 +146,7 @@ class _Loop:
         self.sums: dict[str, float] = {}
         self.order: list[torch.Tensor] = []  # states of the data's generators at the start of the epoch
         self.seen: list[str] = []  # codes of the first batches of the first epoch
-        self.finite = _finite(self.module)
+        self.finite = _finite(module)
         self.rng: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
@@ -155,41 +157,37 @@ class _Loop:
             self._train_on(self.module)
             return self._run()
         finally:
-            self.contexts.close()
+            self.trainee.leave()
             move(self.module.eval(), home)
 
+    @property
+    def module(self) -> TrainableModule:
+        """The network that trains."""
+        return self.trainee.module
+
     def _train_on(self, module: TrainableModule) -> None:
-        """Make this the network that trains: on the device, in the callbacks' contexts, with an optimizer of its own."""
-        self.contexts.close()
-        self.module = module
+        """Make this the network that trains, with an optimizer of its own."""
+        self.trainee.replace(module)
+        self._prepare()
+
+    def _adopt(self, module: TrainableModule) -> TrainableModule:
         self.finite &= set(module.state_dict())
         self.program.replace_module(module)
         move(module, self.acc.device)
-        for callback in self.callbacks:
-            self.contexts.enter_context(callback.training_context(module))
-        self.acc._models.clear()  # accelerate keeps every model it was ever given
-        self.model = self.acc.prepare_model(module)
-        self.optimizer = make_optimizer(module, self.training)
+        return module
 
-    def _operate(self, surgery: Surgery | None) -> None:
-        """Go on with a smaller network; the optimizer's moments lose the same indices."""
-        if surgery is None:
-            return
-        old, moments = dict(self.module.named_parameters()), self.optimizer.state
-        surgery.module.meta |= {k: v for k, v in self.module.meta.items() if k == "batches"}
-        self._train_on(surgery.module)
+    def _prepare(self) -> None:
+        self.acc._models.clear()  # accelerate keeps every model it was ever given
+        self.model = self.acc.prepare_model(self.module)
+        self.optimizer = make_optimizer(self.module, self.training)
+
+    def _carry_on(self, old: Parameters, new: Parameters, kept: Kept) -> None:
+        """Go on with the network that takes the place of another, and with what the optimizer knows of it. The optimizer
+        is a new one, so that the order of its parameters is what it is after a resume."""
+        state = self.optimizer.state
+        self._prepare()
         self.module.train(batch_norm=self.training.batch_norm == "train")
-        for name, parameter in self.module.named_parameters():
-            if old.get(name) not in moments:
-                continue  # frozen, new, or no gradient has reached it: the optimizer knows nothing of it
-            self.optimizer.state[parameter] = {
-                key: select_kept(value, surgery.tensors.get(name, {}))
-                if isinstance(value, torch.Tensor) and value.shape == old[name].shape
-                else value
-                for key, value in moments[old[name]].items()
-            }
-        for callback in self.callbacks:
-            callback.after_surgery(surgery)
+        carry_state(state, self.optimizer, old, new, kept)
 
     def _run(self) -> dict[str, Any]:
         record: dict[str, Any] = {}
@@ -197,8 +195,7 @@ class _Loop:
             self._load(state)
             record["resumed_at"] = self.step
         else:
-            for callback in self.callbacks:
-                self._operate(callback.begin(self.module))
+            self.trainee.begin()
         with bar(self.context.progress and self.acc.is_main_process, self.name, self.total) as update:
             while self.done < self.total:
                 self._epoch(update)
@@ -266,17 +263,13 @@ class _Loop:
         self._require_finite(batch, values[0], rate)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        scale = self.scaler.get_scale()
-        for callback in self.callbacks:
-            callback.loss_scale = scale
-            callback.after_backward(self.step, self.module)
+        self.trainee.after_backward(self.step, self.scaler.get_scale())
         if training.clip:
             nn.utils.clip_grad_norm_(self.module.parameters(), training.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        for callback in self.callbacks:
-            self._operate(callback.after_step(self.step, self.module))
+        self.trainee.after_step(self.step)
         self._note(values[0])
         for key, value in zip(("loss", *parts), values, strict=True):
             self.sums[key] = self.sums.get(key, 0.0) + value

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from ...graph.trainable import TrainableModule
 from ..base import PassResult
 from ..common.feed import Batch
 from .callbacks import Callback, Kept, Surgery, select_kept
+
+Parameters = Mapping[str, torch.nn.Parameter]
 
 
 @dataclass
@@ -37,16 +40,18 @@ class Trainee:
     """The network that trains, and the callbacks that look at its gradients and replace it.
 
     adopt(module): makes another module the one that trains and returns what then stands for it, which may be a module that
-    took its contents over. Callbacks keep their taps in the module from `enter` to `leave`.
+    took its contents over. carry_on(old, new, kept): lets the optimizers go on with new parameters (see `carry`). Callbacks
+    keep their taps in the module from `enter` to `leave`.
     """
 
     def __init__(
         self,
         module: TrainableModule,
         callbacks: Sequence[Callback],
-        adopt: Callable[[TrainableModule], TrainableModule] = lambda module: module,
+        adopt: Callable[[TrainableModule], TrainableModule],
+        carry_on: Callable[[Parameters, Parameters, Kept], None],
     ):
-        self.module, self.callbacks, self._adopt = module, list(callbacks), adopt
+        self.module, self.callbacks, self._adopt, self._carry_on = module, list(callbacks), adopt, carry_on
         self.copies: list[torch.nn.Module] = []  # of the module, such as moving averages: they lose what it loses
         self._contexts = ExitStack()
 
@@ -59,9 +64,9 @@ class Trainee:
         """Take that out again."""
         self._contexts.close()
 
-    def begin(self, optimizers: Iterable[Optimizer] = ()) -> bool:
+    def begin(self) -> bool:
         """Before the first step. Returns whether the network was replaced."""
-        done = [self._operate(callback.begin(self.module), optimizers) for callback in self.callbacks]
+        done = [self._operate(callback.begin(self.module)) for callback in self.callbacks]
         return any(done)
 
     def after_backward(self, step: int, scale: float = 1.0) -> None:
@@ -70,9 +75,9 @@ class Trainee:
             callback.loss_scale = scale
             callback.after_backward(step, self.module)
 
-    def after_step(self, step: int, optimizers: Iterable[Optimizer]) -> bool:
-        """The optimizers have stepped. Returns whether the network was replaced; they then hold the new parameters."""
-        done = [self._operate(callback.after_step(step, self.module), optimizers) for callback in self.callbacks]
+    def after_step(self, step: int) -> bool:
+        """The optimizers have stepped. Returns whether the network was replaced."""
+        done = [self._operate(callback.after_step(step, self.module)) for callback in self.callbacks]
         for callback in self.callbacks:
             for copy in self.copies:
                 callback.hold(copy)
@@ -93,7 +98,7 @@ class Trainee:
 
         return rebuild(self.module if surgery is None else surgery.module, take).train(copy.training)
 
-    def _operate(self, surgery: Surgery | None, optimizers: Iterable[Optimizer]) -> bool:
+    def _operate(self, surgery: Surgery | None) -> bool:
         if surgery is None:
             return False
         old = dict(self.module.named_parameters())
@@ -102,41 +107,53 @@ class Trainee:
             assert isinstance(copy, TrainableModule)
             copy.become(self.like(copy, surgery))
         self.replace(surgery.module)
-        new = dict(self.module.named_parameters())
-        for optimizer in optimizers:
-            carry(optimizer, old, new, surgery.tensors)
+        self._carry_on(old, dict(self.module.named_parameters()), surgery.tensors)
         for callback in self.callbacks:
             callback.after_surgery(surgery)
         return True
 
 
-def carry(optimizer: Optimizer, old: Mapping[str, Any], new: Mapping[str, Any], kept: Kept) -> None:
+def carry(optimizer: Optimizer, old: Parameters, new: Parameters, kept: Kept, adds: bool = False) -> None:
     """Let an optimizer go on with the parameters that replace its own, in place: parameter groups, schedulers and whoever
     else holds the optimizer stay as they are.
 
-    old, new: parameters by name. kept: indices that stayed, by name. State of a parameter's own shape, such as moments,
-    keeps the same indices; where some state has another shape (Adafactor's factors), that parameter's state starts anew, and
-    a warning says so. Parameters that are gone leave their group; those the optimizer never held are not added.
+    old, new: parameters by name. kept: indices that stayed, by name. State goes along as in `carry_state`. Parameters that
+    are gone leave their group; with `adds`, those of names that were not there before join the first group that holds
+    parameters of their kind, vectors or others.
     """
     names = {id(parameter): name for name, parameter in old.items()}
-    anew = []
+    fresh = [p for name, p in new.items() if name not in old and p.requires_grad] if adds else []
     for group in optimizer.param_groups:
         held = [(p, names.get(id(p))) for p in group["params"]]
+        kinds = {p.dim() > 1 for p, _ in held}
         group["params"] = [p if name is None else new[name] for p, name in held if name is None or name in new]
-        for parameter, name in held:
-            if name is None or parameter not in optimizer.state:
-                continue
-            state = optimizer.state.pop(parameter)
-            if name not in new:
-                continue
-            shape, dims = parameter.shape, kept.get(name, {})
-            tensors = [v for v in state.values() if isinstance(v, torch.Tensor) and v.dim()]
-            if dims and any(t.shape != shape for t in tensors):
+        group["params"] += [p for p in fresh if (p.dim() > 1) in kinds]
+        fresh = [p for p in fresh if (p.dim() > 1) not in kinds]
+    state, optimizer.state = optimizer.state, defaultdict(dict)
+    carry_state(state, optimizer, old, new, kept)
+
+
+def carry_state(
+    state: Mapping[Any, dict[str, Any]], optimizer: Optimizer, old: Parameters, new: Parameters, kept: Kept
+) -> None:
+    """Give an optimizer of new parameters the state that another one had of the old.
+
+    State of a parameter's own shape, such as moments, keeps the same indices; where some state has another shape
+    (Adafactor's factors), that parameter's state starts anew, and a warning says so.
+    """
+    anew, named = [], {id(p): name for name, p in old.items()}
+    for parameter, values in state.items():
+        name = named.get(id(parameter))
+        if name is None:
+            optimizer.state[parameter] = values
+        elif name in new:
+            dims, shape = kept.get(name, {}), parameter.shape
+            if dims and any(isinstance(v, torch.Tensor) and v.dim() and v.shape != shape for v in values.values()):
                 anew.append(name)
                 continue
             optimizer.state[new[name]] = {
                 key: select_kept(v, dims) if isinstance(v, torch.Tensor) and v.shape == shape else v
-                for key, v in state.items()
+                for key, v in values.items()
             }
     if anew:
         warnings.warn(

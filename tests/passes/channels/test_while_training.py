@@ -193,17 +193,15 @@ def test_training_the_sliced_network_is_training_the_masked_one():
 def test_moments_of_adam_go_with_their_weights(monkeypatch, repair):
     """Right after an event they are slices of those before it, also where a repair has changed the weights."""
     seen = []
-    operate = loop._Loop._operate
+    carry_on = loop._Loop._carry_on
 
-    def watched(loop, surgery):
-        if surgery is None:
-            return
-        for act in (lambda: None, lambda: operate(loop, surgery)):
+    def watched(loop, old, new, kept):
+        for parameters, act in ((old, lambda: None), (new, lambda: carry_on(loop, old, new, kept))):
             act()
-            moments = {n: loop.optimizer.state[p] for n, p in loop.module.named_parameters()}
+            moments = {n: loop.optimizer.state[p] for n, p in parameters.items()}
             seen.append({n: {k: t.clone() for k, t in m.items()} for n, m in moments.items()})
 
-    monkeypatch.setattr(loop._Loop, "_operate", watched)
+    monkeypatch.setattr(loop._Loop, "_carry_on", watched)
     result = pruning(interval=6, repair=repair)(dense(), data=batches())
     assert len(seen) == 2
     for name, moments in seen[1].items():
