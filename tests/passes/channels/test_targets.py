@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphcomb import Comb, capture
+from graphcomb import Comb, Pipeline, capture
 from graphcomb.graph.errors import BadInput, Unreachable
 from graphcomb.passes import Context, Distill, RemoveChannels
 from graphcomb.passes.channels.importance.scores import IMPORTANCES
@@ -195,8 +195,11 @@ def test_a_frozen_backbone_is_named_as_the_reason():
     ids=lambda o: next(iter(o)),
 )
 def test_options_of_training_need_training(option):
-    with pytest.raises(BadInput, match=rf"RemoveChannels.{next(iter(option))}: says how to prune while training"):
-        RemoveChannels(macs=0.5, **option)
+    """A loop of the user's own may come (`attach`), so it is said where the pass is used, and before a pipeline runs."""
+    says = rf"RemoveChannels.{next(iter(option))}: says how to prune while training"
+    for use in (lambda p: p(capture(nn.Linear(4, 4), (torch.zeros(2, 4),))), lambda p: Pipeline([p])):
+        with pytest.raises(BadInput, match=says):
+            use(RemoveChannels(macs=0.5, **option))
     RemoveChannels(macs=0.5, train=TRAIN, **option)
     assert RemoveChannels(macs=0.5, schedule="one-shot").schedule == "one-shot"
 
