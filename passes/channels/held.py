@@ -27,7 +27,7 @@ from ..common.processes import averaged
 from ..repair.repair import Repair
 from ..train.callbacks import Surgery
 from .importance.gates import Gates
-from .importance.scores import TRANSFORMS, GradientScores
+from .importance.scores import TRANSFORMS, GradientScores, OwnImportance
 from .targets import Task
 from .while_training import Pruner
 
@@ -55,7 +55,7 @@ class HeldPruner(Pruner):
         self,
         own: TrainableModule,
         task: Task,
-        importance: str,
+        importance: str | OwnImportance,
         events: dict[int, float],
         samples: int,
         identity: Any,
@@ -95,7 +95,7 @@ class HeldPruner(Pruner):
         """The exact slice of a program of the original's shapes."""
         return trained.derive(self._smaller(trained.module(), self.masks))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # type: ignore[override]
         super().load_state_dict(state)
         self._zeros = list(self._columns())
         self.hold(self.own)

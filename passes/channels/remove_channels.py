@@ -204,7 +204,7 @@ class RemoveChannels(Pass):
             smaller = pruner.cut(trained) if isinstance(pruner, HeldPruner) else trained
             return training.concluded(pruner, smaller, {"steps": steps, "events": pruner.log})
 
-        return Work([pruner], conclude, self.train and self.train.loss_in_loop(program, context))
+        return Work([pruner], conclude, None if self.train is None else self.train.loss_in_loop(program, context))
 
     def pruner(self, program: Program, context: Context, steps: int, own: TrainableModule | None = None) -> Pruner:
         """What cuts the program while it trains for so many steps, or with `own` holds zeros in it (`HeldPruner`). What
@@ -218,8 +218,9 @@ class RemoveChannels(Pass):
         identity = [self.options(), code, self.alignment(context), rows, task.chooser.prediction]
         assert self.importance is not None
         repair = Repair() if self.repair else None
-        options = (task, self.importance, events, self.samples, identity, repair)
-        return Pruner(*options) if own is None else HeldPruner(own, *options)
+        if own is None:
+            return Pruner(task, self.importance, events, self.samples, identity, repair)
+        return HeldPruner(own, task, self.importance, events, self.samples, identity, repair)
 
     def concluded(self, pruner: Pruner, smaller: Program, training: dict[str, Any]) -> PassResult:
         """The result of a pruner that has cut the program to `smaller`, proven to be one slice of the masked network.
