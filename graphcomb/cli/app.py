@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from ..graph.errors import GraphcombError
 from .bench import bench, bundle
 from .build import build
-from .output import BAD_INPUT, INTERRUPTED, UNEXPECTED, Interrupted, printable, show_warnings
+from .output import BAD_INPUT, INTERRUPTED, UNEXPECTED, Interrupted, complain, show_warnings
 from .plan import comb, plan
 from .predict import predict
 from .report import report
@@ -70,5 +70,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    complain("error", message)
     return code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from ..graph.errors import BadInput
 from .arguments import Quiet, Shapes, read_values
-from .output import NO_FIGURE, Interrupted, between, console, printable
+from .output import NO_FIGURE, Interrupted, between, complain, console
 from .report import read_run
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def bench(
     )  # fmt: skip
     if out is not None:
         write_json(out, result.to_dict(), indent=2)
-    show_bench(Bench.model_validate(printable(result.to_dict())))
+    show_bench(Bench.model_validate(result.to_dict()))
     if result.ratio is None:
         raise typer.Exit(NO_FIGURE)
 
@@ -90,7 +89,7 @@ def measure_bundle(
     if results.get("interrupted"):
         raise Interrupted
     for name, reason in results.get("failed", {}).items():
-        print(f"failed: {name}: {' '.join(str(reason).split())}", file=sys.stderr)
+        complain("failed", f"{name}: {reason}")
     if results.get("failed") or (len(results["models"]) > 1 and not any(results["ratios"].values())):
         raise typer.Exit(NO_FIGURE)
 
@@ -146,7 +145,7 @@ def bundle(
     )
     for name, about in read_json(folder / "bundle.json")["models"].items():
         if about["note"]:
-            console.print(printable(f"{name}: {about['note']}"), soft_wrap=True, markup=False)
+            console.print(f"{name}: {about['note']}", soft_wrap=True)
     console.print(f"{folder}: on the device, python3 bench_device.py; or graphcomb bench {folder} --host USER@DEVICE")
 
 
@@ -164,7 +163,6 @@ def show_bench(result: Bench) -> None:
 
 def show_device(results: dict[str, Any]) -> None:
     """Print what a bench bundle measured on a device."""
-    results = printable(results)
     console.print(f"{results['device']['model'] or 'this machine'}, {results['engine']} {results['version']}")
     table = Table("model", "run as", "median ms", "p99 ms", "times faster", "power W", "energy mJ", "error")
     wrong = {name for name, row in results["models"].items() if row["parity"].get("note")}

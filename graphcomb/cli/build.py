@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ import typer
 from rich.table import Table
 
 from .arguments import read_sizes, read_values
-from .output import WORSE, console, printable
+from .output import WORSE, complain, console
 
 if TYPE_CHECKING:
     from ..runtime.devices.dla import Placement
@@ -68,16 +67,16 @@ def build(
     except UnparsedOp as error:
         if gate is None:
             raise
-        print(f"gate: {' '.join(str(error).split())}", file=sys.stderr)
+        complain("gate", error)
         raise typer.Exit(WORSE) from error
     report = built.to_dict()
     baseline = choose(baselines, built.precision) if baselines else None
     if json_:
         write_json(json_, report, indent=2)
-    show_engine(Engine.model_validate(printable(report)))
+    show_engine(Engine.model_validate(report))
     if baseline is not None and (worse := compare(Build.model_validate(report), baseline)):
         for text in worse:
-            print(f"gate: {text}", file=sys.stderr)
+            complain("gate", text)
         raise typer.Exit(WORSE)
 
 

@@ -9,25 +9,37 @@ from typing import Any
 from unicodedata import category
 
 from rich.console import Console
+from rich.text import Text
 
 BAD_INPUT, UNEXPECTED, WORSE, NO_FIGURE, INTERRUPTED = 2, 1, 1, 1, 130  # exit codes
 # Warnings for developers of the code that warns.
 HIDDEN = DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning, ResourceWarning, SyntaxWarning
 LIBRARIES = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"))
-console = Console(markup=False, emoji=False)  # names and lines of source code may look like markup
 
 
 class Interrupted(Exception):
     """Ctrl-C, under a name that the command-line library does not handle itself."""
 
 
-def printable(value: Any) -> Any:
-    """Return a value of a file or a device without the control characters, which a terminal would obey, in its texts."""
-    if isinstance(value, str):
-        return "".join("\ufffd" if category(c)[0] == "C" and c not in "\n\t" else c for c in value)
-    if isinstance(value, dict):
-        return {printable(k): printable(v) for k, v in value.items()}
-    return [printable(v) for v in value] if isinstance(value, list) else value
+def printable(text: str) -> str:
+    """Return a text without the control characters, which a terminal would obey."""
+    return "".join("\ufffd" if category(c)[0] == "C" and c not in "\n\t" else c for c in text)
+
+
+class Terminal(Console):
+    """A console that prints no control characters of files and devices, in lines and in cells of tables alike."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return what is printed of a string."""
+        return super().render_str(printable(text), **options)
+
+
+console = Terminal(markup=False, emoji=False)  # names and lines of source code may look like markup
+
+
+def complain(kind: str, text: object) -> None:
+    """Write one line to stderr."""
+    print(f"{kind}: {printable(' '.join(str(text).split()))}", file=sys.stderr)
 
 
 def between(ratio: dict[str, float]) -> str:
@@ -45,7 +57,7 @@ def show_warnings() -> None:
         text = " ".join(str(message).split())
         if text not in seen and not issubclass(category, HIDDEN) and _is_ours_or_users(filename):
             seen.add(text)
-            print(f"warning: {text}", file=sys.stderr)
+            complain("warning", text)
 
     warnings.simplefilter("always")
     warnings.showwarning = show

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from .arguments import Overrides, Quiet, RecipeFile
 from .output import console
@@ -70,14 +69,14 @@ def show_summary(summary: Summary) -> None:
     for key, form in SUMMARY_ROWS.items():
         if (number := getattr(summary, key)) is not None and key not in hidden:
             where = f" in {latency_place(summary)}" if key == "latency_ratio" else ""
-            table.add_row(key, Text(form.format(number) + where))
+            table.add_row(key, form.format(number) + where)
     if (prediction := summary.prediction) and len(prediction.ms) == 2:
         before, after = prediction.ms.values()
         where = f"{prediction.target}, {prediction.precision}, batch {prediction.batch}"
         doubt = prediction.uncertainty
         bar = f" (each off by up to {doubt.factor:.2g} times)" if doubt else ""
         ms = f"{before:.3g} -> {after:.3g} ms{bar}"
-        table.add_row("predicted", Text(f"{before / after:.2f}x faster on {where}: {ms}") if after else "")
+        table.add_row("predicted", f"{before / after:.2f}x faster on {where}: {ms}" if after else "")
     for kind, path in summary.files.items():
         for one in path if isinstance(path, list) else [path]:
             table.add_row(kind, one)

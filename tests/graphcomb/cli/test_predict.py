@@ -96,6 +96,14 @@ def test_predict(cli, results: Path, tmp_path: Path) -> None:
     assert found.precision == "fp16"
 
 
+def test_results_cannot_command_the_terminal(cli, results: Path) -> None:
+    results.write_text(results.read_text().replace('"10.3"', r'"10.3\u001b[2J\u0007"'))
+    outcome = cli("predict", "toys:net", "--input", "1,3,32,32", "--calibrate", results, "--target", "agx-orin")
+    assert outcome.code == 0, outcome.err
+    assert "measured by tensorrt 10.3\ufffd[2J\ufffd (" in outcome.out
+    assert "\x1b" not in outcome.out
+
+
 @pytest.mark.parametrize("batch", [0, -4])
 def test_a_batch_below_one_is_refused(refused, batch: int) -> None:
     assert refused("predict", "toys:net", "--input", "1,3,32,32", "--batch", batch) == f"batch: 1 or more, not {batch}"

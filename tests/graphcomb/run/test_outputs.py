@@ -11,7 +11,6 @@ from torch import nn
 
 import graphcomb
 from graphcomb import runtime
-from graphcomb.cli.output import printable
 from graphcomb.runtime.devices.table import get_target
 from graphcomb.runtime.engines.base import EngineReport
 from graphcomb.runtime.export.opset import choose_opset
@@ -113,8 +112,3 @@ def test_the_best_opset_is_what_the_operators_need() -> None:
     assert [choose_opset(program, get_target(name)) for name in ("drive-orin", "rtx-sm86")] == [17, 18]
     assert choose_opset(program) == 18
     assert choose_opset(program, get_target("orin-nano"), 20) == 20
-
-
-def test_texts_of_devices_reach_no_terminal_as_commands() -> None:
-    found = printable({"model": "Orin\x1b[2J\x07\u202e", "notes": ["a\x9b31m", 3.5, None, "3 µm · 5\u00a0% −1"]})
-    assert found == {"model": "Orin\ufffd[2J\ufffd\ufffd", "notes": ["a\ufffd31m", 3.5, None, "3 µm · 5\u00a0% −1"]}
