@@ -109,6 +109,9 @@ def bundle(
     opset: Annotated[
         int | None, typer.Option("--opset", help="Of programs (.pt2): 17 for TensorRT 8, as on JetPack 5 and 6.0.")
     ] = None,
+    plugin: Annotated[
+        list[Path] | None, typer.Option("--plugin", help="A library with operators of TensorRT's, for the device.")
+    ] = None,
 ) -> None:
     """Write a folder that measures models on a device with nothing but its own TensorRT and numpy."""
     from ..graph.files import read_json
@@ -141,7 +144,7 @@ def bundle(
             files[name] = Path(file)
     contents = {name: load(path) if path.suffix == ".pt2" else path for name, path in files.items()}
     folder = write_bundle(
-        out, contents, precision or "fp16", target, batch, record, layers, read_shapes(shape or ()), opset
+        out, contents, precision or "fp16", target, batch, record, layers, read_shapes(shape or ()), opset, plugin or ()
     )
     for name, about in read_json(folder / "bundle.json")["models"].items():
         if about["note"]:

@@ -13,7 +13,7 @@ from typing import Any
 from ...graph.errors import BadInput, GraphcombError, nearest
 from ...graph.files import read_json, replacing
 from ..device_results import read_results
-from ..kit import SCRIPT
+from ..kit import PLUGINS, SCRIPT
 from ..kit.bench import INTERRUPTED, OPTIONS
 from ..kit.contents import digest
 
@@ -99,7 +99,7 @@ def _contents(folder: Path) -> list[Path]:
         models = list(read_json(folder / "bundle.json")["models"])
     except (KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'bundle.json'}: no models; bundle them again") from error
-    names = [SCRIPT, "bundle.json", "README.txt", "record.json", *models]
+    names = [SCRIPT, "bundle.json", "README.txt", "record.json", PLUGINS, *models]
     parts = sorted(folder.glob("graphcomb_*.py"))  # a bundle of an older version may have others
     return [*parts, *(folder / name for name in names if (folder / name).exists())]
 

@@ -24,6 +24,7 @@ from ...graph.files import write_json
 from ...graph.program import Program
 from ...graph.workload.libraries import ONNXRUNTIME
 from ..devices.table import Target, get_target
+from ..engines.base import UnparsedOp
 from ..engines.ort import OrtEngine
 from ..export.compare import TOLERANCES, ranges_of, verdict
 from ..export.half import inexact, to_half
@@ -31,11 +32,11 @@ from ..export.islands import islands
 from ..export.parity import Case
 from ..export.sparsity import sparse_weights
 from ..export.to_onnx import export_onnx
-from ..kit import SCRIPT, bundled_files
+from ..kit import PLUGINS, SCRIPT, bundled_files
 from ..kit.contents import FORMAT, digest
 from ..kit.contents import TOLERANCES as DEVICE_TOLERANCES
 from ..measure.inputs import random_inputs
-from ..onnx_file import TensorSpec, check_model, opset_of, precision
+from ..onnx_file import TensorSpec, check_model, opset_of, precision, tensor_specs
 from ..prediction.layers import describe, name_nodes
 from ..prediction.roofline import Roofline
 
@@ -58,6 +59,7 @@ def write_bundle(
     layers: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     opset: int | None = None,
+    plugins: Sequence[str | Path] = (),
 ) -> Path:
     """Write a bench bundle: a folder that measures models on a device with nothing but its own TensorRT and numpy.
 
@@ -77,6 +79,9 @@ def write_bundle(
     - shapes: of inputs, by name, where more than the batch is dynamic.
     - opset: of programs; by default the best that the target's current releases parse. TensorRT 8, as JetPack 5 and 6.0
       have it, parses up to 17.
+    - plugins: shared libraries, built for the device, with operators that TensorRT lacks; they are copied into the
+      bundle, and their code runs on the device. What ONNX Runtime cannot run for their operators has a reference without
+      outputs: it is measured, and its outputs are compared with nothing, which the note says.
 
     Raises BadInput for a folder that holds something else or a model that does not fit the target, the precision or the
     other models, Refused for what half precision spoils, and what `export_onnx` raises for programs.
@@ -84,6 +89,7 @@ def write_bundle(
     folder = Path(folder)
     device = get_target(target) if isinstance(target, str) else target
     _check(folder, models, kind, device, batch)
+    _check_plugins(plugins, device)
     folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {}
     inputs: list[np.ndarray] | None = None
@@ -95,26 +101,29 @@ def write_bundle(
             with _naming(Path(part), name):
                 make = functools.partial(random_inputs, batch=batch, shapes=shapes)
                 exact, file, note = _lower(source, kind, device, place, scratch, opset, make)
-                engine = OrtEngine(exact)
-                inputs = inputs or random_inputs(engine.inputs, batch, shapes)
-                if len(inputs) != len(engine.inputs):
-                    raise BadInput(f"bundle: {name} takes {len(engine.inputs)} inputs, the first model {len(inputs)}")
-                feeds = [x.astype(i.dtype) for x, i in zip(inputs, engine.inputs, strict=True)]
-                _write_reference(place / "reference.npz", engine, feeds)
-                engine.close()
                 model = check_model(file)
+                graph = check_model(exact).graph
+                weights = {tensor.name for tensor in graph.initializer}
+                specs = tensor_specs(value for value in graph.input if value.name not in weights)
+                inputs = inputs or random_inputs(specs, batch, shapes)
+                if len(inputs) != len(specs):
+                    raise BadInput(f"bundle: {name} takes {len(specs)} inputs, the first model {len(inputs)}")
+                feeds = {i.name: x.astype(i.dtype) for x, i in zip(inputs, specs, strict=True)}
+                outputs, missing = _run_reference(exact, list(feeds.values()), bool(plugins))
+                _write_reference(place / "reference.npz", feeds, outputs)
+                note = "; ".join(filter(None, [note, missing]))
             rules = ONNXRUNTIME if device is None else Roofline(device, kind).rules
             rows = describe(source, batch, rules) if isinstance(source, Program) else (layers or {}).get(name, ())
             about[name] = {
                 "file": f"{name}/{file.name}",
                 "reference": f"{name}/reference.npz",
-                "outputs": [output.name for output in engine.outputs],
+                "outputs": [output.name for output in graph.output],
                 "sha256": digest(file),
                 "data": {f"{name}/{data}": digest(place / data) for data in _weights(model, file)},
                 "precision": precision(model),
                 "sparse": any(w.pattern for w in sparse_weights(onnx.load(str(file)))),
                 "opset": opset_of(model),
-                "batch": int(feeds[0].shape[0]) if feeds and feeds[0].ndim else None,
+                "batch": next((int(x.shape[0]) if x.ndim else None for x in feeds.values()), None),
                 "note": note,
                 "layers": name_nodes(rows, model),
             }
@@ -131,6 +140,7 @@ def write_bundle(
     (folder / "README.txt").write_text(README.format(script=SCRIPT, models=", ".join(models), clocks=clocks))
     head: dict[str, Any] = {"format": FORMAT, "graphcomb": metadata.version("graphcomb"), "precision": kind}
     head |= {"target": device.name if device else None, "engine": device.backend if device else None}
+    head["plugins"] = _copy_plugins(plugins, folder / PLUGINS)
     write_json(folder / "bundle.json", head | {"models": about}, indent=1)
     return folder
 
@@ -154,10 +164,42 @@ def _check(
             raise BadInput(f"bundle: {name} is no name for a model; letters, digits and _ only")
 
 
-def _write_reference(file: Path, engine: OrtEngine, feeds: list[np.ndarray]) -> None:
+def _check_plugins(plugins: Sequence[str | Path], device: Target | None) -> None:
+    """Raise BadInput for plugins that cannot be bundled."""
+    if plugins and device is not None and device.backend != "tensorrt":
+        raise BadInput(f"plugins: are for TensorRT; target {device.name} runs {device.backend}")
+    for path in map(Path, plugins):
+        if not path.is_file():
+            raise BadInput(f"plugins: {path}: no such file")
+    if len({Path(path).name for path in plugins}) < len(plugins):
+        raise BadInput("plugins: two files of the same name; rename one")
+
+
+def _copy_plugins(plugins: Sequence[str | Path], folder: Path) -> dict[str, str]:
+    """Copy the libraries; their digests by name in the bundle."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if plugins:
+        folder.mkdir()
+    return {f"{folder.name}/{Path(p).name}": digest(Path(shutil.copyfile(p, folder / Path(p).name))) for p in plugins}
+
+
+def _run_reference(exact: Path, feeds: list[np.ndarray], plugins: bool) -> tuple[list[np.ndarray], str]:
+    """The outputs in ONNX Runtime; none, and why, where plugins have operators that it lacks."""
+    try:
+        engine = OrtEngine(exact)
+    except UnparsedOp as error:
+        if not plugins:
+            raise
+        return [], f"its outputs are not compared: {str(error).removeprefix(f'{exact}: ')}"
+    outputs = engine.run(feeds)
+    engine.close()
+    return outputs, ""
+
+
+def _write_reference(file: Path, feeds: Mapping[str, np.ndarray], outputs: list[np.ndarray]) -> None:
     """Write the inputs by name, and the outputs for them in order."""
-    arrays = {f"input:{spec.name}": array for spec, array in zip(engine.inputs, feeds, strict=True)}
-    arrays |= {f"output:{n:03d}": array for n, array in enumerate(engine.run(feeds))}
+    arrays = {f"input:{name}": array for name, array in feeds.items()}
+    arrays |= {f"output:{n:03d}": array for n, array in enumerate(outputs)}
     np.savez(file, allow_pickle=False, **arrays)
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 SCRIPT = "bench_device.py"  # what bench.py is called in a bundle; the files that it imports begin with graphcomb_
+PLUGINS = "plugin-libraries"  # the folder of a bundle's plugins, whose name no model can have
 
 
 def bundled_files() -> dict[str, str]:

@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None], result: dict[
             arguments.engine, bundle.get("target"), wanted, why
         ))  # fmt: skip
     arguments.device = result["device"]["model"]
+    arguments.plugins = {str(HERE / name): sha256 for name, sha256 in bundle["plugins"].items()}
     monitor = Monitor()
     engines: dict[str, Any] = {}
     events = over_current()

@@ -64,6 +64,7 @@ def read_bundle(folder: Path) -> dict[str, Any]:
                 str(about[k]) for k in ("file", "reference", "sha256")
             )
             TOLERANCES[about["precision"]]
+    _check_files(folder, bundle.setdefault("plugins", {}))
     return bundle
 
 
@@ -72,15 +73,19 @@ def read_reference(folder: Path, about: dict[str, Any]) -> tuple[dict[str, np.nd
 
     Raises Damaged where its files are not those that were bundled.
     """
-    for name, wanted in {about["file"]: about["sha256"], **about.get("data", {})}.items():
-        with reading(folder / name):
-            if digest(folder / name) != wanted:
-                raise Damaged(f"{Path(name).name}: not the file that was bundled; copy the bundle again")
+    _check_files(folder, {about["file"]: about["sha256"], **about.get("data", {})})
     with reading(folder / about["reference"]):
         with np.load(str(folder / about["reference"])) as data:
             arrays = {key: data[key] for key in data.files}
         feeds = {key[6:]: value for key, value in arrays.items() if key.startswith("input:")}
         return feeds, [arrays[key] for key in sorted(arrays) if key.startswith("output:")]
+
+
+def _check_files(folder: Path, digests: dict[str, str]) -> None:
+    for name, wanted in digests.items():
+        with reading(folder / name):
+            if digest(folder / name) != wanted:
+                raise Damaged(f"{Path(name).name}: not the file that was bundled; copy the bundle again")
 
 
 def complete(path: Path, names: Iterable[str], feeds: dict[str, np.ndarray]) -> None:

@@ -12,7 +12,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,21 @@ def new_logger(trt: Any) -> Any:
             return list(dict.fromkeys(" ".join(text.split()) for kind, text in self.records if kind == "WARNING"))
 
     return Logger()
+
+
+def load_plugins(trt: Any, logger: Any, paths: Iterable[str]) -> None:
+    """Load shared libraries with operators that the library lacks, whose code runs here. Raises Failure."""
+    paths = list(paths)
+    registry = trt.get_plugin_registry() if hasattr(trt, "get_plugin_registry") else None
+    if paths and not hasattr(registry, "load_library"):
+        raise Failure(f"{trt.__name__} {trt.__version__} takes no plugins")
+    if paths and hasattr(trt, "init_libnvinfer_plugins"):
+        trt.init_libnvinfer_plugins(logger, "")
+    for path in paths:
+        if not Path(path).is_file():
+            raise Failure(f"{path}: no such file")
+        if registry.load_library(str(Path(path).absolute())) is None:
+            raise Failure(f"{path}: not a library of plugins for {trt.__name__}: {logger.error()}")
 
 
 def new_profiler(trt: Any) -> Any:
@@ -145,6 +160,7 @@ class TensorRT:
     def _open(
         self, path: Path, arguments: argparse.Namespace, feeds: dict[str, np.ndarray], about: dict[str, Any]
     ) -> None:
+        load_plugins(self.trt, self._logger, arguments.plugins)
         self._wanted = self._flags(arguments, about)
         self.about: dict[str, Any] = {"flags": self._wanted}
         self._runtime: types.Runtime = self.trt.Runtime(self._logger)
@@ -179,7 +195,7 @@ class TensorRT:
         """The engine of an earlier run, of the same model, options, version and GPU; else a new one, which is kept."""
         shapes = {name: list(array.shape) for name, array in sorted(feeds.items())}
         depends = [about["sha256"], about.get("data", {}), self._who, self._cuda.compute_capability, arguments.device]
-        depends += [self._wanted, arguments.dla, shapes]
+        depends += [self._wanted, arguments.dla, shapes, sorted(arguments.plugins.values())]
         key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
         file = arguments.out.with_name(f"{Path(about['file']).parent.name}-{key}{SUFFIXES[arguments.engine]}")
         self.about["file"] = file.name

@@ -2,13 +2,14 @@
 
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from rich.progress import Progress, TaskID
 
-from ....graph.errors import BadInput, MissingBackend, Refused
+from ....graph.errors import BadInput, MissingBackend
+from ...kit import trt as kit
+from ...kit.contents import Failure
 from ..backends import not_installed
 
 
@@ -29,18 +30,11 @@ def library(backend: str) -> ModuleType:
 
 
 def load_plugins(trt: ModuleType, logger: Any, paths: Sequence[str]) -> None:
-    """Load shared libraries with plugins. Raises BadInput for one that cannot be loaded, Refused without plugins."""
-    if not paths:
-        return
-    if not hasattr(trt, "get_plugin_registry"):
-        raise Refused(f"option plugins: {trt.__name__} {trt.__version__} takes none")
-    if hasattr(trt, "init_libnvinfer_plugins"):
-        trt.init_libnvinfer_plugins(logger, "")
-    for path in paths:
-        if not Path(path).is_file():
-            raise BadInput(f"option plugins: {path}: no such file")
-        if trt.get_plugin_registry().load_library(str(Path(path).absolute())) is None:
-            raise BadInput(f"option plugins: {path}: not a library of plugins for {trt.__name__}: {logger.error()}")
+    """Load shared libraries with plugins. Raises BadInput for one that cannot be loaded, or a version without plugins."""
+    try:
+        kit.load_plugins(trt, logger, paths)
+    except Failure as error:
+        raise BadInput(f"option plugins: {error}") from error
 
 
 def new_monitor(trt: ModuleType, bar: Progress, whole: TaskID) -> Any:

@@ -16,11 +16,14 @@ import pytest
 import torch
 
 import graphcomb
+from graphcomb.cli.app import main
 from graphcomb.graph.errors import BadInput, GraphcombError, Refused
+from graphcomb.runtime.bundle.run import _contents as run_contents
 from graphcomb.runtime.bundle.run import run_bundle
 from graphcomb.runtime.bundle.write import write_bundle
 from graphcomb.runtime.device_results import read_results
 from graphcomb.runtime.export.to_onnx import export_onnx
+from graphcomb.runtime.kit.contents import read_bundle, read_reference
 
 from .toys import QUICK, SCRIPTS
 
@@ -303,3 +306,32 @@ def test_a_folder_with_other_things_is_left_alone(programs, tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(BadInput, match="not empty, and no bundle"):
         write_bundle(tmp_path, programs)
+
+
+def test_plugins_go_along_with_models_that_only_they_can_run(tmp_path):
+    x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, (2, 4)) for n in "xy")
+    node = onnx.helper.make_node("Twice", ["x"], ["y"], name="head/twice", domain="plugins")
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("plugins", 1)]
+    graph = onnx.helper.make_graph([node], "net", [x], [y])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "net.onnx")
+    library, folder = tmp_path / "libnet.so", tmp_path / "b"
+    options = {"kind": "fp32", "target": "orin-nano"}
+    with pytest.raises(BadInput, match=r"head/twice \(Twice\): operator not supported"):
+        write_bundle(folder, {"net": tmp_path / "net.onnx"}, **options)
+    with pytest.raises(BadInput, match=r"plugins: .*libnet\.so: no such file"):
+        write_bundle(folder, {"net": tmp_path / "net.onnx"}, **options, plugins=[library])
+    library.write_bytes(b"library")
+    with pytest.raises(BadInput, match="two files of the same name"):
+        write_bundle(folder, {"net": tmp_path / "net.onnx"}, **options, plugins=[library, library])
+    with pytest.raises(BadInput, match="target rtx-sm86 runs tensorrt_rtx"):
+        write_bundle(folder, {"net": tmp_path / "net.onnx"}, "fp32", "rtx-sm86", plugins=[library])
+    arguments = ("--precision", "fp32", "--target", "orin-nano", "--plugin", library, "--out", folder)
+    assert main(["bundle", *map(str, (tmp_path / "net.onnx", *arguments))]) == 0
+    assert (folder / "plugin-libraries" / "libnet.so").read_bytes() == b"library"
+    about = read_bundle(folder)
+    assert list(about["plugins"]) == ["plugin-libraries/libnet.so"]
+    row = about["models"]["net"]
+    assert "its outputs are not compared: ONNX Runtime" in row["note"]
+    feeds, outputs = read_reference(folder, row)
+    assert ({n: a.shape for n, a in feeds.items()}, outputs) == ({"x": (2, 4)}, [])
+    assert folder / "plugin-libraries" in run_contents(folder)

@@ -540,7 +540,7 @@ def test_a_library_that_does_not_load_is_not_missing(tmp_path, monkeypatch):
 
 def test_plugins_are_loaded_to_build_and_to_run(classic, tmp_path):
     model, library = relu(tmp_path / "net.onnx"), tmp_path / "libplugin.so"
-    with pytest.raises(Refused, match=r"option plugins: tensorrt .* takes none"):
+    with pytest.raises(BadInput, match=r"option plugins: tensorrt .* takes no plugins"):
         build(model, ORIN, None, backend="tensorrt", plugins=[str(library)])
     loaded = []
     load = lambda path: None if "bad" in path else loaded.append(path) or 1  # noqa: E731

@@ -190,6 +190,36 @@ def test_the_librarys_reason_is_told(script, classic, bundle, capsys, monkeypatc
     assert "builds no engine: no tactic for conv1" in capsys.readouterr().err
 
 
+def test_plugins_of_the_bundle_are_loaded_before_anything_is_parsed(script, classic, bundle, capsys, monkeypatch):
+    library = bundle / "plugin-libraries" / "libnet.so"
+    library.parent.mkdir()
+    library.write_bytes(b"library")
+    name = {"plugin-libraries/libnet.so": hashlib.sha256(b"library").hexdigest()}
+    edit(bundle, lambda about: about.update(plugins=name))
+    assert script.main(["--out", str(bundle / "r.json"), "--seconds", "0", "--power-seconds", "0.05", "--quiet"]) == 2
+    assert "takes no plugins" in capsys.readouterr().err
+    loaded = []
+    load = lambda path: loaded.append(path) or 1  # noqa: E731
+    registry = types.SimpleNamespace(load_library=load)
+    monkeypatch.setattr(classic.module, "get_plugin_registry", lambda: registry, raising=False)
+    assert script.main(["--out", str(bundle / "r.json"), "--seconds", "0", "--power-seconds", "0.05", "--quiet"]) == 0
+    assert loaded == [str(library)] * 2
+    registry.load_library = lambda path: None
+    assert script.main(["--out", str(bundle / "r.json"), "--seconds", "0", "--quiet"]) == 2
+    assert "libnet.so: not a library of plugins for tensorrt" in capsys.readouterr().err
+    library.write_bytes(b"another")
+    assert script.main(["--out", str(bundle / "r.json"), "--quiet"]) == 2
+    assert "libnet.so: not the file that was bundled" in capsys.readouterr().err
+    library.unlink()
+    assert script.main(["--out", str(bundle / "r.json"), "--quiet"]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_outputs_without_a_reference_are_compared_with_nothing(script):
+    assert measuring.check([np.ones(2)], [], 0.1) == {"finite": True, "error": None, "tolerance": 0.1}
+    assert "note" in measuring.check([np.array([np.inf])], [], 0.1)
+
+
 def test_a_missing_folder_is_noticed_before_anything_is_built(script, classic, bundle, capsys):
     assert script.main(["--out", str(bundle / "no" / "r.json"), "--quiet"]) == 2
     err = capsys.readouterr().err
