@@ -14,7 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ...summary import Kernel, Pad, Unfused
 
@@ -204,7 +204,13 @@ class BuildLog:
                 groups = max(self._groups(name, None if node else before) for name in nodes) if nodes else 1
                 inner = node is not None and axis == 1
                 multiple, note = advice(before, after, aligned, groups, inner)
-                extents = {"axis": axis, "before": before, "after": after, "alignment": multiple, "note": note}
+                extents: dict[str, Any] = {
+                    "axis": axis,
+                    "before": before,
+                    "after": after,
+                    "alignment": multiple,
+                    "note": note,
+                }
                 pads.append(Pad(kernel=layer.name, how=how, nodes=nodes, **extents))
         return pads
 
