@@ -62,31 +62,6 @@ def joined(tensors: Sequence[Tensor], value: float) -> Tensor:
     return torch.cat([torch.nn.functional.pad(t, (0, most - t.shape[1]), value=value) for t in tensors])
 
 
-def finishing(
-    ranked: Sequence[tuple[Tensor, Tensor]], gone: Tensor, columns: int, left: float, discount: float
-) -> list[tuple[Tensor, Tensor]]:
-    """Orders and `increments` `(b, s)` in which the last weights of a row cost less, so that nearly empty rows empty out.
-
-    ranked: the entries of each block in the order they go and what they cost, in pieces that follow one another. gone
-    `(all b, B)`: entries that are zero already. The blocks are cut from rows of `columns` entries. The last of each row, the
-    share `left` that would stay were all rows to lose the same, are scaled by `1 - discount`. Source: ours, after
-    Squeeze-Release (arXiv 2606.14346).
-    """
-    order, losses = joined([o for o, _ in ranked], 0), joined([x for _, x in ranked], math.inf)
-    count, size = gone.shape
-    kept = losses.isfinite()
-    place = order.long().masked_fill(~kept, size)  # what lies beyond a block's last entry goes into a column of its own
-    costs = losses.new_full((count, size + 1), math.inf).scatter_(1, place, losses)[:, :size].masked_fill(gone, -1)
-    rows = torch.nn.functional.pad(costs.reshape(-1), (0, -costs.numel() % columns), value=math.inf).view(-1, columns)
-    rank = rows.argsort(dim=1, stable=True).argsort(dim=1)
-    last = (rank >= columns - round(left * columns)).reshape(-1)[: costs.numel()].view(count, size)
-    scale = torch.where(torch.nn.functional.pad(last, (0, 1)), 1 - discount, 1.0).gather(1, place)
-    # A block loses its entries in their order, hence the running maximum again.
-    cheaper = torch.where(kept, losses * scale, math.inf).cummax(1).values
-    counts = [len(o) for o, _ in ranked]
-    return list(zip(order.split(counts), cheaper.split(counts), strict=True))
-
-
 def prefixes(losses: Sequence[Tensor], count: int) -> list[Tensor]:
     """How many entries each block loses when `count` go in all, those with the lowest losses: `(b,)` for each tensor of
     `(b, s)` losses, which never fall along a row (cumulated ones, or `increments` of such)."""

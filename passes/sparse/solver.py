@@ -14,6 +14,7 @@ from ..common.processes import accelerator
 from ..common.scoring import bar
 from ..common.weights import WeightedLayer
 from . import cap, fisher, ranking
+from .finishing import finish_rows, sole_producers
 from .gradients import Gradients
 from .moments import input_moments
 from .sweep import sweep
@@ -248,11 +249,11 @@ class Solver:
         """What is zero from now on: what was, and the cheapest prefixes (the groups' cheapest) of the blocks."""
         method, masks = self.method, {}
         lengths: dict[Piece, Tensor] = {}
-        if method.finish_rows:
-            ranked = self._finishing(ranked)
         if method.pattern is None:
             for names in self._scopes():
                 pieces = [p for p in ranked if p.layer.name in names]
+                if method.finish_rows:
+                    ranked = ranked | self._finishing(pieces, ranked, self._goal(names))
                 counts = ranking.prefixes([ranked[p][1] for p in pieces], self._goal(names))
                 lengths |= dict(zip(pieces, counts, strict=True))
         for piece, (order, losses) in ranked.items():
@@ -268,16 +269,19 @@ class Solver:
             masks[piece] = zero | new
         return masks
 
-    def _finishing(self, ranked: dict[Piece, tuple[Tensor, Tensor]]) -> dict[Piece, tuple[Tensor, Tensor]]:
-        """The same orders with cheaper ends of rows, which may go on from one piece to the next."""
-        assert isinstance(self.method.goal, float)
-        left, found = 1 - self.method.goal, dict(ranked)
-        for layer in self.layers.values():
-            pieces = [piece for piece in ranked if piece.layer is layer]
-            gone = torch.cat([self._blocks(piece).cpu() == 0 for piece in pieces])
-            own = [ranked[piece] for piece in pieces]
-            own = ranking.finishing(own, gone, _columns(layer), left, self.method.finish_rows)
-            found |= dict(zip(pieces, own, strict=True))
+    def _finishing(
+        self, pieces: Sequence[Piece], ranked: dict[Piece, tuple[Tensor, Tensor]], goal: int
+    ) -> dict[Piece, tuple[Tensor, Tensor]]:
+        """Orders in which nearly empty rows lose their last weights, too; rows may go on from one piece to the next."""
+        costs = torch.cat([ranked[piece][1].reshape(-1) for piece in pieces])
+        price = float(costs.kthvalue(min(goal, int(costs.isfinite().sum()))).values) if goal else 0.0
+        found: dict[Piece, tuple[Tensor, Tensor]] = {}
+        alone = sole_producers(self.program)
+        for layer in dict.fromkeys(piece.layer for piece in pieces if piece.layer.name in alone):
+            own = [piece for piece in pieces if piece.layer is layer]
+            gone = torch.cat([self._blocks(piece).cpu() == 0 for piece in own])
+            old = [ranked[piece] for piece in own]
+            found |= zip(own, finish_rows(old, gone, _columns(layer), price, self.method.finish_rows), strict=True)
         return found
 
     # -------------------------------------------------------------------------------------------- fastcap, sparsegpt

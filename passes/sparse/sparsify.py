@@ -57,7 +57,8 @@ class Sparsify(Pass):
         of the loss. With images like those it is used on, 1e-3 may lose a little less; with few or unlike ones 1e-1 does
         (ours). For fastcap and sparsegpt it is relative to the mean diagonal, 1e-2 if None.
     finish_rows: with cap and a share of zeros, by how much less the last weights of an output count, from 0 (not at all) to
-        1, so that whole outputs empty out, which `Minimise` removes; `benchmarks/finish_rows.py` has a sweep.
+        under 1: all of them go where their mean loss, so scaled, is below that of other weights which go. So outputs empty
+        out, which `Minimise` removes, at some cost (`benchmarks/finish_rows.py`). Not in the layers of a residual trunk.
     recomputations: the target is reached in so many equal steps, with new gradients each, the paper's Nr.
     dtype: of the Fisher sums and the elimination, "fp32" or "fp64"; a block for which fp32 does not do is eliminated in
         fp64. memory: bytes for them, at least a million; what does not fit is done in several passes over the data.
@@ -127,7 +128,7 @@ class Sparsify(Pass):
         require("scope", not (alone and self.scope == "global"), f"uniform (scores of {self.method} do not compare)")
         require("permute", not self.permute or self.pattern is not None, "only with a pattern")
         require("damping", self.damping is None or self.damping > 0, "a number above 0")
-        require("finish_rows", 0 <= self.finish_rows <= 1, "a share from 0 to 1")
+        require("finish_rows", 0 <= self.finish_rows < 1, "a share from 0 to under 1")
         rows_free = self.method == "cap" and self.pattern is None
         require("finish_rows", rows_free or not self.finish_rows, "0 without method cap, or with a pattern")
         require("memory", self.memory >= 1e6, "bytes, at least a million")

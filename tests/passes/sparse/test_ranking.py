@@ -80,20 +80,3 @@ def test_increments_never_fall_and_end_with_the_block():
     losses = torch.tensor([[1.0, 1.5, 4.0, math.inf], [0.0, 2.0, 2.5, 3.0]], dtype=D)
     expected = torch.tensor([[1.0, 1.0, 2.5, math.inf], [0.0, 2.0, 2.0, 2.0]], dtype=D)
     assert torch.equal(ranking.increments(losses), expected)
-
-
-def test_the_ends_of_rows_are_cheaper_and_blocks_still_lose_their_entries_in_order():
-    """Two rows of six in blocks of four, the middle one cut by both; an entry of the second row is zero already."""
-    order = torch.tensor([[2, 0, 1, 3], [0, 3, 1, 2], [1, 2, 3, 0]])
-    losses = torch.tensor([[1.0, 2, 3, 4], [1.5, 2.5, 5, 6], [1.0, 2, 3, math.inf]], dtype=D)
-    gone = torch.zeros(3, 4, dtype=torch.bool)
-    gone[2, 0] = True
-    pieces = [(order[:1], losses[:1]), (order[1:], losses[1:])]
-    found = ranking.finishing(pieces, gone, 6, 0.5, 0.5)
-    assert [len(o) for o, _ in found] == [1, 2]
-    assert torch.equal(torch.cat([o for o, _ in found]), order)
-    # The first row's costs are 2, 3, 1, 4 | 1.5, 5 and its last three 3, 4, 5; the second's 6, 2.5 | gone, 1, 2, 3.
-    expected = [[1.0, 2, 2, 2], [1.5, 1.5, 2.5, 3.0], [1.0, 2, 2, math.inf]]
-    assert torch.equal(torch.cat([x for _, x in found]), torch.tensor(expected, dtype=D))
-    same = ranking.finishing(pieces, gone, 6, 0.5, 0.0)
-    assert torch.equal(torch.cat([x for _, x in same]), losses)
