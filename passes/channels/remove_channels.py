@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ...graph.comb.axes import Factor
+from ...graph.comb.axes import Factor, Masks
 from ...graph.comb.groups import DEFAULT_KINDS, KINDS, Group
 from ...graph.comb.solve import Comb
 from ...graph.cost import require_counted
@@ -23,8 +23,10 @@ from ...graph.verify import TOLERANCE, check
 from ..base import Change, Context, Pass, PassResult, Refusal, check_field
 from ..common.feed import Feed
 from ..common.latency_target import allowed_seconds, check_least
+from ..common.processes import agreed
 from ..common.repeat import code_of
 from ..repair.repair import Repair
+from ..repair.score import Losses
 from ..train.distill import Distill
 from ..train.features import block_outputs
 from ..train.loop import total_steps
@@ -39,7 +41,9 @@ from .importance.scores import (
     UNLABELLED,
     OwnImportance,
     Scores,
+    after_repair,
     importance_of,
+    losses_of,
     normalised,
     together,
 )
@@ -185,11 +189,16 @@ class RemoveChannels(Pass):
             )
             return self.concluded(pruner, *pruner.train(self.train))
         task = self._task(program, context)
-        scores = normalised(together(self._score(task.comb, task.groups, context)))
+        losses, swaps = None, {}
+        if self.importance == "repair" and task.groups:
+            losses = losses_of(task.comb, task.groups, context, self.samples)
+        scores = normalised(together(self._score(task.comb, task.groups, context, losses)))
         sizes = task.chooser({}, scores, 1.0)
         masks = {g.atom: lowest_removed(scores[g.atom], sizes.get(g.atom, g.size)) for g in task.groups}
+        if losses is not None:
+            masks, swaps = self._swapped(task.groups, losses, masks)
         smaller, removed = remove(task.comb, masks)
-        result = self._result(task, masks, smaller, removed, {})
+        result = self._result(task, masks, smaller, removed, {"swaps": swaps} if swaps else {})
         if self.repair and removed:
             result.record["repair"] = Repair().apply(program, smaller, removed, context)
             result.masked = restored(task.comb, masks, smaller.module())
@@ -331,10 +340,24 @@ class RemoveChannels(Pass):
             raise Unreachable(why)
         warnings.warn(why, stacklevel=4)
 
-    def _score(self, comb: Comb, groups: list[Group], context: Context) -> Scores:
-        """How much each index of each group matters."""
+    @staticmethod
+    def _swapped(groups: list[Group], losses: Losses, masks: Masks) -> tuple[Masks, dict[str, int]]:
+        """Masks after a local search, the same in all processes (atoms do not travel, places of groups do)."""
+        kept: list[np.ndarray]
+
+        def search() -> tuple[list[np.ndarray], dict[str, int]]:
+            found, swaps = losses.swapped(masks)
+            return [found[g.atom] for g in groups], swaps
+
+        kept, swaps = agreed(search)
+        return {g.atom: mask for g, mask in zip(groups, kept, strict=True)}, swaps
+
+    def _score(self, comb: Comb, groups: list[Group], context: Context, losses: Losses | None = None) -> Scores:
+        """How much each index of each group matters. losses: what "repair" comes from, where it is known."""
         if not groups:
             return {}
+        if losses is not None:
+            return after_repair(comb, groups, context, self.samples, losses)
         assert self.importance is not None  # __post_init__ has seen to it
         return importance_of(self.importance)(comb, groups, context, self.samples)
 

@@ -35,6 +35,7 @@ from ..common.samples import everywhere, sample_batches
 from ..common.scoring import evaluating
 from .consumers import PRODUCTS
 from .images import halves
+from .swaps import Columns, swapped
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # shares of the diagonal of A, among which held-out halves choose
 STEPS = 64  # a group is emptied in at most about so many steps, each with scores of its own
@@ -182,12 +183,42 @@ def columns(axis: Axis, atom: Factor) -> np.ndarray:
     return found
 
 
-def lost_after_repair(comb: Comb, groups: list[Group], context: Context, samples: int) -> dict[Factor, np.ndarray]:
-    """For each group, what the network's result loses by each index when indices go in the best order found, one after
-    another, and what is left is repaired after each. Groups that no linear layer reads get infinity."""
-    found, _ = readers(comb, groups, context, samples)
-    prepared = {id(r): r.prepared() for r in found}
-    return {g.atom: _emptied(g, [r for r in found if ax.touches(r.axis, {g.atom: None})], prepared) for g in groups}
+class Losses:
+    """What a network's result loses by indices of groups that go, when what is left is repaired. samples: of the data, for
+    the sums over it."""
+
+    def __init__(self, comb: Comb, groups: list[Group], context: Context, samples: int):
+        self.groups = groups
+        self.found, _ = readers(comb, groups, context, samples)
+        self.prepared = {id(r): r.prepared() for r in self.found}
+
+    def scores(self) -> dict[Factor, np.ndarray]:
+        """For each group, what each index loses when indices go in the best order found, one after another, and what is left
+        is repaired after each. Groups that no linear layer reads get infinity."""
+        return {g.atom: _emptied(g, self._readers(g), self.prepared) for g in self.groups}
+
+    def swapped(self, masks: ax.Masks) -> tuple[dict[Factor, np.ndarray], dict[str, int]]:
+        """The masks (True stays) after a local search in each group, and how many swaps there were by name. A group of which
+        a reader has several columns for an index, as after flattening, is not searched."""
+        result, counts = dict(masks), {}
+        for group in self.groups:
+            if group.atom not in masks:
+                continue
+            state = []
+            for reader in self._readers(group):
+                where = columns(reader.axis, group.atom)
+                held = np.flatnonzero(where >= 0)
+                places = np.full(group.size, -1)
+                places[where[held]] = held
+                state.append(Columns(*self.prepared[id(reader)], places))
+                if len(np.unique(where[held])) < len(held):
+                    break
+            else:
+                result[group.atom], counts[group.name] = swapped(state, masks[group.atom])
+        return result, {name: count for name, count in counts.items() if count}
+
+    def _readers(self, group: Group) -> list[Reader]:
+        return [r for r in self.found if ax.touches(r.axis, {group.atom: None})]
 
 
 def _emptied(group: Group, found: list[Reader], prepared: dict[int, tuple[Tensor, Tensor]]) -> np.ndarray:

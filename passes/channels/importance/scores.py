@@ -39,7 +39,7 @@ from ...common.losses import task_loss, unlabelled_loss
 from ...common.processes import accelerator, averaged, placed, summed
 from ...common.repeat import seeded
 from ...common.samples import everywhere, sample_batches
-from ...repair.score import columns, lost_after_repair
+from ...repair.score import Losses, columns
 from .gates import Gates
 from .members import Members, Scores
 
@@ -208,14 +208,22 @@ def together(scores: Scores) -> Scores:
     return dict(zip(scores, parts, strict=True))
 
 
-def after_repair(comb: Comb, groups: list[Group], context: Context, samples: int = SAMPLES) -> Scores:
+def after_repair(
+    comb: Comb, groups: list[Group], context: Context, samples: int = SAMPLES, losses: Losses | None = None
+) -> Scores:
     """What stays lost after repair, of each index (`repair.score`). An axis that no linear layer reads, such as the widths
-    of queries and keys, has nothing to repair and is scored by "fisher-unlabelled", which has the same unit."""
-    if context.data is None:
-        raise BadInput("importance repair needs images (labels are not needed): give data=")
-    scores = lost_after_repair(comb, groups, context, samples)
+    of queries and keys, has nothing to repair and is scored by "fisher-unlabelled", which has the same unit. losses: those
+    of the same groups and data, where they are known."""
+    scores = (losses or losses_of(comb, groups, context, samples)).scores()
     unread = [g for g in groups if not np.isfinite(scores[g.atom]).all()]
     return scores | (from_gradients(UNLABELLED)(comb, unread, context, samples) if unread else {})
+
+
+def losses_of(comb: Comb, groups: list[Group], context: Context, samples: int) -> Losses:
+    """What the "repair" importance comes from. Raises BadInput without data."""
+    if context.data is None:
+        raise BadInput("importance repair needs images (labels are not needed): give data=")
+    return Losses(comb, groups, context, samples)
 
 
 OwnImportance = Callable[[Group, dict[str, torch.Tensor]], Any]

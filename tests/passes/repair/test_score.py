@@ -37,7 +37,7 @@ def test_the_first_index_to_go_costs_what_refitting_by_hand_leaves(monkeypatch: 
     (group,) = [g for g in found.groups if g.frozen is None]
     (reader,), count = score.readers(found, [group], Context(data=batches()), 1000)
     assert count == len(x)
-    scores = score.lost_after_repair(found, [group], Context(data=batches()), 1000)[group.atom]
+    scores = score.Losses(found, [group], Context(data=batches()), 1000).scores()[group.atom]
     hidden = model[:2](x).detach()
     root = (reader.sensitivity * reader.coherent[0] / reader.coherent[1] / len(x)).sqrt()
     lost = []
@@ -54,7 +54,7 @@ def test_the_first_index_to_go_costs_what_refitting_by_hand_leaves(monkeypatch: 
 def test_of_channels_that_repeat_one_another_one_goes_and_the_other_stays() -> None:
     found = comb(network(copies=True))
     (group,) = [g for g in found.groups if g.frozen is None]
-    scores = score.lost_after_repair(found, [group], Context(data=batches()), 1000)[group.atom]
+    scores = score.Losses(found, [group], Context(data=batches()), 1000).scores()[group.atom]
     gone = set(np.argsort(scores)[:5].tolist())
     assert {i % 5 for i in gone} == set(range(5))
     result = RemoveChannels(ratio=0.5, round_to=1, importance="repair", repair=True)(found.program, data=batches())
@@ -79,7 +79,7 @@ def test_an_axis_that_no_linear_layer_reads_is_scored_in_the_same_unit() -> None
     data = list(torch.randn(32, 5, 8, dtype=torch.float64).split(8))
     found = graphcomb.comb(program)
     groups = [g for g in found.groups if g.frozen is None]
-    scores = score.lost_after_repair(found, groups, Context(data=data), 100)
+    scores = score.Losses(found, groups, Context(data=data), 100).scores()
     assert any(np.isinf(own).all() for own in scores.values())
     result = RemoveChannels(ratio=0.5, round_to=1, importance="repair", kinds=("head width", "head"))(
         program, data=data
