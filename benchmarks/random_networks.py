@@ -2,7 +2,7 @@
 
     python benchmarks/random_networks.py [--networks 10000] [--first 0] [--jobs 1] [--out results/random_networks.json]
 
-Draws network after network (tests/graph/random_networks.py), removes random indices of random groups, and asks the absence
+Draws network after network (tests/graph/random_networks), removes random indices of random groups, and asks the absence
 oracle and the restriction oracle. The result is written every few networks, so an interrupted run goes on where it
 stopped; one made by other versions starts anew. Fails (exit code 1) when a network is wrong or raises.
 """
@@ -33,7 +33,7 @@ COUNTS = ("exact", "vacuous", "frozen", "wrong", "error")
 
 def examine(seed: int) -> dict[str, Any]:
     """One network, as plain data."""
-    from tests.graph.random_networks import trial
+    from tests.graph.random_networks.trial import trial
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -57,7 +57,7 @@ def examine(seed: int) -> dict[str, Any]:
 
 def fingerprint() -> str:
     """Of the code that takes part: the graph package and the generator."""
-    files = sorted([*(ROOT / "graph").rglob("*.py"), ROOT / "tests" / "graph" / "random_networks.py"])
+    files = sorted([*(ROOT / "graph").rglob("*.py"), *(ROOT / "tests" / "graph" / "random_networks").glob("*.py")])
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 

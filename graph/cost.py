@@ -8,7 +8,8 @@ solved axes (`Comb.cost`), so "what does removing 8 of these save" is exact. Wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,39 +61,25 @@ def macs(node: fx.Node) -> Polynomial:
 
 def unknown(node: fx.Node) -> str | None:
     """Why the node's multiply-accumulates cannot be counted; None where they can, or where there are none."""
-    target = node.target
-    if isinstance(target, compat.OpOverload):
-        return _said(target)
+    target, name = node.target, op_name(node)
+    if isinstance(target, compat.OpOverload) and name not in COUNTS:
+        if name in UNCOUNTED:
+            return f"what {name} multiplies is not known"
+        if target.namespace not in COUNTED:
+            return f"whether {name} multiplies anything is not known; say so with graphcomb.counts"
     if isinstance(target, compat.HigherOrderOperator):
-        bodies = _bodies(node)
+        inner = [n for body in _bodies(node) for n in body.graph.nodes]
         if str(target) == "cond":
-            return next((why for body in bodies for n in body.graph.nodes if (why := _inside(n))), None)
-        if bodies and not any(macs(n) or unknown(n) for body in bodies for n in body.graph.nodes):
-            return None
-        return f"how often {target} runs its body is not known"
-    return None
-
-
-def _said(target: compat.OpOverload) -> str | None:
-    name = compat.schema(target).name.removeprefix("aten::")
-    if name in COUNTS:
-        return None
-    if name in UNCOUNTED:
-        return f"what {name} multiplies is not known"
-    if target.namespace not in COUNTED:
-        return f"whether {name} multiplies anything is not known; say so with graphcomb.counts"
+            return next((why for n in inner if (why := _inside(n))), None)
+        if not inner or any(macs(n) or unknown(n) for n in inner):
+            return f"how often {target} runs its body is not known"
     return None
 
 
 def _inside(node: fx.Node) -> str | None:
     """As `unknown`, of a node in the body of another, whose shapes may have been lost."""
-    if (
-        node.op == "call_function"
-        and op_name(node) in COUNTS
-        and not isinstance(node.meta.get("val"), torch.Tensor | list | tuple)
-    ):
-        return f"shapes in the body of {node.name} are not known"
-    return unknown(node)
+    lost = not isinstance(node.meta.get("val"), torch.Tensor | list | tuple)
+    return f"shapes in the body of {node.name} are not known" if lost and op_name(node) in COUNTS else unknown(node)
 
 
 def uncounted(module: fx.GraphModule) -> list[tuple[fx.Node, str]]:
@@ -101,16 +88,14 @@ def uncounted(module: fx.GraphModule) -> list[tuple[fx.Node, str]]:
 
 
 def require_counted(module: fx.GraphModule, what: str) -> None:
-    """Refused, with the node's name, for a graph whose multiply-accumulates are not all known.
-
-    what: the option that needs them.
-    """
+    """Refused, with the node's name, for a graph whose multiply-accumulates are not all known. what: the option that
+    needs them."""
     for node, why in uncounted(module):
         raise Refused(f"{what}: {source(node)}: {why}, so a share of all multiply-accumulates means nothing here")
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
-@counts("conv1d", "conv2d", "conv3d", "linear", "torchvision::deform_conv2d")
+@counts("conv1d", "conv2d", "conv3d", "linear", "bilinear", "torchvision::deform_conv2d")
 def _weighted(node: fx.Node, a: dict[str, Any]) -> Polynomial:
     return [_dims(node) + _dims(a["weight"])[1:]]
 
@@ -121,10 +106,11 @@ def _transposed(node: fx.Node, a: dict[str, Any]) -> Polynomial:
 
 
 @counts(
-    "matmul", "bmm", "mm", "mv", "dot", "vdot", "baddbmm", "addmm", "addmv", "linalg_matmul", "linalg_vecdot", "inner"
-)
+    "matmul", "bmm", "mm", "mv", "dot", "vdot", "baddbmm", "addmm", "addmv", "linalg_matmul", "linalg_vecdot", "inner",
+    "cdist", "_euclidean_dist",
+)  # fmt: skip
 def _product(node: fx.Node, a: dict[str, Any]) -> Polynomial:
-    left = next(a[name] for name in ("batch1", "mat1", "mat", "self", "x") if name in a)
+    left = next(a[name] for name in ("batch1", "mat1", "mat", "self", "x", "x1") if name in a)
     return [_dims(node) + _dims(left)[-1:]]
 
 
@@ -135,19 +121,8 @@ def _added_up(node: fx.Node, a: dict[str, Any]) -> Polynomial:
 
 @counts("tensordot")
 def _tensordot(node: fx.Node, a: dict[str, Any]) -> Polynomial:
-    return (
-        [_dims(node) + [(a["self"], d % len(shape(a["self"]))) for d in a["dims_self"]]] if a["dims_self"] else NOTHING
-    )
-
-
-@counts("cdist", "_euclidean_dist")
-def _distances(node: fx.Node, a: dict[str, Any]) -> Polynomial:
-    return [_dims(node) + _dims(a["x1"])[-1:]]
-
-
-@counts("bilinear")
-def _bilinear(node: fx.Node, a: dict[str, Any]) -> Polynomial:
-    return [_dims(node) + _dims(a["weight"])[1:]]
+    over: list[Ref] = [(a["self"], d % len(shape(a["self"]))) for d in a["dims_self"]]
+    return [_dims(node) + over] if over else NOTHING
 
 
 @counts("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -207,15 +182,13 @@ def _dims(node: fx.Node) -> list[Ref]:
     return [(node, d) for d in range(len(shape(node)))]
 
 
-def evaluate(polynomial: Polynomial) -> int:
-    """The polynomial's value for the shapes of the example input."""
-    result = 0
-    for monomial in polynomial:
-        product = 1
-        for ref in monomial:
-            product *= ref if isinstance(ref, int) else shape(ref[0])[ref[1]]
-        result += product
-    return result
+def _size(ref: Ref) -> int:
+    return ref if isinstance(ref, int) else shape(ref[0])[ref[1]]
+
+
+def evaluate(polynomial: Sequence[Sequence[Any]], size: Callable[[Any], int] = _size) -> int:
+    """The polynomial's value, given the size of each factor: by default that in the example input."""
+    return sum(math.prod(map(size, monomial)) for monomial in polynomial)
 
 
 def terms(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Polynomial, dict[str, int]]]:
@@ -238,15 +211,17 @@ def terms(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Polynomial, dict[st
             yield node, [_dims(node)], units
 
 
-def total(module: fx.GraphModule) -> dict[str, Any]:
-    """MACs, parameters, bytes of weights, and bytes of all activations written, for the example input; `unknown`: the
-    operators whose MACs are not among them, where there are any."""
+def total(
+    parts: Iterable[tuple[fx.Node, Sequence[Sequence[Any]], dict[str, int]]], size: Callable[[Any], int] = _size
+) -> dict[str, Any]:
+    """MACs, parameters, bytes of weights, and bytes of all activations written: the sum of `terms`, given the size of each
+    factor."""
     totals = {"macs": 0, "weight_bytes": 0, "activation_bytes": 0, "params": 0}
-    for _, polynomial, units in terms(module):
-        amount = evaluate(polynomial)
+    for _, polynomial, units in parts:
+        amount = evaluate(polynomial, size)
         for part, unit in units.items():
             totals[part] += amount * unit
-    return totals | unknowns(module)
+    return totals
 
 
 def unknowns(module: fx.GraphModule) -> dict[str, list[str]]:

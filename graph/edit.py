@@ -27,6 +27,7 @@ class Editor:
 
     def __init__(self, module: fx.GraphModule):
         self.module, self.graph = module, module.graph
+        self._mode: Any = None
 
     def before(self, node: fx.Node) -> AbstractContextManager:
         """A context in which new nodes are inserted in front of a node."""
@@ -61,8 +62,8 @@ class Editor:
     def attribute(self, name: str) -> fx.Node:
         """A new node that reads the stored tensor at a dotted path."""
         node = self.graph.get_attr(name)
-        mode = compat.fake_mode([n.meta.get("val") for n in self.graph.nodes])
-        node.meta["val"] = compat.fake(mode, fetch(self.module, name))
+        self._mode = self._mode or compat.fake_mode([n.meta.get("val") for n in self.graph.nodes])
+        node.meta["val"] = compat.fake(self._mode, fetch(self.module, name))
         return node
 
     def store(self, name: str, value: torch.Tensor) -> fx.Node:
@@ -166,14 +167,21 @@ def attributes(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Any]]:
 
 
 def place_tensor(root: torch.nn.Module, path: str, value: Any) -> None:
-    """Set a parameter, buffer or other attribute at a dotted path, making modules on the way."""
+    """Set a parameter, buffer, module or other attribute at a dotted path, making modules on the way."""
     *parents, name = path.split(".")
     for part in parents:
         if part not in root._modules:
-            root.add_module(part, torch.nn.Module().train(root.training))
+            root._modules[part] = torch.nn.Module().train(root.training)
         root = root._modules[part]  # type: ignore[assignment]
-    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-        root.register_buffer(name, value)
+    if isinstance(
+        value, torch.Tensor
+    ):  # into the dictionaries themselves: register_buffer and setattr are many times slower
+        own: Any = root._buffers
+        other: Any = root._parameters
+        if isinstance(value, torch.nn.Parameter):
+            own, other = other, own
+        other.pop(name, None)
+        own[name] = value
     else:
         setattr(root, name, value)
 
@@ -190,14 +198,9 @@ def copy_tensor(name: str, value: Any) -> Any:
     return like(value, value.detach().clone())
 
 
-def keep_tensor(name: str, value: Any) -> Any:
-    """The attribute itself, for `rebuild`."""
-    return value
-
-
 def rebuild(
     module: TrainableModule,
-    take: Callable[[str, Any], Any] = keep_tensor,
+    take: Callable[[str, Any], Any] = lambda name, value: value,
     edit: Callable[[dict[fx.Node, fx.Node]], None] | None = None,
 ) -> TrainableModule:
     """The same graph in a new module, around other tensors or the same; tensors that no node reads are left behind.
@@ -210,43 +213,18 @@ def rebuild(
     graph.output(graph.graph_copy(module.graph, nodes))
     compat.share_codegen(graph, module.graph)
     new, new_values = TrainableModule(torch.nn.Module(), fx.Graph()), {}
-    folders: dict[str, torch.nn.Module] = {"": new}
     for node, old in attributes(module):
         name = str(node.target)
         if id(old) not in new_values:
             new_values[id(old)] = take(name, old)
-        _put(folders, name, new_values[id(old)])
+        place_tensor(new, name, new_values[id(old)])
     if edit is not None:
         edit(nodes)
     new.graph = graph
-    for path, part in new.named_modules():
-        part.training = _flag(module, path)
+    flags = {path: part.training for path, part in module.named_modules(remove_duplicate=False)}
+    for path, part in new.named_modules():  # one that the old has not follows the one above it
+        part.training = flags[path] = flags.get(path, flags[path.rpartition(".")[0]])
     if "batch_norm" in module.meta:
         new.meta["batch_norm"] = module.meta["batch_norm"]
     compat.copy_specs(module, new)
     return new
-
-
-def _flag(module: torch.nn.Module, path: str) -> bool:
-    """The training flag of the submodule at a path, or of the nearest one above it."""
-    for part in path.split(".") if path else ():
-        if part not in module._modules:
-            break
-        module = module._modules[part]  # type: ignore[assignment]
-    return module.training
-
-
-def _put(folders: dict[str, torch.nn.Module], path: str, value: Any) -> None:
-    """As `place_tensor`, in a module that is being made: nothing is there yet, so nothing has to be looked for."""
-    folder, _, name = path.rpartition(".")
-    if folder not in folders:
-        _put(folders, folder, torch.nn.Module())
-    owner = folders[folder]
-    if isinstance(value, torch.nn.Parameter):
-        owner._parameters[name] = value
-    elif isinstance(value, torch.Tensor):
-        owner._buffers[name] = value
-    elif isinstance(value, torch.nn.Module):
-        owner._modules[name] = folders[path] = value
-    else:
-        setattr(owner, name, value)

@@ -41,6 +41,12 @@ class MissingBackend(GraphcombError):
     """An optional package is not installed; the message names the extra to install."""
 
 
+def in_a_line(error: BaseException, most: int = 200) -> str:
+    """An error of another library in one line: its class and the first line of its message, up to `most` characters."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line[:most]}" if line else type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the most similar valid names, or all of them."""
     known = list(known)

@@ -15,10 +15,8 @@ from .errors import BadInput
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name in the folder of `path`, renamed to it on success and removed on failure.
-
-    Raises BadInput when the folder cannot be written.
-    """
+    """A temporary name in the folder of `path`, renamed to it on success and removed on failure. Raises BadInput when
+    the folder cannot be written."""
     part = path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

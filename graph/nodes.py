@@ -56,15 +56,15 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
 
 def permutation(node: Any) -> list[int] | None:
     """The dimensions of its input in the order that a transpose or permute gives them; None for other nodes."""
-    if not isinstance(node, fx.Node) or op_name(node) not in ("transpose", "permute"):
-        return None
-    a, rank = arguments(node), len(shape(node))
-    if op_name(node) == "permute":
-        return [d % rank for d in a["dims"]]
-    order = list(range(rank))
-    i, j = a["dim0"] % rank, a["dim1"] % rank
-    order[i], order[j] = j, i
-    return order
+    return moved(node) if isinstance(node, fx.Node) and op_name(node) in ("transpose", "permute") else None
+
+
+def moved(node: fx.Node) -> list[int]:
+    """The dimensions of its input in the order that an operator gives them which does nothing but reorder dimensions: seen
+    on a tensor whose dimension d has size d."""
+    a = arguments(node)
+    probe = torch.empty([*range(len(shape(a["self"])))], device="meta")
+    return list(node.target(**{**a, "self": probe}).shape)  # type: ignore[operator]
 
 
 def per_dim(value: Any, dims: int) -> tuple[int, ...]:
@@ -99,6 +99,11 @@ def shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(hint(s) for s in node.meta["val"].shape)
 
 
+def continuous(value: Any) -> bool:
+    """Whether gradients can reach a value: it is a floating-point or complex tensor."""
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def fetch(module: torch.nn.Module, path: str) -> Any:
     """The attribute at a dotted path."""
     *parents, name = path.split(".")
@@ -124,10 +129,8 @@ def source(node: fx.Node) -> str:
 
 
 def spelled_out(equation: str, ranks: list[int]) -> tuple[list[str], str]:
-    """The letters of each operand and of the result; digits stand for the dimensions of an ellipsis, counted from the last.
-
-    Without an arrow the result has the letters that occur once, in alphabetical order, after the ellipsis.
-    """
+    """The letters of each operand and of the result; digits stand for the dimensions of an ellipsis, counted from the
+    last. Without an arrow the result has the letters that occur once, in alphabetical order, after the ellipsis."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms, most = [], 0
     for term, rank in zip(left.split(","), ranks, strict=True):

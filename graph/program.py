@@ -12,25 +12,18 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from .capture import (
-    CaptureWarning,
-    Proof,
-    archive,
-    batch_dynamic,
-    custom_functions,
-    dynamic_shapes_of,
-    export,
-    flatten_regions,
-    functional_graph,
-    guess_modes,
-    own,
-    read_modes,
-)
-from .capture import prove as compare
+from .capture import archive
+from .capture.export import batch_dynamic, custom_functions, dynamic_shapes_of, export
+from .capture.functional import CaptureWarning, functional_graph, own
+from .capture.modes import guess_modes, read_modes
+from .capture.proof import Proof
+from .capture.proof import prove as compare
+from .capture.regions import flatten_regions
 from .compat import copy_specs, pytree
-from .cost import total
+from .cost import terms, total, unknowns
 from .edit import attributes, copy_tensor, drop_dead, propagate, rebuild
 from .errors import BadInput, CaptureError
+from .files import replacing
 from .nodes import op_name
 from .trainable import TrainableModule, set_tag, switched, tag
 
@@ -55,8 +48,7 @@ class Program:
         self.dynamic_shapes = dynamic_shapes
         self.history = list(history or [])
         self._stale = False
-        self._known: dict[str, Any] | None = None
-        self._known_for: int | None = None
+        self._known: tuple[dict[str, Any], int] | None = None
         self.proof: Proof | None = None  # of a program that comes straight from a model
 
     # ------------------------------------------------------------------------------------------------ construction
@@ -93,7 +85,7 @@ class Program:
         if self._stale or _outdated(self._module):
             propagate(self.module())
             self._stale = False
-        return self._hand_out()
+        return self._module
 
     @property
     def graph(self) -> fx.Graph:
@@ -108,13 +100,12 @@ class Program:
     def module(self) -> TrainableModule:
         """The live module: training it trains this program. `train()` and `eval()` work."""
         _ = self._module.forward
-        return self._hand_out()
+        return self._module
 
     def replace_module(self, module: TrainableModule) -> None:
         """Go on with another module of the same inputs, such as a surgery in the middle of training leaves."""
         if module is not self._module:
             self._module, self._stale, self._known = module, True, None
-            self._known_for = None
 
     def exported(self, training: bool = False) -> ExportedProgram:
         """The program as an `ExportedProgram` in the training IR.
@@ -154,40 +145,28 @@ class Program:
         """
         if (known := self.known_cost) is not None:
             return dict(known)
-        return total(self.graph_module)
+        module = self.graph_module
+        return total(terms(module)) | unknowns(module)
 
     @property
     def known_cost(self) -> dict[str, Any] | None:
         """The cost that a pass has found from the axes; None once the graph or the shape of a weight has changed."""
-        same = self._known_for is None or self._known_for == _fingerprint(self._module)
-        return self._known if same else None
+        return self._known[0] if self._known and self._known[1] == _fingerprint(self._module) else None
 
     @known_cost.setter
     def known_cost(self, cost: dict[str, Any] | None) -> None:
         """For the graph as it is now."""
-        self._known, self._known_for = cost, None
-
-    def _hand_out(self) -> TrainableModule:
-        """The module, for somebody who may change it: from here on the known cost has to be checked."""
-        if self._known is not None and self._known_for is None:
-            self._known_for = _fingerprint(self._module)
-        return self._module
+        self._known = None if cost is None else (cost, _fingerprint(self._module))
 
     # ----------------------------------------------------------------------------------------------------- storage
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a `.pt2` with the pass record inside; written to a temporary name and renamed."""
+        """Write a `.pt2` with the pass record inside, under a temporary name and renamed. BadInput where it cannot be."""
         path = Path(path)
-        part = path.with_name(f".{path.name}.part.pt2")
-        try:
+        with replacing(path) as part:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 torch.export.save(self.exported(), part, extra_files={archive.RECORD: json.dumps(self.history)})
             archive.seal(part)
-            part.replace(path)
-        except OSError as error:
-            raise BadInput(f"{path}: cannot be written ({error})") from None
-        finally:
-            part.unlink(missing_ok=True)
         return path
 
     def __repr__(self) -> str:

@@ -22,33 +22,29 @@ from .facts import DROPOUTS, is_random
 from .nodes import arguments, fetch, op_name, set_argument
 
 TAG = "graphcomb"
-SWITCHES = {  # the boolean argument that says "training"
+SWITCHES = {  # the argument that says "training", or how much dropout there is
     **dict.fromkeys(DROPOUTS, "train"),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "train"),
     "rrelu": "training",
     "batch_norm": "training",
     "instance_norm": "use_input_stats",
+    "scaled_dot_product_attention": "dropout_p",
 }
 STATISTICS = ("batch_norm", "instance_norm")  # by the batch in one mode and by their running statistics in the other
 
 
 def switch(node: fx.Node) -> str | None:
-    """The argument by which an operator knows that it is in training, if it has one; a normalisation without running
-    statistics normalises by the batch in both modes and has none."""
+    """The argument that a mode may change, if there is one; a normalisation without running statistics normalises by the
+    batch in both modes and has none."""
     name = op_name(node)
     if name in STATISTICS and arguments(node)["running_mean"] is None:
         return None
     return SWITCHES.get(name)
 
 
-def depends(node: fx.Node) -> bool:
-    """Whether an operator has any argument that a mode may change."""
-    return switch(node) is not None or op_name(node) == "scaled_dot_product_attention"
-
-
 def values(node: fx.Node) -> dict[str, Any]:
     """The arguments of a node that a mode may change, as they are."""
-    name = "dropout_p" if op_name(node) == "scaled_dot_product_attention" else switch(node)
+    name = switch(node)
     return {} if name is None else {name: arguments(node)[name]}
 
 
@@ -68,7 +64,7 @@ def wanted(node: fx.Node, training: bool) -> dict[str, Any]:
     if modes := tag(node).get("modes"):
         return {name: pair[training] for name, pair in modes.items()}
     name = switch(node)
-    return {} if name is None else {name: training}
+    return {} if name in (None, "dropout_p") else {name: training}
 
 
 def walk(module: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node]]:
@@ -87,22 +83,20 @@ def graphs(module: fx.GraphModule) -> list[fx.GraphModule]:
 
 def switched(module: fx.GraphModule) -> list[tuple[fx.GraphModule, fx.Node]]:
     """The nodes that differ between the modes, in order, with the module they are in."""
-    return [(owner, n) for owner, n in walk(module) if n.op == "call_function" and depends(n)]
+    return [(owner, n) for owner, n in walk(module) if n.op == "call_function" and switch(n)]
 
 
 def draws(node: fx.Node) -> bool:
     """Whether the operator draws random numbers, as its node is now."""
     if node.op != "call_function" or not is_random(node):
         return False
-    return any(values(node).values()) if depends(node) else True
+    return switch(node) is None or any(values(node).values())
 
 
 # ----------------------------------------------------------------------------------------------------- the live module
 class _Generated:
-    """The `forward` of a graph whose code nobody has asked for yet: asking generates it.
-
-    Generating code takes as long as cutting the weights of a small network, and programs between two passes never run.
-    """
+    """The `forward` of a graph whose code nobody has asked for yet: asking generates it. Generating code takes as long
+    as cutting the weights of a small network, and programs between two passes never run."""
 
     def __get__(self, module: Any, owner: type | None = None) -> Any:
         if module is None:

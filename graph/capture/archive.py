@@ -25,7 +25,7 @@ import torch
 from torch.export import ExportedProgram
 
 from .. import compat
-from ..errors import BadInput
+from ..errors import BadInput, in_a_line
 
 RECORD = "graphcomb.json"
 START = b"PK\x03\x04"
@@ -76,10 +76,8 @@ def read(path: Path) -> bytes:
 
 # ------------------------------------------------------------------------------------------------------------- contents
 def load(path: Path) -> tuple[ExportedProgram, list[dict[str, Any]]]:
-    """The exported program in a `.pt2` and its record of passes; nothing that the file says is run.
-
-    BadInput, in one line, for a file that is damaged, is no `.pt2`, or holds more than data.
-    """
+    """The exported program in a `.pt2` and its record of passes; nothing that the file says is run. BadInput, in one
+    line, for a file that is damaged, is no `.pt2`, or holds more than data."""
     data = read(path)
     try:
         _inspect(data)
@@ -89,13 +87,12 @@ def load(path: Path) -> tuple[ExportedProgram, list[dict[str, Any]]]:
     except Unsafe as error:
         raise BadInput(f"{path}: refused, as loading it could run code: {error}") from None
     except Exception as error:
-        text = (str(error).splitlines() or ["no message"])[0]
         if "weights_only" in str(error) or "Weights only" in str(error):
             raise BadInput(
                 f"{path}: refused, as loading it could run code: its example inputs or weights are pickled Python objects, "
                 "not tensors"
             ) from error
-        raise BadInput(f"{path}: not a loadable .pt2 ({type(error).__name__}: {text[:200]})") from error
+        raise BadInput(f"{path}: not a loadable .pt2 ({in_a_line(error)})") from error
     return exported, _history(path, extra[RECORD])
 
 
@@ -146,13 +143,9 @@ def _patterns(value: Any) -> bool:
 
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "changed": (lambda value: isinstance(value, list), "a list"),
-    "refused": (_rows, "a list of objects"),
-    "layers": (_rows, "a list of objects"),
-    "stages": (_rows, "a list of objects"),
-    "options": (lambda value: isinstance(value, dict), "an object"),
-    "cost": (lambda value: isinstance(value, dict), "an object"),
+    **dict.fromkeys(("refused", "layers", "stages", "features"), (_rows, "a list of objects")),
+    **dict.fromkeys(("options", "cost"), (lambda value: isinstance(value, dict), "an object")),
     "removed": (_tables, "an object of objects"),
-    "features": (_rows, "a list of objects"),
     "sparse": (_patterns, "an object of patterns such as 2:4"),
 }
 
@@ -179,7 +172,7 @@ def _json(reader: Any, name: str) -> Any:
 
 
 CODE = re.compile(r"[\"'\\`\x00-\x1f\x7f]")  # what could end a string, a name or a line of generated code
-NAMES = ("name", "forward_arg_names")
+LITERALS = ("metadata", "as_string", "as_strings", "guards_code")  # never code: kept, or written as literals
 ARITHMETIC = frozenset(
     "getitem eq ne le ge lt gt neg pos mul add sub floordiv mod pow truediv and_ or_ lshift rshift not_ abs".split()
 )
@@ -194,85 +187,84 @@ def _look(value: Any, key: str) -> None:
     """Raise Unsafe where a string of the graph is not what its kind may be."""
     if isinstance(value, dict):
         for k, v in value.items():
-            if k not in (
-                "metadata",
-                "as_string",
-                "as_strings",
-                "guards_code",
-            ):  # never code: kept, or written as literals
+            if k not in LITERALS:
                 _look(k, "name of an entry")
                 _look(v, k)
     elif isinstance(value, list):
         for v in value:
             _look(v, key)
     elif isinstance(value, str):
-        wrong = {
-            "target": _operator,
-            "as_operator": _operator,
-            "expr_str": _expression,
-            "in_spec": _spec,
-            "out_spec": _spec,
-        }.get(key, _plain)(value, key)
-        if wrong:
+        fits, wrong = KINDS.get(key, (_is_text, "is not a name"))
+        if not fits(value):
             raise Unsafe(f"{key} {value[:80]!r} {wrong}")
 
 
-def _plain(value: str, key: str) -> str:
-    if key in NAMES and value and not all(part.isidentifier() for part in value.split(".")):
-        return "is not a name"
-    return "is not a name" if CODE.search(value) else ""
+def _is_text(value: str) -> bool:
+    return not CODE.search(value)
 
 
-def _operator(value: str, key: str) -> str:
+def _is_name(value: str) -> bool:
+    return _is_text(value) and (not value or all(part.isidentifier() for part in value.split(".")))
+
+
+def _is_operator(value: str) -> bool:
     head, *names = value.split(".")
-    allowed = {"_operator": ARITHMETIC, "math": FUNCTIONS}.get(head)
-    if allowed is not None:
-        return "" if len(names) == 1 and names[0] in allowed else "is not an operator of a graph"
+    if (allowed := {"_operator": ARITHMETIC, "math": FUNCTIONS}.get(head)) is not None:
+        return len(names) == 1 and names[0] in allowed
     if head == "torch" and len(names) == 1 and re.fullmatch(r"sym_\w+|_sym_\w+", names[0]):
-        return ""
+        return True
     if head != "torch" or names[:1] != ["ops"] or "from_file" in names:
-        return "is not an operator of a graph"
+        return False
     target: Any = torch.ops
     for name in names[1:]:
         if name.startswith("__") and name not in ("__and__", "__or__", "__xor__", "__lshift__", "__rshift__"):
-            return "is not an operator of a graph"
+            return False
         if not hasattr(target, name):
-            return ""  # not registered here: torch says so, and how to
+            return True  # not registered here: torch says so, and how to
         target = getattr(target, name)
-    known = isinstance(target, compat.OpOverload | compat.HigherOrderOperator)
-    return "" if known else "is not an operator of a graph"
+    return isinstance(target, compat.OpOverload | compat.HigherOrderOperator)
 
 
-def _expression(value: str, key: str) -> str:
+def _is_expression(value: str) -> bool:
     """Sizes are evaluated as Python: numbers, symbols, arithmetic and functions of sizes are all they need."""
     try:
         tree = ast.parse(value.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return "is not an expression of sizes"
-    fine = all(isinstance(node, SYNTAX) and _harmless(node) for node in ast.walk(tree))
-    return "" if fine else "is not an expression of sizes"
+        return False
+    return all(isinstance(node, SYNTAX) and _is_harmless(node) for node in ast.walk(tree))
 
 
-def _harmless(node: ast.AST) -> bool:
+def _is_harmless(node: ast.AST) -> bool:
     if isinstance(node, ast.Call):
-        return isinstance(node.func, ast.Name) and _of_sizes(node.func.id)
+        return isinstance(node.func, ast.Name) and _is_of_sizes(node.func.id)
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return re.fullmatch(r"[\w.+-]+", node.value) is not None  # a symbol's name, a number's digits
     return True
 
 
-def _of_sizes(name: str) -> bool:
+def _is_of_sizes(name: str) -> bool:
     """Whether the name is that of a mathematical function in sympy or in torch's own additions to it."""
     functions = compat.size_functions
     found = getattr(functions, name, None) if name in functions.__all__ else getattr(sympy, name, None)
     return isinstance(found, type) and issubclass(found, sympy.Basic)
 
 
-def _spec(value: str, key: str) -> str:
-    """How inputs and outputs are nested: nothing that names a module to import, and names of inputs that are names."""
-    if "__enum__" in value or "default_factory_module" in value:
-        return "names a module to import"
-    _, tree = json.loads(value)
-    kwargs = tree["children_spec"][1]["context"] if key == "in_spec" and len(tree["children_spec"]) == 2 else "[]"
+def _is_nest(value: str) -> bool:
+    """How inputs and outputs are nested names no module to import."""
+    return "__enum__" not in value and "default_factory_module" not in value
+
+
+def _is_nest_of_inputs(value: str) -> bool:
+    children = json.loads(value)[1]["children_spec"]
+    kwargs = children[1]["context"] if len(children) == 2 else "[]"
     names = json.loads(kwargs) if isinstance(kwargs, str) else []
-    return "" if all(isinstance(name, str) and name.isidentifier() for name in names or ()) else "has an odd name"
+    return _is_nest(value) and all(isinstance(name, str) and name.isidentifier() for name in names or ())
+
+
+KINDS: dict[str, tuple[Callable[[str], bool], str]] = {  # by key: what its strings may be, and what to say of others
+    **dict.fromkeys(("name", "forward_arg_names"), (_is_name, "is not a name")),
+    **dict.fromkeys(("target", "as_operator"), (_is_operator, "is not an operator of a graph")),
+    "expr_str": (_is_expression, "is not an expression of sizes"),
+    "in_spec": (_is_nest_of_inputs, "has an odd name, or names a module to import"),
+    "out_spec": (_is_nest, "names a module to import"),
+}

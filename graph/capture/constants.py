@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..edit import Editor, origin
 from ..facts import FACTORIES, is_random
 from ..nodes import arguments, fetch, op_name, writes
 from ..trainable import STATISTICS
@@ -17,33 +18,22 @@ SPREAD = 4096  # elements from which on a constant that repeats itself is stored
 
 def fold_constants(module: fx.GraphModule) -> None:
     """Compute what depends on no input and no parameter once, on its own device, and keep it as a buffer `_folded_k`.
-
-    Left as it is: what draws random numbers, and what reads a buffer that the model itself changes.
-    """
-    graph = module.graph
-    value = _constants(module)
-    count = 0
-    for node in list(graph.nodes):
+    Left as it is: what draws random numbers, and what reads a buffer that the model itself changes."""
+    value, edit, count = _constants(module), Editor(module), 0
+    for node in list(module.graph.nodes):
         outside = [u for u in node.users if u not in value]
         if node in value and node.op == "call_function" and outside and isinstance(value[node], torch.Tensor):
             while hasattr(module, f"_folded_{count}"):
                 count += 1
             stored = value[node].detach()
             compact = _compact(stored)
-            module.register_buffer(f"_folded_{count}", compact.clone().contiguous())
-            with graph.inserting_before(node):
-                buffer = graph.get_attr(f"_folded_{count}")
-                buffer.meta = dict(node.meta)
+            with edit.before(node):
+                folded = edit.store(f"_folded_{count}", compact.clone().contiguous())
+                folded.meta |= origin(node)
                 if compact.shape != stored.shape:
-                    buffer.meta["val"] = _narrowed(node.meta["val"], compact)
-                    spread = graph.call_function(torch.ops.aten.expand.default, (buffer, list(stored.shape)))
-                    spread.meta = dict(node.meta)
-                    buffer = spread
+                    folded = edit.call(torch.ops.aten.expand.default, (folded, list(stored.shape)), like=node)
             for user in outside:
-                user.replace_input_with(node, buffer)
-    for node in reversed(list(graph.nodes)):
-        if node in value and node.op == "call_function" and not node.users:
-            graph.erase_node(node)
+                user.replace_input_with(node, folded)
 
 
 def _constants(module: fx.GraphModule) -> dict[fx.Node, Any]:
@@ -58,7 +48,7 @@ def _constants(module: fx.GraphModule) -> dict[fx.Node, Any]:
                 and id(stored) not in changed
             ):
                 value[node] = stored
-        elif node.op == "call_function" and not _impure(node):
+        elif node.op == "call_function" and not writes(node) and not is_random(node):
             inputs = node.all_input_nodes
             constant = all(i in value for i in inputs)
             like = node.args[:1] if op_name(node).startswith("new_") else ()  # gives its type only, whatever its shape
@@ -72,7 +62,8 @@ def _constants(module: fx.GraphModule) -> dict[fx.Node, Any]:
                         continue
                 if isinstance(result, torch.Tensor) and result.device.type == "meta":
                     continue  # has no value yet
-                value[node] = _defined(node, result)
+                unset = isinstance(result, torch.Tensor) and "empty" in op_name(node)
+                value[node] = torch.zeros_like(result) if unset else result  # the same in every capture
     return value
 
 
@@ -91,10 +82,6 @@ def _changed_buffers(module: fx.GraphModule) -> set[int]:
     return changed
 
 
-def _impure(node: fx.Node) -> bool:
-    return writes(node) or is_random(node)
-
-
 def _static(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and all(isinstance(s, int) for s in value.shape)
@@ -108,12 +95,6 @@ def _concrete(node: fx.Node, value: dict[fx.Node, Any]) -> Any:
     return torch.empty(sizes, dtype=fake.dtype, device=fake.device)
 
 
-def _defined(node: fx.Node, value: Any) -> Any:
-    """Memory that nobody has written yet is zeros: the same in every capture."""
-    unset = "empty" in op_name(node) and isinstance(value, torch.Tensor)
-    return torch.zeros_like(value) if unset else value
-
-
 def _compact(value: torch.Tensor) -> torch.Tensor:
     """The tensor without the repetitions that `expand` made, where that saves something."""
     if value.numel() < SPREAD:
@@ -122,10 +103,3 @@ def _compact(value: torch.Tensor) -> torch.Tensor:
         if stride == 0 and value.shape[d] > 1:
             value = value.narrow(d, 0, 1)
     return value
-
-
-def _narrowed(fake: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    for d, size in enumerate(like.shape):
-        if fake.shape[d] != size:
-            fake = fake.narrow(d, 0, size)
-    return fake

@@ -29,9 +29,7 @@ def export(
     model: torch.nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any, training: bool = False
 ) -> ExportedProgram:
     """`torch.export` of the model in one mode, with gradients on, so that `torch.no_grad()` regions show in the graph.
-
-    The model is left as it was. Raises CaptureError with the reason.
-    """
+    The model is left as it was. Raises CaptureError with the reason."""
     words = [name for name in kwargs if keyword.iskeyword(name)]
     if words:
         raise CaptureError(f'the input "{words[0]}" is a keyword of Python, which no graph can take; rename the input')
@@ -83,9 +81,7 @@ def _quiet_average(model: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def custom_functions() -> Iterator[list[str]]:
     """Lists the `autograd.Function`s that a trace goes through: their forward is in the graph, their backward is not.
-
-    Those of torch itself (checkpointing) have the backward of their forward.
-    """
+    Those of torch itself (checkpointing) have the backward of their forward."""
     names: list[str] = []
     plain = torch.autograd.Function.__dict__["apply"]
 
@@ -106,15 +102,15 @@ def custom_functions() -> Iterator[list[str]]:
 def preserved(model: torch.nn.Module) -> Iterator[None]:
     """Afterwards the model has its attributes, flags and the contents of its buffers back, and the random generators
     their states. What a forward pass or a trace left behind (cached anchors, masks, fake tensors) is gone."""
-    attributes = _Attributes()
-    attributes.visit(model)
-    held = [(t, t.detach().clone(), t.requires_grad) for t in attributes.found if _may_change(t)]
+    undo, tensors = _held(model)
+    held = [(t, t.detach().clone(), t.requires_grad) for t in tensors if _may_change(t)]
     state = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     try:
         yield
     finally:
-        attributes.restore()
+        for bring_back in undo:
+            bring_back()
         with torch.no_grad():
             for tensor, before, required in held:
                 if not torch.equal(tensor, before):
@@ -133,58 +129,45 @@ def _may_change(tensor: torch.Tensor) -> bool:
     return type(tensor) is torch.Tensor and tensor.device.type != "meta" and tensor.layout == torch.strided
 
 
-class _Attributes:
-    """Everything that modules, and the containers and plain objects they hold, refer to; one level of copies each."""
+CONTAINERS = (dict, list, set, collections.deque)
 
-    PLAIN = (dict, list, set, collections.deque)
 
-    def __init__(self) -> None:
-        self.seen: set[int] = set()
-        self.undo: list[Callable[[], Any]] = []
-        self.found: list[torch.Tensor] = []
-
-    def visit(self, root: Any) -> None:
-        stack = [root]
-        while stack:
-            value = stack.pop()
-            if id(value) in self.seen:
+def _held(root: torch.nn.Module) -> tuple[list[Callable[[], None]], list[torch.Tensor]]:
+    """What brings back everything that a module, and the containers and plain objects it holds, refer to; and the tensors
+    among that."""
+    seen: set[int] = set()
+    undo, tensors = [], []
+    stack: list[Any] = [root]
+    while stack:
+        value = stack.pop()
+        if not isinstance(value, (torch.Tensor, tuple, *CONTAINERS)):
+            if not isinstance(value, torch.nn.Module) and not _plain(value):
                 continue
-            self.seen.add(id(value))
-            if isinstance(value, torch.Tensor):
-                self.found.append(value)
-            elif isinstance(value, tuple):
-                stack += value
-            elif isinstance(value, self.PLAIN):
-                stack += self._container(value)
-            elif isinstance(value, torch.nn.Module) or _plain(value):
-                stack += self._container(vars(value))
-
-    def _container(self, value: Any) -> list[Any]:
-        self.seen.add(id(value))
-        self.undo.append(_undo(value))
-        return list(value.values() if isinstance(value, dict) else value)
-
-    def restore(self) -> None:
-        for undo in self.undo:
-            undo()
+            value = vars(value)
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif isinstance(value, tuple):
+            stack += value
+        elif isinstance(value, CONTAINERS):
+            undo.append(_undo(value))
+            stack += value.values() if isinstance(value, dict) else value
+    return undo, tensors
 
 
-def _undo(value: Any) -> Callable[[], Any]:
+def _undo(value: Any) -> Callable[[], None]:
     """What brings the contents of a container back."""
     before: Any = dict(value) if isinstance(value, dict) else list(value)
 
-    def same() -> bool:
-        if len(value) != len(before):
-            return False
-        if isinstance(value, dict):
-            return all(k in value and value[k] is v for k, v in before.items())
-        return all(a is b for a, b in zip(value, before, strict=True))
+    def identities(container: Any) -> list[int]:
+        return [*map(id, container), *(map(id, container.values()) if isinstance(container, dict) else ())]
 
     def undo() -> None:
-        if same():
-            return
-        value.clear()
-        (value.extend if isinstance(value, (list, collections.deque)) else value.update)(before)
+        if identities(value) != identities(before):
+            value.clear()
+            (value.extend if isinstance(value, (list, collections.deque)) else value.update)(before)
 
     return undo
 
@@ -198,10 +181,8 @@ def _plain(value: Any) -> bool:
 
 # ------------------------------------------------------------------------------------------------------ dynamic shapes
 def batch_dynamic(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict, Any]:
-    """Example inputs and dynamic shapes for "the first dimension of every tensor input is the batch".
-
-    `torch.export` takes a size of 1 for a constant, so a single example is doubled.
-    """
+    """Example inputs and dynamic shapes for "the first dimension of every tensor input is the batch". `torch.export`
+    takes a size of 1 for a constant, so a single example is doubled."""
     flat = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()]
     if flat and all(x.shape[0] == 1 for x in flat):
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, (args, kwargs))
@@ -214,10 +195,8 @@ def batch_dynamic(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tu
 
 
 def dynamic_shapes_of(exported: ExportedProgram) -> Any:
-    """The dynamic shapes an exported program was made with, read back from its placeholders; None when static.
-
-    Returned in `torch.export`'s own form: a pytree like (args, kwargs) flattened to the top-level inputs.
-    """
+    """The dynamic shapes an exported program was made with, read back from its placeholders; None when static. Returned
+    in `torch.export`'s own form: a pytree like (args, kwargs) flattened to the top-level inputs."""
     # user_inputs would give a plain number by its value instead of its name
     names = {i.arg.name for i in exported.graph_signature.input_specs if i.kind is InputKind.USER_INPUT}
     inputs = [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in names]

@@ -16,9 +16,9 @@ from torch.export import ExportedProgram
 
 from .. import compat
 from ..edit import Editor
-from ..errors import CaptureError
+from ..errors import CaptureError, in_a_line
 from ..facts import DROPOUTS
-from ..nodes import arguments, fetch, op_name, source, writes
+from ..nodes import arguments, continuous, fetch, op_name, source, writes
 from ..trainable import graphs, set_tag, tag, walk
 from .constants import fold_constants
 from .regions import drop_litter
@@ -67,7 +67,7 @@ def functional_graph(exported: ExportedProgram) -> fx.GraphModule:
         _restore(part.graph)
     drop_litter(module.graph)
     _tie(module)
-    _tidy(module.graph)
+    _tidy(module)
     fold_constants(module)
     return module
 
@@ -81,10 +81,7 @@ def _functionalised(exported: ExportedProgram) -> ExportedProgram:
             warnings.simplefilter("ignore")
             return exported.run_decompositions({})
     except Exception as error:
-        text = (str(error).splitlines() or ["no message"])[0]
-        raise CaptureError(
-            f"the exported graph cannot be made functional: {type(error).__name__}: {text[:300]}"
-        ) from error
+        raise CaptureError(f"the exported graph cannot be made functional: {in_a_line(error, 300)}") from error
 
 
 def own(exported: ExportedProgram) -> ExportedProgram:
@@ -175,14 +172,15 @@ def _tie(module: fx.GraphModule) -> None:
                 setattr(module.get_submodule(path), name, first)
 
 
-def _tidy(graph: fx.Graph) -> None:
+def _tidy(module: fx.GraphModule) -> None:
     """Say the functionaliser's forms in the words of the training IR.
 
     view and _unsafe_view are reshape, which means the same once nothing writes in place and needs no particular memory
     layout (that of scaled_dot_product_attention depends on the kernel, and so on the widths); the copy before one is
     part of it. A copy that only settles the layout is `contiguous`, a cast is `to`.
     """
-    for node in list(graph.nodes):
+    edit = Editor(module)
+    for node in list(module.graph.nodes):
         if node.target in (aten.view.default, aten._unsafe_view.default):
             a = arguments(node)
             x = a["self"]
@@ -192,39 +190,32 @@ def _tidy(graph: fx.Graph) -> None:
         elif node.target is aten._to_copy.default and set(node.kwargs) == {"dtype"}:
             node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.kwargs["dtype"]), {}
         elif node.target is aten.as_strided_scatter.default:
-            _plain_scatter(graph, node)
+            _plain_scatter(edit, node)
         elif node.target is aten.copy.default:
-            _plain_copy(graph, node)
-        elif node.target is aten.copy_.default and _floating(node.args[1]):  # at the end of the graph, into a buffer
-            edit = Editor(graph.owning_module)  # type: ignore[arg-type]
+            _plain_copy(edit, node)
+        elif node.target is aten.copy_.default and continuous(node.args[1].meta["val"]):  # at the end, into a buffer
             with edit.before(node):
                 cut = edit.call(aten.detach.default, (node.args[1],), like=node, value=node.args[1].meta["val"])
             node.replace_input_with(node.args[1], cut)
-    for node in reversed(list(graph.nodes)):
+    for node in module.graph.nodes:
         if node.target is aten.clone.default and node.kwargs.get("memory_format") is torch.contiguous_format:
             node.target, node.kwargs = aten.contiguous.default, {}
-        if not node.users and node.op == "call_function" and not writes(node):
-            graph.erase_node(node)
 
 
-def _plain_copy(graph: fx.Graph, node: fx.Node) -> None:
+def _plain_copy(edit: Editor, node: fx.Node) -> None:
     """`copy(old, new)` is `new` in the type and shape of `old`; autograd does not know it."""
     old, new = (i.meta["val"] for i in node.args[:2])  # type: ignore[union-attr]
     value: Any = node.args[1]
-    steps: list[tuple[Any, tuple[Any, ...]]] = []
-    if old.dtype != new.dtype:
-        steps.append((aten.to.dtype, (old.dtype,)))
-    if tuple(old.shape) != tuple(new.shape):
-        steps.append((aten.expand_as.default, (node.args[0],)))
-    edit = Editor(graph.owning_module)  # type: ignore[arg-type]
     with edit.before(node):
-        for target, rest in steps:
-            value = edit.call(target, (value, *rest), like=node)
+        if old.dtype != new.dtype:
+            value = edit.call(aten.to.dtype, (value, old.dtype), like=node)
+        if tuple(old.shape) != tuple(new.shape):
+            value = edit.call(aten.expand_as.default, (value, node.args[0]), like=node)
     node.replace_all_uses_with(value)
-    graph.erase_node(node)
+    edit.graph.erase_node(node)
 
 
-def _plain_scatter(graph: fx.Graph, node: fx.Node) -> None:
+def _plain_scatter(edit: Editor, node: fx.Node) -> None:
     """`as_strided_scatter(x, piece)` as `index_put` at the memory's positions: its own backward is wrong (torch 2.14)."""
     a = arguments(node)
     x, piece = a["self"], a["src"]
@@ -233,8 +224,7 @@ def _plain_scatter(graph: fx.Graph, node: fx.Node) -> None:
     if not all(isinstance(s, int) for s in sizes) or not value.is_contiguous():
         raise CaptureError(f"{source(node)}: a write through as_strided into a tensor of dynamic shape or other layout")
     positions = torch.arange(value.numel()).as_strided(a["size"], a["stride"], a["storage_offset"] or 0)
-    edit = Editor(graph.owning_module)  # type: ignore[arg-type]
-    with edit.before(next(iter(graph.nodes))):
+    with edit.before(next(iter(edit.graph.nodes))):
         index = edit.store(edit.free_name("_positions_0"), positions.flatten().to(value.device))
     with edit.before(node):
         flat = edit.call(aten.reshape.default, (x, [-1]), like=node)
@@ -242,12 +232,7 @@ def _plain_scatter(graph: fx.Graph, node: fx.Node) -> None:
         put = edit.call(aten.index_put.default, (flat, [index], new), like=node)
         result = edit.call(aten.reshape.default, (put, list(value.shape)), like=node)
     node.replace_all_uses_with(result)
-    graph.erase_node(node)
-
-
-def _floating(node: Any) -> bool:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    edit.graph.erase_node(node)
 
 
 # ------------------------------------------------------------------------------------------------------ missing in torch

@@ -18,9 +18,10 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from ..compat import BatchNorm
+from ..edit import origin
 from ..facts import DROPOUTS
 from ..nodes import arguments, is_operator, op_name, source, writes
-from ..trainable import depends, set_tag, switch, switched, tag, values, walk
+from ..trainable import set_tag, switch, switched, tag, values, walk
 
 COUNTER = "num_batches_tracked"
 
@@ -35,7 +36,7 @@ class Lost:
     buffers: list[str] = field(default_factory=list)
     rewired: list[str] = field(default_factory=list)  # nodes that take other inputs or numbers in training
     outputs: bool = False
-    quiet: list[str] = field(default_factory=list)  # modules that in eval mode do without all of that
+    quiet: set[str] = field(default_factory=set)  # modules that in eval mode do without all of that
 
     def __bool__(self) -> bool:
         return bool(self.modules or self.lines or self.rewired or self.parameters or self.buffers or self.outputs)
@@ -47,10 +48,10 @@ class Lost:
         if self.parameters:
             text.append(f"{len(self.parameters)} parameters ({', '.join(self.parameters[:3])}, …)")
         if self.buffers:
-            text.append(f"updates of the buffers {', '.join(self.buffers[:4])}{', …' if len(self.buffers) > 4 else ''}")
+            text.append("updates of the buffers " + ", ".join([*self.buffers[:4], *["…"] * (len(self.buffers) > 4)]))
         if self.rewired:
             text.append(
-                f"other inputs or numbers of {', '.join(self.rewired[:3])}{', …' if len(self.rewired) > 3 else ''}"
+                "other inputs or numbers of " + ", ".join([*self.rewired[:3], *["…"] * (len(self.rewired) > 3)])
             )
         if self.outputs:
             text.append("other outputs")
@@ -58,10 +59,8 @@ class Lost:
 
 
 def read_modes(exported: ExportedProgram, training: ExportedProgram | None, model: torch.nn.Module) -> Lost:
-    """Note on every node that depends on the mode what both modes give it. Returns what only training has.
-
-    training: the export in train mode, or None where there is none: then a flag that is off is taken to come on.
-    """
+    """Note on every node that depends on the mode what both modes give it. Returns what only training has. training:
+    the export in train mode, or None where there is none: then a flag that is off is taken to come on."""
     pairs: dict[fx.Node, fx.Node] = {}
     lost = Lost()
     if training is not None:
@@ -73,9 +72,7 @@ def read_modes(exported: ExportedProgram, training: ExportedProgram | None, mode
         if tag(node):
             continue
         now, then = values(node), values(theirs[node]) if node in theirs else {}
-        modes = {
-            k: [v, then.get(k, v if op_name(node) == "scaled_dot_product_attention" else True)] for k, v in now.items()
-        }
+        modes = {k: [v, then.get(k, v if k == "dropout_p" else True)] for k, v in now.items()}
         set_tag(node, modes=modes, module=module_path(node), **_average(node, model))
     return lost
 
@@ -86,10 +83,11 @@ def guess_modes(exported: ExportedProgram) -> None:
     nodes = [node for _, node in switched(exported.graph_module)]
     if any(tag(node) for node in nodes):
         return  # our own file: it says itself
-    plain = [node for node in nodes if switch(node) is not None]
+    plain = [node for node in nodes if switch(node) != "dropout_p"]
     follow = [node for node in plain if _module_class(node).startswith("torch.nn.modules.")] or plain
     train = bool(follow) and all(any(values(n).values()) for n in follow) and any(n in follow for n in plain)
-    always = not any(_module_class(n) for n in follow) or (follow is plain and _only_functions(follow))
+    functions = follow is plain and not any(_module_class(n).startswith("torch.nn.modules.") for n in follow)
+    always = functions or not any(_module_class(n) for n in follow)
     for node in nodes:
         now = values(node)
         if train and not always:
@@ -99,20 +97,19 @@ def guess_modes(exported: ExportedProgram) -> None:
         set_tag(node, modes=modes, module=module_path(node))
 
 
-def _only_functions(nodes: list[fx.Node]) -> bool:
-    return not any(_module_class(n).startswith("torch.nn.modules.") for n in nodes)
+def _stack(node: fx.Node) -> list[tuple[str, str]]:
+    """The modules around an operator from the outermost on: their paths ("" for the model itself) and classes."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return [(str(p), c if isinstance(c, str) else f"{c.__module__}.{c.__qualname__}") for p, c in stack]
 
 
 def module_path(node: fx.Node) -> str:
     """The path of the module that called the operator, "" for the model itself."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][0]) if stack else ""
+    return next((path for path, _ in _stack(node)[::-1]), "")
 
 
 def _module_class(node: fx.Node) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    kind = stack[-1][1] if stack else ""
-    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+    return next((name for _, name in _stack(node)[::-1]), "")
 
 
 def _average(node: fx.Node, model: torch.nn.Module) -> dict[str, Any]:
@@ -180,8 +177,7 @@ def _carry_dropout(ours: fx.GraphModule, theirs: fx.GraphModule, pairs: dict[fx.
         first = min((u for u, _ in users), key=list(graph.nodes).index)
         with graph.inserting_before(first):
             new = graph.call_function(node.target, (mine, node.args[1], False))  # type: ignore[arg-type]
-        new.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
-        new.meta["val"] = mine.meta["val"]
+        new.meta = {**origin(node), "val": mine.meta["val"]}
         for user, _ in users:
             user.replace_input_with(mine, new)
         pairs[node] = new
@@ -204,7 +200,7 @@ def _lost(
         if (not node.users and not writes(node)) or op_name(node) in ("sym_size", "getitem"):
             continue
         path = _outermost_unknown(node, known)
-        lost.quiet += [p for p in (*(path or ())[:1], _caller(node, path)) if p not in lost.quiet]
+        lost.quiet |= {*(path or ())[:1], _caller(node, path)}
         if path:
             lost.modules.setdefault(*path)
         elif (at := source(node)) not in lost.lines:
@@ -213,7 +209,7 @@ def _lost(
     for node, mine in pairs.items():
         if node.op == "call_function" and not _same_inputs(node, mine, pairs):
             lost.rewired.append(source(mine))
-            lost.quiet += [p for p in [module_path(node)] if p not in lost.quiet]
+            lost.quiet.add(module_path(node))
     lost.parameters = sorted(_used(training) - _used(exported))
     lost.outputs = training.call_spec.out_spec != exported.call_spec.out_spec
     return lost
@@ -224,7 +220,7 @@ def _same_inputs(theirs: fx.Node, ours: fx.Node, pairs: dict[fx.Node, fx.Node]) 
     named by themselves."""
     if not is_operator(ours) or ours.target is not theirs.target:
         return True
-    free = {*values(ours), "momentum"} if depends(ours) else set()
+    free = {*values(ours), "momentum"} if switch(ours) else set()
     left, right = arguments(theirs), arguments(ours)
 
     def same(a: Any, b: Any) -> bool:
@@ -239,19 +235,17 @@ def _same_inputs(theirs: fx.Node, ours: fx.Node, pairs: dict[fx.Node, fx.Node]) 
 
 def _outermost_unknown(node: fx.Node, known: set[str]) -> tuple[str, str] | None:
     """The outermost module around a node that does nothing in eval mode, with its class."""
-    for path, kind in (node.meta.get("nn_module_stack") or {}).values():
-        inside = str(path)
-        if inside and not any(k == inside or k.startswith(f"{inside}.") for k in known):
-            name = kind if isinstance(kind, str) else kind.__qualname__
-            return inside, name.rpartition(".")[2]
+    for path, name in _stack(node):
+        if path and not any(k == path or k.startswith(f"{path}.") for k in known):
+            return path, name.rpartition(".")[2]
     return None
 
 
 def _caller(node: fx.Node, path: tuple[str, str] | None) -> str:
     """The module whose code decides whether the node, or the module around it, runs."""
-    stack = [str(p) for p, _ in (node.meta.get("nn_module_stack") or {}).values()]
     if path is None:
-        return stack[-1] if stack else ""
+        return module_path(node)
+    stack = [p for p, _ in _stack(node)]
     return stack[max(stack.index(path[0]) - 1, 0)]
 
 

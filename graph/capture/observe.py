@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..compat import TorchDispatchMode, pytree, writes
-from ..nodes import fetch, source
+from ..nodes import continuous, fetch, source
 from ..trainable import TrainableModule
 from .export import without_fast_path
 from .modes import COUNTER
@@ -43,51 +43,36 @@ def observe(
     copies = [x.detach().clone() if isinstance(x, Tensor) else copy.copy(x) for x in leaves]
     if nudge:
         copies = [_moved(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in copies]
-    watched = {f"input {i}": x for i, x in enumerate(copies) if isinstance(x, Tensor) and continuous(x)}
+    watched = {f"input {i}": x for i, x in enumerate(copies) if continuous(x)}
     for x in watched.values():
         x.requires_grad_()
-    call_inputs = [x.clone() if isinstance(x, Tensor) else x for x in copies]  # may be written in place
-    inputs, options = pytree.tree_unflatten(call_inputs, spec)
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad and continuous(p)}
-    with (
-        torch.inference_mode(False),
-        torch.random.fork_rng(),
-        torch.enable_grad(),
-        sdpa_kernel(SDPBackend.MATH),
-        without_fast_path(),
-    ):
+
+    def call(given: list[Any]) -> tuple[list[Any], list[Any]]:
+        """The leaves of the outputs, and the inputs after the call, which may write to them."""
+        own = [x.clone() if isinstance(x, Tensor) else x for x in given]
+        inputs, options = pytree.tree_unflatten(own, spec)
         torch.manual_seed(0)
-        with _SameDraws() if ordered else contextlib.nullcontext(), log or contextlib.nullcontext():
-            gradients: dict[str, Tensor | None] | None
-            try:
-                outputs = module(*inputs, **options)
-                gradients = {}
-            except RuntimeError:  # what only runs without gradients
-                call_inputs = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
-                inputs, options = pytree.tree_unflatten(call_inputs, spec)
-                torch.manual_seed(0)
-                with torch.no_grad():
-                    outputs = module(*inputs, **options)
-                gradients = None
-            flat = pytree.tree_leaves(outputs)
-            tensors = [t for t in flat if isinstance(t, Tensor)]
-            values = {f"output {i}": t.detach().clone() for i, t in enumerate(tensors)}
-            values |= {
-                f"input {i} after the call": x.detach().clone()
-                for i, x in enumerate(call_inputs)
-                if isinstance(x, Tensor)
-            }
-            values |= {f"buffer {n}": b.detach().clone() for n, b in module.named_buffers() if not n.endswith(COUNTER)}
-            if gradients is not None:
-                of = {**dict(parameters.items()), **watched}
-                gradients = _differentiate(tensors, of)
-    rest = [x for x in flat if not isinstance(x, Tensor)]
-    return Run(values, gradients, rest)
+        return pytree.tree_leaves(module(*inputs, **options)), own
 
-
-def continuous(x: Tensor) -> bool:
-    """Whether gradients can reach a tensor: it is floating-point or complex."""
-    return x.is_floating_point() or x.is_complex()
+    with (
+        torch.inference_mode(False), torch.random.fork_rng(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH),
+        without_fast_path(), _SameDraws() if ordered else contextlib.nullcontext(), log or contextlib.nullcontext(),
+    ):  # fmt: skip
+        differentiable = True
+        try:
+            flat, after = call(copies)
+        except RuntimeError:  # what only runs without gradients
+            differentiable = False
+            with torch.no_grad():
+                flat, after = call(leaves)
+        tensors = [t for t in flat if isinstance(t, Tensor)]
+        named = {f"output {i}": t for i, t in enumerate(tensors)}
+        named |= {f"input {i} after the call": x for i, x in enumerate(after) if isinstance(x, Tensor)}
+        named |= {f"buffer {n}": b for n, b in module.named_buffers() if not n.endswith(COUNTER)}
+        values = {name: t.detach().clone() for name, t in named.items()}
+        gradients = _differentiate(tensors, {**parameters, **watched}) if differentiable else None
+    return Run(values, gradients, [x for x in flat if not isinstance(x, Tensor)])
 
 
 def _differentiate(outputs: list[Tensor], of: dict[str, Tensor]) -> dict[str, Tensor | None] | None:
@@ -148,10 +133,9 @@ class _SameDraws(TorchDispatchMode):
 class Values(TorchDispatchMode):
     """Remembers every tensor that an operator reads or makes by its size, sum and norm, whatever its shape."""
 
-    def __init__(self, backward: bool):
+    def __init__(self) -> None:
         super().__init__()
         self.seen: dict[int, list[tuple[float, float]]] = {}
-        self.backward = backward
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

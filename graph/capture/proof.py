@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from ..compat import HigherOrderOperator, pytree
-from ..errors import CaptureError
-from ..nodes import op_name
+from ..errors import CaptureError, in_a_line
+from ..nodes import continuous, op_name
 from ..trainable import STATISTICS, TrainableModule, draws, switch, walk
 from .export import preserved
 from .modes import Lost
-from .observe import Run, Values, continuous, first_unknown, nudged, observe
+from .observe import Run, Values, first_unknown, nudged, observe
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 NOISE = 50.0  # how far past the effect of rounding a difference has to be
@@ -60,49 +60,46 @@ def prove(
     start = time.perf_counter()
     proof = Proof()
     for mode in ("eval", "train"):
-        _Comparison(model, module, args, kwargs, mode, proof, lost, functions).run()
+        _Comparison(model, module, args, kwargs, lost, functions, mode, proof).run()
     proof.seconds = time.perf_counter() - start
     return proof
 
 
+@dataclass
 class _Comparison:
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        module: TrainableModule,
-        args: tuple,
-        kwargs: dict[str, Any],
-        mode: str,
-        proof: Proof,
-        lost: Lost,
-        functions: list[str],
-    ):
-        self.model, self.module, self.args, self.kwargs = model, module, args, kwargs
-        self.mode, self.proof, self.functions = mode, proof, functions
-        self.quiet = lost.quiet if mode == "train" else []
-        self.lost = bool(lost) and mode == "train"
-        floats = [p for p in model.parameters() if p.is_floating_point()]
-        flat = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()]
-        dtypes = {t.dtype for t in [*floats, *flat]} or {torch.float32}
-        self.tolerance = max(TOLERANCE.get(d, 1e-2) for d in dtypes)
-        self.ordered = not any(isinstance(n.target, HigherOrderOperator) for _, n in walk(module))
-        self.random = False
-        self.skip = next((t for t in [*model.parameters(), *flat] if t.device.type == "meta" or t.is_inference()), None)
+    """The comparison in one mode; the arguments are those of `prove`."""
+
+    model: torch.nn.Module
+    module: TrainableModule
+    args: tuple
+    kwargs: dict[str, Any]
+    lost: Lost
+    functions: list[str]
+    mode: str
+    proof: Proof
 
     def run(self) -> None:
-        if self.skip is not None:
+        if self.mode == "eval":
+            self.lost = Lost()
+        self.ordered = not any(isinstance(n.target, HigherOrderOperator) for _, n in walk(self.module))
+        self.random = False
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        tensors = [*self.model.parameters(), *(x for x in leaves if isinstance(x, Tensor) and x.is_floating_point())]
+        dtypes = {t.dtype for t in tensors if t.is_floating_point()} or {torch.float32}
+        self.tolerance = max(TOLERANCE.get(d, 1e-2) for d in dtypes)
+        if any(t.device.type == "meta" or t.is_inference() for t in tensors):
             return self._skipped("tensors without values or made in inference mode")
         try:
             expected = self._model()
         except Exception as error:
-            return self._skipped(f"the model itself fails: {_line(error, 160)}")
+            return self._skipped(f"the model itself fails: {in_a_line(error, 160)}")
         try:
             found = self._program()
         except Exception as error:
-            if self.mode == "train" and self.lost:
+            if self.lost:
                 return self._skipped("parts that only training has")
             raise CaptureError(
-                f"the captured program does not run in {self.mode} mode where the model does: {_line(error, 200)}"
+                f"the captured program does not run in {self.mode} mode where the model does: {in_a_line(error)}"
             ) from error
         self._compare(expected, found)
 
@@ -110,42 +107,34 @@ class _Comparison:
         self.proof.skipped.append(f"{self.mode} mode: {why}")
 
     @contextlib.contextmanager
-    def _switched(self, module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-        with preserved(module):
-            module.train(self.mode == "train")
-            for path in self.quiet:
-                _set_flag(module, path)
-            yield module
+    def _switched(self, module: torch.nn.Module) -> Iterator[None]:
+        """The model or the program in the mode, and afterwards as it was."""
+        try:
+            with preserved(module):
+                module.train(self.mode == "train")
+                for path in self.lost.quiet:
+                    with contextlib.suppress(AttributeError):
+                        module.get_submodule(path).training = False
+                _follow_flags(module)
+                yield
+        finally:
+            _follow_flags(module)
 
     def _model(self) -> Run:
         """The model's run; one that fails where its operators are intercepted is made again without that."""
         if self.ordered:
             try:
-                with self._switched(self.model) as trained:
-                    return observe(trained, self.args, self.kwargs)
+                with self._switched(self.model):
+                    return observe(self.model, self.args, self.kwargs)
             except Exception:
                 self.ordered = False
-        with self._switched(self.model) as trained:
-            return observe(trained, self.args, self.kwargs, ordered=False)
+        with self._switched(self.model):
+            return observe(self.model, self.args, self.kwargs, ordered=False)
 
     def _program(self, nudge: bool = False) -> Run:
-        module: TrainableModule = self.module
-        modes = {m: m.training for m in module.modules()}
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(preserved(module))
-            if nudge:
-                stack.enter_context(nudged(module))
-            try:
-                module.train(self.mode == "train")
-                for path in self.quiet:
-                    _set_flag(module, path)
-                self.random = any(draws(node) for _, node in walk(module))
-                return observe(module, self.args, self.kwargs, nudge, ordered=self.ordered)
-            finally:
-                for part, training in modes.items():
-                    part.training = training
-                module._switch()
-                module.meta.pop("batches", None)
+        with self._switched(self.module), nudged(self.module) if nudge else contextlib.nullcontext():
+            self.random = any(draws(node) for _, node in walk(self.module))
+            return observe(self.module, self.args, self.kwargs, nudge, ordered=self.ordered)
 
     # ------------------------------------------------------------------------------------------------------ verdicts
     def _compare(self, expected: Run, actual: Run) -> None:
@@ -156,7 +145,6 @@ class _Comparison:
         pairs = [(n, expected.values[n], actual.values[n]) for n in expected.values if n in actual.values]
         wrong = self._wrong(pairs)
         gradients = self._gradients(expected, actual)
-        noise: Run | None = None
         wrong_gradients = self._wrong(gradients)
         if wrong or wrong_gradients:
             noise = self._program(nudge=True)
@@ -259,26 +247,18 @@ class _Comparison:
         if not self.ordered:
             return "a node that cannot be named (operators around torch.cond are not observed)"
         try:
-            with self._switched(self.model) as trained:
-                seen = Values(backward)
-                observe(trained, self.args, self.kwargs, log=seen)
-            with self._switched(self.module) as ours:
-                ours._switch()  # type: ignore[operator]
-                return first_unknown(ours, self.args, self.kwargs, seen, backward)  # type: ignore[arg-type]
+            seen = Values()
+            with self._switched(self.model):
+                observe(self.model, self.args, self.kwargs, log=seen)
+            with self._switched(self.module):
+                return first_unknown(self.module, self.args, self.kwargs, seen, backward)
         except Exception:
             return "a node that could not be found"
-        finally:
-            self.module.train(self.module.training)
 
 
-def _line(error: Exception, length: int) -> str:
-    """An exception's type and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0][:length]}"
-
-
-def _set_flag(module: torch.nn.Module, path: str) -> None:
-    with contextlib.suppress(AttributeError):
-        module.get_submodule(path).training = False
+def _follow_flags(module: torch.nn.Module) -> None:
+    if isinstance(module, TrainableModule):
+        module._switch()
 
 
 def distance(expected: Tensor, actual: Tensor) -> float:

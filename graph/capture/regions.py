@@ -13,17 +13,11 @@ from torch import fx
 
 from ..compat import FAKE_TENSOR_LOG, TorchDispatchMode, is_guard, pytree
 from ..errors import CaptureError
-from ..facts import DROPOUTS
-from ..nodes import fetch, is_operator, op_name, source
+from ..facts import DROPOUTS, names
+from ..nodes import continuous, fetch, is_operator, op_name, source
 from ..trainable import graphs
 
-LITTER = (
-    "_assert_tensor_metadata",
-    "_assert_scalar",
-    "_assert_async",
-    "sym_constrain_range_for_size",
-    "sym_constrain_range",
-)
+LITTER = names("_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range_for_size sym_constrain_range")
 GRADIENTS, AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
 IN_PLACE: dict[Any, Any] = {
     getattr(torch.ops.aten, f"{name}_").default: getattr(torch.ops.aten, name).default
@@ -59,7 +53,7 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> bool:
     settings, body_attr, inputs = node.args[:at], node.args[at], node.args[at + 1 :]
     assert isinstance(body_attr, fx.Node)
     body = fetch(module, str(body_attr.target))
-    casts = _Casts(node, settings) if str(node.target) == AUTOCAST else None
+    autocast = str(node.target) == AUTOCAST and bool(settings[2])
     env: dict[fx.Node, Any] = dict(zip([n for n in body.graph.nodes if n.op == "placeholder"], inputs, strict=True))
     results: Any = None
     with module.graph.inserting_before(node):
@@ -74,8 +68,8 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> bool:
                 env[inner].meta = dict(inner.meta)
             else:
                 env[inner] = module.graph.node_copy(inner, env.__getitem__)
-                if casts is not None and not _is_region(inner):
-                    casts.insert(env[inner])
+                if autocast and inner.op == "call_function" and is_operator(inner):
+                    _cast_inputs(env[inner], *settings[:2])
             if str(node.target) == GRADIENTS:
                 env[inner].meta.setdefault(QUIET, not settings[0])
             elif QUIET in node.meta:
@@ -115,7 +109,7 @@ def _out_of_place(graph: fx.Graph, node: fx.Node) -> None:
 def _detach(graph: fx.Graph) -> None:
     """Cut the gradient where a tensor made without gradients is used with them."""
     for node in list(graph.nodes):
-        if not node.meta.get(QUIET) or not _differentiable(node.meta.get("val")):
+        if not node.meta.get(QUIET) or not continuous(node.meta.get("val")):
             continue
         users = [u for u in node.users if not u.meta.get(QUIET)]
         if users:
@@ -126,59 +120,43 @@ def _detach(graph: fx.Graph) -> None:
                 user.replace_input_with(node, cut)
 
 
-def _differentiable(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
-
-
 # ------------------------------------------------------------------------------------------------------------ autocast
-class _Casts:
-    """The casts that one autocast region makes, found by running each operator on fake tensors inside it."""
+def _cast_inputs(node: fx.Node, device: Any, dtype: Any) -> None:
+    """Cast the inputs of a node of an autocast region as autocast does: found by running its operator on fake tensors.
+    Raises CaptureError where casts happen inside the operator, so that they cannot be written around it."""
+    values = {n: n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)}
+    if not values:
+        return
+    fresh = {n: v.detach() for n, v in values.items()}  # autocast caches casts of leaves
+    mode, seen = next(iter(values.values())).fake_mode, _CastsSeen({id(v): n for n, v in fresh.items()})
 
-    def __init__(self, region: fx.Node, settings: tuple[Any, ...]):
-        device, dtype, enabled = settings[:3]
-        self.region, self.device, self.dtype = region, device, dtype
-        self.enabled = bool(enabled)
+    def run(env: dict[fx.Node, Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env.get(n, n.meta.get("val")))
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def insert(self, node: fx.Node) -> None:
-        """Cast the inputs of a node of the region as autocast does. Raises CaptureError where casts happen inside an
-        operator, so that they cannot be written around it."""
-        if not self.enabled or node.op != "call_function" or not is_operator(node):
-            return
-        inputs = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-        if not inputs:
-            return
-        values = [n.meta["val"] for n in inputs]
-        fresh = {n: v.detach() for n, v in zip(inputs, values, strict=True)}  # autocast caches casts of leaves
-        mode, seen = values[0].fake_mode, _CastsSeen({id(v): n for n, v in fresh.items()})
-
-        def run(env: dict[fx.Node, Any]) -> Any:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env.get(n, n.meta.get("val")))
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-
-        with mode, torch.no_grad(), _silenced():
-            with torch.autocast(self.device, dtype=self.dtype, cache_enabled=False), seen:
-                expected = run(fresh)
-            around = {n: v.to(seen.dtypes[n]) if n in seen.dtypes else v for n, v in fresh.items()}
-            within = {n: v.to(self.dtype) if v.dtype is torch.float32 else v for n, v in fresh.items()}
-            with torch.autocast(self.device, enabled=False):
-                for env in (around, within):  # the second one for casts inside of what is composed of others (einsum)
-                    with contextlib.suppress(RuntimeError):
-                        found = run(env)
-                        if _types(found) == _types(expected):
-                            break
-                else:
-                    raise CaptureError(
-                        f"{source(node)}: autocast casts inside the operator {op_name(node)}, which no graph can say; "
-                        "capture the model without autocast (enabled=False, or its own dtype with model.to(...))"
-                    )
-        for x, value in env.items():
-            if value.dtype == fresh[x].dtype:
-                continue
+    with mode, torch.no_grad(), _silenced():
+        with torch.autocast(device, dtype=dtype, cache_enabled=False), seen:
+            expected = run(fresh)
+        around = {n: v.to(seen.dtypes[n]) if n in seen.dtypes else v for n, v in fresh.items()}
+        within = {n: v.to(dtype) if v.dtype is torch.float32 else v for n, v in fresh.items()}
+        with torch.autocast(device, enabled=False):
+            for env in (around, within):  # the second one for casts inside of what is composed of others (einsum)
+                with contextlib.suppress(RuntimeError):
+                    found = run(env)
+                    if _types(found) == _types(expected):
+                        break
+            else:
+                raise CaptureError(
+                    f"{source(node)}: autocast casts inside the operator {op_name(node)}, which no graph can say; "
+                    "capture the model without autocast (enabled=False, or its own dtype with model.to(...))"
+                )
+    for x, value in env.items():
+        if value.dtype != fresh[x].dtype:
             with node.graph.inserting_before(node):
                 cast = node.graph.call_function(torch.ops.aten.to.dtype, (x, value.dtype))
             cast.meta = {k: v for k, v in node.meta.items() if k != "custom"} | {"val": value}
             node.replace_input_with(x, cast)
-        node.meta["val"] = found
+    node.meta["val"] = found
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ so nothing can become cyclic and no occurs check is needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -70,10 +71,7 @@ def find(factor: Factor) -> Factor:
 
 def size(axis: Axis) -> int:
     """Number of indices of an axis: the product of its factors' sizes, 1 for the empty product."""
-    n = 1
-    for factor in axis:
-        n *= factor.size
-    return n
+    return math.prod([factor.size for factor in axis])
 
 
 def fresh(n: int, frozen: Reason | None = None, symbolic: bool = False) -> Axis:
@@ -210,30 +208,18 @@ def split_at(axis: Axis, offset: int) -> tuple[Axis, Axis]:
             right = Factor(factor.size - k, factor.frozen, factor.symbolic)
             factor.segments = [[left], [right]]
             return [left, *rest], [right, *rest]
-        done, before = 0, []
-        parts = segments(factor)
-        for j, part in enumerate(parts):
-            n = size(part)
-            if done + n < k:
-                before.append(part)
-                done += n
-                continue
-            if done + n == k:
-                return total([*before, part]) + rest, total(parts[j + 1 :]) + rest
-            low, high = split_at(part, k - done)
-            return total([*before, low]) + rest, total([high, *parts[j + 1 :]]) + rest
-    q, left_parts, right_parts = offset // inner, [], []
-    tail: Axis = [factor]
-    if q:
-        head, tail = split_at(tail, q)
-        left_parts.append(head + rest)
-    if size(tail) > 1:
-        one, after = split_at(tail, 1)
-        right_parts.append(after + rest)
-    else:
-        one = tail
+        before, after = [], segments(factor)
+        while k and size(after[0]) <= k:
+            k -= size(after[0])
+            before.append(after.pop(0))
+        if k:
+            low, high = split_at(after[0], k)
+            before, after = [*before, low], [high, *after[1:]]
+        return total(before) + rest, total(after) + rest
+    q = offset // inner
+    head, one, tail = cut([factor], [q, 1, factor.size - q - 1])
     low, high = split_at(one + rest, offset - q * inner)
-    return total([*left_parts, low]), total([high, *right_parts])
+    return total([head + rest, low]), total([high, tail + rest])
 
 
 def cut(axis: Axis, sizes: list[int]) -> list[Axis]:
@@ -293,11 +279,8 @@ def _join(x: Factor, y: Factor) -> None:
     if x.segments is not None and y.segments is None:
         x, y = y, x
     if x.segments is None:
-        x.parent = y
         y.symbolic = y.symbolic and x.symbolic
-        if x.frozen is not None:
-            freeze([y], x.frozen)
-        return
+        return _bind(x, y)
     left, right = segments(x)[::-1], segments(y)[::-1]
     while left and right:
         p, q = left.pop(), right.pop()
@@ -313,9 +296,14 @@ def _join(x: Factor, y: Factor) -> None:
     if x is not y and x.segments is not None and y.segments is not None:
         if len(segments(x)) > len(segments(y)):
             x, y = y, x
-        x.parent = y
-        if x.frozen is not None:
-            freeze([y], x.frozen)
+        _bind(x, y)
+
+
+def _bind(x: Factor, y: Factor) -> None:
+    """Let y stand for x from now on."""
+    x.parent = y
+    if x.frozen is not None:
+        freeze([y], x.frozen)
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluation

@@ -55,7 +55,10 @@ def find_groups(solved: Equations) -> list[Group]:
                 name = f"{base}/{kind}" + (f".{same.index(atom)}" if len(same) > 1 else "")
             frozen = str(atom.frozen) if atom.frozen is not None else None
             if frozen is not None and name.startswith(FOLDED):
-                frozen = f"a constant that {_maker(solved, name.split(':')[0])} computes; {frozen}"
+                maker = next(
+                    n for n in solved.module.graph.nodes if n.op == "get_attr" and n.target == name.split(":")[0]
+                )
+                frozen = f"a constant that {source(maker)} computes; {frozen}"
             result.append(Group(name, atom.size, kind, members[atom], frozen, atom, least.get(atom, 1)))
     return result
 
@@ -126,8 +129,3 @@ def _least(solved: Equations) -> dict[Factor, int]:
         if math.prod(ax.kept_size(axis, dict.fromkeys(free, 1)) for axis in axes) < count:
             found.update((a, max(found.get(a, 1), min(count, a.size))) for a in free)
     return found
-
-
-def _maker(solved: Equations, name: str) -> str:
-    """The line of the user's model from which a constant was folded."""
-    return source(next(n for n in solved.module.graph.nodes if n.op == "get_attr" and n.target == name))

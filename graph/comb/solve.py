@@ -14,31 +14,45 @@ from typing import Any
 import torch
 from torch import fx
 
+from .. import cost
 from ..errors import BadInput, strict
 from ..facts import is_pointwise
 from ..nodes import arguments, fetch, hint, is_operator, op_name
 from ..program import Program
 from . import axes as ax
 from .axes import Axis, Factor, Misaligned, Reason, atoms, freeze, show
-from .costs import Costs
 from .equations import Equations
 from .groups import Group, find_groups, kinds_of
 from .rules import RULES, NoRule
 from .rules.elementwise import pointwise
 
+
+class Sizer:
+    """Sizes of axes when atoms have the given sizes; operators share their axes, so each is computed once."""
+
+    def __init__(self, sizes: ax.Sizes):
+        self.sizes = sizes
+        self._known: dict[int, tuple[Axis, int]] = {}  # the axis too: an id is only good while its object lives
+
+    def __call__(self, axis: Axis) -> int:
+        known = self._known.get(id(axis))
+        if known is None:
+            known = self._known[id(axis)] = (axis, ax.kept_size(axis, self.sizes))
+        return known[1]
+
+
 REGISTER = "register a rule for it with graphcomb.rule (CONTRIBUTING.md shows how)"
 
 
 class Comb(Equations):
-    """The solved axes of a program.
-
-    Beside what `Equations` has, refusals: nodes whose operator could not be followed, as (node, reason).
-    """
+    """The solved axes of a program. Beside what `Equations` has, refusals: nodes whose operator could not be followed,
+    as (node, reason)."""
 
     def __init__(self, program: Program):
         super().__init__(program)
         self.refusals: list[tuple[fx.Node, str]] = []
-        self._dynamic = any(not isinstance(n, int) for v in self._inputs() for n in v.shape)
+        inputs: list[Any] = [n.meta.get("val") for n in self.module.graph.nodes if n.op == "placeholder"]
+        self._dynamic = any(not isinstance(n, int) for v in inputs if isinstance(v, torch.Tensor) for n in v.shape)
         self._solve()
 
     # ----------------------------------------------------------------------------------------------------- solving
@@ -63,10 +77,6 @@ class Comb(Equations):
             else:
                 self.axes[node] = self._apply_rule(node)
         self._freeze_summed_copies()
-
-    def _inputs(self) -> list[torch.Tensor]:
-        values = [n.meta.get("val") for n in self.module.graph.nodes if n.op == "placeholder"]
-        return [v for v in values if isinstance(v, torch.Tensor)]
 
     def _freeze_summed_copies(self) -> None:
         """Freeze padding and repetitions over which somebody sums or normalises before they meet anything with entries of
@@ -169,37 +179,43 @@ class Comb(Equations):
 
     # ---------------------------------------------------------------------------------------------------------- cost
     @cached_property
-    def _costs(self) -> Costs:
-        return Costs(self)
+    def _cost_parts(self) -> list[tuple[fx.Node, list[list[Axis]], dict[str, int]]]:
+        """The terms of the program's cost (see `graph.cost`) with axes in the place of dimensions."""
+
+        def axis(node: fx.Node, ref: cost.Ref) -> Axis:  # a plain number is an axis that nothing shrinks
+            return ax.fresh(ref, Reason(node, "a number")) if isinstance(ref, int) else self.axes[ref[0]][ref[1]]
+
+        parts = cost.terms(self.module)
+        return [
+            (node, [[axis(node, ref) for ref in m] for m in polynomial], units) for node, polynomial, units in parts
+        ]
 
     def cost_terms(self) -> list[tuple[fx.Node, list[list[Axis]]]]:
         """MACs of every node as sums of products of axes (see `graph.cost`)."""
-        return self._costs.terms
+        return [(node, axes) for node, axes, units in self._cost_parts if "macs" in units]
 
     def macs(self, sizes: ax.Sizes | None = None) -> int:
         """MACs of the program when atoms have the given sizes."""
-        return self._costs.macs(sizes or {})
+        size = Sizer(sizes or {})
+        return sum(cost.evaluate(axes, size) for _, axes in self.cost_terms())
 
     def cost(self, sizes: ax.Sizes) -> dict[str, Any]:
         """`Program.cost()` of the program in which atoms have the given sizes."""
-        return self._costs.cost(sizes)
+        return cost.total(self._cost_parts, Sizer(sizes)) | self._uncounted
+
+    @cached_property
+    def _uncounted(self) -> dict[str, list[str]]:
+        return cost.unknowns(self.module)
 
     def coverage(self) -> float:
         """Share of the parameters' elements that lie on at least one prunable axis."""
-        reached = total = 0
-        seen: set[int] = set()
-        for name, p in self.module.named_parameters(remove_duplicate=True):
-            if id(p) in seen or name not in self.parameters:
-                continue
-            seen.add(id(p))
-            total += p.numel()
-            if any(a.frozen is None for axis in self.parameters[name] for a in atoms([axis])):
-                reached += p.numel()
-        return reached / max(total, 1)
+        sizes = {name: p.numel() for name, p in self.module.named_parameters() if name in self.parameters}
+        reached = [n for name, n in sizes.items() if any(a.frozen is None for a in atoms(self.parameters[name]))]
+        return sum(reached) / max(sum(sizes.values()), 1)
 
 
 def comb(program: Program | torch.nn.Module) -> Comb:
-    """Solve the axes of a program."""
+    """Solve the axes of a program. Raises BadInput for anything else."""
     if not isinstance(program, Program):
         raise BadInput(f"comb takes a Program (graphcomb.capture makes one), not {type(program).__name__}")
     return Comb(program)

@@ -12,16 +12,6 @@ from .parity import equivalence, parity, randomised
 from .presence import Disagreement, Held
 
 __all__ = [
-    "TOLERANCE",
-    "Call",
-    "Disagreement",
-    "Held",
-    "Verdict",
-    "check",
-    "entrywise",
-    "equivalence",
-    "means",
-    "parity",
-    "randomised",
-    "surgery",
-]
+    "TOLERANCE", "Call", "Disagreement", "Held", "Verdict", "check", "entrywise", "equivalence", "means", "parity",
+    "randomised", "surgery",
+]  # fmt: skip

@@ -11,19 +11,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..errors import GraphcombError
+from ..errors import GraphcombError, in_a_line
 from ..program import Program, flatten_outputs
 from .absence import Absence
-from .evaluate import (
-    Evaluator,
-    Observer,
-    double_weights,
-    example_inputs,
-    random_inputs,
-    relative_error,
-    size_symbols,
-    to_double,
-)
+from .evaluate import Evaluator, Observer, double_weights, example_inputs, random_inputs, relative_error, size_symbols
 from .presence import Disagreement, Held, along
 from .randomise import randomise
 from .removal import Removed, checked, differences, pruned_weights, removed_since
@@ -73,8 +64,8 @@ def surgery(before: Program, result: Any, *, seed: int = 0, batches: int = 2, re
 
     result: what `RemoveChannels` returns, or anything with `program` and `removed`, and with `masked` where a pass that
     removes also trains: the original with the trained weights, which is then compared in its place. After several such
-    passes the original may be the program before any of them. Weights are drawn at
-    random, so the error does not hide behind zeros; a program with a dynamic batch runs at `batches` batch sizes.
+    passes the original may be the program before any of them. Weights are drawn at random, so the error does not hide
+    behind zeros; a program with a dynamic batch runs at `batches` batch sizes.
     retrained: the weights were trained after removal, so only their shapes must fit. Returns inf, with a warning that says
     why, when shapes or weights do not fit. Raises GraphcombError when something was removed and no output changed
     (vacuous).
@@ -129,9 +120,9 @@ class Trial:
                 dense = self._weights(seed)
             except RuntimeError:  # a batch size that the program does not take
                 continue
-            if _numbers(dense):
+            if not any(bool(t.isnan().any()) for t in flatten_outputs(dense)):
                 return dense
-        self.inputs = [to_double(x) for x in example_inputs(self.before)]
+        self.inputs = example_inputs(self.before)
         return self._weights(seed)
 
     def _weights(self, seed: int) -> Any:
@@ -166,7 +157,7 @@ class Trial:
             disagreements.append(str(error))
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             errors.append(float("inf"))
-            disagreements.append(f"the program does not run: {_first_line(error)}")
+            disagreements.append(f"the program does not run: {in_a_line(error, 300)}")
         vacuous = bool(self.removed) and max(errors) <= TOLERANCE and self.difference <= SAME
         return Verdict(max(errors), self.difference, self.conditioning, vacuous, tuple(disagreements), tuple(tried))
 
@@ -259,12 +250,3 @@ def _shapes_into(shapes: dict[str, Any]) -> Observer:
 def _fits(value: torch.Tensor, expected: tuple[int | None, ...]) -> bool:
     """Whether the shape is the one expected; None stands for an axis of free entries, whose size is not determined."""
     return len(expected) == value.dim() and all(e in (n, None) for e, n in zip(expected, value.shape, strict=True))
-
-
-def _numbers(outputs: Any) -> bool:
-    """Whether no output holds a NaN."""
-    return not any(bool(torch.isnan(t).any()) for t in flatten_outputs(outputs))
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

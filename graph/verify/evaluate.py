@@ -52,7 +52,9 @@ class Evaluator:
 
     def __init__(self, program: Program, weights: dict[str, torch.Tensor]):
         self.module, self.weights = program.module(), weights
-        self.written = {str(n.target) for n in self.module.graph.nodes if n.op == "get_attr" and _is_written(n)}
+        self.written = {
+            str(n.target) for n in self.module.graph.nodes if n.op == "get_attr" and any(map(writes, n.users))
+        }
         self.state: dict[str, torch.Tensor] = {}
         self.dead: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         seen: set[fx.Node] = set()
@@ -104,11 +106,6 @@ class Evaluator:
         return invoke(node, evaluated(node, env))
 
 
-def _is_written(node: fx.Node) -> bool:
-    """Whether an operator changes the tensor in place: then every run works on a copy of its own."""
-    return any(writes(u) for u in node.users)
-
-
 def evaluated(node: fx.Node, env: dict[fx.Node, Any]) -> dict[str, Any]:
     """The node's arguments by schema name with values in place of nodes, float dtypes widened, flags set to eval."""
     given = fx.node.map_arg(arguments(node), lambda n: env[n])
@@ -148,9 +145,10 @@ def example_inputs(program: Program) -> list[Any]:
     return pytree.tree_leaves((program.args, program.kwargs))
 
 
-def placeholders(program: Program) -> list[fx.Node]:
-    """The input nodes of a program, in order."""
-    return [n for n in program.module().graph.nodes if n.op == "placeholder"]
+def _inputs(program: Program) -> list[tuple[fx.Node, Any]]:
+    """The input nodes of a program, each with its example input."""
+    nodes = [n for n in program.module().graph.nodes if n.op == "placeholder"]
+    return list(zip(nodes, example_inputs(program), strict=True))
 
 
 def random_inputs(program: Program, generator: torch.Generator, sizes: dict[Any, int] | None = None) -> list[Any]:
@@ -160,7 +158,7 @@ def random_inputs(program: Program, generator: torch.Generator, sizes: dict[Any,
     Floats that take at most two values (masks) are kept; constant ones are redrawn from N(0, 1).
     """
     result = []
-    for node, leaf in zip(placeholders(program), example_inputs(program), strict=True):
+    for node, leaf in _inputs(program):
         if not isinstance(leaf, torch.Tensor):
             result.append(leaf)
             continue
@@ -187,7 +185,7 @@ def _redraw(leaf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def size_symbols(program: Program) -> dict[Any, tuple[int, int]]:
     """Dynamic sizes of the inputs: symbol -> (its value in the example, the first dimension it is found at)."""
     found: dict[Any, tuple[int, int]] = {}
-    for node, leaf in zip(placeholders(program), example_inputs(program), strict=True):
+    for node, leaf in _inputs(program):
         if isinstance(leaf, torch.Tensor):
             for d, size in enumerate(node.meta["val"].shape):
                 if not isinstance(size, int) and size.node.expr.is_symbol:
@@ -197,10 +195,8 @@ def size_symbols(program: Program) -> dict[Any, tuple[int, int]]:
 
 # --------------------------------------------------------------------------------------------------------------- errors
 def relative_error(a: Any, b: Any) -> float:
-    """Worst max|a - b| / max|b| over the output tensors; inf when shapes differ or a value is not finite in one of them.
-
-    Tensors of integers and booleans must be equal (0 or inf).
-    """
+    """Worst max|a - b| / max|b| over the output tensors; inf when shapes differ or a value is not finite in one of
+    them. Tensors of integers and booleans must be equal (0 or inf)."""
     left, right = flatten_outputs(a), flatten_outputs(b)
     if len(left) != len(right):
         return float("inf")
@@ -219,6 +215,6 @@ def _tensor_error(x: torch.Tensor, y: torch.Tensor) -> float:
     if same.all():
         return 0.0
     difference = torch.where(same, torch.zeros((), dtype=y.dtype, device=y.device), x - y).abs()
-    scale = y.abs()[torch.isfinite(y.abs())].max() if torch.isfinite(y.abs()).any() else y.abs().new_zeros(())
+    scale = y.abs().nan_to_num(0.0, posinf=0.0).max()  # the largest entry that is a number
     error = float(difference.max() / scale) if scale > 0 else float("inf")
     return error if error == error else float("inf")

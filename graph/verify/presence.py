@@ -35,9 +35,7 @@ class Held:
     states: States
 
     def __post_init__(self) -> None:
-        if [len(s) if s is not None else n for n, s in zip(self.value.shape, self.states, strict=True)] != list(
-            self.value.shape
-        ):
+        if any(s is not None and len(s) != n for n, s in zip(self.value.shape, self.states, strict=True)):
             raise ValueError(f"presence does not fit a tensor of shape {tuple(self.value.shape)}")
 
     @property
@@ -141,12 +139,9 @@ def join(states: Sequence[State]) -> State:
     absent, present = (stacked == ABSENT).any(0), (stacked == PRESENT).any(0)
     clash = np.flatnonzero(absent & present)
     if len(clash):
-        raise Disagreement(f"operands disagree on absence at {len(clash)} of {stacked.shape[1]} indices, {_few(clash)}")
+        few = ", ".join([*map(str, clash[:4]), *["..."] * (len(clash) > 4)])
+        raise Disagreement(f"operands disagree on absence at {len(clash)} of {stacked.shape[1]} indices, {few}")
     return simplified(np.where(absent, ABSENT, np.where(present, PRESENT, FREE)))
-
-
-def _few(shown: np.ndarray) -> str:
-    return ", ".join(map(str, shown[:4])) + (", ..." if len(shown) > 4 else "")
 
 
 def outer(states: Sequence[State], sizes: Sequence[int]) -> State:
@@ -165,10 +160,8 @@ def factor(state: State, sizes: Sequence[int]) -> States:
         return (None,) * len(sizes)
     grid = state.reshape(tuple(sizes))
     axes = range(grid.ndim)
-    for wild in (
-        False,
-        True,
-    ):  # free entries (padding) are taken for absent only where nothing else explains the others
+    # Free entries (padding) are taken for absent only where nothing else explains the others.
+    for wild in (False, True):
         gone, result = np.zeros(grid.shape, dtype=bool), []
         for d in axes:
             others = tuple(k for k in axes if k != d)

@@ -53,7 +53,7 @@ def randomise(
         if id(tensor) not in done:
             value = to_double(tensor)
             if value.is_floating_point():
-                free = isinstance(tensor, torch.nn.Parameter) or (name in removed and _harmless(value))
+                free = isinstance(tensor, torch.nn.Parameter) or (name in removed and _is_small(value))
                 value = _draw(value, roles.get(name, ""), source).to(value.device) if free else value.clone()
             done[id(tensor)] = value
         weights[name] = done[id(tensor)]
@@ -62,7 +62,7 @@ def randomise(
     return weights, None if calibration.again else outputs
 
 
-def _harmless(value: torch.Tensor) -> bool:
+def _is_small(value: torch.Tensor) -> bool:
     return bool(torch.isfinite(value).all()) and float(value.abs().max()) <= LARGEST_CONSTANT
 
 

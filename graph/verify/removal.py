@@ -81,10 +81,8 @@ def sliced(tensor: torch.Tensor, lost: Mapping[int, Sequence[int]]) -> torch.Ten
 
 
 def pruned_weights(weights: Mapping[str, torch.Tensor], removed: Removed, after: Program) -> dict[str, torch.Tensor]:
-    """Weights for the pruned program: those of the original, sliced by `removed`.
-
-    Tables of integers and constants that only the pruned program has are its own.
-    """
+    """Weights for the pruned program: those of the original, sliced by `removed`. Tables of integers and constants that
+    only the pruned program has are its own."""
     result: dict[str, torch.Tensor] = {}
     for name, own in tensors_of(after).items():
         shared = name in weights and (own.is_floating_point() or own.is_complex())
@@ -93,10 +91,8 @@ def pruned_weights(weights: Mapping[str, torch.Tensor], removed: Removed, after:
 
 
 def differences(before: Program, after: Program, removed: Removed, retrained: bool = False) -> list[str]:
-    """Parameters and buffers of the pruned program that are not the slice of the original's, one line each.
-
-    retrained: the weights went on training, so that only their shapes can be compared.
-    """
+    """Parameters and buffers of the pruned program that are not the slice of the original's, one line each. retrained:
+    the weights went on training, so that only their shapes can be compared."""
     originals, misfits, found = tensors_of(before), [], []
     for name, own in tensors_of(after).items():
         if name not in originals:

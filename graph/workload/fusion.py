@@ -39,9 +39,9 @@ class Kernel:
     nodes: list[fx.Node] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
 
-    def launches(self, grain: int, shape: Shape = shape) -> int:
-        """Kernels to start at the sizes that `shape` gives."""
-        return 1 + len(self.copied(grain, shape))
+    def launches(self, grain: int) -> int:
+        """Kernels to start at the example's sizes."""
+        return 1 + len(self.copied(grain))
 
     def copied(self, grain: int, shape: Shape = shape) -> list[fx.Node]:
         """The tensors that are laid out anew at these sizes."""
@@ -49,10 +49,8 @@ class Kernel:
 
 
 def kernels(graph: fx.Graph, rules: Rules, shape: Shape = shape) -> list[Kernel]:
-    """The kernels of a program, in the order of their first nodes. Nodes that depend on no input are none.
-
-    shape: gives the sizes of a node's tensor; those of the example inputs unless said otherwise.
-    """
+    """The kernels of a program, in the order of their first nodes. Nodes that depend on no input are none. shape: gives
+    the sizes of a node's tensor; those of the example inputs unless said otherwise."""
     return _Fusion(graph, rules, shape).run()
 
 

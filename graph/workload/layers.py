@@ -16,12 +16,11 @@ from torch import fx
 
 from ..comb import axes as ax
 from ..comb.axes import Axis, Factor
-from ..comb.costs import Sizer
-from ..comb.solve import Comb
+from ..comb.solve import Comb, Sizer
 from ..cost import macs, unknown
 from ..errors import Refused
 from ..facts import CONVS, MATRIX_PRODUCTS, NORMS, TRANSPOSED_CONVS, VECTOR_PRODUCTS
-from ..nodes import arguments, hint, op_name, shape, source, spelled_out
+from ..nodes import arguments, conv_padding, hint, op_name, per_dim, shape, source, spelled_out
 from .fusion import Copy, Kernel, kernels
 from .layer import Layer
 from .libraries import ONNXRUNTIME, Rules, classify
@@ -137,10 +136,7 @@ class Layers:
         first, last = (n for n in kernel.nodes if op_name(n) in ("matmul", "bmm"))
         *batch, queries, width = (size(a) for a in self.comb.axes[first.all_input_nodes[0]])
         keys, value = (size(a) for a in self.comb.axes[last.all_input_nodes[1]][-2:])
-        return Layer(
-            "attention", (("heads", batch[-1]), ("width", width), ("value", value)),
-            (("batch", math.prod(batch[:-1])), ("queries", queries), ("keys", keys)),
-        )  # fmt: skip
+        return _attention(batch, queries, width, keys, value)
 
     def layer(self, node: fx.Node, size: Sizer) -> Layer:
         """The node's layer."""
@@ -157,12 +153,8 @@ class Layers:
             return self._contraction(*_letters(node), sizes)
         if name == "scaled_dot_product_attention":
             a = arguments(node)
-            *batch, heads, queries, width = sizes(a["query"])
-            keys, value = sizes(a["value"])[-2:]
-            return Layer(
-                "attention", (("heads", heads), ("width", width), ("value", value)),
-                (("batch", math.prod(batch)), ("queries", queries), ("keys", keys)),
-            )  # fmt: skip
+            *batch, queries, width = sizes(a["query"])
+            return _attention(batch, queries, width, *sizes(a["value"])[-2:])
         result = sizes(node)
         if name in NORMS:
             channels = result[-1] if name in ("layer_norm", "rms_norm") else math.prod(result[1:])
@@ -178,28 +170,17 @@ class Layers:
         source, weight, result = sizes(a["input"]), sizes(a["weight"]), sizes(node)
         transposed = "transpose" in op_name(node)
         groups = source[1] // weight[1] if not transposed else result[1] // weight[1]
-        spatial = len(weight) - 2
-
-        def spread(value: Any) -> tuple[int, ...]:
-            values = [value] if isinstance(value, int) else list(value)
-            return tuple(values * spatial if len(values) == 1 else values)
-
-        options: list[tuple[str, Any]] = [
-            ("batch", source[0]),
-            ("image", tuple(source[2:])),
-            ("kernel", tuple(weight[2:])),
-        ]
-        padding = a["padding"]
-        if isinstance(padding, str):
-            around = [
-                0 if padding == "valid" else d * (k - 1) for k, d in zip(weight[2:], spread(a["dilation"]), strict=True)
-            ]
-            padding = [n // 2 for n in around]  # an odd one is added before, on one side of the image
-            options[1] = ("image", tuple(n + total % 2 for n, total in zip(source[2:], around, strict=True)))
-        for key, value in (("stride", a["stride"]), ("padding", padding), ("dilation", a["dilation"])):
-            options.append((key, spread(value)))
-        options.append(("transposed", int(transposed)))
-        return Layer("conv", (("inputs", source[1]), ("outputs", result[1]), ("groups", groups)), tuple(options))
+        pads, spatial = conv_padding(node), len(weight) - 2
+        # An odd sum of both sides' padding counts as a larger image.
+        image = tuple(n + high - low for n, (low, high) in zip(source[2:], pads, strict=True))
+        return Layer(
+            "conv", (("inputs", source[1]), ("outputs", result[1]), ("groups", groups)),
+            (
+                ("batch", source[0]), ("image", image), ("kernel", tuple(weight[2:])),
+                ("stride", per_dim(a["stride"], spatial)), ("padding", tuple(low for low, _ in pads)),
+                ("dilation", per_dim(a["dilation"], spatial)), ("transposed", int(transposed)),
+            ),
+        )  # fmt: skip
 
     def _contraction(self, left: fx.Node, right: fx.Node, terms: tuple[str, str], result: str, sizes: Any) -> Layer:
         """A matrix product from letters for the dimensions of two operands and of their result, as in einsum."""
@@ -238,6 +219,14 @@ class Layers:
             "matmul", (("batch", batch), ("inputs", left[-1]), ("outputs", result[-1])),
             (("rows", rows), ("shared", int(shared))),
         )  # fmt: skip
+
+
+def _attention(batch: list[int], queries: int, width: int, keys: int, value: int) -> Layer:
+    """An attention; the last dimension of its batch is that of the heads."""
+    return Layer(
+        "attention", (("heads", batch[-1]), ("width", width), ("value", value)),
+        (("batch", math.prod(batch[:-1])), ("queries", queries), ("keys", keys)),
+    )  # fmt: skip
 
 
 def _batched(comb: Comb, batch: int) -> dict[Factor, int]:

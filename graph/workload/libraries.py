@@ -127,9 +127,9 @@ ONNXRUNTIME = Rules(
 GRAINS = {"fp32": 1, "tf32": 1, "fp16": 2, "bf16": 2, "int8": 4, "fp8": 4}  # channels in four bytes
 
 
-def library(backend: str | None, dtype: str) -> Rules:
-    """The rules of a runtime backend for a type; TensorRT's for all but ONNX Runtime."""
-    return ONNXRUNTIME if backend == "onnxruntime" else replace(TENSORRT, grain=GRAINS.get(dtype, 1))
+def library(backend: str | None, precision: str) -> Rules:
+    """The rules of a runtime backend in a precision; TensorRT's for all but ONNX Runtime."""
+    return ONNXRUNTIME if backend == "onnxruntime" else replace(TENSORRT, grain=GRAINS.get(precision, 1))
 
 
 def classify(node: fx.Node, shape: Shape = shape) -> str:

@@ -9,9 +9,8 @@ from typing import Any
 
 from ...graph.comb import axes as ax
 from ...graph.comb.axes import Axis, Factor
-from ...graph.comb.costs import Sizer
 from ...graph.comb.groups import Group
-from ...graph.comb.solve import Comb
+from ...graph.comb.solve import Comb, Sizer
 from ...graph.nodes import arguments, op_name
 
 

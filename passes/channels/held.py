@@ -19,9 +19,9 @@ from torch import fx
 from ...graph.comb import axes as ax
 from ...graph.comb.groups import Group
 from ...graph.comb.solve import Comb
+from ...graph.comb.surgery import kept_indices
 from ...graph.nodes import fetch, source
 from ...graph.program import Program
-from ...graph.surgery import kept_indices
 from ...graph.trainable import TrainableModule
 from ..common.processes import averaged
 from ..repair.repair import Repair

@@ -14,8 +14,7 @@ import torch
 from torch import fx
 
 from ...graph.comb.axes import Factor
-from ...graph.comb.costs import Sizer
-from ...graph.comb.solve import Comb
+from ...graph.comb.solve import Comb, Sizer
 from ...graph.facts import SOFTMAXES
 from ...graph.nodes import op_name, shape, source
 from ...graph.workload.fusion import kernels

@@ -13,11 +13,11 @@ import numpy as np
 from ...graph.comb.axes import Factor, Masks
 from ...graph.comb.groups import DEFAULT_KINDS, KINDS, Group
 from ...graph.comb.solve import Comb
+from ...graph.comb.surgery import Removed, remove, restored
 from ...graph.cost import require_counted
 from ...graph.errors import BadInput, GraphcombError, Refused, Unreachable
 from ...graph.program import Program
 from ...graph.sparse import sparse_weights
-from ...graph.surgery import Removed, remove, restored
 from ...graph.trainable import TrainableModule
 from ...graph.verify import TOLERANCE, check
 from ..base import Change, Context, Pass, PassResult, Refusal, check_field

@@ -27,11 +27,11 @@ from ...graph.comb import axes as ax
 from ...graph.comb.axes import Factor
 from ...graph.comb.groups import Group
 from ...graph.comb.solve import Comb
+from ...graph.comb.surgery import Removed, kept_indices, resized, restored
 from ...graph.edit import copy_tensor, like
 from ...graph.errors import BadInput, GraphcombError
 from ...graph.nodes import fetch
 from ...graph.program import Program
-from ...graph.surgery import Removed, kept_indices, resized, restored
 from ...graph.trainable import TrainableModule
 from ..base import plain
 from ..batch import split_batch

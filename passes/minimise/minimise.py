@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ...graph.comb.groups import DEFAULT_KINDS, Group
 from ...graph.comb.solve import Comb
+from ...graph.comb.surgery import Removed, remove
 from ...graph.errors import GraphcombError
 from ...graph.nodes import fetch
 from ...graph.program import Program
 from ...graph.sparse import sparse_weights
-from ...graph.surgery import Removed, remove
 from ...graph.verify import TOLERANCE, check, equivalence
 from ..base import Context, Pass, PassResult, Refusal
 from .live import Liveness, Masks, frozen_zeros

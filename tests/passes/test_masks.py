@@ -8,8 +8,8 @@ from torch import nn
 import graphcomb as g
 from graphcomb.graph import sparse as masks
 from graphcomb.graph.comb.solve import Comb
+from graphcomb.graph.comb.surgery import remove
 from graphcomb.graph.errors import Refused
-from graphcomb.graph.surgery import remove
 from graphcomb.passes import Distill, Fuse, RemoveChannels, Sparsify
 from graphcomb.passes.base import Pass, PassResult
 from graphcomb.runtime import export_onnx

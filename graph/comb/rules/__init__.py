@@ -1,17 +1,6 @@
 """Op rules, by theme; importing the package fills the table."""
 
-from . import contraction, elementwise, indexing, layout, reduction, spatial
+from . import contraction, elementwise, indexing, layout, reduction, spatial  # noqa: F401
 from .table import RULES, NoRule, Rule, rule
 
-__all__ = [
-    "RULES",
-    "NoRule",
-    "Rule",
-    "contraction",
-    "elementwise",
-    "indexing",
-    "layout",
-    "reduction",
-    "rule",
-    "spatial",
-]
+__all__ = ["RULES", "NoRule", "Rule", "rule"]

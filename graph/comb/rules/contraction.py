@@ -34,14 +34,11 @@ def convolution(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     for axis in ws[2:]:
         c.kernel(axis, node)
     group = fresh(groups)
-    if op_name(node).startswith("conv_transpose"):
-        inner, outer = fresh(shape(w)[0] // groups), fresh(shape(w)[1])
-        c.unify(ws[0], group + inner)
-        c.unify(ws[1], outer)
-    else:
-        outer, inner = fresh(shape(w)[0] // groups), fresh(shape(w)[1])
-        c.unify(ws[0], group + outer)
-        c.unify(ws[1], inner)
+    outer, inner = fresh(shape(w)[0] // groups), fresh(shape(w)[1])
+    c.unify(ws[0], group + outer)
+    c.unify(ws[1], inner)
+    if op_name(node).startswith("conv_transpose"):  # its weight has the inputs first
+        outer, inner = inner, outer
     c.unify(xs[1], group + inner)
     result = group + outer
     if bias is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...nodes import arguments, hint, op_name, shape
+from ...nodes import arguments, hint, moved, op_name, shape
 from ..axes import Axis, Misaligned, Reason, atoms, cut, freeze, fresh, normal, take_inner, total
 from ..equations import Equations, Sizes
 from .table import Arguments, NoRule, either, rule
@@ -69,23 +69,7 @@ def view(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
 
 @rule("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "numpy_T", "mT")
 def permute(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
-    xs, name = list(c.axes[a["self"]]), op_name(node)
-    rank = len(xs)
-    if name == "permute":
-        return [xs[d] for d in a["dims"]]
-    if name in ("transpose", "swapaxes", "swapdims"):
-        first, second = [v % rank for k, v in a.items() if k != "self"]
-        xs[first], xs[second] = xs[second], xs[first]
-        return xs
-    if name in ("t", "numpy_T"):
-        return xs[::-1]
-    if name == "mT":
-        return [*xs[:-2], xs[-1], xs[-2]]
-    source = a["source"] if isinstance(a["source"], (list, tuple)) else [a["source"]]
-    target = a["destination"] if isinstance(a["destination"], (list, tuple)) else [a["destination"]]
-    at = {t % rank: s % rank for s, t in zip(source, target, strict=True)}
-    rest = iter(d for d in range(rank) if d not in at.values())
-    return [xs[at[d]] if d in at else xs[next(rest)] for d in range(rank)]
+    return [c.axes[a["self"]][d] for d in moved(node)]
 
 
 @rule("cat", "concat", "concatenate", "hstack", "vstack")
@@ -126,15 +110,9 @@ def pieces(c: Equations, node: fx.Node, axis: Axis, sizes: list[int]) -> list[Ax
 
 
 @rule(
-    "split",
-    "chunk",
-    "split_with_sizes",
-    "unbind",
-    "tensor_split",
-    "unsafe_split",
-    "unsafe_chunk",
+    "split", "chunk", "split_with_sizes", "unbind", "tensor_split", "unsafe_split", "unsafe_chunk",
     "unsafe_split_with_sizes",
-)
+)  # fmt: skip
 def split(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
     d = a["dim"] % len(xs)
@@ -155,14 +133,8 @@ def split(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
 
 def bounds(a: Arguments, n: int) -> tuple[int, int]:
     """Start and end of a slice of an axis of size n, as non-negative numbers."""
-
-    def clamp(value: Any, default: int) -> int:
-        if value is None:
-            return default
-        value = hint(value)
-        return min(max(value + n if value < 0 else value, 0), n)
-
-    return clamp(a.get("start"), 0), clamp(a.get("end"), n)
+    start, end = (None if a.get(key) is None else hint(a[key]) for key in ("start", "end"))
+    return slice(start, end).indices(n)[:2]
 
 
 @rule("slice", "narrow")
@@ -177,25 +149,11 @@ def slice_(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     if (a.get("step") or 1) != 1:
         return strided(c, node, xs, d, n, low, high, a["step"])
     if low >= high:  # nothing is read, so nothing is imposed
-        if op_name(node) == "slice":
-
-            def empty(s: Sizes, m: fx.Node) -> None:
-                s.assign(m, "start", 0)
-                s.assign(m, "end", 0)
-
-            c.rewrite(node, empty)
+        c.rewrite(node, lambda s, m: place(s, m, 0, 0))
         return [*xs[:d], c.frozen(node, d, "an empty slice"), *xs[d + 1 :]]
-    symbolic = not isinstance(a["self"].meta["val"].shape[d], int)
     if (low, high) == (0, n):
-        if op_name(node) == "slice" and not symbolic:
-
-            def whole(s: Sizes, m: fx.Node) -> None:
-                s.assign(m, "start", 0)
-                s.assign(m, "end", torch.iinfo(torch.int64).max)
-
-            c.rewrite(node, whole)
-        elif not symbolic:
-            c.rewrite(node, lambda s, m: s.assign(m, "length", s.size(xs[d])))
+        if isinstance(a["self"].meta["val"].shape[d], int):
+            c.rewrite(node, lambda s, m: place(s, m, 0, s.size(xs[d])))
         return xs
     moving = not isinstance(node.meta["val"].shape[d], int)
     if moving and all(atom.frozen for atom in atoms([xs[d]])):  # cutting at the example's size would tell nothing
@@ -206,17 +164,22 @@ def slice_(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
         return [*xs[:d], c.frozen(node, d, "a slice of dynamic length"), *xs[d + 1 :]]
 
     def move(s: Sizes, m: fx.Node) -> None:
-        if s.full(xs[d]):
-            return
-        start = s.size(before) if low else 0
-        s.assign(m, "start", start)
-        if op_name(node) == "narrow":
-            s.assign(m, "length", s.size(part))
-        else:
-            s.assign(m, "end", start + s.size(part))
+        if not s.full(xs[d]):
+            place(s, m, s.size(before) if low else 0, s.size(part))
 
     c.rewrite(node, move)
     return [*xs[:d], part, *xs[d + 1 :]]
+
+
+def place(s: Sizes, m: fx.Node, start: int, length: int) -> None:
+    """Let a slice, narrow or slice_scatter, or a select or select_scatter, be that of other indices."""
+    if "index" in (a := arguments(m)):
+        return s.assign(m, "index", start)
+    s.assign(m, "start", start)
+    if "length" in a:
+        s.assign(m, "length", length)
+    else:
+        s.assign(m, "end", start + length)
 
 
 def strided(c: Equations, node: fx.Node, xs: list[Axis], d: int, n: int, low: int, high: int, step: int) -> list[Axis]:
@@ -242,7 +205,7 @@ def select(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
 
     def move(s: Sizes, m: fx.Node) -> None:
         if not s.full(xs[d]):
-            s.assign(m, "index", s.size(before) if i else 0)
+            place(s, m, s.size(before) if i else 0, 1)
 
     c.rewrite(node, move)
     return xs[:d] + xs[d + 1 :]
@@ -252,8 +215,7 @@ def select(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
 def scatter(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, src = c.axes[a["self"]], c.axes[a["src"]]
     d, n = a["dim"] % len(xs), shape(a["self"])[a["dim"]]
-    single = op_name(node) == "select_scatter"
-    if single:
+    if op_name(node) == "select_scatter":
         low = hint(a["index"]) % n
         high, src = low + 1, [*src[:d], [], *src[d:]]
     else:
@@ -266,14 +228,8 @@ def scatter(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
         c.unify(part if k == d else xs[k], axis)
 
     def move(s: Sizes, m: fx.Node) -> None:
-        if s.full(xs[d]):
-            return
-        start = s.size(before) if low else 0
-        if single:
-            s.assign(m, "index", start)
-        else:
-            s.assign(m, "start", start)
-            s.assign(m, "end", start + s.size(part))
+        if not s.full(xs[d]):
+            place(s, m, s.size(before) if low else 0, s.size(part))
 
     c.rewrite(node, move)
     return xs

@@ -10,7 +10,7 @@ from torch import fx
 
 from ...facts import DEVIATIONS, REDUCTIONS, SOFTMAXES
 from ...nodes import op_name, shape
-from ..axes import fresh
+from ..axes import Axis, fresh
 from ..equations import Equations
 from .elementwise import binary, broadcast
 from .table import Arguments, NoRule, either, rule
@@ -21,6 +21,11 @@ def dims_of(a: Arguments, rank: int, name: str = "dim") -> list[int]:
     if dims is None or dims == []:
         return list(range(rank))
     return [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def reduced(xs: list[Axis], dims: list[int], keep: bool) -> list[Axis]:
+    """The axes that are left when those of some dimensions go, or keep one index."""
+    return [[] if d in dims else axis for d, axis in enumerate(xs) if keep or d not in dims]
 
 
 def operand(a: Arguments) -> Any:
@@ -78,9 +83,7 @@ def reduce(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     if op_name(node) in DEVIATIONS:
         correction = a.get("correction", 1) if "unbiased" not in a else a["unbiased"]
         c.at_least(node, [xs[d] for d in dims], math.floor(1 if correction is None else correction) + 1)
-    keep = a.get("keepdim", False)
-    result = [[] if d in dims else axis for d, axis in enumerate(xs) if keep or d not in dims]
-    value = node.meta["val"]
+    result, value = reduced(xs, dims, a.get("keepdim", False)), node.meta["val"]
     return result if isinstance(value, torch.Tensor) else [result for _ in value]
 
 
@@ -97,8 +100,7 @@ def extremum(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     c.sums(node, [c.axes[x][d]])
     if any(u.args[1] == 1 and u.users for u in node.users if op_name(u) == "getitem"):
         c.freeze(c.axes[x][d], node, f"{op_name(node)} returns positions along the axis")
-    result = [[] if k == d else axis for k, axis in enumerate(c.axes[x]) if a["keepdim"] or k != d]
-    return [result, result]
+    return [reduced(c.axes[x], [d], a["keepdim"])] * 2
 
 
 @rule(
@@ -114,20 +116,14 @@ def ordered(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     dims = dims_of(a, len(xs), key)
     for d in dims:
         c.freeze(xs[d], node, f"{name} depends on positions along the axis")
-    if name in ("argmax", "argmin"):
-        return [[] if d in dims else axis for d, axis in enumerate(xs) if a["keepdim"] or d not in dims]
+
+    def result(index: int | None = None) -> list[Axis]:
+        if name in ("argmax", "argmin", "kthvalue"):
+            return reduced(xs, dims, a["keepdim"])
+        return [c.frozen(node, d, f"{name} along the axis", index) if d in dims else axis for d, axis in enumerate(xs)]
+
     value = node.meta["val"]
-    if isinstance(value, torch.Tensor):
-        return [c.frozen(node, d, f"{name} along the axis") if d in dims else axis for d, axis in enumerate(xs)]
-    result = []
-    for k, _ in enumerate(value):
-        if name == "kthvalue":
-            result.append([[] if d in dims else axis for d, axis in enumerate(xs) if a["keepdim"] or d not in dims])
-        else:
-            result.append(
-                [c.frozen(node, d, f"{name} along the axis", k) if d in dims else axis for d, axis in enumerate(xs)]
-            )
-    return result
+    return result() if isinstance(value, torch.Tensor) else [result(k) for k in range(len(value))]
 
 
 @rule("cosine_similarity", "pairwise_distance")

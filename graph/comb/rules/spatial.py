@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -86,25 +87,17 @@ def channel_shuffle(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
 @rule("im2col")
 def im2col(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     x = a["self"]
-    xs = c.axes[x]
-    window = 1
-    for k in a["kernel_size"]:
-        window *= k
+    xs, taps = c.axes[x], fresh(math.prod(a["kernel_size"]))
     for axis in xs[-2:]:
         c.freeze(axis, node, WINDOW)
-    taps = fresh(window)
     c.freeze(taps, node, "the positions of a window")
     return [*xs[:-3], xs[-3] + taps, c.frozen(node, len(shape(node)) - 1, "the windows of im2col")]
 
 
 @rule("col2im")
 def col2im(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
-    xs = c.axes[a["self"]]
-    window = 1
-    for k in a["kernel_size"]:
-        window *= k
-    taps, rank = fresh(window), len(shape(node))
-    channels = fresh(shape(node)[-3])
+    xs, rank = c.axes[a["self"]], len(shape(node))
+    channels, taps = fresh(shape(node)[-3]), fresh(math.prod(a["kernel_size"]))
     c.unify(xs[-2], channels + taps)
     c.freeze(taps, node, "the positions of a window")
     c.freeze(xs[-1], node, "the windows of col2im")

@@ -29,10 +29,8 @@ def either(a: Arguments, *names: str) -> Any:
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule under operator names: "conv2d" for ATen, "space::name" for custom operators.
-
-    A rule registered again replaces the first one.
-    """
+    """Register a rule under operator names: "conv2d" for ATen, "space::name" for custom operators. A rule registered
+    again replaces the first one."""
 
     def register(function: Rule) -> Rule:
         for name in names:

@@ -1,17 +1,6 @@
 """What absent entries mean to operators, by theme; importing the package fills the table."""
 
-from . import contraction, entrywise, movement, positions, reduction, repetition
+from . import contraction, entrywise, movement, positions, reduction, repetition  # noqa: F401
 from .table import REPEATING, RULES, Call, means
 
-__all__ = [
-    "REPEATING",
-    "RULES",
-    "Call",
-    "contraction",
-    "entrywise",
-    "means",
-    "movement",
-    "positions",
-    "reduction",
-    "repetition",
-]
+__all__ = ["REPEATING", "RULES", "Call", "means"]

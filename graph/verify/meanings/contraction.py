@@ -146,11 +146,8 @@ def attention(call: Call) -> Held:
         scores_like = Held(torch.empty(shape, device="meta"), (*lead, tokens, keys))
         joint = broadcast([scores_like, mask], shape)
         lead, tokens, keys = joint[:-2], joint[-2], joint[-1]
-    scores = (
-        fill_absent(q.value, -1, width, 0.0)
-        @ fill_absent(fill_absent(k.value, -1, width, 0.0), -2, keys, 0.0).mT
-        * scale
-    )
+    queries = fill_absent(q.value, -1, width, 0.0)
+    scores = queries @ fill_absent(fill_absent(k.value, -1, width, 0.0), -2, keys, 0.0).mT * scale
     if a.get("is_causal"):
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
     if mask is not None:

@@ -21,7 +21,7 @@ from ..presence import (
     mark_absent,
     simplified,
 )
-from .table import Call, all_present, as_list, means, need_all
+from .table import Call, all_present, dims_of, means, need_all
 
 
 @means("index _unsafe_index")
@@ -70,8 +70,8 @@ def gather(call: Call) -> Held:
 @means("topk sort argsort argmax argmin cumsum cumprod cummax cummin logcumsumexp roll kthvalue msort")
 def ordered(call: Call) -> Any:
     """Operators that depend on positions: nothing may be absent along their axis; the other axes pass through."""
-    x, given = call.x, call.a.get("dims", call.a.get("dim"))
-    dims = [d % x.value.dim() for d in as_list(given)] if given not in (None, []) else list(range(x.value.dim()))
+    x = call.x
+    dims = dims_of(x, call.a.get("dims", call.a.get("dim")))
     need_all(x, dims, "it depends on positions along the axis")
     result = call.run()
     parts = [result] if isinstance(result, torch.Tensor) else list(result)

@@ -11,12 +11,7 @@ from ...compat import pytree
 from ..presence import ABSENT, Held, drop_absent, factor, join, mark_absent, restore_absent
 from .entrywise import entrywise
 from .positions import ordered
-from .table import Call, as_list, means
-
-
-def _dims(call: Call, x: Held) -> list[int]:
-    dims = call.a.get("dim")
-    return list(range(x.value.dim())) if dims in (None, []) else [d % x.value.dim() for d in as_list(dims)]
+from .table import Call, dims_of, means
 
 
 @means(
@@ -26,7 +21,7 @@ def _dims(call: Call, x: Held) -> list[int]:
 def reduce(call: Call) -> Any:
     """Over the entries that are present."""
     x = call.x
-    dims, value = _dims(call, x), x.value
+    dims, value = dims_of(x, call.a.get("dim")), x.value
     for d in dims:
         value = drop_absent(value, d, x.states[d])
     keep = call.a.get("keepdim", False)

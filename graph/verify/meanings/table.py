@@ -93,6 +93,7 @@ def need_all(held: Held, dims: Iterable[int], why: str) -> None:
             raise Disagreement(f"{why}, and entries along it are absent (dimension {d % held.value.dim()})")
 
 
-def as_list(dims: int | Sequence[int]) -> list[int]:
-    """An argument that may be one dimension or several, as a list."""
-    return [dims] if isinstance(dims, int) else list(dims)
+def dims_of(held: Held, dims: int | Sequence[int] | None) -> list[int]:
+    """The dimensions that an argument names, counted from the first; all of them where it names none."""
+    rank = held.value.dim()
+    return [d % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank))]

@@ -10,7 +10,7 @@ A gate stands at every place where the entries along an axis are added up, which
 - whatever else takes an axis away (maxima): the operand's entries at index i are multiplied by `gate[i]`.
 
 What acts on each entry by itself, depthwise convolutions and elementwise products included, reads nothing. With the
-gates of an index at 0 the network is the one that `graph.surgery` leaves without it (the restriction oracle says the
+gates of an index at 0 the network is the one that `graph.comb.surgery` leaves without it (the restriction oracle says the
 same with hard masks); at 1, where the derivative is taken, it is the network itself. Definition and derivation: ours.
 
 A weight that reads an axis has the derivative in its gradient: the sum of weight * gradient over the entries that read

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphcomb as g
-from graphcomb.graph.capture import CaptureWarning
+from graphcomb.graph.capture.functional import CaptureWarning
 from graphcomb.graph.errors import CaptureError
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphcomb as g
-from graphcomb.graph.capture import CaptureWarning, functional, observe
+from graphcomb.graph.capture import functional, observe
+from graphcomb.graph.capture.functional import CaptureWarning
 from graphcomb.graph.errors import CaptureError
 from graphcomb.graph.trainable import walk
 

@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 import torch
 
-from ..random_networks import OPERATIONS, network, trial
+from ..random_networks.builder import OPERATIONS
+from ..random_networks.trial import network, trial
 
 CHUNK = 25
 

@@ -17,8 +17,8 @@ from graphcomb import capture, verify
 from graphcomb.graph.comb.groups import KINDS
 from graphcomb.graph.comb.rules import RULES
 from graphcomb.graph.comb.solve import Comb
+from graphcomb.graph.comb.surgery import remove
 from graphcomb.graph.errors import BadInput, Refused
-from graphcomb.graph.surgery import remove
 from graphcomb.passes import RemoveChannels
 
 from ..toys import CASES, Head, TokenHead

@@ -13,7 +13,7 @@ import graphcomb
 from graphcomb import Program, capture, verify
 from graphcomb.graph.comb.groups import KINDS
 from graphcomb.graph.comb.solve import Comb
-from graphcomb.graph.surgery import remove
+from graphcomb.graph.comb.surgery import remove
 from graphcomb.passes import PassResult, RemoveChannels
 
 from ...oracles.restriction import restriction

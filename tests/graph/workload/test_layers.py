@@ -10,7 +10,7 @@ from torch import nn
 
 from graphcomb import Program, capture
 from graphcomb.graph.comb.solve import Comb
-from graphcomb.graph.surgery import remove
+from graphcomb.graph.comb.surgery import remove
 from graphcomb.graph.workload.layer import Layer
 from graphcomb.graph.workload.layers import Layers
 

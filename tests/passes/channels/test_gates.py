@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import graphcomb as g
 from graphcomb.graph.comb import axes as ax
 from graphcomb.graph.comb.solve import Comb
+from graphcomb.graph.comb.surgery import remove
 from graphcomb.graph.nodes import arguments, op_name, spelled_out
-from graphcomb.graph.surgery import remove
 from graphcomb.passes.channels.importance.gates import Gates
 
 from ...graph.toys import CASES

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from graphcomb import verify
 from graphcomb.graph.comb.solve import Comb
+from graphcomb.graph.comb.surgery import remove
 from graphcomb.graph.program import load
-from graphcomb.graph.surgery import remove
 from graphcomb.passes.base import Context
 from graphcomb.passes.channels.importance.members import Members
 from graphcomb.passes.channels.importance.scores import TRANSFORMS

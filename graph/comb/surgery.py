@@ -9,20 +9,21 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
-from .comb import axes as ax
-from .comb.axes import Axis, Factor, Masks
-from .comb.solve import Comb
-from .edit import copy_tensor, like, rebuild
-from .errors import Refused
-from .nodes import arguments, fetch, op_name, set_argument, source
-from .program import Program
-from .trainable import TrainableModule
+from ..edit import copy_tensor, like, rebuild
+from ..errors import Refused
+from ..nodes import arguments, fetch, op_name, set_argument, source
+from ..program import Program
+from ..trainable import TrainableModule
+from . import axes as ax
+from .axes import Axis, Factor, Masks
+from .solve import Comb
 
 Removed = dict[str, dict[int, list[int]]]
 
@@ -34,9 +35,6 @@ class Slicer:
         self.comb, self.masks = comb, masks
         self.sizes = {atom: int(mask.sum()) for atom, mask in masks.items()}
         self.env: dict[fx.Node, fx.Node] = {}
-        self._sources: dict[tuple[int, ...], tuple[fx.Node, int]] | None = None
-        self._places: dict[fx.Node, int] = {}
-        self._tainted: set[fx.Node] | None = None
 
     def full(self, axis: Axis) -> bool:
         """Whether the axis lost nothing."""
@@ -65,19 +63,17 @@ class Slicer:
         if changed:
             set_argument(new, argument, values)
 
-    @property
+    @cached_property
     def tainted(self) -> set[fx.Node]:
         """Size computations that read a dimension which lost indices."""
-        if self._tainted is None:
-            self._tainted = set()
-            for node in self.comb.module.graph.nodes:
-                if op_name(node).startswith("sym_size"):
-                    axes = self.comb.axes[node.args[0]]
-                    if not self.full(axes[node.args[1]]):
-                        self._tainted.add(node)
-                elif self.comb.axes.get(node, 0) is None and any(i in self._tainted for i in node.all_input_nodes):
-                    self._tainted.add(node)
-        return self._tainted
+        tainted: set[fx.Node] = set()
+        for node in self.comb.module.graph.nodes:
+            if op_name(node).startswith("sym_size"):
+                if not self.full(self.comb.axes[node.args[0]][node.args[1]]):
+                    tainted.add(node)
+            elif self.comb.axes.get(node, 0) is None and any(i in tainted for i in node.all_input_nodes):
+                tainted.add(node)
+        return tainted
 
     def _expression(self, old: fx.Node, new: fx.Node, axis: Axis) -> Any:
         """The axis's kept size: static part times the symbolic sizes, read off tensors that have them."""
@@ -100,19 +96,24 @@ class Slicer:
             return result if static == 1 else _product(graph, result, static)
 
     def _source(self, user: fx.Node, factors: Axis) -> tuple[fx.Node, int] | None:
-        """The first tensor dimension in the graph that is exactly this product, if it comes before the user."""
-        if self._sources is None:
-            self._sources = {}
-            for i, (node, axes) in enumerate(self.comb.axes.items()):
-                self._places[node] = i
-                value = node.meta.get("val")
-                if axes is None or not isinstance(value, torch.Tensor):
-                    continue
-                for d, n in enumerate(value.shape):
-                    if not isinstance(n, int):
-                        self._sources.setdefault(_key(axes[d]), (node, d))
-        place = self._sources.get(_key(factors))
-        return place if place is not None and self._places[place[0]] < self._places[user] else None
+        """A tensor dimension that is exactly this product and comes before the user, if there is one."""
+        found = self._sources.get(_key(factors))
+        return found if found is not None and self._places[found[0]] < self._places[user] else None
+
+    @cached_property
+    def _places(self) -> dict[fx.Node, int]:
+        return {node: i for i, node in enumerate(self.comb.axes)}
+
+    @cached_property
+    def _sources(self) -> dict[tuple[int, ...], tuple[fx.Node, int]]:
+        """The first tensor dimension for every product of dynamic size."""
+        sources: dict[tuple[int, ...], tuple[fx.Node, int]] = {}
+        for node, axes in self.comb.axes.items():
+            value: Any = node.meta.get("val")
+            for d, n in enumerate(value.shape if axes is not None and isinstance(value, torch.Tensor) else ()):
+                if not isinstance(n, int):
+                    sources.setdefault(_key(axes[d]), (node, d))
+        return sources
 
 
 def _key(axis: Axis) -> tuple[int, ...]:
