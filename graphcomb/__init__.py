@@ -41,31 +41,10 @@ _NAMES = {
 }
 
 __all__ = [
-    "BadInput",
-    "CaptureError",
-    "Comb",
-    "Context",
-    "GraphcombError",
-    "Group",
-    "MissingBackend",
-    "Pass",
-    "PassResult",
-    "Pipeline",
-    "PipelineResult",
-    "Program",
-    "Refused",
-    "Session",
-    "Unreachable",
-    "attach",
-    "capture",
-    "comb",
-    "counts",
-    "load",
-    "passes",
-    "rule",
-    "runtime",
-    "verify",
-]
+    "BadInput", "CaptureError", "Comb", "Context", "GraphcombError", "Group", "MissingBackend", "Pass", "PassResult",
+    "Pipeline", "PipelineResult", "Program", "Refused", "Session", "Unreachable", "attach", "capture", "comb", "counts",
+    "load", "passes", "rule", "runtime", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

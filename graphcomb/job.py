@@ -114,8 +114,8 @@ def _latency(recipe: Recipe, target: Target) -> LatencyTable | Roofline | None:
             return Roofline.calibrated(name, target, recipe.precision)
         if not asked:
             return None
-        kind = "" if recipe.precision == "fp32" else f"-{recipe.precision}"
-        file = name or cache_folder() / f"latency-{target.name}{kind}.json"
+        suffix = "" if recipe.precision == "fp32" else f"-{recipe.precision}"
+        file = name or cache_folder() / f"latency-{target.name}{suffix}.json"
         return LatencyTable(file, target, precision=recipe.precision)
     except BadInput as error:
         raise BadInput(f"latency_table: {error}") from error

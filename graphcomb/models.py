@@ -37,10 +37,8 @@ class ResidualBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """The CIFAR form of ResNet: three stages of `blocks` blocks with `width`, 2 and 4 times `width` channels.
-
-    Takes images (N, channels, H, W), H and W multiples of 4; returns logits (N, classes).
-    """
+    """The CIFAR form of ResNet: three stages of `blocks` blocks with `width`, 2 and 4 times `width` channels. Takes
+    images (N, channels, H, W), H and W multiples of 4; returns logits (N, classes)."""
 
     def __init__(self, channels: int = 1, classes: int = 10, width: int = 32, blocks: int = 1):
         super().__init__()
@@ -89,10 +87,8 @@ class Training:
 
 
 def trained_digits(**options: Any) -> SmallResNet:
-    """Return a `SmallResNet` trained on digits, in eval mode; it is trained once (about a minute on two cores), then cached.
-
-    options: fields of `Training`.
-    """
+    """Return a `SmallResNet` trained on digits, in eval mode; it is trained once (about a minute on two cores), then
+    cached. options: fields of `Training`."""
     training = Training(**options)
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(training), sort_keys=True).encode()).hexdigest()[:12]
     path = cache_folder() / f"digits-{digest}.pt"

@@ -132,10 +132,8 @@ class Pipeline:
 
 
 def verification(pass_: Pass, program: Program, result: PassResult, seed: int) -> dict[str, Any] | None:
-    """Check what can be proven: a surgery against the absence oracle, an exact pass against its input program.
-
-    Returns {"oracle", "error", "tolerance"}, errors relative and in float64; None for passes that train.
-    """
+    """Check what can be proven: a surgery against the absence oracle, an exact pass against its input program. Returns
+    {"oracle", "error", "tolerance"}, errors relative and in float64; None for passes that train."""
     if result.removed:
         verdict = verify.check(program, result, seed=seed)
         if verdict.vacuous:

@@ -63,22 +63,14 @@ class Plan(Section):
     frozen: list[Frozen] = Field(default_factory=list)
 
 
-def make_plan(job: Job) -> list[dict[str, Any]]:
-    """Return what the recipe's first RemoveChannels would do, group by group (see `RemoveChannels.plan`); nothing when it
-    has none and a PruneDepth instead. Raises BadInput when it has neither."""
+def make_plan(job: Job) -> tuple[list[dict[str, Any]], list[Block]]:
+    """Return what the recipe's first RemoveChannels would do, group by group (see `RemoveChannels.plan`), and the blocks of
+    the network where it has a PruneDepth. Raises BadInput when it has neither."""
     removal = next((p for p in job.recipe.passes if isinstance(p, RemoveChannels)), None)
-    if removal is None and not _prunes_depth(job):
+    depth = any(isinstance(p, PruneDepth) for p in job.recipe.passes)
+    if removal is None and not depth:
         raise BadInput("passes: no RemoveChannels in the recipe and no PruneDepth, so there is nothing to plan")
-    return removal.plan(job.program, job.context()) if removal else []
-
-
-def make_blocks(job: Job) -> list[Block]:
-    """Return the blocks of the network for a recipe with a PruneDepth, else nothing."""
-    return find_blocks(job.program) if _prunes_depth(job) else []
-
-
-def _prunes_depth(job: Job) -> bool:
-    return any(isinstance(p, PruneDepth) for p in job.recipe.passes)
+    return removal.plan(job.program, job.context()) if removal else [], find_blocks(job.program) if depth else []
 
 
 def write_plan(rows: list[dict[str, Any]], path: Path, blocks: Sequence[Block] = ()) -> None:

@@ -176,10 +176,10 @@ def parse_recipe(tree: dict[str, Any]) -> Recipe:
     return recipe.model_copy(update={"passes": parse_passes(recipe.passes)})
 
 
-def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Write the first validation error as `path: what is wrong, what would be right`."""
     first = error.errors()[0]
-    path = ".".join([prefix, *map(str, first["loc"])] if prefix else map(str, first["loc"]))
+    path = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         owner = model
         for part in first["loc"][:-1]:

@@ -12,15 +12,13 @@ import torch
 from torch.export import ExportedProgram
 
 from . import data as builtin
-from .graph.errors import BadInput, GraphcombError, nearest
+from .graph.errors import BadInput, GraphcombError, in_a_line, nearest
 from .graph.program import Program, load
 
 
 def resolve(spec: str, field: str) -> Any:
-    """Return the object named `package.module:attribute`; the working folder is searched too.
-
-    Raises BadInput naming `field`.
-    """
+    """Return the object named `package.module:attribute`; the working folder is searched too. Raises BadInput naming
+    `field`."""
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise BadInput(f'{field}: "{spec}" is not of the form package.module:callable')
@@ -29,10 +27,11 @@ def resolve(spec: str, field: str) -> Any:
     try:
         value: Any = importlib.import_module(module_name)
     except Exception as error:
-        raise BadInput(f'{field}: cannot import "{module_name}" ({_reason(error)})') from error
+        raise BadInput(f'{field}: cannot import "{module_name}" ({in_a_line(error)})') from error
     for part in attribute.split("."):
         if not hasattr(value, part):
-            raise BadInput(f'{field}: {module_name} has no "{attribute}"; {nearest(part, _public(value))}')
+            public = [name for name in dir(value) if not name.startswith("_")]
+            raise BadInput(f'{field}: {module_name} has no "{attribute}"; {nearest(part, public)}')
         value = getattr(value, part)
     return value
 
@@ -45,56 +44,54 @@ def call(spec: str, arguments: dict[str, Any], field: str) -> Any:
     return _guarded(function, spec, arguments, field)
 
 
-def load_model(spec: str, arguments: dict[str, Any] | None = None, field: str = "model") -> torch.nn.Module | Program:
-    """Return a module from `package.module:callable`, or a Program from a `.pt2` file. Raises BadInput naming `field`."""
+def load_model(spec: str, arguments: dict[str, Any] | None = None) -> torch.nn.Module | Program:
+    """Return a module from `package.module:callable`, or a Program from a `.pt2` file. Raises BadInput naming `model`."""
     if spec.endswith(".pt2"):
         if arguments:
-            raise BadInput(f"{field}: a .pt2 file takes no arguments")
+            raise BadInput("model: a .pt2 file takes no arguments")
         try:
             return load(spec)
         except GraphcombError as error:
-            raise type(error)(f"{field}: {error}") from error
+            raise type(error)(f"model: {error}") from error
     if ":" not in spec:
-        raise BadInput(f'{field}: "{spec}" is neither package.module:callable nor a .pt2 file')
-    model = call(spec, arguments or {}, field)
+        raise BadInput(f'model: "{spec}" is neither package.module:callable nor a .pt2 file')
+    model = call(spec, arguments or {}, "model")
     if isinstance(model, ExportedProgram):
         return Program.from_exported(model)
     if not isinstance(model, (torch.nn.Module, Program)):
-        raise BadInput(f"{field}: {spec} returned a {type(model).__name__}, not a torch.nn.Module")
+        raise BadInput(f"model: {spec} returned a {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
-def load_data(spec: str, arguments: dict[str, Any] | None = None, field: str = "data") -> tuple[Any, Any]:
+def load_data(spec: str, arguments: dict[str, Any] | None = None) -> tuple[Any, Any]:
     """Return training and validation batches, both re-iterable. A callable may return one loader (used for both) or two.
-
-    Raises BadInput naming `field` for anything else.
-    """
+    Raises BadInput naming `data` for anything else."""
     arguments = arguments or {}
     if ":" in spec:
-        loaders = call(spec, arguments, field)
+        loaders = call(spec, arguments, "data")
     elif spec in builtin.BUILTIN:
-        loaders = _guarded(builtin.BUILTIN[spec], spec, arguments, field)
+        loaders = _guarded(builtin.BUILTIN[spec], spec, arguments, "data")
     else:
-        raise BadInput(f'{field}: unknown data "{spec}"; {nearest(spec, builtin.BUILTIN)}, or package.module:callable')
+        raise BadInput(f'data: unknown data "{spec}"; {nearest(spec, builtin.BUILTIN)}, or package.module:callable')
     pair = loaders if isinstance(loaders, tuple) and len(loaders) == 2 else (loaders, loaders)
     for loader in pair:
         if isinstance(loader, (str, dict, torch.Tensor)) or not isinstance(loader, Iterable):
-            raise BadInput(f"{field}: {spec} returned a {type(loader).__name__}, not a DataLoader or (train, val)")
+            raise BadInput(f"data: {spec} returned a {type(loader).__name__}, not a DataLoader or (train, val)")
         if isinstance(loader, Iterator):
-            raise BadInput(f"{field}: {spec} returned a one-shot iterator; return a DataLoader or a list of batches")
+            raise BadInput(f"data: {spec} returned a one-shot iterator; return a DataLoader or a list of batches")
     return pair
 
 
-def first_batch(loader: Any, field: str = "data") -> Any:
+def first_batch(loader: Any) -> Any:
     """Return the first batch of a loader. Raises BadInput when it is empty or fails."""
     try:
         return next(iter(loader))
     except StopIteration:
-        raise BadInput(f"{field}: the loader yields no batch") from None
+        raise BadInput("data: the loader yields no batch") from None
     except GraphcombError:
         raise
     except Exception as error:
-        raise BadInput(f"{field}: the loader fails on its first batch ({_reason(error)})") from error
+        raise BadInput(f"data: the loader fails on its first batch ({in_a_line(error)})") from error
 
 
 def _guarded(function: Any, spec: str, arguments: dict[str, Any], field: str) -> Any:
@@ -104,13 +101,4 @@ def _guarded(function: Any, spec: str, arguments: dict[str, Any], field: str) ->
         raise type(error)(f"{field}: {error}") from error
     except Exception as error:
         text = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
-        raise BadInput(f"{field}: {spec}({text}) failed ({_reason(error)})") from error
-
-
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def _public(value: Any) -> list[str]:
-    return [n for n in dir(value) if not n.startswith("_")]
+        raise BadInput(f"{field}: {spec}({text}) failed ({in_a_line(error)})") from error

@@ -29,10 +29,7 @@ class _Group(TyperGroup):
             raise Interrupted from None
 
 
-app = typer.Typer(
-    cls=_Group, add_completion=False, no_args_is_help=True, rich_markup_mode=None,
-    help="Compress vision models: capture, comb, prune, distill, lower to ONNX and TensorRT, measure.",
-)  # fmt: skip
+app = typer.Typer(cls=_Group, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()

@@ -15,10 +15,10 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The rec
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a field, as in passes.0.ratio=0.3.")
 ]
-Shapes = Annotated[
-    list[str] | None,
-    typer.Option("--shape", metavar="NAME=1x3x480x640", help="Shape of an input with more than a dynamic batch."),
-]
+SHAPE = "Shape of an input with more than a dynamic batch"
+Shapes = Annotated[list[str] | None, typer.Option("--shape", metavar="NAME=1x3x480x640", help=f"{SHAPE}.")]
+Arguments = Annotated[list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="Argument of the callable.")]
+Inputs = Annotated[list[str] | None, typer.Option("--input", metavar="1,3,224,224", help="Input shape.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 

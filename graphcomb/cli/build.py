@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .arguments import read_sizes, read_values
+from .arguments import SHAPE, read_sizes, read_values
 from .output import WORSE, complain, console
 
 if TYPE_CHECKING:
@@ -26,12 +26,7 @@ def build(
         str | None, typer.Option("--batch", metavar="N | MIN,BEST,MAX", help="Batch sizes, where dynamic.")
     ] = None,
     shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--shape",
-            metavar="NAME=1x3x480x640",
-            help="Shape of an input with more than a dynamic batch, or NAME=MIN,BEST,MAX.",
-        ),
+        list[str] | None, typer.Option("--shape", metavar="NAME=1x3x480x640", help=f"{SHAPE}, or NAME=MIN,BEST,MAX.")
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="Option of the library, as sparse=true.")

@@ -53,7 +53,9 @@ def show_warnings() -> None:
     silent."""
     seen: set[str] = set()
 
-    def show(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
         text = " ".join(str(message).split())
         if text not in seen and not issubclass(category, HIDDEN) and _is_ours_or_users(filename):
             seen.add(text)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .arguments import Overrides, RecipeFile, read_sizes, read_values
+from .arguments import Arguments, Inputs, Overrides, RecipeFile, read_sizes, read_values
 from .output import console
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def plan(
     from ..recipe import read_recipe
 
     job = prepare(read_recipe(recipe, set_ or ()))
-    rows, blocks = plans.make_plan(job), plans.make_blocks(job)
+    rows, blocks = plans.make_plan(job)
     plans.write_plan(rows, out, blocks)
     if rows:
         show_groups([r | {"frozen": r.get("frozen")} for r in rows])
@@ -42,22 +42,16 @@ def plan(
 
 def comb(
     model: Annotated[str, typer.Argument(help="package.module:callable or a .pt2 file.")],
-    arg: Annotated[
-        list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="Argument of the callable.")
-    ] = None,
-    shape: Annotated[list[str] | None, typer.Option("--input", metavar="1,3,224,224", help="Input shape.")] = None,
+    arg: Arguments = None,
+    input_: Inputs = None,
     why: Annotated[str | None, typer.Option("--why", metavar="PARAMETER", help="Explain one parameter.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show which indices of a model can only be removed together, what is frozen, and why."""
     from ..graph.comb.solve import Comb
-    from ..job import prepare
-    from ..recipe import parse_recipe
+    from .shapes import captured
 
-    tree: dict[str, Any] = {"model": {"source": model, "arguments": read_values(arg or ())}, "passes": []}
-    if shape:
-        tree["inputs"] = [{"shape": read_sizes(s)} for s in shape]
-    solved = Comb(prepare(parse_recipe(tree)).program)
+    solved = Comb(captured(model, read_values(arg or ()), [read_sizes(s) for s in input_ or ()]))
     if why:
         print(solved.why(why))
         return

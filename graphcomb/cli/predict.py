@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from ..graph.errors import BadInput
-from .arguments import Shapes, read_sizes, read_values
+from .arguments import Arguments, Inputs, Shapes, read_sizes, read_values
 from .output import console
 
 if TYPE_CHECKING:
@@ -29,10 +29,8 @@ def predict(
         list[Path] | None,
         typer.Option("--calibrate", metavar="RESULTS.json", help="Results of bench bundles on the device."),
     ] = None,
-    arg: Annotated[
-        list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="Argument of the callable.")
-    ] = None,
-    input_: Annotated[list[str] | None, typer.Option("--input", metavar="1,3,224,224", help="Input shape.")] = None,
+    arg: Arguments = None,
+    input_: Inputs = None,
     shape: Shapes = None,
     batch: Annotated[
         int | None, typer.Option("--batch", help="Batch size; 1, where a program does not have another.")
@@ -45,16 +43,14 @@ def predict(
     """
     from .. import runtime
     from ..graph.files import write_json
-    from ..job import prepare
-    from ..recipe import parse_recipe
     from ..runtime.summary import Prediction
-    from .shapes import at_shapes, check_names, example_batch, read_shapes, with_batch
+    from .shapes import at_shapes, captured, check_names, example_batch, read_shapes, with_batch
 
     if len(models) > 2:
         raise BadInput(f"predict: one model, or one and what became of it, not {len(models)}")
     device = runtime.get_target(target)
     roofline = runtime.Roofline.calibrated(calibrate, device, precision) if calibrate else None
-    dtype = precision or (roofline.dtype if roofline else "fp32")
+    precision = precision or (roofline.dtype if roofline else "fp32")
     if batch is not None and batch < 1:
         raise BadInput(f"batch: 1 or more, not {batch}")
     shapes, sizes = read_shapes(shape or ()), [read_sizes(s) for s in input_ or ()]
@@ -62,17 +58,16 @@ def predict(
         raise BadInput("--shape, --input: give one of the two")
     programs, fixed = {}, None
     for which, model in zip(("before", "after"), models, strict=False):
-        tree: dict[str, Any] = {"model": {"source": model, "arguments": read_values(arg or ())}, "passes": []}
         saved = model.endswith(".pt2")
-        if not saved and (shapes or sizes or batch is not None):
-            tree["inputs"] = [{"shape": s} for s in with_batch(sizes or list(shapes.values()), batch)]
-        program = prepare(parse_recipe(tree)).program
+        given = not saved and (shapes or sizes or batch is not None)
+        inputs = with_batch(sizes or list(shapes.values()), batch) if given else []
+        program = captured(model, read_values(arg or ()), inputs)
         check_names(program, shapes)
         programs[which] = program = at_shapes(program, shapes, batch) if saved and shapes else program
         fixed = fixed or example_batch(program)
         if fixed and batch not in (None, fixed):
             raise BadInput(f"--batch {batch}: {model} has a fixed batch of {fixed}; capture it with a dynamic one")
-    prediction = runtime.predict(programs, device, dtype, roofline, batch or fixed or 1)
+    prediction = runtime.predict(programs, device, precision, roofline, batch or fixed or 1)
     if json_:
         write_json(json_, prediction, indent=2)
     show_prediction(Prediction.model_validate(prediction))

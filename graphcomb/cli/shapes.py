@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from ..graph.compat import pytree
 from ..graph.errors import BadInput, nearest
 from ..graph.program import Program, capture
-from ..job import DEFAULT_SHAPE
+from ..job import DEFAULT_SHAPE, prepare
+from ..recipe import parse_recipe
 from ..runtime.engines.torch.base import specs
 
 
 def read_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Read texts NAME=SIZES into one shape by name of an input. Raises BadInput for another text."""
-    return {name: _one(name, rows) for name, rows in read_ranges(texts).items()}
-
-
-def _one(name: str, rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    if len(set(rows)) != 1:
-        raise BadInput(f"--shape {name}: one shape, as in {name}=1x3x480x640, not a range")
-    return rows[0]
+    ranges = read_ranges(texts)
+    for name, rows in ranges.items():
+        if len(set(rows)) != 1:
+            raise BadInput(f"--shape {name}: one shape, as in {name}=1x3x480x640, not a range")
+    return {name: rows[0] for name, rows in ranges.items()}
 
 
 def read_ranges(texts: Sequence[str]) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -67,6 +67,15 @@ def check_names(program: Program, shapes: Mapping[str, Sequence[int]]) -> None:
     for name in shapes:
         if name not in names:
             raise BadInput(f"--shape {name}: the model has no such input; {nearest(name, names)}")
+
+
+def captured(model: str, arguments: dict[str, Any], shapes: Sequence[Sequence[int]] = ()) -> Program:
+    """Return the program of `package.module:callable`, called with the arguments, or of a `.pt2` file. shapes: of its
+    inputs, by default those of a recipe without any."""
+    tree: dict[str, Any] = {"model": {"source": model, "arguments": arguments}, "passes": []}
+    if shapes:
+        tree["inputs"] = [{"shape": list(shape)} for shape in shapes]
+    return prepare(parse_recipe(tree)).program
 
 
 def at_shapes(program: Program, shapes: Mapping[str, Sequence[int]], batch: int | None) -> Program:
