@@ -9,8 +9,10 @@ from rich.table import Table
 
 from graphcomb import runtime
 from graphcomb.cli.output import console, printable, show_warnings
+from graphcomb.cli.run import show_summary
 from graphcomb.runtime.bundle import run as bundle_run
 from graphcomb.runtime.engines.base import EngineReport, Kernel
+from graphcomb.runtime.summary import read_summary
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m"
 
@@ -80,3 +82,23 @@ def test_errors_and_warnings_are_printed_without_control_characters(cli, capfd: 
         show_warnings()
         warnings.warn_explicit(f"a{HOSTILE}", UserWarning, "recipe.py", 1)
     harmless(capfd.readouterr().err)
+
+
+def test_figures_of_a_run_say_what_they_are_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """Which file the parity is of, where the latency was measured, and how far off the prediction may be."""
+    bench = {"timings": [], "ratio": None, "ratios": {}, "rounds": 9, "contended": 0, "note": ""}
+    bench["environment"] = {"threads": 1, "cpu": "a processor"}
+    prediction = {
+        "target": "rtx-sm86", "precision": "fp16", "batch": 1, "by": "a roofline", "ms": {"before": 3.0, "after": 1.5},
+        "run_ms": 0.1, "calibration": None, "layers": [], "uncertainty": {"factor": 2.0, "source": "a data sheet"},
+    }  # fmt: skip
+    figures = {"latency_ratio": 3.04, "onnx_parity": 2.8e-7, "bench": bench, "inputs": [[1, 3, 8, 8]]}
+    show_summary(read_summary(figures, "summary"))
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "3.04x faster in ONNX Runtime, fp32, 1 thread of a processor, batch 1" in text
+    assert "2.8e-07" in text
+    show_summary(read_summary(figures | {"onnx_parity_fp16": 9.6e-4, "prediction": prediction}, "summary"))
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "9.6e-04" in text
+    assert "2.8e-07" not in text, "of a file that no engine is built from"
+    assert "2.00x faster on rtx-sm86, fp16, batch 1: 3 -> 1.5 ms (each off by up to 2 times)" in text

@@ -87,6 +87,7 @@ def test_predict(cli, results: Path, tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.err
     assert "launch" in outcome.out
     assert "roofline of Jetson AGX Orin 64GB, fp16: " in outcome.out
+    assert "off by up to 2 times: nothing was measured" in outcome.out
     arguments = ("--input", "1,3,32,32", "--calibrate", results, "--json", tmp_path / "p.json", "--target", "agx-orin")
     outcome = cli("predict", "toys:net", "toys:net", *arguments)
     assert outcome.code == 0, outcome.err

@@ -7,6 +7,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+import toys
 from torch import nn
 
 import graphcomb
@@ -39,6 +40,26 @@ def refused_but_fp32(cli, path: Path, out: Path) -> str:
     assert outcome.err.startswith("error: ")
     assert outcome.err.count("\n") == 1
     return outcome.err
+
+
+def test_files_are_compared_on_samples_that_nothing_was_trained_on(
+    cli, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    export = runtime.export_onnx
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        given.append(options["data"])
+        return export(*arguments, **options)
+
+    monkeypatch.setattr(runtime, "export_onnx", watched)
+    path = recipe(passes=["Comb"], precision="fp16", outputs=ONNX)
+    assert cli("run", path, "--out", tmp_path / "out", "--quiet").code == 0
+    wanted = [images for images, _ in toys.splits()[1]]
+    for data in given:
+        assert all(torch.equal(x, y) for ((x,), _), y in zip(data, wanted, strict=True))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [summary["onnx"][precision]["agreement"] for precision in ("fp32", "fp16")] == [1.0, 1.0]
 
 
 class Builds(list):

@@ -1,5 +1,6 @@
 """Which samples of the data scores and statistics look at, and how many numbers they hold at a time."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -9,8 +10,11 @@ from torch import nn
 import graphcomb as g
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes.base import Context
+from graphcomb.passes.channels.importance import scores
+from graphcomb.passes.channels.importance.sums import weighted_sums
 from graphcomb.passes.channels.remove_channels import RemoveChannels
-from graphcomb.passes.common.feed import Feed
+from graphcomb.passes.common import processes, samples
+from graphcomb.passes.common.feed import Batch, Feed
 from graphcomb.passes.common.weights import layers
 from graphcomb.passes.sparse import unfold
 from graphcomb.passes.sparse.gradients import Gradients
@@ -63,6 +67,87 @@ def test_gradients_are_taken_of_random_samples_up_to_the_limit(static):
 
     RemoveChannels(importance="fisher", samples=20, round_to=1)(program, data=endless())
     assert taken == [0, 1, 2]
+
+
+class Elsewhere:
+    """The accelerator, on a device that is told from the one of programs."""
+
+    device = torch.device("cpu", 0)
+
+    def __getattr__(self, name):
+        return getattr(processes.accelerator(), name)
+
+
+@pytest.mark.parametrize("importance", ["fisher", "taylor-paper"])
+def test_gradients_are_taken_on_the_device_and_show_how_far_they_are(importance, monkeypatch):
+    places, shown, inputs = [], [], []
+
+    @contextlib.contextmanager
+    def bar(show, title, total):
+        shown.append((show, title, total))
+        yield lambda done, text: shown.append(done)
+
+    def placed(module, device):
+        places.append(device)
+        return processes.placed(module, device)
+
+    def moved(batch, device):
+        inputs.append(device)
+        return batch
+
+    for module in (scores, samples):
+        monkeypatch.setattr(module, "accelerator", Elsewhere)
+    monkeypatch.setattr(scores, "placed", placed)
+    monkeypatch.setattr(samples, "bar", bar)
+    monkeypatch.setattr(Batch, "to", moved)
+    data = torch.utils.data.DataLoader(Numbered(32), batch_size=8)
+    RemoveChannels(importance=importance, round_to=1)(small_network(), data=data, progress=True)
+    assert places == [Elsewhere.device]
+    assert inputs == 4 * [Elsewhere.device]
+    assert shown == [(True, "importance", 1024), 8, 16, 24, 32]
+
+
+def test_sums_of_many_weights_on_a_device_are_copied_once(monkeypatch):
+    copied = []
+
+    def cpu(tensor):
+        copied.append(tensor.device.type)
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+    items = [(torch.empty(4, n, device="meta"), None, (0, 1)) for n in range(1, 20)]
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    result = weighted_sums(items)
+    assert copied == ["meta"]
+    assert [{d: len(row) for d, row in rows.items()} for rows in result] == [{0: 4, 1: n} for n in range(1, 20)]
+
+
+@pytest.mark.parametrize("importance", ["fisher", "taylor"])
+def test_scores_of_a_step_wait_for_the_device_as_often_for_many_groups_as_for_few(importance, monkeypatch):
+    counts = []
+    of_batch = scores.GradientScores.of_batch
+
+    def counted(self, *rest):
+        calls = []
+        with monkeypatch.context() as patch:
+            for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+                plain = getattr(torch.Tensor, name)
+
+                def call(tensor, *args, plain=plain, name=name, **kwargs):
+                    calls.append(name)
+                    return plain(tensor, *args, **kwargs)
+
+                patch.setattr(torch.Tensor, name, call)
+            result = of_batch(self, *rest)
+        counts.append(sum(name != "numpy" for name in calls))  # what was copied already
+        return result
+
+    monkeypatch.setattr(scores.GradientScores, "of_batch", counted)
+    data = [(torch.randn(4, 2, 8, 8), torch.zeros(4, dtype=torch.long))]
+    for depth in (1, 12):
+        layers = [m for _ in range(depth) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())]
+        model = nn.Sequential(nn.Conv2d(2, 8, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+        RemoveChannels(importance=importance, round_to=1)(g.capture(model.eval(), data[0][0]), data=data)
+    assert counts[0] == counts[1] <= 2
 
 
 def test_the_batch_is_found_wherever_it_is_among_the_inputs():

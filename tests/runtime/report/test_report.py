@@ -450,6 +450,24 @@ def test_bars_have_the_width_of_their_column_and_layers_are_sorted(tmp_path, qui
     assert re.search(r"\.bar \{ display: block;[^}]*width: 100%", html), "not what the number beside leaves"
 
 
+def test_bars_of_a_column_have_one_scale(tmp_path, quick):
+    values = summary()
+    before, after = {"ms": 8.0}, {"ms": 2.0}
+    for row in values["prediction"]["layers"][:2]:
+        row["before"] |= before
+        row["after"] |= after
+        before, after = {"ms": 4.0}, {"ms": 1.0}
+    _, html = page(tmp_path, values)
+    widths = re.findall(r'aria-label="predicted time [^"]*"><i[^>]*width:([\d.]+)%"></i><i[^>]*width:([\d.]+)%', html)
+    assert {("100.0", "25.0"), ("50.0", "12.5")} <= set(widths)
+
+
+def test_the_error_of_a_prediction_is_said(tmp_path, quick):
+    doubt = {"factor": 1.9, "source": "a data sheet"}
+    found, _ = page(tmp_path, summary() | {"prediction": prediction() | {"uncertainty": doubt}})
+    assert "off by up to 1.9 times: a data sheet" in " ".join(found.text.split())
+
+
 def test_the_parity_is_that_of_the_file_engines_are_built_from(tmp_path, quick):
     files = {"fp16": {"agreement": 0.975, "tolerance": 0.1, "float32": {"a": "Exp: ...", "b": "Mul: ..."}}}
     files["fp16"] |= {
