@@ -15,6 +15,7 @@ from ..errors import BadInput
 from ..facts import DROPOUTS
 from ..nodes import arguments, fetch, is_operator, op_name, source, writes
 from ..program import Program, flatten_outputs
+from ..trainable import switched, wanted
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 COMPLEX = (torch.complex32, torch.complex64)
@@ -46,8 +47,8 @@ def double_weights(program: Program) -> dict[str, torch.Tensor]:
 class Evaluator:
     """Interprets a program's graph in float64 and in eval mode on the weights given by name.
 
-    Float dtypes in arguments are widened, batch_norm uses its running statistics and dropout does nothing, whatever mode
-    the program is in.
+    Float dtypes in arguments are widened; batch_norm uses its running statistics, or the batch's where the model has them in
+    eval mode too, and dropout does nothing, whatever mode the program is in.
     """
 
     def __init__(self, program: Program, weights: dict[str, torch.Tensor]):
@@ -114,7 +115,8 @@ def evaluated(node: fx.Node, env: dict[fx.Node, Any]) -> dict[str, Any]:
     if name in DROPOUTS:
         a["train"] = False
     elif name == "batch_norm" and a["running_mean"] is not None:
-        a["training"] = False
+        a["training"] = wanted(node, False).get("training", False)
+        a["momentum"] = 0.0  # the statistics stay as they are
     elif name == "scaled_dot_product_attention":
         a["dropout_p"] = 0.0
     made = not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(a))
@@ -140,6 +142,11 @@ def invoke(node: fx.Node, a: dict[str, Any]) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs
+def eval_flags(program: Program) -> dict[str, dict[str, Any]]:
+    """What the mode decides for operators (dropout, batch_norm), as it is in eval mode, by the node's name."""
+    return {node.name: wanted(node, False) for _, node in switched(program.module())}
+
+
 def example_inputs(program: Program) -> list[Any]:
     """The program's example inputs, flattened in the order of its placeholders."""
     return pytree.tree_leaves((program.args, program.kwargs))

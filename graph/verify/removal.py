@@ -10,7 +10,7 @@ import torch
 
 from ..errors import BadInput
 from ..program import Program
-from .evaluate import tensors_of, to_double
+from .evaluate import eval_flags, tensors_of, to_double
 
 Removed = Mapping[str, Mapping[int, Sequence[int]]]
 
@@ -91,8 +91,9 @@ def pruned_weights(weights: Mapping[str, torch.Tensor], removed: Removed, after:
 
 
 def differences(before: Program, after: Program, removed: Removed, retrained: bool = False) -> list[str]:
-    """Parameters and buffers of the pruned program that are not the slice of the original's, one line each. retrained:
-    the weights went on training, so that only their shapes can be compared."""
+    """Parameters and buffers of the pruned program that are not the slice of the original's, and operators that train in
+    eval mode where the original's do not, or the other way round, one line each. retrained: the weights went on training,
+    so that only their shapes can be compared."""
     originals, misfits, found = tensors_of(before), [], []
     for name, own in tensors_of(after).items():
         if name not in originals:
@@ -105,4 +106,8 @@ def differences(before: Program, after: Program, removed: Removed, retrained: bo
             expected = sliced(originals[name].detach(), lost).to(own.dtype)
             if not torch.equal(own.detach(), expected) and not torch.equal(own.nan_to_num(), expected.nan_to_num()):
                 found.append(f"{name} does not hold the kept values of the original")
+    flags = eval_flags(before)
+    for name, now in eval_flags(after).items():
+        if flags.get(name, now) != now:
+            found.append(f"{name} has {now} in eval mode, the original {flags[name]}")
     return misfits or found

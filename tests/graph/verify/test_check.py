@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import graphcomb as g
@@ -19,6 +20,8 @@ from graphcomb.graph.comb.solve import comb
 from graphcomb.graph.comb.surgery import remove
 from graphcomb.graph.errors import BadInput, GraphcombError
 from graphcomb.graph.nodes import arguments, op_name, set_argument
+from graphcomb.graph.trainable import set_tag, tag, wanted
+from graphcomb.graph.verify.evaluate import Evaluator, double_weights
 from graphcomb.graph.verify.meanings import RULES
 from graphcomb.passes import RemoveChannels
 
@@ -87,6 +90,45 @@ def test_networks_that_draw_at_random_are_compared_on_the_same_draws():
     state = torch.get_rng_state()
     assert verify.check(program, RemoveChannels(ratio=0.5, round_to=1)(program)).error < EXACT
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class AlwaysOn(nn.Module):
+    """Dropout and statistics of the batch in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.out = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = F.dropout(self.a(x), 0.3, training=True)
+        x = F.batch_norm(x, self.norm.running_mean, self.norm.running_var, self.norm.weight, training=True)
+        return self.out(x.relu())
+
+
+def test_what_trains_in_eval_mode_too_is_proven_as_it_is():
+    program = g.capture(AlwaysOn(), torch.randn(5, 6))
+    result = RemoveChannels(ratio=0.5, round_to=1)(program)
+    before = program.module().norm.running_mean.clone()
+    assert verify.surgery(program, result) < EXACT
+    assert torch.equal(program.module().norm.running_mean, before)
+    x = torch.randn(5, 6).double()
+    weights = double_weights(program)
+    (values,) = Evaluator(program, weights).run([x])
+    model = AlwaysOn().double()
+    model.load_state_dict(weights, strict=False)
+    y = F.batch_norm(model.a(x), None, None, model.norm.weight, training=True)  # dropout aside
+    torch.testing.assert_close(values, model.out(y.relu()))
+
+
+@pytest.mark.parametrize("op", ["batch_norm", "dropout"])
+def test_what_no_longer_trains_in_eval_mode_is_found(op):
+    program = g.capture(AlwaysOn(), torch.randn(5, 6))
+    result = RemoveChannels(ratio=0.5, round_to=1)(program)
+    node = next(n for n in result.program.graph.nodes if op_name(n) == op)
+    (switch,) = wanted(node, False)
+    set_tag(node, **tag(node) | {"modes": {switch: [False, True]}})
+    with pytest.warns(UserWarning, match=rf"{op} has .*{switch}.*: False.* in eval mode, the original .*True"):
+        assert verify.surgery(program, result) == float("inf")
 
 
 def test_tied_weights_and_shared_modules():
