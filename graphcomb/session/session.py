@@ -123,6 +123,11 @@ class Session:
         self.step += 1
         return replaced
 
+    @property
+    def stepping(self) -> bool:
+        """Whether `before_step` was called and `after_step` not yet."""
+        return self._ready
+
     def follow(self, ema: nn.Module) -> None:
         """Let a copy of the module, such as an exponential moving average, lose what the module loses: call it right
         after the copy was made. `AveragedModel`, timm's `ModelEmaV3` and plain deep copies are taken."""
@@ -153,14 +158,16 @@ class Session:
     def finish(self, weights: nn.Module | None = None) -> PassResult:
         """The verified result. weights: a followed copy whose weights count instead of the module's.
 
-        Raises BadInput before all announced steps were taken, and GraphcombError where the program that was cut does not
-        compute what the module computes.
+        Raises BadInput while something is still due, and GraphcombError where the program that was cut does not compute what
+        the module computes.
         """
         if self._finished:
             raise BadInput("finish: the session is over; attach again")
-        if self.step < self.steps:
+        due = [step for callback in self._work.callbacks if (step := callback.due(self.step)) is not None]
+        if due:
             raise BadInput(
-                f"finish: {self.step} of {self.steps} steps were taken; go on training, or attach with fewer steps"
+                f"finish: after {self.step} of {self.steps} steps the pass has not done its work, which goes on until step "
+                f"{max(due)}; go on training, or attach with fewer steps"
             )
         source = self.module if weights is None else self._copy(weights)
         self._trainee.leave()
@@ -171,7 +178,7 @@ class Session:
             result = self._work.conclude(trained(self.program, source))
             self._compare(source, result.program)
         head = {"pass": type(self._pass).__name__, "options": self._pass.options()}
-        result.record = head | result.record
+        result.record = head | result.record | {"steps": self.step}
         result.program.history = [*self.program.history, result.record]
         return result
 

@@ -211,7 +211,7 @@ class RemoveChannels(Pass):
 
         def conclude(trained: Program) -> PassResult:
             smaller = pruner.cut(trained) if isinstance(pruner, HeldPruner) else trained
-            return training.concluded(pruner, smaller, {"steps": steps, "events": pruner.log})
+            return training.concluded(pruner, smaller, {"events": pruner.log})
 
         return Work([pruner], conclude, None if self.train is None else self.train.loss_in_loop(program, context))
 

@@ -183,6 +183,9 @@ class Pruner(Callback):
             return self._by_magnitude(done, module)
         return self._event(done, module, scores)
 
+    def due(self, done: int) -> int | None:
+        return max(self.events) if len(self.log) < len(self.events) else None
+
     def _by_magnitude(self, done: int, module: TrainableModule) -> Surgery | None:
         scores = relative_norms(self.comb, self.groups, module, self.masks)
         return self._event(done, module, scores, "magnitude")

@@ -81,6 +81,9 @@ class Fading(Callback):
     def after_step(self, step: int, module: TrainableModule) -> Surgery | None:
         return None if self.over else self._move(module, step + 1)
 
+    def due(self, done: int) -> int | None:
+        return None if self.over or (self.stays and done >= self.steps) else self.steps
+
     def _move(self, module: TrainableModule, done: int) -> Surgery | None:
         left = SCHEDULES[self.progress](done / self.steps) if done < self.steps else 0.0
         set_switches(module, [left] * len(self.blocks))

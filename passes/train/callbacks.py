@@ -52,6 +52,10 @@ class Callback:
     def after_surgery(self, surgery: Surgery) -> None:
         """Some callback has replaced the network."""
 
+    def due(self, done: int) -> int | None:
+        """After how many steps the callback's work will be over, or None where it is. done: steps taken."""
+        return None
+
     def hold(self, module: torch.nn.Module) -> None:
         """Set to zero what this callback holds at zero, in the network or in a copy of it."""
 

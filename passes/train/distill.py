@@ -76,7 +76,7 @@ class Distill(Training, Pass):
 
     def in_loop(self, program: Program, context: Context, steps: int, own: TrainableModule | None) -> Work:
         def conclude(trained: Program) -> PassResult:
-            return PassResult(trained, {"changed": ["weights", "running statistics"], "refused": [], "steps": steps})
+            return PassResult(trained, {"changed": ["weights", "running statistics"], "refused": []})
 
         return Work([], conclude, self.loss_in_loop(program, context))
 

@@ -283,19 +283,27 @@ class TestRefused:
             graphcomb.attach(graphcomb.capture(Residual(), (x,)), RemoveChannels(macs=0.5), steps=3)
 
     def test_steps_out_of_order(self):
-        session = attached(Residual().train(), "end", steps=2)
+        session = attached(Residual().train(), "end", steps=4)
         optimizer = OPTIMIZERS["sgd"](session.module.parameters())
         with pytest.raises(BadInput, match="call before_step"):
             session.after_step()
         train(session, optimizer, steps=1)
-        with pytest.raises(BadInput, match="1 of 2 steps were taken"):
+        with pytest.raises(
+            BadInput, match="after 1 of 4 steps the pass has not done its work, which goes on until step 2"
+        ):
             session.finish()
-        train(session, optimizer, first=1, steps=2)
-        with pytest.raises(BadInput, match="all 2 steps"):
+        train(session, optimizer, first=1, steps=4)
+        with pytest.raises(BadInput, match="all 4 steps"):
             session.before_step(optimizer)
         session.finish()
         with pytest.raises(BadInput, match="over"):
             session.finish()
+
+    def test_training_that_stops_early_is_no_mistake_once_all_is_cut(self):
+        session = attached(Residual().train(), "end")
+        train(session, OPTIMIZERS["sgd"](session.module.parameters()), steps=STEPS - 3)
+        result = session.finish()
+        assert result.record["steps"] == STEPS - 3
 
     @pytest.mark.parametrize("cut", CUTS)
     def test_an_optimizer_of_something_else(self, cut):
