@@ -12,11 +12,12 @@ from torch.optim import Optimizer
 
 from ..graph.errors import BadInput, GraphcombError
 from ..graph.program import Program, capture
+from ..graph.sparse import zeros
 from ..graph.trainable import TrainableModule
 from ..passes.base import Context, Pass, PassResult
 from ..passes.batch import split_batch
 from ..passes.common.feed import Batch
-from ..passes.train.callbacks import Kept
+from ..passes.train.callbacks import HeldZeros, Kept
 from ..passes.train.trainee import Parameters, Trainee, Work, carry
 from .tensors import shared, tensor_at, trained
 
@@ -87,6 +88,10 @@ class Session:
         if in_loop is None:
             raise BadInput(f"attach: {type(pass_).__name__} does not train; apply it before or after")
         self._work = in_loop(program, context, steps, inner if own is not None else None)
+        if self._work.start is not None:
+            inner = self._work.start.module().train()
+        if masks := zeros(program):
+            self._work.callbacks.append(HeldZeros(masks))
         self.module: nn.Module = inner if own is None else own
         self._trainee = Trainee(inner, self._work.callbacks, self._adopt, self._carry_on)
         self._optimizers: list[Optimizer] = []

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from ...graph.cost import require_counted
 from ...graph.errors import BadInput, Refused, Unreachable
 from ...graph.program import Program
+from ...graph.trainable import TrainableModule
 from ..base import Change, Context, Pass, PassResult, Refusal, check_field
 from ..common.class_axis import class_axis
 from ..common.feed import Feed
@@ -20,6 +21,7 @@ from ..fuse.fuse import Fuse
 from ..repair.repair import Repair
 from ..train.distill import Distill
 from ..train.loop import fit, total_steps
+from ..train.trainee import Work
 from .blocks import Block
 from .budget import CUT, Bits, Budget, Predictor
 from .price import ORDER, find_blocks
@@ -142,9 +144,35 @@ class PruneDepth(Pass):
             pruned, record["train"] = self._at_once(program, chosen, context), {}
         else:
             pruned, record["train"] = self.progressive(program, chosen, context)
-        result, merged = self.merge(pruned, context)
+        result = self._merged(program, pruned, chosen, record, context)
         if self.repair:
-            record["repair"] = Repair().apply(program, result, {}, context)
+            result.record["repair"] = Repair().apply(program, result.program, {}, context)
+        return result
+
+    def in_loop(self, program: Program, context: Context, steps: int, own: TrainableModule | None) -> Work:
+        """What the pass does in somebody else's loop: blocks are chosen now, fade, and are merged in the end."""
+        if own is not None:
+            raise BadInput('PruneDepth: fading blocks are no part of your own module; attach with cut="during"')
+        check_field(self, "repair", not self.repair, "false in a loop of your own, which trains instead")
+        blocks = find_blocks(program)
+        record: dict[str, Any] = {"refused": [Refusal(b.name, b.why) for b in blocks if b.why is not None]}
+        chosen, record["search"] = self.choose(program, blocks, context)
+        relaxed = self._relaxed(program, chosen)
+        self._start(relaxed, context)
+        fading = self._fading(program, chosen, steps, context.seed)
+
+        def conclude(trained: Program) -> PassResult:
+            pruned = trained if fading.over else fading.settle(trained.module())
+            record["train"] = {"error": fading.error}
+            return self._merged(program, pruned, chosen, record, context)
+
+        return Work([fading], conclude, self._training().loss_in_loop(program, context), relaxed)
+
+    def _merged(
+        self, program: Program, pruned: Program, chosen: Sequence[Block], record: dict[str, Any], context: Context
+    ) -> PassResult:
+        """Stage 4 and the result."""
+        result, merged = self.merge(pruned, context)
         # of the result against what was trained
         error = max(record["train"].get("error") or 0.0, merged.get("error", 0.0))
         record["merge"] = merged | {"error": error}

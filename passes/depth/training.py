@@ -73,6 +73,7 @@ class Fading(Callback):
         self.identity = ("fading", len(blocks), progress, steps)
         self.stays, self.tail, self.fitted = stays, tail, fitted
         self.over = False
+        self.copies = False  # merged weights of an average are no average of merged weights
         self.error: float | None = None
 
     def begin(self, module: TrainableModule) -> Surgery | None:

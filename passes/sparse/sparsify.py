@@ -7,18 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, fx
 
+from ...graph.edit import copy_tensor, rebuild
 from ...graph.errors import BadInput, Refused
 from ...graph.nodes import fetch
 from ...graph.program import Program
 from ...graph.sparse import implies, legal, read_pattern, sparse_weights, stronger
+from ...graph.trainable import TrainableModule
 from ..base import Context, Pass, PassResult, Refusal, check_field
 from ..common.processes import accelerator, agreed, broadcast_all, stored_program
 from ..common.repeat import Samples, run_code, sample, says_anew
 from ..common.scoring import evaluate
 from ..common.weights import WeightedLayer, check_included, layers
+from ..train.callbacks import Zeroing
 from ..train.distill import Distill
+from ..train.trainee import Work
 from .gradients import Gradients
 from .permute import permuted
 from .ranking import Pattern
@@ -168,6 +173,39 @@ class Sparsify(Pass):
             self._prove(new, names, self.pattern)
         record = {"refused": refused, "stages": stages, "permuted": moved}
         return PassResult(new, record | self._report(new, names, context))
+
+    def in_loop(self, program: Program, context: Context, steps: int, own: TrainableModule | None) -> Work:
+        """What the pass does in somebody else's loop: at the epochs of its schedule, as shares of all steps, or before the
+        first step, weights become zero, and stay so."""
+        check_field(self, "permute", not self.permute, "false in a loop of your own")
+        names, refused = self.choose(program, context)
+        probed = 0
+        if names and self.method in BY_GRADIENTS:
+            silent, probed = agreed(lambda: self._silent(program.copy(), names, context))
+            names = [name for name in names if name not in silent]
+            refused += [Refusal(name, NO_GRADIENT) for name in silent]
+        events = {0: self.sparsity}
+        if self.schedule:
+            assert self.train is not None
+            events = {round(steps * start / self.train.epochs): share for start, share in self.schedule}
+        stages: list[dict[str, Any]] = []
+
+        def prune(module: TrainableModule, share: float | None) -> dict[str, Tensor]:
+            now = program.derive(rebuild(module, copy_tensor), stale=False)
+            stages.append({"sparsity": share} | self._prune(now, names, share, context, probed))
+            with torch.no_grad():
+                for name in names:
+                    fetch(module, name).copy_(fetch(now.module(), name))
+            return {name: fetch(module, name).detach() == 0 for name in names}
+
+        def conclude(trained: Program) -> PassResult:
+            if self.pattern:
+                self._prove(trained, names, self.pattern)
+            record = {"refused": refused, "stages": stages, "permuted": []}
+            return PassResult(trained, record | self._report(trained, names, context))
+
+        loss = None if self.train is None else self.train.loss_in_loop(program, context)
+        return Work([Zeroing(events if names else {}, prune)], conclude, loss)
 
     def _prove(self, program: Program, names: list[str], pattern: str) -> None:
         for name in names:

@@ -1,6 +1,6 @@
 """What takes part in a training run besides the loss: hooks that change the network, and zeros that stay."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +81,11 @@ class HeldZeros(Callback):
             if gradient is not None:
                 gradient.masked_fill_(mask.to(gradient.device), 0)
 
-    def after_step(self, step: int, module: TrainableModule) -> None:
+    def after_step(self, step: int, module: TrainableModule) -> Surgery | None:
+        self.hold(module)
+        return None
+
+    def hold(self, module: torch.nn.Module) -> None:
         for name, mask in self.masks.items():
             weight = module.get_parameter(name).data
             weight.masked_fill_(mask.to(weight.device), 0)
@@ -95,6 +99,40 @@ class HeldZeros(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.masks = dict(state)
+
+
+class Zeroing(HeldZeros):
+    """Sets weights to zero after so many steps (`events`, with the share that is then asked for) and holds them there.
+    prune(module, share): does it in place and returns the masks."""
+
+    def __init__(
+        self, events: Mapping[int, float | None], prune: Callable[[TrainableModule, Any], dict[str, torch.Tensor]]
+    ):
+        super().__init__({})
+        self.events, self.prune, self.done = events, prune, 0
+
+    def begin(self, module: TrainableModule) -> Surgery | None:
+        self._prune(0, module)
+        return None
+
+    def after_step(self, step: int, module: TrainableModule) -> Surgery | None:
+        super().after_step(step, module)
+        self._prune(step + 1, module)
+        return None
+
+    def due(self, done: int) -> int | None:
+        return max(self.events) if self.done < len(self.events) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"masks": dict(self.masks), "done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.masks, self.done = dict(state["masks"]), state["done"]
+
+    def _prune(self, done: int, module: TrainableModule) -> None:
+        if done in self.events:
+            self.masks = self.prune(module, self.events[done])
+            self.done += 1
 
 
 def select_kept(tensor: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:

@@ -28,12 +28,13 @@ class Work:
     """What a pass does while somebody else's loop trains a program.
 
     callbacks: the hooks that the loop has to call. conclude(trained): the pass's result, from the program as it came out of
-    training. loss(outputs, batch): of a batch, where the pass has one.
+    training. loss(outputs, batch): of a batch, where the pass has one. start: what trains, if not the program itself.
     """
 
     callbacks: list[Callback]
     conclude: Callable[[Program], PassResult]
     loss: Callable[[Any, Batch], torch.Tensor] | None = None
+    start: Program | None = None
 
 
 class Trainee:

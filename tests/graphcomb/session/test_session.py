@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import graphcomb
 from graphcomb import BadInput
-from graphcomb.passes import Distill, Fuse, RemoveChannels
+from graphcomb.passes import Distill, Fuse, PruneDepth, RemoveChannels, Sparsify
 
 from .toys import STEPS, Attention, Residual, attached, batch, train
 
@@ -350,3 +350,49 @@ def test_repair_in_both_cuts():
         results.append(session.finish())
     assert all("repair" in event for event in results[0].record["events"])
     assert distance(*(r.program.module() for r in results)) < 1e-6
+
+
+class TestOtherPasses:
+    @pytest.mark.parametrize("cut", CUTS)
+    @pytest.mark.parametrize("method", ["cap", "magnitude"])
+    def test_sparsify_in_steps(self, cut, method):
+        data = [batch(100 + i) for i in range(4)]
+        schedule = Sparsify(schedule=((0, 0.3), (1, 0.6)), method=method, gradients=16, train=Distill(epochs=3))
+        session = attached(Residual().train(), cut, schedule, data=data)
+        ema = copy.deepcopy(session.module)
+        session.follow(ema)
+        shares = []
+        optimizer = OPTIMIZERS["adamw"](session.module.parameters())
+        train(session, optimizer, each=lambda step: shares.append(_zeros(session.module)))
+        result = session.finish()
+        rows = {row["what"]: row["sparsity"] for row in result.record["changed"]}
+        assert rows
+        sizes = {n: p.numel() for n, p in result.program.module().named_parameters() if n in rows}
+        for share, goal in ((shares[0], 0.3), (shares[STEPS // 3], 0.6), (shares[-1], 0.6)):
+            assert abs(share / sum(sizes.values()) - goal) < 0.02
+        zero = result.program.module().state_dict()
+        assert sum(int((zero[n] == 0).sum()) for n in rows) >= 0.59 * sum(sizes.values())
+        assert all((ema.state_dict()[n][zero[n] == 0] == 0).all() for n in rows)
+        assert graphcomb.graph.sparse.sparse_weights(result.program).keys() == rows.keys()
+
+    def test_blocks_fade_and_are_merged(self):
+        pass_ = PruneDepth(blocks=1, supernet_steps=0, population=4, generations=1)
+        data = [batch(100 + i) for i in range(4)]
+        session = attached(Residual().train(), "during", pass_, data=data, val=data)
+        module = session.module
+        train(session, OPTIMIZERS["adamw"](module.parameters()))
+        held = {id(p) for p in module.parameters()}
+        result = session.finish()
+        assert session.module is module
+        assert held
+        assert result.program.macs < session.program.macs
+        assert result.record["merge"]["error"] < 1e-6
+        assert distance(module, result.program.module()) < 1e-6
+
+    def test_what_a_module_of_the_users_cannot_do(self):
+        with pytest.raises(BadInput, match='attach with cut="during"'):
+            attached(Residual().train(), "end", PruneDepth(blocks=1))
+
+
+def _zeros(module):
+    return sum(int((p == 0).sum()) for p in module.parameters() if p.dim() > 1)
