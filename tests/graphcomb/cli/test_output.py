@@ -61,7 +61,7 @@ def test_a_device_that_names_itself_in_escapes(cli, tmp_path: Path, monkeypatch:
 
 
 def test_a_library_that_names_kernels_in_escapes(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = Kernel(f"pad{HOSTILE}", "Reformat", (), padding=True)
+    kernel = Kernel(name=f"pad{HOSTILE}", kind="Reformat", padding=True)
     report = EngineReport(
         f"10.3{HOSTILE}", tmp_path / "x.rtx", "fp16", [kernel], {f"weights{HOSTILE}": 1}, [f"a warning{HOSTILE}"],
         "tensorrt_rtx", "rtx-sm86",
