@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 NOTES = Path(__file__).with_suffix(".md")
 SUITE = (
-    "tests/graph/test_compat.py", "tests/graph/test_edit.py", "tests/graph/test_archive.py",
+    "tests/graph/test_compat.py", "tests/graph/test_edit.py", "tests/graph/capture/test_archive.py",
     "tests/graph/capture/test_writes.py", "tests/graph/comb/test_contributing.py", "tests/graph/comb/test_reasons.py",
     "tests/graph/comb/test_rules.py", "tests/passes/test_split_fused.py",
 )  # fmt: skip
