@@ -121,6 +121,17 @@ def test_sums_of_many_weights_on_a_device_are_copied_once(monkeypatch):
     assert [{d: len(row) for d, row in rows.items()} for rows in result] == [{0: 4, 1: n} for n in range(1, 20)]
 
 
+class Twice(nn.Module):
+    """A convolution that is used two times, whose gradient says nothing of either."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return self.b(self.b(self.norm(self.a(x)).relu()).relu())
+
+
 @pytest.mark.parametrize("importance", ["fisher", "taylor"])
 def test_scores_of_a_step_wait_for_the_device_as_often_for_many_groups_as_for_few(importance, monkeypatch):
     counts = []
@@ -144,7 +155,7 @@ def test_scores_of_a_step_wait_for_the_device_as_often_for_many_groups_as_for_fe
     monkeypatch.setattr(scores.GradientScores, "of_batch", counted)
     data = [(torch.randn(4, 2, 8, 8), torch.zeros(4, dtype=torch.long))]
     for depth in (1, 12):
-        layers = [m for _ in range(depth) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())]
+        layers = [Twice() for _ in range(depth)]
         model = nn.Sequential(nn.Conv2d(2, 8, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
         RemoveChannels(importance=importance, round_to=1)(g.capture(model.eval(), data[0][0]), data=data)
     assert counts[0] == counts[1] <= 2
