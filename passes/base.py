@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
 from torch.export import ExportedProgram
 
 from ..graph.errors import BadInput
 from ..graph.hints import check_fields
 from ..graph.program import Program
 from ..graph.sparse import check_masks
+from ..graph.transplant import transplant
 from ..graph.workload.layer import Latency
 from .batch import adapted
 
@@ -110,6 +112,12 @@ class PassResult:
             if key in self.record:
                 rows = self.record[key]
                 self.record[key] = [r.row() if isinstance(r, (Change, Refusal)) else r for r in rows]
+
+    def transplant(self, model: nn.Module) -> nn.Module:
+        """The user's class back: a deep copy of the module that was captured, with the smaller weights, the same parameter
+        names, and attributes that hold sizes brought up to date. Proven in float64 to compute what the program computes, or
+        Refused, naming the line of the forward that fixes a size."""
+        return transplant(self.program, model)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,129 @@
+"""The user's class back, with the smaller weights: exact, or refused with the line."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+import graphcomb
+from graphcomb import Refused
+from graphcomb.passes import RemoveChannels
+
+
+class Attention(nn.Module):
+    """Says its sizes as timm's does: number of heads and width of one."""
+
+    def __init__(self, width=16, heads=4):
+        super().__init__()
+        self.num_heads, self.head_dim, self.attn_dim = heads, width // heads, width
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, self.attn_dim))
+
+
+class Fixed(nn.Module):
+    """Computes the width of a head from what cannot change."""
+
+    def __init__(self, width=16, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        n, t, c = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, 4, c // 4).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, c))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 12)
+        self.b = nn.Linear(8, 12)
+        self.b.weight = self.a.weight
+        self.c = nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.c(F.relu(self.a(x)) + F.relu(self.b(x.flip(-1))))
+
+
+class Halved(Tied):
+    def forward(self, x):
+        return self.c(F.relu(self.a(x)))
+
+
+def pruned(model, x, **options):
+    torch.manual_seed(0)
+    program = graphcomb.capture(model.eval(), (x,))
+    return RemoveChannels(**({"ratio": 0.5, "round_to": 1} | options))(program)
+
+
+SLOW = ("mobilenet_v2", "densenet121", "regnet_y_400mf", "efficientnet_b0", "convnext_tiny")
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenet_v3_small", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
+)
+def test_classes_of_torchvision(name):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, num_classes=10).eval()
+    x = torch.randn(1, 3, 64, 64)
+    result = pruned(model, x, round_to=8)
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    new = result.transplant(model)
+    assert type(new) is type(model)
+    assert {k: v.shape for k, v in model.state_dict().items()} == shapes
+    assert new.state_dict().keys() == model.state_dict().keys()
+    assert torch.allclose(new(x), result.program.module().eval()(x), rtol=1e-3, atol=1e-5)
+    again = graphcomb.capture(new, (x,))
+    assert again.macs == result.program.macs
+    assert not new.training
+    for m in new.modules():
+        if isinstance(m, nn.Conv2d):
+            assert (m.out_channels, m.in_channels // m.groups) == tuple(m.weight.shape[:2])
+
+
+def test_numbers_of_heads_are_found():
+    model = Attention()
+    result = pruned(model, torch.randn(2, 5, 16), kinds=("head",))
+    new = result.transplant(model)
+    assert (new.num_heads, new.head_dim, new.attn_dim) == (2, 4, 8)
+    assert model.num_heads == 4
+
+
+def test_the_line_that_fixes_a_size_is_named():
+    model = Fixed()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(Refused, match=r"test_transplant.py:\d+: q, k, v = self.qkv\(x\).reshape.*fixes a size"):
+        pruned(model, torch.randn(2, 5, 16), kinds=("head",)).transplant(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_tied_weights_stay_tied():
+    model = Tied()
+    new = pruned(model, torch.randn(2, 8)).transplant(model)
+    assert new.a.weight is new.b.weight
+    assert new.a.weight.shape == (6, 8)
+
+
+def test_another_model_is_refused():
+    result = pruned(Tied(), torch.randn(2, 8))
+    with pytest.raises(Refused, match=r"no parameter a\.weight"):
+        result.transplant(nn.Linear(8, 3))
+    with pytest.raises(Refused, match="computes something else"):
+        result.transplant(Halved())
+
+
+def test_a_module_in_training_stays_so():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.ReLU(), nn.Linear(8, 2))
+    result = pruned(model, torch.randn(2, 8))
+    model.train()
+    model[1].eval()
+    new = result.transplant(model)
+    assert [m.training for m in new.modules()] == [m.training for m in model.modules()]
