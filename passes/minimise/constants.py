@@ -169,7 +169,8 @@ class Constants(Evaluator):
             left, right = PRODUCTS[name]
             return Partial.of(value, self._product(node, a, a[left], a[right], lambda p, q: {left: p, right: q}))
         if name == "einsum" and len(a["tensors"]) == 2:
-            return Partial.of(value, self._product(node, a, *a["tensors"], lambda p, q: {"tensors": [p, q]}))
+            x, w = a["tensors"]
+            return Partial.of(value, self._product(node, a, x, w, lambda p, q: {"tensors": [p, q]}))
         if name == "batch_norm":
             return Partial.of(value, _normalised(a))
         if name == "scaled_dot_product_attention":

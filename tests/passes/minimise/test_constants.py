@@ -9,7 +9,7 @@ from graphcomb import capture
 from graphcomb.graph.verify.evaluate import Evaluator, double_weights
 from graphcomb.passes.minimise.constants import Constants, Partial
 
-from ...graph.random_networks import network
+from ...graph.random_networks.trial import network
 from .toys import with_zeros
 
 

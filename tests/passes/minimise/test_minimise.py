@@ -13,7 +13,7 @@ from graphcomb.graph.sparse import sparse_weights, zeros
 from graphcomb.passes import Distill, Minimise, Sparsify
 from graphcomb.pipeline import Pipeline
 
-from ...graph.random_networks import network
+from ...graph.random_networks.trial import network
 from ..toys import same, state
 from .toys import convolutions, with_zeros, zero
 
