@@ -69,7 +69,7 @@ def new_logger(trt: Any) -> Any:
 def load_plugins(trt: Any, logger: Any, paths: Iterable[str]) -> None:
     """Load shared libraries with operators that the library lacks, whose code runs here. Raises Failure."""
     paths = list(paths)
-    registry = trt.get_plugin_registry() if hasattr(trt, "get_plugin_registry") else None
+    registry: Any = trt.get_plugin_registry() if hasattr(trt, "get_plugin_registry") else None
     if paths and not hasattr(registry, "load_library"):
         raise Failure(f"{trt.__name__} {trt.__version__} takes no plugins")
     if paths and hasattr(trt, "init_libnvinfer_plugins"):

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import graphcomb as g
@@ -121,15 +122,16 @@ def test_sums_of_many_weights_on_a_device_are_copied_once(monkeypatch):
     assert [{d: len(row) for d, row in rows.items()} for rows in result] == [{0: 4, 1: n} for n in range(1, 20)]
 
 
-class Twice(nn.Module):
-    """A convolution that is used two times, whose gradient says nothing of either."""
+class Attends(nn.Module):
+    """Attention, whose queries and keys are read where they are multiplied."""
 
     def __init__(self):
         super().__init__()
-        self.a, self.norm, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
 
     def forward(self, x):
-        return self.b(self.b(self.norm(self.a(x)).relu()).relu())
+        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, -1)
+        return self.out(F.scaled_dot_product_attention(q, k, v)).transpose(1, 2).reshape(x.shape)
 
 
 @pytest.mark.parametrize("importance", ["fisher", "taylor"])
@@ -155,7 +157,7 @@ def test_scores_of_a_step_wait_for_the_device_as_often_for_many_groups_as_for_fe
     monkeypatch.setattr(scores.GradientScores, "of_batch", counted)
     data = [(torch.randn(4, 2, 8, 8), torch.zeros(4, dtype=torch.long))]
     for depth in (1, 12):
-        layers = [Twice() for _ in range(depth)]
+        layers = [Attends() for _ in range(depth)]
         model = nn.Sequential(nn.Conv2d(2, 8, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
         RemoveChannels(importance=importance, round_to=1)(g.capture(model.eval(), data[0][0]), data=data)
     assert counts[0] == counts[1] <= 2
