@@ -71,6 +71,18 @@ def test_the_adaptive_schedule_is_as_good_as_choosing_at_once(widths, target, da
     assert found["adaptive"] > dense - 0.1
 
 
+def test_where_one_group_outweighs_the_rest_none_is_stripped_to_its_least():
+    """Half of the trunk is more than what may go, and what the blocks can spare is enough, whatever the weights are."""
+    torch.manual_seed(0)
+    batches = [(torch.rand(8, 1, 8, 8), torch.randint(10, (8,))) for _ in range(8)]
+    program = capture(Residual(16, 32, 32, 32), (batches[0][0][:4],), dynamic_shapes="batch")
+    train = Distill(epochs=1, lr=1e-3, alpha=0.0)
+    result = RemoveChannels(macs=0.6, schedule="adaptive", interval=1, train=train)(program, data=batches)
+    assert 0.5 * program.macs < result.program.macs <= 0.6 * program.macs
+    sizes = [len(result.program.module().get_parameter(f"up.{i}.weight")) for i in range(3)]
+    assert min(sizes) >= 16, "8 is the least that the alignment leaves"
+
+
 def outcome(pass_, program, batches):
     """What the record says of the target, or why it cannot be reached."""
     try:
