@@ -41,21 +41,21 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _on_cpu(values: torch.Tensor, factors: torch.Tensor, dims: Iterable[int]) -> dict[int, np.ndarray]:
-    """A block of rows at a time, so that the second sum finds it in the cache; numpy's einsum is several times faster
+    """A block of rows at a time, so that a second sum finds it in the cache; numpy's einsum is several times faster
     there than a product and two reductions."""
     left, right = _wide(values).numpy(), _wide(factors).numpy()
     if values.dim() == 1:
         return {0: (left * right).astype(np.float64)}
     left, right = (t.reshape(len(t), -1) for t in (left, right))
     step = max(1, BLOCK // max(1, left.shape[1]))
+    wanted = set(dims)
     rows, columns = [], np.zeros(left.shape[1])
     for start in range(0, len(left), step):
         p, q = left[start : start + step], right[start : start + step]
-        rows.append(np.einsum("ij,ij->i", p, q))
-        columns += np.einsum("ij,ij->j", p, q)
+        if 0 in wanted:
+            rows.append(np.einsum("ij,ij->i", p, q))
+        if wanted - {0}:
+            columns += np.einsum("ij,ij->j", p, q)
     grid = columns.reshape(values.shape[1:])
-    sums = {0: np.concatenate(rows).astype(np.float64)}
-    for d in dims:
-        if d > 0:
-            sums[d] = grid.sum(axis=tuple(k for k in range(grid.ndim) if k != d - 1))
-    return {d: sums[d] for d in dims}
+    sums = {d: grid.sum(axis=tuple(k for k in range(grid.ndim) if k != d - 1)) for d in wanted if d > 0}
+    return sums | ({0: np.concatenate(rows).astype(np.float64)} if 0 in wanted else {})
