@@ -210,7 +210,7 @@ class _Run:
     def _sums(self, consumer: Consumer) -> tuple[Sums, Sums] | None:
         """Over all images; None for numbers that are not finite."""
         x = self.smaller.values[consumer.x]
-        one = rows_of_inputs(consumer, x[0][:1])
+        one = rows_of_inputs(consumer, self._by_sample(x[0], 0)[:1])
         target = self._target_rows(consumer, 0, slice(1))
         positions, groups, unknowns = one.shape[1], one.shape[2], one.shape[3]
         halves = tuple(Sums.zeros(groups, unknowns, target.shape[-1], one.device) for _ in range(2))
@@ -218,7 +218,9 @@ class _Run:
         share = min(1.0, wanted / max(1, self.images.count * positions))
         generator = torch.Generator().manual_seed(self.context.seed)
         step = max(1, PIECE // max(1, one.numel()))
-        for i, (batch, half) in enumerate(zip(x, self.images.halves, strict=True)):
+        for i in range(len(x)):
+            batch = self._by_sample(x[i], i)
+            half = self._half(i, len(batch))
             for start in range(0, len(half), step):
                 part = slice(start, start + step)
                 rows, goals = rows_of_inputs(consumer, batch[part]), self._target_rows(consumer, i, part)
@@ -233,13 +235,26 @@ class _Run:
 
     def _wanted(self, consumer: Consumer, batch: int, part: slice = slice(None)) -> Tensor:
         """What the outputs that are left should be for some samples of a batch."""
-        y = consumer.left(self.dense.values[consumer.goal][batch][part])
-        return y if consumer.beside is None else y - self.smaller.values[consumer.beside][batch][part]
+        y = consumer.left(self._by_sample(self.dense.values[consumer.goal][batch], batch)[part])
+        if consumer.beside is None:
+            return y
+        return y - self._by_sample(self.smaller.values[consumer.beside][batch], batch)[part]
+
+    def _by_sample(self, value: Tensor, batch: int) -> Tensor:
+        """A value with the samples first, which some attentions have behind the positions."""
+        count = len(self.images.halves[batch])
+        dims = [d for d in range(value.dim() - 1) if value.shape[d] == count]
+        return value.movedim(dims[0], 0) if dims else value
+
+    def _half(self, batch: int, count: int) -> Tensor:
+        """Which half each sample of a batch belongs to; of samples and positions in one dimension, every other entry."""
+        half = self.images.halves[batch]
+        return half if len(half) == count else torch.arange(count, device=half.device) % 2
 
     def _target_rows(self, consumer: Consumer, batch: int, part: slice) -> Tensor:
         """What the rows should give; what a bias that must stay adds is not theirs to give."""
         if not consumer.whole:
-            return rows_of_inputs(consumer, self.dense.values[consumer.goal][batch][part])
+            return rows_of_inputs(consumer, self._by_sample(self.dense.values[consumer.goal][batch], batch)[part])
         rows, bias = rows_of_outputs(consumer, self._wanted(consumer, batch, part)), arguments(consumer.node)["bias"]
         if consumer.bias is None and bias is not None:
             rows = rows - fetch(self.module, str(bias.target)).reshape(consumer.groups, -1)
@@ -288,11 +303,11 @@ class _Run:
     def _measured(self, consumer: Consumer, found: Fit) -> float:
         """The squared error of the repaired layer, as it computes, on these images."""
         total = torch.zeros((), dtype=torch.float64)
-        for i, (own, half) in enumerate(zip(self.smaller.values[consumer.node], self.images.halves, strict=True)):
+        for i, own in enumerate(self.smaller.values[consumer.node]):
             if consumer.mean is not None and found.bias is not None:
                 own = own.double() + found.bias.reshape(-1, *[1] * (own.dim() - 2))
-            error = (own.double() - self._wanted(consumer, i).double()).square()
-            total += error[half >= 0].sum().cpu()
+            error = (self._by_sample(own, i).double() - self._wanted(consumer, i).double()).square()
+            total += error[self._half(i, len(error)) >= 0].sum().cpu()
         return float(summed(total))
 
 

@@ -101,6 +101,32 @@ def test_the_last_layer_is_least_squares_on_what_reaches_it() -> None:
     torch.testing.assert_close(fetch(result.program.module(), "3.bias").data, expected[:, -1], rtol=1e-9, atol=1e-9)
 
 
+def test_samples_may_lie_behind_the_positions() -> None:
+    """PyTorch's own attention computes with positions first, and with both in one dimension behind the softmax."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.attend = nn.Linear(6, 16), nn.MultiheadAttention(16, 4, batch_first=True)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.embed(x)
+            return self.head(x + self.attend(x, x, x, need_weights=False)[0])
+
+    torch.manual_seed(0)
+    model = Attention().double().train()  # in eval mode it is one fused operator
+    data = list(torch.randn(64, 5, 6, dtype=torch.float64).split(16))
+    dense = graphcomb.capture(model, (data[0][:2],), dynamic_shapes="batch")
+    removed = RemoveChannels(ratio=0.5, round_to=1)(dense).program
+    repaired = Repair()(removed, data=data, teacher=dense)
+    x = torch.randn(64, 5, 6, dtype=torch.float64)
+    wanted = run(dense, x)
+    before, after = (float((run(p, x) - wanted).square().mean()) for p in (removed, repaired.program))
+    assert {row["what"] for row in repaired.record["layers"]} >= {"attend.out_proj.weight", "head.weight"}
+    assert after < 0.6 * before
+
+
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_channels_that_others_repeat_come_back_whole(kernel: int) -> None:
     """Every second channel is a multiple of the one before it; without these, the network can compute the same."""
