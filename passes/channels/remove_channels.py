@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ...graph.comb.axes import Factor, Masks
+from ...graph.comb.axes import Factor
 from ...graph.comb.groups import DEFAULT_KINDS, KINDS, Group
 from ...graph.comb.solve import Comb
 from ...graph.comb.surgery import Removed, remove, restored
@@ -189,7 +189,8 @@ class RemoveChannels(Pass):
             )
             return self.concluded(pruner, *pruner.train(self.train))
         task = self._task(program, context)
-        losses, swaps = None, {}
+        losses: Losses | None = None
+        swaps: dict[str, int] = {}
         if self.importance == "repair" and task.groups:
             losses = losses_of(task.comb, task.groups, context, self.samples)
         scores = normalised(together(self._score(task.comb, task.groups, context, losses)))
@@ -341,9 +342,10 @@ class RemoveChannels(Pass):
         warnings.warn(why, stacklevel=4)
 
     @staticmethod
-    def _swapped(groups: list[Group], losses: Losses, masks: Masks) -> tuple[Masks, dict[str, int]]:
+    def _swapped(
+        groups: list[Group], losses: Losses, masks: dict[Factor, np.ndarray]
+    ) -> tuple[dict[Factor, np.ndarray], dict[str, int]]:
         """Masks after a local search, the same in all processes (atoms do not travel, places of groups do)."""
-        kept: list[np.ndarray]
 
         def search() -> tuple[list[np.ndarray], dict[str, int]]:
             found, swaps = losses.swapped(masks)

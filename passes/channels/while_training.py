@@ -137,7 +137,7 @@ class Pruner(Callback):
     def training_context(self, module: TrainableModule) -> AbstractContextManager[Any]:
         if self.importance not in TRANSFORMS or len(self.log) == len(self.events):
             return nullcontext()
-        self.gradients = GradientScores(self.importance, self.comb, self.groups, self.masks, module, averaged)
+        self.gradients = GradientScores(str(self.importance), self.comb, self.groups, self.masks, module, averaged)
         return self.gradients.tapped()
 
     @cached_property

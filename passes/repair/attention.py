@@ -89,7 +89,9 @@ def find_logits(
             continue
         projection, why = _projection(node)
         origin = twin_of(projection, twins, same)
-        consumer = why or consumer_of(projection, origin, dense, smaller, removed, uses, largest)
+        consumer: Consumer | Logits | str = why or consumer_of(
+            projection, origin, dense, smaller, removed, uses, largest
+        )
         what = node.name
         if isinstance(consumer, Consumer):
             what = consumer.weight

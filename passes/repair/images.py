@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...graph.compat import pytree
+from ...graph.errors import BadInput
 from ...graph.program import Program
 from ..base import Context
 from ..common.feed import Feed
@@ -45,6 +46,8 @@ def take_images(program: Program, context: Context, samples: int) -> Images:
             inputs.append(pytree.tree_leaves((batch.args, batch.kwargs)))
             parts.append(halves(seen, batch.size, taken))
             seen += taken
+        if not inputs:
+            raise BadInput("data: fewer batches of images than processes; take smaller batches, or more samples")
         return seen
 
     return Images(inputs, parts, int(summed(torch.tensor(float(everywhere(take))))))

@@ -57,7 +57,8 @@ class Repair(Pass):
     a norm or a rotation behind their projection. Zeros of `Sparsify` stay zero.
 
     The record has for each layer its squared error against the dense one, as a share of the variance there: `before`,
-    `predicted` by the closed form and `after` (measured), and `held_out` before and after. Source: METHODS of least-squares
+    `predicted` by the closed form and `after` (measured), and `held_out` before and after; `sum` names the addition that a
+    layer was fitted to, `logits` the attention. Source: METHODS of least-squares
     reconstruction: OSSCAR (arXiv 2403.12983), CORP (arXiv 2602.05243); the sequential form with held-out ridge is ours.
     """
 
@@ -180,31 +181,30 @@ class _Run:
     def _mix(self, logits: Logits) -> dict[str, Any] | None:
         """Repair the queries of an attention, head by head; None for numbers that are not finite."""
         mixing = Mixing(logits, self.smaller.values, self.dense.values, self.images.halves)
-        losses, ridges, total, count, mixed = [0.0] * 5, [], 0.0, 0, 0
+        losses, ridges, total, count = torch.zeros(5, dtype=torch.float64), [], 0.0, 0
         for head in range(len(logits.rows)):
             sums = _everywhere(mixing.sums(head))
             if sums is None:
                 return None
-            found = mixing.fit(sums, self.options.ridge)
-            both = sums[0] + sums[1]
+            found, both = mixing.fit(sums, self.options.ridge), sums[0] + sums[1]
             total, count = total + float(both.yy), count + int(both.count)
-            after = found.before
+            held_before, held = found.held_before or 0.0, found.held or 0.0
+            head_losses = [found.before, found.predicted, found.predicted, held_before, held]
             if found.helps:
                 mix = found.weight.unflatten(-1, (logits.rows.shape[1], -1))[0, 0]
-                after = float(summed(mixing.measured(head, mix)))
+                head_losses[2] = float(summed(mixing.measured(head, mix)))
                 mixing.fold(self.module, head, mix)
                 ridges.append(found.ridge)
-                mixed += 1
-            held = (found.held_before or 0.0, (found.held if found.helps else found.held_before) or 0.0)
-            changed = (found.before, found.predicted if found.helps else found.before, after, *held)
-            losses = [a + b for a, b in zip(losses, changed, strict=True)]
-        before, predicted, after, *held_out = (loss / total if total else None for loss in losses)
+            else:
+                head_losses[1:] = [found.before, found.before, held_before, held_before]
+            losses += torch.tensor(head_losses, dtype=torch.float64)
+        before, predicted, after, *held_out = [loss / total if total else None for loss in losses.tolist()]
         row = {
             "what": logits.weight, "logits": logits.node.name, "rows": count, "unknowns": logits.unknowns,
             "ridge": max(ridges, default=None), "before": before, "predicted": predicted, "after": after,
             "held_out": held_out,
         }  # fmt: skip
-        left = len(logits.rows) - mixed
+        left = len(logits.rows) - len(ridges)
         return row | ({"kept": f"{left} heads are no better on held-out images"} if left else {})
 
     def _sums(self, consumer: Consumer) -> tuple[Sums, Sums] | None:
