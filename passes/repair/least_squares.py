@@ -104,6 +104,11 @@ class Fit:
         before, after = (self.before, self.predicted) if self.held is None else (self.held_before, self.held)
         return self.before > self.noise and bool(after < before)  # type: ignore[operator]
 
+    @property
+    def why_not(self) -> str:
+        """Why it does not help."""
+        return "no better on held-out images" if self.before > self.noise else "nothing is lost here"
+
 
 def fit(
     halves: tuple[Sums, Sums], weight: Tensor, bias: Tensor | None, ridge: float | None, fixed: Tensor | None = None

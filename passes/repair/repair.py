@@ -58,8 +58,8 @@ class Repair(Pass):
 
     The record has for each layer its squared error against the dense one, as a share of the variance there: `before`,
     `predicted` by the closed form and `after` (measured), and `held_out` before and after; `sum` names the addition that a
-    layer was fitted to, `logits` the attention. Source: METHODS of least-squares
-    reconstruction: OSSCAR (arXiv 2403.12983), CORP (arXiv 2602.05243); the sequential form with held-out ridge is ours.
+    layer was fitted to, `logits` the attention, `kept` says why one stayed as it was. Source: least-squares reconstruction
+    as in OSSCAR (arXiv 2403.12983) and CORP (arXiv 2602.05243); the sequential form with held-out ridge is ours.
     """
 
     samples: int = 256
@@ -175,7 +175,7 @@ class _Run:
             self.smaller.step()
             row["after"] = self._measured(consumer, found) / total if consumer.whole and total else None
         else:
-            row |= {"predicted": row["before"], "after": row["before"], "kept": "no better on held-out images"}
+            row |= {"predicted": row["before"], "after": row["before"], "kept": found.why_not}
         return row
 
     def _mix(self, logits: Logits) -> dict[str, Any] | None:
