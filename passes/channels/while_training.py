@@ -268,11 +268,10 @@ class Pruner(Callback):
         for name, dims in tensors.items():
             sizes = fetch(module, name).shape
             removed[name] = {d: sorted({*range(sizes[d])} - {*kept.tolist()}) for d, kept in dims.items()}
-        programs = []
         for network in (before, smaller):
             move(network, torch.device("cpu"))  # where the shapes of values are worked out
-            programs.append(self.comb.program.derive(network))
-        return repair.apply(*programs, removed, self.context, self.images)
+        derive = self.comb.program.derive
+        return repair.apply(derive(before), derive(smaller), removed, self.context, self.images)
 
     def _kept(self, old: ax.Masks) -> Kept:
         """The indices of every tensor that stay, counted among those that the old masks had left."""

@@ -120,7 +120,7 @@ def _projection(node: fx.Node) -> tuple[fx.Node, str | None]:
     while op_name(at) not in PRODUCTS:
         if not _carries(at):
             return at, f"{at.name} stands between the queries and their projection"
-        at = at.args[0]  # type: ignore[assignment]
+        at = at.args[0]
     return at, None
 
 
@@ -140,10 +140,11 @@ def _channels(projection: fx.Node) -> dict[fx.Node, Any]:
     found: dict[fx.Node, Any] = {projection: torch.arange(size[along]).view(view).expand(size)}
     node = projection
     while (node := node.next).op != "root":
-        if node.op != "call_function" or not _carries(node) or node.args[0] not in found:
+        before = node.args[0] if node.op == "call_function" and _carries(node) else None
+        if not isinstance(before, fx.Node) or before not in found:
             continue
         if op_name(node) not in MOVES:
-            found[node] = found[node.args[0]]
+            found[node] = found[before]
             continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: found[n] if n in found else hint(n))
         found[node] = node.target(*args, **kwargs)  # type: ignore[operator]

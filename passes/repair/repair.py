@@ -129,7 +129,8 @@ class _Run:
         found, self.refused = find(dense, self.module, removed, self.same, options.unknowns)
         logits, unmixed = find_logits(dense, self.module, removed, self.same, self.sparse, options.unknowns)
         self.refused += unmixed
-        chosen = [c for c in (*found, *logits) if selected([c.weight], options.include, options.exclude)]
+        candidates: list[Consumer | Logits] = [*found, *logits]
+        chosen = [c for c in candidates if selected([c.weight], options.include, options.exclude)]
         self.layers = sorted(chosen, key=lambda c: self.smaller.place[c.node])
         for node in (node for layer in self.layers for node in _goals(layer)):
             self.dense.hold(node)  # the order of layers may be another in the dense network
