@@ -155,12 +155,12 @@ def test_killed_in_the_middle_of_distill_a_run_resumes_to_the_same_result(
     process = subprocess.Popen([str(c) for c in command], env=environment, stderr=subprocess.PIPE, text=True)
     checkpoints = tmp_path / "killed" / "passes" / "01-Distill"
     until = time.monotonic() + 120
-    while not list(checkpoints.glob("*.ckpt")) and process.poll() is None and time.monotonic() < until:
+    while not list(checkpoints.glob("distill-*.ckpt")) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.stderr is not None
     assert process.wait() == -signal.SIGKILL, process.stderr.read()
-    assert list(checkpoints.glob("*.ckpt"))
+    assert list(checkpoints.glob("distill-*.ckpt"))
     assert not (tmp_path / "killed" / "summary.json").exists()
 
     assert cli("run", path, "--out", tmp_path / "killed", "--quiet").code == 0
