@@ -6,7 +6,7 @@ SITE := .cache/site
 STUBS := .cache/stubs
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-torch lint lint-tensorrt docs-formats bench bench-gpu clean
+.PHONY: demo test test-slow test-guards test-torch lint lint-tensorrt docs-formats bench bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/graphcomb demo
@@ -18,6 +18,10 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow -n 2 --junitxml=.cache/slow.xml; status=$$?; \
 	  $(BIN)/python tests/slow_results.py .cache/slow.xml tests/slow_results.md; exit $$status
+
+# Those of them that take minutes, not half an hour, and guard what others rest on: what CI runs besides `make test`.
+test-guards: $(STAMP)
+	$(BIN)/pytest -m slow -n 2 tests/runtime/export tests/passes tests/graphcomb/session tests/graph/test_transplant.py
 
 # A short suite on another torch, which is installed beside .venv; results are in tests/torch_versions.md.
 test-torch: $(STAMP)
