@@ -150,3 +150,9 @@ def compile_ahead(exported: ExportedProgram, package: str) -> str:
 def load_compiled(package: str) -> Any:
     """Load what `compile_ahead` wrote: a callable of the original's arguments."""
     return torch._inductor.aoti_load_package(package)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+def is_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a scaler has unscaled an optimizer's gradients since its last step; it refuses to do so twice."""
+    return scaler._per_optimizer_states[id(optimizer)]["stage"].name != "READY"

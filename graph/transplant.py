@@ -23,6 +23,8 @@ from .nodes import arguments, op_name
 from .program import Program
 
 TOLERANCE = 1e-10
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 TRIES = 256  # combinations of attributes for one module
 
 Sizes = dict[int, set[int]]
@@ -102,13 +104,13 @@ def _set_layers(program: Program, new: nn.Module) -> None:
         weight = m._parameters.get("weight")
         if weight is None:
             continue
-        if isinstance(m, nn.modules.conv._ConvNd):
+        if isinstance(m, CONVS):
             m.groups = groups.get(f"{name}.weight".lstrip("."), m.groups)
             ends = weight.shape[0], weight.shape[1] * m.groups
             m.in_channels, m.out_channels = (weight.shape[0], ends[1]) if m.transposed else (ends[1], ends[0])
         elif isinstance(m, nn.Linear):
             m.out_features, m.in_features = weight.shape
-        elif isinstance(m, nn.modules.batchnorm._NormBase):
+        elif isinstance(m, NORMS):
             m.num_features = len(weight)
         elif isinstance(m, nn.LayerNorm):
             m.normalized_shape = tuple(weight.shape)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..graph.compat import is_unscaled, pytree
 from ..graph.errors import BadInput, GraphcombError
 from ..graph.program import Program, capture
 from ..graph.sparse import zeros
@@ -111,7 +112,7 @@ class Session:
         scale = 1.0
         if scaler is not None and scaler.is_enabled():
             scale = scaler.get_scale()
-            if scaler._per_optimizer_states[id(optimizer)]["stage"].name == "READY":
+            if not is_unscaled(scaler, optimizer):
                 scaler.unscale_(optimizer)
         if not self._ready:
             self._trainee.after_backward(self.step, scale)
@@ -198,7 +199,7 @@ class Session:
         finally:
             for module, mode in modes:
                 module.training = mode
-        for a, b in zip(*(torch.utils._pytree.tree_leaves(v) for v in (expected, outputs)), strict=True):
+        for a, b in zip(*(pytree.tree_leaves(v) for v in (expected, outputs)), strict=True):
             if isinstance(a, torch.Tensor) and a.is_floating_point():
                 error = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30))
                 if not error <= AGREES:

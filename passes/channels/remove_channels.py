@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -131,6 +131,7 @@ class RemoveChannels(Pass):
     samples: int = SAMPLES
     repair: bool = False
     keep: Mapping[str, float] = field(default_factory=dict)
+    _unsaid: ClassVar[dict[str, None]] = {}  # of an instance: options whose default depends on `train`
 
     def __post_init__(self) -> None:
         unsaid = {k: None for k in ("importance", "scope") if getattr(self, k) is None}
@@ -207,7 +208,7 @@ class RemoveChannels(Pass):
         return result
 
     def in_loop(self, program: Program, context: Context, steps: int, own: TrainableModule | None) -> Work:
-        training = dataclasses.replace(self, train=self.train or Distill(), **self._unsaid)  # type: ignore[attr-defined]
+        training = dataclasses.replace(self, train=self.train or Distill(), **self._unsaid)
         pruner = training.pruner(program, context, steps, own)
 
         def conclude(trained: Program) -> PassResult:

@@ -396,3 +396,16 @@ class TestOtherPasses:
 
 def _zeros(module):
     return sum(int((p == 0).sum()) for p in module.parameters() if p.dim() > 1)
+
+
+def test_gradients_that_the_loop_has_unscaled_are_left():
+    """To clip them a loop unscales gradients itself, which a scaler allows once a step."""
+    session = attached(Residual().train(), "end")
+    optimizer, scaler = OPTIMIZERS["sgd"](session.module.parameters()), torch.amp.GradScaler("cpu", init_scale=64.0)
+    x, y = batch(0)
+    scaler.scale(F.cross_entropy(session.module(x), y)).backward()
+    scaler.unscale_(optimizer)
+    gradient = session.module.head.weight.grad.clone()
+    session.before_step(optimizer, scaler)
+    assert torch.equal(session.module.head.weight.grad, gradient)
+    scaler.step(optimizer)
