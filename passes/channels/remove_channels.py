@@ -131,7 +131,7 @@ class RemoveChannels(Pass):
     samples: int = SAMPLES
     repair: bool = False
     keep: Mapping[str, float] = field(default_factory=dict)
-    _unsaid: ClassVar[dict[str, None]] = {}  # of an instance: options whose default depends on `train`
+    _unsaid: ClassVar[dict[str, Any]] = {}  # of an instance: options whose default depends on `train`
 
     def __post_init__(self) -> None:
         unsaid = {k: None for k in ("importance", "scope") if getattr(self, k) is None}
