@@ -27,15 +27,10 @@ def scopes(node: onnx.NodeProto) -> tuple[str, str]:
 
 def trace(program: Program, places: Mapping[str, tuple[str, str]]) -> dict[str, Origin]:
     """Origins by ONNX node name. places: module path and graph node of each."""
-    changed: dict[str, list[str]] = {}
-    for record in program.history:
-        for name in _changed(record):
-            passes = changed.setdefault(name, [])
-            if record["pass"] not in passes:
-                passes.append(record["pass"])
+    changes = [(record["pass"], set(_changed(record))) for record in program.history]
     origins = {}
     for name, (module, node) in places.items():
-        passes = [p for key in {module, node} - {""} for p in changed.get(key, ())]
+        passes = [pass_ for pass_, names in changes if ({module, node} - {""}) & names]
         origins[name] = Origin(node=node, module=module, passes=tuple(dict.fromkeys(passes)))
     return origins
 

@@ -32,9 +32,11 @@ def test_a_pass_counts_where_it_changed_something(tmp_path):
         {"pass": "B", "changed": ["weights"], "layers": [{"name": "b.weight", "channels": same}]},
         {"pass": "C", "layers": [{"name": "b.weight", "channels": {"before": [2, 2], "after": [2, 1]}}]},
         {"pass": "A", "changed": [{"what": "b.weight"}]},
+        *({"pass": f"D{i}", "changed": [{"what": f"{'e.weight' if i % 2 else 'conv'}"}]} for i in range(8)),
     ]
-    found = origins.trace(program, {"b/x": ("b", "x"), "c/bn": ("c", "bn"), "d": ("", "d")})
-    assert [o.passes for o in found.values()] == [("A", "C"), ("A",), ()]
+    found = origins.trace(program, {"b/x": ("b", "x"), "c/bn": ("c", "bn"), "d": ("", "d"), "e/conv": ("e", "conv")})
+    assert [o.passes for o in found.values()][:3] == [("A", "C"), ("A",), ()]
+    assert found["e/conv"].passes == ("A", *(f"D{i}" for i in range(8)))  # as they ran
 
 
 def test_a_model_from_elsewhere_has_none():
