@@ -239,9 +239,11 @@ class Session:
     def _adopt(self, module: TrainableModule) -> TrainableModule:
         assert isinstance(self.module, TrainableModule)
         device = next((t.device for t in self.module.parameters()), None)
-        training = self.module.training
+        training = {name: part.training for name, part in self.module.named_modules()}
         self.module.become(module if device is None else module.to(device))
-        return self.module.train(training)
+        for name, part in self.module.named_modules():
+            part.training = training.get(name, self.module.training)
+        return self.module
 
     def _carry_on(self, old: Parameters, new: Parameters, kept: Kept) -> None:
         for i, optimizer in enumerate(self._optimizers):

@@ -409,3 +409,17 @@ def test_gradients_that_the_loop_has_unscaled_are_left():
     session.before_step(optimizer, scaler)
     assert torch.equal(session.module.head.weight.grad, gradient)
     scaler.step(optimizer)
+
+
+def test_what_the_loop_froze_stays_frozen():
+    """A BatchNorm that the user put into eval mode keeps its statistics, before an event and after."""
+    session = attached(Residual().train(), "during")
+    frozen, other = (session.module.get_submodule(n) for n in ("blocks.0.n", "blocks.1.m"))
+    frozen.eval()
+    before, moving = frozen.running_mean.clone(), other.running_mean.clone()
+    train(session, OPTIMIZERS["sgd"](session.module.parameters()))
+    frozen, other = (session.module.get_submodule(n) for n in ("blocks.0.n", "blocks.1.m"))
+    assert session.module.training
+    assert not frozen.training
+    assert all(value in before for value in frozen.running_mean)
+    assert not torch.equal(other.running_mean, moving)
