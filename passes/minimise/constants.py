@@ -119,18 +119,13 @@ class Constants(Evaluator):
         return found
 
     def enter(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        value = to_double(value)
-        return Partial(torch.zeros_like(value), torch.ones_like(value, dtype=torch.bool))
+        return _unknown(to_double(value))
 
     def fetch(self, name: str) -> Any:
         found = super().fetch(name)
-        if not isinstance(found, Tensor):
-            return found
-        if name in self.written:  # a run leaves something else there
-            return Partial(torch.zeros_like(found), torch.ones_like(found, dtype=torch.bool))
-        return Partial.of(found, torch.zeros_like(found, dtype=torch.bool))
+        return (
+            _unknown(found) if name in self.written else _known(found)
+        )  # a run leaves something else in what it writes
 
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         if not is_operator(node):

@@ -24,7 +24,7 @@ from ...graph.comb.solve import Comb
 from ...graph.facts import CONVS, TRANSPOSED_CONVS
 from ...graph.nodes import arguments, conv_padding, fetch, op_name, shape, source
 from ..channels.importance.reads import Read, find_reads
-from ..repair.consumers import mean_behind
+from ..repair.consumers import mean_behind, uses_of
 from .constants import Constants
 
 Masks = dict[Factor, np.ndarray]
@@ -94,7 +94,7 @@ class Liveness:
             (m.source, d) for m in moments for d in m.dims
         ]
         constants = Constants(self.comb.program).over(places)
-        uses = _uses(self.comb)
+        uses = uses_of(self.comb.module)
         for read in reads:
             weight, x = read.operands[0], read.operands[-1]
             if op_name(read.node) in LAYERS and weight.source.op == "get_attr":
@@ -108,13 +108,34 @@ class Liveness:
                 axis = self.comb.axes[m.source][d]
                 self.others.append(OtherRead(m.node, axis, np.ones(len(known), dtype=bool), known, why))
         self.live = {atom: np.zeros(atom.size, dtype=bool) for atom in atoms}
-        self._grow()
-        self.masks = {atom: mask.copy() for atom, mask in self.live.items()}
-        for group in self.groups:  # an operator cannot do without any index; what that one computes does not matter
-            missing = group.least - int(self.live[group.atom].sum())
-            if missing > 0:
-                self.masks[group.atom][np.flatnonzero(~self.live[group.atom])[:missing]] = True
-                self.forced[group.atom] = missing
+        self._settle()
+
+    def _settle(self) -> None:
+        """Trace what the outputs need, and keep as many indices as operators cannot do without. Where no row that counts
+        reads an index, what it computes does not matter. Where all are read, as constants that could have gone, one has to
+        stay what it is, which may make others live."""
+        held: Counter[Factor] = Counter()
+        settled = False
+        while not settled:
+            self._grow()
+            self.masks = {atom: mask.copy() for atom, mask in self.live.items()}
+            read: Masks = {atom: np.zeros(atom.size, dtype=bool) for atom in self.live}
+            for other in self.others:
+                self._mark(read, other.axis, np.ones_like(other.live))
+            for layer in self.layers:
+                self._mark(read, layer.columns, layer.needed(self.live))
+            self.forced, settled = dict(held), True
+            for group in self.groups:
+                live, missing = self.live[group.atom], group.least - int(self.live[group.atom].sum())
+                if missing > 0:
+                    spare = np.flatnonzero(~live)
+                    chosen = spare[np.argsort(read[group.atom][spare], kind="stable")][:missing]
+                    self.masks[group.atom][chosen] = True
+                    self.forced[group.atom] = held[group.atom] + missing
+                    kept = chosen[read[group.atom][chosen]]
+                    live[kept] = True
+                    held[group.atom] += len(kept)
+                    settled = settled and len(kept) == 0
 
     def _grow(self) -> None:
         """Mark what is read until nothing more is."""
@@ -122,15 +143,16 @@ class Liveness:
         while changed:
             before = sum(int(mask.sum()) for mask in self.live.values())
             for other in self.others:
-                self._mark(other.axis, other.live)
+                self._mark(self.live, other.axis, other.live)
             for layer in reversed(self.layers):
-                self._mark(layer.columns, layer.needed(self.live) & ~layer.exempt)
+                self._mark(self.live, layer.columns, layer.needed(self.live) & ~layer.exempt)
             changed = sum(int(mask.sum()) for mask in self.live.values()) != before
 
-    def _mark(self, axis: Axis, live: np.ndarray) -> None:
-        for atom, counts in _folded(axis, live).items():
-            if atom in self.live:
-                self.live[atom] |= counts > 0
+    @staticmethod
+    def _mark(masks: Masks, axis: Axis, where: np.ndarray) -> None:
+        for atom, counts in _folded(axis, where).items():
+            if atom in masks:
+                masks[atom] |= counts > 0
 
     # ------------------------------------------------------------------------------------------------------- results
     def folds(self) -> dict[str, Tensor]:
@@ -193,16 +215,7 @@ def _folded(axis: Axis, where: np.ndarray) -> dict[Factor, np.ndarray]:
     return found
 
 
-def _uses(comb: Comb) -> Counter[int]:
-    """How many operators read each stored tensor."""
-    uses: Counter[int] = Counter()
-    for node in comb.module.graph.nodes:
-        if node.op == "get_attr":
-            uses[id(fetch(comb.module, str(node.target)))] += len(node.users)
-    return uses
-
-
-def _layer(comb: Comb, node: fx.Node, uses: Counter[int], known: Tensor, constant: Tensor) -> LayerRead:
+def _layer(comb: Comb, node: fx.Node, uses: dict[int, int], known: Tensor, constant: Tensor) -> LayerRead:
     a, name = arguments(node), op_name(node)
     weight = fetch(comb.module, str(a["weight"].target)).detach().double()
     groups, last = a.get("groups", 1), name == "linear"
@@ -226,7 +239,7 @@ def _layer(comb: Comb, node: fx.Node, uses: Counter[int], known: Tensor, constan
     )
 
 
-def _takes(comb: Comb, node: fx.Node, uses: Counter[int]) -> tuple[str | None, int, str]:
+def _takes(comb: Comb, node: fx.Node, uses: dict[int, int]) -> tuple[str | None, int, str]:
     """The stored tensor that a constant in a layer's outputs can be added to, and with which sign; or why there is none."""
     a, name, where = arguments(node), op_name(node), source(node)
     if name in TRANSPOSED_CONVS:

@@ -120,7 +120,9 @@ def _examine(comb: Comb) -> tuple[Liveness, list[Refusal]]:
             refuse(group, reader, int(where.sum()))
         if group.atom in live.forced:
             refuse(
-                group, f"nothing needs it, and an operator needs {group.least} of its indices", live.forced[group.atom]
+                group,
+                f"nothing needs what it computes, but an operator needs {group.least} of its indices",
+                live.forced[group.atom],
             )
     return live, refused
 

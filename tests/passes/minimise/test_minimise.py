@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -293,7 +293,10 @@ def random_zeros(seed, share):
 
 
 anything = given(st.integers(0, 10**6), st.floats(0.2, 0.8))
-test_random_networks_with_random_zeros = settings(max_examples=5, deadline=None)(anything(random_zeros))
+# In network 350 all that one output reads is constant, and one index of each group has to stay what it is.
+test_random_networks_with_random_zeros = settings(max_examples=5, deadline=None)(
+    example(350, 0.5)(anything(random_zeros))
+)
 test_more_random_networks = pytest.mark.slow(settings(max_examples=300, deadline=None)(anything(random_zeros)))
 
 
