@@ -166,6 +166,17 @@ def attributes(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Any]]:
             yield node, fetch(module, str(node.target))
 
 
+def tensor_at(root: torch.nn.Module, path: str) -> torch.Tensor | None:
+    """The parameter or buffer at a dotted path, or None."""
+    parent, _, last = path.rpartition(".")
+    try:
+        module = root.get_submodule(parent)
+    except AttributeError:
+        return None
+    found = module._parameters.get(last, module._buffers.get(last))
+    return found if isinstance(found, torch.Tensor) else None
+
+
 def place_tensor(root: torch.nn.Module, path: str, value: Any) -> None:
     """Set a parameter, buffer, module or other attribute at a dotted path, making modules on the way."""
     *parents, name = path.split(".")

@@ -43,8 +43,13 @@ class MissingBackend(GraphcombError):
 
 def in_a_line(error: BaseException, most: int = 200) -> str:
     """An error of another library in one line: its class and the first line of its message, up to `most` characters."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    line = first_line(error)
     return f"{type(error).__name__}: {line[:most]}" if line else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something; empty where none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -58,4 +63,4 @@ def reason(error: BaseException) -> str:
     """The first line that says something, of the innermost error."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+    return (first_line(error) or type(error).__name__)[:300]

@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from .compat import pytree
-from .errors import Refused
+from .edit import like, tensor_at
+from .errors import Refused, reason
 from .nodes import arguments, op_name
 from .program import Program
+from .verify.evaluate import Evaluator, double_weights, random_inputs, relative_error, to_double
 
 TOLERANCE = 1e-10
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -48,7 +50,7 @@ def transplant(program: Program, model: nn.Module) -> nn.Module:
             break
         error, stack = failure
         if not any(_mended(module, inputs, shrunk, heads, name) for name, module, inputs in reversed(stack)):
-            raise Refused(f"transplant: {_where(error)} fixes a size ({_first_line(error)})")
+            raise Refused(f"transplant: {_where(error)} fixes a size ({reason(error)})")
     _prove(program, new)
     for module, mode in zip(new.modules(), modes, strict=True):
         module.training = mode
@@ -56,16 +58,19 @@ def transplant(program: Program, model: nn.Module) -> nn.Module:
 
 
 def _place(program: Program, new: nn.Module) -> dict[str, Sizes]:
-    """Put the program's tensors into the module, tied ones once; by the name of each, the sizes that changed."""
-    known: dict[int, torch.Tensor] = {}
+    """Put the program's tensors into the module, tied ones into all of their places; by the name of each, the sizes that
+    changed."""
+    places: dict[
+        int, tuple[Any, list[tuple[dict[str, Any], str]]]
+    ] = {}  # with the tensor, so that its id stays its own
+    for module in new.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            for key, held in table.items():
+                places.setdefault(id(held), (held, []))[1].append((table, key))
     shrunk: dict[str, Sizes] = {}
     for name, value in program.module().state_dict(keep_vars=True).items():
-        path, _, last = name.rpartition(".")
-        try:
-            parent = new.get_submodule(path)
-            old = parent._parameters.get(last, parent._buffers.get(last))
-        except AttributeError:
-            old = None
+        old = tensor_at(new, name)
         if old is None:
             if isinstance(value, nn.Parameter):
                 raise Refused(f"transplant: the module has no parameter {name}; was the program made of it?")
@@ -78,16 +83,10 @@ def _place(program: Program, new: nn.Module) -> dict[str, Sizes]:
         for a, b in zip(old.shape, value.shape, strict=True):
             if a != b:
                 shrunk[name].setdefault(a, set()).add(b)
-        tensor = known.get(id(old))
-        if tensor is None:
-            data = value.detach().to(old).clone()
-            tensor = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
-            for other in new.modules():  # tied weights have several places
-                for table in (other._parameters, other._buffers):
-                    for key, held in table.items():
-                        if held is old:
-                            table[key] = tensor
-            known[id(tensor)] = tensor
+        tensor = like(old, value.detach().to(old).clone())
+        _, known = places.get(id(old), (None, []))  # none where another name of it came before
+        for table, key in known:
+            table[key] = tensor
     return shrunk
 
 
@@ -194,30 +193,13 @@ def _where(error: Exception) -> str:
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line}"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
 def _prove(program: Program, new: nn.Module) -> None:
     """Refused where the module computes something else than the program, on inputs like the example's, in float64."""
-    generator = torch.Generator().manual_seed(0)
-
-    def double(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        return value
-
-    args, kwargs = pytree.tree_map(double, (program.args, program.kwargs))
-    ours, theirs = copy.deepcopy(new).double(), program.copy().module().eval().double()
+    inputs = [to_double(value) for value in random_inputs(program, torch.Generator().manual_seed(0))]
+    expected = Evaluator(program, double_weights(program)).run(inputs)
+    structure = pytree.tree_structure((program.args, program.kwargs))
+    args, kwargs = pytree.tree_unflatten([copy.deepcopy(value) for value in inputs], structure)
     with torch.no_grad():
-        outputs = [pytree.tree_leaves(m(*copy.deepcopy(args), **copy.deepcopy(kwargs))) for m in (ours, theirs)]
-    if len(outputs[0]) != len(outputs[1]):
-        raise Refused("transplant: the module returns another number of tensors than the program")
-    for a, b in zip(*outputs, strict=True):
-        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-            continue
-        error = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-300))
-        if a.shape != b.shape or not error <= TOLERANCE:
-            raise Refused(
-                f"transplant: the module computes something else than the program (relative error {error:.1e})"
-            )
+        error = relative_error(copy.deepcopy(new).double()(*args, **kwargs), expected)
+    if not error <= TOLERANCE:
+        raise Refused(f"transplant: the module computes something else than the program (relative error {error:.1e})")

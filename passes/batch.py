@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..graph.compat import pytree
-from ..graph.errors import BadInput
+from ..graph.errors import BadInput, first_line
 
 FORMS = "a batch is (inputs, labels), a tensor, a one-element list, or a dict of keyword inputs with optional labels"
 ADAPT = "for others give inputs= and labels=, functions of a batch (in a recipe, data: {inputs: module:function, …})"
@@ -125,7 +125,7 @@ def _called(field: str, function: Callable[[Any], Any], raw: Any) -> Any:
     try:
         return function(raw)
     except Exception as error:
-        text = (str(error).splitlines() or ["no message"])[0]
+        text = first_line(error) or "no message"
         raise BadInput(f"{field}: fails on {describe(raw)} ({type(error).__name__}: {text[:200]})") from error
 
 

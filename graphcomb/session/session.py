@@ -10,17 +10,20 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..graph.compat import is_unscaled, pytree
+from ..graph.compat import is_unscaled
+from ..graph.edit import tensor_at
 from ..graph.errors import BadInput, GraphcombError
 from ..graph.program import Program, capture
 from ..graph.sparse import zeros
 from ..graph.trainable import TrainableModule
+from ..graph.verify.evaluate import relative_error
 from ..passes.base import Context, Pass, PassResult
 from ..passes.batch import split_batch
 from ..passes.common.feed import Batch
+from ..passes.common.scoring import evaluating
 from ..passes.train.callbacks import HeldZeros, Kept
 from ..passes.train.trainee import Parameters, Trainee, Work, carry
-from .tensors import shared, tensor_at, trained
+from .tensors import shared, trained
 
 AGREES = 1e-3  # of the module as it was held and the program that was cut, relative, in the module's own precision
 
@@ -83,7 +86,6 @@ class Session:
     def __init__(self, program: Program, own: nn.Module | None, pass_: Pass, steps: int, context: Context):
         context = context.replaced("attach", teacher=context.teacher or program)
         self.program, self.steps, self.step, self._own, self._pass = program, steps, 0, own, pass_
-        self._context = context
         inner = program.copy().module().train() if own is None else shared(program, own)
         in_loop: Callable[..., Work] | None = getattr(pass_, "in_loop", None)
         if in_loop is None:
@@ -179,7 +181,7 @@ class Session:
         self._trainee.leave()
         self._finished = True
         if self._own is None:
-            result = self._work.conclude(self.program.derive(self._trainee.like(source).eval()))
+            result = self._work.conclude(self.program.derive(self._trainee.around(source).eval()))
         else:
             result = self._work.conclude(trained(self.program, source))
             self._compare(source, result.program)
@@ -190,23 +192,14 @@ class Session:
 
     def _compare(self, source: nn.Module, program: Program) -> None:
         """That the module as it was held and the program that was cut say the same of the example."""
-        modes = [(m, m.training) for m in source.modules()]
         args, kwargs = copy.deepcopy((program.args, program.kwargs))
-        try:
-            source.eval()
-            with torch.no_grad():
-                expected, outputs = source(*args, **kwargs), program.module().eval()(*args, **kwargs)
-        finally:
-            for module, mode in modes:
-                module.training = mode
-        for a, b in zip(*(pytree.tree_leaves(v) for v in (expected, outputs)), strict=True):
-            if isinstance(a, torch.Tensor) and a.is_floating_point():
-                error = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30))
-                if not error <= AGREES:
-                    raise GraphcombError(
-                        f"finish: the program that was cut differs from the module by {error:.1e}; was a weight changed "
-                        "after the last after_step, or is the module in a mode that the capture did not see?"
-                    )
+        with evaluating(source), torch.no_grad():
+            error = relative_error(program.module().eval()(*args, **kwargs), source(*args, **kwargs))
+        if not error <= AGREES:
+            raise GraphcombError(
+                f"finish: the program that was cut differs from the module by {error:.1e}; was a weight changed after the "
+                "last after_step, or is the module in a mode that the capture did not see?"
+            )
 
     # --------------------------------------------------------------------------------------------------------- storing
     def state_dict(self) -> dict[str, Any]:

@@ -7,21 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..graph.edit import copy_tensor, rebuild
+from ..graph.edit import copy_tensor, rebuild, tensor_at
 from ..graph.errors import BadInput
 from ..graph.program import Program
 from ..graph.trainable import TrainableModule
-
-
-def tensor_at(model: nn.Module, name: str) -> torch.Tensor | None:
-    """The parameter or buffer of that name, or None."""
-    parent, _, last = name.rpartition(".")
-    try:
-        module = model.get_submodule(parent)
-    except AttributeError:
-        return None
-    found = module._parameters.get(last, module._buffers.get(last))
-    return found if isinstance(found, torch.Tensor) else None
 
 
 def shared(program: Program, model: nn.Module) -> TrainableModule:

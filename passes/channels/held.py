@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,9 @@ from ...graph.nodes import fetch, source
 from ...graph.program import Program
 from ...graph.trainable import TrainableModule
 from ..common.processes import averaged
-from ..repair.repair import Repair
 from ..train.callbacks import Surgery
 from .importance.gates import Gates
-from .importance.scores import TRANSFORMS, GradientScores, OwnImportance
-from .targets import Task
+from .importance.scores import TRANSFORMS, GradientScores
 from .while_training import Pruner
 
 
@@ -48,22 +47,15 @@ def not_held(comb: Comb, groups: list[Group], own: TrainableModule) -> dict[str,
     }
 
 
+@dataclass
 class HeldPruner(Pruner):
     """A `Pruner` that leaves every tensor its shape. own: the graph around the tensors of the module that trains."""
 
-    def __init__(
-        self,
-        own: TrainableModule,
-        task: Task,
-        importance: str | OwnImportance,
-        events: dict[int, float],
-        samples: int,
-        identity: Any,
-        repair: Repair | None = None,
-    ):
-        super().__init__(task, importance, events, samples, identity, repair)
-        self.own = own
-        self._gates = Gates(self.comb, [g.atom for g in self.groups], None, own)
+    own: TrainableModule = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._gates = Gates(self.comb, [g.atom for g in self.groups], None, self.own)
         self._zeros: list[tuple[str, int, torch.Tensor]] = []
 
     def training_context(self, module: TrainableModule) -> AbstractContextManager[Any]:
@@ -79,7 +71,7 @@ class HeldPruner(Pruner):
                 gradient.index_fill_(dim, gone.to(gradient.device), 0)
 
     def after_step(self, step: int, module: TrainableModule) -> Surgery | None:
-        seen = self._smaller(self.own, self.masks) if step + 1 in self.events else self.own
+        seen = self._smaller(self.own) if step + 1 in self.events else self.own
         super().after_step(step, seen)
         self.hold(self.own)
         return None
@@ -93,18 +85,16 @@ class HeldPruner(Pruner):
 
     def cut(self, trained: Program) -> Program:
         """The exact slice of a program of the original's shapes."""
-        return trained.derive(self._smaller(trained.module(), self.masks))
+        return trained.derive(self._smaller(trained.module()))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # type: ignore[override]
         super().load_state_dict(state)
         self._zeros = list(self._columns())
         self.hold(self.own)
 
-    def _smaller(self, module: TrainableModule, masks: ax.Masks) -> TrainableModule:
+    def _smaller(self, module: TrainableModule) -> TrainableModule:
         """A copy of a module of the original's shapes, as the masks leave it."""
-        kept = kept_indices(self.comb, masks)
-        indices = {n: {d: torch.from_numpy(np.flatnonzero(k)) for d, k in dims.items()} for n, dims in kept.items()}
-        return self._cut(module, indices, masks)
+        return self._cut(module, self._kept({}), self.masks)
 
     def _surgery(self, module: TrainableModule, old: ax.Masks) -> None:  # type: ignore[override]
         if self.repair is not None:

@@ -229,9 +229,8 @@ class RemoveChannels(Pass):
         identity = [self.options(), code, self.alignment(context), rows, task.chooser.prediction]
         assert self.importance is not None
         repair = Repair() if self.repair else None
-        if own is None:
-            return Pruner(task, self.importance, events, self.samples, identity, repair)
-        return HeldPruner(own, task, self.importance, events, self.samples, identity, repair)
+        options = (task, self.importance, events, self.samples, identity, repair)
+        return Pruner(*options) if own is None else HeldPruner(*options, own=own)
 
     def concluded(self, pruner: Pruner, smaller: Program, training: dict[str, Any]) -> PassResult:
         """The result of a pruner that has cut the program to `smaller`, proven to be one slice of the masked network.

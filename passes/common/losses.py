@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ...graph.compat import pytree
-from ...graph.errors import BadInput
+from ...graph.errors import BadInput, first_line
 
 NAMES = ("logits", "out")  # what class scores are called among several outputs
 
@@ -90,7 +90,7 @@ def applied(field: str, function: Callable[..., Any], outputs: Any, labels: Any)
         return function(outputs, labels)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         shapes = [tuple(t.shape) for t in pytree.tree_leaves((outputs, labels)) if isinstance(t, torch.Tensor)]
-        text = (str(error).splitlines() or ["no message"])[0]
+        text = first_line(error) or "no message"
         raise BadInput(f"{field}: does not take these outputs and labels (shapes {shapes}): {text[:200]}") from error
 
 

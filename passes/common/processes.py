@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list, gather_object, reduce
 
-from ...graph.errors import BadInput, GraphcombError
+from ...graph.errors import BadInput, GraphcombError, first_line
 from ...graph.program import Program, load
 from ...graph.trainable import TrainableModule
 
@@ -119,7 +119,7 @@ def forwarded(error: Exception) -> GraphcombError:
     """An error as another process can be told of it."""
     if isinstance(error, GraphcombError):
         return error
-    text = (str(error).splitlines() or ["no message"])[0]
+    text = first_line(error) or "no message"
     return GraphcombError(f"another process failed ({type(error).__name__}: {text[:200]})")
 
 

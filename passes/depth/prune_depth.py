@@ -137,9 +137,7 @@ class PruneDepth(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         context = dataclasses.replace(context, teacher=context.teacher or program)
-        blocks = find_blocks(program)
-        record: dict[str, Any] = {"refused": [Refusal(b.name, b.why) for b in blocks if b.why is not None]}
-        chosen, record["search"] = self.choose(program, blocks, context)
+        chosen, record = self._chosen(program, context)
         if self.repair:
             pruned, record["train"] = self._at_once(program, chosen, context), {}
         else:
@@ -154,9 +152,7 @@ class PruneDepth(Pass):
         if own is not None:
             raise BadInput('PruneDepth: fading blocks are no part of your own module; attach with cut="during"')
         check_field(self, "repair", not self.repair, "false in a loop of your own, which trains instead")
-        blocks = find_blocks(program)
-        record: dict[str, Any] = {"refused": [Refusal(b.name, b.why) for b in blocks if b.why is not None]}
-        chosen, record["search"] = self.choose(program, blocks, context)
+        chosen, record = self._chosen(program, context)
         relaxed = self._relaxed(program, chosen)
         self._start(relaxed, context)
         fading = self._fading(program, chosen, steps, context.seed)
@@ -187,6 +183,13 @@ class PruneDepth(Pass):
         return PassResult(result, record)
 
     # ----------------------------------------------------------------------------------------------------- what to prune
+    def _chosen(self, program: Program, context: Context) -> tuple[list[Block], dict[str, Any]]:
+        """The blocks to prune, and the record of why others cannot be and of the search."""
+        blocks = find_blocks(program)
+        chosen, search_record = self.choose(program, blocks, context)
+        refused = [Refusal(b.name, b.why) for b in blocks if b.why is not None]
+        return chosen, {"refused": refused, "search": search_record}
+
     def choose(self, program: Program, blocks: Sequence[Block], context: Context) -> tuple[list[Block], dict[str, Any]]:
         """The blocks to prune, by the first two stages, and their record."""
         if self.names:

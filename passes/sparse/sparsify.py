@@ -151,14 +151,8 @@ class Sparsify(Pass):
             raise BadInput("Sparsify.schedule: only a gradual run trains; put a Distill after this pass instead")
 
     def run(self, program: Program, context: Context) -> PassResult:
-        new, probed = program.copy(), 0
-        names, refused = self.choose(new, context)
-        if names and self.method != "magnitude" and isinstance(context.data, Iterator):
-            raise BadInput("data: an iterator yields its batches once; it must be iterable again, such as a DataLoader")
-        if names and self.method in BY_GRADIENTS:
-            silent, probed = agreed(lambda: self._silent(new, names, context))
-            names = [name for name in names if name not in silent]
-            refused += [Refusal(name, NO_GRADIENT) for name in silent]
+        new = program.copy()
+        names, refused, probed = self._reached(new, context)
         stages: list[dict[str, Any]] = []
         moved: list[dict[str, Any]] = []
         if self.permute and self.pattern and sparse_weights(new):
@@ -178,12 +172,7 @@ class Sparsify(Pass):
         """What the pass does in somebody else's loop: at the epochs of its schedule, as shares of all steps, or before the
         first step, weights become zero, and stay so."""
         check_field(self, "permute", not self.permute, "false in a loop of your own")
-        names, refused = self.choose(program, context)
-        probed = 0
-        if names and self.method in BY_GRADIENTS:
-            silent, probed = agreed(lambda: self._silent(program.copy(), names, context))
-            names = [name for name in names if name not in silent]
-            refused += [Refusal(name, NO_GRADIENT) for name in silent]
+        names, refused, probed = self._reached(program.copy(), context)
         events = {0: self.sparsity}
         if self.schedule:
             assert self.train is not None
@@ -238,6 +227,18 @@ class Sparsify(Pass):
             else:
                 chosen.append(layer.name)
         return chosen, refused
+
+    def _reached(self, program: Program, context: Context) -> tuple[list[str], list[Refusal], int]:
+        """As `choose`, without weights that no gradient reaches where the method goes by gradients, and how many gradients
+        were seen for that."""
+        names, refused = self.choose(program, context)
+        if names and self.method != "magnitude" and isinstance(context.data, Iterator):
+            raise BadInput("data: an iterator yields its batches once; it must be iterable again, such as a DataLoader")
+        if not names or self.method not in BY_GRADIENTS:
+            return names, refused, 0
+        silent, probed = agreed(lambda: self._silent(program, names, context))
+        left = [name for name in names if name not in silent]
+        return left, [*refused, *(Refusal(name, NO_GRADIENT) for name in silent)], probed
 
     def _silent(self, program: Program, names: list[str], context: Context) -> tuple[list[str], int]:
         """The weights whose gradients are all zero, which would be the first to go, and how many gradients were probed: a

@@ -90,7 +90,7 @@ class Trainee:
         self.module = self._adopt(module)
         self.enter()
 
-    def like(self, copy: torch.nn.Module, surgery: Surgery | None = None) -> TrainableModule:
+    def around(self, copy: torch.nn.Module, surgery: Surgery | None = None) -> TrainableModule:
         """The network as it is, or as a surgery leaves it, with the tensors of a copy of what it was before."""
         kept = {} if surgery is None else surgery.tensors
 
@@ -106,7 +106,7 @@ class Trainee:
         surgery.module.meta |= {k: v for k, v in self.module.meta.items() if k == "batches"}
         for copy in self.copies:
             assert isinstance(copy, TrainableModule)
-            copy.become(self.like(copy, surgery))
+            copy.become(self.around(copy, surgery))
         self.replace(surgery.module)
         self._carry_on(old, dict(self.module.named_parameters()), surgery.tensors)
         for callback in self.callbacks:

@@ -29,7 +29,7 @@ from ....graph.comb import axes as ax
 from ....graph.comb.axes import Factor
 from ....graph.comb.groups import Group
 from ....graph.comb.solve import Comb
-from ....graph.errors import BadInput
+from ....graph.errors import BadInput, first_line
 from ....graph.facts import NORMS
 from ....graph.nodes import arguments, fetch, op_name
 from ....graph.trainable import TrainableModule
@@ -257,7 +257,7 @@ def own_scores(
         try:
             values = torch.as_tensor(function(left, weights)).detach().double().cpu().numpy()
         except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
-            text = (str(error).splitlines() or ["no message"])[0]
+            text = first_line(error) or "no message"
             raise BadInput(f"RemoveChannels.importance: fails for {group.name} ({text[:200]})") from error
         if values.shape != (left.size,) or not np.isfinite(values).all():
             what = f"{values.shape}" if values.shape != (left.size,) else "numbers that are not finite"

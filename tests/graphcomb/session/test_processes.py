@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from graphcomb.passes import RemoveChannels
 
-from .toys import STEPS, Attention, attached, batch, train
+from .toys import STEPS, attached, attention, batch, train
 
 ROOT, MODULE = Path(__file__).parents[3], "tests.graphcomb.session.test_processes"
 PASS = RemoveChannels(macs=0.6, interval=3, round_to=1)
@@ -27,7 +27,7 @@ def main(cut, out):
     """What each process runs: a plain script of torch alone."""
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    session = attached(Attention().train(), cut, PASS)
+    session = attached(attention().train(), cut, PASS)
     model, optimizer = DistributedDataParallel(session.module), optimizer_of(session.module)
     for step in range(STEPS):
         x, y = (t.chunk(2)[rank] for t in batch(step))
@@ -57,7 +57,7 @@ def test_two_processes_are_one(cut, tmp_path):
         code = f"import {MODULE} as t; t.main({cut!r}, {str(tmp_path)!r})"
         processes.append(subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT))
     assert [p.wait(timeout=300) for p in processes] == [0, 0]
-    session = attached(Attention().train(), cut, PASS)
+    session = attached(attention().train(), cut, PASS)
     train(session, optimizer_of(session.module))
     one = session.finish()
     for rank in range(2):

@@ -12,7 +12,7 @@ import graphcomb
 from graphcomb import BadInput
 from graphcomb.passes import Distill, Fuse, PruneDepth, RemoveChannels, Sparsify
 
-from .toys import STEPS, Attention, Residual, attached, batch, train
+from .toys import STEPS, Residual, attached, attention, batch, train
 
 CUTS = ("end", "during")
 OPTIMIZERS = {
@@ -132,7 +132,7 @@ def test_accumulated_gradients_and_a_scaler(cut):
     """Two half batches a step with scaled losses prune as whole batches do."""
 
     def run(parts, scaled):
-        session = attached(Attention().train(), cut)
+        session = attached(attention().train(), cut)
         optimizer = torch.optim.SGD(session.module.parameters(), lr=0.05, momentum=0.9)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
         for step in range(STEPS):
@@ -211,7 +211,7 @@ def test_a_checkpoint_in_the_middle(cut):
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_attention_loses_heads_and_hidden_units(cut):
-    session = attached(Attention().train(), cut, RemoveChannels(macs=0.6, interval=2, round_to=1))
+    session = attached(attention().train(), cut, RemoveChannels(macs=0.6, interval=2, round_to=1))
     train(session, OPTIMIZERS["adamw"](session.module.parameters()))
     result = session.finish()
     refused = {row["what"]: row["why"] for row in result.record["refused"]}

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 import graphcomb
 from graphcomb.passes import RemoveChannels
 
+from ...passes.channels.toys import Transformer
+
 STEPS = 12
 
 
@@ -33,31 +35,8 @@ class Residual(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
-class Attention(nn.Module):
-    """A class-token-free ViT: heads and hidden units are read by weights alone, the trunk by LayerNorms too."""
-
-    def __init__(self, width=16, heads=4, depth=2):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.heads = nn.Conv2d(3, width, 4, 4), heads
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({
-                "a": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width),
-                "b": nn.LayerNorm(width), "up": nn.Linear(width, 2 * width), "down": nn.Linear(2 * width, width),
-            })
-            for _ in range(depth)
-        )  # fmt: skip
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 4)
-        self.double()
-
-    def forward(self, x):
-        x = self.embed(x).flatten(2).transpose(1, 2)
-        for m in self.layers:
-            n, t, c = x.shape
-            q, k, v = m["qkv"](m["a"](x)).reshape(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-            x = x + m["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, c))
-            x = x + m["down"](F.gelu(m["up"](m["b"](x))))
-        return self.head(self.norm(x).mean(1))
+def attention():
+    return Transformer(inputs=3, patch=4).double()
 
 
 def batch(step, size=4, side=8, dtype=torch.float64):

@@ -31,10 +31,12 @@ def convolutions(norm=True, width=8):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width=16, heads=4, depth=2):
+    """Heads and hidden units are read by weights alone, the trunk by LayerNorms too."""
+
+    def __init__(self, width=16, heads=4, depth=2, inputs=1, patch=2):
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.heads = nn.Conv2d(1, width, 2, 2), heads
+        self.embed, self.heads = nn.Conv2d(inputs, width, patch, patch), heads
         self.layers = nn.ModuleList(
             nn.ModuleDict({
                 "a": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width),
