@@ -110,8 +110,9 @@ SIZES = {
 }  # fmt: skip
 
 
-# The budget that the dense networks had. As many events while pruning as in the short run, so a longer interval.
-SIZES["long"] = replace(SIZES["small"], steps=4000, interval=40)
+# The budget that the dense networks had. As many events while pruning as in the short run, so a longer interval. No feature
+# term: on images held out of the training set it cost the ResNet 0.4 points at this length.
+SIZES["long"] = replace(SIZES["small"], steps=4000, interval=40, features={"classification": 0.0, "segmentation": 0.0})
 RESULTS = {"small": "accuracy.json", "long": "accuracy_long.json", "full": "accuracy_full.json"}
 
 
