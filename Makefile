@@ -14,9 +14,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest -n 2
 
-# The last result is in tests/slow_results.md.
+# The last result is in tests/slow_results.md. Properties are tried on new examples.
 test-slow: $(STAMP)
-	$(BIN)/pytest -m slow -n 2 --junitxml=.cache/slow.xml; status=$$?; \
+	HYPOTHESIS_PROFILE=default $(BIN)/pytest -m slow -n 2 --junitxml=.cache/slow.xml; status=$$?; \
 	  $(BIN)/python tests/slow_results.py .cache/slow.xml tests/slow_results.md; exit $$status
 
 # Those of them that take minutes, not half an hour, and guard what others rest on: what CI runs besides `make test`.
