@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .edit import attributes, copy_tensor, drop_dead, propagate, rebuild
 from .errors import BadInput, CaptureError
 from .files import replacing
 from .nodes import op_name
+from .outputs import only_outputs
 from .trainable import TrainableModule, set_tag, switched, tag
 
 
@@ -181,19 +183,29 @@ def capture(
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
     prove: bool = True,
+    outputs: Sequence[str] | None = None,
 ) -> Program:
     """Capture a model in eval mode, with what training changes; the model is left as it was, its weights are copied.
 
     args: example inputs (a tuple, or a single tensor). dynamic_shapes: as for `torch.export.export`, or "batch" for a
     dynamic first dimension of every tensor. prove: compare the program with the model on the example inputs, outputs,
-    buffers and gradients in eval and in train mode; what the comparison found is `program.proof`.
+    buffers and gradients in eval and in train mode; what the comparison found is `program.proof`. outputs: which of the
+    model's outputs the program has, by the names that `named_outputs` gives them ("logits", "boxes.1"): one as the tensor
+    itself, several as a dict. What only the others need is not captured.
 
     Warns of what only training has (auxiliary heads, stochastic depth), of custom backward functions, and of what could
     not be compared. Raises CaptureError with the reason when `torch.export` refuses the model, and with the first node
     that differs when the program is not the model.
     """
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
-    args, kwargs = _distinct((args, dict(kwargs or {})))
+    with only_outputs(model, outputs):
+        return _captured(model, args, dict(kwargs or {}), dynamic_shapes, prove)
+
+
+def _captured(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, prove: bool
+) -> Program:
+    args, kwargs = _distinct((args, kwargs))
     if isinstance(dynamic_shapes, str):
         if dynamic_shapes != "batch":
             raise BadInput(f'dynamic_shapes: "batch" or a torch.export specification, not "{dynamic_shapes}"')
@@ -227,7 +239,7 @@ def capture(
     elif functions:
         notes.append(f"the backward of {', '.join(functions)} is replaced by that of its forward's operators")
     for note in notes:
-        warnings.warn(f"capture: {note}", CaptureWarning, stacklevel=2)
+        warnings.warn(f"capture: {note}", CaptureWarning, stacklevel=3)
     return program
 
 

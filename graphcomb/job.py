@@ -65,8 +65,8 @@ def prepare(recipe: Recipe) -> Job:
     model = load_model(recipe.model.source, recipe.model.arguments)
     train, val, batch = _data(recipe)
     if isinstance(model, Program):
-        if recipe.inputs or recipe.dynamic_batch is not None:
-            raise BadInput("inputs, dynamic_batch: a captured program has its own, remove the fields")
+        if recipe.inputs or recipe.dynamic_batch is not None or recipe.model.outputs is not None:
+            raise BadInput("inputs, dynamic_batch, model.outputs: a captured program has its own, remove the fields")
         program = model
     else:
         program = _capture(model, recipe, batch)
@@ -160,7 +160,7 @@ def _capture(model: torch.nn.Module, recipe: Recipe, batch: Any) -> Program:
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t[:2], (args, kwargs))
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints the graph it gives up on
-            return capture(model, args, kwargs, "batch" if dynamic else None)
+            return capture(model, args, kwargs, "batch" if dynamic else None, outputs=recipe.model.outputs)
     except CaptureError as error:
         shapes = ", ".join(str(tuple(a.shape)) for a in [*args, *kwargs.values()] if isinstance(a, torch.Tensor))
         raise CaptureError(f"model: {recipe.model.source} with inputs {shapes}: {error}") from error

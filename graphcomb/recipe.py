@@ -50,6 +50,12 @@ class Source(Section):
     arguments: dict[str, Any] = {}
 
 
+class Model(Source):
+    """Where the model comes from. outputs: which of its outputs are captured, by name (`capture`); by default all."""
+
+    outputs: list[str] | None = None
+
+
 class Data(Source):
     """Where batches come from. inputs, labels: `package.module:callable`, functions of a batch that give what the model
     takes and what loss and metric take, for batches of an unusual form."""
@@ -121,7 +127,7 @@ class Recipe(Section):
     have a latency as their target, and the data sheet for what the report says of each layer.
     """
 
-    model: Annotated[Source, _short("source")]
+    model: Annotated[Model, _short("source")]
     inputs: list[Annotated[Input, _short("shape")]] | None = None
     dynamic_batch: bool | None = None
     data: Annotated[Data, _short("source")] | None = None

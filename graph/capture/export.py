@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from ..compat import BatchNorm, pytree
-from ..errors import CaptureError
+from ..errors import BadInput, CaptureError
 
 ADVICE = (
     "what to try: export the part of the model before data-dependent post-processing, pass other dynamic_shapes, or run "
@@ -46,6 +46,8 @@ def export(
             if "odified inplace" not in str(error) and "in-place operation" not in str(error):
                 raise
             return run(gradients=False)  # the model writes where autograd forbids it: it only runs without gradients
+    except BadInput:  # of our own hook, which picks outputs
+        raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
         details = [line for line in lines[1:] if line.startswith("- ")][:1]  # of dynamic shapes: which guard they break

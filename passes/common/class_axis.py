@@ -9,6 +9,7 @@ from ...graph.compat import output_spec, pytree
 from ...graph.errors import GraphcombError
 from ...graph.facts import MAPS
 from ...graph.nodes import arguments, op_name, shape
+from ...graph.outputs import named_outputs
 from ...graph.program import Program
 from .losses import NAMES, logits_of
 
@@ -51,8 +52,8 @@ def other_outputs(program: Program) -> list[str]:
     spec = output_spec(program.graph)
     tree = pytree.tree_unflatten(pytree.tree_leaves(program.graph.output_node().args), spec)
     return [
-        pytree.keystr(path).strip("[]'\"") or node.name
-        for path, node in pytree.tree_flatten_with_path(tree)[0]
+        name
+        for name, node in named_outputs(tree).items()
         if isinstance(node, fx.Node) and node is not scores and node.name not in NAMES
         if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].is_floating_point()
     ]

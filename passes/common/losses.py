@@ -1,6 +1,6 @@
 """The default loss and metric, and where they find class scores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -76,22 +76,34 @@ def accuracy(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
     return (best == labels).float()[labels >= 0]
 
 
-def task_loss(loss: Callable[..., Any] | None, outputs: Any, labels: Any) -> torch.Tensor:
-    """`loss(outputs, labels)`, by default `default_loss`: a scalar. BadInput when they do not fit together."""
-    value = applied("loss", loss or default_loss, outputs, labels)
+def task_loss(loss: Callable[..., Any] | None, outputs: Any, labels: Any, field: str = "loss") -> torch.Tensor:
+    """`loss(outputs, labels)`, by default `default_loss`: a scalar. BadInput, which names the field, when they do not fit
+    together."""
+    value = applied(field, loss or default_loss, outputs, labels)
     if not isinstance(value, torch.Tensor) or value.dim():
-        raise BadInput(f"loss: must return a scalar tensor, got {type(value).__name__}")
+        raise BadInput(f"{field}: must return a scalar tensor, got {type(value).__name__}")
     return value
 
 
-def applied(field: str, function: Callable[..., Any], outputs: Any, labels: Any) -> Any:
-    """`function(outputs, labels)`; what it raises becomes one line that starts with `field`."""
+def applied(field: str, function: Callable[..., Any], *values: Any) -> Any:
+    """`function(*values)`, of outputs and labels; what it raises becomes one line that starts with `field`."""
     try:
-        return function(outputs, labels)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        shapes = [tuple(t.shape) for t in pytree.tree_leaves((outputs, labels)) if isinstance(t, torch.Tensor)]
+        return function(*values)
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
+        shapes = [tuple(t.shape) for t in pytree.tree_leaves(values) if isinstance(t, torch.Tensor)]
         text = first_line(error) or "no message"
-        raise BadInput(f"{field}: does not take these outputs and labels (shapes {shapes}): {text[:200]}") from error
+        takes = f"does not take these outputs and labels (shapes {shapes})" if values else "fails"
+        raise BadInput(f"{field}: {takes}: {text[:200]}") from error
+
+
+def number(field: str, value: Any) -> float:
+    """A value that a user's function gave as one number. Raises BadInput where it is none."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return float(value)
+    if isinstance(value, (int, float)):
+        return float(value)
+    what = f"a mapping with {', '.join(map(str, value))}" if isinstance(value, Mapping) else type(value).__name__
+    raise BadInput(f"{field}: has to give one number, not {what[:200]}")
 
 
 def unlabelled_loss(outputs: Any, generator: torch.Generator) -> torch.Tensor:

@@ -15,7 +15,7 @@ from ...graph.trainable import TrainableModule
 from ..batch import split_batch
 from .feed import Batch, Feed
 from .loaders import length, shard
-from .losses import accuracy, applied
+from .losses import accuracy, applied, number
 from .processes import accelerator, placed, reduced
 from .repeat import seeded
 
@@ -42,6 +42,9 @@ def evaluate(
     alone: bool = False,
 ) -> float:
     """Mean of `metric(outputs, labels)` (scores per sample or pixel, default `accuracy`) over a data set, eval mode.
+
+    A metric that is no mean over samples, such as mAP, is an object (or a class) with torchmetrics' `reset()`,
+    `update(outputs, labels)` and `compute()`, which gives one number; under several processes it gathers what they saw.
 
     A `Program` is checked against the batches, and one with a fixed batch size still sees every sample. Under several
     processes each scores its share and all return the mean of the whole, or with `alone` each scores all by itself.
@@ -89,6 +92,10 @@ def score(
 
     forward: gives the outputs of a batch. feed: fits batches to a program, None for a module that takes them as they are.
     """
+    metric = metric() if isinstance(metric, type) else metric
+    whole = all(hasattr(metric, name) for name in ("reset", "update", "compute"))
+    if whole:
+        applied("metric", metric.reset)
     total, count = 0.0, 0
     share = data if alone else shard(data, acc.process_index, acc.num_processes, even=False)
     batches = feed.batches(share, pad=True) if feed else (Batch(*split_batch(raw), size=0) for raw in share)
@@ -100,9 +107,15 @@ def score(
             outputs = forward(*batch.args, **batch.kwargs)
             if feed:
                 outputs = feed.cut(outputs, batch)
+            if whole:
+                applied("metric", metric.update, outputs, batch.labels)
+                count += 1
+                continue
             scores = torch.as_tensor(applied("metric", metric, outputs, batch.labels))
             total, count = total + scores.cpu().double().sum().item(), count + scores.numel()
             update(done, "")
+    if whole and count:
+        return number("metric", applied("metric", metric.compute))
     total, counted = (total, count) if alone else reduced([total, count], "sum", acc)
     if not counted:
         raise BadInput(f"{field}: yields nothing to score")

@@ -14,8 +14,8 @@ from ..common.feed import Batch
 from ..common.losses import class_dim, logits_of, task_loss
 from ..common.processes import placed
 from ..train.callbacks import Callback, Surgery
-from ..train.distill import soft_kl
 from ..train.options import SCHEDULES
+from ..train.teaching import soft_kl
 from .blocks import Block
 from .budget import Budget
 from .relax import relax, set_switches, settle

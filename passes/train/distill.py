@@ -1,12 +1,11 @@
 """Recovery training against the dense teacher."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ...graph.compat import pytree
 from ...graph.errors import BadInput
@@ -22,6 +21,7 @@ from .callbacks import Callback, Kept, Surgery, select_kept
 from .features import matching_features, tapped
 from .loop import fit
 from .options import Training
+from .teaching import check_forms, soft_kl, taught
 from .trainee import Work
 
 NO_SCORES = "set Distill's alpha to 0 (then give loss=, and metric= where there is val)"
@@ -48,6 +48,15 @@ class Distill(Training, Pass):
     - labels: whether to use the labels of the data.
     - class_dim: the dimension of the class scores that holds the classes. None finds it by the shape of the labels, then by
       the layer that computes the scores, and takes 1 for `(N, C)` and `(N, C, H, W)`; anything else is BadInput.
+    - outputs: what is taught in place of the class scores, of a detector for instance, by the names that `named_outputs`
+      gives a model's outputs: a whole number is the dimension of classes that exclude each other (KL, as above), "binary"
+      means logits of classes of their own (KL of each yes or no, over the number of objects that the teacher expects),
+      "boxes" the L1 distance of coordinates where the teacher is confident, "values" the squared error, relative to the
+      teacher's mean square. Position by position: a network that orders its queries by score is to be given a function
+      of (student's outputs, teacher's outputs) that matches them, and gives a scalar.
+    - weights: of these outputs, by name; 1 where none is given.
+    - confident: the class probability from which on the teacher's boxes count. background: the class that means that there
+      is nothing, which is no confidence; None for none.
 
     The others are those of `Training`. The form of the loss is ours (CPD, arXiv 2408.03046, says that the dense network
     teaches the pruned one, not how); softened scores with T^2 are Hinton et al.'s (arXiv 1503.02531).
@@ -62,6 +71,10 @@ class Distill(Training, Pass):
     features: float = 0.0
     labels: bool = True
     class_dim: int | None = None
+    outputs: Mapping[str, int | str] | Callable[[Any, Any], torch.Tensor] | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    confident: float = 0.5
+    background: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,6 +82,10 @@ class Distill(Training, Pass):
         check_field(self, "temperature", self.temperature > 0, "above 0")
         check_field(self, "features", self.features >= 0, "at least 0")
         check_field(self, "class_dim", self.class_dim != 0, "a dimension besides the batch's, or null")
+        check_field(self, "confident", 0 <= self.confident <= 1, "0 to 1")
+        if self.outputs is not None or self.weights:
+            wrong = check_forms(self.outputs, self.weights)
+            check_field(self, "outputs", wrong is None, str(wrong))
 
     def run(self, program: Program, context: Context) -> PassResult:
         student = program.copy()
@@ -96,6 +113,11 @@ class Distill(Training, Pass):
 
         return loss
 
+    def taught(self, student: Any, teacher: Any) -> torch.Tensor:
+        """What the outputs named in `outputs` teach, a scalar."""
+        assert self.outputs is not None
+        return taught(self.outputs, self.weights, student, teacher, self.temperature, self.confident, self.background)
+
     def train(self, student: Program, context: Context, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Train a program in place and return the record: what a pass calls that changes the network meanwhile."""
         teacher = context.teacher.copy() if context.teacher else None
@@ -107,7 +129,7 @@ class Distill(Training, Pass):
             _same_inputs(teacher, student)
         kept, refused = matching_features(teacher, student) if teacher is not None and self.features else ({}, [])
         names = list(kept)
-        if teacher is not None and self.alpha:
+        if teacher is not None and self.alpha and self.outputs is None:
             refused += [Refusal(name, UNTAUGHT) for name in other_outputs(student)]
         rows = [r.row() for r in refused]
         record: dict[str, Any] = {"changed": ["weights", "running statistics"], "refused": rows, "matched": names}
@@ -164,7 +186,9 @@ class _Objective(Callback):
         if self.teacher is not None and (alpha or features):
             with torch.no_grad():
                 taught, taught_features = self.teacher(*batch.args, **batch.kwargs)
-            if alpha:
+            if alpha and self.options.outputs is not None:
+                parts["kl"] = self.options.taught(outputs, taught)
+            elif alpha:
                 ours, theirs = (logits_of(raw, NO_SCORES) for raw in (outputs, taught))
                 known = (self.options.class_dim, self.of_graph, NO_CLASSES)
                 dim = class_dim(ours, batch.labels if labelled else None, *known)
@@ -173,16 +197,6 @@ class _Objective(Callback):
                 same = [select_kept(t, dims) for t, dims in zip(taught_features, self.kept.values(), strict=True)]
                 parts["features"] = feature_distance(features, same)
         return torch.stack([weights[key] * value for key, value in parts.items()]).sum(), parts
-
-
-def soft_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float, dim: int | None = None) -> torch.Tensor:
-    """`T^2 * KL(softmax(teacher / T) || softmax(student / T))` over the classes of class scores, in nats, averaged over
-    the other dimensions (Hinton et al., arXiv 1503.02531). dim: of the classes; None where the rank tells (`class_dim`)."""
-    if student.shape != teacher.shape:
-        raise BadInput(f"teacher: its class scores are {tuple(teacher.shape)}, the program's {tuple(student.shape)}")
-    dim = class_dim(student, instead="give dim=") if dim is None else dim
-    ours, theirs = ((t.float() / temperature).log_softmax(dim) for t in (student, teacher))
-    return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim).mean()
 
 
 def feature_distance(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Distill, PruneDepth, Sparsify
 from graphcomb.passes.common.class_axis import class_axis, other_outputs
 from graphcomb.passes.common.losses import accuracy, default_loss
-from graphcomb.passes.train.distill import soft_kl
+from graphcomb.passes.train.teaching import soft_kl
 
 CLASSES, QUERIES = 5, 7
 

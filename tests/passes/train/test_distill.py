@@ -16,9 +16,10 @@ from graphcomb.passes.common.processes import placed
 from graphcomb.passes.common.repeat import rng_state
 from graphcomb.passes.common.scoring import evaluate
 from graphcomb.passes.train.callbacks import Callback
-from graphcomb.passes.train.distill import Distill, feature_distance, soft_kl
+from graphcomb.passes.train.distill import Distill, feature_distance
 from graphcomb.passes.train.features import matching_features
 from graphcomb.passes.train.options import Training, learning_rate
+from graphcomb.passes.train.teaching import soft_kl
 
 from ..toys import Cut, Stop, same, state
 from .toys import capture, loaders, network, small, tensors

@@ -1,0 +1,51 @@
+"""The tensors that a model returns, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .compat import pytree
+from .errors import BadInput, nearest
+
+
+def named_outputs(outputs: Any) -> dict[str, Any]:
+    """What a model returns, flat: each entry by its place, keys and indices joined by dots ("logits", "0", "boxes.1"). A
+    model that returns a tensor alone has one output, "out"."""
+    found = {}
+    for path, value in pytree.tree_flatten_with_path(outputs)[0]:
+        keys = (next(getattr(k, a) for a in ("key", "idx", "name") if hasattr(k, a)) for k in path)
+        found[".".join(map(str, keys)) or "out"] = value
+    return found
+
+
+def pick(outputs: Any, names: Sequence[str], what: str) -> dict[str, Any]:
+    """The outputs of these names. Raises BadInput for one that is not there."""
+    found = named_outputs(outputs)
+    for name in names:
+        if name not in found:
+            raise BadInput(f"{what}: the model has no output {name}; {nearest(name, list(found))}")
+    return {name: found[name] for name in names}
+
+
+@contextmanager
+def only_outputs(model: nn.Module, names: Sequence[str] | None) -> Iterator[None]:
+    """Within the context the model returns these of its outputs: one as the tensor itself, several as a dict by name."""
+    if names is None:
+        yield
+        return
+    if isinstance(names, str) or not names or len(set(names)) < len(names):
+        raise BadInput(f"outputs: takes a list of different names, not {names!r}")
+
+    def select(module: nn.Module, args: Any, outputs: Any) -> Any:
+        found = pick(outputs, names, "outputs")
+        return found if len(names) > 1 else found[names[0]]
+
+    handle = model.register_forward_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
