@@ -28,7 +28,7 @@ from ..common.repeat import code_of
 from ..repair.repair import Repair
 from ..repair.score import Losses
 from ..train.distill import Distill
-from ..train.features import block_outputs
+from ..train.features import feature_nodes
 from ..train.loop import total_steps
 from ..train.trainee import Work
 from .costs import Costs, layer_costs, mac_terms
@@ -281,7 +281,7 @@ class RemoveChannels(Pass):
             "alignment": self.alignment(task.context),
             "kernels": kernel_record(comb, sizes, smaller.structure, task.context),
             "removed": removed,
-            "features": removed_values(comb, masks, block_outputs(comb.program)),
+            "features": removed_values(comb, masks, feature_nodes(comb.program)),
         }
         if chooser.prediction:
             record["latency"] = chooser.latency_record(sizes)

@@ -41,7 +41,7 @@ from ..repair.images import Images
 from ..repair.repair import Repair
 from ..train.callbacks import Callback, Kept, Surgery, select_kept
 from ..train.distill import Distill
-from ..train.features import block_outputs
+from ..train.features import feature_nodes
 from .importance.scores import (
     TRANSFORMS,
     GradientScores,
@@ -110,7 +110,7 @@ class Pruner(Callback):
 
     def __post_init__(self) -> None:
         self.comb, self.groups, self.context = self.task.comb, self.task.groups, self.task.context
-        self.outputs = block_outputs(self.comb.program)
+        self.outputs = feature_nodes(self.comb.program)
         self._restart()
 
     def _restart(self) -> None:

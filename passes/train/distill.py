@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ...graph.compat import pytree
 from ...graph.errors import BadInput
@@ -33,18 +34,22 @@ UNTAUGHT = "the teacher's class scores alone are taught; a loss of your own may 
 class Distill(Training, Pass):
     """Train the program (the student) on the context's data so that it answers like the context's teacher.
 
-        L = (1-alpha) * task + alpha * T^2 * KL(teacher/T || student/T) + features * sum_l MSE(norm(S_l), norm(T_l))
+        L = (1-alpha) * task + alpha * T^2 * KL(teacher/T || student/T)
+            + features * sum_l MSE(norm(S_l), norm(T_l)) + channels * mean_l CWD(T_l, S_l)
 
     task is the context's loss, by default cross-entropy. KL runs over the classes of the class scores and is averaged over
     samples and, for segmentation, pixels. S_l and T_l are outputs of blocks that both networks have by the same node name;
     norm divides every sample by its root mean square, so that the MSE is 2 * (1 - cosine). Where the student was pruned,
-    the teacher's features are restricted to the indices that the student kept. The teacher runs in eval mode; neither it
+    the teacher's features are restricted to the indices that the student kept. CWD is the KL of where each channel is
+    active, for the inputs of detection heads (`channel_wise`). The teacher runs in eval mode; neither it
     nor the input program is changed.
 
     - alpha: weight of the teacher's class scores, 0 to 1. Counts as 1 without labels, as 0 without a teacher.
     - temperature: T, above 0.
     - features: weight of the feature term, 0 for none. Scores from gradients that prune while training feel it too, which
       let small segmenters keep their early layers at the cost of the rest (benchmarks/accuracy.py).
+    - channels: weight of the channel-wise term, 0 for none.
+    - at: patterns of paths of modules, such as "neck.*", whose outputs are compared in both terms; by default the blocks'.
     - labels: whether to use the labels of the data.
     - class_dim: the dimension of the class scores that holds the classes. None finds it by the shape of the labels, then by
       the layer that computes the scores, and takes 1 for `(N, C)` and `(N, C, H, W)`; anything else is BadInput.
@@ -69,6 +74,8 @@ class Distill(Training, Pass):
     alpha: float = 0.5
     temperature: float = 2.0
     features: float = 0.0
+    channels: float = 0.0
+    at: tuple[str, ...] = ()
     labels: bool = True
     class_dim: int | None = None
     outputs: Mapping[str, int | str] | Callable[[Any, Any], torch.Tensor] | None = None
@@ -81,11 +88,18 @@ class Distill(Training, Pass):
         check_field(self, "alpha", 0 <= self.alpha <= 1, "0 to 1")
         check_field(self, "temperature", self.temperature > 0, "above 0")
         check_field(self, "features", self.features >= 0, "at least 0")
+        check_field(self, "channels", self.channels >= 0, "at least 0")
+        check_field(self, "at", not self.at or self.compares, "empty, unless features or channels is above 0")
         check_field(self, "class_dim", self.class_dim != 0, "a dimension besides the batch's, or null")
         check_field(self, "confident", 0 <= self.confident <= 1, "0 to 1")
         if self.outputs is not None or self.weights:
             wrong = check_forms(self.outputs, self.weights)
             check_field(self, "outputs", wrong is None, str(wrong))
+
+    @property
+    def compares(self) -> bool:
+        """Whether features are compared."""
+        return self.features > 0 or self.channels > 0
 
     def run(self, program: Program, context: Context) -> PassResult:
         student = program.copy()
@@ -100,7 +114,8 @@ class Distill(Training, Pass):
     def loss_in_loop(self, program: Program, context: Context) -> Callable[[Any, Batch], torch.Tensor]:
         """The loss of a batch for somebody else's loop: of the student's outputs, against the context's teacher. Features
         are not compared there, since a loop of the user's own sees outputs only."""
-        check_field(self, "features", not self.features, "0 in a loop of your own, which sees no features")
+        for name in ("features", "channels"):
+            check_field(self, name, not getattr(self, name), "0 in a loop of your own, which sees no features")
         assert context.teacher is not None
         teacher = context.teacher.copy().module().eval()
         objective = _Objective(self, context.loss, lambda *a, **k: (teacher(*a, **k), ()), {}, class_axis(program))
@@ -123,11 +138,13 @@ class Distill(Training, Pass):
         teacher = context.teacher.copy() if context.teacher else None
         if teacher is None and not self.labels:
             raise BadInput("Distill: labels is false and there is no teacher to learn from; pass teacher=")
-        if teacher is None and self.features:
-            raise BadInput("Distill.features: needs a teacher; pass teacher=, or set features to 0")
+        if teacher is None and self.compares:
+            raise BadInput("Distill.features, channels: need a teacher; pass teacher=, or set them to 0")
         if teacher is not None:
             _same_inputs(teacher, student)
-        kept, refused = matching_features(teacher, student) if teacher is not None and self.features else ({}, [])
+        kept, refused = (
+            ({}, []) if teacher is None or not self.compares else matching_features(teacher, student, self.at)
+        )
         names = list(kept)
         if teacher is not None and self.alpha and self.outputs is None:
             refused += [Refusal(name, UNTAUGHT) for name in other_outputs(student)]
@@ -180,7 +197,8 @@ class _Objective(Callback):
         if self.teacher is None and not labelled:
             raise BadInput("Distill: the data has no labels and there is no teacher to learn from; pass teacher=")
         alpha = 0.0 if self.teacher is None else alpha if labelled else 1.0
-        parts, weights = {}, {"task": 1 - alpha, "kl": alpha, "features": self.options.features}
+        options, parts = self.options, {}
+        weights = {"task": 1 - alpha, "kl": alpha, "features": options.features, "channels": options.channels}
         if alpha < 1:
             parts["task"] = task_loss(self.loss, outputs, batch.labels)
         if self.teacher is not None and (alpha or features):
@@ -195,7 +213,10 @@ class _Objective(Callback):
                 parts["kl"] = soft_kl(ours, theirs, self.options.temperature, dim)
             if features:
                 same = [select_kept(t, dims) for t, dims in zip(taught_features, self.kept.values(), strict=True)]
-                parts["features"] = feature_distance(features, same)
+                if options.features:
+                    parts["features"] = feature_distance(features, same)
+                if options.channels:
+                    parts["channels"] = channel_wise(features, same)
         return torch.stack([weights[key] * value for key, value in parts.items()]).sum(), parts
 
 
@@ -208,6 +229,22 @@ def feature_distance(student: Sequence[torch.Tensor], teacher: Sequence[torch.Te
         return t * (t.square().mean(1, keepdim=True) + 1e-12).rsqrt()
 
     return torch.stack([(norm(s) - norm(t)).square().mean() for s, t in zip(student, teacher, strict=True)]).sum()
+
+
+def channel_wise(
+    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], temperature: float = 4.0
+) -> torch.Tensor:
+    """`T^2` times the KL between the softmax over the positions of each channel of the teacher's and of the student's maps
+    `(N, C, ...)` or sequences `(N, positions, C)`, in nats, averaged over images, channels and features (Shu et al., arXiv
+    2011.13256)."""
+
+    def where(t: torch.Tensor) -> torch.Tensor:
+        by_channel = t.flatten(2) if t.dim() > 3 else t.transpose(1, 2)
+        return (by_channel.float() / temperature).log_softmax(2)
+
+    pairs = [(where(s), where(t)) for s, t in zip(student, teacher, strict=True)]
+    kl = [F.kl_div(s, t, reduction="none", log_target=True).sum(2).mean() for s, t in pairs]
+    return temperature**2 * torch.stack(kl).mean()
 
 
 def _same_inputs(teacher: Program, student: Program) -> None:

@@ -1,5 +1,6 @@
-"""Block outputs as features of a network: where they are, and which indices of the teacher's a student still has."""
+"""Features of a network: where they are, and which indices of the teacher's a student still has."""
 
+import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from torch import fx
 
 from ...graph import compat
 from ...graph.compat import pytree
+from ...graph.errors import BadInput, nearest
 from ...graph.nodes import op_name, shape
 from ...graph.program import Program
 from ...graph.trainable import TrainableModule
@@ -25,6 +27,34 @@ def block_outputs(program: Program) -> list[fx.Node]:
     return added or joined or list(dict.fromkeys(pooled))
 
 
+def module_outputs(program: Program) -> dict[str, fx.Node]:
+    """The maps and sequences that the modules of the user's model give, by the path of the module."""
+    found = {}
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, torch.Tensor) and value.dim() > 2:
+            found |= {path: node for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path}
+    return found
+
+
+def feature_nodes(program: Program) -> list[fx.Node]:
+    """All nodes whose values may be compared with a teacher's."""
+    return list(dict.fromkeys([*block_outputs(program), *module_outputs(program).values()]))
+
+
+def _wanted(program: Program, at: Sequence[str]) -> list[fx.Node]:
+    """The outputs of the modules whose paths fit one of the patterns; without patterns the block outputs."""
+    if not at:
+        return block_outputs(program)
+    found = module_outputs(program)
+    for pattern in at:
+        if not fnmatch.filter(found, pattern):
+            raise BadInput(
+                f"Distill.at: no module {pattern} gives a map or a sequence; {nearest(pattern, list(found))}"
+            )
+    return list(dict.fromkeys(n for path, n in found.items() if any(fnmatch.fnmatch(path, p) for p in at)))
+
+
 def _residual(node: fx.Node) -> bool:
     terms = [node.args[0], node.args[1]]
     computed = all(isinstance(t, fx.Node) and t.op == "call_function" for t in terms)
@@ -34,9 +64,10 @@ def _residual(node: fx.Node) -> bool:
     )
 
 
-def matching_features(teacher: Program, student: Program) -> tuple[Kept, list[Refusal]]:
-    """The block outputs that both programs have, each with the indices of the teacher's that the student kept (by
-    dimension, none where all are), and the others with the reason.
+def matching_features(teacher: Program, student: Program, at: Sequence[str] = ()) -> tuple[Kept, list[Refusal]]:
+    """The features that both programs have, each with the indices of the teacher's that the student kept (by dimension,
+    none where all are), and the others with the reason. at: patterns of paths of modules, whose outputs are the features;
+    by default these are the block outputs.
 
     What was kept is what the records of the student's history that are not the teacher's leave (`features` in the record
     of `RemoveChannels`). Without such a record, shapes have to be equal but for the batch.
@@ -45,13 +76,13 @@ def matching_features(teacher: Program, student: Program) -> tuple[Kept, list[Re
     for record in teacher.history:
         if since and since[0] == record:
             since.pop(0)
-    theirs = {n.name: shape(n) for n in block_outputs(teacher)}
-    ours = {n.name: shape(n) for n in block_outputs(student)}
+    theirs = {n.name: shape(n) for n in _wanted(teacher, at)}
+    ours = {n.name: shape(n) for n in feature_nodes(student)}
     kept: Kept = {}
     refused = []
     for name, size in theirs.items():
         if name not in ours:
-            refused.append(Refusal(name, "the student has no block output of that name"))
+            refused.append(Refusal(name, "the student has no node of that name"))
             continue
         dims = _kept_since(name, size, since)
         left = tuple(len(dims[d]) if d in dims else n for d, n in enumerate(size))

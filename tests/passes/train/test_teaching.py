@@ -11,6 +11,7 @@ import graphcomb as g
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Distill, RemoveChannels
 from graphcomb.passes.common.scoring import evaluate
+from graphcomb.passes.train.distill import channel_wise
 from graphcomb.passes.train.teaching import binary_kl, soft_kl
 
 SCORES, BOXES = (2, 6, 3), (2, 6, 4)
@@ -160,7 +161,7 @@ class Best:
 
 
 def test_a_metric_that_is_no_mean(dense):
-    expected = max(float(dense.module()(x)["scores"].max()) for x, _ in batches())
+    expected = max(float(dense.module()(x)["scores"].detach().max()) for x, _ in batches())
     assert evaluate(dense, list(batches()), Best()) == pytest.approx(expected)
     assert evaluate(dense, list(batches()), Best) == pytest.approx(expected)
 
@@ -170,3 +171,40 @@ def test_a_metric_that_is_no_mean(dense):
 
     with pytest.raises(BadInput, match="metric: has to give one number, not a mapping with map, map_50"):
         evaluate(dense, list(batches()), Whole())
+
+
+def test_channel_wise_is_its_definition_and_knows_only_where():
+    s, t = torch.randn(2, 5, 4, 3), torch.randn(2, 5, 4, 3)
+    p, q = (x.flatten(2).div(4).softmax(2) for x in (t, s))
+    torch.testing.assert_close(channel_wise([s], [t]), 16 * (p * (p / q).log()).sum(2).mean())
+    torch.testing.assert_close(
+        channel_wise([s.flatten(2).transpose(1, 2)], [t.flatten(2).transpose(1, 2)]), channel_wise([s], [t])
+    )
+    assert float(channel_wise([t + torch.randn(2, 5, 1, 1)], [t])) < 1e-6
+
+
+def test_the_neck_is_compared_on_the_channels_that_are_left(dense):
+    """Where the neck alone is narrower, its channels are still what they were: nothing is left to learn."""
+    student = RemoveChannels(ratio=0.5, importance="magnitude", keep={"stem*": 1.0})(dense).program
+    assert student.module().neck.weight.shape[:2] == (8, 12)
+    train = Distill(steps=1, alpha=0.0, channels=1.0, at=("neck",), labels=True)
+    result = train(student, data=list(batches()), teacher=dense, loss=detection_loss)
+    assert result.record["matched"] == ["conv2d_1"]
+    assert result.record["epochs"][0]["channels"] < 1e-6
+
+
+def test_the_neck_is_compared_while_it_shrinks(dense):
+    train = Distill(steps=12, alpha=0.0, channels=1.0, at=("neck",), lr=1e-2)
+    pass_ = RemoveChannels(macs=0.6, importance="magnitude", schedule="adaptive", interval=2, train=train)
+    result = pass_(dense, data=list(batches()), teacher=dense, loss=detection_loss)
+    assert result.program.module().neck.weight.shape[0] < 16
+    assert result.record["matched"] == ["conv2d_1"]
+
+
+def test_modules_that_are_not_there_are_named(dense):
+    with pytest.raises(BadInput, match=r"Distill\.at: no module nek gives a map or a sequence; did you mean neck"):
+        Distill(steps=1, alpha=0.0, channels=1.0, at=("nek",))(
+            dense, data=list(batches()), teacher=dense, loss=detection_loss
+        )
+    with pytest.raises(BadInput, match="at: empty, unless features or channels is above 0"):
+        Distill(at=("neck",))
