@@ -1,6 +1,7 @@
 """Depth pruning: fewer, simpler layers, by the four stages of UPDP."""
 
 import dataclasses
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from .relax import FOLDER, relax, settle
 from .search import Calibrator, Judge, search
 from .start_norms import start_norms
 from .stored import StoredStage
-from .training import Fading, Sandwich
+from .training import NO_SUPERNET, Fading, Sandwich
 
 
 @dataclass(frozen=True)
@@ -291,8 +292,8 @@ class PruneDepth(Pass):
         if context.data is None:
             raise BadInput("PruneDepth: the supernet needs data to train on; pass data=, or supernet_steps=0")
         self._start(supernet, context)
-        class_axes = options.class_dim, class_axis(program)
-        objective = Sandwich(supernet.module(), budget, options.temperature, context.loss, class_axes)
+        lesson = functools.partial(options.lesson, of_graph=class_axis(program), instead=NO_SUPERNET)
+        objective = Sandwich(supernet.module(), budget, context.loss, lesson)
         identity = [self.ablation.tail, self.ablation.fitted]
         record = fit(supernet, objective, options, context, "PruneDepth.supernet", identity=identity)
         stored.write(supernet.module().state_dict())

@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
+from ...graph.compat import pytree
 from ...graph.edit import copy_tensor, rebuild
 from ...graph.program import Program
 from ...graph.trainable import TrainableModule
 from ...graph.verify.evaluate import Evaluator, double_weights, random_inputs, relative_error
 from ..common.feed import Batch
-from ..common.losses import class_dim, logits_of, task_loss
+from ..common.losses import task_loss
 from ..common.processes import placed
 from ..train.callbacks import Callback, Surgery
 from ..train.options import SCHEDULES
-from ..train.teaching import soft_kl
 from .blocks import Block
 from .budget import Budget
 from .relax import relax, set_switches, settle
@@ -27,31 +27,27 @@ class Sandwich:
     """Loss of a supernet's step: of the dense path on the labels, and of two random choices and the widest one against what
     the dense path says.
 
-    class_axes: the dimension of the classes, as an option says and as the graph does; None for unknown.
+    lesson: of outputs, the dense path's outputs and the labels, the loss of the first against the second.
     """
 
     def __init__(
         self,
         module: TrainableModule,
         budget: Budget,
-        temperature: float,
         loss: Callable[..., Any] | None,
-        class_axes: tuple[int | None, int | None],
+        lesson: Callable[[Any, Any, Any], torch.Tensor],
     ):
-        self.module, self.budget, self.temperature, self.loss = module, budget, temperature, loss
-        self.class_axes, self.widest = class_axes, budget.widest()
+        self.module, self.budget, self.loss, self.lesson, self.widest = module, budget, loss, lesson, budget.widest()
 
     def __call__(self, raw: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        taught = logits_of(raw, NO_SUPERNET).detach()
-        dim = class_dim(taught, batch.labels, *self.class_axes, "set class_dim in PruneDepth's train")
+        dense = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, raw)
         parts = {} if batch.labels is None else {"task": task_loss(self.loss, raw, batch.labels)}
         generator = random.Random(int(torch.randint(2**31, ())))
         choices = [self.budget.draw(generator), self.budget.draw(generator), self.widest]
         losses = []
         for bits in choices:
             set_switches(self.module, [1.0 - b for b in bits])
-            scores = logits_of(self.module(*batch.args, **batch.kwargs))
-            losses.append(soft_kl(scores, taught, self.temperature, dim))
+            losses.append(self.lesson(self.module(*batch.args, **batch.kwargs), dense, batch.labels))
         set_switches(self.module, [1.0] * self.budget.count)
         parts["kl"] = torch.stack(losses).mean()
         return torch.stack(list(parts.values())).sum(), parts

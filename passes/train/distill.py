@@ -128,10 +128,17 @@ class Distill(Training, Pass):
 
         return loss
 
-    def taught(self, student: Any, teacher: Any) -> torch.Tensor:
-        """What the outputs named in `outputs` teach, a scalar."""
-        assert self.outputs is not None
-        return taught(self.outputs, self.weights, student, teacher, self.temperature, self.confident, self.background)
+    def lesson(
+        self, student: Any, teacher: Any, labels: Any = None, of_graph: int | None = None, instead: str = NO_SCORES
+    ) -> torch.Tensor:
+        """What the teacher's outputs teach, a scalar: those that `outputs` names, else the class scores. of_graph: the
+        dimension of the classes, as the graph tells; instead: what to do where there are no class scores."""
+        if self.outputs is not None:
+            return taught(
+                self.outputs, self.weights, student, teacher, self.temperature, self.confident, self.background
+            )
+        ours, theirs = (logits_of(raw, instead) for raw in (student, teacher))
+        return soft_kl(ours, theirs, self.temperature, class_dim(ours, labels, self.class_dim, of_graph, NO_CLASSES))
 
     def train(self, student: Program, context: Context, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Train a program in place and return the record: what a pass calls that changes the network meanwhile."""
@@ -204,13 +211,8 @@ class _Objective(Callback):
         if self.teacher is not None and (alpha or features):
             with torch.no_grad():
                 taught, taught_features = self.teacher(*batch.args, **batch.kwargs)
-            if alpha and self.options.outputs is not None:
-                parts["kl"] = self.options.taught(outputs, taught)
-            elif alpha:
-                ours, theirs = (logits_of(raw, NO_SCORES) for raw in (outputs, taught))
-                known = (self.options.class_dim, self.of_graph, NO_CLASSES)
-                dim = class_dim(ours, batch.labels if labelled else None, *known)
-                parts["kl"] = soft_kl(ours, theirs, self.options.temperature, dim)
+            if alpha:
+                parts["kl"] = options.lesson(outputs, taught, batch.labels if labelled else None, self.of_graph)
             if features:
                 same = [select_kept(t, dims) for t, dims in zip(taught_features, self.kept.values(), strict=True)]
                 if options.features:

@@ -52,7 +52,7 @@ def batches(count=3):
 
 
 def lesson(student, teacher, **options):
-    return Distill(steps=1, **options).taught(student, teacher)
+    return Distill(steps=1, **options).lesson(student, teacher)
 
 
 def test_each_form_is_what_its_definition_says():
@@ -123,7 +123,7 @@ def test_a_pruned_detector_learns_all_of_its_teachers_outputs(dense):
 
     def far(program):
         with torch.no_grad():
-            return float(sum(train.taught(program.module()(x), dense.module()(x)) for x in data))
+            return float(sum(train.lesson(program.module()(x), dense.module()(x)) for x in data))
 
     assert far(result.program) < 0.5 * far(pruned)
     assert result.record["refused"] == []
