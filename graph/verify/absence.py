@@ -24,7 +24,7 @@ from ..program import Program
 from .evaluate import Evaluator, evaluated
 from .meanings import REPEATING, RULES, Call
 from .meanings.entrywise import pointwise
-from .meanings.table import all_present, is_held, plain, unknown
+from .meanings.registry import all_present, is_held, plain, unknown
 from .presence import ABSENT, Disagreement, Held, State, as_array, has_absent, mark_absent, simplified
 from .removal import Removed
 

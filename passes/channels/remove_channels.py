@@ -22,7 +22,7 @@ from ...graph.trainable import TrainableModule
 from ...graph.verify import TOLERANCE, check
 from ..base import Change, Context, Pass, PassResult, Refusal, check_field
 from ..common.feed import Feed
-from ..common.latency_target import allowed_seconds, check_least
+from ..common.latency import allowed_seconds, check_least
 from ..common.processes import agreed
 from ..common.repeat import code_of
 from ..repair.repair import Repair

@@ -15,7 +15,7 @@ from ...graph.comb.groups import Group
 from ...graph.comb.solve import Comb
 from ...graph.errors import Unreachable
 from ..base import Context
-from ..common.latency_target import allowed_seconds, below, least_share, needed_latency
+from ..common.latency import allowed_seconds, below, least_share, needed_latency
 from ..common.processes import agreed
 from .costs import TERMS, Costs, mac_terms
 from .groups import alike
@@ -36,7 +36,7 @@ class Target:
     by their scores, else each group loses the same share. alike: of groups of one kind, ranked together, each kind loses the
     same share. per_cost: scores are changes of the loss, and count by the cost
     that an index saves. alignment: sizes are multiples of it. min_channels: of every group. least_macs: see
-    `common.latency_target`.
+    `common.latency`.
     """
 
     name: str

@@ -11,7 +11,7 @@ from ...graph.program import Program
 from ...graph.workload.layer import rules_of, run_seconds
 from ...graph.workload.layers import Layers
 from ..base import Context
-from ..common.latency_target import needed_latency
+from ..common.latency import needed_latency
 
 CUT = "without all attention the outputs no longer depend on the inputs"
 DRAWS = 100  # of random choices, before none is taken to be enough

@@ -15,7 +15,7 @@ from ...graph.trainable import TrainableModule
 from ..base import Change, Context, Pass, PassResult, Refusal, check_field
 from ..common.class_axis import class_axis
 from ..common.feed import Feed
-from ..common.latency_target import allowed_seconds, below, check_least, least_share
+from ..common.latency import allowed_seconds, below, check_least, least_share
 from ..common.processes import agreed
 from ..common.repeat import seeded
 from ..fuse.fuse import Fuse

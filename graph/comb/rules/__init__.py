@@ -1,6 +1,6 @@
 """Op rules, by theme; importing the package fills the table."""
 
 from . import contraction, elementwise, indexing, layout, reduction, spatial  # noqa: F401
-from .table import RULES, NoRule, Rule, rule
+from .registry import RULES, NoRule, Rule, rule
 
 __all__ = ["RULES", "NoRule", "Rule", "rule"]

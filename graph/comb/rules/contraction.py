@@ -12,7 +12,7 @@ from ...nodes import op_name, shape, spelled_out
 from ..axes import Axis, fresh
 from ..equations import WINDOW, Equations, Sizes
 from .elementwise import broadcast
-from .table import Arguments, NoRule, either, rule
+from .registry import Arguments, NoRule, either, rule
 
 
 def is_window(a: Arguments, nd: int, kernel: tuple[int, ...]) -> bool:

@@ -11,7 +11,7 @@ from ...facts import UNTAGGED_BINARY, UNTAGGED_UNARY
 from ...nodes import shape
 from ..axes import Axis, normal
 from ..equations import Equations
-from .table import Arguments, NoRule, rule
+from .registry import Arguments, NoRule, rule
 
 
 def broadcast(

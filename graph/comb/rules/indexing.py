@@ -10,7 +10,7 @@ from torch import fx
 from ...nodes import shape
 from ..equations import Equations
 from .elementwise import broadcast
-from .table import Arguments, NoRule, either, rule
+from .registry import Arguments, NoRule, either, rule
 
 
 @rule("index", "_unsafe_index")

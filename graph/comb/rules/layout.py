@@ -10,7 +10,7 @@ from torch import fx
 from ...nodes import arguments, hint, moved, op_name, shape
 from ..axes import Axis, Misaligned, Reason, atoms, cut, freeze, fresh, normal, take_inner, total
 from ..equations import Equations, Sizes
-from .table import Arguments, NoRule, either, rule
+from .registry import Arguments, NoRule, either, rule
 
 
 def regroup(c: Equations, node: fx.Node, axes: list[Axis], sizes: tuple[int, ...]) -> list[Axis]:

@@ -13,7 +13,7 @@ from ...nodes import op_name, shape
 from ..axes import Axis, fresh
 from ..equations import Equations
 from .elementwise import binary, broadcast
-from .table import Arguments, NoRule, either, rule
+from .registry import Arguments, NoRule, either, rule
 
 
 def dims_of(a: Arguments, rank: int, name: str = "dim") -> list[int]:

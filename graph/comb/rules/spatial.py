@@ -11,7 +11,7 @@ from torch import fx
 from ...nodes import op_name, shape
 from ..axes import Misaligned, fresh, take_inner
 from ..equations import WINDOW, Equations
-from .table import Arguments, NoRule, either, rule
+from .registry import Arguments, NoRule, either, rule
 
 POOLS = {
     f"{kind}{nd}d": nd

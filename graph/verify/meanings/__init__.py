@@ -1,6 +1,6 @@
 """What absent entries mean to operators, by theme; importing the package fills the table."""
 
 from . import contraction, entrywise, movement, positions, reduction, repetition  # noqa: F401
-from .table import REPEATING, RULES, Call, means
+from .registry import REPEATING, RULES, Call, means
 
 __all__ = ["REPEATING", "RULES", "Call", "means"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..presence import Held, State, States, broadcast, drop_absent, factor, fill_absent, join, mark_absent, outer
-from .table import Call, means, need_all
+from .registry import Call, means, need_all
 
 
 @means("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution torchvision::deform_conv2d")

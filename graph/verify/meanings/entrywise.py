@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..presence import Held, broadcast, join, mark_absent
-from .table import Call, means, need_all, unknown
+from .registry import Call, means, need_all, unknown
 
 HEALING = frozenset(
     "where masked_fill nan_to_num pow fmax fmin sign sgn xlogy heaviside fill zero copy threshold".split()

@@ -22,7 +22,7 @@ from ..presence import (
     outer,
     simplified,
 )
-from .table import Call, means, need_all
+from .registry import Call, means, need_all
 
 
 @means(

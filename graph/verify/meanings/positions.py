@@ -21,7 +21,7 @@ from ..presence import (
     mark_absent,
     simplified,
 )
-from .table import Call, all_present, dims_of, means, need_all
+from .registry import Call, all_present, dims_of, means, need_all
 
 
 @means("index _unsafe_index")

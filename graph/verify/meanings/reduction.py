@@ -11,7 +11,7 @@ from ...compat import pytree
 from ..presence import ABSENT, Held, drop_absent, factor, join, mark_absent, restore_absent
 from .entrywise import entrywise
 from .positions import ordered
-from .table import Call, dims_of, means
+from .registry import Call, dims_of, means
 
 
 @means(

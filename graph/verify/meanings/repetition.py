@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..presence import ABSENT, FREE, Disagreement, Held, State, as_array, join, mark_absent, simplified
-from .table import Call, all_present, means, need_all
+from .registry import Call, all_present, means, need_all
 
 
 @means(
