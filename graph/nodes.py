@@ -128,6 +128,13 @@ def source(node: fx.Node) -> str:
     return f"{node.name} ({path})" if path else node.name
 
 
+def module_path(node: fx.Node) -> str:
+    """The path of the module whose forward calls the operator, "" for the model itself; a second call of a module has the
+    path of the first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]).split("@")[0] if stack else ""
+
+
 def spelled_out(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     """The letters of each operand and of the result; digits stand for the dimensions of an ellipsis, counted from the
     last. Without an arrow the result has the letters that occur once, in alphabetical order, after the ellipsis."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ...graph.comb import axes as ax
@@ -15,10 +16,20 @@ from ...graph.nodes import arguments, op_name
 
 
 class Costs:
-    """A cost (MACs or parameters) as a polynomial in the sizes of the movable atoms; `sizes` is the current state."""
+    """A cost (MACs or parameters) as a polynomial in the sizes of the movable atoms; `sizes` is the current state.
 
-    def __init__(self, terms: Iterable[list[Axis]], groups: list[Group]):
+    groups: whose sizes may change. units: of tied atoms, the group's atom that stands for each, and how many indices one
+    of its steps takes (see `ties`).
+    """
+
+    def __init__(
+        self,
+        terms: Iterable[list[Axis]],
+        groups: list[Group],
+        units: Mapping[Factor, tuple[Factor, int]] = MappingProxyType({}),
+    ):
         self.sizes: dict[Factor, int] = {g.atom: g.size for g in groups}
+        self._units = units
         self.terms: list[list[list[tuple[int, tuple[Factor, ...]]]]] = []
         self.uses: dict[Factor, list[int]] = defaultdict(list)
         self.fixed = 0
@@ -43,8 +54,9 @@ class Costs:
     def _polynomial(self, axis: Axis) -> list[tuple[int, tuple[Factor, ...]]]:
         merged: dict[tuple[Factor, ...], int] = defaultdict(int)
         for monomial in ax.monomials(axis):
-            free = tuple(m for m in monomial if m in self.sizes)
-            merged[free] += math.prod(m.size for m in monomial if m not in self.sizes)
+            parts = [self._units.get(m, (m, 1)) for m in monomial]
+            free = tuple(m for m, _ in parts if m in self.sizes)
+            merged[free] += math.prod(unit if m in self.sizes else m.size for m, unit in parts)
         return [(coefficient, free) for free, coefficient in merged.items()]
 
     def _value(self, term: list[list[tuple[int, tuple[Factor, ...]]]]) -> int:

@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from ...graph.comb.axes import Factor
-from ...graph.comb.solve import Comb
+from ...graph.comb.solve import Comb, Sizer
 from ...graph.workload.layer import Latency, rules_of
 from ...graph.workload.layers import Layers
+from .ties import Ties
 
 Sizes = dict[Factor, int]
 BINS = 1500  # of the time axis
@@ -38,9 +39,14 @@ WEIGHTS = (0.25, 0.5, 0.75, 0.9, 0.97, 1.0)  # of what has to be left beside imp
 class Predictor:
     """Predicted seconds of a run of a combed program at any sizes of its groups; sizes of a layer are looked up once."""
 
-    def __init__(self, comb: Comb, latency: Latency, batch: int = 1):
+    def __init__(self, comb: Comb, latency: Latency, batch: int = 1, ties: Ties | None = None):
         self.layers, self.latency = Layers(comb, batch, rules_of(latency)), latency
-        self._atoms = [tuple(self.layers.atoms(i)) for i in range(len(self.layers.nodes))]
+        self._ties = ties or Ties([])
+        units = self._ties.units
+        self._atoms = [
+            tuple(dict.fromkeys(units.get(a, (a, 1))[0] for a in self.layers.atoms(i)))
+            for i in range(len(self.layers.nodes))
+        ]
         self.users: dict[Factor, list[int]] = defaultdict(list)
         for i, atoms in enumerate(self._atoms):
             for atom in atoms:
@@ -59,9 +65,12 @@ class Predictor:
         """Seconds of one layer."""
         key = index, tuple(sizes.get(a, a.size) for a in self._atoms[index])
         if key not in self._known:
-            layer = self.layers.numbered(index, self.layers.sizer(sizes))
+            layer = self.layers.numbered(index, self._sizer(sizes))
             self._known[key] = 0.0 if layer is None else self.latency.seconds(layer)
         return self._known[key]
+
+    def _sizer(self, sizes: Mapping[Factor, int]) -> Sizer:
+        return self.layers.sizer(self._ties.spread(sizes))
 
     def record(self, sizes: Mapping[Factor, int]) -> dict[str, Any]:
         """What was predicted before and after, in seconds, by what, and how far off that may be."""
@@ -77,7 +86,7 @@ class Predictor:
             if math.prod(map(len, choices)) > COMBINATIONS:
                 continue  # a long concatenation: measured as it comes up
             for combination in itertools.product(*choices):
-                size = self.layers.sizer(dict(zip(atoms, combination, strict=True)))
+                size = self._sizer(dict(zip(atoms, combination, strict=True)))
                 wanted += [layer] if (layer := self.layers.numbered(index, size)) is not None else []
         self.latency.prepare(dict.fromkeys(wanted), progress)
 

@@ -75,7 +75,7 @@ def kept_by_pattern(
                 raise BadInput(
                     f"RemoveChannels.keep: {group.name} may keep {least} to {group.size} indices, not {size:g}"
                 )
-            rows[group.name] = Planned(int(size) if size > 1 else selection.legal(group, size * group.size), True)
+            rows[group.name] = Planned(int(size) if size > 1 else selection.share(group, size), True)
     return rows
 
 

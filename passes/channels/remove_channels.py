@@ -32,6 +32,7 @@ from ..train.features import feature_nodes
 from ..train.loop import total_steps
 from ..train.trainee import Work
 from .costs import Costs, layer_costs, mac_terms
+from .for_class import class_ties
 from .groups import movable
 from .held import HeldPruner, not_held
 from .importance.scores import (
@@ -51,6 +52,7 @@ from .kernel_count import kernel_record
 from .plan import Planned, kept_by_pattern, read_plan, some
 from .selection import Selection, lowest_removed
 from .targets import Chooser, SharedChooser, Target, Task, untrained
+from .ties import Ties
 from .while_training import Pruner, event_steps, removed_values
 
 DURING = ("schedule", "interval", "rounds", "prune_share")  # options of pruning while training
@@ -97,6 +99,9 @@ class RemoveChannels(Pass):
       more so the less of a group is left. None is global with `train` or a latency target, else local.
     - round_to: sizes stay multiples of it; None is the target's alignment for the context's dtype, or 8.
     - min_channels: how many indices every group keeps at least.
+    - for_class: ask only for sizes that the model's class can hold, for `transplant`: equal pieces where it splits, one
+      number of heads in a layer, as many channels as heads times their width (`channels.for_class` says what is read off
+      the graph). The record's `tied` lists what shrinks together; groups that a class cannot express are left whole.
     - kinds: which kinds of groups may shrink. include, exclude: patterns over names of parameters and groups.
 
     While training, where `train` says how (the options of `Distill`; CPD's way):
@@ -131,6 +136,7 @@ class RemoveChannels(Pass):
     samples: int = SAMPLES
     repair: bool = False
     keep: Mapping[str, float] = field(default_factory=dict)
+    for_class: bool = False
     _unsaid: ClassVar[dict[str, Any]] = {}  # of an instance: options whose default depends on `train`
 
     def __post_init__(self) -> None:
@@ -247,13 +253,18 @@ class RemoveChannels(Pass):
         if own is not None:
             unscored |= not_held(comb, free, own)
             free = [g for g in free if g.name not in unscored]
-        planned = self._kept(comb, free, context) | read_plan(comb, context.plan)
+        ties, unfit = self._tied(comb, free)
+        free, unscored = ties.groups, unscored | unfit
+        planned = self._kept(comb, ties, context) | read_plan(comb, context.plan)
+        for g in comb.groups:
+            if g.name in unfit and g.name in planned and planned[g.name].keep < g.size:
+                raise BadInput(f"RemoveChannels.for_class: the plan shrinks {g.name}: {unfit[g.name]}")
         atoms = {g.atom for g in free}
         groups = [g for g in comb.groups if g.atom in atoms or g.name in planned]
         self._require_groups(comb, groups, unscored)
         target = self._target(context)
-        chooser = SharedChooser(comb, lambda: Chooser(target, comb, free, planned, context, unscored))
-        return Task(comb, groups, chooser, context, unscored, planned)
+        chooser = SharedChooser(comb, lambda: Chooser(target, comb, ties, planned, context, unscored))
+        return Task(comb, groups, chooser, context, unscored, planned, ties)
 
     def _result(
         self, task: Task, masks: dict[Factor, np.ndarray], smaller: Program, removed: Removed, training: dict[str, Any]
@@ -283,6 +294,8 @@ class RemoveChannels(Pass):
             "removed": removed,
             "features": removed_values(comb, masks, feature_nodes(comb.program)),
         }
+        if self.for_class:
+            record["tied"] = task.ties.record()
         if chooser.prediction:
             record["latency"] = chooser.latency_record(sizes)
         return PassResult(smaller, record, removed)
@@ -373,26 +386,31 @@ class RemoveChannels(Pass):
         context = context or Context()
         comb = Comb(program)
         groups, unscored = self._movable(comb)
+        ties, unfit = self._tied(comb, groups)
+        groups, unscored = ties.groups, unscored | unfit
         self._require_groups(comb, groups, unscored)
-        chooser = Chooser(self._target(context), comb, groups, self._kept(comb, groups, context), context, unscored)
-        selection = Selection(comb, groups, chooser.target.alignment, self.min_channels)
-        selection.sizes |= chooser({}, self._score(comb, groups, context))
+        chooser = Chooser(self._target(context), comb, ties, self._kept(comb, ties, context), context, unscored)
+        sizes = chooser({}, self._score(comb, groups, context))
         whole = Costs(mac_terms(comb), [g for g in comb.groups if g.frozen is None])
         rows = []
         for g in comb.groups:
-            keep = selection.kept(g)
+            keep = sizes.get(g.atom, g.size)
             row: dict[str, Any] = {"name": g.name, "kind": g.kind, "size": g.size, "keep": keep}
-            if g.frozen:
-                rows.append(row | {"frozen": g.frozen})
+            if g.frozen or g.name in unfit:
+                rows.append(row | {"frozen": g.frozen or unfit[g.name]})
             else:
                 share = whole.saving(g.atom, g.size - keep) / max(whole.total, 1)
-                rows.append(row | {"proposed": keep, "saves_macs": round(share, 4), "step": selection.step(g)})
+                rows.append(row | {"proposed": keep, "saves_macs": round(share, 4), "step": chooser.step(g)})
         return rows
 
-    def _kept(self, comb: Comb, groups: list[Group], context: Context) -> dict[str, Planned]:
+    def _tied(self, comb: Comb, groups: list[Group]) -> tuple[Ties, dict[str, str]]:
+        """Which of the groups may shrink only together, and which not at all, for the class's sake."""
+        return class_ties(comb, groups, self.min_channels) if self.for_class else (Ties(groups), {})
+
+    def _kept(self, comb: Comb, ties: Ties, context: Context) -> dict[str, Planned]:
         """What `keep` says of the groups that may shrink."""
-        selection = Selection(comb, groups, self.alignment(context), self.min_channels)
-        return kept_by_pattern(self.keep, comb, groups, selection)
+        selection = Selection(comb, ties.chosen, self.alignment(context), self.min_channels, ties=ties)
+        return kept_by_pattern(self.keep, comb, ties.groups, selection)
 
     def _target(self, context: Context) -> Target:
         value = getattr(self, self.target)

@@ -14,19 +14,31 @@ from ...graph.comb.solve import Comb
 from .costs import Costs
 from .groups import steps
 from .importance.members import Scores
+from .ties import Ties
 
 Sizes = Mapping[Factor, int]
 
 
 class Selection:
     """How many indices every group keeps; only sizes that the alignment allows. sizes: what is left of groups that have
-    lost some before; nothing ever grows."""
+    lost some before; nothing ever grows. ties: where given, the groups and sizes are of what stands for tied ones."""
 
-    def __init__(self, comb: Comb, groups: list[Group], alignment: int, minimum: int, sizes: Sizes | None = None):
+    def __init__(
+        self,
+        comb: Comb,
+        groups: list[Group],
+        alignment: int,
+        minimum: int,
+        sizes: Sizes | None = None,
+        ties: Ties | None = None,
+    ):
         self.comb, self.alignment, self.minimum = comb, alignment, minimum
         self.sizes: dict[Factor, int] = dict(sizes or {})
         self._before = dict(self.sizes)
-        self._steps = steps(comb, groups, alignment)
+        self._ties, self._wholes = ties, set() if ties is None else {b.whole.atom for b in ties.bundles}
+        self._steps = (
+            steps(comb, groups, alignment) if ties is None else ties.steps(steps(comb, ties.groups, alignment))
+        )
 
     def kept(self, group: Group) -> int:
         """How many indices a group keeps, as chosen so far."""
@@ -36,17 +48,26 @@ class Selection:
         """By how many indices the group may shrink at a time."""
         return self._steps.get(group.atom, 1)
 
+    def least(self, group: Group) -> int:
+        """How many indices the group keeps at least; what stands for tied ones knows by itself."""
+        return group.least if group.atom in self._wholes else max(self.minimum, group.least)
+
     def legal(self, group: Group, size: float) -> int:
         """The smallest allowed size of at least `size`."""
         step = self.step(group)
-        aligned = math.ceil(max(size, self.minimum, group.least) / step - 1e-9) * step
+        aligned = math.ceil(max(size, self.least(group)) / step - 1e-9) * step
         return min(aligned, self._before.get(group.atom, group.size))
+
+    def share(self, group: Group, share: float) -> int:
+        """The smallest allowed size of at least a share of the group."""
+        whole = group if self._ties is None else self._ties.whole(group)
+        return self.legal(whole, share * whole.size) * (group.size // whole.size)
 
     def below(self, group: Group) -> int:
         """The next smaller allowed size, or 0."""
         step, size = self.step(group), self.kept(group)
         smaller = (math.ceil(size / step) - 1) * step
-        return smaller if smaller >= max(self.minimum, group.least) else 0
+        return smaller if smaller >= self.least(group) else 0
 
     def allowed(self, group: Group) -> list[int]:
         """All sizes it may still have, smallest first."""

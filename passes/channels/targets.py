@@ -23,6 +23,7 @@ from .importance.members import Scores
 from .knapsack import Floor, Predictor, knapsack, towards
 from .plan import Planned, some
 from .selection import Selection
+from .ties import Ties
 
 Sizes = dict[Factor, int]
 
@@ -59,25 +60,29 @@ class Target:
 class Chooser:
     """Chooses the sizes of groups for a target.
 
-    groups: what may shrink. plan: see `read_plan`. untrained: groups that may not shrink because training cannot score or
-    remove them, with the reason. Where a plan as it stands does not meet the target, the rows that are no decisions are
-    chosen anew. Raises Unreachable for a target that cannot be met, before any score is known.
+    ties: what may shrink, and what of it only together: sizes are chosen for what stands for tied groups (`ties`), and
+    given and returned for the groups themselves. plan: see `read_plan`. untrained: groups that may not shrink because
+    training cannot score or remove them, with the reason. Where a plan as it stands does not meet the target, the rows that
+    are no decisions are chosen anew. Raises Unreachable for a target that cannot be met, before any score is known.
     """
 
     def __init__(
         self,
         target: Target,
         comb: Comb,
-        groups: list[Group],
+        ties: Ties,
         plan: Mapping[str, Planned],
         context: Context,
         untrained: Mapping[str, str] = MappingProxyType({}),
     ):
-        self.target, self.comb, self.groups, self.untrained = target, comb, groups, untrained
+        self.target, self.comb, self.ties, self.untrained = target, comb, ties, untrained
+        self.groups, self.all = ties.chosen, ties.alike(g for g in comb.groups if g.frozen is None)
         self.predictor = self._predictor(context)
         self.least = least_share(target.least_macs, self.predictor.latency if self.predictor else None)
         self._end: Sizes | None = None  # the last that a latency was found to be met with
-        rows = [(g, plan[g.name]) for g in comb.groups if g.name in plan]
+        keeps = self.ties.kept({name: row.keep for name, row in plan.items()})
+        fixed = {self.ties.whole(g).atom for g in comb.groups if g.name in plan and plan[g.name].fixed}
+        rows = [(g, Planned(keeps[g.name], g.atom in fixed)) for g in self.all if g.name in keeps]
         self.plan = [(g, row.keep) for g, row in rows]
         if not all(row.fixed for _, row in rows) and not self._meets():
             self.plan = [(g, row.keep) for g, row in rows if row.fixed]
@@ -86,13 +91,15 @@ class Chooser:
         """What predicts the latency, ready for all sizes that the groups may have; None without a latency target."""
         if self.target.name != "latency":
             return None
-        predictor = Predictor(self.comb, needed_latency(context.latency, "RemoveChannels", self.comb.program))
+        latency = needed_latency(context.latency, "RemoveChannels", self.comb.program)
+        predictor = Predictor(self.comb, latency, ties=self.ties)
         selection = self._selection({})
         predictor.prepare({g.atom: selection.allowed(g) for g in self.groups}, context.progress)
         return predictor
 
     def _selection(self, sizes: Mapping[Factor, int]) -> Selection:
-        return Selection(self.comb, self.groups, self.target.alignment, self.target.min_channels, sizes)
+        target = self.target
+        return Selection(self.comb, self.groups, target.alignment, target.min_channels, sizes, self.ties)
 
     def _meets(self) -> bool:
         try:
@@ -101,7 +108,7 @@ class Chooser:
             return False
 
     def _flat(self) -> Scores:
-        return {g.atom: np.ones(g.size) for g in self.comb.groups}
+        return {g.atom: np.ones(g.size) for g in self.all}
 
     def _planned(self, sizes: Mapping[Factor, int]) -> Selection:
         """What is left of the groups, and where those of the plan end."""
@@ -111,7 +118,7 @@ class Chooser:
 
     def require(self) -> None:
         """Raise Unreachable where the target cannot be met, whatever the scores."""
-        self({}, self._flat())
+        self._sizes({}, self._flat(), 1.0)
 
     def require_macs(self, sizes: Sizes) -> None:
         """Raise Unreachable where a latency target takes more of the network than the prediction is worth."""
@@ -119,14 +126,14 @@ class Chooser:
             return
         share = self.comb.macs(sizes) / max(self.comb.macs({}), 1)
         if share < self.least:
-            seconds, whole = self.predictor.total(sizes), self.predictor.total({})
+            seconds, whole = self.predictor.total(self.ties.joined(sizes)), self.predictor.total({})
             raise below("RemoveChannels", self.predictor.latency, seconds, whole, share, self.least)
 
     def _floor(self) -> Floor | None:
         """The MACs that have to stay; None where none have to."""
         if not self.least:
             return None
-        costs = Costs(mac_terms(self.comb), [g for g in self.comb.groups if g.frozen is None])
+        costs = Costs(mac_terms(self.comb), self.all, self.ties.units)
 
         def left(sizes: Sizes) -> float:
             for atom, size in sizes.items():
@@ -138,6 +145,9 @@ class Chooser:
 
     def __call__(self, sizes: Mapping[Factor, int], scores: Scores, share: float = 1.0) -> Sizes:
         """Sizes once `share` of the way to the target is gone. sizes: of the groups that have lost some already."""
+        return self.ties.spread(self._sizes(self.ties.joined(sizes), self.ties.scores(scores), share))
+
+    def _sizes(self, sizes: Mapping[Factor, int], scores: Scores, share: float) -> Sizes:
         selection = self._planned(sizes)
         self._choose(selection, scores, share)
         for group, keep in self.plan:
@@ -182,7 +192,7 @@ class Chooser:
             sizes = self._end  # which a search may miss that starts elsewhere
         if sizes is None:
             if self.least and (without := knapsack(self.predictor, options, flat, seconds)) is not None:
-                self.require_macs(without)
+                self.require_macs(self.ties.spread(without))
             least = self.predictor.total({a: min(o) for a, o in options.items()})
             raise self._unreachable(*(f"{1e3 * t:.3g} ms" for t in (seconds, dense, least)))
         self._end = sizes
@@ -193,7 +203,7 @@ class Chooser:
     def _within_cost(
         self, selection: Selection, groups: list[Group], scores: Scores, planned: Sizes, share: float
     ) -> None:
-        costs = Costs(TERMS[self.target.name](self.comb), [g for g in self.comb.groups if g.frozen is None])
+        costs = Costs(TERMS[self.target.name](self.comb), self.all, self.ties.units)
         dense = costs.total
         for atom, size in planned.items():
             costs.set(atom, size)
@@ -228,10 +238,10 @@ class Chooser:
         target = self.target.name
         if target == "latency":
             assert self.predictor is not None
-            dense, left = self.predictor.total({}), self.predictor.total(sizes)
+            dense, left = self.predictor.total({}), self.predictor.total(self.ties.joined(sizes))
         elif target == "ratio":
-            dense = sum(g.size for g in self.groups)
-            left = sum(sizes.get(g.atom, g.size) for g in self.groups)
+            dense = sum(g.size for g in self.ties.groups)
+            left = sum(sizes.get(g.atom, g.size) for g in self.ties.groups)
         else:
             costs = [Costs(TERMS[target](self.comb), groups) for groups in ([], self.comb.groups)]
             for atom, size in sizes.items():
@@ -241,13 +251,18 @@ class Chooser:
         reached = left / dense if dense else 1.0
         record = {"target": target, "asked": asked, "reached": reached}
         if abs(asked - reached) > NEAR:
-            record["why"] = self._why(sizes, reached < asked)
+            record["why"] = self._why(self.ties.joined(sizes), reached < asked)
         return record
 
     def latency_record(self, sizes: Sizes) -> dict[str, Any]:
         """What was predicted; see `Predictor`."""
         assert self.predictor is not None
-        return self.predictor.record(sizes)
+        return self.predictor.record(self.ties.joined(sizes))
+
+    def step(self, group: Group) -> int:
+        """By how many indices a group may shrink at a time."""
+        whole = self.ties.whole(group)
+        return self._selection({}).step(whole) * (group.size // whole.size)
 
     def _why(self, sizes: Sizes, beyond: bool) -> str:
         if self.plan:
@@ -316,7 +331,8 @@ def untrained(unscored: Mapping[str, str]) -> str:
 @dataclass(frozen=True)
 class Task:
     """What `RemoveChannels` was asked to do with one program: the groups that may shrink or that a plan fixes, what chooses
-    their sizes, the groups that training gives no score (with the reason), and the plan's rows by group."""
+    their sizes, the groups that training gives no score or a class cannot express (with the reason), the plan's rows by
+    group, and which groups are tied."""
 
     comb: Comb
     groups: list[Group]
@@ -324,3 +340,4 @@ class Task:
     context: Context
     unscored: dict[str, str]
     planned: dict[str, Planned]
+    ties: Ties

@@ -1,0 +1,220 @@
+"""Attributes of a user's modules that hold sizes, found by running the modules beside a smaller program. Source: ours.
+
+Every value that the program computes is known. A module that is given such values and raises, or returns something that is
+none of them, is tried again with other whole numbers in its attributes: first what its tensors say became of a number, then
+what the program's operators of this module hold.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .compat import pytree
+from .errors import Refused, reason
+from .nodes import hint, module_path
+from .program import Program
+
+Sizes = dict[int, set[int]]
+Slot = tuple[str, int | None]  # an attribute, or a place in one that is a tuple or list
+TRIES = 512  # combinations of numbers for one module
+CLOSE = 1e-3  # relative; only guides the search
+
+
+def mend(program: Program, new: nn.Module, tables: Iterable[dict[str, Sizes]]) -> str:
+    """Bring attributes up to date; new: the module with the program's tensors, in eval mode. tables: by the names of
+    tensors, what sizes became. Returns the first place where the module seems to compute something else, or "".
+
+    Raises Refused where the module does not run, naming the line.
+    """
+    run = _Run(Values(program), list(tables))
+    args, kwargs = copy.deepcopy((program.args, program.kwargs))
+    own = {m: m.__dict__.get("forward") for m in new.modules()}
+    try:
+        for path, module in new.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                module.__dict__["forward"] = run.guarded(path, module, module.forward)
+        with torch.no_grad():
+            new(*args, **kwargs)
+    except Exception as error:
+        raise Refused(f"transplant: {_where(error)} fixes a size ({reason(error)})") from None
+    finally:
+        for module, forward in own.items():
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.__dict__["forward"] = forward
+    return run.wrong
+
+
+class Values(fx.Interpreter):
+    """What a program computes for its example inputs in eval mode, and the whole numbers in each module's operators."""
+
+    def __init__(self, program: Program):
+        super().__init__(program.copy().module().eval(), garbage_collect_values=False)
+        self._found: dict[tuple[int, ...], list[tuple[float, float, torch.Tensor]]] = defaultdict(list)
+        self.numbers: dict[str, set[int]] = defaultdict(set)
+        with torch.no_grad():
+            self.run(*pytree.tree_leaves(copy.deepcopy((program.args, program.kwargs))))
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "call_function":
+            numbers = self.numbers[module_path(n)]
+            numbers.update(hint(v) for v in pytree.tree_leaves((n.args, n.kwargs)) if type(v) is int)
+        for tensor in pytree.tree_leaves(value):
+            if isinstance(tensor, torch.Tensor):
+                self._found[tuple(tensor.shape)].append((*_sums(tensor), tensor))
+                if n.op == "call_function":
+                    numbers.update(tensor.shape)
+        return value
+
+    def knows(self, values: Any) -> bool:
+        """Whether all tensors of a structure are values of the program."""
+        return all(self._known(t) for t in pytree.tree_leaves(values) if isinstance(t, torch.Tensor))
+
+    def _known(self, tensor: torch.Tensor) -> bool:
+        size, along = _sums(tensor)
+        for other_size, other_along, other in self._found.get(tuple(tensor.shape), ()):
+            near = abs(size - other_size) <= CLOSE * other_size and abs(along - other_along) <= 10 * CLOSE * other_size
+            if near and (tensor.double() - other.double()).abs().max() <= CLOSE * max(
+                float(other.double().abs().max()), 1e-30
+            ):
+                return True
+        return not tensor.numel()
+
+
+def _sums(tensor: torch.Tensor) -> tuple[float, float]:
+    """The norm of a tensor, and its product with a fixed one: cheap to compare."""
+    wide = tensor.detach().double().flatten()
+    return float(wide.norm()), float(wide @ torch.cos(torch.arange(len(wide), dtype=torch.float64)))
+
+
+class _Run:
+    def __init__(self, values: Values, tables: list[dict[str, Sizes]]):
+        self.values, self.tables = values, tables
+        self.wrong = ""
+        self._trying = False
+
+    def guarded(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The module's forward, which mends the module's attributes where it fails."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._trying:
+                return forward(*args, **kwargs)
+            inputs = _copied((args, kwargs))  # a forward may write to what it is given
+            failure, result = None, None
+            try:
+                result = forward(*args, **kwargs)
+                if self.values.knows(result) or not self.values.knows(inputs):
+                    return result
+            except Exception as error:
+                failure = error
+            mended = self._mended(path, module, forward, inputs)
+            if mended is not None:
+                return mended[0]
+            if failure is not None:
+                raise failure
+            self.wrong = self.wrong or f"; first in {path or 'the model'} ({_place_of(module)})"
+            return result
+
+        return run
+
+    def _mended(self, path: str, module: nn.Module, forward: Callable[..., Any], inputs: Any) -> list[Any] | None:
+        """What the forward returns with other numbers in the attributes of its module, in a list; None where nothing
+        helps, and the attributes are as they were."""
+        held = dict(_slots(module))
+        if not held:
+            return None
+        for choice in itertools.islice(_choices(held, self._left(path), self._numbers(path)), TRIES):
+            _set(module, choice)
+            self._trying = True
+            try:
+                args, kwargs = _copied(inputs)
+                result = forward(*args, **kwargs)
+                if self.values.knows(result):
+                    return [result]
+            except Exception:
+                pass
+            finally:
+                self._trying = False
+            _set(module, {slot: held[slot] for slot in choice})
+        return None
+
+    def _left(self, path: str) -> Sizes:
+        """What became of sizes below a module, or below the one that holds it where it has no tensors."""
+        while True:
+            under = f"{path}." if path else ""
+            left: Sizes = {}
+            for table in self.tables:
+                for name, sizes in table.items():
+                    if name.startswith(under):
+                        for before, after in sizes.items():
+                            left.setdefault(before, set()).update(after)
+            if left or not path:
+                return left
+            path = path.rpartition(".")[0]
+
+    def _numbers(self, path: str) -> set[int]:
+        return self.values.numbers.get(path, set())
+
+
+def _copied(values: Any) -> Any:
+    return pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, values)
+
+
+def _slots(module: nn.Module) -> Iterator[tuple[Slot, int]]:
+    """The whole numbers in a module's attributes."""
+    for name, value in vars(module).items():
+        if type(value) is int:
+            yield (name, None), value
+        elif isinstance(value, (tuple, list)) and not name.startswith("_"):
+            yield from (((name, i), v) for i, v in enumerate(value) if type(v) is int)
+
+
+def _set(module: nn.Module, choice: dict[Slot, int]) -> None:
+    for (name, index), number in choice.items():
+        if index is None:
+            vars(module)[name] = number
+            continue
+        old = vars(module)[name]
+        parts = [*old[:index], number, *old[index + 1 :]]
+        vars(module)[name] = torch.Size(parts) if isinstance(old, torch.Size) else type(old)(parts)
+
+
+def _choices(held: dict[Slot, int], left: Sizes, numbers: set[int]) -> Iterator[dict[Slot, int]]:
+    """Other values for some of the numbers: all of those whose size was lost, some of them, and then any that the
+    program's operators of this module hold, the fewest first."""
+    known = {slot: sorted(left[n]) for slot, n in held.items() if n in left}
+    other = {slot: [m for m in sorted(numbers, reverse=True) if 0 < m < n] for slot, n in held.items() if n > 1}
+    for options, counts in ((known, [*range(len(known), 0, -1)]), (other, [1, 2])):
+        for count in counts:
+            for slots in itertools.combinations(options, count):
+                for values in itertools.product(*(options[s] for s in slots)):
+                    yield dict(zip(slots, values, strict=True))
+
+
+def _where(error: Exception) -> str:
+    """The innermost line of the error that is not PyTorch's."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    frames = [f for f in frames if f.filename != __file__]
+    if not frames:
+        return "PyTorch"
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line}"
+
+
+def _place_of(module: nn.Module) -> str:
+    """File and line of the forward of a module's class."""
+    try:
+        start = inspect.getsourcelines(type(module).forward)[1]
+        return f"{Path(inspect.getsourcefile(type(module)) or '').name}:{start}: {type(module).__name__}.forward"
+    except (OSError, TypeError):
+        return type(module).__name__

@@ -1,0 +1,170 @@
+"""What the class of a captured model can express: which sizes its forward takes for equal, read off the graph. Source: ours.
+
+A class says its sizes by attributes, by the shapes of tensors and by arithmetic with both, of which a graph shows results.
+So the equations here are those that the usual ways to write a forward need:
+
+- the pieces of a chunk, of an even split and of a slice of the n-th part are equal: `x.chunk(2, 1)`, `x[:, : c // 2]`;
+- an attention layer has one number of heads: `self.num_heads`;
+- where a projection to heads is as wide as what it reads, heads times their width stay that: `c // self.num_heads`. So does
+  the projection back.
+
+Too many equations cost freedom, too few a refusal by `transplant`, which proves what comes out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from ...graph.comb import axes as ax
+from ...graph.comb.axes import Axis, Factor
+from ...graph.comb.groups import Group
+from ...graph.comb.solve import Comb
+from ...graph.facts import MAPS, MATRIX_PRODUCTS
+from ...graph.nodes import arguments, module_path, op_name, shape, source
+from .ties import Bundle, Ties, bundle
+
+SPLITS = frozenset(
+    "split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk unsafe_split_with_sizes".split()
+)
+PRODUCTS = {"scaled_dot_product_attention", *MATRIX_PRODUCTS}
+
+
+@dataclass(frozen=True)
+class Equal:
+    """Axes whose sizes a class takes for the same, and the node that says so."""
+
+    axes: list[Axis]
+    node: fx.Node
+    text: str
+
+    @property
+    def why(self) -> str:
+        return f"{source(self.node)}: {self.text}"
+
+
+def class_ties(comb: Comb, groups: list[Group], minimum: int) -> tuple[Ties, dict[str, str]]:
+    """The groups that may shrink in a way that a class can express, tied as it needs them; and by name, with the reason,
+    those that may not."""
+    equations, refused = [*_equal(comb)], {}
+    while True:
+        free = [g for g in groups if g.name not in refused]
+        bundles, broken = _bundles(equations, free, minimum)
+        if not broken:
+            return Ties(free, bundles), refused
+        refused |= broken
+
+
+def _bundles(equations: list[Equal], groups: list[Group], minimum: int) -> tuple[list[Bundle], dict[str, str]]:
+    """Groups that occur in one equation, or through others, together; or which of them cannot shrink at all, and why."""
+    by_atom = {g.atom: g for g in groups}
+    tied: dict[Factor, dict[Factor, None]] = {}
+    why: dict[Factor, str] = {}
+    broken: dict[str, str] = {}
+    for equation in equations:
+        atoms = {a: None for a in ax.atoms(equation.axes) if a in by_atom}
+        if not atoms:
+            continue
+        if not _proportional(equation.axes, by_atom):
+            text = f"{equation.why}, and something of it may not shrink"
+            broken |= {by_atom[a].name: text for a in atoms}
+            continue
+        joined = {b: None for a in atoms for b in tied.get(a, {a: None})}
+        for atom in joined:
+            tied[atom] = joined
+            why.setdefault(atom, equation.why)
+    if broken:
+        return [], broken
+    places = {g.atom: i for i, g in enumerate(groups)}
+    found = []
+    for atoms in {id(t): t for t in tied.values() if len(t) > 1}.values():
+        together = [by_atom[a] for a in sorted(atoms, key=places.__getitem__)]
+        made = bundle(together, minimum, why[together[0].atom])
+        if made.whole.size <= made.whole.least:
+            sizes = sorted({g.size for g in together})
+            text = f"{made.why}, and sizes {', '.join(map(str, sizes))} can keep no smaller common share"
+            broken |= {g.name: text for g in together}
+        found.append(made)
+    return found, broken
+
+
+def _proportional(axes: list[Axis], free: dict[Factor, Group]) -> bool:
+    """Whether the axes stay equal in size when all that is free in them keeps the same share: what stays whole in each is
+    the same, and no product shrinks twice."""
+    wholes = set()
+    for axis in axes:
+        whole = 0
+        for monomial in ax.monomials(axis):
+            shrinking = sum(atom in free for atom in monomial)
+            if shrinking > 1:
+                return False
+            whole += 0 if shrinking else ax.size(list(monomial))
+        wholes.add(whole)
+    return len(wholes) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- equations
+def _equal(comb: Comb) -> Iterator[Equal]:
+    heads = {g.atom for g in comb.groups if g.kind == "head"}
+    widths = {g.atom for g in comb.groups if g.kind == "head width"}
+    for node in comb.module.graph.nodes:
+        name = op_name(node)
+        if name in SPLITS:
+            yield from _pieces(comb, node)
+        elif name in ("slice", "narrow"):
+            yield from _parts(comb, node)
+        elif name in MAPS:
+            yield from _projections(comb, node, heads | widths)
+    yield from _head_counts(comb, heads)
+
+
+def _pieces(comb: Comb, node: fx.Node) -> Iterator[Equal]:
+    """The equal pieces of a split."""
+    d = arguments(node)["dim"] % len(shape(arguments(node)["self"]))
+    pieces: dict[int, list[Axis]] = defaultdict(list)
+    for axes in comb.axes[node]:
+        pieces[ax.size(axes[d])].append(axes[d])
+    for same in pieces.values():
+        if len(same) > 1:
+            yield Equal(same, node, "a class splits into equal pieces")
+
+
+def _parts(comb: Comb, node: fx.Node) -> Iterator[Equal]:
+    """An axis and what a slice takes of it, where that is the n-th part, n times."""
+    a = arguments(node)
+    x, d = a["self"], a["dim"] % len(shape(a["self"]))
+    whole, part = shape(x)[d], shape(node)[d]
+    if 0 < part < whole and whole % part == 0:
+        equal = ax.fresh(whole // part) + comb.axes[node][d]
+        yield Equal([comb.axes[x][d], equal], node, "a class takes an equal part of the axis")
+
+
+def _projections(comb: Comb, node: fx.Node, heads: set[Factor]) -> Iterator[Equal]:
+    """The two sides of a projection to or from heads, where they are of one width."""
+    channel = 1 if op_name(node).startswith("conv") else -1
+    sides = comb.axes[arguments(node)["input"]][channel], comb.axes[node][channel]
+    for one, other in (sides, sides[::-1]):
+        for monomial in ax.monomials(one):
+            if any(a in heads for a in monomial) and ax.size(list(monomial)) == ax.size(other) > 1:
+                yield Equal(
+                    [list(monomial), other], node, "a class takes heads times their width for the width it reads"
+                )
+
+
+def _head_counts(comb: Comb, heads: set[Factor]) -> Iterator[Equal]:
+    """The numbers of heads of one module."""
+    found: dict[str, tuple[fx.Node, dict[Factor, None]]] = {}
+    for node in comb.module.graph.nodes:
+        if op_name(node) in PRODUCTS and (path := module_path(node)):
+            atoms = [a for a in ax.atoms(comb.axes[node]) if a in heads]
+            found.setdefault(path, (node, {}))[1].update(dict.fromkeys(atoms))
+    for node, atoms in found.values():
+        by_size: dict[int, list[Axis]] = defaultdict(list)
+        for atom in atoms:
+            by_size[atom.size].append([atom])
+        for same in by_size.values():
+            if len(same) > 1:
+                yield Equal(same, node, "a class has one number of heads in a layer")

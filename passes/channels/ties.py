@@ -1,0 +1,134 @@
+"""Groups that lose the same share of their indices, chosen as one. Source: ours.
+
+Groups of sizes s_1, s_2, ... with the greatest common divisor k have k steps: with n of them left, group i keeps n * s_i / k
+indices, each its own most important ones. Whatever linear equation between the sizes held before, without constant terms,
+holds after.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from ...graph.comb.axes import Factor
+from ...graph.comb.groups import Group
+from ...graph.errors import BadInput
+from .importance.members import Scores
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Groups that keep the same share. whole: stands for them where sizes are chosen; its indices are the steps. why: what
+    asks for it."""
+
+    whole: Group
+    groups: tuple[Group, ...]
+    why: str
+
+    def unit(self, group: Group) -> int:
+        """The indices of one group in a step."""
+        return group.size // self.whole.size
+
+
+def bundle(groups: Iterable[Group], minimum: int, why: str) -> Bundle:
+    """Tie groups together. minimum: how many indices each keeps at least."""
+    groups = tuple(groups)
+    steps = math.gcd(*(g.size for g in groups))
+    least = max(math.ceil(max(g.least, min(minimum, g.size)) * steps / g.size) for g in groups)
+    members = [member for g in groups for member in g.members]
+    name = groups[0].name if len(groups) == 1 else f"{groups[0].name} (and {len(groups) - 1} tied to it)"
+    return Bundle(
+        replace(groups[0], name=name, size=steps, members=members, atom=Factor(steps), least=least), groups, why
+    )
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Which groups are chosen as one. groups: all that may shrink. bundles: of some of them, none of which is in two."""
+
+    groups: list[Group]
+    bundles: list[Bundle] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        tied = {g.atom: b for b in self.bundles for g in b.groups}
+        object.__setattr__(self, "_tied", tied)
+        whole = {g.atom: tied[g.atom].whole if g.atom in tied else g for g in self.groups}
+        object.__setattr__(self, "chosen", list({w.atom: w for w in whole.values()}.values()))
+        units = {g.atom: (b.whole.atom, b.unit(g)) for b in self.bundles for g in b.groups}
+        object.__setattr__(self, "units", units)
+
+    _tied: dict[Factor, Bundle] = field(init=False, repr=False, compare=False)
+    chosen: list[Group] = field(
+        init=False, compare=False
+    )  # groups by themselves, and what stands for those that are tied
+    units: dict[Factor, tuple[Factor, int]] = field(
+        init=False, compare=False
+    )  # of tied atoms: what stands for each, and
+    # how many indices a step of it takes
+
+    def whole(self, group: Group) -> Group:
+        """What stands for a group."""
+        return self._tied[group.atom].whole if group.atom in self._tied else group
+
+    def alike(self, groups: Iterable[Group]) -> list[Group]:
+        """What stands for the groups, each once."""
+        return list({w.atom: w for w in map(self.whole, groups)}.values())
+
+    def joined(self, sizes: Mapping[Factor, int]) -> dict[Factor, int]:
+        """Sizes of groups as those of what stands for them."""
+        found: dict[Factor, int] = {}
+        for atom, size in sizes.items():
+            key, unit = self.units.get(atom, (atom, 1))
+            found[key] = size // unit
+        return found
+
+    def spread(self, sizes: Mapping[Factor, int]) -> dict[Factor, int]:
+        """Sizes of what stands for groups as those of the groups."""
+        wholes = {b.whole.atom: b for b in self.bundles}
+        found: dict[Factor, int] = {}
+        for atom, size in sizes.items():
+            if atom in wholes:
+                found |= {g.atom: size * wholes[atom].unit(g) for g in wholes[atom].groups}
+            else:
+                found[atom] = size
+        return found
+
+    def steps(self, steps: Mapping[Factor, int]) -> dict[Factor, int]:
+        """By how many steps what stands for groups may shrink at a time, from the same of the groups."""
+        found = {atom: step for atom, step in steps.items() if atom not in self.units}
+        for b in self.bundles:
+            each = (steps.get(g.atom, 1) // math.gcd(steps.get(g.atom, 1), b.unit(g)) for g in b.groups)
+            found[b.whole.atom] = math.lcm(*each)
+        return found
+
+    def scores(self, scores: Scores) -> Scores:
+        """What the steps are worth: the least important one takes the least important indices of every group."""
+        found = {atom: values for atom, values in scores.items() if atom not in self.units}
+        for b in self.bundles:
+            ranked = [np.sort(scores[g.atom]).reshape(b.whole.size, -1).sum(1) for g in b.groups if g.atom in scores]
+            if ranked:
+                found[b.whole.atom] = np.sum(ranked, axis=0)
+        return found
+
+    def kept(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Sizes by the names of groups as by those of what stands for them; BadInput where they break a tie."""
+        tied = {g.name: g for b in self.bundles for g in b.groups if g.name in sizes}
+        found = {name: (size, name) for name, size in sizes.items() if name not in tied}
+        for g in tied.values():
+            keep, unit, whole = sizes[g.name], self.units[g.atom][1], self.whole(g)
+            other = found.get(whole.name)
+            if keep % unit or (other is not None and other[0] != keep // unit):
+                with_ = [o.name for o in self._tied[g.atom].groups if o is not g]
+                raise BadInput(
+                    f"RemoveChannels.for_class: {g.name} may not keep {keep} of {g.size}: it has to keep the same share as "
+                    f"{other[1] if other else with_[0]}, in multiples of {unit} ({self._tied[g.atom].why})"
+                )
+            found[whole.name] = keep // unit, g.name
+        return {name: size for name, (size, _) in found.items()}
+
+    def record(self) -> list[dict[str, object]]:
+        """The rows of the pass's record."""
+        return [{"groups": [g.name for g in b.groups], "steps": b.whole.size, "why": b.why} for b in self.bundles]
