@@ -171,6 +171,17 @@ class Program:
             archive.seal(part)
         return path
 
+    def to_source(self, path: str | os.PathLike[str]) -> Path:
+        """Write the program as a readable `nn.Module` in a Python file that needs PyTorch alone, and its tensors into a
+        safetensors file beside it; returns the path. `load()` of the written file gives the module.
+
+        What was written is run beside the program in float64: outputs, and in train mode buffers and gradients. Raises
+        Refused, naming the node, where something has no source, and where anything differs.
+        """
+        from .to_source.write import to_source  # which needs this module
+
+        return to_source(self, path)
+
     def __repr__(self) -> str:
         nodes, cost = sum(n.op == "call_function" for n in self._module.graph.nodes), self.cost()
         least = "at least " if "unknown" in cost else ""

@@ -5,6 +5,7 @@ So the equations here are those that the usual ways to write a forward need:
 
 - the pieces of a chunk, of an even split and of a slice of the n-th part are equal: `x.chunk(2, 1)`, `x[:, : c // 2]`;
 - an attention layer has one number of heads: `self.num_heads`;
+- the width of a head from which attention computes its scale stays;
 - where a projection to heads is as wide as what it reads, heads times their width stay that: `c // self.num_heads`. So does
   the projection back.
 
@@ -116,6 +117,10 @@ def _equal(comb: Comb) -> Iterator[Equal]:
             yield from _pieces(comb, node)
         elif name in ("slice", "narrow"):
             yield from _parts(comb, node)
+        elif name == "scaled_dot_product_attention" and arguments(node).get("scale") is None:
+            width = comb.axes[arguments(node)["query"]][-1]
+            text = "a class computes its scale from the width of a head"
+            yield Equal([width, ax.fresh(ax.size(width))], node, text)
         elif name in MAPS:
             yield from _projections(comb, node, heads | widths)
     yield from _head_counts(comb, heads)

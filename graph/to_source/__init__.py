@@ -1,0 +1,1 @@
+"""A program as Python source that needs PyTorch alone."""
