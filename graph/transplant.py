@@ -77,7 +77,7 @@ def _place(program: Program, new: nn.Module) -> dict[str, Sizes]:
 def _set_layers(program: Program, new: nn.Module) -> None:
     """Bring the attributes of PyTorch's layers up to date with their tensors and with the program's nodes."""
     groups: dict[str, int] = {}
-    for node in program.graph.nodes:
+    for node in program.structure.nodes:
         if op_name(node).startswith("conv") or op_name(node) == "group_norm":
             a = arguments(node)
             groups[module_path(node)] = a["groups"] if "groups" in a else a["num_groups"]

@@ -1,8 +1,8 @@
 """`Program.to_source`: a module in readable Python beside a safetensors file, proven to be the program. Source: ours.
 
 Operators that are exactly a layer of torch.nn become named submodules under the paths that the program has for their
-tensors; the others are calls. Nothing of it is trusted: what is written is run beside the program in float64, in eval mode and
-in train mode, with gradients and buffers.
+tensors; the others are calls. Nothing of it is trusted: what is written is run beside the program in float64, in eval mode
+and in train mode, with gradients and buffers.
 """
 
 from __future__ import annotations

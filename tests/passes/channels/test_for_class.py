@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphcomb
-from graphcomb import BadInput
+from graphcomb import BadInput, Unreachable
 from graphcomb.passes import Distill, RemoveChannels
 
 from ..depth.toys import PerMac
@@ -153,8 +153,10 @@ def test_what_no_class_can_express_is_refused_with_the_line():
             return self.b(left) * self.c(right)
 
     program = graphcomb.capture(Fixed(), torch.randn(2, 6))
-    refused = RemoveChannels(ratio=0.25, round_to=1, for_class=True)(program).record["refused"]
-    assert any("may not shrink" in row["why"] and "chunk(2, 1)" in row["why"] for row in refused)
+    with pytest.raises(
+        Unreachable, match=r"chunk\(2, 1\)\): a class splits into equal pieces, and something of it may not"
+    ):
+        RemoveChannels(ratio=0.25, round_to=1, for_class=True)(program)
 
 
 def test_plans_and_patterns_move_what_is_tied():
