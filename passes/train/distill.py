@@ -146,7 +146,8 @@ class Distill(Training, Pass):
         if teacher is None and not self.labels:
             raise BadInput("Distill: labels is false and there is no teacher to learn from; pass teacher=")
         if teacher is None and self.compares:
-            raise BadInput("Distill.features, channels: need a teacher; pass teacher=, or set them to 0")
+            name = "features" if self.features else "channels"
+            raise BadInput(f"Distill.{name}: needs a teacher; pass teacher=, or set {name} to 0")
         if teacher is not None:
             _same_inputs(teacher, student)
         kept, refused = (
