@@ -13,7 +13,6 @@ from ...graph.compat import pytree
 from ...graph.facts import COPIES
 from ...graph.nodes import arguments, fetch, op_name, shape
 from ...graph.program import Program, TrainableModule
-from ..common.weights import windows
 
 Removed = dict[str, dict[int, list[int]]]
 PRODUCTS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -70,7 +69,10 @@ class Consumer:
 
     def left(self, y: Tensor) -> Tensor:
         """Of what the dense layer gives, the outputs that are left."""
-        return y.index_select(-1 if self.linear else 1, torch.from_numpy(self.outputs).to(y.device))
+        along = -1 if self.linear else 1
+        if y.shape[along] == len(self.outputs):
+            return y
+        return y.index_select(along, torch.from_numpy(self.outputs).to(y.device))
 
 
 def find(
@@ -225,21 +227,3 @@ def mean_behind(node: fx.Node, module: TrainableModule, uses: dict[int, int]) ->
     if mean is None or mean.op != "get_attr" or uses[id(fetch(module, str(mean.target)))] > 1:
         return None
     return str(mean.target)
-
-
-def rows_of_inputs(consumer: Consumer, x: Tensor) -> Tensor:
-    """What each output value of a layer is computed from: `(samples, positions, groups, u)`."""
-    if consumer.linear:
-        return x.reshape(len(x), -1, 1, x.shape[-1]) if x.dim() > 1 else x[None, None, None]
-    if not consumer.whole:
-        return x.movedim(1, -1).flatten(1, -2)[:, :, None]
-    rows = windows(consumer.node, x)
-    rank = (rows.dim() - 3) // 2
-    return rows.flatten(2 + rank).flatten(2, 1 + rank).permute(1, 2, 0, 3)
-
-
-def rows_of_outputs(consumer: Consumer, y: Tensor) -> Tensor:
-    """Values of the outputs that are left, in the order of `rows_of_inputs`: `(samples, positions, groups, o)`."""
-    if consumer.linear:
-        return y.reshape(len(y), -1, 1, y.shape[-1]) if y.dim() > 1 else y[None, None, None]
-    return y.movedim(1, -1).flatten(1, -2).unflatten(2, (consumer.groups, -1))

@@ -15,15 +15,21 @@ given lambda, each half of the samples is fitted and judged on the other half. S
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 RIDGES = (1e-13, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the diagonal, among which halves choose
+ROUNDED = 1e-5  # the least of them where products were taken in float32, whose rounding lies under it
+START = 1e-2  # the one where the choice begins
 ALONE = 1e-2  # the share where there is but one sample, so that nothing can be held out
 EXACT = 1e-14  # a loss below this share of the outputs' squares is rounding
 WORTH = 1e-3  # a larger ridge is preferred while its loss on held-out samples is at most this share higher
+PANEL = 256  # columns of a product at a time
+BLOCK = 4096  # rows that are multiplied in float32 before their sum goes to float64
 
 
 @dataclass
@@ -39,6 +45,7 @@ class Sums:
     xx: Tensor
     yx: Tensor
     yy: Tensor
+    rounded: bool = False  # whether products were taken in float32
 
     @classmethod
     def zeros(cls, groups: int, inputs: int, outputs: int, device: torch.device) -> Sums:
@@ -51,20 +58,40 @@ class Sums:
         )  # fmt: skip
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows: x (groups, n, u), y (groups, n, o), in any floating type."""
-        x, y = x.double(), y.double()
+        """Add rows: x (groups, n, u), y (groups, n, o), in any floating type. Float64 is added up as it is; of others,
+        blocks are multiplied in float32 about their own means, so that large means cost no digits."""
         self.count += x.shape[1]
-        self.x += x.sum(1)
-        self.y += y.sum(1)
-        self.xx.baddbmm_(x.transpose(1, 2), x)
-        self.yx.baddbmm_(y.transpose(1, 2), x)
-        self.yy += y.square().sum((1, 2))
+        if x.dtype == torch.float64 or y.dtype == torch.float64:
+            self._add(x.double(), y.double())
+            return
+        self.rounded = True
+        for block, goal in zip(x.float().split(BLOCK, 1), y.float().split(BLOCK, 1), strict=True):
+            mean, mean_y = block.mean(1, keepdim=True), goal.mean(1, keepdim=True)
+            self._add(block - mean, goal - mean_y, mean.double(), mean_y.double())
+
+    def _add(self, x: Tensor, y: Tensor, mean: Tensor | None = None, mean_y: Tensor | None = None) -> None:
+        """Add rows x + mean and y + mean_y, with the products of x and y in their own type."""
+        self.xx += _gram(x)
+        self.yx += y.mT @ x
+        self.yy += y.double().square().sum((1, 2))
+        sum_x, sum_y = x.sum(1, dtype=torch.float64), y.sum(1, dtype=torch.float64)
+        if mean is not None and mean_y is not None:
+            n, x0, y0 = x.shape[1], mean[:, 0], mean_y[:, 0]
+            # (x + m)(x + m)^T = x x^T + m s^T + (s + n m) m^T over all rows, s their sum; s is but rounding here
+            right = torch.stack([sum_x, x0], 1)
+            self.xx.baddbmm_(torch.stack([x0, sum_x + n * x0], 2), right)
+            self.yx.baddbmm_(torch.stack([y0, sum_y + n * y0], 2), right)
+            self.yy += (2 * y0 * sum_y + n * y0.square()).sum(1)
+            sum_x, sum_y = sum_x + n * x0, sum_y + n * y0
+        self.x += sum_x
+        self.y += sum_y
 
     def tensors(self) -> list[Tensor]:
         return [self.count, self.x, self.y, self.xx, self.yx, self.yy]
 
     def __add__(self, other: Sums) -> Sums:
-        return Sums(*(a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
+        sums = (a + b for a, b in zip(self.tensors(), other.tensors(), strict=True))
+        return Sums(*sums, rounded=self.rounded or other.rounded)
 
     @property
     def finite(self) -> bool:
@@ -74,6 +101,10 @@ class Sums:
         """Of x and y; zeros where there is no bias to take them up."""
         share = 1 / self.count.clamp(min=1) if centred else torch.zeros_like(self.count)
         return self.x * share, self.y * share
+
+    def variance(self, centred: bool) -> float:
+        """The summed squared error of a map that knows no inputs: the mean where there is a bias, else zero."""
+        return float((self.yy - (self.y * self.means(centred)[1]).sum(1)).sum().clamp(min=0))
 
     def loss(self, weight: Tensor, bias: Tensor | None) -> float:
         """The summed squared error of weights (groups, o, u) and a bias (groups, o) on these rows."""
@@ -111,69 +142,155 @@ class Fit:
 
 
 def fit(
-    halves: tuple[Sums, Sums], weight: Tensor, bias: Tensor | None, ridge: float | None, fixed: Tensor | None = None
+    halves: tuple[Sums, Sums],
+    weight: Tensor,
+    bias: Tensor | None,
+    ridge: float | None,
+    fixed: Tensor | None = None,
+    start: float = START,
 ) -> Fit:
     """The best weights for two halves of the samples.
 
     weight: (groups, o, u) and bias: (groups, o) or None, as they are, float64. ridge: a share of the diagonal, None to
-    choose it by held-out halves. fixed: entries of the weight that stay as they are (bool, its shape).
+    choose it by held-out halves. fixed: entries of the weight that stay as they are (bool, its shape). start: the one of
+    RIDGES where the choice begins; fewer are tried where it is near.
     """
     both = halves[0] + halves[1]
     noise = EXACT * float(both.yy.sum())
-    held: dict[float, float] = {}
     judged = all(h.count > 0 for h in halves)
+    held: dict[float, float] = {}
     if judged:
-        for share in RIDGES if ridge is None else (ridge,):
-            fits = [solve(half, weight, bias, share, fixed) for half in halves]
-            held[share] = halves[1].loss(*fits[0]) + halves[0].loss(*fits[1])
-    if ridge is None:
-        ridge = ALONE
-        if held:
-            best = min(held.values())
-            ridge = max(share for share, loss in held.items() if loss <= best * (1 + WORTH))
-            if best <= noise:
-                ridge = min(held)  # what is left can do all that there was
+        kind = torch.float32 if both.rounded else torch.float64
+        problems = [Problem(half, weight, bias, fixed, kind) for half in halves]
+
+        def loss(share: float) -> float:
+            return sum(problems[1 - k].loss(problem, problem.change(share)) for k, problem in enumerate(problems))
+
+        if ridge is None:
+            ridge = _best(loss, held, noise, [r for r in RIDGES if r >= ROUNDED or not both.rounded], start)
+        else:
+            held[ridge] = loss(ridge)
+        del problems
+    ridge = ALONE if ridge is None else ridge
     found, constant = solve(both, weight, bias, ridge, fixed)
+    before = both.loss(weight, bias)
     return Fit(
-        found, constant, ridge, both.loss(weight, bias), both.loss(found, constant),
-        both.loss(weight, bias) if judged else None, held[ridge] if judged else None, noise,
+        found, constant, ridge, before, both.loss(found, constant),
+        before if judged else None, held.get(ridge), noise,
     )  # fmt: skip
 
 
-def solve(
-    sums: Sums, weight: Tensor, bias: Tensor | None, ridge: float, fixed: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """The weights and bias of the module's formula."""
-    mean_x, mean_y = sums.means(bias is not None)
-    a = sums.xx - sums.count * mean_x[:, :, None] * mean_x[:, None, :]
-    b = sums.yx - sums.count * mean_y[:, :, None] * mean_x[:, None, :]
-    diagonal = a.diagonal(dim1=1, dim2=2)
-    scale = torch.where(diagonal > 0, diagonal, 1.0)  # an input that is constant keeps its weight
-    wanted = b - weight @ a
-    a = a + torch.diag_embed(ridge * scale)
-    if fixed is None or not bool(fixed.any()):
-        change = _divided(a, wanted)
-    else:
-        change = torch.zeros_like(weight)
-        for group in range(len(weight)):
+def _best(
+    loss: Callable[[float], float], held: dict[float, float], noise: float, shares: list[float], start: float
+) -> float:
+    """The share with the least loss on held-out samples, as far as it falls to one minimum and rises behind; of shares that
+    are about as good, the largest, and of those that leave but rounding, the least. held: where losses are kept."""
+
+    def at(place: int) -> float:
+        share = shares[place]
+        if share not in held:
+            held[share] = value if math.isfinite(value := loss(share)) else math.inf
+        return held[share]
+
+    last = len(shares) - 1
+    place = shares.index(start) if start in shares else 0
+    while place > 0 and at(place - 1) < at(place):
+        place -= 1
+    while place < last and at(place + 1) < at(place):
+        place += 1
+    best = at(place)
+    if best <= noise:
+        place = 0  # what is left can do all that there was
+        at(place)
+    while best > noise and place < last and at(place + 1) <= best * (1 + WORTH):
+        place += 1
+    return shares[place]
+
+
+class Problem:
+    """The module's formula for some rows, for any ridge: `A` and `B - V A` are made once. kind: the type to solve in; what
+    float32 cannot solve comes out as NaN."""
+
+    def __init__(
+        self,
+        sums: Sums,
+        weight: Tensor,
+        bias: Tensor | None,
+        fixed: Tensor | None = None,
+        kind: torch.dtype = torch.float64,
+    ):
+        self.weight, self.fixed, self.count = weight, fixed, sums.count
+        self.mean_x, self.mean_y = sums.means(bias is not None)
+        a, b = (
+            torch.baddbmm(products, mean[:, :, None], self.mean_x[:, None], alpha=-float(sums.count))
+            for products, mean in ((sums.xx, self.mean_x), (sums.yx, self.mean_y))
+        )
+        wanted = b - weight @ a
+        self.before = sums.variance(bias is not None) - float(
+            (weight * (b + wanted)).sum()
+        )  # of V with the best constant
+        diagonal = a.diagonal(dim1=1, dim2=2)
+        self.scale = torch.where(diagonal > 0, diagonal, 1.0).to(kind)  # an input that is constant keeps its weight
+        self.a, self.wanted = a.to(kind), wanted.to(kind)
+
+    def loss(self, other: Problem, change: Tensor) -> float:
+        """The summed squared error on these rows of `V` and a change, with the constant that another problem's rows give."""
+        squares = ((change @ self.a - 2 * self.wanted) * change).sum(dtype=torch.float64)
+        found = self.weight + change
+        offset = self.mean_y - other.mean_y - (found @ (self.mean_x - other.mean_x)[..., None])[..., 0]
+        return max(self.before + float(squares + self.count * offset.square().sum()), 0.0)
+
+    def change(self, ridge: float) -> Tensor:
+        """`W - V`."""
+        a = self.a.clone()
+        a.diagonal(dim1=1, dim2=2).add_(self.scale, alpha=ridge)
+        fixed = self.fixed
+        if fixed is None or not bool(fixed.any()):
+            return _divided(a, self.wanted)
+        change = torch.zeros_like(self.wanted)
+        for group in range(len(change)):
             # Rows with the same free entries are solved together; those entries alone are unknowns.
             patterns, which = torch.unique(~fixed[group], dim=0, return_inverse=True)
             for i, free in enumerate(patterns):
                 rows = (which == i).nonzero()[:, 0]
                 columns = free.nonzero()[:, 0]
                 if len(columns):
-                    part = _divided(a[group][columns][:, columns][None], wanted[group][rows][:, columns][None])
+                    part = _divided(a[group][columns][:, columns][None], self.wanted[group][rows][:, columns][None])
                     change[group][rows[:, None], columns] = part[0]
-    found = weight + change
-    constant = None if bias is None else mean_y - (found @ mean_x[..., None])[..., 0]
+        return change
+
+
+def solve(
+    sums: Sums, weight: Tensor, bias: Tensor | None, ridge: float, fixed: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The weights and bias of the module's formula."""
+    problem = Problem(sums, weight, bias, fixed)
+    found = weight + problem.change(ridge)
+    constant = None if bias is None else problem.mean_y - (found @ problem.mean_x[..., None])[..., 0]
     return found, constant
 
 
+def _gram(x: Tensor) -> Tensor:
+    """`x^T x` of (groups, n, u); of wide ones, but the upper triangle of blocks is multiplied."""
+    u = x.shape[-1]
+    if u < 2 * PANEL:
+        return x.mT @ x
+    found = x.new_empty(len(x), u, u)
+    for start in range(0, u, PANEL):
+        panel = slice(start, start + PANEL)
+        found[:, panel, start:] = x[..., panel].mT @ x[..., start:]
+        found[:, start:, panel] = found[:, panel, start:].mT
+    return found
+
+
 def _divided(a: Tensor, b: Tensor) -> Tensor:
-    """`b a^-1` for symmetric positive definite matrices; where rounding made one indefinite, the nearest answer to it."""
+    """`b a^-1` for symmetric positive definite matrices; where rounding made one indefinite, the nearest answer to it, and
+    NaN in float32."""
     factor, failed = torch.linalg.cholesky_ex(a)
     if not bool(failed.any()):
         return torch.cholesky_solve(b.transpose(1, 2), factor).transpose(1, 2)
+    if a.dtype == torch.float32:
+        return torch.full_like(b, torch.nan)
     values, vectors = torch.linalg.eigh(a)
     least = values[:, -1:] * a.shape[-1] * torch.finfo(a.dtype).eps
     inverse = torch.where(values > least, 1 / values.clamp(min=1e-300), 0.0)

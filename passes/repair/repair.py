@@ -22,13 +22,11 @@ from ..common.repeat import seeded
 from ..common.scoring import bar, evaluating
 from ..common.weights import check_included, layers, selected
 from .attention import Logits, Mixing, find_logits
-from .consumers import Consumer, Removed, find, rows_of_inputs, rows_of_outputs
+from .consumers import Consumer, Removed, find
 from .images import Images, take_images
-from .least_squares import Fit, Sums, fit
+from .least_squares import START, Fit, Sums, fit
+from .rows import PIECE, Rows, parts, rows_of_inputs, rows_of_outputs, some_positions
 from .stepwise import Memory, Stepwise
-
-MANY = 100_000  # rows of which a layer always takes all; of more, 16 for each unknown are enough
-PIECE = 1 << 24  # numbers of unfolded inputs at a time
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class _Run:
         self.dense = Stepwise(dense.module(), self.images.inputs, memory)
         self.smaller = Stepwise(self.module, self.images.inputs, memory)
         self.same = _unchanged(dense.module(), self.module)
-        self.sparse = set(sparse_weights(smaller))
+        self.sparse, self.start = set(sparse_weights(smaller)), START
         found, self.refused = find(dense, self.module, removed, self.same, options.unknowns)
         logits, unmixed = find_logits(dense, self.module, removed, self.same, self.sparse, options.unknowns)
         self.refused += unmixed
@@ -168,13 +166,16 @@ class _Run:
         if sums is None:
             return None
         weight, bias = self._as_rows(consumer)
-        found = fit(sums, weight, bias, self.options.ridge, self._fixed(consumer))
-        total = (sums[0] + sums[1]).loss(*_constant(sums, weight, bias))
+        found = fit(sums, weight, bias, self.options.ridge, self._fixed(consumer), self.start)
+        self.start = found.ridge if self.options.ridge is None and found.helps else START
+        both = sums[0] + sums[1]
+        total = both.variance(bias is not None)
         row = _row(consumer, sums, found, total)
         if found.helps:
             self._write(consumer, found)
             self.smaller.step()
-            row["after"] = self._measured(consumer, found) / total if consumer.whole and total else None
+            measured = consumer.whole and total
+            row["after"] = self._measured(consumer, found) * float(both.count) / total if measured else None
         else:
             row |= {"predicted": row["before"], "after": row["before"], "kept": found.why_not}
         return row
@@ -211,35 +212,35 @@ class _Run:
     def _sums(self, consumer: Consumer) -> tuple[Sums, Sums] | None:
         """Over all images; None for numbers that are not finite."""
         x = self.smaller.values[consumer.x]
-        one = rows_of_inputs(consumer, self._by_sample(x[0], 0)[:1])
-        target = self._target_rows(consumer, 0, slice(1))
-        positions, groups, unknowns = one.shape[1], one.shape[2], one.shape[3]
-        halves = tuple(Sums.zeros(groups, unknowns, target.shape[-1], one.device) for _ in range(2))
-        wanted = max(MANY, 16 * unknowns)
-        share = min(1.0, wanted / max(1, self.images.count * positions))
+        first = self._by_sample(x[0], 0)[:1]
+        groups, count, unknowns = rows_of_inputs(consumer, first).shape
+        outputs = self._target_rows(consumer, 0, slice(1)).shape[-1]
+        halves = tuple(Sums.zeros(groups, unknowns, outputs, first.device) for _ in range(2))
+        waiting = [Rows(sums) for sums in halves]
         generator = torch.Generator().manual_seed(self.context.seed)
-        step = max(1, PIECE // max(1, one.numel()))
         for i in range(len(x)):
             batch = self._by_sample(x[i], i)
             half = self._half(i, len(batch))
-            for start in range(0, len(half), step):
-                part = slice(start, start + step)
-                rows, goals = rows_of_inputs(consumer, batch[part]), self._target_rows(consumer, i, part)
-                if share < 1:
-                    chosen = torch.rand(positions, generator=generator) < share
-                    rows, goals = rows[:, chosen.to(rows.device)], goals[:, chosen.to(goals.device)]
-                for k, sums in enumerate(halves):
-                    own = (half[part] == k).to(rows.device)
-                    if bool(own.any()):
-                        sums.add(rows[own].flatten(0, 1).movedim(1, 0), goals[own].flatten(0, 1).movedim(1, 0))
+            positions = some_positions((len(half), count), self.images.count * count, unknowns, generator)
+            many = groups * unknowns * (count if positions is None else positions.shape[1])
+            for k, sums in enumerate(waiting):
+                for part in parts(half, k, PIECE // many):
+                    chosen = None if positions is None else positions[part].to(half.device)
+                    sums.add(
+                        rows_of_inputs(consumer, batch[part], chosen), self._target_rows(consumer, i, part, chosen)
+                    )
+        for rows in waiting:
+            rows.flush()
         return _everywhere(halves)  # type: ignore[arg-type]
 
-    def _wanted(self, consumer: Consumer, batch: int, part: slice = slice(None)) -> Tensor:
-        """What the outputs that are left should be for some samples of a batch."""
-        y = consumer.left(self._by_sample(self.dense.values[consumer.goal][batch], batch)[part])
+    def _wanted(
+        self, consumer: Consumer, batch: int, part: slice | Tensor = slice(None)
+    ) -> tuple[Tensor, Tensor | None]:
+        """What some samples of a batch should give, and what the smaller network adds to it; None for nothing."""
+        y = self._by_sample(self.dense.values[consumer.goal][batch], batch)[part]
         if consumer.beside is None:
-            return y
-        return y - self._by_sample(self.smaller.values[consumer.beside][batch], batch)[part]
+            return y, None
+        return y, self._by_sample(self.smaller.values[consumer.beside][batch], batch)[part]
 
     def _by_sample(self, value: Tensor, batch: int) -> Tensor:
         """A value with the samples first, which some attentions have behind the positions."""
@@ -252,13 +253,18 @@ class _Run:
         half = self.images.halves[batch]
         return half if len(half) == count else torch.arange(count, device=half.device) % 2
 
-    def _target_rows(self, consumer: Consumer, batch: int, part: slice) -> Tensor:
-        """What the rows should give; what a bias that must stay adds is not theirs to give."""
+    def _target_rows(
+        self, consumer: Consumer, batch: int, part: slice | Tensor, positions: Tensor | None = None, whole: bool = False
+    ) -> Tensor:
+        """What the rows should give; what a bias that must stay adds is not theirs to give, but for the `whole` layer."""
+        y, beside = self._wanted(consumer, batch, part)
         if not consumer.whole:
-            return rows_of_inputs(consumer, self._by_sample(self.dense.values[consumer.goal][batch], batch)[part])
-        rows, bias = rows_of_outputs(consumer, self._wanted(consumer, batch, part)), arguments(consumer.node)["bias"]
-        if consumer.bias is None and bias is not None:
-            rows = rows - fetch(self.module, str(bias.target)).reshape(consumer.groups, -1)
+            return rows_of_inputs(consumer, y, positions)
+        rows, bias = rows_of_outputs(consumer, consumer.left(y), positions), arguments(consumer.node)["bias"]
+        if beside is not None:
+            rows = rows - rows_of_outputs(consumer, beside, positions)
+        if consumer.bias is None and bias is not None and not whole:
+            rows = rows - fetch(self.module, str(bias.target)).reshape(consumer.groups, 1, -1)
         return rows
 
     def _as_rows(self, consumer: Consumer) -> tuple[Tensor, Tensor | None]:
@@ -302,14 +308,26 @@ class _Run:
         parameter.add_(torch.tensordot(full, rest, ([into], [0])).movedim(-1, into).to(parameter.dtype))
 
     def _measured(self, consumer: Consumer, found: Fit) -> float:
-        """The squared error of the repaired layer, as it computes, on these images."""
-        total = torch.zeros((), dtype=torch.float64)
-        for i, own in enumerate(self.smaller.values[consumer.node]):
-            if consumer.mean is not None and found.bias is not None:
-                own = own.double() + found.bias.reshape(-1, *[1] * (own.dim() - 2))
-            error = (self._by_sample(own, i).double() - self._wanted(consumer, i).double()).square()
-            total += error[self._half(i, len(error)) >= 0].sum().cpu()
-        return float(summed(total))
+        """The mean squared error of a row of the repaired layer, as it computes, on these images; where there are many rows,
+        of others than it was fitted to."""
+        total = torch.zeros(2, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(self.context.seed + 1)
+        for i, value in enumerate(self.smaller.values[consumer.node]):
+            value = self._by_sample(value, i)
+            half = self._half(i, len(value))
+            count = value[0].numel() // value.shape[-1 if consumer.linear else 1]
+            positions = some_positions((len(half), count), self.images.count * count, 0, generator)
+            for k in range(2):
+                for part in parts(half, k, len(half)):
+                    chosen = None if positions is None else positions[part].to(half.device)
+                    error = rows_of_outputs(consumer, value[part], chosen)
+                    error = error - self._target_rows(consumer, i, part, chosen, whole=True)
+                    if consumer.mean is not None and found.bias is not None:
+                        error = error + found.bias[:, None].to(error.dtype)
+                    total[0] += float(error.square().sum(dtype=torch.float64))
+                    total[1] += error.shape[1]
+        squares, rows = summed(total).tolist()
+        return squares / rows
 
 
 def _goals(layer: Consumer | Logits) -> tuple[fx.Node, ...]:
@@ -318,16 +336,12 @@ def _goals(layer: Consumer | Logits) -> tuple[fx.Node, ...]:
 
 def _everywhere(halves: tuple[Sums, Sums]) -> tuple[Sums, Sums] | None:
     """The sums over all processes; None for numbers that are not finite."""
-    for sums in halves:
-        for tensor in sums.tensors():
-            tensor.copy_(summed(tensor))
+    if accelerator().num_processes > 1:
+        for sums in halves:
+            for tensor in sums.tensors():
+                tensor.copy_(summed(tensor))
+            sums.rounded = bool(summed(torch.tensor(float(sums.rounded))))
     return halves if all(sums.finite for sums in halves) else None
-
-
-def _constant(sums: Sequence[Sums], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The map that knows nothing of its inputs: the mean where there is a bias, else zero."""
-    both = sums[0] + sums[1]
-    return torch.zeros_like(weight), None if bias is None else both.y / both.count.clamp(min=1)
 
 
 def _row(consumer: Consumer, sums: Sequence[Sums], found: Fit, total: float) -> dict[str, Any]:

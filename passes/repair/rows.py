@@ -1,0 +1,82 @@
+"""What layers compute from what, as rows: an input and an output vector for each sample and position. Source: ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..common.weights import windows
+from .consumers import Consumer
+from .least_squares import BLOCK, Sums
+
+MANY, ENOUGH = 1 << 15, 8  # rows of which a layer always takes all; of more, as many for each unknown are enough
+PIECE = 1 << 24  # numbers of unfolded inputs at a time
+
+
+def rows_of_inputs(consumer: Consumer, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    """What each output value of a layer is computed from: `(groups, rows, u)`, a row for each sample and each of its
+    positions. positions: those to take of each sample, `(samples, taken)`; all by default."""
+    if consumer.linear:
+        return _at(x.reshape(len(x), -1, x.shape[-1]), positions).flatten(0, 1)[None]
+    if not consumer.whole:
+        return _at(x.flatten(2).mT, positions).flatten(0, 1)[None]
+    rows = windows(consumer.node, x)
+    rank = (rows.dim() - 3) // 2
+    if positions is not None:
+        sample = torch.arange(len(x), device=x.device)[:, None]
+        at = torch.unravel_index(positions, rows.shape[2 : 2 + rank])
+        rows, rank = rows[(slice(None), sample, *at)], 1
+    return rows.flatten(2 + rank).flatten(1, 1 + rank)
+
+
+def rows_of_outputs(consumer: Consumer, y: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Values of outputs, in the order of `rows_of_inputs`: `(groups, rows, o)`."""
+    rows = y.reshape(len(y), -1, y.shape[-1]) if consumer.linear else y.flatten(2).mT
+    return _at(rows, positions).unflatten(2, (consumer.groups, -1)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _at(rows: Tensor, positions: Tensor | None) -> Tensor:
+    return rows if positions is None else rows[torch.arange(len(rows), device=rows.device)[:, None], positions]
+
+
+def some_positions(size: tuple[int, int], rows: int, unknowns: int, generator: torch.Generator) -> Tensor | None:
+    """Of samples and their positions, `size`, those positions to take of each where all samples together have so many rows;
+    None for all. Each sample has its own: what is rare, such as a corner, is met in one or another."""
+    wanted = max(MANY, ENOUGH * unknowns)
+    if rows <= wanted:
+        return None
+    return torch.rand(size, generator=generator).argsort(1)[:, : max(1, round(size[1] * wanted / rows))]
+
+
+def parts(half: Tensor, which: int, step: int) -> Iterator[slice | Tensor]:
+    """The samples of one half of a batch, at most `step` at a time; slices where they lie in even steps, which copy
+    nothing."""
+    for own in (half == which).nonzero()[:, 0].split(max(1, step)):
+        if not len(own):
+            return
+        apart = own.diff().unique().tolist()
+        first, last = int(own[0]), int(own[-1])
+        yield slice(first, last + 1, *(apart or [1])) if len(apart) < 2 else own
+
+
+class Rows:
+    """Adds rows to sums in large blocks, since each addition costs as much as some hundred rows."""
+
+    def __init__(self, sums: Sums):
+        self.sums, self.count = sums, 0
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """See `Sums.add`."""
+        self.waiting.append((x, y))
+        self.count += x.shape[1]
+        if self.count >= BLOCK or self.count * x.shape[0] * x.shape[2] >= PIECE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add what is waiting."""
+        if self.waiting:
+            self.sums.add(*(torch.cat(rows, 1) for rows in zip(*self.waiting, strict=True)))
+        self.waiting, self.count = [], 0
