@@ -31,7 +31,8 @@ ALIASES = names(  # other names of operators that are tagged
     "special_log1p special_erf special_erfc special_erfinv special_sinc special_logit special_round special_xlogy greater "
     "less greater_equal less_equal not_equal subtract multiply divide true_divide"
 )
-COPIES = names("contiguous alias detach lift_fresh_copy to _to_copy type_as native_dropout") | DROPOUTS
+CASTS = names("to _to_copy")  # or of another device
+COPIES = CASTS | names("contiguous alias detach lift_fresh_copy type_as native_dropout") | DROPOUTS
 FILLS = names("zeros_like ones_like full_like empty_like rand_like randn_like bernoulli fill zero")
 UNTAGGED_UNARY = COPIES | FILLS | names("hardswish log_sigmoid conj real view_as_complex_copy") | ALIASES
 UNTAGGED_BINARY = names("rsub floor_divide where masked_fill copy __and__ __or__ complex polar")

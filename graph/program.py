@@ -24,8 +24,9 @@ from .compat import copy_specs, pytree
 from .cost import terms, total, unknowns
 from .edit import attributes, copy_tensor, drop_dead, propagate, rebuild
 from .errors import BadInput, CaptureError
+from .facts import CASTS
 from .files import replacing
-from .nodes import op_name
+from .nodes import op_name, source
 from .outputs import only_outputs
 from .trainable import TrainableModule, set_tag, switched, tag
 
@@ -237,6 +238,7 @@ def _captured(
             warnings.simplefilter("always", CaptureWarning)
             program = Program._of(exported).copy()
         notes += [str(w.message) for w in said if w.category is CaptureWarning]
+    notes += _casts(program)
     if prove:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -252,6 +254,24 @@ def _captured(
     for note in notes:
         warnings.warn(f"capture: {note}", CaptureWarning, stacklevel=3)
     return program
+
+
+def _casts(program: Program) -> list[str]:
+    """What there is to say of layers whose weights the forward casts to half precision, as autocast inside it does."""
+    layers = [
+        user
+        for node in program.structure.nodes
+        if op_name(node) in CASTS and node.all_input_nodes[0].op == "get_attr"
+        if node.meta["val"].dtype in (torch.bfloat16, torch.float16) and node.meta["val"].dim() > 1
+        for user in node.users
+    ]
+    if not layers:
+        return []
+    return [
+        f"the forward itself computes {len(layers)} layers in half precision, the first {source(layers[0])}; sparsity and "
+        "quantisation leave them alone and ONNX export refuses them: turn autocast on where the model is called, not in its "
+        "forward"
+    ]
 
 
 def _distinct(inputs: Any) -> Any:

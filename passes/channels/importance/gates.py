@@ -35,7 +35,8 @@ from ....graph.comb import axes as ax
 from ....graph.comb.axes import Axis, Factor
 from ....graph.comb.solve import Comb
 from ....graph.compat import pytree
-from ....graph.nodes import arguments, fetch, set_argument, shape
+from ....graph.facts import CASTS
+from ....graph.nodes import arguments, fetch, op_name, set_argument, shape
 from ....graph.trainable import TrainableModule
 from .reads import Moments, Operand, Read, find_reads
 from .sums import weighted_sums
@@ -55,6 +56,22 @@ class Tap:
     def add(self, sums: Sequence[Tensor]) -> None:
         """Add a backward pass's sums, one vector for each axis."""
         self.sums = [s + f for s, f in zip(self.sums, sums, strict=True)] if self.sums else list(sums)
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """What a value is before casts to another precision, as autocast inserts them: their gradient is cast back."""
+    while op_name(node) in CASTS and node.all_input_nodes[:1] == [node.args[0]]:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _users(node: fx.Node) -> list[fx.Node]:
+    """The nodes that read a value, once for each argument, those of its casts in place of the casts."""
+    found = []
+    for user in node.users:
+        times = pytree.tree_leaves((user.args, user.kwargs)).count(node)
+        found += _users(user) if op_name(user) in CASTS and times == 1 else [user] * times
+    return found
 
 
 class Gates:
@@ -80,9 +97,10 @@ class Gates:
             if operand is not None:
                 if (self._tensor(operand), operand.dim) not in seen:
                     seen.add((self._tensor(operand), operand.dim))
-                    self.parameters.append((str(operand.source.target), operand.dim, self._tap(read, operand)))
+                    name = str(_uncast(operand.source).target)
+                    self.parameters.append((name, operand.dim, self._tap(read, operand)))
                 continue
-            values = [o for o in read.operands if o.source.op != "get_attr"] or list(read.operands)
+            values = [o for o in read.operands if not self._tensor(o)] or list(read.operands)
             smallest = min(values, key=lambda o: math.prod(shape(o.source)))
             self.reads.append((read, smallest, self._tap(read, smallest)))
         for m in moments:
@@ -93,8 +111,9 @@ class Gates:
         return Tap([self.comb.axes[operand.source][operand.dim]], read.atoms, read.share)
 
     def _tensor(self, operand: Operand) -> int:
-        """Which stored tensor an operand is (a number), 0 for one that is computed."""
-        return id(fetch(self.module, str(operand.source.target))) if operand.source.op == "get_attr" else 0
+        """Which stored tensor an operand is (a number), as it is or in another precision, 0 for one that is computed."""
+        node = _uncast(operand.source)
+        return id(fetch(self.module, str(node.target))) if node.op == "get_attr" else 0
 
     def _direct(self, reads: list[Read]) -> set[tuple[int, int]]:
         """The parameters, each with a dimension, whose gradients say all: trained, and every use reads that dimension."""
@@ -103,8 +122,7 @@ class Gates:
             if node.op == "get_attr":
                 tensor = fetch(self.module, str(node.target))
                 if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:
-                    for user in node.users:
-                        uses[id(tensor)] += [user] * pytree.tree_leaves((user.args, user.kwargs)).count(node)
+                    uses[id(tensor)] += _users(node)
         read_by: dict[tuple[int, int], list[fx.Node]] = defaultdict(list)
         for read in reads:
             for operand in read.operands:

@@ -423,3 +423,29 @@ def test_what_the_loop_froze_stays_frozen():
     assert not frozen.training
     assert all(value in before for value in frozen.running_mean)
     assert not torch.equal(other.running_mean, moving)
+
+
+class Autocast(Residual):
+    """A forward that turns autocast on by itself."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.blocks(self.stem(x))
+        return self.head(x.to(self.head.weight.dtype).mean((2, 3)))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_forward_with_autocast_of_its_own_is_pruned_and_warned_of(cut):
+    with pytest.warns(
+        UserWarning, match="computes 5 layers in half precision, the first .*turn autocast on"
+    ):
+        session = attached(Autocast().float().train(), cut, example=(batch(0, dtype=torch.float32)[0],))
+    optimizer = torch.optim.SGD(session.module.parameters(), lr=0.01)
+    for step in range(STEPS):
+        x, y = batch(step, dtype=torch.float32)
+        F.cross_entropy(session.module(x), y).backward()
+        session.before_step(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        session.after_step()
+    assert session.finish().program.macs <= 0.5 * session.program.macs

@@ -49,7 +49,7 @@ def batch(step, size=4, side=8, dtype=torch.float64):
 
 def attached(model, cut, pass_=None, steps=STEPS, **options):
     pass_ = pass_ or RemoveChannels(macs=0.5, interval=2, round_to=1)
-    return graphcomb.attach(model, pass_, example=(batch(0)[0],), steps=steps, cut=cut, **options)
+    return graphcomb.attach(model, pass_, steps=steps, cut=cut, **{"example": (batch(0)[0],)} | options)
 
 
 def train(session, optimizer, steps=STEPS, first=0, each=None):

@@ -314,3 +314,32 @@ def test_a_network_that_has_lost_some_is_scored_in_the_originals_numbering(name)
     gradients = torch.autograd.grad(loss_of(Gated(comb, gates)(x)), list(gates.values()))
     kept = {a: e * torch.from_numpy(masks[a]) for a, e in zip(gates, gradients, strict=True)}
     compare(totals, kept)
+
+
+class Cast(nn.Module):
+    """Weights that the forward casts to another precision, as autocast inside it does; one of them is read twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = F.conv2d(x, self.first.weight.double(), self.first.bias.double()).relu()
+        for _ in range(2):
+            x = F.conv2d(x, self.second.weight.double(), self.second.bias.double(), padding=1).relu()
+        return F.linear(x.mean((2, 3)), self.head.weight.double())
+
+
+def test_weights_that_are_cast_say_it_in_their_gradients():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    program = g.capture(Cast(), x)
+    comb = Comb(program)
+    groups = [group for group in comb.groups if group.frozen is None]
+    found = Gates(comb, [group.atom for group in groups], None, program.module())
+    assert not found.reads
+    gates = {group.atom: torch.ones(group.size, dtype=torch.float64, requires_grad=True) for group in groups}
+    expected = torch.autograd.grad(loss_of(Gated(comb, gates)(x)), list(gates.values()))
+    compare(
+        exact_scores(program, comb, groups, x), dict(zip(gates, expected, strict=True)), 1e-5
+    )  # float32's gradients
