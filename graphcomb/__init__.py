@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .graph.comb.solve import Comb, comb
     from .graph.cost import counts
     from .graph.errors import BadInput, CaptureError, GraphcombError, MissingBackend, Refused, Unreachable
+    from .graph.onnx.load import from_onnx
     from .graph.program import Program, capture, load
     from .passes.base import Context, Pass, PassResult
     from .pipeline import Pipeline, PipelineResult
@@ -33,6 +34,7 @@ _NAMES = {
     "graph.comb": ("Comb", "Group", "comb"),
     "graph.cost": ("counts",),
     "graph.errors": ("BadInput", "CaptureError", "GraphcombError", "MissingBackend", "Refused", "Unreachable"),
+    "graph.onnx.load": ("from_onnx",),
     "graph.program": ("Program", "capture", "load"),
     "graph.comb.rules": ("rule",),
     "passes.base": ("Context", "Pass", "PassResult"),
@@ -43,7 +45,7 @@ _NAMES = {
 __all__ = [
     "BadInput", "CaptureError", "Comb", "Context", "GraphcombError", "Group", "MissingBackend", "Pass", "PassResult",
     "Pipeline", "PipelineResult", "Program", "Refused", "Session", "Unreachable", "attach", "capture", "comb", "counts",
-    "load", "passes", "rule", "runtime", "verify",
+    "from_onnx", "load", "passes", "rule", "runtime", "verify",
 ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from .runtime.engines.backends import backend_module, check_options
 from .runtime.export.opset import LOWEST
 from .runtime.prediction.roofline import Roofline
 from .runtime.prediction.table import LatencyTable
-from .sources import first_batch, load_data, load_model, resolve
+from .sources import first_batch, load_data, load_model, load_onnx, resolve
 
 DEFAULT_SHAPE = [1, 3, 224, 224]
 
@@ -62,9 +62,12 @@ def prepare(recipe: Recipe) -> Job:
     target = get_target(recipe.target)
     _check_outputs(recipe)
     torch.manual_seed(recipe.seed)
-    model = load_model(recipe.model.source, recipe.model.arguments)
+    imported = recipe.model.source.endswith(".onnx")
+    model = None if imported else load_model(recipe.model.source, recipe.model.arguments)
     train, val, batch = _data(recipe)
-    if isinstance(model, Program):
+    if model is None:
+        program = _import(recipe, batch)
+    elif isinstance(model, Program):
         if recipe.inputs or recipe.dynamic_batch is not None or recipe.model.outputs is not None:
             raise BadInput("inputs, dynamic_batch, model.outputs: a captured program has its own, remove the fields")
         program = model
@@ -145,6 +148,20 @@ def _data(recipe: Recipe) -> tuple[Any, Any, Any]:
     ]
     train, val = (adapted(loader, *splits) for loader in load_data(recipe.data.source, arguments))
     return train, val, first_batch(train)
+
+
+def _import(recipe: Recipe, batch: Any) -> Program:
+    """An ONNX file, for the shapes of the recipe's inputs or of the data where it leaves some open."""
+    dynamic = (batch is not None or "auto") if recipe.dynamic_batch is None else recipe.dynamic_batch
+    args, kwargs = None, {}
+    if recipe.inputs:
+        args = example(recipe.inputs, recipe.seed)
+    elif batch is not None:
+        args, kwargs, _ = split_batch(batch)
+        args = (*args, *kwargs.values())
+        args = pytree.tree_map_only(torch.Tensor, lambda t: t[:2], args) if dynamic else args
+    asked = {True: "batch", False: None}.get(dynamic, "auto")
+    return load_onnx(recipe.model.source, recipe.model.arguments, args, asked, recipe.model.outputs)
 
 
 def _capture(model: torch.nn.Module, recipe: Recipe, batch: Any) -> Program:

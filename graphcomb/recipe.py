@@ -1,6 +1,6 @@
 """The recipe: one YAML file that names a model, its data, the passes and what to write.
 
-    model: torchvision.models:resnet50          # or {source: ..., arguments: {...}}, or a .pt2 file
+    model: torchvision.models:resnet50          # or {source: ..., arguments: {...}}, or a .pt2 or .onnx file
     inputs: [[1, 3, 224, 224]]                  # or [{shape: [...], dtype: float32}]
     data: digits                                # or {source: package.module:callable, arguments: {...}, inputs:, labels:}
     target: rtx-sm86

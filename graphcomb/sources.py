@@ -1,4 +1,4 @@
-"""Models, data and functions named in a recipe: `package.module:callable`, a `.pt2` file, a built-in name."""
+"""Models, data and functions named in a recipe: `package.module:callable`, a `.pt2` or `.onnx` file, a built-in name."""
 
 from __future__ import annotations
 
@@ -54,13 +54,33 @@ def load_model(spec: str, arguments: dict[str, Any] | None = None) -> torch.nn.M
         except GraphcombError as error:
             raise type(error)(f"model: {error}") from error
     if ":" not in spec:
-        raise BadInput(f'model: "{spec}" is neither package.module:callable nor a .pt2 file')
+        raise BadInput(f'model: "{spec}" is neither package.module:callable nor a .pt2 or .onnx file')
     model = call(spec, arguments or {}, "model")
     if isinstance(model, ExportedProgram):
         return Program.from_exported(model)
     if not isinstance(model, (torch.nn.Module, Program)):
         raise BadInput(f"model: {spec} returned a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def load_onnx(
+    spec: str,
+    arguments: dict[str, Any],
+    args: tuple[torch.Tensor, ...] | None,
+    dynamic_shapes: str | None,
+    outputs: list[str] | None = None,
+) -> Program:
+    """Return the Program of an `.onnx` file. arguments: `shapes`, of inputs by name; the others are those of
+    `from_onnx`. Raises BadInput naming `model`."""
+    from .graph.onnx.load import from_onnx  # with ONNX Runtime, which other models do without
+
+    shapes = arguments.get("shapes", {})
+    if set(arguments) - {"shapes"} or not isinstance(shapes, dict):
+        raise BadInput("model: an .onnx file takes no arguments but shapes, {name of an input: [sizes]}")
+    try:
+        return from_onnx(spec, args, shapes=shapes, dynamic_shapes=dynamic_shapes, outputs=outputs)
+    except GraphcombError as error:
+        raise type(error)(f"model: {error}") from error
 
 
 def load_data(spec: str, arguments: dict[str, Any] | None = None) -> tuple[Any, Any]:

@@ -41,7 +41,7 @@ def plan(
 
 
 def comb(
-    model: Annotated[str, typer.Argument(help="package.module:callable or a .pt2 file.")],
+    model: Annotated[str, typer.Argument(help="package.module:callable, a .pt2 or an .onnx file.")],
     arg: Arguments = None,
     input_: Inputs = None,
     why: Annotated[str | None, typer.Option("--why", metavar="PARAMETER", help="Explain one parameter.")] = None,

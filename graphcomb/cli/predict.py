@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def predict(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL [SMALLER]", help="package.module:callable or a .pt2 file.")
+        list[str], typer.Argument(metavar="MODEL [SMALLER]", help="package.module:callable, a .pt2 or an .onnx file.")
     ],
     target: Annotated[str, typer.Option("--target", help="A device, as in rtx-sm86.")] = "cpu",
     precision: Annotated[

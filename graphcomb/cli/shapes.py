@@ -70,8 +70,8 @@ def check_names(program: Program, shapes: Mapping[str, Sequence[int]]) -> None:
 
 
 def captured(model: str, arguments: dict[str, Any], shapes: Sequence[Sequence[int]] = ()) -> Program:
-    """Return the program of `package.module:callable`, called with the arguments, or of a `.pt2` file. shapes: of its
-    inputs, by default those of a recipe without any."""
+    """Return the program of `package.module:callable`, called with the arguments, or of a `.pt2` or `.onnx` file.
+    shapes: of its inputs, by default those of a recipe without any, or of the file."""
     tree: dict[str, Any] = {"model": {"source": model, "arguments": arguments}, "passes": []}
     if shapes:
         tree["inputs"] = [{"shape": list(shape)} for shape in shapes]

@@ -12,7 +12,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def export_onnx(
         with quiet():
             graph = gs.import_onnx(model)
             graph.fold_constants().cleanup().toposort()
-        _name(graph, exported)
+        _name(graph, exported, program.history)
         say("running the program")
         known = cases(program, data=data)
         single: onnx.ModelProto | None = None
@@ -209,16 +209,22 @@ def _accept(report: OnnxReport, result: Verdict) -> None:
         raise Refused("; ".join([f"{report.path}: {report.precision} {result.wrong}", *report.warnings]) + cure)
 
 
-def _name(graph: gs.Graph, exported: ExportedProgram) -> None:
-    """Name inputs after the program's arguments, outputs after its output structure, dynamic dimensions after what they
-    are. An output that is an input, a constant or another output gets a tensor of its own."""
+def _name(graph: gs.Graph, exported: ExportedProgram, history: Sequence[Mapping[str, Any]]) -> None:
+    """Name inputs after the program's arguments, outputs after its output structure, both as they were in the ONNX file
+    that a program was imported from, dynamic dimensions after what they are. An output that is an input, a constant or
+    another output gets a tensor of its own."""
     specs = exported.graph_signature.input_specs
     inputs = [s.arg.name for s in specs if s.kind is InputKind.USER_INPUT and isinstance(s.arg, TensorArgument)]
     if len(inputs) != len(graph.inputs):
         raise Refused(f"torch.onnx made {len(graph.inputs)} inputs of the program's {len(inputs)} tensors")
+    outputs = _output_names(exported)
+    for record in history:
+        as_many = [len(inputs), len(outputs)] == [len(record.get(k, ())) for k in ("inputs", "outputs")]
+        if record.get("pass") == "from_onnx" and as_many:
+            inputs, outputs = record["inputs"], record["outputs"]
     for tensor, name in zip(graph.inputs, inputs, strict=True):
         _rename(graph, tensor, name)
-    for i, name in enumerate(_output_names(exported)):
+    for i, name in enumerate(outputs):
         tensor = graph.outputs[i]
         if isinstance(tensor, gs.Constant) or any(tensor is t for t in (*graph.inputs, *graph.outputs[:i])):
             graph.outputs[i] = gs.Variable(f"{tensor.name}_{i}", tensor.dtype, tensor.shape)

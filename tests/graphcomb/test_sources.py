@@ -29,7 +29,7 @@ def test_modules_of_the_working_folder_are_found(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("resnet50", r'model: "resnet50" is neither package\.module:callable nor a \.pt2 file'),
+        ("resnet50", r'model: "resnet50" is neither package\.module:callable nor a \.pt2 or \.onnx file'),
         ("toyz:net", r'model: cannot import "toyz" \(ModuleNotFoundError: No module named'),
         ("toys:nett", r'model: toys has no "nett"; did you mean net'),
         ("toys:WIDTH", "model: toys:WIDTH is a int, not a callable"),

@@ -436,9 +436,7 @@ class Autocast(Residual):
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_forward_with_autocast_of_its_own_is_pruned_and_warned_of(cut):
-    with pytest.warns(
-        UserWarning, match="computes 5 layers in half precision, the first .*turn autocast on"
-    ):
+    with pytest.warns(UserWarning, match="computes 5 layers in half precision, the first .*turn autocast on"):
         session = attached(Autocast().float().train(), cut, example=(batch(0, dtype=torch.float32)[0],))
     optimizer = torch.optim.SGD(session.module.parameters(), lr=0.01)
     for step in range(STEPS):

@@ -1,0 +1,158 @@
+"""`from_onnx`: read, plan, capture, and compare with ONNX Runtime."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch import Tensor
+
+from ..capture.functional import CaptureWarning
+from ..errors import BadInput, CaptureError, GraphcombError, Refused, in_a_line, nearest
+from ..program import Program, capture
+from . import operators  # noqa: F401  (fills the tables)
+from .inputs import Input, example, fits, inputs_of
+from .module import OnnxModule, arguments, build, complete
+from .parity import compare
+from .read import opset_of, read
+from .steps import alive, fold, steps_of
+from .weights import plan
+
+RECORD = "from_onnx"  # how the record in a program's history is called
+
+
+def from_onnx(
+    path: str | os.PathLike[str],
+    args: Any = None,
+    *,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    dynamic_shapes: Any = "auto",
+    outputs: Sequence[str] | None = None,
+    prove: bool = True,
+) -> Program:
+    """Import an ONNX file as a program that can be pruned, trained and exported again.
+
+    Parameters have the names of the file's initializers where those say something, else of the nodes that read them; one
+    output is a tensor, several are a dictionary by their names. Matrix products with constants are linear layers, and
+    BatchNormalization takes the statistics of the batch in training.
+
+    - args: example inputs in the order of the file (a tuple, or a single tensor); by default random ones.
+    - shapes: sizes of inputs by name, where the file leaves more open than the batch.
+    - dynamic_shapes: as for `capture`; "auto" is "batch" where the file leaves the first size of every input open. With
+      "batch", a file whose batch is fixed is imported for any batch, which is compared sample by sample.
+    - outputs: which values the program returns, by their names in the file, inner ones too: what stands in front of a
+      post-processing that cannot be imported. By default the file's outputs.
+    - prove: compare the program with ONNX Runtime in the file's precision, at several batch sizes where the batch is
+      dynamic. The record is the first of `program.history`.
+
+    Nothing in the file is run, and no file outside its folder is read. Raises BadInput with one line for a file that is
+    damaged, quantised or keeps weights outside its folder, for operators that are not known (all are named), and for what a
+    node asks that cannot be had; CaptureError with the first node that differs from ONNX Runtime.
+    """
+    path = Path(path)
+    model = read(path, outputs)
+    try:
+        module, inputs = _module(model)
+        values = _values(inputs, args, shapes or {}, module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            complete(module.eval(), values)
+    except Refused as error:
+        raise BadInput(f"{path}: {error}") from error
+    except GraphcombError as error:
+        raise type(error)(f"{path}: {error}") from error
+    program = _captured(path, module, inputs, values, dynamic_shapes)
+    record: dict[str, Any] = {
+        "pass": RECORD, "file": path.name, "opset": opset_of(model), "producer": model.producer_name,
+        "inputs": module.inputs, "outputs": module.outputs,
+        "operators": dict(sorted(Counter(node.op_type for node in model.graph.node).items())), "changed": [],
+    }  # fmt: skip
+    if prove:
+        record["parity"] = compare(program.module().eval(), module, model, str(path), _cases(program, inputs))
+    program.history = [record]
+    return program
+
+
+def _module(model: onnx.ModelProto) -> tuple[OnnxModule, list[Input]]:
+    steps, constants = steps_of(model)
+    outputs = [value.name for value in model.graph.output]
+    inputs = inputs_of(model)
+    for value in inputs:
+        constants.pop(value.name, None)
+    steps = alive(fold(alive(steps, outputs), constants), outputs)
+    reads = {name for step in steps for name in step.inputs} | set(outputs)
+    return build(plan(steps, constants, [i.name for i in inputs], outputs), [i.name for i in inputs], outputs), [
+        i.seen(steps, constants, i.name in reads) for i in inputs
+    ]
+
+
+def _values(inputs: list[Input], args: Any, shapes: Mapping[str, Sequence[int]], module: OnnxModule) -> list[Tensor]:
+    """Example inputs: those that were given, or random ones."""
+    names = [i.name for i in inputs]
+    aliases = dict(zip(arguments(names), names, strict=True))
+    known = {aliases.get(name, name): list(shape) for name, shape in shapes.items()}
+    for name in known:
+        if name not in names:
+            raise BadInput(f"shapes: the file has no input {name}; {nearest(name, names)}")
+    if args is None:
+        return [example(i, known.get(i.name)) for i in inputs]
+    values = [args] if isinstance(args, Tensor) else list(args)
+    if len(values) != len(inputs) or not all(isinstance(v, Tensor) for v in values):
+        raise BadInput(f"args: one tensor for each of the file's inputs: {', '.join(names)}")
+    for value, wanted in zip(values, inputs, strict=True):
+        fits(wanted, value)
+    return values
+
+
+def _captured(
+    path: Path, module: OnnxModule, inputs: list[Input], values: list[Tensor], dynamic_shapes: Any
+) -> Program:
+    auto = dynamic_shapes == "auto"
+    if auto:
+        dynamic_shapes = "batch" if all(i.open_batch for i in inputs) else None
+    if dynamic_shapes == "batch":
+        fixed = {i.shape[0] for i in inputs if i.shape and not i.open_batch}
+        if len(fixed) > 1 or any(not isinstance(n, int) for n in fixed):
+            raise BadInput(f'{path}: dynamic_shapes="batch" needs one batch size for all inputs, not {sorted(fixed)}')
+        module.batch = next(iter(fixed), None)
+    try:
+        return _quietly(module, values, dynamic_shapes)
+    except CaptureError as error:
+        if not auto or dynamic_shapes is None:
+            raise CaptureError(f"{path}: {error}") from error
+        program = _quietly(module, values, None)
+        warnings.warn(
+            f"{path}: the batch is fixed at {values[0].shape[0]}, the graph does not take others ({in_a_line(error)})",
+            CaptureWarning,
+            stacklevel=3,
+        )
+        return program
+    except GraphcombError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _quietly(module: OnnxModule, values: list[Tensor], dynamic_shapes: Any) -> Program:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="capture: not compared with the model", category=CaptureWarning)
+        return capture(module.eval(), tuple(values), dynamic_shapes=dynamic_shapes)
+
+
+def _cases(program: Program, inputs: list[Input]) -> list[list[Tensor]]:
+    """The example inputs, and other random ones; where the batch is dynamic, of another size."""
+    first = [x for x in program.args if isinstance(x, Tensor)]
+    cases = [first]
+    dynamic = program.dynamic_shapes is not None
+    for seed, batch in ((1, 3), (2, 1)) if dynamic else ((1, None),):
+        shapes = [list(x.shape) for x in first]
+        if batch is not None:
+            wide = [s for s in shapes if s]
+            if any(s[0] != wide[0][0] for s in wide):
+                continue
+            shapes = [[batch, *s[1:]] if s else s for s in shapes]
+        cases.append([example(i, shape, seed) for i, shape in zip(inputs, shapes, strict=True)])
+    return cases
