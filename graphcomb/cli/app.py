@@ -19,6 +19,7 @@ from .plan import comb, plan
 from .predict import predict
 from .report import report
 from .run import demo, run
+from .source import source
 
 
 class _Group(TyperGroup):
@@ -40,7 +41,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
         logging.getLogger("torch").setLevel(logging.ERROR)
 
 
-for command in (run, plan, comb, build, bench, predict, bundle, report, demo):
+for command in (run, plan, comb, build, bench, predict, bundle, report, source, demo):
     app.command()(command)
 
 

@@ -23,6 +23,7 @@ from ..passes.common.feed import Batch
 from ..passes.common.scoring import evaluating
 from ..passes.train.callbacks import HeldZeros, Kept
 from ..passes.train.trainee import Parameters, Trainee, Work, carry
+from .part import inputs_of, part_of
 from .tensors import shared, trained
 
 AGREES = 1e-3  # of the module as it was held and the program that was cut, relative, in the module's own precision
@@ -37,6 +38,7 @@ def attach(
     cut: Literal["end", "during"] = "end",
     dynamic_shapes: Any = "batch",
     kwargs: dict[str, Any] | None = None,
+    submodule: str | None = None,
     **context: Any,
 ) -> Session:
     """Let a pass work on a model that a loop of your own trains.
@@ -57,6 +59,11 @@ def attach(
     stay as they are, and the cut comes with `finish`. With "during" it is the captured module, which shrinks at each event
     and trains faster; wrap it anew (DDP) when `after_step` returns True.
 
+    submodule: the dotted path of the part of the model that the pass works on, such as an image backbone, while the loop
+    trains the whole model by a loss of its own. example and kwargs are then those of the whole model; what the part is
+    called with is seen in a run. What the part returns keeps its shape, and `finish` gives the result of the part:
+    `model.set_submodule("backbone", result.transplant(model.backbone))` puts the small one in its place.
+
     Raises BadInput for options that make no sense together and CaptureError for a model that cannot be captured.
     """
     if not isinstance(pass_, Pass):
@@ -65,6 +72,17 @@ def attach(
         raise BadInput(f'attach: cut is "end" or "during", not {cut!r}')
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise BadInput(f"attach: steps is how many optimizer steps the loop takes, at least 1, not {steps!r}")
+    whole: nn.Module | None = None
+    if submodule is not None:
+        if isinstance(model, Program) or cut != "end":
+            raise BadInput(
+                'attach: submodule: takes a module and cut="end"; for cut="during" attach to the submodule itself and put '
+                "session.module in its place"
+            )
+        if example is None:
+            raise BadInput("attach: give example=(x,), inputs as the whole model takes them")
+        whole, model = model, part_of(model, submodule)
+        example, kwargs = inputs_of(model, submodule, whole, tuple(example), kwargs or {})
     if isinstance(model, Program):
         program, own = model, None
         if cut == "end":
@@ -74,16 +92,25 @@ def attach(
             raise BadInput("attach: give example=(x,), inputs as the model takes them")
         program = capture(model, tuple(example), kwargs, dynamic_shapes)
         own = model if cut == "end" else None
-    return Session(program, own, pass_, steps, Context().replaced("attach", **context))
+    return Session(program, own, pass_, steps, Context().replaced("attach", **context), whole)
 
 
 class Session:
     """What `attach` gives. Steps are optimizer steps, so gradients may be accumulated over several batches in between.
 
-    module: what the loop trains. step: steps taken. steps: those announced. program: the model as it was captured.
+    module: what the loop trains; of a submodule, the whole model. step: steps taken. steps: those announced. program: the
+    model, or the submodule, as it was captured.
     """
 
-    def __init__(self, program: Program, own: nn.Module | None, pass_: Pass, steps: int, context: Context):
+    def __init__(
+        self,
+        program: Program,
+        own: nn.Module | None,
+        pass_: Pass,
+        steps: int,
+        context: Context,
+        whole: nn.Module | None = None,
+    ):
         context = context.replaced("attach", teacher=context.teacher or program)
         self.program, self.steps, self.step, self._own, self._pass = program, steps, 0, own, pass_
         inner = program.copy().module().train() if own is None else shared(program, own)
@@ -95,7 +122,7 @@ class Session:
             inner = self._work.start.module().train()
         if masks := zeros(program):
             self._work.callbacks.append(HeldZeros(masks))
-        self.module: nn.Module = inner if own is None else own
+        self.module: nn.Module = next(m for m in (whole, own, inner) if m is not None)
         self._trainee = Trainee(inner, self._work.callbacks, self._adopt, self._carry_on)
         self._optimizers: list[Optimizer] = []
         self._copies: list[tuple[nn.Module, nn.Module]] = []  # what the user holds, and its part with the parameters
@@ -142,10 +169,11 @@ class Session:
         self._require_running("follow")
         if any(not c.copies for c in self._trainee.callbacks):
             raise BadInput(f"follow: {type(self._pass).__name__} changes weights in ways that a copy cannot follow")
-        names = {name for name, _ in self.module.named_parameters()}
+        names = {name for name, _ in self._trained.named_parameters()}
         kind = nn.Module if self._own is not None else TrainableModule
         for part in ema.modules():
-            if isinstance(part, kind) and part is not self.module and names <= {n for n, _ in part.named_parameters()}:
+            ours = part in (self.module, self._trained)
+            if isinstance(part, kind) and not ours and names <= {n for n, _ in part.named_parameters()}:
                 self._copies.append((ema, part))
                 self._trainee.copies.append(part)
                 return
@@ -177,7 +205,7 @@ class Session:
                 f"finish: after {self.step} of {self.steps} steps the pass has not done its work, which goes on until step "
                 f"{max(due)}; go on training, or attach with fewer steps"
             )
-        source = self.module if weights is None else self._copy(weights)
+        source = self._trained if weights is None else self._copy(weights)
         self._trainee.leave()
         self._finished = True
         if self._own is None:
@@ -229,6 +257,11 @@ class Session:
         self.step = state["step"]
 
     # ---------------------------------------------------------------------------------------------------------- checks
+    @property
+    def _trained(self) -> nn.Module:
+        """What the pass works on: the module, or the submodule of it."""
+        return self.module if self._own is None else self._own
+
     def _adopt(self, module: TrainableModule) -> TrainableModule:
         assert isinstance(self.module, TrainableModule)
         device = next((t.device for t in self.module.parameters()), None)
@@ -250,7 +283,7 @@ class Session:
 
     def _require_ours(self, optimizer: Optimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in held for p in self.module.parameters()):
+        if not any(id(p) in held for p in self._trained.parameters()):
             raise BadInput(
                 "before_step: the optimizer holds no parameter of session.module; make it of session.module.parameters()"
             )
