@@ -78,7 +78,7 @@ class Expressions:
                 self.libraries.add("operator")
                 return f"operator.{node.target.__name__}({', '.join(given)})"  # type: ignore[union-attr]
             if getattr(torch, getattr(node.target, "__name__", ""), None) is node.target:
-                return f"torch.{node.target.__name__}({', '.join(given)})"  # type: ignore[union-attr]
+                return f"torch.{node.target.__name__}({', '.join(given)})"
             if node.target is math.floor or node.target is math.ceil or node.target is math.trunc:
                 self.libraries.add("math")
                 return f"math.{node.target.__name__}({', '.join(given)})"
@@ -103,7 +103,8 @@ class Expressions:
 
     def _given(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The node's arguments, with what the mode decides as expressions of `self.training`."""
-        args, kwargs = list(node.args), dict(node.kwargs)
+        args: list[Any] = [*node.args]
+        kwargs: dict[str, Any] = dict(node.kwargs)
         key = switch(node)
         if key is None:
             return tuple(args), kwargs

@@ -45,7 +45,7 @@ def layers_of(module: TrainableModule) -> dict[fx.Node, Layer]:
         layer = _layer(module, node) if node.op == "call_function" else None
         if layer is not None:
             found.setdefault(layer.path, {})[node] = layer
-    result = {}
+    result: dict[fx.Node, Layer] = {}
     for path, users in found.items():
         own = [n for n in names if n.startswith(f"{path}.")]
         readers = {u for n in module.graph.nodes if n.op == "get_attr" and str(n.target) in own for u in n.users}

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import fx, nn
 
+from ..capture.proof import distance
 from ..compat import input_names, output_spec, pytree
 from ..edit import tensor_at
 from ..errors import Refused, reason
 from ..files import replacing
 from ..nodes import arguments, fetch, module_path
-from ..verify.evaluate import relative_error, to_double
 from .calls import Expressions, check_writable
 from .layers import Layer, layers_of
 
@@ -218,7 +218,8 @@ class _Writer:
         names = self._arguments()
         paths, _ = pytree.tree_flatten_with_path((self.program.args, self.program.kwargs))
         keys = list(self.program.kwargs)
-        for node, (path, _) in zip(self.placeholders, paths, strict=True):
+        keyed: list[Any] = [path for path, _ in paths]
+        for node, path in zip(self.placeholders, keyed, strict=True):
             which, place, *rest = path
             index = place.idx if which.idx == 0 else len(self.program.args) + keys.index(place.key)
             if not rest:
@@ -290,30 +291,40 @@ def _prove(made: nn.Module, program: Program) -> None:
         runs = []
         for module in (theirs, ours):
             module.train(training)
-            inputs = pytree.tree_map(to_double, copy.deepcopy((program.args, program.kwargs)))
+            inputs = pytree.tree_map(_double, copy.deepcopy((program.args, program.kwargs)))
             runs.append(_run(module, inputs, training))
-        names = [name for name in runs[0] if name in runs[1]]
-        missing = [n for n in runs[0] if n not in runs[1]]
-        errors = {name: relative_error(runs[1][name], runs[0][name]) for name in names}
-        worst = max(errors, key=errors.__getitem__, default=None)
-        if missing or (worst is not None and not errors[worst] <= TOLERANCE):
-            what = f"{worst} is off by {errors[worst]:.1e}" if worst is not None and not missing else f"no {missing[0]}"
+        missing = next((name for name in runs[0] if name not in runs[1]), None)
+        if missing is not None:
+            raise Refused(f"to_source: what was written has no {missing}")
+        errors = {name: distance(value, runs[1][name]) for name, value in runs[0].items()}
+        worst = max(errors, key=errors.__getitem__)
+        if not errors[worst] <= TOLERANCE:
             mode = "train" if training else "eval"
-            raise Refused(f"to_source: what was written computes something else in {mode} mode ({what})")
+            raise Refused(
+                f"to_source: what was written computes something else in {mode} mode: {worst} is off by {errors[worst]:.1e}"
+            )
 
 
-def _run(module: nn.Module, inputs: Any, training: bool) -> dict[str, Any]:
+def _double(value: Any) -> Any:
+    floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.double() if floats else value
+
+
+def _run(module: nn.Module, inputs: Any, training: bool) -> dict[str, torch.Tensor]:
+    """What a module computes: outputs, and in training gradients of all floats of the outputs, and buffers."""
     module.zero_grad()
     with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(training):
         torch.manual_seed(0)
-        outputs = module(*inputs[0], **inputs[1])
-        found = {"the output": outputs}
+        leaves = pytree.tree_leaves(module(*inputs[0], **inputs[1]))
+        outputs = [t for t in leaves if isinstance(t, torch.Tensor)]
+        found = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
         if training:
-            floats = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.requires_grad]
+            floats = [t for t in outputs if t.requires_grad]
+            weights = [torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).view(t.shape) for t in floats]
             if floats:
-                sum(
-                    (t.double().square() * torch.linspace(0.5, 1.5, t.numel()).view(t.shape)).sum() for t in floats
-                ).backward()
-            found |= {f"the gradient of {n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
-            found |= {f"the buffer {n}": b.clone() for n, b in module.named_buffers()}
+                torch.autograd.backward(
+                    [t * w for t, w in zip(floats, weights, strict=True)], [t.detach() for t in floats]
+                )
+            found |= {f"gradient of {n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
+            found |= {f"buffer {n}": b.clone() for n, b in module.named_buffers()}
     return found

@@ -50,7 +50,8 @@ class Equal:
 def class_ties(comb: Comb, groups: list[Group], minimum: int) -> tuple[Ties, dict[str, str]]:
     """The groups that may shrink in a way that a class can express, tied as it needs them; and by name, with the reason,
     those that may not."""
-    equations, refused = [*_equal(comb)], {}
+    equations = [*_equal(comb)]
+    refused: dict[str, str] = {}
     while True:
         free = [g for g in groups if g.name not in refused]
         bundles, broken = _bundles(equations, free, minimum)
@@ -166,9 +167,9 @@ def _head_counts(comb: Comb, heads: set[Factor]) -> Iterator[Equal]:
         if op_name(node) in PRODUCTS and (path := module_path(node)):
             atoms = [a for a in ax.atoms(comb.axes[node]) if a in heads]
             found.setdefault(path, (node, {}))[1].update(dict.fromkeys(atoms))
-    for node, atoms in found.values():
+    for node, counted in found.values():
         by_size: dict[int, list[Axis]] = defaultdict(list)
-        for atom in atoms:
+        for atom in counted:
             by_size[atom.size].append([atom])
         for same in by_size.values():
             if len(same) > 1:
