@@ -16,6 +16,7 @@ from ...graph.program import Program, TrainableModule
 
 Removed = dict[str, dict[int, list[int]]]
 PRODUCTS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+FAINT = 1e-4  # a scale below this share of the largest is not divided by
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Consumer:
     what the twin computes, from all entries that the layer reads; otherwise all kernel positions share one map from the
     channels that are left to those that were there. total, beside: where an addition alone reads the layer, that of the
     dense network, and what else the smaller one adds: then the layer is fitted to the dense sum less that, so that it makes
-    up for what the other operand lacks, such as a block that is gone.
+    up for what the other operand lacks, such as a block that is gone. norm: the BatchNorm between the layer and that
+    addition, whose scale is then part of the weights that are fitted.
     """
 
     node: fx.Node
@@ -43,6 +45,7 @@ class Consumer:
     whole: bool
     total: fx.Node | None = None
     beside: fx.Node | None = None
+    norm: fx.Node | None = None
 
     @property
     def goal(self) -> fx.Node:
@@ -94,7 +97,7 @@ def find(
             continue
         found = consumer_of(node, twin, dense, smaller, removed, uses, largest)
         if isinstance(found, Consumer):
-            consumers.append(_with_sum(found, twins, same) if found.whole else found)
+            consumers.append(_with_sum(found, twins, same, smaller) if found.whole else found)
         else:
             weight = arguments(node)["weight"]
             refused.append({"what": str(weight.target) if weight.op == "get_attr" else node.name, "why": found})
@@ -123,9 +126,11 @@ def twin_of(node: fx.Node, twins: dict[str, fx.Node], same: dict[fx.Node, fx.Nod
     return one if isinstance(one, fx.Node) else None
 
 
-def _with_sum(consumer: Consumer, twins: dict[str, fx.Node], same: dict[fx.Node, fx.Node]) -> Consumer:
+def _with_sum(
+    consumer: Consumer, twins: dict[str, fx.Node], same: dict[fx.Node, fx.Node], smaller: TrainableModule
+) -> Consumer:
     """The consumer with the addition behind it, where there is one and its other operand is not what it was."""
-    at, dense_at = consumer.node, consumer.twin
+    at, dense_at, norm = consumer.node, consumer.twin, None
     while len(at.users) == 1:
         before, (at,) = at, at.users
         twin = twins.get(at.name)
@@ -133,6 +138,9 @@ def _with_sum(consumer: Consumer, twins: dict[str, fx.Node], same: dict[fx.Node,
             break
         if op_name(at) in COPIES:
             dense_at = twin
+            continue
+        if norm is None and before is consumer.node and consumer.mean is not None and _invertible(at, smaller):
+            dense_at, norm = twin, at
             continue
         operands, dense_operands = at.all_input_nodes, twin.all_input_nodes
         if op_name(at) != "add" or {len(operands), len(dense_operands)} != {2}:
@@ -142,10 +150,21 @@ def _with_sum(consumer: Consumer, twins: dict[str, fx.Node], same: dict[fx.Node,
         earlier = beside < consumer.node  # in the order of the graph, so that it is known by then
         fits = {shape(n) for n in (at, beside)} == {shape(consumer.node)} and shape(twin) == shape(consumer.twin)
         plain = arguments(at)["alpha"] == arguments(twin)["alpha"] == 1
-        return (
-            replace(consumer, total=twin, beside=beside) if earlier and fits and plain and not unchanged else consumer
-        )
+        if earlier and fits and plain and not unchanged:
+            return replace(consumer, total=twin, beside=beside, norm=norm)
+        return consumer
     return consumer
+
+
+def _invertible(node: fx.Node, module: TrainableModule) -> bool:
+    """Whether a node is a BatchNorm whose scales can be divided out."""
+    if op_name(node) != "batch_norm":
+        return False
+    stored = [arguments(node)[key] for key in ("running_mean", "running_var", "weight", "bias")]
+    if any(n is not None and n.op != "get_attr" for n in stored):
+        return False
+    scale = norm_of(module, node)[0].abs()
+    return bool((scale > FAINT * scale.max()).all())
 
 
 def _is_node(value: object) -> bool:
@@ -227,3 +246,49 @@ def mean_behind(node: fx.Node, module: TrainableModule, uses: dict[int, int]) ->
     if mean is None or mean.op != "get_attr" or uses[id(fetch(module, str(mean.target)))] > 1:
         return None
     return str(mean.target)
+
+
+def norm_of(module: TrainableModule, norm: fx.Node) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale, mean and shift, float64, of a BatchNorm that computes `scale (y - mean) + shift`."""
+    a = arguments(norm)
+    mean, variance, weight, bias = (
+        None if a[key] is None else fetch(module, str(a[key].target)).detach().double()
+        for key in ("running_mean", "running_var", "weight", "bias")
+    )
+    scale = (variance + a["eps"]).rsqrt()
+    return scale if weight is None else weight * scale, mean, torch.zeros_like(mean) if bias is None else bias
+
+
+def unchanged(dense: TrainableModule, smaller: TrainableModule) -> dict[fx.Node, fx.Node]:
+    """The nodes of the smaller graph that compute what their twins compute, for all inputs."""
+    twins = {node.name: node for node in dense.graph.nodes}
+    found: dict[fx.Node, fx.Node] = {}
+    for node in smaller.graph.nodes:
+        twin = twins.get(node.name)
+        if twin is None or twin.op != node.op or node.op == "output":
+            continue
+        if node.op == "get_attr":
+            own, other = fetch(smaller, str(node.target)), fetch(dense, str(twin.target))
+            same = isinstance(own, Tensor) and isinstance(other, Tensor) and own.shape == other.shape
+            same = same and own.dtype == other.dtype and bool((own == other.to(own.device)).all())
+        elif node.op == "placeholder":
+            same = node.target == twin.target
+        else:
+            same = node.target == twin.target and _same_arguments(node, twin, found)
+        if same:
+            found[node] = twin
+    return found
+
+
+def _same_arguments(node: fx.Node, twin: fx.Node, known: dict[fx.Node, fx.Node]) -> bool:
+    leaves, shape = pytree.tree_flatten((node.args, dict(node.kwargs)), is_leaf=lambda v: isinstance(v, fx.Node))
+    others, other_shape = pytree.tree_flatten((twin.args, dict(twin.kwargs)), is_leaf=lambda v: isinstance(v, fx.Node))
+    if shape != other_shape:
+        return False
+    for a, b in zip(leaves, others, strict=True):
+        if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+            if not isinstance(a, fx.Node) or known.get(a) is not b:
+                return False
+        elif type(a) is not type(b) or a != b:
+            return False
+    return True

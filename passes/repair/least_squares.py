@@ -22,7 +22,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGES = (1e-13, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the diagonal, among which halves choose
+RIDGES = (
+    1e-13,
+    1e-7,
+    1e-5,
+    1e-4,
+    1e-3,
+    1e-2,
+    1e-1,
+    1.0,
+    10.0,
+    100.0,
+)  # shares of the diagonal, among which halves choose
 ROUNDED = 1e-5  # the least of them where products were taken in float32, whose rounding lies under it
 START = 1e-2  # the one where the choice begins
 ALONE = 1e-2  # the share where there is but one sample, so that nothing can be held out

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ...graph.compat import pytree
 from ...graph.errors import BadInput
 from ...graph.nodes import arguments, fetch
-from ...graph.program import Program, TrainableModule
+from ...graph.program import Program
 from ...graph.sparse import sparse_weights
 from ...graph.verify.removal import removed_since
 from ..base import Context, Pass, PassResult, check_field
@@ -22,7 +21,7 @@ from ..common.repeat import seeded
 from ..common.scoring import bar, evaluating
 from ..common.weights import check_included, layers, selected
 from .attention import Logits, Mixing, find_logits
-from .consumers import Consumer, Removed, find
+from .consumers import Consumer, Removed, find, norm_of, unchanged
 from .images import Images, take_images
 from .least_squares import START, Fit, Sums, fit
 from .rows import PIECE, Rows, parts, rows_of_inputs, rows_of_outputs, some_positions
@@ -38,12 +37,11 @@ class Repair(Pass):
     (`least_squares`). Layers are repaired in the order they run, so that each makes up for what those before it could not.
     Linear layers and convolutions, grouped and depthwise ones too; kernels with more than `unknowns` entries an output, and
     transposed convolutions, share one map between channels over all kernel positions. Where a layer has no bias, the
-    BatchNorm behind it takes the constant. A layer that goes into a sum is fitted to the dense sum less the other operand,
-    and so makes up for what that one lacks, as behind a block that is gone; one that stands for a merged block is fitted to
-    what the block gives. Of heads whose queries and keys lost channels, the projection of the queries
-    takes the mix of what is left that brings the logits nearest (`attention`). Nothing changes in front of the first
-    removal, and no layer that would become
-    worse on held-out images.
+    BatchNorm behind it takes the constant. A layer that goes into a sum, at once or through that BatchNorm, is fitted to the
+    dense sum less the other operand, and so makes up for what that one lacks, as behind a block that is gone; one that
+    stands for a merged block is fitted to what the block gives. Of heads whose queries and keys lost channels, the
+    projection of the queries takes the mix of what is left that brings the logits nearest (`attention`). Nothing changes in
+    front of the first removal, and no layer that would become worse on held-out images.
 
     samples: images to take from the data; labels are never needed. ridge: how strongly weights are held where they are, as
     a share of the inputs' mean squares; None chooses by holding out half of the images for each layer. unknowns: see
@@ -122,7 +120,7 @@ class _Run:
         memory = Memory(options.memory * 1e9)
         self.dense = Stepwise(dense.module(), self.images.inputs, memory)
         self.smaller = Stepwise(self.module, self.images.inputs, memory)
-        self.same = _unchanged(dense.module(), self.module)
+        self.same = unchanged(dense.module(), self.module)
         self.sparse, self.start = set(sparse_weights(smaller)), START
         found, self.refused = find(dense, self.module, removed, self.same, options.unknowns)
         logits, unmixed = find_logits(dense, self.module, removed, self.same, self.sparse, options.unknowns)
@@ -263,6 +261,9 @@ class _Run:
         rows, bias = rows_of_outputs(consumer, consumer.left(y), positions), arguments(consumer.node)["bias"]
         if beside is not None:
             rows = rows - rows_of_outputs(consumer, beside, positions)
+        if consumer.norm is not None:
+            scale, mean, shift = norm_of(self.module, consumer.norm)
+            return rows - (shift - scale * mean).reshape(consumer.groups, 1, -1).to(rows.dtype)
         if consumer.bias is None and bias is not None and not whole:
             rows = rows - fetch(self.module, str(bias.target)).reshape(consumer.groups, 1, -1)
         return rows
@@ -276,6 +277,8 @@ class _Run:
             choice[torch.from_numpy(consumer.inputs), torch.arange(len(consumer.inputs))] = 1
             return choice[None], None
         weight = fetch(self.module, consumer.weight).double().flatten(1).unflatten(0, (consumer.groups, -1))
+        if consumer.norm is not None:
+            weight = weight * norm_of(self.module, consumer.norm)[0].reshape(consumer.groups, -1, 1)
         if consumer.mean is not None:
             return weight, weight.new_zeros(weight.shape[:2])
         if consumer.bias is None:
@@ -291,6 +294,9 @@ class _Run:
     def _write(self, consumer: Consumer, found: Fit) -> None:
         parameter = fetch(self.module, consumer.weight)
         if consumer.whole:
+            if consumer.norm is not None:
+                scale = norm_of(self.module, consumer.norm)[0].reshape(consumer.groups, -1)
+                found = replace(found, weight=found.weight / scale[..., None], bias=found.bias / scale)
             parameter.copy_(found.weight.reshape(parameter.shape))
             if found.bias is not None and consumer.bias is not None:
                 fetch(self.module, consumer.bias).copy_(found.bias.flatten())
@@ -321,8 +327,11 @@ class _Run:
                 for part in parts(half, k, len(half)):
                     chosen = None if positions is None else positions[part].to(half.device)
                     error = rows_of_outputs(consumer, value[part], chosen)
+                    if consumer.norm is not None:
+                        scale = norm_of(self.module, consumer.norm)[0]
+                        error = error * scale.reshape(consumer.groups, 1, -1).to(error.dtype)
                     error = error - self._target_rows(consumer, i, part, chosen, whole=True)
-                    if consumer.mean is not None and found.bias is not None:
+                    if consumer.mean is not None and consumer.norm is None and found.bias is not None:
                         error = error + found.bias[:, None].to(error.dtype)
                     total[0] += float(error.square().sum(dtype=torch.float64))
                     total[1] += error.shape[1]
@@ -359,38 +368,3 @@ def _row(consumer: Consumer, sums: Sequence[Sums], found: Fit, total: float) -> 
     if rows < unknowns:
         row["few"] = f"{rows} rows for {unknowns} unknowns: the ridge decides; more images would help"
     return row
-
-
-def _unchanged(dense: TrainableModule, smaller: TrainableModule) -> dict[fx.Node, fx.Node]:
-    """The nodes of the smaller graph that compute what their twins compute, for all inputs."""
-    twins = {node.name: node for node in dense.graph.nodes}
-    found: dict[fx.Node, fx.Node] = {}
-    for node in smaller.graph.nodes:
-        twin = twins.get(node.name)
-        if twin is None or twin.op != node.op or node.op == "output":
-            continue
-        if node.op == "get_attr":
-            own, other = fetch(smaller, str(node.target)), fetch(dense, str(twin.target))
-            same = isinstance(own, Tensor) and isinstance(other, Tensor) and own.shape == other.shape
-            same = same and own.dtype == other.dtype and bool((own == other.to(own.device)).all())
-        elif node.op == "placeholder":
-            same = node.target == twin.target
-        else:
-            same = node.target == twin.target and _same_arguments(node, twin, found)
-        if same:
-            found[node] = twin
-    return found
-
-
-def _same_arguments(node: fx.Node, twin: fx.Node, known: dict[fx.Node, fx.Node]) -> bool:
-    leaves, shape = pytree.tree_flatten((node.args, dict(node.kwargs)), is_leaf=lambda v: isinstance(v, fx.Node))
-    others, other_shape = pytree.tree_flatten((twin.args, dict(twin.kwargs)), is_leaf=lambda v: isinstance(v, fx.Node))
-    if shape != other_shape:
-        return False
-    for a, b in zip(leaves, others, strict=True):
-        if isinstance(a, fx.Node) or isinstance(b, fx.Node):
-            if not isinstance(a, fx.Node) or known.get(a) is not b:
-                return False
-        elif type(a) is not type(b) or a != b:
-            return False
-    return True

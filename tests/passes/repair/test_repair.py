@@ -101,6 +101,44 @@ def test_the_last_layer_is_least_squares_on_what_reaches_it() -> None:
     torch.testing.assert_close(fetch(result.program.module(), "3.bias").data, expected[:, -1], rtol=1e-9, atol=1e-9)
 
 
+def test_a_sum_behind_a_batchnorm_is_what_its_last_operand_is_fitted_to() -> None:
+    """The block makes up for what the shortcut lacks: least squares on the dense sum less the shortcut, through the norm."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.shortcut = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1)
+            self.wide, self.last, self.norm = nn.Conv2d(8, 12, 1), nn.Conv2d(12, 6, 1, bias=False), nn.BatchNorm2d(6)
+            self.norm.running_mean.normal_()
+            self.norm.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(self.norm.weight, -2, -0.5)
+            nn.init.normal_(self.norm.bias)
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            short = self.shortcut(x)
+            return short + self.norm(self.last(self.wide(x).relu()))
+
+    torch.manual_seed(0)
+    dense, data = capture(Residual()), images()
+    pruned = RemoveChannels(ratio=0.5, round_to=1, include=("stem*",))(dense).program
+    result = Repair(ridge=0.0, include=("last*",))(pruned, data=data, teacher=dense)
+    rows = {row["what"]: row for row in result.record["layers"]}
+    assert rows["last.weight"]["sum"] == "add"
+    assert rows["last.weight"]["after"] == pytest.approx(rows["last.weight"]["predicted"], rel=1e-6)
+    module, x = result.program.module(), torch.cat(data)
+    part = {n: fetch(module, n).detach() for n in ("stem.weight", "stem.bias", "shortcut.weight", "shortcut.bias")}
+    wide = (fetch(module, "wide.weight").detach(), fetch(module, "wide.bias").detach())
+    stem = nn.functional.conv2d(x, part["stem.weight"], part["stem.bias"]).relu()
+    short = nn.functional.conv2d(stem, part["shortcut.weight"], part["shortcut.bias"])
+    hidden = nn.functional.conv2d(stem, *wide).relu().movedim(1, -1).flatten(0, 2)
+    goal = run(dense, x).movedim(1, -1).flatten(0, 2) - short.movedim(1, -1).flatten(0, 2)
+    full = torch.cat([hidden, torch.ones(len(hidden), 1)], 1)
+    expected = full @ torch.linalg.lstsq(full, goal).solution
+    ours = (run(result.program, x) - short).movedim(1, -1).flatten(0, 2)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_samples_may_lie_behind_the_positions() -> None:
     """PyTorch's own attention computes with positions first, and with both in one dimension behind the softmax."""
 
