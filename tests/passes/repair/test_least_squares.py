@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphcomb.passes.repair.least_squares import Sums, fit, solve
+from graphcomb.passes.repair.least_squares import BLOCK, RIDGES, WORTH, Problem, Sums, _best, fit, solve
 
 
 def sums_of(x: torch.Tensor, y: torch.Tensor) -> Sums:
@@ -92,3 +92,48 @@ def test_halves_choose_a_large_ridge_where_rows_are_few_and_none_where_the_answe
     exact = fit((sums_of(x[::2], y[::2]), sums_of(x[1::2], y[1::2])), torch.zeros_like(truth), zero, None)
     torch.testing.assert_close(exact.weight, truth, rtol=0, atol=1e-10)
     assert exact.helps
+
+
+@pytest.mark.parametrize("u", [5, 600])
+def test_float32_rows_keep_their_digits_about_large_means(u: int) -> None:
+    """In several blocks, and wide enough for a product by panels, next to the same rows in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, BLOCK + 100, u, generator=generator) + 300
+    y = x[..., :3] - 500 + torch.randn(1, BLOCK + 100, 3, generator=generator)
+    single, double = (Sums.zeros(1, u, 3, x.device) for _ in range(2))
+    single.add(x, y)
+    double.add(x.double(), y.double())
+    assert single.rounded
+    assert not double.rounded
+    weight, bias = torch.zeros(1, 3, u, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
+    ours, exact = (Problem(sums, weight, bias) for sums in (single, double))
+    largest = exact.a.diagonal(dim1=1, dim2=2).max()
+    assert (ours.a - exact.a).abs().max() < 1e-5 * largest
+    assert (ours.wanted - exact.wanted).abs().max() < 1e-5 * largest
+    assert single.variance(True) == pytest.approx(double.variance(True), rel=1e-6)
+
+
+@given(st.integers(0, 10_000), st.booleans())
+@settings(max_examples=10, deadline=None)
+def test_what_is_held_out_is_the_error_of_one_half_s_answer_on_the_other(seed: int, bias: bool) -> None:
+    x, y = rows(seed)
+    halves = sums_of(x[::2], y[::2]), sums_of(x[1::2], y[1::2])
+    old = torch.ones(1, 4, 7, dtype=torch.float64)
+    zero = torch.zeros(1, 4, dtype=torch.float64) if bias else None
+    expected = halves[1].loss(*solve(halves[0], old, zero, 0.1)) + halves[0].loss(*solve(halves[1], old, zero, 0.1))
+    assert fit(halves, old, zero, 0.1).held == pytest.approx(expected, rel=1e-8)
+
+
+@given(st.integers(0, len(RIDGES) - 1), st.floats(0.01, 3), st.sampled_from(RIDGES))
+def test_the_ridge_is_where_the_loss_ceases_to_fall(minimum: int, slope: float, start: float) -> None:
+    losses = {share: 1 + slope * abs(i - minimum) for i, share in enumerate(RIDGES)}
+    held: dict[float, float] = {}
+    assert slope > WORTH
+    assert _best(losses.__getitem__, held, 0.0, list(RIDGES), start) == RIDGES[minimum]
+    assert len(held) <= abs(RIDGES.index(start) - minimum) + 3
+
+
+def test_of_ridges_that_are_about_as_good_the_largest_is_taken_and_the_least_where_nothing_is_lost() -> None:
+    losses = dict(zip(RIDGES, [2.0, 1.5, 1.0, 1.0005, 1.0009, 3.0, 4.0, 5.0, 6.0, 7.0], strict=True))
+    assert _best(losses.__getitem__, {}, 0.0, list(RIDGES), 1e-2) == 1e-3
+    assert _best(losses.__getitem__, {}, 1.2, list(RIDGES), 1e-2) == RIDGES[0]
