@@ -251,12 +251,14 @@ def mean_behind(node: fx.Node, module: TrainableModule, uses: dict[int, int]) ->
 def norm_of(module: TrainableModule, norm: fx.Node) -> tuple[Tensor, Tensor, Tensor]:
     """Scale, mean and shift, float64, of a BatchNorm that computes `scale (y - mean) + shift`."""
     a = arguments(norm)
-    mean, variance, weight, bias = (
-        None if a[key] is None else fetch(module, str(a[key].target)).detach().double()
-        for key in ("running_mean", "running_var", "weight", "bias")
-    )
-    scale = (variance + a["eps"]).rsqrt()
-    return scale if weight is None else weight * scale, mean, torch.zeros_like(mean) if bias is None else bias
+
+    def value(key: str, default: float) -> Tensor:
+        mean = fetch(module, str(a["running_mean"].target))
+        found = torch.full_like(mean, default) if a[key] is None else fetch(module, str(a[key].target))
+        return found.detach().double()
+
+    scale = value("weight", 1.0) * (value("running_var", 1.0) + a["eps"]).rsqrt()
+    return scale, value("running_mean", 0.0), value("bias", 0.0)
 
 
 def unchanged(dense: TrainableModule, smaller: TrainableModule) -> dict[fx.Node, fx.Node]:

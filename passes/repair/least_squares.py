@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class Sums:
     xx: Tensor
     yx: Tensor
     yy: Tensor
-    rounded: bool = False  # whether products were taken in float32
+    rounded: bool = field(default=False, init=False)  # whether products were taken in float32
 
     @classmethod
     def zeros(cls, groups: int, inputs: int, outputs: int, device: torch.device) -> Sums:
@@ -101,8 +101,9 @@ class Sums:
         return [self.count, self.x, self.y, self.xx, self.yx, self.yy]
 
     def __add__(self, other: Sums) -> Sums:
-        sums = (a + b for a, b in zip(self.tensors(), other.tensors(), strict=True))
-        return Sums(*sums, rounded=self.rounded or other.rounded)
+        both = Sums(*(a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
+        both.rounded = self.rounded or other.rounded
+        return both
 
     @property
     def finite(self) -> bool:

@@ -223,7 +223,7 @@ class _Run:
             many = groups * unknowns * (count if positions is None else positions.shape[1])
             for k, sums in enumerate(waiting):
                 for part in parts(half, k, PIECE // many):
-                    chosen = None if positions is None else positions[part].to(half.device)
+                    chosen = None if positions is None else positions[part].to(batch.device)
                     sums.add(
                         rows_of_inputs(consumer, batch[part], chosen), self._target_rows(consumer, i, part, chosen)
                     )
@@ -325,7 +325,7 @@ class _Run:
             positions = some_positions((len(half), count), self.images.count * count, 0, generator)
             for k in range(2):
                 for part in parts(half, k, len(half)):
-                    chosen = None if positions is None else positions[part].to(half.device)
+                    chosen = None if positions is None else positions[part].to(value.device)
                     error = rows_of_outputs(consumer, value[part], chosen)
                     if consumer.norm is not None:
                         scale = norm_of(self.module, consumer.norm)[0]
