@@ -102,28 +102,31 @@ class _Run:
     def __init__(self, values: Values, tables: list[dict[str, Sizes]]):
         self.values, self.tables = values, tables
         self.wrong = ""
-        self._trying = False
+        self._trials = 0
 
     def guarded(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         """The module's forward, which mends the module's attributes where it fails."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if self._trying:
-                return forward(*args, **kwargs)
             inputs = _copied((args, kwargs))  # a forward may write to what it is given
             failure, result = None, None
             try:
                 result = forward(*args, **kwargs)
-                if self.values.knows(result) or not self.values.knows(inputs):
+                if self.values.knows(result):
                     return result
             except Exception as error:
                 failure = error
+            if not self.values.knows(inputs):  # the fault lies elsewhere
+                if failure is not None:
+                    raise failure
+                return result
             mended = self._mended(path, module, forward, inputs)
             if mended is not None:
                 return mended[0]
             if failure is not None:
                 raise failure
-            self.wrong = self.wrong or f"; first in {path or 'the model'} ({_place_of(module)})"
+            if not self._trials:
+                self.wrong = self.wrong or f"; first in {path or 'the model'} ({_place_of(module)})"
             return result
 
         return run
@@ -136,7 +139,7 @@ class _Run:
             return None
         for choice in itertools.islice(_choices(held, self._left(path), self._numbers(path)), TRIES):
             _set(module, choice)
-            self._trying = True
+            self._trials += 1  # modules inside are mended on the way
             try:
                 args, kwargs = _copied(inputs)
                 result = forward(*args, **kwargs)
@@ -145,7 +148,7 @@ class _Run:
             except Exception:
                 pass
             finally:
-                self._trying = False
+                self._trials -= 1
             _set(module, {slot: held[slot] for slot in choice})
         return None
 
@@ -195,11 +198,19 @@ def _choices(held: dict[Slot, int], left: Sizes, numbers: set[int]) -> Iterator[
     program's operators of this module hold, the fewest first."""
     known = {slot: sorted(left[n]) for slot, n in held.items() if n in left}
     other = {slot: [m for m in sorted(numbers, reverse=True) if 0 < m < n] for slot, n in held.items() if n > 1}
-    for options, counts in ((known, [*range(len(known), 0, -1)]), (other, [1, 2])):
-        for count in counts:
-            for slots in itertools.combinations(options, count):
-                for values in itertools.product(*(options[s] for s in slots)):
-                    yield dict(zip(slots, values, strict=True))
+    for count in range(len(known), 0, -1):
+        yield from _some(known, count)
+    for base in ([next(_some(known, len(known)))] if known else []) + [{}]:
+        for count in (1, 2):
+            for choice in _some({s: o for s, o in other.items() if s not in base}, count):
+                yield base | choice
+
+
+def _some(options: dict[Slot, list[int]], count: int) -> Iterator[dict[Slot, int]]:
+    """All ways to choose so many of the slots, and a value for each."""
+    for slots in itertools.combinations(options, count):
+        for values in itertools.product(*(options[s] for s in slots)):
+            yield dict(zip(slots, values, strict=True))
 
 
 def _where(error: Exception) -> str:

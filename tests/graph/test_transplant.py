@@ -127,3 +127,52 @@ def test_a_module_in_training_stays_so():
     model[1].eval()
     new = result.transplant(model)
     assert [m.training for m in new.modules()] == [m.training for m in model.modules()]
+
+
+class Bias(nn.Module):
+    def __init__(self, heads):
+        super().__init__()
+        self.heads, self.table = heads, nn.Parameter(torch.randn(heads, 5))
+
+    def forward(self):
+        return self.table.view(self.heads, 1, 5)
+
+
+class Nested(nn.Module):
+    """A number of heads in a module and in one inside it, and sizes in a list."""
+
+    def __init__(self, width=16, heads=4):
+        super().__init__()
+        self.num_heads, self.sizes = heads, [width, 2 * width]
+        self.qkv, self.proj, self.bias = nn.Linear(width, 3 * width), nn.Linear(width, width), Bias(heads)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q, kv = self.qkv(x).split(self.sizes, -1)
+        k, v = kv.reshape(n, t, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q = q.reshape(n, t, self.num_heads, -1).transpose(1, 2)
+        weights = (q @ k.transpose(-2, -1) / 2 + self.bias()).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_sizes_in_lists_and_in_modules_inside_are_found():
+    model = Nested()
+    new = pruned(model, torch.randn(2, 5, 16), kinds=("head",)).transplant(model)
+    assert (new.num_heads, new.bias.heads, new.sizes) == (2, 2, [8, 16])
+    assert (model.num_heads, model.sizes) == (4, [16, 32])
+    assert "forward" not in vars(new)
+
+
+def test_what_differs_without_an_error_is_named_by_its_module():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.b(x / x.shape[-1])
+
+    model = nn.Sequential(Scaled(), nn.ReLU())
+    with pytest.raises(Refused, match=r"something else.*; first in 0 \(test_transplant.py:\d+: Scaled.forward\)"):
+        pruned(model, torch.randn(2, 8)).transplant(model)
