@@ -44,9 +44,7 @@ PACKAGED: dict[str, tuple[str, str, dict[str, Sequence[int]]]] = {  # name: whee
     "voice activity, If (silero-vad)": ("silero_vad", "silero_vad.onnx", {}),
     "INT8 CRNN (ddddocr)": ("ddddocr", "common_old.onnx", {"input1": (1, 1, 64, 160)}),
 }
-# Of the exported file: pruned without training, detectors have scores so small that the runtime's approximation of the
-# sigmoid, to 1e-7, is more than 1e-4 of a channel. What came out is in the table.
-LOOSE = 0.05
+LOOSE = 0.05  # allowed of the exported file; what came out is in the table
 LIGHT = ("squeezenet", "shufflenet", "resnet50", "densenet121", "inception_v2", "bvlc_alexnet")
 EXPORTS: dict[str, tuple[int, bool]] = {  # family/name: opset, whether by the new exporter
     "torchvision/resnet18": (11, False), "torchvision/mobilenet_v3_small": (13, False),

@@ -13,7 +13,7 @@ import onnx
 from torch import Tensor
 
 from ..capture.functional import CaptureWarning
-from ..errors import BadInput, CaptureError, GraphcombError, Refused, in_a_line, nearest
+from ..errors import BadInput, CaptureError, GraphcombError, Refused, in_a_line, nearest, strict
 from ..program import Program, capture
 from . import operators  # noqa: F401  (fills the tables)
 from .inputs import Input, example, fits, inputs_of
@@ -66,6 +66,10 @@ def from_onnx(
         raise BadInput(f"{path}: {error}") from error
     except GraphcombError as error:
         raise type(error)(f"{path}: {error}") from error
+    except Exception as error:
+        if strict():
+            raise
+        raise BadInput(f"{path}: the graph cannot be read ({in_a_line(error)})") from error
     program = _captured(path, module, inputs, values, dynamic_shapes)
     record: dict[str, Any] = {
         "pass": RECORD, "file": path.name, "opset": opset_of(model), "producer": model.producer_name,
@@ -73,7 +77,7 @@ def from_onnx(
         "operators": dict(sorted(Counter(node.op_type for node in model.graph.node).items())), "changed": [],
     }  # fmt: skip
     if prove:
-        record["parity"] = compare(program.module().eval(), module, model, str(path), _cases(program, inputs))
+        record["parity"] = compare(program.module().eval(), module, model, str(path), _cases(program, inputs, module.batch or 1))
     program.history = [record]
     return program
 
@@ -142,12 +146,13 @@ def _quietly(module: OnnxModule, values: list[Tensor], dynamic_shapes: Any) -> P
         return capture(module.eval(), tuple(values), dynamic_shapes=dynamic_shapes)
 
 
-def _cases(program: Program, inputs: list[Input]) -> list[list[Tensor]]:
-    """The example inputs, and other random ones; where the batch is dynamic, of another size."""
+def _cases(program: Program, inputs: list[Input], unit: int) -> list[list[Tensor]]:
+    """The example inputs, and other random ones; where the batch is dynamic, of other sizes. unit: the batch of the file,
+    where that fixes it."""
     first = [x for x in program.args if isinstance(x, Tensor)]
     cases = [first]
     dynamic = program.dynamic_shapes is not None
-    for seed, batch in ((1, 3), (2, 1)) if dynamic else ((1, None),):
+    for seed, batch in ((1, 3 * unit), (2, unit)) if dynamic else ((1, None),):
         shapes = [list(x.shape) for x in first]
         if batch is not None:
             wide = [s for s in shapes if s]

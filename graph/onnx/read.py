@@ -116,9 +116,9 @@ def _check_operators(model: onnx.ModelProto, path: Path) -> None:
     unknown: dict[str, list[str]] = {}
     for node in model.graph.node:
         custom = node.domain not in STANDARD
-        name = f"{node.domain}::{node.op_type}" if custom else node.op_type
+        name = f"{node.domain}::{node.op_type}" if custom else str(node.op_type)  # bytes, where a file is damaged
         if custom or node.op_type not in {*OPERATORS, *ALWAYS}:
-            unknown.setdefault(name, []).append(node.name or node.output[0])
+            unknown.setdefault(name, []).append(node.name or next(iter(node.output), "nameless"))
     if unknown:
         parts = [
             f"{name} ({f'{len(nodes)} nodes' if len(nodes) > 1 else nodes[0]}): {_why(name)}"

@@ -175,9 +175,10 @@ def _without_quantisation(program: Program) -> Program | None:
     return plain if nodes else None
 
 
-def compare(known: Iterable[Case], engine: Engine) -> list[Check]:
-    """An engine's outputs against those of the program; raises what `parity` raises."""
-    checks = []
+def compare(known: Iterable[Case], engine: Engine, steps: Mapping[str, float] | None = None) -> list[Check]:
+    """An engine's outputs against those of the program; raises what `parity` raises. steps: by output, the least
+    difference that counts."""
+    checks, least = [], steps or {}
     for case in known:
         results = engine.run(feeds(engine, case.args, case.kwargs))
         if len(results) != len(case.wanted):
@@ -185,7 +186,9 @@ def compare(known: Iterable[Case], engine: Engine) -> list[Check]:
         names = [o.name for o in engine.outputs]
         plain: Sequence[np.ndarray | None] = case.plain or (None,) * len(results)
         rows = zip(results, case.wanted, names, plain, strict=True)
-        outputs = tuple(replace(output_error(a, b, n), distances=_distances(a, b, c)) for a, b, n, c in rows)
+        outputs = tuple(
+            replace(output_error(a, b, n, least.get(n, 0.0)), distances=_distances(a, b, c)) for a, b, n, c in rows
+        )
         error = max((o.worst for o in outputs), default=0.0)
         checks.append(Check(case.inputs, case.batch, error, outputs))
     return checks
@@ -198,8 +201,8 @@ def _distances(found: np.ndarray, wanted: np.ndarray, plain: np.ndarray | None) 
     return tuple(float(np.sum(np.square(x[finite].astype(np.float64) - plain[finite]))) for x in (found, wanted))  # type: ignore[return-value]
 
 
-def output_error(found: np.ndarray, wanted: np.ndarray, name: str = "output") -> OutputError:
-    """How far an output is off. Raises Refused for another shape."""
+def output_error(found: np.ndarray, wanted: np.ndarray, name: str = "output", least: float = 0.0) -> OutputError:
+    """How far an output is off; differences up to `least` count as none. Raises Refused for another shape."""
     if found.shape != wanted.shape:
         raise Refused(f"{name}: the engine gives shape {found.shape}, the program {wanted.shape}")
     samples = (found, wanted) if wanted.ndim else (found[None], wanted[None])
@@ -208,6 +211,9 @@ def output_error(found: np.ndarray, wanted: np.ndarray, name: str = "output") ->
         share = float(np.mean(differ)) if differ else 0.0
         return OutputError(name, share, 0.0, "", 1.0, "", 1.0, differ, None)
     found = found.astype(np.float64)
+    if least:
+        found = np.where(np.abs(found - wanted) <= least, wanted, found)
+    samples = (found, wanted) if wanted.ndim else (found[None], wanted[None])
     errors = tuple(relative_error(a, b, name) for a, b in zip(*samples, strict=True))
     error = relative_error(found, wanted, name)
     if not math.isfinite(error) or not wanted.size:

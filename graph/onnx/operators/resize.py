@@ -35,7 +35,7 @@ def resize(c: Call) -> Any:
     changed = [
         d for d, (a, b) in enumerate(zip(outs, x.shape, strict=True)) if is_static([a]) != is_static([b]) or a != b
     ]
-    if c.store.batch is not None and outs[0] == c.store.batch:
+    if c.store.batch is not None and is_static(outs[:1]) and outs[0] == c.store.batch:
         changed = [d for d in changed if d]
     if not changed or c.attribute("coordinate_transformation_mode") == "tf_crop_and_resize":
         if not changed:

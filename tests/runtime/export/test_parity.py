@@ -193,3 +193,13 @@ def test_real_samples_count_by_what_is_decided(program: Program) -> None:
     assert [c.wrong(1e-4) for c in checks] == [""] * len(checks)
     turned = parity(program, Fake(lambda x: np.where(x == x.max(1, keepdims=True), x - 0.2, 2 * x)), data=batches)
     assert min(c.agreement for c in turned if c.agreement is not None) < 0.9
+
+
+def test_differences_below_what_an_engine_can_resolve_count_as_none() -> None:
+    wanted = np.full((2, 3, 10, 10), 1e-9)
+    wanted[:, 0] = 0.5
+    found = wanted + 1e-7
+    assert output_error(found, wanted).channel > 1
+    assert output_error(found, wanted, least=1e-6).worst == 0
+    found[:, 0] += 1e-3
+    assert output_error(found, wanted, least=1e-6).error == pytest.approx(2e-3, rel=1e-3)
