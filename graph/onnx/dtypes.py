@@ -9,7 +9,7 @@ import torch
 from ..errors import Refused
 
 P = onnx.TensorProto
-TORCH = {
+TORCH: dict[int, torch.dtype] = {
     P.FLOAT: torch.float32, P.DOUBLE: torch.float64, P.FLOAT16: torch.float16, P.BFLOAT16: torch.bfloat16,
     P.INT64: torch.int64, P.INT32: torch.int32, P.INT16: torch.int16, P.INT8: torch.int8, P.UINT8: torch.uint8,
     P.UINT16: torch.uint16, P.UINT32: torch.uint32, P.UINT64: torch.uint64, P.BOOL: torch.bool,

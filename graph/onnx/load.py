@@ -77,7 +77,8 @@ def from_onnx(
         "operators": dict(sorted(Counter(node.op_type for node in model.graph.node).items())), "changed": [],
     }  # fmt: skip
     if prove:
-        record["parity"] = compare(program.module().eval(), module, model, str(path), _cases(program, inputs, module.batch or 1))
+        cases = _cases(program, inputs, module.batch or 1)
+        record["parity"] = compare(program.module().eval(), module, model, str(path), cases)
     program.history = [record]
     return program
 

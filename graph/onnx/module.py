@@ -117,7 +117,7 @@ class OnnxModule(nn.Module):
     def _lifted(self, name: str, value: Value) -> Tensor:
         if value is None:
             raise BadInput(f"the output {name} is empty")
-        return Call(Step("", [], [name], {}, name, 0), [], self).constant(value, name)
+        return Call(Step("", [], [name], {}, name, 0), [], self).constant(np.asarray(value), name)
 
 
 def build(plan: Plan, inputs: Sequence[str], outputs: Sequence[str]) -> OnnxModule:

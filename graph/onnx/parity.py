@@ -73,15 +73,15 @@ def compare(
                     f"{path}: the output {name} is {found.shape}, in ONNX Runtime {reference.shape}; "
                     f"{first_difference(module, model, inputs)}"
                 )
-            error = distance(found, reference, makers.get(name, ""))
-            if error > tolerance(reference):
+            off = distance(found, reference, makers.get(name, ""))
+            if off > tolerance(reference):
                 if not _explained(module, inputs, name, found, reference):
                     raise CaptureError(
-                        f"{path}: the output {name} is off by {error:.1e} of its largest value in ONNX Runtime (limit "
+                        f"{path}: the output {name} is off by {off:.1e} of its largest value in ONNX Runtime (limit "
                         f"{tolerance(reference):g}); {first_difference(module, model, inputs)}"
                     )
                 rounding = True
-            errors[name] = max(errors[name], error)
+            errors[name] = max(errors[name], off)
     return {"error": max(errors.values(), default=0.0), "outputs": errors, "cases": len(cases), "rounding": rounding}
 
 
@@ -169,7 +169,7 @@ def first_difference(module: OnnxModule, model: onnx.ModelProto, inputs: Sequenc
             ours = to_numpy(value) if isinstance(value, Tensor) else np.asarray(value)
             if ours.shape != reference.shape:
                 return f"first at {steps[name].title}: {ours.shape} instead of {reference.shape}"
-            error = distance(ours, reference, makers[name])
-            if error > tolerance(reference):
-                return f"first at {steps[name].title}, off by {error:.1e}"
+            off = distance(ours, reference, makers[name])
+            if off > tolerance(reference):
+                return f"first at {steps[name].title}, off by {off:.1e}"
     return "no single node differs: the errors add up"

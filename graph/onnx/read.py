@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
+import onnx.inliner
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from ..errors import BadInput, in_a_line, nearest

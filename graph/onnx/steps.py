@@ -63,7 +63,7 @@ class _Constants:
     """The store while constants are folded: nothing is kept."""
 
     training = False
-    batch = None
+    batch: int | None = None
 
     def constant(self, key: str, array: np.ndarray) -> Tensor:
         return to_torch(array)

@@ -107,7 +107,8 @@ def gather(c: Call) -> Any:
     ids = c.tensor(1).long()
     if axis == 0 and x.dim() == 2 and isinstance(x, torch.nn.Parameter):
         return F.embedding(ids, x)  # which raises for a negative index, of which a table of words has none
-    return x[(*[slice(None)] * axis, ids)]
+    places: list[Any] = [slice(None)] * axis
+    return x[(*places, ids)]
 
 
 @operator("GatherElements")
@@ -196,7 +197,7 @@ def pad(c: Call) -> Any:
         if before or after:
             if not is_static([x.shape[axis]]):
                 raise Refused(f"padding by {mode} along a dynamic axis; give the input a fixed size")
-            taken = np.pad(np.arange(int(x.shape[axis])), (max(before, 0), max(after, 0)), mode)  # type: ignore[call-overload]
+            taken = np.pad(np.arange(int(x.shape[axis])), (max(before, 0), max(after, 0)), mode)
             taken = taken[max(-before, 0) : len(taken) - max(-after, 0)]
             x = x.index_select(axis, c.constant(taken.astype(np.int64)))
     return x
