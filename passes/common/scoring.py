@@ -92,10 +92,11 @@ def score(
 
     forward: gives the outputs of a batch. feed: fits batches to a program, None for a module that takes them as they are.
     """
-    metric = metric() if isinstance(metric, type) else metric
-    whole = all(hasattr(metric, name) for name in ("reset", "update", "compute"))
-    if whole:
-        applied("metric", metric.reset)
+    whole: Any = metric() if isinstance(metric, type) else metric
+    if not all(hasattr(whole, name) for name in ("reset", "update", "compute")):
+        whole = None
+    if whole is not None:
+        applied("metric", whole.reset)
     total, count = 0.0, 0
     share = data if alone else shard(data, acc.process_index, acc.num_processes, even=False)
     batches = feed.batches(share, pad=True) if feed else (Batch(*split_batch(raw), size=0) for raw in share)
@@ -107,15 +108,15 @@ def score(
             outputs = forward(*batch.args, **batch.kwargs)
             if feed:
                 outputs = feed.cut(outputs, batch)
-            if whole:
-                applied("metric", metric.update, outputs, batch.labels)
+            if whole is not None:
+                applied("metric", whole.update, outputs, batch.labels)
                 count += 1
                 continue
             scores = torch.as_tensor(applied("metric", metric, outputs, batch.labels))
             total, count = total + scores.cpu().double().sum().item(), count + scores.numel()
             update(done, "")
-    if whole and count:
-        return number("metric", applied("metric", metric.compute))
+    if whole is not None and count:
+        return number("metric", applied("metric", whole.compute))
     total, counted = (total, count) if alone else reduced([total, count], "sum", acc)
     if not counted:
         raise BadInput(f"{field}: yields nothing to score")

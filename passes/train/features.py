@@ -29,7 +29,7 @@ def block_outputs(program: Program) -> list[fx.Node]:
 
 def module_outputs(program: Program) -> dict[str, fx.Node]:
     """The maps and sequences that the modules of the user's model give, by the path of the module."""
-    found = {}
+    found: dict[str, fx.Node] = {}
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "call_function" and isinstance(value, torch.Tensor) and value.dim() > 2:
