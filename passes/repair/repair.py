@@ -294,7 +294,7 @@ class _Run:
     def _write(self, consumer: Consumer, found: Fit) -> None:
         parameter = fetch(self.module, consumer.weight)
         if consumer.whole:
-            if consumer.norm is not None:
+            if consumer.norm is not None and found.bias is not None:
                 scale = norm_of(self.module, consumer.norm)[0].reshape(consumer.groups, -1)
                 found = replace(found, weight=found.weight / scale[..., None], bias=found.bias / scale)
             parameter.copy_(found.weight.reshape(parameter.shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def rows_of_inputs(consumer: Consumer, x: Tensor, positions: Tensor | None = Non
     rank = (rows.dim() - 3) // 2
     if positions is not None:
         sample = torch.arange(len(x), device=x.device)[:, None]
-        at = torch.unravel_index(positions, rows.shape[2 : 2 + rank])
+        at: tuple[Any, ...] = torch.unravel_index(positions, rows.shape[2 : 2 + rank])
         rows, rank = rows[(slice(None), sample, *at)], 1
     return rows.flatten(2 + rank).flatten(1, 1 + rank)
 
