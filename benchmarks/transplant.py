@@ -90,7 +90,7 @@ def table(data: dict) -> str:
             near = sum(r[way]["macs"] <= MACS + 0.02 for r in exact)
             lines.append(
                 f"- {library}, {'`for_class=True`' if WAYS[way] else 'free selection'}: {len(exact)} of {len(own)} exact "
-                f"({len(exact) / len(own):.0%}), {near} of these at {MACS:.0%} of the MACs; {wrong} silently wrong."
+                f"({len(exact) / len(own):.0%}), {near} of these with {MACS:.0%} of the MACs or fewer; {wrong} silently wrong."
             )
     missing = data["names"] - len(rows)
     lines += [
