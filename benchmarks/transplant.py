@@ -89,8 +89,9 @@ def table(data: dict) -> str:
             wrong = sum(r[way]["status"] == "wrong" for r in own)
             near = sum(r[way]["macs"] <= MACS + 0.02 for r in exact)
             lines.append(
-                f"- {library}, {'`for_class=True`' if WAYS[way] else 'free selection'}: {len(exact)} of {len(own)} exact "
-                f"({len(exact) / len(own):.0%}), {near} of these with {MACS:.0%} of the MACs or fewer; {wrong} silently wrong."
+                f"- {library}, {'`for_class=True`' if WAYS[way] else 'free selection'}: {len(exact)} of {len(own)} that ran "
+                f"to the end exact ({len(exact) / len(own):.0%}), {near} of these with {MACS:.0%} of the MACs or fewer; "
+                f"{wrong} silently wrong."
             )
     missing = data["names"] - len(rows)
     lines += [
