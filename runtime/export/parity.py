@@ -24,6 +24,7 @@ SAMPLES = 16  # at most, of real data: enough to see a wrong file, few enough fo
 MANY = 64
 NEIGHBOURS = {True: 0.1, False: 0.5}  # how far up in the order of scales its neighbour is: with many values, with few
 BESIDE = 2e-3  # of a larger channel's scale: the least that a channel's error is compared with, since both round alike
+SEEN = 1e3  # times the least difference that counts: what an output reaches at least, for that to hold
 # A channel's error is compared with its own small scale, and carries the rounding of what it was computed from.
 CHANNEL, MOST = 10.0, 0.5  # times the tolerance, and at most so much of its scale
 # A channel of many values follows the program's: rounding leaves a correlation near 1, another class's scores one near 0.
@@ -211,7 +212,7 @@ def output_error(found: np.ndarray, wanted: np.ndarray, name: str = "output", le
         share = float(np.mean(differ)) if differ else 0.0
         return OutputError(name, share, 0.0, "", 1.0, "", 1.0, differ, None)
     found = found.astype(np.float64)
-    if least:
+    if least * SEEN < np.abs(wanted).max(initial=0.0) < np.inf:  # else all of it is too small to say anything
         found = np.where(np.abs(found - wanted) <= least, wanted, found)
     samples = (found, wanted) if wanted.ndim else (found[None], wanted[None])
     errors = tuple(relative_error(a, b, name) for a, b in zip(*samples, strict=True))

@@ -201,5 +201,6 @@ def test_differences_below_what_an_engine_can_resolve_count_as_none() -> None:
     found = wanted + 1e-7
     assert output_error(found, wanted).channel > 1
     assert output_error(found, wanted, least=1e-6).worst == 0
+    assert output_error(found * 1e-4, wanted * 1e-4, least=1e-6).channel > 1  # nothing of it could be seen
     found[:, 0] += 1e-3
     assert output_error(found, wanted, least=1e-6).error == pytest.approx(2e-3, rel=1e-3)
