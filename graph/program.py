@@ -28,6 +28,7 @@ from .facts import CASTS
 from .files import replacing
 from .nodes import op_name, source
 from .outputs import only_outputs
+from .to_source.write import to_source as write_source
 from .trainable import TrainableModule, set_tag, switched, tag
 
 
@@ -179,9 +180,7 @@ class Program:
         What was written is run beside the program in float64: outputs, and in train mode buffers and gradients. Raises
         Refused, naming the node, where something has no source, and where anything differs.
         """
-        from .to_source.write import to_source  # which needs this module
-
-        return to_source(self, path)
+        return write_source(self.graph_module, self.args, self.kwargs, path)
 
     def __repr__(self) -> str:
         nodes, cost = sum(n.op == "call_function" for n in self._module.graph.nodes), self.cost()

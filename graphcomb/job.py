@@ -152,15 +152,17 @@ def _data(recipe: Recipe) -> tuple[Any, Any, Any]:
 
 def _import(recipe: Recipe, batch: Any) -> Program:
     """An ONNX file, for the shapes of the recipe's inputs or of the data where it leaves some open."""
-    dynamic = (batch is not None or "auto") if recipe.dynamic_batch is None else recipe.dynamic_batch
-    args, kwargs = None, {}
+    dynamic: bool | None = recipe.dynamic_batch
+    if dynamic is None and batch is not None:
+        dynamic = True
+    args: tuple[Any, ...] | None = None
     if recipe.inputs:
         args = example(recipe.inputs, recipe.seed)
     elif batch is not None:
         args, kwargs, _ = split_batch(batch)
         args = (*args, *kwargs.values())
         args = pytree.tree_map_only(torch.Tensor, lambda t: t[:2], args) if dynamic else args
-    asked = {True: "batch", False: None}.get(dynamic, "auto")
+    asked = "auto" if dynamic is None else "batch" if dynamic else None
     return load_onnx(recipe.model.source, recipe.model.arguments, args, asked, recipe.model.outputs)
 
 

@@ -122,9 +122,11 @@ def _captured(
         dynamic_shapes = "batch" if all(i.open_batch for i in inputs) else None
     if dynamic_shapes == "batch":
         fixed = {i.shape[0] for i in inputs if i.shape and not i.open_batch}
-        if len(fixed) > 1 or any(not isinstance(n, int) for n in fixed):
-            raise BadInput(f'{path}: dynamic_shapes="batch" needs one batch size for all inputs, not {sorted(fixed)}')
-        module.batch = next(iter(fixed), None)
+        sizes = [n for n in fixed if isinstance(n, int)]
+        if len(fixed) > 1 or len(sizes) < len(fixed):
+            found = ", ".join(sorted(map(str, fixed)))
+            raise BadInput(f'{path}: dynamic_shapes="batch" needs one batch size for all inputs, not {found}')
+        module.batch = sizes[0] if sizes else None
     try:
         return _quietly(module, values, dynamic_shapes)
     except CaptureError as error:

@@ -13,7 +13,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,15 +21,13 @@ from torch import fx, nn
 
 from ..capture.proof import distance
 from ..compat import input_names, output_spec, pytree
-from ..edit import tensor_at
+from ..edit import copy_tensor, rebuild, tensor_at
 from ..errors import Refused, reason
 from ..files import replacing
 from ..nodes import arguments, fetch, module_path
+from ..trainable import TrainableModule
 from .calls import Expressions, check_writable
 from .layers import Layer, layers_of
-
-if TYPE_CHECKING:
-    from ..program import Program
 
 TOLERANCE = 1e-10
 RESERVED = {"torch", "nn", "F", "self", "math", "operator", "Path", "load_file", *keyword.kwlist}
@@ -58,19 +56,22 @@ def load(path: str | Path = Path(__file__).with_suffix(".safetensors")) -> Model
 '''
 
 
-def to_source(program: Program, path: str | os.PathLike[str]) -> Path:
-    """Write a program as Python source that needs PyTorch alone, with its tensors in a safetensors file beside it.
+def to_source(
+    module: TrainableModule, args: tuple[Any, ...], kwargs: dict[str, Any], path: str | os.PathLike[str]
+) -> Path:
+    """Write a program's graph, with its example inputs, as Python source that needs PyTorch alone, and its tensors into a
+    safetensors file beside it.
 
     Raises Refused, naming the node, for what cannot be written, and where the source computes something else.
     """
     path = Path(path)
-    text = _Writer(program).text()
+    text = _Writer(module, args, kwargs).text()
     space: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     try:
         exec(compile(text, str(path), "exec"), space)
         made = space["Model"]()
-        _fill(made, program)
-        _prove(made, program)
+        _fill(made, module)
+        _prove(made, module, (args, kwargs))
     except Refused:
         raise
     except Exception as error:
@@ -84,13 +85,13 @@ def to_source(program: Program, path: str | os.PathLike[str]) -> Path:
 
 
 class _Writer:
-    def __init__(self, program: Program):
-        self.program, self.module = program, program.graph_module
+    def __init__(self, module: TrainableModule, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.module, self.args, self.kwargs = module, args, kwargs
         check_writable(self.module)
         self.layers = layers_of(self.module)
         self.names: dict[fx.Node, str] = {}
         self.placeholders = [n for n in self.module.graph.nodes if n.op == "placeholder"]
-        leaves = pytree.tree_leaves((program.args, program.kwargs))
+        leaves = pytree.tree_leaves((args, kwargs))
         first = next(
             (n for n, leaf in zip(self.placeholders, leaves, strict=True) if isinstance(leaf, torch.Tensor)), None
         )
@@ -109,7 +110,7 @@ class _Writer:
             "from torch import nn",
             "from torch.nn import functional as F",
         ]
-        n = f"{self.program.params:,} parameters"
+        n = f"{sum(p.numel() for p in self.module.parameters()):,} parameters"
         init = [*self._modules()]
         return HEAD.format(
             title=f"A model of {n}.", imports="\n".join(imports), signature=signature,
@@ -205,7 +206,7 @@ class _Writer:
 
     def _arguments(self) -> list[str]:
         """The names of the forward's arguments: those of the model, where they are known."""
-        args, kwargs = self.program.args, self.program.kwargs
+        args, kwargs = self.args, self.kwargs
         known = input_names(self.module.graph) or []
         count = len(args) + len(kwargs)
         names = known if len(known) == count else [f"input_{i}" for i in range(len(args))] + list(kwargs)
@@ -216,12 +217,12 @@ class _Writer:
     def _inputs(self) -> Iterator[str]:
         """The statements that take tensors out of nested arguments."""
         names = self._arguments()
-        paths, _ = pytree.tree_flatten_with_path((self.program.args, self.program.kwargs))
-        keys = list(self.program.kwargs)
+        paths, _ = pytree.tree_flatten_with_path((self.args, self.kwargs))
+        keys = list(self.kwargs)
         keyed: list[Any] = [path for path, _ in paths]
         for node, path in zip(self.placeholders, keyed, strict=True):
             which, place, *rest = path
-            index = place.idx if which.idx == 0 else len(self.program.args) + keys.index(place.key)
+            index = place.idx if which.idx == 0 else len(self.args) + keys.index(place.key)
             if not rest:
                 self.names[node] = names[index]
                 continue
@@ -274,25 +275,25 @@ class _Writer:
 
 
 # ---------------------------------------------------------------------------------------------------------------- proof
-def _fill(made: nn.Module, program: Program) -> None:
+def _fill(made: nn.Module, module: TrainableModule) -> None:
     """Copy the program's tensors into the module under their names."""
     with torch.no_grad():
-        for name, value in program.module().state_dict().items():
+        for name, value in module.state_dict().items():
             own = tensor_at(made, name)
             if own is None or own.shape != value.shape or own.dtype != value.dtype:
                 raise Refused(f"to_source: {name} has no place in what was written")
             own.copy_(value)
 
 
-def _prove(made: nn.Module, program: Program) -> None:
+def _prove(made: nn.Module, module: TrainableModule, example: tuple[Any, ...]) -> None:
     """Refused where the module computes other outputs in eval mode, or other outputs, buffers or gradients in train mode."""
-    theirs, ours = program.copy().module().double(), copy.deepcopy(made).double()
+    theirs, ours = rebuild(module, copy_tensor).double(), copy.deepcopy(made).double()
     for training in (False, True):
         runs = []
-        for module in (theirs, ours):
-            module.train(training)
-            inputs = pytree.tree_map(_double, copy.deepcopy((program.args, program.kwargs)))
-            runs.append(_run(module, inputs, training))
+        for network in (theirs, ours):
+            network.train(training)
+            inputs = pytree.tree_map(_double, copy.deepcopy(example))
+            runs.append(_run(network, inputs, training))
         missing = next((name for name in runs[0] if name not in runs[1]), None)
         if missing is not None:
             raise Refused(f"to_source: what was written has no {missing}")
