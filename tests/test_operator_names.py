@@ -37,6 +37,8 @@ NO_SCHEMA = {
     "output",
     "getitem",
     "cond",
+    "mod",
+    "truediv",
 }  # nodes that call no operator, or a Python function
 
 

@@ -27,7 +27,7 @@ def scopes(node: onnx.NodeProto) -> tuple[str, str]:
 
 def trace(program: Program, places: Mapping[str, tuple[str, str]]) -> dict[str, Origin]:
     """Origins by ONNX node name. places: module path and graph node of each."""
-    changes = [(record["pass"], set(_changed(record))) for record in program.history]
+    changes = [(record["pass"], set(_changed(record))) for record in program.history if "pass" in record]
     origins = {}
     for name, (module, node) in places.items():
         passes = [pass_ for pass_, names in changes if ({module, node} - {""}) & names]
