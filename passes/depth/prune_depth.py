@@ -294,7 +294,7 @@ class PruneDepth(Pass):
         self._start(supernet, context)
         lesson = functools.partial(options.lesson, of_graph=class_axis(program), instead=NO_SUPERNET)
         objective = Sandwich(supernet.module(), budget, context.loss, lesson)
-        identity = [self.ablation.tail, self.ablation.fitted]
+        identity = [self.ablation.tail, self.ablation.fitted, options.code]
         record = fit(supernet, objective, options, context, "PruneDepth.supernet", identity=identity)
         stored.write(supernet.module().state_dict())
         return supernet, record

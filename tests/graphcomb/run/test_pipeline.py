@@ -12,7 +12,8 @@ import toys
 from graphcomb import Pipeline, capture
 from graphcomb.graph.errors import BadInput, GraphcombError
 from graphcomb.graph.program import Program
-from graphcomb.passes import Comb, Context, Pass, PassResult, RemoveChannels
+from graphcomb.passes import Comb, Context, Distill, Pass, PassResult, RemoveChannels
+from graphcomb.store import functions
 
 CALLS: list[str] = []
 
@@ -160,3 +161,11 @@ def test_the_plan_goes_to_the_first_pass_that_takes_one(program: Program) -> Non
 def test_only_passes_are_taken() -> None:
     with pytest.raises(BadInput, match=r"passes\.1: expected a pass, got str"):
         Pipeline([Comb(), "Fuse"])  # type: ignore[list-item]
+
+
+def test_functions_inside_options_decide_what_is_taken_over():
+    first, second = (
+        RemoveChannels(macs=0.5, train=Distill(outputs=lambda s, t, w=w: w * (s - t).abs().mean())) for w in (1.0, 2.0)
+    )
+    assert first.options() == second.options()
+    assert functions(first) != functions(second)

@@ -14,6 +14,8 @@ from graphcomb.passes.common.scoring import evaluate
 from graphcomb.passes.train.distill import channel_wise
 from graphcomb.passes.train.teaching import binary_kl, soft_kl
 
+from ..toys import Cut, Stop
+
 SCORES, BOXES = (2, 6, 3), (2, 6, 4)
 
 
@@ -94,6 +96,23 @@ def test_a_function_of_both_outputs():
     assert lesson({"boxes": t["boxes"].flip(1)}, t, outputs=matched) == 0
     with pytest.raises(BadInput, match=r"Distill\.outputs: must return a scalar tensor, got int"):
         lesson(t, t, outputs=lambda student, teacher: 1)
+
+
+def test_a_checkpoint_of_another_function_is_not_taken(dense, tmp_path):
+    def passes():
+        for weight in (1.0, 2.0):
+            yield Distill(
+                checkpoint_every=1,
+                labels=False,
+                outputs=lambda s, t, w=weight: w * (s["scores"] - t["scores"]).abs().mean(),
+            )
+
+    data = [images for images, _ in batches()]
+    first, second = passes()
+    with pytest.raises(Stop):
+        first(dense, data=Cut(data, 2), teacher=dense, out=tmp_path)
+    assert "resumed_at" not in second(dense, data=data, teacher=dense, out=tmp_path).record
+    assert first(dense, data=data, teacher=dense, out=tmp_path).record["resumed_at"] >= 1
 
 
 @pytest.mark.parametrize(
