@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import functools
 import json
 import statistics
 import time
 import warnings
 from pathlib import Path
 
-from common import revision, save, write
+from common import write
 from zoo import build as build_vision
-from zoo import environment, run_child, timm_names, torchvision_names
+from zoo import environment, measure_each, timm_names, torchvision_names
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = {  # options of a config, as far as it has them
@@ -153,19 +152,13 @@ def main() -> None:
     data = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     names = transformers_names() + torchvision_names() + timm_names()
     data["environment"], data["names"] = environment() + f", transformers {transformers.__version__}", len(names)
-    for i, name in enumerate([] if options.table else names):
-        old = data["rows"].get(name)
+
+    def wanted(name: str, old: dict | None) -> bool:
         settled = old is not None and (old["status"] in ("ok", "not exportable") or not options.failed)
-        if not fnmatch.fnmatch(name, options.only) or (settled and not options.again):
-            continue
-        job = functools.partial(measure, name)
-        row = {"model": name, "commit": revision()} | run_child(job, options.seconds, options.gigabytes)
-        data["rows"][name] = row
-        save(path, data)
-        print(
-            f"[{i + 1}/{len(names)}] {name}: {row['status']} {row.get('error', '')} {row.get('why', '')[:150]}",
-            flush=True,
-        )
+        return fnmatch.fnmatch(name, options.only) and (options.again or not settled)
+
+    if not options.table:
+        measure_each(names, wanted, measure, data, options, lambda row: str(row.get("error", "")))
     if data["rows"]:
         write(path.with_suffix(".md"), table(data))
 

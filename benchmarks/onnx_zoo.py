@@ -23,8 +23,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import revision, save, write
-from zoo import environment, run_child
+from common import write
+from zoo import environment, measure_each
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGED: dict[str, tuple[str, str, dict[str, Sequence[int]]]] = {  # name: wheel, file in it, shapes
@@ -213,14 +213,12 @@ def main() -> None:
     path: Path = options.results
     data = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     data |= {"environment": environment(), "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
-    for i, name in enumerate([] if options.table else names()):
-        if not fnmatch.fnmatch(name, options.only) or (name in data["rows"] and not options.again):
-            continue
-        job = functools.partial(measure, name, options.wheels)
-        row = {"model": name, "commit": revision()} | run_child(job, options.seconds, options.gigabytes)
-        data["rows"][name] = row
-        save(path, data)
-        print(f"[{i + 1}/{len(names())}] {name}: {row['status']} {row.get('why', '')[:150]}", flush=True)
+
+    def wanted(name: str, old: dict | None) -> bool:
+        return fnmatch.fnmatch(name, options.only) and (options.again or old is None)
+
+    if not options.table:
+        measure_each(names(), wanted, functools.partial(measure, wheels=options.wheels), data, options)
     if data["rows"]:
         write(path.with_suffix(".md"), table(data))
 

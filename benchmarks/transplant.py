@@ -14,15 +14,14 @@ from __future__ import annotations
 import argparse
 import copy
 import fnmatch
-import functools
 import json
 import re
 import time
 import warnings
 from pathlib import Path
 
-from common import revision, save, write
-from zoo import build, environment, run_child, timm_names, torchvision_names
+from common import write
+from zoo import build, environment, measure_each, timm_names, torchvision_names
 
 RESULTS = Path(__file__).parent / "results"
 MACS = 0.6
@@ -137,22 +136,18 @@ def main() -> None:
     data = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     names = torchvision_names() + timm_names()
     data["environment"], data["names"] = environment(), len(names)
-    for i, name in enumerate([] if options.table else names):
-        old = data["rows"].get(name)
+
+    def wanted(name: str, old: dict | None) -> bool:
         settled = old is not None and (old["status"] in ("exact", "not exportable") or not options.failed)
-        if not any(fnmatch.fnmatch(name, p) for p in options.only.split(",")) or (settled and not options.again):
-            continue
-        row = {"model": name, "commit": revision()} | run_child(
-            functools.partial(measure, name), options.seconds, options.gigabytes
-        )
-        data["rows"][name] = row
-        save(path, data)
-        says = [f"{w}: {row[w]['status']} {row[w]['macs']:.2f} {row[w].get('why', '')}" for w in WAYS if w in row]
-        print(
-            f"[{i + 1}/{len(names)}] {name}: {row['status']} {row.get('cpu_s', 0):.0f}s {'; '.join(says)} "
-            f"{row.get('why', '')[:150]}",
-            flush=True,
-        )
+        fits = any(fnmatch.fnmatch(name, p) for p in options.only.split(","))
+        return fits and (options.again or not settled)
+
+    def says(row: dict) -> str:
+        ways = [f"{w}: {row[w]['status']} {row[w]['macs']:.2f} {row[w].get('why', '')}" for w in WAYS if w in row]
+        return f"{row.get('cpu_s', 0):.0f}s {'; '.join(ways)}"
+
+    if not options.table:
+        measure_each(names, wanted, measure, data, options, says)
     if data["rows"]:
         write(path.with_suffix(".md"), table(data))
 

@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from common import revision, save, write
@@ -337,6 +338,29 @@ def environment() -> str:
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, Python "
         f"{platform.python_version()}, one thread of {platform.processor() or platform.machine()}"
     )
+
+
+def measure_each(
+    names: list[str],
+    wanted: Callable[[str, dict | None], bool],
+    job: Callable[[str], dict],
+    data: dict,
+    options: argparse.Namespace,
+    says: Callable[[dict], str] = lambda row: "",
+) -> None:
+    """Measure each model in a process of its own, under the limits of the options, and keep its row at once.
+
+    wanted: of a name and its row so far, whether to measure it. says: what to print of a row besides its status and why.
+    """
+    for i, name in enumerate(names):
+        if not wanted(name, data["rows"].get(name)):
+            continue
+        limits = options.seconds, options.gigabytes
+        row = {"model": name, "commit": revision()} | run_child(functools.partial(job, name), *limits)
+        data["rows"][name] = row
+        save(options.results, data)
+        text = " ".join(part for part in (says(row), row.get("why", "")[:150]) if part)
+        print(f"[{i + 1}/{len(names)}] {name}: {row['status']} {text}", flush=True)
 
 
 def main() -> None:

@@ -171,7 +171,7 @@ class _Run:
 
 
 def _copied(values: Any) -> Any:
-    return pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, values)
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, values)
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[Slot, int]]:

@@ -124,15 +124,20 @@ def source(node: fx.Node) -> str:
         code = lines[i + 1] if i + 1 < len(lines) and not lines[i + 1].startswith('File "') else ""
         place = f"{'/'.join(path.split('/')[-2:])}:{number.split(',')[0]}"
         return f"{node.name} ({place}: {code})" if code else f"{node.name} ({place})"
-    path = next((p for p, _ in reversed(list((node.meta.get("nn_module_stack") or {}).values())) if p), "")
+    path = next((p for p in reversed(module_paths(node)) if p), "")
     return f"{node.name} ({path})" if path else node.name
+
+
+def module_paths(node: fx.Node) -> list[str]:
+    """The paths of the modules around an operator from the outermost on, "" for the model itself, as the export has them: a
+    module's second call has "@1" behind its path."""
+    return [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
 def module_path(node: fx.Node) -> str:
     """The path of the module whose forward calls the operator, "" for the model itself; a second call of a module has the
     path of the first."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]).split("@")[0] if stack else ""
+    return next(reversed(module_paths(node)), "").split("@")[0]
 
 
 def spelled_out(equation: str, ranks: list[int]) -> tuple[list[str], str]:

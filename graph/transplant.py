@@ -44,9 +44,8 @@ def transplant(program: Program, model: nn.Module) -> nn.Module:
 def _place(program: Program, new: nn.Module) -> dict[str, Sizes]:
     """Put the program's tensors into the module, tied ones into all of their places; by the name of each, the sizes that
     changed."""
-    places: dict[
-        int, tuple[Any, list[tuple[dict[str, Any], str]]]
-    ] = {}  # with the tensor, so that its id stays its own
+    # With the tensor, so that its id stays its own.
+    places: dict[int, tuple[Any, list[tuple[dict[str, Any], str]]]] = {}
     for module in new.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:

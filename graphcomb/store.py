@@ -11,21 +11,14 @@ from typing import Any
 
 from .graph.files import write_json
 from .graph.program import Program
-from .passes.base import Options, Pass
+from .passes.base import Pass
 from .passes.common.processes import agreed, stored_program
-from .passes.common.repeat import Samples, code_of, says_anew
+from .passes.common.repeat import Samples, code_of, functions_code, says_anew
 
 
 def is_main() -> bool:
     """Whether this process writes the files: the only one, or the first of those that `accelerate launch` started."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def functions(options: Options) -> list[Any]:
-    """The code of the functions among options, those of options inside options too."""
-    values = vars(options).values()
-    inner = [code for value in values if isinstance(value, Options) for code in functions(value)]
-    return [code_of(value) for value in values if callable(value) and not isinstance(value, Options)] + inner
 
 
 class Store:
@@ -42,7 +35,7 @@ class Store:
 
     def find(self, index: int, pass_: Pass, program: Program) -> Program | None:
         """Return the stored result of a pass, or None. Call once per pass, in order: the digest covers all before it."""
-        parts = [self.digest, type(pass_).__name__, code_of(type(pass_)), functions(pass_), pass_.options()]
+        parts = [self.digest, type(pass_).__name__, code_of(type(pass_)), functions_code(pass_), pass_.options()]
         self.digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
         base = self.path(index, pass_)
         note = agreed(lambda: self._note(base)) if self.resume else None

@@ -20,7 +20,7 @@ from torch.export.graph_signature import InputKind
 from ..compat import BatchNorm
 from ..edit import origin
 from ..facts import DROPOUTS
-from ..nodes import arguments, is_operator, op_name, source, writes
+from ..nodes import arguments, is_operator, module_paths, op_name, source, writes
 from ..trainable import set_tag, switch, switched, tag, values, walk
 
 COUNTER = "num_batches_tracked"
@@ -105,7 +105,7 @@ def _stack(node: fx.Node) -> list[tuple[str, str]]:
 
 def module_path(node: fx.Node) -> str:
     """The path of the module that called the operator, "" for the model itself."""
-    return next((path for path, _ in _stack(node)[::-1]), "")
+    return next(reversed(module_paths(node)), "")
 
 
 def _module_class(node: fx.Node) -> str:

@@ -27,7 +27,7 @@ def inputs_of(part: nn.Module, path: str, model: nn.Module, args: Any, kwargs: A
 
     def note(_: nn.Module, args: Any, kwargs: Any) -> None:
         if not calls:
-            calls.append(pytree.tree_map(_copied, (args, kwargs)))
+            calls.append(pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), (args, kwargs)))
 
     hook = part.register_forward_pre_hook(note, with_kwargs=True)
     try:
@@ -38,7 +38,3 @@ def inputs_of(part: nn.Module, path: str, model: nn.Module, args: Any, kwargs: A
     if not calls:
         raise BadInput(f"attach: submodule: the model does not call the forward of {path!r} with this example")
     return calls[0]
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value

@@ -24,7 +24,7 @@ from ..base import Change, Context, Pass, PassResult, Refusal, check_field
 from ..common.feed import Feed
 from ..common.latency import allowed_seconds, check_least
 from ..common.processes import agreed
-from ..common.repeat import code_of
+from ..common.repeat import functions_code
 from ..repair.repair import Repair
 from ..repair.score import Losses
 from ..train.distill import Distill
@@ -231,8 +231,7 @@ class RemoveChannels(Pass):
         task.chooser.require()
         events = event_steps(self.schedule, steps, self.interval, self.rounds, self.prune_share)
         rows = {name: [row.keep, row.fixed] for name, row in task.planned.items()}
-        code = code_of(self.importance) if callable(self.importance) else ""
-        identity = [self.options(), code, self.alignment(context), rows, task.chooser.prediction]
+        identity = [self.options(), functions_code(self), self.alignment(context), rows, task.chooser.prediction]
         assert self.importance is not None
         repair = Repair() if self.repair else None
         options = (task, self.importance, events, self.samples, identity, repair)

@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from ... import graph
 from ...graph.program import Program
 from ...graph.trainable import TrainableModule
-from ..base import Context
+from ..base import Context, Options
 from ..batch import Adapted
 from .loaders import generators, length
 
@@ -120,6 +120,14 @@ def code_of(value: Any) -> str:
     digest = hashlib.blake2b(digest_size=8)
     _add(digest, value, {}, 0)
     return digest.hexdigest()
+
+
+def functions_code(options: Options) -> list[Any]:
+    """The codes of the functions among options, of which the options' own values say the name alone; those of options
+    inside options too."""
+    values = vars(options).values()
+    inner = [code for value in values if isinstance(value, Options) for code in functions_code(value)]
+    return [code_of(value) for value in values if callable(value) and not isinstance(value, Options)] + inner
 
 
 def _add_tensor(digest: Any, tensor: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import fx
 
 from ...graph.cost import evaluate, macs
 from ...graph.facts import CONVS, MAPS, PADS
-from ...graph.nodes import arguments, op_name, permutation, shape
+from ...graph.nodes import arguments, module_paths, op_name, permutation, shape
 from ...graph.program import Program
 
 ACTIVATIONS = (
@@ -209,7 +209,7 @@ def _label(nodes: list[fx.Node]) -> str:
     paths = []
     for n in nodes:
         if op_name(n) in MAPS:
-            inside = [p for p, _ in (n.meta.get("nn_module_stack") or {}).values() if p]
+            inside = [path for path in module_paths(n) if path]
             paths.append(inside[-1].split(".") if inside else [])
     common = paths[0] if paths else []
     for path in paths[1:]:

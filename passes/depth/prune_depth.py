@@ -17,7 +17,7 @@ from ..common.class_axis import class_axis
 from ..common.feed import Feed
 from ..common.latency import allowed_seconds, below, check_least, least_share
 from ..common.processes import agreed
-from ..common.repeat import seeded
+from ..common.repeat import functions_code, seeded
 from ..fuse.fuse import Fuse
 from ..repair.repair import Repair
 from ..train.distill import Distill
@@ -294,7 +294,7 @@ class PruneDepth(Pass):
         self._start(supernet, context)
         lesson = functools.partial(options.lesson, of_graph=class_axis(program), instead=NO_SUPERNET)
         objective = Sandwich(supernet.module(), budget, context.loss, lesson)
-        identity = [self.ablation.tail, self.ablation.fitted, options.code]
+        identity = [self.ablation.tail, self.ablation.fitted, functions_code(options)]
         record = fit(supernet, objective, options, context, "PruneDepth.supernet", identity=identity)
         stored.write(supernet.module().state_dict())
         return supernet, record

@@ -123,9 +123,8 @@ class Constants(Evaluator):
 
     def fetch(self, name: str) -> Any:
         found = super().fetch(name)
-        return (
-            _unknown(found) if name in self.written else _known(found)
-        )  # a run leaves something else in what it writes
+        # A run leaves something else in what it writes.
+        return _unknown(found) if name in self.written else _known(found)
 
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         if not is_operator(node):

@@ -17,7 +17,7 @@ from ..common.class_axis import class_axis, other_outputs
 from ..common.feed import Batch
 from ..common.losses import class_dim, logits_of, task_loss
 from ..common.processes import accelerator, move, placed
-from ..common.repeat import code_of
+from ..common.repeat import functions_code
 from ..common.scoring import evaluate
 from .callbacks import Callback, Kept, Surgery, select_kept
 from .features import matching_features, tapped
@@ -129,11 +129,6 @@ class Distill(Training, Pass):
 
         return loss
 
-    @property
-    def code(self) -> str:
-        """What a function among the options does, beside its name; "" without one."""
-        return code_of(self.outputs) if callable(self.outputs) else ""
-
     def lesson(
         self, student: Any, teacher: Any, labels: Any = None, of_graph: int | None = None, instead: str = NO_SCORES
     ) -> torch.Tensor:
@@ -192,7 +187,7 @@ class _Objective(Callback):
     of_graph: int | None
 
     def __post_init__(self) -> None:
-        self.identity = self.options.code
+        self.identity = functions_code(self.options)
 
     def training_context(self, module: TrainableModule) -> AbstractContextManager[None]:
         return tapped(module, list(self.kept))

@@ -11,7 +11,7 @@ from torch import fx
 from ...graph import compat
 from ...graph.compat import pytree
 from ...graph.errors import BadInput, nearest
-from ...graph.nodes import op_name, shape
+from ...graph.nodes import module_paths, op_name, shape
 from ...graph.program import Program
 from ...graph.trainable import TrainableModule
 from ..base import Refusal
@@ -33,7 +33,7 @@ def module_outputs(program: Program) -> dict[str, fx.Node]:
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "call_function" and isinstance(value, torch.Tensor) and value.dim() > 2:
-            found |= {path: node for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path}
+            found |= {path: node for path in module_paths(node) if path}
     return found
 
 

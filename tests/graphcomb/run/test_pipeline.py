@@ -13,7 +13,7 @@ from graphcomb import Pipeline, capture
 from graphcomb.graph.errors import BadInput, GraphcombError
 from graphcomb.graph.program import Program
 from graphcomb.passes import Comb, Context, Distill, Pass, PassResult, RemoveChannels
-from graphcomb.store import functions
+from graphcomb.passes.common.repeat import functions_code
 
 CALLS: list[str] = []
 
@@ -168,4 +168,4 @@ def test_functions_inside_options_decide_what_is_taken_over():
         RemoveChannels(macs=0.5, train=Distill(outputs=lambda s, t, w=w: w * (s - t).abs().mean())) for w in (1.0, 2.0)
     )
     assert first.options() == second.options()
-    assert functions(first) != functions(second)
+    assert functions_code(first) != functions_code(second)
