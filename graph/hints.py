@@ -48,13 +48,14 @@ def in_words(hint: Any) -> str:
     return WORDS.get(hint) or WORDS.get(origin) or f"a {getattr(origin, '__name__', origin)}"
 
 
-def check_fields(instance: Any) -> None:
-    """Check every field of a frozen dataclass against its type hint, and store what `checked` returns."""
+def check_fields(instance: Any, prefix: str | None = None) -> None:
+    """Check every field of a frozen dataclass against its type hint, and store what `checked` returns. prefix: what stands
+    before a field's name in messages, by default the class (`RemoveChannels.ratio: ...`)."""
     cls = type(instance)
-    hints = field_hints(cls)
+    hints, prefix = field_hints(cls), f"{cls.__name__}." if prefix is None else prefix
     for field in dataclasses.fields(instance):
         if field.name in hints:
-            value = checked(hints[field.name], getattr(instance, field.name), f"{cls.__name__}.{field.name}")
+            value = checked(hints[field.name], getattr(instance, field.name), prefix + field.name)
             object.__setattr__(instance, field.name, value)
 
 

@@ -21,7 +21,7 @@ from .recipe import Input, Recipe
 from .runtime.device_results import are_results
 from .runtime.devices.dla import dla_core
 from .runtime.devices.table import Target, get_target
-from .runtime.engines.backends import backend_module, check_options
+from .runtime.engines.backends import engine_options
 from .runtime.export.opset import LOWEST
 from .runtime.prediction.roofline import Roofline
 from .runtime.prediction.table import LatencyTable
@@ -88,9 +88,9 @@ def _check_outputs(recipe: Recipe) -> None:
     for i, engine in enumerate(recipe.outputs.engines):
         try:
             device = get_target(engine.target)
-            check_options(backend_module(device.backend).build, engine.options(), device.backend)
-            if engine.dla is not None:
-                dla_core(device, engine.dla, "int8" if quantised else recipe.precision, quantised)
+            options = engine_options(device.backend, engine.options.given())
+            if options.dla is not None:
+                dla_core(device, options.dla, "int8" if quantised else recipe.precision, quantised)
         except GraphcombError as error:
             raise type(error)(f"outputs.engines.{i}: {error}") from error
     lowest = min(targets_of(recipe), key=lambda target: target.opset)

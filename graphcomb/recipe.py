@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
 from . import passes as library
 from .graph.errors import BadInput, GraphcombError, nearest
-from .graph.hints import field_hints
+from .graph.hints import checked, field_hints
 from .passes.base import Pass
+from .runtime.engines.options import NAMES, EngineOptions
 from .sources import resolve
 
 TEXT = "tag:yaml.org,2002:str"
@@ -76,38 +77,24 @@ def _short(key: str) -> BeforeValidator:
     return BeforeValidator(lambda value: value if isinstance(value, dict) else {key: value})
 
 
-class EngineOutput(Section):
-    """One engine: the target, and options of the library that builds it, as in `graphcomb build --option`. sparse: by
-    default where the weights have the 2:4 pattern."""
+@dataclasses.dataclass(frozen=True)
+class EngineOutput:
+    """One engine: the target, and what is asked of the library that builds it, as in `graphcomb build --option`. In a recipe
+    the options stand beside the target: `{target: orin-nx, batch: [1, 8, 16], dla: 0}`."""
 
     target: str
-    batch: PositiveInt | list[PositiveInt] | None = None
-    shapes: dict[str, list[list[PositiveInt]]] | None = None
-    sparse: bool | None = None
-    dla: NonNegativeInt | None = None
-    workspace: PositiveInt | None = None
-    optimization_level: NonNegativeInt | None = None
-    tf32: bool | None = None
-    refit: bool | None = None
-    version_compatible: bool | None = None
-    timing_cache: str | None = None
-    plugins: list[str] | None = None
-    log: str | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Return the options that are set, without the target."""
-        return {k: v for k, v in self.model_dump(exclude={"target"}).items() if v is not None}
+    options: EngineOptions
 
 
 class Outputs(Section):
-    """What a run writes besides record.json and summary.json. engines: targets to build for, or {target, and options};
+    """What a run writes besides record.json and summary.json. `engines` holds an `EngineOutput` for each;
     bench: paired latency of the dense and the compressed model in ONNX Runtime. Of the ONNX files: opset, by default the
     best that all targets parse; tolerance, keep_fp32 and keep_io_types as of `export_onnx`, for the file in the recipe's
     precision."""
 
     pt2: bool = True
     onnx: bool = True
-    engines: list[Annotated[EngineOutput, _short("target")]] = []
+    engines: list[Any] = []
     report: bool = True
     bench: bool = True
     opset: PositiveInt | None = None
@@ -179,7 +166,8 @@ def parse_recipe(tree: dict[str, Any]) -> Recipe:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise BadInput(explain(error, Recipe)) from error
-    return recipe.model_copy(update={"passes": parse_passes(recipe.passes)})
+    outputs = recipe.outputs.model_copy(update={"engines": parse_engines(recipe.outputs.engines)})
+    return recipe.model_copy(update={"passes": parse_passes(recipe.passes), "outputs": outputs})
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -265,6 +253,28 @@ def parse_pass(cls: type[Pass], options: Any, path: str) -> Pass:
         raise BadInput(path + (text if text[:1] in (":", ".") else f": {error}")) from error
     except TypeError as error:
         raise BadInput(f"{path}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ engines
+def parse_engines(entries: list[Any]) -> list[EngineOutput]:
+    """Read the engines of a recipe from a list of targets and of mappings `{target: ..., option: value}`. A null leaves an
+    option at its default."""
+    result = []
+    for i, entry in enumerate(entries):
+        path = f"outputs.engines.{i}"
+        given = dict(entry) if isinstance(entry, dict) else {"target": entry}
+        if "target" not in given:
+            raise BadInput(f"{path}.target: missing")
+        target = checked(str, given.pop("target"), f"{path}.target")
+        for name in given:
+            if name not in NAMES:
+                raise BadInput(f"{path}.{name}: unknown key; {nearest(str(name), ('target', *NAMES))}")
+        try:
+            options = EngineOptions(**{name: value for name, value in given.items() if value is not None})
+        except BadInput as error:
+            raise BadInput(f"{path}.{str(error).removeprefix('option ')}") from error
+        result.append(EngineOutput(target, options))
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------- overrides

@@ -21,7 +21,7 @@ from .passes.common.feed import Feed
 from .pipeline import Pipeline, PipelineResult
 from .recipe import Recipe
 from .runtime.devices.table import get_target
-from .runtime.engines.backends import backend_module, known_options
+from .runtime.engines.backends import takes
 from .runtime.export.opset import choose_opset
 from .runtime.export.parity import SAMPLES
 from .runtime.formats import read
@@ -142,8 +142,8 @@ def _lower(job: Job, program: Program, out: Path, progress: bool) -> dict[str, A
     pattern = any(weight.pattern == "2:4" for weight in reports[job.recipe.precision].sparse)
     for engine in wanted.engines:
         say(f"engine for {engine.target} ...")
-        device, options = get_target(engine.target), engine.options()
-        if pattern and "sparse" in known_options(backend_module(device.backend).build):
+        device, options = get_target(engine.target), engine.options.given()
+        if pattern and "sparse" in takes(device.backend):
             options = {"sparse": True} | options
         engines.append(runtime.build_engine(paths[job.recipe.precision], device, **options))
     return {

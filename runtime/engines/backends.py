@@ -1,23 +1,25 @@
 """The table of backends: the libraries that engines are built with.
 
-A backend is a module of this package with two functions, imported only when it is asked for:
+A backend is a module of this package, imported only when it is asked for, with
 
-    build(model: Path, target: Target, out: Path | None, *, backend: str, **options) -> EngineReport
-    load(path: Path, *, backend: str, **options) -> Engine
+    TAKES: tuple[str, ...]  # which of `EngineOptions` its `build` takes
+    build(model: Path, target: Target, out: Path | None, options: EngineOptions, *, backend: str) -> EngineReport
+    load(path: Path, *, backend: str, **options) -> Engine  # whose keyword-only parameters are the options a user may set
 
-Its keyword-only parameters are the options a user may set. Adding a backend is its file and one row of `BACKENDS`.
+Adding a backend is its file and one row of `BACKENDS`.
 """
 
 import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, get_type_hints
 
 from ...graph.errors import BadInput, MissingBackend, nearest
 from ...graph.hints import checked
+from .options import EngineOptions
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Backend:
 
     module: its name in this package. package: the library. extra: of graphcomb, that installs the library (None: always
     there). suffixes: of the files that it loads; it writes the first. source: suffix of the files that it builds from, ONNX
-    models or saved programs.
+    models or saved programs. lacks: options that its module takes for another library, with the reason why not for this.
     """
 
     module: str
@@ -34,11 +36,16 @@ class Backend:
     extra: str | None
     suffixes: tuple[str, ...]
     source: str = ".onnx"
+    lacks: Mapping[str, str] = field(default_factory=dict)
 
 
+RTX_LACKS = {
+    "timing_cache": "it measures no kernels when it builds, so it keeps no cache",
+    "hardware_compatibility": "it builds for the compute capability of the target",
+}
 BACKENDS = {
     "onnxruntime": Backend("ort", "onnxruntime", None, (".onnx",)),
-    "tensorrt_rtx": Backend("trt.build", "tensorrt_rtx", "rtx", (".rtx",)),
+    "tensorrt_rtx": Backend("trt.build", "tensorrt_rtx", "rtx", (".rtx",), lacks=RTX_LACKS),
     "tensorrt": Backend("trt.build", "tensorrt", "tensorrt", (".engine", ".plan", ".trt")),
     "openvino": Backend("ov", "openvino", "openvino", (".xml", ".onnx")),
     "inductor": Backend("torch.inductor", "torch", None, (".aoti",), ".pt2"),
@@ -62,8 +69,27 @@ def not_installed(name: str) -> MissingBackend:
     return MissingBackend(f"{backend.package} is not installed; install it with: pip install '{extra}'")
 
 
+def takes(backend: str) -> list[str]:
+    """The options of a build (`EngineOptions`) that a backend takes. Raises as `backend_module`."""
+    return [name for name in backend_module(backend).TAKES if name not in BACKENDS[backend].lacks]
+
+
+def engine_options(backend: str, options: Mapping[str, Any]) -> EngineOptions:
+    """The options of a build, by name. Raises BadInput for one that the backend does not take, or not with this value, and
+    as `backend_module`."""
+    known = takes(backend)
+    for name in options:
+        if why := BACKENDS[backend].lacks.get(name):
+            raise BadInput(f"option {name}: not one of backend {backend}: {why}; known: {', '.join(known)}")
+        if name not in known:
+            raise BadInput(
+                f"option {name}: not one of backend {backend}; {nearest(name, known) if known else 'it takes none'}"
+            )
+    return EngineOptions(**options)
+
+
 def known_options(function: Callable[..., Any]) -> list[str]:
-    """The options that a backend's `build` or `load` takes."""
+    """The options that a backend's `load` or `compile_program` takes."""
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "backend"]
 

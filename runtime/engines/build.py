@@ -13,7 +13,7 @@ from ...graph.program import load as load_program
 from ..devices.here import local_target
 from ..devices.table import Target, get_target
 from ..onnx_file import check_model, input_specs, precision
-from .backends import BACKENDS, backend_module, check_options, known_options
+from .backends import BACKENDS, backend_module, check_options, engine_options, known_options, takes
 from .base import Engine, EngineReport
 from .origins import read as read_origins
 
@@ -32,8 +32,7 @@ def build_engine(
     - out: the engine file; by default beside the ONNX file, with the target in its name. On "cpu" nothing is written:
       the ONNX file itself is the engine.
     - backend: a key of `BACKENDS`; by default the target's.
-    - options: the keyword-only parameters of the backend's `build`, such as TensorRT's `batch` (smallest, the one to
-      optimise for, largest, of a model with a dynamic batch), `sparse` or `dla`.
+    - options: those of `EngineOptions` that the backend takes, such as TensorRT's `batch`, `sparse` or `dla`.
 
     The report has size in bytes, build time in seconds, precision, kernels with the ONNX nodes in each, padding, memory
     in bytes by purpose, warnings, and where the nodes come from.
@@ -54,7 +53,7 @@ def build_engine(
             raise BadInput(f"{path}: target {device.name} does not compute in {kind}; export it in one of {has}")
     elif path.suffix != BACKENDS[name].source:
         raise BadInput(f"{path}: {name} builds from a saved program ({BACKENDS[name].source})")
-    check_options(module.build, options, name)
+    wanted = engine_options(name, options)
     if out is not None:
         destination: Path | None = Path(out)
     elif BACKENDS[name].suffixes[0] == path.suffix:
@@ -62,7 +61,7 @@ def build_engine(
     else:
         destination = path.with_name(f"{path.stem}.{device.name}{BACKENDS[name].suffixes[0]}")
     start = time.perf_counter()
-    report = module.build(path, device, destination, backend=name, **options)
+    report = module.build(path, device, destination, wanted, backend=name)
     report.backend, report.target, report.seconds = name, device.name, time.perf_counter() - start
     report.bytes = report.bytes or report.path.stat().st_size
     if model is not None:
@@ -123,7 +122,7 @@ def open_engine(
         return load_engine(path, name, **_threads(module.load, threads), **options)
     if row.source == ".pt2":
         return open_engine(load_program(path), name, threads, shapes, **options)
-    if shapes and not {"batch", "shapes"} & options.keys() and "shapes" in known_options(module.build):
+    if shapes and not {"batch", "shapes"} & options.keys() and "shapes" in takes(name):
         wanted = zip(input_specs(path) or (), shapes, strict=False)
         ranges = {spec.name: (tuple(s),) * 3 for spec, s in wanted if None in spec.shape}
         options = options | ({"shapes": ranges} if ranges else {})

@@ -19,6 +19,9 @@ from ..kit.ort import session_options
 from ..onnx_file import TensorSpec, precision, stored_tensors
 from ..summary import Kernel
 from .base import EngineReport, HostEngine, unparsed
+from .options import EngineOptions
+
+TAKES = ("threads",)
 
 # No kernel for an operator on the CPU, or no such operator ("domain:Op(version)").
 UNPARSED = re.compile(r"Could not find an implementation for (\w+)\(|(\w+)\(-?\d+\) is not a registered function/op")
@@ -66,7 +69,7 @@ def load(path: Path, *, backend: str = "onnxruntime", threads: int = 1) -> OrtEn
 
 
 def build(
-    model: Path, target: Target, out: Path | None, *, backend: str = "onnxruntime", threads: int = 1
+    model: Path, target: Target, out: Path | None, options: EngineOptions, *, backend: str = "onnxruntime"
 ) -> EngineReport:
     """Optimise an ONNX file and report the kernels that remain.
 
@@ -74,10 +77,10 @@ def build(
     """
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
-            optimized = _optimize(model, Path(folder) / "model.onnx", threads)
+            optimized = _optimize(model, Path(folder) / "model.onnx", options.threads)
     else:
         with replacing(out) as part:
-            optimized = _optimize(model, part, threads)
+            optimized = _optimize(model, part, options.threads)
     kernels = [Kernel(name=n.name, kind=n.op_type, padding=n.op_type in REFORMATS) for n in optimized.graph.node]
     warnings = ["ONNX Runtime has no fp16 kernels for this CPU and computes in fp32"] * bool(inserted_casts(optimized))
     memory = {"weights": sum(_size(t) for t in optimized.graph.initializer)}

@@ -18,7 +18,9 @@ from ..devices.table import Target
 from ..onnx_file import TensorSpec, precision
 from ..summary import Kernel
 from .base import EngineReport, HostEngine, UnparsedOp, unparsed
+from .options import EngineOptions
 
+TAKES = ("threads",)
 TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64", "boolean": "bool"}
 TYPES |= {f"{sign}{bits}": f"{'u' * (sign == 'u')}int{bits}" for sign in "iu" for bits in (8, 16, 32, 64)}
 UNPARSED = re.compile(r"No conversion rule found for operations: (.+)")
@@ -59,7 +61,7 @@ def load(path: Path, *, backend: str = "openvino", threads: int = 1) -> OpenVino
 
 
 def build(
-    model: Path, target: Target, out: Path | None, *, backend: str = "openvino", threads: int = 1
+    model: Path, target: Target, out: Path | None, options: EngineOptions, *, backend: str = "openvino"
 ) -> EngineReport:
     """Convert an ONNX file to OpenVINO's format (an .xml file and its weights beside it, .bin) and report the kernels
     that it compiles to here."""
@@ -73,7 +75,7 @@ def build(
         # Its writer names the weights after the graph; they are found by the name of the graph when it is read.
         ov.save_model(converted, str(part), compress_to_fp16=False)
         part.with_suffix(".bin").replace(weights)
-    compiled = OpenVinoEngine(out, threads).compiled
+    compiled = OpenVinoEngine(out, options.threads).compiled
     kernels = [_kernel(op) for op in compiled.get_runtime_model().get_ordered_ops()]
     size = out.with_suffix(".bin").stat().st_size
     return EngineReport(

@@ -12,6 +12,7 @@ from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Comb, Distill, RemoveChannels, Sparsify
 from graphcomb.passes.train.options import Training
 from graphcomb.recipe import known_passes, override, parse_recipe, read_recipe, read_yaml
+from graphcomb.runtime.engines.options import EngineOptions
 
 GOOD = {"model": "a:b", "passes": []}
 
@@ -101,8 +102,9 @@ def test_only_options_that_may_be_no_take_false() -> None:
 def test_engines_take_options() -> None:
     engines = ["rtx-sm86", {"target": "agx-orin", "dla": 0, "batch": [1, 2, 4], "sparse": False}]
     first, second = parse_recipe(GOOD | {"outputs": {"engines": engines}}).outputs.engines
-    assert (first.target, first.options()) == ("rtx-sm86", {})
-    assert second.options() == {"dla": 0, "batch": [1, 2, 4], "sparse": False}
+    assert (first.target, first.options.given()) == ("rtx-sm86", {})
+    assert second.options == EngineOptions(dla=0, batch=[1, 2, 4], sparse=False)
+    assert second.options.given() == {"dla": 0, "batch": [1, 2, 4], "sparse": False}
 
 
 def test_every_public_pass_can_be_named() -> None:
@@ -157,8 +159,14 @@ MISTAKES = [
     ({"outputs": {"engines": [{"sparse": True}]}}, "outputs.engines.0.target: missing"),
     (
         {"outputs": {"engines": [{"target": "cpu", "workspace": 0}]}},
-        "outputs.engines.0.workspace: should be greater than 0",
+        "outputs.engines.0.workspace: a whole number of MiB, from 1 up, not 0",
     ),
+    ({"outputs": {"engines": [{"target": 3}]}}, "outputs.engines.0.target: text, not 3"),
+    (
+        {"outputs": {"engines": ["cpu", {"target": "cpu", "threads": "all"}]}},
+        "outputs.engines.1.threads: a whole number",
+    ),
+    ({"outputs": {"engines": [{"target": "cpu", "batch": [1, 2]}]}}, "outputs.engines.0.batch: three are needed"),
     ({"outputs": {"tolerance": 0}}, "outputs.tolerance: should be greater than 0"),
     ({"model": {"source": "a:b", "argument": {}}}, "model.argument: unknown key; did you mean arguments?"),
     ({"model": 3}, "model.source: should be a valid string, got 3"),

@@ -167,6 +167,9 @@ def fake_tensorrt(version, cudart):
         + ("" if version.startswith("8.5") else " VERSION_COMPATIBLE")  # which came with 8.6
         + ("" if new else " FP16 INT8"),
     )
+    if not version.startswith("8.5"):
+        levels = "NONE AMPERE_PLUS" + ("" if old else " SAME_COMPUTE_CAPABILITY")
+        trt.HardwareCompatibilityLevel = flags("HardwareCompatibilityLevel", levels)
     trt.IProfiler = type("IProfiler", (), {"__init__": lambda self: None})
     trt.LayerInformationFormat = flags("LayerInformationFormat", "ONELINE JSON")
     trt.ProfilingVerbosity = flags("ProfilingVerbosity", "LAYER_NAMES_ONLY DETAILED NONE")

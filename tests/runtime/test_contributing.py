@@ -81,6 +81,8 @@ def test_a_file_and_a_row_are_all_that_a_backend_takes(backend, program, tmp_pat
     path = export_onnx(program, tmp_path / "net.onnx").path
     report = build_engine(path, "cpu", backend=backend)
     assert [kernel.kind for kernel in report.kernels] == ["Conv", "Relu", "Conv"]
+    with pytest.raises(BadInput, match=f"^option threads: not one of backend {backend}; it takes none$"):
+        build_engine(path, "cpu", backend=backend, threads=2)
     x = np.random.default_rng(0).standard_normal((1, 3, 8, 8), np.float32)
     engine = open_engine(path, backend)
     np.testing.assert_allclose(engine.run([x])[0], load_engine(path).run([x])[0], atol=1e-5)

@@ -19,7 +19,10 @@ from ....graph.program import Program
 from ....graph.program import load as load_program
 from ...devices.table import Target, canonical
 from ..base import EngineReport
+from ..options import EngineOptions
 from .base import TorchEngine, on_leaves, pack, precision, specs, unpack
+
+TAKES = ("threads",)
 
 
 def compile_program(
@@ -50,7 +53,7 @@ def compile_program(
 
 
 def build(
-    model: Path, target: Target, out: Path | None, *, backend: str = "inductor", threads: int = 1
+    model: Path, target: Target, out: Path | None, options: EngineOptions, *, backend: str = "inductor"
 ) -> EngineReport:
     """Compile a saved program ahead of time for this machine, and report what came out.
 
@@ -65,7 +68,7 @@ def build(
     out = out or model.with_suffix(".aoti")
     program = load_program(model)
     program.module().eval().to(device)
-    _threads(device, threads)
+    _threads(device, options.threads)
     with tempfile.TemporaryDirectory() as folder:
         try:
             package = compile_ahead(program.exported(), str(Path(folder) / "model.pt2"))

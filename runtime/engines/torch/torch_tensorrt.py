@@ -24,9 +24,10 @@ from ...devices.table import Target, canonical
 from ...summary import Kernel
 from ..backends import not_installed
 from ..base import EngineReport
+from ..options import EngineOptions
 from .base import TorchEngine, on_leaves, pack, precision, specs, unpack
 
-BATCHES = 1, 1, 8  # smallest, the one to optimise for, largest, where the batch is dynamic
+TAKES = "batch", "sparse", "optimization_level"
 ENGINE, REST = "_run_on_acc", "_run_on_gpu"  # names of the parts that TensorRT and PyTorch run
 
 
@@ -43,7 +44,8 @@ def compile_program(
     batch: the one that is optimised for, and taken, where it is dynamic; by default 1, of 1 to 8. sparse: allow kernels for
     2:4 sparse weights. Raises MissingBackend without the library or a GPU, Refused for what it cannot compile.
     """
-    module = _compile(_library(), program, sparse, optimization_level, (batch,) * 3 if batch else BATCHES)
+    options = EngineOptions(batch=batch, sparse=sparse, optimization_level=optimization_level)
+    module = _compile(_library(), program, options)
     return TorchEngine(on_leaves(program, module), *specs(program), _device())
 
 
@@ -51,10 +53,9 @@ def build(
     model: Path,
     target: Target,
     out: Path | None,
+    options: EngineOptions,
     *,
     backend: str = "torch_tensorrt",
-    sparse: bool = False,
-    optimization_level: int | None = None,
 ) -> EngineReport:
     """Compile a saved program for this machine's GPU into a file, and say which parts run in TensorRT.
 
@@ -66,7 +67,7 @@ def build(
         raise BadInput(f"target {target.name}: {backend} compiles for the GPU at hand, which is SM{here[0]}{here[1]}")
     out = out or model.with_suffix(".ep")
     program = load_program(model)
-    module = _compile(library, program, sparse, optimization_level, BATCHES)
+    module = _compile(library, program, options)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.ep"
         library.save(module, str(file), output_format="exported_program", retrace=False)
@@ -84,17 +85,15 @@ def load(path: Path, *, backend: str = "torch_tensorrt") -> TorchEngine:
     return unpack(path, backend, lambda file: library.load(file).module())
 
 
-def _compile(
-    library: ModuleType, program: Program, sparse: bool, optimization_level: int | None, batches: Sequence[int]
-) -> Any:
+def _compile(library: ModuleType, program: Program, options: EngineOptions) -> Any:
     program = program.copy()
     program.module().eval()
     exported = move_to_device_pass(program.exported(), _device())
-    args, kwargs = _inputs(library, program, batches)
+    args, kwargs = _inputs(library, program, options.batches)
     function = library.dynamo.compile
     wishes: dict[str, Any] = {
-        "sparse_weights": sparse,
-        "optimization_level": optimization_level,
+        "sparse_weights": bool(options.sparse),
+        "optimization_level": options.optimization_level,
         "truncate_double": True,
         "min_block_size": 1,
         # Types are the program's own. Newer versions always do that; older ones are told which they may use.
@@ -104,9 +103,9 @@ def _compile(
     known = inspect.signature(function).parameters
     if "use_explicit_typing" in known:
         del wishes["enabled_precisions"]
-    options = {name: value for name, value in wishes.items() if name in known and value is not None}
+    settings = {name: value for name, value in wishes.items() if name in known and value is not None}
     try:
-        return function(exported, arg_inputs=list(args), kwarg_inputs=kwargs, **options)
+        return function(exported, arg_inputs=list(args), kwarg_inputs=kwargs, **settings)
     except Exception as error:  # the library's errors have no common base
         raise Refused(f"Torch-TensorRT {library.__version__} cannot compile the program: {reason(error)}") from error
 

@@ -11,8 +11,6 @@ Sources: TensorRT developer guide, "Strongly typed networks", "Working with dyna
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +22,15 @@ from rich.progress import Progress
 from ....graph.errors import BadInput, Refused, nearest
 from ....graph.files import replacing
 from ...devices.dla import dla_report
-from ...devices.table import NAMES, Target, canonical, parsed_opset
+from ...devices.table import NAMES as LIBRARIES
+from ...devices.table import Target, canonical, parsed_opset
 from ...kit.cuda import Cuda, CudaError
 from ...kit.trt import new_logger
 from ...onnx_file import opset_of, precision
 from ...summary import Pad, Unfused
 from ..backends import BACKENDS
 from ..base import EngineReport, UnparsedOp
+from ..options import NAMES, EngineOptions, three
 from .library import library, load_plugins, new_monitor
 from .log import parse_build_log
 from .run import TensorRTEngine, sizes_of
@@ -41,7 +41,8 @@ if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT
 # Without strong typing (8.6): the flags that let TensorRT compute in the types of the ONNX file.
 WEAK_FLAGS = {"fp16": ("FP16",), "bf16": ("BF16",), "int8": ("INT8", "FP16")}
 FLAGS = {"sparse": "SPARSE_WEIGHTS", "refit": "REFIT", "version_compatible": "VERSION_COMPATIBLE"}
-DEFAULT_BATCH = 1, 1, 8  # smallest, the one to optimise for (a vehicle's camera gives one image at a time), largest
+REQUIRED = *FLAGS, "hardware_compatibility"  # options that can keep the library from building anything
+TAKES = tuple(name for name in NAMES if name != "threads")
 
 
 @dataclass
@@ -58,36 +59,11 @@ def build(
     model: Path,
     target: Target,
     out: Path | None,
+    options: EngineOptions,
     *,
     backend: str,
-    batch: int | Sequence[int] | None = None,
-    shapes: Mapping[str, Sequence[Sequence[int]]] | None = None,
-    workspace: int | None = None,
-    optimization_level: int | None = None,
-    sparse: bool = False,
-    tf32: bool = True,
-    dla: int | None = None,
-    refit: bool = False,
-    version_compatible: bool = False,
-    timing_cache: str | os.PathLike[str] | None = None,
-    plugins: Sequence[str] | None = None,
-    log: str | os.PathLike[str] | None = None,
-    progress: bool = False,
 ) -> TensorRTReport:
     """Build an engine for a target and report what the library made of the model.
-
-    - batch: of a model with a dynamic batch: one number, or (smallest, the one to optimise for, largest).
-    - shapes: the same three, as full shapes, by name of an input with other dynamic axes.
-    - workspace: limit in MiB.
-    - optimization_level: 0 to 5; None is the library's own default.
-    - sparse: allow kernels for 2:4 sparse weights. tf32: allow TF32 in fp32 layers.
-    - dla: the core to run on, with the GPU as fallback.
-    - refit: an engine whose weights can be replaced. version_compatible: one that later versions can run.
-    - timing_cache: the file from which measurements of kernels are reused, and in which they are kept.
-    - plugins: shared libraries with operators that the library lacks; their code runs here, and the engine needs them
-      wherever it runs.
-    - log: the file for the library's verbose log.
-    - progress: show the library's build phases.
 
     Raises BadInput for a model, target or option that does not fit, Refused for what this version or machine cannot do,
     MissingBackend without the library.
@@ -95,30 +71,26 @@ def build(
     out = out or model.with_suffix(BACKENDS[backend].suffixes[0])
     graph = onnx.load(str(model), load_external_data=False)
     kind = precision(graph)
-    if dla is not None:
-        dla_report(graph, target, dla, batch)  # refuses what no layer could run
-    work = _Build(backend, target, plugins or ())
+    if options.dla is not None:
+        dla_report(graph, target, options.dla, options.batch)  # refuses what no layer could run
+    work = _Build(backend, target, options)
     work.check_opset(model, graph)
     work.parse(model)
     work.aim()
     work.allow(kind)
-    work.shape(model, batch, shapes or {})
-    wishes = {"sparse": sparse, "refit": refit, "version_compatible": version_compatible}
-    for option, flag in FLAGS.items():
-        if wishes[option]:
-            work.flag(flag, f"option {option}")
-    work.tune(workspace, optimization_level, tf32)
-    if dla is not None:
-        work.use_dla(dla)
-    cache = Path(timing_cache) if timing_cache is not None else None
+    work.shape(model)
+    work.tune()
+    if options.dla is not None:
+        work.use_dla(options.dla)
+    cache = Path(options.timing_cache) if options.timing_cache is not None else None
     if cache is not None:
         work.attach(cache)
-    engine = work.run(f"{work.who}: {model.name}", progress)
-    if log is not None:
-        with replacing(Path(log)) as part:
+    engine = work.run(f"{work.who}: {model.name}")
+    if options.log is not None:
+        with replacing(Path(options.log)) as part:
             part.write_text(work.logger.text())
     if engine is None:
-        asked = "".join(f" with {option}" for option, wanted in wishes.items() if wanted)
+        asked = "".join(f" with {name}" for name in REQUIRED if getattr(options, name))
         raise Refused(f"{model}: {work.who} builds no engine for {target.name}{asked}: {work.logger.error()}")
     with replacing(out) as part:
         part.write_bytes(engine)
@@ -159,13 +131,13 @@ class _Build:
     who: the library and its version, for messages. notes: what the user should know about the engine.
     """
 
-    def __init__(self, backend: str, target: Target, plugins: Sequence[str] = ()):
+    def __init__(self, backend: str, target: Target, options: EngineOptions):
         self.trt = trt = library(backend)
-        self.who = f"{NAMES[backend]} {trt.__version__}"
-        self.target = target
+        self.who = f"{LIBRARIES[backend]} {trt.__version__}"
+        self.target, self.options = target, options
         self.notes: list[str] = []
         self.logger = new_logger(trt)
-        load_plugins(trt, self.logger, plugins)
+        load_plugins(trt, self.logger, options.plugins or ())
         # TensorRT-RTX builds for a compute capability that is named, classic TensorRT for the GPU at hand.
         self.aims = hasattr(trt.IBuilderConfig, "set_compute_capability")
         if not self.aims:
@@ -223,12 +195,10 @@ class _Build:
             self.flag(name, f"precision {kind}")
         self.notes.append(f"{self.who} has no strongly typed networks: it may compute layers wider than in {kind}")
 
-    def shape(
-        self, path: Path, batch: int | Sequence[int] | None, shapes: Mapping[str, Sequence[Sequence[int]]]
-    ) -> None:
+    def shape(self, path: Path) -> None:
         """An optimisation profile for a model with dynamic shapes."""
         tensors = [self.network.get_input(index) for index in range(self.network.num_inputs)]
-        ranges = _ranges({t.name: sizes_of(t.shape) for t in tensors}, path, batch, shapes)
+        ranges = _ranges({t.name: sizes_of(t.shape) for t in tensors}, path, self.options)
         if not ranges:
             return
         profile: Any = self.builder.create_optimization_profile()  # whose shapes may be tuples, unlike the stubs say
@@ -242,18 +212,23 @@ class _Build:
             raise Refused(f"{why}: {self.who} has no builder flag {name}")
         self.config.set_flag(getattr(self.trt.BuilderFlag, name))
 
-    def tune(self, workspace: int | None, level: int | None, tf32: bool) -> None:
+    def tune(self) -> None:
         """Set what the library has a default of its own for."""
-        if workspace is not None:
-            if workspace < 1:
-                raise BadInput(f"option workspace: a whole number of MiB, from 1 up, not {workspace}")
-            self.config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, workspace << 20)
-        if level is not None:
-            if not 0 <= level <= 5:
-                raise BadInput(f"option optimization_level: a whole number from 0 to 5, not {level}")
-            self.config.builder_optimization_level = level
-        if not tf32 and hasattr(self.trt.BuilderFlag, "TF32"):
-            self.config.clear_flag(self.trt.BuilderFlag.TF32)
+        options, trt = self.options, self.trt
+        for name, flag in FLAGS.items():
+            if getattr(options, name):
+                self.flag(flag, f"option {name}")
+        if options.workspace is not None:
+            self.config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
+        if options.optimization_level is not None:
+            self.config.builder_optimization_level = options.optimization_level
+        if options.tf32 is False and hasattr(trt.BuilderFlag, "TF32"):
+            self.config.clear_flag(trt.BuilderFlag.TF32)
+        if (wanted := options.hardware_compatibility) is not None:
+            levels = getattr(trt, "HardwareCompatibilityLevel", None)  # came with 8.6, the second level later
+            if not hasattr(levels, wanted.upper()):
+                raise Refused(f"option hardware_compatibility: {self.who} has no level {wanted}")
+            self.config.hardware_compatibility_level = getattr(levels, wanted.upper())
 
     def use_dla(self, core: int) -> None:
         """Run on a DLA core what it can run, and note what it cannot."""
@@ -272,18 +247,14 @@ class _Build:
 
     def attach(self, path: Path) -> None:
         """Reuse the kernel timings in the file, or start an empty cache."""
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            cache = self.config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-            attached = cache is not None and self.config.set_timing_cache(cache, False)
-        if any(issubclass(warning.category, DeprecationWarning) for warning in said):  # TensorRT-RTX: it does nothing
-            raise Refused(f"option timing_cache: {self.who} measures no kernels when it builds, so it keeps no cache")
+        cache = self.config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+        attached = cache is not None and self.config.set_timing_cache(cache, False)
         if not attached:
             raise BadInput(f"option timing_cache: {path} was made by another version or device; delete it")
 
-    def run(self, title: str, progress: bool) -> Any:
+    def run(self, title: str) -> Any:
         """The serialised engine, or None; with a progress bar by phases where the library reports them (from 10.0)."""
-        if not progress:
+        if not self.options.progress:
             return self.builder.build_serialized_network(self.network, self.config)
         with Progress(transient=True) as bar:
             whole = bar.add_task(title, total=None)
@@ -306,38 +277,30 @@ class _Build:
 def _ranges(
     inputs: Mapping[str, tuple[int, ...]],
     path: Path,
-    batch: int | Sequence[int] | None,
-    shapes: Mapping[str, Sequence[Sequence[int]]],
+    options: EngineOptions,
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Smallest, best and largest shape of every dynamic input (-1 in its shape); empty for a static model."""
     dynamic = {name: shape for name, shape in inputs.items() if -1 in shape}
+    shapes = options.shapes or {}
     for name in shapes:
         if name not in inputs:
             raise BadInput(f"shapes: {path} has no input {name}; {nearest(name, inputs)}")
-    if batch is not None and not dynamic:
+    if options.batch is not None and not dynamic:
         raise BadInput(f"batch: {path} has a fixed batch; export it with a dynamic one")
-    counts = DEFAULT_BATCH if batch is None else _three(batch, "batch")
     ranges: dict[str, tuple[tuple[int, ...], ...]] = {}
     for name, shape in dynamic.items():
         if name in shapes:
-            ranges[name] = tuple(tuple(extents) for extents in _three(shapes[name], f"shapes.{name}"))
+            ranges[name] = tuple(tuple(extents) for extents in three(shapes[name], f"shapes.{name}"))
         elif -1 in shape[1:]:
             axes = [axis for axis, extent in enumerate(shape) if extent == -1]
             example = "x".join("N" if extent == -1 else str(extent) for extent in shape)
             give = f"shapes={{'{name}': (smallest, best, largest)}}; on the command line --shape {name}={example}"
             raise BadInput(f"input {name}: axes {axes} are dynamic; give {give}")
         else:
-            ranges[name] = tuple((count, *shape[1:]) for count in counts)
+            ranges[name] = tuple((count, *shape[1:]) for count in options.batches)
         for extents in ranges[name]:
             if len(extents) != len(shape) or any(b not in (a, -1) for a, b in zip(extents, shape, strict=True)):
                 raise BadInput(f"input {name}: shape {extents} does not fit {shape}")
         if any(not 0 < a <= b <= c for a, b, c in zip(*ranges[name], strict=True)):
             raise BadInput(f"input {name}: {ranges[name]} is not smallest <= best <= largest, from 1 up")
     return ranges
-
-
-def _three(bounds: Any, name: str) -> tuple[Any, Any, Any]:
-    values = (bounds,) * 3 if isinstance(bounds, int) else tuple(bounds)
-    if len(values) != 3:
-        raise BadInput(f"{name}: three are needed (smallest, the one to optimise for, largest), got {len(values)}")
-    return values[0], values[1], values[2]

@@ -28,9 +28,10 @@ from graphcomb.runtime.devices.here import local_target
 from graphcomb.runtime.devices.table import TARGETS, get_target
 from graphcomb.runtime.engines import backends
 from graphcomb.runtime.engines.build import build_engine, load_engine
+from graphcomb.runtime.engines.options import EngineOptions
 from graphcomb.runtime.engines.trt import build as tensorrt
 from graphcomb.runtime.engines.trt import library as tensorrt_library
-from graphcomb.runtime.engines.trt.build import TensorRTEngine, build
+from graphcomb.runtime.engines.trt.build import TensorRTEngine
 from graphcomb.runtime.export.to_onnx import export_onnx
 from graphcomb.runtime.kit import cuda
 from graphcomb.runtime.kit.cuda import Cuda, CudaError, NoCuda
@@ -75,6 +76,11 @@ def small(path, nodes, inputs, outputs, weights=(), opset=17):
     graph = helper.make_graph(nodes, "net", *sides, list(weights))
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10), path)
     return path
+
+
+def build(model, target, out, *, backend, **options):
+    """What `build_engine` comes down to, whether or not the library is installed."""
+    return tensorrt.build(model, target, out, EngineOptions(**options), backend=backend)
 
 
 def relu(path, shape=("batch", 4), opset=17):
@@ -183,7 +189,8 @@ SUPPORTED = "builds for SM75, SM80, SM86, SM89, SM120, SM121 only"
         ({"workspace": 0}, BadInput, "option workspace: a whole number of MiB, from 1 up, not 0"),
         ({"optimization_level": 9}, BadInput, "option optimization_level: a whole number from 0 to 5, not 9"),
         ({"dla": 0}, BadInput, "option dla: rtx-sm86 has no DLA"),
-        ({"timing_cache": "cache"}, Refused, "option timing_cache: .* keeps no cache"),
+        ({"timing_cache": "cache"}, BadInput, "option timing_cache: .* keeps no cache; known: batch, shapes"),
+        ({"hardware_compatibility": "ampere_plus"}, BadInput, "option hardware_compatibility: .* of the target; known"),
         ({"version_compatible": True}, Refused, "builds no engine for rtx-sm86 with version_compatible: .*lean"),
         ({"wrokspace": 5}, BadInput, "option wrokspace: .* did you mean workspace"),
     ],
@@ -392,6 +399,16 @@ def test_flags_that_a_version_lacks_are_refused(classic, tmp_path):
     classic.module.BuilderFlag = flags("BuilderFlag", "FP16")
     with pytest.raises(Refused, match=r"option refit: TensorRT .* has no builder flag REFIT"):
         build(relu(tmp_path / "net.onnx"), ORIN, None, backend="tensorrt", refit=True)
+
+
+def test_engines_for_other_gpus_are_of_a_level_that_the_version_has(classic, tmp_path):
+    model = relu(tmp_path / "net.onnx")
+    if classic.module.__version__.startswith("8"):
+        with pytest.raises(Refused, match=r"option hardware_compatibility: TensorRT .* has no level same_compute_cap"):
+            build(model, ORIN, None, backend="tensorrt", hardware_compatibility="same_compute_capability")
+    if classic.module.__version__ != "8.5.2":
+        build(model, ORIN, None, backend="tensorrt", hardware_compatibility="ampere_plus")
+        assert classic.config.hardware_compatibility_level.name == "AMPERE_PLUS"
 
 
 def test_an_engine_binds_copies_and_runs(classic, tmp_path, cudart):

@@ -15,6 +15,7 @@ from graphcomb.graph.errors import BadInput, MissingBackend, Refused
 from graphcomb.runtime import bench, build_engine, load_engine
 from graphcomb.runtime.engines.base import Engine
 from graphcomb.runtime.engines.build import open_engine
+from graphcomb.runtime.engines.options import EngineOptions
 from graphcomb.runtime.engines.torch import inductor as inductor_module
 from graphcomb.runtime.engines.torch import torch_tensorrt as backend
 from graphcomb.runtime.engines.torch.base import TorchEngine, on_leaves, precision, specs
@@ -228,7 +229,10 @@ def test_older_versions_are_told_the_types(program, library):
 
 def test_parts_that_stay_in_pytorch_are_reported(program, library, tmp_path):
     saved = program.save(tmp_path / "net.pt2")
-    report = backend.build(saved, graphcomb.runtime.get_target("h100"), tmp_path / "net.ep")
+    report = backend.build(
+        saved, graphcomb.runtime.get_target("h100"), tmp_path / "net.ep", EngineOptions(batch=(2, 3, 4))
+    )
+    assert [library.options["arg_inputs"][0][f"{key}_shape"][0] for key in ("min", "opt", "max")] == [2, 3, 4]
     assert [(k.name, k.kind) for k in report.kernels[-2:]] == [
         ("_run_on_acc_0", "TensorRT"),
         ("_run_on_gpu_1", "PyTorch"),
@@ -238,7 +242,7 @@ def test_parts_that_stay_in_pytorch_are_reported(program, library, tmp_path):
     engine = backend.load(tmp_path / "net.ep")
     assert engine.inputs == specs(program)[0]
     with pytest.raises(BadInput, match="target agx-orin: torch_tensorrt compiles for the GPU at hand, which is SM90"):
-        backend.build(saved, graphcomb.runtime.get_target("agx-orin"), None)
+        backend.build(saved, graphcomb.runtime.get_target("agx-orin"), None, EngineOptions())
 
 
 def test_what_torch_tensorrt_refuses_is_one_line(program, library):
