@@ -45,7 +45,7 @@ def measure(network: str, seed: int, steps: int, way: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     importance, adaptive, repair = WAYS[way]
     size = "long" if steps > 1000 else "small"
-    options = replace(SIZES[size], steps=steps)
+    options = replace(SIZES[size], steps=max(steps, 1))
     start, begun = time.process_time(), time.perf_counter()
     model, dense_score = reference(network, seed, size)
     dense = capture(model, "classification")

@@ -8,14 +8,17 @@ the module that comes out is compared with the program in float64, in eval mode.
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .attribute_sizes import Sizes, mend
+from .comb.groups import FOLDED
 from .compat import pytree
 from .edit import like, tensor_at
 from .errors import GraphcombError, Refused, reason
 from .nodes import arguments, module_path, op_name
+from .outputs import named_outputs, only_outputs
 from .program import Program, capture
 from .verify.evaluate import Evaluator, double_weights, random_inputs, relative_error, to_double
 
@@ -32,10 +35,12 @@ def transplant(program: Program, model: nn.Module) -> nn.Module:
     new = copy.deepcopy(model)
     modes = [m.training for m in new.modules()]
     shrunk = _place(program, new)
+    _cut_folded(program, new, shrunk)
     _set_layers(program, new)
     new.eval()
     wrong = mend(program, new, [shrunk, _changed_counts(program)])
-    _prove(program, new, wrong)
+    with only_outputs(new, _outputs(program, new)):
+        _prove(program, new, wrong)
     for module, mode in zip(new.modules(), modes, strict=True):
         module.training = mode
     return new
@@ -71,6 +76,40 @@ def _place(program: Program, new: nn.Module) -> dict[str, Sizes]:
         for table, key in known:
             table[key] = tensor
     return shrunk
+
+
+def _cut_folded(program: Program, new: nn.Module, shrunk: dict[str, Sizes]) -> None:
+    """Cut the buffers of which capture made a constant, such as the scale of a frozen BatchNorm, as that was cut. They are
+    those of the module that computes it which the program does not have, with one dimension of the size it had."""
+    tensors = program.module().state_dict()
+    for node in program.structure.nodes:
+        if node.op != "get_attr" or not str(node.target).startswith(FOLDED):
+            continue
+        path = module_path(node)
+        for dim, kept in _kept(program, str(node.target)).items():
+            size = tensors[str(node.target)].shape[dim]
+            for key, held in new.get_submodule(path)._buffers.items():
+                name = f"{path}.{key}".removeprefix(".")
+                if held is None or name in tensors or name in shrunk or list(held.shape).count(len(kept)) != 1:
+                    continue
+                stays = torch.from_numpy(kept.nonzero()[0]).to(held.device)
+                new.get_submodule(path)._buffers[key] = held.index_select(list(held.shape).index(len(kept)), stays)
+                shrunk[name] = {len(kept): {size}}
+
+
+def _kept(program: Program, name: str) -> dict[int, np.ndarray]:
+    """By dimension of a tensor that lost indices in any pass, which of the first ones are still there."""
+    tensor = program.module().state_dict()[name]
+    kept: dict[int, np.ndarray] = {}
+    steps = [record["removed"][name] for record in program.history if name in (record.get("removed") or {})]
+    for dim in {int(d) for lost in steps for d in lost}:
+        lost = [lost[d] for lost in steps for d in lost if int(d) == dim]
+        left = np.arange(tensor.shape[dim] + sum(map(len, lost)))
+        kept[dim] = np.zeros(len(left), dtype=bool)
+        for indices in lost:
+            left = np.delete(left, list(indices))
+        kept[dim][left] = True
+    return kept
 
 
 def _set_layers(program: Program, new: nn.Module) -> None:
@@ -112,6 +151,24 @@ def _changed_counts(program: Program) -> dict[str, Sizes]:
             if isinstance(row, dict) and "before" in row and "after" in row:
                 found.setdefault(row["what"].split(":")[0], {}).setdefault(row["before"], set()).add(row["after"])
     return found
+
+
+def _outputs(program: Program, new: nn.Module) -> list[str] | None:
+    """Which of the module's outputs the program has; None for all of them. Of one that a program gives alone the name is not
+    known: it is the one that comes nearest."""
+    args, kwargs = copy.deepcopy((program.args, program.kwargs))
+    with torch.no_grad():
+        ours = program.module().eval()(*args, **kwargs)
+        try:
+            found = named_outputs(copy.deepcopy(new)(*args, **kwargs))
+        except Exception:
+            return None  # the proof says why
+    tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    if isinstance(ours, torch.Tensor) and len(tensors) > 1:
+        alike = [name for name, value in tensors.items() if value.shape == ours.shape]
+        return [min(alike, key=lambda name: relative_error([tensors[name]], [ours]))] if alike else None
+    names = list(ours) if isinstance(ours, dict) else []
+    return names if names and set(names) < set(tensors) else None
 
 
 def _prove(program: Program, new: nn.Module, wrong: str) -> None:

@@ -7,7 +7,8 @@ So the equations here are those that the usual ways to write a forward need:
 - an attention layer has one number of heads: `self.num_heads`;
 - the width of a head from which attention computes its scale stays;
 - where a projection to heads is as wide as what it reads, heads times their width stay that: `c // self.num_heads`. So does
-  the projection back.
+  the projection back;
+- a table that the forward computes, such as sines of positions, keeps its sizes: a class makes another of other sizes.
 
 Too many equations cost freedom, too few a refusal by `transplant`, which proves what comes out.
 """
@@ -22,7 +23,7 @@ from torch import fx
 
 from ...graph.comb import axes as ax
 from ...graph.comb.axes import Axis, Factor
-from ...graph.comb.groups import Group
+from ...graph.comb.groups import FOLDED, Group
 from ...graph.comb.solve import Comb
 from ...graph.facts import MAPS, MATRIX_PRODUCTS
 from ...graph.nodes import arguments, module_path, op_name, shape, source
@@ -122,6 +123,9 @@ def _equal(comb: Comb) -> Iterator[Equal]:
             width = comb.axes[arguments(node)["query"]][-1]
             text = "a class computes its scale from the width of a head"
             yield Equal([width, ax.fresh(ax.size(width))], node, text)
+        elif node.op == "get_attr" and str(node.target).startswith(FOLDED) and sum(n > 1 for n in shape(node)) > 1:
+            for axis in comb.axes[node]:
+                yield Equal([axis, ax.fresh(ax.size(axis))], node, "a class computes this table from its sizes")
         elif name in MAPS:
             yield from _projections(comb, node, heads | widths)
     yield from _head_counts(comb, heads)

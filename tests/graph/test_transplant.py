@@ -176,3 +176,44 @@ def test_what_differs_without_an_error_is_named_by_its_module():
     model = nn.Sequential(Scaled(), nn.ReLU())
     with pytest.raises(Refused, match=r"something else.*; first in 0 \(test_transplant.py:\d+: Scaled.forward\)"):
         pruned(model, torch.randn(2, 8)).transplant(model)
+
+
+def test_buffers_that_capture_folded_are_cut_with_the_constant_they_became():
+    """A frozen BatchNorm computes its scale and shift from buffers alone; two removals in a row number indices anew."""
+    frozen = torchvision.ops.FrozenBatchNorm2d
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, bias=False), frozen(12), nn.ReLU(), nn.Conv2d(12, 16, 3, bias=False), frozen(16), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    )  # fmt: skip
+    for m in model:
+        for buffer in m._buffers.values():
+            buffer.copy_(torch.rand_like(buffer) + 0.5)
+    x = torch.randn(2, 3, 12, 12)
+    program = graphcomb.capture(model.eval(), (x,))
+    once = RemoveChannels(ratio=0.25, round_to=1)(program)
+    twice = RemoveChannels(ratio=0.25, round_to=1)(once.program)
+    new = twice.transplant(model)
+    assert [len(new[i].running_var) for i in (1, 4)] == [7, 9]
+    with torch.no_grad():
+        assert torch.allclose(new(x), twice.program.module()(x), atol=1e-6)
+    assert len(model[1].weight) == 12, "the model itself stays as it was"
+
+
+class TwoHeads(nn.Module):
+    """Also returns what no program was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.boxes, self.logits = nn.Linear(6, 12), nn.Linear(6, 4), nn.Linear(12, 4)
+
+    def forward(self, x):
+        return {"hidden": x, "boxes": [self.boxes(x), x.mean()], "logits": self.logits(F.relu(self.body(x)))}
+
+
+@pytest.mark.parametrize("outputs", [["logits"], ["logits", "boxes.0"]])
+def test_a_program_with_some_of_the_outputs_is_transplanted_into_the_whole_class(outputs):
+    model = TwoHeads().eval()
+    program = graphcomb.capture(model, (torch.randn(3, 6),), outputs=outputs)
+    new = RemoveChannels(ratio=0.5, round_to=1, include=("body*",))(program).transplant(model)
+    assert new.body.out_features == 6
+    assert set(new(torch.randn(3, 6))) == {"hidden", "boxes", "logits"}

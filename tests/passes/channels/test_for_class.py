@@ -181,3 +181,25 @@ def test_a_latency_target_is_met_with_ties():
     result = RemoveChannels(latency=0.6, for_class=True, round_to=1)(program, latency=PerMac())
     assert result.record["latency"]["predicted"]["after"] <= 0.6 * result.record["latency"]["predicted"]["before"]
     result.transplant(model)
+
+
+class Positions(nn.Module):
+    """Adds sines of positions, which a class computes for the width that it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = 16
+        self.first, self.hidden, self.last = nn.Linear(6, 16), nn.Linear(16, 24), nn.Linear(24, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        angles = torch.arange(x.shape[1])[:, None] * torch.arange(1, self.width + 1)[None] / self.width
+        return self.last(torch.relu(self.hidden(x + angles.sin())))
+
+
+def test_a_table_of_positions_keeps_its_width():
+    model = Positions().eval()
+    program = graphcomb.capture(model, (torch.randn(2, 5, 6),))
+    result = RemoveChannels(ratio=0.5, round_to=1, for_class=True)(program)
+    assert result.transplant(model).hidden.weight.shape == (12, 16)
+    assert any("computes this table" in row["why"] for row in result.record["refused"])
