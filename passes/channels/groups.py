@@ -20,9 +20,11 @@ from ...graph.comb import axes as ax
 from ...graph.comb.axes import Axis, Factor
 from ...graph.comb.groups import Group
 from ...graph.comb.solve import Comb
-from ...graph.errors import BadInput
+from ...graph.errors import BadInput, Refused
 from ...graph.facts import MAPS
 from ...graph.nodes import arguments, is_operator, op_name, shape
+from ...graph.program import Program
+from ...graph.sparse import sparse_weights
 from ..common.weights import selected
 
 PRIORITY = {
@@ -59,6 +61,28 @@ def movable(comb: Comb, kinds: Iterable[str], include: Iterable[str] = (), exclu
         if not any(p in chosen for p in partners[group.atom]):
             chosen[group.atom] = group
     return [g for g in candidates if g.atom in chosen]
+
+
+def not_trained(comb: Comb, groups: Iterable[Group]) -> dict[str, str]:
+    """By name, with the reason, the groups whose parameters are all frozen. Training would score them 0, and they would be
+    the first to go."""
+    trained = {name for name, p in comb.module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    why = (
+        "its parameters have requires_grad=False, so that training gives it no score; let them train "
+        "(requires_grad_(True) before capture), or take importance: magnitude"
+    )
+    return {g.name: why for g in groups if not any(name in trained for name, _ in g.members)}
+
+
+def require_no_pattern(program: Program, groups: Iterable[Group]) -> None:
+    """Raise Refused where removing indices of these groups would break a pattern of zeros."""
+    sparse, shrinking = sparse_weights(program), {member for g in groups for member in g.members}
+    for name, pattern in sparse.items():
+        if pattern and (name, 1) in shrinking:
+            raise Refused(
+                f"RemoveChannels: removing input channels one by one would break the pattern of {name}, which Sparsify "
+                f"made {pattern}; run RemoveChannels before Sparsify"
+            )
 
 
 def alike(comb: Comb, groups: Iterable[Group]) -> list[list[Group]]:

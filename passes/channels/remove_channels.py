@@ -15,15 +15,13 @@ from ...graph.comb.groups import DEFAULT_KINDS, KINDS, Group
 from ...graph.comb.solve import Comb
 from ...graph.comb.surgery import Removed, remove, restored
 from ...graph.cost import require_counted
-from ...graph.errors import BadInput, GraphcombError, Refused, Unreachable
+from ...graph.errors import BadInput, GraphcombError, Unreachable
 from ...graph.program import Program
-from ...graph.sparse import sparse_weights
 from ...graph.trainable import TrainableModule
 from ...graph.verify import TOLERANCE, check
 from ..base import Change, Context, Pass, PassResult, Refusal, check_field
 from ..common.feed import Feed
 from ..common.latency import allowed_seconds, check_least
-from ..common.processes import agreed
 from ..common.repeat import functions_code
 from ..repair.repair import Repair
 from ..repair.score import Losses
@@ -33,7 +31,7 @@ from ..train.loop import total_steps
 from ..train.trainee import Work
 from .costs import Costs, layer_costs, mac_terms
 from .for_class import class_ties
-from .groups import movable
+from .groups import movable, not_trained, require_no_pattern
 from .held import HeldPruner, not_held
 from .importance.scores import (
     IMPORTANCES,
@@ -46,12 +44,13 @@ from .importance.scores import (
     importance_of,
     losses_of,
     normalised,
+    swapped,
     together,
 )
 from .kernel_count import kernel_record
-from .plan import Planned, kept_by_pattern, read_plan, some
+from .plan import Planned, kept_by_pattern, read_plan
 from .selection import Selection, lowest_removed
-from .targets import Chooser, SharedChooser, Target, Task, untrained
+from .targets import Chooser, SharedChooser, Target, Task, nothing_to_prune, untrained
 from .ties import Ties
 from .while_training import Pruner, event_steps, removed_values
 
@@ -204,7 +203,7 @@ class RemoveChannels(Pass):
         sizes = task.chooser({}, scores, 1.0)
         masks = {g.atom: lowest_removed(scores[g.atom], sizes.get(g.atom, g.size)) for g in task.groups}
         if losses is not None:
-            masks, swaps = self._swapped(task.groups, losses, masks)
+            masks, swaps = swapped(task.groups, losses, masks)
         smaller, removed = remove(task.comb, masks)
         result = self._result(task, masks, smaller, removed, {"swaps": swaps} if swaps else {})
         if self.repair and removed:
@@ -227,7 +226,7 @@ class RemoveChannels(Pass):
         """What cuts the program while it trains for so many steps, or with `own` holds zeros in it (`HeldPruner`). What
         cannot be done is said before training."""
         task = self._task(program, context, own)
-        self._require_no_pattern(program, task.groups)
+        require_no_pattern(program, task.groups)
         task.chooser.require()
         events = event_steps(self.schedule, steps, self.interval, self.rounds, self.prune_share)
         rows = {name: [row.keep, row.fixed] for name, row in task.planned.items()}
@@ -308,29 +307,13 @@ class RemoveChannels(Pass):
             raise GraphcombError(f"RemoveChannels: the result is not the masked network ({why}); a bug of graphcomb")
         return {"oracle": "absence oracle", "error": verdict.error, "tolerance": TOLERANCE}
 
-    @staticmethod
-    def _require_no_pattern(program: Program, groups: list[Group]) -> None:
-        sparse, shrinking = sparse_weights(program), {member for g in groups for member in g.members}
-        for name, pattern in sparse.items():
-            if pattern and (name, 1) in shrinking:
-                raise Refused(
-                    f"RemoveChannels: removing input channels one by one would break the pattern of {name}, which Sparsify "
-                    f"made {pattern}; run RemoveChannels before Sparsify"
-                )
-
     def _movable(self, comb: Comb) -> tuple[list[Group], dict[str, str]]:
-        """The groups that may shrink; and by name, with the reason, those that training gives no scores, as all of their
-        parameters are frozen. Since they would score 0, they would be the first to go. What is pruned before the first step
-        is scored by a pass over the data of its own."""
+        """The groups that may shrink; and by name, with the reason, those that training gives no scores. What is pruned
+        before the first step is scored by a pass over the data of its own."""
         groups = movable(comb, self.kinds, self.include, self.exclude)
         if self.train is None or self.importance not in TRANSFORMS or self.schedule == "one-shot":
             return groups, {}
-        trained = {name for name, p in comb.module.named_parameters(remove_duplicate=False) if p.requires_grad}
-        why = (
-            "its parameters have requires_grad=False, so that training gives it no score; let them train "
-            "(requires_grad_(True) before capture), or take importance: magnitude"
-        )
-        unscored = {g.name: why for g in groups if not any(name in trained for name, _ in g.members)}
+        unscored = not_trained(comb, groups)
         return [g for g in groups if g.name not in unscored], unscored
 
     def _require_groups(self, comb: Comb, groups: list[Group], unscored: Mapping[str, str]) -> None:
@@ -343,28 +326,9 @@ class RemoveChannels(Pass):
             return
         if unscored:
             raise Unreachable(f"RemoveChannels: nothing to prune; {untrained(unscored)}")
-        frozen = [f"{g.name}: {g.frozen}" for g in comb.groups if g.frozen]
-        others = len(comb.groups) - len(frozen)
-        why = (
-            f"RemoveChannels: nothing to prune: of {len(comb.groups)} groups {len(frozen)} are frozen "
-            f"({some(frozen, 2) or 'none'}) and {others} are left out by kinds, include and exclude or as small as can be"
-        )
         if self.train is not None or self.target != "ratio":
-            raise Unreachable(why)
-        warnings.warn(why, stacklevel=4)
-
-    @staticmethod
-    def _swapped(
-        groups: list[Group], losses: Losses, masks: dict[Factor, np.ndarray]
-    ) -> tuple[dict[Factor, np.ndarray], dict[str, int]]:
-        """Masks after a local search, the same in all processes (atoms do not travel, places of groups do)."""
-
-        def search() -> tuple[list[np.ndarray], dict[str, int]]:
-            found, swaps = losses.swapped(masks)
-            return [found[g.atom] for g in groups], swaps
-
-        kept, swaps = agreed(search)
-        return {g.atom: mask for g, mask in zip(groups, kept, strict=True)}, swaps
+            raise Unreachable(nothing_to_prune(comb))
+        warnings.warn(nothing_to_prune(comb), stacklevel=4)
 
     def _score(self, comb: Comb, groups: list[Group], context: Context, losses: Losses | None = None) -> Scores:
         """How much each index of each group matters. losses: what "repair" comes from, where it is known."""

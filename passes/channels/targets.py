@@ -328,6 +328,16 @@ def untrained(unscored: Mapping[str, str]) -> str:
     return f"left alone: {len(unscored)} groups ({some(list(unscored))}); of the first: {next(iter(unscored.values()))}"
 
 
+def nothing_to_prune(comb: Comb) -> str:
+    """Why none of a program's groups may shrink."""
+    frozen = [f"{g.name}: {g.frozen}" for g in comb.groups if g.frozen]
+    others = len(comb.groups) - len(frozen)
+    return (
+        f"RemoveChannels: nothing to prune: of {len(comb.groups)} groups {len(frozen)} are frozen "
+        f"({some(frozen, 2) or 'none'}) and {others} are left out by kinds, include and exclude or as small as can be"
+    )
+
+
 @dataclass(frozen=True)
 class Task:
     """What `RemoveChannels` was asked to do with one program: the groups that may shrink or that a plan fixes, what chooses

@@ -10,6 +10,8 @@ from enum import IntEnum
 
 import numpy as np
 
+from graphcomb.runtime.kit.cuda import Cuda, CudaError
+
 
 class FakeCudart:
     """The CUDA runtime's functions over host memory. As the real one it keeps the last error until somebody asks for it,
@@ -331,3 +333,11 @@ def fake_tensorrt(version, cudart):
     if not old:
         trt.OnnxParserRefitter = OnnxParserRefitter
     return made
+
+
+def gpu():
+    """The compute capability of this machine's real GPU, or None."""
+    try:
+        return Cuda().compute_capability
+    except CudaError:
+        return None

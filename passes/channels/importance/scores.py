@@ -36,7 +36,7 @@ from ....graph.trainable import TrainableModule
 from ...base import Context
 from ...common.feed import Feed
 from ...common.losses import task_loss, unlabelled_loss
-from ...common.processes import accelerator, averaged, placed, summed
+from ...common.processes import accelerator, agreed, averaged, placed, summed
 from ...common.repeat import seeded
 from ...common.samples import everywhere, sample_batches
 from ...repair.score import Losses, columns
@@ -228,6 +228,19 @@ def losses_of(comb: Comb, groups: list[Group], context: Context, samples: int) -
 
 OwnImportance = Callable[[Group, dict[str, torch.Tensor]], Any]
 """`importance(group, weights)`, a user's; see `from_function`."""
+
+
+def swapped(
+    groups: list[Group], losses: Losses, masks: dict[Factor, np.ndarray]
+) -> tuple[dict[Factor, np.ndarray], dict[str, int]]:
+    """Masks after a local search, the same in all processes (atoms do not travel, places of groups do)."""
+
+    def search() -> tuple[list[np.ndarray], dict[str, int]]:
+        found, swaps = losses.swapped(masks)
+        return [found[g.atom] for g in groups], swaps
+
+    kept, swaps = agreed(search)
+    return {g.atom: mask for g, mask in zip(groups, kept, strict=True)}, swaps
 
 
 def from_function(function: OwnImportance) -> Importance:

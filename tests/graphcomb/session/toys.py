@@ -10,6 +10,13 @@ from graphcomb.passes import RemoveChannels
 from ...passes.channels.toys import Transformer
 
 STEPS = 12
+CUTS = ("end", "during")
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2, eps=1e-4),
+}
 
 
 class Block(nn.Module):

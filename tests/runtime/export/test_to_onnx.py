@@ -15,20 +15,7 @@ from graphcomb.graph.errors import BadInput, Refused
 from graphcomb.graph.program import Program
 from graphcomb.runtime import export_onnx, load_engine
 
-
-class Net(nn.Module):
-    """Convolutions with batch norm, channels-last global pooling, a linear head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(True))
-        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Hardswish())
-        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x)
-        x = (x + self.body(x)).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-        return self.head(torch.flatten(self.pool(x), 1))
+from .toys import calibrated, captured, float_types
 
 
 class Attention(nn.Module):
@@ -49,42 +36,6 @@ class Attention(nn.Module):
         return self.out(torch.nn.functional.gelu(x.transpose(1, 2).reshape(b, n, c)))
 
 
-def calibrated(model: nn.Module, *size: int) -> nn.Module:
-    """BatchNorm statistics of random data: with fresh ones, deep networks answer almost 0."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-    model.train()
-    with torch.no_grad():
-        model(torch.randn(4, *size))
-    return model.eval()
-
-
-def captured(model: nn.Module, *size: int, dynamic: bool = True, batch: int = 3) -> Program:
-    return g.capture(model, torch.randn(batch, *size), dynamic_shapes="batch" if dynamic else None)
-
-
-def float_types(path: Path) -> set[int]:
-    """Types of all float tensors of a file, intermediate ones inferred."""
-    model = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True)
-    values = [*model.graph.input, *model.graph.output, *model.graph.value_info]
-    kinds = {v.type.tensor_type.elem_type for v in values} | {t.data_type for t in model.graph.initializer}
-    return kinds & set(onnx_module.FLOATS)
-
-
-@pytest.fixture(scope="module")
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return calibrated(Net(), 3, 12, 12)
-
-
-@pytest.fixture(scope="module")
-def program(net: nn.Module) -> Program:
-    torch.manual_seed(1)
-    return captured(net, 3, 12, 12)
-
-
-# ------------------------------------------------------------------------------------------------------------- results
 def test_fp32_is_checked_at_several_batch_sizes(program: Program, net: nn.Module, tmp_path: Path) -> None:
     report = export_onnx(program, tmp_path / "net.onnx")
     assert [(c.inputs, c.batch) for c in report.checks] == [("example", 3), ("random", 1), ("random", 3), ("random", 4)]
@@ -210,7 +161,6 @@ def test_weights_that_exceed_protobuf_go_to_a_file_beside(
     np.testing.assert_array_equal(found, load_engine(whole.path).run([x])[0])
 
 
-# --------------------------------------------------------------------------------------------------- opsets and targets
 def test_the_oldest_target_gets_its_opset(program: Program, tmp_path: Path) -> None:
     report = export_onnx(program, tmp_path / "net.onnx", "fp16", target="drive-orin")
     assert report.opset == 17
@@ -248,7 +198,6 @@ def test_an_opset_that_did_not_come_out_is_refused(
         export_onnx(program, tmp_path / "net.onnx", opset=20)
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
 def test_a_wrong_weight_is_refused_and_nothing_is_written(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,72 +218,6 @@ def test_a_wrong_weight_is_refused_and_nothing_is_written(
     assert export_onnx(program, tmp_path / "net.onnx", tolerance=1.0).parity > 1e-4  # type: ignore[operator]
 
 
-class Scaled(nn.Module):
-    """A linear layer between two factors."""
-
-    def __init__(self, before: float, after: float):
-        super().__init__()
-        self.linear, self.before, self.after = nn.Linear(4, 4), before, after
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x * self.before) * self.after
-
-
-def test_what_fp16_cannot_hold_stays_in_fp32(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    report = export_onnx(captured(Scaled(6e4, 1e-4).eval(), 4), tmp_path / "s.onnx", "fp16")
-    assert len(report.float32) == 3
-    assert all("fp16 ends at 65504" in why for why in report.float32.values())
-    assert report.clamped == {}
-    assert report.parity is not None
-    assert report.parity < 2e-3
-    assert [(i.name, i.dtype) for i in (*report.inputs, *report.outputs)] == [("x", "float16"), ("output", "float16")]
-    wide = export_onnx(captured(Scaled(1.0, 1e6).eval(), 4), tmp_path / "w.onnx", "fp16")
-    assert [o.dtype for o in wide.outputs] == ["float32"]
-
-
-def test_outputs_below_the_range_of_fp16_stay_in_fp32(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    report = export_onnx(captured(Scaled(1.0, 1e-7).eval(), 4), tmp_path / "s.onnx", "fp16")
-    assert [o.dtype for o in report.outputs] == ["float32"]
-    assert report.parity is not None
-    assert report.parity < 2e-3
-
-
-class Cancelled(nn.Module):
-    """Finite in fp16 and far off, since 2048.1 is 2048 there."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(x + 2048) - 2048
-
-
-def test_fp16_that_is_finite_and_far_off_is_refused_with_the_node(tmp_path: Path) -> None:
-    program = captured(Cancelled(), 4)
-    with pytest.raises(
-        Refused, match=r"fp16 differs from the program by .*limit 0\.1.*first off in fp16: sub_\d \(Sub\) vanishes"
-    ) as no:
-        export_onnx(program, tmp_path / "c.onnx", "fp16")
-    assert list(tmp_path.iterdir()) == []
-    assert "keep_fp32 and tolerance are the options" in str(no.value)
-    assert "\n" not in str(no.value)
-    loose = export_onnx(program, tmp_path / "c.onnx", "fp16", tolerance=2.0)
-    assert loose.parity is not None
-    assert 0.1 < loose.parity < 2
-    exact = export_onnx(program, tmp_path / "c.onnx", "fp16", keep_fp32=["*"])
-    assert exact.parity is not None
-    assert exact.parity < 1e-3
-    assert set(exact.float32.values()) == {"Add: asked for", "Relu: asked for", "Sub: asked for"}
-    with pytest.raises(BadInput, match="keep_fp32: bodi matches no node"):
-        export_onnx(program, tmp_path / "c.onnx", "fp16", keep_fp32=["bodi"])
-
-
-def test_modules_stay_in_fp32_by_name(program: Program, tmp_path: Path) -> None:
-    report = export_onnx(program, tmp_path / "net.onnx", "fp16", keep_fp32=["body"])
-    assert report.float32
-    assert all(name.startswith("body") for name in report.float32)
-    assert onnx.TensorProto.FLOAT in float_types(report.path)
-
-
 def test_inputs_and_outputs_keep_their_types_when_asked(program: Program, net: nn.Module, tmp_path: Path) -> None:
     report = export_onnx(program, tmp_path / "net.onnx", "fp16", keep_io_types=True)
     assert {i.dtype for i in (*report.inputs, *report.outputs)} == {"float32"}
@@ -343,86 +226,6 @@ def test_inputs_and_outputs_keep_their_types_when_asked(program: Program, net: n
     x = torch.randn(2, 3, 12, 12)
     (found,) = load_engine(report.path).run([x.numpy()])
     np.testing.assert_allclose(found, net(x).detach().numpy(), atol=2e-2)
-
-
-class Norm(nn.Module):
-    """A channel norm written by hand, as in many segmentation heads; squares of its inputs leave fp16 either way."""
-
-    def __init__(self, scale: float) -> None:
-        super().__init__()
-        self.conv, self.head, self.scale = nn.Conv2d(3, 16, 3), nn.Linear(16, 10), scale
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv(x) * self.scale
-        x = x - x.mean(1, True)
-        x = x * torch.rsqrt((x * x).mean(1, True) + 1e-12)
-        return self.head(x.mean((2, 3)))
-
-
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
-def test_norms_written_by_hand_are_computed_in_fp32(scale: float, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    report = export_onnx(captured(Norm(scale).eval(), 3, 8, 8), tmp_path / "n.onnx", "fp16")
-    assert report.parity is not None
-    assert report.parity < 5e-3
-    assert {why.split(":")[0] for why in report.float32.values()} >= {"Mul", "ReduceMean", "Add", "Sqrt"}
-    assert report.types["fp16"] > 500
-    assert "conv" not in "".join(report.float32)
-
-
-def test_a_tiny_epsilon_is_kept(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    program = captured(Norm(1.0).eval(), 3, 8, 8)
-    with torch.no_grad():
-        program.module().get_parameter("conv.weight").zero_()
-        program.module().get_parameter("conv.bias").zero_()
-    for precision in ("fp32", "fp16"):
-        report = export_onnx(program, tmp_path / "n.onnx", precision)
-        (found,) = load_engine(report.path).run([np.ones((1, 3, 8, 8), report.inputs[0].dtype)])
-        assert np.isfinite(found).all(), "0 divided by the root of 1e-12, not of 0"
-
-
-class Boxes(nn.Module):
-    """Distances and scores of a grid, decoded to pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3, padding=1)
-        self.register_buffer("places", torch.arange(400.0).reshape(1, 1, 20, 20))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv(x)
-        return torch.cat([(x[:, :4].sigmoid() + self.places) * 8, x[:, 4:].sigmoid()], 1).flatten(2)
-
-
-def test_box_coordinates_are_decoded_in_fp32(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    report = export_onnx(captured(Boxes().eval(), 3, 20, 20), tmp_path / "b.onnx", "fp16")
-    assert [(o.name, o.dtype) for o in report.outputs] == [("output", "float32")]
-    assert not any("conv" in name for name in report.float32)
-    assert all("misses whole numbers there" in why for why in report.float32.values())
-    assert report.parity is not None
-    assert report.parity < 2e-3
-
-
-def test_wrong_scores_beside_boxes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    translate = onnx_module.translate
-
-    def swapped(*args: Any) -> onnx.ModelProto:
-        model = translate(*args)
-        weight, bias = (next(t for t in model.graph.initializer if t.name == f"conv.{n}") for n in ("weight", "bias"))
-        for tensor in (weight, bias):
-            values = onnx.numpy_helper.to_array(tensor).copy()
-            values[[4, 5]] = values[[5, 4]]
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-        return model
-
-    torch.manual_seed(0)
-    program = captured(Boxes().eval(), 3, 20, 20)
-    monkeypatch.setattr(onnx_module, "translate", swapped)
-    for precision, figure in (("fp32", "by 0.000"), ("fp16", "in channel [45] of axis 1 of output")):
-        with pytest.raises(Refused, match=f"{precision} differs from the program {figure}"):
-            export_onnx(program, tmp_path / "b.onnx", precision)
 
 
 def test_mixed_types_are_refused(tmp_path: Path) -> None:
@@ -457,7 +260,6 @@ def test_a_path_that_cannot_be_written(program: Program, tmp_path: Path) -> None
         export_onnx(program, tmp_path / "file" / "net.onnx")
 
 
-# ------------------------------------------------------------------------------------------------------------- families
 def zoo(name: str, size: int) -> nn.Module:
     models = pytest.importorskip("torchvision").models
     if name == "vit":
