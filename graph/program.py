@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from .capture import archive
 from .capture.export import batch_dynamic, custom_functions, dynamic_shapes_of, export
-from .capture.functional import CaptureWarning, functional_graph, own
+from .capture.functional import CaptureWarning, functional_graph, own, written_parameters
 from .capture.modes import guess_modes, read_modes
 from .capture.proof import Proof
 from .capture.proof import prove as compare
@@ -232,6 +232,9 @@ def _captured(
             training = None
             notes.append(f"train mode does not export, so all training flags are taken to follow it ({error})"[:300])
         flatten_regions(exported.graph_module)
+        written = written_parameters(exported, model)
+        if training is not None:
+            written_parameters(training, model, written)
         lost = read_modes(exported, training, model)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", CaptureWarning)
@@ -242,8 +245,6 @@ def _captured(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program.proof = compare(model, program.module(), args, kwargs, lost, functions)
-        if "train" in program.proof.error and not any(t.startswith("train") for t in program.proof.skipped):
-            lost.rewired = []  # only another order of the same nodes
     if lost:
         notes.append(f"only in training, and so not in the program: {lost}")
     if program.proof is not None:

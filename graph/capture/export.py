@@ -7,7 +7,7 @@ import inspect
 import keyword
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,18 +101,22 @@ def custom_functions() -> Iterator[list[str]]:
 
 # --------------------------------------------------------------------------------------- leaving the model as it was
 @contextmanager
-def preserved(model: torch.nn.Module) -> Iterator[None]:
+def preserved(model: torch.nn.Module, written: Collection[str] = ()) -> Iterator[Callable[[], list[str]]]:
     """Afterwards the model has its attributes, flags and the contents of its buffers back, and the random generators
-    their states. What a forward pass or a trace left behind (cached anchors, masks, fake tensors) is gone."""
-    undo, tensors = _held(model)
-    held = [(t, t.detach().clone(), t.requires_grad) for t in tensors if _may_change(t)]
+    their states. What a forward pass or a trace left behind (cached anchors, masks, fake tensors) is gone.
+
+    written: names of parameters that change, too. Yields a function that lists what is no longer the object it was.
+    """
+    containers, tensors = _held(model)
+    tensors = [t for t in tensors if _may_change(t)] + [model.get_parameter(name) for name in written]
+    held = [(t, t.detach().clone(), t.requires_grad) for t in tensors]
     state = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     try:
-        yield
+        yield lambda: sorted({name for container in containers for name in container.changed()})
     finally:
-        for bring_back in undo:
-            bring_back()
+        for container in containers:
+            container.bring_back()
         with torch.no_grad():
             for tensor, before, required in held:
                 if not torch.equal(tensor, before):
@@ -134,11 +138,11 @@ def _may_change(tensor: torch.Tensor) -> bool:
 CONTAINERS = (dict, list, set, collections.deque)
 
 
-def _held(root: torch.nn.Module) -> tuple[list[Callable[[], None]], list[torch.Tensor]]:
-    """What brings back everything that a module, and the containers and plain objects it holds, refer to; and the tensors
+def _held(root: torch.nn.Module) -> tuple[list[_Contents], list[torch.Tensor]]:
+    """The contents of everything that a module, and the containers and plain objects it holds, refer to; and the tensors
     among that."""
     seen: set[int] = set()
-    undo, tensors = [], []
+    containers, tensors = [], []
     stack: list[Any] = [root]
     while stack:
         value = stack.pop()
@@ -154,24 +158,35 @@ def _held(root: torch.nn.Module) -> tuple[list[Callable[[], None]], list[torch.T
         elif isinstance(value, tuple):
             stack += value
         elif isinstance(value, CONTAINERS):
-            undo.append(_undo(value))
+            containers.append(_Contents(value))
             stack += value.values() if isinstance(value, dict) else value
-    return undo, tensors
+    return containers, tensors
 
 
-def _undo(value: Any) -> Callable[[], None]:
-    """What brings the contents of a container back."""
-    before: Any = dict(value) if isinstance(value, dict) else list(value)
+class _Contents:
+    """What a container holds now, to be compared with later and brought back."""
 
-    def identities(container: Any) -> list[int]:
+    def __init__(self, value: Any):
+        self.value = value
+        self.before: Any = dict(value) if isinstance(value, dict) else list(value)
+
+    def bring_back(self) -> None:
+        if self._identities(self.value) != self._identities(self.before):
+            self.value.clear()
+            (self.value.extend if isinstance(self.value, (list, collections.deque)) else self.value.update)(self.before)
+
+    def changed(self) -> list[str]:
+        """The keys whose values are others; of what has no keys, its type."""
+        if not isinstance(self.value, dict):
+            same = self._identities(self.value) == self._identities(self.before)
+            return [] if same else [f"a {type(self.value).__name__}"]
+        nothing = object()
+        keys = {*self.value, *self.before}
+        return [str(k) for k in keys if self.value.get(k, nothing) is not self.before.get(k, nothing)]
+
+    @staticmethod
+    def _identities(container: Any) -> list[int]:
         return [*map(id, container), *(map(id, container.values()) if isinstance(container, dict) else ())]
-
-    def undo() -> None:
-        if identities(value) != identities(before):
-            value.clear()
-            (value.extend if isinstance(value, (list, collections.deque)) else value.update)(before)
-
-    return undo
 
 
 def _plain(value: Any) -> bool:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 
 from .. import compat
 from ..edit import Editor
@@ -82,6 +84,36 @@ def _functionalised(exported: ExportedProgram) -> ExportedProgram:
             return exported.run_decompositions({})
     except Exception as error:
         raise CaptureError(f"the exported graph cannot be made functional: {in_a_line(error, 300)}") from error
+
+
+def written_parameters(
+    exported: ExportedProgram, model: torch.nn.Module, in_eval: Collection[str] | None = None
+) -> set[str]:
+    """The parameters that the forward itself writes to: frozen ones alone, which act as buffers.
+
+    in_eval: of a training graph, what is written in eval mode, too. CaptureError, naming the node, for a write to any
+    other parameter: a program could not train it.
+    """
+    found: set[str] = set()
+    specs = exported.graph_signature.input_specs
+    names = {i.arg.name: str(i.target) for i in specs if i.kind is InputKind.PARAMETER}
+    owners = {_memory(n): names[n.name] for n in exported.graph.nodes if n.op == "placeholder" and n.name in names}
+    for node in exported.graph.nodes:
+        if not writes(node):
+            continue
+        for i, argument in enumerate(compat.schema(node.target).arguments):
+            base = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            name = owners.get(_memory(base)) if written and isinstance(base, fx.Node) else None
+            if name is None:
+                continue
+            found.add(name)
+            if model.get_parameter(name).requires_grad or name not in (found if in_eval is None else in_eval):
+                raise CaptureError(
+                    f"{source(node)} writes to the parameter {name} of the model itself, which a program cannot train; "
+                    "write to it outside of forward, such as after the optimizer's step"
+                )
+    return found
 
 
 def own(exported: ExportedProgram) -> ExportedProgram:

@@ -34,9 +34,16 @@ class Lost:
     lines: list[str] = field(default_factory=list)  # where nodes outside such modules come from
     parameters: list[str] = field(default_factory=list)
     buffers: list[str] = field(default_factory=list)
-    rewired: list[str] = field(default_factory=list)  # nodes that take other inputs or numbers in training
+    rewired: dict[str, str] = field(
+        default_factory=dict
+    )  # nodes with other inputs or numbers in training: their modules
     outputs: bool = False
-    quiet: set[str] = field(default_factory=set)  # modules that in eval mode do without all of that
+    without: set[str] = field(default_factory=set)  # modules that in eval mode do without what only training has
+
+    @property
+    def quiet(self) -> set[str]:
+        """The modules that in eval mode do without all of that."""
+        return self.without | set(self.rewired.values())
 
     def __bool__(self) -> bool:
         return bool(self.modules or self.lines or self.rewired or self.parameters or self.buffers or self.outputs)
@@ -51,7 +58,7 @@ class Lost:
             text.append("updates of the buffers " + ", ".join([*self.buffers[:4], *["…"] * (len(self.buffers) > 4)]))
         if self.rewired:
             text.append(
-                "other inputs or numbers of " + ", ".join([*self.rewired[:3], *["…"] * (len(self.rewired) > 3)])
+                "other inputs or numbers of " + ", ".join([*list(self.rewired)[:3], *["…"] * (len(self.rewired) > 3)])
             )
         if self.outputs:
             text.append("other outputs")
@@ -66,6 +73,7 @@ def read_modes(exported: ExportedProgram, training: ExportedProgram | None, mode
     if training is not None:
         pairs = _pair(exported.graph_module, training.graph_module)
         extra = _carry_dropout(exported.graph_module, training.graph_module, pairs)
+        _wire_past_dropout(exported.graph_module, pairs)
         lost = _lost(exported, training, extra, pairs)
     theirs = {ours: other for other, ours in pairs.items()}
     for _, node in switched(exported.graph_module):
@@ -185,6 +193,34 @@ def _carry_dropout(ours: fx.GraphModule, theirs: fx.GraphModule, pairs: dict[fx.
     return extra
 
 
+def _wire_past_dropout(ours: fx.GraphModule, pairs: dict[fx.Node, fx.Node]) -> None:
+    """Give every node the inputs that it has in training, where a dropout is all that lies between. Dropout in eval mode
+    returns its input itself, and the trace takes whoever reads that input later for a reader of the dropout:
+    `h + dropout(h)` becomes `dropout(h) + dropout(h)`."""
+    position = {node: i for i, (_, node) in enumerate(walk(ours))}
+
+    def wired(theirs: Any, mine: Any, user: fx.Node) -> Any:
+        if isinstance(theirs, fx.Node) and isinstance(mine, fx.Node):
+            wanted = pairs.get(theirs, mine)
+            same = _before_dropout(wanted) is _before_dropout(mine)
+            return wanted if same and position.get(wanted, -1) < position.get(user, -1) else mine
+        if isinstance(theirs, (list, tuple)) and isinstance(mine, (list, tuple)) and len(theirs) == len(mine):
+            return type(mine)(wired(a, b, user) for a, b in zip(theirs, mine, strict=True))
+        return mine
+
+    for theirs, mine in pairs.items():
+        if is_operator(mine) and mine.target is theirs.target:
+            mine.args = wired(theirs.args, mine.args, mine)
+            mine.kwargs = {k: wired(theirs.kwargs.get(k), v, mine) for k, v in mine.kwargs.items()}
+
+
+def _before_dropout(node: fx.Node) -> fx.Node:
+    """What a chain of dropouts that are off begins with."""
+    while op_name(node) in DROPOUTS and not arguments(node)["train"]:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 def _lost(
     exported: ExportedProgram, training: ExportedProgram, extra: list[fx.Node], pairs: dict[fx.Node, fx.Node]
 ) -> Lost:
@@ -193,6 +229,8 @@ def _lost(
     buffers = _names(training, InputKind.BUFFER)
     for node in extra:
         written = node.args[0] if node.args and writes(node) else None
+        while isinstance(written, fx.Node) and written.args and writes(written):  # what was written before
+            written = written.args[0]
         if isinstance(written, fx.Node) and written.name in buffers:
             if not buffers[written.name].endswith(COUNTER):
                 lost.buffers.append(buffers[written.name])
@@ -200,7 +238,7 @@ def _lost(
         if (not node.users and not writes(node)) or op_name(node) in ("sym_size", "getitem"):
             continue
         path = _outermost_unknown(node, known)
-        lost.quiet |= {*(path or ())[:1], _caller(node, path)}
+        lost.without |= {*(path or ())[:1], _caller(node, path)}
         if path:
             lost.modules.setdefault(*path)
         elif (at := source(node)) not in lost.lines:
@@ -208,8 +246,7 @@ def _lost(
     lost.lines = [line for line in lost.lines if "num_batches_tracked" not in line]
     for node, mine in pairs.items():
         if node.op == "call_function" and not _same_inputs(node, mine, pairs):
-            lost.rewired.append(source(mine))
-            lost.quiet.add(module_path(node))
+            lost.rewired[source(mine)] = module_path(node)
     lost.parameters = sorted(_used(training) - _used(exported))
     lost.outputs = training.call_spec.out_spec != exported.call_spec.out_spec
     return lost
@@ -225,7 +262,7 @@ def _same_inputs(theirs: fx.Node, ours: fx.Node, pairs: dict[fx.Node, fx.Node]) 
 
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, fx.Node) or isinstance(b, fx.Node):
-            return a not in pairs or a.op == "get_attr" or pairs[a] is b or op_name(b) in DROPOUTS
+            return a not in pairs or a.op == "get_attr" or pairs[a] is b
         if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
             return len(a) == len(b) and all(map(same, a, b))
         return bool(a == b) or not isinstance(a, (bool, int, float, str))

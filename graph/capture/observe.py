@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..compat import TorchDispatchMode, pytree, writes
+from ..errors import in_a_line
 from ..nodes import continuous, fetch, source
 from ..trainable import TrainableModule
 from .export import without_fast_path
@@ -26,6 +27,7 @@ class Run:
     values: dict[str, Tensor]
     gradients: dict[str, Tensor | None] | None
     rest: list[Any]
+    undifferentiable: str = ""  # why there are no gradients
 
 
 def observe(
@@ -59,11 +61,11 @@ def observe(
         torch.inference_mode(False), torch.random.fork_rng(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH),
         without_fast_path(), _SameDraws() if ordered else contextlib.nullcontext(), log or contextlib.nullcontext(),
     ):  # fmt: skip
-        differentiable = True
+        why = ""
         try:
             flat, after = call(copies)
-        except RuntimeError:  # what only runs without gradients
-            differentiable = False
+        except RuntimeError as error:  # what only runs without gradients
+            why = in_a_line(error, 200)
             with torch.no_grad():
                 flat, after = call(leaves)
         tensors = [t for t in flat if isinstance(t, Tensor)]
@@ -71,8 +73,8 @@ def observe(
         named |= {f"input {i} after the call": x for i, x in enumerate(after) if isinstance(x, Tensor)}
         named |= {f"buffer {n}": b for n, b in module.named_buffers() if not n.endswith(COUNTER)}
         values = {name: t.detach().clone() for name, t in named.items()}
-        gradients = _differentiate(tensors, {**parameters, **watched}) if differentiable else None
-    return Run(values, gradients, [x for x in flat if not isinstance(x, Tensor)])
+        gradients = None if why else _differentiate(tensors, {**parameters, **watched})
+    return Run(values, gradients, [x for x in flat if not isinstance(x, Tensor)], why)
 
 
 def _differentiate(outputs: list[Tensor], of: dict[str, Tensor]) -> dict[str, Tensor | None] | None:

@@ -13,17 +13,18 @@ sides lay it out alike.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..compat import HigherOrderOperator, pytree
 from ..errors import CaptureError, in_a_line
-from ..nodes import continuous, op_name
+from ..nodes import continuous, op_name, writes
 from ..trainable import STATISTICS, TrainableModule, draws, switch, walk
 from .export import preserved
 from .modes import Lost
@@ -59,10 +60,24 @@ def prove(
     """
     start = time.perf_counter()
     proof = Proof()
-    for mode in ("eval", "train"):
-        _Comparison(model, module, args, kwargs, lost, functions, mode, proof).run()
+    same = functools.partial(_Comparison, model, module, args, kwargs, functions=functions)
+    same(lost=Lost(), mode="eval", proof=proof).run()
+    _settle_rewired(lost, functools.partial(same, mode="train"))
+    same(lost=lost, mode="train", proof=proof).run()
     proof.seconds = time.perf_counter() - start
     return proof
+
+
+def _settle_rewired(lost: Lost, comparison: Callable[..., _Comparison]) -> None:
+    """Nodes with other inputs in training may be the same nodes in another order only: where the program in train mode
+    is the model with them, nothing about them is lost. Those in modules that run in eval mode anyway show nothing."""
+    if not lost.rewired:
+        return
+    trial = Proof()
+    with contextlib.suppress(CaptureError):
+        comparison(lost=replace(lost, rewired={}), proof=trial).run()
+        if "train" in trial.error and not trial.skipped:
+            lost.rewired = {node: path for node, path in lost.rewired.items() if path in lost.without}
 
 
 @dataclass
@@ -79,8 +94,10 @@ class _Comparison:
     proof: Proof
 
     def run(self) -> None:
-        if self.mode == "eval":
-            self.lost = Lost()
+        self.changed: list[str] = []
+        writes_to = [n.args[0] for n in self.module.graph.nodes if writes(n)]
+        names = {str(n.target) for n in writes_to if isinstance(n, fx.Node) and n.op == "get_attr"}
+        self.written = {n for n, _ in self.module.named_parameters(remove_duplicate=False) if n in names}
         self.ordered = not any(isinstance(n.target, HigherOrderOperator) for _, n in walk(self.module))
         self.random = False
         leaves = pytree.tree_leaves((self.args, self.kwargs))
@@ -102,6 +119,27 @@ class _Comparison:
                 f"the captured program does not run in {self.mode} mode where the model does: {in_a_line(error)}"
             ) from error
         self._compare(expected, found)
+        if self.changed and not self.lost:
+            self._compare_again()
+
+    def _compare_again(self) -> None:
+        """Where a call leaves other attributes behind, those of the next one: a graph knows the first call alone."""
+        with self._switched(self.model):
+            observe(self.model, self.args, self.kwargs, ordered=self.ordered)
+            expected = observe(self.model, self.args, self.kwargs, ordered=self.ordered)
+        with self._switched(self.module):
+            observe(self.module, self.args, self.kwargs, ordered=self.ordered)
+            found = observe(self.module, self.args, self.kwargs, ordered=self.ordered)
+        pairs = [(n, expected.values[n], found.values[n]) for n in expected.values if n in found.values]
+        wrong = self._wrong(pairs)
+        if wrong:
+            wrong = self._beyond(wrong, found.values, self._program(nudge=True).values)
+        if wrong or self._structure(expected, found):
+            raise CaptureError(
+                f"a second call of the model in {self.mode} mode gives something else than one of the program: the forward "
+                f"changes Python attributes, which a graph holds fixed ({', '.join(self.changed[:4])}); make what must "
+                "change a buffer that is written in place"
+            )
 
     def _skipped(self, why: str) -> None:
         self.proof.skipped.append(f"{self.mode} mode: {why}")
@@ -110,13 +148,16 @@ class _Comparison:
     def _switched(self, module: torch.nn.Module) -> Iterator[None]:
         """The model or the program in the mode, and afterwards as it was."""
         try:
-            with preserved(module):
+            with preserved(module, self.written) as changes:
                 module.train(self.mode == "train")
                 for path in self.lost.quiet:
                     with contextlib.suppress(AttributeError):
                         module.get_submodule(path).training = False
                 _follow_flags(module)
+                before = {*changes()}
                 yield
+                if module is self.model:
+                    self.changed = [name for name in changes() if name not in before]
         finally:
             _follow_flags(module)
 
@@ -190,6 +231,11 @@ class _Comparison:
 
     def _gradients(self, expected: Run, actual: Run) -> list[tuple[str, Tensor, Tensor]]:
         """Pairs of gradients; one that is missing counts as zeros."""
+        if expected.gradients is not None and actual.gradients is None and self.ordered:
+            raise CaptureError(
+                f"the captured program cannot be differentiated in {self.mode} mode where the model can: "
+                f"{actual.undifferentiable}"
+            )
         if expected.gradients is None or actual.gradients is None:
             twice = self.mode == "train" and any(
                 owner is not self.module and switch(node) is not None and op_name(node) in STATISTICS

@@ -322,3 +322,62 @@ def test_an_input_that_no_graph_can_take_is_named():
     x = torch.randn(2, 3)
     with pytest.raises(CaptureError, match='the input "class" is a keyword of Python'):
         g.capture(Words(), (), {"class": x, "labels": x})
+
+
+class Scaled(nn.Module):
+    """Runs an expression on what a layer gives."""
+
+    def __init__(self, code):
+        super().__init__()
+        self.a, self.code = nn.Linear(6, 6), code
+
+    def forward(self, x):
+        return eval(self.code, {"y": self.a(x), "self": self, "torch": torch, "F": F})
+
+
+@pytest.mark.parametrize("code", ["y * (1.0 if self.training else 0.5)", "y + torch.rand_like(y) * self.training"])
+def test_a_number_that_training_changes_is_named(code):
+    with pytest.warns(CaptureWarning, match="only in training, .*other inputs or numbers of mul"):
+        g.capture(Scaled(code), torch.randn(3, 6))
+
+
+@pytest.mark.parametrize(
+    "code", ["y + F.dropout(y, 1.0, self.training)", "sum(F.dropout(y, 0.5, self.training) for _ in 'abc')"]
+)
+def test_what_reads_the_input_of_a_dropout_reads_it_in_training_too(code):
+    model, x = Scaled(code), torch.randn(3, 6)
+    same_in_both_modes(model, capture(model, x).module(), x)
+
+
+def test_a_norm_that_is_called_twice_is_compared_in_training():
+    class Twice(nn.Module):
+        def __init__(self, momentum):
+            super().__init__()
+            self.a, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6, momentum=momentum)
+
+        def forward(self, x):
+            return self.norm(self.a(self.norm(x)))
+
+    model, x = Twice(0.1), torch.randn(5, 6)
+    same_in_both_modes(model, capture(model, x).module(), x)
+    with pytest.raises(CaptureError, match=r"train mode .*buffer norm\.running_mean is off"):
+        g.capture(Twice(None), x)  # the average over two batches a call
+
+
+def test_a_forward_that_counts_its_calls_is_refused():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.calls, self.shape = nn.Linear(6, 6), 0, None
+
+        def forward(self, x):
+            self.calls, self.shape = self.calls + self.step, x.shape
+            return self.a(x) / (1 + self.calls)
+
+    model = Counts()
+    model.step = 0
+    capture(model, torch.randn(3, 6))
+    model.step = 1
+    with pytest.raises(CaptureError, match=r"second call of the model in eval mode .*\(calls, shape\)"):
+        g.capture(model, torch.randn(3, 6))
+    assert model.calls == 0

@@ -133,3 +133,40 @@ def test_a_write_hidden_from_autograd_is_refused_with_its_line(code):
     with pytest.raises(CaptureError, match=r"other gradients than the model in eval mode at ") as error:
         g.capture(Writes(f"{code}\ny = y * y"), torch.randn(3, 4, 6))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forward_that_writes_to_a_parameter_is_refused_unless_it_is_frozen(training):
+    class Clamps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+
+        def forward(self, x):
+            if self.training or not training:
+                with torch.no_grad():
+                    self.a.weight[2:].clamp_(-0.1, 0.1)
+            return self.a(x)
+
+    model, x = Clamps(), torch.randn(3, 6)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CaptureError, match=r"clamp_ .*writes to the parameter a.weight of the model itself"):
+        g.capture(model, x)
+    model.a.weight.requires_grad_(False)
+    if not training:
+        torch.testing.assert_close(g.capture(model, x).module()(x), copy.deepcopy(model).eval()(x), rtol=0, atol=0)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_an_embedding_that_renorms_itself_is_refused():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(10, 8, max_norm=0.5)
+
+        def forward(self, i):
+            return self.words(i)
+
+    with pytest.raises(CaptureError, match=r"embedding_renorm_ .*writes to the parameter words\.weight"):
+        g.capture(Words(), torch.randint(0, 10, (3, 5)))
