@@ -95,7 +95,12 @@ def require_counted(module: fx.GraphModule, what: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
-@counts("conv1d", "conv2d", "conv3d", "linear", "bilinear", "torchvision::deform_conv2d")
+@counts("linear")
+def _linear(node: fx.Node, a: dict[str, Any]) -> Polynomial:
+    return [_dims(node) + _dims(a["weight"])[-1:]]  # a weight of one dimension makes one output
+
+
+@counts("conv1d", "conv2d", "conv3d", "bilinear", "torchvision::deform_conv2d")
 def _weighted(node: fx.Node, a: dict[str, Any]) -> Polynomial:
     return [_dims(node) + _dims(a["weight"])[1:]]
 
@@ -139,8 +144,8 @@ def _cell(node: fx.Node, a: dict[str, Any]) -> Polynomial:
 
 @counts("scaled_dot_product_attention")
 def _attention(node: fx.Node, a: dict[str, Any]) -> Polynomial:
-    keys = _dims(a["key"])[-2:-1]
-    return [_dims(a["query"]) + keys, _dims(node) + keys]
+    scores = _dims(node)[:-1] + _dims(a["key"])[-2:-1]  # the batch of the result: queries and keys may broadcast
+    return [scores + _dims(a["query"])[-1:], scores + _dims(node)[-1:]]
 
 
 @counts("einsum")

@@ -244,3 +244,11 @@ def test_macs_are_fresh_after_an_edit_of_the_graph() -> None:
     last.replace_all_uses_with(last.args[0])
     program.graph.erase_node(last)
     assert program.macs == before - 5 * 8 * 10
+
+
+def test_a_linear_layer_with_one_row_and_attention_with_one_query_for_all() -> None:
+    program = capture(Calls(nn.functional.linear, (6,)), torch.randn(2, 6))
+    assert program.macs == 12
+    attend = Calls(lambda q, k: nn.functional.scaled_dot_product_attention(q, k, k))
+    program = capture(attend, (torch.randn(1, 8, 5, 6), torch.randn(2, 8, 7, 6)))
+    assert program.macs == 2 * (2 * 8 * 5 * 7 * 6) == counted(attend, *program.args)
