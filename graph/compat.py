@@ -27,6 +27,7 @@ from torch.utils._sympy import functions as size_functions  # noqa: F401
 from .errors import BadInput
 
 FAKE_TENSOR_LOG = "torch._subclasses.fake_tensor"  # the logger of what fails on fake tensors
+SYMBOLS_LOG = "torch.fx.experimental.symbolic_shapes"  # and of what depends on data, with the whole graph so far
 
 
 # ------------------------------------------------------------------------------------------------------------ operators

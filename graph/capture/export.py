@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import inspect
+import io
 import keyword
+import logging
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -16,7 +20,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from ..compat import BatchNorm, pytree
+from ..compat import SYMBOLS_LOG, BatchNorm, pytree
 from ..errors import BadInput, CaptureError
 
 ADVICE = (
@@ -35,7 +39,10 @@ def export(
         raise CaptureError(f'the input "{words[0]}" is a keyword of Python, which no graph can take; rename the input')
 
     def run(gradients: bool) -> ExportedProgram:
-        with preserved(model), _quiet_average(model), without_fast_path(), torch.set_grad_enabled(gradients):
+        with (
+            preserved(model), _quiet_average(model), without_fast_path(), torch.set_grad_enabled(gradients),
+            silenced(SYMBOLS_LOG), _no_graph_of_a_failure(),
+        ):  # fmt: skip
             model.train(training)
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
@@ -53,6 +60,25 @@ def export(
         details = [line for line in lines[1:] if line.startswith("- ")][:1]  # of dynamic shapes: which guard they break
         text = " ".join([lines[0], *details])
         raise CaptureError(f"torch.export refuses the model: {type(error).__name__}: {text[:400]}; {ADVICE}") from error
+
+
+@contextmanager
+def silenced(logger: str) -> Iterator[None]:
+    """PyTorch logs what fails in a trace, also where failing is one of the answers."""
+    log = logging.getLogger(logger)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+@contextmanager
+def _no_graph_of_a_failure() -> Iterator[None]:
+    """A trace that fails prints all of its graph; what is printed in one that does not (by the model) stays."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        yield
+    sys.stderr.write(said.getvalue())
 
 
 @contextmanager

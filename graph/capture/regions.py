@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from ..errors import CaptureError
 from ..facts import DROPOUTS, names
 from ..nodes import continuous, fetch, is_operator, op_name, source
 from ..trainable import graphs
+from .export import silenced
 
 LITTER = names("_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range_for_size sym_constrain_range")
 GRADIENTS, AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
@@ -134,7 +133,7 @@ def _cast_inputs(node: fx.Node, device: Any, dtype: Any) -> None:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env.get(n, n.meta.get("val")))
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    with mode, torch.no_grad(), _silenced():
+    with mode, torch.no_grad(), silenced(FAKE_TENSOR_LOG):
         with torch.autocast(device, dtype=dtype, cache_enabled=False), seen:
             expected = run(fresh)
         around = {n: v.to(seen.dtypes[n]) if n in seen.dtypes else v for n, v in fresh.items()}
@@ -157,17 +156,6 @@ def _cast_inputs(node: fx.Node, device: Any, dtype: Any) -> None:
             cast.meta = {k: v for k, v in node.meta.items() if k != "custom"} | {"val": value}
             node.replace_input_with(x, cast)
     node.meta["val"] = found
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Fake tensors log what fails, also where failing is one of the answers."""
-    log = logging.getLogger(FAKE_TENSOR_LOG)
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 class _CastsSeen(TorchDispatchMode):

@@ -216,3 +216,21 @@ def test_one_tensor_given_for_two_inputs_stays_two_inputs():
     x, y, z = torch.randn(3, 2, 4).unbind()
     program = g.capture(Two(), ([x, x], x), dynamic_shapes="batch")
     torch.testing.assert_close(program.module()([x, y], z), x - 2 * y + 4 * z)
+
+
+class LooksInTraining(nn.Module):
+    """Branches on its data in train mode alone, which `torch.export` refuses."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.layer(x)
+        return x.clamp(-1, 1) if self.training and not x.isfinite().all() else x
+
+
+def test_a_trace_that_fails_prints_nothing(capfd):
+    with pytest.warns(UserWarning, match="train mode does not export"):
+        g.capture(LooksInTraining(), torch.randn(2, 4))
+    assert capfd.readouterr() == ("", "")
