@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
-from .compat import pytree
+from .compat import output_spec, pytree
 from .errors import BadInput, nearest
 
 
@@ -20,6 +20,12 @@ def named_outputs(outputs: Any) -> dict[str, Any]:
         keys = (next(getattr(k, a) for a in ("key", "idx", "name") if hasattr(k, a)) for k in path)
         found[".".join(map(str, keys)) or "out"] = value
     return found
+
+
+def output_nodes(graph: fx.Graph) -> dict[str, Any]:
+    """What a program's graph returns, by the same names: nodes, and numbers or None that are no nodes."""
+    leaves = pytree.tree_leaves(graph.output_node().args)
+    return named_outputs(pytree.tree_unflatten(leaves, output_spec(graph)))
 
 
 def pick(outputs: Any, names: Sequence[str], what: str) -> dict[str, Any]:

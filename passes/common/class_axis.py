@@ -9,7 +9,7 @@ from ...graph.compat import output_spec, pytree
 from ...graph.errors import GraphcombError
 from ...graph.facts import MAPS
 from ...graph.nodes import arguments, op_name, shape
-from ...graph.outputs import named_outputs
+from ...graph.outputs import output_nodes
 from ...graph.program import Program
 from .losses import NAMES, logits_of
 
@@ -49,11 +49,9 @@ def other_outputs(program: Program) -> list[str]:
     """Names of the floating-point outputs besides the class scores; empty where these cannot be told."""
     if (scores := scores_node(program)) is None:
         return []
-    spec = output_spec(program.graph)
-    tree = pytree.tree_unflatten(pytree.tree_leaves(program.graph.output_node().args), spec)
     return [
         name
-        for name, node in named_outputs(tree).items()
+        for name, node in output_nodes(program.graph).items()
         if isinstance(node, fx.Node) and node is not scores and node.name not in NAMES
         if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].is_floating_point()
     ]

@@ -20,12 +20,15 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+import torch
 from rich.console import Console
+from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 
 from ...graph.compat import pytree
 from ...graph.errors import BadInput, Refused, nearest
+from ...graph.outputs import output_nodes
 from ...graph.program import Program
 from ..devices.table import Target, get_target
 from ..engines import origins
@@ -128,6 +131,7 @@ def export_onnx(
     """
     start, path = time.perf_counter(), Path(path)
     device = _settings(precision, target, tolerance)
+    _check_outputs(program)
     opset = choose_opset(program, device, opset)
     with _status(progress) as say:
         say("translating")
@@ -274,6 +278,15 @@ def _check(model: onnx.ModelProto, opset: int, precision: str, float32: set[str]
         if node.name in float32 or (node.op_type == "Cast" and precision != "fp32"):
             exempt.update((*node.input, *node.output))
     _check_types(model, precision, exempt)
+
+
+def _check_outputs(program: Program) -> None:
+    for name, node in output_nodes(program.graph).items():
+        if node is not None and not (isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)):
+            raise Refused(
+                f"the output {name} is a number, not a tensor, which no ONNX file gives; capture the model with outputs=, "
+                "the names of its tensors"
+            )
 
 
 def _check_types(model: onnx.ModelProto, precision: str, exempt: set[str] | None = None) -> None:

@@ -294,3 +294,23 @@ def test_probabilities_that_vanish_are_no_fault_of_the_file(tmp_path: Path) -> N
         net[0].bias.copy_(torch.tensor([-40.0, 0.0]))  # 4e-18, where ONNX Runtime says 0
     report = export_onnx(g.capture(net.eval(), torch.randn(2, 3, 8, 8)), tmp_path / "m.onnx")
     assert report.parity <= 1e-4
+
+
+class Counted(nn.Module):
+    """Returns its batch size, and nothing in a third place, beside a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return {"y": self.layer(x), "count": x.shape[0], "nothing": None}
+
+
+@pytest.mark.parametrize("dynamic", [None, "batch"])
+def test_numbers_among_the_outputs_are_refused_by_name(tmp_path, dynamic):
+    x = torch.randn(2, 4)
+    with pytest.raises(Refused, match=r"output count is a number, not a tensor.*capture the model with outputs="):
+        export_onnx(g.capture(Counted(), x, dynamic_shapes=dynamic), tmp_path / "m.onnx")
+    program = g.capture(Counted(), x, dynamic_shapes=dynamic, outputs=["y"])
+    assert len(export_onnx(program, tmp_path / "m.onnx").outputs) == 1
