@@ -43,7 +43,7 @@ def export(
             preserved(model), _quiet_average(model), without_fast_path(), torch.set_grad_enabled(gradients),
             silenced(SYMBOLS_LOG), _no_graph_of_a_failure(),
         ):  # fmt: skip
-            model.train(training)
+            enter(model, training)
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
     try:
@@ -60,6 +60,13 @@ def export(
         details = [line for line in lines[1:] if line.startswith("- ")][:1]  # of dynamic shapes: which guard they break
         text = " ".join([lines[0], *details])
         raise CaptureError(f"torch.export refuses the model: {type(error).__name__}: {text[:400]}; {ADVICE}") from error
+
+
+def enter(model: torch.nn.Module, training: bool) -> None:
+    """Put a model into a mode, by way of train mode: there it drops what it cached in eval mode, as LeViT its biases, which a
+    trace would take for constants."""
+    model.train()
+    model.train(training)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from ..compat import HigherOrderOperator, pytree
 from ..errors import CaptureError, in_a_line
 from ..nodes import continuous, op_name, writes
 from ..trainable import STATISTICS, TrainableModule, draws, switch, walk
-from .export import preserved
+from .export import enter, preserved
 from .modes import Lost
 from .observe import Run, Values, first_unknown, nudged, observe
 
@@ -149,7 +149,7 @@ class _Comparison:
         """The model or the program in the mode, and afterwards as it was."""
         try:
             with preserved(module, self.written) as changes:
-                module.train(self.mode == "train")
+                enter(module, self.mode == "train")
                 for path in self.lost.quiet:
                     with contextlib.suppress(AttributeError):
                         module.get_submodule(path).training = False

@@ -381,3 +381,35 @@ def test_a_forward_that_counts_its_calls_is_refused():
     with pytest.raises(CaptureError, match=r"second call of the model in eval mode .*\(calls, shape\)"):
         g.capture(model, torch.randn(3, 6))
     assert model.calls == 0
+
+
+class Caching(nn.Module):
+    """Keeps what it gathers from a parameter in eval mode until it trains again, as LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.bias = nn.Linear(4, 6), nn.Parameter(torch.randn(3))
+        self.cache = {}
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.cache = {}
+        return self
+
+    def forward(self, x):
+        if self.training:
+            return self.layer(x) + self.bias[[0, 1, 2, 2, 1, 0]]
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.bias[[0, 1, 2, 2, 1, 0]]
+        return self.layer(x) + self.cache["bias"]
+
+
+def test_what_a_model_cached_in_eval_mode_is_computed_and_trained():
+    model, x = Caching().eval(), torch.randn(2, 4)
+    model(x)
+    cached = model.cache["bias"]
+    program = g.capture(model, x)
+    assert model.cache["bias"] is cached, "the model keeps its cache"
+    assert "bias" in dict(program.module().named_parameters())
+    assert not program.proof.skipped
