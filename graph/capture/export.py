@@ -63,8 +63,8 @@ def export(
 
 
 def enter(model: torch.nn.Module, training: bool) -> None:
-    """Put a model into a mode, by way of train mode: there it drops what it cached in eval mode, as LeViT its biases, which a
-    trace would take for constants."""
+    """Put a model into a mode, by way of train mode: there it drops what it cached in eval mode, as LeViT its biases, which
+    a trace would take for constants."""
     model.train()
     model.train(training)
 
