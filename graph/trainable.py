@@ -12,6 +12,7 @@ survives functionalisation, copies and `.pt2` files:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -141,6 +142,7 @@ class TrainableModule(fx.GraphModule):
     def _switch(self) -> None:
         """Give every node the arguments that the flags of the submodules ask for."""
         changed, cumulative = set(), []
+        calls: Counter[int] = Counter()  # of one norm in a forward pass
         for owner, node in switched(self):
             known = tag(node)
             training = self._at(known.get("module") or _home(node)).training
@@ -149,10 +151,14 @@ class TrainableModule(fx.GraphModule):
             arguments_ = wanted(node, training)
             if op_name(node) == "batch_norm" and arguments(node)["running_mean"] is not None:
                 zero = node.meta.setdefault("cumulative", known.get("cumulative", arguments(node)["momentum"] == 0))
+                if zero:
+                    arguments_["momentum"] = 0.0
                 if zero and arguments_["training"]:
                     cumulative.append((owner, node))
-                if zero:
-                    arguments_["momentum"] = float(arguments_["training"])  # 1 leaves the batch's own statistics behind
+                    norm = id(fetch(owner, str(arguments(node)["running_mean"].target)))
+                    calls[norm] += 1
+                    # leaves the pass's own statistics behind: those of the k-th call of a norm join the mean of the others
+                    arguments_["momentum"] = 1 / calls[norm]
             for key, value in arguments_.items():
                 if arguments(node)[key] != value:
                     set_argument(node, key, value)
@@ -177,20 +183,24 @@ class TrainableModule(fx.GraphModule):
         if self._seen != tuple(m.training for m in self.modules()):
             self._switch()
         averaged = self._averaged()
-        before = [tensor.clone() for tensor, _ in averaged]
+        before = [tensor.clone() for tensor, _, _ in averaged]
         result = super().__call__(*args, **kwargs)
         count = self.meta["batches"] = self.meta.get("batches", 0) + bool(averaged)
-        for (tensor, known), old in zip(averaged, before, strict=True):
-            tensor.data.lerp_(old, 1 - 1 / (count + known))  # .data: autograd holds these but never reads them
+        for (tensor, known, calls), old in zip(averaged, before, strict=True):
+            share = calls / (count * calls + known)
+            tensor.data.lerp_(old, 1 - share)  # .data: autograd holds these but never reads them
         return result
 
-    def _averaged(self) -> list[tuple[torch.Tensor, int]]:
-        """The running statistics that are plain averages, with the number of batches before the capture."""
-        return [
+    def _averaged(self) -> list[tuple[torch.Tensor, int, int]]:
+        """The running statistics that are plain averages, with the number of batches before the capture and of calls in a
+        forward pass."""
+        found = [
             (fetch(owner, str(arguments(n)[key].target)), tag(n).get("batches", 0))
             for owner, n in self._cumulative
             for key in ("running_mean", "running_var")
         ]
+        calls = Counter(id(tensor) for tensor, _ in found)
+        return [(tensor, known, calls[id(tensor)]) for tensor, known in {id(t): (t, k) for t, k in found}.values()]
 
     def become(self, other: TrainableModule) -> None:
         """Take over graph, tensors and flags of another module, which must not be used any more."""

@@ -21,7 +21,7 @@ from ..compat import BatchNorm
 from ..edit import origin
 from ..facts import DROPOUTS
 from ..nodes import arguments, is_operator, module_paths, op_name, source, writes
-from ..trainable import set_tag, switch, switched, tag, values, walk
+from ..trainable import STATISTICS, set_tag, switch, switched, tag, values, walk
 
 COUNTER = "num_batches_tracked"
 
@@ -244,12 +244,27 @@ def _lost(
         elif (at := source(node)) not in lost.lines:
             lost.lines.append(at)
     lost.lines = [line for line in lost.lines if "num_batches_tracked" not in line]
+    lost.buffers += _unread_statistics(training)
     for node, mine in pairs.items():
         if node.op == "call_function" and not _same_inputs(node, mine, pairs):
             lost.rewired[source(mine)] = module_path(node)
     lost.parameters = sorted(_used(training) - _used(exported))
     lost.outputs = training.call_spec.out_spec != exported.call_spec.out_spec
     return lost
+
+
+def _unread_statistics(training: ExportedProgram) -> list[str]:
+    """The running statistics that a norm updates whose result no output needs; the program does without its call."""
+    buffers = _names(training, InputKind.BUFFER)
+    dead: set[fx.Node] = set()
+    names: dict[str, None] = {}
+    for node in reversed(training.graph.nodes):
+        if node.op == "call_function" and not writes(node) and dead.issuperset(node.users):
+            dead.add(node)
+            if op_name(node) in STATISTICS and any(values(node).values()):
+                statistics = [arguments(node)[k] for k in ("running_mean", "running_var")]
+                names |= {buffers[n.name]: None for n in statistics if isinstance(n, fx.Node) and n.name in buffers}
+    return list(names)
 
 
 def _same_inputs(theirs: fx.Node, ours: fx.Node, pairs: dict[fx.Node, fx.Node]) -> bool:

@@ -183,8 +183,8 @@ class _Comparison:
             if self.lost:
                 return self._skipped("the outputs in training are others")
             raise CaptureError(f"the captured program differs from the model in {self.mode} mode: {problem}")
-        pairs = [(n, expected.values[n], actual.values[n]) for n in expected.values if n in actual.values]
-        wrong = self._wrong(pairs)
+        shared = expected.values.keys() & actual.values.keys() - {f"buffer {name}" for name in self.lost.buffers}
+        wrong = self._wrong([(n, v, actual.values[n]) for n, v in expected.values.items() if n in shared])
         gradients = self._gradients(expected, actual)
         wrong_gradients = self._wrong(gradients)
         if wrong or wrong_gradients:
