@@ -5,33 +5,12 @@ A weight is cut into `b` blocks of `B` entries. Around trained weights, moving a
 2210.09223; WoodFisher, arXiv 2004.14340).
 """
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ...graph.errors import BadInput
 
 CHUNK = 1 << 21  # elements of the matrices worked on together
-
-
-def to_blocks(tensor: Tensor, size: int, channels_last: bool = False) -> Tensor:
-    """A tensor as blocks `(b, size)` of its flattened entries, the last one filled up with zeros.
-
-    channels_last: dimension 1 runs fastest, so that groups of neighbours lie along the input channels of one output
-    channel and kernel position; otherwise the entries stay in their order.
-    """
-    flat = (tensor.movedim(1, -1) if channels_last else tensor).reshape(-1)
-    return torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
-
-
-def from_blocks(blocks: Tensor, shape: Sequence[int], channels_last: bool = False) -> Tensor:
-    """What `to_blocks` cut, put together again."""
-    flat = blocks.reshape(-1)[: math.prod(shape)]
-    if not channels_last:
-        return flat.view(*shape)
-    return flat.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
 
 def chunks(blocks: int, size: int) -> list[slice]:

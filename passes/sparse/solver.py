@@ -16,6 +16,7 @@ from ..common.weights import WeightedLayer
 from . import cap, fisher, ranking
 from .finishing import finish_rows, sole_producers
 from .gradients import Gradients
+from .layout import column_order, columns_of, from_blocks, rows_of, to_blocks
 from .moments import input_moments
 from .sweep import sweep
 from .unfold import check_again, check_finite
@@ -137,7 +138,7 @@ class Solver:
             del sums
         for name, blocks in updated.items():
             last = bool(method.pattern)
-            self._write(name, fisher.from_blocks(torch.cat(blocks), self.layers[name].shape, last))
+            self._write(name, from_blocks(torch.cat(blocks), self.layers[name].shape, last))
         return predicted
 
     def _mean_square(self) -> float:
@@ -164,7 +165,7 @@ class Solver:
                 yield piece, made.pop(0)
 
     def _blocks(self, piece: Piece) -> Tensor:
-        return fisher.to_blocks(self.weights[piece.layer.name], piece.size, bool(self.method.pattern))[piece.part]
+        return to_blocks(self.weights[piece.layer.name], piece.size, bool(self.method.pattern))[piece.part]
 
     def _batches(self) -> list[list[Piece]]:
         """All blocks of all layers, cut so that the Fisher sums of a batch fit into the memory."""
@@ -203,7 +204,7 @@ class Solver:
             for gradients in stream:
                 for piece, sums, mask in zip(batch, fishers, alive, strict=True):
                     samples = gradients[piece.layer.name]
-                    blocks = torch.stack([fisher.to_blocks(g, piece.size, last)[piece.part] for g in samples])
+                    blocks = torch.stack([to_blocks(g, piece.size, last)[piece.part] for g in samples])
                     sums.add(blocks.to(dtype) * mask)
                 self.seen += len(samples)
                 update(self.seen, "")
@@ -281,7 +282,7 @@ class Solver:
             own = [piece for piece in pieces if piece.layer is layer]
             gone = torch.cat([self._blocks(piece).cpu() == 0 for piece in own])
             old = [ranked[piece] for piece in own]
-            found |= zip(own, finish_rows(old, gone, _columns(layer), price, self.method.finish_rows), strict=True)
+            found |= zip(own, finish_rows(old, gone, columns_of(layer), price, self.method.finish_rows), strict=True)
         return found
 
     # -------------------------------------------------------------------------------------------- fastcap, sparsegpt
@@ -289,13 +290,15 @@ class Solver:
         self.damping = self.method.damping or DAMPING
         batches = [list(self.layers.values())]
         if self.method.name == "sparsegpt":
-            batches = _fitting(self.layers.values(), lambda x: 4 * x.groups * _columns(x) ** 2, self.method.memory / 2)
+            batches = _fitting(
+                self.layers.values(), lambda x: 4 * x.groups * columns_of(x) ** 2, self.method.memory / 2
+            )
         matrices = self._shared_fisher if self.method.name == "fastcap" else self._moments
         new = {}
         for batch in batches:
             for name, parts in matrices(batch).items():
                 layer, last = self.layers[name], bool(self.method.pattern)
-                rows = _rows(self.weights[name], last).to(self.device).clone()
+                rows = rows_of(self.weights[name], last).to(self.device).clone()
                 sizes = [int((rows[row, column] != 0).sum()) for row, column, _ in parts]
                 shares = ranking.portions(0 if self.method.pattern else self._goal([name]), sizes)
                 for (row, column, matrix), share in zip(parts, shares, strict=True):
@@ -303,7 +306,7 @@ class Solver:
                     w = rows[row, column]
                     damped = matrix.double() + damp * torch.eye(len(matrix), device=matrix.device, dtype=torch.float64)
                     rows[row, column] = sweep(w, damped, share, self.method.pattern, w != 0)[0]
-                new[name] = fisher.from_blocks(rows, layer.shape, last)
+                new[name] = from_blocks(rows, layer.shape, last)
         for name, value in new.items():
             self._write(name, value)
 
@@ -312,7 +315,7 @@ class Solver:
         method, last = self.method, bool(self.method.pattern)
         matrices: dict[str, list[tuple[slice, slice, Tensor]]] = {}
         for layer in batch:
-            width = _columns(layer)
+            width = columns_of(layer)
             parts = [slice(i, min(i + method.block, width)) for i in range(0, width, method.block)]
             sizes = [p.stop - p.start for p in parts]
             empty = [torch.zeros(s, s, device=self.device, dtype=torch.float64) for s in sizes]
@@ -321,7 +324,7 @@ class Solver:
         with bar(self.context.progress, "Sparsify: gradients", method.gradients.count) as update:
             for gradients in stream:
                 for name, columns in matrices.items():
-                    rows = torch.cat([_rows(g, last) for g in gradients[name]])
+                    rows = torch.cat([rows_of(g, last) for g in gradients[name]])
                     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # squares of halves underflow
                     for _, part, total in columns:
                         total += (rows[:, part].T @ rows[:, part]).double()
@@ -337,12 +340,10 @@ class Solver:
         parts = {}
         for name, matrices in self._inputs([x.name for x in batch], True).items():
             layer = self.layers[name]
-            order = _column_order(layer, bool(self.method.pattern)).to(matrices.device)
+            order = column_order(layer, bool(self.method.pattern)).to(matrices.device)
             height = layer.shape[0] // layer.groups
-            parts[name] = [
-                (slice(g * height, (g + 1) * height), slice(None), matrices[g][order][:, order])
-                for g in range(layer.groups)
-            ]
+            rows = [slice(g * height, (g + 1) * height) for g in range(layer.groups)]
+            parts[name] = [(rows[g], slice(None), matrices[g][order][:, order]) for g in range(layer.groups)]
         return parts
 
     def _inputs(self, names: Sequence[str], full: bool) -> dict[str, Tensor]:
@@ -355,14 +356,14 @@ class Solver:
     # ------------------------------------------------------------------------------------------------ wanda, magnitude
     def _by_scores(self) -> None:
         last = bool(self.method.pattern)
-        scores = {name: _rows(w, last).abs() for name, w in self.weights.items()}
+        scores = {name: rows_of(w, last).abs() for name, w in self.weights.items()}
         if self.method.name == "wanda":
             for name, squares in self._inputs(list(self.layers), False).items():
-                order = _column_order(self.layers[name], last).to(squares.device)
+                order = column_order(self.layers[name], last).to(squares.device)
                 lengths = squares[:, order].sqrt().to(scores[name])
                 scores[name] = scores[name] * lengths.repeat_interleave(len(scores[name]) // len(lengths), 0)
         for name, w in self.weights.items():  # what is zero already goes first
-            scores[name] = scores[name].masked_fill(_rows(w, last) == 0, -1)
+            scores[name] = scores[name].masked_fill(rows_of(w, last) == 0, -1)
         if self.method.pattern:
             masks = {name: ranking.lowest_of_groups(s, self.method.pattern) for name, s in scores.items()}
         elif self.method.name == "wanda":
@@ -379,7 +380,7 @@ class Solver:
         for name, mask in masks.items():
             self._write(
                 name,
-                fisher.from_blocks(_rows(self.weights[name], last).masked_fill(mask, 0), self.layers[name].shape, last),
+                from_blocks(rows_of(self.weights[name], last).masked_fill(mask, 0), self.layers[name].shape, last),
             )
 
 
@@ -396,18 +397,3 @@ def _fitting(
         batches[-1].append(item)
         left -= cost(item)
     return batches
-
-
-def _columns(layer: WeightedLayer) -> int:
-    return layer.size // layer.shape[0]
-
-
-def _rows(weight: Tensor, channels_last: bool) -> Tensor:
-    """A weight as `(out, c)` rows."""
-    return (weight.movedim(1, -1) if channels_last else weight).reshape(len(weight), -1)
-
-
-def _column_order(layer: WeightedLayer, channels_last: bool) -> Tensor:
-    """Where each of the columns of `_rows` is in the flattened weight."""
-    index = torch.arange(_columns(layer)).view(layer.shape[1:])
-    return (index.movedim(0, -1) if channels_last else index).reshape(-1)

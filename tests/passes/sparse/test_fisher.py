@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from graphcomb.graph.errors import BadInput
 from graphcomb.passes.sparse import fisher
@@ -60,14 +58,3 @@ def test_an_indefinite_matrix_is_raised_until_it_factors():
 def test_a_matrix_that_never_factors_is_refused(value):
     with pytest.raises(BadInput, match="Sparsify: a matrix of the statistics cannot be factored"):
         fisher.cholesky(torch.stack([torch.eye(2, dtype=D), torch.diag(torch.tensor([1.0, value], dtype=D))]))
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 3), st.integers(1, 9), st.booleans())
-def test_blocks_put_together_again_are_the_tensor(out, into, kernel, size, last):
-    tensor = torch.randn(out, into, kernel, kernel)
-    blocks = fisher.to_blocks(tensor, size, last)
-    assert blocks.shape == (-(-tensor.numel() // size), size)
-    assert torch.equal(fisher.from_blocks(blocks, tensor.shape, last), tensor)
-    if last:
-        assert torch.equal(blocks.reshape(-1)[:into], tensor[0, :, 0, 0])

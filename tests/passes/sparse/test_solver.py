@@ -14,6 +14,7 @@ from graphcomb.passes.base import Context
 from graphcomb.passes.common.weights import layers
 from graphcomb.passes.sparse import cap, fisher
 from graphcomb.passes.sparse.gradients import Gradients
+from graphcomb.passes.sparse.layout import to_blocks
 from graphcomb.passes.sparse.solver import Method, Solver
 
 from .toys import batches, weights
@@ -30,7 +31,7 @@ def test_the_predicted_loss_is_what_the_gradients_say_whatever_the_damping(progr
             program.copy(), ["proj.weight"], Context(data=data), 10**9
         ):
             for x in part["proj.weight"].double():
-                expected += float(fisher.to_blocks(x * change, 48).sum(1).square().sum()) / 32 / 2
+                expected += float(to_blocks(x * change, 48).sum(1).square().sum()) / 32 / 2
         assert result.record["stages"][0]["steps"][0]["predicted_loss"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -102,9 +103,9 @@ def test_the_update_leaves_no_gradient_step_to_take(program):
     old, new = weights(program)["proj.weight"], weights(result.program)["proj.weight"]
     found = fisher.Fisher(6, 48, 32, 1e-4, torch.float64)
     for part in Gradients(32, "sample", "labels").stream(program.copy(), ["proj.weight"], Context(data=data), 10**9):
-        found.add(torch.stack([fisher.to_blocks(x, 48) for x in part["proj.weight"]]))
-    pull = torch.einsum("bij,bj->bi", found.matrix(slice(0, 6)), fisher.to_blocks(new - old, 48).double())
-    kept = fisher.to_blocks(new, 48) != 0
+        found.add(torch.stack([to_blocks(x, 48) for x in part["proj.weight"]]))
+    pull = torch.einsum("bij,bj->bi", found.matrix(slice(0, 6)), to_blocks(new - old, 48).double())
+    kept = to_blocks(new, 48) != 0
     kept[-1, 256 - 5 * 48 :] = False
     assert pull[kept].abs().max() < 1e-4 * pull[~kept].abs().max()
 
