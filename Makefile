@@ -22,7 +22,7 @@ test-slow: $(STAMP)
 # Those of them that take minutes, not half an hour, and guard what others rest on: what CI runs besides `make test`.
 test-guards: $(STAMP)
 	$(BIN)/pytest -m slow -n 2 -k "not densenet121 and not regnet" tests/runtime/export tests/passes \
-	  tests/graphcomb/session tests/graph/test_transplant.py
+	  tests/graphcomb/session tests/graph/transplant
 
 # A short suite on another torch, which is installed beside .venv; results are in tests/torch_versions.md.
 test-torch: $(STAMP)

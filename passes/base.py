@@ -16,7 +16,7 @@ from ..graph.errors import BadInput
 from ..graph.hints import check_fields
 from ..graph.program import Program
 from ..graph.sparse import check_masks
-from ..graph.transplant import transplant
+from ..graph.transplant.transplant import transplant
 from ..graph.workload.layer import Latency
 from .batch import adapted
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .compat import pytree
-from .errors import Refused, reason
-from .nodes import hint, module_path
-from .program import Program
+from ..compat import pytree
+from ..errors import Refused, reason
+from ..nodes import hint, module_path
+from ..program import Program
 
 Sizes = dict[int, set[int]]
 Slot = tuple[str, int | None]  # an attribute, or a place in one that is a tuple or list

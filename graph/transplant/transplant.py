@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..comb.groups import FOLDED
+from ..compat import pytree
+from ..edit import like, tensor_at
+from ..errors import GraphcombError, Refused, reason
+from ..nodes import arguments, module_path, op_name
+from ..outputs import named_outputs, only_outputs
+from ..program import Program, capture
+from ..verify.evaluate import Evaluator, double_weights, random_inputs, relative_error, to_double
 from .attribute_sizes import Sizes, mend
-from .comb.groups import FOLDED
-from .compat import pytree
-from .edit import like, tensor_at
-from .errors import GraphcombError, Refused, reason
-from .nodes import arguments, module_path, op_name
-from .outputs import named_outputs, only_outputs
-from .program import Program, capture
-from .verify.evaluate import Evaluator, double_weights, random_inputs, relative_error, to_double
 
 TOLERANCE = 1e-10
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -1,0 +1,1 @@
+"""The program back in the class of the user."""
