@@ -1,0 +1,1 @@
+"""Width and depth decided together, for one budget in seconds: options, their tables, the exact choice among them."""
