@@ -42,8 +42,8 @@ def randomise(
     """Random float64 tensors by name, calibrated on (flattened) `inputs` for the network without what is removed.
 
     Constants that lose nothing keep their values. The program is not changed. Also returns the absence oracle's outputs
-    for the inputs, or None where a tensor was calibrated twice (a shared layer) and they are out of date; `observe` sees
-    the values of that run.
+    for the inputs, or None where a tensor of a shared layer was calibrated after a call had read it and they are out of
+    date; `observe` sees the values of that run.
     """
     tensors, removed, roles = tensors_of(program), removed or {}, _roles(program)
     source = Source(seed, max((t.numel() for t in tensors.values()), default=1) or 1)
@@ -151,7 +151,7 @@ class Calibration(Absence):
     def __init__(self, program: Program, weights: dict[str, torch.Tensor], removed: Removed, source: Source):
         super().__init__(program, weights, removed)
         self.source = source
-        self.done: set[int] = set()
+        self.used: set[int] = set()  # the tensors that calls so far have read or that were changed
         self.again = False
 
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
@@ -165,7 +165,8 @@ class Calibration(Absence):
         if (name == "linear" or name.startswith("conv")) and any(op_name(u) in KINKS for u in node.users):
             bias = arguments(node)["bias"]
             if bias is not None and bias.op == "get_attr":
-                return self._lift(node, bias, result, -1 if name == "linear" else 1)
+                result = self._lift(node, bias, result, -1 if name == "linear" else 1)
+        self.used |= {id(self.weights.get(str(i.target))) for i in node.all_input_nodes if i.op == "get_attr"}
         return result
 
     def _normalise(self, given: dict[str, Any], env: dict[fx.Node, Any]) -> None:
@@ -196,10 +197,10 @@ class Calibration(Absence):
         env[buffer] = self.fetch(str(buffer.target))
 
     def _mark(self, node: fx.Node) -> torch.Tensor:
-        """The tensor to be changed; notes when it has been changed before."""
+        """The tensor to be changed; notes when a call has read it or it has been changed before."""
         whole = self.weights[str(node.target)]
-        self.again = self.again or id(whole) in self.done
-        self.done.add(id(whole))
+        self.again = self.again or id(whole) in self.used
+        self.used.add(id(whole))
         return whole
 
 

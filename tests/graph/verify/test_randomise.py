@@ -11,6 +11,7 @@ from graphcomb.graph.verify.check import Trial
 from graphcomb.graph.verify.evaluate import Evaluator, double_weights, relative_error
 from graphcomb.graph.verify.randomise import randomise
 from graphcomb.graph.verify.removal import checked
+from graphcomb.passes import RemoveChannels
 
 from .toys import (
     BODY,
@@ -59,3 +60,18 @@ def test_own_weights_would_hide_what_random_ones_show():
     trial = Trial(before, result.program, removed)
     trial.prepare()
     assert relative_error(outputs(trial.weights, wrong), outputs(trial.weights, removed)) > 1e-3
+
+
+def test_a_shared_layer_is_calibrated_after_a_call_has_read_it():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x)), self.c(self.a(x + 1).relu())  # for the ReLU the bias is moved
+
+    program = g.capture(Shared(), torch.randn(5, 4))
+    result = RemoveChannels(ratio=0.5, round_to=1)(program)
+    assert result.removed["a.bias"]
+    assert g.verify.surgery(program, result) <= 1e-10
