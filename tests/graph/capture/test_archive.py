@@ -200,6 +200,7 @@ def test_programs_of_all_kinds_come_back(name: str, tmp_path) -> None:
     torch.testing.assert_close(again.module()(*program.args), program.module()(*program.args), rtol=0, atol=0)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch.cond takes no dynamic heights and widths there")
 def test_sizes_that_are_expressions_and_odd_names_come_back(tmp_path) -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -123,6 +123,10 @@ def test_what_dropout_hides_from_eval_mode_is_named():
             return y + z
 
     model, x = Alias(), torch.randn(3, 6)
+    if torch.__version__ < "2.12":  # whose trace takes the dropout for a copy
+        with pytest.raises(CaptureError, match="differs from the model in eval mode at add_1"):
+            g.capture(model, x)
+        return
     with pytest.warns(UserWarning, match=r"only in training, .*other inputs or numbers of add"):
         module = g.capture(model, x, prove=False).module()
     torch.testing.assert_close(module(x), model.eval()(x), rtol=0, atol=0)
