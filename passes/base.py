@@ -23,17 +23,18 @@ from .batch import adapted
 
 @dataclass
 class Context:
-    """What passes may use besides the program itself. Every field is optional; a pass that needs one says so.
+    """What passes may use besides the program itself. Every field is optional; a pass that needs one that is missing
+    raises BadInput.
 
     - data, val: iterables of batches that can be iterated again, such as a `DataLoader`. A batch is `(inputs, labels)`, a
-      tensor, or a dict of keyword inputs with an optional "labels" entry. inputs, labels: functions that split other
-      batches: what the model takes, and what loss and metric take.
+      tensor, or a dict of keyword inputs with an optional "labels" entry. inputs, labels: functions of any other batch that
+      return what the model takes, and what loss and metric take as labels.
     - loss: `loss(outputs, labels)`, a scalar tensor; by default cross-entropy. metric: `metric(outputs, labels)`, a score
       for each sample or pixel, higher is better, averaged over `val`; by default accuracy.
     - target: a device with `alignment(dtype) -> int` (see `runtime.Target`). dtype: the precision of the engine.
-    - latency: predicts the seconds of layers (`graph.workload.layers.Latency`), for latency targets.
+    - latency: predicts the seconds of layers (`graph.workload.layer.Latency`), for latency targets.
     - teacher: the dense program, for distillation. plan: sizes of groups, as `RemoveChannels.plan` proposes them.
-    - seed: of everything random. out: a folder for checkpoints and stages. progress: whether to show progress bars.
+    - seed: the seed of everything random. out: a folder for checkpoints and stages. progress: whether to show progress bars.
     """
 
     data: Iterable[Any] | None = None
@@ -56,7 +57,7 @@ class Context:
         self.out = None if self.out is None else Path(self.out)
 
     def replaced(self, caller: str, **fields: Any) -> Context:
-        """Return a copy in which some fields are set anew. Raises BadInput that names the caller for an unknown field."""
+        """Return a copy with some fields set anew. Raises BadInput, which names `caller`, for an unknown field."""
         try:
             return dataclasses.replace(self, **fields)
         except TypeError as error:
@@ -64,13 +65,13 @@ class Context:
 
     @property
     def batches(self) -> Iterable[Any]:
-        """The data, or nothing to iterate over; a loader without a length has no truth value either."""
+        """The data, or an empty tuple without data. (A loader without a length cannot be tested with `or`.)"""
         return () if self.data is None else self.data
 
 
 @dataclass(frozen=True)
 class Change:
-    """Something that a pass changed: its name in the program, and what else its row of the record says."""
+    """Something that a pass changed: its name in the program, and further entries of its row in the record."""
 
     what: str
     details: Mapping[str, Any] = field(default_factory=dict)
@@ -82,7 +83,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something that a pass left as it was: its name in the program, the reason, and what else its row says."""
+    """Something that a pass left as it was: its name in the program, the reason, and further entries of its row in the
+    record.
+    """
 
     what: str
     why: str
@@ -95,11 +98,11 @@ class Refusal:
 
 @dataclass
 class PassResult:
-    """The new program and the JSON-able record of what changed, what was refused and the cost before and after.
+    """The new program and the JSON-able record of what changed, what was refused, and the cost before and after.
 
-    record: its `changed` and `refused` may hold `Change`s and `Refusal`s, which become their rows. removed:
-    `{parameter or buffer: {dim: indices}}`, in the input program's numbering. masked: where a pass that removes also trains,
-    the input program with the trained weights, of which the result is the exact slice.
+    record: its `changed` and `refused` may hold `Change`s and `Refusal`s, which become their rows. removed: `{parameter
+    or buffer: {dim: indices}}`, in the input program's numbering. masked: for a pass that trains and then removes, the
+    input program with the trained weights, of which `program` is the exact slice; else None.
     """
 
     program: Program
@@ -114,19 +117,23 @@ class PassResult:
                 self.record[key] = [r.row() if isinstance(r, (Change, Refusal)) else r for r in rows]
 
     def transplant(self, model: nn.Module) -> nn.Module:
-        """The user's class back: a deep copy of the module that was captured, with the smaller weights, the same parameter
-        names, and attributes that hold sizes brought up to date. Proven in float64 to compute what the program computes, or
-        Refused, naming the line of the forward that fixes a size."""
+        """The user's class with smaller weights: a deep copy of the module that was captured, with the same parameter
+        names, and with the attributes that hold sizes brought up to date.
+
+        Proven in float64 to compute what the program computes. Raises Refused, which names the line of the forward that
+        fixes a size, where it cannot be.
+        """
         return transplant(self.program, model)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Base of passes and of what they share: every field is an option, checked against its type hint (`graph.hints`)
-    before the class's own `__post_init__` checks its range."""
+    """Base of passes and of option groups that they share. Every field is an option; it is checked against its type
+    hint (`graph.hints`) before the class's own `__post_init__` checks its range.
+    """
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Put the check of the types before the `__post_init__` that a subclass defines, which need not call ours."""
+        """Run the type check before the `__post_init__` of a subclass, so that the subclass need not call ours."""
         super().__init_subclass__(**keywords)
         if "__post_init__" in cls.__dict__:
             check_range = cls.__post_init__
@@ -142,19 +149,21 @@ class Options:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        """Options inside options are objects of their class, which have checked themselves."""
+        """Tell pydantic to accept option groups as objects of their class, which checked themselves when they were
+        made.
+        """
         from pydantic_core import core_schema
 
         return core_schema.is_instance_schema(cls)
 
     def options(self) -> dict[str, Any]:
-        """The recipe options, JSON-able."""
+        """The recipe options by name, JSON-able."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: plain(value) for name, value in values.items()}
 
 
 def plain(value: Any) -> Any:
-    """The value of an option, JSON-able: options inside options, and of a function its name, "module:name"."""
+    """The JSON-able form of an option's value: an option group becomes a dict, a function its name "module:name"."""
     if isinstance(value, Options):
         return value.options()
     if callable(value):
@@ -164,10 +173,11 @@ def plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Pass(Options):
-    """Base of all passes; subclasses define fields and `run(program, context) -> PassResult` and never change their
+    """Base of all passes. Subclasses define fields and `run(program, context) -> PassResult`, which must not change the
     input program.
 
-    exact: the result computes what the input program computes, up to rounding of stored weights. Pipelines check it.
+    exact: whether the result computes what the input program computes, up to the rounding of stored weights; pipelines
+    check it.
     """
 
     exact: ClassVar[bool] = False
@@ -175,7 +185,8 @@ class Pass(Options):
     def __call__(self, program: Any, context: Context | None = None, **fields: Any) -> Any:
         """Apply the pass. An `ExportedProgram` in gives an `ExportedProgram` out; a `Program` gives a `PassResult`.
 
-        Keyword arguments set fields of a fresh `Context` (or override those of the one given).
+        Keyword arguments set fields of a new `Context` (or override those of the one given). Raises BadInput for
+        another type of program and for an unknown field.
         """
         if isinstance(program, ExportedProgram):
             return self(Program.from_exported(program), context, **fields).program.exported()
@@ -196,14 +207,14 @@ class Pass(Options):
         return result
 
     def check_alone(self) -> None:
-        """Raise BadInput for options that only a training loop of the user's own gives a meaning (`graphcomb.attach`)."""
+        """Raise BadInput for options that make sense only in the user's own training loop (`graphcomb.attach`)."""
 
     def run(self, program: Program, context: Context) -> PassResult:
-        """What the pass does; the program stays as it is."""
+        """Do the pass's work and return its result; the input program stays unchanged."""
         raise TypeError(f"{type(self).__name__} does not define run()")
 
 
 def check_field(of: Options, name: str, holds: bool, what: str) -> None:
-    """Raise BadInput that names an option, what it takes, and what it got, unless the condition holds."""
+    """Raise BadInput unless `holds`; it names the option, what the option takes, and what it got."""
     if not holds:
         raise BadInput(f"{type(of).__name__}.{name}: {what}, not {getattr(of, name)!r}")

@@ -16,10 +16,10 @@ ADAPT = "for others give inputs= and labels=, functions of a batch (in a recipe,
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """`(args, kwargs, labels)` of one batch; labels is None when the batch has none.
 
-    Taken forms: `(inputs, labels)`; a tensor; a one-element list or tuple (as `TensorDataset` yields); a mapping of
+    Accepted forms: `(inputs, labels)`; a tensor; a one-element list or tuple (as `TensorDataset` yields); a mapping of
     keyword inputs with an optional "labels" entry. In the first form, inputs is a tensor, a list or tuple of tensors
-    (several positional inputs), or a mapping of keyword inputs. Raises BadInput for anything else, which functions of the
-    user can split (`adapted`).
+    (several positional inputs), or a mapping of keyword inputs. Raises BadInput for anything else, for which the user
+    can give functions (`adapted`).
     """
     if isinstance(batch, Split):
         return batch.args, batch.kwargs, batch.labels
@@ -46,14 +46,14 @@ def _inputs(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _is_input(value: Any) -> bool:
-    """Whether a value is a tensor, or a list or mapping of such, which a model may take as one input."""
+    """Whether a model can take the value as one input: a tensor, or a list or mapping of tensors."""
     leaves = pytree.tree_leaves(value)
     return bool(leaves) and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
 
 
 @dataclass(frozen=True)
 class Split:
-    """A batch whose inputs and labels are told apart already."""
+    """A batch whose inputs and labels are already separated."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -61,7 +61,7 @@ class Split:
 
 
 class Adapted:
-    """The batches of a loader, split by functions of the user; in everything else the loader itself."""
+    """A loader whose batches functions of the user split; every other attribute is the loader's own."""
 
     def __init__(self, data: Any, inputs: Callable[[Any], Any] | None, labels: Callable[[Any], Any] | None):
         self.data, self.inputs, self.labels = data, inputs, labels
@@ -78,7 +78,7 @@ class Adapted:
         return getattr(self.data, name)
 
     def split(self, raw: Any) -> Split:
-        """One batch; what the functions raise, or do not give, is one line."""
+        """Split one batch. Raises BadInput of one line where a function fails or gives something that is no input."""
         if self.inputs is None:
             args, kwargs, labels = split_batch(raw)
         else:
@@ -100,7 +100,7 @@ class Adapted:
 
 
 class AdaptedOnce(Adapted):
-    """The same of an iterator, which yields its batches once."""
+    """An `Adapted` iterator, which yields its batches once."""
 
     def __iter__(self) -> Iterator[Split]:
         return self
@@ -110,8 +110,12 @@ class AdaptedOnce(Adapted):
 
 
 def adapted(data: Any, inputs: Callable[[Any], Any] | None, labels: Callable[[Any], Any] | None) -> Any:
-    """Data whose batches `inputs(batch)` and `labels(batch)` split: the first gives a tensor, a list or tuple of positional
-    inputs, or a mapping of keyword inputs. Without functions, or for data that has some, the data itself."""
+    """Data whose batches are split by functions of the user: `inputs(batch)` gives a tensor, a list or tuple of
+    positional inputs, or a mapping of keyword inputs; `labels(batch)` gives the labels.
+
+    Returns the data itself where there are no functions or the data has some already. Raises BadInput for data that
+    cannot be iterated.
+    """
     if data is None or isinstance(data, Adapted) or (inputs is None and labels is None):
         return data
     if not isinstance(data, Iterable):
@@ -130,7 +134,7 @@ def _called(field: str, function: Callable[[Any], Any], raw: Any) -> Any:
 
 
 def describe(value: Any) -> str:
-    """What a value is, in a few words for messages."""
+    """A few words about a value for error messages, such as "a tuple of 3 (Tensor)"."""
     if isinstance(value, Mapping):
         odd = next((f'"{k}": {type(v).__name__}' for k, v in value.items() if not isinstance(v, torch.Tensor)), "")
         return f"a dict with {odd}" if odd else "an empty dict"

@@ -1,4 +1,4 @@
-"""Report what the comb found; changes nothing."""
+"""The pass that reports what the comb found; it changes nothing."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from .base import Context, Pass, PassResult, Refusal
 
 @dataclass(frozen=True)
 class Comb(Pass):
-    """Solve the axes and record every group, what is frozen, and why. The program stays as it is."""
+    """Solve the axes and record every group of channels, which groups are frozen, and why. The program stays as it is."""
 
     def run(self, program: Program, context: Context) -> PassResult:
         solved = Solver(program)

@@ -27,19 +27,21 @@ RANGE = (-128, 127)  # the one signed range that ONNX's QuantizeLinear has
 class Quantize(Pass):
     """Quantise the inputs and weights of linear layers and convolutions to INT8, symmetrically.
 
-    `x -> s * clamp(round(x / s), -128, 127)`: one scale for each input, and one for each output channel of a weight, whose
-    largest entry becomes 127; biases, normalisations, additions and attention scores stay in floating point. The zero
-    point is 0, so zeros of a sparse weight stay exactly zero. The nodes are ATen's fake quantisation: they export as
-    QuantizeLinear and DequantizeLinear, which TensorRT and TensorRT-RTX build INT8 kernels from, and their gradients pass
-    straight through, so that a `Distill` after this pass is quantisation-aware training (with these scales, masks held).
+    `x -> s * clamp(round(x / s), -128, 127)`, with one scale `s` for each input, and one for each output channel of a
+    weight, such that the channel's largest entry becomes 127. Biases, normalisations, additions and attention scores
+    stay in floating point. The zero point is 0, so zeros of a sparse weight stay exactly zero. The nodes are ATen's
+    fake quantisation: they export as QuantizeLinear and DequantizeLinear, which TensorRT and TensorRT-RTX build INT8
+    kernels from. Their gradients pass straight through, so that a `Distill` after this pass is quantisation-aware
+    training (with these scales, masks held).
 
-    samples: how many samples of the data the scales of inputs are taken from.
-    calibration: by which rule, "histogram" (torchao's observer, least squared error) or "minmax" (the largest becomes 127).
-    include, exclude: patterns over weight names, all of those of a tied weight.
+    samples: number of samples of the data that the scales of inputs are calibrated on. calibration: how an input's
+    scale is chosen: "histogram" (torchao's observer, least squared error) or "minmax" (the largest
+        value becomes 127).
+    include, exclude: patterns over weight names; any of the names of a tied weight may match.
 
-    Run it last: `Fuse` before it, or normalisations stay in floating point (named in the record), and `Sparsify` before
-    it. Raises BadInput without finite data, MissingBackend without torchao. Refused, and named: computed weights,
-    transposed convolutions, layers whose inputs are all zero.
+    Run this pass last: after `Sparsify`, and after `Fuse`, without which normalisations stay in floating point (the
+    record names them). Raises BadInput without finite data, MissingBackend without torchao. Refused, and named in the
+    record: computed weights, transposed convolutions, layers whose inputs are all zero.
     """
 
     samples: int = 256
@@ -81,7 +83,7 @@ class Quantize(Pass):
         return PassResult(new, {"changed": changed, "refused": refused})
 
     def _calibrated(self, program: Program, chosen: Sequence[WeightedLayer], context: Context) -> dict[fx.Node, float]:
-        """The scale of each input; 0 where it never was anything but zero."""
+        """The scale of each input; 0 for an input that was zero throughout."""
         if context.data is None:
             raise BadInput("Quantize: needs data to calibrate on; pass data=")
         make = _observer(self.calibration)
@@ -115,7 +117,7 @@ class Quantize(Pass):
 
 def _observer(calibration: str) -> Callable[[], Any]:
     before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))  # what torchao says while it is imported is for its own developers
+    logging.disable(max(before, logging.WARNING))  # warnings that torchao logs at import are for its own developers
     try:
         from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver
     except ImportError:
@@ -128,14 +130,14 @@ def _observer(calibration: str) -> Callable[[], Any]:
 
 
 class _Writer:
-    """Puts fake quantisation into a graph; a value that several layers read is quantised once."""
+    """Inserts fake quantisation into a graph; a value that several layers read is quantised once."""
 
     def __init__(self, program: Program):
         self.module, self.edit = program.module(), Editor(program.module())
         self.inputs: dict[fx.Node, fx.Node] = {}
 
     def quantise_input(self, node: fx.Node, scale: float) -> None:
-        """Let a layer read its input quantised. scale: the value of one step."""
+        """Make a layer read its input quantised. scale: the size of one quantisation step."""
         source = node.args[0]
         assert isinstance(source, fx.Node)
         if source not in self.inputs:
@@ -145,7 +147,7 @@ class _Writer:
         set_argument(node, next(iter(arguments(node))), self.inputs[source])
 
     def quantise_weight(self, layer: WeightedLayer) -> Tensor:
-        """Let a layer read its weight quantised; returns the scales, one for each output channel."""
+        """Make a layer read its weight quantised; returns the scales `(out,)`."""
         weight = fetch(self.module, layer.name).detach()
         largest = weight.abs().flatten(1).amax(1).float()
         scales = torch.where(largest > 0, largest, torch.ones_like(largest)) / RANGE[1]

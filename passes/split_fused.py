@@ -21,8 +21,8 @@ class SplitFused(Pass):
     The dimension of size 3 makes q, k and v share one width; as slices of the projection, v is free to have its own:
     `(1 + 1 + 1)·h·d` becomes `h·d + h·d + h·d'`. Exact: only the way the same entries are read changes. Source: ours.
 
-    Refused, and left as it is, where the part's dimension is not the outermost of the projection, or something else
-    reads the view.
+    Refused, with the reason in the record: a projection whose parts are not the outermost dimension of its features. A
+    view that anything but `unbind` or `select` reads stays as it is, without a row in the record.
     """
 
     exact: ClassVar[bool] = True
@@ -53,8 +53,9 @@ class SplitFused(Pass):
 
 @dataclass(frozen=True)
 class _Fused:
-    """A fused projection taken apart: its view, followed by permutes; `dim`: of the parts, in the view; `takers`: the nodes
-    that take a part, each with its index."""
+    """A fused projection, taken apart. chain: its view, and the permutes after it. dim: the dimension of the view that
+    holds the parts. takers: the nodes that select a part, each with the part's index.
+    """
 
     chain: tuple[fx.Node, ...]
     dim: int
@@ -62,7 +63,7 @@ class _Fused:
 
 
 def _fused(node: fx.Node) -> _Fused | None:
-    """The fused projection that a node is the view of, or None."""
+    """The fused projection that starts at this view, or None."""
     sizes, inner = shape(node), shape(node.args[0])  # type: ignore[arg-type]
     lead = len(inner) - 1
     chain, order = [node], list(range(len(sizes)))
@@ -92,7 +93,7 @@ def _fused(node: fx.Node) -> _Fused | None:
 
 
 def _part(edit: Editor, fused: _Fused, index: int) -> fx.Node:
-    """The view and its permutes for one part alone, without the dimension of the parts."""
+    """The view and its permutes for one part, without the dimension of the parts."""
     view, dim = fused.chain[0], fused.dim
     x = view.args[0]
     width = shape(x)[-1] // shape(view)[dim]  # type: ignore[arg-type]
@@ -106,7 +107,7 @@ def _part(edit: Editor, fused: _Fused, index: int) -> fx.Node:
     else:
         sizes = list(arguments(view)[SIZES[op_name(view)]])
         part = call(torch.ops.aten.reshape.default, part, sizes[:dim] + sizes[dim + 1 :])
-    at = dim  # where the dimension of the parts would be
+    at = dim  # where the dimension of the parts would be after the permutes so far
     for node in fused.chain[1:]:
         dims = permutation(node)
         assert dims is not None

@@ -1,4 +1,4 @@
-"""Which dimension of a program's class scores holds the classes, as far as the graph tells."""
+"""The dimension of a program's class scores that holds the classes, as far as the graph tells."""
 
 import torch
 from torch import fx
@@ -15,8 +15,9 @@ from .losses import NAMES, logits_of
 
 
 def class_axis(program: Program) -> int | None:
-    """The dimension of the class scores in which the outputs of the last layer that they come from lie, whole or a slice of
-    them, as the comb solves the axes. None where they lie in no dimension alone, or where there are no single scores."""
+    """The dimension of the class scores that holds the outputs, or a slice of the outputs, of the last layer before
+    them; the comb's axes tell. None where no single dimension does, or where there are no single scores.
+    """
     scores = scores_node(program)
     before = {scores} if scores is not None else set()
     layer = None
@@ -34,7 +35,7 @@ def class_axis(program: Program) -> int | None:
 
 
 def scores_node(program: Program) -> fx.Node | None:
-    """The node that computes what `logits_of` takes from the outputs."""
+    """The node of the class scores that `logits_of` finds among the outputs, or None."""
     nodes = pytree.tree_leaves(program.graph.output_node().args)
     spec = output_spec(program.graph)
     values = [n.meta.get("val") if isinstance(n, fx.Node) else n for n in nodes]
@@ -46,7 +47,7 @@ def scores_node(program: Program) -> fx.Node | None:
 
 
 def other_outputs(program: Program) -> list[str]:
-    """Names of the floating-point outputs besides the class scores; empty where these cannot be told."""
+    """Names of the floating-point outputs besides the class scores; empty where the class scores are unknown."""
     if (scores := scores_node(program)) is None:
         return []
     return [

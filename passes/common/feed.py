@@ -19,14 +19,14 @@ from .loaders import length
 
 
 def map_some(change: Callable[[torch.Tensor], torch.Tensor], tree: Any, which: Sequence[bool]) -> Any:
-    """`tree` with `change` applied to those of its leaves that `which` names."""
+    """The tree with `change` applied to those of its leaves for which `which` is True."""
     leaves, spec = pytree.tree_flatten(tree)
     return pytree.tree_unflatten([change(v) if chosen else v for v, chosen in zip(leaves, which, strict=True)], spec)
 
 
 @dataclass
 class Batch:
-    """One batch, ready for `module(*args, **kwargs)`; size: number of samples that are real (not padding)."""
+    """One batch, ready for `module(*args, **kwargs)`; size: the number of samples without padding."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -42,10 +42,10 @@ class Batch:
 class Feed:
     """Fits the batches of a loader to one program: order and names of the inputs, dtype, rank and sizes.
 
-    Attributes: `size`, the program's batch size, a number or a symbol (None without inputs); `static`, the one it is fixed
-    to (None when it is dynamic); `batched` and `outputs`, which inputs and outputs have the batch as their first dimension;
-    `skipped`, how many short batches a static program could not take so far. Every error is a BadInput that names the input
-    and what to do.
+    Attributes: `size`, the program's batch size, a number or a symbol (None without inputs); `static`, the batch size
+    where it is fixed (None where it is dynamic); `batched` and `outputs`, whether each input and each output has the
+    batch as its first dimension; `skipped`, how many batches were too short for a static program so far. Every error is
+    a BadInput that names the input and what to do; `field` is the name of the data in its message.
     """
 
     def __init__(self, program: Program, field: str = "data"):
@@ -71,8 +71,11 @@ class Feed:
         return [isinstance(v, torch.Tensor) and v.dim() > 0 and str(v.shape[0]) == str(self.size) for v in values]
 
     def batches(self, data: Iterable[Any], pad: bool = False) -> Iterator[Batch]:
-        """All batches of `data`, checked. A static program cannot take a short last batch: it is skipped and counted,
-        or with `pad` filled up with copies of its last sample, whose outputs the caller cuts off (`Batch.size`)."""
+        """Yield all batches of `data`, checked. A static program cannot take a short last batch: it is skipped and
+        counted, or, with `pad`, filled up with copies of its last sample, whose outputs the caller cuts off (`cut`).
+
+        Raises BadInput for data that cannot be iterated or does not fit the program.
+        """
         if not isinstance(data, Iterable):
             raise BadInput(f"{self.field}: a {type(data).__name__} cannot be iterated; give a DataLoader")
         for index, raw in enumerate(data):
@@ -87,7 +90,9 @@ class Feed:
             yield batch
 
     def leaves(self, data: Iterable[Any]) -> bool:
-        """Whether an epoch ends with a batch that is too short for a static program, as far as it can be told before."""
+        """Whether an epoch ends with a batch that is too short for a static program, as far as the loader's attributes
+        tell.
+        """
         if self.static is None:
             return False
         if isinstance(plain := data.data if isinstance(data, Adapted) else data, (list, tuple)):
@@ -97,10 +102,12 @@ class Feed:
         return bool(size and count and not getattr(data, "drop_last", False) and count % size)
 
     def fit(self, raw: Any) -> Batch:
-        """One batch in the program's own argument order, checked; only a batch that is too short for it passes."""
+        """One batch in the program's argument order, checked; it may have fewer samples than a static program takes,
+        but not more.
+        """
         args, kwargs, labels = split_batch(raw)
         if isinstance(raw, Mapping) and "labels" in raw and "labels" in self._order:
-            kwargs["labels"] = raw["labels"]  # the model takes them, too
+            kwargs["labels"] = raw["labels"]  # labels that are also an input of the model
         args, kwargs = self._packed(args, kwargs)
         takes = ", ".join(self._order)
         if len(args) > len(self._order):
@@ -120,7 +127,7 @@ class Feed:
         return Batch(args, kwargs, labels, size)
 
     def _packed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The inputs of a batch as the one list or mapping that the program takes, where it takes one."""
+        """The inputs of a batch, packed into one list or mapping where that is the program's only input."""
         only = self._args[0] if len(self._args) == 1 else None
         if isinstance(only, (list, tuple)) and not (len(args) == 1 and isinstance(args[0], (list, tuple))):
             return ((list(args),), kwargs) if args else (args, kwargs)
@@ -129,7 +136,7 @@ class Feed:
         return args, kwargs
 
     def _like(self, name: str, value: Any, example: Any) -> Any:
-        """An input in the structure of the example: a list for a list, mappings in their order."""
+        """An input in the structure of the example: a tuple becomes a list where the example is one, and the reverse."""
         if pytree.tree_structure(value) == (spec := pytree.tree_structure(example)):
             return value
         leaves = pytree.tree_leaves(value)
@@ -147,7 +154,7 @@ class Feed:
         return Batch(args, kwargs, batch.labels, batch.size)
 
     def cut(self, outputs: Any, batch: Batch) -> Any:
-        """The outputs of the real samples of a batch that may be filled up."""
+        """The outputs of a padded batch without those of the padding."""
         if self.static in (None, batch.size):
             return outputs
         return map_some(lambda value: value[: batch.size], outputs, self.outputs)
@@ -179,8 +186,11 @@ class Feed:
 
 
 def _batch_size(inputs: Iterable[Any], outputs: Iterable[Any]) -> Any:
-    """The number of samples, a number or a symbol: the first dimension of the first input that has it dynamic or shares it
-    with an output, both if there is such a one; else of the first input."""
+    """The batch size, a number or a symbol, from the first dimensions of the inputs.
+
+    Inputs are preferred whose first dimension is dynamic, then those that share it with an output; of equals the first.
+    None without tensor inputs.
+    """
     results = {str(v.shape[0]) for v in outputs if isinstance(v, torch.Tensor) and v.dim()}
     first = [v.shape[0] for v in inputs if isinstance(v, torch.Tensor) and v.dim()]
 

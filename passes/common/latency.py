@@ -1,7 +1,8 @@
-"""Latency targets: the seconds they allow, what predicts them, and what they may not take.
+"""Latency targets: the seconds that they allow, what predicts the seconds, and how many MACs must stay.
 
-Predictions from a data sheet are off by a factor; a network that loses nine tenths of its arithmetic for one is lost for
-nothing. So a latency target leaves a quarter of the multiply-accumulates where nothing was measured. Source: ours.
+Predictions from a data sheet are off by a factor, and a network must not lose nine tenths of its arithmetic to such an
+error. So a latency target leaves a quarter of the multiply-accumulates (MACs) unless latencies were measured. Source:
+ours.
 """
 
 import math
@@ -13,14 +14,15 @@ from ...graph.program import Program
 from ...graph.workload.layer import Latency
 from ..base import check_field
 
-LEAST_MACS = 0.25  # share that a latency target leaves where nothing was measured
+LEAST_MACS = 0.25  # share of the MACs that a latency target leaves where nothing was measured
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
 def allowed_seconds(latency: float | str, dense: float, of: str) -> float:
-    """What the latency target of a pass allows: a share of the dense program's seconds, or a time such as "3.5 ms".
+    """The seconds that a latency target allows. latency: a share of the dense program's seconds, or a time such as "3.5
+    ms".
 
-    of: the pass, for the message. Raises BadInput for anything else.
+    dense: the dense program's seconds. of: name of the pass, for the message. Raises BadInput for any other `latency`.
     """
     try:
         if isinstance(latency, str):
@@ -38,8 +40,9 @@ def allowed_seconds(latency: float | str, dense: float, of: str) -> float:
 
 
 def needed_latency(latency: Latency | None, of: str, program: Program) -> Latency:
-    """What predicts latencies, scaled to the program's own where that can be measured. Raises BadInput, in the name of the
-    pass, where nothing does."""
+    """The latency model, scaled to a measurement of the program where it has one. Raises BadInput, naming the pass
+    `of`, if `latency` is None.
+    """
     if latency is None:
         raise BadInput(
             f"{of}.latency: nothing predicts latencies here; pass latency=, a LatencyTable or a Roofline (in a recipe: "
@@ -50,7 +53,7 @@ def needed_latency(latency: Latency | None, of: str, program: Program) -> Latenc
 
 
 def check_least(options: Any) -> None:
-    """Raise BadInput for a pass whose `least_macs` makes no sense."""
+    """Raise BadInput for a pass whose `least_macs` is no share, or is given without `latency`."""
     least = options.least_macs
     check_field(options, "least_macs", least is None or 0 <= least <= 1, "a share of the MACs from 0 to 1")
     if least is not None and options.latency is None:
@@ -59,16 +62,19 @@ def check_least(options: Any) -> None:
 
 
 def least_share(least_macs: float | None, latency: Latency | None) -> float:
-    """The share of the multiply-accumulates that has to stay: what the pass says, else what the prediction is worth."""
+    """The share of the MACs that must stay: the pass's `least_macs`; else 0 for a measured latency model and
+    `LEAST_MACS` for another.
+    """
     if least_macs is not None:
         return least_macs
     return 0.0 if getattr(latency, "measured", True) else LEAST_MACS
 
 
 def below(of: str, latency: Latency, seconds: float, whole: float, share: float, least: float) -> Unreachable:
-    """The error of a pass whose choices for a latency all leave too few multiply-accumulates.
+    """The error for a pass none of whose choices both meets the latency and leaves enough MACs.
 
-    seconds, whole: predicted for one of them, and for the dense program. share: of the multiply-accumulates, that it leaves.
+    seconds, whole: predicted for the nearest such choice, and for the dense program. share: of the dense program's
+    MACs, what that choice leaves. least: the share that must stay.
     """
     measured = getattr(latency, "measured", True)
     error = getattr(latency, "error", None)

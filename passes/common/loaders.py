@@ -1,4 +1,4 @@
-"""Data loaders: how long they are, what decides their order, and which of their batches a process takes."""
+"""Data loaders: their lengths, the generators that decide their order, and the batches that each process takes."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from ..batch import Adapted, adapted
 
-# Options of a loader that say how it works, and nothing about which batches it makes.
+# Options of a loader that do not decide which batches it makes.
 WORK = (
     "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context generator prefetch_factor "
     "persistent_workers"
@@ -18,8 +18,10 @@ WORK = (
 
 @dataclass(frozen=True)
 class Every:
-    """Every `count`-th element of an iterable, from element `index` on; `even`: only from complete groups of `count`,
-    so that all processes take the same number of steps."""
+    """Every `count`-th element of an iterable, from element `index` on.
+
+    even: leave out an incomplete last group of `count`, so that all processes take the same number of steps.
+    """
 
     items: Iterable[Any]
     index: int
@@ -42,10 +44,10 @@ class Every:
 
 
 def shard(data: Iterable[Any], index: int, count: int, even: bool = True) -> Iterable[Any]:
-    """The batches that process `index` of `count` takes: batch `index`, `index + count`, … of the loader's order.
+    """The batches that process `index` of `count` takes: batches `index`, `index + count`, … of the loader's order.
 
-    A `DataLoader` over an indexable data set loads only these; of any other iterable the rest is loaded and dropped.
-    A loader that already has a `DistributedSampler` is left as it is.
+    A `DataLoader` over an indexable data set loads only these; of any other iterable, the other batches are loaded and
+    dropped. A loader that already has a `DistributedSampler` is left as it is. even: see `Every`.
     """
     if count == 1:
         return data
@@ -59,12 +61,12 @@ def shard(data: Iterable[Any], index: int, count: int, even: bool = True) -> Ite
 
 
 def like_loader(data: DataLoader[Any], **parts: Any) -> DataLoader[Any]:
-    """A loader of the same data set that works alike, with another sampler or batch sampler."""
+    """A loader of the same data set with the same working options and another sampler or batch sampler."""
     return DataLoader(data.dataset, **{option: getattr(data, option) for option in WORK}, **parts)
 
 
 def length(data: Iterable[Any]) -> int | None:
-    """Number of batches, None when the iterable does not know."""
+    """Number of batches, or None for an iterable without a length."""
     try:
         return len(data)  # type: ignore[arg-type]
     except TypeError:

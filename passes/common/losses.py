@@ -1,4 +1,4 @@
-"""The default loss and metric, and where they find class scores."""
+"""The default loss and metric, and how class scores are found among a model's outputs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,12 +9,16 @@ import torch.nn.functional as F
 from ...graph.compat import pytree
 from ...graph.errors import BadInput, first_line
 
-NAMES = ("logits", "out")  # what class scores are called among several outputs
+NAMES = ("logits", "out")  # names of the class scores among several outputs
 
 
 def logits_of(outputs: Any, instead: str = "") -> torch.Tensor:
     """The class scores among a model's outputs: the only floating-point tensor, or the entry "logits" or "out" of a
-    mapping. Raises BadInput when there are several; `instead` says what else the caller could be given."""
+    mapping.
+
+    Raises BadInput where that is no single tensor of at least two dimensions; `instead` is what its message proposes
+    besides.
+    """
     if isinstance(outputs, dict):
         for name in NAMES:
             if isinstance(outputs.get(name), torch.Tensor):
@@ -32,9 +36,10 @@ def class_dim(
 ) -> int:
     """The dimension of class scores that holds the classes.
 
-    It is `known` where the user has said so; else the one whose removal leaves the shape of the labels (class indices);
-    else what the graph tells (`class_axis`); else 1 for scores `(N, C)` and `(N, C, H, W)`. Raises BadInput for anything
-    else, such as `(N, queries, classes)` with neither, and says `instead` what to give.
+    It is `known` where the user gave it; else the one dimension whose removal leaves the shape of the labels (class
+    indices); else `of_graph`, what the graph tells (`class_axis`); else 1 for scores `(N, C)` and `(N, C, H, W)`.
+    Raises BadInput for a `known` that is no dimension besides the batch, and where nothing decides, such as for `(N,
+    queries, classes)`; `instead` is what its message proposes.
     """
     rank = scores.dim()
     if known is not None:
@@ -57,15 +62,22 @@ def class_dim(
 
 
 def default_loss(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of class scores `(N, C, ...)` against class indices `(N, ...)`; label -100 is ignored. The classes
-    may be in another dimension if the labels' shape says so."""
+    """Mean cross-entropy of class scores `(N, C, ...)` against class indices `(N, ...)`; label -100 is ignored.
+
+    The classes may be in another dimension if the labels' shape shows which. Raises BadInput without single class
+    scores.
+    """
     instead = "give loss= (in a recipe, loss: module:callable)"
     scores = logits_of(outputs, instead)
     return F.cross_entropy(scores.float().movedim(class_dim(scores, labels, instead=instead), 1), labels)
 
 
 def accuracy(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-    """1 where the highest score is the label's, else 0, for every sample or pixel whose label is not negative."""
+    """1 where the highest score is the label's, else 0, for every sample or pixel whose label is not negative.
+
+    Raises BadInput without single class scores, ValueError for labels of another shape than the scores without their
+    classes.
+    """
     instead = "give metric= (in a recipe, metric: module:callable)"
     scores = logits_of(outputs, instead)
     best = scores.argmax(class_dim(scores, labels, instead=instead))
@@ -77,8 +89,9 @@ def accuracy(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
 
 
 def task_loss(loss: Callable[..., Any] | None, outputs: Any, labels: Any, field: str = "loss") -> torch.Tensor:
-    """`loss(outputs, labels)`, by default `default_loss`: a scalar. BadInput, which names the field, when they do not fit
-    together."""
+    """`loss(outputs, labels)`, by default `default_loss`, as a scalar tensor. Raises BadInput, naming `field`, where
+    the loss fails or gives no scalar tensor.
+    """
     value = applied(field, loss or default_loss, outputs, labels)
     if not isinstance(value, torch.Tensor) or value.dim():
         raise BadInput(f"{field}: must return a scalar tensor, got {type(value).__name__}")
@@ -86,7 +99,9 @@ def task_loss(loss: Callable[..., Any] | None, outputs: Any, labels: Any, field:
 
 
 def applied(field: str, function: Callable[..., Any], *values: Any) -> Any:
-    """`function(*values)`, of outputs and labels; what it raises becomes one line that starts with `field`."""
+    """`function(*values)`, with outputs and labels as values. Raises BadInput of one line, naming `field`, for an error
+    in it.
+    """
     try:
         return function(*values)
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
@@ -97,7 +112,7 @@ def applied(field: str, function: Callable[..., Any], *values: Any) -> Any:
 
 
 def number(field: str, value: Any) -> float:
-    """A value that a user's function gave as one number. Raises BadInput where it is none."""
+    """The value that a user's function returned, as a float. Raises BadInput, naming `field`, unless it is one number."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return float(value)
     if isinstance(value, (int, float)):
@@ -107,11 +122,11 @@ def number(field: str, value: Any) -> float:
 
 
 def unlabelled_loss(outputs: Any, generator: torch.Generator) -> torch.Tensor:
-    """A number to differentiate where there are no labels, summed over samples: the mean square of its derivatives is the
-    diagonal of the Gauss-Newton matrix (Hutchinson's estimate).
+    """A loss to differentiate where there are no labels, summed over samples (a float64 scalar): the mean square of its
+    derivatives estimates the diagonal of the Gauss-Newton matrix (Hutchinson).
 
-    Of class scores (samples, classes) the log-probability of a class drawn from them; of other outputs a random projection,
-    in units of their standard deviation and per entry of a sample.
+    For class scores `(samples, classes)`, the log-probability of a class that is drawn from them; for other outputs, a
+    random projection in units of their standard deviation, divided by the square root of the entries of a sample.
     """
     total = torch.zeros((), dtype=torch.float64)
     for out in pytree.tree_leaves(outputs):

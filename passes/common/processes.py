@@ -1,4 +1,4 @@
-"""One process or several: the device of each, and what they tell one another."""
+"""Data parallelism: the device of each process, and what the processes exchange."""
 
 import os
 import tempfile
@@ -18,10 +18,12 @@ from ...graph.trainable import TrainableModule
 
 
 def accelerator(find_unused: bool = False) -> Accelerator:
-    """The process's accelerator; autocast is left to the loop, since it must not wrap a graph that recompiles.
+    """The process's accelerator. It does not autocast: the training loop does, since accelerate's wrapper does not
+    survive a graph's recompilation.
 
-    Processes that `torchrun` started without a GPU talk by gloo. Raises BadInput where processes were started and accelerate
-    would run each by itself.
+    Processes that `torchrun` started without a GPU communicate by gloo. Raises BadInput for settings that accelerate
+    refuses, for more than plain data parallelism, and where several processes were started but each would run by
+    itself.
     """
     handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)] if find_unused else []
     started = os.environ.get("WORLD_SIZE", "1")
@@ -41,14 +43,16 @@ def accelerator(find_unused: bool = False) -> Accelerator:
 
 
 def _has_gpu() -> bool:
-    """Whether there is a device that several processes can share work on."""
+    """Whether there is an accelerator for which several processes can share the work; MPS is not."""
     device = torch.accelerator.current_accelerator(check_available=True)
     return device is not None and device.type != "mps"
 
 
 @contextmanager
 def placed(module: TrainableModule, device: torch.device) -> Iterator[TrainableModule]:
-    """The module on a device, nodes that create tensors included; put back afterwards."""
+    """A context in which the module is on a device, as are the tensors that its nodes create; both are moved back
+    afterwards.
+    """
     home = next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
     move(module, device)
     try:
@@ -58,7 +62,7 @@ def placed(module: TrainableModule, device: torch.device) -> Iterator[TrainableM
 
 
 def move(module: TrainableModule, device: torch.device) -> None:
-    """Move a module's tensors to a device, and the nodes that create tensors."""
+    """Move a module's tensors to a device, in place, and let the nodes that create tensors create them there."""
     changed = False
     for node in module.graph.nodes:
         if node.op == "call_function" and node.kwargs.get("device") not in (None, device):
@@ -77,7 +81,7 @@ def reduced(values: list[float], how: str, acc: Accelerator) -> list[float]:
 
 
 def averaged(values: np.ndarray) -> np.ndarray:
-    """The mean over all processes, the same bits in each of them."""
+    """The mean over all processes, bitwise the same in each."""
     acc = accelerator()
     if acc.num_processes == 1:
         return values
@@ -85,18 +89,21 @@ def averaged(values: np.ndarray) -> np.ndarray:
 
 
 def summed(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes, the same bits in each of them."""
+    """The sum over all processes, bitwise the same in each."""
     return values if accelerator().num_processes == 1 else reduce(values, "sum")
 
 
 def gathered(value: Any) -> list[Any]:
-    """The values of all processes."""
+    """The values of all processes, in their order."""
     return gather_object([value])
 
 
 def agreed(make: Callable[[], Any]) -> Any:
-    """What the main process makes, or its error, in every process: for what depends on measurements or on files. It must
-    pickle. An error of graphcomb's is the same everywhere, of any other the other processes raise what it says."""
+    """What `make` returns in the main process, in every process; it must pickle. For what depends on measurements or on
+    files.
+
+    An error of `make` is raised in every process: in the main process as it is, in the others as `forwarded` gives it.
+    """
     acc = accelerator()
     if acc.num_processes == 1:
         return make()
@@ -116,7 +123,9 @@ def agreed(make: Callable[[], Any]) -> Any:
 
 
 def forwarded(error: Exception) -> GraphcombError:
-    """An error as another process can be told of it."""
+    """The error to raise in other processes: a GraphcombError as it is, any other as a GraphcombError with its first
+    line.
+    """
     if isinstance(error, GraphcombError):
         return error
     text = first_line(error) or "no message"
@@ -124,7 +133,7 @@ def forwarded(error: Exception) -> GraphcombError:
 
 
 def broadcast_all(tensors: Iterable[torch.Tensor]) -> None:
-    """Give every process the tensors of the first one, in place, by way of the device on which processes talk."""
+    """Overwrite the tensors in every process with those of the first process, in place."""
     acc = accelerator()
     if acc.num_processes == 1:
         return
@@ -133,7 +142,10 @@ def broadcast_all(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def stored_program(path: Path) -> Program | None:
-    """The program of a file if the main process has it, in every process, wherever their folders are."""
+    """The program in a file, in every process, if the main process has the file; else None.
+
+    Processes may have different folders: the main process reads the file and sends it.
+    """
     if accelerator().num_processes == 1:
         return load(path) if path.is_file() else None
     raw = agreed(lambda: path.read_bytes() if path.is_file() else None)

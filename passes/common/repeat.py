@@ -1,4 +1,4 @@
-"""The same again: seeds, random states, and codes for everything that decides a result. Source: ours."""
+"""Reproducibility: seeds, random states, and hashes of everything that decides a result. Source: ours."""
 
 import dataclasses
 import functools
@@ -24,19 +24,20 @@ from ..base import Context, Options
 from ..batch import Adapted
 from .loaders import generators, length
 
-OWN = ("graphcomb",)  # packages whose code `sources` stands for
+OWN = ("graphcomb",)  # packages whose code is hashed by `sources`
 CONSTANTS = (
     types.FunctionType, types.ModuleType, functools.partial, type, torch.Tensor, np.ndarray, tuple, frozenset, str, bytes,
     int, float, complex, Path, type(None),
-)  # fmt: skip  # kinds of global variables that are no state
-DEPTH = 12  # how deep the values that a function holds are followed
+)  # fmt: skip  # types of global variables that are hashed; others may be state
+DEPTH = 12  # levels of attributes and elements that a hash follows
 
 
 # ------------------------------------------------------------------------------------------------------- random states
 @contextmanager
 def seeded(seed: int, *data: Iterable[Any] | None) -> Iterator[None]:
-    """Run under a seed (Python, NumPy, torch, and the generators of the data loaders given) and give the random states back
-    afterwards."""
+    """A context that runs under a seed (for Python, NumPy, torch and the generators of the given data loaders); all
+    random states are restored afterwards.
+    """
     state = rng_state()
     states = [(generator, generator.get_state()) for loader in data for generator in generators(loader)]
     set_seed(seed)
@@ -51,7 +52,7 @@ def seeded(seed: int, *data: Iterable[Any] | None) -> Iterator[None]:
 
 
 def rng_state() -> dict[str, Any]:
-    """State of the global random generators, as tensors and plain values."""
+    """States of the global random generators, as tensors and plain values."""
     numpy: dict[str, Any] = np.random.get_state(legacy=False)
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
@@ -63,7 +64,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what `rng_state` gave."""
+    """Restore the states that `rng_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -73,12 +74,12 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 # ------------------------------------------------------------------------------------------------------- fingerprints
 def run_code(module: TrainableModule, context: Context, *parts: Any) -> str:
-    """A short code for all that a stored result depends on, the batches apart: the program (graph and weights), the
-    context's loss, metric, teacher, seed, target, precision and latency model, the code of graphcomb's passes, and
-    `parts`, such as a pass's options.
+    """A hash of everything that a stored result depends on, except the contents of batches: the program (graph and
+    weights), the context's loss, metric, teacher, seed, target, precision, plan and latency model, the source of
+    graphcomb's passes, and `parts`, such as a pass's options.
 
-    What it cannot see is said at `code_of`. Of the data it holds the number of batches; what is in them is compared by
-    `sample`, which sees the first ones.
+    Its limits are those of `code_of`. Of the data it holds the number of batches and the functions that split them; the
+    first batches themselves are compared by `sample`.
     """
     teacher = None if context.teacher is None else fingerprint(context.teacher.module())
     lengths = [None if d is None else length(d) for d in (context.data, context.val)]
@@ -89,7 +90,7 @@ def run_code(module: TrainableModule, context: Context, *parts: Any) -> str:
 
 
 def fingerprint(module: TrainableModule, *parts: Any) -> str:
-    """A short code for a graph, its weights, which of them are frozen, and everything else that is given."""
+    """A hash of a graph, its weights, which of them are frozen, and the `repr` of `parts`."""
     digest = hashlib.blake2b(repr((str(module.graph), parts)).encode(), digest_size=6)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} ".encode())
@@ -101,7 +102,7 @@ def fingerprint(module: TrainableModule, *parts: Any) -> str:
 
 @functools.lru_cache
 def sources() -> str:
-    """A code for the source of graphcomb's passes and of its graph package."""
+    """A hash of the source of graphcomb's passes and of its graph package."""
     digest = hashlib.blake2b(digest_size=6)
     for folder in (Path(__file__).parents[1], Path(str(graph.__file__)).parent):
         for file in sorted(folder.rglob("*.py")):
@@ -110,12 +111,12 @@ def sources() -> str:
 
 
 def code_of(value: Any) -> str:
-    """A short code for a value and, of functions, for what they do: their bytecode, defaults, the values they close over,
-    and the functions, classes and values of their own package that they name; of objects, their attributes and methods.
+    """A hash of a value. A function is hashed by its bytecode, defaults, the values that it closes over, and the
+    functions, classes and constants of the user's code that it names; an object by its class and attributes.
 
-    Not seen: lists, mappings and objects in global variables, which may be state; the code of other packages (their
-    version is); files and environment variables that are read; the state of iterators and of extension types that do not
-    pickle; attributes more than a dozen levels deep.
+    Not seen: lists, mappings and objects in global variables, which may be state; the code of installed packages (but
+    their version); files and environment variables that are read; the state of iterators and of extension types that do
+    not pickle; attributes more than a dozen levels deep.
     """
     digest = hashlib.blake2b(digest_size=8)
     _add(digest, value, {}, 0)
@@ -123,8 +124,9 @@ def code_of(value: Any) -> str:
 
 
 def functions_code(options: Options) -> list[Any]:
-    """The codes of the functions among options, of which the options' own values say the name alone; those of options
-    inside options too."""
+    """Hashes of the functions among options and among option groups inside them; `Options.options` holds only their
+    names.
+    """
     values = vars(options).values()
     inner = [code for value in values if isinstance(value, Options) for code in functions_code(value)]
     return [code_of(value) for value in values if callable(value) and not isinstance(value, Options)] + inner
@@ -138,8 +140,9 @@ def _add_tensor(digest: Any, tensor: torch.Tensor) -> None:
 
 
 def _add(digest: Any, value: Any, seen: dict[int, Any], depth: int) -> None:
-    """Take a value into the digest. `seen` holds, by identity, the containers that are under way and the functions,
-    classes and objects that are done, and keeps them alive."""
+    """Add a value to the digest. `seen` holds, by id, the containers that are being hashed and the functions, classes
+    and objects that were hashed; it keeps them alive, so that no id is used twice.
+    """
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Path)):
         digest.update(f"{type(value).__name__} {value!r};".encode())
         return
@@ -158,7 +161,7 @@ def _add(digest: Any, value: Any, seen: dict[int, Any], depth: int) -> None:
         _add_parts(digest, value, add)
     except Exception:  # an object that does not let itself be looked at
         digest.update(b"unseen")
-    if isinstance(value, (list, tuple, torch.Tensor)):  # whether equal ones are one object says nothing
+    if isinstance(value, (list, tuple, torch.Tensor)):  # two equal ones and one that occurs twice hash alike
         del seen[id(value)]
     digest.update(b")")
 
@@ -202,7 +205,7 @@ def _add_function(function: types.FunctionType, add: Callable[..., Any]) -> None
     for cell in function.__closure__ or ():
         try:
             cells.append(cell.cell_contents)
-        except ValueError:  # a name that has no value yet
+        except ValueError:  # a closed-over name that has no value yet
             cells.append(None)
     named = [function.__globals__[n] for n in _names(function.__code__) if n in function.__globals__]
     named = [value for value in named if isinstance(value, CONSTANTS)]
@@ -229,7 +232,7 @@ def _add_class(kind: type, add: Callable[..., Any]) -> None:
 def _add_object(value: Any, add: Callable[..., Any]) -> None:
     add(type(value))
     if isinstance(value, (Iterator, torch.Generator)):
-        return  # its state moves on
+        return  # its state changes from run to run
     if dataclasses.is_dataclass(value):
         add([[f.name, getattr(value, f.name, None)] for f in dataclasses.fields(value)])
     elif hasattr(value, "__dict__"):
@@ -243,7 +246,7 @@ def _add_object(value: Any, add: Callable[..., Any]) -> None:
 
 
 def _followed(module: str | None) -> bool:
-    """Whether to look into functions and classes of a module: those of the user, not of libraries that are installed."""
+    """Whether to hash the code of a module: the user's modules, not installed libraries."""
     top = (module or "").partition(".")[0]
     if top in OWN or top in sys.stdlib_module_names - {"__main__"} or top in ("torch", "numpy"):
         return False
@@ -257,12 +260,15 @@ def _version(module: str | None) -> Any:
 
 # --------------------------------------------------------------------------------------------------------------- data
 def sample(data: Iterable[Any] | None, seed: int) -> list[str]:
-    """Codes of what the data yields first under a seed: of the first batch, and of a list also of the others. Empty
-    without data, and for an iterator, which would lose a batch."""
+    """Hashes of what the data yields under a seed: one of the first batch and, for a list or tuple, one of the other
+    batches.
+
+    Empty without data, and for an iterator, which would lose a batch.
+    """
     if data is None or isinstance(data, Iterator):
         return []
     if isinstance(data, Adapted):
-        data = data.data  # what splits it is in the run's code
+        data = data.data  # `run_code` hashes the functions that split it
     with seeded(seed, data):
         if type(data) in (list, tuple):
             return [code_of(part) for part in (list(data[:1]), list(data[1:])) if part]  # type: ignore[index]
@@ -270,24 +276,25 @@ def sample(data: Iterable[Any] | None, seed: int) -> list[str]:
 
 
 def is_other(stored: list[str], now: list[str]) -> bool:
-    """Whether two samples are of different data, as far as both go."""
+    """Whether two samples are of different data: whether they differ in a hash that both have."""
     return any(a != b for a, b in zip(stored, now, strict=False))
 
 
 class Samples:
-    """What the data of a context yields first; sampled when it is asked for, once."""
+    """The `sample`s of a context's data and validation data, made once, on demand."""
 
     def __init__(self, context: Context):
         self.context = context
 
     @functools.cached_property
     def codes(self) -> list[list[str]]:
-        """Of the data and of the validation data."""
+        """The samples of the data and of the validation data."""
         return self._again()
 
     def differ(self, stored: list[list[str]]) -> bool:
-        """Whether these are other data than what was sampled before. Data that yields something else at every try, whatever
-        the seed, cannot be told from other data and passes."""
+        """Whether the data is other than the data that `stored` was sampled from. Data that yields something else at
+        every try, whatever the seed, cannot be judged and counts as the same.
+        """
         for i, (before, now) in enumerate(zip(stored, self.codes, strict=True)):
             if is_other(before, now) and not is_other(now, self._again()[i]):
                 return True
@@ -298,7 +305,7 @@ class Samples:
 
 
 def says_anew(folder: Path, name: str) -> None:
-    """Warn that what a folder holds is not taken up."""
+    """Warn that the stored results of another run in a folder are not used."""
     warnings.warn(
         f"{folder}: {name} starts anew, what is stored there belongs to another run (other program, options, data, loss, "
         "metric, teacher, seed, target or version of graphcomb)",

@@ -1,7 +1,8 @@
-"""One pass over some samples of the data, which statistics and scores from gradients are taken from.
+"""Batches of a sample of the data, for statistics and for scores from gradients.
 
-Which samples: a random subset drawn by the seed where a loader goes through its data set in order; the first that a loader
-yields, under the seed, where it shuffles or samples by itself, has no data set to draw from, or is no loader.
+The samples are a random subset, drawn under the seed, where a loader goes through its data set in order. They are the
+first ones that a loader yields under the seed where it shuffles or samples by itself, has a data set without random
+access, or is no `DataLoader`.
 """
 
 import math
@@ -25,8 +26,9 @@ T = TypeVar("T")
 
 
 def drawn(data: Iterable[Any], count: int, seed: int) -> Iterable[Any]:
-    """The data, or where it is a loader that goes through its data set in order, one over a random subset of it: `count`
-    samples, in whole batches."""
+    """A loader over a random subset of `count` samples, rounded up to whole batches, for a loader that goes through its
+    data set in order; else the data itself.
+    """
     if isinstance(data, Adapted):
         return adapted(drawn(data.data, count, seed), data.inputs, data.labels)
     if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
@@ -42,21 +44,21 @@ def drawn(data: Iterable[Any], count: int, seed: int) -> Iterable[Any]:
 def sample_batches(
     feed: Feed, context: Context, count: int, title: str | None = None, share: bool = False
 ) -> Iterator[tuple[Batch, int]]:
-    """Batches of the context's data on the process's device until there are `count` samples, each with how many of its
-    samples count. Run it under a seed (`seeded`, `apart`).
+    """Yield batches of the context's data, on the process's device, until there are `count` samples, each batch with
+    how many of its samples count. It must run under a seed (`seeded`, `apart`).
 
-    title: of a progress bar, None for none. share: each process gets its part of these batches, else each gets all.
-    BadInput when there is no batch at all; with `share` a process may come away empty-handed.
+    title: of a progress bar, None for none. share: each process gets its part of these batches; otherwise each gets
+    all. Raises BadInput where there is no batch at all; with `share`, a process may get none.
     """
     acc, data = accelerator(), drawn(context.batches, count, context.seed)
     parts, position = (acc.num_processes, acc.process_index) if share else (1, 0)
     loader = shard(data, position, parts, even=False)
-    if parts > 1 and loader is data:  # the loader shares out by itself
+    if parts > 1 and loader is data:  # the loader's own `DistributedSampler` divides the data
         count, parts, position = math.ceil(count / parts), 1, 0
     start = size = done = 0
     with bar(title is not None and context.progress and acc.is_main_process, title or "", count) as update:
         for batch in feed.batches(loader):
-            if parts > 1:  # batches are of one size, the last one aside
+            if parts > 1:  # all batches but the last are of one size
                 size = max(size, batch.size)
                 start, position = position * size, position + parts
             counted = min(batch.size, count - start)
@@ -73,8 +75,9 @@ def sample_batches(
 
 
 def apart(made: Generator[T], seed: int, data: Iterable[Any] | None) -> Iterator[T]:
-    """What a generator yields. It runs under the seed and with gradients enabled; between two elements, and whenever the
-    caller stops asking, random states and the gradient mode are the caller's own."""
+    """Yield the elements of a generator. It runs under the seed and with gradients enabled; between two elements, and
+    after the caller stops, random states and the gradient mode are the caller's.
+    """
     states, inner = [(g, g.get_state()) for g in generators(data)], None
     try:
         while True:
@@ -101,7 +104,7 @@ def apart(made: Generator[T], seed: int, data: Iterable[Any] | None) -> Iterator
 
 
 def everywhere(act: Callable[[], T]) -> T:
-    """What `act` returns in each process; or the first error of any of them, in all."""
+    """What `act` returns in this process; if it fails in any process, its first error is raised in all."""
     if accelerator().num_processes == 1:
         return act()
     result, error = None, None

@@ -1,4 +1,4 @@
-"""Scores of a model over a data set."""
+"""Metrics of a model over a data set."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +22,7 @@ from .repeat import seeded
 
 @contextmanager
 def bar(show: bool, title: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar; yields `update(done, text)`, which does nothing when the bar is not shown."""
+    """A progress bar; yields `update(done, text)`, which does nothing if the bar is not shown."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[text]}"), disable=not show) as progress:
         task = progress.add_task(title, total=total, text="")
@@ -41,14 +41,16 @@ def evaluate(
     field: str = "val",
     alone: bool = False,
 ) -> float:
-    """Mean of `metric(outputs, labels)` (scores per sample or pixel, default `accuracy`) over a data set, eval mode.
+    """Mean of `metric(outputs, labels)` (scores per sample or pixel, default `accuracy`) over a data set, in eval mode.
 
     A metric that is no mean over samples, such as mAP, is an object (or a class) with torchmetrics' `reset()`,
-    `update(outputs, labels)` and `compute()`, which gives one number; under several processes it gathers what they saw.
+    `update(outputs, labels)` and `compute()`, which returns one number; under several processes it must gather by
+    itself what they saw.
 
-    A `Program` is checked against the batches, and one with a fixed batch size still sees every sample. Under several
-    processes each scores its share and all return the mean of the whole, or with `alone` each scores all by itself.
-    Train/eval flags and random states are restored.
+    A `Program` is checked against the batches; one with a fixed batch size still sees every sample. Under several
+    processes, each scores its share and all return the mean of the whole; with `alone`, each scores everything. Train
+    and eval flags and random states are restored. field: name of the data in messages. Raises BadInput for data that is
+    empty, has no labels or does not fit, and for a metric that fails.
     """
     acc = accelerator()
     feed = Feed(model, field) if isinstance(model, Program) else None
@@ -60,7 +62,9 @@ def evaluate(
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode; afterwards every flag is what it was, also of single normalisations that were frozen."""
+    """A context in which the module is in eval mode; afterwards every flag is as before, also where single
+    normalisations were frozen.
+    """
     modes = {m: m.training for m in module.modules()}
     graph = module.graph if isinstance(module, TrainableModule) else None
     flags = {node: (node.args, node.kwargs) for node in graph.nodes} if graph else {}
@@ -88,9 +92,10 @@ def score(
     field: str = "val",
     alone: bool = False,
 ) -> float:
-    """Mean of the metric over the batches, as `evaluate` says; the module and its modes are the caller's matter.
+    """The mean that `evaluate` describes, for a module that the caller has put on its device and into eval mode.
 
-    forward: gives the outputs of a batch. feed: fits batches to a program, None for a module that takes them as they are.
+    forward: gives the outputs of a batch. feed: fits batches to a program; None for a module that takes batches as they
+    are.
     """
     whole: Any = metric() if isinstance(metric, type) else metric
     if not all(hasattr(whole, name) for name in ("reset", "update", "compute")):

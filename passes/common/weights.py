@@ -1,4 +1,4 @@
-"""The weights of linear layers and convolutions: which there are, and how options name them."""
+"""The weights of linear layers and convolutions: finding them, and selecting them by name."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,11 @@ from ..base import Pass, Refusal
 
 @dataclass(frozen=True)
 class WeightedLayer:
-    """A linear or convolution weight `(out, in / groups, *kernel)`, the nodes that use it and all names that it goes by
-    (several where tied)."""
+    """A linear or convolution weight.
+
+    name: the first name that the graph uses. nodes: the layers that use the weight. shape: `(out, in / groups,
+    *kernel)`. names: all names of the weight, several if it is tied.
+    """
 
     name: str
     nodes: tuple[fx.Node, ...]
@@ -27,22 +30,23 @@ class WeightedLayer:
 
     @property
     def kind(self) -> str:
-        """What it is of: "linear", "depthwise" or "conv"."""
+        """Type of the layer: "linear", "depthwise" or "conv"."""
         return "linear" if len(self.shape) == 2 else "depthwise" if self.shape[1] == 1 < self.groups else "conv"
 
     @property
     def size(self) -> int:
-        """How many weights."""
+        """Number of weights."""
         return torch.Size(self.shape).numel()
 
     def matches(self, patterns: Iterable[str]) -> bool:
-        """Whether one of its names does."""
+        """Whether a pattern matches one of the weight's names."""
         return _match(self.names, patterns)
 
 
 def layers(program: Program) -> tuple[list[WeightedLayer], list[Refusal]]:
-    """The linear and convolution weights that are stored tensors, in the order they are used, and the others with the
-    reason."""
+    """The linear and convolution weights that are stored parameters, in the order of their first use; and refusals for
+    the others.
+    """
     users: dict[int, tuple[str, list[fx.Node]]] = {}
     refused = []
     module = program.module()
@@ -76,7 +80,9 @@ def layers(program: Program) -> tuple[list[WeightedLayer], list[Refusal]]:
 
 
 def selected(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Whether patterns select what goes by these names: `include` is empty or matches one, and `exclude` matches none."""
+    """Whether patterns select a weight of these names: `include` is empty or matches a name, and `exclude` matches
+    none.
+    """
     names = tuple(names)
     return (not include or _match(names, include)) and not _match(names, exclude)
 
@@ -88,8 +94,11 @@ def _match(names: Iterable[str], patterns: Iterable[str]) -> bool:
 
 
 def windows(node: fx.Node, x: Tensor) -> Tensor:
-    """The inputs of a linear layer or convolution as a view `(groups, samples, *positions, c...)`: what each output value is
-    computed from."""
+    """What each output value of a linear layer or convolution is computed from, as a view `(groups, samples,
+    *positions, c...)` of its input: `c...` are the input channels of a group and the kernel's positions.
+
+    For a linear layer `(1, samples times positions, in)`.
+    """
     a, kernel = arguments(node), shape(arguments(node)["weight"])[2:]
     if op_name(node) == "linear":
         return x.reshape(1, -1, x.shape[-1])
@@ -105,7 +114,9 @@ def windows(node: fx.Node, x: Tensor) -> Tensor:
 def check_included(
     of: Pass, include: Sequence[str], found: Sequence[WeightedLayer], refused: Sequence[Refusal]
 ) -> None:
-    """Raise BadInput unless each pattern of a pass's `include` matches a weight, taken or refused."""
+    """Raise BadInput unless each pattern of a pass's `include` matches the name of a weight, be it in `found` or
+    `refused`.
+    """
     names = [name for layer in found for name in layer.names] + [row.what for row in refused]
     for pattern in include:
         if not _match(names, [pattern]):

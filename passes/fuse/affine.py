@@ -1,9 +1,9 @@
 """The algebra of merging: a convolution, linear layer, normalisation or scale as one affine map with a kernel.
 
-Maps compose (`then`) and add up (`plus`); what cannot be written as one map raises `Inexact`. A `Geometry` is enough to
-tell what a merged map costs; a `Kernel` has the weights too. Composition is UPDP's (arXiv 2401.06426)
-reparameterisation, sums of branches are RepVGG's (arXiv 2101.03697); the rules for strides, dilation, groups and borders
-are ours.
+Two maps compose (`then`) or add up (`plus`) to one; where no single map computes the same, these raise `Inexact`. A
+`Geometry` is enough to tell what a merged map costs; a `Kernel` has the weights too. Composition is UPDP's (arXiv
+2401.06426) reparameterisation, sums of branches are RepVGG's (arXiv 2101.03697); the rules for strides, dilation,
+groups and borders are ours.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ import torch.nn.functional as F
 
 from ...graph.facts import CONVS, TRANSPOSED_CONVS
 
-Sides = tuple[int, int]  # of one spatial dimension: zeros before the first and after the last entry
+Sides = tuple[int, int]  # padding of one spatial dimension: zeros before the first entry and after the last
 
 
 class Inexact(Exception):
-    """Why two maps cannot be written as one."""
+    """Raised where two maps cannot be written as one; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Everything about an affine map but its numbers.
+    """The sizes of an affine map, without its weights.
 
-    extent: taps by spatial dimension; a linear layer has no dimension, a normalisation or scale is a depthwise map of
-    one tap. padding: zeros before and after. biased: whether something is added. transposed: a transposed convolution,
-    which can only be scaled afterwards; output_padding: of that.
+    extent: number of taps in each spatial dimension; empty for a linear layer, all 1 for a normalisation or scale,
+    which is a depthwise map (`groups == inputs == outputs`). stride, padding, dilation: as of a convolution, padding in
+    zeros before and after. biased: whether the map adds a bias. transposed: whether it is a transposed convolution,
+    which only a scale may follow; output_padding: its argument of that name.
     """
 
     outputs: int
@@ -46,37 +47,40 @@ class Geometry:
 
     @classmethod
     def scaling(cls, channels: int, dims: int, biased: bool) -> Geometry:
-        """A scale, and perhaps a shift, of every channel."""
+        """The map that multiplies each channel by a number, and adds one if `biased`."""
         return cls(channels, channels, (1,) * dims, (1,) * dims, ((0, 0),) * dims, (1,) * dims, channels, biased)
 
     @property
     def span(self) -> tuple[int, ...]:
-        """Entries from the first to the last tap, by dimension."""
+        """Number of input entries from the first tap to the last, in each spatial dimension."""
         return tuple((k - 1) * d + 1 for k, d in zip(self.extent, self.dilation, strict=True))
 
     @property
     def taps(self) -> int:
-        """Multiply-accumulates of one output."""
+        """Multiply-accumulates for one output value."""
         return self.inputs // self.groups * math.prod(self.extent)
 
     @property
     def padded(self) -> bool:
-        """Whether zeros are put around the input."""
+        """Whether the input is padded with zeros."""
         return any(a or b for a, b in self.padding)
 
     @property
     def diagonal(self) -> bool:
-        """A scale and shift of every channel, wherever it is."""
+        """Whether the map only scales and shifts each channel, at every position alike."""
         plain = all(k == 1 for k in (*self.extent, *self.stride)) and not self.padded and not self.transposed
         return plain and self.groups == self.outputs == self.inputs
 
     def steps(self, stride: tuple[int, ...] | None = None) -> list[int]:
-        """Distance of the taps by dimension, in entries of the input of a map of that stride before it; 0 for one tap."""
+        """Distance between neighbouring taps in each dimension, in input entries; 0 for a single tap.
+
+        stride: of a map that runs before this one; the distances are then those in the input of that map.
+        """
         strides = stride or (1,) * len(self.extent)
         return [s * d if k > 1 else 0 for k, d, s in zip(self.extent, self.dilation, strides, strict=True)]
 
     def then(self, second: Geometry) -> Geometry:
-        """See `Kernel.then`."""
+        """The geometry of `Kernel.then`, which raises Inexact for the same reasons."""
         if second.transposed:
             raise Inexact("before a transposed convolution, whose border outputs see only part of the kernel")
         biased = self.biased or second.biased
@@ -105,13 +109,13 @@ class Geometry:
         )
 
     def plus(self, other: Geometry) -> Geometry:
-        """See `Kernel.plus`."""
+        """The geometry of `Kernel.plus`, which raises Inexact for the same reasons."""
         pair = (self, other)
         if self.transposed or other.transposed:
             raise Inexact("a sum with a transposed convolution")
         if self.stride != other.stride:
             raise Inexact(f"a sum of maps of strides {self.stride} and {other.stride}")
-        # Both give equally many values if their zeros, less what a kernel spans, are equally many.
+        # Two maps of one stride have equally many outputs if their padding less the span of their kernel is equal.
         ends = [[p[0] + p[1] - s for p, s in zip(m.padding, m.span, strict=True)] for m in pair]
         if ends[0] != ends[1]:
             raise Inexact("a sum of maps that are padded differently")
@@ -132,15 +136,20 @@ class Geometry:
         )
 
     def scaled(self, factor: float) -> Geometry:
-        """This map times a number."""
+        """The geometry of this map times a number, which is the same."""
         return self
 
     def offsets(self, left: list[int]) -> list[int]:
-        """Where the first tap lies in a kernel that starts `left` entries before the output's position."""
+        """Distance, in input entries of each dimension, of the first tap from the start of a common kernel padded by
+        `left`.
+        """
         return [a - p[0] for a, p in zip(left, self.padding, strict=True)]
 
     def convolution_padding(self) -> list[int] | str:
-        """The padding as an argument of a convolution. Raises Inexact when no convolution pads like that."""
+        """The padding as the argument of a convolution: one number for each dimension, or "same".
+
+        Raises Inexact where the two sides of a dimension differ in a way that no convolution pads.
+        """
         if all(a == b for a, b in self.padding):
             return [a for a, _ in self.padding]
         same = all((s - 1) // 2 == a and s - 1 - a == b for (a, b), s in zip(self.padding, self.span, strict=True))
@@ -151,8 +160,8 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Kernel:
-    """`y[o] = bias[o] + sum over inputs i and taps t of weight[o, i, t] * x[i, stride * position - left + dilation * t]`,
-    zero outside of x.
+    """An affine map with its weights: `y[o] = bias[o] + sum over inputs i and taps t of weight[o, i, t] * x[i, stride *
+    position - left + dilation * t]`, where `x` is zero outside of its bounds.
 
     weight: `(outputs, inputs / groups, *extent)`, also of a transposed convolution. bias: `(outputs,)` or None.
     """
@@ -166,7 +175,9 @@ class Kernel:
         return replace(self, weight=self.weight * factor, bias=None if self.bias is None else self.bias * factor)
 
     def regrouped(self, groups: int) -> torch.Tensor:
-        """The weight of the same map with fewer groups, which divide its own: blocks on a diagonal, zeros elsewhere."""
+        """The weight `(outputs, inputs / groups, *extent)` of the same map with fewer groups, which must divide the
+        present number: the blocks of the present groups lie on a diagonal, with zeros elsewhere.
+        """
         count = self.geometry.groups // groups
         if count == 1:
             return self.weight
@@ -176,13 +187,17 @@ class Kernel:
         return wide.flatten(3, 4).flatten(0, 2)
 
     def then(self, second: Kernel) -> Kernel:
-        """`second` applied to what this map gives.
+        """The map that applies this map and then `second`.
 
-        With extents `k1`, `k2` and strides `s1`, `s2`: taps of the second are `s1` apart, `k = k1 + (k2 - 1) s1`, stride
-        `s1 s2`, padding `p1 + s1 p2`, bias `b2 + W2 b1`. Groups are the greatest common divisor.
+        With extents `k1`, `k2`, strides `s1`, `s2`, paddings `p1`, `p2`, weights `W1`, `W2` and biases `b1`, `b2`, both
+        of dilation 1: the taps of the second are `s1` apart in the input of the first, so the extent is `k1 + (k2 - 1)
+        s1`, the stride `s1 s2`, the padding `p1 + s1 p2`, the bias `b2 + W2 b1` with `W2` summed over its taps. The
+        dilation is the greatest distance on whose grid the taps of both lie, the number of groups the greatest common
+        divisor.
 
-        Raises Inexact where the second pads what the first does not map from zeros to zeros, since the border would be
-        wrong, and at transposed convolutions, which only a scale may follow.
+        Raises Inexact where (1) the second map is a transposed convolution; (2) the first is one and the second is more
+        than a scale and shift of each channel; (3) the second map pads and the first has a bias or more than one tap,
+        since the first would not give zeros where the second pads with them.
         """
         one, two = self.geometry, second.geometry
         result = one.then(two)
@@ -202,15 +217,19 @@ class Kernel:
         return Kernel(result, weight, _added(bias, second.bias))
 
     def _total(self, vector: torch.Tensor) -> torch.Tensor:
-        """What an input that is `vector` everywhere gives, without the bias."""
+        """The output `(outputs,)`, without the bias, for an input that has the values `vector` `(inputs,)` at every
+        position.
+        """
         grouped = self.weight.flatten(2).sum(2) if self.geometry.extent else self.weight
         groups = self.geometry.groups
         return (grouped.unflatten(0, (groups, -1)) @ vector.reshape(groups, -1, 1)).flatten()
 
     def plus(self, other: Kernel) -> Kernel:
-        """The sum of both maps of one input: kernels padded to a common extent around their common origin.
+        """The sum of this map and another of the same input: both kernels are padded to a common extent around their
+        origin.
 
-        Raises Inexact when they step or pad differently, so that their outputs do not lie at the same positions.
+        Raises Inexact for a transposed convolution, for different strides, and where the paddings give different
+        numbers of outputs.
         """
         result = self.geometry.plus(other.geometry)
         left = [a for a, _ in result.padding]
@@ -227,19 +246,24 @@ class Kernel:
         return Kernel(result, total, _added(self.bias, other.bias))
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """The map of a value with a batch dimension, through the operator that it becomes."""
+        """The value of the map for an input with a batch dimension, computed by the ATen operator that the map becomes."""
         g = self.geometry
         names = TRANSPOSED_CONVS if g.transposed else CONVS
         target, args = operator(names[len(g.extent) - 1] if g.extent else "linear", g)
         return target(x, self.stored_weight(), self.bias, *args)
 
     def stored_weight(self) -> torch.Tensor:
-        """The weight as ATen's operator wants it."""
+        """The weight in the layout of ATen's operator; for a transposed convolution `(inputs, outputs / groups,
+        *extent)`.
+        """
         return swapped(self.weight, self.geometry.groups) if self.geometry.transposed else self.weight
 
 
 def operator(name: str, g: Geometry) -> tuple[Any, tuple[Any, ...]]:
-    """The overload of an operator of `MAPS` that computes a map, and its arguments after input, weight and bias."""
+    """The ATen overload of an operator of `MAPS` that computes a map, and its arguments after input, weight and bias.
+
+    Raises Inexact where no convolution pads like the map.
+    """
     target = getattr(torch.ops.aten, name)
     if name == "linear":
         return target.default, ()
@@ -252,8 +276,9 @@ def operator(name: str, g: Geometry) -> tuple[Any, tuple[Any, ...]]:
 
 
 def swapped(weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """A transposed convolution's weight `(inputs, outputs / groups, *extent)` with inputs and outputs in each other's
-    place, and back."""
+    """The weight of a transposed convolution with inputs and outputs exchanged: from ATen's layout `(inputs, outputs /
+    groups, *extent)` to that of `Kernel.weight`, and back.
+    """
     return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
@@ -262,12 +287,12 @@ def _added(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | Non
 
 
 def _expand(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The tensor with trailing dimensions of size 1 up to the rank of `like`."""
+    """The tensor with trailing dimensions of size 1 appended until it has the rank of `like`."""
     return vector.reshape(*vector.shape, *[1] * (like.dim() - vector.dim()))
 
 
 def _spread(weight: torch.Tensor, steps: list[int]) -> torch.Tensor:
-    """The taps `steps` apart, zeros between them."""
+    """The weight with its taps `steps` apart and zeros between them."""
     if all(step <= 1 for step in steps):
         return weight
     steps = [max(step, 1) for step in steps]
@@ -277,7 +302,9 @@ def _spread(weight: torch.Tensor, steps: list[int]) -> torch.Tensor:
 
 
 def _convolved(first: torch.Tensor, second: torch.Tensor, groups: int) -> torch.Tensor:
-    """The full convolution of two kernels over the channels between them: `(outputs, inputs / groups, *extent)`."""
+    """The weight `(outputs, inputs / groups, *extent)` of two kernels in a row: their full convolution, summed over the
+    channels between them.
+    """
     flat = first.dim() == 2
     if flat:
         first, second = first.unsqueeze(-1), second.unsqueeze(-1)

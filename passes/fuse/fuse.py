@@ -1,4 +1,4 @@
-"""The pass that merges linear operators: regions are found, priced, merged where it pays, and every merge is verified."""
+"""The pass that merges linear operators: it finds regions, merges them where that is cheaper, and verifies every merge."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,26 +22,26 @@ from .regions import OTHER_AXIS
 class Fuse(Pass):
     """Merge neighbouring linear operators into one convolution or linear layer wherever that is exact and cheaper.
 
-    Linear operators are convolutions, transposed ones (which only a scale can follow), linear layers, batch normalisation
-    by its running statistics, zero padding, and adding or multiplying by a constant or a vector of channels (layer scale).
-    Chains of them, sums of parallel branches of one input, and sums with that input itself are regions with one entry
-    and one exit, found in the graph without hints: normalisation before or after a layer, 1x1 and linear chains,
-    convolutions in a row with strides, dilation and groups, identity skips, and the branches of RepVGG (arXiv
-    2101.03697), MobileOne, RepViT and FastViT. The algebra is that of `passes.fuse.affine`; a region is cut into pieces by
-    dynamic programming (ours), so that no merge is done that takes more multiply-accumulates (MACs), and of equally many
-    the fewest kernels are launched.
+    Linear operators are convolutions, transposed ones (which only a scale can follow), linear layers, batch
+    normalisation by its running statistics, zero padding, and adding or multiplying by a constant or a vector of
+    channels (layer scale). Chains of them, sums of parallel branches of one input, and sums with that input itself are
+    regions with one entry and one exit, found in the graph without hints: normalisation before or after a layer, 1x1
+    and linear chains, convolutions in a row with strides, dilation and groups, identity skips, and the branches of
+    RepVGG (arXiv 2101.03697), MobileOne, RepViT and FastViT. The algebra is that of `passes.fuse.affine`. Dynamic
+    programming (ours) cuts a region into the pieces that take the fewest multiply-accumulates (MACs) and, among equals,
+    launch the fewest kernels.
 
-    Every merge is checked by itself, border included, on random inputs in float64, with its own weights and with random
-    ones (a layer scale of 1e-6 would hide an error), and all of them together on the whole network; one whose relative
-    error exceeds 1e-10 is not done. Where the network itself magnifies rounding errors, so that its outputs prove
-    nothing, every node is compared on the values that its inputs have in the original network, which proves the whole
-    by induction.
+    Every merge is checked by itself in float64, borders included, on random inputs, with its own weights and with
+    random ones (a layer scale of 1e-6 would hide an error); then all merges together on the whole network. A merge
+    whose relative error exceeds 1e-10 is not done. Where the network itself magnifies rounding errors, so that
+    comparing its outputs proves nothing, every node is compared on the values that its inputs have in the original
+    network, which proves the whole by induction.
 
-    Refused, with the reason in the record: a change of precision within a merge, a padded convolution after one that
-    has a bias or a larger kernel (wrong at the border), batch statistics, weights that are shared, tied or computed,
-    intermediate results used elsewhere, a normalisation over another axis than the layer's features, or with no such
-    layer next to it. `gated` in the record lists merges that would be exact and cost more. The result computes what the
-    input program computes in eval mode, and has nothing left to train where something was merged away.
+    Refused, with the reason in the record: a change of precision within a merge; a padded convolution after one that
+    has a bias or a larger kernel (wrong at the border); batch statistics; weights that are shared, tied or computed;
+    intermediate results that are used elsewhere; a normalisation over another axis than the layer's features, or
+    without a layer next to it. `gated` in the record lists merges that would be exact but cost more. The result
+    computes what the input program computes in eval mode; parameters that were merged away cannot be trained any more.
     """
 
     exact: ClassVar[bool] = True
@@ -64,7 +64,7 @@ class Fuse(Pass):
 
 
 def _magnified(proof: Proof) -> dict[str, Any]:
-    """What the record says where outputs proved nothing."""
+    """The note and the kind of proof for the record where comparing outputs proved nothing; else nothing."""
     if proof.magnified is None:
         return {}
     note = (
@@ -77,7 +77,7 @@ def _magnified(proof: Proof) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------ why what is left was not merged
 def _refusals(merger: Merger) -> list[Refusal]:
-    """Every normalisation that is left, and every pair of layers that could not be merged, with the reason."""
+    """Every normalisation that is left, every pair of layers that could not be merged, and every merge that was wrong."""
     left = [n for n in merger.graph.nodes if op_name(n) == "batch_norm"]
     norms = [Refusal(_label(n), _why_left(merger, n)) for n in left]
     wrong = [Refusal(end.name, f.why) for end, f in merger.failed.items() if f.members.isdisjoint(left)]
@@ -85,7 +85,7 @@ def _refusals(merger: Merger) -> list[Refusal]:
 
 
 def _pairs(reasons: dict[Layers, str]) -> list[Refusal]:
-    """Neighbouring layers by the names of their weights, with the reason."""
+    """Refusals for pairs of neighbouring layers, which are named by their weights."""
     return [
         Refusal(" + ".join(str(arguments(n)["weight"].target).removesuffix(".weight") for n in layers), why)
         for layers, why in reasons.items()
@@ -104,7 +104,7 @@ def _why_left(merger: Merger, norm: fx.Node) -> str:
 
 
 def _between(merger: Merger, first: fx.Node, second: fx.Node) -> str:
-    """What keeps a layer and a normalisation apart."""
+    """Why a layer and a normalisation were not merged."""
     regions = merger.regions
     if len(first.users) > 1:
         return f"{first.name} is used by {len(first.users)} nodes"

@@ -1,4 +1,4 @@
-"""Merges done in a graph: the map of a merge takes the place of its layer with the most weights, the rest is erased."""
+"""Merging done in a graph: the merged map replaces the layer with the most weights, and the other nodes are erased."""
 
 import math
 from collections.abc import Mapping
@@ -15,25 +15,31 @@ from ...graph.sparse import sparse_weights
 from ...graph.trainable import TrainableModule
 from ...graph.verify.evaluate import to_double
 from .affine import Kernel, operator
-from .parts import Sum
+from .parts import Sum, Values, kernel_of, map_of_branches
 from .plan import Merge, Planner
-from .proof import TOLERANCE, Proof, merge_error, merged_kernel, prove, random_values
+from .proof import TOLERANCE, Proof, merge_error, prove, random_values
 from .regions import Regions
+
+
+def merged_kernel(merge: Merge, values: Values) -> Kernel:
+    """The one map that a merge puts in the place of several, with the weights that `values` gives, in float64."""
+    return map_of_branches(merge.branches, merge.axis, merge.source, kernel_of(values))
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A merge that is wrong: its nodes, and the reason."""
+    """A merge that turned out wrong: its nodes, and the reason."""
 
     members: set[fx.Node]
     why: str
 
 
 class Merger:
-    """A copy of a program in which merges are done, each after it was checked.
+    """Merges what it can in a copy of a program, each merge after it was checked.
 
-    Merged weights are held in float64, before they are rounded to the program's precision, so that chains of merges round
-    once and checks see the algebra alone. wrong: why merges must not be done, by the names of their ends in the program.
+    Merged weights are kept in float64 beside their rounded values, so that chains of merges round once and checks see
+    the algebra alone. wrong: merges that must not be done: the name of the node of `program` whose value each gives,
+    with the reason.
     """
 
     def __init__(self, program: Program, seed: int, wrong: Mapping[str, str]):
@@ -47,12 +53,12 @@ class Merger:
         self.sparse = sparse_weights(program)
         self.exact: dict[str, torch.Tensor] = {}
         self.changed: list[dict[str, Any]] = []
-        # By the ends of merges that are wrong.
+        # Wrong merges, by the node whose value they give.
         self.failed = {n: Failure({n}, wrong[twin.name]) for n, twin in self.twins.items() if twin.name in wrong}
         self.moved: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> None:
-        """Plan all regions and do what pays, until nothing more does."""
+        """Plan all regions and do the merges that are cheaper, until a sweep finds none."""
         while self._sweep():
             pass
 
@@ -66,12 +72,12 @@ class Merger:
         return len(self.changed) > before
 
     def proof(self) -> Proof:
-        """What the fused network makes of random inputs, compared with the original."""
+        """Compare the merged network with the original on random inputs (`prove`)."""
         fused = self.program.derive(self.module, stale=False)
         return prove(self.program, fused, self.twins, self.exact, self.seed)
 
     def _do(self, merge: Merge) -> None:
-        """Merge and check; a merge that is wrong is remembered and not done."""
+        """Check a merge and do it; a wrong one is remembered and not done."""
         kernel, nodes = merged_kernel(merge, self._value), list(self.graph.nodes)
         error = merge_error(merge, kernel, self._value, nodes, self._current, self.generator)
         drawn = random_values(self._value, self.generator)
@@ -87,19 +93,19 @@ class Merger:
             self.changed[-1]["macs"] = [merge.before[0], merge.after[0]]
 
     def _value(self, stored: fx.Node) -> torch.Tensor:
-        """A stored tensor in float64, as exact as it is known."""
+        """The value of a stored tensor in float64, before rounding if it is a merged one."""
         name = str(stored.target)
         exact = self.exact.get(name)
         return to_double(fetch(self.module, name)) if exact is None else exact
 
     def _current(self, node: fx.Node) -> fx.Node:
-        """What stands for a node that may have been merged since the plan was made."""
+        """The node that computes the value of `node` now, which may have been merged since the plan was made."""
         while node in self.moved:
             node = self.moved[node]
         return node
 
     def _commit(self, merge: Merge, kernel: Kernel) -> str:
-        """Put the map into the graph, at the place of the layer with the most weights; the name of its weight."""
+        """Put the merged map at the place of the layer with the most weights; returns the name of its weight."""
         carriers = [step.carrier for step in merge.steps() if step.carrier]
         keep = max(carriers, key=lambda n: math.prod(shape(arguments(n)["weight"])))
         weight = self._store(keep, "weight", kernel.stored_weight())
@@ -115,7 +121,7 @@ class Merger:
                 total = self.edit.call(torch.ops.aten.add.Tensor, terms, alpha, like=merge.last, value=value)
         keep.meta["val"] = value
         twin = self.twins.get(merge.last)
-        self.twins.pop(keep, None)  # of a sum that keeps some branches, it is a part that the original does not have
+        self.twins.pop(keep, None)  # where a sum keeps some branches, no node of the original has this partial sum
         if twin is not None:
             self.twins[total] = twin
         if merge.last is not total:
@@ -126,7 +132,9 @@ class Merger:
         return str(weight.target)
 
     def _store(self, keep: fx.Node, key: str, exact: torch.Tensor) -> fx.Node:
-        """The node of the layer's weight or bias with a new value; a bias may be new."""
+        """Give the layer `keep` a new weight or bias (`key`), creating a bias that it lacks; returns the node of the
+        tensor.
+        """
         stored, name = arguments(keep)[key], str(arguments(keep)["weight"].target)
         weight = fetch(self.module, name)
         value = like(weight, exact.to(weight.dtype))
@@ -140,13 +148,13 @@ class Merger:
 
 
 def _beside(weight: str, key: str) -> str:
-    """What a tensor of a layer is called, by the name of its weight: `conv.weight` gives `conv.bias`."""
+    """The name for another tensor of the layer that owns `weight`: `conv.weight` and the key "bias" give `conv.bias`."""
     owner, _, name = weight.rpartition(".")
     return f"{owner}{'.' * bool(owner)}{name.replace('weight', key) if 'weight' in name else f'{name}_{key}'}"
 
 
 def _rule(merge: Merge) -> str:
-    """What was merged, in words."""
+    """The name of a merge in the record, such as "conv2d + batch_norm"."""
     if len(merge.parts) == 1:
         return f"sum of {len(merge.indices or merge.parts[0].branches)} branches"
     return " + ".join("sum" if isinstance(p, Sum) else op_name(p.nodes[len(p.nodes) // 2]) for p in merge.parts)

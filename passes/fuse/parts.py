@@ -1,4 +1,4 @@
-"""Parts of a graph that are affine: steps in a row, sums of branches, and both as one map."""
+"""Affine parts of a graph: single steps, and sums of branches; and any of these, or a chain of them, as one map."""
 
 from __future__ import annotations
 
@@ -19,43 +19,46 @@ Values = Callable[[fx.Node], torch.Tensor]  # the float64 value of a stored tens
 
 @dataclass(frozen=True)
 class Part:
-    """Nodes of a graph that compute `last` from `source`; axis: of the channels in the value, None where any will do."""
+    """Nodes of a graph that compute `last` from `source` by an affine map.
+
+    axis: the dimension of the value that holds the channels; None where the map does not depend on it.
+    """
 
     nodes: tuple[fx.Node, ...]
     source: fx.Node
     axis: int | None
-    branches: ClassVar[tuple[Branch, ...]] = ()  # of a sum
+    branches: ClassVar[tuple[Branch, ...]] = ()  # only a `Sum` has some
 
     @property
     def last(self) -> fx.Node:
-        """The node that gives the part's value."""
+        """The node that computes the part's value."""
         return self.nodes[-1]
 
     @property
     def members(self) -> set[fx.Node]:
-        """Its nodes and those of its branches."""
+        """The nodes of the part, those of its branches included."""
         return set(self.nodes).union(*(b.members for b in self.branches))
 
     def steps(self) -> Iterator[Step]:
-        """All steps inside."""
+        """All single steps of the part, in order."""
         for branch in self.branches:
             for part in branch.parts:
                 yield from part.steps()
 
     @property
     def carriers(self) -> list[fx.Node]:
-        """The layers whose weights it has."""
+        """The layers whose weights the part uses."""
         return [step.carrier for step in self.steps() if step.carrier]
 
 
 @dataclass(frozen=True)
 class Step(Part):
-    """One affine map, by channel; its nodes follow each other.
+    """One affine map, whose nodes follow one another.
 
-    geometry: of the map, given the number of channels and of spatial dimensions. numbers: its weight (or scale) and bias
-    (or shift), each perhaps a number for all channels, given a function that reads a stored tensor. carrier: the layer
-    whose weights it has, if any. folds: its first node folds all dimensions but the last into one, its last one unfolds
-    them.
+    geometry: a function of the number of channels and of spatial dimensions that gives the map's geometry. numbers: a
+    function that takes a reader of stored tensors and gives weight (or scale) and bias (or shift); each is a tensor or
+    one number for all channels, the bias may be None. carrier: the layer whose weights the map uses, if any. folds:
+    whether the first node folds all dimensions but the last into one and the last node unfolds them.
     """
 
     geometry: Callable[[int, int], Geometry]
@@ -69,7 +72,7 @@ class Step(Part):
 
 @dataclass(frozen=True)
 class Branch:
-    """What a sum adds: `factor` times the value of `end`, which `parts` compute from the sum's source."""
+    """One term of a sum: `factor` times the value of `end`, which `parts` compute from the sum's source."""
 
     factor: float
     end: fx.Node
@@ -77,13 +80,13 @@ class Branch:
 
     @property
     def members(self) -> set[fx.Node]:
-        """The nodes of its parts."""
+        """The nodes of the branch's parts."""
         return set().union(*(p.members for p in self.parts))
 
 
 @dataclass(frozen=True)
 class Sum(Part):
-    """Branches of one source, added up by its nodes."""
+    """Branches that start at one source, and the nodes that add them up."""
 
     branches: tuple[Branch, ...] = ()  # type: ignore[misc]
 
@@ -93,12 +96,12 @@ Leaf = Callable[[Step | None, int, int], Any]  # the map of a step (None: the id
 
 
 def geometry_of(step: Step | None, channels: int, dims: int) -> Geometry:
-    """The leaf that makes maps without weights."""
+    """The leaf for maps without weights: the geometry of a step."""
     return Geometry.scaling(channels, dims, False) if step is None else step.geometry(channels, dims)
 
 
 def kernel_of(values: Values) -> Leaf:
-    """The leaf that makes maps with the weights that `values` gives."""
+    """The leaf for maps with weights, which `values` reads: the kernel of a step, in float64."""
 
     def leaf(step: Step | None, channels: int, dims: int) -> Kernel:
         g = geometry_of(step, channels, dims)
@@ -110,20 +113,22 @@ def kernel_of(values: Values) -> Leaf:
 
 
 def _filled(value: Any, size: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of that size from one of as many entries, from one entry, or from a number."""
+    """A float64 tensor of that size, from a tensor of as many entries, from one entry, or from a number."""
     entries = torch.as_tensor(value, dtype=torch.float64).flatten()
     return entries.expand(math.prod(size)).reshape(size)
 
 
 def map_of(part: Part, axis: int, leaf: Leaf) -> Any:
-    """A part as one map: a geometry or a kernel, whatever the leaves are. Raises Inexact where there is none."""
+    """A part as one map: a `Geometry` or a `Kernel`, whichever `leaf` makes. Raises Inexact where no one map computes
+    it.
+    """
     if isinstance(part, Step):
         return leaf(part, *_layout(part.source, axis))
     return map_of_branches(part.branches, axis, part.source, leaf)
 
 
 def map_of_chain(parts: Sequence[Part], axis: int, source: fx.Node, leaf: Leaf) -> Any:
-    """Parts in a row as one map; none at all are the identity."""
+    """Parts in a row as one map; no parts at all are the identity. Raises Inexact where no one map computes them."""
     if not parts:
         return leaf(None, *_layout(source, axis))
     result = map_of(parts[-1], axis, leaf)
@@ -133,13 +138,13 @@ def map_of_chain(parts: Sequence[Part], axis: int, source: fx.Node, leaf: Leaf) 
 
 
 def map_of_branches(branches: Iterable[Branch], axis: int, source: fx.Node, leaf: Leaf) -> Any:
-    """Branches of one source, added up, as one map."""
+    """The sum of branches of one source as one map. Raises Inexact where no one map computes it."""
     maps = ((b.factor, map_of_chain(b.parts, axis, source, leaf)) for b in branches)
     first, *others = (m if factor == 1 else m.scaled(factor) for factor, m in maps)
     return reduce(lambda a, b: a.plus(b), others, first)
 
 
 def _layout(source: fx.Node, axis: int) -> tuple[int, int]:
-    """Channels and spatial dimensions of a value whose channels are at that axis."""
+    """The number of channels and of spatial dimensions of a value whose channels are in dimension `axis`."""
     sizes = shape(source)
     return sizes[axis], len(sizes) - 2 if axis == 1 else 0

@@ -1,4 +1,4 @@
-"""Which merges pay: chains and sums cut into pieces, so that multiply-accumulates and then kernels are fewest (ours)."""
+"""Which merges to do: chains and sums are cut so that multiply-accumulates, and then kernels, are fewest (ours)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...graph.nodes import arguments, op_name, shape
 from .affine import Geometry, Inexact
 from .parts import Branch, Part, Step, Sum, geometry_of, map_of, map_of_chain
 
-LONGEST = 16  # parts of a chain that are merged into one map at most
+LONGEST = 16  # most parts of a chain that are merged into one map
 
 Cost = tuple[int, int]  # MACs for the example input, kernels launched
 Layers = tuple[fx.Node, fx.Node]
@@ -22,11 +22,11 @@ Layers = tuple[fx.Node, fx.Node]
 
 @dataclass(frozen=True)
 class Merge:
-    """One map in the place of others.
+    """One map in the place of several.
 
-    parts: those in a row that it replaces; or one sum, of which it replaces the branches with these `indices` (all
-    of them where that is None). axis: of the channels. geometry: of the map. before, after: cost of what it replaces, and
-    its own.
+    parts: the parts in a row that the map replaces, or a single `Sum`. indices: of a sum, the branches that the map
+    replaces; None: everything. axis: the dimension of the channels. geometry: that of the new map. before, after: cost
+    of what the map replaces, and of the map.
     """
 
     parts: tuple[Part, ...]
@@ -43,36 +43,36 @@ class Merge:
 
     @property
     def last(self) -> fx.Node:
-        """The node whose value it gives."""
+        """The node whose value the map computes."""
         return self.parts[-1].last
 
     @property
     def branches(self) -> list[Branch]:
-        """What it replaces, parts in a row as one branch."""
+        """What the map replaces; parts in a row count as one branch."""
         if self.indices is None:
             return [Branch(1.0, self.last, self.parts)]
         return [self.parts[0].branches[i] for i in self.indices]
 
     @property
     def rest(self) -> list[Branch]:
-        """The branches of a sum that stay."""
+        """The branches of a sum that stay as they are."""
         chosen = self.indices
         return [] if chosen is None else [b for i, b in enumerate(self.parts[0].branches) if i not in chosen]
 
     @property
     def members(self) -> set[fx.Node]:
-        """The nodes that it makes superfluous."""
+        """The nodes that the map makes superfluous."""
         inner = set().union(*(b.members for b in self.branches))
         return inner if self.indices is None else inner.union(self.parts[0].nodes)
 
     def steps(self) -> list[Step]:
-        """All affine maps that it replaces."""
+        """All affine steps that the map replaces."""
         return [step for branch in self.branches for part in branch.parts for step in part.steps()]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to run some parts: its cost, and the merges to do."""
+    """A way to compute some parts: its cost, and the merges to do."""
 
     cost: Cost
     merges: tuple[Merge, ...] = ()
@@ -86,10 +86,11 @@ def _plus(*costs: Cost) -> Cost:
 
 
 class Planner:
-    """Finds the cheapest ways to run chains and sums.
+    """Finds the cheapest way to compute chains and sums.
 
-    skip: ends of merges that were tried and are wrong. sparse: weights that no other map may fill up. refused, gated:
-    neighbouring layers that cannot be merged exactly, or that cost more when they are, with the reason.
+    skip: nodes whose values no merge may compute, since it was tried and is wrong. sparse: sparse weights and their
+    patterns, whose zeros a merge must not fill. refused, gated: neighbouring layers that cannot be merged exactly, and
+    those that cost more when merged, with the reason.
     """
 
     def __init__(self, skip: Iterable[fx.Node], sparse: Mapping[str, str | None]):
@@ -99,7 +100,7 @@ class Planner:
         self.known: dict[tuple[fx.Node, int], Choice] = {}
 
     def chain(self, parts: Sequence[Part]) -> Choice:
-        """The cheapest way to run parts in a row, one of which at least has a layer."""
+        """The cheapest way to compute parts in a row, of which at least one has a layer."""
         axis = next(p.axis for p in parts if p.carriers)
         assert axis is not None
         return self._chain(parts, axis)
@@ -111,9 +112,9 @@ class Planner:
                 maps.append(map_of(part, axis, geometry_of))
             except Inexact as why:
                 maps.append(why)
-        # best[j] is the cheapest way to run the first j parts. Part j runs alone after best[j], or is merged with those
-        # from i on, after best[i]; `merged` is their map, which grows to the front as i falls, since a map is composed
-        # with what comes before it; it stops where it becomes inexact.
+        # best[j] is the cheapest way to compute the first j parts (0 to j - 1). Part j either runs alone after best[j], or
+        # is merged with parts i to j - 1, after best[i]. `merged` is the map of parts i to j: as i falls, part i is put in
+        # front of it, until a composition is inexact.
         best = [Choice((0, 0))]
         for j, part in enumerate(parts):
             best.append(best[j] + self._alone(part, axis))
@@ -141,7 +142,7 @@ class Planner:
         return best[-1]
 
     def _alone(self, part: Part, axis: int) -> Choice:
-        """The cheapest way to run one part without its neighbours."""
+        """The cheapest way to compute one part without its neighbours."""
         key = part.last, axis
         if key not in self.known:
             if isinstance(part, Sum):
@@ -152,7 +153,9 @@ class Planner:
         return self.known[key]
 
     def _branches(self, part: Sum, axis: int) -> Choice:
-        """The cheapest way to run a sum: the most expensive branch takes in every other one that pays."""
+        """The cheapest way to compute a sum: one of the two most expensive branches takes in every other whose merging
+        saves cost.
+        """
         apart = [self._chain(b.parts, axis) for b in part.branches]
         maps: dict[int, Geometry] = {}
         for i, branch in enumerate(part.branches):
@@ -187,7 +190,9 @@ class Planner:
     def _merge(
         self, parts: Sequence[Part], axis: int, indices: tuple[int, ...] | None, geometry: Geometry, before: Cost
     ) -> Merge | None:
-        """The merge, unless it was tried before, has no layer to carry its weights, or would fill up a sparse weight."""
+        """The merge; None where one with this end was wrong before, no layer carries its weights, or it would fill a
+        sparse weight.
+        """
         source, last = parts[0].source, parts[-1].last
         carriers = [c for p in parts for c in p.carriers]
         if last in self.skip or not carriers:
@@ -202,13 +207,13 @@ class Planner:
         return Merge(tuple(parts), axis, indices, geometry, before, _price(geometry, source, last))
 
     def _note(self, into: dict[Layers, str], first: Part, second: Part, why: str) -> None:
-        """Remember what stands between two layers; normalisations are explained by themselves."""
+        """Remember why two layers were not merged; normalisations get their reasons elsewhere (`fuse._why_left`)."""
         if first.carriers and second.carriers and first is not second:
             into[first.carriers[-1], second.carriers[0]] = why
 
 
 def _price(geometry: Geometry, source: fx.Node, last: fx.Node) -> Cost:
-    """MACs and launches of one map between two values."""
+    """The cost of one map between two values: its MACs, and one kernel."""
     if geometry.transposed:
         return math.prod(shape(source)) * geometry.taps * geometry.outputs // geometry.inputs, 1
     return math.prod(shape(last)) * geometry.taps, 1

@@ -11,20 +11,19 @@ from ...graph.nodes import shape
 from ...graph.program import Program
 from ...graph.verify.evaluate import Evaluator, double_weights, evaluated, invoke, random_inputs, relative_error
 from .affine import Kernel
-from .parts import Values, kernel_of, map_of_branches
+from .parts import Values
 from .plan import Merge
 from .regions import constant_value
 
 TOLERANCE, EPSILON = 1e-10, torch.finfo(torch.float64).eps
 
 
-def merged_kernel(merge: Merge, values: Values) -> Kernel:
-    """The map of a merge, with the weights that `values` gives."""
-    return map_of_branches(merge.branches, merge.axis, merge.source, kernel_of(values))
-
-
 def random_values(values: Values, generator: torch.Generator) -> Values:
-    """Random values, the same ones at every call, in the place of the stored ones, with their signs."""
+    """A reader of random tensors in the place of the stored ones: same shapes and signs, sizes from 0.5 to 1.5,
+    float64.
+
+    A tensor is drawn once, so that every read of it gives the same values. Integer tensors are the stored ones.
+    """
     drawn: dict[str, torch.Tensor] = {}
 
     def read(stored: fx.Node) -> torch.Tensor:
@@ -46,16 +45,17 @@ def merge_error(
     current: Callable[[fx.Node], fx.Node],
     generator: torch.Generator,
 ) -> float:
-    """Relative error of a merged operator on a random input, borders included, in float64.
+    """Relative error of a merged map on a random input, borders included, in float64.
 
-    nodes: of the graph, in order. current: gives what stands for a node that was merged since the plan was made.
+    values: reads stored tensors. nodes: all nodes of the graph, in order. current: maps a node of the plan to the node
+    that computes its value now.
     """
     x = torch.randn(_window(merge), generator=generator, dtype=torch.float64)
     env: dict[fx.Node, Any] = {current(merge.source): x}
     inner = set().union(*(b.members for b in merge.branches))
     folds = {step.nodes[i]: step for step in merge.steps() if step.folds for i in (0, -1)}
     for node in nodes:
-        if node in folds:  # its sizes are those of the network, not of this input
+        if node in folds:  # the sizes in its arguments are the network's, not this input's
             step = folds[node]
             outer = env[current(step.source)]
             env[node] = outer.flatten(0, -2) if node is step.nodes[0] else env[step.nodes[1]].reshape(outer.shape)
@@ -67,7 +67,7 @@ def merge_error(
 
 
 def _window(merge: Merge) -> list[int]:
-    """A small input that still has the borders and an inside: two samples, spatial sizes cut to a few kernels."""
+    """Sizes of a small input that has all borders and an inside: two samples, spatial sizes cut to a few kernels."""
     size = shape(merge.source)
     result = [2, *(min(s, 3) for s in size[1:])]
     result[merge.axis] = size[merge.axis]
@@ -80,11 +80,12 @@ def _window(merge: Merge) -> list[int]:
 # ---------------------------------------------------------------------------------------------------- the whole network
 @dataclass(frozen=True)
 class Proof:
-    """What running a fused network beside its original showed.
+    """What running a merged network beside the original showed.
 
-    error: worst relative error, of the outputs or, where `magnified` is given, of any node on the values that its inputs
-    have in the original. magnified: by how much the smallest change of the inputs moves the outputs, where comparing
-    outputs can prove nothing. wrong: ends of wrong merges, by their names in the original, with the reason.
+    error: the worst relative error, of the outputs or, where `magnified` is not None, of any node on the values that
+    its inputs have in the original. magnified: relative change of the outputs when the inputs change by one rounding
+    error, where that is why comparing outputs proves nothing. wrong: wrong merges, by the name of the node of the
+    original whose value each gives, with the reason.
     """
 
     error: float
@@ -95,10 +96,10 @@ class Proof:
 def prove(
     original: Program, fused: Program, twins: Mapping[fx.Node, fx.Node], exact: dict[str, torch.Tensor], seed: int
 ) -> Proof:
-    """The fused program beside the original on the same random inputs, in float64.
+    """Run the merged program and the original on the same random inputs in float64, and compare.
 
-    twins: for nodes of the fused program, the node of the original that has the same value. exact: the merged weights as
-    they are before they are rounded to the program's precision.
+    twins: for each node of the merged program whose value the original has too, the original's node. exact: merged
+    weights before rounding to the program's precision.
     """
     inputs = random_inputs(original, torch.Generator().manual_seed(seed))
     new = Evaluator(fused, double_weights(fused) | exact)
@@ -117,7 +118,9 @@ def prove(
 def _node_errors(
     old: Evaluator, new: Evaluator, twins: Mapping[fx.Node, fx.Node], inputs: list[Any]
 ) -> dict[fx.Node, float]:
-    """By node of the original, the error of its twin on the values that the original has."""
+    """Relative error of each node of the original: its twin is computed from the original's values of the twin's
+    inputs.
+    """
     values: dict[fx.Node, Any] = {}
     old.run(inputs, values.__setitem__)
     env: dict[fx.Node, Any] = {}

@@ -23,19 +23,21 @@ OTHER_AXIS = "it runs over another axis than the layer's features"
 class Regions:
     """Reads the graph of a module as affine regions, each with one entry and one exit.
 
-    constants: nodes of stored tensors, and of what is computed from these alone.
+    constants: the nodes of stored tensors, and those computed from nothing but stored tensors.
     """
 
     def __init__(self, module: TrainableModule):
         self.module = module
         self.constants = _constants(module.graph)
-        self.names: dict[int, set[str]] = {}  # of stored tensors, by identity
+        self.names: dict[int, set[str]] = {}  # by the id of a stored tensor, all names that it goes by
         for n in module.graph.nodes:
             if n.op == "get_attr":
                 self.names.setdefault(id(fetch(module, str(n.target))), set()).add(str(n.target))
 
     def find(self) -> Iterator[list[Part]]:
-        """Parts in a row, in chains that are as long as possible and hold a layer; the last chain of the graph first."""
+        """Yield chains of parts, each as long as possible and with at least one layer; the last chain of the graph
+        comes first.
+        """
         seen: set[fx.Node] = set()
         for node in reversed(list(self.module.graph.nodes)):
             if node not in seen:
@@ -45,7 +47,7 @@ class Regions:
                     yield parts
 
     def _chain(self, node: fx.Node) -> list[Part]:
-        """The parts in a row that end at the node, first one first."""
+        """The parts in a row that end at the node, in the order they are computed."""
         parts: list[Part] = []
         axis = None
         while part := self.step(node) or self._sum(node):
@@ -59,13 +61,13 @@ class Regions:
         return parts
 
     def _sum(self, node: fx.Node) -> Sum | None:
-        """The node as a sum of branches that all start at one value; None where it is none."""
+        """The node as a sum of branches that all start at one value, or None."""
         if self.addends(node) is None:
             return None
         adds: list[fx.Node] = []
         terms = list(self._terms(node, 1.0, adds))
         chains = [self._chain(end) if set(end.users) <= set(adds) else [] for _, end in terms]
-        # The values on each branch, from its end towards the inputs: the first that all have in common is the source.
+        # The values on each branch, from its end towards the inputs; the first value on all branches is the source.
         places = [[end, *(p.source for p in reversed(parts))] for (_, end), parts in zip(terms, chains, strict=True)]
         source = next((n for n in places[0] if all(n in others for others in places)), None)
         if source is None:
@@ -78,7 +80,7 @@ class Regions:
         return Sum(tuple(sorted(adds)), source, next(iter(axes), None), branches) if len(axes) < 2 else None
 
     def _terms(self, node: fx.Node, factor: float, adds: list[fx.Node]) -> Iterator[tuple[float, fx.Node]]:
-        """Factors and ends of what additions in a row add up; the additions are appended to `adds`."""
+        """Yield factor and node of each term of a tree of additions; its addition nodes are appended to `adds`."""
         adds.append(node)
         for sign, term in self.addends(node) or ():
             if len(term.users) == 1 and self.addends(term):
@@ -88,7 +90,7 @@ class Regions:
 
     # -------------------------------------------------------------------------------------------------------- single steps
     def step(self, node: fx.Node) -> Step | None:
-        """The affine map that ends at the node, in one precision throughout; None where it is none."""
+        """The affine map whose value the node is, if one precision is kept throughout; else None."""
         step = self._any_precision(node)
         # Float64 checks cannot see where the precision changes, so a merge keeps to one.
         return step if step and all(dtype(n) == dtype(step.source) for n in step.nodes) else None
@@ -108,7 +110,9 @@ class Regions:
         return self._elementwise(node)
 
     def _moved_norm(self, node: fx.Node) -> Step | None:
-        """A normalisation between a permutation and its inverse: it runs over another axis than the first."""
+        """A normalisation between a permutation and its inverse, which normalises another axis of the permutation's
+        input.
+        """
         norm = node.args[0]
         if not isinstance(norm, fx.Node) or op_name(norm) != "batch_norm" or self.problem(norm):
             return None
@@ -120,8 +124,9 @@ class Regions:
         return _norm((first, norm, node), there[1])  # type: ignore[arg-type]
 
     def _folded_norm(self, node: fx.Node) -> Step | None:
-        """A normalisation between folding all dimensions but the last into one and unfolding them again, as LeViT's
-        layers of tokens have it: it runs over the last axis."""
+        """A normalisation of the last axis, as in LeViT: all dimensions but the last are folded into one before it, and
+        unfolded after.
+        """
         norm = node.args[0]
         if not isinstance(norm, fx.Node) or op_name(norm) != "batch_norm" or self.problem(norm):
             return None
@@ -134,7 +139,7 @@ class Regions:
         return replace(_norm((first, norm, node), len(outer) - 1), folds=True)
 
     def _elementwise(self, node: fx.Node) -> Step | None:
-        """Arithmetic with a constant, zero padding, and dropout, which does nothing in eval mode."""
+        """Arithmetic with a constant, zero padding, or dropout (the identity in eval mode); None for anything else."""
         name = op_name(node)
         if name in DROPOUTS:
             nothing = partial(Geometry.scaling, biased=False)
@@ -158,7 +163,7 @@ class Regions:
         if axis == -1 or not node.meta["val"].is_floating_point():
             return None
 
-        sign = alpha if name == "add" else -alpha  # of the second operand of a sum
+        sign = alpha if name == "add" else -alpha  # factor of the second operand
         shifted = name in ("add", "sub") and constant != 0
 
         def numbers(values: Values) -> tuple[Any, Any]:
@@ -173,13 +178,15 @@ class Regions:
         return Step((node,), source, axis, partial(Geometry.scaling, biased=shifted), numbers)
 
     def is_constant(self, value: Any) -> bool:
-        """Whether an operand is a number, or a tensor made of stored tensors alone."""
+        """Whether an operand is a number, or a tensor computed from nothing but stored tensors."""
         if isinstance(value, fx.Node):
             return value in self.constants
         return isinstance(value, (int, float)) and not isinstance(value, bool)
 
     def addends(self, node: fx.Node) -> list[tuple[float, fx.Node]] | None:
-        """Factor and operand of both sides of a sum or difference of tensors of equal shape; None where it is none."""
+        """Factor and node of the two operands of a sum or difference of tensors of equal shape and precision; None for
+        other nodes.
+        """
         if op_name(node) not in ("add", "sub"):
             return None
         a = arguments(node)
@@ -219,7 +226,7 @@ class Regions:
 
 
 def dtype(node: fx.Node) -> torch.dtype:
-    """The precision of a tensor."""
+    """The dtype of a tensor node."""
     return node.meta["val"].dtype
 
 
@@ -287,7 +294,9 @@ def _constants(graph: fx.Graph) -> set[Any]:
 
 
 def _vector_axis(constant: Any, rank: int) -> int | None:
-    """The axis of a value of that rank along which the constant varies; None where it does not, -1 where none would do."""
+    """The axis of a value of that rank along which a constant varies: None for a constant that is the same everywhere,
+    -1 where it varies along no single channel axis.
+    """
     if not isinstance(constant, fx.Node):
         return None
     sizes = shape(constant)
@@ -298,7 +307,7 @@ def _vector_axis(constant: Any, rank: int) -> int | None:
 
 
 def constant_value(node: fx.Node, values: Values) -> Any:
-    """The value of a stored tensor or of what is computed from such, in float64."""
+    """The value of a constant node in float64; `values` reads stored tensors."""
     if node.op == "get_attr":
         return to_double(values(node))
     return invoke(node, evaluated(node, {n: constant_value(n, values) for n in node.all_input_nodes}))
