@@ -100,9 +100,9 @@ class Refusal:
 class PassResult:
     """The new program and the JSON-able record of what changed, what was refused, and the cost before and after.
 
-    record: its `changed` and `refused` may hold `Change`s and `Refusal`s, which become their rows. removed: `{parameter
-    or buffer: {dim: indices}}`, in the input program's numbering. masked: for a pass that trains and then removes, the
-    input program with the trained weights, of which `program` is the exact slice; else None.
+    record: its `changed` and `refused` may hold `Change`s and `Refusal`s, which become their rows. removed: `{parameter or
+    buffer: {dim: indices}}`, in the input program's numbering. masked: for a pass that removes and also trains or repairs,
+    a program of the input program's shapes with the new weights, of which `program` is the exact slice; else None.
     """
 
     program: Program

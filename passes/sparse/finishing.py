@@ -1,4 +1,4 @@
-"""Rows that are nearly empty lose their last weights together, so that `Minimise` can remove them. Source: ours, after
+"""Nearly empty rows lose their last weights together, so that `Minimise` can remove them. Source: ours, after
 Squeeze-Release (arXiv 2606.14346)."""
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from .ranking import joined
 
 
 def sole_producers(program: Program) -> set[str]:
-    """The weights whose outputs nothing else writes to, so that an empty row makes a channel dead; not those of a trunk."""
+    """Names of the weights each of whose outputs only they write, so that an empty row makes a channel dead; weights that
+    write to a residual trunk are not among them."""
     comb, makers = Comb(program), Counter[Factor]()
     found = [layer for layer in layers(program)[0] if layer.kind != "depthwise"]
     outputs = {layer.name: atoms([comb.parameters[layer.name][0]]) for layer in found}
@@ -30,22 +31,26 @@ def sole_producers(program: Program) -> set[str]:
 def finish_rows(
     ranked: Sequence[tuple[Tensor, Tensor]], gone: Tensor, columns: int, price: float, discount: float
 ) -> list[tuple[Tensor, Tensor]]:
-    """Orders and losses `(b, s)` in which rows that are nearly empty lose their last weights together.
+    """New orders and losses of blocks, in which nearly empty rows lose their last weights together.
 
-    ranked: the entries of each block in the order they go and their `increments`, in pieces that follow one another. gone
-    `(all b, B)`: entries that are zero already. The blocks are cut from rows of `columns` entries. price: of what goes, the
-    highest cost. The last weights of a row are those that cost more; where their mean cost times `1 - discount` is below the
-    price, no weight of the row costs more than that. They need not wait for what would go before them.
+    ranked: for consecutive ranges of blocks, the entries of each block in the order they go and their `increments`, both
+    `(b, s)`; the result has the same form. gone: bool `(all blocks, B)`, entries that are zero already. columns: weights of
+    a row; the blocks are cut from the rows one after another. price: the highest increment among the entries that would go
+    otherwise. discount: from 0 to under 1.
+
+    The last weights of a row are those whose increment is above the price. Where their mean increment times `1 - discount`
+    is below the price, that product becomes their increment, so that the whole row goes, without waiting for entries that
+    would go before them.
     """
     order, losses = joined([o for o, _ in ranked], 0).long(), joined([x for _, x in ranked], math.inf)
     count, size = gone.shape
-    place = order.masked_fill(losses.isinf(), size)  # beyond a block's last entry: a column of its own
+    place = order.masked_fill(losses.isinf(), size)  # what is no entry goes to an additional column
     costs = losses.new_zeros(count, size + 1).scatter_(1, place, losses)[:, :size].masked_fill(gone, 0)
     rows = torch.nn.functional.pad(costs.reshape(-1), (0, -costs.numel() % columns)).view(-1, columns)
     last = rows > price
     mean = (rows * last).sum(1, keepdim=True) / last.sum(1, keepdim=True).clamp(min=1) * (1 - discount)
     finished = last.any(1, keepdim=True) & (mean < price)
-    rows = torch.where(finished, torch.minimum(rows, mean), rows)  # all that is left of the row goes, or nothing
+    rows = torch.where(finished, torch.minimum(rows, mean), rows)  # in such a row everything is below the price
     cheaper = torch.nn.functional.pad(rows.reshape(-1)[: costs.numel()].view(count, size), (0, 1), value=math.inf)
     losses, again = cheaper.gather(1, place).sort(dim=1, stable=True)
     counts = [len(o) for o, _ in ranked]

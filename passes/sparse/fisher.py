@@ -14,7 +14,7 @@ CHUNK = 1 << 21  # elements of the matrices worked on together
 
 
 def chunks(blocks: int, size: int) -> list[slice]:
-    """Ranges of blocks whose matrices are worked on together."""
+    """Ranges of blocks whose `size` x `size` matrices have about `CHUNK` elements together."""
     step = max(1, CHUNK // size**2)
     return [slice(i, min(i + step, blocks)) for i in range(0, blocks, step)]
 
@@ -22,9 +22,10 @@ def chunks(blocks: int, size: int) -> list[slice]:
 class Fisher:
     """`F = λI + (1/m) Σ g gᵀ` for each of `b` blocks of `B` weights, from a stream of gradients.
 
-    Up to `B` gradients are kept as they are (and inverted through their Gram matrix: sums of so few would hide `λ` in
-    their rounding), more of them as `B x B` sums: `b·B·min(m, B)` numbers either way, in the dtype given; inverses are
-    computed in float64, since `λ` may lie far below the largest eigenvalue.
+    blocks: `b`. size: `B`. count: `m`, the number of gradients to come. damping: λ. dtype: of what is stored. Up to `B`
+    gradients are stored as they are, and inverted through their Gram matrix, since sums of so few would lose `λ` to
+    rounding; more are stored as `B x B` sums. Either way `b·B·min(m, B)` numbers are stored. Inverses are computed in
+    float64, since `λ` may be far below the largest eigenvalue.
     """
 
     def __init__(self, blocks: int, size: int, count: int, damping: float, dtype: torch.dtype = torch.float32):
@@ -34,11 +35,11 @@ class Fisher:
 
     @staticmethod
     def numbers(weights: int, size: int, count: int) -> int:
-        """How many numbers are stored for so many weights."""
+        """How many numbers a `Fisher` of blocks of `size` stores for this many weights and `count` gradients."""
         return weights * min(count, size)
 
     def add(self, gradients: Tensor) -> None:
-        """Take `(k, b, B)` gradients in; those beyond the `m` announced are left out."""
+        """Take in gradients `(k, b, B)`; those beyond the announced number are ignored."""
         gradients = gradients[: self.count - self.seen].to(self.sums)
         start, self.seen = self.seen, self.seen + len(gradients)
         if self.few and self.seen > self.sums.shape[1]:
@@ -65,8 +66,8 @@ class Fisher:
     def inverse(self, part: slice) -> Tensor:
         """`F⁻¹` of a range of blocks, `(b, B, B)` in float64.
 
-        With few gradients `G` `(m, B)` by the Woodbury identity, `(I − Gᵀ (mλI + G Gᵀ)⁻¹ G) / λ`: what the recursion
-        `H -= (H g)(H g)ᵀ / (m + gᵀ H g)` over single gradients reaches.
+        For few gradients `G` `(m, B)`, by the Woodbury identity `(I − Gᵀ (mλI + G Gᵀ)⁻¹ G) / λ`, which is also the result
+        of the papers' recursion `H -= (H g)(H g)ᵀ / (m + gᵀ H g)` over single gradients.
         """
         if not self.few:
             return torch.cholesky_inverse(cholesky(self.matrix(part)))
@@ -80,9 +81,12 @@ class Fisher:
 
 
 def cholesky(matrices: Tensor) -> Tensor:
-    """Lower Cholesky factors of `(b, n, n)`; a matrix that rounding has made indefinite gets a diagonal of 1e-12 of its
-    mean one, then ten times more, until it factors. BadInput where that much is more than rounding: the matrix is not
-    finite, or no sum of squares."""
+    """Lower Cholesky factors of matrices `(b, n, n)`.
+
+    To a matrix that rounding has made indefinite, 1e-12 of its mean diagonal is added on the diagonal, then ten times as
+    much until it factors. Raises BadInput where more than the mean diagonal would be needed: the matrix is not finite, or
+    is no sum of squares.
+    """
     factors, failed = torch.linalg.cholesky_ex(matrices)
     relative = 1e-12
     while failed.any():

@@ -1,4 +1,4 @@
-"""Gradients of the loss by chosen weights, sample by sample or batch by batch."""
+"""Gradients of the loss with respect to chosen weights, for each sample or each batch."""
 
 import math
 import sys
@@ -28,9 +28,9 @@ from .unfold import check_finite, outputs_of, pieces
 
 @dataclass(frozen=True)
 class Gradients:
-    """How to make gradients: `count` of them, of single samples (`per` "sample") or of batches, against the data's labels
-    or (`against` "teacher") against labels drawn from the teacher's class probabilities, which makes the empirical
-    Fisher matrix the true one where the teacher is the network itself."""
+    """Which gradients to compute. count: how many. per: "sample" or "batch", what each is of. against: "labels" of the
+    data, or "teacher" for labels that are drawn from the teacher's class probabilities; where the teacher is the network
+    itself, this makes the empirical Fisher matrix the true one."""
 
     count: int
     per: str
@@ -39,11 +39,13 @@ class Gradients:
     def stream(
         self, program: Program, names: Sequence[str], context: Context, largest: int, share: bool = False
     ) -> Iterator[dict[str, Tensor]]:
-        """Gradients of the named weights in eval mode, `{name: (k, *shape)}`, `k` at most so that a chunk holds `largest`
-        numbers (but at least one gradient). The same seed gives the same samples again; `common.samples` says which.
-        share: each process makes its part of them, else each makes all.
+        """Yield gradients of the named weights in eval mode, as `{name: (k, *shape)}`.
 
-        Raises BadInput without data or batches, without labels where they are needed, or for gradients that are not finite.
+        largest: the most numbers in a chunk, which has at least one gradient. The same seed gives the same samples again;
+        `common.samples` says which. share: each process computes its part of the gradients; otherwise each computes all.
+
+        Raises BadInput without data or batches, without labels where they are needed, for gradients that are not finite,
+        and for a program of a fixed batch size that mixes its samples, with `per` "sample".
         """
         if context.data is None:
             raise BadInput("Sparsify: needs data for its gradients; pass data=, or choose method magnitude")
@@ -83,8 +85,10 @@ class Gradients:
     def mean_squares(
         self, program: Program, names: Sequence[str], context: Context, largest: int
     ) -> tuple[dict[str, float], int]:
-        """The mean square of each weight's gradient, over all of its entries, and of how many gradients. Processes share
-        the samples."""
+        """The mean square of each weight's gradient over all of its entries, and the number of gradients.
+
+        With `per` "sample", processes share the work.
+        """
         share = self.per == "sample"
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=accelerator().device)
 
@@ -100,7 +104,7 @@ class Gradients:
 
 @contextmanager
 def _differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Frozen parameters need gradients, too, for as long as this lasts."""
+    """A context in which frozen parameters get gradients, too."""
     frozen = [p for p in parameters if not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_()
@@ -128,18 +132,19 @@ def _checked(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _sample(tree: Any, index: list[int], size: int, batched: Sequence[bool] | None = None) -> Any:
-    """Some samples, as a batch of their own, of the leaves that are `batched`, or else of all that are `size` long."""
+    """Some samples of a tree, as a batch of their own. batched: which leaves to index, by default those that are `size`
+    long."""
     if batched is None:
         batched = [isinstance(t, Tensor) and t.dim() > 0 and len(t) == size for t in pytree.tree_leaves(tree)]
     return map_some(lambda value: value[index], tree, batched)
 
 
 class _Samples:
-    """Gradients of single samples from one run over their batch: a layer's weight gradient for a sample is the product of
-    its inputs and of the loss's gradients at its outputs, where that sample's are (Goodfellow, arXiv 1510.01799).
+    """Gradients of single samples from one backward pass over their batch: for each sample, a layer's weight gradient is
+    the product of the layer's inputs and the loss's gradients at its outputs (Goodfellow, arXiv 1510.01799).
 
-    That asks of a network that it treats samples independently and keeps them in place; the first batch is compared with
-    a run over single samples, and where they differ, all are made one by one.
+    This holds only for a network that treats samples independently and keeps their order. So the first batch is compared
+    with passes over single samples; where they differ, all gradients are computed sample by sample.
     """
 
     def __init__(
@@ -154,8 +159,8 @@ class _Samples:
         self.at_once = max(2, largest // _numbers(program, feed))
 
     def __call__(self, batch: Batch, count: int, step: int) -> Iterator[dict[str, Tensor]]:
-        """Gradients of the first `count` samples of a batch, `step` of them at a time. A network that takes any number of
-        samples is run on so many that its activations hold about `largest` numbers."""
+        """Yield gradients of the first `count` samples of a batch, `step` of them at a time. A network with a dynamic batch
+        size is run on as many samples as have about `largest` numbers in their activations."""
         at_once = self.at_once if self.divisible else batch.size
         for first in range(0, count if self.trusted is not False else 0, at_once):
             part, number = batch, min(first + at_once, count) - first
@@ -183,12 +188,12 @@ class _Samples:
             yield {n: g[None] for n, g in self.alone(batch, i).items()}
 
     def direct(self, batch: Batch) -> dict[str, Tensor]:
-        """The gradient of the loss of a whole batch."""
+        """The gradient of the loss of a whole batch, by name."""
         return self._gradient(self.program.module()(*batch.args, **batch.kwargs), batch.labels)
 
     def alone(self, batch: Batch, index: int) -> dict[str, Tensor]:
-        """The gradient of the loss of one sample. It runs as a batch of two: the gradients of torch's batch normalisation
-        on the CPU are wrong for one sample whose gradients arrive channels-last."""
+        """The gradient of the loss of one sample, by name. The sample runs as a batch of two, since on the CPU torch's
+        gradient of batch normalisation is wrong for one sample whose gradient arrives channels-last."""
         labels = _sample(batch.labels, [index], batch.size)
         if self.divisible:
             batch, index = self._some(batch, [index, index]), 0
@@ -196,7 +201,7 @@ class _Samples:
         return self._gradient(_sample(outputs, [index], batch.size, self.feed.outputs), labels)
 
     def _some(self, batch: Batch, index: list[int]) -> Batch:
-        """Some samples of a batch as one of their own."""
+        """Some samples of a batch, as a batch."""
         args, kwargs = _sample((batch.args, batch.kwargs), index, batch.size, self.feed.batched)
         return Batch(args, kwargs, _sample(batch.labels, index, batch.size), len(index))
 
@@ -208,7 +213,7 @@ class _Samples:
         }
 
     def _run(self, batch: Batch) -> tuple[dict[fx.Node, Tensor], dict[fx.Node, Tensor]]:
-        """The inputs of the layers, and the gradients of the sum of the samples' losses at their outputs."""
+        """For each layer node, its input, and the gradient at its output of the sum of the samples' losses."""
         inputs: dict[fx.Node, Tensor] = {}
         outputs: dict[fx.Node, Tensor] = {}
 
@@ -243,8 +248,11 @@ class _Samples:
         return found
 
     def _outer(self, node: fx.Node, layer: WeightedLayer, x: Tensor, pull: Tensor, count: int) -> Tensor:
-        """For each of `count` samples the sum over positions of outputs' gradients times inputs, `(count, groups, out /
-        groups, c)`; as many samples at a time, or else positions, as the limit of numbers allows."""
+        """For each of `count` samples, the sum over positions of output gradients times inputs, `(count, groups, out /
+        groups, c)`.
+
+        Computed for as many samples at a time, or else positions, as the limit of numbers allows.
+        """
         per, found = len(x) // count, []
         some = max(1, self.largest // max(1, windows(node, x[:per]).numel()))
         for start in range(0, count, some):
@@ -266,13 +274,14 @@ class _Samples:
 
 
 def _sample_dimension(node: fx.Node, symbols: set[Any]) -> int:
-    """Where a layer's input has its samples: the first dimension whose size goes with the batch's, else the outermost."""
+    """The dimension of a layer's input that holds the samples: the first whose size depends on the batch size, else the
+    first."""
     sizes = node.args[0].meta["val"].shape  # type: ignore[union-attr]
     return next((d for d, s in enumerate(sizes) if not isinstance(s, int) and s.node.expr.free_symbols & symbols), 0)
 
 
 def _numbers(program: Program, feed: Feed) -> int:
-    """How many numbers a sample's activations and their gradients hold, about."""
+    """About how many numbers the activations of one sample and their gradients hold."""
     values = [n.meta.get("val") for n in program.graph.nodes if n.op == "call_function"]
     total = sum(math.prod(hint(s) for s in v.shape) for v in values if isinstance(v, Tensor))
     return max(1, 2 * total // max(1, hint(feed.size)))

@@ -1,4 +1,4 @@
-"""A weight as rows, one for each output channel, or as blocks of neighbours, and back."""
+"""A weight as rows, one for each output channel, or as blocks of consecutive entries, and back."""
 
 import math
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from ..common.weights import WeightedLayer
 
 
 def to_blocks(tensor: Tensor, size: int, channels_last: bool = False) -> Tensor:
-    """A tensor as blocks `(b, size)` of its flattened entries, the last one filled up with zeros.
+    """A tensor as blocks `(b, size)` of its flattened entries; the last block is filled up with zeros.
 
-    channels_last: dimension 1 runs fastest, so that groups of neighbours lie along the input channels of one output
-    channel and kernel position; otherwise the entries stay in their order.
+    channels_last: dimension 1 runs fastest, so that consecutive entries are input channels of one output channel and kernel
+    position; otherwise the entries keep their order.
     """
     flat = (tensor.movedim(1, -1) if channels_last else tensor).reshape(-1)
     return torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
 
 
 def from_blocks(blocks: Tensor, shape: Sequence[int], channels_last: bool = False) -> Tensor:
-    """What `to_blocks` cut, put together again."""
+    """The tensor of that shape that `to_blocks` cut into these blocks."""
     flat = blocks.reshape(-1)[: math.prod(shape)]
     if not channels_last:
         return flat.view(*shape)
@@ -28,16 +28,16 @@ def from_blocks(blocks: Tensor, shape: Sequence[int], channels_last: bool = Fals
 
 
 def columns_of(layer: WeightedLayer) -> int:
-    """How many weights a row of the layer has."""
+    """Number of weights in a row of the layer."""
     return layer.size // layer.shape[0]
 
 
 def rows_of(weight: Tensor, channels_last: bool) -> Tensor:
-    """A weight as `(out, c)` rows."""
+    """A weight as rows `(out, c)`."""
     return (weight.movedim(1, -1) if channels_last else weight).reshape(len(weight), -1)
 
 
 def column_order(layer: WeightedLayer, channels_last: bool) -> Tensor:
-    """Where each of the columns of `rows_of` is in the flattened weight."""
+    """For each column of `rows_of`, its index in the flattened row of the weight."""
     index = torch.arange(columns_of(layer)).view(layer.shape[1:])
     return (index.movedim(0, -1) if channels_last else index).reshape(-1)

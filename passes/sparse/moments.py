@@ -1,4 +1,4 @@
-"""Second moments of what layers read, over samples of the data."""
+"""Second moments of the inputs of layers over samples of the data."""
 
 import math
 from collections.abc import Sequence
@@ -24,10 +24,11 @@ from .unfold import check_finite, pieces
 def input_moments(
     program: Program, names: Sequence[str], context: Context, count: int, full: bool = True, largest: int = 1 << 26
 ) -> tuple[dict[str, Tensor], int]:
-    """`X Xᵀ / n` of the inputs of each named layer, one matrix per group: `(groups, c, c)`, `c` the inputs of one output
-    in the order of the flattened weight; with `full` False its diagonal, `(groups, c)`. From `count` samples, eval mode,
-    shared out over processes; returns how many of these the data has, too. largest: how many numbers a layer's unfolded
-    inputs may hold at a time.
+    """`X Xᵀ / n` of the inputs of each named layer, and the number of samples.
+
+    One matrix for each group: `(groups, c, c)`, where `c` counts the inputs of one output in the order of the flattened
+    weight; without `full` only its diagonal, `(groups, c)`. count: of samples, in eval mode, divided among processes; the
+    data may have fewer. largest: how many numbers a layer's unfolded inputs may hold at a time.
 
     Raises BadInput without data or batches, or for inputs whose squares are not finite.
     """
@@ -66,7 +67,7 @@ def input_moments(
 
 
 def _empty(module: TrainableModule, layer: WeightedLayer, full: bool, device: torch.device) -> Tensor:
-    """Zeros to add the moments of a layer up in, in single precision at least: squares of halves overflow."""
+    """Zeros to add a layer's moments to, at least in single precision, since squares of half-precision numbers overflow."""
     size = math.prod(layer.shape[1:])
     groups = 1 if layer.kind == "linear" else layer.groups
     dtype = torch.promote_types(fetch(module, layer.name).dtype, torch.float32)

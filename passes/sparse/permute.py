@@ -1,8 +1,9 @@
-"""Another order of channels, in which an N:M pattern loses less; the function stays the same.
+"""Reordering of channels so that an N:M pattern loses less; the function of the network stays the same.
 
-The order of an axis that the comb knows whole and free is arbitrary: permuting it in every tensor that has it changes no
-output. Which entries share a group is not arbitrary: a group of four large weights has to give up two of them (Pool and
-Yu, "Channel permutations for N:M sparsity", NeurIPS 2021). Permuting through the axes of the comb is ours.
+Where the comb knows a whole axis and finds it free, the order of its channels is arbitrary: permuting it in every tensor
+that has the axis changes no output. But the order decides which entries share a group, and a group of four large weights
+has to give up two of them (Pool and Yu, "Channel permutations for N:M sparsity", NeurIPS 2021). Permuting through the axes
+of the comb is ours.
 """
 
 from collections.abc import Collection, Mapping
@@ -23,7 +24,7 @@ from ...graph.verify import equivalence
 from ..train.features import block_outputs
 from .ranking import Pattern
 
-ROUNDS, ROWS = 60, 4096  # of exchanges between random pairs of groups; rows of weights looked at
+ROUNDS, ROWS = 60, 4096  # rounds of exchanges between random pairs of groups; most rows of weights that are considered
 TOLERANCE = 1e-9
 
 Orders = Mapping[Factor, np.ndarray]
@@ -32,11 +33,12 @@ Orders = Mapping[Factor, np.ndarray]
 def permuted(
     program: Program, names: Collection[str], pattern: Pattern, seed: int
 ) -> tuple[Program, list[dict[str, Any]]]:
-    """The program with the input channels of the named weights in an order that keeps more of their squared magnitude, and
-    how much each weight's inputs kept before and after, as a share.
+    """The program with the input channels of the named weights reordered so that the pattern keeps more of their squared
+    magnitude; and rows `{"what": weights, "kept_before": share, "kept_after": share}` for what was permuted.
 
-    Only axes that are one free group by themselves, and no block's output (whose channels a teacher's are compared with).
-    The result equals the program to 1e-9 in float64 on random inputs, or is the program itself.
+    Only axes that are one free group by themselves are permuted, and no outputs of blocks, whose channels are compared with
+    a teacher's. The result equals the program to 1e-9 in float64 on random inputs; where it does not, it is the program
+    itself.
     """
     comb = Comb(program)
     outer = {atom for node in block_outputs(program) for atom in ax.atoms(comb.axes[node])}
@@ -77,7 +79,7 @@ def permuted(
 
 
 def positions(axis: Axis, orders: Orders) -> np.ndarray:
-    """For every index of an axis, where it was before its atoms were permuted."""
+    """For every index of an axis after its atoms were permuted, its index before."""
     result = np.zeros(1, dtype=np.int64)
     for factor in ax.normal(axis):
         if factor.segments is not None:
@@ -91,14 +93,17 @@ def positions(axis: Axis, orders: Orders) -> np.ndarray:
 
 
 def kept(squares: Tensor, pattern: Pattern) -> Tensor:
-    """What the `n` largest of every `m` consecutive columns of `(r, c)` add up to."""
+    """The sum of the `n` largest of every `m` consecutive columns of `squares` `(r, c)`."""
     n, m = pattern
     return squares.reshape(len(squares), -1, m).topk(n, -1).values.sum()
 
 
 def best_order(squares: Tensor, pattern: Pattern, generator: torch.Generator) -> Tensor:
-    """An order of the columns of `(r, c)` whose groups keep more, by hill climbing: in every round groups are paired at
-    random, and each pair's columns are divided between the two in the best of all ways."""
+    """An order of the columns of `squares` `(r, c)` in which a pattern keeps more.
+
+    Hill climbing: in every round the groups are paired at random, and each pair's columns are divided between its two
+    groups in the best of all ways.
+    """
     m = pattern[1]
     order = torch.arange(squares.shape[1]).view(-1, m)
     if len(order) < 2:

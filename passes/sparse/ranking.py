@@ -1,4 +1,4 @@
-"""Which entries go: the lowest scores of all, of groups, or of blocks that lose their entries in an order of their own.
+"""Which entries go: the lowest scores overall, in every group, or in blocks that lose their entries in a given order.
 
 Masks are bool, True where the weight goes. A pattern `(n, m)` keeps `n` of every `m` consecutive entries.
 """
@@ -13,7 +13,7 @@ Pattern = tuple[int, int]
 
 
 def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Masks of the `count` lowest scores of all tensors together; of equal ones, the first."""
+    """Masks of the `count` lowest scores among all tensors together; of equal scores, the first go."""
     if not count:
         return [torch.zeros_like(s, dtype=torch.bool) for s in scores]
     together = torch.cat([s.reshape(-1) for s in scores])
@@ -29,7 +29,7 @@ def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
 
 
 def lowest_of_groups(scores: Tensor, pattern: Pattern) -> Tensor:
-    """The mask of the `m - n` lowest scores of every `m` consecutive entries of `(r, c)` scores."""
+    """The mask of the `m - n` lowest scores among every `m` consecutive entries of `scores` `(r, c)`."""
     n, m = pattern
     groups = scores.reshape(-1, m)
     order = groups.argsort(dim=1, stable=True)[:, : m - n]
@@ -37,7 +37,7 @@ def lowest_of_groups(scores: Tensor, pattern: Pattern) -> Tensor:
 
 
 def portions(count: int, sizes: Sequence[int]) -> list[int]:
-    """`count` things shared out in proportion to the sizes; what rounding leaves over goes to the later ones."""
+    """Divide `count` in proportion to the sizes; what rounding leaves over goes to the later ones."""
     shares, left = [], sum(sizes)
     for size in sizes:
         shares.append(round(count * size / left) if left else 0)
@@ -46,25 +46,28 @@ def portions(count: int, sizes: Sequence[int]) -> list[int]:
 
 
 def increments(losses: Tensor) -> Tensor:
-    """What each next entry of a block costs, given the cumulated losses `(b, s)`, never less than one before it: `(b, s)`.
+    """How much each further entry of a block adds to the loss, given the cumulated losses `(b, s)`; never less than an
+    entry before it adds. The result has the same shape.
 
-    The order in which entries of all blocks should go, when a block must lose its own in their order: with falling
-    increments the entries of a block are worth having only together, hence the running maximum (ours). The paper's code
-    ranks the cumulated losses, by which a block that has lost much for little stops losing.
+    Blocks lose their entries in a given order, so all blocks together should lose the entries with the lowest increments.
+    Where the increments of a block fall, its entries are worth removing only together, hence the running maximum (ours).
+    The paper's code ranks the cumulated losses instead, by which a block that has lost much at little cost stops losing.
     """
     steps = torch.diff(losses, dim=1, prepend=losses.new_zeros(len(losses), 1))
     return steps.nan_to_num(math.inf, math.inf).cummax(1).values  # beyond a block's last entry, inf - inf
 
 
 def joined(tensors: Sequence[Tensor], value: float) -> Tensor:
-    """Tensors `(b, s)` one below the other, those with fewer columns filled up with a value."""
+    """Tensors `(b, s)` concatenated along `b`; those with fewer columns are filled up with a value."""
     most = max(t.shape[1] for t in tensors)
     return torch.cat([torch.nn.functional.pad(t, (0, most - t.shape[1]), value=value) for t in tensors])
 
 
 def prefixes(losses: Sequence[Tensor], count: int) -> list[Tensor]:
-    """How many entries each block loses when `count` go in all, those with the lowest losses: `(b,)` for each tensor of
-    `(b, s)` losses, which never fall along a row (cumulated ones, or `increments` of such)."""
+    """How many entries each block loses when those with the `count` lowest losses go: `(b,)` for each tensor of losses.
+
+    losses: `(b, s)`, not falling along a row (cumulated losses, or their `increments`).
+    """
     together = torch.cat([part.reshape(-1) for part in losses])
     count = min(count, int(together.isfinite().sum()))
     if not count:
@@ -76,20 +79,20 @@ def prefixes(losses: Sequence[Tensor], count: int) -> list[Tensor]:
         below, equal = (part < threshold).sum(1), (part == threshold).sum(1)
         more = (
             (ties - (equal.cumsum(0) - equal)).clamp(min=0).minimum(equal)
-        )  # of those at the threshold, block by block
+        )  # of the entries at the threshold, the first blocks lose theirs
         ties -= int(more.sum())
         lengths.append(below + more)
     return lengths
 
 
 def first(order: Tensor, lengths: Tensor, size: int) -> Tensor:
-    """The mask `(b, B)` of the first `lengths[i]` entries of each block's order."""
+    """The mask `(b, B)`, with `B` the `size`, of the first `lengths[i]` entries in each block's order `(b, s)`."""
     later = torch.arange(order.shape[1], device=order.device) >= lengths.unsqueeze(1)
     mask = torch.zeros(len(order), size + 1, dtype=torch.bool, device=order.device)
     return mask.scatter_(1, order.long().masked_fill(later, size), True)[:, :size]
 
 
 def lowest_of_rows(scores: Tensor, count: int) -> Tensor:
-    """The mask of `count` entries of `(r, c)` scores, shared out over the rows, the lowest of each."""
+    """The mask of `count` entries of `scores` `(r, c)`: the lowest of each row, about equally many in each."""
     shares = portions(count, [scores.shape[1]] * len(scores))
     return torch.stack([lowest([row], share)[0] for row, share in zip(scores, shares, strict=True)])

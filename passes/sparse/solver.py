@@ -1,4 +1,4 @@
-"""A sparsification method applied to the weights of a program, within a limit of memory."""
+"""Applies a sparsification method to the weights of a program, within a memory limit."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,18 +21,18 @@ from .moments import input_moments
 from .sweep import sweep
 from .unfold import check_again, check_finite
 
-DAMPING = 1e-2  # relative to a mean diagonal
-PROBE = 64  # gradients from which that mean is estimated
+DAMPING = 1e-2  # relative to the mean of a diagonal
+PROBE = 64  # number of gradients from which that mean is estimated
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
 class Method:
-    """What to do: a method by name, its options (those of `Sparsify`) and the goal, a share of zeros or a pattern.
+    """A method by name, its goal (a share of zeros or a pattern) and its options (those of `Sparsify`).
 
-    everywhere: one ranking for all layers. by_increments: cap shares zeros out over blocks by what the next weight of a
-    block adds to the loss (ours); else by the block's loss so far, as the paper's code does, which loses more. finish_rows:
-    by how much less the last weights of a row count there.
+    everywhere: whether all layers are ranked together. by_increments: cap ranks the entries of all blocks by what each adds
+    to its block's loss (ours), else by the block's loss so far, as the paper's code does, which loses more. finish_rows:
+    the share that this ranking takes off the mean loss of a nearly empty row's last weights (0: nothing).
     """
 
     name: str
@@ -48,13 +48,13 @@ class Method:
 
     @property
     def pattern(self) -> ranking.Pattern | None:
-        """The goal where it is a pattern."""
+        """The goal if it is a pattern, else None."""
         return self.goal if isinstance(self.goal, tuple) else None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of a layer's blocks of `size` weights: those from `start` to before `stop`."""
+    """A range of a layer's blocks of `size` weights, from block `start` to before block `stop`."""
 
     layer: WeightedLayer
     size: int
@@ -73,8 +73,8 @@ class Piece:
 class Solver:
     """Prunes the chosen layers of a program in place.
 
-    probed: how many gradients a first look saw. seen: how many gradients or samples there were. damping: λ, 0 where the
-    method has none; see `Sparsify`.
+    probed: gradients that an earlier, smaller run over the data gave (0: none); a later run that gives another number is
+    refused. seen: gradients or samples in the latest run. damping: λ, 0 for a method without one; see `Sparsify`.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class Solver:
         self.damping = method.damping or 0.0
 
     def run(self) -> float | None:
-        """Prune; returns the predicted rise of the loss, `1/2 dᵀ F d` without what `F` was damped by, where the method has
-        one."""
+        """Prune. Returns the predicted rise of the loss, `1/2 dᵀ F d` with undamped `F`, for cap and woodfisher, else None.
+        Raises BadInput for changing or non-finite data, Refused where rounding spoils the elimination."""
         if self.method.name in ("cap", "woodfisher"):
             return self._by_blocks()
         if self.method.name in ("fastcap", "sparsegpt"):
@@ -103,19 +103,20 @@ class Solver:
         fetch(self.program.module(), name).data.copy_(value)
 
     def _goal(self, names: Sequence[str]) -> int:
-        """How many more weights have to go from these layers together."""
+        """Number of weights that still have to go from these layers together."""
         assert isinstance(self.method.goal, float)
         total = sum(self.weights[n].numel() for n in names)
         return max(0, round(self.method.goal * total) - sum(int((self.weights[n] == 0).sum()) for n in names))
 
     def _scopes(self) -> list[list[str]]:
-        """The layers that are ranked together."""
+        """For each ranking, the names of the layers that are ranked together."""
         return [list(self.layers)] if self.method.everywhere else [[name] for name in self.layers]
 
     # ------------------------------------------------------------------------------------------------- cap, woodfisher
     def _by_blocks(self) -> float:
-        """Two sweeps over the blocks: what goes first and what it costs; then, with the ranking known, the update. All
-        Fisher sums are kept in between when they fit into the memory, else made again from the same gradients."""
+        """Two sweeps over the blocks: the first finds the order in which entries go and its cost, the second makes the
+        update. All Fisher sums are kept for the second if they fit into the memory, else made again from the same
+        gradients."""
         method, batches, exact = self.method, self._batches(), self.method.name == "cap"
         self.damping = method.damping or DAMPING * self._mean_square() or 1e-8
         kept = self._collect(batches[0], "1/1") if len(batches) == 1 else None
@@ -142,8 +143,9 @@ class Solver:
         return predicted
 
     def _mean_square(self) -> float:
-        """Of a weight's gradient, over all layers: λ stands for the curvature where the gradients say nothing, so that one
-        for all keeps such weights comparable. From gradients of its own, so that the memory limit changes nothing."""
+        """The mean square of a weight's gradient over all layers: λ stands for the curvature where gradients are silent,
+        and one λ for all keeps such weights comparable. From gradients of its own, so that the memory limit does not change
+        it."""
         few = replace(self.method.gradients, count=min(PROBE, self.method.gradients.count))
         squares, seen = few.mean_squares(self.program, list(self.layers), self.context, int(self.method.memory / 32))
         check_again(self.probed, seen)
@@ -154,8 +156,7 @@ class Solver:
     def _fishers(
         self, batches: Sequence[Sequence[Piece]], kept: Sequence[fisher.Fisher] | None, title: str
     ) -> Iterator[tuple[Piece, fisher.Fisher]]:
-        """The pieces with what was kept, or else with sums made now; of these, none is held beyond its turn, so that those
-        of two batches are never there together."""
+        """Yield each piece with its Fisher sums, kept or made now; memory never holds those of two batches."""
         if kept is not None:
             yield from zip(batches[0], kept, strict=True)
             return
@@ -168,7 +169,7 @@ class Solver:
         return to_blocks(self.weights[piece.layer.name], piece.size, bool(self.method.pattern))[piece.part]
 
     def _batches(self) -> list[list[Piece]]:
-        """All blocks of all layers, cut so that the Fisher sums of a batch fit into the memory."""
+        """All blocks of all layers, divided into batches whose Fisher sums fit into the memory."""
         width = torch.finfo(DTYPES[self.method.dtype]).bits // 8
         working = 4 * fisher.CHUNK * 8 + sum(w.numel() for w in self.weights.values()) * 16
         budget = max(self.method.memory - working, self.method.memory / 4) * 7 / 8  # an eighth holds gradients
@@ -215,8 +216,8 @@ class Solver:
         return fishers
 
     def _rank(self, piece: Piece, sums: fisher.Fisher) -> tuple[Tensor, Tensor]:
-        """`(order, losses)` of the piece's blocks: for cap the elimination, for woodfisher every weight by itself. Losses
-        never fall along a block's order; what goes is compared by them."""
+        """`(order, losses)` of the piece's blocks, both `(b, s)`: cap's elimination, or woodfisher's weights each by
+        itself."""
         method, old = self.method, self._blocks(piece)
         ranked = []
         with bar(self.context.progress, f"Sparsify: {piece.layer.name}", piece.count) as update:
@@ -235,7 +236,7 @@ class Solver:
         return ranking.joined([o for o, _ in ranked], 0), ranking.joined([x for _, x in ranked], torch.inf)
 
     def _eliminated(self, piece: Piece, w: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-        """`cap.eliminate`, in float64 where the method's precision does not do."""
+        """The result of `cap.eliminate`, in float64 if the method's precision does not suffice."""
         for dtype in dict.fromkeys((w.dtype, torch.float64)):
             try:
                 return cap.eliminate(w.to(dtype), inverse.to(dtype, copy=True), w != 0, self.method.pattern)
@@ -247,7 +248,7 @@ class Solver:
         )
 
     def _masks(self, ranked: dict[Piece, tuple[Tensor, Tensor]]) -> dict[Piece, Tensor]:
-        """What is zero from now on: what was, and the cheapest prefixes (the groups' cheapest) of the blocks."""
+        """For each piece, the mask of zeros: those so far, and the cheapest prefixes of the blocks (or of the groups)."""
         method, masks = self.method, {}
         lengths: dict[Piece, Tensor] = {}
         if method.pattern is None:
@@ -273,7 +274,7 @@ class Solver:
     def _finishing(
         self, pieces: Sequence[Piece], ranked: dict[Piece, tuple[Tensor, Tensor]], goal: int
     ) -> dict[Piece, tuple[Tensor, Tensor]]:
-        """Orders in which nearly empty rows lose their last weights, too; rows may go on from one piece to the next."""
+        """The pieces with new orders and losses by `finish_rows`; a row may extend from one piece into the next."""
         costs = torch.cat([ranked[piece][1].reshape(-1) for piece in pieces])
         price = float(costs.kthvalue(min(goal, int(costs.isfinite().sum()))).values) if goal else 0.0
         found: dict[Piece, tuple[Tensor, Tensor]] = {}
@@ -311,7 +312,7 @@ class Solver:
             self._write(name, value)
 
     def _shared_fisher(self, batch: Sequence[WeightedLayer]) -> dict[str, list[tuple[slice, slice, Tensor]]]:
-        """For every block of columns the mean of `g gᵀ` over gradients and rows."""
+        """For each layer and block of columns, the mean of `g gᵀ` over gradients and rows, in float64."""
         method, last = self.method, bool(self.method.pattern)
         matrices: dict[str, list[tuple[slice, slice, Tensor]]] = {}
         for layer in batch:
@@ -362,7 +363,7 @@ class Solver:
                 order = column_order(self.layers[name], last).to(squares.device)
                 lengths = squares[:, order].sqrt().to(scores[name])
                 scores[name] = scores[name] * lengths.repeat_interleave(len(scores[name]) // len(lengths), 0)
-        for name, w in self.weights.items():  # what is zero already goes first
+        for name, w in self.weights.items():  # weights that are zero already rank first
             scores[name] = scores[name].masked_fill(rows_of(w, last) == 0, -1)
         if self.method.pattern:
             masks = {name: ranking.lowest_of_groups(s, self.method.pattern) for name, s in scores.items()}
@@ -387,7 +388,7 @@ class Solver:
 def _fitting(
     items: Iterable[WeightedLayer], cost: Callable[[WeightedLayer], float], budget: float
 ) -> list[list[WeightedLayer]]:
-    """The items in runs whose costs add up to no more than the budget (one item at least)."""
+    """The items in consecutive batches whose costs add up to no more than the budget, with at least one item each."""
     batches: list[list[WeightedLayer]] = []
     left = 0.0
     for item in items:

@@ -1,4 +1,4 @@
-"""Zeros in weights: CAP and its rivals, unstructured or N:M."""
+"""The pass that sets weights to zero, unstructured or N:M, by CAP and other methods."""
 
 import dataclasses
 import functools
@@ -33,60 +33,60 @@ from .unfold import check_again
 GLOBAL = ("cap", "woodfisher", "magnitude")  # methods whose scores are losses or sizes that compare between layers
 BY_GRADIENTS = ("cap", "fastcap", "woodfisher")
 NO_GRADIENT = "no gradient of the loss reaches it; give a loss that reads what it computes"
-SPARSE_CAPABILITY = (8, 0)  # the first with sparse tensor cores
-SPARSE_CHANNELS = 256  # under about so many input and output channels a sparse kernel is no faster
+SPARSE_CAPABILITY = (8, 0)  # the first compute capability with sparse tensor cores
+SPARSE_CHANNELS = 256  # with fewer input or output channels a sparse kernel is hardly faster
 
 
 @dataclass(frozen=True)
 class Sparsify(Pass):
-    """Set weights of linear layers and convolutions to zero, those that the loss misses least, and adapt the others.
+    """Set those weights of linear layers and convolutions to zero that the loss misses least, and adapt the others.
 
     One target:
     sparsity: the share of zeros in the chosen weights together, above 0 and under 1; 0.5 if no target is given.
-    pattern: "2:4" and the like: so many of every four input channels stay, for each output channel and kernel position
-        (the one form that sparse tensor cores use).
-    schedule: a gradual run, pairs `(epoch, sparsity)`: prune at that epoch, then train up to the next one's.
+    pattern: "2:4" and the like: how many of every four (or `M`) input channels stay, for each output channel and kernel
+        position. Sparse tensor cores use 2:4 alone.
+    schedule: a gradual run as pairs `(epoch, sparsity)`: prune at that epoch, then train until the next pair's epoch.
 
     How:
     method: "cap" (arXiv 2210.09223: block Fisher matrices, greedy one-by-one elimination, closed-form update), "fastcap"
         (one Fisher matrix for all rows of a block of columns, relative damping, column sweep; one matrix for each block of
         columns is ours), "woodfisher" (arXiv 2004.14340: all scores at once, updates added up), "sparsegpt" (arXiv
         2301.00774), "wanda" (arXiv 2306.11695) or "magnitude".
-    scope: "global" ranks all layers together, "uniform" each layer by itself; None takes global where the scores compare
-        (cap, woodfisher, magnitude).
+    scope: "global" ranks all layers together, "uniform" each layer by itself; None is "global" for methods whose scores
+        compare between layers (cap, woodfisher, magnitude).
     block: how many weights are correlated with one another, the papers' B.
-    gradients: how many there are, the papers' m; for methods without gradients, how many samples are seen. per: a gradient
-        of each "sample" or of each "batch". against: "labels", or "teacher" for labels drawn from the teacher's class
+    gradients: number of gradients, the papers' m; for methods without gradients, the number of samples. per: whether a
+        gradient is of a "sample" or of a "batch". against: "labels", or "teacher" for labels drawn from the teacher's class
         probabilities.
-    damping: λ of cap and woodfisher (1e-8 in the paper); None takes 1e-2 of the gradients' mean square, whatever the scale
-        of the loss. With images like those it is used on, 1e-3 may lose a little less; with few or unlike ones 1e-1 does
-        (ours). For fastcap and sparsegpt it is relative to the mean diagonal, 1e-2 if None.
-    finish_rows: with cap and a share of zeros, by how much less the last weights of an output count, from 0 (not at all) to
-        under 1: all of them go where their mean loss, so scaled, is below that of other weights which go. So outputs empty
-        out, which `Minimise` removes, at some cost (`benchmarks/finish_rows.py`). Not in the layers of a residual trunk.
-    recomputations: the target is reached in so many equal steps, with new gradients each, the paper's Nr.
-    dtype: of the Fisher sums and the elimination, "fp32" or "fp64"; a block for which fp32 does not do is eliminated in
-        fp64. memory: bytes for them, at least a million; what does not fit is done in several passes over the data.
-    permute: with a pattern, first bring the input channels into an order in which it loses less, where the comb knows
-        their axis whole and free, which changes no output (`passes.sparse.permute`); not on a program that is sparse
-        already.
+    damping: λ of cap and woodfisher (1e-8 in the paper); None is 1e-2 of the gradients' mean square, whatever the scale of
+        the loss. With images like those of its use, 1e-3 may lose a little less; with few or different images, 1e-1 does
+        (ours). For fastcap and sparsegpt it is relative to the mean diagonal; None is 1e-2.
+    finish_rows: for cap with a share of zeros: the share, from 0 to under 1, that is taken off the mean loss of an output's
+        last weights; all of them go where the result is below the loss of other weights that go. Outputs that are emptied
+        like this are removed by `Minimise`, at some cost (`benchmarks/finish_rows.py`). Not for layers of a residual trunk.
+    recomputations: number of equal steps in which the target is reached, with new gradients in each; the paper's Nr.
+    dtype: precision of the Fisher sums and the elimination, "fp32" or "fp64"; a block for which fp32 does not suffice is
+        eliminated in fp64. memory: bytes for both, at least a million; more needs several passes over the data.
+    permute: with a pattern, first reorder the input channels so that the pattern loses less, where the comb knows their
+        axis whole and free; this changes no output (`passes.sparse.permute`). Not for a program that is sparse already.
 
     Which layers:
-    where: "pays" sparsifies only layers that the target then computes faster, "all" every one; None takes "pays" with a
-        pattern and "all" without, since no engine here gains from unstructured zeros. The layers at the input and the
-        output and depthwise ones stay dense unless `include` names them.
-    include, exclude: patterns over parameter names, all of those of a tied weight. Methods that go by gradients refuse
-        weights that get none.
+    where: "pays" sparsifies only the layers that the target then computes faster, "all" every layer; None is "pays" with a
+        pattern and without `include`, else "all", since no engine here gains from unstructured zeros. Without `include`,
+        the layers at the input and the output and depthwise ones stay dense.
+    include, exclude: patterns over parameter names; any of the names of a tied weight may match. Methods that use gradients
+        refuse weights that get none.
 
     A gradual run:
     train: a `Distill` whose epochs are those of the whole run; its learning rate starts anew after each pruning (CAP:
         linear down).
-    snapshots: folder for the program after each stage; an interrupted run goes on from the last one (not from one of other
-        data, another teacher, target, precision or number of processes).
+    snapshots: folder for the program after each stage, by default the context's `out`; an interrupted run continues from
+        the last one, unless it is of other data, options, teacher, target, precision or number of processes.
 
-    Zeros that a weight already has count, and stay. The record names each layer with its sparsity and whether the target
-    will accelerate it; zeros stay zero in later passes (`graph.sparse`). Raises BadInput for options that make no sense
-    and for missing data. Refused, and named: layers that the pattern does not divide, computed and transposed weights.
+    Weights that are zero already count, and stay zero. The record names each layer with its sparsity and whether the target
+    will accelerate it; zeros stay zero in later passes (`graph.sparse`). Refused, and named in the record: layers whose
+    input channels the pattern does not divide, computed and transposed weights. Raises BadInput for options that make no
+    sense and for missing data, Refused where a Fisher matrix is too ill-conditioned for its damping.
     """
 
     sparsity: float | None = None
@@ -169,8 +169,8 @@ class Sparsify(Pass):
         return PassResult(new, record | self._report(new, names, context))
 
     def in_loop(self, program: Program, context: Context, steps: int, own: TrainableModule | None) -> Work:
-        """What the pass does in somebody else's loop: at the epochs of its schedule, as shares of all steps, or before the
-        first step, weights become zero, and stay so."""
+        """The pass's work in the user's training loop: before the first step, or at the schedule's epochs as shares of all
+        steps, weights become zero, and stay so."""
         check_field(self, "permute", not self.permute, "false in a loop of your own")
         names, refused, probed = self._reached(program.copy(), context)
         events = {0: self.sparsity}
@@ -203,7 +203,8 @@ class Sparsify(Pass):
 
     # -------------------------------------------------------------------------------------------------- which layers
     def choose(self, program: Program, context: Context) -> tuple[list[str], list[Refusal]]:
-        """The weights to sparsify, and the others with the reason."""
+        """The names of the weights to sparsify, and refusals for the others. Raises BadInput for a pattern of `include`
+        without a match."""
         known, refused = layers(program)
         check_included(self, self.include, known, refused)
         ends = _ends(program, known)
@@ -229,8 +230,7 @@ class Sparsify(Pass):
         return chosen, refused
 
     def _reached(self, program: Program, context: Context) -> tuple[list[str], list[Refusal], int]:
-        """As `choose`, without weights that no gradient reaches where the method goes by gradients, and how many gradients
-        were seen for that."""
+        """The result of `choose`, less weights that no gradient reaches if the method uses any, and the number probed."""
         names, refused = self.choose(program, context)
         if names and self.method != "magnitude" and isinstance(context.data, Iterator):
             raise BadInput("data: an iterator yields its batches once; it must be iterable again, such as a DataLoader")
@@ -241,8 +241,8 @@ class Sparsify(Pass):
         return left, [*refused, *(Refusal(name, NO_GRADIENT) for name in silent)], probed
 
     def _silent(self, program: Program, names: list[str], context: Context) -> tuple[list[str], int]:
-        """The weights whose gradients are all zero, which would be the first to go, and how many gradients were probed: a
-        few, and all for the weights where those are zero."""
+        """The weights whose gradients are all zero (they would be the first to go), and the number of gradients in the
+        first of two probes: a few gradients of all weights, then all gradients of the silent ones."""
         silent, seen = names, []
         for count in (min(PROBE, self.gradients), self.gradients):
             if silent:
@@ -258,7 +258,7 @@ class Sparsify(Pass):
     def _prune(
         self, program: Program, names: list[str], sparsity: float | None, context: Context, probed: int
     ) -> dict[str, Any]:
-        """Prune in place, in `recomputations` steps; what happened as a record. probed: gradients seen before."""
+        """Prune in place, in `recomputations` steps; returns a record. probed: number of gradients that were seen before."""
         stage: dict[str, Any] = {"method": self.method, "steps": []}
         chosen = _named(program, names)
         gone = sum(int((fetch(program.module(), name) == 0).sum()) for name in names)
@@ -291,7 +291,7 @@ class Sparsify(Pass):
     def _gradual(
         self, program: Program, names: list[str], context: Context, stages: list[dict[str, Any]], probed: int
     ) -> Program:
-        """Prune and train in turns; a stage whose snapshot is there is taken from it."""
+        """Prune and train by turns; a stage that has a snapshot is taken from it."""
         assert self.train is not None
         folder = Path(self.snapshots) if self.snapshots else None if context.out is None else Path(context.out)
         samples = Samples(context)
@@ -305,7 +305,7 @@ class Sparsify(Pass):
                 program = stored
                 stages.append(program.history[-1]["stages"][-1])
                 continue
-            program.module().meta.pop("batches", None)  # plain averages of statistics start anew, also after a snapshot
+            program.module().meta.pop("batches", None)  # plain averages of statistics start anew, as after a snapshot
             stage: dict[str, Any] = {"sparsity": share, "epochs": epochs}
             if share:
                 stage |= self._prune(program, names, share, context, probed)
@@ -327,7 +327,7 @@ class Sparsify(Pass):
         return program
 
     def _snapshot(self, file: Path, samples: Samples) -> Program | None:
-        """The program of a snapshot, unless it is not there or was trained on other data."""
+        """The program of a snapshot; None where there is none, or where it was trained on other data."""
         program = stored_program(file)
         if program is not None and not agreed(lambda: samples.differ(program.history[-1].get("data", [[], []]))):
             return program
@@ -336,13 +336,13 @@ class Sparsify(Pass):
         return None
 
     def _run_code(self, program: Program, context: Context) -> str:
-        """A code for all that decides what the snapshots hold, the data's first batch included."""
+        """A hash of everything that decides what the snapshots hold, the first batch of the data included."""
         options = repr(dataclasses.replace(self, snapshots=None))
         first = sample(context.data, context.seed)[:1]
         return run_code(program.module(), context, options, self.by_increments, first, accelerator().num_processes)
 
     def _report(self, program: Program, names: list[str], context: Context) -> dict[str, Any]:
-        """What changed, layer by layer, and the names that later passes have to respect."""
+        """The record's rows for each layer, and the sparse weights with their patterns, which later passes keep."""
         rows, before = [], sparse_weights(program)
         patterns = {name: stronger(before.get(name), self.pattern) for name in names}
         for layer in _named(program, names):
@@ -361,8 +361,8 @@ def _is_share(value: float) -> bool:
 
 # ----------------------------------------------------------------------------------------------------------- the layers
 def not_accelerated(layer: WeightedLayer, pattern: str | None, context: Context) -> str | None:
-    """Why the context's target will not compute a layer faster for its zeros, or None when it will (as far as is known
-    without measuring it: sparse kernels win from about 256 channels on, never in grouped convolutions)."""
+    """Why the context's target will not compute a layer faster for its zeros; None where it probably will (nothing is
+    measured; sparse kernels win from about 256 channels on, never in grouped convolutions)."""
     target, out = context.target, layer.shape[0]
     if not implies(pattern, "2:4") or layer.shape[1] % 4:
         return "no engine here gains from zeros outside the 2:4 pattern"
@@ -379,14 +379,14 @@ def not_accelerated(layer: WeightedLayer, pattern: str | None, context: Context)
 
 
 def _ends(program: Program, known: list[WeightedLayer]) -> dict[str, str]:
-    """The layers whose inputs no other layer has worked on, and those whose results none works on."""
+    """The first and the last layers, by name: those before which, or after which, there is no other layer."""
     named = {node: layer.name for layer in known for node in layer.nodes}
     result = {}
     for what, nodes, way in (
         ("the last layer", reversed(program.graph.nodes), lambda n: n.users),
         ("the first layer", program.graph.nodes, lambda n: n.all_input_nodes),
     ):
-        beyond: dict[fx.Node, bool] = {}  # whether a layer lies that way; sizes, which lead everywhere, do not count
+        beyond: dict[fx.Node, bool] = {}  # whether there is a layer that way; nodes of sizes are not followed
         for node in nodes:
             near = [n for n in way(node) if isinstance(n.meta.get("val"), (Tensor, tuple, list))]
             beyond[node] = any(beyond[n] or n in named for n in near)

@@ -1,4 +1,4 @@
-"""Sweeps over columns: SparseGPT (arXiv 2301.00774), and FastCAP, which is the same with a Fisher matrix."""
+"""Pruning by a sweep over columns: SparseGPT (arXiv 2301.00774), and FastCAP, which is the same with a Fisher matrix."""
 
 import torch
 from torch import Tensor
@@ -15,20 +15,22 @@ def sweep(
     alive: Tensor | None = None,
     width: int = 128,
 ) -> tuple[Tensor, Tensor]:
-    """SparseGPT's pass over the columns of rows `(r, c)` that share one Hessian `(c, c)`; FastCAP is the same with a
-    Fisher matrix. Returns the new weights and the mask.
+    """SparseGPT's sweep over the columns of `weights` `(r, c)`, whose rows share one Hessian `matrix` `(c, c)`; FastCAP is
+    the same with a Fisher matrix. Returns the new weights and the mask of all zeros, both `(r, c)`.
 
-    `count` more entries go, in every `width` columns the same share of those that can, with the smallest `w² / U_jj²`
-    (with a pattern instead: of every group of every row); a pruned weight's error is spread over the columns to the right
-    by the row `U_j` of the upper Cholesky factor of the inverse. alive: entries that can go; the others, pruned before,
-    stay at zero: an update that moves one of them on its way is undone like the weight of one that goes.
+    `count` more entries go, those with the smallest `w² / U_jj²`, from every `width` columns the same share of the entries
+    that can go; with a pattern, instead, `m - n` of every group of every row. The row `U_j` of the upper Cholesky factor of
+    the inverse spreads the error of a pruned weight over the columns to its right.
+
+    alive: bool `(r, c)`, entries that can go. The others, pruned before, stay at zero: where an update moves one, its error
+    is spread like that of a weight that goes.
     """
     upper = cholesky(torch.cholesky_inverse(cholesky(matrix[None])))[0].mT
     w = weights.to(upper).clone()
     dead = torch.zeros_like(weights, dtype=torch.bool) if alive is None else ~alive
     mask = dead.clone()
     if pattern is not None:
-        width = max(width - width % pattern[1], pattern[1])  # no group in two blocks
+        width = max(width - width % pattern[1], pattern[1])  # no group extends over two ranges of columns
     diagonal = upper.diagonal()
     shares = portions(count, [int((~part).sum()) for part in dead.split(width, 1)])
     for start, share in zip(range(0, w.shape[1], width), shares, strict=True):
