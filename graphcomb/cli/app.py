@@ -14,6 +14,8 @@ from typer.core import TyperGroup
 from ..graph.errors import GraphcombError
 from .bench import bench, bundle
 from .build import build
+from .export import export
+from .machine import check, targets
 from .output import BAD_INPUT, INTERRUPTED, UNEXPECTED, Interrupted, complain, show_warnings
 from .plan import comb, plan
 from .predict import predict
@@ -41,7 +43,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
         logging.getLogger("torch").setLevel(logging.ERROR)
 
 
-for command in (run, plan, comb, build, bench, predict, bundle, report, source, demo):
+for command in (run, plan, comb, export, build, bench, predict, bundle, report, source, targets, check, demo):
     app.command()(command)
 
 

@@ -10,10 +10,11 @@ from rich.table import Table
 
 from ..graph.errors import BadInput
 from .arguments import Quiet, Shapes, read_values
-from .output import NO_FIGURE, Interrupted, between, complain, console
+from .output import NO_FIGURE, WORSE, Interrupted, between, complain, console
 from .report import read_run
 
 if TYPE_CHECKING:
+    from ..runtime.report.gate import Ratios
     from ..runtime.summary import Bench
 
 
@@ -37,16 +38,23 @@ def bench(
         list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="Option of a bundle, as dla=0.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the result as JSON; default in the bundle.")] = None,
+    gate: Annotated[
+        Path | None,
+        typer.Option("--gate", metavar="BASELINE.json", help="An earlier result; exit code 1 where it was faster."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Latency of two models, measured in turns and guarded against a busy machine; or a bench bundle on a device.
 
-    Exit code 1 without a figure, and when some models of a bundle failed.
+    Exit code 1 without a figure, when some models of a bundle failed, and when a model is slower than in --gate.
     """
     from .. import runtime
     from ..graph.files import write_json
+    from ..runtime.report.gate import read_ratios
     from ..runtime.summary import Bench
     from .shapes import read_shapes
+
+    baseline = read_ratios(gate) if gate else {}
 
     if a.is_dir():
         if b is not None:
@@ -57,7 +65,7 @@ def bench(
             raise BadInput("--shape: a bundle has the shapes that it was written with; give them to `graphcomb bundle`")
         options = {"seconds": seconds, "threads": threads, **({"engine": engine} if engine else {})}
         measure_bundle(
-            a, out or a / "results.json", host, options | read_values(option or (), "--option"), quiet, python
+            a, out or a / "results.json", host, options | read_values(option or (), "--option"), quiet, python, baseline
         )
         return
     for name, value in (("--host", host), ("--python", python), ("--option", option)):
@@ -72,14 +80,22 @@ def bench(
     if out is not None:
         write_json(out, result.to_dict(), indent=2)
     show_bench(Bench.model_validate(result.to_dict()))
+    check_gate(result.to_dict(), baseline)
     if result.ratio is None:
         raise typer.Exit(NO_FIGURE)
 
 
 def measure_bundle(
-    folder: Path, out: Path, host: str | None, options: dict[str, Any], quiet: bool, python: str | None
+    folder: Path,
+    out: Path,
+    host: str | None,
+    options: dict[str, Any],
+    quiet: bool,
+    python: str | None,
+    baseline: Ratios,
 ) -> None:
-    """Run a bench bundle, show what it measured, and leave with an exit code when a model failed or none is compared."""
+    """Run a bench bundle, show what it measured, and leave with an exit code when a model failed, none is compared, or one
+    is slower than in the baseline."""
     from ..runtime.bundle.run import run_bundle, script_arguments
 
     arguments = script_arguments(options) + ["--quiet"] * quiet
@@ -90,8 +106,20 @@ def measure_bundle(
         raise Interrupted
     for name, reason in results.get("failed", {}).items():
         complain("failed", f"{name}: {reason}")
+    check_gate(results, baseline)
     if results.get("failed") or (len(results["models"]) > 1 and not any(results["ratios"].values())):
         raise typer.Exit(NO_FIGURE)
+
+
+def check_gate(results: dict[str, Any], baseline: Ratios) -> None:
+    """Leave with an exit code, and a line each, where a model is slower than in the baseline."""
+    from ..runtime.report.gate import compare_ratios, ratios
+
+    worse = compare_ratios(ratios(results), baseline)
+    for text in worse:
+        complain("gate", text)
+    if worse:
+        raise typer.Exit(WORSE)
 
 
 def bundle(

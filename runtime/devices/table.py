@@ -35,6 +35,14 @@ AMPERE = ("fp32", "tf32", "fp16", "bf16", "int8")
 HOPPER = (*AMPERE, "fp8")
 BLACKWELL = (*HOPPER, "fp4")
 
+# How far graphcomb was tried on a target. The first two rest on benchmarks/results.
+EVIDENCE = {
+    "measured": "latency was measured on such a device",
+    "built": "engines were built for it, on a machine without it",
+    "untested": "its figures and rules come from documentation alone",
+}
+TRIED = {"cpu": "measured", "rtx-sm86": "built", "rtx-sm89": "built", "rtx-sm120": "built"}
+
 JETSON_CLOCKS = ("sudo nvpmodel -m 0", "sudo jetson_clocks")
 JETSON_POWER = "tegrastats --interval 100"
 SMI_CLOCKS = ("nvidia-smi --query-gpu=clocks.max.sm --format=csv,noheader,nounits", "sudo nvidia-smi -lgc MAX_SM_CLOCK")
@@ -97,6 +105,11 @@ class Target:
         if self.backend == "tensorrt_rtx":
             return OPSETS[11, 4]
         return min(map(parsed_opset, self.tensorrt.values()))
+
+    @property
+    def evidence(self) -> str:
+        """How far graphcomb was tried on it: a key of `EVIDENCE`."""
+        return TRIED.get(self.name, "untested")
 
     @property
     def sm(self) -> str | None:

@@ -1,4 +1,4 @@
-"""The gate for CI: a build is compared with an earlier one, and what got worse is named.
+"""The gate for CI: a build or a measurement is compared with an earlier one, and what got worse is named.
 
 Kernels are matched by the ONNX nodes they compute, since libraries number them anew in every build. Source: ours.
 """
@@ -6,12 +6,14 @@ Kernels are matched by the ONNX nodes they compute, since libraries number them 
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from ...graph.errors import BadInput
 from ...graph.files import read_json
 from ..formats import Format, read, says
 from ..summary import Origin, Pad
 
+GROWTH = 0.05  # of an engine or its memory, which may come from another choice of kernels
 NUMBER = re.compile(r"_myl\d+_\d+$")  # of a generated kernel
 
 
@@ -32,6 +34,8 @@ class Build(Format):
     pads: list[Pad] = says("axes computed wider than the model has them", default=[])
     origins: dict[str, Origin] = says("by ONNX node", default={})
     unread: list[str] = says("lines of the build log about kernels that could not be read", default=[])
+    bytes: int | None = says("of the engine file", default=None)
+    memory: dict[str, int] = says("bytes by purpose", default={})
 
 
 def read_baseline(path: Path, target: str) -> list[Build]:
@@ -67,8 +71,9 @@ def choose(rows: list[Build], precision: str) -> Build:
 def compare(build: Build, baseline: Build) -> list[str]:
     """What is worse than in the baseline, a line each; empty when the build passes.
 
-    Worse is a kernel that only pads where the baseline has none for these nodes, and a kernel whose description in the
-    build log cannot be read.
+    Worse is a kernel that only pads where the baseline has none for these nodes, a kernel whose description in the build
+    log cannot be read, more kernels that compute, and an engine file, weights, activations or scratch memory that grew
+    by more than `GROWTH`.
     """
     before, now = _padding(baseline), _padding(build)
     worse = []
@@ -80,7 +85,61 @@ def compare(build: Build, baseline: Build) -> list[str]:
         text = f"new padding kernel{f' ({count} times)' if count > 1 else ''} for {', '.join(nodes)}{changed}"
         worse.append(": ".join([text, *advice[:1]]))
     new = Counter(build.unread) - Counter(baseline.unread)
-    return worse + [f"a kernel that cannot be read: {line[:200]}" for line in new]
+    worse += [f"a kernel that cannot be read: {line[:200]}" for line in new]
+    kernels, known = (sum(not kernel.padding for kernel in b.kernels) for b in (build, baseline))
+    if kernels > known:
+        worse.append(f"{kernels} kernels that compute, the baseline has {known}")
+    sizes, old = ({"engine": b.bytes or 0} | b.memory for b in (build, baseline))
+    return worse + [
+        f"{name}: {size:,} bytes, the baseline has {old[name]:,}"
+        for name, size in sizes.items()
+        if old.get(name) and size > old[name] * (1 + GROWTH)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- latency
+Ratios = dict[str, dict[str, float]]
+
+
+def read_ratios(path: Path) -> Ratios:
+    """By model, and way to run it, how many times faster than its reference an earlier measurement found it: of a file of
+    `graphcomb bench --out`, of a bundle's results.json, or of a run's summary.json. Raises BadInput for anything else."""
+    try:
+        stored = read_json(path)
+    except BadInput as error:
+        raise BadInput(f"--gate {error}; `graphcomb bench --out` makes one") from error
+    found = ratios(stored)
+    if not found:
+        raise BadInput(f"--gate {path}: holds no measured ratio (`graphcomb bench --out` writes them)")
+    return found
+
+
+def ratios(stored: Any) -> Ratios:
+    """The measured ratios of a `Bench`, or of what a bundle measured, as JSON has them, with their intervals."""
+    if isinstance(stored, dict) and isinstance(stored.get("bench"), dict):
+        stored = stored["bench"]
+    rows = stored.get("ratios") if isinstance(stored, dict) else None
+    found = {}
+    for name, row in rows.items() if isinstance(rows, dict) else ():
+        ways = {name: row} if "timings" in stored else {f"{name} ({way})": r for way, r in (row or {}).items()}
+        found |= {way: r for way, r in ways.items() if isinstance(r, dict) and {"median", "low", "high"} <= r.keys()}
+    return found
+
+
+def compare_ratios(now: Ratios, baseline: Ratios) -> list[str]:
+    """What is slower than in the baseline, a line each. A model is slower where the interval of its ratio to the reference,
+    both measured in turns, lies wholly below the baseline's; one that was not measured is named, too."""
+    worse = []
+    for name, old in baseline.items():
+        if (new := now.get(name)) is None:
+            worse.append(f"{name}: no figure; the baseline has {_interval(old)} times faster")
+        elif new["high"] < old["low"]:
+            worse.append(f"{name}: {_interval(new)} times faster, the baseline {_interval(old)}")
+    return worse
+
+
+def _interval(ratio: dict[str, float]) -> str:
+    return "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio)
 
 
 def _advice(pad: Pad) -> str:

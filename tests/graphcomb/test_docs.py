@@ -5,6 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
+import yaml
+
+from graphcomb.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,3 +59,14 @@ def test_names_that_are_imported_exist(page: Path) -> None:
         for part in parts:
             found = f"{found}.{part}"
             value = getattr(value, part) if hasattr(value, part) else importlib.import_module(found)
+
+
+def test_the_commands_of_the_ci_page_exist() -> None:
+    page = yaml.safe_load((ROOT / "docs" / "ci.yml").read_text())
+    steps = page["jobs"]["gate"]["steps"]
+    commands = [step["run"].split()[1:] for step in steps if step.get("run", "").startswith("graphcomb ")]
+    assert [name for name, *_ in commands] == ["check", "run", "build", "bench"]
+    known = {command.name: command for command in typer.main.get_command(app).commands.values()}
+    for name, *words in commands:
+        options = {text for parameter in known[name].params for text in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options

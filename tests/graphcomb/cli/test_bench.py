@@ -168,3 +168,21 @@ def test_mistakes_are_one_line(cli, models, tmp_path: Path) -> None:
     assert "leave" in refused("bench", tmp_path / "run", models["dense"])
     (tmp_path / "x.json").write_text('{"format": "other"}')
     assert "not the results of a bench bundle" in refused("report", tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(("low", "high", "code"), [(1.9, 2.1, 0), (2.2, 2.4, 1)])
+def test_a_model_slower_than_an_earlier_result_fails_the_gate(
+    cli, tmp_path: Path, monkeypatch, low, high, code
+) -> None:
+    monkeypatch.setattr(bundle_run, "run_bundle", lambda *given: RESULTS)
+    earlier = RESULTS | {"ratios": {"small": {"stream": {"median": (low + high) / 2, "low": low, "high": high}}}}
+    (tmp_path / "baseline.json").write_text(json.dumps(earlier))
+    (tmp_path / "bundle").mkdir()
+    outcome = cli("bench", tmp_path / "bundle", "--gate", tmp_path / "baseline.json")
+    assert outcome.code == code
+    wanted = "gate: small (stream): 2.00 (1.90 to 2.10) times faster, the baseline 2.30 (2.20 to 2.40)\n"
+    assert outcome.err == wanted * code
+
+
+def test_the_gate_is_read_before_anything_is_measured(refused, tmp_path: Path) -> None:
+    assert "--gate " in refused("bench", tmp_path, "--gate", tmp_path / "absent.json")

@@ -89,3 +89,43 @@ def test_a_bad_baseline_is_one_line(tmp_path, text, message):
         (tmp_path / "b.json").write_text(text)
     with pytest.raises(BadInput, match=f"--gate .*b.json: .*{message}"):
         read_baseline(tmp_path / "b.json", "rtx-sm86")
+
+
+def test_more_kernels_and_memory_are_worse():
+    before = report(kernel("a", ["a"]), bytes=1000, memory={"scratch": 100, "weights": 100})
+    now = report(kernel("a", ["a"]), kernel("b", ["b"]), bytes=1100, memory={"scratch": 104, "weights": 106, "new": 7})
+    assert compare(now, before) == [
+        "2 kernels that compute, the baseline has 1",
+        "engine: 1,100 bytes, the baseline has 1,000",
+        "weights: 106 bytes, the baseline has 100",
+    ]
+    assert compare(before, now) == []
+    assert compare(now, report(kernel("a", ["a"]), kernel("b", ["b"]))) == []  # an older report says nothing of memory
+
+
+def ratio(low, high):
+    return {"median": (low + high) / 2, "low": low, "high": high, "p5": 0.0}
+
+
+def test_slower_is_an_interval_wholly_below_the_baselines():
+    before = {"timings": [], "ratios": {"small": ratio(1.9, 2.1), "dense": None}}
+    bundle = {"models": {}, "ratios": {"small": {"stream": ratio(1.9, 2.1), "graph": {}}, "dense": {}}}
+    assert gate.ratios(before) == {"small": ratio(1.9, 2.1)} == gate.ratios({"model": "a run", "bench": before})
+    assert gate.ratios(bundle) == {"small (stream)": ratio(1.9, 2.1)}
+    for low, high, worse in ((1.5, 1.89, True), (1.5, 1.91, False), (2.2, 2.3, False)):
+        lines = gate.compare_ratios({"small": ratio(low, high)}, gate.ratios(before))
+        assert bool(lines) == worse
+    assert gate.compare_ratios({"small": ratio(1.5, 1.7)}, gate.ratios(before)) == [
+        "small: 1.60 (1.50 to 1.70) times faster, the baseline 2.00 (1.90 to 2.10)"
+    ]
+    assert gate.compare_ratios({}, gate.ratios(before)) == [
+        "small: no figure; the baseline has 2.00 (1.90 to 2.10) times faster"
+    ]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"ratios": {"a": null}, "timings": []}', '{"ratios": 3}'])
+def test_a_baseline_without_a_ratio_is_refused(content, tmp_path):
+    path = tmp_path / "b.json"
+    path.write_text(content)
+    with pytest.raises(BadInput, match="holds no measured ratio"):
+        gate.read_ratios(path)
