@@ -138,6 +138,10 @@ class Session:
         if not any(optimizer is known for known in self._optimizers):
             self._require_ours(optimizer)
             self._optimizers.append(optimizer)
+        if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+            raise BadInput(
+                "before_step: no parameter of the optimizer has a gradient; call it after backward() and before zero_grad()"
+            )
         scale = 1.0
         if scaler is not None and scaler.is_enabled():
             scale = scaler.get_scale()
@@ -286,6 +290,11 @@ class Session:
         if not any(id(p) in held for p in self._trained.parameters()):
             raise BadInput(
                 "before_step: the optimizer holds no parameter of session.module; make it of session.module.parameters()"
+            )
+        if self._own is None and isinstance(optimizer, torch.optim.LBFGS):
+            raise BadInput(
+                "before_step: LBFGS keeps one flat state of all parameters, which cannot lose what the module loses; attach "
+                'with cut="end", or take another optimizer'
             )
         if self._own is not None:
             moved = [n for n, p in self._trainee.module.named_parameters() if tensor_at(self._own, n) is not p]

@@ -127,7 +127,8 @@ def carry(optimizer: Optimizer, old: Parameters, new: Parameters, kept: Kept, ad
     for group in optimizer.param_groups:
         held = [(p, names.get(id(p))) for p in group["params"]]
         kinds = {p.dim() > 1 for p, _ in held}
-        group["params"] = [p if name is None else new[name] for p, name in held if name is None or name in new]
+        # the list stays the same object: some optimizers keep it under another name, too
+        group["params"][:] = [p if name is None else new[name] for p, name in held if name is None or name in new]
         group["params"] += [p for p in fresh if (p.dim() > 1) in kinds]
         fresh = [p for p in fresh if (p.dim() > 1) not in kinds]
     state, optimizer.state = optimizer.state, defaultdict(dict)
@@ -140,16 +141,23 @@ def carry_state(
     """Give an optimizer of new parameters the state that another one had of the old.
 
     State of a parameter's own shape, such as moments, keeps the same indices; where some state has another shape
-    (Adafactor's factors), that parameter's state starts anew, and a warning says so.
+    (Adafactor's factors), that parameter's state starts anew, and a warning says so. One entry means the same for all
+    parameters: a preconditioner has a square weight's shape by accident, and another one for the bias beside it.
     """
     anew, named = [], {id(p): name for name, p in old.items()}
+    factors = {
+        key
+        for p, values in state.items()
+        for key, v in values.items()
+        if isinstance(v, torch.Tensor) and v.dim() and v.shape != p.shape
+    }
     for parameter, values in state.items():
         name = named.get(id(parameter))
         if name is None:
             optimizer.state[parameter] = values
         elif name in new:
             dims, shape = kept.get(name, {}), parameter.shape
-            if dims and any(isinstance(v, torch.Tensor) and v.dim() and v.shape != shape for v in values.values()):
+            if dims and any(key in factors and isinstance(v, torch.Tensor) and v.dim() for key, v in values.items()):
                 anew.append(name)
                 continue
             optimizer.state[new[name]] = {

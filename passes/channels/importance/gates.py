@@ -35,6 +35,7 @@ from ....graph.comb import axes as ax
 from ....graph.comb.axes import Axis, Factor
 from ....graph.comb.solve import Comb
 from ....graph.compat import pytree
+from ....graph.errors import BadInput
 from ....graph.facts import CASTS
 from ....graph.nodes import arguments, fetch, op_name, set_argument, shape
 from ....graph.trainable import TrainableModule
@@ -165,9 +166,16 @@ class Gates:
         """By atom, the derivatives by its gates in the original's numbering, 0 where the network has lost the index.
 
         share: makes what the taps saw in one process the mean over all. scale: by how much the loss was multiplied, which
-        the parameters' gradients no longer are.
+        the parameters' gradients no longer are. Raises BadInput where a weight has been frozen since the gates were made:
+        what it reads would look worthless.
         """
         totals: Totals = {}
+        for name, _, _ in self.parameters:
+            if not fetch(self.module, name).requires_grad:
+                raise BadInput(
+                    f"importance from gradients: {name} was frozen during training (requires_grad=False), so what it reads "
+                    "would score 0; freeze it before training begins, or after the last removal"
+                )
         parameters = [
             (name, dim, tap) for name, dim, tap in self.parameters if fetch(self.module, name).grad is not None
         ]

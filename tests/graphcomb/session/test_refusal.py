@@ -60,6 +60,38 @@ class TestRefused:
         with pytest.raises(BadInput, match="holds no parameter of session"):
             session.before_step(OPTIMIZERS["sgd"](Residual().parameters()))
 
+    @pytest.mark.parametrize("cut", CUTS)
+    def test_gradients_that_are_gone_already(self, cut):
+        session = attached(Residual().train(), cut)
+        optimizer = OPTIMIZERS["sgd"](session.module.parameters())
+        with pytest.raises(BadInput, match=r"no parameter of the optimizer has a gradient; call it after backward\(\)"):
+            session.before_step(optimizer)
+
+    @pytest.mark.parametrize("cut", CUTS)
+    def test_weights_that_are_frozen_while_their_gradients_score(self, cut):
+        """What the frozen weight reads would score 0 and be the first to go."""
+        session = attached(Residual().train(), cut)
+        optimizer = OPTIMIZERS["sgd"](session.module.parameters())
+        train(session, optimizer, steps=1)
+        session.module.get_parameter("blocks.1.b.weight").requires_grad_(False)
+        with pytest.raises(BadInput, match=r"blocks\.1\.b\.weight was frozen during training"):
+            train(session, optimizer, first=1)
+
+    def test_weights_that_are_frozen_after_the_last_removal(self):
+        session = attached(Residual().train(), "during")
+        train(session, OPTIMIZERS["sgd"](session.module.parameters()), each=lambda step: self._freeze(session, step))
+        assert session.finish().removed
+
+    @staticmethod
+    def _freeze(session, step):
+        if session._work.callbacks[0].due(step + 1) is None:
+            session.module.get_parameter("blocks.1.b.weight").requires_grad_(False)
+
+    def test_an_optimizer_with_one_state_for_all_parameters(self):
+        session = attached(Residual().train(), "during")
+        with pytest.raises(BadInput, match="LBFGS keeps one flat state"):
+            session.before_step(torch.optim.LBFGS(session.module.parameters()))
+
     def test_a_copy_of_something_else(self):
         session = attached(Residual().train(), "end")
         with pytest.raises(BadInput, match="has not the parameters"):

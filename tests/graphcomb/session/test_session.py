@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import graphcomb
@@ -115,6 +116,36 @@ def test_state_of_another_shape_starts_anew_with_a_warning():
     with pytest.warns(UserWarning, match="Adafactor: its state of .* starts anew"):
         train(session, optimizer)
     session.finish()
+
+
+class Preconditioned(torch.optim.Optimizer):
+    """Shampoo (arXiv 1802.09568) on one side: the state of a weight is square, as some weights are."""
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            gradient = parameter.grad.reshape(len(parameter), -1)
+            state = self.state[parameter]
+            state.setdefault("left", torch.eye(len(parameter), dtype=parameter.dtype)).add_(gradient @ gradient.T)
+            parameter -= 1e-2 * torch.linalg.solve(state["left"], gradient).reshape(parameter.shape)
+
+
+def test_a_preconditioner_of_a_square_weight_is_no_moment_of_it():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    session = attached(model.double(), "during")
+    optimizer = Preconditioned(session.module.parameters(), {})
+    with pytest.warns(UserWarning, match="Preconditioned: its state of .* starts anew"):
+        train(session, optimizer)
+    assert all(state["left"].shape == (len(p), len(p)) for p, state in optimizer.state.items())
+    session.finish()
+
+
+def test_lists_of_parameters_that_an_optimizer_keeps_follow():
+    session = attached(Residual().train(), "during")
+    optimizer = OPTIMIZERS["adamw"](session.module.parameters())
+    kept = optimizer.param_groups[0]["params"]
+    train(session, optimizer)
+    assert [id(p) for p in kept] == [id(p) for p in session.module.parameters()]
 
 
 @pytest.mark.parametrize("cut", CUTS)
