@@ -1,4 +1,4 @@
-"""What sizes of the groups cost, exactly: polynomials in the sizes, as the comb knows the axes of every tensor."""
+"""The cost of a program at any sizes of its groups, exactly: polynomials in the sizes, from the axes of every tensor."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from ...graph.nodes import arguments, op_name
 
 
 class Costs:
-    """A cost (MACs or parameters) as a polynomial in the sizes of the movable atoms; `sizes` is the current state.
+    """A cost (MACs or parameters) as a polynomial in the sizes of the groups' atoms.
 
-    groups: whose sizes may change. units: of tied atoms, the group's atom that stands for each, and how many indices one
-    of its steps takes (see `ties`).
+    terms: the axes of each product that the cost adds up. groups: those whose sizes may change. units: for each tied atom,
+    the atom that stands for its bundle, and how many indices the tied atom loses in a step of the bundle (`Ties.units`).
+
+    Attributes: `sizes`, the present size of each group by its atom; `total`, the cost at these sizes.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Costs:
             self._values[i] = value
 
     def saving(self, atom: Factor, count: int) -> int:
-        """What removing `count` more indices of an atom saves, exactly."""
+        """How much lower the cost becomes when `count` more indices of an atom are removed."""
         before = self.sizes[atom]
         self.sizes[atom] = before - count
         saved = sum(self._values[i] - self._value(self.terms[i]) for i in self.uses[atom])
@@ -88,12 +90,12 @@ class Costs:
 
 
 def mac_terms(comb: Comb) -> list[list[Axis]]:
-    """The multiply-accumulates of a program as sums of products: the axes of each term."""
+    """The multiply-accumulates of a program as a sum of products: the axes of each product."""
     return [axes for _, terms in comb.cost_terms() for axes in terms]
 
 
 def parameter_terms(comb: Comb) -> list[list[Axis]]:
-    """The parameters of a program as sums of products: the axes of each tensor; a tied tensor counts once."""
+    """The parameters of a program as a sum of products: the axes of each tensor; a tied tensor counts once."""
     names = {name for name, _ in comb.module.named_parameters(remove_duplicate=True)}
     return [axes for name, axes in comb.parameters.items() if name in names]
 
@@ -102,7 +104,8 @@ TERMS = {"macs": mac_terms, "params": parameter_terms}
 
 
 def layer_costs(comb: Comb, sizes: dict[Factor, int]) -> list[dict[str, Any]]:
-    """Convolutions and linears with their channels and MACs before and after."""
+    """One row for each convolution and linear layer: its name, kind, channels and MACs before and after. sizes: by atom,
+    what is left of each group that shrinks."""
     rows = []
     dense, kept = Sizer({}), Sizer(sizes)
     for node, terms in comb.cost_terms():

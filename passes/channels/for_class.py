@@ -1,16 +1,17 @@
-"""What the class of a captured model can express: which sizes its forward takes for equal, read off the graph. Source: ours.
+"""Which sizes the class of a captured model treats as equal, read off the graph. Source: ours.
 
-A class says its sizes by attributes, by the shapes of tensors and by arithmetic with both, of which a graph shows results.
-So the equations here are those that the usual ways to write a forward need:
+A class derives sizes from attributes, from the shapes of tensors and from arithmetic with both, of which the graph shows
+only results. So the equations here are those of the usual ways to write a forward:
 
-- the pieces of a chunk, of an even split and of a slice of the n-th part are equal: `x.chunk(2, 1)`, `x[:, : c // 2]`;
+- the pieces of a chunk or an even split are equal, as is a slice to its n-th part: `x.chunk(2, 1)`, `x[:, : c // 2]`;
 - an attention layer has one number of heads: `self.num_heads`;
-- the width of a head from which attention computes its scale stays;
-- where a projection to heads is as wide as what it reads, heads times their width stay that: `c // self.num_heads`. So does
-  the projection back;
-- a table that the forward computes, such as sines of positions, keeps its sizes: a class makes another of other sizes.
+- the width of a head stays where attention computes its scale from it;
+- where a projection to heads is as wide as its input, the number of heads times their width stays that width: `c //
+  self.num_heads`; likewise for the projection back;
+- a table that the forward computes, such as sines of positions, keeps its sizes, since a class makes another table for
+  other sizes.
 
-Too many equations cost freedom, too few a refusal by `transplant`, which proves what comes out.
+An equation too many costs freedom; one too few costs a refusal by `transplant`, which proves its result.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ PRODUCTS = {"scaled_dot_product_attention", *MATRIX_PRODUCTS}
 
 @dataclass(frozen=True)
 class Equal:
-    """Axes whose sizes a class takes for the same, and the node that says so."""
+    """Axes whose sizes a class treats as equal; `node` shows this, `text` says why."""
 
     axes: list[Axis]
     node: fx.Node
@@ -49,8 +50,8 @@ class Equal:
 
 
 def class_ties(comb: Comb, groups: list[Group], minimum: int) -> tuple[Ties, dict[str, str]]:
-    """The groups that may shrink in a way that a class can express, tied as it needs them; and by name, with the reason,
-    those that may not."""
+    """The groups that may shrink without leaving what a class can express, tied as it requires; and the groups that may not
+    shrink, by name with the reason. minimum: how many indices each group keeps at least."""
     equations = [*_equal(comb)]
     refused: dict[str, str] = {}
     while True:
@@ -62,7 +63,8 @@ def class_ties(comb: Comb, groups: list[Group], minimum: int) -> tuple[Ties, dic
 
 
 def _bundles(equations: list[Equal], groups: list[Group], minimum: int) -> tuple[list[Bundle], dict[str, str]]:
-    """Groups that occur in one equation, or through others, together; or which of them cannot shrink at all, and why."""
+    """Bundles of the groups that equations connect, directly or through other groups; and, by name with the reason, the
+    groups that cannot shrink at all (then there are no bundles)."""
     by_atom = {g.atom: g for g in groups}
     tied: dict[Factor, dict[Factor, None]] = {}
     why: dict[Factor, str] = {}
@@ -95,8 +97,8 @@ def _bundles(equations: list[Equal], groups: list[Group], minimum: int) -> tuple
 
 
 def _proportional(axes: list[Axis], free: dict[Factor, Group]) -> bool:
-    """Whether the axes stay equal in size when all that is free in them keeps the same share: what stays whole in each is
-    the same, and no product shrinks twice."""
+    """Whether the axes stay equal in size when all their free atoms keep the same share: the part that does not shrink is
+    equally large in each, and no product has two free atoms."""
     wholes = set()
     for axis in axes:
         whole = 0
@@ -132,7 +134,7 @@ def _equal(comb: Comb) -> Iterator[Equal]:
 
 
 def _pieces(comb: Comb, node: fx.Node) -> Iterator[Equal]:
-    """The equal pieces of a split."""
+    """The pieces of a split that are equally large."""
     d = arguments(node)["dim"] % len(shape(arguments(node)["self"]))
     pieces: dict[int, list[Axis]] = defaultdict(list)
     for axes in comb.axes[node]:
@@ -143,7 +145,7 @@ def _pieces(comb: Comb, node: fx.Node) -> Iterator[Equal]:
 
 
 def _parts(comb: Comb, node: fx.Node) -> Iterator[Equal]:
-    """An axis and what a slice takes of it, where that is the n-th part, n times."""
+    """For a slice that is the n-th part of an axis: the axis and n times the slice."""
     a = arguments(node)
     x, d = a["self"], a["dim"] % len(shape(a["self"]))
     whole, part = shape(x)[d], shape(node)[d]
@@ -153,7 +155,7 @@ def _parts(comb: Comb, node: fx.Node) -> Iterator[Equal]:
 
 
 def _projections(comb: Comb, node: fx.Node, heads: set[Factor]) -> Iterator[Equal]:
-    """The two sides of a projection to or from heads, where they are of one width."""
+    """The two sides of a projection to or from heads, if they are equally wide."""
     channel = 1 if op_name(node).startswith("conv") else -1
     sides = comb.axes[arguments(node)["input"]][channel], comb.axes[node][channel]
     for one, other in (sides, sides[::-1]):
@@ -165,7 +167,7 @@ def _projections(comb: Comb, node: fx.Node, heads: set[Factor]) -> Iterator[Equa
 
 
 def _head_counts(comb: Comb, heads: set[Factor]) -> Iterator[Equal]:
-    """The numbers of heads of one module."""
+    """The axes of heads in one module that have one size."""
     found: dict[str, tuple[fx.Node, dict[Factor, None]]] = {}
     for node in comb.module.graph.nodes:
         if op_name(node) in PRODUCTS and (path := module_path(node)):

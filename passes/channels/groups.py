@@ -1,8 +1,9 @@
-"""Which groups may shrink, and by how many indices at a time, so that widths stay what hardware likes. Source: ours.
+"""Which groups may shrink, and by how many indices at a time, so that widths stay multiples that hardware likes. Source:
+ours.
 
-Convolutions and matrix products pad their channels to multiples of an alignment step (targets table). An axis may be a
-product or a sum, so the step of an atom is the smallest number of indices that keeps every product it takes part in, and
-every branch of a concatenation by itself, aligned. Sizes that are not aligned to begin with may stay as they are.
+Convolutions and matrix products pad their channels to multiples of an alignment (see the table of targets). An axis may be
+a product or a sum of atoms, so the step of an atom is the smallest number of indices that keeps every product that it takes
+part in, and every part of a concatenation, aligned. Sizes that are not aligned to begin with may stay.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ PRIORITY = {
 
 
 def movable(comb: Comb, kinds: Iterable[str], include: Iterable[str] = (), exclude: Iterable[str] = ()) -> list[Group]:
-    """The groups a pass may shrink: not frozen, of the kinds named, matched by `include` and not by `exclude` (patterns
-    over member names), and at most one factor of every product, heads before widths, so that ratios do not compound.
-    Raises BadInput for a pattern that matches no parameter."""
+    """The groups that a pass may shrink: not frozen, of the given kinds, matched by `include` (if any) and not by `exclude`
+    (patterns over names of groups and parameters). Of the factors of a product only one shrinks, heads before widths, so
+    that ratios do not compound. Raises BadInput for a pattern that matches no parameter and no group."""
     include, exclude, kinds = tuple(include), tuple(exclude), tuple(kinds)
     known = [*comb.parameters, *(g.name for g in comb.groups)]
     for field, patterns in (("include", include), ("exclude", exclude)):
@@ -64,8 +65,8 @@ def movable(comb: Comb, kinds: Iterable[str], include: Iterable[str] = (), exclu
 
 
 def not_trained(comb: Comb, groups: Iterable[Group]) -> dict[str, str]:
-    """By name, with the reason, the groups whose parameters are all frozen. Training would score them 0, and they would be
-    the first to go."""
+    """The groups whose parameters are all frozen, by name with the reason: training would score them 0, so that they would
+    be the first to go."""
     trained = {name for name, p in comb.module.named_parameters(remove_duplicate=False) if p.requires_grad}
     why = (
         "its parameters have requires_grad=False, so that training gives it no score; let them train "
@@ -111,7 +112,7 @@ def _nearest(pattern: str, known: list[str]) -> str:
 
 
 def products(comb: Comb) -> dict[Factor, set[Factor]]:
-    """For every atom, the other atoms it is multiplied with in some axis of a parameter."""
+    """For every atom, the atoms that it is multiplied with in an axis of a parameter."""
     partners: dict[Factor, set[Factor]] = defaultdict(set)
     for axis in _distinct(comb):
         for monomial in ax.monomials(axis):
@@ -121,7 +122,7 @@ def products(comb: Comb) -> dict[Factor, set[Factor]]:
 
 
 def _distinct(comb: Comb) -> list[Axis]:
-    """Every different axis of the parameters once."""
+    """The different axes of the parameters."""
     seen: dict[tuple[int, ...], Axis] = {}
     for axes in comb.parameters.values():
         for axis in axes:
@@ -132,7 +133,8 @@ def _distinct(comb: Comb) -> list[Axis]:
 
 
 def steps(comb: Comb, groups: list[Group], alignment: int) -> dict[Factor, int]:
-    """By how many indices each group may shrink at a time, so that every channel axis stays a multiple of `alignment`."""
+    """The number of indices by which each group may shrink at a time, so that every channel axis stays a multiple of
+    `alignment`."""
     result = {g.atom: 1 for g in groups}
     if alignment == 1:
         return result

@@ -1,9 +1,9 @@
-"""Pruning a module that keeps its shape: what would be cut is held at zero where it is read, and cut at the end.
+"""Pruning a module that keeps its shapes: what would be removed is held at zero where it is read, and removed at the end.
 
-The user's own class, hooks and trainer then go on as they are. An index whose every reader is a trained weight is out of the
-network exactly when the columns that read it are zero, whatever its writers, norms and activations still compute. Where an
-index is read otherwise (the statistics of a LayerNorm over it, the product of queries and keys, frozen weights), zeros would
-be something else than removal, so such groups are left whole, with the reason. Source: ours.
+So the user's own class, hooks and trainer work on unchanged. If only trained weights read an index, then the index has no
+effect exactly when the columns that read it are zero, whatever its writers, norms and activations still compute. If
+something else reads it (the statistics of a LayerNorm over it, the product of queries and keys, frozen weights), zeros
+differ from removal; such groups stay whole, with the reason. Source: ours.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from .while_training import Pruner
 
 
 def not_held(comb: Comb, groups: list[Group], own: TrainableModule) -> dict[str, str]:
-    """The groups that zeros cannot take out of the module, each with the reason. own: the graph around its tensors."""
+    """The groups that zeros cannot remove, by name with the reason. own: the graph around the tensors of the user's own
+    module."""
     gates = Gates(comb, [g.atom for g in groups], None, own)
     read_at: dict[Any, fx.Node] = {}
     for read, _, _ in gates.reads:
@@ -49,7 +50,7 @@ def not_held(comb: Comb, groups: list[Group], own: TrainableModule) -> dict[str,
 
 @dataclass
 class HeldPruner(Pruner):
-    """A `Pruner` that leaves every tensor its shape. own: the graph around the tensors of the module that trains."""
+    """A `Pruner` that keeps the shape of every tensor. own: the graph around the tensors of the module that trains."""
 
     own: TrainableModule = field(kw_only=True)
 
@@ -65,7 +66,7 @@ class HeldPruner(Pruner):
 
     def after_backward(self, step: int, module: TrainableModule) -> None:
         super().after_backward(step, module)
-        for name, dim, gone in self._zeros:  # so that no momentum gathers where nothing may grow back
+        for name, dim, gone in self._zeros:  # no momentum may build up where weights stay zero
             gradient = fetch(module, name).grad
             if gradient is not None:
                 gradient.index_fill_(dim, gone.to(gradient.device), 0)
@@ -77,14 +78,14 @@ class HeldPruner(Pruner):
         return None
 
     def hold(self, module: torch.nn.Module) -> None:
-        """Set the columns that read what is gone to zero."""
+        """Set the columns that read removed indices to zero, in place."""
         with torch.no_grad():
             for name, dim, gone in self._zeros:
                 parameter = fetch(module, name)
                 parameter.index_fill_(dim, gone.to(parameter.device), 0)
 
     def cut(self, trained: Program) -> Program:
-        """The exact slice of a program of the original's shapes."""
+        """The exact slice of a trained program that has the original's shapes."""
         return trained.derive(self._smaller(trained.module()))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # type: ignore[override]
@@ -93,7 +94,7 @@ class HeldPruner(Pruner):
         self.hold(self.own)
 
     def _smaller(self, module: TrainableModule) -> TrainableModule:
-        """A copy of a module of the original's shapes, as the masks leave it."""
+        """A copy of a module of the original's shapes, without what the masks remove."""
         return self._cut(module, self._kept({}), self.masks)
 
     def _surgery(self, module: TrainableModule, old: ax.Masks) -> None:  # type: ignore[override]
@@ -104,7 +105,7 @@ class HeldPruner(Pruner):
         self.hold(self.own)
 
     def _take_back(self, smaller: TrainableModule, module: TrainableModule) -> None:
-        """Put the tensors of a smaller network where they belong in a module of the original's shapes."""
+        """Write the tensors of a smaller network to their places in a module of the original's shapes."""
         kept = kept_indices(self.comb, self.masks)
         for name, value in smaller.state_dict().items():
             full = fetch(module, name)

@@ -1,8 +1,9 @@
-"""How many kernels a run starts before and after channels were removed, as the target's library is predicted to make them,
-and what went dead.
+"""How many kernels a run launches before and after channels were removed, as predicted for the target's library, and which
+nodes no longer matter.
 
-Fewer channels are no fewer kernels, but there may be more: a softmax over two branches is unrolled into its neighbours'
-kernel, and one over the single branch that is left is a kernel that gives 1, whatever its branch computes. Source: ours.
+Removing channels never lowers the number of kernels, but may raise it: a softmax over two branches is unrolled into the
+kernel of its neighbours, while a softmax over the one branch that is left is a kernel that gives 1, whatever its branch
+computes. Source: ours.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from ..base import Context
 
 
 def kernel_record(comb: Comb, sizes: Mapping[Factor, int], smaller: fx.Graph, context: Context) -> dict[str, Any]:
-    """Predicted kernels `before` and `after`; where there are more, the nodes that begin the new ones (`more`). `dead`: by
-    softmax that is left a single entry, the nodes whose values go nowhere else, so that they decide nothing.
+    """Predicted numbers of kernels `before` and `after`; if there are more, the nodes that begin the additional ones
+    (`more`). `dead`: for each softmax that is left with a single entry, the nodes that compute something only for it.
 
-    sizes: what is left of each group. smaller: the graph after removal; its own sizes are not read, as computing them
-    anew would take longer than the removal.
+    sizes: what is left of each group. smaller: the graph after removal; its shapes are computed from `sizes`, since
+    computing them from the graph would take longer than the removal.
     """
     rules = library(getattr(context.target, "backend", None), context.dtype)
     kept = _kept_shapes(comb, sizes)
@@ -41,7 +42,7 @@ def kernel_record(comb: Comb, sizes: Mapping[Factor, int], smaller: fx.Graph, co
 
 
 def _kept_shapes(comb: Comb, sizes: Mapping[Factor, int]) -> Shape:
-    """The sizes that the nodes of the graph have after the removal, by name."""
+    """A function that gives the shape of a node after the removal; nodes are found by name."""
     size = Sizer(sizes)
     shapes = {
         node.name: tuple(map(size, axes))
@@ -52,7 +53,7 @@ def _kept_shapes(comb: Comb, sizes: Mapping[Factor, int]) -> Shape:
 
 
 def _started(graph: fx.Graph, rules: Rules, shape: Shape) -> dict[str, int]:
-    """How many kernels each node begins, or is laid out anew by."""
+    """For each node, the number of kernels that begin with it or copy it into another layout."""
     counts: dict[str, int] = {}
     for kernel in kernels(graph, rules, shape):
         for node in (kernel.nodes[0], *kernel.copied(rules.grain, shape)):
@@ -61,7 +62,7 @@ def _started(graph: fx.Graph, rules: Rules, shape: Shape) -> dict[str, int]:
 
 
 def _only_for(node: fx.Node) -> list[fx.Node]:
-    """The nodes that compute something for this one alone."""
+    """The nodes whose values are used for this node alone."""
     nodes = {node}
     for other in reversed(node.graph.nodes):
         if other.op == "call_function" and other.users and set(other.users) <= nodes:

@@ -1,13 +1,13 @@
-"""Which sizes keep the most importance within a latency: a knapsack over aligned chunks.
+"""The sizes that keep the most importance within a latency: a knapsack over aligned chunks.
 
-    maximise sum_g V_g(n_g)   subject to   run + sum_layers t(layer at sizes n) <= budget
+maximise sum_g V_g(n_g)   subject to   run + sum_layers t(layer at sizes n) <= budget
 
 V_g(n) is the sum of the group's n largest scores. A layer's time depends on the sizes of several groups (a convolution's
-inputs and outputs), so the problem is no plain knapsack: it is solved again and again with every group's time taken
-exactly at its possible sizes while the others stay where the last solution left them. Each of these is a multiple-choice
-knapsack, solved by dynamic programming over a rounded-up time axis. Every solution is repaired (the chunk with the least
-importance per second goes until the budget holds) and filled (the chunk with the most importance per second comes back
-while it fits), and the best one wins. With few combinations all are tried. Source: ours.
+inputs and outputs), so this is no plain knapsack problem. It is linearised around a solution: every group's time is taken
+exactly at its possible sizes while the other groups stay as in that solution. The result is a multiple-choice knapsack,
+solved by dynamic programming over a rounded-up time axis, and gives the next solution. Every solution is repaired (the
+chunk with the least importance per second goes until the budget holds) and filled (the chunk with the most importance per
+second comes back while it fits), and the best one wins. If there are few combinations, all are tried. Source: ours.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from ...graph.workload.layers import Layers
 from .ties import Ties
 
 Sizes = dict[Factor, int]
-BINS = 1500  # of the time axis
+BINS = 1500  # number of bins of the time axis
 ROUNDS = 8
 EXHAUSTIVE = 4000  # combinations up to which all are tried
-COMBINATIONS = 4096  # sizes of one layer that are measured beforehand, at most
-WEIGHTS = (0.25, 0.5, 0.75, 0.9, 0.97, 1.0)  # of what has to be left beside importance, tried in this order
+COMBINATIONS = 4096  # a layer with more combinations of sizes is not measured beforehand
+WEIGHTS = (0.25, 0.5, 0.75, 0.9, 0.97, 1.0)  # of a floor's measure against importance, tried in this order
 
 
 class Predictor:
-    """Predicted seconds of a run of a combed program at any sizes of its groups; sizes of a layer are looked up once."""
+    """Predicted seconds of a run of a program at any sizes of its groups; each layer is predicted once for each of its
+    sizes."""
 
     def __init__(self, comb: Comb, latency: Latency, batch: int = 1, ties: Ties | None = None):
         self.layers, self.latency = Layers(comb, batch, rules_of(latency)), latency
@@ -54,11 +55,11 @@ class Predictor:
         self._known: dict[tuple[int, tuple[int, ...]], float] = {}
 
     def total(self, sizes: Mapping[Factor, int]) -> float:
-        """Seconds of a run at these sizes."""
+        """Seconds of a run at these sizes; groups without one are whole."""
         return self.latency.per_run + sum(self.node(i, sizes) for i in range(len(self.layers.nodes)))
 
     def around(self, atom: Factor, sizes: Mapping[Factor, int]) -> float:
-        """Seconds of the layers that an atom takes part in."""
+        """Seconds of the layers whose sizes depend on an atom."""
         return sum(self.node(i, sizes) for i in self.users[atom])
 
     def node(self, index: int, sizes: Mapping[Factor, int]) -> float:
@@ -73,18 +74,18 @@ class Predictor:
         return self.layers.sizer(self._ties.spread(sizes))
 
     def record(self, sizes: Mapping[Factor, int]) -> dict[str, Any]:
-        """What was predicted before and after, in seconds, by what, and how far off that may be."""
+        """The predicted seconds before and after, the latency model, and its error if it knows that."""
         record = {"predicted": {"before": self.total({}), "after": self.total(sizes)}, "by": str(self.latency)}
         error = getattr(self.latency, "error", None)
         return record | ({"error": str(error), "factor": error.factor} if error else {})
 
     def prepare(self, options: Mapping[Factor, Sequence[int]], progress: bool = False) -> None:
-        """Let the table measure, at once, every layer at every combination of the sizes its groups may have."""
+        """Let the latency model measure, at once, every layer at every combination of the sizes that its groups may have."""
         wanted = []
         for index, atoms in enumerate(self._atoms):
             choices = [options.get(a, (a.size,)) for a in atoms]
             if math.prod(map(len, choices)) > COMBINATIONS:
-                continue  # a long concatenation: measured as it comes up
+                continue  # a long concatenation, which is measured when a search asks for it
             for combination in itertools.product(*choices):
                 size = self._sizer(dict(zip(atoms, combination, strict=True)))
                 wanted += [layer] if (layer := self.layers.numbered(index, size)) is not None else []
@@ -93,7 +94,7 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Floor:
-    """What sizes have to leave beside the latency. measure: never falls as sizes grow. least: of it."""
+    """A quantity that must not fall below `least`. measure: its value at given sizes; it never falls as sizes grow."""
 
     measure: Callable[[Sizes], float]
     least: float
@@ -106,11 +107,12 @@ def knapsack(
     budget: float,
     floor: Floor | None = None,
 ) -> Sizes | None:
-    """The sizes, one of the options of every group, that keep the most importance with at most `budget` seconds
-    predicted; None when nothing does.
+    """For every group one of its options, such that the most importance is kept and at most `budget` seconds are predicted;
+    None where no choice is found.
 
-    options: allowed sizes by atom. scores: importance of every index; any real numbers. floor: what the sizes have to leave
-    beside. Where it binds, the search weighs importance against its measure (a Lagrange multiplier), as little as helps.
+    options: allowed sizes by atom. scores: importance of every index; any real numbers. floor: a quantity that the sizes
+    must keep as well. Where it binds, the search weighs its measure against importance (a Lagrange multiplier), as little
+    as helps.
     """
     problem = _Problem(predictor, {a: sorted(set(o)) for a, o in options.items()}, scores, budget, floor)
     if math.prod(len(o) for o in problem.options.values()) <= EXHAUSTIVE:
@@ -128,10 +130,10 @@ def towards(
     end: Sizes,
     budget: float,
 ) -> Sizes:
-    """Sizes on the way from the largest options to the end's, with at most `budget` seconds predicted: what has the least
-    importance per second goes first, and nothing that stays at the end.
+    """Sizes between the largest options and those of `end`, with at most `budget` seconds predicted: chunks with the least
+    importance per second go first, and no group becomes smaller than in `end`.
 
-    end: one option of every group. What it takes is all that may go, even if that is more than the budget.
+    end: one option of every group; it is the result where its seconds exceed the budget.
     """
     way = {a: sorted({n for n in o if n >= end[a]}) for a, o in options.items()}
     return _Problem(predictor, way, scores, budget).repaired({a: o[-1] for a, o in way.items()}) or dict(end)
@@ -151,7 +153,7 @@ class _Problem:
 
     @staticmethod
     def _values(scores: np.ndarray, options: list[int]) -> np.ndarray:
-        """What each allowed size keeps."""
+        """The importance that each allowed size keeps."""
         kept = np.concatenate([[0.0], np.cumsum(np.sort(scores)[::-1])])
         return kept[options]
 
@@ -159,7 +161,7 @@ class _Problem:
         return self.floor is None or self.floor.measure(sizes) >= self.floor.least
 
     def weighed(self, weight: float) -> _Problem:
-        """The problem in which the floor's measure counts as importance, by this share of all of it."""
+        """The same problem in which the floor's measure makes up the share `weight` of the importance."""
         assert self.floor is not None
         problem, largest = copy(self), {a: o[-1] for a, o in self.options.items()}
         measures = {
@@ -207,11 +209,11 @@ class _Problem:
         return best
 
     def _better(self, sizes: Sizes, best: Sizes | None) -> Sizes | None:
-        """The sizes, where they leave enough and are worth more than the best so far."""
+        """The sizes if they satisfy the floor and keep more importance than the best so far; else the best so far."""
         return sizes if self.enough(sizes) and (best is None or self.value(sizes) > self.value(best)) else best
 
     def _start(self) -> Sizes:
-        """All groups at the same share, the largest that fits."""
+        """All groups at the same share of their options, the largest that fits."""
 
         def at(share: float) -> Sizes:
             return {a: o[min(int(share * len(o)), len(o) - 1)] for a, o in self.options.items()}
@@ -223,7 +225,7 @@ class _Problem:
         return at(low)
 
     def _linearised(self, sizes: Sizes) -> Sizes:
-        """The best choice when every group's own effect on the time is exact and the effects add up."""
+        """The best choice if each group's effect on the time is exact around `sizes` and these effects add up."""
         extra = {}
         for atom, options in self.options.items():
             times = np.array([self.predictor.around(atom, {**sizes, atom: n}) for n in options])
@@ -232,7 +234,7 @@ class _Problem:
         if left <= 0:
             return {a: o[int(extra[a].argmin())] for a, o in self.options.items()}
         width = left / BINS
-        reached = np.zeros(BINS + 1)  # the best value of the groups so far within so many bins
+        reached = np.zeros(BINS + 1)  # reached[t] is the best value of the groups so far within t bins
         choices = []
         for atom in self.options:
             need = np.ceil((extra[atom] - extra[atom].min()) / width - 1e-9).astype(int)
@@ -250,8 +252,8 @@ class _Problem:
         return {a: result[a] for a in self.options}
 
     def repaired(self, sizes: Sizes) -> Sizes | None:
-        """Shrink, the least importance per second first, until the prediction is within the budget; in place. What leaves
-        enough goes on doing so."""
+        """Shrink sizes in place until the prediction is within the budget, the least importance per second first; None if
+        that cannot be. Sizes that satisfy the floor still satisfy it afterwards."""
         held = self.enough(sizes)
         while (total := self.predictor.total(sizes)) > self.budget:
             best: tuple[float, Factor, int] | None = None
@@ -272,7 +274,7 @@ class _Problem:
         return sizes
 
     def filled(self, sizes: Sizes) -> Sizes:
-        """Grow, the most importance per second first, while the prediction stays within the budget; in place."""
+        """Grow sizes in place while the prediction stays within the budget, the most importance per second first."""
         while True:
             total = self.predictor.total(sizes)
             best: tuple[float, Factor, int] | None = None

@@ -1,4 +1,4 @@
-"""Sizes that a user fixes: the rows of a plan, and what patterns over groups keep."""
+"""Sizes that a user fixes: the rows of a plan, and the option `keep`, which maps patterns over group names to sizes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from .selection import Selection
 
 @dataclass(frozen=True)
 class Planned:
-    """What a plan says of a group. fixed: a decision, which stands even where others must then give more."""
+    """The size that a plan gives a group. fixed: whether it is the user's decision, which stands even if other groups must
+    then give more; else it is a proposal."""
 
     keep: int
     fixed: bool
 
 
 def read_plan(comb: Comb, plan: Any) -> dict[str, Planned]:
-    """What the rows of a plan ask for, by group name; BadInput where they do not fit the program.
+    """The size of each group that a plan names, by group name. Raises BadInput for rows that do not fit the program.
 
     A row is {"name", "keep"} with an optional `prune`, which may be false to keep the group whole, and an optional
-    `proposed`: a row whose `keep` is still what was proposed is not a decision.
+    `proposed`: a row whose `keep` is still the proposed one is no decision.
     """
     rows = plan.get("groups", []) if isinstance(plan, dict) else plan or []
     known = {g.name: g for g in comb.groups}
@@ -52,9 +53,10 @@ def read_plan(comb: Comb, plan: Any) -> dict[str, Planned]:
 def kept_by_pattern(
     keep: Mapping[str, float], comb: Comb, groups: list[Group], selection: Selection
 ) -> dict[str, Planned]:
-    """What a mapping from patterns over group names to sizes asks for, by group name; of several patterns that match a
-    group, the last one counts. groups: those that may shrink. BadInput where a pattern matches none of them, or a size does
-    not fit."""
+    """The size of each group that a pattern of `keep` matches, by group name; the last pattern that matches counts.
+
+    groups: those that may shrink. Raises BadInput for a pattern that matches none of them, or a size that does not fit.
+    """
     rows: dict[str, Planned] = {}
 
     def named(pattern: str, among: list[Group]) -> list[Group]:
@@ -80,5 +82,5 @@ def kept_by_pattern(
 
 
 def some(names: Sequence[str], count: int = 4) -> str:
-    """The first few of some names, and whether there are more."""
+    """The first `count` names, and a note if there are more."""
     return f"{', '.join(names[:count])}{' and more' if len(names) > count else ''}"

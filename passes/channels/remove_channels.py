@@ -1,4 +1,4 @@
-"""Structured removal of channels, heads, hidden units and groups."""
+"""The pass that removes channels, heads, hidden units and groups of channels."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from .ties import Ties
 from .while_training import Pruner, event_steps, removed_values
 
 DURING = ("schedule", "interval", "rounds", "prune_share")  # options of pruning while training
-DEFAULT_ALIGNMENT = 8  # fp16 tensor cores; what a target says goes before it
+DEFAULT_ALIGNMENT = 8  # that of fp16 tensor cores, used without a target
 
 
 @dataclass(frozen=True)
@@ -69,38 +69,39 @@ class RemoveChannels(Pass):
     The target is one of four; without any it is ratio 0.5, or 0 with `keep`.
 
     - ratio: the share of indices that goes, from 0 to under 1: of each group (scope "local") or of all together ("global").
+      Alignment, `min_channels` or a plan may leave more than that; this is no error, and the record's `target` says what
+      was reached and why. Each of the following targets raises Unreachable instead.
     - macs, params: the multiply-accumulates or parameters that may remain: a share of the dense program's up to 1, or a
       whole number. MACs are those of the example input.
-    - latency: the time that a run may take as the context's `latency` predicts it: a share of the dense program's, or a time
-      such as "3.5 ms" or "800 us". Sizes come from a knapsack over all groups (`channels.knapsack`).
+    - latency: the time that a run may take as the context's `latency` predicts it: a share of the dense program's, or a
+      time such as "3.5 ms" or "800 us". Sizes come from a knapsack over all groups (`channels.knapsack`).
     - least_macs: the share of the MACs that a latency target has to leave. None is 0.25 where a data sheet predicts, which
       may be off by a factor, and 0 where something was measured.
 
-    Beside it, keep: by pattern over the names of groups (as `plan` lists them) what each keeps, a share up to 1 or a number
-    of indices, as in `{"layer4.*": 0.5, "layer4.2.*": 32}`; the last pattern that matches counts. The others meet the
-    target.
+    Besides the target, keep: what the groups keep whose names (as `plan` lists them) match a pattern, as a share up to 1 or
+    a number of indices: `{"layer4.*": 0.5, "layer4.2.*": 32}`; the last match counts. The other groups meet the target.
 
-    What goes, in which portions:
+    What goes, and in which portions:
 
     - importance: "magnitude"; "taylor" or "fisher", from gradients, which need labelled data and are exact to first order
-      (`channels.importance`), or "taylor-paper" and "fisher-paper", the form that CPD publishes (arXiv 2408.03046); or
-      "random". None is fisher with `train`, else magnitude.
-      "fisher-unlabelled" and "repair" need images without labels, and go without `train`; the latter is what stays lost
-      after `repair`.
-    - repair: give what is left its least-squares weights, as `Repair` with its defaults does, from images of the data;
-      labels are not needed. With `train`, after each event, against the network just before it.
-    - samples: how many of the data's samples gradients are taken from before anything is cut, in whole batches
+      (`channels.importance`); "taylor-paper" or "fisher-paper", the form that CPD publishes (arXiv 2408.03046); or
+      "random". "fisher-unlabelled" and "repair" need images without labels, and exclude `train`; the latter is the loss
+      that remains after `repair`. Or a function, see `channels.importance.scores.from_function`. None is fisher with
+      `train`, else magnitude.
+    - repair: give the remaining weights their least-squares values, as `Repair` does with its defaults, from images of the
+      data without labels; with `train` after each event, against the network just before it.
+    - samples: number of samples, in whole batches, that gradients are taken from before anything is removed
       (`common.samples` says which).
     - scope: "local" takes the same share of each group, "global" ranks all groups together, "isomorphic" takes the same
-      share of each kind of groups and ranks those of a kind together (`channels.groups.alike`), for unlike ones do not
-      compare. For a cost, global ranks scores
-      from gradients, which are changes of the loss, by importance per cost saved (after CPD; the exact cost is ours), the
-      more so the less of a group is left. None is global with `train` or a latency target, else local.
+      share of each kind of groups and ranks those of a kind together (`channels.groups.alike`), since different kinds do
+      not compare. For a cost, global ranks gradient scores, which are changes of the loss, by importance per cost saved
+      (after CPD; the exact cost is ours), higher the less of a group is left. None is global with `train` or a latency
+      target, else local.
     - round_to: sizes stay multiples of it; None is the target's alignment for the context's dtype, or 8.
     - min_channels: how many indices every group keeps at least.
-    - for_class: ask only for sizes that the model's class can hold, for `transplant`: equal pieces where it splits, one
-      number of heads in a layer, as many channels as heads times their width (`channels.for_class` says what is read off
-      the graph). The record's `tied` lists what shrinks together; groups that a class cannot express are left whole.
+    - for_class: choose only sizes that the model's class can hold, for `transplant`: equal pieces where it splits, one
+      number of heads in a layer, as many channels as heads times their width (`channels.for_class` says what the graph
+      shows). The record's `tied` lists what shrinks together; groups that a class cannot express stay whole.
     - kinds: which kinds of groups may shrink. include, exclude: patterns over names of parameters and groups.
 
     While training, where `train` says how (the options of `Distill`; CPD's way):
@@ -109,10 +110,11 @@ class RemoveChannels(Pass):
       before the first step. Scores are summed over the steps since the last removal, from gradients of training.
     - prune_share: the share of all steps in which the target is reached; the rest fine-tunes what is left.
 
-    The record has what `Distill`'s has, and the `events`; `channels.while_training` says when they come and what masks mean.
+    The record then also has `Distill`'s, and the `events`; `channels.while_training` describes events and masks.
 
-    Raises BadInput for options that make no sense and for missing data, Unreachable for a target that cannot be met, Refused
-    where a pattern of `Sparsify` would break. Frozen groups are left whole, and named with the reason.
+    Raises BadInput for options that make no sense and for missing data, Refused where a pattern of `Sparsify` would break
+    or a MACs target meets uncounted operators, Unreachable for a target that cannot be met (see ratio) and, with `train` or
+    a target other than ratio, if there is nothing to prune. Frozen groups stay whole, and are named with the reason.
     """
 
     ratio: float | None = None
@@ -136,7 +138,7 @@ class RemoveChannels(Pass):
     repair: bool = False
     keep: Mapping[str, float] = field(default_factory=dict)
     for_class: bool = False
-    _unsaid: ClassVar[dict[str, Any]] = {}  # of an instance: options whose default depends on `train`
+    _unsaid: ClassVar[dict[str, Any]] = {}  # an instance sets it: options left to a default that depends on `train`
 
     def __post_init__(self) -> None:
         unsaid = {k: None for k in ("importance", "scope") if getattr(self, k) is None}
@@ -176,7 +178,7 @@ class RemoveChannels(Pass):
 
     @property
     def target(self) -> str:
-        """Which of the four targets it has."""
+        """The name of the target option."""
         return next((t for t in ("macs", "params", "latency") if getattr(self, t) is not None), "ratio")
 
     def check_alone(self) -> None:
@@ -223,8 +225,9 @@ class RemoveChannels(Pass):
         return Work([pruner], conclude, None if self.train is None else self.train.loss_in_loop(program, context))
 
     def pruner(self, program: Program, context: Context, steps: int, own: TrainableModule | None = None) -> Pruner:
-        """What cuts the program while it trains for so many steps, or with `own` holds zeros in it (`HeldPruner`). What
-        cannot be done is said before training."""
+        """The callback that cuts the program during this many training steps, or with `own` holds zeros in it
+        (`HeldPruner`). Raises, before any training, for a target that cannot be met or a sparse pattern that would break.
+        """
         task = self._task(program, context, own)
         require_no_pattern(program, task.groups)
         task.chooser.require()
@@ -300,7 +303,8 @@ class RemoveChannels(Pass):
 
     @staticmethod
     def _proven(program: Program, result: PassResult, context: Context) -> dict[str, Any]:
-        """That the result is one slice of the masked network: the same weights, and what the absence oracle computes."""
+        """Prove that the result is one slice of the masked network: the same weights, and the outputs of the absence
+        oracle."""
         verdict = check(program, result, seed=context.seed)
         if not verdict.ok:
             why = verdict.disagreements[0] if verdict.disagreements else "nothing the oracle sees has changed"
@@ -308,8 +312,7 @@ class RemoveChannels(Pass):
         return {"oracle": "absence oracle", "error": verdict.error, "tolerance": TOLERANCE}
 
     def _movable(self, comb: Comb) -> tuple[list[Group], dict[str, str]]:
-        """The groups that may shrink; and by name, with the reason, those that training gives no scores. What is pruned
-        before the first step is scored by a pass over the data of its own."""
+        """The groups that may shrink; and, with the reason, those without a score from training (one-shot needs none)."""
         groups = movable(comb, self.kinds, self.include, self.exclude)
         if self.train is None or self.importance not in TRANSFORMS or self.schedule == "one-shot":
             return groups, {}
@@ -317,9 +320,8 @@ class RemoveChannels(Pass):
         return [g for g in groups if g.name not in unscored], unscored
 
     def _require_groups(self, comb: Comb, groups: list[Group], unscored: Mapping[str, str]) -> None:
-        """Raise Unreachable where there is nothing to prune, unless nothing is asked for. A share of every axis that is
-        free is met where none is: a warning and the record say so. Raises Refused for a target in MACs where not all are
-        counted."""
+        """Raise Unreachable where there is nothing to prune, unless nothing is asked for; for a ratio without `train` only
+        warn, since a share of no axes is met. Raises Refused for a target in MACs where not all operators are counted."""
         if self.target == "macs":
             require_counted(comb.module, "RemoveChannels.macs")
         if groups or (self.train is None and getattr(self, self.target) in (0, 1, 1.0)):
@@ -331,7 +333,7 @@ class RemoveChannels(Pass):
         warnings.warn(nothing_to_prune(comb), stacklevel=4)
 
     def _score(self, comb: Comb, groups: list[Group], context: Context, losses: Losses | None = None) -> Scores:
-        """How much each index of each group matters. losses: what "repair" comes from, where it is known."""
+        """The importance of each index of each group. losses: the statistics of "repair", if they are known."""
         if not groups:
             return {}
         if losses is not None:
@@ -340,11 +342,12 @@ class RemoveChannels(Pass):
         return importance_of(self.importance)(comb, groups, context, self.samples)
 
     def plan(self, program: Program, context: Context | None = None) -> list[dict[str, Any]]:
-        """What the pass would do, group by group: name, kind, size, keep, the MACs removal saves, and why it is frozen.
+        """The rows that the pass would apply, one for each group: name, kind, size, keep, the share of MACs saved, and why
+        it is frozen.
 
-        Edit the `keep` values, add `"prune": False` or take rows out, and give the list back as `context.plan` to apply
-        it. A row that is changed is a decision. The others stand as proposed where the target is met with them, and are
-        chosen anew where it is not; so are groups without a row.
+        Edit the `keep` values, add `"prune": False` or take rows out, and give the list back as `context.plan` to apply it.
+        A row that is changed is a decision. The others stand as proposed if the target is met with them, else they are
+        chosen anew, as are groups without a row.
         """
         context = context or Context()
         comb = Comb(program)
@@ -367,11 +370,11 @@ class RemoveChannels(Pass):
         return rows
 
     def _tied(self, comb: Comb, groups: list[Group]) -> tuple[Ties, dict[str, str]]:
-        """Which of the groups may shrink only together, and which not at all, for the class's sake."""
+        """The ties that the model's class requires, and the groups that it forbids to shrink, by name with the reason."""
         return class_ties(comb, groups, self.min_channels) if self.for_class else (Ties(groups), {})
 
     def _kept(self, comb: Comb, ties: Ties, context: Context) -> dict[str, Planned]:
-        """What `keep` says of the groups that may shrink."""
+        """The sizes that `keep` gives to groups that may shrink."""
         selection = Selection(comb, ties.chosen, self.alignment(context), self.min_channels, ties=ties)
         return kept_by_pattern(self.keep, comb, ties.groups, selection)
 
@@ -389,7 +392,7 @@ class RemoveChannels(Pass):
         )
 
     def alignment(self, context: Context) -> int:
-        """The step widths are multiples of."""
+        """The number that widths are multiples of."""
         if self.round_to is not None:
             return self.round_to
         return DEFAULT_ALIGNMENT if context.target is None else int(context.target.alignment(context.dtype))

@@ -1,4 +1,4 @@
-"""How many indices every group keeps: sizes that the alignment allows, chosen by ratio, by count, by cost, or by a plan."""
+"""How many indices every group keeps: aligned sizes, chosen for a ratio, a number of indices, a cost, or a plan."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ Sizes = Mapping[Factor, int]
 
 
 class Selection:
-    """How many indices every group keeps; only sizes that the alignment allows. sizes: what is left of groups that have
-    lost some before; nothing ever grows. ties: where given, the groups and sizes are of what stands for tied ones."""
+    """The number of indices that every group keeps, always an aligned size.
+
+    groups: those whose sizes are chosen. minimum: how many indices each keeps at least. sizes: of groups that have lost
+    some before; nothing grows beyond them. ties: if given, `groups` and all sizes are those of wholes (`Ties.chosen`).
+    """
 
     def __init__(
         self,
@@ -41,59 +44,59 @@ class Selection:
         )
 
     def kept(self, group: Group) -> int:
-        """How many indices a group keeps, as chosen so far."""
+        """Number of indices that a group keeps, as chosen so far."""
         return self.sizes.get(group.atom, group.size)
 
     def step(self, group: Group) -> int:
-        """By how many indices the group may shrink at a time."""
+        """Number of indices by which the group may shrink at a time."""
         return self._steps.get(group.atom, 1)
 
     def least(self, group: Group) -> int:
-        """How many indices the group keeps at least; what stands for tied ones knows by itself."""
+        """Smallest number of indices that the group may keep; a bundle's whole has its own."""
         return group.least if group.atom in self._wholes else max(self.minimum, group.least)
 
     def legal(self, group: Group, size: float) -> int:
-        """The smallest allowed size of at least `size`."""
+        """The smallest allowed size of at least `size`, but never more than the group has left."""
         step = self.step(group)
         aligned = math.ceil(max(size, self.least(group)) / step - 1e-9) * step
         return min(aligned, self._before.get(group.atom, group.size))
 
     def share(self, group: Group, share: float) -> int:
-        """The smallest allowed size of at least a share of the group."""
+        """The smallest allowed size of the group that is at least the given share of it."""
         whole = group if self._ties is None else self._ties.whole(group)
         return self.legal(whole, share * whole.size) * (group.size // whole.size)
 
     def below(self, group: Group) -> int:
-        """The next smaller allowed size, or 0."""
+        """The next smaller allowed size, or 0 if there is none."""
         step, size = self.step(group), self.kept(group)
         smaller = (math.ceil(size / step) - 1) * step
         return smaller if smaller >= self.least(group) else 0
 
     def allowed(self, group: Group) -> list[int]:
-        """All sizes it may still have, smallest first."""
+        """All sizes that the group may still have, smallest first."""
         size, step = self.kept(group), self.step(group)
         return sorted({self.legal(group, n) for n in range(step, size, step)} | {size})
 
     def above(self, group: Group, before: Sizes) -> int:
-        """The next larger allowed size, or what it was before."""
+        """The next larger allowed size, at most that in `before`."""
         step = self.step(group)
         return min((self.kept(group) // step + 1) * step, before[group.atom])
 
     def approach(self, group: Group, size: int, share: float) -> None:
-        """Go the share of the way from the whole group to a size, which need not be aligned."""
+        """Move a group the given share of the way from its whole size to `size`, which need not be aligned."""
         if share == 1:
             self.sizes[group.atom] = size
         else:
             self.sizes[group.atom] = max(size, self.legal(group, group.size - share * (group.size - size)))
 
     def uniform(self, groups: list[Group], ratio: float) -> None:
-        """Take the same share of every group, as near as the alignment allows and never more."""
+        """Remove the same share of every group, or less where the alignment requires."""
         for g in groups:
             self.sizes[g.atom] = self.legal(g, g.size - int(g.size * ratio + 1e-9))
 
     def uniform_until(self, groups: list[Group], costs: Costs, goal: float) -> int:
-        """The smallest common ratio that reaches the goal, by bisection; where a step of several groups at once is more
-        than it takes, what fits comes back. Returns the cost reached."""
+        """Set the smallest common ratio whose cost is at most the goal, by bisection; then give back what fits, since one
+        ratio may shrink several groups by a step at once. Returns the cost reached, which may exceed the goal."""
 
         def cost(ratio: float) -> int:
             self.uniform(groups, ratio)
@@ -104,8 +107,8 @@ class Selection:
         return self._bisected(cost, groups, costs, goal)
 
     def alike_until(self, kinds: list[list[Group]], scores: Scores, costs: Costs, goal: float) -> int:
-        """The smallest common ratio that reaches the goal, where groups of one kind are ranked together and each kind loses
-        the same share of its indices; by bisection, and what fits comes back. Returns the cost reached."""
+        """Like `uniform_until`, but groups of one kind are ranked together, and each kind loses the same share of its
+        indices. Returns the cost reached."""
         before, groups = dict(self.sizes), [g for kind in kinds for g in kind]
 
         def cost(ratio: float) -> int:
@@ -119,7 +122,7 @@ class Selection:
         return self._bisected(cost, groups, costs, goal)
 
     def _bisected(self, cost: Callable[[float], int], groups: list[Group], costs: Costs, goal: float) -> int:
-        """Set the smallest ratio with `cost(ratio)` within the goal; returns the cost reached."""
+        """Set the smallest ratio with `cost(ratio)` within the goal, and give back what fits; returns the cost reached."""
         low, high = 0.0, 1.0 - 1e-9
         if cost(high) > goal:
             return costs.total
@@ -131,7 +134,7 @@ class Selection:
         return costs.total
 
     def _grow(self, groups: list[Group], costs: Costs, goal: float) -> None:
-        """Give back steps that fit, the dearest first, each group in its turn."""
+        """Give back steps that fit within the goal, the most expensive first, one for each group in turn."""
         whole = {g.atom: self._before.get(g.atom, g.size) for g in groups}
         grown = True
         while grown:
@@ -151,10 +154,10 @@ class Selection:
         share: float = 1.0,
         among: list[Group] | None = None,
     ) -> bool:
-        """Remove the globally least important chunks until `share` of the ratio of all indices is gone. Where the next one
-        would be more than the ratio asks for, that is the end. Returns whether it came to that.
+        """Remove the least important chunks of all groups together until `share` of `ratio` of all indices is gone, or
+        until the next chunk would exceed the ratio. Returns False if there was no chunk left before that, else True.
 
-        among: the groups whose indices count, by default those that may shrink.
+        among: the groups whose indices count; by default `groups`.
         """
         gone = sum(g.size - self.kept(g) for g in among or groups)
         indices = sum(g.size for g in among or groups)
@@ -178,19 +181,20 @@ class Selection:
     def greedy(
         self, groups: list[Group], scores: Scores, costs: Costs, goal: float, per_cost: bool, end: float
     ) -> bool:
-        """Choose sizes that reach the `end`, and go as far towards them as the `goal` asks for. Returns whether the end
-        can be reached.
+        """Choose sizes whose cost is at most `end`, and shrink groups towards them until the cost is at most `goal`.
+        Returns whether `end` or `goal` was reached.
 
-        The end is chosen whole at every event: the least important chunks go, or those with the least importance per cost
-        saved, until it is reached (see `_finish`), and what still fits comes back. An event then removes the first of the
-        chunks chosen, in the same order, until its goal is reached; the very last waits for the last event. So whatever is
-        gone at any time would be gone at the end, and while scores do not change, many events end where one does. To go
-        for the goal alone would not do: a chunk that must not go yet, as it leads beyond the end, would be made up for by
-        others, all of which could stay once it goes.
+        goal: the cost that may remain after this event. end: the cost that may remain after the last event. per_cost:
+        scores are changes of the loss, so chunks are ranked by importance per cost saved, else by importance per index.
 
-        per_cost: scores are changes of the loss, each as if its index went alone. Together indices lose more than that,
-        the more so the fewer are left, and a group would be all but emptied; so a score counts `size / left` times (ours).
-        end: the cost that may remain after the last event. goal: after this one.
+        Every event chooses the whole way to the end: the chunks that rank lowest go until the end is reached (`_finish`
+        chooses the last ones), and what still fits comes back. Of these chunks the event removes the first ones until its
+        own goal is reached; the very last chunk waits for the last event. So while scores do not change, many events end
+        where one does. To aim for the goal alone would be worse: a chunk that leads beyond the end must not go yet, and
+        would be replaced by others, which could all stay once it goes.
+
+        With `per_cost`, each score is the loss if its index alone were removed. Indices lose more together, the more so the
+        fewer are left, and a group would be all but emptied; so a score counts `size / left` times (ours).
         """
         before = {g.atom: self.kept(g) for g in groups}
         chunks = self._to_the_end(groups, scores, costs, end, per_cost)
@@ -211,7 +215,8 @@ class Selection:
     def _to_the_end(
         self, groups: list[Group], scores: Scores, costs: Costs, end: float, per_cost: bool
     ) -> list[tuple[Factor, int]]:
-        """Choose the sizes that reach the end; the chunks that go, in order, as the sizes they leave."""
+        """Choose the sizes that reach the end. Returns the chunks that go, in order, each as an atom and the size that it
+        leaves."""
         before = {g.atom: self.kept(g) for g in groups}
         chunks: list[tuple[Factor, int]] = []
 
@@ -245,8 +250,11 @@ class Selection:
         weight: Callable[[Group, int], float],
         saving: Callable[[Group, int], float],
     ) -> list[tuple[Factor, int]]:
-        """One more chunk reaches the goal, perhaps by far. Of all ways to get there, some chunks in the order of their price
-        and then any one that is enough, take the one that loses least. Returns its chunks."""
+        """Choose the last chunks, where one more chunk would reach the goal, perhaps by far.
+
+        Each candidate way removes some chunks in the order of their price, then any one chunk that suffices; the way that
+        loses the least importance is taken. Returns its chunks.
+        """
         sums, start = _running(groups, scores), dict(self.sizes)
         spent, best = 0.0, math.inf
         chunks: list[tuple[Factor, int]] = []
@@ -277,7 +285,7 @@ class Selection:
         return way
 
     def _refill(self, groups: list[Group], scores: Scores, costs: Costs, goal: float, before: Sizes) -> None:
-        """The last chunk removed may save far more than was asked for: give back the most important chunks that fit."""
+        """Give back the most important chunks that fit, since the last chunk removed may save far more than was needed."""
         ranked = {g.atom: np.sort(scores[g.atom])[::-1] for g in groups}
 
         def gain(g: Group) -> float:
@@ -295,10 +303,11 @@ class Selection:
         saving: Callable[[Group, int], float],
         take: Callable[[Group, int], bool | None],
     ) -> None:
-        """Offer chunks to `take`, cheapest first; it answers True (removed), False (leave this group) or None (stop).
+        """Offer chunks to `take`, cheapest first; it answers True (removed), False (leave this group from now on) or None
+        (stop).
 
-        Savings change as other groups shrink, so a chunk is priced anew when it comes up, and goes back when it is no
-        longer the cheapest.
+        Savings change as other groups shrink, so a chunk is priced again when it comes up, and goes back if it is no longer
+        the cheapest.
         """
         sums = _running(groups, scores)
 
@@ -327,12 +336,12 @@ class Selection:
 
 
 def _running(groups: list[Group], scores: Scores) -> dict[Factor, np.ndarray]:
-    """By group, what the n least important indices are worth together, for every n."""
+    """For each group, the sums of its n lowest scores, for every n from 0."""
     return {g.atom: np.concatenate([[0.0], np.cumsum(np.sort(scores[g.atom]))]) for g in groups}
 
 
 def lowest_removed(scores: np.ndarray, keep: int) -> np.ndarray:
-    """Mask that keeps the `keep` highest scores; of equal ones, the first."""
+    """A bool mask, True for the `keep` highest scores; of equal scores, the first are kept."""
     mask = np.ones(len(scores), dtype=bool)
     mask[np.argsort(-scores, kind="stable")[keep:]] = False
     return mask

@@ -1,4 +1,4 @@
-"""How small the groups of a program become: for a ratio, a cost or a latency, with what a plan says, at once or in part."""
+"""How small the groups of a program become: for a ratio, a cost or a latency, with a plan, at once or step by step."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ Sizes = dict[Factor, int]
 class Target:
     """What is asked of the sizes, and how they may be chosen.
 
-    name: "ratio" (value: the share of indices that goes), "macs" or "params" (what may remain, a share of the dense program
-    up to 1, else a number) or "latency" (what may remain, a share or a time such as "3.5 ms"). ranked: all groups together
-    by their scores, else each group loses the same share. alike: of groups of one kind, ranked together, each kind loses the
-    same share. per_cost: scores are changes of the loss, and count by the cost
-    that an index saves. alignment: sizes are multiples of it. min_channels: of every group. least_macs: see
-    `common.latency`.
+    name: "ratio" (value: the share of indices that goes), "macs" or "params" (value: what may remain, a share of the dense
+    program's up to 1, else a number) or "latency" (value: what may remain, a share or a time such as "3.5 ms"). ranked:
+    whether all groups are ranked together by their scores; otherwise each group loses the same share. alike: whether groups
+    of one kind are ranked together and each kind loses the same share. per_cost: whether scores are changes of the loss, to
+    be divided by the cost that an index saves. alignment: sizes are multiples of it. min_channels: how many indices every
+    group keeps at least. least_macs: see `common.latency`.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Target:
     alike: bool = False
 
     def remaining(self, dense: float) -> float:
-        """What may remain of a dense program's cost or seconds."""
+        """What may remain of a dense program's cost, or seconds."""
         if self.name == "latency":
             return allowed_seconds(self.value, dense, "RemoveChannels")
         assert not isinstance(self.value, str)
@@ -60,10 +60,11 @@ class Target:
 class Chooser:
     """Chooses the sizes of groups for a target.
 
-    ties: what may shrink, and what of it only together: sizes are chosen for what stands for tied groups (`ties`), and
-    given and returned for the groups themselves. plan: see `read_plan`. untrained: groups that may not shrink because
-    training cannot score or remove them, with the reason. Where a plan as it stands does not meet the target, the rows that
-    are no decisions are chosen anew. Raises Unreachable for a target that cannot be met, before any score is known.
+    ties: the groups that may shrink, and bundles of them: sizes are chosen for the bundles' wholes, but arguments and
+    results are for the groups themselves. plan: see `read_plan`. untrained: groups that may not shrink because training
+    cannot score or remove them, with the reason. If the plan as a whole misses the target, its rows that are no decisions
+    are chosen anew. A call, or `require`, raises Unreachable for a macs, params or latency target that cannot be met; a
+    ratio raises nothing.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Chooser:
         self.groups, self.all = ties.chosen, ties.alike(g for g in comb.groups if g.frozen is None)
         self.predictor = self._predictor(context)
         self.least = least_share(target.least_macs, self.predictor.latency if self.predictor else None)
-        self._end: Sizes | None = None  # the last that a latency was found to be met with
+        self._end: Sizes | None = None  # the last sizes that met a latency target
         keeps = self.ties.kept({name: row.keep for name, row in plan.items()})
         fixed = {self.ties.whole(g).atom for g in comb.groups if g.name in plan and plan[g.name].fixed}
         rows = [(g, Planned(keeps[g.name], g.atom in fixed)) for g in self.all if g.name in keeps]
@@ -88,7 +89,7 @@ class Chooser:
             self.plan = [(g, row.keep) for g, row in rows if row.fixed]
 
     def _predictor(self, context: Context) -> Predictor | None:
-        """What predicts the latency, ready for all sizes that the groups may have; None without a latency target."""
+        """What predicts the latency, prepared for all sizes that the groups may have; None without a latency target."""
         if self.target.name != "latency":
             return None
         latency = needed_latency(context.latency, "RemoveChannels", self.comb.program)
@@ -111,17 +112,17 @@ class Chooser:
         return {g.atom: np.ones(g.size) for g in self.all}
 
     def _planned(self, sizes: Mapping[Factor, int]) -> Selection:
-        """What is left of the groups, and where those of the plan end."""
+        """A selection that starts from these sizes, with the groups of the plan at their final sizes."""
         selection = self._selection(sizes)
         selection.sizes |= {g.atom: keep for g, keep in self.plan}
         return selection
 
     def require(self) -> None:
-        """Raise Unreachable where the target cannot be met, whatever the scores."""
+        """Raise Unreachable where a macs, params or latency target cannot be met, whatever the scores."""
         self._sizes({}, self._flat(), 1.0)
 
     def require_macs(self, sizes: Sizes) -> None:
-        """Raise Unreachable where a latency target takes more of the network than the prediction is worth."""
+        """Raise Unreachable where a latency target leaves fewer MACs than it must."""
         if self.predictor is None:
             return
         share = self.comb.macs(sizes) / max(self.comb.macs({}), 1)
@@ -130,7 +131,7 @@ class Chooser:
             raise below("RemoveChannels", self.predictor.latency, seconds, whole, share, self.least)
 
     def _floor(self) -> Floor | None:
-        """The MACs that have to stay; None where none have to."""
+        """The MACs that have to remain, as a floor; None if none have to."""
         if not self.least:
             return None
         costs = Costs(mac_terms(self.comb), self.all, self.ties.units)
@@ -144,7 +145,11 @@ class Chooser:
         return Floor(left, self.least * costs.total)
 
     def __call__(self, sizes: Mapping[Factor, int], scores: Scores, share: float = 1.0) -> Sizes:
-        """Sizes once `share` of the way to the target is gone. sizes: of the groups that have lost some already."""
+        """The size of each group when `share` of the way to the target is gone. sizes: of groups that have lost some
+        already.
+
+        Raises Unreachable, see `Chooser`.
+        """
         return self.ties.spread(self._sizes(self.ties.joined(sizes), self.ties.scores(scores), share))
 
     def _sizes(self, sizes: Mapping[Factor, int], scores: Scores, share: float) -> Sizes:
@@ -155,9 +160,11 @@ class Chooser:
         return selection.sizes
 
     def _choose(self, selection: Selection, scores: Scores, share: float) -> bool:
-        """Shrink the groups that the plan leaves free: choose sizes that meet the target, then go `share` of the way to
-        them, from where they are whole and the others at their end. Returns whether that is all that was asked for; a
-        ratio that cannot be is no error."""
+        """Shrink the groups that the plan leaves free: choose sizes that meet the target, then go `share` of the way there
+        from the whole program, with planned groups at their final sizes.
+
+        Returns whether the target was met; only for a ratio can it be False, since the others raise Unreachable.
+        """
         planned = {g.atom: keep for g, keep in self.plan}
         groups = [g for g in self.groups if g.atom not in planned]
         value = self.target.value
@@ -175,7 +182,7 @@ class Chooser:
         return True
 
     def _kinds(self, groups: list[Group]) -> list[tuple[list[Group], list[Group]]]:
-        """By kind, all groups that may shrink, and those of them that the plan leaves free."""
+        """For each kind, all groups that may shrink, and those of them that the plan leaves free."""
         free = {g.atom for g in groups}
         return [(kind, [g for g in kind if g.atom in free]) for kind in alike(self.comb, self.groups)]
 
@@ -189,7 +196,7 @@ class Chooser:
         flat = {a: scores.get(a, np.ones(a.size)) for a in options}
         sizes = knapsack(self.predictor, options, flat, seconds, self._floor())
         if sizes is None and self._end is not None and all(n in options[a] for a, n in self._end.items()):
-            sizes = self._end  # which a search may miss that starts elsewhere
+            sizes = self._end  # a search from another start may miss them
         if sizes is None:
             if self.least and (without := knapsack(self.predictor, options, flat, seconds)) is not None:
                 self.require_macs(self.ties.spread(without))
@@ -211,7 +218,7 @@ class Chooser:
         for g in groups:
             costs.set(g.atom, selection.kept(g))
         end = self.target.remaining(dense)
-        goal = end if share == 1 else whole - share * max(whole - end, 0)  # exactly, in floating point too
+        goal = end if share == 1 else whole - share * max(whole - end, 0)  # the last event's goal is exactly the end
         if self.target.alike:
             kinds = [own for _, own in self._kinds(groups)]
             reached = selection.alike_until(kinds, scores, costs, goal) <= goal
@@ -234,7 +241,7 @@ class Chooser:
         return Unreachable(message + (f"; {untrained(self.untrained)}" if self.untrained else ""))
 
     def record(self, sizes: Sizes) -> dict[str, Any]:
-        """What was asked for and what the sizes leave of it, as shares of the dense program, and why they differ."""
+        """What was asked for and what the sizes leave, as shares of the dense program, and if these differ, why."""
         target = self.target.name
         if target == "latency":
             assert self.predictor is not None
@@ -255,12 +262,12 @@ class Chooser:
         return record
 
     def latency_record(self, sizes: Sizes) -> dict[str, Any]:
-        """What was predicted; see `Predictor`."""
+        """The predicted seconds before and after; see `Predictor.record`."""
         assert self.predictor is not None
         return self.predictor.record(self.ties.joined(sizes))
 
     def step(self, group: Group) -> int:
-        """By how many indices a group may shrink at a time."""
+        """Number of indices by which a group may shrink at a time."""
         whole = self.ties.whole(group)
         return self._selection({}).step(whole) * (group.size // whole.size)
 
@@ -282,7 +289,7 @@ class Chooser:
 class SharedChooser:
     """A `Chooser` in the main process, whose answers and errors all processes share, since measured times differ.
 
-    prediction: with a latency target, what predicts and the dense program's seconds; else empty.
+    prediction: with a latency target, the latency model's name and the dense program's seconds; else empty.
     """
 
     def __init__(self, comb: Comb, make: Callable[[], Chooser]):
@@ -299,7 +306,7 @@ class SharedChooser:
         return [] if predictor is None else [str(predictor.latency), predictor.total({})]
 
     def __call__(self, sizes: Sizes, scores: Scores, share: float) -> Sizes:
-        """See `Chooser`. Atoms do not travel between processes; the places of their groups do."""
+        """See `Chooser`. Processes exchange the places of groups, not atoms, which are told apart by identity."""
         chosen = agreed(lambda: {self._places[a]: n for a, n in self._chooser(sizes, scores, share).items()})
         return {self.comb.groups[i].atom: n for i, n in chosen.items()}
 
@@ -316,15 +323,15 @@ class SharedChooser:
         return agreed(lambda: self._chooser.record(sizes))
 
     def latency_record(self, sizes: Sizes) -> dict[str, Any]:
-        """What was predicted; see `Predictor`."""
+        """See `Chooser`."""
         return agreed(lambda: self._chooser.latency_record(sizes))
 
 
-NEAR = 0.02  # shares of the dense program that differ by less need no reason
+NEAR = 0.02  # the record gives a reason where asked and reached shares of the dense program differ by more
 
 
 def untrained(unscored: Mapping[str, str]) -> str:
-    """Which groups are left alone because training cannot score or remove them, and why the first of them is."""
+    """The end of a message: how many groups training cannot score or remove, and the reason for the first."""
     return f"left alone: {len(unscored)} groups ({some(list(unscored))}); of the first: {next(iter(unscored.values()))}"
 
 

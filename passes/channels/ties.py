@@ -1,8 +1,7 @@
-"""Groups that lose the same share of their indices, chosen as one. Source: ours.
+"""Bundles of groups that keep the same share of their indices, and are sized as one. Source: ours.
 
-Groups of sizes s_1, s_2, ... with the greatest common divisor k have k steps: with n of them left, group i keeps n * s_i / k
-indices, each its own most important ones. Whatever linear equation between the sizes held before, without constant terms,
-holds after.
+Groups of sizes s_1, s_2, ... with the greatest common divisor k have k steps: with n steps left, group i keeps n * s_i / k
+indices, its most important ones. So every linear equation between the sizes that has no constant term still holds.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from .importance.members import Scores
 
 @dataclass(frozen=True)
 class Bundle:
-    """Groups that keep the same share. whole: stands for them where sizes are chosen; its indices are the steps. why: what
-    asks for it."""
+    """Groups that keep the same share. whole: a group that stands for them where sizes are chosen; its indices are the
+    steps. why: the reason for the tie."""
 
     whole: Group
     groups: tuple[Group, ...]
     why: str
 
     def unit(self, group: Group) -> int:
-        """The indices of one group in a step."""
+        """Number of indices of a group in one step of the bundle."""
         return group.size // self.whole.size
 
 
 def bundle(groups: Iterable[Group], minimum: int, why: str) -> Bundle:
-    """Tie groups together. minimum: how many indices each keeps at least."""
+    """Tie groups together. minimum: how many indices each group keeps at least. why: the reason."""
     groups = tuple(groups)
     steps = math.gcd(*(g.size for g in groups))
     least = max(math.ceil(max(g.least, min(minimum, g.size)) * steps / g.size) for g in groups)
@@ -47,7 +46,7 @@ def bundle(groups: Iterable[Group], minimum: int, why: str) -> Bundle:
 
 @dataclass(frozen=True)
 class Ties:
-    """Which groups are chosen as one. groups: all that may shrink. bundles: of some of them, none of which is in two."""
+    """Which groups are sized as one. groups: all groups that may shrink. bundles: disjoint sets of these groups."""
 
     groups: list[Group]
     bundles: list[Bundle] = field(default_factory=list)
@@ -61,24 +60,21 @@ class Ties:
         object.__setattr__(self, "units", units)
 
     _tied: dict[Factor, Bundle] = field(init=False, repr=False, compare=False)
-    chosen: list[Group] = field(
-        init=False, compare=False
-    )  # groups by themselves, and what stands for those that are tied
-    units: dict[Factor, tuple[Factor, int]] = field(
-        init=False, compare=False
-    )  # of tied atoms: what stands for each, and
-    # how many indices a step of it takes
+    # The groups that sizes are chosen for: those without ties, and the whole of each bundle.
+    chosen: list[Group] = field(init=False, compare=False)
+    # By tied atom, the atom of its bundle's whole, and how many indices the tied atom loses in a step.
+    units: dict[Factor, tuple[Factor, int]] = field(init=False, compare=False)
 
     def whole(self, group: Group) -> Group:
-        """What stands for a group."""
+        """The whole of a tied group's bundle; another group itself."""
         return self._tied[group.atom].whole if group.atom in self._tied else group
 
     def alike(self, groups: Iterable[Group]) -> list[Group]:
-        """What stands for the groups, each once."""
+        """The wholes of the groups, each once."""
         return list({w.atom: w for w in map(self.whole, groups)}.values())
 
     def joined(self, sizes: Mapping[Factor, int]) -> dict[Factor, int]:
-        """Sizes of groups as those of what stands for them."""
+        """From sizes of groups, the sizes of their wholes."""
         found: dict[Factor, int] = {}
         for atom, size in sizes.items():
             key, unit = self.units.get(atom, (atom, 1))
@@ -86,7 +82,7 @@ class Ties:
         return found
 
     def spread(self, sizes: Mapping[Factor, int]) -> dict[Factor, int]:
-        """Sizes of what stands for groups as those of the groups."""
+        """From sizes of wholes, the sizes of their groups."""
         wholes = {b.whole.atom: b for b in self.bundles}
         found: dict[Factor, int] = {}
         for atom, size in sizes.items():
@@ -97,7 +93,7 @@ class Ties:
         return found
 
     def steps(self, steps: Mapping[Factor, int]) -> dict[Factor, int]:
-        """By how many steps what stands for groups may shrink at a time, from the same of the groups."""
+        """From the numbers of indices by which groups may shrink at a time, the same for their wholes."""
         found = {atom: step for atom, step in steps.items() if atom not in self.units}
         for b in self.bundles:
             each = (steps.get(g.atom, 1) // math.gcd(steps.get(g.atom, 1), b.unit(g)) for g in b.groups)
@@ -105,7 +101,8 @@ class Ties:
         return found
 
     def scores(self, scores: Scores) -> Scores:
-        """What the steps are worth: the least important one takes the least important indices of every group."""
+        """From scores of groups, those of their wholes: the least important step has the least important indices of every
+        group."""
         found = {atom: values for atom, values in scores.items() if atom not in self.units}
         for b in self.bundles:
             ranked = [np.sort(scores[g.atom]).reshape(b.whole.size, -1).sum(1) for g in b.groups if g.atom in scores]
@@ -114,7 +111,7 @@ class Ties:
         return found
 
     def kept(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """Sizes by the names of groups as by those of what stands for them; BadInput where they break a tie."""
+        """From sizes of groups, both by name, the sizes of their wholes. Raises BadInput for sizes that break a tie."""
         tied = {g.name: g for b in self.bundles for g in b.groups if g.name in sizes}
         found = {name: (size, name) for name, size in sizes.items() if name not in tied}
         for g in tied.values():
@@ -130,5 +127,5 @@ class Ties:
         return {name: size for name, (size, _) in found.items()}
 
     def record(self) -> list[dict[str, object]]:
-        """The rows of the pass's record."""
+        """The rows of `tied` in the pass's record."""
         return [{"groups": [g.name for g in b.groups], "steps": b.whole.size, "why": b.why} for b in self.bundles]

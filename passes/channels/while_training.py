@@ -1,14 +1,15 @@
-"""Pruning while training: scores gathered from the gradients that training computes anyway, and events that cut.
+"""Pruning while training: scores from the gradients that training computes anyway, and events that cut the network.
 
 CPD (arXiv 2408.03046) masks channels while it trains and slices once, at the end. Multiplying by masks is not enough for
-that: a LayerNorm, GroupNorm or mean over a masked axis still counts the zeros, so the masked network would not be the
-sliced one. Here the masks are the state, in the original's numbering, and what trains is always the masked network in
-its sliced form: every event cuts the graph, the weights and the optimizer's moments alike (ours). So masked equals
-sliced at every step, by construction; training gets cheaper as the network shrinks; and `masked` puts the trained weights
-back into the original's shape, for the proof that one slice of it at the end is the result.
+that: a LayerNorm, GroupNorm or mean over a masked axis still counts the zeros, so the masked network would differ from the
+sliced one. Here the masks are the state, in the original's numbering, and what trains is always the masked network in its
+sliced form: every event cuts the graph, the weights and the optimizer's moments alike (ours). So masked equals sliced at
+every step, by construction; training gets cheaper as the network shrinks; and `masked` puts the trained weights back into
+the original's shape, to prove that one slice of it at the end is the result.
 
-With `repair`, what an event leaves also gets the weights that bring it nearest to the network as it was just before the
-event, in closed form (`passes.repair`). Not to the network before training: that would undo what was learnt since.
+With `repair`, an event also gives the smaller network the weights that bring it nearest to the network as it was just
+before the event, in closed form (`passes.repair`). The network before training would be the wrong reference, since that
+would undo what was learnt since.
 """
 
 from __future__ import annotations
@@ -56,16 +57,16 @@ from .importance.scores import (
 from .selection import lowest_removed
 from .targets import Task
 
-GONE = -np.finfo(np.float64).tiny  # below every score: gone already, and first in line; nothing to a sum of scores
+GONE = -np.finfo(np.float64).tiny  # score of a removed index: ranks below all others, yet adds nothing to a sum
 
 
 def event_steps(schedule: str, total: int, interval: int, rounds: int, prune_share: float) -> dict[int, float]:
-    """After how many steps to prune, and how much of the way to the target is then gone.
+    """`{number of steps: share}`: after how many steps to prune, and which share of the way to the target is then gone.
 
     "adaptive": every `interval` steps within the first `prune_share` of all steps, along the cubic ramp of Zhu and Gupta
-    (arXiv 1710.01878), which takes most while the network is still redundant. CPD takes one chunk per event; as many as
-    the ramp asks for is ours, so that the target is reached in any number of steps. "iterative": `rounds` equal parts.
-    "one-shot": everything before the first step.
+    (arXiv 1710.01878), which takes most while the network is still redundant. CPD takes one chunk per event; here an event
+    takes as many as the ramp asks for (ours), so that the target is reached in any number of steps. "iterative": `rounds`
+    equal parts. "one-shot": everything before the first step.
     """
     if schedule == "one-shot":
         return {0: 1.0}
@@ -83,17 +84,17 @@ def event_steps(schedule: str, total: int, interval: int, rounds: int, prune_sha
 class Pruner(Callback):
     """Cuts a program while it trains.
 
-    task: its comb is of the program as it was before training. importance: those from gradients sum the scores of all steps
-    since the last event, "magnitude", "random" and functions look at the network when an event is due. events: see
-    `event_steps`. samples: for the scores of a one-shot event, which come from a pass over samples of the data before
-    training. identity: see `Callback`.
+    task: of the program as it was before training. importance: those from gradients sum the scores of all steps since the
+    last event; "magnitude", "random" and functions look at the network when an event is due. events: see `event_steps`.
+    samples: number of samples for the scores of a one-shot event, which come from a pass over the data before training.
+    identity: see `Callback`.
 
-    "magnitude" stands in for gradients where these say nothing: as long as nothing is cut and the only loss is the distance
-    to a teacher that is the network itself, gradients are rounding and the noise of dropout and batch statistics; and
-    where no step since the last event had any. The log names the importance of each event.
+    "magnitude" replaces gradients where these say nothing: where no step since the last event had any; and where nothing is
+    cut yet and the only loss is the distance to a teacher that is the network itself, so that gradients are rounding errors
+    and the noise of dropout and batch statistics. The log names the importance of each event.
 
     Under several processes gradients are averaged before they are scored, so the Fisher score is the square of the global
-    batch's gradient, as one process would see it; batch statistics are each process's own, so with trained BatchNorm the
+    batch's gradient, as one process would see it. Batch statistics are each process's own, so with trained BatchNorm the
     gradients, and near ties, differ from those of one process. All processes score alike and check that they cut alike.
     """
 
@@ -114,13 +115,13 @@ class Pruner(Callback):
         self._restart()
 
     def _restart(self) -> None:
-        """Forget the scores."""
+        """Reset the scores."""
         self.scores: Scores = {g.atom: np.zeros(g.size) for g in self.groups}
         self.count = 0
 
     @property
     def sizes(self) -> dict[Factor, int]:
-        """How many indices are left of each group that has lost some."""
+        """The size of each group that has lost some indices."""
         return {atom: int(mask.sum()) for atom, mask in self.masks.items()}
 
     # ------------------------------------------------------------------------------------------------------- the hooks
@@ -142,7 +143,8 @@ class Pruner(Callback):
 
     @cached_property
     def _labelled(self) -> bool:
-        """Whether there are labels to take gradients of before the first step; the data's order does not notice."""
+        """Whether the data has labels to take gradients with before the first step; looking does not change the data's
+        order."""
         with seeded(self.context.seed, self.context.data):
             first = next(iter(self.context.batches), None)
         labels = self.distill is None or self.distill.labels
@@ -150,7 +152,7 @@ class Pruner(Callback):
 
     @cached_property
     def _own_teacher(self) -> bool:
-        """Whether the loss is nothing but the distance to a teacher that is the network as it was before training."""
+        """Whether the only loss is the distance to a teacher that is the network as it was before training."""
         teacher = self.context.teacher
         if teacher is None or self.distill is None or (self.distill.alpha < 1 and self._labelled):
             return False
@@ -164,7 +166,7 @@ class Pruner(Callback):
             return
         scores = self.gradients.of_batch(self.loss_scale)
         if not all(np.isfinite(values).all() for values in scores.values()):
-            return  # a step that a gradient scaler skips
+            return  # the gradient scaler skips this step
         for atom, values in scores.items():
             self.scores[atom] += values
         self.count += 1
@@ -200,7 +202,7 @@ class Pruner(Callback):
         }
 
     def _take_images(self) -> None:
-        """Take the images of repairs, before training: its own pass over the data must not be disturbed."""
+        """Take the images for repairs before training, whose pass over the data must not be disturbed."""
         if self.repair is not None:
             self.images = self.repair.images(self.comb.program, self.context)
 
@@ -217,7 +219,8 @@ class Pruner(Callback):
     def _event(
         self, done: int, module: TrainableModule, scores: Scores, importance: str | None = None
     ) -> Surgery | None:
-        """Remove what is least important until the ramp's share is gone. importance: the one that gave the scores."""
+        """Remove the least important indices until the event's share is gone. importance: what gave the scores, if not the
+        pruner's."""
         scores = normalised(together(scores))
         for atom, mask in self.masks.items():
             scores[atom] = np.where(mask, scores[atom], GONE)
@@ -262,24 +265,25 @@ class Pruner(Callback):
     def _repaired(
         self, repair: Repair, module: TrainableModule, smaller: TrainableModule, tensors: Kept, old: ax.Masks
     ) -> dict[str, Any]:
-        """Repair the network that an event leaves of a module, in place; the record. old: the masks before the event."""
+        """Repair the network that an event leaves, in place; returns the record. module: the network before the event. old:
+        the masks before it."""
         before = self._cut(module, {}, old)  # a copy: the module itself is tapped and in training
         removed: Removed = {}
         for name, dims in tensors.items():
             sizes = fetch(module, name).shape
             removed[name] = {d: sorted({*range(sizes[d])} - {*kept.tolist()}) for d, kept in dims.items()}
         for network in (before, smaller):
-            move(network, torch.device("cpu"))  # where the shapes of values are worked out
+            move(network, torch.device("cpu"))  # the shapes of values are computed there
         derive = self.comb.program.derive
         return repair.apply(derive(before), derive(smaller), removed, self.context, self.images)
 
     def _kept(self, old: ax.Masks) -> Kept:
-        """The indices of every tensor that stay, counted among those that the old masks had left."""
+        """For each tensor, the indices that stay, counted among those that the old masks had left."""
         axes = self.comb.parameters
         return {n: _relative(dims, axes[n], old) for n, dims in kept_indices(self.comb, self.masks).items()}
 
     def _cut(self, module: TrainableModule, tensors: Kept, masks: ax.Masks) -> TrainableModule:
-        """The network that masks leave, around what is kept of the tensors of `module`."""
+        """The network that the masks leave, with the `tensors` indices of the tensors of `module`."""
 
         def take(name: str, value: Any) -> Any:
             current = fetch(module, name)
@@ -291,7 +295,8 @@ class Pruner(Callback):
 
     # ----------------------------------------------------------------------------------------------------------- results
     def train(self, distill: Distill) -> tuple[Program, dict[str, Any]]:
-        """Prune while training; the smaller program and the record."""
+        """Prune while training; returns the smaller program and the record. Raises BadInput if training ends before the
+        last event."""
         student, self.distill = self.comb.program.copy(), distill
         training = distill.train(student, self.context, [self])
         if len(self.log) < len(self.events):
@@ -302,19 +307,20 @@ class Pruner(Callback):
         return student, training | {"events": self.log}
 
     def removed(self) -> Removed:
-        """What is gone, in the original's numbering."""
+        """The removed indices of every tensor, in the original's numbering."""
         return {
             name: {d: np.flatnonzero(~keep).tolist() for d, keep in dims.items()}
             for name, dims in kept_indices(self.comb, self.masks).items()
         }
 
     def masked(self, module: TrainableModule) -> Program:
-        """The original network with the trained weights where something is kept, and its own where not."""
+        """The original network with the trained weights, and its own where indices were removed."""
         return restored(self.comb, self.masks, module)
 
 
 def _relative(kept: Mapping[int, np.ndarray], axes: list[ax.Axis], old: ax.Masks) -> dict[int, torch.Tensor]:
-    """Kept indices counted among those that the old masks had left; only where something new is gone."""
+    """The indices that stay in each dimension, counted among those that the old masks had left; only dimensions with a
+    change."""
     indices = {}
     for d, keep in kept.items():
         before = ax.kept_mask(axes[d], old)
@@ -324,9 +330,9 @@ def _relative(kept: Mapping[int, np.ndarray], axes: list[ax.Axis], old: ax.Masks
 
 
 def removed_values(comb: Comb, masks: ax.Masks, nodes: list[fx.Node]) -> list[dict[str, Any]]:
-    """What the values of some nodes lose, nodes and dimensions that lose the same together: a list of {"nodes": [[name,
-    dim], ...], "removed": indices in the original's numbering}. With it a pass finds its way back from a smaller
-    network's features to the teacher's."""
+    """What the values of some nodes lose; nodes and dimensions that lose the same share a row: a list of {"nodes": [[name,
+    dim], ...], "removed": indices in the original's numbering}. With it, a pass can relate a smaller network's features to
+    the teacher's."""
     places: dict[tuple[int, ...], list[list[Any]]] = {}
     for node in nodes:
         for d, axis in enumerate(comb.axes[node]):

@@ -1,7 +1,7 @@
-"""Blocks of a network, found in its graph: regions with one entry and one exit, and what depth pruning could do with each.
+"""Blocks of a network, found in its graph: regions with one entry and one exit, and what each could be pruned to.
 
 UPDP (arXiv 2401.06426) takes the blocks of its four families as given; finding them by dominance is ours. Names of modules
-are used as labels only.
+serve as labels only.
 """
 
 from collections.abc import Container, Iterator
@@ -30,15 +30,18 @@ ATTENTION = ("scaled_dot_product_attention", "softmax", "_softmax")
 
 @dataclass(frozen=True)
 class Block:
-    """One region of a graph, by node names, so that it is found in copies of the program too.
+    """A region of a graph, described by node names, so that it can be found in copies of the program too.
 
-    entry: the value it reads; exit: the one it gives, a residual addition or the last node of a chain. nodes: everything
-    in between and the exit. kind: "residual", "inverted residual", "convnext", "mlp", "attention" or "chain".
-    macs, params: of its nodes, for the example input. saves: MACs that its pruned form saves; kernels: how many kernels
-    fewer an engine runs, with one for each layer, normalisation over features and attention that is left after `Fuse`
-    (ours). Activations, additions and moves of data count nothing: compilers run them within those, and where one does
-    not, the engine saves more. Both are None where it cannot be pruned, for the reason `why`. dropped: it cannot be
-    merged, only left out as a whole. tailed: an activation follows it, so that its pruned form needs none.
+    name: label, from the block's innermost module. entry: the value that the block reads. exit: the value that it gives, a
+    residual addition or the last node of a chain. nodes: all nodes between the two, and the exit. kind: "residual",
+    "inverted residual", "convnext", "mlp", "attention" or "chain". macs, params: of its nodes, for the example input.
+    tailed: whether an activation follows the block, so that its pruned form needs none. dropped: whether the block cannot
+    be merged, only left out as a whole.
+
+    saves: MACs that pruning the block saves. kernels: how many fewer kernels an engine then launches, counting one for each
+    layer, normalisation over features and attention that is left after `Fuse` (ours); activations, additions and moves of
+    data count nothing, since compilers fuse them into those, and where one does not, the engine saves more. Both are None
+    for a block that cannot be pruned, for the reason `why`.
     """
 
     name: str
@@ -56,7 +59,7 @@ class Block:
 
     @property
     def prunable(self) -> bool:
-        """Whether it can be pruned."""
+        """Whether the block can be pruned."""
         return self.why is None
 
 
@@ -66,7 +69,7 @@ def is_data(node: fx.Node) -> bool:
 
 
 class _Flow:
-    """The flow of data through a graph: tensors that depend on an input, without shapes and stored tensors."""
+    """The flow of data through a graph: the tensors that depend on an input, without sizes and stored tensors."""
 
     def __init__(self, graph: fx.Graph):
         self.order: dict[fx.Node, int] = {}
@@ -85,7 +88,8 @@ class _Flow:
             self.dominator[node] = None if node.op == "placeholder" else self.meet(inputs)
 
     def meet(self, nodes: list[fx.Node]) -> fx.Node | None:
-        """The nearest value that every path to any of the nodes passes, or is (Cooper, Harvey and Kennedy)."""
+        """The nearest value through which every path to each of these nodes goes, or None (Cooper, Harvey and Kennedy's
+        dominators)."""
         first: fx.Node | None = nodes[0]
         for node in nodes[1:]:
             other: fx.Node | None = node
@@ -99,7 +103,7 @@ class _Flow:
         return first
 
     def between(self, entry: fx.Node, exit_: fx.Node) -> list[fx.Node] | None:
-        """The nodes on paths from the entry to the exit, with it; None when one of them is used elsewhere."""
+        """The nodes on paths from the entry to the exit, and the exit; None if one of them is also used elsewhere."""
         inside, stack = {exit_}, [exit_]
         while stack:
             for n in self.before[stack.pop()]:
@@ -114,7 +118,7 @@ class _Flow:
 def candidates(program: Program) -> list[Block]:
     """All blocks of a program in the order of their exits, whether they can be pruned or not."""
     flow = _Flow(program.graph)
-    covered: set[fx.Node] = set()  # by residual blocks
+    covered: set[fx.Node] = set()  # nodes of residual blocks
     regions: list[tuple[fx.Node, fx.Node, list[fx.Node]]] = []  # entry, exit, nodes
     for node in flow.order:
         entry = _residual_entry(flow, node)
@@ -124,7 +128,7 @@ def candidates(program: Program) -> list[Block]:
         names = {n.name for n in nodes}
         branches = sum(has_layers(n, names) for n in node.all_input_nodes)
         attends = any(op_name(n) in ATTENTION for n in nodes)
-        # Attention can only be left out, as long as it is the one branch; linear branches are left to `Fuse`.
+        # Attention can only be left out, and only where it is the one branch. Blocks that are linear are `Fuse`'s.
         if (attends and branches == 1) or (not attends and any(_bends(n) for n in nodes)):
             regions.append((entry, node, nodes))
             covered.update(nodes)
@@ -141,7 +145,7 @@ def candidates(program: Program) -> list[Block]:
 
 
 def _residual_entry(flow: _Flow, node: fx.Node) -> fx.Node | None:
-    """Where the two branches that the node adds part."""
+    """The value from which both operands of an addition are computed, or None."""
     if op_name(node) != "add":
         return None
     terms = [arguments(node)["self"], arguments(node)["other"]]
@@ -151,12 +155,13 @@ def _residual_entry(flow: _Flow, node: fx.Node) -> fx.Node | None:
 
 
 def _bends(node: fx.Node) -> bool:
-    """Whether the node is no affine map."""
+    """Whether the node is a known non-linear operator or normalisation."""
     return op_name(node) in (*ACTIVATIONS, *NORMS, *ATTENTION, *OTHER_BENDS)
 
 
 def _chains(flow: _Flow, covered: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node, list[fx.Node]]]:
-    """Two layers, or three up to a linear bottleneck, in a row outside of other blocks, with an activation between."""
+    """Yield entry, exit and nodes of two layers in a row outside of other blocks, with an activation between; or of three,
+    up to a linear bottleneck."""
     done: set[fx.Node] = set(covered)
     for start in flow.order:
         if start in done or op_name(start) not in MAPS or not flow.before[start]:
@@ -205,7 +210,7 @@ def _kind(nodes: list[fx.Node], exit_: fx.Node) -> str:
 
 
 def _label(nodes: list[fx.Node]) -> str:
-    """The innermost module that all layers of the region lie in, or the name of its last node."""
+    """The innermost module that contains all layers of the region, or the name of the region's last node."""
     paths = []
     for n in nodes:
         if op_name(n) in MAPS:
@@ -219,7 +224,7 @@ def _label(nodes: list[fx.Node]) -> str:
 
 
 def has_layers(end: fx.Node, names: Container[str]) -> bool:
-    """Whether there is a layer or attention among the nodes of these names that lead to `end`."""
+    """Whether a layer or attention among the nodes of these names leads to `end`."""
     stack = [end]
     while stack:
         node = stack.pop()
@@ -231,7 +236,7 @@ def has_layers(end: fx.Node, names: Container[str]) -> bool:
 
 
 def single_path(block: Block, end: fx.Node) -> list[fx.Node] | None:
-    """The nodes from the block's entry to `end`, if they follow each other without a fork; None otherwise."""
+    """The nodes from the block's entry to `end` if they follow one another without a fork, else None."""
     inside, node = set(block.nodes), end
     path: list[fx.Node] = []
     while node.name != block.entry:
@@ -246,7 +251,7 @@ def single_path(block: Block, end: fx.Node) -> list[fx.Node] | None:
 
 
 def branches_of(nodes: dict[str, fx.Node], block: Block) -> list[list[fx.Node] | None]:
-    """The paths that a residual addition adds, or the one of a chain; None for one that forks."""
+    """The paths that a residual addition adds, or the one path of a chain; None in place of a path that forks."""
     exit_ = nodes[block.exit]
     if block.kind == "chain":
         return [single_path(block, exit_)]
@@ -255,7 +260,8 @@ def branches_of(nodes: dict[str, fx.Node], block: Block) -> list[list[fx.Node] |
 
 
 def norm_axis(norm: fx.Node) -> int | None:
-    """The axis of the channels that a LayerNorm, GroupNorm or RMSNorm scales; None where it normalises something else."""
+    """The axis of the channels that a LayerNorm, GroupNorm or RMSNorm normalises; None if it normalises more than
+    channels."""
     if op_name(norm) == "group_norm":
         return 1
     axes = arguments(norm)["normalized_shape"]
@@ -263,8 +269,8 @@ def norm_axis(norm: fx.Node) -> int | None:
 
 
 def channel_axis(graph: fx.Graph, value: fx.Node) -> int:
-    """The axis of a value's channels: where the layer that made it puts them, 1 after a convolution, last after a linear
-    layer, wherever permutations between have moved that."""
+    """The axis of a value's channels: axis 1 of a convolution's result, the last axis of a linear layer's, and where the
+    permutations since then have moved it."""
     node, axis = value, None
     moves: list[list[int]] = []
     while axis is None:
@@ -281,7 +287,7 @@ def channel_axis(graph: fx.Graph, value: fx.Node) -> int:
             if not before:
                 break
             node = before[0]
-    if axis is None:  # made by no layer of this network
+    if axis is None:  # no layer of this network computes the value
         rank = len(shape(value))
         return 1 if rank == 2 or any(op_name(n) in CONVS and len(shape(n)) == rank for n in graph.nodes) else rank - 1
     for order in reversed(moves):

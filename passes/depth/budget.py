@@ -1,4 +1,4 @@
-"""Choices of blocks, and what they have to save together."""
+"""Choices of blocks, and what a choice has to save."""
 
 import math
 import random
@@ -14,7 +14,7 @@ from ..base import Context
 from ..common.latency import needed_latency
 
 CUT = "without all attention the outputs no longer depend on the inputs"
-DRAWS = 100  # of random choices, before none is taken to be enough
+DRAWS = 100  # random choices that are tried before the target counts as unreachable
 Bits = tuple[bool, ...]  # by prunable block: whether it is pruned
 
 
@@ -22,9 +22,9 @@ Bits = tuple[bool, ...]  # by prunable block: whether it is pruned
 class Budget:
     """What a choice of blocks has to meet.
 
-    saves: what each block saves, in the target's unit (blocks, multiply-accumulates or seconds). needed: what a choice
-    has to save at least. reaches: whether the outputs depend on the inputs without the blocks of some indices. macs: the
-    multiply-accumulates of each block that go with it; spare: how many of them may go.
+    saves: what pruning each block saves, in the target's unit (blocks, multiply-accumulates or seconds). needed: what a
+    choice must save. reaches: whether the outputs depend on the inputs without the blocks of these indices. macs: the
+    multiply-accumulates that pruning each block removes. spare: how many of these may go.
     """
 
     saves: Sequence[float]
@@ -35,13 +35,16 @@ class Budget:
 
     @property
     def count(self) -> int:
-        """How many blocks there are to choose from."""
+        """Number of blocks to choose from."""
         return len(self.saves)
 
     def complete(self, order: Iterable[int]) -> Bits:
-        """The first blocks of an order that save enough; none that the others could do without, and none that would cut
-        the outputs off or take more than is to spare. May save too little where the order comes upon such a block; `met`
-        tells."""
+        """Blocks from the start of an order until they save enough, then without those that turn out to be unnecessary.
+        Blocks are passed over that save nothing, would cut the outputs off from the inputs, or would take more MACs than
+        may go.
+
+        The result may save too little, since blocks may be passed over; `met` tells.
+        """
         chosen: list[int] = []
         for i in order:
             if self._saved(chosen) >= self.needed:
@@ -69,7 +72,7 @@ class Budget:
         return Budget([1.0] * self.count, math.inf, self.reaches).complete(range(self.count))
 
     def draw(self, generator: random.Random) -> Bits:
-        """A random choice. Raises Unreachable when none of many is enough."""
+        """A random choice that saves enough. Raises Unreachable if `DRAWS` choices in a row save too little."""
         for _ in range(DRAWS):
             bits = self.complete(generator.sample(range(self.count), self.count))
             if self.met(bits):
@@ -77,12 +80,13 @@ class Budget:
         raise Unreachable(f"{CUT}, of every choice that meets the target")
 
     def greedy(self, alone: Sequence[float]) -> Bits:
-        """The choice whose blocks score best alone: the best one if what they cost adds up."""
+        """The choice of the blocks that score best when pruned alone; the best choice if their losses add up."""
         bits = self.complete(sorted(range(self.count), key=lambda i: -alone[i]))
         return bits if self.met(bits) else self.draw(random.Random(0))
 
     def child(self, one: Bits, two: Bits, generator: random.Random) -> Bits:
-        """What both parents prune, then what one of them does, then others, now and then something new first."""
+        """A choice from two parents: what both prune comes first, then what one of them prunes, then other blocks; half of
+        the time a random block comes before all."""
         order = generator.sample(range(self.count), self.count)
         new = order[0] if generator.random() < 0.5 else None
         bits = self.complete(sorted(order, key=lambda i: (i != new, -(one[i] + two[i]))))

@@ -1,8 +1,8 @@
-"""Kernels of a branch that is to merge into one layer: where their zero padding can go, and which taps can stay.
+"""Kernels of a branch that is to be merged into one layer: where their zero padding can go, and which taps can stay.
 
 A convolution that pads its input cannot be merged with layers before it that do not map zeros to zeros: at the border it
-reads zeros, and not what those layers make of zeros. Merged exactly, the zeros have to be the first thing in the branch
-(UPDP, arXiv 2401.06426, trains its supernet so; moving them in a trained network is ours).
+reads zeros, and not those layers' values for zeros. For an exact merge, the zeros have to come first in the branch (UPDP,
+arXiv 2401.06426, trains its supernet that way; moving them in a trained network is ours).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from ...graph.nodes import arguments, conv_padding, op_name, per_dim, permutatio
 from ..fuse.regions import Regions
 from .blocks import ACTIVATIONS, channel_axis, norm_axis
 
-Sides = list[tuple[int, int]]  # by axis, zeros before the first and after the last entry
+Sides = list[tuple[int, int]]  # for each axis, zeros before the first entry and after the last
 
 
 def spatial(path: Sequence[fx.Node]) -> list[fx.Node]:
@@ -34,30 +34,30 @@ def is_centred(conv: fx.Node) -> bool:
 
 
 def centre(weight: torch.Tensor) -> torch.Tensor:
-    """The middle tap of a kernel `(out, in, *extent)`, as one of extent 1."""
+    """The middle tap of a kernel `(out, in, *extent)`, as a kernel of extent 1."""
     return weight[(slice(None), slice(None), *(slice(k // 2, k // 2 + 1) for k in weight.shape[2:]))]
 
 
 def zeros_before(conv: fx.Node) -> Sides | None:
-    """What a convolution pads its input by, or None."""
+    """The padding of a convolution, or None if it pads nothing."""
     sides = conv_padding(conv)
     return [(0, 0), (0, 0), *sides] if any(a or b for a, b in sides) else None
 
 
 def sides_of(padding: fx.Node) -> Sides:
-    """What a padding node pads by."""
+    """The padding of a padding node."""
     pad = arguments(padding)["pad"]
     pairs = list(zip(pad[::2], pad[1::2], strict=True))[::-1]  # ATen has the last dimension first
     return [(0, 0)] * (len(shape(padding)) - len(pairs)) + pairs
 
 
 def pad_argument(sides: Sides) -> list[int]:
-    """The argument of a padding node."""
+    """The padding as the argument of a padding node."""
     return [p for pair in reversed(sides[2:]) for p in pair]
 
 
 def unpad(conv: fx.Node) -> None:
-    """Let a convolution pad nothing, whether its padding is given by sizes or by a word."""
+    """Make a convolution pad nothing, whether its padding is given as sizes or as a word."""
     a = arguments(conv)
     conv.target = getattr(torch.ops.aten, op_name(conv)).default
     dims = len(shape(a["weight"])) - 2
@@ -68,15 +68,17 @@ def unpad(conv: fx.Node) -> None:
 def earliest(
     before: Sequence[fx.Node], sides: Sides, regions: Regions, shifts: Callable[[fx.Node], bool]
 ) -> tuple[int, Sides] | None:
-    """Before which of the nodes in front of a convolution its zeros have to go, and how many they are there; None where
-    they can stay. shifts: whether a node does not map zeros to zeros.
+    """Where the zeros in front of a convolution have to go: the index in `before` of the node that they then precede, and
+    how many they are there. None where they can stay.
 
-    Zeros can pass a node that does the same at every position: padding its input gives its output the same border, of
-    what the node makes of zeros. A stride of `s` on the way (of a kernel with one tap) makes `s` zeros of each. Where a
-    permutation is passed, the axes are followed, and the zeros come to rest only where they lie in order again.
+    before: the nodes from the branch's head to the convolution. shifts: whether a node does not map zeros to zeros.
+
+    Zeros can pass a node that does the same at every position: padding its input by zeros gives its output the same border,
+    of the node's values for zeros. Passing a stride of `s` (of a kernel with one tap) turns each zero into `s` zeros.
+    Passing a permutation permutes the axes, and the zeros stop only where the axes are in order again.
     """
     index, moved = len(before), sides
-    axes = list(range(len(sides)))  # of the convolution's input, where they are before the node
+    axes = list(range(len(sides)))  # for each axis of the convolution's input, its place before the node
     for i in reversed(range(len(before))):
         node = before[i]
         if order := permutation(node):
@@ -92,7 +94,7 @@ def earliest(
 
 
 def _is_pointwise(node: fx.Node, axes: Sequence[int], regions: Regions) -> bool:
-    """Whether a node does the same at every position; axes: batch, channels and positions of a convolution."""
+    """Whether a node does the same at every position. axes: the batch, the channels and the positions of a convolution."""
     name = op_name(node)
     if name in ACTIVATIONS:
         return channel_axis(node.graph, node) not in axes[2:]

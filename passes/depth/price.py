@@ -1,4 +1,4 @@
-"""What pruning each block of a network would save, and why some cannot be pruned."""
+"""What pruning each block of a network would save, and why some blocks cannot be pruned."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,10 +21,10 @@ ORDER = "run PruneDepth before Sparsify"
 
 
 def find_blocks(program: Program) -> list[Block]:
-    """The blocks in the order of their exits, with what pruning each would save, or why it cannot be pruned."""
+    """The blocks in the order of their exits, each with what pruning it would save, or why it cannot be pruned."""
     blocks = [_judged(b, _obstacle(program, b)) for b in candidates(program)]
     merging = [b for b in blocks if b.prunable and not b.dropped]
-    settled = relax(program, merging, settled=True, fitted=True)  # pads the most
+    settled = relax(program, merging, settled=True, fitted=True)  # the form with the most padding, which costs most
     owner = {n: b.name for b in blocks for n in b.nodes}
     before = {n.name: evaluate(macs(n)) for n in program.graph.nodes if is_data(n)}
     dense, pruned = _costs(program, lambda n: owner.get(n.name)), _costs(settled, lambda n: n.meta.get("block"))
@@ -48,15 +48,15 @@ def find_blocks(program: Program) -> list[Block]:
 
 
 def _judged(block: Block, why: str | None) -> Block:
-    """A block that cannot be merged can still be left out, if it is added to its input."""
+    """The block with its obstacle, if any. An attention block that cannot be merged can still be left out."""
     if why is not None and block.kind == "attention":
         return replace(block, dropped=True)
     return replace(block, why=why)
 
 
 def _costs(program: Program, owner: Callable[[fx.Node], str | None]) -> dict[str, Cost]:
-    """By block, MACs and kernels of what the program runs after merging, each block by itself: a neighbour that it could be
-    merged with may not be pruned."""
+    """For each block, MACs and kernels of the program after merging inside the block only, since the neighbours that it
+    could be merged with may not be pruned."""
     regions, planner = Regions(program.graph_module), Planner((), sparse_weights(program))
     merged: set[fx.Node] = set()
     costs: dict[str, Cost] = {}
@@ -80,7 +80,7 @@ def _costs(program: Program, owner: Callable[[fx.Node], str | None]) -> dict[str
 
 
 def _obstacle(program: Program, block: Block) -> str | None:
-    """Why a block has no mergeable form, or None."""
+    """Why a block has no form that can be merged, or None."""
     nodes = {n.name: n for n in program.graph.nodes}
     regions, sparse = Regions(program.graph_module), sparse_weights(program)
     for name in block.nodes:

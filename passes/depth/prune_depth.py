@@ -36,12 +36,12 @@ from .training import NO_SUPERNET, Fading, Sandwich
 
 @dataclass(frozen=True)
 class Ablation:
-    """Parts of the method that a benchmark leaves out, to see what they are worth; no options of recipes.
+    """Parts of the method that a benchmark leaves out to measure what they are worth; no options of recipes.
 
-    search: else random blocks that meet the target are pruned. fading: else the pruned forms take over at the first step,
-    UPDP's baseline. tail: blocks that no activation follows end with one, see `relax`. fitted: activations fade to the
-    affine map that is nearest to them, and new normalisations start as the nearest to what they replace (ours); else to
-    the identity, as in UPDP.
+    search: choose blocks by the search; otherwise at random, such that they meet the target. fading: let blocks fade;
+    otherwise their pruned forms take over at the first step, UPDP's baseline. tail: end blocks that no activation follows
+    with one, see `relax`. fitted: activations fade to the affine map nearest to them, and new normalisations start as the
+    map nearest to what they replace (ours); otherwise activations fade to the identity, as in UPDP.
     """
 
     search: bool = True
@@ -55,46 +55,47 @@ class PruneDepth(Pass):
     """Prune whole blocks: their activations and normalisations fade while the network trains, then they are merged.
 
     The four stages are those of UPDP (arXiv 2401.06426). `supernet` trains all choices of blocks in one network, `search`
-    looks for the blocks that are missed least, `progressive` trains the network without them, `merge` turns what is left
-    of them into single layers. Which blocks there are, and what becomes of each, is found in the graph
-    (`passes.depth.blocks`, `passes.depth.relax`, ours).
+    looks for the blocks that are missed least, `progressive` trains the network without them, `merge` turns what is left of
+    them into single layers. The blocks, and what each can become, are found in the graph (`passes.depth.blocks`,
+    `passes.depth.relax`, ours).
 
     One target:
-    blocks: how many to prune.
+    blocks: how many blocks to prune.
     macs: the multiply-accumulates (MACs) that may remain, as a share of the dense program's (at most 1) or a number.
-    latency: what a fused run may take as the context's latency model predicts it, as a share of the dense program's or a
-        time such as "3.5 ms"; what single blocks save is added up. least_macs: the share of the MACs that it has to
-        leave, as in `RemoveChannels`.
+    latency: the time that a fused run may take as the context's latency model predicts it, as a share of the dense
+        program's or a time such as "3.5 ms"; the savings of single blocks are added up. least_macs: the share of the MACs
+        that a latency target has to leave, as in `RemoveChannels`.
     names: the blocks themselves; then there is neither supernet nor search.
 
     The search:
     supernet_steps: training steps of the supernet; 0 searches with the weights as they are. Each step runs the dense path,
-        two random choices and the widest one, the dense path teaching the others (sandwich rule, Yu and Huang, arXiv
+        two random choices and the widest choice; the dense path teaches the others (sandwich rule, Yu and Huang, arXiv
         1903.05134).
-    population, generations: of the evolutionary search. score_batches: a choice is scored by the metric on up to so many
-        batches of the context's val, or else data. calibrate: batches from which batch statistics are taken anew before,
-        and to which activations are fitted.
+    population, generations: of the evolutionary search. score_batches: a choice's score is its metric on at most this many
+        batches of the context's val, or else data. calibrate: number of batches from which batch statistics are taken anew
+        before scoring, and to which activations are fitted.
 
     Training:
     progress: how a block's parameter `l` falls from 1 (dense) to 0 (pruned), "linear" or "cosine", over the first `share`
         of the training steps.
     train: a `Distill` with the options of training; the teacher is the context's, or the program itself.
-    merged: do the last stage too; else `Fuse` can do it later.
+    merged: whether to do the last stage; otherwise `Fuse` can do it later.
 
-    repair: no training: the blocks go at once, activations in them become the nearest affine map, and the layers that read
-        what has changed, or stand for a merged block, get their least-squares weights, as `Repair` with its defaults does,
-        from images of the data. Where blocks fade in training nothing is lost at once that a repair could bring back.
+    repair: do not train. The blocks go at once, activations in them become the nearest affine map, and the layers that read
+    what has changed, or stand for a merged block, get their least-squares weights from images of the data, as from `Repair`
+    with its defaults. (Blocks that fade in training lose nothing at once that a repair could bring back.)
 
-    Every stage keeps its result in the context's `out`, so that an interrupted run goes on; each is a method and can be
-    called by itself. Several processes share the candidates of the search among them and choose what one process would;
-    where they do not see the same batches, they share the batches of every candidate, as in `evaluate`.
+    Every stage keeps its result in the context's `out`, so that an interrupted run continues; each is a method and can be
+    called by itself. Several processes divide the candidates of the search and choose what one process would; where they do
+    not see the same batches, they divide the batches of every candidate, as in `evaluate`.
 
-    No choice leaves out all that connects the outputs with the inputs (`passes.depth.reach`), such as every attention
-    block of a network that answers from its class token.
+    No choice leaves out all that connects the outputs with the inputs (`passes.depth.reach`), such as every attention block
+    of a network that answers from its class token.
 
-    Raises BadInput for blocks that are not there, Unreachable for a target that no such choice meets, Refused for names
-    that cut the outputs off. Refused, with the reason in the record: blocks that are no linear map even without their
-    activations, that cost more merged, or with weights that Sparsify made sparse, whose zeros merging would fill up.
+    Raises BadInput for blocks that are not there and for missing data, Unreachable for a target that no such choice meets,
+    Refused for names that cut the outputs off. Refused, with the reason in the record: blocks that are not linear even
+    without their activations, that would cost more when merged, or with weights that Sparsify made sparse, whose zeros
+    merging would fill.
     """
 
     blocks: int | None = None
@@ -149,7 +150,8 @@ class PruneDepth(Pass):
         return result
 
     def in_loop(self, program: Program, context: Context, steps: int, own: TrainableModule | None) -> Work:
-        """What the pass does in somebody else's loop: blocks are chosen now, fade, and are merged in the end."""
+        """The pass's work in the user's own training loop: blocks are chosen now, fade while it trains, and are merged at
+        the end."""
         if own is not None:
             raise BadInput('PruneDepth: fading blocks are no part of your own module; attach with cut="during"')
         check_field(self, "repair", not self.repair, "false in a loop of your own, which trains instead")
@@ -168,10 +170,11 @@ class PruneDepth(Pass):
     def _merged(
         self, program: Program, pruned: Program, chosen: Sequence[Block], record: dict[str, Any], context: Context
     ) -> PassResult:
-        """Stage 4 and the result."""
+        """Stage 4, and the result."""
         result, merged = self.merge(pruned, context)
-        # of the result against what was trained
-        error = max(record["train"].get("error") or 0.0, merged.get("error", 0.0))
+        error = max(
+            record["train"].get("error") or 0.0, merged.get("error", 0.0)
+        )  # the result's, against what was trained
         record["merge"] = merged | {"error": error}
         record["changed"] = [
             Change(
@@ -185,14 +188,14 @@ class PruneDepth(Pass):
 
     # ----------------------------------------------------------------------------------------------------- what to prune
     def _chosen(self, program: Program, context: Context) -> tuple[list[Block], dict[str, Any]]:
-        """The blocks to prune, and the record of why others cannot be and of the search."""
+        """The blocks to prune, and the record of the refused blocks and of the search."""
         blocks = find_blocks(program)
         chosen, search_record = self.choose(program, blocks, context)
         refused = [Refusal(b.name, b.why) for b in blocks if b.why is not None]
         return chosen, {"refused": refused, "search": search_record}
 
     def choose(self, program: Program, blocks: Sequence[Block], context: Context) -> tuple[list[Block], dict[str, Any]]:
-        """The blocks to prune, by the first two stages, and their record."""
+        """The blocks to prune, by the first two stages, and their record. Raises as the class says."""
         if self.names:
             chosen = self._named(blocks)
             if not Reach(program, chosen, context.seed)(range(len(chosen))):
@@ -213,7 +216,7 @@ class PruneDepth(Pass):
         return [b for b, bit in zip(prunable, bits, strict=True) if bit], {"supernet": record, **searched}
 
     def _named(self, blocks: Sequence[Block]) -> list[Block]:
-        """The blocks of `names`. Raises BadInput for one that is not there or cannot be pruned."""
+        """The blocks of `names`. Raises BadInput for a name that no block has, or whose block cannot be pruned."""
         known = {b.name: b for b in blocks}
         for name in self.names:
             if name not in known:
@@ -223,7 +226,7 @@ class PruneDepth(Pass):
         return [known[name] for name in self.names]
 
     def budget(self, program: Program, blocks: Sequence[Block], context: Context) -> Budget:
-        """The target in terms of what every block saves. Raises Unreachable when all of them together miss it, and when
+        """The target, and what every block saves of it. Raises Unreachable if all blocks together miss the target, or if
         only choices meet it that cut the outputs off from the inputs."""
         reaches = Reach(program, blocks, context.seed)
         if self.blocks is not None:
@@ -271,7 +274,7 @@ class PruneDepth(Pass):
         return budget
 
     def _seconds(self, program: Program, blocks: Sequence[Block], context: Context) -> list[float]:
-        """What a run takes: dense, and without each of the blocks."""
+        """Predicted seconds of a run: of the dense program, then without each single block."""
         pruned = (self._relaxed(program, [b], settled=True) for b in blocks)
         dense = Fuse()(program).program
         seconds = Predictor(context, dense)
@@ -304,7 +307,7 @@ class PruneDepth(Pass):
         if context.data is None:
             raise BadInput("PruneDepth: the search needs data; pass data=, or name the blocks")
         stored = self._stored("search", supernet, context)
-        with seeded(context.seed, context.data, context.val):  # the same batches if the stage before is taken up
+        with seeded(context.seed, context.data, context.val):  # the same batches if stage 1 was read from its file
             judge = Judge(supernet, context, self.calibrate, self.score_batches)
         size = self.population, self.generations
         return search(judge, budget, *size, context, stored.read() or {}, stored.write)
@@ -313,8 +316,8 @@ class PruneDepth(Pass):
     def progressive(
         self, program: Program, blocks: Sequence[Block], context: Context
     ) -> tuple[Program, dict[str, Any]]:
-        """Stage 3: the program with the pruned forms of the blocks, trained, and the record of training; its `error`
-        compares it in float64 with the relaxed program at `l = 0`, where one becomes the other."""
+        """Stage 3: the program with the pruned forms of the blocks, trained, and the record of training. Its `error`
+        compares, in float64, the pruned program with the relaxed one at `l = 0` when the former replaces the latter."""
         stored = self._stored("pruned", program, context, [b.name for b in blocks])
         if state := stored.read():
             pruned = self._relaxed(program, blocks, settled=True)
@@ -340,14 +343,14 @@ class PruneDepth(Pass):
         return settle(program, blocks, relaxed, self._tail, self.ablation.fitted)
 
     def merge(self, pruned: Program, context: Context) -> tuple[Program, dict[str, Any]]:
-        """Stage 4: the pruned program, merged, and the record; `error` compares the two in float64."""
+        """Stage 4: the pruned program, merged, and the record; its `error` compares the two programs in float64."""
         if not self.merged:
             return pruned, {}
         result = Fuse()(pruned, seed=context.seed)
         return result.program, {k: result.record[k] for k in ("error", "changed", "refused", "gated")}
 
     def _start(self, relaxed: Program, context: Context) -> None:
-        """Set what relaxation added by what the dense network makes of a few batches."""
+        """Initialise what relaxation added from the dense network's values for a few batches."""
         with seeded(context.seed, context.data):
             if self.ablation.fitted:
                 start_norms(relaxed, islice(Feed(relaxed).batches(context.batches), self.calibrate))
@@ -355,7 +358,7 @@ class PruneDepth(Pass):
                 Calibrator(relaxed, context, self.calibrate)(only=f"{FOLDER}.")
 
     def _fading(self, program: Program, blocks: Sequence[Block], total: int, seed: int) -> Fading:
-        """What fades the blocks in a training of so many steps."""
+        """The callback that fades the blocks in a training run of this many steps."""
         steps = max(1, round(self.share * total)) if self.ablation.fading else 0
         stays = self._training().features > 0
         return Fading(
@@ -367,7 +370,7 @@ class PruneDepth(Pass):
 
     @property
     def _tail(self) -> bool:
-        """Whether blocks that no activation follows get one; without training there is nothing for it to learn."""
+        """Whether blocks that no activation follows get one; without training a new activation could not learn anything."""
         return self.ablation.tail and not self.repair
 
     def _stored(self, stage: str, program: Program, context: Context, *identity: Any) -> StoredStage:
@@ -379,7 +382,7 @@ class PruneDepth(Pass):
 
 
 def ablated(**parts: bool) -> type[PruneDepth]:
-    """The pass without some parts of `Ablation`, as in `ablated(fading=False)(blocks=2)`."""
+    """The pass without parts of the method (see `Ablation`), as in `ablated(fading=False)(blocks=2)`."""
 
     class Ablated(PruneDepth):
         ablation = Ablation(**parts)

@@ -1,4 +1,4 @@
-"""Whether a network still answers to its inputs when some of its blocks are left out."""
+"""Whether a network's outputs still depend on its inputs when some of its blocks are left out."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,13 +11,13 @@ from .relax import relax
 
 
 class Reach:
-    """Tells which choices of blocks leave the outputs cut off from the inputs (ours).
+    """Tells which choices of blocks cut the outputs off from the inputs (ours).
 
-    A class token hears of the image through attention alone: without any attention block its network gives one answer
-    for all images, and no check of merges notices, since that is what was asked for. A choice reaches if every output
-    tensor that moves in the dense network when an input is drawn anew (float64, one input at a time) moves without the
-    blocks too. Only blocks that are left out whole can cut; leaving out more never connects again, so that one probe
-    answers for many choices.
+    A class token learns of the image through attention alone: without any attention block, its network gives the same
+    answer for all images, and no check of merges notices, since that is what was asked for. A choice passes if every output
+    tensor that changes in the dense network when an input is drawn anew (float64, one input at a time) also changes without
+    the blocks. Only blocks that are left out as a whole can cut, and leaving out more never connects again, so the result
+    for one choice decides many others.
     """
 
     def __init__(self, program: Program, blocks: Sequence[Block], seed: int = 0):
@@ -46,7 +46,7 @@ class Reach:
         return reaches
 
     def _moves(self, program: Program) -> list[list[bool]]:
-        """By input and output tensor, whether the output changes with the input."""
+        """For each input and output tensor, whether the output changes with the input."""
         evaluator = Evaluator(program, double_weights(program))
         base, *others = (flatten_outputs(evaluator.run(inputs)) for inputs in self.inputs)
         return [[not torch.equal(a, b) for a, b in zip(base, outputs, strict=True)] for outputs in others]

@@ -1,8 +1,8 @@
-"""Relaxation: a block between its dense and its pruned form, with a parameter that says how far.
+"""Relaxation: a block as a mixture of its dense and its pruned form, with a parameter for their shares.
 
-UPDP (arXiv 2401.06426) never takes an activation away at once, which corrupts the weights, but in small steps. Here every
-block to prune is rewritten so that one entry `l` of a buffer of the program mixes both forms: 1 is exactly the dense
-block, 0 exactly one that merges. The graph is the same all the time, so training needs no new capture.
+UPDP (arXiv 2401.06426) never removes an activation at once, which would corrupt the weights, but in small steps. Here every
+block to prune is rewritten so that one entry `l` of a buffer of the program mixes both forms: 1 is exactly the dense block,
+0 exactly a form that can be merged. The graph stays the same, so training needs no new capture.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,20 +31,22 @@ MOMENTUM, EPS = 0.1, 1e-5
 def relax(
     program: Program, blocks: Sequence[Block], settled: bool = False, tail: bool = True, fitted: bool = False
 ) -> Program:
-    """The program with every block rewritten so that `l` (a buffer `relaxed.l`, one entry a block, ones) mixes its dense
-    and its pruned form; with `settled` the pruned forms alone, under the same names of weights.
+    """The program with every block rewritten so that `l` (a buffer `relaxed.l` of ones, an entry for each block) mixes its
+    dense and its pruned form. With `settled`, the pruned forms alone, whose weights have the same names.
 
-    - An activation inside becomes `l act(x) + (1 - l) x`, or, `fitted`, `l act(x) + (1 - l) BN(x)`: `start_norms` makes
-      that the affine map which is nearest to the activation (ours), while the identity is often far from it.
+    - An activation inside becomes `l act(x) + (1 - l) x`, or, if `fitted`, `l act(x) + (1 - l) BN(x)`: `start_norms` makes
+      the BatchNorm the affine map that is nearest to the activation (ours), while the identity is often far from it.
     - A LayerNorm, GroupNorm or RMSNorm becomes `l LN(x) + (1 - l) BN(x)`; the BatchNorm starts with its scale and shift.
-    - Of several convolutions with a spatial kernel the first keeps it, of the others only the centre tap stays: the rest
-      of the kernel is multiplied by `l` (ours: two 3x3 merged are a 5x5, which costs more than both).
-    - Zero padding in front of that first one moves towards the head of the branch, as far as the nodes there treat all
-      positions alike: at `l` its ring of the padded value is `(1 - l)` of what the layers before make of the padding, so
-      that at 1 it is zero, as in the dense block.
-    - A block that no activation follows gets a tail, `l y + (1 - l) act(BN(y))`, with its own activation (`tail`).
-    - An attention block is only left out as a whole: `x + l f(x)`.
-    The mixtures are UPDP's; fit, kernel and ring are ours. In training, batch statistics include the ring at any `l`.
+    - Of several convolutions with a spatial kernel, the first keeps it; of the others only the centre tap stays, and the
+      rest of the kernel is multiplied by `l` (ours: two 3x3 merged are a 5x5, which costs more than both).
+    - Zero padding in front of that first convolution moves towards the head of the branch, as far as the nodes there treat
+      all positions alike. At `l`, the border of the padded value is `(1 - l)` times what the layers before make of zeros,
+      so that at 1 it is zero, as in the dense block.
+    - With `tail`, a block that no activation follows gets one like its own: `l y + (1 - l) act(BN(y))`.
+    - An attention block is left out as a whole: `x + l f(x)`.
+    The mixtures are UPDP's; fit, kernel and border are ours. In training, batch statistics include the border at any `l`.
+    Raises
+    BadInput for a program that is relaxed already.
     """
     copied = program.copy()
     relaxer = _Relaxer(copied.graph_module, settled, tail, fitted)
@@ -58,14 +60,14 @@ def relax(
 
 
 def set_switches(module: TrainableModule, values: Sequence[float]) -> None:
-    """Set `l` of every block; out of place, so that a graph built before can still be differentiated."""
+    """Set `l` of every block, not in place, so that a graph of the autograd engine that used the old values still works."""
     place_tensor(module, SWITCHES, torch.as_tensor(values, dtype=torch.float32, device=fetch(module, SWITCHES).device))
 
 
 def settle(
     program: Program, blocks: Sequence[Block], relaxed: Program, tail: bool = True, fitted: bool = False
 ) -> Program:
-    """The pruned forms alone, with the weights of the relaxed program after training."""
+    """The pruned forms alone, with the trained weights of the relaxed program."""
     result = relax(program, blocks, settled=True, tail=tail, fitted=fitted)
     trained, module = relaxed.module().state_dict(), result.module()
     for name, tensor in list(module.state_dict().items()):
@@ -77,7 +79,7 @@ def settle(
 
 
 class _Relaxer:
-    """Rewrites the graph of one module in place. Shapes of values around new nodes are computed when all is done."""
+    """Rewrites the graph of one module in place; the shapes of values are computed when all is done."""
 
     def __init__(self, module: TrainableModule, settled: bool, tail: bool, fitted: bool):
         self.module, self.graph, self.settled, self.tail, self.fitted = module, module.graph, settled, tail, fitted
@@ -95,7 +97,7 @@ class _Relaxer:
             self.switches = self.edit.store(SWITCHES, torch.ones(count))
 
     def block(self, index: int, block: Block, paths: list[list[fx.Node] | None]) -> None:
-        """Rewrite one block. paths: its branches, None for one that forks."""
+        """Rewrite one block. paths: its branches, with None for a branch that forks."""
         self.label, self.norms, self.kernels = block.name, 0, 0
         self.folder = f"{FOLDER}.{self.first + index}"
         exit_ = self.nodes[block.exit]
@@ -125,7 +127,8 @@ class _Relaxer:
             self._mix(exit_, partial(self._tail, exit_, act))
 
     def _drop(self, block: Block, exit_: fx.Node) -> None:
-        """Leave the branch of a residual addition out; its other operand is the block's entry, relaxed and scaled or not."""
+        """Leave the branch of a residual addition out; its other operand is the block's entry, perhaps relaxed and
+        scaled."""
         a = arguments(exit_)
         branch, entry = ("self", "other") if has_layers(a["self"], block.nodes) else ("other", "self")
         with self.edit.before(exit_):
@@ -137,7 +140,7 @@ class _Relaxer:
         exit_.replace_all_uses_with(left)
 
     def _mix(self, node: fx.Node, make_pruned: Callable[[], fx.Node]) -> None:
-        """Let what reads a node read `l node + (1 - l) pruned` instead, or the pruned form where that is settled."""
+        """Replace a node, for all that read it, by `l node + (1 - l) pruned`, or by the pruned form alone if settled."""
         users = list(node.users)
         with self.edit.after(node):
             mixed = make_pruned()
@@ -152,7 +155,7 @@ class _Relaxer:
         return self._call(aten.add.Tensor, left, self._call(aten.mul.Tensor, pruned, self.rest))
 
     def _linear(self, act: fx.Node) -> fx.Node:
-        """What an activation fades to."""
+        """The affine map that an activation fades to."""
         if not self.fitted:
             return act.args[0]  # type: ignore[return-value]
         return self._batch_norm(act.args[0], channel_axis(self.graph, act), None)
@@ -166,7 +169,7 @@ class _Relaxer:
         return self._call(act.target, normed, slope)
 
     def _batch_norm(self, value: Any, axis: Any, norm: fx.Node | None) -> fx.Node:
-        """Batch normalisation over an axis, with the scale and shift of the norm it stands for."""
+        """Batch normalisation over an axis, with the scale and shift of the normalisation that it stands for, if any."""
         size = shape(value)[axis]
         a = arguments(norm) if norm is not None else {}
         scales = {k: fetch(self.module, str(a[k].target)) if a.get(k) is not None else None for k in ("weight", "bias")}
@@ -186,7 +189,7 @@ class _Relaxer:
 
     # ---------------------------------------------------------------------------------------------------------- kernels
     def _shrink(self, conv: fx.Node) -> None:
-        """Let all taps but the one at the centre fade."""
+        """Let all taps of a kernel but the centre fade."""
         stored = arguments(conv)["weight"]
         if self.settled:
             weight = fetch(self.module, str(stored.target))
@@ -206,8 +209,8 @@ class _Relaxer:
         self.kernels += 1
 
     def _pad_first(self, before: list[fx.Node], conv: fx.Node) -> None:
-        """Move the zeros in front of a convolution towards the head of its branch, past the nodes `before` it that do not
-        map zeros to zeros in their pruned forms: it could not be merged with those otherwise."""
+        """Move the zeros in front of a convolution towards the head of its branch, past the nodes `before` it whose pruned
+        forms do not map zeros to zeros, since it could not be merged with those otherwise."""
         source, sides = arguments(conv)["input"], zeros_before(conv)
         if sides is None and before and op_name(before[-1]) in PADS:
             padding = before.pop()
@@ -222,7 +225,7 @@ class _Relaxer:
         head.replace_input_with(entry, padded)
         mixed = source
         if not self.settled:
-            # The value now has a border already, made of the zeros at the head: dense is what has zeros there instead.
+            # The border of the value is now computed from the zeros at the head; the dense form has zeros there instead.
             with self.edit.before(conv):
                 inner = [(-a, -b) for a, b in sides]
                 cropped = self._call(aten.constant_pad_nd.default, source, pad_argument(inner))
@@ -232,14 +235,14 @@ class _Relaxer:
         unpad(conv)
 
     def _shifts(self, node: fx.Node) -> bool:
-        """Whether a node does not map zeros to zeros in its pruned form."""
+        """Whether a node's pruned form does not map zeros to zeros."""
         name = op_name(node)
         if name in MAPS:
             return arguments(node)["bias"] is not None
         return name in (*NORMS, "batch_norm", "add", "sub", "rsub") or (self.fitted and name in ACTIVATIONS)
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node of the block, with the shape of its first operand until all is done."""
+        """A new node of the block; until all is done, it has the shape of its first operand."""
         first = next(a for a in args if isinstance(a, fx.Node))
         node = self.edit.call(target, args, kwargs, value=first.meta["val"])
         node.meta["block"] = self.label

@@ -33,8 +33,9 @@ def search(
 ) -> tuple[Bits, dict[str, Any]]:
     """The choice of blocks with the best score, and the record of the search.
 
-    The first generation holds what single blocks cost alone, added up, and random choices; the next ones are crossed
-    and mutated from the better half. scores: known before, by choice; keep: stores them all whenever there are more.
+    The first generation holds the choice of the blocks that score best alone, and random choices; each next one keeps the
+    better half and fills up with its children. scores: those known already, by choice (a string of 0 and 1); extended in
+    place. keep: stores all scores whenever there are new ones.
     """
     total = budget.count + population * (generations + 1)
     with bar(context.progress, "search", total) as update:
@@ -68,8 +69,8 @@ def search(
 
 
 class Judge:
-    """Scores choices of blocks in the supernet, `at_once` in a call: one in each process, as it would do alone. Processes
-    that do not see the same batches score one choice together."""
+    """Scores choices of blocks in the supernet, up to `at_once` in a call: one in each process, as a single process would
+    do it. Processes that do not see the same batches score every choice together."""
 
     def __init__(self, supernet: Program, context: Context, calibrate: int, count: int):
         self.supernet, self.metric = supernet, context.metric
@@ -84,7 +85,7 @@ class Judge:
     def __call__(self, choices: Sequence[Bits]) -> list[float]:
         if self.at_once == 1:
             return [self._score(bits) for bits in choices]
-        try:  # one that fails must not leave the others waiting
+        try:  # a process that fails must not leave the others waiting
             mine: Any = [self._score(bits, alone=True) for bits in choices[self.index : self.index + 1]]
         except Exception as error:
             mine = forwarded(error)
@@ -99,8 +100,10 @@ class Judge:
         return evaluate(self.supernet, self.batches, self.metric, field=self.field, alone=alone)
 
 
+# `Recalibrate` cannot do this: it pools statistics over all processes, each of which judges a choice of its own here, and it
+# holds every batch's activations to run node after node, where one forward pass per batch serves to rank many choices.
 class Calibrator:
-    """Takes the batch statistics of a program anew from a few batches, dropout off."""
+    """Takes the batch statistics of a program anew from a few batches, with dropout off."""
 
     def __init__(self, program: Program, context: Context, count: int):
         self.program = program
@@ -117,7 +120,8 @@ class Calibrator:
 
     @torch.no_grad()
     def __call__(self, only: str = "") -> None:
-        """Take them anew. only: of normalisations whose names start so; the others keep theirs."""
+        """Take the statistics anew: the mean over batches of each batch's mean and variance. only: the prefix of the
+        normalisations to set; others keep their statistics."""
         module, live = self.module, self.program.module()
         keys = {str(arguments(n)[k].target) for n in self.norms for k in ("running_mean", "running_var")}
         if SWITCHES in dict(live.named_buffers()):

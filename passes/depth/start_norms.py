@@ -1,4 +1,4 @@
-"""Where the batch norms of relaxed blocks start: at the affine map nearest to what they stand for."""
+"""Initialisation of the batch norms that `relax` adds: each starts as the affine map nearest to what it stands for."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,20 +16,20 @@ from .relax import FOLDER
 
 
 def start_norms(program: Program, batches: Iterable[Batch]) -> None:
-    """Set statistics, scale and shift of every batch norm that `relax` added, from what it reads in the dense network and
-    what is mixed with it there: the least-squares affine fit, channel by channel (ours).
+    """Set statistics, scale and shift of every batch norm that `relax` added to the least-squares affine fit, channel by
+    channel, from the norm's input in the dense network to the dense value that it is mixed with (ours).
 
-    So a norm starts as the nearest map that folds, an activation as the nearest line, and a tail, which stands for
-    nothing, as the identity in front of its activation.
+    So a norm starts as the nearest map that can be merged, an activation as the nearest straight line, and a tail, which
+    stands for nothing, as the identity in front of its activation.
     """
     module = program.module()
     pairs = {n: dense for n in module.graph.nodes if _added(n) and (dense := _stands_for(n)) is not None}
-    sums: dict[fx.Node, list[Any]] = {}  # over batch and positions, per channel: n, x, y, x^2, x y
+    sums: dict[fx.Node, list[Any]] = {}  # n, and sums per channel over batch and positions of x, y, x^2, x y
 
     def add_up(node: fx.Node, value: torch.Tensor, values: dict[fx.Node, Any]) -> None:
         x, y = values[arguments(node)["input"]], values[pairs[node]]
         (after,) = node.users
-        if op_name(after) == "transpose":  # it reads channels at axis 1, and they are moved back
+        if op_name(after) == "transpose":  # the norm has its channels in axis 1, and its output is transposed back
             y = y.transpose(*after.args[1:])
         x, y = (t.transpose(0, 1).flatten(1).double() for t in (x, y))
         new = [x.shape[1], x.sum(1), y.sum(1), (x * x).sum(1), (x * y).sum(1)]
@@ -55,7 +55,7 @@ def _added(node: fx.Node) -> bool:
 
 
 def _stands_for(norm: fx.Node) -> fx.Node | None:
-    """The dense value that is mixed with what a batch norm makes: that of `l dense + (1 - l) pruned`. None for a norm of a
+    """The dense value `dense` of the mixture `l dense + (1 - l) pruned` that a batch norm is part of; None for a norm of a
     block that was pruned before."""
     node = norm
     while op_name(node) != "add":

@@ -1,4 +1,4 @@
-"""Results of stages in a folder, so that an interrupted run goes on."""
+"""Results of stages in a folder, so that an interrupted run continues."""
 
 import pickle
 from pathlib import Path
@@ -15,8 +15,11 @@ from ..train.checkpoint import Checkpoint
 
 
 class StoredStage:
-    """The result of a stage, in the context's `out` under a name that stands for what it depends on, with a sample of the
-    data. The main process decides whether there is one; without a folder there never is."""
+    """The result of a stage, in a file of the context's `out` whose name has a hash of everything that it depends on.
+
+    The file also has a sample of the data. The main process reads and writes it for all; without a folder nothing is
+    stored.
+    """
 
     def __init__(self, stage: str, program: Program, context: Context, *identity: Any):
         self.path: Path | None = None
@@ -27,8 +30,8 @@ class StoredStage:
             self.path = Path(context.out) / f"{stage}-{code}"
 
     def read(self) -> Any:
-        """The stored tensors or numbers, by name, in every process; None where there are none of this run. BadInput for a
-        damaged file."""
+        """The stored tensors or numbers, by name, in every process; None if nothing of this run is stored. Raises BadInput
+        for a damaged file."""
         return None if self.path is None else agreed(self._read)
 
     def _read(self) -> Any:
@@ -45,6 +48,6 @@ class StoredStage:
         return None
 
     def write(self, result: dict[str, Any]) -> None:
-        """Store tensors or numbers, in place of those before."""
+        """Store tensors or numbers in place of earlier ones."""
         if self.path is not None and accelerator().is_main_process:
             Checkpoint(self.path, "PruneDepth").write({"result": result, "data": self.samples.codes})

@@ -1,4 +1,4 @@
-"""What is special in training for depth: the loss of a supernet, and blocks that fade while the network trains."""
+"""Training for depth: the loss of a supernet, and blocks that fade while the network trains."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -24,10 +24,10 @@ NO_SUPERNET = "set PruneDepth's supernet_steps to 0 (then give metric=, and loss
 
 
 class Sandwich:
-    """Loss of a supernet's step: of the dense path on the labels, and of two random choices and the widest one against what
-    the dense path says.
+    """Loss of a training step of a supernet: that of the dense path on the labels, and that of two random choices and the
+    widest choice against the outputs of the dense path.
 
-    lesson: of outputs, the dense path's outputs and the labels, the loss of the first against the second.
+    lesson: `lesson(outputs, outputs of the dense path, labels)`, the loss of the former against the latter.
     """
 
     def __init__(
@@ -54,11 +54,13 @@ class Sandwich:
 
 
 class Fading(Callback):
-    """Moves `l` of all blocks from 1 to 0; then the pruned forms alone go on training: the same, at less cost (ours).
+    """Moves `l` of all blocks from 1 to 0; then the pruned forms alone are trained, which compute the same at less cost
+    (ours).
 
-    progress: how, "linear" or "cosine", over so many `steps`. stays: the relaxed network goes on instead, since features
-    are taken at nodes that pruned forms may lack. tail, fitted: see `relax`. error: of the pruned forms against the
-    relaxed ones whose place they take, in float64; of a network that a checkpoint held in its pruned form, None.
+    progress: "linear" or "cosine", over this many `steps`. stays: whether the relaxed network is trained to the end, since
+    features are taken at nodes that pruned forms may lack. tail, fitted: see `relax`. error: of the pruned forms against
+    the relaxed ones that they replace, in float64; None before that, and for a network whose checkpoint held the pruned
+    forms.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Fading(Callback):
         self.identity = ("fading", len(blocks), progress, steps)
         self.stays, self.tail, self.fitted = stays, tail, fitted
         self.over = False
-        self.copies = False  # merged weights of an average are no average of merged weights
+        self.copies = False  # pruned forms of averaged weights are not averages of pruned forms
         self.error: float | None = None
 
     def begin(self, module: TrainableModule) -> Surgery | None:
@@ -96,7 +98,7 @@ class Fading(Callback):
         return Surgery(pruned, centre, {})
 
     def settle(self, module: TrainableModule) -> Program:
-        """The pruned program with the weights of the relaxed one."""
+        """The pruned program with the weights of the relaxed module."""
         set_switches(module, [0.0] * len(self.blocks))
         relaxed = self.program.derive(rebuild(module, copy_tensor))
         with placed(relaxed.module(), torch.device("cpu")):

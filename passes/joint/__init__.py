@@ -1,1 +1,2 @@
-"""Width and depth decided together, for one budget in seconds: options, their tables, the exact choice among them."""
+"""Width and depth decided together, for one budget in seconds: the options, their tables, and the exact choice among
+them."""

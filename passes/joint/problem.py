@@ -1,8 +1,9 @@
-"""The choice to make: a size for every group and a fate for every block, each with its loss and its seconds.
+"""The choice to make: a size for every group and whether every block goes, each with its loss and its seconds.
 
-The seconds of a layer are a table over the sizes of the groups it reads and writes, jointly. A layer may belong to a block:
-then it counts only while the block stays, or (what a block is merged into) only once it is gone. Groups inside a block have
-sizes only while it stays. Plain numbers, without programs: what the numbers are, `times` and `losses` know. Source: ours.
+The seconds of a layer are a table over the sizes of all groups that it reads and writes. A layer may belong to a block:
+then it counts only while the block stays; the layer that a block is merged into counts only if the block goes. Groups
+inside a block have sizes only while it stays. All of this is plain numbers, without programs; `times` and `losses` compute
+them. Source: ours.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Axis:
-    """The sizes that a group may have, smallest first, and what the result loses by each. block: the index of the block that
-    takes the group with it; None for none. allowed: the places in `sizes` that may be chosen; None for all."""
+    """The sizes that a group may have, smallest first, and the loss of each. block: the index of the block that contains
+    the group, or None. allowed: the indices in `sizes` that may be chosen; None for all."""
 
     name: str
     sizes: tuple[int, ...]
@@ -27,13 +28,13 @@ class Axis:
 
     @property
     def choices(self) -> tuple[int, ...]:
-        """The places in `sizes` that may be chosen."""
+        """The indices in `sizes` that may be chosen."""
         return tuple(range(len(self.sizes))) if self.allowed is None else self.allowed
 
 
 @dataclass(frozen=True)
 class Removal:
-    """A block that may go, and what the result loses by that. goes: decided by hand; None leaves it open."""
+    """A block that may go, and the loss of that. goes: a decision by hand; None leaves it open."""
 
     name: str
     loss: float
@@ -42,9 +43,10 @@ class Removal:
 
 @dataclass(frozen=True)
 class Term:
-    """Seconds of a layer at every combination of the sizes of its axes, an array with one dimension an axis.
+    """Seconds of a layer at every combination of the sizes of its axes: an array with a dimension for each axis.
 
-    block: the index of the block that it belongs to; gone: it counts when the block is gone, not while it stays.
+    block: the index of the layer's block, or None. gone: whether the layer counts if the block is gone, instead of while it
+    stays.
     """
 
     axes: tuple[int, ...]
@@ -55,7 +57,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Choice:
-    """The place in its `sizes` of every axis (-1 of one whose block is gone), and whether each block goes."""
+    """For every axis the index in its `sizes` (-1 if its block is gone), and for every block whether it goes."""
 
     sizes: tuple[int, ...]
     gone: tuple[bool, ...]
@@ -63,8 +65,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything there is to choose from. constant: seconds that no choice changes. apart: sets of blocks that may not all
-    go."""
+    """All options. constant: seconds that no choice changes. apart: sets of blocks, each of which must not go as a
+    whole."""
 
     axes: tuple[Axis, ...]
     blocks: tuple[Removal, ...]
@@ -73,7 +75,7 @@ class Problem:
     apart: tuple[frozenset[int], ...] = ()
 
     def seconds(self, choice: Choice) -> float:
-        """What a run takes."""
+        """Seconds of a run."""
         total = self.constant
         for term in self.terms:
             if term.block is None or choice.gone[term.block] == term.gone:
@@ -81,16 +83,16 @@ class Problem:
         return total
 
     def loss(self, choice: Choice) -> float:
-        """What the result loses, as if losses added up."""
+        """The loss of the result, as the sum of single losses."""
         widths = sum(axis.losses[k] for axis, k in zip(self.axes, choice.sizes, strict=True) if k >= 0)
         return widths + sum(block.loss for block, gone in zip(self.blocks, choice.gone, strict=True) if gone)
 
     def whole(self) -> Choice:
-        """Nothing removed, whatever was decided by hand."""
+        """The choice that removes nothing, whatever was decided by hand."""
         return Choice(tuple(len(axis.sizes) - 1 for axis in self.axes), (False,) * len(self.blocks))
 
     def scaled(self, widths: float = 1.0, blocks: float = 1.0) -> Problem:
-        """The problem with the losses of all widths and of all blocks times a factor each."""
+        """The problem with the losses of all widths, and of all blocks, multiplied by a factor each."""
         axes = tuple(
             Axis(a.name, a.sizes, tuple(widths * loss for loss in a.losses), a.block, a.allowed) for a in self.axes
         )
@@ -98,7 +100,7 @@ class Problem:
         return Problem(axes, removals, self.terms, self.constant, self.apart)
 
     def only(self, widths: bool = False, blocks: bool = False) -> Problem:
-        """The problem in which only widths, or only blocks, may change; what was decided by hand stays."""
+        """The problem in which only widths, or only blocks, may change; decisions by hand stay."""
         axes = tuple(
             a if widths or a.allowed is not None else Axis(a.name, a.sizes, a.losses, a.block, (len(a.sizes) - 1,))
             for a in self.axes
@@ -107,8 +109,7 @@ class Problem:
         return Problem(axes, removals, self.terms, self.constant, self.apart)
 
     def joined(self) -> Problem:
-        """The same problem with as few terms as can be: terms of the same block whose axes are among another's are added to
-        that one."""
+        """The same problem with fewer terms: a term is added to another of the same block that has all of its axes."""
         merged: dict[tuple[int | None, bool], dict[tuple[int, ...], np.ndarray]] = {}
         for term in sorted(self.terms, key=lambda t: -len(t.axes)):
             tables = merged.setdefault((term.block, term.gone), {})
@@ -131,10 +132,10 @@ class Problem:
 
 
 def cells(problem: Problem) -> int:
-    """How many entries the tables of a problem have: its size for the solver."""
+    """Number of entries in the tables of a problem, which is its size for the solver."""
     return sum(math.prod(term.seconds.shape) for term in problem.terms)
 
 
 def apart(problem: Problem, sets: Iterable[frozenset[int]]) -> Problem:
-    """The problem in which further sets of blocks may not all go."""
+    """The problem with further sets of blocks that must not go as a whole."""
     return Problem(problem.axes, problem.blocks, problem.terms, problem.constant, (*problem.apart, *sets))

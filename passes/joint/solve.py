@@ -1,16 +1,16 @@
 """The best choice, exactly: a mixed-integer linear program in transport form, solved by HiGHS through SciPy.
 
 Binary variables: x[a,k], axis a has its k-th size; z[b], block b is gone. The seconds of a layer are no linear function of
-its sizes, so every cell of its table has a share p[c] of its own, and the shares have to agree with the sizes:
+its sizes, so every cell c of its table has a share p[c], and the shares have to agree with the sizes:
 
-    sum_c p[c] = 1, 1 - z[b] or z[b]              for a layer of no block, of one that stays, of one that is gone
-    sum_{c at size k of axis a} p[c] <= x[a,k]    a transport problem between the margins, tighter than products of binaries
+sum_c p[c] = 1, 1 - z[b] or z[b]              for a layer of no block, of one that stays, of one that is gone sum_{c at size
+    k of axis a} p[c] <= x[a,k]    a transport problem between the margins, tighter than products of binaries
 
-    sum_k x[a,k] = 1 or 1 - z[b]                  an axis, or one inside a block
-    sum_{b in S} z[b] <= |S| - 1                  blocks that may not all go
+sum_k x[a,k] = 1 or 1 - z[b]                  for an axis, or one inside a block sum_{b in S} z[b] <= |S| - 1
+    for blocks S that must not all go
 
-With whole x and z the shares are whole by themselves. Source: the decision of widths and depth together after MDP
-(arXiv 2504.02168) and LayerMerge (arXiv 2406.12837); this program is ours.
+If x and z are integers, the shares are, too. Source: the decision of widths and depth together after MDP (arXiv 2504.02168)
+and LayerMerge (arXiv 2406.12837); this program is ours.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .problem import Choice, Problem, apart
 
 GAP = 1e-7  # relative difference to the optimum at which the solver stops
 LIMIT = 120.0  # seconds of one call of the solver
-TIGHT = 1e-7  # share of a limit that is left to the solver's rounding
+TIGHT = 1e-7  # relative tolerance of a limit, for the solver's rounding
 
 
 @dataclass(frozen=True)
 class Solved:
-    """A choice, what it takes and loses, and the solver's relative `gap` to the optimum (0: proven)."""
+    """A choice, its seconds and loss, and its relative `gap` to the optimum as the solver knows it (0: proven optimal)."""
 
     choice: Choice
     seconds: float
@@ -61,11 +61,11 @@ class _Program:
         self.rows = _Rows()
         self.first = np.cumsum([0, *(len(axis.sizes) for axis in problem.axes)])  # column of each axis's first size
         self.block = int(self.first[-1])  # column of the first block
-        self.whole = self.block + len(problem.blocks)  # columns of whole numbers
+        self.whole = self.block + len(problem.blocks)  # number of integer columns, which come first
         self.upper = [1.0] * self.whole
         self.lower = [0.0] * self.whole
         self.seconds: list[float] = [0.0] * self.whole
-        self.offset = 0.0  # seconds of blocks that stay, which their columns take away
+        self.offset = 0.0  # seconds of blocks without axes while they stay; their columns subtract these
         for i, axis in enumerate(problem.axes):
             for k in range(len(axis.sizes)):
                 if k not in axis.choices:
@@ -81,7 +81,7 @@ class _Program:
             self.rows.add([(self.block + b, 1.0) for b in blocks], 0.0, len(blocks) - 1.0)
 
     def _with(self, block: int | None) -> list[tuple[int, float]]:
-        """What makes a sum that is 1 while the block stays one that is always 1."""
+        """The column that completes a sum, which is 1 while the block stays, to a sum that is always 1."""
         return [] if block is None else [(self.block + block, 1.0)]
 
     def _term(self, axes: tuple[int, ...], seconds: np.ndarray, block: int | None, gone: bool) -> None:
@@ -109,7 +109,7 @@ class _Program:
                 self.rows.add([*margin, (int(self.first[axis]) + k, -1.0)], -np.inf, 0.0)
 
     def losses(self) -> np.ndarray:
-        """What each column adds to the loss."""
+        """The coefficient of each column in the loss."""
         values = np.zeros(len(self.seconds))
         for i, axis in enumerate(self.problem.axes):
             values[self.first[i] : self.first[i + 1]] = axis.losses
@@ -119,8 +119,8 @@ class _Program:
     def minimise(
         self, objective: np.ndarray, limited: np.ndarray | None, limit: float, seconds: float
     ) -> tuple[Choice, float] | None:
-        """The choice with the least objective whose `limited` sum is within the limit, and the gap; None where there is
-        none. Both are scaled to about 1, which the solver's tolerances are made for."""
+        """The choice with the least objective whose `limited` sum is within the limit, and its gap; None if there is none.
+        Objective and sum are scaled to about 1, for which the solver's tolerances are made."""
         from scipy.optimize import Bounds, LinearConstraint, milp  # here, since it takes half a second to import
         from scipy.sparse import coo_array
 
@@ -158,7 +158,7 @@ class _Program:
 
 
 Connects = Callable[[frozenset[int]], bool]
-"""Whether the network still answers to its inputs when blocks of these indices are gone."""
+"""Whether the network's outputs still depend on its inputs when blocks of these indices are gone."""
 
 
 def solve(
@@ -168,11 +168,11 @@ def solve(
     connects: Connects = lambda gone: True,
     limit: float = LIMIT,
 ) -> Solved | None:
-    """The choice that loses least within so many seconds; or, with `loss`, the fastest that loses no more than that; with
-    neither, the fastest of all. None where no choice is within the limit.
+    """The choice with the least loss within `seconds`; or, with `loss`, the fastest choice that loses no more than that;
+    with neither, the fastest of all. None if no choice is within the limit.
 
-    connects: asked about every answer; where it says no, those blocks may not all go, and the solver is asked again.
-    limit: seconds that the solver may take each time; the best choice by then is returned with its gap.
+    connects: asked about every answer; if it says no, those blocks must not all go, and the solver is asked again. limit:
+    seconds that the solver may take each time; then the best choice so far is returned with its gap.
     """
     while True:
         program = _Program(problem)

@@ -114,9 +114,8 @@ class Solver:
 
     # ------------------------------------------------------------------------------------------------- cap, woodfisher
     def _by_blocks(self) -> float:
-        """Two sweeps over the blocks: the first finds the order in which entries go and its cost, the second makes the
-        update. All Fisher sums are kept for the second if they fit into the memory, else made again from the same
-        gradients."""
+        """Two sweeps over the blocks, for the order in which entries go and for the update. All Fisher sums are kept in
+        between if they fit into the memory, else made again from the same gradients."""
         method, batches, exact = self.method, self._batches(), self.method.name == "cap"
         self.damping = method.damping or DAMPING * self._mean_square() or 1e-8
         kept = self._collect(batches[0], "1/1") if len(batches) == 1 else None

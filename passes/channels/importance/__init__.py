@@ -1,1 +1,1 @@
-"""How much each index of each group matters."""
+"""The importance of each index of each group."""

@@ -1,7 +1,7 @@
-"""Statistics with one gate per index in them: index i counts `gate[i]` times in means, variances, sums and softmax.
+"""Statistics with gates: index i counts `gate[i]` times in means, variances, sums and softmax.
 
-Each function computes its operator from the arguments by schema name and `{dimension: gates}`; at gates of 1 it is the
-operator itself, and its derivative by the gates is taken there.
+Each function computes its operator from the arguments (by schema name) and `{dimension: gates}`. With gates of 1 it is the
+operator itself; that is where its derivative with respect to the gates is taken.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def _spread(x: Tensor, gates: dict[int, Tensor]) -> Tensor:
-    """The product of the gates at every entry of x."""
+    """The product of the gates that apply to each entry of x."""
     weight = torch.ones_like(x)
     for d, gate in gates.items():
         weight = weight * gate.view([-1 if k == d else 1 for k in range(x.dim())])
@@ -61,7 +61,7 @@ def _group_norm(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
 
 
 def _batch_norm(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
-    """With statistics of the batch, as weight standardisation takes them."""
+    """Batch normalisation by the statistics of the batch, as weight standardisation uses it."""
     x = a["input"]
     weight, dims = _spread(x, gates), [d for d in range(x.dim()) if d != 1]
     return _per_channel((x - _mean(x, weight, dims)) * (_variance(x, weight, dims) + a["eps"]).rsqrt(), a)
@@ -83,7 +83,7 @@ def _log_softmax(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
 
 
 def _reduced(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    """A reduction from its form `function(x, weight, dims, arguments)` with the dimensions kept."""
+    """A reduction like torch's, made from a `function(x, weight, dims, arguments)` that keeps dimensions."""
 
     def reduce(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
         x = a["self"]
@@ -105,7 +105,7 @@ def _both(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _pool(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
-    """An adaptive pooling to size 1 along the gated dimensions."""
+    """Adaptive average pooling to size 1 along the gated dimensions."""
     x, dims = a["self"], list(gates)
     mean = _mean(x, _spread(x, gates), dims).expand_as(x)
     sizes = a["output_size"]
@@ -113,7 +113,7 @@ def _pool(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
 
 
 def gated_attention(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
-    """Keys as the softmax sees them: a gate multiplies the exponential of its logits."""
+    """Attention with gates on the keys: a key's gate multiplies the exponential of its logits in the softmax."""
     mask, (gate,) = a.get("attn_mask"), gates.values()
     n, m = a["query"].shape[-2], a["key"].shape[-2]
     if a.get("is_causal"):
@@ -152,7 +152,7 @@ def _reduced_dims(a: dict[str, Any], rank: int) -> list[int]:
 
 
 def statistics_dims(name: str, a: dict[str, Any], rank: int) -> list[int]:
-    """Over which dimensions a node takes its statistics."""
+    """The dimensions over which a node takes its statistics."""
     if name in ("layer_norm", "rms_norm"):
         return list(range(rank - len(a["normalized_shape"]), rank))
     if name == "group_norm":

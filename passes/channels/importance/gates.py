@@ -1,21 +1,21 @@
-"""First-order effect of masking an index, exactly: the derivative of the loss with respect to one gate per index.
+"""The exact first-order effect of masking an index: the derivative of the loss with respect to one gate per index.
 
-A gate stands at every place where the entries along an axis are added up, which is where an index is read:
+A gate stands wherever the entries along an axis are added up, which is where an index is read:
 
 - contractions (linear, convolution, matmul, einsum, attention): the products of index i count `gate[i]` times, once per
-  product however many of its operands the axis is in;
+  product, even if several of its operands have the axis;
 - normalisations, means, variances and softmax over the axis: index i counts `gate[i]` times in the moments and sums, so
-  statistics are those of what is left, as after surgery;
+  statistics are those of the remaining indices, as after removal;
 - sums: index i counts `gate[i]` times; in p-norms, cosine similarities and distances its powers do;
-- whatever else takes an axis away (maxima): the operand's entries at index i are multiplied by `gate[i]`.
+- other operators whose results lack the axis (maxima): the operand's entries at index i are multiplied by `gate[i]`.
 
-What acts on each entry by itself, depthwise convolutions and elementwise products included, reads nothing. With the
+Operators that act on each entry by itself, depthwise convolutions and elementwise products included, read nothing. With the
 gates of an index at 0 the network is the one that `graph.comb.surgery` leaves without it (the restriction oracle says the
-same with hard masks); at 1, where the derivative is taken, it is the network itself. Definition and derivation: ours.
+same with hard masks); at 1, where the derivative is taken, it is the original. Definition and derivation: ours.
 
-A weight that reads an axis has the derivative in its gradient: the sum of weight * gradient over the entries that read
-index i. Elsewhere (products of two activations, statistics, frozen weights, tensors used in several roles) the graph is
-tapped: identities that see the gradient as it passes.
+For a weight that reads an axis, the derivative is in the weight's gradient: the sum of weight * gradient over the entries
+that read index i. Elsewhere (products of two activations, statistics, frozen weights, tensors used in several roles) the
+graph is tapped by identities that see the gradient.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ Totals = dict[Factor, np.ndarray]
 
 @dataclass
 class Tap:
-    """Where a tapped value's sums go: the axes they lie along, which of their atoms count, and the sums so far."""
+    """Where the sums of a tapped value go: the axes that they belong to, the atoms of these axes that are scored, a factor,
+    and the sums so far, one vector for each axis."""
 
     axes: list[Axis]
     atoms: frozenset[Factor]
@@ -55,19 +56,19 @@ class Tap:
     sums: list[Any] = field(default_factory=list)
 
     def add(self, sums: Sequence[Tensor]) -> None:
-        """Add a backward pass's sums, one vector for each axis."""
+        """Add the sums of a backward pass, one vector for each axis."""
         self.sums = [s + f for s, f in zip(self.sums, sums, strict=True)] if self.sums else list(sums)
 
 
 def _uncast(node: fx.Node) -> fx.Node:
-    """What a value is before casts to another precision, as autocast inserts them: their gradient is cast back."""
+    """The value before casts to another precision, which autocast inserts; the gradient of a cast is cast back."""
     while op_name(node) in CASTS and node.all_input_nodes[:1] == [node.args[0]]:
         node = node.all_input_nodes[0]
     return node
 
 
 def _users(node: fx.Node) -> list[fx.Node]:
-    """The nodes that read a value, once for each argument, those of its casts in place of the casts."""
+    """The nodes that read a value, once for each argument; casts are replaced by their users."""
     found = []
     for user in node.users:
         times = pytree.tree_leaves((user.args, user.kwargs)).count(node)
@@ -76,11 +77,11 @@ def _users(node: fx.Node) -> list[fx.Node]:
 
 
 class Gates:
-    """Derivatives of the loss by the gates of a network's indices, gathered in its backward passes.
+    """Derivatives of the loss with respect to the gates of a network's indices, gathered in backward passes.
 
-    comb, wanted: the network as it was solved, and the atoms that have gates. masks: which of their indices it still has.
-    module: the network as it is, with the comb's node names. Run it within `tapped`; `totals` then gives the sums since
-    the last call: of the gradients that lie in its parameters and of what the taps saw.
+    comb: of the original network. wanted: the atoms whose indices have gates. masks: which of their indices the network
+    still has. module: the present network, with the comb's node names. Run it within `tapped`; `totals` then returns the
+    sums since the last call, from the gradients of its parameters and from the taps.
     """
 
     def __init__(self, comb: Comb, wanted: Iterable[Factor], masks: ax.Masks | None, module: TrainableModule):
@@ -112,12 +113,13 @@ class Gates:
         return Tap([self.comb.axes[operand.source][operand.dim]], read.atoms, read.share)
 
     def _tensor(self, operand: Operand) -> int:
-        """Which stored tensor an operand is (a number), as it is or in another precision, 0 for one that is computed."""
+        """The id of the stored tensor that an operand is, be it cast to another precision; 0 for a computed operand."""
         node = _uncast(operand.source)
         return id(fetch(self.module, str(node.target))) if node.op == "get_attr" else 0
 
     def _direct(self, reads: list[Read]) -> set[tuple[int, int]]:
-        """The parameters, each with a dimension, whose gradients say all: trained, and every use reads that dimension."""
+        """The trained parameters, each with a dimension, whose gradients suffice: every use of the parameter reads that
+        dimension."""
         uses: dict[int, list[fx.Node]] = defaultdict(list)
         for node in self.comb.module.graph.nodes:
             if node.op == "get_attr":
@@ -133,7 +135,7 @@ class Gates:
 
     @contextmanager
     def tapped(self) -> Iterator[None]:
-        """The module's graph has the taps in it."""
+        """A context in which the module's graph contains the taps."""
         if not self.reads and not self.moments:
             yield
             return
@@ -163,11 +165,12 @@ class Gates:
             self.module.recompile()
 
     def totals(self, share: Callable[[np.ndarray], np.ndarray] = lambda values: values, scale: float = 1.0) -> Totals:
-        """By atom, the derivatives by its gates in the original's numbering, 0 where the network has lost the index.
+        """For each atom, the derivatives with respect to its gates, in the original's numbering; 0 for indices that the
+        network has lost.
 
-        share: makes what the taps saw in one process the mean over all. scale: by how much the loss was multiplied, which
-        the parameters' gradients no longer are. Raises BadInput where a weight has been frozen since the gates were made:
-        what it reads would look worthless.
+        share: turns the taps' sums of one process into the mean over all processes. scale: the factor by which the loss was
+        multiplied; it must be gone from the parameters' gradients. Raises BadInput where a weight has been frozen since the
+        gates were made, since what it reads would score 0.
         """
         totals: Totals = {}
         for name, _, _ in self.parameters:
@@ -220,7 +223,7 @@ class Gates:
 
 
 def _wide(value: Any) -> Any:
-    """Detached, and of at least single precision where it is a floating tensor."""
+    """The value, detached, and in at least single precision if it is a floating-point tensor."""
     if not isinstance(value, Tensor):
         return value
     value = value.detach()
@@ -249,7 +252,8 @@ def _passing(gates: Gates, tap: Tap, dim: int) -> Callable[[Tensor], Tensor]:
 
 
 def _watching(gates: Gates, tap: Tap, moments: Moments, node: fx.Node) -> Callable[..., None]:
-    """Sees a node's results and arguments, and adds up the derivatives by the gates in its statistics."""
+    """A function of a node's results and arguments that adds up the derivatives with respect to the gates in its
+    statistics."""
     names = list(arguments(node))
     key = next(k for k, v in arguments(moments.node).items() if v is moments.source)
     defaults = {k: v for k, v in arguments(node).items() if not isinstance(v, fx.Node)}

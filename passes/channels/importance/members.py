@@ -1,4 +1,4 @@
-"""Where the indices of a group lie in the parameters, and what a parameter says of each of them."""
+"""Where the indices of a group lie in the parameters, and sums over a parameter's entries of each index."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Scores = dict[Factor, np.ndarray]
 
 
 class Members:
-    """Where the indices of some atoms lie in the parameters of a network that may have lost some of them already.
+    """Where the indices of atoms lie in the parameters of a network, which may have lost some of them.
 
-    masks: which indices of each atom the network still has, by default all. Sums are per index of the original atoms, 0
-    where the network has lost it.
+    wanted: the atoms. masks: which indices of each atom the network still has, by default all. Sums are per index of the
+    original atoms, 0 for an index that the network has lost.
     """
 
     def __init__(self, comb: Comb, wanted: Iterable[Factor], masks: ax.Masks | None = None):
@@ -35,8 +35,8 @@ class Members:
         return ax.kept_mask(axis, self.masks) if ax.touches(axis, self.masks) else None
 
     def sums(self, module: torch.nn.Module, gradients: bool) -> Iterator[tuple[str, Scores]]:
-        """For every parameter and dimension, the sums over the entries of each index: of weight * gradient, or of the
-        squared weight."""
+        """For every parameter and dimension with wanted atoms, yield the parameter's name and, by atom, the sums over the
+        entries of each index: of weight * gradient, or of the squared weight."""
         parameters = [
             (name, tensor)
             for name, tensor in module.named_parameters()
@@ -54,7 +54,7 @@ class Members:
                 yield name, {atom: sums_of for atom, sums_of in folded.items() if atom in self.wanted}
 
     def gradient_scores(self, module: torch.nn.Module, transform: Callable[[np.ndarray], np.ndarray]) -> Scores:
-        """For every atom the mean over its members of the transformed sums of weight * gradient."""
+        """For every atom, the mean over its members of `transform` of the sums of weight * gradient."""
         scores: dict[Factor, list[np.ndarray]] = defaultdict(list)
         for _, sums in self.sums(module, gradients=True):
             for atom, value in sums.items():

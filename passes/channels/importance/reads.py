@@ -1,6 +1,6 @@
-"""Where a graph reads the indices of an axis: products, statistics, and whatever else takes the axis away.
+"""Where a graph reads the indices of an axis: in products, statistics, and other operators whose results lack the axis.
 
-`gates` says what that is for.
+`gates` says what this is for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PRODUCTS = {**MATRIX_PRODUCTS, **VECTOR_PRODUCTS}
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor operand of a node: the argument, its place in the argument's list if it is one, and one of its
+    """A tensor operand of a node: the argument's key, its place if the argument is a list, and one of the tensor's
     dimensions."""
 
     source: fx.Node
@@ -35,8 +35,11 @@ class Operand:
 
 @dataclass(frozen=True)
 class Read:
-    """Products that a node adds up along an axis. Value * gradient summed over the axis of any one of the operands, times
-    `share`, is the derivative by the gates of these atoms."""
+    """Products that a node adds up along an axis.
+
+    For any one of the operands, the sum of value * gradient over the other dimensions, times `share`, is the derivative
+    with respect to the gates of these atoms.
+    """
 
     node: fx.Node
     operands: tuple[Operand, ...]
@@ -46,8 +49,8 @@ class Read:
 
 @dataclass(frozen=True)
 class Moments:
-    """Statistics that a node takes along some dimensions of an operand. function(arguments, gates) computes the node with
-    weights `{dim: vector}` in the statistics."""
+    """Statistics that a node takes along some dimensions of an operand. `function(arguments, gates)` computes the node with
+    the weights `{dim: vector}` in its statistics."""
 
     node: fx.Node
     source: fx.Node
@@ -56,7 +59,7 @@ class Moments:
 
 
 def find_reads(comb: Comb, wanted: dict[Factor, None]) -> tuple[list[Read], list[Moments]]:
-    """Every place of the graph where an axis with one of the wanted atoms is read."""
+    """Every place of the graph that reads an axis with one of the wanted atoms."""
     reads: list[Read] = []
     moments: list[Moments] = []
     for node in comb.module.graph.nodes:
@@ -96,7 +99,7 @@ def _reads_of(comb: Comb, node: fx.Node, wanted: dict[Factor, None]) -> tuple[li
         weight, x = Operand(a["weight"], "weight", None, 0), Operand(a["input"], "input", None, 1)
         try:
             _, inner = ax.take_inner(comb.axes[a["weight"]][0], shape(a["weight"])[0] // a["groups"])
-        except Misaligned:  # then it is frozen
+        except Misaligned:  # such an axis is frozen
             inner = []
         return [read(weight, x, of=inner)], []
     if name == "linear":
@@ -137,7 +140,7 @@ def _reads_of(comb: Comb, node: fx.Node, wanted: dict[Factor, None]) -> tuple[li
 
 
 def _vanished(comb: Comb, node: fx.Node, atoms: Callable[[Axis], frozenset[Factor]], share: float) -> list[Read]:
-    """The axes of its operands that a node's results no longer have."""
+    """Reads of the operands' axes that the node's results lack."""
     left = frozenset(ax.atoms(comb.flat(node)))
     reads = []
     for key, value in arguments(node).items():

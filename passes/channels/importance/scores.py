@@ -1,17 +1,18 @@
-"""How much each index of each group matters: one number per index, from weights alone or from gradients.
+"""Importances: one number for each index of each group, from weights alone or from gradients.
 
-Gradient scores are exact to first order: the loss is differentiated by one gate per index, which masks the index wherever
-it is read (`.gates`; ours). "fisher" squares that derivative, "taylor" takes its absolute value, batch by batch.
+Gradient scores are exact to first order: the loss is differentiated with respect to one gate per index, which masks the
+index wherever it is read (`.gates`; ours). "fisher" squares that derivative, "taylor" takes its absolute value, for each
+batch.
 
-The form that CPD publishes (arXiv 2408.03046) stays as "fisher-paper" and "taylor-paper": every parameter that an index
-takes part in, writers, readers and norms alike, is scored by itself, and the mean over them counts. What the parameters
-say of one and the same gate is then added up without signs and divided by their number, so an index with many readers,
-such as a residual trunk's, is underrated, the more the deeper the network.
+The form that CPD publishes (arXiv 2408.03046) is available as "fisher-paper" and "taylor-paper": every parameter that an
+index takes part in (writers, readers and norms) is scored by itself, and the mean over them counts. This adds up, without
+signs, what several parameters say of one and the same gate, and divides by their number; so an index with many readers,
+such as that of a residual trunk, is underrated, the more the deeper the network.
 
-A function of one's own is called for each group, see `from_function`.
+A function of the user's is called for each group, see `from_function`.
 
-"fisher-unlabelled" needs no labels: instead of the loss, it differentiates a random projection of the outputs. "repair" is
-what stays lost after the readers of an index are repaired (`repair.score`), in the same unit.
+"fisher-unlabelled" needs no labels: it differentiates a random projection of the outputs instead of the loss. "repair" is
+the loss that remains after the readers of an index are repaired (`repair.score`), in the same unit.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from .gates import Gates
 from .members import Members, Scores
 
 Importance = Callable[..., Scores]
-"""`importance(comb, groups, context, samples)`; samples: how many of the data's to look at, where it looks at data."""
+"""`importance(comb, groups, context, samples)`; samples: how many samples of the data to use, if it uses data."""
 
 
 TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -54,11 +55,12 @@ TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "fisher-paper": np.square,
     "fisher-unlabelled": np.square,
 }
-"""What importances from gradients make of the derivatives of one batch."""
+"""For each importance from gradients, the function from a batch's derivatives to its scores."""
 
 
 class GradientScores:
-    """Scores of the backward passes of one network: run it within `tapped`, then take them with `of_batch`.
+    """Scores from the backward passes of one network: run it within `tapped`, then call `of_batch` after each backward
+    pass.
 
     importance: a key of TRANSFORMS. masks: which indices of the groups the network still has. share: see `Gates.totals`.
     """
@@ -78,11 +80,11 @@ class GradientScores:
         self.members = Members(comb, wanted, masks) if self.gates is None else None
 
     def tapped(self) -> AbstractContextManager[None]:
-        """A context in which the network's passes are seen."""
+        """A context in which the network's backward passes are observed."""
         return nullcontext() if self.gates is None else self.gates.tapped()
 
     def of_batch(self, scale: float = 1.0) -> Scores:
-        """The scores by the gradients that lie in the network now; scale: see `Gates.totals`."""
+        """The scores by the gradients that the network has now. scale: see `Gates.totals`."""
         if self.members is not None:
             return self.members.gradient_scores(self.module, self.transform)
         assert self.gates is not None
@@ -92,14 +94,14 @@ class GradientScores:
 def magnitude(comb: Comb, groups: list[Group], context: Context, samples: int = 0) -> Scores:
     """Squared L2 norm of the weights of each index, relative to the mean over the indices of the same parameter.
 
-    Weights with two or more dimensions and the scales of normalisations count; other vectors only where there is nothing
-    else. Relative, so that parameters of different scale weigh the same within a group and groups compare globally.
+    Weights with two or more dimensions and the scales of normalisations count; other vectors only if there is nothing else.
+    Norms are relative, so that parameters of different scale weigh the same within a group and groups compare globally.
     """
     return relative_norms(comb, groups, comb.module, {})
 
 
 def relative_norms(comb: Comb, groups: list[Group], module: torch.nn.Module, masks: ax.Masks) -> Scores:
-    """`magnitude` of a network that has lost what the masks say."""
+    """`magnitude` of a network that has lost what the masks remove."""
     scales = {str(n.target) for n in _norm_scales(comb)}
     strong: dict[Factor, list[np.ndarray]] = defaultdict(list)
     weak: dict[Factor, list[np.ndarray]] = defaultdict(list)
@@ -131,23 +133,24 @@ def random(comb: Comb, groups: list[Group], context: Context, samples: int = 0) 
 
 
 UNLABELLED = "fisher-unlabelled"
-SAMPLES = 1024  # for scores from gradients
+SAMPLES = 1024  # default number of samples for scores from gradients
 
 
 def from_gradients(importance: str) -> Importance:
-    """The importance of that name as a function: mean over batches of its score, in eval mode.
+    """An importance from gradients by its name: the mean over batches of a batch's score, in eval mode.
 
-    "taylor" is |derivative by the index's gate| (Molchanov et al., arXiv 1906.10771), "fisher" its square, the empirical
-    Fisher's term for masking the index. A batch's loss is differentiated as a whole, so "fisher" is the square of a mean
-    over its samples. Batches are taken until there are as many samples as asked for (`common.samples` says which), each
-    process takes its part of them, and their scores are added up.
+    "taylor" is |derivative with respect to the index's gate| (Molchanov et al., arXiv 1906.10771), "fisher" its square, the
+    empirical Fisher's term for masking the index. A batch's loss is differentiated as a whole, so "fisher" is the square of
+    a mean over its samples. Batches are taken until there are as many samples as asked for (`common.samples` says which);
+    processes divide them and add up their scores. The importance raises BadInput without data, batches or (needed) labels,
+    and for a loss that is not finite.
     """
 
     def scores(comb: Comb, groups: list[Group], context: Context, samples: int = SAMPLES) -> Scores:
         if context.data is None:
             raise BadInput("importance from gradients needs data: give data= (batches of inputs and labels)")
         module = comb.program.copy().module()
-        module.eval().requires_grad_()  # what is frozen for training matters all the same
+        module.eval().requires_grad_()  # weights that are frozen for training have an importance, too
         gradients = GradientScores(importance, comb, groups, None, module)
         sums = {g.atom: np.zeros(g.size) for g in groups}
         count = everywhere(lambda: _add_up(sums, gradients, comb, context, samples, importance == UNLABELLED))
@@ -165,8 +168,11 @@ def from_gradients(importance: str) -> Importance:
 def _add_up(
     sums: Scores, gradients: GradientScores, comb: Comb, context: Context, samples: int, unlabelled: bool
 ) -> int:
-    """Add the scores of this process's batches to the sums; returns how many batches there were, without labels how many
-    samples: what is drawn for each is independent, so that the squares of sums are, in the mean, sums of squares."""
+    """Add the scores of this process's batches to the sums; returns the number of batches.
+
+    Without labels, returns the number of samples: random projections are drawn independently for each sample, so that the
+    expected square of their sum is the sum of their squares.
+    """
     module, feed, count = gradients.module, Feed(comb.program), 0
     generator = torch.Generator().manual_seed(context.seed + accelerator().process_index)
     with (
@@ -190,8 +196,8 @@ def _add_up(
 
 
 def normalised(scores: Scores) -> Scores:
-    """The scores times one power of two that makes the largest about 1, so that no threshold or sum in the selection sees
-    the scale of the loss."""
+    """The scores times one power of two that makes the largest about 1, so that no threshold or sum in the selection
+    depends on the scale of the loss."""
     largest = max((float(values.max()) for values in scores.values() if len(values)), default=0.0)
     if not 0 < largest < np.inf:
         return dict(scores)
@@ -200,7 +206,7 @@ def normalised(scores: Scores) -> Scores:
 
 
 def together(scores: Scores) -> Scores:
-    """The mean of the scores over all processes, the same bits in each of them."""
+    """The mean of the scores over all processes, bitwise the same in each."""
     if not scores:
         return {}
     values = averaged(np.concatenate(list(scores.values())))
@@ -211,29 +217,32 @@ def together(scores: Scores) -> Scores:
 def after_repair(
     comb: Comb, groups: list[Group], context: Context, samples: int = SAMPLES, losses: Losses | None = None
 ) -> Scores:
-    """What stays lost after repair, of each index (`repair.score`). An axis that no linear layer reads, such as the widths
-    of queries and keys, has nothing to repair and is scored by "fisher-unlabelled", which has the same unit. losses: those
-    of the same groups and data, where they are known."""
+    """For each index, the loss that remains after repair (`repair.score`).
+
+    An axis that no linear layer reads, such as the widths of queries and keys, has nothing to repair and is scored by
+    "fisher-unlabelled", which has the same unit. losses: those of the same groups and data, if they are known already.
+    """
     scores = (losses or losses_of(comb, groups, context, samples)).scores()
     unread = [g for g in groups if not np.isfinite(scores[g.atom]).all()]
     return scores | (from_gradients(UNLABELLED)(comb, unread, context, samples) if unread else {})
 
 
 def losses_of(comb: Comb, groups: list[Group], context: Context, samples: int) -> Losses:
-    """What the "repair" importance comes from. Raises BadInput without data."""
+    """The statistics that the "repair" importance is computed from. Raises BadInput without data."""
     if context.data is None:
         raise BadInput("importance repair needs images (labels are not needed): give data=")
     return Losses(comb, groups, context, samples)
 
 
 OwnImportance = Callable[[Group, dict[str, torch.Tensor]], Any]
-"""`importance(group, weights)`, a user's; see `from_function`."""
+"""A user's function `importance(group, weights)`; see `from_function`."""
 
 
 def swapped(
     groups: list[Group], losses: Losses, masks: dict[Factor, np.ndarray]
 ) -> tuple[dict[Factor, np.ndarray], dict[str, int]]:
-    """Masks after a local search, the same in all processes (atoms do not travel, places of groups do)."""
+    """Masks after a local search, the same in all processes, and how many swaps were made in each group. (Between
+    processes, the places of groups are exchanged instead of atoms, which are told apart by identity.)"""
 
     def search() -> tuple[list[np.ndarray], dict[str, int]]:
         found, swaps = losses.swapped(masks)
@@ -244,9 +253,12 @@ def swapped(
 
 
 def from_function(function: OwnImportance) -> Importance:
-    """A user's importance. It is called for each group with the group (name, kind, size, members) and what the network's
-    parameters and buffers say of its indices: by "parameter:dim", the entries of each index, `(group.size, entries)`. It
-    returns one finite number for each index, as a tensor, an array or a list; the lowest go first."""
+    """An importance made of a user's function, which is called for each group.
+
+    Its arguments are the group (name, kind, size, members) and the network's parameters and buffers that have the group's
+    indices, as `{"parameter:dim": tensor (group.size, entries)}`. It returns one finite number for each index, as a tensor,
+    array or list; the lowest are removed first.
+    """
 
     def scores(comb: Comb, groups: list[Group], context: Context, samples: int = 0) -> Scores:
         return own_scores(function, comb, groups, comb.module, {})
@@ -257,8 +269,8 @@ def from_function(function: OwnImportance) -> Importance:
 def own_scores(
     function: OwnImportance, comb: Comb, groups: list[Group], module: TrainableModule, masks: ax.Masks
 ) -> Scores:
-    """`from_function` of a network that has lost what the masks say: the function sees groups of what is left; 0 for the
-    rest. Raises BadInput for anything else than a finite number for each index."""
+    """`from_function` for a network that has lost what the masks remove: the function sees the remaining indices of each
+    group; the others score 0. Raises BadInput unless it returns a finite number for each index."""
     found: Scores = {}
     for group in groups:
         mask = masks.get(group.atom, np.ones(group.size, dtype=bool))
@@ -284,17 +296,17 @@ def own_scores(
 
 
 def _entries(tensor: torch.Tensor, dim: int, axis: ax.Axis, group: Group, masks: ax.Masks) -> torch.Tensor:
-    """The entries of each index of a group that is left: `(indices, entries)`."""
+    """The entries of a tensor by the remaining indices of a group, `(indices, entries)`."""
     index = columns(axis, group.atom)
     if ax.touches(axis, masks):
         index = index[ax.kept_mask(axis, masks)]
-    order = np.argsort(index, kind="stable")[int((index < 0).sum()) :]  # by index; each has equally many
+    order = np.argsort(index, kind="stable")[int((index < 0).sum()) :]  # sorted by index; all have equally many entries
     rows = tensor.movedim(dim, 0)[torch.from_numpy(order).to(tensor.device)]
     return rows.reshape(len(np.unique(index[index >= 0])), -1)
 
 
 def importance_of(importance: str | OwnImportance) -> Importance:
-    """An importance by its name, or a user's."""
+    """The importance of a name, or of a user's function."""
     return from_function(importance) if callable(importance) else IMPORTANCES[importance]
 
 

@@ -12,10 +12,10 @@ Item = tuple[torch.Tensor, torch.Tensor | None, Iterable[int]]
 
 
 def weighted_sums(items: Sequence[Item]) -> list[dict[int, np.ndarray]]:
-    """For each `(values, factors, dims)` and each of the dimensions, the sums of values * factors (or without factors of
-    squared values) over all other dimensions, in double precision.
+    """For each `(values, factors, dims)` and each of its dimensions, the sums of values * factors over all other
+    dimensions, in double precision; without factors, of squared values.
 
-    What lies on a device stays there until all sums are ready, so there is one wait for all of them.
+    Results of tensors on a device stay there until all sums are computed, so that there is one wait for all of them.
     """
     result: list[dict[int, np.ndarray]] = [{} for _ in items]
     waiting: list[tuple[int, int, torch.Tensor]] = []
@@ -41,8 +41,8 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _on_cpu(values: torch.Tensor, factors: torch.Tensor, dims: Iterable[int]) -> dict[int, np.ndarray]:
-    """A block of rows at a time, so that a second sum finds it in the cache; numpy's einsum is several times faster
-    there than a product and two reductions."""
+    """`weighted_sums` of one tensor on the CPU, a block of rows at a time, so that the second sum finds the block in the
+    cache; there numpy's einsum is several times faster than a product and two reductions."""
     left, right = _wide(values).numpy(), _wide(factors).numpy()
     if values.dim() == 1:
         return {0: (left * right).astype(np.float64)}
