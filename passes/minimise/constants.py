@@ -1,9 +1,9 @@
-"""Which entries of a network's values are the same whatever its inputs are, and what they are. Source: ours.
+"""Which entries of a network's values are the same for all inputs, and what they are. Source: ours.
 
-The graph is run once, in float64, on values of which some entries are not known: the inputs are not, the weights are. An
+The graph is run once, in float64, on values with unknown entries: the inputs are unknown, the weights are known. An
 operator's result is known where nothing unknown takes part: `0 * x` is 0, so a channel whose weights are all zero is its
-bias at every position. Padding needs no care, since the border is computed like any other position. Where an operator has no
-rule here, its result is not known.
+bias at every position. Padding needs no special care, since the border is computed like any other position. Where an
+operator has no rule here, its result is unknown.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from ...graph.verify.evaluate import (
     to_double,
 )
 
-MOVES = (  # their results' entries are entries of their first argument
+MOVES = (  # operators whose results consist of entries of their first argument
     VIEWS | JOINS | PARTS | frozenset(PADS) | names(
         "permute transpose t movedim swapaxes swapdims expand expand_as broadcast_to repeat repeat_interleave tile roll "
         "flip index_select pixel_shuffle pixel_unshuffle channel_shuffle stack mT unfold"
     )
 )  # fmt: skip
-MEANS = ADAPTIVE_MEANS | names(  # sums with weights that are not negative
+MEANS = ADAPTIVE_MEANS | names(  # sums with non-negative weights
     "mean sum avg_pool1d avg_pool2d avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d "
     "upsample_bilinear2d upsample_trilinear3d"
 )
@@ -61,32 +61,32 @@ PRODUCTS = {
     "bmm": ("self", "mat2"),
 } | dict.fromkeys((*CONVS, *TRANSPOSED_CONVS), ("input", "weight"))
 UNSET = names("empty empty_like new_empty empty_strided")
-STILL = COPIES | names("scaled_dot_product_attention")  # random in training alone
-SAME = 1e-12  # relative: what float64 may make of one constant at different positions
+STILL = COPIES | names("scaled_dot_product_attention")  # operators that are random in training alone
+SAME = 1e-12  # relative difference that rounding in float64 may cause between positions of one constant
 
 
 @dataclass(frozen=True)
 class Partial:
-    """A tensor that is known in part. value: 0 where it is not known; unknown: bool, where that is."""
+    """A tensor that is known in part. value: the entries, 0 where they are unknown. unknown: bool, of the same shape."""
 
     value: Tensor
     unknown: Tensor
 
     @classmethod
     def of(cls, value: Tensor, unknown: Tensor) -> Partial:
-        """With what is no number among the unknown."""
+        """A tensor whose unknown entries also include those that are not finite."""
         if value.is_floating_point() or value.is_complex():
             unknown = unknown | ~value.isfinite()
         return cls(value.masked_fill(unknown, 0), unknown)
 
     @property
     def absent(self) -> Tensor:
-        """Where it is known to be zero."""
+        """Where the value is known to be zero, bool."""
         return ~self.unknown & (self.value == 0)
 
     def along(self, dim: int) -> tuple[Tensor, Tensor]:
-        """For each index of a dimension: whether all of its entries are known, and the value that they have in common, NaN
-        where there is none."""
+        """For each index of a dimension, whether all of its entries are known, and their common value (float64, NaN if they
+        have none)."""
         value = torch.where(self.value == 0, 0.0, torch.nan) if self.value.is_complex() else self.value.double()
         rows, unknown = (t.movedim(dim, 0).flatten(1) for t in (value, self.unknown))
         known = ~unknown.any(1)
@@ -96,7 +96,7 @@ class Partial:
 
 
 class Constants(Evaluator):
-    """Runs a program on values that are known in part; see the module."""
+    """Runs a program on values that are known in part (see the module)."""
 
     def __init__(self, program: Program):
         super().__init__(program, double_weights(program))
@@ -105,7 +105,7 @@ class Constants(Evaluator):
         self.batch_only, self.dynamic = all(d == 0 for _, d in symbols.values()), bool(symbols)
 
     def over(self, wanted: Iterable[tuple[fx.Node, int]]) -> dict[tuple[fx.Node, int], tuple[Tensor, Tensor]]:
-        """`Partial.along` of these dimensions of these nodes."""
+        """The result of `Partial.along` for each of these nodes and dimensions."""
         places: dict[fx.Node, list[int]] = {}
         for node, dim in wanted:
             places.setdefault(node, []).append(dim)
@@ -123,7 +123,7 @@ class Constants(Evaluator):
 
     def fetch(self, name: str) -> Any:
         found = super().fetch(name)
-        # A run leaves something else in what it writes.
+        # A run changes the tensors that it writes to, so they are no constants.
         return _unknown(found) if name in self.written else _known(found)
 
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
@@ -137,7 +137,7 @@ class Constants(Evaluator):
         value = invoke(node, _values(a))
         parts = [leaf for leaf in pytree.tree_leaves(a) if isinstance(leaf, Partial)]
         sized = self.dynamic and any(not isinstance(env[n], (Partial, list, tuple)) for n in node.all_input_nodes)
-        if not parts and sized:  # made of a size that other inputs may not have
+        if not parts and sized:  # computed from a size, which may differ for other inputs
             return _unknown(value)
         if op_name(node) in UNSET or (is_random(node) and op_name(node) not in STILL):
             return _unknown(value)
@@ -147,7 +147,7 @@ class Constants(Evaluator):
         return self._rule(node, a, value)
 
     def _rule(self, node: fx.Node, a: dict[str, Any], value: Any) -> Any:
-        """The result of an operator with an unknown among its arguments; value: what it gives where unknowns are 0."""
+        """The result of an operator with an unknown argument. value: its result if every unknown were 0."""
         name, first = op_name(node), next(iter(a))
         if name in MOVES or (name in MEANS | MAXIMA and isinstance(value, Tensor)):
             others = [p for p in pytree.tree_leaves({**a, first: None}) if isinstance(p, Partial)]
@@ -174,7 +174,7 @@ class Constants(Evaluator):
         return _unknown(value)
 
     def _mark(self, name: str, a: dict[str, Any], part: Partial) -> Tensor:
-        """The unknown entries as numbers; those that padding would change, too, where sizes are not fixed."""
+        """The unknown entries as ones, else zeros; where sizes may change, also the entries that padding would change."""
         unknown = part.unknown
         if name.startswith("avg_pool") and not self.batch_only and any(_numbers(a["padding"])):
             unknown = ~part.absent
@@ -183,15 +183,15 @@ class Constants(Evaluator):
     def _product(
         self, node: fx.Node, a: dict[str, Any], x: Partial, w: Partial, put: Callable[[Tensor, Tensor], dict[str, Any]]
     ) -> Tensor:
-        """Where a sum of products is not known: a product is, where one factor is zero or both are known. put: the factors
-        as the operator's arguments."""
+        """Where a sum of products is unknown, bool: a product is known where one factor is zero or both are known. put: a
+        function that makes the operator's arguments of the two factors."""
         bias = a.get("bias")
         plain = _values(a) | ({} if bias is None else {"bias": None})
 
         def count(p: Tensor, q: Tensor) -> Tensor:
             return invoke(node, plain | put(p.to(x.value.dtype), q.to(w.value.dtype)))
 
-        # At other sizes of the input, other entries lie at the border.
+        # With inputs of other sizes, other entries lie at the border.
         known = x.absent if not self.batch_only and _borders(node, a) else ~x.unknown
         unknown = (count(~x.absent, ~w.absent) - count(known & ~x.absent, ~w.unknown & ~w.absent)).abs() > 0.5
         return unknown if bias is None or not bool(bias.unknown.any()) else torch.ones_like(unknown)
@@ -202,7 +202,7 @@ def _numbers(padding: Any) -> list[int]:
 
 
 def _borders(node: fx.Node, a: dict[str, Any]) -> bool:
-    """Whether it is a convolution that computes something else at the border than inside."""
+    """Whether the node is a convolution that computes something else at the border than inside."""
     if op_name(node) in TRANSPOSED_CONVS:
         return True
     return op_name(node) in CONVS and (isinstance(a["padding"], str) or any(_numbers(a["padding"])))
@@ -238,7 +238,8 @@ def _pointwise(name: str, a: dict[str, Any], value: Tensor) -> Partial:
 
 
 def _normalised(a: dict[str, Any]) -> Tensor:
-    """In eval mode each channel is scaled and shifted by numbers of its own; a scale of zero leaves the shift alone."""
+    """Where BatchNorm's result in eval mode is unknown: each channel is scaled and shifted, and a scale of zero leaves the
+    shift."""
     x = a["input"]
     if a["running_mean"] is None or any(bool(a[k].unknown.any()) for k in ("running_mean", "running_var")):
         return torch.ones_like(x.unknown)
@@ -248,8 +249,8 @@ def _normalised(a: dict[str, Any]) -> Tensor:
 
 
 def _attended(a: dict[str, Any], value: Tensor) -> Partial:
-    """Attention weights add up to one over the keys, so what all keys have in common is what a query gets; a query that a
-    mask leaves without keys gets nothing."""
+    """Attention with an unknown operand: its weights add up to one over the keys, so a query gets what all values have in
+    common; a query for which a mask leaves no keys gets zero."""
     v = a["value"]
     if v.value.shape[:-2] != value.shape[:-2]:  # keys and values shared by several heads
         return _unknown(value)

@@ -1,9 +1,9 @@
-"""Which indices of which groups a network's outputs depend on. Source: ours, after dead-code elimination.
+"""The indices of groups that a network's outputs depend on. Source: ours, after dead-code elimination.
 
-An index is live when something that is kept reads it: a layer through a weight that is not zero, in a row that stays. What
-is read is traced back from the outputs, so that layers which only read and write one another's dead channels go, too. A read
-counts for nothing where the value there is known to be zero; nor where it is a known constant `k` at every position, and the
-layer can take `W k` into its bias.
+An index is live when something that is kept reads it: a layer with a weight that is not zero, in a row that is live. Reads
+are traced back from the outputs, so that layers that only read and write one another's dead channels go, too. A read does
+not count where the value is known to be zero, or is a known constant `k` at every position and the layer can take `W k`
+into its bias.
 """
 
 from __future__ import annotations
@@ -29,15 +29,20 @@ from .constants import Constants
 
 Masks = dict[Factor, np.ndarray]
 LAYERS = ("linear", *CONVS, *TRANSPOSED_CONVS)
-STORED = (torch.float32, torch.float64)  # what takes a sum without losing what the network computes
+STORED = (torch.float32, torch.float64)  # dtypes of a bias to which a constant can be added without losing digits
 
 
 @dataclass(frozen=True)
 class LayerRead:
-    """A layer with stored weights that reads groups. nonzero: `(groups, out, in)`, each by group of the convolution, whether
-    some kernel position's weight is. rows, columns: the axes of its output and of its input channels. sums: the weights
-    summed over kernel positions, float64. takes: the name of what can take a constant, a bias (sign 1) or a running mean
-    (-1); refuses: why nothing can."""
+    """A layer with stored weights that reads groups.
+
+    nonzero: bool `(groups, out per group, in per group)`, whether the weight is non-zero at any kernel position. rows,
+    columns: the axes of the output and of the input channels. sums: the weights summed over kernel positions, float64, of
+    the same shape as `nonzero`. takes: the name of the tensor that can take a constant, a bias (sign 1) or a running mean
+    (sign -1), or None; refuses: why nothing can. known: bool `(in,)`, whether all values of an input channel are
+    independent of the network's inputs. constant: float64 `(in,)`, the one value of an input channel at all positions, NaN
+    where there is none.
+    """
 
     node: fx.Node
     nonzero: np.ndarray
@@ -51,20 +56,24 @@ class LayerRead:
     constant: np.ndarray
 
     def needed(self, masks: Masks) -> np.ndarray:
-        """For each input channel, whether a row that stays reads it."""
+        """For each input channel, whether a row that stays reads it: bool `(in,)`."""
         rows = ax.kept_mask(self.rows, masks).reshape(len(self.nonzero), -1, 1)
         return (self.nonzero & rows).any(1).reshape(-1)
 
     @property
     def exempt(self) -> np.ndarray:
-        """The input channels that need not be there to be read: zeros, and constants that can be folded."""
+        """The input channels that may be removed although they are read: zeros, and constants that can be folded; bool
+        `(in,)`."""
         return (self.constant == 0) | (np.isfinite(self.constant) & (self.takes is not None))
 
 
 @dataclass(frozen=True)
 class OtherRead:
-    """Any other sum over an axis, and statistics along it. live: the indices that count; known: those whose value is known,
-    though they count."""
+    """A sum over an axis other than a layer's, or statistics along it, at a node.
+
+    live: bool, the indices whose read counts. known: bool, the indices whose values are known, whether or not their read
+    counts. why: the reason that is given for indices that cannot go.
+    """
 
     node: fx.Node
     axis: Axis
@@ -75,8 +84,11 @@ class OtherRead:
 
 @dataclass
 class Liveness:
-    """The reads of a program, and of each atom the indices that something needs (`live`) and those that stay (`masks`):
-    these, and where an operator needs more, as many others (`forced`)."""
+    """The reads of a program, and what they keep of each group's atom.
+
+    live: the indices that something needs. masks: the indices that stay: the live ones, and further ones where a group has
+    a minimum size. forced: how many stay only for that minimum.
+    """
 
     comb: Comb
     groups: list[Group]
@@ -87,7 +99,7 @@ class Liveness:
     forced: dict[Factor, int] = field(default_factory=dict)
 
     def solve(self) -> None:
-        """Find the reads, and trace what the outputs need back to a fixpoint."""
+        """Find the reads, and trace what the outputs need back to a fixed point."""
         atoms: dict[Factor, None] = dict.fromkeys(g.atom for g in self.groups)
         reads, moments = find_reads(self.comb, atoms)
         places = [(o.source, o.dim) for r in reads for o in r.operands] + [
@@ -111,9 +123,11 @@ class Liveness:
         self._settle()
 
     def _settle(self) -> None:
-        """Trace what the outputs need, and keep as many indices as operators cannot do without. Where no row that counts
-        reads an index, what it computes does not matter. Where all are read, as constants that could have gone, one has to
-        stay what it is, which may make others live."""
+        """Trace what the outputs need, and keep as many further indices as operators require.
+
+        Preferably these are indices that no live row reads, whose values do not matter. If all are read, as constants that
+        could have been removed, one of them has to stay and keep its value, which may make others live.
+        """
         held: Counter[Factor] = Counter()
         settled = False
         while not settled:
@@ -138,7 +152,7 @@ class Liveness:
                     settled = settled and len(kept) == 0
 
     def _grow(self) -> None:
-        """Mark what is read until nothing more is."""
+        """Mark the indices that are read, until no more are."""
         changed = True
         while changed:
             before = sum(int(mask.sum()) for mask in self.live.values())
@@ -156,7 +170,7 @@ class Liveness:
 
     # ------------------------------------------------------------------------------------------------------- results
     def folds(self) -> dict[str, Tensor]:
-        """What each bias or running mean takes for constants that are no longer there: `W k`, for all of its rows."""
+        """For each bias or running mean, what to add to it for removed constants, `W k`, in all of its rows."""
         found: dict[str, Tensor] = {}
         for layer in self.layers:
             gone = ~ax.kept_mask(layer.columns, self.masks) & np.isfinite(layer.constant) & (layer.constant != 0)
@@ -167,7 +181,7 @@ class Liveness:
         return found
 
     def dead(self) -> dict[Factor, np.ndarray]:
-        """Of each atom, the indices with a reader to which they are constant wherever they are read."""
+        """Of each atom, the indices that are read and whose values are known wherever they are read."""
         live: dict[Factor, np.ndarray] = defaultdict(lambda: np.zeros(1))
         seen: dict[Factor, np.ndarray] = defaultdict(lambda: np.zeros(1))
         rows = [(r.columns, r.known, r.nonzero.any(1).reshape(-1)) for r in self.layers]
@@ -208,7 +222,7 @@ class Liveness:
 
 
 def _folded(axis: Axis, where: np.ndarray) -> dict[Factor, np.ndarray]:
-    """How many of the marked positions of an axis belong to each index of its atoms."""
+    """For each atom of an axis, how many of the marked positions belong to each index."""
     found: dict[Factor, np.ndarray] = {}
     if where.any():
         ax.fold(axis, where.astype(np.float64), found)
@@ -240,7 +254,7 @@ def _layer(comb: Comb, node: fx.Node, uses: dict[int, int], known: Tensor, const
 
 
 def _takes(comb: Comb, node: fx.Node, uses: dict[int, int]) -> tuple[str | None, int, str]:
-    """The stored tensor that a constant in a layer's outputs can be added to, and with which sign; or why there is none."""
+    """The stored tensor that can take a constant in a layer's outputs, and its sign; or None, 1, and why there is none."""
     a, name, where = arguments(node), op_name(node), source(node)
     if name in TRANSPOSED_CONVS:
         return None, 1, f"{where} adds up other kernel positions at its border"
@@ -262,7 +276,7 @@ def _takes(comb: Comb, node: fx.Node, uses: dict[int, int]) -> tuple[str | None,
 
 
 def _other(comb: Comb, read: Read, constants: dict[tuple[fx.Node, int], tuple[Tensor, Tensor]]) -> OtherRead:
-    """A product of two values, or a sum: nothing comes of an index at which an operand is zero."""
+    """The read of a product of two values, or of a sum; an index does not count where an operand is zero."""
     first = read.operands[0]
     size = shape(first.source)[first.dim]
     zero, known = np.zeros(size, dtype=bool), np.ones(size, dtype=bool)
@@ -275,7 +289,8 @@ def _other(comb: Comb, read: Read, constants: dict[tuple[fx.Node, int], tuple[Te
 
 
 def frozen_zeros(comb: Comb, groups: Iterable[Group]) -> dict[Factor, int]:
-    """Of groups that may not shrink: how many indices have no weight that is not zero before them, or none behind them."""
+    """Of groups that may not shrink, how many indices only have zero weights before them, or only zero weights behind
+    them."""
     found: dict[Factor, np.ndarray] = {}
     atoms = {g.atom for g in groups}
     for node in comb.module.graph.nodes:

@@ -1,4 +1,4 @@
-"""The pass that removes what zeros have made useless."""
+"""The pass that removes what zeros in weights have made useless."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ from ...graph.verify import TOLERANCE, check, equivalence
 from ..base import Context, Pass, PassResult, Refusal
 from .live import Liveness, Masks, frozen_zeros
 
-ROUNDED = 1e-5  # a bias that took a constant was rounded when it was stored in float32
+ROUNDED = 1e-5  # tolerance where a bias took a constant and was rounded to float32
 
 
 @dataclass(frozen=True)
 class Minimise(Pass):
     """Remove the channels, heads and hidden units that zeros in weights have made useless; nothing else changes.
 
-    After unstructured sparsity, by `Sparsify` or anybody else's, some indices are *unread*: every weight that reads them is
-    zero. Others are *dead*: no weight makes them, so their value is a constant `k`, such as `act(BN(bias))`, and their
-    readers take `W k` into their biases, or into the running mean of the BatchNorm behind them. Both go, with all that only
-    they needed, until nothing is left to remove; what comes out is a smaller dense network that computes the same in eval
-    mode. That is proven in float64 (`record["unchanged"]`) beside the surgery itself (`record["verified"]`).
+    After unstructured sparsity, by `Sparsify` or any other method, some indices are *unread*: every weight that reads them
+    is zero. Others are *dead*: all weights that compute them are zero, so their value is a constant `k`, such as
+    `act(BN(bias))`, and their readers take `W k` into their biases, or into the running mean of the BatchNorm behind them.
+    Both go, with all that only they needed, until nothing is left to remove. The result is a smaller dense network that
+    computes the same in eval mode. That is proven in float64 (`record["unchanged"]`) besides the removal itself
+    (`record["verified"]`).
 
-    Left alone, and named with the reason: a constant other than zero in front of padding (it is not the same at the border),
-    at a layer with neither bias nor BatchNorm, or at different positions; axes that a LayerNorm or the like takes statistics
-    over; groups that are frozen; input channels of weights with a pattern such as 2:4, which would break it; and what is the
-    last of its group. A residual trunk's index is dead only where everything that is added to it is.
+    Left alone, and named with the reason: a constant other than zero in front of padding (it is not the same at the
+    border), at a layer with neither bias nor BatchNorm, or that differs between positions; axes that a LayerNorm or the
+    like takes statistics over; groups that are frozen; input channels of weights with a pattern such as 2:4, which would
+    break; and the last indices of a group. A residual trunk's index is dead only where everything that is added to it is.
 
-    The record says for each group how many indices went, of these how many were `dead` and how many `unread`, and for what
-    stays, why. Source: ours, after Squeeze-Release (arXiv 2606.14346).
+    The record says for each group how many indices went, how many of these were `dead` and how many `unread`, and why the
+    others stay. Source: ours, after Squeeze-Release (arXiv 2606.14346).
     """
 
     exact: ClassVar[bool] = True
@@ -58,7 +59,7 @@ class Minimise(Pass):
             masks = {atom: mask for atom, mask in live.masks.items() if not mask.all()}
             if not masks:
                 break
-            # What is gone may have been all that an operator without a rule in `constants` did not know: look again.
+            # What was removed may be why an operator's result was unknown to `constants`, so look again.
             current, lost = remove(comb, masks)
             folds = live.folds()
             folded |= folds.keys()
@@ -84,12 +85,13 @@ class Minimise(Pass):
 
     @staticmethod
     def _proven(program: Program, result: PassResult, folded: bool, context: Context) -> dict[str, Any]:
-        """That the result is a slice of the network with the constants folded, and that it computes what went in."""
+        """Prove that the result is a slice of the network with folded constants, and that it computes what the input
+        program does."""
         verdict = check(program, result, seed=context.seed)
         single = any(p.dtype != torch.float64 for p in program.module().parameters())
         tolerance = ROUNDED if folded and single else TOLERANCE
         error = equivalence(program, result.program, seed=context.seed)
-        # A surgery that no weights could make visible is right, too: what went had no way to the outputs.
+        # A removal that no weights could make visible is right, too: what was removed had no path to the outputs.
         if verdict.disagreements or not verdict.error <= TOLERANCE or not error <= tolerance:
             why = (
                 verdict.disagreements[0] if verdict.disagreements else f"it is {error:.1e} off the program that went in"
@@ -102,7 +104,7 @@ class Minimise(Pass):
 
 
 def _examine(comb: Comb) -> tuple[Liveness, list[Refusal]]:
-    """What the outputs need, and what is left alone though nothing or only constants come of it."""
+    """What the outputs need, and refusals for indices that stay although they are zero, constant or unread."""
     patterned = {name for name, pattern in sparse_weights(comb.program).items() if pattern}
     reasons = [(group, group.frozen or _barred(group, patterned)) for group in comb.groups]
     zeros = frozen_zeros(comb, [group for group, why in reasons if why])
@@ -128,7 +130,7 @@ def _examine(comb: Comb) -> tuple[Liveness, list[Refusal]]:
 
 
 def _changes(live: Liveness, masks: Masks) -> Iterator[dict[str, Any]]:
-    """A row of the record for each group that loses indices."""
+    """Yield a row of the record for each group that loses indices."""
     dead = live.dead()
     for group in (g for g in live.groups if g.atom in masks):
         gone = ~masks[group.atom]
@@ -140,7 +142,7 @@ def _changes(live: Liveness, masks: Masks) -> Iterator[dict[str, Any]]:
 
 
 def _composed(program: Program, first: Removed, then: Removed) -> Removed:
-    """Two removals, one after the other, as one of the program."""
+    """Two removals, one after the other, as one removal from the program."""
     found = {name: dict(lost) for name, lost in first.items()}
     for name, lost in then.items():
         for dim, indices in lost.items():
@@ -156,7 +158,7 @@ def _add(stored: Tensor, rows: np.ndarray, added: Tensor) -> None:
 
 
 def _barred(group: Group, patterned: set[str]) -> str | None:
-    """Why a group that is not frozen must stay whole."""
+    """Why a group that is not frozen must stay whole, or None."""
     if group.kind not in DEFAULT_KINDS:
         return f"indices of the kind {group.kind} are left alone"
     for name, dim in group.members:

@@ -1,15 +1,15 @@
-"""Queries and keys whose heads lost channels: the best mix of the channels that are left. Source: ours.
+"""Queries and keys whose heads lost channels: the best mix of the remaining channels. Source: ours.
 
-Softmax sees the logits `q k^T` alone. Where the channels K of a head are left, the mix A that minimises
+Softmax depends on the logits `q k^T` alone. If some channels of a head remain, the mix A that minimises
 
-    sum over images and positions n, m of (q_n . k_m  -  q'_n A k'_m)^2,      q, k dense; q', k' of the smaller network
+sum over images and positions n, m of (q_n . k_m  -  q'_n A k'_m)^2,      q, k dense; q', k' of the smaller network
 
-is a least-squares problem in the entries of A, whose unknowns' inputs are the products of an entry of q' and one of k':
+is a least-squares problem in the entries of A, whose inputs are the products of an entry of q' and one of k':
 
-    sum x x^T = sum_images (q'^T q') (x) (k'^T k'),     sum y x = sum_images (q'^T q)(k'^T k)^T,     sum y^2 likewise,
+sum x x^T = sum_images (q'^T q') (x) (k'^T k'),     sum y x = sum_images (q'^T q)(k'^T k)^T,     sum y^2 likewise,
 
-so moments of single images are all that it takes, never the logits. A then goes into the projection of the queries, which
-has to lie right behind: what moves entries and factors that are numbers may stand in between, no norm and no rotation.
+so it needs only moments of single images, never the logits. A is then multiplied into the projection of the queries, which
+must come right before: operators that move entries and factors that are numbers may stand between, no norm or rotation.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ SAME = COPIES - names("native_dropout")
 
 @dataclass(frozen=True)
 class Logits:
-    """`q k^T` of an attention in the smaller program, and its twin in the dense one.
+    """The product `q k^T` of an attention in the smaller program, and its twin in the dense one.
 
-    weight, bias: names of the parameters that project the queries. rows: (heads, channels), the outputs of that projection
-    which the channels of each head are. heads: of every position beside the samples (those of heads and windows), which
-    head it is. places: of every such position, that of the dense one.
+    node, twin: the nodes of the two products. weight, bias: names of the parameters that project the queries (bias may be
+    None). rows: `(heads, channels)`, the outputs of that projection that are the channels of each head. heads: for every
+    position besides samples and tokens (those of heads and windows), the index of its head. places: for every such
+    position, that of the dense network.
     """
 
     node: fx.Node
@@ -54,17 +55,17 @@ class Logits:
 
     @property
     def query(self) -> fx.Node:
-        """Where the queries are read."""
+        """The node of the queries."""
         return arguments(self.node)[OPERANDS[op_name(self.node)][0]]
 
     @property
     def goals(self) -> tuple[fx.Node, ...]:
-        """Where the dense network reads queries and keys."""
+        """The nodes of the queries and keys in the dense network."""
         return tuple(arguments(self.twin)[key] for key in OPERANDS[op_name(self.twin)])
 
     @property
     def unknowns(self) -> int:
-        """Entries of the mix of one head."""
+        """Number of entries in the mix of one head."""
         return self.rows.shape[1] ** 2
 
 
@@ -76,8 +77,12 @@ def find_logits(
     sparse: set[str],
     largest: int,
 ) -> tuple[list[Logits], list[dict[str, str]]]:
-    """The logits whose heads lost channels, in the order they run, and those that stay as they are, each with the reason.
-    largest: how many unknowns a head may have."""
+    """The logits whose heads lost channels, in the order they run; and rows `{"what", "why"}` for those that stay as they
+    are.
+
+    same: nodes whose values equal those of their twins. sparse: names of sparse weights. largest: how many unknowns a head
+    may have.
+    """
     twins, uses = {node.name: node for node in dense.graph.nodes}, uses_of(smaller)
     found, refused = [], []
     for node in smaller.graph.nodes:
@@ -115,7 +120,7 @@ def find_logits(
 
 
 def _projection(node: fx.Node) -> tuple[fx.Node, str | None]:
-    """The layer that the queries come from, and None; or the node that is in the way, and that as a reason."""
+    """The layer that projects the queries, and None; or the node that stands in between, and the reason."""
     at = arguments(node)[OPERANDS[op_name(node)][0]]
     while op_name(at) not in PRODUCTS:
         if not _carries(at):
@@ -125,7 +130,7 @@ def _projection(node: fx.Node) -> tuple[fx.Node, str | None]:
 
 
 def _carries(node: fx.Node) -> bool:
-    """Whether a node only moves the entries of its first argument, or multiplies them all by one number."""
+    """Whether a node only moves the entries of its first argument, or multiplies all of them by one number."""
     if op_name(node) in MOVES | SAME:
         return isinstance(node.args[0], fx.Node)
     factor = op_name(node) in ("mul", "div") and not isinstance(node.args[1], fx.Node)
@@ -133,7 +138,7 @@ def _carries(node: fx.Node) -> bool:
 
 
 def _channels(projection: fx.Node) -> dict[fx.Node, Any]:
-    """Of every value that holds nothing but outputs of a layer, moved about: which output each entry is."""
+    """For every value that consists of a layer's outputs, moved about, the index of the output that each entry is."""
     size, rank = shape(projection), len(shape(projection))
     along = rank - 1 if op_name(projection) == "linear" else 1
     view = [-1 if d == along else 1 for d in range(rank)]
@@ -152,7 +157,7 @@ def _channels(projection: fx.Node) -> dict[fx.Node, Any]:
 
 
 def _logits(node: fx.Node, twin: fx.Node, projection: fx.Node, consumer: Consumer) -> Logits | str:
-    """The logits, once it is known which outputs of the projection the queries are; or the reason why they stay."""
+    """The logits if it is known which outputs of the projection the queries are; else the reason why they stay."""
     keys = OPERANDS[op_name(node)]
     ids, dense_ids = _channels(projection), _channels(consumer.twin)
     tables = []
@@ -191,7 +196,7 @@ def _logits(node: fx.Node, twin: fx.Node, projection: fx.Node, consumer: Consume
 
 
 def _positions(node: fx.Node, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Queries and keys as `(samples, positions of heads and windows, tokens, channels)`; None where queries repeat."""
+    """Queries and keys as `(samples, positions of heads and windows, tokens, channels)`; None if queries are repeated."""
     key = key if op_name(node) == "scaled_dot_product_attention" else key.mT
     query, key = (t.unsqueeze(1) if t.dim() == 3 else t for t in (query, key))
     if query.dim() < 4 or key.dim() > query.dim():
@@ -205,8 +210,8 @@ def _positions(node: fx.Node, query: Tensor, key: Tensor) -> tuple[Tensor, Tenso
 
 
 class Mixing:
-    """The best mixes of the channels of some logits. values, dense_values: what nodes gave, a value for each batch.
-    halves: of each batch, which half each sample belongs to; see `images.halves`."""
+    """Finds the best mixes of the channels of some logits. values, dense_values: of each node, a value for each batch, in
+    the smaller and in the dense network. halves: for each batch, the half of each sample (`images.halves`)."""
 
     def __init__(
         self,
@@ -219,7 +224,8 @@ class Mixing:
         self.values, self.dense = values, dense_values
 
     def _batches(self, head: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """By batch: queries and keys as they are, those of the dense network, and the half of each: `(n, tokens, c)`."""
+        """For each batch, yield queries and keys of the smaller network, those of the dense one, all `(n, tokens, c)`, and
+        the half of each of the n."""
         names_, logits = OPERANDS[op_name(self.logits.node)], self.logits
         at = (logits.heads == head).nonzero()[:, 0]
         for i, half in enumerate(self.halves):
@@ -229,14 +235,14 @@ class Mixing:
                 (logits.twin, self.dense, logits.places[at]),
             ):
                 both = _positions(node, *(values[arguments(node)[k]][i] for k in names_))
-                assert both is not None  # as it was with the example inputs
+                assert both is not None  # `_logits` has checked that with the example inputs
                 parts += [t.index_select(1, places.to(t.device)).flatten(0, 1).double() for t in both]
             own = half.repeat_interleave(len(parts[0]) // len(half))  # windows of an image follow one another
             q, k, dense_q, dense_k = parts
             yield q, k, dense_q, dense_k, own.to(q.device)
 
     def sums(self, head: int) -> tuple[Sums, Sums]:
-        """What the best mix of a head depends on, of both halves of the images of this process."""
+        """The sums that the best mix of a head depends on, for both halves of this process's images."""
         device = self.values[self.logits.query][0].device
         halves = tuple(Sums.zeros(1, self.logits.unknowns, 1, device) for _ in range(2))
         for *parts, half in self._batches(head):
@@ -251,7 +257,7 @@ class Mixing:
         return halves  # type: ignore[return-value]
 
     def measured(self, head: int, mix: Tensor) -> Tensor:
-        """The summed squared error of a head's logits with a mix, on the images of this process."""
+        """The summed squared error of a head's logits with a mix, on this process's images."""
         total = torch.zeros((), dtype=torch.float64, device=mix.device)
         for *parts, half in self._batches(head):
             q, k, dense_q, dense_k = (t[half >= 0] for t in parts)
@@ -259,12 +265,13 @@ class Mixing:
         return total
 
     def fit(self, sums: tuple[Sums, Sums], ridge: float | None) -> Fit:
-        """The best mix of a head, its entries in a row."""
+        """The best mix of a head; its entries are one row of the weight."""
         eye = torch.eye(self.logits.rows.shape[1], dtype=torch.float64, device=sums[0].xx.device)
         return fit(sums, eye.reshape(1, 1, -1), None, ridge)
 
     def fold(self, module: TrainableModule, head: int, mix: Tensor) -> None:
-        """Put the mix of a head into the projection of its queries, and into the queries that were computed with it."""
+        """Multiply the mix of a head into the projection of its queries, and into the values of the queries computed so
+        far."""
         logits, rows = self.logits, self.logits.rows[head]
         for name in (logits.weight, logits.bias):
             if name is not None:

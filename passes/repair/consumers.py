@@ -1,4 +1,4 @@
-"""Which layers can be repaired, and what they compute from what, as rows. Source: ours."""
+"""Which layers can be repaired, and what each is fitted to. Source: ours."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ FAINT = 1e-4  # a scale below this share of the largest is not divided by
 
 @dataclass(frozen=True)
 class Consumer:
-    """A layer `y = W x + b` of the smaller program whose weights may change, and its twin in the dense one: the node that
-    computes what it stands for (see `twin_of`).
+    """A layer `y = W x + b` of the smaller program whose weights may change, and its twin in the dense program: the node
+    that computes what the layer stands for (see `twin_of`).
 
-    weight, bias: names of parameters; bias is None where there is none of its own. mean: where there is no bias, the
-    running mean of the BatchNorm behind, which a constant can be taken from instead. outputs, inputs: of the twin's outputs
-    and inputs, which are left (inputs only where the twin's weight is that of the layer). whole: each output is fitted to
-    what the twin computes, from all entries that the layer reads; otherwise all kernel positions share one map from the
-    channels that are left to those that were there. total, beside: where an addition alone reads the layer, that of the
-    dense network, and what else the smaller one adds: then the layer is fitted to the dense sum less that, so that it makes
-    up for what the other operand lacks, such as a block that is gone. norm: the BatchNorm between the layer and that
-    addition, whose scale is then part of the weights that are fitted.
+    weight, bias: names of parameters; bias is None where the layer has none of its own. mean: for a layer without a bias,
+    the running mean of the BatchNorm behind it, which can take up a constant; else None. outputs, inputs: indices of the
+    twin's outputs and inputs that the layer still has (inputs only if the twin's weight is the layer's). whole: True if
+    each output is fitted to the twin's output, from all entries that the layer reads; False if all kernel positions share
+    one map from the remaining input channels to the original ones.
+
+    total, beside: if only an addition reads the layer, the dense network's addition, and the other operand in the smaller
+    network. The layer is then fitted to their difference, so that it makes up for what the other operand lacks, such as a
+    removed block. norm: the BatchNorm between the layer and that addition, whose scale is part of the fitted weights.
     """
 
     node: fx.Node
@@ -71,7 +72,7 @@ class Consumer:
         return op_name(self.node) == "linear"
 
     def left(self, y: Tensor) -> Tensor:
-        """Of what the dense layer gives, the outputs that are left."""
+        """The outputs that the layer still has, out of the dense layer's outputs `y`."""
         along = -1 if self.linear else 1
         if y.shape[along] == len(self.outputs):
             return y
@@ -81,10 +82,11 @@ class Consumer:
 def find(
     dense: Program, smaller: TrainableModule, removed: Removed, same: dict[fx.Node, fx.Node], largest: int
 ) -> tuple[list[Consumer], list[dict[str, str]]]:
-    """The layers that read what a removal has changed, or stand for more than they did, in the order they run, and those
-    that must stay as they are, each with the reason.
+    """The layers to repair, in the order they run: those that read what a removal has changed, or stand for more than
+    before; and rows `{"what", "why"}` for such layers that must stay as they are.
 
-    same: nodes whose values are those of the dense program, with these. largest: how many unknowns an output may have.
+    same: nodes whose values equal those of the dense program, with their twins. largest: how many unknowns an output may
+    have.
     """
     twins = {node.name: node for node in dense.graph.nodes}
     uses = uses_of(smaller)
@@ -105,9 +107,12 @@ def find(
 
 
 def twin_of(node: fx.Node, twins: dict[str, fx.Node], same: dict[fx.Node, fx.Node]) -> fx.Node | None:
-    """The dense node that computes what a layer stands for: the one of its name, where the same nodes read both. Otherwise
-    passes have rewritten the graph around it, as merged blocks, and it is what its readers read in the dense network, as
-    far as these are there and have the weights that they had; None where they are not."""
+    """The dense node that computes what a layer stands for, or None.
+
+    It is the node of the layer's name if the same nodes read both. Otherwise passes have rewritten the graph around the
+    layer, as with merged blocks, and it is the node that the layer's readers read in the dense network, provided that they
+    are there and have unchanged weights.
+    """
     own = twins.get(node.name)
     if own is not None and op_name(own) == op_name(node) and _readers(own) == _readers(node):
         return own
@@ -129,7 +134,7 @@ def twin_of(node: fx.Node, twins: dict[str, fx.Node], same: dict[fx.Node, fx.Nod
 def _with_sum(
     consumer: Consumer, twins: dict[str, fx.Node], same: dict[fx.Node, fx.Node], smaller: TrainableModule
 ) -> Consumer:
-    """The consumer with the addition behind it, where there is one and its other operand is not what it was."""
+    """The consumer, with the addition behind it if there is one whose other operand has changed."""
     at, dense_at, norm = consumer.node, consumer.twin, None
     while len(at.users) == 1:
         before, (at,) = at, at.users
@@ -147,7 +152,9 @@ def _with_sum(
             break
         beside = operands[operands[0] is before]
         unchanged = same.get(beside) is dense_operands[dense_operands[0] is dense_at]
-        earlier = beside < consumer.node  # in the order of the graph, so that it is known by then
+        earlier = (
+            beside < consumer.node
+        )  # in the order of the graph, so that its value is known when the layer is fitted
         fits = {shape(n) for n in (at, beside)} == {shape(consumer.node)} and shape(twin) == shape(consumer.twin)
         plain = arguments(at)["alpha"] == arguments(twin)["alpha"] == 1
         if earlier and fits and plain and not unchanged:
@@ -157,7 +164,7 @@ def _with_sum(
 
 
 def _invertible(node: fx.Node, module: TrainableModule) -> bool:
-    """Whether a node is a BatchNorm whose scales can be divided out."""
+    """Whether a node is a BatchNorm that one can divide by the scales of."""
     if op_name(node) != "batch_norm":
         return False
     stored = [arguments(node)[key] for key in ("running_mean", "running_var", "weight", "bias")]
@@ -172,12 +179,12 @@ def _is_node(value: object) -> bool:
 
 
 def _readers(node: fx.Node) -> set[str]:
-    """The names of what reads a node; what asks for its size alone aside."""
+    """The names of the nodes that read a node, except for those that only ask for a size."""
     return {user.name for user in node.users if not op_name(user).startswith("sym_size")}
 
 
 def uses_of(module: TrainableModule) -> dict[int, int]:
-    """How many nodes read each stored tensor, by its id."""
+    """Number of nodes that read each stored tensor, by the tensor's id."""
     uses: dict[int, int] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr" and isinstance(found := fetch(module, str(node.target)), Tensor):
@@ -194,7 +201,7 @@ def consumer_of(
     uses: dict[int, int],
     largest: int,
 ) -> Consumer | str:
-    """The consumer, or the reason why it is none."""
+    """The layer as a consumer, or the reason why it cannot be repaired."""
     a, name = arguments(node), op_name(node)
     weight, bias = a["weight"], a["bias"]
     if weight.op != "get_attr":
@@ -238,7 +245,8 @@ def consumer_of(
 
 
 def mean_behind(node: fx.Node, module: TrainableModule, uses: dict[int, int]) -> str | None:
-    """The running mean of a BatchNorm that alone reads a layer: `BN(y + c)` is BN with `mean - c` of `y`."""
+    """The name of the running mean of a BatchNorm that is a layer's only reader, else None: `BN(y + c)` is BN with `mean -
+    c` of `y`."""
     reader = next(iter(node.users)) if len(node.users) == 1 else None
     if reader is None or op_name(reader) != "batch_norm" or arguments(reader)["input"] is not node:
         return None
@@ -249,7 +257,7 @@ def mean_behind(node: fx.Node, module: TrainableModule, uses: dict[int, int]) ->
 
 
 def norm_of(module: TrainableModule, norm: fx.Node) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale, mean and shift, float64, of a BatchNorm that computes `scale (y - mean) + shift`."""
+    """Scale, mean and shift `(channels,)`, in float64, of a BatchNorm that computes `scale (y - mean) + shift`."""
     a = arguments(norm)
 
     def value(key: str, default: float) -> Tensor:
@@ -262,7 +270,7 @@ def norm_of(module: TrainableModule, norm: fx.Node) -> tuple[Tensor, Tensor, Ten
 
 
 def unchanged(dense: TrainableModule, smaller: TrainableModule) -> dict[fx.Node, fx.Node]:
-    """The nodes of the smaller graph that compute what their twins compute, for all inputs."""
+    """The nodes of the smaller graph that compute the same as their twins for all inputs, with their twins."""
     twins = {node.name: node for node in dense.graph.nodes}
     found: dict[fx.Node, fx.Node] = {}
     for node in smaller.graph.nodes:

@@ -1,4 +1,4 @@
-"""The images that a repair looks at, and which half of them each sample belongs to."""
+"""The images that a repair uses, and the division of their samples into two halves."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..common.samples import everywhere, sample_batches
 
 @dataclass(frozen=True)
 class Images:
-    """inputs: of each batch of this process, as leaves. halves: of each batch, see `halves`. count: samples in all
-    processes."""
+    """The images of a repair. inputs: for each batch of this process, the leaves of the model's inputs. halves: for each
+    batch, the half of each sample (see `halves`). count: number of samples in all processes."""
 
     inputs: list[list[Any]]
     halves: list[Tensor]
@@ -28,15 +28,17 @@ class Images:
 
 
 def halves(start: int, size: int, taken: int) -> Tensor:
-    """0 or 1 for each of the `size` samples of a batch that begins with the sample number `start`; -1 for those beyond
-    `taken`, which count nowhere: padding, or more samples than asked for."""
+    """For each of the `size` samples of a batch, the half that it belongs to, 0 or 1 by turns, as `(size,)`; -1 for samples
+    from `taken` on, which do not count (padding, or more samples than asked for). start: the number of the batch's first
+    sample."""
     half = torch.arange(start, start + size) % 2
     half[taken:] = -1
     return half
 
 
 def take_images(program: Program, context: Context, samples: int) -> Images:
-    """So many samples of the data, shared out over processes. Run it under a seed."""
+    """This many samples of the data, divided among processes. It must run under a seed. Raises BadInput where a process
+    gets no batch."""
     inputs: list[list[Any]] = []
     parts: list[Tensor] = []
 

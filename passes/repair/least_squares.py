@@ -1,16 +1,16 @@
-"""The least-squares weights of a linear map, from sums over its inputs and the outputs that are wanted of it.
+"""The least-squares weights of a linear map, from sums over its inputs and the outputs that it should have.
 
 For rows of inputs x (u numbers) and wanted outputs y (o numbers), the weights W (o, u) and bias b that minimise
 
-    sum |y - W x - b|^2  +  lambda * sum_j D_j |W_j - V_j|^2,        V the weights as they are, D_j = sum x_j^2
+sum |y - W x - b|^2  +  lambda * sum_j D_j |W_j - V_j|^2,        V the present weights, D_j = sum x_j^2
 
-are, with A = sum x x^T and B = sum y x^T (both about the means where there is a bias, which has no ridge),
+are, with A = sum x x^T and B = sum y x^T (both about the means if there is a bias, which has no ridge),
 
-    W = V + (B - V A) (A + lambda D)^-1,        b = mean(y) - W mean(x).
+W = V + (B - V A) (A + lambda D)^-1,        b = mean(y) - W mean(x).
 
-The ridge stays around V, so what the rows say nothing about stays as it is, and W is V where V is already best. Without a
-given lambda, each half of the samples is fitted and judged on the other half. Source: ridge regression; see also OSSCAR
-(arXiv 2403.12983), OBSPA (arXiv 2403.18955) for its use after pruning.
+The ridge is around V, so what the rows do not determine stays as it is, and W is V where V is already best. If lambda is
+not given, each half of the samples is fitted and judged on the other half. Source: ridge regression; see also OSSCAR (arXiv
+2403.12983), OBSPA (arXiv 2403.18955) for its use after pruning.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ RIDGES = (
     1.0,
     10.0,
     100.0,
-)  # shares of the diagonal, among which halves choose
-ROUNDED = 1e-5  # the least of them where products were taken in float32, whose rounding lies under it
-START = 1e-2  # the one where the choice begins
-ALONE = 1e-2  # the share where there is but one sample, so that nothing can be held out
-EXACT = 1e-14  # a loss below this share of the outputs' squares is rounding
+)  # shares of the diagonal that the held-out halves choose among
+ROUNDED = 1e-5  # the least ridge for products in float32, above their rounding errors
+START = 1e-2  # the ridge where the choice begins
+ALONE = 1e-2  # the ridge for a single sample, where nothing can be held out
+EXACT = 1e-14  # a loss below this share of the outputs' squares is a rounding error
 WORTH = 1e-3  # a larger ridge is preferred while its loss on held-out samples is at most this share higher
-PANEL = 256  # columns of a product at a time
-BLOCK = 4096  # rows that are multiplied in float32 before their sum goes to float64
+PANEL = 256  # columns of a product that are computed at a time
+BLOCK = 4096  # rows that are multiplied in float32 before their sum is added in float64
 
 
 @dataclass
 class Sums:
-    """What the solution depends on, of one half of the samples: float64 sums over rows, for each group of the layer.
+    """The sums over rows that the solution depends on, for one half of the samples and each group of the layer, in float64.
 
-    count: rows. x: (groups, u). y: (groups, o). xx: (groups, u, u). yx: (groups, o, u). yy: (groups,), of squares.
+    count: number of rows. x: (groups, u). y: (groups, o). xx: (groups, u, u). yx: (groups, o, u). yy: (groups,), of
+    squares.
     """
 
     count: Tensor
@@ -69,8 +70,8 @@ class Sums:
         )  # fmt: skip
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows: x (groups, n, u), y (groups, n, o), in any floating type. Float64 is added up as it is; of others,
-        blocks are multiplied in float32 about their own means, so that large means cost no digits."""
+        """Add rows: x (groups, n, u), y (groups, n, o), in any floating type. Products of float64 are float64; other types
+        are multiplied in float32, in blocks about their own means, so that large means cost no digits."""
         self.count += x.shape[1]
         if x.dtype == torch.float64 or y.dtype == torch.float64:
             self._add(x.double(), y.double())
@@ -81,14 +82,14 @@ class Sums:
             self._add(block - mean, goal - mean_y, mean.double(), mean_y.double())
 
     def _add(self, x: Tensor, y: Tensor, mean: Tensor | None = None, mean_y: Tensor | None = None) -> None:
-        """Add rows x + mean and y + mean_y, with the products of x and y in their own type."""
+        """Add rows x + mean and y + mean_y; products of x and y are computed in their own type."""
         self.xx += _gram(x)
         self.yx += y.mT @ x
         self.yy += y.double().square().sum((1, 2))
         sum_x, sum_y = x.sum(1, dtype=torch.float64), y.sum(1, dtype=torch.float64)
         if mean is not None and mean_y is not None:
             n, x0, y0 = x.shape[1], mean[:, 0], mean_y[:, 0]
-            # (x + m)(x + m)^T = x x^T + m s^T + (s + n m) m^T over all rows, s their sum; s is but rounding here
+            # sum (x + m)(x + m)^T = sum x x^T + m s^T + (s + n m) m^T, with s = sum x, which is a rounding error here
             right = torch.stack([sum_x, x0], 1)
             self.xx.baddbmm_(torch.stack([x0, sum_x + n * x0], 2), right)
             self.yx.baddbmm_(torch.stack([y0, sum_y + n * y0], 2), right)
@@ -110,12 +111,12 @@ class Sums:
         return all(bool(t.isfinite().all()) for t in self.tensors())
 
     def means(self, centred: bool) -> tuple[Tensor, Tensor]:
-        """Of x and y; zeros where there is no bias to take them up."""
+        """The means of x and y; zeros without `centred`, where there is no bias to take them up."""
         share = 1 / self.count.clamp(min=1) if centred else torch.zeros_like(self.count)
         return self.x * share, self.y * share
 
     def variance(self, centred: bool) -> float:
-        """The summed squared error of a map that knows no inputs: the mean where there is a bias, else zero."""
+        """The summed squared error of the best constant output: the mean if `centred`, else zero."""
         return float((self.yy - (self.y * self.means(centred)[1]).sum(1)).sum().clamp(min=0))
 
     def loss(self, weight: Tensor, bias: Tensor | None) -> float:
@@ -128,9 +129,9 @@ class Sums:
 
 @dataclass(frozen=True)
 class Fit:
-    """weight: (groups, o, u). bias: (groups, o) or None. ridge: the share of the diagonal that was used. before,
-    predicted: summed squared error on all rows with the weights as they were, and with these. held_before, held: the same
-    on held-out halves; None where nothing could be held out. noise: what rounding may leave of a loss."""
+    """The best weights. weight: (groups, o, u). bias: (groups, o) or None. ridge: the share of the diagonal that was used.
+    before, predicted: summed squared error on all rows with the old weights, and with these. held_before, held: the same on
+    held-out halves, None where nothing could be held out. noise: the largest loss that may be a rounding error."""
 
     weight: Tensor
     bias: Tensor | None
@@ -143,7 +144,7 @@ class Fit:
 
     @property
     def helps(self) -> bool:
-        """Whether there was something to repair, and it is better on samples that it has not seen."""
+        """Whether there was something to repair, and held-out samples (or, without any, all samples) are fitted better."""
         before, after = (self.before, self.predicted) if self.held is None else (self.held_before, self.held)
         return self.before > self.noise and bool(after < before)  # type: ignore[operator]
 
@@ -163,9 +164,9 @@ def fit(
 ) -> Fit:
     """The best weights for two halves of the samples.
 
-    weight: (groups, o, u) and bias: (groups, o) or None, as they are, float64. ridge: a share of the diagonal, None to
-    choose it by held-out halves. fixed: entries of the weight that stay as they are (bool, its shape). start: the one of
-    RIDGES where the choice begins; fewer are tried where it is near.
+    weight: (groups, o, u) and bias: (groups, o) or None, the present ones, float64. ridge: a share of the diagonal, None to
+    choose it by held-out halves. fixed: entries of the weight that stay as they are (bool, of its shape). start: the ridge
+    where the choice begins; fewer are tried if it is near the best.
     """
     both = halves[0] + halves[1]
     noise = EXACT * float(both.yy.sum())
@@ -195,8 +196,11 @@ def fit(
 def _best(
     loss: Callable[[float], float], held: dict[float, float], noise: float, shares: list[float], start: float
 ) -> float:
-    """The share with the least loss on held-out samples, as far as it falls to one minimum and rises behind; of shares that
-    are about as good, the largest, and of those that leave but rounding, the least. held: where losses are kept."""
+    """The ridge with the least loss on held-out samples.
+
+    Losses are assumed to fall to one minimum and rise behind it. Of ridges that are about as good, the largest is taken; if
+    the losses are rounding errors, the smallest. held: a cache of losses by ridge.
+    """
 
     def at(place: int) -> float:
         share = shares[place]
@@ -212,7 +216,7 @@ def _best(
         place += 1
     best = at(place)
     if best <= noise:
-        place = 0  # what is left can do all that there was
+        place = 0  # the remaining inputs determine the outputs completely
         at(place)
     while best > noise and place < last and at(place + 1) <= best * (1 + WORTH):
         place += 1
@@ -220,8 +224,10 @@ def _best(
 
 
 class Problem:
-    """The module's formula for some rows, for any ridge: `A` and `B - V A` are made once. kind: the type to solve in; what
-    float32 cannot solve comes out as NaN."""
+    """The module's formula for some rows and any ridge: `A` and `B - V A` are computed once.
+
+    kind: the dtype to solve in; what float32 cannot solve becomes NaN.
+    """
 
     def __init__(
         self,
@@ -240,20 +246,20 @@ class Problem:
         wanted = b - weight @ a
         self.before = sums.variance(bias is not None) - float(
             (weight * (b + wanted)).sum()
-        )  # of V with the best constant
+        )  # the loss of V with the best constant
         diagonal = a.diagonal(dim1=1, dim2=2)
         self.scale = torch.where(diagonal > 0, diagonal, 1.0).to(kind)  # an input that is constant keeps its weight
         self.a, self.wanted = a.to(kind), wanted.to(kind)
 
     def loss(self, other: Problem, change: Tensor) -> float:
-        """The summed squared error on these rows of `V` and a change, with the constant that another problem's rows give."""
+        """The summed squared error of `V + change` on these rows, with the best constant for the rows of `other`."""
         squares = ((change @ self.a - 2 * self.wanted) * change).sum(dtype=torch.float64)
         found = self.weight + change
         offset = self.mean_y - other.mean_y - (found @ (self.mean_x - other.mean_x)[..., None])[..., 0]
         return max(self.before + float(squares + self.count * offset.square().sum()), 0.0)
 
     def change(self, ridge: float) -> Tensor:
-        """`W - V`."""
+        """`W - V` for a ridge."""
         a = self.a.clone()
         a.diagonal(dim1=1, dim2=2).add_(self.scale, alpha=ridge)
         fixed = self.fixed
@@ -261,7 +267,7 @@ class Problem:
             return _divided(a, self.wanted)
         change = torch.zeros_like(self.wanted)
         for group in range(len(change)):
-            # Rows with the same free entries are solved together; those entries alone are unknowns.
+            # Rows with the same free entries are solved together, with these entries as unknowns.
             patterns, which = torch.unique(~fixed[group], dim=0, return_inverse=True)
             for i, free in enumerate(patterns):
                 rows = (which == i).nonzero()[:, 0]
@@ -275,7 +281,7 @@ class Problem:
 def solve(
     sums: Sums, weight: Tensor, bias: Tensor | None, ridge: float, fixed: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The weights and bias of the module's formula."""
+    """The weights and bias of the module's formula for a ridge."""
     problem = Problem(sums, weight, bias, fixed)
     found = weight + problem.change(ridge)
     constant = None if bias is None else problem.mean_y - (found @ problem.mean_x[..., None])[..., 0]
@@ -283,7 +289,7 @@ def solve(
 
 
 def _gram(x: Tensor) -> Tensor:
-    """`x^T x` of (groups, n, u); of wide ones, but the upper triangle of blocks is multiplied."""
+    """`x^T x` of (groups, n, u); for many columns, only the upper triangle of blocks is multiplied."""
     u = x.shape[-1]
     if u < 2 * PANEL:
         return x.mT @ x
@@ -296,8 +302,8 @@ def _gram(x: Tensor) -> Tensor:
 
 
 def _divided(a: Tensor, b: Tensor) -> Tensor:
-    """`b a^-1` for symmetric positive definite matrices; where rounding made one indefinite, the nearest answer to it, and
-    NaN in float32."""
+    """`b a^-1` for symmetric positive definite matrices. Where rounding made one indefinite, the pseudo-inverse is used, or
+    in float32 the result is NaN."""
     factor, failed = torch.linalg.cholesky_ex(a)
     if not bool(failed.any()):
         return torch.cholesky_solve(b.transpose(1, 2), factor).transpose(1, 2)

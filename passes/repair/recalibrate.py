@@ -1,4 +1,4 @@
-"""The pass that takes the statistics of BatchNorm anew."""
+"""The pass that measures the statistics of BatchNorm anew."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ from .stepwise import Memory, Stepwise
 
 @dataclass(frozen=True)
 class Recalibrate(Pass):
-    """Take the running statistics of BatchNorm anew, layer after layer, from unlabelled images.
+    """Measure the running statistics of BatchNorm anew, layer after layer, on unlabelled images.
 
-    After a removal, what reaches a BatchNorm may have another mean and variance than the one it was trained with. Each
-    layer's are measured with the layers before it already set. Where images are few, they are drawn to the old ones: with n
-    images and a weight of `prior` images for the old, the new share is n / (n + prior).
+    After a removal, the inputs of a BatchNorm may have another mean and variance than those that it was trained with. Each
+    layer's statistics are measured with those of the layers before it already set. Where images are few, the old statistics
+    can keep a share: with n images, and a `prior` of as many images as the old statistics are to count for, the new share
+    is n / (n + prior).
 
-    samples: images to take from the data. statistics: "both", or "variance" to leave the means as they are. prior: see
-    above. memory: gigabytes of activations in memory; the rest goes to temporary files.
+    samples: images to take from the data. statistics: "both", or "variance" to leave the means as they are. prior: number
+    of images, see above. memory: gigabytes of activations in memory; the rest goes to temporary files.
 
     It does not help everywhere: compare before and after on held-out images. The record names each layer with the mean of
-    the ratios of its new variances to the old. Left alone: statistics that are not finite, and layers that share them.
+    the ratios of its new variances to the old. Left alone, with the reason: layers with inputs that are not finite, and
+    layers that share statistics. Raises BadInput without data.
     """
 
     samples: int = 256
@@ -84,7 +86,7 @@ class Recalibrate(Pass):
 
 
 def _statistics(values: list[Tensor], halves: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """Mean and variance of every channel over all images and positions; None where they are not finite."""
+    """Mean and (unbiased) variance of every channel over all images and positions; None where they are not finite."""
     sums = torch.zeros(3, values[0].shape[1], dtype=torch.float64, device=values[0].device)
     for value, half in zip(values, halves, strict=True):
         x = value[half >= 0].double().movedim(1, 0).flatten(1)

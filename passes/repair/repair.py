@@ -32,30 +32,31 @@ from .stepwise import Memory, Stepwise
 class Repair(Pass):
     """Give every layer behind a removal the weights that reproduce the dense network best.
 
-    A layer `y = W x + b` read channels that are gone, or inputs that are no longer what they were. With unlabelled images,
-    `x` taken from the smaller network as repaired so far and `y` from the dense one, its best weights have a closed form
-    (`least_squares`). Layers are repaired in the order they run, so that each makes up for what those before it could not.
-    Linear layers and convolutions, grouped and depthwise ones too; kernels with more than `unknowns` entries an output, and
-    transposed convolutions, share one map between channels over all kernel positions. Where a layer has no bias, the
-    BatchNorm behind it takes the constant. A layer that goes into a sum, at once or through that BatchNorm, is fitted to the
-    dense sum less the other operand, and so makes up for what that one lacks, as behind a block that is gone; one that
-    stands for a merged block is fitted to what the block gives. Of heads whose queries and keys lost channels, the
-    projection of the queries takes the mix of what is left that brings the logits nearest (`attention`). Nothing changes in
-    front of the first removal, and no layer that would become worse on held-out images.
+    A layer `y = W x + b` read channels that are gone, or its inputs have changed. From unlabelled images, with `x` of the
+    smaller network as repaired so far and `y` of the dense one, its best weights have a closed form (`least_squares`).
+    Layers are repaired in the order they run, so that each makes up for what those before it could not. These are linear
+    layers and convolutions, grouped and depthwise ones too; for kernels with more than `unknowns` entries an output, and
+    for transposed convolutions, all kernel positions share one map between channels. If a layer has no bias, the BatchNorm
+    behind it takes the constant. A layer that goes into a sum, directly or through that BatchNorm, is fitted to the dense
+    sum less the other operand, and so makes up for what that lacks, as behind a removed block; a layer that stands for a
+    merged block is fitted to the block's output. Where queries and keys lost channels, the projection of the queries takes
+    the mix of the remaining channels that brings the logits nearest (`attention`). Nothing changes in front of the first
+    removal, and no layer changes that would become worse on held-out images.
 
     samples: images to take from the data; labels are never needed. ridge: how strongly weights are held where they are, as
-    a share of the inputs' mean squares; None chooses by holding out half of the images for each layer. unknowns: see
+    a share of the inputs' mean squares; None chooses it for each layer by holding out half of the images. unknowns: see
     above. memory: gigabytes of activations in memory; the rest goes to temporary files. include, exclude: patterns over
-    weight names; each of `include` matches one.
+    weight names; each pattern of `include` must match one.
 
     The dense program is the context's teacher. Left alone, with the reason in the record: weights that are used more than
     once, computed or quantised, layers that the dense network does not have, activations that are not finite, queries with
-    a norm or a rotation behind their projection. Zeros of `Sparsify` stay zero.
+    a norm or a rotation behind their projection. Zeros of `Sparsify` stay zero. Raises BadInput without data or teacher.
 
     The record has for each layer its squared error against the dense one, as a share of the variance there: `before`,
     `predicted` by the closed form and `after` (measured), and `held_out` before and after; `sum` names the addition that a
-    layer was fitted to, `logits` the attention, `kept` says why one stayed as it was. Source: least-squares reconstruction
-    as in OSSCAR (arXiv 2403.12983) and CORP (arXiv 2602.05243); the sequential form with held-out ridge is ours.
+    layer was fitted to, `logits` the attention, `kept` says why a layer stayed as it was. Source: least-squares
+    reconstruction as in OSSCAR (arXiv 2403.12983) and CORP (arXiv 2602.05243); the sequential form with held-out ridge is
+    ours.
     """
 
     samples: int = 256
@@ -81,7 +82,7 @@ class Repair(Pass):
         return PassResult(result, record)
 
     def images(self, program: Program, context: Context) -> Images:
-        """The images that a repair looks at, on the process's device."""
+        """The images that a repair uses, on the process's device. Raises BadInput without data."""
         if context.data is None:
             raise BadInput("Repair: needs images (labels are not needed); pass data=")
         with seeded(context.seed, context.data):
@@ -90,11 +91,15 @@ class Repair(Pass):
     def apply(
         self, dense: Program, smaller: Program, removed: Removed, context: Context, images: Images | None = None
     ) -> dict[str, Any]:
-        """Change the weights of `smaller` in place; returns the record. images: those of an earlier call of `images`."""
+        """Change the weights of `smaller` in place; returns the record.
+
+        removed: what `smaller` lost, in the numbering of `dense`. images: from an earlier call of `images`, by default new
+        ones.
+        """
         images = images or self.images(smaller, context)
         with ExitStack() as stack:
             for program in (dense, smaller):
-                module = program.graph_module  # with the shapes of what is left
+                module = program.graph_module  # its values have the shapes after the removal
                 stack.enter_context(evaluating(module))
                 stack.enter_context(placed(module, accelerator().device))
             stack.enter_context(torch.no_grad())
@@ -102,7 +107,7 @@ class Repair(Pass):
 
 
 def since(dense: Program, program: Program) -> Removed:
-    """What the passes since the dense program removed, in its numbering."""
+    """What the passes since the dense program removed, in the dense program's numbering."""
     steps = [record["removed"] for record in program.history[len(dense.history) :] if record.get("removed")]
     last = {name: {int(d): list(i) for d, i in lost.items()} for name, lost in (steps[-1] if steps else {}).items()}
     found = removed_since(dense, PassResult(program, {}, last))
@@ -129,7 +134,7 @@ class _Run:
         chosen = [c for c in candidates if selected([c.weight], options.include, options.exclude)]
         self.layers = sorted(chosen, key=lambda c: self.smaller.place[c.node])
         for node in (node for layer in self.layers for node in _goals(layer)):
-            self.dense.hold(node)  # the order of layers may be another in the dense network
+            self.dense.hold(node)  # the dense network may run its layers in another order
         shared = [c for c in found if not c.whole]
         self.full = {c.weight: fetch(dense.module(), str(arguments(c.twin)["weight"].target)) for c in shared}
 
@@ -151,10 +156,10 @@ class _Run:
         return {"samples": self.images.count, "layers": rows, "refused": self.refused}
 
     def _advance(self, node: fx.Node) -> None:
-        """Run the smaller network up to a node; what is the same in both is computed once."""
+        """Run the smaller network up to a node; what is the same in both networks is computed once."""
         while self.smaller.position < self.smaller.place[node]:
             following = self.smaller.nodes[self.smaller.position]
-            twin = self.same.get(following) if following.op != "get_attr" else None  # a parameter may change yet
+            twin = self.same.get(following) if following.op != "get_attr" else None  # a repair may change a parameter
             if twin is not None:
                 self.dense.run_through(twin)
             self.smaller.step(self.dense.values.get(twin) if twin is not None else None)
@@ -179,7 +184,7 @@ class _Run:
         return row
 
     def _mix(self, logits: Logits) -> dict[str, Any] | None:
-        """Repair the queries of an attention, head by head; None for numbers that are not finite."""
+        """Repair the queries of an attention, head by head; None if numbers are not finite."""
         mixing = Mixing(logits, self.smaller.values, self.dense.values, self.images.halves)
         losses, ridges, total, count = torch.zeros(5, dtype=torch.float64), [], 0.0, 0
         for head in range(len(logits.rows)):
@@ -208,7 +213,7 @@ class _Run:
         return row | ({"kept": f"{left} heads are no better on held-out images"} if left else {})
 
     def _sums(self, consumer: Consumer) -> tuple[Sums, Sums] | None:
-        """Over all images; None for numbers that are not finite."""
+        """The sums over all images, for both halves; None if numbers are not finite."""
         x = self.smaller.values[consumer.x]
         first = self._by_sample(x[0], 0)[:1]
         groups, count, unknowns = rows_of_inputs(consumer, first).shape
@@ -234,27 +239,30 @@ class _Run:
     def _wanted(
         self, consumer: Consumer, batch: int, part: slice | Tensor = slice(None)
     ) -> tuple[Tensor, Tensor | None]:
-        """What some samples of a batch should give, and what the smaller network adds to it; None for nothing."""
+        """The dense values that samples of a batch are fitted to, and what the smaller network adds to the layer's output,
+        or None."""
         y = self._by_sample(self.dense.values[consumer.goal][batch], batch)[part]
         if consumer.beside is None:
             return y, None
         return y, self._by_sample(self.smaller.values[consumer.beside][batch], batch)[part]
 
     def _by_sample(self, value: Tensor, batch: int) -> Tensor:
-        """A value with the samples first, which some attentions have behind the positions."""
+        """A value with the samples as its first dimension; in some attentions they come after the positions."""
         count = len(self.images.halves[batch])
         dims = [d for d in range(value.dim() - 1) if value.shape[d] == count]
         return value.movedim(dims[0], 0) if dims else value
 
     def _half(self, batch: int, count: int) -> Tensor:
-        """Which half each sample of a batch belongs to; of samples and positions in one dimension, every other entry."""
+        """The half of each sample of a batch. Where samples and positions share one dimension, every other entry is in one
+        half."""
         half = self.images.halves[batch]
         return half if len(half) == count else torch.arange(count, device=half.device) % 2
 
     def _target_rows(
         self, consumer: Consumer, batch: int, part: slice | Tensor, positions: Tensor | None = None, whole: bool = False
     ) -> Tensor:
-        """What the rows should give; what a bias that must stay adds is not theirs to give, but for the `whole` layer."""
+        """The rows that the layer is fitted to; with `whole`, a bias that cannot change is part of them, else it is
+        subtracted."""
         y, beside = self._wanted(consumer, batch, part)
         if not consumer.whole:
             return rows_of_inputs(consumer, y, positions)
@@ -269,7 +277,8 @@ class _Run:
         return rows
 
     def _as_rows(self, consumer: Consumer) -> tuple[Tensor, Tensor | None]:
-        """The weights as they are, `(groups, o, u)`, and the bias; or the choice of channels that they stand for."""
+        """The present weights `(groups, o, u)` and bias (or None); for a shared map, the choice of channels that they stand
+        for."""
         if not consumer.whole:
             full = self.full[consumer.weight]
             channels = full.shape[0 if consumer.transposed else 1]
@@ -303,7 +312,7 @@ class _Run:
             elif found.bias is not None and consumer.mean is not None:
                 fetch(self.module, consumer.mean).sub_(found.bias.flatten())
             return
-        # The map from what is left to what was there, minus the choice of channels that the weights already make.
+        # The map from the remaining channels to the original ones, less the choice of channels in the present weights.
         into = 0 if consumer.transposed else 1
         rest = found.weight[0] - self._as_rows(consumer)[0][0]
         full = (
@@ -314,8 +323,8 @@ class _Run:
         parameter.add_(torch.tensordot(full, rest, ([into], [0])).movedim(-1, into).to(parameter.dtype))
 
     def _measured(self, consumer: Consumer, found: Fit) -> float:
-        """The mean squared error of a row of the repaired layer, as it computes, on these images; where there are many rows,
-        of others than it was fitted to."""
+        """The mean squared error of a row of the repaired layer, as the network computes it, on these images; if there are
+        many rows, on other rows than those of the fit."""
         total = torch.zeros(2, dtype=torch.float64)
         generator = torch.Generator().manual_seed(self.context.seed + 1)
         for i, value in enumerate(self.smaller.values[consumer.node]):
@@ -344,7 +353,7 @@ def _goals(layer: Consumer | Logits) -> tuple[fx.Node, ...]:
 
 
 def _everywhere(halves: tuple[Sums, Sums]) -> tuple[Sums, Sums] | None:
-    """The sums over all processes; None for numbers that are not finite."""
+    """The sums over all processes; None if numbers are not finite."""
     if accelerator().num_processes > 1:
         for sums in halves:
             for tensor in sums.tensors():

@@ -1,4 +1,4 @@
-"""What layers compute from what, as rows: an input and an output vector for each sample and position. Source: ours."""
+"""Inputs and outputs of layers as rows: an input and an output vector for each sample and position. Source: ours."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from ..common.weights import windows
 from .consumers import Consumer
 from .least_squares import BLOCK, Sums
 
-MANY, ENOUGH = 1 << 15, 8  # rows of which a layer always takes all; of more, as many for each unknown are enough
-PIECE = 1 << 24  # numbers of unfolded inputs at a time
+MANY, ENOUGH = 1 << 15, 8  # up to `MANY` rows all are used; of more rows, `ENOUGH` for each unknown
+PIECE = 1 << 24  # numbers of unfolded inputs that are in memory at a time
 
 
 def rows_of_inputs(consumer: Consumer, x: Tensor, positions: Tensor | None = None) -> Tensor:
-    """What each output value of a layer is computed from: `(groups, rows, u)`, a row for each sample and each of its
-    positions. positions: those to take of each sample, `(samples, taken)`; all by default."""
+    """The numbers that each output value of a layer is computed from: `(groups, rows, u)`, with a row for each sample and
+    position.
+
+    positions: of each sample, those to use, `(samples, n)`; by default all.
+    """
     if consumer.linear:
         return _at(x.reshape(len(x), -1, x.shape[-1]), positions).flatten(0, 1)[None]
     if not consumer.whole:
@@ -33,7 +36,7 @@ def rows_of_inputs(consumer: Consumer, x: Tensor, positions: Tensor | None = Non
 
 
 def rows_of_outputs(consumer: Consumer, y: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Values of outputs, in the order of `rows_of_inputs`: `(groups, rows, o)`."""
+    """The output values in the order of `rows_of_inputs`: `(groups, rows, o)`."""
     rows = y.reshape(len(y), -1, y.shape[-1]) if consumer.linear else y.flatten(2).mT
     return _at(rows, positions).unflatten(2, (consumer.groups, -1)).permute(2, 0, 1, 3).flatten(1, 2)
 
@@ -43,8 +46,11 @@ def _at(rows: Tensor, positions: Tensor | None) -> Tensor:
 
 
 def some_positions(size: tuple[int, int], rows: int, unknowns: int, generator: torch.Generator) -> Tensor | None:
-    """Of samples and their positions, `size`, those positions to take of each where all samples together have so many rows;
-    None for all. Each sample has its own: what is rare, such as a corner, is met in one or another."""
+    """For each sample, the positions to use, as indices `(samples, n)`; None for all.
+
+    size: numbers of samples and of positions. rows: how many rows all samples together have. Each sample gets positions of
+    its own, so that rare ones, such as corners, occur in some samples.
+    """
     wanted = max(MANY, ENOUGH * unknowns)
     if rows <= wanted:
         return None
@@ -52,8 +58,8 @@ def some_positions(size: tuple[int, int], rows: int, unknowns: int, generator: t
 
 
 def parts(half: Tensor, which: int, step: int) -> Iterator[slice | Tensor]:
-    """The samples of one half of a batch, at most `step` at a time; slices where they lie in even steps, which copy
-    nothing."""
+    """Yield the samples of one half of a batch, at most `step` at a time; as a slice, which copies nothing, where they are
+    evenly spaced."""
     for own in (half == which).nonzero()[:, 0].split(max(1, step)):
         if not len(own):
             return
@@ -77,7 +83,7 @@ class Rows:
             self.flush()
 
     def flush(self) -> None:
-        """Add what is waiting."""
+        """Add the rows that wait."""
         if self.waiting:
             self.sums.add(*(torch.cat(rows, 1) for rows in zip(*self.waiting, strict=True)))
         self.waiting, self.count = [], 0

@@ -1,14 +1,15 @@
-"""What stays lost when an index is removed and its readers are repaired: a reason to remove that already knows the cure.
+"""The loss that remains when an index is removed and its readers are repaired: an importance that takes repair into
+account.
 
 A reader `y = W x` that loses column i and has its other columns refitted (see `least_squares`) loses, summed over the rows,
 
-    |w_i|^2 / (A^-1)_ii,        A = sum x x^T + lambda diag,
+|w_i|^2 / (A^-1)_ii,        A = sum x x^T + lambda diag,
 
-and the best answers for the next index follow by a rank-one update of `A^-1` and W, as in the optimal brain surgeon. For
-several columns S at once: tr(W_S ((A^-1)_SS)^-1 W_S^T). All kernel positions of a convolution share the refit here. Each
-output counts by how much the network's result depends on it: the mean square of the gradient there, of the log-probability
-of a class drawn from the network's own prediction, or of a random projection of other outputs, so no labels are needed.
-Source: ours, after OBS (Hassibi and Stork, 1993) and the Gauss-Newton diagonal by random projections (Hutchinson).
+and the losses for a next index follow from a rank-one update of `A^-1` and W, as in the optimal brain surgeon. For several
+columns S at once: tr(W_S ((A^-1)_SS)^-1 W_S^T). All kernel positions of a convolution share the refit here. Each output is
+weighted by how much the network's result depends on it: the mean square of its gradient, of the log-probability of a class
+drawn from the network's own prediction, or of a random projection of other outputs, so no labels are needed. Source: ours,
+after OBS (Hassibi and Stork, 1993) and the Gauss-Newton diagonal by random projections (Hutchinson).
 """
 
 from __future__ import annotations
@@ -37,15 +38,18 @@ from .consumers import PRODUCTS
 from .images import halves
 from .swaps import Columns, swapped
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # shares of the diagonal of A, among which held-out halves choose
-STEPS = 64  # a group is emptied in at most about so many steps, each with scores of its own
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # shares of the diagonal of A that the held-out halves choose among
+STEPS = 64  # about the most steps in which a group is emptied, each with new losses
 
 
 @dataclass
 class Reader:
-    """A linear layer or convolution that reads groups. axis: of its inputs. centred: a bias or a BatchNorm behind it takes
-    up a constant. Sums over rows in each half of the samples, float64: count (2), x (2, c), xx (2, c, c); weight (o *
-    kernel, c); sensitivity (o)."""
+    """A linear layer or convolution that reads groups, with sums over rows.
+
+    axis: of its inputs. centred: whether a bias or a BatchNorm behind it takes up a constant. weight: (o * kernel, c).
+    outputs: o. Sums in float64, for each half of the samples: count (2), x (2, c), xx (2, c, c). Sums over all samples:
+    sensitivity (o), the squared gradients at the outputs; coherent (2), see `sense`.
+    """
 
     node: fx.Node
     axis: Axis
@@ -59,7 +63,7 @@ class Reader:
     coherent: Tensor
 
     def add(self, rows: Tensor, half: Tensor) -> None:
-        """rows: (samples, positions, c). half: which half each sample belongs to."""
+        """Add the inputs of a batch. rows: (samples, positions, c). half: the half of each sample."""
         for k in range(2):
             own = rows[half == k].flatten(0, 1)
             self.count[k] += len(own)
@@ -67,20 +71,24 @@ class Reader:
             self.xx[k] += own.T @ own
 
     def sense(self, gradient: Tensor, output: Tensor) -> None:
-        """Both (samples, positions, o). An error that has the same sign all over an image counts for more than its squares
-        say, since what follows adds it up; by how much is read off the outputs themselves."""
+        """Add the gradients at the outputs of a batch; both arguments are (samples, positions, o).
+
+        Later layers add up an error that has the same sign all over an image, so it counts for more than its squares say.
+        How much more is estimated from the outputs themselves: the first number of `coherent` has the squares of sums over
+        positions, the second the sums of squares.
+        """
         self.sensitivity += gradient.square().sum((0, 1))
         product = gradient * (output - output.mean((0, 1)))
         self.coherent += torch.stack([product.sum(1).square().sum(), product.square().sum()])
 
     def moments(self, which: slice) -> Tensor:
-        """`A` over one half or both, about the mean where a constant is free."""
+        """`A` over one half or both, about the mean if a constant is free."""
         count, x, xx = self.count[which].sum(), self.x[which].sum(0), self.xx[which].sum(0)
         return xx - x[:, None] * x[None, :] / count.clamp(min=1) if self.centred else xx
 
     def prepared(self) -> tuple[Tensor, Tensor]:
-        """`A^-1` and `W^T G W`, G the sensitivities of the outputs, for one sample. The ridge is the one with which what a
-        half says of each column by the others holds best on the other half."""
+        """`A^-1` and `W^T G W` for one sample, both (c, c), with the sensitivities of the outputs on the diagonal of G. The
+        ridge is the one whose predictions of each column by the others, from one half, are best on the other half."""
         together = float(self.coherent[0] / self.coherent[1]) if self.coherent[1] > 0 else 1.0
         root = (self.sensitivity * together / self.count.sum().clamp(min=1)).sqrt()
         weighted = self.weight * root.repeat_interleave(len(self.weight) // self.outputs)[:, None]
@@ -100,14 +108,14 @@ def _inverse(a: Tensor, ridge: float) -> Tensor:
 
 
 def _held_out(fitted: Tensor, other: Tensor, power: Tensor, ridge: float) -> float:
-    """What the removal of each column alone loses on one half, summed, when the rest was refitted on the other."""
+    """The loss of removing each column by itself, on one half with the rest refitted on the other; summed over columns."""
     inverse = _inverse(fitted, ridge)
     residual = inverse / inverse.diagonal()  # column i: x_i minus its prediction by the others
     return float((power.diagonal() * (residual * (other @ residual)).sum(0)).sum())
 
 
 def readers(comb: Comb, groups: list[Group], context: Context, samples: int) -> tuple[list[Reader], int]:
-    """The readers of some groups with their sums over the data, and from how many samples these are."""
+    """The readers of some groups, with their sums over the data, and the number of samples."""
     module, device = comb.module, accelerator().device
     wanted = {g.atom: None for g in groups}
     found: dict[fx.Node, Reader] = {}
@@ -147,7 +155,7 @@ def readers(comb: Comb, groups: list[Group], context: Context, samples: int) -> 
 def _add(
     module: Any, found: dict[fx.Node, Reader], inputs: list[Any], half: Tensor, generator: torch.Generator
 ) -> None:
-    """The sums of one batch."""
+    """Add the sums of one batch."""
     outputs: dict[fx.Node, Tensor] = {}
 
     def see(node: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> None:
@@ -166,13 +174,13 @@ def _add(
 
 
 def _positions(node: fx.Node, value: Tensor) -> Tensor:
-    """What a layer reads or gives as `(samples, positions, channels)`."""
+    """A layer's input or output as `(samples, positions, channels)`."""
     value = value.movedim(-1 if op_name(node) == "linear" else 1, -1)
     return value.reshape(len(value), -1, value.shape[-1])
 
 
 def columns(axis: Axis, atom: Factor) -> np.ndarray:
-    """Which index of the atom each entry of an axis belongs to; -1 for none."""
+    """For each entry of an axis, the index of the atom that it belongs to; -1 for none."""
     found = np.full(1, -1)
     for factor in ax.normal(axis):
         if factor.segments is not None:
@@ -184,8 +192,8 @@ def columns(axis: Axis, atom: Factor) -> np.ndarray:
 
 
 class Losses:
-    """What a network's result loses by indices of groups that go, when what is left is repaired. samples: of the data, for
-    the sums over it."""
+    """The loss of a network's result when indices of groups go and the rest is repaired. samples: number of samples for the
+    sums."""
 
     def __init__(self, comb: Comb, groups: list[Group], context: Context, samples: int):
         self.groups = groups
@@ -193,13 +201,13 @@ class Losses:
         self.prepared = {id(r): r.prepared() for r in self.found}
 
     def scores(self) -> dict[Factor, np.ndarray]:
-        """For each group, what each index loses when indices go in the best order found, one after another, and what is left
-        is repaired after each. Groups that no linear layer reads get infinity."""
+        """For each group, the loss of each index when all go one after another, in the best order found, with a repair
+        after each. Groups that no linear layer reads get infinity."""
         return {g.atom: _emptied(g, self._readers(g), self.prepared) for g in self.groups}
 
     def swapped(self, masks: ax.Masks) -> tuple[dict[Factor, np.ndarray], dict[str, int]]:
-        """The masks (True stays) after a local search in each group, and how many swaps there were by name. A group of which
-        a reader has several columns for an index, as after flattening, is not searched."""
+        """The masks (True stays) after a local search in each group, and the number of swaps by group name. A group is not
+        searched if a reader has several columns for one index, as after flattening."""
         result, counts = dict(masks), {}
         for group in self.groups:
             if group.atom not in masks:
@@ -222,7 +230,7 @@ class Losses:
 
 
 def _emptied(group: Group, found: list[Reader], prepared: dict[int, tuple[Tensor, Tensor]]) -> np.ndarray:
-    """The loss of each index at the time it goes; never less than that of those before it."""
+    """The loss of each index when it goes, but never less than that of an index before it."""
     score = np.full(group.size, np.inf)
     if not found:
         return score
@@ -260,7 +268,7 @@ def _losses(inverse: Tensor, power: Tensor, places: list[np.ndarray], left: list
 
 
 def _remove(inverse: Tensor, power: Tensor, places: np.ndarray) -> None:
-    """Take columns out, in place: `A^-1` and `W^T G W` of what is left, refitted."""
+    """Remove columns in place: `A^-1` and `W^T G W` become those of the refitted remainder."""
     s = torch.from_numpy(places)
     if not len(s):
         return

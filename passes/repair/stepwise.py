@@ -1,4 +1,4 @@
-"""A graph run node by node over all batches at once, so that weights can change between two nodes. Source: ours."""
+"""Runs a graph node by node over all batches at once, so that weights can change between two nodes. Source: ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ...graph.program import TrainableModule
 
 
 class Memory:
-    """Where the values of nodes lie: in memory up to a number of bytes, then in files that vanish with the process."""
+    """Where the values of nodes are stored: in memory up to a number of bytes, then in files that vanish with the
+    process."""
 
     def __init__(self, limit: float):
         self.limit, self.held = limit, 0
@@ -24,7 +25,7 @@ class Memory:
         self._files = 0
 
     def keep(self, value: Any, known: set[int]) -> tuple[Any, int]:
-        """The value, moved to a file where memory is full, and the bytes that it adds; `known` holds the addresses of
+        """The value, moved to a file if memory is full, and the bytes of memory that it adds. known: the addresses of
         storages that are already counted."""
         added = 0
 
@@ -48,15 +49,15 @@ class Memory:
         path = Path(self._folder.name, str(self._files))
         self._files += 1
         mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        path.unlink()  # the mapping keeps it until the tensor goes
+        path.unlink()  # the mapping keeps the file's content until the tensor is freed
         return mapped.view(tensor.shape).copy_(tensor)
 
 
 class Stepwise:
     """Runs a module over several batches, node after node; a value is dropped after its last reader.
 
-    batches: the leaves of the inputs, a list for each. values: what the nodes gave that somebody still reads, a list with
-    one value for each batch.
+    batches: for each, the leaves of its inputs. values: for each node that will still be read, its values, one for each
+    batch.
     """
 
     def __init__(self, module: TrainableModule, batches: Sequence[Sequence[Any]], memory: Memory):
@@ -72,27 +73,27 @@ class Stepwise:
         self._bytes: dict[fx.Node, int] = {}
 
     def run_before(self, node: fx.Node) -> None:
-        """Run every node that comes before this one."""
+        """Run every node before this one."""
         while self.position < self.place[node]:
             self.step()
 
     def run_through(self, node: fx.Node) -> None:
-        """Run every node up to this one, itself included."""
+        """Run every node up to and including this one."""
         self.run_before(node)
         if self.position == self.place[node]:
             self.step()
 
     def hold(self, node: fx.Node) -> None:
-        """Keep the values of a node until they are released as often as they were held."""
+        """Keep the values of a node until it was released as often as held."""
         self._readers[node] += 1
 
     def release(self, node: fx.Node) -> None:
-        """See `hold`."""
+        """Undo one `hold`."""
         if self._read(node):
             self._drop([node])
 
     def step(self, shared: list[Any] | None = None) -> None:
-        """Run the next node. shared: its values, where they are known to be those of another run."""
+        """Run the next node. shared: its values, if they are known from another run."""
         node = self.nodes[self.position]
         self.position += 1
         if shared is not None:
@@ -124,7 +125,7 @@ class Stepwise:
         self.values[node], self._bytes[node] = made, total
 
     def _read(self, node: fx.Node) -> bool:
-        """Count one reader less; whether it was the last."""
+        """Count one reader less; returns whether it was the last."""
         self._readers[node] -= 1
         return self._readers[node] == 0
 

@@ -1,13 +1,13 @@
-"""Local search over which indices of a group stay: swaps of one that is gone and one that is left, while the loss falls.
+"""Local search for the indices of a group that stay: a removed and a remaining index are swapped while the loss falls.
 
-The loss of removing columns S of a reader after its other columns were refitted is (see `score`)
+The loss of removing columns S of a reader, with its other columns refitted, is (see `score`)
 
-    L(S) = tr(M G_SS),     M = (P_SS)^-1,     P = A^-1,  G = W^T diag(sensitivity) W.
+L(S) = tr(M G_SS),     M = (P_SS)^-1,     P = A^-1,  G = W^T diag(sensitivity) W.
 
-Taking i back and removing j instead changes it by -(M G M)_ii / M_ii + p_j / q_j, where p_j and q_j are the power of the
-refitted column j and the diagonal of the refitted inverse without i: those with i plus a rank-one term each. So all swaps
-of a group are judged at once, with a few matrix products for each swap that is made. Source: ours, after the rank-one
-updates of the optimal brain surgeon.
+Bringing i back and removing j instead changes it by -(M G M)_ii / M_ii + p_j / q_j, where p_j and q_j are the power of the
+refitted column j and the diagonal of the refitted inverse without i; both are the values with i plus a rank-one term. So
+all swaps of a group are judged at once, with a few matrix products for each swap that is made. Source: ours, after the
+rank-one updates of the optimal brain surgeon.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MOST = 64  # swaps in one group
-WORTH = 1e-6  # a swap lowers the loss by more than this share
+MOST = 64  # most swaps in one group
+WORTH = 1e-6  # a swap must lower the loss by more than this share of it
 
 
 @dataclass(frozen=True)
 class Columns:
-    """A reader of a group: `A^-1` and `W^T G W` of all its columns, and which of them each index of the group is, -1 where
-    it is none."""
+    """A reader of a group. inverse, power: `A^-1` and `W^T G W` of all its columns, `(c, c)`. places: the column of each
+    index of the group, -1 for an index without one."""
 
     inverse: Tensor
     power: Tensor
     places: np.ndarray
 
     def of(self, indices: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """Which of the indices it has columns of, and these."""
+        """Which of the indices have a column (bool), and these columns."""
         has = self.places[indices] >= 0
         return has, torch.from_numpy(self.places[indices][has])
 
 
 def loss(readers: Sequence[Columns], gone: np.ndarray) -> float:
-    """What is lost without some indices, refitted."""
+    """The loss of removing these indices, after refitting."""
     total = 0.0
     for reader in readers:
         _, s = reader.of(gone)
@@ -49,7 +49,7 @@ def loss(readers: Sequence[Columns], gone: np.ndarray) -> float:
 
 
 def swapped(readers: Sequence[Columns], mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """The mask (True stays) after swaps, and how many there were. It never loses more than the mask given."""
+    """The mask (True stays) after swaps, and the number of swaps. Its loss is never higher than that of the given mask."""
     gone, left = np.flatnonzero(~mask), np.flatnonzero(mask)
     start = best = loss(readers, gone)
     swaps = 0
@@ -61,7 +61,7 @@ def swapped(readers: Sequence[Columns], mask: np.ndarray) -> tuple[np.ndarray, i
         trial, other = gone.copy(), left.copy()
         trial[i], other[j] = left[j], gone[i]
         now = loss(readers, trial)
-        if not now < best:  # rounding: what was predicted is not there
+        if not now < best:  # the predicted gain was a rounding error
             break
         gone, left, best, swaps = trial, other, now, swaps + 1
     result = np.ones(len(mask), dtype=bool)
@@ -70,7 +70,7 @@ def swapped(readers: Sequence[Columns], mask: np.ndarray) -> tuple[np.ndarray, i
 
 
 def _changes(readers: Sequence[Columns], gone: np.ndarray, left: np.ndarray) -> np.ndarray:
-    """By how much the loss changes with each swap: rows are those that come back, columns those that go."""
+    """The change of the loss for each swap, `(len(gone), len(left))`: rows come back, columns go."""
     total = np.zeros((len(gone), len(left)))
     for reader in readers:
         (back, s), (out, k) = reader.of(gone), reader.of(left)
@@ -78,7 +78,7 @@ def _changes(readers: Sequence[Columns], gone: np.ndarray, left: np.ndarray) -> 
         if len(s):
             m = torch.linalg.inv(p[s][:, s])
             squares = (m @ g[s][:, s] @ m).diagonal()
-            x = m @ p[s][:, k]  # what refits column k says of the columns that are gone
+            x = m @ p[s][:, k]  # coefficients of the removed columns in the refit for column k
             rest = g[s][:, k] - g[s][:, s] @ x
             powers = g[k, k] - (g[s][:, k] * x).sum(0) - (rest * x).sum(0)
             inverses = p[k, k] - (p[s][:, k] * x).sum(0)

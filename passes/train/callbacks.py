@@ -1,4 +1,4 @@
-"""What takes part in a training run besides the loss: hooks that change the network, and zeros that stay."""
+"""Hooks that take part in training besides the loss: they change the network, or hold zeros."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -9,13 +9,14 @@ import torch
 
 from ...graph.trainable import TrainableModule
 
-Kept = dict[str, dict[int, torch.Tensor]]  # which indices stay, by name and dimension, in the numbering before
+Kept = dict[str, dict[int, torch.Tensor]]  # by name and dimension, the indices that stay, in the numbering before
 
 
 @dataclass
 class Surgery:
-    """A smaller network to train from now on, and the indices of the old one's entries that it keeps: of parameters and
-    buffers (the optimizer's state is cut alike) and of the values of some nodes. What is not named stays whole."""
+    """A smaller network to train from now on, and the indices that it keeps of the old one. tensors: of parameters and
+    buffers (the optimizer's state is cut alike). values: of the values of nodes. Names and dimensions that are missing stay
+    whole."""
 
     module: TrainableModule
     tensors: Kept
@@ -25,9 +26,9 @@ class Surgery:
 class Callback:
     """Hooks of a pass that changes the network while it trains (masks, adaptive pruning). Steps count from 0.
 
-    identity: whatever decides the result besides the state, so that a checkpoint of another run is not taken up.
-    loss_scale: by how much the loss is multiplied before the backward pass, against underflow in half precision. copies:
-    whether a copy of the network with other weights, such as a moving average, may lose the same.
+    identity: everything besides the state that decides the result, so that the checkpoint of another run is not used.
+    loss_scale: the factor by which the loss is multiplied before the backward pass, against underflow in half precision.
+    copies: whether a copy of the network with other weights, such as a moving average, can undergo the same changes.
     """
 
     identity: Any = None
@@ -35,25 +36,25 @@ class Callback:
     copies: bool = True
 
     def training_context(self, module: TrainableModule) -> AbstractContextManager[Any]:
-        """A context in which the module trains; entered anew when a callback replaces the network."""
+        """A context in which the module trains; entered again when a callback replaces the network."""
         return nullcontext()
 
     def begin(self, module: TrainableModule) -> Surgery | None:
-        """Before the first step; not called when a checkpoint is taken up."""
+        """Called before the first step, but not when training continues from a checkpoint."""
         return None
 
     def after_backward(self, step: int, module: TrainableModule) -> None:
-        """Gradients are complete: averaged over all processes, unscaled, not clipped yet."""
+        """Called when gradients are complete: averaged over all processes, unscaled, not yet clipped."""
 
     def after_step(self, step: int, module: TrainableModule) -> Surgery | None:
-        """The optimizer has updated the parameters."""
+        """Called after the optimizer has updated the parameters; returns the surgery to do, if any."""
         return None
 
     def after_surgery(self, surgery: Surgery) -> None:
-        """Some callback has replaced the network."""
+        """Called after a callback has replaced the network."""
 
     def due(self, done: int) -> int | None:
-        """After how many steps the callback's work will be over, or None where it is. done: steps taken."""
+        """The number of steps after which the callback's work will be over, or None if it is over. done: steps taken."""
         return None
 
     def hold(self, module: torch.nn.Module) -> None:
@@ -64,14 +65,15 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> TrainableModule | None:
-        """Take back what `state_dict` gave; returns the network that the state belongs to, where it is not the first."""
+        """Restore what `state_dict` returned; returns the network that the state belongs to, if a callback had
+        replaced it."""
         return None
 
 
 @dataclass
 class HeldZeros(Callback):
-    """Zeros of sparse weights stay zero: neither gradients nor the optimizer move them. masks: by parameter, True where
-    the weight is zero for good (`graph.sparse`)."""
+    """Keeps the zeros of sparse weights: neither gradients nor the optimizer move them. masks: for each parameter, bool,
+    True where the weight stays zero (`graph.sparse`)."""
 
     masks: dict[str, torch.Tensor]
 
@@ -102,8 +104,8 @@ class HeldZeros(Callback):
 
 
 class Zeroing(HeldZeros):
-    """Sets weights to zero after so many steps (`events`, with the share that is then asked for) and holds them there.
-    prune(module, share): does it in place and returns the masks."""
+    """Sets weights to zero after given numbers of steps, and holds them there. events: by number of steps, the share of
+    zeros to reach. prune: `prune(module, share)` sets them to zero in place and returns the masks."""
 
     def __init__(
         self, events: Mapping[int, float | None], prune: Callable[[TrainableModule, Any], dict[str, torch.Tensor]]
@@ -136,7 +138,7 @@ class Zeroing(HeldZeros):
 
 
 def select_kept(tensor: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """The entries of a tensor at the kept indices of each dimension named."""
+    """The entries of a tensor at the kept indices of each dimension in `kept`."""
     for d, indices in kept.items():
         tensor = tensor.index_select(d, indices.to(tensor.device))
     return tensor

@@ -1,4 +1,4 @@
-"""Recovery training against the dense teacher."""
+"""The pass that trains a program to recover accuracy, against the dense teacher."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -35,37 +35,37 @@ UNTAUGHT = "the teacher's class scores alone are taught; a loss of your own may 
 class Distill(Training, Pass):
     """Train the program (the student) on the context's data so that it answers like the context's teacher.
 
-        L = (1-alpha) * task + alpha * T^2 * KL(teacher/T || student/T)
-            + features * sum_l MSE(norm(S_l), norm(T_l)) + channels * mean_l CWD(T_l, S_l)
+    L = (1-alpha) * task + alpha * T^2 * KL(teacher/T || student/T) + features * sum_l MSE(norm(S_l), norm(T_l)) + channels
+            * mean_l CWD(T_l, S_l)
 
     task is the context's loss, by default cross-entropy. KL runs over the classes of the class scores and is averaged over
     samples and, for segmentation, pixels. S_l and T_l are outputs of blocks that both networks have by the same node name;
     norm divides every sample by its root mean square, so that the MSE is 2 * (1 - cosine). Where the student was pruned,
-    the teacher's features are restricted to the indices that the student kept. CWD is the KL of where each channel is
-    active, for the inputs of detection heads (`channel_wise`). The teacher runs in eval mode; neither it
+    the teacher's features are restricted to the indices that the student kept. CWD is the KL between the positions at which
+    each channel is active, for the inputs of detection heads (`channel_wise`). The teacher runs in eval mode; neither it
     nor the input program is changed.
 
-    - alpha: weight of the teacher's class scores, 0 to 1. Counts as 1 without labels, as 0 without a teacher.
+    - alpha: weight of the teacher's class scores, 0 to 1. It counts as 1 without labels, as 0 without a teacher.
     - temperature: T, above 0.
-    - features: weight of the feature term, 0 for none. Scores from gradients that prune while training feel it too, which
-      let small segmenters keep their early layers at the cost of the rest (benchmarks/accuracy.py).
+    - features: weight of the feature term, 0 for none. It also affects scores from gradients that prune while training, and
+      makes small segmenters keep their early layers at the cost of the rest (benchmarks/accuracy.py).
     - channels: weight of the channel-wise term, 0 for none.
-    - at: patterns of paths of modules, such as "neck.*", whose outputs are compared in both terms; by default the blocks'.
+    - at: patterns of module paths, such as "neck.*", whose outputs both terms compare; by default the outputs of blocks.
     - labels: whether to use the labels of the data.
     - class_dim: the dimension of the class scores that holds the classes. None finds it by the shape of the labels, then by
       the layer that computes the scores, and takes 1 for `(N, C)` and `(N, C, H, W)`; anything else is BadInput.
     - outputs: what is taught in place of the class scores, of a detector for instance, by the names that `named_outputs`
       gives a model's outputs: a whole number is the dimension of classes that exclude each other (KL, as above), "binary"
-      means logits of classes of their own (KL of each yes or no, over the number of objects that the teacher expects),
+      means logits of independent classes (KL of each yes or no, over the number of objects that the teacher expects),
       "boxes" the L1 distance of coordinates where the teacher is confident, "values" the squared error, relative to the
-      teacher's mean square. Position by position: a network that orders its queries by score is to be given a function
-      of (student's outputs, teacher's outputs) that matches them, and gives a scalar.
-    - weights: of these outputs, by name; 1 where none is given.
+      teacher's mean square. Outputs are compared position by position; for a network that orders its queries by score, give
+      a function of (student's outputs, teacher's outputs) that matches them and returns a scalar.
+    - weights: of these outputs, by name; 1 for an output without one.
     - confident: the class probability from which on the teacher's boxes count. background: the class that means that there
-      is nothing, which is no confidence; None for none.
+      is no object, whose probability is no confidence; None for none.
 
-    The others are those of `Training`. The form of the loss is ours (CPD, arXiv 2408.03046, says that the dense network
-    teaches the pruned one, not how); softened scores with T^2 are Hinton et al.'s (arXiv 1503.02531).
+    The other options are those of `Training`. The form of the loss is ours (CPD, arXiv 2408.03046, says that the dense
+    network teaches the pruned one, not how); softened scores with T^2 are Hinton et al.'s (arXiv 1503.02531).
 
     Raises BadInput without data, with neither teacher nor labels, for a teacher with other inputs or class scores, and when
     the loss is no longer finite. Refused: outputs besides the class scores, and blocks whose output has another shape in
@@ -113,8 +113,8 @@ class Distill(Training, Pass):
         return Work([], conclude, self.loss_in_loop(program, context))
 
     def loss_in_loop(self, program: Program, context: Context) -> Callable[[Any, Batch], torch.Tensor]:
-        """The loss of a batch for somebody else's loop: of the student's outputs, against the context's teacher. Features
-        are not compared there, since a loop of the user's own sees outputs only."""
+        """The loss of a batch, from the student's outputs and the context's teacher, for the user's own training loop.
+        Raises BadInput for weights of features, which such a loop does not see."""
         for name in ("features", "channels"):
             check_field(self, name, not getattr(self, name), "0 in a loop of your own, which sees no features")
         assert context.teacher is not None
@@ -132,8 +132,12 @@ class Distill(Training, Pass):
     def lesson(
         self, student: Any, teacher: Any, labels: Any = None, of_graph: int | None = None, instead: str = NO_SCORES
     ) -> torch.Tensor:
-        """What the teacher's outputs teach, a scalar: those that `outputs` names, else the class scores. of_graph: the
-        dimension of the classes, as the graph tells; instead: what to do where there are no class scores."""
+        """The loss of the student's outputs against the teacher's, a scalar: of those that `outputs` names, else of the
+        class scores.
+
+        of_graph: the dimension of the classes as the graph tells. instead: what the message proposes if there are no class
+        scores.
+        """
         if self.outputs is not None:
             return taught(
                 self.outputs, self.weights, student, teacher, self.temperature, self.confident, self.background
@@ -142,7 +146,8 @@ class Distill(Training, Pass):
         return soft_kl(ours, theirs, self.temperature, class_dim(ours, labels, self.class_dim, of_graph, NO_CLASSES))
 
     def train(self, student: Program, context: Context, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
-        """Train a program in place and return the record: what a pass calls that changes the network meanwhile."""
+        """Train a program in place and return the record; passes call it that change the network meanwhile
+        (`callbacks`)."""
         teacher = context.teacher.copy() if context.teacher else None
         if teacher is None and not self.labels:
             raise BadInput("Distill: labels is false and there is no teacher to learn from; pass teacher=")
@@ -177,8 +182,8 @@ class Distill(Training, Pass):
 
 @dataclass
 class _Objective(Callback):
-    """The loss of a batch from what the tapped student returns, and its parts. Follows which indices of the teacher's
-    features the student still has (`kept`). of_graph: the dimension of the classes, as the graph tells."""
+    """The loss of a batch, from what the tapped student returns, and its parts. kept: the indices of the teacher's features
+    that the student still has. of_graph: the dimension of the classes as the graph tells."""
 
     options: Distill
     loss: Callable[..., Any] | None
@@ -228,7 +233,7 @@ class _Objective(Callback):
 
 
 def feature_distance(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sum over pairs of feature maps of the mean squared difference after dividing every sample by its root mean
+    """Sum over pairs of feature maps of their mean squared difference after every sample was divided by its root mean
     square; each term is 2 * (1 - cosine), averaged over samples (ours)."""
 
     def norm(t: torch.Tensor) -> torch.Tensor:
@@ -241,9 +246,9 @@ def feature_distance(student: Sequence[torch.Tensor], teacher: Sequence[torch.Te
 def channel_wise(
     student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], temperature: float = 4.0
 ) -> torch.Tensor:
-    """`T^2` times the KL between the softmax over the positions of each channel of the teacher's and of the student's maps
-    `(N, C, ...)` or sequences `(N, positions, C)`, in nats, averaged over images, channels and features (Shu et al., arXiv
-    2011.13256)."""
+    """`T^2` times the KL divergence between the softmax over the positions of each channel of the teacher's and of the
+    student's features, `(N, C, ...)` maps or `(N, positions, C)` sequences, in nats, averaged over images, channels and
+    features (Shu et al., arXiv 2011.13256)."""
 
     def where(t: torch.Tensor) -> torch.Tensor:
         by_channel = t.flatten(2) if t.dim() > 3 else t.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Features of a network: where they are, and which indices of the teacher's a student still has."""
+"""Features of a network: the nodes whose values are compared with a teacher's, and which indices of them a student kept."""
 
 import fnmatch
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,8 @@ from .callbacks import Kept
 
 
 def block_outputs(program: Program) -> list[fx.Node]:
-    """Where a network's blocks end: its residual additions; without any, its concatenations; else what it pools."""
+    """The nodes where a network's blocks end: its residual additions; without any, its concatenations; else the inputs of
+    poolings."""
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
     added = [n for n in nodes if op_name(n) == "add" and _residual(n)]
     joined = [n for n in nodes if op_name(n) == "cat" and len(shape(n)) > 2]
@@ -28,7 +29,8 @@ def block_outputs(program: Program) -> list[fx.Node]:
 
 
 def module_outputs(program: Program) -> dict[str, fx.Node]:
-    """The maps and sequences that the modules of the user's model give, by the path of the module."""
+    """The maps and sequences (values of more than two dimensions) that the modules of the user's model output, by module
+    path."""
     found: dict[str, fx.Node] = {}
     for node in program.graph.nodes:
         value = node.meta.get("val")
@@ -43,7 +45,8 @@ def feature_nodes(program: Program) -> list[fx.Node]:
 
 
 def _wanted(program: Program, at: Sequence[str]) -> list[fx.Node]:
-    """The outputs of the modules whose paths fit one of the patterns; without patterns the block outputs."""
+    """The outputs of the modules whose paths match a pattern; without patterns, those of blocks. Raises BadInput for a
+    pattern without a match."""
     if not at:
         return block_outputs(program)
     found = module_outputs(program)
@@ -65,12 +68,13 @@ def _residual(node: fx.Node) -> bool:
 
 
 def matching_features(teacher: Program, student: Program, at: Sequence[str] = ()) -> tuple[Kept, list[Refusal]]:
-    """The features that both programs have, each with the indices of the teacher's that the student kept (by dimension,
-    none where all are), and the others with the reason. at: patterns of paths of modules, whose outputs are the features;
-    by default these are the block outputs.
+    """The features that both programs have, by node name, each with the indices of the teacher's that the student kept (by
+    dimension; a dimension that is missing is whole); and refusals for the others.
 
-    What was kept is what the records of the student's history that are not the teacher's leave (`features` in the record
-    of `RemoveChannels`). Without such a record, shapes have to be equal but for the batch.
+    at: patterns of module paths whose outputs are the features; by default they are the block outputs. Which indices were
+    kept follows from those records of the student's history that the teacher's lacks (`features` in the record of
+    `RemoveChannels`). Without such a record, shapes have to be equal except for the batch. Raises BadInput for a pattern
+    without a match.
     """
     since = list(student.history)
     for record in teacher.history:
@@ -97,14 +101,14 @@ def matching_features(teacher: Program, student: Program, at: Sequence[str] = ()
 
 
 def _kept_since(name: str, size: tuple[int, ...], records: list[dict[str, Any]]) -> dict[int, torch.Tensor]:
-    """Which indices of a value's dimensions are left after the passes recorded."""
+    """By dimension, the indices of a value that are left after the recorded passes. size: the value's shape before them."""
     kept: dict[int, torch.Tensor] = {}
     for record in records:
         for entry in record.get("features", ()):
             for _, d in (place for place in entry["nodes"] if place[0] == name):
                 left = kept.get(d, torch.arange(size[d]))
                 stay = torch.ones(len(left), dtype=torch.bool)
-                if max(entry["removed"]) < len(left):  # else the record is about a network of another size
+                if max(entry["removed"]) < len(left):  # otherwise the record is of a network of another size
                     stay[entry["removed"]] = False
                 kept[d] = left[stay]
     return kept
@@ -112,7 +116,7 @@ def _kept_since(name: str, size: tuple[int, ...], records: list[dict[str, Any]])
 
 @contextmanager
 def tapped(module: TrainableModule, names: Sequence[str]) -> Iterator[None]:
-    """Within the context the module returns `(its outputs, [values of the named nodes])`."""
+    """A context in which the module returns `(its outputs, [values of the named nodes])`."""
     graph = module.graph
     output = next(n for n in graph.nodes if n.op == "output")
     before, codegen = output.args, compat.codegen_of(graph)

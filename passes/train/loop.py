@@ -1,4 +1,4 @@
-"""The training loop every trained pass shares: accelerate underneath, checkpoints, and the same result after a resume.
+"""The training loop of all passes that train: accelerate underneath, checkpoints, and the same result after a resume.
 
 One process, `accelerate launch` and `torchrun` run the same code as plain data parallelism: the global batch is the
 loader's batch size times the number of processes. Source: ours.
@@ -49,17 +49,21 @@ def fit(
     callbacks: Sequence[Callback] = (),
     identity: Sequence[Any] = (),
 ) -> dict[str, Any]:
-    """Train `program.module()` in place on `context.data` and leave it in eval mode. Returns the record: steps, one
-    entry per epoch (mean loss and its parts, score on `context.val`), the loss over steps as `curve`, up to 200 pairs of
-    a step and the mean loss since the pair before, and what was skipped.
+    """Train `program.module()` in place on `context.data` and leave it in eval mode. Returns the record: steps, one entry
+    per epoch (mean loss and its parts, score on `context.val`), the loss over steps as `curve` (up to 200 pairs of a step
+    and the mean loss since the pair before), and how many batches were skipped.
 
-    objective: `(what the module returns, batch) -> (loss, {part: value})`. name: of the pass, in messages and file
-    names. outputs: picks the model's own outputs from what the module returns, for the metric. identity: whatever else
-    decides the result: a checkpoint is taken up when that and all that `run_code` sees is the same, and the data begins
-    as it did; else training starts anew and says so. callbacks: may replace the module, which then becomes the program's.
+    objective: `(what the module returns, batch) -> (loss, {part: value})`. name: of the pass, in messages and file names.
+    outputs: picks the model's own outputs from what the module returns, for the metric. callbacks: may replace the module;
+    the program's module is then the new one. identity: whatever else decides the result. Training continues from a
+    checkpoint if identity and everything that `run_code` sees are the same and the data begins alike; otherwise it starts
+    anew, with a warning.
 
-    The result depends on the seed, the data and the options only: every epoch starts from its own seed, and a run
-    killed at any point and started again ends where the uninterrupted one does, bit by bit on a CPU.
+    The result depends on the seed, the data and the options only: every epoch starts from its own seed, and a run killed at
+    any point and started again ends where the uninterrupted one does, bit by bit on a CPU.
+
+    Raises BadInput for missing, empty or unfitting data, for options that do not fit the machine or the context, where
+    nothing can be trained, and for a loss or weights that are not finite; GraphcombError where another process was lost.
     """
     if context.data is None:
         raise BadInput(f"{name}: needs data to train on; pass data=, a DataLoader or another re-iterable of batches")
@@ -91,7 +95,8 @@ def fit(
 
 
 def total_steps(training: Training, data: Iterable[Any], name: str, feed: Feed | None = None) -> int:
-    """How many batches each process takes, or with the program's feed trains on: those that its fixed size can take."""
+    """How many batches each process takes; with the program's feed, how many it trains on, since a fixed batch size skips
+    short batches. Raises BadInput for epochs of data without a length."""
     if training.steps is not None:
         return training.steps
     acc = accelerator()
@@ -101,16 +106,16 @@ def total_steps(training: Training, data: Iterable[Any], name: str, feed: Feed |
     return training.epochs * (per_epoch - (feed is not None and feed.leaves(data)))
 
 
-LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "ProcessGroup")  # in what collectives raise
+LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "ProcessGroup")  # in errors of lost collectives
 PLAIN = ("epoch", "position", "step", "log", "curve", "recent")
-SEEN = 16  # batches by which a checkpoint knows its data
-CURVE = 200  # points of the loss curve, at most
+SEEN = 16  # first batches whose hashes a checkpoint stores to recognise its data
+CURVE = 200  # most points of the loss curve
 
 
 @dataclass
 class _Loop:
-    """One training run; what decides how it goes on is in the attributes named by PLAIN and in the objects it drives,
-    and all of that is in a checkpoint."""
+    """One training run. Its whole state is in the attributes named by PLAIN and in the objects that it drives; a checkpoint
+    has both."""
 
     program: Program
     objective: Objective
@@ -145,7 +150,7 @@ class _Loop:
         self.log: list[dict[str, Any]] = []
         self.sums: dict[str, float] = {}
         self.order: list[torch.Tensor] = []  # states of the data's generators at the start of the epoch
-        self.seen: list[str] = []  # codes of the first batches of the first epoch
+        self.seen: list[str] = []  # hashes of the first batches of the first epoch
         self.finite = _finite(module)
         self.rng: dict[str, Any] = {}
 
@@ -166,7 +171,7 @@ class _Loop:
         return self.trainee.module
 
     def _train_on(self, module: TrainableModule) -> None:
-        """Make this the network that trains, with an optimizer of its own."""
+        """Make this the network that trains, with a new optimizer."""
         self.trainee.replace(module)
         self._prepare()
 
@@ -177,13 +182,13 @@ class _Loop:
         return module
 
     def _prepare(self) -> None:
-        self.acc._models.clear()  # accelerate keeps every model it was ever given
+        self.acc._models.clear()  # otherwise accelerate keeps every model that it was ever given
         self.model = self.acc.prepare_model(self.module)
         self.optimizer = make_optimizer(self.module, self.training)
 
     def _carry_on(self, old: Parameters, new: Parameters, kept: Kept) -> None:
-        """Go on with the network that takes the place of another, and with what the optimizer knows of it. The optimizer
-        is a new one, so that the order of its parameters is what it is after a resume."""
+        """Continue with a network that replaces another, and with the optimizer's state for it. The optimizer is a new one,
+        so that its parameters have the order that they have after a resume."""
         state = self.optimizer.state
         self._prepare()
         self.module.train(batch_norm=self.training.batch_norm == "train")
@@ -208,7 +213,8 @@ class _Loop:
 
     @property
     def done(self) -> int:
-        """How much of `total` is over. A short batch that a static program cannot take counts when its epoch ends."""
+        """How many of the `total` batches are over. A short batch that a static program cannot take counts when its epoch
+        ends."""
         return self.step if self.training.steps else self.epoch * (self.per_epoch or 0) + self.position
 
     def _epoch(self, update: Callable[[int, str], None]) -> None:
@@ -230,8 +236,8 @@ class _Loop:
             self._save()
 
     def _batches(self) -> Iterator[Batch]:
-        """The epoch's batches from `position` on. Every epoch starts from its own seed, the same in all processes until
-        the first batch has fixed the order; a resumed epoch is replayed up to its position, then goes on with the
+        """Yield the epoch's batches from `position` on. Every epoch starts from its own seed, the same in all processes
+        until the first batch has fixed the order. A resumed epoch is replayed up to its position, then continues with the
         random state of the checkpoint."""
         set_seed(self._seed("order"))
         batches = self.feed.batches(self.data)
@@ -300,7 +306,7 @@ class _Loop:
 
     def _close_epoch(self) -> None:
         for buffer in self.module.buffers():
-            broadcast(buffer)  # processes keep their own batch-norm statistics; those of the first one count
+            broadcast(buffer)  # each process has batch-norm statistics of its own; those of the first one count
         if broken := self.finite - _finite(self.module):
             raise BadInput(f"{self.name}: {min(broken)} is not finite after epoch {self.epoch + 1}; try a lower lr")
         means = reduced([total / self.position for total in self.sums.values()], "mean", self.acc)
@@ -321,7 +327,7 @@ class _Loop:
     def _save(self) -> None:
         if self.checkpoint is None:
             return
-        own = gather_object([{"rng": rng_state(), "sums": self.sums, "seen": self.seen}])  # of every process
+        own = gather_object([{"rng": rng_state(), "sums": self.sums, "seen": self.seen}])  # one entry for each process
         if not self.acc.is_main_process:
             return
         state = {
@@ -338,7 +344,7 @@ class _Loop:
         self.checkpoint.write(state)
 
     def _stored(self) -> dict[str, Any] | None:
-        """What the checkpoint of this run holds, or None; the same in every process, whoever sees the file."""
+        """The state in this run's checkpoint, or None; the same in every process, whichever sees the file."""
         if self.checkpoint is None:
             return None
         state: dict[str, Any] | None = agreed(self.checkpoint.read)
@@ -351,7 +357,7 @@ class _Loop:
         return state
 
     def _first(self, count: int, draw: bool) -> list[str]:
-        """Codes of the first batches; draw: other random numbers are drawn in between."""
+        """Hashes of the first batches. draw: whether to draw other random numbers between batches."""
         codes: list[str] = []
         with seeded(self.context.seed, self.context.data):
             for batch in islice(self._batches(), count):
@@ -387,5 +393,5 @@ def _code(batch: Batch) -> str:
 
 
 def _finite(module: nn.Module) -> set[str]:
-    """Names of the tensors without NaN and infinity (a mask may hold infinities of its own)."""
+    """Names of the tensors without NaN and infinity (a mask may contain infinities on purpose)."""
     return {name for name, t in module.state_dict().items() if not t.is_floating_point() or bool(t.isfinite().all())}

@@ -1,4 +1,4 @@
-"""How to train: the options that every trained pass has, and the learning rate that follows from them."""
+"""Options of training, and the learning rate and optimizer that follow from them."""
 
 import math
 from collections.abc import Callable
@@ -12,18 +12,18 @@ from ..base import Options, check_field
 
 @dataclass(frozen=True)
 class Training(Options):
-    """How to train; the options that every trained pass has.
+    """Options of every pass that trains.
 
-    - epochs: passes over the data, where `steps` is None. steps: optimizer steps.
-    - optimizer: "adamw" or "sgd" (momentum 0.9). weight_decay: of tensors with two dimensions or more, so neither of biases
-      nor of scales of normalisations.
+    - epochs: passes over the data, used if `steps` is None. steps: optimizer steps.
+    - optimizer: "adamw" or "sgd" (momentum 0.9). weight_decay: for tensors with two or more dimensions, so neither for
+      biases nor for scales of normalisations.
     - lr: the peak learning rate, reached by a linear warm-up over the share `warmup` of all steps, 0 to 1. schedule: how it
       falls to 0 afterwards, "cosine" or "linear", or "constant".
     - clip: largest norm of all gradients together, 0 for no limit.
     - batch_norm: "train" normalises with the batch's statistics and updates the running ones, "frozen" uses the running
       ones as they are.
     - precision: of autocast, "no", "bf16" or "fp16" (which needs a GPU). Weights stay in their own precision.
-    - checkpoint_every: steps between checkpoints in the context's `out` folder, 0 for one after each epoch.
+    - checkpoint_every: steps between checkpoints in the context's `out` folder; 0 for one after each epoch.
     """
 
     epochs: int = 1
@@ -56,7 +56,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(training: Training, step: int, total: int) -> float:
-    """Learning rate of the step (counted from 0): linear warm-up to `lr`, then the schedule."""
+    """Learning rate of a step (counted from 0) out of `total`: linear warm-up to `lr`, then the schedule."""
     warm = round(training.warmup * total)
     if step < warm:
         return training.lr * (step + 1) / warm
@@ -64,7 +64,7 @@ def learning_rate(training: Training, step: int, total: int) -> float:
 
 
 def make_optimizer(module: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
-    """An optimizer of the parameters that train; weight decay is for tensors of two dimensions and more."""
+    """An optimizer for the parameters that train; weight decay applies to tensors of two or more dimensions."""
     params = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.dim() > 1], "weight_decay": training.weight_decay},

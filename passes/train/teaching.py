@@ -1,4 +1,4 @@
-"""What a student learns from a teacher's outputs, where these are more than class scores."""
+"""The loss of a student's outputs against a teacher's, where there are more than class scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Forms = Mapping[str, "int | str"]
 
 
 def check_forms(forms: Any, weights: Mapping[str, float]) -> str | None:
-    """What is wrong with the forms of outputs, or their weights; None where nothing is."""
+    """What is wrong with the forms of outputs, or with their weights, for a message; None if nothing is."""
     if callable(forms):
         return "weights are for outputs by name" if weights else None
     if not forms:
@@ -39,7 +39,11 @@ def taught(
     confident: float,
     background: int | None,
 ) -> Tensor:
-    """The weighted sum of what each output named teaches, a scalar; or what a function of the user makes of both outputs."""
+    """The weighted sum of the losses of all named outputs, a scalar; or the result of the user's function of both outputs.
+
+    forms, weights, confident, background: see `Distill`. Raises BadInput for outputs that are missing, are no
+    floating-point tensors or have different shapes.
+    """
     if callable(forms):
         return task_loss(forms, student, teacher, "Distill.outputs")
     ours, theirs = (pick(outputs, list(forms), "Distill.outputs") for outputs in (student, teacher))
@@ -65,8 +69,11 @@ def taught(
 
 
 def soft_kl(student: Tensor, teacher: Tensor, temperature: float, dim: int | None = None) -> Tensor:
-    """`T^2 * KL(softmax(teacher / T) || softmax(student / T))` over the classes of class scores, in nats, averaged over
-    the other dimensions (Hinton et al., arXiv 1503.02531). dim: of the classes; None where the rank tells (`class_dim`)."""
+    """`T^2 * KL(softmax(teacher / T) || softmax(student / T))` over the classes of class scores, in nats, averaged over the
+    other dimensions (Hinton et al., arXiv 1503.02531).
+
+    dim: the dimension of the classes; None if the rank tells (`class_dim`). Raises BadInput for different shapes.
+    """
     if student.shape != teacher.shape:
         raise BadInput(f"teacher: its class scores are {tuple(teacher.shape)}, the program's {tuple(student.shape)}")
     dim = class_dim(student, instead="give dim=") if dim is None else dim
@@ -75,9 +82,9 @@ def soft_kl(student: Tensor, teacher: Tensor, temperature: float, dim: int | Non
 
 
 def binary_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """`T^2` times the KL of the teacher's yes or no to the student's, of logits that are classes of their own, summed over
-    all and divided by the objects that the teacher expects: the sum of its probabilities, at least 1 (ours, after the
-    normalisation of focal losses)."""
+    """`T^2` times the KL divergence between the yes or no of the teacher and the student for each of independent classes,
+    summed, and divided by the number of objects that the teacher expects: the sum of its probabilities, at least 1 (ours,
+    after the normalisation of focal losses). Both arguments are logits."""
     ours, theirs = student / temperature, teacher / temperature
     p = theirs.sigmoid()
     kl = p * (F.logsigmoid(theirs) - F.logsigmoid(ours)) + (1 - p) * (F.logsigmoid(-theirs) - F.logsigmoid(-ours))
@@ -85,7 +92,11 @@ def binary_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def _boxes(student: Tensor, teacher: Tensor, confidence: tuple[Tensor, int] | None, least: float) -> Tensor:
-    """The mean distance (L1) of coordinates at the positions where the teacher is confident; 0 where it is nowhere."""
+    """The mean L1 distance of coordinates at positions where the teacher's confidence is at least `least`; 0 if there are
+    none.
+
+    confidence: see `_confidence`; None uses all positions.
+    """
     distance = (student - teacher).abs()
     if confidence is None:
         return distance.mean()
@@ -97,8 +108,11 @@ def _boxes(student: Tensor, teacher: Tensor, confidence: tuple[Tensor, int] | No
 def _confidence(
     name: str, forms: Forms, teacher: Mapping[str, Tensor], background: int | None
 ) -> tuple[Tensor, int] | None:
-    """The teacher's highest class probability at each position of an output with boxes, and the dimension of its
-    coordinates: of the class scores that differ from it in the size of this dimension alone. None where it has none."""
+    """The teacher's highest class probability at each position of an output with boxes, and the dimension of the boxes'
+    coordinates.
+
+    The class scores are those that have the boxes' shape except in this dimension; None if no output has.
+    """
     boxes = teacher[name]
     for other, form in forms.items():
         scores = teacher[other].float()

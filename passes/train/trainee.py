@@ -1,4 +1,4 @@
-"""A network that callbacks change while it trains, whoever runs the loop: ours (`loop`) or the user's (a session)."""
+"""A network that callbacks change while it trains, in our training loop (`loop`) or in the user's (a session)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Parameters = Mapping[str, torch.nn.Parameter]
 
 @dataclass
 class Work:
-    """What a pass does while somebody else's loop trains a program.
+    """A pass's part in the user's own training loop.
 
-    callbacks: the hooks that the loop has to call. conclude(trained): the pass's result, from the program as it came out of
-    training. loss(outputs, batch): of a batch, where the pass has one. start: what trains, if not the program itself.
+    callbacks: the hooks that the loop has to call. conclude: from the trained program, makes the pass's result. loss: of
+    `(outputs, batch)`, if the pass has a loss. start: the program that is trained, if it is not the pass's input.
     """
 
     callbacks: list[Callback]
@@ -40,9 +40,9 @@ class Work:
 class Trainee:
     """The network that trains, and the callbacks that look at its gradients and replace it.
 
-    adopt(module): makes another module the one that trains and returns what then stands for it, which may be a module that
-    took its contents over. carry_on(old, new, kept): lets the optimizers go on with new parameters (see `carry`). Callbacks
-    keep their taps in the module from `enter` to `leave`.
+    adopt: `adopt(module)` makes another module the one that trains, and returns the module that then stands for it (perhaps
+    the old one, which has taken over the contents). carry_on: `carry_on(old, new, kept)` makes the optimizers continue with
+    new parameters (see `carry`). Callbacks keep their taps in the module from `enter` to `leave`.
     """
 
     def __init__(
@@ -53,31 +53,31 @@ class Trainee:
         carry_on: Callable[[Parameters, Parameters, Kept], None],
     ):
         self.module, self.callbacks, self._adopt, self._carry_on = module, list(callbacks), adopt, carry_on
-        self.copies: list[torch.nn.Module] = []  # of the module, such as moving averages: they lose what it loses
+        self.copies: list[torch.nn.Module] = []  # such as moving averages of the module: they lose what it loses
         self._contexts = ExitStack()
 
     def enter(self) -> None:
-        """Let the callbacks put into the network what they need to see of it."""
+        """Enter the callbacks' training contexts."""
         for callback in self.callbacks:
             self._contexts.enter_context(callback.training_context(self.module))
 
     def leave(self) -> None:
-        """Take that out again."""
+        """Leave the callbacks' training contexts."""
         self._contexts.close()
 
     def begin(self) -> bool:
-        """Before the first step. Returns whether the network was replaced."""
+        """To be called before the first step. Returns whether the network was replaced."""
         done = [self._operate(callback.begin(self.module)) for callback in self.callbacks]
         return any(done)
 
     def after_backward(self, step: int, scale: float = 1.0) -> None:
-        """Gradients are complete and unscaled. scale: by how much the loss was multiplied."""
+        """To be called when gradients are complete and unscaled. scale: the factor by which the loss was multiplied."""
         for callback in self.callbacks:
             callback.loss_scale = scale
             callback.after_backward(step, self.module)
 
     def after_step(self, step: int) -> bool:
-        """The optimizers have stepped. Returns whether the network was replaced."""
+        """To be called after the optimizers' step. Returns whether the network was replaced."""
         done = [self._operate(callback.after_step(step, self.module)) for callback in self.callbacks]
         for callback in self.callbacks:
             for copy in self.copies:
@@ -85,13 +85,14 @@ class Trainee:
         return any(done)
 
     def replace(self, module: TrainableModule) -> None:
-        """Go on with another network, of which no optimizer knows yet."""
+        """Continue with another network, which no optimizer knows yet."""
         self.leave()
         self.module = self._adopt(module)
         self.enter()
 
     def around(self, copy: torch.nn.Module, surgery: Surgery | None = None) -> TrainableModule:
-        """The network as it is, or as a surgery leaves it, with the tensors of a copy of what it was before."""
+        """The present network (or the one that a surgery leaves) with the tensors of `copy`, a copy of the network
+        before."""
         kept = {} if surgery is None else surgery.tensors
 
         def take(name: str, value: Any) -> Any:
@@ -115,19 +116,19 @@ class Trainee:
 
 
 def carry(optimizer: Optimizer, old: Parameters, new: Parameters, kept: Kept, adds: bool = False) -> None:
-    """Let an optimizer go on with the parameters that replace its own, in place: parameter groups, schedulers and whoever
-    else holds the optimizer stay as they are.
+    """Make an optimizer continue with the parameters that replace its own, in place: parameter groups, schedulers and
+    everything else that refers to the optimizer stay.
 
-    old, new: parameters by name. kept: indices that stayed, by name. State goes along as in `carry_state`. Parameters that
-    are gone leave their group; with `adds`, those of names that were not there before join the first group that holds
-    parameters of their kind, vectors or others.
+    old, new: parameters by name. kept: indices that stayed, by name. State is carried over as in `carry_state`. Parameters
+    that are gone leave their group; with `adds`, parameters of new names join the first group that holds parameters of
+    their kind (vectors, or tensors of more dimensions).
     """
     names = {id(parameter): name for name, parameter in old.items()}
     fresh = [p for name, p in new.items() if name not in old and p.requires_grad] if adds else []
     for group in optimizer.param_groups:
         held = [(p, names.get(id(p))) for p in group["params"]]
         kinds = {p.dim() > 1 for p, _ in held}
-        # the list stays the same object: some optimizers keep it under another name, too
+        # The list stays the same object, since some optimizers keep another reference to it.
         group["params"][:] = [p if name is None else new[name] for p, name in held if name is None or name in new]
         group["params"] += [p for p in fresh if (p.dim() > 1) in kinds]
         fresh = [p for p in fresh if (p.dim() > 1) not in kinds]
@@ -138,11 +139,12 @@ def carry(optimizer: Optimizer, old: Parameters, new: Parameters, kept: Kept, ad
 def carry_state(
     state: Mapping[Any, dict[str, Any]], optimizer: Optimizer, old: Parameters, new: Parameters, kept: Kept
 ) -> None:
-    """Give an optimizer of new parameters the state that another one had of the old.
+    """Give an optimizer of new parameters the state that another one had of the old ones.
 
-    State of a parameter's own shape, such as moments, keeps the same indices; where some state has another shape
-    (Adafactor's factors), that parameter's state starts anew, and a warning says so. One entry means the same for all
-    parameters: a preconditioner has a square weight's shape by accident, and another one for the bias beside it.
+    An entry of a parameter's own shape, such as a moment, keeps the same indices as the parameter. An entry that has
+    another shape than its parameter somewhere cannot be cut for any parameter (Adafactor's factors; a preconditioner, which
+    has a square weight's shape by accident, but not that of the bias beside it): cut parameters with such an entry start
+    anew, with a warning.
     """
     anew, named = [], {id(p): name for name, p in old.items()}
     factors = {
