@@ -1,4 +1,4 @@
-"""results.json, which bench_device.py writes on a device or a run of it brings back: as a model, and reading it."""
+"""Pydantic models and a reader of results.json, which bench_device.py writes on a device."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,103 +11,112 @@ from .kit.contents import FORMAT
 
 
 class Latency(Format):
-    """Of one model, run in one way."""
+    """The latency of one model in one mode (stream or CUDA graph)."""
 
-    runs: int = says("runs that counted")
-    host_ms: dict[str, float] = says("as the caller sees it: p5, median, p95, p99")
-    gpu_ms: dict[str, float] | None = says("between two CUDA events", default=None)
+    runs: int = says("number of runs that counted")
+    host_ms: dict[str, float] = says("milliseconds that the caller waits: p5, median, p95, p99")
+    gpu_ms: dict[str, float] | None = says("milliseconds between two CUDA events: p5, median, p95, p99", default=None)
 
 
 class DeviceParity(Format):
-    """Outputs of one model on a device against the reference."""
+    """The outputs of one model on a device, compared with the reference outputs."""
 
-    finite: bool = says("no NaN or infinity")
-    error: float | None = says("relative; null without a reference or with NaN")
-    tolerance: float | None = says("the largest error that the model's precision explains", default=None)
-    note: str = says("what is wrong with the outputs, where something is", default="")
+    finite: bool = says("whether the outputs have no NaN and no infinity")
+    error: float | None = says("largest error relative to the largest reference value; null if it cannot be computed")
+    tolerance: float | None = says("largest error that the model's precision explains", default=None)
+    note: str = says("what is wrong with the outputs; empty if nothing is", default="")
 
 
 class Power(Format):
-    """Power and temperatures while one model runs; further keys: power_mw by rail, clocks_mhz, load_percent, samples."""
+    """Power and temperatures while one model runs.
 
-    total_mw: float | None = says("milliwatts", default=None)
-    energy_mj: float | None = says("millijoules of one run", default=None)
-    temperatures_c: dict[str, float | None] = says("by thermal zone, in degrees Celsius", default={})
+    Further keys: power_mw (by rail), clocks_mhz, load_percent, samples.
+    """
+
+    total_mw: float | None = says("total power in milliwatts", default=None)
+    energy_mj: float | None = says("energy of one run in millijoules", default=None)
+    temperatures_c: dict[str, float | None] = says("degrees Celsius by thermal zone", default={})
 
 
 class ProfiledLayer(Format):
     """One kernel in the library's profile."""
 
-    name: str = says("the library's")
-    ms: float = says("milliseconds")
+    name: str = says("name of the kernel in the library")
+    ms: float = says("milliseconds of one run spent in the kernel")
 
 
 class DeviceEngine(Format):
-    """An engine that was built on a device; further keys: build_seconds (null for the engine of an earlier run, which is
-    reused), bytes, scratch_bytes, file: beside the results, flags: of TensorRT's builder, no_graph: why it cannot run as a
-    CUDA graph, and contended: runs that counted although something else had the processor."""
+    """An engine that was built on a device.
 
-    inspector: list[Any] = says("layers as the library has them", default=[])
+    Further keys: build_seconds (null for a reused engine of an earlier run), bytes, scratch_bytes, file (name of the
+    engine file beside results.json), flags (of TensorRT's builder), no_graph (why it cannot run as a CUDA graph), and
+    contended (number of runs that counted although another process had the processor).
+    """
+
+    inspector: list[Any] = says("layers as TensorRT's engine inspector reports them", default=[])
 
 
 class DeviceModel(Format):
-    """One model on a device."""
+    """The results of one model on a device."""
 
-    file: str = says("in the bundle")
-    engine: DeviceEngine = says("that was built")
-    parity: DeviceParity = says("whether its outputs are those of the reference")
-    latency: dict[str, Latency] = says("by way to run it: stream, graph (a CUDA graph)")
-    power: Power = says("while it runs alone")
-    layers: list[ProfiledLayer] = says("from the library's profiler, in runs of its own")
+    file: str = says("path of the model in the bundle")
+    engine: DeviceEngine = says("engine that was built from the model")
+    parity: DeviceParity = says("comparison of its outputs with the reference")
+    latency: dict[str, Latency] = says("latency by mode: stream, graph (a CUDA graph)")
+    power: Power = says("power while it runs alone")
+    layers: list[ProfiledLayer] = says("kernels in the library's profile, which is taken in separate runs")
 
 
 class BundledLayer(Format):
-    """One layer of a bundled model; further keys as in Predicted, without what is predicted."""
+    """One layer of a bundled model. Further keys: those of Predicted before macs."""
 
-    name: str = says("of the weight, or of the node where there is none")
-    macs: int = says("multiply-accumulates, where they are known", default=0)
-    onnx: list[str] = says("names of the ONNX nodes that compute it, and of their results", default=[])
+    name: str = says("name of the layer's weight, or of its node if it has no weight")
+    macs: int = says("number of multiply-accumulates; 0 if it is unknown", default=0)
+    onnx: list[str] = says("names of the ONNX nodes that compute the layer, and of their outputs", default=[])
 
 
 class BundledModel(Format):
-    """One model of a bundle; further keys: its files and their sha256, names of its outputs, sparse: it has 2:4 weights,
-    and note: what became of it."""
+    """One model of a bundle.
 
-    precision: str | None = says("int8: with Q/DQ nodes", default=None)
-    layers: list[BundledLayer] = says("in order", default=[])
+    Further keys: its files and their SHA-256, names of its outputs, sparse (whether it has 2:4 sparse weights), and note
+    (how the bundled model differs from the one asked for).
+    """
+
+    precision: str | None = says("precision of the model; int8 if it has Q/DQ nodes", default=None)
+    layers: list[BundledLayer] = says("layers in execution order", default=[])
 
 
 class Bundle(Format):
-    """What a bundle measures; further keys: graphcomb's version and the target's library."""
+    """The content of bundle.json. Further keys: graphcomb (its version) and engine (the target's library)."""
 
-    target: str | None = says("device", default=None)
-    precision: str | None = says("that was asked for", default=None)
-    models: dict[str, BundledModel] = says("by name, the reference first")
+    target: str | None = says("name of the target", default=None)
+    precision: str | None = says("precision that was asked for", default=None)
+    models: dict[str, BundledModel] = says("models by name; the reference is the first")
 
 
 class Device(Format):
     """results.json of a bench bundle."""
 
     format: str = says("graphcomb-bench/1")
-    bundle: Bundle = says("bundle.json")
-    engine: str = says("library")
-    version: str = says("of the library")
-    date: str = says("ISO 8601")
-    device: dict[str, Any] = says("model, system, l4t, power_mode, clocks, cpus, python")
-    models: dict[str, DeviceModel] = says("by name, the reference first")
+    bundle: Bundle = says("content of bundle.json")
+    engine: str = says("library that ran the models")
+    version: str = says("version of the library")
+    date: str = says("time of the measurement, ISO 8601")
+    device: dict[str, Any] = says("the device: model, system, l4t, power_mode, clocks, cpus, python")
+    models: dict[str, DeviceModel] = says("results by name of the model; the reference is the first")
     ratios: dict[str, dict[str, dict[str, float]]] = says(
-        "by model and way to run it: how many times faster, percentiles, and low and high: between which the median lies "
-        "with 95 %; only of models and ways where that can be said, notes has the reason for the others"
+        "by model and mode: how many times faster than the reference it is, as percentiles; low and high are the 95 % "
+        "confidence interval of the median. Where no ratio could be stated the entry is missing, and notes has the reason"
     )
     idle: dict[str, Any] = says("power and temperatures at rest, before anything is built")
-    failed: dict[str, str] = says("by name of a model that could not be built or run: the reason", default={})
-    interrupted: bool = says("by Ctrl-C: the rest is what was measured until then", default=False)
-    monitor: str | None = says("tegrastats, nvidia-smi or null")
-    notes: list[str] = says("what a reader should know")
+    failed: dict[str, str] = says("by name of a model that could not be built or run, the reason", default={})
+    interrupted: bool = says("whether Ctrl-C ended the measurement; the file then has what was measured", default=False)
+    monitor: str | None = says("tool that reported power: tegrastats, nvidia-smi or null")
+    notes: list[str] = says("remarks on the results")
 
 
 def are_results(path: str | Path) -> bool:
-    """Whether a file looks like the results of a bench bundle."""
+    """Return whether a file looks like the results of a bench bundle; False for one that cannot be read."""
     try:
         return _are_results(read_json(Path(path)))
     except BadInput:
@@ -119,7 +128,10 @@ def _are_results(values: Any) -> bool:
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """What bench_device.py wrote. Raises BadInput for another file or another version's, or one without models."""
+    """Return the parsed content of results.json, which bench_device.py wrote (docs/formats.md, Device).
+
+    Raises BadInput for a file that cannot be read, is no results.json, has another format version, or has no models.
+    """
     path = Path(path)
     results = read_json(path)
     if not _are_results(results) or "models" not in results:
@@ -133,13 +145,16 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 
 def precision_of(bundle: Mapping[str, Any], name: str) -> str:
-    """The precision of a bundle's model, which need not be the one that the bundle was asked for."""
+    """Return the precision of one model of a bundle, by default the one that the bundle was asked for."""
     return str(bundle["models"][name].get("precision", bundle["precision"]))
 
 
 def median_latency(model: Mapping[str, Any]) -> tuple[str, float]:
-    """How a measured model was run, in a CUDA graph where it could be, and its median seconds, on the device where that
-    is known."""
+    """Return the mode in which a measured model was run and its median latency in seconds.
+
+    The mode is "graph" (a CUDA graph) if it was measured, else "stream"; the time is the GPU's if it was measured, else the
+    host's.
+    """
     mode = "graph" if "graph" in model["latency"] else "stream"
     times = model["latency"][mode]
     return mode, (times.get("gpu_ms") or times["host_ms"])["median"] / 1e3

@@ -1,4 +1,4 @@
-"""What the models of graphcomb's JSON files (summary.py, device_results.py) have in common."""
+"""The base class of the pydantic models that describe graphcomb's JSON files (summary.py, device_results.py)."""
 
 from typing import Any, TypeVar
 
@@ -10,22 +10,25 @@ Read = TypeVar("Read", bound=BaseModel)
 
 
 class Format(BaseModel):
-    """Base of the models: fields that a model does not name are allowed, and kept."""
+    """A JSON object of a file. Keys that the model does not declare are accepted and kept."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON-able form: what was set, under the names that the file has."""
+        """Return the object as JSON-able values: the fields that were set, under their names in the file."""
         return self.model_dump(by_alias=True, exclude_unset=True)
 
 
 def says(text: str, **options: Any) -> Any:
-    """Declare a field with what it means; options are those of pydantic's Field."""
+    """Declare a field. text is its description in docs/formats.md; options are passed to pydantic's Field."""
     return Field(description=text, **options)
 
 
 def read(model: type[Read], values: Any, where: str) -> Read:
-    """Check values and return them as a model. Raises BadInput that names the file and the first field that is wrong."""
+    """Validate JSON values and return them as an instance of the model. where: the file, for the message.
+
+    Raises BadInput, which names the file and the first invalid field.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself: whether it is valid, its inputs, opset and precision. Weights beside it are not read."""
+"""Read from an ONNX file whether it is valid, its inputs, opset and precision. External weights are not loaded."""
 
 import math
 from collections import Counter
@@ -13,8 +13,11 @@ from ..graph.errors import BadInput
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output: name, numpy dtype ("float16"; bfloat16 and fp8 as ml_dtypes spells them), and shape with
-    None for dynamic dimensions."""
+    """An input or output of a model.
+
+    dtype: name of the numpy dtype ("float16"), or of the ml_dtypes one for bfloat16 and fp8. shape: None stands for a
+    dynamic dimension.
+    """
 
     name: str
     dtype: str
@@ -22,7 +25,10 @@ class TensorSpec:
 
 
 def check_model(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file (without its external weights) and run the ONNX checker. Raises BadInput with one line."""
+    """Load an ONNX file without its external weights, run the ONNX checker on it and return the model.
+
+    Raises BadInput for a file that does not exist, is no ONNX file or does not pass the checker.
+    """
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
     try:
@@ -39,7 +45,10 @@ def check_model(path: Path) -> onnx.ModelProto:
 
 
 def input_specs(path: Path) -> list[TensorSpec] | None:
-    """The inputs of an ONNX file, without its weights; None for another file."""
+    """Return the inputs of an ONNX file other than its weights, or None if the suffix is not .onnx.
+
+    Raises BadInput as `check_model` does.
+    """
     if path.suffix != ".onnx":
         return None
     graph = check_model(path).graph
@@ -48,13 +57,13 @@ def input_specs(path: Path) -> list[TensorSpec] | None:
 
 
 def tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> list[TensorSpec]:
-    """Name, numpy dtype and shape of inputs or outputs of a graph."""
+    """Return the name, dtype and shape of each input or output of a graph."""
     specs = []
     for value in values:
         tensor = value.type.tensor_type
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
         if tensor.elem_type == onnx.TensorProto.BFLOAT16:
-            dtype = "bfloat16"  # onnx says float32 or bfloat16, by its version
+            dtype = "bfloat16"  # some versions of onnx return float32 here
         shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
         specs.append(TensorSpec(value.name, dtype, shape))
     return specs
@@ -69,8 +78,11 @@ FLOATS: dict[int, str] = {
 
 
 def precision(model: onnx.ModelProto) -> str:
-    """The precision a strongly typed engine of this model computes in: "int8" or "fp8" with Q/DQ nodes, by the type they
-    quantise to, else the float type that most weight elements have ("fp32" when there are none)."""
+    """Return the precision in which a strongly typed engine of this model computes.
+
+    With Q/DQ nodes it is "int8" or "fp8", by the type of the first QuantizeLinear; else the floating-point type of most
+    weight elements, "fp32" without weights.
+    """
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         return "fp8" if _quantises_to_floats(model) else "int8"
     counts: Counter[str] = Counter()
@@ -81,13 +93,14 @@ def precision(model: onnx.ModelProto) -> str:
 
 
 def stored_tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
-    """The initializers of a graph, and the values of its Constant nodes."""
+    """Return the initializers of a graph and the values of its Constant nodes."""
     constants = [a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
     return [*graph.initializer, *constants]
 
 
 def _quantises_to_floats(model: onnx.ModelProto) -> bool:
-    """Whether the first QuantizeLinear gives 8-bit floats: by its zero point, its attribute, or the inferred type."""
+    """Return whether the first QuantizeLinear gives 8-bit floats, which its attribute, the inferred type of its output or
+    its zero point tells."""
     node = next(n for n in model.graph.node if n.op_type == "QuantizeLinear")
     kinds = {t.name: t.data_type for t in model.graph.initializer}
     kinds |= {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
@@ -106,5 +119,5 @@ FLOATS8 = {
 
 
 def opset_of(model: onnx.ModelProto) -> int:
-    """The version of ONNX's own operators that a model asks for; 0 where it names none."""
+    """Return the opset version of the standard ONNX operators that a model imports; 0 if it imports none."""
     return max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)

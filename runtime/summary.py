@@ -1,7 +1,8 @@
-"""summary.json and the files that are parts of it, as models: a run writes it, the report and the command line read it.
+"""Pydantic models of summary.json and of the JSON files that are parts of it.
 
-docs/formats.md and docs/summary.schema.json are made from these models and those of device_results.py (`make docs-formats`).
-Fields may be added; those below keep their meaning.
+`graphcomb run` writes the file, the report and the command line read it. docs/formats.md and docs/summary.schema.json are
+generated from these models and those of device_results.py (`make docs-formats`). Fields may be added; the existing ones keep
+their meaning.
 """
 
 from collections.abc import Mapping
@@ -18,125 +19,134 @@ Names = Annotated[tuple[str, ...], BeforeValidator(lambda names: tuple(names) if
 
 
 class Cost(Format):
-    """What a program costs for its example inputs."""
+    """The cost of one run of a program on its example inputs."""
 
-    macs: int = says("multiply-accumulates")
-    params: int = says("parameters")
-    unknown: list[str] = says("operators whose multiply-accumulates are not known and not counted", default=[])
+    macs: int = says("number of multiply-accumulates")
+    params: int = says("number of parameters")
+    unknown: list[str] = says("operators whose multiply-accumulates are unknown; macs leaves them out", default=[])
 
 
 class Change(Format, Generic[T]):
-    """Before and after a pass or a run."""
+    """A value before and after a pass or a run."""
 
-    before: T = says("of the program that went in")
-    after: T = says("of the program that came out")
+    before: T = says("value for the input program")
+    after: T = says("value for the resulting program")
 
 
 class Scores(Change[float | None]):
-    """The metric's mean, before and after a pass."""
+    """The mean of the metric over the samples, before and after a pass."""
 
-    metric: str = says("what it is called", default="accuracy")
+    metric: str = says("name of the metric", default="accuracy")
 
 
 class Verified(Format):
     """How a result was checked."""
 
-    oracle: str = says("absence oracle, for a surgery; input program, for a pass that changes no function", default="")
-    error: float = says("relative, in float64")
-    tolerance: float | None = says("the largest that is allowed", default=None)
+    oracle: str = says(
+        "what the result was compared with: the absence oracle for a pass that removes channels, the input program for a "
+        "pass that keeps the function",
+        default="",
+    )
+    error: float = says("largest relative error, computed in float64")
+    tolerance: float | None = says("largest error that is allowed", default=None)
 
 
 class RecordedLayer(Format):
     """A convolution or linear layer in the record of a pass that removes channels."""
 
-    name: str = says("of the weight, or of the node where there is none")
+    name: str = says("name of the layer's weight, or of its node if it has no weight")
     kind: str = says("conv, depthwise or linear")
-    channels: Change[list[int]] = says("how many go in, and how many come out")
-    macs: Change[int] = says("multiply-accumulates")
+    channels: Change[list[int]] = says("input channels and output channels")
+    macs: Change[int] = says("number of multiply-accumulates")
 
 
 class KernelCount(Change[int]):
-    """How many kernels a run starts, as the target's library is predicted to make them."""
+    """How many kernels one run starts, predicted from how the target's library fuses nodes."""
 
-    more: list[str] = says("nodes that begin those that are new, where there are more", default=[])
-    dead: dict[str, list[str]] = says("by softmax with a single entry left, the nodes only it reads", default={})
+    more: list[str] = says("first nodes of the additional kernels; empty unless after exceeds before", default=[])
+    dead: dict[str, list[str]] = says(
+        "softmaxes with a single entry left, whose result is always 1; for each, the nodes that only it reads",
+        default={},
+    )
 
 
 class Refused(Format):
-    """What a pass left alone."""
+    """Something that a pass left unchanged."""
 
-    what: str = says("a group, parameter or node")
-    why: str = says("the reason, with the node that it comes from")
+    what: str = says("name of a group, parameter or node")
+    why: str = says("reason, with the node that causes it")
 
 
 class Epoch(Format):
     """One epoch of a pass that trains."""
 
-    loss: float | None = says("mean over its batches", default=None)
-    val: float | None = says("the metric on the validation data after it", default=None)
+    loss: float | None = says("mean loss over the batches of the epoch", default=None)
+    val: float | None = says("metric on the validation data at the end of the epoch", default=None)
 
 
 class Record(Format):
-    """One pass: an entry of record.json, and of `passes` in summary.json (there without `removed`)."""
+    """The record of one pass: an entry of record.json, and of `passes` in summary.json (there without `removed`)."""
 
     pass_: str = says("name of the pass", alias="pass")
-    options: dict[str, Any] = says("as in the recipe, defaults included")
-    changed: list[Any] = says("what it changed; each pass says it in its own way", default=[])
-    refused: list[Refused] = says("what it left alone, and why", default=[])
-    cost: Change[Cost] = says("of the program")
-    seconds: float = says("wall time")
-    accuracy: Scores | None = says("the metric, where there are labels", default=None)
-    verified: Verified | None = says("how the result was checked, where it can be", default=None)
-    layers: list[RecordedLayer] = says("convolutions and linear layers, by a pass that removes channels", default=[])
-    epochs: list[Epoch] = says("of a pass that trains", default=[])
-    kernels: KernelCount | None = says("of a pass that removes channels, where the target's are known", default=None)
+    options: dict[str, Any] = says("options as in the recipe, including the defaults")
+    changed: list[Any] = says("what the pass changed; the keys of an entry depend on the pass", default=[])
+    refused: list[Refused] = says("what the pass left unchanged, and why", default=[])
+    cost: Change[Cost] = says("cost of the program")
+    seconds: float = says("wall time of the pass")
+    accuracy: Scores | None = says("metric before and after the pass; null without labels", default=None)
+    verified: Verified | None = says("how the result was checked; null for a pass that cannot be checked", default=None)
+    layers: list[RecordedLayer] = says("convolutions and linear layers, if the pass removes channels", default=[])
+    epochs: list[Epoch] = says("epochs of the training, if the pass trains", default=[])
+    kernels: KernelCount | None = says("predicted number of kernels, if the pass removes channels", default=None)
     removed: dict[str, dict[str, list[int]]] | None = says(
-        "by parameter and dimension: the indices that went, in the numbering of the program that went in", default=None
+        "by parameter or buffer, then by dimension: the removed indices, counted in the input program", default=None
     )
 
 
 class Timing(Format):
-    """Latency of one model."""
+    """The measured latency of one model."""
 
-    name: str = says("of the model")
-    runs: int = says("samples that counted")
-    rejected: int = says("samples during which something else had the processor")
-    repeats: int = says("calls in one sample")
-    ms: dict[str, float] = says("p5, p25, median, p75, p95, p99 and iqr in milliseconds; empty without enough samples")
+    name: str = says("name of the model")
+    runs: int = says("number of samples that counted")
+    rejected: int = says("number of samples that did not count, because another process had the processor")
+    repeats: int = says("number of calls in one sample")
+    ms: dict[str, float] = says(
+        "latency of one call in milliseconds: p5, p25, median, p75, p95, p99 and iqr; empty if too few samples counted"
+    )
 
 
 class Bench(Format):
-    """A paired measurement: `graphcomb bench --out`, and `bench` in summary.json."""
+    """A paired measurement: `graphcomb bench --out`, and `bench` in summary.json. In each round every model runs once."""
 
-    timings: list[Timing] = says("by model, the reference first")
+    timings: list[Timing] = says("one entry per model; the reference is the first")
     ratios: dict[str, dict[str, float] | None] = says(
-        "how many times faster than the reference: percentiles of pairs, and low and high, between which the median lies "
-        "with 95 %"
+        "by model: how many times faster than the reference it is, as percentiles over the rounds that counted; low and "
+        "high are the 95 % confidence interval of the median; null if too few rounds counted"
     )
-    ratio: float | None = says("the median of the second model's")
-    rounds: int = says("pairs that counted")
-    contended: bool = says("the machine was too busy for a figure")
-    note: str = says("why there is no figure; empty when there is")
-    environment: dict[str, Any] = says("processor, versions, threads, load, date")
+    ratio: float | None = says("median ratio of the second model; null if it is unknown")
+    rounds: int = says("number of rounds in which the runs of all models counted")
+    contended: bool = says("whether the machine was too busy to state a ratio")
+    note: str = says("why there is no ratio; empty if there is one")
+    environment: dict[str, Any] = says("processor, versions of libraries, threads, load and date")
 
 
 class Kernel(Format):
     """One kernel of an engine."""
 
-    name: str = says("the library's")
-    kind: str = says("the library's name for what it is")
-    nodes: Names = says("ONNX nodes that it computes", default=())
-    inputs: Names = says("tensors that it reads, type and shape first, as in fp16[1,64,56,56] NHWC8", default=())
-    outputs: Names = says("tensors that it writes", default=())
-    padding: bool = says("it only pads or re-formats, a cost without multiply-accumulates", default=False)
+    name: str = says("name of the kernel in the library")
+    kind: str = says("type of the kernel, in the library's words")
+    nodes: Names = says("names of the ONNX nodes that it computes", default=())
+    inputs: Names = says("tensors that it reads, as type, shape and layout: fp16[1,64,56,56] NHWC8", default=())
+    outputs: Names = says("tensors that it writes, in the same form", default=())
+    padding: bool = says("whether it only pads tensors or changes their layout", default=False)
 
 
 class Origin(Format):
-    """Where an ONNX node comes from."""
+    """The place in the program that an ONNX node was exported from."""
 
-    node: str = says("of the program's graph")
-    module: str = says("path in the model, empty at the top")
-    passes: Names = says("names of those that changed the node or a parameter of its module, in order", default=())
+    node: str = says("name of the node in the program's graph")
+    module: str = says("path of its module in the model; empty for the model itself")
+    passes: Names = says("passes that changed the node or a parameter of its module, in order", default=())
 
     def __str__(self) -> str:
         where = f"{self.module}/{self.node}" if self.module else self.node
@@ -144,18 +154,19 @@ class Origin(Format):
 
 
 class Pad(Format):
-    """An axis that an engine computes wider than the model has it."""
+    """An axis of a tensor that an engine computes with a larger size than the model."""
 
-    kernel: str = says("that pads or is wider")
+    kernel: str = says("name of the kernel that pads or that computes the larger size")
     how: str = says(
-        "kernel: it only pads or unpads; fused: inside one that is there anyway; weights: zeros in the weights"
+        "kernel: a kernel of its own pads or removes the padding; fused: another kernel pads as part of its work; weights: "
+        "the weights contain zeros for the additional entries"
     )
-    nodes: Names = says("ONNX nodes that it pads for")
-    axis: int = says("of their output")
-    before: int = says("its size in the model")
-    after: int = says("its size in the engine")
-    alignment: int | None = says("multiples of it avoid the padding; null: no width would")
-    note: str = says("what else the advice depends on, or why there is none", default="")
+    nodes: Names = says("names of the ONNX nodes that the padding is for")
+    axis: int = says("axis of the nodes' output")
+    before: int = says("size of the axis in the model")
+    after: int = says("size of the axis in the engine")
+    alignment: int | None = says("a size that is a multiple of this is not padded; null if every size would be")
+    note: str = says("what else the advice depends on, or why there is no advice", default="")
 
     def __str__(self) -> str:
         where = ", ".join(self.nodes[:3]) or self.kernel
@@ -173,104 +184,117 @@ UNFUSED = {
 
 
 class Unfused(Format):
-    """Quantisation that buys nothing."""
+    """Quantisation that makes nothing faster."""
 
-    kernel: str = says("that computes it", default="")
+    kernel: str = says("name of the kernel that computes the nodes", default="")
     how: str = says("; ".join(f"{how}: {what}" for how, what in UNFUSED.items()))
-    nodes: Names = says("ONNX nodes that it concerns")
+    nodes: Names = says("names of the ONNX nodes concerned")
 
     def __str__(self) -> str:
         return f"{', '.join(self.nodes[:4])}: {UNFUSED[self.how]}"
 
 
 class Engine(Format):
-    """A build: `graphcomb build --json`, and an entry of `engines` in summary.json."""
+    """A built engine: `graphcomb build --json`, and an entry of `engines` in summary.json."""
 
     backend: str = says("onnxruntime, openvino, tensorrt, tensorrt_rtx, inductor or torch_tensorrt")
-    version: str = says("of the library")
-    target: str = says("device")
-    path: str = says("of the engine file")
-    bytes: int = says("its size")
+    version: str = says("version of the library")
+    target: str = says("name of the target")
+    path: str = says("path of the engine file")
+    bytes: int = says("size of the engine file in bytes")
     seconds: float = says("build time")
     precision: str = says("fp32, fp16, bf16, int8 or fp8")
-    kernels: list[Kernel] = says("in execution order")
-    padding: list[str] = says("names of the kernels that only pad")
-    memory: dict[str, int] = says("bytes by purpose: weights, activations, scratch")
-    warnings: list[str] = says("the library's and graphcomb's")
-    origins: dict[str, Origin] = says("by ONNX node", default={})
-    pads: list[Pad] = says("TensorRT: axes computed wider than the model has them", default=[])
-    unfused: list[Unfused] = says("TensorRT: quantisation that buys nothing", default=[])
-    unread: list[str] = says("TensorRT: lines of the build log about kernels that could not be read", default=[])
+    kernels: list[Kernel] = says("kernels in execution order")
+    padding: list[str] = says("names of the kernels that only pad tensors or change their layout")
+    memory: dict[str, int] = says("memory in bytes by purpose: weights, activations, scratch")
+    warnings: list[str] = says("warnings of the library and of graphcomb")
+    origins: dict[str, Origin] = says("by name of the ONNX node, where it was exported from", default={})
+    pads: list[Pad] = says("TensorRT: axes that the engine computes with a larger size than the model", default=[])
+    unfused: list[Unfused] = says("TensorRT: quantisation that makes nothing faster", default=[])
+    unread: list[str] = says(
+        "TensorRT: lines of the build log about kernels that graphcomb could not parse", default=[]
+    )
 
 
 class Onnx(Format):
-    """An exported file: a value of `onnx` in summary.json."""
+    """An exported ONNX file: a value of `onnx` in summary.json."""
 
-    path: str = says("of the file")
+    path: str = says("path of the file")
     precision: str = says("fp32 or fp16")
-    opset: int = says("as it came out")
-    bytes: int = says("with external weights")
+    opset: int = says("opset of the written file")
+    bytes: int = says("size in bytes, including external weights")
     parity: float | None = says(
-        "worst error against the fp32 program: max |a - b| / max |b| of an output, or a tenth of a channel's by its scale"
+        "worst error against the fp32 program: the largest of max |a - b| / max |b| of an output a, the program's being b, "
+        "and a tenth of rms(a - b) / rms(b) of one channel"
     )
-    tolerance: float = says("the largest parity that was allowed")
-    agreement: float | None = says("share of real samples whose scores decide as the program's; null without either")
-    cosine: float | None = says("lowest of an output with the program's")
-    float32: dict[str, str] = says("nodes of an fp16 file that stay in fp32, and why")
-    nodes: dict[str, int] = says("count by operator")
+    tolerance: float = says("largest parity that was allowed")
+    agreement: float | None = says(
+        "share of positions of real samples at which the largest score is the program's; null without samples or scores"
+    )
+    cosine: float | None = says("lowest cosine similarity of an output with the program's output")
+    float32: dict[str, str] = says("by node of an fp16 file that stays in fp32, the reason")
+    nodes: dict[str, int] = says("by operator, the number of nodes")
 
 
 class Predicted(Format):
-    """One layer of one program: before and after in `layers` of a Prediction. In a bundle.json without what is predicted,
-    and with `onnx`, the names of the ONNX nodes that compute it."""
+    """One layer of one program: before and after in `layers` of a Prediction.
 
-    node: str = says("of the graph")
-    call: str = says("operator")
-    op: str = says("conv, matmul, attention, norm, activation or copy")
-    sizes: dict[str, int] = says("that pruning may change, by name: inputs, outputs, groups, ...")
-    options: dict[str, Any] = says("that it does not: batch, image, kernel, rows, ...")
-    macs: int = says("multiply-accumulates")
-    padded_macs: int = says("with channels padded to the target's alignment for the precision")
-    bytes: float = says("read and written, weights included, each once")
-    ms: float = says("predicted")
-    bound: str = says("what takes longest by the roofline: compute, memory or launch")
-    half: float = says("share of the time that is left when every group that can shrink has half its size")
-    verdict: str = says("why it will not profit from fewer channels, or less than its MACs say; empty when it will")
+    A layer in bundle.json lacks the fields from macs on and has `onnx`, the names of the ONNX nodes that compute it.
+    """
+
+    node: str = says("name of the node in the program's graph")
+    call: str = says("operator of the node")
+    op: str = says("kind of layer: conv, matmul, attention, norm, activation or copy")
+    sizes: dict[str, int] = says("by name, the sizes that pruning may change: inputs, outputs, groups, ...")
+    options: dict[str, Any] = says("by name, the values that pruning does not change: batch, image, kernel, rows, ...")
+    macs: int = says("number of multiply-accumulates")
+    padded_macs: int = says("number of multiply-accumulates with channels padded to the target's alignment")
+    bytes: float = says("bytes of all inputs, outputs and weights, each counted once")
+    ms: float = says("predicted time in milliseconds")
+    bound: str = says("largest part of the time by the roofline: compute, memory or launch")
+    half: float = says("time with every prunable group at half its size, divided by the time now")
+    verdict: str = says(
+        "why fewer channels would save no time, or less than the share of MACs that they save; empty if neither is so"
+    )
 
 
 class PredictedLayer(Format):
-    """A layer of a Prediction, side by side in the programs; null where a program does not have it."""
+    """One layer of a Prediction in both programs."""
 
-    name: str = says("of the weight, or of the node where there is none")
-    op: str = says("as in Predicted")
-    before: Predicted | None = says("of the program, or of the dense one", default=None)
-    after: Predicted | None = says("of what became of it", default=None)
+    name: str = says("name of the layer's weight, or of its node if it has no weight")
+    op: str = says("kind of layer, as in Predicted")
+    before: Predicted | None = says(
+        "layer in the dense program, or in the only one; null if it has no such layer", default=None
+    )
+    after: Predicted | None = says("layer in the compressed program; null if it has no such layer", default=None)
 
 
 class Calibration(Format):
-    """How a roofline was fitted to what bench bundles measured."""
+    """How a roofline was fitted to the measurements of bench bundles."""
 
-    target: str = says("device")
-    precision: str = says("of the models")
-    device: str | None = says("as it calls itself")
+    target: str = says("name of the target")
+    precision: str = says("precision of the models")
+    device: str | None = says("name that the measured device reports")
     engine: str = says("library and version")
-    modes: list[str] = says("how the models were run: graph, stream")
-    models: int = says("that were measured")
-    kernels: int = says("of their profiles whose layers are known")
-    fitted: list[str] = says("common factor, or the names of the four numbers below")
-    compute_share: float = says("attained, of peak arithmetic")
-    memory_share: float = says("attained, of bandwidth")
-    launch_us: float = says("to start a kernel")
-    run_us: float = says("of a run, beside its kernels")
-    error: dict[str, float] = says("that remains, relative, over the models: median, worst")
-    left_out: dict[str, float] | None = says("the same, each model predicted from the others; null below three models")
+    modes: list[str] = says("how the models were run: graph (a CUDA graph), stream")
+    models: int = says("number of measured models")
+    kernels: int = says("number of kernels in their profiles whose layers are known")
+    fitted: list[str] = says("what was fitted: common factor, or the names of the next four fields")
+    compute_share: float = says("attained share of the peak arithmetic")
+    memory_share: float = says("attained share of the bandwidth")
+    launch_us: float = says("microseconds to start a kernel")
+    run_us: float = says("microseconds of a run that belong to no kernel")
+    error: dict[str, float] = says("relative error of the fit over the models: median, worst")
+    left_out: dict[str, float] | None = says(
+        "relative error with each model predicted from the others alone: median, worst; null below three models"
+    )
 
 
 class Uncertainty(Format):
-    """How far off predictions are known to be."""
+    """How accurate predictions of this kind are known to be."""
 
-    factor: float = says("the true time lies, mostly, between ms / factor and ms * factor")
-    source: str = says("where that is known from")
+    factor: float = says("the true time is mostly between ms / factor and ms * factor")
+    source: str = says("measurements that the factor is taken from")
 
     def __str__(self) -> str:
         return f"off by up to {self.factor:.2g} times: {self.source}"
@@ -279,64 +303,75 @@ class Uncertainty(Format):
 class Prediction(Format):
     """`prediction` in summary.json, and `graphcomb predict --json`."""
 
-    by: str = says("what predicted: a latency table or a roofline")
-    target: str = says("device")
-    precision: str = says("of the engine")
-    batch: int = says("where it is dynamic")
-    ms: dict[str, float] = says("of a run: before, after")
-    uncertainty: Uncertainty | None = says("of ms; null where nothing is known", default=None)
-    run_ms: float = says("of a run, beside its layers")
-    calibration: Calibration | None = says("of the roofline; null for a data sheet or a table")
-    layers: list[PredictedLayer] = says("in order")
-    measured_ms: dict[str, float] | None = says("of a run, where the target itself was measured", default=None)
-    error: dict[str, float] | None = says("ms / measured_ms - 1", default=None)
+    by: str = says("source of the prediction: a latency table or a roofline")
+    target: str = says("name of the target")
+    precision: str = says("precision of the engine")
+    batch: int = says("batch size assumed for a dynamic batch")
+    ms: dict[str, float] = says("by program (before, after), the predicted milliseconds of one run")
+    uncertainty: Uncertainty | None = says("uncertainty of ms; null if it is unknown", default=None)
+    run_ms: float = says("milliseconds of a run that belong to no layer")
+    calibration: Calibration | None = says("fit of the roofline; null for a data sheet or a latency table")
+    layers: list[PredictedLayer] = says("layers in execution order")
+    measured_ms: dict[str, float] | None = says(
+        "by program, the measured milliseconds of one run; null if the target was not measured", default=None
+    )
+    error: dict[str, float] | None = says("by program, ms / measured_ms - 1", default=None)
 
 
 class Summary(Format):
     """summary.json of `graphcomb run`."""
 
-    model: str = says("source")
-    target: str = says("device")
-    precision: str = says("of the engines")
-    accuracy_before: float | None = says("of the dense program; null without labels")
-    accuracy_after: float | None = says("of the compressed one")
+    model: str = says("model as the recipe names it")
+    target: str = says("name of the target")
+    precision: str = says("precision of the engines")
+    accuracy_before: float | None = says("metric of the dense program; null without labels")
+    accuracy_after: float | None = says("metric of the compressed program; null without labels")
     metric: str = says(
-        'what these two are: "accuracy"; "training accuracy" where the data is one loader; the name of the recipe\'s metric',
+        'name of the metric: "accuracy", "training accuracy" if the recipe\'s data is a single loader, or the recipe\'s '
+        "metric",
         default="accuracy",
     )
-    macs_ratio: float | None = says("how many times fewer multiply-accumulates; null where not all are known")
-    params_ratio: float | None = says("how many times fewer parameters")
-    latency_ratio: float | None = says("how many times faster, measured; null where that cannot be said")
-    latency_predicted: float | None = says("how many times faster, predicted", default=None)
-    engine: str | None = says("path of the first engine's file; null without engines", default=None)
+    macs_ratio: float | None = says("multiply-accumulates before divided by after; null if some are unknown")
+    params_ratio: float | None = says("parameters before divided by after")
+    latency_ratio: float | None = says("measured latency before divided by after; null if it could not be measured")
+    latency_predicted: float | None = says("predicted latency before divided by after", default=None)
+    engine: str | None = says("path of the first engine file; null without engines", default=None)
     inputs: list[list[int]] = says("shapes of the example inputs", default=[])
-    surgery_error: float | None = says("worst relative error against the oracle, float64; null without a surgery")
+    surgery_error: float | None = says(
+        "worst relative error against the absence oracle in float64; null if no pass removed channels"
+    )
     onnx_parity: float | None = says("worst error of the fp32 ONNX file against the program")
-    onnx_parity_fp16: float | None = says("of the fp16 one, which the engines are built from then", default=None)
-    cost: Change[Cost] | None = says("of the program")
-    passes: list[Record] = says("in order")
-    files: dict[str, Any] = says("paths of what was written, by kind")
-    environment: dict[str, Any] = says("versions and machine")
-    seconds: float = says("of the whole run", default=0.0)
-    onnx: dict[str, Onnx] = says("by precision", default={})
-    engines: list[Engine] = says("by target", default=[])
-    bench: Bench | None = says("dense against compressed in ONNX Runtime, fp32, one thread", default=None)
-    prediction: Prediction | None = says("dense and compressed on the target, layer by layer", default=None)
-    prediction_note: str = says("why there is none", default="")
+    onnx_parity_fp16: float | None = says(
+        "worst error of the fp16 ONNX file, if the engines are built from one", default=None
+    )
+    cost: Change[Cost] | None = says("cost of the program")
+    passes: list[Record] = says("records of the passes, in order")
+    files: dict[str, Any] = says("paths of the written files, by kind")
+    environment: dict[str, Any] = says("versions of libraries, and the machine")
+    seconds: float = says("wall time of the run", default=0.0)
+    onnx: dict[str, Onnx] = says("exported files by precision", default={})
+    engines: list[Engine] = says("built engines, one per target", default=[])
+    bench: Bench | None = says(
+        "latency of the dense and the compressed program in ONNX Runtime, fp32, one thread", default=None
+    )
+    prediction: Prediction | None = says(
+        "predicted latency of both programs on the target, layer by layer", default=None
+    )
+    prediction_note: str = says("why there is no prediction", default="")
     devices: list[Device] = says(
-        "what bench bundles measured, as the report was given it; no run writes it", default=[]
+        "results of bench bundles; `graphcomb report` adds them, a run does not write them", default=[]
     )
 
 
-# What a summary that is only read may lack.
+# Values of the required fields that a file which is read may lack.
 NOTHING: dict[str, Any] = dict.fromkeys(name for name, field in Summary.model_fields.items() if field.is_required())
 NOTHING |= {"model": "", "target": "", "precision": "", "passes": [], "files": {}, "environment": {}}
 
 
 def read_summary(values: Any, where: str) -> Summary:
-    """A summary from what its JSON file holds, checked here once; what is missing or null is empty.
+    """Validate the parsed JSON of a summary and return it. Missing and null values become empty ones.
 
-    where: the file, which an error names. Raises BadInput, one line with the field, for what is of another kind.
+    where: the file, for the message. Raises BadInput, which names the first field whose value has the wrong type.
     """
     if not isinstance(values, Mapping):
         raise BadInput(f"{where}: the summary is a mapping of names to values, not a {type(values).__name__}")

@@ -1,1 +1,1 @@
-"""The devices: what each can compute, and how fast."""
+"""The targets: what each device computes in, how fast it is, and which of them this machine is."""

@@ -1,7 +1,7 @@
-"""Which nodes of an ONNX file the deep learning accelerator (DLA) of a target can run, by its documented rules.
+"""Predict from the documented rules which nodes of an ONNX file the deep learning accelerator (DLA) of a target can run.
 
-Nothing of TensorRT is needed for that; on the device the library has the last word. Source: TensorRT documentation, "DLA
-Supported Layers and Restrictions".
+This needs no TensorRT. On the device TensorRT itself decides. Source: TensorRT documentation, "DLA Supported Layers and
+Restrictions".
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from ...graph.errors import BadInput
 from ..onnx_file import precision
 from .table import Dla, Target
 
-# The largest that an operator takes: a kernel by the shape of its weight, the others by an attribute.
+# Largest values by operator. The kernel size is that of the weight, the other values are attributes of the node.
 POOLING = {"window": 8, "stride": 16, "padding": 7}
 LIMITS = {
     "Conv": {"kernel": 32, "stride": 8, "padding": 31},
@@ -24,9 +24,9 @@ LIMITS = {
     "AveragePool": POOLING,
 }
 ATTRIBUTES = {"stride": "strides", "padding": "pads", "dilation": "dilations", "window": "kernel_shape"}
-NEAREST, LINEAR = 32, 4  # scales of a resize
-FOLDED = frozenset("Constant Shape Size".split())  # known when the engine is built
-FREE = frozenset("Identity Dropout QuantizeLinear DequantizeLinear".split())  # no layers of their own
+NEAREST, LINEAR = 32, 4  # largest scales of a resize, by its mode
+FOLDED = frozenset("Constant Shape Size".split())  # TensorRT computes their values when it builds the engine
+FREE = frozenset("Identity Dropout QuantizeLinear DequantizeLinear".split())  # TensorRT makes no layers of them
 PLAIN = frozenset(
     "Relu Sigmoid Tanh LeakyRelu PRelu Clip Add Sub Mul Max Min Div Pow BatchNormalization LRN ReduceMax Abs Sin Cos Atan "
     "Reshape Transpose Slice Softmax".split()
@@ -41,7 +41,10 @@ Shape = Sequence[int | None]
 
 @dataclass(frozen=True)
 class Placement:
-    """A layer of the model, and why the DLA leaves it to the GPU; empty when the rules allow it."""
+    """A node of the model and where it runs.
+
+    node, op: its name and operator. why: the reason why it runs on the GPU; empty if the DLA can run it.
+    """
 
     node: str
     op: str
@@ -49,11 +52,12 @@ class Placement:
 
 
 def dla_report(model: onnx.ModelProto, target: Target, core: Any = 0, batch: Any = None) -> list[Placement]:
-    """Where the rules of the target's DLA put the layers of a model, in order. batch: of a model with a dynamic batch, one
-    number.
+    """Return where each node of a model would run by the rules of the target's DLA, in the order of the graph.
 
-    Raises BadInput for a target without DLA or without that core, a precision that it does not compute in, and shapes that
-    are not static.
+    core: index of the DLA core. batch: batch size of a model with a dynamic batch.
+
+    Raises BadInput for a target without a DLA or without that core, a precision that the DLA does not compute in, Q/DQ
+    nodes, and dynamic shapes for which `batch` gives no size.
     """
     kind = precision(model)
     rules = dla_core(target, core, kind, any(node.op_type == "QuantizeLinear" for node in model.graph.node))
@@ -61,8 +65,8 @@ def dla_report(model: onnx.ModelProto, target: Target, core: Any = 0, batch: Any
     types = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}
     shapes: dict[str, Shape] = {name: _shape(tensor) for name, tensor in types.items()}
     shapes |= {t.name: tuple(t.dims) for t in graph.initializer}
-    computed = {t.name for t in graph.initializer}  # what does not depend on the inputs
-    # The float tensors of an INT8 model lie between Q/DQ nodes, which TensorRT takes into the layers.
+    computed = {t.name for t in graph.initializer}  # tensors that do not depend on the inputs
+    # The float tensors of an INT8 model lie between Q/DQ nodes, which TensorRT fuses into the layers.
     allowed = {*rules.dtypes, *(["fp32"] if kind == "int8" else [])}
     report = []
     for node in graph.node:
@@ -83,10 +87,12 @@ def dla_report(model: onnx.ModelProto, target: Target, core: Any = 0, batch: Any
 
 
 def dla_core(target: Target, core: Any, kind: str, quantised: bool) -> Dla:
-    """The rules of a DLA core that is to run a model in a precision. quantised: with Q/DQ nodes.
+    """Return the rules of the target's DLA, after checking that the core exists and can run a model of this precision.
 
-    Raises BadInput for a target without DLA or without that core, a precision that it does not compute in, and Q/DQ nodes:
-    up to TensorRT 10 a DLA takes INT8 by implicit quantisation only, with a calibration cache in place of the nodes.
+    core: index of the core. kind: precision of the model. quantised: whether the model has Q/DQ nodes.
+
+    Raises BadInput for a target without a DLA or without that core, a precision that the DLA does not compute in, and Q/DQ
+    nodes: up to TensorRT 10 a DLA supports INT8 only by implicit quantisation, with a calibration cache instead of nodes.
     """
     rules = target.dla
     if rules is None:
@@ -109,7 +115,7 @@ def _either(rules: Dla) -> str:
 
 
 def _static(model: onnx.ModelProto, rules: Dla, batch: Any) -> onnx.ModelProto:
-    """A copy whose inputs have the batch."""
+    """Return a copy of the model whose dynamic batch has the given size. Raises BadInput for other dynamic axes."""
     static = onnx.ModelProto()
     static.CopyFrom(model)
     weights = {t.name for t in static.graph.initializer}
@@ -129,7 +135,7 @@ def _shape(tensor: onnx.TypeProto.Tensor) -> Shape:
     return [axis.dim_value if axis.HasField("dim_value") else None for axis in tensor.shape.dim]
 
 
-# ------------------------------------------------------------------------------------ rules; each says why not, or ""
+# --------------------------------------------------------- rules; each returns why the DLA cannot run the node, or ""
 def _lacks(node: onnx.NodeProto) -> str:
     known = node.op_type in (*PLAIN, *RULES, *LIMITS)
     return "" if known else INSTEAD.get(node.op_type, f"it has no {node.op_type}")

@@ -1,4 +1,4 @@
-"""Which of the targets this machine is."""
+"""Find the target that this machine is."""
 
 import re
 import warnings
@@ -12,14 +12,19 @@ from .table import NAMES, TARGETS, Target, canonical
 
 
 def local_target(backend: str) -> Target:
-    """The target that this machine's GPU is; of boards with the same GPU the one that the machine's name fits best, with
-    a warning where that leaves several. Raises MissingBackend without a GPU, BadInput for one the table lacks."""
+    """Return the target of this machine's GPU for a backend ("tensorrt" or "tensorrt_rtx").
+
+    Of several boards with the same compute capability it is the one whose name fits the machine's best; if several fit
+    equally, the first one, with a warning that names the others.
+
+    Raises MissingBackend without a GPU, BadInput for a GPU that the table of targets does not have.
+    """
     try:
         capability = canonical(Cuda().compute_capability)
     except CudaError as error:
         raise MissingBackend(f"{backend} builds for this machine's GPU; {error}") from error
     able = [t for t in TARGETS.values() if t.compute_capability == capability]
-    # Classic TensorRT builds for every GPU; where TensorRT-RTX does too, the table has the latter's target.
+    # TensorRT builds for every GPU, but the row of a GPU that TensorRT-RTX supports names TensorRT-RTX as its backend.
     targets = [t for t in able if t.backend == backend] or [t for t in able if backend == "tensorrt"]
     gpu = "SM{}{}".format(*capability)
     if not targets:
@@ -34,7 +39,7 @@ def local_target(backend: str) -> Target:
 
 
 def _machine_names() -> set[str]:
-    """The words in the names of the board (which Jetsons tell) and of the GPU (which PyTorch knows)."""
+    """Return the words in the name of the board (which a Jetson reports) and of the GPU (which PyTorch reports)."""
     board = read_line("/proc/device-tree/model") or ""
     return _words(f"{board} {torch.cuda.get_device_name() if torch.cuda.is_available() else ''}")
 

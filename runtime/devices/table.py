@@ -1,8 +1,8 @@
-"""The table of devices: what each can compute, how wide its kernels are, which TensorRT it has, how fast it can be.
+"""The table of targets: the precisions, alignments, TensorRT versions and peak rates of each device.
 
-Everything that depends on a device reads this table: the legaliser, the exporter, the builders and the estimates.
-Peaks are vendor data-sheet figures for dense arithmetic (half of the "with sparsity" number) at the highest clock of
-the named board; a measurement on the device replaces them.
+All code that depends on a device reads this table: rounding of widths, export, engine builds and predictions. Peaks are
+the vendor's data-sheet figures for dense arithmetic (half of a figure "with sparsity") at the highest clock of the named
+board; a calibrated roofline or a latency table replaces them with measurements.
 """
 
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 from ...graph.errors import BadInput, nearest
 
-# Sizes of a channel or of matmul K and N that a tensor-core kernel takes without padding: 16 bytes, except INT8, whose
-# convolutions work on vectors of 32 channels (TensorRT's CHW32 and HWC32 formats).
+# A tensor-core kernel does not pad channels, or K and N of a matmul, that are multiples of these: 16 bytes, except INT8,
+# whose convolutions work on vectors of 32 channels (TensorRT's CHW32 and HWC32 formats).
 TENSOR_CORE = {"fp32": 4, "tf32": 4, "fp16": 8, "bf16": 8, "int8": 32, "fp8": 16, "fp4": 32}
 # ONNX Runtime's convolutions work on blocks of 8 channels with AVX2 and NEON (16 with AVX-512), for every type.
 CPU = {"fp32": 8, "fp16": 8, "bf16": 8, "int8": 8}
 
-# The highest ONNX opset that TensorRT's parser documents, from this version on.
+# The highest documented ONNX opset of TensorRT's parser, by the first version of TensorRT that has it.
 OPSETS = {(8, 5): 17, (10, 0): 20, (10, 15): 24, (11, 4): 25}
 CPU_OPSET = 22
 
@@ -27,9 +27,9 @@ DRIVE_THOR = {"DriveOS 7.0.3": (10, 10)}
 X86 = {"x86": (11, 4)}
 RTX = {"TensorRT-RTX": (1, 7)}
 
-NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}  # of the libraries that build for GPUs, in messages
+NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}  # names of the libraries in messages
 
-RENAMED = {(10, 1): (11, 0)}  # Thor's compute capability, to CUDA 12 and from CUDA 13 on
+RENAMED = {(10, 1): (11, 0)}  # CUDA 12 and CUDA 13 give Thor different compute capabilities
 
 AMPERE = ("fp32", "tf32", "fp16", "bf16", "int8")
 HOPPER = (*AMPERE, "fp8")
@@ -51,10 +51,14 @@ SMI_POWER = "nvidia-smi --query-gpu=power.draw,clocks.sm,temperature.gpu --forma
 
 @dataclass(frozen=True)
 class Dla:
-    """Rules of the deep learning accelerator beside the GPU.
+    """The rules of a device's deep learning accelerator (DLA).
 
-    cores: their number. tensorrt: the versions that drive it on this device (10.x through JetPack 6; it is absent from
-    11.0 to 11.3). Shapes are static; deconvolutions are neither grouped nor padded; concat joins channels only.
+    - cores: number of DLA cores.
+    - tensorrt: versions of TensorRT that support the DLA of this device (10.x up to JetPack 6; 11.0 to 11.3 do not).
+    - dtypes: precisions that it computes in.
+    - max_dim, max_batch: largest sizes of a dimension and of the batch.
+    - concat_axes: axes that it concatenates along.
+    - dynamic_shapes, deconvolution_groups, deconvolution_padding: whether it supports them.
     """
 
     cores: int
@@ -70,17 +74,20 @@ class Dla:
 
 @dataclass(frozen=True)
 class Target:
-    """A device that engines are built for: what it computes in, how fast it can be, and what its library parses.
+    """A device that engines are built for.
 
-    - name: as recipes and the command line have it. board: whose data sheet the figures are from.
-    - backend: the library that builds for it, a key of `BACKENDS`.
-    - dtypes: precisions that it computes in. tflops: its peak by precision in 1e12 operations a second, a
-      multiply-accumulate counting as two. bandwidth: of device memory in 1e9 bytes a second.
-    - compute_capability: of the GPU; None for a CPU.
-    - tensorrt: version by software release; empty for a CPU, TensorRT-RTX's own version for an RTX target.
-    - alignments: by precision, what channels and matmul sizes should be multiples of so that kernels do not pad.
-    - dla: the rules of an accelerator beside the GPU, where there is one.
-    - clocks: commands that fix the clocks before a measurement. power: the command that reports power, clocks and
+    - name: its name in recipes and on the command line. board: the board whose data sheet the figures are from.
+    - backend: the library that builds engines for it, a key of `BACKENDS`.
+    - dtypes: precisions that it computes in.
+    - tflops: peak rate by precision in 1e12 operations per second; a multiply-accumulate counts as two operations.
+    - bandwidth: bandwidth of device memory in 1e9 bytes per second.
+    - compute_capability: (major, minor) of the GPU; None for a CPU.
+    - tensorrt: (major, minor) version of TensorRT by software release, or of TensorRT-RTX for an RTX target; empty for a
+      CPU.
+    - alignments: by precision, the number of which channels and matmul sizes should be multiples so that kernels do not
+      pad them.
+    - dla: rules of the deep learning accelerator; None without one.
+    - clocks: shell commands that fix the clocks before a measurement. power: shell command that reports power, clocks and
       temperature.
     """
 
@@ -99,7 +106,7 @@ class Target:
 
     @property
     def opset(self) -> int:
-        """The highest ONNX opset that every listed version of the target's library parses."""
+        """The highest ONNX opset that all listed versions of the target's library parse."""
         if self.backend == "onnxruntime":
             return CPU_OPSET
         if self.backend == "tensorrt_rtx":
@@ -113,26 +120,30 @@ class Target:
 
     @property
     def sm(self) -> str | None:
-        """The compute capability as the libraries spell it: "SM86"."""
+        """The compute capability in the form "SM86"; None for a CPU."""
         return "SM{}{}".format(*self.compute_capability) if self.compute_capability else None
 
     def alignment(self, dtype: str, sparse: bool = False) -> int:
-        """Channels and matmul sizes should be multiples of this; others are padded by the kernel.
+        """Return the number of which channels and matmul sizes should be multiples; kernels pad other sizes.
 
-        sparse: for 2:4 sparse weights, whose tiles are twice as deep. Raises BadInput for a dtype the device lacks.
+        dtype: the precision. sparse: whether weights are 2:4 sparse, whose tiles on a GPU are twice as deep. Raises
+        BadInput for a precision that the device does not compute in.
         """
         if dtype not in self.dtypes:
             raise BadInput(f"target {self.name}: no {dtype}; it computes in {', '.join(self.dtypes)}")
         return self.alignments[dtype] * (2 if sparse and self.compute_capability else 1)
 
     def peak(self, dtype: str) -> float:
-        """Peak operations a second (a multiply-accumulate is two)."""
+        """Return the peak rate in operations per second (a multiply-accumulate is two operations).
+
+        Raises BadInput for a precision that the device does not compute in.
+        """
         self.alignment(dtype)
         return self.tflops[dtype] * 1e12
 
 
 def _peaks(*figures: float) -> dict[str, float]:
-    """fp32, tf32, fp16, int8[, fp8[, fp4]]; bf16 runs at the rate of fp16."""
+    """Return peaks by precision from figures for fp32, tf32, fp16, int8[, fp8[, fp4]]; that of bf16 is fp16's."""
     names = ("fp32", "tf32", "fp16", "int8", "fp8", "fp4")
     peaks = dict(zip(names, figures, strict=False))
     return peaks | {"bf16": peaks["fp16"]}
@@ -171,7 +182,7 @@ def _gpu(
 TARGETS: Mapping[str, Target] = {
     t.name: t
     for t in (
-        # GPU figures only: the DLA's come on top. Orin Nano and NX in their "Super" modes.
+        # The figures are those of the GPU without the DLA. Orin Nano and NX are in their "Super" modes.
         _jetson("orin-nano", "Jetson Orin Nano 8GB", _peaks(2.1, 8.4, 16.7, 33.5), 102, ORIN),
         _jetson("orin-nx", "Jetson Orin NX 16GB", _peaks(2.4, 9.6, 19.2, 38.4), 102.4, ORIN, Dla(2, ((10, 3),))),
         _jetson(
@@ -188,10 +199,10 @@ TARGETS: Mapping[str, Target] = {
         _gpu("rtx-sm121", "GB10 (DGX Spark)", BLACKWELL, _peaks(31, 62, 125, 250, 250, 500), 273, (12, 1)),
         _gpu("h100", "H100 SXM", HOPPER, _peaks(67, 494.7, 989.4, 1979, 1979), 3352, (9, 0)),
         _gpu("h200", "H200 SXM", HOPPER, _peaks(67, 494.7, 989.4, 1979, 1979), 4800, (9, 0)),
-        # An eighth of an HGX board; B300 has hardly any INT8.
+        # Figures of an HGX board divided by its eight GPUs; INT8 on a B300 is slow.
         _gpu("b200", "B200 SXM", BLACKWELL, _peaks(75, 1125, 2250, 4500, 4500, 9000), 7700, (10, 0)),
         _gpu("b300", "B300 SXM", BLACKWELL, _peaks(75, 1125, 2250, 150, 4500, 13500), 7700, (10, 3)),
-        # Nominal, one core with two AVX-512 units at 3 GHz; fp16 and bf16 are computed in fp32, int8 with VNNI.
+        # Nominal figures: one core with two AVX-512 units at 3 GHz, fp16 and bf16 computed in fp32, int8 with VNNI.
         Target(
             "cpu",
             "one x86 core",
@@ -207,17 +218,17 @@ TARGETS: Mapping[str, Target] = {
 
 
 def parsed_opset(version: tuple[int, ...]) -> int:
-    """The highest ONNX opset that this version of TensorRT parses."""
+    """Return the highest ONNX opset that this version of TensorRT parses; that of 8.5 for an older version."""
     return max((opset for since, opset in OPSETS.items() if since <= version), default=min(OPSETS.values()))
 
 
 def canonical(capability: tuple[int, int]) -> tuple[int, int]:
-    """A compute capability as the table has it, under whichever name CUDA knows it."""
+    """Return the compute capability that the table uses for a GPU which CUDA 12 and 13 number differently."""
     return RENAMED.get(capability, capability)
 
 
 def get_target(name: str) -> Target:
-    """Look a device up. Raises BadInput with the nearest names."""
+    """Return the target of this name. Raises BadInput, which suggests the nearest names, for an unknown name."""
     if name in TARGETS:
         return TARGETS[name]
     raise BadInput(f"target {name}: not known; {nearest(str(name), TARGETS)}")

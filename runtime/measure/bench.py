@@ -1,9 +1,9 @@
-"""Compare latencies so that the answer can be trusted on a shared machine, or is refused.
+"""Compare latencies on a shared machine: the result is a ratio that can be trusted, or a note why there is none.
 
-The items run in turns, A B, B A, A B, so that a drift of clocks or load meets them alike. A run counts only when the
-process had the processor: its CPU time must be at least 93 % of threads x wall time, otherwise something else ran
-meanwhile; and, in a virtual machine, when the hypervisor took nothing. The ratio is the median over the rounds in which
-every item's run counted, with the interval that holds it with 95 % (order statistics); too few of them, no ratio.
+The items run in turns, A B, B A, A B, so that a drift of clocks or load affects all of them equally. A run counts only if
+the process had the processor meanwhile: its CPU time must be at least 93 % of threads x wall time, and, in a virtual
+machine, the hypervisor must not have taken the processor away. The ratio is the median over the rounds in which the runs
+of all items counted, with its 95 % confidence interval (order statistics); with too few such rounds no ratio is stated.
 Source: the method of paired, interleaved measurement; the guard is ours.
 """
 
@@ -42,11 +42,13 @@ PERCENTILES = {"p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "p99": 99
 
 
 class BenchResult(Bench):
-    """What was measured, as `summary.Bench` says. Percentiles are of the latency of one call, empty where too few samples
-    counted; a ratio is None where too few rounds did, and `note` says so; the interval around it needs six rounds."""
+    """The result of a measurement; `summary.Bench` describes the inherited fields.
 
-    rejected: int = says("rounds that did not count")
-    seconds: float = says("that the measurement took")
+    low and high of a ratio (its 95 % confidence interval) are missing below six rounds.
+    """
+
+    rejected: int = says("number of rounds that did not count")
+    seconds: float = says("duration of the measurement in seconds")
 
 
 def bench(
@@ -64,26 +66,29 @@ def bench(
 ) -> BenchResult:
     """Measure the latency of several items in turns, and how many times faster each is than the first.
 
-    - items: ONNX or engine files, engines, programs (run in ONNX Runtime after a temporary export), or callables, which
-      get `inputs` as they are.
-    - inputs: arrays or tensors in the order of the engines' inputs, cast to each engine's types; by default the example
-      inputs of the first program among the items, else random ones. Engines that are built here are optimised for their
-      shapes.
-    - threads: of engines on the CPU, and what the guard expects to be busy.
-    - seconds: time limit. min_runs: rounds that must count before anything is stated. max_runs: rounds that are enough.
-    - names: of the items, by default their file, class or function names.
-    - batch: of random inputs, where it is dynamic. shapes: of random inputs by name, where more than the batch is
-      dynamic.
-    - engine: the backend that runs programs and ONNX files; by default ONNX Runtime.
+    - items: paths of ONNX or engine files, engines, programs (exported to a temporary file and run in ONNX Runtime), or
+      callables, which are called with `inputs` unchanged.
+    - inputs: arrays or tensors in the order of the engines' inputs; they are cast to each engine's types. The default is
+      the example inputs of the first program among the items, else random inputs. Engines that are built here are
+      optimised for the shapes of the inputs.
+    - threads: number of threads of engines on the CPU, which the guard expects to be busy.
+    - seconds: time limit. min_runs: smallest number of counted rounds for which a ratio is stated. max_runs: number of
+      counted rounds after which the measurement ends.
+    - names: names of the items; by default those of their files, classes or functions.
+    - batch: batch size of random inputs with a dynamic batch. shapes: shapes of random inputs by name, needed for inputs
+      with further dynamic dimensions.
+    - progress: whether to show a progress bar on stderr.
+    - engine: backend that runs programs and ONNX files; by default ONNX Runtime.
 
-    A round runs every item once, in alternating order; a run counts only when the process had the processor (see the
-    module). With several threads an engine may rightly leave some idle, so there a run counts unless its threads waited
-    for a processor more than 7 % of the time (Linux). Engines that run on an accelerator are not guarded.
+    A round runs every item once, in alternating order. A run counts only if the process had the processor (see the
+    module). An engine with several threads may leave some of them idle, so such a run counts unless its threads waited
+    for a processor more than 7 % of the time (Linux). Engines on an accelerator are not guarded: all their runs count.
 
-    Returns latencies as percentiles in milliseconds and ratios with the interval that holds their median with 95 %;
-    with too few rounds that count, no ratio and a note that says why.
+    Returns latencies as percentiles in milliseconds, and ratios with the 95 % confidence interval of their median. With
+    too few counted rounds there is no ratio, and `note` says why.
 
-    Raises BadInput for items, inputs or options that do not fit.
+    Raises BadInput for items, inputs or options that do not fit, MissingBackend if the library of `engine` is not
+    installed, and what building or loading an engine raises.
     """
     if not items:
         raise BadInput("bench: nothing to measure")
@@ -117,7 +122,7 @@ def bench(
         rejected = len(rounds) - len(good)
         timings.append(Timing(name=name, runs=len(good), rejected=rejected, repeats=repeats[i], ms=ms))
     pairs = measured[counts.all(axis=1)]
-    # Short thefts fall between the samples in which they show.
+    # The hypervisor may take the processor between two samples, too; then no single sample shows it.
     preempted = lost > (1 - GUARD) * threads * elapsed
     enough = paired >= min_runs and not preempted
     ratios = {name: _ratio(pairs[:, 0] / pairs[:, i]) if enough else None for i, name in enumerate(titles) if i}
@@ -134,7 +139,7 @@ def bench(
 
 
 def _no_figure(rounds: int, paired: int, min_runs: int, seconds: float, threads: int, lost: float, slow: bool) -> str:
-    """Why there is no figure: it takes more time, or the machine is busy."""
+    """Return the reason why no ratio is stated: the hypervisor (lost > 0 seconds), slow models, or a busy machine."""
     if lost:
         return f"no figure: the hypervisor took the processors for {lost:.1f} s of {seconds:.0f} s; measure again"
     if slow:
@@ -162,7 +167,10 @@ def _percentiles(values: np.ndarray) -> dict[str, float]:
 
 # ----------------------------------------------------------------------------------------------------------- measuring
 def _sample(call: Callable[[], Any], repeats: int, threads: int) -> tuple[float, bool]:
-    """Mean seconds of some calls, and whether they count. threads: that should be busy; 0 without work of the processor."""
+    """Return the mean seconds of `repeats` calls and whether the sample counts.
+
+    threads: number of threads that should be busy; 0 for an engine on an accelerator, whose samples always count.
+    """
     waited, lost = _waited() if threads > 1 else 0.0, stolen() if threads else 0.0
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(repeats):
@@ -172,13 +180,13 @@ def _sample(call: Callable[[], Any], repeats: int, threads: int) -> tuple[float,
         counts = (_waited() - waited) / (threads * wall) <= 1 - GUARD and cpu / (threads * wall) <= 1 / GUARD
     else:
         counts = not threads or GUARD <= cpu / wall <= 1 / GUARD
-    if threads and stolen() > lost:  # which the processor time of a virtual machine need not show
+    if threads and stolen() > lost:  # CPU time in a virtual machine may include time that the hypervisor took
         counts = False
     return wall / repeats, counts
 
 
 def _waited() -> float:
-    """Seconds that this process's threads were ready to run and had no processor."""
+    """Return the seconds for which threads of this process were ready to run and waited for a processor."""
     total = 0
     for task in Path("/proc/self/task").glob("*/schedstat"):
         with contextlib.suppress(OSError):  # the thread has ended
@@ -187,7 +195,7 @@ def _waited() -> float:
 
 
 def _repeats(call: Callable[[], Any]) -> int:
-    """Warm up, and find how many calls make a sample."""
+    """Warm up, and return how many calls make one sample of at least SAMPLE seconds."""
     call()
     fastest = float("inf")
     for _ in range(3):
@@ -216,7 +224,7 @@ def _bar(progress: bool, seconds: float) -> Iterator[Callable[[float], None]]:
     if not progress:
         yield lambda share: None
         return
-    # It is drawn between the runs, never during one.
+    # The bar is drawn between the runs, never during one.
     with Progress(console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
         task, drawn = bar.add_task("measuring", total=1.0), [0.0]
 

@@ -1,4 +1,4 @@
-"""What a measured figure depends on: the machine, its clocks and load, the versions of libraries."""
+"""The conditions of a measurement: the machine, its clocks and load, and the versions of libraries."""
 
 import contextlib
 import datetime
@@ -16,7 +16,8 @@ PACKAGES = dict.fromkeys(("graphcomb", "torch", "onnx", "numpy", *(backend.packa
 
 
 def environment(threads: int = 1) -> dict[str, Any]:
-    """What a figure depends on: processor, accelerator, clocks, versions, threads, load and date."""
+    """Return the conditions of a measurement as JSON-able values: processor, GPU, clock governor, versions of libraries,
+    load, date (ISO 8601, UTC), and `threads` as given."""
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""Inputs to measure an engine on: random ones that fit its specs, or given ones in its types."""
+"""Inputs to measure an engine on: random ones, or the user's, cast to the engine's types."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,9 +12,9 @@ from ..onnx_file import TensorSpec
 
 
 def host_arrays(engine: Engine, inputs: Sequence[Any]) -> list[np.ndarray]:
-    """The inputs, arrays or tensors, as contiguous arrays of the types that the engine takes.
+    """Return arrays or tensors as contiguous numpy arrays of the types of the engine's inputs.
 
-    Raises BadInput for another number of them.
+    Raises BadInput if their number is not that of the engine's inputs.
     """
     if len(inputs) != len(engine.inputs):
         raise BadInput(f"bench: an engine takes {len(engine.inputs)} inputs, {len(inputs)} were given")
@@ -25,10 +25,12 @@ def host_arrays(engine: Engine, inputs: Sequence[Any]) -> list[np.ndarray]:
 def random_inputs(
     inputs: Sequence[TensorSpec], batch: int, shapes: Mapping[str, Sequence[int]] | None = None
 ) -> list[np.ndarray]:
-    """Normal floats and zeros for integers, which are valid indices whatever they index. shapes: by name of an input,
-    where more than its batch is dynamic.
+    """Return one random array per input: normally distributed floats, and zeros for integers, since 0 is a valid index
+    into any axis. The values are the same at every call.
 
-    Raises BadInput for shapes of no input, that do not fit, or that are missing.
+    batch: size of dynamic dimensions. shapes: shapes by name, required for inputs with a dynamic dimension beyond the first.
+
+    Raises BadInput for a shape that names no input or does not fit its input, and for a required shape that is missing.
     """
     shapes, generator, arrays = shapes or {}, np.random.default_rng(0), []
     names = [spec.name for spec in inputs]
