@@ -23,8 +23,8 @@ from .runtime.devices.dla import dla_core
 from .runtime.devices.table import Target, get_target
 from .runtime.engines.backends import engine_options
 from .runtime.export.opset import LOWEST
+from .runtime.prediction.latency_table import LatencyTable
 from .runtime.prediction.roofline import Roofline
-from .runtime.prediction.table import LatencyTable
 from .sources import first_batch, load_data, load_model, load_onnx, resolve
 
 DEFAULT_SHAPE = [1, 3, 224, 224]

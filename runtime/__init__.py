@@ -11,9 +11,9 @@ from .engines.build import build_engine, load_engine, open_engine
 from .export.parity import parity
 from .export.to_onnx import OnnxReport, export_onnx
 from .measure.bench import BenchResult, bench
-from .prediction.predict import predict
+from .prediction.latency_table import LatencyTable
+from .prediction.layer_report import predict
 from .prediction.roofline import Roofline
-from .prediction.table import LatencyTable
 
 if TYPE_CHECKING:
     from .report.report import write_report

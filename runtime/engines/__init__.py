@@ -1,1 +1,1 @@
-"""Inference libraries behind one interface."""
+"""Inference libraries (backends) behind one interface, `base.Engine`; the table of them is in `backends`."""

@@ -1,12 +1,13 @@
 """The table of backends: the libraries that engines are built with.
 
-A backend is a module of this package, imported only when it is asked for, with
+A backend is a module of this package, which is imported only when the backend is used. It has
 
-    TAKES: tuple[str, ...]  # which of `EngineOptions` its `build` takes
+    TAKES: tuple[str, ...]  # names of the fields of `EngineOptions` that its `build` supports
     build(model: Path, target: Target, out: Path | None, options: EngineOptions, *, backend: str) -> EngineReport
-    load(path: Path, *, backend: str, **options) -> Engine  # whose keyword-only parameters are the options a user may set
+    load(path: Path, *, backend: str, **options) -> Engine  # its keyword-only parameters are the options a user may set
 
-Adding a backend is its file and one row of `BACKENDS`.
+A backend of PyTorch also has `compile_program(program, **options) -> Engine`. CONTRIBUTING.md shows how to add a backend:
+its file and one row of `BACKENDS`.
 """
 
 import importlib
@@ -26,9 +27,12 @@ from .options import EngineOptions
 class Backend:
     """A library that builds and runs engines.
 
-    module: its name in this package. package: the library. extra: of graphcomb, that installs the library (None: always
-    there). suffixes: of the files that it loads; it writes the first. source: suffix of the files that it builds from, ONNX
-    models or saved programs. lacks: options that its module takes for another library, with the reason why not for this.
+    - module: name of its module in this package.
+    - package: import name of the library.
+    - extra: extra of graphcomb that installs the library; None if graphcomb always requires it.
+    - suffixes: suffixes of the engine files that it loads; it writes files with the first one.
+    - source: suffix of the files that it builds from: ".onnx", or ".pt2" for saved programs.
+    - lacks: options in the module's `TAKES` that this library does not support, with the reason.
     """
 
     module: str
@@ -54,7 +58,10 @@ BACKENDS = {
 
 
 def backend_module(name: str) -> ModuleType:
-    """Import a backend. Raises BadInput for an unknown name, MissingBackend when its library is not installed."""
+    """Import and return the module of a backend, by its key in `BACKENDS`.
+
+    Raises BadInput for an unknown name, MissingBackend if the library is not installed.
+    """
     if name not in BACKENDS:
         raise BadInput(f"backend {name}: not known; {nearest(name, BACKENDS)}")
     if importlib.util.find_spec(BACKENDS[name].package) is None:
@@ -63,20 +70,23 @@ def backend_module(name: str) -> ModuleType:
 
 
 def not_installed(name: str) -> MissingBackend:
-    """The error about a backend whose library is absent."""
+    """Return the error for a backend whose library is not installed."""
     backend = BACKENDS[name]
     extra = f"graphcomb[{backend.extra}]" if backend.extra else "graphcomb"
     return MissingBackend(f"{backend.package} is not installed; install it with: pip install '{extra}'")
 
 
 def takes(backend: str) -> list[str]:
-    """The options of a build (`EngineOptions`) that a backend takes. Raises as `backend_module`."""
+    """Return the names of the `EngineOptions` that a backend supports. Raises what `backend_module` raises."""
     return [name for name in backend_module(backend).TAKES if name not in BACKENDS[backend].lacks]
 
 
 def engine_options(backend: str, options: Mapping[str, Any]) -> EngineOptions:
-    """The options of a build, by name. Raises BadInput for one that the backend does not take, or not with this value, and
-    as `backend_module`."""
+    """Return the given options of a build as `EngineOptions`.
+
+    Raises BadInput for an option that the backend does not support and for an invalid value, and what `backend_module`
+    raises.
+    """
     known = takes(backend)
     for name in options:
         if why := BACKENDS[backend].lacks.get(name):
@@ -89,13 +99,13 @@ def engine_options(backend: str, options: Mapping[str, Any]) -> EngineOptions:
 
 
 def known_options(function: Callable[..., Any]) -> list[str]:
-    """The options that a backend's `load` or `compile_program` takes."""
+    """Return the names of the options of a backend's `load` or `compile_program`: its keyword-only parameters."""
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "backend"]
 
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any], backend: str) -> None:
-    """Raise BadInput for an option that a backend's function does not take, or not with this value."""
+    """Raise BadInput for an option that is no keyword-only parameter of a backend's function, or has the wrong type."""
     known = known_options(function)
     annotations = get_type_hints(function)
     for name, value in options.items():

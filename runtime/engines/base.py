@@ -1,4 +1,4 @@
-"""The one interface behind which every inference library stands, and the report of what it built."""
+"""The common interface of engines of all libraries, and the report of a build."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -15,21 +15,23 @@ from ..summary import Kernel, Origin
 
 
 class UnparsedOp(BadInput):
-    """The library has no form for an operator of the ONNX file; the message names node and operator."""
+    """The library does not support an operator of the ONNX file. The message names the node and the operator."""
 
 
 def unparsed(path: Path, library: str, ops: Collection[str]) -> UnparsedOp:
-    """The error about operators that a library lacks, with the first node that is one."""
+    """Return the error for ONNX operators that a library does not support; it names the first node with one of them."""
     nodes = onnx.load(str(path), load_external_data=False).graph.node
     node = next((n for n in nodes if n.op_type in ops), None)
-    where = f"node {node.name} ({node.op_type})" if node else ", ".join(ops)  # else it lies in a subgraph
+    where = f"node {node.name} ({node.op_type})" if node else ", ".join(ops)  # without node: it is in a subgraph
     return UnparsedOp(f"{path}: {library} cannot parse it: {where}: operator not supported")
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """A loaded model that runs on the host's arrays. inputs, outputs: their names, types and shapes, in the order in which
-    `run` takes and gives them."""
+    """A loaded model that runs on numpy arrays.
+
+    inputs, outputs: their names, types and shapes, in the order of the arguments and results of `run`.
+    """
 
     @property
     def inputs(self) -> list[TensorSpec]: ...
@@ -41,17 +43,18 @@ class Engine(Protocol):
     def input_names(self) -> list[str]: ...
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Outputs for one set of inputs, both in the order of the specs. Inputs have the dtypes that the specs say.
+        """Run the model once and return its outputs in the order of `outputs`.
 
-        Raises BadInput when number, dtype or shape do not fit.
+        inputs: arrays in the order of `inputs`, with the shapes and dtypes given there. Raises BadInput if number, shapes
+        or dtypes differ.
         """
 
     def close(self) -> None:
-        """Release device memory and threads; the engine is unusable afterwards."""
+        """Release device memory and threads. The engine cannot be used afterwards."""
 
 
 class HostEngine:
-    """What engines on host arrays share: the specs, which a subclass sets, and the checks of what is given to `run`."""
+    """Base class of engines. A subclass sets inputs and outputs, and calls the checks of the arguments of `run`."""
 
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
@@ -72,12 +75,17 @@ class HostEngine:
 
 @dataclass
 class EngineReport:
-    """What came out of a build; everything in it was read from the library or the file, nothing is assumed.
+    """The report of a build. All values are read from the library or from the files.
 
-    version: of the library. path: of the engine file. precision: "fp32", "fp16", "bf16", "int8" or "fp8". memory: bytes by
-    purpose ("weights", "activations", "scratch", as far as the library tells). What a backend may leave to `build_engine`:
-    its own name, the target's, the size of the file in bytes, the build time in seconds, and origins: where the ONNX nodes
-    of the kernels come from, as far as the ONNX file says.
+    - version: version of the library.
+    - path: the engine file.
+    - precision: "fp32", "fp16", "bf16", "int8" or "fp8".
+    - kernels: kernels in execution order.
+    - memory: bytes by purpose: "weights", "activations", "scratch", as far as the library reports them.
+    - warnings: warnings of the library and of graphcomb.
+
+    `build_engine` sets the rest if the backend has not: backend and target (their names), bytes (size of the file), seconds
+    (build time), and origins (by ONNX node of the kernels, where it was exported from, if the ONNX file says so).
     """
 
     version: str
@@ -94,9 +102,9 @@ class EngineReport:
 
     @property
     def padding(self) -> list[Kernel]:
-        """The kernels that only pad or re-format."""
+        """The kernels that only pad tensors or change their layout."""
         return [k for k in self.kernels if k.padding]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, with the count and the list of the padding kernels."""
+        """Return the report as JSON-able values (docs/formats.md, Engine); `padding` is a list of names of kernels."""
         return to_jsonable_python(self) | {"padding": [k.name for k in self.padding]}

@@ -1,4 +1,4 @@
-"""Build, load or open an engine with whichever backend it is for."""
+"""Build, load or open an engine with the backend that the target, the file or the caller asks for."""
 
 import os
 import tempfile
@@ -25,20 +25,18 @@ def build_engine(
     backend: str | None = None,
     **options: Any,
 ) -> EngineReport:
-    """Build an engine for a target device, write it to a file, and report what the library made of the model.
+    """Build an engine for a target, write it to a file, and return a report on its kernels, size and memory.
 
-    - onnx_path: an ONNX file; for the backends of PyTorch (inductor, torch_tensorrt) a saved program (.pt2).
-    - target: the device, by name or row of `TARGETS`.
-    - out: the engine file; by default beside the ONNX file, with the target in its name. On "cpu" nothing is written:
-      the ONNX file itself is the engine.
+    - onnx_path: an ONNX file, or a saved program (.pt2) for the backends inductor and torch_tensorrt.
+    - target: the device, by its name or its row of `TARGETS`.
+    - out: path of the engine file; by default beside the ONNX file, with the target in its name. If the ONNX file itself
+      is what the backend loads (target "cpu"), nothing is written by default.
     - backend: a key of `BACKENDS`; by default the target's.
-    - options: those of `EngineOptions` that the backend takes, such as TensorRT's `batch`, `sparse` or `dla`.
+    - options: fields of `EngineOptions` that the backend supports, such as TensorRT's `batch`, `sparse` or `dla`.
 
-    The report has size in bytes, build time in seconds, precision, kernels with the ONNX nodes in each, padding, memory
-    in bytes by purpose, warnings, and where the nodes come from.
-
-    Raises BadInput for a damaged file, an unknown target, backend or option, and a precision that the target's GPU
-    lacks; MissingBackend where the library is not installed; Refused for what this version or machine cannot do.
+    Raises BadInput for a damaged file, an unknown target, backend or option, an operator that the library does not
+    support, and a precision in which the target's GPU does not compute; MissingBackend if the library is not installed;
+    Refused for what the library's version or this machine cannot do.
     """
     device = target if isinstance(target, Target) else get_target(target)
     path = Path(onnx_path)
@@ -71,11 +69,13 @@ def build_engine(
 
 
 def load_engine(path: str | os.PathLike[str], backend: str | None = None, **options: Any) -> Engine:
-    """Load an engine file to run it on this machine. backend: by default the first that knows the file's suffix;
-    options: the keyword-only parameters of its `load`.
+    """Load an engine file to run it on this machine.
 
-    Raises BadInput for a file that is missing, of an unknown suffix or no engine of this library and machine,
-    MissingBackend without the library or its device.
+    backend: a key of `BACKENDS`, by default the first one that loads files of this suffix. options: keyword-only
+    parameters of the backend's `load`.
+
+    Raises BadInput for a missing file, an unknown suffix, backend or option, and a file that is no engine for this library
+    and machine; MissingBackend if the library or its device is missing.
     """
     path = Path(path)
     if not path.is_file():
@@ -96,13 +96,18 @@ def open_engine(
     shapes: Sequence[Sequence[int]] | None = None,
     **options: Any,
 ) -> Engine:
-    """An engine that is ready to run, whatever it takes: an engine file is loaded; an ONNX file or a program is built
-    for this machine first, without keeping the engine.
+    """Return an engine that is ready to run on this machine.
 
-    backend: by default the file's, inductor for a program. threads: of engines on the CPU. shapes: of the inputs that it
-    will run on, which an engine that is built here is then optimised for, and takes nothing else.
+    An engine file is loaded. An ONNX file or a program is built for this machine first, into a temporary file.
 
-    Raises BadInput for a file or option that the backend does not take, and what building raises.
+    - model: an engine file, an ONNX file, a saved program or a program.
+    - backend: a key of `BACKENDS`; by default that of the file's suffix, or inductor for a program.
+    - threads: number of threads of an engine on the CPU.
+    - shapes: shapes of the inputs, in order. An engine with dynamic axes that is built here accepts only these shapes.
+    - options: options of the build, or of `load` for an engine file.
+
+    Raises BadInput for a file or option that the backend does not support, and what `build_engine` and `load_engine`
+    raise.
     """
     if isinstance(model, Program):
         module = backend_module(backend or "inductor")
@@ -115,7 +120,7 @@ def open_engine(
     path = Path(model)
     name = backend or _backend_of(path)
     if name is None:
-        return load_engine(path)  # which says what is wrong
+        return load_engine(path)  # raises the error for this path
     module = backend_module(name)
     row = BACKENDS[name]
     if path.suffix in row.suffixes:
@@ -128,12 +133,13 @@ def open_engine(
         options = options | ({"shapes": ranges} if ranges else {})
     with tempfile.TemporaryDirectory() as folder:
         report = build_engine(path, local_target(name), Path(folder) / f"x{row.suffixes[0]}", name, **options)
-        trusted = {"host_code": True} if options.get("version_compatible") else {}  # this machine has just built it
+        # Such an engine contains code of the host; it may run, since this process has built it.
+        trusted = {"host_code": True} if options.get("version_compatible") else {}
         return load_engine(report.path, name, **trusted)
 
 
 def _backend_of(path: Path) -> str | None:
-    """The first backend that loads files of this suffix."""
+    """Return the first backend that loads files of this suffix; None if there is none."""
     return next((name for name, backend in BACKENDS.items() if path.suffix in backend.suffixes), None)
 
 

@@ -1,4 +1,4 @@
-"""What may be asked of a library when it builds an engine: one dataclass for all libraries, recipes and commands."""
+"""The options of an engine build: one dataclass for all libraries, recipes and commands."""
 
 import dataclasses
 import os
@@ -9,35 +9,34 @@ from typing import Any, Literal
 from ...graph.errors import BadInput
 from ...graph.hints import check_fields
 
-DEFAULT_BATCH = 1, 1, 8  # smallest, the one to optimise for (a vehicle's camera gives one image at a time), largest
+DEFAULT_BATCH = 1, 1, 8  # smallest, the one to optimise for (a vehicle's camera delivers single images), largest
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of one build, checked against their type hints and ranges. Each backend's `TAKES` names those it knows; None
-    leaves the choice to the library.
+    """The options of one build. Each backend's `TAKES` names those that it supports; None leaves a choice to the library.
 
-    - batch: number of images, of a model with a dynamic batch: one number, or all that the engine is to run at as
-      [smallest, the one to optimise for, largest], so that [1, 8, 16] is an engine for 1 to 16 images that is fastest at 8.
-      By default [1, 1, 8].
-    - shapes: the same three as full shapes, by name of an input with other dynamic axes.
-    - sparse: whether kernels for 2:4 sparse weights may be used; a recipe's default is yes where the weights have that
-      pattern, otherwise it is no.
-    - dla: number of the DLA core to run on, with the GPU as fallback.
-    - workspace: limit of the kernels' scratch memory, MiB.
-    - optimization_level: how long the library searches for kernels, 0 to 5.
+    - batch: batch size of a model with a dynamic batch: one number, or [smallest, the one to optimise for, largest]:
+      [1, 8, 16] gives an engine for 1 to 16 images that is fastest at 8. The default is [1, 1, 8].
+    - shapes: by name of an input with further dynamic axes, the same three as full shapes.
+    - sparse: whether kernels for 2:4 sparse weights may be used. In a recipe the default is true if the weights have that
+      pattern, else false.
+    - dla: index of the DLA core that runs the layers it supports; the GPU runs the others.
+    - workspace: limit of the kernels' scratch memory in MiB.
+    - optimization_level: how thoroughly the library searches for kernels, from 0 to 5.
     - tf32: whether layers in fp32 may multiply in TF32.
     - refit: whether the engine's weights can be replaced later.
     - version_compatible: whether later versions of the library can run the engine.
-    - hardware_compatibility: other GPUs that can run the engine: those from Ampere on, or of the same compute capability.
-    - timing_cache: file from which measurements of kernels are reused, and in which they are kept.
-    - plugins: shared libraries with operators that the library lacks; their code runs here, and the engine needs them
-      wherever it runs.
+    - hardware_compatibility: which other GPUs can run the engine: Ampere and later, or those of the same compute
+      capability.
+    - timing_cache: file from which measurements of kernels are reused and to which new ones are added.
+    - plugins: paths of shared libraries with operators that the library lacks. Their code is executed here, and is needed
+      on every machine that runs the engine.
     - log: file for the library's verbose log.
-    - progress: whether to show the library's build phases.
-    - threads: of the engine that is built to see its kernels, on a CPU.
+    - progress: whether to show the phases of the build.
+    - threads: number of threads of an engine on the CPU that is compiled to report its kernels.
 
-    Raises BadInput (`option workspace: ...`).
+    Raises BadInput, which names the option, for a value of the wrong type or out of range.
     """
 
     batch: int | Sequence[int] | None = None
@@ -66,7 +65,7 @@ class EngineOptions:
             three(self.batch, "option batch")
 
     def given(self) -> dict[str, Any]:
-        """The options that differ from their defaults, by name."""
+        """Return the options that differ from their defaults, by name."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if value != defaults[name]}
@@ -86,7 +85,10 @@ NAMES = tuple(field.name for field in dataclasses.fields(EngineOptions))
 
 
 def three(bounds: Any, name: str) -> tuple[Any, Any, Any]:
-    """Smallest, best and largest of what is one number or all three. Raises BadInput for another count."""
+    """Return (smallest, the one to optimise for, largest) from one number, which is all three, or from three values.
+
+    name: the option, for the message. Raises BadInput for another count.
+    """
     values = (bounds,) * 3 if isinstance(bounds, int) else tuple(bounds)
     if len(values) != 3:
         raise BadInput(f"{name}: three are needed (smallest, the one to optimise for, largest), got {len(values)}")

@@ -1,7 +1,7 @@
-"""Where an ONNX node comes from: the graph's node, its module, and the passes that changed it.
+"""The origin of an ONNX node: the node of the program's graph, its module, and the passes that changed it.
 
-The exporter keeps this in the ONNX file's metadata, so that whatever is built from the file, by any library on any
-machine, can be traced back to the program. Source: ours.
+The exporter stores origins in the metadata of the ONNX file, so that the kernels of an engine that any library builds from
+the file can be traced back to the program. Source: ours.
 """
 
 import ast
@@ -19,14 +19,14 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def scopes(node: onnx.NodeProto) -> tuple[str, str]:
-    """Module path and graph node that torch.onnx notes with an ONNX node; empty where it notes none."""
+    """Return the module path and the graph node that torch.onnx recorded for an ONNX node; empty texts if it did not."""
     text = {p.key: p.value for p in node.metadata_props}.get(SCOPES)
     names = ast.literal_eval(text) if text else []
     return (names[-2] if len(names) > 1 else ""), (names[-1] if names else "")
 
 
 def trace(program: Program, places: Mapping[str, tuple[str, str]]) -> dict[str, Origin]:
-    """Origins by ONNX node name. places: module path and graph node of each."""
+    """Return origins by name of the ONNX node. places: module path and graph node, by name of the ONNX node."""
     changes = [(record["pass"], set(_changed(record))) for record in program.history if "pass" in record]
     origins = {}
     for name, (module, node) in places.items():
@@ -36,21 +36,21 @@ def trace(program: Program, places: Mapping[str, tuple[str, str]]) -> dict[str, 
 
 
 def store(model: onnx.ModelProto, origins: Mapping[str, Origin]) -> None:
-    """Keep the origins of the nodes that the model still has."""
+    """Write the origins of the nodes that the model contains to its metadata."""
     kept = {n.name: origins[n.name].model_dump() for n in model.graph.node if n.name in origins}
     others = {p.key: p.value for p in model.metadata_props}
     onnx.helper.set_model_props(model, others | {KEY: json.dumps(kept, separators=(",", ":"))})
 
 
 def read(model: onnx.ModelProto) -> dict[str, Origin]:
-    """The origins that `store` kept; empty for a model from elsewhere."""
+    """Return the origins that `store` wrote, by name of the ONNX node; empty for a model without them."""
     text = {p.key: p.value for p in model.metadata_props}.get(KEY)
     rows = json.loads(text) if text else {}
     return {name: Origin(**row) for name, row in rows.items()}
 
 
 def _changed(record: Mapping[str, Any]) -> Iterable[str]:
-    """Names of nodes, parameters and modules that a pass says it changed."""
+    """Yield the names of nodes, parameters and modules that a pass's record says it changed."""
     rows = [row for row in record.get("changed", ()) if isinstance(row, Mapping)]
     rows += [row for row in record.get("layers", ()) if _shrank(row)]
     for row in rows:

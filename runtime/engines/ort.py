@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the default engine, there on every machine."""
+"""ONNX Runtime on the CPU, the default backend. graphcomb always installs it."""
 
 import functools
 import re
@@ -23,16 +23,21 @@ from .options import EngineOptions
 
 TAKES = ("threads",)
 
-# No kernel for an operator on the CPU, or no such operator ("domain:Op(version)").
+# Messages for an operator without a kernel on the CPU, and for an unknown operator ("domain:Op(version)").
 UNPARSED = re.compile(r"Could not find an implementation for (\w+)\(|(\w+)\(-?\d+\) is not a registered function/op")
 REFORMATS = ("ReorderInput", "ReorderOutput")
 INSERTED_CAST = "InsertedPrecisionFreeCast_"
 
 
 class OrtEngine(HostEngine):
-    """An ONNX file in an ONNX Runtime session. With one thread all work is done by the calling thread.
+    """An ONNX file in an ONNX Runtime session. With one thread the calling thread does all the work.
 
-    plain: run the nodes as they are, none fused or moved: fused integer kernels round otherwise than the graph says.
+    - threads: number of threads of one run, the calling thread included.
+    - optimized: path to which ONNX Runtime writes the model that it has optimised.
+    - plain: run every node as it is, without fusing or moving nodes. Fused integer kernels round differently from the
+      graph, so references of quantised models need this.
+
+    Raises BadInput for a file that ONNX Runtime refuses; UnparsedOp, a subclass, for an operator that it does not support.
     """
 
     def __init__(self, path: Path, threads: int = 1, optimized: Path | None = None, plain: bool = False):
@@ -64,16 +69,16 @@ class OrtEngine(HostEngine):
 
 
 def load(path: Path, *, backend: str = "onnxruntime", threads: int = 1) -> OrtEngine:
-    """Load an ONNX file. threads: of one run, the calling one included."""
+    """Load an ONNX file. threads: number of threads of one run, the calling thread included."""
     return OrtEngine(path, threads)
 
 
 def build(
     model: Path, target: Target, out: Path | None, options: EngineOptions, *, backend: str = "onnxruntime"
 ) -> EngineReport:
-    """Optimise an ONNX file and report the kernels that remain.
+    """Optimise an ONNX file and report the kernels of the optimised model.
 
-    out: where to keep the optimised model; it fits only CPUs with the same vector width. None keeps nothing.
+    out: path of the optimised model, which runs only on CPUs with the same vector width; None does not keep it.
     """
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -88,14 +93,16 @@ def build(
 
 
 def inserted_casts(optimized: onnx.ModelProto) -> int:
-    """How many casts to fp32 and back ONNX Runtime added for want of fp16 kernels on this CPU."""
+    """Return how many casts to fp32 and back ONNX Runtime added because this CPU has no fp16 kernels."""
     return sum(n.name.startswith(INSERTED_CAST) and n.op_type == "Cast" for n in optimized.graph.node)
 
 
 @functools.cache
 def computes_half() -> bool:
-    """Whether this CPU has kernels that compute convolutions and matrix products in fp16; else they run in fp32, between
-    casts."""
+    """Return whether ONNX Runtime computes fp16 convolutions and matrix products in fp16 on this CPU.
+
+    Without fp16 kernels it computes them in fp32, between casts.
+    """
     model = onnx.parser.parse_model("""
         <ir_version: 9, opset_import: ["": 20]>
         half (float16[1,8,8,8] x, float16[8,8,1,1] w, float16[8,8] v) => (float16[1,8,8,8] y) {
@@ -115,7 +122,7 @@ def _optimize(model: Path, to: Path, threads: int) -> onnx.ModelProto:
 def _is_half(path: Path) -> bool:
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
-    except Exception:  # no ONNX file: the session says so
+    except Exception:  # not an ONNX file: creating the session raises the error
         return False
     kinds = [t.data_type for t in stored_tensors(graph)] + [i.type.tensor_type.elem_type for i in graph.input]
     return onnx.TensorProto.FLOAT16 in kinds
@@ -132,5 +139,5 @@ def _spec(value: Any) -> TensorSpec:
 
 
 def _line(error: Exception) -> str:
-    """The message without ONNX Runtime's prefix, one line."""
+    """Return the message in one line, without ONNX Runtime's prefix."""
     return " ".join(str(error).split(" : ", 3)[-1].split())[:200]

@@ -1,7 +1,7 @@
 """OpenVINO on the CPU: a second engine for processors without an accelerator.
 
-Kernels are read from the compiled model's runtime graph, in which every node names the layers it was made of. Source:
-OpenVINO documentation, "Runtime model" and "CPU device".
+Kernels are read from the runtime graph of the compiled model, whose nodes name the original layers that they compute.
+Source: OpenVINO documentation, "Runtime model" and "CPU device".
 """
 
 import re
@@ -27,15 +27,19 @@ UNPARSED = re.compile(r"No conversion rule found for operations: (.+)")
 
 
 class OpenVinoEngine(HostEngine):
-    """A model compiled for the CPU. It computes in fp32, unless it is quantised: by itself the library would take
-    bfloat16 where the processor has it, which is faster and not the same."""
+    """A model compiled for the CPU, which computes in fp32 unless it is quantised.
+
+    OpenVINO's own default is bfloat16 on processors that support it, which is faster but less exact.
+
+    Raises BadInput for a file that OpenVINO refuses; UnparsedOp, a subclass, for an operator that it does not support.
+    """
 
     def __init__(self, path: Path, threads: int = 1):
         ov = _library()
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
         try:
             self.compiled = ov.Core().compile_model(str(path), "CPU", settings)
-        except Exception as error:  # the exceptions of its frontends share no base with the others
+        except Exception as error:  # the exceptions of OpenVINO's frontends and runtime have no common base
             raise _unparsed(path, error) or BadInput(f"{path}: OpenVINO refuses it ({_line(error)})") from error
         self.inputs = [_spec(port) for port in self.compiled.inputs]
         self.outputs = [_spec(port) for port in self.compiled.outputs]
@@ -56,23 +60,23 @@ class OpenVinoEngine(HostEngine):
 
 
 def load(path: Path, *, backend: str = "openvino", threads: int = 1) -> OpenVinoEngine:
-    """Compile an ONNX file or OpenVINO's own (.xml). threads: of one run."""
+    """Compile an ONNX file or a file of OpenVINO's own format (.xml). threads: number of threads of one run."""
     return OpenVinoEngine(path, threads)
 
 
 def build(
     model: Path, target: Target, out: Path | None, options: EngineOptions, *, backend: str = "openvino"
 ) -> EngineReport:
-    """Convert an ONNX file to OpenVINO's format (an .xml file and its weights beside it, .bin) and report the kernels
-    that it compiles to here."""
+    """Convert an ONNX file to OpenVINO's format, an .xml file and a .bin file with its weights, and report the kernels
+    that OpenVINO compiles it to on this machine."""
     ov = _library()
     out = out or model.with_suffix(".xml")
     try:
         converted = ov.convert_model(str(model))
-    except Exception as error:  # as above
+    except Exception as error:  # no common base, as above
         raise _unparsed(model, error) or BadInput(f"{model}: OpenVINO cannot convert it ({_line(error)})") from error
     with replacing(out.with_suffix(".bin")) as weights, replacing(out) as part:
-        # Its writer names the weights after the graph; they are found by the name of the graph when it is read.
+        # OpenVINO derives the name of the weights from that of the .xml file, both when it writes and when it reads.
         ov.save_model(converted, str(part), compress_to_fp16=False)
         part.with_suffix(".bin").replace(weights)
     compiled = OpenVinoEngine(out, options.threads).compiled
@@ -113,7 +117,8 @@ def _spec(port: Any) -> TensorSpec:
 
 
 def _unparsed(path: Path, error: Exception) -> UnparsedOp | None:
-    """The error about operators that OpenVINO names with their version ("Det-18") or domain ("my.Op")."""
+    """Return the error for unsupported operators if the exception is one; OpenVINO names an operator with its version
+    ("Det-18") or domain ("my.Op")."""
     unknown = UNPARSED.search(str(error))
     return unknown and unparsed(path, "OpenVINO", [op.split("-")[0].split(".")[-1] for op in unknown[1].split(", ")])
 

@@ -1,1 +1,1 @@
-"""Engines that PyTorch compiles."""
+"""Backends that compile PyTorch programs: inductor and Torch-TensorRT."""

@@ -1,4 +1,4 @@
-"""A compiled PyTorch callable behind the interface of engines: what inductor and Torch-TensorRT share."""
+"""The engine class and the engine files that inductor and Torch-TensorRT share."""
 
 import json
 import tempfile
@@ -18,12 +18,15 @@ from ....graph.program import Program, flatten_outputs
 from ...onnx_file import TensorSpec
 from ..base import HostEngine
 
-PACKAGE, ABOUT = "model.pt2", "engine.json"  # in the engine file, a zip
+PACKAGE, ABOUT = "model.pt2", "engine.json"  # members of the engine file, which is a zip
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 
 class TorchEngine(HostEngine):
-    """A callable of tensors on a device. Inputs and outputs are host arrays."""
+    """An engine that calls a compiled function of tensors on a device. `run` takes and returns numpy arrays.
+
+    on_device: whether the device is an accelerator, so that CPU time says nothing about its load.
+    """
 
     def __init__(
         self,
@@ -34,7 +37,7 @@ class TorchEngine(HostEngine):
     ):
         self._call, self._device = call, device
         self.inputs, self.outputs = list(inputs), list(outputs)
-        self.on_device = device.type != "cpu"  # the processor waits while it runs
+        self.on_device = device.type != "cpu"
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         with torch.no_grad():
@@ -42,7 +45,7 @@ class TorchEngine(HostEngine):
         return [tensor.cpu().numpy() for tensor in outputs]
 
     def prepared(self, inputs: Sequence[np.ndarray]) -> Callable[[], None]:
-        """A call that runs on inputs that stay on the device, and leaves the outputs there."""
+        """Copy the inputs to the device and return a function that runs the engine on them without copying outputs."""
         tensors = self._tensors(inputs)
 
         def call() -> None:
@@ -51,7 +54,7 @@ class TorchEngine(HostEngine):
             if self.on_device:
                 torch.cuda.synchronize()
 
-        call()  # the first one may compile
+        call()  # the first call may compile
         return call
 
     def close(self) -> None:
@@ -70,7 +73,7 @@ class TorchEngine(HostEngine):
 
 
 def specs(program: Program) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Inputs and outputs of a program, in the order of its tensors."""
+    """Return the specs of a program's input tensors and of its outputs, in order."""
     nodes = list(program.graph.nodes)
     inputs = [(str(n.target), n.meta.get("val")) for n in nodes if n.op == "placeholder"]
     results = [n.meta["val"] for n in pytree.tree_leaves(nodes[-1].args) if isinstance(n, torch.fx.Node)]
@@ -82,7 +85,7 @@ def specs(program: Program) -> tuple[list[TensorSpec], list[TensorSpec]]:
 
 
 def pack(out: Path, package: Path, program: Program, device: torch.device) -> None:
-    """Write an engine file: a zip of what the compiler wrote and of what this interface needs to know."""
+    """Write an engine file: a zip of the compiler's file `package` and of the device, inputs and outputs as JSON."""
     inputs, outputs = specs(program)
     about = {"device": device.type, "inputs": inputs, "outputs": outputs}
     with replacing(out) as part, zipfile.ZipFile(part, "w") as file:
@@ -91,8 +94,11 @@ def pack(out: Path, package: Path, program: Program, device: torch.device) -> No
 
 
 def unpack(path: Path, backend: str, load: Callable[[str], Callable[..., Any]]) -> TorchEngine:
-    """Read an engine file; `load` makes a callable of the compiler's part. Raises BadInput for another file,
-    MissingBackend where the device it was compiled for is not at hand."""
+    """Load an engine file that `pack` wrote.
+
+    load: returns a function of tensors from the path of the compiler's file. Raises BadInput for a file that is no such
+    engine, MissingBackend if it was compiled for a GPU and this machine has none.
+    """
     try:
         with zipfile.ZipFile(path) as file, tempfile.TemporaryDirectory() as folder:
             about = json.loads(file.read(ABOUT))
@@ -109,7 +115,8 @@ def unpack(path: Path, backend: str, load: Callable[[str], Callable[..., Any]]) 
 
 
 def on_leaves(program: Program, module: Callable[..., Any]) -> Callable[..., Any]:
-    """The module as a function of the program's input tensors alone; other inputs keep their example values."""
+    """Return a function of the program's input tensors that calls the module. Inputs other than tensors keep their example
+    values."""
     leaves, spec = pytree.tree_flatten((program.args, program.kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
 
@@ -124,7 +131,7 @@ def on_leaves(program: Program, module: Callable[..., Any]) -> Callable[..., Any
 
 
 def precision(program: Program) -> str:
-    """The type that most of the parameters have."""
+    """Return the precision of most of the program's parameters, "fp32" without parameters."""
     counts: dict[torch.dtype, int] = {}
     for tensor in program.module().parameters():
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()

@@ -1,7 +1,8 @@
-"""PyTorch's own compiler: for a GPU without TensorRT, and for CPUs with a C++ compiler.
+"""PyTorch's own compiler, for a GPU without TensorRT and for CPUs with a C++ compiler.
 
 `compile_program` compiles in this process (`torch.compile`, constants folded into the weights, CUDA graphs on a GPU);
-`build` compiles ahead of time (AOTInductor) into a file that loads without the model's code. Both fit this machine only.
+`build` compiles ahead of time (AOTInductor) into a file that loads without the model's code. Both compile for this machine
+only.
 Source: PyTorch documentation, "torch.compile", "AOTInductor: Ahead-Of-Time Compilation".
 """
 
@@ -28,10 +29,10 @@ TAKES = ("threads",)
 def compile_program(
     program: Program, *, backend: str = "inductor", threads: int = 1, graphs: bool = True
 ) -> TorchEngine:
-    """Compile a program for this machine's GPU, or its CPU where there is none; the program is not changed.
+    """Compile a program for this machine's GPU, or for its CPU without one. The program is not changed.
 
-    threads: on the CPU. graphs: CUDA graphs, on a GPU. Raises MissingBackend without a C++ compiler, Refused for what
-    the compiler does not take.
+    threads: number of threads on the CPU. graphs: whether to run CUDA graphs on a GPU. Raises MissingBackend on a CPU
+    without a C++ compiler, Refused for a program that inductor cannot compile.
     """
     device = _device()
     program = program.copy()
@@ -40,7 +41,7 @@ def compile_program(
     if device.type == "cuda" and graphs:
         options["triton.cudagraphs"] = True
     _threads(device, threads)
-    # Programs of one class would otherwise share one cache, and be refused after eight.
+    # Without the reset the modules of all programs share one cache, and torch.compile gives up after eight entries.
     torch.compiler.reset()
     compiled = torch.compile(module, options=options, dynamic=bool(program.dynamic_shapes))
     engine = TorchEngine(on_leaves(program, compiled), *specs(program), device)
@@ -55,10 +56,10 @@ def compile_program(
 def build(
     model: Path, target: Target, out: Path | None, options: EngineOptions, *, backend: str = "inductor"
 ) -> EngineReport:
-    """Compile a saved program ahead of time for this machine, and report what came out.
+    """Compile a saved program ahead of time for this machine. The report lists no kernels.
 
-    Raises BadInput for a target that is not this machine, MissingBackend without a C++ compiler, Refused for what the
-    compiler does not take.
+    Raises BadInput for a target that is not this machine, MissingBackend on a CPU without a C++ compiler, Refused for a
+    program that inductor cannot compile.
     """
     device = _device()
     here = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -80,8 +81,11 @@ def build(
 
 
 def load(path: Path, *, backend: str = "inductor", threads: int = 1) -> TorchEngine:
-    """Load what `build` compiled. threads: on the CPU. Raises BadInput for another file, MissingBackend where its device
-    is not at hand."""
+    """Load an engine file that `build` wrote. threads: number of threads on the CPU.
+
+    Raises BadInput for a file that is no such engine, MissingBackend if it was compiled for a GPU and this machine has
+    none.
+    """
     engine = unpack(path, backend, load_compiled)
     if not engine.on_device:
         torch.set_num_threads(threads)

@@ -1,8 +1,8 @@
-"""Torch-TensorRT: TensorRT for the parts of a program that it can build, PyTorch for the rest.
+"""Torch-TensorRT: TensorRT runs the parts of a program that it supports, PyTorch runs the others.
 
-It needs a GPU even to be imported (it asks for the device then), and has no releases for Jetson Orin after 2.8: there,
-and wherever the whole network builds, an ONNX file and TensorRT itself do the same with less. Source: Torch-TensorRT
-documentation, "Compiling Exported Programs with Torch-TensorRT".
+The library needs a GPU even to be imported, and has no releases for Jetson Orin after 2.8. If TensorRT supports the whole
+network, building an ONNX file with TensorRT itself is simpler. Source: Torch-TensorRT documentation, "Compiling Exported
+Programs with Torch-TensorRT".
 """
 
 import importlib
@@ -39,10 +39,15 @@ def compile_program(
     optimization_level: int | None = None,
     batch: int | None = None,
 ) -> TorchEngine:
-    """Compile a program for this machine's GPU; the program is not changed.
+    """Compile a program for this machine's GPU. The program is not changed.
 
-    batch: the one that is optimised for, and taken, where it is dynamic; by default 1, of 1 to 8. sparse: allow kernels for
-    2:4 sparse weights. Raises MissingBackend without the library or a GPU, Refused for what it cannot compile.
+    - sparse: whether kernels for 2:4 sparse weights may be used.
+    - optimization_level: how thoroughly TensorRT searches for kernels, from 0 to 5.
+    - batch: the only batch size that an engine with a dynamic batch accepts; by default it accepts 1 to 8 and is optimised
+      for 1.
+
+    Raises MissingBackend without the library or a GPU, BadInput for an option out of range and for dynamic axes other than
+    the batch, Refused for a program that Torch-TensorRT cannot compile.
     """
     options = EngineOptions(batch=batch, sparse=sparse, optimization_level=optimization_level)
     module = _compile(_library(), program, options)
@@ -57,7 +62,8 @@ def build(
     *,
     backend: str = "torch_tensorrt",
 ) -> EngineReport:
-    """Compile a saved program for this machine's GPU into a file, and say which parts run in TensorRT.
+    """Compile a saved program for this machine's GPU into a file. The report's kernels are the parts of the program, of
+    kind "TensorRT" or "PyTorch".
 
     Raises BadInput for a target that is not this machine, and what `compile_program` raises.
     """
@@ -80,7 +86,10 @@ def build(
 
 
 def load(path: Path, *, backend: str = "torch_tensorrt") -> TorchEngine:
-    """Load what `build` saved. Raises MissingBackend without the library or a GPU, BadInput for another file."""
+    """Load an engine file that `build` wrote.
+
+    Raises MissingBackend without the library or a GPU, BadInput for a file that is no such engine.
+    """
     library = _library()
     return unpack(path, backend, lambda file: library.load(file).module())
 
@@ -96,7 +105,7 @@ def _compile(library: ModuleType, program: Program, options: EngineOptions) -> A
         "optimization_level": options.optimization_level,
         "truncate_double": True,
         "min_block_size": 1,
-        # Types are the program's own. Newer versions always do that; older ones are told which they may use.
+        # TensorRT must compute in the program's own types. Newer versions always do; older ones need the list of types.
         "use_explicit_typing": True,
         "enabled_precisions": {t.dtype for t in program.module().parameters()} or {torch.float32},
     }
@@ -111,7 +120,7 @@ def _compile(library: ModuleType, program: Program, options: EngineOptions) -> A
 
 
 def _inputs(library: ModuleType, program: Program, batches: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example inputs on the device; those with a dynamic batch as the range of shapes to compile for."""
+    """Return the example inputs on the device; an input with a dynamic batch becomes the range of shapes to compile for."""
     inputs = iter(specs(program)[0])
 
     def give(tensor: torch.Tensor) -> Any:
@@ -132,10 +141,10 @@ def _device() -> torch.device:
 
 
 def _library() -> ModuleType:
-    """Import the library. Raises MissingBackend where it is absent, or there is no GPU, without which it fails to."""
+    """Import the library. Raises MissingBackend if it is not installed, or fails to load, as it does without a GPU."""
     try:
         return importlib.import_module("torch_tensorrt")
     except ModuleNotFoundError as error:
         raise not_installed("torch_tensorrt") from error
-    except Exception as error:  # it asks for the device when it is imported
+    except Exception as error:  # the library asks for the device when it is imported
         raise MissingBackend(f"torch_tensorrt does not load here: {reason(error)}; it needs an NVIDIA GPU") from error

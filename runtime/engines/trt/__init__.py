@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX."""
+"""The backends TensorRT and TensorRT-RTX: build and run engines, and read build logs."""

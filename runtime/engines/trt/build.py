@@ -1,9 +1,9 @@
-"""TensorRT engines, one code for classic TensorRT (8.6, 10, 11) and TensorRT-RTX (package `tensorrt_rtx`).
+"""Build engines with classic TensorRT (8.6, 10, 11) or TensorRT-RTX (package `tensorrt_rtx`).
 
-Both packages have one API; what differs between versions is looked up (an enum member, a method), never inferred from a
-version number. Networks are strongly typed, so the ONNX file says what is computed in which type; TensorRT 8.6, which
-has no such networks, gets precision flags instead. TensorRT-RTX builds for a compute capability on any machine, without
-a GPU; classic TensorRT builds for the GPU it runs on.
+Both packages have the same API. Whether a version has a feature is looked up (an enum member, a method), not inferred from
+the version number. Networks are strongly typed, so the ONNX file decides in which type each layer computes; TensorRT 8.6
+has no such networks and gets precision flags instead. TensorRT-RTX builds for any compute capability on any machine, even
+without a GPU; classic TensorRT builds for the GPU it runs on.
 
 Sources: TensorRT developer guide, "Strongly typed networks", "Working with dynamic shapes", "Working with DLA",
 "Timing cache"; TensorRT-RTX developer guide, "Building engines on CPU".
@@ -35,20 +35,24 @@ from .library import library, load_plugins, new_monitor
 from .log import parse_build_log
 from .run import TensorRTEngine, sizes_of
 
-if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT, whose interface both packages have
+if TYPE_CHECKING:  # mypy checks the calls against the stubs of classic TensorRT, whose API both packages have
     import tensorrt as types
 
-# Without strong typing (8.6): the flags that let TensorRT compute in the types of the ONNX file.
+# TensorRT 8.6 has no strong typing: it needs these flags to compute in the types of the ONNX file.
 WEAK_FLAGS = {"fp16": ("FP16",), "bf16": ("BF16",), "int8": ("INT8", "FP16")}
 FLAGS = {"sparse": "SPARSE_WEIGHTS", "refit": "REFIT", "version_compatible": "VERSION_COMPATIBLE"}
-REQUIRED = *FLAGS, "hardware_compatibility"  # options that can keep the library from building anything
+REQUIRED = *FLAGS, "hardware_compatibility"  # options with which a build can fail, so that its error names them
 TAKES = tuple(name for name in NAMES if name != "threads")
 
 
 @dataclass
 class TensorRTReport(EngineReport):
-    """Also says where the engine computes on wider axes than the model has, and the alignment that would avoid it;
-    which quantisation buys nothing; and which lines about kernels could not be read."""
+    """The report of a build with three lists in addition.
+
+    - pads: axes that the engine computes with a larger size than the model, and the alignment that avoids it.
+    - unfused: quantisation that makes nothing faster.
+    - unread: lines of the build log about kernels that could not be parsed.
+    """
 
     pads: list[Pad] = field(default_factory=list)
     unfused: list[Unfused] = field(default_factory=list)
@@ -63,16 +67,16 @@ def build(
     *,
     backend: str,
 ) -> TensorRTReport:
-    """Build an engine for a target and report what the library made of the model.
+    """Build an engine for a target and report on its kernels, as `build_engine` describes.
 
-    Raises BadInput for a model, target or option that does not fit, Refused for what this version or machine cannot do,
-    MissingBackend without the library.
+    Raises BadInput for a model, target or option that does not fit, UnparsedOp for an operator that the parser does not
+    support, Refused for what this version or machine cannot do, MissingBackend without the library.
     """
     out = out or model.with_suffix(BACKENDS[backend].suffixes[0])
     graph = onnx.load(str(model), load_external_data=False)
     kind = precision(graph)
     if options.dla is not None:
-        dla_report(graph, target, options.dla, options.batch)  # refuses what no layer could run
+        dla_report(graph, target, options.dla, options.batch)  # raises if the DLA can run no layer of this model
     work = _Build(backend, target, options)
     work.check_opset(model, graph)
     work.parse(model)
@@ -114,21 +118,24 @@ def build(
 def load(
     path: Path, *, backend: str, graphs: bool = False, host_code: bool = False, plugins: Sequence[str] | None = None
 ) -> TensorRTEngine:
-    """Load an engine file; that takes the GPU it was built for. graphs: run it as a CUDA graph, which starts all its
-    kernels at once; inputs of other shapes than the last ones are recorded anew, and what cannot be recorded runs without.
-    host_code: trust the file with code of its own for the processor, which version-compatible engines carry. plugins: the
-    shared libraries that it was built with.
+    """Load an engine file. This needs the GPU that it was built for.
 
-    Raises MissingBackend without the library or a GPU, BadInput for a file that is no engine for this library version
-    and GPU.
+    - graphs: whether to run the engine as a CUDA graph, which starts all its kernels at once. Inputs of new shapes record
+      the graph again; an engine that cannot be recorded runs without a graph, with a warning.
+    - host_code: whether to trust the file with code for the CPU, which version-compatible engines contain and execute.
+    - plugins: the shared libraries that it was built with.
+
+    Raises MissingBackend without the library or a GPU; BadInput for a file that is no engine for this version of the library
+    and this GPU, and for a plugin that cannot be loaded; Refused for an engine that cannot be run here, such as one with
+    tensors of 4-bit types.
     """
     return TensorRTEngine(path, backend, graphs, host_code, plugins or ())
 
 
 class _Build:
-    """One build: the library's objects, and each capability looked up before it is used.
+    """One build: the objects of the library, and methods that configure them.
 
-    who: the library and its version, for messages. notes: what the user should know about the engine.
+    who: name and version of the library, for messages. notes: warnings about the engine for the report.
     """
 
     def __init__(self, backend: str, target: Target, options: EngineOptions):
@@ -138,7 +145,7 @@ class _Build:
         self.notes: list[str] = []
         self.logger = new_logger(trt)
         load_plugins(trt, self.logger, options.plugins or ())
-        # TensorRT-RTX builds for a compute capability that is named, classic TensorRT for the GPU at hand.
+        # TensorRT-RTX builds for the compute capability that is set, classic TensorRT for this machine's GPU.
         self.aims = hasattr(trt.IBuilderConfig, "set_compute_capability")
         if not self.aims:
             self._check_device()
@@ -151,7 +158,11 @@ class _Build:
         self.config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
 
     def check_opset(self, path: Path, model: onnx.ModelProto) -> None:
-        """The library at hand may be newer than the oldest release that the target's own opset is for."""
+        """Raise BadInput for an opset that the parser does not support.
+
+        Classic TensorRT builds on the target, so its own version decides, which may be newer than the oldest release that
+        `Target.opset` allows for.
+        """
         version = tuple(int(part) for part in self.trt.__version__.split(".")[:2])
         limit = self.target.opset if self.aims else parsed_opset(version)
         opset = opset_of(model)
@@ -167,7 +178,7 @@ class _Build:
         error = parser.get_error(0)
         if hasattr(error, "node_name"):
             name, op = error.node_name(), error.node_operator()
-        else:  # before 10.0 only the index
+        else:  # before 10.0 an error has only the index of the node
             nodes = onnx.load(str(path), load_external_data=False).graph.node
             node = nodes[error.node()] if 0 <= error.node() < len(nodes) else None
             name, op = (node.name, node.op_type) if node else ("", "")
@@ -177,18 +188,18 @@ class _Build:
         raise UnparsedOp(f"{path}: {self.who} cannot parse it: {where}{reason}")
 
     def aim(self) -> None:
-        """Build for the target's compute capability."""
+        """Set the target's compute capability, if the library can build for one that is set."""
         if not self.aims:
             return
         known = {n: m for n, m in self.trt.ComputeCapability.__members__.items() if n.startswith("SM")}
-        config: Any = self.config  # classic TensorRT of the stubs' version has no capabilities to set
+        config: Any = self.config  # the stubs of classic TensorRT lack these attributes
         config.num_compute_capabilities = 1
-        # The setter answers False, and does not raise, for what it does not support.
+        # The setter returns False for an unsupported capability; it does not raise.
         if self.target.sm not in known or not config.set_compute_capability(known[self.target.sm], 0):
             raise BadInput(f"target {self._target()}: {self.who} builds for {', '.join(known)} only")
 
     def allow(self, kind: str) -> None:
-        """Without strong typing: let the library compute in the types of the ONNX file."""
+        """Allow the library to compute in the types of the ONNX file, if it has no strong typing."""
         if self.strong or kind not in WEAK_FLAGS:
             return
         for name in WEAK_FLAGS[kind]:
@@ -196,12 +207,12 @@ class _Build:
         self.notes.append(f"{self.who} has no strongly typed networks: it may compute layers wider than in {kind}")
 
     def shape(self, path: Path) -> None:
-        """An optimisation profile for a model with dynamic shapes."""
+        """Add an optimisation profile for a model with dynamic shapes."""
         tensors = [self.network.get_input(index) for index in range(self.network.num_inputs)]
         ranges = _ranges({t.name: sizes_of(t.shape) for t in tensors}, path, self.options)
         if not ranges:
             return
-        profile: Any = self.builder.create_optimization_profile()  # whose shapes may be tuples, unlike the stubs say
+        profile: Any = self.builder.create_optimization_profile()  # shapes may be tuples, although the stubs deny it
         for name, (smallest, best, largest) in ranges.items():
             profile.set_shape(name, smallest, best, largest)
         if self.config.add_optimization_profile(profile) < 0:
@@ -213,7 +224,7 @@ class _Build:
         self.config.set_flag(getattr(self.trt.BuilderFlag, name))
 
     def tune(self) -> None:
-        """Set what the library has a default of its own for."""
+        """Set the options for which the library has its own default."""
         options, trt = self.options, self.trt
         for name, flag in FLAGS.items():
             if getattr(options, name):
@@ -225,13 +236,13 @@ class _Build:
         if options.tf32 is False and hasattr(trt.BuilderFlag, "TF32"):
             self.config.clear_flag(trt.BuilderFlag.TF32)
         if (wanted := options.hardware_compatibility) is not None:
-            levels = getattr(trt, "HardwareCompatibilityLevel", None)  # came with 8.6, the second level later
+            levels = getattr(trt, "HardwareCompatibilityLevel", None)  # new in 8.6; the second level came later
             if not hasattr(levels, wanted.upper()):
                 raise Refused(f"option hardware_compatibility: {self.who} has no level {wanted}")
             self.config.hardware_compatibility_level = getattr(levels, wanted.upper())
 
     def use_dla(self, core: int) -> None:
-        """Run on a DLA core what it can run, and note what it cannot."""
+        """Assign to a DLA core the layers that it can run, and note which ones run on the GPU."""
         cores = self.builder.num_DLA_cores
         if core >= cores:
             driven = ", ".join("{}.{}".format(*v) for v in self.target.dla.tensorrt) if self.target.dla else "none"
@@ -246,14 +257,14 @@ class _Build:
             self.notes.append(f"the DLA cannot run {len(left)} of {len(layers)} layers: {', '.join(left)}")
 
     def attach(self, path: Path) -> None:
-        """Reuse the kernel timings in the file, or start an empty cache."""
+        """Use the timing cache in the file, or a new one if the file does not exist."""
         cache = self.config.create_timing_cache(path.read_bytes() if path.exists() else b"")
         attached = cache is not None and self.config.set_timing_cache(cache, False)
         if not attached:
             raise BadInput(f"option timing_cache: {path} was made by another version or device; delete it")
 
     def run(self, title: str) -> Any:
-        """The serialised engine, or None; with a progress bar by phases where the library reports them (from 10.0)."""
+        """Build and return the serialised engine, or None on failure. A progress bar shows phases from 10.0 on."""
         if not self.options.progress:
             return self.builder.build_serialized_network(self.network, self.config)
         with Progress(transient=True) as bar:
@@ -279,7 +290,8 @@ def _ranges(
     path: Path,
     options: EngineOptions,
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Smallest, best and largest shape of every dynamic input (-1 in its shape); empty for a static model."""
+    """Return (smallest, the one to optimise for, largest) as shapes of every input with a dynamic axis (-1); empty for a
+    static model. Raises BadInput for options that do not fit the inputs."""
     dynamic = {name: shape for name, shape in inputs.items() if -1 in shape}
     shapes = options.shapes or {}
     for name in shapes:

@@ -1,11 +1,11 @@
-"""The kernels of an engine as its build log has them: which only pad, which axes are wider, which quantisation buys nothing.
+"""The kernels of an engine, from its build log: kernels that only pad, padded axes, and quantisation that saves nothing.
 
 How padding is told apart from the model's own concatenations, pads and slices (ours): a tensor between two kernels is
-*padded* when it has the shape of none of the ONNX tensors that pass between their nodes, adjacent axes merged or not,
-and one of those has the same shape but for smaller extents.
+*padded* if its shape is that of no ONNX tensor between their nodes (also after merging adjacent axes), but one of these
+ONNX tensors has a shape that is equal along some axes and slightly smaller along the others.
 
-A grouped convolution is padded inside each of its groups, so the width of a group is what counts, and only multiples of
-the number of groups are widths at all. What would double a model to spare it some padding is no advice.
+A grouped convolution is padded inside each of its groups: the width of a group counts, and only multiples of the number of
+groups are possible widths. A width that would double the axis in order to save some padding is not advised.
 """
 
 import itertools
@@ -24,8 +24,8 @@ DTYPES = {
     "Half": "fp16", "Float": "fp32", "BFloat16": "bf16", "FP8": "fp8", "FP4": "fp4",
     "Int4": "int4", "Int8": "int8", "Int32": "int32", "Int64": "int64",
 }  # fmt: skip
-# Steps in the names of generated kernels (`__myl_ReluConc_myl0_3`) that make an axis longer or shorter. A kernel of only
-# these and reshapes does no work but padding, nor does one that also moves data if the order in memory stays the same.
+# The names of generated kernels list their steps (`__myl_ReluConc_myl0_3`). These steps make an axis longer or shorter. A
+# kernel of only such steps and reshapes only pads; so does one that also has MOVES steps, if the order in memory is kept.
 GROW, SHRINK = {"Conc", "Pad"}, {"Slic"}
 PADDING_ONLY = GROW | SHRINK | {"Repl", "Resh"}
 MOVES = {"Move", "Tran"}
@@ -37,8 +37,11 @@ QUANTIZED = ("int8", "fp8", "int4", "fp4")
 
 @dataclass(frozen=True)
 class Tensor:
-    """A kernel's operand. shape: -1 where dynamic. format: the library's short name of the layout: "NHWC", "Linear".
-    order: axes from the slowest to the fastest in memory."""
+    """An operand of a kernel.
+
+    shape: -1 stands for a dynamic axis. format: the library's short name of the layout, such as "NHWC" or "Linear". order:
+    axes from the slowest to the fastest in memory; empty if unknown.
+    """
 
     name: str
     shape: Shape
@@ -52,7 +55,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class LoggedKernel:
-    """One kernel as the log has it. nodes: names of the ONNX nodes that it computes."""
+    """One kernel as the log describes it. kind: the library's name of its type. nodes: names of the ONNX nodes that it
+    computes."""
 
     name: str
     kind: str = ""
@@ -63,14 +67,14 @@ class LoggedKernel:
 
     @property
     def steps(self) -> list[str]:
-        """The operations of a generated kernel, from its name; empty for library kernels."""
+        """The steps in the name of a generated kernel; empty for a kernel of the library."""
         name = re.match(r"__myl_([A-Za-z]+)", self.name)
         return re.findall(r"[A-Z][a-z]*", name[1]) if name else []
 
 
 @dataclass(frozen=True)
 class Node:
-    """An ONNX node as the parser printed it, with the names and shapes of its operands."""
+    """An ONNX node as the parser printed it. inputs, outputs: (name, shape) of its operands."""
 
     name: str
     op: str
@@ -80,8 +84,11 @@ class Node:
 
 @dataclass
 class BuildLog:
-    """A parsed build log. memory: bytes by purpose. unread: lines that should describe a kernel and could not be
-    read."""
+    """A parsed build log.
+
+    layers: kernels in execution order. nodes: ONNX nodes by name. memory: bytes by purpose. unread: lines that look like
+    the description of a kernel but could not be parsed.
+    """
 
     layers: list[LoggedKernel] = field(default_factory=list)
     nodes: dict[str, Node] = field(default_factory=dict)
@@ -89,7 +96,7 @@ class BuildLog:
     unread: list[str] = field(default_factory=list)
 
     def kernels(self) -> list[Kernel]:
-        """The kernels in execution order; `padding` marks those that exist only to pad."""
+        """Return the kernels in execution order; `padding` is true for those that only pad."""
         padding = {pad.kernel for pad in self.pads() if pad.how == "kernel"}
         kernels = []
         for layer in self.layers:
@@ -99,7 +106,10 @@ class BuildLog:
         return kernels
 
     def pads(self, alignment: Callable[[str], int] | None = None) -> list[Pad]:
-        """Every padded axis. alignment: of the target by dtype ("fp16" -> 8); see `advice`."""
+        """Return every padded axis with the advice how to avoid the padding.
+
+        alignment: returns the target's alignment for a dtype ("fp16" -> 8), 0 if it is unknown; see `advice`.
+        """
         readers: dict[str, list[LoggedKernel]] = defaultdict(list)
         writers: dict[str, list[LoggedKernel]] = defaultdict(list)
         for layer in self.layers:
@@ -128,8 +138,11 @@ class BuildLog:
         return pads
 
     def unfused(self) -> list[Unfused]:
-        """Quantisation that stayed outside of the operators it is for. Quantising the network's inputs and dequantising
-        its outputs is nobody's fault and not listed, nor are weights, which are quantised when the engine is built."""
+        """Return the quantisation that was not fused into operators, so that it saves no time (`summary.UNFUSED`).
+
+        Not listed: quantising the network's inputs and dequantising its outputs, which cannot be avoided, and weights,
+        which are quantised when the engine is built.
+        """
         made = {tensor.name for layer in self.layers for tensor in layer.outputs}
         read = {tensor.name for layer in self.layers for tensor in layer.inputs}
         sources = {tensor: node for node in self.nodes.values() for tensor, _ in node.outputs}
@@ -145,7 +158,7 @@ class BuildLog:
             for node in nodes:
                 feeds = [sources[tensor] for tensor, _ in node.inputs if tensor in sources]
                 if node.op in PRODUCTS and len(feeds) > 1 and all(feed.op == QDQ[1] for feed in feeds[:2]):
-                    # A product may be spread over kernels, its bias apart: one that takes few bits is enough.
+                    # Several kernels may compute one product and its bias: it is enough if one of them reads few bits.
                     if node.name not in narrow:
                         rows.append(Unfused(kernel=layer.name, how="float", nodes=(node.name,)))
                     elif self._writes_wide(layer, node):
@@ -157,7 +170,7 @@ class BuildLog:
         return rows
 
     def _writes_wide(self, layer: LoggedKernel, node: Node) -> bool:
-        """Whether a layer multiplies in few bits and leaves the scaling of the result to another kernel."""
+        """Return whether a kernel multiplies in few bits and another kernel of the same node scales the result."""
         if layer.kind in MOVERS or not any(t.dtype in QUANTIZED for t in layer.inputs):
             return False
         wide = {t.name for t in layer.outputs if t.dtype in ("fp32", "fp16", "bf16")}
@@ -167,8 +180,10 @@ class BuildLog:
         )
 
     def _weight_pads(self, layer: LoggedKernel, alignment: Callable[[str], int] | None) -> list[Pad]:
-        """Zeros in the constants of a convolution or matrix product; a 1x1 convolution may have become a product, so
-        axes of size 1 do not count."""
+        """Return the axes along which the weight of a convolution or matrix product is padded with zeros.
+
+        The library may have made a 1x1 convolution a matrix product, so axes of size 1 are ignored.
+        """
         pads = []
         for node in self._nodes(layer):
             if node.op not in PRODUCTS or len(node.inputs) < 2:
@@ -194,7 +209,10 @@ class BuildLog:
         node: Node | None = None,
         axes: Sequence[int] | None = None,
     ) -> list[Pad]:
-        """The axes along which a tensor is wider than the model's shape of it. node: whose weight it is, with those axes."""
+        """Return the axes along which a tensor is larger than its shape `small` in the model.
+
+        node, axes: for a weight, its node and the axis of the weight for each axis of `small`.
+        """
         pads = []
         nodes = layer.nodes if node is None else (node.name,)
         aligned = alignment(tensor.dtype) if alignment and tensor.dtype in DTYPES.values() else 0
@@ -215,8 +233,12 @@ class BuildLog:
         return pads
 
     def _groups(self, name: str, channels: int | None) -> int:
-        """Of a convolution; 1 for another node, and for one that reads and writes others than so many channels. A depthwise
-        convolution that gives each channel one is as wide as it has groups, so that these bind nothing."""
+        """Return the number of groups that restricts the widths of a convolution; 1 for other nodes.
+
+        channels: the channels in question; 1 is returned for a convolution that neither reads nor writes that many (None:
+        any number). A depthwise convolution with one output per channel has as many groups as channels, whatever their
+        number, so its groups restrict nothing.
+        """
         node = self.nodes.get(name)
         shapes = [] if node is None else [shape for _, shape in (*node.inputs[:2], *node.outputs[:1])]
         if node is None or not node.op.startswith("Conv") or len(shapes) != 3 or min(map(len, shapes)) < 3:
@@ -227,7 +249,7 @@ class BuildLog:
         return groups if bound and channels in (None, read, written) else 1
 
     def _crossing(self, layers: Iterable[LoggedKernel], side: Literal["inputs", "outputs"]) -> list[Shape]:
-        """Shapes of the ONNX tensors that each layer's nodes read and do not write themselves, or the other way round."""
+        """Return the shapes of the ONNX tensors that enter (side "inputs") or leave ("outputs") each kernel's set of nodes."""
         shapes = []
         for layer in layers:
             nodes = self._nodes(layer)
@@ -236,12 +258,15 @@ class BuildLog:
         return shapes
 
     def _nodes(self, layer: LoggedKernel) -> list[Node]:
-        """The ONNX nodes of a layer, as far as the parser printed them."""
+        """Return the ONNX nodes of a kernel that the parser printed."""
         return [self.nodes[name] for name in layer.nodes if name in self.nodes]
 
 
 def _how(layer: LoggedKernel, padded: Tensor, others: tuple[Tensor, ...]) -> str:
-    """Whether the kernel that makes or takes the padded tensor exists only for the padding."""
+    """Return "kernel" if a kernel that writes or reads the padded tensor does nothing but pad, else "fused".
+
+    others: the tensors on the kernel's other side.
+    """
     steps = set(layer.steps)
     if steps <= PADDING_ONLY:
         return "kernel"
@@ -250,9 +275,11 @@ def _how(layer: LoggedKernel, padded: Tensor, others: tuple[Tensor, ...]) -> str
 
 
 def _unpadded(shape: Shape, known: Iterable[Shape], everywhere: bool = False) -> Shape | None:
-    """The largest known shape, seen with as many axes, that is a little smaller than `shape` along some axes (all of
-    them only if `everywhere`) and equal along the others; None when the shape itself is known or nothing fits. -1,
-    dynamic, fits itself only."""
+    """Return the largest known shape that is slightly smaller than `shape` along some axes and equal along the others.
+
+    Known shapes are compared after merging adjacent axes to the same rank. everywhere: whether the shape may be smaller
+    along all axes. A dynamic extent (-1) equals only itself. Returns None if `shape` itself is known or none fits.
+    """
     views = {view for other in known for view in _views(other, len(shape))}
     if shape in views:
         return None
@@ -266,18 +293,20 @@ def _unpadded(shape: Shape, known: Iterable[Shape], everywhere: bool = False) ->
 
 
 def _views(shape: Shape, rank: int) -> Iterator[Shape]:
-    """The shape with adjacent axes merged down to `rank` axes, in every way."""
+    """Yield all shapes of `rank` axes that merging adjacent axes of `shape` gives."""
     for cuts in itertools.combinations(range(1, len(shape)), rank - 1) if 0 < rank <= len(shape) else ():
         runs = [shape[i:j] for i, j in itertools.pairwise((0, *cuts, len(shape)))]
         yield tuple(-1 if -1 in run else math.prod(run) for run in runs)
 
 
 def advice(before: int, after: int, aligned: int, groups: int = 1, inner: bool = False) -> tuple[int | None, str]:
-    """The `alignment` and `note` of a padded axis.
+    """Return the `alignment` and the `note` of a padded axis (`summary.Pad`).
 
-    aligned: the target's alignment, 0 where that is unknown; where it does not explain the padding, the largest power of
-    two in the padded extent is advised. groups: of the convolution whose channels these are. inner: the axis holds the
-    channels of one group.
+    - before, after: size of the axis in the model and in the engine.
+    - aligned: the target's alignment, 0 if it is unknown. If it does not explain the padding, the largest power of two that
+      divides the padded size takes its place.
+    - groups: number of groups of the convolution that the channels belong to.
+    - inner: whether the axis has the channels of one group only.
     """
     inside = groups > 1 and before % groups == after % groups == 0 and not inner
     width, wide = (before // groups, after // groups) if inside else (before, after)
@@ -286,7 +315,7 @@ def advice(before: int, after: int, aligned: int, groups: int = 1, inner: bool =
         if _rounded(width, step) >= 2 * width:
             return None, f"each of its {groups} groups has {width}, which the engine pads to {wide}"
         return (step, f"in each of its {groups} groups") if inner else (step * groups, f"its groups are {groups}")
-    if groups > 1:  # either there are more groups, or they are wider
+    if groups > 1:  # a wider axis has more groups or wider ones: the smaller of the two results is advised
         step = min(math.lcm(step, max(before // groups, 1)), math.lcm(step, groups), key=lambda s: _rounded(before, s))
     if _rounded(before, step) > 2 * before:
         return None, f"the next width without it is {_rounded(before, step)}"

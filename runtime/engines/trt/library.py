@@ -1,4 +1,4 @@
-"""The library of TensorRT or TensorRT-RTX, and the classes that it calls back."""
+"""Import TensorRT or TensorRT-RTX, load plug-ins into it, and show the progress of its builds."""
 
 import importlib
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from ..backends import not_installed
 
 
 def library(backend: str) -> ModuleType:
-    """Import `tensorrt` or `tensorrt_rtx`. Raises MissingBackend where it is absent or cannot load its libraries."""
+    """Import `tensorrt` or `tensorrt_rtx`. Raises MissingBackend if it is not installed or cannot load its libraries."""
     try:
         module = importlib.import_module(backend)
     except ModuleNotFoundError as error:
@@ -30,7 +30,8 @@ def library(backend: str) -> ModuleType:
 
 
 def load_plugins(trt: ModuleType, logger: Any, paths: Sequence[str]) -> None:
-    """Load shared libraries with plugins. Raises BadInput for one that cannot be loaded, or a version without plugins."""
+    """Load shared libraries with plugins. Raises BadInput for one that cannot be loaded, and for a version of the library
+    that cannot load plugins."""
     try:
         kit.load_plugins(trt, logger, paths)
     except Failure as error:
@@ -38,7 +39,7 @@ def load_plugins(trt: ModuleType, logger: Any, paths: Sequence[str]) -> None:
 
 
 def new_monitor(trt: ModuleType, bar: Progress, whole: TaskID) -> Any:
-    """Shows the library's build phases as tasks of a progress bar."""
+    """Return a monitor that shows the library's build phases as tasks of a progress bar. whole: the task of the build."""
     base: Any = trt.IProgressMonitor
 
     class Monitor(base):

@@ -1,9 +1,9 @@
-"""What a TensorRT build log tells about the engine: fused kernels, where they pad, memory.
+"""Parse a TensorRT build log: kernels, the ONNX nodes in each, and memory.
 
-An engine built for another device cannot be opened on the machine that builds it, but the verbose log with detailed
-profiling verbosity says the same: the parser prints every ONNX node with its shapes, the compiler one `Layers:` message
-with every kernel (TensorRT-RTX, TensorRT 10 and later) or `Engine Layer Information:` (TensorRT 8 to 10), the allocator
-its totals. Fields that a version leaves out stay empty; nothing is guessed from them.
+An engine built for another device cannot be opened on the machine that builds it, but the verbose log has the same
+information if the profiling verbosity is "detailed": the parser prints every ONNX node with its shapes, the compiler prints
+every kernel in one message (`Layers:` in TensorRT-RTX and from TensorRT 10 on, `Engine Layer Information:` in TensorRT 8 to
+10), and the allocator prints its totals. Fields that a version does not print stay empty.
 """
 
 import re
@@ -17,12 +17,11 @@ MEMORY = {
     "Total Host Persistent": "host",
     "Total Device Persistent": "device",
 }
-SYNCHRONISE = ("signal", "wait")  # of streams that run at once: listed among the kernels, and none
+SYNCHRONISE = ("signal", "wait")  # listed among the kernels, but they only synchronise streams
 
 
 def parse_build_log(text: str) -> BuildLog:
-    """Read the verbose log of one build. Parts that are missing are left empty; kernels in an unknown form are listed
-    as unread."""
+    """Parse the verbose log of one build. Missing parts stay empty; `unread` lists kernels in an unknown form."""
     log = BuildLog()
     for line in text.split("\n"):  # not splitlines: \x1e separates node names
         if match := NODE.search(line):
@@ -47,12 +46,12 @@ def parse_build_log(text: str) -> BuildLog:
     return log
 
 
-# A log file has a prefix ("[07/01/2024-10:00:00] [V] [TRT] ") where the logger's own messages have none.
+# Lines of a log file begin with a prefix ("[07/01/2024-10:00:00] [V] [TRT] "), messages of our logger do not.
 PREFIX = r"^(?:\[[^\]]*\] ?)*"
 NODE = re.compile(PREFIX + r"(\S.*?) \[(\w+)\] (inputs|outputs): (.*)$")
 OPERAND = re.compile(r"\[(\S+) -> \(([-\d, ]*)\)\[\w+\]\]")
 TOTAL = re.compile(rf"({'|'.join(MEMORY)}) Memory: (\d+)")
-KERNEL = re.compile(PREFIX + r"(?:Name: |Layer\()")  # begins like a kernel's line
+KERNEL = re.compile(PREFIX + r"(?:Name: |Layer\()")  # the beginning of a line that describes a kernel
 LAYER = re.compile(r"^Name: (.*?), LayerType: (.*)$")
 TENSOR = re.compile(r"\{ Name: (.*?), Dimensions: \[([-\d, ]*)\](.*?)\}")
 SOURCE = re.compile(r"\[ONNX Layer: (.*?)\](?=\[ONNX Layer: |[\x1e\x1f]|[^\[\]]*$)")
@@ -80,8 +79,11 @@ def _tensor(name: str, dims: str, rest: str) -> Tensor:
 
 
 def _old_layer(kind: str, name: str, tactic: str, tensors: str) -> LoggedKernel:
-    """`conv1 + relu1, Tactic: 0x1, x (Half[1,64:8,56,56]) -> y (Half[…])`; 8.x writes `x[Half(…)]`. The part after the
-    colon is the vector of a blocked format; nodes are the names joined by " + "."""
+    """Return the kernel of a line `conv1 + relu1, Tactic: 0x1, x (Half[1,64:8,56,56]) -> y (Half[…])`.
+
+    TensorRT 8 writes `x[Half(…)]`. The number after a colon is the vector length of a blocked format; " + " joins the names
+    of the nodes.
+    """
     sides = [tuple(map(_old_tensor, OLD_TENSOR.findall(side))) for side in re.split(r" ?-> ", tensors, maxsplit=1)]
     moved = name.startswith("Reformatting CopyNode") or kind in ("Reformat", "NoOp")
     nodes = () if moved or name.startswith("{ForeignNode") else tuple(name.split(" + "))

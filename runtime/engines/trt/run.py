@@ -1,4 +1,4 @@
-"""Running an engine of TensorRT or TensorRT-RTX on this machine's GPU.
+"""Run an engine of TensorRT or TensorRT-RTX on this machine's GPU.
 
 Source: TensorRT developer guide, "Working with CUDA graphs" and "Working with dynamic shapes".
 """
@@ -21,16 +21,19 @@ from ...onnx_file import TensorSpec
 from ..base import HostEngine
 from .library import library, load_plugins
 
-if TYPE_CHECKING:  # the calls are checked against the stubs of classic TensorRT, whose interface both packages have
+if TYPE_CHECKING:  # mypy checks the calls against the stubs of classic TensorRT, whose API both packages have
     import tensorrt as types
 
-DTYPES = NUMPY | {"BF16": "bfloat16", "FP8": "float8_e4m3fn"}  # as ml_dtypes spells them; 4-bit types have no buffers
+DTYPES = NUMPY | {"BF16": "bfloat16", "FP8": "float8_e4m3fn"}  # names of ml_dtypes; 4-bit types are not supported
 
 
 class TensorRTEngine(HostEngine):
-    """A deserialised engine with one execution context and one stream. Inputs and outputs are host arrays."""
+    """A deserialised engine with one execution context and one CUDA stream. `run` takes and returns numpy arrays.
 
-    on_device = True  # the processor waits while it runs
+    `load` describes the arguments and errors.
+    """
+
+    on_device = True  # the CPU waits while the engine runs
 
     def __init__(
         self, path: Path, backend: str, graphs: bool = False, host_code: bool = False, plugins: Sequence[str] = ()
@@ -75,8 +78,11 @@ class TensorRTEngine(HostEngine):
         return results
 
     def prepared(self, inputs: Sequence[np.ndarray]) -> Callable[[], None]:
-        """A call that runs the engine on inputs that stay on the device, and leaves the outputs there: what a benchmark
-        of the engine measures. Warns where the engine is optimised for other shapes."""
+        """Copy the inputs to the device and return a function that runs the engine on them without copying outputs.
+
+        A benchmark measures this function. It warns if the engine is optimised for other shapes. Raises BadInput for inputs
+        that do not fit the engine.
+        """
         arrays, _ = self._prepare(inputs)
         mine = self._prepared
         self._start(arrays)
@@ -92,7 +98,7 @@ class TensorRTEngine(HostEngine):
 
         def call() -> None:
             nonlocal arrays, mine
-            if mine != self._prepared:  # other inputs lie in the buffers now
+            if mine != self._prepared:  # another call has overwritten the input buffers
                 arrays, _ = self._prepare(arrays)
                 mine = self._prepared
             self._start(arrays)
@@ -101,8 +107,10 @@ class TensorRTEngine(HostEngine):
         return call
 
     def profile(self, inputs: Sequence[np.ndarray], runs: int = 20) -> list[tuple[str, float]]:
-        """Mean milliseconds of every layer, in execution order. The library's profiler slows the whole down, so the sum
-        is not the engine's latency."""
+        """Return (name, mean milliseconds over `runs` runs) of every layer, in execution order.
+
+        The library's profiler slows the engine down, so the sum of the layers is not its latency.
+        """
         self._prepare(inputs)
 
         def run() -> None:
@@ -110,7 +118,7 @@ class TensorRTEngine(HostEngine):
             self._cuda.synchronize()
 
         times = profiled(self._trt, self._context, run, runs)
-        self._context = new_context(self._trt, self._engine)  # a profiler cannot be taken off
+        self._context = new_context(self._trt, self._engine)  # a profiler cannot be removed from a context
         self._profile = 0
         for name, (address, _) in self._buffers.items():
             self._context.set_tensor_address(name, address)
@@ -118,16 +126,16 @@ class TensorRTEngine(HostEngine):
         return list(times.items())
 
     def inspect(self) -> list[dict[str, Any]]:
-        """The layers of the engine as the library's inspector describes them: name, type, tactic, formats, and whether
-        the weights are sparse, as far as the version tells. Empty without an inspector."""
+        """Return the layers of the engine as the library's inspector describes them: name, type, tactic, formats, and
+        whether the weights are sparse, as far as the version reports it. Empty without an inspector."""
         rows = inspected(self._trt, self._engine, self._context)
         return [row if isinstance(row, dict) else {"Name": row} for row in rows]
 
     def refit(self, model: Path) -> None:
-        """Replace the weights by those of an ONNX file of the same network.
+        """Replace the weights of the engine by those of an ONNX file of the same network.
 
-        Raises Refused where the version has no refitter for ONNX files (before 10.0) or the engine was not built with
-        `refit`, BadInput for another network's file.
+        Raises Refused if the version has no refitter for ONNX files (before 10.0), the engine was not built with `refit`,
+        or the library does not replace the weights; BadInput for the file of another network.
         """
         if not hasattr(self._trt, "OnnxParserRefitter"):
             raise Refused(
@@ -153,7 +161,8 @@ class TensorRTEngine(HostEngine):
         del self._context, self._engine
 
     def _prepare(self, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Check the inputs, make buffers, and return the inputs as they are copied and arrays for the outputs."""
+        """Check the inputs, copy them to the device, allocate output buffers, and return contiguous inputs and empty arrays
+        for the outputs."""
         self._check_count(inputs)
         arrays = [np.ascontiguousarray(array) for array in inputs]
         self._prepared += 1
@@ -173,11 +182,11 @@ class TensorRTEngine(HostEngine):
         return arrays, results
 
     def _start(self, arrays: list[np.ndarray]) -> None:
-        """Put one run on the stream."""
+        """Enqueue one run on the stream, as a CUDA graph if that is asked for and possible."""
         shapes = tuple(array.shape for array in arrays)
         if self._graphs and shapes != self._recorded:
             self._drop_graph()
-            self._enqueue()  # the first run with new shapes makes resources, which cannot be recorded
+            self._enqueue()  # the first run with new shapes allocates resources, which a graph cannot record
             self._cuda.synchronize()
             self._recorded = shapes
             try:
@@ -190,7 +199,7 @@ class TensorRTEngine(HostEngine):
             self._enqueue()
 
     def _choose_profile(self, arrays: list[np.ndarray]) -> None:
-        """Of several optimisation profiles, the one for these shapes, else the first that takes them."""
+        """Select the optimisation profile that is optimised for these shapes, else the first one that allows them."""
         shapes = [array.shape for array in arrays]
 
         def fit(profile: int) -> int:
@@ -209,7 +218,7 @@ class TensorRTEngine(HostEngine):
             self._profile = chosen
 
     def _shapes(self, spec: TensorSpec, profile: int) -> tuple[Any, Any, Any]:
-        """The smallest shape of an input that a profile takes, the one that it is optimised for, and the largest."""
+        """Return (smallest, the one it is optimised for, largest) of a profile's shapes for an input."""
         if None not in spec.shape:
             return (spec.shape,) * 3
         smallest, best, largest = map(sizes_of, self._engine.get_tensor_profile_shape(spec.name, profile))
@@ -233,7 +242,7 @@ class TensorRTEngine(HostEngine):
         return TensorSpec(name, DTYPES[kind], shape)
 
     def _bind(self, name: str, size: int) -> int:
-        """The address of the tensor's buffer, which grows when it must."""
+        """Return the address of a tensor's buffer of at least `size` bytes; a smaller buffer is replaced."""
         address, capacity = self._buffers.get(name, (0, 0))
         if capacity < size or not address:
             if address:
@@ -242,7 +251,7 @@ class TensorRTEngine(HostEngine):
             address = self._cuda.allocate(max(size, 1))
             self._buffers[name] = address, size
             self._context.set_tensor_address(name, address)
-            self._drop_graph()  # it holds the old address
+            self._drop_graph()  # the recorded graph uses the old address
         return address
 
     def _range(self, spec: TensorSpec) -> str:
@@ -256,5 +265,5 @@ def _within(shape: tuple[int, ...], smallest: tuple[int, ...], largest: tuple[in
 
 
 def sizes_of(dims: Any) -> tuple[int, ...]:
-    """A shape of the library's as a tuple."""
+    """Return a shape of the library's own type as a tuple."""
     return tuple(dims)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from graphcomb.runtime.prediction import table
-from graphcomb.runtime.prediction.table import LatencyTable
+from graphcomb.runtime.prediction.latency_table import LatencyTable
 
 MODEL = "toys:net"
 HALF = {"RemoveChannels": {"latency": 0.5, "round_to": 4}}

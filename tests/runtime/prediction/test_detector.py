@@ -8,7 +8,7 @@ import torch
 import graphcomb
 from graphcomb.passes import RemoveChannels
 from graphcomb.runtime import Roofline, get_target
-from graphcomb.runtime.prediction.predict import predict
+from graphcomb.runtime.prediction.layer_report import predict
 
 with pytest.MonkeyPatch.context() as path:
     path.syspath_prepend(Path(__file__).parents[3] / "benchmarks")

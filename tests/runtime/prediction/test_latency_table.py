@@ -20,9 +20,9 @@ from graphcomb.runtime.devices.table import get_target
 from graphcomb.runtime.engines.build import build_engine
 from graphcomb.runtime.onnx_file import precision
 from graphcomb.runtime.prediction import table as latency
+from graphcomb.runtime.prediction.latency_table import LatencyTable
 from graphcomb.runtime.prediction.micro_models import COPIES, model
 from graphcomb.runtime.prediction.roofline import Roofline
-from graphcomb.runtime.prediction.table import LatencyTable
 
 CONV = (
     ("batch", 1), ("image", (6, 6)), ("kernel", (3, 3)), ("stride", (2, 2)), ("padding", (1, 1)), ("dilation", (1, 1)),
