@@ -1,1 +1,1 @@
-"""From a program to an ONNX file that was compared with it."""
+"""Export a program to an ONNX file (to_onnx) and compare the file with the program (compare, parity)."""

@@ -1,8 +1,9 @@
-"""Whether an exported file may be handed out: it is run and compared with the program, to limits that are stated here.
+"""Decide whether an exported file is good enough: run it, compare it with the program, and apply the limits stated here.
 
-An fp32 file differs by rounding only. An fp16 file is judged by its emulation, in which every operator rounds, for a
-processor without fp16 hides overflows. A file with Q/DQ nodes is run node by node, for fused integer kernels round
-otherwise; even so a value half-way between two steps falls either way, and takes others with it. Source: ours.
+An fp32 file may differ by rounding only. An fp16 file is judged by its emulation, in which every operator rounds, because
+a CPU without fp16 arithmetic hides overflows. A file with Q/DQ nodes is run node by node, because fused integer kernels
+round differently; even then a value half-way between two steps may round either way and change the values computed from
+it. Source: ours.
 """
 
 import tempfile
@@ -19,41 +20,34 @@ from ..engines import origins
 from ..engines.ort import OrtEngine, inserted_casts
 from .emulation import emulate, float_tensors, with_tensors
 from .islands import widest, with_ranges
+from .operators import MOVES
 from .parity import Case, Check, compare, feeds
 
-# By what the program is and what the file is. A rounding to fp16 is off by 5e-4; trained networks make 1e-3 to 1e-2 of
-# that, deep ones with random weights up to 0.08.
+# Tolerances by (precision of the program, precision of the file). Rounding one value to fp16 changes it by up to 5e-4 of
+# itself; the outputs of trained networks then differ by 1e-3 to 1e-2, those of deep ones with random weights by up to 0.08.
 TOLERANCES = {("fp32", "fp32"): 1e-4, ("fp16", "fp16"): 0.1, ("int8", "fp32"): 1e-4, ("int8", "fp16"): 0.1}
-# Of a quantised program's samples in fp32, this share is within the tolerance, and all outputs have this cosine: networks
-# with random weights make the most of a value that falls the other way.
+# Limits for a quantised program exported in fp32: at least this share of the samples is within the tolerance, and every
+# output has at least this cosine similarity. Both are loose, because networks with random weights amplify a value that
+# rounds to the other step.
 EXACT, NEAR = 0.2, 0.95
-# In fp16, and in transformers, values fall the other way everywhere. The file may be this many times as far from the network
-# without quantisation as the quantised program is; in fp32 its outputs are near besides.
+# In fp16, and in transformers, many values round to the other step. Then the file's distance to the network without
+# quantisation may be this many times that of the quantised program; in fp32 the outputs must also be within LOOSE.
 FURTHER = {"fp32": 1.2, "fp16": 1.5}
 LOOSE = 0.1
 EMULATED = ", every operator rounded to fp16"
-LARGE = 1_900_000_000  # bytes of weights from which they go to a file of their own: protobuf ends at 2 GiB
-SIGMOID = 1e-6  # ONNX Runtime approximates it; its values are off by 1.3e-7 at most where that was measured
-MOVES = {
-    "Concat",
-    "Identity",
-    "Cast",
-    "Reshape",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Slice",
-    "Gather",
-    "Split",
-    "Flatten",
-}
-AT_ONCE = 16  # tensors to look at in one run
+LARGE = 1_900_000_000  # bytes of weights above which they go to a file of their own: protobuf is limited to 2 GiB
+SIGMOID = 1e-6  # bound of the error of ONNX Runtime's approximate Sigmoid; the largest measured error is 1.3e-7
+AT_ONCE = 16  # number of intermediate tensors that one run returns
 
 
 @dataclass
 class Verdict:
-    """checks: all comparisons. wrong: what exceeds its limit, with the first node that does where that is known; empty
-    when the file is good. notes: what the user should know."""
+    """The result of comparing a file with the program.
+
+    - checks: all comparisons.
+    - wrong: what exceeds its limit, with the first node that does if it is known; empty if the file is good.
+    - notes: warnings for the user.
+    """
 
     checks: list[Check] = field(default_factory=list)
     wrong: str = ""
@@ -68,9 +62,14 @@ def verdict(
     tolerance: float,
     quantised: bool = False,
 ) -> Verdict:
-    """Compare a model, saved in `file`, with the program's outputs in `known`. single: the model in fp32, for one in fp16.
+    """Compare an exported model with the program's outputs.
 
-    Raises Refused where ONNX Runtime cannot run an fp32 file, or its outputs have other shapes.
+    - model: the exported model, saved in `file`. single: the same model in fp32, if `model` is in fp16.
+    - known: inputs and outputs of the program.
+    - tolerance: largest error that is allowed (`Check.error`).
+    - quantised: whether the program is quantised.
+
+    Raises Refused if ONNX Runtime cannot run a file in fp32, or if outputs differ in number or shape.
     """
     result = Verdict()
     try:
@@ -88,7 +87,7 @@ def verdict(
             judged = [replace(c, inputs=c.inputs + EMULATED) for c in compare(known, engine)]
         result.checks = [*result.checks, *judged]
         result.notes += _vanishing(known)
-    for checks in (judged, result.checks):  # what the emulation says counts most, and names nodes
+    for checks in (judged, result.checks):  # the emulation's result has priority, since it can name the node
         result.wrong = result.wrong or _wrong(checks, tolerance, quantised, single is not None)
     if result.wrong and single is not None and emulated is not None:
         case = max(zip(judged, known, strict=True), key=lambda pair: pair[0].error)[1]
@@ -98,7 +97,7 @@ def verdict(
 
 
 def ranges_of(model: onnx.ModelProto, known: Iterable[Case]) -> dict[str, tuple[float, float]]:
-    """Smallest and largest finite value of every fp32 tensor of a model, over the inputs of all cases."""
+    """Return (smallest, largest) finite value of every fp32 tensor of a model over the inputs of all cases, by name."""
     watching, names = with_ranges(model)
     if not names:
         return {}
@@ -108,7 +107,7 @@ def ranges_of(model: onnx.ModelProto, known: Iterable[Case]) -> dict[str, tuple[
 
 @contextmanager
 def session(model: onnx.ModelProto) -> Iterator[OrtEngine]:
-    """A model that runs node by node as it is."""
+    """Yield an engine that runs the nodes of a model one by one, without fusing any."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
         large = sum(len(t.raw_data) for t in model.graph.initializer) > LARGE
@@ -121,8 +120,10 @@ def session(model: onnx.ModelProto) -> Iterator[OrtEngine]:
 
 
 def _steps(model: onnx.ModelProto) -> dict[str, float]:
-    """The outputs that hold what a Sigmoid gives, moved or beside others, with how accurate ONNX Runtime computes it:
-    where a detector sees nothing, all of a channel is smaller than that."""
+    """Return the outputs that contain results of a Sigmoid, with the accuracy of ONNX Runtime's Sigmoid.
+
+    If a detector sees nothing, all scores of a channel may be smaller than this accuracy.
+    """
     makers = {name: node for node in model.graph.node for name in node.output}
     found = {}
     for output in model.graph.output:
@@ -135,7 +136,7 @@ def _steps(model: onnx.ModelProto) -> dict[str, float]:
             seen.add(name)
             if node.op_type == "Sigmoid":
                 found[output.name] = SIGMOID
-            elif node.op_type in MOVES:
+            elif node.op_type in MOVES or node.op_type == "Cast":
                 names += node.input
     return found
 
@@ -143,7 +144,7 @@ def _steps(model: onnx.ModelProto) -> dict[str, float]:
 def _run(
     file: Path, known: Sequence[Case], half: bool, quantised: bool, notes: list[str], steps: dict[str, float]
 ) -> list[Check]:
-    """The file itself, as ONNX Runtime runs it here; a quantised one node by node."""
+    """Compare the file itself as ONNX Runtime runs it here, a quantised one node by node."""
     optimized = file.with_name("optimized.onnx")
     small = file.stat().st_size < LARGE
     engine = OrtEngine(file, optimized=optimized if half and small else None, plain=quantised)
@@ -158,7 +159,7 @@ def _run(
 
 
 def _first(checks: Sequence[Check], tolerance: float) -> str:
-    """What is furthest off, in words; empty when nothing is too far."""
+    """Return in words the worst comparison that exceeds its limits; empty if none does."""
     for check in sorted(checks, key=lambda c: -c.error):
         if why := check.wrong(tolerance):
             return f"differs from the program {why} (limit {tolerance:g}; {_inputs(check)})"
@@ -174,8 +175,11 @@ def _wrong(checks: Sequence[Check], tolerance: float, quantised: bool, half: boo
 
 
 def _further(checks: Sequence[Check], tolerance: float, limit: float) -> str:
-    """How much further than the quantised program the file is from the network without quantisation, in words; empty
-    within the limit."""
+    """Return in words the first output that is too far from the network without quantisation; empty if none is.
+
+    An output is too far if its distance to the network without quantisation exceeds `limit` times the quantised
+    program's distance.
+    """
     distances: dict[str, list[tuple[float, float]]] = {}
     for check in checks:
         for output in check.outputs:
@@ -192,7 +196,8 @@ def _further(checks: Sequence[Check], tolerance: float, limit: float) -> str:
 
 
 def _quantised(checks: Sequence[Check], tolerance: float) -> str:
-    """Most samples are exact and all are near; a wrong scale or a wrong axis spoils them all."""
+    """Return in words which output violates EXACT or NEAR; empty if none does. A wrong scale or axis changes all samples, a
+    value that rounds to the other step only some."""
     errors: dict[str, list[float]] = {}
     for check in checks:
         for output in check.outputs:
@@ -213,7 +218,7 @@ def _inputs(check: Check) -> str:
 
 
 def _vanishing(known: Sequence[Case]) -> list[str]:
-    """Outputs that fp16 would make 0."""
+    """Return a note for each output whose values are too small for the normal range of fp16."""
     notes, normal = [], float(np.finfo(np.float16).smallest_normal)
     for i, output in enumerate(known[0].wanted if known else ()):
         largest = float(np.abs(output).max(initial=0.0)) if output.dtype.kind == "f" else 0.0
@@ -223,8 +228,7 @@ def _vanishing(known: Sequence[Case]) -> list[str]:
 
 
 def _first_node(single: onnx.ModelProto, emulated: onnx.ModelProto, case: Case, tolerance: float) -> str:
-    """The first node whose result is off when every operator rounds, in words; the worst one when none exceeds the
-    tolerance by itself."""
+    """Return in words the first node whose result exceeds the tolerance when every operator rounds, else the worst node."""
     there = {name for name, _ in float_tensors(emulated)}
     rows = [(name, node) for name, node in float_tensors(single) if name in there]
     worst, said = 0.0, ""
@@ -244,7 +248,8 @@ def _first_node(single: onnx.ModelProto, emulated: onnx.ModelProto, case: Case, 
 
 
 def _rms_error(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Root of the mean squared error by the root of the mean square; infinite where one is finite only."""
+    """Return rms(found - wanted) / rms(wanted) over the finite entries of `wanted`; infinite if `found` is not finite
+    there."""
     finite = np.isfinite(wanted)
     if not np.isfinite(found[finite]).all():
         return float("inf")

@@ -1,8 +1,8 @@
-"""What a half-precision file computes, on a processor without half precision.
+"""Emulate a half-precision model on a processor without half precision.
 
-ONNX Runtime on a CPU runs most fp16 operators in fp32 and rounds only here and there, so an overflow stays unseen. The
-emulation is the same graph in fp32 with the result of every operator rounded to fp16: what a tensor core does, with
-fp16 operands and fp32 accumulation. Kernels that fuse operators round less often. Source: ours.
+ONNX Runtime on a CPU computes most fp16 operators in fp32 and rounds only some results, so an overflow remains unseen. The
+emulation is the same graph in fp32 with the result of every operator rounded to fp16. This is what a tensor core computes,
+with fp16 operands and fp32 accumulation. Kernels that fuse operators round less often. Source: ours.
 """
 
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from .half import FLOAT, HALF, TYPE_ATTRIBUTES
+from .operators import MOVES
 
-# Results that are values of the operands, which are rounded already.
-EXACT = frozenset(
-    "Abs Ceil Concat DepthToSpace Expand Flatten Floor Gather GatherElements GatherND Identity Max MaxPool Min Neg Pad "
-    "ReduceMax ReduceMin Relu Reshape Round ScatterElements ScatterND Sign Slice SpaceToDepth Split Squeeze Tile TopK "
-    "Transpose Unsqueeze Where".split()
+# Operators whose results are exact in fp16 if their operands are: they move, choose, negate or round values.
+EXACT = MOVES | frozenset(
+    "Abs Ceil DepthToSpace Expand Floor GatherElements GatherND Max MaxPool Min Neg Pad ReduceMax ReduceMin Relu Round "
+    "ScatterElements ScatterND Sign SpaceToDepth Tile TopK Where".split()
 )
 
 
 def emulate(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A model in fp32 that rounds wherever a strongly typed one with fp16 tensors does; inputs and outputs are fp32.
+    """Return a model in fp32 that rounds every result which is fp16 in the given, strongly typed model.
 
-    Its tensors have the names they have there.
+    Its inputs and outputs are fp32. Tensors keep their names.
     """
     graph = gs.import_onnx(model)
     half = [t for t in graph.tensors().values() if t.dtype == np.float16]
@@ -66,7 +66,7 @@ def _round(graph: gs.Graph, tensor: gs.Variable, rounded: gs.Variable) -> None:
 
 
 def with_tensors(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """A copy whose outputs are the tensors of these names."""
+    """Return a copy of the model whose outputs are the tensors of these names."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     known = {v.name: v for v in (*copy.graph.value_info, *copy.graph.output, *copy.graph.input)}
@@ -76,6 +76,6 @@ def with_tensors(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
 
 
 def float_tensors(model: onnx.ModelProto) -> list[tuple[str, Any]]:
-    """Names of the fp32 results of a model's nodes, in order, with the node."""
+    """Return (name, node) of every fp32 result of the model's nodes, in order."""
     known = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
     return [(name, node) for node in model.graph.node for name in node.output if known.get(name) == FLOAT]

@@ -1,9 +1,9 @@
-"""Half precision on an ONNX graph: every tensor that carries data becomes fp16, the graph's inputs and outputs too.
+"""Convert an ONNX graph to half precision: all floating-point tensors, also inputs and outputs, become fp16.
 
-What stays in fp32, and is reported: arithmetic on shapes (fp16 counts exactly to 2048 only), and the operands for which
-ONNX has no fp16 (the scales of Resize, the boxes of NonMaxSuppression), with a Cast on either side, and the nodes that
-are asked to (islands.py chooses those that fp16 would spoil). Statistics inside LayerNormalization are fp32 by its own
-definition (`stash_type`). Source: ours.
+These stay in fp32 and are reported: arithmetic on shapes (fp16 has all whole numbers only up to 2048); operands for which
+ONNX does not allow fp16 (the scales of Resize, the boxes of NonMaxSuppression), between Casts; and the nodes that the
+caller names (islands.py chooses those whose values fp16 cannot represent). LayerNormalization computes its statistics in
+fp32 by definition (`stash_type`). Source: ours.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,7 +17,8 @@ from ...graph.errors import Refused
 FLOAT, HALF = int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.FLOAT16)
 LARGEST = float(np.finfo(np.float16).max)
 SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
-# How many of an operator's inputs it takes values from; the others only say shapes, places or axes. Others: all.
+# The number of inputs that an operator takes values from; its other inputs are shapes, indices or axes. An operator that is
+# not listed takes values from all inputs.
 VALUE_INPUTS = {"ConstantOfShape": 0} | dict.fromkeys(
     "Expand Reshape Tile Slice Pad Resize Split Squeeze Unsqueeze Gather TopK".split(), 1
 )
@@ -28,13 +29,13 @@ QUANTISATION = ("QuantizeLinear", "DequantizeLinear")
 def to_half(
     graph: gs.Graph, keep: Mapping[str, str] | None = None, io: Collection[str] = ()
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Convert a graph with typed tensors and folded constants in place.
+    """Convert a graph with typed tensors and folded constants to fp16 in place.
 
-    keep: names of nodes that stay in fp32, and why; values are cast where they enter and leave them. io: names of inputs
-    and outputs of the graph that stay in fp32; all others are fp16, whatever computes them.
+    - keep: by name of a node that stays in fp32, the reason. Casts are inserted at its inputs and outputs.
+    - io: names of inputs and outputs of the graph that stay in fp32; all others become fp16.
 
-    Returns what stays in fp32 (node name: reason) and the constants that fp16 cannot hold (name: what became of them).
-    Raises Refused for a graph with control flow.
+    Returns two mappings: by node that stays in fp32, the reason; and by constant that fp16 cannot represent, what it was
+    changed to. Raises Refused for a graph with control flow.
     """
     for node in graph.nodes:
         if any(isinstance(a, gs.Graph) for a in node.attrs.values()):
@@ -45,7 +46,7 @@ def to_half(
 
 
 def inexact(graph: gs.Graph) -> str:
-    """Why half precision would change the quantised values of a graph with Q/DQ nodes, in words; empty when it would not."""
+    """Return in words why fp16 would change the quantised values of a graph with Q/DQ nodes; empty if it would not."""
     for node in (n for n in graph.nodes if n.op in QUANTISATION):
         if not isinstance(node.inputs[1], gs.Constant):
             return f"the scale of a {node.op} is computed"
@@ -66,7 +67,7 @@ class _Conversion:
         self.graph, self.keep, self.io = graph, keep, io
         sizes = _shape_arithmetic(graph)
         kept = {id(t) for n in graph.nodes if n.name in keep for t in n.outputs if _is_float(t)}
-        # Identities of the tensors that stay in fp32.
+        # The id() of every tensor that stays in fp32.
         self.exact = sizes | kept | {id(t) for t in graph.inputs if t.name in io and _is_float(t)}
         self.halves: dict[int, gs.Constant] = {}
         self.casts: dict[tuple[int, int], gs.Variable] = {}
@@ -88,7 +89,7 @@ class _Conversion:
                 self.float32[node.name] = f"{node.op}: arithmetic on shapes"
             else:
                 self._convert(node)
-        for constant in constants:  # one that is used in both types needs two names
+        for constant in constants:  # a constant that is used in both types needs two names
             if constant.outputs and id(constant) in self.halves:
                 constant.name += "_fp32"
         for i, tensor in enumerate(self.graph.outputs):
@@ -105,7 +106,7 @@ class _Conversion:
         self.float32[node.name] = f"{node.op}: {self.keep[node.name]}"
 
     def _cast_output(self, index: int, dtype: np.dtype) -> None:
-        """Give an output of the graph another type than its node computes."""
+        """Cast an output of the graph to a type that differs from the one its node computes."""
         inner = self.graph.outputs[index]
         outer = gs.Variable(inner.name, dtype, inner.shape)
         inner.name += "_inner"
@@ -146,7 +147,7 @@ class _Conversion:
         self.graph.nodes.append(gs.Node("Cast", f"{out.name}/Cast", {"to": to}, [tensor], [out]))
 
     def _half(self, constant: gs.Constant) -> gs.Constant:
-        """The constant in fp16: finite values stay finite, and a scalar (an epsilon, a divisor) does not become 0."""
+        """Return the constant in fp16. Finite values stay finite, and a scalar (an epsilon, a divisor) does not become 0."""
         if id(constant) not in self.halves:
             values = constant.values
             kept = np.where(np.isfinite(values), np.clip(values, -LARGEST, LARGEST), values)
@@ -173,7 +174,7 @@ class _Conversion:
 
 
 def _shape_arithmetic(graph: gs.Graph) -> set[int]:
-    """Identities of the float tensors whose values are computed from the sizes of the inputs, not from their data."""
+    """Return the id() of every float tensor whose values are computed from sizes of the inputs and not from their data."""
     graph.toposort()
     data = {id(t) for t in graph.inputs}
     sizes: set[int] = set()
@@ -189,7 +190,7 @@ def _shape_arithmetic(graph: gs.Graph) -> set[int]:
 
 
 def _takes_half(node: gs.Node, index: int, output: bool, opset: int) -> bool:
-    """Whether ONNX allows fp16 at one of the node's places; never for custom operators, of which nothing is known."""
+    """Return whether ONNX allows fp16 for an input or output of a node; False for a custom operator without a schema."""
     try:
         schema = onnx.defs.get_schema(node.op, opset, node.domain or "")
     except onnx.defs.SchemaError:

@@ -1,9 +1,9 @@
-"""Which nodes of a graph stay in fp32 when it becomes fp16, and why.
+"""Choose the nodes of a graph that stay in fp32 when the graph is converted to fp16, with the reason for each.
 
-fp16 ends at 65,504, keeps whole numbers only to 2,048 and nothing below 6e-8. So three kinds of nodes stay in fp32:
-those with values near the end of the range, as measured on inputs; those whose intermediate sums or powers leave it on
-other inputs (hand-written norms, exp, pow; Softmax and LayerNormalization compute in fp32 inside); and the last
-steps to an output with coordinates, such as the decoding of boxes. Source: ours.
+The largest number of fp16 is 65,504, the smallest about 6e-8, and it has all whole numbers only up to 2,048. Three kinds
+of nodes stay in fp32: those whose measured values come near the largest number; those whose intermediate sums or powers
+may exceed it on other inputs (norms written by hand, exp, pow; Softmax and LayerNormalization compute in fp32 internally);
+and the last steps to an output with coordinates, such as the decoding of boxes. Source: ours.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,10 +15,11 @@ import onnx_graphsurgeon as gs
 
 from ...graph.errors import BadInput, nearest
 from .half import LARGEST, SMALLEST
+from .operators import MOVES
 
-MARGIN = 4.0  # other inputs than the measured ones may reach further
-WHOLE = 2048.0  # to here fp16 has every whole number
-NORMAL = float(np.finfo(np.float16).smallest_normal)  # below, ever fewer digits
+MARGIN = 4.0  # values on other inputs may be this many times as large as the measured ones
+WHOLE = 2048.0  # fp16 has every whole number up to this one
+NORMAL = float(np.finfo(np.float16).smallest_normal)  # smaller numbers have fewer digits
 FRAGILE = {
     "Exp": "an exponential leaves the range of fp16 from 11 on",
     "Pow": "powers leave the range of fp16",
@@ -29,14 +30,13 @@ FRAGILE = {
     "a sum over many values leaves the range of fp16",
 )
 NORM = "part of a norm written by hand, whose squares fp16 cannot hold"
-# What follows a sum of squares up to where it divides the values; steps of decoding up to an output.
+# AFTER: operators between a sum of squares and the division by its root (DIVIDE). ARITHMETIC, TAIL: operators that decode
+# an output.
 AFTER = frozenset("Add Sub Sqrt Reciprocal Pow Max Min Clip Neg Log Exp Expand Unsqueeze Squeeze Reshape Cast".split())
 DIVIDE = frozenset(("Div", "Mul"))
 ARITHMETIC = frozenset("Add Sub Mul Div Exp Pow".split())
-MOVES = frozenset(
-    "Concat Slice Split Reshape Transpose Squeeze Unsqueeze Gather Expand Identity Flatten Tile Where".split()
-)
-TAIL = ARITHMETIC | MOVES | frozenset("Sigmoid Clip Max Min Neg Cast Relu".split())
+COPIES = MOVES | frozenset("Expand Tile Where".split())
+TAIL = ARITHMETIC | COPIES | frozenset("Sigmoid Clip Max Min Neg Cast Relu".split())
 SHAPES = ("Shape", "Size")
 SOFTMAX = ("Softmax", "LogSoftmax")
 
@@ -46,11 +46,15 @@ Ranges = Mapping[str, tuple[float, float]]
 def islands(
     graph: gs.Graph, ranges: Ranges, patterns: Sequence[str] = (), io: bool = False
 ) -> tuple[dict[str, str], set[str]]:
-    """The nodes that stay in fp32 (name: reason), and the inputs and outputs of the graph that do.
+    """Return the nodes that should stay in fp32 (reason by name), and the names of the graph's inputs and outputs that
+    should.
 
-    graph: in fp32, with folded constants. ranges: smallest and largest finite value of its tensors by name, as measured.
-    patterns: names or modules of nodes that stay in any case, `*` for anything. io: all inputs and outputs do. Raises
-    BadInput for a pattern that matches no node.
+    - graph: the graph in fp32, with folded constants.
+    - ranges: measured (smallest, largest) finite value of its tensors, by name.
+    - patterns: names of nodes or paths of modules that stay in fp32 in any case; `*` matches any text.
+    - io: whether all inputs and outputs of the graph stay in fp32.
+
+    Raises BadInput for a pattern that matches no node.
     """
     search = _Islands(graph, ranges)
     search.by_name(patterns)
@@ -101,7 +105,7 @@ class _Islands:
             self._follow(node)
 
     def _follow(self, node: gs.Node) -> None:
-        """From a sum of squares to the division by its root."""
+        """Keep the nodes from a sum of squares to the division by its root in fp32."""
         for user in (u for t in node.outputs for u in t.outputs):
             if user.op in DIVIDE or user.op in AFTER:
                 new = user.name not in self.keep
@@ -110,7 +114,7 @@ class _Islands:
                     self._follow(user)
 
     def by_output(self) -> None:
-        """The steps from the last product to an output in which fp16 would miss whole numbers, or be 0."""
+        """Keep the nodes that decode an output in fp32 if its values are too large for all whole numbers, or too small."""
         for output in self.graph.outputs:
             largest = max(map(abs, self._range(output)))
             small = 0 < largest < MARGIN * NORMAL
@@ -139,17 +143,20 @@ class _Islands:
         return self.ranges.get(tensor.name, (0.0, 0.0))
 
     def _wide(self, tensor: gs.Tensor) -> bool:
-        """Whether fp16 might not hold the values. Large negative ones that softmax makes 0 do no harm, and of constants
-        there are no others than those in sight."""
+        """Return whether values may exceed the range of fp16.
+
+        Large negative values that only mask a softmax do no harm. The values of a constant are known, so they need no
+        margin.
+        """
         low, high = self._range(tensor)
         margin = 1.0 if isinstance(tensor, gs.Constant) else MARGIN
         return margin * high > LARGEST or (margin * -low > LARGEST and not self._masks(tensor))
 
     def _masks(self, tensor: gs.Tensor) -> bool:
-        """Whether a tensor is only added to the scores of a softmax, or is such scores."""
+        """Return whether a tensor is only used for the scores of a softmax, directly or added to them."""
         if id(tensor) not in self.masks:
-            self.masks[id(tensor)] = False  # no loops in a graph; a guard all the same
-            steps = MOVES | {"Add", "Mul", "Where", "Cast"}
+            self.masks[id(tensor)] = False  # ends the recursion if the graph had a loop
+            steps = COPIES | {"Add", "Mul", "Cast"}
             self.masks[id(tensor)] = bool(tensor.outputs) and all(
                 user.op in SOFTMAX or (user.op in steps and all(self._masks(t) for t in user.outputs))
                 for user in tensor.outputs
@@ -169,7 +176,7 @@ def _is_square(node: gs.Node) -> bool:
 
 
 def _is_tiny(tensor: gs.Tensor) -> bool:
-    """A number that fp16 has not: an epsilon."""
+    """Return whether a tensor is a constant scalar that fp16 rounds to 0, such as an epsilon."""
     if not isinstance(tensor, gs.Constant) or tensor.dtype != np.float32 or tensor.values.size != 1:
         return False
     return 0 < abs(float(tensor.values.flat[0])) < SMALLEST
@@ -180,7 +187,8 @@ def _is_float(node: gs.Node) -> bool:
 
 
 def with_ranges(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
-    """A model whose outputs are the smallest and largest finite values of the float tensors of another, and their names."""
+    """Return a model whose outputs are the smallest and the largest finite value of each float tensor of the given model,
+    and the names of these tensors. Infinite values count as 0."""
     graph = gs.import_onnx(model)
     graph.toposort()
     tensors = [t for t in graph.tensors().values() if isinstance(t, gs.Variable) and t.dtype == np.float32]
@@ -202,7 +210,7 @@ def with_ranges(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
 
 
 def widest(names: Sequence[str], runs: Iterable[Sequence[np.ndarray]]) -> dict[str, tuple[float, float]]:
-    """Ranges over several runs of what `with_ranges` made."""
+    """Return (smallest, largest) by tensor over several runs of the model that `with_ranges` returned."""
     ranges: dict[str, tuple[float, float]] = {}
     for values in runs:
         for i, name in enumerate(names):

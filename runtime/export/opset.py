@@ -1,8 +1,8 @@
-"""The ONNX opset of a file, and the way from 18 to 17, the last that TensorRT 8.6 parses, which ONNX's converter lacks.
+"""Choose the ONNX opset of a file, and convert a graph from opset 18 to 17, which ONNX's own converter cannot.
 
-Opset 18 moved the axes of reductions and the number of pieces of Split from attributes to inputs or back, and gave Pad
-and Resize options that are left at their defaults here. Source: the version notes of each operator in the ONNX
-specification.
+TensorRT 8.6 parses opsets up to 17. Opset 18 changed the axes of reductions from attributes to inputs, requires Split to
+state the number of pieces, and gave Pad and Resize new options, which must have their defaults here. Source: the version
+notes of each operator in the ONNX specification.
 """
 
 import onnx
@@ -13,9 +13,9 @@ from ...graph.nodes import op_name
 from ...graph.program import Program
 from ..devices.table import Target
 
-LOWEST = 17  # that can be written: LayerNormalization came with it
-DEFAULT = 18  # what torch's exporter writes without converting, and every TensorRT from 10.0 parses
-QUANTISED = 20  # Q/DQ take fp16 from 19 on; before, casts sit around each, and keep it from its layer
+LOWEST = 17  # the lowest opset that can be written; it introduced LayerNormalization
+DEFAULT = 18  # torch's exporter writes it without converting, and TensorRT parses it from 10.0 on
+QUANTISED = 20  # Q/DQ nodes support fp16 from opset 19 on; the casts that older ones need prevent fusing them
 SINCE = {"torchvision::deform_conv2d": 19}  # the opset that an operator (`op_name`) needs
 
 AXES_TO_ATTRIBUTE = frozenset(
@@ -25,10 +25,13 @@ RESIZE_DEFAULTS = {"antialias": 0, "keep_aspect_ratio_policy": "stretch", "axes"
 
 
 def choose_opset(program: Program, target: Target | None = None, asked: int | None = None) -> int:
-    """The opset to export a program with: what is asked for, else the one that its operators, and INT8, are best served
-    by, as far as the target parses it.
+    """Return the opset to export a program with.
 
-    Raises BadInput for an opset that cannot be written or parsed, Refused for an operator that the target's opsets lack.
+    It is `asked` if that is given. Otherwise it is DEFAULT, QUANTISED for a quantised program, or the higher one that an
+    operator of the program needs, but no higher than the target parses.
+
+    Raises BadInput for an opset that cannot be written or that the target does not parse, Refused for an operator that needs
+    a higher opset.
     """
     limit = target.opset if target is not None else None
     if asked is not None and asked < LOWEST:
@@ -47,12 +50,15 @@ def choose_opset(program: Program, target: Target | None = None, asked: int | No
 
 
 def is_quantised(program: Program) -> bool:
-    """Whether a program has quantised values."""
+    """Return whether a program contains fake-quantised values."""
     return any(op_name(node).startswith("fake_quantize") for node in program.graph.nodes)
 
 
 def lower_to_17(graph: gs.Graph) -> None:
-    """Rewrite a graph with folded constants from 18 in place. Raises Refused with the node where it cannot."""
+    """Rewrite a graph with folded constants from opset 18 to 17 in place.
+
+    Raises Refused, which names the node, for what opset 17 cannot express.
+    """
     for node in graph.nodes:
         if node.domain:
             continue

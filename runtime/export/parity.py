@@ -1,8 +1,9 @@
-"""Parity: does an engine compute what the program computes?
+"""Parity: compare the outputs of an engine with those of the program.
 
-Measured on the program's example inputs, on fresh random ones, on other batch sizes where the batch is dynamic, and on
-real samples where there are some; for each output, and for each of its channels by the channel's own scale: class
-scores beside box coordinates are a thousand times smaller, and all the same as important. Source: ours.
+They are compared on the program's example inputs, on random inputs, on several batch sizes if the batch is dynamic, and on
+real samples if they are given. Errors are measured for each output, and for each of its channels relative to the channel's
+own scale: class scores may be a thousand times smaller than box coordinates in the same output and still be as important.
+Source: ours.
 """
 
 import math
@@ -19,29 +20,37 @@ from ...graph.nodes import op_name
 from ...graph.program import Program, flatten_outputs
 from ..engines.base import Engine
 
-SAMPLES = 16  # at most, of real data: enough to see a wrong file, few enough for a large network
-# A channel with this many values has a scale of its own; one with fewer may be small by chance (a logit near zero).
+SAMPLES = 16  # largest number of real samples: enough to detect a wrong file, few enough for a large network
+# A channel with at least MANY values is compared with its own scale (rms). One with fewer values may be small by chance (a
+# logit near zero), so it is compared with the larger scale of another channel: see `_worst_channel`.
 MANY = 64
-NEIGHBOURS = {True: 0.1, False: 0.5}  # how far up in the order of scales its neighbour is: with many values, with few
-BESIDE = 2e-3  # of a larger channel's scale: the least that a channel's error is compared with, since both round alike
-SEEN = 1e3  # times the least difference that counts: what an output reaches at least, for that to hold
-# A channel's error is compared with its own small scale, and carries the rounding of what it was computed from.
-CHANNEL, MOST = 10.0, 0.5  # times the tolerance, and at most so much of its scale
-# A channel of many values follows the program's: rounding leaves a correlation near 1, another class's scores one near 0.
-FOLLOWS, STEADY = 0.8, 0.01  # the least correlation, of what varies by more than this share of its scale
-COSINE = 0.2  # the largest error, relative to the length of the output as a vector, that its cosine may say
+NEIGHBOURS = {True: 0.1, False: 0.5}  # distance to that channel in the order of scales: with many values, with few
+BESIDE = (
+    2e-3  # share of the larger scale that is used for a channel of many values, since rounding affects both equally
+)
+SEEN = 1e3  # `least` of `output_error` applies only to an output whose largest value exceeds this many times `least`
+# The error of a small channel includes the rounding of the larger values that it was computed from.
+CHANNEL, MOST = 10.0, 0.5  # limit of a channel's error: this many times the tolerance, but at most MOST
+# Rounding leaves a correlation near 1 between a channel and the program's; the scores of another class have one near 0.
+FOLLOWS, STEADY = 0.8, 0.01  # smallest correlation, for channels whose deviation exceeds this share of their scale
+COSINE = 0.2  # largest error of an output as a vector, relative to its length; the limit of the cosine follows from it
 
 
 @dataclass(frozen=True)
 class OutputError:
-    """How far one output is off.
+    """The errors of one output a of an engine against the program's output b.
 
-    error: max |a - b| / max |b|; of integers and booleans the share that differ. channel: the worst channel's
-    rms(a - b) / rms(b) over all its values, along any axis but the first, and `where` it is. correlation: the lowest of
-    a channel with many values that vary, and the channel, `follows`. cosine: between the two outputs as vectors.
-    samples: the error of each entry of the first axis. agreement: share of the positions where the largest of several
-    scores is the same one, or as good as it (None where no axis holds scores). distances: of a quantised program, the
-    squared distance to what it computes without quantisation, of the engine's outputs and of the program's own.
+    A channel is a slice of the output at one index of any axis but the first.
+
+    - name: name of the output.
+    - error: max |a - b| / max |b|; for integers and booleans the share of entries that differ.
+    - channel: largest rms(a - b) / rms(b) of a channel, and `where` it is.
+    - correlation: lowest correlation of a channel with many, varying values, and where it is (`follows`).
+    - cosine: cosine similarity of the two outputs as vectors.
+    - samples: `error` of each index of the first axis.
+    - agreement: share of positions at which the engine's largest score is the program's largest one, or nearly as large;
+      None if no axis has scores.
+    - distances: for a quantised program, the squared distances of a and of b to the output without quantisation.
     """
 
     name: str
@@ -57,13 +66,15 @@ class OutputError:
 
     @property
     def worst(self) -> float:
-        """Of the output and its channels, in terms of the tolerance that would let it pass."""
+        """The largest of the errors of the output and its channels, each scaled to the tolerance that would allow it."""
         strays = (1 - self.correlation) / 2 if self.correlation < FOLLOWS else 0.0
         return max(self.error, self.channel / CHANNEL, strays)
 
     def wrong(self, tolerance: float, real: bool = False) -> str:
-        """What exceeds the limits that follow from a tolerance, in words; empty when nothing does. real: the inputs
-        are samples of the task, whose answers must agree too."""
+        """Return in words which error exceeds the limits that follow from a tolerance; empty if none does.
+
+        real: whether the inputs are samples of the task, for which `agreement` counts, too.
+        """
         if not self.error <= tolerance:
             return f"by {_figure(self.error)} of the largest value of {self.name}"
         if not self.channel <= (limit := min(CHANNEL * tolerance, max(MOST, tolerance))):
@@ -79,9 +90,11 @@ class OutputError:
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: what was fed, its batch size (None without a dynamic batch), and how far each output is off.
+    """The comparison of all outputs on one set of inputs.
 
-    error: the worst output's; more where a channel exceeds the limits that it has in a tolerance of this.
+    - inputs: kind of inputs: "example", "random" or "data" (real samples), with a suffix for an emulation.
+    - batch: batch size; None without a dynamic batch.
+    - error: largest `OutputError.worst` of the outputs.
     """
 
     inputs: str
@@ -91,23 +104,27 @@ class Check:
 
     @property
     def real(self) -> bool:
-        """Whether the inputs are samples of the task."""
+        """Whether the inputs are real samples."""
         return self.inputs.startswith("data")
 
     @property
     def agreement(self) -> float | None:
-        """The worst output's; None where no output holds scores."""
+        """The lowest agreement of an output; None if no output has scores."""
         return min((o.agreement for o in self.outputs if o.agreement is not None), default=None)
 
     def wrong(self, tolerance: float) -> str:
-        """The first output that exceeds the limits, in words; empty when none does."""
+        """Return in words the first output that exceeds the limits of a tolerance; empty if none does."""
         return next((w for o in self.outputs if (w := o.wrong(tolerance, self.real))), "")
 
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of a program, and its outputs for them in float64 (integers stay what they are). plain: of a quantised
-    program, those without quantisation."""
+    """Inputs of a program and the outputs it computes from them.
+
+    - inputs: kind of inputs: "example", "random" or "data". batch: batch size; None without a dynamic batch.
+    - wanted: outputs of the program, floating-point ones as float64.
+    - plain: for a quantised program, its outputs without quantisation.
+    """
 
     inputs: str
     batch: int | None
@@ -118,26 +135,26 @@ class Case:
 
 
 def parity(program: Program, engine: Engine, seed: int = 0, data: Iterable[Any] = ()) -> list[Check]:
-    """Compare an engine with the program in eval mode, on the example inputs, random ones at several batch sizes, and
-    real ones.
+    """Compare an engine with the program in eval mode, which is not changed.
 
-    Returns a `Check` for each set of inputs: relative errors of the outputs, against the program's in float64, and
-    whether what they decide is the same. Inputs are cast to the engine's types, so that an engine in half precision is
-    measured against the fp32 program. Batch sizes that the program itself does not take are left out. The program is
-    not changed.
+    The inputs are the example inputs, random ones at several batch sizes if the batch is dynamic, and real ones. They are
+    cast to the engine's types, so that an engine in half precision is compared with the fp32 program. Batch sizes that the
+    program itself does not support are left out.
 
-    - seed: of the random inputs.
-    - data: real inputs, (args, kwargs) of the program or batches of a loader, of which the first `SAMPLES` samples
-      count.
+    - seed: seed of the random inputs.
+    - data: real inputs: (args, kwargs) of the program, or batches of a data loader. The first `SAMPLES` samples are used.
 
-    Raises Refused when the engine's outputs differ in number or shape, BadInput when it does not take the inputs.
+    Returns a `Check` for each set of inputs. Raises Refused if inputs or outputs differ in number or outputs in shape,
+    BadInput if the engine or the program does not support the inputs.
     """
     return compare(cases(program, seed, data), engine)
 
 
 def cases(program: Program, seed: int = 0, data: Iterable[Any] = ()) -> list[Case]:
-    """What engines are compared on. data: (args, kwargs) of the program, or batches as loaders yield them; the first
-    `SAMPLES` samples count."""
+    """Return the inputs that engines are compared on, with the program's outputs. seed, data: as for `parity`.
+
+    Raises BadInput for data that the program does not support.
+    """
     frozen = program.copy()
     module = frozen.module().eval()
     plain = _without_quantisation(program)
@@ -165,7 +182,7 @@ def _arrays(tensors: Iterable[torch.Tensor]) -> list[np.ndarray]:
 
 
 def _without_quantisation(program: Program) -> Program | None:
-    """The program as it was before values were quantised; None for one that has none."""
+    """Return a copy of a program without its fake quantisation; None if it has none."""
     plain = program.copy()
     module = plain.module().eval()
     nodes = [n for n in plain.graph.nodes if op_name(n).startswith("fake_quantize")]
@@ -177,8 +194,10 @@ def _without_quantisation(program: Program) -> Program | None:
 
 
 def compare(known: Iterable[Case], engine: Engine, steps: Mapping[str, float] | None = None) -> list[Check]:
-    """An engine's outputs against those of the program; raises what `parity` raises. steps: by output, the least
-    difference that counts."""
+    """Compare an engine's outputs with those of the program.
+
+    steps: by output, the largest absolute difference that counts as none. Raises what `parity` raises.
+    """
     checks, least = [], steps or {}
     for case in known:
         results = engine.run(feeds(engine, case.args, case.kwargs))
@@ -203,7 +222,8 @@ def _distances(found: np.ndarray, wanted: np.ndarray, plain: np.ndarray | None) 
 
 
 def output_error(found: np.ndarray, wanted: np.ndarray, name: str = "output", least: float = 0.0) -> OutputError:
-    """How far an output is off; differences up to `least` count as none. Raises Refused for another shape."""
+    """Return the errors of one output. Absolute differences up to `least` count as none, unless the whole output is that
+    small. Raises Refused if the shapes differ."""
     if found.shape != wanted.shape:
         raise Refused(f"{name}: the engine gives shape {found.shape}, the program {wanted.shape}")
     samples = (found, wanted) if wanted.ndim else (found[None], wanted[None])
@@ -212,7 +232,7 @@ def output_error(found: np.ndarray, wanted: np.ndarray, name: str = "output", le
         share = float(np.mean(differ)) if differ else 0.0
         return OutputError(name, share, 0.0, "", 1.0, "", 1.0, differ, None)
     found = found.astype(np.float64)
-    if least * SEEN < np.abs(wanted).max(initial=0.0) < np.inf:  # else all of it is too small to say anything
+    if least * SEEN < np.abs(wanted).max(initial=0.0) < np.inf:
         found = np.where(np.abs(found - wanted) <= least, wanted, found)
     samples = (found, wanted) if wanted.ndim else (found[None], wanted[None])
     errors = tuple(relative_error(a, b, name) for a, b in zip(*samples, strict=True))
@@ -229,7 +249,8 @@ def output_error(found: np.ndarray, wanted: np.ndarray, name: str = "output", le
 
 
 def relative_error(found: np.ndarray, wanted: np.ndarray, name: str = "output") -> float:
-    """max |found - wanted| / max |wanted| over the finite values; infinite where one is finite and the other is not."""
+    """Return max |found - wanted| / max |wanted| over the finite entries; infinite if an entry is finite in only one of the
+    two arrays. Raises Refused if the shapes differ."""
     if found.shape != wanted.shape:
         raise Refused(f"{name}: the engine gives shape {found.shape}, the program {wanted.shape}")
     found, finite = found.astype(np.float64), np.isfinite(wanted)
@@ -242,10 +263,11 @@ def relative_error(found: np.ndarray, wanted: np.ndarray, name: str = "output") 
 
 
 def _worst_channel(found: np.ndarray, wanted: np.ndarray) -> tuple[float, str]:
-    """The largest rms error of a slice along any axis but the first, by the slice's own scale, and which it is.
+    """Return the largest rms error of a channel relative to its scale, and where it is.
 
-    A slice of few values takes the scale of one half of the axis up in the order of scales, if that is larger: of many
-    logits some are near zero. One of many values takes another's only where it is almost nothing beside it.
+    Sort the channels of an axis by their rms. The scale of a channel of few values is the rms of the one that stands half
+    of the axis further up, since some of many logits are near zero by chance. The scale of a channel of many values is its
+    own rms, or BESIDE times that of the one a tenth of the axis further up if that is larger.
     """
     worst, where = 0.0, ""
     for axis in range(1, wanted.ndim):
@@ -263,8 +285,7 @@ def _worst_channel(found: np.ndarray, wanted: np.ndarray) -> tuple[float, str]:
 
 
 def _least_correlation(found: np.ndarray, wanted: np.ndarray) -> tuple[float, str]:
-    """The lowest correlation of a slice along any axis but the first, and which it is: of slices with many values that
-    vary."""
+    """Return the lowest correlation of a channel with at least MANY values that vary (STEADY), and where it is."""
     least, where = 1.0, ""
     for axis in range(1, wanted.ndim):
         count, others = wanted.shape[axis], tuple(i for i in range(wanted.ndim) if i != axis)
@@ -282,8 +303,11 @@ def _least_correlation(found: np.ndarray, wanted: np.ndarray) -> tuple[float, st
 
 
 def _agreement(found: np.ndarray, wanted: np.ndarray) -> float | None:
-    """Share of the positions where the largest entry along the axis of scores is the same one, or is within a hundredth
-    of the scores' range of it: the second axis, or the last one of three where that is shorter."""
+    """Return the share of positions at which the largest found score is a largest one of `wanted` too, up to a hundredth of
+    the range of the scores; None if no axis has scores.
+
+    The axis of scores is the second one, or the last one of three if that is shorter.
+    """
     axis = 2 if wanted.ndim == 3 and wanted.shape[2] < wanted.shape[1] else 1
     if wanted.ndim < 2 or wanted.shape[axis] < 2:
         return None
@@ -301,7 +325,10 @@ def _figure(value: float) -> str:
 
 # -------------------------------------------------------------------------------------------------------------- inputs
 def feeds(engine: Engine, args: tuple, kwargs: dict[str, Any]) -> list[np.ndarray]:
-    """The tensors among a program's inputs as the engine takes them."""
+    """Return the tensors among a program's inputs as numpy arrays of the engine's types.
+
+    Raises Refused if their number differs from that of the engine's inputs.
+    """
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     if len(tensors) != len(engine.inputs):
         raise Refused(f"the engine has {len(engine.inputs)} inputs, the program {len(tensors)}")
@@ -312,7 +339,7 @@ def feeds(engine: Engine, args: tuple, kwargs: dict[str, Any]) -> list[np.ndarra
 
 
 def input_sets(program: Program, seed: int = 0) -> Iterator[tuple[str, int | None, tuple, dict[str, Any]]]:
-    """What to compare on: (name, batch size, args, kwargs)."""
+    """Yield the example inputs and random ones as (kind, batch size or None, args, kwargs)."""
     sizes = _batch(program)
     example = next(iter(sizes.values()), None)
     yield "example", example, program.args, program.kwargs
@@ -328,7 +355,7 @@ def input_sets(program: Program, seed: int = 0) -> Iterator[tuple[str, int | Non
 
 
 def _samples(program: Program, data: Iterable[Any]) -> Iterator[tuple[str, int | None, tuple, dict[str, Any]]]:
-    """Real inputs, of a dynamic batch the first `SAMPLES` samples."""
+    """Yield real inputs in the form of `input_sets`, until they have `SAMPLES` samples. A dynamic batch is cut to fit."""
     sizes, count = _batch(program), 0
     for item in data:
         leaves, spec = pytree.tree_flatten(_inputs(item))
@@ -344,7 +371,10 @@ def _samples(program: Program, data: Iterable[Any]) -> Iterator[tuple[str, int |
 
 
 def _inputs(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of a program, from just that or from what a data loader yields, whose labels are left out."""
+    """Return (args, kwargs) of a program from an item of `data`: such a pair, or a loader's batch, without its labels.
+
+    Raises BadInput for anything else.
+    """
     if isinstance(item, torch.Tensor):
         return (item,), {}
     if isinstance(item, Mapping):
@@ -358,7 +388,8 @@ def _inputs(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def random_like(tensor: torch.Tensor, generator: torch.Generator, batch: int | None = None) -> torch.Tensor:
-    """Random values with the mean and deviation of a float tensor, or in the range of an integer one."""
+    """Return a tensor of random values: normal with the mean and deviation of a float tensor, or uniform in the range of an
+    integer one. batch: size of the first axis, if it should differ."""
     shape = tensor.shape if batch is None else (batch, *tensor.shape[1:])
     if tensor.is_floating_point():
         deviation, mean = torch.std_mean(tensor.double(), correction=0)
@@ -369,7 +400,7 @@ def random_like(tensor: torch.Tensor, generator: torch.Generator, batch: int | N
 
 
 def _batch(program: Program) -> dict[int, int]:
-    """Positions and batch size of the inputs whose first dimension is the dynamic batch."""
+    """Return the example batch size of every input whose first dimension is the dynamic batch, by the input's position."""
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     leaves = pytree.tree_leaves((program.args, program.kwargs))
     sizes: dict[int, int] = {}

@@ -1,7 +1,8 @@
-"""Zeros in the weights of an ONNX file: how many, and whether a sparse kernel can use them. Source: ours.
+"""Find zeros in the weights of an ONNX file, and whether a sparse kernel can use them. Source: ours.
 
-A 2:4 kernel needs two zeros in every four consecutive entries along the dimension that is summed over: the input channels
-of a convolution (for each output channel and kernel position), the rows of a matrix product's right-hand side.
+A kernel for 2:4 sparsity needs two zeros in every four consecutive entries along the dimension that is summed over: the
+input channels of a convolution (for each output channel and kernel position), or the rows of the right factor of a matrix
+product.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,11 @@ PASSED_ON = ("Cast", "DequantizeLinear", "Identity", "QuantizeLinear")
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """The weight of one Conv, Gemm or MatMul. sparsity: share of zeros. pattern: "2:4" where every group has it."""
+    """The constant weight of one Conv, Gemm or MatMul.
+
+    name, op, shape: name of the initializer, operator of its node, and shape as the node uses it. sparsity: share of zeros.
+    pattern: "2:4" if every four entries have two zeros, else None.
+    """
 
     name: str
     op: str
@@ -30,7 +35,7 @@ class SparseWeight:
 
 
 def sparse_weights(model: onnx.ModelProto) -> list[SparseWeight]:
-    """All constant weights of convolutions and matrix products of a model, weights loaded."""
+    """Return the constant weights of all convolutions and matrix products of a model, whose weights must be loaded."""
     constants = {t.name: t for t in model.graph.initializer}
     made = {name: node for node in model.graph.node for name in node.output}
     rows = []
@@ -54,7 +59,7 @@ def sparse_weights(model: onnx.ModelProto) -> list[SparseWeight]:
 
 
 def _origin(name: str, made: Mapping[str, onnx.NodeProto]) -> tuple[str, bool]:
-    """Where a value comes from through casts, quantisation and transposition, and whether it was transposed."""
+    """Follow a value back through casts, quantisation and transposition. Return its origin and whether it was transposed."""
     flipped = False
     while name in made and made[name].op_type in (*PASSED_ON, "Transpose"):
         flipped ^= made[name].op_type == "Transpose"
@@ -63,14 +68,15 @@ def _origin(name: str, made: Mapping[str, onnx.NodeProto]) -> tuple[str, bool]:
 
 
 def check_sparsity(program: Program, model: onnx.ModelProto) -> list[SparseWeight]:
-    """The sparse weights of a model, after making sure that those that the program has in the 2:4 pattern are there.
+    """Return the constant weights of a model (`sparse_weights`) that have zeros.
 
-    Raises Refused when one is not.
+    Raises Refused if a weight that is 2:4 sparse in the program is not 2:4 sparse in the model.
     """
     weights = [w for w in sparse_weights(model) if w.sparsity > 0]
     found = [(sorted(w.shape), w.sparsity) for w in weights if w.pattern]
     for name, shape, sparsity in sorted(_expected(program), key=lambda e: -e[2]):
-        # folded norms and narrower types may add zeros; the one with the fewest, so that all find theirs
+        # Folded norms and narrower types may add zeros. Of the candidates the one with the fewest zeros is taken, so that
+        # sparser ones remain for the other weights.
         enough = [f for f in found if f[0] == shape and f[1] > sparsity - 1e-2]
         match = min(enough, key=lambda f: f[1], default=None)
         if match is None:
@@ -86,5 +92,5 @@ def _expected(program: Program) -> Iterator[tuple[str, list[int], float]]:
         if found is None or found.data_ptr() in seen:
             continue
         if sparse.implies(pattern, "2:4") and found.shape[1] % 4 == 0:
-            seen.add(found.data_ptr())  # once under all names of a tied weight
+            seen.add(found.data_ptr())  # a tied weight counts once
             yield name, sorted(found.shape), float((found == 0).double().mean())

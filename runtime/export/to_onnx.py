@@ -1,8 +1,8 @@
-"""From a program to an ONNX file that was checked: opset, types, and outputs equal to the program's.
+"""Export a program to an ONNX file, and check its opset, its types and its outputs against the program's.
 
-`torch.onnx` translates the exported program, onnx-graphsurgeon folds its constants. Half precision is made on the ONNX
-graph, so that it is strongly typed (which TensorRT 11 and TensorRT-RTX build from) and stays comparable node by node.
-The comparison itself is in compare.py.
+`torch.onnx` translates the exported program, and onnx-graphsurgeon folds its constants. The conversion to half precision
+works on the ONNX graph, so that the graph is strongly typed, as TensorRT 11 and TensorRT-RTX require, and can be compared
+node by node. compare.py makes the comparison.
 """
 
 import contextlib
@@ -46,13 +46,18 @@ PRECISIONS = ("fp32", "fp16")
 
 @dataclass
 class OnnxReport:
-    """What was written, and the proof.
+    """The report of an export.
 
-    bytes: of the ONNX file and its external weights. nodes: count by operator. types: weight elements by type.
-    checks: comparisons with the fp32 program, made in ONNX Runtime on the CPU (`warnings` says what it could not run).
-    tolerance: the error that was allowed. float32: nodes of an fp16 graph that stay in fp32, and why. clamped: constants
-    that fp16 cannot hold, and what became of them. sparse: the weights that have zeros; those with the 2:4 pattern in the
-    program have it here.
+    - path, precision, opset: the file, "fp32" or "fp16", and its opset.
+    - bytes: size of the ONNX file and its external weights. seconds: time of the export.
+    - inputs, outputs: names, types and shapes.
+    - nodes: number of nodes by operator. types: number of weight elements by type.
+    - checks: comparisons with the fp32 program in ONNX Runtime on the CPU.
+    - tolerance: largest error that was allowed.
+    - float32: by node of an fp16 graph that stays in fp32, the reason.
+    - clamped: by constant that fp16 cannot represent, what it was changed to.
+    - warnings: warnings for the user, for instance that ONNX Runtime could not run the file.
+    - sparse: weights that have zeros. All weights that are 2:4 sparse in the program are 2:4 sparse in the file.
     """
 
     path: Path
@@ -73,22 +78,22 @@ class OnnxReport:
 
     @property
     def parity(self) -> float | None:
-        """The worst error of all checks (`Check.error`); None when none could be made."""
+        """The largest error of all checks (`Check.error`); None without checks."""
         return max((c.error for c in self.checks), default=None)
 
     @property
     def agreement(self) -> float | None:
-        """Share of the real samples whose scores decide as the program's do; None without real samples or scores."""
+        """The lowest `Check.agreement` on real samples; None without real samples or scores."""
         real = [c.agreement for c in self.checks if c.real]
         return min((a for a in real if a is not None), default=None)
 
     @property
     def cosine(self) -> float | None:
-        """The lowest of all outputs and checks; None when none could be made."""
+        """The lowest cosine similarity of an output in all checks; None without checks."""
         return min((o.cosine for c in self.checks for o in c.outputs), default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """Return the report as JSON-able values (docs/formats.md, Onnx)."""
         figures = {"parity": self.parity, "agreement": self.agreement, "cosine": self.cosine}
         return dataclasses.asdict(self) | {"path": str(self.path)} | figures
 
@@ -105,29 +110,30 @@ def export_onnx(
     keep_io_types: bool = False,
     data: Iterable[Any] = (),
 ) -> OnnxReport:
-    """Write the program, in eval mode, as an ONNX file whose outputs were compared with the program's; it is not
-    changed.
+    """Export a program in eval mode to an ONNX file, after comparing the file's outputs with the program's.
 
-    - precision: "fp32", or "fp16" for a strongly typed fp16 graph, whose floating-point inputs and outputs are fp16
-      too. Nodes that fp16 would spoil stay in fp32, named in the report (`islands`).
-    - opset: 17 or more; by default what `choose_opset` finds best for the target.
-    - target: a device that must compute in the precision and parse the opset.
-    - tolerance: the largest error allowed of an output, relative to its largest value, and ten times as much for a
-      channel, relative to the channel's own scale; by default `TOLERANCES`. A quantised program rounds a value half-way
-      between two steps either way: most of its samples must be within the tolerance, and all of them near
-      (`compare.NEAR`).
-    - keep_fp32: names or modules of nodes that stay in fp32 besides, with `*` for anything.
-    - keep_io_types: inputs and outputs stay fp32; otherwise only those do whose values fp16 cannot hold, such as box
-      coordinates in pixels.
-    - data: real inputs, batches of a loader or (args, kwargs), to compare on besides the example and random ones; what
-      scores decide must be the same on them.
+    The program is not changed. Dynamic dimensions stay dynamic. Weights of more than 1.9 GB go to `<path>.data`. Nothing is
+    written if a check fails.
 
-    An fp16 file is judged as it runs where every operator rounds to fp16. Dynamic dimensions stay dynamic. Weights of
-    more than 1.9 GB go to `<path>.data`. Nothing is written unless everything holds.
+    - precision: "fp32", or "fp16" for a strongly typed fp16 graph, whose floating-point inputs and outputs are fp16, too.
+      Nodes whose values fp16 cannot represent stay in fp32, and the report names them (`islands`).
+    - opset: 17 or higher; by default the one that `choose_opset` chooses for the program and the target.
+    - target: a device, which must compute in the precision and parse the opset.
+    - tolerance: largest allowed error of an output relative to its largest value; the limit of a channel relative to its
+      own scale is ten times as high. The default is in `TOLERANCES`. For a quantised program the limits are looser, since a
+      value half-way between two steps may round either way (`compare.EXACT`, `NEAR` and `FURTHER`).
+    - progress: whether to show the current stage on stderr.
+    - keep_fp32: names of nodes or paths of modules that stay in fp32 in any case; `*` matches any text.
+    - keep_io_types: whether all inputs and outputs stay in fp32. By default only those do whose values fp16 cannot
+      represent, such as box coordinates in pixels.
+    - data: real inputs to compare on in addition to the example and random ones: batches of a data loader, or
+      (args, kwargs). On them the largest scores must also agree.
 
-    Raises BadInput for a wrong argument; Refused for an operator that torch.onnx cannot translate, types or an opset
-    that did not come out as asked, and outputs that differ by more than the tolerance, with the first node that is off
-    in fp16.
+    An fp16 file is judged by an emulation in which every operator rounds to fp16.
+
+    Raises BadInput for a wrong argument and for a file that cannot be written; Refused for an operator that torch.onnx
+    cannot translate, for a file whose opset or types are not those asked for, and for outputs that differ by more than the
+    tolerance; for fp16 the message names the first node that does.
     """
     start, path = time.perf_counter(), Path(path)
     device = _settings(precision, target, tolerance)
@@ -186,7 +192,7 @@ def export_onnx(
 
 
 def weight_types(model: onnx.ModelProto) -> dict[str, int]:
-    """Elements of the initializers by type name ("fp32", "int64", ...)."""
+    """Return the number of elements of the initializers by name of their type ("fp32", "int64", ...)."""
     counts: Counter[str] = Counter()
     for tensor in model.graph.initializer:
         name = FLOATS.get(tensor.data_type, onnx.TensorProto.DataType.Name(tensor.data_type).lower())
@@ -206,7 +212,7 @@ def _settings(precision: str, target: str | Target | None, tolerance: float | No
 
 
 def _accept(report: OnnxReport, result: Verdict) -> None:
-    """Take over what the comparison found. Raises Refused when it says no."""
+    """Add the result of the comparison to the report. Raises Refused if the file is not good enough."""
     report.checks, report.warnings = result.checks, [*report.warnings, *result.notes]
     if result.wrong:
         cure = "; keep_fp32 and tolerance are the options" if report.precision == "fp16" else ""
@@ -214,9 +220,12 @@ def _accept(report: OnnxReport, result: Verdict) -> None:
 
 
 def _name(graph: gs.Graph, exported: ExportedProgram, history: Sequence[Mapping[str, Any]]) -> None:
-    """Name inputs after the program's arguments, outputs after its output structure, both as they were in the ONNX file
-    that a program was imported from, dynamic dimensions after what they are. An output that is an input, a constant or
-    another output gets a tensor of its own."""
+    """Name the inputs after the program's arguments, the outputs after its output structure, and dynamic dimensions after
+    the input that has them ("batch" for the first).
+
+    A program that was imported from an ONNX file keeps the names of inputs and outputs in that file. An output that is also
+    an input, a constant or another output gets a tensor of its own.
+    """
     specs = exported.graph_signature.input_specs
     inputs = [s.arg.name for s in specs if s.kind is InputKind.USER_INPUT and isinstance(s.arg, TensorArgument)]
     if len(inputs) != len(graph.inputs):
@@ -260,7 +269,7 @@ def _output_names(exported: ExportedProgram) -> list[str]:
     paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(results))), spec))[0]
     names = []
     for path, index in paths:
-        if isinstance(results[index], str):  # a tensor; anything else is a constant of the program
+        if isinstance(results[index], str):  # the name of a tensor; any other result is a constant
             keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
             name = "_".join(keys)
             names.append(name if name and not name[0].isdigit() else "_".join(["output", *keys]))
@@ -268,8 +277,10 @@ def _output_names(exported: ExportedProgram) -> list[str]:
 
 
 def _check(model: onnx.ModelProto, opset: int, precision: str, float32: set[str], io: set[str]) -> None:
-    """Opset and types as they came out; torch's exporter may keep its own opset. float32: nodes that are not in the
-    precision; io: names of inputs and outputs, which may be fp32 as well."""
+    """Raise Refused if the opset, which torch's exporter may keep at its own, or the types are not those asked for.
+
+    float32: names of nodes that stay in fp32. io: names of inputs and outputs, which may be fp32 in an fp16 graph.
+    """
     came = opset_of(model)
     if came != opset:
         raise Refused(f"opset {opset} was asked for, torch.onnx wrote {came}")
@@ -290,7 +301,7 @@ def _check_outputs(program: Program) -> None:
 
 
 def _check_types(model: onnx.ModelProto, precision: str, exempt: set[str] | None = None) -> None:
-    """All float tensors have the precision, or are fp32 where they may be (exempt; None: anywhere)."""
+    """Raise Refused for a float tensor of another precision. exempt: names of tensors that may be fp32; None: all."""
     values = [*model.graph.input, *model.graph.output, *model.graph.value_info]
     types = [(v.name, v.type.tensor_type.elem_type) for v in values if v.type.HasField("tensor_type")]
     types += [(t.name, t.data_type) for t in model.graph.initializer]
@@ -307,9 +318,9 @@ def _spec(tensor: gs.Variable) -> TensorSpec:
 
 @contextlib.contextmanager
 def _saved(model: onnx.ModelProto, path: Path) -> Iterator[tuple[Path, int]]:
-    """Write the model and run ONNX's checker under a temporary folder beside `path`; moved there on success only.
+    """Write the model to a temporary folder beside `path`, check it with ONNX's checker, and yield the file and its bytes.
 
-    Yields the temporary file and the bytes written.
+    On leaving the context without an exception the files move to `path` and beside it.
     """
     size = sum(len(t.raw_data) for t in model.graph.initializer)
     data = f"{path.name}.data"
@@ -322,9 +333,9 @@ def _saved(model: onnx.ModelProto, path: Path) -> Iterator[tuple[Path, int]]:
                 onnx.checker.check_model(str(file), full_check=True)
             except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
                 raise Refused(f"{path}: the exported graph is not valid ONNX ({str(error).splitlines()[0]})") from error
-            for written in Path(folder).iterdir():  # weights beside are written for their owner only
+            for written in Path(folder).iterdir():  # onnx writes external weights readable for their owner only
                 written.chmod(file.stat().st_mode & 0o777)
-            files = sorted(Path(folder).iterdir(), key=lambda f: f.name == path.name)  # the model after its weights
+            files = sorted(Path(folder).iterdir(), key=lambda f: f.name == path.name)  # the weights move first
             yield file, sum(f.stat().st_size for f in files)
             for written in files:
                 written.replace(path.with_name(written.name))
@@ -334,7 +345,7 @@ def _saved(model: onnx.ModelProto, path: Path) -> Iterator[tuple[Path, int]]:
 
 @contextlib.contextmanager
 def _status(progress: bool) -> Iterator[Any]:
-    """A spinner that names the stage."""
+    """Yield a function that shows the name of a stage beside a spinner."""
     if not progress:
         yield lambda stage: None
         return

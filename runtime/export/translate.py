@@ -1,4 +1,5 @@
-"""torch.onnx, told what engines fuse: some operators are rewritten before it translates, and its optimiser stays exact."""
+"""Translate a program with torch.onnx. Some operators are rewritten before, so that engines can fuse them, and rewrites of
+the exporter's optimiser that are not exact are switched off."""
 
 import contextlib
 import io
@@ -22,8 +23,8 @@ from ..engines import origins
 
 
 def exportable(program: Program) -> Program:
-    """A copy in eval mode, without what torch.onnx translates into shapes that no engine fuses; same arithmetic, plain
-    operators."""
+    """Return a copy of a program in eval mode, in which operators that torch.onnx would translate to nodes that no engine
+    fuses are replaced by equivalent ones."""
     program = program.copy()
     program.module().eval()
     module = program.graph_module
@@ -37,7 +38,7 @@ def exportable(program: Program) -> Program:
 
 
 def _global_pool(node: fx.Node) -> None:
-    """Pooling to 1x1 is a mean; on a channels-last tensor torch.onnx would make it a gather over the whole tensor."""
+    """Replace pooling to 1x1 by a mean. For a channels-last tensor torch.onnx would emit a gather over the whole tensor."""
     a = arguments(node)
     if all(size == 1 for size in a["output_size"]):
         node.target = torch.ops.aten.mean.dim
@@ -45,7 +46,8 @@ def _global_pool(node: fx.Node) -> None:
 
 
 def _attention(node: fx.Node) -> None:
-    """softmax(q k^T s + mask) v; torch.onnx would transpose k by two reshapes, which hides attention from TensorRT."""
+    """Replace attention by softmax(q k^T s + mask) v. torch.onnx would transpose k by reshapes, and TensorRT would not
+    recognise the attention then."""
     a, aten, graph = arguments(node), torch.ops.aten, node.graph
     mask, query = a["attn_mask"], a["query"].meta["val"]
     if (
@@ -73,19 +75,19 @@ def _attention(node: fx.Node) -> None:
 
 
 def translate(exported: ExportedProgram, opset: int) -> onnx.ModelProto:
-    """The exported program as ONNX, its nodes named after the modules that they come from.
+    """Return the exported program as an ONNX model, whose nodes are named after the modules that they come from.
 
-    Raises Refused with torch.onnx's innermost reason where it cannot be translated.
+    Raises Refused with torch.onnx's innermost reason if it cannot translate the program.
     """
     try:
         with quiet(), _exact_rewrites():
             found = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
-    except Exception as error:  # the exporter's errors carry the reason of the innermost one in their text
+    except Exception as error:  # the text of the exporter's errors contains the reason of the innermost one
         raise Refused(f"torch.onnx cannot translate the program: {reason(error)}") from error
     assert found is not None
     model = found.model_proto
     names: set[str] = set()
-    for node in model.graph.node:  # the module's path tells a reader of an engine's report where a kernel comes from
+    for node in model.graph.node:  # with the module's path a reader of an engine's report can locate a kernel
         module, _ = origins.scopes(node)
         name = "/".join([*([module] if module else []), node.name.removeprefix("node_")])
         node.name = name if name not in names else f"{name}_{len(names)}"
@@ -95,7 +97,7 @@ def translate(exported: ExportedProgram, opset: int) -> onnx.ModelProto:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No chatter of the exporter and of graphsurgeon: prints, warnings, log lines."""
+    """Suppress prints, warnings and log messages of the exporter and of onnx-graphsurgeon."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     surgeon = gs.logger.G_LOGGER
@@ -114,9 +116,12 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _exact_rewrites() -> Iterator[None]:
-    """The exporter's optimiser takes a number within 1e-8 of 0, or 1e-5 of 1, for it, and drops `x + 1e-12`, which keeps
-    a norm from dividing by 0. Here only 0 is 0, and 1 is 1."""
-    from onnxscript.rewriter import _matcher  # here, since it is private and another version may not have it
+    """Make the exporter's optimiser treat only 0 as 0 and only 1 as 1.
+
+    By default it treats numbers within 1e-8 of 0 and 1e-5 of 1 as equal to them, and so drops `x + 1e-12`, which prevents a
+    norm from dividing by 0.
+    """
+    from onnxscript.rewriter import _matcher  # imported here: it is private, and another version may not have it
 
     def equal(a: float, b: float, **tolerances: float) -> bool:
         return a == b if {0, 1} & {a, b} else math.isclose(a, b, **tolerances)

@@ -249,7 +249,7 @@ class BuildLog:
         return groups if bound and channels in (None, read, written) else 1
 
     def _crossing(self, layers: Iterable[LoggedKernel], side: Literal["inputs", "outputs"]) -> list[Shape]:
-        """Return the shapes of the ONNX tensors that enter (side "inputs") or leave ("outputs") each kernel's set of nodes."""
+        """Return the shapes of the ONNX tensors that enter ("inputs") or leave ("outputs") each kernel's set of nodes."""
         shapes = []
         for layer in layers:
             nodes = self._nodes(layer)
