@@ -147,7 +147,7 @@ def cost(name: str, images: int, connection: Any) -> None:
     result = Repair(samples=images)(smaller, data=data, teacher=dense)
     connection.send({
         "images": images, "forward": forward, "repair": time.process_time() - start, "peak before": before, "peak": peak(),
-        "layers": len(result.record["layers"]), "revision": revision(),
+        "layers": len(result.record["repaired"]), "revision": revision(),
     })  # fmt: skip
 
 

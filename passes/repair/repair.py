@@ -15,7 +15,7 @@ from ...graph.nodes import arguments, fetch
 from ...graph.program import Program
 from ...graph.sparse import sparse_weights
 from ...graph.verify.removal import removed_since
-from ..base import Context, Pass, PassResult, check_field
+from ..base import Change, Context, Pass, PassResult, check_field
 from ..common.processes import accelerator, placed, summed
 from ..common.repeat import seeded
 from ..common.scoring import bar, evaluating
@@ -52,11 +52,11 @@ class Repair(Pass):
     once, computed or quantised, layers that the dense network does not have, activations that are not finite, queries with
     a norm or a rotation behind their projection. Zeros of `Sparsify` stay zero. Raises BadInput without data or teacher.
 
-    The record has for each layer its squared error against the dense one, as a share of the variance there: `before`,
-    `predicted` by the closed form and `after` (measured), and `held_out` before and after; `sum` names the addition that a
-    layer was fitted to, `logits` the attention, `kept` says why a layer stayed as it was. Source: least-squares
-    reconstruction as in OSSCAR (arXiv 2403.12983) and CORP (arXiv 2602.05243); the sequential form with held-out ridge is
-    ours.
+    The record has, as `repaired`, for each layer its squared error against the dense one, as a share of the variance
+    there: `before`, `predicted` by the closed form and `after` (measured), and `held_out` before and after; `sum` names
+    the addition that a layer was fitted to, `logits` the attention, `kept` says why a layer stayed as it was. Source:
+    least-squares reconstruction as in OSSCAR (arXiv 2403.12983) and CORP (arXiv 2602.05243); the sequential form with
+    held-out ridge is ours.
     """
 
     samples: int = 256
@@ -79,7 +79,9 @@ class Repair(Pass):
         check_included(self, self.include, *layers(program))
         result = program.copy()
         record = self.apply(dense, result, since(dense, program), context)
-        return PassResult(result, record)
+        better = (row for row in record["repaired"] if "kept" not in row)
+        changed = [Change(row["what"], {key: row[key] for key in ("before", "after")}) for row in better]
+        return PassResult(result, record | {"changed": changed})
 
     def images(self, program: Program, context: Context) -> Images:
         """The images that a repair uses, on the process's device. Raises BadInput without data."""
@@ -153,7 +155,7 @@ class _Run:
                 for node in _goals(layer):
                     self.dense.release(node)
                 update(i + 1, layer.weight)
-        return {"samples": self.images.count, "layers": rows, "refused": self.refused}
+        return {"samples": self.images.count, "repaired": rows, "refused": self.refused}
 
     def _advance(self, node: fx.Node) -> None:
         """Run the smaller network up to a node; what is the same in both networks is computed once."""

@@ -36,7 +36,7 @@ def test_what_is_left_is_nearer_to_the_dense_network(network, names, gain, monke
     plain = PruneDepth(names=names, repair=True)(program, data=images()).program
     assert error(program, result.program) * gain < error(program, plain)
     assert {row["what"] for row in result.record["changed"]} == set(names)
-    assert result.record["repair"]["layers"]
+    assert result.record["repair"]["repaired"]
     assert result.program.macs == plain.macs
     assert all(torch.equal(before[k], v) for k, v in program.module().state_dict().items()), "the input is untouched"
 
@@ -49,7 +49,7 @@ def test_a_merged_block_is_least_squares_on_what_it_gave(monkeypatch):
     model = nn.Sequential(nn.Flatten(2), nn.Linear(192, 6), nn.GELU(), Add(body), nn.GELU(), nn.Linear(6, 4))
     program = captured(model)
     result = PruneDepth(names=("3.body",), repair=True)(program, data=images())
-    (row,) = [r for r in result.record["repair"]["layers"] if r["what"] == "3.body.0.weight"]
+    (row,) = [r for r in result.record["repair"]["repaired"] if r["what"] == "3.body.0.weight"]
     x = torch.cat(images()).flatten(2)
     module, dense = result.program.module(), program.module()
     hidden = nn.functional.linear(x, fetch(dense, "1.weight"), fetch(dense, "1.bias")).detach()
@@ -69,7 +69,7 @@ def test_what_a_layer_adds_makes_up_for_a_block_that_is_gone():
     """The last layer of the block behind is fitted to the dense sum less what the trunk still is."""
     program = captured(NETWORKS["transformer"][0]())
     pruned = PruneDepth(names=("blocks.0.body",), repair=True)(program, data=images())
-    rows = {row["what"]: row for row in pruned.record["repair"]["layers"]}
+    rows = {row["what"]: row for row in pruned.record["repair"]["repaired"]}
     assert rows["blocks.1.body.3.weight"]["sum"] == "add_1"
     assert rows["blocks.1.body.3.weight"]["after"] == pytest.approx(
         rows["blocks.1.body.3.weight"]["predicted"], rel=1e-6
@@ -84,7 +84,7 @@ def test_an_exact_merge_leaves_nothing_to_repair():
         fused = Fuse()(program).program
         result = Repair()(fused, data=images(), teacher=program)
         assert error(program, result.program) < 1e-20
-        assert {row["kept"] for row in result.record["layers"]} == {"nothing is lost here"}
+        assert {row["kept"] for row in result.record["repaired"]} == {"nothing is lost here"}
         after = result.program.module().state_dict()
         assert all(torch.equal(after[name], value) for name, value in fused.module().state_dict().items())
 

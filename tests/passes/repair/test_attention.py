@@ -102,7 +102,7 @@ def test_queries_and_keys_that_depend_on_one_another_come_back_whole(form: str) 
     result = pruned(dense, repair=True, **options)
     name = "attention.qkv.weight" if form == "fused" else "attention.q.weight"
     assert set(result.removed[name][0]) >= set(range(1, HEADS * 8, 2))
-    row = next(row for row in result.record["repair"]["layers"] if row["what"] == name)
+    row = next(row for row in result.record["repair"]["repaired"] if row["what"] == name)
     assert row["before"] > 1e-3
     assert row["after"] < 1e-20
     assert error(dense, result.program) < 1e-10
@@ -114,7 +114,7 @@ def test_mixes_are_least_squares_on_the_logits(form: str) -> None:
     dense = network(form)
     cut = pruned(dense)
     result = Repair(ridge=0.0, include=("attention.q.*",))(cut.program, data=data(), teacher=dense)
-    (row,) = result.record["layers"]
+    (row,) = result.record["repaired"]
     x, losses, powers = torch.cat(data()), 0.0, 0.0
 
     def heads(program: graphcomb.Program, name: str, width: int) -> torch.Tensor:
@@ -153,7 +153,7 @@ def test_heads_that_are_gone_are_no_matter() -> None:
     once = RemoveChannels(ratio=0.5, round_to=1, kinds=("head",))(dense)
     twice = pruned(once.program)
     result = Repair(include=("attention.q.*",))(twice.program, data=data(), teacher=dense)
-    (row,) = result.record["layers"]
+    (row,) = result.record["repaired"]
     assert row["after"] == pytest.approx(row["predicted"], rel=1e-9)
     assert row["predicted"] < row["before"]
 

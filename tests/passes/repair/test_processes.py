@@ -25,7 +25,7 @@ def job(per_process: int) -> dict[str, dict]:
 
     def keep(name, result, record):
         keys = ("what", "before", "predicted", "after", "rows")
-        losses = [[-1.0 if row[key] is None else row[key] for key in keys] for row in record["layers"]]
+        losses = [[-1.0 if row[key] is None else row[key] for key in keys] for row in record["repaired"]]
         found[name] = {"state": state(result.program), "losses": losses, "removed": result.removed}
 
     torch.manual_seed(0)

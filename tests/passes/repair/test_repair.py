@@ -79,7 +79,7 @@ def test_a_repaired_network_is_nearer_to_the_dense_one_on_images_it_has_not_seen
 
 def test_what_is_predicted_is_what_is_measured(mixed) -> None:
     result = RemoveChannels(ratio=0.5, round_to=2, repair=True)(mixed, data=images())
-    rows = [row for row in result.record["repair"]["layers"] if row["after"] is not None and "kept" not in row]
+    rows = [row for row in result.record["repair"]["repaired"] if row["after"] is not None and "kept" not in row]
     assert len(rows) >= 3
     for row in rows:
         assert row["after"] == pytest.approx(row["predicted"], rel=1e-6, abs=1e-12)
@@ -123,7 +123,7 @@ def test_a_sum_behind_a_batchnorm_is_what_its_last_operand_is_fitted_to() -> Non
     dense, data = capture(Residual()), images()
     pruned = RemoveChannels(ratio=0.5, round_to=1, include=("stem*",))(dense).program
     result = Repair(ridge=0.0, include=("last*",))(pruned, data=data, teacher=dense)
-    rows = {row["what"]: row for row in result.record["layers"]}
+    rows = {row["what"]: row for row in result.record["repaired"]}
     assert rows["last.weight"]["sum"] == "add"
     assert rows["last.weight"]["after"] == pytest.approx(rows["last.weight"]["predicted"], rel=1e-6)
     module, x = result.program.module(), torch.cat(data)
@@ -161,7 +161,7 @@ def test_samples_may_lie_behind_the_positions() -> None:
     x = torch.randn(64, 5, 6, dtype=torch.float64)
     wanted = run(dense, x)
     before, after = (float((run(p, x) - wanted).square().mean()) for p in (removed, repaired.program))
-    assert {row["what"] for row in repaired.record["layers"]} >= {"attend.out_proj.weight", "head.weight"}
+    assert {row["what"] for row in repaired.record["repaired"]} >= {"attend.out_proj.weight", "head.weight"}
     assert after < 0.6 * before
 
 
@@ -185,7 +185,7 @@ def test_channels_that_others_repeat_come_back_whole(kernel: int) -> None:
 
 def test_nothing_changes_where_nothing_was_removed(mixed) -> None:
     result = Repair()(mixed, data=images(), teacher=mixed)
-    assert result.record["layers"] == []
+    assert result.record["repaired"] == []
     before, after = mixed.module().state_dict(), result.program.module().state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
     pruned = RemoveChannels(ratio=0.5, include=("body*", "last*"), round_to=2)(mixed)
@@ -232,7 +232,7 @@ def test_zeros_of_sparsify_stay_zero_and_the_others_make_up_for_what_is_gone() -
 def test_patterns_choose_what_may_change(mixed) -> None:
     pruned = RemoveChannels(ratio=0.5, round_to=2)(mixed).program
     result = Repair(include=("body*", "head*"), exclude=("*.bias", "head*"))(pruned, data=images(), teacher=mixed)
-    assert [row["what"] for row in result.record["layers"]] == ["body.weight"]
+    assert [row["what"] for row in result.record["repaired"]] == ["body.weight"]
     before, after = pruned.module().state_dict(), result.program.module().state_dict()
     assert {k for k in before if not torch.equal(before[k], after[k])} == {"body.weight", "body.bias"}
 
@@ -242,7 +242,7 @@ def test_few_images_are_said_and_the_ridge_decides() -> None:
     dense = capture(nn.Sequential(nn.Flatten(), nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, 5)))
     for count in (1, 6):
         result = RemoveChannels(ratio=0.5, round_to=1, repair=True)(dense, data=images(count, batch=2))
-        (row,) = result.record["repair"]["layers"]
+        (row,) = result.record["repair"]["repaired"]
         assert f"{count} rows for 32 unknowns" in row["few"]
         assert result.record["repair"]["samples"] == count
         assert error(dense, result.program) < 10

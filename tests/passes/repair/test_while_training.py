@@ -50,7 +50,7 @@ def test_every_event_leaves_least_squares_to_the_network_just_before_it(monkeypa
     assert len(seen) == len(result.record["events"]) == 2
     x = torch.cat([images for images, _ in data])
     for before, cut, repaired, record in seen:
-        (row,) = record["layers"]
+        (row,) = record["repaired"]
         assert row["after"] == pytest.approx(row["predicted"], rel=1e-9)
         module = repaired.module()
         hidden = (x @ fetch(module, "0.weight").T + fetch(module, "0.bias")).relu()
