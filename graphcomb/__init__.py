@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from .graph.program import Program, capture, load
     from .passes.base import Context, Pass, PassResult
     from .pipeline import Pipeline, PipelineResult
+    from .plan import Plan
     from .session import Session, attach
+    from .tuning import tune
 
 _MODULES = {"passes": "passes", "runtime": "runtime", "verify": "graph.verify"}
 _NAMES = {
@@ -39,13 +41,15 @@ _NAMES = {
     "graph.comb.rules": ("rule",),
     "passes.base": ("Context", "Pass", "PassResult"),
     "pipeline": ("Pipeline", "PipelineResult"),
+    "plan": ("Plan",),
     "session": ("Session", "attach"),
+    "tuning": ("tune",),
 }
 
 __all__ = [
     "BadInput", "CaptureError", "Comb", "Context", "GraphcombError", "Group", "MissingBackend", "Pass", "PassResult",
-    "Pipeline", "PipelineResult", "Program", "Refused", "Session", "Unreachable", "attach", "capture", "comb", "counts",
-    "from_onnx", "load", "passes", "rule", "runtime", "verify",
+    "Pipeline", "PipelineResult", "Plan", "Program", "Refused", "Session", "Unreachable", "attach", "capture", "comb",
+    "counts", "from_onnx", "load", "passes", "rule", "runtime", "tune", "verify",
 ]  # fmt: skip
 
 

@@ -1,8 +1,13 @@
-"""The plan: how many indices every group keeps, as a YAML file to look at, edit and apply."""
+"""The plan: how many indices every group keeps, and which blocks go, as a YAML file to look at, edit and apply.
+
+`graphcomb plan` writes what one `RemoveChannels` of a recipe would do. `graphcomb tune` writes a whole decision: widths
+and blocks for one budget, with what each costs and saves, and the passes that carry it out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +16,19 @@ from pydantic import Field, PositiveInt, ValidationError
 
 from .graph.errors import BadInput
 from .graph.files import replacing
+from .graph.program import Program
 from .job import Job
+from .passes.base import Context, Pass, PassResult
 from .passes.channels.remove_channels import RemoveChannels
 from .passes.depth.blocks import Block
 from .passes.depth.price import find_blocks
 from .passes.depth.prune_depth import PruneDepth
-from .recipe import Section, explain, read_yaml
+from .passes.joint.carry_out import Decision, passes
+from .passes.joint.space import Space
+from .passes.joint.tables import Fixed, check_fixed
+from .passes.train.distill import Distill
+from .pipeline import Pipeline
+from .recipe import Recipe, Section, explain, parse_pass, read_yaml
 
 HEAD = """\
 # How many indices every group keeps. Edit `keep` (from 1 to `size`), switch a group off with `prune: false`, or delete
@@ -31,11 +43,22 @@ BLOCKS = """
 # The blocks of the network for PruneDepth, which takes as many as its options say, or those in its `names`.
 # saves_kernels: one for each layer, normalisation over features and attention that would be gone after merging.
 """
+TUNED = """\
+# Which blocks go and how many indices every group keeps, so that a run takes at most `asked` ms on {target}.
+# Edit it: `goes: false` keeps a block (true removes it), `keep` sets the width of a group (from 1 to `size`), `prune:
+# false` keeps it whole. What you change stands;
+#     graphcomb run --plan {name}                      carries out what is written here, as it is
+#     graphcomb tune ... --plan {name} --out {name}    chooses the rest anew around what you changed
+# saves_ms, loss: of the row's choice alone, by the tables; together they differ, see `ms` and `loss` at the top.
+# loss: divergence from the dense network on calibration images. step: widths that suit the target are multiples of it.
+# inside: the block that takes the group with it. recovery: options of Distill, for training after the repair.
+"""
 
 
 class Row(Section):
     """One group of a plan file; `keep` and `prune` are applied, the other fields are there to be read. proposed: what
-    `keep` was when the plan was written."""
+    `keep` was when the plan was written. Of a tuned plan, saves_ms and loss: of this width alone; inside: the block
+    that takes the group with it."""
 
     name: str
     keep: PositiveInt
@@ -45,6 +68,54 @@ class Row(Section):
     kind: str = ""
     step: PositiveInt = 1
     saves_macs: float = 0.0
+    saves_ms: float | None = None
+    loss: float | None = None
+    inside: str | None = None
+
+    @property
+    def width(self) -> int:
+        """How many indices the group keeps."""
+        return self.keep if self.prune else self.size
+
+    @property
+    def edited(self) -> bool:
+        """Whether somebody changed the row."""
+        return self.width != self.proposed
+
+
+class BlockRow(Section):
+    """One block of a tuned plan; `goes` is applied. proposed: what it was when the plan was written. saves_ms, loss: of
+    the block alone, whether it goes or not. why: why it cannot go."""
+
+    name: str
+    goes: bool
+    proposed: bool = False
+    kind: str = ""
+    saves_ms: float | None = None
+    loss: float | None = None
+    why: str | None = None
+
+
+class Repairing(Section):
+    """How indices are ranked, and how many images rank them and repair what is left."""
+
+    importance: str = "repair"
+    samples: PositiveInt = 64
+
+
+class Tuned(Section):
+    """What a tuned plan is for and what it was found to reach. ms: dense, asked, predicted by the tables, achieved, and
+    whether that was measured; loss: predicted and measured (nats), on how many images, and whether the repair had not
+    seen them. model: a code for the tensors of the program."""
+
+    model: str
+    target: str
+    precision: str
+    by: str
+    method: str
+    met: bool
+    ms: dict[str, float | bool | None]
+    loss: dict[str, float | int | bool | None]
 
 
 class Frozen(Section):
@@ -57,15 +128,106 @@ class Frozen(Section):
 
 
 class Plan(Section):
-    """A plan file."""
+    """A plan file. Those of `graphcomb tune` have `tuned`, `blocks` and `repair` too, and `recipe`: the model, the data
+    and what else `graphcomb run` needs to know."""
 
+    tuned: Tuned | None = None
+    recipe: dict[str, Any] | None = None
+    repair: Repairing = Repairing()
+    recovery: dict[str, Any] | None = None
+    blocks: list[BlockRow] = Field(default_factory=list)
     groups: list[Row]
     frozen: list[Frozen] = Field(default_factory=list)
 
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as an editable YAML file; returns the path."""
+        path = Path(path)
+        values = self.model_dump(exclude_none=True)
+        head = {key: values[key] for key in ("tuned", "recipe", "repair", "recovery") if key in values}
+        text = TUNED.format(name=path.name, target=self.tuned.target if self.tuned else "the target")
+        text += yaml.safe_dump(head, sort_keys=False, default_flow_style=None, width=120)
+        with replacing(path) as part:
+            part.write_text(text + _tables({key: values[key] for key in ("blocks", "groups", "frozen")}))
+        return path
+
+    @property
+    def decided(self) -> Decision:
+        """What the plan does."""
+        gone = {b.name for b in self.blocks if b.goes}
+        for row in self.groups:
+            if row.inside in gone and row.width != row.size and row.edited:
+                raise BadInput(
+                    f"plan: {row.name} keeps {row.width}, and its block {row.inside} goes; keep the block, or leave the row"
+                )
+        widths = {r.name: r.width for r in self.groups if r.width != r.size and r.inside not in gone}
+        return Decision(tuple(b.name for b in self.blocks if b.goes), widths)
+
+    @property
+    def fixed(self) -> Fixed:
+        """What somebody changed in the plan since it was written."""
+        widths = {row.name: row.width for row in self.groups if row.edited}
+        return Fixed(widths, {b.name: b.goes for b in self.blocks if b.goes != b.proposed})
+
+    def passes(self, program: Program) -> list[Pass]:
+        """The passes that carry the plan out on its program. Raises BadInput for a plan of another program, one that
+        asks for what cannot be, and one that contradicts itself."""
+        if self.tuned is None:
+            raise BadInput(
+                "plan: written by `graphcomb plan` for the recipe's own passes; `graphcomb tune` writes whole ones"
+            )
+        if self.tuned.model != code_of_model(program):
+            raise BadInput("plan: of another model than this one; tune this one, or run the plan's own")
+        decided = self.decided
+        space = Space(program, alignment=1, more={name: [n] for name, n in decided.widths.items()}, lazy=True)
+        check_fixed(space, Fixed(decided.widths, dict.fromkeys(decided.blocks, True)))
+        steps = passes(space, decided, self.repair.importance, self.repair.samples)
+        return [*steps, parse_pass(Distill, self.recovery, "plan.recovery")] if self.recovery else steps
+
+    def applied(self, job: Job) -> Recipe:
+        """The recipe of a job with the plan's passes in place of its own. Raises what `passes` and `run` raise."""
+        self._check_target(job.target.name)
+        return job.recipe.model_copy(update={"passes": self.passes(job.program)})
+
+    def _check_target(self, name: str | None) -> None:
+        if self.tuned is not None and name not in (None, self.tuned.target):
+            raise BadInput(f"plan: for target {self.tuned.target}, not {name}; tune for this one")
+
+    def run(self, program: Program, context: Context | None = None, **fields: Any) -> PassResult:
+        """Carry the plan out, each pass verified (see `Pipeline.run`, which takes the same context and fields).
+
+        The record has those of the `passes`, what they `changed`, and the `tuned` figures of the plan. Raises what
+        `passes` raises, and BadInput for another target than the plan's.
+        """
+        context = (context or Context()).replaced("Plan.run", **fields)
+        self._check_target(getattr(context.target, "name", None))
+        steps = self.passes(program)
+        assert self.tuned is not None  # else there are no passes
+        result = Pipeline(steps).run(program, context)
+        changed = [row for record in result.records for row in record.get("changed", [])]
+        record = {
+            "pass": "Plan", "changed": changed, "passes": result.records, "tuned": self.tuned.model_dump(),
+            "cost": {"before": program.cost(), "after": result.program.cost()},
+        }  # fmt: skip
+        return PassResult(result.program, record, _removed(program, result.records))
+
+
+def _removed(program: Program, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[int]]]:
+    """What went of the program's own tensors, as far as they kept their sizes until then."""
+    shapes = {name: tuple(t.shape) for name, t in program.module().state_dict().items()}
+    merged = any(record["pass"] == "PruneDepth" for record in records)
+    removed = next((r["removed"] for r in records if r.get("removed")), {})
+    return {} if merged else {name: lost for name, lost in removed.items() if name in shapes}
+
+
+def code_of_model(program: Program) -> str:
+    """A short code for the names and sizes of a program's tensors: plans fit any weights of the same network."""
+    shapes = sorted((name, tuple(t.shape)) for name, t in program.module().state_dict().items())
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
+
 
 def make_plan(job: Job) -> tuple[list[dict[str, Any]], list[Block]]:
-    """Return what the recipe's first RemoveChannels would do, group by group (see `RemoveChannels.plan`), and the blocks of
-    the network where it has a PruneDepth. Raises BadInput when it has neither."""
+    """Return what the recipe's first RemoveChannels would do, group by group (see `RemoveChannels.plan`), and the
+    blocks of the network where it has a PruneDepth. Raises BadInput when it has neither."""
     removal = next((p for p in job.recipe.passes if isinstance(p, RemoveChannels)), None)
     depth = any(isinstance(p, PruneDepth) for p in job.recipe.passes)
     if removal is None and not depth:
@@ -86,22 +248,39 @@ def write_plan(rows: list[dict[str, Any]], path: Path, blocks: Sequence[Block] =
     ]
     with replacing(path) as part:
         text = HEAD.format(name=path.name)
-        for title, entries in (("groups", groups), ("frozen", frozen)):
-            lines = _lines(entries)
-            text += f"{title}:\n" + "".join(f"- {line}\n" for line in lines) if lines else f"{title}: []\n"
+        text += _tables({"groups": groups, "frozen": frozen})
         text += (BLOCKS + "".join(f"# - {line}\n" for line in _lines(listed))) if listed else ""
         part.write_text(text)
+
+
+def _tables(tables: Mapping[str, list[dict[str, Any]]]) -> str:
+    """Lists of rows, a row a line."""
+    text = ""
+    for title, entries in tables.items():
+        lines = _lines(entries)
+        text += f"{title}:\n" + "".join(f"- {line}\n" for line in lines) if lines else f"{title}: []\n"
+    return text
 
 
 def _lines(entries: list[dict[str, Any]]) -> list[str]:
     return [yaml.safe_dump(e, default_flow_style=True, sort_keys=False, width=10**6).strip() for e in entries]
 
 
-def read_plan(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a plan file as `RemoveChannels` takes them. Raises BadInput with file and path of the field."""
+def load_plan(path: str | Path) -> Plan:
+    """Return what a plan file holds. Raises BadInput with file and path of the field."""
     tree = read_yaml(path)
     try:
-        plan = Plan.model_validate(tree)
+        return Plan.model_validate(tree)
     except ValidationError as error:
         raise BadInput(f"{path}: {explain(error, Plan)}") from error
+
+
+def read_plan(path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of a plan file as `RemoveChannels` takes them. Raises BadInput with file and path of the
+    field."""
+    return rows_of(load_plan(path))
+
+
+def rows_of(plan: Plan) -> list[dict[str, Any]]:
+    """The rows of a plan as `RemoveChannels` takes them."""
     return [row.model_dump(include={"name", "keep", "prune", "proposed"}) for row in plan.groups]

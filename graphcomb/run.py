@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,14 @@ BENCH_SECONDS = 30.0  # at most; an undisturbed machine needs far fewer
 def run(
     recipe: Recipe,
     out: str | Path,
-    plan: list[dict[str, Any]] | None = None,
+    plan: list[dict[str, Any]] | Callable[[Job], Recipe] | None = None,
     progress: bool = False,
     fresh: bool = False,
 ) -> Summary:
     """Run a recipe and write its outputs to the folder `out`; returns what summary.json holds.
+
+    plan: sizes of groups for the recipe's RemoveChannels; or what gives a recipe with other passes, once the model is
+    there.
 
     Finished passes found in `out` are taken over when nothing they depend on has changed, unless fresh is set. Under
     `accelerate launch` all processes run the passes, and the main one does the rest.
@@ -46,6 +50,9 @@ def run(
     out, start = Path(out), time.perf_counter()
     check_folder(out)
     job = prepare(recipe)
+    rows = None if callable(plan) else plan
+    if callable(plan):
+        recipe = job.recipe = plan(job)
     progress = progress and is_main()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -54,7 +61,7 @@ def run(
     if is_main():
         (out / "summary.json").unlink(missing_ok=True)
     result = Pipeline(recipe.passes).run(
-        job.program, job.context(progress), out=out, plan={"groups": plan} if plan else None, key=recipe.key(),
+        job.program, job.context(progress), out=out, plan={"groups": rows} if rows else None, key=recipe.key(),
         resume=not fresh,
     )  # fmt: skip
     values = _summary(job, result)

@@ -22,6 +22,7 @@ from .predict import predict
 from .report import report
 from .run import demo, run
 from .source import source
+from .tune import sensitivity, tune
 
 
 class _Group(TyperGroup):
@@ -43,7 +44,23 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
         logging.getLogger("torch").setLevel(logging.ERROR)
 
 
-for command in (run, plan, comb, export, build, bench, predict, bundle, report, source, targets, check, demo):
+for command in (
+    run,
+    plan,
+    tune,
+    sensitivity,
+    comb,
+    export,
+    build,
+    bench,
+    predict,
+    bundle,
+    report,
+    source,
+    targets,
+    check,
+    demo,
+):
     app.command()(command)
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .arguments import Overrides, Quiet, RecipeFile
+from ..graph.errors import BadInput
+from .arguments import Overrides, Quiet
 from .output import console
 
 if TYPE_CHECKING:
@@ -27,9 +28,13 @@ SUMMARY_ROWS = {
 
 
 def run(
-    recipe: RecipeFile,
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE.yaml", help="The recipe; a plan of `tune` does without.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the results; default out/NAME.")] = None,
-    plan: Annotated[Path | None, typer.Option("--plan", help="A plan file, edited by hand.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="A plan file, edited by hand; one of `tune` has its own passes.")
+    ] = None,
     set_: Overrides = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not continue from finished passes.")] = False,
     quiet: Quiet = False,
@@ -37,13 +42,22 @@ def run(
     """Run a recipe: compress, verify, export, build engines, measure, report. Continues where it was interrupted."""
     from .. import plan as plans
     from .. import run as runs
-    from ..recipe import read_recipe
+    from ..recipe import override, parse_recipe, read_recipe
     from ..store import is_main
 
-    parsed = read_recipe(recipe, set_ or ())
-    edited = plans.read_plan(plan) if plan else None
-    folder = out or Path("out") / recipe.stem
-    summary = runs.run(parsed, folder, edited, progress=not quiet, fresh=fresh)
+    edited = plans.load_plan(plan) if plan else None
+    if recipe is not None:
+        parsed = read_recipe(recipe, set_ or ())
+    elif edited is not None and edited.recipe is not None:
+        tree = edited.recipe | {"passes": []}
+        for text in set_ or ():
+            override(tree, text)
+        parsed = parse_recipe(tree)
+    else:
+        raise BadInput("run: a recipe, or --plan with a file that `graphcomb tune` wrote")
+    folder = out or Path("out") / (recipe or plan or Path("plan")).stem
+    rows = edited and (edited.applied if edited.tuned else plans.rows_of(edited))
+    summary = runs.run(parsed, folder, rows, progress=not quiet, fresh=fresh)
     if is_main():
         show_summary(summary)
 

@@ -54,6 +54,10 @@ class Predictor:
                 self.users[atom].append(i)
         self._known: dict[tuple[int, tuple[int, ...]], float] = {}
 
+    def atoms(self, index: int) -> tuple[Factor, ...]:
+        """The atoms whose sizes one layer may depend on."""
+        return self._atoms[index]
+
     def total(self, sizes: Mapping[Factor, int]) -> float:
         """Seconds of a run at these sizes; groups without one are whole."""
         return self.latency.per_run + sum(self.node(i, sizes) for i in range(len(self.layers.nodes)))

@@ -3,11 +3,11 @@
 Binary variables: x[a,k], axis a has its k-th size; z[b], block b is gone. The seconds of a layer are no linear function of
 its sizes, so every cell c of its table has a share p[c], and the shares have to agree with the sizes:
 
-sum_c p[c] = 1, 1 - z[b] or z[b]              for a layer of no block, of one that stays, of one that is gone sum_{c at size
-    k of axis a} p[c] <= x[a,k]    a transport problem between the margins, tighter than products of binaries
+    sum_c p[c] = 1, 1 - z[b] or z[b]              for a layer of no block, of one that stays, of one that is gone
+    sum_{c at size k of axis a} p[c] <= x[a,k]    a transport problem between the margins, tighter than products of binaries
 
-sum_k x[a,k] = 1 or 1 - z[b]                  for an axis, or one inside a block sum_{b in S} z[b] <= |S| - 1
-    for blocks S that must not all go
+    sum_k x[a,k] = 1 or 1 - z[b]                  for an axis, or one inside a block
+    sum_{b in S} z[b] <= |S| - 1                  for blocks S that must not all go
 
 If x and z are integers, the shares are, too. Source: the decision of widths and depth together after MDP (arXiv 2504.02168)
 and LayerMerge (arXiv 2406.12837); this program is ours.
@@ -121,6 +121,8 @@ class _Program:
     ) -> tuple[Choice, float] | None:
         """The choice with the least objective whose `limited` sum is within the limit, and its gap; None if there is none.
         Objective and sum are scaled to about 1, for which the solver's tolerances are made."""
+        if not self.seconds:  # nothing to choose
+            return (Choice((), ()), 0.0) if limited is None or limit >= 0 else None
         from scipy.optimize import Bounds, LinearConstraint, milp  # here, since it takes half a second to import
         from scipy.sparse import coo_array
 

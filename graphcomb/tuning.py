@@ -1,0 +1,296 @@
+"""Tuning: one budget in milliseconds, and a plan of which blocks go and how wide the groups stay.
+
+    plan = graphcomb.tune(program, data=images, latency=0.5, target="cpu")
+    plan.save("plan.yaml")
+    result = plan.run(program, data=images)
+
+Here the tables of the passes meet the targets of the runtime: what predicts layers, and what measures whole networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import runtime
+from .data import cache_folder
+from .graph.errors import BadInput, Contended
+from .graph.program import Program
+from .passes.base import Context
+from .passes.common.latency import allowed_seconds, needed_latency
+from .passes.depth.budget import Predictor
+from .passes.joint.losses import Losses
+from .passes.joint.problem import Choice, Problem
+from .passes.joint.rounds import NEAR, Built, Tuner, builder
+from .passes.joint.space import SIZES, Space
+from .passes.joint.tables import Fixed, Tables
+from .passes.joint.times import Times
+from .plan import BlockRow, Frozen, Plan, Repairing, Row, Tuned, code_of_model, load_plan
+from .runtime.devices.table import Target, get_target
+from .runtime.prediction.latency_table import LatencyTable
+from .runtime.prediction.roofline import Roofline
+
+SECONDS = 20.0  # at most, of one measurement of a whole network
+Table = str | Path | LatencyTable | Roofline
+
+
+def tune(
+    program: Program,
+    data: Iterable[Any] | None = None,
+    latency: float | str | Sequence[float | str] | None = None,
+    loss: float | Sequence[float] | None = None,
+    target: str | Target = "cpu",
+    precision: str = "fp32",
+    table: Table | None = None,
+    measure: bool | None = None,
+    plan: Plan | str | Path | None = None,
+    samples: int = 64,
+    points: int = 1,
+    sizes: int = SIZES,
+    importance: str = "repair",
+    rounds: int = 2,
+    folder: str | Path | None = None,
+    progress: bool = False,
+    **fields: Any,
+) -> Any:
+    """Decide which blocks go and how wide every group stays, so that a run takes no longer than a budget and the
+    network loses least by it; or loses no more than a budget, and is fastest. Returns a `Plan`, or a list of plans for
+    several budgets, which share all tables.
+
+    - data: batches of images, labels are not needed.
+    - latency: what a run may take, a share of the dense program's time or a time such as "3.5 ms". loss: instead, what
+      may be lost, as the divergence from the dense network in nats.
+    - target, precision: what it is to run on, and in which precision.
+    - table: what predicts the layers' times: "roofline" (the target's data sheet), results of a bench bundle, which
+      calibrate it, or a file of measured layers, made and completed as needed. None measures where the target is this
+      machine, in a table in the cache folder, and else takes the data sheet.
+    - measure: whether whole networks are measured, here and in ONNX Runtime; else they are predicted layer by layer. None
+      is where layers are measured.
+    - plan: one that was written before; what somebody changed in it stands, and the rest is chosen around it.
+    - samples: images for ranking and repair; as many others judge. points: at how many sizes each width's loss is
+      measured, 1 or 2. sizes: how many a group may have at most. importance: see `RemoveChannels`. rounds: how often
+      what was chosen is built and the tables corrected.
+    - folder: where measured losses are kept; by default in the cache folder. fields: of the passes' `Context`.
+
+    Raises BadInput for arguments that make no sense and for data on which nothing can be told apart, Unreachable for a
+    budget below what can be reached (the message says what can, and what freezes it), Contended on a machine too busy
+    to measure.
+    """
+    budgets = _budgets(latency, loss)
+    session = prepare_tables(
+        program,
+        data,
+        target,
+        precision,
+        table,
+        measure,
+        plan,
+        samples,
+        points,
+        sizes,
+        importance,
+        folder,
+        progress,
+        **fields,
+    )
+    build = builder(session.tables, importance, samples, session.tables.losses.context)
+    tuner = Tuner(session.tables, build, session.seconds, rounds, session.say)
+    plans = []
+    for kind, budget in budgets:
+        if kind == "latency":
+            asked = allowed_seconds(budget, tuner.dense, "tune")
+            found = tuner.within(asked)
+        else:
+            found, asked = tuner.losing(float(budget)), None
+        plans.append(session.plan(tuner, found, asked, importance))
+    several = isinstance(latency if loss is None else loss, (list, tuple))
+    return plans if several else plans[0]
+
+
+def _budgets(latency: Any, loss: Any) -> list[tuple[str, Any]]:
+    if (latency is None) == (loss is None):
+        raise BadInput("tune: give one of latency and loss")
+    kind, given = ("latency", latency) if loss is None else ("loss", loss)
+    budgets = list(given) if isinstance(given, (list, tuple)) else [given]
+    for budget in budgets:
+        if kind == "latency":
+            allowed_seconds(budget, 1.0, "tune")
+        elif isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
+            raise BadInput(f"tune.loss: a divergence above 0 in nats, not {budget!r}")
+    if not budgets:
+        raise BadInput(f"tune.{kind}: no budget")
+    return [(kind, budget) for budget in budgets]
+
+
+class TuningTables:
+    """The tables of a program for a target, what measures whole networks there, and how both go into a plan. measured:
+    whether whole networks are measured, else predicted layer by layer."""
+
+    def __init__(self, tables: Tables, target: Target, precision: str, latency: Any, measured: bool, progress: bool):
+        self.tables, self.target, self.precision, self.latency = tables, target, precision, latency
+        self.measured = measured
+        self._predict = Predictor(Context(latency=latency), tables.space.program) if not measured else None
+        self._progress = progress
+
+    def say(self, text: str) -> None:
+        """Write a line of progress to stderr."""
+        from rich.console import Console
+
+        Console(stderr=True, quiet=not self._progress, markup=False, emoji=False, soft_wrap=True).print(text)
+
+    def seconds(self, program: Program) -> float:
+        """What a run of the program takes. Raises Contended on a machine too busy to measure."""
+        if self._predict is not None:
+            return self._predict(program)
+        result = runtime.bench([program], names=["network"], seconds=SECONDS)
+        median = result.timings[0].ms.get("median")
+        if median is None:
+            raise Contended(
+                "tune: the machine is too busy to measure; the tables are kept, run it again (table: roofline predicts)"
+            )
+        return median / 1e3
+
+    def plan(self, tuner: Tuner, found: Built, asked: float | None, importance: str) -> Plan:
+        """The plan of a network that was built."""
+        space, problem = self.tables.space, self.tables.problem
+        scale, losses = 1e3 * tuner.correction.seconds, self.tables.losses
+        met = asked is None or found.seconds <= (1 + NEAR) * asked
+        ms = {
+            "dense": 1e3 * tuner.dense, "asked": None if asked is None else 1e3 * asked,
+            "predicted": 1e3 * found.predicted_seconds, "achieved": 1e3 * found.seconds, "measured": self.measured,
+        }  # fmt: skip
+        loss = {
+            "predicted": found.predicted_loss, "measured": found.loss, "images": losses.samples,
+            "held_out": losses.images.held_out,
+        }  # fmt: skip
+        gone = set(found.decided.blocks)
+        blocks = []
+        for b, block in enumerate(space.blocks):
+            saves = problem.seconds(problem.whole()) - problem.seconds(without(problem, b))
+            blocks.append(
+                BlockRow(
+                    name=block.name, goes=block.name in gone, proposed=block.name in gone, kind=block.kind,
+                    saves_ms=_short(scale * saves), loss=_short(problem.blocks[b].loss),
+                )
+            )  # fmt: skip
+        groups = []
+        for i, (axis, group) in enumerate(zip(problem.axes, space.groups, strict=True)):
+            keep = found.decided.widths.get(axis.name, group.size)
+            k = axis.sizes.index(keep)
+            saves = problem.seconds(problem.whole()) - problem.seconds(narrower(problem, i, k))
+            inside = None if axis.block is None else space.blocks[axis.block].name
+            groups.append(
+                Row(
+                    name=axis.name, keep=keep, size=group.size, proposed=keep, kind=group.kind,
+                    step=space.steps[axis.name], saves_ms=_short(scale * saves), loss=_short(axis.losses[k]),
+                    inside=inside,
+                )
+            )  # fmt: skip
+        known = {g.name: g for g in space.comb.groups}
+        frozen = [
+            Frozen(name=name, kind=known[name].kind, size=known[name].size, why=why)
+            for name, why in space.refused.items()
+            if name in known
+        ]
+        refused = [BlockRow(name=name, goes=False, why=why) for name, why in space.refused.items() if name not in known]
+        tuned = Tuned(
+            model=code_of_model(space.program), target=self.target.name, precision=self.precision, by=str(self.latency),
+            method=found.how, met=met, ms={k: _short(v) if isinstance(v, float) else v for k, v in ms.items()},
+            loss={k: _short(v) if isinstance(v, float) else v for k, v in loss.items()},
+        )  # fmt: skip
+        repair = Repairing(importance=importance, samples=losses.samples)
+        return Plan(tuned=tuned, repair=repair, blocks=[*blocks, *refused], groups=groups, frozen=frozen)
+
+
+def prepare_tables(
+    program: Program,
+    data: Iterable[Any] | None,
+    target: str | Target = "cpu",
+    precision: str = "fp32",
+    table: Table | None = None,
+    measure: bool | None = None,
+    plan: Plan | str | Path | None = None,
+    samples: int = 64,
+    points: int = 1,
+    sizes: int = SIZES,
+    importance: str = "repair",
+    folder: str | Path | None = None,
+    progress: bool = False,
+    **fields: Any,
+) -> TuningTables:
+    """Both tables of a program; see `tune` for the arguments."""
+    for name, value, most in (("samples", samples, None), ("points", points, 2), ("sizes", sizes, None)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
+            raise BadInput(f"tune.{name}: a whole number from 1{f' to {most}' if most else ''}, not {value!r}")
+    device = get_target(target) if isinstance(target, str) else target
+    edited = load_plan(plan) if isinstance(plan, (str, Path)) else plan
+    fixed = Fixed() if edited is None else _fixed(edited, program, device)
+    model = latency_model(table, device, precision)
+    model = needed_latency(model, "tune", program)
+    context = Context(data=data, target=device, dtype=precision, latency=model, progress=progress).replaced(
+        "tune", **fields
+    )
+    more = {name: [size] for name, size in fixed.widths.items()}
+    space = Space(program, device.alignment(precision), sizes, more, context.seed, progress)
+    # Losses first say whether the data will do; times may take long to measure.
+    losses = Losses(space, context, importance, samples, points, Path(folder or cache_folder() / "tune"))
+    times = Times(space, model, progress)
+    tables = Tables(space, times, losses, fixed)
+    losses.measure(progress)
+    measured = isinstance(model, LatencyTable) if measure is None else measure
+    if measured and not isinstance(model, LatencyTable) and device.backend != "onnxruntime":
+        raise BadInput(f"tune.measure: {device.name} is not at hand; leave it out")
+    return TuningTables(tables, device, precision, model, measured, progress)
+
+
+def _fixed(plan: Plan, program: Program, target: Target) -> Fixed:
+    """What somebody changed in a plan. Raises BadInput for one of another model or target, or that contradicts
+    itself."""
+    if plan.tuned is None:
+        raise BadInput("plan: not written by `graphcomb tune`")
+    if plan.tuned.model != code_of_model(program):
+        raise BadInput("plan: of another model than this one; leave it out")
+    if plan.tuned.target != target.name:
+        raise BadInput(f"plan: for target {plan.tuned.target}, not {target.name}; leave it out")
+    _ = plan.decided  # contradictions are errors
+    return plan.fixed
+
+
+def latency_model(table: Table | None, target: Target, precision: str) -> LatencyTable | Roofline:
+    """What predicts layers' times on a target: see `tune`. Raises BadInput where a table cannot be measured here."""
+    if isinstance(table, (LatencyTable, Roofline)):
+        return table
+    if table is None:
+        suffix = "" if precision == "fp32" else f"-{precision}"
+        try:
+            return LatencyTable(cache_folder() / f"latency-{target.name}{suffix}.json", target, precision=precision)
+        except BadInput:
+            return Roofline(target, precision)  # not this machine
+    if str(table) == "roofline":
+        target.alignment(precision)
+        return Roofline(target, precision)
+    from .runtime.device_results import are_results
+
+    if are_results(str(table)):
+        return Roofline.calibrated(str(table), target, precision)
+    return LatencyTable(table, target, precision=precision)
+
+
+def without(problem: Problem, block: int) -> Choice:
+    """The choice that removes one block alone."""
+    whole = problem.whole()
+    sizes = tuple(-1 if axis.block == block else k for axis, k in zip(problem.axes, whole.sizes, strict=True))
+    return replace(whole, sizes=sizes, gone=tuple(b == block for b in range(len(problem.blocks))))
+
+
+def narrower(problem: Problem, axis: int, place: int) -> Choice:
+    """The choice that gives one group another of its sizes, and leaves the others whole."""
+    whole = problem.whole()
+    return replace(whole, sizes=(*whole.sizes[:axis], place, *whole.sizes[axis + 1 :]))
+
+
+def _short(value: float) -> float:
+    """A figure with as many digits as mean something."""
+    return float(f"{value:.4g}")

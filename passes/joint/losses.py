@@ -1,0 +1,276 @@
+"""The loss table: one thing replaced in the dense network, repaired, and what that changes in its outputs.
+
+The loss of a program is its divergence from the dense one on calibration images that the repair did not see: of class
+scores the Kullback-Leibler divergence in nats, mean over samples and positions; of other outputs that of two Gaussians
+of the dense output's variance, half the mean square of the change in its units (ours). Outputs add up, and labels are
+not needed.
+
+A block is measured as it goes. A width is measured at one or two of its sizes; between them the curve has the shape of
+the importance scores added up, and its scale is interpolated on a logarithmic axis. What was measured is kept in a
+file, so that an interrupted table goes on where it stopped. Source: replace-one-thing scores as in Puzzle (arXiv
+2411.19146).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...graph.comb.groups import Group
+from ...graph.comb.surgery import remove
+from ...graph.compat import pytree
+from ...graph.errors import BadInput, GraphcombError
+from ...graph.files import write_json
+from ...graph.program import Program, flatten_outputs
+from ..base import Context
+from ..channels.importance.scores import importance_of
+from ..common.class_axis import class_axis, scores_node
+from ..common.feed import Batch, Feed
+from ..common.processes import accelerator, placed
+from ..common.repeat import code_of, fingerprint, seeded, sources
+from ..common.samples import drawn
+from ..common.scoring import bar, evaluating
+from ..depth.blocks import Block
+from ..depth.prune_depth import PruneDepth
+from ..repair.repair import Repair
+from .space import Space
+
+LITTLE = 1e-12  # losses below are zero
+
+
+@dataclass(frozen=True)
+class Images:
+    """Calibration batches: those that repair looks at, and those on which losses are measured. held_out: whether they
+    are different ones."""
+
+    repair: list[Any]
+    judge: list[Any]
+    held_out: bool
+
+
+def take(context: Context, samples: int) -> Images:
+    """Share the first batches of the data out, until there are so many samples for the repair: every other one judges.
+    Raises BadInput without data."""
+    if context.data is None:
+        raise BadInput("tune: needs images (labels are not needed); pass data=")
+    with seeded(context.seed, context.data):
+        batches: list[Any] = []
+        for raw in drawn(context.data, 2 * samples, context.seed):
+            batches.append(raw)
+            if len(batches) * _size(raw) >= 2 * samples:
+                break
+    if not batches:
+        raise BadInput("data: yields no batch; it must be iterable again")
+    return Images(batches[::2], batches[1::2] or batches, len(batches) > 1)
+
+
+def _size(raw: Any) -> int:
+    leaves = pytree.tree_leaves(list(raw) if isinstance(raw, tuple) else raw)
+    return next((len(t) for t in leaves if isinstance(t, torch.Tensor) and t.dim()), 1)
+
+
+class Divergence:
+    """How far a program's outputs are from the dense one's on some batches. Raises BadInput for batches that all give
+    the same outputs, on which nothing can be told apart."""
+
+    def __init__(self, dense: Program, batches: list[Any]):
+        self.feed = Feed(dense)
+        self.batches = list(self.feed.batches(batches, pad=True))
+        scores = scores_node(dense)
+        outputs = dense.graph.output_node().args
+        nodes = pytree.tree_leaves(outputs)
+        self.scores = nodes.index(scores) if scores in nodes else None
+        self.axis = class_axis(dense)
+        self.dense = self._outputs(dense)
+        columns = zip(*self.dense, strict=True)
+        self.spread = [float(torch.cat([t.double().reshape(len(t), -1) for t in c]).var()) for c in columns]
+        if not self.dense or not any(self._varies(i) for i in range(len(self.spread))):
+            raise BadInput("data: all calibration images give the same outputs; give images with variety")
+
+    def _varies(self, output: int) -> bool:
+        rows = torch.cat([batch[output].double().reshape(len(batch[output]), -1) for batch in self.dense])
+        return len(rows) < 2 or float((rows - rows[:1]).abs().max()) > 1e-9 * float(rows.abs().max() + 1e-30)
+
+    def _outputs(self, program: Program) -> list[list[torch.Tensor]]:
+        """The floating-point outputs of each batch."""
+        module, device = program.graph_module, accelerator().device
+        with evaluating(module), placed(module, device), torch.no_grad():
+            return [self._floats(module, batch.to(device)) for batch in self.batches]
+
+    def _floats(self, module: Callable[..., Any], batch: Batch) -> list[torch.Tensor]:
+        outputs = self.feed.cut(module(*batch.args, **batch.kwargs), batch)
+        return [t.cpu() for t in flatten_outputs(outputs) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+    def __call__(self, program: Program) -> float:
+        """The loss of a program; infinite where outputs are not finite."""
+        total, count = 0.0, 0
+        for ours, theirs in zip(self.dense, self._outputs(program), strict=True):
+            size = len(ours[0])
+            count += size
+            for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+                total += size * self._between(i, a.double(), b.double())
+        return max(total / count, 0.0) if math.isfinite(total) else math.inf
+
+    def _between(self, output: int, dense: torch.Tensor, other: torch.Tensor) -> float:
+        axis = self.axis if output == self.scores and self.axis is not None else None
+        if axis is None and dense.dim() == 2 and dense.shape[1] > 1:
+            axis = 1
+        if axis is None:
+            return float((dense - other).square().mean()) / (2 * max(self.spread[output], 1e-30))
+        p, q = dense.log_softmax(axis), other.log_softmax(axis)
+        return float((p.exp() * (p - q)).sum(axis).mean())
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The loss of a group at any size. sums: of the scores of the n least important indices. measured: losses by
+    size."""
+
+    size: int
+    sums: np.ndarray
+    measured: Mapping[int, float]
+
+    def __call__(self, size: int) -> float:
+        """The loss when so many indices are left."""
+        if size in self.measured:
+            return self.measured[size]
+        return float(self.sums[self.size - size]) * self._scale(size)
+
+    def _scale(self, size: int) -> float:
+        """What the sums are multiplied with, log-linear in the size between what was measured and constant beyond."""
+        known = [
+            (n, math.log(max(loss, LITTLE) / max(float(self.sums[self.size - n]), LITTLE)))
+            for n, loss in sorted(self.measured.items())
+            if n < self.size and math.isfinite(loss)
+        ]
+        if not known:
+            return 1.0
+        sizes, logs = zip(*known, strict=True)
+        return math.exp(float(np.interp(size, sizes, logs)))
+
+
+class Losses:
+    """The loss table of a space.
+
+    importance: in which order a group loses its indices, a name of `RemoveChannels.importance`. samples: images for
+    repair; as many judge. points: at how many sizes each width is measured, 1 or 2. folder: where the measured losses
+    are kept; None for nowhere.
+    """
+
+    def __init__(
+        self, space: Space, context: Context, importance: str = "repair", samples: int = 64, points: int = 1,
+        folder: Path | None = None,
+    ):  # fmt: skip
+        self.space, self.samples, self.points = space, samples, points
+        self.images = take(context, samples)
+        self.context = replace(
+            context, data=self.images.repair, val=None, teacher=space.program, plan=None, out=None, progress=False
+        )
+        self.divergence = Divergence(space.program, self.images.judge)
+        parts = (code_of(self.images.repair), code_of(self.images.judge), importance, samples, context.seed, sources())
+        key = fingerprint(space.program.module(), *parts)
+        self.path = None if folder is None else folder / f"losses-{key}.json"
+        self.known: dict[str, Any] = self._read()
+        self._shared: Any = None
+        self.sums = {g.name: np.concatenate([[0.0], np.cumsum(np.sort(s))]) for g, s in self._scores(importance)}
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            stored = json.loads(self.path.read_text()) if self.path is not None else {}
+        except (OSError, ValueError):
+            return {}
+        return stored if isinstance(stored, dict) else {}
+
+    def _keep(self, key: str, value: Any) -> Any:
+        self.known[key] = value
+        if self.path is not None:
+            write_json(self.path, self.known)
+        return value
+
+    def _scores(self, importance: str) -> Iterable[tuple[Group, np.ndarray]]:
+        """The importance of every index of every group, finite and not negative."""
+        groups = self.space.groups
+        if any(f"scores {g.name}" not in self.known for g in groups):
+            found = importance_of(importance)(self.space.comb, groups, self.context, self.samples)
+            for g in groups:
+                values = np.nan_to_num(np.asarray(found[g.atom], dtype=float), posinf=0.0)
+                self.known[f"scores {g.name}"] = np.maximum(values, 0.0).tolist()
+            self._keep("importance", importance)
+        self.scores = {g.name: np.array(self.known[f"scores {g.name}"]) for g in groups}
+        return [(g, self.scores[g.name]) for g in groups]
+
+    def measure(self, progress: bool = False) -> None:
+        """Measure what the table lacks."""
+        widths = [(g, n) for g in self.space.groups for n in self._points(g)]
+        with bar(progress, "losses", len(widths) + len(self.space.blocks)) as update:
+            for done, (g, n) in enumerate(widths, 1):
+                self.width(g, n)
+                update(done, f"{g.name} {n}")
+            for done, block in enumerate(self.space.blocks, len(widths) + 1):
+                self.block(block)
+                update(done, block.name)
+
+    def _points(self, group: Group) -> list[int]:
+        """The sizes at which a group is measured."""
+        smaller = self.space.sizes[group.name][:-1]
+        return sorted({smaller[len(smaller) // 2], *([smaller[0]] if self.points > 1 else [])})
+
+    def width(self, group: Group, size: int) -> float:
+        """The loss with so many indices of one group left and its readers repaired."""
+        key = f"width {group.name} {size}"
+        if key not in self.known:
+            mask = np.ones(group.size, dtype=bool)
+            mask[np.argsort(self.scores[group.name], kind="stable")[: group.size - size]] = False
+            self._keep(key, self._replaced(group, mask))
+        return _number(self.known[key])
+
+    def _replaced(self, group: Group, mask: np.ndarray) -> float | None:
+        smaller, removed = remove(self.space.comb, {group.atom: mask})
+        readers = tuple(name for name, _ in group.members)
+        repair = Repair(samples=self.samples)
+        if self._shared is None:
+            self._shared = repair.images(self.space.program, self.context)
+        # Patterns are names as they are: those of parameters hold none of the special characters.
+        replace(repair, include=readers).apply(self.space.program, smaller, removed, self.context, self._shared)
+        return _stored(self.divergence(smaller))
+
+    def block(self, block: Block) -> float:
+        """The loss without one block, the layers behind it repaired; infinite where it cannot go by itself."""
+        key = f"block {block.name}"
+        if key not in self.known:
+            try:
+                pruned = PruneDepth(names=(block.name,), repair=True)(self.space.program, self.context).program
+                self._keep(key, _stored(self.divergence(pruned)))
+            except GraphcombError:
+                self._keep(key, None)
+        return _number(self.known[key])
+
+    def curve(self, group: Group) -> Curve:
+        """The loss of a group by its size, with what was measured of it."""
+        own = f"width {group.name} "
+        measured = {int(k.removeprefix(own)): _number(v) for k, v in self.known.items() if k.startswith(own)}
+        return Curve(group.size, self.sums[group.name], measured | {group.size: 0.0})
+
+    def at(self, group: Group, sizes: Iterable[int]) -> tuple[float, ...]:
+        """The losses of a group at some sizes, ascending: never less at a smaller one."""
+        curve, losses, most = self.curve(group), [], 0.0
+        for n in sorted(sizes, reverse=True):
+            most = max(most, 0.0 if n == group.size else curve(n))
+            losses.append(most)
+        return tuple(reversed(losses))
+
+
+def _stored(loss: float) -> float | None:
+    """A loss as JSON holds it."""
+    return loss if math.isfinite(loss) else None
+
+
+def _number(stored: float | None) -> float:
+    return math.inf if stored is None else float(stored)

@@ -1,0 +1,184 @@
+"""Rounds of choosing, building and measuring: predictions are corrected by what the built network shows. Source: ours.
+
+Losses do not add up and predicted times are off, so the chosen network is built and its loss and its time measured. The
+first round also builds what widths alone and blocks alone would be for the same budget: the ratio of their measured to
+their predicted losses scales the losses of all widths and of all blocks, which is what the choice between the two hangs
+on. The ratio of measured to predicted time scales the budget. The best network within the budget wins, the single
+methods' included, so that on the calibration images the result is never worse than they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...graph.errors import Unreachable
+from ...graph.program import Program
+from ..base import Context
+from ..channels.plan import some
+from .carry_out import Decision, decision, passes
+from .problem import Problem
+from .solve import Solved, solve
+from .tables import Tables
+
+ROUNDS = 2
+OVER = 1.02  # times a budget that still counts as within it: what repeated measurements differ by
+NEAR = 0.1  # share of a budget by which the achieved latency may be off before the run says that it missed
+TRIES = 4  # choices whose structure is looked at before one is built
+
+
+@dataclass(frozen=True)
+class Built:
+    """A network that was built: what was decided, how ("joint", "widths" or "blocks"), and its loss and seconds as
+    predicted and as measured (of the seconds: as predicted layer by layer, where the target is not at hand)."""
+
+    decided: Decision
+    how: str
+    program: Program
+    loss: float
+    seconds: float
+    predicted_loss: float
+    predicted_seconds: float
+
+
+@dataclass
+class Correction:
+    """What tables are multiplied with: seconds, and losses of widths and of blocks."""
+
+    seconds: float = 1.0
+    widths: float = 1.0
+    blocks: float = 1.0
+
+
+@dataclass
+class Tuner:
+    """Chooses for several budgets with the same tables.
+
+    build: makes the network of a decision. seconds: what a run of a program takes, measured or predicted layer by
+    layer. dense: seconds of the dense program, by the same measure. rounds: how often the joint choice is built.
+    """
+
+    tables: Tables
+    build: Callable[[Decision], Program]
+    seconds: Callable[[Program], float]
+    rounds: int = ROUNDS
+    say: Callable[[str], None] = lambda text: None
+    correction: Correction = field(default_factory=Correction)
+    built: dict[tuple[Any, ...], Built] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.dense = self.seconds(self.tables.space.program)
+        self.correction.seconds = self.dense / self.tables.times.whole
+
+    def within(self, budget: float, how: str = "joint") -> Built:
+        """The network that loses least within so many seconds; or of one method alone, "widths" or "blocks". Where none that
+        was built is within, the fastest. Raises Unreachable where the tables know none."""
+        problem, tried = self.tables.problem, []
+        part = problem if how == "joint" else problem.only(**{how: True})
+        for attempt in range(self.rounds):
+            found = self._choose(part, budget)
+            if found is None and not attempt:
+                raise self._unreachable(part, budget)
+            if found is None:
+                break
+            before, expected = len(self.built), self.correction.seconds * found.seconds
+            network = self._built(problem, found, how)
+            tried.append(network)
+            self.correction.seconds *= network.seconds / expected
+            if not attempt and how == "joint":
+                tried += self._singles(problem, budget)
+            if len(self.built) == before:
+                break
+        inside = [b for b in tried if b.seconds <= OVER * budget]
+        return min(inside, key=lambda b: b.loss) if inside else min(tried, key=lambda b: b.seconds)
+
+    def losing(self, loss: float) -> Built:
+        """The fastest network that loses no more than so much. Raises Unreachable where even the dense one would be
+        it."""
+        problem, best, bound = self.tables.problem, None, loss
+        for _ in range(self.rounds + 1):
+            found = solve(self._scaled(problem), loss=bound, connects=self.tables.space.connects)
+            if found is None:
+                break
+            network = self._built(problem, found, "joint")
+            if network.loss <= loss and (best is None or network.seconds < best.seconds):
+                best = network
+            if network.loss > 0:
+                bound *= min(max(loss / network.loss, 0.25), 2.0)
+        if best is None:
+            raise Unreachable(f"tune.loss: nothing that was built loses as little as {loss:g}; ask for more")
+        return best
+
+    def _scaled(self, problem: Problem) -> Problem:
+        return problem.scaled(self.correction.widths, self.correction.blocks)
+
+    def _choose(self, problem: Problem, budget: float) -> Solved | None:
+        """The best choice, whose structure really takes what the table says."""
+        allowed = budget / self.correction.seconds
+        limit, found = allowed, None
+        for _ in range(TRIES):
+            found = solve(self._scaled(problem), seconds=limit, connects=self.tables.space.connects)
+            if found is None:
+                return None
+            actual = self.tables.seconds(decision(problem, found.choice))
+            if actual <= OVER * allowed:
+                return found
+            limit *= allowed / actual
+        return found
+
+    def _singles(self, problem: Problem, budget: float) -> list[Built]:
+        """What widths alone and blocks alone would be, where each of them can; they correct the losses."""
+        networks = []
+        for how, part in (("widths", problem.only(widths=True)), ("blocks", problem.only(blocks=True))):
+            found = self._choose(part, budget) if problem.blocks and problem.axes else None
+            if found is None:
+                continue
+            network = self._built(problem, found, how)
+            networks.append(network)
+            factor = network.loss / found.loss if found.loss > 0 and math.isfinite(network.loss) else 0.0
+            if factor > 0:
+                setattr(self.correction, how, factor * getattr(self.correction, how))
+        return networks
+
+    def _built(self, problem: Problem, found: Solved, how: str) -> Built:
+        """The network of a choice; each is built once."""
+        decided = decision(problem, found.choice)
+        key = (decided.blocks, tuple(sorted(decided.widths.items())))
+        if key not in self.built:
+            expected = self.correction.seconds * found.seconds
+            program = self.build(decided)
+            loss, seconds = self.tables.losses.divergence(program), self.seconds(program)
+            self.built[key] = Built(decided, how, program, loss, seconds, found.loss, expected)
+            self.say(
+                f"{how}: {len(decided.blocks)} blocks gone, {len(decided.widths)} groups narrower: "
+                f"{1e3 * seconds:.3g} ms (predicted {1e3 * expected:.3g}), loss {loss:.3g} (predicted {found.loss:.3g})"
+            )
+        return self.built[key]
+
+    def _unreachable(self, problem: Problem, budget: float) -> Unreachable:
+        """The error for a budget below what can be reached: the least, and what freezes it."""
+        fastest, space = solve(problem, connects=self.tables.space.connects), self.tables.space
+        least = math.nan if fastest is None else self.correction.seconds * fastest.seconds
+        fixed = [*self.tables.fixed.widths, *(n for n, goes in self.tables.fixed.blocks.items() if not goes)]
+        refused = [name for name in space.refused if name not in fixed]
+        why = [f"fixed by hand: {some(fixed)}"] if fixed else []
+        why += [f"cannot shrink or go: {some(refused)} ({space.refused[refused[0]]})"] if refused else []
+        why += [] if space.groups or space.blocks else ["there is nothing to prune"]
+        return Unreachable(
+            f"tune.latency: {1e3 * budget:.3g} of {1e3 * self.dense:.3g} ms cannot be reached; {1e3 * least:.3g} ms can"
+            + (f"; {'; '.join(why)}" if why else "")
+        )
+
+
+def builder(tables: Tables, importance: str, samples: int, context: Context) -> Callable[[Decision], Program]:
+    """What makes the network of a decision, with the passes that a plan would run, on the images for repair."""
+
+    def build(decided: Decision) -> Program:
+        program = tables.space.program
+        for pass_ in passes(tables.space, decided, importance, samples):
+            program = pass_(program, context).program
+        return program
+
+    return build

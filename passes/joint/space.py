@@ -1,0 +1,157 @@
+"""What there is to choose from in a program: sizes of its groups, blocks that may go, and which groups go with a block.
+
+Depth goes first when a choice is carried out, so names and axes of the program without some blocks have to be told from
+those of the program itself. Blocks are pruned node by node and nodes outside keep their names, so the axes of the
+tensors outside say which index space is which (ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ...graph.comb import axes as ax
+from ...graph.comb.axes import Factor
+from ...graph.comb.groups import DEFAULT_KINDS, Group
+from ...graph.comb.solve import Comb
+from ...graph.edit import rebuild
+from ...graph.program import Program
+from ..channels.groups import movable
+from ..channels.selection import Selection
+from ..common.scoring import bar
+from ..depth.blocks import Block
+from ..depth.price import find_blocks
+from ..depth.reach import Reach
+from ..depth.relax import relax
+from ..fuse.merge import Merger
+
+SIZES = 6  # of a group, the whole one included
+
+
+@dataclass(frozen=True)
+class Form:
+    """The program without some blocks, by structure: what its weights are does not count. twins: of its atoms, those of
+    the program that are the same index space. One may be several here: a residual sum that is gone no longer ties what
+    comes before it to what comes after."""
+
+    comb: Comb
+    twins: Mapping[Factor, Factor]
+
+    def here(self, groups: Iterable[Group]) -> list[tuple[Group, Group]]:
+        """The groups of the program that are left, each with one that it is here."""
+        known = {g.atom: g for g in groups}
+        return [(known[self.twins[g.atom]], g) for g in self.comb.groups if self.twins.get(g.atom) in known]
+
+
+class Space:
+    """The groups of a program that may shrink, the sizes that they may have, and the blocks that may go.
+
+    alignment: sizes are multiples of it, as far as the group's axes need that. count: how many sizes a group has at
+    most. more: by group name, sizes that are wanted besides. progress: whether to show a bar. lazy: leave out which
+    groups go with which block; to find that takes a program without each of the blocks.
+
+    Attributes: comb; groups; sizes, by group name, smallest first, the whole last; blocks; inner, by group name, the
+    index of the block that takes the group along; refused, by name, why a block cannot go or a group cannot shrink.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        alignment: int = 8,
+        count: int = SIZES,
+        more: Mapping[str, Collection[int]] | None = None,
+        seed: int = 0,
+        progress: bool = False,
+        lazy: bool = False,
+    ):
+        self.program, self.seed, self.alignment = program, seed, alignment
+        self.comb = Comb(program)
+        self.groups = movable(self.comb, DEFAULT_KINDS)
+        found = find_blocks(program)
+        self.blocks: list[Block] = [b for b in found if b.prunable]
+        frozen = {g.name: g.frozen for g in self.comb.groups if g.frozen is not None}
+        self.refused: dict[str, str] = frozen | {b.name: b.why for b in found if b.why is not None}
+        self._forms: dict[frozenset[int], Form] = {}
+        selection = Selection(self.comb, self.groups, alignment, 1)
+        self.steps = {g.name: selection.step(g) for g in self.groups}
+        wanted = more or {}
+        self.sizes = {g.name: _sizes(selection, g, count, wanted.get(g.name, ())) for g in self.groups}
+        self.groups = [g for g in self.groups if len(self.sizes[g.name]) > 1]
+        self.inner: dict[str, int] = {}
+        with bar(progress, "blocks", len(self.blocks)) as update:
+            for index in range(0 if lazy else len(self.blocks)):
+                left = set(self.form([index]).twins.values())
+                self.inner |= {g.name: index for g in self.groups if g.atom not in left and g.name not in self.inner}
+                update(index + 1, self.blocks[index].name)
+
+    def group(self, name: str) -> Group:
+        """The group of that name that may shrink."""
+        return next(g for g in self.groups if g.name == name)
+
+    def form(self, gone: Iterable[int]) -> Form:
+        """The program without the blocks of these indices."""
+        key = frozenset(gone)
+        if key not in self._forms:
+            blocks = [self.blocks[i] for i in sorted(key)]
+            pruned = relax(self.program, blocks, settled=True, tail=False)
+            merger = Merger(pruned, self.seed, {}, checked=False)  # what `Fuse` does; its weights are not used
+            merger.run()
+            pruned = pruned.derive(rebuild(merger.module), stale=False)
+            comb = Comb(pruned)
+            form = Form(comb, twins(self.comb, comb, {n for b in blocks for n in b.nodes}))
+            if len(key) > 1:
+                return form  # there are many of these
+            self._forms[key] = form
+        return self._forms[key]
+
+    @cached_property
+    def _reach(self) -> Reach:
+        return Reach(self.program, self.blocks, self.seed)
+
+    def connects(self, gone: Iterable[int]) -> bool:
+        """Whether the outputs still depend on the inputs without the blocks of these indices."""
+        return self._reach(gone)
+
+
+def _sizes(selection: Selection, group: Group, count: int, more: Collection[int]) -> tuple[int, ...]:
+    """Up to `count` allowed sizes, evenly spaced, and those wanted besides."""
+    even = {selection.legal(group, group.size * i / count) for i in range(1, count)}
+    legal = {n for n in more if group.least <= n <= group.size}
+    return tuple(sorted(even | legal | {group.size}))
+
+
+def twins(comb: Comb, other: Comb, apart: Collection[str]) -> dict[Factor, Factor]:
+    """Of the atoms of another program, those of this one that are the same index space, as the tensors that nodes of
+    the same name give say. apart: names of nodes that are no witnesses. Atoms about which witnesses disagree have no
+    twin."""
+    nodes = {n.name: n for n in comb.module.graph.nodes if n.op in ("call_function", "placeholder")}
+    found: dict[Factor, Factor] = {}
+    doubtful: set[Factor] = set()
+    for node in other.module.graph.nodes:
+        twin = nodes.get(node.name)
+        if (
+            twin is None
+            or node.op != twin.op
+            or node.name in apart
+            or not isinstance(node.meta.get("val"), torch.Tensor)
+        ):
+            continue
+        pairs = _pairs(other.flat(node), comb.flat(twin))
+        for theirs, ours in pairs:
+            if found.setdefault(theirs, ours) is not ours:
+                doubtful.add(theirs)
+    return {theirs: ours for theirs, ours in found.items() if theirs not in doubtful}
+
+
+def _pairs(theirs: Sequence[ax.Axis], ours: Sequence[ax.Axis]) -> list[tuple[Factor, Factor]]:
+    """The atoms of two tensors' axes, one by one where they are of the same sizes."""
+    pairs = []
+    if len(theirs) == len(ours):
+        for left, right in zip(theirs, ours, strict=True):
+            a, b = list(ax.atoms([left])), list(ax.atoms([right]))
+            if [f.size for f in a] == [f.size for f in b]:
+                pairs += list(zip(a, b, strict=True))
+    return pairs

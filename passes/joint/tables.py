@@ -1,0 +1,97 @@
+"""Both tables of a program, and the problems that they make for whatever was decided by hand. Source: ours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ...graph.errors import BadInput
+from ...graph.workload.layer import Latency
+from ..channels.knapsack import Predictor
+from .carry_out import Decision, indices
+from .losses import Losses
+from .problem import Axis, Problem, Removal
+from .space import Space
+from .times import Times
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What was decided by hand: sizes of groups, and whether blocks go, by name."""
+
+    widths: Mapping[str, int] = field(default_factory=dict)
+    blocks: Mapping[str, bool] = field(default_factory=dict)
+
+
+class Tables:
+    """The time table and the loss table of one program.
+
+    fixed: what was decided by hand; its sizes have to be among those of the space. Raises BadInput where that
+    contradicts the program or itself.
+    """
+
+    def __init__(self, space: Space, times: Times, losses: Losses, fixed: Fixed | None = None):
+        self.space, self.times, self.losses = space, times, losses
+        self.fixed = fixed or Fixed()
+        check_fixed(space, self.fixed)
+
+    @property
+    def problem(self) -> Problem:
+        """The choice to make, by what is known now."""
+        axes = tuple(self._axis(g.name) for g in self.space.groups)
+        blocks = tuple(self._removal(b.name, self.losses.block(b)) for b in self.space.blocks)
+        return Problem(axes, blocks, tuple(self.times.terms), self.times.constant)
+
+    def _axis(self, name: str) -> Axis:
+        sizes = self.space.sizes[name]
+        losses = self.losses.at(self.space.group(name), sizes)
+        allowed = [k for k, loss in enumerate(losses) if math.isfinite(loss)]
+        if name in self.fixed.widths:
+            allowed = [sizes.index(self.fixed.widths[name])]
+        finite = tuple(loss if math.isfinite(loss) else 0.0 for loss in losses)
+        return Axis(name, sizes, finite, self.space.inner.get(name), tuple(allowed))
+
+    def _removal(self, name: str, loss: float) -> Removal:
+        goes = self.fixed.blocks.get(name, None if math.isfinite(loss) else False)
+        return Removal(name, loss if math.isfinite(loss) else 0.0, goes)
+
+    def seconds(self, decided: Decision) -> float:
+        """What the network takes that a decision makes, layer by layer, as predicted. Where blocks that are neighbours
+        go, the table is off: they merge into one layer."""
+        form = self.space.form(indices(self.space, decided.blocks))
+        here = form.here([g for g in self.space.groups if g.name in decided.widths])
+        predictor = Predictor(form.comb, self.times.latency)
+        return predictor.total({own.atom: decided.widths[g.name] for g, own in here})
+
+
+def check_fixed(space: Space, fixed: Fixed) -> None:
+    """Raise BadInput where what was decided by hand does not fit the program, or contradicts itself."""
+    groups = {g.name: g for g in space.comb.groups}
+    movable = {g.name for g in space.groups}
+    blocks = {b.name: i for i, b in enumerate(space.blocks)}
+    gone = {name for name, goes in fixed.blocks.items() if goes}
+    indices(space, gone)
+    for name in fixed.blocks:
+        if name not in blocks and name not in space.refused:
+            raise BadInput(f"plan: no block {name!r} in this program")
+    for name, size in fixed.widths.items():
+        group = groups.get(name)
+        if group is None:
+            raise BadInput(f"plan: no group {name!r} in this program; graphcomb comb lists them")
+        if not group.least <= size <= group.size:
+            raise BadInput(f"plan: {name}: keep must be from {group.least} to {group.size}, not {size}")
+        if name not in movable and size != group.size:
+            why = group.frozen or "another factor of the same axis shrinks"
+            raise BadInput(f"plan: {name} keeps {size} of {group.size} and cannot shrink: {why}")
+        if name in space.inner and size != group.size and space.blocks[space.inner[name]].name in gone:
+            block = space.blocks[space.inner[name]].name
+            raise BadInput(
+                f"plan: {name} keeps {size}, and its block {block} goes; keep the block, or leave the row alone"
+            )
+
+
+def latency_of(latency: Latency, space: Space) -> Latency:
+    """The latency model, scaled to the program's own time where it was measured."""
+    anchored = getattr(latency, "anchored", None)
+    return latency if anchored is None else anchored(space.program)

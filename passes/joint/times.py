@@ -1,0 +1,139 @@
+"""The time table: seconds of every layer at every combination of the sizes that it depends on, with and without its
+block.
+
+A layer of the program counts while its block stays. What a block becomes is read off the program without it: layers
+that stand where its nodes stood, or that have no namesake in the program, count once it is gone, at the sizes of the
+groups that are left. What else changes (a sum that moves into another kernel) is one number a block, exact where
+nothing shrinks. Source: ours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from ...graph.comb.axes import Factor
+from ...graph.workload.layer import Latency
+from ..channels.knapsack import Predictor
+from ..common.scoring import bar
+from .problem import Term
+from .space import Form, Space
+
+CELLS = 1300  # combinations of sizes up to which a layer is tabulated as a whole: four groups of six sizes
+
+
+At = Callable[[Sequence[int]], float]
+
+
+class Times:
+    """The terms of a problem in seconds. latency: what predicts layers, and measures what it does not know."""
+
+    def __init__(self, space: Space, latency: Latency, progress: bool = False):
+        self.space, self.latency = space, latency
+        self.places = {g.atom: i for i, g in enumerate(space.groups)}
+        self.options = {g.atom: space.sizes[g.name] for g in space.groups}
+        self.dense = Predictor(space.comb, latency)
+        self.dense.prepare(self.options, progress)
+        self.whole = self.dense.total({})
+        self.constant = latency.per_run
+        self.terms: list[Term] = []
+        nodes = self.dense.layers.nodes
+        owner = {name: b for b, block in enumerate(space.blocks) for name in block.nodes}
+        outside = {node.name for node in nodes}
+        inner = {self.places[g.atom]: space.inner[g.name] for g in space.groups if g.name in space.inner}
+        with bar(progress, "times", len(nodes) + len(space.blocks)) as update:
+            for index, node in enumerate(nodes):
+                atoms = [a for a in self.dense.atoms(index) if a in self.places]
+                blocks = {owner.get(node.name), *(inner.get(self.places[a]) for a in atoms)} - {None}
+                block = min(blocks) if blocks else None  # type: ignore[type-var]
+                # A layer that reads groups inside two blocks has the sizes of one of them only.
+                known = [a for a in atoms if inner.get(self.places[a]) in (None, block)]
+                self.terms += self._tables(self.dense, index, {a: a for a in known}, block, False)
+                update(index + 1, "")
+            for b, block in enumerate(space.blocks):
+                form = space.form([b])
+                pruned = Predictor(form.comb, latency)
+                twins = {t: o for t, o in form.twins.items() if o in self.places and self._lives(o, b, inner)}
+                pruned.prepare({t: self.options[o] for t, o in twins.items()}, progress)
+                self._pruned(b, set(block.nodes), outside, form, pruned, twins)
+                update(len(nodes) + b + 1, block.name)
+
+    def _lives(self, atom: Factor, block: int, inner: Mapping[int, int]) -> bool:
+        """Whether an atom has a size whatever becomes of the block."""
+        return inner.get(self.places[atom]) is None
+
+    def _pruned(
+        self, b: int, names: set[str], outside: set[str], form: Form, pruned: Predictor, twins: dict[Factor, Factor]
+    ) -> None:
+        """The terms of what a block becomes."""
+        start = len(self.terms)
+        for index, node in enumerate(pruned.layers.nodes):
+            if node.name in names or node.name not in outside:
+                own = {t: o for t, o in twins.items() if t in pruned.atoms(index)}
+                self.terms += self._tables(pruned, index, own, b, True)
+        added = sum(_last(t) for t in self.terms[start:])
+        taken = sum(_last(t) for t in self.terms if t.block == b and not t.gone)
+        rest = pruned.total({}) - (self.whole - taken + added)
+        self.terms.append(Term((), np.array(rest), b, True))
+
+    def _tables(
+        self, predictor: Predictor, index: int, atoms: Mapping[Factor, Factor], block: int | None, gone: bool
+    ) -> list[Term]:
+        """The terms of one layer. atoms: those it depends on, in the predictor's program and in ours."""
+        ours = list(dict.fromkeys(atoms.values()))
+        options = [self.options[a] for a in ours]
+        axes = tuple(self.places[a] for a in ours)
+
+        def at(sizes: Sequence[int]) -> float:
+            size = dict(zip(ours, sizes, strict=True))
+            return predictor.node(index, {theirs: size[own] for theirs, own in atoms.items()})
+
+        if math.prod(map(len, options)) <= CELLS:
+            return [Term(axes, _table(at, options), block, gone)]
+        return [Term(tuple(axes[i] for i in own), table, block, gone) for own, table in _pairwise(at, options)]
+
+
+def _table(at: At, options: Sequence[Sequence[int]]) -> np.ndarray:
+    shape = [len(o) for o in options]
+    return np.array([at(sizes) for sizes in itertools.product(*options)]).reshape(shape)
+
+
+def _pairwise(at: At, options: Sequence[Sequence[int]]) -> list[tuple[tuple[int, ...], np.ndarray]]:
+    """A function of many sizes (a long concatenation) as a sum of functions of two: of one size, the hub, and each
+    other, the rest halfway. Exact where it is a product of the hub with a sum of the others, as the arithmetic of a
+    layer that reads a concatenation; the hub is the one that fits random sizes best."""
+    middle = [o[len(o) // 2] for o in options]
+    count, best = len(options), None
+    draw = np.random.default_rng(0)
+    probes = [[int(draw.choice(o)) for o in options] for _ in range(8)]
+
+    def sizes(**places: int) -> list[int]:
+        return [places.get(f"p{i}", m) for i, m in enumerate(middle)]
+
+    for hub in range(count):
+
+        def near(probe: Sequence[int], hub: int = hub) -> float:
+            base = at(sizes(**{f"p{hub}": probe[hub]}))
+            others = (at(sizes(**{f"p{hub}": probe[hub], f"p{i}": probe[i]})) for i in range(count) if i != hub)
+            return base + sum(other - base for other in others)
+
+        error = sum(abs(near(p) - at(p)) for p in probes)
+        if best is None or error < best[0]:
+            best = error, hub
+    assert best is not None
+    hub = best[1]
+    alone = np.array([at(sizes(**{f"p{hub}": n})) for n in options[hub]])
+    found: list[tuple[tuple[int, ...], np.ndarray]] = [((hub,), alone)]
+    for i in range(count):
+        if i != hub:
+            rows = [[at(sizes(**{f"p{hub}": n, f"p{i}": m})) for m in options[i]] for n in options[hub]]
+            found.append(((hub, i), np.array(rows) - alone[:, None]))
+    return found
+
+
+def _last(term: Term) -> float:
+    """A term's seconds where nothing shrinks."""
+    return float(term.seconds[(-1,) * term.seconds.ndim])

@@ -1,0 +1,187 @@
+"""One budget, a plan, and what carries it out: from Python and through the command line."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import graphcomb
+from graphcomb import BadInput, Unreachable
+from graphcomb.cli import main
+from graphcomb.graph.verify import equivalence
+from graphcomb.plan import load_plan
+from graphcomb.sensitivity import measure
+
+OPTIONS = {"table": "roofline", "samples": 16, "importance": "magnitude", "rounds": 1}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(width, inner, 3, padding=1), nn.Conv2d(inner, width, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.two(torch.relu(self.one(x))))
+
+
+def net(width: int = 16, inner: int = 32) -> nn.Module:
+    """Two residual blocks on a trunk; recipes name it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), Block(width, inner), Block(width, inner),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4),
+    )  # fmt: skip
+    return model.eval()
+
+
+def batches() -> list[torch.Tensor]:
+    """Images without labels; recipes name them."""
+    return list(torch.randn(4, 16, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.fixture
+def dense():
+    return graphcomb.capture(net(), torch.randn(2, 3, 8, 8), dynamic_shapes="batch")
+
+
+def test_a_plan_meets_its_budget_and_carries_itself_out(dense, tmp_path):
+    before, data = dense.copy(), batches()
+    first, second = graphcomb.tune(dense, data=data, latency=[0.7, 0.4], folder=tmp_path, **OPTIONS)
+    assert equivalence(before, dense) == 0  # untouched
+    for plan, share in ((first, 0.7), (second, 0.4)):
+        figures = plan.tuned
+        assert figures.met
+        assert figures.ms["achieved"] <= 1.02 * share * figures.ms["dense"]
+        assert figures.ms["achieved"] == pytest.approx(figures.ms["predicted"], rel=0.1)
+        assert figures.loss["held_out"]
+    assert first.tuned.loss["measured"] <= second.tuned.loss["measured"]
+    path = second.save(tmp_path / "plan.yaml")
+    assert load_plan(path) == second
+    result = load_plan(path).run(dense, data=data)
+    assert result.program.macs < 0.6 * dense.macs
+    assert all(r["verified"]["error"] <= 1e-10 for r in result.record["passes"] if r["pass"] == "RemoveChannels")
+    decided = second.decided
+    assert [r["what"] for r in result.record["passes"][0]["changed"]] == list(decided.blocks) or not decided.blocks
+    assert equivalence(before, dense) == 0
+
+
+def test_what_is_edited_by_hand_stands_and_the_rest_is_chosen_around_it(dense, tmp_path):
+    data = batches()
+    plan = graphcomb.tune(dense, data=data, latency=0.5, folder=tmp_path, **OPTIONS)
+    path = plan.save(tmp_path / "plan.yaml")
+    tree = yaml.safe_load(path.read_text())
+    for row in tree["blocks"]:
+        row["goes"] = row["name"] == "3"
+    row = next(r for r in tree["groups"] if r["name"] == "2.one.weight:0")
+    row["keep"] = 27
+    path.write_text(yaml.safe_dump(tree))
+    again = graphcomb.tune(dense, data=data, latency=0.5, plan=path, folder=tmp_path, **OPTIONS)
+    assert again.decided.blocks == ("3",) or "3" in again.decided.blocks
+    if any(b.name == "2" and b.proposed for b in plan.blocks):
+        assert "2" not in again.decided.blocks
+    assert "2" in again.decided.blocks or again.decided.widths["2.one.weight:0"] == 27
+    assert again.tuned.ms["achieved"] <= 1.02 * again.tuned.ms["asked"]
+    tree["blocks"] = [row | {"goes": False} for row in tree["blocks"]]
+    path.write_text(yaml.safe_dump(tree))
+    result = load_plan(path).run(dense, data=data)  # as it is, without choosing anew
+    assert result.program.module().get_parameter("2.one.weight").shape[0] == 27
+
+
+def test_plans_that_do_not_fit_are_one_line(dense, tmp_path):
+    data = batches()
+    plan = graphcomb.tune(dense, data=data, latency=0.5, folder=tmp_path, **OPTIONS)
+    other = graphcomb.capture(net(8, 16), torch.randn(2, 3, 8, 8), dynamic_shapes="batch")
+    with pytest.raises(BadInput, match=r"^plan: of another model than this one"):
+        plan.run(other, data=data)
+    with pytest.raises(BadInput, match=r"^plan: for target cpu, not rtx-sm86"):
+        plan.run(dense, data=data, target=graphcomb.runtime.get_target("rtx-sm86"))
+    with pytest.raises(BadInput, match=r"^plan: for target cpu, not rtx-sm86"):
+        graphcomb.tune(dense, data=data, latency=0.5, plan=plan, target="rtx-sm86", folder=tmp_path, **OPTIONS)
+    gone = [b.model_copy(update={"goes": True}) if b.name == "2" else b for b in plan.blocks]
+    rows = [r.model_copy(update={"keep": 5}) if r.name == "2.one.weight:0" else r for r in plan.groups]
+    broken = plan.model_copy(update={"blocks": gone, "groups": rows})
+    with pytest.raises(BadInput, match=r"^plan: 2.one.weight:0 keeps 5, and its block 2 goes"):
+        broken.run(dense, data=data)
+    unknown = plan.model_copy(update={"blocks": [plan.blocks[0].model_copy(update={"name": "9", "goes": True})]})
+    with pytest.raises(BadInput, match=r"^plan: no block '9'"):
+        unknown.run(dense, data=data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, BadInput, "^tune: give one of latency and loss"),
+        ({"latency": 0.5, "loss": 1.0}, BadInput, "^tune: give one of latency and loss"),
+        ({"latency": "fast"}, BadInput, r"^tune\.latency: a share above 0"),
+        ({"loss": -1.0}, BadInput, r"^tune\.loss: a divergence above 0"),
+        ({"latency": []}, BadInput, r"^tune\.latency: no budget"),
+        ({"latency": 0.5, "points": 3}, BadInput, r"^tune\.points: a whole number from 1 to 2"),
+        ({"latency": 0.5, "data": None}, BadInput, "^tune: needs images"),
+        ({"latency": 0.5, "data": [torch.ones(4, 3, 8, 8)] * 2}, BadInput, "^data: all calibration images give the same"),
+        ({"latency": "1 us"}, Unreachable, r"^tune\.latency: 0\.001 of .* cannot be reached; .* ms can; cannot shrink or"),
+        ({"latency": 0.5, "target": "nowhere"}, BadInput, "nowhere"),
+    ],
+)  # fmt: skip
+def test_arguments_that_make_no_sense_are_one_line(dense, tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message) as raised:
+        graphcomb.tune(dense, **{"data": batches(), "folder": tmp_path} | OPTIONS | arguments)
+    assert "\n" not in str(raised.value)
+
+
+def test_nothing_to_prune_is_unreachable(tmp_path):
+    program = graphcomb.capture(nn.Linear(4, 3), torch.randn(2, 4), dynamic_shapes="batch")
+    with pytest.raises(Unreachable, match=r"cannot be reached; .*there is nothing to prune"):
+        graphcomb.tune(program, data=list(torch.randn(2, 8, 4)), latency=0.5, folder=tmp_path, **OPTIONS)
+
+
+def test_a_budget_of_loss_is_kept(dense, tmp_path):
+    plan = graphcomb.tune(dense, data=batches(), loss=0.01, folder=tmp_path, **OPTIONS)
+    assert plan.tuned.loss["measured"] <= 0.01
+    assert plan.tuned.ms["achieved"] < plan.tuned.ms["dense"]
+    assert plan.tuned.ms["asked"] is None
+
+
+def test_sensitivity_lists_every_option(dense, tmp_path):
+    options = measure(dense, batches(), table="roofline", samples=16, importance="magnitude", folder=tmp_path)
+    blocks = [o for o in options if o.what in ("2", "3")]
+    assert len(blocks) == 2
+    assert all(o.measured and o.saves_ms > 0 for o in blocks)
+    inner = [o for o in options if o.what == "2.one.weight:0"]
+    assert {o.option for o in inner} == {"8 of 32", "16 of 32", "24 of 32"}
+    assert sum(o.measured for o in inner) == 1
+    assert next(o.note for o in options if o.what == "6.weight:0").endswith("an output of the program")
+    prices = [o.price for o in options if o.saves_ms > 0]
+    assert prices == sorted(prices)
+
+
+def test_through_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRAPHCOMB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tuned_toys.py").write_text("from test_tuning import batches, net\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    common = ["tuned_toys:net", "--data", "tuned_toys:batches", "--table", "roofline", "--samples", "16", "--quiet"]
+    assert main(["tune", *common, "--latency", "0.6", "--latency", "0.4", "--rounds", "1", "--out", "p.yaml"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["p-1.yaml", "p-2.yaml"]
+    plan = load_plan("p-2.yaml")
+    assert plan.recipe["model"]["source"] == "tuned_toys:net"
+    assert main(["run", "--plan", "p-2.yaml", "--out", "out", "--set", "outputs={bench: false}", "--quiet"]) == 0
+    assert (tmp_path / "out" / "model.onnx").is_file()
+    smaller = graphcomb.load(tmp_path / "out" / "model.pt2")
+    assert smaller.macs < 0.6 * graphcomb.capture(net(), torch.randn(2, 3, 8, 8)).macs / 1
+    assert main(["sensitivity", *common, "--out", "s.csv"]) == 0
+    printed = capsys.readouterr().out
+    assert "ten best" in printed
+    assert "ten worst" in printed
+    with open("s.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {"what", "saves_ms", "loss", "measured"} <= rows[0].keys()
+    page = (tmp_path / "s.html").read_text()
+    assert page.count("<tr>") == len(rows) + 1
+    assert main(["tune", *common, "--out", "p.yaml"]) == 2
+    assert capsys.readouterr().err == "error: tune: give one of --latency and --loss\n"
+    assert main(["run"]) == 2

@@ -1,0 +1,208 @@
+"""The tables: times are those of the networks that the passes build, losses those of what is replaced."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from graphcomb import BadInput, Context
+from graphcomb.graph.comb.solve import Comb
+from graphcomb.graph.verify import equivalence
+from graphcomb.graph.workload.layers import Layers
+from graphcomb.passes import PruneDepth, RemoveChannels, Repair
+from graphcomb.passes.channels.knapsack import Predictor, knapsack
+from graphcomb.passes.joint.carry_out import decision, passes
+from graphcomb.passes.joint.losses import Curve, Divergence, Losses
+from graphcomb.passes.joint.problem import Axis, Choice, Problem, Removal
+from graphcomb.passes.joint.solve import solve
+from graphcomb.passes.joint.space import Space
+from graphcomb.passes.joint.tables import Fixed, Tables, check_fixed
+from graphcomb.passes.joint.times import Times
+
+from .toys import Heads, PerMac, chain, images, program, trunk
+
+
+def problem_of(space: Space, times: Times, loss: float = 1.0) -> Problem:
+    """Losses that grow with the square of what goes."""
+    axes = tuple(
+        Axis(
+            g.name,
+            space.sizes[g.name],
+            tuple((1 - n / g.size) ** 2 for n in space.sizes[g.name]),
+            space.inner.get(g.name),
+        )
+        for g in space.groups
+    )
+    return Problem(axes, tuple(Removal(b.name, loss) for b in space.blocks), tuple(times.terms), times.constant)
+
+
+def measured(program, latency) -> float:
+    """Seconds of a program, layer by layer."""
+    return latency.per_run + sum(latency.seconds(layer) for _, layer in Layers(Comb(program)).at({}))
+
+
+def test_times_of_choices_are_those_of_the_networks_that_the_passes_build():
+    """Every choice of one block at most, with random widths: the table's time is the built network's, layer by layer."""
+    dense = program(trunk(width=6, inner=8, blocks=2), 2, 6, 6)
+    space, latency = Space(dense, alignment=2, count=3), PerMac()
+    problem = problem_of(space, Times(space, latency))
+    assert [b.name for b in space.blocks] == ["2", "3"]
+    assert sorted(space.inner.items()) == [("2.one.weight:0", 0), ("3.one.weight:0", 1)]
+    assert problem.seconds(problem.whole()) == pytest.approx(measured(dense, latency), rel=1e-9)
+    draw, context = np.random.default_rng(0), Context(data=images(2, 6, 6), teacher=dense)
+    for gone in ((False, False), (True, False), (False, True)):
+        sizes = tuple(
+            -1 if axis.block is not None and gone[axis.block] else int(draw.integers(len(axis.sizes)))
+            for axis in problem.axes
+        )
+        choice, built = Choice(sizes, gone), dense
+        for pass_ in passes(space, decision(problem, choice), "magnitude", 8):
+            built = pass_(built, context).program
+        assert problem.seconds(choice) == pytest.approx(measured(built, latency), rel=1e-9)
+
+
+def test_a_chain_has_the_answer_of_the_knapsack():
+    """Of sizes whose losses are sums of scores, the knapsack tries all combinations."""
+    dense = program(chain(5, 12, 8, 12, 3), 5)
+    space, latency = Space(dense, alignment=2, count=4), PerMac()
+    times, draw = Times(space, latency), np.random.default_rng(0)
+    scores = {g.atom: np.sort(draw.exponential(size=g.size)) for g in space.groups}
+    axes = tuple(
+        Axis(g.name, space.sizes[g.name], tuple(float(scores[g.atom][: g.size - n].sum()) for n in space.sizes[g.name]))
+        for g in space.groups
+    )
+    blocks = tuple(Removal(b.name, 1.0, False) for b in space.blocks)
+    problem = Problem(axes, blocks, tuple(times.terms), times.constant)
+    predictor = Predictor(space.comb, latency)
+    for share in (0.5, 0.7, 0.9):
+        options = {g.atom: space.sizes[g.name] for g in space.groups}
+        sizes = knapsack(predictor, options, scores, share * times.whole)
+        answer = solve(problem, seconds=share * times.whole)
+        best = sum(float(scores[g.atom][: g.size - sizes[g.atom]].sum()) for g in space.groups)
+        assert answer.loss == pytest.approx(best, abs=1e-9)
+
+
+class Dense(nn.Module):
+    """Seven layers whose outputs are concatenated for one that reads them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(3, 6) for _ in range(7))
+        self.last, self.head = nn.Linear(42, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.last(torch.cat([part(x).relu() for part in self.parts], 1)).relu())
+
+
+def test_a_long_concatenation_is_a_sum_over_pairs_and_exact_where_it_is_arithmetic():
+    space, latency = Space(program(Dense(), 3), alignment=1, count=6), PerMac()
+    times = Times(space, latency)
+    assert max(term.seconds.ndim for term in times.terms) == 2
+    problem = problem_of(space, times)
+    predictor, draw = Predictor(space.comb, latency), np.random.default_rng(0)
+    for _ in range(20):
+        sizes = tuple(int(draw.integers(len(axis.sizes))) for axis in problem.axes)
+        atoms = {g.atom: space.sizes[g.name][k] for g, k in zip(space.groups, sizes, strict=True)}
+        assert problem.seconds(Choice(sizes, (False,) * len(space.blocks))) == pytest.approx(
+            predictor.total(atoms), rel=1e-9
+        )
+
+
+def test_one_group_may_outweigh_all():
+    dense = program(chain(4, 512, 8, 3), 4)
+    space = Space(dense, alignment=8)
+    problem = problem_of(space, Times(space, PerMac()))
+    whole = problem.seconds(problem.whole())
+    answer = solve(problem.only(widths=True), seconds=0.6 * whole)
+    assert answer.seconds <= 0.6 * whole * (1 + 1e-6)
+    kept = dict(zip((a.name for a in problem.axes), answer.choice.sizes, strict=True))
+    assert kept["0.weight:0"] < len(space.sizes["0.weight:0"]) - 1
+
+
+def test_losses_are_what_replacing_one_thing_costs():
+    """A width's and a block's loss, against the passes and the divergence written out again."""
+    dense, data = program(trunk(width=6, inner=8), 2, 6, 6), images(2, 6, 6)
+    space = Space(dense, alignment=2, count=3)
+    losses = Losses(space, Context(data=data), importance="magnitude", samples=32)
+    group, block = space.group("2.one.weight:0"), space.blocks[1]
+    repair, judge = data[::2], torch.cat(data[1::2])
+
+    def divergence(other) -> float:
+        p, q = (m.module()(judge).double().log_softmax(1) for m in (dense, other))
+        return float((p.exp() * (p - q)).sum(1).mean().detach())
+
+    cut = RemoveChannels(keep={group.name: 4}, importance="magnitude", round_to=1)(dense).program
+    readers = tuple(name for name, _ in group.members if name.endswith("weight"))
+    narrow = Repair(samples=32, include=readers)(cut, data=repair, teacher=dense).program
+    assert losses.width(group, 4) == pytest.approx(divergence(narrow), rel=1e-4)
+    pruned = PruneDepth(names=(block.name,), repair=True)(dense, data=repair).program
+    assert losses.block(block) == pytest.approx(divergence(pruned), rel=1e-4)
+    assert losses.at(group, space.sizes[group.name])[-1] == 0
+    assert equivalence(dense, program(trunk(width=6, inner=8), 2, 6, 6)) == 0  # untouched
+
+
+def test_losses_are_kept_and_not_measured_again(tmp_path, monkeypatch):
+    dense = program(chain(5, 8, 8, 3), 5)
+    space, context = Space(dense, alignment=2, count=3), Context(data=images(5))
+    first = Losses(space, context, samples=32, folder=tmp_path)
+    first.measure()
+    monkeypatch.setattr(Losses, "_replaced", lambda *a: pytest.fail("measured again"))
+    again = Losses(space, context, samples=32, folder=tmp_path)
+    again.measure()
+    assert again.known == first.known
+    other = Losses(space, Context(data=images(5, batches=3)), samples=32, folder=tmp_path)
+    assert not any(key.startswith("width") for key in other.known)
+
+
+def test_curves_pass_through_what_was_measured():
+    sums = np.cumsum([0.0, 1, 2, 3, 4])
+    curve = Curve(4, sums, {2: 6.0, 4: 0.0})
+    assert [curve(n) for n in (1, 2, 3, 4)] == [pytest.approx(12), 6.0, pytest.approx(2), 0.0]
+    between = Curve(4, sums, {1: 24.0, 3: 1.0, 4: 0.0})
+    assert between(2) == pytest.approx(3 * 2)  # scales 4 and 1, the mean of their logarithms
+
+
+def test_outputs_add_up_and_images_without_variety_are_an_error():
+    dense, data = program(Heads(), 6), images(6)
+    divergence = Divergence(dense, data)
+    assert divergence(dense) == 0
+    smaller = RemoveChannels(ratio=0.5, round_to=1)(dense).program
+    (p, a), (q, b) = (m.module()(torch.cat(data)) for m in (dense, smaller))
+    p, q = p.double().log_softmax(1), q.double().log_softmax(1)
+    variance = a.double().var()
+    expected = (p.exp() * (p - q)).sum(1).mean() + (a.double() - b.double()).square().mean() / (2 * variance)
+    assert divergence(smaller) == pytest.approx(float(expected.detach()), rel=1e-5)
+    with pytest.raises(BadInput, match=r"^data: all calibration images give the same outputs"):
+        Divergence(dense, [torch.ones(4, 6)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "message"),
+    [
+        (Fixed({"nowhere:0": 2}), r"^plan: no group 'nowhere:0'"),
+        (Fixed({"0.weight:0": 99}), r"^plan: 0.weight:0: keep must be from 1 to 6"),
+        (Fixed({"6.weight:0": 2}), r"^plan: 6.weight:0 keeps 2 of 4 and cannot shrink: .*an output of the program"),
+        (Fixed({}, {"9": True}), r"^plan: no block '9'"),
+        (Fixed({"2.one.weight:0": 4}, {"2": True}), r"^plan: 2.one.weight:0 keeps 4, and its block 2 goes"),
+    ],
+)
+def test_decisions_by_hand_that_cannot_be_are_named(fixed, message):
+    space = Space(program(trunk(width=6, inner=8), 2, 6, 6), alignment=2, count=3)
+    with pytest.raises(BadInput, match=message):
+        check_fixed(space, fixed)
+
+
+def test_decisions_by_hand_stand():
+    dense = program(trunk(width=6, inner=8), 2, 6, 6)
+    space = Space(dense, alignment=2, count=3, more={"3.one.weight:0": [5]})
+    times = Times(space, PerMac())
+    losses = Losses(space, Context(data=images(2, 6, 6)), importance="magnitude", samples=16)
+    tables = Tables(space, times, losses, Fixed({"3.one.weight:0": 5}, {"2": False}))
+    problem = tables.problem
+    for share in (0.9, 0.8):
+        answer = solve(problem, seconds=share * times.whole)
+        decided = decision(problem, answer.choice)
+        assert decided.widths.get("3.one.weight:0") == 5 or "3" in decided.blocks
+        assert "2" not in decided.blocks
