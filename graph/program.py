@@ -245,7 +245,7 @@ def _captured(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program.proof = compare(model, program.module(), args, kwargs, lost, functions)
-    if lost:
+    if lost and not lost.unknown:
         notes.append(f"only in training, and so not in the program: {lost}")
     if program.proof is not None:
         notes += [f"not compared with the model in {text}" for text in program.proof.skipped]

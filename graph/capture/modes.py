@@ -39,6 +39,7 @@ class Lost:
     )  # nodes with other inputs or numbers in training: their modules
     outputs: bool = False
     without: set[str] = field(default_factory=set)  # modules that in eval mode do without what only training has
+    unknown: bool = False  # no graph of the model in train mode
 
     @property
     def quiet(self) -> set[str]:
@@ -46,7 +47,8 @@ class Lost:
         return self.without | set(self.rewired.values())
 
     def __bool__(self) -> bool:
-        return bool(self.modules or self.lines or self.rewired or self.parameters or self.buffers or self.outputs)
+        known = self.modules or self.lines or self.rewired or self.parameters or self.buffers or self.outputs
+        return bool(known) or self.unknown
 
     def __str__(self) -> str:
         parts = [f"{path} ({name})" for path, name in self.modules.items()]
@@ -69,7 +71,7 @@ def read_modes(exported: ExportedProgram, training: ExportedProgram | None, mode
     """Note on every node that depends on the mode what both modes give it. Returns what only training has. training:
     the export in train mode, or None where there is none: then a flag that is off is taken to come on."""
     pairs: dict[fx.Node, fx.Node] = {}
-    lost = Lost()
+    lost = Lost(unknown=training is None)
     if training is not None:
         pairs = _pair(exported.graph_module, training.graph_module)
         extra = _carry_dropout(exported.graph_module, training.graph_module, pairs)

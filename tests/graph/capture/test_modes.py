@@ -454,3 +454,26 @@ def test_plain_averages_count_every_call_of_a_norm():
         assert torch.equal(module(x), model(x))
     for name in ("running_mean", "running_var"):
         assert torch.allclose(getattr(module.norm, name), getattr(model.norm, name), rtol=1e-12)
+
+
+def test_a_layer_that_training_drops_at_random_leaves_train_mode_uncompared():
+    class LayerDrop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            states = []
+            for layer in self.layers:
+                if self.training and torch.rand([]) < 0.5:
+                    continue
+                x = layer(x)
+                if self.training or layer is self.layers[-1]:
+                    states.append(x)
+            return torch.stack(states), x
+
+    with pytest.warns(CaptureWarning) as said:
+        program = g.capture(LayerDrop(), torch.randn(5, 4))
+    assert any("train mode does not export" in str(w.message) for w in said)
+    assert any("not compared with the model in train mode" in str(w.message) for w in said)
+    assert program.proof.error["eval"] == 0.0
