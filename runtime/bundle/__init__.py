@@ -1,1 +1,1 @@
-"""Bench bundles: measuring on a device that has no graphcomb."""
+"""Bench bundles measure models on a device without graphcomb: write one (write) and run it (run)."""

@@ -1,4 +1,4 @@
-"""Measure a bench bundle, on this machine or on a device that ssh reaches, and bring its results back. Source: ours."""
+"""Run a bench bundle on this machine or, by ssh, on a device, and fetch its results. Source: ours."""
 
 import os
 import shlex
@@ -17,8 +17,8 @@ from ..kit import PLUGINS, SCRIPT
 from ..kit.bench import INTERRUPTED, OPTIONS
 from ..kit.contents import digest
 
-PATIENCE = 60  # seconds until a script that was interrupted must have written what it has
-SOME = 1  # its exit code when there are results of some of the models
+PATIENCE = 60  # seconds after Ctrl-C within which the script must have written its results
+SOME = 1  # exit code of the script if it has results of some of the models only
 
 
 def run_bundle(
@@ -28,19 +28,20 @@ def run_bundle(
     arguments: Sequence[str] = (),
     python: str | None = None,
 ) -> dict[str, Any]:
-    """Measure a bundle, here or on a device, and return the results, which also go to the file `out` (docs/formats.md).
+    """Measure a bundle here or on a device, write the results to the file `out` and return them (docs/formats.md, Device).
 
-    - folder: of the bundle. out: the JSON file to write.
-    - host: "user@device", reached by ssh and scp with their own settings (keys, ports, jump hosts); None measures on
-      this machine. Engines that TensorRT built on a host are brought back beside `out`.
-    - arguments: of bench_device.py, as `script_arguments` makes them.
-    - python: the interpreter; by default the running one here, python3 on a host.
+    - folder: folder of the bundle. out: the JSON file to write.
+    - host: "user@device", which ssh and scp reach with their own settings (keys, ports, jump hosts); None measures on
+      this machine. Engine files that TensorRT built on a host are copied to the folder of `out`.
+    - arguments: arguments of bench_device.py, which `script_arguments` makes from options.
+    - python: the Python interpreter; by default the running one on this machine, python3 on a host.
 
-    Where some models failed, or Ctrl-C ended it, the results are of the others, or until then: `failed` has the reasons
-    by model, and `interrupted` is true.
+    Models that failed are left out of the results, and `failed` has the reason for each. After Ctrl-C the results have what
+    was measured before, and `interrupted` is true.
 
-    Raises BadInput for a folder that is no bundle or a host that cannot be meant, GraphcombError with the script's
-    reason when nothing could be measured, KeyboardInterrupt where Ctrl-C came before there were results.
+    Raises BadInput for a folder that is no bundle, an invalid host, an `out` that cannot be written, and a missing ssh or
+    scp; GraphcombError with the script's reason if nothing could be measured; KeyboardInterrupt if Ctrl-C came before there
+    were results.
     """
     folder, out = Path(folder).absolute(), Path(out).absolute()
     if not (folder / "bundle.json").is_file() or not (folder / SCRIPT).is_file():
@@ -56,13 +57,13 @@ def run_bundle(
         return read_results(out)
     if not host or host.startswith("-") or any(c.isspace() or c == ":" for c in host):
         raise BadInput(f"--host {host}: expected user@device")
-    away = f"graphcomb-bench-{digest(folder / 'bundle.json')[:12]}"  # in the home folder there
+    away = f"graphcomb-bench-{digest(folder / 'bundle.json')[:12]}"  # a folder in the home folder of the host
     _call(["ssh", host, f"mkdir -p {away} && rm -f {away}/results.json"], f"ssh {host}")
     _call(["scp", "-q", "-r", *map(str, _contents(folder)), f"{host}:{away}/"], f"scp to {host}")
     command = [python or "python3", f"{away}/{SCRIPT}", "--out", f"{away}/results.json", "--attached", *arguments]
 
     def fetch() -> bool:
-        """Whether there are results; they are here then."""
+        """Copy the results from the host to `out`; return whether there are any."""
         try:
             with replacing(out) as part:
                 _call(["scp", "-q", f"{host}:{away}/results.json", str(part)], f"scp from {host}")
@@ -82,32 +83,32 @@ def run_bundle(
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is replaced."""
+    """Return a value that changes when a file is replaced; None if there is no file."""
     status = path.stat() if path.exists() else None
     return (status.st_ino, status.st_mtime_ns) if status else None
 
 
 def _engines(results: Mapping[str, Any]) -> list[str]:
-    """Names of the engine files that a device keeps beside its results."""
+    """Return the names of the engine files that a device keeps beside its results."""
     names = [str(row.get("engine", {}).get("file", "")) for row in results["models"].values()]
     return [name for name in names if name and PurePath(name).name == name and not name.startswith((".", "-"))]
 
 
 def _contents(folder: Path) -> list[Path]:
-    """What a bundle consists of, without what was measured here."""
+    """Return the files and folders that belong to a bundle, without the results of measurements in the same folder."""
     try:
         models = list(read_json(folder / "bundle.json")["models"])
     except (KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'bundle.json'}: no models; bundle them again") from error
     names = [SCRIPT, "bundle.json", "README.txt", "record.json", PLUGINS, *models]
-    parts = sorted(folder.glob("graphcomb_*.py"))  # a bundle of an older version may have others
+    parts = sorted(folder.glob("graphcomb_*.py"))  # the bundle of another version may have other scripts
     return [*parts, *(folder / name for name in names if (folder / name).exists())]
 
 
 def script_arguments(options: Mapping[str, Any]) -> list[str]:
-    """Options of bench_device.py as its command line takes them: {"dla": 0, "sparse": True} is --dla 0 --sparse.
+    """Return options of bench_device.py as command-line arguments: {"dla": 0, "sparse": True} gives --dla=0 --sparse.
 
-    Raises BadInput for what it does not take.
+    Raises BadInput for an unknown option or an invalid value.
     """
     arguments: list[str] = []
     for option, value in options.items():
@@ -115,7 +116,7 @@ def script_arguments(options: Mapping[str, Any]) -> list[str]:
         if name not in OPTIONS:
             raise BadInput(f"option {option}: not one of the bench bundle; {nearest(name, OPTIONS)}")
         about = OPTIONS[name]
-        if "action" in about:  # it is a switch
+        if "action" in about:  # a switch
             if not isinstance(value, bool):
                 raise BadInput(f"option {option}: true or false, not {value}")
             arguments += [f"--{name}"] * value
@@ -131,7 +132,10 @@ def script_arguments(options: Mapping[str, Any]) -> list[str]:
 
 
 def _call(command: list[str], what: str) -> None:
-    """Run a command; what it prints is shown, its last error line is the message of what is raised."""
+    """Run a command, whose output is shown.
+
+    Raises BadInput if the command is not installed, GraphcombError with its last line on stderr if it fails.
+    """
     try:
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     except FileNotFoundError as error:
@@ -141,15 +145,18 @@ def _call(command: list[str], what: str) -> None:
 
 
 def _measure(command: list[str], what: str, results: Callable[[], bool]) -> int:
-    """Run the script, here or over ssh, until it ends or Ctrl-C, after which it is told to write what it has by the end of
-    its input. Returns its exit code where there are results (`results` says so), of all models or of some.
+    """Run the script, here or over ssh, and return its exit code if there are results of at least some models.
 
-    Raises GraphcombError with its last error line, KeyboardInterrupt where it was interrupted before there were any.
+    After Ctrl-C the script's standard input is closed, which tells it to write the results so far and to end. results:
+    returns whether there are results.
+
+    Raises BadInput if the command is not installed, GraphcombError with the script's last line on stderr if there are no
+    results, KeyboardInterrupt if it was interrupted before there were any, or a second time.
     """
     if shutil.which(command[0]) is None:
         raise BadInput(f"{command[0]}: not installed here")
     reading, writing = os.pipe()
-    # Ctrl-C reaches the whole group of processes: this one alone heeds it, so that ssh stays to the end.
+    # Ctrl-C reaches the whole process group. The child ignores it, so that ssh transmits the results to the end.
     command = ["/bin/sh", "-c", 'trap "" INT; exec "$@"', "sh", *command]
     process = subprocess.Popen(command, stdin=reading, stderr=subprocess.PIPE, text=True)
     os.close(reading)
@@ -164,7 +171,7 @@ def _measure(command: list[str], what: str, results: Callable[[], bool]) -> int:
                     raise
                 interrupted = True
                 os.close(writing)
-    except BaseException as error:  # a second Ctrl-C, or it does not end
+    except BaseException as error:  # a second Ctrl-C, or the script has not ended after PATIENCE seconds
         process.kill()
         raise KeyboardInterrupt if isinstance(error, subprocess.TimeoutExpired) else error from None
     finally:

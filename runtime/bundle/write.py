@@ -1,7 +1,7 @@
-"""Write a bench bundle: a folder that measures models on a device which has no graphcomb.
+"""Write a bench bundle: a folder that measures models on a device without graphcomb.
 
-A bundle holds the ONNX files, reference inputs and outputs, the record of what was done to the model, and `bench_device.py`
-with the files it needs, which take the device's own TensorRT and numpy. Source: ours.
+A bundle contains ONNX files, reference inputs and outputs, the record of what the passes did, and `bench_device.py` with
+the files it imports, which need only numpy and the device's own TensorRT. Source: ours.
 """
 
 import functools
@@ -61,30 +61,29 @@ def write_bundle(
     opset: int | None = None,
     plugins: Sequence[str | Path] = (),
 ) -> Path:
-    """Write a bench bundle: a folder that measures models on a device with nothing but its own TensorRT and numpy.
+    """Write a bench bundle: a folder that measures models on a device with only the device's own TensorRT and numpy.
 
-    Returns the folder. It holds each model as an ONNX file with reference inputs and outputs (of ONNX Runtime on the
-    most exact form of the model), what each model is (bundle.json), and the scripts (`runtime/kit/`).
+    Returns the folder. It contains each model as an ONNX file with reference inputs and outputs (ONNX Runtime's for the
+    most exact form of the model), bundle.json, which describes the models, and the scripts (`runtime/kit/`).
 
-    - models: what is compared, by name (letters, digits and _), the reference first: programs, or ONNX files in fp32 or
+    - models: the models by name (letters, digits and _), the reference first. They are programs, or ONNX files in fp32 or
       in the precision asked for.
-    - kind: "fp32", "fp16" or "int8". A model with Q/DQ nodes stays int8 in each of them; in "fp16" the rest of it
-      becomes half precision where that changes no quantised value. In "int8" models without Q/DQ nodes stay as they
-      are.
-    - target: the device, by which opset and precision are checked; it is named in the bundle, with its library.
-    - batch: samples in the reference inputs of models whose batch is dynamic.
-    - record: a run's record.json, to go along.
-    - layers: of models that are ONNX files, by name: what `prediction.layers.describe` gives for the program. With them,
-      as with programs, measured times can be compared with predicted ones layer by layer, and calibrate a roofline.
-    - shapes: of inputs, by name, where more than the batch is dynamic.
-    - opset: of programs; by default the best that the target's current releases parse. TensorRT 8, as JetPack 5 and 6.0
-      have it, parses up to 17.
-    - plugins: shared libraries, built for the device, with operators that TensorRT lacks; they are copied into the
-      bundle, and their code runs on the device. What ONNX Runtime cannot run for their operators has a reference without
-      outputs: it is measured, and its outputs are compared with nothing, which the note says.
+    - kind: "fp32", "fp16" or "int8". A model with Q/DQ nodes is int8 with each of them; with "fp16" its other parts become
+      half precision if that changes no quantised value. With "int8" models without Q/DQ nodes keep their precision.
+    - target: the device. Opset and precision of the models are checked against it, and the bundle names it.
+    - batch: batch size of the reference inputs of models with a dynamic batch.
+    - record: record.json of a run, which is copied into the bundle.
+    - layers: by name of a model that is an ONNX file, the rows that `prediction.layers.describe` gives for its program.
+      With the layers known, as for programs, measured times can be compared with predicted ones, and calibrate a roofline.
+    - shapes: shapes of inputs by name, needed for inputs with a dynamic dimension other than the batch.
+    - opset: opset of programs; by default the one that `export_onnx` chooses for the target. TensorRT 8 (JetPack 5 and
+      6.0) parses up to 17.
+    - plugins: shared libraries, built for the device, with operators that TensorRT lacks. They are copied into the bundle,
+      and their code is executed on the device. A model with operators that ONNX Runtime does not support gets a reference
+      without outputs: its latency is measured, its outputs are not compared, and a note says so.
 
-    Raises BadInput for a folder that holds something else or a model that does not fit the target, the precision or the
-    other models, Refused for what half precision spoils, and what `export_onnx` raises for programs.
+    Raises BadInput for a folder with other content, and for a model that does not fit the target, the precision or the
+    other models; Refused for a model that half precision changes too much; and what `export_onnx` raises for programs.
     """
     folder = Path(folder)
     device = get_target(target) if isinstance(target, str) else target
@@ -148,7 +147,7 @@ def write_bundle(
 def _check(
     folder: Path, models: Mapping[str, Program | str | Path], kind: str, device: Target | None, batch: int
 ) -> None:
-    """Raise BadInput for what cannot be bundled, before anything is written."""
+    """Raise BadInput for arguments of `write_bundle` that do not fit, before anything is written."""
     if device is not None:
         device.alignment(kind)
     if kind not in DEVICE_TOLERANCES:
@@ -176,7 +175,7 @@ def _check_plugins(plugins: Sequence[str | Path], device: Target | None) -> None
 
 
 def _copy_plugins(plugins: Sequence[str | Path], folder: Path) -> dict[str, str]:
-    """Copy the libraries; their digests by name in the bundle."""
+    """Copy the libraries to a folder and return their digests by path in the bundle."""
     shutil.rmtree(folder, ignore_errors=True)
     if plugins:
         folder.mkdir()
@@ -184,7 +183,8 @@ def _copy_plugins(plugins: Sequence[str | Path], folder: Path) -> dict[str, str]
 
 
 def _run_reference(exact: Path, feeds: list[np.ndarray], plugins: bool) -> tuple[list[np.ndarray], str]:
-    """The outputs in ONNX Runtime; none, and why, where plugins have operators that it lacks."""
+    """Run a model in ONNX Runtime and return its outputs and "". If ONNX Runtime lacks an operator and there are plugins,
+    return no outputs and the reason."""
     try:
         engine = OrtEngine(exact)
     except UnparsedOp as error:
@@ -197,7 +197,7 @@ def _run_reference(exact: Path, feeds: list[np.ndarray], plugins: bool) -> tuple
 
 
 def _write_reference(file: Path, feeds: Mapping[str, np.ndarray], outputs: list[np.ndarray]) -> None:
-    """Write the inputs by name, and the outputs for them in order."""
+    """Write reference inputs by name and outputs in order to a file of numpy arrays."""
     arrays = {f"input:{name}": array for name, array in feeds.items()}
     arrays |= {f"output:{n:03d}": array for n, array in enumerate(outputs)}
     np.savez(file, allow_pickle=False, **arrays)
@@ -205,7 +205,7 @@ def _write_reference(file: Path, feeds: Mapping[str, np.ndarray], outputs: list[
 
 @contextmanager
 def _naming(part: Path, name: str) -> Iterator[None]:
-    """Errors about temporary files name the model instead."""
+    """Replace paths of temporary files in the messages of errors by the name of the model."""
     try:
         yield
     except GraphcombError as error:
@@ -221,8 +221,11 @@ def _lower(
     version: int | None,
     make: Callable[[list[TensorSpec]], list[np.ndarray]],
 ) -> tuple[Path, Path, str]:
-    """The model as exactly as it is known, in the folder `scratch` or where it lies; as it is measured, in the folder
-    `place`; and what became of it, in words, where that is not what was asked for."""
+    """Return the ONNX file of a model in its most exact form, the file to measure, and a note.
+
+    The first is in the folder `scratch`, or the given file; the second is in the folder `place`. The note says how the file
+    to measure differs from what was asked for, else it is empty. make: returns inputs for the specs.
+    """
     file = place / "model.onnx"
     source = scratch / file.name if isinstance(model_or_path, Program) else Path(model_or_path)
     if isinstance(model_or_path, Program):
@@ -236,7 +239,7 @@ def _lower(
     if has not in (kind, "int8") and (has, kind) not in (("fp32", "fp16"), ("fp32", "int8"), ("fp16", "int8")):
         raise BadInput(f"{source}: is {has} and cannot be made {kind} here; export it in {kind}")
     if isinstance(model_or_path, Program) and (has, kind) == ("fp32", "fp16"):
-        export_onnx(model_or_path, file, kind, version, device)  # which also compares the two
+        export_onnx(model_or_path, file, kind, version, device)  # also compares the file with the program
         return source, file, ""
     if kind != "fp16" or has == "fp16":
         _copy(source, model, file)
@@ -266,7 +269,7 @@ def _lower(
 
 
 def _case(source: Path, make: Callable[[list[TensorSpec]], list[np.ndarray]]) -> Case:
-    """What an fp32 file computes, node by node, for the half-precision form of it to be compared with."""
+    """Return inputs and the outputs of an fp32 file, run node by node, to compare its half-precision form with."""
     engine = OrtEngine(source, plain=True)
     inputs = make(engine.inputs)
     outputs = [x.astype(np.float64) if x.dtype.kind == "f" else x for x in engine.run(inputs)]
@@ -275,7 +278,7 @@ def _case(source: Path, make: Callable[[list[TensorSpec]], list[np.ndarray]]) ->
 
 
 def _copy(source: Path, model: onnx.ModelProto, to: Path) -> None:
-    """Copy an ONNX file with the files that hold its weights, whose names it has inside."""
+    """Copy an ONNX file and the files with its external weights, whose names the ONNX file contains."""
     for name in _weights(model, source):
         (to.parent / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.parent / name, to.parent / name)
@@ -283,7 +286,10 @@ def _copy(source: Path, model: onnx.ModelProto, to: Path) -> None:
 
 
 def _weights(model: onnx.ModelProto, path: Path) -> list[str]:
-    """Places of the files with the model's weights, relative to the folder of its own."""
+    """Return the paths of the files with a model's external weights, relative to its folder.
+
+    Raises BadInput for a path outside of that folder.
+    """
     places = [e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"]
     for place in places:
         if PurePath(place).is_absolute() or ".." in PurePath(place).parts:

@@ -1,15 +1,17 @@
-"""What travels in a bench bundle and runs on the device: each file of this folder needs nothing but Python 3.8, numpy and
-the device's own library, and imports nothing of graphcomb but what lies beside it."""
+"""The files that a bench bundle contains and that run on the device.
+
+They need only Python 3.8, numpy and the device's own inference library, and import nothing of graphcomb but each other.
+"""
 
 import re
 from pathlib import Path
 
-SCRIPT = "bench_device.py"  # what bench.py is called in a bundle; the files that it imports begin with graphcomb_
-PLUGINS = "plugin-libraries"  # the folder of a bundle's plugins, whose name no model can have
+SCRIPT = "bench_device.py"  # name of bench.py in a bundle; the files that it imports begin with graphcomb_ there
+PLUGINS = "plugin-libraries"  # folder of a bundle's plugins; because of the hyphen no model can have this name
 
 
 def bundled_files() -> dict[str, str]:
-    """The text of every file that travels, by its name in a bundle, where there is no package."""
+    """Return the text of every file by its name in a bundle, with its imports adapted to a folder without a package."""
     files = {}
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         name = SCRIPT if path.stem == "bench" else f"graphcomb_{path.name}"

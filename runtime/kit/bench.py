@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""Measure the models of a graphcomb bench bundle on the device it lies on, and write one JSON file.
+"""Measure the models of a graphcomb bench bundle on this device, and write one JSON file, which `graphcomb report` reads.
 
     python3 bench_device.py [--out results.json]
 
-Needs Python 3.8, numpy and the device's own TensorRT (or TensorRT-RTX, or ONNX Runtime); graphcomb is not needed. Engines
-are built here, from the ONNX files of the bundle, because an engine fits only the device and version that built it; they
-stay beside the results, and a later run with the same models, options and versions takes them. The models run in turns,
-with and without CUDA graphs; then each one runs alone while power, temperatures and clocks are read (tegrastats or
-nvidia-smi); then once more layer by layer. Results whose outputs are not finite, or differ from the reference by more than
-the precision explains, are marked. A model that cannot be built or run is named, and the others are measured. `graphcomb
-report` reads the file. In a bundle this file is bench_device.py, and those that it imports begin with graphcomb_.
+The script needs Python 3.8, numpy and the device's own TensorRT (or TensorRT-RTX, or ONNX Runtime), but not graphcomb. It
+builds the engines from the ONNX files of the bundle, because an engine runs only on the device and with the version that it
+was built with. Engines are kept beside the results, and a later run with the same models, options and versions reuses them.
 
-Exit codes: 0; 1 when some of the models failed; 2 when there are no results; 130 after Ctrl-C, with what was measured until
-then.
+First the models run in turns, with and without CUDA graphs. Then each one runs alone while power, temperatures and clocks
+are read (tegrastats or nvidia-smi), and again under the library's profiler. A note marks a model whose outputs are not
+finite, or differ from the reference by more than the precision explains. A model that cannot be built or run is reported,
+and the others are measured. In a bundle this file is bench_device.py, and the files that it imports begin with graphcomb_.
+
+Exit codes: 0; 1 if some of the models failed; 2 without results; 130 after Ctrl-C, when the file has what was measured
+before.
 
 Sources: trtexec's practice (CUDA graph, events around each inference, layers in a separate run).
 """
@@ -40,18 +41,19 @@ from .trt import TensorRT
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = ("tensorrt", "tensorrt_rtx", "onnxruntime")
-TAKEN = 20  # percent of the GPU's time that something else may have had before the measurement
+TAKEN = 20  # largest load of the GPU at rest, in percent, with which ratios are stated
 INTERRUPTED = 130
 
 
 def run(arguments: argparse.Namespace, say: Callable[[str], None], result: dict[str, Any]) -> None:
-    """Build, compare and measure all models; `result` becomes what the JSON file holds, after Ctrl-C with what was measured
-    until then.
+    """Build, compare and measure all models, and fill `result` with the content of the JSON file.
 
-    Raises Failure, RuntimeError or OSError where nothing can be measured.
+    After Ctrl-C `result` has what was measured before. say: shows a message. Raises Failure, RuntimeError or OSError if
+    nothing can be measured.
     """
     bundle = read_bundle(HERE)
-    references = {name: read_reference(HERE, about) for name, about in bundle["models"].items()}  # fails early
+    # All references are read first, so that a damaged one is reported at once.
+    references = {name: read_reference(HERE, about) for name, about in bundle["models"].items()}
     writable(arguments.out.parent)
     notes: list[str] = []
     wanted = bundle.get("engine")
@@ -70,7 +72,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None], result: dict[
     engines: dict[str, Any] = {}
     events = over_current()
     try:
-        if monitor.source:  # before anything else works
+        if monitor.source:  # at rest: before the first engine is built
             say("power and temperatures at rest ...")
             start = time.monotonic()
             time.sleep(arguments.idle_seconds)
@@ -80,7 +82,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None], result: dict[
                 engines[name] = _open(name, about, references[name], arguments, result, say)
             except Damaged:
                 raise
-            except Exception as error:  # the libraries' errors share no base; the other models are measured
+            except Exception as error:  # the libraries' errors have no common base; the other models are measured
                 result["failed"][name] = _line(error)
                 say(f"{name}: failed: {_line(error)}")
         if engines:
@@ -105,7 +107,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None], result: dict[
 def _open(
     name: str, about: dict[str, Any], data: Any, arguments: argparse.Namespace, result: dict[str, Any], say: Any
 ) -> Any:
-    """An engine whose outputs were compared with the reference."""
+    """Open an engine, compare its outputs with the reference, and add the model to `result`."""
     feeds, reference = data
     say(f"{name}: building with {arguments.engine} ...")
     make = OnnxRuntime if arguments.engine == "onnxruntime" else TensorRT
@@ -131,7 +133,8 @@ def _open(
 def _measure(
     engines: dict[str, Any], monitor: Monitor, arguments: argparse.Namespace, result: dict[str, Any], say: Any
 ) -> None:
-    """Latency, power and layers of the engines, and ratios as far as they can be relied on."""
+    """Measure latency, power and layers of the engines, and add them to `result`. Ratios that a busy machine or a wide
+    interval makes unreliable are replaced by a note."""
     notes, models = result["notes"], result["models"]
     say("measuring ...")
     stopped: list[str] = []
@@ -168,15 +171,15 @@ def _measure(
         start = time.monotonic()
         models[name]["power"] = watch(engine, monitor, arguments.power_seconds)
         notes += [f"{name}: alone, {text}" for text in throttling(monitor.since(start), units)]
-    for name, engine in engines.items():  # last: the profiler stays attached
+    for name, engine in engines.items():  # last, since the profiler cannot be detached and slows the engine down
         try:
             models[name]["layers"] = engine.layers(20)
-        except Exception as error:  # what was measured before stands
+        except Exception as error:  # the other results of the model remain
             notes.append(f"{name}: the layers cannot be measured: {_line(error)}")
 
 
 def _contended(engine: Any, times: dict[str, Any]) -> str:
-    """That something else had the processor in too many of an engine's runs; empty otherwise."""
+    """Return a note if other processes had the processor in too many of an engine's runs, else an empty text."""
     busy, runs = engine.about.get("contended", 0), sum(row["runs"] for row in times.values())
     return f"the machine was busy in {busy} of {runs} runs" if busy > BUSY * runs else ""
 
@@ -187,7 +190,7 @@ def _line(error: BaseException) -> str:
 
 
 def writable(folder: Path) -> None:
-    """Failure where results cannot be written, which is better known before an hour of work."""
+    """Raise Failure if results cannot be written to a folder. This is checked before the measurement, which takes long."""
     if not folder.is_dir():
         raise Failure(f"--out: there is no folder {folder}; make it first")
     if not os.access(str(folder), os.W_OK | os.X_OK):
@@ -195,8 +198,11 @@ def writable(folder: Path) -> None:
 
 
 def library(name: str, preferred: str | None = None) -> tuple[str, dict[str, str]]:
-    """The library to measure with: the one that is named; else the preferred one, if it can run here, or the first that
-    can. A TensorRT that is installed can do so where there is a GPU. Also why those before it cannot."""
+    """Return the library to measure with, and by name of each library that was tried before, why it cannot be used.
+
+    name: a library, or "auto" for the first one that can run here, with `preferred` tried first. TensorRT can run here if it
+    is installed and there is a GPU. Raises Failure if no library can be used.
+    """
     missing: dict[str, str] = {}
     for candidate in sorted(LIBRARIES, key=lambda c: c != preferred) if name == "auto" else (name,):
         try:
@@ -208,14 +214,14 @@ def library(name: str, preferred: str | None = None) -> tuple[str, dict[str, str
             return candidate, missing
         except ModuleNotFoundError as error:
             missing[candidate] = "not installed" if error.name == candidate else f"cannot be imported: {_line(error)}"
-        except Exception as error:  # an installed library without its shared objects fails in many ways
+        except Exception as error:  # an installed library whose shared objects are missing raises various errors
             missing[candidate] = f"cannot be used: {_line(error)}"
     reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in missing.items())
     raise Failure("none of {} can run here ({})".format(", ".join(LIBRARIES), reasons) if name == "auto" else reasons)
 
 
 def at_least(least: float, kind: type = float) -> Callable[[str], Any]:
-    """A type of the parser's: a finite number that is not less."""
+    """Return an argparse type: a finite number of at least `least`."""
 
     def convert(text: str) -> Any:
         value = kind(text)
@@ -227,37 +233,37 @@ def at_least(least: float, kind: type = float) -> Callable[[str], Any]:
     return convert
 
 
-# What may be set, by name on the command line, as the parser takes it.
+# The options of the command line: by name, the arguments of argparse's add_argument.
 OPTIONS: dict[str, dict[str, Any]] = {
     "engine": {
         "choices": ("auto", *LIBRARIES),
         "default": "auto",
-        "help": "by default the bundle's, if it can run here",
+        "help": "inference library; by default the bundle's if it can run here",
     },
     "seconds": {"type": at_least(0), "default": 20.0, "help": "time limit of the latency measurement"},
-    "rounds": {"type": at_least(1, int), "default": 100, "help": "blocks of every model that are enough"},
+    "rounds": {"type": at_least(1, int), "default": 100, "help": "number of rounds after which the measurement ends"},
     "power-seconds": {"type": at_least(0), "default": 8.0, "help": "how long each model runs for power"},
     "idle-seconds": {
         "type": at_least(0),
         "default": 3.0,
-        "help": "how long power at rest is read, before anything else",
+        "help": "how long power at rest is read before the first build",
     },
-    "rebuild": {"action": "store_true", "help": "build engines again that an earlier run has kept"},
-    "sparse": {"action": "store_true", "help": "allow kernels for 2:4 sparse weights also where the bundle names none"},
-    "dla": {"type": at_least(0, int), "metavar": "CORE", "help": "run on a DLA core, the rest on the GPU"},
-    "no-graphs": {"dest": "graphs", "action": "store_false", "help": "without CUDA graphs"},
-    "threads": {"type": at_least(1, int), "default": 1, "help": "of ONNX Runtime"},
+    "rebuild": {"action": "store_true", "help": "build all engines, also those that an earlier run has kept"},
+    "sparse": {"action": "store_true", "help": "allow kernels for 2:4 sparse weights for every model"},
+    "dla": {"type": at_least(0, int), "metavar": "CORE", "help": "DLA core to run on; the GPU runs the other layers"},
+    "no-graphs": {"dest": "graphs", "action": "store_false", "help": "measure without CUDA graphs"},
+    "threads": {"type": at_least(1, int), "default": 1, "help": "number of threads of ONNX Runtime"},
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description="Measure a graphcomb bench bundle on this device.")
     parser.add_argument("--out", type=Path, default=HERE / "results.json", help="the JSON file to write")
     for name, options in OPTIONS.items():
         parser.add_argument(f"--{name}", **options)
     parser.add_argument("--quiet", action="store_true")
-    parser.add_argument("--attached", action="store_true", help=argparse.SUPPRESS)  # stop when the input ends
+    parser.add_argument("--attached", action="store_true", help=argparse.SUPPRESS)  # stop when standard input ends
     arguments = parser.parse_args(argv)
     arguments.out = arguments.out.resolve()
     if arguments.attached:
@@ -265,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result: dict[str, Any] = {}
     try:
         run(arguments, (lambda text: None) if arguments.quiet else lambda text: print(text, flush=True), result)
-    except KeyboardInterrupt:  # before there was anything
+    except KeyboardInterrupt:  # nothing was measured yet
         result["interrupted"] = True
     except (Failure, RuntimeError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
@@ -293,8 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _attach() -> None:
-    """Stop as after Ctrl-C when the standard input ends: whoever started this over the net has gone, or asks for it."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been ignored, so that the input decides
+    """Act as after Ctrl-C when the standard input ends: the process that started this one has ended, or asks it to stop."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent process may have made this one ignore SIGINT
 
     def wait() -> None:
         sys.stdin.read()

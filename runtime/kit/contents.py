@@ -1,4 +1,4 @@
-"""What a bench bundle holds, read on the device: models, reference inputs and outputs, and whether they are whole."""
+"""Read a bench bundle on the device, and check that its files are those that were bundled."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 
 FORMAT = "graphcomb-bench/1"
-# How far outputs may be from the reference, relative to its largest value, before it is said that they differ.
+# By precision, the largest error of an output that needs no note: max |a - b| / max |b| with b the reference.
 TOLERANCES = {"fp32": 1e-3, "fp16": 5e-2, "int8": 0.3}
 
 
 class Failure(Exception):
-    """A message for the user, one line."""
+    """An error with a message of one line for the user."""
 
 
 class Damaged(Failure):
-    """The bundle is not as it was written, so that none of it can be relied on."""
+    """A file of the bundle is not as it was written, so no file of it can be trusted."""
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 of a file."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
         for part in iter(lambda: file.read(1 << 20), b""):
@@ -37,7 +37,7 @@ def digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raise Damaged for a file of the bundle that cannot be read as it was written."""
+    """Raise Damaged instead of the errors of reading a file that is missing or damaged. path: the file, for the message."""
     try:
         yield
     except OSError as error:
@@ -47,9 +47,10 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_bundle(folder: Path) -> dict[str, Any]:
-    """What bundle.json holds, with what every model needs made sure of.
+    """Return the content of bundle.json after checking that every model has a file, a reference, a digest and a known
+    precision, and that the plug-in libraries are those that were bundled.
 
-    Raises Failure for another format, Damaged for a file that is not as it was written.
+    Raises Failure for another version of the format, Damaged if a check fails.
     """
     path = folder / "bundle.json"
     with reading(path):
@@ -69,9 +70,9 @@ def read_bundle(folder: Path) -> dict[str, Any]:
 
 
 def read_reference(folder: Path, about: dict[str, Any]) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """Reference inputs by name, and outputs in order, of a model.
+    """Return the reference inputs by name, and the reference outputs in order, of a model (`about` in bundle.json).
 
-    Raises Damaged where its files are not those that were bundled.
+    Raises Damaged if the files of the model are not those that were bundled.
     """
     _check_files(folder, {about["file"]: about["sha256"], **about.get("data", {})})
     with reading(folder / about["reference"]):
@@ -89,7 +90,7 @@ def _check_files(folder: Path, digests: dict[str, str]) -> None:
 
 
 def complete(path: Path, names: Iterable[str], feeds: dict[str, np.ndarray]) -> None:
-    """Raise Damaged where the reference does not have exactly the inputs that a model takes."""
+    """Raise Damaged if the names of the reference inputs are not those of the model's inputs."""
     if set(names) != feeds.keys():
         texts = ", ".join(sorted(names)), ", ".join(sorted(feeds))
         raise Damaged("{}: takes {}, and the reference has {}; bundle it again".format(path.name, *texts))

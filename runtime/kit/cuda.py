@@ -1,6 +1,6 @@
-"""The few CUDA runtime calls that running an engine takes, through ctypes.
+"""The CUDA runtime calls that running an engine needs, through ctypes.
 
-PyTorch may be a CPU build on the device (Jetson), so its CUDA bindings are no way in; the runtime library always is.
+PyTorch's CUDA bindings cannot be used, since PyTorch on the device (Jetson) may be a CPU build or missing.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from typing import Callable
 
 import numpy as np
 
-# Newest first; the newest may want a newer driver than there is. torch, where it is a CUDA build, has loaded one of these
-# already, so the plain name finds it.
+# The newest comes first; it may need a newer driver than the installed one, then the next is tried. A CUDA build of torch
+# has already loaded one of these libraries, so that its plain name is found.
 LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "libcudart.so")
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
-CAPTURE_THREAD_LOCAL = 1  # other threads, and libraries in them, may use CUDA meanwhile
-NON_BLOCKING = 1  # the stream does not wait for the default stream, whose use by anybody would spoil a capture
+CAPTURE_THREAD_LOCAL = 1  # other threads may use CUDA during a capture
+NON_BLOCKING = 1  # the stream does not wait for the default stream, whose use would invalidate a capture
 
 
 class CudaError(RuntimeError):
-    """A CUDA call failed; the message is CUDA's own."""
+    """A CUDA call failed. The message is CUDA's own."""
 
 
 class NoCuda(CudaError):
-    """There is no CUDA runtime, driver or GPU here."""
+    """This machine has no CUDA runtime, driver or GPU."""
 
 
 class NoGraph(CudaError):
-    """The work cannot be recorded as a CUDA graph; the stream is as it was before, so it can be run without one."""
+    """The work cannot be recorded as a CUDA graph. The stream is usable, so the work can run without a graph."""
 
 
 class Cuda:
-    """The current device and one stream of it. Raises NoCuda where there is none."""
+    """The current device and one stream of it. Raises NoCuda without a CUDA runtime, driver or GPU."""
 
     def __init__(self) -> None:
         self._library = _load()
@@ -50,7 +50,7 @@ class Cuda:
 
     @property
     def compute_capability(self) -> tuple[int, int]:
-        """Of the current device: (8, 6)."""
+        """The compute capability of the current device, such as (8, 6)."""
         device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
         self._call("cudaGetDevice", ctypes.byref(device))
         self._call("cudaDeviceGetAttribute", ctypes.byref(major), CAPABILITY_MAJOR, device)
@@ -59,14 +59,14 @@ class Cuda:
 
     @property
     def stream(self) -> int:
-        """The handle of the stream, made on first use."""
+        """The handle of the stream, which is created on first use."""
         if self._stream is None:
             self._stream = ctypes.c_void_p()
             self._call("cudaStreamCreateWithFlags", ctypes.byref(self._stream), NON_BLOCKING)
         return self._stream.value or 0
 
     def allocate(self, size: int) -> int:
-        """The address of `size` bytes of device memory; to be freed."""
+        """Allocate `size` bytes of device memory and return the address. The caller frees it."""
         pointer = ctypes.c_void_p()
         self._call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(size))
         return pointer.value or 0
@@ -75,11 +75,11 @@ class Cuda:
         self._call("cudaFree", ctypes.c_void_p(address))
 
     def to_device(self, address: int, array: np.ndarray) -> None:
-        """Copy a C-contiguous array to the device, in stream order; the array must live until `synchronize`."""
+        """Copy a C-contiguous array to the device in stream order. The array must exist until `synchronize`."""
         self._copy(address, array.ctypes.data, array.nbytes, HOST_TO_DEVICE)
 
     def to_host(self, array: np.ndarray, address: int) -> None:
-        """Fill a C-contiguous array from the device, in stream order; it is complete after `synchronize`."""
+        """Fill a C-contiguous array from the device in stream order. It is complete after `synchronize`."""
         self._copy(array.ctypes.data, address, array.nbytes, DEVICE_TO_HOST)
 
     def synchronize(self) -> None:
@@ -87,17 +87,17 @@ class Cuda:
 
     # ------------------------------------------------------------------------------------------------ timing and graphs
     def event(self) -> int:
-        """A new event; to be destroyed."""
+        """Create an event and return its handle. The caller destroys it."""
         event = ctypes.c_void_p()
         self._call("cudaEventCreate", ctypes.byref(event))
         return event.value or 0
 
     def record(self, event: int) -> None:
-        """Mark this point of the stream."""
+        """Record an event at this point of the stream."""
         self._call("cudaEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(self.stream))
 
     def elapsed(self, start: int, end: int) -> float:
-        """Milliseconds between two events that have been reached."""
+        """Return the milliseconds between two recorded events, both of which must have been reached."""
         milliseconds = ctypes.c_float()
         self._call("cudaEventElapsedTime", ctypes.byref(milliseconds), ctypes.c_void_p(start), ctypes.c_void_p(end))
         return milliseconds.value
@@ -106,22 +106,22 @@ class Cuda:
         self._call("cudaEventDestroy", ctypes.c_void_p(event))
 
     def capture(self, work: Callable[[], None]) -> int:
-        """What `work` puts on the stream as an executable graph, which is to be destroyed; nothing of it runs.
+        """Record what `work` enqueues on the stream, without running it, and return the handle of an executable graph.
 
-        Raises NoGraph where the work cannot be recorded, or raises itself. The stream has then left the capture, and the
-        error is cleared, which CUDA would else report to the next one who asks.
+        The caller destroys the graph. Raises NoGraph if the work cannot be recorded or raises an exception. The capture has
+        then ended, and CUDA's last error is cleared, which the next call would otherwise report.
         """
         stream, graph, executable = ctypes.c_void_p(self.stream), ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cudaStreamBeginCapture", stream, CAPTURE_THREAD_LOCAL)
         try:
             try:
                 work()
-            finally:  # also after an interrupt: a stream that is being captured can do nothing else
+            finally:  # also after an interrupt, since a stream can do nothing else during a capture
                 status = self._library.cudaStreamEndCapture(stream, ctypes.byref(graph))
             self._check("cudaStreamEndCapture", status)
-            # cudaGraphInstantiate has other arguments before CUDA 12; this one came with 11.4 and has stayed the same.
+            # cudaGraphInstantiate had other arguments before CUDA 12; this function is the same from 11.4 on.
             self._call("cudaGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
-        except Exception as error:  # the library that did the work has exceptions of its own
+        except Exception as error:  # `work` may raise exceptions of the inference library
             self._library.cudaGetLastError()
             raise NoGraph(" ".join(str(error).split())) from error
         finally:
@@ -150,13 +150,16 @@ class Cuda:
 
     def _check(self, name: str, status: int) -> None:
         if status:
-            self._library.cudaGetLastError()  # it is reported here, and to nobody else
+            self._library.cudaGetLastError()  # clears the error, so that no later call reports it again
             text = self._library.cudaGetErrorString(status)
             raise CudaError(f"{name}: {text.decode() if text else f'error {status}'}")
 
 
 def _load() -> ctypes.CDLL:
-    """The first library that finds a GPU; if none does the first there is, which can say why."""
+    """Return the first library that finds a GPU. If none does, return the first that loads, whose calls tell the reason.
+
+    Raises NoCuda if no library loads.
+    """
     found = None
     for name in _names():
         try:

@@ -1,5 +1,4 @@
-"""Latencies of models that run in turns, whether something else had the processor meanwhile, how sure the ratios are, and
-how far outputs are from the reference.
+"""Measure latencies of models that run in turns, judge how reliable the ratios are, and compare outputs with references.
 
 Sources: trtexec's practice (CUDA graph, events around each inference); the interval of a median by order statistics.
 """
@@ -18,21 +17,25 @@ import numpy as np
 
 from .telemetry import Monitor, average
 
-BLOCK, SETTLE = 20, 3  # runs of one model in a row, and how many of them only warm its caches
+BLOCK, SETTLE = 20, 3  # runs of one model in a row, and how many of them only warm up caches and do not count
 PERCENTILES = (("p5", 5), ("median", 50), ("p95", 95), ("p99", 99))
-BUSY = 0.1  # share of a model's runs that may have met something else on the processor
-GUARD, TRIES = 0.93, 20  # share of a run in which the processor must work for it, and how often it is repeated
-WIDE = 0.1  # width of a ratio's interval, relative to it, from which on there is no ratio
+BUSY = 0.1  # largest share of a model's runs during which another process had the processor
+GUARD, TRIES = 0.93, 20  # share of a run's wall time for which it must have the processor, and number of tries
+WIDE = 0.1  # largest width of a ratio's interval, relative to the ratio, with which the ratio is stated
 
 
 def measure(
     engines: dict[str, Any], seconds: float, rounds: int, stopped: list[str] | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Latencies by model and mode, and how many times faster each is than the first model.
+    """Return latencies by model and mode, and by further model and mode how many times faster it is than the first.
 
-    The models take turns in blocks of runs, in alternating order, so that a drift of clocks meets them alike; a ratio is
-    of the blocks' medians in one round, and low and high are the interval of its median (`median_interval`). There is at
-    least one round. stopped: is given a word after Ctrl-C, and what was measured until then is returned.
+    The models take turns in blocks of runs, in alternating order, so that a drift of clocks affects all of them equally. A
+    ratio is that of the blocks' medians in one round; low and high are the interval of the median over the rounds
+    (`median_interval`).
+
+    - seconds: time limit for all modes; there is at least one round. rounds: number after which a mode ends.
+    - stopped: a list to which the current mode is appended after Ctrl-C; then what was measured before is returned.
+      Without it KeyboardInterrupt is raised.
     """
     latencies: dict[str, Any] = {name: {} for name in engines}
     ratios: dict[str, Any] = {name: {} for name in list(engines)[1:]}
@@ -74,7 +77,7 @@ def measure(
 
 
 def _medians(blocks: list[Any]) -> list[float]:
-    """The median run of every block, on the device where that is known."""
+    """Return the median time of every block, on the GPU if it was measured, else on the host."""
     return [statistics.median(host if gpu is None else gpu for gpu, host in runs) for runs in blocks]
 
 
@@ -83,10 +86,10 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The two of the values between which the median of what they were drawn from lies with a probability of at least
-    95 %, whatever its distribution; None of fewer than six values, which cannot say that.
+    """Return the confidence interval of a distribution's median from values drawn from it, at a level of at least 95 %.
 
-    The number of values below that median is binomial with probability 1/2 (order statistics).
+    Both ends are values of the sample. The number of values below the true median is binomial with probability 1/2,
+    whatever the distribution (order statistics). Returns None for fewer than six values, which have no such interval.
     """
     ordered, count, tail, k = sorted(values), len(values), 0, 0
     while 40 * (tail + math.comb(count, k)) <= 2**count:  # at most 2.5 % at either end
@@ -96,15 +99,17 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def unsure(ratio: dict[str, float]) -> str:
-    """Why a ratio is no figure to rely on, by its interval; empty when it is one."""
+    """Return why a ratio's interval is too wide to state the ratio; empty if it is not, or if there is no interval."""
     if "low" in ratio and ratio["high"] - ratio["low"] > WIDE * ratio["median"]:
         return "it lies between {low:.2f} and {high:.2f} (95 %), which is too wide; measure longer".format(**ratio)
     return ""
 
 
 def check(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray], tolerance: float) -> dict[str, Any]:
-    """Whether the outputs are finite, and max |found - wanted| / max |wanted| of the worst one. note: what is wrong with
-    them, in words, where something is."""
+    """Compare outputs with the reference and return a row `parity` of results.json (docs/formats.md, DeviceParity).
+
+    error is the largest max |found - wanted| / max |wanted| of an output.
+    """
     row: dict[str, Any] = {"finite": True, "error": None, "tolerance": tolerance}
     if not all(bool(np.isfinite(a).all()) for a in found if a.dtype.kind == "f"):
         return dict(row, finite=False, note="outputs that are not finite")
@@ -124,14 +129,15 @@ def check(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray], tolerance: 
 
 
 def watch(engine: Any, monitor: Monitor, seconds: float) -> dict[str, Any]:
-    """What one model draws when it runs alone without a pause; energy in mJ of one run."""
+    """Run one model alone without a pause, and return the mean power, temperatures and clocks, and the energy of one run in
+    millijoules (docs/formats.md, Power)."""
     mode = engine.modes[-1]
     start, runs = time.monotonic(), 0
     while not runs or time.monotonic() - start < seconds:
         engine.time(mode)
         runs += 1
     elapsed = time.monotonic() - start
-    samples = monitor.since(start + 0.2 * elapsed)  # the sensors average over some time themselves
+    samples = monitor.since(start + 0.2 * elapsed)  # the sensors average over time, so the first samples are left out
     means = average(samples)
     if means.get("total_mw"):
         means["energy_mj"] = round(means["total_mw"] * elapsed / runs, 4)
@@ -139,7 +145,8 @@ def watch(engine: Any, monitor: Monitor, seconds: float) -> dict[str, Any]:
 
 
 def waited() -> float:
-    """Seconds that this thread was ready to run and had no processor; 0 where the system does not tell."""
+    """Return the seconds for which this thread was ready to run and waited for a processor; 0 if the system does not
+    report it."""
     try:
         with open("/proc/thread-self/schedstat") as file:
             return int(file.read().split()[1]) * 1e-9
@@ -148,7 +155,7 @@ def waited() -> float:
 
 
 def stolen() -> float:
-    """Seconds that a hypervisor has taken from this virtual machine's processors; 0 where that is not known."""
+    """Return the seconds that a hypervisor has taken from this virtual machine's processors; 0 if that is unknown."""
     with contextlib.suppress(OSError, ValueError, IndexError, AttributeError), open("/proc/stat") as file:
         return int(file.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
     return 0.0

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, as a bench bundle measures it: for a device without TensorRT, and to try a bundle out."""
+"""Measure models of a bench bundle with ONNX Runtime on the CPU: for a device without TensorRT, and to test a bundle."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import numpy as np
 from .contents import Failure, complete
 from .measuring import GUARD, TRIES
 
-KERNEL = "_kernel_time"  # what ONNX Runtime's profiler appends to the name of a node
+KERNEL = "_kernel_time"  # suffix of a node's name in ONNX Runtime's profile
 
 
 def session_options(threads: int, half: bool) -> Any:
-    """Options of a session that is measured. half: the model computes in fp16."""
-    import onnxruntime  # here, since a device may be without it
+    """Return the options of a session that is to be measured. half: whether the model computes in fp16."""
+    import onnxruntime  # imported here, since the device may not have it
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Waiting threads must sleep: spinning ones take the other cores' time and spoil every measurement.
+    # Waiting threads must sleep: spinning ones use CPU time of other cores and disturb every measurement.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if half:
         # Seen with fp16 on CPUs: the extended optimisations crash the process (1.31), and with memory patterns
@@ -35,14 +35,14 @@ def session_options(threads: int, half: bool) -> Any:
 
 
 class OnnxRuntime:
-    """A model of a bundle in a session."""
+    """A model of a bundle in a session of ONNX Runtime."""
 
     modes: tuple[str, ...] = ("stream",)
 
     def __init__(
         self, path: Path, arguments: argparse.Namespace, feeds: dict[str, np.ndarray], about: dict[str, Any]
     ) -> None:
-        import onnxruntime  # here, since a device may be without it
+        import onnxruntime  # imported here, since the device may not have it
 
         start = time.perf_counter()
         self._path, self._threads, self._half = path, arguments.threads, about["precision"] == "fp16"
@@ -66,13 +66,16 @@ class OnnxRuntime:
         return onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
 
     def outputs(self) -> dict[str, np.ndarray]:
-        """The outputs for the reference inputs, by name."""
+        """Return the outputs for the reference inputs by name."""
         names = [output.name for output in self._session.get_outputs()]
         return dict(zip(names, self._session.run(names, self._feeds)))
 
     def time(self, mode: str) -> tuple[float | None, float]:
-        """Milliseconds of one run: on the accelerator (None without one), and as the caller sees it. A run during which
-        something else had the processor is repeated; one that never was alone is counted."""
+        """Run once and return (None, milliseconds on the host); None stands for the time on an accelerator.
+
+        With one thread a run during which another process had the processor is repeated. After TRIES such runs the last one
+        counts, and `about["contended"]` is increased.
+        """
         for _ in range(TRIES):
             cpu, start = time.process_time(), time.perf_counter()
             self._session.run(None, self._feeds)
@@ -84,10 +87,10 @@ class OnnxRuntime:
         return None, 1e3 * wall
 
     def layers(self, runs: int) -> list[dict[str, Any]]:
-        """Median milliseconds of each layer, from the library's profiler, in a session of its own."""
+        """Return the median milliseconds of each layer over `runs` runs of a separate session that is profiled."""
         with tempfile.TemporaryDirectory() as folder:
             session = self._open(str(Path(folder) / "profile"))
-            for _ in range(runs + 1):  # the first only warms up
+            for _ in range(runs + 1):  # the first run only warms up
                 session.run(None, self._feeds)
             events = json.loads(Path(session.end_profiling()).read_text())
         times: dict[str, list[float]] = {}

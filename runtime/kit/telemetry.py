@@ -1,7 +1,8 @@
-"""Power, temperatures and clocks of the device that a bench bundle lies on, and what it is.
+"""Read power, temperatures and clocks of the device, and describe it.
 
-Run as a script it is the monitor's own process, which takes no time of the process that is measured. Sources: NVIDIA's
-tegrastats documentation; Jetson Linux developer guide, "Platform power and performance", for the rails of AGX Orin.
+Run as a script, this file is the monitor's own process, which takes no time from the process that is measured. Sources:
+NVIDIA's tegrastats documentation; Jetson Linux developer guide, "Platform power and performance", for the rails of AGX
+Orin.
 """
 
 from __future__ import annotations
@@ -22,32 +23,33 @@ from pathlib import Path
 from typing import Any, Sequence
 
 # A sample is {"power_mw": {rail: n}, "temperatures_c": {zone: n}, "clocks_mhz": {unit: n}, "load_percent": {unit: n},
-# "ram_mb": n, "throttled": bits of nvidia-smi's reasons}, each part as far as the tool tells.
+# "ram_mb": n, "throttled": bits of nvidia-smi's reasons}; parts that the tool does not report are missing or empty.
 POWER = re.compile(r"(?<!\S)([A-Z][A-Z0-9_]*) (-?\d+)(?:mW)?/-?\d+(?:mW)?(?:/-?\d+(?:mW)?)?(?!\S)")
 TEMPERATURE = re.compile(r"(?<!\S)(\w+)@(-?\d+(?:\.\d+)?)C(?:/-?[\d.]+C)?(?!\S)")
 ENGINE = re.compile(r"(?<!\S)(GR3D|EMC)(?:_FREQ)? (?:(\d+)%)?(?:@\[?(\d+)[\d,]*\]?)?(?!\S)")
 CORES = re.compile(r"(?<!\S)(?:CPU|cpu) \[([^\]]*)\](?:@(\d+))?")
 MEMORY = re.compile(r"(?<!\S)RAM (\d+)/\d+MB")
 UNITS = {"GR3D": "gpu", "EMC": "memory"}
-# Rails that measure what goes into the board; without one, the total is the sum of the rails.
+# Rails that measure the input power of the board. Without one the total is the sum of the other rails.
 INPUT_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")
-# Rails that are fed by another one, whose power theirs is part of: AGX Orin's memory by its system rail.
+# Rails that another rail feeds, so that its power includes theirs: on AGX Orin the system rail feeds the memory.
 PART_OF = {"VDDQ_VDD2_1V8AO": "VIN_SYS_5V0"}
 NOT_CONNECTED = "NC"
-# What slows a GPU down, by the bits of nvidia-smi's reasons; the others are choices (idle, application clocks).
+# The bits of nvidia-smi's throttle reasons that mean a slowdown; other bits are settings (idle, application clocks).
 REASONS = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "temperature", 0x40: "temperature", 0x80: "power brake"}
-STEADY, FEW = 0.95, 5  # share of the highest clock below which it has fallen, and samples that say nothing about that
+# A clock that falls below STEADY times its highest value is reported, if there are at least FEW samples.
+STEADY, FEW = 0.95, 5
 GPU = re.compile(r"gpu|ga10b|gv11b|gp10b|gpc")  # names of the GPU among the devices whose clock Linux scales
 
 
 def parse_tegrastats(line: str) -> dict[str, Any]:
-    """One line of tegrastats, of any Jetson from TX1 to Thor; an empty sample for anything else."""
+    """Parse one line of tegrastats, of any Jetson from TX1 to Thor, to a sample. Other text gives an empty sample."""
     sample: dict[str, Any] = {"power_mw": {}, "temperatures_c": {}, "clocks_mhz": {}, "load_percent": {}}
     for rail, power in POWER.findall(line):
         if rail != NOT_CONNECTED:
             sample["power_mw"][rail] = int(power)
     for zone, degrees in TEMPERATURE.findall(line):
-        # The PMIC's is a constant 100, and a sensor that is off reads -256.
+        # The temperature of the PMIC is a constant 100, and that of a sensor that is off is -256.
         if zone != "PMIC" and float(degrees) > -200:
             sample["temperatures_c"][zone] = float(degrees)
     for unit, load, clock in ENGINE.findall(line):
@@ -79,7 +81,8 @@ SMI = "power.draw,temperature.gpu,clocks.sm,clocks.mem,utilization.gpu,clocks_th
 
 
 def parse_smi(line: str) -> dict[str, Any]:
-    """A line of `nvidia-smi --query-gpu=<SMI> --format=csv,noheader,nounits`; the reasons may be missing."""
+    """Parse a line of `nvidia-smi --query-gpu=<SMI> --format=csv,noheader,nounits` to a sample. The last field, the throttle
+    reasons, may be missing; a line with fewer than five fields gives an empty sample."""
     fields = [field.strip() for field in line.split(",")]
     numbers = [float(field) if re.match(r"^[\d.]+$", field) else None for field in fields[:5]]
     if len(numbers) != 5:
@@ -97,15 +100,17 @@ def parse_smi(line: str) -> dict[str, Any]:
 
 
 def total_power(rails: dict[str, float]) -> float | None:
-    """mW into the board: of the rail that measures it, else the sum of those that are no part of another; None without
-    rails."""
+    """Return the input power of the board in milliwatts from its rails, or None without rails.
+
+    It is that of the input rail if there is one, else the sum of the rails that no other rail feeds.
+    """
     named = [rails[rail] for rail in INPUT_RAILS if rail in rails]
     independent = [power for rail, power in rails.items() if PART_OF.get(rail) not in rails]
     return named[0] if named else sum(independent) if independent else None
 
 
 def average(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean of the samples, part by part, with the total power; {} of none."""
+    """Return the means of the samples, part by part, with `total_mw` and the number of samples; {} without samples."""
     means: dict[str, Any] = {}
     for part in ("power_mw", "temperatures_c", "clocks_mhz", "load_percent"):
         values: dict[str, list[float]] = {}
@@ -122,9 +127,11 @@ def average(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def throttling(samples: Sequence[dict[str, Any]], units: Sequence[str]) -> list[str]:
-    """What slowed the device down during these samples, in words: the reasons that nvidia-smi names, and clocks (of the
-    units: gpu, memory, cpu) that did not stay as high as they were; samples in which a unit had little to do do not
-    count."""
+    """Return notes on what slowed the device down during these samples: nvidia-smi's reasons, and clocks that fell.
+
+    units: whose clocks are checked: "gpu", "memory", "cpu". Samples with a load of the GPU below 50 % do not count for its
+    clock.
+    """
     bits = 0
     for sample in samples:
         bits |= sample.get("throttled", 0)
@@ -149,9 +156,9 @@ def throttling(samples: Sequence[dict[str, Any]], units: Sequence[str]) -> list[
 
 # -------------------------------------------------------------------------------------------------------------- monitor
 class Monitor:
-    """Reads power, temperatures and clocks ten times a second, in a process of its own.
+    """A process of its own that reads power, temperatures and clocks ten times per second.
 
-    source: "tegrastats" or "nvidia-smi"; None where there is neither.
+    source: "tegrastats" or "nvidia-smi"; None if neither is installed, then there are no samples.
     """
 
     def __init__(self, source: str | None = None) -> None:
@@ -163,19 +170,19 @@ class Monitor:
             self._folder = tempfile.mkdtemp(prefix="graphcomb-monitor-")
             self._path = Path(self._folder) / "samples"
             self._path.touch()
-            # Its input is a pipe that this process holds: when that ends, however it ends, so does the monitor.
+            # The monitor's standard input is a pipe from this process, so the monitor ends when this process does.
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).resolve()), self.source, str(self._path)], stdin=subprocess.PIPE
             )
 
     @property
     def samples(self) -> list[tuple[float, dict[str, Any]]]:
-        """The samples taken so far, with the time of `time.monotonic()`."""
+        """The samples so far, each with its time by `time.monotonic()`."""
         if self._process is not None and self._path.exists():
             with self._path.open() as file:
                 file.seek(self._read)
                 text = file.read()
-            whole = text[: text.rfind("\n") + 1]  # the last line may be half written
+            whole = text[: text.rfind("\n") + 1]  # the last line may be incomplete
             self._read += len(whole.encode())
             for line in whole.splitlines():
                 row = json.loads(line)
@@ -183,11 +190,11 @@ class Monitor:
         return self._samples
 
     def since(self, start: float, end: float = float("inf")) -> list[dict[str, Any]]:
-        """The samples taken after a time of `time.monotonic()`, and before another."""
+        """Return the samples between two times by `time.monotonic()`."""
         return [sample for when, sample in self.samples if start <= when <= end]
 
     def notes(self) -> list[str]:
-        """What a reader of the results should know."""
+        """Return notes for a reader of the results about samples that are missing."""
         if not self.source:
             return ["no tegrastats or nvidia-smi here: power, temperatures and clocks are not known"]
         return [] if self.samples else [f"{self.source} gave no samples: power and clocks are not known"]
@@ -209,8 +216,8 @@ class Monitor:
 
 
 def watch(source: str, path: str) -> None:
-    """The monitor's process: write samples, a line of JSON each, until the standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that is measured gets it too, and ends this one
+    """Write samples to a file, one line of JSON each, until the standard input ends. This is the monitor's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the measuring process, which ends this one
     tools: list[subprocess.Popen] = []
 
     def stop() -> None:
@@ -225,7 +232,7 @@ def watch(source: str, path: str) -> None:
         def keep(sample: dict[str, Any]) -> None:
             if any(sample.values()):
                 if "gpu" not in sample.get("clocks_mhz", {}) and source != "nvidia-smi":
-                    sample["clocks_mhz"].update(_gpu_clock())  # tegrastats tells it to root only, from JetPack 6 on
+                    sample["clocks_mhz"].update(_gpu_clock())  # from JetPack 6 on tegrastats reports it to root only
                 file.write(json.dumps({"time": time.monotonic(), "sample": sample}) + "\n")
 
         parse = parse_tegrastats if source == "tegrastats" else parse_smi
@@ -249,7 +256,8 @@ def _gpu_clock() -> dict[str, int]:
 
 # --------------------------------------------------------------------------------------------------------------- device
 def describe_device() -> dict[str, Any]:
-    """Model, software, power mode and clock settings, as far as the system tells without root."""
+    """Return the device's model, software, power mode and clock settings, as far as the system reports them without
+    root."""
     mode = _say(["nvpmodel", "-q"])
     named = re.search(r"Power Mode: *(.+)", mode or "")
     clocks = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem", "--format=csv"]
@@ -267,14 +275,14 @@ def describe_device() -> dict[str, Any]:
 
 
 def clock_notes(device: dict[str, Any]) -> list[str]:
-    """What a reader should know about the clocks of `describe_device`."""
+    """Return a note if the clock settings in the result of `describe_device` are unknown on a Jetson."""
     if device["clocks"] is None and shutil.which("jetson_clocks"):
         return ["whether the clocks are fixed is not known: jetson_clocks says it to root only; fix them with sudo"]
     return []
 
 
 def over_current() -> dict[str, int]:
-    """How often a Jetson's GPU and processors were slowed down for drawing too much current, by event, since it started."""
+    """Return by event how often a Jetson has slowed its GPU and processors down since boot because of too high a current."""
     files = sorted(Path("/sys/class/hwmon").glob("hwmon*/oc*_event_cnt"))
     texts = {file.name.split("_")[0]: read_line(str(file)) for file in files}
     return {name: int(text) for name, text in texts.items() if text and text.isdigit()}
@@ -291,7 +299,7 @@ def _say(command: list[str]) -> str | None:
 
 
 def read_line(path: str) -> str | None:
-    """What a small file of the system says; None where it is absent, empty or not to be read."""
+    """Return the text of a small system file; None if it is missing, empty or not readable."""
     try:
         return Path(path).read_text().strip().strip("\0") or None
     except OSError:

@@ -1,4 +1,4 @@
-"""TensorRT's engines, as a bench bundle builds, keeps and measures them on the device.
+"""Build, keep and measure TensorRT engines of a bench bundle on the device.
 
 Sources: TensorRT developer guide, "Working with CUDA graphs"; TensorRT-RTX developer guide, "Working with dynamic shapes".
 """
@@ -25,9 +25,9 @@ from .measuring import GUARD, TRIES, waited
 if TYPE_CHECKING:
     import tensorrt as types
 
-OLD_OPSET = 17  # the highest that TensorRT 8.5 and 8.6 parse, which JetPack 5 and 6.0 have
+OLD_OPSET = 17  # the highest opset that TensorRT 8.5 and 8.6 (JetPack 5 and 6.0) parse
 SUFFIXES = {"tensorrt": ".engine", "tensorrt_rtx": ".rtx"}
-# numpy's names of TensorRT's types, as far as numpy has them.
+# By name of a TensorRT type, the name of the numpy type, if there is one.
 DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -40,7 +40,7 @@ DTYPES = {
 
 
 def new_logger(trt: Any) -> Any:
-    """A logger of the library's that keeps everything the library says."""
+    """Return a logger that keeps all messages of the library."""
     base: Any = trt.ILogger
 
     class Logger(base):
@@ -55,7 +55,7 @@ def new_logger(trt: Any) -> Any:
             return "\n".join(message for _, message in self.records)
 
         def error(self) -> str:
-            """The first error, on one line; those about the missing driver follow from others and say nothing."""
+            """Return the first error in one line. Errors about the driver are skipped, since they follow from others."""
             errors = [text for kind, text in self.records if kind in ("ERROR", "INTERNAL_ERROR")]
             telling = [text for text in errors if "catchCudaError" not in text] or errors or ["no reason given"]
             return " ".join(telling[0].split())[:300]
@@ -67,7 +67,10 @@ def new_logger(trt: Any) -> Any:
 
 
 def load_plugins(trt: Any, logger: Any, paths: Iterable[str]) -> None:
-    """Load shared libraries with operators that the library lacks, whose code runs here. Raises Failure."""
+    """Load shared libraries with operators that TensorRT lacks. Their code is executed here.
+
+    Raises Failure for a missing file, one that is no plugin library, and a version of TensorRT that cannot load plugins.
+    """
     paths = list(paths)
     registry: Any = trt.get_plugin_registry() if hasattr(trt, "get_plugin_registry") else None
     if paths and not hasattr(registry, "load_library"):
@@ -82,7 +85,7 @@ def load_plugins(trt: Any, logger: Any, paths: Iterable[str]) -> None:
 
 
 def new_profiler(trt: Any) -> Any:
-    """A profiler of the library's that collects the milliseconds of every layer (`times`) over several runs."""
+    """Return a profiler that collects the milliseconds of every layer in each run (`times`)."""
     base: Any = trt.IProfiler
 
     class Profiler(base):
@@ -97,8 +100,11 @@ def new_profiler(trt: Any) -> Any:
 
 
 def profiled(trt: Any, context: Any, run: Callable[[], None], runs: int) -> dict[str, float]:
-    """Mean milliseconds of every layer of a context, in execution order, over so many calls of `run`, which waits.
-    The library's profiler stays attached, and slows the whole down: the sum is not the engine's latency."""
+    """Return the mean milliseconds of every layer of a context, in execution order.
+
+    run: runs the context once and waits for its end. runs: number of calls. The library's profiler remains attached and
+    slows the engine down, so the sum of the layers is not its latency.
+    """
     context.profiler = profiler = new_profiler(trt)
     for _ in range(runs):
         run()
@@ -106,8 +112,10 @@ def profiled(trt: Any, context: Any, run: Callable[[], None], runs: int) -> dict
 
 
 def inspected(trt: Any, engine: Any, context: Any = None) -> list[Any]:
-    """The layers of an engine as the library's inspector describes them; none where a version has no inspector. context: one
-    of the engine's, which knows the shapes."""
+    """Return the layers of an engine as the library's inspector describes them; empty if the version has no inspector.
+
+    context: an execution context of the engine, with which dynamic shapes are known.
+    """
     if not hasattr(engine, "create_engine_inspector"):
         return []
     inspector = engine.create_engine_inspector()
@@ -117,8 +125,11 @@ def inspected(trt: Any, engine: Any, context: Any = None) -> list[Any]:
 
 
 def new_context(trt: Any, engine: Any) -> Any:
-    """An execution context, or None. TensorRT-RTX compiles kernels for the shapes at hand; it does so before the first run
-    instead of beside later ones, which would run slower ones until then and could not be recorded as a graph."""
+    """Return an execution context of an engine, or None on failure.
+
+    TensorRT-RTX compiles kernels for the current shapes. Here it does so before the first run. By default it would do so
+    during later runs, which use slower kernels until then and cannot be recorded as a graph.
+    """
     strategies = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
     if strategies is None or not hasattr(engine, "create_runtime_config"):
         return engine.create_execution_context()
@@ -128,15 +139,16 @@ def new_context(trt: Any, engine: Any) -> Any:
 
 
 def record(cuda: Cuda, context: Any, enqueue: Any) -> int:
-    """One run of a context as a CUDA graph, for the shapes that it has and has run before. Raises NoGraph."""
-    # TensorRT-RTX knows by itself; where it says no, the capture would fail or keep slow kernels.
+    """Record one run of a context as a CUDA graph and return its handle. The context must have run with its current shapes
+    before. Raises NoGraph if the run cannot be recorded."""
+    # TensorRT-RTX reports whether a capture is possible; if not, the capture would fail or record slow kernels.
     if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(cuda.stream):
         raise NoGraph("the engine says that its runs cannot be recorded with these shapes")
     return cuda.capture(enqueue)
 
 
 class TensorRT:
-    """An engine of TensorRT (8.5 to 11) or TensorRT-RTX, built here from the ONNX file, or one that was built so before."""
+    """An engine of TensorRT (8.5 to 11) or TensorRT-RTX, built here from an ONNX file or kept from an earlier run."""
 
     modes: tuple[str, ...] = ("stream", "graph")
 
@@ -172,7 +184,7 @@ class TensorRT:
         self._results: dict[str, tuple[int, np.ndarray]] = {}
         self._bind(feeds)
         self._events = self._cuda.event(), self._cuda.event()
-        self._run()  # buffers are made in the first run, which therefore cannot be captured
+        self._run()  # the first run allocates buffers, so it cannot be captured
         if arguments.graphs:
             self._capture()
         else:
@@ -180,7 +192,8 @@ class TensorRT:
 
     def _flags(self, arguments: argparse.Namespace, about: dict[str, Any]) -> list[str]:
         wanted = ["SPARSE_WEIGHTS"] if arguments.sparse or about.get("sparse") else []
-        if not hasattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):  # the precision is a permission
+        # Without strong typing TensorRT computes in fp32 unless flags permit a lower precision.
+        if not hasattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
             wanted += ["FP16"] if about["precision"] != "fp32" else []
             wanted += ["INT8"] if about["precision"] == "int8" else []
         wanted += ["GPU_FALLBACK"] if arguments.dla is not None else []
@@ -192,7 +205,7 @@ class TensorRT:
     def _load(
         self, path: Path, arguments: argparse.Namespace, feeds: dict[str, np.ndarray], about: dict[str, Any]
     ) -> Any:
-        """The engine of an earlier run, of the same model, options, version and GPU; else a new one, which is kept."""
+        """Load the engine of an earlier run with the same model, options, version and GPU, else build one and keep it."""
         shapes = {name: list(array.shape) for name, array in sorted(feeds.items())}
         depends = [about["sha256"], about.get("data", {}), self._who, self._cuda.compute_capability, arguments.device]
         depends += [self._wanted, arguments.dla, shapes, sorted(arguments.plugins.values())]
@@ -240,7 +253,7 @@ class TensorRT:
         inputs: list[Any] = [network.get_input(index) for index in range(network.num_inputs)]
         complete(path, [tensor.name for tensor in inputs], feeds)
         if any(-1 in tuple(tensor.shape) for tensor in inputs):
-            profile: Any = builder.create_optimization_profile()  # whose shapes may be tuples, unlike the stubs say
+            profile: Any = builder.create_optimization_profile()  # shapes may be tuples, although the stubs deny it
             for tensor in inputs:
                 shape = feeds[tensor.name].shape
                 profile.set_shape(tensor.name, shape, shape, shape)
@@ -254,15 +267,16 @@ class TensorRT:
         return bytes(plan)
 
     def _timing_cache(self, config: Any, arguments: argparse.Namespace) -> Path | None:
-        """Attach the cache of earlier builds; a rebuild of the same network then chooses the same kernels."""
-        if arguments.engine != "tensorrt":  # TensorRT-RTX times no kernels
+        """Attach the timing cache of earlier builds, with which a rebuild of the same network chooses the same kernels.
+        Returns the path of the cache; None without one."""
+        if arguments.engine != "tensorrt":  # TensorRT-RTX measures no kernels
             return None
         path = arguments.out.with_name(f"timing-{self.version}.cache")
         cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
         return path if cache is not None and config.set_timing_cache(cache, False) else None
 
     def _inspect(self) -> None:
-        """What the engine is made of, as the library's inspector says, and the memory that a run takes."""
+        """Add to `about` the layers that the library's inspector reports and the memory of a run in bytes."""
         size = getattr(self._engine, "device_memory_size_v2", None) or getattr(self._engine, "device_memory_size", None)
         if size is not None:
             self.about["scratch_bytes"] = int(size)
@@ -308,7 +322,7 @@ class TensorRT:
         self._cuda.synchronize()
 
     def outputs(self) -> dict[str, np.ndarray]:
-        """The outputs for the reference inputs by name, of the last way of running that there is."""
+        """Run once, as a CUDA graph if there is one, and return the outputs for the reference inputs by name."""
         self._cuda.launch(self._graph) if self._graph else self._enqueue()
         for address, array in self._results.values():
             self._cuda.to_host(array, address)
@@ -316,8 +330,11 @@ class TensorRT:
         return {name: array for name, (_, array) in self._results.items()}
 
     def time(self, mode: str) -> tuple[float | None, float]:
-        """Milliseconds of one run: on the GPU, and as the caller sees it. Inputs stay on the device. A run during which
-        this thread had to wait for a processor is repeated, as with ONNX Runtime."""
+        """Run once and return (milliseconds on the GPU, milliseconds on the host). Inputs and outputs stay on the device.
+
+        mode: "graph" or "stream". A run during which this thread had to wait for a processor is repeated, as with ONNX
+        Runtime.
+        """
         for _ in range(TRIES):
             before, start = waited(), time.perf_counter()
             self._cuda.record(self._events[0])
@@ -332,7 +349,7 @@ class TensorRT:
         return self._cuda.elapsed(*self._events), 1e3 * host
 
     def layers(self, runs: int) -> list[dict[str, Any]]:
-        """Mean milliseconds of each layer, as `profiled` says."""
+        """Return the mean milliseconds of each layer over `runs` runs, measured by `profiled`."""
         times = profiled(self.trt, self._context, self._run, runs)
         return [{"name": name, "ms": round(ms, 6)} for name, ms in times.items()]
 

@@ -1,10 +1,11 @@
-"""How long layers take on a device: measured tables. `roofline` is for devices that are not at hand.
+"""A latency table measures the time of layers on a device. For a device that is not at hand there is `roofline`.
 
-A table measures every distinct layer at aligned sizes in the engine itself. Models with one and with several copies of the
-layer run in turns (`runtime.bench`, guarded against a busy machine), and the difference is what one more copy costs: the
-kernel, its dispatch and cold weights, without the fixed price of a run. Copies of a convolution are added up, as a residual
-network does, so that they stay in the engine's own memory layout. Between measured sizes it interpolates. What layers cost
-each other (caches, changes of layout) only the whole program shows: `anchored` scales the sum to it. Source: ours.
+A table measures every distinct layer at aligned sizes in the engine itself, and interpolates between these sizes. A model
+with one copy of the layer and one with several run in turns (`runtime.bench`, guarded against a busy machine). Their
+difference is the cost of a further copy: its kernel, the dispatch and cold weights, without the fixed cost of a run. The
+outputs of copies of a convolution are added, as in a residual network, so that they keep the engine's own memory layout. How
+layers slow each other down (caches, changes of layout) shows only in the whole program: `anchored` scales the sum of the
+layers to its measured time. Source: ours.
 """
 
 from __future__ import annotations
@@ -41,31 +42,32 @@ from ..measure.environment import environment
 from ..summary import Uncertainty
 from .micro_models import COPIES, TYPES, model
 
-RUNS = (6, 12)  # rounds that must count, and that are enough
-SECONDS, WHOLE = 4.0, 30.0  # limits per layer, and for a whole program
-PER_OCTAVE = 4  # sizes measured between n and 2 n, once steps are finer than that
-GRAIN = 4  # ONNX Runtime lays out a convolution in blocks only if its channels are multiples of it
+RUNS = (6, 12)  # smallest number of rounds that must count, and number after which a measurement ends
+SECONDS, WHOLE = 4.0, 30.0  # time limits of measuring a layer and a whole program
+PER_OCTAVE = 4  # largest number of sizes that are measured between n and 2 n
+GRAIN = 4  # ONNX Runtime uses its blocked layout for a convolution only if the channels are multiples of this
 
 
 class LatencyTable:
     """Measured seconds of layers for one device, engine and precision, kept in a JSON file.
 
-    What is missing is measured when it is asked for, so a table grows with use, and an interrupted one goes on.
+    Missing entries are measured when they are needed, so a table grows with use and an interrupted measurement continues.
 
-    - path: the file, made when it is not there.
-    - target: the device; "cpu" is ONNX Runtime on this machine, others need the device and its library here.
-    - step: layers are measured with sizes that are multiples of it, and interpolated between them.
+    - path: the file; it is created if it does not exist.
+    - target: the device, which must be this machine: "cpu" for ONNX Runtime, else the GPU with its library.
+    - step: layers are measured at sizes that are multiples of it, and interpolated between them.
     - precision: "fp32" or "fp16", in which layers and whole programs are measured.
 
-    Raises BadInput when the file is of another device, engine or precision, and for a precision in which the engine
-    does not compute here; Contended when the machine is too busy.
+    The constructor raises BadInput for a file that is no latency table or one of another device, engine or precision, for a
+    target that is not this machine, and for a precision in which the engine does not compute here. The methods that measure
+    raise Contended if the machine is too busy.
     """
 
     def __init__(self, path: str | Path, target: str | Target = "cpu", step: int = 8, precision: str = "fp32"):
         self.path, self.step, self.precision = Path(path), step, precision
         self.target = get_target(target) if isinstance(target, str) else target
         self.about = _about(self.target, precision)
-        self.factor: float | None = None  # of a table that is `anchored`
+        self.factor: float | None = None  # factor on all seconds of an `anchored` table
         self.entries: dict[str, float] = {}
         if self.path.is_file():
             try:
@@ -86,36 +88,36 @@ class LatencyTable:
 
     @property
     def error(self) -> Uncertainty:
-        """How far off its sums are known to be; of one that is anchored, for programs that come from the measured one."""
+        """The uncertainty of sums over layers; for an anchored table, of programs that were made from the measured one."""
         if self.factor is None:
             return Uncertainty(factor=1.7, source="nine in ten of 62 networks on one CPU were within that")
         return Uncertainty(factor=1.3, source="nine in ten of 62 pruned networks on one CPU were within that")
 
     @property
     def per_run(self) -> float:
-        """Seconds of a run that belong to no layer."""
+        """Seconds of a run that belong to no layer; measured if they are missing. Raises Contended."""
         if "run" not in self.entries:
             self._measure([None], progress=False)
         return (self.factor or 1.0) * self.entries["run"]
 
     def prepare(self, layers: Iterable[Layer], progress: bool = False) -> None:
-        """Measure what is needed to answer for these layers."""
+        """Measure the missing entries that `seconds` of these layers needs. Raises Contended."""
         wanted = dict.fromkeys(corner for layer in layers for corner, _ in self._corners(layer))
         missing = [layer for layer in wanted if str(layer) not in self.entries]
         if missing:
             self._measure(missing, progress)
 
     def seconds(self, layer: Layer) -> float:
-        """Time of one run of the layer, interpolated (multilinearly) between measured sizes."""
+        """Return the seconds of one run of a layer, interpolated multilinearly between measured sizes. Raises Contended."""
         self.prepare([layer])
         interpolated = sum(share * self.entries[str(corner)] for corner, share in self._corners(layer))
         return (self.factor or 1.0) * interpolated
 
     def anchored(self, program: Program) -> LatencyTable:
-        """The table with one factor on all its seconds, so that a run of the program at batch 1 takes what it is measured to
-        take as a whole. That measurement is kept like those of layers.
+        """Return a copy of the table with a factor on all seconds, so that the sum for a program is its measured latency.
 
-        Raises Contended when the machine is too busy.
+        The program is measured as a whole at batch 1, and the table keeps the measurement like those of layers. Raises
+        Contended if the machine is too busy.
         """
         anchored = copy.copy(self)
         anchored.factor = None
@@ -129,7 +131,7 @@ class LatencyTable:
         return anchored
 
     def _corners(self, layer: Layer) -> Iterator[tuple[Layer, float]]:
-        """The measured layers around a layer, and their shares."""
+        """Yield the layers of neighbouring measured sizes, with their weights in the interpolation."""
         sizes = dict(layer.sizes)
         if layer.op == "conv" and sizes["groups"] > 1:
             if sizes["groups"] == sizes["inputs"] == sizes["outputs"]:
@@ -144,8 +146,11 @@ class LatencyTable:
             yield layer.resized(n for n, _ in corner), math.prod(share for _, share in corner)
 
     def _around(self, n: int) -> list[tuple[int, float]]:
-        """The sizes that are measured on both sides of a size. Sizes up to the step are measured as they are, and so are
-        those off the engine's grain: they may be several times slower than both neighbours."""
+        """Return the measured sizes next to a size n, with their weights in the interpolation.
+
+        Sizes up to the step are measured themselves. So are those that are no multiple of GRAIN, since they may be several
+        times slower than both neighbours.
+        """
         if n <= self.step or n % GRAIN:
             return [(n, 1.0)]
         spacing = self.step * 2 ** max(0, int(math.log2(n / (PER_OCTAVE * self.step))))
@@ -154,7 +159,7 @@ class LatencyTable:
 
     # ------------------------------------------------------------------------------------------------------- measuring
     def _measure(self, layers: list[Layer] | list[None], progress: bool) -> None:
-        """Measure layers (None: an empty run) and keep what was measured whatever happens."""
+        """Measure layers (None: an empty run), and save what was measured even if an exception ends the measurement."""
         saved = time.monotonic()
         try:
             with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
@@ -182,9 +187,9 @@ class LatencyTable:
             return self._run([file], "the whole program", WHOLE)[0]
 
     def _run(self, files: list[Path], what: str, seconds: float) -> list[float]:
-        """The median seconds of ONNX files."""
+        """Return the median seconds of a run of each ONNX file. Raises Contended."""
         if self.target.backend != "onnxruntime":
-            files = [build_engine(f, self.target).path for f in files]  # with the suffix of the target's backend
+            files = [build_engine(f, self.target).path for f in files]
         names = [f.stem for f in files]
         result = bench(files, names=names, seconds=seconds, min_runs=RUNS[0], max_runs=RUNS[1])
         if not all(t.ms for t in result.timings):
@@ -194,7 +199,7 @@ class LatencyTable:
             )
         times = [t.ms["median"] / 1e3 for t in result.timings]
         if len(times) == 2 and result.ratio:
-            times[1] = times[0] / result.ratio  # of runs in turns, which a machine that slows down does not change
+            times[1] = times[0] / result.ratio  # the ratio of paired runs is the same on a machine that slows down
         return times
 
     def _save(self) -> None:
@@ -202,7 +207,10 @@ class LatencyTable:
 
 
 def _about(target: Target, precision: str) -> dict[str, Any]:
-    """What a table is valid for. Raises BadInput where nothing can be measured in that precision."""
+    """Return what a table is valid for: target, device, engine, threads and precision.
+
+    Raises BadInput if this machine is not the target, or cannot measure in the precision.
+    """
     if precision not in TYPES:
         raise BadInput(f"latency table: layers are measured in {' or '.join(TYPES)}, not in {precision}; use roofline")
     target.alignment(precision)
@@ -221,5 +229,5 @@ def _about(target: Target, precision: str) -> dict[str, Any]:
 
 
 def _sm() -> str | None:
-    """The compute capability of this machine's GPU as targets name it; None without one."""
+    """Return the compute capability of this machine's GPU in the form "SM86"; None without a GPU."""
     return "SM{}{}".format(*canonical(torch.cuda.get_device_capability())) if torch.cuda.is_available() else None

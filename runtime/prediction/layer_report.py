@@ -1,4 +1,7 @@
-"""What a run is predicted to take, layer by layer, and which layers will not profit from fewer channels. Source: ours."""
+"""Report the predicted latency of programs, layer by layer, and which layers gain nothing from fewer channels.
+
+The prediction itself is a roofline's or a latency table's. Source: ours.
+"""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,28 +16,25 @@ from ..devices.table import Target
 from .layers import describe_one
 from .roofline import Estimate, Roofline
 
-LITTLE = 0.1  # a layer that saves less than this share at half its width does not profit
+LITTLE = 0.1  # a layer that saves less than this share of its time at half its width is reported
 
 
 def predict(
     programs: Mapping[str, Program], target: Target, dtype: str, latency: Latency | None = None, batch: int = 1
 ) -> dict[str, Any]:
-    """Predict the latency of programs that come from each other, and of their layers side by side; returns JSON-able
-    values.
+    """Predict the latency of versions of a program, and of their layers side by side.
 
-    - programs: by name, as in {"before": ..., "after": ...}.
+    - programs: the versions by name, as in {"before": ..., "after": ...}. Layers are matched by the name of their weight.
     - dtype: the precision in which they are to run on the target, such as "fp16".
-    - latency: what predicts the seconds of a layer: a `LatencyTable`, or a `Roofline`; by default the roofline of the
-      target's data sheet. What bounds a layer, and what it would save at half its width, is a roofline's answer in any
-      case: the given one's, else the data sheet's.
-    - batch: samples, where the batch is dynamic.
+    - latency: predicts the seconds of a layer: a `LatencyTable` or a `Roofline`, by default the roofline of the target's
+      data sheet. `bound`, `half` and `verdict` are always a roofline's, with a latency table the data sheet's.
+    - batch: size of a dynamic batch.
 
-    `ms` has milliseconds of a run by program, `layers` a row for each layer with its multiply-accumulates, bytes,
-    milliseconds and bound ("compute", "memory" or "launch") in every program that has it, and `uncertainty` how far off
-    such predictions are known to be.
+    Returns JSON-able values (docs/formats.md, Prediction): among them `ms`, the milliseconds of a run by program; `layers`,
+    a row for each layer with its multiply-accumulates, bytes, milliseconds and bound in every program; and `uncertainty`.
 
-    Raises BadInput for a precision that the target lacks or a batch below 1, Contended when a latency table has to
-    measure and the machine is too busy.
+    Raises BadInput for a precision that the target does not compute in and a batch below 1; Contended if a latency table
+    has to measure and the machine is too busy.
     """
     if batch < 1:
         raise BadInput(f"batch: 1 or more, not {batch}")
@@ -45,7 +45,7 @@ def predict(
     for which, program in programs.items():
         layers = _layers(program, roofline, latency, target.alignment(dtype), batch)
         total[which] = 1e3 * latency.per_run + sum(row["ms"] for row in layers)
-        seen: Counter[str] = Counter()  # a weight may be used several times
+        seen: Counter[str] = Counter()  # several layers may share a weight
         for row in layers:
             name = row.pop("name")
             key = name, seen[name]
@@ -60,7 +60,7 @@ def predict(
 
 
 def _layers(program: Program, roofline: Roofline, latency: Latency, alignment: int, batch: int) -> list[dict[str, Any]]:
-    """The layers of one program, each as `measured.describe` has it and with what it costs."""
+    """Return the rows of `layers.describe` for one program, with the fields of `Predicted` from macs on."""
     comb = Comb(program)
     layers = Layers(comb, batch, rules_of(latency))
     half = {g.atom: _half(g.size, max(g.least, alignment)) for g in comb.groups if g.frozen is None}
@@ -86,13 +86,16 @@ def _layers(program: Program, roofline: Roofline, latency: Latency, alignment: i
 
 
 def _half(size: int, step: int) -> int:
-    """Half the size, rounded up to a multiple of the step."""
+    """Return half the size, rounded up to a multiple of the step, but at most the size."""
     return min(size, -(-size // (2 * step)) * step)
 
 
 def verdict(estimate: Estimate, half: Estimate, prunable: bool) -> str:
-    """Why a layer will not profit from fewer channels, or less than its MACs say; empty when it will. half: what it costs
-    when every group that can shrink has half its size."""
+    """Return why fewer channels would save a layer no time, or less than the share of MACs that they save; else "".
+
+    estimate: the layer now. half: the layer with every prunable group at half its size. prunable: whether any of its groups
+    is.
+    """
     if not prunable:
         return "none of its channels can go"
     if 1 - half.seconds / max(estimate.seconds, 1e-12) < LITTLE:

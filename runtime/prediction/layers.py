@@ -1,4 +1,4 @@
-"""Layers as JSON-able rows, and which ONNX nodes compute each, as a bundle takes them along and a prediction lists them.
+"""Describe the layers of a program as JSON-able rows, for bundles and predictions, and find the ONNX nodes of each layer.
 
 Source: ours.
 """
@@ -19,35 +19,42 @@ from ...graph.workload.layers import Layers
 from ...graph.workload.libraries import ONNXRUNTIME, Rules, classify
 from ..engines import origins
 
-# What ONNX Runtime and TensorRT compute in the kernel of the convolution before it.
+# Operators that ONNX Runtime and TensorRT compute in the kernel of the convolution before them.
 FOLLOWERS = ("Relu", "Clip", "LeakyRelu", "Add", "HardSigmoid", "Sigmoid")
 
 
 def describe(program: Program, batch: int = 1, rules: Rules = ONNXRUNTIME) -> list[dict[str, Any]]:
-    """The layers of a program as JSON-able rows: name (of the weight, else of the node), node, call (the operator), op,
-    sizes and options (see `Layer`), and beside and joined where they are not nothing. batch: where it is dynamic. rules:
-    which nodes are one kernel."""
+    """Return the layers of a program as JSON-able rows, in execution order.
+
+    A row has name (of the weight, else of the node), node, call (the operator), op, sizes and options (see `Layer`), and
+    beside and joined if they are not 0 or False. batch: size of a dynamic batch. rules: which nodes the library computes in
+    one kernel.
+    """
     return [describe_one(node, layer) for node, layer in Layers(Comb(program), batch, rules).at({})]
 
 
 def describe_one(node: fx.Node, layer: Layer) -> dict[str, Any]:
-    """A layer and the node that it is of, as `describe` has them."""
+    """Return the row of `describe` for a layer and its node."""
     if layer.op == "copy" and (node.op == "placeholder" or classify(node) in ("product", "depthwise", "attention")):
         return {"name": f"copy of {node.name}", "node": node.name, "call": "copy"} | to_dict(layer)
     weight = arguments(node).get("weight") if is_operator(node) else None
     while isinstance(weight, fx.Node) and weight.op == "call_function" and len(weight.all_input_nodes) > 0:
-        weight = weight.all_input_nodes[0]  # quantised, or computed from the parameter otherwise
+        weight = weight.all_input_nodes[0]  # the weight is computed from the parameter, by quantisation for instance
     name = str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else node.name
     return {"name": name, "node": node.name, "call": op_name(node)} | to_dict(layer)
 
 
 def to_dict(layer: Layer) -> dict[str, Any]:
+    """Return a layer as the JSON-able part of a row of `describe`, which `from_dict` reads."""
     row: dict[str, Any] = {"op": layer.op, "sizes": dict(layer.sizes), "options": dict(layer.options)}
     return row | {key: value for key in ("beside", "joined") if (value := getattr(layer, key))}
 
 
 def from_dict(row: Mapping[str, Any]) -> Layer:
-    """The layer of a row of `describe`, also after JSON. Raises KeyError, TypeError or AttributeError for another."""
+    """Return the layer of a row of `describe`, which may have been written as JSON and read again.
+
+    Raises KeyError, TypeError or AttributeError for a row that describes no layer.
+    """
 
     def pairs(values: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in values.items())
@@ -57,8 +64,8 @@ def from_dict(row: Mapping[str, Any]) -> Layer:
 
 
 def name_nodes(rows: Sequence[Mapping[str, Any]], model: onnx.ModelProto) -> list[dict[str, Any]]:
-    """The rows of `describe` with `onnx`: names of the ONNX nodes, and of their results, that compute each layer, as far
-    as the exported model tells; nothing is guessed."""
+    """Return the rows of `describe` with the key `onnx`: the names of the ONNX nodes that compute the layer and of their
+    outputs, as far as the exported model identifies them."""
     nodes_of = _nodes(rows, model)
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in model.graph.node:
@@ -69,7 +76,7 @@ def name_nodes(rows: Sequence[Mapping[str, Any]], model: onnx.ModelProto) -> lis
         last = nodes[-1] if row["op"] == "conv" and nodes else None
         while last and len(after := readers[last.output[0]]) == 1 and after[0].op_type in FOLLOWERS:
             last = after[0]
-            merged[last.name] = i, last  # of two sums into one, the later convolution's
+            merged[last.name] = i, last  # the later one of two convolutions that are added computes the sum
     for i, node in merged.values():
         nodes_of[i].append(node)
     names = [[text for node in nodes for text in (node.name, *node.output)] for nodes in nodes_of]
@@ -77,8 +84,11 @@ def name_nodes(rows: Sequence[Mapping[str, Any]], model: onnx.ModelProto) -> lis
 
 
 def _nodes(rows: Sequence[Mapping[str, Any]], model: onnx.ModelProto) -> list[list[onnx.NodeProto]]:
-    """The ONNX nodes of every layer itself. Convolutions are known by their weight. Other operators keep their order under
-    export, so that where the model has as many nodes of an operator as there are layers of it, the first is the first."""
+    """Return the ONNX nodes of every layer, without those that are fused into its kernel.
+
+    A convolution is found by the name of its weight. Other operators keep their order in the export: if the model has as
+    many nodes of an operator as there are layers, they are assigned in order, else the layers get no nodes.
+    """
     groups: dict[str, dict[str, list[onnx.NodeProto]]] = defaultdict(dict)
     origin = origins.read(model)
     for node in model.graph.node:

@@ -1,4 +1,4 @@
-"""What a bench bundle measured, layer by layer: which of a model's layers each kernel of a profile ran. Source: ours."""
+"""Read the results of bench bundles, and assign the kernels of their profiles to the layers of the models. Source: ours."""
 
 import math
 import re
@@ -15,14 +15,19 @@ from ..engines.trt.log import SOURCE
 from ..kit.measuring import BUSY
 from .layers import from_dict
 
-# Endings that ONNX Runtime's rewrites give to the names of nodes.
+# Suffixes that ONNX Runtime's optimiser appends to the names of nodes.
 REWRITTEN = re.compile(r"(_nchwc|_token_\d+|/\w+Fusion)+$")
 
 
 @dataclass
 class Measured:
-    """One model of a bundle: its layers, the median seconds of a run, and the kernels of its profile, each as indices of
-    layers, number of launches and seconds within the run. Kernels that share a layer are one."""
+    """One measured model of a bundle.
+
+    - layers: its layers in execution order.
+    - seconds: median seconds of a run.
+    - kernels: one entry per kernel of the profile whose layers are known: (indices of its layers, number of launches,
+      seconds within the run). Kernels that compute a common layer are one entry.
+    """
 
     name: str
     layers: list[Layer]
@@ -31,15 +36,22 @@ class Measured:
 
 
 def kernel_names(row: Mapping[str, Any], inspector: Mapping[str, str]) -> list[str]:
-    """The ONNX nodes (or results) that a kernel of a profile says it computes. inspector: metadata by kernel."""
+    """Return the names of the ONNX nodes (or of their outputs) that a kernel of a profile computes.
+
+    row: the kernel (`ProfiledLayer`). inspector: TensorRT's metadata by name of the kernel, which names the nodes; without
+    it they are read from the name of the kernel.
+    """
     name = str(row["name"])
     sources = SOURCE.findall(inspector.get(name, ""))
     return sources or [REWRITTEN.sub("", part) for part in name.split(" + ")]
 
 
 def kernels(model: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[tuple[set[int], list[str], float]]:
-    """The kernels of a measured model's profile: indices of the layers it computes (empty where that is not known), its
-    names, and milliseconds as profiled; kernels that share a layer joined."""
+    """Return the kernels of a measured model's profile as (indices of layers, names, profiled milliseconds).
+
+    model: a `DeviceModel`. rows: its layers with the names of their ONNX nodes (`name_nodes`). The indices are those of the
+    rows that the kernel computes, none if they are unknown. Kernels that compute a common layer are joined to one entry.
+    """
     owner = {text: i for i, row in enumerate(rows) for text in row.get("onnx", ())}
     inspector = {
         str(entry.get("Name")): str(entry.get("Metadata", ""))
@@ -60,11 +72,16 @@ def kernels(model: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list
 def read_measured(
     results: Sequence[str | Path | Mapping[str, Any]], target: Target | None = None, dtype: str | None = None
 ) -> tuple[list[Measured], dict[str, Any]]:
-    """The models of bundles' results whose layers are known, and what they are of: target, precision, device, engine.
-    Of a bundle with several precisions, the models that have the one asked for, by default the bundle's.
+    """Read the results of bench bundles. Return their models whose layers are known, and about: target, precision, device,
+    engine and modes (how the models were run).
 
-    Raises BadInput for results of another target, engine, precision or device than the target's and the first ones', and
-    for the same measurement twice.
+    - results: paths of results.json, or their contents.
+    - target: the target that the results must be of; by default that of the first ones.
+    - dtype: the precision of the models to return; by default the one that the bundle was asked for.
+
+    Raises BadInput for a file that is no results.json; for results of another target or precision than asked for, of
+    another engine than the target's, or of another target, precision, device or engine than the first ones; for the same
+    measurement twice; for a measurement on a busy machine; and if no model has known layers.
     """
     runs: list[Measured] = []
     about: dict[str, Any] = {}
@@ -99,7 +116,10 @@ def read_measured(
 def _same(
     measurement: Mapping[str, Any], where: str, about: Mapping[str, Any], target: Target | None, dtype: str | None
 ) -> dict[str, Any]:
-    """What the results are of; BadInput when that is not what is wanted."""
+    """Return `about` of `read_measured` with the target, precision, device and engine of these results.
+
+    about: those of the results before. Raises BadInput if they differ, or are not those asked for.
+    """
     bundle = measurement["bundle"]
     if bundle.get("target") is None:
         raise BadInput(f"{where}: the bundle names no target; write it with --target")
@@ -129,6 +149,6 @@ def _run(name: str, model: Mapping[str, Any], rows: Sequence[Mapping[str, Any]])
     if not seconds > 0 or not all(map(math.isfinite, times)) or any(x.macs() < 0 or x.entries() < 0 for x in layers):
         raise ValueError(f"sizes or times of {name}")
     whole = sum(ms for _, _, ms in profile) / 1e3
-    scale = min(1.0, seconds / whole) if whole else 0.0  # the profiler slows the run down
+    scale = min(1.0, seconds / whole) if whole else 0.0  # the profiler slows the run down; this corrects for it
     known = [(tuple(sorted(w)), len(names), scale * ms / 1e3) for w, names, ms in profile if w and ms > 0]
     return Measured(name, layers, seconds, known)

@@ -1,4 +1,4 @@
-"""ONNX models of one layer or several copies of it, which a latency table measures. Source: ours."""
+"""Create ONNX models of one layer or several copies of it, which a latency table measures. Source: ours."""
 
 import math
 from collections.abc import Iterable
@@ -10,14 +10,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ...graph.workload.layer import Layer
 
-COPIES = 5  # of a layer, in the model that is compared with a single one
+COPIES = 5  # number of copies of the layer in the model that is compared with a single layer
 OPSET = 20
-TYPES = {"fp32": int(TensorProto.FLOAT), "fp16": int(TensorProto.FLOAT16)}  # that layers are measured in
+TYPES = {"fp32": int(TensorProto.FLOAT), "fp16": int(TensorProto.FLOAT16)}  # precisions that layers are measured in
 
 
 def model(layer: Layer | None, copies: int, precision: str = "fp32") -> onnx.ModelProto:
-    """An ONNX model that runs the layer so many times, each copy with weights or inputs of its own. precision: of all of
-    its tensors."""
+    """Return an ONNX model that runs `copies` copies of a layer, each with its own weights or inputs.
+
+    layer: None for a model that does almost nothing. precision: "fp32" or "fp16", that of all tensors.
+    """
     graph = _Graph(TYPES[precision])
     if layer is None:
         graph.outputs.append(graph.node("Neg", graph.input("x", (1,))))
@@ -29,7 +31,7 @@ def model(layer: Layer | None, copies: int, precision: str = "fp32") -> onnx.Mod
 
 
 class _Graph:
-    """An ONNX graph under construction, of tensors of one type; random weights are the same on every machine."""
+    """An ONNX graph under construction, whose tensors have one type. Random weights are the same on every machine."""
 
     def __init__(self, kind: int) -> None:
         self.kind = kind
@@ -44,8 +46,10 @@ class _Graph:
         return name
 
     def operands(self, copies: int, *shapes: tuple[int, ...]) -> list[list[str]]:
-        """Inputs of these shapes for every copy. A model with fewer copies has the same inputs, so that it can be fed the
-        same arrays."""
+        """Return the names of inputs with these shapes for every copy.
+
+        The graph always gets inputs for COPIES copies, so that models with fewer copies run on the same arrays.
+        """
         names = [[self.input(f"x{i}_{j}", shape) for j, shape in enumerate(shapes)] for i in range(COPIES)]
         return names[:copies]
 
@@ -63,7 +67,7 @@ class _Graph:
         outputs = [helper.make_tensor_value_info(name, self.kind, None) for name in self.outputs]
         graph = helper.make_graph(self.nodes, "layer", list(self.inputs.values()), outputs, self.weights)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
-        return onnx.shape_inference.infer_shapes(model)  # outputs must say theirs
+        return onnx.shape_inference.infer_shapes(model)  # the shapes of the outputs must be stated
 
 
 def _convs(graph: _Graph, layer: Layer, copies: int) -> None:
@@ -109,7 +113,7 @@ def _norms(graph: _Graph, layer: Layer, copies: int) -> None:
 
 
 def _maps(graph: _Graph, layer: Layer, copies: int) -> None:
-    """Activations as GELU, everything that moves tensors as an addition."""
+    """Add copies of a layer that maps entries one by one: an activation is measured as a GELU, a copy as an addition."""
     for (x,) in graph.operands(copies, (layer["entries"],)):
         result = (
             graph.node("Gelu", x) if layer.op == "activation" else graph.node("Add", x, graph.weight(layer["entries"]))

@@ -1,9 +1,10 @@
-"""A roofline: how long layers take on a device, from its data sheet, or fitted to what a bench bundle measured there.
+"""A roofline predicts the time of layers on a device, from its data sheet or fitted to measurements of bench bundles.
 
-A layer takes the longer of its padded arithmetic and of moving its tensors once, and starting its kernel (Williams et al.,
-CACM 2009); which nodes of a program are one kernel, the target's library decides (`graph.workload`). The device attains a
-share of its peak arithmetic and a share of its bandwidth, and a kernel and a run cost seconds of their own: four numbers,
-which an engineer can read, nominal or, calibrated, fitted to measurements by robust least squares (the rows are ours).
+The time of a layer is the larger of two times, its padded arithmetic and moving each of its tensors once, plus the time to
+start its kernel (Williams et al., CACM 2009). `graph.workload` knows which nodes the target's library computes in one
+kernel. Four numbers describe a device: the attained shares of its peak arithmetic and of its bandwidth, the seconds to
+start a kernel, and the seconds of a run that belong to no kernel. They are nominal, or calibrated: fitted to measurements
+by robust least squares (what the rows of the fit are is ours).
 """
 
 from __future__ import annotations
@@ -23,19 +24,23 @@ from ..devices.table import Target, get_target
 from ..summary import Uncertainty
 from .measured import Measured, read_measured
 
-# What a data sheet lacks, nominally: attained shares of peak and bandwidth, seconds to start a kernel (inside a CUDA graph).
-# On GPUs a compromise of two public figures: ResNet-50 in INT8 on an AGX Orin takes 0.64 ms (MLPerf Inference 3.1, single
-# stream), where these say 0.76; a YOLOv8n in INT8 at 640 x 640 on an Orin Nano 3.49 ms, where these say 1.8.
+# Nominal values: attained shares of peak and bandwidth, and seconds to start a kernel (inside a CUDA graph). Those of GPUs
+# are a compromise between two public figures: ResNet-50 in INT8 on an AGX Orin takes 0.64 ms (MLPerf Inference 3.1, single
+# stream), predicted 0.76 ms; YOLOv8n in INT8 at 640 x 640 on an Orin Nano takes 3.49 ms, predicted 1.8 ms.
 GPU, CPU = (0.4, 0.6, 4e-6), (1.0, 1.0, 1e-6)
-FEW = {"models": 4, "kernels": 12}  # with fewer of both, one factor is all that is fitted
-ROBUST = 0.1  # log error from which on an outlier counts less than its square
-PRIOR = 0.03  # how strongly the four numbers are held to the common factor: decides only what was not measured
+FEW = {"models": 4, "kernels": 12}  # with fewer models and fewer kernels only a common factor is fitted
+ROBUST = 0.1  # errors of the logarithm above this count less than their square
+PRIOR = 0.03  # weight that pulls the four numbers to the common factor: it decides only what was not measured
 BOUNDS = ("compute", "memory", "launch")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a layer costs: multiply-accumulates, also as the kernel pads them, bytes that are moved, and seconds of each."""
+    """The estimated cost of a layer.
+
+    macs: multiply-accumulates. padded_macs: those with channels padded to the target's alignment. bytes: bytes moved.
+    arithmetic, traffic, launch: seconds of the arithmetic, of moving the bytes and of starting the kernel.
+    """
 
     macs: int
     padded_macs: int
@@ -46,16 +51,17 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
+        """The predicted seconds of the layer."""
         return self.launch + max(self.arithmetic, self.traffic)
 
     @property
     def bound(self) -> str:
-        """What takes longest: "compute", "memory" or "launch"."""
+        """The largest part of the time: "compute", "memory" or "launch"."""
         parts = (self.arithmetic, self.traffic, self.launch)
         return BOUNDS[parts.index(max(parts))]
 
 
-SHEET = {  # how far off a data sheet's predictions are, on a GPU or a CPU
+SHEET = {  # by whether the target is a GPU, where the uncertainty of a data sheet's predictions is known from
     True: "nothing was measured, and public figures of two networks on Orin are 0.8 and 1.9 times it",
     False: "nothing was measured; nine in ten of 62 networks on one CPU were within that",
 }
@@ -65,12 +71,12 @@ SHEET = {  # how far off a data sheet's predictions are, on a GPU or a CPU
 class Roofline:
     """Predicts the seconds of layers on a target in one precision.
 
-    - target, dtype: the device, and the precision ("fp16" and so on).
-    - compute, memory: shares of the target's peak arithmetic and bandwidth that are attained, from 0 to 1.
-    - launch: seconds to start a kernel. All three are nominal by default.
+    - target, dtype: the device, and the precision, such as "fp16".
+    - compute, memory: attained shares of the target's peak arithmetic and bandwidth, from 0 to 1; None: nominal values.
+    - launch: seconds to start a kernel; None: the nominal value.
     - per_run: seconds of a run that belong to no layer.
-    - calibration: how these were fitted (see `calibrated`); None for a plain data sheet, which ranks layers and
-      predicts no benchmark.
+    - calibration: how these numbers were fitted (see `calibrated`); None for a data sheet, whose predictions can rank
+      layers but do not replace a benchmark.
     """
 
     target: Target
@@ -91,7 +97,7 @@ class Roofline:
 
     @property
     def rates(self) -> tuple[float, float, float]:
-        """Attained shares of peak and bandwidth, and seconds to start a kernel."""
+        """(attained share of the peak, attained share of the bandwidth, seconds to start a kernel)."""
         nominal = GPU if self.target.compute_capability is not None else CPU
         chosen = (self.compute, self.memory, self.launch)
         return tuple(n if g is None else g for g, n in zip(chosen, nominal, strict=True))  # type: ignore[return-value]
@@ -108,12 +114,12 @@ class Roofline:
 
     @property
     def measured(self) -> bool:
-        """Whether anything was measured."""
+        """Whether the roofline was fitted to measurements."""
         return self.calibration is not None
 
     @property
     def error(self) -> Uncertainty:
-        """How far off its predictions are known to be."""
+        """The uncertainty of its predictions."""
         if self.calibration is None:
             return Uncertainty(factor=2.0, source=SHEET[self.target.compute_capability is not None])
         left = self.calibration.get("left_out")
@@ -122,13 +128,14 @@ class Roofline:
         return Uncertainty(factor=1 + spread["worst"], source=f"the worst, {what}")
 
     def prepare(self, layers: Iterable[Layer], progress: bool = False) -> None:
-        """Nothing to prepare."""
+        """Do nothing: a roofline measures nothing. The method is part of the protocol `Latency`."""
 
     def seconds(self, layer: Layer) -> float:
+        """Return the predicted seconds of a layer. Raises BadInput as `estimate` does."""
         return self.estimate(layer).seconds
 
     def estimate(self, layer: Layer) -> Estimate:
-        """What the layer costs, part by part. Raises BadInput for a dtype the target lacks."""
+        """Return the cost of a layer. Raises BadInput for a precision that the target does not compute in."""
         width = {"fp32": 4, "tf32": 4, "int8": 1, "fp8": 1, "fp4": 0.5}.get(self.dtype, 2)
         padded = layer.macs(self.target.alignment(self.dtype))
         moved = width * layer.entries()
@@ -145,14 +152,15 @@ class Roofline:
         target: str | Target | None = None,
         dtype: str | None = None,
     ) -> Roofline:
-        """The roofline that fits what bench bundles measured.
+        """Return the roofline that fits the measurements of bench bundles best.
 
-        results: the JSON of one or more, as files or as read. target, dtype: checked against the results, and by default
-        theirs. With few measurements only a common factor is fitted. `calibration` says what was fitted and from how many
-        models and kernels, and the relative error that remains over the models: `error` (median, worst), and `left_out`,
-        where each model is predicted from the others alone.
+        - results: results.json of one or more bundles, as paths or as their contents.
+        - target, dtype: target and precision that the results must have; by default those of the first results.
 
-        Raises BadInput for results of another target, engine or precision, or without the layers of their models.
+        With few measurements only a common factor is fitted. `calibration` has what was fitted, the numbers of models and
+        kernels, and the remaining relative error over the models (docs/formats.md, Calibration).
+
+        Raises BadInput as `measured.read_measured` does, and for an unknown target.
         """
         many = [results] if isinstance(results, str | Path | Mapping) else list(results)
         device = get_target(target) if isinstance(target, str) else target
@@ -175,12 +183,12 @@ def _spread(errors: list[float]) -> dict[str, float] | None:
 
 
 def _whole(roofline: Roofline, run: Measured) -> float:
-    """Predicted seconds of a run."""
+    """Return the predicted seconds of one run of a measured model."""
     return roofline.per_run + sum(map(roofline.seconds, run.layers))
 
 
 def calibration_text(record: Mapping[str, Any]) -> str:
-    """From what a roofline was calibrated, and how far off it still is."""
+    """Return a sentence about a calibration: what it was fitted to, and the remaining error."""
     text = f"calibrated with {record['models']} models and {record['kernels']} kernels measured by {record['engine']}"
     text += f" ({', '.join(record['fitted'])})"
     for key, name in (("error", "error"), ("left_out", "of models left out")):
@@ -191,7 +199,7 @@ def calibration_text(record: Mapping[str, Any]) -> str:
 
 # -------------------------------------------------------------------------------------------------------------- the fit
 def _fit(base: Roofline, runs: list[Measured]) -> tuple[Roofline, list[str]]:
-    """The roofline closest to the runs, and the names of what was fitted."""
+    """Return the roofline that fits the measured models best, and the names of what was fitted."""
     rows = [(run.layers, len(run.layers), 1, run.seconds, 1.0) for run in runs]
     kernels = [
         ([run.layers[i] for i in which], count, 0, seconds, seconds / run.seconds)
@@ -204,8 +212,9 @@ def _fit(base: Roofline, runs: list[Measured]) -> tuple[Roofline, list[str]]:
     if len(rows) < FEW["models"] and len(kernels) < FEW["kernels"]:
         return scaled, ["common factor"]
 
-    # Each row: seconds of the layers' arithmetic and traffic at full rate, launches, runs, measured seconds, and its
-    # weight: 1 for a model, which its kernels share by their time. An error is that of the logarithm.
+    # One row of the fit per model and per kernel: its layers, number of launches, number of runs (1 for a model, 0 for a
+    # kernel), measured seconds, and weight: 1 for a model, and its share of the run for a kernel. The error of a row is the
+    # logarithm of predicted by measured seconds.
     full = dataclasses.replace(base, compute=1.0, memory=1.0)
     sheet = [full.estimate(layer) for layers, *_ in (*rows, *kernels) for layer in layers]
     arithmetic, traffic = np.array([(e.arithmetic, e.traffic) for e in sheet]).T
@@ -218,7 +227,7 @@ def _fit(base: Roofline, runs: list[Measured]) -> tuple[Roofline, list[str]]:
         logs = np.log((work + launch * launches + run * whole) / measured)
         return np.concatenate([np.sqrt(weight) * logs, PRIOR * (numbers - start)])
 
-    from scipy.optimize import least_squares  # here, since it takes half a second to import and nothing else needs it
+    from scipy.optimize import least_squares  # imported here, since the import takes half a second
 
     start = np.log([*scaled.rates, scaled.start])
     fit = least_squares(errors, start, loss="soft_l1", f_scale=ROBUST, ftol=1e-12, xtol=1e-8)
