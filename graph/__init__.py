@@ -1,1 +1,1 @@
-"""The program and what we know about it."""
+"""The program, and everything that is known about it."""

@@ -1,6 +1,6 @@
-"""Every private API of PyTorch that graphcomb uses, by a name that says what it does; no other file touches one.
+"""Every private API of PyTorch that graphcomb uses, under a name that says what it does; no other file uses one.
 
-Seen to work with the versions in `tests/torch_versions.md`, unless a line says otherwise. Not counted as private: the
+It works with the versions in `tests/torch_versions.md`, unless a line says otherwise. Not counted as private: the
 dictionaries of `nn.Module` (`_modules`, `_parameters`, `_buffers`), on which `state_dict` hooks rely, and ATen operators
 whose names begin with an underscore.
 """
@@ -26,13 +26,13 @@ from torch.utils._sympy import functions as size_functions  # noqa: F401
 
 from .errors import BadInput
 
-FAKE_TENSOR_LOG = "torch._subclasses.fake_tensor"  # the logger of what fails on fake tensors
-SYMBOLS_LOG = "torch.fx.experimental.symbolic_shapes"  # and of what depends on data, with the whole graph so far
+FAKE_TENSOR_LOG = "torch._subclasses.fake_tensor"  # logs failures on fake tensors
+SYMBOLS_LOG = "torch.fx.experimental.symbolic_shapes"  # logs sizes that depend on data, with the whole graph so far
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
 def schema(target: Any) -> Any:
-    """The schema of an operator's overload (`name`, `arguments`, `is_mutable`); None for anything else."""
+    """The schema of an operator's overload (`name`, `arguments`, `is_mutable`); None for any other object."""
     return getattr(target, "_schema", None)
 
 
@@ -44,29 +44,29 @@ def writes(target: Any) -> bool:
 
 # ----------------------------------------------------------------------------------------------------- sizes and memory
 def example_of(size: torch.SymInt, unknown: int) -> int:
-    """The example value of a symbolic size; `unknown` stands for every symbol that only the data knows."""
+    """The example value of a symbolic size; `unknown` is used for every symbol whose value depends on data."""
     node: Any = size.node
     if node.has_hint():
         return int(node.hint)
     environment = node.shape_env
-    newer = hasattr(environment, "backed_var_to_val")  # what releases after 2.11 call it
+    newer = hasattr(environment, "backed_var_to_val")  # its name in releases after 2.11
     known = environment.backed_var_to_val if newer else environment.var_to_val
     return int(node.expr.subs({s: known.get(s, unknown) for s in node.expr.free_symbols}))
 
 
 def storage_id(tensor: torch.Tensor) -> int:
-    """A number for the memory of a tensor, also of a fake one: equal for two tensors that are views of one storage."""
+    """A number that identifies the memory of a tensor, also of a fake one: equal for views of one storage."""
     return tensor.untyped_storage()._cdata
 
 
 # --------------------------------------------------------------------------------------------------------- fake tensors
 def fake_mode(values: Any) -> FakeTensorMode | None:
-    """The mode of the first fake tensor in a nest of values; None where there is none."""
+    """The mode of the first fake tensor in a nest of values, or None."""
     return next((v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, FakeTensor)), None)
 
 
 def fake(mode: FakeTensorMode | None, tensor: torch.Tensor) -> torch.Tensor:
-    """A fake tensor of static shape for a stored one. BadInput where the graph has no fake values."""
+    """A fake tensor of static shape for a stored one. Raises BadInput if `mode` is None."""
     if mode is None:
         raise BadInput("the graph has no tensor input to propagate shapes from")
     return mode.from_tensor(tensor, static_shapes=True)
@@ -74,14 +74,14 @@ def fake(mode: FakeTensorMode | None, tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def faking(mode: FakeTensorMode) -> Iterator[None]:
-    """Operators run on fake tensors, without gradients and so that composite ones keep dynamic sizes."""
+    """A context in which operators run on fake tensors, without gradients, and composite ones keep dynamic sizes."""
     with mode, torch.no_grad(), enable_python_dispatcher():
         yield
 
 
 # --------------------------------------------------------------------------------------------------------------- graphs
 def codegen_of(graph: fx.Graph) -> Any:
-    """How a graph's inputs and outputs are nested, which its generated code unpacks and packs."""
+    """The part of a graph that knows how its inputs and outputs are nested, and generates its code."""
     return graph._codegen
 
 
@@ -91,7 +91,7 @@ def share_codegen(graph: fx.Graph, other: fx.Graph) -> None:
 
 
 def input_names(graph: fx.Graph) -> list[str] | None:
-    """The names of a graph's arguments before they are flattened; None where they are not known."""
+    """The names of a graph's arguments before they are flattened, or None if they are unknown."""
     info = getattr(graph._codegen, "pytree_info", None)
     return [n for n in info.orig_args if n != "self"] if info else None
 
@@ -102,14 +102,14 @@ def output_spec(graph: fx.Graph) -> pytree.TreeSpec:
 
 
 def with_output_spec(codegen: Any, spec: pytree.TreeSpec) -> Any:
-    """A copy of what `codegen_of` returns, for outputs that are nested otherwise."""
+    """A copy of a codegen (`codegen_of`) for outputs that are nested in another way."""
     new = copy.copy(codegen)
     new.pytree_info = codegen.pytree_info._replace(out_spec=spec)
     return new
 
 
 def copy_specs(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Keep what torch.export notes on its module about how inputs and outputs are nested, as far as it is there."""
+    """Copy torch.export's notes on how inputs and outputs are nested from one module to another, if there are any."""
     for name in ("_in_spec", "_out_spec"):
         if hasattr(source, name):
             setattr(target, name, getattr(source, name))
@@ -127,7 +127,7 @@ def with_module(exported: ExportedProgram, module: fx.GraphModule) -> ExportedPr
 
 
 def unlifted(exported: ExportedProgram) -> fx.GraphModule:
-    """The module of an exported program, without a check of its inputs' sizes (which 2.10 and older cannot have)."""
+    """The module of an exported program, without the check of its inputs' sizes (which 2.10 and older do not have)."""
     checks = "check_guards" in exported.module.__code__.co_varnames
     return exported.module(check_guards=False) if checks else exported.module()
 
@@ -138,22 +138,22 @@ def is_guard(node: fx.Node) -> bool:
 
 
 def archive_reader(file: BinaryIO) -> Any:
-    """Reads the members of a `.pt2` file as `torch.export.load` does: `get_all_records()`, `get_record(name)`."""
+    """A reader of the members of a `.pt2` file, as `torch.export.load` uses it: `get_all_records()`, `get_record(name)`."""
     return torch._C.PyTorchFileReader(file)
 
 
 # --------------------------------------------------------------------------------------------------------------- inductor
 def compile_ahead(exported: ExportedProgram, package: str) -> str:
-    """Compile with AOTInductor into a package at the path, which is returned."""
+    """Compile with AOTInductor into a package at a path; returns the path."""
     return torch._inductor.aoti_compile_and_package(exported, package_path=package)
 
 
 def load_compiled(package: str) -> Any:
-    """Load what `compile_ahead` wrote: a callable of the original's arguments."""
+    """Load a package of `compile_ahead`, as a callable of the original's arguments."""
     return torch._inductor.aoti_load_package(package)
 
 
 # ------------------------------------------------------------------------------------------------------------- training
 def is_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a scaler has unscaled an optimizer's gradients since its last step; it refuses to do so twice."""
+    """Whether a scaler has unscaled an optimizer's gradients since its last step; unscaling twice is an error."""
     return scaler._per_optimizer_states[id(optimizer)]["stage"].name != "READY"

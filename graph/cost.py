@@ -2,8 +2,8 @@
 
 A polynomial is a list of monomials, a monomial a list of factors: `(node, dim)` references, or plain numbers; the value is
 the sum over monomials of the product of the sizes referred to. The same polynomial is evaluated on shapes (here) or on
-solved axes (`Comb.cost`), so "what does removing 8 of these save" is exact. What contracts but cannot be counted is said
-(`unknown`), never counted as 0. Source: ours; the counts are those of `torch.utils.flop_counter`, halved.
+solved axes (`Comb.cost`), so "what does removing 8 of these save" is exact. An operator that contracts but cannot be
+counted is named (`unknown`), never counted as 0. Source: ours; the counts are those of `torch.utils.flop_counter`, halved.
 """
 
 from __future__ import annotations
@@ -24,8 +24,13 @@ Polynomial = list[list[Ref]]
 Count = Callable[[fx.Node, dict[str, Any]], Polynomial]
 COUNTS: dict[str, Count] = {}
 NOTHING: Polynomial = []
-COUNTED = ("aten", "prims", "torchvision", "quantized_decomposed")  # libraries of which the table names what multiplies
-UNCOUNTED = frozenset(  # operators of those that multiply matrices, and by how much is not written down here
+COUNTED = (
+    "aten",
+    "prims",
+    "torchvision",
+    "quantized_decomposed",
+)  # libraries whose multiplying operators are known here
+UNCOUNTED = frozenset(  # operators of these libraries that multiply matrices, but have no count here
     "convolution _convolution convolution_overrideable conv_tbc conv_depthwise3d _conv_depthwise2d _scaled_mm _int_mm "
     "_grouped_mm _native_multi_head_attention _transformer_encoder_layer_fwd _scaled_dot_product_flash_attention "
     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention _addmm_activation "
@@ -36,10 +41,10 @@ UNCOUNTED = frozenset(  # operators of those that multiply matrices, and by how 
 
 
 def counts(*names: str) -> Callable[[Count], Count]:
-    """Register how many multiply-accumulates operators take, by name ("space::name" for custom ones).
+    """Register the multiply-accumulates of operators, by name ("space::name" for custom ones).
 
-    The function gets the node and its arguments by schema name and returns a polynomial (see the module); an operator
-    that multiplies nothing returns an empty list.
+    The function gets the node and its arguments by schema name and returns a polynomial (see the module); for an operator
+    that multiplies nothing it returns an empty list.
     """
 
     def register(function: Count) -> Count:
@@ -50,7 +55,7 @@ def counts(*names: str) -> Callable[[Count], Count]:
 
 
 def macs(node: fx.Node) -> Polynomial:
-    """Multiply-accumulates of one node; empty for everything that multiplies nothing, and for what `unknown` names."""
+    """Multiply-accumulates of one node; empty if it multiplies nothing, and for nodes that `unknown` names."""
     if node.op != "call_function":
         return NOTHING
     if not is_operator(node):
@@ -60,7 +65,7 @@ def macs(node: fx.Node) -> Polynomial:
 
 
 def unknown(node: fx.Node) -> str | None:
-    """Why the node's multiply-accumulates cannot be counted; None where they can, or where there are none."""
+    """Why the node's multiply-accumulates cannot be counted; None if they can, or if there are none."""
     target, name = node.target, op_name(node)
     if isinstance(target, compat.OpOverload) and name not in COUNTS:
         if name in UNCOUNTED:
@@ -77,19 +82,19 @@ def unknown(node: fx.Node) -> str | None:
 
 
 def _inside(node: fx.Node) -> str | None:
-    """As `unknown`, of a node in the body of another, whose shapes may have been lost."""
+    """The result of `unknown` for a node in the body of another, whose shapes may be missing."""
     lost = not isinstance(node.meta.get("val"), torch.Tensor | list | tuple)
     return f"shapes in the body of {node.name} are not known" if lost and op_name(node) in COUNTS else unknown(node)
 
 
 def uncounted(module: fx.GraphModule) -> list[tuple[fx.Node, str]]:
-    """The nodes whose multiply-accumulates cannot be counted, each with the reason."""
+    """The nodes whose multiply-accumulates cannot be counted, with the reason."""
     return [(node, why) for node in module.graph.nodes if (why := unknown(node))]
 
 
 def require_counted(module: fx.GraphModule, what: str) -> None:
-    """Refused, with the node's name, for a graph whose multiply-accumulates are not all known. what: the option that
-    needs them."""
+    """Raise Refused, naming the first such node, for a graph with multiply-accumulates that cannot be counted. what: the
+    option that needs them."""
     for node, why in uncounted(module):
         raise Refused(f"{what}: {source(node)}: {why}, so a share of all multiply-accumulates means nothing here")
 
@@ -97,7 +102,7 @@ def require_counted(module: fx.GraphModule, what: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- the table
 @counts("linear")
 def _linear(node: fx.Node, a: dict[str, Any]) -> Polynomial:
-    return [_dims(node) + _dims(a["weight"])[-1:]]  # a weight of one dimension makes one output
+    return [_dims(node) + _dims(a["weight"])[-1:]]  # also of a weight with one dimension, which gives one output
 
 
 @counts("conv1d", "conv2d", "conv3d", "bilinear", "torchvision::deform_conv2d")
@@ -132,7 +137,7 @@ def _tensordot(node: fx.Node, a: dict[str, Any]) -> Polynomial:
 
 @counts("lstm", "gru", "rnn_tanh", "rnn_relu")
 def _recurrent(node: fx.Node, a: dict[str, Any]) -> Polynomial:
-    """Every matrix of weights once for each step of each sequence; packed sequences hold both in one dimension."""
+    """Every weight matrix is used once for each step of each sequence; packed sequences have both in one dimension."""
     steps = _dims(a["data"])[:1] if "data" in a else _dims(a["input"])[:-1]
     return [steps + _dims(w) for w in a["params"] if len(shape(w)) == 2]
 
@@ -144,14 +149,17 @@ def _cell(node: fx.Node, a: dict[str, Any]) -> Polynomial:
 
 @counts("scaled_dot_product_attention")
 def _attention(node: fx.Node, a: dict[str, Any]) -> Polynomial:
-    scores = _dims(node)[:-1] + _dims(a["key"])[-2:-1]  # the batch of the result: queries and keys may broadcast
+    scores = _dims(node)[:-1] + _dims(a["key"])[-2:-1]  # the result's batch, to which queries and keys may broadcast
     return [scores + _dims(a["query"])[-1:], scores + _dims(node)[-1:]]
 
 
 @counts("einsum")
 def _einsum(node: fx.Node, a: dict[str, Any]) -> Polynomial:
-    """Operands are contracted two at a time, along the path that the node names or else the first two that are left; what
-    only one of two has is added up beforehand, and a product entry by entry contracts nothing."""
+    """Operands are contracted two at a time, along the node's path or else always the first two.
+
+    Letters that only one of the two has, and nothing else needs, are summed beforehand; a product entry by entry counts
+    nothing.
+    """
     terms, result = spelled_out(a["equation"], [len(shape(t)) for t in a["tensors"]])
     left: list[dict[str, Ref]] = [
         {letter: (tensor, d) for d, letter in enumerate(term) if shape(tensor)[d] != 1}
@@ -171,12 +179,12 @@ def _einsum(node: fx.Node, a: dict[str, Any]) -> Polynomial:
 
 
 def _branches(node: fx.Node) -> Polynomial:
-    """Of the branches of a condition the one that takes most, as a number: whatever they read is frozen."""
+    """The cost of the most expensive branch of a condition, as a number, since everything that branches read is frozen."""
     return [[max(sum(evaluate(macs(n)) for n in body.graph.nodes) for body in _bodies(node))]]
 
 
 def _bodies(node: fx.Node) -> list[fx.GraphModule]:
-    """The graphs that a higher-order operator is given to run."""
+    """The graphs that a higher-order operator may run."""
     module = node.graph.owning_module
     stored = [n for n in node.all_input_nodes if n.op == "get_attr"]
     values: Sequence[Any] = [fetch(module, str(n.target)) for n in stored] if module is not None else ()
@@ -192,13 +200,13 @@ def _size(ref: Ref) -> int:
 
 
 def evaluate(polynomial: Sequence[Sequence[Any]], size: Callable[[Any], int] = _size) -> int:
-    """The polynomial's value, given the size of each factor: by default that in the example input."""
+    """The polynomial's value, given the size of each factor, by default that of the example input."""
     return sum(math.prod(map(size, monomial)) for monomial in polynomial)
 
 
 def terms(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Polynomial, dict[str, int]]]:
-    """The parts of a program's cost: a node, a polynomial, and what one unit of its value adds to each part ("macs",
-    "params", "weight_bytes", "activation_bytes"). Parameters that are tied count once, their bytes once for each name."""
+    """Yield the parts of a program's cost: a node, a polynomial, and how much one unit of its value adds to each entry
+    ("macs", "params", "weight_bytes", "activation_bytes"). Tied parameters count once, their bytes once for each name."""
     parameters, names = {id(p) for p in module.parameters()}, set()
     for node in module.graph.nodes:
         if polynomial := macs(node):
@@ -219,7 +227,7 @@ def terms(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Polynomial, dict[st
 def total(
     parts: Iterable[tuple[fx.Node, Sequence[Sequence[Any]], dict[str, int]]], size: Callable[[Any], int] = _size
 ) -> dict[str, Any]:
-    """MACs, parameters, bytes of weights, and bytes of all activations written: the sum of `terms`, given the size of each
+    """MACs, parameters, bytes of weights, and bytes of all written activations: the sum of `terms`, given the size of each
     factor."""
     totals = {"macs": 0, "weight_bytes": 0, "activation_bytes": 0, "params": 0}
     for _, polynomial, units in parts:
@@ -230,6 +238,6 @@ def total(
 
 
 def unknowns(module: fx.GraphModule) -> dict[str, list[str]]:
-    """The entry of a cost that names what was not counted: nothing where everything was."""
+    """The entry of a cost that names what was not counted; empty if everything was."""
     reasons = [f"{source(node)}: {why}" for node, why in uncounted(module)]
     return {"unknown": reasons} if reasons else {}

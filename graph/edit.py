@@ -1,4 +1,4 @@
-"""Edit a graph: insert, replace, clean up; and make it again around other tensors."""
+"""Editing graphs: inserting, replacing and cleaning up nodes, and rebuilding a graph around other tensors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .errors import BadInput
 from .nodes import fetch, writes
 from .trainable import TrainableModule
 
-ORIGIN = ("stack_trace", "nn_module_stack")  # metadata that say which line of the user's model an operator comes from
+ORIGIN = ("stack_trace", "nn_module_stack")  # metadata with the line of the user's model that an operator comes from
 
 
 class Editor:
-    """Edits the graph of one module in place; call `finish` when done.
+    """Edits the graph of one module in place; call `finish` at the end.
 
-    New nodes are inserted where `before` or `after` point to (`with edit.before(node): edit.call(...)`) and know the shape
-    of their value (`meta["val"]`) at once.
+    New nodes are inserted where `before` or `after` point (`with edit.before(node): edit.call(...)`), and have the fake
+    value of their result (`meta["val"]`) at once.
     """
 
     def __init__(self, module: fx.GraphModule):
@@ -30,11 +30,11 @@ class Editor:
         self._mode: Any = None
 
     def before(self, node: fx.Node) -> AbstractContextManager:
-        """A context in which new nodes are inserted in front of a node."""
+        """A context in which new nodes are inserted before a node."""
         return self.graph.inserting_before(node)
 
     def after(self, node: fx.Node) -> AbstractContextManager:
-        """A context in which new nodes are inserted behind a node, in the order in which they are made."""
+        """A context in which new nodes are inserted after a node, in the order in which they are made."""
         return self.graph.inserting_before(node.next)
 
     def call(
@@ -48,8 +48,8 @@ class Editor:
     ) -> fx.Node:
         """A new node that calls an operator.
 
-        like: the node whose place in the user's model messages about the new one shall name. value: its fake value where
-        that is known or cannot be inferred yet; else the operator runs on the fake values of its inputs.
+        like: a node whose place in the user's model the new one takes over for messages. value: the new node's fake value,
+        if it is known or cannot be inferred yet; by default the operator runs on the fake values of its inputs.
         """
         node = self.graph.call_function(target, tuple(args), kwargs or {})
         node.meta = {} if like is None else origin(like)
@@ -67,17 +67,17 @@ class Editor:
         return node
 
     def store(self, name: str, value: torch.Tensor) -> fx.Node:
-        """Store a tensor at a dotted path, in place of what is there, and return a new node that reads it."""
+        """Store a tensor at a dotted path, replacing one that is there, and return a new node that reads it."""
         place_tensor(self.module, name, value)
         return self.attribute(name)
 
     def overwrite(self, stored: fx.Node, value: torch.Tensor) -> None:
-        """Store another tensor, perhaps of another shape, in place of the one that a node reads."""
+        """Replace the tensor that a node reads by another, perhaps of another shape."""
         place_tensor(self.module, str(stored.target), value)
         stored.meta["val"] = stored.meta["val"].new_empty(value.shape, dtype=value.dtype)
 
     def free_name(self, path: str) -> str:
-        """The dotted path, with underscores appended until the module has nothing there."""
+        """The dotted path, with underscores appended until the module has nothing of that name."""
         owner, _, name = path.rpartition(".")
         try:
             holder = fetch(self.module, owner) if owner else self.module
@@ -88,14 +88,14 @@ class Editor:
         return f"{owner}.{name}" if owner else name
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
-        """Let everything that reads a node read a new one instead (which may itself read the old), and erase the old one
-        and what only it needed."""
+        """Make everything that reads a node read a new one, which may itself read the old; then erase the old node and what
+        only it needed, if nothing reads it any more."""
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         if not node.users:
             self.erase(node)
 
     def erase(self, node: fx.Node) -> None:
-        """Erase a node that nothing reads, and the inputs that nothing else reads; inputs of the program stay."""
+        """Erase a node that nothing reads, and inputs that nothing else reads; inputs of the program stay."""
         inputs = node.all_input_nodes
         self.graph.erase_node(node)
         for i in inputs:
@@ -103,13 +103,13 @@ class Editor:
                 self.erase(i)
 
     def finish(self) -> None:
-        """Drop what no output needs and generate the module's code anew."""
+        """Erase what no output needs and generate the module's code."""
         drop_dead(self.module)
         self.module.recompile()
 
 
 def origin(node: fx.Node) -> dict[str, Any]:
-    """The metadata of a node that say where in the user's model it comes from."""
+    """The part of a node's metadata that says where in the user's model it comes from."""
     return {k: v for k, v in node.meta.items() if k in ORIGIN}
 
 
@@ -118,7 +118,7 @@ def _removable(node: fx.Node) -> bool:
 
 
 def drop_dead(module: fx.GraphModule) -> None:
-    """Erase what no output needs; a second name of a live tensor stays, so that tied weights keep both names."""
+    """Erase what no output needs. Further names of a live tensor stay, so that tied weights keep all names."""
     for node in reversed(list(module.graph.nodes)):
         if not node.users and node.op != "get_attr" and _removable(node):
             module.graph.erase_node(node)
@@ -139,8 +139,8 @@ def infer(node: fx.Node) -> None:
 
 
 def propagate(module: fx.GraphModule) -> None:
-    """Recompute the fake value of every node by one fake run from the inputs; dynamic dimensions stay symbolic. BadInput
-    for a graph without an input tensor."""
+    """Recompute the fake value of every node by one fake run from the inputs; dynamic dimensions stay symbolic. Raises
+    BadInput for a graph without an input tensor."""
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     env: dict[fx.Node, Any] = {n: n.meta["val"] for n in placeholders}
     mode = compat.fake_mode(list(env.values()))
@@ -160,7 +160,7 @@ def propagate(module: fx.GraphModule) -> None:
 
 # ------------------------------------------------------------------------------------------------------- stored tensors
 def attributes(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Any]]:
-    """The nodes that read an attribute, each with what is stored there now."""
+    """Yield the nodes that read an attribute, each with its present value."""
     for node in module.graph.nodes:
         if node.op == "get_attr":
             yield node, fetch(module, str(node.target))
@@ -178,15 +178,13 @@ def tensor_at(root: torch.nn.Module, path: str) -> torch.Tensor | None:
 
 
 def place_tensor(root: torch.nn.Module, path: str, value: Any) -> None:
-    """Set a parameter, buffer, module or other attribute at a dotted path, making modules on the way."""
+    """Set a parameter, buffer, module or other attribute at a dotted path; missing modules on the way are created."""
     *parents, name = path.split(".")
     for part in parents:
         if part not in root._modules:
             root._modules[part] = torch.nn.Module().train(root.training)
         root = root._modules[part]  # type: ignore[assignment]
-    if isinstance(
-        value, torch.Tensor
-    ):  # into the dictionaries themselves: register_buffer and setattr are many times slower
+    if isinstance(value, torch.Tensor):  # register_buffer and setattr are many times slower than these dictionaries
         own: Any = root._buffers
         other: Any = root._parameters
         if isinstance(value, torch.nn.Parameter):
@@ -198,12 +196,12 @@ def place_tensor(root: torch.nn.Module, path: str, value: Any) -> None:
 
 
 def like(old: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
-    """The data as a parameter where the old tensor is one."""
+    """The data, as a parameter if the old tensor is one."""
     return torch.nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else data
 
 
 def copy_tensor(name: str, value: Any) -> Any:
-    """A copy of an attribute, for `rebuild`; a parameter stays one."""
+    """A copy of an attribute, for `rebuild`; a parameter stays a parameter."""
     if not isinstance(value, torch.Tensor):
         return copy.deepcopy(value)
     return like(value, value.detach().clone())
@@ -214,10 +212,10 @@ def rebuild(
     take: Callable[[str, Any], Any] = lambda name, value: value,
     edit: Callable[[dict[fx.Node, fx.Node]], None] | None = None,
 ) -> TrainableModule:
-    """The same graph in a new module, around other tensors or the same; tensors that no node reads are left behind.
+    """The same graph in a new module, around the same tensors or others; tensors that no node reads are left out.
 
-    take(name, value) gives the new value of an attribute; it is asked once for a tensor with several names, so tied
-    weights stay tied. edit(nodes) may change the new graph, given the new node for every old one.
+    take: `take(name, value)` returns the new value of an attribute. It is called once for a tensor with several names, so
+    tied weights stay tied. edit: `edit(nodes)` may change the new graph, given the new node for every old one.
     """
     graph = fx.Graph()
     nodes: dict[fx.Node, fx.Node] = {}
@@ -233,7 +231,7 @@ def rebuild(
         edit(nodes)
     new.graph = graph
     flags = {path: part.training for path, part in module.named_modules(remove_duplicate=False)}
-    for path, part in new.named_modules():  # one that the old has not follows the one above it
+    for path, part in new.named_modules():  # a module that the old one lacks follows its parent
         part.training = flags[path] = flags.get(path, flags[path.rpartition(".")[0]])
     if "batch_norm" in module.meta:
         new.meta["batch_norm"] = module.meta["batch_norm"]

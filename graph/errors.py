@@ -1,4 +1,4 @@
-"""Errors a user may see: one clear line each; the command line prints it and exits with code 2."""
+"""Errors that a user may see: one clear line each; the command line prints it and exits with code 2."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from collections.abc import Iterable
 
 
 def strict() -> bool:
-    """Whether a mistake in a rule is raised instead of becoming a refusal that names it: in our own tests, which set
-    GRAPHCOMB_STRICT=1. A user's network is still pruned where a rule stumbles."""
+    """Whether a mistake in a rule is raised: in our own tests, which set GRAPHCOMB_STRICT=1. For users it becomes a refusal
+    that names it, so that their network is still pruned."""
     return os.environ.get("GRAPHCOMB_STRICT") == "1"
 
 
 class GraphcombError(Exception):
-    """Base of all errors that are the user's to act on. The message is one line that names the field or node."""
+    """Base of all errors that a user can act on. The message is one line that names the field or node."""
 
 
 class BadInput(GraphcombError):
-    """A recipe, model, data set or file is not what it should be."""
+    """A recipe, model, data set, option or file is not what it should be."""
 
 
 class CaptureError(GraphcombError):
-    """`torch.export` refused the model, or the exported graph cannot be made functional."""
+    """`torch.export` refused the model, the exported graph cannot be made functional, or the program differs from the
+    model."""
 
 
 class Refused(GraphcombError):
-    """A pass or rule is not sure that the rewrite is exact, so it does not do it."""
+    """A pass or rule is not sure that a rewrite is exact, so it does not do it."""
 
 
 class Unreachable(GraphcombError):
-    """A target (MACs, parameters, latency) cannot be reached; the message says what is reachable."""
+    """A target (MACs, parameters, latency, number of blocks) cannot be reached; the message says what is reachable."""
 
 
 class Contended(GraphcombError):
@@ -42,13 +43,13 @@ class MissingBackend(GraphcombError):
 
 
 def in_a_line(error: BaseException, most: int = 200) -> str:
-    """An error of another library in one line: its class and the first line of its message, up to `most` characters."""
+    """Another library's error in one line: its class and the first line of its message, up to `most` characters of it."""
     line = first_line(error)
     return f"{type(error).__name__}: {line[:most]}" if line else type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something; empty where none does."""
+    """The first line of an error's message that is not blank, or ""."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
@@ -60,7 +61,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line that says something, of the innermost error."""
+    """The first line of the innermost error's message that is not blank, up to 300 characters."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (first_line(error) or type(error).__name__)[:300]

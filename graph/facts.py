@@ -1,6 +1,6 @@
-"""Facts about operators, each once: by PyTorch's own tags where it has them, by ATen name otherwise.
+"""Facts about operators, each in one place: from PyTorch's own tags if it has them, else by ATen name.
 
-The absence oracle (`verify`) keeps lists of its own, on purpose.
+The absence oracle (`verify`) has lists of its own, on purpose.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from torch import fx
 
 
 def is_pointwise(node: fx.Node) -> bool:
-    """Whether PyTorch says that the operator treats each entry by itself."""
+    """Whether PyTorch tags the operator as treating each entry by itself."""
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether PyTorch says that the operator may draw random numbers."""
+    """Whether PyTorch tags the operator as drawing random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def names(text: str) -> frozenset[str]:
-    """The names in a text, which blanks separate."""
+    """The names in a text, separated by spaces."""
     return frozenset(text.split())
 
 
@@ -31,7 +31,7 @@ ALIASES = names(  # other names of operators that are tagged
     "special_log1p special_erf special_erfc special_erfinv special_sinc special_logit special_round special_xlogy greater "
     "less greater_equal less_equal not_equal subtract multiply divide true_divide"
 )
-CASTS = names("to _to_copy")  # or of another device
+CASTS = names("to _to_copy")  # to another dtype or device
 COPIES = CASTS | names("contiguous alias detach lift_fresh_copy type_as native_dropout") | DROPOUTS
 FILLS = names("zeros_like ones_like full_like empty_like rand_like randn_like bernoulli fill zero")
 UNTAGGED_UNARY = COPIES | FILLS | names("hardswish log_sigmoid conj real view_as_complex_copy") | ALIASES
@@ -41,7 +41,7 @@ UNTAGGED_BINARY = names("rsub floor_divide where masked_fill copy __and__ __or__
 CONVS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED_CONVS = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 MAPS = (*CONVS, *TRANSPOSED_CONVS, "linear")  # affine maps of channels
-MATRIX_PRODUCTS = {  # the arguments that are multiplied
+MATRIX_PRODUCTS = {  # by operator, the arguments that are multiplied
     "matmul": ("self", "other"), "linalg_matmul": ("self", "other"), "bmm": ("self", "mat2"), "mm": ("self", "mat2"),
     "addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"),
 }  # fmt: skip
@@ -50,7 +50,7 @@ VECTOR_PRODUCTS = {
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------------------ normalisations and reductions
-NORMS = names("layer_norm group_norm instance_norm rms_norm")  # by moments of what they normalise
+NORMS = names("layer_norm group_norm instance_norm rms_norm")  # normalise by moments of their own input
 SOFTMAXES = names("softmax log_softmax _softmax _log_softmax _safe_softmax")
 DEVIATIONS = names("var std var_mean std_mean")  # undefined over too few entries
 REDUCTIONS = DEVIATIONS | names(

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name and renamed, read with one line where they are damaged."""
+"""Files that are either complete or absent: written under a temporary name and renamed; errors of reading are one line."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .errors import BadInput
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name in the folder of `path`, renamed to it on success and removed on failure. Raises BadInput when
-    the folder cannot be written."""
+    """A context that yields a temporary name in the folder of `path`, renamed to `path` on success and removed on failure.
+    Raises BadInput if the folder cannot be written."""
     part = path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.part{path.suffix}")
-        # A new file, never what a link under that name leads to, with the rights that new files have.
+        # O_EXCL: a new file, never the target of a link with that name; with the permissions of new files.
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield part
         part.replace(path)
@@ -34,13 +34,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Write a value as JSON; what JSON does not know is written as its text. Raises what `replacing` raises."""
+    """Write a value as JSON; values that JSON does not know are written as text. Raises BadInput if the folder cannot be
+    written."""
     with replacing(path) as part:
         part.write_text(json.dumps(value, indent=indent, default=str) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises BadInput for one that cannot be read or is no JSON."""
+    """The content of a JSON file. Raises BadInput for a file that cannot be read or is not JSON."""
     try:
         return json.loads(path.read_text())
     except OSError as error:

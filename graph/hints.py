@@ -1,4 +1,4 @@
-"""Values checked against type hints: the options of passes, in Python and in recipes, and those of engines."""
+"""Checks of values against type hints, for the options of passes (in Python and in recipes) and of engines."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ WORDS = {
 
 
 def checked(hint: Any, value: Any, name: str) -> Any:
-    """Return the value as its type hint says, or raise BadInput: `name: a number, not 'half'`.
+    """Return the value in the type of its hint, or raise BadInput: `name: a number, not 'half'`.
 
-    Nothing is converted that could lose something: a whole number becomes a float, a scalar of NumPy or PyTorch one of
-    Python, and for a tuple a list does, and a single text. True and false are no numbers, and numbers are finite.
+    Only lossless conversions are made: a whole number becomes a float, a scalar of NumPy or PyTorch becomes one of Python,
+    and for a tuple a list is accepted, or a single text. True and false are no numbers, and numbers must be finite.
     """
     from pydantic import ValidationError
 
@@ -36,7 +36,7 @@ def checked(hint: Any, value: Any, name: str) -> Any:
 
 
 def in_words(hint: Any) -> str:
-    """Say what a type hint asks for, as in "a whole number or a list"; None is left out."""
+    """What a type hint asks for, as in "a whole number or a list"; None is left out."""
     origin = get_origin(hint) or hint
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(in_words(part) for part in get_args(hint) if part is not NoneType))
@@ -49,8 +49,11 @@ def in_words(hint: Any) -> str:
 
 
 def check_fields(instance: Any, prefix: str | None = None) -> None:
-    """Check every field of a frozen dataclass against its type hint, and store what `checked` returns. prefix: what stands
-    before a field's name in messages, by default the class (`RemoveChannels.ratio: ...`)."""
+    """Check every field of a frozen dataclass against its type hint, and store what `checked` returns.
+
+    prefix: the start of a field's name in messages, by default the class (`RemoveChannels.ratio: ...`). Raises BadInput for
+    the first field that does not fit.
+    """
     cls = type(instance)
     hints, prefix = field_hints(cls), f"{cls.__name__}." if prefix is None else prefix
     for field in dataclasses.fields(instance):
@@ -60,7 +63,7 @@ def check_fields(instance: Any, prefix: str | None = None) -> None:
 
 
 def field_hints(cls: type) -> dict[str, Any]:
-    """Return the type hints of a class; none where a name in them is not known at run time, and nothing can be checked."""
+    """The type hints of a class; empty, so that nothing is checked, if a name in them is unknown at run time."""
     try:
         return get_type_hints(cls)
     except NameError:
@@ -69,7 +72,7 @@ def field_hints(cls: type) -> dict[str, Any]:
 
 @functools.cache
 def _adapter(hint: Any) -> Any:
-    """What validates a hint, built once. Imports pydantic late, for a quick start of the command line."""
+    """The validator of a hint, built once. Imports pydantic late, for a quick start of the command line."""
     from pydantic import ConfigDict, TypeAdapter
 
     strict = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)

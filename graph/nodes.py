@@ -1,4 +1,4 @@
-"""Small helpers to read and write the nodes of an ATen graph by argument name."""
+"""Functions that read and write the nodes of an ATen graph, by argument name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from . import compat
 
 
 def op_name(node: fx.Node) -> str:
-    """Name of the node's operator without namespace or overload: "conv2d", "getitem"; for custom ops "space::name"."""
+    """Name of the node's operator without namespace or overload, such as "conv2d" or "getitem"; for custom operators
+    "space::name". For a node that calls nothing, its `op`."""
     if node.op != "call_function":
         return node.op
     if node.target is operator.getitem:
@@ -24,7 +25,8 @@ def op_name(node: fx.Node) -> str:
 
 
 def is_operator(node: fx.Node) -> bool:
-    """Whether the node calls an ATen or custom operator, which has a schema (and not Python, or the body of a branch)."""
+    """Whether the node calls an ATen or custom operator, which has a schema (a Python function or a higher-order operator
+    has none)."""
     return compat.schema(node.target) is not None
 
 
@@ -55,25 +57,27 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
 
 
 def permutation(node: Any) -> list[int] | None:
-    """The dimensions of its input in the order that a transpose or permute gives them; None for other nodes."""
+    """For a transpose or permute, the order that it gives the dimensions of its input; None for other nodes."""
     return moved(node) if isinstance(node, fx.Node) and op_name(node) in ("transpose", "permute") else None
 
 
 def moved(node: fx.Node) -> list[int]:
-    """The dimensions of its input in the order that an operator gives them which does nothing but reorder dimensions: seen
-    on a tensor whose dimension d has size d."""
+    """The order that a node gives the dimensions of its input, for an operator that only reorders dimensions.
+
+    It is found by running the operator on a tensor whose dimension d has size d.
+    """
     a = arguments(node)
     probe = torch.empty([*range(len(shape(a["self"])))], device="meta")
     return list(node.target(**{**a, "self": probe}).shape)  # type: ignore[operator]
 
 
 def per_dim(value: Any, dims: int) -> tuple[int, ...]:
-    """An argument of a convolution or pooling by spatial dimension, where one number may stand for all."""
+    """An argument of a convolution or pooling as one number for each of `dims` spatial dimensions."""
     return tuple(value) * dims if len(value) == 1 else tuple(value)
 
 
 def conv_padding(conv: fx.Node) -> list[tuple[int, int]]:
-    """Zeros that a convolution puts before and after its input, by spatial dimension."""
+    """For each spatial dimension, the zeros that a convolution puts before and after its input."""
     a, extent = arguments(conv), shape(arguments(conv)["weight"])[2:]
     if a["padding"] == "same":
         dilation = per_dim(a["dilation"], len(extent))
@@ -82,11 +86,11 @@ def conv_padding(conv: fx.Node) -> list[tuple[int, int]]:
     return [(p, p) for p in per_dim([0] if a["padding"] == "valid" else a["padding"], len(extent))]
 
 
-DATA_DEPENDENT = 97  # stands for a size that only the data knows; prime, so that it divides nothing by accident
+DATA_DEPENDENT = 97  # example of a size that depends on data; prime, so that it divides nothing by accident
 
 
 def hint(size: Any) -> int:
-    """The example value of a static or symbolic size; a size that depends on data counts `DATA_DEPENDENT`."""
+    """The example value of a static or symbolic size; a size that depends on data gives `DATA_DEPENDENT`."""
     if isinstance(size, int):
         return int(size)
     if isinstance(size, fx.Node):
@@ -100,7 +104,7 @@ def shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def continuous(value: Any) -> bool:
-    """Whether gradients can reach a value: it is a floating-point or complex tensor."""
+    """Whether the value can have a gradient: it is a floating-point or complex tensor."""
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
@@ -113,8 +117,8 @@ def fetch(module: torch.nn.Module, path: str) -> Any:
 
 
 def source(node: fx.Node) -> str:
-    """`node (file:line: code)` of the user's model, as far as the export recorded it: the innermost frame that is not
-    torch's own, or else the module's path."""
+    """`node (file:line: code)` of the user's model, as far as the export recorded it: the innermost frame outside of torch,
+    or else the module's path."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
     frames = [(i, line) for i, line in enumerate(lines) if line.startswith('File "')]
     user_frames = [(i, line) for i, line in frames if "/torch/" not in line] or frames
@@ -129,20 +133,21 @@ def source(node: fx.Node) -> str:
 
 
 def module_paths(node: fx.Node) -> list[str]:
-    """The paths of the modules around an operator from the outermost on, "" for the model itself, as the export has them: a
-    module's second call has "@1" behind its path."""
+    """The paths of the modules around an operator, outermost first, "" for the model itself, as the export writes them: a
+    module's second call has "@1" after its path."""
     return [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
 def module_path(node: fx.Node) -> str:
-    """The path of the module whose forward calls the operator, "" for the model itself; a second call of a module has the
-    path of the first."""
+    """The path of the module whose forward calls the operator, "" for the model itself; all calls of a module have the same
+    path."""
     return next(reversed(module_paths(node)), "").split("@")[0]
 
 
 def spelled_out(equation: str, ranks: list[int]) -> tuple[list[str], str]:
-    """The letters of each operand and of the result; digits stand for the dimensions of an ellipsis, counted from the
-    last. Without an arrow the result has the letters that occur once, in alphabetical order, after the ellipsis."""
+    """The letters of each operand and of the result of an einsum; digits stand for the dimensions of an ellipsis, counted
+    from the last. Without an arrow, the result has the letters that occur once, in alphabetical order, after the ellipsis.
+    """
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms, most = [], 0
     for term, rank in zip(left.split(","), ranks, strict=True):

@@ -13,8 +13,8 @@ from .errors import BadInput, nearest
 
 
 def named_outputs(outputs: Any) -> dict[str, Any]:
-    """What a model returns, flat: each entry by its place, keys and indices joined by dots ("logits", "0", "boxes.1"). A
-    model that returns a tensor alone has one output, "out"."""
+    """The entries of a model's output by name, flat: keys and indices joined by dots ("logits", "0", "boxes.1"). A model
+    that returns only a tensor has one output, "out"."""
     found = {}
     for path, value in pytree.tree_flatten_with_path(outputs)[0]:
         keys = (next(getattr(k, a) for a in ("key", "idx", "name") if hasattr(k, a)) for k in path)
@@ -23,13 +23,13 @@ def named_outputs(outputs: Any) -> dict[str, Any]:
 
 
 def output_nodes(graph: fx.Graph) -> dict[str, Any]:
-    """What a program's graph returns, by the same names: nodes, and numbers or None that are no nodes."""
+    """The outputs of a program's graph by the same names: nodes, or numbers and None."""
     leaves = pytree.tree_leaves(graph.output_node().args)
     return named_outputs(pytree.tree_unflatten(leaves, output_spec(graph)))
 
 
 def pick(outputs: Any, names: Sequence[str], what: str) -> dict[str, Any]:
-    """The outputs of these names. Raises BadInput for one that is not there."""
+    """The outputs of these names. Raises BadInput for a name that is not there; `what` starts its message."""
     found = named_outputs(outputs)
     for name in names:
         if name not in found:
@@ -39,7 +39,10 @@ def pick(outputs: Any, names: Sequence[str], what: str) -> dict[str, Any]:
 
 @contextmanager
 def only_outputs(model: nn.Module, names: Sequence[str] | None) -> Iterator[None]:
-    """Within the context the model returns these of its outputs: one as the tensor itself, several as a dict by name."""
+    """A context in which the model returns only these of its outputs: one as the tensor itself, several as a dict by name.
+
+    names: None for all. Raises BadInput unless it is a list of different names that the model has.
+    """
     if names is None:
         yield
         return

@@ -35,8 +35,9 @@ from .trainable import TrainableModule, set_tag, switched, tag
 class Program:
     """One vision model as a functional graph in torch.export's training IR.
 
-    Attributes: `graph_module` (call it with the original arguments), `args`/`kwargs` (example inputs),
-    `dynamic_shapes` (torch.export's form or None), `history` (records of the passes applied).
+    Attributes: `graph_module` (called with the original arguments), `args`/`kwargs` (example inputs), `dynamic_shapes`
+    (torch.export's form, or None), `history` (records of the applied passes), `proof` (what comparing a captured program
+    with its model found, else None).
     """
 
     def __init__(
@@ -53,12 +54,16 @@ class Program:
         self.history = list(history or [])
         self._stale = False
         self._known: tuple[dict[str, Any], int] | None = None
-        self.proof: Proof | None = None  # of a program that comes straight from a model
+        self.proof: Proof | None = None  # set by `capture` alone
 
     # ------------------------------------------------------------------------------------------------ construction
     @classmethod
     def from_exported(cls, exported: ExportedProgram, history: list[dict[str, Any]] | None = None) -> Program:
-        """Wrap an `ExportedProgram` in the training IR (as `torch.export.export` returns it, not decomposed)."""
+        """Wrap an `ExportedProgram` in the training IR (as `torch.export.export` returns it, not decomposed).
+
+        Raises BadInput for a program without example inputs or a decomposed one, CaptureError if it cannot be made
+        functional.
+        """
         if exported.example_inputs is None:
             raise BadInput("the exported program carries no example inputs; export it again with torch.export.export")
         _refuse_decomposed(exported)
@@ -73,13 +78,14 @@ class Program:
         return cls(functional_graph(exported), args, kwargs, dynamic_shapes_of(exported), history)
 
     def derive(self, graph_module: fx.GraphModule, stale: bool = True) -> Program:
-        """A program with the same inputs and history around another graph; stale: shapes in the metadata are old."""
+        """A program with the same inputs and history around another graph. stale: whether shapes in the graph's metadata
+        are old."""
         new = Program(graph_module, self.args, self.kwargs, self.dynamic_shapes, self.history)
         new._stale = stale
         return new
 
     def copy(self) -> Program:
-        """An independent copy: weights and graph are cloned."""
+        """An independent copy, with its own weights and graph."""
         return self.derive(rebuild(self._module, copy_tensor), stale=self._stale)
 
     # ------------------------------------------------------------------------------------------------------- access
@@ -98,7 +104,7 @@ class Program:
 
     @property
     def structure(self) -> fx.Graph:
-        """The graph at no cost: right after a removal, the metadata of its nodes still holds the shapes of before."""
+        """The graph without updating its metadata: right after a removal, nodes still have the shapes from before it."""
         return self._module.graph
 
     def module(self) -> TrainableModule:
@@ -107,22 +113,23 @@ class Program:
         return self._module
 
     def replace_module(self, module: TrainableModule) -> None:
-        """Go on with another module of the same inputs, such as a surgery in the middle of training leaves."""
+        """Continue with another module of the same inputs, such as a callback's surgery leaves in the middle of
+        training."""
         if module is not self._module:
             self._module, self._stale, self._known = module, True, None
 
     def exported(self, training: bool = False) -> ExportedProgram:
         """The program as an `ExportedProgram` in the training IR.
 
-        training: in train mode (dropout on, statistics of the batch, which update the running ones), for training
-        without graphcomb; an exported program has one mode for good.
+        training: export train mode (dropout on, batch statistics, which update the running ones), for training without
+        graphcomb; an exported program has only one mode.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module = rebuild(self._module).train(training)  # the live module stays as it is
             exported = export(module, self.args, self.kwargs, self.dynamic_shapes, training)
         nodes, new = switched(module), switched(exported.graph_module)
-        if [n.target for _, n in nodes] == [n.target for _, n in new]:  # what both modes mean travels with the file
+        if [n.target for _, n in nodes] == [n.target for _, n in new]:  # so that both modes survive in a file
             for (_, old), (_, node) in zip(nodes, new, strict=True):
                 if known := tag(old):
                     set_tag(node, **known)
@@ -130,22 +137,22 @@ class Program:
 
     @property
     def params(self) -> int:
-        """Number of parameters, tied ones counted once."""
+        """Number of parameters; tied ones count once."""
         return sum(p.numel() for p in self._module.parameters())
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates for the example input; warns, naming them, of operators that cannot be counted."""
+        """Multiply-accumulates for the example input; warns of operators that cannot be counted, and names them."""
         found = self.cost()
         if "unknown" in found:
             warnings.warn(f"not all multiply-accumulates are counted: {'; '.join(found['unknown'])}", stacklevel=2)
         return found["macs"]
 
     def cost(self) -> dict[str, Any]:
-        """MACs for the example input, parameters, and bytes of weights and activations. `unknown`: the operators whose
-        MACs are not among them, where there are any.
+        """MACs for the example input, number of parameters, and bytes of weights and activations. If not all operators can
+        be counted, `unknown` names the others.
 
-        A pass that knows the cost of its result from the axes sets `known_cost`, which spares a fake run.
+        A pass that knows the cost of its result from the axes sets `known_cost`, which saves a fake run.
         """
         if (known := self.known_cost) is not None:
             return dict(known)
@@ -154,7 +161,7 @@ class Program:
 
     @property
     def known_cost(self) -> dict[str, Any] | None:
-        """The cost that a pass has found from the axes; None once the graph or the shape of a weight has changed."""
+        """The cost that a pass has computed from the axes; None once the graph or the shape of a weight has changed."""
         return self._known[0] if self._known and self._known[1] == _fingerprint(self._module) else None
 
     @known_cost.setter
@@ -164,7 +171,8 @@ class Program:
 
     # ----------------------------------------------------------------------------------------------------- storage
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a `.pt2` with the pass record inside, under a temporary name and renamed. BadInput where it cannot be."""
+        """Write a `.pt2` file that includes the record of passes, under a temporary name that is then renamed. Raises
+        BadInput if the file cannot be written."""
         path = Path(path)
         with replacing(path) as part:
             with warnings.catch_warnings():
@@ -174,11 +182,11 @@ class Program:
         return path
 
     def to_source(self, path: str | os.PathLike[str]) -> Path:
-        """Write the program as a readable `nn.Module` in a Python file that needs PyTorch alone, and its tensors into a
+        """Write the program as a readable `nn.Module` in a Python file that needs only PyTorch, and its tensors into a
         safetensors file beside it; returns the path. `load()` of the written file gives the module.
 
-        What was written is run beside the program in float64: outputs, and in train mode buffers and gradients. Raises
-        Refused, naming the node, where something has no source, and where anything differs.
+        The written module is run beside the program in float64, and outputs are compared, in train mode also buffers and
+        gradients. Raises Refused, naming the node, if an operator has no source or anything differs.
         """
         return write_source(self.graph_module, self.args, self.kwargs, path)
 
@@ -196,17 +204,18 @@ def capture(
     prove: bool = True,
     outputs: Sequence[str] | None = None,
 ) -> Program:
-    """Capture a model in eval mode, with what training changes; the model is left as it was, its weights are copied.
+    """Capture a model in eval mode, together with what training changes. The model is left as it was; its weights are
+    copied.
 
     args: example inputs (a tuple, or a single tensor). dynamic_shapes: as for `torch.export.export`, or "batch" for a
-    dynamic first dimension of every tensor. prove: compare the program with the model on the example inputs, outputs,
-    buffers and gradients in eval and in train mode; what the comparison found is `program.proof`. outputs: which of the
+    dynamic first dimension of every tensor. prove: whether to compare the program with the model on the example inputs
+    (outputs, buffers and gradients in eval and in train mode); `program.proof` has the result. outputs: which of the
     model's outputs the program has, by the names that `named_outputs` gives them ("logits", "boxes.1"): one as the tensor
-    itself, several as a dict. What only the others need is not captured.
+    itself, several as a dict. What only the other outputs need is not captured.
 
-    Warns of what only training has (auxiliary heads, stochastic depth), of custom backward functions, and of what could
-    not be compared. Raises CaptureError with the reason when `torch.export` refuses the model, and with the first node
-    that differs when the program is not the model.
+    Warns of what only training has (auxiliary heads, stochastic depth), of custom backward functions, and of what could not
+    be compared. Raises BadInput for unknown outputs or `dynamic_shapes`, CaptureError if `torch.export` refuses the model
+    or if the program differs from it (naming the first node that differs).
     """
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     with only_outputs(model, outputs):
@@ -257,7 +266,8 @@ def _captured(
 
 
 def _casts(program: Program) -> list[str]:
-    """What there is to say of layers whose weights the forward casts to half precision, as autocast inside it does."""
+    """A note on layers whose weights the forward itself casts to half precision, as autocast inside of it does; else
+    nothing."""
     layers = [
         user
         for node in program.structure.nodes
@@ -275,8 +285,8 @@ def _casts(program: Program) -> list[str]:
 
 
 def _distinct(inputs: Any) -> Any:
-    """The inputs with a copy of every tensor that comes a second time: `torch.export` takes equal inputs for one, and the
-    program would read the first of them alone."""
+    """The inputs with a copy of every tensor that occurs again: `torch.export` treats the same tensor as one input, and the
+    program would only read the first of them."""
     seen: set[int] = set()
 
     def own(x: Any) -> Any:
@@ -289,7 +299,8 @@ def _distinct(inputs: Any) -> Any:
 
 
 def load(path: str | os.PathLike[str]) -> Program:
-    """Read a `.pt2`, graphcomb's or any other with example inputs. Raises BadInput when it is no such file."""
+    """Read a `.pt2` file, graphcomb's or any other with example inputs. Raises BadInput for a missing or unusable file,
+    CaptureError if its graph cannot be made functional."""
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
@@ -310,9 +321,9 @@ DECOMPOSED = frozenset(
 
 
 def _refuse_decomposed(exported: ExportedProgram) -> None:
-    """What `run_decompositions` leaves can neither be pruned nor trained: its batch norms know no training, and which
-    matrix is the weight of a linear layer is lost."""
-    if exported.dialect == "TRAINING":  # a user's own torch.mm is no trace of a decomposition
+    """Raise BadInput for the result of `run_decompositions`, which can neither be pruned nor trained: its batch norms have
+    no train mode, and it does not say which matrix is the weight of a linear layer."""
+    if exported.dialect == "TRAINING":  # operators such as a user's own torch.mm are then no sign of a decomposition
         return
     found = sorted({op_name(n) for n in exported.graph.nodes} & DECOMPOSED)
     if found:
@@ -327,13 +338,14 @@ def _adopt(module: fx.GraphModule) -> TrainableModule:
         return module
     drop_dead(module)
     new = TrainableModule(module, module.graph)
-    new.eval()  # a capture is in eval mode, whatever flag torch.export leaves on its module
+    new.eval()  # torch.export may leave the module's flag in train mode
     copy_specs(module, new)
     return new
 
 
 def _outdated(module: fx.GraphModule) -> bool:
-    """Whether a tensor in place of another, such as the weight of a new head, has a shape the metadata do not know."""
+    """Whether a stored tensor was replaced (such as the weight of a new head) by one of another shape than the metadata
+    has."""
     return any(
         isinstance(stored, torch.Tensor) and "val" in node.meta and node.meta["val"].shape != stored.shape
         for node, stored in attributes(module)
@@ -341,7 +353,7 @@ def _outdated(module: fx.GraphModule) -> bool:
 
 
 def _fingerprint(module: fx.GraphModule) -> int:
-    """A number for the operators of a graph and the shapes of its weights."""
+    """A hash of the operators of a graph and the shapes of its weights."""
     shapes = [stored.shape for _, stored in attributes(module) if isinstance(stored, torch.Tensor)]
     return hash((*(n.target for n in module.graph.nodes), *shapes))
 

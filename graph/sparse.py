@@ -1,8 +1,9 @@
-"""Sparse weights stay sparse: which there are, where their masks live, and what every later pass has to respect.
+"""Sparse weights stay sparse: which weights are sparse, where their masks are stored, and what every later pass must
+respect.
 
-A mask is the zeros of a weight that `Sparsify` named in its record: the record travels with the program and inside the
-`.pt2`, the zeros travel with the weight (a removed channel takes its part of the mask along, folding a scale leaves zeros
-zero, symmetric quantisation maps them to zero), so there is no second tensor that could disagree. Training holds them
+A mask is the zeros of a weight that `Sparsify` named in its record. The record is part of the program and of the `.pt2`,
+and the zeros are in the weight (removing a channel removes its part of the mask, folding a scale leaves zeros zero,
+symmetric quantisation maps them to zero), so there is no second tensor that could disagree. Training holds them
 (`passes.train.callbacks`), and after every pass `check_masks` proves that none was lost. Source: ours.
 """
 
@@ -18,7 +19,8 @@ from .program import Program
 
 
 def read_pattern(text: str) -> tuple[int, int]:
-    """`(2, 4)` of "2:4": two of every four consecutive input channels stay. ValueError when it is no such thing."""
+    """`(2, 4)` for "2:4": two of every four consecutive input channels stay. Raises ValueError for a text that is no
+    pattern."""
     n, m = (int(part) for part in text.split(":"))
     if not 0 < n < m:
         raise ValueError(text)
@@ -26,7 +28,7 @@ def read_pattern(text: str) -> tuple[int, int]:
 
 
 def implies(pattern: str | None, other: str) -> bool:
-    """Whether a weight with a pattern has the other one as well, as 1:4, 1:2 and 2:8 have 2:4."""
+    """Whether a weight with `pattern` also has the `other` one, as 1:4, 1:2 and 2:8 have 2:4."""
     if pattern is None:
         return False
     (n, m), (p, q) = read_pattern(pattern), read_pattern(other)
@@ -34,13 +36,14 @@ def implies(pattern: str | None, other: str) -> bool:
 
 
 def stronger(before: str | None, after: str | None) -> str | None:
-    """The pattern of a weight that got one after another: zeros stay, so a later one that asks for less adds nothing."""
+    """The pattern of a weight that got one pattern after another. Zeros stay, so a later pattern that asks for less adds
+    nothing."""
     return before if after is None or implies(before, after) else after
 
 
 def sparse_weights(program: Program) -> dict[str, str | None]:
-    """The weights that were sparsified and are still there, each with its pattern ("2:4") or None. More zeros outside any
-    pattern leave the pattern that a weight has."""
+    """The sparsified weights that are still in the program, each with its pattern ("2:4") or None. Zeros that are added
+    without a pattern do not change a weight's pattern."""
     named: dict[str, str | None] = {}
     for record in program.history:
         for name, pattern in record.get("sparse", {}).items():
@@ -49,7 +52,7 @@ def sparse_weights(program: Program) -> dict[str, str | None]:
 
 
 def weight(program: Program, name: str) -> Tensor | None:
-    """A stored tensor by name, None where the program has none."""
+    """A stored tensor by name, or None if the program has none."""
     try:
         stored = fetch(program._module, name)
     except (AttributeError, KeyError):
@@ -58,7 +61,7 @@ def weight(program: Program, name: str) -> Tensor | None:
 
 
 def zeros(program: Program) -> dict[str, Tensor]:
-    """The masks: for each sparse weight, True where it is zero for good."""
+    """The masks: for each sparse weight, bool, True where it stays zero."""
     return {name: found == 0 for name in sparse_weights(program) if (found := weight(program, name)) is not None}
 
 
@@ -69,15 +72,19 @@ def allowed(mask: Tensor, pattern: tuple[int, int]) -> bool:
 
 
 def legal(tensor: Tensor, pattern: str) -> bool:
-    """Whether a weight `(out, in, *kernel)` has its zeros where a sparse kernel needs them: in every group of `m` input
-    channels of one output channel and kernel position."""
+    """Whether a weight `(out, in, *kernel)` has a pattern as sparse kernels need it: in every group of `m` input channels
+    of one output channel and kernel position."""
     return allowed((tensor == 0).movedim(1, -1), read_pattern(pattern))
 
 
 def check_masks(
     before: Program, after: Program, removed: dict[str, dict[int, list[int]]], name: str, exact: bool
 ) -> None:
-    """Refuse a result that fills up zeros, breaks a pattern, or (in an exact pass) merges a sparse weight away."""
+    """Raise Refused for a result that fills zeros, breaks a pattern, or (in an exact pass) merges a sparse weight into
+    another.
+
+    removed: what the pass removed, in the numbering of `before`. name: of the pass. exact: whether the pass is exact.
+    """
     for what, pattern in sparse_weights(before).items():
         label = f"{what}, which Sparsify made {pattern or 'sparse'}"
         old, new = weight(before, what), weight(after, what)

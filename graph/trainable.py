@@ -1,13 +1,12 @@
-"""Train and eval mode: which arguments of an operator depend on it, and the live module that switches them.
+"""Train and eval mode: which arguments of an operator depend on the mode, and the live module that switches them.
 
-A node that behaves differently in the two modes carries `node.meta["custom"]["graphcomb"]`, a JSON-able dict that
-survives functionalisation, copies and `.pt2` files:
+A node that behaves differently in the two modes carries `node.meta["custom"]["graphcomb"]`, a JSON-able dict that survives
+functionalisation, copies and `.pt2` files:
 
-    op          the operator the entry is about (functionalisation may leave the metadata on helper nodes, too)
-    modes       {argument: [value in eval mode, value in train mode]}
-    module      path of the module that called the operator, in the user's model ("" when it is not known)
-    cumulative  batch_norm alone: momentum is None, so that the running statistics are plain averages over all batches
-    batches     how many batches those averages already hold
+op          the operator that the entry is about (functionalisation may leave the metadata on helper nodes, too) modes
+    {argument: [value in eval mode, value in train mode]} module      path of the module that called the operator, in the
+    user's model ("" if it is not known) cumulative  batch_norm only: momentum is None, so the running statistics are plain
+    averages over all batches batches     how many batches these averages already hold
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .facts import DROPOUTS, is_random
 from .nodes import arguments, fetch, op_name, set_argument
 
 TAG = "graphcomb"
-SWITCHES = {  # the argument that says "training", or how much dropout there is
+SWITCHES = {  # by operator, the argument for training, or for the amount of dropout
     **dict.fromkeys(DROPOUTS, "train"),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "train"),
     "rrelu": "training",
@@ -31,12 +30,12 @@ SWITCHES = {  # the argument that says "training", or how much dropout there is
     "instance_norm": "use_input_stats",
     "scaled_dot_product_attention": "dropout_p",
 }
-STATISTICS = ("batch_norm", "instance_norm")  # by the batch in one mode and by their running statistics in the other
+STATISTICS = ("batch_norm", "instance_norm")  # normalise by the batch in one mode, by running statistics in the other
 
 
 def switch(node: fx.Node) -> str | None:
-    """The argument that a mode may change, if there is one; a normalisation without running statistics normalises by the
-    batch in both modes and has none."""
+    """The argument that a mode may change, or None. A normalisation without running statistics has none, since it
+    normalises by the batch in both modes."""
     name = op_name(node)
     if name in STATISTICS and arguments(node)["running_mean"] is None:
         return None
@@ -44,24 +43,24 @@ def switch(node: fx.Node) -> str | None:
 
 
 def values(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a node that a mode may change, as they are."""
+    """The argument of a node that a mode may change, with its present value."""
     name = switch(node)
     return {} if name is None else {name: arguments(node)[name]}
 
 
 def tag(node: fx.Node) -> dict[str, Any]:
-    """What is known about the node's modes (see above); empty for a node that a pass made."""
+    """The node's entry (see the module); empty for a node without one, such as one that a pass made."""
     entry = (node.meta.get("custom") or {}).get(TAG)
     return entry if isinstance(entry, dict) and entry.get("op") == op_name(node) else {}
 
 
 def set_tag(node: fx.Node, **entry: Any) -> None:
-    """Note what is known about the node's modes, in place of what was."""
+    """Set the node's entry (see the module), replacing an earlier one."""
     node.meta["custom"] = {**(node.meta.get("custom") or {}), TAG: {**entry, "op": op_name(node)}}
 
 
 def wanted(node: fx.Node, training: bool) -> dict[str, Any]:
-    """The arguments a node has in a mode. A node without an entry (made by a pass) simply follows the mode."""
+    """The arguments that a node should have in a mode. A node without an entry (made by a pass) follows the mode."""
     if modes := tag(node).get("modes"):
         return {name: pair[training] for name, pair in modes.items()}
     name = switch(node)
@@ -69,7 +68,8 @@ def wanted(node: fx.Node, training: bool) -> dict[str, Any]:
 
 
 def walk(module: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node]]:
-    """All nodes in order, those of the bodies of higher-order operators (`torch.cond`) included, with their module."""
+    """Yield all nodes in order, each with its module, including those in the bodies of higher-order operators
+    (`torch.cond`)."""
     for node in module.graph.nodes:
         body = fetch(module, str(node.target)) if node.op == "get_attr" else None
         if isinstance(body, fx.GraphModule):
@@ -83,12 +83,12 @@ def graphs(module: fx.GraphModule) -> list[fx.GraphModule]:
 
 
 def switched(module: fx.GraphModule) -> list[tuple[fx.GraphModule, fx.Node]]:
-    """The nodes that differ between the modes, in order, with the module they are in."""
+    """The nodes that may differ between the modes, in order, each with its module."""
     return [(owner, n) for owner, n in walk(module) if n.op == "call_function" and switch(n)]
 
 
 def draws(node: fx.Node) -> bool:
-    """Whether the operator draws random numbers, as its node is now."""
+    """Whether the operator, with its present arguments, draws random numbers."""
     if node.op != "call_function" or not is_random(node):
         return False
     return switch(node) is None or any(values(node).values())
@@ -96,8 +96,8 @@ def draws(node: fx.Node) -> bool:
 
 # ----------------------------------------------------------------------------------------------------- the live module
 class _Generated:
-    """The `forward` of a graph whose code nobody has asked for yet: asking generates it. Generating code takes as long
-    as cutting the weights of a small network, and programs between two passes never run."""
+    """The `forward` of a graph whose code is generated on first use. Generating code takes as long as cutting the weights
+    of a small network, and programs between two passes never run."""
 
     def __get__(self, module: Any, owner: type | None = None) -> Any:
         if module is None:
@@ -109,21 +109,21 @@ class _Generated:
 class TrainableModule(fx.GraphModule):
     """A graph in which every operator with a training flag follows the `training` flag of its submodule.
 
-    What the two modes mean for a node was read from the user's model at capture (`capture.modes`): dropout that is always on
-    stays on, a BatchNorm that the model's own `train()` keeps frozen stays frozen, attention has its dropout in training
-    alone. `train()` and `eval()` of the whole or of a submodule work as they do on the user's model. What exists in training
-    alone (auxiliary heads, stochastic depth) is not in the graph; `capture` names it.
+    The arguments of a node in both modes were read from the user's model at capture (`capture.modes`): dropout that is
+    always on stays on, a BatchNorm that the model's own `train()` keeps frozen stays frozen, attention has its dropout only
+    in training. `train()` and `eval()` of the whole or of a submodule work as they do on the user's model. What exists only
+    in training (auxiliary heads, stochastic depth) is not in the graph; `capture` names it.
 
-    A batch_norm with momentum None is captured with momentum 0; in training its running statistics become, as in eager
-    mode, the plain average over the batches seen, counted in `meta["batches"]` on top of those before the capture.
+    A batch_norm with momentum None is captured with momentum 0. In training its running statistics become, as in eager
+    mode, the plain average over the batches seen; `meta["batches"]` counts them, besides those before the capture.
     """
 
     forward = _Generated()
-    _seen: tuple[bool, ...] | None = None  # the flags of all submodules when the nodes were last switched
+    _seen: tuple[bool, ...] | None = None  # flags of all submodules when the nodes were last switched
     _cumulative: tuple[tuple[fx.GraphModule, fx.Node], ...] = ()
 
     def recompile(self) -> Any:
-        """Generate the code anew, unless nobody has asked for any yet."""
+        """Generate the code again, if it has been generated before."""
         return super().recompile() if "forward" in vars(type(self)) else None
 
     @property
@@ -133,16 +133,16 @@ class TrainableModule(fx.GraphModule):
         return super().code
 
     def train(self, mode: bool = True, batch_norm: bool = True) -> TrainableModule:
-        """Set the training mode; with `batch_norm` False the running statistics are used and stay as they are."""
+        """Set the training mode; without `batch_norm`, the running statistics are used and do not change."""
         super().train(mode)
         self.meta["batch_norm"] = batch_norm
         self._switch()
         return self
 
     def _switch(self) -> None:
-        """Give every node the arguments that the flags of the submodules ask for."""
+        """Give every node the arguments that the flags of the submodules require."""
         changed, cumulative = set(), []
-        calls: Counter[int] = Counter()  # of one norm in a forward pass
+        calls: Counter[int] = Counter()  # by norm, its calls in a forward pass
         for owner, node in switched(self):
             known = tag(node)
             training = self._at(known.get("module") or _home(node)).training
@@ -157,7 +157,7 @@ class TrainableModule(fx.GraphModule):
                     cumulative.append((owner, node))
                     norm = id(fetch(owner, str(arguments(node)["running_mean"].target)))
                     calls[norm] += 1
-                    # leaves the pass's own statistics behind: those of the k-th call of a norm join the mean of the others
+                    # The running statistics become the mean over the norm's calls in this pass; k calls so far.
                     arguments_["momentum"] = 1 / calls[norm]
             for key, value in arguments_.items():
                 if arguments(node)[key] != value:
@@ -169,7 +169,7 @@ class TrainableModule(fx.GraphModule):
         self._seen = tuple(m.training for m in self.modules())
 
     def _at(self, path: str) -> torch.nn.Module:
-        """The module at a path of the user's model; one without tensors is made, so that it can be switched."""
+        """The module at a path of the user's model; one without tensors is created, so that it can be switched."""
         module: torch.nn.Module = self
         for part in path.split(".") if path else ():
             if part not in module._modules:
@@ -188,12 +188,12 @@ class TrainableModule(fx.GraphModule):
         count = self.meta["batches"] = self.meta.get("batches", 0) + bool(averaged)
         for (tensor, known, calls), old in zip(averaged, before, strict=True):
             share = calls / (count * calls + known)
-            tensor.data.lerp_(old, 1 - share)  # .data: autograd holds these but never reads them
+            tensor.data.lerp_(old, 1 - share)  # .data, since autograd saved the tensor (and never reads it)
         return result
 
     def _averaged(self) -> list[tuple[torch.Tensor, int, int]]:
-        """The running statistics that are plain averages, with the number of batches before the capture and of calls in a
-        forward pass."""
+        """The running statistics that are plain averages, each with the number of batches before the capture and of calls
+        in a forward pass."""
         found = [
             (fetch(owner, str(arguments(n)[key].target)), tag(n).get("batches", 0))
             for owner, n in self._cumulative
@@ -203,7 +203,7 @@ class TrainableModule(fx.GraphModule):
         return [(tensor, known, calls[id(tensor)]) for tensor, known in {id(t): (t, k) for t, k in found}.values()]
 
     def become(self, other: TrainableModule) -> None:
-        """Take over graph, tensors and flags of another module, which must not be used any more."""
+        """Take over the graph, tensors and flags of another module, which must not be used any more."""
         self._parameters, self._buffers, self._modules = other._parameters, other._buffers, other._modules
         for name in [k for k, v in vars(self).items() if isinstance(v, torch.Tensor)]:
             delattr(self, name)
@@ -212,7 +212,7 @@ class TrainableModule(fx.GraphModule):
         self.graph = other.graph
 
     def _apply(self, fn: Any, recurse: bool = True) -> TrainableModule:
-        """Move or cast the tensors; nodes that make tensors on the old device make them on the new one."""
+        """Move or cast the tensors; nodes that create tensors on the old device then create them on the new one."""
         old = self._device()
         super()._apply(fn, recurse)
         new = self._device()
@@ -241,6 +241,6 @@ def _same(value: Any, device: torch.device) -> bool:
 
 
 def _home(node: fx.Node) -> str:
-    """The path of the module whose tensors an operator without an entry uses."""
+    """The path of the module whose tensors an operator reads, for an operator without an entry."""
     found = next((a for a in node.all_input_nodes if a.op == "get_attr"), None)
     return str(found.target).rpartition(".")[0] if found is not None else ""

@@ -1,9 +1,10 @@
-"""The `.pt2` archive as a file: sealed when written, and read from a stranger without running anything of theirs.
+"""The `.pt2` archive as a file: sealed when written, and checked before it is loaded, so that loading runs none of its
+code.
 
-`torch.export.load` trusts its file: it unpickles, evaluates expressions and generates code from the names it finds, and
-it does not look at checksums. So a file is looked through here first. Three things are asked of it: that no byte
-changed since it was written, that it holds data only (no pickled classes, no compiled code), and that every name,
-operator and expression of the graph is what its kind may be. Source: ours.
+`torch.export.load` trusts its file: it unpickles, evaluates expressions and generates code from the names it finds, and it
+does not look at checksums. So a file is inspected here first. Three things are required of it: that no byte changed since
+it was written, that it holds data only (no pickled classes, no compiled code), and that every name, operator and expression
+of the graph is of the form that its field allows. Source: ours.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from ..errors import BadInput, in_a_line
 
 RECORD = "graphcomb.json"
 START = b"PK\x03\x04"
-END = b"PK\x05\x06"  # the record that ends a zip file: 22 bytes, of which the last two are the length of a comment
+END = b"PK\x05\x06"  # start of the record that ends a zip file: 22 bytes, the last two the length of a comment
 SEAL = b"graphcomb sha256 "
 FORCE, FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 class Unsafe(Exception):
-    """The archive holds something that a file of numbers and operators does not need."""
+    """Raised for an archive with contents that numbers and operators do not need."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- bytes
 def seal(path: Path) -> None:
-    """Write the digest of a zip file into its comment, so that any byte that changes later is noticed."""
+    """Write the digest of a zip file into its comment, so that a later change of any byte is noticed."""
     data = path.read_bytes()
     size = len(SEAL) + 2 * hashlib.sha256().digest_size
     body = data[:-2] + size.to_bytes(2, "little")
@@ -48,8 +49,10 @@ def seal(path: Path) -> None:
 
 
 def read(path: Path) -> bytes:
-    """The bytes of a zip file in which nothing is damaged, as far as the file itself can tell: against its seal where it
-    has one, against the checksum of every member otherwise. BadInput when something is."""
+    """The bytes of a zip file, after checking them against the seal if it has one and against the checksum of every member.
+
+    Raises BadInput for a file that cannot be read, is no zip file, or is damaged.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -76,8 +79,10 @@ def read(path: Path) -> bytes:
 
 # ------------------------------------------------------------------------------------------------------------- contents
 def load(path: Path) -> tuple[ExportedProgram, list[dict[str, Any]]]:
-    """The exported program in a `.pt2` and its record of passes; nothing that the file says is run. BadInput, in one
-    line, for a file that is damaged, is no `.pt2`, or holds more than data."""
+    """The exported program in a `.pt2` file, and its record of passes; no code of the file is run.
+
+    Raises BadInput for a file that is damaged, is no `.pt2`, or holds more than data.
+    """
     data = read(path)
     try:
         _inspect(data)
@@ -98,7 +103,7 @@ def load(path: Path) -> tuple[ExportedProgram, list[dict[str, Any]]]:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Let torch unpickle tensors and plain containers only, whatever its callers ask for; as before afterwards."""
+    """A context in which torch unpickles tensors and plain containers only, whatever its callers ask for."""
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORBID)}
     os.environ[FORCE] = "1"
     try:
@@ -111,7 +116,8 @@ def _weights_only() -> Iterator[None]:
 
 
 def _history(path: Path, text: str) -> list[dict[str, Any]]:
-    """The record of passes in a file: a list of JSON objects, each with the name of its pass."""
+    """The record of passes in a file: a list of JSON objects, each with the name of its pass. Raises BadInput for anything
+    else."""
     try:
         history = json.loads(text or "[]")
     except (json.JSONDecodeError, RecursionError):
@@ -151,7 +157,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _inspect(data: bytes) -> None:
-    """Raise Unsafe for what `torch.export.load` would run. Members are read as it reads them."""
+    """Raise Unsafe for contents that `torch.export.load` would run. Members are read as it reads them."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         if "version" in archive.namelist():
             raise ValueError("written by torch.export of torch 2.7 or older; load and save it there once more")
@@ -171,8 +177,8 @@ def _json(reader: Any, name: str) -> Any:
     return json.loads(reader.get_record(name).decode())
 
 
-CODE = re.compile(r"[\"'\\`\x00-\x1f\x7f]")  # what could end a string, a name or a line of generated code
-LITERALS = ("metadata", "as_string", "as_strings", "guards_code")  # never code: kept, or written as literals
+CODE = re.compile(r"[\"'\\`\x00-\x1f\x7f]")  # characters that could end a string, a name or a line of generated code
+LITERALS = ("metadata", "as_string", "as_strings", "guards_code")  # fields that never become code but as literals
 ARITHMETIC = frozenset(
     "getitem eq ne le ge lt gt neg pos mul add sub floordiv mod pow truediv and_ or_ lshift rshift not_ abs".split()
 )
@@ -184,7 +190,7 @@ SYNTAX = (
 
 
 def _look(value: Any, key: str) -> None:
-    """Raise Unsafe where a string of the graph is not what its kind may be."""
+    """Raise Unsafe for a string of the graph that its field does not allow."""
     if isinstance(value, dict):
         for k, v in value.items():
             if k not in LITERALS:
@@ -220,13 +226,13 @@ def _is_operator(value: str) -> bool:
         if name.startswith("__") and name not in ("__and__", "__or__", "__xor__", "__lshift__", "__rshift__"):
             return False
         if not hasattr(target, name):
-            return True  # not registered here: torch says so, and how to
+            return True  # not registered here; torch's own error says so, and how to register it
         target = getattr(target, name)
     return isinstance(target, compat.OpOverload | compat.HigherOrderOperator)
 
 
 def _is_expression(value: str) -> bool:
-    """Sizes are evaluated as Python: numbers, symbols, arithmetic and functions of sizes are all they need."""
+    """Whether a string, which torch evaluates as Python, only has numbers, symbols, arithmetic and functions of sizes."""
     try:
         tree = ast.parse(value.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -243,14 +249,14 @@ def _is_harmless(node: ast.AST) -> bool:
 
 
 def _is_of_sizes(name: str) -> bool:
-    """Whether the name is that of a mathematical function in sympy or in torch's own additions to it."""
+    """Whether the name is that of a mathematical function in sympy or in torch's additions to it."""
     functions = compat.size_functions
     found = getattr(functions, name, None) if name in functions.__all__ else getattr(sympy, name, None)
     return isinstance(found, type) and issubclass(found, sympy.Basic)
 
 
 def _is_nest(value: str) -> bool:
-    """How inputs and outputs are nested names no module to import."""
+    """Whether the description of how inputs or outputs are nested names no module to import."""
     return "__enum__" not in value and "default_factory_module" not in value
 
 
@@ -261,7 +267,7 @@ def _is_nest_of_inputs(value: str) -> bool:
     return _is_nest(value) and all(isinstance(name, str) and name.isidentifier() for name in names or ())
 
 
-KINDS: dict[str, tuple[Callable[[str], bool], str]] = {  # by key: what its strings may be, and what to say of others
+KINDS: dict[str, tuple[Callable[[str], bool], str]] = {  # by field: a test of its strings, and the message for others
     **dict.fromkeys(("name", "forward_arg_names"), (_is_name, "is not a name")),
     **dict.fromkeys(("target", "as_operator"), (_is_operator, "is not an operator of a graph")),
     "expr_str": (_is_expression, "is not an expression of sizes"),

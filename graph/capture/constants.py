@@ -1,4 +1,4 @@
-"""Constant folding: what depends on no input and no parameter is computed once and kept as a buffer."""
+"""Constant folding: values that depend on no input and no parameter are computed once and stored as buffers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from ..facts import FACTORIES, is_random
 from ..nodes import arguments, fetch, op_name, writes
 from ..trainable import STATISTICS
 
-SPREAD = 4096  # elements from which on a constant that repeats itself is stored once and expanded
+SPREAD = 4096  # a repetitive constant of at least this many elements is stored without repetitions and expanded
 
 
 def fold_constants(module: fx.GraphModule) -> None:
-    """Compute what depends on no input and no parameter once, on its own device, and keep it as a buffer `_folded_k`.
-    Left as it is: what draws random numbers, and what reads a buffer that the model itself changes."""
+    """Compute values that depend on no input and no parameter once, on their own device, and store them as buffers
+    `_folded_k`.
+
+    Values that draw random numbers, or read a buffer that the model itself changes, stay as they are.
+    """
     value, edit, count = _constants(module), Editor(module), 0
     for node in list(module.graph.nodes):
         outside = [u for u in node.users if u not in value]
@@ -51,7 +54,7 @@ def _constants(module: fx.GraphModule) -> dict[fx.Node, Any]:
         elif node.op == "call_function" and not writes(node) and not is_random(node):
             inputs = node.all_input_nodes
             constant = all(i in value for i in inputs)
-            like = node.args[:1] if op_name(node).startswith("new_") else ()  # gives its type only, whatever its shape
+            like = node.args[:1] if op_name(node).startswith("new_") else ()  # only its dtype and device matter
             shaped = op_name(node) in FACTORIES and all(i in value or i in like or _static(i) for i in inputs)
             if (inputs and constant) or shaped:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _concrete(n, value))
@@ -61,14 +64,14 @@ def _constants(module: fx.GraphModule) -> dict[fx.Node, Any]:
                     except (RuntimeError, TypeError, ValueError):
                         continue
                 if isinstance(result, torch.Tensor) and result.device.type == "meta":
-                    continue  # has no value yet
+                    continue  # a meta tensor has no value
                 unset = isinstance(result, torch.Tensor) and "empty" in op_name(node)
-                value[node] = torch.zeros_like(result) if unset else result  # the same in every capture
+                value[node] = torch.zeros_like(result) if unset else result  # so that every capture gives the same
     return value
 
 
 def _changed_buffers(module: fx.GraphModule) -> set[int]:
-    """The tensors that running the graph changes, in either mode."""
+    """The ids of the tensors that running the graph changes, in either mode."""
     changed = set()
     for node in module.graph.nodes:
         written: list[Any] = []
@@ -96,7 +99,7 @@ def _concrete(node: fx.Node, value: dict[fx.Node, Any]) -> Any:
 
 
 def _compact(value: torch.Tensor) -> torch.Tensor:
-    """The tensor without the repetitions that `expand` made, where that saves something."""
+    """The tensor without the repetitions that `expand` made, if it is large enough for that to pay."""
     if value.numel() < SPREAD:
         return value
     for d, stride in enumerate(value.stride()):

@@ -1,4 +1,4 @@
-"""`torch.export` of the user's model in eval and in train mode; the model comes back as it was."""
+"""`torch.export` of the user's model in eval and in train mode; the model is left as it was."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ ADVICE = (
 def export(
     model: torch.nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any, training: bool = False
 ) -> ExportedProgram:
-    """`torch.export` of the model in one mode, with gradients on, so that `torch.no_grad()` regions show in the graph.
-    The model is left as it was. Raises CaptureError with the reason."""
+    """`torch.export` of the model in one mode, with gradients on, so that `torch.no_grad()` regions are visible in the
+    graph.
+
+    The model is left as it was. Raises CaptureError if the export fails, BadInput if the model lacks the chosen outputs.
+    """
     words = [name for name in kwargs if keyword.iskeyword(name)]
     if words:
         raise CaptureError(f'the input "{words[0]}" is a keyword of Python, which no graph can take; rename the input')
@@ -52,26 +55,26 @@ def export(
         except RuntimeError as error:
             if "odified inplace" not in str(error) and "in-place operation" not in str(error):
                 raise
-            return run(gradients=False)  # the model writes where autograd forbids it: it only runs without gradients
-    except BadInput:  # of our own hook, which picks outputs
+            return run(gradients=False)  # the model writes where autograd forbids it, so it only runs without gradients
+    except BadInput:  # raised by our own hook, which picks outputs
         raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-        details = [line for line in lines[1:] if line.startswith("- ")][:1]  # of dynamic shapes: which guard they break
+        details = [line for line in lines[1:] if line.startswith("- ")][:1]  # the guard that dynamic shapes violate
         text = " ".join([lines[0], *details])
         raise CaptureError(f"torch.export refuses the model: {type(error).__name__}: {text[:400]}; {ADVICE}") from error
 
 
 def enter(model: torch.nn.Module, training: bool) -> None:
-    """Put a model into a mode, by way of train mode: there it drops what it cached in eval mode, as LeViT its biases, which
-    a trace would take for constants."""
+    """Put a model into a mode, by way of train mode. There it drops what it cached in eval mode (LeViT caches its biases),
+    which a trace would treat as constants."""
     model.train()
     model.train(training)
 
 
 @contextmanager
 def silenced(logger: str) -> Iterator[None]:
-    """PyTorch logs what fails in a trace, also where failing is one of the answers."""
+    """A context without the messages of one of PyTorch's loggers, which also logs failures that are expected here."""
     log = logging.getLogger(logger)
     before, log.disabled = log.disabled, True
     try:
@@ -82,7 +85,7 @@ def silenced(logger: str) -> Iterator[None]:
 
 @contextmanager
 def _no_graph_of_a_failure() -> Iterator[None]:
-    """A trace that fails prints all of its graph; what is printed in one that does not (by the model) stays."""
+    """A context in which a failing trace does not print its whole graph to stderr; what a successful one prints stays."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
         yield
     sys.stderr.write(said.getvalue())
@@ -90,7 +93,8 @@ def _no_graph_of_a_failure() -> Iterator[None]:
 
 @contextmanager
 def without_fast_path() -> Iterator[None]:
-    """nn.MultiheadAttention has fused kernels for inference alone; the graph takes the path that also trains."""
+    """A context in which nn.MultiheadAttention does not use its fused inference kernels, so that the graph has the path
+    that also trains."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -101,8 +105,11 @@ def without_fast_path() -> Iterator[None]:
 
 @contextmanager
 def _quiet_average(model: torch.nn.Module) -> Iterator[None]:
-    """momentum None makes BatchNorm read its counter as a number in training, which cannot be traced; 0 stands for it
-    (as it does in eval mode), and the module of the program keeps the count."""
+    """A context in which momentum None of BatchNorm is 0.
+
+    None makes it read its counter as a number in training, which cannot be traced. In eval mode 0 means the same; in
+    training, the module of the program counts (`trainable`).
+    """
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.momentum is None]
     for norm in norms:
         norm.momentum = 0.0
@@ -115,8 +122,9 @@ def _quiet_average(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def custom_functions() -> Iterator[list[str]]:
-    """Lists the `autograd.Function`s that a trace goes through: their forward is in the graph, their backward is not.
-    Those of torch itself (checkpointing) have the backward of their forward."""
+    """A context that yields a list of the `autograd.Function`s which a trace has passed through: their forward is in the
+    graph, their backward is not. Functions of torch itself are left out (checkpointing, whose backward is that of its
+    forward)."""
     names: list[str] = []
     plain = torch.autograd.Function.__dict__["apply"]
 
@@ -135,10 +143,11 @@ def custom_functions() -> Iterator[list[str]]:
 # --------------------------------------------------------------------------------------- leaving the model as it was
 @contextmanager
 def preserved(model: torch.nn.Module, written: Collection[str] = ()) -> Iterator[Callable[[], list[str]]]:
-    """Afterwards the model has its attributes, flags and the contents of its buffers back, and the random generators
-    their states. What a forward pass or a trace left behind (cached anchors, masks, fake tensors) is gone.
+    """A context after which the model has its attributes, flags and buffers back, and the random generators their states,
+    so that nothing stays that a forward pass or a trace left behind (cached anchors, masks, fake tensors).
 
-    written: names of parameters that change, too. Yields a function that lists what is no longer the object it was.
+    written: names of parameters that are restored, too. Yields a function that lists the names of attributes that are no
+    longer the same object.
     """
     containers, tensors = _held(model)
     tensors = [t for t in tensors if _may_change(t)] + [model.get_parameter(name) for name in written]
@@ -155,7 +164,7 @@ def preserved(model: torch.nn.Module, written: Collection[str] = ()) -> Iterator
                 if not torch.equal(tensor, before):
                     tensor.copy_(before)
                 if tensor.requires_grad and not required:
-                    tensor.detach_()  # something differentiable was written to it
+                    tensor.detach_()  # the forward wrote something differentiable to it
         random.setstate(state[0])
         np.random.set_state(state[1])
         torch.random.set_rng_state(state[2])
@@ -164,7 +173,8 @@ def preserved(model: torch.nn.Module, written: Collection[str] = ()) -> Iterator
 
 
 def _may_change(tensor: torch.Tensor) -> bool:
-    """Whether a forward pass may write to the tensor; parameters it may not (copying them all would cost too much)."""
+    """Whether a forward pass may write to the tensor. Parameters do not count, since copying all of them would cost too
+    much."""
     return type(tensor) is torch.Tensor and tensor.device.type != "meta" and tensor.layout == torch.strided
 
 
@@ -172,8 +182,8 @@ CONTAINERS = (dict, list, set, collections.deque)
 
 
 def _held(root: torch.nn.Module) -> tuple[list[_Contents], list[torch.Tensor]]:
-    """The contents of everything that a module, and the containers and plain objects it holds, refer to; and the tensors
-    among that."""
+    """The contents of everything that a module, and the containers and plain objects in it, refer to; and the tensors among
+    these."""
     seen: set[int] = set()
     containers, tensors = [], []
     stack: list[Any] = [root]
@@ -197,7 +207,7 @@ def _held(root: torch.nn.Module) -> tuple[list[_Contents], list[torch.Tensor]]:
 
 
 class _Contents:
-    """What a container holds now, to be compared with later and brought back."""
+    """The present contents of a container, for comparing and restoring later."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -209,7 +219,7 @@ class _Contents:
             (self.value.extend if isinstance(self.value, (list, collections.deque)) else self.value.update)(self.before)
 
     def changed(self) -> list[str]:
-        """The keys whose values are others; of what has no keys, its type."""
+        """The keys whose values are other objects; for a container without keys, its type."""
         if not isinstance(self.value, dict):
             same = self._identities(self.value) == self._identities(self.before)
             return [] if same else [f"a {type(self.value).__name__}"]
@@ -223,7 +233,7 @@ class _Contents:
 
 
 def _plain(value: Any) -> bool:
-    """Whether it is an object of the user's own that may cache tensors: neither code nor a library's type."""
+    """Whether the value is an object of the user's that may cache tensors, neither code nor of a library's type."""
     if isinstance(value, type) or callable(value) or not hasattr(value, "__dict__"):
         return False
     return type(value).__module__.partition(".")[0] not in ("torch", "numpy", "builtins", "collections", "threading")
@@ -231,8 +241,11 @@ def _plain(value: Any) -> bool:
 
 # ------------------------------------------------------------------------------------------------------ dynamic shapes
 def batch_dynamic(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict, Any]:
-    """Example inputs and dynamic shapes for "the first dimension of every tensor input is the batch". `torch.export`
-    takes a size of 1 for a constant, so a single example is doubled."""
+    """Example inputs and dynamic shapes that make the first dimension of every tensor input the batch.
+
+    `torch.export` treats a size of 1 as a constant, so a single example is doubled. Raises CaptureError for inputs that do
+    not fit the forward.
+    """
     flat = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()]
     if flat and all(x.shape[0] == 1 for x in flat):
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, (args, kwargs))
@@ -245,15 +258,17 @@ def batch_dynamic(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tu
 
 
 def dynamic_shapes_of(exported: ExportedProgram) -> Any:
-    """The dynamic shapes an exported program was made with, read back from its placeholders; None when static. Returned
-    in `torch.export`'s own form: a pytree like (args, kwargs) flattened to the top-level inputs."""
-    # user_inputs would give a plain number by its value instead of its name
+    """The dynamic shapes that an exported program was made with, from its placeholders; None if all are static.
+
+    They are in `torch.export`'s own form: a pytree like (args, kwargs), flattened to the top-level inputs.
+    """
+    # `graph_signature.user_inputs` would list an input that is a plain number by its value instead of its name
     names = {i.arg.name for i in exported.graph_signature.input_specs if i.kind is InputKind.USER_INPUT}
     inputs = [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in names]
     shapes: list[Any] = [value.shape if isinstance(value, torch.Tensor) else () for value in inputs]
     sizes = [{d: n.node.expr for d, n in enumerate(dims) if isinstance(n, torch.SymInt)} for dims in shapes]
     times = Counter(expr for found in sizes for expr in found.values() if expr.is_symbol)
-    # only what ties sizes together needs a name: a named one may not have the bounds that strides give it
+    # Only sizes that occur more than once get a named Dim, since a named one cannot have the bounds that strides imply.
     known = {expr: Dim(f"d{i}") if count > 1 else Dim.DYNAMIC for i, (expr, count) in enumerate(times.items())}
     leaves = [{d: known.get(expr, Dim.AUTO) for d, expr in found.items()} or None for found in sizes]
     if not any(leaves):

@@ -1,7 +1,7 @@
 """An exported program as a functional graph in the training IR, by PyTorch's own functionaliser.
 
-`run_decompositions({})` rewrites what is written in place, through views and into buffers alike, but takes the training
-flags out of batch_norm, dropout and rrelu. They become opaque operators before it and themselves again after it.
+`run_decompositions({})` rewrites all in-place writes, also those through views and into buffers, but it removes the
+training flags of batch_norm, dropout and rrelu. So these become opaque operators before it, and themselves again after it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .regions import drop_litter
 
 
 class CaptureWarning(UserWarning):
-    """A part of the model that the program does not have, or that could not be compared with it."""
+    """Warns of a part of the model that is not in the program, or that could not be compared with it."""
 
 
 aten = torch.ops.aten
@@ -57,10 +57,10 @@ _BACK = {there: here for here, there in _THERE.items()}
 
 
 def functional_graph(exported: ExportedProgram) -> fx.GraphModule:
-    """The exported program (regions already flattened) as an unlifted functional graph: what it writes in place is
-    rewritten, with one `copy_` at the end for every buffer or input that it changes; what depends on no input is folded.
+    """The exported program (with its regions already inlined) as an unlifted functional graph.
 
-    Raises CaptureError where the functionaliser refuses.
+    In-place writes are rewritten, with one `copy_` at the end for every buffer or input that the program changes; constants
+    are folded. Raises CaptureError where the functionaliser refuses.
     """
     if any(writes(n) for _, n in walk(exported.graph_module)):
         exported = _functionalised(exported)
@@ -75,7 +75,7 @@ def functional_graph(exported: ExportedProgram) -> fx.GraphModule:
 
 
 def _functionalised(exported: ExportedProgram) -> ExportedProgram:
-    """PyTorch's functionaliser over the whole program; graphs that write nothing in place do not need it."""
+    """Run PyTorch's functionaliser over the whole program; a graph without in-place writes does not need it."""
     for module in graphs(exported.graph_module):
         _make_opaque(module)
     try:
@@ -89,10 +89,10 @@ def _functionalised(exported: ExportedProgram) -> ExportedProgram:
 def written_parameters(
     exported: ExportedProgram, model: torch.nn.Module, in_eval: Collection[str] | None = None
 ) -> set[str]:
-    """The parameters that the forward itself writes to: frozen ones alone, which act as buffers.
+    """The parameters that the forward itself writes to; they must be frozen, and act as buffers.
 
-    in_eval: of a training graph, what is written in eval mode, too. CaptureError, naming the node, for a write to any
-    other parameter: a program could not train it.
+    in_eval: for a training graph, the parameters that are written in eval mode. Raises CaptureError, naming the node, for a
+    write to a parameter that trains, or that is not in `in_eval`: a program could not train it.
     """
     found: set[str] = set()
     specs = exported.graph_signature.input_specs
@@ -117,10 +117,10 @@ def written_parameters(
 
 
 def own(exported: ExportedProgram) -> ExportedProgram:
-    """The same program around a graph of its own, which may be changed."""
+    """The same program around a copy of its graph, which may be changed."""
     module = copy.deepcopy(exported.graph_module)
     for (_, old), (_, new) in zip(walk(exported.graph_module), walk(module), strict=True):
-        new.meta, new.name = dict(old.meta), old.name  # with the same fake values, and names the signature knows
+        new.meta, new.name = dict(old.meta), old.name  # the same fake values, and the names that the signature has
     for part in graphs(module):
         part.recompile()
     return compat.with_module(exported, module)
@@ -152,8 +152,8 @@ def _make_opaque(module: fx.GraphModule) -> None:
 
 
 def _alias_conflict(graph: fx.Graph, dropout: fx.Node) -> fx.Node | None:
-    """A node that sees another value because dropout in eval mode returns its input itself, not a copy: one side is
-    written in place and the other one read afterwards."""
+    """A node that would see another value than it should, because dropout in eval mode returns its input itself and not a
+    copy: one of the two is written in place and the other read afterwards. None if there is no such node."""
     memory = _memory(dropout)
     if memory is None or memory != _memory(dropout.args[0]):
         return None
@@ -191,7 +191,8 @@ def _restore(graph: fx.Graph) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- tidying up
 def _tie(module: fx.GraphModule) -> None:
-    """Make names of the same memory one tensor again: a saved program comes back with a tensor for every name."""
+    """Make several names of the same memory one tensor again, since a saved program is loaded with a tensor for every
+    name."""
     known: dict[Any, torch.Tensor] = {}
     for node in module.graph.nodes:
         stored = fetch(module, str(node.target)) if node.op == "get_attr" else None
@@ -205,11 +206,11 @@ def _tie(module: fx.GraphModule) -> None:
 
 
 def _tidy(module: fx.GraphModule) -> None:
-    """Say the functionaliser's forms in the words of the training IR.
+    """Replace the functionaliser's operators by those of the training IR.
 
-    view and _unsafe_view are reshape, which means the same once nothing writes in place and needs no particular memory
-    layout (that of scaled_dot_product_attention depends on the kernel, and so on the widths); the copy before one is
-    part of it. A copy that only settles the layout is `contiguous`, a cast is `to`.
+    view and _unsafe_view become reshape, which means the same once nothing writes in place, and needs no particular memory
+    layout (that of scaled_dot_product_attention depends on the kernel, and so on the widths); a copy before one becomes
+    part of it. A copy that only changes the layout becomes `contiguous`, a cast becomes `to`.
     """
     edit = Editor(module)
     for node in list(module.graph.nodes):
@@ -225,7 +226,7 @@ def _tidy(module: fx.GraphModule) -> None:
             _plain_scatter(edit, node)
         elif node.target is aten.copy.default:
             _plain_copy(edit, node)
-        elif node.target is aten.copy_.default and continuous(node.args[1].meta["val"]):  # at the end, into a buffer
+        elif node.target is aten.copy_.default and continuous(node.args[1].meta["val"]):  # a buffer's, at the end
             with edit.before(node):
                 cut = edit.call(aten.detach.default, (node.args[1],), like=node, value=node.args[1].meta["val"])
             node.replace_input_with(node.args[1], cut)
@@ -235,7 +236,7 @@ def _tidy(module: fx.GraphModule) -> None:
 
 
 def _plain_copy(edit: Editor, node: fx.Node) -> None:
-    """`copy(old, new)` is `new` in the type and shape of `old`; autograd does not know it."""
+    """Replace `copy(old, new)`, which autograd does not know, by `new` in the type and shape of `old`."""
     old, new = (i.meta["val"] for i in node.args[:2])  # type: ignore[union-attr]
     value: Any = node.args[1]
     with edit.before(node):
@@ -248,7 +249,11 @@ def _plain_copy(edit: Editor, node: fx.Node) -> None:
 
 
 def _plain_scatter(edit: Editor, node: fx.Node) -> None:
-    """`as_strided_scatter(x, piece)` as `index_put` at the memory's positions: its own backward is wrong (torch 2.14)."""
+    """Replace `as_strided_scatter(x, piece)`, whose own backward is wrong (torch 2.14), by `index_put` at the same
+    positions.
+
+    Raises CaptureError for tensors of dynamic shape or another layout.
+    """
     a = arguments(node)
     x, piece = a["self"], a["src"]
     value = x.meta["val"]
@@ -272,5 +277,5 @@ def _shape_of_fake_quantisation(self: torch.Tensor, *rest: Any, **options: Any) 
     return torch.empty_like(self), torch.empty_like(self, dtype=torch.bool)
 
 
-for _name in ("per_tensor_affine_cachemask", "per_channel_affine_cachemask"):  # no shapes with a symbolic batch so far
+for _name in ("per_tensor_affine_cachemask", "per_channel_affine_cachemask"):  # torch's fail with a symbolic batch
     torch.library.register_fake(f"aten::fake_quantize_{_name}", _shape_of_fake_quantisation)

@@ -1,8 +1,8 @@
-"""What training changes, read off two exports of the same model: one in eval mode, one in train mode.
+"""Which operators training changes, from two exports of the same model: one in eval mode, one in train mode.
 
-The nodes of both graphs are paired; an operator with a training flag gets both values of its flag (see `trainable`). Dropout
-that only the training graph has is put into the other one, switched off. What else only one of them has cannot be
-switched and is named.
+The nodes of both graphs are paired; an operator with a training flag gets both values of its flag (see `trainable`).
+Dropout that only the training graph has is inserted into the other one, switched off. Other nodes that only one graph has
+cannot be switched, and are named.
 """
 
 from __future__ import annotations
@@ -28,22 +28,21 @@ COUNTER = "num_batches_tracked"
 
 @dataclass
 class Lost:
-    """What training has and the program has not: modules, where they are called from, parameters and buffers."""
+    """What exists in training but not in the program: modules, source lines, parameters and buffers."""
 
-    modules: dict[str, str] = field(default_factory=dict)  # path: class
-    lines: list[str] = field(default_factory=list)  # where nodes outside such modules come from
+    modules: dict[str, str] = field(default_factory=dict)  # class by path
+    lines: list[str] = field(default_factory=list)  # source lines of nodes outside of such modules
     parameters: list[str] = field(default_factory=list)
     buffers: list[str] = field(default_factory=list)
-    rewired: dict[str, str] = field(
-        default_factory=dict
-    )  # nodes with other inputs or numbers in training: their modules
-    outputs: bool = False
-    without: set[str] = field(default_factory=set)  # modules that in eval mode do without what only training has
-    unknown: bool = False  # no graph of the model in train mode
+    # By node with other inputs or numbers in training, the path of its module.
+    rewired: dict[str, str] = field(default_factory=dict)
+    outputs: bool = False  # whether the outputs are nested in another way
+    without: set[str] = field(default_factory=set)  # modules that skip in eval mode what only training has
+    unknown: bool = False  # whether there is no graph of the model in train mode
 
     @property
     def quiet(self) -> set[str]:
-        """The modules that in eval mode do without all of that."""
+        """The modules that skip in eval mode anything of this."""
         return self.without | set(self.rewired.values())
 
     def __bool__(self) -> bool:
@@ -68,8 +67,10 @@ class Lost:
 
 
 def read_modes(exported: ExportedProgram, training: ExportedProgram | None, model: torch.nn.Module) -> Lost:
-    """Note on every node that depends on the mode what both modes give it. Returns what only training has. training:
-    the export in train mode, or None where there is none: then a flag that is off is taken to come on."""
+    """Note both modes' arguments on every node that depends on the mode. Returns what only training has.
+
+    training: the export in train mode, or None if there is none; then every flag that is off counts as on in training.
+    """
     pairs: dict[fx.Node, fx.Node] = {}
     lost = Lost(unknown=training is None)
     if training is not None:
@@ -88,11 +89,11 @@ def read_modes(exported: ExportedProgram, training: ExportedProgram | None, mode
 
 
 def guess_modes(exported: ExportedProgram) -> None:
-    """The same for a program that was exported elsewhere, in eval or in train mode: the modules of torch.nn tell which,
-    because their flag follows the mode."""
+    """Note both modes' arguments for a program that was exported elsewhere, in eval or in train mode. Which of the two is
+    seen from the modules of torch.nn, whose flags follow the mode."""
     nodes = [node for _, node in switched(exported.graph_module)]
     if any(tag(node) for node in nodes):
-        return  # our own file: it says itself
+        return  # a file of our own has the notes already
     plain = [node for node in nodes if switch(node) != "dropout_p"]
     follow = [node for node in plain if _module_class(node).startswith("torch.nn.modules.")] or plain
     train = bool(follow) and all(any(values(n).values()) for n in follow) and any(n in follow for n in plain)
@@ -108,7 +109,7 @@ def guess_modes(exported: ExportedProgram) -> None:
 
 
 def _stack(node: fx.Node) -> list[tuple[str, str]]:
-    """The modules around an operator from the outermost on: their paths ("" for the model itself) and classes."""
+    """The modules around an operator, outermost first: their paths ("" for the model itself) and classes."""
     stack = (node.meta.get("nn_module_stack") or {}).values()
     return [(str(p), c if isinstance(c, str) else f"{c.__module__}.{c.__qualname__}") for p, c in stack]
 
@@ -123,7 +124,7 @@ def _module_class(node: fx.Node) -> str:
 
 
 def _average(node: fx.Node, model: torch.nn.Module) -> dict[str, Any]:
-    """For a batch_norm of a module: whether its statistics are plain averages, and over how many batches so far."""
+    """For a batch_norm, whether its running statistics are plain averages, and over how many batches so far."""
     if op_name(node) != "batch_norm":
         return {}
     try:
@@ -139,8 +140,9 @@ def _average(node: fx.Node, model: torch.nn.Module) -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------------------------------------- pairing
 def _pair(ours: fx.GraphModule, theirs: fx.GraphModule) -> dict[fx.Node, fx.Node]:
-    """Nodes of the training graph with their counterparts: of the same operator in the same module, in order, where both
-    graphs have as many of them, or as many from the same line."""
+    """Pairs of nodes, by node of the training graph: operators of the same name in the same module, in order, if both
+    graphs have equally many of them; else if both have equally many from one source line; else from one line with inputs of
+    one shape."""
     found: dict[fx.Node, fx.Node] = {}
 
     def match(left: list[fx.Node], right: list[fx.Node], keys: list[Callable[[fx.Node], Any]]) -> None:
@@ -173,7 +175,8 @@ def _pair(ours: fx.GraphModule, theirs: fx.GraphModule) -> dict[fx.Node, fx.Node
 
 
 def _carry_dropout(ours: fx.GraphModule, theirs: fx.GraphModule, pairs: dict[fx.Node, fx.Node]) -> list[fx.Node]:
-    """Put dropout that only training has into the eval graph, switched off. Returns the nodes that stay unpaired."""
+    """Insert dropout that only training has into the eval graph, switched off. Returns the training nodes that stay
+    unpaired."""
     extra = [n for _, n in walk(theirs) if n.op == "call_function" and n not in pairs]
     for node in list(extra):
         x = node.args[0] if node.args else None
@@ -196,9 +199,11 @@ def _carry_dropout(ours: fx.GraphModule, theirs: fx.GraphModule, pairs: dict[fx.
 
 
 def _wire_past_dropout(ours: fx.GraphModule, pairs: dict[fx.Node, fx.Node]) -> None:
-    """Give every node the inputs that it has in training, where a dropout is all that lies between. Dropout in eval mode
-    returns its input itself, and the trace takes whoever reads that input later for a reader of the dropout:
-    `h + dropout(h)` becomes `dropout(h) + dropout(h)`."""
+    """Give every node the inputs that it has in training, where these differ by a dropout only.
+
+    Dropout in eval mode returns its input itself, and the trace takes later readers of that input for readers of the
+    dropout: `h + dropout(h)` becomes `dropout(h) + dropout(h)`.
+    """
     position = {node: i for i, (_, node) in enumerate(walk(ours))}
 
     def wired(theirs: Any, mine: Any, user: fx.Node) -> Any:
@@ -217,7 +222,7 @@ def _wire_past_dropout(ours: fx.GraphModule, pairs: dict[fx.Node, fx.Node]) -> N
 
 
 def _before_dropout(node: fx.Node) -> fx.Node:
-    """What a chain of dropouts that are off begins with."""
+    """The value before a chain of dropouts that are off."""
     while op_name(node) in DROPOUTS and not arguments(node)["train"]:
         node = node.args[0]  # type: ignore[assignment]
     return node
@@ -231,7 +236,7 @@ def _lost(
     buffers = _names(training, InputKind.BUFFER)
     for node in extra:
         written = node.args[0] if node.args and writes(node) else None
-        while isinstance(written, fx.Node) and written.args and writes(written):  # what was written before
+        while isinstance(written, fx.Node) and written.args and writes(written):  # the buffer behind earlier writes
             written = written.args[0]
         if isinstance(written, fx.Node) and written.name in buffers:
             if not buffers[written.name].endswith(COUNTER):
@@ -256,7 +261,7 @@ def _lost(
 
 
 def _unread_statistics(training: ExportedProgram) -> list[str]:
-    """The running statistics that a norm updates whose result no output needs; the program does without its call."""
+    """The running statistics of norms whose results no output needs; the program leaves out these norms' calls."""
     buffers = _names(training, InputKind.BUFFER)
     dead: set[fx.Node] = set()
     names: dict[str, None] = {}
@@ -270,8 +275,8 @@ def _unread_statistics(training: ExportedProgram) -> list[str]:
 
 
 def _same_inputs(theirs: fx.Node, ours: fx.Node, pairs: dict[fx.Node, fx.Node]) -> bool:
-    """Whether a pair of nodes takes the same inputs and numbers, training flags aside; inputs that only training has are
-    named by themselves."""
+    """Whether a pair of nodes has the same inputs and numbers, except for training flags. Inputs that only training has
+    count as the same, since they are named themselves."""
     if not is_operator(ours) or ours.target is not theirs.target:
         return True
     free = {*values(ours), "momentum"} if switch(ours) else set()
@@ -288,7 +293,7 @@ def _same_inputs(theirs: fx.Node, ours: fx.Node, pairs: dict[fx.Node, fx.Node]) 
 
 
 def _outermost_unknown(node: fx.Node, known: set[str]) -> tuple[str, str] | None:
-    """The outermost module around a node that does nothing in eval mode, with its class."""
+    """Path and class of the outermost module around a node that does nothing in eval mode, or None."""
     for path, name in _stack(node):
         if path and not any(k == path or k.startswith(f"{path}.") for k in known):
             return path, name.rpartition(".")[2]
@@ -296,7 +301,7 @@ def _outermost_unknown(node: fx.Node, known: set[str]) -> tuple[str, str] | None
 
 
 def _caller(node: fx.Node, path: tuple[str, str] | None) -> str:
-    """The module whose code decides whether the node, or the module around it, runs."""
+    """The path of the module whose code decides whether the node, or the module around it, runs."""
     if path is None:
         return module_path(node)
     stack = [p for p, _ in _stack(node)]
@@ -304,12 +309,12 @@ def _caller(node: fx.Node, path: tuple[str, str] | None) -> str:
 
 
 def _names(exported: ExportedProgram, kind: InputKind) -> dict[str, str]:
-    """{placeholder: name in the model} of the inputs of a kind."""
+    """Names in the model by placeholder, for the inputs of a kind."""
     specs = exported.graph_signature.input_specs
     return {str(i.arg.name): str(i.target) for i in specs if i.kind is kind}
 
 
 def _used(exported: ExportedProgram) -> set[str]:
-    """The parameters that the graph reads."""
+    """The names of the parameters that the graph reads."""
     names = _names(exported, InputKind.PARAMETER)
     return {names[n.name] for n in exported.graph.nodes if n.op == "placeholder" and n.users and n.name in names}

@@ -1,4 +1,4 @@
-"""One call of a module, observed: its outputs, buffers and gradients, and every tensor on the way."""
+"""One observed call of a module: its outputs, buffers and gradients, and every tensor on the way."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from .modes import COUNTER
 
 @dataclass
 class Run:
-    """The tensors that one call leaves behind, by name, and the gradients (None where there is none)."""
+    """The tensors after one call, by name, the gradients (None if the call cannot be differentiated), and the outputs that
+    are no tensors."""
 
     values: dict[str, Tensor]
     gradients: dict[str, Tensor | None] | None
@@ -38,9 +39,12 @@ def observe(
     log: Any = None,
     ordered: bool = True,
 ) -> Run:
-    """Run a module on copies of the inputs; its outputs, changed buffers and inputs, and gradients. Random numbers are
-    those of seed 0; ordered: drawn in the order of indices, whatever the memory layout, for which every operator is
-    intercepted. `torch.cond` does not run that way."""
+    """Run a module on copies of the inputs and return its outputs, changed buffers and inputs, and gradients.
+
+    nudge: change the inputs by rounding errors. log: a further context for the call. ordered: draw random numbers in the
+    order of indices, whatever the memory layout; every operator is intercepted for this, which `torch.cond` does not allow.
+    The seed is 0.
+    """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     copies = [x.detach().clone() if isinstance(x, Tensor) else copy.copy(x) for x in leaves]
     if nudge:
@@ -64,7 +68,7 @@ def observe(
         why = ""
         try:
             flat, after = call(copies)
-        except RuntimeError as error:  # what only runs without gradients
+        except RuntimeError as error:  # the module only runs without gradients
             why = in_a_line(error, 200)
             with torch.no_grad():
                 flat, after = call(leaves)
@@ -78,7 +82,7 @@ def observe(
 
 
 def _differentiate(outputs: list[Tensor], of: dict[str, Tensor]) -> dict[str, Tensor | None] | None:
-    """Gradients of a fixed random linear function of all outputs."""
+    """Gradients of a fixed random linear function of all outputs; None if that cannot be differentiated."""
     roots = [t for t in outputs if t.requires_grad and continuous(t)]
     if not roots or not of:
         return dict.fromkeys(of)
@@ -93,7 +97,7 @@ def _differentiate(outputs: list[Tensor], of: dict[str, Tensor]) -> dict[str, Te
 
 # ------------------------------------------------------------------------------------------------------------ rounding
 def _moved(x: Tensor) -> Tensor:
-    """The tensor with every entry moved by a rounding error of its type."""
+    """The tensor with every entry changed by a rounding error of its dtype."""
     generator = torch.Generator().manual_seed(2)
     signs = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
     return (x * (1 + torch.finfo(x.dtype).eps * signs)).detach()
@@ -101,7 +105,7 @@ def _moved(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def nudged(module: TrainableModule) -> Iterator[None]:
-    """Parameters moved by a rounding error each, and put back."""
+    """A context in which every parameter is changed by a rounding error."""
     before = [(p, p.detach().clone()) for p in module.parameters() if p.is_floating_point()]
     try:
         with torch.no_grad():
@@ -116,7 +120,7 @@ def nudged(module: TrainableModule) -> Iterator[None]:
 
 # ---------------------------------------------------------------------------------------------------- same randomness
 class _SameDraws(TorchDispatchMode):
-    """Operators that draw random numbers do so in the order of indices: the two sides may lay tensors out differently."""
+    """Makes operators draw random numbers in the order of indices, since the two sides may lay tensors out differently."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -133,7 +137,7 @@ class _SameDraws(TorchDispatchMode):
 
 # ------------------------------------------------------------------------------------------------- the first difference
 class Values(TorchDispatchMode):
-    """Remembers every tensor that an operator reads or makes by its size, sum and norm, whatever its shape."""
+    """Records every tensor that an operator reads or returns, by size, sum and norm, whatever its shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +152,7 @@ class Values(TorchDispatchMode):
         return result
 
     def knows(self, tensor: Tensor) -> bool:
-        """Whether a tensor of the same size, sum and norm (within 1e-4) was seen."""
+        """Whether a tensor of the same size, sum and norm (within 1e-4) was recorded."""
         size, total, norm = _signature(tensor)
         close = 1e-4 * max(norm, 1e-12)
         return any(abs(n - norm) <= close and abs(t - total) <= close * size**0.5 for t, n in self.seen.get(size, ()))
@@ -162,7 +166,8 @@ def _signature(tensor: Tensor) -> tuple[int, float, float]:
 
 
 def first_unknown(module: TrainableModule, args: tuple, kwargs: dict, seen: Values, backward: bool) -> str:
-    """The first node whose value the model's run does not know; in the backward pass the last one whose gradient."""
+    """The source of the first node whose value does not occur in the model's run; with `backward`, of the last node whose
+    gradient does not."""
     leaves = pytree.tree_leaves((args, kwargs))
     values: dict[fx.Node, Any] = {}
     placeholders = iter(leaves)

@@ -1,13 +1,13 @@
-"""The last step of a capture: the program against the user's model, on the example inputs, in both modes.
+"""The last step of a capture: the program is compared with the user's model, on the example inputs, in both modes.
 
-Compared are outputs, buffers after the call, and the gradients of a random linear function of the outputs with respect
-to parameters and floating-point inputs. Both sides draw the same random numbers. Differences count relative to the norm
-of a tensor; where they exceed the tolerance, a second run of the program with its tensors moved by a rounding error says
-how much rounding alone moves each of them (badly conditioned networks, gradients that are zero but for rounding).
+Compared are outputs, buffers after the call, and the gradients of a random linear function of the outputs with respect to
+parameters and floating-point inputs. Both sides draw the same random numbers. Differences are relative to the norm of a
+tensor. Where they exceed the tolerance, the program runs again with its tensors changed by rounding errors, to see how much
+rounding alone changes each of them (badly conditioned networks, gradients that would be zero without rounding).
 
-A network with `torch.cond` runs with none of its operators observed: compared is the same, in the branches that the
-example inputs take, but where the two part ways no node can be named, and what is drawn at random counts only where both
-sides lay it out alike.
+A network with `torch.cond` runs without its operators being intercepted. The same is compared, in the branches that the
+example inputs take; but no node can be named where the two sides differ, and random numbers are compared only where both
+sides lay tensors out alike.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .modes import Lost
 from .observe import Run, Values, first_unknown, nudged, observe
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-NOISE = 50.0  # how far past the effect of rounding a difference has to be
-CHAOS = 0.05  # an effect of rounding from which on a tensor says nothing
+NOISE = 50.0  # a difference counts if it is more than this many times the effect of rounding
+CHAOS = 0.05  # a tensor that rounding changes by more than this share proves nothing
 
 
 @dataclass
 class Proof:
-    """What the comparison found. error: worst relative difference in each mode ("eval", "train"), those within the
-    effect of rounding included; skipped: what could not be compared, and why; seconds: how long it took."""
+    """The result of the comparison. error: worst relative difference in each mode ("eval", "train"), those within the
+    effect of rounding included. skipped: what could not be compared, and why. seconds: duration."""
 
     error: dict[str, float] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
@@ -53,10 +53,10 @@ def prove(
     lost: Lost,
     functions: list[str],
 ) -> Proof:
-    """Compare the captured module with the model. Raises CaptureError that names the first node that differs.
+    """Compare the captured module with the model. Raises CaptureError, naming the first node that differs.
 
     lost: what only training has; the modules around it run in eval mode on both sides. functions: custom
-    `autograd.Function`s in the model; where there are any, gradients may differ.
+    `autograd.Function`s of the model; if there are any, gradients may differ.
     """
     start = time.perf_counter()
     proof = Proof()
@@ -69,8 +69,12 @@ def prove(
 
 
 def _settle_rewired(lost: Lost, comparison: Callable[..., _Comparison]) -> None:
-    """Nodes with other inputs in training may be the same nodes in another order only: where the program in train mode
-    is the model with them, nothing about them is lost. Those in modules that run in eval mode anyway show nothing."""
+    """Forget rewired nodes that were only reordered.
+
+    Nodes that seem to have other inputs in training may be the same nodes in another order: if the program in train mode
+    equals the model with them, nothing is lost. Nodes in modules that run in eval mode anyway are kept, since they show
+    nothing.
+    """
     if not lost.rewired:
         return
     trial = Proof()
@@ -123,7 +127,7 @@ class _Comparison:
             self._compare_again()
 
     def _compare_again(self) -> None:
-        """Where a call leaves other attributes behind, those of the next one: a graph knows the first call alone."""
+        """Compare a second call, for a model whose first call changes its attributes: a graph only knows the first call."""
         with self._switched(self.model):
             observe(self.model, self.args, self.kwargs, ordered=self.ordered)
             expected = observe(self.model, self.args, self.kwargs, ordered=self.ordered)
@@ -146,7 +150,7 @@ class _Comparison:
 
     @contextlib.contextmanager
     def _switched(self, module: torch.nn.Module) -> Iterator[None]:
-        """The model or the program in the mode, and afterwards as it was."""
+        """A context in which the model or the program is in the mode."""
         try:
             with preserved(module, self.written) as changes:
                 enter(module, self.mode == "train")
@@ -162,7 +166,7 @@ class _Comparison:
             _follow_flags(module)
 
     def _model(self) -> Run:
-        """The model's run; one that fails where its operators are intercepted is made again without that."""
+        """The model's run; if it fails with intercepted operators, a run without interception."""
         if self.ordered:
             try:
                 with self._switched(self.model):
@@ -216,7 +220,7 @@ class _Comparison:
             )
 
     def _structure(self, expected: Run, actual: Run) -> str | None:
-        """What is different before any number is compared."""
+        """How the runs differ before numbers are compared, or None."""
         ours = {n for n in actual.values if n.startswith("output")}
         theirs = {n for n in expected.values if n.startswith("output")}
         if ours != theirs:
@@ -230,7 +234,7 @@ class _Comparison:
         return None
 
     def _gradients(self, expected: Run, actual: Run) -> list[tuple[str, Tensor, Tensor]]:
-        """Pairs of gradients; one that is missing counts as zeros."""
+        """Pairs of gradients by name, model's and program's; a missing one counts as zeros."""
         if expected.gradients is not None and actual.gradients is None and self.ordered:
             raise CaptureError(
                 f"the captured program cannot be differentiated in {self.mode} mode where the model can: "
@@ -272,7 +276,7 @@ class _Comparison:
         self.proof.error[self.mode] = max(self.proof.error.get(self.mode, 0.0), error)
 
     def _beyond(self, wrong: dict[str, float], found: dict[str, Any], noise: dict[str, Any]) -> dict[str, float]:
-        """Those differences that rounding does not explain."""
+        """Those of the differences that rounding does not explain."""
         left, chaotic = {}, 0
         for name, error in wrong.items():
             a, b = found.get(name), noise.get(name)
@@ -289,7 +293,7 @@ class _Comparison:
 
     # ------------------------------------------------------------------------------------------- where they part ways
     def _first_difference(self, backward: bool = False) -> str:
-        """The first node (in the backward pass: the last) whose value, or gradient, occurs nowhere in the model's run."""
+        """The first node whose value (or the last node whose gradient) does not occur in the model's run, for a message."""
         if not self.ordered:
             return "a node that cannot be named (operators around torch.cond are not observed)"
         try:
@@ -308,7 +312,7 @@ def _follow_flags(module: torch.nn.Module) -> None:
 
 
 def distance(expected: Tensor, actual: Tensor) -> float:
-    """Difference relative to the expected tensor's norm; infinities and NaN have to be in the same places."""
+    """Difference relative to the norm of `expected`; infinite unless infinities and NaN are in the same places."""
     if expected.shape != actual.shape:
         return float("inf")
     if not continuous(expected):

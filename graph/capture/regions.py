@@ -22,11 +22,11 @@ IN_PLACE: dict[Any, Any] = {
     getattr(torch.ops.aten, f"{name}_").default: getattr(torch.ops.aten, name).default
     for name in (*sorted(DROPOUTS), "rrelu")
 }
-QUIET = "graphcomb_no_grad"  # key of a node's metadata: it ran without gradients
+QUIET = "graphcomb_no_grad"  # key of a node's metadata: whether the node ran without gradients
 
 
 def flatten_regions(module: fx.GraphModule) -> None:
-    """Drop the assertions of the trace and inline its regions; the graph then says itself what the regions did."""
+    """Drop the trace's assertions and inline its regions; the graph then has operators with the regions' effects."""
     drop_litter(module.graph)
     while any(_inline(module, node) for node in list(module.graph.nodes) if _is_region(node)):
         drop_litter(module.graph)
@@ -93,12 +93,12 @@ def _is_body(module: fx.GraphModule, value: Any) -> bool:
 
 
 def _out_of_place(graph: fx.Graph, node: fx.Node) -> None:
-    """`dropout_(x)` as `copy_(x, dropout(x))`."""
+    """Replace `dropout_(x)` by `copy_(x, dropout(x))`."""
     with graph.inserting_before(node):
         new = graph.call_function(IN_PLACE[node.target], node.args, dict(node.kwargs))
         new.meta = dict(node.meta)
         with node.meta["val"].fake_mode:
-            new.meta["val"] = torch.empty_like(node.meta["val"])  # memory of its own
+            new.meta["val"] = torch.empty_like(node.meta["val"])  # a value that shares no memory
         written = graph.call_function(torch.ops.aten.copy_.default, (node.args[0], new))
         written.meta = {k: v for k, v in node.meta.items() if k != "custom"}
     node.replace_all_uses_with(written)
@@ -106,7 +106,7 @@ def _out_of_place(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _detach(graph: fx.Graph) -> None:
-    """Cut the gradient where a tensor made without gradients is used with them."""
+    """Insert `detach` where a tensor that was computed without gradients is used with them."""
     for node in list(graph.nodes):
         if not node.meta.get(QUIET) or not continuous(node.meta.get("val")):
             continue
@@ -121,8 +121,10 @@ def _detach(graph: fx.Graph) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ autocast
 def _cast_inputs(node: fx.Node, device: Any, dtype: Any) -> None:
-    """Cast the inputs of a node of an autocast region as autocast does: found by running its operator on fake tensors.
-    Raises CaptureError where casts happen inside the operator, so that they cannot be written around it."""
+    """Cast the inputs of a node of an autocast region as autocast does, found by running the operator on fake tensors.
+
+    Raises CaptureError where autocast casts inside of the operator, so that no casts around it mean the same.
+    """
     values = {n: n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)}
     if not values:
         return
@@ -139,7 +141,7 @@ def _cast_inputs(node: fx.Node, device: Any, dtype: Any) -> None:
         around = {n: v.to(seen.dtypes[n]) if n in seen.dtypes else v for n, v in fresh.items()}
         within = {n: v.to(dtype) if v.dtype is torch.float32 else v for n, v in fresh.items()}
         with torch.autocast(device, enabled=False):
-            for env in (around, within):  # the second one for casts inside of what is composed of others (einsum)
+            for env in (around, within):  # the second one for casts inside of composite operators (einsum)
                 with contextlib.suppress(RuntimeError):
                     found = run(env)
                     if _types(found) == _types(expected):
@@ -159,7 +161,7 @@ def _cast_inputs(node: fx.Node, device: Any, dtype: Any) -> None:
 
 
 class _CastsSeen(TorchDispatchMode):
-    """Notes which of some tensors are cast, and to what."""
+    """Records which of the watched tensors are cast, and to what dtype."""
 
     def __init__(self, watched: dict[int, fx.Node]):
         super().__init__()

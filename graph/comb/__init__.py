@@ -1,4 +1,4 @@
-"""The comb: what every dimension of every tensor is made of, and which indices must go together."""
+"""The comb: the atoms that every dimension of every tensor consists of, and the indices that must be removed together."""
 
 from .groups import Group
 from .solve import Comb, comb

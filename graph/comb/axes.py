@@ -1,12 +1,12 @@
-"""The algebra of axes: what the dimensions of tensors are made of, solved by unification. Source: ours.
+"""The algebra of axes: the factors that the dimensions of tensors consist of, solved by unification. Source: ours.
 
-    axis   = product of factors, outer to inner        view 768 -> 12 x 64 is  h * d;  size 1 is the empty product
-    factor = atom | sum of axes                        cat is a sum
+axis   = product of factors, outer to inner        view 768 -> 12 x 64 is  h * d;  size 1 is the empty product factor = atom
+    | sum of axes                        cat is a sum
 
-An axis is a Python list of `Factor`. A factor is a union-find node: a leaf (an *atom*, a unit that can lose indices),
-or bound to a product of finer factors, or to a sum of axes (its *segments*). Unifying two axes makes them the same
-index space; whatever cannot be aligned is frozen with a reason, never guessed. Sizes only shrink when factors are split,
-so nothing can become cyclic and no occurs check is needed.
+An axis is a Python list of `Factor`. A factor is a union-find node: a leaf (an *atom*, a unit that can lose indices), or
+bound to a product of finer factors, or to a sum of axes (its *segments*). Unifying two axes makes them the same index
+space; whatever cannot be aligned is frozen with a reason, never guessed. Sizes only shrink when factors are split, so
+nothing can become cyclic and no occurs check is needed.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ import numpy as np
 from ..nodes import source
 
 Axis = list["Factor"]
-MAX_CUTS = 64  # a sum that does not factor is cut into at most this many equal pieces
+MAX_CUTS = 64  # most equal pieces that a sum is cut into where its segments do not factor
 
 
 solving: ContextVar[Any] = ContextVar("solving", default=None)  # the graph node whose equations are being solved
 
 
 class Misaligned(Exception):
-    """Two index spaces have no common refinement."""
+    """Raised where two index spaces have no common refinement."""
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Why an atom must not be touched: the graph node that says so, and what it says."""
+    """Why an atom must not lose indices: the graph node that requires it, the reason, and what to do about it."""
 
     node: Any
     text: str
@@ -46,7 +46,8 @@ class Reason:
 
 
 class Factor:
-    """A union-find node. Leaf when neither `product` nor `segments` is set; `frozen` holds the first reason given."""
+    """A union-find node; a leaf unless `product` or `segments` is set. frozen: the first reason that was given, or None.
+    symbolic: whether its size is dynamic."""
 
     __slots__ = ("frozen", "parent", "product", "segments", "size", "symbolic")
 
@@ -60,7 +61,7 @@ class Factor:
 
 
 def find(factor: Factor) -> Factor:
-    """The factor that stands for all that were unified with this one."""
+    """The representative of all factors that were unified with this one."""
     root = factor
     while root.parent is not None:
         root = root.parent
@@ -80,7 +81,7 @@ def fresh(n: int, frozen: Reason | None = None, symbolic: bool = False) -> Axis:
 
 
 def normal(axis: Axis) -> Axis:
-    """The axis as atoms and sums, products expanded and factors of size 1 dropped."""
+    """The axis as atoms and sums: products are expanded, and factors of size 1 dropped."""
     result: Axis = []
     for factor in axis:
         if factor.parent is not None:
@@ -108,7 +109,7 @@ def _distributed(axis: Axis) -> list[Axis]:
 
 
 def total(parts: list[Axis]) -> Axis:
-    """The sum of axes (concatenation of index spaces); empty ones add nothing."""
+    """The sum of axes (concatenation of index spaces), without empty ones."""
     parts = [p for p in parts if size(p)] or parts[:1]
     if len(parts) == 1:
         return parts[0]
@@ -118,7 +119,7 @@ def total(parts: list[Axis]) -> Axis:
 
 
 def freeze(axis: Axis, reason: Reason) -> None:
-    """Forbid removing anything along the axis. The first reason given stays."""
+    """Forbid removing anything along the axis. Where a reason was given before, it stays."""
     for factor in normal(axis):
         if factor.frozen is None:
             factor.frozen = reason
@@ -140,7 +141,8 @@ def atoms(axes: Iterable[Axis], found: dict[Factor, None] | None = None) -> dict
 
 # ------------------------------------------------------------------------------------------------------------ splitting
 def split_factor(factor: Factor, n: int) -> tuple[Axis, Axis]:
-    """Bind the factor to outer * inner with size(inner) == n, and return the two."""
+    """Bind the factor to outer * inner with size(inner) == n, and return the two. Raises Misaligned for a sum that does not
+    factor."""
     if factor.segments is None:
         outer = [Factor(factor.size // n, factor.frozen, factor.symbolic)]
         inner = [Factor(n, factor.frozen, factor.symbolic)]
@@ -168,8 +170,11 @@ def split_factor(factor: Factor, n: int) -> tuple[Axis, Axis]:
 
 
 def take_inner(axis: Axis, n: int) -> tuple[Axis, Axis]:
-    """Split the axis into outer * inner with size(inner) == n. Where a boundary falls across factors, the smallest run of
-    adjacent factors that contains it is frozen and regrouped; Misaligned when no run does."""
+    """Split the axis into outer * inner with size(inner) == n.
+
+    If a boundary falls inside a factor, the smallest run of adjacent factors that contains it is frozen and regrouped.
+    Raises Misaligned if no run does.
+    """
     axis = normal(axis)
     inner: Axis = []
     while n > 1:
@@ -196,8 +201,8 @@ def take_inner(axis: Axis, n: int) -> tuple[Axis, Axis]:
 
 
 def split_at(axis: Axis, offset: int) -> tuple[Axis, Axis]:
-    """Split the axis as a sum at an offset strictly inside it. A boundary inside a product isolates one index of the outer
-    factor and splits what is under it."""
+    """Split the axis as a sum at an offset strictly inside it. If the boundary falls inside a product, one index of the
+    outer factor is isolated and the axis under it is split."""
     axis = normal(axis)
     factor, rest = axis[0], axis[1:]
     inner = size(rest)
@@ -223,7 +228,7 @@ def split_at(axis: Axis, offset: int) -> tuple[Axis, Axis]:
 
 
 def cut(axis: Axis, sizes: list[int]) -> list[Axis]:
-    """The axis as consecutive pieces of the given sizes, which add up to it (zeros allowed)."""
+    """The axis as consecutive pieces of the given sizes, whose sum is its size (zeros allowed)."""
     pieces, rest = [], axis
     for n in sizes:
         if n == 0:
@@ -241,8 +246,8 @@ def cut(axis: Axis, sizes: list[int]) -> list[Axis]:
 def unify(a: Axis, b: Axis) -> None:
     """Make two axes of equal size the same index space, from the innermost factor outwards.
 
-    Products take their common refinement, sums align their segments. The smallest run of adjacent factors that cannot be
-    aligned is frozen on both sides. Misaligned, with nothing changed, for axes of unequal sizes.
+    Products get their common refinement, sums align their segments. The smallest run of adjacent factors that cannot be
+    aligned is frozen on both sides. Raises Misaligned, without changes, for axes of unequal sizes.
     """
     a, b = normal(a), normal(b)
     if size(a) != size(b):
@@ -300,7 +305,7 @@ def _join(x: Factor, y: Factor) -> None:
 
 
 def _bind(x: Factor, y: Factor) -> None:
-    """Let y stand for x from now on."""
+    """Make y the representative of x."""
     x.parent = y
     if x.frozen is not None:
         freeze([y], x.frozen)
@@ -312,7 +317,7 @@ Masks = Mapping[Factor, np.ndarray]
 
 
 def kept_size(axis: Axis, sizes: Sizes) -> int:
-    """Size of the axis when each atom in `sizes` has the size given there."""
+    """Size of the axis if each atom in `sizes` has the given size."""
     n = 1
     for factor in normal(axis):
         if factor.segments is None:
@@ -323,7 +328,7 @@ def kept_size(axis: Axis, sizes: Sizes) -> int:
 
 
 def kept_mask(axis: Axis, masks: Masks) -> np.ndarray:
-    """Which indices of the axis stay (bool, length size(axis)) when each atom keeps what its mask says."""
+    """The indices of the axis that stay (bool, length size(axis)) if each atom keeps those of its mask."""
     result = np.ones(1, dtype=bool)
     for factor in normal(axis):
         if factor.segments is not None:
@@ -346,7 +351,7 @@ def touches(axis: Axis, changed: Mapping[Factor, Any]) -> bool:
 
 
 def fold(axis: Axis, values: np.ndarray, found: dict[Factor, np.ndarray]) -> None:
-    """Add `values` (one number per index of the axis) to each atom's indices, summed over all other factors."""
+    """Add `values` (one number per index of the axis) to each atom's indices in `found`, summed over all other factors."""
     factors = normal(axis)
     sizes = [f.size for f in factors]
     grid = values.reshape(sizes) if sizes else values
@@ -363,7 +368,7 @@ def fold(axis: Axis, values: np.ndarray, found: dict[Factor, np.ndarray]) -> Non
 
 
 def monomials(axis: Axis) -> list[tuple[Factor, ...]]:
-    """The axis multiplied out: a list of products of atoms whose sizes add up to the axis."""
+    """The axis multiplied out: a list of products of atoms, whose sizes add up to the axis's."""
     result: list[tuple[Factor, ...]] = [()]
     for factor in normal(axis):
         if factor.segments is None:

@@ -1,4 +1,4 @@
-"""Groups: which indices of which parameters can only be removed together, what they are called and what they are."""
+"""Groups: the indices of parameters that can only be removed together, with their names and kinds."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from .equations import KERNEL, Equations
 
 KINDS = ("channel", "head", "head width", "hidden", "group", "token", "multiplier", "constant")
 DEFAULT_KINDS = ("channel", "head", "head width", "hidden", "group")
-FOLDED = "_folded_"  # what capture calls a constant that the model computes
+FOLDED = "_folded_"  # prefix of the names that capture gives to constants which the model computes
 
 
 @dataclass(frozen=True)
 class Group:
     """Indices that can only be removed together.
 
-    name: "parameter:dim" of the first member, with the kind appended where one dimension holds several groups.
-    size: number of indices. members: every (parameter or buffer, dim) the group takes part in. frozen: None, or why
-    nothing may be removed. least: the number of indices that must stay for every operator to be defined.
+    name: "parameter:dim" of the first member, with the kind appended if one dimension holds several groups. size: number of
+    indices. kind: one of KINDS. members: every (parameter or buffer, dim) that the group takes part in. frozen: None, or
+    why nothing may be removed. atom: the group's factor in the solved axes. least: number of indices that must stay for
+    every operator to be defined.
     """
 
     name: str
@@ -64,7 +65,7 @@ def find_groups(solved: Equations) -> list[Group]:
 
 
 def members_of(solved: Equations) -> dict[Factor, list[tuple[str, int]]]:
-    """(parameter or buffer, dim) pairs in which each atom occurs."""
+    """For each atom, the (parameter or buffer, dim) pairs in which it occurs."""
     found: dict[Factor, list[tuple[str, int]]] = defaultdict(list)
     for name, axes in solved.parameters.items():
         for d, axis in enumerate(axes):
@@ -74,7 +75,7 @@ def members_of(solved: Equations) -> dict[Factor, list[tuple[str, int]]]:
 
 
 def kinds_of(solved: Equations) -> dict[Factor, str]:
-    """The kind of every atom that occurs in a parameter or buffer, derived from how its axes are used."""
+    """The kind of every atom that occurs in a parameter or buffer, from the roles of its axes."""
     roles: dict[Factor, set[str]] = defaultdict(set)
     producers: dict[Factor, set[fx.Node]] = defaultdict(set)
     consumers: dict[Factor, set[fx.Node]] = defaultdict(set)
@@ -108,7 +109,8 @@ def kinds_of(solved: Equations) -> dict[Factor, str]:
 
 
 def _partners(solved: Equations) -> tuple[dict[Factor, set[Factor]], set[Factor]]:
-    """The atoms that each is multiplied with in some parameter's dimension, and the atoms of trainable parameters."""
+    """For each atom, the atoms that it is multiplied with in a parameter's dimension; and the atoms of trainable
+    parameters."""
     trainable = {n for n, _ in solved.module.named_parameters(remove_duplicate=False)}
     partners: dict[Factor, set[Factor]] = defaultdict(set)
     owned: set[Factor] = set()
@@ -122,7 +124,7 @@ def _partners(solved: Equations) -> tuple[dict[Factor, set[Factor]], set[Factor]
 
 
 def _least(solved: Equations) -> dict[Factor, int]:
-    """What each atom has to keep so that every minimum holds whatever else is removed."""
+    """For each atom, the number of indices that it must keep so that every minimum holds, whatever else is removed."""
     found: dict[Factor, int] = {}
     for _, axes, count in solved.minima:
         free = [a for a in atoms(axes) if a.frozen is None]

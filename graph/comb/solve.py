@@ -1,8 +1,8 @@
-"""The comb: solves what every dimension of every tensor is made of, and which indices must go together.
+"""The comb: finds the atoms that every dimension of every tensor consists of, and which indices must be removed together.
 
-Each operator contributes equations between the axes of its operands (`rules`); unification solves them (`axes`). What is
-left are atoms: units that can lose indices everywhere at once. Source: ours; the idea of combing dependencies without hints
-is CPD's (arXiv 2408.03046).
+Each operator contributes equations between the axes of its operands (`rules`); unification solves them (`axes`). The
+remaining unknowns are atoms: units that can lose indices in all tensors at once. Source: ours; the idea of combing
+dependencies without hints is CPD's (arXiv 2408.03046).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .rules.elementwise import pointwise
 
 
 class Sizer:
-    """Sizes of axes when atoms have the given sizes; operators share their axes, so each is computed once."""
+    """Computes sizes of axes for given sizes of atoms; operators share their axes, so each is computed once."""
 
     def __init__(self, sizes: ax.Sizes):
         self.sizes = sizes
-        self._known: dict[int, tuple[Axis, int]] = {}  # the axis too: an id is only good while its object lives
+        self._known: dict[int, tuple[Axis, int]] = {}  # keeps the axes alive, so that no id is used twice
 
     def __call__(self, axis: Axis) -> int:
         known = self._known.get(id(axis))
@@ -45,8 +45,8 @@ REGISTER = "register a rule for it with graphcomb.rule (CONTRIBUTING.md shows ho
 
 
 class Comb(Equations):
-    """The solved axes of a program. Beside what `Equations` has, refusals: nodes whose operator could not be followed,
-    as (node, reason)."""
+    """The solved axes of a program. Besides the attributes of `Equations`, refusals: (node, reason) for operators that
+    could not be followed."""
 
     def __init__(self, program: Program):
         super().__init__(program)
@@ -79,8 +79,8 @@ class Comb(Equations):
         self._freeze_summed_copies()
 
     def _freeze_summed_copies(self) -> None:
-        """Freeze padding and repetitions over which somebody sums or normalises before they meet anything with entries of
-        its own: the sum would change, and no parameter that takes part says by what."""
+        """Freeze padding and repetitions that an operator sums or normalises over before they meet entries that belong to a
+        parameter: the sum would change, and no parameter could make up for it."""
         if not any(a.frozen is None for axes in self._copies.values() for a in atoms(axes)):
             return
         loose: dict[fx.Node, set[Factor]] = {}
@@ -116,20 +116,20 @@ class Comb(Equations):
         try:
             result = function(self, node, arguments(node))
             if node not in self._sums and not function.__module__.startswith(f"{__package__}."):
-                self.sums(node, [axis for i in inputs for axis in self.flat(i)])  # a user's rule that does not say
+                self.sums(node, [axis for i in inputs for axis in self.flat(i)])  # a user's rule without `sums`
             self._check(value, result)
             return result
         except (NoRule, Misaligned) as error:
             return self._refuse(node, f"{name} cannot be followed ({error})")
-        except Exception as error:  # a rule that stumbles, a user's one too, must not take the comb down: it freezes
+        except Exception as error:  # a mistake in a rule freezes what the node touches, instead of ending the comb
             if strict():
                 raise
             return self._refuse(node, f"{name} cannot be followed ({type(error).__name__}: {error})")
         finally:
-            ax.solving.reset(solving)  # what stays in a context variable keeps its whole graph alive
+            ax.solving.reset(solving)  # a node that stayed in a context variable would keep its whole graph alive
 
     def _refuse(self, node: fx.Node, what: str, advice: str = "") -> Any:
-        """Freeze everything that the node reads and makes; the axes of its results."""
+        """Freeze everything that the node reads and computes; returns the frozen axes of its results."""
         self.refusals.append((node, what))
         reason = Reason(node, what, advice)
         for i in node.all_input_nodes:
@@ -141,7 +141,7 @@ class Comb(Equations):
             freeze(axis, reason)
 
     def _check(self, value: Any, result: Any) -> None:
-        """The axes have the sizes of the tensors they describe."""
+        """Raise ValueError unless the axes have the sizes of the tensors that they describe."""
         pairs = [(value, result)] if isinstance(value, torch.Tensor) else zip(value, result, strict=True)
         for tensor, axes in pairs:
             if not isinstance(tensor, torch.Tensor):
@@ -150,7 +150,7 @@ class Comb(Equations):
                 found = " x ".join(show(a) for a in axes)
                 raise ValueError(f"the rule gives {found} for a tensor of shape {tuple(tensor.shape)}")
             for axis, n in zip(axes, tensor.shape, strict=True):
-                if self._dynamic and isinstance(n, int):  # what a fixed size is made of is fixed
+                if self._dynamic and isinstance(n, int):  # the atoms of a fixed size are not dynamic
                     for atom in atoms([axis]):
                         atom.symbolic = False
 
@@ -161,7 +161,8 @@ class Comb(Equations):
         return find_groups(self)
 
     def why(self, parameter: str) -> str:
-        """What each dimension of a parameter is made of and why frozen parts are frozen. BadInput for an unknown name."""
+        """A text about each dimension of a parameter: its atoms, and why frozen ones are frozen. Raises BadInput for an
+        unknown name."""
         if parameter not in self.parameters:
             near = difflib.get_close_matches(parameter, self.parameters, n=3)
             raise BadInput(f"no parameter {parameter}" + (f"; did you mean {', '.join(near)}?" if near else ""))
@@ -180,9 +181,9 @@ class Comb(Equations):
     # ---------------------------------------------------------------------------------------------------------- cost
     @cached_property
     def _cost_parts(self) -> list[tuple[fx.Node, list[list[Axis]], dict[str, int]]]:
-        """The terms of the program's cost (see `graph.cost`) with axes in the place of dimensions."""
+        """The terms of the program's cost (see `graph.cost`), with axes in place of dimensions."""
 
-        def axis(node: fx.Node, ref: cost.Ref) -> Axis:  # a plain number is an axis that nothing shrinks
+        def axis(node: fx.Node, ref: cost.Ref) -> Axis:  # a plain number becomes a frozen axis
             return ax.fresh(ref, Reason(node, "a number")) if isinstance(ref, int) else self.axes[ref[0]][ref[1]]
 
         parts = cost.terms(self.module)
@@ -191,7 +192,7 @@ class Comb(Equations):
         ]
 
     def cost_terms(self) -> list[tuple[fx.Node, list[list[Axis]]]]:
-        """MACs of every node as sums of products of axes (see `graph.cost`)."""
+        """For every node that multiplies, its MACs as a sum of products of axes (see `graph.cost`)."""
         return [(node, axes) for node, axes, units in self._cost_parts if "macs" in units]
 
     def macs(self, sizes: ax.Sizes | None = None) -> int:
@@ -200,7 +201,7 @@ class Comb(Equations):
         return sum(cost.evaluate(axes, size) for _, axes in self.cost_terms())
 
     def cost(self, sizes: ax.Sizes) -> dict[str, Any]:
-        """`Program.cost()` of the program in which atoms have the given sizes."""
+        """The result of `Program.cost()` for the program whose atoms have the given sizes."""
         return cost.total(self._cost_parts, Sizer(sizes)) | self._uncounted
 
     @cached_property

@@ -1,7 +1,7 @@
-"""Slicing: build the smaller program from the solved axes and the indices that stay. Source: ours.
+"""Removal: the smaller program, built from the solved axes and the indices that stay. Source: ours.
 
 Weights are index-selected along every axis that lost something, and every shape constant is regenerated from the axes;
-nothing is patched in place, the input program is not touched.
+nothing is patched in place, and the input program stays as it is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Removed = dict[str, dict[int, list[int]]]
 
 
 class Slicer:
-    """What rewrites see: sizes after removal, and how to write them into the new graph."""
+    """The sizes after removal, and the means to write them into the new graph; rewrites get it as their `Sizes`."""
 
     def __init__(self, comb: Comb, masks: Masks):
         self.comb, self.masks = comb, masks
@@ -41,7 +41,7 @@ class Slicer:
         return not ax.touches(axis, self.sizes)
 
     def size(self, axis: Axis) -> int:
-        """How many indices of the axis are left."""
+        """Number of indices of the axis that are left."""
         return ax.kept_size(axis, self.sizes)
 
     @staticmethod
@@ -50,7 +50,7 @@ class Slicer:
         set_argument(node, argument, value)
 
     def resize(self, old: fx.Node, new: fx.Node, argument: str, axes: list[Axis]) -> None:
-        """Regenerate a list of sizes: entries whose axis lost indices, or that were computed from such sizes."""
+        """Regenerate those entries of a list of sizes whose axis lost indices, or that were computed from such sizes."""
         entries = arguments(old)[argument]
         values = list(arguments(new)[argument])
         changed = False
@@ -65,7 +65,7 @@ class Slicer:
 
     @cached_property
     def tainted(self) -> set[fx.Node]:
-        """Size computations that read a dimension which lost indices."""
+        """The nodes of sizes that depend on a dimension which lost indices."""
         tainted: set[fx.Node] = set()
         for node in self.comb.module.graph.nodes:
             if op_name(node).startswith("sym_size"):
@@ -76,7 +76,8 @@ class Slicer:
         return tainted
 
     def _expression(self, old: fx.Node, new: fx.Node, axis: Axis) -> Any:
-        """The axis's kept size: static part times the symbolic sizes, read off tensors that have them."""
+        """The size of an axis after removal: its static part times its symbolic sizes, which are read from tensors that
+        have them. Raises Refused if no tensor does."""
         symbolic = [f for f in ax.normal(axis) if any(a.symbolic for a in ax.atoms([[f]]))]
         static = self.size([f for f in ax.normal(axis) if f not in symbolic])
         if not symbolic:
@@ -96,7 +97,7 @@ class Slicer:
             return result if static == 1 else _product(graph, result, static)
 
     def _source(self, user: fx.Node, factors: Axis) -> tuple[fx.Node, int] | None:
-        """A tensor dimension that is exactly this product and comes before the user, if there is one."""
+        """A dimension of a tensor before `user` that is exactly this product, or None."""
         found = self._sources.get(_key(factors))
         return found if found is not None and self._places[found[0]] < self._places[user] else None
 
@@ -106,7 +107,7 @@ class Slicer:
 
     @cached_property
     def _sources(self) -> dict[tuple[int, ...], tuple[fx.Node, int]]:
-        """The first tensor dimension for every product of dynamic size."""
+        """For every product of dynamic size, the first tensor dimension that is this product."""
         sources: dict[tuple[int, ...], tuple[fx.Node, int]] = {}
         for node, axes in self.comb.axes.items():
             value: Any = node.meta.get("val")
@@ -127,14 +128,14 @@ def _product(graph: fx.Graph, a: fx.Node, b: Any) -> fx.Node:
 
 
 def remove(comb: Comb, masks: Masks) -> tuple[Program, Removed]:
-    """Slice a program.
+    """Remove indices from a program.
 
     masks: for each atom that loses indices, which stay (bool, length of the atom). Returns the new program and what was
-    removed, `{parameter or buffer: {dim: sorted indices}}` in the original's numbering. Refused when an atom is frozen,
-    would become empty, an operator would be left with too few entries, or a size cannot be regenerated.
+    removed, `{parameter or buffer: {dim: sorted indices}}` in the original's numbering. Raises Refused if an atom is frozen
+    or would become empty, if an operator would be left with too few entries, or if a size cannot be regenerated.
     """
     keeps = kept_indices(comb, masks)
-    indices: dict[tuple[int, Any], torch.Tensor] = {}  # most axes belong to several tensors
+    indices: dict[tuple[int, Any], torch.Tensor] = {}  # shared, since most axes belong to several tensors
 
     def index(keep: np.ndarray, device: torch.device) -> torch.Tensor:
         found = indices.get((id(keep), device))
@@ -152,7 +153,7 @@ def remove(comb: Comb, masks: Masks) -> tuple[Program, Removed]:
 
 
 def kept_indices(comb: Comb, masks: Masks) -> dict[str, dict[int, np.ndarray]]:
-    """Which indices stay (bool) along every dimension of a parameter or buffer that loses some."""
+    """For each parameter or buffer that loses indices, by dimension, which stay (bool). Raises Refused as `remove` does."""
     masks, found = _checked(comb, masks), {}
     known: dict[tuple[int, ...], np.ndarray] = {}
 
@@ -170,8 +171,8 @@ def kept_indices(comb: Comb, masks: Masks) -> dict[str, dict[int, np.ndarray]]:
 
 
 def restored(comb: Comb, masks: Masks, module: TrainableModule) -> Program:
-    """The original network with the values of a smaller one where something is kept, and its own where not: that of which
-    the smaller one is the exact slice."""
+    """The original program with the values of a smaller module where indices were kept, and its own values elsewhere; the
+    smaller module is an exact slice of it."""
     kept = kept_indices(comb, masks)
 
     def take(name: str, value: Any) -> Any:
@@ -187,8 +188,8 @@ def restored(comb: Comb, masks: Masks, module: TrainableModule) -> Program:
 
 
 def resized(comb: Comb, masks: Masks, take: Callable[[str, Any], Any]) -> TrainableModule:
-    """The graph with every shape constant regenerated for what the masks keep, around other tensors: `take(name, value)`
-    gives the one that goes in place of the original's."""
+    """The graph with every shape constant regenerated for the indices that the masks keep, around other tensors:
+    `take(name, value)` returns the tensor in place of the original's `value`."""
     slicer = Slicer(comb, _checked(comb, masks))
 
     def rewrite_all(nodes: dict[fx.Node, fx.Node]) -> None:
@@ -200,7 +201,7 @@ def resized(comb: Comb, masks: Masks, take: Callable[[str, Any], Any]) -> Traina
 
 
 def _checked(comb: Comb, masks: Masks) -> dict[Factor, np.ndarray]:
-    """The masks that remove something; Refused for what must not be removed."""
+    """The masks that remove something. Raises Refused for what must not be removed."""
     masks = {ax.find(a): np.asarray(m, dtype=bool) for a, m in masks.items() if not np.all(m)}
     for atom, mask in masks.items():
         if atom.frozen is not None:
@@ -214,14 +215,14 @@ def _checked(comb: Comb, masks: Masks) -> dict[Factor, np.ndarray]:
     return masks
 
 
-BLOCK = 1 << 17  # elements: an intermediate of this size stays in a core's cache
+BLOCK = 1 << 17  # elements of an intermediate that stays in a core's cache
 
 
 def select(data: torch.Tensor, indices: dict[int, torch.Tensor]) -> torch.Tensor:
-    """The entries of a tensor at the given indices along each of some dimensions.
+    """The entries of a tensor at the given indices of some dimensions.
 
-    Rows are taken a block at a time, so that what is selected along two dimensions passes through a small buffer instead
-    of a second tensor; trailing dimensions of size 1, which make index_select several times slower, are dropped first.
+    Rows are selected a block at a time, so that a selection along two dimensions passes through a small buffer instead of a
+    second tensor. Trailing dimensions of size 1, which make index_select several times slower, are dropped first.
     """
     if data.dim() == 1:
         return data.index_select(0, indices[0])

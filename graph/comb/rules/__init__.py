@@ -1,4 +1,4 @@
-"""Op rules, by theme; importing the package fills the table."""
+"""Op rules, by topic; importing the package fills the table."""
 
 from . import contraction, elementwise, indexing, layout, reduction, spatial  # noqa: F401
 from .registry import RULES, NoRule, Rule, rule

@@ -1,4 +1,4 @@
-"""Convolutions, matrix products, einsum and attention: contracted axes unify, the rest passes through."""
+"""Rules of convolutions, matrix products, einsum and attention: contracted axes unify, the others pass through."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .registry import Arguments, NoRule, either, rule
 
 
 def is_window(a: Arguments, nd: int, kernel: tuple[int, ...]) -> bool:
-    """False for kernel 1, stride 1, no padding: then spatial axes pass through untouched."""
+    """Whether a convolution slides a window; not with kernel 1, stride 1 and no padding, where spatial axes pass
+    through."""
     padding = a["padding"]
     padded = padding == "same" and any(k > 1 for k in kernel) if isinstance(padding, str) else any(padding)
     extra = any(a.get("output_padding") or ())
@@ -56,7 +57,7 @@ def convolution(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
 
 @rule("torchvision::deform_conv2d")
 def deformable(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
-    """A grouped convolution whose taps are moved by offsets, which map channels to positions and stay whole."""
+    """A grouped convolution whose taps are moved by offsets; the offsets' channels hold positions and stay whole."""
     xs, ws, groups = c.axes[a["input"]], c.axes[a["weight"]], a["groups"]
     for axis in (*xs[2:], *ws[2:]):
         c.freeze(axis, node, WINDOW)

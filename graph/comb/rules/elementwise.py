@@ -1,4 +1,4 @@
-"""Operators that act on each entry by itself: broadcast axes unify, size 1 imposes nothing."""
+"""Rules of operators that act on each entry by itself: broadcast axes unify, and size 1 imposes nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from .registry import Arguments, NoRule, rule
 def broadcast(
     c: Equations, node: fx.Node, items: list[tuple[list[Axis], tuple[int, ...]]], out: tuple[int, ...]
 ) -> list[Axis]:
-    """Unify axes under broadcasting to the shape `out`. items: (axes, shape) of each operand."""
+    """Unify axes under broadcasting to the shape `out`; returns the axes of the result. items: (axes, shape) of each
+    operand."""
     result: list[Axis] = [[] for _ in out]
     for axes, sizes in items:
         shift = len(out) - len(sizes)
@@ -48,7 +49,7 @@ def binary(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 def pointwise(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
-    """An operator of no table that PyTorch itself tags as acting on each entry by itself."""
+    """The rule of an operator without one of its own that PyTorch tags as acting on each entry by itself."""
     shapes = [shape(i) for i in node.all_input_nodes if c.axes[i] is not None]
     if not isinstance(node.meta["val"], torch.Tensor) or _broadcast_shape(shapes) != shape(node):
         raise NoRule("the result is not the operands' broadcast")
@@ -56,7 +57,7 @@ def pointwise(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 def _broadcast_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """What shapes broadcast to, None where they do not; many times faster than torch's."""
+    """The shape that shapes broadcast to, or None; many times faster than torch's function."""
     rank = max(map(len, shapes), default=0)
     columns = zip(*((1,) * (rank - len(s)) + tuple(s) for s in shapes), strict=True)
     sizes = [{n for n in column if n != 1} or {1} for column in columns]

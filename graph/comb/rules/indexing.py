@@ -1,4 +1,4 @@
-"""Look-ups: what is indexed along is frozen, everything beside it passes through."""
+"""Rules of look-ups: the indexed axis is frozen, the others pass through."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators that move entries without computing: regroup, reorder, concatenate, cut, repeat, pad."""
+"""Rules of operators that move entries without computing: regroup, reorder, concatenate, cut, repeat, pad."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .registry import Arguments, NoRule, either, rule
 
 
 def regroup(c: Equations, node: fx.Node, axes: list[Axis], sizes: tuple[int, ...]) -> list[Axis]:
-    """The axes of a tensor seen as one row-major sequence, cut anew into dimensions of the given sizes."""
+    """The axes of a tensor as one row-major sequence, cut into dimensions of the given sizes."""
     flat = normal([factor for axis in axes for factor in axis])
     result: list[Axis] = [[] for _ in sizes]
     for d in reversed(range(len(sizes))):
@@ -53,7 +53,7 @@ def view(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
         for mine, other in zip(result, c.axes[a["other"]], strict=True):
             c.unify(mine, other)
     elif name == "squeeze":
-        # what it squeezes is whatever has size 1: an axis pruned down to 1 would vanish, so name the dimensions
+        # `squeeze` removes every dimension of size 1, also an axis that is pruned down to 1, so name the dimensions.
         given = a.get("dim", range(len(xs)))
         asked = {d % len(xs) for d in ([given] if isinstance(given, int) else given)} if xs else set()
         dims = [d for d in sorted(asked) if shape(a["self"])[d] == 1]
@@ -100,7 +100,7 @@ def stack(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 def pieces(c: Equations, node: fx.Node, axis: Axis, sizes: list[int]) -> list[Axis]:
-    """Cut an axis; where that cannot be followed, freeze it and return frozen pieces."""
+    """Cut an axis; if that cannot be followed, freeze it and return frozen pieces."""
     try:
         return cut(axis, sizes)
     except Misaligned as error:
@@ -148,7 +148,7 @@ def slice_(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
         low, high = bounds(a, n)
     if (a.get("step") or 1) != 1:
         return strided(c, node, xs, d, n, low, high, a["step"])
-    if low >= high:  # nothing is read, so nothing is imposed
+    if low >= high:  # nothing is read, so the slice imposes nothing
         c.rewrite(node, lambda s, m: place(s, m, 0, 0))
         return [*xs[:d], c.frozen(node, d, "an empty slice"), *xs[d + 1 :]]
     if (low, high) == (0, n):
@@ -156,7 +156,7 @@ def slice_(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
             c.rewrite(node, lambda s, m: place(s, m, 0, s.size(xs[d])))
         return xs
     moving = not isinstance(node.meta["val"].shape[d], int)
-    if moving and all(atom.frozen for atom in atoms([xs[d]])):  # cutting at the example's size would tell nothing
+    if moving and all(atom.frozen for atom in atoms([xs[d]])):  # a cut at the example's size would mean nothing
         return [*xs[:d], c.frozen(node, d, "a slice of dynamic length"), *xs[d + 1 :]]
     before, part, _ = pieces(c, node, xs[d], [low, high - low, n - high])
     if moving and not any(atom.symbolic for atom in atoms([part])):
@@ -172,7 +172,7 @@ def slice_(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
 
 
 def place(s: Sizes, m: fx.Node, start: int, length: int) -> None:
-    """Let a slice, narrow or slice_scatter, or a select or select_scatter, be that of other indices."""
+    """Give a slice, narrow, select or their scatter other indices."""
     if "index" in (a := arguments(m)):
         return s.assign(m, "index", start)
     s.assign(m, "start", start)
@@ -183,7 +183,7 @@ def place(s: Sizes, m: fx.Node, start: int, length: int) -> None:
 
 
 def strided(c: Equations, node: fx.Node, xs: list[Axis], d: int, n: int, low: int, high: int, step: int) -> list[Axis]:
-    """x[low::step] takes one index of the inner factor of outer * step, when it takes all of the outer ones."""
+    """`x[low::step]` takes one index of the inner factor of outer * step if it takes all indices of the outer one."""
     if n % step == 0 and low < step and high > n - step + low:
         try:
             outer, inner = take_inner(xs[d], step)
@@ -292,7 +292,7 @@ def pad(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
         xs[d] = total([part for n, part in parts if n])
 
     def regenerate(s: Sizes, m: fx.Node) -> None:
-        values = list(arguments(m)["pad"])  # amounts of dynamic dimensions stay expressions
+        values = list(arguments(m)["pad"])  # the amounts of dynamic dimensions stay nodes
         for j, (low, high) in placed.items():
             values[2 * j] = s.size(low) if amounts[2 * j] else 0
             values[2 * j + 1] = s.size(high) if amounts[2 * j + 1] else 0
@@ -305,7 +305,7 @@ def pad(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
 
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "empty")
 def constant(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
-    """A uniform tensor: any index of it may go."""
+    """A uniform tensor, which can lose any index."""
     result = [c.fresh(node, d) for d in range(len(shape(node)))]
     c.copies(node, result, "constant")
     c.resize(node, "size", result)

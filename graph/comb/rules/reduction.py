@@ -1,4 +1,5 @@
-"""Reductions and normalisations: the pruned network reduces over what is left; orderings along an axis freeze it."""
+"""Rules of reductions and normalisations: the pruned network reduces over the remaining indices. Operators that depend on
+the order along an axis freeze it."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def dims_of(a: Arguments, rank: int, name: str = "dim") -> list[int]:
 
 
 def reduced(xs: list[Axis], dims: list[int], keep: bool) -> list[Axis]:
-    """The axes that are left when those of some dimensions go, or keep one index."""
+    """The axes of a result whose given dimensions were reduced; with `keep`, these have size 1."""
     return [[] if d in dims else axis for d, axis in enumerate(xs) if keep or d not in dims]
 
 
@@ -89,7 +90,8 @@ def reduce(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
 
 @rule("max", "min", "mode", "median")
 def extremum(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
-    """With a dimension, the indices count positions along the axis: it is frozen. Of two tensors: elementwise."""
+    """The largest or smallest entry. With a dimension the result includes positions along the axis, which is then frozen if
+    they are used; with two tensors the operator acts on each entry."""
     if isinstance(a.get("other"), torch.fx.Node):
         return binary(c, node, a)
     x = operand(a)

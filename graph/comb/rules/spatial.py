@@ -1,4 +1,4 @@
-"""Windows and resampling over spatial axes, which they freeze; channels pass through."""
+"""Rules of windows and resampling: spatial axes are frozen, channels pass through."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pool(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     first = len(shape(x)) - nd
     value = node.meta["val"]
     if name == "adaptive_avg_pool" + f"{nd}d":
-        # an output of size 1 is a mean over the whole axis: a reduction, legal like any other
+        # An output of size 1 is a mean over the whole axis, and so a reduction like any other.
         done: list[Any] = []
         for d in range(first, len(shape(x))):
             if shape(node)[d] == 1:
