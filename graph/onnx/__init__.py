@@ -1,1 +1,1 @@
-"""ONNX in: an ONNX file becomes a PyTorch module of ATen operators, which is captured like any other."""
+"""Import of ONNX: a file becomes a PyTorch module of ATen operators, which is captured like any other."""

@@ -1,4 +1,4 @@
-"""Element types: ONNX, numpy and PyTorch."""
+"""Element types of ONNX, NumPy and PyTorch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TORCH: dict[int, torch.dtype] = {
 
 
 def torch_dtype(kind: int) -> torch.dtype:
-    """Of an element type of ONNX. Raises Refused for text and for types narrower than a byte."""
+    """PyTorch's dtype for an element type of ONNX. Raises Refused for text and for types narrower than a byte."""
     if kind not in TORCH:
         names = {value: name for name, value in P.DataType.items()}
         raise Refused(f"element type {names.get(kind, kind)} has no counterpart")
@@ -25,19 +25,19 @@ def torch_dtype(kind: int) -> torch.dtype:
 
 
 def numpy_dtype(kind: int) -> np.dtype:
-    """The same, of host arrays."""
+    """NumPy's dtype for an element type of ONNX. Raises Refused as `torch_dtype` does."""
     torch_dtype(kind)
     return onnx.helper.tensor_dtype_to_np_dtype(kind)
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:
-    """A tensor with memory of its own."""
+    """A copy of an array as a tensor."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16)
     return torch.from_numpy(np.array(array, order="C"))
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A host array."""
+    """A tensor as an array on the host; bfloat16 becomes float32."""
     tensor = tensor.detach().cpu()
     return tensor.float().numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()

@@ -1,4 +1,4 @@
-"""The inputs of an ONNX graph: what the file says of them, and example values."""
+"""The inputs of an ONNX graph: their description in the file, and example values."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..errors import BadInput, Refused
 from .dtypes import torch_dtype
 from .table import Step
 
-BATCH = 2  # of example inputs, where the file leaves it open
+BATCH = 2  # batch size of example inputs if the file leaves it open
 
 
 @dataclass(frozen=True)
 class Input:
-    """name: in the file. shape: sizes, text or None for those that the file leaves open; None for a shape that it does not
-    tell. most: whole numbers are below it."""
+    """An input of the file. name: in the file. shape: its sizes, text or None for those that the file leaves open; None if
+    the file gives no shape. most: random whole numbers must be below it."""
 
     name: str
     dtype: torch.dtype
@@ -33,7 +33,8 @@ class Input:
         return not self.shape or not isinstance(self.shape[0], int)
 
     def seen(self, steps: Sequence[Step], constants: Mapping[str, np.ndarray], read: bool) -> Input:
-        """The input as the steps use it: indices of a table are below its length."""
+        """The input as the steps use it: whole numbers that index a table are below its length. Raises Refused if nothing
+        reads it."""
         if not read:
             raise Refused(f"nothing reads the input {self.name}; remove it from the file")
         names = {self.name}
@@ -50,7 +51,8 @@ class Input:
 
 
 def inputs_of(model: onnx.ModelProto) -> list[Input]:
-    """The inputs that are no initializers. Raises Refused for inputs that are no tensors of numbers."""
+    """The inputs that are not initializers. Raises Refused for inputs that are not tensors of numbers, and if there is
+    none."""
     weights = {t.name for t in model.graph.initializer}
     result = []
     for value in model.graph.input:
@@ -72,8 +74,8 @@ def inputs_of(model: onnx.ModelProto) -> list[Input]:
 
 
 def example(wanted: Input, shape: Sequence[int] | None, seed: int = 0) -> Tensor:
-    """A random value: Gaussian floats, whole numbers that index the table they are for, else ones. BadInput where sizes are
-    not known."""
+    """A random value: Gaussian floats, bytes, whole numbers within the table that they index, else ones. Raises BadInput if
+    sizes are unknown."""
     if shape is None:
         rest = wanted.shape[1:] if wanted.shape is not None else (None,)
         if any(not isinstance(n, int) for n in rest):
@@ -89,13 +91,13 @@ def example(wanted: Input, shape: Sequence[int] | None, seed: int = 0) -> Tensor
     elif wanted.most > 2:
         value = torch.randint(0, wanted.most, sizes, generator=generator).to(wanted.dtype)
     else:
-        value = torch.ones(sizes, dtype=wanted.dtype)  # a mask that hides nothing
+        value = torch.ones(sizes, dtype=wanted.dtype)  # such as a mask that hides nothing
     fits(wanted, value)
     return value
 
 
 def fits(wanted: Input, value: Tensor) -> None:
-    """Raises BadInput for a value that the file does not take. Its batch may be another than the file's."""
+    """Raise BadInput for a value that the file does not take. Its batch size may differ from the file's."""
     if value.dtype != wanted.dtype:
         raise BadInput(f"{wanted} takes {wanted.dtype}, not {value.dtype}")
     if wanted.shape is None:

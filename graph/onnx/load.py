@@ -1,4 +1,4 @@
-"""`from_onnx`: read, plan, capture, and compare with ONNX Runtime."""
+"""`from_onnx`: read a file, plan its layers, capture the module, and compare with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .read import opset_of, read
 from .steps import alive, fold, steps_of
 from .weights import plan
 
-RECORD = "from_onnx"  # how the record in a program's history is called
+RECORD = "from_onnx"  # name of the record in a program's history
 
 
 def from_onnx(
@@ -37,22 +37,23 @@ def from_onnx(
 ) -> Program:
     """Import an ONNX file as a program that can be pruned, trained and exported again.
 
-    Parameters have the names of the file's initializers where those say something, else of the nodes that read them; one
-    output is a tensor, several are a dictionary by their names. Matrix products with constants are linear layers, and
-    BatchNormalization takes the statistics of the batch in training.
+    Parameters have the names of the file's initializers if these are meaningful, else those of the nodes that read them.
+    One output is a tensor, several are a dictionary by their names. Matrix products with constants are linear layers, and
+    BatchNormalization uses the statistics of the batch in training.
 
     - args: example inputs in the order of the file (a tuple, or a single tensor); by default random ones.
-    - shapes: sizes of inputs by name, where the file leaves more open than the batch.
-    - dynamic_shapes: as for `capture`; "auto" is "batch" where the file leaves the first size of every input open. With
-      "batch", a file whose batch is fixed is imported for any batch, which is compared sample by sample.
-    - outputs: which values the program returns, by their names in the file, inner ones too: what stands in front of a
+    - shapes: sizes of inputs by name, if the file leaves more open than the batch.
+    - dynamic_shapes: as for `capture`; "auto" is "batch" if the file leaves the first size of every input open. With
+      "batch", a file with a fixed batch is imported for any batch size, and compared sample by sample.
+    - outputs: the values that the program returns, by their names in the file, inner ones too, such as those before a
       post-processing that cannot be imported. By default the file's outputs.
-    - prove: compare the program with ONNX Runtime in the file's precision, at several batch sizes where the batch is
-      dynamic. The record is the first of `program.history`.
+    - prove: compare the program with ONNX Runtime in the file's precision, at several batch sizes if the batch is dynamic.
+      The record is the first of `program.history`.
 
     Nothing in the file is run, and no file outside its folder is read. Raises BadInput with one line for a file that is
-    damaged, quantised or keeps weights outside its folder, for operators that are not known (all are named), and for what a
-    node asks that cannot be had; CaptureError with the first node that differs from ONNX Runtime.
+    damaged, quantised or keeps weights outside its folder, for unknown operators (all are named), for unsupported
+    attributes of a node, and for arguments that do not fit; CaptureError if the capture fails, or with the first node that
+    differs from ONNX Runtime.
     """
     path = Path(path)
     model = read(path, outputs)
@@ -97,7 +98,7 @@ def _module(model: onnx.ModelProto) -> tuple[OnnxModule, list[Input]]:
 
 
 def _values(inputs: list[Input], args: Any, shapes: Mapping[str, Sequence[int]], module: OnnxModule) -> list[Tensor]:
-    """Example inputs: those that were given, or random ones."""
+    """Example inputs: `args`, or random ones."""
     names = [i.name for i in inputs]
     aliases = dict(zip(arguments(names), names, strict=True))
     known = {aliases.get(name, name): list(shape) for name, shape in shapes.items()}
@@ -150,8 +151,8 @@ def _quietly(module: OnnxModule, values: list[Tensor], dynamic_shapes: Any) -> P
 
 
 def _cases(program: Program, inputs: list[Input], unit: int) -> list[list[Tensor]]:
-    """The example inputs, and other random ones; where the batch is dynamic, of other sizes. unit: the batch of the file,
-    where that fixes it."""
+    """The example inputs, and other random ones, of other sizes if the batch is dynamic. unit: the batch size that the file
+    fixes, or 1."""
     first = [x for x in program.args if isinstance(x, Tensor)]
     cases = [first]
     dynamic = program.dynamic_shapes is not None

@@ -1,4 +1,4 @@
-"""The module that computes what an ONNX graph computes, step by step. Its weights are parameters; it trains."""
+"""The module that computes an ONNX graph, step by step. Its weights are parameters, so it can be trained."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from .weights import Plan
 
 
 class Layer(nn.Module):
-    """Holds the weights of a step and runs it, so that the graph knows which module an operator is of."""
+    """Holds the weights of a step and runs it, so that the graph knows the module of the step's operators."""
 
     def forward(self, call: Call) -> list[Value]:
         return perform(call)
 
 
 class OnnxModule(nn.Module):
-    """An ONNX graph. Made by `build`, which gives `forward` the names of the graph's inputs.
+    """An ONNX graph. `build` makes it, and gives `forward` the names of the graph's inputs.
 
-    inputs, outputs: names in the file. batch: the batch size that the file fixes, where other ones are to be taken.
+    inputs, outputs: names in the file. batch: the batch size that the file fixes, if the module is to take others.
     """
 
     def __init__(self, plan: Plan, inputs: Sequence[str], outputs: Sequence[str]):
         super().__init__()
         self.steps, self.inputs, self.outputs = plan.steps, list(inputs), list(outputs)
         self.batch: int | None = None
-        self.complete = False  # whether all constants are there: before a trace, one run without gradients makes them
+        self.complete = False  # whether all constants are stored, which one run without gradients does before a trace
         self.host = {k: v for k, v in plan.constants.items() if k not in plan.parameters and k not in plan.buffers}
         self.paths = dict(plan.parameters) | dict(plan.buffers)
         self.layers = plan.layers
@@ -71,16 +71,17 @@ class OnnxModule(nn.Module):
         return getattr(self.get_submodule(folder), name)
 
     def constant(self, key: str, array: np.ndarray) -> Tensor:
-        """The tensor kept under a name, made from the array the first time."""
+        """The tensor that is stored under a key; at first it is made from the array."""
         if key not in self.paths:
-            if self.complete:  # a value that only a trace knows
+            if self.complete:  # a value that only occurs in a trace
                 return to_torch(array)
             self.paths[key] = self.names.unique(f"constants.{cleaned(key)}")
             self._register(self.paths[key], to_torch(array))
         return self._fetch(self.paths[key])
 
     def run(self, inputs: Sequence[Tensor], keep: Collection[str] = ()) -> dict[str, Value]:
-        """The outputs, and the intermediate values named in `keep`. Raises BadInput that names the node that fails."""
+        """The outputs, and the intermediate values named in `keep`, by name. Raises BadInput, naming the node that
+        fails."""
         wanted = {*self.outputs, *keep}
         values: dict[str, Value] = {"": None, **self.host}
         values |= {key: self._fetch(path) for key, path in self.paths.items()}
@@ -109,7 +110,7 @@ class OnnxModule(nn.Module):
             raise BadInput(f"{step.title}: {in_a_line(error)}") from error
 
     def compute(self, inputs: Sequence[Tensor]) -> Any:
-        """One output as it is, several as a dictionary by their names."""
+        """One output as a tensor, several as a dictionary by their names."""
         values = self.run(inputs)
         tensors = {n: v if isinstance(v, Tensor) else self._lifted(n, v) for n, v in values.items()}
         return next(iter(tensors.values())) if len(tensors) == 1 else {n: tensors[n] for n in self.outputs}
@@ -121,7 +122,7 @@ class OnnxModule(nn.Module):
 
 
 def build(plan: Plan, inputs: Sequence[str], outputs: Sequence[str]) -> OnnxModule:
-    """The module of a plan, whose forward takes the graph's inputs by their names, made identifiers."""
+    """The module of a plan, whose forward takes the graph's inputs by their names (as identifiers)."""
     names = arguments(inputs)
     Kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     signature = inspect.Signature([inspect.Parameter(n, Kind) for n in ("self", *names)])
@@ -135,7 +136,7 @@ def build(plan: Plan, inputs: Sequence[str], outputs: Sequence[str]) -> OnnxModu
 
 
 def arguments(inputs: Sequence[str]) -> list[str]:
-    """The names of inputs as arguments, all different."""
+    """The names of inputs as names of arguments, all different."""
     names: list[str] = []
     for name in map(identifier, inputs):
         while name in names:
@@ -146,6 +147,6 @@ def arguments(inputs: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def complete(module: OnnxModule, inputs: Sequence[Tensor]) -> None:
-    """Run once, so that all constants that the graph reads as tensors are buffers."""
+    """Run once, so that all constants that the graph reads as tensors become buffers."""
     module.compute(inputs)
     module.complete = True

@@ -1,4 +1,4 @@
-"""Names of the parameters: those of the initializers where they say something, else those of the nodes that read them."""
+"""Names of the parameters: those of the initializers if these are meaningful, else those of the nodes that read them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ TAKEN = set(dir(nn.Module()))
 
 
 class Names:
-    """Gives every constant that becomes a parameter or a buffer a dotted path of its own."""
+    """Gives every constant that becomes a parameter or a buffer its own dotted path."""
 
     def __init__(self) -> None:
         self.paths: set[str] = set()
         self.folders: set[str] = set()
 
     def path(self, key: str, step: Step, index: int, number: int) -> str:
-        """For the constant `key` that a step, the graph's `number`-th, reads as its input `index`."""
+        """The path of the constant `key`, which is input `index` of a step, the graph's `number`-th."""
         if ANONYMOUS.fullmatch(key) or not re.search(r"[A-Za-z]", key):
             roles = ROLES.get(step.op, ("", "weight", "bias"))
             role = roles[index] if index < len(roles) and roles[index] else f"constant{index}"
@@ -40,7 +40,7 @@ class Names:
         return self.unique(cleaned(key))
 
     def unique(self, path: str) -> str:
-        """The path, with underscores where it is taken, or where a part of it is a module elsewhere."""
+        """The path, made unique by underscores, or by ".value" if it is part of another path."""
         while path in self.paths or path in self.folders or any(f in self.paths for f in folders(path)):
             path += "_" if path in self.paths or path in self.folders else ".value"
             if any(f in self.paths for f in folders(path)):
@@ -51,7 +51,7 @@ class Names:
 
 
 def folders(path: str) -> list[str]:
-    """The modules around a path, the outermost first."""
+    """The modules around a path, outermost first."""
     parts = path.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
@@ -63,14 +63,14 @@ def cleaned(name: str) -> str:
 
 
 def identifier(name: str) -> str:
-    """A name as an argument of a function."""
+    """A name as the name of a function's argument."""
     name = re.sub(r"\W", "_", name) or "x"
     name = f"x_{name}" if name[0].isdigit() else name
     return f"{name}_" if keyword.iskeyword(name) or name in ("self", "args", "kwargs") else name
 
 
 def scope(step: Step, number: int) -> str:
-    """The module that a node was exported from: "/layer1/layer1.0/conv1/Conv" is of layer1.0.conv1."""
+    """The module that a node was exported from: "/layer1/layer1.0/conv1/Conv" is in layer1.0.conv1."""
     if not step.name:
         return f"{step.op.replace(LINEAR, 'linear').lower()}_{number}"
     parts: list[str] = []

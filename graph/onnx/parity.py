@@ -1,7 +1,8 @@
-"""An imported program against ONNX Runtime, which shares no code with the import.
+"""Compares an imported program with ONNX Runtime, which shares no code with the import.
 
-Both compute in the file's precision on random inputs. A difference beyond the tolerance that rounding alone explains, seen
-from the same graph in float64, is accepted; for any other one the first node that differs is found, and the import fails.
+Both compute in the file's precision on random inputs. A difference beyond the tolerance is accepted if rounding alone
+explains it, which the same graph in float64 shows; for any other one the import fails, and the message names the first node
+that differs.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from .dtypes import to_numpy
 from .module import OnnxModule
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-NOISE = 10.0  # how far past the effect of rounding a difference has to be
-CHAOS = 0.05  # an effect of rounding from which on it explains nothing
+NOISE = 10.0  # a difference counts if it is more than this many times the effect of rounding
+CHAOS = 0.05  # an effect of rounding above this explains nothing
 MOVES = {"Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Flatten", "Slice", "Gather", "Split"}
-AT_ONCE = 64  # intermediate results looked at in one run
+AT_ONCE = 64  # intermediate results that are compared in one run
 
 
 def session(model: onnx.ModelProto, path: str) -> ort.InferenceSession:
-    """The file in ONNX Runtime, node by node. BadInput where it refuses the file."""
+    """The file in ONNX Runtime, without optimisation. Raises BadInput if ONNX Runtime refuses the file."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
@@ -36,7 +37,7 @@ def session(model: onnx.ModelProto, path: str) -> ort.InferenceSession:
     source = model.SerializeToString() if model.ByteSize() < 2**31 - 1 else path
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no public base
+    except Exception as error:  # ONNX Runtime's exceptions have no public base
         raise BadInput(
             f"{path}: ONNX Runtime refuses it ({in_a_line(error)}); prove=False imports it unproven"
         ) from error
@@ -45,7 +46,8 @@ def session(model: onnx.ModelProto, path: str) -> ort.InferenceSession:
 def run(
     engine: ort.InferenceSession, names: list[str] | None, feeds: dict[str, np.ndarray], batch: int | None
 ) -> list[Any]:
-    """Outputs of ONNX Runtime; of a file with a fixed batch, that of one after the other, joined."""
+    """Outputs of ONNX Runtime. For a file with a fixed batch, parts of that size are run one after the other and
+    concatenated."""
     if batch is None:
         return engine.run(names, feeds)
     count = next(iter(feeds.values())).shape[0] // batch
@@ -57,7 +59,7 @@ def compare(
     program: nn.Module, module: OnnxModule, model: onnx.ModelProto, path: str, cases: Sequence[Sequence[Tensor]]
 ) -> dict[str, Any]:
     """Worst relative error of each output over the cases, each a set of inputs. Raises CaptureError that names the first
-    node that differs."""
+    node that differs, BadInput if ONNX Runtime cannot run the file."""
     engine, errors = session(model, path), dict.fromkeys(module.outputs, 0.0)
     makers, rounding = origins(module), False
     for inputs in cases:
@@ -86,7 +88,7 @@ def compare(
 
 
 def origins(module: OnnxModule) -> dict[str, str]:
-    """The operator that each value comes from, those that only move entries aside."""
+    """For each value, the operator that computed it, ignoring operators that only move entries."""
     makers: dict[str, str] = {}
     for step in module.steps:
         op = makers.get(step.inputs[0], step.op) if step.op in MOVES else step.op
@@ -96,22 +98,23 @@ def origins(module: OnnxModule) -> dict[str, str]:
 
 @torch.no_grad()
 def outputs(program: nn.Module, inputs: Sequence[Tensor]) -> list[np.ndarray]:
-    """Of a program, in order."""
+    """The outputs of a program, in order."""
     result = program(*inputs)
     return [to_numpy(t) for t in (result.values() if isinstance(result, dict) else [result])]
 
 
 def tolerance(reference: np.ndarray) -> float:
-    """By precision; of whole numbers, the share that may differ."""
+    """The tolerance for a value of this precision; for whole numbers, the share that may differ."""
     names = {"float64": torch.float64, "float16": torch.float16}
     return TOLERANCE[names.get(reference.dtype.name, torch.float32)]
 
 
 def distance(found: np.ndarray, wanted: np.ndarray, op: str = "") -> float:
-    """max |a - b| / max |b| where both are finite, infinite where only one is; of whole numbers the share that differs.
+    """max |a - b| / max |b| where both are finite, infinite where only one is; for whole numbers the share that differs.
 
-    op: what made the value. Those of Sigmoid are compared as log(p + 1e-3) where that is nearer: where all of them are
-    small, rounding in its arguments, and ONNX Runtime's approximation (to 1e-7), are much in relation to the largest.
+    op: the operator that computed the value. Results of Sigmoid are compared as log(p + 1e-3) if that is closer: if all of
+    them are small, rounding in its arguments, and ONNX Runtime's approximation (to 1e-7), are large relative to the
+    largest.
     """
     if not wanted.size:
         return 0.0
@@ -137,7 +140,7 @@ def _explained(
     exact = copy.deepcopy(module).double()
     try:
         value = exact.run([x.double() if x.is_floating_point() else x for x in inputs])[name]
-    except Exception:  # a cast in the graph keeps it in its precision
+    except Exception:  # such as a cast in the graph, which keeps its precision
         return False
     if not isinstance(value, Tensor):
         return False
@@ -148,7 +151,7 @@ def _explained(
 
 @torch.no_grad()
 def first_difference(module: OnnxModule, model: onnx.ModelProto, inputs: Sequence[Tensor]) -> str:
-    """The first step whose result is off, in words."""
+    """A message about the first step whose result differs."""
     steps, makers = {name: step for step in module.steps for name in step.outputs if name}, origins(module)
     known = [name for node in model.graph.node for name in node.output if name in steps]
     inputs = [x[: module.batch] for x in inputs] if module.batch else inputs

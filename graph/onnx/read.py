@@ -1,4 +1,4 @@
-"""An ONNX file, read with care: nothing in it is run, and no file outside its folder is opened."""
+"""Reads an ONNX file with care: nothing in it is run, and no file outside its folder is opened."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ REASONS = {
     **dict.fromkeys(("ConvInteger", "MatMulInteger"), QUANTISED),
     **dict.fromkeys(("RandomNormal", "RandomUniform", "RandomNormalLike", "Bernoulli", "Multinomial"), "draws at random"),
 }  # fmt: skip
-ALWAYS = {"Constant", "DequantizeLinear"}  # of constants
+ALWAYS = {"Constant", "DequantizeLinear"}  # operators that only occur on constants, which are folded
 
 
 def read(path: Path, outputs: Sequence[str] | None = None) -> onnx.ModelProto:
-    """The model with its weights, checked; outputs: the values to compute, instead of the file's own outputs.
+    """The model with its weights, checked. outputs: the values to compute, by default the file's own outputs.
 
-    Raises BadInput with one line for a file that is damaged, no ONNX, quantised, holds operators that are not known, all of
-    them named, or keeps weights outside its folder.
+    Raises BadInput with one line for a file that is damaged, not ONNX, quantised, has unknown operators (all are named),
+    keeps weights outside its folder, or lacks one of `outputs`.
     """
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's errors have no common base
+    except Exception as error:  # protobuf's errors have no common base class
         raise BadInput(f"{path}: not an ONNX file, or a damaged one ({in_a_line(error)})") from error
     if not model.graph.output or not model.graph.node:
         raise BadInput(f"{path}: not an ONNX file (it holds no graph)")
@@ -57,7 +57,7 @@ def read(path: Path, outputs: Sequence[str] | None = None) -> onnx.ModelProto:
 
 
 def _select(model: onnx.ModelProto, outputs: Sequence[str], path: Path) -> None:
-    """Keep what the named values are computed of."""
+    """Reduce the graph to what the named values need."""
     graph = model.graph
     known = [name for node in graph.node for name in node.output if name]
     for name in outputs:
@@ -88,7 +88,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def _load_weights(model: onnx.ModelProto, path: Path) -> None:
-    """Weights in files beside the model, which have to lie in its folder."""
+    """Load weights from files beside the model, which must be in its folder."""
     folder = path.parent.resolve()
     for tensor in _tensors(model.graph):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
@@ -117,7 +117,7 @@ def _check_operators(model: onnx.ModelProto, path: Path) -> None:
     unknown: dict[str, list[str]] = {}
     for node in model.graph.node:
         custom = node.domain not in STANDARD
-        name = f"{node.domain}::{node.op_type}" if custom else str(node.op_type)  # bytes, where a file is damaged
+        name = f"{node.domain}::{node.op_type}" if custom else str(node.op_type)  # bytes if the file is damaged
         if custom or node.op_type not in {*OPERATORS, *ALWAYS}:
             unknown.setdefault(name, []).append(node.name or next(iter(node.output), "nameless"))
     if unknown:

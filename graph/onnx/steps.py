@@ -1,4 +1,4 @@
-"""The steps of an ONNX graph: what can be computed of constants alone is, and what no output needs is gone."""
+"""The steps of an ONNX graph: constants are folded, and steps that no output needs are dropped."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .operators.shapes import on_host_alone
 from .read import opset_of
 from .table import HOST, OPERATORS, Call, Step, Value
 
-RECURRENT = ("LSTM", "GRU", "RNN")  # whose weights are yet to be brought into PyTorch's order
+RECURRENT = ("LSTM", "GRU", "RNN")  # not folded, since `weights` reorders their weights later
 SCALARS = {"value_float": np.float32, "value_int": np.int64, "value_floats": np.float32, "value_ints": np.int64}
 
 
 def steps_of(model: onnx.ModelProto) -> tuple[list[Step], dict[str, np.ndarray]]:
-    """The nodes of a graph, and its constants by name. Raises Refused for constants and attributes of other kinds."""
+    """The nodes of a graph, and its constants by name. Raises Refused for constants that are not numbers."""
     constants = {t.name: _array(t) for t in model.graph.initializer}
     steps, opset = [], opset_of(model)
     for node in model.graph.node:
@@ -60,7 +60,7 @@ def _attribute(attribute: onnx.AttributeProto) -> Any:
 
 
 class _Constants:
-    """The store while constants are folded: nothing is kept."""
+    """The store of constants during folding, which keeps nothing."""
 
     training = False
     batch: int | None = None
@@ -70,7 +70,7 @@ class _Constants:
 
 
 def perform(call: Call) -> list[Value]:
-    """The outputs of a step: on the host where its inputs are and it can be, else on tensors."""
+    """The outputs of a step, computed on host arrays if all inputs are and the step can be, else on tensors."""
     result: Any = NotImplemented
     if call.step.op in HOST and on_host_alone(list(call.values)):
         result = HOST[call.step.op](call)
@@ -80,7 +80,7 @@ def perform(call: Call) -> list[Value]:
 
 
 def attempt(call: Call, run: Any = perform) -> list[Value]:
-    """The same; what goes wrong becomes a BadInput that names the node."""
+    """The outputs of a step by `run`; refusals become a BadInput that names the node."""
     try:
         return run(call)
     except Refused as error:
@@ -92,7 +92,7 @@ def attempt(call: Call, run: Any = perform) -> list[Value]:
 
 
 def fold(steps: list[Step], constants: dict[str, np.ndarray]) -> list[Step]:
-    """The steps that depend on inputs of the graph; the results of the others join the constants."""
+    """The steps that depend on inputs of the graph; the results of the others are added to `constants`."""
     left = []
     for step in steps:
         known = [constants.get(name) if name else None for name in step.inputs]
@@ -119,7 +119,7 @@ def fold(steps: list[Step], constants: dict[str, np.ndarray]) -> list[Step]:
 
 
 def _dequantised(step: Step, values: list[np.ndarray | None]) -> np.ndarray:
-    """Weights that are stored in 8 bits, as floats."""
+    """Weights that are stored in 8 bits, as floats. Raises BadInput for weights that are quantised in blocks."""
     x, scale = values[0], values[1]
     assert x is not None
     assert scale is not None
@@ -134,7 +134,7 @@ def _dequantised(step: Step, values: list[np.ndarray | None]) -> np.ndarray:
 
 
 def alive(steps: list[Step], outputs: Iterable[str]) -> list[Step]:
-    """The steps that an output depends on; outputs that nothing reads have no name any more."""
+    """The steps that an output depends on, in place: results that nothing reads lose their names."""
     needed, kept = set(outputs), []
     for step in reversed(steps):
         if needed & set(step.outputs):

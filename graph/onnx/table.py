@@ -1,8 +1,8 @@
 """The vocabulary of the operator tables: a step of the graph, a call of it, and the tables that handlers register in.
 
-A value is a tensor of PyTorch, or a *host* array of numpy: constants of the file that are no weights, and sizes. Sizes that
-are symbolic stand in host arrays of dtype object, so that shape arithmetic, such as Shape -> Gather -> Concat -> Reshape,
-is done on Python numbers and leaves no trace in the graph.
+A value is a tensor of PyTorch, or a *host* array of NumPy: constants of the file that are not weights, and sizes. Symbolic
+sizes are in host arrays of dtype object, so that shape arithmetic, such as Shape -> Gather -> Concat -> Reshape, is done on
+Python numbers and leaves no trace in the graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import Refused
 Value: TypeAlias = Tensor | np.ndarray | None
 Handler: TypeAlias = Callable[["Call"], Any]
 
-LINEAR = "graphcomb.Linear"  # MatMul or Gemm with a constant matrix, which is held as the weight of a linear layer
+LINEAR = "graphcomb.Linear"  # MatMul or Gemm with a constant matrix, which is the weight of a linear layer
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -37,29 +37,29 @@ class Step:
 
     @property
     def title(self) -> str:
-        """How messages name the node."""
+        """The node's name in messages."""
         name = self.name or next(filter(None, self.outputs), "")
         return f"{name} ({self.op.removeprefix('graphcomb.')})"
 
 
 class Store(Protocol):
-    """What keeps constants that the graph reads as tensors."""
+    """The interface of what stores constants that the graph reads as tensors."""
 
     training: bool
-    batch: int | None  # the batch size that the file fixes, where the graph is to take others
+    batch: int | None  # the batch size that the file fixes, if the graph is to take others
 
     def constant(self, key: str, array: np.ndarray) -> Tensor:
-        """The tensor kept under a name, made from the array the first time."""
+        """The tensor that is stored under a key; at first it is made from the array."""
 
 
 @dataclass
 class Call:
-    """A step and the values of its inputs. Raises Refused for what the step asks and cannot be had."""
+    """A step and the values of its inputs. Its methods raise Refused for inputs and attributes that are not supported."""
 
     step: Step
     values: Sequence[Value]
     store: Store
-    made: int = field(default=0)  # constants of this call so far
+    made: int = field(default=0)  # number of constants of this call so far
 
     @property
     def opset(self) -> int:
@@ -69,7 +69,7 @@ class Call:
         return self.step.attributes.get(name, default)
 
     def has(self, index: int) -> bool:
-        """Whether an input is there."""
+        """Whether an input is given."""
         return index < len(self.values) and self.values[index] is not None
 
     def value(self, index: int = 0) -> Tensor | np.ndarray:
@@ -89,14 +89,14 @@ class Call:
 
     def constant(self, array: np.ndarray, name: str = "") -> Tensor:
         """A host array as a tensor."""
-        if array.dtype == object:  # sizes of which some are symbolic
+        if array.dtype == object:  # sizes, some of them symbolic
             rows = [torch.scalar_tensor(v, dtype=torch.int64) for v in array.reshape(-1).tolist()]
             return torch.stack(rows).reshape(array.shape) if array.ndim else rows[0]
         self.made += 1
         return self.store.constant(name or f"{self.step.outputs[0]}.constant{self.made}", array)
 
     def host(self, index: int) -> np.ndarray:
-        """An input that has to be known when the graph is made."""
+        """An input that must be known when the graph is made, as a host array."""
         value = self.value(index)
         if isinstance(value, Tensor):
             raise Refused(f"its input {self.step.inputs[index]} depends on data; graphs have constants and sizes there")
@@ -116,27 +116,27 @@ class Call:
         return self.numbers(index) if self.has(index) else default
 
     def one_of(self, name: str, index: int, default: Any = None) -> Any:
-        """The same for a single number."""
+        """A number that is an attribute in some opsets and an input in others."""
         return self.step.attributes[name] if name in self.step.attributes else self.number(index, default)
 
     def only(self, name: str, *allowed: Any) -> Any:
-        """An attribute that may have some values; the first one is the default."""
+        """An attribute that must have one of the allowed values; the first one is the default."""
         value = self.attribute(name, allowed[0])
         if value not in allowed:
             raise Refused(f"{name}={value} is not known; {' or '.join(map(str, allowed))} is")
         return value
 
     def used(self, index: int) -> bool:
-        """Whether anything may read an output."""
+        """Whether something may read an output."""
         return index < len(self.step.outputs) and bool(self.step.outputs[index])
 
 
-OPERATORS: dict[str, Handler] = {}  # on tensors
-HOST: dict[str, Handler] = {}  # on host arrays alone
+OPERATORS: dict[str, Handler] = {}  # handlers for tensors
+HOST: dict[str, Handler] = {}  # handlers for calls whose inputs are all host arrays
 
 
 def operator(*names: str) -> Callable[[Handler], Handler]:
-    """Registers what a node of these types computes on tensors."""
+    """Register a handler that computes nodes of these types on tensors."""
 
     def register(handler: Handler) -> Handler:
         OPERATORS.update(dict.fromkeys(names, handler))
@@ -146,7 +146,8 @@ def operator(*names: str) -> Callable[[Handler], Handler]:
 
 
 def on_host(*names: str) -> Callable[[Handler], Handler]:
-    """Registers what it computes where all its inputs are host arrays; NotImplemented hands the call to `OPERATORS`."""
+    """Register a handler that computes nodes of these types if all inputs are host arrays; if it returns NotImplemented,
+    the handler in `OPERATORS` is called."""
 
     def register(handler: Handler) -> Handler:
         HOST.update(dict.fromkeys(names, handler))
@@ -156,7 +157,7 @@ def on_host(*names: str) -> Callable[[Handler], Handler]:
 
 
 def array(values: Sequence[Any]) -> np.ndarray:
-    """A host array of sizes: int64, or object where one is symbolic."""
+    """A host array of sizes: int64, or object if one is symbolic."""
     if not any(isinstance(v, SYMBOLIC) for v in values):
         return np.asarray(list(values), dtype=np.int64)
     result = np.empty(len(values), dtype=object)
@@ -170,7 +171,7 @@ def is_static(values: Sequence[Any]) -> bool:
 
 
 def axis_of(axis: int, rank: int) -> int:
-    """An axis counted from the front."""
+    """An axis counted from the front. Raises Refused if it is out of range."""
     if not -rank <= axis < max(rank, 1):
         raise Refused(f"axis {axis} of a tensor with {rank} dimensions")
     return axis % rank if rank else 0

@@ -1,7 +1,7 @@
-"""Which constants of a graph are weights, and in which form layers hold them.
+"""Which constants of a graph are weights, and the form in which layers store them.
 
-A matrix product with a constant, and the addition of a constant behind it, is one linear layer, whose weight is held as
-(outputs, inputs); an addition behind a convolution is its bias; recurrent weights are in PyTorch's order.
+A matrix product with a constant, and the addition of a constant after it, are one linear layer, whose weight is stored as
+(outputs, inputs); an addition after a convolution is its bias; recurrent weights are in PyTorch's order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .operators.recurrent import WEIGHTS as RECURRENT
 from .operators.recurrent import in_torch_order
 from .table import LINEAR, Step
 
-# Inputs that are weights wherever they are constant; of the others below, where they have more than one entry.
+# By operator, inputs that are weights if they are constant; those in `OTHERS` only if they have more than one entry.
 LAYERS: dict[str, tuple[int, ...]] = {
     "Conv": (1, 2), "ConvTranspose": (1, 2), LINEAR: (1, 2), "Gemm": (0, 1, 2), "MatMul": (0, 1),
     "BatchNormalization": (1, 2), "LayerNormalization": (1, 2), "RMSNormalization": (1,), "PRelu": (1,),
@@ -29,7 +29,7 @@ OTHERS: dict[str, tuple[int, ...]] = {
     "Where": (1, 2),
 }  # fmt: skip
 BUFFERS: dict[str, tuple[int, ...]] = {"BatchNormalization": (3, 4)}
-# What prepares an image: constants that meet it before the first layer are no weights.
+# Operators that prepare an image: their constants, before the first layer, are no weights.
 PREPARATION = {
     "Add", "Sub", "Mul", "Div", "Cast", "Transpose", "Reshape", "Slice", "Concat", "Gather", "Split", "Unsqueeze", "Squeeze",
     "Identity",
@@ -38,8 +38,11 @@ PREPARATION = {
 
 @dataclass
 class Plan:
-    """A graph, ready to be a module. host: constants that are no tensors; parameters, buffers: {constant: path}; layers:
-    the module that a step belongs to, by its first output."""
+    """A graph, ready to become a module.
+
+    constants: all constants by key. parameters, buffers: for the keys of constants that become one, its path. layers: by a
+    step's first output, the path of the module that the step belongs to.
+    """
 
     steps: list[Step]
     constants: dict[str, np.ndarray]
@@ -72,7 +75,7 @@ def plan(steps: list[Step], constants: dict[str, np.ndarray], inputs: Iterable[s
 
 
 def _is_weight(step: Step, index: int, constants: dict[str, np.ndarray]) -> bool:
-    if step.op == "InstanceNormalization":  # one without scale and bias is part of a group norm that was taken apart
+    if step.op == "InstanceNormalization":  # with scale 1 and bias 0 it is part of a decomposed group norm
         scale, bias = (constants.get(name) for name in step.inputs[1:3])
         return scale is None or bias is None or not ((scale == 1).all() and (bias == 0).all())
     if index in LAYERS.get(step.op, ()):
@@ -82,7 +85,7 @@ def _is_weight(step: Step, index: int, constants: dict[str, np.ndarray]) -> bool
 
 @dataclass
 class _Layers:
-    """Rewrites steps to layers."""
+    """Rewrites steps as layers."""
 
     steps: list[Step]
     constants: dict[str, np.ndarray]
@@ -108,8 +111,8 @@ class _Layers:
         return [step for step in self.steps if id(step) not in gone]
 
     def _put(self, key: str, form: str, array: np.ndarray) -> str:
-        """Store another form of a constant: under its own name where nothing else reads it, and once for all readers of
-        that form."""
+        """Store another form of a constant and return its key: the constant's own if nothing else reads it, else one that
+        all readers of this form share."""
         name = key if self.uses[key] == 1 and key not in self.outputs else f"{key}.{form}"
         self.constants[name] = np.ascontiguousarray(array)
         return name
@@ -129,7 +132,7 @@ class _Layers:
         alpha, beta, transposed = a.get("alpha", 1.0), a.get("beta", 1.0), a.get("transB", 0)
         weight = weight if transposed else weight.T
         if bias is not None and bias.ndim == 2 and bias.shape[0] != 1:
-            return  # a row of its own for each sample
+            return  # the bias has a row for each sample
         if not transposed or alpha != 1:
             scaled = weight if alpha == 1 else (weight * alpha).astype(weight.dtype)
             step.inputs[1] = self._put(step.inputs[1], f"scaled{alpha:g}_{transposed}", scaled)
@@ -139,7 +142,8 @@ class _Layers:
         step.op, step.attributes = LINEAR, {}
 
     def _bias(self, step: Step) -> Step | None:
-        """Take over the constant that is added behind a layer without a bias. Returns the addition, which is then gone."""
+        """Take over a constant that is added after a layer without a bias. Returns the addition, which becomes superfluous,
+        or None."""
         weight, output = self.constants.get(step.inputs[1]), step.outputs[0]
         readers = self.readers.get(output, [])
         if weight is None or output in self.outputs or len(readers) != 1 or readers[0].op != "Add":

@@ -1,1 +1,1 @@
-"""A program as Python source that needs PyTorch alone."""
+"""A program as Python source that needs only PyTorch."""

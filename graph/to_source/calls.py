@@ -1,5 +1,5 @@
-"""Operators of a program as Python expressions: an operator sign or a function of torch where it is the same operator, else
-the ATen operator itself. Source: ours."""
+"""Operators of a program as Python expressions: a sign or a function of torch if it is the same operator, else the ATen
+operator itself. Source: ours."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIGNS = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "floor_divide": "//", "floordiv": "//", "matmul": "@", "mod": "%",
     "pow": "**", "truediv": "/",
 }  # fmt: skip
-FUNCTIONAL = frozenset(  # F.name takes the operator's arguments in the operator's order
+FUNCTIONAL = frozenset(  # the function F.name has the operator's arguments in the same order
     "relu silu gelu hardswish hardsigmoid hardtanh mish leaky_relu relu6 dropout linear conv1d conv2d conv3d "
     "conv_transpose1d conv_transpose2d conv_transpose3d layer_norm max_pool2d avg_pool2d adaptive_avg_pool2d "
     "adaptive_avg_pool1d pixel_shuffle pixel_unshuffle softplus scaled_dot_product_attention".split()
@@ -32,14 +32,15 @@ TORCH = frozenset("cat stack".split())
 
 
 class Expressions:
-    """Writes nodes. name: the variable of a node, or the expression of a stored tensor. device: that of the inputs."""
+    """Writes nodes as expressions. name: gives the variable of a node, or the expression of a stored tensor. device: the
+    expression of the inputs' device."""
 
     def __init__(self, module: fx.GraphModule, name: Callable[[fx.Node], str], device: str):
         self.module, self.name, self.device = module, name, device
         self.libraries: set[str] = set()
 
     def value(self, value: Any) -> str:
-        """An argument as source."""
+        """An argument as source. Raises Refused for types that cannot be written."""
         if isinstance(value, fx.Node):
             return self.name(value)
         if isinstance(value, (list, tuple)):
@@ -58,7 +59,7 @@ class Expressions:
         raise Refused(f"to_source: an argument of type {type(value).__name__} cannot be written")
 
     def call(self, node: fx.Node) -> str:
-        """The expression of an operator node."""
+        """The expression of an operator node. Raises Refused for an operator that PyTorch alone does not have."""
         args, kwargs = self._given(node)
         name, values = op_name(node), [self.value(a) if not isinstance(a, _Source) else a.text for a in args]
         named = {k: self.value(v) if not isinstance(v, _Source) else v.text for k, v in kwargs.items()}
@@ -87,7 +88,7 @@ class Expressions:
             )
         text = ", ".join(given)
         if name == "layer_norm":
-            text = ", ".join(given[:5])  # the rest says which kernel may be taken
+            text = ", ".join(given[:5])  # the further arguments only choose a kernel
         if name in FUNCTIONAL:
             return f"F.{name}({text})"
         if name in TORCH:
@@ -102,7 +103,7 @@ class Expressions:
         return f"torch.ops.{space}.{overload if '.' in overload else f'{overload}.default'}({text})"
 
     def _given(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The node's arguments, with what the mode decides as expressions of `self.training`."""
+        """The node's arguments, with those that the mode decides as expressions of `self.training`."""
         args: list[Any] = [*node.args]
         kwargs: dict[str, Any] = dict(node.kwargs)
         key = switch(node)
@@ -135,7 +136,7 @@ class _Source:
 
 
 def check_writable(module: fx.GraphModule) -> None:
-    """Refused for a graph with something that has no source: a branch, or running statistics that are plain averages."""
+    """Raise Refused for a graph that has no source: with branches, or running statistics that are plain averages."""
     for node in module.graph.nodes:
         if node.op == "get_attr" and isinstance(fetch(module, str(node.target)), fx.GraphModule):
             user = next(iter(node.users), node)

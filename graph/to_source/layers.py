@@ -1,4 +1,4 @@
-"""Which operators of a program are exactly a layer of torch.nn, and how its constructor is written. Source: ours."""
+"""Which operators of a program are exactly a layer of torch.nn, and the constructors of these layers. Source: ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..trainable import TrainableModule, tag, wanted
 CONVOLUTIONS = {
     name: f"Conv{'Transpose' if 't' in name[4:] else ''}{name[-2]}d" for name in (*CONVS, *TRANSPOSED_CONVS)
 }
-TENSORS = {  # the arguments that a layer of torch.nn keeps, by the name that it keeps them under
+TENSORS = {  # for each operator, the arguments that its layer of torch.nn stores, with the names that it gives them
     **{name: {"weight": "weight", "bias": "bias"} for name in CONVOLUTIONS},
     "linear": {"weight": "weight", "bias": "bias"},
     "batch_norm": {k: k for k in ("weight", "bias", "running_mean", "running_var")},
@@ -28,7 +28,7 @@ TENSORS = {  # the arguments that a layer of torch.nn keeps, by the name that it
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of torch.nn: its path, the expression that makes it, and the argument of the operator that it is called on."""
+    """A layer of torch.nn: its path, the expression of its constructor, and the operator's argument that is its input."""
 
     path: str
     made: str
@@ -36,8 +36,8 @@ class Layer:
 
 
 def layers_of(module: TrainableModule) -> dict[fx.Node, Layer]:
-    """The operators that are exactly a layer: its tensors are all that lies at their path, nothing else reads them, and
-    each operator that does is the same layer."""
+    """The operators that are exactly a layer, by node: their path has no other tensors than the layer's, no other node
+    reads these, and all operators that read them are the same layer."""
     found: dict[str, dict[fx.Node, Layer]] = {}
     names = [str(n.target) for n in module.graph.nodes if n.op == "get_attr"]
     ids = [id(fetch(module, name)) for name in names]
@@ -78,7 +78,7 @@ def _layer(module: TrainableModule, node: fx.Node) -> Layer | None:
 
 
 def _constructor(module: TrainableModule, node: fx.Node, held: dict[str, fx.Node]) -> str | None:
-    """The call that makes the layer, None where no layer does what the operator does."""
+    """The call of the constructor, or None if no layer does what the operator does."""
     name, a = op_name(node), arguments(node)
     computed = [
         k for k, v in a.items() if k not in TENSORS[name] and any(isinstance(x, fx.Node) for x in pytree.tree_leaves(v))
@@ -143,6 +143,6 @@ def _convolution(kind: str, a: dict[str, Any], weight: Any, dtype: torch.dtype) 
 
 
 def _call(kind: str, sizes: list[Any], options: dict[str, tuple[Any, Any]]) -> str:
-    """The call with those options that are not the default."""
+    """The call with those options that differ from their defaults."""
     given = [repr(s) for s in sizes] + [f"{k}={v!r}" for k, (v, default) in options.items() if v != default]
     return f"nn.{kind}({', '.join(given)})"

@@ -1,8 +1,8 @@
 """`Program.to_source`: a module in readable Python beside a safetensors file, proven to be the program. Source: ours.
 
 Operators that are exactly a layer of torch.nn become named submodules under the paths that the program has for their
-tensors; the others are calls. Nothing of it is trusted: what is written is run beside the program in float64, in eval mode
-and in train mode, with gradients and buffers.
+tensors; the others are calls. None of this is trusted: the written module is run beside the program in float64, in eval
+mode and in train mode, with gradients and buffers.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def load(path: str | Path = Path(__file__).with_suffix(".safetensors")) -> Model
 def to_source(
     module: TrainableModule, args: tuple[Any, ...], kwargs: dict[str, Any], path: str | os.PathLike[str]
 ) -> Path:
-    """Write a program's graph, with its example inputs, as Python source that needs PyTorch alone, and its tensors into a
-    safetensors file beside it.
+    """Write a program's graph, with its example inputs, as Python source that needs only PyTorch, and its tensors into a
+    safetensors file beside it; returns the path.
 
-    Raises Refused, naming the node, for what cannot be written, and where the source computes something else.
+    Raises Refused, naming the node, for operators that cannot be written, and if the source computes something else.
     """
     path = Path(path)
     text = _Writer(module, args, kwargs).text()
@@ -123,7 +123,7 @@ class _Writer:
         return (n for n in self.module.graph.nodes if n.op == "get_attr")
 
     def _modules(self) -> Iterator[str]:
-        """The statements that make submodules, parameters and buffers, in the order of the graph."""
+        """The statements that create submodules, parameters and buffers, in the order of the graph."""
         made: set[str] = set()
         owners: dict[int, str] = {}
         by_path = {layer.path: layer for layer in self.layers.values()}
@@ -159,7 +159,7 @@ class _Writer:
             yield f"{self._place(holder)}.register_{kind}({last!r}, {self._place(first)})"
 
     def _containers(self, path: str, made: set[str]) -> Iterator[str]:
-        """Modules that only hold others, from the outermost."""
+        """The statements for modules that only hold others, outermost first."""
         parts = path.split(".") if path else []
         for i in range(1, len(parts) + 1):
             outer = ".".join(parts[:i])
@@ -168,7 +168,7 @@ class _Writer:
                 yield f"{self._place(outer)} = {'nn.ModuleDict' if self._keyed(outer) else 'nn.Module'}()"
 
     def _keyed(self, path: str) -> bool:
-        """Whether something in a container has a name that is no identifier, such as a number."""
+        """Whether a container holds a name that is no identifier, such as a number."""
         under = f"{path}."
         parts = {n.removeprefix(under).partition(".")[0] for n in self.stored if n.startswith(under)}
         return not all(p.isidentifier() and not keyword.iskeyword(p) for p in parts)
@@ -184,7 +184,7 @@ class _Writer:
             elif before:
                 text += f"[{part!r}]"
             else:
-                text += f"._modules[{part!r}]"  # the model is a sequence itself
+                text += f"._modules[{part!r}]"  # the model itself is a sequence
             before = inner
         return text
 
@@ -205,7 +205,7 @@ class _Writer:
         return "".join(f", {name}" for name in self._arguments())
 
     def _arguments(self) -> list[str]:
-        """The names of the forward's arguments: those of the model, where they are known."""
+        """The names of the forward's arguments: the model's, if they are known."""
         args, kwargs = self.args, self.kwargs
         known = input_names(self.module.graph) or []
         count = len(args) + len(kwargs)
@@ -276,7 +276,7 @@ class _Writer:
 
 # ---------------------------------------------------------------------------------------------------------------- proof
 def _fill(made: nn.Module, module: TrainableModule) -> None:
-    """Copy the program's tensors into the module under their names."""
+    """Copy the program's tensors into the module by name. Raises Refused if one does not fit."""
     with torch.no_grad():
         for name, value in module.state_dict().items():
             own = tensor_at(made, name)
@@ -286,7 +286,8 @@ def _fill(made: nn.Module, module: TrainableModule) -> None:
 
 
 def _prove(made: nn.Module, module: TrainableModule, example: tuple[Any, ...]) -> None:
-    """Refused where the module computes other outputs in eval mode, or other outputs, buffers or gradients in train mode."""
+    """Raise Refused if the module computes other outputs in eval mode, or other outputs, buffers or gradients in train
+    mode."""
     theirs, ours = rebuild(module, copy_tensor).double(), copy.deepcopy(made).double()
     for training in (False, True):
         runs = []
@@ -312,7 +313,7 @@ def _double(value: Any) -> Any:
 
 
 def _run(module: nn.Module, inputs: Any, training: bool) -> dict[str, torch.Tensor]:
-    """What a module computes: outputs, and in training gradients of all floats of the outputs, and buffers."""
+    """A module's outputs; in training also buffers, and gradients for a fixed gradient of the outputs."""
     module.zero_grad()
     with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(training):
         torch.manual_seed(0)

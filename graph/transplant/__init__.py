@@ -1,1 +1,1 @@
-"""The program back in the class of the user."""
+"""The program in the user's own class."""

@@ -1,8 +1,8 @@
-"""Attributes of a user's modules that hold sizes, found by running the modules beside a smaller program. Source: ours.
+"""Finds attributes of the user's modules that hold sizes, by running the modules beside a smaller program. Source: ours.
 
-Every value that the program computes is known. A module that is given such values and raises, or returns something that is
-none of them, is tried again with other whole numbers in its attributes: first what its tensors say became of a number, then
-what the program's operators of this module hold.
+Every value that the program computes is known. A module that gets such values as inputs, but raises or returns other
+values, is tried again with other whole numbers in its attributes: first those that a number has become in its tensors, then
+those in the program's operators of this module.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from ..nodes import hint, module_path
 from ..program import Program
 
 Sizes = dict[int, set[int]]
-Slot = tuple[str, int | None]  # an attribute, or a place in one that is a tuple or list
-TRIES = 512  # combinations of numbers for one module
-CLOSE = 1e-3  # relative; only guides the search
+Slot = tuple[str, int | None]  # an attribute, and the index if it is a tuple or list
+TRIES = 512  # most combinations of numbers that are tried for one module
+CLOSE = 1e-3  # relative difference up to which values count as the same, to guide the search
 
 
 def mend(program: Program, new: nn.Module, tables: Iterable[dict[str, Sizes]]) -> str:
-    """Bring attributes up to date; new: the module with the program's tensors, in eval mode. tables: by the names of
-    tensors, what sizes became. Returns the first place where the module seems to compute something else, or "".
+    """Bring attributes up to date. new: the module with the program's tensors, in eval mode. tables: by names of tensors,
+    what their sizes became. Returns a message about the first place where the module seems to compute something else, or
+    "".
 
-    Raises Refused where the module does not run, naming the line.
+    Raises Refused, naming the line, if the module does not run.
     """
     run = _Run(Values(program), list(tables))
     args, kwargs = copy.deepcopy((program.args, program.kwargs))
@@ -56,7 +57,8 @@ def mend(program: Program, new: nn.Module, tables: Iterable[dict[str, Sizes]]) -
 
 
 class Values(fx.Interpreter):
-    """What a program computes for its example inputs in eval mode, and the whole numbers in each module's operators."""
+    """The values that a program computes for its example inputs in eval mode, and the whole numbers in each module's
+    operators."""
 
     def __init__(self, program: Program):
         super().__init__(program.copy().module().eval(), garbage_collect_values=False)
@@ -78,7 +80,7 @@ class Values(fx.Interpreter):
         return value
 
     def knows(self, values: Any) -> bool:
-        """Whether all tensors of a structure are values of the program."""
+        """Whether all tensors of a nest are values of the program."""
         return all(self._known(t) for t in pytree.tree_leaves(values) if isinstance(t, torch.Tensor))
 
     def _known(self, tensor: torch.Tensor) -> bool:
@@ -93,7 +95,7 @@ class Values(fx.Interpreter):
 
 
 def _sums(tensor: torch.Tensor) -> tuple[float, float]:
-    """The norm of a tensor, and its product with a fixed one: cheap to compare."""
+    """The norm of a tensor, and its product with a fixed vector, for quick comparison."""
     wide = tensor.detach().double().flatten()
     return float(wide.norm()), float(wide @ torch.cos(torch.arange(len(wide), dtype=torch.float64)))
 
@@ -105,10 +107,10 @@ class _Run:
         self._trials = 0
 
     def guarded(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The module's forward, which mends the module's attributes where it fails."""
+        """A module's forward that corrects the module's attributes if it fails."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            inputs = _copied((args, kwargs))  # a forward may write to what it is given
+            inputs = _copied((args, kwargs))  # a forward may write to its inputs
             failure, result = None, None
             try:
                 result = forward(*args, **kwargs)
@@ -116,7 +118,7 @@ class _Run:
                     return result
             except Exception as error:
                 failure = error
-            if not self.values.knows(inputs):  # the fault lies elsewhere
+            if not self.values.knows(inputs):  # another module is at fault
                 if failure is not None:
                     raise failure
                 return result
@@ -132,14 +134,14 @@ class _Run:
         return run
 
     def _mended(self, path: str, module: nn.Module, forward: Callable[..., Any], inputs: Any) -> list[Any] | None:
-        """What the forward returns with other numbers in the attributes of its module, in a list; None where nothing
-        helps, and the attributes are as they were."""
+        """The forward's result with other numbers in the module's attributes, as a list; None, with the attributes
+        unchanged, if no combination gives a known value."""
         held = dict(_slots(module))
         if not held:
             return None
         for choice in itertools.islice(_choices(held, self._left(path), self._numbers(path)), TRIES):
             _set(module, choice)
-            self._trials += 1  # modules inside are mended on the way
+            self._trials += 1  # modules inside are corrected during the trial
             try:
                 args, kwargs = _copied(inputs)
                 result = forward(*args, **kwargs)
@@ -153,7 +155,7 @@ class _Run:
         return None
 
     def _left(self, path: str) -> Sizes:
-        """What became of sizes below a module, or below the one that holds it where it has no tensors."""
+        """What sizes became in the tensors of a module, or of its nearest parent with tensors that changed."""
         while True:
             under = f"{path}." if path else ""
             left: Sizes = {}
@@ -194,8 +196,8 @@ def _set(module: nn.Module, choice: dict[Slot, int]) -> None:
 
 
 def _choices(held: dict[Slot, int], left: Sizes, numbers: set[int]) -> Iterator[dict[Slot, int]]:
-    """Other values for some of the numbers: all of those whose size was lost, some of them, and then any that the
-    program's operators of this module hold, the fewest first."""
+    """Yield other values for some of the numbers: for all whose size changed, for some of these, and then, the fewest
+    first, any numbers in the program's operators of this module."""
     known = {slot: sorted(left[n]) for slot, n in held.items() if n in left}
     other = {slot: [m for m in sorted(numbers, reverse=True) if 0 < m < n] for slot, n in held.items() if n > 1}
     for count in range(len(known), 0, -1):
@@ -207,14 +209,14 @@ def _choices(held: dict[Slot, int], left: Sizes, numbers: set[int]) -> Iterator[
 
 
 def _some(options: dict[Slot, list[int]], count: int) -> Iterator[dict[Slot, int]]:
-    """All ways to choose so many of the slots, and a value for each."""
+    """All ways to choose `count` of the slots, and a value for each."""
     for slots in itertools.combinations(options, count):
         for values in itertools.product(*(options[s] for s in slots)):
             yield dict(zip(slots, values, strict=True))
 
 
 def _where(error: Exception) -> str:
-    """The innermost line of the error that is not PyTorch's."""
+    """The innermost line of the error outside of PyTorch."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
     frames = [f for f in frames if f.filename != __file__]
     if not frames:

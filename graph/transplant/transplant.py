@@ -1,8 +1,8 @@
 """The user's class with the smaller weights of a program: exact, or refused with the line that fixes a size. Source: ours.
 
-Tensors go where their names say. Attributes of PyTorch's own layers that repeat a size are set from the tensors, those of
-other modules are found by `attribute_sizes`, which runs the module beside the program. Nothing of this needs to be right:
-the module that comes out is compared with the program in float64, in eval mode.
+Tensors are placed by name. Attributes of PyTorch's own layers that repeat a size are set from the tensors; those of other
+modules are found by `attribute_sizes`, which runs the module beside the program. None of this has to be trusted: the
+resulting module is compared with the program in float64, in eval mode.
 """
 
 import copy
@@ -28,9 +28,9 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.I
 
 
 def transplant(program: Program, model: nn.Module) -> nn.Module:
-    """A deep copy of the model with the tensors of a program that was made of it, proven to compute the same.
+    """A deep copy of the model with the tensors of a program that was made from it, proven to compute the same.
 
-    Raises Refused where the class cannot hold them, naming the line of its forward, or computes something else.
+    Raises Refused if the class cannot hold them (naming the line of its forward) or computes something else.
     """
     new = copy.deepcopy(model)
     modes = [m.training for m in new.modules()]
@@ -47,9 +47,9 @@ def transplant(program: Program, model: nn.Module) -> nn.Module:
 
 
 def _place(program: Program, new: nn.Module) -> dict[str, Sizes]:
-    """Put the program's tensors into the module, tied ones into all of their places; by the name of each, the sizes that
+    """Put the program's tensors into the module, tied ones in all of their places; returns by name the sizes that
     changed."""
-    # With the tensor, so that its id stays its own.
+    # The tensors are kept alive, so that no id is used twice.
     places: dict[int, tuple[Any, list[tuple[dict[str, Any], str]]]] = {}
     for module in new.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -62,7 +62,7 @@ def _place(program: Program, new: nn.Module) -> dict[str, Sizes]:
         if old is None:
             if isinstance(value, nn.Parameter):
                 raise Refused(f"transplant: the module has no parameter {name}; was the program made of it?")
-            continue  # a constant of the graph
+            continue  # a constant that only the graph has
         if old.dim() != value.dim():
             raise Refused(
                 f"transplant: {name} has {old.dim()} dimensions in the module and {value.dim()} in the program"
@@ -72,15 +72,18 @@ def _place(program: Program, new: nn.Module) -> dict[str, Sizes]:
             if a != b:
                 shrunk[name].setdefault(a, set()).add(b)
         tensor = like(old, value.detach().to(old).clone())
-        _, known = places.get(id(old), (None, []))  # none where another name of it came before
+        _, known = places.get(id(old), (None, []))  # none if another of its names came before
         for table, key in known:
             table[key] = tensor
     return shrunk
 
 
 def _cut_folded(program: Program, new: nn.Module, shrunk: dict[str, Sizes]) -> None:
-    """Cut the buffers of which capture made a constant, such as the scale of a frozen BatchNorm, as that was cut. They are
-    those of the module that computes it which the program does not have, with one dimension of the size it had."""
+    """Cut the buffers that capture made constants of, such as the scale of a frozen BatchNorm, as these constants were cut.
+
+    They are buffers of the module that computes the constant, are missing in the program, and have exactly one dimension of
+    the constant's original size.
+    """
     tensors = program.module().state_dict()
     for node in program.structure.nodes:
         if node.op != "get_attr" or not str(node.target).startswith(FOLDED):
@@ -98,7 +101,7 @@ def _cut_folded(program: Program, new: nn.Module, shrunk: dict[str, Sizes]) -> N
 
 
 def _kept(program: Program, name: str) -> dict[int, np.ndarray]:
-    """By dimension of a tensor that lost indices in any pass, which of the first ones are still there."""
+    """For each dimension of a tensor that lost indices in any pass, a mask of the original indices that are left."""
     tensor = program.module().state_dict()[name]
     kept: dict[int, np.ndarray] = {}
     steps = [record["removed"][name] for record in program.history if name in (record.get("removed") or {})]
@@ -144,7 +147,7 @@ def _set_layers(program: Program, new: nn.Module) -> None:
 
 
 def _changed_counts(program: Program) -> dict[str, Sizes]:
-    """By the parameter that names a group, how many of its indices (heads, say) there were and are."""
+    """By the parameter that names a group, the numbers of its indices (such as heads) before and after."""
     found: dict[str, Sizes] = {}
     for record in program.history:
         for row in record.get("changed", ()):
@@ -154,15 +157,15 @@ def _changed_counts(program: Program) -> dict[str, Sizes]:
 
 
 def _outputs(program: Program, new: nn.Module) -> list[str] | None:
-    """Which of the module's outputs the program has; None for all of them. Of one that a program gives alone the name is not
-    known: it is the one that comes nearest."""
+    """The names of the module's outputs that the program has; None for all. If the program returns a single tensor, its
+    name is unknown, and the output with the nearest values is taken."""
     args, kwargs = copy.deepcopy((program.args, program.kwargs))
     with torch.no_grad():
         ours = program.module().eval()(*args, **kwargs)
         try:
             found = named_outputs(copy.deepcopy(new)(*args, **kwargs))
         except Exception:
-            return None  # the proof says why
+            return None  # `_prove` then says why
     tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
     if isinstance(ours, torch.Tensor) and len(tensors) > 1:
         alike = [name for name, value in tensors.items() if value.shape == ours.shape]
@@ -172,8 +175,11 @@ def _outputs(program: Program, new: nn.Module) -> list[str] | None:
 
 
 def _prove(program: Program, new: nn.Module, wrong: str) -> None:
-    """Refused where the module computes something else than the program, on inputs like the example's, in float64. What does
-    not run in float64, or only in parts, is captured anew, and the two programs are compared. wrong: what to say first."""
+    """Raise Refused if the module computes something else than the program, in float64, on inputs like the example's.
+
+    A module that does not run in float64, or differs, is captured again, and the two programs are compared. wrong: the end
+    of the message.
+    """
     inputs = [to_double(value) for value in random_inputs(program, torch.Generator().manual_seed(0))]
     expected = Evaluator(program, double_weights(program)).run(inputs)
     structure = pytree.tree_structure((program.args, program.kwargs))

@@ -1,8 +1,8 @@
 """Oracles: independent proof that a rewritten program computes what it should. Source: ours.
 
-`surgery` (a number) and `check` (a verdict) run the absence oracle on random weights; `parity` and `equivalence` compare two
-forms of one model; `randomised` makes a program whose weights hide nothing; `means` tells the absence oracle about a custom
-operator.
+`surgery` (a number) and `check` (a verdict) run the absence oracle on random weights; `parity` and `equivalence` compare
+two forms of one model; `randomised` makes a program whose weights hide no error; `means` tells the absence oracle about a
+custom operator.
 """
 
 from .check import TOLERANCE, Verdict, check, surgery

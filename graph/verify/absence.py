@@ -1,11 +1,11 @@
-"""The absence oracle: what a pruned program must compute, read off the original graph. Source: ours.
+"""The absence oracle: what a pruned program must compute, derived from the original graph. Source: ours.
 
 It knows which indices of which parameters and buffers are gone, nothing else, and shares no code with the comb, its rules
-or slicing. The original graph runs on its original sizes; every tensor carries the presence of its axes (see `presence`).
-Contractions count absent entries as 0, reductions and normalisations run over present entries, softmax drops absent keys,
-everything else passes presence on. Operands must agree on what is absent. Absent values are NaN, so an operator that reads
-one by mistake shows. What has no meaning here (an ordering along an axis that lost indices, a window over one, an unknown
-operator) raises `Disagreement`.
+or the removal. The original graph runs at its original sizes; every tensor carries the presence of its axes (see
+`presence`). Contractions count absent entries as 0, reductions and normalisations run over present entries, softmax drops
+absent keys, everything else passes presence on. Operands must agree on what is absent. Absent values are NaN, so an
+operator that reads one by mistake is noticed. Absence that has no meaning (an ordering along an axis that lost indices, a
+window over one, an unknown operator) raises `Disagreement`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .removal import Removed
 class Absence(Evaluator):
     """Runs the original program with some indices of its parameters and buffers absent.
 
-    weights: float64 tensors by name, original sizes. removed: {name: {dim: indices}}. `run` returns the outputs;
+    weights: float64 tensors by name, of the original sizes. removed: {name: {dim: indices}}. `run` returns the outputs;
     `observe` sees `Held` tensors. Raises `Disagreement` with one line that names the node.
     """
 
@@ -41,7 +41,7 @@ class Absence(Evaluator):
         self.removed = removed
 
     def run(self, inputs: Any, observe: Callable[[fx.Node, Any], None] | None = None) -> Any:
-        """The outputs for flattened inputs, as plain tensors. Disagreement where an output has absent entries."""
+        """The outputs for flattened inputs, as plain tensors. Raises Disagreement if an output has absent entries."""
         outputs = super().run(inputs, observe)
         for i, held in enumerate(pytree.tree_leaves(outputs, is_leaf=is_held)):
             if _lost(held):
@@ -49,11 +49,11 @@ class Absence(Evaluator):
         return plain(outputs)
 
     def enter(self, value: Any) -> Any:
-        """An input, all of it present."""
+        """An input, all of which is present."""
         return all_present(super().enter(value))
 
     def fetch(self, name: str) -> Any:
-        """A stored tensor, with what was removed of it absent."""
+        """A stored tensor; removed entries are absent."""
         value = super().fetch(name)
         if not isinstance(value, torch.Tensor):
             return value
@@ -65,8 +65,8 @@ class Absence(Evaluator):
         return mark_absent(value, states)
 
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        """The value of an operator node. Disagreement, with the node's name, where absent entries have no meaning to it;
-        RuntimeError where it cannot run."""
+        """The value of an operator node. Raises Disagreement, with the node's name, if absent entries have no meaning to
+        it; RuntimeError if it cannot run."""
         try:
             return self._call(node, env)
         except Disagreement as error:

@@ -1,4 +1,4 @@
-"""Is a pruned program what the original becomes when entries are absent? The verdict of the absence oracle."""
+"""The verdict of the absence oracle: whether a pruned program is what the original becomes when entries are absent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .randomise import randomise
 from .removal import Removed, checked, differences, pruned_weights, removed_since
 
 TOLERANCE = 1e-10
-ATTEMPTS = 3  # draws of weights, should one be ill-conditioned
+ATTEMPTS = 3  # most draws of weights, if draws are ill-conditioned
 JITTER = 1e-12
 WORST_CONDITIONING = 1e5
 SAME = 1e-9
@@ -29,12 +29,13 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the oracle found; everything in float64 and relative to the largest entry of each output.
+    """The result of the oracle, in float64; errors are relative to the largest entry of each output.
 
-    error: worst difference between the pruned program and the absence oracle; inf when one of them cannot run, shapes
-        differ, or the weights are not slices of the original's. dense_difference: how far the pruned program is from the
-        original. conditioning: change of the outputs per relative change of the weights. vacuous: something was removed
-        and nothing changed, so the check proves nothing. disagreements: why not, one line each. inputs: shapes tried.
+    error: worst difference between the pruned program and the absence oracle; inf if one of them cannot run, if shapes
+    differ, or if the weights are not slices of the original's. dense_difference: difference between the pruned program and
+    the original. conditioning: change of the outputs per relative change of the weights. vacuous: something was removed and
+    nothing changed, so the check proves nothing. disagreements: why it failed, one line each. inputs: the shapes that were
+    tried.
     """
 
     error: float
@@ -50,7 +51,7 @@ class Verdict:
         return self.error <= TOLERANCE and not self.vacuous and not self.disagreements
 
     def record(self) -> dict[str, Any]:
-        """JSON-able; numbers that are not finite become None."""
+        """The verdict, JSON-able; numbers that are not finite become None."""
         numbers = {"error": self.error, "dense_difference": self.dense_difference, "conditioning": self.conditioning}
         return {k: v if math.isfinite(v) else None for k, v in numbers.items()} | {
             "vacuous": self.vacuous,
@@ -60,15 +61,16 @@ class Verdict:
 
 
 def surgery(before: Program, result: Any, *, seed: int = 0, batches: int = 2, retrained: bool = False) -> float:
-    """Worst relative error, in float64, of a pruned program against what the original becomes with entries absent.
+    """Worst relative error, in float64, of a pruned program against what the original becomes when entries are absent.
 
-    result: what `RemoveChannels` returns, or anything with `program` and `removed`, and with `masked` where a pass that
-    removes also trains: the original with the trained weights, which is then compared in its place. After several such
-    passes the original may be the program before any of them. Weights are drawn at random, so the error does not hide
-    behind zeros; a program with a dynamic batch runs at `batches` batch sizes.
-    retrained: the weights were trained after removal, so only their shapes must fit. Returns inf, with a warning that says
-    why, when shapes or weights do not fit. Raises GraphcombError when something was removed and no output changed
-    (vacuous).
+    result: what `RemoveChannels` returns, or anything with `program` and `removed`; with `masked` too if a pass both
+    removes and changes weights: the original with the new weights, which then replaces the original here. After several
+    such passes, `before` may be the program before any of them. Weights are drawn at random, so that no error hides behind
+    zeros; a program with a dynamic batch runs at `batches` batch sizes. retrained: the weights were trained after the
+    removal, so only their shapes are compared.
+
+    Returns inf, with a warning that says why, if shapes or weights do not fit. Raises GraphcombError if something was
+    removed and no output changed (vacuous), BadInput if `result.removed` does not fit the program.
     """
     verdict = check(before, result, seed=seed, batches=batches, retrained=retrained)
     if verdict.vacuous:
@@ -79,7 +81,7 @@ def surgery(before: Program, result: Any, *, seed: int = 0, batches: int = 2, re
 
 
 def check(before: Program, result: Any, *, seed: int = 0, batches: int = 2, retrained: bool = False) -> Verdict:
-    """The full verdict; see `surgery` for the arguments. BadInput when `result.removed` does not fit the program."""
+    """The full verdict; see `surgery` for the arguments. Raises BadInput if `result.removed` does not fit the program."""
     before = getattr(result, "masked", None) or before
     removed, after = checked(before, removed_since(before, result)), result.program
     wrong = differences(before, after, removed, retrained)
@@ -89,15 +91,15 @@ def check(before: Program, result: Any, *, seed: int = 0, batches: int = 2, retr
 
 
 class Trial:
-    """One pair of programs, on random inputs and random weights (or the original's own)."""
+    """A pair of programs on random inputs and random weights; own: on the weights of `before` instead."""
 
     def __init__(self, before: Program, after: Program, removed: Removed, seed: int = 0, own: bool = False):
         self.before, self.after, self.removed, self.seed, self.own = before, after, removed, seed, own
         self.conditioning, self.difference = float("nan"), float("nan")
 
     def prepare(self) -> None:
-        """Draw weights and inputs that are well conditioned, as far as a few draws allow. Raises what running
-        the pruned program raises."""
+        """Draw weights and inputs that are well conditioned, if a few draws find such. Raises whatever running the pruned
+        program raises."""
         for attempt in range(ATTEMPTS):
             seed = self.seed + 1000 * attempt
             dense = self.draw(seed)
@@ -110,15 +112,15 @@ class Trial:
                 break
 
     def draw(self, seed: int) -> Any:
-        """Set inputs and weights, and return the original's outputs for them: at batch size 2 if the program lets us, and
-        on the example inputs themselves where random ones give NaN."""
+        """Set inputs and weights, and return the original's outputs for them. The batch size is 2 if the program allows;
+        where random inputs give NaN, the example inputs are used."""
         self.generator = torch.Generator().manual_seed(seed)
         small = {s: 2 for s, (_, d) in size_symbols(self.before).items() if d == 0}
         for self.sizes in (small, {}) if small else ({},):
             try:
                 self.inputs = self.fresh_inputs()
                 dense = self._weights(seed)
-            except RuntimeError:  # a batch size that the program does not take
+            except RuntimeError:  # the program does not take this batch size
                 continue
             if not any(bool(t.isnan().any()) for t in flatten_outputs(dense)):
                 return dense
@@ -126,7 +128,7 @@ class Trial:
         return self._weights(seed)
 
     def _weights(self, seed: int) -> Any:
-        """Set the weights; the original's outputs with them."""
+        """Set the weights; returns the original's outputs with them."""
         if self.own:
             self.weights = double_weights(self.before)
         else:
@@ -136,11 +138,11 @@ class Trial:
         return Evaluator(self.before, self.weights).run(self.inputs)
 
     def fresh_inputs(self) -> list[Any]:
-        """Other random inputs of the sizes found by `draw`."""
+        """New random inputs of the sizes found by `draw`."""
         return random_inputs(self.before, self.generator, self.sizes)
 
     def judge(self, batches: int) -> Verdict:
-        """The verdict over the prepared inputs and others, at this many batch sizes where the batch is dynamic."""
+        """The verdict for the prepared inputs and others; a dynamic batch is tried at this many sizes."""
         errors, tried, disagreements = [0.0], [], []
         try:
             self.prepare()
@@ -162,7 +164,8 @@ class Trial:
         return Verdict(max(errors), self.difference, self.conditioning, vacuous, tuple(disagreements), tuple(tried))
 
     def batches(self, count: int) -> Iterator[list[Any]]:
-        """The inputs prepared, then others at larger batch sizes; dynamic heights and widths change once."""
+        """Yield the prepared inputs, then others at larger batch sizes; other dynamic sizes, such as heights, change
+        once."""
         yield self.inputs
         symbols = size_symbols(self.before)
         first = next((x.shape[0] for x in self.inputs if isinstance(x, torch.Tensor) and x.dim()), 1)
@@ -175,13 +178,13 @@ class Trial:
                 inputs = random_inputs(self.before, self.generator, {s: resize(n) for s, n in rest.items()})
                 try:
                     Evaluator(self.before, self.weights).run(inputs)
-                except RuntimeError:  # a size the original does not take either
+                except RuntimeError:  # the original does not take this size either
                     continue
                 yield inputs
                 return
 
     def expected(self, inputs: list[Any]) -> tuple[Any, dict[str, Any]]:
-        """The oracle's outputs, and the shape every node of the pruned program must have."""
+        """The oracle's outputs, and the shape that every node of the pruned program must have."""
         given, outputs, shapes = self.known
         if given is not inputs or outputs is None:
             shapes = {}
@@ -189,7 +192,7 @@ class Trial:
         return outputs, shapes
 
     def pruned(self, inputs: list[Any], shapes: dict[str, Any]) -> tuple[Any, list[str]]:
-        """The pruned program's outputs, and the first nodes whose shape is not what the oracle says."""
+        """The pruned program's outputs, and messages about the first nodes of another shape than the oracle's."""
         wrong: list[str] = []
 
         def look(node: fx.Node, value: Any) -> None:
@@ -200,7 +203,7 @@ class Trial:
         return Evaluator(self.after, self.sliced).run(inputs, look), wrong[:SHOWN]
 
     def first_difference(self, inputs: list[Any]) -> str:
-        """The first node whose value is not the oracle's, as text."""
+        """A message that names the first node whose value differs from the oracle's."""
         values: dict[str, torch.Tensor] = {}
         Evaluator(self.after, self.sliced).run(
             inputs, lambda n, v: values.update({n.name: v}) if isinstance(v, torch.Tensor) else None
@@ -220,14 +223,15 @@ class Trial:
 
 
 class Jitter(Evaluator):
-    """A run on weights that are off by 1e-12, to see how far rounding may carry."""
+    """Runs a program with weights that are off by 1e-12, to measure how much rounding errors are magnified."""
 
     def __init__(self, program: Program, weights: dict[str, torch.Tensor], generator: torch.Generator):
         super().__init__(program, weights)
         self.generator = generator
 
     def fetch(self, name: str) -> Any:
-        """A stored tensor; floating-point ones are off by random factors along their first and last dimension."""
+        """A stored tensor; floating-point ones are multiplied by random factors near 1 along their first and last
+        dimension."""
         value = super().fetch(name)
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
@@ -238,7 +242,7 @@ class Jitter(Evaluator):
 
 
 def _shapes_into(shapes: dict[str, Any]) -> Observer:
-    """An observer that notes the pruned shape of every node."""
+    """An observer that records the shape of every node in the pruned program."""
 
     def note(node: fx.Node, value: Any) -> None:
         if isinstance(value, Held):
@@ -248,5 +252,5 @@ def _shapes_into(shapes: dict[str, Any]) -> Observer:
 
 
 def _fits(value: torch.Tensor, expected: tuple[int | None, ...]) -> bool:
-    """Whether the shape is the one expected; None stands for an axis of free entries, whose size is not determined."""
+    """Whether a value has the expected shape; None stands for an axis with free entries, whose size is undetermined."""
     return len(expected) == value.dim() and all(e in (n, None) for e, n in zip(expected, value.shape, strict=True))

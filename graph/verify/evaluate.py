@@ -1,4 +1,4 @@
-"""Running a captured graph node by node in float64, on weights of our choosing, without touching the program."""
+"""Runs a captured graph node by node in float64, on given weights, without changing the program."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Observer = Callable[[fx.Node, Any], None]
 
 
 def to_double(value: Any) -> Any:
-    """A tensor or dtype in double precision when it is of a floating or complex kind, else unchanged."""
+    """A floating-point or complex tensor or dtype in double precision; anything else unchanged."""
     dtype = value.dtype if isinstance(value, torch.Tensor) else value
     if not isinstance(dtype, torch.dtype):
         return value
@@ -32,23 +32,24 @@ def to_double(value: Any) -> Any:
 
 
 def tensors_of(program: Program) -> dict[str, torch.Tensor]:
-    """Every parameter, buffer and constant the graph reads, by name; tied names map to the same tensor."""
+    """Every parameter, buffer and constant that the graph reads, by name; the names of a tied tensor map to the same
+    tensor."""
     module = program.module()
     named = {str(n.target): fetch(module, str(n.target)) for n in module.graph.nodes if n.op == "get_attr"}
     return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
 
 
 def double_weights(program: Program) -> dict[str, torch.Tensor]:
-    """The program's own tensors in float64; tied names keep sharing one tensor."""
+    """The program's own tensors in float64; tied names still share one tensor."""
     done: dict[int, torch.Tensor] = {}
     return {name: done.setdefault(id(t), to_double(t).detach().clone()) for name, t in tensors_of(program).items()}
 
 
 class Evaluator:
-    """Interprets a program's graph in float64 and in eval mode on the weights given by name.
+    """Interprets a program's graph in float64 and in eval mode, on the weights given by name.
 
-    Float dtypes in arguments are widened; batch_norm uses its running statistics, or the batch's where the model has them in
-    eval mode too, and dropout does nothing, whatever mode the program is in.
+    Float dtypes in arguments are widened. Whatever mode the program is in, dropout does nothing, and batch_norm uses its
+    running statistics, or the batch's where the model uses these in eval mode, too.
     """
 
     def __init__(self, program: Program, weights: dict[str, torch.Tensor]):
@@ -67,7 +68,8 @@ class Evaluator:
 
     @torch.no_grad()
     def run(self, inputs: Iterable[Any], observe: Observer | None = None) -> Any:
-        """Outputs, as the graph's output node holds them, for flattened inputs. `observe(node, value)` sees all values."""
+        """The outputs for flattened inputs, as the graph's output node has them. `observe(node, value)` sees all values.
+        Raises BadInput for nodes that cannot be run."""
         given = iter(inputs)
         env: dict[fx.Node, Any] = {}
         self.state.clear()
@@ -89,18 +91,19 @@ class Evaluator:
         raise BadInput("the graph has no output")
 
     def enter(self, value: Any) -> Any:
-        """An input in float64, where it is floating-point."""
+        """An input; in float64 if it is floating-point."""
         return to_double(value)
 
     def fetch(self, name: str) -> Any:
-        """A stored tensor by name: the weight given for it, a copy where the run writes to it, else the program's own."""
+        """A stored tensor by name: the given weight, of which a copy is used if the run writes to it; without one, the
+        program's own."""
         found = self.weights.get(name)
         if found is None:
             return fetch(self.module, name)
         return self.state.setdefault(name, found.clone()) if name in self.written else found
 
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        """The value of an operator node; `env` holds those of the nodes before it."""
+        """The value of an operator node; `env` has the values of the nodes before it."""
         if not is_operator(node):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
             return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -108,7 +111,8 @@ class Evaluator:
 
 
 def evaluated(node: fx.Node, env: dict[fx.Node, Any]) -> dict[str, Any]:
-    """The node's arguments by schema name with values in place of nodes, float dtypes widened, flags set to eval."""
+    """The node's arguments by schema name, with values in place of nodes, float dtypes widened, and flags set to eval
+    mode."""
     given = fx.node.map_arg(arguments(node), lambda n: env[n])
     a = {k: to_double(v) if isinstance(v, torch.dtype) else v for k, v in given.items()}
     name = op_name(node)
@@ -121,13 +125,13 @@ def evaluated(node: fx.Node, env: dict[fx.Node, Any]) -> dict[str, Any]:
         a["dropout_p"] = 0.0
     made = not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(a))
     if made and "dtype" in a and a["dtype"] is None and isinstance(node.meta.get("val"), torch.Tensor):
-        a["dtype"] = to_double(node.meta["val"].dtype)  # zeros and the like: of the default type, which is narrower
+        a["dtype"] = to_double(node.meta["val"].dtype)  # otherwise zeros and the like have the default dtype, float32
     return a
 
 
 def invoke(node: fx.Node, a: dict[str, Any]) -> Any:
-    """Call the node's operator on arguments given by schema name. One that draws at random draws the same for every node
-    of that name, so that two programs can be compared."""
+    """Call the node's operator on arguments given by schema name. An operator that draws random numbers draws the same ones
+    for every node of the same name, so that two programs can be compared."""
     args, kwargs = [], {}
     for spec in schema(node.target).arguments:
         if spec.kwarg_only:
@@ -143,7 +147,7 @@ def invoke(node: fx.Node, a: dict[str, Any]) -> Any:
 
 # --------------------------------------------------------------------------------------------------------------- inputs
 def eval_flags(program: Program) -> dict[str, dict[str, Any]]:
-    """What the mode decides for operators (dropout, batch_norm), as it is in eval mode, by the node's name."""
+    """The arguments that the mode decides (dropout, batch_norm), as in eval mode, by the node's name."""
     return {node.name: wanted(node, False) for _, node in switched(program.module())}
 
 
@@ -159,10 +163,10 @@ def _inputs(program: Program) -> list[tuple[fx.Node, Any]]:
 
 
 def random_inputs(program: Program, generator: torch.Generator, sizes: dict[Any, int] | None = None) -> list[Any]:
-    """Fresh inputs like the example: floats are redrawn with its mean and spread, everything else is kept.
+    """New inputs like the example's: floats are redrawn with the same mean and spread, everything else is kept.
 
-    sizes: new values of the program's size symbols; tensors that depend on them are repeated or cut to fit.
-    Floats that take at most two values (masks) are kept; constant ones are redrawn from N(0, 1).
+    sizes: new values of the program's size symbols; tensors that depend on them are repeated or cut to fit. Floats that
+    take at most two values (masks) are kept; constant ones are redrawn from N(0, 1).
     """
     result = []
     for node, leaf in _inputs(program):
@@ -190,7 +194,7 @@ def _redraw(leaf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def size_symbols(program: Program) -> dict[Any, tuple[int, int]]:
-    """Dynamic sizes of the inputs: symbol -> (its value in the example, the first dimension it is found at)."""
+    """Dynamic sizes of the inputs: symbol -> (its value in the example, the first dimension that has it)."""
     found: dict[Any, tuple[int, int]] = {}
     for node, leaf in _inputs(program):
         if isinstance(leaf, torch.Tensor):
@@ -202,8 +206,8 @@ def size_symbols(program: Program) -> dict[Any, tuple[int, int]]:
 
 # --------------------------------------------------------------------------------------------------------------- errors
 def relative_error(a: Any, b: Any) -> float:
-    """Worst max|a - b| / max|b| over the output tensors; inf when shapes differ or a value is not finite in one of
-    them. Tensors of integers and booleans must be equal (0 or inf)."""
+    """Worst max|a - b| / max|b| over the output tensors; inf if shapes differ, if a value is NaN, or if it is infinite in
+    only one of them. Tensors of integers and booleans must be equal (0 or inf)."""
     left, right = flatten_outputs(a), flatten_outputs(b)
     if len(left) != len(right):
         return float("inf")
@@ -222,6 +226,6 @@ def _tensor_error(x: torch.Tensor, y: torch.Tensor) -> float:
     if same.all():
         return 0.0
     difference = torch.where(same, torch.zeros((), dtype=y.dtype, device=y.device), x - y).abs()
-    scale = y.abs().nan_to_num(0.0, posinf=0.0).max()  # the largest entry that is a number
+    scale = y.abs().nan_to_num(0.0, posinf=0.0).max()  # the largest finite entry
     error = float(difference.max() / scale) if scale > 0 else float("inf")
     return error if error == error else float("inf")

@@ -1,4 +1,5 @@
-"""Do two forms of one model compute the same? For rewrites that keep every weight's meaning, and at every boundary."""
+"""Comparisons of two forms of one model: for rewrites that keep the meaning of weights, and for other formats and
+engines."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ Runs = Program | torch.nn.Module | Callable[..., Any]
 
 def parity(program: Program, other: Runs, args: tuple | None = None, kwargs: dict[str, Any] | None = None) -> float:
     """Worst relative error of another form of the program (eager module, loaded `.pt2`, ONNX Runtime session wrapped in a
-    callable, engine) on the example inputs or those given, each in its own precision. Outputs may be NumPy arrays."""
+    callable, engine), on the example inputs or `args` and `kwargs`; each form runs in its own precision. Outputs may be
+    NumPy arrays."""
     if args is None:
         args, kwargs = program.args, program.kwargs
     return relative_error(_outputs(other, args, kwargs or {}), _outputs(program, args, kwargs or {}))
@@ -40,8 +42,8 @@ def _outputs(form: Runs, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tens
 
 
 def equivalence(before: Program, after: Program, *, seed: int = 0, batches: int = 2) -> float:
-    """Worst relative error, in float64, of two programs on their own weights and the same random inputs; a dynamic batch
-    runs at `batches` sizes. For rewrites that change weights and keep the function (folding, merging)."""
+    """Worst relative error, in float64, of two programs on their own weights and the same random inputs; a dynamic batch is
+    tried at `batches` sizes. For rewrites that change weights but not the function (folding, merging)."""
     trial = Trial(before, after, {}, seed, own=True)
     trial.draw(seed)
     ours, theirs = Evaluator(before, trial.weights), Evaluator(after, double_weights(after))
@@ -49,8 +51,8 @@ def equivalence(before: Program, after: Program, *, seed: int = 0, batches: int 
 
 
 def randomised(program: Program, seed: int = 0) -> Program:
-    """A copy of the program with random weights and calibrated BatchNorm (see `randomise`), in its own precision: what a
-    rewrite should be tested on, because fresh weights hide errors."""
+    """A copy of the program with random weights and calibrated BatchNorm (see `randomise`), in its own precision. Rewrites
+    should be tested on it, since freshly initialised weights hide errors."""
     trial = Trial(program, program, {}, seed)
     trial.draw(seed)
     copy = program.copy()

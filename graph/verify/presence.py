@@ -1,9 +1,8 @@
-"""Which entries of a tensor are still there: one state per index of every axis. Source: ours.
+"""The presence of a tensor's entries: one state per index of every axis. Source: ours.
 
-A pruned tensor is the original with whole indices of its axes left out, so presence is a product over the axes: an entry
-is absent when the index of any of its axes is. `None` for an axis means that all of it is present. Entries that only repeat
-others (broadcasting made explicit, padding, fills) are *free*: they agree with an operand that has them and with one that
-has not.
+A pruned tensor is the original with whole indices of its axes left out, so presence is a product over the axes: an entry is
+absent if its index along any axis is. `None` for an axis means that all of it is present. Entries that only repeat others
+(explicit broadcasting, padding, fills) are *free*: they agree with an operand that has them and with one that has not.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ States = tuple[State, ...]
 
 
 class Disagreement(GraphcombError):
-    """The removed indices have no meaning on the original graph; the message names the node."""
+    """Raised if the removed indices have no meaning on the original graph; the message names the node."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor of the original size and the presence of its axes; floating values at absent entries are NaN."""
+    """A tensor of the original size with the presence of its axes; floating-point values at absent entries are NaN."""
 
     value: torch.Tensor
     states: States
@@ -44,14 +43,14 @@ class Held:
         return any(s is not None for s in self.states)
 
     def kept_shape(self) -> tuple[int | None, ...]:
-        """The pruned tensor's shape; None for an axis with free entries, whose size is not determined here."""
+        """The pruned tensor's shape; None for an axis with free entries, whose size is undetermined."""
         return tuple(
             n if s is None else None if (s == FREE).any() else int((s != ABSENT).sum())
             for n, s in zip(self.value.shape, self.states, strict=True)
         )
 
     def kept(self) -> torch.Tensor:
-        """The pruned tensor: absent indices dropped."""
+        """The pruned tensor: the original without absent indices."""
         value = self.value
         for d, state in enumerate(self.states):
             value = drop_absent(value, d, state)
@@ -59,7 +58,8 @@ class Held:
 
 
 def simplified(state: State) -> State:
-    """None for an axis that is present throughout or has a single index. Disagreement when nothing of it is left."""
+    """The state, as None if the axis is present throughout or has a single index. Raises Disagreement if nothing of it is
+    left."""
     if state is not None and len(state) and (state == ABSENT).all():
         raise Disagreement("nothing is left of the axis")
     return None if state is None or len(state) < 2 or not state.any() else state
@@ -71,22 +71,22 @@ def has_absent(state: State) -> bool:
 
 
 def as_array(state: State, n: int) -> np.ndarray:
-    """The state as an array of length n, also where it is None (present throughout)."""
+    """The state as an array of length n, also if it is None (present throughout)."""
     return np.zeros(n, dtype=np.int8) if state is None else state
 
 
 def indices(state: np.ndarray, device: Any) -> torch.Tensor:
-    """The indices that are not absent."""
+    """The indices that are not absent, as a tensor."""
     return torch.from_numpy(np.flatnonzero(state != ABSENT)).to(device)
 
 
 def drop_absent(value: torch.Tensor, d: int, state: State) -> torch.Tensor:
-    """The indices along d that are not absent."""
+    """The tensor without absent indices along d."""
     return value.index_select(d, indices(state, value.device)) if state is not None and has_absent(state) else value
 
 
 def restore_absent(part: torch.Tensor, d: int, state: State) -> torch.Tensor:
-    """Undo `drop_absent`: back to the original size along d, NaN at absent indices."""
+    """Undo `drop_absent`: the original size along d, with NaN (or 0 for integers) at absent indices."""
     if state is None or not has_absent(state):
         return part
     shape = list(part.shape)
@@ -96,12 +96,12 @@ def restore_absent(part: torch.Tensor, d: int, state: State) -> torch.Tensor:
 
 
 def along(vector: Any, d: int, rank: int) -> Any:
-    """A vector as a tensor or array of some rank that varies along d."""
+    """A vector as a tensor or array of the given rank that varies along d."""
     return vector.reshape([-1 if k == d else 1 for k in range(rank)])
 
 
 def presence_mask(states: Sequence[State], device: Any) -> torch.Tensor | None:
-    """A boolean tensor that broadcasts to the entries that are not absent; None when all are there."""
+    """A boolean tensor that broadcasts to the tensor's shape, True where an entry is not absent; None if none is."""
     mask = None
     for d, state in enumerate(states):
         if state is not None and has_absent(state):
@@ -119,7 +119,7 @@ def fill_absent(value: torch.Tensor, d: int, state: State, number: float) -> tor
 
 
 def mark_absent(value: torch.Tensor, states: Sequence[State]) -> Held:
-    """Hold a tensor; absent floating entries become NaN, so that whatever reads them shows."""
+    """The tensor as `Held`; absent floating-point entries become NaN, so that reading them is noticed."""
     if value.is_floating_point() or value.is_complex():
         mask = presence_mask(states, value.device)
         if mask is not None:
@@ -129,7 +129,8 @@ def mark_absent(value: torch.Tensor, states: Sequence[State]) -> Held:
 
 # ---------------------------------------------------------------------------------------------------------- the algebra
 def join(states: Sequence[State]) -> State:
-    """The common state of operands that share an axis. Disagreement when an index is absent in one, present in another."""
+    """The common state of operands that share an axis. Raises Disagreement if an index is absent in one and present in
+    another."""
     known = [s for s in states if s is not None]
     if not known:
         return None
@@ -155,12 +156,13 @@ def outer(states: Sequence[State], sizes: Sequence[int]) -> State:
 
 
 def factor(state: State, sizes: Sequence[int]) -> States:
-    """Presence of the axes into which one is cut. Disagreement when absent entries are not whole indices of them."""
+    """The presence of the axes that one axis is cut into. Raises Disagreement if absent entries are not whole indices of
+    them."""
     if state is None:
         return (None,) * len(sizes)
     grid = state.reshape(tuple(sizes))
     axes = range(grid.ndim)
-    # Free entries (padding) are taken for absent only where nothing else explains the others.
+    # Free entries (padding) count as absent only if the absent entries cannot be explained otherwise.
     for wild in (False, True):
         gone, result = np.zeros(grid.shape, dtype=bool), []
         for d in axes:
@@ -177,7 +179,7 @@ def factor(state: State, sizes: Sequence[int]) -> States:
 
 
 def broadcast(held: Sequence[Held], shape: Sequence[int]) -> States:
-    """Joint presence of operands broadcast to a shape; a dimension of size 1 imposes nothing."""
+    """The joint presence of operands that are broadcast to a shape; a dimension of size 1 imposes nothing."""
     result: list[State] = []
     for back in range(len(shape), 0, -1):
         n = shape[len(shape) - back]
@@ -187,10 +189,10 @@ def broadcast(held: Sequence[Held], shape: Sequence[int]) -> States:
 
 
 def moved(held: Held, move: Callable[[torch.Tensor], Any]) -> list[States]:
-    """Presence of every result of an operator that only moves entries.
+    """The presence of every result of an operator that only moves entries.
 
-    PyTorch itself moves the positions along every axis that is not present throughout: where they vary in the result, the
-    axis went. Axes that meet there, as in a reshape, are cut anew together.
+    PyTorch itself moves the positions along every axis that is not present throughout: the axes of the result along which
+    positions vary are where that axis has gone. Axes that share an axis of the result, as in a reshape, are cut together.
     """
     value = held.value
     pieces_of: list[tuple[tuple[int, ...], list[tuple[list[int], np.ndarray]]]] = []
@@ -208,7 +210,7 @@ def moved(held: Held, move: Callable[[torch.Tensor], Any]) -> list[States]:
 
 
 def _piece(state: np.ndarray, part: torch.Tensor) -> tuple[list[int], np.ndarray]:
-    """The axes of a result along which positions vary, and the presence at every index of these; size 1 elsewhere."""
+    """The axes of a result along which positions vary, and the presence at every index of these; other axes have size 1."""
     axes = [e for e in range(part.dim()) if bool((part != part.narrow(e, 0, 1)).any())]
     for e in set(range(part.dim())) - set(axes):
         part = part.narrow(e, 0, 1)
@@ -216,7 +218,7 @@ def _piece(state: np.ndarray, part: torch.Tensor) -> tuple[list[int], np.ndarray
 
 
 def _together(shape: tuple[int, ...], pieces: list[tuple[list[int], np.ndarray]]) -> States:
-    """The states of a tensor's axes from the presence along some of them each; free where the tensor has no entry."""
+    """The states of a tensor's axes, from presences along some of them; a tensor without entries is free."""
     if 0 in shape:
         return tuple(simplified(np.full(n, FREE)) for n in shape)
     states: list[State] = [None] * len(shape)

@@ -1,9 +1,9 @@
-"""Weights that hide nothing: generic float64 values for every parameter of a program. Source: ours.
+"""Weights that hide no error: generic float64 values for every parameter of a program. Source: ours.
 
-An oracle goes blind on a network's own weights: fresh ones are often zero (residual branches, layer scale), equal along an
-axis (norms, biases), or kill every ReLU. So weights are redrawn: contraction weights with variance 1.5 / fan-in, scales
-around 1, biases and offsets away from 0, anything else multiplied and shifted at random; BatchNorm statistics and the biases
-before a ReLU are set on data. Integers, booleans and large constants (masks with -100 or -inf) stay.
+With a network's own weights an oracle misses errors: fresh ones are often zero (residual branches, layer scale), equal
+along an axis (norms, biases), or kill every ReLU. So weights are redrawn: contraction weights with variance 1.5 / fan-in,
+scales around 1, biases and offsets away from 0; other tensors are multiplied and shifted at random; BatchNorm statistics
+and the biases before a ReLU are set on data. Integers, booleans and large constants (masks with -100 or -inf) stay.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def randomise(
     removed: Removed | None = None,
     observe: Observer | None = None,
 ) -> tuple[dict[str, torch.Tensor], Any]:
-    """Random float64 tensors by name, calibrated on (flattened) `inputs` for the network without what is removed.
+    """Random float64 tensors by name, calibrated on (flattened) `inputs` for the network without the removed indices.
 
-    Constants that lose nothing keep their values. The program is not changed. Also returns the absence oracle's outputs
-    for the inputs, or None where a tensor of a shared layer was calibrated after a call had read it and they are out of
-    date; `observe` sees the values of that run.
+    Constants that lose nothing keep their values. The program is not changed. Also returns the absence oracle's outputs for
+    the inputs, or None if they are out of date, since a shared tensor was calibrated after a call had read it; `observe`
+    sees the values of that run.
     """
     tensors, removed, roles = tensors_of(program), removed or {}, _roles(program)
     source = Source(seed, max((t.numel() for t in tensors.values()), default=1) or 1)
@@ -67,7 +67,8 @@ def _is_small(value: torch.Tensor) -> bool:
 
 
 def _roles(program: Program) -> dict[str, str]:
-    """What a tensor is to the operator that reads it: "contraction", "scale", "shift", or nothing in particular."""
+    """The role of a tensor in the operator that reads it: "contraction", "scale" or "shift"; tensors with another role are
+    left out."""
     found: dict[str, str] = {}
     for node in program.module().graph.nodes:
         if node.op != "get_attr":
@@ -92,8 +93,8 @@ def _role(node: fx.Node, user: fx.Node) -> str:
 
 
 class Source:
-    """Random numbers at the price of a copy: stretches of a pool as long as the largest tensor, or of a prime length so
-    that no two rows of a larger one repeat."""
+    """Random numbers at the price of a copy: stretches of a pool that is as long as the largest tensor, or of a prime
+    length, so that no two rows of a larger tensor are equal."""
 
     LONGEST = 1_048_583
 
@@ -104,11 +105,11 @@ class Source:
         self.uniforms = torch.rand(n, generator=self.generator, dtype=torch.float64)
 
     def normal(self, shape: torch.Size, spread: float) -> torch.Tensor:
-        """Normally distributed numbers around 0 with this standard deviation."""
+        """Normally distributed numbers with mean 0 and this standard deviation."""
         return self._stretch(self.normals, shape).mul_(spread)
 
     def uniform(self, shape: torch.Size, low: float, high: float) -> torch.Tensor:
-        """Numbers between two bounds."""
+        """Uniform numbers between two bounds."""
         return self._stretch(self.uniforms, shape).mul_(high - low).add_(low)
 
     def _stretch(self, pool: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -123,7 +124,7 @@ class Source:
 
 
 def _draw(value: torch.Tensor, role: str, source: Source) -> torch.Tensor:
-    """Random values in the place of a tensor's, by its role and own spread."""
+    """Random values in place of a tensor's, by its role and its spread."""
     shape = value.shape
     if not value.numel():
         return value
@@ -144,18 +145,18 @@ def _draw(value: torch.Tensor, role: str, source: Source) -> torch.Tensor:
 class Calibration(Absence):
     """A run of the absence oracle that keeps the pruned network alive, by changing weights in place.
 
-    Every batch_norm gets the statistics of what it meets, with a spread; biases of layers that feed a ReLU are moved. Both
-    so that each channel that stays has a positive mean, hence is positive somewhere.
+    Every batch_norm gets statistics from its inputs, with a random spread; biases of layers that feed a ReLU are shifted.
+    So every channel that stays has a positive mean, and is positive somewhere.
     """
 
     def __init__(self, program: Program, weights: dict[str, torch.Tensor], removed: Removed, source: Source):
         super().__init__(program, weights, removed)
         self.source = source
-        self.used: set[int] = set()  # the tensors that calls so far have read or that were changed
-        self.again = False
+        self.used: set[int] = set()  # ids of the tensors that have been read or changed so far
+        self.again = False  # whether such a tensor was changed (again)
 
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        """The value of a node; statistics and biases that it reads are set first, so that what comes out is alive."""
+        """The value of a node; the statistics and biases that it reads are set first."""
         name = op_name(node)
         if name == "batch_norm":
             given = arguments(node)
@@ -178,7 +179,7 @@ class Calibration(Absence):
             self._write(given[key], found, present, env)
 
     def _lift(self, node: fx.Node, bias: fx.Node, result: Any, channels: int) -> Any:
-        """Move the bias so that every channel has a positive mean; the result moves along."""
+        """Shift the bias so that every channel has a positive mean; returns the shifted result."""
         values, present = _by_channel(result, channels)
         variance, mean = torch.var_mean(values, 1, correction=0)
         scale = (variance + 0.1 * mean.square().mean() + 1e-12).sqrt()
@@ -190,14 +191,14 @@ class Calibration(Absence):
         return Held(result.value + (whole - before).reshape(shape), result.states)
 
     def _write(self, buffer: fx.Node, found: torch.Tensor, present: torch.Tensor, env: dict[fx.Node, Any]) -> None:
-        """Set a buffer's present entries; absent ones get the mean, and stay NaN in this run."""
+        """Set a buffer's present entries; absent ones get the mean, and are NaN in this run."""
         whole = self._mark(buffer)
         whole.fill_(float(found.mean()))
         whole[present] = found
         env[buffer] = self.fetch(str(buffer.target))
 
     def _mark(self, node: fx.Node) -> torch.Tensor:
-        """The tensor to be changed; notes when a call has read it or it has been changed before."""
+        """The tensor that is about to be changed; notes if it has been read or changed before."""
         whole = self.weights[str(node.target)]
         self.again = self.again or id(whole) in self.used
         self.used.add(id(whole))
@@ -205,7 +206,7 @@ class Calibration(Absence):
 
 
 def _by_channel(held: Held, d: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is present as (channel, everything else), and which channels that is."""
+    """The present values as (channel, everything else), and a mask of the present channels."""
     d %= held.value.dim()
     state = held.states[d]
     present = np.ones(held.value.shape[d], dtype=bool) if state is None else state != ABSENT

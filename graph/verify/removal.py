@@ -1,4 +1,4 @@
-"""What was removed, `{parameter or buffer: {dim: indices}}` in the original's numbering, and slicing by it alone."""
+"""Removed indices, `{parameter or buffer: {dim: indices}}` in the original's numbering, and slicing by them alone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Removed = Mapping[str, Mapping[int, Sequence[int]]]
 
 
 def removed_since(before: Program, result: Any) -> Removed:
-    """What was removed since `before`, in its numbering: by the last pass, and where the history of the result names
-    several passes since then that removed something, by all of them."""
+    """The indices removed since `before`, in its numbering: by the last pass, or by all of them if the result's history
+    names several passes since then that removed something. Raises BadInput if the records do not fit the program."""
     history, past = getattr(result.program, "history", []), len(before.history)
     since = history[past:] if history[:past] == before.history else []
     steps = [record["removed"] for record in since if record.get("removed")]
@@ -43,7 +43,8 @@ def removed_since(before: Program, result: Any) -> Removed:
 
 
 def checked(before: Program, removed: Removed) -> dict[str, dict[int, list[int]]]:
-    """The same, empty entries dropped and every tied name given. BadInput when it does not fit the program."""
+    """The same removal, without empty entries and with every name of tied tensors. Raises BadInput if it does not fit the
+    program."""
     tensors = tensors_of(before)
     tied: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
@@ -81,8 +82,8 @@ def sliced(tensor: torch.Tensor, lost: Mapping[int, Sequence[int]]) -> torch.Ten
 
 
 def pruned_weights(weights: Mapping[str, torch.Tensor], removed: Removed, after: Program) -> dict[str, torch.Tensor]:
-    """Weights for the pruned program: those of the original, sliced by `removed`. Tables of integers and constants that
-    only the pruned program has are its own."""
+    """Weights for the pruned program: those of the original, sliced by `removed`. Tables of integers, and constants that
+    only the pruned program has, are its own."""
     result: dict[str, torch.Tensor] = {}
     for name, own in tensors_of(after).items():
         shared = name in weights and (own.is_floating_point() or own.is_complex())
@@ -91,9 +92,9 @@ def pruned_weights(weights: Mapping[str, torch.Tensor], removed: Removed, after:
 
 
 def differences(before: Program, after: Program, removed: Removed, retrained: bool = False) -> list[str]:
-    """Parameters and buffers of the pruned program that are not the slice of the original's, and operators that train in
-    eval mode where the original's do not, or the other way round, one line each. retrained: the weights went on training,
-    so that only their shapes can be compared."""
+    """Messages, one line each, about parameters and buffers of the pruned program that are not slices of the original's,
+    and about operators whose eval mode differs between the two. retrained: the weights were trained on, so only shapes are
+    compared."""
     originals, misfits, found = tensors_of(before), [], []
     for name, own in tensors_of(after).items():
         if name not in originals:

@@ -1,8 +1,9 @@
 """Which kernels an inference library makes of the nodes of a program.
 
-A library computes a convolution or matrix product and what follows it entry by entry in one kernel; joins pointwise
-operators, movements of data and reductions into kernels that it generates; computes an attention as one; and does nothing
-for what only renames indices. `Rules` (in `libraries`) say what one library joins, `kernels` applies them to a graph.
+A library computes a convolution or matrix product together with the pointwise operators after it in one kernel; it joins
+pointwise operators, movements of data and reductions into kernels that it generates, computes an attention as one kernel,
+and does nothing for operators that only rename indices. `Rules` (in `libraries`) say what one library joins, `kernels`
+applies them to a graph.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from .libraries import CLIPS, Rules, Shape, classify, single
 
 @dataclass(frozen=True)
 class Copy:
-    """A kernel that only lays a tensor out anew, or pads it. odd: (node, dim): needed only where that size is no multiple of
-    the grain."""
+    """A kernel that only copies a tensor into another layout, or pads it. odd: (node, dim): the copy is needed only if that
+    size is no multiple of the grain; None: always."""
 
     tensor: fx.Node
     odd: tuple[fx.Node, int] | None = None
@@ -32,37 +33,40 @@ class Copy:
 
 @dataclass(eq=False)
 class Kernel:
-    """What one kernel computes. kind: "product", "attention", "generated" or "other". copies: kernels that prepare its
-    operands or its results."""
+    """One kernel. kind: "product", "attention", "generated" or "other". nodes: those that it computes. copies: further
+    kernels that prepare its operands or its results."""
 
     kind: str
     nodes: list[fx.Node] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
 
     def launches(self, grain: int) -> int:
-        """Kernels to start at the example's sizes."""
+        """Number of kernels that are launched at the example's sizes, copies included."""
         return 1 + len(self.copied(grain))
 
     def copied(self, grain: int, shape: Shape = shape) -> list[fx.Node]:
-        """The tensors that are laid out anew at these sizes."""
+        """The tensors that are copied at these sizes."""
         return [c.tensor for c in self.copies if c.odd is None or shape(c.odd[0])[c.odd[1]] % grain]
 
 
 def kernels(graph: fx.Graph, rules: Rules, shape: Shape = shape) -> list[Kernel]:
-    """The kernels of a program, in the order of their first nodes. Nodes that depend on no input are none. shape: gives
-    the sizes of a node's tensor; those of the example inputs unless said otherwise."""
+    """The kernels of a program, in the order of their first nodes. Nodes that depend on no input are in none. shape: gives
+    the sizes of a node's tensor, by default those of the example inputs."""
     return _Fusion(graph, rules, shape).run()
 
 
 def count(graph: fx.Graph, rules: Rules) -> int:
-    """How many kernels a run starts, at the example's sizes."""
+    """Number of kernels that a run launches, at the example's sizes."""
     return sum(kernel.launches(rules.grain) for kernel in kernels(graph, rules))
 
 
 # ----------------------------------------------------------------------------------------------------------- the joining
 class _Fusion:
-    """kinds: classes of the nodes that compute. source: of a node that costs nothing, the one it renames. operands, readers:
-    of every node that computes, through what costs nothing. owner: kernels by node, as far as they are made."""
+    """The state of joining nodes to kernels.
+
+    kinds: classes of the nodes that compute. source: for a node without cost, the node that it renames. operands, readers:
+    of every node that computes, skipping nodes without cost. owner: the kernel of each node that has one so far.
+    """
 
     def __init__(self, graph: fx.Graph, rules: Rules, shape: Shape):
         self.rules, self.shape = rules, functools.cache(shape)
@@ -134,12 +138,12 @@ class _Fusion:
 
     # ----------------------------------------------------------------------------------------------------- epilogues
     def _epilogue(self, product: fx.Node) -> list[fx.Node]:
-        """The pointwise nodes after a product that its kernel computes: as far as a single tensor leaves them."""
+        """The pointwise nodes after a product that its kernel computes, up to where a single tensor leaves them."""
         epilogue: list[fx.Node] = []
         end = product
         while end not in self.outputs:
             inner: list[fx.Node] = []
-            waiting = {end}  # tensors that something not yet joined reads
+            waiting = {end}  # tensors that nodes outside of `inner` still read
             candidates = list(self.readers[end])
             while candidates and waiting != {inner[-1] if inner else None}:
                 node = min(candidates, key=self.place.__getitem__)
@@ -164,7 +168,7 @@ class _Fusion:
             if (s := self.source.get(n, n)) in self.place and self._varies(s) and s not in inside
         ]
         if any(self.place[self.source.get(n, n)] > self.place[product] for n in others):
-            return False  # what is computed later may need this product
+            return False  # a tensor that is computed later may itself need this product
         if any(self._entries(n) == self._entries(node) for n in others):
             flat = kind != "linear" or len(self.shape(product)) <= 3
             return kind in self.rules.residual and flat and name in ("add", "sub", "mul")
@@ -183,7 +187,8 @@ class _Fusion:
 
     # ----------------------------------------------------------------------------------------------------- attention
     def _attention(self, nodes: list[fx.Node]) -> None:
-        """One kernel, with what only lays out or scales its queries, keys and values: those are a copy each anyway."""
+        """Make one kernel of an attention and of the nodes that only move or scale its queries, keys and values (each costs
+        a copy anyway)."""
         kernel = self._add(Kernel("attention"), nodes)
         operands = [n for node in nodes for n in self.operands[node] if n not in nodes]
         stack = list(operands)
@@ -196,7 +201,7 @@ class _Fusion:
                 stack += self.operands[node]
 
     def _written_out_attention(self, first: fx.Node) -> None:
-        """Scores, what is done to them, softmax and weighted values, where the heads are several and of one width."""
+        """Make a kernel of scores, the operations on them, softmax and weighted values, for several heads of one width."""
         chain, end, weighted = [first], first, False
         while len(self.readers[end]) == 1 and end not in self.outputs and len(chain) < 12:
             node = self.readers[end][0]
@@ -215,7 +220,8 @@ class _Fusion:
 
     # --------------------------------------------------------------------------------------------- generated kernels
     def _lies_there(self, node: fx.Node) -> bool:
-        """A concatenation that its producers write in place, or a transposed result that its readers take as it lies."""
+        """Whether a movement costs nothing: a concatenation that its producers write in place, or a transposed result of
+        attention that its readers take as it is."""
         name, readers = op_name(node), self.readers[node]
         if not self.rules.generated or node in self.outputs or not readers:
             return False
@@ -227,7 +233,7 @@ class _Fusion:
         return name in ("transpose", "permute") and before is not None and before.kind == "attention"
 
     def _generate(self, node: fx.Node) -> None:
-        """Join a node to generated kernels that it reads, or make one."""
+        """Join a node to generated kernels that it reads, or make a new one."""
         joined: Kernel | None = None
         for kernel in dict.fromkeys(self.owner[n] for n in self.operands[node] if n in self.owner):
             if kernel.kind != "generated" or not self._fits(kernel, node):
@@ -245,7 +251,7 @@ class _Fusion:
             self._add(Kernel("generated"), [node])
 
     def _fits(self, kernel: Kernel, node: fx.Node) -> bool:
-        """Whether a generated kernel may also compute a node: it neither resizes nor rearranges what was reduced."""
+        """Whether a generated kernel may also compute a node: it neither resizes nor rearranges reduced values."""
         if self.rules.single and any(single(n, self.shape) for n in kernel.nodes):
             return False
         sums = [n for n in kernel.nodes if self.kinds[n] == "reduce"]
@@ -253,7 +259,7 @@ class _Fusion:
         return "upsample" not in op_name(node) and not (reduced and self.kinds[node] == "move")
 
     def _reaches(self, start: Iterable[Kernel], goal: Kernel) -> bool:
-        """Whether one of `start` is, or needs, the kernel `goal`."""
+        """Whether one of `start` is the kernel `goal`, or needs it."""
         seen: set[Kernel] = set()
         stack = list(start)
         while stack:
@@ -273,7 +279,7 @@ class _Fusion:
                     yield owner
 
     def _needed(self, node: fx.Node) -> Iterator[fx.Node]:
-        """Operands, through concatenations that cost nothing."""
+        """The operands of a node, skipping concatenations that cost nothing."""
         for n in self.operands[node]:
             if n in self.kinds and n not in self.owner:
                 yield from self._needed(n)
@@ -282,7 +288,7 @@ class _Fusion:
 
     # ------------------------------------------------------------------------------------------------------- layouts
     def _layouts(self, made: list[Kernel]) -> None:
-        """Kernels that only lay data out anew: TensorRT computes images channels last and the rest in plain order."""
+        """Add copies between layouts: TensorRT computes images with channels last, and other tensors in plain order."""
         padded: set[fx.Node] = set()
         for kernel in made:
             if kernel.kind == "attention":
@@ -306,7 +312,7 @@ class _Fusion:
                 kernel.copies.append(Copy(kernel.nodes[-1]))
         for node in self.kinds:
             if node not in self.owner and op_name(node) in JOINS:
-                for n in self.operands[node]:  # pools do not write into, or read from, a part of a tensor
+                for n in self.operands[node]:  # pools can neither write to nor read from a part of a tensor
                     if n in self.owner and any(self.kinds.get(r) == "pool" for r in (n, *self.readers[n])):
                         self.owner[n].copies.append(Copy(n))
 
@@ -317,13 +323,14 @@ class _Fusion:
             last = next(n for n in reversed(kernel.nodes) if op_name(n) in ("matmul", "bmm"))
             inputs = [*first.all_input_nodes[:2], last.all_input_nodes[1]]
         elif len(self.shape(first)) > 2 and self.shape(first)[-3] == 1:
-            inputs = [*inputs[:3], first, first]  # a single head is two products and a softmax
+            inputs = [*inputs[:3], first, first]  # a single head becomes two products and a softmax
         inputs = inputs[:3] if len(inputs) == 4 else inputs
         values = self.source.get(inputs[2], inputs[2]) if len(inputs) > 2 else first
         kernel.copies += [Copy(n) for n in (inputs[:1] if self._is_packed(values) else inputs)]
 
     def _is_packed(self, values: fx.Node) -> bool:
-        """Whether queries, keys and values are parts of one tensor that was moved before it was parted, and each after."""
+        """Whether queries, keys and values are parts of one tensor that was moved before it was split, and each part
+        after."""
         moved = False
         while self.kinds.get(values) == "move":
             if op_name(values) in PARTS:
@@ -332,7 +339,7 @@ class _Fusion:
         return False
 
     def _is_split(self, kernel: Kernel) -> bool:
-        """Whether the statistics of a normalisation are computed first, because what follows has another order."""
+        """Whether the statistics of a normalisation are computed first, since the nodes after it use another order."""
         norms = {n for n in kernel.nodes if self.kinds[n] == "norm"}
         stack = [r for n in norms for r in self.readers[n] if self.owner.get(r) is kernel]
         if any(r in norms for r in stack):
@@ -346,14 +353,15 @@ class _Fusion:
         return False
 
     def _is_plain(self, node: fx.Node) -> bool:
-        """Whether a convolution reads images that a reduction wrote in plain order."""
+        """Whether a convolution reads an image that a reduction wrote in plain order."""
         if self.kinds[node] != "reduce" or not isinstance(node.meta["val"], torch.Tensor):
             return False
         image = len(self.shape(node)) == 4 and math.prod(self.shape(node)[2:]) > 1
         return image and any(op_name(r).startswith("conv") for r in self.readers[node])
 
     def _is_channels_last(self, node: fx.Node) -> bool:
-        """Whether a mean over images reads what a convolution of the library wrote; generated code turns it itself."""
+        """Whether a mean over images reads the result of a convolution of the library (generated code reorders it
+        itself)."""
         owner = self.owner.get(self.operands[node][0])
         if op_name(node) not in ("mean", "adaptive_avg_pool2d") or owner is None or owner.kind != "product":
             return False
@@ -364,5 +372,5 @@ class _Fusion:
         return not grouped and bool(rest) and all(op_name(n) in CLIPS for n in rest)
 
     def _entries(self, node: fx.Node) -> int:
-        """Of a tensor; 0 of a list of tensors."""
+        """Number of entries of a tensor; 0 for a list of tensors."""
         return math.prod(self.shape(node)) if isinstance(node.meta.get("val"), torch.Tensor) else 0

@@ -1,4 +1,4 @@
-"""A layer at concrete sizes, and what knows how long layers take: the unit of latency tables and estimates.
+"""A layer at concrete sizes, and the interface of latency models: the unit of latency tables and estimates.
 
 Passes ask what a layer costs, the runtime measures it, and neither needs to know the other. Source: ours.
 """
@@ -17,18 +17,18 @@ from .libraries import ONNXRUNTIME, Rules
 class Layer:
     """One operation at concrete sizes.
 
-    op: "conv" (also transposed: options say), "matmul", "attention", "norm", "activation" or "copy" (anything whose time
-    is moving its tensors). sizes: by name, those that pruning may change. options: by name, those that it does not.
+    op: "conv" (also transposed, see options), "matmul", "attention", "norm", "activation" or "copy" (any operation whose
+    time is that of moving its tensors). sizes: by name, those that pruning may change. options: by name, those that it does
+    not change.
 
-        conv       sizes: inputs, outputs, groups; options: batch, image (height, width, ... of the input), kernel, stride,
-                   padding, dilation, transposed
-        matmul     sizes: batch, inputs (K), outputs (N); options: rows (M), shared (1: one right-hand side for all)
-        attention  sizes: heads, width, value (head widths of queries and keys, and of values); options: batch, queries, keys
-        norm       sizes: channels; options: rows
-        activation, copy   sizes: entries (of the result; for a copy the mean of what is read and written if that is more)
+    conv       sizes: inputs, outputs, groups; options: batch, image (height, width, ... of the input), kernel, stride,
+                   padding, dilation, transposed matmul     sizes: batch, inputs (K), outputs (N); options: rows (M), shared
+                   (1: one right-hand side for all) attention  sizes: heads, width, value (head widths of queries and keys,
+                   and of values); options: batch, queries, keys norm       sizes: channels; options: rows activation, copy
+                   sizes: entries (of the result; for a copy the mean of what is read and written if that is more)
 
-    beside: entries that its kernel moves beside the operation's own, as a residual addition does. joined: another layer's
-    kernel computes it too.
+    beside: entries that the layer's kernel moves in addition to the operation's own, such as for a residual addition.
+    joined: whether another layer's kernel computes this layer, too.
     """
 
     op: str
@@ -62,7 +62,7 @@ class Layer:
         return 0
 
     def entries(self) -> int:
-        """Numbers that are read and written, weights included, each once."""
+        """Number of entries that are read and written, weights included, each once."""
         return self._own_entries() + self.beside
 
     def _own_entries(self) -> int:
@@ -81,14 +81,14 @@ class Layer:
         return 2 * self["entries"]
 
     def result_image(self) -> tuple[int, ...]:
-        """Height, width, ... of a convolution's result (output padding of a transposed one left out)."""
+        """Height, width, ... of a convolution's result (without the output padding of a transposed one)."""
         parts = zip(*(self[k] for k in ("image", "kernel", "stride", "padding", "dilation")), strict=True)
         if self["transposed"]:
             return tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in parts)
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in parts)
 
     def resized(self, sizes: Iterable[int]) -> Layer:
-        """The layer with other sizes, in the order of `sizes`."""
+        """The layer with other sizes, given in the order of its `sizes`."""
         return Layer(self.op, tuple((k, n) for (k, _), n in zip(self.sizes, sizes, strict=True)), self.options)
 
     def __str__(self) -> str:
@@ -99,7 +99,7 @@ class Layer:
 
 
 class Latency(Protocol):
-    """Something that knows, or predicts, how long layers take. Its `rules`, if it has them, say what becomes a kernel."""
+    """A model of how long layers take. If it has `rules`, they say which nodes are one kernel."""
 
     @property
     def per_run(self) -> float:
@@ -107,20 +107,20 @@ class Latency(Protocol):
         ...
 
     def prepare(self, layers: Iterable[Layer], progress: bool = False) -> None:
-        """Get ready to answer for these layers; a table measures what it does not know."""
+        """Prepare to answer for these layers; a table measures those that it does not know."""
 
     def seconds(self, layer: Layer) -> float:
-        """How long one run of the layer takes."""
+        """Seconds of one run of the layer."""
         ...
 
 
 def run_seconds(latency: Latency, layers: Iterable[Layer], progress: bool = False) -> float:
-    """What a run of these layers takes; a table first measures, all at once, what it does not know."""
+    """Seconds of a run of these layers; a table first measures, all at once, those that it does not know."""
     layers = list(layers)
     latency.prepare(dict.fromkeys(layers), progress)
     return latency.per_run + sum(map(latency.seconds, layers))
 
 
 def rules_of(latency: Any) -> Rules:
-    """The rules of what predicts latencies; ONNX Runtime's where it names none."""
+    """The rules of a latency model; ONNX Runtime's if it has none."""
     return getattr(latency, "rules", ONNXRUNTIME)

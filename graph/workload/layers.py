@@ -1,7 +1,8 @@
-"""Layers: what the nodes of a program compute, as far as their latency depends on it, at any sizes of the groups.
+"""Layers: the operations of a program as far as their latency depends on them, at any sizes of the groups.
 
-Which nodes an inference library computes together is in `fusion`: what it merges into the kernel of another node (batch
-norm, an activation, a residual addition) and what only renames indices (views) is no layer of its own. Source: ours.
+`fusion` says which nodes an inference library computes together. Nodes that it merges into another node's kernel (batch
+norm, an activation, a residual addition), and nodes that only rename indices (views), are no layers of their own. Source:
+ours.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ MATMULS = frozenset({"linear", *MATRIX_PRODUCTS})
 
 
 class Layers:
-    """The layers of a combed program as functions of the sizes of its groups.
+    """The layers of a solved program (a `Comb`) as functions of the sizes of its groups.
 
-    batch: size of the dynamic batch to count with, where the program has one: the first dynamic size that is the first
-    dimension of an input. Other dynamic sizes count as in the example inputs. rules: which nodes are one kernel. nodes: of
-    every layer, the node it is named after; those of copies come last. Refused for a program in which something multiplies
-    that is none of these layers.
+    batch: the size to use for a dynamic batch, which is the first dynamic size that is the first dimension of an input.
+    Other dynamic sizes are those of the example inputs. rules: which nodes are one kernel. nodes: for every layer, the node
+    that it is named after; the layers of copies come last. Raises Refused if an operator multiplies but is none of these
+    layers.
     """
 
     def __init__(self, comb: Comb, batch: int = 1, rules: Rules = ONNXRUNTIME):
         self.comb, self.rules = comb, rules
-        self._fixed = _batched(comb, batch)  # sizes that no group has a say in
+        self._fixed = _batched(comb, batch)  # sizes of atoms that do not depend on the groups
         for node in comb.module.graph.nodes:
             if (why := unknown(node)) or (macs(node) and not _is_layer(node)):
                 raise Refused(f"latency: {source(node)}: {why or f'how long {op_name(node)} takes is not known'}")
-        # The axes of what is quantised are its own: they follow those that it reads.
+        # Fake quantisation has axes of its own in the comb; their sizes follow those of its input.
         for node in comb.module.graph.nodes:
             if op_name(node).startswith("fake_quantize") and comb.axes[node] and comb.axes[node.all_input_nodes[0]]:
                 for old, new in zip(comb.axes[node.all_input_nodes[0]], comb.axes[node], strict=True):
@@ -64,14 +65,14 @@ class Layers:
             self.nodes.append(copy.tensor)
 
     def at(self, sizes: Mapping[Factor, int]) -> Iterator[tuple[fx.Node, Layer]]:
-        """Every layer when the atoms have the given sizes."""
+        """Yield every layer, with its node, when the atoms have the given sizes."""
         size = self.sizer(sizes)
         for i, node in enumerate(self.nodes):
             if (layer := self.numbered(i, size)) is not None:
                 yield node, layer
 
     def sizer(self, sizes: Mapping[Factor, int]) -> Sizer:
-        """Sizes of axes when the atoms have the given sizes and the batch the layers' own."""
+        """Computes sizes of axes when the atoms have the given sizes and the batch that of `Layers`."""
         return Sizer({**sizes, **self._fixed})
 
     def numbered(self, index: int, size: Sizer) -> Layer | None:
@@ -108,13 +109,13 @@ class Layers:
         return {a: None for a in all_atoms if a.frozen is None}
 
     def _entries(self, node: fx.Node, size: Sizer) -> int:
-        """Of a tensor, or of all tensors of a list."""
+        """Number of entries of a tensor, or of all tensors of a list."""
         axes = self.comb.axes[node] or []
         lists = axes if isinstance(node.meta.get("val"), (list, tuple)) else [axes]
         return sum(math.prod(map(size, found)) for found in lists if found is not None)
 
     def _read(self, kernel: Kernel, size: Sizer, own: set[fx.Node]) -> int:
-        """Entries that a kernel reads for its nodes other than `own`, not counting weights."""
+        """Number of entries, without weights, that a kernel reads for its nodes other than `own`."""
         inside, entries = set(kernel.nodes), {}
         for node in (n for n in kernel.nodes if n not in own):
             for n in node.all_input_nodes:
@@ -128,18 +129,18 @@ class Layers:
 
     def _inside(self, node: fx.Node, inside: set[fx.Node]) -> bool:
         while node not in inside and node.op == "call_function" and node not in self._kernels and node.all_input_nodes:
-            node = node.all_input_nodes[0]  # through what only renames indices
+            node = node.all_input_nodes[0]  # skip nodes that only rename indices
         return node in inside
 
     def _written_out(self, kernel: Kernel, size: Sizer) -> Layer:
-        """An attention written as two products around a softmax."""
+        """The layer of an attention that is written as two products around a softmax."""
         first, last = (n for n in kernel.nodes if op_name(n) in ("matmul", "bmm"))
         *batch, queries, width = (size(a) for a in self.comb.axes[first.all_input_nodes[0]])
         keys, value = (size(a) for a in self.comb.axes[last.all_input_nodes[1]][-2:])
         return _attention(batch, queries, width, keys, value)
 
     def layer(self, node: fx.Node, size: Sizer) -> Layer:
-        """The node's layer."""
+        """The layer of a node, without other nodes of its kernel."""
         name, axes = op_name(node), self.comb.axes
 
         def sizes(n: fx.Node) -> list[int]:
@@ -171,7 +172,7 @@ class Layers:
         transposed = "transpose" in op_name(node)
         groups = source[1] // weight[1] if not transposed else result[1] // weight[1]
         pads, spatial = conv_padding(node), len(weight) - 2
-        # An odd sum of both sides' padding counts as a larger image.
+        # Padding that is larger after the image than before counts as a larger image.
         image = tuple(n + high - low for n, (low, high) in zip(source[2:], pads, strict=True))
         return Layer(
             "conv", (("inputs", source[1]), ("outputs", result[1]), ("groups", groups)),
@@ -183,7 +184,7 @@ class Layers:
         )  # fmt: skip
 
     def _contraction(self, left: fx.Node, right: fx.Node, terms: tuple[str, str], result: str, sizes: Any) -> Layer:
-        """A matrix product from letters for the dimensions of two operands and of their result, as in einsum."""
+        """A matrix product, from letters for the dimensions of two operands and of their result, as in einsum."""
         if self.comb.is_parameter(left):
             left, right, terms = right, left, terms[::-1]
         size: dict[str, int] = {}
@@ -222,7 +223,7 @@ class Layers:
 
 
 def _attention(batch: list[int], queries: int, width: int, keys: int, value: int) -> Layer:
-    """An attention; the last dimension of its batch is that of the heads."""
+    """An attention layer; the last dimension of its batch is that of the heads."""
     return Layer(
         "attention", (("heads", batch[-1]), ("width", width), ("value", value)),
         (("batch", math.prod(batch[:-1])), ("queries", queries), ("keys", keys)),
@@ -230,8 +231,8 @@ def _attention(batch: list[int], queries: int, width: int, keys: int, value: int
 
 
 def _batched(comb: Comb, batch: int) -> dict[Factor, int]:
-    """Sizes of the atoms that grow with the batch, when it is `batch`. An atom that stands for another dynamic size keeps
-    that of the example inputs."""
+    """Sizes of the atoms that grow with the batch, for this batch size; atoms of other dynamic sizes keep those of the
+    example inputs."""
     sizes: list[tuple[Axis, Any]] = [
         (axis, n)
         for node, axes in comb.axes.items()
@@ -257,16 +258,16 @@ def _batched(comb: Comb, batch: int) -> dict[Factor, int]:
 
 
 def _is_layer(node: fx.Node) -> bool:
-    """Whether a node that multiplies is one of the layers there are."""
+    """Whether a node that multiplies is one of the known layers."""
     name = op_name(node)
     if name == "einsum":
-        return len(arguments(node)["tensors"]) == 2  # more are several products, one after the other
+        return len(arguments(node)["tensors"]) == 2  # with more operands it is several products in a row
     known = name in MATMULS or name in VECTOR_PRODUCTS or name in ("inner", "tensordot", "scaled_dot_product_attention")
     return known or (name in (*CONVS, *TRANSPOSED_CONVS))
 
 
 def _letters(node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[str, str], str]:
-    """The two operands of a contraction, letters for their dimensions, and those of the result."""
+    """The two operands of a contraction, letters for their dimensions, and letters for the result's."""
     a, name = arguments(node), op_name(node)
     if name == "einsum":
         left, right = a["tensors"]
@@ -285,7 +286,7 @@ def _letters(node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[str, str], str]:
 
 
 def _named(kernel: Kernel) -> list[fx.Node]:
-    """The nodes that a kernel's layers are named after: its products, or what else takes longest."""
+    """The nodes that a kernel's layers are named after: its products, or else the node that takes longest."""
     products = [n for n in kernel.nodes if classify(n) in ("product", "depthwise", "attention")]
     if kernel.kind == "attention" and len(products) > 1:
         return products[:1]  # written out

@@ -1,17 +1,14 @@
-"""What an inference library computes in one kernel: rules by class of operator, as data.
+"""Which operators an inference library computes in one kernel: rules by class of operator, as data.
 
-The rules for TensorRT were read off engines that TensorRT-RTX built (`benchmarks/kernels.py` has the errors that remain),
-those for ONNX Runtime off its optimised graphs. Source: ours.
+The rules for TensorRT were derived from engines that TensorRT-RTX built (`benchmarks/kernels.py` has the remaining errors),
+those for ONNX Runtime from its optimised graphs. Source: ours.
 
-    class        operators                    becomes
-    free         views, dropout, quantise     nothing
-    product      conv, linear, matmul         a kernel, with its epilogue
-    depthwise    conv, one channel a group    a kernel; its epilogue is short
-    attention    sdpa, or written out         a kernel, and one that lays out each of queries, keys and values
-    pool         max, average                 a kernel
-    move         permute, cat, slice, ...     part of a generated kernel; a concatenation of products is written in place
-    norm, reduce LayerNorm, softmax, mean     part of a generated kernel
-    pointwise    add, silu, batch_norm, ...   part of its producer's epilogue, else of a generated kernel
+class        operators                    becomes free         views, dropout, quantise     nothing product      conv,
+    linear, matmul         a kernel, with its epilogue depthwise    conv, one channel a group    a kernel; its epilogue is
+    short attention    sdpa, or written out         a kernel, and a copy each of queries, keys and values pool         max,
+    average                 a kernel move         permute, cat, slice, ...     part of a generated kernel; a concatenation
+    of products is written in place norm, reduce LayerNorm, softmax, mean     part of a generated kernel pointwise    add,
+    silu, batch_norm, ...   part of its producer's epilogue, else of a generated kernel
 """
 
 from __future__ import annotations
@@ -58,7 +55,7 @@ REDUCED = SOFTMAXES | ADAPTIVE_MEANS | names(
 )  # fmt: skip
 POINTWISE = names(
     "batch_norm _native_batch_norm_legit_no_training prelu where masked_fill hardswish log_sigmoid"
-)  # beside those that torch tags
+)  # besides those that torch tags
 CLASSES = (
     ("free", FREE), ("product", MATRIX), ("attention", frozenset({"scaled_dot_product_attention"})), ("pool", POOLS),
     ("move", MOVES), ("norm", MOMENTS), ("reduce", REDUCED), ("pointwise", POINTWISE),
@@ -71,12 +68,12 @@ class Rules:
 
     epilogues: by kind of product ("conv", "depthwise", "linear", "matmul"), the pointwise operators that its kernel also
     computes; "*" stands for all but those after a minus ("-silu"). residual: kinds whose kernel also adds or multiplies by
-    a tensor of the result's shape. generated: classes that are joined into generated kernels; the others are kernels by
-    themselves. free: operators that cost nothing, beside those of class "free". attention: whether attention is one
-    kernel. together: whether linears of the same input are one. layouts: whether data is laid out anew where kernels of
-    unlike layout meet. grain: convolutions and products pad channels that are no multiple of it, in a kernel of its own.
-    single: whether nothing joins a reduction over a single entry, as pruning may leave one: those over a few entries are
-    unrolled into their kernel, and it is not.
+    a tensor of the result's shape. generated: classes that are joined into generated kernels; nodes of other classes are
+    kernels by themselves. free: operators without cost, besides those of class "free". attention: whether attention is one
+    kernel. together: whether linear layers of the same input are one. layouts: whether tensors are copied between kernels
+    of different layouts. grain: convolutions and products pad channel counts that are no multiple of it, in a kernel of its
+    own. single: whether nothing is joined with a reduction over a single entry, which pruning may leave (a reduction over a
+    few entries is unrolled into its kernel; one over a single entry is not).
     """
 
     name: str
@@ -94,7 +91,7 @@ class Rules:
         return self.name
 
     def joins(self, kind: str, name: str) -> bool:
-        """Whether an operator belongs to the kernel of the product before it."""
+        """Whether an operator is computed by the kernel of the product before it."""
         allowed = self.epilogues.get(kind, frozenset())
         return name in allowed or ("*" in allowed and f"-{name}" not in allowed)
 
@@ -124,11 +121,11 @@ ONNXRUNTIME = Rules(
 )
 
 
-GRAINS = {"fp32": 1, "tf32": 1, "fp16": 2, "bf16": 2, "int8": 4, "fp8": 4}  # channels in four bytes
+GRAINS = {"fp32": 1, "tf32": 1, "fp16": 2, "bf16": 2, "int8": 4, "fp8": 4}  # by precision, channels in four bytes
 
 
 def library(backend: str | None, precision: str) -> Rules:
-    """The rules of a runtime backend in a precision; TensorRT's for all but ONNX Runtime."""
+    """The rules of a runtime backend in a precision; TensorRT's for every backend but ONNX Runtime."""
     return ONNXRUNTIME if backend == "onnxruntime" else replace(TENSORRT, grain=GRAINS.get(precision, 1))
 
 
@@ -144,7 +141,7 @@ def classify(node: fx.Node, shape: Shape = shape) -> str:
 
 
 def single(node: fx.Node, shape: Shape = shape) -> bool:
-    """Whether a reduction has but one entry to reduce."""
+    """Whether the node is a reduction over a single entry."""
     if classify(node) != "reduce" or not isinstance(node.meta.get("val"), torch.Tensor):
         return False
     a, read = arguments(node), shape(node.all_input_nodes[0])

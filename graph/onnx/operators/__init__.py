@@ -1,4 +1,4 @@
-"""What each operator of ONNX is in PyTorch; importing this package fills the tables."""
+"""The counterpart in PyTorch of each operator of ONNX; importing this package fills the tables."""
 
 from . import layers, movement, pointwise, pooling, recurrent, reduction, resize, shapes
 

@@ -18,7 +18,7 @@ TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3
 
 @operator("Conv")
 def conv(c: Call) -> Any:
-    """Padding that differs before and after an axis goes in front as an operator of its own."""
+    """A convolution; padding that differs between the two sides of an axis becomes an operator of its own before it."""
     x, weight, bias = c.tensor(0), c.tensor(1), c.optional(2)
     rank = x.dim() - 2
     if rank not in CONVOLUTIONS:
@@ -33,7 +33,7 @@ def conv(c: Call) -> Any:
 
 @operator("ConvTranspose")
 def conv_transpose(c: Call) -> Any:
-    """What the padding takes off differently before and after an axis is cut off afterwards."""
+    """A transposed convolution; if its padding crops the two sides of an axis differently, the crop is done afterwards."""
     x, weight, bias = c.tensor(0), c.tensor(1), c.optional(2)
     rank = x.dim() - 2
     if rank not in TRANSPOSED:
@@ -77,7 +77,7 @@ def matmul(c: Call) -> Any:
 
 @operator("Gemm")
 def gemm(c: Call) -> Any:
-    """alpha A' B' + beta C of computed matrices; one with a constant B is a linear layer (see `weights`)."""
+    """alpha A' B' + beta C of computed matrices. (With a constant B it is a linear layer, see `weights`.)"""
     a, b = (c.tensor(i).t() if c.attribute(name, 0) else c.tensor(i) for i, name in enumerate(("transA", "transB")))
     product = torch.matmul(a, b)
     alpha, beta = c.attribute("alpha", 1.0), c.attribute("beta", 1.0)
@@ -89,7 +89,7 @@ def gemm(c: Call) -> Any:
 
 @operator("BatchNormalization")
 def batch_norm(c: Call) -> Any:
-    """ONNX's momentum is the share of the old statistics, PyTorch's that of the new ones."""
+    """Batch normalisation. ONNX's momentum is the share of the old statistics, PyTorch's that of the new ones."""
     if c.attribute("training_mode", 0) or c.attribute("spatial", 1) == 0 or c.used(1):
         raise Refused("a BatchNormalization in training mode or over positions; export the model in eval mode")
     x, scale, bias, mean, variance = (c.tensor(i) for i in range(5))
@@ -108,7 +108,7 @@ def instance_norm(c: Call) -> Any:
 
 @operator("GroupNormalization")
 def group_norm(c: Call) -> Any:
-    """Scale and bias are one for each group before opset 21, one for each channel since."""
+    """Group normalisation; scale and bias have an entry for each group before opset 21, for each channel since then."""
     x, scale, bias = c.tensor(0), c.tensor(1), c.tensor(2)
     groups = c.attribute("num_groups")
     if scale.shape[0] == groups != x.shape[1]:
@@ -122,7 +122,7 @@ def layer_norm(c: Call) -> Any:
     axis = axis_of(c.attribute("axis", -1), x.dim())
     shape = list(x.shape[axis:])
     scale, bias = c.optional(1), c.optional(2)
-    if any(v is not None and list(v.shape) != shape for v in (scale, bias)):  # broadcast along the normalised axes
+    if any(v is not None and list(v.shape) != shape for v in (scale, bias)):  # they broadcast along the normalised axes
         y = F.layer_norm(x, shape, None, None, epsilon)
         y = y if scale is None else y * scale
         y = y if bias is None else y + bias

@@ -18,7 +18,7 @@ def reshape(c: Call) -> Any:
     x = c.tensor()
     wanted = new_shape(c, tuple(x.shape))
     if c.store.batch is not None and is_static(wanted[:1]) and wanted[:1] == [c.store.batch]:
-        wanted = [x.shape[0], *wanted[1:]]  # proven by the comparison at another batch size, sample by sample
+        wanted = [x.shape[0], *wanted[1:]]  # `parity.compare` proves this at another batch size, sample by sample
     return x.reshape(wanted)
 
 
@@ -59,7 +59,7 @@ def unsqueeze(c: Call) -> Any:
 @operator("Concat")
 def concat(c: Call) -> Any:
     tensors, axis = [c.tensor(i) for i in range(len(c.values))], c.attribute("axis", 1)
-    if c.store.batch == 1 and axis:  # such as a class token beside every sample
+    if c.store.batch == 1 and axis:  # such as a class token that is concatenated with every sample
         batch = next((t.shape[0] for t in tensors if not is_static(t.shape[:1]) or t.shape[0] != 1), 1)
         tensors = [t.expand(batch, *t.shape[1:]) if is_static(t.shape[:1]) and t.shape[0] == 1 else t for t in tensors]
     return torch.cat(tensors, axis) if len(tensors) > 1 else tensors[0]
@@ -74,7 +74,7 @@ def split(c: Call) -> Any:
 
 @operator("Slice")
 def slice_(c: Call) -> Any:
-    """A negative step reverses the axis first."""
+    """A slice; for a negative step, the axis is reversed first."""
     x = c.tensor()
     for axis, part in enumerate(slices(c, tuple(x.shape))):
         step = 1 if part.step is None else part.step
@@ -99,14 +99,14 @@ def gather(c: Call) -> Any:
             return x.select(axis, int(indices))
         known = indices.reshape(-1)
         if indices.ndim == 1 and known[0] >= 0 and np.array_equal(known, np.arange(known[0], known[0] + len(known))):
-            return x.narrow(axis, int(known[0]), len(known))  # a range in disguise
+            return x.narrow(axis, int(known[0]), len(known))  # the indices are a range
         if is_static([x.shape[axis]]):
             known = np.where(known < 0, known + int(x.shape[axis]), known)
             taken = x.index_select(axis, c.constant(known.astype(np.int64)))
             return taken if indices.ndim == 1 else taken.unflatten(axis, indices.shape)
     ids = c.tensor(1).long()
     if axis == 0 and x.dim() == 2 and isinstance(x, torch.nn.Parameter):
-        return F.embedding(ids, x)  # which raises for a negative index, of which a table of words has none
+        return F.embedding(ids, x)  # raises for a negative index, which a look-up of words does not have
     places: list[Any] = [slice(None)] * axis
     return x[(*places, ids)]
 
@@ -176,8 +176,8 @@ def constant_of_shape(c: Call) -> Any:
 
 @operator("Pad")
 def pad(c: Call) -> Any:
-    """Amounts are attributes before opset 11. Reflection and repetition along axes that PyTorch does not take so are
-    gathers."""
+    """Padding; the amounts are attributes before opset 11. Reflection and repetition along axes that PyTorch's pad does not
+    take are gathers."""
     x, mode = c.tensor(), c.only("mode", "constant", "reflect", "edge", "wrap")
     flat, axes = c.list_of("pads", 1), c.list_of("axes", 3)
     axes = list(range(x.dim())) if axes is None else [axis_of(a, x.dim()) for a in axes]
@@ -209,7 +209,7 @@ def _last_first(amounts: list[tuple[Any, Any]]) -> list[Any]:
 
 @operator("DepthToSpace")
 def depth_to_space(c: Call) -> Any:
-    """CRD is PyTorch's pixel_shuffle; DCR has the block outside the channels."""
+    """Mode CRD is PyTorch's pixel_shuffle; in mode DCR the block is outside of the channels."""
     x, block = c.tensor(), c.attribute("blocksize")
     if c.only("mode", "DCR", "CRD") == "CRD":
         return F.pixel_shuffle(x, block)

@@ -1,4 +1,4 @@
-"""Operators entry by entry, with broadcasting. Source: the ONNX specification."""
+"""Operators that act entry by entry, with broadcasting. Source: the ONNX specification."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def unary(c: Call) -> Any:
 
 @operator("Identity", "Dropout")
 def identity(c: Call) -> Any:
-    """Dropout: the ratio is an attribute before opset 12, then an input; the mask exists in training only."""
+    """Identity and Dropout. Dropout's ratio is an attribute before opset 12, then an input; its mask exists in training
+    only."""
     if c.step.op == "Identity":
         return c.value()
     if c.used(1) or (c.has(2) and c.number(2, False)):
@@ -64,7 +65,7 @@ def binary(c: Call) -> Any:
 
 
 def operands(c: Call) -> tuple[Any, Any]:
-    """Both inputs; a single number that a tensor of as many dimensions meets stays a number."""
+    """Both inputs; a single number that is combined with a tensor of at least as many dimensions stays a number."""
     a, b = c.value(0), c.value(1)
     ndim = max(x.ndim for x in (a, b) if isinstance(x, Tensor)) if _any_tensor(a, b) else 0
 
@@ -86,7 +87,7 @@ def _any_tensor(*values: Any) -> bool:
 def variadic(c: Call) -> Any:
     if c.step.op in ("Max", "Min") and len(c.values) == 2:
         a, b = operands(c)
-        if isinstance(b, float) or isinstance(a, float):  # a bound
+        if isinstance(b, float) or isinstance(a, float):  # one of the two is a bound
             x, bound = (a, b) if isinstance(a, Tensor) else (b, a)
             return torch.clamp(x, min=bound) if c.step.op == "Max" else torch.clamp(x, max=bound)
     function = {"Max": torch.maximum, "Min": torch.minimum}.get(c.step.op, torch.add)
@@ -101,7 +102,7 @@ def where(c: Call) -> Any:
 
 @operator("Clip")
 def clip(c: Call) -> Any:
-    """The bounds are attributes before opset 11, then inputs, which may be computed."""
+    """Clipping; the bounds are attributes before opset 11, then inputs, which may be computed."""
     if any(c.has(i) and isinstance(c.value(i), Tensor) for i in (1, 2)):
         return torch.clamp(c.tensor(), c.optional(1), c.optional(2))
     low, high = c.one_of("min", 1), c.one_of("max", 2)
@@ -116,7 +117,7 @@ def cast(c: Call) -> Any:
 
 @operator("PRelu")
 def prelu(c: Call) -> Any:
-    """A slope for each channel of an input of any size is PyTorch's prelu; others are written out."""
+    """PReLU; a slope for each channel is PyTorch's prelu, other slopes are written out."""
     x, slope = c.tensor(0), c.tensor(1)
     if x.dim() > 1 and slope.numel() == slope.shape[0] and slope.dim() == x.dim() - 1 and slope.dim() > 0:
         return F.prelu(x, slope.reshape(-1))

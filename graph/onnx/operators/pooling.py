@@ -1,4 +1,4 @@
-"""Pools. Source: the ONNX specification."""
+"""Pooling. Source: the ONNX specification."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pool(c: Call) -> Any:
         return AVERAGE[rank](x, kernel, stride, [a for a, _ in padding], False, include or plain)
     if ends is None:
         return AVERAGE[rank](x, kernel, stride, [a for a, _ in padding], True, include)
-    # The sum over each window by the number of entries that count: those of the input, and of the padding if asked.
+    # The sum over each window, divided by the number of its entries in the input (and in the padding, if that counts).
     ones = torch.ones([1, 1, *x.shape[2:]], dtype=x.dtype, device=x.device)
     ones = pad(ones, padding, 1.0 if include else 0.0)
     ones = pad(ones, [(0, e - b) for (_, e), (_, b) in zip(ends, padding, strict=True)])
@@ -61,8 +61,12 @@ def _average(x: Tensor, kernel: list[int], stride: list[int]) -> Tensor:
 def _ends(
     sizes: list[Any], kernel: list[int], stride: list[int], dilation: list[int], padding: list[tuple[int, int]]
 ) -> list[tuple[int, int]] | None:
-    """The padding with which whole windows cover what ceil_mode covers; windows that begin behind the input are left
-    out. None for dynamic sizes, of which PyTorch's own ceil_mode takes care where the padding is symmetric."""
+    """The padding for which whole windows cover the same as with ceil_mode; windows that begin after the input are left
+    out.
+
+    None for dynamic sizes with symmetric padding, where PyTorch's own ceil_mode does this. Raises Refused for dynamic sizes
+    with other padding.
+    """
     if not is_static(sizes):
         if not symmetric(padding):
             raise Refused("ceil_mode with asymmetric padding and a dynamic size; give the input a fixed size")

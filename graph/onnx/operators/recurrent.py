@@ -1,4 +1,4 @@
-"""LSTM and GRU: PyTorch's operators, whose gates come in another order. Source: the ONNX specification."""
+"""LSTM, GRU and RNN: PyTorch's operators, whose gates have another order. Source: the ONNX specification."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], 
 
 
 def in_torch_order(op: str, w: np.ndarray, r: np.ndarray, b: np.ndarray | None) -> list[list[np.ndarray]]:
-    """Weights (directions, gates * hidden, ...) of ONNX as PyTorch has them: for each direction input and hidden weights,
-    and both biases where there are any."""
+    """ONNX's weights (directions, gates * hidden, ...) in PyTorch's form: for each direction, input and hidden weights, and
+    both biases if there are any."""
 
     def ordered(matrix: np.ndarray) -> np.ndarray:
         gates = np.split(matrix, len(GATES[op]))
@@ -34,7 +34,9 @@ def in_torch_order(op: str, w: np.ndarray, r: np.ndarray, b: np.ndarray | None) 
 @operator("LSTM", "GRU", "RNN")
 def recurrent(c: Call) -> Any:
     """X (time, batch, inputs) -> Y (time, directions, batch, hidden) and the last states; with layout 1 the batch is first.
-    The weights stand in `weights`, prepared as `in_torch_order` says."""
+
+    The inputs from `WEIGHTS` on are the weights in the form of `in_torch_order`.
+    """
     op, directions = c.step.op, 2 if c.attribute("direction", "forward") == "bidirectional" else 1
     first = bool(c.attribute("layout", 0))
     check(c)
@@ -59,11 +61,11 @@ def recurrent(c: Call) -> Any:
     return [y, *last]
 
 
-WEIGHTS = 8  # where the prepared weights begin among the inputs, behind those of ONNX
+WEIGHTS = 8  # index of the first prepared weight among the inputs, after ONNX's own inputs
 
 
 def check(c: Call) -> None:
-    """Raises Refused for what PyTorch's operators do not have."""
+    """Raise Refused for variants that PyTorch's operators do not have."""
     op, directions = c.step.op, 2 if c.attribute("direction", "forward") == "bidirectional" else 1
     wanted = [a.lower() for a in ACTIVATIONS[op] * directions]
     if [a.lower() for a in c.attribute("activations") or wanted] != wanted or c.attribute("clip"):

@@ -1,4 +1,4 @@
-"""Operators along axes: reductions, softmax, orders, cumulative sums. Source: the ONNX specification."""
+"""Operators along axes: reductions, softmax, orderings, cumulative sums. Source: the ONNX specification."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def reduce_prod(c: Call) -> Any:
 
 @operator("Softmax", "LogSoftmax", "Hardmax")
 def softmax(c: Call) -> Any:
-    """Before opset 13 over all axes from `axis` (1 by default) on together, since over one (the last by default)."""
+    """Softmax; before opset 13 over all axes from `axis` on (by default 1) together, since then over one (by default the
+    last)."""
     x, old = c.tensor(), c.opset < 13
     axis = axis_of(c.attribute("axis", 1 if old else -1), x.dim())
     if old and axis < x.dim() - 1 and any(n != 1 for n in x.shape[axis + 1 :]):
@@ -81,7 +82,7 @@ def arg(c: Call) -> Any:
 
 @operator("TopK")
 def top_k(c: Call) -> Any:
-    """k is an attribute before opset 10."""
+    """The k largest or smallest entries; k is an attribute before opset 10, then an input."""
     values = torch.topk(
         c.tensor(),
         c.one_of("k", 1),

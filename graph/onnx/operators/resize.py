@@ -1,7 +1,7 @@
 """Resize, Upsample and GridSample. Source: the ONNX specification.
 
-Resampling is linear and works axis by axis, so that every mode of ONNX is a matrix (out x in) for each axis. Where that is
-also the matrix of a mode of PyTorch's interpolate, this operator is taken; else the matrix itself, or for nearest a gather.
+Resampling is linear and works axis by axis, so every mode of ONNX is a matrix (out x in) for each axis. If a mode of
+PyTorch's interpolate has the same matrix, that operator is used; else the matrix itself, or for nearest a gather.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NATIVE[5] = ("nearest", "nearest-exact", "trilinear")
 
 @operator("Resize", "Upsample")
 def resize(c: Call) -> Any:
-    """Inputs are x and scales (Upsample, Resize of opset 10), since then x, roi, scales and sizes."""
+    """Resampling; inputs are x and scales (Upsample, Resize of opset 10), later x, roi, scales and sizes."""
     x = c.tensor(0)
     at = 1 if c.step.op == "Upsample" or c.opset < 11 else 2
     axes = c.attribute("axes")
@@ -66,7 +66,7 @@ def resize(c: Call) -> Any:
 def _targets(
     c: Call, x: Tensor, axes: list[int], scales: list[Any] | None, sizes: list[Any] | None
 ) -> tuple[list[Any], list[float | None]]:
-    """Output size and scale of each axis; None stands for the ratio of the sizes."""
+    """Output size and scale of each axis; None for a scale stands for the ratio of the sizes."""
     outs, factors = list[Any](x.shape), list[float | None]([None] * x.dim())
     if sizes:
         policy = c.only("keep_aspect_ratio_policy", "stretch", "not_larger", "not_smaller")
@@ -102,7 +102,7 @@ def _settings(c: Call, scale: float | None) -> tuple[float | None, str, str, str
 
 
 class _Axis(tuple[Any, ...]):
-    """What one axis' matrix follows from: n, out, scale, mode, transform, nearest, a, outside, antialias."""
+    """What the matrix of one axis depends on: n, out, scale, mode, transform, nearest, a, outside, antialias."""
 
     def __new__(cls, *values: Any) -> _Axis:
         return super().__new__(cls, values)
@@ -123,7 +123,7 @@ def _same(axis: _Axis, mode: str, corners: bool) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def matrix(axis: _Axis) -> np.ndarray:
-    """What each output entry takes of each input entry, float64 (out, in)."""
+    """The weight of each input entry in each output entry, float64 (out, in)."""
     n, out, scale, mode, transform, nearest, a, outside, antialias = axis
     rows = np.zeros((out, n))
     ratio = out / n if scale is None else scale
@@ -182,7 +182,8 @@ UPWARDS = {("asymmetric", "floor"), ("half_pixel", "round_prefer_floor"), ("half
 
 
 def _dynamic(c: Call, x: Tensor, changed: list[int], factors: list[float | None]) -> Tensor:
-    """With sizes that are not fixed: the cases in which PyTorch's mode is the same for all of them."""
+    """Resampling of dynamic sizes, in the cases where PyTorch's mode is the same for all sizes. Raises Refused in other
+    cases."""
     _, mode, transform, nearest, *rest = _settings(c, None)
     pair: tuple[str, bool | None] | None = None
     whole = all(f is not None and float(f).is_integer() for d, f in enumerate(factors) if d in changed)

@@ -1,4 +1,4 @@
-"""Operators on host arrays: shape arithmetic, and what is computed of constants alone. Source: the ONNX specification."""
+"""Operators on host arrays: shape arithmetic and constant folding. Source: the ONNX specification."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from ...errors import Refused
 from ..dtypes import numpy_dtype
 from ..table import SYMBOLIC, Call, Value, array, axis_of, is_static, on_host, operator
 
-LARGEST = 1 << 27  # elements of a constant that a file may ask for
+LARGEST = 1 << 27  # most elements of a constant that a file may create
 
 
 def slices(c: Call, shape: tuple[int, ...]) -> list[slice]:
-    """The slice of each axis that a Slice takes. Ends beyond an axis are cut off here, as they may not fit a size."""
+    """For each axis, the slice that a Slice takes. Ends beyond an axis are clipped here, since they may not fit into a
+    size."""
     rank = len(shape)
     starts, ends = c.list_of("starts", 1), c.list_of("ends", 2)
     axes = c.list_of("axes", 3) or range(len(starts))
@@ -32,13 +33,13 @@ def slices(c: Call, shape: tuple[int, ...]) -> list[slice]:
 
 
 def axes_of(c: Call, rank: int, index: int = 1) -> list[int] | None:
-    """Axes of Squeeze, Unsqueeze and reductions; None where none are named."""
+    """The axes of Squeeze, Unsqueeze and reductions; None if none are given."""
     axes = c.list_of("axes", index)
     return [axis_of(a, rank) for a in axes] if axes else None
 
 
 def new_shape(c: Call, shape: tuple[Any, ...]) -> list[Any]:
-    """The sizes that Reshape asks for, those that it copies filled in."""
+    """The sizes that Reshape asks for, with copied sizes filled in."""
     wanted = c.list_of("shape", 1)
     if c.attribute("allowzero", 0):
         return wanted
@@ -58,7 +59,7 @@ def pieces(c: Call, size: Any) -> list[Any]:
 
 
 def _truncated(a: Any, b: Any) -> Any:
-    """Division as ONNX defines it for whole numbers: towards zero."""
+    """Division as ONNX defines it for whole numbers: rounded towards zero."""
     if a.dtype == object or b.dtype == object:
         return python.floordiv(a, b)  # sizes are not negative
     if a.dtype.kind not in "iu":
@@ -230,7 +231,7 @@ def expand(c: Call) -> Any:
 
 
 def bounded(sizes: Any) -> tuple[int, ...]:
-    """Sizes of a constant. Raises Refused for more elements than a network has use for."""
+    """The sizes of a constant. Raises Refused for more elements than a network can need."""
     if float(np.prod([float(n) for n in sizes])) > LARGEST:
         raise Refused(f"it asks for a constant of {' x '.join(map(str, sizes))} elements")
     return tuple(int(n) for n in sizes)

@@ -1,4 +1,4 @@
-"""Padding of windows, as convolutions and pools share it. Source: the ONNX specification."""
+"""Padding of windows, for convolutions and pools. Source: the ONNX specification."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from ..table import Call, is_static
 
 
 def spatial(c: Call, name: str, rank: int) -> list[int]:
-    """Strides or dilations, 1 by default."""
+    """Strides or dilations, by default 1."""
     return list(c.attribute(name) or [1] * rank)
 
 
 def pads(c: Call, sizes: list[Any], kernel: list[int], stride: list[int], dilation: list[int]) -> list[tuple[int, int]]:
-    """Padding before and after each spatial axis, from `pads` or `auto_pad`."""
+    """Padding before and after each spatial axis, from `pads` or `auto_pad`. Raises Refused for auto_pad with a stride and
+    a dynamic size."""
     kind, rank = c.only("auto_pad", "NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"), len(kernel)
     if kind == "VALID":
         return [(0, 0)] * rank
@@ -39,7 +40,7 @@ def symmetric(padding: list[tuple[int, int]]) -> bool:
 
 
 def pad(x: Tensor, padding: list[tuple[int, int]], value: float = 0.0) -> Tensor:
-    """Pad the last axes; negative padding crops."""
+    """The tensor with its last axes padded; negative padding crops."""
     if not any(a or b for a, b in padding):
         return x
     return F.pad(x, [n for pair in reversed(padding) for n in pair], value=value)

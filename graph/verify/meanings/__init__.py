@@ -1,4 +1,4 @@
-"""What absent entries mean to operators, by theme; importing the package fills the table."""
+"""What absent entries mean to operators, by topic; importing the package fills the table."""
 
 from . import contraction, entrywise, movement, positions, reduction, repetition  # noqa: F401
 from .registry import REPEATING, RULES, Call, means

@@ -1,4 +1,4 @@
-"""Convolutions, matrix products and attention: absent entries count 0."""
+"""Meanings of convolutions, matrix products and attention: absent entries count as 0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .registry import Call, means, need_all
 
 @means("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution torchvision::deform_conv2d")
 def convolution(call: Call) -> Held:
-    """Absent input channels count 0. A grouped weight serves every group alike, so channels are groups x rest."""
+    """Absent input channels count as 0. A grouped weight serves every group alike, so channels are groups x rest."""
     x, w, bias = call.a["input"], call.a["weight"], call.a.get("bias")
     groups = call.a["groups"]
     swapped = call.name.startswith("conv_transpose") or call.a.get("transposed", False)
@@ -89,7 +89,7 @@ def outer_product(call: Call) -> Held:
 
 @means("einsum")
 def einsum(call: Call) -> Held:
-    """Letters that are summed over count 0 where absent; an ellipsis is spelled out with upper-case Greek letters."""
+    """Summed letters count as 0 where absent; an ellipsis is spelled out with upper-case Greek letters."""
     operands = call.a["tensors"]
     terms, result = spell_out(call.a["equation"], [h.value.dim() for h in operands])
     by_letter: dict[str, list[State]] = {}
@@ -109,7 +109,7 @@ def einsum(call: Call) -> Held:
 
 
 def spell_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
-    """An einsum equation without blanks, ellipses or implicit output: the letters of each operand and of the result."""
+    """An einsum equation without blanks, ellipses or an implicit output: the letters of each operand and of the result."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     spare = "ΓΔΘΛΞΠΣΦΨΩ"
@@ -129,7 +129,7 @@ def spell_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
 
 @means("scaled_dot_product_attention")
 def attention(call: Call) -> Held:
-    """Spelled out: absent keys leave the softmax; the default scale is that of the original width."""
+    """Attention written out: absent keys leave the softmax; the default scale is that of the original width."""
     a = call.a
     q, k, v, mask = a["query"], a["key"], a["value"], a.get("attn_mask")
     scale = a["scale"] if a.get("scale") is not None else 1 / math.sqrt(q.value.shape[-1])
@@ -160,7 +160,7 @@ def attention(call: Call) -> Held:
 
 
 def _share_heads(q: Held, x: Held) -> Held:
-    """Grouped-query attention: heads of k or v repeated to those of q, which are groups x repeats."""
+    """For grouped-query attention, the heads of k or v repeated to those of q, which are groups x repeats."""
     heads, own = q.value.shape[-3], x.value.shape[-3]
     group, rest = factor(q.states[-3], (own, heads // own))
     state = outer((join([group, x.states[-3]]), rest), (own, heads // own))

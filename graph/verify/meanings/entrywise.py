@@ -1,4 +1,4 @@
-"""Operators that treat each entry by itself: it is present where all that it is made of is."""
+"""Meanings of operators that treat each entry by itself: a result is present where all of its operands are."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def entrywise(call: Call) -> Any:
 
 
 def pointwise(call: Call) -> Held:
-    """An operator that PyTorch tags as taking each entry by itself; whether it makes a number of a NaN is not known."""
+    """An operator that PyTorch tags as treating each entry by itself; it may turn NaN into a number, so absent entries are
+    marked again."""
     result = call.run()
     if not isinstance(result, torch.Tensor):
         return unknown()

@@ -1,4 +1,4 @@
-"""Operators that only move entries, and so their presence: reshape, permute, cut, join."""
+"""Meanings of operators that only move entries, and their presence with them: reshape, permute, cut, join."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .registry import Call, means, need_all
     " native_channel_shuffle"
 )
 def move(call: Call) -> Any:
-    """Operators that only move entries move their presence alike."""
+    """Move presence as the operator moves entries."""
     x, result = call.x, call.run()
     parts = [result] if isinstance(result, torch.Tensor) else list(result)
     if parts[0].dtype != x.value.dtype:
@@ -43,7 +43,7 @@ def move(call: Call) -> Any:
         states = moved(x, lambda positions: call.run(**{call.key(x): positions}))
     if isinstance(call.a.get("other"), Held):  # view_as
         states = [tuple(map(join, zip(states[0], call.a["other"].states, strict=True)))]
-    picks = call.a.get("index")  # of index_select: a position that is absent itself looks up nothing
+    picks = call.a.get("index")  # of index_select: an absent position looks up nothing
     if isinstance(picks, Held) and picks.touched:
         d, n = call.a["dim"] % x.value.dim(), len(picks.value)
         looked_up = simplified(np.maximum(as_array(states[0][d], n), as_array(picks.states[0], n)))

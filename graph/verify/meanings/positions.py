@@ -1,4 +1,4 @@
-"""Operators that depend on positions along an axis: look-ups, orderings, windows and sampling."""
+"""Meanings of operators that depend on positions along an axis: look-ups, orderings, windows and sampling."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .registry import Call, all_present, dims_of, means, need_all
 
 @means("index _unsafe_index")
 def index(call: Call) -> Held:
-    """x[..., i, j, ...]: presence of the looked-up axes is looked up the same way."""
+    """x[..., i, j, ...]: the presence of the indexed axes is looked up like their entries."""
     x, picks = call.a["self"], list(call.a["indices"])
     used = [d for d, i in enumerate(picks) if i is not None]
     value = call.run()
@@ -69,7 +69,7 @@ def gather(call: Call) -> Held:
 
 @means("topk sort argsort argmax argmin cumsum cumprod cummax cummin logcumsumexp roll kthvalue msort")
 def ordered(call: Call) -> Any:
-    """Operators that depend on positions: nothing may be absent along their axis; the other axes pass through."""
+    """Operators that depend on positions: nothing along their axis may be absent; the other axes pass through."""
     x = call.x
     dims = dims_of(x, call.a.get("dims", call.a.get("dim")))
     need_all(x, dims, "it depends on positions along the axis")
@@ -106,7 +106,7 @@ def window(call: Call) -> Any:
 
 @means("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d")
 def adaptive_mean(call: Call) -> Held:
-    """An output of size 1 is a mean over what is present; any other is a window."""
+    """An output of size 1 is a mean over the present entries; any other is a window."""
     x, sizes = call.x, call.a["output_size"]
     nd, value = len(sizes), call.x.value
     for d in range(value.dim() - nd, value.dim()):

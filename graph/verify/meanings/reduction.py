@@ -1,4 +1,4 @@
-"""Reductions and normalisations run over the entries that are present."""
+"""Meanings of reductions and normalisations, which run over the present entries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .registry import Call, dims_of, means
     frobenius_norm count_nonzero"""
 )
 def reduce(call: Call) -> Any:
-    """Over the entries that are present."""
+    """The operator over the present entries."""
     x = call.x
     dims, value = dims_of(x, call.a.get("dim")), x.value
     for d in dims:
@@ -32,7 +32,8 @@ def reduce(call: Call) -> Any:
 
 @means("max min median mode")
 def extremum(call: Call) -> Any:
-    """Of two tensors: entrywise. Along an axis: over what is present, unless somebody reads the positions found."""
+    """Of two tensors, an entrywise operator. Along an axis, a reduction over the present entries; if the positions are
+    used, nothing may be absent."""
     if isinstance(call.a.get("other"), Held):
         return entrywise(call)
     if call.a.get("dim") is None:
@@ -92,7 +93,7 @@ def group_norm(call: Call) -> Held:
 
 @means("batch_norm instance_norm")
 def batch_norm(call: Call) -> Held:
-    """Per channel; with statistics of the batch, over the entries that are present."""
+    """Normalisation per channel; statistics of the batch are over the present entries."""
     x = call.x
     channels = join([x.states[1], *(p.states[0] for p in call.held("weight", "bias", "running_mean", "running_var"))])
     by_batch = call.a["training"] if call.name == "batch_norm" else call.a["use_input_stats"]

@@ -1,4 +1,4 @@
-"""Operators that make entries which only repeat others: whether those are present is free."""
+"""Meanings of operators that make entries which only repeat others: these are free."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def filled(call: Call) -> Held:
 
 
 def free_where_present(state: State, n: int) -> State:
-    """The state with what is present made free."""
+    """The state with present indices made free."""
     grid = as_array(state, n).copy()
     grid[grid != ABSENT] = FREE
     return simplified(grid)
@@ -70,7 +70,7 @@ def repeat_interleave(call: Call) -> Held:
     repeats=True,
 )
 def pad(call: Call) -> Held:
-    """Constant padding repeats one number, so it is free; other padding copies entries, which must all be there."""
+    """Constant padding repeats one number, so it is free; other padding copies entries, none of which may be absent."""
     x, value = call.x, call.run()
     amounts = call.a["pad" if "pad" in call.a else "padding"]
     constant = call.name in ("pad", "constant_pad_nd") and (call.a.get("mode") or "constant") == "constant"
