@@ -1,4 +1,4 @@
-"""`python -m graphcomb`, which is also how several processes start: `accelerate launch -m graphcomb run RECIPE.yaml`."""
+"""`python -m graphcomb` runs the command line, and `accelerate launch -m graphcomb run RECIPE.yaml` in several processes."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Built-in data: digits, Fashion-MNIST and random tensors for demos, tests and smoke runs; folders of images.
+"""Built-in data: digits, Fashion-MNIST and random tensors for demos, tests and smoke runs, and folders of images.
 
-Shuffling and augmentation draw from torch's global generator, so that a resumed training run, which restores that
-generator, sees the same batches.
+Shuffling and augmentation draw from torch's global generator. A resumed training run restores this generator and so gets
+the same batches.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Loaders = tuple[DataLoader[Any], DataLoader[Any]]
 
 
 def cache_folder() -> Path:
-    """Where trained references and downloads live: `$GRAPHCOMB_CACHE`, else `~/.cache/graphcomb`."""
+    """Return the folder of cached files, such as trained references: `$GRAPHCOMB_CACHE`, else `~/.cache/graphcomb`."""
     return Path(os.environ.get("GRAPHCOMB_CACHE") or Path.home() / ".cache" / "graphcomb")
 
 
 def digits(batch_size: int = 64, size: int = 16, augment: bool = True) -> Loaders:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey values upsampled to 1 x size x size; no download.
+    """Return loaders of scikit-learn's 1,797 handwritten digits, 8x8 grey values resized to 1 x size x size; no download.
 
-    The split is fixed: every fifth image validates (360 images), the rest trains (1,437). augment: shifts of the
-    training images by up to an eighth of the size.
+    The split is fixed: every fifth image is for validation (360 images), the others are for training (1,437). augment:
+    whether to shift training images by up to an eighth of the size.
     """
     from sklearn.datasets import load_digits
 
@@ -50,10 +50,13 @@ def digits(batch_size: int = 64, size: int = 16, augment: bool = True) -> Loader
 def fashion_mnist(
     batch_size: int = 128, augment: bool = True, root: str | None = None, train_samples: int | None = None
 ) -> Loaders:
-    """Fashion-MNIST, 60,000 training and 10,000 test images of 1 x 28 x 28.
+    """Return loaders of Fashion-MNIST, 60,000 training and 10,000 test images of 1 x 28 x 28.
 
-    Looked for in root, the Debian package `dataset-fashion-mnist` and torchvision's folder layout under the cache
-    folder; never downloaded. train_samples: use only the first so many training images.
+    augment: whether to shift training images by up to 2 pixels. root: folder with the files, or with torchvision's
+    FashionMNIST/raw; by default the folder of the Debian package `dataset-fashion-mnist`, or FashionMNIST/raw in the cache
+    folder or in ./data. Nothing is downloaded. train_samples: number of training images to use, the first ones.
+
+    Raises BadInput if the files are not found or damaged.
     """
     folder = _fashion_folder(root)
     train, test = (
@@ -71,7 +74,7 @@ def random(
     classes: int | None = None,
     seed: int = 0,
 ) -> list[Any]:
-    """Batches of Gaussian noise of shape (batch_size, *shape), with random labels when `classes` is given."""
+    """Return batches of Gaussian noise of shape (batch_size, *shape), with random labels if `classes` is given."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batches, batch_size, *shape, generator=generator)
     if classes is None:
@@ -82,10 +85,13 @@ def random(
 def image_folder(
     root: str, size: int = 224, batch_size: int = 64, workers: int = 4, train: str = "train", val: str = "val"
 ) -> Loaders:
-    """Photographs by class, `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg`, as ImageNet is commonly laid out.
+    """Return loaders of photographs in `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg`, the usual layout of ImageNet.
 
-    Training images are random resized crops, flipped at random; validation images are resized to size / 0.875 and
-    cropped at the centre; both are normalised with ImageNet's mean and deviation. Needs torchvision (extra "zoo").
+    Training images are random resized crops, flipped at random. Validation images are resized to size / 0.875 and cropped
+    at the centre. All are normalised with ImageNet's mean and deviation.
+
+    Raises MissingBackend without torchvision (extra "zoo"), BadInput for folders without images and for training and
+    validation folders with different classes.
     """
     datasets, transforms = _torchvision()
     last = [transforms.PILToTensor(), transforms.ToDtype(torch.float32, scale=True), transforms.Normalize(*IMAGENET)]
@@ -110,19 +116,21 @@ def image_folder(
 def segmentation_folder(
     root: str, size: int = 512, batch_size: int = 8, workers: int = 4, train: str = "training", val: str = "validation"
 ) -> Loaders:
-    """Scenes with a class per pixel, laid out as ADE20K's challenge data: `root/images/training/NAME.jpg` with
-    `root/annotations/training/NAME.png`, and the same for validation.
+    """Return loaders of scenes with a class per pixel, in the layout of ADE20K's challenge data.
 
-    Grey value 0 of an annotation means "other" and is ignored (label -100), c is class c - 1. Training images are scaled by
-    0.5 to 2, cropped to size x size and flipped at random; validation images are scaled until the shorter side is `size`
-    and cropped at the centre. Needs torchvision (extra "zoo").
+    `root/images/training/NAME.jpg` belongs to `root/annotations/training/NAME.png`, and likewise for validation. Grey value
+    0 of an annotation means "other" and is ignored (label -100); grey value c is class c - 1. Training images are scaled so
+    that the shorter side is 0.5 to 2 times `size`, cropped to size x size and flipped at random; validation images are
+    scaled so that the shorter side is `size`, and cropped at the centre.
+
+    Raises MissingBackend without torchvision (extra "zoo"), BadInput for missing folders, images or annotations.
     """
     _torchvision()
     return _file_loaders(Scenes(root, train, size, True), Scenes(root, val, size, False), batch_size, workers)
 
 
 class Scenes(Dataset[Any]):
-    """Pairs (image (3, size, size), labels (size, size)) from two folders; see `segmentation_folder`."""
+    """Pairs of an image (3, size, size) and labels (size, size) from two folders; see `segmentation_folder`."""
 
     def __init__(self, root: str, split: str, size: int, augment: bool):
         self.size, self.augment = size, augment
@@ -160,7 +168,7 @@ class Scenes(Dataset[Any]):
         return x.contiguous(), y.contiguous()
 
 
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and deviation of its RGB values
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and deviation of ImageNet's RGB values
 BUILTIN: dict[str, Callable[..., Any]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
@@ -205,7 +213,7 @@ def _loaders(
 
 
 def _shifted(images: torch.Tensor, most: int) -> torch.Tensor:
-    """Each image moved by its own offset of up to `most` pixels; the border repeats."""
+    """Shift each image (N, C, H, W) by its own random offset of up to `most` pixels; border pixels are repeated."""
     if not most:
         return images
     height, width = images.shape[-2:]
@@ -235,7 +243,10 @@ def _fashion_folder(root: str | None) -> Path:
 
 
 def _idx(path: Path) -> torch.Tensor:
-    """One gzipped IDX file of unsigned bytes: magic (2 zero bytes, type 8, rank), big-endian sizes, then the values."""
+    """Read a gzipped IDX file of unsigned bytes: magic (2 zero bytes, type 8, rank), big-endian sizes, then the values.
+
+    Raises BadInput for any other file.
+    """
     try:
         raw = gzip.decompress(path.read_bytes())
         rank = raw[3]

@@ -1,4 +1,4 @@
-"""From a recipe to a job: the model captured, the data loaded, and everything checked that can be before work begins."""
+"""Turn a recipe into a job: capture the model, load the data, and check what can be checked before work begins."""
 
 from __future__ import annotations
 
@@ -32,8 +32,13 @@ DEFAULT_SHAPE = [1, 3, 224, 224]
 
 @dataclass
 class Job:
-    """A recipe, loaded and checked: its captured program, target, data (val is None without labels), loss and metric, and
-    what predicts latencies."""
+    """A recipe whose model and data are loaded and checked.
+
+    - program, target: the captured program, and the target.
+    - train, val: batches for training and validation; None without data, val also without labels.
+    - loss, metric: the recipe's functions; None for the defaults.
+    - latency: predicts latencies of layers: a `LatencyTable`, a `Roofline`, or None.
+    """
 
     recipe: Recipe
     program: Program
@@ -54,10 +59,10 @@ class Job:
 
 
 def prepare(recipe: Recipe) -> Job:
-    """Load and capture the model, load the data, and check that all of it fits together; nothing is written.
+    """Load and capture the model, load the data, and check that they fit together. Nothing is written.
 
-    Raises GraphcombError naming the field: a target that is not known, a library that is not installed, a model that
-    cannot be imported or captured, data that the model does not take.
+    Raises a GraphcombError, which names the field, for an unknown target, a library that is not installed, a model that
+    cannot be imported or captured, and data that does not fit the model.
     """
     target = get_target(recipe.target)
     _check_outputs(recipe)
@@ -83,7 +88,7 @@ def prepare(recipe: Recipe) -> Job:
 
 
 def _check_outputs(recipe: Recipe) -> None:
-    """Raise what building the engines would, as far as it can be told before anything is trained."""
+    """Raise the errors of export and engine builds that are known before anything is trained."""
     quantised = any(isinstance(pass_, Quantize) for pass_ in recipe.passes)
     for i, engine in enumerate(recipe.outputs.engines):
         try:
@@ -107,7 +112,7 @@ def targets_of(recipe: Recipe) -> list[Target]:
 
 
 def _latency(recipe: Recipe, target: Target) -> LatencyTable | Roofline | None:
-    """What predicts latencies; a table, which takes measurements, only when a pass asks for it."""
+    """Return what predicts latencies, or None. It is a latency table, which measures, only if a pass needs latencies."""
     asked = any(getattr(pass_, "latency", None) is not None for pass_ in recipe.passes)
     name = recipe.latency_table
     try:
@@ -136,7 +141,7 @@ def example(inputs: list[Input], seed: int = 0) -> tuple[torch.Tensor, ...]:
 
 
 def _data(recipe: Recipe) -> tuple[Any, Any, Any]:
-    """Training and validation loaders and the first training batch; Nones without data."""
+    """Return the training loader, the validation loader and the first training batch; three times None without data."""
     if recipe.data is None:
         return None, None, None
     arguments = dict(recipe.data.arguments)
@@ -151,7 +156,7 @@ def _data(recipe: Recipe) -> tuple[Any, Any, Any]:
 
 
 def _import(recipe: Recipe, batch: Any) -> Program:
-    """An ONNX file, for the shapes of the recipe's inputs or of the data where it leaves some open."""
+    """Import an ONNX file. Dynamic shapes of the file are those of the recipe's inputs or of the data."""
     dynamic: bool | None = recipe.dynamic_batch
     if dynamic is None and batch is not None:
         dynamic = True
@@ -178,7 +183,7 @@ def _capture(model: torch.nn.Module, recipe: Recipe, batch: Any) -> Program:
     if batch is not None and not recipe.inputs and dynamic:
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t[:2], (args, kwargs))
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints the graph it gives up on
+        with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints the graph when it fails
             return capture(model, args, kwargs, "batch" if dynamic else None, outputs=recipe.model.outputs)
     except CaptureError as error:
         shapes = ", ".join(str(tuple(a.shape)) for a in [*args, *kwargs.values()] if isinstance(a, torch.Tensor))

@@ -1,4 +1,4 @@
-"""The demo's model: a small residual network, and its trained reference, cached outside the repository."""
+"""The model of the demo: a small residual network, and its trained reference, which the cache folder keeps."""
 
 from __future__ import annotations
 
@@ -37,8 +37,10 @@ class ResidualBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """The CIFAR form of ResNet: three stages of `blocks` blocks with `width`, 2 and 4 times `width` channels. Takes
-    images (N, channels, H, W), H and W multiples of 4; returns logits (N, classes)."""
+    """The CIFAR form of ResNet: three stages of `blocks` blocks with 1, 2 and 4 times `width` channels.
+
+    It maps images (N, channels, H, W), H and W multiples of 4, to logits (N, classes).
+    """
 
     def __init__(self, channels: int = 1, classes: int = 10, width: int = 32, blocks: int = 1):
         super().__init__()
@@ -58,10 +60,10 @@ class SmallResNet(nn.Module):
 
 
 def random_torchvision(name: str, **options: Any) -> nn.Module:
-    """Make a torchvision model with random weights, for runs without a network.
+    """Return a torchvision model with random weights, for runs without an internet connection.
 
-    Some start with weights of zero (the head of ViT); those are drawn too, as outputs of zero would agree with
-    everything. options: arguments of torchvision's own builder.
+    Weights that torchvision initialises to zero (the head of ViT) are random, too, since outputs that are always zero would
+    pass every comparison. options: arguments of torchvision's builder of the model.
     """
     from torchvision.models import get_model
 
@@ -74,7 +76,7 @@ def random_torchvision(name: str, **options: Any) -> nn.Module:
 
 @dataclass(frozen=True)
 class Training:
-    """How the reference is trained; any change gives the cached weights another name."""
+    """The settings with which the reference is trained. They determine the name of the cached weights."""
 
     width: int = 32
     blocks: int = 1
@@ -87,8 +89,10 @@ class Training:
 
 
 def trained_digits(**options: Any) -> SmallResNet:
-    """Return a `SmallResNet` trained on digits, in eval mode; it is trained once (about a minute on two cores), then
-    cached. options: fields of `Training`."""
+    """Return a `SmallResNet` trained on digits, in eval mode.
+
+    It is trained once, in about a minute on two cores, and then cached. options: fields of `Training`.
+    """
     training = Training(**options)
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(training), sort_keys=True).encode()).hexdigest()[:12]
     path = cache_folder() / f"digits-{digest}.pt"
@@ -118,7 +122,8 @@ def fit(model: nn.Module, training: Training) -> None:
 
 
 def _restore(model: nn.Module, path: Path) -> bool:
-    """Load cached weights; an unreadable or foreign file counts as absent, as the cache can always be made again."""
+    """Load cached weights and return whether that worked. A file that cannot be read or does not fit counts as missing,
+    since the weights can always be trained again."""
     if not path.is_file():
         return False
     try:

@@ -1,4 +1,4 @@
-"""The pipeline: passes in order, each verified, measured, recorded and resumable."""
+"""The pipeline applies passes in order; it verifies, measures and records each, and can resume after an interruption."""
 
 from __future__ import annotations
 
@@ -25,14 +25,19 @@ from .runtime.summary import Record
 from .store import Store, is_main
 
 SURGERY_TOLERANCE = 1e-10  # an exact surgery differs from the oracle by float64 rounding only
-ACCURACY = ("accuracy", "training accuracy")  # figures that are shares
-EXACT_TOLERANCE = 1e-5  # a merged weight is rounded once to float32 when it is stored
+ACCURACY = ("accuracy", "training accuracy")  # metrics whose values are shares
+EXACT_TOLERANCE = 1e-5  # merged weights are rounded to float32 when they are stored
 
 
 @dataclass
 class PipelineResult:
-    """The compressed program, the record of every pass, and the accuracy of the first and the last program (None
-    without labelled validation data), or what `metric` names in its place."""
+    """The result of a pipeline.
+
+    - program: the compressed program.
+    - records: the record of every pass (docs/formats.md, Record).
+    - accuracy_before, accuracy_after: the metric of the first and the last program; None without labelled validation data.
+    - metric: name of the metric.
+    """
 
     program: Program
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -42,17 +47,19 @@ class PipelineResult:
 
     @property
     def surgery_error(self) -> float | None:
-        """The worst error of any surgery against the absence oracle, relative, in float64; None without a surgery."""
+        """The largest relative error, in float64, of a pass that was verified against the absence oracle; None if no pass
+        was."""
         checks = [record.get("verified") for record in self.records]
         errors = [check["error"] for check in checks if check and check["oracle"] == "absence oracle"]
         return max(errors) if errors else None
 
 
 class Pipeline:
-    """Passes to apply in order.
+    """A list of passes to apply in order.
 
-    `run` verifies the result of every pass, keeps the records, and, given a folder, stores every finished pass there so
-    that an interrupted run continues after the last finished one.
+    `run` verifies the result of every pass and keeps its record. With a folder it stores every finished pass, so that an
+    interrupted run continues after the last finished one. The constructor raises BadInput for an entry that is no pass, and
+    for a pass that cannot be used by itself.
     """
 
     def __init__(self, passes: Sequence[Pass]):
@@ -65,14 +72,17 @@ class Pipeline:
     def run(
         self, program: Program, context: Context | None = None, *, key: Any = None, resume: bool = True, **fields: Any
     ) -> PipelineResult:
-        """Apply all passes in a context; further keyword arguments, such as `data`, set fields of it.
+        """Apply all passes in a context and return the last program with the records.
 
-        The context's teacher is by default the program itself; its plan goes to the first pass that takes one; in its
-        folder `out`, if there is one, finished passes and record.json are kept. key: anything JSON-able that decides the
-        result besides. resume: take a finished pass found in `out` over when its options, those of all before it, the
-        program, the data (as far as a sample tells), loss, metric, teacher, seed, target, plan, this key and graphcomb's
-        passes are unchanged. Raises GraphcombError when a pass refuses or a verification fails; the records so far stay
-        in `out`.
+        - context: by default an empty one. fields: values of its fields, such as `data`. The teacher is by default the
+          program itself; the plan is for the first pass that has one; the folder `out` keeps finished passes and
+          record.json.
+        - key: a JSON-able value on which the results depend, too.
+        - resume: whether to reuse a finished pass in `out`. It is reused if nothing has changed of its options and those of
+          the passes before it, the program, the data (judged by a sample), loss, metric, teacher, seed, target, plan, `key`
+          and the code of the passes.
+
+        Raises what a pass raises, and GraphcombError if a verification fails; the records so far remain in `out`.
         """
         context = (context or Context()).replaced("Pipeline.run", **fields)
         context = context.replaced(
@@ -111,7 +121,7 @@ class Pipeline:
         return result
 
     def _apply(self, pass_: Pass, program: Program, context: Context, accuracy: float | None) -> Program:
-        """Apply one pass, check its result, and add to its record what the checks say."""
+        """Apply one pass, check its result, and add the verification and the metric to its record."""
         result: PassResult = pass_(program, context)
         check_invariants(result.program, type(pass_).__name__, program)
         read(Record, json.loads(json.dumps(result.record, default=str)), f"{type(pass_).__name__}: its record")
@@ -132,8 +142,12 @@ class Pipeline:
 
 
 def verification(pass_: Pass, program: Program, result: PassResult, seed: int) -> dict[str, Any] | None:
-    """Check what can be proven: a surgery against the absence oracle, an exact pass against its input program. Returns
-    {"oracle", "error", "tolerance"}, errors relative and in float64; None for passes that train."""
+    """Verify the result of a pass: a removal against the absence oracle, an exact pass against its input program.
+
+    Returns {"oracle", "error", "tolerance"} with the largest relative error in float64, and "why" if the oracle found a
+    disagreement; None for a pass that is neither. Raises GraphcombError if something was removed without any effect on the
+    outputs, since nothing is proven then.
+    """
     if result.removed:
         verdict = verify.check(program, result, seed=seed)
         if verdict.vacuous:
@@ -149,8 +163,11 @@ def verification(pass_: Pass, program: Program, result: PassResult, seed: int) -
 
 
 def check_invariants(program: Program, name: str, before: Program) -> None:
-    """Check what every program must be after a pass: a well-formed graph of functional operators. Updates of the model's own
-    buffers, which a capture keeps as they are, may stay. Raises GraphcombError that names pass and node."""
+    """Check that a program after a pass is a well-formed graph of functional operators.
+
+    In-place operators of the input program, which update buffers of the model, may remain. Raises GraphcombError, which
+    names pass and node.
+    """
     module = program.graph_module
     module.graph.lint()
     known = set(map(op_name, filter(writes, before.graph.nodes)))
@@ -164,7 +181,7 @@ def check_invariants(program: Program, name: str, before: Program) -> None:
 
 
 def figure_name(context: Context) -> str:
-    """What the metric's mean is called: accuracy, or the name of the user's metric; "training" goes before it where the
+    """Return the name of a context's metric: "accuracy" or the name of the user's function, with "training" before it if the
     validation data is the training data."""
     metric = context.metric
     name = "accuracy"
@@ -175,12 +192,12 @@ def figure_name(context: Context) -> str:
 
 
 def figure(name: str, value: float) -> str:
-    """Write a metric's mean: in percent when it is an accuracy, whose values are shares."""
+    """Format the mean of a metric: an accuracy in percent, another metric as a number."""
     return f"{value:.2%}" if name in ACCURACY else f"{value:.4g}"
 
 
 def _dense(program: Program, result: PipelineResult) -> str:
-    """One line about the program before any pass."""
+    """Return one line about the program before any pass."""
     shapes = ", ".join("x".join(map(str, a.shape)) for a in program.args if isinstance(a, torch.Tensor))
     name, value = result.metric, result.accuracy_before
     score = f", {name} {figure(name, value)}" if value is not None else ""
@@ -190,7 +207,7 @@ def _dense(program: Program, result: PipelineResult) -> str:
 
 
 def _summary(record: dict[str, Any]) -> str:
-    """One line about a finished pass."""
+    """Return one line about a finished pass."""
     before, after = record["cost"]["before"], record["cost"]["after"]
     parts = [f"{record['seconds']:.1f} s"]
     if after["macs"] != before["macs"]:

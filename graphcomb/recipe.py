@@ -39,27 +39,33 @@ NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class Section(BaseModel):
-    """A part of a YAML file: no unknown keys, no conversions."""
+    """A part of a YAML file. Unknown keys and values of another type are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
 class Source(Section):
-    """A `package.module:callable`, a file or a built-in name, with the keyword arguments it is called with."""
+    """A source of a model or data.
+
+    source: `package.module:callable`, a file or a built-in name. arguments: keyword arguments of the callable.
+    """
 
     source: str
     arguments: dict[str, Any] = {}
 
 
 class Model(Source):
-    """Where the model comes from. outputs: which of its outputs are captured, by name (`capture`); by default all."""
+    """The source of the model. outputs: names of the outputs to capture (see `capture`); by default all."""
 
     outputs: list[str] | None = None
 
 
 class Data(Source):
-    """Where batches come from. inputs, labels: `package.module:callable`, functions of a batch that give what the model
-    takes and what loss and metric take, for batches of an unusual form."""
+    """The source of the batches.
+
+    inputs, labels: for batches of an unusual form, functions (`package.module:callable`) that return the model's inputs and
+    the labels for loss and metric from a batch.
+    """
 
     inputs: str | None = None
     labels: str | None = None
@@ -73,24 +79,30 @@ class Input(Section):
 
 
 def _short(key: str) -> BeforeValidator:
-    """`x` may be written for `{key: x}`."""
+    """Return a validator that accepts `x` as a short form of `{key: x}`."""
     return BeforeValidator(lambda value: value if isinstance(value, dict) else {key: value})
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineOutput:
-    """One engine: the target, and what is asked of the library that builds it, as in `graphcomb build --option`. In a recipe
-    the options stand beside the target: `{target: orin-nx, batch: [1, 8, 16], dla: 0}`."""
+    """One engine to build: its target and the options of the build, as in `graphcomb build --option`.
+
+    In a recipe the options are beside the target: `{target: orin-nx, batch: [1, 8, 16], dla: 0}`.
+    """
 
     target: str
     options: EngineOptions
 
 
 class Outputs(Section):
-    """What a run writes besides record.json and summary.json. `engines` holds an `EngineOutput` for each;
-    bench: paired latency of the dense and the compressed model in ONNX Runtime. Of the ONNX files: opset, by default the
-    best that all targets parse; tolerance, keep_fp32 and keep_io_types as of `export_onnx`, for the file in the recipe's
-    precision."""
+    """The outputs of a run in addition to record.json and summary.json.
+
+    - pt2, onnx, report: whether to write model.pt2, the ONNX files and report.html.
+    - engines: engines to build; in a validated recipe an `EngineOutput` each.
+    - bench: whether to measure the latency of the dense and the compressed model in ONNX Runtime.
+    - opset: opset of the ONNX files; by default the one that `choose_opset` chooses and that all targets parse.
+    - tolerance, keep_fp32, keep_io_types: arguments of `export_onnx` for the file in the recipe's precision.
+    """
 
     pt2: bool = True
     onnx: bool = True
@@ -104,14 +116,21 @@ class Outputs(Section):
 
 
 class Recipe(Section):
-    """A validated recipe. `passes` holds the pass objects themselves.
+    """A validated recipe.
 
-    inputs: example inputs; by default one batch of the data, else 1 x 3 x 224 x 224. dynamic_batch: keep the first
-    dimension symbolic; by default exactly when there is data. loss, metric: `package.module:callable`, by default
-    cross-entropy and top-1 accuracy. latency_table: what predicts latencies: a JSON file of layers measured in the
-    precision, made and completed on this machine as needed; the results.json of a bench bundle, which calibrates a roofline
-    of the target; or "roofline", from the target's data sheet alone. By default a table in the cache folder for passes that
-    have a latency as their target, and the data sheet for what the report says of each layer.
+    - model: the source of the model.
+    - inputs: example inputs; by default a batch of the data, without data one input of 1 x 3 x 224 x 224.
+    - dynamic_batch: whether the first dimension is dynamic; by default it is if there is data.
+    - data: the source of the batches.
+    - loss, metric: `package.module:callable`; by default cross-entropy and top-1 accuracy.
+    - seed: seed of all random numbers.
+    - target: name of the device. precision: "fp32" or "fp16", in which engines compute.
+    - latency_table: source of predicted latencies. A JSON file is a latency table, which is created and completed by
+      measurements on this machine; results.json of a bench bundle calibrates a roofline of the target; "roofline" takes the
+      target's data sheet. By default passes with a latency as their goal use a latency table in the cache folder, and the
+      report uses the data sheet.
+    - passes: the passes, in a validated recipe as `Pass` objects.
+    - outputs: what the run writes.
     """
 
     model: Annotated[Model, _short("source")]
@@ -128,12 +147,15 @@ class Recipe(Section):
     outputs: Outputs = Outputs()
 
     def key(self) -> dict[str, Any]:
-        """Return what a finished pass depends on besides its own options: every field that is not an output."""
+        """Return the fields on which finished passes depend: all but the passes themselves and the outputs."""
         return self.model_dump(mode="json", exclude={"passes", "outputs"})
 
 
 def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read and check a recipe. overrides: `passes.0.ratio=0.3` and the like, values in YAML."""
+    """Read a recipe file and validate it. overrides: texts such as `passes.0.ratio=0.3`, whose values are YAML.
+
+    Raises a GraphcombError in one line that names the file and the path of the first wrong field.
+    """
     tree = read_yaml(path)
     try:
         for text in overrides:
@@ -144,7 +166,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping that a YAML file holds. Raises BadInput with file and line for any other file."""
+    """Return the mapping in a YAML file. Raises BadInput, which names file and line, for any other file."""
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -161,7 +183,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_recipe(tree: dict[str, Any]) -> Recipe:
-    """Check a recipe given as plain data; messages start with the path of the field."""
+    """Validate a recipe given as plain data. Raises a GraphcombError that begins with the path of the first wrong field."""
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -171,7 +193,7 @@ def parse_recipe(tree: dict[str, Any]) -> Recipe:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Write the first validation error as `path: what is wrong, what would be right`."""
+    """Return the first validation error as one line: `path: what is wrong`, with the nearest key for an unknown one."""
     first = error.errors()[0]
     path = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
@@ -186,7 +208,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _inner(owner: type[BaseModel], part: str | int) -> type[BaseModel]:
-    """The section that a key (or an index) of a section leads to."""
+    """Return the section class of the value at a key (or an index) of a section."""
     if isinstance(part, int):
         return owner
     stack: list[Any] = [owner.model_fields[part].annotation]
@@ -211,7 +233,7 @@ def known_passes() -> dict[str, type[Pass]]:
 
 
 def parse_passes(steps: list[Any]) -> list[Pass]:
-    """Make passes from a list of names and of single-key mappings `{name: {option: value}}`."""
+    """Return passes from a list of names and of single-key mappings `{name: {option: value}}`. Raises BadInput."""
     known = known_passes()
     result = []
     for i, step in enumerate(steps):
@@ -227,7 +249,7 @@ def parse_passes(steps: list[Any]) -> list[Pass]:
 
 
 def parse_pass(cls: type[Pass], options: Any, path: str) -> Pass:
-    """Make one pass from its options. What the pass says against them is raised as BadInput with the path of the field."""
+    """Return one pass from its class and its options. Raises BadInput, which begins with the path of the wrong option."""
     options = {} if options is None else options
     if not isinstance(options, dict):
         raise BadInput(f"{path}: expected options as a mapping, got {_brief(options)}")
@@ -257,8 +279,10 @@ def parse_pass(cls: type[Pass], options: Any, path: str) -> Pass:
 
 # ------------------------------------------------------------------------------------------------------------ engines
 def parse_engines(entries: list[Any]) -> list[EngineOutput]:
-    """Read the engines of a recipe from a list of targets and of mappings `{target: ..., option: value}`. A null leaves an
-    option at its default."""
+    """Return the engines of a recipe from a list of targets and of mappings `{target: ..., option: value}`.
+
+    A value of null means the default of the option. Raises BadInput, which begins with the path of the wrong field.
+    """
     result = []
     for i, entry in enumerate(entries):
         path = f"outputs.engines.{i}"
@@ -279,7 +303,11 @@ def parse_engines(entries: list[Any]) -> list[EngineOutput]:
 
 # ---------------------------------------------------------------------------------------------------------- overrides
 def override(tree: dict[str, Any], text: str) -> None:
-    """Apply `path=value` in place. A path steps through keys and indices; the name of a pass may be left out."""
+    """Apply `path=value` to a recipe in place.
+
+    A path consists of keys and indices; the name of a pass may be left out: `passes.0.ratio`. Raises BadInput for a text
+    without a path, a value that is no YAML, and a path that does not exist.
+    """
     path, equals, value = text.partition("=")
     if not equals or not path:
         raise BadInput(f'--set {text}: expected path=value, as in "passes.0.ratio=0.3"')
@@ -301,7 +329,7 @@ def override(tree: dict[str, Any], text: str) -> None:
 
 
 def _spell_out(tree: dict[str, Any]) -> None:
-    """Replace short forms, so that every path can be stepped through."""
+    """Replace short forms of model, data and passes by their full forms, so that a path can name every field."""
     for name in ("model", "data"):
         if isinstance(tree.get(name), str):
             tree[name] = {"source": tree[name]}
@@ -319,8 +347,7 @@ def _index(items: list[Any], part: str, text: str) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, but a key written twice is refused instead of keeping the last one, and `2:4` is a text instead
-    of the number 124 in base 60."""
+    """YAML's safe loader with two changes: a duplicate key is an error, and `2:4` is a text, not 124 in base 60."""
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
         tag = super().resolve(kind, value, implicit)

@@ -1,4 +1,4 @@
-"""From a job to its results: the compressed program, ONNX files, engines, measurements, the report and the summary."""
+"""Run a recipe and write its results: the compressed program, ONNX files, engines, measurements, report and summary."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .runtime.formats import read
 from .runtime.summary import Summary
 from .store import is_main
 
-BENCH_SECONDS = 30.0  # at most; an undisturbed machine needs far fewer
+BENCH_SECONDS = 30.0  # time limit of the measurement; an undisturbed machine needs much less
 
 
 def run(
@@ -88,7 +88,7 @@ def run(
 
 
 def check_folder(out: Path) -> None:
-    """Raise BadInput when the folder cannot be made or written; makes nothing."""
+    """Raise BadInput if the folder cannot be created or written. Nothing is created."""
     folder = out.absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -99,7 +99,7 @@ def check_folder(out: Path) -> None:
 
 
 def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
-    """The fields of the summary that need no runtime."""
+    """Return the fields of the summary that need no export and no measurement."""
     before, after = job.program.cost(), result.program.cost()
     predicted = [r["latency"]["predicted"] for r in result.records if "latency" in r]
     return {
@@ -131,7 +131,8 @@ def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
 
 
 def _lower(job: Job, program: Program, out: Path, progress: bool) -> dict[str, Any]:
-    """model.onnx in fp32, model.fp16.onnx when asked for, and the engines, built from the recipe's precision."""
+    """Write model.onnx in fp32 and, if the recipe's precision is fp16, model.fp16.onnx; build the engines from the file in
+    the recipe's precision. Returns fields of the summary."""
     say, wanted = Console(quiet=not progress, markup=False, emoji=False).print, job.recipe.outputs
     opset, data = _opset(job.recipe, program), _samples(job, program)
     paths, reports = {}, {}
@@ -162,12 +163,12 @@ def _lower(job: Job, program: Program, out: Path, progress: bool) -> dict[str, A
 
 
 def _opset(recipe: Recipe, program: Program) -> int:
-    """The opset of the run's ONNX files: what is asked for, or the best that all of its targets parse."""
+    """Return the opset of a program's ONNX files: the recipe's, else the lowest of those chosen for its targets."""
     return min(choose_opset(program, target, recipe.outputs.opset) for target in targets_of(recipe))
 
 
 def _samples(job: Job, program: Program) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Some real inputs, those that nothing was trained on where there are any."""
+    """Return at least `SAMPLES` real inputs, if there are so many, from the validation data or else the training data."""
     data = job.val if job.val is not None else job.train
     samples: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     count = 0
@@ -180,8 +181,10 @@ def _samples(job: Job, program: Program) -> list[tuple[tuple[Any, ...], dict[str
 
 
 def _bench(job: Job, out: Path, progress: bool) -> dict[str, Any]:
-    """Dense against compressed in ONNX Runtime, fp32, paired. The dense file is for the target too, so that a bundle can
-    take it there."""
+    """Measure the dense and the compressed program in turns in ONNX Runtime, in fp32. Returns fields of the summary.
+
+    dense.onnx has an opset that the target parses, so that a bundle can contain the file.
+    """
     dense = job.program
     runtime.export_onnx(dense, out / "dense.onnx", "fp32", _opset(job.recipe, dense), job.target)
     files = [out / "dense.onnx", out / "model.onnx"]
@@ -190,8 +193,10 @@ def _bench(job: Job, out: Path, progress: bool) -> dict[str, Any]:
 
 
 def _predict(job: Job, compressed: Program, bench: dict[str, Any] | None) -> dict[str, Any]:
-    """Predicted time of the dense and the compressed program, layer by layer, and how far off it is where the target itself
-    was measured: with ONNX Runtime, in fp32."""
+    """Predict the latency of the dense and the compressed program, layer by layer. Returns fields of the summary.
+
+    If the measured processor is the target (ONNX Runtime, in fp32), the measured times and the error are added.
+    """
     try:
         programs = {"before": job.program, "after": compressed}
         prediction = runtime.predict(programs, job.target, job.recipe.precision, job.latency)

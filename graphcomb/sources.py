@@ -1,4 +1,4 @@
-"""Models, data and functions named in a recipe: `package.module:callable`, a `.pt2` or `.onnx` file, a built-in name."""
+"""Load models, data and functions that a recipe names as `package.module:callable`, file or built-in name."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from .graph.program import Program, load
 
 
 def resolve(spec: str, field: str) -> Any:
-    """Return the object named `package.module:attribute`; the working folder is searched too. Raises BadInput naming
-    `field`."""
+    """Import and return the object `package.module:attribute`; modules in the working folder are found, too.
+
+    field: the field of the recipe, for the message. Raises BadInput if there is no such object.
+    """
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise BadInput(f'{field}: "{spec}" is not of the form package.module:callable')
@@ -37,7 +39,8 @@ def resolve(spec: str, field: str) -> Any:
 
 
 def call(spec: str, arguments: dict[str, Any], field: str) -> Any:
-    """Call the object named by `spec` with keyword arguments; whatever it raises becomes one line naming `field`."""
+    """Call the object `spec` with keyword arguments and return the result. Raises a GraphcombError, which names `field`, for
+    every exception of the call."""
     function = resolve(spec, field)
     if not callable(function):
         raise BadInput(f"{field}: {spec} is a {type(function).__name__}, not a callable")
@@ -45,7 +48,10 @@ def call(spec: str, arguments: dict[str, Any], field: str) -> Any:
 
 
 def load_model(spec: str, arguments: dict[str, Any] | None = None) -> torch.nn.Module | Program:
-    """Return a module from `package.module:callable`, or a Program from a `.pt2` file. Raises BadInput naming `model`."""
+    """Return a module from `package.module:callable`, or a Program from a `.pt2` file or an exported program.
+
+    Raises a GraphcombError, which names the field `model`, for anything else.
+    """
     if spec.endswith(".pt2"):
         if arguments:
             raise BadInput("model: a .pt2 file takes no arguments")
@@ -70,9 +76,12 @@ def load_onnx(
     dynamic_shapes: str | None,
     outputs: list[str] | None = None,
 ) -> Program:
-    """Return the Program of an `.onnx` file. arguments: `shapes`, of inputs by name; the others are those of
-    `from_onnx`. Raises BadInput naming `model`."""
-    from .graph.onnx.load import from_onnx  # with ONNX Runtime, which other models do without
+    """Return the Program of an `.onnx` file.
+
+    arguments: {"shapes": shapes of inputs by name}, or {}. The other arguments are those of `from_onnx`. Raises a
+    GraphcombError, which names the field `model`.
+    """
+    from .graph.onnx.load import from_onnx  # imported here, since it imports ONNX Runtime
 
     shapes = arguments.get("shapes", {})
     if set(arguments) - {"shapes"} or not isinstance(shapes, dict):
@@ -84,8 +93,11 @@ def load_onnx(
 
 
 def load_data(spec: str, arguments: dict[str, Any] | None = None) -> tuple[Any, Any]:
-    """Return training and validation batches, both re-iterable. A callable may return one loader (used for both) or two.
-    Raises BadInput naming `data` for anything else."""
+    """Return the loaders of training and validation batches. Both can be iterated several times.
+
+    A callable returns two loaders or one, which is then used for both. Raises a GraphcombError, which names the field
+    `data`, for unknown data, a callable that fails, and a result that is no loader.
+    """
     arguments = arguments or {}
     if ":" in spec:
         loaders = call(spec, arguments, "data")
@@ -103,7 +115,7 @@ def load_data(spec: str, arguments: dict[str, Any] | None = None) -> tuple[Any, 
 
 
 def first_batch(loader: Any) -> Any:
-    """Return the first batch of a loader. Raises BadInput when it is empty or fails."""
+    """Return the first batch of a loader. Raises BadInput if the loader yields no batch or fails."""
     try:
         return next(iter(loader))
     except StopIteration:

@@ -1,4 +1,4 @@
-"""What a pipeline keeps in its folder: finished passes, by which an interrupted run continues, and JSON files."""
+"""Store the finished passes of a pipeline in a folder, from which an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ from .passes.common.repeat import Samples, code_of, functions_code, says_anew
 
 
 def is_main() -> bool:
-    """Whether this process writes the files: the only one, or the first of those that `accelerate launch` started."""
+    """Return whether this process writes files: the only process, or the first of those that `accelerate launch` started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class Store:
-    """Finished passes in a folder: NN-Name.json with the digest of everything the pass depends on and a sample of the data,
-    and NN-Name.pt2 (only the record where the pass changed nothing).
+    """The finished passes in a folder.
 
-    The folder NN-Name holds the checkpoints of a pass that is under way. Of several processes the main one writes. digest:
-    of what all passes depend on. resume: whether finished passes may be taken over.
+    A pass is stored as NN-Name.json, with a digest of everything that it depends on and codes of samples of the data, and
+    NN-Name.pt2, the program. If the pass changed nothing, NN-Name.json has its record and there is no program. The folder
+    NN-Name has the checkpoints of an unfinished pass. Of several processes only the main one writes.
+
+    - digest: digest of everything that all passes depend on.
+    - resume: whether finished passes may be reused.
+    - samples: codes of samples of the data, which tell whether the data has changed.
     """
 
     def __init__(self, folder: Path, digest: str, resume: bool, samples: Samples):
@@ -34,7 +38,8 @@ class Store:
         self.warned = False
 
     def find(self, index: int, pass_: Pass, program: Program) -> Program | None:
-        """Return the stored result of a pass, or None. Call once per pass, in order: the digest covers all before it."""
+        """Return the stored result of a pass, or None. It must be called once for each pass, in order, since the digest of a
+        pass includes those before it."""
         parts = [self.digest, type(pass_).__name__, code_of(type(pass_)), functions_code(pass_), pass_.options()]
         self.digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
         base = self.path(index, pass_)
@@ -53,7 +58,7 @@ class Store:
         return None
 
     def _note(self, base: Path) -> dict[str, Any] | None:
-        """What is noted of the same pass on the same data."""
+        """Return the content of the JSON file of a pass if its digest and the data are unchanged, else None."""
         try:
             note = json.loads(base.with_suffix(".json").read_text())
         except (OSError, ValueError):
@@ -68,7 +73,7 @@ class Store:
         return None
 
     def keep(self, index: int, pass_: Pass, program: Program) -> None:
-        """Store a finished pass and drop its checkpoints."""
+        """Store a finished pass and delete its checkpoints."""
         if not is_main():
             return
         base, record = self.path(index, pass_), program.history[-1]
@@ -81,5 +86,5 @@ class Store:
         shutil.rmtree(base, ignore_errors=True)
 
     def path(self, index: int, pass_: Pass) -> Path:
-        """Return where a pass is stored, without a suffix."""
+        """Return the path under which a pass is stored, without a suffix."""
         return self.folder / f"{index:02d}-{type(pass_).__name__}"

@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line: `app` has the commands and exit codes, each other file one command or two."""
 
 from .app import main
 

@@ -1,4 +1,4 @@
-"""The command line. Mistakes are one line on stderr and exit code 2; Ctrl-C is one line and exit code 130."""
+"""The command line. A user's mistake gives one line on stderr and exit code 2, Ctrl-C one line and exit code 130."""
 
 from __future__ import annotations
 

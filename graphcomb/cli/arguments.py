@@ -1,4 +1,4 @@
-"""Options that several commands take, and how their texts are read."""
+"""Options that several commands have, and functions that parse their values."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The rec
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a field, as in passes.0.ratio=0.3.")
 ]
-SHAPE = "Shape of an input with more than a dynamic batch"
+SHAPE = "Shape of an input with dynamic dimensions other than the batch"
 Shapes = Annotated[list[str] | None, typer.Option("--shape", metavar="NAME=1x3x480x640", help=f"{SHAPE}.")]
-Arguments = Annotated[list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="Argument of the callable.")]
-Inputs = Annotated[list[str] | None, typer.Option("--input", metavar="1,3,224,224", help="Input shape.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Arguments = Annotated[
+    list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="Keyword argument of the model's callable.")
+]
+Inputs = Annotated[list[str] | None, typer.Option("--input", metavar="1,3,224,224", help="Shape of an example input.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
 def read_values(pairs: Sequence[str], option: str = "--arg") -> dict[str, Any]:
-    """Return names and values (read as YAML) of texts such as `ratio=0.3`. Raises BadInput that names the option."""
+    """Return by name the values, parsed as YAML, of texts such as `ratio=0.3`. Raises BadInput, which names the option."""
     values = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -37,7 +39,7 @@ def read_values(pairs: Sequence[str], option: str = "--arg") -> dict[str, Any]:
 
 
 def read_sizes(text: str, option: str = "--input") -> list[int]:
-    """Return the whole numbers of a text such as `1,3,224,224`. Raises BadInput that names the option."""
+    """Return the whole numbers in a text such as `1,3,224,224`. Raises BadInput, which names the option."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""`graphcomb bench` and `graphcomb bundle`: latency, here or on a device."""
+"""`graphcomb bench` and `graphcomb bundle`: measure latency here or on a device."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ if TYPE_CHECKING:
 
 def bench(
     a: Annotated[Path, typer.Argument(metavar="A", help="The reference: an ONNX or engine file; or a bench bundle.")],
-    b: Annotated[Path | None, typer.Argument(metavar="B", help="What is compared with it.")] = None,
+    b: Annotated[Path | None, typer.Argument(metavar="B", help="The file that is compared with the reference.")] = None,
     engine: Annotated[
-        str | None, typer.Option("--engine", help="The library that runs ONNX files; ONNX Runtime by default.")
+        str | None, typer.Option("--engine", help="The library that runs ONNX files; by default ONNX Runtime.")
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", help="Threads of engines on the CPU.")] = 1,
-    batch: Annotated[int, typer.Option("--batch", help="Batch size where it is dynamic.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", help="Number of threads of engines on the CPU.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", help="Size of a dynamic batch.")] = 1,
     shape: Shapes = None,
     seconds: Annotated[float, typer.Option("--seconds", help="Time limit.")] = 10.0,
     host: Annotated[
-        str | None, typer.Option("--host", metavar="USER@DEVICE", help="Measure a bundle there, by ssh and scp.")
+        str | None, typer.Option("--host", metavar="USER@DEVICE", help="Measure a bundle on a device, by ssh and scp.")
     ] = None,
     python: Annotated[
-        str | None, typer.Option("--python", help="Interpreter that measures a bundle; on a host python3.")
+        str | None, typer.Option("--python", help="Python interpreter for a bundle; by default python3 on a host.")
     ] = None,
     option: Annotated[
-        list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="Option of a bundle, as dla=0.")
+        list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="Option for a bundle, such as dla=0.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the result as JSON; default in the bundle.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="JSON file for the result; of a bundle by default its results.json.")
+    ] = None,
     gate: Annotated[
         Path | None,
         typer.Option("--gate", metavar="BASELINE.json", help="An earlier result; exit code 1 where it was faster."),
@@ -129,26 +131,28 @@ def bundle(
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("bundle"),
     precision: Annotated[
-        str | None, typer.Option("--precision", help="fp32, fp16 or int8; default the run's, else fp16.")
+        str | None, typer.Option("--precision", help="fp32, fp16 or int8; by default the run's, else fp16.")
     ] = None,
-    target: Annotated[str | None, typer.Option("--target", help="The device, to check opset and precision.")] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Batch size where it is dynamic.")] = 1,
+    target: Annotated[
+        str | None, typer.Option("--target", help="The device, against which opset and precision are checked.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Size of a dynamic batch.")] = 1,
     shape: Shapes = None,
     opset: Annotated[
-        int | None, typer.Option("--opset", help="Of programs (.pt2): 17 for TensorRT 8, as on JetPack 5 and 6.0.")
+        int | None, typer.Option("--opset", help="Opset of programs (.pt2); 17 for TensorRT 8 (JetPack 5 and 6.0).")
     ] = None,
     plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", help="A library with operators of TensorRT's, for the device.")
+        list[Path] | None, typer.Option("--plugin", help="A library with TensorRT plugins, built for the device.")
     ] = None,
 ) -> None:
-    """Write a folder that measures models on a device with nothing but its own TensorRT and numpy."""
+    """Write a folder that measures models on a device with only the device's own TensorRT and numpy."""
     from ..graph.files import read_json
     from ..graph.program import load
     from ..runtime.bundle.write import write_bundle
     from .shapes import read_shapes
 
     record = None
-    layers: dict[str, Any] = {}  # of ONNX files, which do not tell themselves
+    layers: dict[str, Any] = {}  # the layers of ONNX files, which the files themselves do not describe
     if len(models) == 1 and Path(models[0]).is_dir():
         folder = Path(models[0])
         summary = read_run(folder / "summary.json")
@@ -181,7 +185,7 @@ def bundle(
 
 
 def show_bench(result: Bench) -> None:
-    """Print latencies and their ratio, or why there is none."""
+    """Print latencies and their ratio, or why there is no ratio."""
     table = Table("model", "median ms", "p95 ms", "runs", "times faster (95 %)")
     for timing in result.timings:
         ratio = result.ratios.get(timing.name)
@@ -193,7 +197,7 @@ def show_bench(result: Bench) -> None:
 
 
 def show_device(results: dict[str, Any]) -> None:
-    """Print what a bench bundle measured on a device."""
+    """Print the results of a bench bundle."""
     console.print(f"{results['device']['model'] or 'this machine'}, {results['engine']} {results['version']}")
     table = Table("model", "run as", "median ms", "p99 ms", "times faster", "power W", "energy mJ", "error")
     wrong = {name for name, row in results["models"].items() if row["parity"].get("note")}
@@ -212,7 +216,7 @@ def show_device(results: dict[str, Any]) -> None:
     console.print(table)
     for name, modes in results["ratios"].items():
         for mode, ratio in modes.items():
-            if "low" in ratio:  # which the table has no room for
+            if "low" in ratio:  # the table has no room for the interval
                 console.print(f"{name} ({mode}): {between(ratio)} times faster, with 95 %", soft_wrap=True)
     for note in results["notes"]:
         console.print(note, soft_wrap=True, markup=False)

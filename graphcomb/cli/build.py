@@ -1,4 +1,4 @@
-"""`graphcomb build`: an engine from an ONNX file, and what came out."""
+"""`graphcomb build`: build an engine from an ONNX file and report on its kernels."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ if TYPE_CHECKING:
 
 def build(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file.")],
-    target: Annotated[str, typer.Option("--target", help="A device, as in rtx-sm86.")],
-    out: Annotated[Path | None, typer.Option("--out", help="The engine file.")] = None,
-    engine: Annotated[str | None, typer.Option("--engine", help="The library; by default the target's own.")] = None,
+    target: Annotated[str, typer.Option("--target", help="The device, such as rtx-sm86.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The engine file; by default beside the model.")] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="The library that builds it; by default the target's.")
+    ] = None,
     batch: Annotated[
-        str | None, typer.Option("--batch", metavar="N | MIN,BEST,MAX", help="Batch sizes, where dynamic.")
+        str | None, typer.Option("--batch", metavar="N | MIN,BEST,MAX", help="Sizes of a dynamic batch.")
     ] = None,
     shape: Annotated[
         list[str] | None, typer.Option("--shape", metavar="NAME=1x3x480x640", help=f"{SHAPE}, or NAME=MIN,BEST,MAX.")
     ] = None,
     option: Annotated[
-        list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="Option of the library, as sparse=true.")
+        list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="Option of the build, as in sparse=true.")
     ] = None,
     json_: Annotated[Path | None, typer.Option("--json", metavar="REPORT.json", help="Write the report.")] = None,
     gate: Annotated[
@@ -76,7 +78,7 @@ def build(
 
 
 def show_engine(engine: Engine) -> None:
-    """Print what a build made of the model: kernels, padding and quantisation that cost, memory, with their origin."""
+    """Print the kernels, padding, quantisation and memory of an engine, and the modules and passes they come from."""
     from ..runtime.summary import UNFUSED
 
     head = f"{engine.path}: {engine.bytes:,} bytes, {engine.precision}, {engine.backend} {engine.version}"
@@ -112,7 +114,7 @@ def show_engine(engine: Engine) -> None:
 
 
 def show_dla(report: Sequence[Placement]) -> None:
-    """Print how many layers the DLA's rules allow, and why the others are left to the GPU."""
+    """Print how many layers the DLA's rules allow, and why the GPU runs the others."""
     left = [p for p in report if p.why]
     console.print(f"by its rules the DLA can run {len(report) - len(left)} of {len(report)} layers")
     for p in left:

@@ -1,4 +1,4 @@
-"""What the commands print with, warnings included, and how they leave."""
+"""Functions with which the commands print, also warnings, and the exit codes."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from rich.console import Console
 from rich.text import Text
 
 BAD_INPUT, UNEXPECTED, WORSE, NO_FIGURE, INTERRUPTED = 2, 1, 1, 1, 130  # exit codes
-# Warnings for developers of the code that warns.
+# Categories of warnings that are for developers, not for users.
 HIDDEN = DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning, ResourceWarning, SyntaxWarning
 LIBRARIES = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"))
 
 
 class Interrupted(Exception):
-    """Ctrl-C, under a name that the command-line library does not handle itself."""
+    """Ctrl-C was pressed. The command-line library would handle a KeyboardInterrupt itself."""
 
 
 def printable(text: str) -> str:
-    """Return a text without the control characters, which a terminal would obey."""
+    """Return a text in which control characters, which could control the terminal, are replaced."""
     return "".join("\ufffd" if category(c)[0] == "C" and c not in "\n\t" else c for c in text)
 
 
 class Terminal(Console):
-    """A console that prints no control characters of files and devices, in lines and in cells of tables alike."""
+    """A console that prints no control characters from files and devices, in lines or in cells of tables."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return what is printed of a string."""
+        """Return the text that is printed for a string."""
         return super().render_str(printable(text), **options)
 
 
@@ -43,14 +43,13 @@ def complain(kind: str, text: object) -> None:
 
 
 def between(ratio: dict[str, float]) -> str:
-    """Write a ratio and the interval in which its median lies, where there is one."""
+    """Format the median of a ratio and its confidence interval, if it has one."""
     between = f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if "low" in ratio else ""
     return f"{ratio['median']:.2f}{between}"
 
 
 def show_warnings() -> None:
-    """Show graphcomb's warnings and those of the user's own code, one line each and each text once; the libraries' stay
-    silent."""
+    """Show warnings of graphcomb and of the user's own code, each text once and in one line; hide those of libraries."""
     seen: set[str] = set()
 
     def show(
@@ -66,7 +65,7 @@ def show_warnings() -> None:
 
 
 def _is_ours_or_users(filename: str) -> bool:
-    """Whether a file is a module of graphcomb's, wherever that is installed, or no library's."""
+    """Return whether a file is a module of graphcomb, or belongs to no installed library."""
     ours = (module for name, module in list(sys.modules.items()) if name.split(".")[0] == "graphcomb")
     users = not filename.startswith("<") and not any(part in filename for part in LIBRARIES)
     return users or any(getattr(module, "__file__", None) == filename for module in ours)

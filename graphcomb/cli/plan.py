@@ -1,4 +1,4 @@
-"""`graphcomb plan` and `graphcomb comb`: what can be removed from a model, and what would be."""
+"""`graphcomb plan` shows what a recipe would remove from a model, `graphcomb comb` what can be removed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def plan(
 ) -> None:
     """Print what a recipe would remove, group by group, and write it as an editable plan for `run --plan`.
 
-    For a recipe with PruneDepth also the blocks of the network: what each costs, what pruning it saves, or why it cannot.
+    For a recipe with PruneDepth it also lists the blocks of the network: their cost, and what pruning a block saves or why
+    it cannot be pruned.
     """
     from .. import plan as plans
     from ..job import prepare
@@ -68,7 +69,7 @@ def comb(
 
 
 def show_groups(rows: list[dict[str, Any]]) -> None:
-    """Print a table of groups: what can shrink first, then what cannot and why."""
+    """Print a table of groups: first those that can shrink, then the frozen ones with the reason."""
     planned = any("keep" in r for r in rows)
     table = Table("group", "kind", "size", *(["keep", "saves MACs"] if planned else []), "frozen because")
     table.columns[0].overflow = "fold"
@@ -79,7 +80,7 @@ def show_groups(rows: list[dict[str, Any]]) -> None:
 
 
 def show_blocks(blocks: Sequence[Block]) -> None:
-    """Print a table of blocks in the order of the network, and below it why some cannot be pruned."""
+    """Print a table of blocks in the order of the network, and below it the reasons why some cannot be pruned."""
     table = Table("block", "kind")
     table.columns[0].overflow = "fold"
     for head in ("MACs", "params", "saves\nMACs", "saves\nkernels"):
@@ -94,7 +95,7 @@ def show_blocks(blocks: Sequence[Block]) -> None:
 
 
 def _short(count: int) -> str:
-    """A number in at most eight characters; exact up to a million."""
+    """Format a number in at most eight characters; numbers below a million are exact."""
     return next(
         (f"{count / unit:.1f} {name}" for unit, name in ((1e9, "G"), (1e6, "M")) if count >= unit), f"{count:,}"
     )

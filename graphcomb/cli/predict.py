@@ -1,4 +1,4 @@
-"""`graphcomb predict`: how long a model and its layers take on a device."""
+"""`graphcomb predict`: predict the latency of a model and its layers on a device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def predict(
     ],
     target: Annotated[str, typer.Option("--target", help="A device, as in rtx-sm86.")] = "cpu",
     precision: Annotated[
-        str | None, typer.Option("--precision", help="As in fp16; default the results' own, else fp32.")
+        str | None, typer.Option("--precision", help="Such as fp16; by default that of --calibrate, else fp32.")
     ] = None,
     calibrate: Annotated[
         list[Path] | None,
@@ -33,13 +33,13 @@ def predict(
     input_: Inputs = None,
     shape: Shapes = None,
     batch: Annotated[
-        int | None, typer.Option("--batch", help="Batch size; 1, where a program does not have another.")
+        int | None, typer.Option("--batch", help="Batch size; by default that of a fixed batch, else 1.")
     ] = None,
-    json_: Annotated[Path | None, typer.Option("--json", metavar="OUT.json", help="Write what is predicted.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="OUT.json", help="Write the prediction.")] = None,
 ) -> None:
-    """Predict how long a model and its layers take on a device, and which layers will not profit from fewer channels.
+    """Predict how long a model and its layers take on a device, and which layers gain nothing from fewer channels.
 
-    By the device's data sheet, or calibrated with what bench bundles measured on it.
+    The prediction uses the device's data sheet, or is calibrated with measurements of bench bundles on the device.
     """
     from .. import runtime
     from ..graph.files import write_json
@@ -74,7 +74,7 @@ def predict(
 
 
 def show_prediction(prediction: Prediction) -> None:
-    """Print the predicted time by layer, what bounds it, and why fewer channels will not help."""
+    """Print the predicted time of each layer, what bounds it, and why fewer channels would not help."""
     from ..runtime.prediction.roofline import calibration_text
 
     table = Table("layer", "op", "MACs", "padded", "bytes", "ms", "bound", "fewer channels")

@@ -1,4 +1,4 @@
-"""`graphcomb report`: the HTML report of a run, or of measurements on devices."""
+"""`graphcomb report`: write the HTML report on a run, or on measurements of devices."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 
 
 def report(
-    summary: Annotated[Path, typer.Argument(metavar="SUMMARY.json", help="What `run` or a bench bundle wrote.")],
+    summary: Annotated[
+        Path, typer.Argument(metavar="SUMMARY.json", help="summary.json of a run, or results.json of a bench bundle.")
+    ],
     device: Annotated[
         list[Path] | None, typer.Option("--device", metavar="RESULTS.json", help="Results of a bench bundle to add.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The HTML file; default report.html beside it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The HTML file; by default report.html in the same folder.")
+    ] = None,
 ) -> None:
-    """Write the HTML report of a finished run again, or of measurements on devices."""
+    """Write the HTML report on a finished run again, or on measurements of devices."""
     from .. import runtime
     from ..runtime.device_results import Device, read_results
     from ..runtime.formats import read
@@ -29,7 +33,7 @@ def report(
 
     if "passes" in _read(summary):
         run = read_run(summary)
-    else:  # no run: what a device measured stands for itself
+    else:  # results of a device without a run
         device = [summary, *(device or ())]
         run = read_summary({"model": "Measured on the device"}, str(summary))
     for path in device or ():
@@ -40,14 +44,14 @@ def report(
 
 
 def read_run(path: Path) -> Summary:
-    """Read the summary.json of a run. Raises BadInput, one line with the field, for another file."""
+    """Read summary.json of a run. Raises BadInput, which names the first wrong field, for another file."""
     from ..runtime.summary import read_summary
 
     return read_summary(_read(path), str(path))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What `run` wrote, or the results of a bench bundle."""
+    """Read summary.json of a run or results.json of a bench bundle. Raises BadInput for another file."""
     from ..graph.files import read_json
 
     values = read_json(path)

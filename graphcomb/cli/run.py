@@ -1,4 +1,4 @@
-"""`graphcomb run` and `graphcomb demo`: a recipe, and the figures of a finished run."""
+"""`graphcomb run` and `graphcomb demo`: run a recipe and print the figures of the finished run."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def show_summary(summary: Summary) -> None:
     for when, value in (("before", summary.accuracy_before), ("after", summary.accuracy_after)):
         if value is not None:
             table.add_row(f"{name}_{when}", figure(summary.metric, value))
-    hidden = {"onnx_parity"} if summary.onnx_parity_fp16 is not None else set()  # of the file nobody runs
+    # With an fp16 file the engines are not built from the fp32 file, so its error is not shown.
+    hidden = {"onnx_parity"} if summary.onnx_parity_fp16 is not None else set()
     for key, form in SUMMARY_ROWS.items():
         if (number := getattr(summary, key)) is not None and key not in hidden:
             where = f" in {latency_place(summary)}" if key == "latency_ratio" else ""

@@ -1,4 +1,4 @@
-"""Shapes of inputs as the command line takes them, NAME=1x3x480x640, and programs for such shapes."""
+"""Parse shapes of inputs on the command line, NAME=1x3x480x640, and capture programs for such shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..runtime.engines.torch.base import specs
 
 
 def read_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Read texts NAME=SIZES into one shape by name of an input. Raises BadInput for another text."""
+    """Return the shape of each input by name from texts NAME=SIZES. Raises BadInput for other texts."""
     ranges = read_ranges(texts)
     for name, rows in ranges.items():
         if len(set(rows)) != 1:
@@ -25,11 +25,13 @@ def read_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
 
 
 def read_ranges(texts: Sequence[str]) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Read texts NAME=MIN,BEST,MAX, or NAME=SIZES for all three, into three shapes by name of an input. Raises BadInput for
-    another text."""
+    """Return three shapes (smallest, the one to optimise for, largest) of each input by name.
+
+    texts: NAME=MIN,BEST,MAX, or NAME=SIZES for three equal shapes. Raises BadInput for other texts.
+    """
     ranges: dict[str, tuple[tuple[int, ...], ...]] = {}
     for text in texts:
-        name, equals, value = text.rpartition("=")  # names of inputs may hold anything
+        name, equals, value = text.rpartition("=")  # the name of an input may contain "="
         try:
             rows = tuple(tuple(int(size) for size in part.split("x")) for part in value.split(","))
         except ValueError:
@@ -43,8 +45,11 @@ def read_ranges(texts: Sequence[str]) -> dict[str, tuple[tuple[int, ...], ...]]:
 
 
 def with_batch(shapes: Sequence[Sequence[int]], batch: int | None) -> list[list[int]]:
-    """Return the shapes of a model's inputs (by default one image) with the first size replaced by a batch, where it is
-    that of the first input. Raises BadInput for shapes that have another batch already."""
+    """Return shapes of inputs with the given batch size; None keeps the shapes. Without shapes it is one image.
+
+    The batch replaces the first size of every shape whose first size is that of the first shape. Raises BadInput if that
+    size is neither 1 nor the batch.
+    """
     rows = [list(shape) for shape in shapes] or [list(DEFAULT_SHAPE)]
     first = rows[0][0] if rows[0] else None
     if batch is None or first is None:
@@ -55,14 +60,14 @@ def with_batch(shapes: Sequence[Sequence[int]], batch: int | None) -> list[list[
 
 
 def example_batch(program: Program) -> int | None:
-    """Return the batch size of a program without dynamic dimensions; None for one with."""
+    """Return the batch size of a program without dynamic dimensions; None for a program with dynamic dimensions."""
     inputs = specs(program)[0]
     fixed = all(None not in spec.shape for spec in inputs)
     return inputs[0].shape[0] if fixed and inputs and inputs[0].shape else None
 
 
 def check_names(program: Program, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise BadInput for a shape of an input that the program does not have."""
+    """Raise BadInput for a shape whose name is that of no input of the program."""
     names = [spec.name for spec in specs(program)[0]]
     for name in shapes:
         if name not in names:
@@ -71,7 +76,9 @@ def check_names(program: Program, shapes: Mapping[str, Sequence[int]]) -> None:
 
 def captured(model: str, arguments: dict[str, Any], shapes: Sequence[Sequence[int]] = ()) -> Program:
     """Return the program of `package.module:callable`, called with the arguments, or of a `.pt2` or `.onnx` file.
-    shapes: of its inputs, by default those of a recipe without any, or of the file."""
+
+    shapes: shapes of the inputs; by default those of the file, or one input of `DEFAULT_SHAPE`.
+    """
     tree: dict[str, Any] = {"model": {"source": model, "arguments": arguments}, "passes": []}
     if shapes:
         tree["inputs"] = [{"shape": list(shape)} for shape in shapes]
@@ -79,7 +86,11 @@ def captured(model: str, arguments: dict[str, Any], shapes: Sequence[Sequence[in
 
 
 def at_shapes(program: Program, shapes: Mapping[str, Sequence[int]], batch: int | None) -> Program:
-    """Capture a program again for inputs of these shapes, all of them fixed; other inputs keep the shapes of the example."""
+    """Capture a program again with fixed shapes.
+
+    shapes: shapes of inputs by name; other inputs keep the example's shape, with `batch` for a dynamic batch. Raises
+    BadInput for shapes that do not fit the inputs.
+    """
     check_names(program, shapes)
     inputs = iter(specs(program)[0])
 

@@ -1,4 +1,4 @@
-"""`graphcomb source`: a program as Python source."""
+"""`graphcomb source`: write a program as Python source."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def source(
     arg: Arguments = None,
     input_: Inputs = None,
 ) -> None:
-    """Write a program as a readable module in Python, which needs PyTorch alone, and its weights beside it."""
+    """Write a program as a readable Python module, which needs only PyTorch, and its weights to a file beside it."""
     from ..graph.errors import BadInput
     from .shapes import captured
 

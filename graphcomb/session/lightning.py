@@ -1,4 +1,4 @@
-"""A pass inside Lightning's Trainer."""
+"""A callback that runs a pass inside Lightning's Trainer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ except ImportError:
 
 
 class SessionCallback(Callback):
-    """Let a pass work on a network that Lightning trains: `Trainer(callbacks=[SessionCallback(pass_, example=(x,))])`.
+    """Apply a pass to a network while Lightning trains it: `Trainer(callbacks=[SessionCallback(pass_, example=(x,))])`.
 
-    network: the attribute of the LightningModule that is the network, as a dotted path; None for the LightningModule itself.
-    The other arguments are those of `graphcomb.attach`; the module keeps its class and shapes (cut="end"). `result` holds
-    the `PassResult` when training has ended; checkpoints of the Trainer hold the session.
+    network: dotted path of the network in the LightningModule; None for the LightningModule itself. The other arguments are
+    those of `graphcomb.attach`, with cut="end": the module keeps its class and shapes. After training `result` is the
+    `PassResult`. Checkpoints of the Trainer contain the session.
     """
 
     result: PassResult | None = None
@@ -29,7 +29,7 @@ class SessionCallback(Callback):
         self._stored: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach, once the Trainer knows how many steps there will be."""
+        """Attach the pass. Only now does the Trainer know the number of steps."""
         model = pl_module if self.network is None else pl_module.get_submodule(self.network)
         steps = int(trainer.estimated_stepping_batches)
         self.session = attach(model, self.pass_, steps=steps, cut="end", **self.options)
@@ -37,24 +37,24 @@ class SessionCallback(Callback):
             self.session.load_state_dict(self._stored)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Gradients are complete and unscaled."""
+        """Call `Session.before_step`. The gradients are complete and unscaled now."""
         if self.session is not None:
             self.session.before_step(optimizer)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Count the step, where this batch ended one."""
+        """Call `Session.after_step`, unless this batch only accumulated gradients."""
         if self.session is not None and self.session.stepping:
             self.session.after_step()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Cut."""
+        """Finish the session, which removes what was held at zero."""
         if self.session is not None:
             self.result = self.session.finish()
 
     def state_dict(self) -> dict[str, Any]:
-        """The session's."""
+        """Return the state of the session."""
         return {} if self.session is None else self.session.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep it until the session is attached."""
+        """Keep a state, which is loaded when the pass is attached."""
         self._stored = state_dict or None

@@ -1,4 +1,4 @@
-"""A submodule of a larger model, and what it is called with."""
+"""Find a submodule of a larger model, and the arguments that it is called with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..passes.common.scoring import evaluating
 
 
 def part_of(model: nn.Module, path: str) -> nn.Module:
-    """The submodule at a dotted path; BadInput where there is none."""
+    """Return the submodule at a dotted path. Raises BadInput if there is none."""
     try:
         return model.get_submodule(path)
     except AttributeError:
@@ -22,7 +22,10 @@ def part_of(model: nn.Module, path: str) -> nn.Module:
 
 
 def inputs_of(part: nn.Module, path: str, model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The arguments of the first call of a submodule when the model runs, in eval mode. BadInput where it is not called."""
+    """Run a model in eval mode and return (args, kwargs) of the first call of a submodule.
+
+    part, path: the submodule and its path, for the message. Raises BadInput if the model does not call it.
+    """
     calls: list[tuple[Any, Any]] = []
 
     def note(_: nn.Module, args: Any, kwargs: Any) -> None:

@@ -1,4 +1,8 @@
-"""A pass in the user's own training loop: `attach`, then two calls a step, then `finish`."""
+"""Apply a pass in the user's own training loop: `attach`, then two calls in every step, then `finish`.
+
+With cut="end" the passes hold at zero what they will remove: `HeldPruner` in passes/channels/held.py, `HeldZeros` in
+passes/train/callbacks.py.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ from ..passes.train.trainee import Parameters, Trainee, Work, carry
 from .part import inputs_of, part_of
 from .tensors import shared, trained
 
-AGREES = 1e-3  # of the module as it was held and the program that was cut, relative, in the module's own precision
+AGREES = 1e-3  # largest relative difference between the outputs of the module and those of the smaller program
 
 
 def attach(
@@ -41,7 +45,7 @@ def attach(
     submodule: str | None = None,
     **context: Any,
 ) -> Session:
-    """Let a pass work on a model that a loop of your own trains.
+    """Apply a pass to a model while your own loop trains it.
 
         session = graphcomb.attach(model, RemoveChannels(macs=0.4), example=(x,), steps=10_000)
         for x, y in loader:
@@ -50,21 +54,22 @@ def attach(
             session.after_step()
         result = session.finish()
 
-    model: the module, or a captured `Program`. pass_: `RemoveChannels`, `PruneDepth`, a gradual `Sparsify` or `Distill`;
-    `train=` of the first need not be given. example, kwargs, dynamic_shapes: what `capture` takes; the batch is dynamic
-    unless said otherwise. steps: optimizer steps that the loop will take; the pass spreads its events over them. context:
-    fields of `Context`, such as `teacher`, `target`, `seed` or `data`.
+    - model: the module; with cut="during" also a captured `Program`.
+    - pass_: `RemoveChannels`, `PruneDepth`, a gradual `Sparsify` or `Distill`. The first needs no `train=` here.
+    - example, kwargs, dynamic_shapes: arguments of `capture`; by default the batch is dynamic.
+    - steps: number of optimizer steps of the loop. The pass distributes its work over them.
+    - cut: with "end", `session.module` is the model itself. What will be removed is held at zero, so that the class, hooks,
+      EMA and trainer remain unchanged, and `finish` removes it. With "during", `session.module` is the captured module. It
+      shrinks during training, which makes later steps faster; when `after_step` returns True, create wrappers such as DDP
+      again.
+    - submodule: dotted path of the part of the model that the pass works on, such as an image backbone, while the loop
+      trains the whole model. example and kwargs are those of the whole model, which is run once to find the arguments of the
+      part. The outputs of the part keep their shapes, and `finish` returns the result for the part:
+      `model.set_submodule("backbone", result.transplant(model.backbone))` puts the smaller part into the model.
+    - context: fields of `Context`, such as `teacher`, `target`, `seed` or `data`.
 
-    cut: with "end" `session.module` is the model itself. What would go is held at zero, so class, hooks, EMA and trainer
-    stay as they are, and the cut comes with `finish`. With "during" it is the captured module, which shrinks at each event
-    and trains faster; wrap it anew (DDP) when `after_step` returns True.
-
-    submodule: the dotted path of the part of the model that the pass works on, such as an image backbone, while the loop
-    trains the whole model by a loss of its own. example and kwargs are then those of the whole model; what the part is
-    called with is seen in a run. What the part returns keeps its shape, and `finish` gives the result of the part:
-    `model.set_submodule("backbone", result.transplant(model.backbone))` puts the small one in its place.
-
-    Raises BadInput for options that make no sense together and CaptureError for a model that cannot be captured.
+    Raises BadInput for arguments that do not fit together and for a pass that does not train, CaptureError for a model that
+    cannot be captured.
     """
     if not isinstance(pass_, Pass):
         raise BadInput(f"attach: takes a pass, such as RemoveChannels(macs=0.5), not {type(pass_).__name__}")
@@ -96,10 +101,13 @@ def attach(
 
 
 class Session:
-    """What `attach` gives. Steps are optimizer steps, so gradients may be accumulated over several batches in between.
+    """A pass at work in the user's training loop; `attach` creates it.
 
-    module: what the loop trains; of a submodule, the whole model. step: steps taken. steps: those announced. program: the
-    model, or the submodule, as it was captured.
+    A step is an optimizer step; gradients may be accumulated over several batches before it.
+
+    - module: the module that the loop trains; with `submodule` the whole model.
+    - step: number of steps so far. steps: number of steps given to `attach`.
+    - program: the captured model or submodule.
     """
 
     def __init__(
@@ -125,15 +133,18 @@ class Session:
         self.module: nn.Module = next(m for m in (whole, own, inner) if m is not None)
         self._trainee = Trainee(inner, self._work.callbacks, self._adopt, self._carry_on)
         self._optimizers: list[Optimizer] = []
-        self._copies: list[tuple[nn.Module, nn.Module]] = []  # what the user holds, and its part with the parameters
+        self._copies: list[tuple[nn.Module, nn.Module]] = []  # a followed copy, and its submodule with the parameters
         self._ready = self._finished = False
         self._trainee.enter()
         self._trainee.begin()
 
     # ------------------------------------------------------------------------------------------------------- the steps
     def before_step(self, optimizer: Optimizer, scaler: Any = None) -> None:
-        """Look at the gradients. Call it when they are complete, just before `optimizer.step()`; with several optimizers,
-        once for each. scaler: a `GradScaler`; it unscales the optimizer's gradients first, as `scaler.unscale_` does."""
+        """Read the gradients. Call it just before `optimizer.step()`, with several optimizers once for each.
+
+        scaler: a `GradScaler`, with which the gradients are unscaled first, unless they are already. Raises BadInput after
+        the last step, and for an optimizer that does not have the module's parameters.
+        """
         self._require_running("before_step")
         if not any(optimizer is known for known in self._optimizers):
             self._require_ours(optimizer)
@@ -152,8 +163,11 @@ class Session:
         self._ready = True
 
     def after_step(self) -> bool:
-        """Count the step and do what is due. Returns whether the module was replaced, which happens with cut="during"
-        alone: the optimizers then hold the new parameters, and a wrapper such as DDP has to be made anew."""
+        """Count the step, and prune if the pass has something to do now. Call it after `optimizer.step()`.
+
+        Returns whether the parameters were replaced, which happens only with cut="during". The optimizers then have the new
+        parameters, but a wrapper such as DDP must be created again. Raises BadInput without a call of `before_step`.
+        """
         self._require_running("after_step")
         if not self._ready:
             raise BadInput("after_step: call before_step(optimizer) first, between backward() and optimizer.step()")
@@ -164,12 +178,15 @@ class Session:
 
     @property
     def stepping(self) -> bool:
-        """Whether `before_step` was called and `after_step` not yet."""
+        """Whether `before_step` was called, and `after_step` was not called since."""
         return self._ready
 
     def follow(self, ema: nn.Module) -> None:
-        """Let a copy of the module, such as an exponential moving average, lose what the module loses: call it right
-        after the copy was made. `AveragedModel`, timm's `ModelEmaV3` and plain deep copies are taken."""
+        """Prune a copy of the module, such as an exponential moving average, together with the module.
+
+        Call it right after creating the copy: an `AveragedModel`, timm's `ModelEmaV3`, or a deep copy. Raises BadInput for a
+        module that is no copy, and for a pass that a copy cannot follow.
+        """
         self._require_running("follow")
         if any(not c.copies for c in self._trainee.callbacks):
             raise BadInput(f"follow: {type(self._pass).__name__} changes weights in ways that a copy cannot follow")
@@ -184,10 +201,11 @@ class Session:
         raise BadInput("follow: it has not the parameters of session.module; give a copy of session.module")
 
     def loss(self, outputs: Any, inputs: Any, labels: Any = None) -> torch.Tensor:
-        """`Distill`'s loss of a batch, for passes that have one (`Distill`, or `train=Distill(...)` of another).
+        """Return the loss of `Distill` for a batch. The pass is `Distill`, or has `train=Distill(...)`.
 
-        outputs: what `session.module(*inputs)` returned. inputs: a tensor, a tuple of arguments, or a dict of keyword
-        arguments. labels: as `Context.loss` takes them, or None to learn from the teacher alone.
+        outputs: the result of `session.module(*inputs)`. inputs: a tensor, a tuple of arguments, or a dict of keyword
+        arguments. labels: labels for `Context.loss`, or None to learn from the teacher only. Raises BadInput for a pass
+        without this loss.
         """
         if self._work.loss is None:
             raise BadInput(f"loss: {type(self._pass).__name__} has none; give it train=Distill(...)")
@@ -196,10 +214,10 @@ class Session:
 
     # --------------------------------------------------------------------------------------------------------- the end
     def finish(self, weights: nn.Module | None = None) -> PassResult:
-        """The verified result. weights: a followed copy whose weights count instead of the module's.
+        """End the session and return the result, whose program has been compared with the module.
 
-        Raises BadInput while something is still due, and GraphcombError where the program that was cut does not compute what
-        the module computes.
+        weights: a followed copy, whose weights are used instead of the module's. Raises BadInput if the pass still has work
+        to do in later steps, and GraphcombError if the smaller program does not compute what the module computes.
         """
         if self._finished:
             raise BadInput("finish: the session is over; attach again")
@@ -223,7 +241,7 @@ class Session:
         return result
 
     def _compare(self, source: nn.Module, program: Program) -> None:
-        """That the module as it was held and the program that was cut say the same of the example."""
+        """Raise GraphcombError if the outputs of the module and of the smaller program differ for the example inputs."""
         args, kwargs = copy.deepcopy((program.args, program.kwargs))
         with evaluating(source), torch.no_grad():
             error = relative_error(program.module().eval()(*args, **kwargs), source(*args, **kwargs))
@@ -235,7 +253,8 @@ class Session:
 
     # --------------------------------------------------------------------------------------------------------- storing
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs besides the states of module and optimizers: tensors and plain Python values."""
+        """Return the state of the session for a checkpoint, which also needs the states of module and optimizers. It
+        consists of tensors and plain Python values."""
         return {
             "step": self.step,
             "steps": self.steps,
@@ -244,9 +263,12 @@ class Session:
         }
 
     def load_state_dict(self, state: dict[str, Any], optimizers: Iterable[Optimizer] = ()) -> None:
-        """Go on where `state_dict` was taken, in a session that was attached alike. Load it before the states of module and
-        optimizers. optimizers: with cut="during", those made of `session.module`, which then hold the smaller one's
-        parameters."""
+        """Continue from a state of a session with the same pass and steps. Call it before loading the states of module and
+        optimizers.
+
+        optimizers: with cut="during", the optimizers of `session.module`; they get the parameters of the smaller module.
+        Raises BadInput for a state of a session with another pass or number of steps.
+        """
         for key, own in (("pass", repr(self._pass)), ("steps", self.steps)):
             if state.get(key) != own:
                 raise BadInput(f"load_state_dict: the state is of a session with {key} {state.get(key)}, not {own}")
@@ -263,7 +285,7 @@ class Session:
     # ---------------------------------------------------------------------------------------------------------- checks
     @property
     def _trained(self) -> nn.Module:
-        """What the pass works on: the module, or the submodule of it."""
+        """The module that the pass works on: `module`, or its submodule."""
         return self.module if self._own is None else self._own
 
     def _adopt(self, module: TrainableModule) -> TrainableModule:

@@ -1,4 +1,4 @@
-"""The tensors of a user's module under the names that its program has for them."""
+"""Find the tensors of a user's module by their names in its program."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from ..graph.trainable import TrainableModule
 
 
 def shared(program: Program, model: nn.Module) -> TrainableModule:
-    """The program's graph around the model's own parameters and buffers; constants are the program's. Raises BadInput
-    where a parameter of the program is not found in the model by its name and values."""
+    """Return the program's graph as a module with the model's own parameters and buffers; constants are the program's.
+
+    Raises BadInput if the model has no parameter of the same name and values for a parameter of the program.
+    """
     return rebuild(program.module(), lambda name, value: _own(model, name, value))
 
 
 def trained(program: Program, model: nn.Module) -> Program:
-    """The program with the values that the model's parameters and buffers have now."""
+    """Return the program with the current values of the model's parameters and buffers."""
 
     def take(name: str, value: Any) -> Any:
         own = tensor_at(model, name)

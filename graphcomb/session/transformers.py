@@ -1,4 +1,4 @@
-"""A pass inside transformers' Trainer."""
+"""A callback that runs a pass inside the Trainer of transformers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FILE = "graphcomb_session.pt"
 
 
 class SessionCallback(TrainerCallback):
-    """Let a pass work on a model that transformers' Trainer trains: `Trainer(..., callbacks=[SessionCallback(pass_, ...)])`.
+    """Apply a pass while the Trainer of transformers trains: `Trainer(..., callbacks=[SessionCallback(pass_, ...)])`.
 
-    The arguments are those of `graphcomb.attach`, `kwargs={"pixel_values": images}` for most models; the model keeps its
-    class and shapes (cut="end"). `result` holds the `PassResult` when training has ended; the Trainer's checkpoints hold the
+    The arguments are those of `graphcomb.attach`, for most models `kwargs={"pixel_values": images}`, with cut="end": the
+    model keeps its class and shapes. After training `result` is the `PassResult`. Checkpoints of the Trainer contain the
     session.
     """
 
@@ -32,19 +32,19 @@ class SessionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Attach, and take up what a checkpoint holds."""
+        """Attach the pass, and load the session from a checkpoint if training resumes."""
         self.session = attach(model, self.pass_, steps=state.max_steps, cut="end", **self.options)
         file = self._file(args, state)
         if state.global_step and file.is_file():
             self.session.load_state_dict(torch.load(file, weights_only=True))
 
     def on_pre_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
-        """Gradients are complete and unscaled."""
+        """Call `Session.before_step`. The gradients are complete and unscaled now."""
         assert self.session is not None
         self.session.before_step(optimizer)
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """The weights have changed."""
+        """Call `Session.after_step`, since the weights have changed."""
         assert self.session is not None
         self.session.after_step()
 
@@ -54,7 +54,7 @@ class SessionCallback(TrainerCallback):
             torch.save(self.session.state_dict(), self._file(args, state))
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Cut."""
+        """Finish the session, which removes what was held at zero."""
         assert self.session is not None
         self.result = self.session.finish()
 

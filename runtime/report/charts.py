@@ -1,4 +1,8 @@
-"""The report's plots, as SVG that lies inline in a page and takes the page's colours, light or dark."""
+"""The plots of the report as inline SVG in the colours of the page, light or dark.
+
+All functions return the text of an `svg` element. name: a prefix of the ids in it, unique in the page. xtext, ytext: format
+a value on an axis.
+"""
 
 import io
 import re
@@ -13,12 +17,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .reading import BOX
 
-# Drawn in these and then replaced by the page's CSS variables.
+# The plots are drawn in these colours, which are then replaced by the page's CSS variables.
 INK, MUTED, GRID, BEFORE, AFTER, SECOND = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", BEFORE: "before", AFTER: "after", SECOND: "second"}
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text, in the page's font
-    "svg.hashsalt": "graphcomb",  # the same report twice is the same file
+    "svg.fonttype": "none",  # text remains text, in the page's font
+    "svg.hashsalt": "graphcomb",  # constant ids, so that the same report gives the same file
     "font.family": "sans-serif",
     "font.size": 10.5,
     "text.color": INK,
@@ -45,7 +49,7 @@ Text = Callable[[float], str]
 def trade_off(
     name: str, points: Sequence[tuple[float, float, str]], xlabel: str, xtext: Text, ylabel: str, ytext: Text
 ) -> str:
-    """Accuracy over a cost, one point (cost, accuracy, label) per stage from dense to compressed."""
+    """Plot accuracy over a cost. points: (cost, accuracy, label) of every stage from dense to compressed."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(2.7)
         costs, values = [p[0] for p in points], [p[1] for p in points]
@@ -54,7 +58,7 @@ def trade_off(
         axes.plot(costs, values, color=AFTER, linewidth=1.2, alpha=0.6)
         axes.scatter(costs[:1], values[:1], color=BEFORE, s=48, zorder=3)
         axes.scatter(costs[1:], values[1:], color=AFTER, s=48, zorder=3)
-        groups: list[tuple[float, float, list[str]]] = []  # stages at one place share a label
+        groups: list[tuple[float, float, list[str]]] = []  # points close to each other share a label
         for cost, value, label in points:
             near = (g for g in groups if abs(g[0] - cost) < 0.08 * width and abs(g[1] - value) < 0.12 * spread)
             if found := next(near, None):
@@ -62,7 +66,7 @@ def trade_off(
             else:
                 groups.append((cost, value, [label]))
         for cost, value, labels in groups:
-            # Away from the plot's edges, so that no label is cut off.
+            # The label points away from the edges of the plot, so that it is not cut off.
             side = "right" if cost > 0.7 * width else "left" if cost < 0.3 * width else "center"
             offset = (0, -16 if value < min(values) + 0.2 * spread else 9)
             text = ", ".join(labels)
@@ -74,7 +78,7 @@ def trade_off(
 
 
 def profile(name: str, before: Sequence[float], after: Sequence[float], ylabel: str, ytext: Text) -> str:
-    """One value per layer, in the order of the network, before and after. Works for any number of layers."""
+    """Plot one value per layer, before and after, in the order of the network. Any number of layers fits."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(2.5)
         edges = np.arange(len(before) + 1)
@@ -91,9 +95,9 @@ def profile(name: str, before: Sequence[float], after: Sequence[float], ylabel: 
 
 
 def ranges(name: str, rows: Mapping[str, Mapping[str, float]], xlabel: str, xtext: Text) -> str:
-    """How single measurements spread: by row, the middle half as a box, the middle nine tenths as a line, the median.
+    """Plot the distribution of measurements, one row each: p25 to p75 as a box, p5 to p95 as a line, and the median.
 
-    rows: percentiles by row, with at least the keys of `BOX`.
+    rows: percentiles by label of the row, with at least the keys of `BOX`; the first row is the reference.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(max(2.3, 0.9 + 0.5 * len(rows)))
@@ -112,7 +116,7 @@ def ranges(name: str, rows: Mapping[str, Mapping[str, float]], xlabel: str, xtex
 
 
 def curves(name: str, series: Mapping[str, Sequence[tuple[float, float]]], texts: Mapping[str, Text]) -> str:
-    """Training curves over epochs: one panel per series, side by side."""
+    """Plot training curves side by side. series: (epoch, value) by label. texts: by label, formats a value."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.3), layout="constrained")
         for i, (label, points) in enumerate(series.items()):
@@ -140,8 +144,8 @@ def _axis(axes: Axes, xlabel: str, xtext: Text, ylabel: str, ytext: Text) -> Non
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The figure as an `svg` element for a page with other such elements: no global style, ids of its own, page
-    colours, the size left to the page."""
+    """Return a figure as an `svg` element for a page with other such elements: without global style and size, with ids that
+    begin with `name`, in the page's colours."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What devices measured, as the report shows it: a section for each device, times of layers, errors of predictions."""
+"""The report's sections on measurements of devices: latencies, times of layers, and errors of predictions."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,25 +13,26 @@ from ..summary import Summary
 from .reading import SIDES, pairs
 from .text import against, change, counted, exact, milliseconds, number, off
 
-SLOWEST = 20  # kernels of each model that are listed
+SLOWEST = 20  # number of kernels of each model that the report lists
 MODES = {"graph": "CUDA graph", "stream": "one by one"}
 Kernel = tuple[set[int], list[str], float]  # indices of the layers it computes, its names, milliseconds
 
 
 def device_name(results: Device, default: str) -> str:
-    """The model of the device that measured."""
+    """Return the name of the model of the measured device."""
     return str(results.device.get("model") or default)
 
 
 def median(model: DeviceModel) -> float | None:
-    """Median milliseconds of a run on a device, in a CUDA graph where it could be."""
+    """Return the median milliseconds of a run on a device, as a CUDA graph if it was measured so; None if unknown."""
     run = model.latency.get("graph") or model.latency.get("stream")
     return (run.gpu_ms or run.host_ms).get("median") if run else None
 
 
-# ------------------------------------------------------------------------------------ against what the run predicted
+# ----------------------------------------------------------------------------------------- compared with predictions
 def compared(summary: Summary) -> list[tuple[str, list[float], str]]:
-    """Where the target was measured, the milliseconds before and after, and in words how far the prediction is off."""
+    """Return (place, measured milliseconds before and after, text with the prediction's error) for each place where the
+    target was measured: this machine and devices."""
     prediction = summary.prediction
     if prediction is None:
         return []
@@ -49,8 +50,10 @@ def compared(summary: Summary) -> list[tuple[str, list[float], str]]:
 
 
 def profiled_layers(summary: Summary) -> dict[str, str]:
-    """What a device's profiler measured for the kernel of each layer, in words. A kernel that computes several layers is
-    shown with the one that has the most multiply-accumulates."""
+    """Return by layer, in words, what a device's profiler measured for its kernel.
+
+    A kernel that computes several layers is assigned to the one with the most multiply-accumulates.
+    """
     texts: dict[str, str] = {}
     for results, names in _same_target(summary):
         by_layer: dict[str, list[tuple[float, int]]] = {}
@@ -68,7 +71,8 @@ def profiled_layers(summary: Summary) -> dict[str, str]:
 
 
 def _same_target(summary: Summary) -> list[tuple[Device, tuple[str, str]]]:
-    """Devices' results of what the prediction is for, with the names of the dense and the compressed model."""
+    """Return the results of devices with the prediction's target and precision, with the names of their dense and their
+    compressed model."""
     prediction, same = summary.prediction, []
     for results in summary.devices:
         names, bundle = list(results.models), results.bundle
@@ -79,13 +83,13 @@ def _same_target(summary: Summary) -> list[tuple[Device, tuple[str, str]]]:
 
 # ---------------------------------------------------------------------------------------------- a section per device
 def device_section(results: Device) -> dict[str, Any]:
-    """What one device measured: a row for each model and way to run it, and the slowest kernels."""
+    """Return the section on one device for the template: a row for each model and mode, and the slowest kernels."""
     roofline, precisions = _roofline(results), _precisions(results)
     wrong = {name for name, model in results.models.items() if _wrong(model.parity)}
     rows, slowest = [], []
     for name, precision in precisions.items():
         fitting = roofline if roofline is not None and precision == roofline.dtype else None
-        # A ratio says nothing where the outputs of either model are wrong.
+        # A ratio means nothing if the outputs of one of its two models are wrong.
         rows += _rows(results, name, fitting, bool(wrong & {next(iter(results.models)), name}))
         slowest += _slowest(results, name, fitting)
     return {
@@ -98,14 +102,14 @@ def device_section(results: Device) -> dict[str, Any]:
 
 
 def _precisions(results: Device) -> dict[str, str]:
-    """The precision of each model, which need not be the one that the bundle was asked for."""
+    """Return the precision of each model, by default the one that the bundle was asked for."""
     bundle = results.bundle
     precisions = {name: model.precision for name, model in bundle.models.items()}
     return {name: precisions.get(name) or bundle.precision or "" for name in results.models}
 
 
 def _rows(results: Device, name: str, roofline: Roofline | None, wrong: bool) -> list[dict[str, Any]]:
-    """A row for each way in which a model was run."""
+    """Return a row of texts for each mode in which a model was run. wrong: whether its ratio is of wrong outputs."""
     model, rows = results.models[name], []
     watts, energy = model.power.total_mw, model.power.energy_mj
     for mode, run in model.latency.items():
@@ -131,13 +135,13 @@ def _rows(results: Device, name: str, roofline: Roofline | None, wrong: bool) ->
 
 
 def _wrong(parity: DeviceParity) -> bool:
-    """Whether a model's outputs are not those of the reference."""
+    """Return whether a model's outputs differ from the reference by more than the tolerance, or are not known to agree."""
     error = number(parity.error)
     return error is None or (parity.tolerance is not None and error > parity.tolerance)
 
 
 def _predicted(roofline: Roofline | None, results: Device, name: str) -> str:
-    """A run's predicted time, with how far it is off, in words."""
+    """Return the predicted time of a run and its error in words; empty if there is no prediction."""
     layers, measured = _layers(results, name), median(results.models[name])
     if roofline is None or not layers or not measured:
         return ""
@@ -163,7 +167,7 @@ def _facts(results: Device, roofline: Roofline | None, precisions: Mapping[str, 
 
 
 def _slowest(results: Device, name: str, roofline: Roofline | None) -> list[tuple[Any, ...]]:
-    """The kernels that took longest: model, names, milliseconds, share of the run, predicted time and its bound."""
+    """Return (model, names, milliseconds, share of the run, predicted time, bound) of the slowest kernels."""
     profile = _kernels(results, name)
     whole = sum(ms for _, _, ms in profile) or 1.0
     return [
@@ -175,7 +179,7 @@ def _slowest(results: Device, name: str, roofline: Roofline | None) -> list[tupl
 def _estimate(
     roofline: Roofline | None, layers: list[BundledLayer], which: Iterable[int], launches: int
 ) -> tuple[str, str]:
-    """Predicted time of a kernel and what bounds it, in words; empty where its layers are not known."""
+    """Return the predicted time of a kernel and its bound in words; empty texts if its layers are unknown."""
     if roofline is None or not which:
         return "", ""
     estimates = [roofline.estimate(from_dict(layers[i].to_dict())) for i in sorted(which)]
@@ -184,17 +188,17 @@ def _estimate(
 
 
 def _layers(results: Device, name: str) -> list[BundledLayer]:
-    """The layers of a bundle's model."""
+    """Return the layers of a bundle's model."""
     return results.bundle.models[name].layers if name in results.bundle.models else []
 
 
 def _kernels(results: Device, name: str) -> list[Kernel]:
-    """The kernels of a model's profile, with the layers that each computes."""
+    """Return the kernels of a model's profile with the layers that each computes."""
     return kernels(results.models[name].to_dict(), [layer.to_dict() for layer in _layers(results, name)])
 
 
 def _roofline(results: Device) -> Roofline | None:
-    """A roofline calibrated with the results themselves, where they allow it."""
+    """Return a roofline that is calibrated with these results; None if that is not possible."""
     try:
         return Roofline.calibrated(results.to_dict())
     except GraphcombError:

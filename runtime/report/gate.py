@@ -1,6 +1,7 @@
-"""The gate for CI: a build or a measurement is compared with an earlier one, and what got worse is named.
+"""A gate for continuous integration: compare a build or a measurement with an earlier one (the baseline), and report what
+got worse.
 
-Kernels are matched by the ONNX nodes they compute, since libraries number them anew in every build. Source: ours.
+Kernels are matched by the ONNX nodes they compute, since their numbers change in every build. Source: ours.
 """
 
 import re
@@ -13,12 +14,12 @@ from ...graph.files import read_json
 from ..formats import Format, read, says
 from ..summary import Origin, Pad
 
-GROWTH = 0.05  # of an engine or its memory, which may come from another choice of kernels
-NUMBER = re.compile(r"_myl\d+_\d+$")  # of a generated kernel
+GROWTH = 0.05  # largest relative growth of an engine or its memory: another choice of kernels may cause as much
+NUMBER = re.compile(r"_myl\d+_\d+$")  # the numbers in the name of a generated kernel
 
 
 class BuiltKernel(Format):
-    """What the gate reads of a kernel (`summary.Kernel`)."""
+    """The fields of a kernel (`summary.Kernel`) that the gate reads."""
 
     name: str
     nodes: list[str] = says("ONNX nodes that it computes", default=[])
@@ -26,21 +27,23 @@ class BuiltKernel(Format):
 
 
 class Build(Format):
-    """What the gate reads of an engine report (`summary.Engine`), of which earlier versions may have written less."""
+    """The fields of an engine report (`summary.Engine`) that the gate reads; earlier versions have fewer of them."""
 
     target: str | None = None
     precision: str | None = None
     kernels: list[BuiltKernel]
-    pads: list[Pad] = says("axes computed wider than the model has them", default=[])
-    origins: dict[str, Origin] = says("by ONNX node", default={})
-    unread: list[str] = says("lines of the build log about kernels that could not be read", default=[])
-    bytes: int | None = says("of the engine file", default=None)
-    memory: dict[str, int] = says("bytes by purpose", default={})
+    pads: list[Pad] = says("axes that the engine computes with a larger size than the model", default=[])
+    origins: dict[str, Origin] = says("by name of the ONNX node, where it was exported from", default={})
+    unread: list[str] = says("lines of the build log about kernels that graphcomb could not parse", default=[])
+    bytes: int | None = says("size of the engine file in bytes", default=None)
+    memory: dict[str, int] = says("memory in bytes by purpose", default={})
 
 
 def read_baseline(path: Path, target: str) -> list[Build]:
-    """The engine reports for a target to compare with: a file of `graphcomb build --json`, or a run's summary.json, which
-    may have several. Raises BadInput for anything else."""
+    """Read the engine reports of a target from a file of `graphcomb build --json` or from a run's summary.json.
+
+    Raises BadInput for a file that cannot be read, has no engine report, or none of this target.
+    """
     try:
         stored = read_json(path)
     except BadInput as error:
@@ -60,7 +63,7 @@ def read_baseline(path: Path, target: str) -> list[Build]:
 
 
 def choose(rows: list[Build], precision: str) -> Build:
-    """The report of a precision, or one that says none. Raises BadInput where all are of others."""
+    """Return the first report of a precision, else the first without a precision. Raises BadInput if there is neither."""
     for wanted in (precision, None):
         if match := next((row for row in rows if row.precision == wanted), None):
             return match
@@ -69,11 +72,11 @@ def choose(rows: list[Build], precision: str) -> Build:
 
 
 def compare(build: Build, baseline: Build) -> list[str]:
-    """What is worse than in the baseline, a line each; empty when the build passes.
+    """Return one line for everything that is worse than in the baseline; empty if the build passes.
 
-    Worse is a kernel that only pads where the baseline has none for these nodes, a kernel whose description in the build
-    log cannot be read, more kernels that compute, and an engine file, weights, activations or scratch memory that grew
-    by more than `GROWTH`.
+    These are worse: more kernels that only pad for the same nodes; a line of the build log about a kernel that could not be
+    parsed and that the baseline does not have; more kernels that compute; and an engine file, weights, activations or
+    scratch memory that grew by more than `GROWTH`.
     """
     before, now = _padding(baseline), _padding(build)
     worse = []
@@ -102,8 +105,11 @@ Ratios = dict[str, dict[str, float]]
 
 
 def read_ratios(path: Path) -> Ratios:
-    """By model, and way to run it, how many times faster than its reference an earlier measurement found it: of a file of
-    `graphcomb bench --out`, of a bundle's results.json, or of a run's summary.json. Raises BadInput for anything else."""
+    """Read the measured ratios from a file of `graphcomb bench --out`, from results.json of a bundle or from summary.json.
+
+    Returns the percentiles and the interval of each ratio by model, for a bundle by "model (mode)". A ratio says how many
+    times faster than the reference the model is. Raises BadInput for a file without measured ratios.
+    """
     try:
         stored = read_json(path)
     except BadInput as error:
@@ -115,7 +121,7 @@ def read_ratios(path: Path) -> Ratios:
 
 
 def ratios(stored: Any) -> Ratios:
-    """The measured ratios of a `Bench`, or of what a bundle measured, as JSON has them, with their intervals."""
+    """Return the ratios with intervals, in the form of `read_ratios`, from the parsed JSON of one of its files."""
     if isinstance(stored, dict) and isinstance(stored.get("bench"), dict):
         stored = stored["bench"]
     rows = stored.get("ratios") if isinstance(stored, dict) else None
@@ -127,8 +133,11 @@ def ratios(stored: Any) -> Ratios:
 
 
 def compare_ratios(now: Ratios, baseline: Ratios) -> list[str]:
-    """What is slower than in the baseline, a line each. A model is slower where the interval of its ratio to the reference,
-    both measured in turns, lies wholly below the baseline's; one that was not measured is named, too."""
+    """Return one line for every model that is slower than in the baseline or has no ratio now.
+
+    A ratio says how many times faster than the reference a model is, both measured in turns. A model is slower if the
+    whole interval of its ratio is below the interval of the baseline.
+    """
     worse = []
     for name, old in baseline.items():
         if (new := now.get(name)) is None:
@@ -148,6 +157,6 @@ def _advice(pad: Pad) -> str:
 
 
 def _padding(build: Build) -> Counter[tuple[str, ...]]:
-    """How many kernels only pad, by the nodes they pad for (by name where the library names no nodes)."""
+    """Count the kernels that only pad by the nodes they pad for, or by name if the library names no nodes."""
     kernels = [kernel for kernel in build.kernels if kernel.padding]
     return Counter(tuple(sorted(kernel.nodes or (NUMBER.sub("", kernel.name),))) for kernel in kernels)

@@ -1,4 +1,4 @@
-"""The top of the report: the sentence under the title, and a tile for each headline figure."""
+"""The top of the report: the sentence below the title, and a tile for each headline figure."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from .text import against, change, counted, exact, milliseconds, number, percent
 
 @dataclass
 class Tile:
-    """One headline figure: label, value, and a line below it. state "watch" draws attention."""
+    """One headline figure: label, value, and a line of detail. state: "watch" highlights the tile."""
 
     label: str
     value: str
@@ -21,7 +21,7 @@ class Tile:
 
 
 def lead(summary: Summary) -> str:
-    """How much smaller and faster the program became, in one sentence."""
+    """Return one sentence on how much smaller and faster the program became."""
     parts = []
     for key, noun in (("macs", "multiply-accumulates"), ("params", "parameters")):
         if (ratio := costs(summary, key)[2]) is not None:
@@ -32,7 +32,7 @@ def lead(summary: Summary) -> str:
 
 
 def tiles(summary: Summary) -> list[Tile]:
-    """The headline figures that the summary has."""
+    """Return a tile for each headline figure that the summary has."""
     found = [
         *_quality(summary),
         *_costs(summary),
@@ -88,7 +88,7 @@ def _latency(summary: Summary) -> list[Tile]:
     if target is None or target.backend == "onnxruntime":
         if predicted is not None:
             details.append(f"predicted {times(predicted)}, {100 * abs(predicted / ratio - 1):.0f}\u00a0% off")
-    else:  # measured on another device than it is predicted for
+    else:  # the target is another device than the measured processor
         if predicted is not None:
             details.append(f"predicted {times(predicted)} on {target.name}")
         details.append(f"says nothing of {target.name}, where padding, start-up of kernels and memory weigh otherwise")
@@ -116,13 +116,13 @@ def _surgery(summary: Summary) -> list[Tile]:
 
 
 def _parity(summary: Summary) -> list[Tile]:
-    """How far the file is off that the engines were built from."""
+    """Return a tile with the error of the ONNX file that the engines were built from."""
     files = {"fp32": number(summary.onnx_parity), "fp16": number(summary.onnx_parity_fp16)}
     errors = {name: error for name, error in files.items() if error is not None}
     if not errors:
         return []
     wanted = summary.precision or next((engine.precision for engine in summary.engines), "")
-    # An INT8 engine is built from a file in fp16 or fp32; without a word about it, from the least exact one.
+    # An INT8 engine is built from a file in fp16 or fp32. If the summary does not say which, take the less exact one.
     precision = wanted if wanted in errors else max(errors, key=lambda name: errors[name])
     export = summary.onnx.get(precision)
     details = [

@@ -8,14 +8,20 @@ from ..summary import Predicted, PredictedLayer, Record, Summary
 from .devices import compared
 from .text import change, counted, size
 
-IN_SIGHT = 20  # of longer tables, the most expensive rows stay in sight and the rest is folded
+IN_SIGHT = 20  # number of the most expensive rows that a longer table shows; the others are folded
 
 
 @dataclass
 class LayerRow:
-    """A layer's output channels (None where it has none), MACs and predicted milliseconds (None where nothing is
-    predicted), dense and compressed. work: padded MACs and bytes, in words; bound: what bounds its time; verdict: why it
-    will not profit from fewer channels; measured: of its kernel, in words."""
+    """One row of the table of layers; a pair is (dense, compressed).
+
+    - name, kind: name of the layer's weight or node, and its kind.
+    - channels: output channels; None for a layer without channels.
+    - macs: multiply-accumulates. ms: predicted milliseconds; None without a prediction.
+    - work: text on padding and bytes. bound: what bounds its time.
+    - verdict: why it gains nothing from fewer channels.
+    - measured: text on the measured time of its kernel.
+    """
 
     name: str
     kind: str
@@ -31,26 +37,29 @@ class LayerRow:
 def layer_rows(
     records: Iterable[Record], predicted: list[PredictedLayer], profiled: Mapping[str, str]
 ) -> list[LayerRow]:
-    """The layers over all passes: as the first pass that names one found it, and as the last one left it; then with what
-    is predicted, in the order of the prediction. profiled: in words, by name."""
+    """Return the rows of all layers that the passes' records or the prediction list.
+
+    Values before are those of the first record with the layer, values after those of the last. Layers with a prediction come
+    first, in its order. profiled: texts on measured times by name of the layer.
+    """
     recorded = _recorded(records)
     rows = [_predicted(row, recorded, profiled) for row in predicted]
     return [*rows, *recorded.values()]
 
 
 def longest_bars(rows: Iterable[LayerRow]) -> dict[str, float]:
-    """The largest value in each column of the table that has bars."""
+    """Return the largest value of each column with bars: channels, macs and ms."""
     columns = {key: [pair for row in rows if (pair := getattr(row, key))] for key in ("channels", "macs", "ms")}
     return {key: max(map(max, pairs), default=0) or 1 for key, pairs in columns.items()}
 
 
 def slowest(rows: list[LayerRow]) -> list[LayerRow]:
-    """The rows that stay in sight: those that take longest, or compute most where nothing is predicted."""
+    """Return the IN_SIGHT rows with the longest predicted time, or the most multiply-accumulates without a prediction."""
     return sorted(rows, key=lambda row: (max(row.ms or (0.0,)), row.macs[0]), reverse=True)[:IN_SIGHT]
 
 
 def _recorded(records: Iterable[Record]) -> dict[str, LayerRow]:
-    """The layers that the passes' records list, by name."""
+    """Return the rows of the layers in the passes' records, by name."""
     rows: dict[str, LayerRow] = {}
     for layer in (layer for record in records for layer in record.layers):
         old, new = layer.channels.before[-1], layer.channels.after[-1]
@@ -62,7 +71,7 @@ def _recorded(records: Iterable[Record]) -> dict[str, LayerRow]:
 
 
 def _predicted(layer: PredictedLayer, recorded: dict[str, LayerRow], profiled: Mapping[str, str]) -> LayerRow:
-    """The row of a layer that the prediction lists; it is taken out of the recorded ones where it is among them."""
+    """Return the row of a layer in the prediction: its row in `recorded`, which is removed there, or a new one."""
     sides = [layer.before, layer.after]
     present = [side for side in sides if side]
     row = recorded.pop(layer.name, None)
@@ -80,13 +89,14 @@ def _predicted(layer: PredictedLayer, recorded: dict[str, LayerRow], profiled: M
 
 
 def _padding(sides: Iterable[Predicted]) -> str:
-    """How much the kernels' padding adds to the multiply-accumulates; empty where it adds nothing."""
+    """Return a text on the share of multiply-accumulates that padding adds; empty if it adds none."""
     added = [side.padded_macs / side.macs - 1 for side in sides if side.macs and side.padded_macs]
     return f"padding adds {change(f'{100 * share:.0f}' for share in added)} %" if any(added) else ""
 
 
 def prediction_facts(summary: Summary) -> list[tuple[str, str]]:
-    """What predicts the time, how far off it is, and how much of it will not fall with the channels."""
+    """Return names and texts of facts on the prediction: its source, its errors, and the share of the time that fewer
+    channels do not reduce."""
     prediction = summary.prediction
     if prediction is None:
         return [("predicted time", f"none: {summary.prediction_note}")] if summary.prediction_note else []

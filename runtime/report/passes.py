@@ -1,4 +1,4 @@
-"""The report's account of the passes: a row each, what they left alone and why, and kernels they added."""
+"""The report's sections on the passes: a row for each, what they left unchanged and why, and kernels they added."""
 
 import re
 from collections.abc import Iterable
@@ -8,20 +8,20 @@ from typing import Any
 from ..summary import Record, Scores
 from .text import exact, number, plain, score_format
 
-# A reason of the comb's: the node that froze the axis, where that is in the source, and why.
+# A reason given by the comb: the node that froze the axis, the place in the source, and why.
 REASON = re.compile(r"^(\S+)(?: \((.*)\))?: (.+)$", re.DOTALL)
 
 
 @dataclass
 class Refusal:
-    """All that was left alone for one reason: what, and where the reason lies."""
+    """Everything that was left unchanged for the same reason. items: (what, the node and source line that cause it)."""
 
     why: str
     items: list[tuple[str, str]] = field(default_factory=list)
 
 
 def pass_row(record: Record) -> dict[str, Any]:
-    """A pass as the report shows it."""
+    """Return the row of a pass for the template."""
     cost, scores = record.cost, record.accuracy or Scores(before=None, after=None)
     score = score_format(scores.before, scores.after, metric=scores.metric)
     return {
@@ -36,7 +36,7 @@ def pass_row(record: Record) -> dict[str, Any]:
 
 
 def refusals(records: Iterable[Record]) -> list[Refusal]:
-    """What was left alone, by reason, the most frequent first."""
+    """Group what was left unchanged by reason, the most frequent first."""
     groups: dict[str, Refusal] = {}
     for refused in (row for record in records for row in record.refused):
         reason = REASON.match(refused.why)
@@ -49,7 +49,8 @@ def refusals(records: Iterable[Record]) -> list[Refusal]:
 
 
 def kernel_facts(records: Iterable[Record]) -> list[tuple[str, str]]:
-    """Where a pass left more kernels than there were, and what computes for a softmax that has nothing left to choose."""
+    """Return names and texts of facts on kernels: passes that increased their number, and nodes that compute only for a
+    softmax with a single entry left."""
     facts = []
     for record in records:
         kernels = record.kernels
@@ -67,5 +68,5 @@ def kernel_facts(records: Iterable[Record]) -> list[tuple[str, str]]:
 
 
 def _short(place: str | None) -> str:
-    """The end of a source path, with the line and its text."""
+    """Shorten a source path to its last folder and file; the line number and its text remain."""
     return re.sub(r"^\S*/([^/\s]+/[^/\s]+:\d+)", r"\1", place or "")

@@ -1,4 +1,4 @@
-"""Which plots the report shows of a summary, each with its numbers in words for those who do not see it."""
+"""Choose the plots that the report shows of a summary, and describe each in words for readers who cannot see it."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -11,12 +11,12 @@ from .layers import LayerRow
 from .reading import costs, timings
 from .text import count, milliseconds, number, plain_score, si, tick_format
 
-Plot = tuple[str, str, str]  # caption, SVG, its numbers in words
+Plot = tuple[str, str, str]  # caption, SVG, description in words
 Point = tuple[float, float, str]  # cost, accuracy, stage
 
 
 def plots(summary: Summary, layers: list[LayerRow]) -> list[tuple[str, Markup]]:
-    """Caption and SVG of every plot that the summary has the numbers for."""
+    """Return the caption and the SVG of every plot for which the summary has the numbers."""
     drawn = [
         *_trade_offs(summary, _trajectory(summary)),
         *_profiles(layers),
@@ -27,12 +27,12 @@ def plots(summary: Summary, layers: list[LayerRow]) -> list[tuple[str, Markup]]:
 
 
 def _described(svg: str, words: str) -> Markup:
-    """An image with a description for those who do not see it."""
+    """Add a description in words to an SVG, for screen readers."""
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(words)}"', 1))
 
 
 def _trade_offs(summary: Summary, path: list[Point]) -> Iterable[Plot]:
-    """Accuracy against multiply-accumulates, and against every latency that was measured before and after."""
+    """Yield plots of accuracy over multiply-accumulates, and over each latency that was measured before and after."""
     if len(path) < 2:
         return
     metric = summary.metric
@@ -58,7 +58,7 @@ def _trade_offs(summary: Summary, path: list[Point]) -> Iterable[Plot]:
 
 
 def _profiles(layers: list[LayerRow]) -> Iterable[Plot]:
-    """MACs, output channels and predicted time over the layers."""
+    """Yield plots of multiply-accumulates, output channels and predicted time of each layer."""
 
     def plot(caption: str, name: str, values: list[tuple[float, float]], text: Callable[[float], str]) -> Plot:
         before, after = [pair[0] for pair in values], [pair[1] for pair in values]
@@ -99,8 +99,8 @@ def _training(series: Mapping[str, list[tuple[float, float]]], metric: str) -> I
 
 
 def _trajectory(summary: Summary) -> list[Point]:
-    """MACs, accuracy and name of the dense program and of every stage whose accuracy is known. Stages that change
-    neither are one point."""
+    """Return (MACs, accuracy, name) of the dense program and of every stage with a known accuracy. Stages with equal values
+    are one point."""
     first, last, _ = costs(summary, "macs")
     points = [(first, summary.accuracy_before, "dense")]
     for record in summary.passes:
@@ -115,7 +115,7 @@ def _trajectory(summary: Summary) -> list[Point]:
 
 
 def _epochs(records: list[Record]) -> dict[str, list[tuple[float, float]]]:
-    """Loss and accuracy over the epochs of all passes, as far as they were noted."""
+    """Return (epoch, value) of loss and accuracy over the epochs of all passes, for the epochs that recorded them."""
     series: dict[str, list[tuple[float, float]]] = {}
     for i, epoch in enumerate((epoch for record in records for epoch in record.epochs), 1):
         for name, value in (("loss", number(epoch.loss)), ("accuracy", number(epoch.val))):

@@ -1,4 +1,4 @@
-"""What several sections of the report read from a run's summary, and the command line too."""
+"""Values of a run's summary that several sections of the report, and the command line, need."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,29 +7,29 @@ from ..summary import Summary
 from .text import plain
 
 SIDES = ("before", "after")
-BOX = ("p5", "p25", "median", "p75", "p95")  # percentiles that show how single measurements spread
+BOX = ("p5", "p25", "median", "p75", "p95")  # percentiles that a plot of a distribution shows
 
 
 def pairs(values: Mapping[str, Any], keys: Iterable[str] | None = None) -> list[tuple[str, str]]:
-    """Names and values as text, without those that are empty."""
+    """Return (name, value as text) of all values, or those of `keys`, that are not empty."""
     chosen = values.keys() if keys is None else keys
     return [(str(key), plain(values[key])) for key in chosen if values.get(key) not in (None, "", [], {})]
 
 
 def costs(summary: Summary, key: str) -> tuple[float | None, float | None, float | None]:
-    """A cost ("macs" or "params") before and after, and how many times fewer."""
+    """Return a cost before and after, and before divided by after. key: "macs" or "params". None is unknown."""
     cost, ratio = summary.cost, getattr(summary, f"{key}_ratio")
     return (None, None, ratio) if cost is None else (getattr(cost.before, key), getattr(cost.after, key), ratio)
 
 
 def timings(summary: Summary) -> dict[str, dict[str, float]]:
-    """Percentiles of the latency in ms by model, of the models that have them all."""
+    """Return the percentiles of the latency in milliseconds by model, for models with all percentiles of BOX."""
     rows = summary.bench.timings if summary.bench else []
     return {row.name: row.ms for row in rows if row.ms.keys() >= set(BOX)}
 
 
 def latency_place(summary: Summary) -> str:
-    """What measured a run's latencies: library, precision, threads and processor, batch; as far as the summary says."""
+    """Return a text on how a run's latencies were measured: library, precision, threads, processor and batch."""
     environment = summary.bench.environment if summary.bench else {}
     threads, library = environment.get("threads"), environment.get("versions", {}).get("onnxruntime")
     where = environment.get("cpu") or "the processor of the machine that ran the recipe"

@@ -1,6 +1,6 @@
-"""The report: one self-contained HTML file about a run, made from its summary.
+"""Write the report on a run, one self-contained HTML file, from its `Summary` (docs/formats.md).
 
-It reads a `Summary` (docs/formats.md), any part of which may be empty and is then left out of the report.
+Parts of the summary that are empty are left out of the report.
 """
 
 import datetime
@@ -33,10 +33,10 @@ PAD_TEXTS = {
 
 
 def write_report(summary: Summary | Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Write the HTML report of a run's summary to `path`; returns the path.
+    """Write the HTML report on a run to `path` and return the path.
 
-    summary: of a run, or what its JSON file holds, where parts may be missing. Raises BadInput, one line that names the
-    field, for one that is not a summary, and for a file that cannot be written.
+    summary: a run's summary, or the parsed JSON of summary.json, in which fields may be missing. Raises BadInput for a value
+    that is no summary, naming the first wrong field, and for a file that cannot be written.
     """
     path = Path(path)
     page = render(summary if isinstance(summary, Summary) else read_summary(summary, "report"))
@@ -46,7 +46,7 @@ def write_report(summary: Summary | Mapping[str, Any], path: str | os.PathLike[s
 
 
 def render(summary: Summary) -> str:
-    """The report as HTML text."""
+    """Return the report as HTML text."""
     source = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FILTERS
@@ -54,7 +54,7 @@ def render(summary: Summary) -> str:
 
 
 def sections(summary: Summary) -> dict[str, Any]:
-    """What the page shows of a summary, by its sections."""
+    """Return the sections of the report for the template, by name."""
     predicted = summary.prediction.layers if summary.prediction else []
     layers = layer_rows(summary.passes, predicted, profiled_layers(summary))
     return {
@@ -78,7 +78,7 @@ def sections(summary: Summary) -> dict[str, Any]:
 
 
 def _engine(engine: Engine) -> dict[str, Any]:
-    """An engine: library, kernels, padded axes, quantisation that buys nothing."""
+    """Return the section on an engine for the template: library, kernels, padded axes, quantisation that saves nothing."""
     return dict(engine) | {
         "title": f"{engine.backend} {engine.version}".strip(),
         "padding": sum(kernel.padding for kernel in engine.kernels),
@@ -91,7 +91,7 @@ def _engine(engine: Engine) -> dict[str, Any]:
 
 
 def _pad(engine: Engine, pad: Pad) -> dict[str, Any]:
-    """A padded axis, with the passes that changed its nodes."""
+    """Return a padded axis for the template, with the passes that changed its nodes."""
     passes = [name for node in pad.nodes if node in engine.origins for name in engine.origins[node].passes]
     alignment = "none" if pad.alignment is None else str(pad.alignment)
     return dict(pad) | {"alignment": alignment, "origin": ", ".join(dict.fromkeys(passes))}

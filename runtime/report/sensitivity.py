@@ -1,4 +1,4 @@
-"""The page of options: what each saves and loses by itself, in a table whose columns sort."""
+"""Write the HTML page of `graphcomb sensitivity`: a sortable table of what each option saves and loses by itself."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from .text import number, round_percent, short_ms
 
 
 def render(options: Sequence[Mapping[str, Any]], model: str, target: str) -> str:
-    """The page as HTML text. options: with what, kind, option, saves_ms, saves, loss, measured, price and note."""
+    """Return the page as HTML text. options: rows with the fields of `graphcomb.sensitivity.Option`."""
     source = resources.files(__package__).joinpath("sensitivity.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
@@ -24,10 +24,10 @@ def render(options: Sequence[Mapping[str, Any]], model: str, target: str) -> str
 
 
 def _figure(value: float) -> str:
-    """A loss or a price in few digits."""
+    """Format a loss or a price with few digits; a dash if it is not finite."""
     return "–" if number(value) is None else f"{value:.3g}"
 
 
 def _key(value: float) -> float:
-    """What a number sorts by; those that are none come last."""
+    """Return the sort key of a number; numbers that are not finite come last."""
     return value if math.isfinite(value) else 1e300

@@ -1,4 +1,4 @@
-"""Numbers as the report writes them: with units, few digits, and a dash where there is no number."""
+"""Format numbers for the report: with units and few digits, and as a dash if there is no finite number."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def number(value: float | None) -> float | None:
-    """Return the value if it is a finite number."""
+    """Return the value if it is a finite number, else None."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def si(value: float | None) -> str:
-    """A count in steps of a thousand: 4.09 G."""
+    """Format a count with an SI prefix: 4.09 G."""
     scaled = number(value)
     if scaled is None:
         return "–"
@@ -23,24 +23,24 @@ def si(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes: 10.6 MB."""
+    """Format a number of bytes: 10.6 MB."""
     count = number(value)
     return "–" if count is None else f"{si(count)}{'' if abs(count) >= 999.5 else ' '}B"
 
 
 def count(value: float | None) -> str:
-    """A whole number with thousands separated."""
+    """Format a whole number with separated thousands: 4,096."""
     valid = number(value)
     return "–" if valid is None else f"{valid:,.0f}"
 
 
 def counted(how_many: int, noun: str) -> str:
-    """A number of things: 1 layer, 2 layers."""
+    """Format a number of things: 1 layer, 2 layers."""
     return f"{how_many} {noun}{'s' * (how_many != 1)}"
 
 
 def exact(value: float | None) -> str:
-    """A small error: 3.1e-14, and 0 for none at all."""
+    """Format an error: 3.1e-14, 0 for none; an empty text if it is unknown."""
     error = number(value)
     if error is None:
         return ""
@@ -48,70 +48,71 @@ def exact(value: float | None) -> str:
 
 
 def times(ratio: float) -> str:
-    """A ratio: 3.94×."""
+    """Format a ratio: 3.94×."""
     return f"{ratio:.3g}×" if ratio < 100 else f"{ratio:,.0f}×"
 
 
 def against(ratio: float, better: str, worse: str) -> str:
-    """A ratio in words: 3.94× faster, 1.1× slower."""
+    """Format a ratio in words: 3.94× faster, 1.1× slower."""
     return f"{times(ratio)} {better}" if ratio >= 1 or ratio <= 0 else f"{times(1 / ratio)} {worse}"
 
 
 def off(predicted: float, measured: float) -> str:
-    """How far a prediction is off, relative to what was measured: +12 %."""
+    """Format the error of a prediction relative to the measured value: +12 %."""
     return f"{predicted / measured - 1:+.0%}".replace("-", "−").replace("%", "\u00a0%")
 
 
 def percent(value: float | None) -> str:
-    """A share with two digits after the point: 98.33 %."""
+    """Format a share with two digits after the point: 98.33 %."""
     share = number(value)
     return "–" if share is None else f"{100 * share:.2f}\u00a0%"
 
 
 def round_percent(value: float) -> str:
-    """A share on an axis, with no more digits than the tick has."""
+    """Format a share on an axis of a plot, without trailing zeros: 98.5 %."""
     return f"{100 * value:.6g} %"
 
 
 def plain_score(value: float | None) -> str:
-    """A figure of quality that is not a share."""
+    """Format a score that is not a share: 0.4213."""
     score = number(value)
     return "–" if score is None else f"{score:.4g}"
 
 
 def score_format(*values: float | None, metric: str) -> Callable[[float | None], str]:
-    """How to write the values of a metric: in percent when it is an accuracy and all of them are shares."""
+    """Return the format of the values of a metric: `percent` for an accuracy whose values are all between 0 and 1, else
+    `plain_score`."""
     share = metric.endswith("accuracy") and all(0 <= value <= 1 for value in values if value is not None)
     return percent if share else plain_score
 
 
 def tick_format(values: Iterable[float], metric: str) -> Callable[[float], str]:
-    """How to write a metric along an axis."""
+    """Return the format of the values of a metric on an axis of a plot."""
     return round_percent if score_format(*values, metric=metric) is percent else plain_score
 
 
 def milliseconds(value: float) -> str:
-    """Milliseconds with their unit: 4.25 ms."""
+    """Format milliseconds with the unit: 4.25 ms."""
     return f"{value:.3g} ms"
 
 
 def short_ms(value: float) -> str:
-    """Milliseconds without the unit."""
+    """Format milliseconds without the unit: 4.25."""
     return f"{value:.3g}"
 
 
 def seconds(value: float) -> str:
-    """Seconds, in milliseconds below a tenth of one."""
+    """Format seconds: 12.3 s; below 0.1 s as milliseconds."""
     return milliseconds(1000 * value) if value < 0.1 else f"{value:.1f} s"
 
 
 def change(texts: Iterable[str]) -> str:
-    """Before and after: "64 → 32", or once where they are the same."""
+    """Join texts before and after: "64 → 32", or a single text if they are equal."""
     return " → ".join(dict.fromkeys(texts))
 
 
 def plain(value: Any) -> str:
-    """Any JSON value on one line, without quotes and brackets."""
+    """Format any JSON value in one line, without quotes and brackets."""
     if isinstance(value, Mapping):
         return ", ".join(f"{k}={plain(v)}" for k, v in value.items())
     if isinstance(value, list | tuple):
