@@ -52,7 +52,7 @@ VECTOR_PRODUCTS = {
 # ------------------------------------------------------------------------------------------ normalisations and reductions
 NORMS = names("layer_norm group_norm instance_norm rms_norm")  # normalise by moments of their own input
 SOFTMAXES = names("softmax log_softmax _softmax _log_softmax _safe_softmax")
-DEVIATIONS = names("var std var_mean std_mean")  # undefined over too few entries
+DEVIATIONS = names("var std var_mean std_mean")  # undefined for too few entries
 REDUCTIONS = DEVIATIONS | names(
     "mean sum nansum amax amin linalg_vector_norm norm logsumexp prod all any aminmax frobenius_norm count_nonzero"
 )

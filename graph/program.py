@@ -166,7 +166,7 @@ class Program:
 
     @known_cost.setter
     def known_cost(self, cost: dict[str, Any] | None) -> None:
-        """For the graph as it is now."""
+        """Set the cost that belongs to the present graph."""
         self._known = None if cost is None else (cost, _fingerprint(self._module))
 
     # ----------------------------------------------------------------------------------------------------- storage

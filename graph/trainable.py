@@ -102,7 +102,7 @@ class _Generated:
     def __get__(self, module: Any, owner: type | None = None) -> Any:
         if module is None:
             return self
-        fx.GraphModule.recompile(module)  # replaces this attribute in the module's own class
+        fx.GraphModule.recompile(module)  # sets `forward` in the module's own class, in place of this descriptor
         return module.forward
 
 

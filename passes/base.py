@@ -1,4 +1,4 @@
-"""What a pass is: a frozen dataclass whose fields are its recipe options, mapping a program to a new one."""
+"""The base of passes: a pass is a frozen dataclass whose fields are its recipe options; it maps a program to a new one."""
 
 from __future__ import annotations
 

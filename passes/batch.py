@@ -1,4 +1,4 @@
-"""What a data loader yields: one batch, split into inputs and labels."""
+"""One batch of a data loader, split into inputs and labels."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass

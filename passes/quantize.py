@@ -1,4 +1,4 @@
-"""INT8 in the graph: symmetric fake quantisation that exports as Q/DQ, calibrated on data."""
+"""The pass that quantises to INT8 in the graph: symmetric fake quantisation that exports as Q/DQ, calibrated on data."""
 
 import logging
 from collections.abc import Callable, Sequence

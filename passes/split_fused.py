@@ -1,4 +1,4 @@
-"""Split fused projections (qkv, kv) so that their parts can have widths of their own."""
+"""The pass that splits fused projections (qkv, kv), so that their parts can have widths of their own."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar

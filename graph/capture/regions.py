@@ -1,4 +1,4 @@
-"""Regions of the user's code inlined: `torch.no_grad()` becomes detach, `torch.autocast` becomes casts."""
+"""Inlining of regions of the user's code: `torch.no_grad()` becomes detach, `torch.autocast` becomes casts."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _cast_inputs(node: fx.Node, device: Any, dtype: Any) -> None:
     values = {n: n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)}
     if not values:
         return
-    fresh = {n: v.detach() for n, v in values.items()}  # autocast caches casts of leaves
+    fresh = {n: v.detach() for n, v in values.items()}  # copies, since autocast caches casts of leaves
     mode, seen = next(iter(values.values())).fake_mode, _CastsSeen({id(v): n for n, v in fresh.items()})
 
     def run(env: dict[fx.Node, Any]) -> Any:

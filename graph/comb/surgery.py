@@ -93,7 +93,7 @@ class Slicer:
                 size = graph.call_function(torch.ops.aten.sym_size.int, (self.env[node], dim))
                 size.meta["val"] = node.meta["val"].shape[dim]
                 result = size if result is None else _product(graph, result, size)
-            assert result is not None  # there is at least one source
+            assert result is not None  # since `sources` is not empty
             return result if static == 1 else _product(graph, result, static)
 
     def _source(self, user: fx.Node, factors: Axis) -> tuple[fx.Node, int] | None:

@@ -76,7 +76,7 @@ def not_trained(comb: Comb, groups: Iterable[Group]) -> dict[str, str]:
 
 
 def require_no_pattern(program: Program, groups: Iterable[Group]) -> None:
-    """Raise Refused where removing indices of these groups would break a pattern of zeros."""
+    """Raise Refused if removing indices of these groups would break a pattern such as 2:4."""
     sparse, shrinking = sparse_weights(program), {member for g in groups for member in g.members}
     for name, pattern in sparse.items():
         if pattern and (name, 1) in shrinking:
@@ -87,8 +87,8 @@ def require_no_pattern(program: Program, groups: Iterable[Group]) -> None:
 
 
 def alike(comb: Comb, groups: Iterable[Group]) -> list[list[Group]]:
-    """The groups, those of one kind together: which take part in the same operators in the same places as often as one
-    another, with the same kernel sizes and norms (Isomorphic Pruning, arXiv 2407.04616)."""
+    """The groups by kind. Groups are of one kind if they take part in the same operators, as the same arguments and equally
+    often, with the same kernel sizes (Isomorphic Pruning, arXiv 2407.04616)."""
     reads: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
     for node in comb.module.graph.nodes:
         if is_operator(node):
@@ -104,7 +104,7 @@ def alike(comb: Comb, groups: Iterable[Group]) -> list[list[Group]]:
 
 
 def _nearest(pattern: str, known: list[str]) -> str:
-    """The end of an error message: the name, or the pattern for a part of the network, that is most like this one."""
+    """The end of an error message: the most similar name, or pattern for a part of the network."""
     parts = [name.split(".") for name in known]
     patterns = [".".join(p[:n]) + ".*" for p in parts for n in range(1, len(p))]
     close = difflib.get_close_matches(pattern, dict.fromkeys([*known, *patterns]), n=1, cutoff=0.5)

@@ -264,7 +264,7 @@ class _Problem:
             for atom, options in self.options.items():
                 at = options.index(sizes[atom])
                 before = self.predictor.around(atom, sizes)
-                for to in range(at - 1, -1, -1):  # a chunk that saves nothing by itself may with the next one
+                for to in range(at - 1, -1, -1):  # a chunk that saves nothing by itself may save time with the next one
                     saved = before - self.predictor.around(atom, {**sizes, atom: options[to]})
                     if saved > 0 and (not held or self.enough({**sizes, atom: options[to]})):
                         useful = min(saved, total - self.budget)

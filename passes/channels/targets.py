@@ -311,19 +311,19 @@ class SharedChooser:
         return {self.comb.groups[i].atom: n for i, n in chosen.items()}
 
     def require(self) -> None:
-        """See `Chooser`."""
+        """Raise Unreachable in all processes, see `Chooser.require`."""
         agreed(lambda: self._chooser.require())
 
     def require_macs(self, sizes: Sizes) -> None:
-        """See `Chooser`."""
+        """Raise Unreachable in all processes, see `Chooser.require_macs`."""
         agreed(lambda: self._chooser.require_macs(sizes))
 
     def record(self, sizes: Sizes) -> dict[str, Any]:
-        """See `Chooser`."""
+        """See `Chooser.record`."""
         return agreed(lambda: self._chooser.record(sizes))
 
     def latency_record(self, sizes: Sizes) -> dict[str, Any]:
-        """See `Chooser`."""
+        """See `Chooser.latency_record`."""
         return agreed(lambda: self._chooser.latency_record(sizes))
 
 
@@ -336,7 +336,7 @@ def untrained(unscored: Mapping[str, str]) -> str:
 
 
 def nothing_to_prune(comb: Comb) -> str:
-    """Why none of a program's groups may shrink."""
+    """The message for a program in which no group may shrink."""
     frozen = [f"{g.name}: {g.frozen}" for g in comb.groups if g.frozen]
     others = len(comb.groups) - len(frozen)
     return (
@@ -347,9 +347,11 @@ def nothing_to_prune(comb: Comb) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """What `RemoveChannels` was asked to do with one program: the groups that may shrink or that a plan fixes, what chooses
-    their sizes, the groups that training gives no score or a class cannot express (with the reason), the plan's rows by
-    group, and which groups are tied."""
+    """What `RemoveChannels` has to do with one program.
+
+    groups: those that may shrink, or that a plan fixes. chooser: chooses their sizes. unscored: groups that training cannot
+    score or a class cannot express, with the reason. planned: the plan's rows by group name. ties: which groups are tied.
+    """
 
     comb: Comb
     groups: list[Group]

@@ -267,7 +267,7 @@ class Pruner(Callback):
     ) -> dict[str, Any]:
         """Repair the network that an event leaves, in place; returns the record. module: the network before the event. old:
         the masks before it."""
-        before = self._cut(module, {}, old)  # a copy: the module itself is tapped and in training
+        before = self._cut(module, {}, old)  # a copy, since the module itself has taps and is in train mode
         removed: Removed = {}
         for name, dims in tensors.items():
             sizes = fetch(module, name).shape

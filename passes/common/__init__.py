@@ -1,1 +1,1 @@
-"""What several passes need: processes, seeds and fingerprints, losses, scores."""
+"""What several passes share: processes, seeds and fingerprints, losses, scores."""

@@ -159,7 +159,7 @@ def _add(digest: Any, value: Any, seen: dict[int, Any], depth: int) -> None:
 
     try:
         _add_parts(digest, value, add)
-    except Exception:  # an object that does not let itself be looked at
+    except Exception:  # an object whose parts cannot be read
         digest.update(b"unseen")
     if isinstance(value, (list, tuple, torch.Tensor)):  # two equal ones and one that occurs twice hash alike
         del seen[id(value)]

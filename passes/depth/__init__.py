@@ -1,1 +1,1 @@
-"""Removal of whole blocks: which there are, what they save, how they fade and what stands in their place."""
+"""Removal of whole blocks: finding them, pricing them, fading them in training, and their pruned forms."""

@@ -1,4 +1,4 @@
-"""Depth pruning: fewer, simpler layers, by the four stages of UPDP."""
+"""The pass that prunes depth: fewer, simpler layers, by the four stages of UPDP."""
 
 import dataclasses
 import functools

@@ -52,7 +52,7 @@ def relax(
     relaxer = _Relaxer(copied.graph_module, settled, tail, fitted)
     if blocks and not settled:
         relaxer.add_switches(len(blocks))
-    branches = [[] if b.dropped else branches_of(relaxer.nodes, b) for b in blocks]  # as they are before any rewrite
+    branches = [[] if b.dropped else branches_of(relaxer.nodes, b) for b in blocks]  # found before any rewrite
     for index, (block, paths) in enumerate(zip(blocks, branches, strict=True)):
         relaxer.block(index, block, paths)
     relaxer.edit.finish()
@@ -164,7 +164,9 @@ class _Relaxer:
         normed = self._batch_norm(value, channel_axis(self.graph, value), None)
         if op_name(act) != "prelu":
             return self._call(act.target, normed, *act.args[1:], **act.kwargs)
-        slopes = fetch(self.module, str(arguments(act)["weight"].target)).detach()  # of channels inside the block
+        slopes = fetch(
+            self.module, str(arguments(act)["weight"].target)
+        ).detach()  # one for each channel inside the block
         slope = self.edit.store(f"{self.folder}.slope", torch.nn.Parameter(slopes.mean().reshape(1)))
         return self._call(act.target, normed, slope)
 

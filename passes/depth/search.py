@@ -1,4 +1,4 @@
-"""The evolutionary search for the blocks that are missed least (UPDP's second stage, the details ours)."""
+"""The evolutionary search for the blocks that are missed least (UPDP's second stage; the details are ours)."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Calibrator:
         ]
         for node in self.norms:
             set_argument(node, "training", True)
-            set_argument(node, "momentum", 1.0)  # leaves the statistics of the batch behind
+            set_argument(node, "momentum", 1.0)  # the running statistics become those of the batch
 
     @torch.no_grad()
     def __call__(self, only: str = "") -> None:

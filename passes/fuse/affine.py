@@ -95,8 +95,8 @@ class Geometry:
         dilation = [math.gcd(a, b) or 1 for a, b in zip(self.steps(), second.steps(self.stride), strict=True)]
         spans = zip(self.span, second.span, self.stride, dilation, strict=True)
         padding = zip(self.padding, second.padding, self.stride, strict=True)
-        # One step of the second map is `s` steps of the input, so its taps lie s * dilation apart there and its zeros
-        # count s times. Taps of both lie on the grid of their greatest common distance, with zeros between them.
+        # One step of the second map is `s` steps in the input of the first, so there its taps lie s * dilation apart and
+        # each of its padding zeros is s zeros. The taps of both lie on the grid of their greatest common distance.
         return Geometry(
             second.outputs,
             self.inputs,
@@ -236,7 +236,7 @@ class Kernel:
         total = self.weight.new_zeros(result.outputs, result.inputs // result.groups, *result.extent)
         for kernel in (self, other):
             g = kernel.geometry
-            taps = []  # of the common kernel, by dimension
+            taps = []  # for each dimension, where this kernel's taps lie in the common kernel
             for offset, step, count, dilation in zip(
                 g.offsets(left), g.steps(), g.extent, result.dilation, strict=True
             ):

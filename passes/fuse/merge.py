@@ -37,10 +37,9 @@ class Failure:
 class Merger:
     """Merges what it can in a copy of a program, each merge after it was checked.
 
-    Merged weights are kept in float64 beside their rounded values, so that chains of merges round once and checks see
-    the algebra alone. wrong: merges that must not be done: the name of the node of `program` whose value each gives,
-    with the reason.
-    checked: false does without the checks, for a program of which only the structure counts.
+    Merged weights are kept in float64 beside their rounded values, so that chains of merges round once and checks see the
+    algebra alone. wrong: merges that must not be done: the name of the node of `program` whose value each gives, with the
+    reason. checked: False leaves the checks out, for a program of which only the structure is used.
     """
 
     def __init__(self, program: Program, seed: int, wrong: Mapping[str, str], checked: bool = True):
@@ -49,7 +48,7 @@ class Merger:
         self.program, self.seed = program, seed
         self.module: TrainableModule = copied.graph_module.eval()
         self.graph, self.edit = self.module.graph, Editor(self.module)
-        # For every node the node of the original program that has the same value.
+        # For every node, the node of the original program with the same value.
         self.twins: dict[fx.Node, fx.Node] = dict(zip(self.graph.nodes, program.graph.nodes, strict=True))
         self.generator = torch.Generator().manual_seed(seed)
         self.sparse = sparse_weights(program)

@@ -38,7 +38,7 @@ class Merge:
 
     @property
     def source(self) -> fx.Node:
-        """The node whose value it reads."""
+        """The node whose value the map reads."""
         return self.parts[0].source
 
     @property

@@ -92,7 +92,7 @@ class Regions:
     def step(self, node: fx.Node) -> Step | None:
         """The affine map whose value the node is, if one precision is kept throughout; else None."""
         step = self._any_precision(node)
-        # Float64 checks cannot see where the precision changes, so a merge keeps to one.
+        # The float64 checks cannot see a change of precision, so a merge stays within one precision.
         return step if step and all(dtype(n) == dtype(step.source) for n in step.nodes) else None
 
     def _any_precision(self, node: fx.Node) -> Step | None:

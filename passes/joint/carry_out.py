@@ -1,4 +1,4 @@
-"""A decision as passes: depth first, then widths, then the repair of both against the dense network. Source: ours."""
+"""From a decision to passes: depth first, then widths, then a repair of both against the dense network. Source: ours."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .space import Space
 
 @dataclass(frozen=True)
 class Decision:
-    """Which blocks go, and how many indices each group keeps, of those that lose some; all by name."""
+    """The names of the blocks that go, and how many indices each group keeps, by the names of the groups that lose some."""
 
     blocks: tuple[str, ...] = ()
     widths: Mapping[str, int] = field(default_factory=dict)
 
 
 def decision(problem: Problem, choice: Choice) -> Decision:
-    """A choice by names."""
+    """The decision of a choice, by names."""
     blocks = tuple(b.name for b, gone in zip(problem.blocks, choice.gone, strict=True) if gone)
     widths = {
         axis.name: axis.sizes[k]
@@ -34,10 +34,10 @@ def decision(problem: Problem, choice: Choice) -> Decision:
 
 
 def passes(space: Space, decided: Decision, importance: str, samples: int) -> list[Pass]:
-    """The passes that carry a decision out on the space's program, in their order.
+    """The passes that carry out a decision on the space's program, in their order.
 
-    importance, samples: of `RemoveChannels` and `Repair`. Raises BadInput for a group that goes with a block, which
-    cannot have a size of its own too.
+    importance, samples: the options of `RemoveChannels` and `Repair`. Raises BadInput for a group that keeps a size
+    although its block goes, and for a block that cannot go.
     """
     steps: list[Pass] = []
     if decided.blocks:
@@ -49,7 +49,7 @@ def passes(space: Space, decided: Decision, importance: str, samples: int) -> li
 
 
 def kept(space: Space, decided: Decision) -> dict[str, float]:
-    """By the name of each group of the program without the blocks, what `RemoveChannels.keep` asks for."""
+    """The option `keep` of `RemoveChannels` for the program without the blocks. Raises BadInput as `passes` does."""
     gone = indices(space, decided.blocks)
     form = space.form(gone)
     here = form.here([g for g in space.groups if g.name in decided.widths])
@@ -66,7 +66,7 @@ def kept(space: Space, decided: Decision) -> dict[str, float]:
 
 
 def indices(space: Space, names: Collection[str]) -> list[int]:
-    """The indices of blocks by their names. Raises BadInput for a block that is not there or cannot go."""
+    """The indices of blocks, ascending, by their names. Raises BadInput for a block that is not there or cannot go."""
     places = {block.name: i for i, block in enumerate(space.blocks)}
     for name in names:
         if name not in places:

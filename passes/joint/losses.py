@@ -1,14 +1,13 @@
-"""The loss table: one thing replaced in the dense network, repaired, and what that changes in its outputs.
+"""The loss table: one part of the dense network is replaced and repaired, and the change of the outputs is measured.
 
-The loss of a program is its divergence from the dense one on calibration images that the repair did not see: of class
-scores the Kullback-Leibler divergence in nats, mean over samples and positions; of other outputs that of two Gaussians
-of the dense output's variance, half the mean square of the change in its units (ours). Outputs add up, and labels are
-not needed.
+The loss of a program is its divergence from the dense one on calibration images that the repair did not see. For class
+scores it is the Kullback-Leibler divergence in nats, averaged over samples and positions; for other outputs that of two
+Gaussians with the dense output's variance, which is half the mean square of the change in units of that variance (ours).
+The losses of several outputs are added, and labels are not needed.
 
-A block is measured as it goes. A width is measured at one or two of its sizes; between them the curve has the shape of
-the importance scores added up, and its scale is interpolated on a logarithmic axis. What was measured is kept in a
-file, so that an interrupted table goes on where it stopped. Source: replace-one-thing scores as in Puzzle (arXiv
-2411.19146).
+A block is measured as removed. A width is measured at one or two of its sizes; between them the curve has the shape of the
+cumulated importance scores, with a scale that is interpolated logarithmically. Measured losses are stored in a file, so
+that an interrupted table continues. Source: replace-one-thing scores as in Puzzle (arXiv 2411.19146).
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ from ..depth.prune_depth import PruneDepth
 from ..repair.repair import Repair
 from .space import Space
 
-LITTLE = 1e-12  # losses below are zero
+LITTLE = 1e-12  # losses and sums below this count as this, so that they have a logarithm
 
 
 @dataclass(frozen=True)
 class Images:
-    """Calibration batches: those that repair looks at, and those on which losses are measured. held_out: whether they
-    are different ones."""
+    """Calibration batches. repair: those for repairs. judge: those on which losses are measured. held_out: whether the two
+    differ."""
 
     repair: list[Any]
     judge: list[Any]
@@ -56,8 +55,8 @@ class Images:
 
 
 def take(context: Context, samples: int) -> Images:
-    """Share the first batches of the data out, until there are so many samples for the repair: every other one judges.
-    Raises BadInput without data."""
+    """Divide the first batches of the data between repair and judge by turns, until each has about this many samples.
+    Raises BadInput without data or batches."""
     if context.data is None:
         raise BadInput("tune: needs images (labels are not needed); pass data=")
     with seeded(context.seed, context.data):
@@ -77,8 +76,8 @@ def _size(raw: Any) -> int:
 
 
 class Divergence:
-    """How far a program's outputs are from the dense one's on some batches. Raises BadInput for batches that all give
-    the same outputs, on which nothing can be told apart."""
+    """Measures how far a program's outputs are from the dense program's, on the given batches. Raises BadInput for batches
+    that all give the same outputs, since nothing could be told apart."""
 
     def __init__(self, dense: Program, batches: list[Any]):
         self.feed = Feed(dense)
@@ -99,7 +98,7 @@ class Divergence:
         return len(rows) < 2 or float((rows - rows[:1]).abs().max()) > 1e-9 * float(rows.abs().max() + 1e-30)
 
     def _outputs(self, program: Program) -> list[list[torch.Tensor]]:
-        """The floating-point outputs of each batch."""
+        """The floating-point outputs of a program, for each batch."""
         module, device = program.graph_module, accelerator().device
         with evaluating(module), placed(module, device), torch.no_grad():
             return [self._floats(module, batch.to(device)) for batch in self.batches]
@@ -109,7 +108,7 @@ class Divergence:
         return [t.cpu() for t in flatten_outputs(outputs) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
     def __call__(self, program: Program) -> float:
-        """The loss of a program; infinite where outputs are not finite."""
+        """The loss of a program; infinite if its outputs are not finite."""
         total, count = 0.0, 0
         for ours, theirs in zip(self.dense, self._outputs(program), strict=True):
             size = len(ours[0])
@@ -130,21 +129,21 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Curve:
-    """The loss of a group at any size. sums: of the scores of the n least important indices. measured: losses by
-    size."""
+    """The loss of a group at any size. size: of the whole group. sums: sums[n] adds up the scores of the n least important
+    indices. measured: losses by size."""
 
     size: int
     sums: np.ndarray
     measured: Mapping[int, float]
 
     def __call__(self, size: int) -> float:
-        """The loss when so many indices are left."""
+        """The loss when this many indices are left."""
         if size in self.measured:
             return self.measured[size]
         return float(self.sums[self.size - size]) * self._scale(size)
 
     def _scale(self, size: int) -> float:
-        """What the sums are multiplied with, log-linear in the size between what was measured and constant beyond."""
+        """The factor of the sums at a size: log-linear between measured sizes, and constant beyond them."""
         known = [
             (n, math.log(max(loss, LITTLE) / max(float(self.sums[self.size - n]), LITTLE)))
             for n, loss in sorted(self.measured.items())
@@ -159,9 +158,9 @@ class Curve:
 class Losses:
     """The loss table of a space.
 
-    importance: in which order a group loses its indices, a name of `RemoveChannels.importance`. samples: images for
-    repair; as many judge. points: at how many sizes each width is measured, 1 or 2. folder: where the measured losses
-    are kept; None for nowhere.
+    importance: the order in which a group loses its indices, a name of `RemoveChannels.importance`. samples: number of
+    images for repair, and as many to judge. points: number of sizes at which each width is measured, 1 or 2. folder: where
+    the measured losses are stored; None for nowhere.
     """
 
     def __init__(
@@ -195,7 +194,7 @@ class Losses:
         return value
 
     def _scores(self, importance: str) -> Iterable[tuple[Group, np.ndarray]]:
-        """The importance of every index of every group, finite and not negative."""
+        """The groups with the importance of their indices, finite and not negative."""
         groups = self.space.groups
         if any(f"scores {g.name}" not in self.known for g in groups):
             found = importance_of(importance)(self.space.comb, groups, self.context, self.samples)
@@ -207,7 +206,7 @@ class Losses:
         return [(g, self.scores[g.name]) for g in groups]
 
     def measure(self, progress: bool = False) -> None:
-        """Measure what the table lacks."""
+        """Measure the losses that the table lacks."""
         widths = [(g, n) for g in self.space.groups for n in self._points(g)]
         with bar(progress, "losses", len(widths) + len(self.space.blocks)) as update:
             for done, (g, n) in enumerate(widths, 1):
@@ -223,7 +222,7 @@ class Losses:
         return sorted({smaller[len(smaller) // 2], *([smaller[0]] if self.points > 1 else [])})
 
     def width(self, group: Group, size: int) -> float:
-        """The loss with so many indices of one group left and its readers repaired."""
+        """The loss when this many indices of one group are left and its readers are repaired."""
         key = f"width {group.name} {size}"
         if key not in self.known:
             mask = np.ones(group.size, dtype=bool)
@@ -237,12 +236,12 @@ class Losses:
         repair = Repair(samples=self.samples)
         if self._shared is None:
             self._shared = repair.images(self.space.program, self.context)
-        # Patterns are names as they are: those of parameters hold none of the special characters.
+        # The names of parameters serve as patterns, since they have no special characters.
         replace(repair, include=readers).apply(self.space.program, smaller, removed, self.context, self._shared)
         return _stored(self.divergence(smaller))
 
     def block(self, block: Block) -> float:
-        """The loss without one block, the layers behind it repaired; infinite where it cannot go by itself."""
+        """The loss without one block, after a repair of the layers behind it; infinite if the block cannot go by itself."""
         key = f"block {block.name}"
         if key not in self.known:
             try:
@@ -253,13 +252,13 @@ class Losses:
         return _number(self.known[key])
 
     def curve(self, group: Group) -> Curve:
-        """The loss of a group by its size, with what was measured of it."""
+        """The loss of a group by its size, with the losses measured so far."""
         own = f"width {group.name} "
         measured = {int(k.removeprefix(own)): _number(v) for k, v in self.known.items() if k.startswith(own)}
         return Curve(group.size, self.sums[group.name], measured | {group.size: 0.0})
 
     def at(self, group: Group, sizes: Iterable[int]) -> tuple[float, ...]:
-        """The losses of a group at some sizes, ascending: never less at a smaller one."""
+        """The losses of a group at the given sizes, in ascending order of size; they never rise with the size."""
         curve, losses, most = self.curve(group), [], 0.0
         for n in sorted(sizes, reverse=True):
             most = max(most, 0.0 if n == group.size else curve(n))
@@ -268,7 +267,7 @@ class Losses:
 
 
 def _stored(loss: float) -> float | None:
-    """A loss as JSON holds it."""
+    """A loss as a JSON value; None for infinity."""
     return loss if math.isfinite(loss) else None
 
 

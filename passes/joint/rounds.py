@@ -1,10 +1,10 @@
-"""Rounds of choosing, building and measuring: predictions are corrected by what the built network shows. Source: ours.
+"""Rounds of choosing, building and measuring: what the built network shows corrects the predictions. Source: ours.
 
-Losses do not add up and predicted times are off, so the chosen network is built and its loss and its time measured. The
-first round also builds what widths alone and blocks alone would be for the same budget: the ratio of their measured to
-their predicted losses scales the losses of all widths and of all blocks, which is what the choice between the two hangs
-on. The ratio of measured to predicted time scales the budget. The best network within the budget wins, the single
-methods' included, so that on the calibration images the result is never worse than they are.
+Losses do not add up and predicted times are off, so the chosen network is built, and its loss and its time are measured.
+The first round also builds the networks that widths alone and blocks alone would give for the same budget: the ratios of
+their measured to their predicted losses scale the losses of all widths and of all blocks, on which the choice between the
+two depends. The ratio of measured to predicted time scales the budget. The best network within the budget wins, those of
+the single methods included, so that on the calibration images the result is never worse than they are.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from .solve import Solved, solve
 from .tables import Tables
 
 ROUNDS = 2
-OVER = 1.02  # times a budget that still counts as within it: what repeated measurements differ by
+OVER = 1.02  # a time of up to this multiple of a budget is within it, since repeated measurements differ
 NEAR = 0.1  # share of a budget by which the achieved latency may be off before the run says that it missed
-TRIES = 4  # choices whose structure is looked at before one is built
+TRIES = 4  # most choices whose structure is checked before one is built
 
 
 @dataclass(frozen=True)
 class Built:
-    """A network that was built: what was decided, how ("joint", "widths" or "blocks"), and its loss and seconds as
-    predicted and as measured (of the seconds: as predicted layer by layer, where the target is not at hand)."""
+    """A network that was built: the decision, how it was made ("joint", "widths" or "blocks"), and its loss and seconds,
+    both as measured and as predicted. (Without the target device, the measured seconds are predicted, too, layer by layer.)
+    """
 
     decided: Decision
     how: str
@@ -45,7 +46,7 @@ class Built:
 
 @dataclass
 class Correction:
-    """What tables are multiplied with: seconds, and losses of widths and of blocks."""
+    """The factors by which the tables are multiplied: of seconds, and of the losses of widths and of blocks."""
 
     seconds: float = 1.0
     widths: float = 1.0
@@ -54,10 +55,11 @@ class Correction:
 
 @dataclass
 class Tuner:
-    """Chooses for several budgets with the same tables.
+    """Chooses networks for several budgets with the same tables.
 
-    build: makes the network of a decision. seconds: what a run of a program takes, measured or predicted layer by
-    layer. dense: seconds of the dense program, by the same measure. rounds: how often the joint choice is built.
+    build: makes the network of a decision. seconds: the seconds of a run of a program, measured or predicted layer by
+    layer. rounds: how often the joint choice is built. say: gets a line of text for each network that is built. Attribute
+    `dense`: seconds of the dense program, by the same measure.
     """
 
     tables: Tables
@@ -73,8 +75,9 @@ class Tuner:
         self.correction.seconds = self.dense / self.tables.times.whole
 
     def within(self, budget: float, how: str = "joint") -> Built:
-        """The network that loses least within so many seconds; or of one method alone, "widths" or "blocks". Where none that
-        was built is within, the fastest. Raises Unreachable where the tables know none."""
+        """The network that loses least within a budget in seconds; how: "joint", or one method alone, "widths" or "blocks".
+        If none that was built is within the budget, the fastest of them. Raises Unreachable if no choice in the tables is
+        within the budget."""
         problem, tried = self.tables.problem, []
         part = problem if how == "joint" else problem.only(**{how: True})
         for attempt in range(self.rounds):
@@ -95,8 +98,8 @@ class Tuner:
         return min(inside, key=lambda b: b.loss) if inside else min(tried, key=lambda b: b.seconds)
 
     def losing(self, loss: float) -> Built:
-        """The fastest network that loses no more than so much. Raises Unreachable where even the dense one would be
-        it."""
+        """The fastest network that loses no more than `loss`. Raises Unreachable if no network that was built loses as
+        little."""
         problem, best, bound = self.tables.problem, None, loss
         for _ in range(self.rounds + 1):
             found = solve(self._scaled(problem), loss=bound, connects=self.tables.space.connects)
@@ -115,7 +118,7 @@ class Tuner:
         return problem.scaled(self.correction.widths, self.correction.blocks)
 
     def _choose(self, problem: Problem, budget: float) -> Solved | None:
-        """The best choice, whose structure really takes what the table says."""
+        """The best choice whose seconds, checked on the program's structure, really are within the budget."""
         allowed = budget / self.correction.seconds
         limit, found = allowed, None
         for _ in range(TRIES):
@@ -129,7 +132,7 @@ class Tuner:
         return found
 
     def _singles(self, problem: Problem, budget: float) -> list[Built]:
-        """What widths alone and blocks alone would be, where each of them can; they correct the losses."""
+        """The networks of widths alone and of blocks alone, as far as these reach the budget; they correct the losses."""
         networks = []
         for how, part in (("widths", problem.only(widths=True)), ("blocks", problem.only(blocks=True))):
             found = self._choose(part, budget) if problem.blocks and problem.axes else None
@@ -143,7 +146,7 @@ class Tuner:
         return networks
 
     def _built(self, problem: Problem, found: Solved, how: str) -> Built:
-        """The network of a choice; each is built once."""
+        """The network of a choice; the same network is built only once."""
         decided = decision(problem, found.choice)
         key = (decided.blocks, tuple(sorted(decided.widths.items())))
         if key not in self.built:
@@ -158,7 +161,7 @@ class Tuner:
         return self.built[key]
 
     def _unreachable(self, problem: Problem, budget: float) -> Unreachable:
-        """The error for a budget below what can be reached: the least, and what freezes it."""
+        """The error for a budget that is too small: the smallest one that can be reached, and what prevents more."""
         fastest, space = solve(problem, connects=self.tables.space.connects), self.tables.space
         least = math.nan if fastest is None else self.correction.seconds * fastest.seconds
         fixed = [*self.tables.fixed.widths, *(n for n, goes in self.tables.fixed.blocks.items() if not goes)]
@@ -173,7 +176,7 @@ class Tuner:
 
 
 def builder(tables: Tables, importance: str, samples: int, context: Context) -> Callable[[Decision], Program]:
-    """What makes the network of a decision, with the passes that a plan would run, on the images for repair."""
+    """A function that makes the network of a decision, with the passes that a plan would run, on the images for repair."""
 
     def build(decided: Decision) -> Program:
         program = tables.space.program

@@ -86,7 +86,7 @@ class _Program:
 
     def _term(self, axes: tuple[int, ...], seconds: np.ndarray, block: int | None, gone: bool) -> None:
         if not axes:
-            assert block is not None  # constants of no block are the problem's
+            assert block is not None  # `joined` adds the constants of no block to the problem's
             self.seconds[self.block + block] += float(seconds) if gone else -float(seconds)
             self.offset += 0.0 if gone else float(seconds)
             return

@@ -1,8 +1,8 @@
-"""What there is to choose from in a program: sizes of its groups, blocks that may go, and which groups go with a block.
+"""The options for a program: sizes of its groups, blocks that may go, and which groups go with a block.
 
-Depth goes first when a choice is carried out, so names and axes of the program without some blocks have to be told from
-those of the program itself. Blocks are pruned node by node and nodes outside keep their names, so the axes of the
-tensors outside say which index space is which (ours).
+Depth goes first when a choice is carried out, so the names and axes of the program without some blocks have to be matched
+with those of the program itself. Blocks are pruned node by node, and nodes outside keep their names, so the axes of the
+tensors outside of blocks tell which index spaces are the same (ours).
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from ..depth.reach import Reach
 from ..depth.relax import relax
 from ..fuse.merge import Merger
 
-SIZES = 6  # of a group, the whole one included
+SIZES = 6  # default number of sizes of a group, the whole one included
 
 
 @dataclass(frozen=True)
 class Form:
-    """The program without some blocks, by structure: what its weights are does not count. twins: of its atoms, those of
-    the program that are the same index space. One may be several here: a residual sum that is gone no longer ties what
-    comes before it to what comes after."""
+    """The structure of the program without some blocks; its weights do not matter. twins: for each of its atoms, the
+    program's atom of the same index space. Several atoms can have one twin, since a residual sum that is gone no longer
+    ties the values before it to those after it."""
 
     comb: Comb
     twins: Mapping[Factor, Factor]
 
     def here(self, groups: Iterable[Group]) -> list[tuple[Group, Group]]:
-        """The groups of the program that are left, each with one that it is here."""
+        """The groups of the program that are left, each with a group of this form; there may be several pairs for one
+        group."""
         known = {g.atom: g for g in groups}
         return [(known[self.twins[g.atom]], g) for g in self.comb.groups if self.twins.get(g.atom) in known]
 
@@ -49,12 +50,12 @@ class Form:
 class Space:
     """The groups of a program that may shrink, the sizes that they may have, and the blocks that may go.
 
-    alignment: sizes are multiples of it, as far as the group's axes need that. count: how many sizes a group has at
-    most. more: by group name, sizes that are wanted besides. progress: whether to show a bar. lazy: leave out which
-    groups go with which block; to find that takes a program without each of the blocks.
+    alignment: sizes are multiples of it, as far as the group's axes require that. count: most sizes of a group. more: by
+    group name, further sizes. progress: whether to show a bar. lazy: do not find out which groups go with which block, for
+    which the program without each of the blocks is needed.
 
-    Attributes: comb; groups; sizes, by group name, smallest first, the whole last; blocks; inner, by group name, the
-    index of the block that takes the group along; refused, by name, why a block cannot go or a group cannot shrink.
+    Attributes: comb; groups; sizes, by group name, smallest first, the whole last; blocks; inner, by group name, the index
+    of the block that contains the group; refused, by name, why a block cannot go or a group cannot shrink.
     """
 
     def __init__(
@@ -88,11 +89,11 @@ class Space:
                 update(index + 1, self.blocks[index].name)
 
     def group(self, name: str) -> Group:
-        """The group of that name that may shrink."""
+        """The group of that name, which must be one that may shrink."""
         return next(g for g in self.groups if g.name == name)
 
     def form(self, gone: Iterable[int]) -> Form:
-        """The program without the blocks of these indices."""
+        """The form of the program without the blocks of these indices."""
         key = frozenset(gone)
         if key not in self._forms:
             blocks = [self.blocks[i] for i in sorted(key)]
@@ -103,7 +104,7 @@ class Space:
             comb = Comb(pruned)
             form = Form(comb, twins(self.comb, comb, {n for b in blocks for n in b.nodes}))
             if len(key) > 1:
-                return form  # there are many of these
+                return form  # not kept, since there are many sets of several blocks
             self._forms[key] = form
         return self._forms[key]
 
@@ -117,16 +118,15 @@ class Space:
 
 
 def _sizes(selection: Selection, group: Group, count: int, more: Collection[int]) -> tuple[int, ...]:
-    """Up to `count` allowed sizes, evenly spaced, and those wanted besides."""
+    """Up to `count` allowed sizes, evenly spaced, and the further ones that are possible."""
     even = {selection.legal(group, group.size * i / count) for i in range(1, count)}
     legal = {n for n in more if group.least <= n <= group.size}
     return tuple(sorted(even | legal | {group.size}))
 
 
 def twins(comb: Comb, other: Comb, apart: Collection[str]) -> dict[Factor, Factor]:
-    """Of the atoms of another program, those of this one that are the same index space, as the tensors that nodes of
-    the same name give say. apart: names of nodes that are no witnesses. Atoms about which witnesses disagree have no
-    twin."""
+    """For the atoms of another program, the atoms of this one that are the same index space, as told by tensors of nodes
+    with the same name. apart: names of nodes to ignore. Atoms for which tensors disagree have no twin."""
     nodes = {n.name: n for n in comb.module.graph.nodes if n.op in ("call_function", "placeholder")}
     found: dict[Factor, Factor] = {}
     doubtful: set[Factor] = set()
@@ -147,7 +147,7 @@ def twins(comb: Comb, other: Comb, apart: Collection[str]) -> dict[Factor, Facto
 
 
 def _pairs(theirs: Sequence[ax.Axis], ours: Sequence[ax.Axis]) -> list[tuple[Factor, Factor]]:
-    """The atoms of two tensors' axes, one by one where they are of the same sizes."""
+    """Pairs of the atoms of two tensors' axes, for axes whose atoms have the same sizes."""
     pairs = []
     if len(theirs) == len(ours):
         for left, right in zip(theirs, ours, strict=True):

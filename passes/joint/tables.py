@@ -1,4 +1,4 @@
-"""Both tables of a program, and the problems that they make for whatever was decided by hand. Source: ours."""
+"""Both tables of a program, and the problem that they make together with the decisions by hand. Source: ours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .times import Times
 
 @dataclass(frozen=True)
 class Fixed:
-    """What was decided by hand: sizes of groups, and whether blocks go, by name."""
+    """The decisions by hand: sizes of groups, and whether blocks go, both by name."""
 
     widths: Mapping[str, int] = field(default_factory=dict)
     blocks: Mapping[str, bool] = field(default_factory=dict)
@@ -27,8 +27,8 @@ class Fixed:
 class Tables:
     """The time table and the loss table of one program.
 
-    fixed: what was decided by hand; its sizes have to be among those of the space. Raises BadInput where that
-    contradicts the program or itself.
+    fixed: the decisions by hand; their sizes must be among those of the space. Raises BadInput if they contradict the
+    program or one another.
     """
 
     def __init__(self, space: Space, times: Times, losses: Losses, fixed: Fixed | None = None):
@@ -38,7 +38,7 @@ class Tables:
 
     @property
     def problem(self) -> Problem:
-        """The choice to make, by what is known now."""
+        """The choice to make, with the losses known by now; blocks that were not measured yet are measured."""
         axes = tuple(self._axis(g.name) for g in self.space.groups)
         blocks = tuple(self._removal(b.name, self.losses.block(b)) for b in self.space.blocks)
         return Problem(axes, blocks, tuple(self.times.terms), self.times.constant)
@@ -57,8 +57,8 @@ class Tables:
         return Removal(name, loss if math.isfinite(loss) else 0.0, goes)
 
     def seconds(self, decided: Decision) -> float:
-        """What the network takes that a decision makes, layer by layer, as predicted. Where blocks that are neighbours
-        go, the table is off: they merge into one layer."""
+        """Predicted seconds of the network of a decision, layer by layer on its own structure. (The time table is off if
+        neighbouring blocks go, since they merge into one layer.)"""
         form = self.space.form(indices(self.space, decided.blocks))
         here = form.here([g for g in self.space.groups if g.name in decided.widths])
         predictor = Predictor(form.comb, self.times.latency)
@@ -66,7 +66,7 @@ class Tables:
 
 
 def check_fixed(space: Space, fixed: Fixed) -> None:
-    """Raise BadInput where what was decided by hand does not fit the program, or contradicts itself."""
+    """Raise BadInput if the decisions by hand do not fit the program, or contradict one another."""
     groups = {g.name: g for g in space.comb.groups}
     movable = {g.name for g in space.groups}
     blocks = {b.name: i for i, b in enumerate(space.blocks)}
@@ -92,6 +92,6 @@ def check_fixed(space: Space, fixed: Fixed) -> None:
 
 
 def latency_of(latency: Latency, space: Space) -> Latency:
-    """The latency model, scaled to the program's own time where it was measured."""
+    """The latency model, scaled to the program's measured time if it has one."""
     anchored = getattr(latency, "anchored", None)
     return latency if anchored is None else anchored(space.program)

@@ -1,10 +1,9 @@
-"""The time table: seconds of every layer at every combination of the sizes that it depends on, with and without its
-block.
+"""The time table: seconds of every layer at every combination of the sizes that it depends on, with and without its block.
 
-A layer of the program counts while its block stays. What a block becomes is read off the program without it: layers
-that stand where its nodes stood, or that have no namesake in the program, count once it is gone, at the sizes of the
-groups that are left. What else changes (a sum that moves into another kernel) is one number a block, exact where
-nothing shrinks. Source: ours.
+A layer of the program counts while its block stays. What a block becomes is seen in the program without it: layers at the
+places of its nodes, and layers without a namesake in the program, count if the block is gone, at the sizes of the remaining
+groups. Other changes (a sum that moves into another kernel) are one number for each block, which is exact if nothing
+shrinks. Source: ours.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from ..common.scoring import bar
 from .problem import Term
 from .space import Form, Space
 
-CELLS = 1300  # combinations of sizes up to which a layer is tabulated as a whole: four groups of six sizes
+CELLS = 1300  # most combinations of sizes for one table of a layer: four groups of six sizes
 
 
 At = Callable[[Sequence[int]], float]
 
 
 class Times:
-    """The terms of a problem in seconds. latency: what predicts layers, and measures what it does not know."""
+    """The terms of a problem, in seconds. latency: predicts layers, and measures those that it does not know."""
 
     def __init__(self, space: Space, latency: Latency, progress: bool = False):
         self.space, self.latency = space, latency
@@ -49,7 +48,7 @@ class Times:
                 atoms = [a for a in self.dense.atoms(index) if a in self.places]
                 blocks = {owner.get(node.name), *(inner.get(self.places[a]) for a in atoms)} - {None}
                 block = min(blocks) if blocks else None  # type: ignore[type-var]
-                # A layer that reads groups inside two blocks has the sizes of one of them only.
+                # A layer that reads groups inside of two blocks depends on the sizes in the first block only.
                 known = [a for a in atoms if inner.get(self.places[a]) in (None, block)]
                 self.terms += self._tables(self.dense, index, {a: a for a in known}, block, False)
                 update(index + 1, "")
@@ -62,13 +61,13 @@ class Times:
                 update(len(nodes) + b + 1, block.name)
 
     def _lives(self, atom: Factor, block: int, inner: Mapping[int, int]) -> bool:
-        """Whether an atom has a size whatever becomes of the block."""
+        """Whether an atom has a size whether the block stays or goes."""
         return inner.get(self.places[atom]) is None
 
     def _pruned(
         self, b: int, names: set[str], outside: set[str], form: Form, pruned: Predictor, twins: dict[Factor, Factor]
     ) -> None:
-        """The terms of what a block becomes."""
+        """Add the terms of what a block becomes."""
         start = len(self.terms)
         for index, node in enumerate(pruned.layers.nodes):
             if node.name in names or node.name not in outside:
@@ -82,7 +81,8 @@ class Times:
     def _tables(
         self, predictor: Predictor, index: int, atoms: Mapping[Factor, Factor], block: int | None, gone: bool
     ) -> list[Term]:
-        """The terms of one layer. atoms: those it depends on, in the predictor's program and in ours."""
+        """The terms of one layer. atoms: by the atoms of the predictor's program that the layer depends on, the space's
+        atoms."""
         ours = list(dict.fromkeys(atoms.values()))
         options = [self.options[a] for a in ours]
         axes = tuple(self.places[a] for a in ours)
@@ -102,9 +102,9 @@ def _table(at: At, options: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def _pairwise(at: At, options: Sequence[Sequence[int]]) -> list[tuple[tuple[int, ...], np.ndarray]]:
-    """A function of many sizes (a long concatenation) as a sum of functions of two: of one size, the hub, and each
-    other, the rest halfway. Exact where it is a product of the hub with a sum of the others, as the arithmetic of a
-    layer that reads a concatenation; the hub is the one that fits random sizes best."""
+    """A function of many sizes (a long concatenation) as a sum of functions of two sizes each: the hub and one other, while
+    the rest have their middle sizes. This is exact for a product of the hub with a sum of the others, such as the
+    arithmetic of a layer that reads a concatenation. The hub is the size for which random combinations fit best."""
     middle = [o[len(o) // 2] for o in options]
     count, best = len(options), None
     draw = np.random.default_rng(0)
@@ -135,5 +135,5 @@ def _pairwise(at: At, options: Sequence[Sequence[int]]) -> list[tuple[tuple[int,
 
 
 def _last(term: Term) -> float:
-    """A term's seconds where nothing shrinks."""
+    """A term's seconds if nothing shrinks."""
     return float(term.seconds[(-1,) * term.seconds.ndim])

@@ -1,1 +1,1 @@
-"""Channels that zeros leave without a purpose."""
+"""Removal of channels that zeros in weights have made useless."""

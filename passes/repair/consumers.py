@@ -16,7 +16,7 @@ from ...graph.program import Program, TrainableModule
 
 Removed = dict[str, dict[int, list[int]]]
 PRODUCTS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-FAINT = 1e-4  # a scale below this share of the largest is not divided by
+FAINT = 1e-4  # one does not divide by a scale below this share of the largest
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ class Fit:
 
     @property
     def why_not(self) -> str:
-        """Why it does not help."""
+        """The reason why the new weights are not used."""
         return "no better on held-out images" if self.before > self.noise else "nothing is lost here"
 
 

@@ -1,1 +1,1 @@
-"""Zeros in weights, and the weights that make up for them."""
+"""Sparsification: choosing the weights that become zero, and adapting the others."""

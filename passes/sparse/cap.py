@@ -70,7 +70,7 @@ def eliminate(
                 full, groups = (left[rows, group] <= 0).unsqueeze(1), closed.view(count, -1, m)
                 groups[rows, group] = groups[rows, group].masked_fill(full, math.inf)
             order[:, start + k], losses[:, start + k] = q, loss.nan_to_num_(math.inf, math.inf)
-        if start + PANEL < steps:  # the whole panel at once, a matrix product instead of `PANEL` outer ones
+        if start + PANEL < steps:  # update for the whole panel: one matrix product instead of `PANEL` outer products
             inverse.baddbmm_(panel.transpose(1, 2), panel, alpha=-1)
     losses = losses.div_(2).cumsum(1)
     if not torch.equal(losses.isfinite().sum(1), due):

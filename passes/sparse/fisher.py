@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...graph.errors import BadInput
 
-CHUNK = 1 << 21  # elements of the matrices worked on together
+CHUNK = 1 << 21  # elements of the matrices that are processed together
 
 
 def chunks(blocks: int, size: int) -> list[slice]:

@@ -171,7 +171,7 @@ class Solver:
         """All blocks of all layers, divided into batches whose Fisher sums fit into the memory."""
         width = torch.finfo(DTYPES[self.method.dtype]).bits // 8
         working = 4 * fisher.CHUNK * 8 + sum(w.numel() for w in self.weights.values()) * 16
-        budget = max(self.method.memory - working, self.method.memory / 4) * 7 / 8  # an eighth holds gradients
+        budget = max(self.method.memory - working, self.method.memory / 4) * 7 / 8  # an eighth is for gradients
         batches: list[list[Piece]] = [[]]
         left = budget
         for layer in self.layers.values():

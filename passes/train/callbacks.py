@@ -61,7 +61,7 @@ class Callback:
         """Set to zero what this callback holds at zero, in the network or in a copy of it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain Python values that a checkpoint has to keep."""
+        """The callback's state for a checkpoint: tensors and plain Python values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> TrainableModule | None:

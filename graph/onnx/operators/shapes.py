@@ -109,7 +109,7 @@ def mod(c: Call) -> Any:
 def unary(c: Call) -> Any:
     x = c.host(0)
     if x.dtype == object and c.step.op in ("Floor", "Ceil"):
-        return x  # a size
+        return x  # a symbolic size is a whole number
     return np.asarray(UNARY[c.step.op](x), dtype=None if x.dtype == object or c.step.op == "Not" else x.dtype)
 
 
@@ -128,7 +128,7 @@ def reduction(c: Call) -> Any:
 def cast(c: Call) -> Any:
     x = c.host(0)
     if x.dtype == object:
-        return x  # sizes stay what they are
+        return x  # symbolic sizes are not cast
     with np.errstate(invalid="ignore"):
         return x.astype(numpy_dtype(c.attribute("to")))
 
