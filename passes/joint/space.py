@@ -102,6 +102,9 @@ class Space:
             merger.run()
             pruned = pruned.derive(rebuild(merger.module), stale=False)
             comb = Comb(pruned)
+            module = pruned.module()
+            for tensor in (*module.parameters(), *module.buffers()):  # a large network has many forms: keep no weights
+                tensor.data = tensor.data.new_zeros(()).expand(tensor.shape)
             form = Form(comb, twins(self.comb, comb, {n for b in blocks for n in b.nodes}))
             if len(key) > 1:
                 return form  # not kept, since there are many sets of several blocks

@@ -1,0 +1,59 @@
+"""Rounds: what is built is never worse than the single methods on the images that judge, and corrects the tables."""
+
+from __future__ import annotations
+
+import pytest
+
+from graphcomb import Context, Unreachable
+from graphcomb.passes.joint.losses import Losses
+from graphcomb.passes.joint.rounds import OVER, Tuner, builder
+from graphcomb.passes.joint.solve import solve
+from graphcomb.passes.joint.space import Space
+from graphcomb.passes.joint.tables import Fixed, Tables
+from graphcomb.passes.joint.times import Times
+
+from .test_tables import measured
+from .toys import PerMac, images, program, trunk
+
+
+def tuner(fixed: Fixed | None = None, slower: float = 1.0) -> Tuner:
+    """Of a residual toy, on a device that takes so many times as long as predicted."""
+    dense, latency = program(trunk(width=8, inner=12, blocks=3), 2, 6, 6), PerMac()
+    space = Space(dense, alignment=2, count=3)
+    losses = Losses(space, Context(data=images(2, 6, 6)), importance="magnitude", samples=32)
+    tables = Tables(space, Times(space, latency), losses, fixed)
+    build = builder(tables, "magnitude", 32, losses.context)
+    return Tuner(tables, build, lambda p: slower * measured(p, latency))
+
+
+def test_the_joint_network_is_never_worse_than_the_single_methods():
+    shared = tuner()
+    for share in (0.8, 0.5):
+        budget = share * shared.dense
+        joint = shared.within(budget)
+        assert joint.seconds <= OVER * budget
+        assert joint.seconds == pytest.approx(joint.predicted_seconds, rel=0.02)
+        for how in ("widths", "blocks"):
+            try:
+                single = tuner().within(budget, how)
+            except Unreachable:
+                continue
+            assert single.seconds > OVER * budget or joint.loss <= single.loss * (1 + 1e-9)
+    assert shared.correction.widths != 1.0  # losses do not add up, and the tables know it now
+
+
+def test_times_are_corrected_by_what_is_measured():
+    slow = tuner(slower=3.0)
+    assert slow.correction.seconds == pytest.approx(3.0)
+    assert slow.within(0.6 * slow.dense).seconds <= OVER * 0.6 * slow.dense
+
+
+def test_what_cannot_be_reached_says_the_least_and_what_freezes_it():
+    fixed = tuner(Fixed({"2.one.weight:0": 12}, {"3": False}))
+    least = fixed.tables.problem
+    message = r"^tune\.latency: \S+ of \S+ ms cannot be reached; (\S+) ms can; fixed by hand: 2.one.weight:0, 3"
+    with pytest.raises(Unreachable, match=message) as error:
+        fixed.within(1e-9)
+    reached = float(str(error.value).split("; ")[1].split()[0]) / 1e3
+    assert reached == pytest.approx(solve(least).seconds, rel=0.01)
+    assert fixed.within(1.05 * reached).seconds <= OVER * 1.05 * reached
