@@ -19,7 +19,7 @@ from graphcomb.graph.workload.layers import Layers
 from graphcomb.runtime.devices.table import get_target
 from graphcomb.runtime.engines.build import build_engine
 from graphcomb.runtime.onnx_file import precision
-from graphcomb.runtime.prediction import table as latency
+from graphcomb.runtime.prediction import latency_table as latency
 from graphcomb.runtime.prediction.latency_table import LatencyTable
 from graphcomb.runtime.prediction.micro_models import COPIES, model
 from graphcomb.runtime.prediction.roofline import Roofline
