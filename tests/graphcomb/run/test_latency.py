@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from graphcomb.runtime.prediction import table
+from graphcomb.runtime.prediction import latency_table
 from graphcomb.runtime.prediction.latency_table import LatencyTable
 
 MODEL = "toys:net"
@@ -72,7 +72,7 @@ def test_a_table_in_half_precision_is_a_file_of_its_own(
     cli, recipe, tmp_path: Path, timed: list[str], monkeypatch
 ) -> None:
     monkeypatch.setenv("GRAPHCOMB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(table, "computes_half", lambda: True)
+    monkeypatch.setattr(latency_table, "computes_half", lambda: True)
     path = recipe(model=MODEL, data=None, inputs=INPUTS, precision="fp16", passes=[HALF], outputs=OUTPUTS)
     assert run(cli, path, tmp_path / "out")["passes"][0]["latency"]["by"].endswith("as the whole program takes")
     assert json.loads((tmp_path / "cache" / "latency-cpu-fp16.json").read_text())["about"]["dtype"] == "fp16"
@@ -96,7 +96,7 @@ def test_a_plan_shows_what_a_latency_leaves(cli, recipe, tmp_path: Path, timed: 
     ],
 )
 def test_mistakes(cli, recipe, tmp_path: Path, monkeypatch, changes: dict, message: str) -> None:
-    monkeypatch.setattr(table, "computes_half", lambda: False)
+    monkeypatch.setattr(latency_table, "computes_half", lambda: False)
     path = recipe(**{"model": MODEL, "data": None, "inputs": INPUTS, "passes": [HALF], "outputs": OUTPUTS} | changes)
     outcome = cli("run", path, "--out", tmp_path / "out")
     assert outcome.code == 2
