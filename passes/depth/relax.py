@@ -69,13 +69,15 @@ def settle(
 ) -> Program:
     """The pruned forms alone, with the trained weights of the relaxed program."""
     result = relax(program, blocks, settled=True, tail=tail, fitted=fitted)
-    trained, module = relaxed.module().state_dict(), result.module()
-    for name, tensor in list(module.state_dict().items()):
-        value = trained[name]
-        if value.shape != tensor.shape:
-            value = centre(value)
-        place_tensor(module, name, like(fetch(module, name), value.detach().clone().to(tensor.dtype)))
-    return result
+    trained = relaxed.module().state_dict()
+
+    def take(name: str, old: Any) -> Any:
+        if name not in trained:
+            return old
+        value = trained[name] if trained[name].shape == old.shape else centre(trained[name])
+        return like(old, value.detach().clone().to(old.dtype))
+
+    return result.derive(rebuild(result.module(), take))
 
 
 class _Relaxer:

@@ -9,7 +9,7 @@ import graphcomb as g
 from graphcomb.graph import sparse as masks
 from graphcomb.graph.errors import BadInput
 from graphcomb.graph.nodes import op_name
-from graphcomb.passes import Distill, Quantize, Sparsify
+from graphcomb.passes import Distill, Fuse, Minimise, Quantize, Sparsify, SplitFused
 from graphcomb.runtime import build_engine, export_onnx
 
 from .toys import draws
@@ -67,6 +67,26 @@ def test_every_layer_reads_quantised_inputs_and_weights(program, result):
     assert found.count("fake_quantize_per_tensor_affine") == 5, "q and k read the same quantised value"
     assert 0 < error(result.program, program) < 1
     result.program.graph.lint()
+
+
+class Projections(nn.Linear):
+    """Queries and keys from one layer."""
+
+    def forward(self, x):
+        q, k = super().forward(x).view(-1, 2, 4).unbind(1)
+        return q * k.sigmoid()
+
+
+def test_passes_that_keep_the_function_go_on_from_int8(result):
+    """Their proofs run in float64, in which scales for each channel are not taken."""
+    for pass_ in (Fuse(), Minimise()):
+        assert g.Pipeline([pass_]).run(result.program).records[-1]["changed"] == []
+    torch.manual_seed(0)
+    program = g.capture(Projections(6, 8), torch.randn(4, 6), dynamic_shapes="batch")
+    program = Quantize()(program, data=[torch.randn(16, 6)]).program
+    (record,) = g.Pipeline([SplitFused()]).run(program).records
+    assert record["changed"]
+    assert record["verified"]["error"] == 0
 
 
 @pytest.mark.parametrize("calibration", ["histogram", "minmax"])

@@ -133,6 +133,28 @@ def test_trained_weights_settle_and_a_relaxed_program_is_stored(network, tmp_pat
         assert relative_error(loaded.module()(x), expected) <= 1e-14
 
 
+class TwoAnswers(nn.Module):
+    """One head under two names, read twice."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(conv(3, 8), Add(nn.Sequential(conv(8, 8), conv(8, 8, act=False)), act=True))
+        self.head = self.again = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.body(x).mean((2, 3))
+        return self.head(x), self.again(2 * x)
+
+
+def test_tied_weights_settle_tied():
+    program = captured(TwoAnswers())
+    blocks = find_blocks(program)
+    settled = settle(program, blocks, relax(program, blocks))
+    assert settled.module().head.weight is settled.module().again.weight
+    assert settled.params == relax(program, blocks, settled=True).params
+
+
 def test_without_a_tail_a_block_ends_linear():
     program = captured(NETWORKS["convnext"][0]())
     blocks = find_blocks(program)
