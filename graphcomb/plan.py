@@ -1,7 +1,7 @@
-"""The plan: how many indices every group keeps, and which blocks go, as a YAML file to look at, edit and apply.
+"""A plan is a YAML file to read, edit and apply: how many indices every group keeps, and which blocks are removed.
 
-`graphcomb plan` writes what one `RemoveChannels` of a recipe would do. `graphcomb tune` writes a whole decision: widths
-and blocks for one budget, with what each costs and saves, and the passes that carry it out.
+`graphcomb plan` writes what the `RemoveChannels` of a recipe would do. `graphcomb tune` writes widths and blocks for a
+budget, with the cost and the saving of each; such a plan can be run without a recipe.
 """
 
 from __future__ import annotations
@@ -56,9 +56,15 @@ TUNED = """\
 
 
 class Row(Section):
-    """One group of a plan file; `keep` and `prune` are applied, the other fields are there to be read. proposed: what
-    `keep` was when the plan was written. Of a tuned plan, saves_ms and loss: of this width alone; inside: the block
-    that takes the group with it."""
+    """One group of a plan file. Only `keep` and `prune` have an effect; the other fields are information.
+
+    - keep: number of indices that stay. prune: false keeps all of them.
+    - size: number of indices of the group. proposed: `keep` when the plan was written.
+    - kind, step: kind of the group; widths that suit the target are multiples of step.
+    - saves_macs: share of the dense program's MACs that this removal saves by itself.
+    - saves_ms, loss (tuned plans): time saved and loss caused by this width alone.
+    - inside (tuned plans): the block whose removal removes the group.
+    """
 
     name: str
     keep: PositiveInt
@@ -74,18 +80,22 @@ class Row(Section):
 
     @property
     def width(self) -> int:
-        """How many indices the group keeps."""
+        """The number of indices that the group keeps."""
         return self.keep if self.prune else self.size
 
     @property
     def edited(self) -> bool:
-        """Whether somebody changed the row."""
+        """Whether the row was changed after the plan was written."""
         return self.width != self.proposed
 
 
 class BlockRow(Section):
-    """One block of a tuned plan; `goes` is applied. proposed: what it was when the plan was written. saves_ms, loss: of
-    the block alone, whether it goes or not. why: why it cannot go."""
+    """One block of a tuned plan. Only `goes` has an effect.
+
+    - goes: whether the block is removed. proposed: `goes` when the plan was written.
+    - saves_ms, loss: time saved and loss caused by removing this block alone.
+    - why: why the block cannot be removed.
+    """
 
     name: str
     goes: bool
@@ -97,16 +107,23 @@ class BlockRow(Section):
 
 
 class Repairing(Section):
-    """How indices are ranked, and how many images rank them and repair what is left."""
+    """How indices are ranked (see `RemoveChannels`), and the number of images for ranking and repair."""
 
     importance: str = "repair"
     samples: PositiveInt = 64
 
 
 class Tuned(Section):
-    """What a tuned plan is for and what it was found to reach. ms: dense, asked, predicted by the tables, achieved, and
-    whether that was measured; loss: predicted and measured (nats), on how many images, and whether the repair had not
-    seen them. model: a code for the tensors of the program."""
+    """What a tuned plan was made for, and what its network reaches.
+
+    - model: a code of the names and shapes of the program's tensors.
+    - target, precision: device and precision. by: source of the times of layers. method: how the choice was found.
+    - met: whether the budget is met.
+    - ms: milliseconds of the dense network, asked for, predicted by the tables, and achieved; `measured` tells whether
+      achieved was measured.
+    - loss: divergence from the dense network in nats, predicted and measured; `images` is the number of images, and
+      `held_out` tells whether the repair did not use them.
+    """
 
     model: str
     target: str
@@ -119,7 +136,7 @@ class Tuned(Section):
 
 
 class Frozen(Section):
-    """A group that cannot shrink, and why."""
+    """A group that cannot shrink. why: the reason."""
 
     name: str
     kind: str
@@ -128,8 +145,13 @@ class Frozen(Section):
 
 
 class Plan(Section):
-    """A plan file. Those of `graphcomb tune` have `tuned`, `blocks` and `repair` too, and `recipe`: the model, the data
-    and what else `graphcomb run` needs to know."""
+    """The content of a plan file.
+
+    - groups, frozen: groups that can shrink, and groups that cannot.
+    - tuned, repair, blocks (written by `graphcomb tune`): figures, settings of the repair, and blocks.
+    - recipe (written by `graphcomb tune`): model, data and other fields that `graphcomb run` needs.
+    - recovery: options of `Distill` for training after the repair; None for no training.
+    """
 
     tuned: Tuned | None = None
     recipe: dict[str, Any] | None = None
@@ -140,7 +162,7 @@ class Plan(Section):
     frozen: list[Frozen] = Field(default_factory=list)
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan as an editable YAML file; returns the path."""
+        """Write the plan as an editable YAML file and return the path."""
         path = Path(path)
         values = self.model_dump(exclude_none=True)
         head = {key: values[key] for key in ("tuned", "recipe", "repair", "recovery") if key in values}
@@ -152,7 +174,8 @@ class Plan(Section):
 
     @property
     def decided(self) -> Decision:
-        """What the plan does."""
+        """The blocks that the plan removes and the widths that it sets. Raises BadInput for a plan that sets the width of a
+        group whose block it removes."""
         gone = {b.name for b in self.blocks if b.goes}
         for row in self.groups:
             if row.inside in gone and row.width != row.size and row.edited:
@@ -164,13 +187,16 @@ class Plan(Section):
 
     @property
     def fixed(self) -> Fixed:
-        """What somebody changed in the plan since it was written."""
+        """The widths and blocks that were changed after the plan was written."""
         widths = {row.name: row.width for row in self.groups if row.edited}
         return Fixed(widths, {b.name: b.goes for b in self.blocks if b.goes != b.proposed})
 
     def passes(self, program: Program) -> list[Pass]:
-        """The passes that carry the plan out on its program. Raises BadInput for a plan of another program, one that
-        asks for what cannot be, and one that contradicts itself."""
+        """Return the passes that apply the plan to its program.
+
+        Raises BadInput for a plan of `graphcomb plan`, a plan for another program, a width or block that is not possible,
+        and a contradiction in the plan.
+        """
         if self.tuned is None:
             raise BadInput(
                 "plan: written by `graphcomb plan` for the recipe's own passes; `graphcomb tune` writes whole ones"
@@ -184,7 +210,8 @@ class Plan(Section):
         return [*steps, parse_pass(Distill, self.recovery, "plan.recovery")] if self.recovery else steps
 
     def applied(self, job: Job) -> Recipe:
-        """The recipe of a job with the plan's passes in place of its own. Raises what `passes` and `run` raise."""
+        """Return the recipe of a job with the passes of the plan. Raises what `passes` raises, and BadInput for another
+        target than the plan's."""
         self._check_target(job.target.name)
         return job.recipe.model_copy(update={"passes": self.passes(job.program)})
 
@@ -193,10 +220,10 @@ class Plan(Section):
             raise BadInput(f"plan: for target {self.tuned.target}, not {name}; tune for this one")
 
     def run(self, program: Program, context: Context | None = None, **fields: Any) -> PassResult:
-        """Carry the plan out, each pass verified (see `Pipeline.run`, which takes the same context and fields).
+        """Apply the plan to its program; every pass is verified. context, fields: as for `Pipeline.run`.
 
-        The record has those of the `passes`, what they `changed`, and the `tuned` figures of the plan. Raises what
-        `passes` raises, and BadInput for another target than the plan's.
+        The record of the result has the records of the passes (`passes`), all their changes (`changed`), and the figures of
+        the plan (`tuned`). Raises what `passes` and `Pipeline.run` raise, and BadInput for another target than the plan's.
         """
         context = (context or Context()).replaced("Plan.run", **fields)
         self._check_target(getattr(context.target, "name", None))
@@ -212,7 +239,7 @@ class Plan(Section):
 
 
 def _removed(program: Program, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[int]]]:
-    """What went of the program's own tensors, as far as they kept their sizes until then."""
+    """Return the removed indices of the program's tensors; empty after `PruneDepth`, whose merged layers are new tensors."""
     shapes = {name: tuple(t.shape) for name, t in program.module().state_dict().items()}
     merged = any(record["pass"] == "PruneDepth" for record in records)
     removed = next((r["removed"] for r in records if r.get("removed")), {})
@@ -220,14 +247,15 @@ def _removed(program: Program, records: Sequence[Mapping[str, Any]]) -> dict[str
 
 
 def code_of_model(program: Program) -> str:
-    """A short code for the names and sizes of a program's tensors: plans fit any weights of the same network."""
+    """Return a code of the names and shapes of a program's tensors. It does not depend on the weights, so a plan fits every
+    set of weights of the same network."""
     shapes = sorted((name, tuple(t.shape)) for name, t in program.module().state_dict().items())
     return hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
 
 
 def make_plan(job: Job) -> tuple[list[dict[str, Any]], list[Block]]:
-    """Return what the recipe's first RemoveChannels would do, group by group (see `RemoveChannels.plan`), and the
-    blocks of the network where it has a PruneDepth. Raises BadInput when it has neither."""
+    """Return what the recipe's first RemoveChannels would do, group by group (see `RemoveChannels.plan`), and the blocks of
+    the network if the recipe has a PruneDepth. Raises BadInput for a recipe with neither."""
     removal = next((p for p in job.recipe.passes if isinstance(p, RemoveChannels)), None)
     depth = any(isinstance(p, PruneDepth) for p in job.recipe.passes)
     if removal is None and not depth:
@@ -236,7 +264,7 @@ def make_plan(job: Job) -> tuple[list[dict[str, Any]], list[Block]]:
 
 
 def write_plan(rows: list[dict[str, Any]], path: Path, blocks: Sequence[Block] = ()) -> None:
-    """Write the rows as an editable YAML file, one group a line; blocks as comments, to be read."""
+    """Write the rows as an editable YAML file with one group per line; blocks are comments."""
     groups = [{"name": r["name"], "prune": True, **r} for r in rows if "frozen" not in r]
     frozen = [
         {"name": r["name"], "kind": r["kind"], "size": r["size"], "why": r["frozen"]} for r in rows if "frozen" in r
@@ -254,7 +282,7 @@ def write_plan(rows: list[dict[str, Any]], path: Path, blocks: Sequence[Block] =
 
 
 def _tables(tables: Mapping[str, list[dict[str, Any]]]) -> str:
-    """Lists of rows, a row a line."""
+    """Return lists of rows as YAML, with one row per line."""
     text = ""
     for title, entries in tables.items():
         lines = _lines(entries)
@@ -267,7 +295,7 @@ def _lines(entries: list[dict[str, Any]]) -> list[str]:
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Return what a plan file holds. Raises BadInput with file and path of the field."""
+    """Read a plan file. Raises BadInput, which names the file and the path of the first wrong field."""
     tree = read_yaml(path)
     try:
         return Plan.model_validate(tree)
@@ -276,11 +304,10 @@ def load_plan(path: str | Path) -> Plan:
 
 
 def read_plan(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a plan file as `RemoveChannels` takes them. Raises BadInput with file and path of the
-    field."""
+    """Return the rows of a plan file for `RemoveChannels` (`Context.plan`). Raises what `load_plan` raises."""
     return rows_of(load_plan(path))
 
 
 def rows_of(plan: Plan) -> list[dict[str, Any]]:
-    """The rows of a plan as `RemoveChannels` takes them."""
+    """Return the rows of a plan for `RemoveChannels` (`Context.plan`)."""
     return [row.model_dump(include={"name", "keep", "prune", "proposed"}) for row in plan.groups]

@@ -1,4 +1,4 @@
-"""Sensitivity: what every option of every group and block saves and loses by itself, as a table for a person."""
+"""List what every option of every group and block saves and loses by itself, as CSV and as an HTML page."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from .tuning import narrower, prepare_tables, without
 
 @dataclass(frozen=True)
 class Option:
-    """One thing that may be replaced in the dense network.
+    """A change of one group or block of the dense network.
 
-    what: the group or block; kind: of either; option: the width that stays, or "gone". saves_ms: predicted, of a run.
-    saves: as a share of the dense program's time. loss: divergence from the dense network; measured: whether it was, else
-    the curve between what was. price: loss per millisecond. note: why it is no option.
+    - what, kind: name and kind of the group or block.
+    - option: the width that the group keeps, or "gone" for a removed block.
+    - saves_ms: predicted milliseconds of a run that the change saves. saves: their share of the dense network's time.
+    - loss: divergence from the dense network in nats. measured: whether it was measured; else it is interpolated.
+    - price: loss per saved millisecond.
+    - note: why the group or block cannot be changed.
     """
 
     what: str
@@ -36,8 +39,11 @@ class Option:
 
 
 def measure(program: Program, data: Iterable[Any] | None, **options: Any) -> list[Option]:
-    """All options of a program, those that lose least per millisecond first, then those that save nothing, then what cannot
-    shrink or go with the reason. options: see `tune`."""
+    """Return all options of a program.
+
+    Those with the lowest price come first, then those that save no time, then groups and blocks that cannot be changed, with
+    the reason. options: arguments of `prepare_tables`; `tune` describes them and the errors.
+    """
     session = prepare_tables(program, data, **options)
     problem, space, losses = session.tables.problem, session.tables.space, session.tables.losses
     whole = problem.seconds(problem.whole())
@@ -70,7 +76,7 @@ def _row(what: str, kind: str, option: str, saved: float, share: float, loss: fl
 
 
 def write_csv(options: Sequence[Option], path: Path) -> None:
-    """Write the options as CSV, a row each, with full figures."""
+    """Write the options as a CSV file with one row each."""
     with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Option)])
         writer.writeheader()
@@ -78,7 +84,7 @@ def write_csv(options: Sequence[Option], path: Path) -> None:
 
 
 def write_page(options: Sequence[Option], path: Path, model: str, target: str) -> None:
-    """Write the options as a self-contained HTML page whose columns sort."""
+    """Write the options as a self-contained HTML page with a sortable table."""
     text = render([asdict(option) for option in options], model, target)
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")

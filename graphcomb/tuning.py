@@ -1,10 +1,11 @@
-"""Tuning: one budget in milliseconds, and a plan of which blocks go and how wide the groups stay.
+"""Choose the blocks to remove and the widths of groups for one budget, in milliseconds or in loss.
 
     plan = graphcomb.tune(program, data=images, latency=0.5, target="cpu")
     plan.save("plan.yaml")
     result = plan.run(program, data=images)
 
-Here the tables of the passes meet the targets of the runtime: what predicts layers, and what measures whole networks.
+passes/joint has the tables and the optimisation. This file connects them with the runtime, which predicts the times of
+layers and measures whole networks.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .runtime.devices.table import Target, get_target
 from .runtime.prediction.latency_table import LatencyTable
 from .runtime.prediction.roofline import Roofline
 
-SECONDS = 20.0  # at most, of one measurement of a whole network
+SECONDS = 20.0  # time limit of measuring a whole network
 Table = str | Path | LatencyTable | Roofline
 
 
@@ -55,28 +56,32 @@ def tune(
     progress: bool = False,
     **fields: Any,
 ) -> Any:
-    """Decide which blocks go and how wide every group stays, so that a run takes no longer than a budget and the
-    network loses least by it; or loses no more than a budget, and is fastest. Returns a `Plan`, or a list of plans for
-    several budgets, which share all tables.
+    """Choose the blocks to remove and the width of every group for a budget.
 
-    - data: batches of images, labels are not needed.
-    - latency: what a run may take, a share of the dense program's time or a time such as "3.5 ms". loss: instead, what
-      may be lost, as the divergence from the dense network in nats.
-    - target, precision: what it is to run on, and in which precision.
-    - table: what predicts the layers' times: "roofline" (the target's data sheet), results of a bench bundle, which
-      calibrate it, or a file of measured layers, made and completed as needed. None measures where the target is this
-      machine, in a table in the cache folder, and else takes the data sheet.
-    - measure: whether whole networks are measured, here and in ONNX Runtime; else they are predicted layer by layer. None
-      is where layers are measured.
-    - plan: one that was written before; what somebody changed in it stands, and the rest is chosen around it.
-    - samples: images for ranking and repair; as many others judge. points: at how many sizes each width's loss is
-      measured, 1 or 2. sizes: how many a group may have at most. importance: see `RemoveChannels`. rounds: how often
-      what was chosen is built and the tables corrected.
-    - folder: where measured losses are kept; by default in the cache folder. fields: of the passes' `Context`.
+    With a budget of latency the network with the smallest loss is chosen, with a budget of loss the fastest one. Returns a
+    `Plan`, or a list of plans for several budgets, which share all tables.
 
-    Raises BadInput for arguments that make no sense and for data on which nothing can be told apart, Unreachable for a
-    budget below what can be reached (the message says what can, and what freezes it), Contended on a machine too busy
-    to measure.
+    - data: batches of images; labels are not needed.
+    - latency: largest time of a run, as a share of the dense program's time or as a time such as "3.5 ms". loss: instead of
+      it, the largest divergence from the dense network in nats.
+    - target, precision: device and precision.
+    - table: source of the times of layers: "roofline" (the target's data sheet), results of a bench bundle, which calibrate
+      the roofline, or a file of measured layers, which is created and completed as needed. None uses a file in the cache
+      folder if the target is this machine, else the data sheet.
+    - measure: whether to measure whole networks here in ONNX Runtime; if not, their time is predicted layer by layer. None
+      measures them if layers are measured.
+    - plan: an earlier plan. Rows that were changed in it are kept, and the others are chosen again.
+    - samples: number of images for ranking and repair; as many others measure the loss.
+    - points: number of sizes at which the loss of a group's widths is measured, 1 or 2.
+    - sizes: largest number of sizes that a group may have.
+    - importance: see `RemoveChannels`.
+    - rounds: how often the chosen network is built and the tables are corrected.
+    - folder: folder that keeps measured losses; by default in the cache folder.
+    - progress: whether to show progress. fields: fields of the passes' `Context`.
+
+    Raises BadInput for invalid arguments and for data on which no losses can be measured; Unreachable for a budget that
+    cannot be reached (the message says what can be reached, and what freezes the rest); Contended if the machine is too
+    busy to measure.
     """
     budgets = _budgets(latency, loss)
     session = prepare_tables(
@@ -125,8 +130,10 @@ def _budgets(latency: Any, loss: Any) -> list[tuple[str, Any]]:
 
 
 class TuningTables:
-    """The tables of a program for a target, what measures whole networks there, and how both go into a plan. measured:
-    whether whole networks are measured, else predicted layer by layer."""
+    """The tables of a program for a target, with the time of whole networks, and the plans made from them.
+
+    measured: whether times of whole networks are measured; if not, they are predicted layer by layer.
+    """
 
     def __init__(self, tables: Tables, target: Target, precision: str, latency: Any, measured: bool, progress: bool):
         self.tables, self.target, self.precision, self.latency = tables, target, precision, latency
@@ -141,7 +148,7 @@ class TuningTables:
         Console(stderr=True, quiet=not self._progress, markup=False, emoji=False, soft_wrap=True).print(text)
 
     def seconds(self, program: Program) -> float:
-        """What a run of the program takes. Raises Contended on a machine too busy to measure."""
+        """Return the seconds of a run of a program. Raises Contended if the machine is too busy to measure."""
         if self._predict is not None:
             return self._predict(program)
         result = runtime.bench([program], names=["network"], seconds=SECONDS)
@@ -153,7 +160,7 @@ class TuningTables:
         return median / 1e3
 
     def plan(self, tuner: Tuner, found: Built, asked: float | None, importance: str) -> Plan:
-        """The plan of a network that was built."""
+        """Return the plan of a network that was built. asked: the budget in seconds; None for a budget of loss."""
         space, problem = self.tables.space, self.tables.problem
         scale, losses = 1e3 * tuner.correction.seconds, self.tables.losses
         met = asked is None or found.seconds <= (1 + NEAR) * asked
@@ -220,7 +227,8 @@ def prepare_tables(
     progress: bool = False,
     **fields: Any,
 ) -> TuningTables:
-    """Both tables of a program; see `tune` for the arguments."""
+    """Return the tables of times and losses of a program, measuring what is missing. `tune` describes the arguments and
+    errors."""
     for name, value, most in (("samples", samples, None), ("points", points, 2), ("sizes", sizes, None)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
             raise BadInput(f"tune.{name}: a whole number from 1{f' to {most}' if most else ''}, not {value!r}")
@@ -234,7 +242,7 @@ def prepare_tables(
     )
     more = {name: [size] for name, size in fixed.widths.items()}
     space = Space(program, device.alignment(precision), sizes, more, context.seed, progress)
-    # Losses first say whether the data will do; times may take long to measure.
+    # Creating the losses checks the data, so it comes before the times, which may take long to measure.
     losses = Losses(space, context, importance, samples, points, Path(folder or cache_folder() / "tune"))
     times = Times(space, model, progress)
     tables = Tables(space, times, losses, fixed)
@@ -246,8 +254,8 @@ def prepare_tables(
 
 
 def _fixed(plan: Plan, program: Program, target: Target) -> Fixed:
-    """What somebody changed in a plan. Raises BadInput for one of another model or target, or that contradicts
-    itself."""
+    """Return the widths and blocks that were changed in a plan. Raises BadInput for a plan of another model or target, and
+    for a contradiction in the plan."""
     if plan.tuned is None:
         raise BadInput("plan: not written by `graphcomb tune`")
     if plan.tuned.model != code_of_model(program):
@@ -259,7 +267,10 @@ def _fixed(plan: Plan, program: Program, target: Target) -> Fixed:
 
 
 def latency_model(table: Table | None, target: Target, precision: str) -> LatencyTable | Roofline:
-    """What predicts layers' times on a target: see `tune`. Raises BadInput where a table cannot be measured here."""
+    """Return what predicts the times of layers on a target; `tune` describes `table`.
+
+    Raises BadInput for a file of measured layers if this machine is not the target, and as `Roofline.calibrated` does.
+    """
     if isinstance(table, (LatencyTable, Roofline)):
         return table
     if table is None:
@@ -267,7 +278,7 @@ def latency_model(table: Table | None, target: Target, precision: str) -> Latenc
         try:
             return LatencyTable(cache_folder() / f"latency-{target.name}{suffix}.json", target, precision=precision)
         except BadInput:
-            return Roofline(target, precision)  # not this machine
+            return Roofline(target, precision)  # this machine is not the target
     if str(table) == "roofline":
         target.alignment(precision)
         return Roofline(target, precision)
@@ -279,18 +290,18 @@ def latency_model(table: Table | None, target: Target, precision: str) -> Latenc
 
 
 def without(problem: Problem, block: int) -> Choice:
-    """The choice that removes one block alone."""
+    """Return the choice that removes only one block."""
     whole = problem.whole()
     sizes = tuple(-1 if axis.block == block else k for axis, k in zip(problem.axes, whole.sizes, strict=True))
     return replace(whole, sizes=sizes, gone=tuple(b == block for b in range(len(problem.blocks))))
 
 
 def narrower(problem: Problem, axis: int, place: int) -> Choice:
-    """The choice that gives one group another of its sizes, and leaves the others whole."""
+    """Return the choice that gives one group another of its sizes, and changes nothing else."""
     whole = problem.whole()
     return replace(whole, sizes=(*whole.sizes[:axis], place, *whole.sizes[axis + 1 :]))
 
 
 def _short(value: float) -> float:
-    """A figure with as many digits as mean something."""
+    """Round a value to four significant digits."""
     return float(f"{value:.4g}")

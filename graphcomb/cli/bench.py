@@ -46,7 +46,7 @@ def bench(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Latency of two models, measured in turns and guarded against a busy machine; or a bench bundle on a device.
+    """Measure the latency of two models in turns, guarded against a busy machine, or a bench bundle on a device.
 
     Exit code 1 without a figure, when some models of a bundle failed, and when a model is slower than in --gate.
     """

@@ -1,4 +1,4 @@
-"""`graphcomb export`: an ONNX file for a target, compared with the program."""
+"""`graphcomb export`: write an ONNX file for a target and compare it with the program."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 def export(
     model: Annotated[str, typer.Argument(help="A .pt2 file, or package.module:callable.")],
     out: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The file to write.")],
-    target: Annotated[str | None, typer.Option("--target", help="The device, to choose and check the opset.")] = None,
+    target: Annotated[str | None, typer.Option("--target", help="The device that must parse the opset.")] = None,
     precision: Annotated[
         str, typer.Option("--precision", help="fp32 or fp16; a quantised program is INT8 in fp32.")
     ] = ("fp32"),
     opset: Annotated[
-        int | None, typer.Option("--opset", help="17 or more; by default the best for the target.")
+        int | None, typer.Option("--opset", help="17 or higher; by default chosen for the program and the target.")
     ] = None,
     keep_fp32: Annotated[
         list[str] | None,
         typer.Option("--keep-fp32", metavar="PATTERN", help="Nodes or modules of an fp16 file that stay in fp32."),
     ] = None,
     keep_io_types: Annotated[
-        bool, typer.Option("--keep-io-types", help="Inputs and outputs of an fp16 file stay fp32.")
+        bool, typer.Option("--keep-io-types", help="Inputs and outputs of an fp16 file stay in fp32.")
     ] = False,
     tolerance: Annotated[
         float | None, typer.Option("--tolerance", help="Largest error of an output, relative to its largest value.")
@@ -58,7 +58,7 @@ def export(
 
 
 def show_export(report: OnnxReport) -> None:
-    """Print what was written, how near it is to the program, and what stays in fp32."""
+    """Print the size and opset of an exported file, its error against the program, and which nodes stay in fp32."""
     console.print(
         f"{report.path}: {report.bytes:,} bytes, {report.precision}, opset {report.opset}, "
         f"{sum(report.nodes.values())} nodes",

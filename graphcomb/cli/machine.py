@@ -1,4 +1,4 @@
-"""`graphcomb targets` and `graphcomb check`: the devices that engines are built for, and what this machine can do."""
+"""`graphcomb targets` lists the devices that engines are built for, `graphcomb check` what this machine can do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .output import console
 def targets(
     json_: Annotated[Path | None, typer.Option("--json", metavar="TARGETS.json", help="Write the table.")] = None,
 ) -> None:
-    """List the targets: what each computes in and how fast, and how far graphcomb was tried on it."""
+    """List the targets with their precisions and peak rates, and how far graphcomb was tested for each."""
     from ..graph.files import write_json
     from ..runtime.devices.table import EVIDENCE, TARGETS
 
@@ -46,7 +46,7 @@ def targets(
 def check(
     json_: Annotated[Path | None, typer.Option("--json", metavar="CHECK.json", help="Write what was found.")] = None,
 ) -> None:
-    """Say what this machine has, and what each part lets you do: processor, GPU, clocks, libraries. Changes nothing."""
+    """Report this machine's processor, GPU, clocks and libraries, and what each can be used for. Changes nothing."""
     from ..graph.files import write_json
     from ..runtime.measure.machine import examine
 

@@ -1,4 +1,4 @@
-"""`graphcomb tune` and `graphcomb sensitivity`: one budget for width and depth, and what every option costs and saves."""
+"""`graphcomb tune` chooses widths and blocks for a budget, `graphcomb sensitivity` lists what each saves and loses."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ ModelSource = Annotated[str, typer.Argument(metavar="MODEL", help="package.modul
 DataSource = Annotated[
     str | None, typer.Option("--data", help="Calibration images: package.module:callable, or a built-in name.")
 ]
-Target = Annotated[str, typer.Option("--target", help="A device, as in rtx-sm86.")]
+Target = Annotated[str, typer.Option("--target", help="The device, such as rtx-sm86.")]
 Precision = Annotated[str, typer.Option("--precision", help="fp32 or fp16.")]
 TableFile = Annotated[
     str | None,
-    typer.Option("--table", help="Layers' times: roofline, results of a bundle, or a file of measured layers."),
+    typer.Option("--table", help="Times of layers: roofline, results of a bundle, or a file of measured layers."),
 ]
-Samples = Annotated[int, typer.Option("--samples", help="Images for repair; as many others judge.")]
-Points = Annotated[int, typer.Option("--points", help="Sizes at which each width's loss is measured, 1 or 2.")]
-Sizes = Annotated[int, typer.Option("--sizes", help="Sizes that each group may have, at most.")]
+Samples = Annotated[
+    int, typer.Option("--samples", help="Number of images for repair; as many others measure the loss.")
+]
+Points = Annotated[int, typer.Option("--points", help="Sizes at which the loss of a group is measured, 1 or 2.")]
+Sizes = Annotated[int, typer.Option("--sizes", help="Largest number of sizes that a group may have.")]
 
 
 def tune(
@@ -38,7 +40,7 @@ def tune(
         list[str] | None, typer.Option("--latency", help='A time as in "3.5 ms", or a share; several make a front.')
     ] = None,
     loss: Annotated[
-        list[float] | None, typer.Option("--loss", help="Instead: the divergence that may be lost, in nats.")
+        list[float] | None, typer.Option("--loss", help="Instead: the largest divergence from the dense one, in nats.")
     ] = None,
     data: DataSource = None,
     data_arg: Annotated[
@@ -49,25 +51,21 @@ def tune(
     table: TableFile = None,
     measure: Annotated[
         bool | None,
-        typer.Option("--measure/--predict", help="Measure whole networks; default where layers are measured."),
+        typer.Option("--measure/--predict", help="Measure whole networks; by default if layers are measured."),
     ] = None,
-    plan: Annotated[
-        Path | None, typer.Option("--plan", help="A plan, edited by hand, to choose the rest around.")
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", help="The plan file; of a front, the names get numbers.")] = Path(
-        "plan.yaml"
-    ),
+    plan: Annotated[Path | None, typer.Option("--plan", help="An edited plan, whose changed rows are kept.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="The plan file; several plans are numbered.")] = Path("plan.yaml"),
     samples: Samples = 64,
     points: Points = 1,
     sizes: Sizes = 6,
-    rounds: Annotated[int, typer.Option("--rounds", help="How often what was chosen is built and measured.")] = 2,
+    rounds: Annotated[int, typer.Option("--rounds", help="How often the chosen network is built and measured.")] = 2,
     arg: Arguments = None,
     input_: Inputs = None,
     quiet: Quiet = False,
 ) -> None:
-    """Choose blocks to remove and widths together for a budget, and write it as an editable plan for `run --plan`.
+    """Choose blocks to remove and widths of groups for a budget, and write them as an editable plan for `run --plan`.
 
-    Exit code 1 where a plan misses its budget by more than a tenth.
+    Exit code 1 if a plan misses its budget by more than a tenth.
     """
     from ..tuning import tune as tuned
 
@@ -111,7 +109,7 @@ def sensitivity(
     input_: Inputs = None,
     quiet: Quiet = False,
 ) -> None:
-    """What every option of every group and block saves and loses by itself, as CSV and as a page that sorts."""
+    """List what every option of every group and block saves and loses by itself, as CSV and as a sortable page."""
     from ..sensitivity import measure, write_csv, write_page
 
     job, _ = _job(model, data, data_arg, target, precision, arg, input_)
@@ -129,7 +127,7 @@ def sensitivity(
 
 
 def _budget(text: str) -> float | str:
-    """A share, or a time with its unit."""
+    """Return a share as a number, and a time with its unit as the text."""
     try:
         return float(text)
     except ValueError:
@@ -145,7 +143,7 @@ def _job(
     arguments: list[str] | None,
     inputs: list[str] | None,
 ) -> tuple[Job, dict[str, Any]]:
-    """The model and its data, and the part of a recipe that says where they come from."""
+    """Return the job of a model with its data, and the fields of a recipe from which it was made."""
     from ..job import prepare
     from ..recipe import parse_recipe
 
@@ -162,7 +160,7 @@ def _job(
 
 
 def _show(plans: list[Plan], files: list[str]) -> None:
-    """Print what each plan does, and what it was asked for, predicted and found to take and lose."""
+    """Print for each plan its changes, and the time and loss that were asked for, predicted and found."""
     for found, file in zip(plans, files, strict=True):
         assert found.tuned is not None
         ms, loss, decided = found.tuned.ms, found.tuned.loss, found.decided

@@ -35,7 +35,7 @@ AMPERE = ("fp32", "tf32", "fp16", "bf16", "int8")
 HOPPER = (*AMPERE, "fp8")
 BLACKWELL = (*HOPPER, "fp4")
 
-# How far graphcomb was tried on a target. The first two rest on benchmarks/results.
+# How far graphcomb was tested for a target. benchmarks/results has the evidence for the first two.
 EVIDENCE = {
     "measured": "latency was measured on such a device",
     "built": "engines were built for it, on a machine without it",
@@ -115,7 +115,7 @@ class Target:
 
     @property
     def evidence(self) -> str:
-        """How far graphcomb was tried on it: a key of `EVIDENCE`."""
+        """How far graphcomb was tested for the target: a key of `EVIDENCE`."""
         return TRIED.get(self.name, "untested")
 
     @property

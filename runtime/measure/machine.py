@@ -1,4 +1,4 @@
-"""What a machine has and what that lets a user do, found without building or measuring anything. Source: ours."""
+"""Report what a machine has and what it can be used for, without building or measuring anything. Source: ours."""
 
 from __future__ import annotations
 
@@ -18,26 +18,29 @@ from ..kit.cuda import Cuda, CudaError
 from ..kit.telemetry import describe_device, read_line
 from .environment import environment
 
-BUSY = 0.5  # load per core above which a measurement will often be disturbed
+BUSY = 0.5  # load per core above which measurements are often disturbed
 INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")  # instructions for INT8, as /proc/cpuinfo names them
 POWER = ("tegrastats", "nvidia-smi")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One part of a machine: what it is, what is here (empty: nothing), and what that means for the user."""
+    """One part of a machine.
+
+    what: kind of part. here: what this machine has, empty for nothing. means: what that means for the user.
+    """
 
     what: str
     here: str
     means: str
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """Return the finding as JSON-able values."""
         return dataclasses.asdict(self)
 
 
 def examine() -> list[Finding]:
-    """Look at the processor, the GPU, clocks and power, and the inference libraries of this machine."""
+    """Return findings on the processor, the GPU, clocks and power, and the inference libraries of this machine."""
     capability, why = _gpu()
     return [*_processor(), *_accelerator(capability, why), *_libraries(capability is not None)]
 
@@ -60,7 +63,7 @@ def _processor() -> list[Finding]:
 
 
 def _gpu() -> tuple[tuple[int, int] | None, str]:
-    """The compute capability of the GPU, or why there is none."""
+    """Return the compute capability of the GPU and "", or None and why there is none."""
     try:
         return canonical(Cuda().compute_capability), ""
     except CudaError as error:
@@ -101,7 +104,7 @@ def _version(backend: Backend) -> str:
 
 
 def _use(name: str, backend: Backend, gpu: bool) -> str:
-    """What a library is good for here, or how to get it."""
+    """Return what a library can be used for on this machine, or how to install it."""
     if not _version(backend):
         return f"pip install 'graphcomb[{backend.extra}]'" if backend.extra else f"pip install {backend.package}"
     if name in ("onnxruntime", "openvino"):
