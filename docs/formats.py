@@ -1,4 +1,4 @@
-"""Makes formats.md and summary.schema.json, beside this file, from the models in runtime/summary.py: `make docs-formats`."""
+"""Write formats.md and summary.schema.json beside this file from the pydantic models of the runtime: `make docs-formats`."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ FORMATS = (
 
 
 def pages() -> dict[str, str]:
-    """The text of each page by its name."""
+    """Return the text of each page by the name of its file."""
     schema = summary.Summary.model_json_schema()
     return {"formats.md": markdown(), "summary.schema.json": json.dumps(schema, indent=1) + "\n"}
 
 
 def markdown() -> str:
-    """A table for every model."""
+    """Return a page with a table of fields for every model."""
     lines = [
         "# JSON formats",
         "",
-        "The JSON files that graphcomb writes. Fields may be added; these keep their meaning. summary.schema.json says of",
-        "summary.json the same for programs.",
+        "The JSON files that graphcomb writes. Fields may be added; existing fields keep their meaning. summary.schema.json",
+        "is the JSON schema of summary.json.",
     ]
     for model in FORMATS:
         lines += ["", f"## {model.__name__}", "", " ".join((model.__doc__ or "").split()), ""]

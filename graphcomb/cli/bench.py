@@ -96,8 +96,11 @@ def measure_bundle(
     python: str | None,
     baseline: Ratios,
 ) -> None:
-    """Run a bench bundle, show what it measured, and leave with an exit code when a model failed, none is compared, or one
-    is slower than in the baseline."""
+    """Run a bench bundle and print its results.
+
+    Exits with an exit code if a model failed, no ratio could be stated, or a model is slower than in the baseline; raises
+    Interrupted after Ctrl-C.
+    """
     from ..runtime.bundle.run import run_bundle, script_arguments
 
     arguments = script_arguments(options) + ["--quiet"] * quiet
@@ -114,7 +117,7 @@ def measure_bundle(
 
 
 def check_gate(results: dict[str, Any], baseline: Ratios) -> None:
-    """Leave with an exit code, and a line each, where a model is slower than in the baseline."""
+    """Print one line for each model that is slower than in the baseline, and exit with an exit code if there is one."""
     from ..runtime.report.gate import compare_ratios, ratios
 
     worse = compare_ratios(ratios(results), baseline)
