@@ -43,8 +43,8 @@ class Verified(Format):
     """How a result was checked."""
 
     oracle: str = says(
-        "what the result was compared with: the absence oracle for a pass that removes channels, the input program for a "
-        "pass that keeps the function",
+        '"absence oracle" for a pass that removes channels, "input program" or "input program, node by node" for a pass that '
+        "keeps the function",
         default="",
     )
     error: float = says("largest relative error, computed in float64")
@@ -327,8 +327,7 @@ class Summary(Format):
     accuracy_before: float | None = says("metric of the dense program; null without labels")
     accuracy_after: float | None = says("metric of the compressed program; null without labels")
     metric: str = says(
-        'name of the metric: "accuracy", "training accuracy" if the recipe\'s data is a single loader, or the recipe\'s '
-        "metric",
+        'name of the metric, by default "accuracy"; "training" precedes it if the recipe\'s data is a single loader',
         default="accuracy",
     )
     macs_ratio: float | None = says("multiply-accumulates before divided by after; null if some are unknown")
