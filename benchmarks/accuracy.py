@@ -1,4 +1,4 @@
-"""Accuracy after comb, prune, distill on real data, next to torch-pruning at the same MACs and the same training.
+"""Accuracy after pruning and distillation on real data, compared with torch-pruning at the same MACs and the same training.
 
     python benchmarks/accuracy.py                                # resumes; results/accuracy.json, .md and two .png
     python benchmarks/accuracy.py --networks resnet --seeds 0 --methods graphcomb
@@ -11,19 +11,19 @@
 
 Needs torch-pruning 1.6.1 (pip install torch-pruning==1.6.1) and Fashion-MNIST (apt-get install dataset-fashion-mnist).
 
-Every network has a dense reference, trained once and kept in the cache folder (with --full one for each of three seeds).
-A seed decides the data order, the images that score, and the training after it. A row starts from the reference, prunes to
-a share of its MACs (counted by graphcomb for all, on the captured program), trains for a budget of steps that is the same
-for every method, with the same data, optimizer and schedule, and is scored on the test set: top-1 accuracy for
-classifiers, mean IoU over 11 classes for segmenters. graphcomb's budget includes the steps during which it prunes;
-torch-pruning prunes at once and trains for the whole budget. Widths of CNNs
-stay multiples of the same number for both.
+Every network has a dense reference, which is trained once and kept in the cache folder (with --full one for each of three
+seeds). A seed determines the order of the data, the images for importance scores, and the training. A row starts from the
+reference and prunes to a share of its MACs, which graphcomb counts on the captured program for all methods. Every method
+then trains for the same number of steps with the same data, optimizer and schedule. The score is that on the test set:
+top-1 accuracy for classifiers, mean IoU over 11 classes for segmenters. graphcomb's budget includes the steps during which
+it prunes; torch-pruning prunes at once and trains for the whole budget. Widths of CNNs stay multiples of the same number
+for both.
 
-torch-pruning is given what its examples give it: the classifier is ignored, attention projections are named with their
-number of heads, importances have their default normalisation, and gradients come from the same training images for its
-Taylor and Hessian importances as for graphcomb's one-shot Fisher scores. Its ratio is found by bisection: the smallest
-whose MACs are within the target. CNNs are ranked globally, transformers layer by layer, as its examples do; there its
-widths are not rounded, because its step would be the multiple times the number of heads.
+torch-pruning is used as in its examples: the classifier is ignored, attention projections are named with their number of
+heads, and importances have their default normalisation. Gradients for its Taylor and Hessian importances come from the same
+training images as those for graphcomb's one-shot Fisher scores. Its ratio is the smallest one whose MACs are within the
+target, found by bisection. CNNs are ranked globally, transformers layer by layer, as in its examples; widths of transformers
+are not rounded, because its step would be the multiple times the number of heads.
 """
 
 from __future__ import annotations

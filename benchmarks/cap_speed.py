@@ -1,12 +1,13 @@
-"""Seconds and memory of CAP's linear algebra, next to a plain implementation of the same algorithm.
+"""Seconds and memory of CAP's linear algebra, compared with a plain implementation of the same algorithm.
 
     python benchmarks/cap_speed.py                 # results in benchmarks/results/cap_speed.json and .md; about 25 minutes
     python benchmarks/cap_speed.py --skip deit     # without the run over DeiT-S, a few minutes
 
-The plain one does what the algorithm says: for each block, each gradient updates the inverse (Woodbury recursion), then one
-weight after another is eliminated, updating inverse and weights. One thread; processor time, so that a busy machine does
-not count. Both results are compared. The run over DeiT-S has its real weights' shapes (21 M in 48 layers), B = 192 and
-images of 32 x 32, so that gradients take little of the time; its peak memory is that of the whole process.
+The plain implementation follows the algorithm literally: for each block, each gradient updates the inverse (Woodbury
+recursion), then one weight after another is eliminated, which updates inverse and weights. Both use one thread, and their
+results are compared. Times are CPU times, which other processes affect little. The run over DeiT-S has the shapes of its
+real weights (21 M in 48 layers), B = 192 and images of 32 x 32, so that gradients take little of the time; its peak memory
+is that of the whole process.
 """
 
 from __future__ import annotations

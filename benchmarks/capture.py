@@ -1,11 +1,13 @@
-"""Capture equals eager, in eval and in train mode, gradients included: torchvision, timm and transformers.
+"""Compare captured programs with eager models of torchvision, timm and transformers, in eval and in train mode, with
+gradients.
 
     python benchmarks/capture.py                 # resumes; results in benchmarks/results/capture.json and capture.md
     python benchmarks/capture.py --only 'timm/s*'  # some models; --again measures them anew
     python benchmarks/capture.py --table         # only rewrite the table
 
-Each model runs in a process of its own under a time and a memory limit. Weights are random. What is compared, and how
-rounding is told from a difference, is `graphcomb.graph.capture.proof`; a model counts as refused where `capture` raises.
+Each model runs in its own process with a time and a memory limit. Weights are random. `graphcomb.graph.capture.proof`
+defines what is compared and how rounding is distinguished from a difference. A model counts as refused if `capture`
+raises.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Seconds for comb, selection and surgery, next to torch-pruning's dependency graph, pruner and step.
+"""Seconds of comb, selection and surgery, compared with torch-pruning's dependency graph, pruner and step.
 
     python benchmarks/comb_speed.py                    # results in benchmarks/results/comb_speed.json and .md
     python benchmarks/comb_speed.py --models resnet50
 
-One thread, one process per model, runs of both interleaved; runs in which the processor was shared (CPU time under 93 % of
-wall time) are thrown away. The ratio is the median of the ratios of neighbouring runs. Capture is shown, not counted.
+Each model runs in its own process with one thread, and runs of both libraries alternate. Runs during which other processes
+had the processor (CPU time below 93 % of wall time) do not count. The ratio is the median of the ratios of neighbouring
+runs. The time of capture is shown but not part of the ratio.
 """
 
 from __future__ import annotations

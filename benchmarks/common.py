@@ -1,4 +1,4 @@
-"""What the benchmarks share: results that survive an interruption, and the revision that made them."""
+"""Functions that the benchmarks share: store results so that a run can resume, and record the revision that made them."""
 
 from __future__ import annotations
 

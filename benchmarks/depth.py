@@ -8,26 +8,26 @@
     python benchmarks/depth.py --table                           # only rewrite the table and the plot
     python benchmarks/depth.py --full                            # larger networks and longer training, for a GPU
 
-Needs Fashion-MNIST (apt-get install dataset-fashion-mnist); --kernels only the TensorRT-RTX wheel: it counts the kernels of
-the engines that it builds, of trained rows as far as there are any, and of all networks as they are before training, since
-weights do not matter, with the blocks pruned that save most MACs; beside them the kernels that the blocks say they save.
+Needs Fashion-MNIST (apt-get install dataset-fashion-mnist). --kernels needs only the TensorRT-RTX wheel: it counts the
+kernels of the engines that it builds for trained rows, if there are any, and for all networks without training, since
+weights do not matter, with those blocks pruned that save most MACs. Beside them it shows the predicted savings of the
+blocks.
 
-Every network has a dense reference, trained once on 58,000 images and kept in the cache folder; the other 2,000 training
-images judge the candidates of the search. For each network and number of blocks the blocks are chosen once (a supernet for
-each network, an evolutionary search for each number); "random" draws others, anew for every seed. A seed decides the data
-order and the training of a row.
+Every network has a dense reference, which is trained once on 58,000 images and kept in the cache folder; the other 2,000
+training images evaluate the candidates of the search. For each network and number of blocks the blocks are chosen once (a
+supernet for each network, an evolutionary search for each number); "random" draws other blocks for every seed. A seed
+determines the order of the data and the training of a row.
 All rows train for the same number of steps with the same optimizer, schedule and dense teacher:
 
     progressive   activations and norms of the searched blocks fade over a quarter of the steps, then training goes on
     at once       the same blocks, without activations and norms from the first step (UPDP's baseline)
-    at once, fit  the same, what goes replaced by the affine maps that are nearest to it (ours; progressive does so too)
+    at once, fit  the same, with what is removed replaced by the nearest affine maps (ours; progressive does so, too)
     random        other blocks, progressive
-    channels      RemoveChannels (Fisher, global) at once to the latency of the progressive row: the largest network among
-                  those found by bisection over the share of MACs that is not slower in ONNX Runtime, measured in turns;
-                  wants a quiet machine
+    channels      RemoveChannels (Fisher, global) at once to the latency of the progressive row: of the networks that
+                  bisection over the share of MACs gives, the largest one that is not slower in ONNX Runtime, measured in
+                  turns; this needs a quiet machine
 
-Every result is fused; accuracy is top-1 on the 10,000 test images. The time of the whole depends on the machine: a row takes
-about half a minute on one core.
+Every result is fused; accuracy is top-1 on the 10,000 test images. A row takes about half a minute on one core.
 """
 
 from __future__ import annotations

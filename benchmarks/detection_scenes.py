@@ -1,7 +1,8 @@
-"""Detection scenes: Fashion-MNIST items pasted on textured backgrounds, with a box and a class each.
+"""Generate detection scenes: Fashion-MNIST items pasted on textured backgrounds, with a box and a class for each item.
 
-Grey images of 48 x 48 with one to three items of 14 to 30 pixels, otherwise as in `scenes.py`. An item that later ones hide
-by more than half is no target. Training scenes hold only items of the training images, test scenes only of the test images.
+Scenes are grey images of 48 x 48 with one to three items of 14 to 30 pixels, otherwise as in `scenes.py`. An item of which
+later ones hide more than half is no target. Training scenes contain only items of the training images, test scenes only of
+the test images.
 """
 
 from __future__ import annotations

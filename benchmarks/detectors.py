@@ -1,14 +1,15 @@
-"""Detectors end to end: trained on made scenes until they detect, pruned to half of their MACs, trained, scored, exported.
+"""Detectors from end to end: train on generated scenes, prune to half of the MACs, train again, score and export.
 
     python benchmarks/detectors.py               # resumes; results/detectors.json and .md
     python benchmarks/detectors.py --seeds 0 --methods graphcomb
 
-A one-stage, anchor-free detector of two scales with split blocks, a pyramid pooling and a top-down path, trained with focal
-loss and generalised IoU on the scenes of `detection_scenes.py`, once. A seed decides the order of the data. Every method
-starts from the dense detector, gets the same number of steps, data and schedule, and is scored by COCO's mean average
-precision (IoU 0.5 to 0.95) of 2,000 test scenes, as `torchmetrics` counts it. "graphcomb" learns from the dense network's
-scores and boxes (`Distill(outputs=...)`), "graphcomb labels" from the targets alone, as torch-pruning does. The detector's
-loss lives outside of the graph, on its raw outputs. The result of the first seed is exported, and its engine built.
+The detector has one stage, no anchors, two scales, split blocks, a pyramid pooling and a top-down path. It is trained once
+with focal loss and generalised IoU on the scenes of `detection_scenes.py`. A seed determines the order of the data. Every
+method starts from the dense detector, has the same number of steps, data and schedule, and is scored by COCO's mean
+average precision (IoU 0.5 to 0.95) on 2,000 test scenes, as `torchmetrics` computes it. "graphcomb" learns from the dense
+network's scores and boxes (`Distill(outputs=...)`), "graphcomb labels" only from the targets, as torch-pruning does. The
+loss is computed outside of the graph from the detector's raw outputs. The result of the first seed is exported, and its
+engine is built.
 
 Needs torch-pruning 1.6.1, torchmetrics and pycocotools (extra "bench") and Fashion-MNIST.
 """

@@ -1,12 +1,13 @@
-"""Engines of the zoo, built with TensorRT-RTX for three targets on a machine without a GPU, in fp16 and INT8.
+"""Build engines of zoo models with TensorRT-RTX for three targets, in fp16 and INT8, on a machine without a GPU.
 
     python benchmarks/engines.py                 # resumes; results in benchmarks/results/engines.json and engines.md
     python benchmarks/engines.py --only 'torchvision/*' --kinds fp16
 
 Every network (random weights, one 224 x 224 image) is captured, folded, exported and built. INT8 is `Quantize` with scales
-from two random images: the figures are about what builds and fuses, not about accuracy. Three networks are also pruned to
-half and a quarter of their MACs at the default alignment; the last section counts the kernels that pad and that the dense
-network lacks. A failure is listed with the operator. Built is not run: latencies come from a device (`graphcomb bundle`).
+from two random images, since the figures are about what builds and fuses, not about accuracy. Three networks are also pruned
+to half and a quarter of their MACs at the default alignment; the last section counts the padding kernels that the dense
+network does not have. A failure is listed with the operator. The engines are not run: `graphcomb bundle` measures latencies
+on a device.
 """
 
 from __future__ import annotations

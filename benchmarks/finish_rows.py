@@ -1,14 +1,15 @@
-"""What CAP's option to finish nearly empty outputs buys: channels that `Minimise` removes, at which loss.
+"""The effect of CAP's option `finish_rows`: how many channels `Minimise` can remove, and at which loss.
 
     python benchmarks/finish_rows.py                      # resumes; results/finish_rows.json and .md
     python benchmarks/finish_rows.py --networks resnet --sparsities 0.75 0.9
     python benchmarks/finish_rows.py --table              # only rewrite the table
 
-The networks are the references of `accuracy.py`, trained on Fashion-MNIST (apt-get install dataset-fashion-mnist). CAP sets
-a share of the weights to zero at once, from 512 gradients, and `Minimise` removes what that leaves without a purpose, after
-`Fuse` has folded the norms. Loss and accuracy are on the 10,000 test images, before any training. Channels: of those that
-belong to groups which can shrink, how many went. In the second table, each discount at the sparsity at which it loses as
-much as CAP without one does at the sparsity named, found between the measured sparsities by linear interpolation.
+The networks are the references of `accuracy.py`, trained on Fashion-MNIST (apt-get install dataset-fashion-mnist). CAP
+sets a share of the weights to zero at once, from 512 gradients. After `Fuse` has folded the norms, `Minimise` removes the
+channels that have no effect any more. Loss and accuracy are on the 10,000 test images, before any training. "Channels" is
+the share of removed channels among those of groups that can shrink. In the second table each discount is shown at the
+sparsity at which it loses as much as CAP without a discount does at the named sparsity; it is interpolated linearly
+between measured sparsities.
 """
 
 from __future__ import annotations

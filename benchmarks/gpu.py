@@ -1,12 +1,12 @@
-"""Dense against compressed networks on this machine's GPU, in fp16, with every engine that is installed.
+"""Measure dense and compressed networks on this machine's GPU, in fp16, with every engine that is installed.
 
     make bench-gpu                               # or: python benchmarks/gpu.py [--only resnet50] [--batches 1 8]
 
-Networks have random weights: what is measured is time, not accuracy. Each is pruned in its channels to half and a quarter
-of its MACs, in its depth, and made 2:4 sparse; engines run in turns, with inputs on the device and as a CUDA graph where
-the engine can. An engine whose outputs are not the network's is not measured. Results go to benchmarks/results/gpu.json and
-gpu.md, and a run goes on where it was interrupted. Without a GPU nothing is measured; `--engines onnxruntime` tries the
-script out on a CPU.
+Networks have random weights, since only time is measured. Channels of each network are pruned to half and a quarter of its
+MACs, its depth is pruned, and it is made 2:4 sparse. Engines run in turns, with inputs on the device, and as a CUDA graph if
+the engine supports it. An engine whose outputs differ from the network's is not measured. Results go to
+benchmarks/results/gpu.json and gpu.md, and an interrupted run resumes. Without a GPU nothing is measured; `--engines
+onnxruntime` tests the script on a CPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The networks of `kernels.py`: of torchvision, timm and transformers with random weights, and detectors and a U-Net of
-our own. Names say the library and the model; `DEVELOPED` are those that the fusion rules were written on, `HELD_OUT` were
-only counted.
+"""The networks of `kernels.py`: networks of torchvision, timm and transformers with random weights, and detectors and a
+U-Net of our own. A name consists of the library and the model. The fusion rules were developed on the networks in
+`DEVELOPED`; those in `HELD_OUT` were used only to count kernels.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Kernels that the fusion rules predict, against those of engines that were built.
+"""Compare the number of kernels that the fusion rules predict with that of built engines.
 
     python benchmarks/kernels.py                 # resumes; results in benchmarks/results/kernels.json and kernels.md
     python benchmarks/kernels.py --only 'timm/*'
 
 Every network (random weights, one image) is captured, folded, exported in fp16 and built with TensorRT-RTX for one target,
-which needs no GPU. The build log lists the kernels; `graph.fusion` predicts how many there are. The rules were developed on
-one half of the networks; of the other half only the count was looked at.
+which needs no GPU. The build log lists the kernels; `graph.workload.fusion` predicts their number. The rules were
+developed on one half of the networks; for the other half only the numbers were compared.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""MACs of every exportable model of the zoo, against half of what torch's FlopCounterMode counts for the eager model.
+"""Compare the MACs of every exportable model of the zoo with half of what torch's FlopCounterMode counts for the eager
+model.
 
     python benchmarks/macs.py                 # resumes; results in benchmarks/results/macs.json and macs.md
     python benchmarks/macs.py --only 'swin*'  # some models
 
-The counter runs on the meta device where the model can, else on the processor, with attention and recurrence spelled out:
-it knows no kernels for processors. Deformable convolutions are unknown to it and are given as any convolution. Each model
-runs in a process of its own.
+The counter runs on the meta device if the model can, else on the CPU. Attention and recurrence are decomposed, since it
+does not count their CPU kernels. It does not know deformable convolutions; they are replaced by plain ones. Each model
+runs in its own process.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Would the oracle notice? Single wrong indices planted in single parameter dimensions of pruned zoo models.
+"""Test whether the oracle detects single wrong indices that are planted in parameter dimensions of pruned zoo models.
 
     python benchmarks/mutations.py                 # resumes; results in benchmarks/results/mutations.json and .md
     python benchmarks/mutations.py --count 100     # more mutations a model
 
-Models of the zoo up to a size; each is captured, pruned at ratio 0.5, and one index of one parameter dimension at a time
-is replaced by a removed one. A mutation counts as caught when the outputs differ from the oracle's.
+Each model of the zoo up to a size is captured and pruned at ratio 0.5. A mutation replaces one index of one parameter
+dimension by a removed index. It counts as detected if the outputs differ from the oracle's.
 """
 
 from __future__ import annotations

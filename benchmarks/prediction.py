@@ -1,13 +1,14 @@
-"""Predicted against measured: how well estimates rank pruned networks, and what fewer MACs are worth.
+"""Compare predicted with measured latencies of pruned networks, and measure the speed-up from fewer MACs.
 
     python benchmarks/prediction.py [--only variants speedup] [--networks resnet18] [--limit 3]
 
-On one thread of ONNX Runtime, in fp32 at batch 1, with random weights: what is measured is time, not accuracy. Variants of
-small networks, pruned at several ratios, locally and globally, in channels, heads or both, are measured each beside its
-dense network, and predicted by a latency table of this machine, by the same anchored to the dense network's measured time,
-by the roofline of the data sheet, and by the roofline calibrated with the other networks' measurements. Then five larger
-networks are pruned to half and a quarter of their MACs and measured. A measurement that something else disturbed is
-skipped; a later run makes up for it. Results go to benchmarks/results/prediction.json and prediction.md.
+All networks run on one thread of ONNX Runtime, in fp32 at batch 1, with random weights, since only time is measured.
+Variants of small networks are pruned at several ratios, locally and globally, in channels, heads or both, and each is
+measured in turns with its dense network. Four predictions are compared: a latency table of this machine, the table
+anchored to the dense network's measured time, the roofline of the data sheet, and the roofline calibrated with the
+measurements of the other networks. Then five larger networks are pruned to half and a quarter of their MACs and measured.
+A measurement that other processes disturbed is skipped and repeated in a later run. Results go to
+benchmarks/results/prediction.json and prediction.md.
 """
 
 from __future__ import annotations

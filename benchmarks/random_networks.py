@@ -1,10 +1,10 @@
-"""Property-based proof of the comb: random networks, random removals, two oracles on each.
+"""Property-based test of the comb: random removals from random networks, each checked by two oracles.
 
     python benchmarks/random_networks.py [--networks 10000] [--first 0] [--jobs 1] [--out results/random_networks.json]
 
-Draws network after network (tests/graph/random_networks), removes random indices of random groups, and asks the absence
-oracle and the restriction oracle. The result is written every few networks, so an interrupted run goes on where it
-stopped; one made by other versions starts anew. Fails (exit code 1) when a network is wrong or raises.
+The script generates networks (tests/graph/random_networks), removes random indices of random groups from each, and
+compares the result with the absence oracle and the restriction oracle. It writes the results every few networks, so an
+interrupted run resumes; results of other versions are discarded. The exit code is 1 if a network is wrong or raises.
 """
 
 from __future__ import annotations

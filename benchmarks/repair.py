@@ -1,4 +1,4 @@
-"""What repair gives back at once, without training, on trained networks: next to no repair, and to torch-pruning.
+"""Accuracy that repair recovers without training on trained networks, compared with no repair and with torch-pruning.
 
     python benchmarks/repair.py                                   # resumes; results/repair.json and .md
     python benchmarks/repair.py --networks crnn --draws 1         # only some rows; the others keep their figures
@@ -6,12 +6,13 @@
     python benchmarks/repair.py --cost                            # time and memory instead, on a quiet machine
     python benchmarks/repair.py --table                           # only rewrite the table
 
-Networks, images and scores are those of `trained.py`; weights and photographs are fetched into the cache folder. A row
-removes channels at once, to a share of the MACs, by one importance: magnitude (the same share of each group), or
-fisher-unlabelled or repair (all groups together). It is scored on other photographs than it is calibrated on: as it
-is, after `Repair`, and after `Repair` and `Recalibrate` (prior of 64 images). A draw is a seed of calibration images, which
-have no labels. Widths stay multiples of 8 for all. torch-pruning (1.6.1) ranks by magnitude, layer by layer or globally, or
-globally by Taylor with the dense network's own classes for labels; its ratio is found by bisection, its best row is shown.
+Networks, images and scores are those of `trained.py`; weights and photographs are downloaded into the cache folder. A row
+removes channels at once, to a share of the MACs, by one importance: magnitude (the same share of each group),
+fisher-unlabelled or repair (all groups together). It is scored on photographs that are not used for calibration: without
+repair, after `Repair`, and after `Repair` and `Recalibrate` (prior of 64 images). A draw is a seed of calibration images,
+which have no labels. Widths stay multiples of 8 for all methods. torch-pruning (1.6.1) ranks by magnitude, layer by layer
+or globally, or globally by Taylor with the dense network's own classes as labels. Its ratio is found by bisection, and its
+best row is shown.
 """
 
 from __future__ import annotations

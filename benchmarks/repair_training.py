@@ -1,4 +1,4 @@
-"""What repair is still worth after training: the same removal and the same training, with and without it.
+"""Accuracy that repair still gains after training: the same removal and the same training with and without repair.
 
     python benchmarks/repair_training.py                       # resumes; results/repair_training.json and .md
     python benchmarks/repair_training.py --networks resnet --seeds 0 --steps 0 400
@@ -6,9 +6,9 @@
     python benchmarks/repair_training.py --table               # only rewrite the table
 
 Networks, data, training and scores are those of `accuracy.py`: Fashion-MNIST's classifiers at 4.3 times fewer MACs, one
-dense network of each; a seed decides images, order and training. At once: everything goes by the Fisher scores, or by what
-stays lost after repair, both from 256 training images; Repair sees the same ones without labels; then comes the training.
-Adaptive: as there, with `repair` at each event or without.
+dense network of each; a seed determines images, order and training. "At once" removes all channels before training, by
+Fisher scores or by importance "repair", both from 256 training images; Repair uses the same images without labels.
+"Adaptive" prunes during training as in `accuracy.py`, with or without repair at each event.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Segmentation scenes: Fashion-MNIST items pasted on textured backgrounds, with the class of every pixel.
+"""Generate segmentation scenes: Fashion-MNIST items pasted on textured backgrounds, with the class of every pixel.
 
     python benchmarks/scenes.py            # writes a sheet of examples to results/scenes.png
 
-Grey images of 48 x 48. Each holds one to three items of 18 to 30 pixels, later ones in front, on a sum of three oriented
-waves, whose grey values reach those of the items, with noise over all. Label 0 is background, 1 to 10 the classes of
-Fashion-MNIST. Training scenes hold only items of its training images, test scenes only of its test images; scene number i
-of a split is the same on every machine.
+Scenes are grey images of 48 x 48. Each has one to three items of 18 to 30 pixels, later ones in front, on a sum of three
+oriented waves, whose grey values reach those of the items, and noise on everything. Label 0 is background, 1 to 10 are the
+classes of Fashion-MNIST. Training scenes contain only items of its training images, test scenes only of its test images.
+Scene number i of a split is the same on every machine.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""What the adaptive schedule leaves of each group, next to what choosing at once leaves, on five networks.
+"""Compare the group sizes that the adaptive schedule leaves with those that selection at once leaves, on five networks.
 
     python benchmarks/selection.py                              # results/selection.json and .md
     python benchmarks/selection.py --networks digits resnet10t  # only some; the others keep their figures
     python benchmarks/selection.py --label before               # under a name, for instance with an older graphcomb
     python benchmarks/selection.py --table                      # only rewrite the table
 
-A residual CNN is trained on scikit-learn's digits and pruned by the adaptive schedule, or before the first step, with the
-same training; points of accuracy lost are on the 500 images held out, for each of three seeds. The others have random
-weights and see random images and labels: there only the sizes mean anything. A group is at its minimum when one step of
-the alignment, by default 8 channels, is left of it; groups that began there do not count. Other figures are means.
+A residual CNN is trained on scikit-learn's digits and pruned by the adaptive schedule, or before the first step with the
+same training. Its lost accuracy is measured on the 500 images held out, for each of three seeds. The other networks have
+random weights, images and labels, so that only the sizes are meaningful. A group is at its minimum if it has one step of
+the alignment left, by default 8 channels; groups that began at this size do not count. Other figures are means.
 """
 
 from __future__ import annotations

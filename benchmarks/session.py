@@ -1,10 +1,11 @@
-"""What a session costs a training step between its events: ResNet-18 at 64 x 64, next to the same loop without one.
+"""Measure the cost of a session in a training step without an event: ResNet-18 at 64 x 64, compared with the same loop
+alone.
 
     python benchmarks/session.py             # results in benchmarks/results/session.json and .md
 
-Steps of the plain loop and of each kind of session are taken in turns, in one process and one thread; the figure is the
-median of the ratios of neighbours, with the quartiles. Times are CPU times. The pass takes exact Fisher scores in every step
-and has its first event after the last step measured.
+Steps of the plain loop and of each kind of session alternate in one process and one thread. The figure is the median of
+the ratios of neighbouring steps, with the quartiles. Times are CPU times. The pass computes exact Fisher scores in every
+step, and its first event is after the last measured step.
 """
 
 from __future__ import annotations

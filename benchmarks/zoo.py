@@ -1,11 +1,11 @@
-"""Comb and prune every exportable torchvision model and one model of every timm family, next to torch-pruning.
+"""Comb and prune every exportable torchvision model and one model of every timm family, and compare with torch-pruning.
 
     python benchmarks/zoo.py                 # resumes; results in benchmarks/results/zoo.json and zoo.md
     python benchmarks/zoo.py --only 'swin*'  # some models; --again measures them anew
     python benchmarks/zoo.py --table         # only rewrite the table
 
-Each model runs in a process of its own under a time and a memory limit: captured without hints, combed, pruned with
-ratio 0.5 of every unfrozen axis, and checked against the oracle in float64. Weights are random.
+Each model runs in its own process with a time and a memory limit. It is captured without hints, combed, pruned with ratio
+0.5 of every unfrozen axis, and checked against the oracle in float64. Weights are random.
 """
 
 from __future__ import annotations

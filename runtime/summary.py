@@ -43,8 +43,8 @@ class Verified(Format):
     """How a result was checked."""
 
     oracle: str = says(
-        '"absence oracle" for a pass that removes channels, "input program" or "input program, node by node" for a pass that '
-        "keeps the function",
+        '"absence oracle" for a pass that removes channels, "input program" or "input program, node by node" for a pass '
+        "that keeps the function",
         default="",
     )
     error: float = says("largest relative error, computed in float64")

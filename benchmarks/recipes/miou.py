@@ -2,7 +2,7 @@
 
     python miou.py out/model.pt2 /data/ADEChallengeData2016 [--size 512] [--batch-size 4]
 
-Over all validation pixels that have a class; classes that occur in neither labels nor predictions do not count.
+All validation pixels with a class count. Classes that occur in neither labels nor predictions do not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Segmentation networks as the recipes name them: images (N, 3, H, W) in, class scores (N, classes, H, W) out."""
+"""Segmentation networks for the recipes. They map images (N, 3, H, W) to class scores (N, classes, H, W)."""
 
 from __future__ import annotations
 
