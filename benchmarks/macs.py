@@ -5,8 +5,8 @@ model.
     python benchmarks/macs.py --only 'swin*'  # some models
 
 The counter runs on the meta device if the model can, else on the CPU. Attention and recurrence are decomposed, since it
-does not count their CPU kernels. It does not know deformable convolutions; they are replaced by plain ones. Each model
-runs in its own process.
+does not count their CPU kernels. It does not know deformable convolutions; this script counts them like plain ones. Each
+model runs in its own process.
 """
 
 from __future__ import annotations
