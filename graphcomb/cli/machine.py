@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -18,7 +18,7 @@ def targets(
     from ..graph.files import write_json
     from ..runtime.devices.table import EVIDENCE, TARGETS
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for target in TARGETS.values():
         releases = {name: ".".join(map(str, version)) for name, version in target.tensorrt.items()}
         fast = {name: target.tflops[name] for name in target.dtypes}

@@ -125,7 +125,7 @@ def ratios(stored: Any) -> Ratios:
     if isinstance(stored, dict) and isinstance(stored.get("bench"), dict):
         stored = stored["bench"]
     rows = stored.get("ratios") if isinstance(stored, dict) else None
-    found = {}
+    found: Ratios = {}
     for name, row in rows.items() if isinstance(rows, dict) else ():
         ways = {name: row} if "timings" in stored else {f"{name} ({way})": r for way, r in (row or {}).items()}
         found |= {way: r for way, r in ways.items() if isinstance(r, dict) and {"median", "low", "high"} <= r.keys()}
