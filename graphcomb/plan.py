@@ -242,7 +242,7 @@ def _removed(program: Program, records: Sequence[Mapping[str, Any]]) -> dict[str
     """Return the removed indices of the program's tensors; empty after `PruneDepth`, whose merged layers are new tensors."""
     shapes = {name: tuple(t.shape) for name, t in program.module().state_dict().items()}
     merged = any(record["pass"] == "PruneDepth" for record in records)
-    removed = next((r["removed"] for r in records if r.get("removed")), {})
+    removed: dict[str, dict[int, list[int]]] = next((r["removed"] for r in records if r.get("removed")), {})
     return {} if merged else {name: lost for name, lost in removed.items() if name in shapes}
 
 

@@ -235,8 +235,8 @@ def prepare_tables(
     device = get_target(target) if isinstance(target, str) else target
     edited = load_plan(plan) if isinstance(plan, (str, Path)) else plan
     fixed = Fixed() if edited is None else _fixed(edited, program, device)
-    model = latency_model(table, device, precision)
-    model = needed_latency(model, "tune", program)
+    by_layer = latency_model(table, device, precision)
+    model = needed_latency(by_layer, "tune", program)
     context = Context(data=data, target=device, dtype=precision, latency=model, progress=progress).replaced(
         "tune", **fields
     )
@@ -247,8 +247,8 @@ def prepare_tables(
     times = Times(space, model, progress)
     tables = Tables(space, times, losses, fixed)
     losses.measure(progress)
-    measured = isinstance(model, LatencyTable) if measure is None else measure
-    if measured and not isinstance(model, LatencyTable) and device.backend != "onnxruntime":
+    measured = isinstance(by_layer, LatencyTable) if measure is None else measure
+    if measured and not isinstance(by_layer, LatencyTable) and device.backend != "onnxruntime":
         raise BadInput(f"tune.measure: {device.name} is not at hand; leave it out")
     return TuningTables(tables, device, precision, model, measured, progress)
 

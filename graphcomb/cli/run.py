@@ -56,7 +56,7 @@ def run(
     else:
         raise BadInput("run: a recipe, or --plan with a file that `graphcomb tune` wrote")
     folder = out or Path("out") / (recipe or plan or Path("plan")).stem
-    rows = edited and (edited.applied if edited.tuned else plans.rows_of(edited))
+    rows = None if edited is None else edited.applied if edited.tuned else plans.rows_of(edited)
     summary = runs.run(parsed, folder, rows, progress=not quiet, fresh=fresh)
     if is_main():
         show_summary(summary)

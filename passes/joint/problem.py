@@ -18,13 +18,15 @@ import numpy as np
 @dataclass(frozen=True)
 class Axis:
     """The sizes that a group may have, smallest first, and the loss of each. block: the index of the block that contains
-    the group, or None. allowed: the indices in `sizes` that may be chosen; None for all."""
+    the group, or None. allowed: the indices in `sizes` that may be chosen; None for all.
+    fixed: whether that was decided by hand."""
 
     name: str
     sizes: tuple[int, ...]
     losses: tuple[float, ...]
     block: int | None = None
     allowed: tuple[int, ...] | None = None
+    fixed: bool = False
 
     @property
     def choices(self) -> tuple[int, ...]:
@@ -94,7 +96,8 @@ class Problem:
     def scaled(self, widths: float = 1.0, blocks: float = 1.0) -> Problem:
         """The problem with the losses of all widths, and of all blocks, multiplied by a factor each."""
         axes = tuple(
-            Axis(a.name, a.sizes, tuple(widths * loss for loss in a.losses), a.block, a.allowed) for a in self.axes
+            Axis(a.name, a.sizes, tuple(widths * loss for loss in a.losses), a.block, a.allowed, a.fixed)
+            for a in self.axes
         )
         removals = tuple(Removal(b.name, blocks * b.loss, b.goes) for b in self.blocks)
         return Problem(axes, removals, self.terms, self.constant, self.apart)
@@ -102,8 +105,7 @@ class Problem:
     def only(self, widths: bool = False, blocks: bool = False) -> Problem:
         """The problem in which only widths, or only blocks, may change; decisions by hand stay."""
         axes = tuple(
-            a if widths or a.allowed is not None else Axis(a.name, a.sizes, a.losses, a.block, (len(a.sizes) - 1,))
-            for a in self.axes
+            a if widths or a.fixed else Axis(a.name, a.sizes, a.losses, a.block, (len(a.sizes) - 1,)) for a in self.axes
         )
         removals = tuple(b if blocks or b.goes else Removal(b.name, b.loss, False) for b in self.blocks)
         return Problem(axes, removals, self.terms, self.constant, self.apart)

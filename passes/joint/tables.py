@@ -50,7 +50,7 @@ class Tables:
         if name in self.fixed.widths:
             allowed = [sizes.index(self.fixed.widths[name])]
         finite = tuple(loss if math.isfinite(loss) else 0.0 for loss in losses)
-        return Axis(name, sizes, finite, self.space.inner.get(name), tuple(allowed))
+        return Axis(name, sizes, finite, self.space.inner.get(name), tuple(allowed), name in self.fixed.widths)
 
     def _removal(self, name: str, loss: float) -> Removal:
         goes = self.fixed.blocks.get(name, None if math.isfinite(loss) else False)

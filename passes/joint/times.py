@@ -47,22 +47,19 @@ class Times:
             for index, node in enumerate(nodes):
                 atoms = [a for a in self.dense.atoms(index) if a in self.places]
                 blocks = {owner.get(node.name), *(inner.get(self.places[a]) for a in atoms)} - {None}
-                block = min(blocks) if blocks else None  # type: ignore[type-var]
+                owning = min(blocks) if blocks else None  # type: ignore[type-var]
                 # A layer that reads groups inside of two blocks depends on the sizes in the first block only.
-                known = [a for a in atoms if inner.get(self.places[a]) in (None, block)]
-                self.terms += self._tables(self.dense, index, {a: a for a in known}, block, False)
+                known = [a for a in atoms if inner.get(self.places[a]) in (None, owning)]
+                self.terms += self._tables(self.dense, index, {a: a for a in known}, owning, False)
                 update(index + 1, "")
             for b, block in enumerate(space.blocks):
                 form = space.form([b])
                 pruned = Predictor(form.comb, latency)
-                twins = {t: o for t, o in form.twins.items() if o in self.places and self._lives(o, b, inner)}
+                # Groups inside of other blocks have no size of their own where those go, too.
+                twins = {t: o for t, o in form.twins.items() if o in self.places and self.places[o] not in inner}
                 pruned.prepare({t: self.options[o] for t, o in twins.items()}, progress)
                 self._pruned(b, set(block.nodes), outside, form, pruned, twins)
                 update(len(nodes) + b + 1, block.name)
-
-    def _lives(self, atom: Factor, block: int, inner: Mapping[int, int]) -> bool:
-        """Whether an atom has a size whether the block stays or goes."""
-        return inner.get(self.places[atom]) is None
 
     def _pruned(
         self, b: int, names: set[str], outside: set[str], form: Form, pruned: Predictor, twins: dict[Factor, Factor]

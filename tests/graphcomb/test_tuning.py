@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch import nn
 import graphcomb
 from graphcomb import BadInput, Unreachable
 from graphcomb.cli import main
+from graphcomb.graph.errors import Contended
 from graphcomb.graph.verify import equivalence
 from graphcomb.plan import load_plan
+from graphcomb.runtime import LatencyTable
 from graphcomb.sensitivity import measure
 
 OPTIONS = {"table": "roofline", "samples": 16, "importance": "magnitude", "rounds": 1}
@@ -130,6 +133,43 @@ def test_arguments_that_make_no_sense_are_one_line(dense, tmp_path, arguments, e
     with pytest.raises(error, match=message) as raised:
         graphcomb.tune(dense, **{"data": batches(), "folder": tmp_path} | OPTIONS | arguments)
     assert "\n" not in str(raised.value)
+
+
+class Clock:
+    """Stands in for measurements: seconds by multiply-accumulates, of whole networks twice as many."""
+
+    def __init__(self) -> None:
+        self.layers, self.networks, self.busy = 0, 0, False
+
+    def layer(self, layer) -> float:
+        self.layers += 1
+        return 1e-6 if layer is None else 1e-7 + 1e-10 * layer.macs()
+
+    def network(self, programs, **options):
+        self.networks += 1
+        median = {} if self.busy else {"median": 1e3 * (2e-6 + 2e-10 * programs[0].macs / 2)}
+        return SimpleNamespace(timings=[SimpleNamespace(ms=median)])
+
+
+def test_measured_layers_and_networks(dense, tmp_path, monkeypatch):
+    """The table of layers is kept, whole networks are measured, and a busy machine is an error."""
+    clock = Clock()
+    monkeypatch.setattr(LatencyTable, "_time", clock.layer)
+    monkeypatch.setattr(LatencyTable, "anchored", lambda self, program: self)
+    monkeypatch.setattr(graphcomb.runtime, "bench", clock.network)
+    options = OPTIONS | {"table": tmp_path / "layers.json", "folder": tmp_path, "data": batches(), "sizes": 3}
+    plan = graphcomb.tune(dense, latency=0.6, **options)
+    figures = plan.tuned.ms
+    assert figures["measured"]
+    assert clock.networks >= 2
+    assert figures["achieved"] <= 1.02 * figures["asked"]
+    measured = clock.layers
+    again = graphcomb.tune(dense, latency=0.6, **options)
+    assert again == plan
+    assert clock.layers == measured > 0
+    clock.busy = True
+    with pytest.raises(Contended, match=r"^tune: the machine is too busy to measure; the tables are kept"):
+        graphcomb.tune(dense, latency=0.6, **options)
 
 
 def test_nothing_to_prune_is_unreachable(tmp_path):

@@ -22,7 +22,7 @@ def random_problem(seed: int) -> Problem:
         losses = np.sort(draw.exponential(size=count))[::-1] * (np.arange(count) < count - 1)
         inner = int(draw.integers(len(blocks))) if blocks and i % 3 == 1 else None
         allowed = (int(draw.integers(count)),) if draw.random() < 0.1 else None
-        axes.append(Axis(f"g{i}", tuple(range(1, count + 1)), tuple(losses), inner, allowed))
+        axes.append(Axis(f"g{i}", tuple(range(1, count + 1)), tuple(losses), inner, allowed, allowed is not None))
     terms = []
     for _ in range(draw.integers(1, 8)):
         chosen = tuple(int(a) for a in draw.permutation(len(axes))[: draw.integers(0, 4)])
