@@ -7,7 +7,20 @@ from ..devices.table import TARGETS
 from ..summary import Engine, Summary
 from .devices import compared
 from .reading import costs, latency_place, timings
-from .text import against, change, counted, exact, milliseconds, number, percent, score_format, si, size, times
+from .text import (
+    NOT_FINITE,
+    against,
+    change,
+    counted,
+    exact,
+    milliseconds,
+    number,
+    percent,
+    score_format,
+    si,
+    size,
+    times,
+)
 
 
 @dataclass
@@ -49,9 +62,11 @@ def tiles(summary: Summary) -> list[Tile]:
 
 def _quality(summary: Summary) -> list[Tile]:
     before, after = number(summary.accuracy_before), number(summary.accuracy_after)
-    if after is None and before is None:
+    if summary.accuracy_after is None and before is None:
         return []
     score = score_format(before, after, metric=summary.metric)
+    if after is None and summary.accuracy_after is not None:  # the outputs of the compressed program may be NaN
+        return [Tile(summary.metric, NOT_FINITE, f"from {score(before)}", "watch")]
     detail = ""
     if before is not None and after is not None:
         factor, unit = (100, " points") if score is percent else (1, "")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..summary import Record, Scores
-from .text import exact, number, plain, score_format
+from .text import NOT_FINITE, exact, number, plain, score_format
 
 # A reason given by the comb: the node that froze the axis, the place in the source, and why.
 REASON = re.compile(r"^(\S+)(?: \((.*)\))?: (.+)$", re.DOTALL)
@@ -29,7 +29,7 @@ def pass_row(record: Record) -> dict[str, Any]:
         "options": [(k, plain(v)) for k, v in record.options.items() if v not in (None, [], (), {})],
         "macs": (cost.before.macs, cost.after.macs),
         "params": (cost.before.params, cost.after.params),
-        "accuracy": score(scores.after) if number(scores.after) is not None else "",
+        "accuracy": "" if scores.after is None else NOT_FINITE if number(scores.after) is None else score(scores.after),
         "error": exact(record.verified.error) if record.verified else "",
         "seconds": record.seconds,
     }

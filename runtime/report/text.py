@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+NOT_FINITE = "not finite"  # a metric of outputs that are NaN; a dash would say that it is not known
+
 
 def number(value: float | None) -> float | None:
     """Return the value if it is a finite number, else None."""

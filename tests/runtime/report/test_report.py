@@ -85,6 +85,14 @@ def test_a_contended_machine_gives_no_figure_and_a_slower_result_says_so(tmp_pat
     assert "1.25× slower" in found.text
 
 
+def test_a_metric_that_is_nan_is_not_replaced_by_the_dense_one(tmp_path, quick):
+    values = summary() | {"accuracy_after": float("nan")}
+    found, html = page(tmp_path, values)
+    assert "not finite" in found.text
+    assert "from 98.61" in found.text
+    assert 'class="tile watch"' in html
+
+
 def test_a_ratio_says_what_was_measured_where(tmp_path, quick):
     values = summary() | {"inputs": [[2, 3, 8, 8]]}
     values["bench"]["environment"] = {"cpu": "EPYC 7", "threads": 1, "versions": {"onnxruntime": "1.31.1"}}
