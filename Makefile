@@ -6,7 +6,7 @@ SITE := .cache/site
 STUBS := .cache/stubs
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-guards test-torch lint lint-tensorrt docs-formats bench bench-gpu clean
+.PHONY: demo test test-slow test-guards test-torch lint lint-tensorrt docs docs-formats bench bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/graphcomb demo
@@ -50,6 +50,14 @@ lint-tensorrt: $(STAMP)
 	test ! -d $(STUBS) || MYPYPATH=$(SITE):$(STUBS) $(BIN)/mypy \
 	  --cache-dir .cache/mypy-stubs --follow-imports=silent \
 	    -m graphcomb.runtime.engines.trt.build -m graphcomb.runtime.engines.trt.run -m graphcomb.runtime.kit.trt
+
+# The book, in .cache/book: warnings, also of links, are errors. References come from the docstrings of a wheel, as in lint.
+docs: $(STAMP)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	rm -rf build/lib build/bdist.* $(SITE)
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation --target $(SITE) .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open .cache/book/index.html"
 
 # The pages about JSON files, from the models in runtime/summary.py.
 docs-formats: $(STAMP)

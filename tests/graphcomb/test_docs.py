@@ -11,7 +11,7 @@ import yaml
 from graphcomb.cli.app import app
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = "graph|passes|runtime|graphcomb|tests|benchmarks|recipes|docs|examples"
 EXAMPLES = ("scale_biases", "engines/reference", "my_norm")  # files that a page shows whole, and that are not there
 # Smaller than what the page says, to be quick.
@@ -40,7 +40,7 @@ def test_the_first_code_block_runs_as_pasted(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "small.onnx").is_file()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_named_exist(page: Path) -> None:
     text = page.read_text()
     named = re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w/.-]*\w/?", text) + re.findall(r"\]\(([^)#:]+)\)", text)
@@ -48,7 +48,7 @@ def test_files_that_are_named_exist(page: Path) -> None:
     assert not {name for name in missing if not any(example in name for example in EXAMPLES)}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_names_that_are_imported_exist(page: Path) -> None:
     text = page.read_text()
     for line in re.findall(r"^from graphcomb\S* import .*$", text, re.MULTILINE):

@@ -1,0 +1,141 @@
+"""Every code block of the book runs. Blocks of a page share one scope, in order, in an empty folder.
+
+Comments of HTML in a page, which readers do not see, say what its blocks need:
+
+    <!-- setup          code that makes what the page takes as the reader's own (model, loader); ends with a line -->
+    <!-- small: A -> B -->   in what follows, A is replaced by B, so that it is quick
+    <!-- needs: timm -->     the page is skipped without this package
+    <!-- slow -->            the page is run by `make test-slow`
+    <!-- run -->             the next bash block is run, too; of others the commands and options are looked up
+    <!-- output -->          the next text block is what the block before it prints; ... stands for any text
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from graphcomb.cli.app import app, main
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TOKEN = re.compile(
+    r"^<!-- setup\n(?P<setup>.*?)^-->$|^<!-- (?P<key>small|needs|slow|run|output)(?:: (?P<value>.*?))? -->$"
+    r"|^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass
+class Block:
+    language: str
+    code: str
+    line: int
+    run: bool = False
+    output: bool = False
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """The blocks of a page in order, setups as python, with what comments ask for applied."""
+    small: list[tuple[str, str]] = []
+    marks: set[str] = set()
+    for token in TOKEN.finditer(text):
+        line = text[: token.start()].count("\n") + 2
+        if token["setup"] is not None:
+            yield Block("python", token["setup"], line)
+        elif token["key"] == "small":
+            before, _, after = token["value"].partition(" -> ")
+            assert before in text[token.end() :], f"small: no {before!r} in what follows"
+            small.append((before, after))
+        elif token["key"]:
+            marks.add(token["key"])
+        else:
+            code = token["code"]
+            for before, after in small:
+                code = code.replace(before, after)
+            yield Block(token["language"], code, line, "run" in marks, "output" in marks)
+            marks.clear()
+
+
+def values(text: str, key: str) -> list[str]:
+    return [token["value"] for token in TOKEN.finditer(text) if token["key"] == key]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def of_page(page: Path) -> object:
+    slow = [pytest.mark.slow] if values(page.read_text(), "slow") else []
+    return pytest.param(page, id=name_of(page), marks=slow)
+
+
+# README's own blocks: the first is run by test_docs.py.
+RUNNING = [page for page in PAGES[1:] if any(b.language == "python" or b.run for b in blocks(page.read_text()))]
+
+
+def commands(code: str) -> list[list[str]]:
+    """The words of each line that calls graphcomb or make."""
+    lines = code.replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines if line.startswith(("graphcomb ", "make "))]
+    return [line for line in words if line]
+
+
+@pytest.mark.parametrize("page", [of_page(page) for page in RUNNING])
+def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    text = page.read_text()
+    for package in values(text, "needs"):
+        pytest.importorskip(package)
+    monkeypatch.setenv("GRAPHCOMB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "120")
+    scope: dict = {"__name__": "__page__"}
+    printed = ""
+    for block in blocks(text):
+        if block.language == "python":
+            capfd.readouterr()
+            # Padded, so that a traceback has the page's line numbers.
+            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), scope)
+            printed = capfd.readouterr().out
+        elif block.language == "bash" and block.run:
+            capfd.readouterr()
+            for words in commands(block.code):
+                code = main(words[1:])
+                shown = capfd.readouterr()
+                assert code == 0, f"line {block.line}: {' '.join(words)}: {shown.err}"
+                printed = shown.out
+        elif block.output:
+            wanted = ".*".join(re.escape(" ".join(part.split())) for part in block.code.split("..."))
+            assert re.fullmatch(wanted.replace(r"\ ", " ?"), " ".join(printed.split()), re.DOTALL), (
+                f"line {block.line}: {printed}"
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_and_options_exist(page: Path) -> None:
+    known = {command.name: command for command in typer.main.get_command(app).commands.values()}
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for block in blocks(page.read_text()):
+        for program, *words in commands(block.code) if block.language == "bash" else ():
+            if program == "make":
+                assert {word for word in words if "=" not in word} <= targets
+                continue
+            name, *rest = words
+            assert name in known, f"{name}: no command"
+            options = {text for parameter in known[name].params for text in parameter.opts} | {"--help"}
+            assert {word.split("=")[0] for word in rest if re.match(r"--?[a-z]", word)} <= options, " ".join(words)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    def pages(part: object) -> Iterator[str]:
+        if isinstance(part, str):
+            yield part
+        for child in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+            yield from pages(child)
+
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert sorted(pages(nav)) == sorted(str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md"))
