@@ -155,7 +155,8 @@ def checked(program: Any, engine: Any, batch: int) -> float:
 
     from graphcomb.graph.errors import Refused
     from graphcomb.graph.program import flatten_outputs
-    from graphcomb.runtime.export.parity import feeds, relative_error
+    from graphcomb.runtime.export.output_error import relative_error
+    from graphcomb.runtime.export.parity import feeds
 
     images = torch.randn(batch, *program.args[0].shape[1:], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

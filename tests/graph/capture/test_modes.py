@@ -11,27 +11,7 @@ import graphcomb as g
 from graphcomb.graph.capture.functional import CaptureWarning
 from graphcomb.graph.errors import CaptureError
 
-
-def capture(model, *args, **options):
-    """Capture that must be proven in both modes without a word."""
-    program = g.capture(model, args, **options)
-    assert program.proof.skipped == []
-    assert program.proof.error == {"eval": pytest.approx(0, abs=1e-5), "train": pytest.approx(0, abs=1e-5)}
-    return program
-
-
-def same_in_both_modes(model, module, x, calls=2):
-    for training in (True, False):
-        model.train(training)
-        module.train(training)
-        for _ in range(calls):
-            torch.manual_seed(0)
-            expected = model(x)
-            torch.manual_seed(0)
-            torch.testing.assert_close(module(x), expected)
-    for name, buffer in model.named_buffers():
-        if not name.endswith("num_batches_tracked"):
-            torch.testing.assert_close(module.get_buffer(name), buffer)
+from .modes import capture, same_in_both_modes
 
 
 class Attention(nn.Module):
@@ -92,15 +72,6 @@ def test_train_and_eval_are_those_of_the_model(build, shape, tmp_path):
     twins = [copy.deepcopy(model) for _ in range(3)]
     for module, twin in zip((program.module(), loaded, copied), twins, strict=True):
         same_in_both_modes(twin, module, x)
-
-
-def test_averages_go_on_where_the_model_was():
-    model = nn.BatchNorm1d(4, momentum=None)
-    for i in range(3):
-        model(torch.randn(8, 4) + i)
-    x = torch.randn(8, 4)
-    module = capture(model, x).module()
-    same_in_both_modes(model, module, x)
 
 
 def test_submodules_are_switched_as_in_eager():
@@ -204,21 +175,6 @@ def test_auxiliary_heads_are_named():
     with pytest.warns(CaptureWarning, match=r"aux \(Linear\); 2 parameters \(aux.bias, aux.weight, …\); other outputs"):
         program = g.capture(Heads(), torch.randn(4, 6))
     assert program.proof.error["train"] < 1e-5
-
-
-def test_buffers_updated_in_training_alone_are_named():
-    class Counts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("seen", torch.zeros(6))
-
-        def forward(self, x):
-            if self.training:
-                self.seen.add_(x.mean(0))
-            return x + 1
-
-    with pytest.warns(CaptureWarning, match="updates of the buffers seen"):
-        g.capture(Counts(), torch.randn(4, 6))
 
 
 class Sign(torch.autograd.Function):
@@ -349,38 +305,6 @@ def test_what_reads_the_input_of_a_dropout_reads_it_in_training_too(code):
     same_in_both_modes(model, capture(model, x).module(), x)
 
 
-def test_a_norm_that_is_called_twice_is_compared_in_training():
-    class Twice(nn.Module):
-        def __init__(self, momentum):
-            super().__init__()
-            self.a, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6, momentum=momentum)
-
-        def forward(self, x):
-            return self.norm(self.a(self.norm(x)))
-
-    for momentum in (0.1, None):
-        model, x = Twice(momentum), torch.randn(5, 6)
-        same_in_both_modes(model, capture(model, x).module(), x)
-
-
-@pytest.mark.parametrize("reads", [True, False])
-def test_the_statistics_of_a_norm_whose_result_nobody_reads_are_named(reads):
-    class Unread(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
-
-        def forward(self, x):
-            unread = self.norm(x).relu()
-            return self.a(self.norm(2 * x) if reads else x), unread.shape[0]
-
-    model, x = Unread(), torch.randn(5, 6)
-    with pytest.warns(CaptureWarning, match=r"only in training, .*updates of the buffers norm\.running_mean"):
-        program = g.capture(model, x)
-    assert not program.proof.skipped
-    assert torch.equal(program.module()(x)[0], model.eval()(x)[0])
-
-
 def test_a_forward_that_counts_its_calls_is_refused():
     class Counts(nn.Module):
         def __init__(self):
@@ -430,30 +354,6 @@ def test_what_a_model_cached_in_eval_mode_is_computed_and_trained():
     assert model.cache["bias"] is cached, "the model keeps its cache"
     assert "bias" in dict(program.module().named_parameters())
     assert not program.proof.skipped
-
-
-class Twice(nn.Module):
-    """Calls one norm two times in a forward pass."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(4, momentum=None)
-
-    def forward(self, x):
-        return self.norm(2 * self.norm(x) + x)
-
-
-def test_plain_averages_count_every_call_of_a_norm():
-    model = Twice().double()
-    model(torch.randn(8, 4, dtype=torch.float64))  # two batches before the capture
-    batches = [torch.randn(8, 4, dtype=torch.float64) for _ in range(3)]
-    program = g.capture(model, batches[0])
-    module = program.module().train()
-    model.train()
-    for x in batches:
-        assert torch.equal(module(x), model(x))
-    for name in ("running_mean", "running_var"):
-        assert torch.allclose(getattr(module.norm, name), getattr(model.norm, name), rtol=1e-12)
 
 
 def test_a_layer_that_training_drops_at_random_leaves_train_mode_uncompared():

@@ -16,7 +16,8 @@ from graphcomb.passes import Quantize
 from graphcomb.runtime import export_onnx
 from graphcomb.runtime.engines.ort import OrtEngine
 from graphcomb.runtime.export.compare import FURTHER, _further, _quantised, _wrong
-from graphcomb.runtime.export.parity import Check, OutputError
+from graphcomb.runtime.export.output_error import OutputError
+from graphcomb.runtime.export.parity import Check
 
 pytest.importorskip("torchao", reason="needs torchao (the quantize extra)")
 

@@ -8,7 +8,8 @@ from torch import nn
 import graphcomb as g
 from graphcomb.graph.errors import BadInput, Refused
 from graphcomb.graph.program import Program
-from graphcomb.runtime.export.parity import input_sets, output_error, parity, random_like, relative_error
+from graphcomb.runtime.export.output_error import output_error, relative_error
+from graphcomb.runtime.export.parity import input_sets, parity, random_like
 from graphcomb.runtime.onnx_file import TensorSpec
 
 
