@@ -198,6 +198,7 @@ def test_sensitivity_lists_every_option(dense, tmp_path):
     assert prices == sorted(prices)
 
 
+@pytest.mark.slow
 def test_through_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GRAPHCOMB_CACHE", str(tmp_path / "cache"))
