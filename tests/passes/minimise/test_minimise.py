@@ -297,7 +297,7 @@ anything = given(st.integers(0, 10**6), st.floats(0.2, 0.8))
 test_random_networks_with_random_zeros = settings(max_examples=5, deadline=None)(
     example(350, 0.5)(anything(random_zeros))
 )
-test_more_random_networks = pytest.mark.slow(settings(max_examples=300, deadline=None)(anything(random_zeros)))
+test_more_random_networks = pytest.mark.slow(settings(max_examples=120, deadline=None)(anything(random_zeros)))
 
 
 # ------------------------------------------------------------------------------------------------------- other passes
