@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from .arguments import SHAPE, read_sizes, read_values
-from .output import WORSE, complain, console
+from .output import console, pass_gate
 
 if TYPE_CHECKING:
     from ..runtime.devices.dla import Placement
@@ -64,17 +64,14 @@ def build(
     except UnparsedOp as error:
         if gate is None:
             raise
-        complain("gate", error)
-        raise typer.Exit(WORSE) from error
+        pass_gate([error])
     report = built.to_dict()
     baseline = choose(baselines, built.precision) if baselines else None
     if json_:
         write_json(json_, report, indent=2)
     show_engine(Engine.model_validate(report))
-    if baseline is not None and (worse := compare(Build.model_validate(report), baseline)):
-        for text in worse:
-            complain("gate", text)
-        raise typer.Exit(WORSE)
+    if baseline is not None:
+        pass_gate(compare(Build.model_validate(report), baseline))
 
 
 def show_engine(engine: Engine) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import sysconfig
 import warnings
+from collections.abc import Sequence
 from typing import Any
 from unicodedata import category
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -40,6 +42,14 @@ console = Terminal(markup=False, emoji=False)  # names and lines of source code 
 def complain(kind: str, text: object) -> None:
     """Write one line to stderr."""
     print(f"{kind}: {printable(' '.join(str(text).split()))}", file=sys.stderr)
+
+
+def pass_gate(worse: Sequence[object]) -> None:
+    """Leave with exit code WORSE if anything got worse than in the baseline of --gate, after one line for each of it."""
+    for text in worse:
+        complain("gate", text)
+    if worse:
+        raise typer.Exit(WORSE)
 
 
 def between(ratio: dict[str, float]) -> str:

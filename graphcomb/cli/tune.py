@@ -21,6 +21,9 @@ ModelSource = Annotated[str, typer.Argument(metavar="MODEL", help="package.modul
 DataSource = Annotated[
     str | None, typer.Option("--data", help="Calibration images: package.module:callable, or a built-in name.")
 ]
+DataArguments = Annotated[
+    list[str] | None, typer.Option("--data-arg", metavar="NAME=VALUE", help="Argument of the data's callable.")
+]
 Target = Annotated[str, typer.Option("--target", help="The device, such as rtx-sm86.")]
 Precision = Annotated[str, typer.Option("--precision", help="fp32 or fp16.")]
 TableFile = Annotated[
@@ -43,9 +46,7 @@ def tune(
         list[float] | None, typer.Option("--loss", help="Instead: the largest divergence from the dense one, in nats.")
     ] = None,
     data: DataSource = None,
-    data_arg: Annotated[
-        list[str] | None, typer.Option("--data-arg", metavar="NAME=VALUE", help="Argument of the data's callable.")
-    ] = None,
+    data_arg: DataArguments = None,
     target: Target = "cpu",
     precision: Precision = "fp32",
     table: TableFile = None,
@@ -93,9 +94,7 @@ def tune(
 def sensitivity(
     model: ModelSource,
     data: DataSource = None,
-    data_arg: Annotated[
-        list[str] | None, typer.Option("--data-arg", metavar="NAME=VALUE", help="Argument of the data's callable.")
-    ] = None,
+    data_arg: DataArguments = None,
     target: Target = "cpu",
     precision: Precision = "fp32",
     table: TableFile = None,

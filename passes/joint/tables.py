@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...graph.errors import BadInput
-from ...graph.workload.layer import Latency
 from ..channels.knapsack import Predictor
 from .carry_out import Decision, indices
 from .losses import Losses
@@ -89,9 +88,3 @@ def check_fixed(space: Space, fixed: Fixed) -> None:
             raise BadInput(
                 f"plan: {name} keeps {size}, and its block {block} goes; keep the block, or leave the row alone"
             )
-
-
-def latency_of(latency: Latency, space: Space) -> Latency:
-    """The latency model, scaled to the program's measured time if it has one."""
-    anchored = getattr(latency, "anchored", None)
-    return latency if anchored is None else anchored(space.program)

@@ -72,8 +72,13 @@ def backend_module(name: str) -> ModuleType:
 def not_installed(name: str) -> MissingBackend:
     """Return the error for a backend whose library is not installed."""
     backend = BACKENDS[name]
+    return MissingBackend(f"{backend.package} is not installed; install it with: {install_command(backend)}")
+
+
+def install_command(backend: Backend) -> str:
+    """Return the command that installs a backend's library."""
     extra = f"graphcomb[{backend.extra}]" if backend.extra else "graphcomb"
-    return MissingBackend(f"{backend.package} is not installed; install it with: pip install '{extra}'")
+    return f"pip install '{extra}'"
 
 
 def takes(backend: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from ...graph.errors import GraphcombError
 from ..devices.here import local_target
 from ..devices.table import TARGETS, canonical
-from ..engines.backends import BACKENDS, Backend
+from ..engines.backends import BACKENDS, install_command
 from ..kit.cuda import Cuda, CudaError
 from ..kit.telemetry import describe_device, read_line
 from .environment import environment
@@ -93,20 +93,24 @@ def _accelerator(capability: tuple[int, int] | None, why: str) -> list[Finding]:
 
 
 def _libraries(gpu: bool) -> list[Finding]:
-    return [Finding(name, _version(backend), _use(name, backend, gpu)) for name, backend in BACKENDS.items()]
+    versions = _versions()
+    return [
+        Finding(name, versions[name], _use(name, gpu) if versions[name] else install_command(backend))
+        for name, backend in BACKENDS.items()
+    ]
 
 
-def _version(backend: Backend) -> str:
-    names = metadata.packages_distributions().get(backend.package, [backend.package])
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version(names[0])
-    return ""
+def _versions() -> dict[str, str]:
+    """Return the installed version of each backend's library, empty for one that is not installed."""
+    distributions, versions = metadata.packages_distributions(), dict.fromkeys(BACKENDS, "")
+    for name, backend in BACKENDS.items():
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(distributions.get(backend.package, [backend.package])[0])
+    return versions
 
 
-def _use(name: str, backend: Backend, gpu: bool) -> str:
-    """Return what a library can be used for on this machine, or how to install it."""
-    if not _version(backend):
-        return f"pip install 'graphcomb[{backend.extra}]'" if backend.extra else f"pip install {backend.package}"
+def _use(name: str, gpu: bool) -> str:
+    """Return what an installed library can be used for on this machine."""
     if name in ("onnxruntime", "openvino"):
         return "builds and runs engines on this processor"
     if name == "inductor":

@@ -24,7 +24,8 @@ def here(monkeypatch):
         monkeypatch.setattr(machine, "read_line", lambda path: flags if path == "/proc/cpuinfo" else None)
         device = {"model": "Jetson AGX Orin", "power_mode": "MODE_30W"}
         monkeypatch.setattr(machine, "describe_device", lambda: device)
-        monkeypatch.setattr(machine, "_version", lambda backend: "1.0" if backend.package in installed else "")
+        versions = {name: "1.0" if b.package in installed else "" for name, b in machine.BACKENDS.items()}
+        monkeypatch.setattr(machine, "_versions", lambda: versions)
         return {finding.what: finding for finding in machine.examine()}
 
     return make
