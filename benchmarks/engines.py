@@ -97,7 +97,7 @@ def measure(name: str, kind: str) -> dict:
         program = Fuse()(program, context).program
         if kind == "int8":
             stage = "quantise"
-            found = Quantize(samples=2, calibration="minmax")(program, context)
+            found = Quantize(samples=2, calibration="minmax", include=("*",))(program, context)
             program, row["quantised"] = found.program, len(found.record["changed"])
         row["macs"] = program.macs / dense
         stage = "export"

@@ -6,10 +6,11 @@ the file can be traced back to the program. Source: ours.
 
 import ast
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import onnx
+from torch.export import ExportedProgram
 
 from ...graph.program import Program
 from ..summary import Origin
@@ -33,6 +34,19 @@ def trace(program: Program, places: Mapping[str, tuple[str, str]]) -> dict[str, 
         passes = [pass_ for pass_, names in changes if ({module, node} - {""}) & names]
         origins[name] = Origin(node=node, module=module, passes=tuple(dict.fromkeys(passes)))
     return origins
+
+
+def nodes_of_weights(
+    exported: ExportedProgram, places: Mapping[str, tuple[str, str]], weights: Collection[str]
+) -> list[str]:
+    """Return the names of the ONNX nodes that come from a layer with one of these weights.
+
+    places: module path and graph node, by name of the ONNX node. weights: names of parameters, which may be tied.
+    """
+    stored = exported.graph_signature.inputs_to_parameters
+    reading = {n for n in exported.graph.nodes if stored.get(n.name) in weights}
+    layers = {user.name for n in reading for user in n.users}
+    return [name for name, (_, node) in places.items() if node in layers]
 
 
 def store(model: onnx.ModelProto, origins: Mapping[str, Origin]) -> None:

@@ -29,6 +29,7 @@ FRAGILE = {
     "ReduceSum ReduceL1 ReduceL2 ReduceSumSquare ReduceLogSum ReduceLogSumExp".split(),
     "a sum over many values leaves the range of fp16",
 )
+ASKED = "asked for"
 NORM = "part of a norm written by hand, whose squares fp16 cannot hold"
 # AFTER: operators between a sum of squares and the division by its root (DIVIDE). ARITHMETIC, TAIL: operators that decode
 # an output.
@@ -44,7 +45,7 @@ Ranges = Mapping[str, tuple[float, float]]
 
 
 def islands(
-    graph: gs.Graph, ranges: Ranges, patterns: Sequence[str] = (), io: bool = False
+    graph: gs.Graph, ranges: Ranges, patterns: Sequence[str] = (), io: bool = False, asked: Iterable[str] = ()
 ) -> tuple[dict[str, str], set[str]]:
     """Return the nodes that should stay in fp32 (reason by name), and the names of the graph's inputs and outputs that
     should.
@@ -53,11 +54,13 @@ def islands(
     - ranges: measured (smallest, largest) finite value of its tensors, by name.
     - patterns: names of nodes or paths of modules that stay in fp32 in any case; `*` matches any text.
     - io: whether all inputs and outputs of the graph stay in fp32.
+    - asked: names of further nodes that stay in fp32 in any case.
 
     Raises BadInput for a pattern that matches no node.
     """
     search = _Islands(graph, ranges)
     search.by_name(patterns)
+    search.keep |= dict.fromkeys(asked, ASKED)
     for node in graph.nodes:
         search.by_range(node)
         search.by_operator(node)
@@ -78,7 +81,7 @@ class _Islands:
             if not names:
                 known = {m for n in self.graph.nodes for m in (n.name, n.name.rpartition("/")[0]) if m}
                 raise BadInput(f"keep_fp32: {pattern} matches no node; {nearest(pattern, sorted(known)[:200])}")
-            self.keep |= dict.fromkeys(names, "asked for")
+            self.keep |= dict.fromkeys(names, ASKED)
 
     def by_range(self, node: gs.Node) -> None:
         if node.op in SHAPES:

@@ -116,7 +116,8 @@ def export_onnx(
     written if a check fails.
 
     - precision: "fp32", or "fp16" for a strongly typed fp16 graph, whose floating-point inputs and outputs are fp16, too.
-      Nodes whose values fp16 cannot represent stay in fp32, and the report names them (`islands`).
+      Nodes whose values fp16 cannot represent stay in fp32, as do the layers that `Quantize(layers=)` names, and the
+      report names them (`islands`).
     - opset: 17 or higher; by default the one that `choose_opset` chooses for the program and the target.
     - target: a device, which must compute in the precision and parse the opset.
     - tolerance: largest allowed error of an output relative to its largest value; the limit of a channel relative to its
@@ -157,7 +158,8 @@ def export_onnx(
             say("choosing what stays in fp32")
             single = gs.export_onnx(graph)
             _check_types(single, precision)
-            keep, io = islands(graph, ranges_of(single, known), keep_fp32, keep_io_types)
+            asked = origins.nodes_of_weights(exported, places, _single_layers(program.history))
+            keep, io = islands(graph, ranges_of(single, known), keep_fp32, keep_io_types, asked)
             float32, clamped = to_half(graph, keep, io)
         elif keep_fp32:
             raise BadInput("keep_fp32: is for precision fp16")
@@ -217,6 +219,11 @@ def _accept(report: OnnxReport, result: Verdict) -> None:
     if result.wrong:
         cure = "; keep_fp32 and tolerance are the options" if report.precision == "fp16" else ""
         raise Refused("; ".join([f"{report.path}: {report.precision} {result.wrong}", *report.warnings]) + cure)
+
+
+def _single_layers(history: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the names of the weights whose layers `Quantize(layers=)` keeps in fp32."""
+    return {name for record in history if record.get("pass") == "Quantize" for name in record.get("fp32", ())}
 
 
 def _name(graph: gs.Graph, exported: ExportedProgram, history: Sequence[Mapping[str, Any]]) -> None:

@@ -177,4 +177,4 @@ def test_quantisation_takes_a_list_input():
 
     x, y = plain()[0]
     captured = g.capture(Two(), ([x, x],), dynamic_shapes="batch")
-    assert len(Quantize(samples=4)(captured, data=[([x, x], y)]).record["changed"]) == 1
+    assert len(Quantize(include="*", samples=4)(captured, data=[([x, x], y)]).record["changed"]) == 1

@@ -216,7 +216,7 @@ def test_a_quantised_program_is_int8(tmp_path):
     from graphcomb.passes import Fuse, Quantize
 
     context = graphcomb.passes.Context(data=[(torch.randn(2, 8), torch.zeros(2))])
-    small = Quantize()(Fuse()(program).program, context).program
+    small = Quantize(include="*")(Fuse()(program).program, context).program
     folder = write_bundle(tmp_path / "b", {"dense": program, "small": small}, "int8")
     models = json.loads((folder / "bundle.json").read_text())["models"]
     assert [row["precision"] for row in models.values()] == ["fp32", "int8"]

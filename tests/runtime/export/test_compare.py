@@ -44,7 +44,7 @@ class Deep(nn.Module):
 def quantised() -> Program:
     torch.manual_seed(0)
     program = g.capture(Deep().eval(), torch.randn(2, 3, 16, 16), dynamic_shapes="batch")
-    return Quantize(samples=8)(program, data=[torch.randn(4, 3, 16, 16) for _ in range(2)]).program
+    return Quantize(samples=8, include="*")(program, data=[torch.randn(4, 3, 16, 16) for _ in range(2)]).program
 
 
 class Residuals(nn.Module):
@@ -65,7 +65,7 @@ class Residuals(nn.Module):
 def test_int8_is_judged_by_what_the_graph_says_and_not_by_fused_integer_kernels(tmp_path: Path) -> None:
     torch.manual_seed(0)
     program = g.capture(Residuals().eval(), torch.randn(2, 3, 16, 16), dynamic_shapes="batch")
-    program = Quantize(samples=8)(program, data=[torch.randn(4, 3, 16, 16) for _ in range(2)]).program
+    program = Quantize(samples=8, include="*")(program, data=[torch.randn(4, 3, 16, 16) for _ in range(2)]).program
     report = export_onnx(program, tmp_path / "q.onnx")
     assert report.parity is not None
     assert report.parity < 1e-5

@@ -262,7 +262,7 @@ def test_a_quantised_program_has_the_layers_of_the_plain_one(programs):
 
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3, 1, 1), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3, 1, 1)).eval()
     plain = graphcomb.capture(net, (torch.randn(2, 3, 32, 32),), dynamic_shapes="batch")
-    quantised = Quantize(samples=4)(plain, data=[torch.randn(2, 3, 32, 32)] * 2).program
+    quantised = Quantize(samples=4, include="*")(plain, data=[torch.randn(2, 3, 32, 32)] * 2).program
     found = predict({"before": plain, "after": quantised}, get_target("orin-nano"), "int8")
     assert found["ms"]["after"] == pytest.approx(found["ms"]["before"])
     for row in found["layers"]:

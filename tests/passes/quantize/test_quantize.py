@@ -12,7 +12,7 @@ from graphcomb.graph.nodes import op_name
 from graphcomb.passes import Distill, Fuse, Minimise, Quantize, Sparsify, SplitFused
 from graphcomb.runtime import build_engine, export_onnx
 
-from .toys import draws
+from ..toys import draws
 
 pytest.importorskip("torchao", reason="needs torchao (the quantize extra)")
 
@@ -43,7 +43,7 @@ def program():
 @pytest.fixture(scope="module")
 def result(program):
     sparse = Sparsify(pattern="2:4", where="all", method="magnitude")(program).program
-    return Quantize()(sparse, data=batches())
+    return Quantize(include="*")(sparse, data=batches())
 
 
 def ops(program):
@@ -83,7 +83,7 @@ def test_passes_that_keep_the_function_go_on_from_int8(result):
         assert g.Pipeline([pass_]).run(result.program).records[-1]["changed"] == []
     torch.manual_seed(0)
     program = g.capture(Projections(6, 8), torch.randn(4, 6), dynamic_shapes="batch")
-    program = Quantize()(program, data=[torch.randn(16, 6)]).program
+    program = Quantize(include="*")(program, data=[torch.randn(16, 6)]).program
     (record,) = g.Pipeline([SplitFused()]).run(program).records
     assert record["changed"]
     assert record["verified"]["error"] == 0
@@ -91,13 +91,13 @@ def test_passes_that_keep_the_function_go_on_from_int8(result):
 
 @pytest.mark.parametrize("calibration", ["histogram", "minmax"])
 def test_the_error_is_that_of_eight_bits(program, calibration):
-    found = Quantize(calibration=calibration)(program, data=batches())
+    found = Quantize(include="*", calibration=calibration)(program, data=batches())
     assert 1e-4 < error(found.program, program) < 0.03
 
 
 def test_scales_are_those_of_the_data_and_of_the_rows(program):
     data = batches()
-    found = Quantize(calibration="minmax")(program, data=data)
+    found = Quantize(include="*", calibration="minmax")(program, data=data)
     module = found.program.module()
     largest = max(float(x.abs().max()) for x, _ in data)
     assert found.record["changed"][0]["input_scales"][0] == pytest.approx(largest / 127, rel=1e-6), "none saturates"
@@ -109,7 +109,7 @@ def test_scales_are_those_of_the_data_and_of_the_rows(program):
 def test_fewer_samples_are_looked_at_when_fewer_are_asked_for(program):
     data = [(torch.ones(4, 3, 12, 12), None), (100 * torch.ones(4, 3, 12, 12), None)]
     small, large = (
-        Quantize(samples=n, calibration="minmax")(program, data=[x for x, _ in data]).record["changed"][0][
+        Quantize(include="*", samples=n, calibration="minmax")(program, data=[x for x, _ in data]).record["changed"][0][
             "input_scales"
         ]
         for n in (4, 8)
@@ -174,17 +174,17 @@ def test_chosen_layers_only(program):
 
 def test_what_is_refused(program, result):
     norm = g.capture(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), torch.randn(2, 3, 5, 5))
-    found = Quantize()(norm, data=[torch.randn(2, 3, 5, 5)])
+    found = Quantize(include="*")(norm, data=[torch.randn(2, 3, 5, 5)])
     assert "run Fuse before Quantize" in found.record["refused"][0]["why"]
-    silent = Quantize()(norm, data=[torch.zeros(2, 3, 5, 5)])
+    silent = Quantize(include="*")(norm, data=[torch.zeros(2, 3, 5, 5)])
     assert any("all zero" in r["why"] for r in silent.record["refused"])
     assert silent.record["changed"] == []
     late = Sparsify(method="magnitude", include="*")(result.program)
     assert {r["why"] for r in late.record["refused"]} == {"it is quantised; Quantize comes last"}
     with pytest.raises(BadInput, match="Quantize: needs data"):
-        Quantize()(program)
+        Quantize(include="*")(program)
     with pytest.raises(BadInput, match="data: yields no batch; it must be iterable again"):
-        Quantize()(program, data=[])
+        Quantize(include="*")(program, data=[])
     for options in ({"samples": 0}, {"samples": True}, {"calibration": "none"}, {"include": 3}, {"exclude": (3,)}):
         with pytest.raises(BadInput, match=rf"Quantize\.{next(iter(options))}: "):
             Quantize(**options)
@@ -196,7 +196,7 @@ def test_samples_that_are_not_finite_are_refused(program, calibration, value):
     data = batches()
     data[1][0][2, 0, 5, 5] = value
     with pytest.raises(BadInput, match=r"Quantize: the inputs of stem\.weight are not finite; check the data"):
-        Quantize(calibration=calibration)(program, data=data)
+        Quantize(include="*", calibration=calibration)(program, data=data)
 
 
 def test_tied_weights_are_quantised_once():
@@ -208,6 +208,6 @@ def test_tied_weights_are_quantised_once():
         def forward(self, x):
             return self.a(self.a(x).relu())
 
-    found = Quantize()(g.capture(Tied(), torch.randn(2, 4)), data=[torch.randn(2, 4)])
+    found = Quantize(include="*")(g.capture(Tied(), torch.randn(2, 4)), data=[torch.randn(2, 4)])
     assert ops(found.program).count("fake_quantize_per_channel_affine") == 1
     assert len(found.record["changed"][0]["input_scales"]) == 2

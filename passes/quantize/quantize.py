@@ -1,24 +1,26 @@
 """The pass that quantises to INT8 in the graph: symmetric fake quantisation that exports as Q/DQ, calibrated on data."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
-from ..graph.edit import Editor
-from ..graph.errors import BadInput, MissingBackend
-from ..graph.nodes import arguments, fetch, op_name, set_argument
-from ..graph.program import Program
-from .base import Change, Context, Pass, PassResult, Refusal, check_field
-from .common.feed import Feed
-from .common.observe import Observer
-from .common.processes import accelerator, placed
-from .common.repeat import seeded
-from .common.samples import sample_batches
-from .common.weights import WeightedLayer, check_included, layers
+from ...graph.edit import Editor
+from ...graph.errors import BadInput, MissingBackend
+from ...graph.nodes import arguments, fetch, op_name, set_argument
+from ...graph.program import Program
+from ..base import Change, Context, Pass, PassResult, Refusal, check_field
+from ..common.feed import Feed
+from ..common.observe import Observer
+from ..common.processes import accelerator, placed
+from ..common.repeat import seeded
+from ..common.samples import sample_batches
+from ..common.weights import WeightedLayer, check_included
+from ..common.weights import layers as find_layers
+from .which import Precision, check_named, precisions
 
 RANGE = (-128, 127)  # the one signed range that ONNX's QuantizeLinear has
 
@@ -37,7 +39,12 @@ class Quantize(Pass):
     samples: number of samples of the data that the scales of inputs are calibrated on. calibration: how an input's
     scale is chosen: "histogram" (torchao's observer, least squared error) or "minmax" (the largest
         value becomes 127).
-    include, exclude: patterns over weight names; any of the names of a tied weight may match.
+    include, exclude: patterns over weight names; any of the names of a tied weight may match. By default all layers are
+        quantised but the first ones, which read the network's inputs, and the last ones before each output, box decoding
+        included; `include=("*",)` quantises these, too.
+    layers: precisions by pattern over names of weights or of their modules, as in `{"features.3*": "fp16", "head": "int8"}`.
+        The first pattern that matches a layer decides, whatever `include` and `exclude` say: "int8" quantises it; "fp16"
+        leaves it in the floating point of the export; "fp32" keeps it in fp32 in fp16 exports, too.
 
     Run this pass last: after `Sparsify`, and after `Fuse`, without which normalisations stay in floating point (the
     record names them). Raises BadInput without finite data, MissingBackend without torchao. Refused, and named in the
@@ -48,21 +55,18 @@ class Quantize(Pass):
     calibration: Literal["histogram", "minmax"] = "histogram"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    layers: Mapping[str, Precision] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_field(self, "samples", self.samples >= 1, "a whole number of at least 1")
 
     def run(self, program: Program, context: Context) -> PassResult:
         new = program.copy()
-        known, refused = layers(new)
+        known, refused = find_layers(new)
         check_included(self, self.include, known, refused)
-        chosen = []
-        for layer in known:
-            kept = not self.include or layer.matches(self.include)
-            if kept and not layer.matches(self.exclude):
-                chosen.append(layer)
-            else:
-                refused.append(Refusal(layer.name, "excluded" if kept else "not included"))
+        check_named(self.layers, known, refused)
+        chosen, left, single = precisions(new, known, self.include, self.exclude, self.layers)
+        refused += left
         for node in new.graph.nodes:
             if op_name(node) == "batch_norm":
                 why = "a normalisation that is not folded stays in floating point; run Fuse before Quantize"
@@ -80,7 +84,7 @@ class Quantize(Pass):
             largest = float(spread.max())
             changed.append(Change(layer.name, {"input_scales": inputs, "largest_weight_scale": largest}))
         writer.edit.finish()
-        return PassResult(new, {"changed": changed, "refused": refused})
+        return PassResult(new, {"changed": changed, "refused": refused, "fp32": single})
 
     def _calibrated(self, program: Program, chosen: Sequence[WeightedLayer], context: Context) -> dict[fx.Node, float]:
         """The scale of each input; 0 for an input that was zero throughout."""
