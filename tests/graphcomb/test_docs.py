@@ -70,3 +70,12 @@ def test_the_commands_of_the_ci_page_exist() -> None:
     for name, *words in commands:
         options = {text for parameter in known[name].params for text in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= options
+
+
+def test_the_lines_of_the_examples_are_counted():
+    page = (ROOT / "docs" / "start" / "migrating.md").read_text()
+    rows = re.findall(r"`(examples/\w+\.py)`[^|]*\| (\d+) \|", page)
+    assert len(rows) == 4
+    for name, lines in rows:
+        text = (ROOT / name).read_text().splitlines()
+        assert sum(bool(line.split("#")[0].strip()) for line in text) == int(lines), name
