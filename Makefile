@@ -72,7 +72,7 @@ bench-gpu: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,zoo,rtx,quantize,openvino]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,zoo,rtx,openvino]'
 	touch $@
 
 clean:

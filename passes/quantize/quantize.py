@@ -1,28 +1,26 @@
 """The pass that quantises to INT8 in the graph: symmetric fake quantisation that exports as Q/DQ, calibrated on data."""
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
 from ...graph.edit import Editor
-from ...graph.errors import BadInput, MissingBackend
+from ...graph.errors import BadInput
 from ...graph.nodes import arguments, fetch, op_name, set_argument
 from ...graph.program import Program
 from ..base import Change, Context, Pass, PassResult, Refusal, check_field
-from ..common.feed import Feed
-from ..common.observe import Observer
+from ..common.feed import Batch, Feed
 from ..common.processes import accelerator, placed
 from ..common.repeat import seeded
 from ..common.samples import sample_batches
 from ..common.weights import WeightedLayer, check_included
 from ..common.weights import layers as find_layers
+from .bias import Means, correctable
+from .calibrate import RANGE, input_scales, weight_scales
 from .which import Precision, check_named, precisions
-
-RANGE = (-128, 127)  # the one signed range that ONNX's QuantizeLinear has
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,13 @@ class Quantize(Pass):
     kernels from. Their gradients pass straight through, so that a `Distill` after this pass is quantisation-aware
     training (with these scales, masks held).
 
-    samples: number of samples of the data that the scales of inputs are calibrated on. calibration: how an input's
-    scale is chosen: "histogram" (torchao's observer, least squared error) or "minmax" (the largest
-        value becomes 127).
+    samples: number of samples of the data that scales and biases are calibrated on.
+    calibration: how an input's scale is chosen (`calibrate`): "histogram" (least squared error of the entries), "minmax"
+        (the largest value becomes 127), "percentile", or "error" (that of the three with the least squared error of the
+        outputs of the layers that read the input).
+    percentile: the percentage of an input's entries that do not saturate, for "percentile" and "error".
+    bias_correction: whether biases are shifted such that the mean of each output channel on the calibration data is that
+        of the network in floating point (`bias`). A layer without a bias gets one, unless it is called several times.
     include, exclude: patterns over weight names; any of the names of a tied weight may match. By default all layers are
         quantised but the first ones, which read the network's inputs, and the last ones before each output, box decoding
         included; `include=("*",)` quantises these, too.
@@ -47,18 +49,21 @@ class Quantize(Pass):
         leaves it in the floating point of the export; "fp32" keeps it in fp32 in fp16 exports, too.
 
     Run this pass last: after `Sparsify`, and after `Fuse`, without which normalisations stay in floating point (the
-    record names them). Raises BadInput without finite data, MissingBackend without torchao. Refused, and named in the
-    record: computed weights, transposed convolutions, layers whose inputs are all zero.
+    record names them). Raises BadInput without finite data. Refused, and named in the record: computed weights, transposed
+    convolutions, layers whose inputs are all zero.
     """
 
     samples: int = 256
-    calibration: Literal["histogram", "minmax"] = "histogram"
+    calibration: Literal["histogram", "minmax", "percentile", "error"] = "histogram"
+    percentile: float = 99.99
+    bias_correction: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: Mapping[str, Precision] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_field(self, "samples", self.samples >= 1, "a whole number of at least 1")
+        check_field(self, "percentile", 0 < self.percentile <= 100, "above 0 and at most 100")
 
     def run(self, program: Program, context: Context) -> PassResult:
         new = program.copy()
@@ -71,66 +76,46 @@ class Quantize(Pass):
             if op_name(node) == "batch_norm":
                 why = "a normalisation that is not folded stays in floating point; run Fuse before Quantize"
                 refused.append(Refusal(node.name, why))
-        scales = self._calibrated(new, chosen, context) if chosen else {}
-        writer, changed = _Writer(new), []
-        for layer in chosen:
-            inputs = [scales[node.args[0]] for node in layer.nodes]  # type: ignore[index]
-            if not all(inputs):
-                refused.append(Refusal(layer.name, "its inputs are all zero in the calibration data"))
-                continue
-            for node, scale in zip(layer.nodes, inputs, strict=True):
-                writer.quantise_input(node, scale)
-            spread = writer.quantise_weight(layer)
-            largest = float(spread.max())
-            changed.append(Change(layer.name, {"input_scales": inputs, "largest_weight_scale": largest}))
-        writer.edit.finish()
+        changed: list[Change] = []
+        if chosen:
+            with seeded(context.seed, context.data), placed(new.module(), accelerator().device), torch.no_grad():
+                changed, silent = self._quantise(new, chosen, self._batches(new, context))
+                refused += silent
         return PassResult(new, {"changed": changed, "refused": refused, "fp32": single})
 
-    def _calibrated(self, program: Program, chosen: Sequence[WeightedLayer], context: Context) -> dict[fx.Node, float]:
-        """The scale of each input; 0 for an input that was zero throughout."""
+    def _batches(self, program: Program, context: Context) -> list[tuple[Batch, int]]:
         if context.data is None:
             raise BadInput("Quantize: needs data to calibrate on; pass data=")
-        make = _observer(self.calibration)
-        watched: dict[fx.Node, Any] = {
-            node.args[0]: make()  # type: ignore[misc]
-            for layer in chosen
-            for node in layer.nodes
-        }
+        return list(sample_batches(Feed(program), context, self.samples, "Quantize"))
+
+    def _quantise(
+        self, program: Program, chosen: Sequence[WeightedLayer], batches: Sequence[tuple[Batch, int]]
+    ) -> tuple[list[Change], list[Refusal]]:
+        """Quantise layers in place; returns what changed, and refusals for layers whose inputs are all zero."""
         module = program.module().eval()
-        readers = {node.args[0]: layer.name for layer in reversed(chosen) for node in layer.nodes}
-        largest = dict.fromkeys(watched, 0.0)
-
-        def see(node: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> None:
-            if not bool(value.isfinite().all()):
-                raise BadInput(f"Quantize: the inputs of {readers[node]} are not finite; check the data")
-            watched[node](value.float().cpu())
-            largest[node] = max(largest[node], float(value.abs().max()))
-
-        show = Observer(module, watched, see)
-        with seeded(context.seed, context.data), placed(module, accelerator().device), torch.no_grad():
-            for batch, _ in sample_batches(Feed(program), context, self.samples, "Quantize"):
-                show(batch)
-        # The observer's own scale is for 127.5 steps, which saturates the largest value.
-        if self.calibration == "minmax":
-            return {node: largest[node] / RANGE[1] for node in watched}
-        return {
-            node: float(observer.calculate_qparams()[0]) if largest[node] > 0 else 0.0
-            for node, observer in watched.items()
-        }
-
-
-def _observer(calibration: str) -> Callable[[], Any]:
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))  # warnings that torchao logs at import are for its own developers
-    try:
-        from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver
-    except ImportError:
-        raise MissingBackend("Quantize: needs torchao; pip install graphcomb[quantize]") from None
-    finally:
-        logging.disable(before)
-    kind = HistogramObserver if calibration == "histogram" else MinMaxObserver
-    low, high = RANGE
-    return lambda: kind(dtype=torch.int8, qscheme=torch.per_tensor_symmetric, quant_min=low, quant_max=high)
+        scales = input_scales(module, chosen, batches, self.calibration, self.percentile)
+        known = {layer.name: [scales[node.args[0]] for node in layer.nodes] for layer in chosen}  # type: ignore[index]
+        silent = [name for name, steps in known.items() if not all(steps)]
+        layers = [layer for layer in chosen if layer.name not in silent]
+        place = {node: i for i, node in enumerate(program.graph.nodes)}
+        shifted = [layer for layer in layers if correctable(layer)] if self.bias_correction else []
+        shifted.sort(key=lambda layer: place[layer.nodes[0]])
+        means = Means(batches)
+        wanted = means.of(module, [layer.nodes[0] for layer in shifted])
+        writer = _Writer(program)
+        largest = {}
+        for layer in layers:
+            for node, scale in zip(layer.nodes, known[layer.name], strict=True):
+                writer.quantise_input(node, scale)
+            largest[layer.name] = float(writer.quantise_weight(layer).max())
+        writer.edit.finish()
+        shifts = means.correct(module, shifted, wanted)
+        changed = []
+        for layer in layers:
+            row = {"input_scales": known[layer.name], "largest_weight_scale": largest[layer.name]}
+            row |= {"largest_bias_shift": shifts[layer.name]} if layer.name in shifts else {}
+            changed.append(Change(layer.name, row))
+        return changed, [Refusal(name, "its inputs are all zero in the calibration data") for name in silent]
 
 
 class _Writer:
@@ -152,9 +137,7 @@ class _Writer:
 
     def quantise_weight(self, layer: WeightedLayer) -> Tensor:
         """Make a layer read its weight quantised; returns the scales `(out,)`."""
-        weight = fetch(self.module, layer.name).detach()
-        largest = weight.abs().flatten(1).amax(1).float()
-        scales = torch.where(largest > 0, largest, torch.ones_like(largest)) / RANGE[1]
+        scales = weight_scales(fetch(self.module, layer.name))
         stored = arguments(layer.nodes[0])["weight"]
         with self.edit.before(layer.nodes[0]):
             zero = self.edit.store(f"{layer.name}_zero", torch.zeros_like(scales, dtype=torch.int32))

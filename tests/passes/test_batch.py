@@ -165,8 +165,6 @@ def test_inputs_that_are_lists_or_mappings_are_trained_and_calibrated(kind):
 
 
 def test_quantisation_takes_a_list_input():
-    pytest.importorskip("torchao")
-
     class Two(nn.Module):
         def __init__(self):
             super().__init__()

@@ -13,7 +13,6 @@ from graphcomb.recipe import parse_recipe
 
 
 def test_a_sparse_int8_recipe_runs_and_resumes(tmp_path):
-    pytest.importorskip("torchao", reason="needs torchao (the quantize extra)")
     recipe = parse_recipe(
         {
             "model": "package:model",

@@ -14,7 +14,7 @@ from graphcomb.runtime import build_engine, export_onnx
 
 from ..toys import draws
 
-pytest.importorskip("torchao", reason="needs torchao (the quantize extra)")
+CALIBRATIONS = ("histogram", "minmax", "percentile", "error")
 
 
 class Network(nn.Module):
@@ -89,7 +89,7 @@ def test_passes_that_keep_the_function_go_on_from_int8(result):
     assert record["verified"]["error"] == 0
 
 
-@pytest.mark.parametrize("calibration", ["histogram", "minmax"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 def test_the_error_is_that_of_eight_bits(program, calibration):
     found = Quantize(include="*", calibration=calibration)(program, data=batches())
     assert 1e-4 < error(found.program, program) < 0.03
@@ -185,12 +185,19 @@ def test_what_is_refused(program, result):
         Quantize(include="*")(program)
     with pytest.raises(BadInput, match="data: yields no batch; it must be iterable again"):
         Quantize(include="*")(program, data=[])
-    for options in ({"samples": 0}, {"samples": True}, {"calibration": "none"}, {"include": 3}, {"exclude": (3,)}):
+    for options in (
+        {"samples": 0},
+        {"samples": True},
+        {"calibration": "none"},
+        {"percentile": 0.0},
+        {"include": 3},
+        {"exclude": (3,)},
+    ):
         with pytest.raises(BadInput, match=rf"Quantize\.{next(iter(options))}: "):
             Quantize(**options)
 
 
-@pytest.mark.parametrize("calibration", ["histogram", "minmax"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_samples_that_are_not_finite_are_refused(program, calibration, value):
     data = batches()

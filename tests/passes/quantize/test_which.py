@@ -10,8 +10,6 @@ from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Quantize
 from graphcomb.runtime import export_onnx
 
-pytest.importorskip("torchao", reason="needs torchao (the quantize extra)")
-
 
 class Detector(nn.Module):
     """A trunk with a residual block, and a head whose box edges are expectations over a softmax."""

@@ -1,12 +1,10 @@
 """Training runs: what is frozen, modes and global state that stay the caller's, and where results are kept."""
 
-import logging
-
 import pytest
 import torch
 
 from graphcomb.graph.errors import BadInput
-from graphcomb.passes import Comb, Distill, Fuse, PruneDepth, Quantize, RemoveChannels, Sparsify
+from graphcomb.passes import Comb, Distill, Fuse, PruneDepth, RemoveChannels, Sparsify
 from graphcomb.passes.base import Context
 from graphcomb.passes.common.scoring import evaluate
 
@@ -58,17 +56,6 @@ def test_evaluate_leaves_frozen_normalisations_frozen():
     with pytest.raises(BadInput, match="metric"):
         evaluate(program, data, lambda outputs, labels: outputs @ labels)
     assert module.code == code
-
-
-@pytest.mark.parametrize("level", [logging.CRITICAL, logging.NOTSET, logging.INFO])
-def test_quantisation_leaves_the_users_logging_alone(level):
-    pytest.importorskip("torchao")
-    logging.disable(level)
-    try:
-        Quantize(samples=8)(Fuse()(captured()).program, data=batches(1))
-        assert logging.root.manager.disable == level
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def test_a_pass_that_changes_nothing_gives_a_program_of_its_own():

@@ -212,7 +212,6 @@ def test_an_onnx_file_that_fp16_spoils_is_refused_or_kept(tmp_path):
 
 def test_a_quantised_program_is_int8(tmp_path):
     program = graphcomb.capture(torch.nn.Linear(8, 8).eval(), (torch.randn(2, 8),))
-    pytest.importorskip("torchao")
     from graphcomb.passes import Fuse, Quantize
 
     context = graphcomb.passes.Context(data=[(torch.randn(2, 8), torch.zeros(2))])

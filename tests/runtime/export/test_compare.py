@@ -19,8 +19,6 @@ from graphcomb.runtime.export.compare import FURTHER, _further, _quantised, _wro
 from graphcomb.runtime.export.output_error import OutputError
 from graphcomb.runtime.export.parity import Check
 
-pytest.importorskip("torchao", reason="needs torchao (the quantize extra)")
-
 
 class Deep(nn.Module):
     """Residual convolutions and a block of attention, in which a value that rounds the other way takes others along."""
