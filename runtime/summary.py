@@ -214,6 +214,7 @@ class Engine(Format):
     unread: list[str] = says(
         "TensorRT: lines of the build log about kernels that graphcomb could not parse", default=[]
     )
+    timing_cache: str | None = says("TensorRT: SHA-256 of the timing cache after the build", default=None)
 
 
 class Onnx(Format):

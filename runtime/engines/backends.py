@@ -46,6 +46,8 @@ class Backend:
 RTX_LACKS = {
     "timing_cache": "it measures no kernels when it builds, so it keeps no cache",
     "hardware_compatibility": "it builds for the compute capability of the target",
+    "editable_timing_cache": "it measures no kernels when it builds, so it keeps no cache",
+    "engine_capability": "it builds engines for its own runtime alone",
 }
 BACKENDS = {
     "onnxruntime": Backend("ort", "onnxruntime", None, (".onnx",)),

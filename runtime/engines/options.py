@@ -19,6 +19,8 @@ class EngineOptions:
     - batch: batch size of a model with a dynamic batch: one number, or [smallest, the one to optimise for, largest]:
       [1, 8, 16] gives an engine for 1 to 16 images that is fastest at 8. The default is [1, 1, 8].
     - shapes: by name of an input with further dynamic axes, the same three as full shapes.
+    - profiles: several batch ranges instead of `batch`, each [smallest, the one to optimise for, largest], for one
+      optimisation profile each: [[1, 1, 1], [8, 16, 32]]. The engine is fast at each of them and takes no other batch.
     - sparse: whether kernels for 2:4 sparse weights may be used. In a recipe the default is true if the weights have that
       pattern, else false.
     - dla: index of the DLA core that runs the layers it supports; the GPU runs the others.
@@ -29,7 +31,14 @@ class EngineOptions:
     - version_compatible: whether later versions of the library can run the engine.
     - hardware_compatibility: which other GPUs can run the engine: Ampere and later, or those of the same compute
       capability.
-    - timing_cache: file from which measurements of kernels are reused and to which new ones are added.
+    - timing_cache: file from which measurements of kernels are reused and to which new ones are added. Its SHA-256 is in
+      the report.
+    - editable_timing_cache: whether entries of the cache can be replaced later, so that a chosen kernel is always used. The
+      cache is written beside the engine, as ENGINE.timing, unless `timing_cache` names a file.
+    - direct_io: whether inputs and outputs must be read and written in the formats of the network, without a kernel that
+      changes their layout.
+    - engine_capability: "standard"; "safety" for TensorRT's safety runtime; or "dla_standalone" for a file that the DLA
+      runs without TensorRT: every layer must then run on the DLA.
     - plugins: paths of shared libraries with operators that the library lacks. Their code is executed here, and is needed
       on every machine that runs the engine.
     - log: file for the library's verbose log.
@@ -41,6 +50,7 @@ class EngineOptions:
 
     batch: int | Sequence[int] | None = None
     shapes: Mapping[str, Sequence[Sequence[int]]] | None = None
+    profiles: Sequence[Sequence[int]] | None = None
     sparse: bool | None = None
     dla: int | None = None
     workspace: int | None = None
@@ -50,6 +60,9 @@ class EngineOptions:
     version_compatible: bool | None = None
     hardware_compatibility: Literal["ampere_plus", "same_compute_capability"] | None = None
     timing_cache: str | os.PathLike[str] | None = None
+    editable_timing_cache: bool | None = None
+    direct_io: bool | None = None
+    engine_capability: Literal["standard", "safety", "dla_standalone"] | None = None
     plugins: Sequence[str] | None = None
     log: str | os.PathLike[str] | None = None
     progress: bool = False
@@ -63,6 +76,13 @@ class EngineOptions:
         self._check("threads", 1, None, "a whole number, from 1 up")
         if self.batch is not None:
             three(self.batch, "option batch")
+        if self.profiles is not None:
+            if self.batch is not None or self.shapes is not None or not self.profiles:
+                raise BadInput("option profiles: one or more ranges, in place of batch and shapes")
+            for batches in self.profiles:
+                three(batches, "option profiles")
+        if self.engine_capability == "dla_standalone" and self.dla is None:
+            raise BadInput("option engine_capability: dla_standalone needs dla, the number of a core")
 
     def given(self) -> dict[str, Any]:
         """Return the options that differ from their defaults, by name."""

@@ -66,6 +66,13 @@ def new_logger(trt: Any) -> Any:
     return Logger()
 
 
+def made(thing: Any, what: str, logger: Any) -> Any:
+    """Return an object of the library, or raise Failure with the library's reason where it is None. what: its name."""
+    if thing is None:
+        raise Failure(f"{what} cannot be made: {logger.error()}")
+    return thing
+
+
 def load_plugins(trt: Any, logger: Any, paths: Iterable[str]) -> None:
     """Load shared libraries with operators that TensorRT lacks. Their code is executed here.
 
@@ -119,9 +126,12 @@ def inspected(trt: Any, engine: Any, context: Any = None) -> list[Any]:
     if not hasattr(engine, "create_engine_inspector"):
         return []
     inspector = engine.create_engine_inspector()
+    if inspector is None:
+        return []
     if context is not None:
         inspector.execution_context = context
-    return json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON)).get("Layers", [])
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    return json.loads(text).get("Layers", []) if text else []
 
 
 def new_context(trt: Any, engine: Any) -> Any:
@@ -134,6 +144,8 @@ def new_context(trt: Any, engine: Any) -> Any:
     if strategies is None or not hasattr(engine, "create_runtime_config"):
         return engine.create_execution_context()
     config = engine.create_runtime_config()
+    if config is None:
+        return None
     config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
     return engine.create_execution_context(config)
 
@@ -236,12 +248,13 @@ class TensorRT:
         flags = trt.NetworkDefinitionCreationFlag
         strong = getattr(flags, "STRONGLY_TYPED", None)
         builder: types.Builder = trt.Builder(self._logger)
-        network = builder.create_network(1 << int(flags.EXPLICIT_BATCH if strong is None else strong))
+        wanted = 1 << int(flags.EXPLICIT_BATCH if strong is None else strong)
+        network: types.INetworkDefinition = made(builder.create_network(wanted), "a network", self._logger)
         parser: types.OnnxParser = trt.OnnxParser(network, self._logger)
         if not parser.parse_from_file(str(path)):
             reason = parser.get_error(0).desc() if parser.num_errors else self._logger.error()
             raise Failure(f"{path.name}: {self._who} cannot parse it: {reason}")
-        config = builder.create_builder_config()
+        config: types.IBuilderConfig = made(builder.create_builder_config(), "a configuration", self._logger)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         if arguments.dla is not None:
             if arguments.dla >= getattr(builder, "num_DLA_cores", 0):
@@ -253,11 +266,12 @@ class TensorRT:
         inputs: list[Any] = [network.get_input(index) for index in range(network.num_inputs)]
         complete(path, [tensor.name for tensor in inputs], feeds)
         if any(-1 in tuple(tensor.shape) for tensor in inputs):
-            profile: Any = builder.create_optimization_profile()  # shapes may be tuples, although the stubs deny it
-            for tensor in inputs:
+            profile: Any = made(builder.create_optimization_profile(), "a profile", self._logger)
+            for tensor in inputs:  # shapes may be tuples, although the stubs deny it
                 shape = feeds[tensor.name].shape
                 profile.set_shape(tensor.name, shape, shape, shape)
-            config.add_optimization_profile(profile)
+            if config.add_optimization_profile(profile) < 0:
+                raise Failure(f"{path.name}: {self._who} refuses these shapes: {self._logger.error()}")
         cache = self._timing_cache(config, arguments)
         plan = builder.build_serialized_network(network, config)
         if plan is None:

@@ -11,6 +11,7 @@ Sources: TensorRT developer guide, "Strongly typed networks", "Working with dyna
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +26,13 @@ from ...devices.dla import dla_report
 from ...devices.table import NAMES as LIBRARIES
 from ...devices.table import Target, canonical, parsed_opset
 from ...kit.cuda import Cuda, CudaError
-from ...kit.trt import new_logger
+from ...kit.trt import made, new_logger
 from ...onnx_file import opset_of, precision
 from ...summary import Pad, Unfused
 from ..backends import BACKENDS
 from ..base import EngineReport, UnparsedOp
 from ..options import NAMES, EngineOptions, three
-from .library import library, load_plugins, new_monitor
+from .library import library, load_plugins, new_monitor, refusing
 from .log import parse_build_log
 from .run import TensorRTEngine, sizes_of
 
@@ -40,23 +41,32 @@ if TYPE_CHECKING:  # mypy checks the calls against the stubs of classic TensorRT
 
 # TensorRT 8.6 has no strong typing: it needs these flags to compute in the types of the ONNX file.
 WEAK_FLAGS = {"fp16": ("FP16",), "bf16": ("BF16",), "int8": ("INT8", "FP16")}
-FLAGS = {"sparse": "SPARSE_WEIGHTS", "refit": "REFIT", "version_compatible": "VERSION_COMPATIBLE"}
-REQUIRED = *FLAGS, "hardware_compatibility"  # options with which a build can fail, so that its error names them
+FLAGS = {
+    "sparse": "SPARSE_WEIGHTS",
+    "refit": "REFIT",
+    "version_compatible": "VERSION_COMPATIBLE",
+    "direct_io": "DIRECT_IO",
+    "editable_timing_cache": "EDITABLE_TIMING_CACHE",
+}
+# Options with which a build can fail, so that its error names them.
+REQUIRED = *FLAGS, "hardware_compatibility", "engine_capability"
 TAKES = tuple(name for name in NAMES if name != "threads")
 
 
 @dataclass
 class TensorRTReport(EngineReport):
-    """The report of a build with three lists in addition.
+    """The report of a build, with these fields in addition.
 
     - pads: axes that the engine computes with a larger size than the model, and the alignment that avoids it.
     - unfused: quantisation that makes nothing faster.
     - unread: lines of the build log about kernels that could not be parsed.
+    - timing_cache: SHA-256 of the timing cache after the build; None without one.
     """
 
     pads: list[Pad] = field(default_factory=list)
     unfused: list[Unfused] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
+    timing_cache: str | None = None
 
 
 def build(
@@ -77,30 +87,34 @@ def build(
     kind = precision(graph)
     if options.dla is not None:
         dla_report(graph, target, options.dla, options.batch)  # raises if the DLA can run no layer of this model
-    work = _Build(backend, target, options)
-    work.check_opset(model, graph)
-    work.parse(model)
-    work.aim()
-    work.allow(kind)
-    work.shape(model)
-    work.tune()
-    if options.dla is not None:
-        work.use_dla(options.dla)
     cache = Path(options.timing_cache) if options.timing_cache is not None else None
-    if cache is not None:
-        work.attach(cache)
-    engine = work.run(f"{work.who}: {model.name}")
-    if options.log is not None:
-        with replacing(Path(options.log)) as part:
-            part.write_text(work.logger.text())
-    if engine is None:
-        asked = "".join(f" with {name}" for name in REQUIRED if getattr(options, name))
-        raise Refused(f"{model}: {work.who} builds no engine for {target.name}{asked}: {work.logger.error()}")
+    if cache is None and options.editable_timing_cache:
+        cache = out.with_name(f"{out.name}.timing")
+    with refusing(str(model)):
+        work = _Build(backend, target, options)
+        work.check_opset(model, graph)
+        work.parse(model)
+        work.aim()
+        work.allow(kind)
+        work.shape(model)
+        work.tune()
+        if options.dla is not None:
+            work.use_dla(options.dla)
+        if cache is not None:
+            work.attach(cache)
+        engine = work.run(f"{work.who}: {model.name}")
+        if options.log is not None:
+            with replacing(Path(options.log)) as part:
+                part.write_text(work.logger.text())
+        if engine is None:
+            asked = "".join(f" with {name}" for name in REQUIRED if getattr(options, name))
+            raise Refused(f"{model}: {work.who} builds no engine for {target.name}{asked}: {work.logger.error()}")
+        measured = work.measured() if cache is not None else None
     with replacing(out) as part:
         part.write_bytes(engine)
-    if cache is not None:
+    if cache is not None and measured is not None:
         with replacing(cache) as part:
-            part.write_bytes(work.config.get_timing_cache().serialize())
+            part.write_bytes(measured)
     said = parse_build_log(work.logger.text())
     return TensorRTReport(
         version=work.trt.__version__,
@@ -112,6 +126,7 @@ def build(
         pads=said.pads(lambda dtype: target.alignment(dtype) if dtype in target.dtypes else 0),
         unfused=said.unfused(),
         unread=said.unread or ([] if said.layers else ["the build log names no kernels"]),
+        timing_cache=None if measured is None else hashlib.sha256(measured).hexdigest(),
     )
 
 
@@ -153,8 +168,10 @@ class _Build:
         self.strong = hasattr(flags, "STRONGLY_TYPED")
         wanted = flags.STRONGLY_TYPED if self.strong else flags.EXPLICIT_BATCH  # 8.6 still has implicit batches
         self.builder: types.Builder = trt.Builder(self.logger)
-        self.network: types.INetworkDefinition = self.builder.create_network(1 << int(wanted))
-        self.config: types.IBuilderConfig = self.builder.create_builder_config()
+        network = self.builder.create_network(1 << int(wanted))
+        self.network: types.INetworkDefinition = made(network, "a network", self.logger)
+        config = self.builder.create_builder_config()
+        self.config: types.IBuilderConfig = made(config, "a configuration", self.logger)
         self.config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
 
     def check_opset(self, path: Path, model: onnx.ModelProto) -> None:
@@ -207,16 +224,19 @@ class _Build:
         self.notes.append(f"{self.who} has no strongly typed networks: it may compute layers wider than in {kind}")
 
     def shape(self, path: Path) -> None:
-        """Add an optimisation profile for a model with dynamic shapes."""
+        """Add the optimisation profiles for a model with dynamic shapes."""
         tensors = [self.network.get_input(index) for index in range(self.network.num_inputs)]
-        ranges = _ranges({t.name: sizes_of(t.shape) for t in tensors}, path, self.options)
-        if not ranges:
-            return
-        profile: Any = self.builder.create_optimization_profile()  # shapes may be tuples, although the stubs deny it
-        for name, (smallest, best, largest) in ranges.items():
-            profile.set_shape(name, smallest, best, largest)
-        if self.config.add_optimization_profile(profile) < 0:
-            raise BadInput(f"shapes: {self.who} refuses the profile {ranges}: {self.logger.error()}")
+        sizes = {t.name: sizes_of(t.shape) for t in tensors}
+        each = self.options.profiles
+        options = [self.options] if each is None else [EngineOptions(batch=tuple(batches)) for batches in each]
+        for ranges in [_ranges(sizes, path, chosen) for chosen in options]:
+            if not ranges:
+                return
+            profile: Any = made(self.builder.create_optimization_profile(), "a profile", self.logger)
+            for name, (smallest, best, largest) in ranges.items():  # tuples, although the stubs deny it
+                profile.set_shape(name, smallest, best, largest)
+            if self.config.add_optimization_profile(profile) < 0:
+                raise BadInput(f"shapes: {self.who} refuses the profile {ranges}: {self.logger.error()}")
 
     def flag(self, name: str, why: str) -> None:
         if not hasattr(self.trt.BuilderFlag, name):
@@ -240,6 +260,8 @@ class _Build:
             if not hasattr(levels, wanted.upper()):
                 raise Refused(f"option hardware_compatibility: {self.who} has no level {wanted}")
             self.config.hardware_compatibility_level = getattr(levels, wanted.upper())
+        if options.engine_capability is not None:
+            self.config.engine_capability = getattr(trt.EngineCapability, options.engine_capability.upper())
 
     def use_dla(self, core: int) -> None:
         """Assign to a DLA core the layers that it can run, and note which ones run on the GPU."""
@@ -250,11 +272,32 @@ class _Build:
             raise Refused(f"option dla: core {core} asked for, {self.who} finds {cores} cores on this machine; {where}")
         self.config.default_device_type = self.trt.DeviceType.DLA
         self.config.DLA_core = core
-        self.flag("GPU_FALLBACK", "option dla")
+        alone = self.options.engine_capability == "dla_standalone"
+        if not alone:
+            self.flag("GPU_FALLBACK", "option dla")
         layers = [self.network.get_layer(index) for index in range(self.network.num_layers)]
         left = [f"{layer.name} ({layer.type.name})" for layer in layers if not self.config.can_run_on_DLA(layer)]
+        if left and alone:
+            raise Refused(f"option engine_capability: the DLA cannot run {', '.join(left)}, and alone it has no GPU")
+        if alone:
+            for tensor in self._sides():
+                tensor.allowed_formats = 1 << int(self.trt.TensorFormat.DLA_LINEAR)
         if left:
             self.notes.append(f"the DLA cannot run {len(left)} of {len(layers)} layers: {', '.join(left)}")
+
+    def _sides(self) -> list[types.ITensor]:
+        """Return the inputs and outputs of the network."""
+        inputs = [self.network.get_input(index) for index in range(self.network.num_inputs)]
+        return inputs + [self.network.get_output(index) for index in range(self.network.num_outputs)]
+
+    def measured(self) -> bytes | None:
+        """Return the timing cache after the build; None, with a note, if the library gives none."""
+        cache = self.config.get_timing_cache()
+        data = cache.serialize() if cache is not None else None
+        if data is None:
+            self.notes.append(f"{self.who} gives no timing cache back: {self.logger.error()}")
+            return None
+        return bytes(data)
 
     def attach(self, path: Path) -> None:
         """Use the timing cache in the file, or a new one if the file does not exist."""

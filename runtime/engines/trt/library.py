@@ -1,13 +1,14 @@
 """Import TensorRT or TensorRT-RTX, load plug-ins into it, and show the progress of its builds."""
 
+import contextlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 from rich.progress import Progress, TaskID
 
-from ....graph.errors import BadInput, MissingBackend
+from ....graph.errors import BadInput, MissingBackend, Refused
 from ...kit import trt as kit
 from ...kit.contents import Failure
 from ..backends import not_installed
@@ -36,6 +37,18 @@ def load_plugins(trt: ModuleType, logger: Any, paths: Sequence[str]) -> None:
         kit.load_plugins(trt, logger, paths)
     except Failure as error:
         raise BadInput(f"option plugins: {error}") from error
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Raise Refused instead of the errors of the library and of CUDA, among them that a kernel took too long.
+
+    what: the file, for the message.
+    """
+    try:
+        yield
+    except (RuntimeError, Failure) as error:
+        raise Refused(f"{what}: {' '.join(str(error).split())}") from error
 
 
 def new_monitor(trt: ModuleType, bar: Progress, whole: TaskID) -> Any:

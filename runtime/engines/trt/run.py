@@ -5,6 +5,8 @@ Source: TensorRT developer guide, "Working with CUDA graphs" and "Working with d
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +18,10 @@ from ....graph.errors import BadInput, MissingBackend, Refused
 from ...devices.table import NAMES
 from ...kit.cuda import Cuda, CudaError, NoCuda
 from ...kit.trt import DTYPES as NUMPY
-from ...kit.trt import inspected, new_context, new_logger, profiled, record
+from ...kit.trt import inspected, made, new_context, new_logger, profiled, record
 from ...onnx_file import TensorSpec
 from ..base import HostEngine
-from .library import library, load_plugins
+from .library import library, load_plugins, refusing
 
 if TYPE_CHECKING:  # mypy checks the calls against the stubs of classic TensorRT, whose API both packages have
     import tensorrt as types
@@ -46,6 +48,11 @@ class TensorRTEngine(HostEngine):
             self._cuda = Cuda()
         except NoCuda as error:
             raise MissingBackend(f"{path}: running an engine takes the GPU it was built for; {error}") from error
+        with refusing(str(path)):
+            self._open(path, backend, host_code)
+
+    def _open(self, path: Path, backend: str, host_code: bool) -> None:
+        trt = self._trt
         self._runtime: types.Runtime = trt.Runtime(self._logger)
         if host_code:
             if not hasattr(self._runtime, "engine_host_code_allowed"):
@@ -70,11 +77,12 @@ class TensorRTEngine(HostEngine):
             (self.inputs if is_input else self.outputs).append(self._spec(name, path))
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        arrays, results = self._prepare(inputs)
-        self._start(arrays)
-        for spec, result in zip(self.outputs, results, strict=True):
-            self._cuda.to_host(result, self._buffers[spec.name][0])
-        self._cuda.synchronize()
+        with refusing(str(self._path)):
+            arrays, results = self._prepare(inputs)
+            self._start(arrays)
+            for spec, result in zip(self.outputs, results, strict=True):
+                self._cuda.to_host(result, self._buffers[spec.name][0])
+            self._cuda.synchronize()
         return results
 
     def prepared(self, inputs: Sequence[np.ndarray]) -> Callable[[], None]:
@@ -83,12 +91,13 @@ class TensorRTEngine(HostEngine):
         A benchmark measures this function. It warns if the engine is optimised for other shapes. Raises BadInput for inputs
         that do not fit the engine.
         """
-        arrays, _ = self._prepare(inputs)
-        mine = self._prepared
-        self._start(arrays)
-        self._cuda.synchronize()
-        for spec, array in zip(self.inputs, arrays, strict=True):
-            _, best, _ = self._shapes(spec, self._profile)
+        with refusing(str(self._path)):
+            arrays, _ = self._prepare(inputs)
+            mine = self._prepared
+            self._start(arrays)
+            self._cuda.synchronize()
+            optima = [self._shapes(spec, self._profile)[1] for spec in self.inputs]
+        for spec, array, best in zip(self.inputs, arrays, optima, strict=True):
             if best != array.shape:
                 warnings.warn(
                     f"{self._path}: input {spec.name}: measured with shape {array.shape}, and the engine is optimised for "
@@ -98,11 +107,12 @@ class TensorRTEngine(HostEngine):
 
         def call() -> None:
             nonlocal arrays, mine
-            if mine != self._prepared:  # another call has overwritten the input buffers
-                arrays, _ = self._prepare(arrays)
-                mine = self._prepared
-            self._start(arrays)
-            self._cuda.synchronize()
+            with refusing(str(self._path)):
+                if mine != self._prepared:  # another call has overwritten the input buffers
+                    arrays, _ = self._prepare(arrays)
+                    mine = self._prepared
+                self._start(arrays)
+                self._cuda.synchronize()
 
         return call
 
@@ -111,24 +121,27 @@ class TensorRTEngine(HostEngine):
 
         The library's profiler slows the engine down, so the sum of the layers is not its latency.
         """
-        self._prepare(inputs)
 
         def run() -> None:
             self._enqueue()
             self._cuda.synchronize()
 
-        times = profiled(self._trt, self._context, run, runs)
-        self._context = new_context(self._trt, self._engine)  # a profiler cannot be removed from a context
-        self._profile = 0
-        for name, (address, _) in self._buffers.items():
-            self._context.set_tensor_address(name, address)
-        self._drop_graph()
+        with refusing(str(self._path)):
+            self._prepare(inputs)
+            times = profiled(self._trt, self._context, run, runs)
+            # A profiler cannot be removed from a context.
+            self._context = made(new_context(self._trt, self._engine), "an execution context", self._logger)
+            self._profile = 0
+            for name, (address, _) in self._buffers.items():
+                self._address(name, address)
+            self._drop_graph()
         return list(times.items())
 
     def inspect(self) -> list[dict[str, Any]]:
         """Return the layers of the engine as the library's inspector describes them: name, type, tactic, formats, and
         whether the weights are sparse, as far as the version reports it. Empty without an inspector."""
-        rows = inspected(self._trt, self._engine, self._context)
+        with refusing(str(self._path)):
+            rows = inspected(self._trt, self._engine, self._context)
         return [row if isinstance(row, dict) else {"Name": row} for row in rows]
 
     def refit(self, model: Path) -> None:
@@ -143,21 +156,22 @@ class TensorRTEngine(HostEngine):
             )
         if not self._engine.refittable:
             raise Refused(f"{self._path}: not built with the option refit")
-        refitter: types.Refitter = self._trt.Refitter(self._engine, self._logger)
-        parser: types.OnnxParserRefitter = self._trt.OnnxParserRefitter(refitter, self._logger)
-        if not parser.refit_from_file(str(model)):
-            reason = parser.get_error(0).desc() if parser.num_errors else self._logger.error()
-            raise BadInput(f"{model}: not the network of {self._path}: {' '.join(reason.split())[:300]}")
-        if not refitter.refit_cuda_engine():
-            raise Refused(f"{self._path}: not refitted: {self._logger.error()}")
+        with refusing(str(self._path)):
+            refitter: types.Refitter = self._trt.Refitter(self._engine, self._logger)
+            parser: types.OnnxParserRefitter = self._trt.OnnxParserRefitter(refitter, self._logger)
+            if not parser.refit_from_file(str(model)):
+                reason = parser.get_error(0).desc() if parser.num_errors else self._logger.error()
+                raise BadInput(f"{model}: not the network of {self._path}: {' '.join(reason.split())[:300]}")
+            if not refitter.refit_cuda_engine():
+                raise Refused(f"{self._path}: not refitted: {self._logger.error()}")
 
     def close(self) -> None:
-        """Free the device's memory, context and engine."""
-        self._drop_graph()
-        for address, _ in self._buffers.values():
-            self._cuda.free(address)
+        """Free the device's memory, context and engine. Errors are of earlier work, and were reported there."""
+        steps = [self._drop_graph, *(functools.partial(self._cuda.free, a) for a, _ in self._buffers.values())]
+        for step in (*steps, self._cuda.close):
+            with contextlib.suppress(CudaError):
+                step()
         self._buffers.clear()
-        self._cuda.close()
         del self._context, self._engine
 
     def _prepare(self, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -229,10 +243,16 @@ class TensorRTEngine(HostEngine):
             raise Refused(f"the engine did not run: {self._logger.error()}")
 
     def _drop_graph(self) -> None:
-        if self._graph:
-            self._cuda.synchronize()
-            self._cuda.destroy_graph(self._graph)
-        self._graph, self._recorded = 0, ()
+        graph, self._graph, self._recorded = self._graph, 0, ()
+        if graph:
+            try:
+                self._cuda.synchronize()
+            finally:
+                self._cuda.destroy_graph(graph)
+
+    def _address(self, name: str, address: int) -> None:
+        if not self._context.set_tensor_address(name, address):
+            raise Refused(f"{self._path}: tensor {name} cannot be bound: {self._logger.error()}")
 
     def _spec(self, name: str, path: Path) -> TensorSpec:
         kind = self._engine.get_tensor_dtype(name).name
@@ -250,7 +270,7 @@ class TensorRTEngine(HostEngine):
                 self._cuda.free(address)
             address = self._cuda.allocate(max(size, 1))
             self._buffers[name] = address, size
-            self._context.set_tensor_address(name, address)
+            self._address(name, address)
             self._drop_graph()  # the recorded graph uses the old address
         return address
 

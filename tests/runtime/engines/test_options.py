@@ -14,7 +14,7 @@ from graphcomb.graph.errors import BadInput
 from graphcomb.recipe import parse_engines
 from graphcomb.runtime.devices.table import get_target
 from graphcomb.runtime.engines import ort, ov
-from graphcomb.runtime.engines.backends import engine_options, takes
+from graphcomb.runtime.engines.backends import RTX_LACKS, engine_options, takes
 from graphcomb.runtime.engines.build import build_engine
 from graphcomb.runtime.engines.options import EngineOptions
 from graphcomb.runtime.engines.torch import inductor, torch_tensorrt
@@ -65,7 +65,7 @@ def test_what_a_backend_does_not_take_is_refused_with_what_it_takes(options: dic
 
 def test_an_option_of_the_module_that_one_of_its_libraries_lacks() -> None:
     pytest.importorskip("tensorrt_rtx")
-    assert set(takes("tensorrt_rtx")) == set(trt.TAKES) - {"timing_cache", "hardware_compatibility"}
+    assert set(takes("tensorrt_rtx")) == set(trt.TAKES) - set(RTX_LACKS)
     with pytest.raises(
         BadInput, match=r"^option timing_cache: not one of backend tensorrt_rtx: it measures no kernels"
     ):

@@ -1,6 +1,7 @@
 """Builds of classic TensorRT, which cannot be installed without NVIDIA's own packages, and needs a GPU to build: `classic`
 stands in for its module. It shows which calls are made to which version, not what TensorRT would answer."""
 
+import hashlib
 import sys
 import types
 
@@ -15,7 +16,6 @@ from graphcomb.runtime.engines.trt import build as tensorrt
 from graphcomb.runtime.engines.trt import library as tensorrt_library
 from graphcomb.runtime.engines.trt.build import TensorRTEngine
 
-from ...standins import flags
 from .toys import relu, small
 
 
@@ -44,11 +44,11 @@ def test_classic_is_strongly_typed_where_it_can_be(classic, tmp_path):
     report = build(model, ORIN, None, backend="tensorrt", batch=(1, 2, 4), sparse=True, tf32=False)
     names = classic.module.NetworkDefinitionCreationFlag
     if classic.module.__version__.startswith("8"):
-        assert classic.network_flags == 1 << names.EXPLICIT_BATCH
+        assert classic.network_flags == 1 << int(names.EXPLICIT_BATCH)
         assert classic.flags == ["FP16", "SPARSE_WEIGHTS", "-TF32"]
         assert "no strongly typed networks" in report.warnings[0]
     else:
-        assert classic.network_flags == 1 << names.STRONGLY_TYPED
+        assert classic.network_flags == 1 << int(names.STRONGLY_TYPED)
         assert classic.flags == ["SPARSE_WEIGHTS", "-TF32"]
         assert report.warnings == ["tactics were skipped"]
     assert classic.config.profiling_verbosity == classic.module.ProfilingVerbosity.DETAILED
@@ -75,7 +75,7 @@ def test_a_parser_error_names_the_node_in_every_version(classic, tmp_path):
 
 
 def test_an_opset_that_the_version_does_not_parse_is_refused(classic, tmp_path):
-    limit = {"8.5.2": 17, "8.6.1": 17, "10.3.0": 20, "11.4.0": 25}[classic.module.__version__]
+    limit = {"8.5.2": 17, "8.6.1": 17, "10.3.0": 20, "10.13.0": 20, "11.4.0": 25}[classic.module.__version__]
     build(relu(tmp_path / "net.onnx", opset=limit), ORIN, None, backend="tensorrt")
     with pytest.raises(
         BadInput, match=rf"new\.onnx: opset {limit + 1}; TensorRT .* parses up to {limit}: export it with"
@@ -104,7 +104,7 @@ def test_layers_that_the_dla_cannot_run_are_named(classic, tmp_path):
     assert "GPU_FALLBACK" in classic.flags
     with pytest.raises(BadInput, match=r"input x: axes \[0\] are dynamic"):
         build(model, ORIN, None, backend="tensorrt", dla=1)
-    classic.module.Builder.num_DLA_cores = 0
+    classic.cores = 0
     message = (
         "core 0 asked for, TensorRT .* finds 0 cores on this machine; agx-orin's DLA is driven by TensorRT 10.3, 11.4"
     )
@@ -113,9 +113,15 @@ def test_layers_that_the_dla_cannot_run_are_named(classic, tmp_path):
 
 
 def test_flags_that_a_version_lacks_are_refused(classic, tmp_path):
-    classic.module.BuilderFlag = flags("BuilderFlag", "FP16")
-    with pytest.raises(Refused, match=r"option refit: TensorRT .* has no builder flag REFIT"):
-        build(relu(tmp_path / "net.onnx"), ORIN, None, backend="tensorrt", refit=True)
+    model = relu(tmp_path / "net.onnx")
+    if classic.module.__version__.startswith("8.5"):
+        with pytest.raises(
+            Refused, match=r"option version_compatible: TensorRT .* has no builder flag VERSION_COMPATI"
+        ):
+            build(model, ORIN, None, backend="tensorrt", version_compatible=True)
+    else:
+        build(model, ORIN, None, backend="tensorrt", version_compatible=True)
+        assert "VERSION_COMPATIBLE" in classic.flags
 
 
 def test_engines_for_other_gpus_are_of_a_level_that_the_version_has(classic, tmp_path):
@@ -139,17 +145,16 @@ def test_a_library_that_does_not_load_is_not_missing(tmp_path, monkeypatch):
 
 def test_plugins_are_loaded_to_build_and_to_run(classic, tmp_path):
     model, library = relu(tmp_path / "net.onnx"), tmp_path / "libplugin.so"
-    with pytest.raises(BadInput, match=r"option plugins: tensorrt .* takes no plugins"):
-        build(model, ORIN, None, backend="tensorrt", plugins=[str(library)])
-    loaded = []
-    load = lambda path: None if "bad" in path else loaded.append(path) or 1  # noqa: E731
-    classic.module.get_plugin_registry = lambda: types.SimpleNamespace(load_library=load)
+    if classic.module.__version__.startswith("8.5"):
+        with pytest.raises(BadInput, match=r"option plugins: tensorrt .* takes no plugins"):
+            build(model, ORIN, None, backend="tensorrt", plugins=[str(library)])
+        return
     with pytest.raises(BadInput, match=r"option plugins: .*libplugin\.so: no such file"):
         build(model, ORIN, None, backend="tensorrt", plugins=[str(library)])
     library.write_bytes(b"")
     report = build(model, ORIN, None, backend="tensorrt", plugins=[str(library)])
     TensorRTEngine(report.path, "tensorrt", plugins=[str(library)]).close()
-    assert loaded == [str(library)] * 2
+    assert classic.plugins == [str(library)] * 2
     (tmp_path / "bad.so").write_bytes(b"")
     with pytest.raises(BadInput, match=r"bad\.so: not a library of plugins"):
         build(model, ORIN, None, backend="tensorrt", plugins=[str(tmp_path / "bad.so")])
@@ -160,3 +165,63 @@ def test_a_renamed_capability_is_built_for(classic, tmp_path, cudart):
     assert build(relu(tmp_path / "net.onnx"), get_target("drive-thor"), None, backend="tensorrt").path.is_file()
     with pytest.raises(BadInput, match="for the GPU at hand, which is SM110"):
         build(relu(tmp_path / "net.onnx"), ORIN, None, backend="tensorrt")
+
+
+def later(classic, *versions):
+    return not classic.module.__version__.startswith(versions)
+
+
+def test_several_profiles_are_built_for_their_batches(classic, tmp_path):
+    model = relu(tmp_path / "net.onnx")
+    build(model, ORIN, None, backend="tensorrt", profiles=[[1, 1, 1], [8, 16, 32]])
+    assert classic.profiles == [{"x": ((1, 4),) * 3}, {"x": ((8, 4), (16, 4), (32, 4))}]
+    for wrong in ({"profiles": []}, {"profiles": [[1, 2]]}, {"profiles": [[1, 1, 1]], "batch": 2}):
+        with pytest.raises(BadInput, match="option profiles: "):
+            EngineOptions(**wrong)
+
+
+def test_an_editable_cache_lies_beside_the_engine_and_its_digest_in_the_report(classic, tmp_path):
+    model, out = relu(tmp_path / "net.onnx"), tmp_path / "x.engine"
+    if not later(classic, "8", "10.3"):
+        with pytest.raises(Refused, match=r"option editable_timing_cache: TensorRT .* has no builder flag EDITABLE"):
+            build(model, ORIN, out, backend="tensorrt", editable_timing_cache=True)
+        return
+    report = build(model, ORIN, out, backend="tensorrt", editable_timing_cache=True)
+    assert "EDITABLE_TIMING_CACHE" in classic.flags
+    assert (tmp_path / "x.engine.timing").read_bytes() == b"+timings"
+    assert report.timing_cache == hashlib.sha256(b"+timings").hexdigest()
+    assert build(model, ORIN, out, backend="tensorrt").timing_cache is None
+
+
+def test_inputs_are_taken_as_they_are_with_direct_io(classic, tmp_path):
+    build(relu(tmp_path / "net.onnx"), ORIN, None, backend="tensorrt", direct_io=True, engine_capability="safety")
+    assert "DIRECT_IO" in classic.flags
+    assert classic.config.engine_capability is classic.module.EngineCapability.SAFETY
+
+
+def test_a_file_for_the_dla_alone_has_no_layer_on_the_gpu(classic, tmp_path):
+    spec, weight = {"x": (TensorProto.FLOAT16, (2, 4, 1, 1))}, [numpy_helper.from_array(np.ones(4, np.float16), "w")]
+    nodes = [helper.make_node("Mul", ["x", "w"], ["y"], name="mul")]
+    model = small(tmp_path / "net.onnx", nodes, spec, {"y": spec["x"]}, weight)
+    with pytest.raises(BadInput, match=r"dla_standalone needs dla, the number of a core"):
+        build(model, ORIN, None, backend="tensorrt", engine_capability="dla_standalone")
+    with pytest.raises(Refused, match=r"the DLA cannot run softmax \(SOFTMAX\), and alone it has no GPU"):
+        build(model, ORIN, None, backend="tensorrt", engine_capability="dla_standalone", dla=0)
+    classic.kernels = [("convolution", "CONVOLUTION")]
+    classic.flags.clear()
+    build(model, ORIN, None, backend="tensorrt", engine_capability="dla_standalone", dla=0)
+    assert "GPU_FALLBACK" not in classic.flags
+    assert classic.config.engine_capability is classic.module.EngineCapability.DLA_STANDALONE
+    linear = 1 << int(classic.module.TensorFormat.DLA_LINEAR)
+    assert [classic.network.get_input(0).allowed_formats, classic.network.get_output(0).allowed_formats] == [linear] * 2
+
+
+def test_tensorrt_rtx_is_called_by_the_same_rules(rtx, tmp_path):
+    model = relu(tmp_path / "net.onnx")
+    report = build(model, get_target("rtx-sm89"), None, backend="tensorrt_rtx", profiles=[[1, 1, 1], [2, 4, 8]])
+    assert report.path.read_bytes() == b"engine"
+    assert rtx.capabilities == ("SM89",)
+    assert len(rtx.profiles) == 2
+    engine = TensorRTEngine(report.path, "tensorrt_rtx", graphs=True)
+    assert np.array_equal(engine.run([np.ones((2, 4), np.float32)])[0], np.full((2, 4), 2, np.float32))
+    engine.close()
