@@ -129,7 +129,7 @@ def with_weights(program: Program, seed: int) -> Program:
     return copy
 
 
-@pytest.mark.parametrize("dynamic", [None, "batch"])
+@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), "batch"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_are_exact(family: str, dynamic: str | None) -> None:
     program = captured(family, dynamic)

@@ -233,11 +233,11 @@ def shortened(name):
     return {"blocks": tuple(dataclasses.replace(stage, d=min(stage.d, 2)) for stage in blocks)}
 
 
-NAMES = ("repvgg_a0", "mobileone_s0", "repvit_m1", "fastvit_t8")
-
-
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["short", "whole"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    ["repvgg_a0", "mobileone_s0", *(pytest.param(n, marks=pytest.mark.slow) for n in ("repvit_m1", "fastvit_t8"))],
+)
 def test_reparameterisable_networks_match_the_librarys_own_fused_model(name, whole):
     timm = pytest.importorskip("timm")
     from timm.utils.model import reparameterize_model
