@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ START = 1e-2  # the ridge where the choice begins
 ALONE = 1e-2  # the ridge for a single sample, where nothing can be held out
 EXACT = 1e-14  # a loss below this share of the outputs' squares is a rounding error
 WORTH = 1e-3  # a larger ridge is preferred while its loss on held-out samples is at most this share higher
+DECIDE = 128  # outputs whose losses decide about the ridge, if there are at least twice as many
 PANEL = 256  # columns of a product that are computed at a time
 BLOCK = 4096  # rows that are multiplied in float32 before their sum is added in float64
 
@@ -47,7 +48,7 @@ BLOCK = 4096  # rows that are multiplied in float32 before their sum is added in
 class Sums:
     """The sums over rows that the solution depends on, for one half of the samples and each group of the layer, in float64.
 
-    count: number of rows. x: (groups, u). y: (groups, o). xx: (groups, u, u). yx: (groups, o, u). yy: (groups,), of
+    count: number of rows. x: (groups, u). y: (groups, o). xx: (groups, u, u). yx: (groups, o, u). yy: (groups, o), of
     squares.
     """
 
@@ -66,7 +67,7 @@ class Sums:
 
         return cls(
             make(), make(groups, inputs), make(groups, outputs), make(groups, inputs, inputs),
-            make(groups, outputs, inputs), make(groups),
+            make(groups, outputs, inputs), make(groups, outputs),
         )  # fmt: skip
 
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -85,7 +86,7 @@ class Sums:
         """Add rows x + mean and y + mean_y; products of x and y are computed in their own type."""
         self.xx += _gram(x)
         self.yx += y.mT @ x
-        self.yy += y.double().square().sum((1, 2))
+        self.yy += y.double().square().sum(1)
         sum_x, sum_y = x.sum(1, dtype=torch.float64), y.sum(1, dtype=torch.float64)
         if mean is not None and mean_y is not None:
             n, x0, y0 = x.shape[1], mean[:, 0], mean_y[:, 0]
@@ -93,18 +94,13 @@ class Sums:
             right = torch.stack([sum_x, x0], 1)
             self.xx.baddbmm_(torch.stack([x0, sum_x + n * x0], 2), right)
             self.yx.baddbmm_(torch.stack([y0, sum_y + n * y0], 2), right)
-            self.yy += (2 * y0 * sum_y + n * y0.square()).sum(1)
+            self.yy += 2 * y0 * sum_y + n * y0.square()
             sum_x, sum_y = sum_x + n * x0, sum_y + n * y0
         self.x += sum_x
         self.y += sum_y
 
     def tensors(self) -> list[Tensor]:
         return [self.count, self.x, self.y, self.xx, self.yx, self.yy]
-
-    def __add__(self, other: Sums) -> Sums:
-        both = Sums(*(a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
-        both.rounded = self.rounded or other.rounded
-        return both
 
     @property
     def finite(self) -> bool:
@@ -115,23 +111,13 @@ class Sums:
         share = 1 / self.count.clamp(min=1) if centred else torch.zeros_like(self.count)
         return self.x * share, self.y * share
 
-    def variance(self, centred: bool) -> float:
-        """The summed squared error of the best constant output: the mean if `centred`, else zero."""
-        return float((self.yy - (self.y * self.means(centred)[1]).sum(1)).sum().clamp(min=0))
-
-    def loss(self, weight: Tensor, bias: Tensor | None) -> float:
-        """The summed squared error of weights (groups, o, u) and a bias (groups, o) on these rows."""
-        b = torch.zeros_like(self.y) if bias is None else bias
-        fits = (weight @ self.xx * weight).sum() + 2 * (b * (weight @ self.x[..., None])[..., 0]).sum()
-        total = self.yy.sum() + fits + self.count * b.square().sum()
-        return max(float(total - 2 * (weight * self.yx).sum() - 2 * (b * self.y).sum()), 0.0)
-
 
 @dataclass(frozen=True)
 class Fit:
     """The best weights. weight: (groups, o, u). bias: (groups, o) or None. ridge: the share of the diagonal that was used.
     before, predicted: summed squared error on all rows with the old weights, and with these. held_before, held: the same on
-    held-out halves, None where nothing could be held out. noise: the largest loss that may be a rounding error."""
+    held-out halves, None where nothing could be held out. total: summed squared error of the best constant output, which is
+    zero where there is no bias. rows: how many there were. noise: the largest loss that may be a rounding error."""
 
     weight: Tensor
     bias: Tensor | None
@@ -140,6 +126,8 @@ class Fit:
     predicted: float
     held_before: float | None
     held: float | None
+    total: float
+    rows: int
     noise: float
 
     @property
@@ -168,29 +156,45 @@ def fit(
     choose it by held-out halves. fixed: entries of the weight that stay as they are (bool, of its shape). start: the ridge
     where the choice begins; fewer are tried if it is near the best.
     """
-    both = halves[0] + halves[1]
-    noise = EXACT * float(both.yy.sum())
-    judged = all(h.count > 0 for h in halves)
-    held: dict[float, float] = {}
+    rounded = any(half.rounded for half in halves)
+    noise = EXACT * float(sum(half.yy.sum() for half in halves))
+    judged = all(half.count > 0 for half in halves)
+    problems = [Problem.of(half, weight, bias, fixed) for half in halves]
+    whole, held = problems[0] + problems[1], None
+    before = whole.loss_with(bias)
     if judged:
-        kind = torch.float32 if both.rounded else torch.float64
-        problems = [Problem(half, weight, bias, fixed, kind) for half in halves]
-
-        def loss(share: float) -> float:
-            return sum(problems[1 - k].loss(problem, problem.change(share)) for k, problem in enumerate(problems))
-
+        kind = torch.float32 if rounded else torch.float64
+        problems = [problem.to(kind) for problem in problems]
+        tried: dict[float, float] = {}
         if ridge is None:
-            ridge = _best(loss, held, noise, [r for r in RIDGES if r >= ROUNDED or not both.rounded], start)
-        else:
-            held[ridge] = loss(ridge)
-        del problems
+            some = _decisive(whole, problems)
+            shares = [r for r in RIDGES if r >= ROUNDED or not rounded]
+            ridge = _best(lambda share: _held_out(some, share), tried, noise, shares, start)
+            if some is not problems:
+                tried.clear()
+        held = tried[ridge] if ridge in tried else _held_out(problems, ridge)
+    del problems
     ridge = ALONE if ridge is None else ridge
-    found, constant = solve(both, weight, bias, ridge, fixed)
-    before = both.loss(weight, bias)
+    change, whole = whole.solved(ridge, rounded)
+    found = weight + change
     return Fit(
-        found, constant, ridge, before, both.loss(found, constant),
-        before if judged else None, held.get(ridge), noise,
+        found, whole.constant(found) if bias is not None else None, ridge, before, whole.loss(whole, change),
+        before if judged else None, held, float(whole.total.sum().clamp(min=0)), int(whole.count), noise,
     )  # fmt: skip
+
+
+def _held_out(problems: list[Problem], ridge: float) -> float:
+    """The loss on each half of what the other half's rows give."""
+    return sum(problems[1 - k].loss(problem, problem.change(ridge)) for k, problem in enumerate(problems))
+
+
+def _decisive(whole: Problem, problems: list[Problem]) -> list[Problem]:
+    """The problems with the outputs alone that lose most at present, whose losses decide about the ridge. Of few outputs,
+    and where entries of the weight are fixed, all."""
+    if whole.wanted.shape[1] < 2 * DECIDE or (whole.fixed is not None and bool(whole.fixed.any())):
+        return problems
+    most = whole.before.topk(DECIDE).indices
+    return [problem.outputs(most) for problem in problems]
 
 
 def _best(
@@ -223,45 +227,93 @@ def _best(
     return shares[place]
 
 
+@dataclass(frozen=True)
 class Problem:
     """The module's formula for some rows and any ridge: `A` and `B - V A` are computed once.
 
-    kind: the dtype to solve in; what float32 cannot solve becomes NaN.
+    weight: V, (groups, o, u). count: number of rows. x, y: the means of inputs (groups, u) and outputs (groups, o), zeros
+    without a bias to take them up. a: A. wanted: B - V A. before, total: (groups, o), the squared error of each output with
+    V and the best constant, and with the best constant alone. fixed: entries of the weight that stay, or None. What
+    float32 cannot solve becomes NaN, if `a` and `wanted` are float32; all else is float64.
     """
 
-    def __init__(
-        self,
-        sums: Sums,
-        weight: Tensor,
-        bias: Tensor | None,
-        fixed: Tensor | None = None,
-        kind: torch.dtype = torch.float64,
-    ):
-        self.weight, self.fixed, self.count = weight, fixed, sums.count
-        self.mean_x, self.mean_y = sums.means(bias is not None)
+    weight: Tensor
+    count: Tensor
+    x: Tensor
+    y: Tensor
+    a: Tensor
+    wanted: Tensor
+    before: Tensor
+    total: Tensor
+    fixed: Tensor | None = None
+
+    @classmethod
+    def of(cls, sums: Sums, weight: Tensor, bias: Tensor | None, fixed: Tensor | None = None) -> Problem:
+        x, y = sums.means(bias is not None)
         a, b = (
-            torch.baddbmm(products, mean[:, :, None], self.mean_x[:, None], alpha=-float(sums.count))
-            for products, mean in ((sums.xx, self.mean_x), (sums.yx, self.mean_y))
+            torch.baddbmm(products, mean[:, :, None], x[:, None], alpha=-float(sums.count))
+            for products, mean in ((sums.xx, x), (sums.yx, y))
         )
-        wanted = b - weight @ a
-        self.before = sums.variance(bias is not None) - float(
-            (weight * (b + wanted)).sum()
-        )  # the loss of V with the best constant
-        diagonal = a.diagonal(dim1=1, dim2=2)
-        self.scale = torch.where(diagonal > 0, diagonal, 1.0).to(kind)  # an input that is constant keeps its weight
-        self.a, self.wanted = a.to(kind), wanted.to(kind)
+        wanted, total = b - weight @ a, sums.yy - sums.count * y.square()
+        return cls(weight, sums.count, x, y, a, wanted, total - (weight * (b + wanted)).sum(2), total, fixed)
+
+    def __add__(self, other: Problem) -> Problem:
+        """The problem of the rows of both, which have the same weight."""
+        n, m = self.count, other.count
+        both = (n + m).clamp(min=1)
+        # Products about the common mean are those about each part's own, and those of the distance between the two.
+        x, y, share = self.x - other.x, self.y - other.y, n * m / both
+        rest = y - (self.weight @ x[..., None])[..., 0]
+        return replace(
+            self, count=n + m, x=(n * self.x + m * other.x) / both, y=(n * self.y + m * other.y) / both,
+            a=torch.baddbmm(self.a + other.a, share * x[:, :, None], x[:, None]),
+            wanted=torch.baddbmm(self.wanted + other.wanted, share * rest[:, :, None], x[:, None]),
+            before=self.before + other.before + share * rest.square(),
+            total=self.total + other.total + share * y.square(),
+        )  # fmt: skip
+
+    def to(self, kind: torch.dtype) -> Problem:
+        """The problem, to be solved in this dtype."""
+        return replace(self, a=self.a.to(kind), wanted=self.wanted.to(kind))
+
+    def outputs(self, which: Tensor) -> Problem:
+        """The problem for some outputs alone, `(groups, some)`, of a weight without fixed entries."""
+        weight, wanted = (t.take_along_dim(which[..., None], 1) for t in (self.weight, self.wanted))
+        y, before, total = (t.gather(1, which) for t in (self.y, self.before, self.total))
+        return replace(self, weight=weight, wanted=wanted, y=y, before=before, total=total, fixed=None)
+
+    def constant(self, weight: Tensor) -> Tensor:
+        """The best bias next to a weight."""
+        return self.y - (weight @ self.x[..., None])[..., 0]
+
+    def loss_with(self, bias: Tensor | None) -> float:
+        """The summed squared error of V and a bias on these rows."""
+        offset = 0.0 if bias is None else self.count * (self.constant(self.weight) - bias).square()
+        return max(float((self.before + offset).sum()), 0.0)
 
     def loss(self, other: Problem, change: Tensor) -> float:
         """The summed squared error of `V + change` on these rows, with the best constant for the rows of `other`."""
         squares = ((change @ self.a - 2 * self.wanted) * change).sum(dtype=torch.float64)
         found = self.weight + change
-        offset = self.mean_y - other.mean_y - (found @ (self.mean_x - other.mean_x)[..., None])[..., 0]
-        return max(self.before + float(squares + self.count * offset.square().sum()), 0.0)
+        offset = self.constant(found) - other.constant(found)
+        return max(float(self.before.sum() + squares + self.count * offset.square().sum()), 0.0)
+
+    def solved(self, ridge: float, rounded: bool) -> tuple[Tensor, Problem]:
+        """`W - V`, and the problem in the dtype that it was found in: float32 if `A` is rounded to that already and the
+        ridge is large enough, else float64."""
+        if rounded and ridge >= ROUNDED:
+            rough = self.to(torch.float32)
+            change = rough.change(ridge)
+            if bool(change.isfinite().all()):
+                return change, rough
+        return self.change(ridge), self
 
     def change(self, ridge: float) -> Tensor:
         """`W - V` for a ridge."""
         a = self.a.clone()
-        a.diagonal(dim1=1, dim2=2).add_(self.scale, alpha=ridge)
+        diagonal = self.a.diagonal(dim1=1, dim2=2)
+        scale = torch.where(diagonal > 0, diagonal, 1.0)  # an input that is constant keeps its weight
+        a.diagonal(dim1=1, dim2=2).add_(scale, alpha=ridge)
         fixed = self.fixed
         if fixed is None or not bool(fixed.any()):
             return _divided(a, self.wanted)
@@ -282,10 +334,9 @@ def solve(
     sums: Sums, weight: Tensor, bias: Tensor | None, ridge: float, fixed: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The weights and bias of the module's formula for a ridge."""
-    problem = Problem(sums, weight, bias, fixed)
+    problem = Problem.of(sums, weight, bias, fixed)
     found = weight + problem.change(ridge)
-    constant = None if bias is None else problem.mean_y - (found @ problem.mean_x[..., None])[..., 0]
-    return found, constant
+    return found, None if bias is None else problem.constant(found)
 
 
 def _gram(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -173,14 +172,12 @@ class _Run:
         weight, bias = self._as_rows(consumer)
         found = fit(sums, weight, bias, self.options.ridge, self._fixed(consumer), self.start)
         self.start = found.ridge if self.options.ridge is None and found.helps else START
-        both = sums[0] + sums[1]
-        total = both.variance(bias is not None)
-        row = _row(consumer, sums, found, total)
+        row = _row(consumer, found)
         if found.helps:
             self._write(consumer, found)
             self.smaller.step()
-            measured = consumer.whole and total
-            row["after"] = self._measured(consumer, found) * float(both.count) / total if measured else None
+            measured = consumer.whole and found.total
+            row["after"] = self._measured(consumer, found) * found.rows / found.total if measured else None
         else:
             row |= {"predicted": row["before"], "after": row["before"], "kept": found.why_not}
         return row
@@ -193,8 +190,8 @@ class _Run:
             sums = _everywhere(mixing.sums(head))
             if sums is None:
                 return None
-            found, both = mixing.fit(sums, self.options.ridge), sums[0] + sums[1]
-            total, count = total + float(both.yy), count + int(both.count)
+            found = mixing.fit(sums, self.options.ridge)
+            total, count = total + found.total, count + found.rows
             held_before, held = found.held_before or 0.0, found.held or 0.0
             head_losses = [found.before, found.predicted, found.predicted, held_before, held]
             if found.helps:
@@ -364,11 +361,11 @@ def _everywhere(halves: tuple[Sums, Sums]) -> tuple[Sums, Sums] | None:
     return halves if all(sums.finite for sums in halves) else None
 
 
-def _row(consumer: Consumer, sums: Sequence[Sums], found: Fit, total: float) -> dict[str, Any]:
+def _row(consumer: Consumer, found: Fit) -> dict[str, Any]:
     def share(loss: float | None) -> float | None:
-        return loss / total if total and loss is not None else None
+        return loss / found.total if found.total and loss is not None else None
 
-    rows, unknowns = int(sums[0].count + sums[1].count), found.weight.shape[-1]
+    rows, unknowns = found.rows, found.weight.shape[-1]
     row: dict[str, Any] = {
         "what": consumer.weight, "rows": rows, "unknowns": unknowns, "ridge": found.ridge,
         "before": share(found.before), "predicted": share(found.predicted),
