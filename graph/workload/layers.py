@@ -81,7 +81,7 @@ class Layers:
         if (copy := self._copies.get(index)) is not None:
             if copy.odd is not None and size(self.comb.axes[copy.odd[0]][copy.odd[1]]) % self.rules.grain == 0:
                 return None
-            return Layer("copy", (("entries", self._entries(node, size)),))
+            return Layer("copy", (("entries", self.entries(node, size)),))
         kernel = self._kernels[node]
         main = _named(kernel)
         if kernel.kind == "attention" and len(main) == 1 and op_name(node) != "scaled_dot_product_attention":
@@ -108,7 +108,7 @@ class Layers:
             all_atoms |= ax.atoms(self.comb.flat(copy.odd[0]))
         return {a: None for a in all_atoms if a.frozen is None}
 
-    def _entries(self, node: fx.Node, size: Sizer) -> int:
+    def entries(self, node: fx.Node, size: Sizer) -> int:
         """Number of entries of a tensor, or of all tensors of a list."""
         axes = self.comb.axes[node] or []
         lists = axes if isinstance(node.meta.get("val"), (list, tuple)) else [axes]
@@ -120,12 +120,12 @@ class Layers:
         for node in (n for n in kernel.nodes if n not in own):
             for n in node.all_input_nodes:
                 if not self._inside(n, inside) and not self.comb.is_parameter(n) and n.op != "get_attr":
-                    entries[n] = self._entries(n, size)
+                    entries[n] = self.entries(n, size)
         return sum(entries.values())
 
     def _written(self, kernel: Kernel, size: Sizer) -> int:
         inside = set(kernel.nodes)
-        return sum(self._entries(n, size) for n in kernel.nodes if any(r not in inside for r in n.users))
+        return sum(self.entries(n, size) for n in kernel.nodes if any(r not in inside for r in n.users))
 
     def _inside(self, node: fx.Node, inside: set[fx.Node]) -> bool:
         while node not in inside and node.op == "call_function" and node not in self._kernels and node.all_input_nodes:

@@ -1,0 +1,198 @@
+"""The choice of a precision for each region: INT8 where it saves time and costs little, floating point elsewhere.
+
+What a region saves is the time of the network less that of the network in which this region alone is INT8, so conversions
+at its borders count. What it costs is the divergence of that network from the dense one. Regions are independent in time
+(`quantize.regions`) and nearly so in divergence, so the best ones per nat come first, as many as the allowed divergence
+permits; the divergence of the chosen network is measured, not added up. A choice that is not faster than the network in
+floating point is none. Source: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...graph.comb.solve import Comb
+from ...graph.facts import MAPS
+from ...graph.nodes import arguments, op_name
+from ...graph.program import Program
+from ...graph.workload.layer import Latency, Layer, rules_of
+from ...graph.workload.layers import Layers
+from ..base import Context
+from ..common.observe import Observer
+from ..common.processes import accelerator, placed
+from ..common.weights import layers as find_layers
+from ..quantize.quantize import Quantize
+from ..quantize.regions import FAKE, passed_on, producer, quantised_alone, quantised_layers, regions
+from ..quantize.which import Precision
+from .losses import Divergence, take
+
+Seconds = Callable[[Sequence[Program]], Sequence[float]]
+LARGEST, MARGIN = 65504.0, 4.0  # of fp16; values on other inputs may be this many times as large
+
+
+@dataclass(frozen=True)
+class Option:
+    """A region by itself. weights: of its layers. gain: seconds that it saves in INT8, conversions included; negative if it
+    loses some. loss: divergence in nats. chosen: whether it becomes INT8."""
+
+    weights: tuple[str, ...]
+    gain: float
+    loss: float
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """The chosen precisions.
+
+    - layers: for `Quantize(layers=)`: "int8", "fp16", or "fp32" where values may leave the range of fp16.
+    - program: the program quantised so. loss: its divergence in nats.
+    - seconds: by name, those of the programs "plain" (floating point), "all" (every region in INT8) and "chosen".
+    - options: all regions.
+    - note: why no region is INT8; empty if some are.
+    """
+
+    layers: dict[str, Precision]
+    program: Program
+    loss: float
+    seconds: dict[str, float]
+    options: tuple[Option, ...]
+    note: str = ""
+
+
+def choose_precisions(
+    program: Program,
+    context: Context,
+    seconds: Seconds,
+    loss: float,
+    quantize: Quantize | None = None,
+    samples: int = 64,
+) -> PrecisionChoice:
+    """Choose INT8, fp16 or fp32 for each region of a program with folded normalisations.
+
+    - context: with data, whose labels are not needed. Half of the samples calibrate, half judge.
+    - seconds: the seconds of several programs, measured in turns or predicted (`predicted_seconds`).
+    - loss: the largest divergence from the dense program, in nats (see `losses`).
+    - quantize: options of the quantisation. Its `layers` and `exclude` stay fixed, and by default so do the first and the
+      last layers, in floating point.
+    - samples: number of samples that judge, and as many calibrate.
+
+    Raises BadInput without data, or for data that gives the same outputs for all samples.
+    """
+    quantize = quantize or Quantize(samples=samples)
+    images = take(context, samples)
+    inner = replace(context, data=images.repair)
+    divergence = Divergence(program, images.judge)
+    everything = replace(quantize, bias_correction=False)(program, inner).program
+    free = {name for _, name in quantised_layers(everything)}
+    groups = [
+        [layer.name for layer in region] for region in regions([k for k in find_layers(program)[0] if k.name in free])
+    ]
+    alone = [quantised_alone(everything, group) for group in groups]
+    plain, whole, *each = seconds([program, everything, *alone])
+    options = [
+        Option(tuple(group), plain - own, divergence(one)) for group, own, one in zip(groups, each, alone, strict=True)
+    ]
+    order = sorted((o for o in options if o.gain > 0), key=lambda o: o.loss / o.gain)
+    kept: dict[str, Precision] = dict.fromkeys(free, "fp16")
+    wide = _wide(program, divergence)
+    order = [option for option in order if not wide.intersection(option.weights)]
+    kept |= dict.fromkeys(sorted(wide), "fp32")
+
+    def made(count: int) -> tuple[dict[str, Precision], Program, float]:
+        chosen: dict[str, Precision] = {name: "int8" for option in order[:count] for name in option.weights}
+        asked: dict[str, Precision] = {**quantize.layers, **kept, **chosen}
+        mixed = replace(quantize, layers=asked)(program, inner).program
+        return asked, mixed, divergence(mixed)
+
+    low, best = 0, (made(0) if kept else ({}, program, 0.0))
+    high = len(order)
+    while low < high:  # the most options whose network diverges at most so far
+        middle = (low + high + 1) // 2
+        tried = made(middle)
+        if tried[2] <= loss:
+            low, best = middle, tried
+        else:
+            high = middle - 1
+    names = {name for option in order[:low] for name in option.weights}
+    found = [replace(o, chosen=set(o.weights) <= names) for o in options]
+    took = {"plain": plain, "all": whole, "chosen": plain}
+    note = "" if low else _why(options, loss)
+    if low:
+        before, took["chosen"] = seconds([program, best[1]])
+        if took["chosen"] >= before:
+            note = (
+                f"the chosen regions together take {1e3 * took['chosen']:.3g} ms, in floating point {1e3 * before:.3g}"
+            )
+            best, found = made(0), [replace(o, chosen=False) for o in options]
+            took["chosen"] = before
+    return PrecisionChoice(best[0], best[1], best[2], took, tuple(found), note)
+
+
+def _why(options: Sequence[Option], loss: float) -> str:
+    """Why no region is INT8."""
+    if not any(option.gain > 0 for option in options):
+        return "no region is faster in INT8 with its conversions"
+    return f"every region that is faster in INT8 diverges by more than {loss:g}, or leaves the range of fp16"
+
+
+def _wide(program: Program, divergence: Divergence) -> set[str]:
+    """The weights of the layers whose inputs or outputs may leave the range of fp16 on other inputs."""
+    module = program.copy().module().eval()
+    readers: dict[fx.Node, list[str]] = {}
+    for node in module.graph.nodes:
+        if op_name(node) in MAPS and arguments(node)["weight"].op == "get_attr":
+            for value in (node, node.args[0]):
+                readers.setdefault(value, []).append(str(arguments(node)["weight"].target))
+    wide: set[str] = set()
+
+    def see(node: fx.Node, value: torch.Tensor, values: Mapping[fx.Node, Any]) -> None:
+        if MARGIN * float(value.abs().max()) > LARGEST:
+            wide.update(readers[node])
+
+    observer = Observer(module, readers, see)
+    device = accelerator().device
+    with torch.no_grad(), placed(module, device):
+        for batch in divergence.batches:
+            observer(batch.to(device))
+    return wide
+
+
+# ------------------------------------------------------------------------------------------------------------ predictions
+def predicted_seconds(latencies: Mapping[str, Latency], plain: str = "fp16") -> Seconds:
+    """Predict the seconds of partly quantised programs from a latency model per precision, "int8" and `plain` among them.
+
+    A layer with a quantised weight takes its time in INT8. A value is converted by a kernel that copies it where a layer in
+    INT8 reads what no other one made, and where anything but such a layer reads what one made.
+    """
+
+    def one(program: Program) -> float:
+        layers = Layers(Comb(program), rules=rules_of(latencies[plain]))
+        integer = {node for node, _ in quantised_layers(program)}
+        total = latencies[plain].per_run
+        for node, layer in layers.at({}):
+            total += latencies["int8" if node in integer else plain].seconds(layer)
+        size = layers.sizer({})
+        for node in program.graph.nodes:
+            if op_name(node) == f"{FAKE}_per_tensor_affine":
+                value, precision = node.args[0], "int8"
+                converted = producer(value) not in integer
+            else:
+                value, precision = node, plain
+                converted = producer(node) in integer and any(_leaves(user, node) for user in node.users)
+            if converted:
+                copy = Layer("copy", (("entries", layers.entries(value, size)),))
+                total += latencies[precision].seconds(copy)
+        return total
+
+    return lambda programs: [one(program) for program in programs]
+
+
+def _leaves(user: fx.Node, value: fx.Node) -> bool:
+    """Whether a node reads a value in floating point, and not only to quantise it or to pass it on."""
+    return not op_name(user).startswith(FAKE) and passed_on(user) is not value
