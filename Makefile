@@ -49,7 +49,8 @@ lint-tensorrt: $(STAMP)
 	  mv $(STUBS).part $(STUBS); } || echo "lint: no stubs of TensorRT to be had; its calls are not checked"
 	test ! -d $(STUBS) || MYPYPATH=$(SITE):$(STUBS) $(BIN)/mypy \
 	  --cache-dir .cache/mypy-stubs --follow-imports=silent \
-	    -m graphcomb.runtime.engines.trt.build -m graphcomb.runtime.engines.trt.run -m graphcomb.runtime.kit.trt
+	    -m graphcomb.runtime.engines.trt.build -m graphcomb.runtime.engines.trt.run -m graphcomb.runtime.kit.trt \
+	    -m graphcomb.runtime.kit.build -m graphcomb.runtime.kit.engines
 
 # The book, in .cache/book: warnings, also of links, are errors. References come from the docstrings of a wheel, as in lint.
 docs: $(STAMP)

@@ -1,4 +1,4 @@
-"""Pydantic models and a reader of results.json, which bench_device.py writes on a device."""
+"""Pydantic models and a reader of results.json, which kit.pyz writes on a device."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,8 +49,11 @@ class DeviceEngine(Format):
     """An engine that was built on a device.
 
     Further keys: build_seconds (null for a reused engine of an earlier run), bytes, scratch_bytes, file (name of the
-    engine file beside results.json), flags (of TensorRT's builder), no_graph (why it cannot run as a CUDA graph), and
-    contended (number of runs that counted although another process had the processor).
+    engine file beside results.json), flags (of TensorRT's builder), no_graph (why it cannot run as a CUDA graph),
+    contended (number of runs that counted although another process had the processor), cold_ms (milliseconds of load and
+    first_run), device_bytes (device memory of the engine, its context and buffers), dla (number of layers, and the name and
+    type of each that runs on the GPU), timing_cache (its file and SHA-256), and trtexec (the command line that builds and
+    measures the same with NVIDIA's tool).
     """
 
     inspector: list[Any] = says("layers as TensorRT's engine inspector reports them", default=[])
@@ -64,6 +67,10 @@ class DeviceModel(Format):
     parity: DeviceParity = says("comparison of its outputs with the reference")
     latency: dict[str, Latency] = says("latency by mode: stream, graph (a CUDA graph)")
     power: Power = says("power while it runs alone")
+    throughput: dict[str, float] = says(
+        "streams (their number) and images_per_second of all of them at once", default={}
+    )
+    accuracy: dict[str, Any] = says("metric, value and number of images; empty without --data", default={})
     layers: list[ProfiledLayer] = says("kernels in the library's profile, which is taken in separate runs")
 
 
@@ -111,6 +118,7 @@ class Device(Format):
     idle: dict[str, Any] = says("power and temperatures at rest, before anything is built")
     failed: dict[str, str] = says("by name of a model that could not be built or run, the reason", default={})
     interrupted: bool = says("whether Ctrl-C ended the measurement; the file then has what was measured", default=False)
+    host_peak_bytes: int | None = says("largest memory of the process and of a build, in bytes", default=None)
     monitor: str | None = says("tool that reported power: tegrastats, nvidia-smi or null")
     notes: list[str] = says("remarks on the results")
 
@@ -128,7 +136,7 @@ def _are_results(values: Any) -> bool:
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """Return the parsed content of results.json, which bench_device.py wrote (docs/formats.md, Device).
+    """Return the parsed content of results.json, which kit.pyz wrote (docs/formats.md, Device).
 
     Raises BadInput for a file that cannot be read, is no results.json, has another format version, or has no models.
     """

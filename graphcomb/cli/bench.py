@@ -180,7 +180,7 @@ def bundle(
     for name, about in read_json(folder / "bundle.json")["models"].items():
         if about["note"]:
             console.print(f"{name}: {about['note']}", soft_wrap=True)
-    console.print(f"{folder}: on the device, python3 bench_device.py; or graphcomb bench {folder} --host USER@DEVICE")
+    console.print(f"{folder}: on the device, python3 kit.pyz; or graphcomb bench {folder} --host USER@DEVICE")
 
 
 def show_bench(result: Bench) -> None:

@@ -1,6 +1,8 @@
 """Run a bench bundle on this machine or, by ssh, on a device, and fetch its results. Source: ours."""
 
+import contextlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,10 +16,16 @@ from ...graph.errors import BadInput, GraphcombError, nearest
 from ...graph.files import read_json, replacing
 from ..device_results import read_results
 from ..kit import PLUGINS, SCRIPT
-from ..kit.bench import INTERRUPTED, OPTIONS
+from ..kit.bench import INTERRUPTED
 from ..kit.contents import digest
+from ..kit.options import OPTIONS
 
 PATIENCE = 60  # seconds after Ctrl-C within which the script must have written its results
+OLD_SCRIPT = "bench_device.py"  # of bundles before the archive, with modules beside it
+# What a device keeps for later runs.
+KEPT = re.compile(
+    r"\w+-[0-9a-f]{16}\.(engine|rtx)(\.json)?|timing-[\w.+-]+\.cache"
+)  # what a device keeps for later runs
 SOME = 1  # exit code of the script if it has results of some of the models only
 
 
@@ -32,8 +40,9 @@ def run_bundle(
 
     - folder: folder of the bundle. out: the JSON file to write.
     - host: "user@device", which ssh and scp reach with their own settings (keys, ports, jump hosts); None measures on
-      this machine. Engine files that TensorRT built on a host are copied to the folder of `out`.
-    - arguments: arguments of bench_device.py, which `script_arguments` makes from options.
+      this machine. Engines that TensorRT built on a host are copied to the folder of `out` with their descriptions and the
+      timing cache, and from there to the host before the next run, which reuses them. The folder on the host is removed.
+    - arguments: arguments of kit.pyz, which `script_arguments` makes from options.
     - python: the Python interpreter; by default the running one on this machine, python3 on a host.
 
     Models that failed are left out of the results, and `failed` has the reason for each. After Ctrl-C the results have what
@@ -44,7 +53,8 @@ def run_bundle(
     were results.
     """
     folder, out = Path(folder).absolute(), Path(out).absolute()
-    if not (folder / "bundle.json").is_file() or not (folder / SCRIPT).is_file():
+    script = SCRIPT if (folder / SCRIPT).is_file() else OLD_SCRIPT
+    if not (folder / "bundle.json").is_file() or not (folder / script).is_file():
         raise BadInput(f"{folder}: not a bench bundle; `graphcomb bundle` writes one")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -52,15 +62,31 @@ def run_bundle(
         raise BadInput(f"--out: {out.parent} cannot be made ({error.strerror})") from error
     if host is None:
         before = _stamp(out)
-        command = [python or sys.executable, str(folder / SCRIPT), "--out", str(out), "--attached", *arguments]
-        _measure(command, "bench_device.py", lambda: _stamp(out) != before)
+        command = [python or sys.executable, str(folder / script), "--out", str(out), "--attached", *arguments]
+        _measure(command, script, lambda: _stamp(out) != before)
         return read_results(out)
     if not host or host.startswith("-") or any(c.isspace() or c == ":" for c in host):
         raise BadInput(f"--host {host}: expected user@device")
-    away = f"graphcomb-bench-{digest(folder / 'bundle.json')[:12]}"  # a folder in the home folder of the host
+    try:
+        return _run_away(folder, script, out, host, arguments, python)
+    finally:
+        with contextlib.suppress(GraphcombError):  # without a connection it stays, with what was measured
+            _call(["ssh", host, f"rm -rf {_away(folder)}"], f"ssh {host}")
+
+
+def _away(folder: Path) -> str:
+    """Return the name of the folder for a bundle in the home folder of a host."""
+    return f"graphcomb-bench-{digest(folder / 'bundle.json')[:12]}"
+
+
+def _run_away(
+    folder: Path, script: str, out: Path, host: str, arguments: Sequence[str], python: str | None
+) -> dict[str, Any]:
+    """Measure a bundle on a host and fetch the results and engines."""
+    away = _away(folder)
     _call(["ssh", host, f"mkdir -p {away} && rm -f {away}/results.json"], f"ssh {host}")
-    _call(["scp", "-q", "-r", *map(str, _contents(folder)), f"{host}:{away}/"], f"scp to {host}")
-    command = [python or "python3", f"{away}/{SCRIPT}", "--out", f"{away}/results.json", "--attached", *arguments]
+    _call(["scp", "-q", "-r", *map(str, _contents(folder, out.parent)), f"{host}:{away}/"], f"scp to {host}")
+    command = [python or "python3", f"{away}/{script}", "--out", f"{away}/results.json", "--attached", *arguments]
 
     def fetch() -> bool:
         """Copy the results from the host to `out`; return whether there are any."""
@@ -73,10 +99,10 @@ def run_bundle(
             return False
         return True
 
-    if _measure(["ssh", host, shlex.join(command)], f"bench_device.py on {host}", fetch) == 0 and not fetch():
+    if _measure(["ssh", host, shlex.join(command)], f"{script} on {host}", fetch) == 0 and not fetch():
         raise GraphcombError(f"scp from {host} failed: {away}/results.json is not there")
     results = read_results(out)
-    for file in _engines(results):
+    for file in _engines(results, described=script == SCRIPT):
         with replacing(out.with_name(file)) as part:
             _call(["scp", "-q", f"{host}:{away}/{file}", str(part)], f"scp from {host}")
     return results
@@ -88,25 +114,35 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return (status.st_ino, status.st_mtime_ns) if status else None
 
 
-def _engines(results: Mapping[str, Any]) -> list[str]:
-    """Return the names of the engine files that a device keeps beside its results."""
-    names = [str(row.get("engine", {}).get("file", "")) for row in results["models"].values()]
-    return [name for name in names if name and PurePath(name).name == name and not name.startswith((".", "-"))]
+def _engines(results: Mapping[str, Any], described: bool) -> list[str]:
+    """Return the names of the engine files and timing caches that a device keeps beside its results. described: whether
+    each engine has a description beside it."""
+    engines = [row.get("engine", {}) for row in results["models"].values()]
+    names = [str(engine.get("file", "")) for engine in engines]
+    names += [f"{name}.json" for name in names if name and described]
+    names += [str(engine["timing_cache"].get("file", "")) for engine in engines if engine.get("timing_cache")]
+    return [
+        name
+        for name in dict.fromkeys(names)
+        if name and PurePath(name).name == name and not name.startswith((".", "-"))
+    ]
 
 
-def _contents(folder: Path) -> list[Path]:
-    """Return the files and folders that belong to a bundle, without the results of measurements in the same folder."""
+def _contents(folder: Path, kept: Path) -> list[Path]:
+    """Return the files and folders that belong to a bundle, and the engines and caches of earlier runs in the folder `kept`;
+    other files, such as results of measurements, are left out."""
     try:
         models = list(read_json(folder / "bundle.json")["models"])
     except (KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'bundle.json'}: no models; bundle them again") from error
-    names = [SCRIPT, "bundle.json", "README.txt", "record.json", PLUGINS, *models]
+    names = [SCRIPT, OLD_SCRIPT, "bundle.json", "README.txt", "record.json", PLUGINS, *models]
     parts = sorted(folder.glob("graphcomb_*.py"))  # the bundle of another version may have other scripts
-    return [*parts, *(folder / name for name in names if (folder / name).exists())]
+    engines = [path for path in sorted(kept.iterdir()) if KEPT.fullmatch(path.name)] if kept.is_dir() else []
+    return [*parts, *engines, *(folder / name for name in names if (folder / name).exists())]
 
 
 def script_arguments(options: Mapping[str, Any]) -> list[str]:
-    """Return options of bench_device.py as command-line arguments: {"dla": 0, "sparse": True} gives --dla=0 --sparse.
+    """Return options of kit.pyz as command-line arguments: {"dla": 0, "sparse": True} gives --dla=0 --sparse.
 
     Raises BadInput for an unknown option or an invalid value.
     """
@@ -186,5 +222,7 @@ def _measure(command: list[str], what: str, results: Callable[[], bool]) -> int:
 
 
 def _last(said: str, code: int) -> str:
+    """Return the reasons in a program's output: its lines that begin with "error: ", else the last line."""
     lines = [line for line in said.splitlines() if line.strip()] or [f"exit code {code}"]
-    return lines[-1].removeprefix("error: ")
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return "; ".join(dict.fromkeys(errors)) or lines[-1]

@@ -1,7 +1,7 @@
 """Write a bench bundle: a folder that measures models on a device without graphcomb.
 
-A bundle contains ONNX files, reference inputs and outputs, the record of what the passes did, and `bench_device.py` with
-the files it imports, which need only numpy and the device's own TensorRT. Source: ours.
+A bundle contains ONNX files, reference inputs and outputs, the record of what the passes did, and `kit.pyz`, an
+archive that Python runs and that needs only numpy and the device's own TensorRT. Source: ours.
 """
 
 import functools
@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 import torch
 
 from ...graph.errors import BadInput, GraphcombError, Refused, nearest
-from ...graph.files import write_json
+from ...graph.files import replacing, write_json
 from ...graph.program import Program
 from ...graph.workload.libraries import ONNXRUNTIME
 from ..devices.table import Target, get_target
@@ -32,7 +32,7 @@ from ..export.islands import islands
 from ..export.parity import Case
 from ..export.sparsity import sparse_weights
 from ..export.to_onnx import export_onnx
-from ..kit import PLUGINS, SCRIPT, bundled_files
+from ..kit import PLUGINS, SCRIPT, write_archive
 from ..kit.contents import FORMAT, digest
 from ..kit.contents import TOLERANCES as DEVICE_TOLERANCES
 from ..measure.inputs import random_inputs
@@ -64,7 +64,7 @@ def write_bundle(
     """Write a bench bundle: a folder that measures models on a device with only the device's own TensorRT and numpy.
 
     Returns the folder. It contains each model as an ONNX file with reference inputs and outputs (ONNX Runtime's for the
-    most exact form of the model), bundle.json, which describes the models, and the scripts (`runtime/kit/`).
+    most exact form of the model), bundle.json, which describes the models, and kit.pyz (`runtime/kit/`).
 
     - models: the models by name (letters, digits and _), the reference first. They are programs, or ONNX files in fp32 or
       in the precision asked for.
@@ -133,8 +133,8 @@ def write_bundle(
             Path(part, name).replace(folder / name)
     if record is not None:
         shutil.copyfile(record, folder / "record.json")
-    for name, text in bundled_files().items():
-        (folder / name).write_text(text, encoding="utf-8")
+    with replacing(folder / SCRIPT) as archive:
+        write_archive(archive)
     clocks = " && ".join(device.clocks) if device and device.clocks else "sudo nvpmodel -m 0 && sudo jetson_clocks"
     (folder / "README.txt").write_text(README.format(script=SCRIPT, models=", ".join(models), clocks=clocks))
     head: dict[str, Any] = {"format": FORMAT, "graphcomb": metadata.version("graphcomb"), "precision": kind}

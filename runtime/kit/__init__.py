@@ -1,20 +1,45 @@
-"""The files that a bench bundle contains and that run on the device.
+"""The files that a bench bundle contains and that run on the device, as one archive that Python runs: kit.pyz.
 
 They need only Python 3.8, numpy and the device's own inference library, and import nothing of graphcomb but each other.
+
+- bench, options, measuring, contents, data: what is measured, in which order, and what is written.
+- engines, build, trt, ort: TensorRT and ONNX Runtime.
+- telemetry: power, temperatures and clocks. cuda: the CUDA runtime.
 """
 
-import re
+import zipfile
 from pathlib import Path
 
-SCRIPT = "bench_device.py"  # name of bench.py in a bundle; the files that it imports begin with graphcomb_ there
+SCRIPT = "kit.pyz"  # name of the archive in a bundle
 PLUGINS = "plugin-libraries"  # folder of a bundle's plugins; because of the hyphen no model can have this name
+PACKAGE = "graphcomb_kit"  # the package in the archive
+
+MAIN = f"""import sys
+from pathlib import Path
+
+if sys.argv[1:2] == ["--monitor"]:
+    from {PACKAGE}.telemetry import watch
+
+    watch(*sys.argv[2:])
+else:
+    from {PACKAGE}.bench import main
+
+    sys.exit(main(archive=Path(__file__).resolve().parent))
+"""
 
 
-def bundled_files() -> dict[str, str]:
-    """Return the text of every file by its name in a bundle, with its imports adapted to a folder without a package."""
-    files = {}
-    for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
-        name = SCRIPT if path.stem == "bench" else f"graphcomb_{path.name}"
-        text = path.read_text(encoding="utf-8")
-        files[name] = re.sub(r"^from \.(\w+) import", r"from graphcomb_\1 import", text, flags=re.MULTILINE)
-    return files
+def archived_files() -> dict[str, str]:
+    """Return the text of every file by its path in the archive."""
+    sources = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("[!_]*.py"))}
+    return {
+        "__main__.py": MAIN,
+        f"{PACKAGE}/__init__.py": "",
+        **{f"{PACKAGE}/{n}": text for n, text in sources.items()},
+    }
+
+
+def write_archive(path: Path) -> None:
+    """Write the archive. The same files give the same bytes; `unzip` shows them."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in archived_files().items():
+            archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure the models of a graphcomb bench bundle on this device, and write one JSON file, which `graphcomb report` reads.
 
-    python3 bench_device.py [--out results.json]
+    python3 kit.pyz [--out results.json]
 
 The script needs Python 3.8, numpy and the device's own TensorRT (or TensorRT-RTX, or ONNX Runtime), but not graphcomb. It
 builds the engines from the ONNX files of the bundle, because an engine runs only on the device and with the version that it
@@ -10,7 +10,9 @@ was built with. Engines are kept beside the results, and a later run with the sa
 First the models run in turns, with and without CUDA graphs. Then each one runs alone while power, temperatures and clocks
 are read (tegrastats or nvidia-smi), and again under the library's profiler. A note marks a model whose outputs are not
 finite, or differ from the reference by more than the precision explains. A model that cannot be built or run is reported,
-and the others are measured. In a bundle this file is bench_device.py, and the files that it imports begin with graphcomb_.
+and the others are measured. With --data the accuracy on a folder of images is measured as well (data.py). The results are
+written after each stage, so a run that is cut off leaves those of the stages before. In a bundle this file is part of
+kit.pyz, an archive of the files of this folder.
 
 Exit codes: 0; 1 if some of the models failed; 2 without results; 130 after Ctrl-C, when the file has what was measured
 before.
@@ -21,8 +23,9 @@ Sources: trtexec's practice (CUDA graph, events around each inference, layers in
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import importlib
-import json
 import os
 import signal
 import sys
@@ -32,15 +35,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .contents import FORMAT, TOLERANCES, Damaged, Failure, read_bundle, read_reference
+from .build import build, build_apart, end_with_input, engine_path
+from .contents import FORMAT, TOLERANCES, Damaged, Failure, read_bundle, read_reference, remove_parts, write_json
 from .cuda import Cuda
+from .data import IMAGENET, evaluate, find, load_metric
+from .engines import TensorRT
 from .measuring import BUSY, GUARD, check, measure, stolen, unsure, watch
+from .options import OPTIONS, library, line, writable
 from .ort import OnnxRuntime
 from .telemetry import Monitor, average, clock_notes, describe_device, over_current, throttling
-from .trt import TensorRT
+from .trt import load_plugins, new_logger
 
-HERE = Path(__file__).resolve().parent
-LIBRARIES = ("tensorrt", "tensorrt_rtx", "onnxruntime")
+HERE = Path(__file__).resolve().parent  # the folder of the bundle; that of the archive if this file is in one
 TAKEN = 20  # largest load of the GPU at rest, in percent, with which ratios are stated
 INTERRUPTED = 130
 
@@ -51,10 +57,13 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None], result: dict[
     After Ctrl-C `result` has what was measured before. say: shows a message. Raises Failure, RuntimeError or OSError if
     nothing can be measured.
     """
-    bundle = read_bundle(HERE)
+    bundle = read_bundle(arguments.folder)
     # All references are read first, so that a damaged one is reported at once.
-    references = {name: read_reference(HERE, about) for name, about in bundle["models"].items()}
+    references = {name: read_reference(arguments.folder, about) for name, about in bundle["models"].items()}
     writable(arguments.out.parent)
+    remove_parts(arguments.out.parent)
+    arguments.images = find(arguments.data) if arguments.data is not None else []
+    arguments.function = load_metric(arguments.metric) if arguments.metric else None
     notes: list[str] = []
     wanted = bundle.get("engine")
     arguments.engine, missing = library(arguments.engine, wanted)
@@ -67,9 +76,11 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None], result: dict[
             arguments.engine, bundle.get("target"), wanted, why
         ))  # fmt: skip
     arguments.device = result["device"]["model"]
-    arguments.plugins = {str(HERE / name): sha256 for name, sha256 in bundle["plugins"].items()}
-    monitor = Monitor()
+    arguments.plugins = {str(arguments.folder / name): sha256 for name, sha256 in bundle["plugins"].items()}
+    arguments.build = functools.partial(_apart, arguments) if arguments.archive else build
+    monitor = Monitor(archive=arguments.archive)
     engines: dict[str, Any] = {}
+    arguments.feeds = {name: feeds for name, (feeds, _) in references.items()}
     events = over_current()
     try:
         if monitor.source:  # at rest: before the first engine is built
@@ -83,8 +94,8 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None], result: dict[
             except Damaged:
                 raise
             except Exception as error:  # the libraries' errors have no common base; the other models are measured
-                result["failed"][name] = _line(error)
-                say(f"{name}: failed: {_line(error)}")
+                result["failed"][name] = line(error)
+                say(f"{name}: failed: {line(error)}")
         if engines:
             _measure(engines, monitor, arguments, result, say)
     except KeyboardInterrupt:
@@ -97,6 +108,11 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None], result: dict[
         del result["models"][name]
         result["failed"].setdefault(name, "interrupted before it was measured")
     result["monitor"] = monitor.source
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+
+        kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        result["host_peak_bytes"] = 1024 * kib
     notes += [f"{name}: failed: {reason}" for name, reason in result["failed"].items()]
     notes += ["interrupted: what was measured until then"] if result.get("interrupted") else []
     more = {name: count - events.get(name, 0) for name, count in over_current().items()}
@@ -111,7 +127,7 @@ def _open(
     feeds, reference = data
     say(f"{name}: building with {arguments.engine} ...")
     make = OnnxRuntime if arguments.engine == "onnxruntime" else TensorRT
-    engine: Any = make(HERE / about["file"], arguments, feeds, about)
+    engine: Any = make(arguments.folder / about["file"], arguments, feeds, about)
     try:
         outputs, order = engine.outputs(), about.get("outputs", ())
         results = [outputs[key] for key in order] if outputs.keys() == set(order) else list(outputs.values())
@@ -124,6 +140,13 @@ def _open(
     seconds = engine.about["build_seconds"]
     built = "the engine of an earlier run" if seconds is None else f"built in {seconds} s"
     say("{}: {}, error {}".format(name, built, parity["error"]))
+    if "trtexec" in engine.about:
+        say("{}: the same with NVIDIA's tool: {}".format(name, engine.about["trtexec"]))
+    dla = engine.about.get("dla")
+    if dla:
+        say("{}: {} of {} layers run on the GPU instead of the DLA".format(name, len(dla["gpu"]), dla["layers"]))
+        for layer, kind in dla["gpu"]:
+            say(f"    {kind:<16} {layer}")
     if "SPARSE_WEIGHTS" in engine.about.get("flags", ()):
         say(f"{name}: kernels for 2:4 sparse weights are allowed")
     result["notes"] += [f"{name}: {text}" for text in (about.get("note"), parity.get("note")) if text]
@@ -138,11 +161,18 @@ def _measure(
     notes, models = result["notes"], result["models"]
     say("measuring ...")
     stopped: list[str] = []
+    broken: dict[str, BaseException] = {}
     start, lost = time.monotonic(), stolen()
-    times, ratios = measure(engines, arguments.seconds, arguments.rounds, stopped)
+    times, ratios = measure(engines, arguments.seconds, arguments.rounds, stopped, broken)
     end, lost = time.monotonic(), stolen() - lost
     for name, latencies in times.items():
         models[name]["latency"] = latencies
+    for name, error in broken.items():
+        result["failed"][name] = line(error)
+        say(f"{name}: failed: {line(error)}")
+        engines.pop(name).close()
+    if not engines:
+        return
     units = ("cpu",) if arguments.engine == "onnxruntime" else ("gpu", "memory")
     notes += [f"while measuring, {text}" for text in throttling(monitor.since(start, end), units)]
     doubts = {name: _contended(engine, times[name]) for name, engine in engines.items()}
@@ -164,18 +194,43 @@ def _measure(
             elif "low" not in row[mode]:
                 notes.append(f"{name} ({mode}): too few rounds for an interval of the ratio")
     result["ratios"] = ratios if reference in engines else {}
+    save(arguments, result, whole=False)
     if stopped:
         raise KeyboardInterrupt
-    for name, engine in engines.items():
-        say(f"{name}: power and temperatures ...")
+
+    def power(name: str) -> None:
         start = time.monotonic()
-        models[name]["power"] = watch(engine, monitor, arguments.power_seconds)
-        notes += [f"{name}: alone, {text}" for text in throttling(monitor.since(start), units)]
-    for name, engine in engines.items():  # last, since the profiler cannot be detached and slows the engine down
-        try:
-            models[name]["layers"] = engine.layers(20)
-        except Exception as error:  # the other results of the model remain
-            notes.append(f"{name}: the layers cannot be measured: {_line(error)}")
+        models[name]["power"] = watch(engines[name], monitor, arguments.power_seconds)
+        notes.extend(f"{name}: alone, {text}" for text in throttling(monitor.since(start), units))
+
+    def throughput(name: str) -> None:
+        rate = engines[name].throughput(arguments.streams, arguments.power_seconds)
+        batch = result["bundle"]["models"][name].get("batch") or 1
+        models[name]["throughput"] = {"streams": arguments.streams, "images_per_second": round(rate * batch, 3)}
+
+    def accuracy(name: str) -> None:
+        feeds = arguments.feeds[name]
+        if len(feeds) != 1 or next(iter(feeds.values())).ndim != 4:
+            raise Failure("--data: only for models with one input of images")
+        ((key, example),) = feeds.items()
+        how = dict(IMAGENET, **result["bundle"].get("preprocess", {}))
+        found = evaluate(engines[name], key, arguments.images, example.shape, how, arguments.function)
+        models[name]["accuracy"] = found
+        say("{}: {metric} {value:.4f} on {images} images".format(name, **found))
+
+    def layers(name: str) -> None:
+        models[name]["layers"] = engines[name].layers(20)
+
+    # The layers come last, since the profiler cannot be detached and slows the engine down.
+    stages = {"power and temperatures": power, "throughput": throughput, "accuracy": accuracy, "layers": layers}
+    for title, stage in stages.items():
+        for name in engines if title != "accuracy" or arguments.images else ():
+            say(f"{name}: {title} ...")
+            try:
+                stage(name)
+            except Exception as error:  # the other results of the model remain
+                notes.append(f"{name}: {title}: not measured: {line(error)}")
+        save(arguments, result, whole=False)
 
 
 def _contended(engine: Any, times: dict[str, Any]) -> str:
@@ -184,88 +239,20 @@ def _contended(engine: Any, times: dict[str, Any]) -> str:
     return f"the machine was busy in {busy} of {runs} runs" if busy > BUSY * runs else ""
 
 
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, (Failure, RuntimeError, OSError)) and text else f"{type(error).__name__}: {text}"
-
-
-def writable(folder: Path) -> None:
-    """Raise Failure if results cannot be written to a folder. This is checked before the measurement, which takes long."""
-    if not folder.is_dir():
-        raise Failure(f"--out: there is no folder {folder}; make it first")
-    if not os.access(str(folder), os.W_OK | os.X_OK):
-        raise Failure(f"--out: no permission to write in {folder}")
-
-
-def library(name: str, preferred: str | None = None) -> tuple[str, dict[str, str]]:
-    """Return the library to measure with, and by name of each library that was tried before, why it cannot be used.
-
-    name: a library, or "auto" for the first one that can run here, with `preferred` tried first. TensorRT can run here if it
-    is installed and there is a GPU. Raises Failure if no library can be used.
-    """
-    missing: dict[str, str] = {}
-    for candidate in sorted(LIBRARIES, key=lambda c: c != preferred) if name == "auto" else (name,):
-        try:
-            module = importlib.import_module(candidate)
-            if candidate != "onnxruntime" and not hasattr(module, "Builder"):
-                raise ImportError("installed without its libraries")
-            if candidate != "onnxruntime" and name == "auto":
-                Cuda().close()
-            return candidate, missing
-        except ModuleNotFoundError as error:
-            missing[candidate] = "not installed" if error.name == candidate else f"cannot be imported: {_line(error)}"
-        except Exception as error:  # an installed library whose shared objects are missing raises various errors
-            missing[candidate] = f"cannot be used: {_line(error)}"
-    reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in missing.items())
-    raise Failure("none of {} can run here ({})".format(", ".join(LIBRARIES), reasons) if name == "auto" else reasons)
-
-
-def at_least(least: float, kind: type = float) -> Callable[[str], Any]:
-    """Return an argparse type: a finite number of at least `least`."""
-
-    def convert(text: str) -> Any:
-        value = kind(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}: a number of at least {least}")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
-
-
-# The options of the command line: by name, the arguments of argparse's add_argument.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "engine": {
-        "choices": ("auto", *LIBRARIES),
-        "default": "auto",
-        "help": "inference library; by default the bundle's if it can run here",
-    },
-    "seconds": {"type": at_least(0), "default": 20.0, "help": "time limit of the latency measurement"},
-    "rounds": {"type": at_least(1, int), "default": 100, "help": "number of rounds after which the measurement ends"},
-    "power-seconds": {"type": at_least(0), "default": 8.0, "help": "how long each model runs for power"},
-    "idle-seconds": {
-        "type": at_least(0),
-        "default": 3.0,
-        "help": "how long power at rest is read before the first build",
-    },
-    "rebuild": {"action": "store_true", "help": "build all engines, also those that an earlier run has kept"},
-    "sparse": {"action": "store_true", "help": "allow kernels for 2:4 sparse weights for every model"},
-    "dla": {"type": at_least(0, int), "metavar": "CORE", "help": "DLA core to run on; the GPU runs the other layers"},
-    "no-graphs": {"dest": "graphs", "action": "store_false", "help": "measure without CUDA graphs"},
-    "threads": {"type": at_least(1, int), "default": 1, "help": "number of threads of ONNX Runtime"},
-}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
+def main(argv: Sequence[str] | None = None, archive: Path | None = None) -> int:
+    """Run the command line and return the exit code. archive: the archive that this module is part of, beside a bundle."""
+    folder = HERE if archive is None else archive.parent
     parser = argparse.ArgumentParser(description="Measure a graphcomb bench bundle on this device.")
-    parser.add_argument("--out", type=Path, default=HERE / "results.json", help="the JSON file to write")
+    parser.add_argument("--out", type=Path, default=folder / "results.json", help="the JSON file to write")
     for name, options in OPTIONS.items():
         parser.add_argument(f"--{name}", **options)
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--attached", action="store_true", help=argparse.SUPPRESS)  # stop when standard input ends
+    parser.add_argument("--build", help=argparse.SUPPRESS)  # build one model and end, as `_apart` asks
     arguments = parser.parse_args(argv)
-    arguments.out = arguments.out.resolve()
+    arguments.out, arguments.archive, arguments.folder = arguments.out.resolve(), archive, folder
+    if arguments.build is not None:
+        return _build_one(arguments)
     if arguments.attached:
         _attach()
     result: dict[str, Any] = {}
@@ -282,9 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: interrupted", file=sys.stderr)
     if not result.get("models"):
         return INTERRUPTED if result.get("interrupted") else 2
-    part = arguments.out.with_name(f".{arguments.out.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(arguments.out)
+    save(arguments, result)
     bad = [name for name, row in result["models"].items() if "note" in row["parity"]]
     for name, row in result["ratios"].items():
         wrong = " and ".join(n for n in (next(iter(result["models"])), name) if n in bad)
@@ -296,6 +281,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {note}")
     print(f"written: {arguments.out}")
     return INTERRUPTED if result.get("interrupted") else 1 if result["failed"] else 0
+
+
+def save(arguments: argparse.Namespace, result: dict[str, Any], whole: bool = True) -> None:
+    """Write the results. whole: whether the measurement has ended; otherwise the file says that it was interrupted, and
+    leaves out models without a latency."""
+    if not whole:
+        models = {name: row for name, row in result["models"].items() if row["latency"]}
+        if not models:
+            return
+        result = dict(result, models=models, interrupted=True, monitor=None)
+    write_json(arguments.out, result)
+
+
+def _apart(
+    outer: argparse.Namespace, model: Path, engine: Path, arguments: Any, feeds: Any, about: dict[str, Any]
+) -> None:
+    """Build one model in a process of its own, with the options of this one."""
+    command = [sys.executable, str(outer.archive), "--build", model.parent.name, "--engine", outer.engine]
+    command += ["--out", str(outer.out), *(["--sparse"] if outer.sparse else [])]
+    command += ["--dla", str(outer.dla)] if outer.dla is not None else []
+    build_apart(command, outer.build_seconds)
+    if not engine.is_file():
+        raise Failure(f"{model.name}: the build wrote no {engine.name}")
+
+
+def _build_one(arguments: argparse.Namespace) -> int:
+    """Build the engine of one model, and return the exit code. This is the process that `_apart` starts."""
+    threading.Thread(target=end_with_input, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the measuring process, which ends this one
+    try:
+        bundle = read_bundle(arguments.folder)
+        about = bundle["models"][arguments.build]
+        arguments.plugins = {str(arguments.folder / name): sha256 for name, sha256 in bundle["plugins"].items()}
+        arguments.device = describe_device()["model"]
+        feeds, _ = read_reference(arguments.folder, about)
+        trt = importlib.import_module(arguments.engine)
+        load_plugins(trt, new_logger(trt), arguments.plugins)
+        engine = engine_path(trt, arguments, feeds, about, Cuda().compute_capability)
+        build(arguments.folder / about["file"], engine, arguments, feeds, about)
+    except Exception as error:  # the libraries' errors have no common base
+        print(f"error: {line(error)}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _attach() -> None:

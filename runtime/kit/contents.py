@@ -1,10 +1,11 @@
-"""Read a bench bundle on the device, and check that its files are those that were bundled."""
+"""Read a bench bundle on the device, check that its files are those that were bundled, and write files whole."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 FORMAT = "graphcomb-bench/1"
+PART = ".part"  # suffix of temporary files
 # By precision, the largest error of an output that needs no note: max |a - b| / max |b| with b the reference.
 TOLERANCES = {"fp32": 1e-3, "fp16": 5e-2, "int8": 0.3}
 
@@ -94,3 +96,29 @@ def complete(path: Path, names: Iterable[str], feeds: dict[str, np.ndarray]) -> 
     if set(names) != feeds.keys():
         texts = ", ".join(sorted(names)), ", ".join(sorted(feeds))
         raise Damaged("{}: takes {}, and the reference has {}; bundle it again".format(path.name, *texts))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name and rename it, so that it is never half written."""
+    part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write values as JSON in the same way."""
+    write_bytes(path, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the temporary files of earlier runs that were killed. Those of processes that still run are left."""
+    for part in folder.glob(f".*{PART}"):
+        number = part.name[: -len(PART)].rpartition(".")[2]
+        if number.isdigit() and not Path(f"/proc/{number}").exists():
+            with contextlib.suppress(OSError):
+                part.unlink()

@@ -65,6 +65,12 @@ class Cuda:
             self._call("cudaStreamCreateWithFlags", ctypes.byref(self._stream), NON_BLOCKING)
         return self._stream.value or 0
 
+    def free_memory(self) -> int:
+        """Return the number of bytes of device memory that are free; on a Jetson that is the memory of the whole system."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        return free.value
+
     def allocate(self, size: int) -> int:
         """Allocate `size` bytes of device memory and return the address. The caller frees it."""
         pointer = ctypes.c_void_p()

@@ -25,7 +25,11 @@ WIDE = 0.1  # largest width of a ratio's interval, relative to the ratio, with w
 
 
 def measure(
-    engines: dict[str, Any], seconds: float, rounds: int, stopped: list[str] | None = None
+    engines: dict[str, Any],
+    seconds: float,
+    rounds: int,
+    stopped: list[str] | None = None,
+    failed: dict[str, BaseException] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return latencies by model and mode, and by further model and mode how many times faster it is than the first.
 
@@ -36,19 +40,38 @@ def measure(
     - seconds: time limit for all modes; there is at least one round. rounds: number after which a mode ends.
     - stopped: a list to which the current mode is appended after Ctrl-C; then what was measured before is returned.
       Without it KeyboardInterrupt is raised.
+    - failed: a dictionary to which an engine that does not run is added with its error; the others are measured on.
+      Without it the error is raised.
     """
+    engines = dict(engines)
+    reference = next(iter(engines))
     latencies: dict[str, Any] = {name: {} for name in engines}
     ratios: dict[str, Any] = {name: {} for name in list(engines)[1:]}
     modes = [mode for mode in ("stream", "graph") if all(mode in engine.modes for engine in engines.values())]
+
+    def block(name: str) -> list[Any]:
+        """Return the runs of one model in a row that count; none if it fails."""
+        try:
+            return [engines[name].time(mode) for _ in range(BLOCK)][SETTLE:]
+        except Exception as error:  # the libraries' errors have no common base
+            if failed is None:
+                raise
+            failed[name] = error
+            return []
+
     for mode in modes:
         times: dict[str, list[Any]] = {name: [] for name in engines}
         start = time.monotonic()
         done = 0
         try:
-            while not done or (done < rounds and time.monotonic() - start < seconds / len(modes)):
+            while engines and (not done or (done < rounds and time.monotonic() - start < seconds / len(modes))):
                 order = list(engines) if done % 2 == 0 else list(engines)[::-1]
-                block = {name: [engines[name].time(mode) for _ in range(BLOCK)][SETTLE:] for name in order}
-                for name, runs in block.items():
+                blocks = {name: block(name) for name in order}
+                for name, runs in blocks.items():
+                    if not runs:  # it has failed: whatever else was measured of it does not count
+                        for rows in (engines, times, ratios, latencies):
+                            rows.pop(name, None)
+                        continue
                     times[name].append(runs)
                 done += 1
         except KeyboardInterrupt:
@@ -57,15 +80,15 @@ def measure(
             stopped.append(mode)
         if not done:
             break
-        for name, blocks in times.items():
-            runs = [run for block in blocks for run in block]
+        for name, rows_of in times.items():
+            runs = [run for part in rows_of for run in part]
             rows = {"host_ms": percentiles([host for _, host in runs])}
             on_device = [gpu for gpu, _ in runs if gpu is not None]
             latencies[name][mode] = dict(
                 rows, runs=len(runs), **({"gpu_ms": percentiles(on_device)} if on_device else {})
             )
-        first = _medians(times[next(iter(engines))])
-        for name, row in ratios.items():
+        first = _medians(times.get(reference, []))
+        for name, row in ratios.items() if first else ():
             paired = [a / b for a, b in zip(first, _medians(times[name]))]
             interval = median_interval(paired)
             row[mode] = percentiles(paired)

@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,10 @@ class OnnxRuntime:
         kinds = {i.name: i.type for i in self._session.get_inputs()}
         complete(path, kinds, feeds)
         self._feeds = {k: v.astype(np.float16 if kinds[k] == "tensor(float16)" else v.dtype) for k, v in feeds.items()}
+        loaded = time.perf_counter()
+        self._session.run(None, self._feeds)
+        first = round(1e3 * (time.perf_counter() - loaded), 3)
+        self.about["cold_ms"] = {"load": round(1e3 * seconds, 3), "first_run": first}
 
     def _open(self, profile: str | None = None) -> Any:
         import onnxruntime  # as above
@@ -65,10 +70,28 @@ class OnnxRuntime:
             options.enable_profiling, options.profile_file_prefix = True, profile
         return onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
 
-    def outputs(self) -> dict[str, np.ndarray]:
-        """Return the outputs for the reference inputs by name."""
+    def outputs(self, feeds: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """Return the outputs by name. feeds: inputs by name, by default the reference inputs."""
         names = [output.name for output in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, self._feeds)))
+        given = self._feeds if feeds is None else {k: v.astype(self._feeds[k].dtype) for k, v in feeds.items()}
+        return dict(zip(names, self._session.run(names, given)))
+
+    def throughput(self, streams: int, seconds: float) -> float:
+        """Return the runs per second of `streams` threads that call the session at once, over `seconds`."""
+        ends, counts = time.perf_counter() + seconds, [0] * streams
+
+        def call(index: int) -> None:
+            while not counts[index] or time.perf_counter() < ends:
+                self._session.run(None, self._feeds)
+                counts[index] += 1
+
+        threads = [threading.Thread(target=call, args=(index,)) for index in range(streams)]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(counts) / (time.perf_counter() - start)
 
     def time(self, mode: str) -> tuple[float | None, float]:
         """Run once and return (None, milliseconds on the host); None stands for the time on an accelerator.

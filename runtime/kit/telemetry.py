@@ -7,6 +7,7 @@ Orin.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -29,6 +30,7 @@ TEMPERATURE = re.compile(r"(?<!\S)(\w+)@(-?\d+(?:\.\d+)?)C(?:/-?[\d.]+C)?(?!\S)"
 ENGINE = re.compile(r"(?<!\S)(GR3D|EMC)(?:_FREQ)? (?:(\d+)%)?(?:@\[?(\d+)[\d,]*\]?)?(?!\S)")
 CORES = re.compile(r"(?<!\S)(?:CPU|cpu) \[([^\]]*)\](?:@(\d+))?")
 MEMORY = re.compile(r"(?<!\S)RAM (\d+)/\d+MB")
+DONE = "done"  # what the measuring process tells the monitor before it removes the folder itself
 UNITS = {"GR3D": "gpu", "EMC": "memory"}
 # Rails that measure the input power of the board. Without one the total is the sum of the other rails.
 INPUT_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")
@@ -161,7 +163,8 @@ class Monitor:
     source: "tegrastats" or "nvidia-smi"; None if neither is installed, then there are no samples.
     """
 
-    def __init__(self, source: str | None = None) -> None:
+    def __init__(self, source: str | None = None, archive: Path | None = None) -> None:
+        """Start the process. archive: the archive that this module is part of, if it is not a file of its own."""
         self.source = source if source is not None else self._find()
         self._process: subprocess.Popen | None = None
         self._samples: list[tuple[float, dict[str, Any]]] = []
@@ -171,8 +174,9 @@ class Monitor:
             self._path = Path(self._folder) / "samples"
             self._path.touch()
             # The monitor's standard input is a pipe from this process, so the monitor ends when this process does.
+            script = [str(Path(__file__).resolve())] if archive is None else [str(archive), "--monitor"]
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).resolve()), self.source, str(self._path)], stdin=subprocess.PIPE
+                [sys.executable, *script, self.source, str(self._path)], stdin=subprocess.PIPE
             )
 
     @property
@@ -201,7 +205,9 @@ class Monitor:
 
     def close(self) -> None:
         if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(OSError):  # the monitor has ended already
+                self._process.stdin.write(DONE.encode())
+                self._process.stdin.close()
             try:
                 self._process.wait(10)
             except subprocess.TimeoutExpired:
@@ -216,13 +222,17 @@ class Monitor:
 
 
 def watch(source: str, path: str) -> None:
-    """Write samples to a file, one line of JSON each, until the standard input ends. This is the monitor's process."""
+    """Write samples to a file, one line of JSON each, until the standard input ends. This is the monitor's process.
+
+    If the measuring process has not written `DONE` there, it was killed, and the folder of the file is removed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the measuring process, which ends this one
     tools: list[subprocess.Popen] = []
 
     def stop() -> None:
-        sys.stdin.read()
-        for tool in tools:
+        if DONE not in sys.stdin.read():
+            shutil.rmtree(str(Path(path).parent), ignore_errors=True)
+        for tool in tools:  # last, since the main thread ends this process after its tool
             tool.kill()
         os._exit(0)
 
@@ -307,4 +317,4 @@ def read_line(path: str) -> str | None:
 
 
 if __name__ == "__main__":
-    watch(sys.argv[1], sys.argv[2])
+    watch(*sys.argv[1:])

@@ -60,6 +60,11 @@ class FakeCudart:
         self.blocks[pointer._obj.value] = block
         return 0
 
+    def cudaMemGetInfo(self, free, total):
+        total._obj.value = 1 << 30
+        free._obj.value = (1 << 30) - sum(len(block) for block in self.blocks.values())
+        return 0
+
     def cudaFree(self, pointer):
         del self.blocks[pointer.value]
         return 0

@@ -7,14 +7,17 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from graphcomb.graph.errors import BadInput, GraphcombError
+from graphcomb.runtime.bundle import run
 from graphcomb.runtime.bundle.run import run_bundle
 from graphcomb.runtime.device_results import read_results
+from graphcomb.runtime.kit import archived_files
 
-from .toys import QUICK, SCRIPTS
+from .toys import QUICK
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ while [ $# -gt 1 ]; do cp -r "$(strip "$1")" "$(strip "$last")" || exit 1; shift
 
 
 CONTENTS = [
-    "README.txt", "bench_device.py", "bundle.json", "compressed", "dense", *SCRIPTS[1:], "record.json", "results.json",
+    "README.txt", "bundle.json", "compressed", "dense", "kit.pyz", "record.json",
 ]  # fmt: skip
 
 
@@ -49,21 +52,28 @@ def test_only_the_bundle_is_copied(bundle, device, tmp_path, monkeypatch):
     """A path with a colon would be one on a host called so."""
     shutil.copytree(bundle, tmp_path / "a:b")
     monkeypatch.chdir(tmp_path)
-    for name in ("results.json", "timing-10.3.cache", "report.html"):
+    for name in ("results.json", "dense-0123456789abcdef.engine", "other.engine", "report.html"):
         (tmp_path / "a:b" / name).write_text("of an earlier run")
     tool = tmp_path / "tools" / "scp"
     tool.write_text(tool.read_text().replace("strip()", 'case "$1" in user@jetson:*|/*) ;; *) exit 9;; esac\nstrip()'))
+    tool.write_text(tool.read_text().replace("do cp -r", f'do echo "$1" >>{tmp_path}/sent; cp -r', 1))
+    monkeypatch.setattr(run, "_engines", lambda results, described: [])
     found = run_bundle("a:b", "a:b/results.json", "user@jetson", QUICK, python=sys.executable)
     assert found["engine"] == "onnxruntime"
-    (away,) = device.iterdir()
-    assert not {"timing-10.3.cache", "report.html"} & {p.name for p in away.iterdir()}
+    assert not list(device.iterdir())  # nothing is left there
+    sent = [name for name in (tmp_path / "sent").read_text().split() if "@" not in name]
+    assert sorted(Path(name).name for name in sent) == sorted([*CONTENTS, "dense-0123456789abcdef.engine"])
 
 
 def test_a_bundle_of_an_older_version_goes_with_its_own_modules(bundle, device, tmp_path):
     shutil.copytree(bundle, tmp_path / "older")
-    (tmp_path / "older" / "graphcomb_trt.py").rename(tmp_path / "older" / "graphcomb_device_engines.py")
-    script = tmp_path / "older" / "bench_device.py"
-    script.write_text(script.read_text().replace("from graphcomb_trt import", "from graphcomb_device_engines import"))
+    (tmp_path / "older" / "kit.pyz").unlink()
+    for path, text in archived_files().items():
+        name = Path(path).name
+        text = text.replace("from .", "from graphcomb_")
+        if name != "__init__.py":
+            old = {"bench.py": "bench_device.py"}.get(name, f"graphcomb_{name}")
+            (tmp_path / "older" / old).write_text(text)
     found = run_bundle(tmp_path / "older", tmp_path / "r.json", "user@jetson", QUICK, python=sys.executable)
     assert list(found["models"]) == ["dense", "compressed"]
 
@@ -71,12 +81,10 @@ def test_a_bundle_of_an_older_version_goes_with_its_own_modules(bundle, device, 
 def test_a_device_is_reached_by_ssh(bundle, device, tmp_path):
     found = run_bundle(bundle, tmp_path / "out" / "r.json", "user@jetson", QUICK, python=sys.executable)
     assert found == read_results(tmp_path / "out" / "r.json")
-    (away,) = device.iterdir()
-    assert (away / "results.json").is_file()
-    assert sorted(p.name for p in away.iterdir()) == CONTENTS
+    assert not list(device.iterdir())
     with pytest.raises(GraphcombError, match=r"ssh user@elsewhere failed: ssh: no route to host"):
         run_bundle(bundle, tmp_path / "r.json", "user@elsewhere", QUICK)
-    with pytest.raises(GraphcombError, match=r"bench_device.py on user@jetson failed: .*argument --seconds"):
+    with pytest.raises(GraphcombError, match=r"kit.pyz on user@jetson failed: .*argument --seconds"):
         run_bundle(bundle, tmp_path / "r.json", "user@jetson", ["--seconds", "soon"], python=sys.executable)
 
 
@@ -92,15 +100,17 @@ def write():
 """
 PARTLY = """
 results["failed"]["compressed"] = "no tactic"
-with open(os.path.join(folder, "dense-0.engine"), "w") as file:
-    file.write("engine")
+for end in ("", ".json"):
+    with open(os.path.join(folder, "dense-0.engine" + end), "w") as file:
+        file.write("engine")
 write()
 print("error: compressed: no tactic", file=sys.stderr)
 sys.exit(1)
 """
 SLOWLY = """
-with open(os.path.join(folder, "dense-0.engine"), "w") as file:
-    file.write("engine")
+for end in ("", ".json"):
+    with open(os.path.join(folder, "dense-0.engine" + end), "w") as file:
+        file.write("engine")
 open(os.path.join(folder, "started"), "w").close()
 sys.stdin.read()  # until whoever started this ends it
 results["interrupted"] = True
@@ -116,7 +126,7 @@ def standin(bundle, tmp_path):
     def make(code):
         folder = tmp_path / "standin"
         shutil.copytree(bundle, folder)
-        (folder / "bench_device.py").write_text(STANDIN % code)
+        (folder / "kit.pyz").write_text(STANDIN % code)
         return folder
 
     return make
@@ -128,9 +138,7 @@ def test_results_of_some_of_the_models_come_back_with_their_engines(standin, dev
     found = run_bundle(standin(PARTLY), out, host, python=sys.executable)
     assert found["failed"] == {"compressed": "no tactic"}
     assert (tmp_path / "out" / "dense-0.engine").read_text() == "engine"
-    (tmp_path / "standin" / "bench_device.py").write_text(
-        "import sys\nprint('error: why', file=sys.stderr)\nsys.exit(1)"
-    )
+    (tmp_path / "standin" / "kit.pyz").write_text("import sys\nprint('error: why', file=sys.stderr)\nsys.exit(1)")
     with pytest.raises(GraphcombError, match="failed: why"):  # and not the results of before
         run_bundle(tmp_path / "standin", out, host, python=sys.executable)
 

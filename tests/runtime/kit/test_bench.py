@@ -42,6 +42,18 @@ def test_engines_are_built_run_with_and_without_graphs_and_timed(script, classic
     assert cudart.blocks == cudart.graphs == {}
     assert cudart.events == 0
     (cache,) = bundle.glob("timing-*.cache")
+    digest = hashlib.sha256(cache.read_bytes()).hexdigest()
+    compressed = found["models"]["compressed"]["engine"]
+    assert compressed["timing_cache"] == {"file": cache.name, "sha256": digest}
+    assert compressed["dla"] == {"layers": 2, "gpu": [["softmax", "SOFTMAX"]]}
+    assert compressed["cold_ms"]["load"] >= 0
+    assert compressed["device_bytes"] == 64  # of an input and an output of 2 x 4 floats
+    shapes = "--minShapes=x:2x4 --optShapes=x:2x4 --maxShapes=x:2x4 --shapes=x:2x4"
+    assert shapes in compressed["trtexec"]
+    assert ("--stronglyTyped" in compressed["trtexec"]) == classic.module.__version__.startswith("10")
+    assert found["models"]["dense"]["throughput"]["streams"] == 2
+    assert found["models"]["dense"]["throughput"]["images_per_second"] > 0
+    assert found["host_peak_bytes"] > 1 << 20
     assert cache.read_bytes().count(b"+timings") == 2  # the second build knows what the first one measured
 
 

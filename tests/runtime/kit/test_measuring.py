@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from graphcomb.runtime.kit import measuring, telemetry, trt
+from graphcomb.runtime.kit import engines, measuring, telemetry
 
 from .recorded import ORIN_NANO
 from .toys import QUICKLY
@@ -55,13 +55,13 @@ def test_a_ratio_with_a_wide_interval_is_refused(script, classic, bundle, capsys
 def test_a_loaded_machine_gives_no_ratio(script, classic, bundle, monkeypatch, reason):
     if reason == "the processor":
         waited = iter(range(10**9))
-        monkeypatch.setattr(trt, "waited", lambda: float(next(waited)))
-        monkeypatch.setattr(trt, "TRIES", 2)
+        monkeypatch.setattr(engines, "waited", lambda: float(next(waited)))
+        monkeypatch.setattr(engines, "TRIES", 2)
     if reason == "the GPU":
         sample = telemetry.parse_smi("71.52, 34, 1980, 2619, 64")
         monitor = types.SimpleNamespace(source="nvidia-smi", since=lambda *times: [sample], close=lambda: None)
         monitor.notes = list
-        monkeypatch.setattr(script, "Monitor", lambda: monitor)
+        monkeypatch.setattr(script, "Monitor", lambda archive: monitor)
     if reason == "the hypervisor":
         taken = iter((0.0, 3600.0))
         monkeypatch.setattr(script, "stolen", lambda: next(taken))
@@ -87,7 +87,7 @@ def test_power_at_rest_is_read_before_anything_is_built(script, classic, bundle,
         return [sample]
 
     monitor = types.SimpleNamespace(source="tegrastats", since=since, close=lambda: None, notes=list)
-    monkeypatch.setattr(script, "Monitor", lambda: monitor)
+    monkeypatch.setattr(script, "Monitor", lambda archive: monitor)
     assert script.main(["--out", str(bundle / "r.json"), *QUICKLY, "--idle-seconds", "0", "--quiet"]) == 0
     assert json.loads((bundle / "r.json").read_text())["idle"]["total_mw"] == 4880
     assert built[0] == 0

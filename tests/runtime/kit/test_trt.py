@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from graphcomb.runtime.kit import options
+
 from ..standins import FakeCudart
 from .toys import QUICKLY, edit
 
@@ -129,7 +131,7 @@ def test_engines_are_kept_and_used_again(script, classic, bundle, monkeypatch):
 
 
 def test_no_library_is_one_line(script, monkeypatch, capsys):
-    monkeypatch.setattr(script, "LIBRARIES", ("no_such_library",))
+    monkeypatch.setattr(options, "LIBRARIES", ("no_such_library",))
     with pytest.raises(
         script.Failure, match=r"none of no_such_library can run here \(no_such_library: not installed\)"
     ):
@@ -154,7 +156,7 @@ def test_a_library_that_does_not_load_is_not_missing(script, classic, bundle, ca
             raise ImportError("libnvinfer.so.10: cannot open shared object file")
         return load(name)
 
-    monkeypatch.setattr(script.importlib, "import_module", fail)
+    monkeypatch.setattr(options.importlib, "import_module", fail)
     with pytest.raises(
         script.Failure, match=r"^tensorrt: cannot be used: ImportError: libnvinfer\.so\.10: cannot open"
     ):
