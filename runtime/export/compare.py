@@ -25,7 +25,10 @@ from .parity import Case, Check, compare, feeds
 
 # Tolerances by (precision of the program, precision of the file). Rounding one value to fp16 changes it by up to 5e-4 of
 # itself; the outputs of trained networks then differ by 1e-3 to 1e-2, those of deep ones with random weights by up to 0.08.
-TOLERANCES = {("fp32", "fp32"): 1e-4, ("fp16", "fp16"): 0.1, ("int8", "fp32"): 1e-4, ("int8", "fp16"): 0.1}
+# bf16 has three bits less.
+TOLERANCES = {
+    ("fp32", "fp32"): 1e-4, ("fp16", "fp16"): 0.1, ("bf16", "bf16"): 0.4, ("int8", "fp32"): 1e-4, ("int8", "fp16"): 0.1,
+}  # fmt: skip
 # Limits for a quantised program exported in fp32: at least this share of the samples is within the tolerance, and every
 # output has at least this cosine similarity. Both are loose, because networks with random weights amplify a value that
 # rounds to the other step.

@@ -1,4 +1,4 @@
-"""Convert an ONNX graph to half precision: all floating-point tensors, also inputs and outputs, become fp16.
+"""Convert an ONNX graph to half precision: all floating-point tensors, also inputs and outputs, become fp16 or bf16.
 
 These stay in fp32 and are reported: arithmetic on shapes (fp16 has all whole numbers only up to 2048); operands for which
 ONNX does not allow fp16 (the scales of Resize, the boxes of NonMaxSuppression), between Casts; and the nodes that the
@@ -7,16 +7,54 @@ fp32 by definition (`stash_type`). Source: ours.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from ...graph.errors import Refused
 
-FLOAT, HALF = int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.FLOAT16)
-LARGEST = float(np.finfo(np.float16).max)
-SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
+FLOAT = int(onnx.TensorProto.FLOAT)
+
+
+@dataclass(frozen=True)
+class Half:
+    """A floating-point type of 16 bits.
+
+    - name: "fp16" or "bf16". full: the name in ONNX's schemas. dtype, onnx: the types of numpy and ONNX.
+    - largest, smallest: of its positive numbers. whole: it has every whole number up to this one.
+    """
+
+    name: str
+    full: str
+    dtype: np.dtype
+    onnx: int
+    whole: float
+
+    @property
+    def _info(self) -> Any:
+        return ml_dtypes.finfo(self.dtype)
+
+    @property
+    def largest(self) -> float:
+        return float(self._info.max)
+
+    @property
+    def smallest(self) -> float:
+        return float(self._info.smallest_subnormal)
+
+    @property
+    def normal(self) -> float:
+        """The smallest positive number with all digits."""
+        return float(self._info.smallest_normal)
+
+
+FP16 = Half("fp16", "float16", np.dtype(np.float16), int(onnx.TensorProto.FLOAT16), 2048.0)
+BF16 = Half("bf16", "bfloat16", np.dtype(ml_dtypes.bfloat16), int(onnx.TensorProto.BFLOAT16), 256.0)
+HALVES = {half.name: half for half in (FP16, BF16)}
 # The number of inputs that an operator takes values from; its other inputs are shapes, indices or axes. An operator that is
 # not listed takes values from all inputs.
 VALUE_INPUTS = {"ConstantOfShape": 0} | dict.fromkeys(
@@ -27,20 +65,21 @@ QUANTISATION = ("QuantizeLinear", "DequantizeLinear")
 
 
 def to_half(
-    graph: gs.Graph, keep: Mapping[str, str] | None = None, io: Collection[str] = ()
+    graph: gs.Graph, keep: Mapping[str, str] | None = None, io: Collection[str] = (), half: Half = FP16
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Convert a graph with typed tensors and folded constants to fp16 in place.
+    """Convert a graph with typed tensors and folded constants to fp16 or bf16 in place.
 
     - keep: by name of a node that stays in fp32, the reason. Casts are inserted at its inputs and outputs.
-    - io: names of inputs and outputs of the graph that stay in fp32; all others become fp16.
+    - io: names of inputs and outputs of the graph that stay in fp32; all others are converted.
+    - half: the type to convert to.
 
-    Returns two mappings: by node that stays in fp32, the reason; and by constant that fp16 cannot represent, what it was
+    Returns two mappings: by node that stays in fp32, the reason; and by constant that the type cannot represent, what it was
     changed to. Raises Refused for a graph with control flow.
     """
     for node in graph.nodes:
         if any(isinstance(a, gs.Graph) for a in node.attrs.values()):
-            raise Refused(f"{node.name} ({node.op}): no fp16 for graphs with control flow; export fp32")
-    conversion = _Conversion(graph, keep or {}, io)
+            raise Refused(f"{node.name} ({node.op}): no {half.name} for graphs with control flow; export fp32")
+    conversion = _Conversion(graph, keep or {}, io, half)
     conversion.run()
     return conversion.float32, conversion.clamped
 
@@ -63,8 +102,8 @@ def inexact(graph: gs.Graph) -> str:
 
 
 class _Conversion:
-    def __init__(self, graph: gs.Graph, keep: Mapping[str, str], io: Collection[str]):
-        self.graph, self.keep, self.io = graph, keep, io
+    def __init__(self, graph: gs.Graph, keep: Mapping[str, str], io: Collection[str], half: Half):
+        self.graph, self.keep, self.io, self.half = graph, keep, io, half
         sizes = _shape_arithmetic(graph)
         kept = {id(t) for n in graph.nodes if n.name in keep for t in n.outputs if _is_float(t)}
         # The id() of every tensor that stays in fp32.
@@ -80,9 +119,9 @@ class _Conversion:
         constants = [t for t in data if isinstance(t, gs.Constant)]
         for tensor in data:
             if isinstance(tensor, gs.Variable):
-                tensor.dtype = np.dtype(np.float16)
+                tensor.dtype = self.half.dtype
         for node in nodes:
-            floats = [t for t in (*node.inputs, *node.outputs) if isinstance(t, gs.Variable) and _is_any_float(t)]
+            floats = [t for t in (*node.inputs, *node.outputs) if isinstance(t, gs.Variable) and self._is_any_float(t)]
             if node.name in self.keep:
                 self._keep(node)
             elif floats and all(id(t) in self.exact for t in floats):
@@ -93,15 +132,15 @@ class _Conversion:
             if constant.outputs and id(constant) in self.halves:
                 constant.name += "_fp32"
         for i, tensor in enumerate(self.graph.outputs):
-            wanted = np.float32 if tensor.name in self.io else np.float16
-            if _is_any_float(tensor) and tensor.dtype != wanted:
-                self._cast_output(i, np.dtype(wanted))
+            wanted = np.dtype(np.float32) if tensor.name in self.io else self.half.dtype
+            if self._is_any_float(tensor) and tensor.dtype != wanted:
+                self._cast_output(i, wanted)
         self._drop_idle_casts()
         self.graph.cleanup().toposort()
 
     def _keep(self, node: gs.Node) -> None:
         for i, tensor in enumerate(node.inputs):
-            if isinstance(tensor, gs.Variable) and tensor.dtype == np.float16:
+            if isinstance(tensor, gs.Variable) and tensor.dtype == self.half.dtype:
                 node.inputs[i] = self._cast(tensor, FLOAT)
         self.float32[node.name] = f"{node.op}: {self.keep[node.name]}"
 
@@ -111,34 +150,36 @@ class _Conversion:
         outer = gs.Variable(inner.name, dtype, inner.shape)
         inner.name += "_inner"
         self.graph.outputs[index] = outer
-        self._append_cast(inner, outer, FLOAT if dtype == np.float32 else HALF)
+        self._append_cast(inner, outer, FLOAT if dtype == np.float32 else self.half.onnx)
 
     def _convert(self, node: gs.Node) -> None:
-        takes = [_takes_half(node, i, False, self.graph.opset) for i in range(len(node.inputs))]
+        takes = [_takes_half(node, i, False, self.graph.opset, self.half) for i in range(len(node.inputs))]
         for name in TYPE_ATTRIBUTES:
             if node.attrs.get(name) == FLOAT:
-                node.attrs[name] = HALF
+                node.attrs[name] = self.half.onnx
         if isinstance(node.attrs.get("value"), gs.Constant) and _is_float(node.attrs["value"]):
             node.attrs["value"] = self._half(node.attrs["value"])
         for i, tensor in enumerate(node.inputs):
             if isinstance(tensor, gs.Constant):
                 if _is_float(tensor) and takes[i]:
                     node.inputs[i] = self._half(tensor)
-            elif _is_any_float(tensor):
-                wanted = HALF if takes[i] else FLOAT
-                if wanted != (FLOAT if id(tensor) in self.exact else HALF):
+            elif self._is_any_float(tensor):
+                wanted = self.half.onnx if takes[i] else FLOAT
+                if wanted != (FLOAT if id(tensor) in self.exact else self.half.onnx):
                     node.inputs[i] = self._cast(tensor, wanted)
         for i, tensor in enumerate(node.outputs):
-            if tensor.dtype == np.float16 and not _takes_half(node, i, True, self.graph.opset):
+            if tensor.dtype == self.half.dtype and not _takes_half(node, i, True, self.graph.opset, self.half):
                 node.outputs[i] = gs.Variable(f"{tensor.name}_fp32", np.dtype(np.float32), tensor.shape)
-                self._append_cast(node.outputs[i], tensor, HALF)
-        if not all(takes[i] for i, t in enumerate(node.inputs) if _is_any_float(t)):
-            self.float32[node.name] = f"{node.op}: ONNX has no fp16 for some of its operands"
+                self._append_cast(node.outputs[i], tensor, self.half.onnx)
+        if not all(takes[i] for i, t in enumerate(node.inputs) if self._is_any_float(t)):
+            self.float32[node.name] = f"{node.op}: ONNX has no {self.half.name} for some of its operands"
 
     def _cast(self, tensor: gs.Variable, to: int) -> gs.Variable:
         if (id(tensor), to) not in self.casts:
-            suffix, dtype = ("fp16", np.float16) if to == HALF else ("fp32", np.float32)
-            out = gs.Variable(f"{tensor.name}_as_{suffix}", np.dtype(dtype), tensor.shape)
+            suffix, dtype = (
+                (self.half.name, self.half.dtype) if to == self.half.onnx else ("fp32", np.dtype(np.float32))
+            )
+            out = gs.Variable(f"{tensor.name}_as_{suffix}", dtype, tensor.shape)
             self._append_cast(tensor, out, to)
             self.casts[id(tensor), to] = out
         return self.casts[id(tensor), to]
@@ -147,12 +188,14 @@ class _Conversion:
         self.graph.nodes.append(gs.Node("Cast", f"{out.name}/Cast", {"to": to}, [tensor], [out]))
 
     def _half(self, constant: gs.Constant) -> gs.Constant:
-        """Return the constant in fp16. Finite values stay finite, and a scalar (an epsilon, a divisor) does not become 0."""
+        """Return the converted constant. Finite values stay finite; a scalar (an epsilon, a divisor) does not become 0."""
         if id(constant) not in self.halves:
             values = constant.values
-            kept = np.where(np.isfinite(values), np.clip(values, -LARGEST, LARGEST), values)
+            kept = np.where(np.isfinite(values), np.clip(values, -self.half.largest, self.half.largest), values)
             if values.size == 1:
-                kept = np.where((kept != 0) & (np.abs(kept) < SMALLEST), np.copysign(SMALLEST, kept), kept)
+                kept = np.where(
+                    (kept != 0) & (np.abs(kept) < self.half.smallest), np.copysign(self.half.smallest, kept), kept
+                )
             changed = kept != values
             changed &= ~np.isnan(values)
             if changed.any():
@@ -160,8 +203,11 @@ class _Conversion:
                 self.clamped[constant.name] = (
                     f"{changed.sum()} of {values.size} values, such as {first:g} to {became:g}"
                 )
-            self.halves[id(constant)] = gs.Constant(constant.name, kept.astype(np.float16))
+            self.halves[id(constant)] = gs.Constant(constant.name, kept.astype(self.half.dtype))
         return self.halves[id(constant)]
+
+    def _is_any_float(self, tensor: gs.Tensor) -> bool:
+        return tensor.dtype in (np.float32, self.half.dtype)
 
     def _drop_idle_casts(self) -> None:
         outputs = {id(t) for t in self.graph.outputs}
@@ -189,19 +235,15 @@ def _shape_arithmetic(graph: gs.Graph) -> set[int]:
     return {id(t) for t in graph.tensors().values() if id(t) in sizes and _is_float(t)}
 
 
-def _takes_half(node: gs.Node, index: int, output: bool, opset: int) -> bool:
-    """Return whether ONNX allows fp16 for an input or output of a node; False for a custom operator without a schema."""
+def _takes_half(node: gs.Node, index: int, output: bool, opset: int, half: Half = FP16) -> bool:
+    """Return whether ONNX allows a type for an input or output of a node; False for a custom operator without a schema."""
     try:
         schema = onnx.defs.get_schema(node.op, opset, node.domain or "")
     except onnx.defs.SchemaError:
         return False
     places = schema.outputs if output else schema.inputs
-    return "tensor(float16)" in places[min(index, len(places) - 1)].types
+    return f"tensor({half.full})" in places[min(index, len(places) - 1)].types
 
 
 def _is_float(tensor: gs.Tensor) -> bool:
     return tensor.dtype == np.float32
-
-
-def _is_any_float(tensor: gs.Tensor) -> bool:
-    return tensor.dtype in (np.float32, np.float16)

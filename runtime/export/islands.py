@@ -14,12 +14,10 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from ...graph.errors import BadInput, nearest
-from .half import LARGEST, SMALLEST
+from .half import FP16, Half
 from .operators import MOVES
 
 MARGIN = 4.0  # values on other inputs may be this many times as large as the measured ones
-WHOLE = 2048.0  # fp16 has every whole number up to this one
-NORMAL = float(np.finfo(np.float16).smallest_normal)  # smaller numbers have fewer digits
 FRAGILE = {
     "Exp": "an exponential leaves the range of fp16 from 11 on",
     "Pow": "powers leave the range of fp16",
@@ -45,7 +43,12 @@ Ranges = Mapping[str, tuple[float, float]]
 
 
 def islands(
-    graph: gs.Graph, ranges: Ranges, patterns: Sequence[str] = (), io: bool = False, asked: Iterable[str] = ()
+    graph: gs.Graph,
+    ranges: Ranges,
+    patterns: Sequence[str] = (),
+    io: bool = False,
+    asked: Iterable[str] = (),
+    half: Half = FP16,
 ) -> tuple[dict[str, str], set[str]]:
     """Return the nodes that should stay in fp32 (reason by name), and the names of the graph's inputs and outputs that
     should.
@@ -55,13 +58,14 @@ def islands(
     - patterns: names of nodes or paths of modules that stay in fp32 in any case; `*` matches any text.
     - io: whether all inputs and outputs of the graph stay in fp32.
     - asked: names of further nodes that stay in fp32 in any case.
+    - half: the type of the other nodes. bf16 has the range of fp32, so only coordinates, which it rounds, stay in fp32.
 
     Raises BadInput for a pattern that matches no node.
     """
-    search = _Islands(graph, ranges)
+    search = _Islands(graph, ranges, half)
     search.by_name(patterns)
     search.keep |= dict.fromkeys(asked, ASKED)
-    for node in graph.nodes:
+    for node in graph.nodes if half is FP16 else ():
         search.by_range(node)
         search.by_operator(node)
     search.by_output()
@@ -69,8 +73,8 @@ def islands(
 
 
 class _Islands:
-    def __init__(self, graph: gs.Graph, ranges: Ranges):
-        self.graph, self.ranges = graph, ranges
+    def __init__(self, graph: gs.Graph, ranges: Ranges, half: Half):
+        self.graph, self.ranges, self.half = graph, ranges, half
         self.keep: dict[str, str] = {}
         self.masks: dict[int, bool] = {}
         self.io = {t.name for t in (*graph.inputs, *graph.outputs) if self._wide(t)}
@@ -90,7 +94,7 @@ class _Islands:
             if self._wide(tensor):
                 low, high = self._range(tensor)
                 largest = high if high >= -low else low
-                self._add(node, f"{tensor.name} reaches {largest:.3g}; fp16 ends at {LARGEST:.0f}")
+                self._add(node, f"{tensor.name} reaches {largest:.3g}; fp16 ends at {FP16.largest:.0f}")
                 return
 
     def by_operator(self, node: gs.Node) -> None:
@@ -120,8 +124,8 @@ class _Islands:
         """Keep the nodes that decode an output in fp32 if its values are too large for all whole numbers, or too small."""
         for output in self.graph.outputs:
             largest = max(map(abs, self._range(output)))
-            small = 0 < largest < MARGIN * NORMAL
-            if (MARGIN * largest <= WHOLE and not small) or output.dtype != np.float32:
+            small = 0 < largest < MARGIN * self.half.normal
+            if (MARGIN * largest <= self.half.whole and not small) or output.dtype != np.float32:
                 continue
             tail: dict[str, gs.Node] = {}
             stack = list(output.inputs)
@@ -134,7 +138,7 @@ class _Islands:
                 self.io.add(output.name)
                 for node in tail.values():
                     loss = "is coarse" if small else "misses whole numbers"
-                    self._add(node, f"makes {output.name}, which reaches {largest:.3g}; fp16 {loss} there")
+                    self._add(node, f"makes {output.name}, which reaches {largest:.3g}; {self.half.name} {loss} there")
 
     def _add(self, node: gs.Node, why: str) -> None:
         self.keep.setdefault(node.name, why)
@@ -153,7 +157,7 @@ class _Islands:
         """
         low, high = self._range(tensor)
         margin = 1.0 if isinstance(tensor, gs.Constant) else MARGIN
-        return margin * high > LARGEST or (margin * -low > LARGEST and not self._masks(tensor))
+        return margin * high > self.half.largest or (margin * -low > self.half.largest and not self._masks(tensor))
 
     def _masks(self, tensor: gs.Tensor) -> bool:
         """Return whether a tensor is only used for the scores of a softmax, directly or added to them."""
@@ -182,7 +186,7 @@ def _is_tiny(tensor: gs.Tensor) -> bool:
     """Return whether a tensor is a constant scalar that fp16 rounds to 0, such as an epsilon."""
     if not isinstance(tensor, gs.Constant) or tensor.dtype != np.float32 or tensor.values.size != 1:
         return False
-    return 0 < abs(float(tensor.values.flat[0])) < SMALLEST
+    return 0 < abs(float(tensor.values.flat[0])) < FP16.smallest
 
 
 def _is_float(node: gs.Node) -> bool:

@@ -16,6 +16,7 @@ from ..devices.table import Target
 LOWEST = 17  # the lowest opset that can be written; it introduced LayerNormalization
 DEFAULT = 18  # torch's exporter writes it without converting, and TensorRT parses it from 10.0 on
 QUANTISED = 20  # Q/DQ nodes support fp16 from opset 19 on; the casts that older ones need prevent fusing them
+BFLOAT = 22  # Conv and pooling support bf16 from opset 22 on
 SINCE = {"torchvision::deform_conv2d": 19}  # the opset that an operator (`op_name`) needs
 
 AXES_TO_ATTRIBUTE = frozenset(
@@ -24,14 +25,16 @@ AXES_TO_ATTRIBUTE = frozenset(
 RESIZE_DEFAULTS = {"antialias": 0, "keep_aspect_ratio_policy": "stretch", "axes": None}
 
 
-def choose_opset(program: Program, target: Target | None = None, asked: int | None = None) -> int:
+def choose_opset(
+    program: Program, target: Target | None = None, asked: int | None = None, precision: str = "fp32"
+) -> int:
     """Return the opset to export a program with.
 
-    It is `asked` if that is given. Otherwise it is DEFAULT, QUANTISED for a quantised program, or the higher one that an
-    operator of the program needs, but no higher than the target parses.
+    It is `asked` if that is given. Otherwise it is DEFAULT, QUANTISED for a quantised program, BFLOAT for bf16, or the
+    higher one that an operator of the program needs, but no higher than the target parses.
 
-    Raises BadInput for an opset that cannot be written or that the target does not parse, Refused for an operator that needs
-    a higher opset.
+    Raises BadInput for an opset that cannot be written or that the target does not parse, Refused for an operator or a
+    precision that needs a higher opset, and for a quantised program in bf16.
     """
     limit = target.opset if target is not None else None
     if asked is not None and asked < LOWEST:
@@ -45,6 +48,13 @@ def choose_opset(program: Program, target: Target | None = None, asked: int | No
         if most is not None and most < since:
             cure = f"export it with opset={since}" if asked is not None else f"the target parses up to {limit}"
             raise Refused(f"{names[name]} ({name}): it came with opset {since}; {cure}")
+    if precision == "bf16":
+        if is_quantised(program):
+            raise Refused("bf16: it cannot hold the scales of a quantised program; export it in fp16")
+        needed["bf16"] = BFLOAT
+        for most, who in ((asked, f"opset {asked}"), (limit, f"target {target.name if target else ''}")):
+            if most is not None and most < BFLOAT:
+                raise Refused(f"bf16: {who} has no bf16 convolutions, which came with opset {BFLOAT}; export fp16")
     best = max([QUANTISED if is_quantised(program) else DEFAULT, *needed.values()])
     return asked or min(best, limit or best)
 

@@ -34,14 +34,14 @@ from ..devices.table import Target, get_target
 from ..engines import origins
 from ..onnx_file import FLOATS, TensorSpec, opset_of
 from .compare import LARGE, TOLERANCES, Verdict, ranges_of, verdict
-from .half import to_half
+from .half import BF16, HALVES, to_half
 from .islands import islands
 from .opset import DEFAULT, choose_opset, is_quantised, lower_to_17
 from .parity import Check, cases
 from .sparsity import SparseWeight, check_sparsity
 from .translate import exportable, quiet, translate
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", *HALVES)
 
 
 @dataclass
@@ -118,6 +118,8 @@ def export_onnx(
     - precision: "fp32", or "fp16" for a strongly typed fp16 graph, whose floating-point inputs and outputs are fp16, too.
       Nodes whose values fp16 cannot represent stay in fp32, as do the layers that `Quantize(layers=)` names, and the
       report names them (`islands`).
+      "bf16" is the same with bf16, except that inputs and outputs stay in fp32 (numpy has no bf16). ONNX has bf16
+      convolutions from opset 22 on.
     - opset: 17 or higher; by default the one that `choose_opset` chooses for the program and the target.
     - target: a device, which must compute in the precision and parse the opset.
     - tolerance: largest allowed error of an output relative to its largest value; the limit of a channel relative to its
@@ -139,7 +141,7 @@ def export_onnx(
     start, path = time.perf_counter(), Path(path)
     device = _settings(precision, target, tolerance)
     _check_outputs(program)
-    opset = choose_opset(program, device, opset)
+    opset = choose_opset(program, device, opset, precision)
     with _status(progress) as say:
         say("translating")
         exported = exportable(program).exported()
@@ -154,15 +156,16 @@ def export_onnx(
         known = cases(program, data=data)
         single: onnx.ModelProto | None = None
         float32, clamped = dict[str, str](), dict[str, str]()
-        if precision == "fp16":
+        if precision in HALVES:
+            half = HALVES[precision]
             say("choosing what stays in fp32")
             single = gs.export_onnx(graph)
             _check_types(single, precision)
             asked = origins.nodes_of_weights(exported, places, _single_layers(program.history))
-            keep, io = islands(graph, ranges_of(single, known), keep_fp32, keep_io_types, asked)
-            float32, clamped = to_half(graph, keep, io)
+            keep, io = islands(graph, ranges_of(single, known), keep_fp32, keep_io_types or half is BF16, asked, half)
+            float32, clamped = to_half(graph, keep, io, half)
         elif keep_fp32:
-            raise BadInput("keep_fp32: is for precision fp16")
+            raise BadInput("keep_fp32: is for precisions fp16 and bf16")
         if opset == 17:
             lower_to_17(graph)
         model = gs.export_onnx(graph)
@@ -217,7 +220,7 @@ def _accept(report: OnnxReport, result: Verdict) -> None:
     """Add the result of the comparison to the report. Raises Refused if the file is not good enough."""
     report.checks, report.warnings = result.checks, [*report.warnings, *result.notes]
     if result.wrong:
-        cure = "; keep_fp32 and tolerance are the options" if report.precision == "fp16" else ""
+        cure = "; keep_fp32 and tolerance are the options" if report.precision in HALVES else ""
         raise Refused("; ".join([f"{report.path}: {report.precision} {result.wrong}", *report.warnings]) + cure)
 
 
