@@ -56,11 +56,11 @@ def dla_report(model: onnx.ModelProto, target: Target, core: Any = 0, batch: Any
 
     core: index of the DLA core. batch: batch size of a model with a dynamic batch.
 
-    Raises BadInput for a target without a DLA or without that core, a precision that the DLA does not compute in, Q/DQ
-    nodes, and dynamic shapes for which `batch` gives no size.
+    Raises BadInput for a target without a DLA or without that core, a precision that the DLA does not compute in, and
+    dynamic shapes for which `batch` gives no size.
     """
     kind = precision(model)
-    rules = dla_core(target, core, kind, any(node.op_type == "QuantizeLinear" for node in model.graph.node))
+    rules = dla_core(target, core, kind)
     graph = onnx.shape_inference.infer_shapes(_static(model, rules, batch)).graph
     types = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}
     shapes: dict[str, Shape] = {name: _shape(tensor) for name, tensor in types.items()}
@@ -86,25 +86,19 @@ def dla_report(model: onnx.ModelProto, target: Target, core: Any = 0, batch: Any
     return report
 
 
-def dla_core(target: Target, core: Any, kind: str, quantised: bool) -> Dla:
+def dla_core(target: Target, core: Any, kind: str) -> Dla:
     """Return the rules of the target's DLA, after checking that the core exists and can run a model of this precision.
 
-    core: index of the core. kind: precision of the model. quantised: whether the model has Q/DQ nodes.
+    core: index of the core. kind: precision of the model.
 
-    Raises BadInput for a target without a DLA or without that core, a precision that the DLA does not compute in, and Q/DQ
-    nodes: up to TensorRT 10 a DLA supports INT8 only by implicit quantisation, with a calibration cache instead of nodes.
+    Raises BadInput for a target without a DLA or without that core, and a precision that the DLA does not compute in. Up to
+    TensorRT 10 a DLA supports INT8 only by implicit quantisation; a build then turns Q/DQ nodes into a calibration cache.
     """
     rules = target.dla
     if rules is None:
         raise BadInput(f"option dla: {target.name} has no DLA")
     if not isinstance(core, int) or isinstance(core, bool) or not 0 <= core < rules.cores:
         raise BadInput(f"option dla: a core of {target.name}, 0 to {rules.cores - 1}, not {core!r}")
-    if quantised:
-        version = "{}.{}".format(*min(rules.tensorrt))
-        raise BadInput(
-            f"option dla: TensorRT {version} runs no Q/DQ nodes on the DLA of {target.name} (up to 10.x its INT8 takes a "
-            "calibration cache instead); leave Quantize out, or build for the GPU"
-        )
     if kind not in rules.dtypes:
         raise BadInput(f"option dla: the DLA of {target.name} computes in {_either(rules)}, not {kind}; export it so")
     return rules

@@ -12,6 +12,7 @@ Sources: TensorRT developer guide, "Strongly typed networks", "Working with dyna
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,8 @@ from ...summary import Pad, Unfused
 from ..backends import BACKENDS
 from ..base import EngineReport, UnparsedOp
 from ..options import NAMES, EngineOptions, three
+from .calibrate import calibrate, calibrates
+from .implicit import Implicit, implicit
 from .library import library, load_plugins, new_monitor, refusing
 from .log import parse_build_log
 from .run import TensorRTEngine, sizes_of
@@ -91,11 +94,15 @@ def build(
     if cache is None and options.editable_timing_cache:
         cache = out.with_name(f"{out.name}.timing")
     with refusing(str(model)):
-        work = _Build(backend, target, options)
+        implied = options.dla is not None and kind == "int8" and calibrates(library(backend))
+        work = _Build(backend, target, options, weak=implied)
         work.check_opset(model, graph)
-        work.parse(model)
+        found = work.parse_implied(model) if implied else work.parse(model)
         work.aim()
         work.allow(kind)
+        if found is not None:
+            calibrate(work.trt, work.network, work.config, found)
+            work.notes += found.notes
         work.shape(model)
         work.tune()
         if options.dla is not None:
@@ -153,7 +160,7 @@ class _Build:
     who: name and version of the library, for messages. notes: warnings about the engine for the report.
     """
 
-    def __init__(self, backend: str, target: Target, options: EngineOptions):
+    def __init__(self, backend: str, target: Target, options: EngineOptions, weak: bool = False):
         self.trt = trt = library(backend)
         self.who = f"{LIBRARIES[backend]} {trt.__version__}"
         self.target, self.options = target, options
@@ -165,7 +172,7 @@ class _Build:
         if not self.aims:
             self._check_device()
         flags = trt.NetworkDefinitionCreationFlag
-        self.strong = hasattr(flags, "STRONGLY_TYPED")
+        self.strong = hasattr(flags, "STRONGLY_TYPED") and not weak
         wanted = flags.STRONGLY_TYPED if self.strong else flags.EXPLICIT_BATCH  # 8.6 still has implicit batches
         self.builder: types.Builder = trt.Builder(self.logger)
         network = self.builder.create_network(1 << int(wanted))
@@ -203,6 +210,15 @@ class _Build:
         reason = reason if reason not in ("", "false") else "operator not supported"
         where = f"node {name or error.node()} ({op}): " if op else ""
         raise UnparsedOp(f"{path}: {self.who} cannot parse it: {where}{reason}")
+
+    def parse_implied(self, path: Path) -> Implicit:
+        """Parse the model without its Q/DQ nodes, and return what they say."""
+        found = implicit(onnx.load(str(path)))
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Path(folder) / path.name
+            onnx.save(found.model, str(plain))
+            self.parse(plain)
+        return found
 
     def aim(self) -> None:
         """Set the target's compute capability, if the library can build for one that is set."""

@@ -167,7 +167,8 @@ class TensorRTEngine(HostEngine):
 
     def close(self) -> None:
         """Free the device's memory, context and engine. Errors are of earlier work, and were reported there."""
-        steps = [self._drop_graph, *(functools.partial(self._cuda.free, a) for a, _ in self._buffers.values())]
+        steps: list[Callable[[], None]] = [self._drop_graph]
+        steps += [functools.partial(self._cuda.free, address) for address, _ in self._buffers.values()]
         for step in (*steps, self._cuda.close):
             with contextlib.suppress(CudaError):
                 step()
