@@ -160,8 +160,9 @@ def fit(
     noise = EXACT * float(sum(half.yy.sum() for half in halves))
     judged = all(half.count > 0 for half in halves)
     problems = [Problem.of(half, weight, bias, fixed) for half in halves]
-    whole, held = problems[0] + problems[1], None
+    whole = problems[0] + problems[1]
     before = whole.loss_with(bias)
+    held: float | None = None
     if judged:
         kind = torch.float32 if rounded else torch.float64
         problems = [problem.to(kind) for problem in problems]
@@ -184,8 +185,9 @@ def fit(
 
 
 def _held_out(problems: list[Problem], ridge: float) -> float:
-    """The loss on each half of what the other half's rows give."""
-    return sum(problems[1 - k].loss(problem, problem.change(ridge)) for k, problem in enumerate(problems))
+    """The loss on each half of what the other half's rows give; infinite where float32 cannot solve."""
+    found = sum(problems[1 - k].loss(problem, problem.change(ridge)) for k, problem in enumerate(problems))
+    return found if math.isfinite(found) else math.inf
 
 
 def _decisive(whole: Problem, problems: list[Problem]) -> list[Problem]:
@@ -209,7 +211,7 @@ def _best(
     def at(place: int) -> float:
         share = shares[place]
         if share not in held:
-            held[share] = value if math.isfinite(value := loss(share)) else math.inf
+            held[share] = loss(share)
         return held[share]
 
     last = len(shares) - 1
@@ -288,8 +290,10 @@ class Problem:
 
     def loss_with(self, bias: Tensor | None) -> float:
         """The summed squared error of V and a bias on these rows."""
-        offset = 0.0 if bias is None else self.count * (self.constant(self.weight) - bias).square()
-        return max(float((self.before + offset).sum()), 0.0)
+        loss = self.before
+        if bias is not None:
+            loss = loss + self.count * (self.constant(self.weight) - bias).square()
+        return max(float(loss.sum()), 0.0)
 
     def loss(self, other: Problem, change: Tensor) -> float:
         """The summed squared error of `V + change` on these rows, with the best constant for the rows of `other`."""
