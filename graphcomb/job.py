@@ -95,7 +95,7 @@ def _check_outputs(recipe: Recipe) -> None:
             device = get_target(engine.target)
             options = engine_options(device.backend, engine.options.given())
             if options.dla is not None:
-                dla_core(device, options.dla, "int8" if quantised else recipe.precision, quantised)
+                dla_core(device, options.dla, "int8" if quantised else recipe.precision)
         except GraphcombError as error:
             raise type(error)(f"outputs.engines.{i}: {error}") from error
     lowest = min(targets_of(recipe), key=lambda target: target.opset)

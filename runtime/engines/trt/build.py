@@ -97,7 +97,9 @@ def build(
         implied = options.dla is not None and kind == "int8" and calibrates(library(backend))
         work = _Build(backend, target, options, weak=implied)
         work.check_opset(model, graph)
-        found = work.parse_implied(model) if implied else work.parse(model)
+        found = work.parse_implied(model) if implied else None
+        if found is None:
+            work.parse(model)
         work.aim()
         work.allow(kind)
         if found is not None:

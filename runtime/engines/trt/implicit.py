@@ -114,7 +114,7 @@ def _weight(node: gs.Node, tensor: gs.Constant, scale: np.ndarray, rounds: bool)
     reached = np.abs(integers).max(axis=axes)
     again = int((np.atleast_1d(reached) != LARGEST).sum())
     note = f"{tensor.name}: {again} scales of {scale.size} are not those that TensorRT derives from the weights"
-    return (integers * steps).astype(np.float32), note if again else ""
+    return (integers * steps).astype(node.inputs[1].values.dtype), note if again else ""
 
 
 def _exchange(graph: gs.Graph, scales: Scales) -> None:
@@ -124,9 +124,10 @@ def _exchange(graph: gs.Graph, scales: Scales) -> None:
         if node.op in EXCHANGED and node.inputs[0].name in scales:
             scales.setdefault(node.outputs[0].name, scales[node.inputs[0].name])
     for node in reversed(graph.nodes):
-        before = node.inputs[0] if node.inputs else None
-        alone = before is not None and len(before.outputs) == 1 and before.name not in ends
-        if alone and node.op in EXCHANGED and node.outputs[0].name in scales:
+        if node.op not in EXCHANGED or node.outputs[0].name not in scales:
+            continue
+        before = node.inputs[0]
+        if len(before.outputs) == 1 and before.name not in ends:
             scales.setdefault(before.name, scales[node.outputs[0].name])
 
 
