@@ -11,6 +11,7 @@ nothing can become cyclic and no occurs check is needed.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
@@ -318,13 +319,11 @@ Masks = Mapping[Factor, np.ndarray]
 
 def kept_size(axis: Axis, sizes: Sizes) -> int:
     """Size of the axis if each atom in `sizes` has the given size."""
-    n = 1
-    for factor in normal(axis):
-        if factor.segments is None:
-            n *= sizes.get(factor, factor.size)
-        else:
-            n *= sum(kept_size(part, sizes) for part in factor.segments)
-    return n
+    kept = [
+        sizes.get(f, f.size) if f.segments is None else sum(kept_size(part, sizes) for part in f.segments)
+        for f in normal(axis)
+    ]
+    return math.prod(kept)
 
 
 def kept_mask(axis: Axis, masks: Masks) -> np.ndarray:
@@ -341,13 +340,7 @@ def kept_mask(axis: Axis, masks: Masks) -> np.ndarray:
 
 def touches(axis: Axis, changed: Mapping[Factor, Any]) -> bool:
     """Whether any atom of the axis is in `changed`."""
-    for factor in normal(axis):
-        if factor.segments is None:
-            if factor in changed:
-                return True
-        elif any(touches(part, changed) for part in factor.segments):
-            return True
-    return False
+    return any(atom in changed for atom in atoms([axis]))
 
 
 def fold(axis: Axis, values: np.ndarray, found: dict[Factor, np.ndarray]) -> None:
@@ -369,14 +362,10 @@ def fold(axis: Axis, values: np.ndarray, found: dict[Factor, np.ndarray]) -> Non
 
 def monomials(axis: Axis) -> list[tuple[Factor, ...]]:
     """The axis multiplied out: a list of products of atoms, whose sizes add up to the axis's."""
-    result: list[tuple[Factor, ...]] = [()]
-    for factor in normal(axis):
-        if factor.segments is None:
-            own: list[tuple[Factor, ...]] = [(factor,)]
-        else:
-            own = [m for part in factor.segments for m in monomials(part)]
-        result = [left + right for left in result for right in own]
-    return result
+    factors = [
+        [(f,)] if f.segments is None else [m for part in f.segments for m in monomials(part)] for f in normal(axis)
+    ]
+    return [tuple(itertools.chain(*parts)) for parts in itertools.product(*factors)]
 
 
 def show(axis: Axis, name: Any = None) -> str:

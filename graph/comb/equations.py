@@ -103,6 +103,11 @@ class Equations:
         if a is not b:
             unify(a, b)
 
+    def unify_all(self, axes: list[Axis], others: list[Axis]) -> None:
+        """State, pair by pair, that axes are the same index spaces."""
+        for a, b in zip(axes, others, strict=True):
+            self.unify(a, b)
+
     @staticmethod
     def freeze(axis: Axis, node: fx.Node, text: str) -> None:
         """State that nothing may be removed along the axis, with the node's reason."""

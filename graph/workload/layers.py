@@ -27,6 +27,7 @@ from .layer import Layer
 from .libraries import ONNXRUNTIME, Rules, classify
 
 ACTIVATIONS = frozenset("gelu silu sigmoid tanh softmax _softmax hardswish hardsigmoid exp erf mish softplus".split())
+ATTENTION = "scaled_dot_product_attention"
 MATMULS = frozenset({"linear", *MATRIX_PRODUCTS})
 
 
@@ -84,7 +85,7 @@ class Layers:
             return Layer("copy", (("entries", self.entries(node, size)),))
         kernel = self._kernels[node]
         main = _named(kernel)
-        if kernel.kind == "attention" and len(main) == 1 and op_name(node) != "scaled_dot_product_attention":
+        if kernel.kind == "attention" and len(main) == 1 and op_name(node) != ATTENTION:
             return self._written_out(kernel, size)
         several = not isinstance(node.meta["val"], torch.Tensor)
         if len(kernel.nodes) > 1 or several:
@@ -152,7 +153,7 @@ class Layers:
             return self._matmul(node, sizes)
         if (name in VECTOR_PRODUCTS or name in ("einsum", "inner", "tensordot")) and macs(node):
             return self._contraction(*_letters(node), sizes)
-        if name == "scaled_dot_product_attention":
+        if name == ATTENTION:
             a = arguments(node)
             *batch, queries, width = sizes(a["query"])
             return _attention(batch, queries, width, *sizes(a["value"])[-2:])
@@ -211,9 +212,8 @@ class Layers:
         if op_name(node) == "linear":
             left, shared = sizes(a["input"]), True
         else:
-            names = [n for n in ("batch1", "mat1", "self") if n in a]
-            left = sizes(a[names[0]])
-            right = next(a[n] for n in ("batch2", "mat2", "other") if n in a)
+            first, second = MATRIX_PRODUCTS[op_name(node)]
+            left, right = sizes(a[first]), a[second]
             shared = self.comb.is_parameter(right) or right.op == "get_attr" or len(shape(right)) == 2
         batch, rows = (1, math.prod(result[:-1])) if shared else (math.prod(result[:-2]), result[-2])
         return Layer(
@@ -262,8 +262,7 @@ def _is_layer(node: fx.Node) -> bool:
     name = op_name(node)
     if name == "einsum":
         return len(arguments(node)["tensors"]) == 2  # with more operands it is several products in a row
-    known = name in MATMULS or name in VECTOR_PRODUCTS or name in ("inner", "tensordot", "scaled_dot_product_attention")
-    return known or (name in (*CONVS, *TRANSPOSED_CONVS))
+    return name in {*MATMULS, *VECTOR_PRODUCTS, *CONVS, *TRANSPOSED_CONVS, "inner", "tensordot", ATTENTION}
 
 
 def _letters(node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[str, str], str]:

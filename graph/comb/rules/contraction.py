@@ -15,7 +15,7 @@ from .elementwise import broadcast
 from .registry import Arguments, NoRule, either, rule
 
 
-def is_window(a: Arguments, nd: int, kernel: tuple[int, ...]) -> bool:
+def is_window(a: Arguments, kernel: tuple[int, ...]) -> bool:
     """Whether a convolution slides a window; not with kernel 1, stride 1 and no padding, where spatial axes pass
     through."""
     padding = a["padding"]
@@ -31,7 +31,7 @@ def convolution(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     if len(shape(x)) != nd + 2:
         raise NoRule("an unbatched convolution")
     xs, ws = c.axes[x], c.axes[w]
-    spatial = c.window(node, x, 2) if is_window(a, nd, shape(w)[2:]) else xs[2:]
+    spatial = c.window(node, x, 2) if is_window(a, shape(w)[2:]) else xs[2:]
     for axis in ws[2:]:
         c.kernel(axis, node)
     group = fresh(groups)

@@ -76,8 +76,7 @@ def expand(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
             result.append(c.fresh(node, d))
             c.copies(node, result[-1:], "multiplier")
     if a.get("other") is not None:
-        for mine, other in zip(result, c.axes[a["other"]], strict=True):
-            c.unify(mine, other)
+        c.unify_all(result, c.axes[a["other"]])
     else:
         c.resize(node, "size", result)
     return result

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ...nodes import arguments, hint, moved, op_name, shape
-from ..axes import Axis, Misaligned, Reason, atoms, cut, freeze, fresh, normal, take_inner, total
+from ..axes import Axis, Misaligned, Reason, atoms, cut, freeze, fresh, normal, size, take_inner, total
 from ..equations import Equations, Sizes
 from .registry import Arguments, NoRule, either, rule
 
@@ -50,8 +50,7 @@ def view(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
         d = a["dim"] % len(xs)
         c.resize(node, "sizes", result[d : d + len(a["sizes"])])
     elif name.endswith("_as"):
-        for mine, other in zip(result, c.axes[a["other"]], strict=True):
-            c.unify(mine, other)
+        c.unify_all(result, c.axes[a["other"]])
     elif name == "squeeze":
         # `squeeze` removes every dimension of size 1, also an axis that is pruned down to 1, so name the dimensions.
         given = a.get("dim", range(len(xs)))
@@ -94,8 +93,7 @@ def stack(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     c.joins(node)
     first = c.axes[tensors[0]]
     for other in tensors[1:]:
-        for mine, axis in zip(first, c.axes[other], strict=True):
-            c.unify(mine, axis)
+        c.unify_all(first, c.axes[other])
     return [*first[:d], total([[] for _ in tensors]) if len(tensors) > 1 else [], *first[d:]]
 
 
@@ -131,21 +129,34 @@ def split(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     return [[*xs[:d], part, *xs[d + 1 :]] for part in parts]
 
 
-def bounds(a: Arguments, n: int) -> tuple[int, int]:
-    """Start and end of a slice of an axis of size n, as non-negative numbers."""
+def span(a: Arguments) -> tuple[int, int, int, int]:
+    """For a slice, narrow, select or their scatter: the dimension, its size n, and start and end as numbers from 0 to n."""
+    sizes = shape(a["self"])
+    d = a["dim"] % len(sizes)
+    n = sizes[d]
+    if "index" in a:
+        return d, n, hint(a["index"]) % n, hint(a["index"]) % n + 1
+    if "length" in a:
+        low = hint(a["start"]) % n if n else 0
+        return d, n, low, low + hint(a["length"])
     start, end = (None if a.get(key) is None else hint(a[key]) for key in ("start", "end"))
-    return slice(start, end).indices(n)[:2]
+    return d, n, *slice(start, end).indices(n)[:2]
+
+
+def follow(c: Equations, node: fx.Node, axis: Axis, before: Axis, part: Axis) -> None:
+    """After removal, the node reads or writes what is left of `part`, which begins after what is left of `before`."""
+
+    def move(s: Sizes, m: fx.Node) -> None:
+        if not s.full(axis):
+            place(s, m, s.size(before), s.size(part))
+
+    c.rewrite(node, move)
 
 
 @rule("slice", "narrow")
 def slice_(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
-    d, n = a["dim"] % len(xs), shape(a["self"])[a["dim"]]
-    if op_name(node) == "narrow":
-        low = hint(a["start"]) % n if n else 0
-        high = low + hint(a["length"])
-    else:
-        low, high = bounds(a, n)
+    d, n, low, high = span(a)
     if (a.get("step") or 1) != 1:
         return strided(c, node, xs, d, n, low, high, a["step"])
     if low >= high:  # nothing is read, so the slice imposes nothing
@@ -162,12 +173,7 @@ def slice_(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     if moving and not any(atom.symbolic for atom in atoms([part])):
         c.freeze(xs[d], node, "a slice of dynamic length")
         return [*xs[:d], c.frozen(node, d, "a slice of dynamic length"), *xs[d + 1 :]]
-
-    def move(s: Sizes, m: fx.Node) -> None:
-        if not s.full(xs[d]):
-            place(s, m, s.size(before) if low else 0, s.size(part))
-
-    c.rewrite(node, move)
+    follow(c, node, xs[d], before, part)
     return [*xs[:d], part, *xs[d + 1 :]]
 
 
@@ -199,39 +205,24 @@ def strided(c: Equations, node: fx.Node, xs: list[Axis], d: int, n: int, low: in
 @rule("select")
 def select(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["self"]]
-    d, n = a["dim"] % len(xs), shape(a["self"])[a["dim"]]
-    i = hint(a["index"]) % n
-    before, _, _ = pieces(c, node, xs[d], [i, 1, n - i - 1])
-
-    def move(s: Sizes, m: fx.Node) -> None:
-        if not s.full(xs[d]):
-            place(s, m, s.size(before) if i else 0, 1)
-
-    c.rewrite(node, move)
+    d, n, low, high = span(a)
+    before, part, _ = pieces(c, node, xs[d], [low, 1, n - high])
+    follow(c, node, xs[d], before, part)
     return xs[:d] + xs[d + 1 :]
 
 
 @rule("slice_scatter", "select_scatter")
 def scatter(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, src = c.axes[a["self"]], c.axes[a["src"]]
-    d, n = a["dim"] % len(xs), shape(a["self"])[a["dim"]]
+    d, n, low, high = span(a)
     if op_name(node) == "select_scatter":
-        low = hint(a["index"]) % n
-        high, src = low + 1, [*src[:d], [], *src[d:]]
-    else:
-        low, high = bounds(a, n)
+        src = [*src[:d], [], *src[d:]]
     if (a.get("step") or 1) != 1 or low >= high:
         raise NoRule("a strided or empty write")
     c.joins(node)
     before, part, _ = pieces(c, node, xs[d], [low, high - low, n - high])
-    for k, axis in enumerate(src):
-        c.unify(part if k == d else xs[k], axis)
-
-    def move(s: Sizes, m: fx.Node) -> None:
-        if not s.full(xs[d]):
-            place(s, m, s.size(before) if low else 0, s.size(part))
-
-    c.rewrite(node, move)
+    c.unify_all([*xs[:d], part, *xs[d + 1 :]], src)
+    follow(c, node, xs[d], before, part)
     return xs
 
 
@@ -287,15 +278,13 @@ def pad(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
             xs[d] = c.frozen(node, d, "padding along the axis")
             continue
         placed[j] = (fresh(low), fresh(high))
-        c.copies(node, [part for n, part in zip((low, high), placed[j], strict=True) if n], "constant")
-        parts = [(low, placed[j][0]), (1, xs[d]), (high, placed[j][1])]
-        xs[d] = total([part for n, part in parts if n])
+        c.copies(node, [part for part in placed[j] if size(part)], "constant")
+        xs[d] = total([placed[j][0], xs[d], placed[j][1]])
 
     def regenerate(s: Sizes, m: fx.Node) -> None:
         values = list(arguments(m)["pad"])  # the amounts of dynamic dimensions stay nodes
         for j, (low, high) in placed.items():
-            values[2 * j] = s.size(low) if amounts[2 * j] else 0
-            values[2 * j + 1] = s.size(high) if amounts[2 * j + 1] else 0
+            values[2 * j : 2 * j + 2] = s.size(low), s.size(high)
         s.assign(m, "pad", values)
 
     if placed:

@@ -33,12 +33,17 @@ def operand(a: Arguments) -> Any:
     return either(a, "self", "input")
 
 
+def unify_parameters(c: Equations, a: Arguments, axes: list[Axis]) -> None:
+    """State that the parameters and statistics of a normalisation have these axes."""
+    for key in ("weight", "bias", "running_mean", "running_var"):
+        if a.get(key) is not None:
+            c.unify_all(c.axes[a[key]], axes)
+
+
 @rule("batch_norm", "instance_norm")
 def batch_norm(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[a["input"]]
-    for key in ("weight", "bias", "running_mean", "running_var"):
-        if a.get(key) is not None:
-            c.unify(c.axes[a[key]][0], xs[1])
+    unify_parameters(c, a, xs[1:2])
     c.sums(node, [xs[0], *xs[2:]])
     return xs
 
@@ -46,10 +51,7 @@ def batch_norm(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
 @rule("layer_norm", "rms_norm", "_fused_rms_norm")
 def layer_norm(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, k = c.axes[a["input"]], len(a["normalized_shape"])
-    for key in ("weight", "bias"):
-        if a.get(key) is not None:
-            for mine, axis in zip(c.axes[a[key]], xs[-k:], strict=True):
-                c.unify(mine, axis)
+    unify_parameters(c, a, xs[-k:])
     c.sums(node, xs[-k:])
     c.resize(node, "normalized_shape", xs[-k:])
     return xs if isinstance(node.meta["val"], torch.Tensor) else [xs, [*xs[:-k], *[[] for _ in range(k)]]]
@@ -59,9 +61,7 @@ def layer_norm(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
 def group_norm(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, group = c.axes[a["input"]], fresh(a["num_groups"])
     c.unify(xs[1], group + fresh(shape(node)[1] // a["num_groups"]))
-    for key in ("weight", "bias"):
-        if a.get(key) is not None:
-            c.unify(c.axes[a[key]][0], xs[1])
+    unify_parameters(c, a, xs[1:2])
     c.role(group, "group")
     c.sums(node, xs[1:])
     c.rewrite(node, lambda s, m: s.assign(m, "num_groups", s.size(group)))
@@ -143,7 +143,6 @@ def similarity(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
 def cdist(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs, ys = c.axes[a["x1"]], c.axes[a["x2"]]
     c.unify(xs[-1], ys[-1])
-    for p, q in zip(xs[:-2], ys[:-2], strict=True):
-        c.unify(p, q)
+    c.unify_all(xs[:-2], ys[:-2])
     c.sums(node, [xs[-1]])
     return [*xs[:-1], ys[-2]]

@@ -50,9 +50,7 @@ def pool(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
         return c.axes[x][:first] + done
     if isinstance(value, torch.Tensor):
         return c.axes[x][:first] + c.window(node, x, first)
-    c.window(node, x, first, 0)
-    return [c.axes[x][:first] + [c.frozen(node, d, WINDOW, k) for d in range(first, len(shape(x)))]
-            for k in range(len(value))]  # fmt: skip
+    return [c.axes[x][:first] + c.window(node, x, first, k) for k in range(len(value))]
 
 
 @rule("pixel_shuffle")
