@@ -24,12 +24,8 @@ Polynomial = list[list[Ref]]
 Count = Callable[[fx.Node, dict[str, Any]], Polynomial]
 COUNTS: dict[str, Count] = {}
 NOTHING: Polynomial = []
-COUNTED = (
-    "aten",
-    "prims",
-    "torchvision",
-    "quantized_decomposed",
-)  # libraries whose multiplying operators are known here
+# Libraries whose multiplying operators are known here.
+COUNTED = ("aten", "prims", "torchvision", "quantized_decomposed")
 UNCOUNTED = frozenset(  # operators of these libraries that multiply matrices, but have no count here
     "convolution _convolution convolution_overrideable conv_tbc conv_depthwise3d _conv_depthwise2d _scaled_mm _int_mm "
     "_grouped_mm _native_multi_head_attention _transformer_encoder_layer_fwd _scaled_dot_product_flash_attention "

@@ -12,7 +12,7 @@ from torch import fx
 
 from . import compat
 from .errors import BadInput
-from .nodes import fetch, writes
+from .nodes import compute, fetch, writes
 from .trainable import TrainableModule
 
 ORIGIN = ("stack_trace", "nn_module_stack")  # metadata with the line of the user's model that an operator comes from
@@ -122,20 +122,19 @@ def drop_dead(module: fx.GraphModule) -> None:
     for node in reversed(list(module.graph.nodes)):
         if not node.users and node.op != "get_attr" and _removable(node):
             module.graph.erase_node(node)
-    attributes = [n for n in module.graph.nodes if n.op == "get_attr"]
-    live = {id(fetch(module, str(n.target))) for n in attributes if n.users}
-    for node in attributes:
-        if not node.users and id(fetch(module, str(node.target))) not in live:
+    stored = list(attributes(module))
+    live = {id(value) for node, value in stored if node.users}
+    for node, value in stored:
+        if not node.users and id(value) not in live:
             module.graph.erase_node(node)
 
 
 # --------------------------------------------------------------------------------------------------------- fake values
 def infer(node: fx.Node) -> None:
     """Give a new node its fake value by running its operator on the fake values of its inputs."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     mode = compat.fake_mode([i.meta.get("val") for i in node.all_input_nodes])
     with mode, torch.no_grad():  # type: ignore[union-attr]
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        node.meta["val"] = compute(node, lambda n: n.meta["val"])
 
 
 def propagate(module: fx.GraphModule) -> None:
@@ -152,8 +151,7 @@ def propagate(module: fx.GraphModule) -> None:
                 stored = fetch(module, str(node.target))
                 env[node] = compat.fake(mode, stored) if isinstance(stored, torch.Tensor) else stored
             elif node.op == "call_function":
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
-                env[node] = node.target(*args, **kwargs)
+                env[node] = compute(node, env.__getitem__)
     for node, value in env.items():
         node.meta["val"] = value
 

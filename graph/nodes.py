@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,12 @@ def arguments(node: fx.Node) -> dict[str, Any]:
         default = a.default_value if a.has_default_value() else None
         values[a.name] = node.args[i] if i < len(node.args) else node.kwargs.get(a.name, default)
     return values
+
+
+def compute(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+    """The result of the node's operator, given the value of each node that it reads."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:

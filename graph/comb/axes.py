@@ -353,11 +353,9 @@ def fold(axis: Axis, values: np.ndarray, found: dict[Factor, np.ndarray]) -> Non
         if factor.segments is None:
             found[factor] = found[factor] + own if factor in found else own
             continue
-        start = 0
-        for part in factor.segments:
-            n = size(part)
-            fold(part, own[start : start + n], found)
-            start += n
+        ends = np.cumsum([size(part) for part in factor.segments])
+        for part, piece in zip(factor.segments, np.split(own, ends[:-1]), strict=True):
+            fold(part, piece, found)
 
 
 def monomials(axis: Axis) -> list[tuple[Factor, ...]]:
