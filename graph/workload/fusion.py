@@ -128,6 +128,9 @@ class _Fusion:
         found = list(dict.fromkeys(self.owner[n] for n in self.kinds if n in self.owner))
         if self.rules.layouts:
             self._layouts(found)
+        for kernel in found if self.rules.requantises else ():
+            if kernel.kind == "product":
+                kernel.copies.append(Copy(kernel.nodes[-1]))
         return found
 
     def _add(self, kernel: Kernel, nodes: Iterable[fx.Node]) -> Kernel:

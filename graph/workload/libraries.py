@@ -73,7 +73,8 @@ class Rules:
     kernel. together: whether linear layers of the same input are one. layouts: whether tensors are copied between kernels
     of different layouts. grain: convolutions and products pad channel counts that are no multiple of it, in a kernel of its
     own. single: whether nothing is joined with a reduction over a single entry, which pruning may leave (a reduction over a
-    few entries is unrolled into its kernel; one over a single entry is not).
+    few entries is unrolled into its kernel; one over a single entry is not). requantises: whether a product writes
+    floating point, and a second kernel applies its epilogue and quantises the result.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Rules:
     layouts: bool = False
     grain: int = 1
     single: bool = False
+    requantises: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -125,8 +127,14 @@ GRAINS = {"fp32": 1, "tf32": 1, "fp16": 2, "bf16": 2, "int8": 4, "fp8": 4}  # by
 
 
 def library(backend: str | None, precision: str) -> Rules:
-    """The rules of a runtime backend in a precision; TensorRT's for every backend but ONNX Runtime."""
-    return ONNXRUNTIME if backend == "onnxruntime" else replace(TENSORRT, grain=GRAINS.get(precision, 1))
+    """The rules of a runtime backend in a precision; TensorRT's for every backend but ONNX Runtime.
+
+    TensorRT-RTX (1.7, for compute capabilities 8.6, 8.9 and 12.0) fuses nothing into a product in INT8 or FP8.
+    """
+    if backend == "onnxruntime":
+        return ONNXRUNTIME
+    eight_bits = backend == "tensorrt_rtx" and precision in ("int8", "fp8")
+    return replace(TENSORRT, grain=GRAINS.get(precision, 1), requantises=eight_bits)
 
 
 def classify(node: fx.Node, shape: Shape = shape) -> str:

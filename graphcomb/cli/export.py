@@ -19,7 +19,7 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The file to write.")],
     target: Annotated[str | None, typer.Option("--target", help="The device that must parse the opset.")] = None,
     precision: Annotated[
-        str, typer.Option("--precision", help="fp32 or fp16; a quantised program is INT8 in fp32.")
+        str, typer.Option("--precision", help="fp32, fp16 or bf16; a quantised program is INT8 in fp32.")
     ] = ("fp32"),
     opset: Annotated[
         int | None, typer.Option("--opset", help="17 or higher; by default chosen for the program and the target.")

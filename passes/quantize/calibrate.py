@@ -9,6 +9,7 @@ input, their weights quantised. Source: Wu et al., arXiv 2004.09602, sections 3.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def input_scales(
     readers = {node.args[0]: layer.name for layer in reversed(chosen) for node in layer.nodes}
     known: dict[fx.Node, Histogram] = {node: Histogram() for node in readers}  # type: ignore[misc]
 
-    def see(node: fx.Node, value: Tensor, values: Mapping[fx.Node, object]) -> None:
+    def see(node: fx.Node, value: Tensor, values: Mapping[fx.Node, Any]) -> None:
         if not bool(value.isfinite().all()):
             raise BadInput(f"Quantize: the inputs of {readers[node]} are not finite; check the data")
         known[node].add(value)
@@ -116,7 +117,7 @@ def _add_errors(
     """Add the squared errors of the outputs of all readers of an input, each in units of the reader's squared outputs."""
     layer_of = {node: layer for layer in chosen for node in layer.nodes}
 
-    def see(node: fx.Node, value: Tensor, values: Mapping[fx.Node, object]) -> None:
+    def see(node: fx.Node, value: Tensor, values: Mapping[fx.Node, Any]) -> None:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         if len(options[source]) < 2:

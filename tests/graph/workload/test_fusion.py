@@ -7,7 +7,7 @@ from torch import nn
 
 from graphcomb import capture
 from graphcomb.graph.workload.fusion import count, kernels
-from graphcomb.graph.workload.libraries import ONNXRUNTIME, TENSORRT, classify
+from graphcomb.graph.workload.libraries import ONNXRUNTIME, TENSORRT, classify, library
 
 
 class Calls(nn.Module):
@@ -140,3 +140,17 @@ def test_counts_of_engines_that_were_built(name: str, built: int) -> None:
 def test_every_class_of_operator_is_known() -> None:
     graph = capture(Calls(lambda m, x: F.hardswish(x).roll(1, 2).amax(1)).eval(), (torch.randn(1, 4, 8, 8),)).graph
     assert [classify(n) for n in graph.nodes if n.op == "call_function"] == ["pointwise", "move", "reduce"]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_tensorrt_rtx_quantises_in_a_kernel_after_each_product_of_eight_bits(precision: str) -> None:
+    """Built engines show it: ResNet-18 has 24 kernels in fp16 and 42 in INT8, with 21 products."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU6(), nn.Conv2d(8, 8, 1))
+    graph = capture(net.eval(), torch.randn(1, 3, 8, 8)).graph
+    plain, rtx, classic = (
+        {kernel.nodes[0].name: kernel.launches(1) for kernel in kernels(graph, library(backend, kind))}
+        for backend, kind in (("tensorrt_rtx", "fp16"), ("tensorrt_rtx", precision), ("tensorrt", precision))
+    )
+    assert len(plain) == 3
+    assert rtx == {name: count + 1 for name, count in plain.items()}
+    assert classic == plain

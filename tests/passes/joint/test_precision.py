@@ -72,7 +72,7 @@ def seconds_by_block(programs):
 
 def test_the_cheapest_regions_come_first_and_the_measured_divergence_is_within_the_limit(program, context):
     dense = Divergence(program, take(context, 32).judge)
-    how = Quantize(samples=32, bias_correction=False)
+    how = Quantize(samples=32)
     free = choose_precisions(program, context, seconds_by_block, 10.0, how, samples=32)
     assert integer(free.program) == {"0", "1"}, "the last block would be slower"
     losses = {o.weights[0].split(".")[1]: o.loss for o in free.options}

@@ -51,8 +51,8 @@ def program():
 
 
 def test_means_are_exact_on_the_calibration_data(program):
-    result = Quantize(include="*", samples=18)(program, data=DATA)
-    plain = Quantize(include="*", samples=18, bias_correction=False)(program, data=DATA)
+    result = Quantize(include="*", samples=18, bias_correction=True)(program, data=DATA)
+    plain = Quantize(include="*", samples=18)(program, data=DATA)
     names = ("conv2d", "conv2d_1", "conv2d_2", "linear")
     wanted, found, before = (outputs(p, names) for p in (program, result.program, plain.program))
     assert set(found) == set(names)
@@ -65,7 +65,7 @@ def test_means_are_exact_on_the_calibration_data(program):
 
 
 def test_biases_that_were_missing_or_shared_become_parameters_of_their_own(program):
-    state = Quantize(include="*", samples=18)(program, data=DATA).program.module().state_dict()
+    state = Quantize(include="*", samples=18, bias_correction=True)(program, data=DATA).program.module().state_dict()
     assert state["stem.bias"].shape == (8,)
     assert not torch.equal(
         state["depthwise.bias"], state["other.bias_"] if "other.bias_" in state else state["other.bias"]
@@ -83,7 +83,7 @@ def test_a_layer_that_is_called_twice_keeps_its_bias():
             return self.a(self.a(x).relu())
 
     program = g.capture(Twice(), torch.randn(2, 4), dynamic_shapes="batch")
-    result = Quantize(include="*")(program, data=[torch.randn(8, 4)])
+    result = Quantize(include="*", bias_correction=True)(program, data=[torch.randn(8, 4)])
     module = result.program.module()
     assert torch.equal(module.get_parameter("a.bias"), program.module().get_parameter("a.bias"))
     assert "largest_bias_shift" not in result.record["changed"][0]
@@ -91,7 +91,7 @@ def test_a_layer_that_is_called_twice_keeps_its_bias():
 
 def test_only_the_samples_asked_for_count(program):
     """Four samples of a batch of six."""
-    result = Quantize(include="*", samples=4)(program, data=DATA)
+    result = Quantize(include="*", samples=4, bias_correction=True)(program, data=DATA)
     for rows, exact in ((slice(0, 4), True), (slice(0, 6), False)):
         wanted, found = (outputs(p, ("linear",), [DATA[0][rows]])["linear"] for p in (program, result.program))
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6) is exact

@@ -81,9 +81,7 @@ def test_error_takes_for_each_input_the_scale_with_the_least_error_of_the_output
     x[0, 0] = 100.0
     program = g.capture(Chain().eval(), x[:2], dynamic_shapes="batch")
     found = {
-        name: Quantize(include="*", calibration=name, samples=512, bias_correction=False, percentile=99.9)(
-            program, data=[x]
-        )
+        name: Quantize(include="*", calibration=name, samples=512, percentile=99.9)(program, data=[x])
         for name in ("minmax", "percentile", "histogram", "error")
     }
     scales = {name: [row["input_scales"][0] for row in result.record["changed"]] for name, result in found.items()}

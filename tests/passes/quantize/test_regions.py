@@ -39,12 +39,12 @@ def test_regions_end_where_floating_point_begins(program):
 
 def test_a_part_of_a_quantised_program_has_its_scales(program):
     x = torch.randn(8, 3, 8, 8)
-    whole = Quantize(include="*", samples=8, bias_correction=False)(program, data=[x]).program
+    whole = Quantize(include="*", samples=8)(program, data=[x]).program
     for names in ({"a.weight", "b.weight", "c.weight"}, {"left.weight"}):
         part = quantised_alone(whole, names)
         assert {name for _, name in quantised_layers(part)} == names
         layers_ = {name.removesuffix(".weight"): "int8" for name in names} | {"*": "fp16"}
-        wanted = Quantize(layers=layers_, samples=8, bias_correction=False)(program, data=[x]).program
+        wanted = Quantize(layers=layers_, samples=8)(program, data=[x]).program
         with torch.no_grad():
             for a, b in zip(part.module()(x), wanted.module()(x), strict=True):
                 assert torch.equal(a, b)
