@@ -80,6 +80,13 @@ class Costs:
             self.total += value - self._values[i]
             self._values[i] = value
 
+    def at(self, sizes: Mapping[Factor, int]) -> int:
+        """Give some atoms other sizes; returns the total."""
+        for atom, size in sizes.items():
+            if self.sizes[atom] != size:
+                self.set(atom, size)
+        return self.total
+
     def saving(self, atom: Factor, count: int) -> int:
         """How much lower the cost becomes when `count` more indices of an atom are removed."""
         before = self.sizes[atom]

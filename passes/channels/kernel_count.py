@@ -8,6 +8,7 @@ computes. Source: ours.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,8 +34,8 @@ def kernel_record(comb: Comb, sizes: Mapping[Factor, int], smaller: fx.Graph, co
     rules = library(getattr(context.target, "backend", None), context.dtype)
     kept = _kept_shapes(comb, sizes)
     old, new = _started(comb.module.graph, rules, shape), _started(smaller, rules, kept)
-    counts = [sum(started.values()) for started in (old, new)]
-    more = [source(node) for node in smaller.nodes if new.get(node.name, 0) > old.get(node.name, 0)]
+    counts = [started.total() for started in (old, new)]
+    more = [source(node) for node in smaller.nodes if new[node.name] > old[node.name]]
     record: dict[str, Any] = {"before": counts[0], "after": counts[1], "more": more if counts[1] > counts[0] else []}
     known = {node.name for node in comb.module.graph.nodes if single(node)}
     dead = [n for n in smaller.nodes if op_name(n) in SOFTMAXES and single(n, kept) and n.name not in known]
@@ -52,13 +53,13 @@ def _kept_shapes(comb: Comb, sizes: Mapping[Factor, int]) -> Shape:
     return lambda node: shapes.get(node.name) or shape(node)
 
 
-def _started(graph: fx.Graph, rules: Rules, shape: Shape) -> dict[str, int]:
+def _started(graph: fx.Graph, rules: Rules, shape: Shape) -> Counter[str]:
     """For each node, the number of kernels that begin with it or copy it into another layout."""
-    counts: dict[str, int] = {}
-    for kernel in kernels(graph, rules, shape):
-        for node in (kernel.nodes[0], *kernel.copied(rules.grain, shape)):
-            counts[node.name] = counts.get(node.name, 0) + 1
-    return counts
+    return Counter(
+        node.name
+        for kernel in kernels(graph, rules, shape)
+        for node in (kernel.nodes[0], *kernel.copied(rules.grain, shape))
+    )
 
 
 def _only_for(node: fx.Node) -> list[fx.Node]:

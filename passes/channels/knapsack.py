@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -182,14 +183,9 @@ class _Problem:
         return float(sum(self.values[a][self.options[a].index(n)] for a, n in sizes.items()))
 
     def exhaustive(self) -> Sizes | None:
-        best: tuple[float, Sizes] | None = None
-        for combination in itertools.product(*self.options.values()):
-            sizes = dict(zip(self.options, combination, strict=True))
-            if self.enough(sizes) and self.predictor.total(sizes) <= self.budget:
-                value = self.value(sizes)
-                if best is None or value > best[0]:
-                    best = value, sizes
-        return best and best[1]
+        choices = (dict(zip(self.options, c, strict=True)) for c in itertools.product(*self.options.values()))
+        feasible = (s for s in choices if self.enough(s) and self.predictor.total(s) <= self.budget)
+        return max(feasible, key=self.value, default=None)
 
     def search(self) -> Sizes | None:
         smallest = {a: o[0] for a, o in self.options.items()}
@@ -260,7 +256,7 @@ class _Problem:
         that cannot be. Sizes that satisfy the floor still satisfy it afterwards."""
         held = self.enough(sizes)
         while (total := self.predictor.total(sizes)) > self.budget:
-            best: tuple[float, Factor, int] | None = None
+            chunks: list[tuple[float, Factor, int]] = []  # price, atom and the size that is left
             for atom, options in self.options.items():
                 at = options.index(sizes[atom])
                 before = self.predictor.around(atom, sizes)
@@ -268,20 +264,19 @@ class _Problem:
                     saved = before - self.predictor.around(atom, {**sizes, atom: options[to]})
                     if saved > 0 and (not held or self.enough({**sizes, atom: options[to]})):
                         useful = min(saved, total - self.budget)
-                        price = (self.values[atom][at] - self.values[atom][to]) / useful
-                        if best is None or price < best[0]:
-                            best = price, atom, options[to]
+                        chunks.append(((self.values[atom][at] - self.values[atom][to]) / useful, atom, options[to]))
                         break
-            if best is None:
+            if not chunks:
                 return None
-            sizes[best[1]] = best[2]
+            _, atom, size = min(chunks, key=itemgetter(0))
+            sizes[atom] = size
         return sizes
 
     def filled(self, sizes: Sizes) -> Sizes:
         """Grow sizes in place while the prediction stays within the budget, the most importance per second first."""
         while True:
             total = self.predictor.total(sizes)
-            best: tuple[float, Factor, int] | None = None
+            chunks: list[tuple[float, Factor, int]] = []  # importance per second, atom and the new size
             for atom, options in self.options.items():
                 at = options.index(sizes[atom])
                 before = self.predictor.around(atom, sizes)
@@ -289,9 +284,8 @@ class _Problem:
                     cost = self.predictor.around(atom, {**sizes, atom: options[to]}) - before
                     gain = self.values[atom][to] - self.values[atom][at]
                     if total + cost <= self.budget and gain > 0:
-                        rate = gain / max(cost, 1e-12)
-                        if best is None or rate > best[0]:
-                            best = rate, atom, options[to]
-            if best is None:
+                        chunks.append((gain / max(cost, 1e-12), atom, options[to]))
+            if not chunks:
                 return sizes
-            sizes[best[1]] = best[2]
+            _, atom, size = max(chunks, key=itemgetter(0))
+            sizes[atom] = size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -38,10 +38,9 @@ class Selection:
         self.comb, self.alignment, self.minimum = comb, alignment, minimum
         self.sizes: dict[Factor, int] = dict(sizes or {})
         self._before = dict(self.sizes)
-        self._ties, self._wholes = ties, set() if ties is None else {b.whole.atom for b in ties.bundles}
-        self._steps = (
-            steps(comb, groups, alignment) if ties is None else ties.steps(steps(comb, ties.groups, alignment))
-        )
+        self._ties = ties or Ties(groups)
+        self._wholes = {b.whole.atom for b in self._ties.bundles}
+        self._steps = self._ties.steps(steps(comb, self._ties.groups, alignment))
 
     def kept(self, group: Group) -> int:
         """Number of indices that a group keeps, as chosen so far."""
@@ -63,7 +62,7 @@ class Selection:
 
     def share(self, group: Group, share: float) -> int:
         """The smallest allowed size of the group that is at least the given share of it."""
-        whole = group if self._ties is None else self._ties.whole(group)
+        whole = self._ties.whole(group)
         return self.legal(whole, share * whole.size) * (group.size // whole.size)
 
     def below(self, group: Group) -> int:
@@ -100,9 +99,7 @@ class Selection:
 
         def cost(ratio: float) -> int:
             self.uniform(groups, ratio)
-            for g in groups:
-                costs.set(g.atom, self.sizes[g.atom])
-            return costs.total
+            return costs.at({g.atom: self.sizes[g.atom] for g in groups})
 
         return self._bisected(cost, groups, costs, goal)
 
@@ -115,9 +112,7 @@ class Selection:
             self.sizes = dict(before)
             for kind in kinds:
                 self.by_count(kind, scores, ratio)
-            for g in groups:
-                costs.set(g.atom, self.kept(g))
-            return costs.total
+            return costs.at({g.atom: self.kept(g) for g in groups})
 
         return self._bisected(cost, groups, costs, goal)
 
@@ -161,22 +156,15 @@ class Selection:
         """
         gone = sum(g.size - self.kept(g) for g in among or groups)
         indices = sum(g.size for g in among or groups)
-        more = True
         left = int(indices * ratio + 1e-9) - gone
         now = int(indices * ratio * share + 1e-9) - gone
-
-        def take(g: Group, size: int) -> bool | None:
-            nonlocal left, now, more
+        for g, size in self._cheapest(groups, scores, lambda g, count: count):
             count = self.kept(g) - size
-            more = count <= left and now > 0
-            if not more:
-                return None
-            left -= count
-            now -= count
-            return True
-
-        self._descend(groups, scores, lambda g, count: count, take)
-        return not more or left == 0
+            if count > left or now <= 0:
+                return True
+            left, now = left - count, now - count
+            self.sizes[g.atom] = size
+        return left == 0
 
     def greedy(
         self, groups: list[Group], scores: Scores, costs: Costs, goal: float, per_cost: bool, end: float
@@ -226,17 +214,14 @@ class Selection:
         def saving(g: Group, count: int) -> float:
             return costs.saving(g.atom, count) / weight(g, count) if per_cost else count
 
-        def take(g: Group, size: int) -> bool | None:
+        for g, size in self._cheapest(groups, scores, saving):
             if costs.total <= end:
-                return None
+                break
             if costs.total - costs.saving(g.atom, self.kept(g) - size) <= end:
-                chunks.extend(self._finish(groups, scores, costs, end, weight, saving))
-                return None
-            costs.set(g.atom, size)
+                chunks += self._finish(groups, scores, costs, end, weight, saving)
+                break
+            self._resize(g.atom, size, costs)
             chunks.append((g.atom, size))
-            return True
-
-        self._descend(groups, scores, saving, take)
         if costs.total <= end:
             self._refill(groups, scores, costs, end, before)
         return [(atom, size) for atom, size in chunks if size >= self.sizes[atom]]
@@ -280,8 +265,7 @@ class Selection:
             chunks.append((atom, size))
             self._resize(atom, size, costs)
         self.sizes = start | dict(way)
-        for g in groups:
-            costs.set(g.atom, self.kept(g))
+        costs.at({g.atom: self.kept(g) for g in groups})
         return way
 
     def _refill(self, groups: list[Group], scores: Scores, costs: Costs, goal: float, before: Sizes) -> None:
@@ -296,15 +280,11 @@ class Selection:
         while (best := max(groups, key=gain, default=None)) is not None and gain(best) > -math.inf:
             self._resize(best.atom, self.above(best, before), costs)
 
-    def _descend(
-        self,
-        groups: list[Group],
-        scores: Scores,
-        saving: Callable[[Group, int], float],
-        take: Callable[[Group, int], bool | None],
-    ) -> None:
-        """Offer chunks to `take`, cheapest first; it answers True (removed), False (leave this group from now on) or None
-        (stop).
+    def _cheapest(
+        self, groups: list[Group], scores: Scores, saving: Callable[[Group, int], float]
+    ) -> Iterator[tuple[Group, int]]:
+        """Yield chunks, cheapest first, each as a group and the size that it leaves; the caller has to give the group this
+        size before it takes the next one.
 
         Savings change as other groups shrink, so a chunk is priced again when it comes up, and goes back if it is no longer
         the cheapest.
@@ -327,11 +307,8 @@ class Selection:
             if heap and value > heap[0][0]:
                 heapq.heappush(heap, (value, i))
                 continue
-            answer = take(groups[i], size) if size else False
-            if answer is None:
-                return
-            if answer:
-                self.sizes[groups[i].atom] = size
+            if size:
+                yield groups[i], size
                 heapq.heappush(heap, (price(groups[i])[0], i))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -51,19 +52,19 @@ class Ties:
     groups: list[Group]
     bundles: list[Bundle] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        tied = {g.atom: b for b in self.bundles for g in b.groups}
-        object.__setattr__(self, "_tied", tied)
-        whole = {g.atom: tied[g.atom].whole if g.atom in tied else g for g in self.groups}
-        object.__setattr__(self, "chosen", list({w.atom: w for w in whole.values()}.values()))
-        units = {g.atom: (b.whole.atom, b.unit(g)) for b in self.bundles for g in b.groups}
-        object.__setattr__(self, "units", units)
+    @cached_property
+    def _tied(self) -> dict[Factor, Bundle]:
+        return {g.atom: b for b in self.bundles for g in b.groups}
 
-    _tied: dict[Factor, Bundle] = field(init=False, repr=False, compare=False)
-    # The groups that sizes are chosen for: those without ties, and the whole of each bundle.
-    chosen: list[Group] = field(init=False, compare=False)
-    # By tied atom, the atom of its bundle's whole, and how many indices the tied atom loses in a step.
-    units: dict[Factor, tuple[Factor, int]] = field(init=False, compare=False)
+    @property
+    def chosen(self) -> list[Group]:
+        """The groups that sizes are chosen for: those without ties, and the whole of each bundle."""
+        return self.alike(self.groups)
+
+    @cached_property
+    def units(self) -> dict[Factor, tuple[Factor, int]]:
+        """By tied atom, the atom of its bundle's whole, and how many indices the tied atom loses in a step."""
+        return {g.atom: (b.whole.atom, b.unit(g)) for b in self.bundles for g in b.groups}
 
     def whole(self, group: Group) -> Group:
         """The whole of a tied group's bundle; another group itself."""
