@@ -48,7 +48,7 @@ from .importance.scores import (
     together,
 )
 from .kernel_count import kernel_record
-from .plan import Planned, kept_by_pattern, read_plan
+from .plan import kept_by_pattern, read_plan
 from .selection import Selection, lowest_removed
 from .targets import Chooser, SharedChooser, Target, Task, nothing_to_prune, untrained
 from .ties import Ties
@@ -230,7 +230,7 @@ class RemoveChannels(Pass):
         """
         task = self._task(program, context, own)
         require_no_pattern(program, task.groups)
-        task.chooser.require()
+        task.chooser.ask(Chooser.require)
         events = event_steps(self.schedule, steps, self.interval, self.rounds, self.prune_share)
         rows = {name: [row.keep, row.fixed] for name, row in task.planned.items()}
         identity = [self.options(), functions_code(self), self.alignment(context), rows, task.chooser.prediction]
@@ -254,9 +254,11 @@ class RemoveChannels(Pass):
         if own is not None:
             unscored |= not_held(comb, free, own)
             free = [g for g in free if g.name not in unscored]
-        ties, unfit = self._tied(comb, free)
+        # The ties that the model's class requires, and the groups that it forbids to shrink.
+        ties, unfit = class_ties(comb, free, self.min_channels) if self.for_class else (Ties(free), {})
         free, unscored = ties.groups, unscored | unfit
-        planned = self._kept(comb, ties, context) | read_plan(comb, context.plan)
+        selection = Selection(comb, ties.chosen, self.alignment(context), self.min_channels, ties=ties)
+        planned = kept_by_pattern(self.keep, comb, free, selection) | read_plan(comb, context.plan)
         for g in comb.groups:
             if g.name in unfit and g.name in planned and planned[g.name].keep < g.size:
                 raise BadInput(f"RemoveChannels.for_class: the plan shrinks {g.name}: {unfit[g.name]}")
@@ -265,7 +267,7 @@ class RemoveChannels(Pass):
         self._require_groups(comb, groups, unscored)
         target = self._target(context)
         chooser = SharedChooser(comb, lambda: Chooser(target, comb, ties, planned, context, unscored))
-        return Task(comb, groups, chooser, context, unscored, planned, ties)
+        return Task(comb, groups, chooser, context, unscored, unfit, planned, ties)
 
     def _result(
         self, task: Task, masks: dict[Factor, np.ndarray], smaller: Program, removed: Removed, training: dict[str, Any]
@@ -273,7 +275,7 @@ class RemoveChannels(Pass):
         comb, chooser = task.comb, task.chooser
         masks = {atom: mask for atom, mask in masks.items() if not mask.all()}
         sizes = {atom: int(mask.sum()) for atom, mask in masks.items()}
-        chooser.require_macs(sizes)
+        chooser.ask(lambda c: c.require_macs(sizes))
         smaller.known_cost = comb.cost(sizes)
         frozen = [
             Refusal(g.name, g.frozen or task.unscored[g.name], {"kind": g.kind, "size": g.size})
@@ -289,7 +291,7 @@ class RemoveChannels(Pass):
             "refused": [*frozen, *training.get("refused", [])],
             "layers": layer_costs(comb, sizes),
             "cost": {"before": comb.cost({}), "after": smaller.cost()},
-            "target": chooser.record(sizes),
+            "target": chooser.ask(lambda c: c.record(sizes)),
             "alignment": self.alignment(task.context),
             "kernels": kernel_record(comb, sizes, smaller.structure, task.context),
             "removed": removed,
@@ -298,7 +300,7 @@ class RemoveChannels(Pass):
         if self.for_class:
             record["tied"] = task.ties.record()
         if chooser.prediction:
-            record["latency"] = chooser.latency_record(sizes)
+            record["latency"] = chooser.ask(lambda c: c.latency_record(sizes))
         return PassResult(smaller, record, removed)
 
     @staticmethod
@@ -349,14 +351,11 @@ class RemoveChannels(Pass):
         A row that is changed is a decision. The others stand as proposed if the target is met with them, else they are
         chosen anew, as are groups without a row.
         """
-        context = context or Context()
-        comb = Comb(program)
-        groups, unscored = self._movable(comb)
-        ties, unfit = self._tied(comb, groups)
-        groups, unscored = ties.groups, unscored | unfit
-        self._require_groups(comb, groups, unscored)
-        chooser = Chooser(self._target(context), comb, ties, self._kept(comb, ties, context), context, unscored)
-        sizes = chooser({}, self._score(comb, groups, context))
+        context = dataclasses.replace(context or Context(), plan=None)
+        task = self._task(program, context)
+        comb, unfit = task.comb, task.unfit
+        sizes = task.chooser({}, self._score(comb, task.groups, context))
+        steps = task.chooser.ask(lambda c: {g.name: c.step(g) for g in comb.groups if not g.frozen})
         whole = Costs(mac_terms(comb), [g for g in comb.groups if g.frozen is None])
         rows = []
         for g in comb.groups:
@@ -366,17 +365,8 @@ class RemoveChannels(Pass):
                 rows.append(row | {"frozen": g.frozen or unfit[g.name]})
             else:
                 share = whole.saving(g.atom, g.size - keep) / max(whole.total, 1)
-                rows.append(row | {"proposed": keep, "saves_macs": round(share, 4), "step": chooser.step(g)})
+                rows.append(row | {"proposed": keep, "saves_macs": round(share, 4), "step": steps[g.name]})
         return rows
-
-    def _tied(self, comb: Comb, groups: list[Group]) -> tuple[Ties, dict[str, str]]:
-        """The ties that the model's class requires, and the groups that it forbids to shrink, by name with the reason."""
-        return class_ties(comb, groups, self.min_channels) if self.for_class else (Ties(groups), {})
-
-    def _kept(self, comb: Comb, ties: Ties, context: Context) -> dict[str, Planned]:
-        """The sizes that `keep` gives to groups that may shrink."""
-        selection = Selection(comb, ties.chosen, self.alignment(context), self.min_channels, ties=ties)
-        return kept_by_pattern(self.keep, comb, ties.groups, selection)
 
     def _target(self, context: Context) -> Target:
         value = getattr(self, self.target)

@@ -98,6 +98,11 @@ class Chooser:
         predictor.prepare({g.atom: selection.allowed(g) for g in self.groups}, context.progress)
         return predictor
 
+    @property
+    def prediction(self) -> list[Any]:
+        """With a latency target, the latency model's name and the dense program's seconds; else empty."""
+        return [] if self.predictor is None else [str(self.predictor.latency), self.predictor.total({})]
+
     def _selection(self, sizes: Mapping[Factor, int]) -> Selection:
         target = self.target
         return Selection(self.comb, self.groups, target.alignment, target.min_channels, sizes, self.ties)
@@ -135,14 +140,7 @@ class Chooser:
         if not self.least:
             return None
         costs = Costs(mac_terms(self.comb), self.all, self.ties.units)
-
-        def left(sizes: Sizes) -> float:
-            for atom, size in sizes.items():
-                if costs.sizes[atom] != size:
-                    costs.set(atom, size)
-            return costs.total
-
-        return Floor(left, self.least * costs.total)
+        return Floor(costs.at, self.least * costs.total)
 
     def __call__(self, sizes: Mapping[Factor, int], scores: Scores, share: float = 1.0) -> Sizes:
         """The size of each group when `share` of the way to the target is gone. sizes: of groups that have lost some
@@ -212,11 +210,8 @@ class Chooser:
     ) -> None:
         costs = Costs(TERMS[self.target.name](self.comb), self.all, self.ties.units)
         dense = costs.total
-        for atom, size in planned.items():
-            costs.set(atom, size)
-        whole = costs.total
-        for g in groups:
-            costs.set(g.atom, selection.kept(g))
+        whole = costs.at(planned)
+        costs.at({g.atom: selection.kept(g) for g in groups})
         end = self.target.remaining(dense)
         goal = end if share == 1 else whole - share * max(whole - end, 0)  # the last event's goal is exactly the end
         if self.target.alike:
@@ -250,10 +245,7 @@ class Chooser:
             dense = sum(g.size for g in self.ties.groups)
             left = sum(sizes.get(g.atom, g.size) for g in self.ties.groups)
         else:
-            costs = [Costs(TERMS[target](self.comb), groups) for groups in ([], self.comb.groups)]
-            for atom, size in sizes.items():
-                costs[1].set(atom, size)
-            dense, left = costs[0].total, costs[1].total
+            dense, left = (self.comb.cost(s)[target] for s in ({}, sizes))
         asked = 1 - float(self.target.value) if target == "ratio" else self.target.remaining(dense) / dense
         reached = left / dense if dense else 1.0
         record = {"target": target, "asked": asked, "reached": reached}
@@ -287,44 +279,26 @@ class Chooser:
 
 
 class SharedChooser:
-    """A `Chooser` in the main process, whose answers and errors all processes share, since measured times differ.
-
-    prediction: with a latency target, the latency model's name and the dense program's seconds; else empty.
-    """
+    """A `Chooser` in the main process, whose answers and errors all processes share, since measured times differ."""
 
     def __init__(self, comb: Comb, make: Callable[[], Chooser]):
         self.comb, self._make = comb, make
         self._places = {g.atom: i for i, g in enumerate(comb.groups)}
-        self.prediction: list[Any] = agreed(self._predict)
+        self.prediction: list[Any] = self.ask(lambda chooser: chooser.prediction)
 
     @cached_property
     def _chooser(self) -> Chooser:
         return self._make()
 
-    def _predict(self) -> list[Any]:
-        predictor = self._chooser.predictor
-        return [] if predictor is None else [str(predictor.latency), predictor.total({})]
+    def ask(self, question: Callable[[Chooser], Any]) -> Any:
+        """The main process's answer, in all processes. It must pickle, so it may have no atoms, which are told apart by
+        identity."""
+        return agreed(lambda: question(self._chooser))
 
-    def __call__(self, sizes: Sizes, scores: Scores, share: float) -> Sizes:
-        """See `Chooser`. Processes exchange the places of groups, not atoms, which are told apart by identity."""
-        chosen = agreed(lambda: {self._places[a]: n for a, n in self._chooser(sizes, scores, share).items()})
+    def __call__(self, sizes: Sizes, scores: Scores, share: float = 1.0) -> Sizes:
+        """See `Chooser`. Processes exchange the places of groups instead of atoms."""
+        chosen = self.ask(lambda chooser: {self._places[a]: n for a, n in chooser(sizes, scores, share).items()})
         return {self.comb.groups[i].atom: n for i, n in chosen.items()}
-
-    def require(self) -> None:
-        """Raise Unreachable in all processes, see `Chooser.require`."""
-        agreed(lambda: self._chooser.require())
-
-    def require_macs(self, sizes: Sizes) -> None:
-        """Raise Unreachable in all processes, see `Chooser.require_macs`."""
-        agreed(lambda: self._chooser.require_macs(sizes))
-
-    def record(self, sizes: Sizes) -> dict[str, Any]:
-        """See `Chooser.record`."""
-        return agreed(lambda: self._chooser.record(sizes))
-
-    def latency_record(self, sizes: Sizes) -> dict[str, Any]:
-        """See `Chooser.latency_record`."""
-        return agreed(lambda: self._chooser.latency_record(sizes))
 
 
 NEAR = 0.02  # the record gives a reason where asked and reached shares of the dense program differ by more
@@ -350,7 +324,8 @@ class Task:
     """What `RemoveChannels` has to do with one program.
 
     groups: those that may shrink, or that a plan fixes. chooser: chooses their sizes. unscored: groups that training cannot
-    score or a class cannot express, with the reason. planned: the plan's rows by group name. ties: which groups are tied.
+    score or a class cannot express, with the reason; unfit: the latter alone. planned: the plan's rows by group name. ties:
+    which groups are tied.
     """
 
     comb: Comb
@@ -358,5 +333,6 @@ class Task:
     chooser: SharedChooser
     context: Context
     unscored: dict[str, str]
+    unfit: dict[str, str]
     planned: dict[str, Planned]
     ties: Ties
