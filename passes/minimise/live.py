@@ -21,14 +21,14 @@ from ...graph.comb import axes as ax
 from ...graph.comb.axes import Axis, Factor
 from ...graph.comb.groups import Group
 from ...graph.comb.solve import Comb
-from ...graph.facts import CONVS, TRANSPOSED_CONVS
+from ...graph.facts import MAPS, TRANSPOSED_CONVS
 from ...graph.nodes import arguments, conv_padding, fetch, op_name, shape, source
+from ..channels.importance.members import by_atom
 from ..channels.importance.reads import Read, find_reads
 from ..repair.consumers import mean_behind, uses_of
 from .constants import Constants
 
 Masks = dict[Factor, np.ndarray]
-LAYERS = ("linear", *CONVS, *TRANSPOSED_CONVS)
 STORED = (torch.float32, torch.float64)  # dtypes of a bias to which a constant can be added without losing digits
 
 
@@ -109,7 +109,7 @@ class Liveness:
         uses = uses_of(self.comb.module)
         for read in reads:
             weight, x = read.operands[0], read.operands[-1]
-            if op_name(read.node) in LAYERS and weight.source.op == "get_attr":
+            if op_name(read.node) in MAPS and weight.source.op == "get_attr":
                 self.layers.append(_layer(self.comb, read.node, uses, *constants[x.source, x.dim]))
             else:
                 self.others.append(_other(self.comb, read, constants))
@@ -223,10 +223,7 @@ class Liveness:
 
 def _folded(axis: Axis, where: np.ndarray) -> dict[Factor, np.ndarray]:
     """For each atom of an axis, how many of the marked positions belong to each index."""
-    found: dict[Factor, np.ndarray] = {}
-    if where.any():
-        ax.fold(axis, where.astype(np.float64), found)
-    return found
+    return by_atom(axis, where.astype(np.float64)) if where.any() else {}
 
 
 def _layer(comb: Comb, node: fx.Node, uses: dict[int, int], known: Tensor, constant: Tensor) -> LayerRead:
@@ -294,7 +291,7 @@ def frozen_zeros(comb: Comb, groups: Iterable[Group]) -> dict[Factor, int]:
     found: dict[Factor, np.ndarray] = {}
     atoms = {g.atom for g in groups}
     for node in comb.module.graph.nodes:
-        if op_name(node) not in LAYERS or arguments(node)["weight"].op != "get_attr":
+        if op_name(node) not in MAPS or arguments(node)["weight"].op != "get_attr":
             continue
         name = str(arguments(node)["weight"].target)
         weight = fetch(comb.module, name).detach()
@@ -302,9 +299,7 @@ def frozen_zeros(comb: Comb, groups: Iterable[Group]) -> dict[Factor, int]:
             if not any(atom in atoms for atom in ax.atoms([axis])):
                 continue
             nonzero = (weight != 0).movedim(d, 0).flatten(1).any(1).cpu().numpy()
-            counts: dict[Factor, np.ndarray] = {}
-            ax.fold(axis, nonzero.astype(np.float64), counts)
-            for atom, values in counts.items():
+            for atom, values in by_atom(axis, nonzero.astype(np.float64)).items():
                 if atom in atoms:
-                    found[atom] = (found[atom] if atom in found else np.zeros(atom.size, dtype=bool)) | (values == 0)
+                    found[atom] = found.get(atom, False) | (values == 0)
     return {atom: int(where.sum()) for atom, where in found.items() if where.any()}

@@ -39,6 +39,7 @@ from ....graph.errors import BadInput
 from ....graph.facts import CASTS
 from ....graph.nodes import arguments, fetch, op_name, set_argument, shape
 from ....graph.trainable import TrainableModule
+from .members import by_atom
 from .reads import Moments, Operand, Read, find_reads
 from .sums import weighted_sums
 
@@ -212,12 +213,7 @@ class Gates:
         return ax.kept_size(axis, {atom: int(mask.sum()) for atom, mask in self.masks.items()})
 
     def _fold(self, axis: Axis, values: np.ndarray, atoms: frozenset[Factor], totals: Totals) -> None:
-        if ax.touches(axis, self.masks):
-            kept = ax.kept_mask(axis, self.masks)
-            values, left = np.zeros(len(kept)), values
-            values[kept] = left
-        folded: Totals = {}
-        ax.fold(axis, values, folded)
+        folded = by_atom(axis, values, self.masks)
         for atom in folded.keys() & atoms:
             totals[atom] = totals[atom] + folded[atom] if atom in totals else folded[atom]
 

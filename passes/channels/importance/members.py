@@ -16,6 +16,20 @@ from .sums import weighted_sums
 Scores = dict[Factor, np.ndarray]
 
 
+def by_atom(axis: ax.Axis, values: np.ndarray, masks: ax.Masks | None = None) -> Scores:
+    """For each atom of an axis, the sums of `values` over the entries of each of its indices.
+
+    values: one for each index of the axis that the masks leave; by default all are left. Indices that are gone get 0.
+    """
+    if masks and ax.touches(axis, masks):
+        kept = ax.kept_mask(axis, masks)
+        left, values = values, np.zeros(len(kept))
+        values[kept] = left
+    found: Scores = {}
+    ax.fold(axis, values, found)
+    return found
+
+
 class Members:
     """Where the indices of atoms lie in the parameters of a network, which may have lost some of them.
 
@@ -25,14 +39,10 @@ class Members:
 
     def __init__(self, comb: Comb, wanted: Iterable[Factor], masks: ax.Masks | None = None):
         self.wanted, self.masks = dict.fromkeys(wanted), masks or {}
-        self._axes: dict[str, dict[int, tuple[ax.Axis, np.ndarray | None]]] = {}
+        self._axes: dict[str, dict[int, ax.Axis]] = {}
         for name, axes in comb.parameters.items():
-            touched = {d: axis for d, axis in enumerate(axes) if ax.touches(axis, self.wanted)}
-            if touched:
-                self._axes[name] = {d: (axis, self._kept(axis)) for d, axis in touched.items()}
-
-    def _kept(self, axis: ax.Axis) -> np.ndarray | None:
-        return ax.kept_mask(axis, self.masks) if ax.touches(axis, self.masks) else None
+            if touched := {d: axis for d, axis in enumerate(axes) if ax.touches(axis, self.wanted)}:
+                self._axes[name] = touched
 
     def sums(self, module: torch.nn.Module, gradients: bool) -> Iterator[tuple[str, Scores]]:
         """For every parameter and dimension with wanted atoms, yield the parameter's name and, by atom, the sums over the
@@ -45,12 +55,7 @@ class Members:
         items = [(t.detach(), t.grad if gradients else None, self._axes[name]) for name, t in parameters]
         for (name, _), sums in zip(parameters, weighted_sums(items), strict=True):
             for dim, values in sums.items():
-                axis, kept = self._axes[name][dim]
-                if kept is not None:
-                    left, values = values, np.zeros(len(kept))
-                    values[kept] = left
-                folded: Scores = {}
-                ax.fold(axis, values, folded)
+                folded = by_atom(self._axes[name][dim], values, self.masks)
                 yield name, {atom: sums_of for atom, sums_of in folded.items() if atom in self.wanted}
 
     def gradient_scores(self, module: torch.nn.Module, transform: Callable[[np.ndarray], np.ndarray]) -> Scores:
