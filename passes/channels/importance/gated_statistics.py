@@ -30,6 +30,10 @@ def _variance(x: Tensor, weight: Tensor, dims: list[int]) -> Tensor:
     return _mean((x - _mean(x, weight, dims)).square(), weight, dims)
 
 
+def _standardised(x: Tensor, weight: Tensor, dims: list[int], eps: float) -> Tensor:
+    return (x - _mean(x, weight, dims)) * (_variance(x, weight, dims) + eps).rsqrt()
+
+
 def _per_channel(y: Tensor, a: dict[str, Any]) -> Tensor:
     form = [1, -1, *[1] * (y.dim() - 2)]
     y = y if a.get("weight") is None else y * a["weight"].view(form)
@@ -39,7 +43,7 @@ def _per_channel(y: Tensor, a: dict[str, Any]) -> Tensor:
 def _layer_norm(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
     x = a["input"]
     weight, dims = _spread(x, gates), list(range(x.dim() - len(a["normalized_shape"]), x.dim()))
-    y = (x - _mean(x, weight, dims)) * (_variance(x, weight, dims) + a["eps"]).rsqrt()
+    y = _standardised(x, weight, dims, a["eps"])
     y = y if a.get("weight") is None else y * a["weight"]
     return y if a.get("bias") is None else y + a["bias"]
 
@@ -56,21 +60,19 @@ def _group_norm(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
     x = a["input"]
     grouped = (len(x), a["num_groups"], -1)
     rows, weight = x.reshape(grouped), _spread(x, gates).reshape(grouped)
-    y = (rows - _mean(rows, weight, [2])) * (_variance(rows, weight, [2]) + a["eps"]).rsqrt()
-    return _per_channel(y.reshape(x.shape), a)
+    return _per_channel(_standardised(rows, weight, [2], a["eps"]).reshape(x.shape), a)
 
 
 def _batch_norm(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
     """Batch normalisation by the statistics of the batch, as weight standardisation uses it."""
     x = a["input"]
-    weight, dims = _spread(x, gates), [d for d in range(x.dim()) if d != 1]
-    return _per_channel((x - _mean(x, weight, dims)) * (_variance(x, weight, dims) + a["eps"]).rsqrt(), a)
+    dims = [d for d in range(x.dim()) if d != 1]
+    return _per_channel(_standardised(x, _spread(x, gates), dims, a["eps"]), a)
 
 
 def _instance_norm(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
     x = a["input"]
-    weight, dims = _spread(x, gates), list(range(2, x.dim()))
-    return _per_channel((x - _mean(x, weight, dims)) * (_variance(x, weight, dims) + a["eps"]).rsqrt(), a)
+    return _per_channel(_standardised(x, _spread(x, gates), list(range(2, x.dim())), a["eps"]), a)
 
 
 def _softmax(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
