@@ -6,6 +6,7 @@ serve as labels only.
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import fx
@@ -201,9 +202,8 @@ def _kind(nodes: list[fx.Node], exit_: fx.Node) -> str:
     if op_name(exit_) != "add":
         return "chain"
     layers = [n for n in nodes if op_name(n) in MAPS]
-    depthwise = [
-        n for n in layers if op_name(n) in CONVS and 1 < arguments(n)["groups"] == shape(arguments(n)["input"])[1]
-    ]
+    convs = [n for n in layers if op_name(n) in CONVS]
+    depthwise = [n for n in convs if 1 < arguments(n)["groups"] == shape(arguments(n)["input"])[1]]
     if not depthwise:
         return "mlp" if layers and all(op_name(n) == "linear" for n in layers) else "residual"
     return "convnext" if depthwise[0] is layers[0] else "inverted residual"
@@ -216,11 +216,8 @@ def _label(nodes: list[fx.Node]) -> str:
         if op_name(n) in MAPS:
             inside = [path for path in module_paths(n) if path]
             paths.append(inside[-1].split(".") if inside else [])
-    common = paths[0] if paths else []
-    for path in paths[1:]:
-        same = [a == b for a, b in zip(common, path, strict=False)]
-        common = common[: same.index(False) if False in same else len(same)]
-    return ".".join(common) or nodes[-1].name
+    common = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return ".".join(names[0] for names in common) or nodes[-1].name
 
 
 def has_layers(end: fx.Node, names: Container[str]) -> bool:

@@ -11,7 +11,7 @@ from ...graph.facts import MAPS
 from ...graph.nodes import arguments, op_name
 from ...graph.program import Program
 from ...graph.sparse import sparse_weights
-from ..fuse.plan import Cost, Planner
+from ..fuse.plan import Cost, Planner, plus
 from ..fuse.regions import Regions
 from .blocks import ACTIVATIONS, ATTENTION, NORMS, Block, branches_of, candidates, is_data, norm_axis
 from .padding import is_centred, spatial
@@ -54,28 +54,23 @@ def _judged(block: Block, why: str | None) -> Block:
     return replace(block, why=why)
 
 
-def _costs(program: Program, owner: Callable[[fx.Node], str | None]) -> dict[str, Cost]:
+def _costs(program: Program, owner: Callable[[fx.Node], str | None]) -> dict[str | None, Cost]:
     """For each block, MACs and kernels of the program after merging inside the block only, since the neighbours that it
     could be merged with may not be pruned."""
     regions, planner = Regions(program.graph_module), Planner((), sparse_weights(program))
     merged: set[fx.Node] = set()
-    costs: dict[str, Cost] = {}
-
-    def add(name: str | None, cost: Cost) -> None:
-        if name is not None:
-            before = costs.get(name, (0, 0))
-            costs[name] = before[0] + cost[0], before[1] + cost[1]
-
+    costs: dict[str | None, Cost] = {}  # with None for what is outside of blocks
     for parts in regions.find():
         for name, group in groupby(parts, key=lambda p: owner(p.last)):
             run = list(group)
             merges = planner.chain(run).merges if any(p.carriers for p in run) else ()
             for merge in merges:
                 merged |= merge.members
-                add(name, merge.after)
+                costs[name] = plus(costs.get(name, (0, 0)), merge.after)
     for node in program.graph.nodes:
         if node not in merged and is_data(node):
-            add(owner(node), (evaluate(macs(node)), int(op_name(node) in (*MAPS, *NORMS, *ATTENTION))))
+            name, kernels = owner(node), int(op_name(node) in (*MAPS, *NORMS, *ATTENTION))
+            costs[name] = plus(costs.get(name, (0, 0)), (evaluate(macs(node)), kernels))
     return costs
 
 

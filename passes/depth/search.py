@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
 
 from ...graph.edit import rebuild
-from ...graph.errors import GraphcombError
 from ...graph.nodes import arguments, fetch, op_name, set_argument
 from ...graph.program import Program
 from ..base import Context
 from ..common.feed import Feed
-from ..common.processes import accelerator, forwarded, gathered, placed
+from ..common.processes import accelerator, gathered, placed
 from ..common.repeat import code_of
+from ..common.samples import everywhere
 from ..common.scoring import bar, evaluate
 from .budget import Bits, Budget
 from .relax import SWITCHES, set_switches
@@ -85,14 +85,10 @@ class Judge:
     def __call__(self, choices: Sequence[Bits]) -> list[float]:
         if self.at_once == 1:
             return [self._score(bits) for bits in choices]
-        try:  # a process that fails must not leave the others waiting
-            mine: Any = [self._score(bits, alone=True) for bits in choices[self.index : self.index + 1]]
-        except Exception as error:
-            mine = forwarded(error)
-        of_processes = gathered(mine)
-        if failed := [scores for scores in of_processes if isinstance(scores, GraphcombError)]:
-            raise failed[0]
-        return [score for scores in of_processes for score in scores]
+        mine = choices[self.index : self.index + 1]
+        # A process that fails must not leave the others waiting.
+        scores = everywhere(lambda: [self._score(bits, alone=True) for bits in mine])
+        return list(chain.from_iterable(gathered(scores)))
 
     def _score(self, bits: Bits, alone: bool = False) -> float:
         set_switches(self.supernet.module(), [1.0 - b for b in bits])

@@ -78,10 +78,11 @@ class Choice:
     merges: tuple[Merge, ...] = ()
 
     def __add__(self, other: Choice) -> Choice:
-        return Choice(_plus(self.cost, other.cost), self.merges + other.merges)
+        return Choice(plus(self.cost, other.cost), self.merges + other.merges)
 
 
-def _plus(*costs: Cost) -> Cost:
+def plus(*costs: Cost) -> Cost:
+    """The sum of costs."""
     return sum(c[0] for c in costs), sum(c[1] for c in costs)
 
 
@@ -129,7 +130,7 @@ class Planner:
                 except Inexact as why:
                     self._note(self.refused, parts[i], part, str(why))
                     break
-                apart = _plus(*(self._alone(p, axis).cost for p in parts[i : j + 1]))
+                apart = plus(*(self._alone(p, axis).cost for p in parts[i : j + 1]))
                 merge = self._merge(parts[i : j + 1], axis, None, merged, apart)
                 if merge is None:
                     continue
@@ -174,16 +175,16 @@ class Planner:
                 except Inexact:
                     continue
                 price = _price(wider, part.source, part.last)
-                if price < _plus(cost, apart[i].cost, (0, 1)):
+                if price < plus(cost, apart[i].cost, (0, 1)):
                     chosen, total, cost = [*chosen, i], wider, price
             if len(chosen) == 1:
                 continue
-            before = _plus(*(apart[i].cost for i in chosen), (0, len(chosen) - 1))
+            before = plus(*(apart[i].cost for i in chosen), (0, len(chosen) - 1))
             indices = None if len(chosen) == len(apart) else tuple(sorted(chosen))
             merge = self._merge([part], axis, indices, total, before)
             if merge is not None:
                 rest = [apart[i] for i in range(len(apart)) if i not in chosen]
-                choice = sum(rest, Choice(_plus(cost, (0, len(rest))), (merge,)))
+                choice = sum(rest, Choice(plus(cost, (0, len(rest))), (merge,)))
                 best = min(best, choice, key=lambda c: c.cost)
         return best
 
