@@ -103,35 +103,27 @@ class Regions:
             return None if self.problem(node) else _layer(node)
         if name == "batch_norm":
             return None if self.problem(node) else _norm((node,), 1)
-        if name in ("transpose", "permute"):
-            return self._moved_norm(node)
-        if name in VIEWS:
-            return self._folded_norm(node)
+        if name in ("transpose", "permute") or name in VIEWS:
+            return self._enclosed_norm(node)
         return self._elementwise(node)
 
-    def _moved_norm(self, node: fx.Node) -> Step | None:
+    def _enclosed_norm(self, node: fx.Node) -> Step | None:
         """A normalisation between a permutation and its inverse, which normalises another axis of the permutation's
-        input.
-        """
-        norm = node.args[0]
-        if not isinstance(norm, fx.Node) or op_name(norm) != "batch_norm" or self.problem(norm):
-            return None
-        first = norm.args[0]
-        there, back = permutation(first), permutation(node)
-        alone = len(norm.users) == 1 and len(first.users) == 1  # type: ignore[union-attr]
-        if there is None or back is None or not alone or [there[d] for d in back] != sorted(there):
-            return None
-        return _norm((first, norm, node), there[1])  # type: ignore[arg-type]
-
-    def _folded_norm(self, node: fx.Node) -> Step | None:
-        """A normalisation of the last axis, as in LeViT: all dimensions but the last are folded into one before it, and
+        input; or one of the last axis, as in LeViT: all dimensions but the last are folded into one before it, and
         unfolded after.
         """
         norm = node.args[0]
         if not isinstance(norm, fx.Node) or op_name(norm) != "batch_norm" or self.problem(norm):
             return None
         first = norm.args[0]
-        if not isinstance(first, fx.Node) or op_name(first) not in VIEWS or len(norm.users) * len(first.users) != 1:
+        if not isinstance(first, fx.Node) or len(norm.users) * len(first.users) != 1:
+            return None
+        if back := permutation(node):
+            there = permutation(first)
+            if there is None or [there[d] for d in back] != sorted(there):
+                return None
+            return _norm((first, norm, node), there[1])
+        if op_name(first) not in VIEWS:
             return None
         inner, outer = shape(first), shape(first.args[0])  # type: ignore[arg-type]
         if len(inner) != 2 or len(outer) < 3 or inner[1] != outer[-1] or tuple(shape(node)) != tuple(outer):
