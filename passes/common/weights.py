@@ -1,6 +1,6 @@
 """The weights of linear layers and convolutions: finding them, and selecting them by name."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -77,6 +77,11 @@ def layers(program: Program) -> tuple[list[WeightedLayer], list[Refusal]]:
         a = arguments(nodes[0])
         found.append(WeightedLayer(name, tuple(nodes), shape(a["weight"]), a.get("groups", 1), tuple(names[key])))
     return found, refused
+
+
+def named_layers(program: Program, names: Container[str]) -> list[WeightedLayer]:
+    """Those of the program's `layers` that have these names."""
+    return [layer for layer in layers(program)[0] if layer.name in names]
 
 
 def selected(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> bool:

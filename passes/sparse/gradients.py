@@ -22,7 +22,7 @@ from ..common.losses import class_dim, logits_of, task_loss
 from ..common.observe import Observer
 from ..common.processes import accelerator, placed, summed
 from ..common.samples import apart, everywhere, sample_batches
-from ..common.weights import WeightedLayer, layers, windows
+from ..common.weights import WeightedLayer, named_layers, windows
 from .unfold import check_finite, outputs_of, pieces
 
 
@@ -151,7 +151,7 @@ class _Samples:
         self, program: Program, names: Sequence[str], loss: Callable[..., Any] | None, feed: Feed, largest: int
     ):
         self.program, self.loss, self.divisible = program, loss, feed.static is None
-        self.layers = [layer for layer in layers(program)[0] if layer.name in names]
+        self.layers = named_layers(program, names)
         self.weights = {layer.name: fetch(program.module(), layer.name) for layer in self.layers}
         self.trusted: bool | None = None
         self.symbols: set[Any] = feed.size.node.expr.free_symbols if self.divisible else set()
@@ -207,10 +207,8 @@ class _Samples:
 
     def _gradient(self, outputs: Any, labels: Any) -> dict[str, Tensor]:
         value = _dependent(task_loss(self.loss, outputs, labels))
-        found = torch.autograd.grad(value, list(self.weights.values()), allow_unused=True)
-        return {
-            n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(self.weights.items(), found, strict=True)
-        }
+        found = torch.autograd.grad(value, list(self.weights.values()), materialize_grads=True)
+        return dict(zip(self.weights, found, strict=True))
 
     def _run(self, batch: Batch) -> tuple[dict[fx.Node, Tensor], dict[fx.Node, Tensor]]:
         """For each layer node, its input, and the gradient at its output of the sum of the samples' losses."""
@@ -228,9 +226,8 @@ class _Samples:
             alone = _sample(out, [i], batch.size, self.feed.outputs), _sample(batch.labels, [i], batch.size)
             losses.append(task_loss(self.loss, *alone))
         total = _dependent(torch.stack(losses).sum())
-        pulls = torch.autograd.grad(total, list(outputs.values()), allow_unused=True)
-        given = {n: torch.zeros_like(y) if g is None else g for (n, y), g in zip(outputs.items(), pulls, strict=True)}
-        return inputs, given
+        pulls = torch.autograd.grad(total, list(outputs.values()), materialize_grads=True)
+        return inputs, dict(zip(outputs, pulls, strict=True))
 
     def _products(
         self, values: dict[fx.Node, Tensor], pulls: dict[fx.Node, Tensor], size: int, part: slice

@@ -17,7 +17,7 @@ from ..common.observe import Observer
 from ..common.processes import accelerator, placed, summed
 from ..common.repeat import seeded
 from ..common.samples import everywhere, sample_batches
-from ..common.weights import WeightedLayer, layers, windows
+from ..common.weights import WeightedLayer, named_layers, windows
 from .unfold import check_finite, pieces
 
 
@@ -35,7 +35,7 @@ def input_moments(
     if context.data is None:
         raise BadInput("Sparsify: needs data for its statistics; pass data=, or choose method magnitude")
     module, device = program.module().eval(), accelerator().device
-    wanted = [layer for layer in layers(program)[0] if layer.name in names]
+    wanted = named_layers(program, names)
     readers = {node: layer for layer in wanted for node in layer.nodes}
     totals = {layer.name: _empty(module, layer, full, device) for layer in wanted}
     rows_seen = dict.fromkeys(totals, 0)

@@ -115,9 +115,7 @@ def best_order(squares: Tensor, pattern: Pattern, generator: torch.Generator) ->
         pairs = shuffled[: len(order) // 2 * 2].view(-1, 2)
         columns = order[pairs].flatten(1)  # (pairs, 2m)
         values = squares[:, columns]  # (r, pairs, 2m)
-        gains = torch.stack(
-            [values[..., w].unflatten(-1, (2, m)).topk(pattern[0], -1).values.sum((0, 2, 3)) for w in ways]
-        )
-        best = ways[gains.argmax(0)]
+        gains = [values[..., w].unflatten(-1, (2, m)).topk(pattern[0], -1).values.sum((0, 2, 3)) for w in ways]
+        best = ways[torch.stack(gains).argmax(0)]
         order[pairs] = columns.gather(1, best).view(-1, 2, m)
     return order.flatten()

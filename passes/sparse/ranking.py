@@ -77,9 +77,8 @@ def prefixes(losses: Sequence[Tensor], count: int) -> list[Tensor]:
     lengths = []
     for part in losses:
         below, equal = (part < threshold).sum(1), (part == threshold).sum(1)
-        more = (
-            (ties - (equal.cumsum(0) - equal)).clamp(min=0).minimum(equal)
-        )  # of the entries at the threshold, the first blocks lose theirs
+        # Of the entries at the threshold, the first blocks lose theirs.
+        more = (ties - (equal.cumsum(0) - equal)).clamp(min=0).minimum(equal)
         ties -= int(more.sum())
         lengths.append(below + more)
     return lengths

@@ -1,6 +1,6 @@
 """Applies a sparsification method to the weights of a program, within a memory limit."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,6 +87,7 @@ class Solver:
         self.device = accelerator().device
         self.seen, self.probed = 0, probed
         self.damping = method.damping or 0.0
+        self.last = bool(method.pattern)  # whether rows and blocks run over input channels fastest
 
     def run(self) -> float | None:
         """Prune. Returns the predicted rise of the loss, `1/2 dᵀ F d` with undamped `F`, for cap and woodfisher, else None.
@@ -99,7 +100,9 @@ class Solver:
             self._by_scores()
         return None
 
-    def _write(self, name: str, value: Tensor) -> None:
+    def _write(self, name: str, blocks: Tensor) -> None:
+        """Store a weight that is given as its rows or blocks."""
+        value = from_blocks(blocks, self.layers[name].shape, self.last)
         fetch(self.program.module(), name).data.copy_(value)
 
     def _goal(self, names: Sequence[str]) -> int:
@@ -137,8 +140,7 @@ class Solver:
                 updated[piece.layer.name].append(new.to(old.device))
             del sums
         for name, blocks in updated.items():
-            last = bool(method.pattern)
-            self._write(name, from_blocks(torch.cat(blocks), self.layers[name].shape, last))
+            self._write(name, torch.cat(blocks))
         return predicted
 
     def _mean_square(self) -> float:
@@ -165,7 +167,7 @@ class Solver:
                 yield piece, made.pop(0)
 
     def _blocks(self, piece: Piece) -> Tensor:
-        return to_blocks(self.weights[piece.layer.name], piece.size, bool(self.method.pattern))[piece.part]
+        return to_blocks(self.weights[piece.layer.name], piece.size, self.last)[piece.part]
 
     def _batches(self) -> list[list[Piece]]:
         """All blocks of all layers, divided into batches whose Fisher sums fit into the memory."""
@@ -192,8 +194,7 @@ class Solver:
 
     def _collect(self, batch: Sequence[Piece], title: str) -> list[fisher.Fisher]:
         method = self.method
-        dtype, last = DTYPES[method.dtype], bool(method.pattern)
-        count = method.gradients.count
+        dtype, count = DTYPES[method.dtype], method.gradients.count
         with torch.device(self.device):
             fishers = [fisher.Fisher(p.count, p.size, count, self.damping, dtype) for p in batch]
         alive = [(self._blocks(p) != 0).to(self.device, dtype) for p in batch]
@@ -204,7 +205,7 @@ class Solver:
             for gradients in stream:
                 for piece, sums, mask in zip(batch, fishers, alive, strict=True):
                     samples = gradients[piece.layer.name]
-                    blocks = torch.stack([to_blocks(g, piece.size, last)[piece.part] for g in samples])
+                    blocks = torch.stack([to_blocks(g, piece.size, self.last)[piece.part] for g in samples])
                     sums.add(blocks.to(dtype) * mask)
                 self.seen += len(samples)
                 update(self.seen, "")
@@ -290,15 +291,12 @@ class Solver:
         self.damping = self.method.damping or DAMPING
         batches = [list(self.layers.values())]
         if self.method.name == "sparsegpt":
-            batches = _fitting(
-                self.layers.values(), lambda x: 4 * x.groups * columns_of(x) ** 2, self.method.memory / 2
-            )
+            batches = _fitting(self.layers.values(), self.method.memory / 2)
         matrices = self._shared_fisher if self.method.name == "fastcap" else self._moments
         new = {}
         for batch in batches:
             for name, parts in matrices(batch).items():
-                layer, last = self.layers[name], bool(self.method.pattern)
-                rows = rows_of(self.weights[name], last).to(self.device).clone()
+                rows = rows_of(self.weights[name], self.last).to(self.device).clone()
                 sizes = [int((rows[row, column] != 0).sum()) for row, column, _ in parts]
                 shares = ranking.portions(0 if self.method.pattern else self._goal([name]), sizes)
                 for (row, column, matrix), share in zip(parts, shares, strict=True):
@@ -306,13 +304,13 @@ class Solver:
                     w = rows[row, column]
                     damped = matrix.double() + damp * torch.eye(len(matrix), device=matrix.device, dtype=torch.float64)
                     rows[row, column] = sweep(w, damped, share, self.method.pattern, w != 0)[0]
-                new[name] = from_blocks(rows, layer.shape, last)
-        for name, value in new.items():
-            self._write(name, value)
+                new[name] = rows
+        for name, rows in new.items():
+            self._write(name, rows)
 
     def _shared_fisher(self, batch: Sequence[WeightedLayer]) -> dict[str, list[tuple[slice, slice, Tensor]]]:
         """For each layer and block of columns, the mean of `g gᵀ` over gradients and rows, in float64."""
-        method, last = self.method, bool(self.method.pattern)
+        method = self.method
         matrices: dict[str, list[tuple[slice, slice, Tensor]]] = {}
         for layer in batch:
             width = columns_of(layer)
@@ -324,7 +322,7 @@ class Solver:
         with bar(self.context.progress, "Sparsify: gradients", method.gradients.count) as update:
             for gradients in stream:
                 for name, columns in matrices.items():
-                    rows = torch.cat([rows_of(g, last) for g in gradients[name]])
+                    rows = torch.cat([rows_of(g, self.last) for g in gradients[name]])
                     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # squares of halves underflow
                     for _, part, total in columns:
                         total += (rows[:, part].T @ rows[:, part]).double()
@@ -340,7 +338,7 @@ class Solver:
         parts = {}
         for name, matrices in self._inputs([x.name for x in batch], True).items():
             layer = self.layers[name]
-            order = column_order(layer, bool(self.method.pattern)).to(matrices.device)
+            order = column_order(layer, self.last).to(matrices.device)
             height = layer.shape[0] // layer.groups
             rows = [slice(g * height, (g + 1) * height) for g in range(layer.groups)]
             parts[name] = [(rows[g], slice(None), matrices[g][order][:, order]) for g in range(layer.groups)]
@@ -355,15 +353,14 @@ class Solver:
 
     # ------------------------------------------------------------------------------------------------ wanda, magnitude
     def _by_scores(self) -> None:
-        last = bool(self.method.pattern)
-        scores = {name: rows_of(w, last).abs() for name, w in self.weights.items()}
+        scores = {name: rows_of(w, self.last).abs() for name, w in self.weights.items()}
         if self.method.name == "wanda":
             for name, squares in self._inputs(list(self.layers), False).items():
-                order = column_order(self.layers[name], last).to(squares.device)
+                order = column_order(self.layers[name], self.last).to(squares.device)
                 lengths = squares[:, order].sqrt().to(scores[name])
                 scores[name] = scores[name] * lengths.repeat_interleave(len(scores[name]) // len(lengths), 0)
         for name, w in self.weights.items():  # weights that are zero already rank first
-            scores[name] = scores[name].masked_fill(rows_of(w, last) == 0, -1)
+            scores[name] = scores[name].masked_fill(rows_of(w, self.last) == 0, -1)
         if self.method.pattern:
             masks = {name: ranking.lowest_of_groups(s, self.method.pattern) for name, s in scores.items()}
         elif self.method.name == "wanda":
@@ -374,26 +371,21 @@ class Solver:
             masks = {}
             for names in self._scopes():
                 gone = sum(int((self.weights[n] == 0).sum()) for n in names)
-                masks |= dict(
-                    zip(names, ranking.lowest([scores[n] for n in names], self._goal(names) + gone), strict=True)
-                )
+                chosen = ranking.lowest([scores[n] for n in names], self._goal(names) + gone)
+                masks |= dict(zip(names, chosen, strict=True))
         for name, mask in masks.items():
-            self._write(
-                name,
-                from_blocks(rows_of(self.weights[name], last).masked_fill(mask, 0), self.layers[name].shape, last),
-            )
+            self._write(name, rows_of(self.weights[name], self.last).masked_fill(mask, 0))
 
 
-def _fitting(
-    items: Iterable[WeightedLayer], cost: Callable[[WeightedLayer], float], budget: float
-) -> list[list[WeightedLayer]]:
-    """The items in consecutive batches whose costs add up to no more than the budget, with at least one item each."""
+def _fitting(layers: Iterable[WeightedLayer], memory: float) -> list[list[WeightedLayer]]:
+    """The layers in consecutive batches, of at least one layer each, whose moments fit into this many bytes together."""
     batches: list[list[WeightedLayer]] = []
     left = 0.0
-    for item in items:
-        if not batches or cost(item) > left:
+    for layer in layers:
+        cost = 4 * layer.groups * columns_of(layer) ** 2
+        if not batches or cost > left:
             batches.append([])
-            left = budget
-        batches[-1].append(item)
-        left -= cost(item)
+            left = memory
+        batches[-1].append(layer)
+        left -= cost
     return batches

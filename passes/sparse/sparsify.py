@@ -20,7 +20,7 @@ from ..base import Context, Pass, PassResult, Refusal, check_field
 from ..common.processes import accelerator, agreed, broadcast_all, stored_program
 from ..common.repeat import Samples, run_code, sample, says_anew
 from ..common.scoring import evaluate
-from ..common.weights import WeightedLayer, check_included, layers
+from ..common.weights import WeightedLayer, check_included, layers, named_layers
 from ..train.callbacks import Zeroing
 from ..train.distill import Distill
 from ..train.trainee import Work
@@ -260,7 +260,7 @@ class Sparsify(Pass):
     ) -> dict[str, Any]:
         """Prune in place, in `recomputations` steps; returns a record. probed: number of gradients that were seen before."""
         stage: dict[str, Any] = {"method": self.method, "steps": []}
-        chosen = _named(program, names)
+        chosen = named_layers(program, names)
         gone = sum(int((fetch(program.module(), name) == 0).sum()) for name in names)
         start, seen = gone / sum(layer.size for layer in chosen), 0
         for step in range(1, self.recomputations + 1):
@@ -345,7 +345,7 @@ class Sparsify(Pass):
         """The record's rows for each layer, and the sparse weights with their patterns, which later passes keep."""
         rows, before = [], sparse_weights(program)
         patterns = {name: stronger(before.get(name), self.pattern) for name in names}
-        for layer in _named(program, names):
+        for layer in named_layers(program, names):
             why = not_accelerated(layer, patterns[layer.name], context)
             zero = fetch(program.module(), layer.name) == 0
             row: dict[str, Any] = {"what": layer.name, "kind": layer.kind, "shape": list(layer.shape)}
@@ -393,7 +393,3 @@ def _ends(program: Program, known: list[WeightedLayer]) -> dict[str, str]:
             if node in named and not beyond[node]:
                 result[named[node]] = what
     return result
-
-
-def _named(program: Program, names: list[str]) -> list[WeightedLayer]:
-    return [layer for layer in layers(program)[0] if layer.name in names]
