@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 def strict() -> bool:
@@ -40,6 +41,15 @@ class Contended(GraphcombError):
 
 class MissingBackend(GraphcombError):
     """An optional package is not installed; the message names the extra to install."""
+
+
+@contextmanager
+def named(place: str) -> Iterator[None]:
+    """A context whose errors name a place, such as a field of a recipe, before what they say."""
+    try:
+        yield
+    except GraphcombError as error:
+        raise type(error)(f"{place}: {error}") from error
 
 
 def in_a_line(error: BaseException, most: int = 200) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,15 +189,9 @@ def _torchvision() -> tuple[Any, Any]:
 
 
 def _file_loaders(train: Dataset[Any], val: Dataset[Any], batch_size: int, workers: int) -> Loaders:
-    common: dict[str, Any] = {
-        "num_workers": workers,
-        "persistent_workers": workers > 0,
-        "pin_memory": torch.cuda.is_available(),
-    }
-    return (
-        DataLoader(train, batch_size, shuffle=True, drop_last=True, **common),
-        DataLoader(val, batch_size, **common),
-    )
+    pinned = torch.cuda.is_available()
+    loader = partial(DataLoader, num_workers=workers, persistent_workers=workers > 0, pin_memory=pinned)
+    return loader(train, batch_size, shuffle=True, drop_last=True), loader(val, batch_size)
 
 
 def _loaders(

@@ -11,7 +11,7 @@ import torch
 
 from .data import cache_folder
 from .graph.compat import pytree
-from .graph.errors import BadInput, CaptureError, GraphcombError
+from .graph.errors import BadInput, CaptureError, named
 from .graph.program import Program, capture
 from .passes.base import Context
 from .passes.batch import adapted, split_batch
@@ -91,13 +91,11 @@ def _check_outputs(recipe: Recipe) -> None:
     """Raise the errors of export and engine builds that are known before anything is trained."""
     quantised = any(isinstance(pass_, Quantize) for pass_ in recipe.passes)
     for i, engine in enumerate(recipe.outputs.engines):
-        try:
+        with named(f"outputs.engines.{i}"):
             device = get_target(engine.target)
             options = engine_options(device.backend, engine.options.given())
             if options.dla is not None:
                 dla_core(device, options.dla, "int8" if quantised else recipe.precision)
-        except GraphcombError as error:
-            raise type(error)(f"outputs.engines.{i}: {error}") from error
     lowest = min(targets_of(recipe), key=lambda target: target.opset)
     if recipe.outputs.opset is not None and not LOWEST <= recipe.outputs.opset <= lowest.opset:
         limits = f"{LOWEST} is the lowest, and target {lowest.name} parses up to {lowest.opset}"

@@ -85,9 +85,7 @@ class Pipeline:
         Raises what a pass raises, and GraphcombError if a verification fails; the records so far remain in `out`.
         """
         context = (context or Context()).replaced("Pipeline.run", **fields)
-        context = context.replaced(
-            "Pipeline.run", teacher=context.teacher or program, progress=context.progress and is_main()
-        )
+        context.teacher, context.progress = context.teacher or program, context.progress and is_main()
         out, context.out = context.out, None
         store = None
         if out is not None:

@@ -28,7 +28,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
 from . import passes as library
-from .graph.errors import BadInput, GraphcombError, nearest
+from .graph.errors import BadInput, GraphcombError, named, nearest
 from .graph.hints import checked, field_hints
 from .passes.base import Pass
 from .runtime.engines.options import NAMES, EngineOptions
@@ -157,12 +157,10 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises a GraphcombError in one line that names the file and the path of the first wrong field.
     """
     tree = read_yaml(path)
-    try:
+    with named(str(path)):
         for text in overrides:
             override(tree, text)
         return parse_recipe(tree)
-    except GraphcombError as error:
-        raise type(error)(f"{path}: {error}") from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -335,9 +333,8 @@ def _spell_out(tree: dict[str, Any]) -> None:
             tree[name] = {"source": tree[name]}
     if isinstance(tree.get("passes"), list):
         steps = [{s: {}} if isinstance(s, str) else s for s in tree["passes"]]
-        tree["passes"] = [
-            {k: {} if v is None else v for k, v in s.items()} if isinstance(s, dict) else s for s in steps
-        ]
+        full = [{k: {} if v is None else v for k, v in s.items()} if isinstance(s, dict) else s for s in steps]
+        tree["passes"] = full
 
 
 def _index(items: list[Any], part: str, text: str) -> int:

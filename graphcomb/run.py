@@ -115,7 +115,6 @@ def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
         "latency_predicted": predicted[0]["before"] / predicted[-1]["after"] if predicted else None,
         "surgery_error": result.surgery_error,
         "onnx_parity": None,
-        "engine": None,
         "files": {},
         "cost": {"before": before, "after": after},
         "inputs": [list(a.shape) for a in job.program.args if isinstance(a, torch.Tensor)],

@@ -12,7 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 from . import data as builtin
-from .graph.errors import BadInput, GraphcombError, in_a_line, nearest
+from .graph.errors import BadInput, GraphcombError, in_a_line, named, nearest
 from .graph.program import Program, load
 
 
@@ -55,10 +55,8 @@ def load_model(spec: str, arguments: dict[str, Any] | None = None) -> torch.nn.M
     if spec.endswith(".pt2"):
         if arguments:
             raise BadInput("model: a .pt2 file takes no arguments")
-        try:
+        with named("model"):
             return load(spec)
-        except GraphcombError as error:
-            raise type(error)(f"model: {error}") from error
     if ":" not in spec:
         raise BadInput(f'model: "{spec}" is neither package.module:callable nor a .pt2 or .onnx file')
     model = call(spec, arguments or {}, "model")
@@ -86,10 +84,8 @@ def load_onnx(
     shapes = arguments.get("shapes", {})
     if set(arguments) - {"shapes"} or not isinstance(shapes, dict):
         raise BadInput("model: an .onnx file takes no arguments but shapes, {name of an input: [sizes]}")
-    try:
+    with named("model"):
         return from_onnx(spec, args, shapes=shapes, dynamic_shapes=dynamic_shapes, outputs=outputs)
-    except GraphcombError as error:
-        raise type(error)(f"model: {error}") from error
 
 
 def load_data(spec: str, arguments: dict[str, Any] | None = None) -> tuple[Any, Any]:

@@ -45,22 +45,8 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
 
 
 for command in (
-    run,
-    plan,
-    tune,
-    sensitivity,
-    comb,
-    export,
-    build,
-    bench,
-    predict,
-    bundle,
-    report,
-    source,
-    targets,
-    check,
-    demo,
-):
+    run, plan, tune, sensitivity, comb, export, build, bench, predict, bundle, report, source, targets, check, demo,
+):  # fmt: skip
     app.command()(command)
 
 
@@ -78,10 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # usage errors of the command-line library
             return _fail(error.format_message(), BAD_INPUT, debug)
-        text = (
-            f"unexpected {type(error).__name__}: {error} (graphcomb --debug {' '.join(arguments)} shows the traceback)"
-        )
-        return _fail(text, UNEXPECTED, debug)
+        again = f"graphcomb --debug {' '.join(arguments)} shows the traceback"
+        return _fail(f"unexpected {type(error).__name__}: {error} ({again})", UNEXPECTED, debug)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

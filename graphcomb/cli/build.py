@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from .arguments import SHAPE, read_sizes, read_values
-from .output import console, pass_gate
+from .output import console, pass_gate, save
 
 if TYPE_CHECKING:
     from ..runtime.devices.dla import Placement
@@ -43,7 +43,6 @@ def build(
 ) -> None:
     """Build an engine from an ONNX file for a target, and say what came out: what fuses, where kernels pad, memory."""
     from .. import runtime
-    from ..graph.files import write_json
     from ..runtime.devices.dla import dla_report
     from ..runtime.engines.base import UnparsedOp
     from ..runtime.onnx_file import check_model
@@ -67,8 +66,7 @@ def build(
         pass_gate([error])
     report = built.to_dict()
     baseline = choose(baselines, built.precision) if baselines else None
-    if json_:
-        write_json(json_, report, indent=2)
+    save(json_, report)
     show_engine(Engine.model_validate(report))
     if baseline is not None:
         pass_gate(compare(Build.model_validate(report), baseline))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .arguments import Arguments, Inputs, Quiet, read_sizes, read_values
-from .output import console
+from .output import console, save
 
 if TYPE_CHECKING:
     from ..runtime.export.to_onnx import OnnxReport
@@ -41,7 +41,6 @@ def export(
 ) -> None:
     """Write a model as an ONNX file for a target. The file is compared with the model in ONNX Runtime before it is kept."""
     from ..graph.errors import BadInput
-    from ..graph.files import write_json
     from ..runtime import export_onnx
     from .shapes import captured
 
@@ -52,8 +51,7 @@ def export(
         program, out, precision, opset, target, tolerance, progress=not quiet, keep_fp32=keep_fp32 or (),
         keep_io_types=keep_io_types,
     )  # fmt: skip
-    if json_:
-        write_json(json_, report.to_dict(), indent=2)
+    save(json_, report.to_dict())
     show_export(report)
 
 

@@ -8,14 +8,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .output import console
+from .output import console, save
 
 
 def targets(
     json_: Annotated[Path | None, typer.Option("--json", metavar="TARGETS.json", help="Write the table.")] = None,
 ) -> None:
     """List the targets with their precisions and peak rates, and how far graphcomb was tested for each."""
-    from ..graph.files import write_json
     from ..runtime.devices.table import EVIDENCE, TARGETS
 
     rows: list[dict[str, Any]] = []
@@ -29,8 +28,7 @@ def targets(
                 "dla": target.dla.cores if target.dla else 0, "evidence": target.evidence,
             }
         )  # fmt: skip
-    if json_:
-        write_json(json_, rows, indent=2)
+    save(json_, rows)
     table = Table("target", "board", "fp16 TFLOPS", "at most", "GB/s", "opset", "DLA", "tried")
     for row in rows:
         precision, most = max(row["tflops"].items(), key=lambda item: item[1])
@@ -47,12 +45,10 @@ def check(
     json_: Annotated[Path | None, typer.Option("--json", metavar="CHECK.json", help="Write what was found.")] = None,
 ) -> None:
     """Report this machine's processor, GPU, clocks and libraries, and what each can be used for. Changes nothing."""
-    from ..graph.files import write_json
     from ..runtime.measure.machine import examine
 
     findings = examine()
-    if json_:
-        write_json(json_, [finding.to_dict() for finding in findings], indent=2)
+    save(json_, [finding.to_dict() for finding in findings])
     table = Table("", "here", "what it means")
     for finding in findings:
         table.add_row(finding.what, finding.here or "none", finding.means)

@@ -6,12 +6,15 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from unicodedata import category
 
 import typer
 from rich.console import Console
 from rich.text import Text
+
+from ..graph.files import write_json
 
 BAD_INPUT, UNEXPECTED, WORSE, NO_FIGURE, INTERRUPTED = 2, 1, 1, 1, 130  # exit codes
 # Categories of warnings that are for developers, not for users.
@@ -42,6 +45,12 @@ console = Terminal(markup=False, emoji=False)  # names and lines of source code 
 def complain(kind: str, text: object) -> None:
     """Write one line to stderr."""
     print(f"{kind}: {printable(' '.join(str(text).split()))}", file=sys.stderr)
+
+
+def save(path: Path | None, value: Any) -> None:
+    """Write a value as JSON, if the user named a file for it."""
+    if path is not None:
+        write_json(path, value, indent=2)
 
 
 def pass_gate(worse: Sequence[object]) -> None:

@@ -96,6 +96,5 @@ def show_blocks(blocks: Sequence[Block]) -> None:
 
 def _short(count: int) -> str:
     """Format a number in at most eight characters; numbers below a million are exact."""
-    return next(
-        (f"{count / unit:.1f} {name}" for unit, name in ((1e9, "G"), (1e6, "M")) if count >= unit), f"{count:,}"
-    )
+    units = ((1e9, "G"), (1e6, "M"))
+    return next((f"{count / unit:.1f} {name}" for unit, name in units if count >= unit), f"{count:,}")

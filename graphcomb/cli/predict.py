@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..graph.errors import BadInput
 from .arguments import Arguments, Inputs, Shapes, read_sizes, read_values
-from .output import console
+from .output import console, save
 
 if TYPE_CHECKING:
     from ..runtime.summary import Predicted, Prediction
@@ -42,7 +42,6 @@ def predict(
     The prediction uses the device's data sheet, or is calibrated with measurements of bench bundles on the device.
     """
     from .. import runtime
-    from ..graph.files import write_json
     from ..runtime.summary import Prediction
     from .shapes import at_shapes, captured, check_names, example_batch, read_shapes, with_batch
 
@@ -68,8 +67,7 @@ def predict(
         if fixed and batch not in (None, fixed):
             raise BadInput(f"--batch {batch}: {model} has a fixed batch of {fixed}; capture it with a dynamic one")
     prediction = runtime.predict(programs, device, precision, roofline, batch or fixed or 1)
-    if json_:
-        write_json(json_, prediction, indent=2)
+    save(json_, prediction)
     show_prediction(Prediction.model_validate(prediction))
 
 
