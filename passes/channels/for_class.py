@@ -26,13 +26,11 @@ from ...graph.comb import axes as ax
 from ...graph.comb.axes import Axis, Factor
 from ...graph.comb.groups import FOLDED, Group
 from ...graph.comb.solve import Comb
-from ...graph.facts import MAPS, MATRIX_PRODUCTS
+from ...graph.facts import MAPS, MATRIX_PRODUCTS, names
 from ...graph.nodes import arguments, module_path, op_name, shape, source
 from .ties import Bundle, Ties, bundle
 
-SPLITS = frozenset(
-    "split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk unsafe_split_with_sizes".split()
-)
+SPLITS = names("split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk unsafe_split_with_sizes")
 PRODUCTS = {"scaled_dot_product_attention", *MATRIX_PRODUCTS}
 
 
@@ -136,12 +134,8 @@ def _equal(comb: Comb) -> Iterator[Equal]:
 def _pieces(comb: Comb, node: fx.Node) -> Iterator[Equal]:
     """The pieces of a split that are equally large."""
     d = arguments(node)["dim"] % len(shape(arguments(node)["self"]))
-    pieces: dict[int, list[Axis]] = defaultdict(list)
-    for axes in comb.axes[node]:
-        pieces[ax.size(axes[d])].append(axes[d])
-    for same in pieces.values():
-        if len(same) > 1:
-            yield Equal(same, node, "a class splits into equal pieces")
+    for same in _of_one_size([axes[d] for axes in comb.axes[node]]):
+        yield Equal(same, node, "a class splits into equal pieces")
 
 
 def _parts(comb: Comb, node: fx.Node) -> Iterator[Equal]:
@@ -161,9 +155,8 @@ def _projections(comb: Comb, node: fx.Node, heads: set[Factor]) -> Iterator[Equa
     for one, other in (sides, sides[::-1]):
         for monomial in ax.monomials(one):
             if any(a in heads for a in monomial) and ax.size(list(monomial)) == ax.size(other) > 1:
-                yield Equal(
-                    [list(monomial), other], node, "a class takes heads times their width for the width it reads"
-                )
+                text = "a class takes heads times their width for the width it reads"
+                yield Equal([list(monomial), other], node, text)
 
 
 def _head_counts(comb: Comb, heads: set[Factor]) -> Iterator[Equal]:
@@ -174,9 +167,13 @@ def _head_counts(comb: Comb, heads: set[Factor]) -> Iterator[Equal]:
             atoms = [a for a in ax.atoms(comb.axes[node]) if a in heads]
             found.setdefault(path, (node, {}))[1].update(dict.fromkeys(atoms))
     for node, counted in found.values():
-        by_size: dict[int, list[Axis]] = defaultdict(list)
-        for atom in counted:
-            by_size[atom.size].append([atom])
-        for same in by_size.values():
-            if len(same) > 1:
-                yield Equal(same, node, "a class has one number of heads in a layer")
+        for same in _of_one_size([[atom] for atom in counted]):
+            yield Equal(same, node, "a class has one number of heads in a layer")
+
+
+def _of_one_size(axes: list[Axis]) -> Iterator[list[Axis]]:
+    """Yield the axes of each size that several of them have."""
+    by_size: dict[int, list[Axis]] = defaultdict(list)
+    for axis in axes:
+        by_size[ax.size(axis)].append(axis)
+    yield from (same for same in by_size.values() if len(same) > 1)

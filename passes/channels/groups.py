@@ -11,14 +11,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import fx
 
 from ...graph.comb import axes as ax
-from ...graph.comb.axes import Axis, Factor
+from ...graph.comb.axes import Factor
 from ...graph.comb.groups import Group
 from ...graph.comb.solve import Comb
 from ...graph.errors import BadInput, Refused
@@ -28,16 +28,9 @@ from ...graph.program import Program
 from ...graph.sparse import sparse_weights
 from ..common.weights import selected
 
-PRIORITY = {
-    "head": 0,
-    "group": 1,
-    "channel": 2,
-    "hidden": 2,
-    "head width": 3,
-    "token": 4,
-    "multiplier": 5,
-    "constant": 6,
-}
+PRIORITY = {  # by kind; of the factors of a product the lowest shrinks
+    "head": 0, "group": 1, "channel": 2, "hidden": 2, "head width": 3, "token": 4, "multiplier": 5, "constant": 6,
+}  # fmt: skip
 
 
 def movable(comb: Comb, kinds: Iterable[str], include: Iterable[str] = (), exclude: Iterable[str] = ()) -> list[Group]:
@@ -114,22 +107,17 @@ def _nearest(pattern: str, known: list[str]) -> str:
 def products(comb: Comb) -> dict[Factor, set[Factor]]:
     """For every atom, the atoms that it is multiplied with in an axis of a parameter."""
     partners: dict[Factor, set[Factor]] = defaultdict(set)
-    for axis in _distinct(comb):
-        for monomial in ax.monomials(axis):
-            for atom in monomial:
-                partners[atom].update(m for m in monomial if m is not atom)
+    for monomial in _monomials(comb):
+        for atom in monomial:
+            partners[atom].update(m for m in monomial if m is not atom)
     return partners
 
 
-def _distinct(comb: Comb) -> list[Axis]:
-    """The different axes of the parameters."""
-    seen: dict[tuple[int, ...], Axis] = {}
-    for axes in comb.parameters.values():
-        for axis in axes:
-            normal = ax.normal(axis)
-            if normal:
-                seen.setdefault(tuple(id(f) for f in normal), normal)
-    return list(seen.values())
+def _monomials(comb: Comb) -> Iterator[tuple[Factor, ...]]:
+    """Yield the products of atoms in the axes of parameters; an axis that several parameters have is looked at once."""
+    axes = [ax.normal(axis) for axes in comb.parameters.values() for axis in axes]
+    for axis in {tuple(map(id, axis)): axis for axis in axes if axis}.values():
+        yield from ax.monomials(axis)
 
 
 def steps(comb: Comb, groups: list[Group], alignment: int) -> dict[Factor, int]:
@@ -138,10 +126,9 @@ def steps(comb: Comb, groups: list[Group], alignment: int) -> dict[Factor, int]:
     result = {g.atom: 1 for g in groups}
     if alignment == 1:
         return result
-    for axis in _distinct(comb):
-        for monomial in ax.monomials(axis):
-            for atom in monomial:
-                if atom in result:
-                    rest = math.prod(m.size for m in monomial if m is not atom)
-                    result[atom] = math.lcm(result[atom], alignment // math.gcd(alignment, rest))
+    for monomial in _monomials(comb):
+        for atom in monomial:
+            if atom in result:
+                rest = math.prod(m.size for m in monomial if m is not atom)
+                result[atom] = math.lcm(result[atom], alignment // math.gcd(alignment, rest))
     return result

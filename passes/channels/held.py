@@ -8,7 +8,6 @@ differ from removal; such groups stay whole, with the reason. Source: ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,8 +89,7 @@ class HeldPruner(Pruner):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # type: ignore[override]
         super().load_state_dict(state)
-        self._zeros = list(self._columns())
-        self.hold(self.own)
+        self._hold_columns()
 
     def _smaller(self, module: TrainableModule) -> TrainableModule:
         """A copy of a module of the original's shapes, without what the masks remove."""
@@ -101,8 +99,7 @@ class HeldPruner(Pruner):
         if self.repair is not None:
             with torch.no_grad():
                 self._take_back(super()._surgery(module, old).module, self.own)
-        self._zeros = list(self._columns())
-        self.hold(self.own)
+        self._hold_columns()
 
     def _take_back(self, smaller: TrainableModule, module: TrainableModule) -> None:
         """Write the tensors of a smaller network to their places in a module of the original's shapes."""
@@ -112,7 +109,11 @@ class HeldPruner(Pruner):
             dims = [np.flatnonzero(kept.get(name, {}).get(d, np.ones(n, dtype=bool))) for d, n in enumerate(full.shape)]
             full[tuple(torch.from_numpy(i).to(full.device) for i in np.ix_(*dims))] = value.to(full.device)
 
-    def _columns(self) -> Iterator[tuple[str, int, torch.Tensor]]:
-        for name, dim, tap in self._gates.parameters:
-            if ax.touches(tap.axes[0], self.masks):
-                yield name, dim, torch.from_numpy(np.flatnonzero(~ax.kept_mask(tap.axes[0], self.masks)))
+    def _hold_columns(self) -> None:
+        """Hold at zero the columns that read what the masks remove."""
+        self._zeros = [
+            (name, dim, torch.from_numpy(np.flatnonzero(~ax.kept_mask(tap.axes[0], self.masks))))
+            for name, dim, tap in self._gates.parameters
+            if ax.touches(tap.axes[0], self.masks)
+        ]
+        self.hold(self.own)

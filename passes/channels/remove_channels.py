@@ -192,9 +192,8 @@ class RemoveChannels(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         if self.train is not None:
-            pruner = self.pruner(
-                program, context, total_steps(self.train, context.batches, "RemoveChannels.train", Feed(program))
-            )
+            steps = total_steps(self.train, context.batches, "RemoveChannels.train", Feed(program))
+            pruner = self.pruner(program, context, steps)
             return self.concluded(pruner, *pruner.train(self.train))
         task = self._task(program, context)
         losses: Losses | None = None

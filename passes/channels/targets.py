@@ -273,9 +273,8 @@ class Chooser:
             if g.atom in sizes or not beyond
         ]
         how = f"alignment {self.target.alignment} and min_channels {self.target.min_channels}"
-        if beyond:
-            return f"no size that was removed would fit back, with {how}: {some(steps)}"
-        return f"nothing more can go, with {how}: {some(steps)}"
+        what = "no size that was removed would fit back" if beyond else "nothing more can go"
+        return f"{what}, with {how}: {some(steps)}"
 
 
 class SharedChooser:

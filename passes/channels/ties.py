@@ -40,9 +40,8 @@ def bundle(groups: Iterable[Group], minimum: int, why: str) -> Bundle:
     least = max(math.ceil(max(g.least, min(minimum, g.size)) * steps / g.size) for g in groups)
     members = [member for g in groups for member in g.members]
     name = groups[0].name if len(groups) == 1 else f"{groups[0].name} (and {len(groups) - 1} tied to it)"
-    return Bundle(
-        replace(groups[0], name=name, size=steps, members=members, atom=Factor(steps), least=least), groups, why
-    )
+    whole = replace(groups[0], name=name, size=steps, members=members, atom=Factor(steps), least=least)
+    return Bundle(whole, groups, why)
 
 
 @dataclass(frozen=True)

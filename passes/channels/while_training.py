@@ -131,9 +131,8 @@ class Pruner(Callback):
             return None
         if self.importance in TRANSFORMS and not self._labelled:
             return self._by_magnitude(0, module)
-        return self._event(
-            0, module, importance_of(self.importance)(self.comb, self.groups, self.context, self.samples)
-        )
+        scores = importance_of(self.importance)(self.comb, self.groups, self.context, self.samples)
+        return self._event(0, module, scores)
 
     def training_context(self, module: TrainableModule) -> AbstractContextManager[Any]:
         if self.importance not in TRANSFORMS or len(self.log) == len(self.events):
@@ -233,10 +232,8 @@ class Pruner(Callback):
         self._same_everywhere(new)
         lost = {g.name: self._lost(g, old, new) for g in self.groups if new.get(g.atom) is not old.get(g.atom)}
         cost = self.comb.cost({atom: int(mask.sum()) for atom, mask in new.items()})
-        by = importance or plain(self.importance)
-        self.log.append(
-            {"step": done, "removed": lost, "importance": by, "macs": cost["macs"], "params": cost["params"]}
-        )
+        entry = {"step": done, "removed": lost, "importance": importance or plain(self.importance)}
+        self.log.append(entry | {key: cost[key] for key in ("macs", "params")})
         self.masks = new
         self._restart()
         return self._surgery(module, old) if lost else None

@@ -123,10 +123,8 @@ def gated_attention(a: dict[str, Any], gates: dict[int, Tensor]) -> Tensor:
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=gate.dtype, device=gate.device).masked_fill(~mask, -math.inf)
     mask = gate.log().expand(n, m) if mask is None else mask.to(gate.dtype) + gate.log()
-    q, k, v = a["query"], a["key"], a["value"]
-    return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=a.get("scale"), enable_gqa=a.get("enable_gqa", False)
-    )
+    options = {"attn_mask": mask, "scale": a.get("scale"), "enable_gqa": a.get("enable_gqa", False)}
+    return torch.nn.functional.scaled_dot_product_attention(a["query"], a["key"], a["value"], **options)
 
 
 STATISTICS: dict[str, Callable[[dict[str, Any], dict[int, Tensor]], Any]] = {

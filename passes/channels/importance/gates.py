@@ -180,11 +180,9 @@ class Gates:
                     f"importance from gradients: {name} was frozen during training (requires_grad=False), so what it reads "
                     "would score 0; freeze it before training begins, or after the last removal"
                 )
-        parameters = [
-            (name, dim, tap) for name, dim, tap in self.parameters if fetch(self.module, name).grad is not None
-        ]
-        tensors = [fetch(self.module, name) for name, _, _ in parameters]
-        sums = weighted_sums([(t.detach(), t.grad, [dim]) for t, (_, dim, _) in zip(tensors, parameters, strict=True)])
+        known = [(fetch(self.module, name), dim, tap) for name, dim, tap in self.parameters]
+        parameters = [(tensor, dim, tap) for tensor, dim, tap in known if tensor.grad is not None]
+        sums = weighted_sums([(tensor.detach(), tensor.grad, [dim]) for tensor, dim, _ in parameters])
         for (_, dim, tap), values in zip(parameters, sums, strict=True):
             self._fold(tap.axes[0], values[dim] * tap.share, tap.atoms, totals)
         taps = [tap for _, _, tap in self.reads] + [tap for _, tap in self.moments]
@@ -262,9 +260,7 @@ def _watching(gates: Gates, tap: Tap, moments: Moments, node: fx.Node) -> Callab
         def pull(gradient: Tensor, which: int | None) -> None:
             x = a[key]
             with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-                ones = {
-                    d: torch.ones(x.shape[d], dtype=x.dtype, device=x.device, requires_grad=True) for d in moments.dims
-                }
+                ones = {d: x.new_ones(x.shape[d], requires_grad=True) for d in moments.dims}
                 again = moments.function(a, ones)
                 again = again if which is None else again[which]
                 tap.add(torch.autograd.grad(again, list(ones.values()), _wide(gradient).to(again.dtype)))

@@ -102,7 +102,9 @@ def magnitude(comb: Comb, groups: list[Group], context: Context, samples: int = 
 
 def relative_norms(comb: Comb, groups: list[Group], module: torch.nn.Module, masks: ax.Masks) -> Scores:
     """`magnitude` of a network that has lost what the masks remove."""
-    scales = {str(n.target) for n in _norm_scales(comb)}
+    norms = [n for n in comb.module.graph.nodes if op_name(n) in (*NORMS, "batch_norm")]
+    weights = [arguments(n).get("weight") for n in norms]
+    scales = {str(w.target) for w in weights if isinstance(w, torch.fx.Node) and w.op == "get_attr"}
     strong: dict[Factor, list[np.ndarray]] = defaultdict(list)
     weak: dict[Factor, list[np.ndarray]] = defaultdict(list)
     for name, sums in Members(comb, (g.atom for g in groups), masks).sums(module, gradients=False):
@@ -116,14 +118,6 @@ def relative_norms(comb: Comb, groups: list[Group], module: torch.nn.Module, mas
         norms = strong.get(group.atom) or weak.get(group.atom)
         result[group.atom] = np.mean(norms, axis=0) if norms else np.ones(group.size)
     return result
-
-
-def _norm_scales(comb: Comb) -> Iterable[torch.fx.Node]:
-    for node in comb.module.graph.nodes:
-        if op_name(node) in (*NORMS, "batch_norm"):
-            weight = arguments(node).get("weight")
-            if isinstance(weight, torch.fx.Node) and weight.op == "get_attr":
-                yield weight
 
 
 def random(comb: Comb, groups: list[Group], context: Context, samples: int = 0) -> Scores:
@@ -154,9 +148,8 @@ def from_gradients(importance: str) -> Importance:
         gradients = GradientScores(importance, comb, groups, None, module)
         sums = {g.atom: np.zeros(g.size) for g in groups}
         count = everywhere(lambda: _add_up(sums, gradients, comb, context, samples, importance == UNLABELLED))
-        total = (
-            summed(torch.from_numpy(np.concatenate([[count], *sums.values()])).to(accelerator().device)).cpu().numpy()
-        )
+        mine = torch.from_numpy(np.concatenate([[count], *sums.values()])).to(accelerator().device)
+        total = summed(mine).cpu().numpy()
         if not total[0]:
             raise BadInput("importance from gradients: the data yields no batch")
         parts = np.split(total[1:] / total[0], np.cumsum([len(values) for values in sums.values()])[:-1])
