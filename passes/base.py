@@ -111,10 +111,8 @@ class PassResult:
     masked: Program | None = None
 
     def __post_init__(self) -> None:
-        for key in ("changed", "refused"):
-            if key in self.record:
-                rows = self.record[key]
-                self.record[key] = [r.row() if isinstance(r, (Change, Refusal)) else r for r in rows]
+        for key in {"changed", "refused"} & self.record.keys():
+            self.record[key] = [r.row() if isinstance(r, (Change, Refusal)) else r for r in self.record[key]]
 
     def transplant(self, model: nn.Module) -> nn.Module:
         """The user's class with smaller weights: a deep copy of the module that was captured, with the same parameter
@@ -158,8 +156,7 @@ class Options:
 
     def options(self) -> dict[str, Any]:
         """The recipe options by name, JSON-able."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: plain(value) for name, value in values.items()}
+        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
 def plain(value: Any) -> Any:

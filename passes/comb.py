@@ -13,9 +13,9 @@ class Comb(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         solved = Solver(program)
-        groups = [{"name": g.name, "kind": g.kind, "size": g.size, "members": len(g.members)} for g in solved.groups]
+        free = [g for g in solved.groups if g.frozen is None]
         record = {
-            "groups": [row for row, g in zip(groups, solved.groups, strict=True) if g.frozen is None],
+            "groups": [{"name": g.name, "kind": g.kind, "size": g.size, "members": len(g.members)} for g in free],
             "refused": [Refusal(g.name, g.frozen, {"kind": g.kind, "size": g.size}) for g in solved.groups if g.frozen],
             "prunable_share": solved.coverage(),
         }

@@ -127,10 +127,8 @@ class PruneDepth(Pass):
         if self.latency is not None:
             allowed_seconds(self.latency, 1.0, "PruneDepth")
         check_least(self)
-        both = self.repair and self.train is not None
-        check_field(
-            self, "repair", not both, "false with `train`, in which blocks fade; train what comes out with Distill"
-        )
+        says = "false with `train`, in which blocks fade; train what comes out with Distill"
+        check_field(self, "repair", not self.repair or self.train is None, says)
         check_field(self, "share", 0 < self.share <= 1, "a share of the training steps, above 0 to 1")
         for key in ("supernet_steps", "generations"):
             check_field(self, key, getattr(self, key) >= 0, "at least 0")
@@ -172,18 +170,13 @@ class PruneDepth(Pass):
     ) -> PassResult:
         """Stage 4, and the result."""
         result, merged = self.merge(pruned, context)
-        error = max(
-            record["train"].get("error") or 0.0, merged.get("error", 0.0)
-        )  # the result's, against what was trained
+        # The error is the result's, against what was trained.
+        error = max(record["train"].get("error") or 0.0, merged.get("error", 0.0))
         record["merge"] = merged | {"error": error}
-        record["changed"] = [
-            Change(
-                b.name,
-                {"kind": b.kind, "form": "left out" if b.dropped else "merged"}
-                | {"saves_macs": b.saves, "saves_kernels": b.kernels},
-            )
-            for b in chosen
-        ]
+        record["changed"] = []
+        for b in chosen:
+            forms = {"kind": b.kind, "form": "left out" if b.dropped else "merged"}
+            record["changed"].append(Change(b.name, forms | {"saves_macs": b.saves, "saves_kernels": b.kernels}))
         return PassResult(result, record)
 
     # ----------------------------------------------------------------------------------------------------- what to prune
@@ -361,9 +354,7 @@ class PruneDepth(Pass):
         """The callback that fades the blocks in a training run of this many steps."""
         steps = max(1, round(self.share * total)) if self.ablation.fading else 0
         stays = self._training().features > 0
-        return Fading(
-            program, blocks, self.progress, steps, stays, seed, tail=self.ablation.tail, fitted=self.ablation.fitted
-        )
+        return Fading(program, blocks, self.progress, steps, stays, seed, self.ablation.tail, self.ablation.fitted)
 
     def _relaxed(self, program: Program, blocks: Sequence[Block], settled: bool = False) -> Program:
         return relax(program, blocks, settled, self._tail, self.ablation.fitted)

@@ -166,9 +166,7 @@ class _Relaxer:
         normed = self._batch_norm(value, channel_axis(self.graph, value), None)
         if op_name(act) != "prelu":
             return self._call(act.target, normed, *act.args[1:], **act.kwargs)
-        slopes = fetch(
-            self.module, str(arguments(act)["weight"].target)
-        ).detach()  # one for each channel inside the block
+        slopes = fetch(self.module, str(arguments(act)["weight"].target)).detach()  # one for each channel of the block
         slope = self.edit.store(f"{self.folder}.slope", torch.nn.Parameter(slopes.mean().reshape(1)))
         return self._call(act.target, normed, slope)
 

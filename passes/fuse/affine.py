@@ -237,9 +237,8 @@ class Kernel:
         for kernel in (self, other):
             g = kernel.geometry
             taps = []  # for each dimension, where this kernel's taps lie in the common kernel
-            for offset, step, count, dilation in zip(
-                g.offsets(left), g.steps(), g.extent, result.dilation, strict=True
-            ):
+            dims = zip(g.offsets(left), g.steps(), g.extent, result.dilation, strict=True)
+            for offset, step, count, dilation in dims:
                 first, apart = offset // dilation, max(step // dilation, 1)
                 taps.append(slice(first, first + (count - 1) * apart + 1, apart))
             total[(slice(None), slice(None), *taps)] += kernel.regrouped(result.groups)

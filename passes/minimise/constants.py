@@ -21,6 +21,8 @@ from ...graph.facts import (
     CONVS,
     COPIES,
     JOINS,
+    MAPS,
+    MATRIX_PRODUCTS,
     PADS,
     PARTS,
     TRANSPOSED_CONVS,
@@ -54,12 +56,7 @@ MEANS = ADAPTIVE_MEANS | names(  # sums with non-negative weights
     "upsample_bilinear2d upsample_trilinear3d"
 )
 MAXIMA = names("amax max_pool1d max_pool2d max_pool3d")
-PRODUCTS = {
-    "linear": ("input", "weight"),
-    "matmul": ("self", "other"),
-    "mm": ("self", "mat2"),
-    "bmm": ("self", "mat2"),
-} | dict.fromkeys((*CONVS, *TRANSPOSED_CONVS), ("input", "weight"))
+PRODUCTS = {name: MATRIX_PRODUCTS[name] for name in ("matmul", "mm", "bmm")} | dict.fromkeys(MAPS, ("input", "weight"))
 UNSET = names("empty empty_like new_empty empty_strided")
 STILL = COPIES | names("scaled_dot_product_attention")  # operators that are random in training alone
 SAME = 1e-12  # relative difference that rounding in float64 may cause between positions of one constant

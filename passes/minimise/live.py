@@ -102,9 +102,8 @@ class Liveness:
         """Find the reads, and trace what the outputs need back to a fixed point."""
         atoms: dict[Factor, None] = dict.fromkeys(g.atom for g in self.groups)
         reads, moments = find_reads(self.comb, atoms)
-        places = [(o.source, o.dim) for r in reads for o in r.operands] + [
-            (m.source, d) for m in moments for d in m.dims
-        ]
+        places = [(o.source, o.dim) for r in reads for o in r.operands]
+        places += [(m.source, d) for m in moments for d in m.dims]
         constants = Constants(self.comb.program).over(places)
         uses = uses_of(self.comb.module)
         for read in reads:
@@ -205,10 +204,9 @@ class Liveness:
                     wanted[atom] |= counts > 0
                     needed[atom] += 1
             uneven = live & layer.known & np.isnan(layer.constant)
-            reasons.append(
-                (layer.columns, uneven, f"its constant is not the same at all positions of {source(layer.node)}")
-            )
             steady = live & np.isfinite(layer.constant) & ~layer.exempt
+            why = f"its constant is not the same at all positions of {source(layer.node)}"
+            reasons.append((layer.columns, uneven, why))
             reasons.append((layer.columns, steady, f"its constant is not zero, and {layer.refuses}"))
         for axis, where, why in reasons:
             for atom, counts in _folded(axis, where).items():
@@ -229,25 +227,16 @@ def _folded(axis: Axis, where: np.ndarray) -> dict[Factor, np.ndarray]:
 def _layer(comb: Comb, node: fx.Node, uses: dict[int, int], known: Tensor, constant: Tensor) -> LayerRead:
     a, name = arguments(node), op_name(node)
     weight = fetch(comb.module, str(a["weight"].target)).detach().double()
-    groups, last = a.get("groups", 1), name == "linear"
+    by_group = weight.unflatten(0, (a.get("groups", 1), -1))
     if name in TRANSPOSED_CONVS:  # (in, out / groups, *kernel)
-        by_group = weight.unflatten(0, (groups, -1)).transpose(1, 2)
-    else:
-        by_group = weight.unflatten(0, (groups, -1))
+        by_group = by_group.transpose(1, 2)
     by_group = by_group.flatten(3) if by_group.dim() > 3 else by_group[..., None]
     takes, sign, refuses = _takes(comb, node, uses)
+    channels = -1 if name == "linear" else 1
     return LayerRead(
-        node,
-        (by_group != 0).any(3).cpu().numpy(),
-        comb.axes[node][-1 if last else 1],
-        comb.axes[a["input"]][-1 if last else 1],
-        by_group.sum(3),
-        takes,
-        sign,
-        refuses,
-        known.cpu().numpy(),
-        constant.cpu().numpy(),
-    )
+        node, (by_group != 0).any(3).cpu().numpy(), comb.axes[node][channels], comb.axes[a["input"]][channels],
+        by_group.sum(3), takes, sign, refuses, known.cpu().numpy(), constant.cpu().numpy(),
+    )  # fmt: skip
 
 
 def _takes(comb: Comb, node: fx.Node, uses: dict[int, int]) -> tuple[str | None, int, str]:

@@ -93,9 +93,7 @@ class Minimise(Pass):
         error = equivalence(program, result.program, seed=context.seed)
         # A removal that no weights could make visible is right, too: what was removed had no path to the outputs.
         if verdict.disagreements or not verdict.error <= TOLERANCE or not error <= tolerance:
-            why = (
-                verdict.disagreements[0] if verdict.disagreements else f"it is {error:.1e} off the program that went in"
-            )
+            why = next(iter(verdict.disagreements), f"it is {error:.1e} off the program that went in")
             raise GraphcombError(f"Minimise: the result is not the same network ({why}); a bug of graphcomb")
         return {
             "verified": {"oracle": "absence oracle", "error": verdict.error, "tolerance": TOLERANCE},
@@ -121,11 +119,8 @@ def _examine(comb: Comb) -> tuple[Liveness, list[Refusal]]:
         for reader, where in left.get(group.atom, {}).items():
             refuse(group, reader, int(where.sum()))
         if group.atom in live.forced:
-            refuse(
-                group,
-                f"nothing needs what it computes, but an operator needs {group.least} of its indices",
-                live.forced[group.atom],
-            )
+            text = f"nothing needs what it computes, but an operator needs {group.least} of its indices"
+            refuse(group, text, live.forced[group.atom])
     return live, refused
 
 

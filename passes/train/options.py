@@ -42,10 +42,9 @@ class Training(Options):
         check_field(self, "epochs", self.epochs >= 1, "at least 1")
         check_field(self, "steps", self.steps is None or self.steps >= 1, "at least 1, or null")
         check_field(self, "lr", self.lr > 0, "above 0")
-        check_field(self, "weight_decay", self.weight_decay >= 0, "at least 0")
         check_field(self, "warmup", 0 <= self.warmup <= 1, "a share of the steps, 0 to 1")
-        check_field(self, "clip", self.clip >= 0, "at least 0")
-        check_field(self, "checkpoint_every", self.checkpoint_every >= 0, "at least 0")
+        for key in ("weight_decay", "clip", "checkpoint_every"):
+            check_field(self, key, getattr(self, key) >= 0, "at least 0")
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
