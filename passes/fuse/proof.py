@@ -10,7 +10,7 @@ from torch import fx
 from ...graph.nodes import shape
 from ...graph.program import Program
 from ...graph.verify.evaluate import Evaluator, double_weights, evaluated, invoke, random_inputs, relative_error
-from .affine import Kernel
+from .merge_kernels import Kernel
 from .parts import Values
 from .plan import Merge
 from .regions import constant_value

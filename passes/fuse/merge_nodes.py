@@ -1,4 +1,5 @@
-"""Merging done in a graph: the merged map replaces the layer with the most weights, and the other nodes are erased."""
+"""The nodes of merged layers: in the graph, the merged map (`merge_kernels`) replaces the layer with the most weights, and
+the other nodes are erased."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from ...graph.program import Program
 from ...graph.sparse import sparse_weights
 from ...graph.trainable import TrainableModule
 from ...graph.verify.evaluate import to_double
-from .affine import Kernel, operator
+from .merge_kernels import Kernel, operator
 from .parts import Sum, Values, kernel_of, map_of_branches
 from .plan import Merge, Planner
 from .proof import TOLERANCE, Proof, merge_error, prove, random_values
