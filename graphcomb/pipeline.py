@@ -24,7 +24,6 @@ from .runtime.formats import read
 from .runtime.summary import Record
 from .store import Store, is_main
 
-SURGERY_TOLERANCE = 1e-10  # an exact surgery differs from the oracle by float64 rounding only
 ACCURACY = ("accuracy", "training accuracy")  # metrics whose values are shares
 EXACT_TOLERANCE = 1e-5  # merged weights are rounded to float32 when they are stored
 
@@ -152,7 +151,7 @@ def verification(pass_: Pass, program: Program, result: PassResult, seed: int) -
             raise GraphcombError(
                 f"{type(pass_).__name__}: something was removed and no output changed, so the surgery is not proven"
             )
-        verified = {"oracle": "absence oracle", "error": verdict.error, "tolerance": SURGERY_TOLERANCE}
+        verified = {"oracle": "absence oracle", "error": verdict.error, "tolerance": verify.TOLERANCE}
         return verified | ({"why": f" ({verdict.disagreements[0]})"} if verdict.disagreements else {})
     if pass_.exact:
         error, tolerance = verify.equivalence(program, result.program, seed=seed), EXACT_TOLERANCE

@@ -142,12 +142,7 @@ class Selection:
                     grown = True
 
     def by_count(
-        self,
-        groups: list[Group],
-        scores: Scores,
-        ratio: float,
-        share: float = 1.0,
-        among: list[Group] | None = None,
+        self, groups: list[Group], scores: Scores, ratio: float, share: float = 1.0, among: list[Group] | None = None
     ) -> bool:
         """Remove the least important chunks of all groups together until `share` of `ratio` of all indices is gone, or
         until the next chunk would exceed the ratio. Returns False if there was no chunk left before that, else True.

@@ -100,7 +100,8 @@ def _why_left(merger: Merger, norm: fx.Node) -> str:
         if op_name(user) in MAPS and user.args[0] is norm:
             reasons.append(f"batch_norm before linear map: {_between(merger, norm, user)}")
     reasons += [f.why for f in merger.failed.values() if norm in f.members]
-    return "; ".join(reasons) or _surroundings(norm)
+    after = ", ".join(op_name(u) for u in norm.users)
+    return "; ".join(reasons) or f"no linear layer next to it ({op_name(before)} -> batch_norm -> {after})"  # type: ignore[arg-type]
 
 
 def _between(merger: Merger, first: fx.Node, second: fx.Node) -> str:
@@ -125,8 +126,3 @@ def _between(merger: Merger, first: fx.Node, second: fx.Node) -> str:
 def _label(norm: fx.Node) -> str:
     mean = arguments(norm)["running_mean"]
     return str(mean.target).removesuffix(".running_mean") if mean is not None else norm.name
-
-
-def _surroundings(norm: fx.Node) -> str:
-    before, after = norm.args[0], ", ".join(op_name(u) for u in norm.users)
-    return f"no linear layer next to it ({op_name(before)} -> batch_norm -> {after})"  # type: ignore[arg-type]

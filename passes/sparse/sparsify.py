@@ -118,7 +118,7 @@ class Sparsify(Pass):
             raise BadInput(f"Sparsify: give one of sparsity, pattern and schedule, not {' and '.join(targets)}")
         if not targets:
             object.__setattr__(self, "sparsity", 0.5)
-        require("sparsity", self.sparsity is None or _is_share(self.sparsity), "a share above 0 and under 1")
+        require("sparsity", self.sparsity is None or 0 < self.sparsity < 1, "a share above 0 and under 1")
         for key in ("block", "gradients", "recomputations"):
             require(key, getattr(self, key) >= 1, "a whole number of at least 1")
         if self.pattern is not None:
@@ -141,7 +141,7 @@ class Sparsify(Pass):
             starts, shares = zip(*self.schedule, strict=True)
             require("schedule", min(starts) >= 0, "whole epochs, from 0")
             require("schedule", list(starts) == sorted(set(starts)), "rising epochs")
-            require("schedule", all(_is_share(share) for share in shares), "shares above 0 and under 1")
+            require("schedule", all(0 < share < 1 for share in shares), "shares above 0 and under 1")
             require("schedule", list(shares) == sorted(set(shares)), "rising sparsities")
             if self.train is None or self.train.steps is not None or self.train.epochs <= starts[-1]:
                 raise BadInput(
@@ -163,10 +163,7 @@ class Sparsify(Pass):
             new = self._gradual(new, names, context, stages, probed)
         elif names:
             stages.append(self._prune(new, names, self.sparsity, context, probed))
-        if self.pattern:
-            self._prove(new, names, self.pattern)
-        record = {"refused": refused, "stages": stages, "permuted": moved}
-        return PassResult(new, record | self._report(new, names, context))
+        return self._result(new, names, context, {"refused": refused, "stages": stages, "permuted": moved})
 
     def in_loop(self, program: Program, context: Context, steps: int, own: TrainableModule | None) -> Work:
         """The pass's work in the user's training loop: before the first step, or at the schedule's epochs as shares of all
@@ -188,18 +185,17 @@ class Sparsify(Pass):
             return {name: fetch(module, name).detach() == 0 for name in names}
 
         def conclude(trained: Program) -> PassResult:
-            if self.pattern:
-                self._prove(trained, names, self.pattern)
-            record = {"refused": refused, "stages": stages, "permuted": []}
-            return PassResult(trained, record | self._report(trained, names, context))
+            return self._result(trained, names, context, {"refused": refused, "stages": stages, "permuted": []})
 
         loss = None if self.train is None else self.train.loss_in_loop(program, context)
         return Work([Zeroing(events if names else {}, prune)], conclude, loss)
 
-    def _prove(self, program: Program, names: list[str], pattern: str) -> None:
+    def _result(self, program: Program, names: list[str], context: Context, record: dict[str, Any]) -> PassResult:
+        """The result, of which every weight is proven to have the pattern."""
         for name in names:
-            if not legal(fetch(program.module(), name), pattern):
-                raise Refused(f"Sparsify: {self.method} left {name} without the pattern {pattern}; this is a bug")
+            if self.pattern and not legal(fetch(program.module(), name), self.pattern):
+                raise Refused(f"Sparsify: {self.method} left {name} without the pattern {self.pattern}; this is a bug")
+        return PassResult(program, record | self._report(program, names, context))
 
     # -------------------------------------------------------------------------------------------------- which layers
     def choose(self, program: Program, context: Context) -> tuple[list[str], list[Refusal]]:
@@ -352,11 +348,6 @@ class Sparsify(Pass):
             row |= {"sparsity": float(zero.float().mean()), "accelerated": why is None}
             rows.append(row | ({"why_not": why} if why else {}))
         return {"changed": rows, "sparse": patterns}
-
-
-# ---------------------------------------------------------------------------------------------------------- the options
-def _is_share(value: float) -> bool:
-    return 0 < value < 1
 
 
 # ----------------------------------------------------------------------------------------------------------- the layers

@@ -59,12 +59,13 @@ def _wanted(program: Program, at: Sequence[str]) -> list[fx.Node]:
 
 
 def _residual(node: fx.Node) -> bool:
-    terms = [node.args[0], node.args[1]]
-    computed = all(isinstance(t, fx.Node) and t.op == "call_function" for t in terms)
-    return computed and all(
-        isinstance(t.meta["val"], torch.Tensor) and len(shape(t)) > 2 and shape(t) == shape(node)  # type: ignore[union-attr, arg-type]
-        for t in terms
-    )
+    def fits(term: Any) -> bool:
+        computed = (
+            isinstance(term, fx.Node) and term.op == "call_function" and isinstance(term.meta["val"], torch.Tensor)
+        )
+        return computed and len(shape(term)) > 2 and shape(term) == shape(node)
+
+    return fits(node.args[0]) and fits(node.args[1])
 
 
 def matching_features(teacher: Program, student: Program, at: Sequence[str] = ()) -> tuple[Kept, list[Refusal]]:

@@ -83,6 +83,9 @@ def _reads_of(comb: Comb, node: fx.Node, wanted: dict[Factor, None]) -> tuple[li
     def atoms(axis: Axis) -> frozenset[Factor]:
         return frozenset(atom for atom in ax.atoms([axis]) if atom in wanted)
 
+    def operand(key: str, dim: int) -> Operand:
+        return Operand(a[key], key, None, dim % len(shape(a[key])))
+
     def read(*operands: Operand, of: Axis | None = None, share: float = 1.0) -> Read:
         first = operands[0]
         return Read(node, operands, atoms(comb.axes[first.source][first.dim] if of is None else of), share)
@@ -93,23 +96,19 @@ def _reads_of(comb: Comb, node: fx.Node, wanted: dict[Factor, None]) -> tuple[li
         return [Moments(node, a[key], touched, function)] if touched else []
 
     if name in (*CONVS, "torchvision::deform_conv2d"):
-        weight, x = Operand(a["weight"], "weight", None, 1), Operand(a["input"], "input", None, 1)
-        return [read(weight, x, of=comb.axes[a["weight"]][1])], []
+        return [read(operand("weight", 1), operand("input", 1), of=comb.axes[a["weight"]][1])], []
     if name.startswith("conv_transpose"):
-        weight, x = Operand(a["weight"], "weight", None, 0), Operand(a["input"], "input", None, 1)
         try:
             _, inner = ax.take_inner(comb.axes[a["weight"]][0], shape(a["weight"])[0] // a["groups"])
         except Misaligned:  # such an axis is frozen
             inner = []
-        return [read(weight, x, of=inner)], []
+        return [read(operand("weight", 0), operand("input", 1), of=inner)], []
     if name == "linear":
-        last = len(shape(a["input"])) - 1
-        return [read(Operand(a["weight"], "weight", None, 1), Operand(a["input"], "input", None, last))], []
+        return [read(operand("weight", 1), operand("input", -1))], []
     if name in PRODUCTS:
         left, right = PRODUCTS[name]
-        p, q = a[left], a[right]
-        operands = (Operand(p, left, None, len(shape(p)) - 1), Operand(q, right, None, max(len(shape(q)) - 2, 0)))
-        return [read(*operands)], []
+        place = max(len(shape(a[right])) - 2, 0)  # a vector has one dimension
+        return [read(operand(left, -1), operand(right, place))], []
     if name == "einsum":
         terms, result = spelled_out(a["equation"], [len(shape(t)) for t in a["tensors"]])
         reads = []
@@ -123,9 +122,7 @@ def _reads_of(comb: Comb, node: fx.Node, wanted: dict[Factor, None]) -> tuple[li
                 reads += [read(*places)] if places else []
         return reads, []
     if name == "scaled_dot_product_attention":
-        width = len(shape(a["query"])) - 1
-        products = read(Operand(a["query"], "query", None, width), Operand(a["key"], "key", None, width))
-        return [products], over("key", [-2], gated_attention)
+        return [read(operand("query", -1), operand("key", -1))], over("key", [-2], gated_attention)
     key = "self" if "self" in a else "input"
     if name in STATISTICS and isinstance(a.get(key), fx.Node) and not isinstance(a.get("other"), fx.Node):
         dims = statistics_dims(name, a, len(shape(a[key])))
