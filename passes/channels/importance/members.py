@@ -39,11 +39,10 @@ class Members:
 
     def __init__(self, comb: Comb, wanted: Iterable[Factor], masks: ax.Masks | None = None):
         self.wanted, self.masks = dict.fromkeys(wanted), masks or {}
-        dims = {name: enumerate(axes) for name, axes in comb.parameters.items()}
-        touched = {
-            name: {d: axis for d, axis in found if ax.touches(axis, self.wanted)} for name, found in dims.items()
-        }
-        self._axes = {name: axes for name, axes in touched.items() if axes}
+        self._axes: dict[str, dict[int, ax.Axis]] = {}
+        for name, axes in comb.parameters.items():
+            if touched := {d: axis for d, axis in enumerate(axes) if ax.touches(axis, self.wanted)}:
+                self._axes[name] = touched
 
     def sums(self, module: torch.nn.Module, gradients: bool) -> Iterator[tuple[str, Scores]]:
         """For every parameter and dimension with wanted atoms, yield the parameter's name and, by atom, the sums over the

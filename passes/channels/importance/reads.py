@@ -125,15 +125,13 @@ def _reads_of(comb: Comb, node: fx.Node, wanted: dict[Factor, None]) -> tuple[li
         return [read(operand("query", -1), operand("key", -1))], over("key", [-2], gated_attention)
     key = "self" if "self" in a else "input"
     if name in STATISTICS and isinstance(a.get(key), fx.Node) and not isinstance(a.get("other"), fx.Node):
-        dims = statistics_dims(name, a, len(shape(a[key])))
-        return [], over(key, dims, STATISTICS[name]) if dims else []
-    shares = {"cosine_similarity": 0.5, "cdist": 0.5, "pairwise_distance": 0.5}
+        return [], over(key, statistics_dims(name, a, len(shape(a[key]))), STATISTICS[name])
+    share = 0.5 if name in ("cosine_similarity", "cdist", "pairwise_distance") else 1.0
     if name in ("linalg_vector_norm", "norm", "frobenius_norm"):
         order = a.get("ord", a.get("p"))
         order = 2 if order is None else order
         share = 1 / order if isinstance(order, (int, float)) and 0 < order < math.inf else 1.0
-        return _vanished(comb, node, atoms, share), []
-    return [] if name in (*PARTS, "getitem") else _vanished(comb, node, atoms, shares.get(name, 1.0)), []
+    return [] if name in (*PARTS, "getitem") else _vanished(comb, node, atoms, share), []
 
 
 def _vanished(comb: Comb, node: fx.Node, atoms: Callable[[Axis], frozenset[Factor]], share: float) -> list[Read]:
