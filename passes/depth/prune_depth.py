@@ -333,7 +333,7 @@ class PruneDepth(Pass):
             raise BadInput("PruneDepth.repair: needs images (labels are not needed); pass data=")
         relaxed = self._relaxed(program, blocks)
         self._start(relaxed, context)
-        return settle(program, blocks, relaxed, self._tail, self.ablation.fitted)
+        return settle(self._relaxed(program, blocks, settled=True), relaxed)
 
     def merge(self, pruned: Program, context: Context) -> tuple[Program, dict[str, Any]]:
         """Stage 4: the pruned program, merged, and the record; its `error` compares the two programs in float64."""
@@ -353,8 +353,8 @@ class PruneDepth(Pass):
     def _fading(self, program: Program, blocks: Sequence[Block], total: int, seed: int) -> Fading:
         """The callback that fades the blocks in a training run of this many steps."""
         steps = max(1, round(self.share * total)) if self.ablation.fading else 0
-        stays = self._training().features > 0
-        return Fading(program, blocks, self.progress, steps, stays, seed, self.ablation.tail, self.ablation.fitted)
+        pruned, stays = self._relaxed(program, blocks, settled=True), self._training().features > 0
+        return Fading(program, pruned, len(blocks), self.progress, steps, stays, seed)
 
     def _relaxed(self, program: Program, blocks: Sequence[Block], settled: bool = False) -> Program:
         return relax(program, blocks, settled, self._tail, self.ablation.fitted)

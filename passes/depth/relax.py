@@ -64,11 +64,9 @@ def set_switches(module: TrainableModule, values: Sequence[float]) -> None:
     place_tensor(module, SWITCHES, torch.as_tensor(values, dtype=torch.float32, device=fetch(module, SWITCHES).device))
 
 
-def settle(
-    program: Program, blocks: Sequence[Block], relaxed: Program, tail: bool = True, fitted: bool = False
-) -> Program:
-    """The pruned forms alone, with the trained weights of the relaxed program."""
-    result = relax(program, blocks, settled=True, tail=tail, fitted=fitted)
+def settle(pruned: Program, relaxed: Program) -> Program:
+    """A copy of the pruned forms, what `relax` gives with `settled`, with the trained weights of the relaxed program."""
+    result = pruned.copy()
     trained = relaxed.module().state_dict()
 
     def take(name: str, old: Any) -> Any:

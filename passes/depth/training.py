@@ -1,7 +1,7 @@
 """Training for depth: the loss of a supernet, and blocks that fade while the network trains."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +16,8 @@ from ..common.losses import task_loss
 from ..common.processes import placed
 from ..train.callbacks import Callback, Surgery
 from ..train.options import SCHEDULES
-from .blocks import Block
 from .budget import Budget
-from .relax import relax, set_switches, settle
+from .relax import set_switches, settle
 
 NO_SUPERNET = "set PruneDepth's supernet_steps to 0 (then give metric=, and loss= with alpha: 0 in train)"
 
@@ -57,19 +56,18 @@ class Fading(Callback):
     """Moves `l` of all blocks from 1 to 0; then the pruned forms alone are trained, which compute the same at less cost
     (ours).
 
-    progress: "linear" or "cosine", over this many `steps`. stays: whether the relaxed network is trained to the end, since
-    features are taken at nodes that pruned forms may lack. tail, fitted: see `relax`. error: of the pruned forms against
-    the relaxed ones that they replace, in float64; None before that, and for a network whose checkpoint held the pruned
-    forms.
+    pruned: the pruned forms of all `count` blocks, untrained. progress: "linear" or "cosine", over this many `steps`. stays:
+    whether the relaxed network is trained to the end, since features are taken at nodes that pruned forms may lack. error:
+    of the pruned forms against the relaxed ones that they replace, in float64; None before that, and for a network whose
+    checkpoint held the pruned forms.
     """
 
     def __init__(
-        self, program: Program, blocks: Sequence[Block], progress: str, steps: int, stays: bool, seed: int,
-        tail: bool = True, fitted: bool = True,
-    ):  # fmt: skip
-        self.program, self.blocks, self.progress, self.steps, self.seed = program, blocks, progress, steps, seed
-        self.identity = ("fading", len(blocks), progress, steps)
-        self.stays, self.tail, self.fitted = stays, tail, fitted
+        self, program: Program, pruned: Program, count: int, progress: str, steps: int, stays: bool, seed: int
+    ):
+        self.program, self.pruned, self.count, self.progress = program, pruned, count, progress
+        self.steps, self.stays, self.seed = steps, stays, seed
+        self.identity = ("fading", count, progress, steps)
         self.over = False
         self.copies = False  # pruned forms of averaged weights are not averages of pruned forms
         self.error: float | None = None
@@ -85,7 +83,7 @@ class Fading(Callback):
 
     def _move(self, module: TrainableModule, done: int) -> Surgery | None:
         left = SCHEDULES[self.progress](done / self.steps) if done < self.steps else 0.0
-        set_switches(module, [left] * len(self.blocks))
+        set_switches(module, [left] * self.count)
         if left or self.stays:
             return None
         self.over, pruned = True, self.settle(module).module()
@@ -99,10 +97,10 @@ class Fading(Callback):
 
     def settle(self, module: TrainableModule) -> Program:
         """The pruned program with the weights of the relaxed module."""
-        set_switches(module, [0.0] * len(self.blocks))
+        set_switches(module, [0.0] * self.count)
         relaxed = self.program.derive(rebuild(module, copy_tensor))
         with placed(relaxed.module(), torch.device("cpu")):
-            pruned = settle(self.program, self.blocks, relaxed, self.tail, self.fitted)
+            pruned = settle(self.pruned, relaxed)
             inputs = random_inputs(self.program, torch.Generator().manual_seed(self.seed))
             expected, outputs = (Evaluator(p, double_weights(p)).run(inputs) for p in (relaxed, pruned))
         self.error = relative_error(outputs, expected)
@@ -113,6 +111,4 @@ class Fading(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> TrainableModule | None:
         self.over = state["over"]
-        if not self.over:
-            return None
-        return relax(self.program, self.blocks, True, self.tail, self.fitted).module()
+        return self.pruned.copy().module() if self.over else None

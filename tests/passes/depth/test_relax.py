@@ -25,7 +25,7 @@ def test_one_is_dense_and_zero_is_mergeable(network, fitted):
         relaxed, settled = relax(program, blocks, fitted=fitted), relax(program, blocks, settled=True, fitted=fitted)
         if fitted:
             start_norms(relaxed, [Batch((x,), {}, None, 3)])
-            settled = settle(program, blocks, relaxed, fitted=True)
+            settled = settle(relax(program, blocks, True, fitted=True), relaxed)
         dense = program.module()(x)
         assert relative_error(relaxed.module()(x), dense) <= 1e-15
         set_switches(relaxed.module(), [0.0] * len(blocks))
@@ -95,7 +95,7 @@ def test_blocks_can_be_pruned_in_two_goes(fitted):
                 start_norms(relaxed, [Batch((x,), {}, None, 3)])
             assert relative_error(relaxed.module()(x), expected) <= 1e-15
             set_switches(relaxed.module(), [0.0])
-            program = settle(program, [block], relaxed, fitted=fitted)
+            program = settle(relax(program, [block], True, fitted=fitted), relaxed)
             assert relative_error(program.module()(x), relaxed.module()(x)) <= 1e-14
     with pytest.raises(BadInput, match="relaxed already"):
         relax(relaxed, [])
@@ -128,7 +128,7 @@ def test_trained_weights_settle_and_a_relaxed_program_is_stored(network, tmp_pat
     x = torch.randn(2, 3, 16, 12, dtype=torch.float64)
     with torch.no_grad():
         expected = module(x)
-        assert relative_error(settle(program, blocks, relaxed).module()(x), expected) <= 1e-12
+        assert relative_error(settle(relax(program, blocks, True), relaxed).module()(x), expected) <= 1e-12
         loaded = g.load(relaxed.save(tmp_path / "relaxed.pt2"))
         assert relative_error(loaded.module()(x), expected) <= 1e-14
 
@@ -150,7 +150,7 @@ class TwoAnswers(nn.Module):
 def test_tied_weights_settle_tied():
     program = captured(TwoAnswers())
     blocks = find_blocks(program)
-    settled = settle(program, blocks, relax(program, blocks))
+    settled = settle(relax(program, blocks, True), relax(program, blocks))
     assert settled.module().head.weight is settled.module().again.weight
     assert settled.params == relax(program, blocks, settled=True).params
 
