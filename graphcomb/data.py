@@ -201,10 +201,8 @@ def _loaders(
         images, labels = default_collate(samples)
         return _shifted(images, shift), labels
 
-    return (
-        DataLoader(TensorDataset(*train), batch_size, shuffle=True, collate_fn=collate, drop_last=True),
-        DataLoader(TensorDataset(*val), max(batch_size, 256)),
-    )
+    shuffled = DataLoader(TensorDataset(*train), batch_size, shuffle=True, collate_fn=collate, drop_last=True)
+    return shuffled, DataLoader(TensorDataset(*val), max(batch_size, 256))
 
 
 def _shifted(images: torch.Tensor, most: int) -> torch.Tensor:
@@ -220,13 +218,10 @@ def _shifted(images: torch.Tensor, most: int) -> torch.Tensor:
 
 
 def _fashion_folder(root: str | None) -> Path:
-    candidates = [
-        Path("/usr/share/datasets/fashion-mnist"),
-        cache_folder() / "FashionMNIST" / "raw",
-        Path("data/FashionMNIST/raw"),
-    ]
+    raw = Path("FashionMNIST", "raw")
+    candidates = [Path("/usr/share/datasets/fashion-mnist"), cache_folder() / raw, "data" / raw]
     if root is not None:
-        candidates = [Path(root), Path(root) / "FashionMNIST" / "raw"]
+        candidates = [Path(root), Path(root) / raw]
     names = [name for pair in FASHION_FILES.values() for name in pair]
     for folder in candidates:
         if all((folder / name).is_file() for name in names):

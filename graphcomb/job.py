@@ -145,10 +145,8 @@ def _data(recipe: Recipe) -> tuple[Any, Any, Any]:
     arguments = dict(recipe.data.arguments)
     if recipe.data.source == "random" and recipe.inputs:
         arguments.setdefault("shape", recipe.inputs[0].shape[1:])
-    splits = [
-        resolve(name, f"data.{key}") if name else None
-        for key, name in (("inputs", recipe.data.inputs), ("labels", recipe.data.labels))
-    ]
+    functions = {"inputs": recipe.data.inputs, "labels": recipe.data.labels}
+    splits = [resolve(name, f"data.{key}") if name else None for key, name in functions.items()]
     train, val = (adapted(loader, *splits) for loader in load_data(recipe.data.source, arguments))
     return train, val, first_batch(train)
 

@@ -57,11 +57,8 @@ def export(
 
 def show_export(report: OnnxReport) -> None:
     """Print the size and opset of an exported file, its error against the program, and which nodes stay in fp32."""
-    console.print(
-        f"{report.path}: {report.bytes:,} bytes, {report.precision}, opset {report.opset}, "
-        f"{sum(report.nodes.values())} nodes",
-        soft_wrap=True,
-    )
+    file = f"{report.path}: {report.bytes:,} bytes, {report.precision}, opset {report.opset}"
+    console.print(f"{file}, {sum(report.nodes.values())} nodes", soft_wrap=True)
     if report.parity is None:
         console.print("not compared with the model")
     else:

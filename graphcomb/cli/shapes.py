@@ -96,10 +96,8 @@ def at_shapes(program: Program, shapes: Mapping[str, Sequence[int]], batch: int 
 
     def make(tensor: torch.Tensor) -> torch.Tensor:
         spec = next(inputs)
-        example = [
-            batch if batch and s is None and not i else n
-            for i, (s, n) in enumerate(zip(spec.shape, tensor.shape, strict=True))
-        ]
+        sizes = enumerate(zip(spec.shape, tensor.shape, strict=True))
+        example = [batch if batch and s is None and not i else n for i, (s, n) in sizes]
         shape = tuple(shapes.get(spec.name, example))
         if len(shape) != len(spec.shape) or any(b not in (None, a) for a, b in zip(shape, spec.shape, strict=True)):
             raise BadInput(f"--shape {spec.name}: {shape} does not fit {spec.shape}")

@@ -114,7 +114,7 @@ def layer_costs(comb: Comb, sizes: dict[Factor, int]) -> list[dict[str, Any]]:
     """One row for each convolution and linear layer: its name, kind, channels and MACs before and after. sizes: by atom,
     what is left of each group that shrinks."""
     rows = []
-    dense, kept = Sizer({}), Sizer(sizes)
+    sizers = {"before": Sizer({}), "after": Sizer(sizes)}
     for node, terms in comb.cost_terms():
         name = op_name(node)
         if not (name.startswith("conv") or name == "linear"):
@@ -123,13 +123,9 @@ def layer_costs(comb: Comb, sizes: dict[Factor, int]) -> list[dict[str, Any]]:
         weight = a["weight"]
         channel = 1 if name.startswith("conv") else -1
         into, out = comb.axes[a["input"]][channel], comb.axes[node][channel]
-        macs = [sum(math.prod(map(size, m)) for m in terms) for size in (dense, kept)]
-        rows.append(
-            {
-                "name": str(weight.target) if weight.op == "get_attr" else node.name,
-                "kind": "linear" if name == "linear" else "depthwise" if 1 < a["groups"] == dense(into) else "conv",
-                "channels": {"before": [dense(into), dense(out)], "after": [kept(into), kept(out)]},
-                "macs": {"before": macs[0], "after": macs[1]},
-            }
-        )
+        channels = {when: [size(into), size(out)] for when, size in sizers.items()}
+        macs = {when: sum(math.prod(map(size, m)) for m in terms) for when, size in sizers.items()}
+        kind = "linear" if name == "linear" else "depthwise" if 1 < a["groups"] == channels["before"][0] else "conv"
+        what = str(weight.target) if weight.op == "get_attr" else node.name
+        rows.append({"name": what, "kind": kind, "channels": channels, "macs": macs})
     return rows

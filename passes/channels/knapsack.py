@@ -45,10 +45,8 @@ class Predictor:
         self.layers, self.latency = Layers(comb, batch, rules_of(latency)), latency
         self._ties = ties or Ties([])
         units = self._ties.units
-        self._atoms = [
-            tuple(dict.fromkeys(units.get(a, (a, 1))[0] for a in self.layers.atoms(i)))
-            for i in range(len(self.layers.nodes))
-        ]
+        wholes = ([units.get(a, (a, 1))[0] for a in self.layers.atoms(i)] for i in range(len(self.layers.nodes)))
+        self._atoms = [tuple(dict.fromkeys(atoms)) for atoms in wholes]
         self.users: dict[Factor, list[int]] = defaultdict(list)
         for i, atoms in enumerate(self._atoms):
             for atom in atoms:

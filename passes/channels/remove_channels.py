@@ -276,18 +276,12 @@ class RemoveChannels(Pass):
         sizes = {atom: int(mask.sum()) for atom, mask in masks.items()}
         chooser.ask(lambda c: c.require_macs(sizes))
         smaller.known_cost = comb.cost(sizes)
-        frozen = [
-            Refusal(g.name, g.frozen or task.unscored[g.name], {"kind": g.kind, "size": g.size})
-            for g in comb.groups
-            if g.frozen or g.name in task.unscored
-        ]
+        cut = [g for g in comb.groups if g.atom in sizes]
+        whole = [g for g in comb.groups if g.frozen or g.name in task.unscored]
+        refused = [Refusal(g.name, g.frozen or task.unscored[g.name], {"kind": g.kind, "size": g.size}) for g in whole]
         record = training | {
-            "changed": [
-                Change(g.name, {"kind": g.kind, "before": g.size, "after": sizes[g.atom]})
-                for g in comb.groups
-                if g.atom in sizes
-            ],
-            "refused": [*frozen, *training.get("refused", [])],
+            "changed": [Change(g.name, {"kind": g.kind, "before": g.size, "after": sizes[g.atom]}) for g in cut],
+            "refused": [*refused, *training.get("refused", [])],
             "layers": layer_costs(comb, sizes),
             "cost": {"before": comb.cost({}), "after": smaller.cost()},
             "target": chooser.ask(lambda c: c.record(sizes)),

@@ -267,11 +267,8 @@ class Chooser:
         if self.plan:
             return "the plan fixes " + some([f"{g.name} at {keep}" for g, keep in self.plan])
         selection = self._selection(sizes)
-        steps = [
-            f"{g.name} in steps of {selection.step(g)} of {g.size}"
-            for g in self.groups
-            if g.atom in sizes or not beyond
-        ]
+        groups = [g for g in self.groups if g.atom in sizes or not beyond]
+        steps = [f"{g.name} in steps of {selection.step(g)} of {g.size}" for g in groups]
         how = f"alignment {self.target.alignment} and min_channels {self.target.min_channels}"
         what = "no size that was removed would fit back" if beyond else "nothing more can go"
         return f"{what}, with {how}: {some(steps)}"

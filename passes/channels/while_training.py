@@ -305,10 +305,8 @@ class Pruner(Callback):
 
     def removed(self) -> Removed:
         """The removed indices of every tensor, in the original's numbering."""
-        return {
-            name: {d: np.flatnonzero(~keep).tolist() for d, keep in dims.items()}
-            for name, dims in kept_indices(self.comb, self.masks).items()
-        }
+        kept = kept_indices(self.comb, self.masks)
+        return {name: {d: np.flatnonzero(~keep).tolist() for d, keep in dims.items()} for name, dims in kept.items()}
 
     def masked(self, module: TrainableModule) -> Program:
         """The original network with the trained weights, and its own where indices were removed."""

@@ -58,10 +58,8 @@ class Feed:
         names = compat.input_names(program.graph) or self._names
         positional = names[: len(self._args)] if len(names) == top else self._names[: len(self._args)]
         self._order = [*positional, *self._kwargs]
-        results = [
-            value.meta.get("val") if isinstance(value, fx.Node) else value
-            for value in pytree.tree_leaves(program.graph.output_node().args)
-        ]
+        leaves = pytree.tree_leaves(program.graph.output_node().args)
+        results = [leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
         self.size: Any = _batch_size(self._values, results)
         self.static = self.size if isinstance(self.size, int) else None
         self.batched = self._with_samples(self._values)

@@ -12,20 +12,19 @@ import torch
 from torch import fx
 
 from ...graph.cost import evaluate, macs
-from ...graph.facts import CONVS, MAPS, PADS
+from ...graph.facts import CONVS, MAPS, PADS, names
 from ...graph.nodes import arguments, module_paths, op_name, permutation, shape
 from ...graph.program import Program
 
-ACTIVATIONS = (
-    "relu", "relu6", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu", "mish", "selu", "softplus", "celu",
-    "hardsigmoid", "sigmoid", "tanh", "prelu",
-)  # fmt: skip
+ACTIVATIONS = names(
+    "relu relu6 gelu silu hardswish hardtanh leaky_relu elu mish selu softplus celu hardsigmoid sigmoid tanh prelu"
+)
 NORMS = ("layer_norm", "group_norm", "rms_norm")
 IN_CHAINS = (*MAPS, *ACTIVATIONS, *NORMS, *PADS, "batch_norm", "dropout", "permute", "transpose", "mul")
-OTHER_BENDS = (
-    "clamp", "clamp_min", "clamp_max", "threshold", "hardshrink", "softshrink", "rrelu", "log_sigmoid", "glu", "abs", "erf",
-    "exp", "log", "pow", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "maximum", "minimum", "instance_norm",
-)  # fmt: skip
+OTHER_BENDS = names(
+    "clamp clamp_min clamp_max threshold hardshrink softshrink rrelu log_sigmoid glu abs erf exp log pow sqrt rsqrt "
+    "reciprocal sin cos maximum minimum instance_norm"
+)
 ATTENTION = ("scaled_dot_product_attention", "softmax", "_softmax")
 
 

@@ -105,11 +105,8 @@ class Calibrator:
         self.program = program
         self.batches = list(islice(Feed(program).batches(context.batches), count))
         self.module = rebuild(program.module()).eval()
-        self.norms = [
-            n
-            for n in self.module.graph.nodes
-            if op_name(n) == "batch_norm" and arguments(n)["running_mean"] is not None
-        ]
+        norms = [n for n in self.module.graph.nodes if op_name(n) == "batch_norm"]
+        self.norms = [n for n in norms if arguments(n)["running_mean"] is not None]
         for node in self.norms:
             set_argument(node, "training", True)
             set_argument(node, "momentum", 1.0)  # the running statistics become those of the batch

@@ -88,11 +88,8 @@ class Fading(Callback):
             return None
         self.over, pruned = True, self.settle(module).module()
         before, after = module.state_dict(), pruned.state_dict()
-        centre = {
-            name: {d: torch.tensor([before[name].shape[d] // 2]) for d in range(2, value.dim())}
-            for name, value in after.items()
-            if value.shape != before[name].shape
-        }
+        sizes = {name: before[name].shape for name, value in after.items() if value.shape != before[name].shape}
+        centre = {name: {d: torch.tensor([size[d] // 2]) for d in range(2, len(size))} for name, size in sizes.items()}
         return Surgery(pruned, centre, {})
 
     def settle(self, module: TrainableModule) -> Program:

@@ -98,16 +98,11 @@ class Geometry:
         padding = zip(self.padding, second.padding, self.stride, strict=True)
         # One step of the second map is `s` steps in the input of the first, so there its taps lie s * dilation apart and
         # each of its padding zeros is s zeros. The taps of both lie on the grid of their greatest common distance.
-        return Geometry(
-            second.outputs,
-            self.inputs,
-            tuple((a - 1 + s * (b - 1)) // d + 1 for a, b, s, d in spans),
-            tuple(a * b for a, b in zip(self.stride, second.stride, strict=True)),
-            tuple((p[0] + s * q[0], p[1] + s * q[1]) for p, q, s in padding),
-            tuple(dilation),
-            math.gcd(self.groups, second.groups),
-            biased,
-        )
+        extent = tuple((a - 1 + s * (b - 1)) // d + 1 for a, b, s, d in spans)
+        stride = tuple(a * b for a, b in zip(self.stride, second.stride, strict=True))
+        zeros = tuple((p[0] + s * q[0], p[1] + s * q[1]) for p, q, s in padding)
+        groups = math.gcd(self.groups, second.groups)
+        return Geometry(second.outputs, self.inputs, extent, stride, zeros, tuple(dilation), groups, biased)
 
     def plus(self, other: Geometry) -> Geometry:
         """The geometry of `Kernel.plus`, which raises Inexact for the same reasons."""
@@ -125,16 +120,10 @@ class Geometry:
         dilation = [math.gcd(*v) or 1 for v in zip(self.steps(), other.steps(), *offsets, strict=True)]
         ranges = zip(*offsets, self.span, other.span, strict=True)
         span = [max(a + s, b + t) for a, b, s, t in ranges]
-        return Geometry(
-            self.outputs,
-            self.inputs,
-            tuple((s - 1) // d + 1 for s, d in zip(span, dilation, strict=True)),
-            self.stride,
-            tuple((a, end + s - a) for a, end, s in zip(left, ends[0], span, strict=True)),
-            tuple(dilation),
-            math.gcd(self.groups, other.groups),
-            self.biased or other.biased,
-        )
+        extent = tuple((s - 1) // d + 1 for s, d in zip(span, dilation, strict=True))
+        padding = tuple((a, end + s - a) for a, end, s in zip(left, ends[0], span, strict=True))
+        groups, biased = math.gcd(self.groups, other.groups), self.biased or other.biased
+        return Geometry(self.outputs, self.inputs, extent, self.stride, padding, tuple(dilation), groups, biased)
 
     def scaled(self, factor: float) -> Geometry:
         """The geometry of this map times a number, which is the same."""

@@ -194,11 +194,9 @@ class Gates:
         self, taps: list[Tap], share: Callable[[np.ndarray], np.ndarray], scale: float, totals: Totals
     ) -> None:
         sizes = [[self._size(axis) for axis in tap.axes] for tap in taps]
-        rows = [
-            value
-            for tap, lengths in zip(taps, sizes, strict=True)
-            for value in (tap.sums or [torch.zeros(n) for n in lengths])
-        ]
+        rows: list[Tensor] = []
+        for tap, lengths in zip(taps, sizes, strict=True):
+            rows += tap.sums or [torch.zeros(n) for n in lengths]
         device = next((r.device for r in rows if r.device.type != "cpu"), torch.device("cpu"))
         values = share(torch.cat([r.to(device).double() for r in rows]).cpu().numpy() / scale)
         parts = iter(np.split(values, np.cumsum([n for lengths in sizes for n in lengths])[:-1]))

@@ -47,11 +47,9 @@ class Members:
     def sums(self, module: torch.nn.Module, gradients: bool) -> Iterator[tuple[str, Scores]]:
         """For every parameter and dimension with wanted atoms, yield the parameter's name and, by atom, the sums over the
         entries of each index: of weight * gradient, or of the squared weight."""
-        parameters = [
-            (name, tensor)
-            for name, tensor in module.named_parameters()
-            if name in self._axes and (tensor.grad is not None or not gradients)
-        ]
+        parameters = [(name, tensor) for name, tensor in module.named_parameters() if name in self._axes]
+        if gradients:
+            parameters = [(name, tensor) for name, tensor in parameters if tensor.grad is not None]
         items = [(t.detach(), t.grad if gradients else None, self._axes[name]) for name, t in parameters]
         for (name, _), sums in zip(parameters, weighted_sums(items), strict=True):
             for dim, values in sums.items():
