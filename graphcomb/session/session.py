@@ -274,8 +274,7 @@ class Session:
                 raise BadInput(f"load_state_dict: the state is of a session with {key} {state.get(key)}, not {own}")
         old = dict(self.module.named_parameters())
         for callback, saved in zip(self._trainee.callbacks, state["callbacks"], strict=True):
-            module = callback.load_state_dict(saved)
-            if module is not None:
+            if (module := callback.load_state_dict(saved)) is not None:
                 self._trainee.replace(module)
         for i, optimizer in enumerate(optimizers):
             optimizer.state.clear()

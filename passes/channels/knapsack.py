@@ -27,9 +27,11 @@ from ...graph.comb.axes import Factor
 from ...graph.comb.solve import Comb, Sizer
 from ...graph.workload.layer import Latency, rules_of
 from ...graph.workload.layers import Layers
+from .importance.members import Scores
 from .ties import Ties
 
 Sizes = dict[Factor, int]
+Options = Mapping[Factor, Sequence[int]]  # the sizes that each group may have
 BINS = 1500  # number of bins of the time axis
 ROUNDS = 8
 EXHAUSTIVE = 4000  # combinations up to which all are tried
@@ -82,7 +84,7 @@ class Predictor:
         error = getattr(self.latency, "error", None)
         return record | ({"error": str(error), "factor": error.factor} if error else {})
 
-    def prepare(self, options: Mapping[Factor, Sequence[int]], progress: bool = False) -> None:
+    def prepare(self, options: Options, progress: bool = False) -> None:
         """Let the latency model measure, at once, every layer at every combination of the sizes that its groups may have."""
         wanted = []
         for index, atoms in enumerate(self._atoms):
@@ -104,11 +106,7 @@ class Floor:
 
 
 def knapsack(
-    predictor: Predictor,
-    options: Mapping[Factor, Sequence[int]],
-    scores: Mapping[Factor, np.ndarray],
-    budget: float,
-    floor: Floor | None = None,
+    predictor: Predictor, options: Options, scores: Scores, budget: float, floor: Floor | None = None
 ) -> Sizes | None:
     """For every group one of its options, such that the most importance is kept and at most `budget` seconds are predicted;
     None where no choice is found.
@@ -117,7 +115,7 @@ def knapsack(
     must keep as well. Where it binds, the search weighs its measure against importance (a Lagrange multiplier), as little
     as helps.
     """
-    problem = _Problem(predictor, {a: sorted(set(o)) for a, o in options.items()}, scores, budget, floor)
+    problem = _Problem(predictor, options, scores, budget, floor)
     if math.prod(len(o) for o in problem.options.values()) <= EXHAUSTIVE:
         return problem.exhaustive()
     sizes = problem.search()
@@ -126,33 +124,23 @@ def knapsack(
     return sizes
 
 
-def towards(
-    predictor: Predictor,
-    options: Mapping[Factor, Sequence[int]],
-    scores: Mapping[Factor, np.ndarray],
-    end: Sizes,
-    budget: float,
-) -> Sizes:
+def towards(predictor: Predictor, options: Options, scores: Scores, end: Sizes, budget: float) -> Sizes:
     """Sizes between the largest options and those of `end`, with at most `budget` seconds predicted: chunks with the least
     importance per second go first, and no group becomes smaller than in `end`.
 
     end: one option of every group; it is the result where its seconds exceed the budget.
     """
-    way = {a: sorted({n for n in o if n >= end[a]}) for a, o in options.items()}
-    return _Problem(predictor, way, scores, budget).repaired({a: o[-1] for a, o in way.items()}) or dict(end)
+    way = {a: [n for n in o if n >= end[a]] for a, o in options.items()}
+    return _Problem(predictor, way, scores, budget).repaired({a: max(o) for a, o in way.items()}) or dict(end)
 
 
 class _Problem:
     def __init__(
-        self,
-        predictor: Predictor,
-        options: dict[Factor, list[int]],
-        scores: Mapping[Factor, np.ndarray],
-        budget: float,
-        floor: Floor | None = None,
+        self, predictor: Predictor, options: Options, scores: Scores, budget: float, floor: Floor | None = None
     ):
-        self.predictor, self.options, self.budget, self.floor = predictor, options, budget, floor
-        self.values = {a: self._values(np.asarray(scores[a], dtype=float), o) for a, o in options.items()}
+        self.options = {a: sorted(set(o)) for a, o in options.items()}
+        self.predictor, self.budget, self.floor = predictor, budget, floor
+        self.values = {a: self._values(np.asarray(scores[a], dtype=float), o) for a, o in self.options.items()}
 
     @staticmethod
     def _values(scores: np.ndarray, options: list[int]) -> np.ndarray:

@@ -363,16 +363,10 @@ class RemoveChannels(Pass):
 
     def _target(self, context: Context) -> Target:
         value = getattr(self, self.target)
-        return Target(
-            self.target,
-            (0.0 if self.keep else 0.5) if value is None else value,
-            ranked=self.scope == "global",
-            per_cost=self.importance in TRANSFORMS or self.importance == "repair",
-            alignment=self.alignment(context),
-            min_channels=self.min_channels,
-            least_macs=self.least_macs,
-            alike=self.scope == "isomorphic",
-        )
+        value = (0.0 if self.keep else 0.5) if value is None else value
+        per_cost = self.importance in TRANSFORMS or self.importance == "repair"
+        sizes = self.alignment(context), self.min_channels, self.least_macs
+        return Target(self.target, value, self.scope, per_cost, *sizes)
 
     def alignment(self, context: Context) -> int:
         """The number that widths are multiples of."""

@@ -17,6 +17,7 @@ from .importance.members import Scores
 from .ties import Ties
 
 Sizes = Mapping[Factor, int]
+OfChunk = Callable[[Group, int], float]  # a number for the next indices of a group, of which there are so many
 
 
 class Selection:
@@ -222,13 +223,7 @@ class Selection:
         return [(atom, size) for atom, size in chunks if size >= self.sizes[atom]]
 
     def _finish(
-        self,
-        groups: list[Group],
-        scores: Scores,
-        costs: Costs,
-        goal: float,
-        weight: Callable[[Group, int], float],
-        saving: Callable[[Group, int], float],
+        self, groups: list[Group], scores: Scores, costs: Costs, goal: float, weight: OfChunk, saving: OfChunk
     ) -> list[tuple[Factor, int]]:
         """Choose the last chunks, where one more chunk would reach the goal, perhaps by far.
 
@@ -275,9 +270,7 @@ class Selection:
         while (best := max(groups, key=gain, default=None)) is not None and gain(best) > -math.inf:
             self._resize(best.atom, self.above(best, before), costs)
 
-    def _cheapest(
-        self, groups: list[Group], scores: Scores, saving: Callable[[Group, int], float]
-    ) -> Iterator[tuple[Group, int]]:
+    def _cheapest(self, groups: list[Group], scores: Scores, saving: OfChunk) -> Iterator[tuple[Group, int]]:
         """Yield chunks, cheapest first, each as a group and the size that it leaves; the caller has to give the group this
         size before it takes the next one.
 

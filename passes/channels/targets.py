@@ -33,21 +33,20 @@ class Target:
     """What is asked of the sizes, and how they may be chosen.
 
     name: "ratio" (value: the share of indices that goes), "macs" or "params" (value: what may remain, a share of the dense
-    program's up to 1, else a number) or "latency" (value: what may remain, a share or a time such as "3.5 ms"). ranked:
-    whether all groups are ranked together by their scores; otherwise each group loses the same share. alike: whether groups
-    of one kind are ranked together and each kind loses the same share. per_cost: whether scores are changes of the loss, to
-    be divided by the cost that an index saves. alignment: sizes are multiples of it. min_channels: how many indices every
-    group keeps at least. least_macs: see `common.latency`.
+    program's up to 1, else a number) or "latency" (value: what may remain, a share or a time such as "3.5 ms"). scope: as in
+    `RemoveChannels`: "local" takes the same share of each group, "global" ranks all groups together by their scores,
+    "isomorphic" ranks those of one kind together and takes the same share of each kind. per_cost: whether scores are changes
+    of the loss, to be divided by the cost that an index saves. alignment: sizes are multiples of it. min_channels: how many
+    indices every group keeps at least. least_macs: see `common.latency`.
     """
 
     name: str
     value: float | str
-    ranked: bool
+    scope: str | None
     per_cost: bool
     alignment: int
     min_channels: int
     least_macs: float | None
-    alike: bool = False
 
     def remaining(self, dense: float) -> float:
         """What may remain of a dense program's cost, or seconds."""
@@ -170,10 +169,10 @@ class Chooser:
             self._within_latency(selection, groups, scores, planned, share)
         elif self.target.name != "ratio":
             self._within_cost(selection, groups, scores, planned, share)
-        elif self.target.alike:
+        elif self.target.scope == "isomorphic":
             ends = [selection.by_count(own, scores, float(value), share, kind) for kind, own in self._kinds(groups)]
             return all(ends)
-        elif self.target.ranked:
+        elif self.target.scope == "global":
             return selection.by_count(groups, scores, float(value), share, self.groups)
         else:
             selection.uniform(groups, float(value) * share)
@@ -214,10 +213,10 @@ class Chooser:
         costs.at({g.atom: selection.kept(g) for g in groups})
         end = self.target.remaining(dense)
         goal = end if share == 1 else whole - share * max(whole - end, 0)  # the last event's goal is exactly the end
-        if self.target.alike:
+        if self.target.scope == "isomorphic":
             kinds = [own for _, own in self._kinds(groups)]
             reached = selection.alike_until(kinds, scores, costs, goal) <= goal
-        elif self.target.ranked:
+        elif self.target.scope == "global":
             reached = selection.greedy(groups, scores, costs, goal, self.target.per_cost, end)
         else:
             reached = selection.uniform_until(groups, costs, goal) <= goal
