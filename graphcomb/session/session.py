@@ -117,7 +117,7 @@ class Session:
         pass_: Pass,
         steps: int,
         context: Context,
-        whole: nn.Module | None = None,
+        whole: nn.Module | None,
     ):
         context = context.replaced("attach", teacher=context.teacher or program)
         self.program, self.steps, self.step, self._own, self._pass = program, steps, 0, own, pass_

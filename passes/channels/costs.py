@@ -14,6 +14,9 @@ from ...graph.comb.groups import Group
 from ...graph.comb.solve import Comb, Sizer
 from ...graph.nodes import arguments, op_name
 
+Units = Mapping[Factor, tuple[Factor, int]]
+Polynomial = list[tuple[int, tuple[Factor, ...]]]  # a sum of coefficients times sizes
+
 
 class Costs:
     """A cost (MACs or parameters) as a polynomial in the sizes of the groups' atoms.
@@ -24,15 +27,10 @@ class Costs:
     Attributes: `sizes`, the present size of each group by its atom; `total`, the cost at these sizes.
     """
 
-    def __init__(
-        self,
-        terms: Iterable[list[Axis]],
-        groups: list[Group],
-        units: Mapping[Factor, tuple[Factor, int]] = MappingProxyType({}),
-    ):
+    def __init__(self, terms: Iterable[list[Axis]], groups: list[Group], units: Units = MappingProxyType({})):
         self.sizes: dict[Factor, int] = {g.atom: g.size for g in groups}
         self._units = units
-        self.terms: list[list[list[tuple[int, tuple[Factor, ...]]]]] = []
+        self.terms: list[list[Polynomial]] = []
         self.uses: dict[Factor, list[int]] = defaultdict(list)
         self.fixed = 0
         for axes in terms:
@@ -53,7 +51,7 @@ class Costs:
         self._values = [self._value(t) for t in self.terms]
         self.total = self.fixed + sum(self._values)
 
-    def _polynomial(self, axis: Axis) -> list[tuple[int, tuple[Factor, ...]]]:
+    def _polynomial(self, axis: Axis) -> Polynomial:
         merged: dict[tuple[Factor, ...], int] = defaultdict(int)
         for monomial in ax.monomials(axis):
             parts = [self._units.get(m, (m, 1)) for m in monomial]
@@ -61,7 +59,7 @@ class Costs:
             merged[free] += math.prod(unit if m in self.sizes else m.size for m, unit in parts)
         return [(coefficient, free) for free, coefficient in merged.items()]
 
-    def _value(self, term: list[list[tuple[int, tuple[Factor, ...]]]]) -> int:
+    def _value(self, term: list[Polynomial]) -> int:
         product = 1
         for sums in term:
             value = 0
@@ -83,7 +81,7 @@ class Costs:
     def at(self, sizes: Mapping[Factor, int]) -> int:
         """Give some atoms other sizes; returns the total."""
         for atom, size in sizes.items():
-            if self.sizes[atom] != size:
+            if self.sizes.get(atom) != size:
                 self.set(atom, size)
         return self.total
 

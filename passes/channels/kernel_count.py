@@ -45,11 +45,8 @@ def kernel_record(comb: Comb, sizes: Mapping[Factor, int], smaller: fx.Graph, co
 def _kept_shapes(comb: Comb, sizes: Mapping[Factor, int]) -> Shape:
     """A function that gives the shape of a node after the removal; nodes are found by name."""
     size = Sizer(sizes)
-    shapes = {
-        node.name: tuple(map(size, axes))
-        for node, axes in comb.axes.items()
-        if axes is not None and isinstance(node.meta.get("val"), torch.Tensor)
-    }
+    tensors = {n: axes for n, axes in comb.axes.items() if isinstance(n.meta.get("val"), torch.Tensor)}
+    shapes = {n.name: tuple(map(size, axes)) for n, axes in tensors.items() if axes is not None}
     return lambda node: shapes.get(node.name) or shape(node)
 
 

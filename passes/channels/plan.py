@@ -65,10 +65,8 @@ def kept_by_pattern(
     for pattern, size in keep.items():
         found = named(pattern, groups)
         if not found:
-            others = [
-                f"{g.name} {f'is frozen ({g.frozen})' if g.frozen else 'is left out'}"
-                for g in named(pattern, comb.groups)
-            ]
+            whole = named(pattern, comb.groups)
+            others = [f"{g.name} {f'is frozen ({g.frozen})' if g.frozen else 'is left out'}" for g in whole]
             why = some(others, 2) or f"they are called {some([g.name for g in groups])}"
             raise BadInput(f"RemoveChannels.keep: {pattern!r} matches no group that may shrink; {why}")
         for group in found:

@@ -50,9 +50,6 @@ def other_outputs(program: Program) -> list[str]:
     """Names of the floating-point outputs besides the class scores; empty where the class scores are unknown."""
     if (scores := scores_node(program)) is None:
         return []
-    return [
-        name
-        for name, node in output_nodes(program.graph).items()
-        if isinstance(node, fx.Node) and node is not scores and node.name not in NAMES
-        if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].is_floating_point()
-    ]
+    nodes = {name: n for name, n in output_nodes(program.graph).items() if isinstance(n, fx.Node) and n is not scores}
+    values = {name: n.meta.get("val") for name, n in nodes.items() if n.name not in NAMES}
+    return [name for name, value in values.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]

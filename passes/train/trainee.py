@@ -147,12 +147,8 @@ def carry_state(
     anew, with a warning.
     """
     anew, named = [], {id(p): name for name, p in old.items()}
-    factors = {
-        key
-        for p, values in state.items()
-        for key, v in values.items()
-        if isinstance(v, torch.Tensor) and v.dim() and v.shape != p.shape
-    }
+    entries = [(p, key, v) for p, values in state.items() for key, v in values.items() if isinstance(v, torch.Tensor)]
+    factors = {key for p, key, v in entries if v.dim() and v.shape != p.shape}
     for parameter, values in state.items():
         name = named.get(id(parameter))
         if name is None:

@@ -114,12 +114,10 @@ def _reads_of(comb: Comb, node: fx.Node, wanted: dict[Factor, None]) -> tuple[li
         reads = []
         for letter in dict.fromkeys("".join(terms)):
             if letter not in result:
-                places = [
-                    Operand(t, "tensors", i, term.index(letter))
-                    for i, (term, t) in enumerate(zip(terms, a["tensors"], strict=True))
-                    if letter in term and shape(t)[term.index(letter)] > 1
-                ]
-                reads += [read(*places)] if places else []
+                pairs = enumerate(zip(terms, a["tensors"], strict=True))
+                operands = [Operand(t, "tensors", i, term.index(letter)) for i, (term, t) in pairs if letter in term]
+                summed = [o for o in operands if shape(o.source)[o.dim] > 1]
+                reads += [read(*summed)] if summed else []
         return reads, []
     if name == "scaled_dot_product_attention":
         return [read(operand("query", -1), operand("key", -1))], over("key", [-2], gated_attention)

@@ -102,8 +102,8 @@ def magnitude(comb: Comb, groups: list[Group], context: Context, samples: int = 
 
 def relative_norms(comb: Comb, groups: list[Group], module: torch.nn.Module, masks: ax.Masks) -> Scores:
     """`magnitude` of a network that has lost what the masks remove."""
-    norms = [n for n in comb.module.graph.nodes if op_name(n) in (*NORMS, "batch_norm")]
-    weights = [arguments(n).get("weight") for n in norms]
+    normalising = [n for n in comb.module.graph.nodes if op_name(n) in (*NORMS, "batch_norm")]
+    weights = [arguments(n).get("weight") for n in normalising]
     scales = {str(w.target) for w in weights if isinstance(w, torch.fx.Node) and w.op == "get_attr"}
     strong: dict[Factor, list[np.ndarray]] = defaultdict(list)
     weak: dict[Factor, list[np.ndarray]] = defaultdict(list)
