@@ -139,8 +139,9 @@ class Distill(Training, Pass):
         scores.
         """
         if self.outputs is not None:
-            options = self.temperature, self.confident, self.background
-            return taught(self.outputs, self.weights, student, teacher, *options)
+            return taught(
+                self.outputs, self.weights, student, teacher, self.temperature, self.confident, self.background
+            )
         ours, theirs = (logits_of(raw, instead) for raw in (student, teacher))
         return soft_kl(ours, theirs, self.temperature, class_dim(ours, labels, self.class_dim, of_graph, NO_CLASSES))
 
@@ -155,10 +156,9 @@ class Distill(Training, Pass):
             raise BadInput(f"Distill.{name}: needs a teacher; pass teacher=, or set {name} to 0")
         if teacher is not None:
             _same_inputs(teacher, student)
-        kept: Kept = {}
-        refused: list[Refusal] = []
-        if teacher is not None and self.compares:
-            kept, refused = matching_features(teacher, student, self.at)
+        kept, refused = (
+            ({}, []) if teacher is None or not self.compares else matching_features(teacher, student, self.at)
+        )
         names = list(kept)
         if teacher is not None and self.alpha and self.outputs is None:
             refused += [Refusal(name, UNTAUGHT) for name in other_outputs(student)]
