@@ -6,7 +6,7 @@ SITE := .cache/site
 STUBS := .cache/stubs
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-guards test-torch lint lint-tensorrt docs docs-formats bench bench-gpu clean
+.PHONY: demo gallery test test-slow test-guards test-torch lint lint-tensorrt docs docs-formats bench bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/graphcomb demo
@@ -67,6 +67,11 @@ docs-formats: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+# Trained networks compressed without training: docs/gallery.md, at first under three hours on two cores. ONLY=name: one card.
+gallery: $(STAMP)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/gallery.py --only '$(or $(ONLY),*)'
 
 bench-gpu: $(STAMP)
 	$(BIN)/python benchmarks/gpu.py
