@@ -191,17 +191,19 @@ def card(name: str, row: dict[str, Any]) -> list[str]:
         lines.append(f"| latency, ms | {ms['dense']:.2f} | {ms['compressed']:.2f} |")
     lines += ["", latency_text(row), ""]
     lines += ["| MACs asked for | score without repair | score after repair |", "| ---: | ---: | ---: |"]
-    lines += [
-        f"| {t['share']:.0%} | {first(t['unrepaired'])[1]:.3f} | {first(t['scores'])[1]:.3f} |" for t in row["tried"]
-    ]
+    for t in row["tried"]:
+        cells = (
+            ("cannot be reached", "") if "refused" in t else (f"{first(t[k])[1]:.3f}" for k in ("unrepaired", "scores"))
+        )
+        lines.append(f"| {t['share']:.0%} | {' | '.join(cells)} |")
     chosen = first(row["tried"][-1]["chosen by"])[1]
     fits = chosen >= row["least"] * chosen_dense(row)
     reached = "is the first that keeps" if fits else "is the largest tried, and does not keep"
     lines += [
         "",
         f"The last {reached} {row['least']:.0%} of the dense {what} on the half of the test images that chooses. The "
-        f"figures are those of the other half ({row['images']['test']} images). Repaired from {samples} images without labels. The "
-        f"removal is exact to {row['exact']:.0e} (float64).",
+        f"figures are those of the other half ({row['images']['test']} images). Repaired from {samples} images without "
+        f"labels. The removal is exact to {row['exact']:.0e} (float64).",
         "",
         "```yaml",
         "passes:",
@@ -249,7 +251,8 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         "without labels. `make gallery` makes this page; [Prune without training](guides/repair.md) explains how it works.",
         "", *summary_table(rows), "",
         f"Measured on {' and '.join(sorted(environments)) or 'no machine yet'}. All figures are in "
-        "`benchmarks/results/gallery/`. Training afterwards recovers more: see [Your own loop](guides/loop.md). `make gallery ONLY=crnn` makes one card.",
+        "`benchmarks/results/gallery/`. Training afterwards recovers more: see [Your own loop](guides/loop.md). "
+        "`make gallery ONLY=crnn` makes one card.",
         "",
     ]  # fmt: skip
     for name, row in rows.items():
