@@ -6,7 +6,7 @@ SITE := .cache/site
 STUBS := .cache/stubs
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo gallery test test-slow test-guards test-torch lint lint-tensorrt docs docs-formats bench bench-gpu clean
+.PHONY: demo gallery test test-slow test-guards test-torch lint lint-tensorrt docs docs-formats docs-support bench bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/graphcomb demo
@@ -63,6 +63,10 @@ docs: $(STAMP)
 # The pages about JSON files, from the models in runtime/summary.py.
 docs-formats: $(STAMP)
 	$(BIN)/python docs/formats.py
+
+# The support matrix, from benchmarks/results.
+docs-support: $(STAMP)
+	$(BIN)/python docs/support.py
 
 bench: $(STAMP)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'

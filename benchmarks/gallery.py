@@ -46,7 +46,7 @@ from torch.utils._pytree import tree_map
 from trained import NETWORKS, Network
 
 import graphcomb
-from graphcomb.graph.errors import Unreachable
+from graphcomb.graph.errors import Refused, Unreachable
 from graphcomb.passes import RemoveChannels, Repair
 from graphcomb.runtime import bench, get_target, predict
 
@@ -167,6 +167,14 @@ def left_alone(removal: graphcomb.PassResult, repair: graphcomb.PassResult) -> l
     return sorted(rows, key=lambda row: -row["count"])
 
 
+def predicted(programs: dict[str, graphcomb.Program]) -> dict[str, Any]:
+    """Milliseconds by target and program, or why there is no prediction."""
+    try:
+        return {name: predict(programs, get_target(name), kind)["ms"] for name, kind in PREDICTED.items()}
+    except Refused as error:
+        return {"note": re.sub(r" \(.*\): ", ": ", str(error).removeprefix("latency: "))}
+
+
 def latency(dense: graphcomb.Program, smaller: graphcomb.Program, image: Tensor, seconds: float) -> dict[str, Any]:
     """Milliseconds and the paired ratio with its interval, or why there is none."""
     found = bench([dense, smaller], inputs=[image], names=["dense", "compressed"], seconds=seconds, max_runs=200)
@@ -190,7 +198,6 @@ def make(name: str, seconds: float) -> dict[str, Any]:
         card.tile, half(torch.cat(network.test[0]), 1), half(network.test[1], 1), half(network.dense_outputs, 1),
         half(outputs, 1), PICTURES / f"{name}.png",
     )  # fmt: skip
-    programs = {"dense": dense, "compressed": smaller}
     halves = {when: scores(network, network.dense_outputs, i) for i, when in enumerate(("chosen by", "scores"))}
     smaller.save(file(name))
     return {
@@ -202,7 +209,7 @@ def make(name: str, seconds: float) -> dict[str, Any]:
         "changed": sorted(removal.record["changed"], key=lambda row: row["after"] - row["before"])[:3],
         "narrowed": len(removal.record["changed"]), "repaired": len(repair.record["repaired"]),
         "left alone": left_alone(removal, repair),
-        "predicted": {name: predict(programs, get_target(name), kind)["ms"] for name, kind in PREDICTED.items()},
+        "predicted": predicted({"dense": dense, "compressed": smaller}),
         "latency": latency(dense, smaller, network.test[0][0][:1], seconds),
         "seconds": round(time.perf_counter() - start), "revision": revision(),
     }  # fmt: skip

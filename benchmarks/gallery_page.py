@@ -153,6 +153,8 @@ def ratio(row: dict[str, Any]) -> str:
 
 
 def predicted(row: dict[str, Any], target: str) -> str:
+    if "note" in row["predicted"]:
+        return "none"
     ms = row["predicted"][target]
     return f"{ms['dense'] / ms['compressed']:.2f}"
 
@@ -223,12 +225,17 @@ def chosen_dense(row: dict[str, Any]) -> float:
 
 
 def latency_text(row: dict[str, Any]) -> str:
+    prediction = (
+        f"Predicted from data sheets: {predicted(row, 'cpu')} times on this processor, {predicted(row, 'orin-nano')} times on "
+        "an Orin Nano in fp16."
+    )
+    if "note" in row["predicted"]:
+        prediction = f"There is no prediction: {row['predicted']['note']}."
     if "ratio" not in row["latency"]:
-        return f"Latency was not measured: {row['latency']['note']}."
+        return f"Latency was not measured: {row['latency']['note']}. {prediction}"
     return (
         f"**{ratio(row)} times faster** in ONNX Runtime (one thread, one image; median of {row['latency']['rounds']} paired "
-        f"rounds with its 95 % interval). Predicted from data sheets: {predicted(row, 'cpu')} times on this processor, "
-        f"{predicted(row, 'orin-nano')} times on an Orin Nano in fp16."
+        f"rounds with its 95 % interval). {prediction}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -31,6 +32,15 @@ def replacing(path: Path) -> Iterator[Path]:
         if part != path:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """JSON-able values with None instead of numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from . import runtime
 from .graph.errors import BadInput, GraphcombError
-from .graph.files import write_json
+from .graph.files import finite, write_json
 from .graph.program import Program
 from .job import Job, prepare, targets_of
 from .passes.common.feed import Feed
@@ -83,7 +83,7 @@ def run(
     summary = read(Summary, values, "summary.json")
     if wanted.report:
         runtime.write_report(summary, out / "report.html")
-    write_json(out / "summary.json", summary.to_dict(), indent=2)
+    write_json(out / "summary.json", finite(summary.to_dict()), indent=2)
     return summary
 
 

@@ -67,6 +67,12 @@ def demo(
 ) -> None:
     """Train a small network on digits (or load the cached one) and run the whole pipeline on it."""
     run(DEMO, out, quiet=quiet)
+    from ..store import is_main
+
+    if is_main():
+        print(
+            "Next, a real network: `make gallery ONLY=pp_ocr`, in a clone of graphcomb, prunes a trained text detector."
+        )
 
 
 def show_summary(summary: Summary) -> None:

@@ -48,8 +48,8 @@ def tiles(summary: Summary) -> list[Tile]:
     """Return a tile for each headline figure that the summary has."""
     found = [
         *_quality(summary),
-        *_costs(summary),
         *_latency(summary),
+        *_costs(summary),
         *_prediction(summary),
         *_surgery(summary),
         *_parity(summary),
@@ -65,14 +65,14 @@ def _quality(summary: Summary) -> list[Tile]:
     if summary.accuracy_after is None and before is None:
         return []
     score = score_format(before, after, metric=summary.metric)
-    if after is None and summary.accuracy_after is not None:  # the outputs of the compressed program may be NaN
+    if after is None:  # the outputs of the compressed program may be NaN, which summary.json has as null
         return [Tile(summary.metric, NOT_FINITE, f"from {score(before)}", "watch")]
     detail = ""
     if before is not None and after is not None:
         factor, unit = (100, " points") if score is percent else (1, "")
         difference = f"{(after - before) * factor:+.2f}".replace("-", "−")
         detail = f"from {score(before)}, {difference}{unit}"
-    return [Tile(summary.metric, score(before if after is None else after), detail)]
+    return [Tile(summary.metric, score(after), detail)]
 
 
 def _costs(summary: Summary) -> list[Tile]:
@@ -96,6 +96,8 @@ def _latency(summary: Summary) -> list[Tile]:
     medians = [row["median"] for row in timings(summary).values()]
     details = [" → ".join(map(milliseconds, medians))] if len(medians) == 2 else []
     spread = next(filter(None, bench.ratios.values()), {}) if bench else {}
+    if {"low", "high"} <= spread.keys():
+        details.append(f"95\u00a0% interval of the median {times(spread['low'])} to {times(spread['high'])}")
     if {"p5", "p95"} <= spread.keys():
         details.append(f"90\u00a0% of pairs {times(spread['p5'])} to {times(spread['p95'])}")
     details.append(f"measured in {latency_place(summary)}")

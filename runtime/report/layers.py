@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..prediction.roofline import calibration_text
 from ..summary import Predicted, PredictedLayer, Record, Summary
 from .devices import compared
-from .text import change, counted, size
+from .text import change, count, counted, milliseconds, number, si, size
 
 IN_SIGHT = 20  # number of the most expensive rows that a longer table shows; the others are folded
 
@@ -50,12 +50,36 @@ def layer_rows(
 def longest_bars(rows: Iterable[LayerRow]) -> dict[str, float]:
     """Return the largest value of each column with bars: channels, macs and ms."""
     columns = {key: [pair for row in rows if (pair := getattr(row, key))] for key in ("channels", "macs", "ms")}
-    return {key: max(map(max, pairs), default=0) or 1 for key, pairs in columns.items()}
+    finite = {key: [v for pair in pairs for v in pair if number(v) is not None] for key, pairs in columns.items()}
+    return {key: max(values, default=0) or 1 for key, values in finite.items()}
 
 
 def slowest(rows: list[LayerRow]) -> list[LayerRow]:
     """Return the IN_SIGHT rows with the longest predicted time, or the most multiply-accumulates without a prediction."""
     return sorted(rows, key=lambda row: (max(row.ms or (0.0,)), row.macs[0]), reverse=True)[:IN_SIGHT]
+
+
+def largest_savings(rows: list[LayerRow]) -> list[tuple[str, str]]:
+    """Return the name and the saving in words of the three layers that save most: predicted time if there is a prediction,
+    else multiply-accumulates, with the share of all savings."""
+    timed = any(row.ms for row in rows)
+    saved = {i: difference for i, row in enumerate(rows) if (difference := _saved(row, timed)) > 0}
+    whole = sum(saved.values())
+    found = []
+    for i in sorted(saved, key=lambda i: -saved[i])[:3]:
+        row = rows[i]
+        parts = [f"{milliseconds(saved[i])} predicted" if timed else f"{si(saved[i])} multiply-accumulates"]
+        parts.append(f"{100 * saved[i] / whole:.0f}\u00a0% of what was saved")
+        if row.channels and row.channels[0] != row.channels[1]:
+            parts.append(f"{count(row.channels[0])} → {count(row.channels[1])} channels")
+        found.append((row.name, ", ".join(parts)))
+    return found
+
+
+def _saved(row: LayerRow, timed: bool) -> float:
+    """Return the milliseconds or multiply-accumulates that a layer saves; 0 if they are not known."""
+    before, after = (row.ms or (0.0, 0.0)) if timed else row.macs
+    return number(before - after) or 0.0
 
 
 def _recorded(records: Iterable[Record]) -> dict[str, LayerRow]:

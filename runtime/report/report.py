@@ -6,23 +6,21 @@ Parts of the summary that are empty are left out of the report.
 import datetime
 import os
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from ...graph.files import replacing
 from ..summary import UNFUSED, Engine, Pad, Summary, read_summary
 from .devices import device_section, profiled_layers
 from .headline import lead, tiles
-from .layers import layer_rows, longest_bars, prediction_facts, slowest
+from .layers import largest_savings, layer_rows, longest_bars, prediction_facts, slowest
 from .passes import kernel_facts, pass_row, refusals
 from .plots import plots
 from .reading import pairs
-from .text import count, exact, seconds, short_ms, si, size
+from .template import fill
+from .text import count, exact, seconds, short_ms, si, size, sort_key
 
-FILTERS = {"si": si, "size": size, "exact": exact, "count": count, "seconds": seconds, "ms": short_ms}
+FILTERS = {"si": si, "size": size, "exact": exact, "count": count, "seconds": seconds, "ms": short_ms, "key": sort_key}
 
 
 PAD_TEXTS = {
@@ -47,10 +45,7 @@ def write_report(summary: Summary | Mapping[str, Any], path: str | os.PathLike[s
 
 def render(summary: Summary) -> str:
     """Return the report as HTML text."""
-    source = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= FILTERS
-    return environment.from_string(source).render(report=sections(summary), pad_texts=PAD_TEXTS)
+    return fill("report.html.jinja", FILTERS, report=sections(summary), pad_texts=PAD_TEXTS)
 
 
 def sections(summary: Summary) -> dict[str, Any]:
@@ -66,6 +61,7 @@ def sections(summary: Summary) -> dict[str, Any]:
         "longest": longest_bars(layers),
         "largest": slowest(layers) if len(layers) > 1 else [],
         "prediction": prediction_facts(summary) + kernel_facts(summary.passes),
+        "savings": largest_savings(layers),
         "refusals": refusals(summary.passes),
         "passes": [pass_row(record) for record in summary.passes],
         "engines": [_engine(engine) for engine in summary.engines],

@@ -120,3 +120,8 @@ def plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(plain, value))
     return str(value)
+
+
+def sort_key(value: float) -> float:
+    """Return the sort key of a number; numbers that are not finite come last."""
+    return value if math.isfinite(value) else 1e300

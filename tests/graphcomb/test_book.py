@@ -8,6 +8,7 @@ Comments of HTML in a page, which readers do not see, say what its blocks need:
     <!-- slow -->            the page is run by `make test-slow`
     <!-- run -->             the next bash block is run, too; of others the commands and options are looked up
     <!-- output -->          the next text block is what the block before it prints; ... stands for any text
+    <!-- output: any numbers -->   so, but numbers may differ
 """
 
 import re
@@ -38,12 +39,13 @@ class Block:
     line: int
     run: bool = False
     output: bool = False
+    numbers: bool = False  # whether those of the output are compared
 
 
 def blocks(text: str) -> Iterator[Block]:
     """The blocks of a page in order, setups as python, with what comments ask for applied."""
     small: list[tuple[str, str]] = []
-    marks: set[str] = set()
+    marks: dict[str, str] = {}
     for token in TOKEN.finditer(text):
         line = text[: token.start()].count("\n") + 2
         if token["setup"] is not None:
@@ -53,12 +55,13 @@ def blocks(text: str) -> Iterator[Block]:
             assert before in text[token.end() :], f"small: no {before!r} in what follows"
             small.append((before, after))
         elif token["key"]:
-            marks.add(token["key"])
+            marks[token["key"]] = token["value"] or ""
         else:
             code = token["code"]
             for before, after in small:
                 code = code.replace(before, after)
-            yield Block(token["language"], code, line, "run" in marks, "output" in marks)
+            numbers = marks.get("output") != "any numbers"
+            yield Block(token["language"], code, line, "run" in marks, "output" in marks, numbers)
             marks.clear()
 
 
@@ -75,8 +78,13 @@ def of_page(page: Path) -> object:
     return pytest.param(page, id=name_of(page), marks=slow)
 
 
-# README's own blocks: the first is run by test_docs.py.
-RUNNING = [page for page in PAGES[1:] if any(b.language == "python" or b.run for b in blocks(page.read_text()))]
+RUNNING = [page for page in PAGES if any(b.language == "python" or b.run for b in blocks(page.read_text()))]
+
+
+def pattern(block: Block) -> str:
+    """What a block's output has to match: spaces are alike, ... is any text, numbers only if they are compared."""
+    wanted = ".*".join(re.escape(" ".join(part.split())) for part in block.code.split("...")).replace(r"\ ", " ?")
+    return wanted if block.numbers else re.sub(r"\d[\d,]*(\\?\.\d+)?", r"(?:\\d[\\d,.]*|None)", wanted)
 
 
 def commands(code: str) -> list[list[str]]:
@@ -109,25 +117,38 @@ def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch, capfd
                 assert code == 0, f"line {block.line}: {' '.join(words)}: {shown.err}"
                 printed = shown.out
         elif block.output:
-            wanted = ".*".join(re.escape(" ".join(part.split())) for part in block.code.split("..."))
-            assert re.fullmatch(wanted.replace(r"\ ", " ?"), " ".join(printed.split()), re.DOTALL), (
-                f"line {block.line}: {printed}"
-            )
+            assert re.fullmatch(pattern(block), " ".join(printed.split()), re.DOTALL), f"line {block.line}: {printed}"
+
+
+def check_command(words: list[str]) -> None:
+    """Assert that a command of graphcomb or a target of make exists, with its options."""
+    program, *rest = words
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in rest if "=" not in word} <= set(targets), f"{' '.join(words)}: no target"
+        return
+    name, *rest = rest
+    known = {command.name: command for command in typer.main.get_command(app).commands.values()}
+    assert name in known, f"{name}: no command"
+    options = {text for parameter in known[name].params for text in parameter.opts} | {"--help"}
+    assert {word.split("=")[0] for word in rest if re.match(r"--?[a-z]", word)} <= options, " ".join(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_and_options_exist(page: Path) -> None:
-    known = {command.name: command for command in typer.main.get_command(app).commands.values()}
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for block in blocks(page.read_text()):
-        for program, *words in commands(block.code) if block.language == "bash" else ():
-            if program == "make":
-                assert {word for word in words if "=" not in word} <= targets
-                continue
-            name, *rest = words
-            assert name in known, f"{name}: no command"
-            options = {text for parameter in known[name].params for text in parameter.opts} | {"--help"}
-            assert {word.split("=")[0] for word in rest if re.match(r"--?[a-z]", word)} <= options, " ".join(words)
+        for words in commands(block.code) if block.language == "bash" else ():
+            check_command(words)
+
+
+def test_the_commands_of_the_ci_job_exist() -> None:
+    job = yaml.safe_load((ROOT / "docs" / "ci.yml").read_text())
+    steps = [
+        step["run"].split() for step in job["jobs"]["gate"]["steps"] if step.get("run", "").startswith("graphcomb ")
+    ]
+    assert [name for _, name, *_ in steps] == ["check", "run", "build", "bench"]
+    for words in steps:
+        check_command(words)
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -1,10 +1,12 @@
 """The demo keeps its promises: at least 4 times fewer MACs within one point of accuracy, exact, exported and built."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from graphcomb.cli import run
 from graphcomb.cli.run import DEMO
 from graphcomb.recipe import read_recipe
 
@@ -18,12 +20,21 @@ def test_the_recipe_and_those_beside_it_are_valid() -> None:
         assert recipe.outputs.engines
 
 
+def test_the_demo_ends_with_a_command_that_exists(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "run", lambda *_, **__: None)
+    name = re.search(r"make gallery ONLY=(\w+)", cli("demo").out)[1]
+    root = Path(__file__).parents[2]
+    assert f'    "{name}": Card(' in (root / "benchmarks" / "gallery.py").read_text()
+    assert "ONLY" in (root / "Makefile").read_text()
+
+
 @pytest.mark.slow
 def test_the_demo(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setenv("GRAPHCOMB_CACHE", str(tmp_path / "cache"))
     outcome = cli("demo", "--quiet")
     assert outcome.code == 0, outcome.err
+    assert "make gallery ONLY=pp_ocr" in outcome.out
     summary = json.loads((tmp_path / "out" / "demo" / "summary.json").read_text())
     assert summary["macs_ratio"] >= 4
     assert summary["params_ratio"] >= 4

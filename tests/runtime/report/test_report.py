@@ -1,6 +1,7 @@
 """The HTML report: everything in the summary shows, nothing is assumed, nothing escapes."""
 
 import copy
+import itertools
 import json
 import re
 import shutil
@@ -10,9 +11,11 @@ from xml.etree import ElementTree
 import pytest
 
 from graphcomb.graph.errors import BadInput
-from graphcomb.runtime.report.report import write_report
+from graphcomb.graph.files import finite
+from graphcomb.runtime.report.report import render, write_report
+from graphcomb.runtime.summary import read_summary
 
-from .toys import page, prediction, summary
+from .toys import Page, page, prediction, summary
 
 
 def test_everything_of_the_summary_shows(tmp_path):
@@ -23,7 +26,7 @@ def test_everything_of_the_summary_shows(tmp_path):
         "4× fewer multiply-accumulates, 4× fewer parameters, 3.12× faster",
         "98.33 %", "from 98.61 %, −0.28 points",
         "800 M → 200 M", "11 M → 2.75 M",
-        "5.1 ms → 1.63 ms, 90 % of pairs 3.02× to 3.19×",
+        "5.1 ms → 1.63 ms, 95 % interval of the median 3.09× to 3.14×, 90 % of pairs 3.02× to 3.19×",
         "surgery error", "3.4e-14",
         "ONNX parity, fp16", "1.3e-03", "the fp16 file, relative to the fp32 program",
         "2 kernels, 768 kB, 1 padding kernel",
@@ -46,7 +49,8 @@ def test_everything_of_the_summary_shows(tmp_path):
 
 def test_the_page_is_self_contained_and_fits_a_phone(tmp_path):
     found, html = page(tmp_path, summary())
-    assert not [t for t, _ in found.tags if t in ("script", "link", "img", "iframe")]
+    assert not [t for t, _ in found.tags if t in ("link", "img", "iframe")]
+    assert [a for t, a in found.tags if t == "script"] == [{}]  # inline: the one that sorts
     links = {v for _, a in found.tags for k, v in a.items() if v and k.split(":")[-1] in ("href", "src")}
     assert all(link.startswith("#") for link in links)
     assert not re.search(r"url\((?!#)|@import", html)
@@ -69,7 +73,8 @@ def test_text_is_escaped_everywhere(tmp_path):
     KEEP = set(re.findall(r"\w+", repr(summary())))
     values = spoil(copy.deepcopy(summary()))
     found, html = page(tmp_path, values)
-    assert found.count("script") == 0
+    assert html.count("<script") == 1  # the page's own, in which there are no values
+    assert "alert(1)" not in html[html.index("<script") :]
     assert "<script>" in found.text  # as text
     for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
         ElementTree.fromstring(svg)
@@ -197,3 +202,89 @@ def test_more_kernels_and_dead_branches_are_named(tmp_path):
         records[0]["kernels"] = junk
         with pytest.raises(BadInput, match=r"^report: passes\.0\.kernels"):
             write_report(given, tmp_path / "report.html")
+
+
+def test_what_comes_first_is_score_latency_a_plot_savings_and_refusals(tmp_path, quick):
+    found, html = page(tmp_path, summary())
+    text = " ".join(found.text.split())
+    first = (
+        "98.33 %",
+        "3.12× faster",
+        "Accuracy against",
+        "Saved most",
+        "layers.0.weight",
+        "Left alone most often",
+        "Layers",
+    )
+    places = [text.index(word, 0 if i < 2 else text.index("Accuracy against")) for i, word in enumerate(first)]
+    assert places[2:] == sorted(places[2:])
+    assert html.index("98.33") < html.index("3.12× faster</div>") < html.index("<figure") < html.index("Saved most")
+    assert "750 µ" not in text
+    assert "0.75 ms predicted, 33 % of what was saved, 64 → 32 channels" in text
+    assert "an output of the programfc.weight:0 and 1 more" in text
+
+
+def test_savings_are_multiply_accumulates_without_a_prediction(tmp_path, quick):
+    text = " ".join(page(tmp_path, summary() | {"prediction": None})[0].text.split())
+    assert "layers.2.weight 2.25 M multiply-accumulates, 50 % of what was saved, 64 → 32 channels" in text.replace(
+        "weight2", "weight 2"
+    )
+
+
+def test_headings_are_in_order_and_tables_have_captions(tmp_path, quick):
+    found, _ = page(tmp_path, summary())
+    levels = [int(tag[1]) for tag, _ in found.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert found.count("table") == found.count("caption") > 4
+    assert all(attributes.get("scope") == "col" for tag, attributes in found.tags if tag == "th")
+
+
+def places(value, path=()):
+    """The places of all numbers in JSON values."""
+    if isinstance(value, dict | list):
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(child, (*path, key))
+    elif isinstance(value, float):
+        yield path
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_no_number_that_is_not_finite_breaks_the_page(bad, quick):
+    for path in places(summary()):
+        values = json.loads(json.dumps(summary()))
+        *above, last = path
+        parent = values
+        for key in above:
+            parent = parent[key]
+        parent[last] = bad
+        try:
+            found = read_summary(values, "summary.json")
+        except BadInput:  # a field that is a whole number, so that a run cannot write it either
+            continue
+        Page(render(found))
+        stored = json.loads(json.dumps(finite(values), allow_nan=False))
+        Page(render(read_summary(stored, "summary.json")))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chromium() is None, reason="needs Chromium")
+def test_a_browser_sorts_a_table(tmp_path):
+    path = tmp_path / "report.html"
+    page(tmp_path, summary())
+    path.write_text(
+        path.read_text()
+        + """<p id=r></p><script>
+      const t = document.querySelector("table.layers"), b = t.querySelectorAll("th button")[3];
+      const macs = () => [...t.tBodies[0].rows].map(r => r.cells[3].dataset.key);
+      b.click(); const up = macs(), state = b.parentNode.ariaSort; b.click();
+      document.getElementById("r").textContent = JSON.stringify([up, state, macs()]);</script>"""
+    )
+    options = "--headless --no-sandbox --disable-gpu --virtual-time-budget=2000 --dump-dom"
+    command = [chromium(), *options.split(), f"--user-data-dir={tmp_path}/profile", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    up, state, down = json.loads(re.search(r'<p id="r">(.*?)</p>', done.stdout)[1].replace("&quot;", '"'))
+    assert state == "ascending"
+    assert [float(v) for v in up] == sorted(map(float, up))
+    assert down == up[::-1]

@@ -23,7 +23,7 @@ class Page(HTMLParser):
         self.ids += [value for key, value in attributes if key == "id"]
         if tag not in VOID:
             self.open.append(tag)
-        self.skip += tag == "style"
+        self.skip += tag in ("style", "script")
 
     def handle_startendtag(self, tag, attributes):
         self.ids += [value for key, value in attributes if key == "id"]
@@ -31,7 +31,7 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
-        self.skip -= tag == "style"
+        self.skip -= tag in ("style", "script")
 
     def handle_data(self, data):
         if not self.skip:
@@ -156,7 +156,7 @@ def summary(layers=3):
             "rounds": 50,
             "contended": False,
             "environment": {},
-            "ratios": {"small": {"p5": 3.02, "median": 3.12, "p95": 3.19}},
+            "ratios": {"small": {"p5": 3.02, "median": 3.12, "p95": 3.19, "low": 3.09, "high": 3.14}},
             "note": "",
         },
         "surgery_error": 3.4e-14,
