@@ -229,6 +229,12 @@ def rows() -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, json.loads(path.read_text())
 
 
+def missing() -> list[str]:
+    """Titles of the cards that have no result."""
+    made = dict(rows())
+    return [card.title for name, card in CARDS.items() if name not in made]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="pattern over names")
@@ -248,7 +254,7 @@ def main() -> None:
             network = CARDS[name].network()
             found = latency(network.dense, graphcomb.load(file(name)), network.test[0][0][:1], options.seconds)
             save(path, row | {"latency": found}, sort_keys=False)
-    gallery_page.write_page(dict(rows()))
+    gallery_page.write_page(dict(rows()), missing())
 
 
 if __name__ == "__main__":

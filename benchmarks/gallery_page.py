@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +226,8 @@ def chosen_dense(row: dict[str, Any]) -> float:
 
 def latency_text(row: dict[str, Any]) -> str:
     prediction = (
-        f"Predicted from data sheets: {predicted(row, 'cpu')} times on this processor, {predicted(row, 'orin-nano')} times on "
-        "an Orin Nano in fp16."
+        f"Predicted from data sheets: {predicted(row, 'cpu')} times on this processor, {predicted(row, 'orin-nano')} times "
+        "on an Orin Nano in fp16."
     )
     if "note" in row["predicted"]:
         prediction = f"There is no prediction: {row['predicted']['note']}."
@@ -250,7 +250,8 @@ def left_alone(row: dict[str, Any]) -> list[str]:
     return [*lines, *([f"- and {rest} more, for other reasons"] if rest else []), ""]
 
 
-def page(rows: dict[str, dict[str, Any]]) -> str:
+def page(rows: dict[str, dict[str, Any]], missing: Sequence[str] = ()) -> str:
+    """The page. missing: titles of cards that were not made yet."""
     environments = {row["latency"]["environment"]["cpu"] for row in rows.values() if "environment" in row["latency"]}
     lines = [
         "# Gallery", "",
@@ -262,10 +263,12 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         "`make gallery ONLY=crnn` makes one card.",
         "",
     ]  # fmt: skip
+    if missing:
+        lines += [f"Not made yet, `make gallery` does: {', '.join(missing)}.", ""]
     for name, row in rows.items():
         lines += card(name, row)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write_page(rows: dict[str, dict[str, Any]]) -> None:
-    write(PAGE, page(rows))
+def write_page(rows: dict[str, dict[str, Any]], missing: Sequence[str]) -> None:
+    write(PAGE, page(rows, missing))

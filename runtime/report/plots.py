@@ -52,7 +52,7 @@ def _trade_offs(summary: Summary, path: list[Point]) -> Iterable[Plot]:
     if len(medians) == 2:
         yield latency("latency", medians[0], medians[1], "latency")
     for i, results in enumerate(summary.devices):
-        medians = [median(model) or 0.0 for model in results.models.values()]
+        medians = [number(median(model)) or 0.0 for model in results.models.values()]
         if len(medians) > 1 and medians[0] and medians[-1]:
             yield latency(f"device-{i}", medians[0], medians[-1], f"latency on {device_name(results, 'a device')}")
 
@@ -60,7 +60,8 @@ def _trade_offs(summary: Summary, path: list[Point]) -> Iterable[Plot]:
 def _profiles(layers: list[LayerRow]) -> Iterable[Plot]:
     """Yield plots of multiply-accumulates, output channels and predicted time of each layer."""
 
-    def plot(caption: str, name: str, values: list[tuple[float, float]], text: Callable[[float], str]) -> Plot:
+    def plot(caption: str, name: str, pairs: list[tuple[float, float]], text: Callable[[float], str]) -> Plot:
+        values = [(number(first) or 0.0, number(last) or 0.0) for first, last in pairs]
         before, after = [pair[0] for pair in values], [pair[1] for pair in values]
         most = before.index(max(before))
         words = (
@@ -107,8 +108,8 @@ def _trajectory(summary: Summary) -> list[Point]:
         points.append((record.cost.after.macs, record.accuracy.after if record.accuracy else None, record.pass_))
     points.append((last, summary.accuracy_after, "compressed"))
     known: list[Point] = []
-    for macs, score, name in points:
-        accuracy = number(score)
+    for cost, score, name in points:
+        macs, accuracy = number(cost), number(score)
         if macs is not None and accuracy is not None and (macs, accuracy) not in [p[:2] for p in known]:
             known.append((macs, accuracy, name))
     return known

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..summary import Summary
-from .text import plain
+from .text import number, plain
 
 SIDES = ("before", "after")
 BOX = ("p5", "p25", "median", "p75", "p95")  # percentiles that a plot of a distribution shows
@@ -23,9 +23,9 @@ def costs(summary: Summary, key: str) -> tuple[float | None, float | None, float
 
 
 def timings(summary: Summary) -> dict[str, dict[str, float]]:
-    """Return the percentiles of the latency in milliseconds by model, for models with all percentiles of BOX."""
+    """Return the percentiles of the latency in milliseconds by model, for models with finite values of all of BOX."""
     rows = summary.bench.timings if summary.bench else []
-    return {row.name: row.ms for row in rows if row.ms.keys() >= set(BOX)}
+    return {row.name: row.ms for row in rows if all(number(row.ms.get(key)) is not None for key in BOX)}
 
 
 def latency_place(summary: Summary) -> str:

@@ -15,6 +15,7 @@ from graphcomb import passes
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["efficientnet_lite0", "efficientnet_lite2", "mobilenet_v2", "craft", "crnn", "pp_ocr", "segformer", "detr"]
+MADE = [name for name in NAMES if (ROOT / "benchmarks" / "results" / "gallery" / f"{name}.json").is_file()]
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +76,20 @@ def test_a_card_that_keeps_too_little_says_so(gallery, tmp_path, monkeypatch) ->
 
 def test_the_page_is_made_from_the_results(gallery) -> None:
     rows = dict(gallery.rows())
-    assert list(rows) == NAMES
-    assert gallery.gallery_page.PAGE.read_text() == gallery.gallery_page.page(rows)
+    assert list(gallery.CARDS) == NAMES
+    assert list(rows) == MADE
+    assert len(rows) >= 2
+    assert gallery.gallery_page.PAGE.read_text() == gallery.gallery_page.page(rows, gallery.missing())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MADE)
 def test_the_picture_of_a_card_is_there_and_small(name: str) -> None:
     assert (ROOT / "docs" / "gallery" / f"{name}.png").stat().st_size < 300_000
 
 
 def test_the_recipes_of_the_page_name_passes_and_options() -> None:
     blocks = (ROOT / "docs" / "gallery.md").read_text().split("```yaml\n")[1:]
-    assert len(blocks) == len(NAMES)
+    assert len(blocks) == len(MADE)
     for block in blocks:
         for step in yaml.safe_load(block.split("```")[0])["passes"]:
             ((name, options),) = step.items()
