@@ -46,6 +46,11 @@ def rows(name: str) -> dict[str, Any]:
     return found.get("rows", found)
 
 
+def known(network: str) -> str:
+    """The title of a network by its name in the results."""
+    return NAMES[network] if network in NAMES else SMALL[network.removeprefix("fashion ")]
+
+
 def by_accuracy() -> Found:
     """Networks whose accuracy, or agreement with the dense network, was measured after a pass."""
     for name in ("accuracy", "accuracy_long"):
@@ -59,8 +64,8 @@ def by_accuracy() -> Found:
     for row in rows("repair").values():
         for state, column in (("repair", "Repair"), ("repair + recalibrate", "Recalibrate")):
             if state in row.get("scores", {}):
-                yield NAMES[row["network"]], column, "measured"
-                yield NAMES[row["network"]], "RemoveChannels", "measured"
+                yield known(row["network"]), column, "measured"
+                yield known(row["network"]), "RemoveChannels", "measured"
     for key in rows("repair_training"):
         if "repaired" in key:
             yield SMALL[key.split("/")[0]], "Repair", "measured"
@@ -72,7 +77,7 @@ def by_accuracy() -> Found:
     for key in rows("sparsity"):
         network, _, method, _ = key.split("/")
         if not method.startswith("modelopt"):
-            yield SMALL.get(network) or NAMES[network], "Sparsify", "measured"
+            yield known(network), "Sparsify", "measured"
     for row in rows("finish_rows").values():
         yield SMALL[row["network"]], "Minimise", "measured"
     for key in rows("joint"):
