@@ -1,7 +1,5 @@
-"""A detector with several outputs: your own loss on the raw outputs, the dense network as teacher.
-
-Made scenes of one bright square; put your own detector, batches and loss in their place.
-"""
+"""A detector with several outputs: your own loss on the raw outputs, the dense network as teacher. Put your own detector,
+batches and loss in the place of these made scenes of one bright square."""
 
 import torch
 from torch import nn
@@ -37,8 +35,8 @@ def scene(count: int = 16):
 
 
 def loss(outputs, boxes):  # of the cell at each box's centre, and of the box that this cell finds
-    cell = ((boxes[:, :2] + boxes[:, 2:]) / 8).long().clamp(max=7)
-    which = cell[:, 1] * 8 + cell[:, 0]
+    column, row = ((boxes[:, :2] + boxes[:, 2:]) / 8).long().clamp(max=7).T
+    which = row * 8 + column
     found = outputs["boxes"].flatten(2)[torch.arange(len(boxes)), :, which]
     return F.cross_entropy(outputs["scores"].flatten(1), which) + F.l1_loss(found, boxes) / 32
 
@@ -47,8 +45,9 @@ def main(steps: int = 300, out: str = "small.onnx"):
     data = [scene() for _ in range(20)]
     dense = graphcomb.capture(Detector(), (data[0][0],), dynamic_shapes="batch")
     dense = Distill(alpha=0.0, steps=steps, lr=3e-3)(dense, data=data, loss=loss).program
-    train = Distill(steps=steps, lr=1e-3, outputs={"scores": "binary", "boxes": "values"})
-    result = RemoveChannels(macs=0.5, train=train, interval=10)(dense, data=data, loss=loss, teacher=dense)
+    removed = RemoveChannels(macs=0.5, importance="repair", repair=True)(dense, data=data).program
+    train = Distill(steps=steps, lr=1e-3, alpha=0.2, temperature=1.0, outputs={"scores": "binary", "boxes": "values"})
+    result = train(removed, data=data, loss=loss, teacher=dense)
     graphcomb.runtime.export_onnx(result.program, out)
     images, boxes = scene(64)
     before, after = (float(loss(p.module().eval()(images), boxes)) for p in (dense, result.program))

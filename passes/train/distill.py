@@ -56,7 +56,8 @@ class Distill(Training, Pass):
       the layer that computes the scores, and takes 1 for `(N, C)` and `(N, C, H, W)`; anything else is BadInput.
     - outputs: what is taught in place of the class scores, of a detector for instance, by the names that `named_outputs`
       gives a model's outputs: a whole number is the dimension of classes that exclude each other (KL, as above), "binary"
-      means logits of independent classes (KL of each yes or no, over the number of objects that the teacher expects),
+      means logits of independent classes (KL of each yes or no, over the number of objects that the teacher expects; above
+      temperature 1 the many positions without an object outweigh the others),
       "boxes" the L1 distance of coordinates where the teacher is confident, "values" the squared error, relative to the
       teacher's mean square. Outputs are compared position by position; for a network that orders its queries by score, give
       a function of (student's outputs, teacher's outputs) that matches them and returns a scalar.
