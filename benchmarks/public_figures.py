@@ -1,0 +1,123 @@
+"""Hold predictions of the roofline against latencies that others have published.
+
+    python benchmarks/public_figures.py
+
+Each figure was read at the address beside it. The network has the published architecture and random weights, since a
+prediction depends on shapes alone. The first prediction comes from the data sheet. The second is the same times one factor
+for each device and precision, with which the first row of that device and precision, which does not count, is exact. YOLO11
+needs the package `ultralytics`; without it those rows are skipped. Published times of YOLO11 are those of whole images
+through a Python library and not of the GPU alone. Results go to benchmarks/results/public_figures.json and .md.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from common import revision, save, write
+
+RESULTS = Path(__file__).parent / "results"
+NVIDIA = "https://docs.nvidia.com/deeplearning/tensorrt/tensorflow-quantization-toolkit/docs/docs/model_zoo.html"
+ULTRALYTICS = "https://github.com/ultralytics/ultralytics/blob/main/docs/en/guides/nvidia-jetson.md"
+YOLO = {  # milliseconds at batch 1 and 640 x 640: fp16, int8
+    "orin-nano": {"n": (4.91, 3.91), "s": (7.30, 5.25), "m": (13.99, 9.58), "l": (17.57, 12.37), "x": (32.94, 20.72)},
+    "orin-nx": {"n": (4.85, 4.37), "s": (7.55, 5.63), "m": (14.45, 10.19), "l": (18.53, 13.36), "x": (35.99, 22.32)},
+}
+ROWS = [  # target, precision, network, milliseconds, source; the first of a target and precision calibrates
+    *(("rtx-sm80", "int8", name, ms, NVIDIA) for name, ms in
+      (("resnet50", 0.46), ("resnet101", 0.84), ("mobilenet_v2", 0.30), ("efficientnet_b0", 0.67))),
+    *((target, kind, f"yolo11{size}", ms[i], ULTRALYTICS) for target, sizes in YOLO.items()
+      for i, kind in enumerate(("fp16", "int8")) for size, ms in sizes.items()),
+]  # fmt: skip
+GOALS = {"sheet": 1.5, "calibrated": 1.2}
+
+
+def program(name: str) -> Any:
+    """The network as a program for one image."""
+    import torch
+
+    import graphcomb
+
+    torch.manual_seed(0)
+    if name.startswith("yolo"):
+        from ultralytics.nn.tasks import DetectionModel
+
+        model, size = DetectionModel(f"{name}.yaml", verbose=False).eval(), 640
+        model.model[-1].export, model.model[-1].format = True, "onnx"
+    else:
+        from torchvision import models
+
+        model, size = models.get_model(name, weights=None).eval(), 224
+    return graphcomb.capture(model, (torch.randn(1, 3, size, size),))
+
+
+def predicted(source: Any, target: str, kind: str) -> float:
+    """Milliseconds that the data sheet's roofline predicts."""
+    from graphcomb.runtime import Roofline, get_target
+    from graphcomb.runtime.prediction.layers import describe, from_dict
+
+    roofline = Roofline(get_target(target), kind)
+    rows = describe(source, 1, roofline.rules)
+    return 1e3 * (sum(roofline.seconds(from_dict(row)) for row in rows) + roofline.per_run)
+
+
+def compare() -> list[dict[str, Any]]:
+    """The rows with both predictions, which are stored one by one."""
+    programs: dict[str, Any] = {}
+    factors: dict[tuple[str, str], float] = {}
+    found = []
+    for target, kind, name, ms, source in ROWS:
+        try:
+            programs[name] = programs.get(name) or program(name)
+        except ModuleNotFoundError as error:
+            print(f"{name}: skipped: {error}")
+            continue
+        sheet = predicted(programs[name], target, kind)
+        first = (target, kind) not in factors
+        factor = factors.setdefault((target, kind), ms / sheet)
+        row = {"target": target, "precision": kind, "network": name, "published": ms, "source": source}
+        found.append(row | {"sheet": sheet, "calibrated": None if first else sheet * factor})
+        print(f"{target}, {kind}, {name}: {ms} ms published, {sheet:.2f} ms predicted", flush=True)
+        save(RESULTS / "public_figures.json", {"commit": revision(), "rows": found})
+        write(RESULTS / "public_figures.md", table(found))
+    return found
+
+
+def error(row: dict[str, Any], which: str) -> float:
+    """How many times too long or too short a prediction is, from 1 up."""
+    quotient = row[which] / row["published"]
+    return max(quotient, 1 / quotient)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    lines = [f"# Public figures\n\n{(__doc__ or '').split(chr(10) * 2)[2].strip()}\n"]
+    for which, goal in GOALS.items():
+        errors = [error(row, which) for row in rows if row[which] is not None]
+        if errors:
+            share = sum(e <= goal for e in errors) / len(errors)
+            what = "Data sheet" if which == "sheet" else "Calibrated by one row"
+            lines.append(
+                f"{what}: {share:.0%} of {len(errors)} rows within a factor of {goal}; median factor {median(errors):.2f}, "
+                f"largest {max(errors):.2f}.\n"
+            )
+    lines.append("| target | precision | network | published, ms | data sheet, ms | off by | calibrated, ms | off by |")
+    lines.append("| --- " * 8 + "|")
+    for row in rows:
+        cells = [row["target"], row["precision"], row["network"], f"{row['published']:.2f}"]
+        for which in GOALS:
+            cells += ["", ""] if row[which] is None else [f"{row[which]:.2f}", f"{row[which] / row['published']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {source}" for source in dict.fromkeys(row["source"] for row in rows))]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    compare()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
