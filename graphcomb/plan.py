@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, PositiveInt, ValidationError
@@ -118,9 +118,10 @@ class Tuned(Section):
 
     - model: a code of the names and shapes of the program's tensors.
     - target, precision: device and precision. by: source of the times of layers. method: how the choice was found.
-    - met: whether the budget is met.
+    - met: whether the budget is met, within a tenth. met_by: whether a "measured" or a "predicted" time tells.
     - ms: milliseconds of the dense network, asked for, predicted by the tables, and achieved; `measured` tells whether
-      achieved was measured.
+      achieved was measured. The true times lie mostly from dense_low to dense_high, from predicted_low to predicted_high,
+      and from low to high.
     - loss: divergence from the dense network in nats, predicted and measured; `images` is the number of images, and
       `held_out` tells whether the repair did not use them.
     """
@@ -131,6 +132,7 @@ class Tuned(Section):
     by: str
     method: str
     met: bool
+    met_by: Literal["measured", "predicted"] = "predicted"
     ms: dict[str, float | bool | None]
     loss: dict[str, float | int | bool | None]
 
@@ -208,6 +210,22 @@ class Plan(Section):
         check_fixed(space, Fixed(decided.widths, dict.fromkeys(decided.blocks, True)))
         steps = passes(space, decided, self.repair.importance, self.repair.samples)
         return [*steps, parse_pass(Distill, self.recovery, "plan.recovery")] if self.recovery else steps
+
+    def figures(self) -> dict[str, Any] | None:
+        """Return the plan's figures for summary.json (`Planned`); None for a plan of `graphcomb plan`."""
+        if self.tuned is None:
+            return None
+        fixed = self.fixed
+        changes = [
+            {"what": b.name, "option": "goes", "saves_ms": b.saves_ms, "loss": b.loss} for b in self.blocks if b.goes
+        ]
+        changes += [
+            {"what": r.name, "option": f"{r.width} of {r.size}", "saves_ms": r.saves_ms, "loss": r.loss}
+            for r in self.groups
+            if r.name in self.decided.widths
+        ]
+        values = self.tuned.model_dump(exclude={"model"})
+        return values | {"edited": fixed != Fixed(), "changes": changes}
 
     def applied(self, job: Job) -> Recipe:
         """Return the recipe of a job with the passes of the plan. Raises what `passes` raises, and BadInput for another

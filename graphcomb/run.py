@@ -38,11 +38,12 @@ def run(
     plan: list[dict[str, Any]] | Callable[[Job], Recipe] | None = None,
     progress: bool = False,
     fresh: bool = False,
+    planned: dict[str, Any] | None = None,
 ) -> Summary:
     """Run a recipe and write its outputs to the folder `out`; returns what summary.json holds.
 
     plan: sizes of groups for the recipe's RemoveChannels; or what gives a recipe with other passes, once the model is
-    there.
+    there. planned: the figures of a tuned plan (`Plan.figures`), for the summary.
 
     Finished passes found in `out` are taken over when nothing they depend on has changed, unless fresh is set. Under
     `accelerate launch` all processes run the passes, and the main one does the rest.
@@ -64,7 +65,7 @@ def run(
         job.program, job.context(progress), out=out, plan={"groups": rows} if rows else None, key=recipe.key(),
         resume=not fresh,
     )  # fmt: skip
-    values = _summary(job, result)
+    values = _summary(job, result) | {"plan": planned}
     if not is_main():
         return read(Summary, values, "summary.json")
     wanted, files = recipe.outputs, values["files"]

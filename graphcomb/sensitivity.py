@@ -47,7 +47,7 @@ def measure(program: Program, data: Iterable[Any] | None, **options: Any) -> lis
     session = prepare_tables(program, data, **options)
     problem, space, losses = session.tables.problem, session.tables.space, session.tables.losses
     whole = problem.seconds(problem.whole())
-    scale = session.seconds(program) / whole
+    scale = session.time(program).seconds / whole
     rows = []
     for i, (axis, group) in enumerate(zip(problem.axes, space.groups, strict=True)):
         measured = losses.curve(group).measured

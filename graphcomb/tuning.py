@@ -10,7 +10,7 @@ layers and measures whole networks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .passes.common.latency import allowed_seconds, needed_latency
 from .passes.depth.budget import Predictor
 from .passes.joint.losses import Losses
 from .passes.joint.problem import Choice, Problem
-from .passes.joint.rounds import NEAR, Built, Tuner, builder
+from .passes.joint.rounds import NEAR, Built, Time, Tuner, builder
 from .passes.joint.space import SIZES, Space
 from .passes.joint.tables import Fixed, Tables
 from .passes.joint.times import Times
@@ -101,7 +101,7 @@ def tune(
         **fields,
     )
     build = builder(session.tables, importance, samples, session.tables.losses.context)
-    tuner = Tuner(session.tables, build, session.seconds, rounds, session.say)
+    tuner = Tuner(session.tables, build, session.time, rounds, session.say)
     plans = []
     for kind, budget in budgets:
         if kind == "latency":
@@ -138,6 +138,7 @@ class TuningTables:
     def __init__(self, tables: Tables, target: Target, precision: str, latency: Any, measured: bool, progress: bool):
         self.tables, self.target, self.precision, self.latency = tables, target, precision, latency
         self.measured = measured
+        self._whole: Time | None = None
         self._predict = Predictor(Context(latency=latency), tables.space.program) if not measured else None
         self._progress = progress
 
@@ -147,26 +148,50 @@ class TuningTables:
 
         Console(stderr=True, quiet=not self._progress, markup=False, emoji=False, soft_wrap=True).print(text)
 
-    def seconds(self, program: Program) -> float:
-        """Return the seconds of a run of a program. Raises Contended if the machine is too busy to measure."""
+    def time(self, program: Program) -> Time:
+        """Return the time of a run of a program.
+
+        Of a measured dense program the range is that of the middle half of its runs. Every other program runs in turns with
+        the dense one, so that a machine which slows down slows both; its range is the 95 % confidence interval of the median
+        ratio. Raises Contended if the machine is too busy to measure.
+        """
         if self._predict is not None:
-            return self._predict(program)
-        result = runtime.bench([program], names=["network"], seconds=SECONDS)
-        median = result.timings[0].ms.get("median")
-        if median is None:
-            raise Contended(
-                "tune: the machine is too busy to measure; the tables are kept, run it again (table: roofline predicts)"
-            )
-        return median / 1e3
+            return self._within_error(self._predict(program))
+        dense = self.tables.space.program
+        if self._whole is None:
+            ms = self._bench([dense], ["dense"]).timings[0].ms
+            if not ms:
+                raise _busy()
+            self._whole = Time(*(ms[name] / 1e3 for name in ("median", "p25", "p75")), True)
+        if program is dense:
+            return self._whole
+        ratio = self._bench([dense, program], ["dense", "network"]).ratios.get("network")
+        if ratio is None:
+            raise _busy()
+        faster = (ratio["median"], ratio.get("high", ratio["median"]), ratio.get("low", ratio["median"]))
+        return Time(*(self._whole.seconds / value for value in faster), True)
+
+    def _bench(self, programs: list[Program], names: list[str]) -> Any:
+        return runtime.bench(programs, names=names, seconds=SECONDS)
+
+    def _within_error(self, seconds: float) -> Time:
+        """Return predicted seconds with the range that the latency model states."""
+        error = getattr(self.latency, "error", None)
+        factor = 1.0 if error is None else error.factor
+        return Time(seconds, seconds / factor, seconds * factor)
 
     def plan(self, tuner: Tuner, found: Built, asked: float | None, importance: str) -> Plan:
         """Return the plan of a network that was built. asked: the budget in seconds; None for a budget of loss."""
         space, problem = self.tables.space, self.tables.problem
         scale, losses = 1e3 * tuner.correction.seconds, self.tables.losses
         met = asked is None or found.seconds <= (1 + NEAR) * asked
+        predicted, time = self._within_error(found.predicted_seconds), found.time
         ms = {
-            "dense": 1e3 * tuner.dense, "asked": None if asked is None else 1e3 * asked,
-            "predicted": 1e3 * found.predicted_seconds, "achieved": 1e3 * found.seconds, "measured": self.measured,
+            "dense": 1e3 * tuner.dense, "dense_low": 1e3 * tuner.whole.low, "dense_high": 1e3 * tuner.whole.high,
+            "asked": None if asked is None else 1e3 * asked,
+            "predicted": 1e3 * predicted.seconds, "predicted_low": 1e3 * predicted.low,
+            "predicted_high": 1e3 * predicted.high,
+            "achieved": 1e3 * time.seconds, "low": 1e3 * time.low, "high": 1e3 * time.high, "measured": time.measured,
         }  # fmt: skip
         loss = {
             "predicted": found.predicted_loss, "measured": found.loss, "images": losses.samples,
@@ -204,8 +229,8 @@ class TuningTables:
         refused = [BlockRow(name=name, goes=False, why=why) for name, why in space.refused.items() if name not in known]
         tuned = Tuned(
             model=code_of_model(space.program), target=self.target.name, precision=self.precision, by=str(self.latency),
-            method=found.how, met=met, ms={k: _short(v) if isinstance(v, float) else v for k, v in ms.items()},
-            loss={k: _short(v) if isinstance(v, float) else v for k, v in loss.items()},
+            method=found.how, met=met, met_by="measured" if time.measured else "predicted", ms=_shortened(ms),
+            loss=_shortened(loss),
         )  # fmt: skip
         repair = Repairing(importance=importance, samples=losses.samples)
         return Plan(tuned=tuned, repair=repair, blocks=[*blocks, *refused], groups=groups, frozen=frozen)
@@ -289,6 +314,12 @@ def latency_model(table: Table | None, target: Target, precision: str) -> Latenc
     return LatencyTable(table, target, precision=precision)
 
 
+def _busy() -> Contended:
+    return Contended(
+        "tune: the machine is too busy to measure; the tables are kept, run it again (table: roofline predicts)"
+    )
+
+
 def without(problem: Problem, block: int) -> Choice:
     """Return the choice that removes only one block."""
     whole = problem.whole()
@@ -300,6 +331,10 @@ def narrower(problem: Problem, axis: int, place: int) -> Choice:
     """Return the choice that gives one group another of its sizes, and changes nothing else."""
     whole = problem.whole()
     return replace(whole, sizes=(*whole.sizes[:axis], place, *whole.sizes[axis + 1 :]))
+
+
+def _shortened(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _short(value) if isinstance(value, float) else value for name, value in values.items()}
 
 
 def _short(value: float) -> float:

@@ -319,6 +319,33 @@ class Prediction(Format):
     error: dict[str, float] | None = says("by program, ms / measured_ms - 1", default=None)
 
 
+class PlannedChange(Format):
+    """One row of a tuned plan that changes something."""
+
+    what: str = says("name of the group, block or layers")
+    option: str = says("what the plan decides for it")
+    saves_ms: float | None = says("milliseconds that this change alone saves, by the tables", default=None)
+    loss: float | None = says("divergence in nats that this change alone causes, by the tables", default=None)
+
+
+class Planned(Format):
+    """`plan` in summary.json: the plan of `graphcomb tune` that a run carried out."""
+
+    target: str = says("name of the target")
+    precision: str = says("precision that times are of")
+    by: str = says("source of the times of layers")
+    method: str = says("how the choice was found")
+    met: bool = says("whether the budget was met, within a tenth, when the plan was made")
+    met_by: str = says('whether a "measured" or a "predicted" time tells')
+    edited: bool = says("whether rows were changed by hand since, so that the figures are of another network")
+    ms: dict[str, float | bool | None] = says(
+        "milliseconds: dense, asked, predicted and achieved; the true times lie mostly from dense_low to dense_high, from "
+        "predicted_low to predicted_high, and from low to high"
+    )
+    loss: dict[str, float | bool | None] = says("divergence from the dense network in nats, predicted and measured")
+    changes: list[PlannedChange] = says("what the plan changes")
+
+
 class Summary(Format):
     """summary.json of `graphcomb run`."""
 
@@ -358,6 +385,7 @@ class Summary(Format):
         "predicted latency of both programs on the target, layer by layer", default=None
     )
     prediction_note: str = says("why there is no prediction", default="")
+    plan: Planned | None = says("the tuned plan that the run carried out; null without one", default=None)
     devices: list[Device] = says(
         "results of bench bundles; `graphcomb report` adds them, a run does not write them", default=[]
     )

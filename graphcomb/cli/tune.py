@@ -164,10 +164,11 @@ def _show(plans: list[Plan], files: list[str]) -> None:
         assert found.tuned is not None
         ms, loss, decided = found.tuned.ms, found.tuned.loss, found.decided
         asked = "" if ms["asked"] is None else f"asked {_number(ms['asked'])}, "
-        how = "measured" if ms["measured"] else "layer by layer"
+        predicted = f"predicted {_range(ms, 'predicted', 'predicted_low', 'predicted_high')}" if ms["measured"] else ""
+        told = ", ".join(text for text in (asked.removesuffix(", "), predicted) if text)
         console.print(
-            f"{file}: {_number(ms['dense'])} -> {_number(ms['achieved'])} ms {how} ({asked}predicted "
-            f"{_number(ms['predicted'])}), loss {_number(loss['measured'])} (predicted {_number(loss['predicted'])}); "
+            f"{file}: {_number(ms['dense'])} -> {_range(ms, 'achieved', 'low', 'high')} ms {found.tuned.met_by}"
+            f"{f' ({told})' if told else ''}, loss {_number(loss['measured'])} (predicted {_number(loss['predicted'])}); "
             f"{len(decided.blocks)} blocks gone, {len(decided.widths)} groups narrower ({found.tuned.method})",
             soft_wrap=True,
         )
@@ -181,6 +182,12 @@ def _show_options(title: str, rows: list[Option]) -> None:
     for o in rows:
         table.add_row(o.what, o.option, f"{o.saves_ms:.3g}", f"{o.loss:.3g}", f"{o.price:.3g}")
     console.print(table)
+
+
+def _range(ms: dict[str, Any], name: str, low: str, high: str) -> str:
+    """Format a time with its error bar."""
+    text = _number(ms[name])
+    return text if ms.get(low) is None else f"{text} [{_number(ms[low])} to {_number(ms[high])}]"
 
 
 def _number(value: float | None) -> str:

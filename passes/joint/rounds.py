@@ -30,18 +30,33 @@ TRIES = 4  # most choices whose structure is checked before one is built
 
 
 @dataclass(frozen=True)
+class Time:
+    """Seconds of a run, and the range from `low` to `high` in which the true value mostly lies. measured: whether the whole
+    network was measured; else its layers were predicted."""
+
+    seconds: float
+    low: float
+    high: float
+    measured: bool = False
+
+
+@dataclass(frozen=True)
 class Built:
-    """A network that was built: the decision, how it was made ("joint", "widths" or "blocks"), and its loss and seconds,
-    both as measured and as predicted. (Without the target device, the measured seconds are predicted, too, layer by layer.)
-    """
+    """A network that was built: the decision, how it was made ("joint", "widths" or "blocks"), its loss and time, and those
+    that the tables predicted."""
 
     decided: Decision
     how: str
     program: Program
     loss: float
-    seconds: float
+    time: Time
     predicted_loss: float
     predicted_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of a run."""
+        return self.time.seconds
 
 
 @dataclass
@@ -57,21 +72,22 @@ class Correction:
 class Tuner:
     """Chooses networks for several budgets with the same tables.
 
-    build: makes the network of a decision. seconds: the seconds of a run of a program, measured or predicted layer by
-    layer. rounds: how often the joint choice is built. say: gets a line of text for each network that is built. Attribute
-    `dense`: seconds of the dense program, by the same measure.
+    build: makes the network of a decision. time: that of a program, measured or predicted layer by layer. rounds: how
+    often the joint choice is built. say: gets a line of text for each network that is built. Attributes `whole` and
+    `dense`: time and seconds of the dense program, by the same measure.
     """
 
     tables: Tables
     build: Callable[[Decision], Program]
-    seconds: Callable[[Program], float]
+    time: Callable[[Program], Time]
     rounds: int = ROUNDS
     say: Callable[[str], None] = lambda text: None
     correction: Correction = field(default_factory=Correction)
     built: dict[tuple[Any, ...], Built] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.dense = self.seconds(self.tables.space.program)
+        self.whole = self.time(self.tables.space.program)
+        self.dense = self.whole.seconds
         self.correction.seconds = self.dense / self.tables.times.whole
 
     def within(self, budget: float, how: str = "joint") -> Built:
@@ -152,11 +168,11 @@ class Tuner:
         if key not in self.built:
             expected = self.correction.seconds * found.seconds
             program = self.build(decided)
-            loss, seconds = self.tables.losses.divergence(program), self.seconds(program)
-            self.built[key] = Built(decided, how, program, loss, seconds, found.loss, expected)
+            loss, time = self.tables.losses.divergence(program), self.time(program)
+            self.built[key] = Built(decided, how, program, loss, time, found.loss, expected)
             self.say(
                 f"{how}: {len(decided.blocks)} blocks gone, {len(decided.widths)} groups narrower: "
-                f"{1e3 * seconds:.3g} ms (predicted {1e3 * expected:.3g}), loss {loss:.3g} (predicted {found.loss:.3g})"
+                f"{1e3 * time.seconds:.3g} ms (predicted {1e3 * expected:.3g}), loss {loss:.3g} (predicted {found.loss:.3g})"
             )
         return self.built[key]
 

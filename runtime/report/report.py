@@ -15,6 +15,7 @@ from .devices import device_section, profiled_layers
 from .headline import lead, tiles
 from .layers import largest_savings, layer_rows, longest_bars, prediction_facts, slowest
 from .passes import kernel_facts, pass_row, refusals
+from .planned import plan_section
 from .plots import plots
 from .reading import pairs
 from .template import fill
@@ -57,6 +58,7 @@ def sections(summary: Summary) -> dict[str, Any]:
         "lead": lead(summary),
         "tiles": tiles(summary),
         "plots": plots(summary, layers),
+        "plan": plan_section(summary),
         "layers": layers,
         "longest": longest_bars(layers),
         "largest": slowest(layers) if len(layers) > 1 else [],

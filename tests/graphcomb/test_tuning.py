@@ -147,8 +147,11 @@ class Clock:
 
     def network(self, programs, **options):
         self.networks += 1
-        median = {} if self.busy else {"median": 1e3 * (2e-6 + 2e-10 * programs[0].macs / 2)}
-        return SimpleNamespace(timings=[SimpleNamespace(ms=median)])
+        ms = [1e3 * (2e-6 + 2e-10 * program.macs / 2) for program in programs]
+        times = [SimpleNamespace(ms={} if self.busy else {"median": t, "p25": 0.9 * t, "p75": 1.1 * t}) for t in ms]
+        ratio = ms[0] / ms[-1]
+        row = None if self.busy else {"median": ratio, "low": 0.9 * ratio, "high": 1.25 * ratio}
+        return SimpleNamespace(timings=times, ratios={options["names"][-1]: row})
 
 
 def test_measured_layers_and_networks(dense, tmp_path, monkeypatch):
@@ -161,7 +164,12 @@ def test_measured_layers_and_networks(dense, tmp_path, monkeypatch):
     plan = graphcomb.tune(dense, latency=0.6, **options)
     figures = plan.tuned.ms
     assert figures["measured"]
+    assert plan.tuned.met_by == "measured"
     assert clock.networks >= 2
+    assert figures["dense_low"] == pytest.approx(0.9 * figures["dense"], rel=1e-3)
+    assert figures["low"] == pytest.approx(figures["achieved"] / 1.25, rel=1e-3)
+    assert figures["high"] == pytest.approx(figures["achieved"] / 0.9, rel=1e-3)
+    assert figures["predicted_high"] > figures["predicted"] > figures["predicted_low"]  # as the table's error says
     assert figures["achieved"] <= 1.02 * figures["asked"]
     measured = clock.layers
     again = graphcomb.tune(dense, latency=0.6, **options)

@@ -6,7 +6,7 @@ import pytest
 
 from graphcomb import Context, Unreachable
 from graphcomb.passes.joint.losses import Losses
-from graphcomb.passes.joint.rounds import OVER, Tuner, builder
+from graphcomb.passes.joint.rounds import OVER, Time, Tuner, builder
 from graphcomb.passes.joint.solve import solve
 from graphcomb.passes.joint.space import Space
 from graphcomb.passes.joint.tables import Fixed, Tables
@@ -23,7 +23,12 @@ def tuner(fixed: Fixed | None = None, slower: float = 1.0) -> Tuner:
     losses = Losses(space, Context(data=images(2, 6, 6)), importance="magnitude", samples=32)
     tables = Tables(space, Times(space, latency), losses, fixed)
     build = builder(tables, "magnitude", 32, losses.context)
-    return Tuner(tables, build, lambda p: slower * measured(p, latency))
+
+    def time(p) -> Time:
+        seconds = slower * measured(p, latency)
+        return Time(seconds, seconds, seconds)
+
+    return Tuner(tables, build, time)
 
 
 def test_the_joint_network_is_never_worse_than_the_single_methods():
