@@ -28,7 +28,7 @@ from common import revision, save, write
 
 import graphcomb
 from graphcomb.passes.joint.rounds import Built, Tuner, builder
-from graphcomb.tuning import prepare_tables
+from graphcomb.tuning_tables import prepare_tables
 
 RESULTS = Path(__file__).parent / "results" / "joint.json"
 NETWORKS = ("resnet", "mobilenet", "deit")
@@ -59,7 +59,7 @@ def measure(network: str, seed: int, table: str, timed: bool) -> dict[str, Row]:
         start = time.perf_counter()
         networks: dict[str, Built] = {}
         for method in METHODS:
-            tuner = Tuner(session.tables, build, session.seconds, ROUNDS, session.say)
+            tuner = Tuner(session.tables, build, session.time, ROUNDS, session.say)
             budget = tuner.dense / times
             try:
                 networks[method] = tuner.within(budget, method)

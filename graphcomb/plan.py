@@ -51,6 +51,8 @@ TUNED = """\
 #     graphcomb tune ... --plan {name} --out {name}    chooses the rest anew around what you changed
 # saves_ms, loss: of the row's choice alone, by the tables; together they differ, see `ms` and `loss` at the top.
 # loss: divergence from the dense network on calibration images. step: widths that suit the target are multiples of it.
+# layers: `precision` is int8, fp16 or fp32 for a layer, and the same for all layers of a `region`; `sparse: true` makes a
+# weight 2:4 sparse. saves_ms and loss are those of INT8, or of 2:4, for the whole region.
 # inside: the block that takes the group with it. recovery: options of Distill, for training after the repair.
 """
 
@@ -106,6 +108,30 @@ class BlockRow(Section):
     why: str | None = None
 
 
+class LayerRow(Section):
+    """One layer of a tuned plan. Only `precision` and `sparse` have an effect.
+
+    - name: the layer's weight. region: the first weight of the layers that must have the same precision, since INT8 values
+      pass between them.
+    - precision: "int8", "fp16" or "fp32". proposed: `precision` when the plan was written.
+    - sparse: whether the weight becomes 2:4 sparse. proposed_sparse: `sparse` when the plan was written.
+    - saves_ms, loss: time saved and loss caused by INT8 (of the whole region), or by 2:4, alone.
+    - inside: the block whose removal removes the layer.
+    - why: why the layer stays as it is.
+    """
+
+    name: str
+    precision: Literal["int8", "fp16", "fp32"] | None = None
+    proposed: Literal["int8", "fp16", "fp32"] | None = None
+    sparse: bool | None = None
+    proposed_sparse: bool | None = None
+    region: str | None = None
+    saves_ms: float | None = None
+    loss: float | None = None
+    inside: str | None = None
+    why: str | None = None
+
+
 class Repairing(Section):
     """How indices are ranked (see `RemoveChannels`), and the number of images for ranking and repair."""
 
@@ -123,7 +149,7 @@ class Tuned(Section):
       achieved was measured. The true times lie mostly from dense_low to dense_high, from predicted_low to predicted_high,
       and from low to high.
     - loss: divergence from the dense network in nats, predicted and measured; `images` is the number of images, and
-      `held_out` tells whether the repair did not use them.
+      `held_out` tells whether the repair did not use them. `points` (if asked for) is what the metric loses, in hundredths.
     """
 
     model: str
@@ -161,6 +187,7 @@ class Plan(Section):
     recovery: dict[str, Any] | None = None
     blocks: list[BlockRow] = Field(default_factory=list)
     groups: list[Row]
+    layers: list[LayerRow] = Field(default_factory=list)
     frozen: list[Frozen] = Field(default_factory=list)
 
     def save(self, path: str | Path) -> Path:
@@ -171,7 +198,9 @@ class Plan(Section):
         text = TUNED.format(name=path.name, target=self.tuned.target if self.tuned else "the target")
         text += yaml.safe_dump(head, sort_keys=False, default_flow_style=None, width=120)
         with replacing(path) as part:
-            part.write_text(text + _tables({key: values[key] for key in ("blocks", "groups", "frozen")}))
+            part.write_text(
+                text + _tables({key: values[key] for key in ("blocks", "groups", "layers", "frozen") if key in values})
+            )
         return path
 
     @property
@@ -185,13 +214,25 @@ class Plan(Section):
                     f"plan: {row.name} keeps {row.width}, and its block {row.inside} goes; keep the block, or leave the row"
                 )
         widths = {r.name: r.width for r in self.groups if r.width != r.size and r.inside not in gone}
-        return Decision(tuple(b.name for b in self.blocks if b.goes), widths)
+        layers = [row for row in self.layers if row.inside not in gone]
+        for row in self.layers:
+            if row.inside in gone and row.precision != row.proposed:
+                raise BadInput(
+                    f"plan: {row.name} becomes {row.precision}, and its block {row.inside} goes; keep the block, or leave "
+                    "the row"
+                )
+        base = self.tuned.precision if self.tuned else "fp32"
+        precisions = {r.name: r.precision for r in layers if r.precision not in (None, base)}
+        sparse = tuple(r.name for r in layers if r.sparse)
+        return Decision(tuple(b.name for b in self.blocks if b.goes), widths, precisions, sparse)  # type: ignore[arg-type]
 
     @property
     def fixed(self) -> Fixed:
         """The widths and blocks that were changed after the plan was written."""
         widths = {row.name: row.width for row in self.groups if row.edited}
-        return Fixed(widths, {b.name: b.goes for b in self.blocks if b.goes != b.proposed})
+        precisions = {r.name: r.precision for r in self.layers if r.precision and r.precision != r.proposed}
+        sparse = {r.name: bool(r.sparse) for r in self.layers if r.sparse != r.proposed_sparse}
+        return Fixed(widths, {b.name: b.goes for b in self.blocks if b.goes != b.proposed}, precisions, sparse)
 
     def passes(self, program: Program) -> list[Pass]:
         """Return the passes that apply the plan to its program.
@@ -207,7 +248,8 @@ class Plan(Section):
             raise BadInput("plan: of another model than this one; tune this one, or run the plan's own")
         decided = self.decided
         space = Space(program, alignment=1, more={name: [n] for name, n in decided.widths.items()}, lazy=True)
-        check_fixed(space, Fixed(decided.widths, dict.fromkeys(decided.blocks, True)))
+        precisions, sparse = decided.precisions, dict.fromkeys(decided.sparse, True)
+        check_fixed(space, Fixed(decided.widths, dict.fromkeys(decided.blocks, True), precisions, sparse))
         steps = passes(space, decided, self.repair.importance, self.repair.samples)
         return [*steps, parse_pass(Distill, self.recovery, "plan.recovery")] if self.recovery else steps
 
@@ -223,6 +265,11 @@ class Plan(Section):
             {"what": r.name, "option": f"{r.width} of {r.size}", "saves_ms": r.saves_ms, "loss": r.loss}
             for r in self.groups
             if r.name in self.decided.widths
+        ]
+        changes += [
+            {"what": r.name, "option": "2:4" if r.sparse else r.precision, "saves_ms": r.saves_ms, "loss": r.loss}
+            for r in self.layers
+            if r.sparse or r.name in self.decided.precisions
         ]
         values = self.tuned.model_dump(exclude={"model"})
         return values | {"edited": fixed != Fixed(), "changes": changes}

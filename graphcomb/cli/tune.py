@@ -30,6 +30,10 @@ TableFile = Annotated[
     str | None,
     typer.Option("--table", help="Times of layers: roofline, results of a bundle, or a file of measured layers."),
 ]
+Extra = Annotated[
+    list[str] | None,
+    typer.Option("--with", metavar="OPTION", help="What may change besides widths and blocks: int8, 2:4 (repeatable)."),
+]
 Samples = Annotated[
     int, typer.Option("--samples", help="Number of images for repair; as many others measure the loss.")
 ]
@@ -43,7 +47,8 @@ def tune(
         list[str] | None, typer.Option("--latency", help='A time as in "3.5 ms", or a share; several make a front.')
     ] = None,
     loss: Annotated[
-        list[float] | None, typer.Option("--loss", help="Instead: the largest divergence from the dense one, in nats.")
+        list[str] | None,
+        typer.Option("--loss", help='Instead: the largest loss, in nats, or of the metric as in "0.5 points".'),
     ] = None,
     data: DataSource = None,
     data_arg: DataArguments = None,
@@ -60,6 +65,7 @@ def tune(
     points: Points = 1,
     sizes: Sizes = 6,
     rounds: Annotated[int, typer.Option("--rounds", help="How often the chosen network is built and measured.")] = 2,
+    with_: Extra = None,
     arg: Arguments = None,
     input_: Inputs = None,
     quiet: Quiet = False,
@@ -74,9 +80,11 @@ def tune(
         raise BadInput("tune: give one of --latency and --loss")
     budgets = [_budget(text) for text in latency or ()]
     job, recipe = _job(model, data, data_arg, target, precision, arg, input_)
+    losses = [_budget(text) for text in loss or ()]
     plans: list[Plan] = tuned(
-        job.program, job.train, budgets or None, list(loss) if loss else None, job.target, precision, table, measure, plan,
-        samples, points, sizes, rounds=rounds, progress=not quiet,
+        job.program, job.train, budgets or None, losses or None, job.target, precision, table, measure, plan,
+        samples, points, sizes, rounds=rounds, extra=with_ or (), progress=not quiet, val=job.val,
+        metric=job.metric,
     )  # fmt: skip
     several = len(plans) > 1
     files = [out.with_stem(f"{out.stem}-{i}") if several else out for i in range(1, len(plans) + 1)]
@@ -104,6 +112,7 @@ def sensitivity(
     samples: Samples = 64,
     points: Points = 1,
     sizes: Sizes = 6,
+    with_: Extra = None,
     arg: Arguments = None,
     input_: Inputs = None,
     quiet: Quiet = False,
@@ -114,7 +123,7 @@ def sensitivity(
     job, _ = _job(model, data, data_arg, target, precision, arg, input_)
     options = measure(
         job.program, job.train, target=job.target, precision=precision, table=table, samples=samples, points=points,
-        sizes=sizes, progress=not quiet,
+        sizes=sizes, extra=with_ or (), progress=not quiet,
     )  # fmt: skip
     page = out.with_suffix(".html")
     write_csv(options, out)
@@ -122,6 +131,10 @@ def sensitivity(
     shown = [o for o in options if o.saves_ms > 0]
     for title, rows in (("ten best", shown[:10]), ("ten worst", shown[:-11:-1])):
         _show_options(title, rows)
+    for o in options:
+        if o.option == "fp16" or (o.option == "int8" and o.measured and o.saves_ms <= 0):
+            what = "may leave the range of fp16" if o.option == "fp16" else "is slower in INT8"
+            console.print(f"{o.what} {what}: {o.note}", soft_wrap=True, markup=False)
     console.print(f"written: {out}, {page}", soft_wrap=True)
 
 
@@ -160,16 +173,20 @@ def _job(
 
 def _show(plans: list[Plan], files: list[str]) -> None:
     """Print for each plan its changes, and the time and loss that were asked for, predicted and found."""
+    from ..passes.joint.rounds import told
+
     for found, file in zip(plans, files, strict=True):
         assert found.tuned is not None
         ms, loss, decided = found.tuned.ms, found.tuned.loss, found.decided
         asked = "" if ms["asked"] is None else f"asked {_number(ms['asked'])}, "
         predicted = f"predicted {_range(ms, 'predicted', 'predicted_low', 'predicted_high')}" if ms["measured"] else ""
-        told = ", ".join(text for text in (asked.removesuffix(", "), predicted) if text)
+        aside = ", ".join(text for text in (asked.removesuffix(", "), predicted) if text)
+        points = f", {_number(loss['points'])} points" if loss.get("points") is not None else ""
         console.print(
             f"{file}: {_number(ms['dense'])} -> {_range(ms, 'achieved', 'low', 'high')} ms {found.tuned.met_by}"
-            f"{f' ({told})' if told else ''}, loss {_number(loss['measured'])} (predicted {_number(loss['predicted'])}); "
-            f"{len(decided.blocks)} blocks gone, {len(decided.widths)} groups narrower ({found.tuned.method})",
+            f"{f' ({aside})' if aside else ''}, loss {_number(loss['measured'])} "
+            f"(predicted {_number(loss['predicted'])}){points}; "
+            f"{told(decided)} ({found.tuned.method})",
             soft_wrap=True,
         )
     assert plans[0].tuned is not None

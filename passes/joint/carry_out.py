@@ -1,4 +1,5 @@
-"""From a decision to passes: depth first, then widths, then a repair of both against the dense network. Source: ours."""
+"""From a decision to passes: depth first, then widths, then a repair of both against the dense network, then 2:4 sparsity,
+then precisions. Source: ours."""
 
 from __future__ import annotations
 
@@ -11,15 +12,20 @@ from ..channels.remove_channels import RemoveChannels
 from ..depth.prune_depth import PruneDepth
 from ..repair.repair import Repair
 from .problem import Choice, Problem
+from .ranges import weight_of
 from .space import Space
+from .variants import quantise, sparsify
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The names of the blocks that go, and how many indices each group keeps, by the names of the groups that lose some."""
+    """The names of the blocks that go; how many indices each group keeps, by the names of the groups that lose some; the
+    precisions of layers and the layers that become 2:4 sparse, by the names of their weights."""
 
     blocks: tuple[str, ...] = ()
     widths: Mapping[str, int] = field(default_factory=dict)
+    precisions: Mapping[str, str] = field(default_factory=dict)
+    sparse: tuple[str, ...] = ()
 
 
 def decision(problem: Problem, choice: Choice) -> Decision:
@@ -28,9 +34,12 @@ def decision(problem: Problem, choice: Choice) -> Decision:
     widths = {
         axis.name: axis.sizes[k]
         for axis, k in zip(problem.axes, choice.sizes, strict=True)
-        if 0 <= k < len(axis.sizes) - 1
+        if axis.kind == "widths" and 0 <= k < len(axis.sizes) - 1
     }
-    return Decision(blocks, widths)
+    changed = [axis for axis, k in zip(problem.axes, choice.sizes, strict=True) if axis.kind != "widths" and k == 0]
+    precisions = {name: "int8" for axis in changed if axis.kind == "precision" for name in axis.members}
+    sparse = tuple(name for axis in changed if axis.kind == "sparsity" for name in axis.members)
+    return Decision(blocks, widths, precisions, sparse)
 
 
 def passes(space: Space, decided: Decision, importance: str, samples: int) -> list[Pass]:
@@ -45,7 +54,20 @@ def passes(space: Space, decided: Decision, importance: str, samples: int) -> li
     if decided.widths:
         keep = kept(space, decided)
         steps.append(RemoveChannels(keep=keep, importance=importance, round_to=1, samples=samples, scope="local"))
-    return [*steps, Repair(samples=samples)] if steps else []
+    steps += [Repair(samples=samples)] if steps else []
+    left = remaining(space, decided.blocks)
+    if sparse := [name for name in decided.sparse if name in left]:
+        steps.append(sparsify(sparse, samples))
+    if precisions := {name: p for name, p in decided.precisions.items() if name in left}:
+        steps += quantise(precisions, samples)
+    return steps
+
+
+def remaining(space: Space, blocks: Collection[str]) -> set[str]:
+    """The weights of the layers that are in no block of these names."""
+    gone = {name for index in indices(space, blocks) for name in space.blocks[index].nodes}
+    nodes = space.comb.module.graph.nodes
+    return {weight for node in nodes if node.name not in gone and (weight := weight_of(node)) is not None}
 
 
 def kept(space: Space, decided: Decision) -> dict[str, float]:

@@ -251,6 +251,12 @@ class Losses:
                 self._keep(key, None)
         return _number(self.known[key])
 
+    def kept(self, key: str, measure: Callable[[], float]) -> float:
+        """The loss of something else that is stored under this key; it is measured if it is missing."""
+        if key not in self.known:
+            self._keep(key, _stored(measure()))
+        return _number(self.known[key])
+
     def curve(self, group: Group) -> Curve:
         """The loss of a group by its size, with the losses measured so far."""
         own = f"width {group.name} "

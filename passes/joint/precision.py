@@ -11,28 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from torch import fx
 
 from ...graph.comb.solve import Comb
-from ...graph.facts import MAPS
-from ...graph.nodes import arguments, op_name
+from ...graph.nodes import op_name
 from ...graph.program import Program
 from ...graph.workload.layer import Latency, Layer, rules_of
 from ...graph.workload.layers import Layers
 from ..base import Context
-from ..common.observe import Observer
-from ..common.processes import accelerator, placed
 from ..common.weights import layers as find_layers
 from ..quantize.quantize import Quantize
 from ..quantize.regions import FAKE, passed_on, producer, quantised_alone, quantised_layers, regions
 from ..quantize.which import Precision
 from .losses import Divergence, take
+from .ranges import overflows, ranges
 
 Seconds = Callable[[Sequence[Program]], Sequence[float]]
-LARGEST, MARGIN = 65504.0, 4.0  # of fp16; values on other inputs may be this many times as large
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ def choose_precisions(
     ]
     order = sorted((o for o in options if o.gain > 0), key=lambda o: o.loss / o.gain)
     kept: dict[str, Precision] = dict.fromkeys(free, "fp16")
-    wide = _wide(program, divergence)
+    wide = {name for name, largest in ranges(program, divergence).items() if overflows(largest)}
     order = [option for option in order if not wide.intersection(option.weights)]
     kept |= dict.fromkeys(sorted(wide), "fp32")
 
@@ -139,28 +134,6 @@ def _why(options: Sequence[Option], loss: float) -> str:
     if not any(option.gain > 0 for option in options):
         return "no region is faster in INT8 with its conversions"
     return f"every region that is faster in INT8 diverges by more than {loss:g}, or leaves the range of fp16"
-
-
-def _wide(program: Program, divergence: Divergence) -> set[str]:
-    """The weights of the layers whose inputs or outputs may leave the range of fp16 on other inputs."""
-    module = program.copy().module().eval()
-    readers: dict[fx.Node, list[str]] = {}
-    for node in module.graph.nodes:
-        if op_name(node) in MAPS and arguments(node)["weight"].op == "get_attr":
-            for value in (node, node.args[0]):
-                readers.setdefault(value, []).append(str(arguments(node)["weight"].target))
-    wide: set[str] = set()
-
-    def see(node: fx.Node, value: torch.Tensor, values: Mapping[fx.Node, Any]) -> None:
-        if MARGIN * float(value.abs().max()) > LARGEST:
-            wide.update(readers[node])
-
-    observer = Observer(module, readers, see)
-    device = accelerator().device
-    with torch.no_grad(), placed(module, device):
-        for batch in divergence.batches:
-            observer(batch.to(device))
-    return wide
 
 
 # ------------------------------------------------------------------------------------------------------------ predictions

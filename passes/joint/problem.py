@@ -9,8 +9,8 @@ them. Source: ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,8 +18,9 @@ import numpy as np
 @dataclass(frozen=True)
 class Axis:
     """The sizes that a group may have, smallest first, and the loss of each. block: the index of the block that contains
-    the group, or None. allowed: the indices in `sizes` that may be chosen; None for all.
-    fixed: whether that was decided by hand."""
+    the group, or None. allowed: the indices in `sizes` that may be chosen; None for all. fixed: whether that was decided by
+    hand. kind: "widths", or for a variant of layers "precision" or "sparsity"; a variant has two places, the changed layers
+    and the layers as they are. members: the weights of a variant's layers."""
 
     name: str
     sizes: tuple[int, ...]
@@ -27,6 +28,8 @@ class Axis:
     block: int | None = None
     allowed: tuple[int, ...] | None = None
     fixed: bool = False
+    kind: str = "widths"
+    members: tuple[str, ...] = ()
 
     @property
     def choices(self) -> tuple[int, ...]:
@@ -86,29 +89,31 @@ class Problem:
 
     def loss(self, choice: Choice) -> float:
         """The loss of the result, as the sum of single losses."""
-        widths = sum(axis.losses[k] for axis, k in zip(self.axes, choice.sizes, strict=True) if k >= 0)
-        return widths + sum(block.loss for block, gone in zip(self.blocks, choice.gone, strict=True) if gone)
+        sizes = sum(axis.losses[k] for axis, k in zip(self.axes, choice.sizes, strict=True) if k >= 0)
+        return sizes + sum(block.loss for block, gone in zip(self.blocks, choice.gone, strict=True) if gone)
 
     def whole(self) -> Choice:
         """The choice that removes nothing, whatever was decided by hand."""
         return Choice(tuple(len(axis.sizes) - 1 for axis in self.axes), (False,) * len(self.blocks))
 
-    def scaled(self, widths: float = 1.0, blocks: float = 1.0) -> Problem:
-        """The problem with the losses of all widths, and of all blocks, multiplied by a factor each."""
-        axes = tuple(
-            Axis(a.name, a.sizes, tuple(widths * loss for loss in a.losses), a.block, a.allowed, a.fixed)
-            for a in self.axes
-        )
-        removals = tuple(Removal(b.name, blocks * b.loss, b.goes) for b in self.blocks)
-        return Problem(axes, removals, self.terms, self.constant, self.apart)
+    def scaled(self, factors: Mapping[str, float]) -> Problem:
+        """The problem with the losses of every kind of axis, and of "blocks", multiplied by a factor each; 1 where none is
+        given."""
+        axes = tuple(replace(a, losses=tuple(factors.get(a.kind, 1.0) * loss for loss in a.losses)) for a in self.axes)
+        removals = tuple(replace(b, loss=factors.get("blocks", 1.0) * b.loss) for b in self.blocks)
+        return replace(self, axes=axes, blocks=removals)
 
-    def only(self, widths: bool = False, blocks: bool = False) -> Problem:
-        """The problem in which only widths, or only blocks, may change; decisions by hand stay."""
-        axes = tuple(
-            a if widths or a.fixed else Axis(a.name, a.sizes, a.losses, a.block, (len(a.sizes) - 1,)) for a in self.axes
-        )
-        removals = tuple(b if blocks or b.goes else Removal(b.name, b.loss, False) for b in self.blocks)
-        return Problem(axes, removals, self.terms, self.constant, self.apart)
+    def only(self, *kinds: str) -> Problem:
+        """The problem in which only axes of these kinds, or "blocks", may change; decisions by hand stay."""
+        axes = tuple(a if a.kind in kinds or a.fixed else replace(a, allowed=(len(a.sizes) - 1,)) for a in self.axes)
+        removals = tuple(b if "blocks" in kinds or b.goes else replace(b, goes=False) for b in self.blocks)
+        return replace(self, axes=axes, blocks=removals)
+
+    def plain(self, choice: Choice) -> Choice:
+        """A choice without its variants of layers."""
+        last = [len(axis.sizes) - 1 for axis in self.axes]
+        kept = [k if a.kind == "widths" or k < 0 else n for a, k, n in zip(self.axes, choice.sizes, last, strict=True)]
+        return replace(choice, sizes=tuple(kept))
 
     def joined(self) -> Problem:
         """The same problem with fewer terms: a term is added to another of the same block that has all of its axes."""

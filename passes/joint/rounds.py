@@ -1,9 +1,9 @@
 """Rounds of choosing, building and measuring: what the built network shows corrects the predictions. Source: ours.
 
 Losses do not add up and predicted times are off, so the chosen network is built, and its loss and its time are measured.
-The first round also builds the networks that widths alone and blocks alone would give for the same budget: the ratios of
-their measured to their predicted losses scale the losses of all widths and of all blocks, on which the choice between the
-two depends. The ratio of measured to predicted time scales the budget. The best network within the budget wins, those of
+The first round also builds the networks that widths, blocks, precision and sparsity alone would give for the same budget:
+the ratios of their measured to their predicted losses scale the losses of each kind, on which the choice between them
+depends. The ratio of measured to predicted time scales the budget. The best network within the budget wins, those of
 the single methods included, so that on the calibration images the result is never worse than they are.
 """
 
@@ -26,6 +26,8 @@ from .tables import Tables
 ROUNDS = 2
 OVER = 1.02  # a time of up to this multiple of a budget is within it, since repeated measurements differ
 NEAR = 0.1  # share of a budget by which the achieved latency may be off before the run says that it missed
+METHODS = ("widths", "blocks", "precision", "sparsity")  # each of which may decide alone
+NATS = 0.01  # of divergence for a point of accuracy, as a first guess; a small ResNet lost a point for 0.01 to 0.02
 TRIES = 4  # most choices whose structure is checked before one is built
 
 
@@ -42,7 +44,7 @@ class Time:
 
 @dataclass(frozen=True)
 class Built:
-    """A network that was built: the decision, how it was made ("joint", "widths" or "blocks"), its loss and time, and those
+    """A network that was built: the decision, how it was made ("joint" or one of METHODS), its loss and time, and those
     that the tables predicted."""
 
     decided: Decision
@@ -61,11 +63,10 @@ class Built:
 
 @dataclass
 class Correction:
-    """The factors by which the tables are multiplied: of seconds, and of the losses of widths and of blocks."""
+    """The factors by which the tables are multiplied: of seconds, and of the losses of each kind of change."""
 
     seconds: float = 1.0
-    widths: float = 1.0
-    blocks: float = 1.0
+    losses: dict[str, float] = field(default_factory=lambda: dict.fromkeys(METHODS, 1.0))
 
 
 @dataclass
@@ -91,11 +92,12 @@ class Tuner:
         self.correction.seconds = self.dense / self.tables.times.whole
 
     def within(self, budget: float, how: str = "joint") -> Built:
-        """The network that loses least within a budget in seconds; how: "joint", or one method alone, "widths" or "blocks".
+        """The network that loses least within a budget in seconds; how: "joint", or one of METHODS alone.
+
         If none that was built is within the budget, the fastest of them. Raises Unreachable if no choice in the tables is
         within the budget."""
         problem, tried = self.tables.problem, []
-        part = problem if how == "joint" else problem.only(**{how: True})
+        part = problem if how == "joint" else problem.only(how)
         for attempt in range(self.rounds):
             found = self._choose(part, budget)
             if found is None and not attempt:
@@ -113,25 +115,38 @@ class Tuner:
         inside = [b for b in tried if b.seconds <= OVER * budget]
         return min(inside, key=lambda b: b.loss) if inside else min(tried, key=lambda b: b.seconds)
 
-    def losing(self, loss: float) -> Built:
-        """The fastest network that loses no more than `loss`. Raises Unreachable if no network that was built loses as
-        little."""
-        problem, best, bound = self.tables.problem, None, loss
-        for _ in range(self.rounds + 1):
+    def losing(self, loss: float, lost: Callable[[Program], float] | None = None) -> Built:
+        """The fastest network that loses no more than `loss`: in nats, or by another measure of a program, `lost`, such as
+        points of accuracy. The tables are in nats; each round corrects how many of them the budget is. Raises Unreachable if
+        no network that was built loses as little."""
+        problem, best = self.tables.problem, None
+        bound = loss if lost is None else NATS * loss
+        low, high = (
+            0.0,
+            math.inf,
+        )  # the largest budget in nats that held so far, and the smallest loss that was too much
+        for _ in range(self.rounds + (1 if lost is None else 4)):
             found = solve(self._scaled(problem), loss=bound, connects=self.tables.space.connects)
             if found is None:
                 break
             network = self._built(problem, found, "joint")
-            if network.loss <= loss and (best is None or network.seconds < best.seconds):
+            found_loss = network.loss if lost is None else lost(network.program)
+            if found_loss <= loss and (best is None or network.seconds < best.seconds):
                 best = network
-            if network.loss > 0:
-                bound *= min(max(loss / network.loss, 0.25), 2.0)
+            ratio = min(max(loss / found_loss, 0.1), 2.0) if found_loss > 0 else 2.0
+            if found_loss <= loss:
+                low = bound
+                bound = min(ratio * bound, math.sqrt(bound * high))
+            else:
+                high = min(high, found.loss)
+                bound = max(ratio * found.loss, math.sqrt(low * high))
         if best is None:
-            raise Unreachable(f"tune.loss: nothing that was built loses as little as {loss:g}; ask for more")
+            unit = "" if lost is None else " points"
+            raise Unreachable(f"tune.loss: nothing that was built loses as little as {loss:g}{unit}; ask for more")
         return best
 
     def _scaled(self, problem: Problem) -> Problem:
-        return problem.scaled(self.correction.widths, self.correction.blocks)
+        return problem.scaled(self.correction.losses)
 
     def _choose(self, problem: Problem, budget: float) -> Solved | None:
         """The best choice whose seconds, checked on the program's structure, really are within the budget."""
@@ -141,37 +156,41 @@ class Tuner:
             found = solve(self._scaled(problem), seconds=limit, connects=self.tables.space.connects)
             if found is None:
                 return None
-            actual = self.tables.seconds(decision(problem, found.choice))
+            structure = problem.plain(found.choice)  # variants of layers are taken from the tables
+            actual = self.tables.seconds(decision(problem, structure)) + found.seconds - problem.seconds(structure)
             if actual <= OVER * allowed:
                 return found
             limit *= allowed / actual
         return found
 
     def _singles(self, problem: Problem, budget: float) -> list[Built]:
-        """The networks of widths alone and of blocks alone, as far as these reach the budget; they correct the losses."""
+        """The networks of each method alone, as far as these reach the budget; they correct the losses."""
         networks = []
-        for how, part in (("widths", problem.only(widths=True)), ("blocks", problem.only(blocks=True))):
-            found = self._choose(part, budget) if problem.blocks and problem.axes else None
+        kinds = {axis.kind for axis in problem.axes} | ({"blocks"} if problem.blocks else set())
+        for how in METHODS:
+            found = self._choose(problem.only(how), budget) if how in kinds and len(kinds) > 1 else None
             if found is None:
                 continue
             network = self._built(problem, found, how)
             networks.append(network)
             factor = network.loss / found.loss if found.loss > 0 and math.isfinite(network.loss) else 0.0
             if factor > 0:
-                setattr(self.correction, how, factor * getattr(self.correction, how))
+                self.correction.losses[how] *= factor
         return networks
 
     def _built(self, problem: Problem, found: Solved, how: str) -> Built:
         """The network of a choice; the same network is built only once."""
         decided = decision(problem, found.choice)
-        key = (decided.blocks, tuple(sorted(decided.widths.items())))
+        key = (
+            decided.blocks, *(tuple(sorted(part.items())) for part in (decided.widths, decided.precisions)), decided.sparse,
+        )  # fmt: skip
         if key not in self.built:
             expected = self.correction.seconds * found.seconds
             program = self.build(decided)
             loss, time = self.tables.losses.divergence(program), self.time(program)
             self.built[key] = Built(decided, how, program, loss, time, found.loss, expected)
             self.say(
-                f"{how}: {len(decided.blocks)} blocks gone, {len(decided.widths)} groups narrower: "
+                f"{how}: {told(decided)}: "
                 f"{1e3 * time.seconds:.3g} ms (predicted {1e3 * expected:.3g}), loss {loss:.3g} (predicted {found.loss:.3g})"
             )
         return self.built[key]
@@ -189,6 +208,15 @@ class Tuner:
             f"tune.latency: {1e3 * budget:.3g} of {1e3 * self.dense:.3g} ms cannot be reached; {1e3 * least:.3g} ms can"
             + (f"; {'; '.join(why)}" if why else "")
         )
+
+
+def told(decided: Decision) -> str:
+    """A decision in a few words."""
+    counts = (
+        (decided.blocks, "blocks gone"), (decided.widths, "groups narrower"), (decided.sparse, "layers 2:4 sparse"),
+        ([p for p in decided.precisions.values() if p == "int8"], "layers in INT8"),
+    )  # fmt: skip
+    return ", ".join(f"{len(what)} {name}" for what, name in counts if what) or "nothing changes"
 
 
 def builder(tables: Tables, importance: str, samples: int, context: Context) -> Callable[[Decision], Program]:

@@ -15,13 +15,17 @@ and LayerMerge (arXiv 2406.12837); this program is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from .problem import Choice, Problem, apart
+from .separate import choose, separate
 
 GAP = 1e-7  # relative difference to the optimum at which the solver stops
 LIMIT = 120.0  # seconds of one call of the solver
@@ -139,13 +143,14 @@ class _Program:
         constraints = (
             [LinearConstraint(coo_array((value, (row, column)), (len(low), width)).tocsr(), low, high)] if low else []
         )
-        found: Any = milp(
-            objective / (float(np.abs(objective).max()) or 1.0),
-            integrality=np.array([1] * self.whole + [0] * (width - self.whole)),
-            bounds=Bounds(lower, upper),
-            constraints=constraints,
-            options={"time_limit": seconds, "mip_rel_gap": GAP},
-        )
+        with _quiet():
+            found: Any = milp(
+                objective / (float(np.abs(objective).max()) or 1.0),
+                integrality=np.array([1] * self.whole + [0] * (width - self.whole)),
+                bounds=Bounds(lower, upper),
+                constraints=constraints,
+                options={"time_limit": seconds, "mip_rel_gap": GAP},
+            )
         if found.x is None:
             return None
         return self._choice(found.x), float(found.mip_gap or 0.0)
@@ -177,6 +182,11 @@ def solve(
     seconds that the solver may take each time; then the best choice so far is returned with its gap.
     """
     while True:
+        if (quick := _separately(problem, seconds, loss)) is not None and (
+            quick[0] is None or _joined(quick[0], connects)
+        ):
+            choice = quick[0]
+            return None if choice is None else Solved(choice, problem.seconds(choice), problem.loss(choice), 0.0)
         program = _Program(problem)
         times, losses = np.array(program.seconds), program.losses()
         if seconds is not None:
@@ -189,7 +199,40 @@ def solve(
         if found is None:
             return None
         choice, gap = found
-        gone = frozenset(b for b, taken in enumerate(choice.gone) if taken)
-        if not gone or connects(gone):
+        gone = _gone(choice)
+        if _joined(choice, connects):
             return Solved(choice, problem.seconds(choice), problem.loss(choice), gap)
         problem = apart(problem, [gone])
+
+
+def _gone(choice: Choice) -> frozenset[int]:
+    return frozenset(b for b, taken in enumerate(choice.gone) if taken)
+
+
+def _joined(choice: Choice, connects: Connects) -> bool:
+    gone = _gone(choice)
+    return not gone or connects(gone)
+
+
+def _separately(problem: Problem, seconds: float | None, loss: float | None) -> tuple[Choice | None] | None:
+    """The best choice of a problem in which no two groups share a layer; None for any other problem."""
+    joined = problem.joined()
+    if not separate(joined):
+        return None
+    limits = [None if limit is None else limit * (1 + TIGHT) for limit in (seconds, loss)]
+    choice, small = choose(joined, *limits)
+    return (choice,) if small else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what compiled code writes to stdout, as HiGHS does at times."""
+    sys.stdout.flush()
+    with open(os.devnull, "w") as nowhere:
+        before = os.dup(1)
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(before, 1)
+            os.close(before)

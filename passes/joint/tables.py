@@ -11,16 +11,21 @@ from ..channels.knapsack import Predictor
 from .carry_out import Decision, indices
 from .losses import Losses
 from .problem import Axis, Problem, Removal
+from .ranges import weight_of
 from .space import Space
 from .times import Times
+from .variants import CHANGED, FLOAT, KINDS, Variant
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """The decisions by hand: sizes of groups, and whether blocks go, both by name."""
+    """The decisions by hand: sizes of groups, whether blocks go, precisions of layers, and whether layers become 2:4 sparse;
+    groups and blocks by name, layers by the names of their weights."""
 
     widths: Mapping[str, int] = field(default_factory=dict)
     blocks: Mapping[str, bool] = field(default_factory=dict)
+    precisions: Mapping[str, str] = field(default_factory=dict)
+    sparse: Mapping[str, bool] = field(default_factory=dict)
 
 
 class Tables:
@@ -38,7 +43,7 @@ class Tables:
     @property
     def problem(self) -> Problem:
         """The choice to make, with the losses known by now; blocks that were not measured yet are measured."""
-        axes = tuple(self._axis(g.name) for g in self.space.groups)
+        axes = (*(self._axis(g.name) for g in self.space.groups), *map(self._variant, self.times.variants.offered))
         blocks = tuple(self._removal(b.name, self.losses.block(b)) for b in self.space.blocks)
         return Problem(axes, blocks, tuple(self.times.terms), self.times.constant)
 
@@ -50,6 +55,25 @@ class Tables:
             allowed = [sizes.index(self.fixed.widths[name])]
         finite = tuple(loss if math.isfinite(loss) else 0.0 for loss in losses)
         return Axis(name, sizes, finite, self.space.inner.get(name), tuple(allowed), name in self.fixed.widths)
+
+    def _variant(self, variant: Variant) -> Axis:
+        given: Mapping[str, bool] = self.fixed.sparse
+        if variant.option == "int8":
+            given = {name: precision == "int8" for name, precision in self.fixed.precisions.items()}
+        asked = {given[name] for name in variant.weights if name in given}
+        if len(asked) > 1:
+            raise BadInput(
+                f"plan: {variant.weights[0]} and {variant.weights[-1]} exchange INT8 values; give both one precision"
+            )
+        allowed = (FLOAT,) if not math.isfinite(variant.loss) else None
+        if asked:
+            allowed = (CHANGED,) if asked.pop() else (FLOAT,)
+        loss = variant.loss if math.isfinite(variant.loss) else 0.0
+        kind = KINDS[variant.option]
+        return Axis(
+            variant.name, (0, 1), (loss, 0.0), variant.block, allowed, bool(given.keys() & set(variant.weights)), kind,
+            variant.weights,
+        )  # fmt: skip
 
     def _removal(self, name: str, loss: float) -> Removal:
         goes = self.fixed.blocks.get(name, None if math.isfinite(loss) else False)
@@ -74,6 +98,10 @@ def check_fixed(space: Space, fixed: Fixed) -> None:
     for name in fixed.blocks:
         if name not in blocks and name not in space.refused:
             raise BadInput(f"plan: no block {name!r} in this program")
+    weights = {weight_of(node) for node in space.comb.module.graph.nodes}
+    for name in (*fixed.precisions, *fixed.sparse):
+        if name not in weights:
+            raise BadInput(f"plan: no linear layer or convolution with a weight {name!r} in this program")
     for name, size in fixed.widths.items():
         group = groups.get(name)
         if group is None:

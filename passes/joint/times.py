@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+from torch import fx
 
+from ...graph.comb import axes as ax
 from ...graph.comb.axes import Factor
-from ...graph.workload.layer import Latency
+from ...graph.workload.layer import Latency, Layer
 from ..channels.knapsack import Predictor
 from ..common.scoring import bar
 from .problem import Term
 from .space import Form, Space
+from .variants import CHANGED, FLOAT, Variants
 
 CELLS = 1300  # most combinations of sizes for one table of a layer: four groups of six sizes
 
@@ -28,10 +31,14 @@ At = Callable[[Sequence[int]], float]
 
 
 class Times:
-    """The terms of a problem, in seconds. latency: predicts layers, and measures those that it does not know."""
+    """The terms of a problem, in seconds.
 
-    def __init__(self, space: Space, latency: Latency, progress: bool = False):
-        self.space, self.latency = space, latency
+    latency: predicts layers, and measures those that it does not know. variants: of layers; their axes follow those of the
+    groups.
+    """
+
+    def __init__(self, space: Space, latency: Latency, progress: bool = False, variants: Variants | None = None):
+        self.space, self.latency, self.variants = space, latency, variants or Variants()
         self.places = {g.atom: i for i, g in enumerate(space.groups)}
         self.options = {g.atom: space.sizes[g.name] for g in space.groups}
         self.dense = Predictor(space.comb, latency)
@@ -52,6 +59,7 @@ class Times:
                 known = [a for a in atoms if inner.get(self.places[a]) in (None, owning)]
                 self.terms += self._tables(self.dense, index, {a: a for a in known}, owning, False)
                 update(index + 1, "")
+            self.terms += [term for i, _ in enumerate(self.variants.offered) for term in self._conversions(i, inner)]
             for b, block in enumerate(space.blocks):
                 form = space.form([b])
                 pruned = Predictor(form.comb, latency)
@@ -81,16 +89,70 @@ class Times:
         """The terms of one layer. atoms: by the atoms of the predictor's program that the layer depends on, the space's
         atoms."""
         ours = list(dict.fromkeys(atoms.values()))
-        options = [self.options[a] for a in ours]
+        options = [tuple(self.options[a]) for a in ours]
         axes = tuple(self.places[a] for a in ours)
 
+        variants = self.variants.of(predictor.layers.nodes[index]) if predictor is self.dense else []
+        changes = [self.variants.offered[v].option for v in variants]
+        options += [(CHANGED, FLOAT)] * len(variants)
+        axes += tuple(len(self.places) + v for v in variants)
+
         def at(sizes: Sequence[int]) -> float:
-            size = dict(zip(ours, sizes, strict=True))
-            return predictor.node(index, {theirs: size[own] for theirs, own in atoms.items()})
+            size = dict(zip(ours, sizes, strict=False))
+            theirs = {atom: size[own] for atom, own in atoms.items()}
+            changed = {change for change, k in zip(changes, sizes[len(ours) :], strict=True) if k == CHANGED}
+            return self._changed(predictor, index, theirs, changed)
 
         if math.prod(map(len, options)) <= CELLS:
             return [Term(axes, _table(at, options), block, gone)]
         return [Term(tuple(axes[i] for i in own), table, block, gone) for own, table in _pairwise(at, options)]
+
+    def _changed(self, predictor: Predictor, index: int, sizes: Mapping[Factor, int], changed: set[str]) -> float:
+        """Seconds of a layer with these variants. A layer with both takes the shares that each of them saves."""
+        seconds = predictor.node(index, sizes)
+        layer = predictor.layers.numbered(index, predictor.layers.sizer(sizes)) if changed else None
+        if layer is None or seconds <= 0:
+            return seconds
+        models = {"int8": self.variants.int8, "2:4": self.variants.sparse}
+        chosen = [model for option in changed if (model := models[option]) is not None]
+        return seconds * math.prod(model.seconds(layer) / seconds for model in chosen)
+
+    def conversions(self, variant: int) -> float:
+        """Seconds of the conversions at the borders of a region in INT8, if nothing shrinks."""
+        inner = {self.places[g.atom]: self.space.inner[g.name] for g in self.space.groups if g.name in self.space.inner}
+        terms = self._conversions(variant, inner)  # the variant is the last axis
+        return sum(float(term.seconds[(*[-1] * (term.seconds.ndim - 1), CHANGED)]) for term in terms)
+
+    def _conversions(self, variant: int, inner: Mapping[int, int]) -> Iterator[Term]:
+        """The terms of the conversions at the borders of a region in INT8: kernels that copy the values."""
+        region, nodes = self.variants.offered[variant], self.dense.layers.comb.module.graph.nodes
+        if region.option != "int8":
+            return
+        assert self.variants.int8 is not None
+        known = {node.name: node for node in nodes}
+        borders = [(name, self.variants.int8) for name in region.read] + [(n, self.latency) for n in region.written]
+        for name, model in borders:
+            node = known.get(name)
+            if node is None or self.dense.layers.comb.axes.get(node) is None:
+                continue
+            atoms = [a for a in ax.atoms(self.dense.layers.comb.flat(node)) if a in self.places]
+            atoms = [a for a in atoms if inner.get(self.places[a]) in (None, region.block)]
+
+            def at(
+                sizes: Sequence[int], node: fx.Node = node, atoms: list[Factor] = atoms, model: Latency = model
+            ) -> float:
+                if sizes[-1] == FLOAT:
+                    return 0.0
+                size = self.dense.layers.sizer(dict(zip(atoms, sizes, strict=False)))
+                return model.seconds(Layer("copy", (("entries", self.dense.layers.entries(node, size)),)))
+
+            options = [*(self.options[a] for a in atoms), (CHANGED, FLOAT)]
+            axes = (*(self.places[a] for a in atoms), len(self.places) + variant)
+            if math.prod(map(len, options)) <= CELLS:
+                yield Term(axes, _table(at, options), region.block)
+            else:  # of a long concatenation, at full width
+                full = [o[-1] for o in options[:-1]]
+                yield Term(axes[-1:], np.array([at([*full, CHANGED]), 0.0]), region.block)
 
 
 def _table(at: At, options: Sequence[Sequence[int]]) -> np.ndarray:

@@ -77,6 +77,8 @@ class Roofline:
     - per_run: seconds of a run that belong to no layer.
     - calibration: how these numbers were fitted (see `calibrated`); None for a data sheet, whose predictions can rank
       layers but do not replace a benchmark.
+    - sparse: whether weights are 2:4 sparse: half of the arithmetic (the peak rate of a data sheet), and of every four
+      weights two values with two bits each for their places. Its error is not known from measurements.
     """
 
     target: Target
@@ -86,6 +88,7 @@ class Roofline:
     launch: float | None = None
     per_run: float = 0.0
     calibration: Mapping[str, Any] | None = field(default=None, compare=False)
+    sparse: bool = False
 
     def __str__(self) -> str:
         head = f"roofline of {self.target.board}, {self.dtype}"
@@ -137,8 +140,12 @@ class Roofline:
     def estimate(self, layer: Layer) -> Estimate:
         """Return the cost of a layer. Raises BadInput for a precision that the target does not compute in."""
         width = {"fp32": 4, "tf32": 4, "int8": 1, "fp8": 1, "fp4": 0.5}.get(self.dtype, 2)
-        padded = layer.macs(self.target.alignment(self.dtype))
+        padded = layer.macs(self.target.alignment(self.dtype, self.sparse))
         moved = width * layer.entries()
+        if self.sparse and layer.op in ("conv", "matmul"):
+            # Half of the arithmetic, and of every four weights two values with two bits each for their places.
+            padded //= 2
+            moved -= _weights(layer) * (width / 2 - 1 / 8)
         compute, memory, start = self.rates
         return Estimate(
             layer.macs(), padded, moved, 2 * padded / (compute * self.target.peak(self.dtype)),
@@ -176,6 +183,13 @@ class Roofline:
             "run_us": 1e6 * fit.per_run, "error": _spread(errors), "left_out": _spread(left),
         }  # fmt: skip
         return dataclasses.replace(fit, calibration=record)
+
+
+def _weights(layer: Layer) -> int:
+    """Return the number of a layer's weights; 0 for a product of two computed tensors."""
+    if layer.op == "conv":
+        return int(layer["inputs"] * layer["outputs"] // max(layer["groups"], 1) * math.prod(layer["kernel"]))
+    return int(layer["inputs"] * layer["outputs"]) if layer.op == "matmul" and layer["shared"] else 0
 
 
 def _spread(errors: list[float]) -> dict[str, float] | None:

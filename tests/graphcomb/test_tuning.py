@@ -193,6 +193,39 @@ def test_a_budget_of_loss_is_kept(dense, tmp_path):
     assert plan.tuned.ms["asked"] is None
 
 
+def test_a_budget_in_points_is_kept_on_labelled_data(dense, tmp_path):
+    """Labels are the dense network's own answers, of which nine in ten must stay."""
+    data = batches()
+    with torch.no_grad():
+        val = [(x, dense.module()(x).argmax(1)) for x in data]
+    options = OPTIONS | {"folder": tmp_path, "val": val, "rounds": 2}
+    plan = graphcomb.tune(dense, data=data, loss="10 points", **options)
+    assert plan.tuned.ms["achieved"] < plan.tuned.ms["dense"]
+    built = plan.run(dense, data=data[::2]).program
+    with torch.no_grad():
+        right = sum(int((built.module()(x).argmax(1) == y).sum()) for x, y in val)
+    assert plan.tuned.loss["points"] == pytest.approx(100 - 100 * right / sum(len(y) for _, y in val), abs=1e-2)
+    assert plan.tuned.loss["points"] <= 10
+    with pytest.raises(BadInput, match=r'^tune\.loss: "points" need labelled data; pass val='):
+        graphcomb.tune(dense, data=data, loss="10 points", **options | {"val": None})
+
+
+def test_sensitivity_says_what_int8_costs_and_which_layers_leave_fp16(dense, tmp_path):
+    wide = dense.copy()
+    wide.module().get_parameter("3.one.weight").data *= 1e5
+    wide.module().get_parameter("3.two.weight").data *= 1e-5
+    options = measure(
+        wide, batches(), table="roofline", samples=16, importance="magnitude", folder=tmp_path, extra=["int8"],
+        target="rtx-sm86", precision="fp16",
+    )  # fmt: skip
+    region = next(o for o in options if o.option == "int8" and o.what == "2.one.weight")
+    assert region.saves_ms < 0  # a network as small as this spends its time starting kernels
+    assert "2 conversions take" in region.note
+    assert region.note.startswith("with 2.two.weight; ")
+    assert {o.what for o in options if o.option == "fp16"} == {"3.one.weight", "3.two.weight"}
+    assert any(o.what == "0.weight" and o.option == "int8" and "reads the network's inputs" in o.note for o in options)
+
+
 def test_sensitivity_lists_every_option(dense, tmp_path):
     options = measure(dense, batches(), table="roofline", samples=16, importance="magnitude", folder=tmp_path)
     blocks = [o for o in options if o.what in ("2", "3")]
@@ -234,3 +267,40 @@ def test_through_the_command_line(tmp_path, monkeypatch, capsys):
     assert main(["tune", *common, "--out", "p.yaml"]) == 2
     assert capsys.readouterr().err == "error: tune: give one of --latency and --loss\n"
     assert main(["run"]) == 2
+
+
+def test_layers_get_precisions_and_sparsity_that_the_plan_carries_out(tmp_path):
+    """Rows for INT8 and 2:4 with what they save and lose; by hand a layer becomes INT8 or stays in floating point."""
+    dense, data = graphcomb.capture(net(256, 256), torch.randn(2, 3, 8, 8), dynamic_shapes="batch"), batches()
+    options = OPTIONS | {"folder": tmp_path, "data": data, "target": "rtx-sm86", "precision": "fp16", "sizes": 2}
+    plan = graphcomb.tune(dense, latency=0.9, extra=["int8", "2:4"], **options)
+    rows = {(r.name, r.sparse is not None): r for r in plan.layers}
+    for name in ("2.one.weight", "2.two.weight"):
+        assert rows[name, False].region == "2.one.weight"
+        assert rows[name, True].saves_ms > 0
+        assert rows[name, True].loss > 0
+    assert "reads the network's inputs" in rows["0.weight", False].why
+    path = plan.save(tmp_path / "plan.yaml")
+    assert load_plan(path) == plan
+    tree = yaml.safe_load(path.read_text())
+    for row in tree["blocks"]:
+        row["goes"] = False
+    for row in tree["layers"]:
+        if row.get("sparse") is not None:
+            row["sparse"] = row["name"] == "3.one.weight"
+        elif row["name"] != "every layer":
+            row["precision"] = (
+                "int8" if row["name"].startswith("2.") else "fp32" if row["name"] == "6.weight" else "fp16"
+            )
+    path.write_text(yaml.safe_dump(tree))
+    result = load_plan(path).run(dense, data=data)
+    records = {r["pass"]: r for r in result.record["passes"]}
+    assert {row["what"] for row in records["Quantize"]["changed"]} == {"2.one.weight", "2.two.weight"}
+    assert records["Quantize"]["fp32"] == ["6.weight"]
+    assert [row["what"] for row in records["Sparsify"]["changed"]] == ["3.one.weight"]
+    tree["layers"] = [
+        r | {"precision": "fp16"} if r["name"] == "2.two.weight" and "precision" in r else r for r in tree["layers"]
+    ]
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(BadInput, match=r"^tune\.extra: a list of int8 and 2:4, not 'int8'"):
+        graphcomb.tune(dense, latency=0.9, extra="int8", **options)

@@ -86,7 +86,7 @@ def test_single_methods_are_never_better():
         whole = problem.seconds(problem.whole())
         for share in (0.5, 0.8):
             joint = solve(problem, seconds=share * whole)
-            for single in (problem.only(widths=True), problem.only(blocks=True)):
+            for single in (problem.only("widths"), problem.only("blocks")):
                 alone = solve(single, seconds=share * whole)
                 assert alone is None or (joint is not None and joint.loss <= alone.loss + 1e-6)
 

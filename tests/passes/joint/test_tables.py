@@ -115,7 +115,7 @@ def test_one_group_may_outweigh_all():
     space = Space(dense, alignment=8)
     problem = problem_of(space, Times(space, PerMac()))
     whole = problem.seconds(problem.whole())
-    answer = solve(problem.only(widths=True), seconds=0.6 * whole)
+    answer = solve(problem.only("widths"), seconds=0.6 * whole)
     assert answer.seconds <= 0.6 * whole * (1 + 1e-6)
     kept = dict(zip((a.name for a in problem.axes), answer.choice.sizes, strict=True))
     assert kept["0.weight:0"] < len(space.sizes["0.weight:0"]) - 1

@@ -1,0 +1,365 @@
+"""The tables of a program for a target, with the time of whole networks, and the plans made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from . import runtime
+from .data import cache_folder
+from .graph.errors import BadInput, Contended
+from .graph.program import Program
+from .passes.base import Context
+from .passes.common.latency import needed_latency
+from .passes.common.scoring import evaluate
+from .passes.depth.budget import Predictor
+from .passes.joint.losses import Losses
+from .passes.joint.problem import Choice, Problem
+from .passes.joint.ranges import overflows, ranges
+from .passes.joint.rounds import NEAR, Built, Time, Tuner
+from .passes.joint.space import SIZES, Space
+from .passes.joint.tables import Fixed, Tables
+from .passes.joint.times import Times
+from .passes.joint.variants import (
+    CHANGED,
+    KINDS,
+    find_variants,
+    is_changed,
+    no_sparse_kernels,
+    seconds_of_variants,
+)
+from .plan import BlockRow, Frozen, LayerRow, Plan, Repairing, Row, Tuned, code_of_model, load_plan
+from .runtime.devices.table import Target, get_target
+from .runtime.prediction.latency_table import LatencyTable
+from .runtime.prediction.roofline import Roofline
+
+SECONDS = 20.0  # time limit of measuring a whole network
+Table = str | Path | LatencyTable | Roofline
+
+
+class TuningTables:
+    """The tables of a program for a target, with the time of whole networks, and the plans made from them.
+
+    measured: whether times of whole networks are measured; if not, they are predicted layer by layer.
+    """
+
+    def __init__(self, tables: Tables, target: Target, precision: str, latency: Any, measured: bool, progress: bool):
+        self.tables, self.target, self.precision, self.latency = tables, target, precision, latency
+        self.measured = measured
+        self._whole: Time | None = None
+        self.labelled: Context | None = None  # the context with labelled data and the metric
+        self._scores: dict[int, tuple[Program, float]] = {}  # with the programs, so that their ids stay theirs
+        self._predict = _predicted(tables, latency) if not measured else None
+        self._progress = progress
+
+    def say(self, text: str) -> None:
+        """Write a line of progress to stderr."""
+        from rich.console import Console
+
+        Console(stderr=True, quiet=not self._progress, markup=False, emoji=False, soft_wrap=True).print(text)
+
+    def time(self, program: Program) -> Time:
+        """Return the time of a run of a program.
+
+        Of a measured dense program the range is that of the middle half of its runs. Every other program runs in turns with
+        the dense one, so that a machine which slows down slows both; its range is the 95 % confidence interval of the median
+        ratio. Raises Contended if the machine is too busy to measure.
+        """
+        if self._predict is not None:
+            return self._within_error(self._predict(program))
+        dense = self.tables.space.program
+        if self._whole is None:
+            ms = self._bench([dense], ["dense"]).timings[0].ms
+            if not ms:
+                raise _busy()
+            self._whole = Time(*(ms[name] / 1e3 for name in ("median", "p25", "p75")), True)
+        if program is dense:
+            return self._whole
+        ratio = self._bench([dense, program], ["dense", "network"]).ratios.get("network")
+        if ratio is None:
+            raise _busy()
+        faster = (ratio["median"], ratio.get("high", ratio["median"]), ratio.get("low", ratio["median"]))
+        return Time(*(self._whole.seconds / value for value in faster), True)
+
+    def check_labels(self) -> None:
+        """Raise BadInput without labelled data."""
+        if self.labelled is None or self.labelled.val is None:
+            raise BadInput('tune.loss: "points" need labelled data; pass val=')
+
+    def points(self, program: Program) -> float:
+        """Return how many points of the metric (hundredths) a program loses against the dense one, on the labelled data."""
+        return 100 * (self._score(self.tables.space.program) - self._score(program))
+
+    def _score(self, program: Program) -> float:
+        assert self.labelled is not None
+        if id(program) not in self._scores:
+            score = evaluate(program, self.labelled.val or (), self.labelled.metric)
+            self._scores[id(program)] = program, score
+        return self._scores[id(program)][1]
+
+    def _bench(self, programs: list[Program], names: list[str]) -> Any:
+        return runtime.bench(programs, names=names, seconds=SECONDS)
+
+    def _within_error(self, seconds: float) -> Time:
+        """Return predicted seconds with the range that the latency model states."""
+        error = getattr(self.latency, "error", None)
+        factor = 1.0 if error is None else error.factor
+        return Time(seconds, seconds / factor, seconds * factor)
+
+    def plan(self, tuner: Tuner, found: Built, asked: float | None, importance: str) -> Plan:
+        """Return the plan of a network that was built. asked: the budget in seconds; None for a budget of loss."""
+        space, problem = self.tables.space, self.tables.problem
+        scale, losses = 1e3 * tuner.correction.seconds, self.tables.losses
+        met = asked is None or found.seconds <= (1 + NEAR) * asked
+        predicted, time = self._within_error(found.predicted_seconds), found.time
+        ms = {
+            "dense": 1e3 * tuner.dense, "dense_low": 1e3 * tuner.whole.low, "dense_high": 1e3 * tuner.whole.high,
+            "asked": None if asked is None else 1e3 * asked,
+            "predicted": 1e3 * predicted.seconds, "predicted_low": 1e3 * predicted.low,
+            "predicted_high": 1e3 * predicted.high,
+            "achieved": 1e3 * time.seconds, "low": 1e3 * time.low, "high": 1e3 * time.high, "measured": time.measured,
+        }  # fmt: skip
+        loss = {
+            "predicted": found.predicted_loss, "measured": found.loss, "images": losses.samples,
+            "held_out": losses.images.held_out,
+        }  # fmt: skip
+        if id(found.program) in self._scores:
+            loss["points"] = self.points(found.program)
+        gone = set(found.decided.blocks)
+        blocks = []
+        for b, block in enumerate(space.blocks):
+            saves = problem.seconds(problem.whole()) - problem.seconds(without(problem, b))
+            blocks.append(
+                BlockRow(
+                    name=block.name, goes=block.name in gone, proposed=block.name in gone, kind=block.kind,
+                    saves_ms=_short(scale * saves), loss=_short(problem.blocks[b].loss),
+                )
+            )  # fmt: skip
+        groups = []
+        for i, (axis, group) in enumerate(zip(problem.axes, space.groups, strict=False)):
+            keep = found.decided.widths.get(axis.name, group.size)
+            k = axis.sizes.index(keep)
+            saves = problem.seconds(problem.whole()) - problem.seconds(narrower(problem, i, k))
+            inside = None if axis.block is None else space.blocks[axis.block].name
+            groups.append(
+                Row(
+                    name=axis.name, keep=keep, size=group.size, proposed=keep, kind=group.kind,
+                    step=space.steps[axis.name], saves_ms=_short(scale * saves), loss=_short(axis.losses[k]),
+                    inside=inside,
+                )
+            )  # fmt: skip
+        known = {g.name: g for g in space.comb.groups}
+        frozen = [
+            Frozen(name=name, kind=known[name].kind, size=known[name].size, why=why)
+            for name, why in space.refused.items()
+            if name in known
+        ]
+        refused = [BlockRow(name=name, goes=False, why=why) for name, why in space.refused.items() if name not in known]
+        tuned = Tuned(
+            model=code_of_model(space.program), target=self.target.name, precision=self.precision, by=str(self.latency),
+            method=found.how, met=met, met_by="measured" if time.measured else "predicted", ms=_shortened(ms),
+            loss=_shortened(loss),
+        )  # fmt: skip
+        repair = Repairing(importance=importance, samples=losses.samples)
+        return Plan(
+            tuned=tuned, repair=repair, blocks=[*blocks, *refused], groups=groups, layers=self._layers(tuner, found),
+            frozen=frozen,
+        )  # fmt: skip
+
+    def _layers(self, tuner: Tuner, found: Built) -> list[LayerRow]:
+        """Return the rows of a plan for the precisions of layers, and for 2:4 sparse weights."""
+        problem, variants, whole = self.tables.problem, self.tables.times.variants, self.tables.problem.whole()
+        scale, rows = 1e3 * tuner.correction.seconds, []
+        plain = problem.seconds(whole)
+        single = self.single
+        for i, (axis, variant) in enumerate(
+            zip(problem.axes[-len(variants.offered) :], variants.offered, strict=False)
+        ):
+            place = len(problem.axes) - len(variants.offered) + i
+            saves = _short(scale * (plain - problem.seconds(narrower(problem, place, CHANGED))))
+            inside = None if variant.block is None else self.tables.space.blocks[variant.block].name
+            for k, name in enumerate(variant.weights):
+                facts: dict[str, Any] = {"region": variant.weights[0]}
+                if k == 0:
+                    facts |= {"saves_ms": saves, "loss": _short(axis.losses[CHANGED])}
+                if variant.option == "int8":
+                    kept = "fp32" if name in single else self.precision
+                    chosen = found.decided.precisions.get(name, kept)
+                    rows.append(LayerRow(name=name, precision=chosen, proposed=chosen, inside=inside, **facts))
+                else:
+                    sparse = name in found.decided.sparse
+                    rows.append(LayerRow(name=name, sparse=sparse, proposed_sparse=sparse, inside=inside, **facts))
+        for what, why in variants.refused.items():
+            option, _, name = what.partition(" ")
+            kept = "fp32" if name in single else self.precision
+            row = {"precision": kept, "proposed": kept} if option == "int8" and name else {}
+            rows.append(LayerRow(name=name or "every layer", why=why if option == "int8" else f"not 2:4: {why}", **row))
+        for name in sorted(single - {row.name for row in rows}):
+            why = "its values may leave the range of fp16" if name not in self.tables.fixed.precisions else None
+            rows.append(LayerRow(name=name, precision="fp32", proposed="fp32", why=why))
+        return rows
+
+    @cached_property
+    def single(self) -> set[str]:
+        """The weights of layers that stay in fp32 where the precision is fp16: by hand, or since their values may leave the
+        range of fp16."""
+        if self.precision != "fp16":
+            return set()
+        by_hand = self.tables.fixed.precisions
+        found = ranges(self.tables.space.program, self.tables.losses.divergence)
+        wide = {name for name, largest in found.items() if overflows(largest)} - by_hand.keys()
+        return wide | {name for name, precision in by_hand.items() if precision == "fp32"}
+
+
+def prepare_tables(
+    program: Program,
+    data: Iterable[Any] | None,
+    target: str | Target = "cpu",
+    precision: str = "fp32",
+    table: Table | None = None,
+    measure: bool | None = None,
+    plan: Plan | str | Path | None = None,
+    samples: int = 64,
+    points: int = 1,
+    sizes: int = SIZES,
+    importance: str = "repair",
+    folder: str | Path | None = None,
+    progress: bool = False,
+    extra: Sequence[str] = (),
+    **fields: Any,
+) -> TuningTables:
+    """Return the tables of times and losses of a program, measuring what is missing. `tune` describes the arguments and
+    errors."""
+    for name, value, most in (("samples", samples, None), ("points", points, 2), ("sizes", sizes, None)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
+            raise BadInput(f"tune.{name}: a whole number from 1{f' to {most}' if most else ''}, not {value!r}")
+    if isinstance(extra, str) or not set(extra) <= set(KINDS):
+        raise BadInput(f"tune.extra: a list of {' and '.join(KINDS)}, not {extra!r}")
+    device = get_target(target) if isinstance(target, str) else target
+    edited = load_plan(plan) if isinstance(plan, (str, Path)) else plan
+    fixed = Fixed() if edited is None else _fixed(edited, program, device)
+    by_layer = latency_model(table, device, precision)
+    model = needed_latency(by_layer, "tune", program)
+    context = Context(data=data, target=device, dtype=precision, latency=model, progress=progress).replaced(
+        "tune", **fields
+    )
+    more = {name: [size] for name, size in fixed.widths.items()}
+    space = Space(program, device.alignment(precision), sizes, more, context.seed, progress)
+    # Creating the losses checks the data, so it comes before the times, which may take long to measure.
+    losses = Losses(space, context, importance, samples, points, Path(folder or cache_folder() / "tune"))
+    wanted = [name for name, p in fixed.precisions.items() if p == "int8"]
+    int8 = _integer_latency(model, device) if "int8" in extra or wanted else None
+    sparse = _sparse_latency(model, device) if "2:4" in extra or any(fixed.sparse.values()) else None
+    variants = find_variants(space, losses, int8, sparse, wanted, progress)
+    variants.check([("int8", n) for n in wanted] + [("2:4", n) for n, asked in fixed.sparse.items() if asked])
+    times = Times(space, model, progress, variants)
+    tables = Tables(space, times, losses, fixed)
+    losses.measure(progress)
+    measured = isinstance(by_layer, LatencyTable) if measure is None else measure
+    if measured and not isinstance(by_layer, LatencyTable) and device.backend != "onnxruntime":
+        raise BadInput(f"tune.measure: {device.name} is not at hand; leave it out")
+    session = TuningTables(tables, device, precision, model, measured, progress)
+    session.labelled = context
+    return session
+
+
+def _fixed(plan: Plan, program: Program, target: Target) -> Fixed:
+    """Return the widths and blocks that were changed in a plan. Raises BadInput for a plan of another model or target, and
+    for a contradiction in the plan."""
+    if plan.tuned is None:
+        raise BadInput("plan: not written by `graphcomb tune`")
+    if plan.tuned.model != code_of_model(program):
+        raise BadInput("plan: of another model than this one; leave it out")
+    if plan.tuned.target != target.name:
+        raise BadInput(f"plan: for target {plan.tuned.target}, not {target.name}; leave it out")
+    _ = plan.decided  # contradictions are errors
+    return plan.fixed
+
+
+def _predicted(tables: Tables, latency: Any) -> Callable[[Program], float]:
+    """Return a function that predicts the seconds of programs layer by layer, quantised ones too."""
+    plain = Predictor(Context(latency=latency), tables.space.program)
+    variants = tables.times.variants
+    if not variants.offered:
+        return plain
+    changed = partial(seconds_of_variants, variants=variants, latency=latency)
+    return lambda program: changed(program) if is_changed(program) else plain(program)
+
+
+def _integer_latency(model: Any, target: Target) -> Any:
+    """Return the latency model of the same device for layers in INT8, or why there is none.
+
+    A table of measured layers gets one of INT8 layers beside it, with its scale to the whole program's time.
+    """
+    if "int8" not in target.dtypes:
+        return f"{target.name} has no INT8 kernels"
+    if isinstance(model, LatencyTable):
+        path = model.path.with_stem(model.path.stem + "-int8")
+        table = LatencyTable(path, target, model.step, "int8")
+        table.factor = model.factor
+        return table
+    return replace(model, dtype="int8")
+
+
+def _sparse_latency(model: Any, target: Target) -> Any:
+    """Return the latency model of the same device for layers with 2:4 sparse weights, or why there is none."""
+    why = no_sparse_kernels(target.name, target.compute_capability)
+    if why is not None:
+        return why
+    return (
+        replace(model, sparse=True) if isinstance(model, Roofline) else "layers are measured with dense weights alone"
+    )
+
+
+def latency_model(table: Table | None, target: Target, precision: str) -> LatencyTable | Roofline:
+    """Return what predicts the times of layers on a target; `tune` describes `table`.
+
+    Raises BadInput for a file of measured layers if this machine is not the target, and as `Roofline.calibrated` does.
+    """
+    if isinstance(table, (LatencyTable, Roofline)):
+        return table
+    if table is None:
+        suffix = "" if precision == "fp32" else f"-{precision}"
+        try:
+            return LatencyTable(cache_folder() / f"latency-{target.name}{suffix}.json", target, precision=precision)
+        except BadInput:
+            return Roofline(target, precision)  # this machine is not the target
+    if str(table) == "roofline":
+        target.alignment(precision)
+        return Roofline(target, precision)
+    from .runtime.device_results import are_results
+
+    if are_results(str(table)):
+        return Roofline.calibrated(str(table), target, precision)
+    return LatencyTable(table, target, precision=precision)
+
+
+def _busy() -> Contended:
+    return Contended(
+        "tune: the machine is too busy to measure; the tables are kept, run it again (table: roofline predicts)"
+    )
+
+
+def without(problem: Problem, block: int) -> Choice:
+    """Return the choice that removes only one block."""
+    whole = problem.whole()
+    sizes = tuple(-1 if axis.block == block else k for axis, k in zip(problem.axes, whole.sizes, strict=True))
+    return replace(whole, sizes=sizes, gone=tuple(b == block for b in range(len(problem.blocks))))
+
+
+def narrower(problem: Problem, axis: int, place: int) -> Choice:
+    """Return the choice that gives one group another of its sizes, and changes nothing else."""
+    whole = problem.whole()
+    return replace(whole, sizes=(*whole.sizes[:axis], place, *whole.sizes[axis + 1 :]))
+
+
+def _shortened(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _short(value) if isinstance(value, float) else value for name, value in values.items()}
+
+
+def _short(value: float) -> float:
+    """Round a value to four significant digits."""
+    return float(f"{value:.4g}")

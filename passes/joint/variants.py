@@ -1,0 +1,241 @@
+"""Variants of layers: regions in INT8 instead of floating point, and layers with 2:4 sparse weights.
+
+A region is a set of layers between which values can stay INT8 (`quantize.regions`); it pays for the conversions at its
+borders. Each variant is one more axis of the problem with two places, the variant and the layer as it is, and layers have
+their seconds at both. The loss is measured by changing one region, or one layer, of the dense network. Source: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from ...graph.comb.solve import Comb
+from ...graph.errors import BadInput, GraphcombError
+from ...graph.nodes import op_name
+from ...graph.program import Program
+from ...graph.sparse import sparse_weights
+from ...graph.workload.layer import Latency, Layer, rules_of
+from ...graph.workload.layers import Layers
+from ..common.scoring import bar
+from ..common.weights import layers as weighted
+from ..fuse.fuse import Fuse
+from ..quantize.quantize import Quantize
+from ..quantize.regions import FAKE, passed_on, producer, quantised_alone, quantised_layers, regions
+from ..sparse.sparsify import SPARSE_CAPABILITY, SPARSE_CHANNELS, Sparsify
+from .losses import Losses
+from .ranges import weight_of
+from .space import Space
+
+FLOAT, CHANGED = 1, 0  # places of a variant's axis: the layer as it is, and the variant
+KINDS = {"int8": "precision", "2:4": "sparsity"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A region that may become INT8, or a layer that may become 2:4 sparse.
+
+    option: "int8" or "2:4". weights: the weights of its layers; the first names it. block: index of the block that has all
+    of its layers, or None. loss: divergence from the dense network in nats. read, written: names of the nodes whose values
+    are converted to INT8, and back.
+    """
+
+    option: str
+    weights: tuple[str, ...]
+    block: int | None = None
+    loss: float = 0.0
+    read: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of its axis."""
+        return f"{self.option} {self.weights[0]}"
+
+
+@dataclass(frozen=True)
+class Variants:
+    """The variants of a program's layers. int8, sparse: the latency models of the same device for layers in INT8, and with
+    2:4 sparse weights. refused: by "OPTION WEIGHT", why a layer has no such variant; by "OPTION", why no layer has."""
+
+    offered: tuple[Variant, ...] = ()
+    int8: Latency | None = None
+    sparse: Latency | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self, asked: Iterable[tuple[str, str]]) -> None:
+        """Raise BadInput unless every variant that was decided by hand, as (option, weight), is offered."""
+        for option, name in asked:
+            if not any(option == v.option and name in v.weights for v in self.offered):
+                why = self.refused.get(option) or self.refused.get(f"{option} {name}") or "it is no layer with a weight"
+                raise BadInput(f"plan: {name} cannot be {option}: {why}")
+
+    def of(self, node: fx.Node) -> list[int]:
+        """The indices of the variants of a node's layer."""
+        weight = weight_of(node)
+        return [i for i, v in enumerate(self.offered) if weight in v.weights]
+
+
+def find_variants(
+    space: Space,
+    losses: Losses,
+    int8: Latency | str | None = None,
+    sparse: Latency | str | None = None,
+    wanted: Collection[str] = (),
+    progress: bool = False,
+) -> Variants:
+    """The variants of a space's program, with their measured losses.
+
+    int8, sparse: latency models, or why the target has none; None if that is not asked for. wanted: weights of layers that
+    become INT8 even where the default is floating point, since that was decided by hand.
+    """
+    offered: list[Variant] = []
+    refused = {option: why for option, why in (("int8", int8), ("2:4", sparse)) if isinstance(why, str)}
+    owner = {name: b for b, block in enumerate(space.blocks) for name in block.nodes}
+    blocks = {
+        weight: owner.get(node.name)
+        for node in space.comb.module.graph.nodes
+        if (weight := weight_of(node)) is not None
+    }
+    if int8 is not None and not isinstance(int8, str):
+        regions_, why = _integer_regions(space, losses, set(wanted), blocks, progress)
+        offered += regions_
+        refused |= why
+    if sparse is not None and not isinstance(sparse, str):
+        layers, why = _sparse_layers(space, losses, blocks, progress)
+        offered += layers
+        refused |= why
+    return Variants(
+        tuple(offered), None if isinstance(int8, str) else int8, None if isinstance(sparse, str) else sparse, refused
+    )
+
+
+def _integer_regions(
+    space: Space, losses: Losses, wanted: set[str], blocks: Mapping[str, int | None], progress: bool
+) -> tuple[list[Variant], dict[str, str]]:
+    folded = Fuse()(space.program, losses.context).program
+    asked = dict.fromkeys(sorted(wanted), "int8")
+    pass_ = Quantize(samples=losses.samples, bias_correction=False, layers=asked)  # type: ignore[arg-type]
+    result = pass_(folded, losses.context)
+    refused = {f"int8 {row['what']}": row["why"] for row in result.record["refused"]}
+    free = {name for _, name in quantised_layers(result.program)}
+    groups = regions([layer for layer in weighted(folded)[0] if layer.name in free])
+    offered = []
+    with bar(progress, "losses in INT8", len(groups)) as update:
+        for i, group in enumerate(groups):
+            names = tuple(layer.name for layer in group)
+            update(i + 1, names[0])
+            if missing := [name for name in names if name not in blocks]:
+                refused |= {f"int8 {name}": f"{missing[0]} is merged with another layer" for name in names}
+                continue
+
+            def loss(names: tuple[str, ...] = names) -> float:
+                return losses.divergence(quantised_alone(result.program, names))
+
+            inside = {blocks[name] for name in names}
+            block = inside.pop() if len(inside) == 1 else None
+            read, written = _borders(quantised_alone(result.program, names))
+            measured = losses.kept(f"int8 {' '.join(names)}", loss)
+            offered.append(Variant("int8", names, block, measured, read, written))
+    return offered, refused
+
+
+def _borders(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the nodes whose values are converted to INT8 in a partly quantised program, and back."""
+    integer = {node for node, _ in quantised_layers(program)}
+    read = [
+        node.args[0].name  # type: ignore[union-attr]
+        for node in program.graph.nodes
+        if op_name(node) == "fake_quantize_per_tensor_affine" and producer(node.args[0]) not in integer
+    ]
+    written = [
+        node.name
+        for node in program.graph.nodes
+        if producer(node) in integer
+        and not op_name(node).startswith("fake_quantize")
+        and any(not op_name(u).startswith("fake_quantize") and passed_on(u) is not node for u in node.users)
+    ]
+    return tuple(read), tuple(written)
+
+
+def _sparse_layers(
+    space: Space, losses: Losses, blocks: Mapping[str, int | None], progress: bool
+) -> tuple[list[Variant], dict[str, str]]:
+    known, _ = weighted(space.program)
+    offered, refused = [], {}
+    with bar(progress, "losses of 2:4", len(known)) as update:
+        for i, layer in enumerate(known):
+            update(i + 1, layer.name)
+            shape = tuple(space.program.module().state_dict()[layer.name].shape)
+            if min(shape[:2]) < SPARSE_CHANNELS:
+                refused[f"2:4 {layer.name}"] = f"under {SPARSE_CHANNELS} channels a sparse kernel is hardly faster"
+                continue
+
+            def loss(name: str = layer.name) -> float:
+                pass_ = sparsify((name,), losses.samples)
+                return losses.divergence(pass_(space.program, losses.context).program)
+
+            try:
+                measured = losses.kept(f"2:4 {layer.name}", loss)
+            except GraphcombError as error:
+                refused[f"2:4 {layer.name}"] = str(error)
+                continue
+            offered.append(Variant("2:4", (layer.name,), blocks.get(layer.name), measured))
+    return offered, refused
+
+
+def sparsify(weights: Sequence[str], samples: int) -> Sparsify:
+    """The pass that makes weights 2:4 sparse from unlabelled images, and adapts the weights that stay."""
+    return Sparsify(
+        pattern="2:4", method="sparsegpt", gradients=samples, include=tuple(weights), where="all", scope="uniform"
+    )
+
+
+def no_sparse_kernels(name: str, capability: tuple[int, int] | None) -> str | None:
+    """Why a target computes no faster with 2:4 sparse weights; None if it does."""
+    if capability is None:
+        return f"{name} has no kernels for sparse weights"
+    return None if capability >= SPARSE_CAPABILITY else f"{name} has no sparse tensor cores; they began with SM80"
+
+
+def is_changed(program: Program) -> bool:
+    """Whether some layers of a program are quantised, or have 2:4 sparse weights."""
+    return any(True for _ in quantised_layers(program)) or bool(_sparse(program))
+
+
+def _sparse(program: Program) -> set[str]:
+    return {name for name, pattern in sparse_weights(program).items() if pattern == "2:4"}
+
+
+def seconds_of_variants(program: Program, variants: Variants, latency: Latency) -> float:
+    """Predicted seconds of a program that is quantised in part, or has 2:4 sparse weights, layer by layer.
+
+    Values that a layer in INT8 reads or makes are converted by kernels of their own where the other side is in floating
+    point.
+    """
+    layers = Layers(Comb(program), rules=rules_of(latency))
+    integer = {node for node, _ in quantised_layers(program)}
+    read, written = _borders(program)
+    sparse, size, total = _sparse(program), layers.sizer({}), latency.per_run
+    for node, layer in layers.at({}):
+        if op_name(node).startswith(FAKE):
+            continue
+        seconds = latency.seconds(layer)
+        for model, changed in ((variants.int8, node in integer), (variants.sparse, weight_of(node) in sparse)):
+            seconds *= model.seconds(layer) / seconds if changed and model is not None and seconds > 0 else 1.0
+        total += seconds
+    nodes = {node.name: node for node in program.graph.nodes}
+    for names, model in ((read, variants.int8), (written, latency)):
+        for name in names:
+            if model is not None:
+                total += model.seconds(Layer("copy", (("entries", layers.entries(nodes[name], size)),)))
+    return total
+
+
+def quantise(asked: Mapping[str, str], samples: int) -> list[Fuse | Quantize]:
+    """The passes that give layers their precisions, by the names of weights; all others stay in floating point."""
+    if unknown := [p for p in asked.values() if p not in ("int8", "fp16", "fp32")]:
+        raise BadInput(f"plan: precision must be int8, fp16 or fp32, not {unknown[0]!r}")
+    return [Fuse(), Quantize(samples=samples, layers={**asked, "*": "fp16"})]  # type: ignore[dict-item]
