@@ -290,18 +290,12 @@ def _predicted(tables: Tables, latency: Any) -> Callable[[Program], float]:
 
 
 def _integer_latency(model: Any, target: Target) -> Any:
-    """Return the latency model of the same device for layers in INT8, or why there is none.
-
-    A table of measured layers gets one of INT8 layers beside it, with its scale to the whole program's time.
-    """
+    """Return the latency model of the same device for layers in INT8, or why there is none."""
     if "int8" not in target.dtypes:
         return f"{target.name} has no INT8 kernels"
-    if isinstance(model, LatencyTable):
-        path = model.path.with_stem(model.path.stem + "-int8")
-        table = LatencyTable(path, target, model.step, "int8")
-        table.factor = model.factor
-        return table
-    return replace(model, dtype="int8")
+    if not isinstance(model, Roofline):
+        return "layers are measured in floating point alone; table: roofline predicts INT8"
+    return replace(model, dtype="int8")  # where it is calibrated, with the attained shares of the measured precision
 
 
 def _sparse_latency(model: Any, target: Target) -> Any:

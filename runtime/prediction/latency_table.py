@@ -56,7 +56,7 @@ class LatencyTable:
     - path: the file; it is created if it does not exist.
     - target: the device, which must be this machine: "cpu" for ONNX Runtime, else the GPU with its library.
     - step: layers are measured at sizes that are multiples of it, and interpolated between them.
-    - precision: "fp32" or "fp16", in which layers and whole programs are measured; or "int8" for layers alone.
+    - precision: "fp32" or "fp16", in which layers and whole programs are measured.
 
     The constructor raises BadInput for a file that is no latency table or one of another device, engine or precision, for a
     target that is not this machine, and for a precision in which the engine does not compute here. The methods that measure

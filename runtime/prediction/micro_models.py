@@ -12,18 +12,15 @@ from ...graph.workload.layer import Layer
 
 COPIES = 5  # number of copies of the layer in the model that is compared with a single layer
 OPSET = 20
-# Precisions that layers are measured in, and the type of the tensors between them. In INT8 these are quantised again.
-TYPES = {"fp32": int(TensorProto.FLOAT), "fp16": int(TensorProto.FLOAT16), "int8": int(TensorProto.FLOAT)}
-STEP = 1 / 32  # size of a quantisation step in INT8; times do not depend on it
+TYPES = {"fp32": int(TensorProto.FLOAT), "fp16": int(TensorProto.FLOAT16)}  # precisions that layers are measured in
 
 
 def model(layer: Layer | None, copies: int, precision: str = "fp32") -> onnx.ModelProto:
     """Return an ONNX model that runs `copies` copies of a layer, each with its own weights or inputs.
 
-    layer: None for a model that does almost nothing. precision: "fp32", "fp16" or "int8", that
-    of all tensors; INT8 as QuantizeLinear and DequantizeLinear around every node, with weights that are stored in INT8.
+    layer: None for a model that does almost nothing. precision: "fp32" or "fp16", that of all tensors.
     """
-    graph = _Graph(TYPES[precision], precision == "int8")
+    graph = _Graph(TYPES[precision])
     if layer is None:
         graph.outputs.append(graph.node("Neg", graph.input("x", (1,))))
     else:
@@ -36,9 +33,8 @@ def model(layer: Layer | None, copies: int, precision: str = "fp32") -> onnx.Mod
 class _Graph:
     """An ONNX graph under construction, whose tensors have one type. Random weights are the same on every machine."""
 
-    def __init__(self, kind: int, integer: bool = False) -> None:
-        self.kind, self.integer = kind, integer
-        self._quantised: dict[str, str] = {}
+    def __init__(self, kind: int) -> None:
+        self.kind = kind
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: dict[str, onnx.ValueInfoProto] = {}
         self.weights: list[TensorProto] = []
@@ -60,42 +56,15 @@ class _Graph:
     def weight(self, *shape: int) -> str:
         values = self.draw.standard_normal(shape, np.float32) / math.sqrt(max(math.prod(shape[1:]), 1))
         values = values.astype(helper.tensor_dtype_to_np_dtype(self.kind))
-        name = f"w{len(self.weights)}"
-        if self.integer and len(shape) > 1:
-            self.weights.append(numpy_helper.from_array((values * 100).clip(-127, 127).astype(np.int8), name))
-            return self._node("DequantizeLinear", name, *self._step())
-        self.weights.append(numpy_helper.from_array(values, name))
-        return name
+        self.weights.append(numpy_helper.from_array(values, f"w{len(self.weights)}"))
+        return self.weights[-1].name
 
     def node(self, op: str, *inputs: str, **options: Any) -> str:
-        """Add a node and return its output; in INT8 it reads its inputs quantised."""
-        return self._node(op, *map(self._quantise, inputs), **options)
-
-    def _quantise(self, name: str) -> str:
-        """Return the tensor quantised and back, once for each tensor; weights are stored like that."""
-        if not self.integer or any(name == weight.name for weight in self.weights) or name in self._stored():
-            return name
-        if name not in self._quantised:
-            small = self._node("QuantizeLinear", name, *self._step())
-            self._quantised[name] = self._node("DequantizeLinear", small, *self._step())
-        return self._quantised[name]
-
-    def _stored(self) -> set[str]:
-        return {node.output[0] for node in self.nodes if node.op_type == "DequantizeLinear"}
-
-    def _step(self) -> tuple[str, str]:
-        """Return the names of a quantisation step and a zero point."""
-        if not any(weight.name == "step" for weight in self.weights):
-            self.weights.append(numpy_helper.from_array(np.array(STEP, np.float32), "step"))
-            self.weights.append(numpy_helper.from_array(np.array(0, np.int8), "zero"))
-        return "step", "zero"
-
-    def _node(self, op: str, *inputs: str, **options: Any) -> str:
         self.nodes.append(helper.make_node(op, inputs, [f"n{len(self.nodes)}"], f"{op}{len(self.nodes)}", **options))
         return self.nodes[-1].output[0]
 
     def finish(self) -> onnx.ModelProto:
-        outputs = [helper.make_tensor_value_info(name, self.kind, None) for name in map(self._quantise, self.outputs)]
+        outputs = [helper.make_tensor_value_info(name, self.kind, None) for name in self.outputs]
         graph = helper.make_graph(self.nodes, "layer", list(self.inputs.values()), outputs, self.weights)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
         return onnx.shape_inference.infer_shapes(model)  # the shapes of the outputs must be stated

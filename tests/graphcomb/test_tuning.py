@@ -271,36 +271,39 @@ def test_through_the_command_line(tmp_path, monkeypatch, capsys):
 
 def test_layers_get_precisions_and_sparsity_that_the_plan_carries_out(tmp_path):
     """Rows for INT8 and 2:4 with what they save and lose; by hand a layer becomes INT8 or stays in floating point."""
-    dense, data = graphcomb.capture(net(256, 256), torch.randn(2, 3, 8, 8), dynamic_shapes="batch"), batches()
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 256, 1), nn.ReLU(), nn.Conv2d(256, 256, 1), nn.ReLU(), nn.Conv2d(256, 256, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 4),
+    )  # fmt: skip
+    dense, data = graphcomb.capture(model.eval(), torch.randn(2, 3, 8, 8), dynamic_shapes="batch"), batches()
     options = OPTIONS | {"folder": tmp_path, "data": data, "target": "rtx-sm86", "precision": "fp16", "sizes": 2}
-    plan = graphcomb.tune(dense, latency=0.9, extra=["int8", "2:4"], **options)
-    rows = {(r.name, r.sparse is not None): r for r in plan.layers}
-    for name in ("2.one.weight", "2.two.weight"):
-        assert rows[name, False].region == "2.one.weight"
+    plan = graphcomb.tune(dense, latency=0.99, extra=["int8", "2:4"], **options)
+    rows = {(r.name, r.precision is None): r for r in plan.layers}
+    for name in ("2.weight", "4.weight"):
+        assert rows[name, False].region == "2.weight"
         assert rows[name, True].saves_ms > 0
         assert rows[name, True].loss > 0
     assert "reads the network's inputs" in rows["0.weight", False].why
     path = plan.save(tmp_path / "plan.yaml")
     assert load_plan(path) == plan
     tree = yaml.safe_load(path.read_text())
-    for row in tree["blocks"]:
-        row["goes"] = False
     for row in tree["layers"]:
         if row.get("sparse") is not None:
-            row["sparse"] = row["name"] == "3.one.weight"
+            row["sparse"] = row["name"] == "4.weight"
         elif row["name"] != "every layer":
-            row["precision"] = (
-                "int8" if row["name"].startswith("2.") else "fp32" if row["name"] == "6.weight" else "fp16"
-            )
+            row["precision"] = {"2.weight": "int8", "4.weight": "int8", "8.weight": "fp32"}.get(row["name"], "fp16")
     path.write_text(yaml.safe_dump(tree))
     result = load_plan(path).run(dense, data=data)
     records = {r["pass"]: r for r in result.record["passes"]}
-    assert {row["what"] for row in records["Quantize"]["changed"]} == {"2.one.weight", "2.two.weight"}
-    assert records["Quantize"]["fp32"] == ["6.weight"]
-    assert [row["what"] for row in records["Sparsify"]["changed"]] == ["3.one.weight"]
-    tree["layers"] = [
-        r | {"precision": "fp16"} if r["name"] == "2.two.weight" and "precision" in r else r for r in tree["layers"]
-    ]
+    assert {row["what"] for row in records["Quantize"]["changed"]} == {"2.weight", "4.weight"}
+    assert records["Quantize"]["fp32"] == ["8.weight"]
+    assert [row["what"] for row in records["Sparsify"]["changed"]] == ["4.weight"]
+    for row in tree["layers"]:
+        if row["name"] == "4.weight" and "precision" in row:
+            row |= {"precision": "fp32"}
     path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(BadInput, match=r"^plan: 2.weight and 4.weight exchange INT8 values; give both one precision"):
+        graphcomb.tune(dense, latency=0.99, extra=["int8", "2:4"], plan=path, **options)
     with pytest.raises(BadInput, match=r"^tune\.extra: a list of int8 and 2:4, not 'int8'"):
-        graphcomb.tune(dense, latency=0.9, extra="int8", **options)
+        graphcomb.tune(dense, latency=0.99, extra="int8", **options)
