@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -208,6 +209,31 @@ def test_a_budget_in_points_is_kept_on_labelled_data(dense, tmp_path):
     assert plan.tuned.loss["points"] <= 10
     with pytest.raises(BadInput, match=r'^tune\.loss: "points" need labelled data; pass val='):
         graphcomb.tune(dense, data=data, loss="10 points", **options | {"val": None})
+
+
+def test_recovery_trains_after_the_repair(dense, tmp_path):
+    data = batches()
+    plan = graphcomb.tune(dense, data=data, latency=0.5, folder=tmp_path, **OPTIONS)
+    labelled = [(x, dense.module()(x).argmax(1)) for x in data]
+    trained = plan.model_copy(update={"recovery": {"steps": 2, "lr": 1e-3}})
+    before, after = (p.run(dense, data=labelled, teacher=dense) for p in (plan, trained))
+    passes = [r["pass"] for r in after.record["passes"]]
+    assert passes == [*(r["pass"] for r in before.record["passes"]), "Distill"]
+    pairs = zip(before.program.module().parameters(), after.program.module().parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+    assert load_plan(trained.save(tmp_path / "plan.yaml")).recovery == {"steps": 2, "lr": 1e-3}
+    with pytest.raises(BadInput, match=r"^plan\.recovery.*stepz") as raised:
+        plan.model_copy(update={"recovery": {"stepz": 2}}).run(dense, data=labelled)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_table_of_another_device_is_one_line(dense, tmp_path):
+    path = tmp_path / "layers.json"
+    about = LatencyTable(tmp_path / "own.json").about | {"device": "another processor"}
+    path.write_text(json.dumps({"about": about, "seconds": {}}))
+    with pytest.raises(BadInput, match=r"another device, engine or precision \(device another processor\)") as raised:
+        graphcomb.tune(dense, data=batches(), latency=0.5, folder=tmp_path, **OPTIONS | {"table": path})
+    assert "\n" not in str(raised.value)
 
 
 def test_sensitivity_says_what_int8_costs_and_which_layers_leave_fp16(dense, tmp_path):
