@@ -215,16 +215,16 @@ class Plan(Section):
                 )
         widths = {r.name: r.width for r in self.groups if r.width != r.size and r.inside not in gone}
         layers = [row for row in self.layers if row.inside not in gone]
-        for row in self.layers:
-            if row.inside in gone and row.precision != row.proposed:
+        for layer in self.layers:
+            if layer.inside in gone and layer.precision != layer.proposed:
                 raise BadInput(
-                    f"plan: {row.name} becomes {row.precision}, and its block {row.inside} goes; keep the block, or leave "
-                    "the row"
+                    f"plan: {layer.name} becomes {layer.precision}, and its block {layer.inside} goes; keep the block, or "
+                    "leave the row"
                 )
         base = self.tuned.precision if self.tuned else "fp32"
         precisions = {r.name: r.precision for r in layers if r.precision not in (None, base)}
         sparse = tuple(r.name for r in layers if r.sparse)
-        return Decision(tuple(b.name for b in self.blocks if b.goes), widths, precisions, sparse)  # type: ignore[arg-type]
+        return Decision(tuple(b.name for b in self.blocks if b.goes), widths, precisions, sparse)
 
     @property
     def fixed(self) -> Fixed:

@@ -57,7 +57,8 @@ def run(
         raise BadInput("run: a recipe, or --plan with a file that `graphcomb tune` wrote")
     folder = out or Path("out") / (recipe or plan or Path("plan")).stem
     rows = None if edited is None else edited.applied if edited.tuned else plans.rows_of(edited)
-    summary = runs.run(parsed, folder, rows, progress=not quiet, fresh=fresh, planned=edited and edited.figures())
+    planned = None if edited is None else edited.figures()
+    summary = runs.run(parsed, folder, rows, progress=not quiet, fresh=fresh, planned=planned)
     if is_main():
         show_summary(summary)
 
@@ -99,11 +100,11 @@ def show_summary(summary: Summary) -> None:
         ms = f"{before:.3g} -> {after:.3g} ms{bar}"
         table.add_row("predicted", f"{before / after:.2f}x faster on {where}: {ms}" if after else "")
     if (plan := summary.plan) is not None and not plan.edited:
-        ms, asked = plan.ms, plan.ms.get("asked")
+        ms_, asked = plan.ms, plan.ms.get("asked")
         text = f"asked {asked:.3g} ms, " if asked is not None else ""
-        text += f"predicted {ms['predicted']:.3g} [{ms['predicted_low']:.3g} to {ms['predicted_high']:.3g}] ms"
+        text += f"predicted {ms_['predicted']:.3g} [{ms_['predicted_low']:.3g} to {ms_['predicted_high']:.3g}] ms"
         if plan.met_by == "measured":
-            text += f", measured when tuned {ms['achieved']:.3g} [{ms['low']:.3g} to {ms['high']:.3g}] ms"
+            text += f", measured when tuned {ms_['achieved']:.3g} [{ms_['low']:.3g} to {ms_['high']:.3g}] ms"
         table.add_row("plan", f"{text}: {'met' if plan.met else 'missed'}, {plan.met_by}")
     for kind, path in summary.files.items():
         for one in path if isinstance(path, list) else [path]:
