@@ -75,14 +75,14 @@ class TuningTables:
             ms = self._bench([dense], ["dense"]).timings[0].ms
             if not ms:
                 raise _busy()
-            self._whole = Time(*(ms[name] / 1e3 for name in ("median", "p25", "p75")), True)
+            self._whole = Time(ms["median"] / 1e3, ms["p25"] / 1e3, ms["p75"] / 1e3, True)
         if program is dense:
             return self._whole
         ratio = self._bench([dense, program], ["dense", "network"]).ratios.get("network")
         if ratio is None:
             raise _busy()
-        faster = (ratio["median"], ratio.get("high", ratio["median"]), ratio.get("low", ratio["median"]))
-        return Time(*(self._whole.seconds / value for value in faster), True)
+        whole, median = self._whole.seconds, ratio["median"]
+        return Time(whole / median, whole / ratio.get("high", median), whole / ratio.get("low", median), True)
 
     def check_labels(self) -> None:
         """Raise BadInput without labelled data."""
@@ -188,18 +188,19 @@ class TuningTables:
                 if variant.option == "int8":
                     kept = "fp32" if name in single else self.precision
                     chosen = found.decided.precisions.get(name, kept)
-                    rows.append(LayerRow(name=name, precision=chosen, proposed=chosen, inside=inside, **facts))
+                    facts |= {"precision": chosen, "proposed": chosen}
+                    rows.append(LayerRow(name=name, inside=inside, **facts))
                 else:
                     sparse = name in found.decided.sparse
                     rows.append(LayerRow(name=name, sparse=sparse, proposed_sparse=sparse, inside=inside, **facts))
         for what, why in variants.refused.items():
             option, _, name = what.partition(" ")
             kept = "fp32" if name in single else self.precision
-            row = {"precision": kept, "proposed": kept} if option == "int8" and name else {}
+            row: dict[str, Any] = {"precision": kept, "proposed": kept} if option == "int8" and name else {}
             rows.append(LayerRow(name=name or "every layer", why=why if option == "int8" else f"not 2:4: {why}", **row))
         for name in sorted(single - {row.name for row in rows}):
-            why = "its values may leave the range of fp16" if name not in self.tables.fixed.precisions else None
-            rows.append(LayerRow(name=name, precision="fp32", proposed="fp32", why=why))
+            reason = "its values may leave the range of fp16" if name not in self.tables.fixed.precisions else None
+            rows.append(LayerRow(name=name, precision="fp32", proposed="fp32", why=reason))
         return rows
 
     @cached_property

@@ -146,7 +146,7 @@ def _borders(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of the nodes whose values are converted to INT8 in a partly quantised program, and back."""
     integer = {node for node, _ in quantised_layers(program)}
     read = [
-        node.args[0].name  # type: ignore[union-attr]
+        node.args[0].name
         for node in program.graph.nodes
         if op_name(node) == "fake_quantize_per_tensor_affine" and producer(node.args[0]) not in integer
     ]
