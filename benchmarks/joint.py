@@ -120,6 +120,10 @@ def table(data: dict[str, Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def stored() -> dict[str, Row]:
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+
+
 def _order(key: str) -> tuple[int, str, float, int]:
     network, seed, times, method = key.split("/")
     return NETWORKS.index(network), seed, float(times), METHODS.index(method)
@@ -136,13 +140,14 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="only rewrite the table")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    data: dict[str, Row] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    data = stored()
     for seed in range(0 if options.write else options.seeds):
         for network in options.networks:
             keys = [f"{network}/{seed}/{t:g}/{m}" for t in TIMES for m in METHODS]
             if all(data.get(k, {}).get("table") == options.table for k in keys):
                 continue
-            data |= measure(network, seed, options.table, not options.predict)
+            rows = measure(network, seed, options.table, not options.predict)
+            data = stored() | rows  # another process may have written those of another network
             save(RESULTS, data)
             write(RESULTS.with_suffix(".md"), table(data))
     write(RESULTS.with_suffix(".md"), table(data))
