@@ -54,6 +54,7 @@ class Plan:
 def plan(steps: list[Step], constants: dict[str, np.ndarray], inputs: Iterable[str], outputs: Iterable[str]) -> Plan:
     """Bring layers into PyTorch's form, and name their weights."""
     steps = _Layers(steps, constants, set(outputs)).run()
+    _separate(steps, constants)
     result, names, raw = Plan(steps, constants), Names(), set(inputs)
     for number, step in enumerate(steps):
         table = step.op == "Gather" and step.inputs[0] in constants
@@ -72,6 +73,33 @@ def plan(steps: list[Step], constants: dict[str, np.ndarray], inputs: Iterable[s
         if path and step.op in LAYERS:
             result.layers[next(filter(None, step.outputs))] = path.rpartition(".")[0]
     return result
+
+
+def _separate(steps: list[Step], constants: dict[str, np.ndarray]) -> None:
+    """Give layers copies of the constants that they do not share in the model.
+
+    Exporters store equal constants once: the weight 1 of a norm and the variance 1 of another one, all biases 0. Sharing
+    them would tie weights that the model trains apart. Layers are one layer that is called again if all their constants are
+    the same and one of these has unequal entries; those keep sharing.
+    """
+    uses = Counter(name for step in steps for name in step.inputs)
+    alike: dict[tuple[str, ...], int] = {}
+    kept: dict[str, int] = {}
+    for number, step in enumerate(steps):
+        found = tuple(name for name in step.inputs if name in constants)
+        owner = alike.setdefault(found, number) if any(_unequal(constants[name]) for name in found) else number
+        statistics = BUFFERS.get(step.op, ())
+        for index in {*LAYERS.get(step.op, ()), *statistics}:
+            key = step.inputs[index] if index < len(step.inputs) else ""
+            if key not in found or uses[key] < 2 or (_unequal(constants[key]) and index not in statistics):
+                continue
+            if kept.setdefault(key, owner) != owner or step.inputs.index(key) != index:
+                step.inputs[index] = f"{key}:{owner}_{index}"
+                constants[step.inputs[index]] = constants[key]
+
+
+def _unequal(array: np.ndarray) -> bool:
+    return array.size > 0 and bool((array != array.flat[0]).any())
 
 
 def _is_weight(step: Step, index: int, constants: dict[str, np.ndarray]) -> bool:

@@ -196,3 +196,43 @@ def test_what_prepares_the_image_is_no_weight(tmp_path) -> None:
     assert {n for n, _ in program.module().named_parameters()} == {"w", "scale"}
     assert isinstance(program.module(), nn.Module)
     assert np.isclose(program.macs, 2 * 8 * 8 * 3 * 4)
+
+
+def test_equal_constants_that_the_file_stores_once_are_trained_apart(tmp_path) -> None:
+    """Untrained norms have equal weights and statistics, which exporters store once."""
+
+    class Norms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+            self.first, self.second, self.head = nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.Conv2d(6, 1, 1)
+            for layer in (self.a, self.b, self.c):
+                nn.init.zeros_(layer.bias)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.second(self.b(self.first(self.a(x)).relu()))
+            return (self.head(x) + self.head(self.c(self.c(x.relu())))).mean((2, 3))  # two layers that are called twice
+
+    torch.manual_seed(0)
+    model = Norms().eval()
+    path = export(model, torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", 17)
+    file, kept = onnx.load(path), {}
+    for tensor in list(file.graph.initializer):  # as newer exporters do
+        same = kept.setdefault((tuple(tensor.dims), tensor.raw_data), tensor.name)
+        if same != tensor.name:
+            file.graph.initializer.remove(tensor)
+            for node in file.graph.node:
+                node.input[:] = [same if name == tensor.name else name for name in node.input]
+    assert len(file.graph.initializer) < len(model.state_dict()) - 4
+    onnx.save(file, path)
+    ours, theirs = from_onnx(path).module().train(), model.train()
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    x = torch.randn(6, 3, 8, 8)
+    for module in (ours, theirs):
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
