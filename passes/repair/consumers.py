@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from ...graph.compat import pytree
-from ...graph.facts import COPIES
+from ...graph.facts import COPIES, names
 from ...graph.nodes import arguments, fetch, op_name, shape
 from ...graph.program import Program, TrainableModule
 
 Removed = dict[str, dict[int, list[int]]]
 PRODUCTS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+CHOICES = names("topk sort argsort argmax argmin")
 FAINT = 1e-4  # one does not divide by a scale below this share of the largest
 
 
@@ -286,6 +287,25 @@ def unchanged(dense: TrainableModule, smaller: TrainableModule) -> dict[fx.Node,
         else:
             same = node.target == twin.target and _same_arguments(node, twin, found)
         if same:
+            found[node] = twin
+    return found
+
+
+def choices(dense: TrainableModule, smaller: TrainableModule, same: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+    """The nodes of the smaller graph with indices that an operator such as `topk` chose by their values, and their twins.
+
+    The two networks choose different indices, or the same in another order. What is gathered by them can only be compared,
+    row by row, if both take those of the dense network.
+    """
+    twins = {node.name: node for node in dense.graph.nodes}
+    found = {}
+    for node in smaller.graph.nodes:
+        source = node.args[0] if op_name(node) == "getitem" else node
+        value, twin = node.meta.get("val"), twins.get(node.name)
+        if node in same or twin is None or not isinstance(source, fx.Node) or op_name(source) not in CHOICES:
+            continue
+        indices = isinstance(value, Tensor) and not value.is_floating_point()
+        if indices and twin.target == node.target and shape(twin) == shape(node):
             found[node] = twin
     return found
 

@@ -20,7 +20,7 @@ from ..common.repeat import seeded
 from ..common.scoring import bar, evaluating
 from ..common.weights import check_included, layers, selected
 from .attention import Logits, Mixing, find_logits
-from .consumers import Consumer, Removed, find, norm_of, unchanged
+from .consumers import Consumer, Removed, choices, find, norm_of, unchanged
 from .images import Images, take_images
 from .least_squares import START, Fit, Sums, fit
 from .rows import PIECE, Rows, parts, rows_of_inputs, rows_of_outputs, some_positions
@@ -38,9 +38,10 @@ class Repair(Pass):
     for transposed convolutions, all kernel positions share one map between channels. If a layer has no bias, the BatchNorm
     behind it takes the constant. A layer that goes into a sum, directly or through that BatchNorm, is fitted to the dense
     sum less the other operand, and so makes up for what that lacks, as behind a removed block; a layer that stands for a
-    merged block is fitted to the block's output. Where queries and keys lost channels, the projection of the queries takes
-    the mix of the remaining channels that brings the logits nearest (`attention`). Nothing changes in front of the first
-    removal, and no layer changes that would become worse on held-out images.
+    merged block is fitted to the block's output. Where an operator such as `topk` chooses indices, the smaller network takes
+    the dense one's while it is repaired, so that the same rows are compared. Where queries and keys lost channels, the
+    projection of the queries takes the mix of the remaining channels that brings the logits nearest (`attention`). Nothing
+    changes in front of the first removal, and no layer changes that would become worse on held-out images.
 
     samples: images to take from the data; labels are never needed. ridge: how strongly weights are held where they are, as
     a share of the inputs' mean squares; None chooses it for each layer by holding out half of the images. unknowns: see
@@ -127,6 +128,7 @@ class _Run:
         self.dense = Stepwise(dense.module(), self.images.inputs, memory)
         self.smaller = Stepwise(self.module, self.images.inputs, memory)
         self.same = unchanged(dense.module(), self.module)
+        self.choices = choices(dense.module(), self.module, self.same)
         self.sparse, self.start = set(sparse_weights(smaller)), START
         found, self.refused = find(dense, self.module, removed, self.same, options.unknowns)
         logits, unmixed = find_logits(dense, self.module, removed, self.same, self.sparse, options.unknowns)
@@ -134,7 +136,7 @@ class _Run:
         candidates: list[Consumer | Logits] = [*found, *logits]
         chosen = [c for c in candidates if selected([c.weight], options.include, options.exclude)]
         self.layers = sorted(chosen, key=lambda c: self.smaller.place[c.node])
-        for node in (node for layer in self.layers for node in _goals(layer)):
+        for node in (*self.choices.values(), *(node for layer in self.layers for node in _goals(layer))):
             self.dense.hold(node)  # the dense network may run its layers in another order
         shared = [c for c in found if not c.whole]
         self.full = {c.weight: fetch(dense.module(), str(arguments(c.twin)["weight"].target)) for c in shared}
@@ -161,9 +163,12 @@ class _Run:
         while self.smaller.position < self.smaller.place[node]:
             following = self.smaller.nodes[self.smaller.position]
             twin = self.same.get(following) if following.op != "get_attr" else None  # a repair may change a parameter
+            twin = twin or self.choices.get(following)
             if twin is not None:
                 self.dense.run_through(twin)
             self.smaller.step(self.dense.values.get(twin) if twin is not None else None)
+            if following in self.choices:
+                self.dense.release(self.choices[following])
 
     def _repair(self, consumer: Consumer) -> dict[str, Any] | None:
         sums = self._sums(consumer)

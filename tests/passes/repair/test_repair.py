@@ -290,3 +290,44 @@ def test_mistakes_are_one_line_each(mixed) -> None:
         Repair(samples=0)
     with pytest.raises(BadInput, match=r'^Repair\.include: "heat\*" matches no weight; there are stem\.weight, '):
         Repair(include=("head*", "heat*"))(mixed, data=images(), teacher=mixed)
+
+
+class Chosen(nn.Module):
+    """Takes the positions with the highest scores, as a detector takes its queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 12)
+        self.score, self.last = nn.Linear(12, 1), nn.Linear(12, 4)
+
+    def forward(self, x):
+        x = self.second(self.first(x).relu()).relu()
+        at = self.score(x).squeeze(-1).topk(5, dim=1).indices
+        return self.last(x.gather(1, at.unsqueeze(-1).repeat(1, 1, 12)))
+
+
+def test_rows_that_the_network_chooses_itself_are_those_of_the_dense_network() -> None:
+    torch.manual_seed(0)
+    dense = graphcomb.capture(Chosen().double().eval(), torch.zeros(2, 9, 6).double(), dynamic_shapes="batch")
+    x = torch.randn(256, 9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    smaller = RemoveChannels(ratio=0.5, round_to=1)(dense).program
+    found = Repair(samples=256, ridge=0.0)(smaller, data=[x], teacher=dense)
+    (kept,) = (row for row in found.record["repaired"] if row["what"] == "last.weight")
+    assert "kept" not in kept
+    # The least-squares solution for the rows that the dense network chooses.
+    state, repaired = dense.module().state_dict(), found.program.module().state_dict()
+    wide, narrow = (
+        ((x @ s["first.weight"].T + s["first.bias"]).relu() @ s["second.weight"].T + s["second.bias"]).relu()
+        for s in (state, repaired)
+    )
+    chosen, other = (
+        (y @ s["score.weight"].T)[..., 0].topk(5, dim=1).indices for y, s in ((wide, state), (narrow, repaired))
+    )
+    assert (chosen != other).any()  # by itself the smaller network takes other rows
+    rows, goals = (y.gather(1, chosen[..., None].expand(-1, -1, 12)).flatten(0, 1) for y in (narrow, wide))
+    goals = goals @ state["last.weight"].T + state["last.bias"]
+    centred, wanted = rows - rows.mean(0), goals - goals.mean(0)
+    best = (
+        centred @ torch.linalg.lstsq(centred, wanted, driver="gelsd").solution
+    )  # a dead neuron makes it rank-deficient
+    assert torch.allclose(centred @ repaired["last.weight"].T, best, atol=1e-6)
