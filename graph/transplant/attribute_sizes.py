@@ -118,7 +118,7 @@ class _Run:
                     return result
             except Exception as error:
                 failure = error
-            if not self.values.knows(inputs):  # another module is at fault
+            if not self.values.knows(_floating(inputs)):  # another module is at fault
                 if failure is not None:
                     raise failure
                 return result
@@ -174,6 +174,12 @@ class _Run:
 
 def _copied(values: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, values)
+
+
+def _floating(values: Any) -> list[torch.Tensor]:
+    """The floating-point tensors of a nest. A program may lack the others, such as sizes of feature maps, of which
+    `torch.export` makes constants."""
+    return [t for t in pytree.tree_leaves(values) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[Slot, int]]:

@@ -217,3 +217,52 @@ def test_a_program_with_some_of_the_outputs_is_transplanted_into_the_whole_class
     new = RemoveChannels(ratio=0.5, round_to=1, include=("body*",))(program).transplant(model)
     assert new.body.out_features == 6
     assert set(new(torch.randn(3, 6))) == {"hidden", "boxes", "logits"}
+
+
+class Levels(nn.Module):
+    """Gives an attention the sizes of its feature maps as a tensor, of which export makes a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.attention = nn.Linear(6, 16), SizedAttention()
+
+    def forward(self, x):
+        return self.attention(self.first(x), torch.tensor([[2, 3]]))
+
+
+class SizedAttention(Attention):
+    def forward(self, x, sizes):
+        return super().forward(x)
+
+
+def test_sizes_that_a_module_gets_as_a_tensor_do_not_hide_its_attributes() -> None:
+    torch.manual_seed(0)
+    model = Levels().eval()
+    program = graphcomb.capture(model, torch.randn(2, 6, 6), dynamic_shapes="batch")
+    result = RemoveChannels(ratio=0.5, round_to=1, kinds=("head",))(program)
+    new = result.transplant(model)
+    assert (new.attention.num_heads, new.attention.attn_dim) == (2, 8)
+
+
+@pytest.mark.slow
+def test_a_detector_of_transformers_is_trained_on_in_its_class_and_its_own_loss() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the zoo extra")
+    from ..toys.vision_tasks import TASKS
+
+    config = TASKS["RTDETR"][0]().config
+    config.num_denoising = 4  # queries that only training has; d_model, their width, stays since it is an output
+    torch.manual_seed(0)
+    model = transformers.RTDetrForObjectDetection(config).eval()
+    images = torch.randn(2, 3, 64, 64)
+    program = graphcomb.capture(model, images)
+    remove = RemoveChannels(macs=0.5, importance="repair", repair=True, samples=2, round_to=1, for_class=True)
+    result = remove(program, data=[images])
+    assert result.program.macs <= 0.5 * program.macs
+    smaller = result.transplant(model).train()
+    assert isinstance(smaller, transformers.RTDetrForObjectDetection)
+    target = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
+    loss = smaller(images, labels=[target, target]).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in smaller.parameters() if p.grad is not None)
+    assert smaller.model.denoising_class_embed.weight.grad.any()
