@@ -238,8 +238,14 @@ def _lower(
             raise BadInput(f"{source}: opset {opset}, target {device.name} parses up to {device.opset}")
     if has not in (kind, "int8") and (has, kind) not in (("fp32", "fp16"), ("fp32", "int8"), ("fp16", "int8")):
         raise BadInput(f"{source}: is {has} and cannot be made {kind} here; export it in {kind}")
-    if isinstance(model_or_path, Program) and (has, kind) == ("fp32", "fp16"):
-        export_onnx(model_or_path, file, kind, version, device)  # also compares the file with the program
+    if isinstance(model_or_path, Program) and kind == "fp16" and has in ("fp32", "int8"):
+        try:
+            export_onnx(model_or_path, file, kind, version, device)  # also compares the file with the program
+        except Refused as error:
+            if has == "fp32":
+                raise
+            _copy(source, model, file)
+            return source, file, f"INT8, with its floating-point parts in fp32: {error}"
         return source, file, ""
     if kind != "fp16" or has == "fp16":
         _copy(source, model, file)

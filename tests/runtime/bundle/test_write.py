@@ -237,6 +237,25 @@ def test_a_quantised_program_is_int8(tmp_path):
     assert len(models["small"]["layers"][0]["onnx"]) > 0
 
 
+def test_a_quantised_program_computes_the_rest_in_fp16(tmp_path):
+    """As the dense one beside it does; scales of random data are no fp16 numbers, and the file is compared as exported."""
+    from graphcomb.passes import Quantize
+
+    layers = torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8)
+    program = graphcomb.capture(torch.nn.Sequential(*layers).eval(), (torch.randn(2, 8),))
+    small = Quantize(include="*")(program, data=[(torch.randn(2, 8), torch.zeros(2))]).program
+    for opset, kind in ((None, 10), (17, 1)):  # fp16 scales came with opset 19
+        folder = write_bundle(tmp_path / f"b{opset}", {"dense": program, "small": small}, "fp16", opset=opset)
+        row = json.loads((folder / "bundle.json").read_text())["models"]["small"]
+        model = onnx.load(folder / row["file"])
+        assert (row["precision"], row["note"]) == ("int8", "")
+        assert [i.type.tensor_type.elem_type for i in model.graph.input] == [10]
+        scales = {n.input[1] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+        assert {t.data_type for t in model.graph.initializer if t.name in scales} == {kind}
+        results = run_bundle(folder, tmp_path / "r.json", arguments=[*QUICK, "--rounds", "1"])
+        assert not any("outputs" in text for text in results["notes"])
+
+
 def test_a_program_is_exported_for_an_older_tensorrt(programs, tmp_path):
     """Which only the one who asks for it knows: the target's releases parse more."""
     folder = write_bundle(tmp_path / "b", {"net": programs["dense"]}, "fp16", "agx-orin", opset=17)
