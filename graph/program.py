@@ -175,9 +175,9 @@ class Program:
         BadInput if the file cannot be written."""
         path = Path(path)
         with replacing(path) as part:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), part.open("wb") as file:  # not a name: without .pt2 torch logs a warning
                 warnings.simplefilter("ignore")
-                torch.export.save(self.exported(), part, extra_files={archive.RECORD: json.dumps(self.history)})
+                torch.export.save(self.exported(), file, extra_files={archive.RECORD: json.dumps(self.history)})
             archive.seal(part)
         return path
 

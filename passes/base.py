@@ -114,6 +114,11 @@ class PassResult:
         for key in {"changed", "refused"} & self.record.keys():
             self.record[key] = [r.row() if isinstance(r, (Change, Refusal)) else r for r in self.record[key]]
 
+    def __repr__(self) -> str:
+        """The program and the numbers of rows: a record in full fills screens."""
+        rows = [f"{len(self.record[key])} {key}" for key in ("changed", "refused") if key in self.record]
+        return f"PassResult({', '.join([repr(self.program), *rows])})"
+
     def transplant(self, model: nn.Module) -> nn.Module:
         """The user's class with smaller weights: a deep copy of the module that was captured, with the same parameter
         names, and with the attributes that hold sizes brought up to date.

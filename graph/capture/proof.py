@@ -248,7 +248,7 @@ class _Comparison:
             )
             more = "; a backward pass through torch.cond computes its branch again, and moves running statistics twice"
             self.proof.skipped.append(
-                f"{self.mode} mode: gradients, the model cannot be differentiated{more if twice else ''}"
+                f"{self.mode} mode: its gradients, since the model itself has none here{more if twice else ''}"
             )
             return []
         pairs = []

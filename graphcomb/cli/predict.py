@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..graph.errors import BadInput
@@ -75,19 +76,30 @@ def show_prediction(prediction: Prediction) -> None:
     """Print the predicted time of each layer, what bounds it, and why fewer channels would not help."""
     from ..runtime.prediction.roofline import calibration_text
 
-    table = Table("layer", "op", "MACs", "padded", "bytes", "ms", "bound", "fewer channels")
+    table = Table("layer", "op", "MACs", "padded", "bytes", "ms", "bound", "note", box=SIMPLE_HEAD, padding=0)
     table.columns[0].overflow = "fold"
+    notes: dict[str, int] = {}  # numbers, since the sentences would fill the table
     for row in prediction.layers:
         sides = [side for side in (row.before, row.after) if side]
 
-        def cell(key: str, form: str, sides: Sequence[Predicted] = sides) -> str:
-            return " -> ".join(dict.fromkeys(form.format(getattr(side, key)) for side in sides))
+        def cell(key: str, form: Callable[[Any], str], sides: Sequence[Predicted] = sides) -> str:
+            return "\n-> ".join(dict.fromkeys(form(getattr(side, key)) for side in sides))
 
-        numbers = [cell("macs", "{:,}"), cell("padded_macs", "{:,}"), cell("bytes", "{:,.0f}"), cell("ms", "{:.4f}")]
-        table.add_row(row.name, row.op, *numbers, cell("bound", "{}"), sides[-1].verdict)
+        numbers = [cell(key, _short) for key in ("macs", "padded_macs", "bytes")]
+        why = sides[-1].verdict
+        note = str(notes.setdefault(why, len(notes) + 1)) if why else ""
+        table.add_row(row.name, row.op, *numbers, cell("ms", "{:.4f}".format), cell("bound", str), note)
     console.print(table)
+    for why, number in notes.items():
+        console.print(f"note {number}: fewer channels save little or no time here: {why}", soft_wrap=True)
     console.print(f"{prediction.by}: {' -> '.join(f'{ms:.3f} ms' for ms in prediction.ms.values())}", soft_wrap=True)
     if prediction.calibration:
         console.print(calibration_text(prediction.calibration.to_dict()), soft_wrap=True)
     if doubt := prediction.uncertainty:
         console.print(str(doubt), soft_wrap=True)
+
+
+def _short(number: float) -> str:
+    """Return a number of up to four digits with a unit, such as "9.437M" for 9,437,184."""
+    unit, size = next(((u, s) for u, s in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if number >= s), ("", 1.0))
+    return f"{number / size:.4g}{unit}"

@@ -138,6 +138,9 @@ class Session:
         self._trainee.enter()
         self._trainee.begin()
 
+    def __repr__(self) -> str:
+        return f"Session({type(self._pass).__name__}, step {self.step} of {self.steps})"
+
     # ------------------------------------------------------------------------------------------------------- the steps
     def before_step(self, optimizer: Optimizer, scaler: Any = None) -> None:
         """Read the gradients. Call it just before `optimizer.step()`, with several optimizers once for each.

@@ -26,7 +26,10 @@ from .options import Training
 from .teaching import check_forms, soft_kl, taught
 from .trainee import Work
 
-NO_SCORES = "set Distill's alpha to 0 (then give loss=, and metric= where there is val)"
+NO_SCORES = (
+    "name the outputs to teach in Distill's outputs, or set Distill's alpha to 0 (then give loss=, and metric= where "
+    "there is val)"
+)
 NO_CLASSES = "set Distill's class_dim to the dimension of the classes, or alpha to 0"
 UNTAUGHT = "the teacher's class scores alone are taught; a loss of your own may read this output"
 

@@ -25,7 +25,7 @@ def check_forms(forms: Any, weights: Mapping[str, float]) -> str | None:
         return "weights are for outputs by name" if weights else "names at least one output"
     for name, form in forms.items():
         if isinstance(form, bool) or not ((isinstance(form, int) and form != 0) or form in FORMS):
-            return f"{name} to be the dimension of the classes, or one of {', '.join(FORMS)}"
+            return f"the dimension of the classes or one of {', '.join(FORMS)} for {name}"
     odd = sorted(set(weights) - set(forms)) or [n for n, w in weights.items() if not w >= 0]
     return f"the weight of {odd[0]} belongs to no output named, or is below 0" if odd else None
 

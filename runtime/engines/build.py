@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...graph.errors import BadInput
+from ...graph.errors import BadInput, MissingBackend
 from ...graph.program import Program
 from ...graph.program import load as load_program
 from ..devices.here import local_target
@@ -41,7 +41,14 @@ def build_engine(
     device = target if isinstance(target, Target) else get_target(target)
     path = Path(onnx_path)
     name = backend or device.backend
-    module = backend_module(name)
+    try:
+        module = backend_module(name)
+    except MissingBackend as error:
+        if name != "tensorrt":
+            raise
+        raise MissingBackend(
+            f"{error}; it builds on the device itself: take a bundle there (graphcomb bundle)"
+        ) from None
     model = None
     if BACKENDS[name].source == ".onnx":
         model = check_model(path)

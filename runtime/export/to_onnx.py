@@ -207,6 +207,10 @@ def weight_types(model: onnx.ModelProto) -> dict[str, int]:
 
 def _settings(precision: str, target: str | Target | None, tolerance: float | None) -> Target | None:
     if precision not in PRECISIONS:
+        if precision == "int8":
+            raise BadInput(
+                "precision int8: Quantize makes a program INT8; give the precision of the rest, fp32 or fp16"
+            )
         raise BadInput(f"precision {precision}: not known; {nearest(str(precision), PRECISIONS)}")
     if tolerance is not None and not tolerance > 0:
         raise BadInput(f"tolerance: above 0, not {tolerance}")

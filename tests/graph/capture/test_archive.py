@@ -295,3 +295,10 @@ def test_products_the_user_wrote_are_no_decomposition() -> None:
             return torch.addmm(self.b, x, self.w)
 
     assert g.Program.from_exported(torch.export.export(Own(), (torch.randn(3, 4),))).macs == 3 * 4 * 6
+
+
+def test_a_file_may_have_any_name(tmp_path, caplog):
+    """torch.export.save logs a warning of names that do not end in .pt2."""
+    program = g.capture(nn.Linear(3, 2), torch.randn(4, 3))
+    assert g.load(program.save(tmp_path / "small.gc")).params == program.params
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

@@ -120,7 +120,7 @@ def test_a_checkpoint_of_another_function_is_not_taken(dense, tmp_path):
     [
         (
             {"outputs": {"scores": "softmax"}},
-            r"outputs: .*the dimension of the classes, or one of binary, boxes, values",
+            r"outputs: .*the dimension of the classes or one of binary, boxes, values",
         ),
         ({"outputs": {}}, "names at least one output"),
         ({"weights": {"boxes": 2.0}}, "weights are for outputs by name"),

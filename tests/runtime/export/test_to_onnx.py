@@ -177,6 +177,7 @@ def test_newer_opsets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"precision": "int8"}, r"precision int8: Quantize makes a program INT8; give the precision of the rest"),
         ({"precision": "fp61"}, r"precision fp61: not known; did you mean fp16"),
         ({"opset": 11}, "opset 11: 17 is the lowest"),
         ({"opset": 21, "target": "orin-nx"}, "opset 21: target orin-nx parses up to 20"),

@@ -29,7 +29,7 @@ def test_the_public_figure_is_within_the_error_that_is_told(detector):
     found = predict({"before": detector}, get_target("orin-nano"), "int8")
     factor = 3.49 / found["ms"]["before"]
     assert 1 < factor < found["uncertainty"]["factor"]
-    assert f"on Orin are 0.8 and {factor:.1f} times it" in found["uncertainty"]["source"]
+    assert f"on Orin take 0.8 and {factor:.1f} times as long as predicted" in found["uncertainty"]["source"]
 
 
 def test_a_latency_target_takes_what_is_slow_and_not_the_network(detector):

@@ -252,7 +252,7 @@ def test_a_data_sheet_says_how_far_off_it_is_and_public_figures_are_within(progr
     factor = found["uncertainty"]["factor"]
     assert factor == Roofline(get_target("agx-orin"), "int8").error.factor
     assert 1 / factor < found["ms"]["before"] / 0.64 < factor
-    assert f"on Orin are {0.64 / found['ms']['before']:.1f} and" in found["uncertainty"]["source"]
+    assert f"on Orin take {0.64 / found['ms']['before']:.1f} and" in found["uncertainty"]["source"]
     assert 0.6 < found["ms"]["before"] < 0.9
 
 
