@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from ...graph.compat import pytree
 from ...graph.edit import like, rebuild
 from ...graph.nodes import fetch
 from ...graph.program import Program
@@ -143,19 +144,28 @@ def carry_state(
 
     An entry of a parameter's own shape, such as a moment, keeps the same indices as the parameter. An entry that has
     another shape than its parameter somewhere cannot be cut for any parameter (Adafactor's factors; a preconditioner, which
-    has a square weight's shape by accident, but not that of the bias beside it): cut parameters with such an entry start
-    anew, with a warning.
+    has a square weight's shape by accident, but not that of the bias beside it), nor can a list of tensors (the
+    preconditioners of Kron): cut parameters with such an entry start anew, with a warning.
     """
     anew, named = [], {id(p): name for name, p in old.items()}
     entries = [(p, key, v) for p, values in state.items() for key, v in values.items() if isinstance(v, torch.Tensor)]
     factors = {key for p, key, v in entries if v.dim() and v.shape != p.shape}
+    factors |= {
+        key
+        for values in state.values()
+        for key, v in values.items()
+        if not isinstance(v, torch.Tensor)
+        and any(isinstance(t, torch.Tensor) and t.dim() for t in pytree.tree_leaves(v))
+    }
     for parameter, values in state.items():
         name = named.get(id(parameter))
         if name is None:
             optimizer.state[parameter] = values
         elif name in new:
             dims, shape = kept.get(name, {}), parameter.shape
-            if dims and any(key in factors and isinstance(v, torch.Tensor) and v.dim() for key, v in values.items()):
+            if dims and any(
+                key in factors and (not isinstance(v, torch.Tensor) or v.dim()) for key, v in values.items()
+            ):
                 anew.append(name)
                 continue
             optimizer.state[new[name]] = {

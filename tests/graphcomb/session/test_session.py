@@ -130,6 +130,27 @@ class Preconditioned(torch.optim.Optimizer):
             parameter -= 1e-2 * torch.linalg.solve(state["left"], gradient).reshape(parameter.shape)
 
 
+class Listed(Preconditioned):
+    """As Kron (PSGD) stores it: the preconditioners of a parameter are a list, one for each dimension."""
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            gradient = parameter.grad.reshape(len(parameter), -1)
+            state = self.state[parameter]
+            state.setdefault("sides", [torch.eye(len(parameter), dtype=parameter.dtype)])[0].add_(gradient @ gradient.T)
+            parameter -= 1e-2 * torch.linalg.solve(state["sides"][0], gradient).reshape(parameter.shape)
+
+
+def test_a_list_of_preconditioners_starts_anew_with_a_warning():
+    session = attached(Residual().train(), "during")
+    optimizer = Listed(session.module.parameters(), {})
+    with pytest.warns(UserWarning, match="Listed: its state of .* starts anew"):
+        train(session, optimizer)
+    assert all(state["sides"][0].shape == (len(p), len(p)) for p, state in optimizer.state.items())
+    session.finish()
+
+
 def test_a_preconditioner_of_a_square_weight_is_no_moment_of_it():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     session = attached(model.double(), "during")
