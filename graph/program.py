@@ -29,7 +29,7 @@ from .files import replacing
 from .nodes import op_name, source
 from .outputs import only_outputs
 from .to_source.write import to_source as write_source
-from .trainable import TrainableModule, set_tag, switched, tag
+from .trainable import TrainableModule, reserved, set_tag, switched, tag
 
 
 class Program:
@@ -226,6 +226,12 @@ def _captured(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, prove: bool
 ) -> Program:
     args, kwargs = _distinct((args, kwargs))
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    if odd := next(filter(reserved, names), None):
+        raise CaptureError(
+            f"the name of {odd} cannot begin with {odd.partition('.')[0]}, which torch.fx or graphcomb uses otherwise: "
+            "rename it in the model"
+        )
     if isinstance(dynamic_shapes, str):
         if dynamic_shapes != "batch":
             raise BadInput(f'dynamic_shapes: "batch" or a torch.export specification, not "{dynamic_shapes}"')

@@ -33,6 +33,11 @@ SWITCHES = {  # by operator, the argument for training, or for the amount of dro
 STATISTICS = ("batch_norm", "instance_norm")  # normalise by the batch in one mode, by running statistics in the other
 
 
+def reserved(name: str) -> bool:
+    """Whether a module or tensor of a program cannot have this name, since the class of the live module uses it."""
+    return hasattr(_EMPTY, name.partition(".")[0])
+
+
 def switch(node: fx.Node) -> str | None:
     """The argument that a mode may change, or None. A normalisation without running statistics has none, since it
     normalises by the batch in both modes."""
@@ -244,3 +249,6 @@ def _home(node: fx.Node) -> str:
     """The path of the module whose tensors an operator reads, for an operator without an entry."""
     found = next((a for a in node.all_input_nodes if a.op == "get_attr"), None)
     return str(found.target).rpartition(".")[0] if found is not None else ""
+
+
+_EMPTY = TrainableModule(torch.nn.Module(), fx.Graph())  # for `reserved`

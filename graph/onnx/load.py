@@ -17,7 +17,7 @@ from ..errors import BadInput, CaptureError, GraphcombError, Refused, in_a_line,
 from ..program import Program, capture
 from . import operators  # noqa: F401  (fills the tables)
 from .inputs import Input, example, fits, inputs_of
-from .module import OnnxModule, arguments, build, complete
+from .module import OnnxGraph, arguments, build, complete
 from .parity import compare
 from .read import opset_of, read
 from .steps import alive, fold, steps_of
@@ -58,11 +58,12 @@ def from_onnx(
     path = Path(path)
     model = read(path, outputs)
     try:
-        module, inputs = _module(model)
-        values = _values(inputs, args, shapes or {}, module)
+        graph, inputs = _graph(model)
+        values = _values(inputs, args, shapes or {}, graph)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            complete(module.eval(), values)
+            graph.module.eval()
+            complete(graph, values)
     except Refused as error:
         raise BadInput(f"{path}: {error}") from error
     except GraphcombError as error:
@@ -71,20 +72,20 @@ def from_onnx(
         if strict():
             raise
         raise BadInput(f"{path}: the graph cannot be read ({in_a_line(error)})") from error
-    program = _captured(path, module, inputs, values, dynamic_shapes)
+    program = _captured(path, graph, inputs, values, dynamic_shapes)
     record: dict[str, Any] = {
         "pass": RECORD, "file": path.name, "opset": opset_of(model), "producer": model.producer_name,
-        "inputs": module.inputs, "outputs": module.outputs,
+        "inputs": graph.inputs, "outputs": graph.outputs,
         "operators": dict(sorted(Counter(node.op_type for node in model.graph.node).items())), "changed": [],
     }  # fmt: skip
     if prove:
-        cases = _cases(program, inputs, module.batch or 1)
-        record["parity"] = compare(program.module().eval(), module, model, str(path), cases)
+        cases = _cases(program, inputs, graph.batch or 1)
+        record["parity"] = compare(program.module().eval(), graph, model, str(path), cases)
     program.history = [record]
     return program
 
 
-def _module(model: onnx.ModelProto) -> tuple[OnnxModule, list[Input]]:
+def _graph(model: onnx.ModelProto) -> tuple[OnnxGraph, list[Input]]:
     steps, constants = steps_of(model)
     outputs = [value.name for value in model.graph.output]
     inputs = inputs_of(model)
@@ -97,7 +98,7 @@ def _module(model: onnx.ModelProto) -> tuple[OnnxModule, list[Input]]:
     ]
 
 
-def _values(inputs: list[Input], args: Any, shapes: Mapping[str, Sequence[int]], module: OnnxModule) -> list[Tensor]:
+def _values(inputs: list[Input], args: Any, shapes: Mapping[str, Sequence[int]], graph: OnnxGraph) -> list[Tensor]:
     """Example inputs: `args`, or random ones."""
     names = [i.name for i in inputs]
     aliases = dict(zip(arguments(names), names, strict=True))
@@ -115,9 +116,7 @@ def _values(inputs: list[Input], args: Any, shapes: Mapping[str, Sequence[int]],
     return values
 
 
-def _captured(
-    path: Path, module: OnnxModule, inputs: list[Input], values: list[Tensor], dynamic_shapes: Any
-) -> Program:
+def _captured(path: Path, graph: OnnxGraph, inputs: list[Input], values: list[Tensor], dynamic_shapes: Any) -> Program:
     auto = dynamic_shapes == "auto"
     if auto:
         dynamic_shapes = "batch" if all(i.open_batch for i in inputs) else None
@@ -127,13 +126,13 @@ def _captured(
         if len(fixed) > 1 or len(sizes) < len(fixed):
             found = ", ".join(sorted(map(str, fixed)))
             raise BadInput(f'{path}: dynamic_shapes="batch" needs one batch size for all inputs, not {found}')
-        module.batch = sizes[0] if sizes else None
+        graph.batch = sizes[0] if sizes else None
     try:
-        return _quietly(module, values, dynamic_shapes)
+        return _quietly(graph, values, dynamic_shapes)
     except CaptureError as error:
         if not auto or dynamic_shapes is None:
             raise CaptureError(f"{path}: {error}") from error
-        program = _quietly(module, values, None)
+        program = _quietly(graph, values, None)
         warnings.warn(
             f"{path}: the batch is fixed at {values[0].shape[0]}, the graph does not take others ({in_a_line(error)})",
             CaptureWarning,
@@ -144,10 +143,10 @@ def _captured(
         raise type(error)(f"{path}: {error}") from error
 
 
-def _quietly(module: OnnxModule, values: list[Tensor], dynamic_shapes: Any) -> Program:
+def _quietly(graph: OnnxGraph, values: list[Tensor], dynamic_shapes: Any) -> Program:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="capture: not compared with the model", category=CaptureWarning)
-        return capture(module.eval(), tuple(values), dynamic_shapes=dynamic_shapes)
+        return capture(graph.module.eval(), tuple(values), dynamic_shapes=dynamic_shapes)
 
 
 def _cases(program: Program, inputs: list[Input], unit: int) -> list[list[Tensor]]:

@@ -26,13 +26,21 @@ class Layer(nn.Module):
 
 
 class OnnxModule(nn.Module):
-    """An ONNX graph. `build` makes it, and gives `forward` the names of the graph's inputs.
+    """The weights of an ONNX graph under their names, which may be any: the class has no other attribute than `graph`.
+    `build` gives `forward` the names of the graph's inputs."""
+
+    graph: OnnxGraph
+
+
+class OnnxGraph:
+    """The steps of an ONNX graph, run with the weights in `module`.
 
     inputs, outputs: names in the file. batch: the batch size that the file fixes, if the module is to take others.
     """
 
-    def __init__(self, plan: Plan, inputs: Sequence[str], outputs: Sequence[str]):
-        super().__init__()
+    def __init__(self, plan: Plan, inputs: Sequence[str], outputs: Sequence[str], module: OnnxModule):
+        self.module = module
+        module.graph = self
         self.steps, self.inputs, self.outputs = plan.steps, list(inputs), list(outputs)
         self.batch: int | None = None
         self.complete = False  # whether all constants are stored, which one run without gradients does before a trace
@@ -51,8 +59,12 @@ class OnnxModule(nn.Module):
         self.host = {k: v for k, v in self.host.items() if k in used}
         self.last = {name: i for i, step in enumerate(self.steps) for name in step.inputs}
 
+    @property
+    def training(self) -> bool:
+        return self.module.training
+
     def _folder(self, path: str) -> nn.Module:
-        module: nn.Module = self
+        module: nn.Module = self.module
         for part in path.split(".") if path else ():
             if part not in module._modules:
                 module.add_module(part, Layer())
@@ -68,7 +80,7 @@ class OnnxModule(nn.Module):
 
     def _fetch(self, path: str) -> Tensor:
         folder, _, name = path.rpartition(".")
-        return getattr(self.get_submodule(folder), name)
+        return getattr(self.module.get_submodule(folder), name)
 
     def constant(self, key: str, array: np.ndarray) -> Tensor:
         """The tensor that is stored under a key; at first it is made from the array."""
@@ -99,7 +111,7 @@ class OnnxModule(nn.Module):
 
     def _perform(self, step: Step, call: Call) -> list[Value]:
         path = self.layers.get(next(filter(None, step.outputs)))
-        layer: Handler = self.get_submodule(path) if path else perform
+        layer: Handler = self.module.get_submodule(path) if path else perform
         if self.complete:
             return attempt(call, layer)
         try:
@@ -121,18 +133,19 @@ class OnnxModule(nn.Module):
         return Call(Step("", [], [name], {}, name, 0), [], self).constant(np.asarray(value), name)
 
 
-def build(plan: Plan, inputs: Sequence[str], outputs: Sequence[str]) -> OnnxModule:
-    """The module of a plan, whose forward takes the graph's inputs by their names (as identifiers)."""
+def build(plan: Plan, inputs: Sequence[str], outputs: Sequence[str]) -> OnnxGraph:
+    """The graph of a plan. The forward of its module takes the graph's inputs by their names (as identifiers)."""
     names = arguments(inputs)
     Kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     signature = inspect.Signature([inspect.Parameter(n, Kind) for n in ("self", *names)])
 
     def forward(self: OnnxModule, *args: Tensor, **kwargs: Tensor) -> Any:
         bound = signature.bind(self, *args, **kwargs).arguments
-        return self.compute([bound[name] for name in names])
+        return self.graph.compute([bound[name] for name in names])
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
-    return type("OnnxModule", (OnnxModule,), {"forward": forward})(plan, inputs, outputs)
+    module = type("OnnxModule", (OnnxModule,), {"forward": forward})()
+    return OnnxGraph(plan, inputs, outputs, module)
 
 
 def arguments(inputs: Sequence[str]) -> list[str]:
@@ -146,7 +159,7 @@ def arguments(inputs: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def complete(module: OnnxModule, inputs: Sequence[Tensor]) -> None:
+def complete(graph: OnnxGraph, inputs: Sequence[Tensor]) -> None:
     """Run once, so that all constants that the graph reads as tensors become buffers."""
-    module.compute(inputs)
-    module.complete = True
+    graph.compute(inputs)
+    graph.complete = True

@@ -7,6 +7,7 @@ import re
 
 from torch import nn
 
+from ..trainable import reserved
 from .table import LINEAR, Step
 
 ANONYMOUS = re.compile(
@@ -59,7 +60,9 @@ def folders(path: str) -> list[str]:
 def cleaned(name: str) -> str:
     """A name as a dotted path of identifiers or numbers."""
     parts = [re.sub(r"\W", "_", part) for part in re.split(r"[./:]+", name)]
-    return ".".join(f"{p}_" if p in TAKEN else p for p in parts if p) or "value"
+    path = ".".join(f"{p}_" if p in TAKEN else p for p in parts if p) or "value"
+    first, dot, rest = path.partition(".")
+    return f"{first}_{dot}{rest}" if reserved(first) else path
 
 
 def identifier(name: str) -> str:

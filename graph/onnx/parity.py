@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, CaptureError, in_a_line
 from .dtypes import to_numpy
-from .module import OnnxModule
+from .module import OnnxGraph
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 NOISE = 10.0  # a difference counts if it is more than this many times the effect of rounding
@@ -56,41 +56,41 @@ def run(
 
 
 def compare(
-    program: nn.Module, module: OnnxModule, model: onnx.ModelProto, path: str, cases: Sequence[Sequence[Tensor]]
+    program: nn.Module, graph: OnnxGraph, model: onnx.ModelProto, path: str, cases: Sequence[Sequence[Tensor]]
 ) -> dict[str, Any]:
     """Worst relative error of each output over the cases, each a set of inputs. Raises CaptureError that names the first
     node that differs, BadInput if ONNX Runtime cannot run the file."""
-    engine, errors = session(model, path), dict.fromkeys(module.outputs, 0.0)
-    makers, rounding = origins(module), False
+    engine, errors = session(model, path), dict.fromkeys(graph.outputs, 0.0)
+    makers, rounding = origins(graph), False
     for inputs in cases:
-        feeds = {name: to_numpy(x) for name, x in zip(module.inputs, inputs, strict=True)}
+        feeds = {name: to_numpy(x) for name, x in zip(graph.inputs, inputs, strict=True)}
         try:
-            wanted = run(engine, module.outputs, feeds, module.batch)
+            wanted = run(engine, graph.outputs, feeds, graph.batch)
         except Exception as error:
             raise BadInput(f"{path}: ONNX Runtime cannot run it ({in_a_line(error)})") from error
         ours = outputs(program, inputs)
-        for name, found, reference in zip(module.outputs, ours, wanted, strict=True):
+        for name, found, reference in zip(graph.outputs, ours, wanted, strict=True):
             if found.shape != reference.shape:
                 raise CaptureError(
                     f"{path}: the output {name} is {found.shape}, in ONNX Runtime {reference.shape}; "
-                    f"{first_difference(module, model, inputs)}"
+                    f"{first_difference(graph, model, inputs)}"
                 )
             off = distance(found, reference, makers.get(name, ""))
             if off > tolerance(reference):
-                if not _explained(module, inputs, name, found, reference):
+                if not _explained(graph, inputs, name, found, reference):
                     raise CaptureError(
                         f"{path}: the output {name} is off by {off:.1e} of its largest value in ONNX Runtime (limit "
-                        f"{tolerance(reference):g}); {first_difference(module, model, inputs)}"
+                        f"{tolerance(reference):g}); {first_difference(graph, model, inputs)}"
                     )
                 rounding = True
             errors[name] = max(errors[name], off)
     return {"error": max(errors.values(), default=0.0), "outputs": errors, "cases": len(cases), "rounding": rounding}
 
 
-def origins(module: OnnxModule) -> dict[str, str]:
+def origins(graph: OnnxGraph) -> dict[str, str]:
     """For each value, the operator that computed it, ignoring operators that only move entries."""
     makers: dict[str, str] = {}
-    for step in module.steps:
+    for step in graph.steps:
         op = makers.get(step.inputs[0], step.op) if step.op in MOVES else step.op
         makers.update(dict.fromkeys(step.outputs, op))
     return makers
@@ -133,11 +133,10 @@ def distance(found: np.ndarray, wanted: np.ndarray, op: str = "") -> float:
 
 
 @torch.no_grad()
-def _explained(
-    module: OnnxModule, inputs: Sequence[Tensor], name: str, found: np.ndarray, reference: np.ndarray
-) -> bool:
+def _explained(graph: OnnxGraph, inputs: Sequence[Tensor], name: str, found: np.ndarray, reference: np.ndarray) -> bool:
     """Whether ONNX Runtime is about as far from the graph in float64 as the graph in its own precision is."""
-    exact = copy.deepcopy(module).double()
+    exact = copy.deepcopy(graph)
+    exact.module.double()
     try:
         value = exact.run([x.double() if x.is_floating_point() else x for x in inputs])[name]
     except Exception:  # such as a cast in the graph, which keeps its precision
@@ -150,12 +149,12 @@ def _explained(
 
 
 @torch.no_grad()
-def first_difference(module: OnnxModule, model: onnx.ModelProto, inputs: Sequence[Tensor]) -> str:
+def first_difference(graph: OnnxGraph, model: onnx.ModelProto, inputs: Sequence[Tensor]) -> str:
     """A message about the first step whose result differs."""
-    steps, makers = {name: step for step in module.steps for name in step.outputs if name}, origins(module)
+    steps, makers = {name: step for step in graph.steps for name in step.outputs if name}, origins(graph)
     known = [name for node in model.graph.node for name in node.output if name in steps]
-    inputs = [x[: module.batch] for x in inputs] if module.batch else inputs
-    feeds = {name: to_numpy(x) for name, x in zip(module.inputs, inputs, strict=True)}
+    inputs = [x[: graph.batch] for x in inputs] if graph.batch else inputs
+    feeds = {name: to_numpy(x) for name, x in zip(graph.inputs, inputs, strict=True)}
     for start in range(0, len(known), AT_ONCE):
         names = known[start : start + AT_ONCE]
         watching = onnx.ModelProto()
@@ -164,7 +163,7 @@ def first_difference(module: OnnxModule, model: onnx.ModelProto, inputs: Sequenc
         watching.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
         try:
             wanted = session(watching, "the file").run(names, feeds)
-            found = module.run(inputs, names)
+            found = graph.run(inputs, names)
         except Exception as error:
             return f"the first node that differs cannot be found ({in_a_line(error)})"
         for name, reference in zip(names, wanted, strict=True):

@@ -15,7 +15,7 @@ from ..errors import BadInput, GraphcombError, Refused, in_a_line
 from .dtypes import to_numpy, to_torch, torch_dtype
 from .operators.shapes import on_host_alone
 from .read import opset_of
-from .table import HOST, OPERATORS, Call, Step, Value
+from .table import HOST, OPERATORS, Call, Step, Value, is_static
 
 RECURRENT = ("LSTM", "GRU", "RNN")  # not folded, since `weights` reorders their weights later
 SCALARS = {"value_float": np.float32, "value_int": np.int64, "value_floats": np.float32, "value_ints": np.int64}
@@ -76,7 +76,14 @@ def perform(call: Call) -> list[Value]:
         result = HOST[call.step.op](call)
     if result is NotImplemented:
         result = OPERATORS[call.step.op](call)
-    return list(result) if isinstance(result, (list, tuple)) else [result]
+    return [_settled(v) for v in result] if isinstance(result, (list, tuple)) else [_settled(result)]
+
+
+def _settled(value: Value) -> Value:
+    """A host array of sizes, in which none is symbolic any more, as numbers of their own type."""
+    if not isinstance(value, np.ndarray) or value.dtype != object or not is_static(value.reshape(-1).tolist()):
+        return value
+    return np.asarray(value.tolist()) if value.size else value.astype(np.int64)
 
 
 def attempt(call: Call, run: Any = perform) -> list[Value]:

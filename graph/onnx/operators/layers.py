@@ -89,12 +89,23 @@ def gemm(c: Call) -> Any:
 
 @operator("BatchNormalization")
 def batch_norm(c: Call) -> Any:
-    """Batch normalisation. ONNX's momentum is the share of the old statistics, PyTorch's that of the new ones."""
-    if c.attribute("training_mode", 0) or c.attribute("spatial", 1) == 0 or c.used(1):
+    """Batch normalisation. ONNX's momentum is the share of the old statistics, PyTorch's that of the new ones.
+
+    With training_mode the statistics are those of the batch. Exports of weight standardisation compute it of a weight
+    (ScaledStdConv of timm), which is folded.
+    """
+    training = c.attribute("training_mode", 0)
+    folded = isinstance(c.value(0), np.ndarray)
+    if c.attribute("spatial", 1) == 0 or (not folded and (training or c.used(1))):
         raise Refused("a BatchNormalization in training mode or over positions; export the model in eval mode")
-    x, scale, bias, mean, variance = (c.tensor(i) for i in range(5))
+    x, scale, bias = (c.tensor(i) for i in range(3))
     momentum, epsilon = 1.0 - c.attribute("momentum", 0.9), c.attribute("epsilon", 1e-5)
-    return F.batch_norm(x, mean, variance, scale, bias, c.store.training, momentum, epsilon)
+    if training:
+        axes = [i for i in range(x.dim()) if i != 1]
+        statistics = ((3, x.mean(axes)), (4, x.var(axes, correction=0)))
+        moved = [c.tensor(i) * (1.0 - momentum) + value * momentum for i, value in statistics]
+        return [F.batch_norm(x, None, None, scale, bias, True, momentum, epsilon), *moved]
+    return F.batch_norm(x, c.tensor(3), c.tensor(4), scale, bias, c.store.training, momentum, epsilon)
 
 
 @operator("InstanceNormalization")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import operator as python
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ...errors import Refused
@@ -61,8 +63,9 @@ def pieces(c: Call, size: Any) -> list[Any]:
 def _truncated(a: Any, b: Any) -> Any:
     """Division as ONNX defines it for whole numbers: rounded towards zero."""
     if a.dtype == object or b.dtype == object:
-        return python.floordiv(a, b)  # sizes are not negative
-    if a.dtype.kind not in "iu":
+        fractions = any(isinstance(v, FRACTIONAL) for v in (*a.reshape(-1).tolist(), *b.reshape(-1).tolist()))
+        return a / b if fractions else python.floordiv(a, b)  # sizes are not negative
+    if a.dtype.kind not in "iu" or b.dtype.kind not in "iu":
         return a / b
     return (np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))).astype(np.result_type(a, b))
 
@@ -71,6 +74,7 @@ def _power(a: Any, b: Any) -> Any:
     return np.power(a, b) if a.dtype == object else np.power(a, b).astype(a.dtype)
 
 
+FRACTIONAL = (float, torch.SymFloat)
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "Add": python.add, "Sub": python.sub, "Mul": python.mul, "Div": _truncated, "Pow": _power,
     "Equal": python.eq, "Less": python.lt, "LessOrEqual": python.le, "Greater": python.gt, "GreaterOrEqual": python.ge,
@@ -99,6 +103,15 @@ def extremum(c: Call) -> Any:
     return result
 
 
+@on_host("Clip")
+def host_clip(c: Call) -> Any:
+    result = c.host(0)
+    for name, index, function in (("min", 1, np.maximum), ("max", 2, np.minimum)):
+        bound = c.one_of(name, index)
+        result = result if bound is None else function(result, np.asarray(bound, dtype=result.dtype))
+    return result
+
+
 @on_host("Mod")
 def mod(c: Call) -> Any:
     a, b = c.host(0), c.host(1)
@@ -109,7 +122,7 @@ def mod(c: Call) -> Any:
 def unary(c: Call) -> Any:
     x = c.host(0)
     if x.dtype == object and c.step.op in ("Floor", "Ceil"):
-        return x  # a symbolic size is a whole number
+        return _each(x, math.floor if c.step.op == "Floor" else math.ceil)
     return np.asarray(UNARY[c.step.op](x), dtype=None if x.dtype == object or c.step.op == "Not" else x.dtype)
 
 
@@ -127,8 +140,8 @@ def reduction(c: Call) -> Any:
 @on_host("Cast")
 def cast(c: Call) -> Any:
     x = c.host(0)
-    if x.dtype == object:
-        return x  # symbolic sizes are not cast
+    if x.dtype == object:  # symbolic sizes are not cast to float: what is divided and rounded again keeps its form
+        return _each(x, math.trunc) if np.issubdtype(numpy_dtype(c.attribute("to")), np.integer) else x
     with np.errstate(invalid="ignore"):
         return x.astype(numpy_dtype(c.attribute("to")))
 
@@ -228,6 +241,12 @@ def expand(c: Call) -> Any:
         return NotImplemented
     result = np.broadcast_shapes(x.shape, tuple(wanted))
     return np.broadcast_to(x, bounded(result))
+
+
+def _each(x: np.ndarray, function: Callable[[Any], Any]) -> np.ndarray:
+    """Apply a rounding function to the entries that are no whole numbers."""
+    values = [function(v) if isinstance(v, FRACTIONAL) else v for v in x.reshape(-1).tolist()]
+    return array(values).reshape(x.shape)
 
 
 def bounded(sizes: Any) -> tuple[int, ...]:

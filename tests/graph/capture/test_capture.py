@@ -234,3 +234,11 @@ def test_a_trace_that_fails_prints_nothing(capfd):
     with pytest.warns(UserWarning, match="train mode does not export"):
         g.capture(LooksInTraining(), torch.randn(2, 4))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "become"])
+def test_a_name_that_the_live_module_uses_is_refused(name):
+    model = nn.Sequential(nn.Linear(4, 4))
+    model._modules[name] = nn.Linear(4, 4)
+    with pytest.raises(CaptureError, match=f"name of {name}.weight cannot begin with {name}.*rename it"):
+        g.capture(model, torch.randn(2, 4))

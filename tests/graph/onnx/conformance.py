@@ -57,10 +57,11 @@ def _run(model: onnx.ModelProto, inputs: list, mode: str) -> Iterator[np.ndarray
     constants |= dict(zip(names[live:], inputs[live:], strict=True))
     feeds = [_tensor(v) for v in inputs[:live]]
     steps = alive(fold(steps, constants), outputs)
-    module = build(plan(steps, constants, names[:live], outputs), names[:live], outputs).eval()
-    complete(module, feeds)
+    graph = build(plan(steps, constants, names[:live], outputs), names[:live], outputs)
+    graph.module.eval()
+    complete(graph, feeds)
     with torch.no_grad():
-        values = module.run(feeds)
+        values = graph.run(feeds)
     for name in outputs:
         value = values[name]
         yield to_numpy(value) if isinstance(value, torch.Tensor) else np.asarray(value)

@@ -236,3 +236,50 @@ def test_equal_constants_that_the_file_stores_once_are_trained_apart(tmp_path) -
             optimizer.step()
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_the_model_may_have_any_name(tmp_path) -> None:
+    """A name that torch.fx uses gets an underscore; those of the importer's own attributes stay."""
+    names = ["layers", "steps", "inputs", "run", "last", "constant", "graph"]
+    model = nn.Sequential()
+    for name in names:
+        model._modules[name] = nn.Conv2d(4, 4, 1)
+    program = from_onnx(export(model.eval(), torch.randn(2, 4, 5, 5), tmp_path / "names.onnx", 13))
+    found = {name.partition(".")[0] for name, _ in program.module().named_parameters()}
+    assert found == {*names[:-1], "graph_"}
+    smaller = RemoveChannels(macs=0.7, round_to=1)(program)
+    assert graphcomb.verify.surgery(program, smaller) <= 1e-10
+
+
+def test_weight_standardisation_is_folded(tmp_path) -> None:
+    """torch exports it as a BatchNormalization in training mode, whose batch is a weight."""
+
+    class Standardised(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            flat = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True, eps=1e-6)
+            return F.conv2d(x, flat.reshape_as(self.weight), self.bias, padding=1)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Standardised(3, 16, 3), nn.ReLU(), Standardised(16, 8, 3)).eval()
+    program = from_onnx(
+        export(model, torch.randn(2, 3, 6, 6), tmp_path / "standardised.onnx", 14, do_constant_folding=True)
+    )
+    x = torch.randn(3, 3, 6, 6)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+    smaller = RemoveChannels(macs=0.6, round_to=1)(program)
+    assert graphcomb.verify.surgery(program, smaller) <= 1e-10
+
+
+def test_padding_computed_from_sizes_is_a_constant(tmp_path) -> None:
+    """As TensorFlow pads: max((ceil(size / 2) - 1) * 2 + 2 - size, 0), with sizes that are odd, and any batch."""
+    text = """same (float[batch, 2, 9, 10] image) => (float[batch, 2, h, w] scores) {
+        shape = Shape(image)  sizes = Cast<to = 1>(shape)  size = Gather<axis = 0>(sizes, place)
+        half = Div(size, two)  whole = Ceil(half)  less = Sub(whole, one)  steps = Mul(less, two)  span = Add(steps, two)
+        lacks = Sub(span, size)  pad = Clip(lacks, zero)  pads = Cast<to = 7>(pad)
+        all = Concat<axis = 0>(none, pads, none, none)  padded = Pad(image, all)
+        scores = Conv<strides = [2, 2]>(padded, weight) }"""
+    place, none = np.array([2, 3]), np.zeros(2, np.int64)
+    numbers = {name: np.float32(value) for name, value in (("two", 2), ("one", 1), ("zero", 0))}
+    path = from_text(tmp_path / "same.onnx", text, place=place, none=none, weight=draw(2, 2, 2, 2), **numbers)
+    program = from_onnx(path)
+    assert program.module()(torch.randn(3, 2, 9, 10)).shape == (3, 2, 5, 5)
