@@ -23,6 +23,7 @@ import functools
 import gc
 import importlib.util
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -454,8 +455,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not usable:
         print("nothing to measure: this takes an NVIDIA GPU with CUDA, and at least one of " + ", ".join(ENGINES))
         return 0
+    import torch
+
     from graphcomb.runtime.measure.environment import environment
 
+    if (
+        torch.cuda.is_available()
+    ):  # networks are compressed on the processor; on a CPU the engines are measured with one thread
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     about = environment()
     data: dict = {"rows": {}, "begun": {}}
     if options.results.exists():
