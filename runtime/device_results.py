@@ -14,8 +14,11 @@ class Latency(Format):
     """The latency of one model in one mode (stream or CUDA graph)."""
 
     runs: int = says("number of runs that counted")
-    host_ms: dict[str, float] = says("milliseconds that the caller waits: p5, median, p95, p99")
-    gpu_ms: dict[str, float] | None = says("milliseconds between two CUDA events: p5, median, p95, p99", default=None)
+    host_ms: dict[str, float] = says(
+        "milliseconds that the caller waits: p5, median, p95, p99, and low and high, the 95 % confidence interval of the "
+        "median from the medians of blocks of runs"
+    )
+    gpu_ms: dict[str, float] | None = says("milliseconds between two CUDA events, in the same form", default=None)
 
 
 class DeviceParity(Format):

@@ -111,7 +111,8 @@ class Timing(Format):
     rejected: int = says("number of samples that did not count, because another process had the processor")
     repeats: int = says("number of calls in one sample")
     ms: dict[str, float] = says(
-        "latency of one call in milliseconds: p5, p25, median, p75, p95, p99 and iqr; empty if too few samples counted"
+        "latency of one call in milliseconds: p5, p25, median, p75, p95, p99 and iqr, and low and high, the 95 % confidence "
+        "interval of the median; empty if too few samples counted"
     )
 
 
@@ -125,9 +126,14 @@ class Bench(Format):
     )
     ratio: float | None = says("median ratio of the second model; null if it is unknown")
     rounds: int = says("number of rounds in which the runs of all models counted")
-    contended: bool = says("whether the machine was too busy to state a ratio")
+    contended: bool = says("whether there is no ratio because the machine was busy, or its clocks changed")
+    estimator: str = says("how the medians and their intervals are estimated", default="")
     note: str = says("why there is no ratio; empty if there is one")
-    environment: dict[str, Any] = says("processor, versions of libraries, threads, load and date")
+    environment: dict[str, Any] = says(
+        "processor, versions of libraries, threads, load and date; stolen_seconds (that the hypervisor took), cpu_mhz "
+        "(lowest and highest clock) and gpu_others_percent (percentage of the time for which other processes had the GPU), "
+        "null if unknown"
+    )
 
 
 class Kernel(Format):

@@ -82,18 +82,14 @@ def measure(
             break
         for name, rows_of in times.items():
             runs = [run for part in rows_of for run in part]
-            rows = {"host_ms": percentiles([host for _, host in runs])}
-            on_device = [gpu for gpu, _ in runs if gpu is not None]
-            latencies[name][mode] = dict(
-                rows, runs=len(runs), **({"gpu_ms": percentiles(on_device)} if on_device else {})
-            )
+            rows = {"host_ms": _latency([[host for _, host in part] for part in rows_of])}
+            if all(gpu is not None for gpu, _ in runs):
+                rows["gpu_ms"] = _latency([[gpu for gpu, _ in part] for part in rows_of])
+            latencies[name][mode] = dict(rows, runs=len(runs))
         first = _medians(times.get(reference, []))
         for name, row in ratios.items() if first else ():
             paired = [a / b for a, b in zip(first, _medians(times[name]))]
-            interval = median_interval(paired)
-            row[mode] = percentiles(paired)
-            if interval is not None:
-                row[mode].update(low=round(interval[0], 6), high=round(interval[1], 6))
+            row[mode] = dict(percentiles(paired), **_bounds(paired))
         if stopped:
             break
     return latencies, ratios
@@ -102,6 +98,17 @@ def measure(
 def _medians(blocks: list[Any]) -> list[float]:
     """Return the median time of every block, on the GPU if it was measured, else on the host."""
     return [statistics.median(host if gpu is None else gpu for gpu, host in runs) for runs in blocks]
+
+
+def _latency(blocks: list[list[float]]) -> dict[str, float]:
+    """Return the percentiles of all runs, and the interval of the blocks' medians, since runs of one block are alike."""
+    runs = [ms for block in blocks for ms in block]
+    return dict(percentiles(runs), **_bounds([statistics.median(block) for block in blocks]))
+
+
+def _bounds(values: list[float]) -> dict[str, float]:
+    interval = median_interval(values)
+    return {} if interval is None else {"low": round(interval[0], 6), "high": round(interval[1], 6)}
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:

@@ -2,8 +2,10 @@
 
 The items run in turns, A B, B A, A B, so that a drift of clocks or load affects all of them equally. A run counts only if
 the process had the processor meanwhile: its CPU time must be at least 93 % of threads x wall time, and, in a virtual
-machine, the hypervisor must not have taken the processor away. The ratio is the median over the rounds in which the runs
-of all items counted, with its 95 % confidence interval (order statistics); with too few such rounds no ratio is stated.
+machine, the hypervisor must not have taken the processor away. A round counts if the runs of all items do, and if the
+processor's clock was the same for all of them, within 7 %. The ratio is the median over these rounds, with its 95 %
+confidence interval (order statistics); with too few rounds no ratio is stated. Nor is one if other processes had the
+accelerator for more than 7 % of the time, as far as NVML knows.
 Source: the method of paired, interleaved measurement; the guard is ours.
 """
 
@@ -25,6 +27,7 @@ from rich.progress import Progress
 from ...graph.compat import pytree
 from ...graph.errors import BadInput
 from ...graph.program import Program
+from ..devices.table import TARGETS
 from ..engines.backends import BACKENDS, backend_module
 from ..engines.base import Engine
 from ..engines.build import open_engine
@@ -33,11 +36,13 @@ from ..formats import says
 from ..kit.measuring import GUARD, median_interval, stolen
 from ..onnx_file import input_specs
 from ..summary import Bench, Timing
+from .conditions import OtherProcesses, processor_mhz
 from .environment import environment
 from .inputs import host_arrays, random_inputs
 
 SLOW = 1.0  # seconds of one call from which on it is not repeated to find out how long it takes
 SAMPLE = 2e-3  # seconds: shorter runs are repeated within one sample, so that clocks and scheduling ticks do not matter
+ESTIMATOR = "median; low and high by order statistics at 95 % or more, if rounds do not depend on each other"
 PERCENTILES = {"p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "p99": 99}
 
 
@@ -82,10 +87,11 @@ def bench(
 
     A round runs every item once, in alternating order. A run counts only if the process had the processor (see the
     module). An engine with several threads may leave some of them idle, so such a run counts unless its threads waited
-    for a processor more than 7 % of the time (Linux). Engines on an accelerator are not guarded: all their runs count.
+    for a processor more than 7 % of the time (Linux). All runs on an accelerator count, unless others had it as well.
 
-    Returns latencies as percentiles in milliseconds, and ratios with the 95 % confidence interval of their median. With
-    too few counted rounds there is no ratio, and `note` says why.
+    Returns latencies as percentiles in milliseconds, and ratios, both with the 95 % confidence interval of their median.
+    Without a ratio `note` says why. The environment has what was seen during the measurement: stolen_seconds,
+    cpu_mhz (lowest and highest clock; None if unknown) and gpu_others_percent (None if unknown or without an accelerator).
 
     Raises BadInput for items, inputs or options that do not fit, MissingBackend if the library of `engine` is not
     installed, and what building or loading an engine raises.
@@ -102,7 +108,8 @@ def bench(
     with contextlib.ExitStack() as stack:
         calls, guarded = _calls(items, inputs, threads, batch, shapes or {}, engine, stack)
         repeats = [_repeats(call) for call in calls]
-        rounds: list[list[tuple[float, bool]]] = []
+        others = None if all(guarded) else OtherProcesses()
+        rounds: list[list[tuple[float, bool, float | None]]] = []
         paired = 0
         with _collector_off(), _bar(progress, seconds) as advance:
             start, lost = time.perf_counter(), stolen()
@@ -110,36 +117,62 @@ def bench(
                 order = range(len(calls)) if len(rounds) % 2 == 0 else reversed(range(len(calls)))
                 samples = {i: _sample(calls[i], repeats[i], threads if guarded[i] else 0) for i in order}
                 rounds.append([samples[i] for i in range(len(calls))])
-                paired += all(counts for _, counts in rounds[-1])
+                paired += all(counts for _, counts, _ in rounds[-1]) and _steady(rounds[-1])
                 advance(max((time.perf_counter() - start) / seconds, paired / max_runs))
         elapsed, lost = time.perf_counter() - start, stolen() - lost
-    measured = np.array([[sample for sample, _ in row] for row in rounds]).reshape(-1, len(calls))  # by round and item
-    counts = np.array([[count for _, count in row] for row in rounds], bool).reshape(measured.shape)
+    taken = others.percent() if others else None
+    measured = np.array([[sample for sample, _, _ in row] for row in rounds]).reshape(
+        -1, len(calls)
+    )  # by round and item
+    counts = np.array([[count for _, count, _ in row] for row in rounds], bool).reshape(measured.shape)
+    steady = np.array([_steady(row) for row in rounds], bool)
+    clocks = [mhz for row in rounds for _, _, mhz in row if mhz is not None]
     timings = []
     for i, name in enumerate(titles):
         good = 1e3 * measured[counts[:, i], i]
-        ms = _percentiles(good) if len(good) >= min_runs else {}
+        ms = _estimate(good) if len(good) >= min_runs else {}
         rejected = len(rounds) - len(good)
         timings.append(Timing(name=name, runs=len(good), rejected=rejected, repeats=repeats[i], ms=ms))
-    pairs = measured[counts.all(axis=1)]
+    pairs = measured[counts.all(axis=1) & steady]
     # The hypervisor may take the processor between two samples, too; then no single sample shows it.
     preempted = lost > (1 - GUARD) * threads * elapsed
-    enough = paired >= min_runs and not preempted
-    ratios = {name: _ratio(pairs[:, 0] / pairs[:, i]) if enough else None for i, name in enumerate(titles) if i}
-    slow = not preempted and len(rounds) < min_runs and 2 * paired >= len(rounds)
+    shared = taken is not None and taken > 100 * (1 - GUARD)
+    enough = paired >= min_runs and not preempted and not shared
+    ratios = {name: _estimate(pairs[:, 0] / pairs[:, i]) if enough else None for i, name in enumerate(titles) if i}
+    slow = not preempted and not shared and len(rounds) < min_runs and 2 * paired >= len(rounds)
     note = ""
-    if not enough:
-        note = _no_figure(len(rounds), paired, min_runs, elapsed, threads, lost if preempted else 0.0, slow)
+    if shared:
+        note = f"no figure: other processes had the GPU for {taken:.0f} % of the time; measure again"
+    elif not enough:
+        changed = int((counts.all(axis=1) & ~steady).sum())
+        note = _no_figure(
+            len(rounds), paired, min_runs, elapsed, threads, lost if preempted else 0.0, slow, changed, clocks
+        )
     first = next(iter(ratios.values()), None)
     return BenchResult(
         timings=timings, ratios=ratios, ratio=first["median"] if first else None, rounds=paired,
         rejected=len(rounds) - paired, seconds=elapsed, note=note, contended=not enough and not slow,
-        environment=environment(threads),
+        estimator=ESTIMATOR,
+        environment={
+            **environment(threads), "stolen_seconds": round(lost, 2), "gpu_others_percent": taken,
+            "cpu_mhz": [round(min(clocks)), round(max(clocks))] if clocks else None,
+        },
     )  # fmt: skip
 
 
-def _no_figure(rounds: int, paired: int, min_runs: int, seconds: float, threads: int, lost: float, slow: bool) -> str:
-    """Return the reason why no ratio is stated: the hypervisor (lost > 0 seconds), slow models, or a busy machine."""
+def _no_figure(
+    rounds: int,
+    paired: int,
+    min_runs: int,
+    seconds: float,
+    threads: int,
+    lost: float,
+    slow: bool,
+    changed: int,
+    clocks: Sequence[float],
+) -> str:
+    """Return the reason why no ratio is stated: the hypervisor (lost > 0 seconds), slow models, a clock that changed within
+    most of the rounds that do not count, or a busy machine."""
     if lost:
         return f"no figure: the hypervisor took the processors for {lost:.1f} s of {seconds:.0f} s; measure again"
     if slow:
@@ -148,13 +181,19 @@ def _no_figure(rounds: int, paired: int, min_runs: int, seconds: float, threads:
             f"no figure: only {rounds} rounds fit into {seconds:.0f} s ({min_runs} needed), the models are slow; "
             f"give it {needed} seconds"
         )
+    if 2 * changed > rounds - paired:
+        return (
+            f"no figure: the processor's clock, {min(clocks):.0f} to {max(clocks):.0f} MHz, changed within {changed} of "
+            f"{rounds} rounds; fix it: {TARGETS['cpu'].clocks[0]}"
+        )
     return (
         f"no figure: only {paired} of {rounds} rounds ran undisturbed in {seconds:.0f} s ({min_runs} "
         f"needed); the machine is contended, or an item waits or uses other than {threads} threads"
     )
 
 
-def _ratio(values: np.ndarray) -> dict[str, float]:
+def _estimate(values: np.ndarray) -> dict[str, float]:
+    """Return percentiles, and the interval of the median as low and high if there are enough values for one."""
     interval = median_interval(values.tolist())
     return _percentiles(values) | (dict(zip(("low", "high"), interval, strict=True)) if interval else {})
 
@@ -166,8 +205,8 @@ def _percentiles(values: np.ndarray) -> dict[str, float]:
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
-def _sample(call: Callable[[], Any], repeats: int, threads: int) -> tuple[float, bool]:
-    """Return the mean seconds of `repeats` calls and whether the sample counts.
+def _sample(call: Callable[[], Any], repeats: int, threads: int) -> tuple[float, bool, float | None]:
+    """Return the mean seconds of `repeats` calls, whether the sample counts, and the processor's clock in MHz after it.
 
     threads: number of threads that should be busy; 0 for an engine on an accelerator, whose samples always count.
     """
@@ -182,7 +221,13 @@ def _sample(call: Callable[[], Any], repeats: int, threads: int) -> tuple[float,
         counts = not threads or GUARD <= cpu / wall <= 1 / GUARD
     if threads and stolen() > lost:  # CPU time in a virtual machine may include time that the hypervisor took
         counts = False
-    return wall / repeats, counts
+    return wall / repeats, counts, processor_mhz() if threads else None
+
+
+def _steady(samples: Sequence[tuple[float, bool, float | None]]) -> bool:
+    """Return whether the samples of one round ran at one clock: it did not change, and no sample ran on a slower core."""
+    clocks = [mhz for _, _, mhz in samples if mhz is not None]
+    return not clocks or min(clocks) >= GUARD * max(clocks)
 
 
 def _waited() -> float:

@@ -1,5 +1,6 @@
 """What runs on a device: how models take turns, and when their ratio is one."""
 
+import io
 import json
 import types
 
@@ -37,6 +38,30 @@ def test_the_interval_is_of_the_median(script):
         low, high = measuring.median_interval(random.exponential(size=31))
         inside += low <= np.log(2) <= high
     assert 0.94 <= inside / 500 <= 0.99
+
+
+def test_the_interval_of_a_latency_is_of_its_blocks(script):
+    """Runs of one block are alike: 8 levels of 17 equal runs are 8 values, not 136."""
+    levels = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7]
+    blocks = (ms for ms in levels for _ in range(measuring.BLOCK))
+    engine = types.SimpleNamespace(modes=("stream",), about={}, time=lambda mode: (None, next(blocks)))
+    row = script.measure({"a": engine}, 60.0, len(levels))[0]["a"]["stream"]["host_ms"]
+    assert (row["low"], row["high"]) == (1.0, 1.7)
+    assert row["median"] == pytest.approx(1.35)
+
+
+def test_what_a_hypervisor_takes_is_read_from_the_system(monkeypatch):
+    files = {
+        "/proc/stat": "cpu  10 0 20 3000 5 0 1 250 0 0\ncpu0 10 0 20 3000 5 0 1 250 0 0\n",
+        "/proc/thread-self/schedstat": "123456 5000000 78\n",
+    }
+    monkeypatch.setattr(measuring, "open", lambda path: io.StringIO(files[path]), raising=False)
+    monkeypatch.setattr(measuring.os, "sysconf", lambda name: 100)
+    assert measuring.stolen() == 2.5
+    assert measuring.waited() == 0.005
+    files["/proc/stat"] = "cpu  10 0 20 3000\n"  # before Linux 2.6.11
+    files["/proc/thread-self/schedstat"] = ""
+    assert measuring.stolen() == measuring.waited() == 0.0
 
 
 def test_a_ratio_with_a_wide_interval_is_refused(script, classic, bundle, capsys, monkeypatch):

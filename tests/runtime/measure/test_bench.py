@@ -49,6 +49,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     times = SimpleNamespace(perf_counter=lambda: clock.wall, process_time=lambda: clock.cpu)
     monkeypatch.setattr(bench_module, "time", times)
     monkeypatch.setattr(bench_module, "stolen", lambda: 0.0)  # in the time of this machine
+    monkeypatch.setattr(bench_module, "processor_mhz", lambda: None)
     return clock
 
 
@@ -147,6 +148,9 @@ def test_the_interval_is_that_of_the_median(clock: Clock) -> None:
     assert ratio["low"] < 1.5 < ratio["high"]
     assert ratio["high"] - ratio["low"] == pytest.approx(2 * 1.96 * 0.5 / 10, rel=0.4)  # of a uniform density
     assert ratio["iqr"] == pytest.approx(0.5, rel=0.3)  # the scatter of pairs
+    ms = result.timings[1].ms
+    assert ms["p25"] < ms["low"] < ms["median"] < ms["high"] < ms["p75"]
+    assert "order statistics" in result.estimator
     few = bench([clock.work("a", 0.01), clock.work("b", 0.01)], seconds=10, min_runs=5, max_runs=5).ratios["b"]
     assert few is not None
     assert "low" not in few
@@ -177,7 +181,12 @@ def test_several_threads_may_idle_but_not_wait(clock: Clock, monkeypatch: pytest
     assert bench([half_idle], seconds=1, threads=2).contended
 
 
-def test_engines_on_a_device_are_not_guarded(clock: Clock) -> None:
+@pytest.mark.parametrize(("seen", "shared"), [(None, False), (0.0, False), (5.0, False), (34.0, True)])
+def test_an_accelerator_is_guarded_by_what_others_do_there(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, seen: float | None, shared: bool
+) -> None:
+    """Its runs leave the processor idle, and all of them count, unless other processes had the GPU."""
+    monkeypatch.setattr(bench_module, "OtherProcesses", lambda: SimpleNamespace(percent=lambda: seen))
     run = clock.work("gpu", 0.01, lambda run: 0.1)
     engine = SimpleNamespace(
         inputs=[TensorSpec("x", "float16", (None, 2))],
@@ -187,7 +196,36 @@ def test_engines_on_a_device_are_not_guarded(clock: Clock) -> None:
         run=lambda inputs: run(),
         close=lambda: None,
     )
-    assert bench([engine], seconds=1).timings[0].ms["median"] == pytest.approx(10)
+    result = bench([engine, engine], seconds=1)
+    assert result.timings[0].ms["median"] == pytest.approx(10)
+    assert (result.ratio is None) == result.contended == shared
+    wanted = "no figure: other processes had the GPU for 34 % of the time; measure again"
+    assert result.note == (wanted if shared else "")
+    assert result.environment["gpu_others_percent"] == seen
+
+
+# ------------------------------------------------------------------------------------------------------------- clocks
+def test_rounds_at_two_clocks_do_not_count(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock falls by half between the two runs of every fourth round; a slow drift is no reason."""
+    reads = iter(range(10**6))
+    monkeypatch.setattr(bench_module, "processor_mhz", lambda: 1000.0 if next(reads) % 8 == 1 else 2000.0)
+    result = bench([clock.work("a", 0.01), clock.work("b", 0.01)], seconds=4)
+    assert result.rejected == pytest.approx((result.rounds + result.rejected) / 4, abs=1)
+    assert result.ratio == pytest.approx(1)
+    assert result.environment["cpu_mhz"] == [1000, 2000]
+    drift = iter(range(10**6))
+    monkeypatch.setattr(bench_module, "processor_mhz", lambda: 3000.0 - next(drift))
+    result = bench([clock.work("a", 0.01), clock.work("b", 0.01)], seconds=4)
+    assert (result.rejected, result.note) == (0, "")
+
+
+def test_a_clock_that_never_rests_gives_no_figure(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = iter(range(10**6))
+    monkeypatch.setattr(bench_module, "processor_mhz", lambda: 3400.0 if next(reads) % 2 else 800.0)
+    result = bench([clock.work("a", 0.01), clock.work("b", 0.01)], seconds=4)
+    assert (result.ratio, result.contended) == (None, True)
+    assert "the processor's clock, 800 to 3400 MHz, changed within 20" in result.note
+    assert result.note.endswith("rounds; fix it: sudo cpupower frequency-set --governor performance")
 
 
 # ---------------------------------------------------------------------------------------------------------- contention
