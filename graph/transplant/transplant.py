@@ -32,7 +32,10 @@ def transplant(program: Program, model: nn.Module) -> nn.Module:
 
     Raises Refused if the class cannot hold them (naming the line of its forward) or computes something else.
     """
-    new = copy.deepcopy(model)
+    try:
+        new = copy.deepcopy(model)
+    except Exception as error:  # such as of weights that a hook computes
+        raise Refused(f"transplant: the model cannot be copied ({reason(error)})") from error
     modes = [m.training for m in new.modules()]
     shrunk = _place(program, new)
     _cut_folded(program, new, shrunk)

@@ -146,6 +146,9 @@ class Restriction(Evaluator):
                         values[i] = self.zeroed(values[i], nodes["tensors"][i], d)
         elif name == "scaled_dot_product_attention":
             self._attention(nodes, a)
+        elif name == "_weight_norm":
+            for d in set(range(a["v"].dim())) - {a["dim"] if a["dim"] < 0 else a["dim"] % a["v"].dim()}:
+                a["v"] = self.zeroed(a["v"], nodes["v"], d)
         elif name in ("layer_norm", "rms_norm"):
             return self._layer_norm(name, nodes, a)
         elif name == "group_norm" or a.get("use_input_stats") or (name == "batch_norm" and a["training"]):

@@ -68,6 +68,17 @@ def group_norm(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     return xs
 
 
+@rule("_weight_norm")
+def weight_norm(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
+    """g v / |v|: the norm is taken over all axes of v but `dim`, over which g extends."""
+    vs, kept = c.axes[a["v"]], a.get("dim", 0)
+    kept = kept if kept == -1 else kept % len(vs)
+    if kept >= 0:
+        c.unify(c.axes[a["g"]][kept], vs[kept])
+    c.sums(node, [axis for d, axis in enumerate(vs) if d != kept])
+    return vs
+
+
 @rule(*SOFTMAXES)
 def softmax(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     xs = c.axes[operand(a)]

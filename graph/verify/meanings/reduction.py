@@ -91,6 +91,22 @@ def group_norm(call: Call) -> Held:
     return mark_absent(value, states)
 
 
+@means("_weight_norm")
+def weight_norm(call: Call) -> Held:
+    """A weight of the length g, whose direction is that of the present entries of v."""
+    v, g, dim = call.a["v"], call.a["g"], call.a.get("dim", 0)
+    states, value, length = list(v.states), v.value, g.value
+    for d in range(value.dim()):
+        if d == dim and g.states:
+            states[d] = join([v.states[d], g.states[d]])
+            length = drop_absent(length, d, states[d])
+        value = drop_absent(value, d, states[d])
+    value = call.run(v=value, g=length)
+    for d, state in enumerate(states):
+        value = restore_absent(value, d, state)
+    return mark_absent(value, states)
+
+
 @means("batch_norm instance_norm")
 def batch_norm(call: Call) -> Held:
     """Normalisation per channel; statistics of the batch are over the present entries."""

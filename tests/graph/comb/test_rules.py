@@ -251,6 +251,27 @@ def test_group_norm_over_tokens_that_can_go() -> None:
     assert shapes(result.program)["mix.weight"] == (3, 5)
 
 
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_weight_norm_over_channels_that_can_go(dim: int | None) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 12, 3), Head(12)
+            self.body = nn.utils.parametrizations.weight_norm(nn.Conv2d(12, 12, 3, padding=1), dim=dim)
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            return self.head(x + self.body(x).relu())
+
+    program = capture(Residual(), torch.randn(2, 3, 6, 6))
+    result = RemoveChannels(ratio=0.5, round_to=1)(program)
+    exact(program, result)
+    sizes = shapes(result.program)
+    length = (6, 1, 1, 1) if dim == 0 else (1, 6, 1, 1) if dim == 1 else ()
+    assert sizes["body.parametrizations.weight.original1"] == (6, 6, 3, 3)
+    assert sizes["body.parametrizations.weight.original0"] == length
+
+
 @pytest.mark.parametrize("way", ["index", "index_select", "gather"])
 def test_looking_up_freezes_what_is_looked_up_and_lets_the_rest_go(way: str) -> None:
     class LooksUp(nn.Module):

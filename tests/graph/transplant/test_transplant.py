@@ -266,3 +266,18 @@ def test_a_detector_of_transformers_is_trained_on_in_its_class_and_its_own_loss(
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in smaller.parameters() if p.grad is not None)
     assert smaller.model.denoising_class_embed.weight.grad.any()
+
+
+def test_normalised_weights_come_back_and_a_model_that_cannot_be_copied_is_refused() -> None:
+    def network(norm):
+        return nn.Sequential(nn.Linear(6, 16), norm(nn.Linear(16, 16)), nn.ReLU(), nn.Linear(16, 3)).eval()
+
+    for norm in (nn.utils.parametrizations.weight_norm, nn.utils.weight_norm):  # the second one keeps computed weights
+        model = network(norm)
+        result = RemoveChannels(ratio=0.5, round_to=1)(graphcomb.capture(model, (torch.randn(4, 6),)))
+        if norm is nn.utils.weight_norm:
+            with pytest.raises(Refused, match="transplant: the model cannot be copied .*weight_norm"):
+                result.transplant(model)
+        else:
+            new = result.transplant(model)
+            assert new[1].parametrizations.weight.original1.shape == (8, 8)

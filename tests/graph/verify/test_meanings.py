@@ -168,6 +168,11 @@ LEGAL = {
     "layer_norm of two": (lambda x: F.layer_norm(x.flatten(2), (x.shape[1], 24)), []),
     "rms_norm": (lambda x, w: F.rms_norm(x.mT.transpose(1, 3), (x.shape[1],), w, 1e-5), [((CHANNELS,), {0: GONE})]),
     "group_norm": (lambda x, w: F.group_norm(x, 2, w, w), [((CHANNELS,), {0: GONE})]),
+    "weight_norm": (
+        lambda x, v, g: F.conv2d(x, torch._weight_norm(v, g, 0)),
+        [((5, CHANNELS, 1, 1), {0: [2], 1: GONE}), ((5, 1, 1, 1), {0: [2]})],
+    ),
+    "weight_norm of all": (lambda x, v, g: F.conv2d(x, torch._weight_norm(v, g.sum(), -1)), [CONV, ((3,), {})]),
     "group_norm of one": (lambda x: F.group_norm(x, 1), []),
     "instance_norm": (lambda x: F.instance_norm(x), []),
     "batch statistics": (lambda x: F.batch_norm(x.transpose(1, 2), None, None, training=True), []),
