@@ -276,7 +276,7 @@ def test_normalised_weights_come_back_and_a_model_that_cannot_be_copied_is_refus
         model = network(norm)
         result = RemoveChannels(ratio=0.5, round_to=1)(graphcomb.capture(model, (torch.randn(4, 6),)))
         if norm is nn.utils.weight_norm:
-            with pytest.raises(Refused, match="transplant: the model cannot be copied .*weight_norm"):
+            with pytest.raises(Refused, match=r"transplant: the model cannot be copied .*weight_norm"):
                 result.transplant(model)
         else:
             new = result.transplant(model)
