@@ -23,6 +23,7 @@ from .runtime.devices.dla import dla_core
 from .runtime.devices.table import Target, get_target
 from .runtime.engines.backends import engine_options
 from .runtime.export.opset import LOWEST
+from .runtime.export.placement import dla_placement
 from .runtime.prediction.latency_table import LatencyTable
 from .runtime.prediction.roofline import Roofline
 from .sources import first_batch, load_data, load_model, load_onnx, resolve
@@ -54,7 +55,7 @@ class Job:
         return Context(
             data=self.train, val=self.val, loss=self.loss, metric=self.metric, target=self.target,
             dtype=self.recipe.precision, teacher=self.program, seed=self.recipe.seed, progress=progress,
-            latency=self.latency,
+            latency=self.latency, placement=dla_placement(self.target) if self.target.dla else None,
         )  # fmt: skip
 
 

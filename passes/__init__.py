@@ -5,6 +5,7 @@ from .channels.remove_channels import RemoveChannels
 from .comb import Comb
 from .depth.prune_depth import PruneDepth
 from .fuse.fuse import Fuse
+from .legalise.legalise import Legalise
 from .minimise.minimise import Minimise
 from .quantize import Quantize
 from .repair import Recalibrate, Repair
@@ -17,6 +18,7 @@ __all__ = [
     "Context",
     "Distill",
     "Fuse",
+    "Legalise",
     "Minimise",
     "Pass",
     "PassResult",

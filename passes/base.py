@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +34,8 @@ class Context:
     - target: a device with `alignment(dtype) -> int` (see `runtime.Target`). dtype: the precision of the engine.
     - latency: predicts the seconds of layers (`graph.workload.layer.Latency`), for latency targets.
     - teacher: the dense program, for distillation. plan: sizes of groups, as `RemoveChannels.plan` proposes them.
+    - placement: where an accelerator of the target runs the layers of a program: a name for each layer, in order, and the
+      reason why it falls back to the GPU, "" if it does not (`runtime.dla_placement`).
     - seed: the seed of everything random. out: a folder for checkpoints and stages. progress: whether to show progress bars.
     """
 
@@ -44,6 +46,7 @@ class Context:
     target: Any = None
     dtype: str = "fp16"
     latency: Latency | None = None
+    placement: Callable[[Program], Sequence[tuple[str, str]]] | None = None
     teacher: Program | None = None
     seed: int = 0
     out: str | Path | None = None

@@ -9,6 +9,7 @@ from .devices.table import TARGETS, Target, get_target
 from .engines.base import Engine, EngineReport
 from .engines.build import build_engine, load_engine, open_engine
 from .export.parity import parity
+from .export.placement import dla_placement
 from .export.to_onnx import OnnxReport, export_onnx
 from .measure.bench import BenchResult, bench
 from .prediction.latency_table import LatencyTable
@@ -29,6 +30,7 @@ __all__ = [
     "Target",
     "bench",
     "build_engine",
+    "dla_placement",
     "export_onnx",
     "get_target",
     "load_engine",

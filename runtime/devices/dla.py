@@ -24,6 +24,7 @@ LIMITS = {
     "AveragePool": POOLING,
 }
 ATTRIBUTES = {"stride": "strides", "padding": "pads", "dilation": "dilations", "window": "kernel_shape"}
+CLIPPED = 1, 127  # range of the upper end of a clipped ReLU
 NEAREST, LINEAR = 32, 4  # largest scales of a resize, by its mode
 FOLDED = frozenset("Constant Shape Size".split())  # TensorRT computes their values when it builds the engine
 FREE = frozenset("Identity Dropout QuantizeLinear DequantizeLinear".split())  # TensorRT makes no layers of them
@@ -51,15 +52,18 @@ class Placement:
     why: str
 
 
-def dla_report(model: onnx.ModelProto, target: Target, core: Any = 0, batch: Any = None) -> list[Placement]:
+def dla_report(
+    model: onnx.ModelProto, target: Target, core: Any = 0, batch: Any = None, kind: str | None = None
+) -> list[Placement]:
     """Return where each node of a model would run by the rules of the target's DLA, in the order of the graph.
 
-    core: index of the DLA core. batch: batch size of a model with a dynamic batch.
+    core: index of the DLA core. batch: batch size of a model with a dynamic batch. kind: the precision that the model will
+    have; by default the one that it has.
 
     Raises BadInput for a target without a DLA or without that core, a precision that the DLA does not compute in, and
     dynamic shapes for which `batch` gives no size.
     """
-    kind = precision(model)
+    becomes, kind = kind is not None, kind or precision(model)
     rules = dla_core(target, core, kind)
     graph = onnx.shape_inference.infer_shapes(_static(model, rules, batch)).graph
     types = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}
@@ -67,7 +71,11 @@ def dla_report(model: onnx.ModelProto, target: Target, core: Any = 0, batch: Any
     shapes |= {t.name: tuple(t.dims) for t in graph.initializer}
     computed = {t.name for t in graph.initializer}  # tensors that do not depend on the inputs
     # The float tensors of an INT8 model lie between Q/DQ nodes, which TensorRT fuses into the layers.
-    allowed = {*rules.dtypes, *(["fp32"] if kind == "int8" else [])}
+    allowed = {*rules.dtypes, *(["fp32"] if becomes or kind == "int8" else [])}
+    values = {t.name: t for t in graph.initializer}
+    values |= {
+        n.output[0]: a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"
+    }
     report = []
     for node in graph.node:
         if node.op_type in FOLDED or all(i in computed for i in node.input if i):
@@ -79,6 +87,8 @@ def dla_report(model: onnx.ModelProto, target: Target, core: Any = 0, batch: Any
             why = why or _size(live, shapes, rules)
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             operands = [shapes.get(n, ()) for n in (*node.input, *node.output)]
+            if not why and node.op_type == "Clip":
+                why = _clip([values.get(name) for name in node.input[1:]], rules)
             if not why and node.op_type in RULES:
                 why = RULES[node.op_type](attributes, operands, rules)
             why = why or _limits(node.op_type, attributes, operands)
@@ -165,6 +175,13 @@ def _deconvolution(attributes: dict[str, Any], shapes: list[Shape], rules: Dla) 
         return "its deconvolutions have no groups"
     padded = any(attributes.get("pads", ())) or attributes.get("auto_pad", b"").startswith(b"SAME")
     return "its deconvolutions have no padding" if padded and not rules.deconvolution_padding else ""
+
+
+def _clip(bounds: Sequence[onnx.TensorProto | None], rules: Dla) -> str:
+    low, high = (None if b is None else float(onnx.numpy_helper.to_array(b).item()) for b in [*bounds, None, None][:2])
+    if low != 0 or high is None or not CLIPPED[0] <= high <= CLIPPED[1]:
+        return f"it clips from 0 to a value of {CLIPPED[0]} to {CLIPPED[1]} only"
+    return ""
 
 
 def _concat(attributes: dict[str, Any], shapes: list[Shape], rules: Dla) -> str:

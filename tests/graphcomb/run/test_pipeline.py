@@ -12,8 +12,11 @@ import toys
 from graphcomb import Pipeline, capture
 from graphcomb.graph.errors import BadInput, GraphcombError
 from graphcomb.graph.program import Program
+from graphcomb.job import Job
 from graphcomb.passes import Comb, Context, Distill, Pass, PassResult, RemoveChannels
 from graphcomb.passes.common.repeat import functions_code
+from graphcomb.recipe import parse_recipe
+from graphcomb.runtime import get_target
 
 CALLS: list[str] = []
 
@@ -169,3 +172,10 @@ def test_functions_inside_options_decide_what_is_taken_over():
     )
     assert first.options() == second.options()
     assert functions_code(first) != functions_code(second)
+
+
+@pytest.mark.parametrize(("target", "there"), [("orin-nx", True), ("orin-nano", False)])
+def test_a_recipe_knows_where_a_dla_runs_its_layers(target, there):
+    recipe = parse_recipe({"model": "package:model", "target": target, "passes": [{"Legalise": {"always": ["silu"]}}]})
+    context = Job(recipe, program=None, target=get_target(target)).context()
+    assert (context.placement is not None) == there

@@ -57,6 +57,12 @@ CASES = [
     (one("ConvTranspose", weights=[half(8, 4, 3, 3)], pads=[1, 1, 1, 1]), "its deconvolutions have no padding"),
     (one("ConvTranspose", weights=[half(8, 4, 3, 3)], auto_pad="SAME_UPPER"), "its deconvolutions have no padding"),
     (one("ConvTranspose", weights=[half(8, 4, 3, 3)], dilations=[2, 2]), "dilation 2 is above 1"),
+    (one("Clip", weights=[np.array(0, np.float16), np.array(6, np.float16)]), ""),
+    (
+        one("Clip", weights=[np.array(-1, np.float16), np.array(1, np.float16)]),
+        "it clips from 0 to a value of 1 to 127 only",
+    ),
+    (one("Clip", weights=[np.array(0, np.float16)]), "it clips from 0 to a value of 1 to 127 only"),
     (one("Concat", count=2, axis=1), ""),
     (one("Concat", count=2, axis=-3), ""),
     (one("Concat", count=2, axis=2), "it joins along the channels only, not along axis 2"),
