@@ -45,7 +45,9 @@ class Step:
 class Store(Protocol):
     """The interface of what stores constants that the graph reads as tensors."""
 
-    training: bool
+    @property
+    def training(self) -> bool: ...
+
     batch: int | None  # the batch size that the file fixes, if the graph is to take others
 
     def constant(self, key: str, array: np.ndarray) -> Tensor:
