@@ -50,7 +50,7 @@ lint-tensorrt: $(STAMP)
 	test ! -d $(STUBS) || MYPYPATH=$(SITE):$(STUBS) $(BIN)/mypy \
 	  --cache-dir .cache/mypy-stubs --follow-imports=silent \
 	    -m graphcomb.runtime.engines.trt.build -m graphcomb.runtime.engines.trt.run -m graphcomb.runtime.kit.trt \
-	    -m graphcomb.runtime.kit.build -m graphcomb.runtime.kit.engines
+	    -m graphcomb.runtime.kit.build -m graphcomb.runtime.kit.calibrate -m graphcomb.runtime.kit.engines
 
 # The book, in .cache/book: warnings, also of links, are errors. References come from the docstrings of a wheel, as in lint.
 docs: $(STAMP)

@@ -55,8 +55,9 @@ class DeviceEngine(Format):
     engine file beside results.json), flags (of TensorRT's builder), no_graph (why it cannot run as a CUDA graph),
     contended (number of runs that counted although another process had the processor), cold_ms (milliseconds of load and
     first_run), device_bytes (device memory of the engine, its context and buffers), dla (number of layers, and the name and
-    type of each that runs on the GPU), timing_cache (its file and SHA-256), and trtexec (the command line that builds and
-    measures the same with NVIDIA's tool).
+    type of each that runs on the GPU), calibration (file, SHA-256 and number of tensors of the calibration cache, if the
+    bundled model's implicit form was built), timing_cache (its file and SHA-256), and trtexec (the command line that builds
+    and measures the same with NVIDIA's tool).
     """
 
     inspector: list[Any] = says("layers as TensorRT's engine inspector reports them", default=[])
@@ -88,8 +89,10 @@ class BundledLayer(Format):
 class BundledModel(Format):
     """One model of a bundle.
 
-    Further keys: its files and their SHA-256, names of its outputs, sparse (whether it has 2:4 sparse weights), and note
-    (how the bundled model differs from the one asked for).
+    Further keys: its files and their SHA-256, names of its outputs, sparse (whether it has 2:4 sparse weights), note (how
+    the bundled model differs from the one asked for), and, for a quantised model and a target with a DLA, implicit: the
+    form without Q/DQ nodes that a DLA needs up to TensorRT 10 (file, scales by tensor, int8: names of the layers that
+    compute in INT8, and notes: what a build may compute otherwise).
     """
 
     precision: str | None = says("precision of the model; int8 if it has Q/DQ nodes", default=None)

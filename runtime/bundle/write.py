@@ -26,6 +26,7 @@ from ...graph.workload.libraries import ONNXRUNTIME
 from ..devices.table import Target, get_target
 from ..engines.base import UnparsedOp
 from ..engines.ort import OrtEngine
+from ..engines.trt.implicit import implicit
 from ..export.compare import TOLERANCES, ranges_of, verdict
 from ..export.half import inexact, to_half
 from ..export.islands import islands
@@ -39,6 +40,8 @@ from ..measure.inputs import random_inputs
 from ..onnx_file import TensorSpec, check_model, opset_of, precision, tensor_specs
 from ..prediction.layers import describe, name_nodes
 from ..prediction.roofline import Roofline
+
+IMPLICIT = "model.implicit.onnx"  # name of the form of a quantised model without Q/DQ nodes
 
 README = """A graphcomb bench bundle. On the device, with its own TensorRT and numpy:
 
@@ -110,7 +113,9 @@ def write_bundle(
                 feeds = {i.name: x.astype(i.dtype) for x, i in zip(inputs, specs, strict=True)}
                 outputs, missing = _run_reference(exact, list(feeds.values()), bool(plugins))
                 _write_reference(place / "reference.npz", feeds, outputs)
-                note = "; ".join(filter(None, [note, missing]))
+                without, lost = _without_nodes(file, model, device)
+                note = "; ".join(filter(None, [note, missing, lost]))
+                data = [*_weights(model, file), *([without["file"]] if without else [])]
             rules = ONNXRUNTIME if device is None else Roofline(device, kind).rules
             rows = describe(source, batch, rules) if isinstance(source, Program) else (layers or {}).get(name, ())
             about[name] = {
@@ -118,13 +123,14 @@ def write_bundle(
                 "reference": f"{name}/reference.npz",
                 "outputs": [output.name for output in graph.output],
                 "sha256": digest(file),
-                "data": {f"{name}/{data}": digest(place / data) for data in _weights(model, file)},
+                "data": {f"{name}/{path}": digest(place / path) for path in data},
                 "precision": precision(model),
                 "sparse": any(w.pattern for w in sparse_weights(onnx.load(str(file)))),
                 "opset": opset_of(model),
                 "batch": next((int(x.shape[0]) if x.ndim else None for x in feeds.values()), None),
                 "note": note,
                 "layers": name_nodes(rows, model),
+                **({"implicit": without} if without else {}),
             }
         if kind == "int8" and not any(row["precision"] == kind for row in about.values()):
             raise BadInput(f"bundle: no int8 in {', '.join(about)}; give a model with Q/DQ nodes, or another precision")
@@ -272,6 +278,23 @@ def _lower(
     if known and (wrong := verdict(half, model, file, known, TOLERANCES["fp16", "fp16"]).wrong):
         raise Refused(f"{source}: fp16 {wrong}; bundle it in fp32, or keep nodes in fp32 as `export_onnx` does")
     return source, file, ""
+
+
+def _without_nodes(file: Path, model: onnx.ModelProto, device: Target | None) -> tuple[dict[str, Any], str]:
+    """Write the form of a quantised model without Q/DQ nodes beside it, for a device whose DLA needs it, and return what the
+    device has to know of it (docs/formats.md, BundledModel) and "". Without such a form return {} and the reason, if the
+    DLA needs one."""
+    if device is None or device.dla is None or precision(model) != "int8":
+        return {}, ""
+    if _weights(model, file):
+        return {}, "a DLA runs none of it in INT8: its weights lie in a file of their own"
+    try:
+        found = implicit(onnx.load(str(file)))
+    except Refused as error:
+        return {}, f"a DLA runs none of it in INT8: {error}"
+    onnx.save(found.model, str(file.with_name(IMPLICIT)))
+    about = {"file": IMPLICIT, "scales": found.scales, "int8": list(found.int8), "notes": list(found.notes)}
+    return about, ""
 
 
 def _case(source: Path, make: Callable[[list[TensorSpec]], list[np.ndarray]]) -> Case:

@@ -3,7 +3,7 @@
 They need only Python 3.8, numpy and the device's own inference library, and import nothing of graphcomb but each other.
 
 - bench, options, measuring, contents, data: what is measured, in which order, and what is written.
-- engines, build, trt, ort: TensorRT and ONNX Runtime.
+- engines, build, calibrate, trt, ort: TensorRT and ONNX Runtime.
 - telemetry: power, temperatures and clocks. cuda: the CUDA runtime.
 """
 

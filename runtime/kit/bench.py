@@ -149,7 +149,8 @@ def _open(
             say(f"    {kind:<16} {layer}")
     if "SPARSE_WEIGHTS" in engine.about.get("flags", ()):
         say(f"{name}: kernels for 2:4 sparse weights are allowed")
-    result["notes"] += [f"{name}: {text}" for text in (about.get("note"), parity.get("note")) if text]
+    lost = about["implicit"]["notes"] if "calibration" in engine.about else []
+    result["notes"] += [f"{name}: {text}" for text in (about.get("note"), *lost, parity.get("note")) if text]
     return engine
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .calibrate import calibrate, calibrates
 from .contents import Failure, complete, digest, write_bytes, write_json
 from .trt import SUFFIXES, made, new_logger
 
@@ -30,11 +31,19 @@ if TYPE_CHECKING:
 OLD_OPSET = 17  # the highest opset that TensorRT 8.5 and 8.6 (JetPack 5 and 6.0) parse
 
 
+def implied(trt: Any, arguments: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the form of a quantised model without Q/DQ nodes (docs/formats.md, BundledModel) if it is to be built: for a
+    DLA up to TensorRT 10; else None."""
+    return about.get("implicit") if arguments.dla is not None and calibrates(trt) else None
+
+
 def builder_flags(trt: Any, arguments: argparse.Namespace, about: dict[str, Any]) -> list[str]:
     """Return the names of the builder flags for a model. Raises Failure for one that the version lacks."""
     wanted = ["SPARSE_WEIGHTS"] if arguments.sparse or about.get("sparse") else []
     # Without strong typing TensorRT computes in fp32 unless flags permit a lower precision.
-    if not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
+    calibrated = implied(trt, arguments, about) is not None
+    wanted += ["OBEY_PRECISION_CONSTRAINTS"] if calibrated else []
+    if calibrated or not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
         wanted += ["FP16"] if about["precision"] != "fp32" else []
         wanted += ["INT8"] if about["precision"] == "int8" else []
     wanted += ["GPU_FALLBACK"] if arguments.dla is not None else []
@@ -69,8 +78,9 @@ def build(
 ) -> None:
     """Build an engine, write it to a file, and write its description beside it.
 
-    The description has build_seconds, bytes, dla (number of layers, and those that run on the GPU with their types), and
-    timing_cache (file and SHA-256), as far as they apply. Plug-ins are loaded already. Raises Failure with the
+    The description has build_seconds, bytes, dla (number of layers, and those that run on the GPU with their types),
+    calibration (see `implied`: its file, SHA-256, and number of tensors) and timing_cache (file and SHA-256), as far as they
+    apply. Plug-ins are loaded already. Raises Failure with the
     library's reason.
     """
     trt = importlib.import_module(arguments.engine)
@@ -82,11 +92,12 @@ def build(
     start = time.perf_counter()
     builder: types.Builder = trt.Builder(logger)
     kinds = trt.NetworkDefinitionCreationFlag
-    strong = getattr(kinds, "STRONGLY_TYPED", None)
+    implicit = implied(trt, arguments, about)
+    strong = getattr(kinds, "STRONGLY_TYPED", None) if implicit is None else None
     wanted = 1 << int(kinds.EXPLICIT_BATCH if strong is None else strong)
     network: types.INetworkDefinition = made(builder.create_network(wanted), "a network", logger)
     parser: types.OnnxParser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(model)):
+    if not parser.parse_from_file(str(model if implicit is None else model.with_name(implicit["file"]))):
         reason = parser.get_error(0).desc() if parser.num_errors else logger.error()
         raise Failure(f"{model.name}: {who} cannot parse it: {reason}")
     config: types.IBuilderConfig = made(builder.create_builder_config(), "a configuration", logger)
@@ -94,6 +105,11 @@ def build(
     for name in builder_flags(trt, arguments, about):
         config.set_flag(getattr(trt.BuilderFlag, name))
     facts: dict[str, Any] = {}
+    if implicit is not None:
+        scales = calibrate(trt, network, config, implicit["scales"], implicit["int8"])
+        file = arguments.out.with_name(calibration_file(about))
+        write_bytes(file, scales.encode())  # for `trtexec`
+        facts["calibration"] = {"file": file.name, "sha256": digest(file), "tensors": len(implicit["scales"])}
     if arguments.dla is not None:
         facts["dla"] = _use_dla(trt, builder, network, config, arguments.dla, who)
     inputs: list[Any] = [network.get_input(index) for index in range(network.num_inputs)]
@@ -118,6 +134,11 @@ def build(
         facts["timing_cache"] = {"file": cache.name, "sha256": digest(cache)}
     write_bytes(engine, data)
     write_json(engine.with_name(engine.name + ".json"), facts)
+
+
+def calibration_file(about: dict[str, Any]) -> str:
+    """Return the name of the calibration cache of a model."""
+    return f"{Path(about['file']).parent.name}.calib"
 
 
 def _use_dla(trt: Any, builder: Any, network: Any, config: Any, core: int, who: str) -> dict[str, Any]:
@@ -176,10 +197,15 @@ def trtexec(
 
     dynamic: shapes of the inputs with dynamic axes, by name.
     """
+    implicit = implied(trt, arguments, about)
+    model = model if implicit is None else model.with_name(implicit["file"])
     tool = "tensorrt_rtx" if arguments.engine == "tensorrt_rtx" else "trtexec"
     words = [tool, f"--onnx={model}", f"--saveEngine={Path(about['file']).parent.name}{SUFFIXES[arguments.engine]}"]
     names = trt.NetworkDefinitionCreationFlag.__members__
-    if "EXPLICIT_BATCH" in names and "STRONGLY_TYPED" in names:  # 10.x; before it is unknown, and later the only way
+    if implicit is not None:
+        kinds = ",".join(["*:fp16", *(f"{name}:int8" for name in implicit["int8"])])
+        words += [f"--calib={calibration_file(about)}", "--precisionConstraints=obey", f"--layerPrecisions={kinds}"]
+    elif "EXPLICIT_BATCH" in names and "STRONGLY_TYPED" in names:  # 10.x; before it is unknown, and later the only way
         words.append("--stronglyTyped")
     words += [{"FP16": "--fp16", "INT8": "--int8"}[name] for name in flags if name in ("FP16", "INT8")]
     words += ["--sparsity=enable"] if "SPARSE_WEIGHTS" in flags else []

@@ -26,6 +26,7 @@ from ....graph.files import replacing
 from ...devices.dla import dla_report
 from ...devices.table import NAMES as LIBRARIES
 from ...devices.table import Target, canonical, parsed_opset
+from ...kit.calibrate import calibrate, calibrates
 from ...kit.cuda import Cuda, CudaError
 from ...kit.trt import made, new_logger
 from ...onnx_file import opset_of, precision
@@ -33,7 +34,6 @@ from ...summary import Pad, Unfused
 from ..backends import BACKENDS
 from ..base import EngineReport, UnparsedOp
 from ..options import NAMES, EngineOptions, three
-from .calibrate import calibrate, calibrates
 from .implicit import Implicit, implicit
 from .library import library, load_plugins, new_monitor, refusing
 from .log import parse_build_log
@@ -103,7 +103,7 @@ def build(
         work.aim()
         work.allow(kind)
         if found is not None:
-            calibrate(work.trt, work.network, work.config, found)
+            calibrate(work.trt, work.network, work.config, found.scales, found.int8)
             work.notes += found.notes
         work.shape(model)
         work.tune()

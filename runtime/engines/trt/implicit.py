@@ -8,7 +8,6 @@ operator that selects or moves values can be exchanged: round(relu(x)) = relu(ro
 """
 
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,14 +128,6 @@ def _exchange(graph: gs.Graph, scales: Scales) -> None:
         before = node.inputs[0]
         if len(before.outputs) == 1 and before.name not in ends:
             scales.setdefault(before.name, scales[node.outputs[0].name])
-
-
-def calibration_cache(scales: Mapping[str, float], version: str) -> str:
-    """Return the text of a calibration cache for a version of TensorRT, such as "10.3.0"."""
-    major, minor, patch = (int(part) for part in [*version.split("."), "0", "0"][:3])
-    number = (major * 10 if major >= 10 else major) * 1000 + minor * 100 + patch
-    lines = [f"{name}: {struct.pack('>f', scale).hex()}" for name, scale in scales.items()]
-    return "\n".join([f"TRT-{number}-EntropyCalibration2", *lines]) + "\n"
 
 
 def read_cache(text: str) -> Scales:

@@ -11,7 +11,8 @@ from graphcomb.graph.errors import Refused
 from graphcomb.runtime.devices.table import get_target
 from graphcomb.runtime.engines.options import EngineOptions
 from graphcomb.runtime.engines.trt import build as tensorrt
-from graphcomb.runtime.engines.trt.implicit import calibration_cache, implicit, read_cache
+from graphcomb.runtime.engines.trt.implicit import implicit, read_cache
+from graphcomb.runtime.kit.calibrate import calibration_cache
 
 SHAPE = (2, 4, 8, 8)
 
