@@ -1,16 +1,19 @@
 """Hold predictions of the roofline against latencies that others have published.
 
-    python benchmarks/public_figures.py
+    python benchmarks/public_figures.py                         # or [--again]
 
 Each figure was read at the address beside it. The network has the published architecture and random weights, since a
 prediction depends on shapes alone. The first prediction comes from the data sheet. The second is the same times one factor
 for each device and precision, with which the first row of that device and precision, which does not count, is exact. YOLO11
 needs the package `ultralytics`; without it those rows are skipped. Published times of YOLO11 are those of whole images
-through a Python library and not of the GPU alone. Results go to benchmarks/results/public_figures.json and .md.
+through a Python library and not of the GPU alone. Results go to benchmarks/results/public_figures.json and .md, and a run
+that was ended goes on where it was; --again predicts all rows anew.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from pathlib import Path
 from statistics import median
@@ -63,25 +66,37 @@ def predicted(source: Any, target: str, kind: str) -> float:
     return 1e3 * (sum(roofline.seconds(from_dict(row)) for row in rows) + roofline.per_run)
 
 
-def compare() -> list[dict[str, Any]]:
-    """The rows with both predictions, which are stored one by one."""
+def compare(path: Path, again: bool = False) -> list[dict[str, Any]]:
+    """The rows with both predictions. They are stored one by one, and those that are stored are not predicted again."""
+    stored = [] if again or not path.exists() else json.loads(path.read_text())["rows"]
+    known = {(row["target"], row["precision"], row["network"]): row for row in stored}
     programs: dict[str, Any] = {}
-    factors: dict[tuple[str, str], float] = {}
-    found = []
     for target, kind, name, ms, source in ROWS:
+        if (target, kind, name) in known:
+            continue
         try:
             programs[name] = programs.get(name) or program(name)
         except ModuleNotFoundError as error:
             print(f"{name}: skipped: {error}")
             continue
         sheet = predicted(programs[name], target, kind)
-        first = (target, kind) not in factors
-        factor = factors.setdefault((target, kind), ms / sheet)
-        row = {"target": target, "precision": kind, "network": name, "published": ms, "source": source}
-        found.append(row | {"sheet": sheet, "calibrated": None if first else sheet * factor})
+        row = {"target": target, "precision": kind, "network": name, "published": ms, "source": source, "sheet": sheet}
+        known[target, kind, name] = row | {"commit": revision()}
         print(f"{target}, {kind}, {name}: {ms} ms published, {sheet:.2f} ms predicted", flush=True)
-        save(RESULTS / "public_figures.json", {"commit": revision(), "rows": found})
-        write(RESULTS / "public_figures.md", table(found))
+        save(path, {"rows": calibrated(known)})
+        write(path.with_suffix(".md"), table(calibrated(known)))
+    return calibrated(known)
+
+
+def calibrated(known: dict[tuple[str, str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The known rows in the order of `ROWS`, calibrated by the first of each device and precision."""
+    factors: dict[tuple[str, str], float] = {}
+    found = []
+    for target, kind, name, *_ in ROWS:
+        if (row := known.get((target, kind, name))) is not None:
+            first = (target, kind) not in factors
+            factor = factors.setdefault((target, kind), row["published"] / row["sheet"])
+            found.append(row | {"calibrated": None if first else row["sheet"] * factor})
     return found
 
 
@@ -115,7 +130,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    compare()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="predict anew what has a result")
+    compare(RESULTS / "public_figures.json", parser.parse_args().again)
     return 0
 
 
