@@ -100,7 +100,6 @@ def _latency(summary: Summary) -> list[Tile]:
         details.append(f"95\u00a0% interval of the median {times(spread['low'])} to {times(spread['high'])}")
     if {"p5", "p95"} <= spread.keys():
         details.append(f"90\u00a0% of pairs {times(spread['p5'])} to {times(spread['p95'])}")
-    details.append(f"measured in {latency_place(summary)}")
     target = TARGETS.get(summary.target)
     if target is None or target.backend == "onnxruntime":
         if predicted is not None:
@@ -108,7 +107,7 @@ def _latency(summary: Summary) -> list[Tile]:
     else:  # the target is another device than the measured processor
         if predicted is not None:
             details.append(f"predicted {times(predicted)} on {target.name}")
-        details.append(f"says nothing of {target.name}, where padding, start-up of kernels and memory weigh otherwise")
+        details.append(f"another device than {target.name}, where padding and kernel launches weigh otherwise")
     return [Tile("latency on this processor", against(ratio, "faster", "slower"), ", ".join(details))]
 
 
