@@ -105,6 +105,8 @@ class _Run:
         self.values, self.tables = values, tables
         self.wrong = ""
         self._trials = 0
+        self._hopeless: set[tuple[str, Any]] = set()
+        self._final: Exception | None = None
 
     def guarded(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A module's forward that corrects the module's attributes if it fails."""
@@ -118,7 +120,11 @@ class _Run:
                     return result
             except Exception as error:
                 failure = error
-            if not self.values.knows(_floating(inputs)):  # another module is at fault
+            if failure is not None and failure is self._final:
+                raise failure
+            known = [self.values.knows(t) for t in _floating(inputs)]
+            # With no known input, another module is at fault. A constant, such as a mask, may not be in the program.
+            if not all(known) and (failure is None or not any(known)):
                 if failure is not None:
                     raise failure
                 return result
@@ -126,6 +132,8 @@ class _Run:
             if mended is not None:
                 return mended[0]
             if failure is not None:
+                if all(known) and not any(isinstance(v, int) for v in pytree.tree_leaves(inputs)):
+                    self._final = failure  # no number of a module around it reaches this one
                 raise failure
             if not self._trials:
                 self.wrong = self.wrong or f"; first in {path or 'the model'} ({_place_of(module)})"
@@ -136,8 +144,8 @@ class _Run:
     def _mended(self, path: str, module: nn.Module, forward: Callable[..., Any], inputs: Any) -> list[Any] | None:
         """The forward's result with other numbers in the module's attributes, as a list; None, with the attributes
         unchanged, if no combination gives a known value."""
-        held = dict(_slots(module))
-        if not held:
+        held, state = dict(_slots(module)), (path, _signature(inputs))
+        if not held or state in self._hopeless:
             return None
         for choice in itertools.islice(_choices(held, self._left(path), self._numbers(path)), TRIES):
             _set(module, choice)
@@ -152,6 +160,7 @@ class _Run:
             finally:
                 self._trials -= 1
             _set(module, {slot: held[slot] for slot in choice})
+        self._hopeless.add(state)  # the modules around it would try all of this again with each of their choices
         return None
 
     def _left(self, path: str) -> Sizes:
@@ -174,6 +183,12 @@ class _Run:
 
 def _copied(values: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, values)
+
+
+def _signature(values: Any) -> tuple[Any, ...]:
+    """Equal for nests with the same tensors and the same other values."""
+    leaves = pytree.tree_leaves(values)
+    return tuple((tuple(v.shape), *_sums(v)) if isinstance(v, torch.Tensor) else repr(v) for v in leaves)
 
 
 def _floating(values: Any) -> list[torch.Tensor]:

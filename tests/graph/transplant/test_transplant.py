@@ -281,3 +281,55 @@ def test_normalised_weights_come_back_and_a_model_that_cannot_be_copied_is_refus
         else:
             new = result.transplant(model)
             assert new[1].parametrizations.weight.original1.shape == (8, 8)
+
+
+class Masked(nn.Module):
+    """Attention in a block that gives it a mask, of which capture makes another constant."""
+
+    class Inner(Attention):
+        def forward(self, x, mask):
+            n, t, _ = x.shape
+            q, k, v = self.qkv(x).reshape(n, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask * 2)
+            return self.proj(y.transpose(1, 2).reshape(n, t, self.attn_dim))
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.depth = 16, 7
+        self.attention = self.Inner()
+
+    def forward(self, x):
+        return x + self.attention(x, torch.full((x.shape[1],) * 2, -1.0).triu(1))
+
+
+def test_a_mask_that_is_not_in_the_program_does_not_hide_the_attributes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), Masked(), nn.Linear(16, 3)).eval()
+    result = RemoveChannels(ratio=0.5, round_to=1, for_class=True)(graphcomb.capture(model, (torch.randn(2, 6, 5),)))
+    new = result.transplant(model)
+    assert new[1].attention.num_heads < 4 or new[1].attention.head_dim < 4
+
+
+def test_a_refusal_does_not_search_in_the_modules_around() -> None:
+    calls = []
+
+    class Counted(Fixed):
+        def forward(self, x):
+            calls.append(x.shape)
+            return super().forward(x)
+
+    class Around(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.a, self.b, self.c = inner, 16, 48, 4
+
+        def forward(self, x):
+            return self.inner(x) + x
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), Around(Around(Around(Counted()))), nn.Linear(16, 3)).eval()
+    result = RemoveChannels(ratio=0.5, round_to=1)(graphcomb.capture(model, (torch.randn(2, 6, 5),)))
+    calls.clear()
+    with pytest.raises(Refused, match="Counted"):
+        result.transplant(model)
+    assert len(calls) < 200  # thousands, if every module around tries its numbers
