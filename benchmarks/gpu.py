@@ -351,16 +351,19 @@ class TooLong(BaseException):
 def limited(seconds: float) -> Iterator[None]:
     """Raise TooLong if the block takes longer."""
 
-    def end(*_: Any) -> None:
-        raise TooLong(f"it took more than {seconds:g} s")
+    within = True
 
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    def end(*_: Any) -> None:
+        if within:
+            raise TooLong(f"it took more than {seconds:g} s")
+
+    signal.signal(signal.SIGALRM, end)  # never the default again: an alarm that is late would end the process
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
     finally:
+        within = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def run(todo: list[Step], bench: Bench, data: dict, results: Path, minutes: float, limit: float) -> int:

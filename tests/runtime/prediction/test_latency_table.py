@@ -169,7 +169,7 @@ def test_a_busy_machine_leaves_what_was_measured(table: LatencyTable, tmp_path: 
 def test_too_few_undisturbed_rounds_are_an_error(tmp_path: Path, monkeypatch) -> None:
     table = LatencyTable(tmp_path / "table.json")
     module = importlib.import_module("graphcomb.runtime.measure.bench")
-    monkeypatch.setattr(module, "_sample", lambda call, repeats, threads: (1e-3, False))
+    monkeypatch.setattr(module, "_sample", lambda call, repeats, threads: (1e-3, False, None))
     monkeypatch.setattr(latency, "SECONDS", 0.05)
     with pytest.raises(GraphcombError, match="too busy"):
         table.seconds(matmul(8, 8))
