@@ -19,7 +19,7 @@ from .graph.program import Program
 from .passes.base import Context, Pass, PassResult
 from .passes.batch import Adapted
 from .passes.common.repeat import Samples, run_code, seeded
-from .passes.common.scoring import evaluate
+from .passes.common.scoring import estimate
 from .runtime.formats import read
 from .runtime.summary import Record
 from .store import Store, is_main
@@ -35,6 +35,7 @@ class PipelineResult:
     - program: the compressed program.
     - records: the record of every pass (docs/formats.md, Record).
     - accuracy_before, accuracy_after: the metric of the first and the last program; None without labelled validation data.
+    - accuracy_interval: 95 % interval of accuracy_after over the choice of samples; None where it is not known.
     - metric: name of the metric.
     """
 
@@ -42,6 +43,7 @@ class PipelineResult:
     records: list[dict[str, Any]] = field(default_factory=list)
     accuracy_before: float | None = None
     accuracy_after: float | None = None
+    accuracy_interval: Sequence[float] | None = None
     metric: str = "accuracy"
 
     @property
@@ -93,7 +95,7 @@ class Pipeline:
         say = Console(quiet=not context.progress, markup=False, emoji=False).print
         result = PipelineResult(program, metric=figure_name(context))
         if context.val is not None:
-            accuracy = evaluate(program, context.val, context.metric, context.progress)
+            accuracy, result.accuracy_interval = estimate(program, context.val, context.metric, context.progress)
             result.accuracy_before = result.accuracy_after = accuracy
         say(_dense(program, result))
         for i, pass_ in enumerate(self.passes):
@@ -111,7 +113,9 @@ class Pipeline:
                 context.plan = None
             result.program = compressed
             result.records.append(compressed.history[-1])
-            result.accuracy_after = result.records[-1].get("accuracy", {}).get("after", result.accuracy_after)
+            if "accuracy" in result.records[-1]:
+                found = result.records[-1]["accuracy"]
+                result.accuracy_after, result.accuracy_interval = found["after"], found.get("interval")
             say(f"{head}: {_summary(result.records[-1])}")
             if out is not None and is_main():
                 write_json(Path(out) / "record.json", result.records)
@@ -133,8 +137,9 @@ class Pipeline:
                     "result is not kept"
                 )
         if accuracy is not None and context.val is not None:
-            after = evaluate(result.program, context.val, context.metric, context.progress)
-            result.record["accuracy"] = {"before": accuracy, "after": after, "metric": figure_name(context)}
+            after, interval = estimate(result.program, context.val, context.metric, context.progress)
+            found = {"before": accuracy, "after": after, "metric": figure_name(context)}
+            result.record["accuracy"] = found | ({"interval": interval} if interval else {})
         return result.program
 
 

@@ -109,6 +109,7 @@ def _summary(job: Job, result: PipelineResult) -> dict[str, Any]:
         "precision": job.recipe.precision,
         "accuracy_before": result.accuracy_before,
         "accuracy_after": result.accuracy_after,
+        "accuracy_interval": result.accuracy_interval and list(result.accuracy_interval),
         "metric": result.metric,
         "macs_ratio": None if "unknown" in before | after else before["macs"] / max(after["macs"], 1),
         "params_ratio": before["params"] / max(after["params"], 1),

@@ -37,6 +37,9 @@ class Scores(Change[float | None]):
     """The mean of the metric over the samples, before and after a pass."""
 
     metric: str = says("name of the metric", default="accuracy")
+    interval: list[float | None] | None = says(
+        "95 % interval of after over the choice of samples: low and high; null where it is not known", default=None
+    )
 
 
 class Verified(Format):
@@ -360,6 +363,11 @@ class Summary(Format):
     precision: str = says("precision of the engines")
     accuracy_before: float | None = says("metric of the dense program; null without labels")
     accuracy_after: float | None = says("metric of the compressed program; null without labels")
+    accuracy_interval: list[float | None] | None = says(
+        "95 % interval of accuracy_after over the choice of samples: low and high; null where it is not known, as for a "
+        "metric that is no mean",
+        default=None,
+    )
     metric: str = says(
         'name of the metric, by default "accuracy"; "training" precedes it if the recipe\'s data is a single loader',
         default="accuracy",

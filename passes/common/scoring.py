@@ -1,13 +1,15 @@
 """Metrics of a model over a data set."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from scipy import stats
+from torch import Tensor, nn
 
 from ...graph.errors import BadInput
 from ...graph.program import Program
@@ -18,6 +20,19 @@ from .loaders import length, shard
 from .losses import accuracy, applied, number
 from .processes import accelerator, placed, reduced
 from .repeat import seeded
+
+FEWEST = 8  # samples from whose spread an interval is estimated
+
+
+class Score(NamedTuple):
+    """The mean of a metric over a data set.
+
+    interval: the mean's 95 % interval over the choice of samples, as (low, high); None where it is not known: for a metric
+    that is no mean, and for few samples.
+    """
+
+    mean: float
+    interval: tuple[float, float] | None = None
 
 
 @contextmanager
@@ -52,6 +67,18 @@ def evaluate(
     and eval flags and random states are restored. field: name of the data in messages. Raises BadInput for data that is
     empty, has no labels or does not fit, and for a metric that fails.
     """
+    return estimate(model, data, metric, progress, field, alone).mean
+
+
+def estimate(
+    model: Program | nn.Module,
+    data: Iterable[Any],
+    metric: Callable[..., Any] | None = None,
+    progress: bool = False,
+    field: str = "val",
+    alone: bool = False,
+) -> Score:
+    """As `evaluate`, with the interval of the mean."""
     acc = accelerator()
     feed = Feed(model, field) if isinstance(model, Program) else None
     module = model.module() if isinstance(model, Program) else model
@@ -91,7 +118,7 @@ def score(
     progress: bool = False,
     field: str = "val",
     alone: bool = False,
-) -> float:
+) -> Score:
     """The mean that `evaluate` describes, for a module that the caller has put on its device and into eval mode.
 
     forward: gives the outputs of a batch. feed: fits batches to a program; None for a module that takes batches as they
@@ -102,7 +129,7 @@ def score(
         whole = None
     if whole is not None:
         applied("metric", whole.reset)
-    total, count = 0.0, 0
+    total, count, units = 0.0, 0, [0.0, 0.0, 0.0]
     share = data if alone else shard(data, acc.process_index, acc.num_processes, even=False)
     batches = feed.batches(share, pad=True) if feed else (Batch(*split_batch(raw), size=0) for raw in share)
     with bar(progress and acc.is_main_process, field, length(share)) as update, torch.no_grad(), seeded(0, data):
@@ -117,12 +144,37 @@ def score(
                 applied("metric", whole.update, outputs, batch.labels)
                 count += 1
                 continue
-            scores = torch.as_tensor(applied("metric", metric, outputs, batch.labels))
-            total, count = total + scores.cpu().double().sum().item(), count + scores.numel()
+            scores = torch.as_tensor(applied("metric", metric, outputs, batch.labels)).detach().cpu().double()
+            total, count = total + scores.sum().item(), count + scores.numel()
+            units = [a + b for a, b in zip(units, _independent(scores, batch.labels), strict=True)]
             update(done, "")
     if whole is not None and count:
-        return number("metric", applied("metric", whole.compute))
-    total, counted = (total, count) if alone else reduced([total, count], "sum", acc)
+        return Score(number("metric", applied("metric", whole.compute)))
+    total, counted, *units = (total, count, *units) if alone else reduced([total, count, *units], "sum", acc)
     if not counted:
         raise BadInput(f"{field}: yields nothing to score")
-    return total / counted
+    return Score(total / counted, _interval(total / counted, *units))
+
+
+def _independent(scores: Tensor, labels: Any) -> list[float]:
+    """The number of scores of a batch that are independent of each other, their sum and the sum of their squares.
+
+    Scores of pixels of one image are not, so where there is not one score for each sample the batch counts as one.
+    """
+    if not (isinstance(labels, Tensor) and labels.dim() and scores.shape == labels.shape[:1]):
+        scores = scores.mean().reshape(1) if scores.numel() else scores.reshape(0)
+    return [float(len(scores)), float(scores.sum()), float(scores.square().sum())]
+
+
+def _interval(mean: float, count: float, total: float, squares: float) -> tuple[float, float] | None:
+    """The 95 % interval of a mean: Wilson's for shares, else Student's. count, total, squares: see `_independent`."""
+    if not math.isfinite(squares) or not count:
+        return None
+    if squares == total:  # every score is 0 or 1
+        found = stats.binomtest(round(total), round(count)).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
+    if count < FEWEST:
+        return None
+    spread = math.sqrt(max(squares - total**2 / count, 0) / (count - 1) / count)
+    half = float(stats.t.ppf(0.975, count - 1)) * spread
+    return mean - half, mean + half

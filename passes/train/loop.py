@@ -321,7 +321,7 @@ class _Loop:
 
     def _validate(self, data: Iterable[Any]) -> float:
         metric = self.context.metric or accuracy
-        return score(lambda *a, **k: self.outputs(self.module(*a, **k)), self.val_feed, data, metric, self.acc)
+        return score(lambda *a, **k: self.outputs(self.module(*a, **k)), self.val_feed, data, metric, self.acc).mean
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
     def _save(self) -> None:

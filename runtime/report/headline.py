@@ -67,12 +67,15 @@ def _quality(summary: Summary) -> list[Tile]:
     score = score_format(before, after, metric=summary.metric)
     if after is None:  # the outputs of the compressed program may be NaN, which summary.json has as null
         return [Tile(summary.metric, NOT_FINITE, f"from {score(before)}", "watch")]
-    detail = ""
-    if before is not None and after is not None:
+    details = []
+    if before is not None:
         factor, unit = (100, " points") if score is percent else (1, "")
         difference = f"{(after - before) * factor:+.2f}".replace("-", "−")
-        detail = f"from {score(before)}, {difference}{unit}"
-    return [Tile(summary.metric, score(after), detail)]
+        details.append(f"from {score(before)}, {difference}{unit}")
+    ends = [end for end in summary.accuracy_interval or () if number(end) is not None]
+    if len(ends) == 2:
+        details.append(f"95\u00a0% interval {score(ends[0])} to {score(ends[1])}")
+    return [Tile(summary.metric, score(after), "; ".join(details))]
 
 
 def _costs(summary: Summary) -> list[Tile]:

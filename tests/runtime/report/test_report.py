@@ -24,7 +24,7 @@ def test_everything_of_the_summary_shows(tmp_path):
     for expected in (
         "my.models:net",
         "4× fewer multiply-accumulates, 4× fewer parameters, 3.12× faster",
-        "98.33 %", "from 98.61 %, −0.28 points",
+        "98.33 %", "from 98.61 %, −0.28 points; 95 % interval 96.41 % to 99.23 %",
         "800 M → 200 M", "11 M → 2.75 M",
         "5.1 ms → 1.63 ms, 95 % interval of the median 3.09× to 3.14×, 90 % of pairs 3.02× to 3.19×",
         "surgery error", "3.4e-14",

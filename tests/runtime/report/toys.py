@@ -143,6 +143,7 @@ def summary(layers=3):
         "target": "rtx-sm86",
         "accuracy_before": 0.9861,
         "accuracy_after": 0.9833,
+        "accuracy_interval": [0.9641, 0.9923],
         "cost": {"before": cost(8e8, 11e6), "after": cost(2e8, 2.75e6)},
         "macs_ratio": 4.0,
         "params_ratio": 4.0,
