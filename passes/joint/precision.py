@@ -9,12 +9,14 @@ floating point is none. Source: ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
 from ...graph.comb.solve import Comb
+from ...graph.errors import Refused
 from ...graph.nodes import op_name
 from ...graph.program import Program
 from ...graph.workload.layer import Latency, Layer, rules_of
@@ -77,7 +79,7 @@ def choose_precisions(
       last layers, in floating point.
     - samples: number of samples that judge, and as many calibrate.
 
-    Raises BadInput without data, or for data that gives the same outputs for all samples.
+    Raises Refused for times that are not finite; BadInput without data, or for data that gives the same outputs for all samples.
     """
     quantize = quantize or Quantize(samples=samples)
     images = take(context, samples)
@@ -90,6 +92,8 @@ def choose_precisions(
     ]
     alone = [quantised_alone(everything, group) for group in groups]
     plain, whole, *each = seconds([program, everything, *alone])
+    if not all(map(math.isfinite, (plain, whole, *each))):
+        raise Refused("choose_precisions: some times could not be measured; measure again when the machine is less busy")
     options = [
         Option(tuple(group), plain - own, divergence(one)) for group, own, one in zip(groups, each, alone, strict=True)
     ]

@@ -8,7 +8,7 @@ input, their weights quantised. Source: Wu et al., arXiv 2004.09602, sections 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,9 @@ from ..common.feed import Batch
 from ..common.observe import Observer
 from ..common.weights import WeightedLayer
 
-RANGE = (-128, 127)  # the one signed range that ONNX's QuantizeLinear has
+Range = tuple[int, int]
+RANGE: Range = (-128, 127)  # the one signed range that ONNX's QuantizeLinear has
+UNSIGNED: Range = (0, 255)  # of values that are never negative, twice as fine
 BINS = 2048
 CLIPS = np.linspace(0.05, 1.0, 96)  # shares of the largest value that are tried as saturation
 JUDGES = 32  # samples on which "error" compares outputs
@@ -56,16 +58,19 @@ class Histogram:
         reached = self.counts.cumsum(0) >= share / 100 * self.counts.sum()
         return min((int(reached.int().argmax()) + 1) * self.width / BINS, self.largest)
 
-    def least_error(self) -> float:
-        """The saturation with the least squared error, where the entries of a bin lie at its middle."""
+    def least_error(self, steps_up: int = RANGE[1]) -> float:
+        """The saturation with the least squared error, where the entries of a bin lie at its middle. steps_up: the largest
+        integer."""
         counts = self.counts.numpy()
         middles = (np.arange(BINS) + 0.5) * self.width / BINS
-        steps = (self.largest * CLIPS / RANGE[1])[:, None]
-        errors = np.square(middles - steps * np.minimum(np.round(middles / steps), RANGE[1])) @ counts
+        steps = (self.largest * CLIPS / steps_up)[:, None]
+        errors = np.square(middles - steps * np.minimum(np.round(middles / steps), steps_up)) @ counts
         return float(self.largest * CLIPS[int(errors.argmin())])
 
 
-def saturations(histogram: Histogram, calibration: str, percentile: float) -> tuple[float, ...]:
+def saturations(
+    histogram: Histogram, calibration: str, percentile: float, steps_up: int = RANGE[1]
+) -> tuple[float, ...]:
     """The saturations that a calibration chooses from, without repetition; 0 for an input that was zero throughout."""
     if not histogram.largest:
         return (0.0,)
@@ -73,7 +78,7 @@ def saturations(histogram: Histogram, calibration: str, percentile: float) -> tu
     if calibration in ("percentile", "error"):
         found["percentile"] = histogram.percentile(percentile)
     if calibration in ("histogram", "error"):
-        found["histogram"] = histogram.least_error()
+        found["histogram"] = histogram.least_error(steps_up)
     return tuple(dict.fromkeys(found.values())) if calibration == "error" else (found[calibration],)
 
 
@@ -83,28 +88,43 @@ def input_scales(
     batches: Sequence[tuple[Batch, int]],
     calibration: str,
     percentile: float,
+    others: Sequence[fx.Node] = (),
+    unsigned: Collection[fx.Node] = (),
 ) -> dict[fx.Node, float]:
-    """The scale of every input of the chosen layers, which is the size of one step; 0 for an input that was zero throughout.
+    """The scale of every input of the chosen layers, and of other values, which is the size of one step; 0 for a value that
+    was zero throughout. Of a value that no layer reads "error" takes the histogram's. unsigned: the values whose range is UNSIGNED.
 
     batches: with the number of samples of each that count. Raises BadInput, which names the layer, for an input that is not
     finite.
     """
     readers = {node.args[0]: layer.name for layer in reversed(chosen) for node in layer.nodes}
-    known: dict[fx.Node, Histogram] = {node: Histogram() for node in readers}  # type: ignore[misc]
+    values_of = dict.fromkeys([*readers, *others])
+    known: dict[fx.Node, Histogram] = {node: Histogram() for node in values_of}  # type: ignore[misc]
 
     def see(node: fx.Node, value: Tensor, values: Mapping[fx.Node, Any]) -> None:
         if not bool(value.isfinite().all()):
-            raise BadInput(f"Quantize: the inputs of {readers[node]} are not finite; check the data")
+            raise BadInput(f"Quantize: {_where(node, readers)} not finite; check the data")
         known[node].add(value)
 
     observer = Observer(module, known, see)
     for batch, _ in batches:
         observer(batch)
-    options = {node: saturations(histogram, calibration, percentile) for node, histogram in known.items()}
+    options = {}
+    for node, histogram in known.items():
+        method = "histogram" if calibration == "error" and node not in readers else calibration
+        options[node] = saturations(histogram, method, percentile, _range(node, unsigned)[1])
     errors = {node: np.zeros(len(ends)) for node, ends in options.items()}
     if any(len(ends) > 1 for ends in options.values()):
-        _add_errors(module, chosen, batches, options, errors)
-    return {node: ends[int(errors[node].argmin())] / RANGE[1] for node, ends in options.items()}
+        _add_errors(module, chosen, batches, options, unsigned, errors)
+    return {node: ends[int(errors[node].argmin())] / _range(node, unsigned)[1] for node, ends in options.items()}
+
+
+def _range(node: fx.Node, unsigned: Collection[fx.Node]) -> Range:
+    return UNSIGNED if node in unsigned else RANGE
+
+
+def _where(node: fx.Node, readers: Mapping[Any, str]) -> str:
+    return f"the inputs of {readers[node]} are" if node in readers else f"the value of {node.name} is"
 
 
 def _add_errors(
@@ -112,6 +132,7 @@ def _add_errors(
     chosen: Sequence[WeightedLayer],
     batches: Sequence[tuple[Batch, int]],
     options: Mapping[fx.Node, Sequence[float]],
+    unsigned: Collection[fx.Node],
     errors: Mapping[fx.Node, np.ndarray],
 ) -> None:
     """Add the squared errors of the outputs of all readers of an input, each in units of the reader's squared outputs."""
@@ -129,9 +150,10 @@ def _add_errors(
         assert isinstance(x, Tensor)
         rounded = on_grid(weight, weight_scales(weight))
         scale = float(value.double().square().sum()) or 1.0
+        ends = _range(source, unsigned)
         for i, end in enumerate(options[source]):
-            step = end / RANGE[1]
-            given = {id(x): torch.fake_quantize_per_tensor_affine(x, step, 0, *RANGE), id(weight): rounded}
+            step = end / ends[1]
+            given = {id(x): torch.fake_quantize_per_tensor_affine(x, step, 0, *ends), id(weight): rounded}
             new, keywords = pytree.tree_map(lambda v, g=given: g.get(id(v), v), (args, kwargs))
             off = node.target(*new, **keywords) - value  # type: ignore[operator]
             errors[source][i] += float(off.double().square().sum()) / scale

@@ -1,6 +1,6 @@
 """The pass that quantises to INT8 in the graph: symmetric fake quantisation that exports as Q/DQ, calibrated on data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,7 +19,8 @@ from ..common.samples import sample_batches
 from ..common.weights import WeightedLayer, check_included
 from ..common.weights import layers as find_layers
 from .bias import Means, correctable
-from .calibrate import RANGE, input_scales, weight_scales
+from .calibrate import RANGE, UNSIGNED, input_scales, weight_scales
+from .regions import Residuals, is_nonnegative, pads_zeros, residual_inputs
 from .which import Precision, check_named, precisions
 
 
@@ -28,8 +29,8 @@ class Quantize(Pass):
     """Quantise the inputs and weights of linear layers and convolutions to INT8, symmetrically.
 
     `x -> s * clamp(round(x / s), -128, 127)`, with one scale `s` for each input, and one for each output channel of a
-    weight, such that the channel's largest entry becomes 127. Biases, normalisations, additions and attention scores
-    stay in floating point. The zero point is 0, so zeros of a sparse weight stay exactly zero. The nodes are ATen's
+    weight, such that the channel's largest entry becomes 127. Biases, normalisations and attention scores stay in floating
+    point. The zero point is 0, so zeros of a sparse weight stay exactly zero. The nodes are ATen's
     fake quantisation: they export as QuantizeLinear and DequantizeLinear, which TensorRT and TensorRT-RTX build INT8
     kernels from. Their gradients pass straight through, so that a `Distill` after this pass is quantisation-aware
     training (with these scales, masks held).
@@ -43,6 +44,11 @@ class Quantize(Pass):
         of the network in floating point (`bias`). A layer without a bias gets one, unless it is called several times. It
         can help or hurt: with 64 photographs the divergence fell from 0.020 to 0.015 nats for EfficientNet-Lite0, and rose
         from 0.10 to 0.18 for MobileNetV2, so compare.
+    placement: for whose kernels values are quantised: "tensorrt" or "cpu" (ONNX Runtime and OpenVINO), by default the
+        context's target's, without one TensorRT's. Residual additions whose arguments layers in INT8 compute or read add
+        quantised values: for TensorRT the argument that is computed first, for a CPU both (`regions.residual_inputs`). For
+        a CPU values are UINT8, those that are never negative, such as a ReLU's, from 0 on, the others around 128: only so
+        has ONNX Runtime an INT8 kernel for a layer before a ReLU. TensorRT has no UINT8.
     include, exclude: patterns over weight names; any of the names of a tied weight may match. By default all layers are
         quantised but the first ones, which read the network's inputs, and the last ones before each output, box decoding
         included; `include=("*",)` quantises these, too.
@@ -59,6 +65,7 @@ class Quantize(Pass):
     calibration: Literal["histogram", "minmax", "percentile", "error"] = "histogram"
     percentile: float = 99.99
     bias_correction: bool = False
+    placement: Literal["target", "tensorrt", "cpu"] = "target"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: Mapping[str, Precision] = field(default_factory=dict)
@@ -81,9 +88,14 @@ class Quantize(Pass):
         changed: list[Change] = []
         if chosen:
             with seeded(context.seed, context.data), placed(new.module(), accelerator().device), torch.no_grad():
-                changed, silent = self._quantise(new, chosen, self._batches(new, context))
+                changed, silent = self._quantise(new, chosen, self._batches(new, context), self._for_cpu(context))
                 refused += silent
-        return PassResult(new, {"changed": changed, "refused": refused, "fp32": single})
+        placement = "cpu" if self._for_cpu(context) else "tensorrt"
+        return PassResult(new, {"changed": changed, "refused": refused, "fp32": single, "placement": placement})
+
+    def _for_cpu(self, context: Context) -> bool:
+        backend = getattr(context.target, "backend", "tensorrt") if self.placement == "target" else self.placement
+        return not backend.startswith("tensorrt")
 
     def _batches(self, program: Program, context: Context) -> list[tuple[Batch, int]]:
         if context.data is None:
@@ -91,25 +103,34 @@ class Quantize(Pass):
         return list(sample_batches(Feed(program), context, self.samples, "Quantize"))
 
     def _quantise(
-        self, program: Program, chosen: Sequence[WeightedLayer], batches: Sequence[tuple[Batch, int]]
+        self, program: Program, chosen: Sequence[WeightedLayer], batches: Sequence[tuple[Batch, int]], cpu: bool
     ) -> tuple[list[Change], list[Refusal]]:
         """Quantise layers in place; returns what changed, and refusals for layers whose inputs are all zero."""
         module = program.module().eval()
-        scales = input_scales(module, chosen, batches, self.calibration, self.percentile)
+        residuals: Residuals = "both" if cpu else "skip"
+        integer = {node for layer in chosen for node in layer.nodes}
+        summed = [node.args[i] for node, i in residual_inputs(program.graph, integer, residuals)]
+        unsigned = {node for node in program.graph.nodes if cpu and is_nonnegative(node)}
+        scales = input_scales(module, chosen, batches, self.calibration, self.percentile, summed, unsigned)
         known = {layer.name: [scales[node.args[0]] for node in layer.nodes] for layer in chosen}  # type: ignore[index]
         silent = [name for name, steps in known.items() if not all(steps)]
         layers = [layer for layer in chosen if layer.name not in silent]
+        integer = {node for layer in layers for node in layer.nodes}
+        additions = residual_inputs(program.graph, integer, residuals)
         place = {node: i for i, node in enumerate(program.graph.nodes)}
         shifted = [layer for layer in layers if correctable(layer)] if self.bias_correction else []
         shifted.sort(key=lambda layer: place[layer.nodes[0]])
         means = Means(batches)
         wanted = means.of(module, [layer.nodes[0] for layer in shifted])
-        writer = _Writer(program)
+        writer = _Writer(program, unsigned if cpu else None)
         largest = {}
         for layer in layers:
             for node, scale in zip(layer.nodes, known[layer.name], strict=True):
-                writer.quantise_input(node, scale)
+                writer.quantise_argument(node, 0, scale)
             largest[layer.name] = float(writer.quantise_weight(layer).max())
+        for node, i in additions:
+            if scale := scales.get(node.args[i], 0.0):  # type: ignore[arg-type]
+                writer.quantise_argument(node, i, scale)
         writer.edit.finish()
         shifts = means.correct(module, shifted, wanted)
         changed = []
@@ -123,19 +144,24 @@ class Quantize(Pass):
 class _Writer:
     """Inserts fake quantisation into a graph; a value that several layers read is quantised once."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, unsigned: Collection[fx.Node] | None):
+        self.unsigned = unsigned
         self.module, self.edit = program.module(), Editor(program.module())
         self.inputs: dict[fx.Node, fx.Node] = {}
 
-    def quantise_input(self, node: fx.Node, scale: float) -> None:
-        """Make a layer read its input quantised. scale: the size of one quantisation step."""
-        source = node.args[0]
+    def quantise_argument(self, node: fx.Node, index: int, scale: float) -> None:
+        """Make a node read a positional argument quantised. scale: the size of one quantisation step."""
+        source = node.args[index]
         assert isinstance(source, fx.Node)
         if source not in self.inputs:
+            if self.unsigned is not None and pads_zeros(source):
+                self.quantise_argument(source, 0, scale)  # ONNX Runtime pads integers only between two such pairs
+            # ONNX Runtime's convolutions read and write one type, so for a CPU signed values are UINT8 around 128.
+            zero, ends = (0, RANGE) if self.unsigned is None else (0 if source in self.unsigned else 128, UNSIGNED)
             with self.edit.after(source):
                 target = torch.ops.aten.fake_quantize_per_tensor_affine.default
-                self.inputs[source] = self.edit.call(target, (source, scale, 0, *RANGE), like=source)
-        set_argument(node, next(iter(arguments(node))), self.inputs[source])
+                self.inputs[source] = self.edit.call(target, (source, scale, zero, *ends), like=source)
+        node.update_arg(index, self.inputs[source])
 
     def quantise_weight(self, layer: WeightedLayer) -> Tensor:
         """Make a layer read its weight quantised; returns the scales `(out,)`."""

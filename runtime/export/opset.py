@@ -33,10 +33,13 @@ def choose_opset(
     It is `asked` if that is given. Otherwise it is DEFAULT, QUANTISED for a quantised program, BFLOAT for bf16, or the
     higher one that an operator of the program needs, but no higher than the target parses.
 
-    Raises BadInput for an opset that cannot be written or that the target does not parse, Refused for an operator or a
+    Raises BadInput for an opset that cannot be written or that the target does not parse, and for a program quantised for a
+    CPU if the target is TensorRT's; Refused for an operator or a
     precision that needs a higher opset, and for a quantised program in bf16.
     """
     limit = target.opset if target is not None else None
+    if target is not None and target.backend.startswith("tensorrt") and _has_uint8(program):
+        raise BadInput(f'target {target.name}: has no UINT8, which Quantize(placement="cpu") made; quantise for the target')
     if asked is not None and asked < LOWEST:
         raise BadInput(f"opset {asked}: {LOWEST} is the lowest that can be written (LayerNormalization came with it)")
     if asked is not None and limit is not None and asked > limit:
@@ -62,6 +65,11 @@ def choose_opset(
 def is_quantised(program: Program) -> bool:
     """Return whether a program contains fake-quantised values."""
     return any(op_name(node).startswith("fake_quantize") for node in program.graph.nodes)
+
+
+def _has_uint8(program: Program) -> bool:
+    nodes = program.graph.nodes
+    return any(op_name(node) == "fake_quantize_per_tensor_affine" and node.args[3] == 0 for node in nodes)
 
 
 def lower_to_17(graph: gs.Graph) -> None:
