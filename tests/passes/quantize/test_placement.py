@@ -29,7 +29,8 @@ class Residual(nn.Module):
 
     def forward(self, x):
         x = self.stem(x).relu()
-        x = (self.b(F.pad(self.a(x).relu(), (1, 1, 1, 1))) + self.down(x)).relu()
+        shortcut = self.down(x)
+        x = (self.b(F.pad(self.a(x).relu(), (1, 1, 1, 1))) + shortcut).relu()
         x = (x + self.d(self.c(x).relu())).relu()
         return self.head(x.mean((2, 3)))
 
@@ -64,7 +65,7 @@ def test_residual_additions_share_the_scale_of_the_next_layer(for_tensorrt):
     fake = "fake_quantize_per_tensor_affine"
     assert sums(for_tensorrt.program) == [["conv2d", fake], [fake, "conv2d"]], "the shortcuts, not the branches"
     nodes = [n for n in for_tensorrt.program.graph.nodes if op_name(n) == fake]
-    assert len(nodes) == 5 + 1, "inputs of five layers, two of which share, a shortcut, a sum that is shared"
+    assert len(nodes) == 4 + 1, "inputs of five layers, two of which share, and a shortcut; the other is a layer's input"
     shared = [n for n in nodes if {op_name(u) for u in n.users} >= {"add"}]
     assert len(shared) == 2
     assert all(n.args[2:] == (0, -128, 127) for n in nodes)
