@@ -6,9 +6,10 @@
 
 Networks, photographs and scores are those of `trained.py`, without labels: the score is the share of test images whose first
 class is that of the dense network, and the divergence from it is in nats. Calibration images and test images are crops of
-different photographs. "all" quantises every layer, "default" all but the first and last ones, "chosen" the regions that
-`choose_precisions` takes for the allowed divergence, with the seconds of ONNX Runtime itself. All are scored as ONNX
-Runtime computes them, its fused integer kernels included. Latencies are medians of runs in turns, at batch 1.
+different photographs. "all" quantises every layer, "default" all but the first and last ones, both for a CPU; "default for
+TensorRT" quantises other values of the same layers; "chosen" has the regions that `choose_precisions` takes for the allowed
+divergence, with the seconds of ONNX Runtime itself. All are scored as ONNX Runtime computes them, its fused integer kernels
+included. Latencies are medians of runs in turns, at batch 1.
 """
 
 from __future__ import annotations
@@ -67,10 +68,11 @@ def measure(name: str) -> dict[str, Any]:
     start = time.process_time()
     dense = Fuse()(network.dense).program
     context = Context(data=network.calibration(0))
-    how = Quantize(samples=SAMPLES)
+    how = Quantize(samples=SAMPLES, placement="cpu")
     programs = {
-        "all": Quantize(samples=SAMPLES, include=("*",))(dense, context).program,
+        "all": dataclasses.replace(how, include=("*",))(dense, context).program,
         "default": how(dense, context).program,
+        "default for TensorRT": dataclasses.replace(how, placement="tensorrt")(dense, context).program,
     }
     choice = choose_precisions(dense, context, seconds, LOSSES[name], how, SAMPLES)
     programs = {"fp32": dense, **programs, "chosen": choice.program}
