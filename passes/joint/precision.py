@@ -79,7 +79,8 @@ def choose_precisions(
       last layers, in floating point.
     - samples: number of samples that judge, and as many calibrate.
 
-    Raises Refused for times that are not finite; BadInput without data, or for data that gives the same outputs for all samples.
+    Raises Refused for times that are not finite; BadInput without data, or for data that gives the same outputs for all
+    samples.
     """
     quantize = quantize or Quantize(samples=samples)
     images = take(context, samples)
@@ -93,7 +94,9 @@ def choose_precisions(
     alone = [quantised_alone(everything, group) for group in groups]
     plain, whole, *each = seconds([program, everything, *alone])
     if not all(map(math.isfinite, (plain, whole, *each))):
-        raise Refused("choose_precisions: some times could not be measured; measure again when the machine is less busy")
+        raise Refused(
+            "choose_precisions: some times could not be measured; measure again when the machine is less busy"
+        )
     options = [
         Option(tuple(group), plain - own, divergence(one)) for group, own, one in zip(groups, each, alone, strict=True)
     ]

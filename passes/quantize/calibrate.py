@@ -91,11 +91,14 @@ def input_scales(
     others: Sequence[fx.Node] = (),
     unsigned: Collection[fx.Node] = (),
 ) -> dict[fx.Node, float]:
-    """The scale of every input of the chosen layers, and of other values, which is the size of one step; 0 for a value that
-    was zero throughout. Of a value that no layer reads "error" takes the histogram's. unsigned: the values whose range is UNSIGNED.
+    """The scale, which is the size of one step, of every input of the chosen layers and of other values; 0 for a value that
+    was zero throughout.
 
-    batches: with the number of samples of each that count. Raises BadInput, which names the layer, for an input that is not
-    finite.
+    - batches: with the number of samples of each that count.
+    - others: values that no layer need read. For one that none reads, "error" takes the histogram's saturation.
+    - unsigned: the values whose range is UNSIGNED.
+
+    Raises BadInput, which names the layer or the value, for one that is not finite.
     """
     readers = {node.args[0]: layer.name for layer in reversed(chosen) for node in layer.nodes}
     values_of = dict.fromkeys([*readers, *others])

@@ -151,10 +151,9 @@ def quantised_alone(program: Program, weights: Collection[str]) -> Program:
             set_argument(node, source, a[source].all_input_nodes[0])
     additions = {}
     for node in new.graph.nodes:
-        before = node.args[0] if pads_zeros(node) else None
-        if isinstance(before, fx.Node) and op_name(before).startswith(FAKE):
-            if not any(op_name(user).startswith(FAKE) and user.users for user in node.users):
-                node.update_arg(0, before.args[0])
+        read = any(op_name(user).startswith(FAKE) and user.users for user in node.users)
+        if pads_zeros(node) and op_name(node.args[0]).startswith(FAKE) and not read:
+            node.update_arg(0, node.args[0].args[0])
         fakes = {i: v for i, v in enumerate(node.args[:2]) if isinstance(v, fx.Node) and op_name(v).startswith(FAKE)}
         if op_name(node) in ADDITIONS and fakes:
             additions[node] = fakes

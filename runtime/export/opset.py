@@ -34,12 +34,14 @@ def choose_opset(
     higher one that an operator of the program needs, but no higher than the target parses.
 
     Raises BadInput for an opset that cannot be written or that the target does not parse, and for a program quantised for a
-    CPU if the target is TensorRT's; Refused for an operator or a
-    precision that needs a higher opset, and for a quantised program in bf16.
+    CPU if the target is TensorRT's; Refused for an operator or a precision that needs a higher opset, and for a quantised
+    program in bf16.
     """
     limit = target.opset if target is not None else None
     if target is not None and target.backend.startswith("tensorrt") and _has_uint8(program):
-        raise BadInput(f'target {target.name}: has no UINT8, which Quantize(placement="cpu") made; quantise for the target')
+        raise BadInput(
+            f'target {target.name}: has no UINT8, which Quantize(placement="cpu") made; quantise for the target'
+        )
     if asked is not None and asked < LOWEST:
         raise BadInput(f"opset {asked}: {LOWEST} is the lowest that can be written (LayerNormalization came with it)")
     if asked is not None and limit is not None and asked > limit:

@@ -65,7 +65,9 @@ def test_residual_additions_share_the_scale_of_the_next_layer(for_tensorrt):
     fake = "fake_quantize_per_tensor_affine"
     assert sums(for_tensorrt.program) == [["conv2d", fake], [fake, "conv2d"]], "the shortcuts, not the branches"
     nodes = [n for n in for_tensorrt.program.graph.nodes if op_name(n) == fake]
-    assert len(nodes) == 4 + 1, "inputs of five layers, two of which share, and a shortcut; the other is a layer's input"
+    assert len(nodes) == 4 + 1, (
+        "inputs of five layers, two of which share, and a shortcut; the other is a layer's input"
+    )
     shared = [n for n in nodes if {op_name(u) for u in n.users} >= {"add"}]
     assert len(shared) == 2
     assert all(n.args[2:] == (0, -128, 127) for n in nodes)
@@ -118,7 +120,7 @@ def test_a_part_of_it_is_what_the_pass_makes_of_that_part(program, placement):
     for names in ({"a", "b", "down"}, {"a", "b"}, {"d"}, {"c"}, set()):
         part = quantised_alone(whole, {f"{name}.weight" for name in names})
         assert {name for _, name in quantised_layers(part)} == {f"{name}.weight" for name in names}
-        asked = {name: "int8" for name in names} | {"*": "fp16"}
+        asked = dict.fromkeys(names, "int8") | {"*": "fp16"}
         wanted = Quantize(placement=placement, layers=asked)(program, data=data()).program
         with torch.no_grad():
             assert torch.equal(part.module()(x), wanted.module()(x)), names
@@ -128,7 +130,14 @@ def test_what_is_never_negative():
     class Several(nn.Module):
         def forward(self, x):
             a, b = x.clamp(0, 6), F.pad(x.relu(), (1, 1), value=1.0)
-            return a, b, F.max_pool2d(x.sigmoid(), 2), x.clamp(-1, 1), F.pad(a, (1, 1)), F.pad(x, (1, 1, 1, 1), mode="reflect")
+            return (
+                a,
+                b,
+                F.max_pool2d(x.sigmoid(), 2),
+                x.clamp(-1, 1),
+                F.pad(a, (1, 1)),
+                F.pad(x, (1, 1, 1, 1), mode="reflect"),
+            )
 
     graph = g.capture(Several(), torch.randn(1, 2, 4, 4)).graph
     outputs = graph.output_node().args[0]
