@@ -23,8 +23,9 @@ from ...graph.workload.layer import Latency, Layer, rules_of
 from ...graph.workload.layers import Layers
 from ..base import Context
 from ..common.weights import layers as find_layers
+from ..quantize.placement import FAKE, passed_on, producer
 from ..quantize.quantize import Quantize
-from ..quantize.regions import FAKE, passed_on, producer, quantised_alone, quantised_layers, regions
+from ..quantize.regions import quantised_alone, quantised_layers, regions
 from ..quantize.which import Precision
 from .losses import Divergence, take
 from .ranges import overflows, ranges

@@ -22,8 +22,9 @@ from ...graph.workload.layers import Layers
 from ..common.scoring import bar
 from ..common.weights import layers as weighted
 from ..fuse.fuse import Fuse
+from ..quantize.placement import FAKE, passed_on, producer
 from ..quantize.quantize import Quantize
-from ..quantize.regions import FAKE, passed_on, producer, quantised_alone, quantised_layers, regions
+from ..quantize.regions import quantised_alone, quantised_layers, regions
 from ..sparse.sparsify import SPARSE_CAPABILITY, SPARSE_CHANNELS, Sparsify
 from .losses import Losses
 from .ranges import weight_of

@@ -1,11 +1,11 @@
 """The pass that quantises to INT8 in the graph: symmetric fake quantisation that exports as Q/DQ, calibrated on data."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ...graph.edit import Editor
 from ...graph.errors import BadInput
@@ -19,8 +19,8 @@ from ..common.samples import sample_batches
 from ..common.weights import WeightedLayer, check_included
 from ..common.weights import layers as find_layers
 from .bias import Means, correctable
-from .calibrate import RANGE, UNSIGNED, input_scales, weight_scales
-from .regions import Residuals, is_nonnegative, pads_zeros, residual_inputs
+from .calibrate import RANGE, input_scales, weight_scales
+from .placement import grid, is_nonnegative, origin, place, quantised_reads
 from .which import Precision, check_named, precisions
 
 
@@ -45,10 +45,11 @@ class Quantize(Pass):
         can help or hurt: with 64 photographs the divergence fell from 0.020 to 0.015 nats for EfficientNet-Lite0, and rose
         from 0.10 to 0.18 for MobileNetV2, so compare.
     placement: for whose kernels values are quantised: "tensorrt" or "cpu" (ONNX Runtime and OpenVINO), by default the
-        context's target's, without one TensorRT's. Residual additions whose arguments layers in INT8 compute or read add
-        quantised values: for TensorRT the argument that is computed first, for a CPU both (`regions.residual_inputs`). For
-        a CPU values are UINT8, those that are never negative, such as a ReLU's, from 0 on, the others around 128: only so
-        has ONNX Runtime an INT8 kernel for a layer before a ReLU. TensorRT has no UINT8.
+        context's target's, without one TensorRT's. Residual additions of what layers in INT8 compute or read add quantised
+        values: for TensorRT the one that is computed first, for a CPU both. For a CPU, what layers write is quantised, too,
+        behind a ReLU if there is one, and all values are UINT8: those that are never negative from 0 on, the others around
+        128. Otherwise ONNX Runtime has no INT8 kernels for most layers, and is slower than without INT8. TensorRT has no
+        UINT8, so such a program is refused for its targets.
     include, exclude: patterns over weight names; any of the names of a tied weight may match. By default all layers are
         quantised but the first ones, which read the network's inputs, and the last ones before each output, box decoding
         included; `include=("*",)` quantises these, too.
@@ -107,31 +108,26 @@ class Quantize(Pass):
     ) -> tuple[list[Change], list[Refusal]]:
         """Quantise layers in place; returns what changed, and refusals for layers whose inputs are all zero."""
         module = program.module().eval()
-        residuals: Residuals = "both" if cpu else "skip"
         integer = {node for layer in chosen for node in layer.nodes}
-        summed = [node.args[i] for node, i in residual_inputs(program.graph, integer, residuals)]
-        unsigned = {node for node in program.graph.nodes if cpu and is_nonnegative(node)}
-        scales = input_scales(module, chosen, batches, self.calibration, self.percentile, summed, unsigned)
+        values = dict.fromkeys(value for _, value in quantised_reads(program.graph, integer, cpu))
+        unsigned = {value for value in values if cpu and is_nonnegative(value)}
+        scales = input_scales(module, chosen, batches, self.calibration, self.percentile, list(values), unsigned)
+        if cpu:
+            scales = {value: scales[origin(value, values)] for value in scales}
         known = {layer.name: [scales[node.args[0]] for node in layer.nodes] for layer in chosen}  # type: ignore[index]
         silent = [name for name, steps in known.items() if not all(steps)]
         layers = [layer for layer in chosen if layer.name not in silent]
         integer = {node for layer in layers for node in layer.nodes}
-        additions = residual_inputs(program.graph, integer, residuals)
-        place = {node: i for i, node in enumerate(program.graph.nodes)}
+        reads = quantised_reads(program.graph, integer, cpu)
+        order = {node: i for i, node in enumerate(program.graph.nodes)}
         shifted = [layer for layer in layers if correctable(layer)] if self.bias_correction else []
-        shifted.sort(key=lambda layer: place[layer.nodes[0]])
+        shifted.sort(key=lambda layer: order[layer.nodes[0]])
         means = Means(batches)
         wanted = means.of(module, [layer.nodes[0] for layer in shifted])
-        writer = _Writer(program, unsigned if cpu else None)
-        largest = {}
-        for layer in layers:
-            for node, scale in zip(layer.nodes, known[layer.name], strict=True):
-                writer.quantise_argument(node, 0, scale)
-            largest[layer.name] = float(writer.quantise_weight(layer).max())
-        for node, i in additions:
-            if scale := scales.get(node.args[i], 0.0):  # type: ignore[arg-type]
-                writer.quantise_argument(node, i, scale)
-        writer.edit.finish()
+        edit = Editor(program.module())
+        place(edit, reads, {value: grid(value, scale, cpu) for value, scale in scales.items() if scale})
+        largest = {layer.name: float(_quantise_weight(edit, layer).max()) for layer in layers}
+        edit.finish()
         shifts = means.correct(module, shifted, wanted)
         changed = []
         for layer in layers:
@@ -141,37 +137,15 @@ class Quantize(Pass):
         return changed, [Refusal(name, "its inputs are all zero in the calibration data") for name in silent]
 
 
-class _Writer:
-    """Inserts fake quantisation into a graph; a value that several layers read is quantised once."""
-
-    def __init__(self, program: Program, unsigned: Collection[fx.Node] | None):
-        self.unsigned = unsigned
-        self.module, self.edit = program.module(), Editor(program.module())
-        self.inputs: dict[fx.Node, fx.Node] = {}
-
-    def quantise_argument(self, node: fx.Node, index: int, scale: float) -> None:
-        """Make a node read a positional argument quantised. scale: the size of one quantisation step."""
-        source = node.args[index]
-        assert isinstance(source, fx.Node)
-        if source not in self.inputs:
-            if self.unsigned is not None and pads_zeros(source):
-                self.quantise_argument(source, 0, scale)  # ONNX Runtime pads integers only between two such pairs
-            # ONNX Runtime's convolutions read and write one type, so for a CPU signed values are UINT8 around 128.
-            zero, ends = (0, RANGE) if self.unsigned is None else (0 if source in self.unsigned else 128, UNSIGNED)
-            with self.edit.after(source):
-                target = torch.ops.aten.fake_quantize_per_tensor_affine.default
-                self.inputs[source] = self.edit.call(target, (source, scale, zero, *ends), like=source)
-        node.update_arg(index, self.inputs[source])
-
-    def quantise_weight(self, layer: WeightedLayer) -> Tensor:
-        """Make a layer read its weight quantised; returns the scales `(out,)`."""
-        scales = weight_scales(fetch(self.module, layer.name))
-        stored = arguments(layer.nodes[0])["weight"]
-        with self.edit.before(layer.nodes[0]):
-            zero = self.edit.store(f"{layer.name}_zero", torch.zeros_like(scales, dtype=torch.int32))
-            scale = self.edit.store(f"{layer.name}_scale", scales)
-            target = torch.ops.aten.fake_quantize_per_channel_affine.default
-            fake = self.edit.call(target, (stored, scale, zero, 0, *RANGE), like=layer.nodes[0])
-        for node in layer.nodes:
-            set_argument(node, "weight", fake)
-        return scales
+def _quantise_weight(edit: Editor, layer: WeightedLayer) -> Tensor:
+    """Make a layer read its weight quantised; returns the scales `(out,)`."""
+    scales = weight_scales(fetch(edit.module, layer.name))
+    stored = arguments(layer.nodes[0])["weight"]
+    with edit.before(layer.nodes[0]):
+        zero = edit.store(f"{layer.name}_zero", torch.zeros_like(scales, dtype=torch.int32))
+        scale = edit.store(f"{layer.name}_scale", scales)
+        target = torch.ops.aten.fake_quantize_per_channel_affine.default
+        fake = edit.call(target, (stored, scale, zero, 0, *RANGE), like=layer.nodes[0])
+    for node in layer.nodes:
+        set_argument(node, "weight", fake)
+    return scales

@@ -13,7 +13,8 @@ import graphcomb as g
 from graphcomb.graph.errors import BadInput
 from graphcomb.graph.nodes import op_name
 from graphcomb.passes import Context, Quantize
-from graphcomb.passes.quantize.regions import is_nonnegative, pads_zeros, quantised_alone, quantised_layers
+from graphcomb.passes.quantize.placement import is_nonnegative, pads_zeros
+from graphcomb.passes.quantize.regions import quantised_alone, quantised_layers
 from graphcomb.runtime import build_engine, export_onnx, get_target
 
 
