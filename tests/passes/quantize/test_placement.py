@@ -92,6 +92,40 @@ def test_quantised_for_a_cpu_onnx_runtime_has_an_int8_kernel_for_every_layer(pro
     assert (counts[0]["QLinearConv"], counts[1]["QLinearConv"]) == (5, 0)
 
 
+class Several(nn.Module):
+    """Layers before what is no ReLU, a concatenation, and pooling."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3 if i == 0 else 16, 16, 3, padding=1) for i in range(3))
+        self.fc, self.head = nn.Linear(32, 24), nn.Linear(24, 4)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.a(x).relu(), 2)
+        x = torch.cat([F.silu(self.b(x)), self.c(x).relu()], 1)
+        return self.head(F.gelu(self.fc(x.mean((2, 3)))))
+
+
+def test_kernels_are_int8_behind_and_before_everything(tmp_path):
+    torch.manual_seed(0)
+    program = g.capture(Several().eval(), torch.randn(2, 3, 12, 12), dynamic_shapes="batch")
+    found = Quantize(placement="cpu", include="*")(program, data=data())
+    grids = {
+        n.args[0]: n.args[1:] for n in found.program.graph.nodes if op_name(n) == "fake_quantize_per_tensor_affine"
+    }
+    pooled = next(n for n in grids if op_name(n) == "max_pool2d")
+    assert grids[pooled] == grids[next(n for n in grids if op_name(n) == "relu")], "pooling rounds nothing anew"
+    output = found.program.graph.output_node().args[0][0]
+    assert op_name(output) == "linear", "the network's output is not quantised"
+    report = export_onnx(found.program, tmp_path / "net.onnx")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
+    onnxruntime.InferenceSession(str(report.path), options, providers=["CPUExecutionProvider"])
+    counts = Counter(n.op_type for n in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    assert (counts["QLinearConv"], counts["QGemm"], counts["Conv"], counts["Gemm"]) == (3, 1, 0, 1), counts
+    assert report.parity < 0.05
+
+
 def test_it_is_at_least_as_near_to_the_program(program, for_tensorrt, for_cpu):
     x = torch.cat(data())
     with torch.no_grad():
@@ -128,7 +162,7 @@ def test_a_part_of_it_is_what_the_pass_makes_of_that_part(program, placement):
 
 
 def test_what_is_never_negative():
-    class Several(nn.Module):
+    class Signs(nn.Module):
         def forward(self, x):
             a, b = x.clamp(0, 6), F.pad(x.relu(), (1, 1), value=1.0)
             return (
@@ -140,7 +174,7 @@ def test_what_is_never_negative():
                 F.pad(x, (1, 1, 1, 1), mode="reflect"),
             )
 
-    graph = g.capture(Several(), torch.randn(1, 2, 4, 4)).graph
+    graph = g.capture(Signs(), torch.randn(1, 2, 4, 4)).graph
     outputs = graph.output_node().args[0]
     assert [is_nonnegative(n) for n in outputs] == [True, False, True, False, True, False]
     assert [pads_zeros(n) for n in outputs] == [False, False, False, False, True, False]
