@@ -56,8 +56,8 @@ def quantised_reads(graph: fx.Graph, integer: Collection[fx.Node], cpu: bool) ->
         written = map(_written, layers)
         found += [(reader, value) for value in written for reader in value.users if reader.op != "output"]
         # ONNX Runtime pads integers only between two quantised values.
-        found += [(value, value.args[0]) for _, value in found if pads_zeros(value)]  # type: ignore[arg-type, union-attr]
-    return list(dict.fromkeys(found))  # type: ignore[arg-type]
+        found += [(value, value.args[0]) for _, value in found if pads_zeros(value)]
+    return list(dict.fromkeys(found))
 
 
 def place(edit: Editor, reads: Collection[tuple[fx.Node, fx.Node]], grids: Mapping[fx.Node, Grid]) -> None:
@@ -113,11 +113,11 @@ def _written(layer: fx.Node) -> fx.Node:
 
 def pads_zeros(node: fx.Node) -> bool:
     """Whether a node pads with zeros, which rounding keeps."""
-    if op_name(node) == "constant_pad_nd":
-        return not (node.args[2] if len(node.args) > 2 else node.kwargs.get("value", 0))
-    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
-    value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    return op_name(node) == "pad" and mode == "constant" and not value
+    name, given = op_name(node), dict(enumerate(node.args)) | node.kwargs
+    if name not in ("pad", "constant_pad_nd"):
+        return False
+    mode, value = given.get(2, given.get("mode", "constant")), given.get(3, given.get("value"))
+    return bool(mode == "constant" and not value) if name == "pad" else bool(given.get(2, value or 0) == 0)
 
 
 def is_nonnegative(value: fx.Node) -> bool:
