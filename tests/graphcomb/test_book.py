@@ -1,4 +1,4 @@
-"""Every code block of the book runs. Blocks of a page share one scope, in order, in an empty folder.
+"""Every code block of the book runs, those in lists too. Blocks of a page share one scope, in order, in an empty folder.
 
 Comments of HTML in a page, which readers do not see, say what its blocks need:
 
@@ -13,6 +13,7 @@ Comments of HTML in a page, which readers do not see, say what its blocks need:
 
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,8 @@ from graphcomb.cli.app import app, main
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOKEN = re.compile(
-    r"^<!-- setup\n(?P<setup>.*?)^-->$|^<!-- (?P<key>small|needs|slow|run|output)(?:: (?P<value>.*?))? -->$"
-    r"|^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$",
+    r"^<!-- setup\n(?P<setup>.*?)^-->$|^ *<!-- (?P<key>small|needs|slow|run|output)(?:: (?P<value>.*?))? -->$"
+    r"|^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -57,7 +58,7 @@ def blocks(text: str) -> Iterator[Block]:
         elif token["key"]:
             marks[token["key"]] = token["value"] or ""
         else:
-            code = token["code"]
+            code = textwrap.dedent(token["code"])  # a block in a list is indented
             for before, after in small:
                 code = code.replace(before, after)
             numbers = marks.get("output") != "any numbers"
