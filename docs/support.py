@@ -30,7 +30,7 @@ SMALL = {  # names in the results of small networks of benchmarks/networks.py
     "lraspp": "LR-ASPP, small", "segformer": "SegFormer, small", "cnn": "CNN, small",
 }  # fmt: skip
 NAMES = {
-    "efficientnet-lite0": "EfficientNet-Lite0", "mobilenet_v2": "MobileNetV2", "crnn": "CRNN", "craft": "CRAFT",
+    "efficientnet-lite0": "EfficientNet-Lite0", "efficientnet_lite0": "EfficientNet-Lite0", "mobilenet_v2": "MobileNetV2", "crnn": "CRNN", "craft": "CRAFT",
 }  # fmt: skip
 GALLERY = {"segformer": "SegFormer, small"}  # cards whose network has a row of another name
 Found = Iterator[tuple[str, str, str]]  # network, column, "measured" or "built"
@@ -80,6 +80,9 @@ def by_accuracy() -> Found:
             yield known(network), "Sparsify", "measured"
     for row in rows("finish_rows").values():
         yield SMALL[row["network"]], "Minimise", "measured"
+    for name in results("precision"):
+        yield known(name), "Quantize", "measured"
+        yield known(name), "ONNX Runtime", "measured"
     for key in rows("joint"):
         yield SMALL[key.split("/")[0]], "tune", "measured"
         yield SMALL[key.split("/")[0]], "ONNX Runtime", "measured"
