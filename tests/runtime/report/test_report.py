@@ -250,7 +250,7 @@ def places(value, path=()):
         yield path
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 def test_no_number_that_is_not_finite_breaks_the_page(bad, quick):
     for path in places(summary()):
         values = json.loads(json.dumps(summary()))
