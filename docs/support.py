@@ -178,7 +178,7 @@ def page() -> str:
         "- *built*: it was applied to random weights, or an engine was built on a machine without the device.",
         "- An empty cell: *untested* there.", "",
         "`make docs-support` makes this page from `benchmarks/results/`.",
-        "", "## Targets", "", "<!-- run -->", "```bash", "graphcomb targets", "```", "", *targets(), "",
+        "", "## Targets", "", "```bash", "graphcomb targets", "```", "", *targets(), "",
         "No latency of a TensorRT engine has been measured yet. [Bundles](../deploy/jetson.md) are how you measure yours.",
         "",
         "## Trained networks, by pass", "", *table(trained, PASSES), "",

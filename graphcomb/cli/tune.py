@@ -132,6 +132,8 @@ def sensitivity(
     for title, rows in (("ten best", shown[:10]), ("ten worst", shown[:-11:-1])):
         _show_options(title, rows)
     for o in options:
+        if o.what == "every layer":
+            console.print(f"no layer can be {o.option}: {o.note}", soft_wrap=True, markup=False)
         if o.option == "fp16" or (o.option == "int8" and o.measured and o.saves_ms <= 0):
             what = "may leave the range of fp16" if o.option == "fp16" else "is slower in INT8"
             console.print(f"{o.what} {what}: {o.note}", soft_wrap=True, markup=False)

@@ -6,13 +6,15 @@ Comments of HTML in a page, which readers do not see, say what its blocks need:
     <!-- small: A -> B -->   in what follows, A is replaced by B, so that it is quick
     <!-- needs: timm -->     the page is skipped without this package
     <!-- slow -->            the page is run by `make test-slow`
-    <!-- run -->             the next bash block is run, too; of others the commands and options are looked up
     <!-- output -->          the next text block is what the block before it prints; ... stands for any text
     <!-- output: any numbers -->   so, but numbers may differ
+
+Of the commands that NOT_RUN lists, and of those within the text, the names and options are looked up. Recipes are read.
 """
 
 import re
 import shlex
+import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,11 +25,21 @@ import typer
 import yaml
 
 from graphcomb.cli.app import app, main
+from graphcomb.recipe import parse_recipe
 
+NOT_RUN = {  # words of commands that no test of a page runs, and why
+    "make": "installs packages; `make demo` is tested in test_demo.py",
+    "pip": "installs packages",
+    "python examples/ultralytics_yolo.py": "trains a YOLO; examples are tested in test_examples.py",
+    "trtexec": "is a tool of TensorRT, which needs a GPU",
+    "graphcomb bench": "has no figure on a busy machine, or measures on a device by ssh",
+    "graphcomb build small.onnx --target orin-nx": "builds on the device; here it ends after the list, with exit code 2",
+    "bundle/results.json": "comes from a device",
+}
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOKEN = re.compile(
-    r"^<!-- setup\n(?P<setup>.*?)^-->$|^ *<!-- (?P<key>small|needs|slow|run|output)(?:: (?P<value>.*?))? -->$"
+    r"^<!-- setup\n(?P<setup>.*?)^-->$|^ *<!-- (?P<key>small|needs|slow|output)(?:: (?P<value>.*?))? -->$"
     r"|^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
@@ -38,7 +50,6 @@ class Block:
     language: str
     code: str
     line: int
-    run: bool = False
     output: bool = False
     numbers: bool = False  # whether those of the output are compared
 
@@ -62,7 +73,7 @@ def blocks(text: str) -> Iterator[Block]:
             for before, after in small:
                 code = code.replace(before, after)
             numbers = marks.get("output") != "any numbers"
-            yield Block(token["language"], code, line, "run" in marks, "output" in marks, numbers)
+            yield Block(token["language"], code, line, "output" in marks, numbers)
             marks.clear()
 
 
@@ -79,7 +90,7 @@ def of_page(page: Path) -> object:
     return pytest.param(page, id=name_of(page), marks=slow)
 
 
-RUNNING = [page for page in PAGES if any(b.language == "python" or b.run for b in blocks(page.read_text()))]
+RUNNING = [page for page in PAGES if any(b.language in ("python", "bash") for b in blocks(page.read_text()))]
 
 
 def pattern(block: Block) -> str:
@@ -89,10 +100,14 @@ def pattern(block: Block) -> str:
 
 
 def commands(code: str) -> list[list[str]]:
-    """The words of each line that calls graphcomb or make."""
-    lines = code.replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines if line.startswith(("graphcomb ", "make "))]
-    return [line for line in words if line]
+    """The words of each line of a bash block."""
+    lines = [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()]
+    return [words for words in lines if words]
+
+
+def runs(words: list[str]) -> bool:
+    line = " ".join(words)
+    return not any(line.startswith(part) or part in words for part in NOT_RUN)
 
 
 @pytest.mark.parametrize("page", [of_page(page) for page in RUNNING])
@@ -102,6 +117,8 @@ def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch, capfd
         pytest.importorskip(package)
     monkeypatch.setenv("GRAPHCOMB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_package", raising=False)  # that of another page
     scope: dict = {"__name__": "__page__"}
     printed = ""
     for block in blocks(text):
@@ -110,9 +127,10 @@ def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch, capfd
             # Padded, so that a traceback has the page's line numbers.
             exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), scope)
             printed = capfd.readouterr().out
-        elif block.language == "bash" and block.run:
+        elif block.language == "bash":
             capfd.readouterr()
-            for words in commands(block.code):
+            for words in filter(runs, commands(block.code)):
+                assert words[0] == "graphcomb", f"line {block.line}: {' '.join(words)}: run it, or list it in NOT_RUN"
                 code = main(words[1:])
                 shown = capfd.readouterr()
                 assert code == 0, f"line {block.line}: {' '.join(words)}: {shown.err}"
@@ -137,9 +155,24 @@ def check_command(words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_and_options_exist(page: Path) -> None:
-    for block in blocks(page.read_text()):
-        for words in commands(block.code) if block.language == "bash" else ():
+    text = page.read_text()
+    lines = [words for block in blocks(text) if block.language == "bash" for words in commands(block.code)]
+    named = [shlex.split(found) for found in re.findall(r"`(graphcomb\s[a-z][^`]*|make\s[a-z-]+)`", text)]
+    for words in lines + named:
+        if words[0] in ("graphcomb", "make"):
             check_command(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_recipes_are_valid(page: Path) -> None:
+    for block in blocks(page.read_text()):
+        if block.language == "yaml":
+            parse_recipe({"model": "package:model", **yaml.safe_load(block.code)})
+
+
+def test_what_is_not_run_is_on_a_page() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    assert not [part for part in NOT_RUN if part not in text]
 
 
 def test_the_commands_of_the_ci_job_exist() -> None:
