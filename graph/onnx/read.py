@@ -1,4 +1,4 @@
-"""Reads an ONNX file with care: nothing in it is run, and no file outside its folder is opened."""
+"""Reads an ONNX file with care: nothing in it is run, and no file outside its folder is opened. `load` makes the program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How small the groups of a program become: for a ratio, a cost or a latency, with a plan, at once or step by step."""
+"""How small the groups of a program become: for a ratio, a cost or a latency, with a plan, at once or step by step; or why
+a target cannot be met (`Unreachable`)."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from graphcomb.recipe import parse_recipe
 NOT_RUN = {  # words of commands that no test of a page runs, and why
     "make": "installs packages; `make demo` is tested in test_demo.py",
     "pip": "installs packages",
-    "python examples/ultralytics_yolo.py": "trains a YOLO; examples are tested in test_examples.py",
+    "python examples/ultralytics_yolo.py": "trains a YOLO; examples are tested in tests/examples",
     "trtexec": "is a tool of TensorRT, which needs a GPU",
     "graphcomb bench": "has no figure on a busy machine, or measures on a device by ssh",
     "graphcomb build small.onnx --target orin-nx": "builds on the device; here it ends after the list, with exit code 2",
