@@ -30,8 +30,7 @@ SMALL = {  # names in the results of small networks of benchmarks/networks.py
     "lraspp": "LR-ASPP, small", "segformer": "SegFormer, small", "cnn": "CNN, small",
 }  # fmt: skip
 NAMES = {
-    "efficientnet-lite0": "EfficientNet-Lite0", "efficientnet_lite0": "EfficientNet-Lite0", "mobilenet_v2": "MobileNetV2",
-    "crnn": "CRNN", "craft": "CRAFT",
+    "efficientnet_lite0": "EfficientNet-Lite0", "mobilenet_v2": "MobileNetV2", "crnn": "CRNN", "craft": "CRAFT",
 }  # fmt: skip
 GALLERY = {"segformer": "SegFormer, small"}  # cards whose network has a row of another name
 Found = Iterator[tuple[str, str, str]]  # network, column, "measured" or "built"
@@ -49,7 +48,8 @@ def rows(name: str) -> dict[str, Any]:
 
 def known(network: str) -> str:
     """The title of a network by its name in the results."""
-    return NAMES[network] if network in NAMES else SMALL[network.removeprefix("fashion ")]
+    name = network.replace("-", "_")  # benchmarks spell them both ways
+    return NAMES[name] if name in NAMES else SMALL[network.removeprefix("fashion ")]
 
 
 def by_accuracy() -> Found:

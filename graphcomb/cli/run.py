@@ -84,11 +84,10 @@ def show_summary(summary: Summary) -> None:
     table = Table(show_header=False)
     name = summary.metric.replace(" ", "_")
     interval = " to ".join(figure(summary.metric, end) for end in summary.accuracy_interval or () if end is not None)
-    if summary.accuracy_before is not None:
-        table.add_row(f"{name}_before", figure(summary.metric, summary.accuracy_before))
-    if summary.accuracy_after is not None:
-        text = figure(summary.metric, summary.accuracy_after)
-        table.add_row(f"{name}_after", f"{text} (95 % interval {interval})" if interval else text)
+    between = f" (95 % interval {interval})" if interval else ""
+    for when, value, more in (("before", summary.accuracy_before, ""), ("after", summary.accuracy_after, between)):
+        if value is not None:
+            table.add_row(f"{name}_{when}", figure(summary.metric, value) + more)
     # With an fp16 file the engines are not built from the fp32 file, so its error is not shown.
     hidden = {"onnx_parity"} if summary.onnx_parity_fp16 is not None else set()
     for key, form in SUMMARY_ROWS.items():

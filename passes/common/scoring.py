@@ -144,7 +144,7 @@ def score(
                 applied("metric", whole.update, outputs, batch.labels)
                 count += 1
                 continue
-            scores = torch.as_tensor(applied("metric", metric, outputs, batch.labels)).detach().cpu().double()
+            scores = torch.as_tensor(applied("metric", metric, outputs, batch.labels)).cpu().double()
             total, count = total + scores.sum().item(), count + scores.numel()
             units = [a + b for a, b in zip(units, _independent(scores, batch.labels), strict=True)]
             update(done, "")

@@ -30,10 +30,10 @@ class Quantize(Pass):
 
     `x -> s * clamp(round(x / s), -128, 127)`, with one scale `s` for each input, and one for each output channel of a
     weight, such that the channel's largest entry becomes 127. Biases, normalisations and attention scores stay in floating
-    point. The zero point is 0, so zeros of a sparse weight stay exactly zero. The nodes are ATen's
-    fake quantisation: they export as QuantizeLinear and DequantizeLinear, which TensorRT and TensorRT-RTX build INT8
-    kernels from. Their gradients pass straight through, so that a `Distill` after this pass is quantisation-aware
-    training (with these scales, masks held).
+    point. The zero point is 0, so zeros of a sparse weight stay exactly zero. The nodes are ATen's fake quantisation: they
+    export as QuantizeLinear and DequantizeLinear, which TensorRT and TensorRT-RTX build INT8 kernels from. Their gradients
+    pass straight through, so that a `Distill` after this pass is quantisation-aware training (with these scales, masks
+    held).
 
     samples: number of samples of the data that scales and biases are calibrated on.
     calibration: how an input's scale is chosen (`calibrate`): "histogram" (least squared error of the entries), "minmax"
@@ -87,11 +87,12 @@ class Quantize(Pass):
                 why = "a normalisation that is not folded stays in floating point; run Fuse before Quantize"
                 refused.append(Refusal(node.name, why))
         changed: list[Change] = []
+        cpu = self._for_cpu(context)
         if chosen:
             with seeded(context.seed, context.data), placed(new.module(), accelerator().device), torch.no_grad():
-                changed, silent = self._quantise(new, chosen, self._batches(new, context), self._for_cpu(context))
+                changed, silent = self._quantise(new, chosen, self._batches(new, context), cpu)
                 refused += silent
-        placement = "cpu" if self._for_cpu(context) else "tensorrt"
+        placement = "cpu" if cpu else "tensorrt"
         return PassResult(new, {"changed": changed, "refused": refused, "fp32": single, "placement": placement})
 
     def _for_cpu(self, context: Context) -> bool:

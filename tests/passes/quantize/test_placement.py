@@ -3,7 +3,6 @@
 from collections import Counter
 
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from graphcomb.passes import Context, Quantize
 from graphcomb.passes.quantize.placement import is_nonnegative, pads_zeros
 from graphcomb.passes.quantize.regions import quantised_alone, quantised_layers
 from graphcomb.runtime import build_engine, export_onnx, get_target
+from graphcomb.runtime.engines.ort import OrtEngine
 
 
 class Residual(nn.Module):
@@ -57,6 +57,13 @@ def for_cpu(program):
     return Quantize(placement="cpu")(program, data=data())
 
 
+def kernels(path):
+    """The number of each kind of operator that ONNX Runtime makes of a file."""
+    optimized = path.with_suffix(".optimized.onnx")
+    OrtEngine(path, optimized=optimized).close()
+    return Counter(n.op_type for n in onnx.load(optimized).graph.node)
+
+
 def sums(program):
     return [[op_name(v) for v in n.args] for n in program.graph.nodes if op_name(n) == "add"]
 
@@ -85,10 +92,7 @@ def test_quantised_for_a_cpu_onnx_runtime_has_an_int8_kernel_for_every_layer(pro
     counts = []
     for name, found in (("cpu", for_cpu), ("trt", Quantize()(program, data=data()))):
         report = export_onnx(found.program, tmp_path / f"{name}.onnx")
-        options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath, options.log_severity_level = str(tmp_path / f"{name}.optimised.onnx"), 3
-        onnxruntime.InferenceSession(str(report.path), options, providers=["CPUExecutionProvider"])
-        counts.append(Counter(n.op_type for n in onnx.load(options.optimized_model_filepath).graph.node))
+        counts.append(kernels(report.path))
     assert (counts[0]["QLinearConv"], counts[1]["QLinearConv"]) == (5, 0)
 
 
@@ -118,10 +122,7 @@ def test_kernels_are_int8_behind_and_before_everything(tmp_path):
     output = found.program.graph.output_node().args[0][0]
     assert op_name(output) == "linear", "the network's output is not quantised"
     report = export_onnx(found.program, tmp_path / "net.onnx")
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
-    onnxruntime.InferenceSession(str(report.path), options, providers=["CPUExecutionProvider"])
-    counts = Counter(n.op_type for n in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    counts = kernels(report.path)
     assert (counts["QLinearConv"], counts["QGemm"], counts["Conv"], counts["Gemm"]) == (3, 1, 0, 1), counts
     assert report.parity < 0.05
 
