@@ -16,12 +16,12 @@ test: $(STAMP)
 
 # The last result is in tests/slow_results.md. Properties are tried on new examples.
 test-slow: $(STAMP)
-	HYPOTHESIS_PROFILE=default $(BIN)/pytest -m slow -n 2 --junitxml=.cache/slow.xml; status=$$?; \
+	HYPOTHESIS_PROFILE=default $(BIN)/pytest -m slow -n 2 --timeout 7200 --junitxml=.cache/slow.xml; status=$$?; \
 	  $(BIN)/python tests/slow_results.py .cache/slow.xml tests/slow_results.md; exit $$status
 
 # Those of them that take minutes, not half an hour, and guard what others rest on: what CI runs besides `make test`.
 test-guards: $(STAMP)
-	$(BIN)/pytest -m slow -n 2 -k "not densenet121 and not regnet" tests/runtime/export tests/passes \
+	$(BIN)/pytest -m slow -n 2 --timeout 1200 -k "not densenet121 and not regnet" tests/runtime/export tests/passes \
 	  tests/graphcomb/session tests/graph/transplant
 
 # A short suite on another torch, which is installed beside .venv; results are in tests/torch_versions.md.

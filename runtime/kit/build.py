@@ -23,7 +23,7 @@ import numpy as np
 
 from .calibrate import calibrate, calibrates
 from .contents import Failure, complete, digest, write_bytes, write_json
-from .trt import SUFFIXES, made, new_logger
+from .trt import SUFFIXES, collector_off, made, new_logger
 
 if TYPE_CHECKING:
     import tensorrt as types
@@ -73,6 +73,7 @@ def described(engine: Path) -> dict[str, Any]:
         return {}
 
 
+@collector_off()
 def build(
     model: Path, engine: Path, arguments: argparse.Namespace, feeds: dict[str, np.ndarray], about: dict[str, Any]
 ) -> None:

@@ -18,7 +18,7 @@ from .build import builder_flags, described, engine_path, trtexec
 from .contents import Failure, complete
 from .cuda import Cuda, CudaError
 from .measuring import GUARD, TRIES, waited
-from .trt import DTYPES, inspected, load_plugins, made, new_context, new_logger, profiled, record
+from .trt import DTYPES, collector_off, inspected, load_plugins, made, new_context, new_logger, profiled, record
 
 if TYPE_CHECKING:
     import tensorrt as types
@@ -119,7 +119,8 @@ class TensorRT:
         self._lane: Any = None
         self.about: dict[str, Any] = {}
         try:
-            self._open(path, arguments, about)
+            with collector_off():
+                self._open(path, arguments, about)
         except BaseException:
             self.close()
             raise

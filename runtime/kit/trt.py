@@ -5,8 +5,10 @@ Sources: TensorRT developer guide, "Working with CUDA graphs"; TensorRT-RTX deve
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,23 @@ def new_logger(trt: Any) -> Any:
     return Logger()
 
 
+@contextlib.contextmanager
+def collector_off() -> Iterator[None]:
+    """Collect no garbage within the block. Calls that build or load an engine belong into one.
+
+    TensorRT calls loggers and monitors with its locks held, and Python may collect garbage in any of these calls. A builder
+    of an earlier build, which the traceback of an error had kept, would be destroyed there, and its destructor waits for
+    the same locks: for ever.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def made(thing: Any, what: str, logger: Any) -> Any:
     """Return an object of the library, or raise Failure with the library's reason where it is None. what: its name."""
     if thing is None:
@@ -93,6 +112,7 @@ def new_profiler(trt: Any) -> Any:
     return Profiler()
 
 
+@collector_off()
 def profiled(trt: Any, context: Any, run: Callable[[], None], runs: int) -> dict[str, float]:
     """Return the mean milliseconds of every layer of a context, in execution order.
 
@@ -121,6 +141,7 @@ def inspected(trt: Any, engine: Any, context: Any = None) -> list[Any]:
     return json.loads(text).get("Layers", []) if text else []
 
 
+@collector_off()
 def new_context(trt: Any, engine: Any) -> Any:
     """Return an execution context of an engine, or None on failure.
 

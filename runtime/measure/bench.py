@@ -34,6 +34,7 @@ from ..engines.build import open_engine
 from ..export.to_onnx import export_onnx
 from ..formats import says
 from ..kit.measuring import GUARD, median_interval, stolen
+from ..kit.trt import collector_off
 from ..onnx_file import input_specs
 from ..summary import Bench, Timing
 from .conditions import OtherProcesses, processor_mhz
@@ -111,7 +112,8 @@ def bench(
         others = None if all(guarded) else OtherProcesses()
         rounds: list[list[tuple[float, bool, float | None]]] = []
         paired = 0
-        with _collector_off(), _bar(progress, seconds) as advance:
+        gc.collect()
+        with collector_off(), _bar(progress, seconds) as advance:
             start, lost = time.perf_counter(), stolen()
             while time.perf_counter() - start < seconds and paired < max_runs:
                 order = range(len(calls)) if len(rounds) % 2 == 0 else reversed(range(len(calls)))
@@ -250,18 +252,6 @@ def _repeats(call: Callable[[], Any]) -> int:
         if fastest > SLOW:
             break
     return max(1, int(np.ceil(SAMPLE / max(fastest, 1e-7))))
-
-
-@contextlib.contextmanager
-def _collector_off() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager

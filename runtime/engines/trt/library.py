@@ -41,12 +41,14 @@ def load_plugins(trt: ModuleType, logger: Any, paths: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Raise Refused instead of the errors of the library and of CUDA, among them that a kernel took too long.
+    """Raise Refused instead of the errors of the library and of CUDA, among them that a kernel took too long. No garbage is
+    collected within the block (see `collector_off`).
 
     what: the file, for the message.
     """
     try:
-        yield
+        with kit.collector_off():
+            yield
     except (RuntimeError, Failure) as error:
         raise Refused(f"{what}: {' '.join(str(error).split())}") from error
 

@@ -3,10 +3,12 @@
 The members and parameters are those of NVIDIA's own bindings (api.json, which api.py writes). A stand-in's behaviour is
 written once for all versions. Of it a version gets what the version has; a member that no version has is a mistake of the
 stand-in. A call with a wrong number of arguments, an unknown keyword or a value of another type is a TypeError, as in the
-bindings, and so is an attribute that does not exist an AttributeError.
+bindings, and so is an attribute that does not exist an AttributeError. Where the library may call a logger with its locks
+held, garbage must not be collected: destroying an earlier builder there waits for ever.
 """
 
 import functools
+import gc
 import json
 from enum import Enum
 from pathlib import Path
@@ -22,6 +24,7 @@ NOT_IN_8_5 = {
     "Runtime": ("engine_host_code_allowed", "temporary_directory", "tempfile_control_flags"),
 }  # fmt: skip
 WHOLE = ("HardwareCompatibilityLevel",)
+LOCKED = {"Builder", "OnnxParser", "Runtime", "Refitter", "OnnxParserRefitter", "ICudaEngine.create_execution_context"}
 PLAIN = {"int": int, "SupportsInt": int, "str": str, "bool": bool, "float": (int, float), "SupportsFloat": (int, float)}
 PLAIN |= {"tuple": tuple, "list": list, "List[str]": list, "list[str]": list}
 BYTES = ("buffer", "Buffer")
@@ -86,6 +89,7 @@ class Library:
     def _init(self, name, overloads, behave):
         def init(self, *arguments, **keywords):
             library.check(f"{name}()", overloads, arguments, keywords)
+            assert name not in LOCKED or not gc.isenabled(), f"{name}: garbage may be collected"
             self.__dict__["_made"] = True
             if behave is not None:
                 behave(self, *arguments, **keywords)
@@ -96,6 +100,8 @@ class Library:
     def _method(self, name, method, overloads, behave):
         def call(self, *arguments, **keywords):
             library.check(f"{name}.{method}", overloads, arguments, keywords)
+            locked = {name, f"{name}.{method}"} & LOCKED
+            assert not (locked and gc.isenabled()), f"{name}.{method}: garbage may be collected"
             library.calls.append(f"{name}.{method}")
             fault = library.faults.get(f"{name}.{method}")
             if isinstance(fault, BaseException):

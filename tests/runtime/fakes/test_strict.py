@@ -1,11 +1,21 @@
 """The stand-in has the members of a version and no other, and takes what they take."""
 
+import gc
+
 import pytest
+
+from graphcomb.runtime.kit.trt import collector_off
 
 from .strict import TABLE, Library
 from .tensorrt import fake_tensorrt
 
 VERSIONS = ["8.5.2", *TABLE]
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_build():
+    with collector_off():
+        yield
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -62,3 +72,12 @@ def test_behaviour_that_no_version_has_is_a_mistake():
 
     with pytest.raises(AssertionError, match=r"IBuilderConfig\.set_everything"):
         Library("10.3.0").implement("IBuilderConfig", Config)
+
+
+def test_garbage_is_not_collected_where_the_library_holds_its_locks(cudart):
+    trt = fake_tensorrt("10.3.0", cudart).module
+    builder = trt.Builder(trt.Logger())
+    gc.enable()
+    for locked in (lambda: trt.Runtime(trt.Logger()), builder.create_network):
+        with pytest.raises(AssertionError, match="garbage may be collected"):
+            locked()

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -167,6 +169,43 @@ def test_refit_takes_a_gpu(exported, tmp_path):
     with pytest.raises(Refused, match="builds no engine for rtx-sm86 with refit"):
         build_engine(exported("resnet"), "rtx-sm86", tmp_path / "net.rtx", refit=True)
     assert list(tmp_path.iterdir()) == []
+
+
+# A builder that only the collector can free waits for it, which comes when the library first logs, with its locks held.
+GARBAGE = """
+import sys, types
+import tensorrt_rtx
+from graphcomb.runtime import build_engine
+from graphcomb.runtime.engines.trt import build
+from graphcomb.runtime.kit.trt import new_logger
+
+def noisy(trt):
+    logger = new_logger(trt)
+    known = logger.log
+    def log(severity, message):
+        if waiting:
+            waiting.clear()
+            [[] for _ in range(100_000)]
+        known(severity, message)
+    logger.log = log
+    return logger
+
+old = new_logger(tensorrt_rtx)
+cycle = types.SimpleNamespace(builder=tensorrt_rtx.Builder(old))
+cycle.itself = cycle
+waiting = [cycle]
+del cycle
+build.new_logger = noisy
+build_engine(sys.argv[1], "rtx-sm86")
+assert not waiting
+"""
+
+
+@needs_rtx
+def test_what_an_earlier_build_left_is_not_freed_within_the_library(tmp_path):
+    model = relu(tmp_path / "net.onnx", (2, 4))
+    subprocess.run([sys.executable, "-c", GARBAGE, str(model)], check=True, timeout=60)
+    assert list(tmp_path.glob("*.rtx"))
 
 
 @needs_rtx
