@@ -28,7 +28,7 @@ from common import revision, save, write
 
 import graphcomb
 from graphcomb.passes.joint.rounds import Built, Tuner, builder
-from graphcomb.tuning_tables import prepare_tables
+from graphcomb.tuning.tables import prepare_tables
 
 RESULTS = Path(__file__).parent / "results" / "joint.json"
 NETWORKS = ("resnet", "mobilenet", "deit")

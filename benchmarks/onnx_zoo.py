@@ -207,7 +207,7 @@ def main() -> None:
     import torch
     import torchvision  # noqa: F401
 
-    import graphcomb.graph.onnx.load  # noqa: F401
+    import graphcomb.graph.onnx.from_onnx  # noqa: F401
 
     torch.set_num_threads(1)
     path: Path = options.results

@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 
 from graphcomb.runtime import device_results as results
+from graphcomb.runtime import engine_summary as engine
 from graphcomb.runtime import summary
 
 FORMATS = (
     summary.Summary, summary.Record, summary.Cost, summary.Change, summary.Scores, summary.Verified, summary.RecordedLayer,
     summary.KernelCount, summary.Epoch, summary.Refused, summary.Planned, summary.PlannedChange, summary.Bench,
-    summary.Timing, summary.Engine, summary.Kernel, summary.Origin, summary.Pad, summary.Unfused, summary.Onnx,
+    summary.Timing, engine.Engine, engine.Kernel, engine.Origin, engine.Pad, engine.Unfused, summary.Onnx,
     summary.Prediction, summary.PredictedLayer, summary.Predicted, summary.Uncertainty, summary.Calibration, results.Device,
     results.Bundle, results.BundledModel, results.BundledLayer, results.DeviceModel, results.DeviceEngine,
     results.DeviceParity, results.Latency, results.Power, results.ProfiledLayer,

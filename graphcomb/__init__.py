@@ -23,27 +23,27 @@ if TYPE_CHECKING:
     from .graph.comb.solve import Comb, comb
     from .graph.cost import counts
     from .graph.errors import BadInput, CaptureError, GraphcombError, MissingBackend, Refused, Unreachable
-    from .graph.onnx.load import from_onnx
+    from .graph.onnx.from_onnx import from_onnx
     from .graph.program import Program, capture, load
     from .passes.base import Context, Pass, PassResult
     from .pipeline import Pipeline, PipelineResult
-    from .plan import Plan
     from .session import Session, attach
-    from .tuning import tune
+    from .tuning.plan import Plan
+    from .tuning.tune import tune
 
 _MODULES = {"passes": "passes", "runtime": "runtime", "verify": "graph.verify"}
 _NAMES = {
     "graph.comb": ("Comb", "Group", "comb"),
     "graph.cost": ("counts",),
     "graph.errors": ("BadInput", "CaptureError", "GraphcombError", "MissingBackend", "Refused", "Unreachable"),
-    "graph.onnx.load": ("from_onnx",),
+    "graph.onnx.from_onnx": ("from_onnx",),
     "graph.program": ("Program", "capture", "load"),
     "graph.comb.rules": ("rule",),
     "passes.base": ("Context", "Pass", "PassResult"),
     "pipeline": ("Pipeline", "PipelineResult"),
-    "plan": ("Plan",),
+    "tuning.plan": ("Plan",),
     "session": ("Session", "attach"),
-    "tuning": ("tune",),
+    "tuning.tune": ("tune",),
 }
 
 __all__ = [

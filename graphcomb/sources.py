@@ -79,7 +79,7 @@ def load_onnx(
     arguments: {"shapes": shapes of inputs by name}, or {}. The other arguments are those of `from_onnx`. Raises a
     GraphcombError, which names the field `model`.
     """
-    from .graph.onnx.load import from_onnx  # imported here, since it imports ONNX Runtime
+    from .graph.onnx.from_onnx import from_onnx  # imported here, since it imports ONNX Runtime
 
     shapes = arguments.get("shapes", {})
     if set(arguments) - {"shapes"} or not isinstance(shapes, dict):

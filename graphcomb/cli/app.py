@@ -16,11 +16,11 @@ from .bench import bench, bundle
 from .build import build
 from .export import export
 from .machine import check, targets
-from .output import BAD_INPUT, INTERRUPTED, UNEXPECTED, Interrupted, complain, show_warnings
 from .plan import comb, plan
 from .predict import predict
 from .report import report
 from .run import demo, run
+from .shared.output import BAD_INPUT, INTERRUPTED, UNEXPECTED, Interrupted, complain, show_warnings
 from .source import source
 from .tune import sensitivity, tune
 

@@ -9,9 +9,9 @@ import typer
 from rich.table import Table
 
 from ..graph.errors import BadInput
-from .arguments import Quiet, Shapes, read_values
-from .output import NO_FIGURE, Interrupted, between, complain, console, pass_gate
 from .report import read_run
+from .shared.arguments import Quiet, Shapes, read_values
+from .shared.output import NO_FIGURE, Interrupted, between, complain, console, pass_gate
 
 if TYPE_CHECKING:
     from ..runtime.report.gate import Ratios
@@ -54,7 +54,7 @@ def bench(
     from ..graph.files import write_json
     from ..runtime.report.gate import read_ratios
     from ..runtime.summary import Bench
-    from .shapes import read_shapes
+    from .shared.shapes import read_shapes
 
     baseline = read_ratios(gate) if gate else {}
 
@@ -148,7 +148,7 @@ def bundle(
     from ..graph.files import read_json
     from ..graph.program import load
     from ..runtime.bundle.write import write_bundle
-    from .shapes import read_shapes
+    from .shared.shapes import read_shapes
 
     record = None
     layers: dict[str, Any] = {}  # the layers of ONNX files, which the files themselves do not describe

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .arguments import SHAPE, read_sizes, read_values
-from .output import console, pass_gate, save
+from .shared.arguments import SHAPE, read_sizes, read_values
+from .shared.output import console, pass_gate, save
 
 if TYPE_CHECKING:
     from ..runtime.devices.dla import Placement
@@ -48,7 +48,7 @@ def build(
     from ..runtime.onnx_file import check_model
     from ..runtime.report.gate import Build, choose, compare, read_baseline
     from ..runtime.summary import Engine
-    from .shapes import read_ranges
+    from .shared.shapes import read_ranges
 
     options = read_values(option or (), "--option")
     if shape:
@@ -74,7 +74,7 @@ def build(
 
 def show_engine(engine: Engine) -> None:
     """Print the kernels, padding, quantisation and memory of an engine, and the modules and passes they come from."""
-    from ..runtime.summary import UNFUSED
+    from ..runtime.engine_summary import UNFUSED
 
     head = f"{engine.path}: {engine.bytes:,} bytes, {engine.precision}, {engine.backend} {engine.version}"
     console.print(head, soft_wrap=True)

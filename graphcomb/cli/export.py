@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .arguments import Arguments, Inputs, Quiet, read_sizes, read_values
-from .output import console, save
+from .shared.arguments import Arguments, Inputs, Quiet, read_sizes, read_values
+from .shared.output import console, save
 
 if TYPE_CHECKING:
     from ..runtime.export.to_onnx import OnnxReport
@@ -42,7 +42,7 @@ def export(
     """Write a model as an ONNX file for a target. The file is compared with the model in ONNX Runtime before it is kept."""
     from ..graph.errors import BadInput
     from ..runtime import export_onnx
-    from .shapes import captured
+    from .shared.shapes import captured
 
     if out.suffix != ".onnx":
         raise BadInput(f"{out}: the file to write ends in .onnx")

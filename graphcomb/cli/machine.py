@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .output import console, save
+from .shared.output import console, save
 
 
 def targets(

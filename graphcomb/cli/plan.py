@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .arguments import Arguments, Inputs, Overrides, RecipeFile, read_sizes, read_values
-from .output import console
+from .shared.arguments import Arguments, Inputs, Overrides, RecipeFile, read_sizes, read_values
+from .shared.output import console
 
 if TYPE_CHECKING:
     from ..passes.depth.blocks import Block
@@ -27,9 +27,9 @@ def plan(
     For a recipe with PruneDepth it also lists the blocks of the network: their cost, and what pruning a block saves or why
     it cannot be pruned.
     """
-    from .. import plan as plans
     from ..job import prepare
     from ..recipe import read_recipe
+    from ..tuning import plan as plans
 
     job = prepare(read_recipe(recipe, set_ or ()))
     rows, blocks = plans.make_plan(job)
@@ -50,7 +50,7 @@ def comb(
 ) -> None:
     """Show which indices of a model can only be removed together, what is frozen, and why."""
     from ..graph.comb.solve import Comb
-    from .shapes import captured
+    from .shared.shapes import captured
 
     solved = Comb(captured(model, read_values(arg or ()), [read_sizes(s) for s in input_ or ()]))
     if why:

@@ -11,8 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..graph.errors import BadInput
-from .arguments import Arguments, Inputs, Shapes, read_sizes, read_values
-from .output import console, save
+from .shared.arguments import Arguments, Inputs, Shapes, read_sizes, read_values
+from .shared.output import console, save
 
 if TYPE_CHECKING:
     from ..runtime.summary import Predicted, Prediction
@@ -44,7 +44,7 @@ def predict(
     """
     from .. import runtime
     from ..runtime.summary import Prediction
-    from .shapes import at_shapes, captured, check_names, example_batch, read_shapes, with_batch
+    from .shared.shapes import at_shapes, captured, check_names, example_batch, read_shapes, with_batch
 
     if len(models) > 2:
         raise BadInput(f"predict: one model, or one and what became of it, not {len(models)}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..graph.errors import BadInput
-from .output import console
+from .shared.output import console
 
 if TYPE_CHECKING:
     from ..runtime.summary import Summary

@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from ..graph.errors import BadInput
-from .arguments import Overrides, Quiet
-from .output import console
+from .shared.arguments import Overrides, Quiet
+from .shared.output import console
 
 if TYPE_CHECKING:
     from ..runtime.summary import Summary
@@ -40,10 +40,10 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe: compress, verify, export, build engines, measure, report. Continues where it was interrupted."""
-    from .. import plan as plans
     from .. import run as runs
     from ..recipe import override, parse_recipe, read_recipe
     from ..store import is_main
+    from ..tuning import plan as plans
 
     edited = plans.load_plan(plan) if plan else None
     if recipe is not None:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .arguments import Arguments, Inputs, read_sizes, read_values
-from .output import console
+from .shared.arguments import Arguments, Inputs, read_sizes, read_values
+from .shared.output import console
 
 
 def source(
@@ -19,7 +19,7 @@ def source(
 ) -> None:
     """Write a program as a readable Python module, which needs only PyTorch, and its weights to a file beside it."""
     from ..graph.errors import BadInput
-    from .shapes import captured
+    from .shared.shapes import captured
 
     if out.suffix != ".py":
         raise BadInput(f"{out}: the file to write ends in .py")

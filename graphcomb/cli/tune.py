@@ -9,13 +9,13 @@ import typer
 from rich.table import Table
 
 from ..graph.errors import BadInput
-from .arguments import Arguments, Inputs, Quiet, read_sizes, read_values
-from .output import WORSE, complain, console
+from .shared.arguments import Arguments, Inputs, Quiet, read_sizes, read_values
+from .shared.output import WORSE, complain, console
 
 if TYPE_CHECKING:
     from ..job import Job
-    from ..plan import Plan
-    from ..sensitivity import Option
+    from ..tuning.plan import Plan
+    from ..tuning.sensitivity import Option
 
 ModelSource = Annotated[str, typer.Argument(metavar="MODEL", help="package.module:callable, a .pt2 or an .onnx file.")]
 DataSource = Annotated[
@@ -74,7 +74,7 @@ def tune(
 
     Exit code 1 if a plan misses its budget by more than a tenth.
     """
-    from ..tuning import tune as tuned
+    from ..tuning.tune import tune as tuned
 
     if bool(latency) == bool(loss):
         raise BadInput("tune: give one of --latency and --loss")
@@ -118,7 +118,7 @@ def sensitivity(
     quiet: Quiet = False,
 ) -> None:
     """List what every option of every group and block saves and loses by itself, as CSV and as a sortable page."""
-    from ..sensitivity import measure, write_csv, write_page
+    from ..tuning.sensitivity import measure, write_csv, write_page
 
     job, _ = _job(model, data, data_arg, target, precision, arg, input_)
     options = measure(

@@ -10,8 +10,8 @@ import onnx
 from pydantic_core import to_jsonable_python
 
 from ...graph.errors import BadInput
+from ..engine_summary import Kernel, Origin
 from ..onnx_file import TensorSpec
-from ..summary import Kernel, Origin
 
 
 class UnparsedOp(BadInput):

@@ -13,7 +13,7 @@ import onnx
 from torch.export import ExportedProgram
 
 from ...graph.program import Program
-from ..summary import Origin
+from ..engine_summary import Origin
 
 KEY = "graphcomb.origins"
 SCOPES = "pkg.torch.onnx.name_scopes"

@@ -15,9 +15,9 @@ import onnxruntime as ort
 from ...graph.errors import BadInput
 from ...graph.files import replacing
 from ..devices.table import Target
+from ..engine_summary import Kernel
 from ..kit.ort import session_options
 from ..onnx_file import TensorSpec, precision, stored_tensors
-from ..summary import Kernel
 from .base import EngineReport, HostEngine, unparsed
 from .options import EngineOptions
 

@@ -15,8 +15,8 @@ import onnx
 from ...graph.errors import BadInput
 from ...graph.files import replacing
 from ..devices.table import Target
+from ..engine_summary import Kernel
 from ..onnx_file import TensorSpec, precision
-from ..summary import Kernel
 from .base import EngineReport, HostEngine, UnparsedOp, unparsed
 from .options import EngineOptions
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from ...graph.errors import BadInput
 from ...graph.files import read_json
+from ..engine_summary import Origin, Pad
 from ..formats import Format, read, says
-from ..summary import Origin, Pad
 
 GROWTH = 0.05  # largest relative growth of an engine or its memory: another choice of kernels may cause as much
 NUMBER = re.compile(r"_myl\d+_\d+$")  # the numbers in the name of a generated kernel

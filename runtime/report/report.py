@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ...graph.files import replacing
-from ..summary import UNFUSED, Engine, Pad, Summary, read_summary
-from .devices import device_section, profiled_layers
-from .headline import lead, tiles
-from .layers import largest_savings, layer_rows, longest_bars, prediction_facts, slowest
-from .passes import kernel_facts, pass_row, refusals
-from .planned import plan_section
-from .plots import plots
+from ..engine_summary import UNFUSED, Engine, Pad
+from ..summary import Summary, read_summary
 from .reading import pairs
+from .sections.devices import device_section, profiled_layers
+from .sections.headline import lead, tiles
+from .sections.layers import largest_savings, layer_rows, longest_bars, prediction_facts, slowest
+from .sections.passes import kernel_facts, pass_row, refusals
+from .sections.planned import plan_section
+from .sections.plots import plots
 from .template import fill
 from .text import count, exact, seconds, short_ms, si, size, sort_key
 

@@ -16,9 +16,9 @@ from graphcomb import BadInput, Unreachable
 from graphcomb.cli import main
 from graphcomb.graph.errors import Contended
 from graphcomb.graph.verify import equivalence
-from graphcomb.plan import load_plan
 from graphcomb.runtime import LatencyTable
-from graphcomb.sensitivity import measure
+from graphcomb.tuning.plan import load_plan
+from graphcomb.tuning.sensitivity import measure
 
 OPTIONS = {"table": "roofline", "samples": 16, "importance": "magnitude", "rounds": 1}
 

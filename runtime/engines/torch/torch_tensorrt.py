@@ -21,7 +21,7 @@ from ....graph.errors import BadInput, MissingBackend, Refused, reason
 from ....graph.program import Program
 from ....graph.program import load as load_program
 from ...devices.table import Target, canonical
-from ...summary import Kernel
+from ...engine_summary import Kernel
 from ..backends import not_installed
 from ..base import EngineReport
 from ..options import EngineOptions

@@ -26,11 +26,11 @@ from ....graph.files import replacing
 from ...devices.dla import dla_report
 from ...devices.table import NAMES as LIBRARIES
 from ...devices.table import Target, canonical, parsed_opset
+from ...engine_summary import Pad, Unfused
 from ...kit.calibrate import calibrate, calibrates
 from ...kit.cuda import Cuda, CudaError
 from ...kit.trt import made, new_logger
 from ...onnx_file import opset_of, precision
-from ...summary import Pad, Unfused
 from ..backends import BACKENDS
 from ..base import EngineReport, UnparsedOp
 from ..options import NAMES, EngineOptions, three

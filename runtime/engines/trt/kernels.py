@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ...summary import Kernel, Pad, Unfused
+from ...engine_summary import Kernel, Pad, Unfused
 
 Shape = tuple[int, ...]
 

@@ -8,8 +8,8 @@ import pytest
 from rich.table import Table
 
 from graphcomb import runtime
-from graphcomb.cli.output import console, printable, show_warnings
 from graphcomb.cli.run import show_summary
+from graphcomb.cli.shared.output import console, printable, show_warnings
 from graphcomb.runtime.bundle import run as bundle_run
 from graphcomb.runtime.engines.base import EngineReport, Kernel
 from graphcomb.runtime.summary import read_summary

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import graphcomb
 from graphcomb import runtime
-from graphcomb.cli.shapes import read_ranges, read_shapes, with_batch
+from graphcomb.cli.shared.shapes import read_ranges, read_shapes, with_batch
 from graphcomb.graph.errors import BadInput
 from graphcomb.runtime.bundle.run import run_bundle
 from graphcomb.runtime.measure.bench import BenchResult

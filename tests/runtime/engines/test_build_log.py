@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 
+from graphcomb.runtime.engine_summary import Pad
 from graphcomb.runtime.engines.trt.kernels import advice
 from graphcomb.runtime.engines.trt.log import parse_build_log
-from graphcomb.runtime.summary import Pad
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
 HALF = TensorProto.FLOAT16

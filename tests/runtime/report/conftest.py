@@ -1,6 +1,6 @@
 import pytest
 
-from graphcomb.runtime.report import charts
+from graphcomb.runtime.report.sections import charts
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 from html.parser import HTMLParser
 
+from graphcomb.runtime.engine_summary import Kernel
 from graphcomb.runtime.engines.base import EngineReport
 from graphcomb.runtime.report.report import write_report
-from graphcomb.runtime.summary import Kernel
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 

@@ -8,22 +8,22 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from . import runtime
-from .data import cache_folder
-from .graph.errors import BadInput, Contended
-from .graph.program import Program
-from .passes.base import Context
-from .passes.common.latency import needed_latency
-from .passes.common.scoring import evaluate
-from .passes.depth.budget import Predictor
-from .passes.joint.losses import Losses
-from .passes.joint.problem import Choice, Problem
-from .passes.joint.ranges import overflows, ranges
-from .passes.joint.rounds import NEAR, Built, Time, Tuner
-from .passes.joint.space import SIZES, Space
-from .passes.joint.tables import Fixed, Tables
-from .passes.joint.times import Times
-from .passes.joint.variants import (
+from .. import runtime
+from ..data import cache_folder
+from ..graph.errors import BadInput, Contended
+from ..graph.program import Program
+from ..passes.base import Context
+from ..passes.common.latency import needed_latency
+from ..passes.common.scoring import evaluate
+from ..passes.depth.budget import Predictor
+from ..passes.joint.losses import Losses
+from ..passes.joint.problem import Choice, Problem
+from ..passes.joint.ranges import overflows, ranges
+from ..passes.joint.rounds import NEAR, Built, Time, Tuner
+from ..passes.joint.space import SIZES, Space
+from ..passes.joint.tables import Fixed, Tables
+from ..passes.joint.times import Times
+from ..passes.joint.variants import (
     CHANGED,
     KINDS,
     find_variants,
@@ -31,10 +31,10 @@ from .passes.joint.variants import (
     no_sparse_kernels,
     seconds_of_variants,
 )
+from ..runtime.devices.table import Target, get_target
+from ..runtime.prediction.latency_table import LatencyTable
+from ..runtime.prediction.roofline import Roofline
 from .plan import BlockRow, Frozen, LayerRow, Plan, Repairing, Row, Tuned, code_of_model, load_plan
-from .runtime.devices.table import Target, get_target
-from .runtime.prediction.latency_table import LatencyTable
-from .runtime.prediction.roofline import Roofline
 
 SECONDS = 20.0  # time limit of measuring a whole network
 Table = str | Path | LatencyTable | Roofline
@@ -325,7 +325,7 @@ def latency_model(table: Table | None, target: Target, precision: str) -> Latenc
     if str(table) == "roofline":
         target.alignment(precision)
         return Roofline(target, precision)
-    from .runtime.device_results import are_results
+    from ..runtime.device_results import are_results
 
     if are_results(str(table)):
         return Roofline.calibrated(str(table), target, precision)

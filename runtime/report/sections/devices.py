@@ -3,15 +3,15 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ...graph.errors import GraphcombError
-from ...graph.workload.layer import run_seconds
-from ..device_results import BundledLayer, Device, DeviceModel, DeviceParity
-from ..prediction.layers import from_dict
-from ..prediction.measured import kernels
-from ..prediction.roofline import Roofline, calibration_text
-from ..summary import Summary
-from .reading import SIDES, pairs
-from .text import against, change, counted, exact, milliseconds, number, off
+from ....graph.errors import GraphcombError
+from ....graph.workload.layer import run_seconds
+from ...device_results import BundledLayer, Device, DeviceModel, DeviceParity
+from ...prediction.layers import from_dict
+from ...prediction.measured import kernels
+from ...prediction.roofline import Roofline, calibration_text
+from ...summary import Summary
+from ..reading import SIDES, pairs
+from ..text import against, change, counted, exact, milliseconds, number, off
 
 SLOWEST = 20  # number of kernels of each model that the report lists
 MODES = {"graph": "CUDA graph", "stream": "one by one"}

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..summary import Record, Scores
-from .text import NOT_FINITE, exact, number, plain, score_format
+from ...summary import Record, Scores
+from ..text import NOT_FINITE, exact, number, plain, score_format
 
 # A reason given by the comb: the node that froze the axis, the place in the source, and why.
 REASON = re.compile(r"^(\S+)(?: \((.*)\))?: (.+)$", re.DOTALL)

@@ -14,14 +14,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .graph.errors import BadInput
-from .graph.program import Program
-from .passes.common.latency import allowed_seconds
-from .passes.joint.rounds import Tuner, builder
-from .passes.joint.space import SIZES
+from ..graph.errors import BadInput
+from ..graph.program import Program
+from ..passes.common.latency import allowed_seconds
+from ..passes.joint.rounds import Tuner, builder
+from ..passes.joint.space import SIZES
+from ..runtime.devices.table import Target
 from .plan import Plan
-from .runtime.devices.table import Target
-from .tuning_tables import Table, prepare_tables
+from .tables import Table, prepare_tables
 
 
 def tune(

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .graph.files import replacing
-from .graph.program import Program
-from .passes.joint.ranges import MARGIN, overflows, ranges
-from .passes.joint.variants import CHANGED, Variant
-from .runtime.report.sensitivity import render
-from .tuning_tables import TuningTables, narrower, prepare_tables, without
+from ..graph.files import replacing
+from ..graph.program import Program
+from ..passes.joint.ranges import MARGIN, overflows, ranges
+from ..passes.joint.variants import CHANGED, Variant
+from ..runtime.report.sensitivity import render
+from .tables import TuningTables, narrower, prepare_tables, without
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Mapping
 
 from markupsafe import Markup, escape
 
-from ..summary import Record, Summary
+from ...summary import Record, Summary
+from ..reading import costs, timings
+from ..text import count, milliseconds, number, plain_score, si, tick_format
 from . import charts
 from .devices import device_name, median
 from .layers import LayerRow
-from .reading import costs, timings
-from .text import count, milliseconds, number, plain_score, si, tick_format
 
 Plot = tuple[str, str, str]  # caption, SVG, description in words
 Point = tuple[float, float, str]  # cost, accuracy, stage

@@ -14,21 +14,21 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
-from .graph.errors import BadInput
-from .graph.files import replacing
-from .graph.program import Program
-from .job import Job
-from .passes.base import Context, Pass, PassResult
-from .passes.channels.remove_channels import RemoveChannels
-from .passes.depth.blocks import Block
-from .passes.depth.price import find_blocks
-from .passes.depth.prune_depth import PruneDepth
-from .passes.joint.carry_out import Decision, passes
-from .passes.joint.space import Space
-from .passes.joint.tables import Fixed, check_fixed
-from .passes.train.distill import Distill
-from .pipeline import Pipeline
-from .recipe import Recipe, Section, explain, parse_pass, read_yaml
+from ..graph.errors import BadInput
+from ..graph.files import replacing
+from ..graph.program import Program
+from ..job import Job
+from ..passes.base import Context, Pass, PassResult
+from ..passes.channels.remove_channels import RemoveChannels
+from ..passes.depth.blocks import Block
+from ..passes.depth.price import find_blocks
+from ..passes.depth.prune_depth import PruneDepth
+from ..passes.joint.carry_out import Decision, passes
+from ..passes.joint.space import Space
+from ..passes.joint.tables import Fixed, check_fixed
+from ..passes.train.distill import Distill
+from ..pipeline import Pipeline
+from ..recipe import Recipe, Section, explain, parse_pass, read_yaml
 
 HEAD = """\
 # How many indices every group keeps. Edit `keep` (from 1 to `size`), switch a group off with `prune: false`, or delete

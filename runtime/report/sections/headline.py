@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..devices.table import TARGETS
-from ..summary import Engine, Summary
-from .devices import compared
-from .reading import costs, latency_place, timings
-from .text import (
+from ...devices.table import TARGETS
+from ...engine_summary import Engine
+from ...summary import Summary
+from ..reading import costs, latency_place, timings
+from ..text import (
     NOT_FINITE,
     against,
     change,
@@ -21,6 +21,7 @@ from .text import (
     size,
     times,
 )
+from .devices import compared
 
 
 @dataclass

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .reading import BOX
+from ..reading import BOX
 
 # The plots are drawn in these colours, which are then replaced by the page's CSS variables.
 INK, MUTED, GRID, BEFORE, AFTER, SECOND = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"

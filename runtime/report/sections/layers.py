@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..prediction.roofline import calibration_text
-from ..summary import Predicted, PredictedLayer, Record, Summary
+from ...prediction.roofline import calibration_text
+from ...summary import Predicted, PredictedLayer, Record, Summary
+from ..text import change, count, counted, milliseconds, number, si, size
 from .devices import compared
-from .text import change, count, counted, milliseconds, number, si, size
 
 IN_SIGHT = 20  # number of the most expensive rows that a longer table shows; the others are folded
 

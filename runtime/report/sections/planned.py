@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from ..summary import Planned, Summary
-from .reading import timings
-from .text import si
+from ...summary import Planned, Summary
+from ..reading import timings
+from ..text import si
 
 NEAR = 1.1  # a time of up to this multiple of the asked one meets it
 

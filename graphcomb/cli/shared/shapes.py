@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ..graph.compat import pytree
-from ..graph.errors import BadInput, nearest
-from ..graph.program import Program, capture
-from ..job import DEFAULT_SHAPE, prepare
-from ..recipe import parse_recipe
-from ..runtime.engines.torch.base import specs
+from ...graph.compat import pytree
+from ...graph.errors import BadInput, nearest
+from ...graph.program import Program, capture
+from ...job import DEFAULT_SHAPE, prepare
+from ...recipe import parse_recipe
+from ...runtime.engines.torch.base import specs
 
 
 def read_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,1 @@
+"""What several commands share: arguments, shapes of inputs, and output."""
