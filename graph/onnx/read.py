@@ -1,4 +1,4 @@
-"""Reads an ONNX file with care: nothing in it is run, and no file outside its folder is opened. `from_onnx` makes the program."""
+"""Read an ONNX file with care: nothing in it is run, no file outside its folder is opened. `from_onnx` makes the program."""
 
 from __future__ import annotations
 

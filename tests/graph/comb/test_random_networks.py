@@ -24,7 +24,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("first", range(0, 100, CHUNK))
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(CHUNK, 100, CHUNK))])
 def test_random_networks_are_exact(first: int) -> None:
     trials = [trial(seed) for seed in range(first, first + CHUNK)]
     wrong = [(t.seed, t.absence, t.restriction, t.why) for t in trials if t.outcome == "wrong"]

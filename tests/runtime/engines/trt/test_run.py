@@ -163,7 +163,10 @@ def test_an_engine_is_measured_on_a_profile_for_its_batch(classic, tmp_path, mon
     monkeypatch.setattr(context, "set_input_shape", fits)
     monkeypatch.setattr(here, "_machine_names", lambda: here._words("Jetson AGX Orin"))
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: True)
-    result = graphcomb.runtime.bench([model, model], engine="tensorrt", batch=batch, seconds=0.2, min_runs=1)
+    monkeypatch.setattr(
+        "graphcomb.runtime.measure.bench.stolen", lambda: 0.0
+    )  # what a hypervisor takes is no matter here
+    result = graphcomb.runtime.bench([model, model], engine="tensorrt", batch=batch, seconds=0.1, min_runs=1)
     assert result.ratio is not None
     assert classic.profile == {"x": ((batch, 4),) * 3}
     assert not [str(warning.message) for warning in recwarn if "optimised for" in str(warning.message)]
