@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +37,7 @@ from .sources import resolve
 
 TEXT = "tag:yaml.org,2002:str"
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+POWER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 class Section(BaseModel):
@@ -344,10 +346,13 @@ def _index(items: list[Any], part: str, text: str) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader with two changes: a duplicate key is an error, and `2:4` is a text, not 124 in base 60."""
+    """YAML's safe loader with three changes: a duplicate key is an error, `2:4` is a text and not 124 in base 60, and
+    `1e-4` is a number, as in YAML 1.2."""
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
         tag = super().resolve(kind, value, implicit)
+        if tag == TEXT and kind is yaml.ScalarNode and implicit[0] and POWER.fullmatch(value):  # not in quotes
+            return NUMBERS[1]
         return TEXT if tag in NUMBERS and ":" in value else tag
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

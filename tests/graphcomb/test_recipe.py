@@ -40,6 +40,24 @@ def test_precision_no_may_be_written_as_yaml_reads_it(tmp_path: Path, text: str)
     assert recipe.passes == [Distill(), RemoveChannels(macs=0.5, train=Distill())]
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("2E3", 2000.0),
+        ("-.5e+1", -5.0),
+        ("1.e2", 100.0),
+        ("'1e-4'", "1e-4"),
+        ("1e", "1e"),
+        ("e4", "e4"),
+    ],
+)
+def test_powers_of_ten_are_numbers_unless_in_quotes(tmp_path: Path, text: str, value: object) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"lr: {text}")
+    (found,) = read_yaml(tmp_path / "recipe.yaml").values()
+    assert (found, type(found)) == (value, type(value))
+
+
 @pytest.mark.parametrize("text", ["2:4", "'2:4'", " 2:4 "])
 def test_a_pattern_is_no_number_in_base_60(tmp_path: Path, text: str) -> None:
     path = tmp_path / "recipe.yaml"
