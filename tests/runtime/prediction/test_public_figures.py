@@ -32,14 +32,15 @@ def test_stored_rows_are_not_predicted_again(asked, tmp_path):
     file = tmp_path / "figures.json"
     rows = figures.compare(file)
     assert asked == ["a", "b"]
-    assert [row["calibrated"] for row in rows] == [None, 2.0]
+    assert [row["factor"] for row in rows] == [None, 2.0]
+    assert [row["per_run"] for row in rows] == [None, 2.0]
     assert json.loads(file.read_text())["rows"] == rows
     asked += ["b"]  # and now there is a "c"
     rows = figures.compare(file)
     assert asked == ["a", "b", "b", "c"]
-    assert [row["calibrated"] for row in rows] == [None, 2.0, 2.0]
+    assert [row["factor"] for row in rows] == [None, 2.0, 2.0]
     text = file.with_suffix(".md").read_text()
     assert "Data sheet: 0% of 3 rows within a factor of 1.5; median factor 3.00, largest 8.00." in text
-    assert "Calibrated by one row: 0% of 2 rows" in text
+    assert "Calibrated by a time of every run: 0% of 2 rows" in text
     figures.compare(file, again=True)
     assert asked[4:] == ["a", "b", "c"]
