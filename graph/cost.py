@@ -25,7 +25,7 @@ Count = Callable[[fx.Node, dict[str, Any]], Polynomial]
 COUNTS: dict[str, Count] = {}
 NOTHING: Polynomial = []
 # Libraries whose multiplying operators are known here.
-COUNTED = ("aten", "prims", "torchvision", "quantized_decomposed")
+COUNTED = ("aten", "prims", "torchvision", "quantized_decomposed", "graphcomb")
 UNCOUNTED = frozenset(  # operators of these libraries that multiply matrices, but have no count here
     "convolution _convolution convolution_overrideable conv_tbc conv_depthwise3d _conv_depthwise2d _scaled_mm _int_mm "
     "_grouped_mm _native_multi_head_attention _transformer_encoder_layer_fwd _scaled_dot_product_flash_attention "

@@ -37,6 +37,11 @@ FILLS = names("zeros_like ones_like full_like empty_like rand_like randn_like be
 UNTAGGED_UNARY = COPIES | FILLS | names("hardswish log_sigmoid conj real view_as_complex_copy") | ALIASES
 UNTAGGED_BINARY = names("rsub floor_divide where masked_fill copy __and__ __or__ complex polar")
 
+# ------------------------------------------------------------------------------------------------------ fake quantisation
+FAKE_PER_TENSOR = names("fake_quantize_per_tensor_affine graphcomb::fake_quantize_per_tensor_e4m3")
+FAKE_PER_CHANNEL = names("fake_quantize_per_channel_affine graphcomb::fake_quantize_per_channel_e4m3")
+FAKE_QUANTISATION = FAKE_PER_TENSOR | FAKE_PER_CHANNEL
+
 # -------------------------------------------------------------------------------------------------------------- products
 CONVS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED_CONVS = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")

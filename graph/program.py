@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from . import fp8  # noqa: F401  its operators are known then, also in loaded programs
 from .capture import archive
 from .capture.export import batch_dynamic, custom_functions, dynamic_shapes_of, export
 from .capture.functional import CaptureWarning, functional_graph, own, written_parameters

@@ -22,7 +22,7 @@ from .runtime.device_results import are_results
 from .runtime.devices.dla import dla_core
 from .runtime.devices.table import Target, get_target
 from .runtime.engines.backends import engine_options
-from .runtime.export.opset import LOWEST
+from .runtime.export.opset import FLOAT8, LOWEST
 from .runtime.export.placement import dla_placement
 from .runtime.prediction.latency_table import LatencyTable
 from .runtime.prediction.roofline import Roofline
@@ -90,16 +90,21 @@ def prepare(recipe: Recipe) -> Job:
 
 def _check_outputs(recipe: Recipe) -> None:
     """Raise the errors of export and engine builds that are known before anything is trained."""
-    quantised = any(isinstance(pass_, Quantize) for pass_ in recipe.passes)
+    quantised = {pass_.precision for pass_ in recipe.passes if isinstance(pass_, Quantize)}
+    for precision in sorted(quantised - {"int8"}):
+        for target in targets_of(recipe):
+            target.alignment(precision)
     for i, engine in enumerate(recipe.outputs.engines):
         with named(f"outputs.engines.{i}"):
             device = get_target(engine.target)
             options = engine_options(device.backend, engine.options.given())
             if options.dla is not None:
-                dla_core(device, options.dla, "int8" if quantised else recipe.precision)
+                dla_core(device, options.dla, min(quantised, default=recipe.precision))
     lowest = min(targets_of(recipe), key=lambda target: target.opset)
-    if recipe.outputs.opset is not None and not LOWEST <= recipe.outputs.opset <= lowest.opset:
-        limits = f"{LOWEST} is the lowest, and target {lowest.name} parses up to {lowest.opset}"
+    least = FLOAT8 if "fp8" in quantised else LOWEST
+    if recipe.outputs.opset is not None and not least <= recipe.outputs.opset <= lowest.opset:
+        why = " for FP8" if least > LOWEST else ""
+        limits = f"{least} is the lowest{why}, and target {lowest.name} parses up to {lowest.opset}"
         raise BadInput(f"outputs.opset: {recipe.outputs.opset}: {limits}")
     if recipe.outputs.keep_fp32 and recipe.precision == "fp32":
         raise BadInput("outputs.keep_fp32: is for precision fp16")

@@ -20,7 +20,7 @@ from ..comb.axes import Axis, Factor
 from ..comb.solve import Comb, Sizer
 from ..cost import macs, unknown
 from ..errors import Refused
-from ..facts import CONVS, MATRIX_PRODUCTS, NORMS, TRANSPOSED_CONVS, VECTOR_PRODUCTS
+from ..facts import CONVS, FAKE_QUANTISATION, MATRIX_PRODUCTS, NORMS, TRANSPOSED_CONVS, VECTOR_PRODUCTS
 from ..nodes import arguments, conv_padding, hint, op_name, per_dim, shape, source, spelled_out
 from .fusion import Copy, Kernel, kernels
 from .layer import Layer
@@ -48,7 +48,7 @@ class Layers:
                 raise Refused(f"latency: {source(node)}: {why or f'how long {op_name(node)} takes is not known'}")
         # Fake quantisation has axes of its own in the comb; their sizes follow those of its input.
         for node in comb.module.graph.nodes:
-            if op_name(node).startswith("fake_quantize") and comb.axes[node] and comb.axes[node.all_input_nodes[0]]:
+            if op_name(node) in FAKE_QUANTISATION and comb.axes[node] and comb.axes[node.all_input_nodes[0]]:
                 for old, new in zip(comb.axes[node.all_input_nodes[0]], comb.axes[node], strict=True):
                     if len(own := ax.atoms([new])) == 1 and next(iter(own)).frozen is not None:
                         self._fixed.update(dict.fromkeys(own, self.sizer({})(old)))

@@ -22,6 +22,7 @@ from torch import fx
 
 from ..facts import (
     ADAPTIVE_MEANS,
+    FAKE_QUANTISATION,
     JOINS,
     MATRIX_PRODUCTS,
     NORMS,
@@ -37,9 +38,13 @@ from ..nodes import arguments, op_name, shape
 
 Shape = Callable[[fx.Node], tuple[int, ...]]
 
-FREE = VIEWS | names(
-    "expand expand_as getitem detach alias contiguous clone to _to_copy lift_fresh_copy sym_size dropout native_dropout "
-    "feature_dropout alpha_dropout fake_quantize_per_tensor_affine fake_quantize_per_channel_affine"
+FREE = (
+    VIEWS
+    | FAKE_QUANTISATION
+    | names(
+        "expand expand_as getitem detach alias contiguous clone to _to_copy lift_fresh_copy sym_size dropout native_dropout "
+        "feature_dropout alpha_dropout"
+    )
 )
 MATRIX = frozenset({*MATRIX_PRODUCTS, *VECTOR_PRODUCTS, "linear", "inner", "tensordot", "einsum"})
 MOVES = JOINS | PARTS | frozenset(

@@ -130,7 +130,7 @@ def bundle(
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("bundle"),
     precision: Annotated[
-        str | None, typer.Option("--precision", help="fp32, fp16 or int8; by default the run's, else fp16.")
+        str | None, typer.Option("--precision", help="fp32, fp16, int8 or fp8; by default the run's, else fp16.")
     ] = None,
     target: Annotated[
         str | None, typer.Option("--target", help="The device, against which opset and precision are checked.")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ...graph.errors import BadInput
+from ...graph.facts import FAKE_QUANTISATION
 from ...graph.nodes import arguments, conv_padding, fetch, op_name, per_dim, shape
 from ...graph.program import Program
 from ..base import Pass, Refusal
@@ -60,7 +61,7 @@ def layers(program: Program) -> tuple[list[WeightedLayer], list[Refusal]]:
         weight = arguments(node)["weight"]
         if weight.op != "get_attr" or not isinstance(fetch(module, str(weight.target)), torch.nn.Parameter):
             what, why = node.name, "its weight is computed, not a stored parameter"
-            if op_name(weight).startswith("fake_quantize"):
+            if op_name(weight) in FAKE_QUANTISATION:
                 what, why = str(weight.all_input_nodes[0].target), "it is quantised; Quantize comes last"
             refused.append(Refusal(what, why))
             continue

@@ -17,13 +17,14 @@ from torch import fx
 
 from ...graph.comb.solve import Comb
 from ...graph.errors import Refused
+from ...graph.facts import FAKE_PER_TENSOR, FAKE_QUANTISATION
 from ...graph.nodes import op_name
 from ...graph.program import Program
 from ...graph.workload.layer import Latency, Layer, rules_of
 from ...graph.workload.layers import Layers
 from ..base import Context
 from ..common.weights import layers as find_layers
-from ..quantize.placement import FAKE, passed_on, producer
+from ..quantize.placement import passed_on, producer
 from ..quantize.quantize import Quantize
 from ..quantize.regions import quantised_alone, quantised_layers, regions
 from ..quantize.which import Precision
@@ -160,7 +161,7 @@ def predicted_seconds(latencies: Mapping[str, Latency], plain: str = "fp16") -> 
             total += latencies["int8" if node in integer else plain].seconds(layer)
         size = layers.sizer({})
         for node in program.graph.nodes:
-            if op_name(node) == f"{FAKE}_per_tensor_affine":
+            if op_name(node) in FAKE_PER_TENSOR:
                 value, precision = node.args[0], "int8"
                 converted = producer(value) not in integer
             else:
@@ -176,4 +177,4 @@ def predicted_seconds(latencies: Mapping[str, Latency], plain: str = "fp16") -> 
 
 def _leaves(user: fx.Node, value: fx.Node) -> bool:
     """Whether a node reads a value in floating point, and not only to quantise it or to pass it on."""
-    return not op_name(user).startswith(FAKE) and passed_on(user) is not value
+    return op_name(user) not in FAKE_QUANTISATION and passed_on(user) is not value

@@ -14,6 +14,7 @@ from torch import fx
 
 from ...graph.comb.solve import Comb
 from ...graph.errors import BadInput, GraphcombError
+from ...graph.facts import FAKE_PER_TENSOR, FAKE_QUANTISATION
 from ...graph.nodes import op_name
 from ...graph.program import Program
 from ...graph.sparse import sparse_weights
@@ -22,7 +23,7 @@ from ...graph.workload.layers import Layers
 from ..common.scoring import bar
 from ..common.weights import layers as weighted
 from ..fuse.fuse import Fuse
-from ..quantize.placement import FAKE, passed_on, producer
+from ..quantize.placement import passed_on, producer
 from ..quantize.quantize import Quantize
 from ..quantize.regions import quantised_alone, quantised_layers, regions
 from ..sparse.sparsify import SPARSE_CAPABILITY, SPARSE_CHANNELS, Sparsify
@@ -149,14 +150,14 @@ def _borders(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
     read = [
         node.args[0].name
         for node in program.graph.nodes
-        if op_name(node) == "fake_quantize_per_tensor_affine" and producer(node.args[0]) not in integer
+        if op_name(node) in FAKE_PER_TENSOR and producer(node.args[0]) not in integer
     ]
     written = [
         node.name
         for node in program.graph.nodes
         if producer(node) in integer
-        and not op_name(node).startswith("fake_quantize")
-        and any(not op_name(u).startswith("fake_quantize") and passed_on(u) is not node for u in node.users)
+        and op_name(node) not in FAKE_QUANTISATION
+        and any(op_name(u) not in FAKE_QUANTISATION and passed_on(u) is not node for u in node.users)
     ]
     return tuple(read), tuple(written)
 
@@ -221,7 +222,7 @@ def seconds_of_variants(program: Program, variants: Variants, latency: Latency) 
     read, written = _borders(program)
     sparse, size, total = _sparse(program), layers.sizer({}), latency.per_run
     for node, layer in layers.at({}):
-        if op_name(node).startswith(FAKE):
+        if op_name(node) in FAKE_QUANTISATION:
             continue
         seconds = latency.seconds(layer)
         for model, changed in ((variants.int8, node in integer), (variants.sparse, weight_of(node) in sparse)):

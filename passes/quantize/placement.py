@@ -11,15 +11,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import fx
 
 from ...graph.edit import Editor
 from ...graph.facts import DROPOUTS, MAPS, POOLS, VIEWS, is_pointwise, names
 from ...graph.nodes import op_name
-from .calibrate import RANGE, UNSIGNED
+from .calibrate import FP8, INT8, UINT8, Format
 
-FAKE = "fake_quantize"
 THROUGH = POOLS | VIEWS | DROPOUTS
 MAXIMA = names("max_pool1d max_pool2d max_pool3d") | VIEWS | DROPOUTS
 LIMITS = names("hardtanh hardtanh_ clamp clamp_")
@@ -29,19 +27,27 @@ ADDITIONS = names("add add_")
 
 
 class Grid(NamedTuple):
-    """The numbers that a quantised value can have: `scale * (q - zero)` for whole q from lowest to highest."""
+    """The numbers that a quantised value can have: `scale * (q - zero)` for the numbers q of a format."""
 
     scale: float
     zero: int
-    lowest: int
-    highest: int
+    format: Format
 
 
-def grid(value: fx.Node, scale: float, cpu: bool) -> Grid:
-    """INT8 around 0, or for a CPU UINT8: there one type is read and written, so what can be negative is UINT8 around 128."""
+def grid(value: fx.Node, scale: float, cpu: bool, form: Format = INT8) -> Grid:
+    """A format around 0, or for a CPU UINT8: there one type is read and written, so what can be negative is UINT8 around
+    128."""
     if not cpu:
-        return Grid(scale, 0, *RANGE)
-    return Grid(scale, 0 if is_nonnegative(value) else 128, *UNSIGNED)
+        return Grid(scale, 0, form)
+    return Grid(scale, 0 if is_nonnegative(value) else 128, UINT8)
+
+
+def grid_of(node: fx.Node) -> Grid:
+    """The grid of a node that quantises a value with one scale."""
+    _, scale, *numbers = node.args
+    if not numbers:
+        return Grid(scale, 0, FP8)  # type: ignore[arg-type]
+    return Grid(scale, numbers[0], Format(*numbers[1:]))  # type: ignore[arg-type]
 
 
 def quantised_reads(graph: fx.Graph, integer: Collection[fx.Node], cpu: bool) -> list[tuple[fx.Node, fx.Node]]:
@@ -68,8 +74,8 @@ def place(edit: Editor, reads: Collection[tuple[fx.Node, fx.Node]], grids: Mappi
             continue
         if value not in made:
             with edit.after(value):
-                target = torch.ops.aten.fake_quantize_per_tensor_affine.default
-                made[value] = edit.call(target, (value, *grids[value]), like=value)
+                scale, zero, form = grids[value]
+                made[value] = edit.call(*form.of_tensor(value, scale, zero), like=value)
         reader.replace_input_with(value, made[value])
 
 

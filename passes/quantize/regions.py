@@ -12,11 +12,12 @@ from collections.abc import Collection, Iterator, Sequence
 from torch import fx
 
 from ...graph.edit import Editor
-from ...graph.facts import MAPS
+from ...graph.facts import FAKE_PER_TENSOR, FAKE_QUANTISATION, MAPS
 from ...graph.nodes import arguments, op_name, set_argument
 from ...graph.program import Program
 from ..common.weights import WeightedLayer
-from .placement import FAKE, Grid, passed_on, place, producer, quantised_reads
+from .calibrate import UINT8
+from .placement import grid_of, passed_on, place, producer, quantised_reads
 
 
 def regions(known: Sequence[WeightedLayer]) -> list[list[WeightedLayer]]:
@@ -56,7 +57,7 @@ def _stays(node: fx.Node, layer_of: dict[fx.Node, WeightedLayer]) -> bool:
 def quantised_layers(program: Program) -> Iterator[tuple[fx.Node, str]]:
     """Yield the layers of a program whose weights are quantised, each with the name of its weight."""
     for node in program.graph.nodes:
-        if op_name(node) in MAPS and op_name(weight := arguments(node)["weight"]).startswith(FAKE):
+        if op_name(node) in MAPS and op_name(weight := arguments(node)["weight"]) in FAKE_QUANTISATION:
             yield node, str(weight.all_input_nodes[0].target)
 
 
@@ -73,11 +74,12 @@ def quantised_alone(program: Program, weights: Collection[str]) -> Program:
             set_argument(node, "weight", arguments(node)["weight"].all_input_nodes[0])
     grids = {}
     for node in new.graph.nodes:
-        if op_name(node) == f"{FAKE}_per_tensor_affine":
-            value, *numbers = node.args
-            grids[value] = Grid(*numbers)
+        if op_name(node) in FAKE_PER_TENSOR:
+            value = node.args[0]
+            assert isinstance(value, fx.Node)
+            grids[value] = grid_of(node)
             node.replace_all_uses_with(value)
-    cpu = any(grid.lowest == 0 for grid in grids.values())
+    cpu = any(grid.format == UINT8 for grid in grids.values())
     edit.finish()
     place(edit, quantised_reads(new.graph, integer, cpu), grids)
     edit.finish()

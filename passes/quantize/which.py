@@ -14,7 +14,7 @@ from ...graph.program import Program
 from ..base import Refusal
 from ..common.weights import WeightedLayer
 
-Precision = Literal["int8", "fp16", "fp32"]
+Precision = Literal["int8", "fp8", "fp16", "fp32"]
 
 FIRST = "it reads the network's inputs, so it stays in floating point; include it by name"
 LAST = "it computes an output, so it stays in floating point; include it by name"
@@ -27,10 +27,11 @@ def precisions(
     include: Sequence[str],
     exclude: Sequence[str],
     layers: Mapping[str, Precision],
+    precision: str = "int8",
 ) -> tuple[list[WeightedLayer], list[Refusal], list[str]]:
-    """The layers that become INT8, refusals for the others, and the names of the weights whose layers stay in fp32.
+    """The layers that are quantised, refusals for the others, and the names of the weights whose layers stay in fp32.
 
-    The first pattern of `layers` that matches decides; then `exclude`, then `include`; without any, all layers become INT8
+    The first pattern of `layers` that matches decides; then `exclude`, then `include`; without any, all layers are quantised
     but the first and the last ones (`ends`).
     """
     chosen: list[WeightedLayer] = []
@@ -39,7 +40,7 @@ def precisions(
     kept = ends(program, known)
     for layer in known:
         asked = next((p for pattern, p in layers.items() if named(layer.names, pattern)), None)
-        why = f"{asked} was asked for" if asked not in (None, "int8") else ""
+        why = f"{asked} was asked for" if asked not in (None, precision) else ""
         if asked is None:
             if layer.matches(exclude):
                 why = "excluded"

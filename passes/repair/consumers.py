@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ...graph.compat import pytree
-from ...graph.facts import COPIES, names
+from ...graph.facts import COPIES, FAKE_QUANTISATION, names
 from ...graph.nodes import arguments, fetch, op_name, shape
 from ...graph.program import Program, TrainableModule
 
@@ -206,7 +206,7 @@ def consumer_of(
     a, name = arguments(node), op_name(node)
     weight, bias = a["weight"], a["bias"]
     if weight.op != "get_attr":
-        quantised = op_name(weight).startswith("fake_quantize")
+        quantised = op_name(weight) in FAKE_QUANTISATION
         return "it is quantised; Quantize comes last" if quantised else "its weight is computed, not a stored parameter"
     parameter = fetch(smaller, str(weight.target))
     if not isinstance(parameter, torch.nn.Parameter):

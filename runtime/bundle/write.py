@@ -41,6 +41,7 @@ from ..onnx_file import TensorSpec, check_model, opset_of, precision, tensor_spe
 from ..prediction.layers import describe, name_nodes
 from ..prediction.roofline import Roofline
 
+QUANTISED, FLOAT = ("int8", "fp8"), ("fp32", "fp16")
 IMPLICIT = "model.implicit.onnx"  # name of the form of a quantised model without Q/DQ nodes
 
 README = """A graphcomb bench bundle. On the device, with its own TensorRT and numpy:
@@ -71,8 +72,9 @@ def write_bundle(
 
     - models: the models by name (letters, digits and _), the reference first. They are programs, or ONNX files in fp32 or
       in the precision asked for.
-    - kind: "fp32", "fp16" or "int8". A model with Q/DQ nodes is int8 with each of them; with "fp16" its other parts become
-      half precision if that changes no quantised value. With "int8" models without Q/DQ nodes keep their precision.
+    - kind: "fp32", "fp16", "int8" or "fp8". A model with Q/DQ nodes is INT8 or FP8 with each of them; with "fp16" its other
+      parts become half precision if that changes no quantised value. With "int8" and "fp8" models without Q/DQ nodes keep
+      their precision.
     - target: the device. Opset and precision of the models are checked against it, and the bundle names it.
     - batch: batch size of the reference inputs of models with a dynamic batch.
     - record: record.json of a run, which is copied into the bundle.
@@ -132,8 +134,10 @@ def write_bundle(
                 "layers": name_nodes(rows, model),
                 **({"implicit": without} if without else {}),
             }
-        if kind == "int8" and not any(row["precision"] == kind for row in about.values()):
-            raise BadInput(f"bundle: no int8 in {', '.join(about)}; give a model with Q/DQ nodes, or another precision")
+        if kind in QUANTISED and not any(row["precision"] == kind for row in about.values()):
+            raise BadInput(
+                f"bundle: no {kind} in {', '.join(about)}; give a model with Q/DQ nodes, or another precision"
+            )
         for name in models:
             shutil.rmtree(folder / name, ignore_errors=True)
             Path(part, name).replace(folder / name)
@@ -242,24 +246,25 @@ def _lower(
         device.alignment(has)
         if opset > device.opset:
             raise BadInput(f"{source}: opset {opset}, target {device.name} parses up to {device.opset}")
-    if has not in (kind, "int8") and (has, kind) not in (("fp32", "fp16"), ("fp32", "int8"), ("fp16", "int8")):
+    if has not in (kind, *QUANTISED) and (has, kind) != ("fp32", "fp16") and not (has in FLOAT and kind in QUANTISED):
         raise BadInput(f"{source}: is {has} and cannot be made {kind} here; export it in {kind}")
-    if isinstance(model_or_path, Program) and kind == "fp16" and has in ("fp32", "int8"):
+    if isinstance(model_or_path, Program) and kind == "fp16" and has in ("fp32", *QUANTISED):
         try:
             export_onnx(model_or_path, file, kind, version, device)  # also compares the file with the program
         except Refused as error:
             if has == "fp32":
                 raise
             _copy(source, model, file)
-            return source, file, f"INT8, with its floating-point parts in fp32: {error}"
+            return source, file, f"{has.upper()}, with its floating-point parts in fp32: {error}"
         return source, file, ""
     if kind != "fp16" or has == "fp16":
         _copy(source, model, file)
         wide = any(i.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for i in model.graph.input)
-        return source, file, "INT8, with its floating-point parts in fp32" * ((has, kind) == ("int8", "int8") and wide)
+        said = f"{has.upper()}, with its floating-point parts in fp32"
+        return source, file, said * (has == kind and has in QUANTISED and wide)
     model = onnx.shape_inference.infer_shapes(onnx.load(str(source)))
     graph = gs.import_onnx(model)
-    if has == "int8" and (why := inexact(graph)):
+    if has in QUANTISED and (why := inexact(graph)):
         _copy(source, model, file)
         return source, file, f"its floating-point parts stay as they are: {why}"
     known: list[Case] = []

@@ -130,7 +130,9 @@ class Target:
         BadInput for a precision that the device does not compute in.
         """
         if dtype not in self.dtypes:
-            raise BadInput(f"target {self.name}: no {dtype}; it computes in {', '.join(self.dtypes)}")
+            others = ", ".join(t.name for t in TARGETS.values() if dtype in t.dtypes)
+            has = f"; {others} have {dtype}" if others else ""
+            raise BadInput(f"target {self.name}: no {dtype}; it computes in {', '.join(self.dtypes)}{has}")
         return self.alignments[dtype] * (2 if sparse and self.compute_capability else 1)
 
     def peak(self, dtype: str) -> float:

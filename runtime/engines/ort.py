@@ -17,7 +17,7 @@ from ...graph.files import replacing
 from ..devices.table import Target
 from ..engine_summary import Kernel
 from ..kit.ort import session_options
-from ..onnx_file import TensorSpec, precision, stored_tensors
+from ..onnx_file import FLOATS8, TensorSpec, precision, stored_tensors
 from .base import EngineReport, HostEngine, unparsed
 from .options import EngineOptions
 
@@ -41,7 +41,8 @@ class OrtEngine(HostEngine):
     """
 
     def __init__(self, path: Path, threads: int = 1, optimized: Path | None = None, plain: bool = False):
-        options = session_options(threads, not plain and _is_half(path))
+        kinds = _kinds(path)
+        options = session_options(threads, not plain and onnx.TensorProto.FLOAT16 in kinds, bool(kinds & FLOATS8))
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         if plain:
@@ -119,13 +120,13 @@ def _optimize(model: Path, to: Path, threads: int) -> onnx.ModelProto:
     return onnx.load(str(to))
 
 
-def _is_half(path: Path) -> bool:
+def _kinds(path: Path) -> set[int]:
+    """Return the types of the constants and inputs of an ONNX file."""
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
     except Exception:  # not an ONNX file: creating the session raises the error
-        return False
-    kinds = [t.data_type for t in stored_tensors(graph)] + [i.type.tensor_type.elem_type for i in graph.input]
-    return onnx.TensorProto.FLOAT16 in kinds
+        return set()
+    return {t.data_type for t in stored_tensors(graph)} | {i.type.tensor_type.elem_type for i in graph.input}
 
 
 def _size(tensor: onnx.TensorProto) -> int:

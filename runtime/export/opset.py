@@ -9,12 +9,15 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from ...graph.errors import BadInput, Refused
+from ...graph.facts import FAKE_QUANTISATION
 from ...graph.nodes import op_name
 from ...graph.program import Program
 from ..devices.table import Target
+from .translate import is_fp8
 
 LOWEST = 17  # the lowest opset that can be written; it introduced LayerNormalization
 DEFAULT = 18  # torch's exporter writes it without converting, and TensorRT parses it from 10.0 on
+FLOAT8 = 19  # Q/DQ nodes support FP8 from opset 19 on
 QUANTISED = 20  # Q/DQ nodes support fp16 from opset 19 on; the casts that older ones need prevent fusing them
 BFLOAT = 22  # Conv and pooling support bf16 from opset 22 on
 SINCE = {"torchvision::deform_conv2d": 19}  # the opset that an operator (`op_name`) needs
@@ -33,9 +36,9 @@ def choose_opset(
     It is `asked` if that is given. Otherwise it is DEFAULT, QUANTISED for a quantised program, BFLOAT for bf16, or the
     higher one that an operator of the program needs, but no higher than the target parses.
 
-    Raises BadInput for an opset that cannot be written or that the target does not parse, and for a program quantised for a
-    CPU if the target is TensorRT's; Refused for an operator or a precision that needs a higher opset, and for a quantised
-    program in bf16.
+    Raises BadInput for an opset that cannot be written or that the target does not parse, for a program quantised for a CPU
+    if the target is TensorRT's, and for one in FP8 if the target has none; Refused for an operator or a precision that needs
+    a higher opset, and for a quantised program in bf16.
     """
     limit = target.opset if target is not None else None
     if target is not None and target.backend.startswith("tensorrt") and _has_uint8(program):
@@ -53,6 +56,11 @@ def choose_opset(
         if most is not None and most < since:
             cure = f"export it with opset={since}" if asked is not None else f"the target parses up to {limit}"
             raise Refused(f"{names[name]} ({name}): it came with opset {since}; {cure}")
+    if is_fp8(program.graph):
+        if target is not None:
+            target.alignment("fp8")
+        if asked is not None and asked < FLOAT8:
+            raise Refused(f"FP8: it came with opset {FLOAT8}, not {asked}; export it with opset={FLOAT8}")
     if precision == "bf16":
         if is_quantised(program):
             raise Refused("bf16: it cannot hold the scales of a quantised program; export it in fp16")
@@ -66,7 +74,7 @@ def choose_opset(
 
 def is_quantised(program: Program) -> bool:
     """Return whether a program contains fake-quantised values."""
-    return any(op_name(node).startswith("fake_quantize") for node in program.graph.nodes)
+    return any(op_name(node) in FAKE_QUANTISATION for node in program.graph.nodes)
 
 
 def _has_uint8(program: Program) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from ...graph.compat import pytree
 from ...graph.errors import BadInput, Refused
+from ...graph.facts import FAKE_QUANTISATION
 from ...graph.nodes import op_name
 from ...graph.program import Program, flatten_outputs
 from ..engines.base import Engine
@@ -118,7 +119,7 @@ def _without_quantisation(program: Program) -> Program | None:
     """Return a copy of a program without its fake quantisation; None if it has none."""
     plain = program.copy()
     module = plain.module().eval()
-    nodes = [n for n in plain.graph.nodes if op_name(n).startswith("fake_quantize")]
+    nodes = [n for n in plain.graph.nodes if op_name(n) in FAKE_QUANTISATION]
     for node in nodes:
         node.replace_all_uses_with(node.args[0])
         plain.graph.erase_node(node)

@@ -6,7 +6,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx
@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from ...graph import fp8
 from ...graph.edit import infer
 from ...graph.errors import Refused, reason
 from ...graph.nodes import arguments, hint, op_name
@@ -81,7 +82,10 @@ def translate(exported: ExportedProgram, opset: int) -> onnx.ModelProto:
     """
     try:
         with quiet(), _exact_rewrites():
-            found = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
+            table = _fp8_table() if is_fp8(exported.graph) else None
+            found = torch.onnx.export(
+                exported, dynamo=True, opset_version=opset, verbose=False, custom_translation_table=table
+            )
     except Exception as error:  # the text of the exporter's errors contains the reason of the innermost one
         raise Refused(f"torch.onnx cannot translate the program: {reason(error)}") from error
     assert found is not None
@@ -93,6 +97,31 @@ def translate(exported: ExportedProgram, opset: int) -> onnx.ModelProto:
         node.name = name if name not in names else f"{name}_{len(names)}"
         names.add(node.name)
     return model
+
+
+def is_fp8(graph: fx.Graph) -> bool:
+    """Return whether a graph has values that are quantised to FP8."""
+    return any(node.target in (fp8.PER_TENSOR, fp8.PER_CHANNEL) for node in graph.nodes)
+
+
+def _fp8_table() -> dict[Any, Any]:
+    """Return translations of graphcomb's operators of FP8, as Q/DQ of ONNX's opset 19."""
+    from onnxscript import opset19
+
+    op: Any = opset19  # its operators are typed for scripts, which these functions are not
+
+    def zeros(sizes: Sequence[int]) -> onnx.TensorProto:
+        return onnx.helper.make_tensor("zero", onnx.TensorProto.FLOAT8E4M3FN, sizes, [0.0] * math.prod(sizes))
+
+    def per_tensor(x: Any, scale: float) -> Any:
+        step, zero = op.Constant(value_float=scale), op.Constant(value=zeros(()))
+        return op.DequantizeLinear(op.QuantizeLinear(x, step, zero), step, zero)
+
+    def per_channel(x: Any, scale: Any, axis: int) -> Any:
+        zero = op.Constant(value=zeros([scale.shape[0]]))
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero, axis=axis), scale, zero, axis=axis)
+
+    return {fp8.PER_TENSOR: per_tensor, fp8.PER_CHANNEL: per_channel}
 
 
 @contextlib.contextmanager

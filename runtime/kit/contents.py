@@ -17,7 +17,7 @@ import numpy as np
 FORMAT = "graphcomb-bench/1"
 PART = ".part"  # suffix of temporary files
 # By precision, the largest error of an output that needs no note: max |a - b| / max |b| with b the reference.
-TOLERANCES = {"fp32": 1e-3, "fp16": 5e-2, "int8": 0.3}
+TOLERANCES = {"fp32": 1e-3, "fp16": 5e-2, "int8": 0.3, "fp8": 0.3}
 
 
 class Failure(Exception):

@@ -19,8 +19,9 @@ from .measuring import GUARD, TRIES
 KERNEL = "_kernel_time"  # suffix of a node's name in ONNX Runtime's profile
 
 
-def session_options(threads: int, half: bool) -> Any:
-    """Return the options of a session that is to be measured. half: whether the model computes in fp16."""
+def session_options(threads: int, half: bool, fp8: bool = False) -> Any:
+    """Return the options of a session that is to be measured. half, fp8: whether the model computes in fp16, or has Q/DQ
+    nodes of FP8."""
     import onnxruntime  # imported here, since the device may not have it
 
     options = onnxruntime.SessionOptions()
@@ -32,6 +33,10 @@ def session_options(threads: int, half: bool) -> Any:
         # LayerNormalization is wrong from the second run on (onnxruntime issue 27768).
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.enable_mem_pattern = False
+    if fp8:
+        # The optimisations take FP8 for integers (1.31): they drop a ReLU before a QuantizeLinear, and make operators that
+        # have no FP8.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
 
 
@@ -46,7 +51,7 @@ class OnnxRuntime:
         import onnxruntime  # imported here, since the device may not have it
 
         start = time.perf_counter()
-        self._path, self._threads, self._half = path, arguments.threads, about["precision"] == "fp16"
+        self._path, self._threads, self._precision = path, arguments.threads, about["precision"]
         try:
             self._session = self._open()
         except Exception as error:  # ONNX Runtime's exceptions share no public base
@@ -65,7 +70,7 @@ class OnnxRuntime:
     def _open(self, profile: str | None = None) -> Any:
         import onnxruntime  # as above
 
-        options = session_options(self._threads, self._half)
+        options = session_options(self._threads, self._precision == "fp16", self._precision == "fp8")
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
         return onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])

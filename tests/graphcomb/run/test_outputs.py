@@ -15,6 +15,7 @@ from graphcomb import runtime
 from graphcomb.runtime.devices.table import get_target
 from graphcomb.runtime.engines.base import EngineReport
 from graphcomb.runtime.export.opset import choose_opset
+from graphcomb.runtime.onnx_file import precision
 
 FP16 = {"data": None, "inputs": [[2, 3, 8, 8]], "precision": "fp16", "passes": ["Comb"]}
 ONNX = {"onnx": True, "report": False, "bench": False, "pt2": False}
@@ -126,6 +127,18 @@ def test_opsets_are_asked_for_in_the_recipe(cli, recipe, refused, tmp_path: Path
     assert "outputs.opset: 19: 17 is the lowest, and target drive-orin parses up to 17" in refused(
         "run", recipe(outputs=ONNX | {"opset": 19}, target="drive-orin")
     )
+
+
+def test_fp8_is_checked_against_targets_and_opset_before_anything_runs(cli, recipe, refused, tmp_path: Path) -> None:
+    passes = [{"Quantize": {"precision": "fp8", "include": ["*"]}}]
+    found = refused("run", recipe(target="orin-nano", passes=passes, outputs=ONNX))
+    assert found.startswith("target orin-nano: no fp8; it computes in fp32, ")
+    found = refused("run", recipe(target="rtx-sm89", passes=passes, outputs=ONNX | {"opset": 18}))
+    assert found.startswith("outputs.opset: 18: 19 is the lowest for FP8, and target rtx-sm89 parses up to ")
+    path = recipe(target="rtx-sm89", precision="fp16", passes=passes, outputs=ONNX)
+    outcome = cli("run", path, "--out", tmp_path / "out", "--quiet")
+    assert outcome.code == 0, outcome.err
+    assert precision(onnx.load(tmp_path / "out" / "model.fp16.onnx")) == "fp8"
 
 
 def test_the_best_opset_is_what_the_operators_need() -> None:

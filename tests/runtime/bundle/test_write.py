@@ -237,6 +237,25 @@ def test_a_quantised_program_is_int8(tmp_path):
     assert len(models["small"]["layers"][0]["onnx"]) > 0
 
 
+def test_a_program_in_fp8_is_bundled_with_floats_of_either_size(tmp_path):
+    from graphcomb.passes import Quantize
+
+    layers = torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8)
+    program = graphcomb.capture(torch.nn.Sequential(*layers).eval(), (torch.randn(2, 8),))
+    small = Quantize(include="*", precision="fp8")(program, data=[torch.randn(2, 8)]).program
+    for kind, type_, note in (("fp16", 10, ""), ("fp8", 1, "FP8, with its floating-point parts in fp32")):
+        folder = write_bundle(tmp_path / kind, {"dense": program, "small": small}, kind, "agx-thor")
+        row = json.loads((folder / "bundle.json").read_text())["models"]["small"]
+        assert (row["precision"], row["note"]) == ("fp8", note)
+        assert [i.type.tensor_type.elem_type for i in onnx.load(folder / row["file"]).graph.input] == [type_]
+    results = run_bundle(folder, tmp_path / "r.json", arguments=[*QUICK, "--rounds", "1"])
+    assert not any("outputs" in text for text in results["notes"])
+    with pytest.raises(BadInput, match=r"no fp8 in dense; give a model with Q/DQ nodes"):
+        write_bundle(tmp_path / "none", {"dense": program}, "fp8", "agx-thor")
+    with pytest.raises(BadInput, match=r"target agx-orin: no fp8"):
+        write_bundle(tmp_path / "none", {"small": small}, "fp16", "agx-orin")
+
+
 def test_a_quantised_program_computes_the_rest_in_fp16(tmp_path):
     """As the dense one beside it does; scales of random data are no fp16 numbers, and the file is compared as exported."""
     from graphcomb.passes import Quantize

@@ -15,6 +15,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import graphcomb
 from graphcomb.graph.errors import BadInput, MissingBackend, Refused
+from graphcomb.models import SmallResNet
+from graphcomb.passes import Fuse, Quantize
 from graphcomb.runtime.devices.table import TARGETS
 from graphcomb.runtime.engines.build import build_engine, load_engine
 from graphcomb.runtime.export.to_onnx import export_onnx
@@ -161,6 +163,31 @@ def test_what_cannot_be_is_one_clear_line_and_writes_nothing(exported, tmp_path,
         build_engine(exported("resnet"), target, tmp_path / "net.rtx", backend="tensorrt_rtx", **options)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: SmallResNet(width=16), (2, 1, 16, 16)),
+        (lambda: VisionTransformer(16, 4, 1, 2, 32, 64, num_classes=10), (2, 3, 16, 16)),
+    ],
+)
+def test_products_in_fp8_build_for_targets_that_have_it(make, shape, tmp_path):
+    torch.manual_seed(0)
+    program = Fuse()(graphcomb.capture(make().eval(), (torch.randn(shape),), dynamic_shapes="batch")).program
+    found = Quantize(precision="fp8", samples=4)(program, data=[torch.randn(4, *shape[1:])])
+    model = export_onnx(found.program, tmp_path / "net.onnx", "fp16", target="rtx-sm89").path
+    for target in ("rtx-sm89", "rtx-sm120"):
+        report = build_engine(model, target, tmp_path / "net.rtx")
+        assert (report.precision, report.target) == ("fp8", target)
+        products = [k for k in report.kernels if k.kind in ("correlation", "gemm")]
+        eight_bits = [k for k in products if all(text.startswith("fp8[") for text in k.inputs)]
+        assert len(eight_bits) == len(found.record["changed"])
+        # First and last layers, and products of activations, stay in half precision.
+        assert all(text.startswith("fp16[") for k in products if k not in eight_bits for text in k.inputs)
+    with pytest.raises(BadInput, match=r"rtx-sm86 .*fp8"):
+        build_engine(model, "rtx-sm86", tmp_path / "other.rtx")
 
 
 @needs_rtx
