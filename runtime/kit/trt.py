@@ -79,6 +79,7 @@ def made(thing: Any, what: str, logger: Any) -> Any:
     return thing
 
 
+@collector_off()
 def load_plugins(trt: Any, logger: Any, paths: Iterable[str]) -> None:
     """Load shared libraries with operators that TensorRT lacks. Their code is executed here.
 

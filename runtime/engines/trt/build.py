@@ -11,6 +11,7 @@ Sources: TensorRT developer guide, "Strongly typed networks", "Working with dyna
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -93,9 +94,10 @@ def build(
     cache = Path(options.timing_cache) if options.timing_cache is not None else None
     if cache is None and options.editable_timing_cache:
         cache = out.with_name(f"{out.name}.timing")
-    with refusing(str(model)):
+    with refusing(str(model)), contextlib.ExitStack() as stack:
         implied = options.dla is not None and kind == "int8" and calibrates(library(backend))
         work = _Build(backend, target, options, weak=implied)
+        stack.callback(work.close)
         work.check_opset(model, graph)
         found = work.parse_implied(model) if implied else None
         if found is None:
@@ -196,11 +198,18 @@ class _Build:
             raise BadInput(f"{path}: opset {opset}; {self.who} parses up to {limit}: export it with opset={limit}")
 
     def parse(self, path: Path) -> None:
+        """Parse the file into the network. Raises UnparsedOp with the library's reason."""
+        if (error := self._parsing_error(path)) is not None:
+            raise UnparsedOp(f"{path}: {self.who} cannot parse it{error}")
+
+    def _parsing_error(self, path: Path) -> str | None:
+        """Parse the file and return the end of the error message, or None. The error is not raised here, where its traceback
+        would keep the parser."""
         parser: types.OnnxParser = self.trt.OnnxParser(self.network, self.logger)
         if parser.parse_from_file(str(path)):
-            return
+            return None
         if parser.num_errors == 0:
-            raise UnparsedOp(f"{path}: {self.who} cannot parse it")
+            return ""
         error = parser.get_error(0)
         if hasattr(error, "node_name"):
             name, op = error.node_name(), error.node_operator()
@@ -211,7 +220,7 @@ class _Build:
         reason = " ".join(error.desc().split("\n")[0].split())[:300]
         reason = reason if reason not in ("", "false") else "operator not supported"
         where = f"node {name or error.node()} ({op}): " if op else ""
-        raise UnparsedOp(f"{path}: {self.who} cannot parse it: {where}{reason}")
+        return f": {where}{reason}"
 
     def parse_implied(self, path: Path) -> Implicit:
         """Parse the model without its Q/DQ nodes, and return what they say."""
@@ -333,6 +342,10 @@ class _Build:
             if hasattr(self.config, "progress_monitor"):
                 self.config.progress_monitor = new_monitor(self.trt, bar, whole)
             return self.builder.build_serialized_network(self.network, self.config)
+
+    def close(self) -> None:
+        """Free the library's objects now, when nothing else runs. A traceback may keep this object for long."""
+        del self.config, self.network, self.builder
 
     def _check_device(self) -> None:
         try:

@@ -4,6 +4,7 @@ stands in for its module. It shows which calls are made to which version, not wh
 import hashlib
 import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -67,6 +68,26 @@ def test_classic_builds_for_the_gpu_at_hand_only(classic, tmp_path, cudart):
         Refused, match=r"target agx-orin \(SM87\): TensorRT .* builds on the device itself; no NVIDIA GPU"
     ):
         build(model, ORIN, None, backend="tensorrt")
+
+
+@pytest.mark.parametrize("fault", ["parser", "profile", "build"])
+def test_a_failed_build_leaves_nothing_of_the_library(classic, tmp_path, monkeypatch, fault):
+    """The error is still held here, and with it what its traceback holds."""
+    builders = []
+
+    class Builder(classic.module.Builder):
+        def __init__(self, logger):
+            super().__init__(logger)
+            builders.append(weakref.ref(self))
+
+    monkeypatch.setattr(classic.module, "Builder", Builder)
+    monkeypatch.setattr(Builder, "build_serialized_network", lambda builder, network, config: None)
+    model = relu(tmp_path / ("bad.onnx" if fault == "parser" else "net.onnx"))
+    options = {"batch": (4, 2, 1)} if fault == "profile" else {}
+    with pytest.raises((BadInput, Refused)) as error:
+        build(model, ORIN, None, backend="tensorrt", **options)
+    assert error.tb is not None
+    assert [builder() for builder in builders] == [None]
 
 
 def test_a_parser_error_names_the_node_in_every_version(classic, tmp_path):
