@@ -1,13 +1,14 @@
-"""Build engines of zoo models with TensorRT-RTX for three targets, in fp16 and INT8, on a machine without a GPU.
+"""Build engines of zoo models with TensorRT-RTX for three targets, in fp16, INT8 and FP8, on a machine without a GPU.
 
     python benchmarks/engines.py                 # resumes; results in benchmarks/results/engines.json and engines.md
     python benchmarks/engines.py --only 'torchvision/*' --kinds fp16
 
 Every network (random weights, one 224 x 224 image) is captured, folded, exported and built. INT8 is `Quantize` with scales
-from two random images, since the figures are about what builds and fuses, not about accuracy. Three networks are also pruned
-to half and a quarter of their MACs at the default alignment; the last section counts the padding kernels that the dense
-network does not have. A failure is listed with the operator. The engines are not run: `graphcomb bundle` measures latencies
-on a device.
+from two random images, since the figures are about what builds and fuses, not about accuracy; mixed is INT8 in every second
+layer and fp16 in the others, with a dynamic batch of 1 to 8; FP8 is built for the targets that have it. Three networks are
+also pruned to half and a quarter of their MACs at the default alignment; the last section counts the padding kernels that
+the dense network does not have. A failure is listed with the operator. The engines are not run: `graphcomb bundle` measures
+latencies on a device.
 """
 
 from __future__ import annotations
@@ -38,7 +39,14 @@ MODELS = [
     )),
 ]  # fmt: skip
 PRUNED = ("torchvision/resnet50", "torchvision/mobilenet_v3_large", "torchvision/convnext_tiny")
-KINDS = {"fp16": 1.0, "int8": 1.0, "fp16 2x": 0.5, "fp16 4x": 0.25}  # and the share of the MACs that stays
+KINDS = {  # and the share of the MACs that stays
+    "fp16": 1.0, "int8": 1.0, "mixed": 1.0, "fp8": 1.0, "fp16 2x": 0.5, "fp16 4x": 0.25
+}  # fmt: skip
+
+
+def targets(kind: str) -> tuple[str, ...]:
+    """The targets that compute in a kind's precision."""
+    return TARGETS[1:] if kind == "fp8" else TARGETS
 
 
 def make(name: str):
@@ -86,25 +94,30 @@ def measure(name: str, kind: str) -> dict:
     row: dict = {"status": "ok", "targets": {}}
     stage, start = "capture", time.process_time()
     try:
-        image = torch.randn(1, 3, 224, 224)
-        program = graphcomb.capture(make(name), (image,))
+        image = torch.randn(2 if kind == "mixed" else 1, 3, 224, 224)
+        program = graphcomb.capture(make(name), (image,), dynamic_shapes="batch" if kind == "mixed" else None)
         dense = program.macs
-        context = Context(data=[image, torch.randn_like(image)], target=get_target(TARGETS[0]), dtype="fp16")
+        context = Context(data=[image, torch.randn_like(image)], target=get_target(targets(kind)[0]), dtype="fp16")
         if KINDS[kind] < 1:
             stage = "prune"
             program = RemoveChannels(macs=KINDS[kind])(program, context).program
         stage = "fold"
         program = Fuse()(program, context).program
-        if kind == "int8":
+        if kind in ("int8", "mixed", "fp8"):
             stage = "quantise"
-            found = Quantize(samples=2, calibration="minmax", include=("*",))(program, context)
+            precision = "fp8" if kind == "fp8" else "int8"
+            quantise = functools.partial(Quantize, samples=2, calibration="minmax", precision=precision)
+            found = quantise(include=("*",))(program, context)
+            if kind == "mixed":
+                layers = [changed["what"] for changed in found.record["changed"]]
+                found = quantise(include=tuple(layers[::2]))(program, context)
             program, row["quantised"] = found.program, len(found.record["changed"])
         row["macs"] = program.macs / dense
         stage = "export"
         with tempfile.TemporaryDirectory() as folder:
             exported = export_onnx(program, Path(folder) / "net.onnx", "fp16", target=context.target)
             row |= {"parity": exported.parity, "nodes": sum(exported.nodes.values())}
-            for target in TARGETS:
+            for target in targets(kind):
                 stage = target
                 built = build_engine(exported.path, target, Path(folder) / "net.rtx")
                 row["targets"][target] = {
@@ -138,7 +151,7 @@ def table(data: dict) -> str:
         good = sum(row["status"] == "ok" for row in found.values())
         rest = len(jobs([kind])) - len(found)
         note = f" ({rest} not measured yet)" if rest else ""
-        lines.append(f"\n## {kind}: {good} of {len(found)} networks build for {', '.join(TARGETS)}{note}\n")
+        lines.append(f"\n## {kind}: {good} of {len(found)} networks build for {', '.join(targets(kind))}{note}\n")
         lines.append("| network | MACs left | ONNX nodes | kernels | kernels that pad | parity | engine MB | CPU s |")
         lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
         for name, row in found.items():
