@@ -162,7 +162,7 @@ class _Conversion:
         for i, tensor in enumerate(node.inputs):
             if isinstance(tensor, gs.Constant):
                 if _is_float(tensor) and takes[i]:
-                    node.inputs[i] = self._half(tensor)
+                    node.inputs[i] = self._half(tensor, node.op in QUANTISATION and i == 1)
             elif self._is_any_float(tensor):
                 wanted = self.half.onnx if takes[i] else FLOAT
                 if wanted != (FLOAT if id(tensor) in self.exact else self.half.onnx):
@@ -187,12 +187,13 @@ class _Conversion:
     def _append_cast(self, tensor: gs.Variable, out: gs.Variable, to: int) -> None:
         self.graph.nodes.append(gs.Node("Cast", f"{out.name}/Cast", {"to": to}, [tensor], [out]))
 
-    def _half(self, constant: gs.Constant) -> gs.Constant:
-        """Return the converted constant. Finite values stay finite; a scalar (an epsilon, a divisor) does not become 0."""
+    def _half(self, constant: gs.Constant, scale: bool = False) -> gs.Constant:
+        """Return the converted constant. Finite values stay finite; a scalar (an epsilon, a divisor) does not become 0, nor
+        does a scale of quantised values, by which they are divided."""
         if id(constant) not in self.halves:
             values = constant.values
             kept = np.where(np.isfinite(values), np.clip(values, -self.half.largest, self.half.largest), values)
-            if values.size == 1:
+            if values.size == 1 or scale:
                 kept = np.where(
                     (kept != 0) & (np.abs(kept) < self.half.smallest), np.copysign(self.half.smallest, kept), kept
                 )

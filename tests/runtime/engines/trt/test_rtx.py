@@ -236,6 +236,25 @@ def test_what_an_earlier_build_left_is_not_freed_within_the_library(tmp_path):
 
 
 @needs_rtx
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_scales_below_fp16_do_not_become_0(tmp_path, precision):
+    """As a layer scale of 1e-5 makes them that is folded into weights; TensorRT refuses scales of 0."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3))
+    with torch.no_grad():
+        net[2].weight *= 1e-6
+    images = [torch.randn(2, 3, 12, 12)]
+    program = graphcomb.capture(net.eval(), (images[0],), dynamic_shapes="batch")
+    small = Quantize(precision=precision, include="*")(program, data=images).program
+    export_onnx(small, tmp_path / "net.onnx", "fp16", target="rtx-sm89")
+    scales = {node.input[1] for node in onnx.load(tmp_path / "net.onnx").graph.node if node.op_type == "QuantizeLinear"}
+    values = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "net.onnx").graph.initializer}
+    assert scales
+    assert all((values[name] > 0).all() for name in scales)
+    assert build_engine(tmp_path / "net.onnx", "rtx-sm89").kernels
+
+
+@needs_rtx
 def test_a_fixed_batch_has_no_range(tmp_path):
     model = relu(tmp_path / "net.onnx", (2, 4))
     with pytest.raises(BadInput, match=r"batch: .* has a fixed batch"):
