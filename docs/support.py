@@ -30,7 +30,8 @@ SMALL = {  # names in the results of small networks of benchmarks/networks.py
     "lraspp": "LR-ASPP, small", "segformer": "SegFormer, small", "cnn": "CNN, small",
 }  # fmt: skip
 NAMES = {
-    "efficientnet_lite0": "EfficientNet-Lite0", "mobilenet_v2": "MobileNetV2", "crnn": "CRNN", "craft": "CRAFT",
+    "efficientnet_lite0": "EfficientNet-Lite0", "efficientnet_lite1": "EfficientNet-Lite1",
+    "efficientnet_lite2": "EfficientNet-Lite2", "mobilenet_v2": "MobileNetV2", "crnn": "CRNN", "craft": "CRAFT",
 }  # fmt: skip
 GALLERY = {"segformer": "SegFormer, small"}  # cards whose network has a row of another name
 Found = Iterator[tuple[str, str, str]]  # network, column, "measured" or "built"
