@@ -28,6 +28,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,20 @@ def ours(network: Network, share: float, importance: str, images: list[Tensor]) 
 
 def rival(network: Network, share: float, ranking: str, images: list[Tensor]) -> Row:
     """The same removal by torch-pruning."""
+    start = time.perf_counter()
+    best = bisected(network, ranking, images, lambda program: program.macs <= share * network.dense.macs)
+    return {
+        "scores": {"none": network.scored(best)},
+        "seconds": {"none": time.perf_counter() - start},
+        "left": best.macs / network.dense.macs,
+    }
+
+
+def bisected(network: Network, ranking: str, images: list[Tensor], small: Callable[[graphcomb.Program], bool]) -> Any:
+    """The network that torch-pruning leaves at the least ratio that makes it small enough, found by bisection."""
     import torch_pruning as tp
 
-    start, example = time.perf_counter(), images[0][:1]
+    example = images[0][:1]
     dense = network.build().eval()
     gradients = own_gradients(dense, images) if ranking == "torch-pruning taylor" else []
     low, high, best = 0.0, 0.95, None
@@ -91,17 +103,13 @@ def rival(network: Network, share: float, ranking: str, images: list[Tensor]) ->
         ).step()  # fmt: skip
         model.zero_grad()
         program = graphcomb.capture(model, (network.test[0][0][:2],), dynamic_shapes="batch", prove=False)
-        if program.macs <= share * network.dense.macs:
+        if small(program):
             best, high = program, ratio
         else:
             low = ratio
     if best is None:
-        raise RuntimeError("no ratio reaches so few MACs")
-    return {
-        "scores": {"none": network.scored(best)},
-        "seconds": {"none": time.perf_counter() - start},
-        "left": best.macs / network.dense.macs,
-    }
+        raise RuntimeError("no ratio makes it small enough")
+    return best
 
 
 def own_gradients(model: nn.Module, images: list[Tensor]) -> list[Tensor | None]:
