@@ -26,7 +26,7 @@ import torch
 from common import save, write
 
 from graphcomb.passes.sparse import cap, ranking
-from graphcomb.passes.sparse.fisher import Fisher, chunks
+from graphcomb.passes.sparse.statistics.fisher import Fisher, chunks
 
 RESULTS = Path(__file__).parent / "results" / "cap_speed.json"
 SIZES = ((32, 256), (64, 256), (128, 256), (192, 256), (256, 256), (384, 256))

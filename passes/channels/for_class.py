@@ -28,7 +28,7 @@ from ...graph.comb.groups import FOLDED, Group
 from ...graph.comb.solve import Comb
 from ...graph.facts import MAPS, MATRIX_PRODUCTS, names
 from ...graph.nodes import arguments, module_path, op_name, shape, source
-from .ties import Bundle, Ties, bundle
+from .sizes.ties import Bundle, Ties, bundle
 
 SPLITS = names("split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk unsafe_split_with_sizes")
 PRODUCTS = {"scaled_dot_product_attention", *MATRIX_PRODUCTS}

@@ -29,7 +29,6 @@ from ..train.distill import Distill
 from ..train.features import feature_nodes
 from ..train.loop import total_steps
 from ..train.trainee import Work
-from .costs import Costs, layer_costs, mac_terms
 from .for_class import class_ties
 from .groups import movable, not_trained, require_no_pattern
 from .held import HeldPruner, not_held
@@ -48,10 +47,11 @@ from .importance.scores import (
     together,
 )
 from .kernel_count import kernel_record
-from .plan import kept_by_pattern, read_plan
-from .selection import Selection, lowest_removed
-from .targets import Chooser, SharedChooser, Target, Task, nothing_to_prune, untrained
-from .ties import Ties
+from .sizes.costs import Costs, layer_costs, mac_terms
+from .sizes.plan import kept_by_pattern, read_plan
+from .sizes.selection import Selection, lowest_removed
+from .sizes.targets import Chooser, SharedChooser, Target, Task, nothing_to_prune, untrained
+from .sizes.ties import Ties
 from .while_training import Pruner, event_steps, removed_values
 
 DURING = ("schedule", "interval", "rounds", "prune_share")  # options of pruning while training

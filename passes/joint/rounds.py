@@ -17,10 +17,10 @@ from typing import Any
 from ...graph.errors import Unreachable
 from ...graph.program import Program
 from ..base import Context
-from ..channels.plan import some
+from ..channels.sizes.plan import some
 from .carry_out import Decision, decision, passes
-from .problem import Problem
-from .solve import Solved, solve
+from .solver.problem import Problem
+from .solver.solve import Solved, solve
 from .tables import Tables
 
 ROUNDS = 2

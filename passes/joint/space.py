@@ -20,7 +20,7 @@ from ...graph.comb.solve import Comb
 from ...graph.edit import rebuild
 from ...graph.program import Program
 from ..channels.groups import movable
-from ..channels.selection import Selection
+from ..channels.sizes.selection import Selection
 from ..common.scoring import bar
 from ..depth.blocks import Block
 from ..depth.price import find_blocks

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...graph.errors import BadInput
-from ..channels.knapsack import Predictor
+from ..channels.sizes.knapsack import Predictor
 from .carry_out import Decision, indices
 from .losses import Losses
-from .problem import Axis, Problem, Removal
 from .ranges import weight_of
+from .solver.problem import Axis, Problem, Removal
 from .space import Space
 from .times import Times
 from .variants import CHANGED, FLOAT, KINDS, Variant

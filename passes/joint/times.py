@@ -18,9 +18,9 @@ from torch import fx
 from ...graph.comb import axes as ax
 from ...graph.comb.axes import Factor
 from ...graph.workload.layer import Latency, Layer
-from ..channels.knapsack import Predictor
+from ..channels.sizes.knapsack import Predictor
 from ..common.scoring import bar
-from .problem import Term
+from .solver.problem import Term
 from .space import Form, Space
 from .variants import CHANGED, FLOAT, Variants
 

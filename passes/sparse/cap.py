@@ -14,8 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from .fisher import cholesky
 from .ranking import Pattern
+from .statistics.fisher import cholesky
 
 PANEL = 32  # columns of a factorisation that are applied to the matrix together
 

@@ -13,13 +13,14 @@ from ..base import Context
 from ..common.processes import accelerator
 from ..common.scoring import bar
 from ..common.weights import WeightedLayer
-from . import cap, fisher, ranking
+from . import cap, ranking
 from .finishing import finish_rows, sole_producers
-from .gradients import Gradients
 from .layout import column_order, columns_of, from_blocks, rows_of, to_blocks
-from .moments import input_moments
+from .statistics import fisher
+from .statistics.gradients import Gradients
+from .statistics.moments import input_moments
+from .statistics.unfold import check_again, check_finite
 from .sweep import sweep
-from .unfold import check_again, check_finite
 
 DAMPING = 1e-2  # relative to the mean of a diagonal
 PROBE = 64  # number of gradients from which that mean is estimated

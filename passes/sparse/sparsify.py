@@ -24,11 +24,11 @@ from ..common.weights import WeightedLayer, check_included, layers, named_layers
 from ..train.callbacks import Zeroing
 from ..train.distill import Distill
 from ..train.trainee import Work
-from .gradients import Gradients
 from .permute import permuted
 from .ranking import Pattern
 from .solver import PROBE, Method, Solver
-from .unfold import check_again
+from .statistics.gradients import Gradients
+from .statistics.unfold import check_again
 
 GLOBAL = ("cap", "woodfisher", "magnitude")  # methods whose scores are losses or sizes that compare between layers
 BY_GRADIENTS = ("cap", "fastcap", "woodfisher")

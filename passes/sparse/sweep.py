@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .fisher import cholesky
 from .ranking import Pattern, lowest, lowest_of_groups, portions
+from .statistics.fisher import cholesky
 
 
 def sweep(

@@ -28,8 +28,8 @@ from ..engines.base import UnparsedOp
 from ..engines.ort import OrtEngine
 from ..engines.trt.implicit import implicit
 from ..export.compare import TOLERANCES, ranges_of, verdict
-from ..export.half import inexact, to_half
-from ..export.islands import islands
+from ..export.half_precision.half import inexact, to_half
+from ..export.half_precision.islands import islands
 from ..export.parity import Case
 from ..export.sparsity import sparse_weights
 from ..export.to_onnx import export_onnx

@@ -18,8 +18,8 @@ import onnx
 from ...graph.errors import BadInput, Refused
 from ..engines import origins
 from ..engines.ort import OrtEngine, inserted_casts
-from .emulation import emulate, float_tensors, with_tensors
-from .islands import widest, with_ranges
+from .half_precision.emulation import emulate, float_tensors, with_tensors
+from .half_precision.islands import widest, with_ranges
 from .operators import MOVES
 from .parity import Case, Check, compare, feeds
 

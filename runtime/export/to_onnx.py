@@ -34,8 +34,8 @@ from ..devices.table import Target, get_target
 from ..engines import origins
 from ..onnx_file import FLOATS, TensorSpec, opset_of
 from .compare import LARGE, TOLERANCES, Verdict, ranges_of, verdict
-from .half import BF16, HALVES, to_half
-from .islands import islands
+from .half_precision.half import BF16, HALVES, to_half
+from .half_precision.islands import islands
 from .opset import DEFAULT, choose_opset, is_quantised, lower_to_17
 from .parity import Check, cases
 from .sparsity import SparseWeight, check_sparsity

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from graphcomb.graph.comb.axes import Factor
 from graphcomb.graph.comb.groups import Group
-from graphcomb.passes.channels.costs import Costs
-from graphcomb.passes.channels.selection import Selection
+from graphcomb.passes.channels.sizes.costs import Costs
+from graphcomb.passes.channels.sizes.selection import Selection
 from graphcomb.passes.channels.while_training import event_steps
 
 

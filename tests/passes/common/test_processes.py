@@ -20,8 +20,8 @@ from graphcomb.passes.channels.importance.scores import from_gradients
 from graphcomb.passes.common import processes
 from graphcomb.passes.common.processes import accelerator, agreed
 from graphcomb.passes.common.weights import layers
-from graphcomb.passes.sparse.gradients import Gradients
-from graphcomb.passes.sparse.moments import input_moments
+from graphcomb.passes.sparse.statistics.gradients import Gradients
+from graphcomb.passes.sparse.statistics.moments import input_moments
 
 from ..toys import Cut, Stop
 

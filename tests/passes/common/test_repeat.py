@@ -15,7 +15,7 @@ from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Distill, PruneDepth, Sparsify
 from graphcomb.passes.base import Context
 from graphcomb.passes.common.repeat import code_of, sample
-from graphcomb.passes.sparse.gradients import Gradients
+from graphcomb.passes.sparse.statistics.gradients import Gradients
 
 from ..toys import Cut, Stop, batches, captured, same, state
 

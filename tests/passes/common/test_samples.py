@@ -17,9 +17,9 @@ from graphcomb.passes.channels.remove_channels import RemoveChannels
 from graphcomb.passes.common import processes, samples
 from graphcomb.passes.common.feed import Batch, Feed
 from graphcomb.passes.common.weights import layers
-from graphcomb.passes.sparse import unfold
-from graphcomb.passes.sparse.gradients import Gradients
-from graphcomb.passes.sparse.moments import input_moments
+from graphcomb.passes.sparse.statistics import unfold
+from graphcomb.passes.sparse.statistics.gradients import Gradients
+from graphcomb.passes.sparse.statistics.moments import input_moments
 
 
 class Numbered(torch.utils.data.Dataset):

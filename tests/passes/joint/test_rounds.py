@@ -7,7 +7,7 @@ import pytest
 from graphcomb import Context, Unreachable
 from graphcomb.passes.joint.losses import Losses
 from graphcomb.passes.joint.rounds import OVER, Time, Tuner, builder
-from graphcomb.passes.joint.solve import solve
+from graphcomb.passes.joint.solver.solve import solve
 from graphcomb.passes.joint.space import Space
 from graphcomb.passes.joint.tables import Fixed, Tables
 from graphcomb.passes.joint.times import Times

@@ -12,11 +12,11 @@ from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.verify import equivalence
 from graphcomb.graph.workload.layers import Layers
 from graphcomb.passes import PruneDepth, RemoveChannels, Repair
-from graphcomb.passes.channels.knapsack import Predictor, knapsack
+from graphcomb.passes.channels.sizes.knapsack import Predictor, knapsack
 from graphcomb.passes.joint.carry_out import decision, passes
 from graphcomb.passes.joint.losses import Curve, Divergence, Losses
-from graphcomb.passes.joint.problem import Axis, Choice, Problem, Removal
-from graphcomb.passes.joint.solve import solve
+from graphcomb.passes.joint.solver.problem import Axis, Choice, Problem, Removal
+from graphcomb.passes.joint.solver.solve import solve
 from graphcomb.passes.joint.space import Space
 from graphcomb.passes.joint.tables import Fixed, Tables, check_fixed
 from graphcomb.passes.joint.times import Times

@@ -11,7 +11,7 @@ from torch import nn
 
 import graphcomb
 from graphcomb.passes import Context, RemoveChannels
-from graphcomb.passes.channels.selection import lowest_removed
+from graphcomb.passes.channels.sizes.selection import lowest_removed
 from graphcomb.passes.repair import score
 from graphcomb.passes.repair.swaps import Columns, _changes, loss, swapped
 

@@ -12,10 +12,11 @@ from graphcomb.graph.errors import Refused
 from graphcomb.passes import Sparsify
 from graphcomb.passes.base import Context
 from graphcomb.passes.common.weights import layers
-from graphcomb.passes.sparse import cap, fisher
-from graphcomb.passes.sparse.gradients import Gradients
+from graphcomb.passes.sparse import cap
 from graphcomb.passes.sparse.layout import to_blocks
 from graphcomb.passes.sparse.solver import Method, Solver
+from graphcomb.passes.sparse.statistics import fisher
+from graphcomb.passes.sparse.statistics.gradients import Gradients
 
 from .toys import batches, weights
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from graphcomb.passes.common.scoring import evaluate
-from graphcomb.passes.sparse import fisher
+from graphcomb.passes.sparse.statistics import fisher
 
 D = torch.float64
 METHODS = ("cap", "fastcap", "woodfisher", "sparsegpt", "wanda", "magnitude")

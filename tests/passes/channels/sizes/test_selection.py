@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from graphcomb import Comb, capture
-from graphcomb.passes.channels.costs import Costs, mac_terms
-from graphcomb.passes.channels.selection import Selection
+from graphcomb.passes.channels.sizes.costs import Costs, mac_terms
+from graphcomb.passes.channels.sizes.selection import Selection
 
 
 class Trunk(nn.Module):

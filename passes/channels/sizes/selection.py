@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from ...graph.comb.axes import Factor
-from ...graph.comb.groups import Group
-from ...graph.comb.solve import Comb
+from ....graph.comb.axes import Factor
+from ....graph.comb.groups import Group
+from ....graph.comb.solve import Comb
+from ..groups import steps
+from ..importance.members import Scores
 from .costs import Costs
-from .groups import steps
-from .importance.members import Scores
 from .ties import Ties
 
 Sizes = Mapping[Factor, int]

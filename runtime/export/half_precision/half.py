@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from ...graph.errors import Refused
+from ....graph.errors import Refused
 
 FLOAT = int(onnx.TensorProto.FLOAT)
 

@@ -14,7 +14,7 @@ from graphcomb.graph.errors import BadInput, Refused
 from graphcomb.graph.program import Program
 from graphcomb.runtime import export_onnx, load_engine
 
-from .toys import captured, float_types
+from ..toys import captured, float_types
 
 
 class Scaled(nn.Module):

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...graph.errors import BadInput
-from ...graph.nodes import fetch
-from ...graph.program import Program
-from ...graph.trainable import TrainableModule
-from ..base import Context
-from ..common.feed import Feed
-from ..common.observe import Observer
-from ..common.processes import accelerator, placed, summed
-from ..common.repeat import seeded
-from ..common.samples import everywhere, sample_batches
-from ..common.weights import WeightedLayer, named_layers, windows
+from ....graph.errors import BadInput
+from ....graph.nodes import fetch
+from ....graph.program import Program
+from ....graph.trainable import TrainableModule
+from ...base import Context
+from ...common.feed import Feed
+from ...common.observe import Observer
+from ...common.processes import accelerator, placed, summed
+from ...common.repeat import seeded
+from ...common.samples import everywhere, sample_batches
+from ...common.weights import WeightedLayer, named_layers, windows
 from .unfold import check_finite, pieces
 
 

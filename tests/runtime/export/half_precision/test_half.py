@@ -7,7 +7,7 @@ import onnxruntime as ort
 import pytest
 
 from graphcomb.graph.errors import Refused
-from graphcomb.runtime.export.half import to_half
+from graphcomb.runtime.export.half_precision.half import to_half
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 

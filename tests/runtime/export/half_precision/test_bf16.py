@@ -11,7 +11,7 @@ import graphcomb as g
 from graphcomb.graph.errors import BadInput, Refused
 from graphcomb.passes import Quantize
 from graphcomb.runtime import build_engine, export_onnx
-from graphcomb.runtime.export.half import BF16, FP16
+from graphcomb.runtime.export.half_precision.half import BF16, FP16
 
 
 class Wide(nn.Module):

@@ -11,9 +11,9 @@ from graphcomb import Comb, Pipeline, capture
 from graphcomb.graph.errors import BadInput, Unreachable
 from graphcomb.passes import Context, Distill, RemoveChannels
 from graphcomb.passes.channels.importance.scores import IMPORTANCES
-from graphcomb.passes.channels.selection import Selection, lowest_removed
+from graphcomb.passes.channels.sizes.selection import Selection, lowest_removed
 
-from ..toys import chain
+from ...toys import chain
 
 DATA = [(torch.randn(4, 1, 8, 8), torch.randint(3, (4,))) for _ in range(8)]
 TRAIN = Distill(epochs=1, lr=1e-3, alpha=0.0)

@@ -12,10 +12,10 @@ from torch import nn
 
 from graphcomb import capture, comb
 from graphcomb.graph.workload.layer import Layer
-from graphcomb.passes.channels import knapsack as module
-from graphcomb.passes.channels.knapsack import Floor, Predictor, knapsack
+from graphcomb.passes.channels.sizes import knapsack as module
+from graphcomb.passes.channels.sizes.knapsack import Floor, Predictor, knapsack
 
-from ..toys import chain
+from ...toys import chain
 
 
 class PerMac:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ...graph.comb.groups import Group
-from ...graph.comb.solve import Comb
-from ...graph.errors import BadInput
+from ....graph.comb.groups import Group
+from ....graph.comb.solve import Comb
+from ....graph.errors import BadInput
 from .selection import Selection
 
 

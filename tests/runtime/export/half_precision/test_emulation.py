@@ -11,7 +11,7 @@ from torch import nn
 import graphcomb as g
 from graphcomb.runtime import export_onnx
 from graphcomb.runtime.export.compare import session
-from graphcomb.runtime.export.emulation import emulate
+from graphcomb.runtime.export.half_precision.emulation import emulate
 
 
 class Function(nn.Module):

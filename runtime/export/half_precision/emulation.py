@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from ..operators import MOVES
 from .half import FLOAT, HALVES, TYPE_ATTRIBUTES, Half
-from .operators import MOVES
 
 # Operators whose results are exact in fp16 if their operands are: they move, choose, negate or round values.
 EXACT = MOVES | frozenset(

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ...graph.comb import axes as ax
-from ...graph.comb.axes import Axis, Factor
-from ...graph.comb.groups import Group
-from ...graph.comb.solve import Comb, Sizer
-from ...graph.nodes import arguments, op_name
+from ....graph.comb import axes as ax
+from ....graph.comb.axes import Axis, Factor
+from ....graph.comb.groups import Group
+from ....graph.comb.solve import Comb, Sizer
+from ....graph.nodes import arguments, op_name
 
 Units = Mapping[Factor, tuple[Factor, int]]
 Polynomial = list[tuple[int, tuple[Factor, ...]]]  # a sum of coefficients times sizes

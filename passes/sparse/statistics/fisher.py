@@ -8,7 +8,7 @@ A weight is cut into `b` blocks of `B` entries. Around trained weights, moving a
 import torch
 from torch import Tensor
 
-from ...graph.errors import BadInput
+from ....graph.errors import BadInput
 
 CHUNK = 1 << 21  # elements of the matrices that are processed together
 

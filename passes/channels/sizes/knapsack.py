@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from ...graph.comb.axes import Factor
-from ...graph.comb.solve import Comb, Sizer
-from ...graph.workload.layer import Latency, rules_of
-from ...graph.workload.layers import Layers
-from .importance.members import Scores
+from ....graph.comb.axes import Factor
+from ....graph.comb.solve import Comb, Sizer
+from ....graph.workload.layer import Latency, rules_of
+from ....graph.workload.layers import Layers
+from ..importance.members import Scores
 from .ties import Ties
 
 Sizes = dict[Factor, int]

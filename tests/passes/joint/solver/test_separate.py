@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from graphcomb.passes.joint import solve as solving
-from graphcomb.passes.joint.problem import Axis, Problem, Removal, Term
-from graphcomb.passes.joint.separate import separate
-from graphcomb.passes.joint.solve import solve
+from graphcomb.passes.joint.solver import solve as solving
+from graphcomb.passes.joint.solver.problem import Axis, Problem, Removal, Term
+from graphcomb.passes.joint.solver.separate import separate
+from graphcomb.passes.joint.solver.solve import solve
 
 
 def problem(draw: np.random.Generator) -> Problem:

@@ -10,9 +10,9 @@ from graphcomb.graph.errors import BadInput
 from graphcomb.passes import Sparsify
 from graphcomb.passes.base import Context
 from graphcomb.passes.common.weights import layers
-from graphcomb.passes.sparse.gradients import Gradients
+from graphcomb.passes.sparse.statistics.gradients import Gradients
 
-from .toys import batches, weights
+from ..toys import batches, weights
 
 
 @pytest.mark.parametrize("largest", [1, 10**9])

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ...graph.errors import BadInput
-from ..common.weights import WeightedLayer
+from ....graph.errors import BadInput
+from ...common.weights import WeightedLayer
 
 
 def pieces(windows: Tensor, largest: int, dim: int, flat: bool = True) -> Iterator[tuple[Tensor, slice | None]]:

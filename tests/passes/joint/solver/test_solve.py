@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from graphcomb.passes.joint.problem import Axis, Choice, Problem, Removal, Term
-from graphcomb.passes.joint.solve import solve
+from graphcomb.passes.joint.solver.problem import Axis, Choice, Problem, Removal, Term
+from graphcomb.passes.joint.solver.solve import solve
 
 
 def random_problem(seed: int) -> Problem:

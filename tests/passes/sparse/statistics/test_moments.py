@@ -9,9 +9,9 @@ import graphcomb as g
 from graphcomb.passes import Sparsify
 from graphcomb.passes.base import Context
 from graphcomb.passes.common.weights import layers
-from graphcomb.passes.sparse.moments import input_moments
+from graphcomb.passes.sparse.statistics.moments import input_moments
 
-from .toys import weights
+from ..toys import weights
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from ...graph.errors import BadInput, nearest
+from ....graph.errors import BadInput, nearest
+from ..operators import MOVES
 from .half import FP16, Half
-from .operators import MOVES
 
 MARGIN = 4.0  # values on other inputs may be this many times as large as the measured ones
 FRAGILE = {

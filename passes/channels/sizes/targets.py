@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from ...graph.comb.axes import Factor
-from ...graph.comb.groups import Group
-from ...graph.comb.solve import Comb
-from ...graph.errors import Unreachable
-from ..base import Context
-from ..common.latency import allowed_seconds, below, least_share, needed_latency
-from ..common.processes import agreed
+from ....graph.comb.axes import Factor
+from ....graph.comb.groups import Group
+from ....graph.comb.solve import Comb
+from ....graph.errors import Unreachable
+from ...base import Context
+from ...common.latency import allowed_seconds, below, least_share, needed_latency
+from ...common.processes import agreed
+from ..groups import alike
+from ..importance.members import Scores
 from .costs import TERMS, Costs, mac_terms
-from .groups import alike
-from .importance.members import Scores
 from .knapsack import Floor, Predictor, knapsack, towards
 from .plan import Planned, some
 from .selection import Selection

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from graphcomb.graph.errors import BadInput
-from graphcomb.passes.sparse import fisher
+from graphcomb.passes.sparse.statistics import fisher
 
-from .toys import D, fisher_of, problem
+from ..toys import D, fisher_of, problem
 
 
 def test_few_gradients_are_not_summed_up_where_many_were_announced():

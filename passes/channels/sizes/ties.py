@@ -13,10 +13,10 @@ from functools import cached_property
 
 import numpy as np
 
-from ...graph.comb.axes import Factor
-from ...graph.comb.groups import Group
-from ...graph.errors import BadInput
-from .importance.members import Scores
+from ....graph.comb.axes import Factor
+from ....graph.comb.groups import Group
+from ....graph.errors import BadInput
+from ..importance.members import Scores
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...graph.compat import pytree
-from ...graph.errors import BadInput
-from ...graph.nodes import fetch, hint
-from ...graph.program import Program
-from ...graph.trainable import TrainableModule
-from ..base import Context
-from ..common.class_axis import class_axis
-from ..common.feed import Batch, Feed, map_some
-from ..common.losses import class_dim, logits_of, task_loss
-from ..common.observe import Observer
-from ..common.processes import accelerator, placed, summed
-from ..common.samples import apart, everywhere, sample_batches
-from ..common.weights import WeightedLayer, named_layers, windows
+from ....graph.compat import pytree
+from ....graph.errors import BadInput
+from ....graph.nodes import fetch, hint
+from ....graph.program import Program
+from ....graph.trainable import TrainableModule
+from ...base import Context
+from ...common.class_axis import class_axis
+from ...common.feed import Batch, Feed, map_some
+from ...common.losses import class_dim, logits_of, task_loss
+from ...common.observe import Observer
+from ...common.processes import accelerator, placed, summed
+from ...common.samples import apart, everywhere, sample_batches
+from ...common.weights import WeightedLayer, named_layers, windows
 from .unfold import check_finite, outputs_of, pieces
 
 

@@ -1,0 +1,1 @@
+"""How many indices each group of channels keeps."""

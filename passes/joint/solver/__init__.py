@@ -1,0 +1,1 @@
+"""The choice of sizes and blocks as an optimisation problem, and its exact solvers."""
