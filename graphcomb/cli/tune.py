@@ -64,7 +64,7 @@ def tune(
     samples: Samples = 64,
     points: Points = 1,
     sizes: Sizes = 6,
-    rounds: Annotated[int, typer.Option("--rounds", help="How often the chosen network is built and measured.")] = 2,
+    rounds: Annotated[int, typer.Option("--rounds", help="How often the chosen network is built and measured.")] = 3,
     with_: Extra = None,
     arg: Arguments = None,
     input_: Inputs = None,

@@ -17,7 +17,7 @@ from typing import Any
 from ..graph.errors import BadInput
 from ..graph.program import Program
 from ..passes.common.latency import allowed_seconds
-from ..passes.joint.rounds import Tuner, builder
+from ..passes.joint.rounds import ROUNDS, Tuner, builder
 from ..passes.joint.space import SIZES
 from ..runtime.devices.table import Target
 from .plan import Plan
@@ -38,7 +38,7 @@ def tune(
     points: int = 1,
     sizes: int = SIZES,
     importance: str = "repair",
-    rounds: int = 2,
+    rounds: int = ROUNDS,
     folder: str | Path | None = None,
     progress: bool = False,
     extra: Sequence[str] = (),

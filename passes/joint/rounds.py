@@ -3,8 +3,9 @@
 Losses do not add up and predicted times are off, so the chosen network is built, and its loss and its time are measured.
 The first round also builds the networks that widths, blocks, precision and sparsity alone would give for the same budget:
 the ratios of their measured to their predicted losses scale the losses of each kind, on which the choice between them
-depends. The ratio of measured to predicted time scales the budget. The best network within the budget wins, those of
-the single methods included, so that on the calibration images the result is never worse than they are.
+depends. The ratio of measured to predicted time scales the budget; where that leads back to a network that was built, a
+choice between the slowest network within the budget and the fastest beyond it is tried. The best network within the budget
+wins, those of the single methods and of other budgets included: on the calibration images it is never worse than they are.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .solver.problem import Problem
 from .solver.solve import Solved, solve
 from .tables import Tables
 
-ROUNDS = 2
+ROUNDS = 3
 OVER = 1.02  # a time of up to this multiple of a budget is within it, since repeated measurements differ
 NEAR = 0.1  # share of a budget by which the achieved latency may be off before the run says that it missed
 METHODS = ("widths", "blocks", "precision", "sparsity")  # each of which may decide alone
@@ -96,24 +97,34 @@ class Tuner:
 
         If none that was built is within the budget, the fastest of them. Raises Unreachable if no choice in the tables is
         within the budget."""
-        problem, tried = self.tables.problem, []
+        problem, allowed = self.tables.problem, OVER * budget
         part = problem if how == "joint" else problem.only(how)
-        for attempt in range(self.rounds):
-            found = self._choose(part, budget)
-            if found is None and not attempt:
+        tried: list[Built] = []
+        builds, inside, outside = 0, 0.0, math.inf  # table seconds of the slowest within the budget, the fastest beyond
+        while builds < self.rounds:
+            limit = budget / self.correction.seconds
+            if not inside < limit < outside and inside and outside < math.inf:
+                limit = math.sqrt(inside * outside)  # no one factor fits both networks; try between them
+            found = self._choose(part, limit)
+            if found is None and not tried:
                 raise self._unreachable(part, budget)
             if found is None:
                 break
             before, expected = len(self.built), self.correction.seconds * found.seconds
             network = self._built(problem, found, how)
-            tried.append(network)
-            self.correction.seconds *= network.seconds / expected
-            if not attempt and how == "joint":
-                tried += self._singles(problem, budget)
-            if len(self.built) == before:
+            if any(network is t for t in tried):
                 break
-        inside = [b for b in tried if b.seconds <= OVER * budget]
-        return min(inside, key=lambda b: b.loss) if inside else min(tried, key=lambda b: b.seconds)
+            builds += len(self.built) > before
+            inside = max(inside, found.seconds) if network.seconds <= allowed else inside
+            outside = min(outside, found.seconds) if network.seconds > allowed else outside
+            self.correction.seconds *= network.seconds / expected
+            if not tried and how == "joint":
+                self._singles(problem, budget)
+            tried.append(network)
+        if how == "joint":
+            tried = list(self.built.values())  # those of other budgets too
+        fits = [b for b in tried if b.seconds <= allowed]
+        return min(fits, key=lambda b: b.loss) if fits else min(tried, key=lambda b: b.seconds)
 
     def losing(self, loss: float, lost: Callable[[Program], float] | None = None) -> Built:
         """The fastest network that loses no more than `loss`: in nats, or by another measure of a program, `lost`, such as
@@ -121,10 +132,7 @@ class Tuner:
         no network that was built loses as little."""
         problem, best = self.tables.problem, None
         bound = loss if lost is None else NATS * loss
-        low, high = (
-            0.0,
-            math.inf,
-        )  # the largest budget in nats that held so far, and the smallest loss that was too much
+        low, high = 0.0, math.inf  # the largest budget in nats that held so far, the smallest loss that was too much
         for _ in range(self.rounds + (1 if lost is None else 4)):
             found = solve(self._scaled(problem), loss=bound, connects=self.tables.space.connects)
             if found is None:
@@ -148,9 +156,8 @@ class Tuner:
     def _scaled(self, problem: Problem) -> Problem:
         return problem.scaled(self.correction.losses)
 
-    def _choose(self, problem: Problem, budget: float) -> Solved | None:
-        """The best choice whose seconds, checked on the program's structure, really are within the budget."""
-        allowed = budget / self.correction.seconds
+    def _choose(self, problem: Problem, allowed: float) -> Solved | None:
+        """The best choice within these seconds of the tables, also when checked on the program's structure."""
         limit, found = allowed, None
         for _ in range(TRIES):
             found = solve(self._scaled(problem), seconds=limit, connects=self.tables.space.connects)
@@ -163,20 +170,18 @@ class Tuner:
             limit *= allowed / actual
         return found
 
-    def _singles(self, problem: Problem, budget: float) -> list[Built]:
-        """The networks of each method alone, as far as these reach the budget; they correct the losses."""
-        networks = []
+    def _singles(self, problem: Problem, budget: float) -> None:
+        """Build the networks of each method alone, as far as these reach the budget; they correct the losses."""
         kinds = {axis.kind for axis in problem.axes} | ({"blocks"} if problem.blocks else set())
+        limit = budget / self.correction.seconds
         for how in METHODS:
-            found = self._choose(problem.only(how), budget) if how in kinds and len(kinds) > 1 else None
+            found = self._choose(problem.only(how), limit) if how in kinds and len(kinds) > 1 else None
             if found is None:
                 continue
             network = self._built(problem, found, how)
-            networks.append(network)
             factor = network.loss / found.loss if found.loss > 0 and math.isfinite(network.loss) else 0.0
             if factor > 0:
                 self.correction.losses[how] *= factor
-        return networks
 
     def _built(self, problem: Problem, found: Solved, how: str) -> Built:
         """The network of a choice; the same network is built only once."""

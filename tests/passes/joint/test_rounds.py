@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from graphcomb import Context, Unreachable
+from graphcomb.passes.joint.carry_out import Decision
 from graphcomb.passes.joint.losses import Losses
 from graphcomb.passes.joint.rounds import OVER, Time, Tuner, builder
+from graphcomb.passes.joint.solver.problem import Axis, Problem, Term
 from graphcomb.passes.joint.solver.solve import solve
 from graphcomb.passes.joint.space import Space
 from graphcomb.passes.joint.tables import Fixed, Tables
@@ -52,6 +57,38 @@ def test_times_are_corrected_by_what_is_measured():
     slow = tuner(slower=3.0)
     assert slow.correction.seconds == pytest.approx(3.0)
     assert slow.within(0.6 * slow.dense).seconds <= OVER * 0.6 * slow.dense
+
+
+def test_a_device_whose_times_jump_does_not_send_the_rounds_back_and_forth():
+    """One group of 100 indices; the table says one second for each, the device takes 1.4 times as long above 50. With one
+    factor alone the choice for 60 seconds is 60 (84 s), then 42, then 60 again."""
+    sizes = tuple(range(1, 101))
+    axis = Axis("group", sizes, tuple(1.0 - n / 100 for n in sizes))
+    problem = Problem((axis,), (), (Term((0,), np.array(sizes, dtype=float)),))
+
+    def width(decided: Decision) -> int:
+        return decided.widths.get("group", 100)
+
+    def time(decided: Decision) -> Time:
+        seconds = width(decided) * (1.4 if 50 < width(decided) < 100 else 1.0)
+        return Time(seconds, seconds, seconds)
+
+    losses = SimpleNamespace(divergence=lambda decided: 1.0 - width(decided) / 100)
+    tables = SimpleNamespace(
+        problem=problem, times=SimpleNamespace(whole=100.0), losses=losses, seconds=width,
+        space=SimpleNamespace(program=Decision(), connects=None),
+    )  # fmt: skip
+    found = [Tuner(tables, lambda decided: decided, time, rounds).within(60.0, "widths") for rounds in (2, 4, 8)]
+    assert [width(f.decided) for f in found] == [42, 50, 50]
+
+
+def test_networks_built_for_one_budget_serve_the_others():
+    shared = tuner()
+    tight = shared.within(0.5 * shared.dense)
+    shared._choose = lambda problem, allowed: solve(
+        problem, seconds=tight.seconds / 2
+    )  # from here on, only bad choices
+    assert shared.within(0.8 * shared.dense).loss <= tight.loss
 
 
 def test_what_cannot_be_reached_says_the_least_and_what_freezes_it():
