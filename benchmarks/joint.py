@@ -8,14 +8,14 @@
 
 Networks are the trained references of `accuracy.py` (Fashion-MNIST, 28 x 28; score: accuracy on the 10,000 test images)
 and two of `trained.py`: EfficientNet-Lite0 (score: agreement with the dense network on 96 crops of unseen photographs) and
-the text detector CRAFT (score: text IoU on 32 unseen pages). Budgets are shares of the dense network's latency in ONNX
-Runtime, one thread, fp32, batch 2. Joint, widths and blocks share the tables, the passes (PruneDepth, RemoveChannels,
-Repair on images without labels: 128, EfficientNet 32, CRAFT 16) and the rounds: a choice is built and measured, the budget
-is corrected by what it really takes, and the choice is made again. torch-pruning (1.6.1; it has no repair) gets the least
-ratio that makes it as fast as the joint network by the same measure, to within 2 %; of its rankings (magnitude layer by
-layer or globally, Taylor with the dense network's own classes as labels; networks with attention layer by layer) the one
-with the best score is shown. Then all networks of a budget run in turns, and the speed-up is the paired one. Rows that say
-so had rounds by predicted times, as on a busy machine; "–" means that it was too busy for a figure.
+the text detector CRAFT (score: F-measure of the words on 32 unseen pages). Budgets are shares of the dense network's
+latency in ONNX Runtime, one thread, fp32, batch 2. Joint, widths and blocks share the tables, the passes (PruneDepth,
+RemoveChannels, Repair on images without labels: 128, EfficientNet 32, CRAFT 16) and the rounds: a choice is built and
+measured, the budget is corrected by what it really takes, and the choice is made again. torch-pruning (1.6.1; it has no
+repair) gets the least ratio that makes it as fast as the joint network by the same measure, to within 2 %; of its rankings
+(magnitude layer by layer or globally, Taylor with the dense network's own classes as labels; networks with attention layer
+by layer) the one with the best score is shown. Then all networks of a budget run in turns, and the speed-up is the paired
+one. Rows that say so had rounds by predicted times, as on a busy machine; "–" means that it was too busy for a figure.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ repair, after `Repair`, and after `Repair` and `Recalibrate` (prior of 64 images
 which have no labels. Widths stay multiples of 8 (Fashion-MNIST: 4) for all methods, except that torch-pruning cannot
 round the widths of networks with attention. It (1.6.1) ranks by magnitude, layer by layer or globally, or globally by
 Taylor with the dense network's own classes as labels; networks with attention always layer by layer. Its ratio is found by
-bisection, and its best row is shown.
+bisection, and its best row is shown. CRAFT's score is the F-measure of the words on pages: rectangles that overlap by half.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import importlib
 import io
+import math
 import os
 import re
 import subprocess
@@ -31,6 +32,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import graphcomb
@@ -47,7 +50,7 @@ IMAGENET = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.2
 LITE = (torch.full((3,), 127 / 255), torch.full((3,), 128 / 255))
 FONTS = "/usr/share/fonts/truetype"
 PAGE, LINE = 256, (64, 256)  # pixels of a page for CRAFT, and of a word for the recogniser
-THRESHOLD = 0.4  # of CRAFT's maps, as EasyOCR has it
+THRESHOLD, CERTAIN = 0.4, 0.7  # of CRAFT's maps, as EasyOCR has them
 
 
 def package(name: str) -> Path:
@@ -243,10 +246,53 @@ def agreement(outputs: Tensor, dense: Tensor, _: Any) -> dict[str, float]:
     return {"agreement": float(same), "divergence": float((p.exp() * (p - q)).sum(1).mean())}
 
 
-def text_overlap(outputs: Tensor, _: Tensor, boxes: list[Tensor]) -> dict[str, float]:
-    """Of the pixels that are text by the boxes or by either map, the share that is by both."""
-    found, true = (outputs > THRESHOLD).any(3), torch.stack(boxes)
-    return {"text IoU": float((found & true).sum() / (found | true).sum())}
+def rectangles(labels: Tensor) -> np.ndarray:
+    """The bounding rectangle of each region of true pixels that touch: (K, 4), top, left, bottom, right."""
+    found = ndimage.find_objects(ndimage.label(labels.numpy())[0])
+    return np.array([[rows.start, columns.start, rows.stop, columns.stop] for rows, columns in found]).reshape(-1, 4)
+
+
+def found_words(maps: Tensor) -> np.ndarray:
+    """Rectangles of words in CRAFT's two maps (H, W, 2), characters and links between them: what either finds and touches is
+    a word if a character in it is certain; characters are found inwards, so that rectangles grow by the square root of
+    their share of pixels, as in the paper's code (arXiv 1904.01941) but without rotation."""
+    characters = maps[..., 0].numpy()
+    regions = ndimage.label((maps > THRESHOLD).any(2).numpy())[0]
+    found = []
+    for k, (rows, columns) in enumerate(ndimage.find_objects(regions), 1):
+        inside = regions[rows, columns] == k
+        high, wide = inside.shape
+        if inside.sum() < 10 or characters[rows, columns][inside].max() < CERTAIN:
+            continue
+        more = int(2 * math.sqrt(inside.sum() * min(high, wide) / (high * wide))) // 2
+        found.append([rows.start - more, columns.start - more, rows.stop + more, columns.stop + more])
+    return np.array(found).reshape(-1, 4)
+
+
+def matched(a: np.ndarray, b: np.ndarray) -> int:
+    """How many rectangles of a and b can be paired so that each pair overlaps by half of its union."""
+    if not len(a) or not len(b):
+        return 0
+    shared = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
+    both = shared.clip(0).prod(2)
+    sizes = [(x[:, 2:] - x[:, :2]).prod(1) for x in (a, b)]
+    sizes = sizes[0][:, None] + sizes[1] - both
+    return int((both / sizes >= 0.5)[linear_sum_assignment(-both / sizes)].sum())
+
+
+def detection(outputs: Tensor, dense: Tensor, truths: list[Tensor]) -> dict[str, float]:
+    """The F-measure of the words found (pairs at an overlap of half their union), the same against the dense network's
+    words, and the share of text pixels that the maps and the boxes have in common."""
+    words, theirs = [found_words(o) for o in outputs], [found_words(d) for d in dense]
+    boxes = [rectangles(t) for t in truths]
+
+    def f_measure(true: list[np.ndarray]) -> float:
+        pairs = sum(matched(a, b) for a, b in zip(words, true, strict=True))
+        return float(2 * pairs / max(sum(map(len, words)) + sum(map(len, true)), 1))
+
+    found, true = (outputs > THRESHOLD).any(3), torch.stack(truths)
+    overlap = float((found & true).sum() / (found | true).sum())
+    return {"F": f_measure(boxes), "as dense": f_measure(theirs), "text IoU": overlap}
 
 
 def legibility(outputs: Tensor, _: Tensor, true: list[str]) -> dict[str, float]:
@@ -351,7 +397,7 @@ MOBILE = (0.9, 0.8, *Network.macs)
 NETWORKS = {
     "mobilenet_v2": classifier(mobilenet, 224, IMAGENET, "classifier.1", macs=MOBILE),
     "crnn": Network(Recogniser, line, legibility, lambda n: [n.body.SequenceModeling, n.body.Prediction], tested=192),
-    "craft": Network(craft, page, text_overlap, lambda n: [n.conv_cls[-1]], calibrated=48, tested=32),
+    "craft": Network(craft, page, detection, lambda n: [n.conv_cls[-1]], calibrated=48, tested=32),
     "efficientnet_lite0": classifier(functools.partial(lite, 0), 224, LITE, "classifier"),
     "efficientnet_lite1": classifier(functools.partial(lite, 1), 240, LITE, "classifier"),
     "efficientnet_lite2": classifier(functools.partial(lite, 2), 260, LITE, "classifier"),
