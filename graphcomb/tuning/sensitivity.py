@@ -100,7 +100,9 @@ def _of_layers(session: TuningTables, scale: float, whole: float) -> list[Option
         saved = scale * (whole - problem.seconds(narrower(problem, place, CHANGED)))
         converting = scale * session.tables.times.conversions(i)
         note = f"with {', '.join(variant.weights[1:])}" if len(variant.weights) > 1 else ""
-        if variant.option == "int8" and saved <= 0:
+        if variant.share is not None:
+            note += f"{'; ' if note else ''}measured with its conversions"
+        elif variant.option == "int8" and saved <= 0:
             alone = f"{1e3 * (saved + converting):.3g} ms saved by the layers"
             borders = len(variant.read) + len(variant.written)
             note += f"{'; ' if note else ''}{borders} conversions take {1e3 * converting:.3g} ms, {alone}"

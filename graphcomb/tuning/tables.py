@@ -26,17 +26,20 @@ from ..passes.joint.times import Times
 from ..passes.joint.variants import (
     CHANGED,
     KINDS,
+    Trial,
     find_variants,
     is_changed,
     no_sparse_kernels,
     seconds_of_variants,
 )
+from ..runtime import BenchResult
 from ..runtime.devices.table import Target, get_target
 from ..runtime.prediction.latency_table import LatencyTable
 from ..runtime.prediction.roofline import Roofline
 from .plan import BlockRow, Frozen, LayerRow, Plan, Repairing, Row, Tuned, code_of_model, load_plan
 
-SECONDS = 20.0  # time limit of measuring a whole network
+SECONDS, TRIAL = 20.0, 8.0  # for which a whole network is measured, and one with a region in INT8
+RUNS = 10  # least number of undisturbed runs of each
 Table = str | Path | LatencyTable | Roofline
 
 
@@ -72,15 +75,11 @@ class TuningTables:
             return self._within_error(self._predict(program))
         dense = self.tables.space.program
         if self._whole is None:
-            ms = self._bench([dense], ["dense"]).timings[0].ms
-            if not ms:
-                raise _busy()
+            ms = in_turns([dense], ["dense"], SECONDS).timings[0].ms
             self._whole = Time(ms["median"] / 1e3, ms["p25"] / 1e3, ms["p75"] / 1e3, True)
         if program is dense:
             return self._whole
-        ratio = self._bench([dense, program], ["dense", "network"]).ratios.get("network")
-        if ratio is None:
-            raise _busy()
+        ratio = faster(dense, program, SECONDS)
         whole, median = self._whole.seconds, ratio["median"]
         return Time(whole / median, whole / ratio.get("high", median), whole / ratio.get("low", median), True)
 
@@ -99,9 +98,6 @@ class TuningTables:
             score = evaluate(program, self.labelled.val or (), self.labelled.metric)
             self._scores[id(program)] = program, score
         return self._scores[id(program)][1]
-
-    def _bench(self, programs: list[Program], names: list[str]) -> Any:
-        return runtime.bench(programs, names=names, seconds=SECONDS)
 
     def _within_error(self, seconds: float) -> Time:
         """Return predicted seconds with the range that the latency model states."""
@@ -252,7 +248,7 @@ def prepare_tables(
     # Creating the losses checks the data, so it comes before the times, which may take long to measure.
     losses = Losses(space, context, importance, samples, points, Path(folder or cache_folder() / "tune"))
     wanted = [name for name, p in fixed.precisions.items() if p == "int8"]
-    int8 = _integer_latency(model, device) if "int8" in extra or wanted else None
+    int8 = _integer_latency(model, device, precision) if "int8" in extra or wanted else None
     sparse = _sparse_latency(model, device) if "2:4" in extra or any(fixed.sparse.values()) else None
     variants = find_variants(space, losses, int8, sparse, wanted, progress)
     variants.check([("int8", n) for n in wanted] + [("2:4", n) for n, asked in fixed.sparse.items() if asked])
@@ -290,13 +286,33 @@ def _predicted(tables: Tables, latency: Any) -> Callable[[Program], float]:
     return lambda program: changed(program) if is_changed(program) else plain(program)
 
 
-def _integer_latency(model: Any, target: Target) -> Any:
-    """Return the latency model of the same device for layers in INT8, or why there is none."""
+def _integer_latency(model: Any, target: Target, precision: str) -> Any:
+    """Return what gives the time of layers in INT8 on the same device: a latency model, or trials; or why there is none."""
     if "int8" not in target.dtypes:
         return f"{target.name} has no INT8 kernels"
-    if not isinstance(model, Roofline):
-        return "layers are measured in floating point alone; table: roofline predicts INT8"
-    return replace(model, dtype="int8")  # where it is calibrated, with the attained shares of the measured precision
+    if isinstance(model, Roofline):  # where it is calibrated, with the attained shares of the measured precision
+        return replace(model, dtype="int8")
+    if target.backend != "onnxruntime" or precision != "fp32":
+        return "regions in INT8 are tried out in ONNX Runtime beside fp32 alone; table: roofline predicts INT8"
+    return Trial(str(model), lambda plain, changed: faster(plain, changed, TRIAL)["median"], model)
+
+
+def faster(plain: Program, changed: Program, seconds: float) -> dict[str, float]:
+    """Return how many times as fast as the first program the second one is in ONNX Runtime: the median, and its interval as
+    low and high if there are enough runs for one. Raises Contended."""
+    return in_turns([plain, changed], ["plain", "changed"], seconds).ratios["changed"] or {}
+
+
+def in_turns(programs: Sequence[Program], names: Sequence[str], seconds: float) -> BenchResult:
+    """Measure programs in turns in ONNX Runtime, in about so many seconds, and for longer if the programs are slow. Raises
+    Contended if the machine is too busy."""
+    result = runtime.bench(programs, names=names, seconds=seconds, min_runs=RUNS)
+    if result.note and not result.contended:
+        longer = 1.5 * seconds * RUNS / max(result.rounds + result.rejected, 1)
+        result = runtime.bench(programs, names=names, seconds=longer, min_runs=RUNS)
+    if result.note:
+        raise _busy()
+    return result
 
 
 def _sparse_latency(model: Any, target: Target) -> Any:

@@ -20,6 +20,7 @@ from ...graph.comb.axes import Factor
 from ...graph.workload.layer import Latency, Layer
 from ..channels.sizes.knapsack import Predictor
 from ..common.scoring import bar
+from .ranges import weight_of
 from .solver.problem import Term
 from .space import Form, Space
 from .variants import CHANGED, FLOAT, Variants
@@ -100,22 +101,21 @@ class Times:
         def at(sizes: Sequence[int]) -> float:
             size = dict(zip(ours, sizes, strict=False))
             theirs = {atom: size[own] for atom, own in atoms.items()}
-            changed = {change for change, k in zip(changes, sizes[len(ours) :], strict=True) if k == CHANGED}
+            changed = [change for change, k in zip(changes, sizes[len(ours) :], strict=True) if k == CHANGED]
             return self._changed(predictor, index, theirs, changed)
 
         if math.prod(map(len, options)) <= CELLS:
             return [Term(axes, _table(at, options), block, gone)]
         return [Term(tuple(axes[i] for i in own), table, block, gone) for own, table in _pairwise(at, options)]
 
-    def _changed(self, predictor: Predictor, index: int, sizes: Mapping[Factor, int], changed: set[str]) -> float:
-        """Seconds of a layer with these variants. A layer with both takes the shares that each of them saves."""
+    def _changed(self, predictor: Predictor, index: int, sizes: Mapping[Factor, int], changed: Sequence[str]) -> float:
+        """Seconds of a layer with these variants. A layer with both takes the shares that each of them leaves."""
         seconds = predictor.node(index, sizes)
         layer = predictor.layers.numbered(index, predictor.layers.sizer(sizes)) if changed else None
         if layer is None or seconds <= 0:
             return seconds
-        models = {"int8": self.variants.int8, "2:4": self.variants.sparse}
-        chosen = [model for option in changed if (model := models[option]) is not None]
-        return seconds * math.prod(model.seconds(layer) / seconds for model in chosen)
+        weight = weight_of(predictor.layers.nodes[index])
+        return seconds * math.prod(self.variants.share(option, weight, layer, seconds) for option in changed)
 
     def conversions(self, variant: int) -> float:
         """Seconds of the conversions at the borders of a region in INT8, if nothing shrinks."""
@@ -126,9 +126,8 @@ class Times:
     def _conversions(self, variant: int, inner: Mapping[int, int]) -> Iterator[Term]:
         """The terms of the conversions at the borders of a region in INT8: kernels that copy the values."""
         region, nodes = self.variants.offered[variant], self.dense.layers.comb.module.graph.nodes
-        if region.option != "int8":
-            return
-        assert self.variants.int8 is not None
+        if region.option != "int8" or self.variants.int8 is None:
+            return  # a share that was measured contains them
         known = {node.name: node for node in nodes}
         borders = [(name, self.variants.int8) for name in region.read] + [(n, self.latency) for n in region.written]
         for name, model in borders:

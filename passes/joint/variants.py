@@ -2,24 +2,28 @@
 
 A region is a set of layers between which values can stay INT8 (`quantize.regions`); it pays for the conversions at its
 borders. Each variant is one more axis of the problem with two places, the variant and the layer as it is, and layers have
-their seconds at both. The loss is measured by changing one region, or one layer, of the dense network. Source: ours.
+their seconds at both. The loss is measured by changing one region, or one layer, of the dense network. So is the time of a
+region where no model of the device predicts INT8 (`Trial`): the layers take the share of their time that the network with
+this region in INT8 shows, conversions included, at every width. Source: ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import fx
 
 from ...graph.comb.solve import Comb
-from ...graph.errors import BadInput, GraphcombError
+from ...graph.errors import BadInput, Contended, GraphcombError
 from ...graph.facts import FAKE_PER_TENSOR, FAKE_QUANTISATION
 from ...graph.nodes import op_name
 from ...graph.program import Program
 from ...graph.sparse import sparse_weights
 from ...graph.workload.layer import Latency, Layer, rules_of
 from ...graph.workload.layers import Layers
+from ..channels.sizes.knapsack import Predictor
 from ..common.scoring import bar
 from ..common.weights import layers as weighted
 from ..fuse.fuse import Fuse
@@ -33,6 +37,18 @@ from .space import Space
 
 FLOAT, CHANGED = 1, 0  # places of a variant's axis: the layer as it is, and the variant
 KINDS = {"int8": "precision", "2:4": "sparsity"}
+LEAST = 0.1  # smallest share of their time that layers may take in INT8; below, the table of layers is too low for them
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How regions in INT8 are timed on a device at hand. name: of the device and the library. faster(plain, changed): how
+    many times as fast the second program runs; it raises Contended if the machine is too busy. latency: of single layers in
+    floating point."""
+
+    name: str
+    faster: Callable[[Program, Program], float]
+    latency: Latency
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,8 @@ class Variant:
 
     option: "int8" or "2:4". weights: the weights of its layers; the first names it. block: index of the block that has all
     of its layers, or None. loss: divergence from the dense network in nats. read, written: names of the nodes whose values
-    are converted to INT8, and back.
+    are converted to INT8, and back. share: measured seconds of the layers in INT8, conversions included, as a share of those
+    in floating point; None if a latency model predicts them.
     """
 
     option: str
@@ -50,6 +67,7 @@ class Variant:
     loss: float = 0.0
     read: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
+    share: float | None = None
 
     @property
     def name(self) -> str:
@@ -79,19 +97,28 @@ class Variants:
         weight = weight_of(node)
         return [i for i, v in enumerate(self.offered) if weight in v.weights]
 
+    def share(self, option: str, weight: str | None, layer: Layer, seconds: float) -> float:
+        """The seconds of a layer with a variant, as a share of its seconds without."""
+        measured = next((v.share for v in self.offered if v.option == option and weight in v.weights), None)
+        model = self.int8 if option == "int8" else self.sparse
+        if measured is not None or model is None:
+            return 1.0 if measured is None else measured
+        return model.seconds(layer) / seconds
+
 
 def find_variants(
     space: Space,
     losses: Losses,
-    int8: Latency | str | None = None,
+    int8: Latency | Trial | str | None = None,
     sparse: Latency | str | None = None,
     wanted: Collection[str] = (),
     progress: bool = False,
 ) -> Variants:
     """The variants of a space's program, with their measured losses.
 
-    int8, sparse: latency models, or why the target has none; None if that is not asked for. wanted: weights of layers that
-    become INT8 even where the default is floating point, since that was decided by hand.
+    int8, sparse: latency models, or why the target has none; None if that is not asked for. For INT8 a trial is as good.
+    wanted: weights of layers that become INT8 even where the default is floating point, since that was decided by hand.
+    Raises Contended if the machine is too busy for a trial.
     """
     offered: list[Variant] = []
     refused = {option: why for option, why in (("int8", int8), ("2:4", sparse)) if isinstance(why, str)}
@@ -102,20 +129,25 @@ def find_variants(
         if (weight := weight_of(node)) is not None
     }
     if int8 is not None and not isinstance(int8, str):
-        regions_, why = _integer_regions(space, losses, set(wanted), blocks, progress)
+        trial = int8 if isinstance(int8, Trial) else None
+        regions_, why = _integer_regions(space, losses, set(wanted), blocks, progress, trial)
         offered += regions_
         refused |= why
     if sparse is not None and not isinstance(sparse, str):
         layers, why = _sparse_layers(space, losses, blocks, progress)
         offered += layers
         refused |= why
-    return Variants(
-        tuple(offered), None if isinstance(int8, str) else int8, None if isinstance(sparse, str) else sparse, refused
-    )
+    model = None if isinstance(int8, (str, Trial)) else int8
+    return Variants(tuple(offered), model, None if isinstance(sparse, str) else sparse, refused)
 
 
 def _integer_regions(
-    space: Space, losses: Losses, wanted: set[str], blocks: Mapping[str, int | None], progress: bool
+    space: Space,
+    losses: Losses,
+    wanted: set[str],
+    blocks: Mapping[str, int | None],
+    progress: bool,
+    trial: Trial | None,
 ) -> tuple[list[Variant], dict[str, str]]:
     folded = Fuse()(space.program, losses.context).program
     asked = dict.fromkeys(sorted(wanted), "int8")
@@ -133,15 +165,30 @@ def _integer_regions(
                 refused |= {f"int8 {name}": f"{missing[0]} is merged with another layer" for name in names}
                 continue
 
-            def loss(names: tuple[str, ...] = names) -> float:
-                return losses.divergence(quantised_alone(result.program, names))
-
+            alone, key = quantised_alone(result.program, names), f"int8 {' '.join(names)}"
             inside = {blocks[name] for name in names}
             block = inside.pop() if len(inside) == 1 else None
-            read, written = _borders(quantised_alone(result.program, names))
-            measured = losses.kept(f"int8 {' '.join(names)}", loss)
-            offered.append(Variant("int8", names, block, measured, read, written))
+            found = Variant("int8", names, block, losses.kept(key, partial(losses.divergence, alone)))
+            if trial is None:
+                read, written = _borders(alone)
+                offered.append(replace(found, read=read, written=written))
+                continue
+            try:
+                faster = losses.kept(f"{key}: {trial.name}", partial(trial.faster, folded, alone))
+            except Contended:
+                raise
+            except GraphcombError as error:
+                refused |= {f"int8 {name}": str(error) for name in names}
+                continue
+            offered.append(replace(found, share=_share(space, trial.latency, names, faster)))
     return offered, refused
+
+
+def _share(space: Space, latency: Latency, names: Sequence[str], faster: float) -> float:
+    """The share of their time that layers take in INT8, if the whole network becomes so many times as fast."""
+    dense = Predictor(space.comb, latency)
+    own = sum(dense.node(i, {}) for i, node in enumerate(dense.layers.nodes) if weight_of(node) in names)
+    return max(LEAST, 1.0 - (1.0 - 1.0 / faster) * dense.total({}) / own) if own > 0 else 1.0
 
 
 def _borders(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -224,12 +271,12 @@ def seconds_of_variants(program: Program, variants: Variants, latency: Latency) 
     for node, layer in layers.at({}):
         if op_name(node) in FAKE_QUANTISATION:
             continue
-        seconds = latency.seconds(layer)
-        for model, changed in ((variants.int8, node in integer), (variants.sparse, weight_of(node) in sparse)):
-            seconds *= model.seconds(layer) / seconds if changed and model is not None and seconds > 0 else 1.0
+        seconds, weight = latency.seconds(layer), weight_of(node)
+        for option, changed in (("int8", node in integer), ("2:4", weight in sparse)):
+            seconds *= variants.share(option, weight, layer, seconds) if changed and seconds > 0 else 1.0
         total += seconds
     nodes = {node.name: node for node in program.graph.nodes}
-    for names, model in ((read, variants.int8), (written, latency)):
+    for names, model in ((read, variants.int8), (written, latency if variants.int8 else None)):
         for name in names:
             if model is not None:
                 total += model.seconds(Layer("copy", (("entries", layers.entries(nodes[name], size)),)))

@@ -16,6 +16,7 @@ from graphcomb import BadInput, Unreachable
 from graphcomb.cli import main
 from graphcomb.graph.errors import Contended
 from graphcomb.graph.verify import equivalence
+from graphcomb.passes.quantize.regions import quantised_layers
 from graphcomb.runtime import LatencyTable
 from graphcomb.tuning.plan import load_plan
 from graphcomb.tuning.sensitivity import measure
@@ -137,10 +138,11 @@ def test_arguments_that_make_no_sense_are_one_line(dense, tmp_path, arguments, e
 
 
 class Clock:
-    """Stands in for measurements: seconds by multiply-accumulates, of whole networks twice as many."""
+    """Stands in for measurements: seconds by multiply-accumulates, of whole networks twice as many, and a third of that
+    where all layers are in INT8. slow: so many rounds fit into the seconds that are given at first."""
 
     def __init__(self) -> None:
-        self.layers, self.networks, self.busy = 0, 0, False
+        self.layers, self.networks, self.busy, self.slow, self.seconds = 0, 0, False, None, []
 
     def layer(self, layer) -> float:
         self.layers += 1
@@ -148,19 +150,59 @@ class Clock:
 
     def network(self, programs, **options):
         self.networks += 1
-        ms = [1e3 * (2e-6 + 2e-10 * program.macs / 2) for program in programs]
-        times = [SimpleNamespace(ms={} if self.busy else {"median": t, "p25": 0.9 * t, "p75": 1.1 * t}) for t in ms]
+        self.seconds.append(options["seconds"])
+        rounds = options["min_runs"] if self.slow is None else int(self.slow * options["seconds"] / self.seconds[0])
+        slow = rounds < options["min_runs"]
+        if self.busy or slow:
+            return SimpleNamespace(
+                note="no figure", contended=not slow, rounds=rounds, rejected=0, timings=[], ratios={}
+            )
+        ms = []
+        for program in programs:
+            integer = sum(1 for _ in quantised_layers(program)) / 4
+            ms.append(1e3 * (2e-6 + 2e-10 * program.macs / 2 * (1 - 2 / 3 * integer)))
+        times = [SimpleNamespace(ms={"median": t, "p25": 0.9 * t, "p75": 1.1 * t}) for t in ms]
         ratio = ms[0] / ms[-1]
-        row = None if self.busy else {"median": ratio, "low": 0.9 * ratio, "high": 1.25 * ratio}
-        return SimpleNamespace(timings=times, ratios={options["names"][-1]: row})
+        row = {"median": ratio, "low": 0.9 * ratio, "high": 1.25 * ratio}
+        return SimpleNamespace(note="", contended=False, timings=times, ratios={options["names"][-1]: row})
 
 
-def test_measured_layers_and_networks(dense, tmp_path, monkeypatch):
-    """The table of layers is kept, whole networks are measured, and a busy machine is an error."""
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(LatencyTable, "_time", clock.layer)
     monkeypatch.setattr(LatencyTable, "anchored", lambda self, program: self)
     monkeypatch.setattr(graphcomb.runtime, "bench", clock.network)
+    return clock
+
+
+def test_regions_in_int8_are_tried_out_where_layers_are_measured(dense, tmp_path, clock):
+    """A region's measured saving decides, is kept on disk, and the plan that it leads to says so."""
+    options = OPTIONS | {"table": tmp_path / "layers.json", "folder": tmp_path, "data": batches(), "sizes": 3}
+    plan = graphcomb.tune(dense, latency=0.75, extra=["int8"], **options)
+    integer = [row for row in plan.layers if row.precision == "int8"]
+    assert integer
+    assert all(row.saves_ms > 0 for row in plan.layers if row.saves_ms is not None)
+    assert plan.tuned.ms["achieved"] <= 1.02 * plan.tuned.ms["asked"]
+    assert {name for _, name in quantised_layers(plan.run(dense, data=batches()).program)} == {r.name for r in integer}
+    before = clock.networks
+    assert graphcomb.tune(dense, latency=0.75, extra=["int8"], **options) == plan
+    tried = 2 * before - clock.networks
+    assert tried == len({row.region for row in plan.layers if row.region})  # once, not again
+    rows = measure(dense, **{k: v for k, v in options.items() if k != "rounds"}, extra=["int8"])
+    assert any("measured with its conversions" in row.note for row in rows)
+
+
+def test_slow_networks_are_measured_for_longer(dense, tmp_path, clock):
+    """They are not taken for a busy machine."""
+    options = OPTIONS | {"table": tmp_path / "layers.json", "folder": tmp_path, "data": batches(), "sizes": 3}
+    clock.slow = 2
+    assert graphcomb.tune(dense, latency=0.6, **options).tuned.ms["measured"]
+    assert max(clock.seconds) > 5 * clock.seconds[0]
+
+
+def test_measured_layers_and_networks(dense, tmp_path, clock):
+    """The table of layers is kept, whole networks are measured, and a busy machine is an error."""
     options = OPTIONS | {"table": tmp_path / "layers.json", "folder": tmp_path, "data": batches(), "sizes": 3}
     plan = graphcomb.tune(dense, latency=0.6, **options)
     figures = plan.tuned.ms
