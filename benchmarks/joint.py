@@ -3,6 +3,7 @@
     python benchmarks/joint.py                          # resumes; results/joint.json and .md
     python benchmarks/joint.py --networks resnet        # only some rows; the others keep their figures
     python benchmarks/joint.py --table measured         # layers measured one by one instead of the data sheet
+    python benchmarks/joint.py --int8                   # the rows with INT8, from tables of their own
     python benchmarks/joint.py --predict                # rounds by predicted times, for a busy machine
     python benchmarks/joint.py --write                  # only rewrite the table
 
@@ -15,7 +16,9 @@ measured, the budget is corrected by what it really takes, and the choice is mad
 repair) gets the least ratio that makes it as fast as the joint network by the same measure, to within 2 %; of its rankings
 (magnitude layer by layer or globally, Taylor with the dense network's own classes as labels; networks with attention layer
 by layer) the one with the best score is shown. Then all networks of a budget run in turns, and the speed-up is the paired
-one. Rows that say so had rounds by predicted times, as on a busy machine; "–" means that it was too busy for a figure.
+one. Rows with INT8 come from a second run of their own, whose choices include regions of layers in INT8; they are scored
+as ONNX Runtime computes them, on a CPU with VNNI. Rows that say so had rounds by predicted times, as on a busy machine;
+"–" means that it was too busy for a figure.
 """
 
 from __future__ import annotations
@@ -24,26 +27,32 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import revision, save, write
+from precision import scored
 from repair import RIVALS, bisected, first
 from trained import NETWORKS as TRAINED
 from trained import Network
 
 import graphcomb
+from graphcomb.graph.errors import Contended
 from graphcomb.passes.joint.carry_out import Decision
-from graphcomb.passes.joint.rounds import OVER, Built, Tuner, builder
-from graphcomb.tuning.tables import prepare_tables
+from graphcomb.passes.joint.rounds import OVER, Built, Time, Tuner, builder
+from graphcomb.tuning.tables import RUNS, prepare_tables
 
+PATIENCE = 30  # attempts to measure on a busy machine, a minute apart
 RESULTS = Path(__file__).parent / "results" / "joint.json"
 FASHION = {name: f"fashion {name}" for name in ("resnet", "mobilenet", "deit")}
 NETWORKS = (*FASHION, "efficientnet_lite0", "craft")
 TIMES = (1.5, 2.0, 3.0)  # as fast
-METHODS = ("joint", "widths", "blocks")
+METHODS = {"joint": "joint", "widths": "widths", "blocks": "blocks"}
+INTEGER = {"joint with INT8": "joint", "INT8 alone": "precision"}
 RIVAL = "torch-pruning"
+ALL = (*METHODS, RIVAL, *INTEGER)
 IMAGES, ROUNDS = {"efficientnet_lite0": 32, "craft": 16}, 3
 Row = dict[str, Any]
 
@@ -65,17 +74,36 @@ def rival(network: Network, images: list[torch.Tensor], fast: Callable[[graphcom
     return max(found, key=lambda one: one[0])[1:] if found else None
 
 
-def measure(name: str, seed: int, table: str, timed: bool, todo: list[float]) -> Iterator[dict[str, Row]]:
+def patiently(time_of: Callable[[graphcomb.Program], Time]) -> Callable[[graphcomb.Program], Time]:
+    """The same measurement, repeated while the machine is too busy for it."""
+
+    def timed(program: graphcomb.Program) -> Time:
+        for _ in range(PATIENCE):
+            try:
+                return time_of(program)
+            except Contended as error:
+                print(error, flush=True)
+                time.sleep(60)
+        return time_of(program)
+
+    return timed
+
+
+def measure(
+    name: str, seed: int, table: str, timed: bool, todo: list[float], methods: dict[str, str]
+) -> Iterator[dict[str, Row]]:
     """The rows of a network by budget and method, one budget after the other."""
     network, many = TRAINED[FASHION.get(name, name)], IMAGES.get(name, 128)
     images, dense = network.calibration(seed)[: 2 * many // 16], network.dense
+    score = network.scored if methods is METHODS else partial(scored, network)
     dense_score = 100 * first(network.scored(dense))
     start = time.perf_counter()
     session = prepare_tables(
         dense, images, table="roofline" if table == "roofline" else None, measure=timed, samples=many, sizes=6,
-        points=2, seed=seed, progress=True,
+        points=2, seed=seed, progress=True, extra=["int8"] if methods is INTEGER else [],
     )  # fmt: skip
     tables = time.perf_counter() - start
+    measured = patiently(session.time)
     make, made = builder(session.tables, "repair", many, session.tables.losses.context), {}
 
     def build(decided: Decision) -> graphcomb.Program:
@@ -85,18 +113,19 @@ def measure(name: str, seed: int, table: str, timed: bool, todo: list[float]) ->
     for times in todo:
         start, rows = time.perf_counter(), {}
         networks: dict[str, Built] = {}
-        for method in METHODS:
-            tuner = Tuner(session.tables, build, session.time, ROUNDS, session.say)
+        for method, how in methods.items():
+            tuner = Tuner(session.tables, build, measured, ROUNDS, session.say)
             try:
-                networks[method] = tuner.within(tuner.dense / times, method)
+                networks[method] = tuner.within(tuner.dense / times, how)
             except graphcomb.Unreachable as error:
                 print(error, flush=True)
-        goal = networks["joint"].seconds if "joint" in networks else tuner.dense / times
-        theirs = rival(network, images, lambda program, goal=goal: session.time(program).seconds <= OVER * goal)
+        goal, theirs = networks["joint"].seconds if "joint" in networks else tuner.dense / times, None
+        if methods is METHODS:
+            theirs = rival(network, images, lambda program, goal=goal: measured(program).seconds <= OVER * goal)
         programs = {m: b.program for m, b in networks.items()} | ({RIVAL: theirs[1]} if theirs else {})
         different = {id(p): p for p in programs.values()}
         paired = graphcomb.runtime.bench(
-            [dense, *different.values()], names=["dense", *map(str, different)], seconds=90.0
+            [dense, *different.values()], names=["dense", *map(str, different)], seconds=90.0, min_runs=RUNS
         )
         if paired.note:
             print(paired.note, flush=True)
@@ -104,21 +133,30 @@ def measure(name: str, seed: int, table: str, timed: bool, todo: list[float]) ->
             ratio = paired.ratios.get(str(id(program)))
             rows[method] = {
                 "faster": ratio and ratio["median"], "interval": ratio and [ratio.get("low"), ratio.get("high")],
-                "score": 100 * first(network.scored(program)), "dense": dense_score, "macs": program.macs / dense.macs,
+                "score": 100 * first(score(program)), "dense": dense_score, "macs": program.macs / dense.macs,
                 "loss": {"measured": session.tables.losses.divergence(program)}, "table": table, "timed": timed,
                 "seconds": {"tables": tables, "budget": time.perf_counter() - start}, "contended": paired.contended,
                 "revision": revision(),
             }  # fmt: skip
             if method == RIVAL:
-                rows[method] |= {"how": theirs[0], "ms": {"measured": 1e3 * session.time(program).seconds}}
+                rows[method] |= {"how": theirs[0], "ms": {"measured": 1e3 * measured(program).seconds}}
                 continue
             built = networks[method]
-            rows[method] |= {"how": built.how, "blocks": built.decided.blocks, "widths": dict(built.decided.widths)}
+            rows[method] |= {
+                "how": built.how,
+                "blocks": built.decided.blocks,
+                "widths": dict(built.decided.widths),
+                "int8": sum(p == "int8" for p in built.decided.precisions.values()),
+            }
             rows[method]["loss"]["predicted"] = built.predicted_loss
             rows[method]["ms"] = {
                 "dense": 1e3 * tuner.dense, "predicted": 1e3 * built.predicted_seconds, "measured": 1e3 * built.seconds,
             }  # fmt: skip
-        rows |= {m: {"unreachable": True, "table": table} for m in (*METHODS, RIVAL) if m not in rows}
+        rows |= {
+            m: {"unreachable": True, "table": table}
+            for m in (*methods, *([RIVAL] if methods is METHODS else []))
+            if m not in rows
+        }
         yield {f"{name}/{seed}/{times:g}/{m}": row for m, row in rows.items()}
 
 
@@ -128,7 +166,7 @@ def table(data: dict[str, Row]) -> str:
         "# Widths and depth together, at equal measured latency", "",
         " ".join((__doc__ or "").split("\n\n")[-1].split()), "",
         "| network | asked | method | faster (measured) | score, % | divergence, predicted and measured | ms by the table "
-        "and in the rounds | MACs | blocks gone, groups narrower |",
+        "and in the rounds | MACs | blocks gone, groups narrower, layers in INT8 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for key, row in sorted(data.items(), key=lambda item: _order(item[0])):
@@ -144,7 +182,7 @@ def table(data: dict[str, Row]) -> str:
         chosen += f", {row['how'].split()[-1]}" if method == RIVAL else ""
         loss, ms = row["loss"], row["ms"]
         both = [", ".join(f"{d[k]:.3g}" for k in ("predicted", "measured") if k in d) for d in (loss, ms)]
-        parts = "" if method == RIVAL else f"{len(row['blocks'])}, {len(row['widths'])}"
+        parts = "" if method == RIVAL else f"{len(row['blocks'])}, {len(row['widths'])}, {row.get('int8', 0)}"
         lines.append(
             f"| {network} ({row['dense']:.2f} %) | {times}x | {method}{chosen} | {faster} | {row['score']:.2f} | "
             f"{' | '.join(both)} | {row['macs']:.2f} | {parts} |"
@@ -163,7 +201,7 @@ def stored() -> dict[str, Row]:
 
 def _order(key: str) -> tuple[int, str, float, int]:
     network, seed, times, method = key.split("/")
-    return NETWORKS.index(network), seed, float(times), (*METHODS, RIVAL).index(method)
+    return NETWORKS.index(network), seed, float(times), ALL.index(method)
 
 
 def main() -> None:
@@ -174,20 +212,22 @@ def main() -> None:
     parser.add_argument(
         "--predict", action="store_true", help="predict whole networks in the rounds, measure only in the end"
     )
+    parser.add_argument("--int8", action="store_true", help="the rows with INT8 instead")
     parser.add_argument("--write", action="store_true", help="only rewrite the table")
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = stored()
     for seed in range(0 if options.write else options.seeds):
         for network in options.networks:
-            methods = (*METHODS, RIVAL)
+            methods = INTEGER if options.int8 else METHODS
+            wanted = (*methods, *([] if options.int8 else [RIVAL]))
             todo = [
                 t for t in TIMES
-                if any(data.get(f"{network}/{seed}/{t:g}/{m}", {}).get("table") != options.table for m in methods)
+                if any(data.get(f"{network}/{seed}/{t:g}/{m}", {}).get("table") != options.table for m in wanted)
             ]  # fmt: skip
             if not todo:
                 continue
-            for rows in measure(network, seed, options.table, not options.predict, todo):
+            for rows in measure(network, seed, options.table, not options.predict, todo, methods):
                 data = stored() | rows  # another process may have written those of another network
                 save(RESULTS, data)
                 write(RESULTS.with_suffix(".md"), table(data))
