@@ -86,8 +86,8 @@ def by_accuracy() -> Found:
         yield known(name), "Quantize", "measured"
         yield known(name), "ONNX Runtime", "measured"
     for key in rows("joint"):
-        yield SMALL[key.split("/")[0]], "tune", "measured"
-        yield SMALL[key.split("/")[0]], "ONNX Runtime", "measured"
+        yield known(key.split("/")[0]), "tune", "measured"
+        yield known(key.split("/")[0]), "ONNX Runtime", "measured"
 
 
 def by_gallery() -> Found:
