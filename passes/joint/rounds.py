@@ -103,7 +103,7 @@ class Tuner:
         builds, inside, outside = 0, 0.0, math.inf  # table seconds of the slowest within the budget, the fastest beyond
         while builds < self.rounds:
             limit = budget / self.correction.seconds
-            if not inside < limit < outside and inside and outside < math.inf:
+            if inside and outside < math.inf and not inside < limit < outside:
                 limit = math.sqrt(inside * outside)  # no one factor fits both networks; try between them
             found = self._choose(part, limit)
             if found is None and not tried:

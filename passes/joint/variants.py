@@ -100,10 +100,10 @@ class Variants:
     def share(self, option: str, weight: str | None, layer: Layer, seconds: float) -> float:
         """The seconds of a layer with a variant, as a share of its seconds without."""
         measured = next((v.share for v in self.offered if v.option == option and weight in v.weights), None)
+        if measured is not None:
+            return measured
         model = self.int8 if option == "int8" else self.sparse
-        if measured is not None or model is None:
-            return 1.0 if measured is None else measured
-        return model.seconds(layer) / seconds
+        return 1.0 if model is None else model.seconds(layer) / seconds
 
 
 def find_variants(
@@ -156,7 +156,7 @@ def _integer_regions(
     refused = {f"int8 {row['what']}": row["why"] for row in result.record["refused"]}
     free = {name for _, name in quantised_layers(result.program)}
     groups = regions([layer for layer in weighted(folded)[0] if layer.name in free])
-    offered = []
+    offered, dense = [], None if trial is None else Predictor(space.comb, trial.latency)
     with bar(progress, "losses in INT8", len(groups)) as update:
         for i, group in enumerate(groups):
             names = tuple(layer.name for layer in group)
@@ -169,7 +169,7 @@ def _integer_regions(
             inside = {blocks[name] for name in names}
             block = inside.pop() if len(inside) == 1 else None
             found = Variant("int8", names, block, losses.kept(key, partial(losses.divergence, alone)))
-            if trial is None:
+            if trial is None or dense is None:
                 read, written = _borders(alone)
                 offered.append(replace(found, read=read, written=written))
                 continue
@@ -180,13 +180,13 @@ def _integer_regions(
             except GraphcombError as error:
                 refused |= {f"int8 {name}": str(error) for name in names}
                 continue
-            offered.append(replace(found, share=_share(space, trial.latency, names, faster)))
+            offered.append(replace(found, share=_share(dense, names, faster)))
     return offered, refused
 
 
-def _share(space: Space, latency: Latency, names: Sequence[str], faster: float) -> float:
-    """The share of their time that layers take in INT8, if the whole network becomes so many times as fast."""
-    dense = Predictor(space.comb, latency)
+def _share(dense: Predictor, names: Sequence[str], faster: float) -> float:
+    """The share of their time that layers take in INT8, if the whole network becomes so many times as fast. dense: predicts
+    the network in floating point."""
     own = sum(dense.node(i, {}) for i, node in enumerate(dense.layers.nodes) if weight_of(node) in names)
     return max(LEAST, 1.0 - (1.0 - 1.0 / faster) * dense.total({}) / own) if own > 0 else 1.0
 

@@ -204,7 +204,7 @@ def test_unfolded_inputs_and_gradients_of_samples_are_bounded(full, monkeypatch)
             yield piece, where
 
     for module in ("gradients", "moments"):
-        monkeypatch.setattr(f"graphcomb.passes.sparse.{module}.pieces", watched)
+        monkeypatch.setattr(f"graphcomb.passes.sparse.statistics.{module}.pieces", watched)
     for limit in (1, 500, 10**9):
         sizes.clear()
         moments.append(input_moments(program.copy(), names, Context(data=data), 8, full, limit)[0])
