@@ -4,11 +4,12 @@
     python benchmarks/joint.py --networks resnet        # only some rows; the others keep their figures
     python benchmarks/joint.py --table measured         # layers measured one by one instead of the data sheet
     python benchmarks/joint.py --int8                   # the rows with INT8, from tables of their own
+    python benchmarks/joint.py --again --times 2        # rows for twice as fast anew
     python benchmarks/joint.py --predict                # rounds by predicted times, for a busy machine
     python benchmarks/joint.py --write                  # only rewrite the table
 
-Networks are the trained references of `accuracy.py` (Fashion-MNIST, 28 x 28; score: accuracy on the 10,000 test images)
-and two of `trained.py`: EfficientNet-Lite0 (score: agreement with the dense network on 96 crops of unseen photographs) and
+Networks are the trained references of `accuracy.py` and, for ConvNeXt, of `depth.py` (Fashion-MNIST, 28 x 28; score:
+accuracy on the 10,000 test images) and two of `trained.py`: EfficientNet-Lite0 (score: agreement with the dense network on 96 crops of unseen photographs) and
 the text detector CRAFT (score: F-measure of the words on 32 unseen pages). Budgets are shares of the dense network's
 latency in ONNX Runtime, one thread, fp32, batch 2. Joint, widths and blocks share the tables, the passes (PruneDepth,
 RemoveChannels, Repair on images without labels: 128, EfficientNet 32, CRAFT 16) and the rounds: a choice is built and
@@ -39,14 +40,16 @@ from trained import NETWORKS as TRAINED
 from trained import Network
 
 import graphcomb
+from graphcomb.data import cache_folder
 from graphcomb.graph.errors import Contended
+from graphcomb.passes.common.repeat import fingerprint
 from graphcomb.passes.joint.carry_out import Decision
 from graphcomb.passes.joint.rounds import OVER, Built, Time, Tuner, builder
 from graphcomb.tuning.tables import RUNS, prepare_tables
 
 PATIENCE = 30  # attempts to measure on a busy machine, a minute apart
 RESULTS = Path(__file__).parent / "results" / "joint.json"
-FASHION = {name: f"fashion {name}" for name in ("resnet", "mobilenet", "deit")}
+FASHION = {name: f"fashion {name}" for name in ("resnet", "mobilenet", "convnext", "deit")}
 NETWORKS = (*FASHION, "efficientnet_lite0", "craft")
 TIMES = (1.5, 2.0, 3.0)  # as fast
 METHODS = {"joint": "joint", "widths": "widths", "blocks": "blocks"}
@@ -76,18 +79,38 @@ def rival(network: Network, images: list[torch.Tensor], fast: Callable[[graphcom
 
 
 def patiently(time_of: Callable[[graphcomb.Program], Time]) -> Callable[[graphcomb.Program], Time]:
-    """The same measurement, repeated while the machine is too busy for it."""
+    """The same measurement, repeated while the machine is too busy for it; of the same program only once, so that methods
+    that choose the same network do not differ by noise."""
+    known: dict[int, tuple[graphcomb.Program, Time]] = {}  # with the programs, so that their ids stay theirs
 
     def timed(program: graphcomb.Program) -> Time:
-        for _ in range(PATIENCE):
+        attempts = 0
+        while id(program) not in known:
             try:
-                return time_of(program)
+                known[id(program)] = program, time_of(program)
             except Contended as error:
+                attempts += 1
+                if attempts > PATIENCE:
+                    raise
                 print(error, flush=True)
                 time.sleep(60)
-        return time_of(program)
+        return known[id(program)][1]
 
     return timed
+
+
+def kept(program: graphcomb.Program) -> str:
+    """The name under which a network is kept for `joint_training.py`."""
+    name = fingerprint(program.module())
+    path = network_path(name)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        program.save(path)
+    return name
+
+
+def network_path(name: str) -> Path:
+    return cache_folder() / "joint" / f"{name}.pt2"
 
 
 def measure(
@@ -137,7 +160,7 @@ def measure(
                 "score": 100 * first(score(program)), "dense": dense_score, "macs": program.macs / dense.macs,
                 "loss": {"measured": session.tables.losses.divergence(program)}, "table": table, "timed": timed,
                 "seconds": {"tables": tables, "budget": time.perf_counter() - start}, "contended": paired.contended,
-                "revision": revision(),
+                "revision": revision(), "network": kept(program),
             }  # fmt: skip
             if method == RIVAL:
                 rows[method] |= {"how": theirs[0], "ms": {"measured": 1e3 * measured(program).seconds}}
@@ -207,6 +230,8 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--table", choices=["roofline", "measured"], default="roofline")
+    parser.add_argument("--times", nargs="+", type=float, default=list(TIMES), choices=TIMES, help="times as fast")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
     parser.add_argument(
         "--predict", action="store_true", help="predict whole networks in the rounds, measure only in the end"
     )
@@ -220,8 +245,8 @@ def main() -> None:
             methods = INTEGER if options.int8 else METHODS
             wanted = INTEGER if options.int8 else FLOAT_ROWS
             todo = [
-                t for t in TIMES
-                if any(data.get(f"{network}/{seed}/{t:g}/{m}", {}).get("table") != options.table for m in wanted)
+                t for t in options.times
+                if options.again or any(data.get(f"{network}/{seed}/{t:g}/{m}", {}).get("table") != options.table for m in wanted)
             ]  # fmt: skip
             if not todo:
                 continue

@@ -379,9 +379,15 @@ def fashion(seen: bool) -> tuple[Tensor, Tensor]:
 
 
 def fashion_classifier(name: str) -> Network:
-    """A reference network of `accuracy.py`."""
+    """A reference network of `accuracy.py`, or ConvNeXt of `depth.py`."""
 
     def build() -> nn.Module:
+        if name == "convnext":
+            import depth
+
+            network = depth.networks.ConvNeXt()
+            network.load_state_dict(depth.reference(name, "small")[0].module().state_dict())
+            return network
         from accuracy import reference
 
         return reference(name, 0, "small")[0]
@@ -412,5 +418,6 @@ NETWORKS = {
     "efficientnet_lite2": classifier(functools.partial(lite, 2), 260, LITE, "classifier"),
     "fashion resnet": fashion_classifier("resnet"),
     "fashion mobilenet": fashion_classifier("mobilenet"),
+    "fashion convnext": fashion_classifier("convnext"),
     "fashion deit": fashion_classifier("deit"),
 }

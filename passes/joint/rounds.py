@@ -3,16 +3,19 @@
 Losses do not add up and predicted times are off, so the chosen network is built, and its loss and its time are measured.
 The first round also builds the networks that widths, blocks, precision and sparsity alone would give for the same budget:
 the ratios of their measured to their predicted losses scale the losses of each kind, on which the choice between them
-depends. The ratio of measured to predicted time scales the budget; where that leads back to a network that was built, a
-choice between the slowest network within the budget and the fastest beyond it is tried. The best network within the budget
-wins, those of the single methods and of other budgets included: on the calibration images it is never worse than they are.
+depends; a kind that cannot reach the budget alone is taken to be as far off as the others. The ratio of measured to
+predicted time scales the budget; where that leads back to a network that was built, a choice between the slowest network
+within the budget and the fastest beyond it is tried. A method alone whose first network comes near the best gets rounds of
+its own. The best network within the budget wins, those of the single methods and of other budgets included.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from ...graph.errors import Unreachable
@@ -29,6 +32,7 @@ OVER = 1.02  # a time of up to this multiple of a budget is within it, since rep
 NEAR = 0.1  # share of a budget by which the achieved latency may be off before the run says that it missed
 METHODS = ("widths", "blocks", "precision", "sparsity")  # each of which may decide alone
 NATS = 0.01  # of divergence for a point of accuracy, as a first guess; a small ResNet lost a point for 0.01 to 0.02
+RIVAL = 2.0  # times the loss of the best network that the first one of a method alone may have for it to get further rounds
 TRIES = 4  # most choices whose structure is checked before one is built
 
 
@@ -97,9 +101,27 @@ class Tuner:
 
         If none that was built is within the budget, the fastest of them. Raises Unreachable if no choice in the tables is
         within the budget."""
-        problem, allowed = self.tables.problem, OVER * budget
+        if how != "joint":
+            return self._best(list(self._rounds(budget, how)), budget)
+        singles: dict[str, Built] = {}
+        for _ in self._rounds(budget, how):
+            singles = singles or self._singles(budget)  # after the first choice, which corrects the times
+        least = self._best(self.built.values(), budget).loss
+        for single, first in singles.items():
+            if first.loss <= RIVAL * least:
+                with suppress(Unreachable):  # by the times as they are corrected now
+                    list(self._rounds(budget, single))
+        return self._best(self.built.values(), budget)
+
+    def _best(self, tried: Collection[Built], budget: float) -> Built:
+        """The network that loses least within the budget, or the fastest if none is."""
+        fits = [b for b in tried if b.seconds <= OVER * budget]
+        return min(fits, key=lambda b: b.loss) if fits else min(tried, key=lambda b: b.seconds)
+
+    def _rounds(self, budget: float, how: str) -> Iterator[Built]:
+        """Choose, build and measure until the choice does not change; yields the networks. Raises Unreachable."""
+        problem, tried = self.tables.problem, []
         part = problem if how == "joint" else problem.only(how)
-        tried: list[Built] = []
         builds, inside, outside = 0, 0.0, math.inf  # table seconds of the slowest within the budget, the fastest beyond
         while builds < self.rounds:
             limit = budget / self.correction.seconds
@@ -115,16 +137,12 @@ class Tuner:
             if any(network is t for t in tried):
                 break
             builds += len(self.built) > before
-            inside = max(inside, found.seconds) if network.seconds <= allowed else inside
-            outside = min(outside, found.seconds) if network.seconds > allowed else outside
+            within = network.seconds <= OVER * budget
+            inside = max(inside, found.seconds) if within else inside
+            outside = outside if within else min(outside, found.seconds)
             self.correction.seconds *= network.seconds / expected
-            if not tried and how == "joint":
-                self._singles(problem, budget)
             tried.append(network)
-        if how == "joint":
-            tried = list(self.built.values())  # those of other budgets too
-        fits = [b for b in tried if b.seconds <= allowed]
-        return min(fits, key=lambda b: b.loss) if fits else min(tried, key=lambda b: b.seconds)
+            yield network
 
     def losing(self, loss: float, lost: Callable[[Program], float] | None = None) -> Built:
         """The fastest network that loses no more than `loss`: in nats, or by another measure of a program, `lost`, such as
@@ -170,18 +188,25 @@ class Tuner:
             limit *= allowed / actual
         return found
 
-    def _singles(self, problem: Problem, budget: float) -> None:
+    def _singles(self, budget: float) -> dict[str, Built]:
         """Build the networks of each method alone, as far as these reach the budget; they correct the losses."""
+        problem, limit = self.tables.problem, budget / self.correction.seconds
         kinds = {axis.kind for axis in problem.axes} | ({"blocks"} if problem.blocks else set())
-        limit = budget / self.correction.seconds
+        networks: dict[str, Built] = {}
+        factors: dict[str, float] = {}
         for how in METHODS:
             found = self._choose(problem.only(how), limit) if how in kinds and len(kinds) > 1 else None
             if found is None:
                 continue
-            network = self._built(problem, found, how)
-            factor = network.loss / found.loss if found.loss > 0 and math.isfinite(network.loss) else 0.0
-            if factor > 0:
-                self.correction.losses[how] *= factor
+            networks[how] = network = self._built(problem, found, how)
+            if found.loss > 0 and 0 < network.loss < math.inf:
+                factors[how] = network.loss / found.loss
+        # Losses that are added up are mostly too small, the more so the more goes. If a kind that cannot reach the budget
+        # alone kept its factor, it would look cheaper than the others only because nobody has measured it.
+        common = math.exp(fmean(map(math.log, factors.values()))) if factors else 1.0
+        for how in METHODS:
+            self.correction.losses[how] *= factors.get(how, common)
+        return networks
 
     def _built(self, problem: Problem, found: Solved, how: str) -> Built:
         """The network of a choice; the same network is built only once."""

@@ -11,7 +11,7 @@ from graphcomb import Context, Unreachable
 from graphcomb.passes.joint.carry_out import Decision
 from graphcomb.passes.joint.losses import Losses
 from graphcomb.passes.joint.rounds import OVER, Time, Tuner, builder
-from graphcomb.passes.joint.solver.problem import Axis, Problem, Term
+from graphcomb.passes.joint.solver.problem import Axis, Problem, Removal, Term
 from graphcomb.passes.joint.solver.solve import solve
 from graphcomb.passes.joint.space import Space
 from graphcomb.passes.joint.tables import Fixed, Tables
@@ -76,10 +76,38 @@ def test_a_device_whose_times_jump_does_not_send_the_rounds_back_and_forth():
     losses = SimpleNamespace(divergence=lambda decided: 1.0 - width(decided) / 100)
     tables = SimpleNamespace(
         problem=problem, times=SimpleNamespace(whole=100.0), losses=losses, seconds=width,
-        space=SimpleNamespace(program=Decision(), connects=None),
+        space=SimpleNamespace(program=Decision(), connects=lambda gone: True),
     )  # fmt: skip
     found = [Tuner(tables, lambda decided: decided, time, rounds).within(60.0, "widths") for rounds in (2, 4, 8)]
     assert [width(f.decided) for f in found] == [42, 50, 50]
+
+
+def test_a_method_alone_that_loses_less_but_missed_the_budget_gets_rounds_of_its_own():
+    """A group of 100 indices, each a second, and a block of 20 seconds. The tables think that the block loses 0.15, and an
+    index 0.01; it loses 1, an index 0.02. With the block, the device takes 1.05 times as long as the tables say."""
+    sizes = tuple(range(1, 101))
+    axis = Axis("group", sizes, tuple(1.0 - n / 100 for n in sizes))
+    terms = (Term((0,), np.array(sizes, dtype=float)), Term((), np.array(20.0), block=0))
+    problem = Problem((axis,), (Removal("block", 0.15),), terms)
+
+    def seconds(decided: Decision) -> float:
+        return decided.widths.get("group", 100) + (0.0 if decided.blocks else 20.0)
+
+    def time(decided: Decision) -> Time:
+        found = seconds(decided) * (1.05 if decided.widths and not decided.blocks else 1.0)
+        return Time(found, found, found)
+
+    losses = SimpleNamespace(
+        divergence=lambda decided: 2 - decided.widths.get("group", 100) / 50 + (1.0 if decided.blocks else 0.0)
+    )
+    tables = SimpleNamespace(
+        problem=problem, times=SimpleNamespace(whole=120.0), losses=losses, seconds=seconds,
+        space=SimpleNamespace(program=Decision(), connects=lambda gone: True),
+    )  # fmt: skip
+    found = Tuner(tables, lambda decided: decided, time).within(60.0)
+    assert not found.decided.blocks
+    assert found.seconds <= OVER * 60.0
+    assert found.loss == Tuner(tables, lambda decided: decided, time).within(60.0, "widths").loss
 
 
 def test_networks_built_for_one_budget_serve_the_others():
