@@ -9,17 +9,17 @@
     python benchmarks/joint.py --write                  # only rewrite the table
 
 Networks are the trained references of `accuracy.py` and, for ConvNeXt, of `depth.py` (Fashion-MNIST, 28 x 28; score:
-accuracy on the 10,000 test images) and two of `trained.py`: EfficientNet-Lite0 (score: agreement with the dense network on 96 crops of unseen photographs) and
-the text detector CRAFT (score: F-measure of the words on 32 unseen pages). Budgets are shares of the dense network's
-latency in ONNX Runtime, one thread, fp32, batch 2. Joint, widths and blocks share the tables, the passes (PruneDepth,
-RemoveChannels, Repair on images without labels: 128, EfficientNet 32, CRAFT 16) and the rounds: a choice is built and
-measured, the budget is corrected by what it really takes, and the choice is made again. torch-pruning (1.6.1; it has no
-repair) gets the least ratio that makes it as fast as the joint network by the same measure, to within 2 %; of its rankings
-(magnitude layer by layer or globally, Taylor with the dense network's own classes as labels; networks with attention layer
-by layer) the one with the best score is shown. Then all networks of a budget run in turns, and the speed-up is the paired
-one. Rows with INT8 come from a second run of their own, whose choices include regions of layers in INT8; they are scored
-as ONNX Runtime computes them, on a CPU with VNNI. Rows that say so had rounds by predicted times, as on a busy machine;
-"–" means that it was too busy for a figure.
+accuracy on the 10,000 test images) and two of `trained.py`: EfficientNet-Lite0 (score: agreement with the dense network on
+96 crops of unseen photographs) and the text detector CRAFT (score: F-measure of the words on 32 unseen pages). Budgets are
+shares of the dense network's latency in ONNX Runtime, one thread, fp32, batch 2. Joint, widths and blocks share the tables,
+the passes (PruneDepth, RemoveChannels, Repair on images without labels: 128, EfficientNet 32, CRAFT 16) and the rounds: a
+choice is built and measured, the budget is corrected by what it really takes, and the choice is made again. torch-pruning
+(1.6.1; it has no repair) gets the least ratio that makes it as fast as the joint network by the same measure, to within 2 %;
+of its rankings (magnitude layer by layer or globally, Taylor with the dense network's own classes as labels; networks with
+attention layer by layer) the one with the best score is shown. Then all networks of a budget run in turns, and the speed-up
+is the paired one. Rows with INT8 come from a second run of their own, whose choices include regions of layers in INT8; they
+are scored as ONNX Runtime computes them, on a CPU with VNNI. Rows that say so had rounds by predicted times, as on a busy
+machine; "–" means that it was too busy for a figure.
 """
 
 from __future__ import annotations
@@ -246,7 +246,8 @@ def main() -> None:
             wanted = INTEGER if options.int8 else FLOAT_ROWS
             todo = [
                 t for t in options.times
-                if options.again or any(data.get(f"{network}/{seed}/{t:g}/{m}", {}).get("table") != options.table for m in wanted)
+                if options.again
+                or any(data.get(f"{network}/{seed}/{t:g}/{m}", {}).get("table") != options.table for m in wanted)
             ]  # fmt: skip
             if not todo:
                 continue
