@@ -44,7 +44,7 @@ from graphcomb.data import cache_folder
 from graphcomb.graph.errors import Contended
 from graphcomb.passes.common.repeat import fingerprint
 from graphcomb.passes.joint.carry_out import Decision
-from graphcomb.passes.joint.rounds import OVER, Built, Time, Tuner, builder
+from graphcomb.passes.joint.tuning_rounds import OVER, Built, Time, Tuner, builder
 from graphcomb.tuning.tables import RUNS, prepare_tables
 
 PATIENCE = 30  # attempts to measure on a busy machine, a minute apart

@@ -175,7 +175,7 @@ def _job(
 
 def _show(plans: list[Plan], files: list[str]) -> None:
     """Print for each plan its changes, and the time and loss that were asked for, predicted and found."""
-    from ..passes.joint.rounds import told
+    from ..passes.joint.tuning_rounds import told
 
     for found, file in zip(plans, files, strict=True):
         assert found.tuned is not None

@@ -1,7 +1,7 @@
 """Apply a pass in the user's own training loop: `attach`, then two calls in every step, then `finish`.
 
-With cut="end" the passes hold at zero what they will remove: `HeldPruner` in passes/channels/held.py, `HeldZeros` in
-passes/train/callbacks.py.
+With cut="end" the passes hold at zero what they will remove: `HeldPruner` in passes/channels/masked_module.py, `HeldZeros`
+in passes/train/callbacks.py.
 """
 
 from __future__ import annotations

@@ -18,11 +18,11 @@ from ..passes.common.scoring import evaluate
 from ..passes.depth.budget import Predictor
 from ..passes.joint.losses import Losses
 from ..passes.joint.ranges import overflows, ranges
-from ..passes.joint.rounds import NEAR, Built, Time, Tuner
 from ..passes.joint.solver.problem import Choice, Problem
 from ..passes.joint.space import SIZES, Space
 from ..passes.joint.tables import Fixed, Tables
 from ..passes.joint.times import Times
+from ..passes.joint.tuning_rounds import NEAR, Built, Time, Tuner
 from ..passes.joint.variants import (
     CHANGED,
     KINDS,

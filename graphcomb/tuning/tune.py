@@ -17,8 +17,8 @@ from typing import Any
 from ..graph.errors import BadInput
 from ..graph.program import Program
 from ..passes.common.latency import allowed_seconds
-from ..passes.joint.rounds import ROUNDS, Tuner, builder
 from ..passes.joint.space import SIZES
+from ..passes.joint.tuning_rounds import ROUNDS, Tuner, builder
 from ..runtime.devices.table import Target
 from .plan import Plan
 from .tables import Table, prepare_tables

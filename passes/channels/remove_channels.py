@@ -31,7 +31,6 @@ from ..train.loop import total_steps
 from ..train.trainee import Work
 from .for_class import class_ties
 from .groups import movable, not_trained, require_no_pattern
-from .held import HeldPruner, not_held
 from .importance.scores import (
     IMPORTANCES,
     SAMPLES,
@@ -47,10 +46,11 @@ from .importance.scores import (
     together,
 )
 from .kernel_count import kernel_record
+from .masked_module import HeldPruner, not_held
 from .sizes.costs import Costs, layer_costs, mac_terms
-from .sizes.plan import kept_by_pattern, read_plan
+from .sizes.fixed_sizes import kept_by_pattern, read_plan
+from .sizes.meet_target import Chooser, SharedChooser, Target, Task, nothing_to_prune, untrained
 from .sizes.selection import Selection, lowest_removed
-from .sizes.targets import Chooser, SharedChooser, Target, Task, nothing_to_prune, untrained
 from .sizes.ties import Ties
 from .while_training import Pruner, event_steps, removed_values
 

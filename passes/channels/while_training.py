@@ -54,8 +54,8 @@ from .importance.scores import (
     relative_norms,
     together,
 )
+from .sizes.meet_target import Task
 from .sizes.selection import lowest_removed
-from .sizes.targets import Task
 
 GONE = -np.finfo(np.float64).tiny  # score of a removed index: ranks below all others, yet adds nothing to a sum
 

@@ -11,7 +11,7 @@ from ...graph.facts import MAPS
 from ...graph.nodes import arguments, op_name
 from ...graph.program import Program
 from ...graph.sparse import sparse_weights
-from ..fuse.plan import Cost, Planner, plus
+from ..fuse.choose_merges import Cost, Planner, plus
 from ..fuse.regions import Regions
 from .blocks import ACTIVATIONS, ATTENTION, NORMS, Block, branches_of, candidates, is_data, norm_axis
 from .padding import is_centred, spatial

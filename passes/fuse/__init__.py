@@ -1,5 +1,5 @@
-"""Merging of linear operators into one, such as Conv + BatchNorm: `regions` finds them, `merge_kernels` has the weights,
-`merge_nodes` edits the graph."""
+"""Merging of linear operators into one, such as Conv + BatchNorm: `regions` finds them, `merge_weights` has the weights,
+`merge_in_graph` edits the graph."""
 
 from .fuse import Fuse
 

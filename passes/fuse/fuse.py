@@ -10,10 +10,10 @@ from ...graph.facts import MAPS
 from ...graph.nodes import arguments, op_name
 from ...graph.program import Program
 from ..base import Context, Pass, PassResult, Refusal
-from .merge_kernels import Inexact
-from .merge_nodes import Merger
+from .choose_merges import Layers
+from .merge_in_graph import Merger
+from .merge_weights import Inexact
 from .parts import geometry_of, map_of
-from .plan import Layers
 from .proof import EPSILON, TOLERANCE, Proof
 from .regions import OTHER_AXIS
 
@@ -27,7 +27,7 @@ class Fuse(Pass):
     channels (layer scale). Chains of them, sums of parallel branches of one input, and sums with that input itself are
     regions with one entry and one exit, found in the graph without hints: normalisation before or after a layer, 1x1
     and linear chains, convolutions in a row with strides, dilation and groups, identity skips, and the branches of
-    RepVGG (arXiv 2101.03697), MobileOne, RepViT and FastViT. The algebra is that of `passes.fuse.merge_kernels`. Dynamic
+    RepVGG (arXiv 2101.03697), MobileOne, RepViT and FastViT. The algebra is that of `passes.fuse.merge_weights`. Dynamic
     programming (ours) cuts a region into the pieces that take the fewest multiply-accumulates (MACs) and, among equals,
     launch the fewest kernels.
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ...graph.nodes import shape
-from .merge_kernels import Geometry, Kernel
+from .merge_weights import Geometry, Kernel
 
 Values = Callable[[fx.Node], torch.Tensor]  # the float64 value of a stored tensor
 

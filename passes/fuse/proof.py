@@ -10,9 +10,9 @@ from torch import fx
 from ...graph.nodes import shape
 from ...graph.program import Program
 from ...graph.verify.evaluate import Evaluator, double_weights, evaluated, invoke, random_inputs, relative_error
-from .merge_kernels import Kernel
+from .choose_merges import Merge
+from .merge_weights import Kernel
 from .parts import Values
-from .plan import Merge
 from .regions import constant_value
 
 TOLERANCE, EPSILON = 1e-10, torch.finfo(torch.float64).eps

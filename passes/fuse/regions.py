@@ -12,7 +12,7 @@ from ...graph.facts import DROPOUTS, MAPS, TRANSPOSED_CONVS
 from ...graph.nodes import arguments, conv_padding, fetch, is_operator, op_name, per_dim, permutation, shape
 from ...graph.trainable import TrainableModule
 from ...graph.verify.evaluate import evaluated, invoke, to_double
-from .merge_kernels import Geometry, swapped
+from .merge_weights import Geometry, swapped
 from .parts import Branch, Part, Step, Sum, Values
 
 VIEWS = ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")

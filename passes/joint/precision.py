@@ -24,10 +24,10 @@ from ...graph.workload.layer import Latency, Layer, rules_of
 from ...graph.workload.layers import Layers
 from ..base import Context
 from ..common.weights import layers as find_layers
+from ..quantize.choose_layers import Precision
 from ..quantize.placement import passed_on, producer
 from ..quantize.quantize import Quantize
 from ..quantize.regions import quantised_alone, quantised_layers, regions
-from ..quantize.which import Precision
 from .losses import Divergence, take
 from .ranges import overflows, ranges
 

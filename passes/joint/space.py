@@ -26,7 +26,7 @@ from ..depth.blocks import Block
 from ..depth.price import find_blocks
 from ..depth.reach import Reach
 from ..depth.relax import relax
-from ..fuse.merge_nodes import Merger
+from ..fuse.merge_in_graph import Merger
 
 SIZES = 6  # default number of sizes of a group, the whole one included
 

@@ -20,8 +20,8 @@ from ..common.weights import WeightedLayer, check_included
 from ..common.weights import layers as find_layers
 from .bias import Means, correctable
 from .calibrate import FP8, INT8, Format, input_scales, weight_scales
+from .choose_layers import Precision, check_named, precisions
 from .placement import grid, is_nonnegative, origin, place, quantised_reads
-from .which import Precision, check_named, precisions
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import graphcomb as g
-from graphcomb.passes.fuse import merge_nodes as module
+from graphcomb.passes.fuse import merge_in_graph as module
 from graphcomb.passes.fuse.fuse import Fuse
 
 from .toys import lively, norms

@@ -8,11 +8,11 @@ from graphcomb import BadInput, Context
 from graphcomb.passes.joint.carry_out import decision, passes
 from graphcomb.passes.joint.losses import Losses
 from graphcomb.passes.joint.ranges import overflows, ranges
-from graphcomb.passes.joint.rounds import Time, Tuner, builder
 from graphcomb.passes.joint.solver.problem import Choice
 from graphcomb.passes.joint.space import Space
 from graphcomb.passes.joint.tables import Fixed, Tables
 from graphcomb.passes.joint.times import Times
+from graphcomb.passes.joint.tuning_rounds import Time, Tuner, builder
 from graphcomb.passes.joint.variants import (
     find_variants,
     no_sparse_kernels,

@@ -10,12 +10,12 @@ import pytest
 from graphcomb import Context, Unreachable
 from graphcomb.passes.joint.carry_out import Decision
 from graphcomb.passes.joint.losses import Losses
-from graphcomb.passes.joint.rounds import OVER, Time, Tuner, builder
 from graphcomb.passes.joint.solver.problem import Axis, Problem, Removal, Term
 from graphcomb.passes.joint.solver.solve import solve
 from graphcomb.passes.joint.space import Space
 from graphcomb.passes.joint.tables import Fixed, Tables
 from graphcomb.passes.joint.times import Times
+from graphcomb.passes.joint.tuning_rounds import OVER, Time, Tuner, builder
 
 from .test_tables import measured
 from .toys import PerMac, images, program, trunk

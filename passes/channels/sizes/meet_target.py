@@ -21,8 +21,8 @@ from ...common.processes import agreed
 from ..groups import alike
 from ..importance.members import Scores
 from .costs import TERMS, Costs, mac_terms
+from .fixed_sizes import Planned, some
 from .knapsack import Floor, Predictor, knapsack, towards
-from .plan import Planned, some
 from .selection import Selection
 from .ties import Ties
 

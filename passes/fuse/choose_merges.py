@@ -11,7 +11,7 @@ from torch import fx
 from ...graph.cost import evaluate, macs
 from ...graph.facts import DROPOUTS
 from ...graph.nodes import arguments, op_name, shape
-from .merge_kernels import Geometry, Inexact
+from .merge_weights import Geometry, Inexact
 from .parts import Branch, Part, Step, Sum, geometry_of, map_of, map_of_chain
 
 LONGEST = 16  # most parts of a chain that are merged into one map

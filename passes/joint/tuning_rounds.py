@@ -21,7 +21,7 @@ from typing import Any
 from ...graph.errors import Unreachable
 from ...graph.program import Program
 from ..base import Context
-from ..channels.sizes.plan import some
+from ..channels.sizes.fixed_sizes import some
 from .carry_out import Decision, decision, passes
 from .solver.problem import Problem
 from .solver.solve import Solved, solve
@@ -32,7 +32,9 @@ OVER = 1.02  # a time of up to this multiple of a budget is within it, since rep
 NEAR = 0.1  # share of a budget by which the achieved latency may be off before the run says that it missed
 METHODS = ("widths", "blocks", "precision", "sparsity")  # each of which may decide alone
 NATS = 0.01  # of divergence for a point of accuracy, as a first guess; a small ResNet lost a point for 0.01 to 0.02
-RIVAL = 2.0  # times the loss of the best network that the first one of a method alone may have for it to get further rounds
+RIVAL = (
+    2.0  # times the loss of the best network that the first one of a method alone may have for it to get further rounds
+)
 TRIES = 4  # most choices whose structure is checked before one is built
 
 
@@ -120,7 +122,8 @@ class Tuner:
 
     def _rounds(self, budget: float, how: str) -> Iterator[Built]:
         """Choose, build and measure until the choice does not change; yields the networks. Raises Unreachable."""
-        problem, tried = self.tables.problem, []
+        problem = self.tables.problem
+        tried: list[Built] = []
         part = problem if how == "joint" else problem.only(how)
         builds, inside, outside = 0, 0.0, math.inf  # table seconds of the slowest within the budget, the fastest beyond
         while builds < self.rounds:

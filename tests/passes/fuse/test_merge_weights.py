@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphcomb.passes.fuse.merge_kernels import Geometry, Inexact, Kernel
+from graphcomb.passes.fuse.merge_weights import Geometry, Inexact, Kernel
 
 from .toys import Branches, fused_in_fp64, ops
 

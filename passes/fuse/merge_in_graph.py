@@ -1,4 +1,4 @@
-"""The nodes of merged layers: in the graph, the merged map (`merge_kernels`) replaces the layer with the most weights, and
+"""The nodes of merged layers: in the graph, the merged map (`merge_weights`) replaces the layer with the most weights, and
 the other nodes are erased."""
 
 import math
@@ -15,9 +15,9 @@ from ...graph.program import Program
 from ...graph.sparse import sparse_weights
 from ...graph.trainable import TrainableModule
 from ...graph.verify.evaluate import to_double
-from .merge_kernels import Kernel, operator
+from .choose_merges import Merge, Planner
+from .merge_weights import Kernel, operator
 from .parts import Sum, Values, kernel_of, map_of_branches
-from .plan import Merge, Planner
 from .proof import TOLERANCE, Proof, merge_error, prove, random_values
 from .regions import Regions
 

@@ -1,5 +1,5 @@
 """The weights of merged layers: a convolution, linear layer, normalisation or scale is an affine map with a kernel, and two
-such maps become one. (`merge_nodes` puts it into the graph.)
+such maps become one. (`merge_in_graph` puts it into the graph.)
 
 Two maps compose (`then`) or add up (`plus`) to one; where no single map computes the same, these raise `Inexact`. A
 `Geometry` is enough to tell what a merged map costs; a `Kernel` has the weights too. Composition is UPDP's (arXiv
