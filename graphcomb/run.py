@@ -182,28 +182,32 @@ def _samples(job: Job, program: Program) -> list[tuple[tuple[Any, ...], dict[str
 
 
 def _bench(job: Job, out: Path, progress: bool) -> dict[str, Any]:
-    """Measure the dense and the compressed program in turns in ONNX Runtime, in fp32. Returns fields of the summary.
+    """Measure the dense and the compressed program in turns on this processor, in fp32, with the library of the target if it
+    is a processor, else in ONNX Runtime. Returns fields of the summary.
 
     dense.onnx has an opset that the target parses, so that a bundle can contain the file.
     """
     dense = job.program
     runtime.export_onnx(dense, out / "dense.onnx", "fp32", _opset(job.recipe, dense), job.target)
     files = [out / "dense.onnx", out / "model.onnx"]
-    result = runtime.bench(files, names=["dense", "compressed"], seconds=BENCH_SECONDS, progress=progress)
+    result = runtime.bench(
+        files, names=["dense", "compressed"], seconds=BENCH_SECONDS, progress=progress,
+        engine=job.target.backend if job.target.processor else None,
+    )  # fmt: skip
     return {"bench": result.to_dict(), "latency_ratio": result.ratio}
 
 
 def _predict(job: Job, compressed: Program, bench: dict[str, Any] | None) -> dict[str, Any]:
     """Predict the latency of the dense and the compressed program, layer by layer. Returns fields of the summary.
 
-    If the measured processor is the target (ONNX Runtime, in fp32), the measured times and the error are added.
+    If the measured processor is the target, in fp32, the measured times and the error are added.
     """
     try:
         programs = {"before": job.program, "after": compressed}
         prediction = runtime.predict(programs, job.target, job.recipe.precision, job.latency)
     except GraphcombError as error:
         return {"prediction": None, "prediction_note": str(error)}
-    if bench and not bench["note"] and job.target.backend == "onnxruntime" and job.recipe.precision == "fp32":
+    if bench and not bench["note"] and job.target.processor and job.recipe.precision == "fp32":
         times = [timing["ms"]["median"] for timing in bench["timings"]]
         prediction["measured_ms"] = dict(zip(programs, times, strict=True))
         prediction["error"] = {k: prediction["ms"][k] / ms - 1 for k, ms in prediction["measured_ms"].items()}

@@ -126,18 +126,27 @@ ONNXRUNTIME = Rules(
     residual=frozenset({"conv", "depthwise"}),
     free=frozenset({"unbind", "select"}),
 )
+# As in the runtime graphs of OpenVINO 2026.4 on a CPU: ResNet-18 and EfficientNet-B0 have one kernel more than these rules
+# count; networks with layer norms have up to twice as many, since these are computed in parts.
+OPENVINO = Rules(
+    "OpenVINO",
+    epilogues=dict.fromkeys(("conv", "depthwise", "linear"), frozenset({"*"})),
+    residual=frozenset({"conv", "depthwise"}),
+    free=frozenset({"unbind", "select"}),
+)
+PROCESSORS = {"onnxruntime": ONNXRUNTIME, "openvino": OPENVINO}
 
 
 GRAINS = {"fp32": 1, "tf32": 1, "fp16": 2, "bf16": 2, "int8": 4, "fp8": 4}  # by precision, channels in four bytes
 
 
 def library(backend: str | None, precision: str) -> Rules:
-    """The rules of a runtime backend in a precision; TensorRT's for every backend but ONNX Runtime.
+    """The rules of a runtime backend in a precision; TensorRT's for every backend that is for no processor.
 
     TensorRT-RTX (1.7, for compute capabilities 8.6, 8.9 and 12.0) fuses nothing into a product in INT8 or FP8.
     """
-    if backend == "onnxruntime":
-        return ONNXRUNTIME
+    if backend in PROCESSORS:
+        return PROCESSORS[backend]
     eight_bits = backend == "tensorrt_rtx" and precision in ("int8", "fp8")
     return replace(TENSORRT, grain=GRAINS.get(precision, 1), requantises=eight_bits)
 

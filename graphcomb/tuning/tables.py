@@ -74,11 +74,11 @@ class TuningTables:
             return self._within_error(self._predict(program))
         dense = self.tables.space.program
         if self._whole is None:
-            ms = in_turns([dense], ["dense"], SECONDS).timings[0].ms
+            ms = in_turns([dense], ["dense"], self.target, SECONDS).timings[0].ms
             self._whole = Time(ms["median"] / 1e3, ms["p25"] / 1e3, ms["p75"] / 1e3, True)
         if program is dense:
             return self._whole
-        ratio = faster(dense, program, SECONDS)
+        ratio = faster(dense, program, self.target, SECONDS)
         whole, median = self._whole.seconds, ratio["median"]
         return Time(whole / median, whole / ratio.get("high", median), whole / ratio.get("low", median), True)
 
@@ -255,7 +255,7 @@ def prepare_tables(
     tables = Tables(space, times, losses, fixed)
     losses.measure(progress)
     measured = isinstance(by_layer, LatencyTable) if measure is None else measure
-    if measured and not isinstance(by_layer, LatencyTable) and device.backend != "onnxruntime":
+    if measured and not isinstance(by_layer, LatencyTable) and not device.processor:
         raise BadInput(f"tune.measure: {device.name} is not at hand; leave it out")
     session = TuningTables(tables, device, precision, model, measured, progress)
     session.labelled = context
@@ -291,24 +291,24 @@ def _integer_latency(model: Any, target: Target, precision: str) -> Any:
         return f"{target.name} has no INT8 kernels"
     if isinstance(model, Roofline):  # where it is calibrated, with the attained shares of the measured precision
         return replace(model, dtype="int8")
-    if target.backend != "onnxruntime" or precision != "fp32":
-        return "regions in INT8 are tried out in ONNX Runtime beside fp32 alone; table: roofline predicts INT8"
-    return Trial(str(model), lambda plain, changed: faster(plain, changed, TRIAL)["median"], model)
+    if not target.processor or precision != "fp32":
+        return "regions in INT8 are tried out on a processor beside fp32 alone; table: roofline predicts INT8"
+    return Trial(str(model), lambda plain, changed: faster(plain, changed, target, TRIAL)["median"], model)
 
 
-def faster(plain: Program, changed: Program, seconds: float) -> dict[str, float]:
-    """Return how many times as fast as the first program the second one is in ONNX Runtime: the median, and its interval as
+def faster(plain: Program, changed: Program, target: Target, seconds: float) -> dict[str, float]:
+    """Return how many times as fast as the first program the second one is on a processor: the median, and its interval as
     low and high if there are enough runs for one. Raises Contended."""
-    return in_turns([plain, changed], ["plain", "changed"], seconds).ratios["changed"] or {}
+    return in_turns([plain, changed], ["plain", "changed"], target, seconds).ratios["changed"] or {}
 
 
-def in_turns(programs: Sequence[Program], names: Sequence[str], seconds: float) -> runtime.BenchResult:
-    """Measure programs in turns in ONNX Runtime, in about so many seconds, and for longer if the programs are slow. Raises
+def in_turns(programs: Sequence[Program], names: Sequence[str], target: Target, seconds: float) -> runtime.BenchResult:
+    """Measure programs in turns on a processor, in about so many seconds, and for longer if the programs are slow. Raises
     Contended if the machine is too busy."""
-    result = runtime.bench(programs, names=names, seconds=seconds, min_runs=RUNS)
+    result = runtime.bench(programs, names=names, seconds=seconds, min_runs=RUNS, engine=target.backend)
     if result.note and not result.contended:
         longer = 1.5 * seconds * RUNS / max(result.rounds + result.rejected, 1)
-        result = runtime.bench(programs, names=names, seconds=longer, min_runs=RUNS)
+        result = runtime.bench(programs, names=names, seconds=longer, min_runs=RUNS, engine=target.backend)
     if result.note:
         raise _busy()
     return result

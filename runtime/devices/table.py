@@ -27,7 +27,10 @@ DRIVE_THOR = {"DriveOS 7.0.3": (10, 10)}
 X86 = {"x86": (11, 4)}
 RTX = {"TensorRT-RTX": (1, 7)}
 
-NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}  # names of the libraries in messages
+# Names of the libraries in messages.
+NAMES = {
+    "tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO",
+}  # fmt: skip
 
 RENAMED = {(10, 1): (11, 0)}  # CUDA 12 and CUDA 13 give Thor different compute capabilities
 
@@ -35,13 +38,15 @@ AMPERE = ("fp32", "tf32", "fp16", "bf16", "int8")
 HOPPER = (*AMPERE, "fp8")
 BLACKWELL = (*HOPPER, "fp4")
 
-# How far graphcomb was tested for a target. benchmarks/results has the evidence for the first two.
+# How far graphcomb was tested for a target. benchmarks/results has the evidence for the first two kinds.
 EVIDENCE = {
     "measured": "latency was measured on such a device",
     "built": "engines were built for it, on a machine without it",
     "untested": "its figures and rules come from documentation alone",
 }
-TRIED = {"cpu": "measured", "rtx-sm86": "built", "rtx-sm89": "built", "rtx-sm120": "built"}
+TRIED = {
+    "cpu": "measured", "cpu-openvino": "measured", "rtx-sm86": "built", "rtx-sm89": "built", "rtx-sm120": "built",
+}  # fmt: skip
 
 JETSON_CLOCKS = ("sudo nvpmodel -m 0", "sudo jetson_clocks")
 JETSON_POWER = "tegrastats --interval 100"
@@ -105,9 +110,14 @@ class Target:
     power: str | None = None
 
     @property
+    def processor(self) -> bool:
+        """Whether the target is a processor, not a GPU."""
+        return self.compute_capability is None
+
+    @property
     def opset(self) -> int:
         """The highest ONNX opset that all listed versions of the target's library parse."""
-        if self.backend == "onnxruntime":
+        if self.processor:
             return CPU_OPSET
         if self.backend == "tensorrt_rtx":
             return OPSETS[11, 4]
@@ -181,6 +191,14 @@ def _gpu(
     )
 
 
+def _cpu(name: str, backend: str) -> Target:
+    """Return the target of a library on one core with two AVX-512 units at 3 GHz, and VNNI for INT8; fp16 and bf16 are
+    computed in fp32. The figures are nominal."""
+    peaks = {"fp32": 0.2, "fp16": 0.2, "bf16": 0.2, "int8": 0.8}
+    clocks = ("sudo cpupower frequency-set --governor performance",)
+    return Target(name, "one x86 core", backend, tuple(peaks), peaks, 15, alignments=CPU, clocks=clocks)
+
+
 TARGETS: Mapping[str, Target] = {
     t.name: t
     for t in (
@@ -204,17 +222,8 @@ TARGETS: Mapping[str, Target] = {
         # Figures of an HGX board divided by its eight GPUs; INT8 on a B300 is slow.
         _gpu("b200", "B200 SXM", BLACKWELL, _peaks(75, 1125, 2250, 4500, 4500, 9000), 7700, (10, 0)),
         _gpu("b300", "B300 SXM", BLACKWELL, _peaks(75, 1125, 2250, 150, 4500, 13500), 7700, (10, 3)),
-        # Nominal figures: one core with two AVX-512 units at 3 GHz, fp16 and bf16 computed in fp32, int8 with VNNI.
-        Target(
-            "cpu",
-            "one x86 core",
-            "onnxruntime",
-            ("fp32", "fp16", "bf16", "int8"),
-            {"fp32": 0.2, "fp16": 0.2, "bf16": 0.2, "int8": 0.8},
-            15,
-            alignments=CPU,
-            clocks=("sudo cpupower frequency-set --governor performance",),
-        ),
+        _cpu("cpu", "onnxruntime"),
+        _cpu("cpu-openvino", "openvino"),
     )
 }
 

@@ -32,7 +32,7 @@ from ...graph.files import write_json
 from ...graph.program import Program
 from ...graph.workload.layer import Layer, run_seconds
 from ...graph.workload.layers import Layers
-from ..devices.table import Target, canonical, get_target
+from ..devices.table import NAMES, Target, canonical, get_target
 from ..engines.backends import BACKENDS
 from ..engines.build import build_engine
 from ..engines.ort import computes_half
@@ -54,7 +54,7 @@ class LatencyTable:
     Missing entries are measured when they are needed, so a table grows with use and an interrupted measurement continues.
 
     - path: the file; it is created if it does not exist.
-    - target: the device, which must be this machine: "cpu" for ONNX Runtime, else the GPU with its library.
+    - target: the device, which must be this machine: "cpu" for ONNX Runtime, "cpu-openvino", else the GPU with its library.
     - step: layers are measured at sizes that are multiples of it, and interpolated between them.
     - precision: "fp32" or "fp16", in which layers and whole programs are measured.
 
@@ -188,10 +188,11 @@ class LatencyTable:
 
     def _run(self, files: list[Path], what: str, seconds: float) -> list[float]:
         """Return the median seconds of a run of each ONNX file. Raises Contended."""
-        if self.target.backend != "onnxruntime":
-            files = [build_engine(f, self.target).path for f in files]
         names = [f.stem for f in files]
-        result = bench(files, names=names, seconds=seconds, min_runs=RUNS[0], max_runs=RUNS[1])
+        if not self.target.processor:
+            files = [build_engine(f, self.target).path for f in files]
+        engine = self.target.backend if self.target.processor else None
+        result = bench(files, names=names, seconds=seconds, min_runs=RUNS[0], max_runs=RUNS[1], engine=engine)
         if not all(t.ms for t in result.timings):
             raise Contended(
                 f"latency table: the machine is too busy to measure ({what}); what was measured is kept in {self.path}, "
@@ -215,15 +216,15 @@ def _about(target: Target, precision: str) -> dict[str, Any]:
         raise BadInput(f"latency table: layers are measured in {' or '.join(TYPES)}, not in {precision}; use roofline")
     target.alignment(precision)
     machine = environment()
-    device = machine["cpu"] if target.backend == "onnxruntime" else machine["gpu"]
+    device = machine["cpu"] if target.processor else machine["gpu"]
     package = BACKENDS[target.backend].package
     version = machine["versions"].get(package)
-    if device is None or version is None or (target.backend != "onnxruntime" and target.sm != _sm()):
+    if device is None or version is None or (not target.processor and target.sm != _sm()):
         raise BadInput(f"latency table: {target.name} is not at hand ({package}, and its device); use roofline instead")
-    if precision == "fp16" and target.backend == "onnxruntime" and not computes_half():
+    if precision == "fp16" and target.processor and not (target.backend == "onnxruntime" and computes_half()):
         raise BadInput(
-            "latency table: ONNX Runtime has no fp16 kernels for this CPU and computes in fp32; measure in fp32, or use "
-            "roofline"
+            f"latency table: {NAMES[target.backend]} has no fp16 kernels for this CPU and computes in fp32; measure in "
+            "fp32, or use roofline"
         )
     return {"target": target.name, "device": device, "engine": f"{package} {version}", "threads": 1, "dtype": precision}
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..devices.table import NAMES, TARGETS
 from ..summary import Summary
 from .text import number, plain
 
@@ -31,11 +32,13 @@ def timings(summary: Summary) -> dict[str, dict[str, float]]:
 def latency_place(summary: Summary) -> str:
     """Return a text on how a run's latencies were measured: library, precision, threads, processor and batch."""
     environment = summary.bench.environment if summary.bench else {}
-    threads, library = environment.get("threads"), environment.get("versions", {}).get("onnxruntime")
+    target = TARGETS.get(summary.target)
+    backend = target.backend if target is not None and target.processor else "onnxruntime"
+    threads, version = environment.get("threads"), environment.get("versions", {}).get(backend)
     where = environment.get("cpu") or "the processor of the machine that ran the recipe"
     if threads is not None:
         where = f"{threads} thread{'s' * (threads != 1)} of {where}"
-    parts = [f"ONNX Runtime {library}" if library else "ONNX Runtime", "fp32", where]
+    parts = [f"{NAMES[backend]} {version}" if version else NAMES[backend], "fp32", where]
     if summary.inputs and summary.inputs[0]:
         parts.append(f"batch {summary.inputs[0][0]}")
     return ", ".join(parts)

@@ -143,6 +143,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.layers, self.networks, self.busy, self.slow, self.seconds = 0, 0, False, None, []
+        self.engines: set[str] = set()
 
     def layer(self, layer) -> float:
         self.layers += 1
@@ -151,6 +152,7 @@ class Clock:
     def network(self, programs, **options):
         self.networks += 1
         self.seconds.append(options["seconds"])
+        self.engines.add(options["engine"])
         rounds = options["min_runs"] if self.slow is None else int(self.slow * options["seconds"] / self.seconds[0])
         slow = rounds < options["min_runs"]
         if self.busy or slow:
@@ -191,6 +193,16 @@ def test_regions_in_int8_are_tried_out_where_layers_are_measured(dense, tmp_path
     assert tried == len({row.region for row in plan.layers if row.region})  # once, not again
     rows = measure(dense, **{k: v for k, v in options.items() if k != "rounds"}, extra=["int8"])
     assert any("measured with its conversions" in row.note for row in rows)
+
+
+@pytest.mark.parametrize(("target", "library"), [("cpu", "onnxruntime"), ("cpu-openvino", "openvino")])
+def test_networks_are_measured_in_the_library_of_the_target(dense, tmp_path, clock, target, library):
+    pytest.importorskip(library)
+    options = OPTIONS | {"table": tmp_path / "layers.json", "folder": tmp_path, "data": batches(), "sizes": 3}
+    plan = graphcomb.tune(dense, latency=0.75, extra=["int8"], target=target, **options)
+    assert clock.engines == {library}
+    assert plan.tuned.target == target
+    assert plan.tuned.by.startswith(f"latency table of {library}")
 
 
 def test_slow_networks_are_measured_for_longer(dense, tmp_path, clock):

@@ -105,7 +105,7 @@ def _latency(summary: Summary) -> list[Tile]:
     if {"p5", "p95"} <= spread.keys():
         details.append(f"90\u00a0% of pairs {times(spread['p5'])} to {times(spread['p95'])}")
     target = TARGETS.get(summary.target)
-    if target is None or target.backend == "onnxruntime":
+    if target is None or target.processor:
         if predicted is not None:
             details.append(f"predicted {times(predicted)}, {100 * abs(predicted / ratio - 1):.0f}\u00a0% off")
     else:  # the target is another device than the measured processor

@@ -5,7 +5,7 @@ from graphcomb.runtime.devices.table import CPU, TARGETS, TENSOR_CORE, get_targe
 
 REQUIRED = (
     "orin-nano orin-nx agx-orin agx-thor drive-orin drive-thor rtx-sm75 rtx-sm80 rtx-sm86 rtx-sm89 rtx-sm120 rtx-sm121 "
-    "h100 h200 b200 b300 cpu"
+    "h100 h200 b200 b300 cpu cpu-openvino"
 ).split()
 
 
@@ -49,9 +49,11 @@ def test_a_type_the_device_lacks_is_refused() -> None:
         ("b200", (10, 0), "SM100"),
         ("b300", (10, 3), "SM103"),
         ("cpu", None, None),
+        ("cpu-openvino", None, None),
     ],
 )
 def test_compute_capability(name: str, capability: tuple[int, int] | None, sm: str | None) -> None:
+    assert get_target(name).processor == (capability is None)
     assert get_target(name).compute_capability == capability
     assert get_target(name).sm == sm
 

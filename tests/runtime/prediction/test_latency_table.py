@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -195,8 +196,6 @@ def test_a_table_of_another_device_is_refused(table: LatencyTable, tmp_path: Pat
 @pytest.fixture
 def rtx(monkeypatch) -> list[str]:
     """A machine with a stand-in for TensorRT-RTX; lists the precision of what is built."""
-    from types import SimpleNamespace
-
     built: list[str] = []
 
     def build(file, target, **options):
@@ -246,6 +245,28 @@ def test_half_precision_that_the_engine_would_compute_in_fp32_is_refused_before_
     assert not (tmp_path / "table.json").exists()
     monkeypatch.setattr(latency, "computes_half", lambda: True)
     assert LatencyTable(tmp_path / "table.json", precision="fp16").about["dtype"] == "fp16"
+    pytest.importorskip("openvino")
+    with pytest.raises(BadInput, match="OpenVINO has no fp16 kernels"):
+        LatencyTable(tmp_path / "openvino.json", "cpu-openvino", precision="fp16")
+
+
+def test_layers_of_a_processor_are_measured_in_the_library_of_the_target(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("openvino")
+    engines = []
+
+    def measured(files, engine=None, **options):
+        engines.append(engine)
+        return SimpleNamespace(timings=[SimpleNamespace(ms={"median": 1.0})] * len(files), ratio=0.5)
+
+    monkeypatch.setattr(latency, "bench", measured)
+    for target, library in (("cpu", "onnxruntime"), ("cpu-openvino", "openvino")):
+        table = LatencyTable(tmp_path / f"{target}.json", target)
+        table.seconds(conv(8, 8))
+        assert set(engines) == {library}
+        assert str(table).startswith(f"latency table of {library} ")
+        engines.clear()
+    with pytest.raises(BadInput, match=r"of another device, engine or precision \(target cpu, "):
+        LatencyTable(tmp_path / "cpu.json", "cpu-openvino")
 
 
 def test_what_the_cpu_computes_in_half_precision_is_what_its_builds_say(tmp_path: Path) -> None:
@@ -314,8 +335,6 @@ def test_a_table_of_a_gpu(tmp_path: Path, library: str) -> None:
 
 def test_a_difference_of_copies_is_one_of_runs_in_turns(tmp_path: Path, monkeypatch) -> None:
     """Medians of a machine that slows down half-way lie; the ratio of pairs does not."""
-    from types import SimpleNamespace
-
     timings = [SimpleNamespace(ms={"median": ms}) for ms in (2.0, 9.0)]
     monkeypatch.setattr(latency, "bench", lambda *a, **k: SimpleNamespace(timings=timings, ratio=1 / 3))
     found = LatencyTable(tmp_path / "table.json")
@@ -329,8 +348,6 @@ def test_a_table_of_a_device_that_is_not_here_is_refused_before_anything_is_meas
 
 
 def test_a_table_builds_engines_with_the_suffix_of_their_backend(tmp_path: Path, monkeypatch) -> None:
-    from types import SimpleNamespace
-
     found, built = LatencyTable(tmp_path / "table.json"), []
     found.target = get_target("rtx-sm86")
 

@@ -104,6 +104,9 @@ def test_a_ratio_says_what_was_measured_where(tmp_path, quick):
     text = " ".join(page(tmp_path, values)[0].text.split())
     where = "ONNX Runtime 1.31.1, fp32, 1 thread of EPYC 7, batch 2"
     assert f"3.12× faster in {where}" in text, "in the headline"
+    values["bench"]["environment"]["versions"]["openvino"] = "2026.4"
+    other = " ".join(page(tmp_path, values | {"target": "cpu-openvino"})[0].text.split())
+    assert "3.12× faster in OpenVINO 2026.4, fp32, 1 thread of EPYC 7" in other
     assert "another device than rtx-sm86, where padding and kernel launches weigh otherwise" in text
     assert "predicted on orin-nano 4.5 ms → 2.25 ms 2× faster, fp16, batch 1" in text.replace("ms2×", "ms 2×").replace(
         "orin-nano4", "orin-nano 4"
