@@ -4,6 +4,7 @@
     python benchmarks/joint.py --networks resnet        # only some rows; the others keep their figures
     python benchmarks/joint.py --table measured         # layers measured one by one instead of the data sheet
     python benchmarks/joint.py --int8                   # the rows with INT8, from tables of their own
+    python benchmarks/joint.py --int8 --target cpu-openvino  # in OpenVINO; results/joint_openvino.json and .md
     python benchmarks/joint.py --again --times 2        # rows for twice as fast anew
     python benchmarks/joint.py --predict                # rounds by predicted times, for a busy machine
     python benchmarks/joint.py --write                  # only rewrite the table
@@ -11,15 +12,15 @@
 Networks are the trained references of `accuracy.py` and, for ConvNeXt, of `depth.py` (Fashion-MNIST, 28 x 28; score:
 accuracy on the 10,000 test images) and two of `trained.py`: EfficientNet-Lite0 (score: agreement with the dense network on
 96 crops of unseen photographs) and the text detector CRAFT (score: F-measure of the words on 32 unseen pages). Budgets are
-shares of the dense network's latency in ONNX Runtime, one thread, fp32, batch 2. Joint, widths and blocks share the tables,
-the passes (PruneDepth, RemoveChannels, Repair on images without labels: 128, EfficientNet 32, CRAFT 16) and the rounds: a
-choice is built and measured, the budget is corrected by what it really takes, and the choice is made again. torch-pruning
-(1.6.1; it has no repair) gets the least ratio that makes it as fast as the joint network by the same measure, to within 2 %;
-of its rankings (magnitude layer by layer or globally, Taylor with the dense network's own classes as labels; networks with
-attention layer by layer) the one with the best score is shown. Then all networks of a budget run in turns, and the speed-up
-is the paired one. Rows with INT8 come from a second run of their own, whose choices include regions of layers in INT8; they
-are scored as ONNX Runtime computes them, on a CPU with VNNI. Rows that say so had rounds by predicted times, as on a busy
-machine; "–" means that it was too busy for a figure.
+shares of the dense network's latency in ONNX Runtime (or OpenVINO: --target), one thread, fp32, batch 2. Joint, widths and
+blocks share the tables, the passes (PruneDepth, RemoveChannels, Repair on images without labels: 128, EfficientNet 32, CRAFT
+16) and the rounds: a choice is built and measured, the budget is corrected by what it really takes, and the choice is made
+again. torch-pruning (1.6.1; it has no repair) gets the least ratio that makes it as fast as the joint network by the same
+measure, to within 2 %; of its rankings (magnitude layer by layer or globally, Taylor with the dense network's own classes as
+labels; networks with attention layer by layer) the one with the best score is shown. Then all networks of a budget run in
+turns, and the speed-up is the paired one. Rows with INT8 come from a second run of their own, whose choices include regions
+of layers in INT8; they are scored as that library computes them, on a CPU with VNNI. Rows that say so had rounds by
+predicted times, as on a busy machine; "–" means that it was too busy for a figure.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from graphcomb.graph.errors import Contended
 from graphcomb.passes.common.repeat import fingerprint
 from graphcomb.passes.joint.carry_out import Decision
 from graphcomb.passes.joint.tuning_rounds import OVER, Built, Time, Tuner, builder
+from graphcomb.runtime import get_target
 from graphcomb.tuning.tables import RUNS, prepare_tables
 
 PATIENCE = 30  # attempts to measure on a busy machine, a minute apart
@@ -114,17 +116,17 @@ def network_path(name: str) -> Path:
 
 
 def measure(
-    name: str, seed: int, table: str, timed: bool, todo: list[float], methods: dict[str, str]
+    name: str, seed: int, table: str, timed: bool, todo: list[float], methods: dict[str, str], target: str
 ) -> Iterator[dict[str, Row]]:
     """The rows of a network by budget and method, one budget after the other."""
     network, many = TRAINED[FASHION.get(name, name)], IMAGES.get(name, 128)
     images, dense = network.calibration(seed)[: 2 * many // 16], network.dense
-    score = network.scored if methods is METHODS else partial(scored, network)
+    score = network.scored if methods is METHODS else partial(scored, network, backend=get_target(target).backend)
     dense_score = 100 * first(network.scored(dense))
     start = time.perf_counter()
     session = prepare_tables(
         dense, images, table="roofline" if table == "roofline" else None, measure=timed, samples=many, sizes=6,
-        points=2, seed=seed, progress=True, extra=["int8"] if methods is INTEGER else [],
+        points=2, seed=seed, progress=True, target=target, extra=["int8"] if methods is INTEGER else [],
     )  # fmt: skip
     tables = time.perf_counter() - start
     measured = patiently(session.time)
@@ -149,8 +151,9 @@ def measure(
         programs = {m: b.program for m, b in networks.items()} | ({RIVAL: theirs[1]} if theirs else {})
         different = {id(p): p for p in programs.values()}
         paired = graphcomb.runtime.bench(
-            [dense, *different.values()], names=["dense", *map(str, different)], seconds=90.0, min_runs=RUNS
-        )
+            [dense, *different.values()], names=["dense", *map(str, different)], seconds=90.0, min_runs=RUNS,
+            engine=session.target.backend,
+        )  # fmt: skip
         if paired.note:
             print(paired.note, flush=True)
         for method, program in programs.items():
@@ -181,10 +184,10 @@ def measure(
         yield {f"{name}/{seed}/{times:g}/{m}": row for m, row in rows.items()}
 
 
-def table(data: dict[str, Row]) -> str:
+def table(data: dict[str, Row], target: str) -> str:
     """The results as Markdown."""
     lines = [
-        "# Widths and depth together, at equal measured latency", "",
+        f"# Widths and depth together, at equal measured latency{'' if target == 'cpu' else ', in OpenVINO'}", "",
         " ".join((__doc__ or "").split("\n\n")[-1].split()), "",
         "| network | asked | method | faster (measured) | score, % | divergence, predicted and measured | ms by the table "
         "and in the rounds | MACs | blocks gone, groups narrower, layers in INT8 |",
@@ -216,8 +219,8 @@ def table(data: dict[str, Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def stored() -> dict[str, Row]:
-    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+def stored(path: Path = RESULTS) -> dict[str, Row]:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _order(key: str) -> tuple[int, str, float, int]:
@@ -235,11 +238,13 @@ def main() -> None:
     parser.add_argument(
         "--predict", action="store_true", help="predict whole networks in the rounds, measure only in the end"
     )
+    parser.add_argument("--target", choices=["cpu", "cpu-openvino"], default="cpu")
     parser.add_argument("--int8", action="store_true", help="the rows with INT8 instead")
     parser.add_argument("--write", action="store_true", help="only rewrite the table")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    data = stored()
+    results = RESULTS if options.target == "cpu" else RESULTS.with_name("joint_openvino.json")
+    data = stored(results)
     for seed in range(0 if options.write else options.seeds):
         for network in options.networks:
             methods = INTEGER if options.int8 else METHODS
@@ -251,11 +256,11 @@ def main() -> None:
             ]  # fmt: skip
             if not todo:
                 continue
-            for rows in measure(network, seed, options.table, not options.predict, todo, methods):
-                data = stored() | rows  # another process may have written those of another network
-                save(RESULTS, data)
-                write(RESULTS.with_suffix(".md"), table(data))
-    write(RESULTS.with_suffix(".md"), table(data))
+            for rows in measure(network, seed, options.table, not options.predict, todo, methods, options.target):
+                data = stored(results) | rows  # another process may have written those of another network
+                save(results, data)
+                write(results.with_suffix(".md"), table(data, options.target))
+    write(results.with_suffix(".md"), table(data, options.target))
 
 
 if __name__ == "__main__":
