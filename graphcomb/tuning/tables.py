@@ -305,10 +305,7 @@ def faster(plain: Program, changed: Program, target: Target, seconds: float) -> 
 def in_turns(programs: Sequence[Program], names: Sequence[str], target: Target, seconds: float) -> runtime.BenchResult:
     """Measure programs in turns on a processor, in about so many seconds, and for longer if the programs are slow. Raises
     Contended if the machine is too busy."""
-    result = runtime.bench(programs, names=names, seconds=seconds, min_runs=RUNS, engine=target.backend)
-    if result.note and not result.contended:
-        longer = 1.5 * seconds * RUNS / max(result.rounds + result.rejected, 1)
-        result = runtime.bench(programs, names=names, seconds=longer, min_runs=RUNS, engine=target.backend)
+    result = runtime.bench(programs, names=names, seconds=seconds, min_runs=RUNS, engine=target.backend, patient=True)
     if result.note:
         raise _busy()
     return result

@@ -23,7 +23,7 @@ from ...graph.errors import BadInput, GraphcombError, Refused, nearest
 from ...graph.files import replacing, write_json
 from ...graph.program import Program
 from ...graph.workload.libraries import ONNXRUNTIME
-from ..devices.table import Target, get_target
+from ..devices.table import NAMES, Target, get_target
 from ..engines.base import UnparsedOp
 from ..engines.ort import OrtEngine
 from ..engines.trt.implicit import implicit
@@ -36,6 +36,7 @@ from ..export.to_onnx import export_onnx
 from ..kit import PLUGINS, SCRIPT, write_archive
 from ..kit.contents import FORMAT, digest
 from ..kit.contents import TOLERANCES as DEVICE_TOLERANCES
+from ..kit.options import LIBRARIES
 from ..measure.inputs import random_inputs
 from ..onnx_file import TensorSpec, check_model, opset_of, precision, tensor_specs
 from ..prediction.layers import describe, name_nodes
@@ -160,6 +161,8 @@ def _check(
     """Raise BadInput for arguments of `write_bundle` that do not fit, before anything is written."""
     if device is not None:
         device.alignment(kind)
+        if device.backend not in LIBRARIES:
+            raise BadInput(f"bundle: the kit has no {NAMES[device.backend]}; target cpu measures in ONNX Runtime")
     if kind not in DEVICE_TOLERANCES:
         raise BadInput(f"precision {kind}: not known; {nearest(str(kind), DEVICE_TOLERANCES)}")
     if batch < 1:

@@ -196,7 +196,9 @@ def _cpu(name: str, backend: str) -> Target:
     computed in fp32. The figures are nominal."""
     peaks = {"fp32": 0.2, "fp16": 0.2, "bf16": 0.2, "int8": 0.8}
     clocks = ("sudo cpupower frequency-set --governor performance",)
-    return Target(name, "one x86 core", backend, tuple(peaks), peaks, 15, alignments=CPU, clocks=clocks)
+    return Target(
+        name, f"one x86 core, {NAMES[backend]}", backend, tuple(peaks), peaks, 15, alignments=CPU, clocks=clocks
+    )
 
 
 TARGETS: Mapping[str, Target] = {

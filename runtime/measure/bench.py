@@ -69,6 +69,7 @@ def bench(
     progress: bool = False,
     engine: str | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    patient: bool = False,
 ) -> BenchResult:
     """Measure the latency of several items in turns, and how many times faster each is than the first.
 
@@ -85,6 +86,7 @@ def bench(
       with further dynamic dimensions.
     - progress: whether to show a progress bar on stderr.
     - engine: backend that runs programs and ONNX files; by default ONNX Runtime.
+    - patient: whether slow items get more than `seconds` for `min_runs` rounds, as long as most rounds count.
 
     A round runs every item once, in alternating order. A run counts only if the process had the processor (see the
     module). An engine with several threads may leave some of them idle, so such a run counts unless its threads waited
@@ -115,7 +117,10 @@ def bench(
         gc.collect()
         with collector_off(), _bar(progress, seconds) as advance:
             start, lost = time.perf_counter(), stolen()
-            while time.perf_counter() - start < seconds and paired < max_runs:
+            while paired < max_runs and (
+                time.perf_counter() - start < seconds
+                or (patient and len(rounds) < min_runs and 2 * paired >= len(rounds))
+            ):
                 order = range(len(calls)) if len(rounds) % 2 == 0 else reversed(range(len(calls)))
                 samples = {i: _sample(calls[i], repeats[i], threads if guarded[i] else 0) for i in order}
                 rounds.append([samples[i] for i in range(len(calls))])

@@ -90,8 +90,12 @@ class LatencyTable:
     def error(self) -> Uncertainty:
         """The uncertainty of sums over layers; for an anchored table, of programs that were made from the measured one."""
         if self.factor is None:
-            return Uncertainty(factor=1.7, source="nine in ten of 62 networks on one CPU were within that")
-        return Uncertainty(factor=1.3, source="nine in ten of 62 pruned networks on one CPU were within that")
+            return Uncertainty(
+                factor=1.7, source="nine in ten of 62 networks in ONNX Runtime on one CPU were within that"
+            )
+        return Uncertainty(
+            factor=1.3, source="nine in ten of 62 pruned networks in ONNX Runtime on one CPU were within that"
+        )
 
     @property
     def per_run(self) -> float:
@@ -192,7 +196,9 @@ class LatencyTable:
         if not self.target.processor:
             files = [build_engine(f, self.target).path for f in files]
         engine = self.target.backend if self.target.processor else None
-        result = bench(files, names=names, seconds=seconds, min_runs=RUNS[0], max_runs=RUNS[1], engine=engine)
+        result = bench(
+            files, names=names, seconds=seconds, min_runs=RUNS[0], max_runs=RUNS[1], engine=engine, patient=True
+        )
         if not all(t.ms for t in result.timings):
             raise Contended(
                 f"latency table: the machine is too busy to measure ({what}); what was measured is kept in {self.path}, "

@@ -63,7 +63,7 @@ class Estimate:
 
 SHEET = {  # by whether the target is a GPU, where the uncertainty of a data sheet's predictions is known from
     True: "nothing was measured; two networks on Orin take 0.8 and 1.9 times as long as predicted, by public figures",
-    False: "nothing was measured; nine in ten of 62 networks on one CPU were within that",
+    False: "nothing was measured; nine in ten of 62 networks in ONNX Runtime on one CPU were within that",
 }
 
 

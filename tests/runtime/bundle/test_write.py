@@ -342,6 +342,7 @@ def test_errors_name_the_file_that_was_given(tmp_path):
         ({"a": "net.onnx"}, {"kind": "int8"}, "no int8 in a; give a model with Q/DQ nodes"),
         ({"a": "net.onnx"}, {"kind": "fp8", "target": "agx-orin"}, "no fp8"),
         ({"a": "no.onnx"}, {}, "no such file"),
+        ({"a": "net.onnx"}, {"target": "cpu-openvino"}, "the kit has no OpenVINO; target cpu measures in ONNX Runtime"),
         ({"a": "net.onnx"}, {"batch": 0}, "batch: 1 or more, not 0"),
         ({"a": "net.onnx"}, {"kind": "int4"}, "precision int4: not known; did you mean int8"),
     ],

@@ -130,6 +130,17 @@ def test_a_slow_model_is_not_a_busy_machine(clock: Clock) -> None:
     )
     assert bench([clock.work("a", 1.5), clock.work("b", 1.0)], seconds=60).ratio == pytest.approx(1.5)
     assert clock.calls[:4] == ["a", "a", "b", "b"]  # once to warm up, once to see how long it takes
+    patient = bench([clock.work("a", 1.5), clock.work("b", 1.0)], seconds=10, min_runs=12, patient=True)
+    assert (patient.rounds, patient.ratio) == (12, pytest.approx(1.5))
+
+
+def test_patience_ends_on_a_busy_machine(clock: Clock) -> None:
+    def half(run: int) -> float:
+        return 0.5
+
+    result = bench([clock.work("a", 1.5, half), clock.work("b", 1.0)], seconds=10, min_runs=12, patient=True)
+    assert (result.ratio, result.contended) == (None, True)
+    assert result.seconds < 20
 
 
 def test_the_interval_is_that_of_the_median(clock: Clock) -> None:
