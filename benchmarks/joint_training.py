@@ -59,10 +59,13 @@ def budgets(built: Rows) -> dict[tuple[str, float], Rows]:
     return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1])))
 
 
-def added(scores: dict[str, dict[int, float]]) -> tuple[str, list[float]]:
-    """The method that comes nearest to the joint network, and how much the joint one is above it, by seed."""
+def added(scores: dict[str, dict[int, float]]) -> tuple[str, list[float]] | None:
+    """The other method with the best scores, and how much the joint network is above it, by seed; None if no other method
+    has as many seeds as the joint one."""
     joint = scores["joint"]
     others = {m: s for m, s in scores.items() if m != "joint" and s.keys() == joint.keys()}
+    if not others:
+        return None
     best = max(others, key=lambda m: sum(others[m].values()))
     return best, [joint[seed] - others[best][seed] for seed in sorted(joint)]
 
@@ -81,8 +84,9 @@ def table(built: Rows, rows: Rows) -> str:
         known = {m: s for m, s in scores.items() if s}
         for method in sorted(known, key=ALL.index):
             row, more = methods[method], ""
-            if method == "joint" and len(known) > 1:
-                best, by = added(known)
+            compared = added(known) if method == "joint" else None
+            if compared is not None:
+                best, by = compared
                 more = (
                     f"the network of {best}" if methods[best]["network"] == row["network"] else f"{spread(by)} ({best})"
                 )
