@@ -41,6 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 NETWORKS = ("resnet50", "convnext_tiny", "vit_b_16", "swin_t", "segformer_b0")
 EAGER = "eager"  # PyTorch as it is, without a compiler
 ENGINES = ("tensorrt", "tensorrt_rtx", "torch_tensorrt", "inductor")
+TENSORRT = ("tensorrt", "tensorrt_rtx")  # both need a local GPU and take a range of batch sizes
 PRECISIONS = ("fp16", "bf16")
 BATCHES = (1, 8, 32)
 ALLOWED = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.2}  # error of an engine's outputs, relative to the largest one in fp32
@@ -207,7 +208,6 @@ def present(wanted: list[str] | None) -> dict[str, str]:
 
     from graphcomb.graph.errors import GraphcombError
     from graphcomb.runtime.devices.here import local_target
-    from graphcomb.runtime.devices.table import NAMES
     from graphcomb.runtime.engines.backends import BACKENDS, backend_module
 
     found = {}
@@ -219,7 +219,7 @@ def present(wanted: list[str] | None) -> dict[str, str]:
             if name != EAGER and importlib.util.find_spec(BACKENDS[name].package) is None:
                 found[name] = "not installed"
                 continue
-            if name in NAMES:
+            if name in TENSORRT:
                 backend_module(name).library(name)
                 local_target(name)
             found[name] = ""
@@ -234,7 +234,6 @@ def opened(step: Step, program: Any, batches: list[int], folder: Path) -> Any:
 
     from graphcomb.runtime import build_engine, export_onnx, load_engine
     from graphcomb.runtime.devices.here import local_target
-    from graphcomb.runtime.devices.table import NAMES
     from graphcomb.runtime.engines.backends import BACKENDS
     from graphcomb.runtime.engines.build import open_engine
     from graphcomb.runtime.engines.torch.base import TorchEngine, on_leaves, specs
@@ -247,7 +246,7 @@ def opened(step: Step, program: Any, batches: list[int], folder: Path) -> Any:
         return open_engine(cast(program, step.precision), step.engine)
     path = folder / f"{step.variant.replace(' ', '-').replace(':', '-')}.onnx"
     export_onnx(program, path, step.precision)
-    if step.engine not in NAMES:
+    if step.engine not in TENSORRT:
         return open_engine(path, step.engine)
     sizes = (min(batches), min(batches), max(batches))
     file = path.with_suffix(BACKENDS[step.engine].suffixes[0])
