@@ -171,8 +171,8 @@ def tensor_at(root: torch.nn.Module, path: str) -> torch.Tensor | None:
         module = root.get_submodule(parent)
     except AttributeError:
         return None
-    found = module._parameters.get(last, module._buffers.get(last))
-    return found if isinstance(found, torch.Tensor) else None
+    tensor = module._parameters.get(last, module._buffers.get(last))
+    return tensor if isinstance(tensor, torch.Tensor) else None
 
 
 def place_tensor(root: torch.nn.Module, path: str, value: Any) -> None:

@@ -15,11 +15,11 @@ from .errors import BadInput, nearest
 def named_outputs(outputs: Any) -> dict[str, Any]:
     """The entries of a model's output by name, flat: keys and indices joined by dots ("logits", "0", "boxes.1"). A model
     that returns only a tensor has one output, "out"."""
-    found = {}
+    named = {}
     for path, value in pytree.tree_flatten_with_path(outputs)[0]:
         keys = (next(getattr(k, a) for a in ("key", "idx", "name") if hasattr(k, a)) for k in path)
-        found[".".join(map(str, keys)) or "out"] = value
-    return found
+        named[".".join(map(str, keys)) or "out"] = value
+    return named
 
 
 def output_nodes(graph: fx.Graph) -> dict[str, Any]:
@@ -30,11 +30,11 @@ def output_nodes(graph: fx.Graph) -> dict[str, Any]:
 
 def pick(outputs: Any, names: Sequence[str], what: str) -> dict[str, Any]:
     """The outputs of these names. Raises BadInput for a name that is not there; `what` starts its message."""
-    found = named_outputs(outputs)
+    named = named_outputs(outputs)
     for name in names:
-        if name not in found:
-            raise BadInput(f"{what}: the model has no output {name}; {nearest(name, list(found))}")
-    return {name: found[name] for name in names}
+        if name not in named:
+            raise BadInput(f"{what}: the model has no output {name}; {nearest(name, list(named))}")
+    return {name: named[name] for name in names}
 
 
 @contextmanager
@@ -50,8 +50,8 @@ def only_outputs(model: nn.Module, names: Sequence[str] | None) -> Iterator[None
         raise BadInput(f"outputs: takes a list of different names, not {names!r}")
 
     def select(module: nn.Module, args: Any, outputs: Any) -> Any:
-        found = pick(outputs, names, "outputs")
-        return found if len(names) > 1 else found[names[0]]
+        picked = pick(outputs, names, "outputs")
+        return picked if len(names) > 1 else picked[names[0]]
 
     handle = model.register_forward_hook(select)
     try:

@@ -144,10 +144,10 @@ class Program:
     @property
     def macs(self) -> int:
         """Multiply-accumulates for the example input; warns of operators that cannot be counted, and names them."""
-        found = self.cost()
-        if "unknown" in found:
-            warnings.warn(f"not all multiply-accumulates are counted: {'; '.join(found['unknown'])}", stacklevel=2)
-        return found["macs"]
+        cost = self.cost()
+        if "unknown" in cost:
+            warnings.warn(f"not all multiply-accumulates are counted: {'; '.join(cost['unknown'])}", stacklevel=2)
+        return cost["macs"]
 
     def cost(self) -> dict[str, Any]:
         """MACs for the example input, number of parameters, and bytes of weights and activations. If not all operators can
@@ -332,10 +332,10 @@ def _refuse_decomposed(exported: ExportedProgram) -> None:
     no train mode, and it does not say which matrix is the weight of a linear layer."""
     if exported.dialect == "TRAINING":  # operators such as a user's own torch.mm are then no sign of a decomposition
         return
-    found = sorted({op_name(n) for n in exported.graph.nodes} & DECOMPOSED)
-    if found:
+    decomposed = sorted({op_name(n) for n in exported.graph.nodes} & DECOMPOSED)
+    if decomposed:
         raise BadInput(
-            f"the exported program is decomposed (it holds {', '.join(found[:3])}), so nothing in it could be pruned; "
+            f"the exported program is decomposed (it holds {', '.join(decomposed[:3])}), so nothing in it could be pruned; "
             "export it again with torch.export.export, without run_decompositions()"
         )
 

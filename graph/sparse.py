@@ -62,7 +62,7 @@ def weight(program: Program, name: str) -> Tensor | None:
 
 def zeros(program: Program) -> dict[str, Tensor]:
     """The masks: for each sparse weight, bool, True where it stays zero."""
-    return {name: found == 0 for name in sparse_weights(program) if (found := weight(program, name)) is not None}
+    return {name: tensor == 0 for name in sparse_weights(program) if (tensor := weight(program, name)) is not None}
 
 
 def allowed(mask: Tensor, pattern: tuple[int, int]) -> bool:

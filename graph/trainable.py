@@ -199,13 +199,13 @@ class TrainableModule(fx.GraphModule):
     def _averaged(self) -> list[tuple[torch.Tensor, int, int]]:
         """The running statistics that are plain averages, each with the number of batches before the capture and of calls
         in a forward pass."""
-        found = [
+        uses = [
             (fetch(owner, str(arguments(n)[key].target)), tag(n).get("batches", 0))
             for owner, n in self._cumulative
             for key in ("running_mean", "running_var")
         ]
-        calls = Counter(id(tensor) for tensor, _ in found)
-        return [(tensor, known, calls[id(tensor)]) for tensor, known in {id(t): (t, k) for t, k in found}.values()]
+        calls = Counter(id(tensor) for tensor, _ in uses)
+        return [(tensor, known, calls[id(tensor)]) for tensor, known in {id(t): (t, k) for t, k in uses}.values()]
 
     def become(self, other: TrainableModule) -> None:
         """Take over the graph, tensors and flags of another module, which must not be used any more."""
@@ -247,8 +247,8 @@ def _same(value: Any, device: torch.device) -> bool:
 
 def _home(node: fx.Node) -> str:
     """The path of the module whose tensors an operator reads, for an operator without an entry."""
-    found = next((a for a in node.all_input_nodes if a.op == "get_attr"), None)
-    return str(found.target).rpartition(".")[0] if found is not None else ""
+    parameter = next((a for a in node.all_input_nodes if a.op == "get_attr"), None)
+    return str(parameter.target).rpartition(".")[0] if parameter is not None else ""
 
 
 _EMPTY = TrainableModule(torch.nn.Module(), fx.Graph())  # for `reserved`

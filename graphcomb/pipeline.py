@@ -114,8 +114,8 @@ class Pipeline:
             result.program = compressed
             result.records.append(compressed.history[-1])
             if "accuracy" in result.records[-1]:
-                found = result.records[-1]["accuracy"]
-                result.accuracy_after, result.accuracy_interval = found["after"], found.get("interval")
+                figures = result.records[-1]["accuracy"]
+                result.accuracy_after, result.accuracy_interval = figures["after"], figures.get("interval")
             say(f"{head}: {_summary(result.records[-1])}")
             if out is not None and is_main():
                 write_json(Path(out) / "record.json", result.records)
@@ -138,8 +138,8 @@ class Pipeline:
                 )
         if accuracy is not None and context.val is not None:
             after, interval = estimate(result.program, context.val, context.metric, context.progress)
-            found = {"before": accuracy, "after": after, "metric": figure_name(context)}
-            result.record["accuracy"] = found | ({"interval": interval} if interval else {})
+            figures = {"before": accuracy, "after": after, "metric": figure_name(context)}
+            result.record["accuracy"] = figures | ({"interval": interval} if interval else {})
         return result.program
 
 

@@ -251,8 +251,8 @@ def _is_harmless(node: ast.AST) -> bool:
 def _is_of_sizes(name: str) -> bool:
     """Whether the name is that of a mathematical function in sympy or in torch's additions to it."""
     functions = compat.size_functions
-    found = getattr(functions, name, None) if name in functions.__all__ else getattr(sympy, name, None)
-    return isinstance(found, type) and issubclass(found, sympy.Basic)
+    constructor = getattr(functions, name, None) if name in functions.__all__ else getattr(sympy, name, None)
+    return isinstance(constructor, type) and issubclass(constructor, sympy.Basic)
 
 
 def _is_nest(value: str) -> bool:

@@ -267,10 +267,10 @@ def dynamic_shapes_of(exported: ExportedProgram) -> Any:
     inputs = [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in names]
     shapes: list[Any] = [value.shape if isinstance(value, torch.Tensor) else () for value in inputs]
     sizes = [{d: n.node.expr for d, n in enumerate(dims) if isinstance(n, torch.SymInt)} for dims in shapes]
-    times = Counter(expr for found in sizes for expr in found.values() if expr.is_symbol)
+    times = Counter(expr for symbols in sizes for expr in symbols.values() if expr.is_symbol)
     # Only sizes that occur more than once get a named Dim, since a named one cannot have the bounds that strides imply.
     known = {expr: Dim(f"d{i}") if count > 1 else Dim.DYNAMIC for i, (expr, count) in enumerate(times.items())}
-    leaves = [{d: known.get(expr, Dim.AUTO) for d, expr in found.items()} or None for found in sizes]
+    leaves = [{d: known.get(expr, Dim.AUTO) for d, expr in symbols.items()} or None for symbols in sizes]
     if not any(leaves):
         return None
     in_spec = exported.call_spec.in_spec

@@ -94,7 +94,7 @@ def written_parameters(
     in_eval: for a training graph, the parameters that are written in eval mode. Raises CaptureError, naming the node, for a
     write to a parameter that trains, or that is not in `in_eval`: a program could not train it.
     """
-    found: set[str] = set()
+    assigned: set[str] = set()
     specs = exported.graph_signature.input_specs
     names = {i.arg.name: str(i.target) for i in specs if i.kind is InputKind.PARAMETER}
     owners = {_memory(n): names[n.name] for n in exported.graph.nodes if n.op == "placeholder" and n.name in names}
@@ -107,13 +107,13 @@ def written_parameters(
             name = owners.get(_memory(base)) if written and isinstance(base, fx.Node) else None
             if name is None:
                 continue
-            found.add(name)
-            if model.get_parameter(name).requires_grad or name not in (found if in_eval is None else in_eval):
+            assigned.add(name)
+            if model.get_parameter(name).requires_grad or name not in (assigned if in_eval is None else in_eval):
                 raise CaptureError(
                     f"{source(node)} writes to the parameter {name} of the model itself, which a program cannot train; "
                     "write to it outside of forward, such as after the optimizer's step"
                 )
-    return found
+    return assigned
 
 
 def own(exported: ExportedProgram) -> ExportedProgram:

@@ -143,7 +143,7 @@ def _pair(ours: fx.GraphModule, theirs: fx.GraphModule) -> dict[fx.Node, fx.Node
     """Pairs of nodes, by node of the training graph: operators of the same name in the same module, in order, if both
     graphs have equally many of them; else if both have equally many from one source line; else from one line with inputs of
     one shape."""
-    found: dict[fx.Node, fx.Node] = {}
+    pairs: dict[fx.Node, fx.Node] = {}
 
     def match(left: list[fx.Node], right: list[fx.Node], keys: list[Callable[[fx.Node], Any]]) -> None:
         groups: dict[Any, tuple[list[fx.Node], list[fx.Node]]] = defaultdict(lambda: ([], []))
@@ -152,7 +152,7 @@ def _pair(ours: fx.GraphModule, theirs: fx.GraphModule) -> dict[fx.Node, fx.Node
                 groups[keys[0](node)][side].append(node)
         for mine, other in groups.values():
             if len(mine) == len(other):
-                found.update(zip(other, mine, strict=True))
+                pairs.update(zip(other, mine, strict=True))
             elif mine and other and len(keys) > 1:
                 match(mine, other, keys[1:])
 
@@ -171,7 +171,7 @@ def _pair(ours: fx.GraphModule, theirs: fx.GraphModule) -> dict[fx.Node, fx.Node
         return [tuple(v.shape) if isinstance(v, torch.Tensor) else None for v in inputs].__repr__()
 
     match(sort(ours), sort(theirs), [plain, line, shape])
-    return found
+    return pairs
 
 
 def _carry_dropout(ours: fx.GraphModule, theirs: fx.GraphModule, pairs: dict[fx.Node, fx.Node]) -> list[fx.Node]:

@@ -115,14 +115,14 @@ class _Comparison:
         except Exception as error:
             return self._skipped(f"the model itself fails: {in_a_line(error, 160)}")
         try:
-            found = self._program()
+            observed = self._program()
         except Exception as error:
             if self.lost:
                 return self._skipped("parts that only training has")
             raise CaptureError(
                 f"the captured program does not run in {self.mode} mode where the model does: {in_a_line(error)}"
             ) from error
-        self._compare(expected, found)
+        self._compare(expected, observed)
         if self.changed and not self.lost:
             self._compare_again()
 
@@ -133,12 +133,12 @@ class _Comparison:
             expected = observe(self.model, self.args, self.kwargs, ordered=self.ordered)
         with self._switched(self.module):
             observe(self.module, self.args, self.kwargs, ordered=self.ordered)
-            found = observe(self.module, self.args, self.kwargs, ordered=self.ordered)
-        pairs = [(n, expected.values[n], found.values[n]) for n in expected.values if n in found.values]
+            observed = observe(self.module, self.args, self.kwargs, ordered=self.ordered)
+        pairs = [(n, expected.values[n], observed.values[n]) for n in expected.values if n in observed.values]
         wrong = self._wrong(pairs)
         if wrong:
-            wrong = self._beyond(wrong, found.values, self._program(nudge=True).values)
-        if wrong or self._structure(expected, found):
+            wrong = self._beyond(wrong, observed.values, self._program(nudge=True).values)
+        if wrong or self._structure(expected, observed):
             raise CaptureError(
                 f"a second call of the model in {self.mode} mode gives something else than one of the program: the forward "
                 f"changes Python attributes, which a graph holds fixed ({', '.join(self.changed[:4])}); make what must "
@@ -275,11 +275,11 @@ class _Comparison:
     def _note(self, error: float) -> None:
         self.proof.error[self.mode] = max(self.proof.error.get(self.mode, 0.0), error)
 
-    def _beyond(self, wrong: dict[str, float], found: dict[str, Any], noise: dict[str, Any]) -> dict[str, float]:
+    def _beyond(self, wrong: dict[str, float], values: dict[str, Any], noise: dict[str, Any]) -> dict[str, float]:
         """Those of the differences that rounding does not explain."""
         left, chaotic = {}, 0
         for name, error in wrong.items():
-            a, b = found.get(name), noise.get(name)
+            a, b = values.get(name), noise.get(name)
             rounding = distance(a, b) if a is not None and b is not None else 0.0
             if rounding > CHAOS:
                 chaotic += 1

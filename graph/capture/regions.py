@@ -143,8 +143,8 @@ def _cast_inputs(node: fx.Node, device: Any, dtype: Any) -> None:
         with torch.autocast(device, enabled=False):
             for env in (around, within):  # the second one for casts inside of composite operators (einsum)
                 with contextlib.suppress(RuntimeError):
-                    found = run(env)
-                    if _types(found) == _types(expected):
+                    outputs = run(env)
+                    if _types(outputs) == _types(expected):
                         break
             else:
                 raise CaptureError(
@@ -157,7 +157,7 @@ def _cast_inputs(node: fx.Node, device: Any, dtype: Any) -> None:
                 cast = node.graph.call_function(torch.ops.aten.to.dtype, (x, value.dtype))
             cast.meta = {k: v for k, v in node.meta.items() if k != "custom"} | {"val": value}
             node.replace_input_with(x, cast)
-    node.meta["val"] = found
+    node.meta["val"] = outputs
 
 
 class _CastsSeen(TorchDispatchMode):

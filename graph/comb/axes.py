@@ -128,16 +128,16 @@ def freeze(axis: Axis, reason: Reason) -> None:
                 freeze(part, reason)
 
 
-def atoms(axes: Iterable[Axis], found: dict[Factor, None] | None = None) -> dict[Factor, None]:
+def atoms(axes: Iterable[Axis], into: dict[Factor, None] | None = None) -> dict[Factor, None]:
     """All atoms in the axes, in order of first appearance."""
-    found = {} if found is None else found
+    into = {} if into is None else into
     for axis in axes:
         for factor in normal(axis):
             if factor.segments is None:
-                found[factor] = None
+                into[factor] = None
             else:
-                atoms(factor.segments, found)
-    return found
+                atoms(factor.segments, into)
+    return into
 
 
 # ------------------------------------------------------------------------------------------------------------ splitting
@@ -343,19 +343,19 @@ def touches(axis: Axis, changed: Mapping[Factor, Any]) -> bool:
     return any(atom in changed for atom in atoms([axis]))
 
 
-def fold(axis: Axis, values: np.ndarray, found: dict[Factor, np.ndarray]) -> None:
-    """Add `values` (one number per index of the axis) to each atom's indices in `found`, summed over all other factors."""
+def fold(axis: Axis, values: np.ndarray, sums: dict[Factor, np.ndarray]) -> None:
+    """Add `values` (one number per index of the axis) to each atom's indices in `sums`, summed over all other factors."""
     factors = normal(axis)
     sizes = [f.size for f in factors]
     grid = values.reshape(sizes) if sizes else values
     for i, factor in enumerate(factors):
         own = grid.sum(axis=tuple(j for j in range(len(sizes)) if j != i))
         if factor.segments is None:
-            found[factor] = found[factor] + own if factor in found else own
+            sums[factor] = sums[factor] + own if factor in sums else own
             continue
         ends = np.cumsum([size(part) for part in factor.segments])
         for part, piece in zip(factor.segments, np.split(own, ends[:-1]), strict=True):
-            fold(part, piece, found)
+            fold(part, piece, sums)
 
 
 def monomials(axis: Axis) -> list[tuple[Factor, ...]]:

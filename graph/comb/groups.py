@@ -66,12 +66,12 @@ def find_groups(solved: Equations) -> list[Group]:
 
 def members_of(solved: Equations) -> dict[Factor, list[tuple[str, int]]]:
     """For each atom, the (parameter or buffer, dim) pairs in which it occurs."""
-    found: dict[Factor, list[tuple[str, int]]] = defaultdict(list)
+    members: dict[Factor, list[tuple[str, int]]] = defaultdict(list)
     for name, axes in solved.parameters.items():
         for d, axis in enumerate(axes):
             for atom in atoms([axis]):
-                found[atom].append((name, d))
-    return found
+                members[atom].append((name, d))
+    return members
 
 
 def kinds_of(solved: Equations) -> dict[Factor, str]:
@@ -125,9 +125,9 @@ def _partners(solved: Equations) -> tuple[dict[Factor, set[Factor]], set[Factor]
 
 def _least(solved: Equations) -> dict[Factor, int]:
     """For each atom, the number of indices that it must keep so that every minimum holds, whatever else is removed."""
-    found: dict[Factor, int] = {}
+    least: dict[Factor, int] = {}
     for _, axes, count in solved.minima:
         free = [a for a in atoms(axes) if a.frozen is None]
         if math.prod(ax.kept_size(axis, dict.fromkeys(free, 1)) for axis in axes) < count:
-            found.update((a, max(found.get(a, 1), min(count, a.size))) for a in free)
-    return found
+            least.update((a, max(least.get(a, 1), min(count, a.size))) for a in free)
+    return least

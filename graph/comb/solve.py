@@ -147,8 +147,8 @@ class Comb(Equations):
             if not isinstance(tensor, torch.Tensor):
                 continue
             if len(axes) != tensor.dim() or any(ax.size(a) != hint(n) for a, n in zip(axes, tensor.shape, strict=True)):
-                found = " x ".join(show(a) for a in axes)
-                raise ValueError(f"the rule gives {found} for a tensor of shape {tuple(tensor.shape)}")
+                sizes = " x ".join(show(a) for a in axes)
+                raise ValueError(f"the rule gives {sizes} for a tensor of shape {tuple(tensor.shape)}")
             for axis, n in zip(axes, tensor.shape, strict=True):
                 if self._dynamic and isinstance(n, int):  # the atoms of a fixed size are not dynamic
                     for atom in atoms([axis]):

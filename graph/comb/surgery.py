@@ -82,9 +82,9 @@ class Slicer:
         static = self.size([f for f in ax.normal(axis) if f not in symbolic])
         if not symbolic:
             return static
-        found = self._source(old, symbolic)
-        sources = [s for s in ([found] if found else [self._source(old, [f]) for f in symbolic]) if s is not None]
-        if (not found and len(sources) < len(symbolic)) or not self.full(symbolic):
+        whole = self._source(old, symbolic)
+        sources = [s for s in ([whole] if whole else [self._source(old, [f]) for f in symbolic]) if s is not None]
+        if (not whole and len(sources) < len(symbolic)) or not self.full(symbolic):
             raise Refused(f"{source(old)}: the dynamic size {ax.show(axis)} cannot be regenerated")
         graph = new.graph
         result: fx.Node | None = None
@@ -98,8 +98,8 @@ class Slicer:
 
     def _source(self, user: fx.Node, factors: Axis) -> tuple[fx.Node, int] | None:
         """A dimension of a tensor before `user` that is exactly this product, or None."""
-        found = self._sources.get(_key(factors))
-        return found if found is not None and self._places[found[0]] < self._places[user] else None
+        source = self._sources.get(_key(factors))
+        return source if source is not None and self._places[source[0]] < self._places[user] else None
 
     @cached_property
     def _places(self) -> dict[fx.Node, int]:
@@ -138,10 +138,10 @@ def remove(comb: Comb, masks: Masks) -> tuple[Program, Removed]:
     indices: dict[tuple[int, Any], torch.Tensor] = {}  # shared, since most axes belong to several tensors
 
     def index(keep: np.ndarray, device: torch.device) -> torch.Tensor:
-        found = indices.get((id(keep), device))
-        if found is None:
-            found = indices[id(keep), device] = torch.from_numpy(np.flatnonzero(keep)).to(device)
-        return found
+        kept = indices.get((id(keep), device))
+        if kept is None:
+            kept = indices[id(keep), device] = torch.from_numpy(np.flatnonzero(keep)).to(device)
+        return kept
 
     def take(name: str, value: Any) -> Any:
         if name not in keeps:
@@ -154,7 +154,7 @@ def remove(comb: Comb, masks: Masks) -> tuple[Program, Removed]:
 
 def kept_indices(comb: Comb, masks: Masks) -> dict[str, dict[int, np.ndarray]]:
     """For each parameter or buffer that loses indices, by dimension, which stay (bool). Raises Refused as `remove` does."""
-    masks, found = _checked(comb, masks), {}
+    masks, removed = _checked(comb, masks), {}
     known: dict[tuple[int, ...], np.ndarray] = {}
 
     def mask(axis: Axis) -> np.ndarray:
@@ -166,8 +166,8 @@ def kept_indices(comb: Comb, masks: Masks) -> dict[str, dict[int, np.ndarray]]:
     for name, axes in comb.parameters.items():
         lost = {d: mask(axis) for d, axis in enumerate(axes) if ax.touches(axis, masks)}
         if lost:
-            found[name] = lost
-    return found
+            removed[name] = lost
+    return removed
 
 
 def restored(comb: Comb, masks: Masks, module: TrainableModule) -> Program:

@@ -124,8 +124,8 @@ def _captured(path: Path, graph: OnnxGraph, inputs: list[Input], values: list[Te
         fixed = {i.shape[0] for i in inputs if i.shape and not i.open_batch}
         sizes = [n for n in fixed if isinstance(n, int)]
         if len(fixed) > 1 or len(sizes) < len(fixed):
-            found = ", ".join(sorted(map(str, fixed)))
-            raise BadInput(f'{path}: dynamic_shapes="batch" needs one batch size for all inputs, not {found}')
+            listed = ", ".join(sorted(map(str, fixed)))
+            raise BadInput(f'{path}: dynamic_shapes="batch" needs one batch size for all inputs, not {listed}')
         graph.batch = sizes[0] if sizes else None
     try:
         return _quietly(graph, values, dynamic_shapes)

@@ -69,15 +69,15 @@ def compare(
         except Exception as error:
             raise BadInput(f"{path}: ONNX Runtime cannot run it ({in_a_line(error)})") from error
         ours = outputs(program, inputs)
-        for name, found, reference in zip(graph.outputs, ours, wanted, strict=True):
-            if found.shape != reference.shape:
+        for name, value, reference in zip(graph.outputs, ours, wanted, strict=True):
+            if value.shape != reference.shape:
                 raise CaptureError(
-                    f"{path}: the output {name} is {found.shape}, in ONNX Runtime {reference.shape}; "
+                    f"{path}: the output {name} is {value.shape}, in ONNX Runtime {reference.shape}; "
                     f"{first_difference(graph, model, inputs)}"
                 )
-            off = distance(found, reference, makers.get(name, ""))
+            off = distance(value, reference, makers.get(name, ""))
             if off > tolerance(reference):
-                if not _explained(graph, inputs, name, found, reference):
+                if not _explained(graph, inputs, name, value, reference):
                     raise CaptureError(
                         f"{path}: the output {name} is off by {off:.1e} of its largest value in ONNX Runtime (limit "
                         f"{tolerance(reference):g}); {first_difference(graph, model, inputs)}"
@@ -109,7 +109,7 @@ def tolerance(reference: np.ndarray) -> float:
     return TOLERANCE[names.get(reference.dtype.name, torch.float32)]
 
 
-def distance(found: np.ndarray, wanted: np.ndarray, op: str = "") -> float:
+def distance(actual: np.ndarray, wanted: np.ndarray, op: str = "") -> float:
     """max |a - b| / max |b| where both are finite, infinite where only one is; for whole numbers the share that differs.
 
     op: the operator that computed the value. Results of Sigmoid are compared as log(p + 1e-3) if that is closer: if all of
@@ -119,8 +119,8 @@ def distance(found: np.ndarray, wanted: np.ndarray, op: str = "") -> float:
     if not wanted.size:
         return 0.0
     if wanted.dtype.kind != "f":
-        return float(np.mean(found != wanted))
-    a, b = found.astype(np.float64), wanted.astype(np.float64)
+        return float(np.mean(actual != wanted))
+    a, b = actual.astype(np.float64), wanted.astype(np.float64)
     finite = np.isfinite(b)
     if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(a[finite]).all():
         return float("inf")
@@ -133,7 +133,9 @@ def distance(found: np.ndarray, wanted: np.ndarray, op: str = "") -> float:
 
 
 @torch.no_grad()
-def _explained(graph: OnnxGraph, inputs: Sequence[Tensor], name: str, found: np.ndarray, reference: np.ndarray) -> bool:
+def _explained(
+    graph: OnnxGraph, inputs: Sequence[Tensor], name: str, actual: np.ndarray, reference: np.ndarray
+) -> bool:
     """Whether ONNX Runtime is about as far from the graph in float64 as the graph in its own precision is."""
     exact = copy.deepcopy(graph)
     exact.module.double()
@@ -144,7 +146,7 @@ def _explained(graph: OnnxGraph, inputs: Sequence[Tensor], name: str, found: np.
     if not isinstance(value, Tensor):
         return False
     exactly = to_numpy(value)
-    own, theirs = distance(found, exactly), distance(reference, exactly)
+    own, theirs = distance(actual, exactly), distance(reference, exactly)
     return own < CHAOS and theirs <= NOISE * own
 
 
@@ -163,11 +165,11 @@ def first_difference(graph: OnnxGraph, model: onnx.ModelProto, inputs: Sequence[
         watching.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
         try:
             wanted = session(watching, "the file").run(names, feeds)
-            found = graph.run(inputs, names)
+            values = graph.run(inputs, names)
         except Exception as error:
             return f"the first node that differs cannot be found ({in_a_line(error)})"
         for name, reference in zip(names, wanted, strict=True):
-            value = found[name]
+            value = values[name]
             ours = to_numpy(value) if isinstance(value, Tensor) else np.asarray(value)
             if ours.shape != reference.shape:
                 return f"first at {steps[name].title}: {ours.shape} instead of {reference.shape}"

@@ -86,12 +86,12 @@ def _separate(steps: list[Step], constants: dict[str, np.ndarray]) -> None:
     alike: dict[tuple[str, ...], int] = {}
     kept: dict[str, int] = {}
     for number, step in enumerate(steps):
-        found = tuple(name for name in step.inputs if name in constants)
-        owner = alike.setdefault(found, number) if any(_unequal(constants[name]) for name in found) else number
+        owned = tuple(name for name in step.inputs if name in constants)
+        owner = alike.setdefault(owned, number) if any(_unequal(constants[name]) for name in owned) else number
         statistics = BUFFERS.get(step.op, ())
         for index in {*LAYERS.get(step.op, ()), *statistics}:
             key = step.inputs[index] if index < len(step.inputs) else ""
-            if key not in found or uses[key] < 2 or (_unequal(constants[key]) and index not in statistics):
+            if key not in owned or uses[key] < 2 or (_unequal(constants[key]) and index not in statistics):
                 continue
             if kept.setdefault(key, owner) != owner or step.inputs.index(key) != index:
                 step.inputs[index] = f"{key}:{owner}_{index}"

@@ -38,15 +38,15 @@ class Layer:
 def layers_of(module: TrainableModule) -> dict[fx.Node, Layer]:
     """The operators that are exactly a layer, by node: their path has no other tensors than the layer's, no other node
     reads these, and all operators that read them are the same layer."""
-    found: dict[str, dict[fx.Node, Layer]] = {}
+    layers: dict[str, dict[fx.Node, Layer]] = {}
     names = [str(n.target) for n in module.graph.nodes if n.op == "get_attr"]
     ids = [id(fetch(module, name)) for name in names]
     for node in module.graph.nodes:
         layer = _layer(module, node) if node.op == "call_function" else None
         if layer is not None:
-            found.setdefault(layer.path, {})[node] = layer
+            layers.setdefault(layer.path, {})[node] = layer
     result: dict[fx.Node, Layer] = {}
-    for path, users in found.items():
+    for path, users in layers.items():
         own = [n for n in names if n.startswith(f"{path}.")]
         readers = {u for n in module.graph.nodes if n.op == "get_attr" and str(n.target) in own for u in n.users}
         tied = any(ids.count(id(fetch(module, n))) > 1 for n in own)

@@ -319,7 +319,7 @@ def _run(module: nn.Module, inputs: Any, training: bool) -> dict[str, torch.Tens
         torch.manual_seed(0)
         leaves = pytree.tree_leaves(module(*inputs[0], **inputs[1]))
         outputs = [t for t in leaves if isinstance(t, torch.Tensor)]
-        found = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
+        tensors = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
         if training:
             floats = [t for t in outputs if t.requires_grad]
             weights = [torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).view(t.shape) for t in floats]
@@ -327,6 +327,6 @@ def _run(module: nn.Module, inputs: Any, training: bool) -> dict[str, torch.Tens
                 torch.autograd.backward(
                     [t * w for t, w in zip(floats, weights, strict=True)], [t.detach() for t in floats]
                 )
-            found |= {f"gradient of {n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
-            found |= {f"buffer {n}": b.clone() for n, b in module.named_buffers()}
-    return found
+            tensors |= {f"gradient of {n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
+            tensors |= {f"buffer {n}": b.clone() for n, b in module.named_buffers()}
+    return tensors

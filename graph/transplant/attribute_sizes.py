@@ -62,7 +62,7 @@ class Values(fx.Interpreter):
 
     def __init__(self, program: Program):
         super().__init__(program.copy().module().eval(), garbage_collect_values=False)
-        self._found: dict[tuple[int, ...], list[tuple[float, float, torch.Tensor]]] = defaultdict(list)
+        self._tensors: dict[tuple[int, ...], list[tuple[float, float, torch.Tensor]]] = defaultdict(list)
         self.numbers: dict[str, set[int]] = defaultdict(set)
         with torch.no_grad():
             self.run(*pytree.tree_leaves(copy.deepcopy((program.args, program.kwargs))))
@@ -74,7 +74,7 @@ class Values(fx.Interpreter):
             numbers.update(hint(v) for v in pytree.tree_leaves((n.args, n.kwargs)) if type(v) is int)
         for tensor in pytree.tree_leaves(value):
             if isinstance(tensor, torch.Tensor):
-                self._found[tuple(tensor.shape)].append((*_sums(tensor), tensor))
+                self._tensors[tuple(tensor.shape)].append((*_sums(tensor), tensor))
                 if n.op == "call_function":
                     numbers.update(tensor.shape)
         return value
@@ -85,7 +85,7 @@ class Values(fx.Interpreter):
 
     def _known(self, tensor: torch.Tensor) -> bool:
         size, along = _sums(tensor)
-        for other_size, other_along, other in self._found.get(tuple(tensor.shape), ()):
+        for other_size, other_along, other in self._tensors.get(tuple(tensor.shape), ()):
             near = abs(size - other_size) <= CLOSE * other_size and abs(along - other_along) <= 10 * CLOSE * other_size
             if near and (tensor.double() - other.double()).abs().max() <= CLOSE * max(
                 float(other.double().abs().max()), 1e-30

@@ -151,12 +151,12 @@ def _set_layers(program: Program, new: nn.Module) -> None:
 
 def _changed_counts(program: Program) -> dict[str, Sizes]:
     """By the parameter that names a group, the numbers of its indices (such as heads) before and after."""
-    found: dict[str, Sizes] = {}
+    changed: dict[str, Sizes] = {}
     for record in program.history:
         for row in record.get("changed", ()):
             if isinstance(row, dict) and "before" in row and "after" in row:
-                found.setdefault(row["what"].split(":")[0], {}).setdefault(row["before"], set()).add(row["after"])
-    return found
+                changed.setdefault(row["what"].split(":")[0], {}).setdefault(row["before"], set()).add(row["after"])
+    return changed
 
 
 def _outputs(program: Program, new: nn.Module) -> list[str] | None:
@@ -166,10 +166,10 @@ def _outputs(program: Program, new: nn.Module) -> list[str] | None:
     with torch.no_grad():
         ours = program.module().eval()(*args, **kwargs)
         try:
-            found = named_outputs(copy.deepcopy(new)(*args, **kwargs))
+            named = named_outputs(copy.deepcopy(new)(*args, **kwargs))
         except Exception:
             return None  # `_prove` then says why
-    tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
     if isinstance(ours, torch.Tensor) and len(tensors) > 1:
         alike = [name for name, value in tensors.items() if value.shape == ours.shape]
         return [min(alike, key=lambda name: relative_error([tensors[name]], [ours]))] if alike else None

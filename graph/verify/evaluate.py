@@ -97,10 +97,10 @@ class Evaluator:
     def fetch(self, name: str) -> Any:
         """A stored tensor by name: the given weight, of which a copy is used if the run writes to it; without one, the
         program's own."""
-        found = self.weights.get(name)
-        if found is None:
+        tensor = self.weights.get(name)
+        if tensor is None:
             return fetch(self.module, name)
-        return self.state.setdefault(name, found.clone()) if name in self.written else found
+        return self.state.setdefault(name, tensor.clone()) if name in self.written else tensor
 
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         """The value of an operator node; `env` has the values of the nodes before it."""
@@ -197,13 +197,13 @@ def _redraw(leaf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def size_symbols(program: Program) -> dict[Any, tuple[int, int]]:
     """Dynamic sizes of the inputs: symbol -> (its value in the example, the first dimension that has it)."""
-    found: dict[Any, tuple[int, int]] = {}
+    places: dict[Any, tuple[int, int]] = {}
     for node, leaf in _inputs(program):
         if isinstance(leaf, torch.Tensor):
             for d, size in enumerate(node.meta["val"].shape):
                 if not isinstance(size, int) and size.node.expr.is_symbol:
-                    found.setdefault(size.node.expr, (leaf.shape[d], d))
-    return found
+                    places.setdefault(size.node.expr, (leaf.shape[d], d))
+    return places
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

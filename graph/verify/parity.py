@@ -33,11 +33,11 @@ def _outputs(form: Runs, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tens
         function.eval()
     try:
         with torch.no_grad():
-            found = function(*args, **kwargs)
+            outputs = function(*args, **kwargs)
     finally:
         if training:
             function.train()
-    leaves = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in pytree.tree_leaves(found)]
+    leaves = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in pytree.tree_leaves(outputs)]
     return [x.detach().cpu() for x in leaves if isinstance(x, torch.Tensor)]
 
 

@@ -69,15 +69,15 @@ def _is_small(value: torch.Tensor) -> bool:
 def _roles(program: Program) -> dict[str, str]:
     """The role of a tensor in the operator that reads it: "contraction", "scale" or "shift"; tensors with another role are
     left out."""
-    found: dict[str, str] = {}
+    roles: dict[str, str] = {}
     for node in program.module().graph.nodes:
         if node.op != "get_attr":
             continue
         for user in node.users:
             role = _role(node, user)
             if role:
-                found[str(node.target)] = role
-    return found
+                roles[str(node.target)] = role
+    return roles
 
 
 def _role(node: fx.Node, user: fx.Node) -> str:
@@ -175,8 +175,11 @@ class Calibration(Absence):
         variance, mean = torch.var_mean(values, 1, correction=0)
         low, high = self.source.uniform(mean.shape, 0.5, 1.5), self.source.uniform(mean.shape, 0.2, 1.2)
         variance = variance.clamp_min(0.05 * float(variance.mean()) + 1e-6) * low.to(mean.device)
-        for key, found in (("running_var", variance), ("running_mean", mean - high.to(mean.device) * variance.sqrt())):
-            self._write(given[key], found, present, env)
+        for key, statistic in (
+            ("running_var", variance),
+            ("running_mean", mean - high.to(mean.device) * variance.sqrt()),
+        ):
+            self._write(given[key], statistic, present, env)
 
     def _lift(self, node: fx.Node, bias: fx.Node, result: Any, channels: int) -> Any:
         """Shift the bias so that every channel has a positive mean; returns the shifted result."""
@@ -190,11 +193,11 @@ class Calibration(Absence):
         shape = [-1, *[1] * (result.value.dim() - 2)] if channels == 1 else [-1]
         return Held(result.value + (whole - before).reshape(shape), result.states)
 
-    def _write(self, buffer: fx.Node, found: torch.Tensor, present: torch.Tensor, env: dict[fx.Node, Any]) -> None:
+    def _write(self, buffer: fx.Node, values: torch.Tensor, present: torch.Tensor, env: dict[fx.Node, Any]) -> None:
         """Set a buffer's present entries; absent ones get the mean, and are NaN in this run."""
         whole = self._mark(buffer)
-        whole.fill_(float(found.mean()))
-        whole[present] = found
+        whole.fill_(float(values.mean()))
+        whole[present] = values
         env[buffer] = self.fetch(str(buffer.target))
 
     def _mark(self, node: fx.Node) -> torch.Tensor:

@@ -36,10 +36,10 @@ def removed_since(before: Program, result: Any) -> Removed:
                         f"removed: {name} dimension {d} has no such indices; verify one pass after the other"
                     )
                 left[place] = np.delete(whole, indices)
-    found: dict[str, dict[int, list[int]]] = {}
+    removed: dict[str, dict[int, list[int]]] = {}
     for (name, d), stay in left.items():
-        found.setdefault(name, {})[d] = np.setdiff1d(np.arange(tensors[name].shape[d]), stay).tolist()
-    return found
+        removed.setdefault(name, {})[d] = np.setdiff1d(np.arange(tensors[name].shape[d]), stay).tolist()
+    return removed
 
 
 def checked(before: Program, removed: Removed) -> dict[str, dict[int, list[int]]]:
@@ -56,13 +56,13 @@ def checked(before: Program, removed: Removed) -> dict[str, dict[int, list[int]]
         entry = {}
         for d, indices in lost.items():
             n = tensors[name].shape[d] if 0 <= d < tensors[name].dim() else -1
-            found = sorted(int(i) for i in indices)
-            if n < 0 or len(set(found)) != len(found) or (found and not 0 <= found[0] <= found[-1] < n):
+            gone = sorted(int(i) for i in indices)
+            if n < 0 or len(set(gone)) != len(gone) or (gone and not 0 <= gone[0] <= gone[-1] < n):
                 raise BadInput(f"removed: {name} dimension {d} (size {n}) cannot lose these indices")
-            if len(found) == n:
+            if len(gone) == n:
                 raise BadInput(f"removed: nothing is left of {name} dimension {d}")
-            if found:
-                entry[d] = found
+            if gone:
+                entry[d] = gone
         for other in tied[id(tensors[name])] if entry else ():
             if result.setdefault(other, entry) != entry:
                 raise BadInput(f"removed: {name} and {other} are one tensor and lose different indices")
@@ -95,7 +95,7 @@ def differences(before: Program, after: Program, removed: Removed, retrained: bo
     """Messages, one line each, about parameters and buffers of the pruned program that are not slices of the original's,
     and about operators whose eval mode differs between the two. retrained: the weights were trained on, so only shapes are
     compared."""
-    originals, misfits, found = tensors_of(before), [], []
+    originals, misfits, changed = tensors_of(before), [], []
     for name, own in tensors_of(after).items():
         if name not in originals:
             continue
@@ -106,9 +106,9 @@ def differences(before: Program, after: Program, removed: Removed, retrained: bo
         elif not retrained and own.is_floating_point():
             expected = sliced(originals[name].detach(), lost).to(own.dtype)
             if not torch.equal(own.detach(), expected) and not torch.equal(own.nan_to_num(), expected.nan_to_num()):
-                found.append(f"{name} does not hold the kept values of the original")
+                changed.append(f"{name} does not hold the kept values of the original")
     flags = eval_flags(before)
     for name, now in eval_flags(after).items():
         if flags.get(name, now) != now:
-            found.append(f"{name} has {now} in eval mode, the original {flags[name]}")
-    return misfits or found
+            changed.append(f"{name} has {now} in eval mode, the original {flags[name]}")
+    return misfits or changed

@@ -125,13 +125,13 @@ class _Fusion:
                 self._generate(node)
             else:
                 self._add(Kernel("other"), [node])
-        found = list(dict.fromkeys(self.owner[n] for n in self.kinds if n in self.owner))
+        kernels = list(dict.fromkeys(self.owner[n] for n in self.kinds if n in self.owner))
         if self.rules.layouts:
-            self._layouts(found)
-        for kernel in found if self.rules.requantises else ():
+            self._layouts(kernels)
+        for kernel in kernels if self.rules.requantises else ():
             if kernel.kind == "product":
                 kernel.copies.append(Copy(kernel.nodes[-1]))
-        return found
+        return kernels
 
     def _add(self, kernel: Kernel, nodes: Iterable[fx.Node]) -> Kernel:
         for node in nodes:

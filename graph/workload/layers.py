@@ -55,13 +55,13 @@ class Layers:
         self._kernels: dict[fx.Node, Kernel] = {}
         self._copies: dict[int, Copy] = {}
         self.nodes: list[fx.Node] = []
-        found = kernels(comb.module.graph, rules)
+        launches = kernels(comb.module.graph, rules)
         place = {node: i for i, node in enumerate(comb.module.graph.nodes)}
-        named = [(node, kernel) for kernel in found for node in _named(kernel)]
+        named = [(node, kernel) for kernel in launches for node in _named(kernel)]
         for node, kernel in sorted(named, key=lambda pair: place[pair[0]]):
             self._kernels[node] = kernel
             self.nodes.append(node)
-        for copy in (copy for kernel in found for copy in kernel.copies):
+        for copy in (copy for kernel in launches for copy in kernel.copies):
             self._copies[len(self.nodes)] = copy
             self.nodes.append(copy.tensor)
 
@@ -113,7 +113,7 @@ class Layers:
         """Number of entries of a tensor, or of all tensors of a list."""
         axes = self.comb.axes[node] or []
         lists = axes if isinstance(node.meta.get("val"), (list, tuple)) else [axes]
-        return sum(math.prod(map(size, found)) for found in lists if found is not None)
+        return sum(math.prod(map(size, shape)) for shape in lists if shape is not None)
 
     def _read(self, kernel: Kernel, size: Sizer, own: set[fx.Node]) -> int:
         """Number of entries, without weights, that a kernel reads for its nodes other than `own`."""

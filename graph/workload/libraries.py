@@ -158,8 +158,8 @@ def classify(node: fx.Node, shape: Shape = shape) -> str:
         a = arguments(node)
         deep = a["groups"] > 1 and shape(a["weight"])[1] == 1 and "transpose" not in name
         return "depthwise" if deep else "product"
-    found = next((kind for kind, names in CLASSES if name in names), None)
-    return found or ("pointwise" if is_pointwise(node) else "other")
+    kind_of_op = next((kind for kind, names in CLASSES if name in names), None)
+    return kind_of_op or ("pointwise" if is_pointwise(node) else "other")
 
 
 def single(node: fx.Node, shape: Shape = shape) -> bool:

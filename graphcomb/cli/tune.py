@@ -88,11 +88,11 @@ def tune(
     )  # fmt: skip
     several = len(plans) > 1
     files = [out.with_stem(f"{out.stem}-{i}") if several else out for i in range(1, len(plans) + 1)]
-    for found, file in zip(plans, files, strict=True):
-        found.model_copy(update={"recipe": recipe}).save(file)
+    for made, file in zip(plans, files, strict=True):
+        made.model_copy(update={"recipe": recipe}).save(file)
     _show(plans, [str(f) for f in files])
     console.print(f"edit a plan, then: graphcomb run --plan {files[0]}", soft_wrap=True)
-    missed = [file for found, file in zip(plans, files, strict=True) if found.tuned and not found.tuned.met]
+    missed = [file for made, file in zip(plans, files, strict=True) if made.tuned and not made.tuned.met]
     for file in missed:
         complain("missed", f"{file}: the budget was missed by more than a tenth")
     if missed:
@@ -177,18 +177,18 @@ def _show(plans: list[Plan], files: list[str]) -> None:
     """Print for each plan its changes, and the time and loss that were asked for, predicted and found."""
     from ..passes.joint.tuning_rounds import told
 
-    for found, file in zip(plans, files, strict=True):
-        assert found.tuned is not None
-        ms, loss, decided = found.tuned.ms, found.tuned.loss, found.decided
+    for plan, file in zip(plans, files, strict=True):
+        assert plan.tuned is not None
+        ms, loss, decided = plan.tuned.ms, plan.tuned.loss, plan.decided
         asked = "" if ms["asked"] is None else f"asked {_number(ms['asked'])}, "
         predicted = f"predicted {_range(ms, 'predicted', 'predicted_low', 'predicted_high')}" if ms["measured"] else ""
         aside = ", ".join(text for text in (asked.removesuffix(", "), predicted) if text)
         points = f", {_number(loss['points'])} points" if loss.get("points") is not None else ""
         console.print(
-            f"{file}: {_number(ms['dense'])} -> {_range(ms, 'achieved', 'low', 'high')} ms {found.tuned.met_by}"
+            f"{file}: {_number(ms['dense'])} -> {_range(ms, 'achieved', 'low', 'high')} ms {plan.tuned.met_by}"
             f"{f' ({aside})' if aside else ''}, loss {_number(loss['measured'])} "
             f"(predicted {_number(loss['predicted'])}){points}; "
-            f"{told(decided)} ({found.tuned.method})",
+            f"{told(decided)} ({plan.tuned.method})",
             soft_wrap=True,
         )
     assert plans[0].tuned is not None

@@ -104,12 +104,12 @@ class TuningTables:
         factor = 1.0 if error is None else error.factor
         return Time(seconds, seconds / factor, seconds * factor)
 
-    def plan(self, tuner: Tuner, found: Built, asked: float | None, importance: str) -> Plan:
+    def plan(self, tuner: Tuner, built: Built, asked: float | None, importance: str) -> Plan:
         """Return the plan of a network that was built. asked: the budget in seconds; None for a budget of loss."""
         space, problem = self.tables.space, self.tables.problem
         scale, losses = 1e3 * tuner.correction.seconds, self.tables.losses
-        met = asked is None or found.seconds <= (1 + NEAR) * asked
-        predicted, time = self._within_error(found.predicted_seconds), found.time
+        met = asked is None or built.seconds <= (1 + NEAR) * asked
+        predicted, time = self._within_error(built.predicted_seconds), built.time
         ms = {
             "dense": 1e3 * tuner.dense, "dense_low": 1e3 * tuner.whole.low, "dense_high": 1e3 * tuner.whole.high,
             "asked": None if asked is None else 1e3 * asked,
@@ -118,12 +118,12 @@ class TuningTables:
             "achieved": 1e3 * time.seconds, "low": 1e3 * time.low, "high": 1e3 * time.high, "measured": time.measured,
         }  # fmt: skip
         loss = {
-            "predicted": found.predicted_loss, "measured": found.loss, "images": losses.samples,
+            "predicted": built.predicted_loss, "measured": built.loss, "images": losses.samples,
             "held_out": losses.images.held_out,
         }  # fmt: skip
-        if id(found.program) in self._scores:
-            loss["points"] = self.points(found.program)
-        gone = set(found.decided.blocks)
+        if id(built.program) in self._scores:
+            loss["points"] = self.points(built.program)
+        gone = set(built.decided.blocks)
         blocks = []
         for b, block in enumerate(space.blocks):
             saves = problem.seconds(problem.whole()) - problem.seconds(without(problem, b))
@@ -135,7 +135,7 @@ class TuningTables:
             )  # fmt: skip
         groups = []
         for i, (axis, group) in enumerate(zip(problem.axes, space.groups, strict=False)):
-            keep = found.decided.widths.get(axis.name, group.size)
+            keep = built.decided.widths.get(axis.name, group.size)
             k = axis.sizes.index(keep)
             saves = problem.seconds(problem.whole()) - problem.seconds(narrower(problem, i, k))
             inside = None if axis.block is None else space.blocks[axis.block].name
@@ -155,16 +155,16 @@ class TuningTables:
         refused = [BlockRow(name=name, goes=False, why=why) for name, why in space.refused.items() if name not in known]
         tuned = Tuned(
             model=code_of_model(space.program), target=self.target.name, precision=self.precision, by=str(self.latency),
-            method=found.how, met=met, met_by="measured" if time.measured else "predicted", ms=_shortened(ms),
+            method=built.how, met=met, met_by="measured" if time.measured else "predicted", ms=_shortened(ms),
             loss=_shortened(loss),
         )  # fmt: skip
         repair = Repairing(importance=importance, samples=losses.samples)
         return Plan(
-            tuned=tuned, repair=repair, blocks=[*blocks, *refused], groups=groups, layers=self._layers(tuner, found),
+            tuned=tuned, repair=repair, blocks=[*blocks, *refused], groups=groups, layers=self._layers(tuner, built),
             frozen=frozen,
         )  # fmt: skip
 
-    def _layers(self, tuner: Tuner, found: Built) -> list[LayerRow]:
+    def _layers(self, tuner: Tuner, built: Built) -> list[LayerRow]:
         """Return the rows of a plan for the precisions of layers, and for 2:4 sparse weights."""
         problem, variants, whole = self.tables.problem, self.tables.times.variants, self.tables.problem.whole()
         scale, rows = 1e3 * tuner.correction.seconds, []
@@ -182,11 +182,11 @@ class TuningTables:
                     facts |= {"saves_ms": saves, "loss": _short(axis.losses[CHANGED])}
                 if variant.option == "int8":
                     kept = "fp32" if name in single else self.precision
-                    chosen = found.decided.precisions.get(name, kept)
+                    chosen = built.decided.precisions.get(name, kept)
                     facts |= {"precision": chosen, "proposed": chosen}
                     rows.append(LayerRow(name=name, inside=inside, **facts))
                 else:
-                    sparse = name in found.decided.sparse
+                    sparse = name in built.decided.sparse
                     rows.append(LayerRow(name=name, sparse=sparse, proposed_sparse=sparse, inside=inside, **facts))
         for what, why in variants.refused.items():
             option, _, name = what.partition(" ")
@@ -205,8 +205,8 @@ class TuningTables:
         if self.precision != "fp16":
             return set()
         by_hand = self.tables.fixed.precisions
-        found = ranges(self.tables.space.program, self.tables.losses.divergence)
-        wide = {name for name, largest in found.items() if overflows(largest)} - by_hand.keys()
+        largest_of = ranges(self.tables.space.program, self.tables.losses.divergence)
+        wide = {name for name, largest in largest_of.items() if overflows(largest)} - by_hand.keys()
         return wide | {name for name, precision in by_hand.items() if precision == "fp32"}
 
 

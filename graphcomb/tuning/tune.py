@@ -101,12 +101,12 @@ def tune(
     for kind, budget in budgets:
         if kind == "latency":
             asked = allowed_seconds(budget, tuner.dense, "tune")
-            found = tuner.within(asked)
+            built = tuner.within(asked)
         else:
             of_metric = isinstance(budget, str)
             number = _points(budget) if of_metric else float(budget)
-            found, asked = tuner.losing(number, session.points if of_metric else None), None
-        plans.append(session.plan(tuner, found, asked, importance))
+            built, asked = tuner.losing(number, session.points if of_metric else None), None
+        plans.append(session.plan(tuner, built, asked, importance))
     several = isinstance(latency if loss is None else loss, (list, tuple))
     return plans if several else plans[0]
 

@@ -82,7 +82,7 @@ def _bundles(equations: list[Equal], groups: list[Group], minimum: int) -> tuple
     if broken:
         return [], broken
     places = {g.atom: i for i, g in enumerate(groups)}
-    found = []
+    bundles = []
     for atoms in {id(t): t for t in tied.values() if len(t) > 1}.values():
         together = [by_atom[a] for a in sorted(atoms, key=places.__getitem__)]
         made = bundle(together, minimum, why[together[0].atom])
@@ -90,8 +90,8 @@ def _bundles(equations: list[Equal], groups: list[Group], minimum: int) -> tuple
             sizes = sorted({g.size for g in together})
             text = f"{made.why}, and sizes {', '.join(map(str, sizes))} can keep no smaller common share"
             broken |= {g.name: text for g in together}
-        found.append(made)
-    return found, broken
+        bundles.append(made)
+    return bundles, broken
 
 
 def _proportional(axes: list[Axis], free: dict[Factor, Group]) -> bool:
@@ -161,12 +161,12 @@ def _projections(comb: Comb, node: fx.Node, heads: set[Factor]) -> Iterator[Equa
 
 def _head_counts(comb: Comb, heads: set[Factor]) -> Iterator[Equal]:
     """The axes of heads in one module that have one size."""
-    found: dict[str, tuple[fx.Node, dict[Factor, None]]] = {}
+    counts: dict[str, tuple[fx.Node, dict[Factor, None]]] = {}
     for node in comb.module.graph.nodes:
         if op_name(node) in PRODUCTS and (path := module_path(node)):
             atoms = [a for a in ax.atoms(comb.axes[node]) if a in heads]
-            found.setdefault(path, (node, {}))[1].update(dict.fromkeys(atoms))
-    for node, counted in found.values():
+            counts.setdefault(path, (node, {}))[1].update(dict.fromkeys(atoms))
+    for node, counted in counts.values():
         for same in _of_one_size([[atom] for atom in counted]):
             yield Equal(same, node, "a class has one number of heads in a layer")
 

@@ -89,11 +89,11 @@ def alike(comb: Comb, groups: Iterable[Group]) -> list[list[Group]]:
                 if isinstance(value, fx.Node) and value.op == "get_attr":
                     kernel = shape(value)[2:] if op_name(node) in MAPS else ()
                     reads[str(value.target)].append((op_name(node), place, kernel))
-    found: dict[Any, list[Group]] = {}
+    classes: dict[Any, list[Group]] = {}
     for group in groups:
         roles = Counter((dim, *role) for name, dim in group.members for role in reads[name])
-        found.setdefault((group.kind, frozenset(roles.items())), []).append(group)
-    return list(found.values())
+        classes.setdefault((group.kind, frozenset(roles.items())), []).append(group)
+    return list(classes.values())
 
 
 def _nearest(pattern: str, known: list[str]) -> str:

@@ -171,8 +171,8 @@ def _interval(mean: float, count: float, total: float, squares: float) -> tuple[
     if not math.isfinite(squares) or not count:
         return None
     if squares == total:  # every score is 0 or 1
-        found = stats.binomtest(round(total), round(count)).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
+        interval = stats.binomtest(round(total), round(count)).proportion_ci(method="wilson")
+        return float(interval.low), float(interval.high)
     if count < FEWEST:
         return None
     spread = math.sqrt(max(squares - total**2 / count, 0) / (count - 1) / count)

@@ -73,11 +73,11 @@ def layers(program: Program) -> tuple[list[WeightedLayer], list[Refusal]]:
     names: dict[int, list[str]] = {}
     for name, tensor in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name)
-    found = []
+    weighted = []
     for key, (name, nodes) in users.items():
         a = arguments(nodes[0])
-        found.append(WeightedLayer(name, tuple(nodes), shape(a["weight"]), a.get("groups", 1), tuple(names[key])))
-    return found, refused
+        weighted.append(WeightedLayer(name, tuple(nodes), shape(a["weight"]), a.get("groups", 1), tuple(names[key])))
+    return weighted, refused
 
 
 def named_layers(program: Program, names: Container[str]) -> list[WeightedLayer]:
@@ -117,13 +117,9 @@ def windows(node: fx.Node, x: Tensor) -> Tensor:
     return x.permute(1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank))
 
 
-def check_included(
-    of: Pass, include: Sequence[str], found: Sequence[WeightedLayer], refused: Sequence[Refusal]
-) -> None:
-    """Raise BadInput unless each pattern of a pass's `include` matches the name of a weight, be it in `found` or
-    `refused`.
-    """
-    names = [name for layer in found for name in layer.names] + [row.what for row in refused]
+def check_included(of: Pass, include: Sequence[str], able: Sequence[WeightedLayer], refused: Sequence[Refusal]) -> None:
+    """Raise BadInput unless each pattern of `include` matches the name of a weight, be it in `able` or in `refused`."""
+    names = [name for layer in able for name in layer.names] + [row.what for row in refused]
     for pattern in include:
         if not _match(names, [pattern]):
             some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

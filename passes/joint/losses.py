@@ -197,9 +197,9 @@ class Losses:
         """The groups with the importance of their indices, finite and not negative."""
         groups = self.space.groups
         if any(f"scores {g.name}" not in self.known for g in groups):
-            found = importance_of(importance)(self.space.comb, groups, self.context, self.samples)
+            scores = importance_of(importance)(self.space.comb, groups, self.context, self.samples)
             for g in groups:
-                values = np.nan_to_num(np.asarray(found[g.atom], dtype=float), posinf=0.0)
+                values = np.nan_to_num(np.asarray(scores[g.atom], dtype=float), posinf=0.0)
                 self.known[f"scores {g.name}"] = np.maximum(values, 0.0).tolist()
             self._keep("importance", importance)
         self.scores = {g.name: np.array(self.known[f"scores {g.name}"]) for g in groups}

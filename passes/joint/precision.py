@@ -124,7 +124,7 @@ def choose_precisions(
         else:
             high = middle - 1
     names = {name for option in order[:low] for name in option.weights}
-    found = [replace(o, chosen=set(o.weights) <= names) for o in options]
+    decided = [replace(o, chosen=set(o.weights) <= names) for o in options]
     took = {"plain": plain, "all": whole, "chosen": plain}
     note = "" if low else _why(options, loss)
     if low:
@@ -133,9 +133,9 @@ def choose_precisions(
             note = (
                 f"the chosen regions together take {1e3 * took['chosen']:.3g} ms, in floating point {1e3 * before:.3g}"
             )
-            best, found = made(0), [replace(o, chosen=False) for o in options]
+            best, decided = made(0), [replace(o, chosen=False) for o in options]
             took["chosen"] = before
-    return PrecisionChoice(best[0], best[1], best[2], took, tuple(found), note)
+    return PrecisionChoice(best[0], best[1], best[2], took, tuple(decided), note)
 
 
 def _why(options: Sequence[Option], loss: float) -> str:

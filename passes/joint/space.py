@@ -71,10 +71,10 @@ class Space:
         self.program, self.seed, self.alignment = program, seed, alignment
         self.comb = Comb(program)
         self.groups = movable(self.comb, DEFAULT_KINDS)
-        found = find_blocks(program)
-        self.blocks: list[Block] = [b for b in found if b.prunable]
+        blocks = find_blocks(program)
+        self.blocks: list[Block] = [b for b in blocks if b.prunable]
         frozen = {g.name: g.frozen for g in self.comb.groups if g.frozen is not None}
-        self.refused: dict[str, str] = frozen | {b.name: b.why for b in found if b.why is not None}
+        self.refused: dict[str, str] = frozen | {b.name: b.why for b in blocks if b.why is not None}
         self._forms: dict[frozenset[int], Form] = {}
         selection = Selection(self.comb, self.groups, alignment, 1)
         self.steps = {g.name: selection.step(g) for g in self.groups}
@@ -131,7 +131,7 @@ def twins(comb: Comb, other: Comb, apart: Collection[str]) -> dict[Factor, Facto
     """For the atoms of another program, the atoms of this one that are the same index space, as told by tensors of nodes
     with the same name. apart: names of nodes to ignore. Atoms for which tensors disagree have no twin."""
     nodes = {n.name: n for n in comb.module.graph.nodes if n.op in ("call_function", "placeholder")}
-    found: dict[Factor, Factor] = {}
+    twin_of: dict[Factor, Factor] = {}
     doubtful: set[Factor] = set()
     for node in other.module.graph.nodes:
         twin = nodes.get(node.name)
@@ -144,9 +144,9 @@ def twins(comb: Comb, other: Comb, apart: Collection[str]) -> dict[Factor, Facto
             continue
         pairs = _pairs(other.flat(node), comb.flat(twin))
         for theirs, ours in pairs:
-            if found.setdefault(theirs, ours) is not ours:
+            if twin_of.setdefault(theirs, ours) is not ours:
                 doubtful.add(theirs)
-    return {theirs: ours for theirs, ours in found.items() if theirs not in doubtful}
+    return {theirs: ours for theirs, ours in twin_of.items() if theirs not in doubtful}
 
 
 def _pairs(theirs: Sequence[ax.Axis], ours: Sequence[ax.Axis]) -> list[tuple[Factor, Factor]]:

@@ -184,12 +184,12 @@ def _pairwise(at: At, options: Sequence[Sequence[int]]) -> list[tuple[tuple[int,
     assert best is not None
     hub = best[1]
     alone = np.array([at(sizes(**{f"p{hub}": n})) for n in options[hub]])
-    found: list[tuple[tuple[int, ...], np.ndarray]] = [((hub,), alone)]
+    terms: list[tuple[tuple[int, ...], np.ndarray]] = [((hub,), alone)]
     for i in range(count):
         if i != hub:
             rows = [[at(sizes(**{f"p{hub}": n, f"p{i}": m})) for m in options[i]] for n in options[hub]]
-            found.append(((hub, i), np.array(rows) - alone[:, None]))
-    return found
+            terms.append(((hub, i), np.array(rows) - alone[:, None]))
+    return terms
 
 
 def _last(term: Term) -> float:

@@ -130,19 +130,19 @@ class Tuner:
             limit = budget / self.correction.seconds
             if inside and outside < math.inf and not inside < limit < outside:
                 limit = math.sqrt(inside * outside)  # no one factor fits both networks; try between them
-            found = self._choose(part, limit)
-            if found is None and not tried:
+            solved = self._choose(part, limit)
+            if solved is None and not tried:
                 raise self._unreachable(part, budget)
-            if found is None:
+            if solved is None:
                 break
-            before, expected = len(self.built), self.correction.seconds * found.seconds
-            network = self._built(problem, found, how)
+            before, expected = len(self.built), self.correction.seconds * solved.seconds
+            network = self._built(problem, solved, how)
             if any(network is t for t in tried):
                 break
             builds += len(self.built) > before
             within = network.seconds <= OVER * budget
-            inside = max(inside, found.seconds) if within else inside
-            outside = outside if within else min(outside, found.seconds)
+            inside = max(inside, solved.seconds) if within else inside
+            outside = outside if within else min(outside, solved.seconds)
             self.correction.seconds *= network.seconds / expected
             tried.append(network)
             yield network
@@ -155,20 +155,20 @@ class Tuner:
         bound = loss if lost is None else NATS * loss
         low, high = 0.0, math.inf  # the largest budget in nats that held so far, the smallest loss that was too much
         for _ in range(self.rounds + (1 if lost is None else 4)):
-            found = solve(self._scaled(problem), loss=bound, connects=self.tables.space.connects)
-            if found is None:
+            solved = solve(self._scaled(problem), loss=bound, connects=self.tables.space.connects)
+            if solved is None:
                 break
-            network = self._built(problem, found, "joint")
-            found_loss = network.loss if lost is None else lost(network.program)
-            if found_loss <= loss and (best is None or network.seconds < best.seconds):
+            network = self._built(problem, solved, "joint")
+            measured = network.loss if lost is None else lost(network.program)
+            if measured <= loss and (best is None or network.seconds < best.seconds):
                 best = network
-            ratio = min(max(loss / found_loss, 0.1), 2.0) if found_loss > 0 else 2.0
-            if found_loss <= loss:
+            ratio = min(max(loss / measured, 0.1), 2.0) if measured > 0 else 2.0
+            if measured <= loss:
                 low = bound
                 bound = min(ratio * bound, math.sqrt(bound * high))
             else:
-                high = min(high, found.loss)
-                bound = max(ratio * found.loss, math.sqrt(low * high))
+                high = min(high, solved.loss)
+                bound = max(ratio * solved.loss, math.sqrt(low * high))
         if best is None:
             unit = "" if lost is None else " points"
             raise Unreachable(f"tune.loss: nothing that was built loses as little as {loss:g}{unit}; ask for more")
@@ -179,17 +179,17 @@ class Tuner:
 
     def _choose(self, problem: Problem, allowed: float) -> Solved | None:
         """The best choice within these seconds of the tables, also when checked on the program's structure."""
-        limit, found = allowed, None
+        limit, solved = allowed, None
         for _ in range(TRIES):
-            found = solve(self._scaled(problem), seconds=limit, connects=self.tables.space.connects)
-            if found is None:
+            solved = solve(self._scaled(problem), seconds=limit, connects=self.tables.space.connects)
+            if solved is None:
                 return None
-            structure = problem.plain(found.choice)  # variants of layers are taken from the tables
-            actual = self.tables.seconds(decision(problem, structure)) + found.seconds - problem.seconds(structure)
+            structure = problem.plain(solved.choice)  # variants of layers are taken from the tables
+            actual = self.tables.seconds(decision(problem, structure)) + solved.seconds - problem.seconds(structure)
             if actual <= OVER * allowed:
-                return found
+                return solved
             limit *= allowed / actual
-        return found
+        return solved
 
     def _singles(self, budget: float) -> dict[str, Built]:
         """Build the networks of each method alone, as far as these reach the budget; they correct the losses."""
@@ -198,12 +198,12 @@ class Tuner:
         networks: dict[str, Built] = {}
         factors: dict[str, float] = {}
         for how in METHODS:
-            found = self._choose(problem.only(how), limit) if how in kinds and len(kinds) > 1 else None
-            if found is None:
+            solved = self._choose(problem.only(how), limit) if how in kinds and len(kinds) > 1 else None
+            if solved is None:
                 continue
-            networks[how] = network = self._built(problem, found, how)
-            if found.loss > 0 and 0 < network.loss < math.inf:
-                factors[how] = network.loss / found.loss
+            networks[how] = network = self._built(problem, solved, how)
+            if solved.loss > 0 and 0 < network.loss < math.inf:
+                factors[how] = network.loss / solved.loss
         # Losses that are added up are mostly too small, the more so the more goes. If a kind that cannot reach the budget
         # alone kept its factor, it would look cheaper than the others only because nobody has measured it.
         common = math.exp(fmean(map(math.log, factors.values()))) if factors else 1.0
@@ -211,20 +211,21 @@ class Tuner:
             self.correction.losses[how] *= factors.get(how, common)
         return networks
 
-    def _built(self, problem: Problem, found: Solved, how: str) -> Built:
+    def _built(self, problem: Problem, solved: Solved, how: str) -> Built:
         """The network of a choice; the same network is built only once."""
-        decided = decision(problem, found.choice)
+        decided = decision(problem, solved.choice)
         key = (
             decided.blocks, *(tuple(sorted(part.items())) for part in (decided.widths, decided.precisions)), decided.sparse,
         )  # fmt: skip
         if key not in self.built:
-            expected = self.correction.seconds * found.seconds
+            expected = self.correction.seconds * solved.seconds
             program = self.build(decided)
             loss, time = self.tables.losses.divergence(program), self.time(program)
-            self.built[key] = Built(decided, how, program, loss, time, found.loss, expected)
+            self.built[key] = Built(decided, how, program, loss, time, solved.loss, expected)
             self.say(
                 f"{how}: {told(decided)}: "
-                f"{1e3 * time.seconds:.3g} ms (predicted {1e3 * expected:.3g}), loss {loss:.3g} (predicted {found.loss:.3g})"
+                f"{1e3 * time.seconds:.3g} ms (predicted {1e3 * expected:.3g}), "
+                f"loss {loss:.3g} (predicted {solved.loss:.3g})"
             )
         return self.built[key]
 

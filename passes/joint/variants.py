@@ -168,10 +168,10 @@ def _integer_regions(
             alone, key = quantised_alone(result.program, names), f"int8 {' '.join(names)}"
             inside = {blocks[name] for name in names}
             block = inside.pop() if len(inside) == 1 else None
-            found = Variant("int8", names, block, losses.kept(key, partial(losses.divergence, alone)))
+            variant = Variant("int8", names, block, losses.kept(key, partial(losses.divergence, alone)))
             if trial is None or dense is None:
                 read, written = _borders(alone)
-                offered.append(replace(found, read=read, written=written))
+                offered.append(replace(variant, read=read, written=written))
                 continue
             try:
                 faster = losses.kept(f"{key}: {trial.name}", partial(trial.faster, folded, alone))
@@ -180,7 +180,7 @@ def _integer_regions(
             except GraphcombError as error:
                 refused |= {f"int8 {name}": str(error) for name in names}
                 continue
-            offered.append(replace(found, share=_share(dense, names, faster)))
+            offered.append(replace(variant, share=_share(dense, names, faster)))
     return offered, refused
 
 

@@ -226,13 +226,13 @@ def resize(edit: Editor, node: fx.Node, rules: Any) -> str | None:
 
 def applied(program: Any, name: str, rules: Any) -> tuple[Any, list[str], dict[str, str]]:
     """Return a copy of a program with one step done everywhere, the nodes that changed, and why others did not."""
-    new, found = program.copy(), STEPS[name]
+    new, step = program.copy(), STEPS[name]
     edit = Editor(new.module())
     changed: list[str] = []
     refused: dict[str, str] = {}
-    for node in [n for n in new.graph.nodes if n.op == "call_function" and op_name(n) in found.ops]:
+    for node in [n for n in new.graph.nodes if n.op == "call_function" and op_name(n) in step.ops]:
         title = node.name
-        why = found.apply(edit, node, rules)
+        why = step.apply(edit, node, rules)
         if why is None:
             changed.append(title)
         elif why:

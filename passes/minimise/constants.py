@@ -106,22 +106,22 @@ class Constants(Evaluator):
         places: dict[fx.Node, list[int]] = {}
         for node, dim in wanted:
             places.setdefault(node, []).append(dim)
-        found: dict[tuple[fx.Node, int], tuple[Tensor, Tensor]] = {}
+        constants: dict[tuple[fx.Node, int], tuple[Tensor, Tensor]] = {}
 
         def see(node: fx.Node, value: Any) -> None:
             for dim in places.get(node, ()):
-                found[node, dim] = value.along(dim)
+                constants[node, dim] = value.along(dim)
 
         self.run(example_inputs(self.program), see)
-        return found
+        return constants
 
     def enter(self, value: Any) -> Any:
         return _unknown(to_double(value))
 
     def fetch(self, name: str) -> Any:
-        found = super().fetch(name)
+        tensor = super().fetch(name)
         # A run changes the tensors that it writes to, so they are no constants.
-        return _unknown(found) if name in self.written else _known(found)
+        return _unknown(tensor) if name in self.written else _known(tensor)
 
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         if not is_operator(node):

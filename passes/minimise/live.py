@@ -170,14 +170,14 @@ class Liveness:
     # ------------------------------------------------------------------------------------------------------- results
     def folds(self) -> dict[str, Tensor]:
         """For each bias or running mean, what to add to it for removed constants, `W k`, in all of its rows."""
-        found: dict[str, Tensor] = {}
+        additions: dict[str, Tensor] = {}
         for layer in self.layers:
             gone = ~ax.kept_mask(layer.columns, self.masks) & np.isfinite(layer.constant) & (layer.constant != 0)
             k = torch.from_numpy(np.where(gone, layer.constant, 0)).to(layer.sums).reshape(len(layer.nonzero), 1, -1)
             added = (layer.sums * k).sum(2).flatten()
             if layer.takes is not None and bool((added != 0).any()):
-                found[layer.takes] = layer.sign * added
-        return found
+                additions[layer.takes] = layer.sign * added
+        return additions
 
     def dead(self) -> dict[Factor, np.ndarray]:
         """Of each atom, the indices that are read and whose values are known wherever they are read."""
@@ -193,7 +193,7 @@ class Liveness:
     def left(self) -> dict[Factor, dict[str, np.ndarray]]:
         """Of each atom, the indices that could go but for some reader, by the reason."""
         dead = self.dead()
-        found: dict[Factor, dict[str, np.ndarray]] = defaultdict(dict)
+        kept: dict[Factor, dict[str, np.ndarray]] = defaultdict(dict)
         reasons: list[tuple[Axis, np.ndarray, str]] = []
         needed: Counter[Factor] = Counter()
         wanted: dict[Factor, np.ndarray] = {a: np.zeros(a.size, dtype=bool) for a in self.masks}
@@ -211,12 +211,12 @@ class Liveness:
         for axis, where, why in reasons:
             for atom, counts in _folded(axis, where).items():
                 if atom in dead and (hit := (counts > 0) & dead[atom]).any():
-                    found[atom][why] = hit
+                    kept[atom][why] = hit
         for other in self.others:
             for atom, counts in _folded(other.axis, other.live).items():
                 if atom in self.masks and needed[atom] and (hit := (counts > 0) & ~wanted[atom]).any():
-                    found[atom][other.why] = hit
-        return found
+                    kept[atom][other.why] = hit
+        return kept
 
 
 def _folded(axis: Axis, where: np.ndarray) -> dict[Factor, np.ndarray]:
@@ -277,7 +277,7 @@ def _other(comb: Comb, read: Read, constants: dict[tuple[fx.Node, int], tuple[Te
 def frozen_zeros(comb: Comb, groups: Iterable[Group]) -> dict[Factor, int]:
     """Of groups that may not shrink, how many indices only have zero weights before them, or only zero weights behind
     them."""
-    found: dict[Factor, np.ndarray] = {}
+    zeros: dict[Factor, np.ndarray] = {}
     atoms = {g.atom for g in groups}
     for node in comb.module.graph.nodes:
         if op_name(node) not in MAPS or arguments(node)["weight"].op != "get_attr":
@@ -290,5 +290,5 @@ def frozen_zeros(comb: Comb, groups: Iterable[Group]) -> dict[Factor, int]:
             nonzero = (weight != 0).movedim(d, 0).flatten(1).any(1).cpu().numpy()
             for atom, values in by_atom(axis, nonzero.astype(np.float64)).items():
                 if atom in atoms:
-                    found[atom] = found.get(atom, False) | (values == 0)
-    return {atom: int(where.sum()) for atom, where in found.items() if where.any()}
+                    zeros[atom] = zeros.get(atom, False) | (values == 0)
+    return {atom: int(where.sum()) for atom, where in zeros.items() if where.any()}

@@ -54,8 +54,8 @@ class Minimise(Pass):
         reasons: dict[tuple[str, str], Refusal] = {}
         while True:
             comb = Comb(current)
-            live, found = _examine(comb)
-            reasons |= {(row.what, row.why): row for row in found}
+            live, refusals = _examine(comb)
+            reasons |= {(row.what, row.why): row for row in refusals}
             masks = {atom: mask for atom, mask in live.masks.items() if not mask.all()}
             if not masks:
                 break
@@ -138,13 +138,13 @@ def _changes(live: Liveness, masks: Masks) -> Iterator[dict[str, Any]]:
 
 def _composed(program: Program, first: Removed, then: Removed) -> Removed:
     """Two removals, one after the other, as one removal from the program."""
-    found = {name: dict(lost) for name, lost in first.items()}
+    lost_since = {name: dict(lost) for name, lost in first.items()}
     for name, lost in then.items():
         for dim, indices in lost.items():
-            before = found.setdefault(name, {}).get(dim, [])
+            before = lost_since.setdefault(name, {}).get(dim, [])
             kept = np.delete(np.arange(fetch(program.module(), name).shape[dim]), before)
-            found[name][dim] = sorted([*before, *kept[indices].tolist()])
-    return found
+            lost_since[name][dim] = sorted([*before, *kept[indices].tolist()])
+    return lost_since
 
 
 def _add(stored: Tensor, rows: np.ndarray, added: Tensor) -> None:

@@ -40,11 +40,11 @@ class Means:
     def of(self, module: TrainableModule, layers: Sequence[fx.Node]) -> dict[str, Tensor]:
         """The means by name of the node."""
         run = Stepwise(module, self.inputs, Memory(BYTES))
-        found = {}
+        means = {}
         for node in layers:
             run.run_through(node)
-            found[node.name] = channel_means(node, run.values[node], self.counts)
-        return found
+            means[node.name] = channel_means(node, run.values[node], self.counts)
+        return means
 
     def correct(
         self, module: TrainableModule, layers: Sequence[WeightedLayer], wanted: Mapping[str, Tensor]

@@ -108,12 +108,12 @@ def saturations(histogram: Histogram, calibration: str, percentile: float, form:
     """The saturations that a calibration chooses from, without repetition; 0 for an input that was zero throughout."""
     if not histogram.largest:
         return (0.0,)
-    found = {"minmax": histogram.largest}
+    limits = {"minmax": histogram.largest}
     if calibration in ("percentile", "error"):
-        found["percentile"] = histogram.percentile(percentile)
+        limits["percentile"] = histogram.percentile(percentile)
     if calibration in ("histogram", "error"):
-        found["histogram"] = histogram.least_error(form)
-    return tuple(dict.fromkeys(found.values())) if calibration == "error" else (found[calibration],)
+        limits["histogram"] = histogram.least_error(form)
+    return tuple(dict.fromkeys(limits.values())) if calibration == "error" else (limits[calibration],)
 
 
 def input_scales(

@@ -57,13 +57,13 @@ def quantised_reads(graph: fx.Graph, integer: Collection[fx.Node], cpu: bool) ->
     CPU what the layers write, behind a ReLU if there is one; outputs of the network stay in floating point.
     """
     layers = [node for node in graph.nodes if node in integer]
-    found = [(layer, layer.args[0]) for layer in layers] + _additions(graph, integer, cpu)
+    reads = [(layer, layer.args[0]) for layer in layers] + _additions(graph, integer, cpu)
     if cpu:
         written = map(_written, layers)
-        found += [(reader, value) for value in written for reader in value.users if reader.op != "output"]
+        reads += [(reader, value) for value in written for reader in value.users if reader.op != "output"]
         # ONNX Runtime pads integers only between two quantised values.
-        found += [(value, value.args[0]) for _, value in found if pads_zeros(value)]
-    return list(dict.fromkeys(found))
+        reads += [(value, value.args[0]) for _, value in reads if pads_zeros(value)]
+    return list(dict.fromkeys(reads))
 
 
 def place(edit: Editor, reads: Collection[tuple[fx.Node, fx.Node]], grids: Mapping[fx.Node, Grid]) -> None:
@@ -94,7 +94,7 @@ def _additions(graph: fx.Graph, integer: Collection[fx.Node], cpu: bool) -> list
 
     The value that is computed last stays in floating point for TensorRT, which adds to it inside the layer's own kernel.
     """
-    found: list[tuple[fx.Node, fx.Node]] = []
+    reads: list[tuple[fx.Node, fx.Node]] = []
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         values = node.args[:2]
@@ -107,8 +107,8 @@ def _additions(graph: fx.Graph, integer: Collection[fx.Node], cpu: bool) -> list
         if not computed or not all(v in computed or any(user in integer for user in v.users) for v in values):
             continue
         last = max(computed, key=lambda v: order[v])
-        found += [(node, v) for v in values if cpu or v is not last]
-    return found
+        reads += [(node, v) for v in values if cpu or v is not last]
+    return reads
 
 
 def _written(layer: fx.Node) -> fx.Node:

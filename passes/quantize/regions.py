@@ -43,10 +43,10 @@ def regions(known: Sequence[WeightedLayer]) -> list[list[WeightedLayer]]:
             source = producer(source)
             if source in layer_of and all(_stays(user, layer_of) for user in source.users):
                 join(layer, layer_of[source])
-    found: dict[int, list[WeightedLayer]] = {}
+    by_root: dict[int, list[WeightedLayer]] = {}
     for i, layer in enumerate(known):
-        found.setdefault(root(i), []).append(layer)
-    return list(found.values())
+        by_root.setdefault(root(i), []).append(layer)
+    return list(by_root.values())
 
 
 def _stays(node: fx.Node, layer_of: dict[fx.Node, WeightedLayer]) -> bool:

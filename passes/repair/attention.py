@@ -84,7 +84,7 @@ def find_logits(
     may have.
     """
     twins, uses = {node.name: node for node in dense.graph.nodes}, uses_of(smaller)
-    found, refused = [], []
+    consumers, refused = [], []
     for node in smaller.graph.nodes:
         twin = twins.get(node.name)
         if op_name(node) not in OPERANDS or twin is None or op_name(twin) != op_name(node):
@@ -113,10 +113,10 @@ def find_logits(
             else:
                 consumer = _logits(node, twin, projection, consumer)
         if isinstance(consumer, Logits):
-            found.append(consumer)
+            consumers.append(consumer)
         else:
             refused.append({"what": what, "why": str(consumer)})
-    return found, refused
+    return consumers, refused
 
 
 def _projection(node: fx.Node) -> tuple[fx.Node, str | None]:
@@ -142,18 +142,18 @@ def _channels(projection: fx.Node) -> dict[fx.Node, Any]:
     size, rank = shape(projection), len(shape(projection))
     along = rank - 1 if op_name(projection) == "linear" else 1
     view = [-1 if d == along else 1 for d in range(rank)]
-    found: dict[fx.Node, Any] = {projection: torch.arange(size[along]).view(view).expand(size)}
+    channels: dict[fx.Node, Any] = {projection: torch.arange(size[along]).view(view).expand(size)}
     node = projection
     while (node := node.next).op != "root":
         before = node.args[0] if node.op == "call_function" and _carries(node) else None
-        if not isinstance(before, fx.Node) or before not in found:
+        if not isinstance(before, fx.Node) or before not in channels:
             continue
         if op_name(node) not in MOVES:
-            found[node] = found[before]
+            channels[node] = channels[before]
             continue
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: found[n] if n in found else hint(n))
-        found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return found
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: channels[n] if n in channels else hint(n))
+        channels[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return channels
 
 
 def _logits(node: fx.Node, twin: fx.Node, projection: fx.Node, consumer: Consumer) -> Logits | str:

@@ -98,12 +98,12 @@ def find(
         twin = twin_of(node, twins, same)
         if arguments(node)["input"] in same and twin in (None, twins.get(node.name)):
             continue
-        found = consumer_of(node, twin, dense, smaller, removed, uses, largest)
-        if isinstance(found, Consumer):
-            consumers.append(_with_sum(found, twins, same, smaller) if found.whole else found)
+        consumer = consumer_of(node, twin, dense, smaller, removed, uses, largest)
+        if isinstance(consumer, Consumer):
+            consumers.append(_with_sum(consumer, twins, same, smaller) if consumer.whole else consumer)
         else:
             weight = arguments(node)["weight"]
-            refused.append({"what": str(weight.target) if weight.op == "get_attr" else node.name, "why": found})
+            refused.append({"what": str(weight.target) if weight.op == "get_attr" else node.name, "why": consumer})
     return consumers, refused
 
 
@@ -117,7 +117,7 @@ def twin_of(node: fx.Node, twins: dict[str, fx.Node], same: dict[fx.Node, fx.Nod
     own = twins.get(node.name)
     if own is not None and op_name(own) == op_name(node) and _readers(own) == _readers(node):
         return own
-    found = set()
+    candidates = set()
     for user in node.users:
         twin = twins.get(user.name)
         if twin is None or twin.target != user.target:
@@ -127,8 +127,8 @@ def twin_of(node: fx.Node, twins: dict[str, fx.Node], same: dict[fx.Node, fx.Nod
         ours, theirs = (pytree.tree_leaves((n.args, dict(n.kwargs)), is_leaf=_is_node) for n in (user, twin))
         if len(ours) != len(theirs):
             return None
-        found |= {theirs[i] for i, leaf in enumerate(ours) if leaf is node}
-    one = found.pop() if len(found) == 1 else None
+        candidates |= {theirs[i] for i, leaf in enumerate(ours) if leaf is node}
+    one = candidates.pop() if len(candidates) == 1 else None
     return one if isinstance(one, fx.Node) else None
 
 
@@ -188,8 +188,8 @@ def uses_of(module: TrainableModule) -> dict[int, int]:
     """Number of nodes that read each stored tensor, by the tensor's id."""
     uses: dict[int, int] = {}
     for node in module.graph.nodes:
-        if node.op == "get_attr" and isinstance(found := fetch(module, str(node.target)), Tensor):
-            uses[id(found)] = uses.get(id(found), 0) + len(node.users)
+        if node.op == "get_attr" and isinstance(tensor := fetch(module, str(node.target)), Tensor):
+            uses[id(tensor)] = uses.get(id(tensor), 0) + len(node.users)
     return uses
 
 
@@ -263,8 +263,8 @@ def norm_of(module: TrainableModule, norm: fx.Node) -> tuple[Tensor, Tensor, Ten
 
     def value(key: str, default: float) -> Tensor:
         mean = fetch(module, str(a["running_mean"].target))
-        found = torch.full_like(mean, default) if a[key] is None else fetch(module, str(a[key].target))
-        return found.detach().double()
+        values = torch.full_like(mean, default) if a[key] is None else fetch(module, str(a[key].target))
+        return values.detach().double()
 
     scale = value("weight", 1.0) * (value("running_var", 1.0) + a["eps"]).rsqrt()
     return scale, value("running_mean", 0.0), value("bias", 0.0)
@@ -273,7 +273,7 @@ def norm_of(module: TrainableModule, norm: fx.Node) -> tuple[Tensor, Tensor, Ten
 def unchanged(dense: TrainableModule, smaller: TrainableModule) -> dict[fx.Node, fx.Node]:
     """The nodes of the smaller graph that compute the same as their twins for all inputs, with their twins."""
     twins = {node.name: node for node in dense.graph.nodes}
-    found: dict[fx.Node, fx.Node] = {}
+    pairs: dict[fx.Node, fx.Node] = {}
     for node in smaller.graph.nodes:
         twin = twins.get(node.name)
         if twin is None or twin.op != node.op or node.op == "output":
@@ -285,10 +285,10 @@ def unchanged(dense: TrainableModule, smaller: TrainableModule) -> dict[fx.Node,
         elif node.op == "placeholder":
             same = node.target == twin.target
         else:
-            same = node.target == twin.target and _same_arguments(node, twin, found)
+            same = node.target == twin.target and _same_arguments(node, twin, pairs)
         if same:
-            found[node] = twin
-    return found
+            pairs[node] = twin
+    return pairs
 
 
 def choices(dense: TrainableModule, smaller: TrainableModule, same: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
@@ -298,7 +298,7 @@ def choices(dense: TrainableModule, smaller: TrainableModule, same: dict[fx.Node
     row by row, if both take those of the dense network.
     """
     twins = {node.name: node for node in dense.graph.nodes}
-    found = {}
+    pairs = {}
     for node in smaller.graph.nodes:
         source = node.args[0] if op_name(node) == "getitem" else node
         value, twin = node.meta.get("val"), twins.get(node.name)
@@ -306,8 +306,8 @@ def choices(dense: TrainableModule, smaller: TrainableModule, same: dict[fx.Node
             continue
         indices = isinstance(value, Tensor) and not value.is_floating_point()
         if indices and twin.target == node.target and shape(twin) == shape(node):
-            found[node] = twin
-    return found
+            pairs[node] = twin
+    return pairs
 
 
 def _same_arguments(node: fx.Node, twin: fx.Node, known: dict[fx.Node, fx.Node]) -> bool:

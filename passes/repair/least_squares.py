@@ -177,17 +177,17 @@ def fit(
     del problems
     ridge = ALONE if ridge is None else ridge
     change, whole = whole.solved(ridge, rounded)
-    found = weight + change
+    repaired = weight + change
     return Fit(
-        found, whole.constant(found) if bias is not None else None, ridge, before, whole.loss(whole, change),
+        repaired, whole.constant(repaired) if bias is not None else None, ridge, before, whole.loss(whole, change),
         before if judged else None, held, float(whole.total.sum().clamp(min=0)), int(whole.count), noise,
     )  # fmt: skip
 
 
 def _held_out(problems: list[Problem], ridge: float) -> float:
     """The loss on each half of what the other half's rows give; infinite where float32 cannot solve."""
-    found = sum(problems[1 - k].loss(problem, problem.change(ridge)) for k, problem in enumerate(problems))
-    return found if math.isfinite(found) else math.inf
+    loss = sum(problems[1 - k].loss(problem, problem.change(ridge)) for k, problem in enumerate(problems))
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _decisive(whole: Problem, problems: list[Problem]) -> list[Problem]:
@@ -298,8 +298,8 @@ class Problem:
     def loss(self, other: Problem, change: Tensor) -> float:
         """The summed squared error of `V + change` on these rows, with the best constant for the rows of `other`."""
         squares = ((change @ self.a - 2 * self.wanted) * change).sum(dtype=torch.float64)
-        found = self.weight + change
-        offset = self.constant(found) - other.constant(found)
+        repaired = self.weight + change
+        offset = self.constant(repaired) - other.constant(repaired)
         return max(float(self.before.sum() + squares + self.count * offset.square().sum()), 0.0)
 
     def solved(self, ridge: float, rounded: bool) -> tuple[Tensor, Problem]:
@@ -339,8 +339,8 @@ def solve(
 ) -> tuple[Tensor, Tensor | None]:
     """The weights and bias of the module's formula for a ridge."""
     problem = Problem.of(sums, weight, bias, fixed)
-    found = weight + problem.change(ridge)
-    return found, None if bias is None else problem.constant(found)
+    repaired = weight + problem.change(ridge)
+    return repaired, None if bias is None else problem.constant(repaired)
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -348,12 +348,12 @@ def _gram(x: Tensor) -> Tensor:
     u = x.shape[-1]
     if u < 2 * PANEL:
         return x.mT @ x
-    found = x.new_empty(len(x), u, u)
+    gram = x.new_empty(len(x), u, u)
     for start in range(0, u, PANEL):
         panel = slice(start, start + PANEL)
-        found[:, panel, start:] = x[..., panel].mT @ x[..., start:]
-        found[:, start:, panel] = found[:, panel, start:].mT
-    return found
+        gram[:, panel, start:] = x[..., panel].mT @ x[..., start:]
+        gram[:, start:, panel] = gram[:, panel, start:].mT
+    return gram
 
 
 def _divided(a: Tensor, b: Tensor) -> Tensor:

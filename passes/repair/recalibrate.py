@@ -75,13 +75,13 @@ class Recalibrate(Pass):
                     changed.append(self._write(module, a, statistics, images.count))
         return PassResult(result, {"samples": images.count, "changed": changed, "refused": refused})
 
-    def _write(self, module: Any, a: dict[str, Any], found: tuple[Tensor, Tensor], count: int) -> dict[str, Any]:
+    def _write(self, module: Any, a: dict[str, Any], moments: tuple[Tensor, Tensor], count: int) -> dict[str, Any]:
         share = count / (count + self.prior)
         mean, variance = (fetch(module, str(a[key].target)) for key in ("running_mean", "running_var"))
-        ratio = float((found[1] / variance.double().clamp(min=1e-12)).mean())
+        ratio = float((moments[1] / variance.double().clamp(min=1e-12)).mean())
         if self.statistics == "both":
-            mean.copy_((1 - share) * mean.double() + share * found[0])
-        variance.copy_((1 - share) * variance.double() + share * found[1])
+            mean.copy_((1 - share) * mean.double() + share * moments[0])
+        variance.copy_((1 - share) * variance.double() + share * moments[1])
         return {"what": str(a["running_mean"].target), "variance": ratio}
 
 

@@ -112,8 +112,8 @@ def since(dense: Program, program: Program) -> Removed:
     """What the passes since the dense program removed, in the dense program's numbering."""
     steps = [record["removed"] for record in program.history[len(dense.history) :] if record.get("removed")]
     last = {name: {int(d): list(i) for d, i in lost.items()} for name, lost in (steps[-1] if steps else {}).items()}
-    found = removed_since(dense, PassResult(program, {}, last))
-    return {name: {d: list(indices) for d, indices in lost.items()} for name, lost in found.items()}
+    removed = removed_since(dense, PassResult(program, {}, last))
+    return {name: {d: list(indices) for d, indices in lost.items()} for name, lost in removed.items()}
 
 
 class _Run:
@@ -130,15 +130,15 @@ class _Run:
         self.same = unchanged(dense.module(), self.module)
         self.choices = choices(dense.module(), self.module, self.same)
         self.sparse, self.start = set(sparse_weights(smaller)), START
-        found, self.refused = find(dense, self.module, removed, self.same, options.unknowns)
+        consumers, self.refused = find(dense, self.module, removed, self.same, options.unknowns)
         logits, unmixed = find_logits(dense, self.module, removed, self.same, self.sparse, options.unknowns)
         self.refused += unmixed
-        candidates: list[Consumer | Logits] = [*found, *logits]
+        candidates: list[Consumer | Logits] = [*consumers, *logits]
         chosen = [c for c in candidates if selected([c.weight], options.include, options.exclude)]
         self.layers = sorted(chosen, key=lambda c: self.smaller.place[c.node])
         for node in (*self.choices.values(), *(node for layer in self.layers for node in _goals(layer))):
             self.dense.hold(node)  # the dense network may run its layers in another order
-        shared = [c for c in found if not c.whole]
+        shared = [c for c in consumers if not c.whole]
         self.full = {c.weight: fetch(dense.module(), str(arguments(c.twin)["weight"].target)) for c in shared}
 
     def record(self) -> dict[str, Any]:
@@ -175,16 +175,16 @@ class _Run:
         if sums is None:
             return None
         weight, bias = self._as_rows(consumer)
-        found = fit(sums, weight, bias, self.options.ridge, self._fixed(consumer), self.start)
-        self.start = found.ridge if self.options.ridge is None and found.helps else START
-        row = _row(consumer, found)
-        if found.helps:
-            self._write(consumer, found)
+        fitted = fit(sums, weight, bias, self.options.ridge, self._fixed(consumer), self.start)
+        self.start = fitted.ridge if self.options.ridge is None and fitted.helps else START
+        row = _row(consumer, fitted)
+        if fitted.helps:
+            self._write(consumer, fitted)
             self.smaller.step()
-            measured = consumer.whole and found.total
-            row["after"] = self._measured(consumer, found) * found.rows / found.total if measured else None
+            measured = consumer.whole and fitted.total
+            row["after"] = self._measured(consumer, fitted) * fitted.rows / fitted.total if measured else None
         else:
-            row |= {"predicted": row["before"], "after": row["before"], "kept": found.why_not}
+            row |= {"predicted": row["before"], "after": row["before"], "kept": fitted.why_not}
         return row
 
     def _mix(self, logits: Logits) -> dict[str, Any] | None:
@@ -195,17 +195,17 @@ class _Run:
             sums = _everywhere(mixing.sums(head))
             if sums is None:
                 return None
-            found = mixing.fit(sums, self.options.ridge)
-            total, count = total + found.total, count + found.rows
-            held_before, held = found.held_before or 0.0, found.held or 0.0
-            head_losses = [found.before, found.predicted, found.predicted, held_before, held]
-            if found.helps:
-                mix = found.weight.unflatten(-1, (logits.rows.shape[1], -1))[0, 0]
+            fitted = mixing.fit(sums, self.options.ridge)
+            total, count = total + fitted.total, count + fitted.rows
+            held_before, held = fitted.held_before or 0.0, fitted.held or 0.0
+            head_losses = [fitted.before, fitted.predicted, fitted.predicted, held_before, held]
+            if fitted.helps:
+                mix = fitted.weight.unflatten(-1, (logits.rows.shape[1], -1))[0, 0]
                 head_losses[2] = float(summed(mixing.measured(head, mix)))
                 mixing.fold(self.module, head, mix)
-                ridges.append(found.ridge)
+                ridges.append(fitted.ridge)
             else:
-                head_losses[1:] = [found.before, found.before, held_before, held_before]
+                head_losses[1:] = [fitted.before, fitted.before, held_before, held_before]
             losses += torch.tensor(head_losses, dtype=torch.float64)
         before, predicted, after, *held_out = [loss / total if total else None for loss in losses.tolist()]
         row = {
@@ -304,21 +304,21 @@ class _Run:
         weight = fetch(self.module, consumer.weight)
         return (weight == 0).flatten(1).unflatten(0, (consumer.groups, -1))
 
-    def _write(self, consumer: Consumer, found: Fit) -> None:
+    def _write(self, consumer: Consumer, fitted: Fit) -> None:
         parameter = fetch(self.module, consumer.weight)
         if consumer.whole:
-            if consumer.norm is not None and found.bias is not None:
+            if consumer.norm is not None and fitted.bias is not None:
                 scale = norm_of(self.module, consumer.norm)[0].reshape(consumer.groups, -1)
-                found = replace(found, weight=found.weight / scale[..., None], bias=found.bias / scale)
-            parameter.copy_(found.weight.reshape(parameter.shape))
-            if found.bias is not None and consumer.bias is not None:
-                fetch(self.module, consumer.bias).copy_(found.bias.flatten())
-            elif found.bias is not None and consumer.mean is not None:
-                fetch(self.module, consumer.mean).sub_(found.bias.flatten())
+                fitted = replace(fitted, weight=fitted.weight / scale[..., None], bias=fitted.bias / scale)
+            parameter.copy_(fitted.weight.reshape(parameter.shape))
+            if fitted.bias is not None and consumer.bias is not None:
+                fetch(self.module, consumer.bias).copy_(fitted.bias.flatten())
+            elif fitted.bias is not None and consumer.mean is not None:
+                fetch(self.module, consumer.mean).sub_(fitted.bias.flatten())
             return
         # The map from the remaining channels to the original ones, less the choice of channels in the present weights.
         into = 0 if consumer.transposed else 1
-        rest = found.weight[0] - self._as_rows(consumer)[0][0]
+        rest = fitted.weight[0] - self._as_rows(consumer)[0][0]
         full = (
             self.full[consumer.weight]
             .double()
@@ -326,7 +326,7 @@ class _Run:
         )
         parameter.add_(torch.tensordot(full, rest, ([into], [0])).movedim(-1, into).to(parameter.dtype))
 
-    def _measured(self, consumer: Consumer, found: Fit) -> float:
+    def _measured(self, consumer: Consumer, fitted: Fit) -> float:
         """The mean squared error of a row of the repaired layer, as the network computes it, on these images; if there are
         many rows, on other rows than those of the fit."""
         total = torch.zeros(2, dtype=torch.float64)
@@ -344,8 +344,8 @@ class _Run:
                         scale = norm_of(self.module, consumer.norm)[0]
                         error = error * scale.reshape(consumer.groups, 1, -1).to(error.dtype)
                     error = error - self._target_rows(consumer, i, part, chosen, whole=True)
-                    if consumer.mean is not None and consumer.norm is None and found.bias is not None:
-                        error = error + found.bias[:, None].to(error.dtype)
+                    if consumer.mean is not None and consumer.norm is None and fitted.bias is not None:
+                        error = error + fitted.bias[:, None].to(error.dtype)
                     total[0] += float(error.square().sum(dtype=torch.float64))
                     total[1] += error.shape[1]
         squares, rows = summed(total).tolist()
@@ -366,15 +366,15 @@ def _everywhere(halves: tuple[Sums, Sums]) -> tuple[Sums, Sums] | None:
     return halves if all(sums.finite for sums in halves) else None
 
 
-def _row(consumer: Consumer, found: Fit) -> dict[str, Any]:
+def _row(consumer: Consumer, fitted: Fit) -> dict[str, Any]:
     def share(loss: float | None) -> float | None:
-        return loss / found.total if found.total and loss is not None else None
+        return loss / fitted.total if fitted.total and loss is not None else None
 
-    rows, unknowns = found.rows, found.weight.shape[-1]
+    rows, unknowns = fitted.rows, fitted.weight.shape[-1]
     row: dict[str, Any] = {
-        "what": consumer.weight, "rows": rows, "unknowns": unknowns, "ridge": found.ridge,
-        "before": share(found.before), "predicted": share(found.predicted),
-        "held_out": [share(found.held_before), share(found.held)],
+        "what": consumer.weight, "rows": rows, "unknowns": unknowns, "ridge": fitted.ridge,
+        "before": share(fitted.before), "predicted": share(fitted.predicted),
+        "held_out": [share(fitted.held_before), share(fitted.held)],
     }  # fmt: skip
     if consumer.total is not None:
         row["sum"] = consumer.total.name

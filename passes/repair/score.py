@@ -118,7 +118,7 @@ def readers(comb: Comb, groups: list[Group], context: Context, samples: int) -> 
     """The readers of some groups, with their sums over the data, and the number of samples."""
     module, device = comb.module, accelerator().device
     wanted = {g.atom: None for g in groups}
-    found: dict[fx.Node, Reader] = {}
+    by_node: dict[fx.Node, Reader] = {}
     for node in module.graph.nodes:
         if op_name(node) not in PRODUCTS or (weight := arguments(node)["weight"]).op != "get_attr":
             continue
@@ -130,7 +130,7 @@ def readers(comb: Comb, groups: list[Group], context: Context, samples: int) -> 
         flat = tensor.detach().double().movedim(into, -1).reshape(-1, tensor.shape[into])
         behind = [op_name(u) for u in node.users] == ["batch_norm"]
         size, outputs = tensor.shape[into], tensor.shape[1 - into]
-        found[node] = Reader(
+        by_node[node] = Reader(
             node, axis, a["bias"] is not None or behind, flat, outputs, flat.new_zeros(2), flat.new_zeros(2, size),
             flat.new_zeros(2, size, size), flat.new_zeros(outputs), flat.new_zeros(2),
         )  # fmt: skip
@@ -140,37 +140,37 @@ def readers(comb: Comb, groups: list[Group], context: Context, samples: int) -> 
         seen = 0
         for batch, taken in sample_batches(Feed(comb.program), context, samples, "score", share=True):
             inputs = pytree.tree_leaves((batch.args, batch.kwargs))
-            _add(module, found, inputs, halves(seen, batch.size, taken), generator)
+            _add(module, by_node, inputs, halves(seen, batch.size, taken), generator)
             seen += taken
         return seen
 
     with seeded(context.seed, context.data), evaluating(module), placed(module, device):
         count = everywhere(add_up)
-    for reader in found.values():
+    for reader in by_node.values():
         for tensor in (reader.count, reader.x, reader.xx, reader.sensitivity, reader.coherent):
             tensor.copy_(summed(tensor))
-    return list(found.values()), int(summed(torch.tensor(float(count))))
+    return list(by_node.values()), int(summed(torch.tensor(float(count))))
 
 
 def _add(
-    module: Any, found: dict[fx.Node, Reader], inputs: list[Any], half: Tensor, generator: torch.Generator
+    module: Any, readers: dict[fx.Node, Reader], inputs: list[Any], half: Tensor, generator: torch.Generator
 ) -> None:
     """Add the sums of one batch."""
     outputs: dict[fx.Node, Tensor] = {}
 
     def see(node: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> None:
         x = _positions(node, values[arguments(node)["input"]].detach())
-        found[node].add(x.double(), half)
+        readers[node].add(x.double(), half)
         outputs[node] = value
 
     leaves = [t.detach().requires_grad_(True) if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
     with torch.enable_grad():
-        result = Observer(module, found, see).run(*leaves, enable_io_processing=False)
+        result = Observer(module, readers, see).run(*leaves, enable_io_processing=False)
         loss = unlabelled_loss(result, generator)
         gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
     for (node, value), gradient in zip(outputs.items(), gradients, strict=True):
         if gradient is not None:
-            found[node].sense(*(_positions(node, t).double() for t in (gradient, value.detach())))
+            readers[node].sense(*(_positions(node, t).double() for t in (gradient, value.detach())))
 
 
 def _positions(node: fx.Node, value: Tensor) -> Tensor:
@@ -181,14 +181,14 @@ def _positions(node: fx.Node, value: Tensor) -> Tensor:
 
 def columns(axis: Axis, atom: Factor) -> np.ndarray:
     """For each entry of an axis, the index of the atom that it belongs to; -1 for none."""
-    found = np.full(1, -1)
+    indices = np.full(1, -1)
     for factor in ax.normal(axis):
         if factor.segments is not None:
             own = np.concatenate([columns(part, atom) for part in factor.segments])
         else:
             own = np.arange(factor.size) if factor is atom else np.full(factor.size, -1)
-        found = np.maximum.outer(found, own).reshape(-1)
-    return found
+        indices = np.maximum.outer(indices, own).reshape(-1)
+    return indices
 
 
 class Losses:
@@ -197,8 +197,8 @@ class Losses:
 
     def __init__(self, comb: Comb, groups: list[Group], context: Context, samples: int):
         self.groups = groups
-        self.found, _ = readers(comb, groups, context, samples)
-        self.prepared = {id(r): r.prepared() for r in self.found}
+        self.readers, _ = readers(comb, groups, context, samples)
+        self.prepared = {id(r): r.prepared() for r in self.readers}
 
     def scores(self) -> dict[Factor, np.ndarray]:
         """For each group, the loss of each index when all go one after another, in the best order found, with a repair
@@ -226,16 +226,16 @@ class Losses:
         return result, {name: count for name, count in counts.items() if count}
 
     def _readers(self, group: Group) -> list[Reader]:
-        return [r for r in self.found if ax.touches(r.axis, {group.atom: None})]
+        return [r for r in self.readers if ax.touches(r.axis, {group.atom: None})]
 
 
-def _emptied(group: Group, found: list[Reader], prepared: dict[int, tuple[Tensor, Tensor]]) -> np.ndarray:
+def _emptied(group: Group, readers: list[Reader], prepared: dict[int, tuple[Tensor, Tensor]]) -> np.ndarray:
     """The loss of each index when it goes, but never less than that of an index before it."""
     score = np.full(group.size, np.inf)
-    if not found:
+    if not readers:
         return score
     state = []
-    for reader in found:
+    for reader in readers:
         inverse, power = (t.clone() for t in prepared[id(reader)])
         where = columns(reader.axis, group.atom)
         state.append((inverse, power, [np.flatnonzero(where == i) for i in range(group.size)]))
@@ -260,11 +260,11 @@ def _losses(inverse: Tensor, power: Tensor, places: list[np.ndarray], left: list
         at = torch.tensor([places[i][0] if len(places[i]) else -1 for i in left])
         values = power.diagonal()[at] / inverse.diagonal()[at].clamp(min=1e-300)
         return torch.where(at >= 0, values, 0.0).clamp(min=0).numpy()
-    found = []
+    losses = []
     for i in left:
         s = torch.from_numpy(places[i])
-        found.append(float(torch.linalg.solve(inverse[s][:, s], power[s][:, s]).trace()) if len(s) else 0.0)
-    return np.maximum(found, 0)
+        losses.append(float(torch.linalg.solve(inverse[s][:, s], power[s][:, s]).trace()) if len(s) else 0.0)
+    return np.maximum(losses, 0)
 
 
 def _remove(inverse: Tensor, power: Tensor, places: np.ndarray) -> None:

@@ -21,8 +21,8 @@ def sole_producers(program: Program) -> set[str]:
     """Names of the weights each of whose outputs only they write, so that an empty row makes a channel dead; weights that
     write to a residual trunk are not among them."""
     comb, makers = Comb(program), Counter[Factor]()
-    found = [layer for layer in layers(program)[0] if layer.kind != "depthwise"]
-    outputs = {layer.name: atoms([comb.parameters[layer.name][0]]) for layer in found}
+    candidates = [layer for layer in layers(program)[0] if layer.kind != "depthwise"]
+    outputs = {layer.name: atoms([comb.parameters[layer.name][0]]) for layer in candidates}
     for own in outputs.values():
         makers.update(own.keys())
     return {name for name, own in outputs.items() if all(a.frozen is None and makers[a] == 1 for a in own)}

@@ -278,14 +278,14 @@ class Solver:
         """The pieces with new orders and losses by `finish_rows`; a row may extend from one piece into the next."""
         costs = torch.cat([ranked[piece][1].reshape(-1) for piece in pieces])
         price = float(costs.kthvalue(min(goal, int(costs.isfinite().sum()))).values) if goal else 0.0
-        found: dict[Piece, tuple[Tensor, Tensor]] = {}
+        finished: dict[Piece, tuple[Tensor, Tensor]] = {}
         alone = sole_producers(self.program)
         for layer in dict.fromkeys(piece.layer for piece in pieces if piece.layer.name in alone):
             own = [piece for piece in pieces if piece.layer is layer]
             gone = torch.cat([self._blocks(piece).cpu() == 0 for piece in own])
             old = [ranked[piece] for piece in own]
-            found |= zip(own, finish_rows(old, gone, columns_of(layer), price, self.method.finish_rows), strict=True)
-        return found
+            finished |= zip(own, finish_rows(old, gone, columns_of(layer), price, self.method.finish_rows), strict=True)
+        return finished
 
     # -------------------------------------------------------------------------------------------- fastcap, sparsegpt
     def _by_sweeps(self) -> None:

@@ -31,12 +31,12 @@ def block_outputs(program: Program) -> list[fx.Node]:
 def module_outputs(program: Program) -> dict[str, fx.Node]:
     """The maps and sequences (values of more than two dimensions) that the modules of the user's model output, by module
     path."""
-    found: dict[str, fx.Node] = {}
+    outputs: dict[str, fx.Node] = {}
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "call_function" and isinstance(value, torch.Tensor) and value.dim() > 2:
-            found |= {path: node for path in module_paths(node) if path}
-    return found
+            outputs |= {path: node for path in module_paths(node) if path}
+    return outputs
 
 
 def feature_nodes(program: Program) -> list[fx.Node]:
@@ -49,13 +49,13 @@ def _wanted(program: Program, at: Sequence[str]) -> list[fx.Node]:
     pattern without a match."""
     if not at:
         return block_outputs(program)
-    found = module_outputs(program)
+    outputs = module_outputs(program)
     for pattern in at:
-        if not fnmatch.filter(found, pattern):
+        if not fnmatch.filter(outputs, pattern):
             raise BadInput(
-                f"Distill.at: no module {pattern} gives a map or a sequence; {nearest(pattern, list(found))}"
+                f"Distill.at: no module {pattern} gives a map or a sequence; {nearest(pattern, list(outputs))}"
             )
-    return list(dict.fromkeys(n for path, n in found.items() if any(fnmatch.fnmatch(path, p) for p in at)))
+    return list(dict.fromkeys(n for path, n in outputs.items() if any(fnmatch.fnmatch(path, p) for p in at)))
 
 
 def _residual(node: fx.Node) -> bool:

@@ -100,8 +100,8 @@ def _boxes(student: Tensor, teacher: Tensor, confidence: tuple[Tensor, int] | No
     distance = (student - teacher).abs()
     if confidence is None:
         return distance.mean()
-    found, dim = confidence
-    sure = (found >= least).to(distance.dtype)
+    scores, dim = confidence
+    sure = (scores >= least).to(distance.dtype)
     return (distance.mean(dim) * sure).sum() / sure.sum().clamp(min=1)
 
 

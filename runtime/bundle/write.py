@@ -297,11 +297,11 @@ def _without_nodes(file: Path, model: onnx.ModelProto, device: Target | None) ->
     if _weights(model, file):
         return {}, "a DLA runs none of it in INT8: its weights lie in a file of their own"
     try:
-        found = implicit(onnx.load(str(file)))
+        plain = implicit(onnx.load(str(file)))
     except Refused as error:
         return {}, f"a DLA runs none of it in INT8: {error}"
-    onnx.save(found.model, str(file.with_name(IMPLICIT)))
-    about = {"file": IMPLICIT, "scales": found.scales, "int8": list(found.int8), "notes": list(found.notes)}
+    onnx.save(plain.model, str(file.with_name(IMPLICIT)))
+    about = {"file": IMPLICIT, "scales": plain.scales, "int8": list(plain.int8), "notes": list(plain.notes)}
     return about, ""
 
 

@@ -128,7 +128,7 @@ def _steps(model: onnx.ModelProto) -> dict[str, float]:
     If a detector sees nothing, all scores of a channel may be smaller than this accuracy.
     """
     makers = {name: node for node in model.graph.node for name in node.output}
-    found = {}
+    steps = {}
     for output in model.graph.output:
         names, seen = [output.name], set()
         while names:
@@ -138,10 +138,10 @@ def _steps(model: onnx.ModelProto) -> dict[str, float]:
                 continue
             seen.add(name)
             if node.op_type == "Sigmoid":
-                found[output.name] = SIGMOID
+                steps[output.name] = SIGMOID
             elif node.op_type in MOVES or node.op_type == "Cast":
                 names += node.input
-    return found
+    return steps
 
 
 def _run(
@@ -250,18 +250,20 @@ def _first_node(single: onnx.ModelProto, emulated: onnx.ModelProto, case: Case, 
     return f"furthest off in fp16: {said}" if said else ""
 
 
-def _rms_error(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Return rms(found - wanted) / rms(wanted) over the finite entries of `wanted`; infinite if `found` is not finite
+def _rms_error(actual: np.ndarray, wanted: np.ndarray) -> float:
+    """Return rms(actual - wanted) / rms(wanted) over the finite entries of `wanted`; infinite if `actual` is not finite
     there."""
     finite = np.isfinite(wanted)
-    if not np.isfinite(found[finite]).all():
+    if not np.isfinite(actual[finite]).all():
         return float("inf")
-    a, b = found[finite].astype(np.float64), wanted[finite].astype(np.float64)
+    a, b = actual[finite].astype(np.float64), wanted[finite].astype(np.float64)
     scale = float(np.sqrt(np.mean(b * b))) if b.size else 0.0
     return float(np.sqrt(np.mean((a - b) ** 2))) / scale if scale else 0.0
 
 
-def _describe(node: onnx.NodeProto, model: onnx.ModelProto, found: np.ndarray, wanted: np.ndarray, error: float) -> str:
+def _describe(
+    node: onnx.NodeProto, model: onnx.ModelProto, actual: np.ndarray, wanted: np.ndarray, error: float
+) -> str:
     finite = wanted[np.isfinite(wanted)]
     largest = float(np.abs(finite).max(initial=0.0))
     place = origins.read(model).get(node.name)
@@ -269,6 +271,6 @@ def _describe(node: onnx.NodeProto, model: onnx.ModelProto, found: np.ndarray, w
     where = f"{node.name} ({node.op_type}{f' in {module}' if module and module not in node.name else ''})"
     if error == float("inf"):
         return f"{where} overflows, it reaches {largest:.3g}"
-    if not found.any():
+    if not actual.any():
         return f"{where} vanishes, it reaches {largest:.3g} only"
     return f"{where} is off by {error:.2g} of its scale"

@@ -77,48 +77,48 @@ class OutputError:
         return ""
 
 
-def output_error(found: np.ndarray, wanted: np.ndarray, name: str = "output", least: float = 0.0) -> OutputError:
+def output_error(actual: np.ndarray, wanted: np.ndarray, name: str = "output", least: float = 0.0) -> OutputError:
     """Return the errors of one output. Absolute differences up to `least` count as none, unless the whole output is that
     small. Raises Refused if the shapes differ."""
-    if found.shape != wanted.shape:
-        raise Refused(f"{name}: the engine gives shape {found.shape}, the program {wanted.shape}")
-    samples = (found, wanted) if wanted.ndim else (found[None], wanted[None])
+    if actual.shape != wanted.shape:
+        raise Refused(f"{name}: the engine gives shape {actual.shape}, the program {wanted.shape}")
+    samples = (actual, wanted) if wanted.ndim else (actual[None], wanted[None])
     if wanted.dtype.kind in "biu":
         differ = tuple(float((a != b).mean()) if a.size else 0.0 for a, b in zip(*samples, strict=True))
         share = float(np.mean(differ)) if differ else 0.0
         return OutputError(name, share, 0.0, "", 1.0, "", 1.0, differ, None)
-    found = found.astype(np.float64)
+    actual = actual.astype(np.float64)
     if least * SEEN < np.abs(wanted).max(initial=0.0) < np.inf:
-        found = np.where(np.abs(found - wanted) <= least, wanted, found)
-    samples = (found, wanted) if wanted.ndim else (found[None], wanted[None])
+        actual = np.where(np.abs(actual - wanted) <= least, wanted, actual)
+    samples = (actual, wanted) if wanted.ndim else (actual[None], wanted[None])
     errors = tuple(relative_error(a, b, name) for a, b in zip(*samples, strict=True))
-    error = relative_error(found, wanted, name)
+    error = relative_error(actual, wanted, name)
     if not math.isfinite(error) or not wanted.size:
         return OutputError(name, error, error, "", 1.0, "", 0.0 if wanted.size else 1.0, errors, None)
     finite = np.isfinite(wanted)
-    a, b = np.where(finite, found, 0.0), np.where(finite, wanted, 0.0)
+    a, b = np.where(finite, actual, 0.0), np.where(finite, wanted, 0.0)
     norms = float(np.linalg.norm(a)), float(np.linalg.norm(b))
     cosine = float(np.vdot(a, b)) / (norms[0] * norms[1]) if all(norms) else float(norms[0] == norms[1])
     return OutputError(
-        name, error, *_worst_channel(a, b), *_least_correlation(a, b), cosine, errors, _agreement(found, wanted)
+        name, error, *_worst_channel(a, b), *_least_correlation(a, b), cosine, errors, _agreement(actual, wanted)
     )
 
 
-def relative_error(found: np.ndarray, wanted: np.ndarray, name: str = "output") -> float:
-    """Return max |found - wanted| / max |wanted| over the finite entries; infinite if an entry is finite in only one of the
+def relative_error(actual: np.ndarray, wanted: np.ndarray, name: str = "output") -> float:
+    """Return max |actual - wanted| / max |wanted| over the finite entries; infinite if an entry is finite in only one of the
     two arrays. Raises Refused if the shapes differ."""
-    if found.shape != wanted.shape:
-        raise Refused(f"{name}: the engine gives shape {found.shape}, the program {wanted.shape}")
-    found, finite = found.astype(np.float64), np.isfinite(wanted)
-    if not np.array_equal(np.isfinite(found), finite):
+    if actual.shape != wanted.shape:
+        raise Refused(f"{name}: the engine gives shape {actual.shape}, the program {wanted.shape}")
+    actual, finite = actual.astype(np.float64), np.isfinite(wanted)
+    if not np.array_equal(np.isfinite(actual), finite):
         return float("inf")
     if not finite.any():
         return 0.0
     scale = float(np.abs(wanted[finite]).max())
-    return float(np.abs(found[finite] - wanted[finite]).max()) / (scale or 1.0)
+    return float(np.abs(actual[finite] - wanted[finite]).max()) / (scale or 1.0)
 
 
-def _worst_channel(found: np.ndarray, wanted: np.ndarray) -> tuple[float, str]:
+def _worst_channel(actual: np.ndarray, wanted: np.ndarray) -> tuple[float, str]:
     """Return the largest rms error of a channel relative to its scale, and where it is.
 
     Sort the channels of an axis by their rms. The scale of a channel of few values is the rms of the one that stands half
@@ -128,7 +128,7 @@ def _worst_channel(found: np.ndarray, wanted: np.ndarray) -> tuple[float, str]:
     worst, where = 0.0, ""
     for axis in range(1, wanted.ndim):
         count, others = wanted.shape[axis], tuple(i for i in range(wanted.ndim) if i != axis)
-        own, off = (np.sqrt(np.mean(np.square(x), axis=others)) for x in (wanted, found - wanted))
+        own, off = (np.sqrt(np.mean(np.square(x), axis=others)) for x in (wanted, actual - wanted))
         order, many = np.argsort(own), wanted.size // max(count, 1) >= MANY
         rank = np.minimum(np.arange(count) + max(1, round(NEIGHBOURS[many] * count)), count - 1)
         larger = np.empty_like(own)
@@ -140,14 +140,14 @@ def _worst_channel(found: np.ndarray, wanted: np.ndarray) -> tuple[float, str]:
     return worst, where
 
 
-def _least_correlation(found: np.ndarray, wanted: np.ndarray) -> tuple[float, str]:
+def _least_correlation(actual: np.ndarray, wanted: np.ndarray) -> tuple[float, str]:
     """Return the lowest correlation of a channel with at least MANY values that vary (STEADY), and where it is."""
     least, where = 1.0, ""
     for axis in range(1, wanted.ndim):
         count, others = wanted.shape[axis], tuple(i for i in range(wanted.ndim) if i != axis)
         if wanted.size // max(count, 1) < MANY:
             continue
-        a, b = (x - x.mean(axis=others, keepdims=True) for x in (found, wanted))
+        a, b = (x - x.mean(axis=others, keepdims=True) for x in (actual, wanted))
         spread, scale = (np.sqrt(np.mean(np.square(x), axis=others)) for x in (b, wanted))
         varies = spread > STEADY * scale
         both = np.mean(a * b, axis=others)
@@ -158,8 +158,8 @@ def _least_correlation(found: np.ndarray, wanted: np.ndarray) -> tuple[float, st
     return least, where
 
 
-def _agreement(found: np.ndarray, wanted: np.ndarray) -> float | None:
-    """Return the share of positions at which the largest found score is a largest one of `wanted` too, up to a hundredth of
+def _agreement(actual: np.ndarray, wanted: np.ndarray) -> float | None:
+    """Return the share of positions at which the largest actual score is a largest one of `wanted` too, up to a hundredth of
     the range of the scores; None if no axis has scores.
 
     The axis of scores is the second one, or the last one of three if that is shorter.
@@ -170,7 +170,7 @@ def _agreement(found: np.ndarray, wanted: np.ndarray) -> float | None:
     finite = np.where(np.isfinite(wanted), wanted, np.nan)
     if np.isnan(finite).all(axis=axis).any():
         return None
-    choice = np.expand_dims(np.nan_to_num(found, nan=-np.inf).argmax(axis), axis)
+    choice = np.expand_dims(np.nan_to_num(actual, nan=-np.inf).argmax(axis), axis)
     best, least = np.nanmax(finite, axis, keepdims=True), np.nanmin(finite, axis, keepdims=True)
     return float((np.take_along_axis(wanted, choice, axis) >= best - 0.01 * (best - least)).mean())
 

@@ -148,11 +148,11 @@ def compare(known: Iterable[Case], engine: Engine, steps: Mapping[str, float] | 
     return checks
 
 
-def _distances(found: np.ndarray, wanted: np.ndarray, plain: np.ndarray | None) -> tuple[float, float] | None:
+def _distances(actual: np.ndarray, wanted: np.ndarray, plain: np.ndarray | None) -> tuple[float, float] | None:
     if plain is None or plain.dtype.kind in "biu":
         return None
     finite = np.isfinite(plain)
-    return tuple(float(np.sum(np.square(x[finite].astype(np.float64) - plain[finite]))) for x in (found, wanted))  # type: ignore[return-value]
+    return tuple(float(np.sum(np.square(x[finite].astype(np.float64) - plain[finite]))) for x in (actual, wanted))  # type: ignore[return-value]
 
 
 # -------------------------------------------------------------------------------------------------------------- inputs

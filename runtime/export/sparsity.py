@@ -73,24 +73,24 @@ def check_sparsity(program: Program, model: onnx.ModelProto) -> list[SparseWeigh
     Raises Refused if a weight that is 2:4 sparse in the program is not 2:4 sparse in the model.
     """
     weights = [w for w in sparse_weights(model) if w.sparsity > 0]
-    found = [(sorted(w.shape), w.sparsity) for w in weights if w.pattern]
+    stored = [(sorted(w.shape), w.sparsity) for w in weights if w.pattern]
     for name, shape, sparsity in sorted(_expected(program), key=lambda e: -e[2]):
         # Folded norms and narrower types may add zeros. Of the candidates the one with the fewest zeros is taken, so that
         # sparser ones remain for the other weights.
-        enough = [f for f in found if f[0] == shape and f[1] > sparsity - 1e-2]
+        enough = [f for f in stored if f[0] == shape and f[1] > sparsity - 1e-2]
         match = min(enough, key=lambda f: f[1], default=None)
         if match is None:
             raise Refused(f"{name}: it is 2:4 sparse in the program, but no weight of the ONNX file has it so")
-        found.remove(match)
+        stored.remove(match)
     return weights
 
 
 def _expected(program: Program) -> Iterator[tuple[str, list[int], float]]:
     seen = set()
     for name, pattern in sparse.sparse_weights(program).items():
-        found = sparse.weight(program, name)
-        if found is None or found.data_ptr() in seen:
+        tensor = sparse.weight(program, name)
+        if tensor is None or tensor.data_ptr() in seen:
             continue
-        if sparse.implies(pattern, "2:4") and found.shape[1] % 4 == 0:
-            seen.add(found.data_ptr())  # a tied weight counts once
-            yield name, sorted(found.shape), float((found == 0).double().mean())
+        if sparse.implies(pattern, "2:4") and tensor.shape[1] % 4 == 0:
+            seen.add(tensor.data_ptr())  # a tied weight counts once
+            yield name, sorted(tensor.shape), float((tensor == 0).double().mean())

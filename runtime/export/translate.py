@@ -83,13 +83,13 @@ def translate(exported: ExportedProgram, opset: int) -> onnx.ModelProto:
     try:
         with quiet(), _exact_rewrites():
             table = _fp8_table() if is_fp8(exported.graph) else None
-            found = torch.onnx.export(
+            translated = torch.onnx.export(
                 exported, dynamo=True, opset_version=opset, verbose=False, custom_translation_table=table
             )
     except Exception as error:  # the text of the exporter's errors contains the reason of the innermost one
         raise Refused(f"torch.onnx cannot translate the program: {reason(error)}") from error
-    assert found is not None
-    model = found.model_proto
+    assert translated is not None
+    model = translated.model_proto
     names: set[str] = set()
     for node in model.graph.node:  # with the module's path a reader of an engine's report can locate a kernel
         module, _ = origins.scopes(node)

@@ -215,9 +215,9 @@ def _measure(
             raise Failure("--data: only for models with one input of images")
         ((key, example),) = feeds.items()
         how = dict(IMAGENET, **result["bundle"].get("preprocess", {}))
-        found = evaluate(engines[name], key, arguments.images, example.shape, how, arguments.function)
-        models[name]["accuracy"] = found
-        say("{}: {metric} {value:.4f} on {images} images".format(name, **found))
+        scored = evaluate(engines[name], key, arguments.images, example.shape, how, arguments.function)
+        models[name]["accuracy"] = scored
+        say("{}: {metric} {value:.4f} on {images} images".format(name, **scored))
 
     def layers(name: str) -> None:
         models[name]["layers"] = engines[name].layers(20)

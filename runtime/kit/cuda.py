@@ -166,7 +166,7 @@ def _load() -> ctypes.CDLL:
 
     Raises NoCuda if no library loads.
     """
-    found = None
+    first = None
     for name in _names():
         try:
             library = ctypes.CDLL(name)
@@ -175,13 +175,13 @@ def _load() -> ctypes.CDLL:
         count = ctypes.c_int()
         if library.cudaGetDeviceCount(ctypes.byref(count)) == 0 and count.value > 0:
             return library
-        found = found or library
-    if found is None:
+        first = first or library
+    if first is None:
         raise NoCuda("no CUDA runtime here (libcudart); install CUDA or the nvidia-cuda-runtime package")
-    return found
+    return first
 
 
 def _names() -> Iterator[str]:
     yield from LIBRARIES
-    if found := ctypes.util.find_library("cudart"):
-        yield found
+    if path := ctypes.util.find_library("cudart"):
+        yield path

@@ -181,10 +181,10 @@ class TensorRT:
         if feeds is not None:
             self._lane.feed(feeds)
         self._lane.cuda.launch(self._graph) if self._graph else self._lane.enqueue()
-        found = {name: array.copy() for name, array in self._lane.fetch().items()}
+        arrays = {name: array.copy() for name, array in self._lane.fetch().items()}
         if feeds is not None:
             self._lane.feed(self._feeds)
-        return found
+        return arrays
 
     def time(self, mode: str) -> tuple[float | None, float]:
         """Run once and return (milliseconds on the GPU, milliseconds on the host). Inputs and outputs stay on the device.

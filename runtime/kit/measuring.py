@@ -135,22 +135,22 @@ def unsure(ratio: dict[str, float]) -> str:
     return ""
 
 
-def check(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray], tolerance: float) -> dict[str, Any]:
+def check(actual: Sequence[np.ndarray], wanted: Sequence[np.ndarray], tolerance: float) -> dict[str, Any]:
     """Compare outputs with the reference and return a row `parity` of results.json (docs/formats.md, DeviceParity).
 
-    error is the largest max |found - wanted| / max |wanted| of an output.
+    error is the largest max |actual - wanted| / max |wanted| of an output.
     """
     row: dict[str, Any] = {"finite": True, "error": None, "tolerance": tolerance}
-    if not all(bool(np.isfinite(a).all()) for a in found if a.dtype.kind == "f"):
+    if not all(bool(np.isfinite(a).all()) for a in actual if a.dtype.kind == "f"):
         return dict(row, finite=False, note="outputs that are not finite")
     if not wanted:  # the host could not run the model
         return row
-    if [a.shape for a in found] != [b.shape for b in wanted]:
-        shapes = [list(a.shape) for a in found], [list(b.shape) for b in wanted]
+    if [a.shape for a in actual] != [b.shape for b in wanted]:
+        shapes = [list(a.shape) for a in actual], [list(b.shape) for b in wanted]
         return dict(row, note="outputs of shapes {} instead of {}".format(*shapes))
     errors = [
         float(np.abs(a.astype(np.float64) - b).max(initial=0.0)) / (float(np.abs(b).max(initial=0.0)) or 1.0)
-        for a, b in zip(found, wanted)
+        for a, b in zip(actual, wanted)
     ]
     row["error"] = max(errors) if errors else None
     if errors and not max(errors) <= tolerance:

@@ -75,12 +75,12 @@ def _accelerator(capability: tuple[int, int] | None, why: str) -> list[Finding]:
         means = f"{why}: engines for GPUs run elsewhere; `graphcomb bundle` writes a folder that measures them there"
         return [Finding("GPU", "", means)]
     device = describe_device()
-    found = []
+    targets = []
     for backend in ("tensorrt", "tensorrt_rtx"):
         with warnings.catch_warnings(record=True), contextlib.suppress(GraphcombError):
             warnings.simplefilter("always")
-            found.append(local_target(backend).name)
-    means = f"target {' or '.join(dict.fromkeys(found))}" if found else "no target of the table has it"
+            targets.append(local_target(backend).name)
+    means = f"target {' or '.join(dict.fromkeys(targets))}" if targets else "no target of the table has it"
     name = device["model"] or "a GPU"
     findings = [Finding("GPU", f"{name}, SM{capability[0]}{capability[1]}", means)]
     if driver := (read_line("/proc/driver/nvidia/version") or "").partition("\n")[0]:

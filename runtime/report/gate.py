@@ -114,10 +114,10 @@ def read_ratios(path: Path) -> Ratios:
         stored = read_json(path)
     except BadInput as error:
         raise BadInput(f"--gate {error}; `graphcomb bench --out` makes one") from error
-    found = ratios(stored)
-    if not found:
+    read = ratios(stored)
+    if not read:
         raise BadInput(f"--gate {path}: holds no measured ratio (`graphcomb bench --out` writes them)")
-    return found
+    return read
 
 
 def ratios(stored: Any) -> Ratios:
@@ -125,11 +125,11 @@ def ratios(stored: Any) -> Ratios:
     if isinstance(stored, dict) and isinstance(stored.get("bench"), dict):
         stored = stored["bench"]
     rows = stored.get("ratios") if isinstance(stored, dict) else None
-    found: Ratios = {}
+    by_way: Ratios = {}
     for name, row in rows.items() if isinstance(rows, dict) else ():
         ways = {name: row} if "timings" in stored else {f"{name} ({way})": r for way, r in (row or {}).items()}
-        found |= {way: r for way, r in ways.items() if isinstance(r, dict) and {"median", "low", "high"} <= r.keys()}
-    return found
+        by_way |= {way: r for way, r in ways.items() if isinstance(r, dict) and {"median", "low", "high"} <= r.keys()}
+    return by_way
 
 
 def compare_ratios(now: Ratios, baseline: Ratios) -> list[str]:

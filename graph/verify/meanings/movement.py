@@ -48,7 +48,7 @@ def move(call: Call) -> Any:
         d, n = call.a["dim"] % x.value.dim(), len(picks.value)
         looked_up = simplified(np.maximum(as_array(states[0][d], n), as_array(picks.states[0], n)))
         states = [(*states[0][:d], looked_up, *states[0][d + 1 :])]
-    held = [mark_absent(part, found) for part, found in zip(parts, states, strict=True)]
+    held = [mark_absent(part, state) for part, state in zip(parts, states, strict=True)]
     return held[0] if isinstance(result, torch.Tensor) else held
 
 

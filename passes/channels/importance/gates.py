@@ -70,11 +70,11 @@ def _uncast(node: fx.Node) -> fx.Node:
 
 def _users(node: fx.Node) -> list[fx.Node]:
     """The nodes that read a value, once for each argument; casts are replaced by their users."""
-    found = []
+    users = []
     for user in node.users:
         times = pytree.tree_leaves((user.args, user.kwargs)).count(node)
-        found += _users(user) if op_name(user) in CASTS and times == 1 else [user] * times
-    return found
+        users += _users(user) if op_name(user) in CASTS and times == 1 else [user] * times
+    return users
 
 
 class Gates:

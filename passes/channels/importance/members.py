@@ -25,9 +25,9 @@ def by_atom(axis: ax.Axis, values: np.ndarray, masks: ax.Masks | None = None) ->
         kept = ax.kept_mask(axis, masks)
         left, values = values, np.zeros(len(kept))
         values[kept] = left
-    found: Scores = {}
-    ax.fold(axis, values, found)
-    return found
+    sums: Scores = {}
+    ax.fold(axis, values, sums)
+    return sums
 
 
 class Members:

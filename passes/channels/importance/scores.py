@@ -238,8 +238,8 @@ def swapped(
     processes, the places of groups are exchanged instead of atoms, which are told apart by identity.)"""
 
     def search() -> tuple[list[np.ndarray], dict[str, int]]:
-        found, swaps = losses.swapped(masks)
-        return [found[g.atom] for g in groups], swaps
+        swapped_masks, swaps = losses.swapped(masks)
+        return [swapped_masks[g.atom] for g in groups], swaps
 
     kept, swaps = agreed(search)
     return {g.atom: mask for g, mask in zip(groups, kept, strict=True)}, swaps
@@ -264,7 +264,7 @@ def own_scores(
 ) -> Scores:
     """`from_function` for a network that has lost what the masks remove: the function sees the remaining indices of each
     group; the others score 0. Raises BadInput unless it returns a finite number for each index."""
-    found: Scores = {}
+    scores: Scores = {}
     for group in groups:
         mask = masks.get(group.atom, np.ones(group.size, dtype=bool))
         left = dataclasses.replace(group, size=int(mask.sum()))
@@ -283,9 +283,9 @@ def own_scores(
                 f"RemoveChannels.importance: gives {what} for {group.name}; it takes one finite number for each of its "
                 f"{left.size} indices"
             )
-        found[group.atom] = np.zeros(group.size)
-        found[group.atom][mask] = values
-    return found
+        scores[group.atom] = np.zeros(group.size)
+        scores[group.atom][mask] = values
+    return scores
 
 
 def _entries(tensor: torch.Tensor, dim: int, axis: ax.Axis, group: Group, masks: ax.Masks) -> torch.Tensor:

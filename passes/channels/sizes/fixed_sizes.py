@@ -63,13 +63,13 @@ def kept_by_pattern(
         return [g for g in among if fnmatchcase(g.name, pattern) or fnmatchcase(g.name.partition(":")[0], pattern)]
 
     for pattern, size in keep.items():
-        found = named(pattern, groups)
-        if not found:
+        matches = named(pattern, groups)
+        if not matches:
             whole = named(pattern, comb.groups)
             others = [f"{g.name} {f'is frozen ({g.frozen})' if g.frozen else 'is left out'}" for g in whole]
             why = some(others, 2) or f"they are called {some([g.name for g in groups])}"
             raise BadInput(f"RemoveChannels.keep: {pattern!r} matches no group that may shrink; {why}")
-        for group in found:
+        for group in matches:
             least = max(group.least, selection.minimum)
             if size > 1 and not least <= size <= group.size:
                 raise BadInput(

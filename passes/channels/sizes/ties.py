@@ -75,56 +75,56 @@ class Ties:
 
     def joined(self, sizes: Mapping[Factor, int]) -> dict[Factor, int]:
         """From sizes of groups, the sizes of their wholes."""
-        found: dict[Factor, int] = {}
+        counts: dict[Factor, int] = {}
         for atom, size in sizes.items():
             key, unit = self.units.get(atom, (atom, 1))
-            found[key] = size // unit
-        return found
+            counts[key] = size // unit
+        return counts
 
     def spread(self, sizes: Mapping[Factor, int]) -> dict[Factor, int]:
         """From sizes of wholes, the sizes of their groups."""
         wholes = {b.whole.atom: b for b in self.bundles}
-        found: dict[Factor, int] = {}
+        separate: dict[Factor, int] = {}
         for atom, size in sizes.items():
             if atom in wholes:
-                found |= {g.atom: size * wholes[atom].unit(g) for g in wholes[atom].groups}
+                separate |= {g.atom: size * wholes[atom].unit(g) for g in wholes[atom].groups}
             else:
-                found[atom] = size
-        return found
+                separate[atom] = size
+        return separate
 
     def steps(self, steps: Mapping[Factor, int]) -> dict[Factor, int]:
         """From the numbers of indices by which groups may shrink at a time, the same for their wholes."""
-        found = {atom: step for atom, step in steps.items() if atom not in self.units}
+        joint = {atom: step for atom, step in steps.items() if atom not in self.units}
         for b in self.bundles:
             each = (steps.get(g.atom, 1) // math.gcd(steps.get(g.atom, 1), b.unit(g)) for g in b.groups)
-            found[b.whole.atom] = math.lcm(*each)
-        return found
+            joint[b.whole.atom] = math.lcm(*each)
+        return joint
 
     def scores(self, scores: Scores) -> Scores:
         """From scores of groups, those of their wholes: the least important step has the least important indices of every
         group."""
-        found = {atom: values for atom, values in scores.items() if atom not in self.units}
+        joint = {atom: values for atom, values in scores.items() if atom not in self.units}
         for b in self.bundles:
             ranked = [np.sort(scores[g.atom]).reshape(b.whole.size, -1).sum(1) for g in b.groups if g.atom in scores]
             if ranked:
-                found[b.whole.atom] = np.sum(ranked, axis=0)
-        return found
+                joint[b.whole.atom] = np.sum(ranked, axis=0)
+        return joint
 
     def kept(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """From sizes of groups, both by name, the sizes of their wholes. Raises BadInput for sizes that break a tie."""
         tied = {g.name: g for b in self.bundles for g in b.groups if g.name in sizes}
-        found = {name: (size, name) for name, size in sizes.items() if name not in tied}
+        joint = {name: (size, name) for name, size in sizes.items() if name not in tied}
         for g in tied.values():
             keep, unit, whole = sizes[g.name], self.units[g.atom][1], self.whole(g)
-            other = found.get(whole.name)
+            other = joint.get(whole.name)
             if keep % unit or (other is not None and other[0] != keep // unit):
                 with_ = [o.name for o in self._tied[g.atom].groups if o is not g]
                 raise BadInput(
                     f"RemoveChannels.for_class: {g.name} may not keep {keep} of {g.size}: it has to keep the same share as "
                     f"{other[1] if other else with_[0]}, in multiples of {unit} ({self._tied[g.atom].why})"
                 )
-            found[whole.name] = keep // unit, g.name
-        return {name: size for name, (size, _) in found.items()}
+            joint[whole.name] = keep // unit, g.name
+        return {name: size for name, (size, _) in joint.items()}
 
     def record(self) -> list[dict[str, object]]:
         """The rows of `tied` in the pass's record."""

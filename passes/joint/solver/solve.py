@@ -144,16 +144,16 @@ class _Program:
             [LinearConstraint(coo_array((value, (row, column)), (len(low), width)).tocsr(), low, high)] if low else []
         )
         with _quiet():
-            found: Any = milp(
+            solution: Any = milp(
                 objective / (float(np.abs(objective).max()) or 1.0),
                 integrality=np.array([1] * self.whole + [0] * (width - self.whole)),
                 bounds=Bounds(lower, upper),
                 constraints=constraints,
                 options={"time_limit": seconds, "mip_rel_gap": GAP},
             )
-        if found.x is None:
+        if solution.x is None:
             return None
-        return self._choice(found.x), float(found.mip_gap or 0.0)
+        return self._choice(solution.x), float(solution.mip_gap or 0.0)
 
     def _choice(self, values: np.ndarray) -> Choice:
         gone = tuple(bool(v > 0.5) for v in values[self.block : self.whole])
@@ -191,14 +191,14 @@ def solve(
         times, losses = np.array(program.seconds), program.losses()
         if seconds is not None:
             room = seconds * (1 + TIGHT) - program.problem.constant - program.offset
-            found = program.minimise(losses, times, room, limit)
+            solution = program.minimise(losses, times, room, limit)
         elif loss is not None:
-            found = program.minimise(times, losses, loss * (1 + TIGHT), limit)
+            solution = program.minimise(times, losses, loss * (1 + TIGHT), limit)
         else:
-            found = program.minimise(times, None, 0.0, limit)
-        if found is None:
+            solution = program.minimise(times, None, 0.0, limit)
+        if solution is None:
             return None
-        choice, gap = found
+        choice, gap = solution
         gone = _gone(choice)
         if _joined(choice, connects):
             return Solved(choice, problem.seconds(choice), problem.loss(choice), gap)

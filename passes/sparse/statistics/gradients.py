@@ -79,8 +79,8 @@ class Gradients:
                     if made >= self.count:
                         return
                     continue
-                for found in maker(batch, taken, step):
-                    yield _checked(found)
+                for gradients in maker(batch, taken, step):
+                    yield _checked(gradients)
 
     def mean_squares(
         self, program: Program, names: Sequence[str], context: Context, largest: int
@@ -98,8 +98,8 @@ class Gradients:
                 sums.add_(torch.stack([*values, sums.new_tensor(len(gradients[names[0]]))]).to(sums.device))
 
         everywhere(add_up)
-        *found, count = (summed(sums) if share else sums).tolist()
-        return {name: total / count for name, total in zip(names, found, strict=True)}, int(count)
+        *totals, count = (summed(sums) if share else sums).tolist()
+        return {name: total / count for name, total in zip(names, totals, strict=True)}, int(count)
 
 
 @contextmanager
@@ -169,12 +169,12 @@ class _Samples:
                 part = self._some(batch, index if number > 1 else index * 2)  # see `alone`
             values, pulls = self._run(part)
             for start in range(0, number, step):
-                found = self._products(values, pulls, part.size, slice(start, min(start + step, number)))
+                gradients = self._products(values, pulls, part.size, slice(start, min(start + step, number)))
                 if self.trusted is None:
-                    self.trusted = self._agrees(found, part)
+                    self.trusted = self._agrees(gradients, part)
                 if not self.trusted:
                     break
-                yield found
+                yield gradients
             if not self.trusted:
                 break
         if self.trusted:
@@ -207,8 +207,8 @@ class _Samples:
 
     def _gradient(self, outputs: Any, labels: Any) -> dict[str, Tensor]:
         value = _dependent(task_loss(self.loss, outputs, labels))
-        found = torch.autograd.grad(value, list(self.weights.values()), materialize_grads=True)
-        return dict(zip(self.weights, found, strict=True))
+        gradients = torch.autograd.grad(value, list(self.weights.values()), materialize_grads=True)
+        return dict(zip(self.weights, gradients, strict=True))
 
     def _run(self, batch: Batch) -> tuple[dict[fx.Node, Tensor], dict[fx.Node, Tensor]]:
         """For each layer node, its input, and the gradient at its output of the sum of the samples' losses."""
@@ -232,7 +232,7 @@ class _Samples:
     def _products(
         self, values: dict[fx.Node, Tensor], pulls: dict[fx.Node, Tensor], size: int, part: slice
     ) -> dict[str, Tensor]:
-        found = {}
+        products = {}
         for layer in self.layers:
             total: Any = 0
             for node in layer.nodes:
@@ -241,8 +241,8 @@ class _Samples:
                 per = len(x) // size
                 cut = slice(part.start * per, part.stop * per)
                 total = total + self._outer(node, layer, x[cut], pull[cut], part.stop - part.start)
-            found[layer.name] = total.reshape(-1, *layer.shape)
-        return found
+            products[layer.name] = total.reshape(-1, *layer.shape)
+        return products
 
     def _outer(self, node: fx.Node, layer: WeightedLayer, x: Tensor, pull: Tensor, count: int) -> Tensor:
         """For each of `count` samples, the sum over positions of output gradients times inputs, `(count, groups, out /
@@ -250,7 +250,7 @@ class _Samples:
 
         Computed for as many samples at a time, or else positions, as the limit of numbers allows.
         """
-        per, found = len(x) // count, []
+        per, products = len(x) // count, []
         some = max(1, self.largest // max(1, windows(node, x[:per]).numel()))
         for start in range(0, count, some):
             own = slice(start * per, (start + some) * per)
@@ -259,13 +259,13 @@ class _Samples:
                 given = outputs_of(pull[own] if where is None else pull[own][:, :, where], layer)
                 rows, given = (t.unflatten(1, (number, -1)) for t in (rows, given))
                 total = total.to(rows) + torch.einsum("gnpo,gnpc->ngoc", given, rows)
-            found.append(total)
-        return torch.cat(found)
+            products.append(total)
+        return torch.cat(products)
 
-    def _agrees(self, found: dict[str, Tensor], batch: Batch) -> bool:
-        for i in {0, len(next(iter(found.values()))) - 1}:
+    def _agrees(self, products: dict[str, Tensor], batch: Batch) -> bool:
+        for i in {0, len(next(iter(products.values()))) - 1}:
             for name, expected in self.alone(batch, i).items():
-                if not torch.dist(found[name][i], expected) <= 1e-3 * expected.norm() + 1e-8:
+                if not torch.dist(products[name][i], expected) <= 1e-3 * expected.norm() + 1e-8:
                     return False
         return True
 

@@ -99,14 +99,14 @@ def build(
         work = _Build(backend, target, options, weak=implied)
         stack.callback(work.close)
         work.check_opset(model, graph)
-        found = work.parse_implied(model) if implied else None
-        if found is None:
+        plain = work.parse_implied(model) if implied else None
+        if plain is None:
             work.parse(model)
         work.aim()
         work.allow(kind)
-        if found is not None:
-            calibrate(work.trt, work.network, work.config, found.scales, found.int8)
-            work.notes += found.notes
+        if plain is not None:
+            calibrate(work.trt, work.network, work.config, plain.scales, plain.int8)
+            work.notes += plain.notes
         work.shape(model)
         work.tune()
         if options.dla is not None:
@@ -224,12 +224,12 @@ class _Build:
 
     def parse_implied(self, path: Path) -> Implicit:
         """Parse the model without its Q/DQ nodes, and return what they say."""
-        found = implicit(onnx.load(str(path)))
+        scaled = implicit(onnx.load(str(path)))
         with tempfile.TemporaryDirectory() as folder:
             plain = Path(folder) / path.name
-            onnx.save(found.model, str(plain))
+            onnx.save(scaled.model, str(plain))
             self.parse(plain)
-        return found
+        return scaled
 
     def aim(self) -> None:
         """Set the target's compute capability, if the library can build for one that is set."""

@@ -61,8 +61,8 @@ def trade_off(
         groups: list[tuple[float, float, list[str]]] = []  # points close to each other share a label
         for cost, value, label in points:
             near = (g for g in groups if abs(g[0] - cost) < 0.08 * width and abs(g[1] - value) < 0.12 * spread)
-            if found := next(near, None):
-                found[2].append(label)
+            if neighbour := next(near, None):
+                neighbour[2].append(label)
             else:
                 groups.append((cost, value, [label]))
         for cost, value, labels in groups:

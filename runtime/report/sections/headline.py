@@ -47,7 +47,7 @@ def lead(summary: Summary) -> str:
 
 def tiles(summary: Summary) -> list[Tile]:
     """Return a tile for each headline figure that the summary has."""
-    found = [
+    made = [
         *_quality(summary),
         *_latency(summary),
         *_costs(summary),
@@ -57,8 +57,8 @@ def tiles(summary: Summary) -> list[Tile]:
         *map(_engine, summary.engines),
     ]
     if not summary.engines and summary.engine:
-        found.append(Tile("engine", Path(summary.engine).name))
-    return found
+        made.append(Tile("engine", Path(summary.engine).name))
+    return made
 
 
 def _quality(summary: Summary) -> list[Tile]:

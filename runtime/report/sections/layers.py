@@ -65,15 +65,15 @@ def largest_savings(rows: list[LayerRow]) -> list[tuple[str, str]]:
     timed = any(row.ms for row in rows)
     saved = {i: difference for i, row in enumerate(rows) if (difference := _saved(row, timed)) > 0}
     whole = sum(saved.values())
-    found = []
+    savings = []
     for i in sorted(saved, key=lambda i: -saved[i])[:3]:
         row = rows[i]
         parts = [f"{milliseconds(saved[i])} predicted" if timed else f"{si(saved[i])} multiply-accumulates"]
         parts.append(f"{100 * saved[i] / whole:.0f}\u00a0% of what was saved")
         if row.channels and row.channels[0] != row.channels[1]:
             parts.append(f"{count(row.channels[0])} → {count(row.channels[1])} channels")
-        found.append((row.name, ", ".join(parts)))
-    return found
+        savings.append((row.name, ", ".join(parts)))
+    return savings
 
 
 def _saved(row: LayerRow, timed: bool) -> float:
