@@ -183,12 +183,12 @@ def place_tensor(root: torch.nn.Module, path: str, value: Any) -> None:
             root._modules[part] = torch.nn.Module().train(root.training)
         root = root._modules[part]  # type: ignore[assignment]
     if isinstance(value, torch.Tensor):  # register_buffer and setattr are many times slower than these dictionaries
-        own: Any = root._buffers
+        tensors: Any = root._buffers
         other: Any = root._parameters
         if isinstance(value, torch.nn.Parameter):
-            own, other = other, own
+            tensors, other = other, tensors
         other.pop(name, None)
-        own[name] = value
+        tensors[name] = value
     else:
         setattr(root, name, value)
 

@@ -286,15 +286,15 @@ def parse_engines(entries: list[Any]) -> list[EngineOutput]:
     result = []
     for i, entry in enumerate(entries):
         path = f"outputs.engines.{i}"
-        given = dict(entry) if isinstance(entry, dict) else {"target": entry}
-        if "target" not in given:
+        fields = dict(entry) if isinstance(entry, dict) else {"target": entry}
+        if "target" not in fields:
             raise BadInput(f"{path}.target: missing")
-        target = checked(str, given.pop("target"), f"{path}.target")
-        for name in given:
+        target = checked(str, fields.pop("target"), f"{path}.target")
+        for name in fields:
             if name not in NAMES:
                 raise BadInput(f"{path}.{name}: unknown key; {nearest(str(name), ('target', *NAMES))}")
         try:
-            options = EngineOptions(**{name: value for name, value in given.items() if value is not None})
+            options = EngineOptions(**{name: value for name, value in fields.items() if value is not None})
         except BadInput as error:
             raise BadInput(f"{path}.{str(error).removeprefix('option ')}") from error
         result.append(EngineOutput(target, options))

@@ -71,8 +71,8 @@ def read(path: Path) -> bytes:
                 raise damaged
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
         raise damaged from error
-    own = any(name.endswith(f"/extra/{RECORD}") for name in names)
-    if comment and own and comment != SEAL + hashlib.sha256(body).hexdigest().encode():
+    sealed = any(name.endswith(f"/extra/{RECORD}") for name in names)
+    if comment and sealed and comment != SEAL + hashlib.sha256(body).hexdigest().encode():
         raise damaged
     return data
 

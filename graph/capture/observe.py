@@ -56,10 +56,10 @@ def observe(
 
     def call(given: list[Any]) -> tuple[list[Any], list[Any]]:
         """The leaves of the outputs, and the inputs after the call, which may write to them."""
-        own = [x.clone() if isinstance(x, Tensor) else x for x in given]
-        inputs, options = pytree.tree_unflatten(own, spec)
+        fresh = [x.clone() if isinstance(x, Tensor) else x for x in given]
+        inputs, options = pytree.tree_unflatten(fresh, spec)
         torch.manual_seed(0)
-        return pytree.tree_leaves(module(*inputs, **options)), own
+        return pytree.tree_leaves(module(*inputs, **options)), fresh
 
     with (
         torch.inference_mode(False), torch.random.fork_rng(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH),

@@ -331,10 +331,10 @@ def kept_mask(axis: Axis, masks: Masks) -> np.ndarray:
     result = np.ones(1, dtype=bool)
     for factor in normal(axis):
         if factor.segments is not None:
-            own = np.concatenate([kept_mask(part, masks) for part in factor.segments])
+            mask = np.concatenate([kept_mask(part, masks) for part in factor.segments])
         else:
-            own = masks[factor] if factor in masks else np.ones(factor.size, dtype=bool)
-        result = own if len(result) == 1 else np.logical_and.outer(result, own).reshape(-1)
+            mask = masks[factor] if factor in masks else np.ones(factor.size, dtype=bool)
+        result = mask if len(result) == 1 else np.logical_and.outer(result, mask).reshape(-1)
     return result
 
 
@@ -349,12 +349,12 @@ def fold(axis: Axis, values: np.ndarray, sums: dict[Factor, np.ndarray]) -> None
     sizes = [f.size for f in factors]
     grid = values.reshape(sizes) if sizes else values
     for i, factor in enumerate(factors):
-        own = grid.sum(axis=tuple(j for j in range(len(sizes)) if j != i))
+        along = grid.sum(axis=tuple(j for j in range(len(sizes)) if j != i))
         if factor.segments is None:
-            sums[factor] = sums[factor] + own if factor in sums else own
+            sums[factor] = sums[factor] + along if factor in sums else along
             continue
         ends = np.cumsum([size(part) for part in factor.segments])
-        for part, piece in zip(factor.segments, np.split(own, ends[:-1]), strict=True):
+        for part, piece in zip(factor.segments, np.split(along, ends[:-1]), strict=True):
             fold(part, piece, sums)
 
 

@@ -86,16 +86,16 @@ class Comb(Equations):
         loose: dict[fx.Node, set[Factor]] = {}
         for node in self.axes:
             made = {a for a in atoms(self._copies.get(node, ())) if a.frozen is None}
-            given: set[Factor] = set().union(*(loose.get(i, ()) for i in node.all_input_nodes))
-            if not made and not given:
+            inherited: set[Factor] = set().union(*(loose.get(i, ()) for i in node.all_input_nodes))
+            if not made and not inherited:
                 continue
             for i in () if node in self._joins else node.all_input_nodes:
-                given -= atoms(self.flat(i)).keys() - loose.get(i, set())
+                inherited -= atoms(self.flat(i)).keys() - loose.get(i, set())
             for axis in self._sums.get(node, ()):
                 for atom in atoms([axis]):
-                    if atom in given:
+                    if atom in inherited:
                         freeze([atom], Reason(node, "sums over padding or repeated entries"))
-            loose[node] = made | (given & atoms(self.flat(node)).keys())
+            loose[node] = made | (inherited & atoms(self.flat(node)).keys())
 
     def _apply_rule(self, node: fx.Node) -> Any:
         value = node.meta.get("val")

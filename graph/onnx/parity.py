@@ -146,8 +146,8 @@ def _explained(
     if not isinstance(value, Tensor):
         return False
     exactly = to_numpy(value)
-    own, theirs = distance(actual, exactly), distance(reference, exactly)
-    return own < CHAOS and theirs <= NOISE * own
+    ours, theirs = distance(actual, exactly), distance(reference, exactly)
+    return ours < CHAOS and theirs <= NOISE * ours
 
 
 @torch.no_grad()

@@ -70,31 +70,31 @@ class Expressions:
         if _is_sign(node, name) and len(values) == 2 and not named:
             left, right = (f"({v})" if v.startswith("-") else v for v in values)
             return f"{left} {SIGNS[name]} {right}"
-        given = [*values, *(f"{k}={v}" for k, v in named.items())]
-        return f"{self._function(node, name, values, given)}"
+        written = [*values, *(f"{k}={v}" for k, v in named.items())]
+        return f"{self._function(node, name, values, written)}"
 
-    def _function(self, node: fx.Node, name: str, values: list[str], given: list[str]) -> str:
+    def _function(self, node: fx.Node, name: str, values: list[str], written: list[str]) -> str:
         if not isinstance(node.target, OpOverload):
             if getattr(node.target, "__module__", "") in ("_operator", "operator"):
                 self.libraries.add("operator")
-                return f"operator.{node.target.__name__}({', '.join(given)})"  # type: ignore[union-attr]
+                return f"operator.{node.target.__name__}({', '.join(written)})"  # type: ignore[union-attr]
             if getattr(torch, getattr(node.target, "__name__", ""), None) is node.target:
-                return f"torch.{node.target.__name__}({', '.join(given)})"
+                return f"torch.{node.target.__name__}({', '.join(written)})"
             if node.target is math.floor or node.target is math.ceil or node.target is math.trunc:
                 self.libraries.add("math")
-                return f"math.{node.target.__name__}({', '.join(given)})"
+                return f"math.{node.target.__name__}({', '.join(written)})"
             raise Refused(
                 f"to_source: {source(node)}: {op_name(node)} is no operator of PyTorch's and cannot be written"
             )
-        text = ", ".join(given)
+        text = ", ".join(written)
         if name == "layer_norm":
-            text = ", ".join(given[:5])  # the further arguments only choose a kernel
+            text = ", ".join(written[:5])  # the further arguments only choose a kernel
         if name in FUNCTIONAL:
             return f"F.{name}({text})"
         if name in TORCH:
             return f"torch.{name}({text})"
         if name in METHODS and values and isinstance(node.args[0], fx.Node):
-            return f"{values[0]}.{name}({', '.join(given[1:])})"
+            return f"{values[0]}.{name}({', '.join(written[1:])})"
         space, _, overload = node.target.name().partition("::")
         if space == "torchvision":
             self.libraries.add("torchvision")

@@ -47,11 +47,11 @@ def layers_of(module: TrainableModule) -> dict[fx.Node, Layer]:
             layers.setdefault(layer.path, {})[node] = layer
     result: dict[fx.Node, Layer] = {}
     for path, users in layers.items():
-        own = [n for n in names if n.startswith(f"{path}.")]
-        readers = {u for n in module.graph.nodes if n.op == "get_attr" and str(n.target) in own for u in n.users}
-        tied = any(ids.count(id(fetch(module, n))) > 1 for n in own)
+        kept = [n for n in names if n.startswith(f"{path}.")]
+        readers = {u for n in module.graph.nodes if n.op == "get_attr" and str(n.target) in kept for u in n.users}
+        tied = any(ids.count(id(fetch(module, n))) > 1 for n in kept)
         keeps = {f"{path}.{k}" for node in users for k in _held(node)}
-        if set(own) == keeps and readers == set(users) and len({lay.made for lay in users.values()}) == 1 and not tied:
+        if set(kept) == keeps and readers == set(users) and len({lay.made for lay in users.values()}) == 1 and not tied:
             result |= users
     return result
 
@@ -144,5 +144,5 @@ def _convolution(kind: str, a: dict[str, Any], weight: Any, dtype: torch.dtype) 
 
 def _call(kind: str, sizes: list[Any], options: dict[str, tuple[Any, Any]]) -> str:
     """The call with those options that differ from their defaults."""
-    given = [repr(s) for s in sizes] + [f"{k}={v!r}" for k, (v, default) in options.items() if v != default]
-    return f"nn.{kind}({', '.join(given)})"
+    parts = [repr(s) for s in sizes] + [f"{k}={v!r}" for k, (v, default) in options.items() if v != default]
+    return f"nn.{kind}({', '.join(parts)})"

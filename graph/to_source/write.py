@@ -195,8 +195,8 @@ class _Writer:
         if node not in self.names:
             name = node.name.strip("_") or "x"
             name = f"v_{name}" if not name.isidentifier() else name
-            taken = RESERVED | set(self.names.values())
-            while name in taken:
+            used = RESERVED | set(self.names.values())
+            while name in used:
                 name += "_"
             self.names[node] = name
         return self.names[node]
@@ -279,10 +279,10 @@ def _fill(made: nn.Module, module: TrainableModule) -> None:
     """Copy the program's tensors into the module by name. Raises Refused if one does not fit."""
     with torch.no_grad():
         for name, value in module.state_dict().items():
-            own = tensor_at(made, name)
-            if own is None or own.shape != value.shape or own.dtype != value.dtype:
+            tensor = tensor_at(made, name)
+            if tensor is None or tensor.shape != value.shape or tensor.dtype != value.dtype:
                 raise Refused(f"to_source: {name} has no place in what was written")
-            own.copy_(value)
+            tensor.copy_(value)
 
 
 def _prove(made: nn.Module, module: TrainableModule, example: tuple[Any, ...]) -> None:

@@ -39,7 +39,7 @@ def mend(program: Program, new: nn.Module, tables: Iterable[dict[str, Sizes]]) -
     """
     run = _Run(Values(program), list(tables))
     args, kwargs = copy.deepcopy((program.args, program.kwargs))
-    own = {m: m.__dict__.get("forward") for m in new.modules()}
+    forwards = {m: m.__dict__.get("forward") for m in new.modules()}
     try:
         for path, module in new.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
@@ -49,7 +49,7 @@ def mend(program: Program, new: nn.Module, tables: Iterable[dict[str, Sizes]]) -
     except Exception as error:
         raise Refused(f"transplant: {_where(error)} fixes a size ({reason(error)})") from None
     finally:
-        for module, forward in own.items():
+        for module, forward in forwards.items():
             module.__dict__.pop("forward", None)
             if forward is not None:
                 module.__dict__["forward"] = forward

@@ -185,8 +185,8 @@ class Trial:
 
     def expected(self, inputs: list[Any]) -> tuple[Any, dict[str, Any]]:
         """The oracle's outputs, and the shape that every node of the pruned program must have."""
-        given, outputs, shapes = self.known
-        if given is not inputs or outputs is None:
+        of_inputs, outputs, shapes = self.known
+        if of_inputs is not inputs or outputs is None:
             shapes = {}
             outputs = Absence(self.before, self.weights, self.removed).run(inputs, _shapes_into(shapes))
         return outputs, shapes

@@ -70,12 +70,12 @@ class Evaluator:
     def run(self, inputs: Iterable[Any], observe: Observer | None = None) -> Any:
         """The outputs for flattened inputs, as the graph's output node has them. `observe(node, value)` sees all values.
         Raises BadInput for nodes that cannot be run."""
-        given = iter(inputs)
+        values = iter(inputs)
         env: dict[fx.Node, Any] = {}
         self.state.clear()
         for node in self.module.graph.nodes:
             if node.op == "placeholder":
-                env[node] = self.enter(next(given))
+                env[node] = self.enter(next(values))
             elif node.op == "get_attr":
                 env[node] = self.fetch(str(node.target))
             elif node.op == "output":
@@ -113,8 +113,8 @@ class Evaluator:
 def evaluated(node: fx.Node, env: dict[fx.Node, Any]) -> dict[str, Any]:
     """The node's arguments by schema name, with values in place of nodes, float dtypes widened, and flags set to eval
     mode."""
-    given = fx.node.map_arg(arguments(node), lambda n: env[n])
-    a = {k: to_double(v) if isinstance(v, torch.dtype) else v for k, v in given.items()}
+    values = fx.node.map_arg(arguments(node), lambda n: env[n])
+    a = {k: to_double(v) if isinstance(v, torch.dtype) else v for k, v in values.items()}
     name = op_name(node)
     if name in DROPOUTS:
         a["train"] = False

@@ -159,9 +159,9 @@ class Calibration(Absence):
         """The value of a node; the statistics and biases that it reads are set first."""
         name = op_name(node)
         if name == "batch_norm":
-            given = arguments(node)
-            if given["running_mean"] is not None and given["running_mean"].op == "get_attr":
-                self._normalise(given, env)
+            named = arguments(node)
+            if named["running_mean"] is not None and named["running_mean"].op == "get_attr":
+                self._normalise(named, env)
         result = super().call(node, env)
         if (name == "linear" or name.startswith("conv")) and any(op_name(u) in KINKS for u in node.users):
             bias = arguments(node)["bias"]
@@ -170,8 +170,8 @@ class Calibration(Absence):
         self.used |= {id(self.weights.get(str(i.target))) for i in node.all_input_nodes if i.op == "get_attr"}
         return result
 
-    def _normalise(self, given: dict[str, Any], env: dict[fx.Node, Any]) -> None:
-        values, present = _by_channel(env[given["input"]], 1)
+    def _normalise(self, named: dict[str, Any], env: dict[fx.Node, Any]) -> None:
+        values, present = _by_channel(env[named["input"]], 1)
         variance, mean = torch.var_mean(values, 1, correction=0)
         low, high = self.source.uniform(mean.shape, 0.5, 1.5), self.source.uniform(mean.shape, 0.2, 1.2)
         variance = variance.clamp_min(0.05 * float(variance.mean()) + 1e-6) * low.to(mean.device)
@@ -179,7 +179,7 @@ class Calibration(Absence):
             ("running_var", variance),
             ("running_mean", mean - high.to(mean.device) * variance.sqrt()),
         ):
-            self._write(given[key], statistic, present, env)
+            self._write(named[key], statistic, present, env)
 
     def _lift(self, node: fx.Node, bias: fx.Node, result: Any, channels: int) -> Any:
         """Shift the bias so that every channel has a positive mean; returns the shifted result."""

@@ -85,9 +85,9 @@ def pruned_weights(weights: Mapping[str, torch.Tensor], removed: Removed, after:
     """Weights for the pruned program: those of the original, sliced by `removed`. Tables of integers, and constants that
     only the pruned program has, are its own."""
     result: dict[str, torch.Tensor] = {}
-    for name, own in tensors_of(after).items():
-        shared = name in weights and (own.is_floating_point() or own.is_complex())
-        result[name] = sliced(weights[name], removed.get(name, {})) if shared else to_double(own)
+    for name, tensor in tensors_of(after).items():
+        shared = name in weights and (tensor.is_floating_point() or tensor.is_complex())
+        result[name] = sliced(weights[name], removed.get(name, {})) if shared else to_double(tensor)
     return result
 
 
@@ -96,16 +96,16 @@ def differences(before: Program, after: Program, removed: Removed, retrained: bo
     and about operators whose eval mode differs between the two. retrained: the weights were trained on, so only shapes are
     compared."""
     originals, misfits, changed = tensors_of(before), [], []
-    for name, own in tensors_of(after).items():
+    for name, value in tensors_of(after).items():
         if name not in originals:
             continue
         lost = removed.get(name, {})
         shape = tuple(n - len(lost.get(d, ())) for d, n in enumerate(originals[name].shape))
-        if tuple(own.shape) != shape:
-            misfits.append(f"{name} has shape {tuple(own.shape)}, but removed leaves {shape}")
-        elif not retrained and own.is_floating_point():
-            expected = sliced(originals[name].detach(), lost).to(own.dtype)
-            if not torch.equal(own.detach(), expected) and not torch.equal(own.nan_to_num(), expected.nan_to_num()):
+        if tuple(value.shape) != shape:
+            misfits.append(f"{name} has shape {tuple(value.shape)}, but removed leaves {shape}")
+        elif not retrained and value.is_floating_point():
+            expected = sliced(originals[name].detach(), lost).to(value.dtype)
+            if not torch.equal(value.detach(), expected) and not torch.equal(value.nan_to_num(), expected.nan_to_num()):
                 changed.append(f"{name} does not hold the kept values of the original")
     flags = eval_flags(before)
     for name, now in eval_flags(after).items():

@@ -50,8 +50,8 @@ class Layers:
         for node in comb.module.graph.nodes:
             if op_name(node) in FAKE_QUANTISATION and comb.axes[node] and comb.axes[node.all_input_nodes[0]]:
                 for old, new in zip(comb.axes[node.all_input_nodes[0]], comb.axes[node], strict=True):
-                    if len(own := ax.atoms([new])) == 1 and next(iter(own)).frozen is not None:
-                        self._fixed.update(dict.fromkeys(own, self.sizer({})(old)))
+                    if len(atoms := ax.atoms([new])) == 1 and next(iter(atoms)).frozen is not None:
+                        self._fixed.update(dict.fromkeys(atoms, self.sizer({})(old)))
         self._kernels: dict[fx.Node, Kernel] = {}
         self._copies: dict[int, Copy] = {}
         self.nodes: list[fx.Node] = []
@@ -104,7 +104,7 @@ class Layers:
         """The prunable atoms that the layer of `nodes[index]` may depend on."""
         node = self.nodes[index]
         nodes = [node] if index in self._copies else self._kernels[node].nodes
-        all_atoms = ax.atoms(a for own in nodes for n in (own, *own.all_input_nodes) for a in self.comb.flat(n))
+        all_atoms = ax.atoms(a for op in nodes for n in (op, *op.all_input_nodes) for a in self.comb.flat(n))
         if (copy := self._copies.get(index)) is not None and copy.odd is not None:
             all_atoms |= ax.atoms(self.comb.flat(copy.odd[0]))
         return {a: None for a in all_atoms if a.frozen is None}
@@ -115,10 +115,10 @@ class Layers:
         lists = axes if isinstance(node.meta.get("val"), (list, tuple)) else [axes]
         return sum(math.prod(map(size, shape)) for shape in lists if shape is not None)
 
-    def _read(self, kernel: Kernel, size: Sizer, own: set[fx.Node]) -> int:
-        """Number of entries, without weights, that a kernel reads for its nodes other than `own`."""
+    def _read(self, kernel: Kernel, size: Sizer, internal: set[fx.Node]) -> int:
+        """Number of entries, without weights, that a kernel reads for its nodes other than `internal`."""
         inside, entries = set(kernel.nodes), {}
-        for node in (n for n in kernel.nodes if n not in own):
+        for node in (n for n in kernel.nodes if n not in internal):
             for n in node.all_input_nodes:
                 if not self._inside(n, inside) and not self.comb.is_parameter(n) and n.op != "get_attr":
                     entries[n] = self.entries(n, size)

@@ -272,9 +272,9 @@ class Session:
         optimizers: with cut="during", the optimizers of `session.module`; they get the parameters of the smaller module.
         Raises BadInput for a state of a session with another pass or number of steps.
         """
-        for key, own in (("pass", repr(self._pass)), ("steps", self.steps)):
-            if state.get(key) != own:
-                raise BadInput(f"load_state_dict: the state is of a session with {key} {state.get(key)}, not {own}")
+        for key, wanted in (("pass", repr(self._pass)), ("steps", self.steps)):
+            if state.get(key) != wanted:
+                raise BadInput(f"load_state_dict: the state is of a session with {key} {state.get(key)}, not {wanted}")
         old = dict(self.module.named_parameters())
         for callback, saved in zip(self._trainee.callbacks, state["callbacks"], strict=True):
             if (module := callback.load_state_dict(saved)) is not None:
@@ -329,7 +329,7 @@ class Session:
                 )
 
     def _copy(self, weights: nn.Module) -> nn.Module:
-        for given, part in self._copies:
-            if weights is given or weights is part:
+        for theirs, part in self._copies:
+            if weights is theirs or weights is part:
                 return part
         raise BadInput("finish: weights is no copy that the session follows; call follow(ema) when it is made")

@@ -25,20 +25,20 @@ def trained(program: Program, model: nn.Module) -> Program:
     """Return the program with the current values of the model's parameters and buffers."""
 
     def take(name: str, value: Any) -> Any:
-        own = tensor_at(model, name)
-        same = isinstance(value, torch.Tensor) and own is not None and own.shape == value.shape
-        return copy_tensor(name, own if same else value)
+        tensor = tensor_at(model, name)
+        same = isinstance(value, torch.Tensor) and tensor is not None and tensor.shape == value.shape
+        return copy_tensor(name, tensor if same else value)
 
     return program.derive(rebuild(program.module(), take), stale=False)
 
 
 def _own(model: nn.Module, name: str, value: Any) -> Any:
-    own = tensor_at(model, name)
+    tensor = tensor_at(model, name)
     if isinstance(value, nn.Parameter):
-        if own is None or own.shape != value.shape or not torch.equal(own.detach(), value.detach().to(own)):
+        if tensor is None or tensor.shape != value.shape or not torch.equal(tensor.detach(), value.detach().to(tensor)):
             raise BadInput(
                 f'attach: the parameter {name} of the captured program is not the model\'s own; take cut="during", which '
                 "trains the captured module"
             )
-        return own
-    return value if own is None or own.shape != getattr(value, "shape", None) else own
+        return tensor
+    return value if tensor is None or tensor.shape != getattr(value, "shape", None) else tensor

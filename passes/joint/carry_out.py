@@ -83,7 +83,7 @@ def kept(space: Space, decided: Decision) -> dict[str, float]:
             )
     # A group between two blocks that are merged into one layer is gone, whatever its size.
     return {
-        own.name: float(n) if (n := decided.widths[g.name]) > 1 else n / own.size for g, own in here if g.name in left
+        now.name: float(n) if (n := decided.widths[g.name]) > 1 else n / now.size for g, now in here if g.name in left
     }
 
 

@@ -259,8 +259,8 @@ class Losses:
 
     def curve(self, group: Group) -> Curve:
         """The loss of a group by its size, with the losses measured so far."""
-        own = f"width {group.name} "
-        measured = {int(k.removeprefix(own)): _number(v) for k, v in self.known.items() if k.startswith(own)}
+        prefix = f"width {group.name} "
+        measured = {int(k.removeprefix(prefix)): _number(v) for k, v in self.known.items() if k.startswith(prefix)}
         return Curve(group.size, self.sums[group.name], measured | {group.size: 0.0})
 
     def at(self, group: Group, sizes: Iterable[int]) -> tuple[float, ...]:

@@ -94,13 +94,13 @@ def choose_precisions(
         [layer.name for layer in region] for region in regions([k for k in find_layers(program)[0] if k.name in free])
     ]
     alone = [quantised_alone(everything, group) for group in groups]
-    plain, whole, *each = seconds([program, everything, *alone])
-    if not all(map(math.isfinite, (plain, whole, *each))):
+    plain, whole, *times = seconds([program, everything, *alone])
+    if not all(map(math.isfinite, (plain, whole, *times))):
         raise Refused(
             "choose_precisions: some times could not be measured; measure again when the machine is less busy"
         )
     options = [
-        Option(tuple(group), plain - own, divergence(one)) for group, own, one in zip(groups, each, alone, strict=True)
+        Option(tuple(group), plain - t, divergence(one)) for group, t, one in zip(groups, times, alone, strict=True)
     ]
     order = sorted((o for o in options if o.gain > 0), key=lambda o: o.loss / o.gain)
     kept: dict[str, Precision] = dict.fromkeys(free, "fp16")

@@ -57,10 +57,10 @@ class Tables:
         return Axis(name, sizes, finite, self.space.inner.get(name), tuple(allowed), name in self.fixed.widths)
 
     def _variant(self, variant: Variant) -> Axis:
-        given: Mapping[str, bool] = self.fixed.sparse
+        by_hand: Mapping[str, bool] = self.fixed.sparse
         if variant.option == "int8":
-            given = {name: precision == "int8" for name, precision in self.fixed.precisions.items()}
-        asked = {given[name] for name in variant.weights if name in given}
+            by_hand = {name: precision == "int8" for name, precision in self.fixed.precisions.items()}
+        asked = {by_hand[name] for name in variant.weights if name in by_hand}
         if len(asked) > 1:
             raise BadInput(
                 f"plan: {variant.weights[0]} and {variant.weights[-1]} exchange INT8 values; give both one precision"
@@ -71,7 +71,7 @@ class Tables:
         loss = variant.loss if math.isfinite(variant.loss) else 0.0
         kind = KINDS[variant.option]
         return Axis(
-            variant.name, (0, 1), (loss, 0.0), variant.block, allowed, bool(given.keys() & set(variant.weights)), kind,
+            variant.name, (0, 1), (loss, 0.0), variant.block, allowed, bool(by_hand.keys() & set(variant.weights)), kind,
             variant.weights,
         )  # fmt: skip
 
@@ -85,7 +85,7 @@ class Tables:
         form = self.space.form(indices(self.space, decided.blocks))
         here = form.here([g for g in self.space.groups if g.name in decided.widths])
         predictor = Predictor(form.comb, self.times.latency)
-        return predictor.total({own.atom: decided.widths[g.name] for g, own in here})
+        return predictor.total({group.atom: decided.widths[g.name] for g, group in here})
 
 
 def check_fixed(space: Space, fixed: Fixed) -> None:

@@ -77,11 +77,11 @@ class Times:
         start = len(self.terms)
         for index, node in enumerate(pruned.layers.nodes):
             if node.name in names or node.name not in outside:
-                own = {t: o for t, o in twins.items() if t in pruned.atoms(index)}
-                self.terms += self._tables(pruned, index, own, b, True)
+                inside = {t: o for t, o in twins.items() if t in pruned.atoms(index)}
+                self.terms += self._tables(pruned, index, inside, b, True)
         added = sum(_last(t) for t in self.terms[start:])
-        taken = sum(_last(t) for t in self.terms if t.block == b and not t.gone)
-        rest = pruned.total({}) - (self.whole - taken + added)
+        saved = sum(_last(t) for t in self.terms if t.block == b and not t.gone)
+        rest = pruned.total({}) - (self.whole - saved + added)
         self.terms.append(Term((), np.array(rest), b, True))
 
     def _tables(
@@ -100,13 +100,13 @@ class Times:
 
         def at(sizes: Sequence[int]) -> float:
             size = dict(zip(ours, sizes, strict=False))
-            theirs = {atom: size[own] for atom, own in atoms.items()}
+            theirs = {atom: size[indices] for atom, indices in atoms.items()}
             changed = [change for change, k in zip(changes, sizes[len(ours) :], strict=True) if k == CHANGED]
             return self._changed(predictor, index, theirs, changed)
 
         if math.prod(map(len, options)) <= CELLS:
             return [Term(axes, _table(at, options), block, gone)]
-        return [Term(tuple(axes[i] for i in own), table, block, gone) for own, table in _pairwise(at, options)]
+        return [Term(tuple(axes[i] for i in indices), table, block, gone) for indices, table in _pairwise(at, options)]
 
     def _changed(self, predictor: Predictor, index: int, sizes: Mapping[Factor, int], changed: Sequence[str]) -> float:
         """Seconds of a layer with these variants. A layer with both takes the shares that each of them leaves."""

@@ -187,8 +187,8 @@ def _integer_regions(
 def _share(dense: Predictor, names: Sequence[str], faster: float) -> float:
     """The share of their time that layers take in INT8, if the whole network becomes so many times as fast. dense: predicts
     the network in floating point."""
-    own = sum(dense.node(i, {}) for i, node in enumerate(dense.layers.nodes) if weight_of(node) in names)
-    return max(LEAST, 1.0 - (1.0 - 1.0 / faster) * dense.total({}) / own) if own > 0 else 1.0
+    seconds = sum(dense.node(i, {}) for i, node in enumerate(dense.layers.nodes) if weight_of(node) in names)
+    return max(LEAST, 1.0 - (1.0 - 1.0 / faster) * dense.total({}) / seconds) if seconds > 0 else 1.0
 
 
 def _borders(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:

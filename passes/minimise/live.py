@@ -267,8 +267,8 @@ def _other(comb: Comb, read: Read, constants: dict[tuple[fx.Node, int], tuple[Te
     size = shape(first.source)[first.dim]
     zero, known = np.zeros(size, dtype=bool), np.ones(size, dtype=bool)
     for operand in read.operands:
-        own, constant = (t.cpu().numpy() for t in constants[operand.source, operand.dim])
-        known = known & own
+        constant_here, constant = (t.cpu().numpy() for t in constants[operand.source, operand.dim])
+        known = known & constant_here
         if len(read.operands) == 2 or op_name(read.node) == "sum":
             zero = zero | (constant == 0)
     return OtherRead(read.node, comb.axes[first.source][first.dim], ~zero, known, f"it is read at {source(read.node)}")

@@ -84,8 +84,8 @@ def _own_bias(edit: Editor, layer: WeightedLayer) -> nn.Parameter:
     if isinstance(stored, nn.Parameter) and len(others) == len(old.users) == 1:
         return stored
     weight = fetch(edit.module, layer.name)
-    own = nn.Parameter(weight.new_zeros(layer.shape[0]) if stored is None else stored.detach().clone())
+    bias = nn.Parameter(weight.new_zeros(layer.shape[0]) if stored is None else stored.detach().clone())
     with edit.before(node):
         name = edit.free_name(f"{layer.name.rpartition('.')[0]}.bias".lstrip("."))
-        set_argument(node, "bias", edit.store(name, own))
-    return own
+        set_argument(node, "bias", edit.store(name, bias))
+    return bias

@@ -119,11 +119,11 @@ def _written(layer: fx.Node) -> fx.Node:
 
 def pads_zeros(node: fx.Node) -> bool:
     """Whether a node pads with zeros, which rounding keeps."""
-    name, given = op_name(node), dict(enumerate(node.args)) | node.kwargs
+    name, arguments = op_name(node), dict(enumerate(node.args)) | node.kwargs
     if name not in ("pad", "constant_pad_nd"):
         return False
-    mode, value = given.get(2, given.get("mode", "constant")), given.get(3, given.get("value"))
-    return bool(mode == "constant" and not value) if name == "pad" else bool(given.get(2, value or 0) == 0)
+    mode, value = arguments.get(2, arguments.get("mode", "constant")), arguments.get(3, arguments.get("value"))
+    return bool(mode == "constant" and not value) if name == "pad" else bool(arguments.get(2, value or 0) == 0)
 
 
 def is_nonnegative(value: fx.Node) -> bool:

@@ -185,13 +185,13 @@ def _logits(node: fx.Node, twin: fx.Node, projection: fx.Node, consumer: Consume
             parts = value if isinstance(value, (list, tuple)) else [value]
             if any(bool(torch.isin(part, rows).any()) for part in parts):
                 return f"{reader.name} reads its queries elsewhere, too"
-    owner = {int(row): place for place, own in enumerate(tables[1]) for row in own}
+    owner = {int(row): place for place, head in enumerate(tables[1]) for row in head}
     kept = torch.from_numpy(consumer.outputs)[tables[0]]
-    places = [{owner.get(int(row), -1) for row in own} for own in kept]
-    if not all(len(own) == 1 and -1 not in own for own in places):
+    places = [{owner.get(int(row), -1) for row in head} for head in kept]
+    if not all(len(head) == 1 and -1 not in head for head in places):
         return "its heads are not heads of the dense network"
     return Logits(
-        node, twin, consumer.weight, consumer.bias, rows, heads, torch.tensor([next(iter(own)) for own in places])
+        node, twin, consumer.weight, consumer.bias, rows, heads, torch.tensor([next(iter(head)) for head in places])
     )
 
 
@@ -237,9 +237,9 @@ class Mixing:
                 both = _positions(node, *(values[arguments(node)[k]][i] for k in names_))
                 assert both is not None  # `_logits` has checked that with the example inputs
                 parts += [t.index_select(1, places.to(t.device)).flatten(0, 1).double() for t in both]
-            own = half.repeat_interleave(len(parts[0]) // len(half))  # windows of an image follow one another
+            windows = half.repeat_interleave(len(parts[0]) // len(half))  # windows of an image follow one another
             q, k, dense_q, dense_k = parts
-            yield q, k, dense_q, dense_k, own.to(q.device)
+            yield q, k, dense_q, dense_k, windows.to(q.device)
 
     def sums(self, head: int) -> tuple[Sums, Sums]:
         """The sums that the best mix of a head depends on, for both halves of this process's images."""
@@ -280,6 +280,6 @@ class Mixing:
                 tensor[rows.to(tensor.device)] = torch.tensordot(mix.T, old, 1).to(tensor.dtype)
         at = logits.heads == head
         for i, query in enumerate(self.values[logits.query]):
-            own = at.to(query.device).reshape(*query.shape[1:-2], 1, 1) if query.dim() > 3 else True
+            where = at.to(query.device).reshape(*query.shape[1:-2], 1, 1) if query.dim() > 3 else True
             mixed = (query.double() @ mix).to(query.dtype)
-            self.values[logits.query][i] = torch.where(torch.as_tensor(own, device=query.device), mixed, query)
+            self.values[logits.query][i] = torch.where(torch.as_tensor(where, device=query.device), mixed, query)

@@ -114,9 +114,9 @@ def twin_of(node: fx.Node, twins: dict[str, fx.Node], same: dict[fx.Node, fx.Nod
     layer, as with merged blocks, and it is the node that the layer's readers read in the dense network, provided that they
     are there and have unchanged weights.
     """
-    own = twins.get(node.name)
-    if own is not None and op_name(own) == op_name(node) and _readers(own) == _readers(node):
-        return own
+    named = twins.get(node.name)
+    if named is not None and op_name(named) == op_name(node) and _readers(named) == _readers(node):
+        return named
     candidates = set()
     for user in node.users:
         twin = twins.get(user.name)
@@ -233,14 +233,14 @@ def consumer_of(
         full = fetch(dense.module(), str(arguments(twin)["weight"].target)).shape
         kept = [np.delete(np.arange(n), lost.get(d, [])) for d, n in enumerate(full)]
         inputs = kept[into] if [len(k) for k in kept] == list(parameter.shape) else None
-    own = bias is not None and uses[id(fetch(smaller, str(bias.target)))] == 1
+    alone = bias is not None and uses[id(fetch(smaller, str(bias.target)))] == 1
     unknowns = math.prod(parameter.shape[1:])
     whole = not transposed and unknowns <= largest
     mean = mean_behind(node, smaller, uses) if bias is None and whole else None
     if not whole and (groups > 1 or inputs is None):
         return f"{unknowns} unknowns for each output, and {largest} are the most"
     return Consumer(
-        node, twin, str(weight.target), str(bias.target) if own else None, mean, groups, outputs,
+        node, twin, str(weight.target), str(bias.target) if alone else None, mean, groups, outputs,
         np.arange(0) if inputs is None else inputs, whole,
     )  # fmt: skip
 
@@ -279,9 +279,9 @@ def unchanged(dense: TrainableModule, smaller: TrainableModule) -> dict[fx.Node,
         if twin is None or twin.op != node.op or node.op == "output":
             continue
         if node.op == "get_attr":
-            own, other = fetch(smaller, str(node.target)), fetch(dense, str(twin.target))
-            same = isinstance(own, Tensor) and isinstance(other, Tensor) and own.shape == other.shape
-            same = same and own.dtype == other.dtype and bool((own == other.to(own.device)).all())
+            ours, other = fetch(smaller, str(node.target)), fetch(dense, str(twin.target))
+            same = isinstance(ours, Tensor) and isinstance(other, Tensor) and ours.shape == other.shape
+            same = same and ours.dtype == other.dtype and bool((ours == other.to(ours.device)).all())
         elif node.op == "placeholder":
             same = node.target == twin.target
         else:

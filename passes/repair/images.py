@@ -27,12 +27,12 @@ class Images:
     count: int
 
 
-def halves(start: int, size: int, taken: int) -> Tensor:
+def halves(start: int, size: int, many: int) -> Tensor:
     """For each of the `size` samples of a batch, the half that it belongs to, 0 or 1 by turns, as `(size,)`; -1 for samples
-    from `taken` on, which do not count (padding, or more samples than asked for). start: the number of the batch's first
+    from `many` on, which do not count (padding, or more samples than asked for). start: the number of the batch's first
     sample."""
     half = torch.arange(start, start + size) % 2
-    half[taken:] = -1
+    half[many:] = -1
     return half
 
 
@@ -44,10 +44,10 @@ def take_images(program: Program, context: Context, samples: int) -> Images:
 
     def take() -> int:
         seen = 0
-        for batch, taken in sample_batches(Feed(program), context, samples, share=True):
+        for batch, many in sample_batches(Feed(program), context, samples, share=True):
             inputs.append(pytree.tree_leaves((batch.args, batch.kwargs)))
-            parts.append(halves(seen, batch.size, taken))
-            seen += taken
+            parts.append(halves(seen, batch.size, many))
+            seen += many
         if not inputs:
             raise BadInput("data: fewer batches of images than processes; take smaller batches, or more samples")
         return seen

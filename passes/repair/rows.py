@@ -60,12 +60,12 @@ def some_positions(size: tuple[int, int], rows: int, unknowns: int, generator: t
 def parts(half: Tensor, which: int, step: int) -> Iterator[slice | Tensor]:
     """Yield the samples of one half of a batch, at most `step` at a time; as a slice, which copies nothing, where they are
     evenly spaced."""
-    for own in (half == which).nonzero()[:, 0].split(max(1, step)):
-        if not len(own):
+    for indices in (half == which).nonzero()[:, 0].split(max(1, step)):
+        if not len(indices):
             return
-        apart = own.diff().unique().tolist()
-        first, last = int(own[0]), int(own[-1])
-        yield slice(first, last + 1, *(apart or [1])) if len(apart) < 2 else own
+        apart = indices.diff().unique().tolist()
+        first, last = int(indices[0]), int(indices[-1])
+        yield slice(first, last + 1, *(apart or [1])) if len(apart) < 2 else indices
 
 
 class Rows:

@@ -65,10 +65,10 @@ class Reader:
     def add(self, rows: Tensor, half: Tensor) -> None:
         """Add the inputs of a batch. rows: (samples, positions, c). half: the half of each sample."""
         for k in range(2):
-            own = rows[half == k].flatten(0, 1)
-            self.count[k] += len(own)
-            self.x[k] += own.sum(0)
-            self.xx[k] += own.T @ own
+            part = rows[half == k].flatten(0, 1)
+            self.count[k] += len(part)
+            self.x[k] += part.sum(0)
+            self.xx[k] += part.T @ part
 
     def sense(self, gradient: Tensor, output: Tensor) -> None:
         """Add the gradients at the outputs of a batch; both arguments are (samples, positions, o).
@@ -138,10 +138,10 @@ def readers(comb: Comb, groups: list[Group], context: Context, samples: int) -> 
 
     def add_up() -> int:
         seen = 0
-        for batch, taken in sample_batches(Feed(comb.program), context, samples, "score", share=True):
+        for batch, many in sample_batches(Feed(comb.program), context, samples, "score", share=True):
             inputs = pytree.tree_leaves((batch.args, batch.kwargs))
-            _add(module, by_node, inputs, halves(seen, batch.size, taken), generator)
-            seen += taken
+            _add(module, by_node, inputs, halves(seen, batch.size, many), generator)
+            seen += many
         return seen
 
     with seeded(context.seed, context.data), evaluating(module), placed(module, device):
@@ -184,10 +184,10 @@ def columns(axis: Axis, atom: Factor) -> np.ndarray:
     indices = np.full(1, -1)
     for factor in ax.normal(axis):
         if factor.segments is not None:
-            own = np.concatenate([columns(part, atom) for part in factor.segments])
+            inside = np.concatenate([columns(part, atom) for part in factor.segments])
         else:
-            own = np.arange(factor.size) if factor is atom else np.full(factor.size, -1)
-        indices = np.maximum.outer(indices, own).reshape(-1)
+            inside = np.arange(factor.size) if factor is atom else np.full(factor.size, -1)
+        indices = np.maximum.outer(indices, inside).reshape(-1)
     return indices
 
 

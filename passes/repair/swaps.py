@@ -74,7 +74,7 @@ def _changes(readers: Sequence[Columns], gone: np.ndarray, left: np.ndarray) -> 
     total = np.zeros((len(gone), len(left)))
     for reader in readers:
         (back, s), (out, k) = reader.of(gone), reader.of(left)
-        p, g, own = reader.inverse, reader.power, np.zeros_like(total)
+        p, g, change = reader.inverse, reader.power, np.zeros_like(total)
         if len(s):
             m = torch.linalg.inv(p[s][:, s])
             squares = (m @ g[s][:, s] @ m).diagonal()
@@ -82,14 +82,14 @@ def _changes(readers: Sequence[Columns], gone: np.ndarray, left: np.ndarray) -> 
             rest = g[s][:, k] - g[s][:, s] @ x
             powers = g[k, k] - (g[s][:, k] * x).sum(0) - (rest * x).sum(0)
             inverses = p[k, k] - (p[s][:, k] * x).sum(0)
-            own[back] -= (squares / m.diagonal()).numpy()[:, None]
+            change[back] -= (squares / m.diagonal()).numpy()[:, None]
             share = x / m.diagonal()[:, None]
             without = powers + 2 * share * (m @ rest) + share.square() * squares[:, None]
             costs = without.clamp(min=0) / (inverses + share * x)
-            own[np.ix_(back, out)] += costs.numpy()
+            change[np.ix_(back, out)] += costs.numpy()
             alone = (powers.clamp(min=0) / inverses).numpy()
         else:
             alone = (g[k, k] / p[k, k]).numpy()
-        own[np.ix_(~back, out)] += alone
-        total += own
+        change[np.ix_(~back, out)] += alone
+        total += change
     return total

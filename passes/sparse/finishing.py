@@ -23,9 +23,9 @@ def sole_producers(program: Program) -> set[str]:
     comb, makers = Comb(program), Counter[Factor]()
     candidates = [layer for layer in layers(program)[0] if layer.kind != "depthwise"]
     outputs = {layer.name: atoms([comb.parameters[layer.name][0]]) for layer in candidates}
-    for own in outputs.values():
-        makers.update(own.keys())
-    return {name for name, own in outputs.items() if all(a.frozen is None and makers[a] == 1 for a in own)}
+    for made in outputs.values():
+        makers.update(made.keys())
+    return {name for name, made in outputs.items() if all(a.frozen is None and makers[a] == 1 for a in made)}
 
 
 def finish_rows(

@@ -281,10 +281,10 @@ class Solver:
         finished: dict[Piece, tuple[Tensor, Tensor]] = {}
         alone = sole_producers(self.program)
         for layer in dict.fromkeys(piece.layer for piece in pieces if piece.layer.name in alone):
-            own = [piece for piece in pieces if piece.layer is layer]
-            gone = torch.cat([self._blocks(piece).cpu() == 0 for piece in own])
-            old = [ranked[piece] for piece in own]
-            finished |= zip(own, finish_rows(old, gone, columns_of(layer), price, self.method.finish_rows), strict=True)
+            its = [piece for piece in pieces if piece.layer is layer]
+            gone = torch.cat([self._blocks(piece).cpu() == 0 for piece in its])
+            old = [ranked[piece] for piece in its]
+            finished |= zip(its, finish_rows(old, gone, columns_of(layer), price, self.method.finish_rows), strict=True)
         return finished
 
     # -------------------------------------------------------------------------------------------- fastcap, sparsegpt

@@ -327,7 +327,8 @@ class _Loop:
     def _save(self) -> None:
         if self.checkpoint is None:
             return
-        own = gather_object([{"rng": rng_state(), "sums": self.sums, "seen": self.seen}])  # one entry for each process
+        # One entry for each process.
+        ranks = gather_object([{"rng": rng_state(), "sums": self.sums, "seen": self.seen}])
         if not self.acc.is_main_process:
             return
         state = {
@@ -336,7 +337,7 @@ class _Loop:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "callbacks": [c.state_dict() for c in self.callbacks],
-            "own": own,
+            "own": ranks,
             "order": self.order,
             "skipped": self.feed.skipped,
             **{key: getattr(self, key) for key in PLAIN},
@@ -379,8 +380,8 @@ class _Loop:
             self.scaler.load_state_dict(state["scaler"])
             for generator, order in zip(generators(self.context.data), state["order"], strict=True):
                 generator.set_state(order)
-            self.order, own = state["order"], state["own"][self.acc.process_index]
-            self.rng, self.sums, self.seen = own["rng"], own["sums"], own["seen"]
+            self.order, rank = state["order"], state["own"][self.acc.process_index]
+            self.rng, self.sums, self.seen = rank["rng"], rank["sums"], rank["seen"]
             self.feed.skipped = state["skipped"]
             for key in PLAIN:
                 setattr(self, key, state[key])

@@ -190,9 +190,9 @@ def _further(checks: Sequence[Check], tolerance: float, limit: float) -> str:
                 return _first(checks, tolerance) or _first(checks, 0.0)
             distances.setdefault(output.name, []).append(output.distances)
     for name, rows in distances.items():
-        ours, own = (float(np.sqrt(sum(row[i] for row in rows))) for i in (0, 1))
-        if not ours <= limit * own:
-            further = f"{ours / own:.2g} times" if own else "infinitely"
+        ours, theirs = (float(np.sqrt(sum(row[i] for row in rows))) for i in (0, 1))
+        if not ours <= limit * theirs:
+            further = f"{ours / theirs:.2g} times" if theirs else "infinitely"
             why = _first(checks, tolerance) or "differs from the quantised program"
             return f"{why}; {name} is {further} as far from the network without quantisation (limit {limit})"
     return ""

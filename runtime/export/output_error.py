@@ -128,12 +128,12 @@ def _worst_channel(actual: np.ndarray, wanted: np.ndarray) -> tuple[float, str]:
     worst, where = 0.0, ""
     for axis in range(1, wanted.ndim):
         count, others = wanted.shape[axis], tuple(i for i in range(wanted.ndim) if i != axis)
-        own, off = (np.sqrt(np.mean(np.square(x), axis=others)) for x in (wanted, actual - wanted))
-        order, many = np.argsort(own), wanted.size // max(count, 1) >= MANY
+        size, off = (np.sqrt(np.mean(np.square(x), axis=others)) for x in (wanted, actual - wanted))
+        order, many = np.argsort(size), wanted.size // max(count, 1) >= MANY
         rank = np.minimum(np.arange(count) + max(1, round(NEIGHBOURS[many] * count)), count - 1)
-        larger = np.empty_like(own)
-        larger[order] = own[order][rank]
-        scale = np.maximum(own, larger * (BESIDE if many else 1.0))
+        larger = np.empty_like(size)
+        larger[order] = size[order][rank]
+        scale = np.maximum(size, larger * (BESIDE if many else 1.0))
         errors = np.divide(off, scale, out=off.copy(), where=scale > 0)
         if errors.size and errors.max() > worst:
             worst, where = float(errors.max()), f"channel {int(errors.argmax())} of axis {axis}"

@@ -127,7 +127,7 @@ def bench(
                 paired += all(counts for _, counts, _ in rounds[-1]) and _steady(rounds[-1])
                 advance(max((time.perf_counter() - start) / seconds, paired / max_runs))
         elapsed, lost = time.perf_counter() - start, stolen() - lost
-    taken = others.percent() if others else None
+    busy = others.percent() if others else None
     measured = np.array([[sample for sample, _, _ in row] for row in rounds]).reshape(
         -1, len(calls)
     )  # by round and item
@@ -143,13 +143,13 @@ def bench(
     pairs = measured[counts.all(axis=1) & steady]
     # The hypervisor may take the processor between two samples, too; then no single sample shows it.
     preempted = lost > (1 - GUARD) * threads * elapsed
-    shared = taken is not None and taken > 100 * (1 - GUARD)
+    shared = busy is not None and busy > 100 * (1 - GUARD)
     enough = paired >= min_runs and not preempted and not shared
     ratios = {name: _estimate(pairs[:, 0] / pairs[:, i]) if enough else None for i, name in enumerate(titles) if i}
     slow = not preempted and not shared and len(rounds) < min_runs and 2 * paired >= len(rounds)
     note = ""
     if shared:
-        note = f"no figure: other processes had the GPU for {taken:.0f} % of the time; measure again"
+        note = f"no figure: other processes had the GPU for {busy:.0f} % of the time; measure again"
     elif not enough:
         changed = int((counts.all(axis=1) & ~steady).sum())
         note = _no_figure(
@@ -161,7 +161,7 @@ def bench(
         rejected=len(rounds) - paired, seconds=elapsed, note=note, contended=not enough and not slow,
         estimator=ESTIMATOR,
         environment={
-            **environment(threads), "stolen_seconds": round(lost, 2), "gpu_others_percent": taken,
+            **environment(threads), "stolen_seconds": round(lost, 2), "gpu_others_percent": busy,
             "cpu_mhz": [round(min(clocks)), round(max(clocks))] if clocks else None,
         },
     )  # fmt: skip

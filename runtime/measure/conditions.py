@@ -78,5 +78,5 @@ class OtherProcesses:
         return None
 
     def _others(self, shares: list[tuple[int, int]]) -> float:
-        own = [share for pid, share in shares if pid == os.getpid()] or [max((s for _, s in shares), default=0)]
-        return float(min(sum(share for _, share in shares) - sum(own), 100))
+        mine = [share for pid, share in shares if pid == os.getpid()] or [max((s for _, s in shares), default=0)]
+        return float(min(sum(share for _, share in shares) - sum(mine), 100))

@@ -106,9 +106,9 @@ def _nodes(rows: Sequence[Mapping[str, Any]], model: onnx.ModelProto) -> list[li
     for call, which in layers.items():
         # An attention is exported as two products around a softmax.
         parts = [(call, 1)] if call != "scaled_dot_product_attention" else [("matmul", 2), ("softmax", 1)]
-        for name, each in parts:
+        for name, per_layer in parts:
             nodes = list(groups[name].values())
-            if len(nodes) == each * len(which) and (name == call or name not in layers):
+            if len(nodes) == per_layer * len(which) and (name == call or name not in layers):
                 for k, i in enumerate(which):
-                    nodes_of[i] += [n for part in nodes[each * k : each * (k + 1)] for n in part]
+                    nodes_of[i] += [n for part in nodes[per_layer * k : per_layer * (k + 1)] for n in part]
     return nodes_of

@@ -67,10 +67,10 @@ def _broadcast_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
 @rule("expand_as", "broadcast_to", "expand")
 def expand(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     x, out = c.first(node), shape(node)
-    own, shift = shape(x), len(out) - len(shape(x))
+    before, shift = shape(x), len(out) - len(shape(x))
     result = []
     for d in range(len(out)):
-        if d >= shift and own[d - shift] == out[d]:
+        if d >= shift and before[d - shift] == out[d]:
             result.append(c.axes[x][d - shift])
         else:
             result.append(c.fresh(node, d))

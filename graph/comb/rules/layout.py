@@ -53,8 +53,8 @@ def view(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
         c.unify_all(result, c.axes[a["other"]])
     elif name == "squeeze":
         # `squeeze` removes every dimension of size 1, also an axis that is pruned down to 1, so name the dimensions.
-        given = a.get("dim", range(len(xs)))
-        asked = {d % len(xs) for d in ([given] if isinstance(given, int) else given)} if xs else set()
+        named = a.get("dim", range(len(xs)))
+        asked = {d % len(xs) for d in ([named] if isinstance(named, int) else named)} if xs else set()
         dims = [d for d in sorted(asked) if shape(a["self"])[d] == 1]
 
         def name_dims(s: Sizes, m: fx.Node) -> None:
@@ -231,12 +231,12 @@ def repeat(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     key = "dims" if op_name(node) == "tile" else "repeats"
     xs = c.axes[a["self"]]
     missing = [1] * max(0, len(xs) - len(a[key]))  # tile may leave out leading dimensions
-    given = [*missing, *a[key]]
-    counts = [hint(r) for r in given]
-    times = [fresh(n, None, not isinstance(r, int)) for n, r in zip(counts, given, strict=True)]
+    repeats = [*missing, *a[key]]
+    counts = [hint(r) for r in repeats]
+    times = [fresh(n, None, not isinstance(r, int)) for n, r in zip(counts, repeats, strict=True)]
     c.copies(node, times, "multiplier")
     shift = len(counts) - len(xs)
-    symbolic = [not isinstance(r, int) for r in given]
+    symbolic = [not isinstance(r, int) for r in repeats]
 
     def regenerate(s: Sizes, m: fx.Node) -> None:
         old = [*missing, *arguments(m)[key]]

@@ -102,8 +102,8 @@ def gather(c: Call) -> Any:
             return x.narrow(axis, int(known[0]), len(known))  # the indices are a range
         if is_static([x.shape[axis]]):
             known = np.where(known < 0, known + int(x.shape[axis]), known)
-            taken = x.index_select(axis, c.constant(known.astype(np.int64)))
-            return taken if indices.ndim == 1 else taken.unflatten(axis, indices.shape)
+            gathered = x.index_select(axis, c.constant(known.astype(np.int64)))
+            return gathered if indices.ndim == 1 else gathered.unflatten(axis, indices.shape)
     ids = c.tensor(1).long()
     if axis == 0 and x.dim() == 2 and isinstance(x, torch.nn.Parameter):
         return F.embedding(ids, x)  # raises for a negative index, which a look-up of words does not have
@@ -197,9 +197,9 @@ def pad(c: Call) -> Any:
         if before or after:
             if not is_static([x.shape[axis]]):
                 raise Refused(f"padding by {mode} along a dynamic axis; give the input a fixed size")
-            taken = np.pad(np.arange(int(x.shape[axis])), (max(before, 0), max(after, 0)), mode)
-            taken = taken[max(-before, 0) : len(taken) - max(-after, 0)]
-            x = x.index_select(axis, c.constant(taken.astype(np.int64)))
+            indices = np.pad(np.arange(int(x.shape[axis])), (max(before, 0), max(after, 0)), mode)
+            indices = indices[max(-before, 0) : len(indices) - max(-after, 0)]
+            x = x.index_select(axis, c.constant(indices.astype(np.int64)))
     return x
 
 

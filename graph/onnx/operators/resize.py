@@ -136,13 +136,13 @@ def matrix(axis: _Axis) -> np.ndarray:
         wide = max(1.0, 1 / ratio) if antialias else 1.0
         first = int(np.floor(x - support * wide)) if antialias else int(np.floor(x)) - support + 1
         last = int(np.ceil(x + support * wide)) if antialias else int(np.floor(x)) + support
-        taken = np.arange(first, last + 1)
-        weights = _kernel((taken - x) / wide, mode, a)
+        pixels = np.arange(first, last + 1)
+        weights = _kernel((pixels - x) / wide, mode, a)
         if outside:
-            weights = np.where((taken >= 0) & (taken < n), weights, 0)
+            weights = np.where((pixels >= 0) & (pixels < n), weights, 0)
         if outside or antialias:
             weights = weights / weights.sum()
-        np.add.at(rows[i], np.clip(taken, 0, n - 1), weights)
+        np.add.at(rows[i], np.clip(pixels, 0, n - 1), weights)
     return rows
 
 

@@ -56,8 +56,8 @@ def pieces(c: Call, size: Any) -> list[Any]:
     count = c.attribute("num_outputs", len(c.step.outputs))
     if not is_static([size]):
         return [size // count] * count
-    each = -(-size // count)
-    return [min(each, size - i * each) for i in range(count)]
+    size_of_piece = -(-size // count)
+    return [min(size_of_piece, size - i * size_of_piece) for i in range(count)]
 
 
 def _truncated(a: Any, b: Any) -> Any:

@@ -122,8 +122,8 @@ def spell_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
         right = ("..." if dots else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
     spelled = []
     for term, rank in zip(terms, ranks, strict=True):
-        own = rank - len(term.replace("...", ""))
-        spelled.append(term.replace("...", dots[len(dots) - own :] if own else ""))
+        dims = rank - len(term.replace("...", ""))
+        spelled.append(term.replace("...", dots[len(dots) - dims :] if dims else ""))
     return spelled, right.replace("...", dots)
 
 
@@ -161,10 +161,10 @@ def attention(call: Call) -> Held:
 
 def _share_heads(q: Held, x: Held) -> Held:
     """For grouped-query attention, the heads of k or v repeated to those of q, which are groups x repeats."""
-    heads, own = q.value.shape[-3], x.value.shape[-3]
-    group, rest = factor(q.states[-3], (own, heads // own))
-    state = outer((join([group, x.states[-3]]), rest), (own, heads // own))
-    return Held(x.value.repeat_interleave(heads // own, dim=-3), (*x.states[:-3], state, *x.states[-2:]))
+    heads, own_heads = q.value.shape[-3], x.value.shape[-3]
+    group, rest = factor(q.states[-3], (own_heads, heads // own_heads))
+    state = outer((join([group, x.states[-3]]), rest), (own_heads, heads // own_heads))
+    return Held(x.value.repeat_interleave(heads // own_heads, dim=-3), (*x.states[:-3], state, *x.states[-2:]))
 
 
 @means("cosine_similarity pairwise_distance")

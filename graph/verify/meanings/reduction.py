@@ -55,8 +55,8 @@ def layer_norm(call: Call) -> Any:
     lead = x.value.dim() - k
     states, override = list(x.states), {}
     for i in range(k):
-        given = [p.states[i] for p in call.held("weight", "bias")]
-        states[lead + i] = join([states[lead + i], *given])
+        parameters = [p.states[i] for p in call.held("weight", "bias")]
+        states[lead + i] = join([states[lead + i], *parameters])
     for name in ("input", "weight", "bias"):
         held = call.a.get(name)
         if isinstance(held, Held):

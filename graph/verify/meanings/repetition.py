@@ -43,10 +43,10 @@ def repeat(call: Call) -> Held:
     x, value = call.x, call.run()
     states: list[State] = []
     for back in range(value.dim(), 0, -1):
-        own = x.value.shape[-back] if x.value.dim() >= back else 1
+        size = x.value.shape[-back] if x.value.dim() >= back else 1
         state = x.states[-back] if x.value.dim() >= back else None
-        times = value.shape[-back] // max(own, 1)
-        grid = torch.from_numpy(as_array(state, own)).repeat(times).numpy()
+        times = value.shape[-back] // max(size, 1)
+        grid = torch.from_numpy(as_array(state, size)).repeat(times).numpy()
         states.append(free_where_present(grid, len(grid)) if times > 1 else state)
     return Held(value, tuple(states))
 

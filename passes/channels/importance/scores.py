@@ -171,7 +171,7 @@ def _add_up(
     with (
         seeded(context.seed, context.data), placed(module, accelerator().device), gradients.tapped(), torch.enable_grad()
     ):  # fmt: skip
-        for batch, taken in sample_batches(feed, context, samples, "importance", share=True):
+        for batch, many in sample_batches(feed, context, samples, "importance", share=True):
             if batch.labels is None and not unlabelled:
                 raise BadInput(
                     "importance from gradients needs labels, and the data yields none; use importance: fisher-unlabelled"
@@ -184,7 +184,7 @@ def _add_up(
             loss.backward()
             for atom, values in gradients.of_batch().items():
                 sums[atom] += values
-            count += taken if unlabelled else 1
+            count += many if unlabelled else 1
     return count
 
 
@@ -203,7 +203,7 @@ def together(scores: Scores) -> Scores:
     if not scores:
         return {}
     values = averaged(np.concatenate(list(scores.values())))
-    parts = np.split(values, np.cumsum([len(own) for own in scores.values()])[:-1])
+    parts = np.split(values, np.cumsum([len(part) for part in scores.values()])[:-1])
     return dict(zip(scores, parts, strict=True))
 
 

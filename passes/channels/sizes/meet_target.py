@@ -171,7 +171,7 @@ class Chooser:
         elif self.target.name != "ratio":
             self._within_cost(selection, groups, scores, planned, share)
         elif self.target.scope == "isomorphic":
-            ends = [selection.by_count(own, scores, float(value), share, kind) for kind, own in self._kinds(groups)]
+            ends = [selection.by_count(alike, scores, float(value), share, kind) for kind, alike in self._kinds(groups)]
             return all(ends)
         elif self.target.scope == "global":
             return selection.by_count(groups, scores, float(value), share, self.groups)
@@ -215,7 +215,7 @@ class Chooser:
         end = self.target.remaining(dense)
         goal = end if share == 1 else whole - share * max(whole - end, 0)  # the last event's goal is exactly the end
         if self.target.scope == "isomorphic":
-            kinds = [own for _, own in self._kinds(groups)]
+            kinds = [alike for _, alike in self._kinds(groups)]
             reached = selection.alike_until(kinds, scores, costs, goal) <= goal
         elif self.target.scope == "global":
             reached = selection.greedy(groups, scores, costs, goal, self.target.per_cost, end)

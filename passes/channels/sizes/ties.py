@@ -96,8 +96,8 @@ class Ties:
         """From the numbers of indices by which groups may shrink at a time, the same for their wholes."""
         joint = {atom: step for atom, step in steps.items() if atom not in self.units}
         for b in self.bundles:
-            each = (steps.get(g.atom, 1) // math.gcd(steps.get(g.atom, 1), b.unit(g)) for g in b.groups)
-            joint[b.whole.atom] = math.lcm(*each)
+            wholes = (steps.get(g.atom, 1) // math.gcd(steps.get(g.atom, 1), b.unit(g)) for g in b.groups)
+            joint[b.whole.atom] = math.lcm(*wholes)
         return joint
 
     def scores(self, scores: Scores) -> Scores:

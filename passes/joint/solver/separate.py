@@ -111,8 +111,8 @@ def _point(front: _Front, index: int, lists: list[list[Point]]) -> Point:
     sizes: dict[int, int] = {}
     gone: dict[int, bool] = {}
     for options, (before, option) in zip(reversed(lists), reversed(front.parents), strict=True):
-        _, _, own, going = options[int(option[index])]
-        sizes |= own
+        _, _, chosen, going = options[int(option[index])]
+        sizes |= chosen
         gone |= going
         index = int(before[index])
     return t, m, sizes, gone

@@ -159,8 +159,8 @@ class _Program:
         gone = tuple(bool(v > 0.5) for v in values[self.block : self.whole])
         sizes = []
         for i, axis in enumerate(self.problem.axes):
-            taken = axis.block is not None and gone[axis.block]
-            sizes.append(-1 if taken else int(values[self.first[i] : self.first[i + 1]].argmax()))
+            removed = axis.block is not None and gone[axis.block]
+            sizes.append(-1 if removed else int(values[self.first[i] : self.first[i + 1]].argmax()))
         return Choice(tuple(sizes), gone)
 
 
@@ -206,7 +206,7 @@ def solve(
 
 
 def _gone(choice: Choice) -> frozenset[int]:
-    return frozenset(b for b, taken in enumerate(choice.gone) if taken)
+    return frozenset(b for b, removed in enumerate(choice.gone) if removed)
 
 
 def _joined(choice: Choice, connects: Connects) -> bool:

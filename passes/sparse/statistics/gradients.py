@@ -63,10 +63,10 @@ class Gradients:
         count = self.count if self.per == "sample" else self.count * size if size else sys.maxsize
         made = 0
         with ExitStack() as stack:
-            for each in (module, teacher) if teacher is not None else (module,):
-                stack.enter_context(placed(each, device))
+            for net in (module, teacher) if teacher is not None else (module,):
+                stack.enter_context(placed(net, device))
             stack.enter_context(_differentiable(maker.weights.values()))
-            for batch, taken in sample_batches(feed, context, count, share=share):
+            for batch, many in sample_batches(feed, context, count, share=share):
                 labels = batch.labels
                 if teacher is not None:
                     labels = _drawn(teacher, batch.args, batch.kwargs, of_graph)
@@ -79,7 +79,7 @@ class Gradients:
                     if made >= self.count:
                         return
                     continue
-                for gradients in maker(batch, taken, step):
+                for gradients in maker(batch, many, step):
                     yield _checked(gradients)
 
     def mean_squares(
@@ -253,12 +253,12 @@ class _Samples:
         per, products = len(x) // count, []
         some = max(1, self.largest // max(1, windows(node, x[:per]).numel()))
         for start in range(0, count, some):
-            own = slice(start * per, (start + some) * per)
+            part = slice(start * per, (start + some) * per)
             number, total = min(some, count - start), torch.zeros(())
-            for rows, where in pieces(windows(node, x[own]), self.largest, 2):
-                given = outputs_of(pull[own] if where is None else pull[own][:, :, where], layer)
-                rows, given = (t.unflatten(1, (number, -1)) for t in (rows, given))
-                total = total.to(rows) + torch.einsum("gnpo,gnpc->ngoc", given, rows)
+            for rows, where in pieces(windows(node, x[part]), self.largest, 2):
+                pulls = outputs_of(pull[part] if where is None else pull[part][:, :, where], layer)
+                rows, pulls = (t.unflatten(1, (number, -1)) for t in (rows, pulls))
+                total = total.to(rows) + torch.einsum("gnpo,gnpc->ngoc", pulls, rows)
             products.append(total)
         return torch.cat(products)
 

@@ -51,9 +51,9 @@ def input_moments(
 
     def add_up() -> int:
         show, seen = Observer(module, readers, see), 0
-        for batch, taken in sample_batches(Feed(program), context, count, share=True):
+        for batch, many in sample_batches(Feed(program), context, count, share=True):
             show(batch)
-            seen += taken
+            seen += many
         return seen
 
     with seeded(context.seed, context.data), placed(module, device), torch.no_grad():

@@ -254,8 +254,8 @@ class _Build:
         """Add the optimisation profiles for a model with dynamic shapes."""
         tensors = [self.network.get_input(index) for index in range(self.network.num_inputs)]
         sizes = {t.name: sizes_of(t.shape) for t in tensors}
-        each = self.options.profiles
-        options = [self.options] if each is None else [EngineOptions(batch=tuple(batches)) for batches in each]
+        profiles = self.options.profiles
+        options = [self.options] if profiles is None else [EngineOptions(batch=tuple(batches)) for batches in profiles]
         for ranges in [_ranges(sizes, path, chosen) for chosen in options]:
             if not ranges:
                 return
