@@ -32,6 +32,7 @@ from ..passes.joint.variants import (
     no_sparse_kernels,
     seconds_of_variants,
 )
+from ..runtime.device_results import are_results
 from ..runtime.devices.table import Target, get_target
 from ..runtime.prediction.latency_table import LatencyTable
 from ..runtime.prediction.roofline import Roofline
@@ -337,8 +338,6 @@ def latency_model(table: Table | None, target: Target, precision: str) -> Latenc
     if str(table) == "roofline":
         target.alignment(precision)
         return Roofline(target, precision)
-    from ..runtime.device_results import are_results
-
     if are_results(str(table)):
         return Roofline.calibrated(str(table), target, precision)
     return LatencyTable(table, target, precision=precision)

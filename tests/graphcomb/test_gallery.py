@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,11 @@ MADE = [name for name in NAMES if (ROOT / "benchmarks" / "results" / "gallery" /
 def gallery():
     for package in ("timm", "torchvision"):
         pytest.importorskip(package)
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
+    with pytest.MonkeyPatch.context() as path:
+        path.syspath_prepend(ROOT / "benchmarks")
         import gallery
 
         yield gallery
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 def toy(gallery, score):
