@@ -118,7 +118,7 @@ def own_gradients(model: nn.Module, images: list[Tensor]) -> list[Tensor | None]
     for batch in images:
         outputs = model(batch)
         if isinstance(outputs, Tensor):
-            logits = outputs.flatten(0, -2)
+            logits = (outputs.movedim(1, -1) if outputs.dim() == 4 else outputs).flatten(0, -2)
             F.cross_entropy(logits, logits.argmax(1)).backward()
         else:
             outputs[0].square().mean().backward()

