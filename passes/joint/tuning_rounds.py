@@ -183,13 +183,22 @@ class Tuner:
         for _ in range(TRIES):
             solved = solve(self._scaled(problem), seconds=limit, connects=self.tables.space.connects)
             if solved is None:
-                return None
-            structure = problem.plain(solved.choice)  # variants of layers are taken from the tables
-            actual = self.tables.seconds(decision(problem, structure)) + solved.seconds - problem.seconds(structure)
+                fastest = self._fastest(problem)
+                return fastest if fastest and self._seconds(problem, fastest) <= OVER * allowed else None
+            actual = self._seconds(problem, solved)
             if actual <= OVER * allowed:
                 return solved
             limit *= allowed / actual
         return solved
+
+    def _fastest(self, problem: Problem) -> Solved | None:
+        """The fastest choice by the tables; None if there is no choice."""
+        return solve(self._scaled(problem), connects=self.tables.space.connects)
+
+    def _seconds(self, problem: Problem, solved: Solved) -> float:
+        """The seconds of a choice by the tables, where the blocks and widths are those of the program's structure."""
+        structure = problem.plain(solved.choice)  # variants of layers are taken from the tables
+        return self.tables.seconds(decision(problem, structure)) + solved.seconds - problem.seconds(structure)
 
     def _singles(self, budget: float) -> dict[str, Built]:
         """Build the networks of each method alone, as far as these reach the budget; they correct the losses."""
@@ -231,8 +240,8 @@ class Tuner:
 
     def _unreachable(self, problem: Problem, budget: float) -> Unreachable:
         """The error for a budget that is too small: the smallest one that can be reached, and what prevents more."""
-        fastest, space = solve(problem, connects=self.tables.space.connects), self.tables.space
-        least = math.nan if fastest is None else self.correction.seconds * fastest.seconds
+        fastest, space = self._fastest(problem), self.tables.space
+        least = math.nan if fastest is None else self.correction.seconds * self._seconds(problem, fastest)
         fixed = [*self.tables.fixed.widths, *(n for n, goes in self.tables.fixed.blocks.items() if not goes)]
         refused = [name for name in space.refused if name not in fixed]
         why = [f"fixed by hand: {some(fixed)}"] if fixed else []

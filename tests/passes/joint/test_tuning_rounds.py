@@ -110,6 +110,30 @@ def test_a_method_alone_that_loses_less_but_missed_the_budget_gets_rounds_of_its
     assert found.loss == Tuner(tables, lambda decided: decided, time).within(60.0, "widths").loss
 
 
+def test_a_choice_whose_structure_is_slow_does_not_make_the_budget_unreachable():
+    """The tables say one second for each index. By the structure of the program, 15 indices take 40 s and 10 take 18 s. What
+    15 indices exceed the budget by would be enough to rule out 10 of them, too."""
+    sizes, by_structure = (10, 15, 100), {10: 18.0, 15: 40.0, 100: 100.0}
+    axis = Axis("group", sizes, tuple(1.0 - n / 100 for n in sizes))
+    problem = Problem((axis,), (), (Term((0,), np.array(sizes, dtype=float)),))
+
+    def seconds(decided: Decision) -> float:
+        return by_structure[decided.widths.get("group", 100)]
+
+    def time(decided: Decision) -> Time:
+        return Time(seconds(decided), seconds(decided), seconds(decided))
+
+    tables = SimpleNamespace(
+        problem=problem, times=SimpleNamespace(whole=100.0), seconds=seconds, fixed=Fixed(),
+        losses=SimpleNamespace(divergence=lambda decided: 1 - decided.widths.get("group", 100) / 100),
+        space=SimpleNamespace(program=Decision(), connects=lambda gone: True, refused={}, groups=[1], blocks=[]),
+    )  # fmt: skip
+    found = Tuner(tables, lambda decided: decided, time).within(18.5)
+    assert found.decided.widths == {"group": 10}
+    with pytest.raises(Unreachable, match=r"1\.7e\+04 of 1e\+05 ms cannot be reached; 1\.8e\+04 ms can$"):
+        Tuner(tables, lambda decided: decided, time).within(17.0)
+
+
 def test_networks_built_for_one_budget_serve_the_others():
     shared = tuner()
     tight = shared.within(0.5 * shared.dense)
