@@ -38,7 +38,7 @@ Samples = Annotated[
     int, typer.Option("--samples", help="Number of images for repair; as many others measure the loss.")
 ]
 Points = Annotated[int, typer.Option("--points", help="Sizes at which the loss of a group is measured, 1 or 2.")]
-Sizes = Annotated[int, typer.Option("--sizes", help="Largest number of sizes that a group may have.")]
+Sizes = Annotated[int, typer.Option("--sizes", help="Evenly spaced sizes of a group, and above 1 the least one.")]
 
 
 def tune(

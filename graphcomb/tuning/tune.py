@@ -62,7 +62,7 @@ def tune(
     - plan: an earlier plan. Rows that were changed in it are kept, and the others are chosen again.
     - samples: number of images for ranking and repair; as many others measure the loss.
     - points: number of sizes at which the loss of a group's widths is measured, 1 or 2.
-    - sizes: largest number of sizes that a group may have.
+    - sizes: number of evenly spaced sizes that a group may have; above 1, the least possible one is tried as well.
     - importance: see `RemoveChannels`.
     - rounds: how often the chosen network is built and the tables are corrected.
     - folder: folder that keeps measured losses; by default in the cache folder.

@@ -6,7 +6,8 @@ Gaussians with the dense output's variance, which is half the mean square of the
 The losses of several outputs are added, and labels are not needed.
 
 A block is measured as removed. A width is measured at one or two of its sizes; between them the curve has the shape of the
-cumulated importance scores, with a scale that is interpolated logarithmically. Measured losses are stored in a file, so
+cumulated importance scores, with a scale that is interpolated logarithmically. The least size is measured when a choice has
+it, since few indices lose far more than the curve says. Measured losses are stored in a file, so
 that an interrupted table continues. Source: replace-one-thing scores as in Puzzle (arXiv 2411.19146).
 """
 
@@ -217,8 +218,8 @@ class Losses:
                 update(done, block.name)
 
     def _points(self, group: Group) -> list[int]:
-        """The sizes at which a group is measured."""
-        smaller = self.space.sizes[group.name][:-1]
+        """The sizes at which a group is measured at first."""
+        smaller = self.space.even[group.name][:-1] or self.space.sizes[group.name][:-1]
         return sorted({smaller[len(smaller) // 2], *([smaller[0]] if self.points > 1 else [])})
 
     def width(self, group: Group, size: int) -> float:
@@ -229,6 +230,10 @@ class Losses:
             mask[np.argsort(self.scores[group.name], kind="stable")[: group.size - size]] = False
             self._keep(key, self._replaced(group, mask))
         return _number(self.known[key])
+
+    def guessed(self, group: Group, size: int) -> bool:
+        """Whether the loss at a size below the evenly spaced ones is extrapolated, not measured."""
+        return size < self.space.even[group.name][0] and f"width {group.name} {size}" not in self.known
 
     def _replaced(self, group: Group, mask: np.ndarray) -> float | None:
         smaller, removed = remove(self.space.comb, {group.atom: mask})

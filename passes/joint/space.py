@@ -50,12 +50,14 @@ class Form:
 class Space:
     """The groups of a program that may shrink, the sizes that they may have, and the blocks that may go.
 
-    alignment: sizes are multiples of it, as far as the group's axes require that. count: most sizes of a group. more: by
-    group name, further sizes. progress: whether to show a bar. lazy: do not find out which groups go with which block, for
-    which the program without each of the blocks is needed.
+    alignment: sizes are multiples of it, as far as the group's axes require that. count: number of evenly spaced sizes of a
+    group, the whole one included; if it is more than 1, the least possible size is there besides. more: by group name,
+    further sizes. progress: whether to show a bar. lazy: do not find out which groups go with which block, for which the
+    program without each of the blocks is needed.
 
-    Attributes: comb; groups; sizes, by group name, smallest first, the whole last; blocks; inner, by group name, the index
-    of the block that contains the group; refused, by name, why a block cannot go or a group cannot shrink.
+    Attributes: comb; groups; sizes, by group name, smallest first, the whole last; even, the evenly spaced ones of them;
+    blocks; inner, by group name, the index of the block that contains the group; refused, by name, why a block cannot go or
+    a group cannot shrink.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class Space:
         selection = Selection(self.comb, self.groups, alignment, 1)
         self.steps = {g.name: selection.step(g) for g in self.groups}
         wanted = more or {}
-        self.sizes = {g.name: _sizes(selection, g, count, wanted.get(g.name, ())) for g in self.groups}
+        self.even = {g.name: _even(selection, g, count) for g in self.groups}
+        self.sizes = {g.name: _sizes(selection, g, self.even[g.name], wanted.get(g.name, ())) for g in self.groups}
         self.groups = [g for g in self.groups if len(self.sizes[g.name]) > 1]
         self.inner: dict[str, int] = {}
         with bar(progress, "blocks", len(self.blocks)) as update:
@@ -120,11 +123,15 @@ class Space:
         return self._reach(gone)
 
 
-def _sizes(selection: Selection, group: Group, count: int, more: Collection[int]) -> tuple[int, ...]:
-    """Up to `count` allowed sizes, evenly spaced, and the further ones that are possible."""
-    even = {selection.legal(group, group.size * i / count) for i in range(1, count)}
-    legal = {n for n in more if group.least <= n <= group.size}
-    return tuple(sorted(even | legal | {group.size}))
+def _even(selection: Selection, group: Group, count: int) -> tuple[int, ...]:
+    """Up to `count` allowed sizes, evenly spaced."""
+    return tuple(sorted({selection.legal(group, group.size * i / count) for i in range(1, count)} | {group.size}))
+
+
+def _sizes(selection: Selection, group: Group, even: tuple[int, ...], more: Collection[int]) -> tuple[int, ...]:
+    """The evenly spaced sizes, the least one if there are several, and the further ones that are possible."""
+    least = {selection.legal(group, 1)} if len(even) > 1 else set()
+    return tuple(sorted({*even} | least | {n for n in more if group.least <= n <= group.size}))
 
 
 def twins(comb: Comb, other: Comb, apart: Collection[str]) -> dict[Factor, Factor]:

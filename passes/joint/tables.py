@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ...graph.comb.groups import Group
 from ...graph.errors import BadInput
 from ..channels.sizes.knapsack import Predictor
 from .carry_out import Decision, indices
 from .losses import Losses
 from .ranges import weight_of
-from .solver.problem import Axis, Problem, Removal
+from .solver.problem import Axis, Choice, Problem, Removal
 from .space import Space
 from .times import Times
 from .variants import CHANGED, FLOAT, KINDS, Variant
@@ -46,6 +47,12 @@ class Tables:
         axes = (*(self._axis(g.name) for g in self.space.groups), *map(self._variant, self.times.variants.offered))
         blocks = tuple(self._removal(b.name, self.losses.block(b)) for b in self.space.blocks)
         return Problem(axes, blocks, tuple(self.times.terms), self.times.constant)
+
+    def guessed(self, choice: Choice) -> list[tuple[Group, int]]:
+        """The groups and sizes of a choice whose losses are extrapolated far beyond what was measured."""
+        widths = zip(self.space.groups, choice.sizes, strict=False)  # the axes of variants follow those of the groups
+        sizes = [(g, self.space.sizes[g.name][k]) for g, k in widths if k >= 0]
+        return [(g, size) for g, size in sizes if self.losses.guessed(g, size)]
 
     def _axis(self, name: str) -> Axis:
         sizes = self.space.sizes[name]

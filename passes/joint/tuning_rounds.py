@@ -122,21 +122,19 @@ class Tuner:
 
     def _rounds(self, budget: float, how: str) -> Iterator[Built]:
         """Choose, build and measure until the choice does not change; yields the networks. Raises Unreachable."""
-        problem = self.tables.problem
         tried: list[Built] = []
-        part = problem if how == "joint" else problem.only(how)
         builds, inside, outside = 0, 0.0, math.inf  # table seconds of the slowest within the budget, the fastest beyond
         while builds < self.rounds:
             limit = budget / self.correction.seconds
             if inside and outside < math.inf and not inside < limit < outside:
                 limit = math.sqrt(inside * outside)  # no one factor fits both networks; try between them
-            solved = self._choose(part, limit)
+            solved = self._choose(how, limit)
             if solved is None and not tried:
-                raise self._unreachable(part, budget)
+                raise self._unreachable(self._problem(how), budget)
             if solved is None:
                 break
             before, expected = len(self.built), self.correction.seconds * solved.seconds
-            network = self._built(problem, solved, how)
+            network = self._built(solved, how)
             if any(network is t for t in tried):
                 break
             builds += len(self.built) > before
@@ -151,14 +149,14 @@ class Tuner:
         """The fastest network that loses no more than `loss`: in nats, or by another measure of a program, `lost`, such as
         points of accuracy. The tables are in nats; each round corrects how many of them the budget is. Raises Unreachable if
         no network that was built loses as little."""
-        problem, best = self.tables.problem, None
+        best = None
         bound = loss if lost is None else NATS * loss
         low, high = 0.0, math.inf  # the largest budget in nats that held so far, the smallest loss that was too much
         for _ in range(self.rounds + (1 if lost is None else 4)):
-            solved = solve(self._scaled(problem), loss=bound, connects=self.tables.space.connects)
+            solved = self._settled("joint", lambda problem, bound=bound: self._solved(problem, loss=bound))
             if solved is None:
                 break
-            network = self._built(problem, solved, "joint")
+            network = self._built(solved, "joint")
             measured = network.loss if lost is None else lost(network.program)
             if measured <= loss and (best is None or network.seconds < best.seconds):
                 best = network
@@ -174,26 +172,41 @@ class Tuner:
             raise Unreachable(f"tune.loss: nothing that was built loses as little as {loss:g}{unit}; ask for more")
         return best
 
-    def _scaled(self, problem: Problem) -> Problem:
-        return problem.scaled(self.correction.losses)
+    def _problem(self, how: str) -> Problem:
+        """The choice to make, by the losses known and corrected by now."""
+        problem = self.tables.problem.scaled(self.correction.losses)
+        return problem if how == "joint" else problem.only(how)
 
-    def _choose(self, problem: Problem, allowed: float) -> Solved | None:
+    def _solved(self, problem: Problem, **limit: float) -> Solved | None:
+        return solve(problem, connects=self.tables.space.connects, **limit)
+
+    def _choose(self, how: str, allowed: float) -> Solved | None:
         """The best choice within these seconds of the tables, also when checked on the program's structure."""
+        return self._settled(how, lambda problem: self._within(problem, allowed))
+
+    def _settled(self, how: str, choose: Callable[[Problem], Solved | None]) -> Solved | None:
+        """A choice in which no loss is a mere guess: those that are get measured, and the choice is made again."""
+        while True:
+            solved = choose(self._problem(how))
+            guessed = [] if solved is None else self.tables.guessed(solved.choice)
+            if not guessed:
+                return solved
+            self.say(f"measuring the losses of least sizes: {some([f'{g.name} {size}' for g, size in guessed])}")
+            for group, size in guessed:
+                self.tables.losses.width(group, size)
+
+    def _within(self, problem: Problem, allowed: float) -> Solved | None:
         limit, solved = allowed, None
         for _ in range(TRIES):
-            solved = solve(self._scaled(problem), seconds=limit, connects=self.tables.space.connects)
+            solved = self._solved(problem, seconds=limit)
             if solved is None:
-                fastest = self._fastest(problem)
+                fastest = self._solved(problem)
                 return fastest if fastest and self._seconds(problem, fastest) <= OVER * allowed else None
             actual = self._seconds(problem, solved)
             if actual <= OVER * allowed:
                 return solved
             limit *= allowed / actual
         return solved
-
-    def _fastest(self, problem: Problem) -> Solved | None:
-        """The fastest choice by the tables; None if there is no choice."""
-        return solve(self._scaled(problem), connects=self.tables.space.connects)
 
     def _seconds(self, problem: Problem, solved: Solved) -> float:
         """The seconds of a choice by the tables, where the blocks and widths are those of the program's structure."""
@@ -207,10 +220,10 @@ class Tuner:
         networks: dict[str, Built] = {}
         factors: dict[str, float] = {}
         for how in METHODS:
-            solved = self._choose(problem.only(how), limit) if how in kinds and len(kinds) > 1 else None
+            solved = self._choose(how, limit) if how in kinds and len(kinds) > 1 else None
             if solved is None:
                 continue
-            networks[how] = network = self._built(problem, solved, how)
+            networks[how] = network = self._built(solved, how)
             if solved.loss > 0 and 0 < network.loss < math.inf:
                 factors[how] = network.loss / solved.loss
         # Losses that are added up are mostly too small, the more so the more goes. If a kind that cannot reach the budget
@@ -220,9 +233,9 @@ class Tuner:
             self.correction.losses[how] *= factors.get(how, common)
         return networks
 
-    def _built(self, problem: Problem, solved: Solved, how: str) -> Built:
+    def _built(self, solved: Solved, how: str) -> Built:
         """The network of a choice; the same network is built only once."""
-        decided = decision(problem, solved.choice)
+        decided = decision(self.tables.problem, solved.choice)
         key = (
             decided.blocks, *(tuple(sorted(part.items())) for part in (decided.widths, decided.precisions)), decided.sparse,
         )  # fmt: skip
@@ -240,7 +253,7 @@ class Tuner:
 
     def _unreachable(self, problem: Problem, budget: float) -> Unreachable:
         """The error for a budget that is too small: the smallest one that can be reached, and what prevents more."""
-        fastest, space = self._fastest(problem), self.tables.space
+        fastest, space = self._solved(problem), self.tables.space
         least = math.nan if fastest is None else self.correction.seconds * self._seconds(problem, fastest)
         fixed = [*self.tables.fixed.widths, *(n for n, goes in self.tables.fixed.blocks.items() if not goes)]
         refused = [name for name in space.refused if name not in fixed]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from graphcomb import Context, Unreachable
+from graphcomb.passes import RemoveChannels
 from graphcomb.passes.joint.carry_out import Decision
 from graphcomb.passes.joint.losses import Losses
-from graphcomb.passes.joint.solver.problem import Axis, Problem, Removal, Term
+from graphcomb.passes.joint.solver.problem import Axis, Choice, Problem, Removal, Term
 from graphcomb.passes.joint.solver.solve import solve
 from graphcomb.passes.joint.space import Space
 from graphcomb.passes.joint.tables import Fixed, Tables
@@ -18,7 +19,7 @@ from graphcomb.passes.joint.times import Times
 from graphcomb.passes.joint.tuning_rounds import OVER, Time, Tuner, builder
 
 from .test_tables import measured
-from .toys import PerMac, images, program, trunk
+from .toys import PerMac, chain, images, program, trunk
 
 
 def tuner(fixed: Fixed | None = None, slower: float = 1.0) -> Tuner:
@@ -50,7 +51,7 @@ def test_the_joint_network_is_never_worse_than_the_single_methods():
                 continue
             assert not single.decided.blocks if how == "widths" else not single.decided.widths
             assert single.seconds > OVER * budget or joint.loss <= single.loss * (1 + 1e-9)
-    assert shared.correction.losses["widths"] != 1.0  # losses do not add up, and the tables know it now
+    assert shared.correction.losses["blocks"] != 1.0  # losses do not add up, and the tables know it now
 
 
 def test_times_are_corrected_by_what_is_measured():
@@ -75,7 +76,7 @@ def test_a_device_whose_times_jump_does_not_send_the_rounds_back_and_forth():
 
     losses = SimpleNamespace(divergence=lambda decided: 1.0 - width(decided) / 100)
     tables = SimpleNamespace(
-        problem=problem, times=SimpleNamespace(whole=100.0), losses=losses, seconds=width,
+        guessed=lambda choice: [], problem=problem, times=SimpleNamespace(whole=100.0), losses=losses, seconds=width,
         space=SimpleNamespace(program=Decision(), connects=lambda gone: True),
     )  # fmt: skip
     found = [Tuner(tables, lambda decided: decided, time, rounds).within(60.0, "widths") for rounds in (2, 4, 8)]
@@ -101,7 +102,7 @@ def test_a_method_alone_that_loses_less_but_missed_the_budget_gets_rounds_of_its
         divergence=lambda decided: 2 - decided.widths.get("group", 100) / 50 + (1.0 if decided.blocks else 0.0)
     )
     tables = SimpleNamespace(
-        problem=problem, times=SimpleNamespace(whole=120.0), losses=losses, seconds=seconds,
+        guessed=lambda choice: [], problem=problem, times=SimpleNamespace(whole=120.0), losses=losses, seconds=seconds,
         space=SimpleNamespace(program=Decision(), connects=lambda gone: True),
     )  # fmt: skip
     found = Tuner(tables, lambda decided: decided, time).within(60.0)
@@ -124,7 +125,7 @@ def test_a_choice_whose_structure_is_slow_does_not_make_the_budget_unreachable()
         return Time(seconds(decided), seconds(decided), seconds(decided))
 
     tables = SimpleNamespace(
-        problem=problem, times=SimpleNamespace(whole=100.0), seconds=seconds, fixed=Fixed(),
+        guessed=lambda choice: [], problem=problem, times=SimpleNamespace(whole=100.0), seconds=seconds, fixed=Fixed(),
         losses=SimpleNamespace(divergence=lambda decided: 1 - decided.widths.get("group", 100) / 100),
         space=SimpleNamespace(program=Decision(), connects=lambda gone: True, refused={}, groups=[1], blocks=[]),
     )  # fmt: skip
@@ -134,10 +135,37 @@ def test_a_choice_whose_structure_is_slow_does_not_make_the_budget_unreachable()
         Tuner(tables, lambda decided: decided, time).within(17.0)
 
 
+def test_least_sizes_are_chosen_where_nothing_else_is_fast_enough_and_never_by_a_guessed_loss():
+    """A chain of three layers in which the evenly spaced sizes stop at a third. A budget below that is met by the least
+    sizes, whose losses are then those of networks that were measured."""
+    dense, latency = program(chain(6, 12, 24, 4), 6), PerMac()
+    space = Space(dense, alignment=2, count=3)
+    assert list(space.even.values()) == [(4, 8, 12), (8, 16, 24)]
+    assert list(space.sizes.values()) == [(2, 4, 8, 12), (2, 8, 16, 24)]
+    losses = Losses(space, Context(data=images(6)), importance="magnitude", samples=32)
+    losses.measure()
+    assert not any(key.startswith("width") and key.endswith(" 2") for key in losses.known)
+    tables = Tables(space, Times(space, latency), losses)
+    third = tables.problem.seconds(Choice((1, 1), (False,) * len(space.blocks)))
+
+    def time(p) -> Time:
+        return Time(*(measured(p, latency),) * 3)
+
+    found = Tuner(tables, builder(tables, "magnitude", 32, losses.context), time).within(0.7 * third, "widths")
+    assert found.seconds <= OVER * 0.7 * third
+    least = [g for g in space.groups if found.decided.widths.get(g.name) == 2]
+    assert least
+    for group in least:
+        removal = RemoveChannels(keep={group.name: 2}, importance="magnitude", round_to=1, repair=True, samples=32)
+        alone = losses.divergence(removal(dense, losses.context).program)
+        assert losses.at(group, [2])[0] == pytest.approx(alone, rel=1e-6)
+    assert not Space(dense, alignment=2, count=1).groups  # one size: nothing shrinks
+
+
 def test_networks_built_for_one_budget_serve_the_others():
     shared = tuner()
     tight = shared.within(0.5 * shared.dense)
-    shared._choose = lambda problem, allowed: solve(
+    shared._within = lambda problem, allowed: solve(
         problem, seconds=tight.seconds / 2
     )  # from here on, only bad choices
     assert shared.within(0.8 * shared.dense).loss <= tight.loss
