@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ...graph.compat import pytree
 from ...graph.errors import BadInput
@@ -34,6 +34,25 @@ def halves(start: int, size: int, many: int) -> Tensor:
     half = torch.arange(start, start + size) % 2
     half[many:] = -1
     return half
+
+
+def by_sample(value: Tensor, samples: int, node: fx.Node) -> Tensor:
+    """A node's value with the samples in its first dimension, alone or together with positions, each sample's positions one
+    after another. In some attentions the samples come after the positions. samples: their number."""
+    meta = node.meta.get("val")
+    sizes = meta.shape if isinstance(meta, Tensor) and meta.dim() == value.dim() else ()
+    dims = [d for d, size in enumerate(sizes) if not isinstance(size, int)]  # those that vary with the batch
+    if not dims:
+        dims = [d for d in range(value.dim() - 1) if value.shape[d] == samples]
+    return value.movedim(dims[0], 0) if dims and dims[0] else value
+
+
+def spread(half: Tensor, entries: int) -> Tensor:
+    """The half of each entry of a dimension that samples share with positions, such as windows of images: `(entries,)`.
+    Where entries are no multiple of the samples, they belong to the halves by turns."""
+    if entries % len(half):
+        return torch.arange(entries, device=half.device) % 2
+    return half.repeat_interleave(entries // len(half))
 
 
 def take_images(program: Program, context: Context, samples: int) -> Images:

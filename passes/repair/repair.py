@@ -21,7 +21,7 @@ from ..common.scoring import bar, evaluating
 from ..common.weights import check_included, layers, selected
 from .attention import Logits, Mixing, find_logits
 from .consumers import Consumer, Removed, choices, find, norm_of, unchanged
-from .images import Images, take_images
+from .images import Images, by_sample, spread, take_images
 from .least_squares import START, Fit, Sums, fit
 from .rows import PIECE, Rows, parts, rows_of_inputs, rows_of_outputs, some_positions
 from .stepwise import Memory, Stepwise
@@ -219,14 +219,14 @@ class _Run:
     def _sums(self, consumer: Consumer) -> tuple[Sums, Sums] | None:
         """The sums over all images, for both halves; None if numbers are not finite."""
         x = self.smaller.values[consumer.x]
-        first = self._by_sample(x[0], 0)[:1]
+        first = self._by_sample(consumer.x, x[0], 0)[:1]
         groups, count, unknowns = rows_of_inputs(consumer, first).shape
         outputs = self._target_rows(consumer, 0, slice(1)).shape[-1]
         halves = tuple(Sums.zeros(groups, unknowns, outputs, first.device) for _ in range(2))
         waiting = [Rows(sums) for sums in halves]
         generator = torch.Generator().manual_seed(self.context.seed)
         for i in range(len(x)):
-            batch = self._by_sample(x[i], i)
+            batch = self._by_sample(consumer.x, x[i], i)
             half = self._half(i, len(batch))
             positions = some_positions((len(half), count), self.images.count * count, unknowns, generator)
             many = groups * unknowns * (count if positions is None else positions.shape[1])
@@ -245,22 +245,16 @@ class _Run:
     ) -> tuple[Tensor, Tensor | None]:
         """The dense values that samples of a batch are fitted to, and what the smaller network adds to the layer's output,
         or None."""
-        y = self._by_sample(self.dense.values[consumer.goal][batch], batch)[part]
+        y = self._by_sample(consumer.goal, self.dense.values[consumer.goal][batch], batch)[part]
         if consumer.beside is None:
             return y, None
-        return y, self._by_sample(self.smaller.values[consumer.beside][batch], batch)[part]
+        return y, self._by_sample(consumer.beside, self.smaller.values[consumer.beside][batch], batch)[part]
 
-    def _by_sample(self, value: Tensor, batch: int) -> Tensor:
-        """A value with the samples as its first dimension; in some attentions they come after the positions."""
-        count = len(self.images.halves[batch])
-        dims = [d for d in range(value.dim() - 1) if value.shape[d] == count]
-        return value.movedim(dims[0], 0) if dims else value
+    def _by_sample(self, node: fx.Node, value: Tensor, batch: int) -> Tensor:
+        return by_sample(value, len(self.images.halves[batch]), node)
 
-    def _half(self, batch: int, count: int) -> Tensor:
-        """The half of each sample of a batch. Where samples and positions share one dimension, every other entry is in one
-        half."""
-        half = self.images.halves[batch]
-        return half if len(half) == count else torch.arange(count, device=half.device) % 2
+    def _half(self, batch: int, entries: int) -> Tensor:
+        return spread(self.images.halves[batch], entries)
 
     def _target_rows(
         self, consumer: Consumer, batch: int, part: slice | Tensor, positions: Tensor | None = None, whole: bool = False
@@ -332,7 +326,7 @@ class _Run:
         total = torch.zeros(2, dtype=torch.float64)
         generator = torch.Generator().manual_seed(self.context.seed + 1)
         for i, value in enumerate(self.smaller.values[consumer.node]):
-            value = self._by_sample(value, i)
+            value = self._by_sample(consumer.node, value, i)
             half = self._half(i, len(value))
             count = value[0].numel() // value.shape[-1 if consumer.linear else 1]
             positions = some_positions((len(half), count), self.images.count * count, 0, generator)

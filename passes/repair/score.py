@@ -8,14 +8,18 @@ A reader `y = W x` that loses column i and has its other columns refitted (see `
 and the losses for a next index follow from a rank-one update of `A^-1` and W, as in the optimal brain surgeon. For several
 columns S at once: tr(W_S ((A^-1)_SS)^-1 W_S^T). All kernel positions of a convolution share the refit here. Each output is
 weighted by how much the network's result depends on it: the mean square of its gradient, of the log-probability of a class
-drawn from the network's own prediction, or of a random projection of other outputs, so no labels are needed. Source: ours,
-after OBS (Hassibi and Stork, 1993) and the Gauss-Newton diagonal by random projections (Hutchinson).
+drawn from the network's own prediction, or of a random projection of other outputs, so no labels are needed.
+
+So the order is found in which a group's indices go. What a part of them loses together is then judged anew, for a few parts:
+with the refit from one half of the samples, the change d of the readers' outputs on the other half is multiplied by the
+gradient g there, and the mean over samples of (sum g d)^2 is taken, the sum being over all outputs, positions and readers.
+That is the Gauss-Newton form itself; half of it is the divergence, as far as second order goes. It sees what the diagonal
+does not: that the refit knows its own samples too well, that errors cancel over positions or do not, and that they are large
+where the network looks. Source: ours, after OBS (Hassibi and Stork, 1993) and the Gauss-Newton matrix by random projections
+(Hutchinson).
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,159 +28,15 @@ from torch import Tensor, fx
 from ...graph.comb import axes as ax
 from ...graph.comb.axes import Axis, Factor
 from ...graph.comb.solve import Comb, Group
-from ...graph.compat import pytree
-from ...graph.nodes import arguments, fetch, op_name
+from ...graph.nodes import arguments
 from ..base import Context
-from ..common.feed import Feed
-from ..common.losses import unlabelled_loss
-from ..common.observe import Observer
-from ..common.processes import accelerator, placed, summed
-from ..common.repeat import seeded
-from ..common.samples import everywhere, sample_batches
-from ..common.scoring import evaluating
-from .consumers import PRODUCTS
-from .images import halves
+from ..common.processes import summed
+from .images import spread
+from .readers import Reader, Seen, entries, look, readers
 from .swaps import Columns, swapped
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # shares of the diagonal of A that the held-out halves choose among
 STEPS = 64  # about the most steps in which a group is emptied, each with new losses
-
-
-@dataclass
-class Reader:
-    """A linear layer or convolution that reads groups, with sums over rows.
-
-    axis: of its inputs. centred: whether a bias or a BatchNorm behind it takes up a constant. weight: (o * kernel, c).
-    outputs: o. Sums in float64, for each half of the samples: count (2), x (2, c), xx (2, c, c). Sums over all samples:
-    sensitivity (o), the squared gradients at the outputs; coherent (2), see `sense`.
-    """
-
-    node: fx.Node
-    axis: Axis
-    centred: bool
-    weight: Tensor
-    outputs: int
-    count: Tensor
-    x: Tensor
-    xx: Tensor
-    sensitivity: Tensor
-    coherent: Tensor
-
-    def add(self, rows: Tensor, half: Tensor) -> None:
-        """Add the inputs of a batch. rows: (samples, positions, c). half: the half of each sample."""
-        for k in range(2):
-            part = rows[half == k].flatten(0, 1)
-            self.count[k] += len(part)
-            self.x[k] += part.sum(0)
-            self.xx[k] += part.T @ part
-
-    def sense(self, gradient: Tensor, output: Tensor) -> None:
-        """Add the gradients at the outputs of a batch; both arguments are (samples, positions, o).
-
-        Later layers add up an error that has the same sign all over an image, so it counts for more than its squares say.
-        How much more is estimated from the outputs themselves: the first number of `coherent` has the squares of sums over
-        positions, the second the sums of squares.
-        """
-        self.sensitivity += gradient.square().sum((0, 1))
-        product = gradient * (output - output.mean((0, 1)))
-        self.coherent += torch.stack([product.sum(1).square().sum(), product.square().sum()])
-
-    def moments(self, which: slice) -> Tensor:
-        """`A` over one half or both, about the mean if a constant is free."""
-        count, x, xx = self.count[which].sum(), self.x[which].sum(0), self.xx[which].sum(0)
-        return xx - x[:, None] * x[None, :] / count.clamp(min=1) if self.centred else xx
-
-    def prepared(self) -> tuple[Tensor, Tensor]:
-        """`A^-1` and `W^T G W` for one sample, both (c, c), with the sensitivities of the outputs on the diagonal of G. The
-        ridge is the one whose predictions of each column by the others, from one half, are best on the other half."""
-        together = float(self.coherent[0] / self.coherent[1]) if self.coherent[1] > 0 else 1.0
-        root = (self.sensitivity * together / self.count.sum().clamp(min=1)).sqrt()
-        weighted = self.weight * root.repeat_interleave(len(self.weight) // self.outputs)[:, None]
-        power = weighted.T @ weighted
-        whole = self.moments(slice(0, 2))
-        if min(self.count.tolist()) == 0:
-            return _inverse(whole, RIDGES[-1]), power
-        halves = [self.moments(slice(k, k + 1)) for k in range(2)]
-        lost = {ridge: sum(_held_out(halves[k], halves[1 - k], power, ridge) for k in range(2)) for ridge in RIDGES}
-        return _inverse(whole, min(lost, key=lambda ridge: lost[ridge])), power
-
-
-def _inverse(a: Tensor, ridge: float) -> Tensor:
-    diagonal = a.diagonal()
-    scale = diagonal.clamp(min=1e-6 * float(diagonal.mean())).clamp(min=1e-300)
-    return torch.cholesky_inverse(torch.linalg.cholesky(a + torch.diag(ridge * scale)))
-
-
-def _held_out(fitted: Tensor, other: Tensor, power: Tensor, ridge: float) -> float:
-    """The loss of removing each column by itself, on one half with the rest refitted on the other; summed over columns."""
-    inverse = _inverse(fitted, ridge)
-    residual = inverse / inverse.diagonal()  # column i: x_i minus its prediction by the others
-    return float((power.diagonal() * (residual * (other @ residual)).sum(0)).sum())
-
-
-def readers(comb: Comb, groups: list[Group], context: Context, samples: int) -> tuple[list[Reader], int]:
-    """The readers of some groups, with their sums over the data, and the number of samples."""
-    module, device = comb.module, accelerator().device
-    wanted = {g.atom: None for g in groups}
-    by_node: dict[fx.Node, Reader] = {}
-    for node in module.graph.nodes:
-        if op_name(node) not in PRODUCTS or (weight := arguments(node)["weight"]).op != "get_attr":
-            continue
-        a, tensor = arguments(node), fetch(module, str(weight.target))
-        into = 0 if op_name(node).startswith("conv_transpose") else 1
-        axis = comb.axes[a["input"]][-1 if op_name(node) == "linear" else 1]
-        if (a.get("groups", 1) > 1) or not ax.touches(axis, wanted):
-            continue
-        flat = tensor.detach().double().movedim(into, -1).reshape(-1, tensor.shape[into])
-        behind = [op_name(u) for u in node.users] == ["batch_norm"]
-        size, outputs = tensor.shape[into], tensor.shape[1 - into]
-        by_node[node] = Reader(
-            node, axis, a["bias"] is not None or behind, flat, outputs, flat.new_zeros(2), flat.new_zeros(2, size),
-            flat.new_zeros(2, size, size), flat.new_zeros(outputs), flat.new_zeros(2),
-        )  # fmt: skip
-    generator = torch.Generator().manual_seed(context.seed)
-
-    def add_up() -> int:
-        seen = 0
-        for batch, many in sample_batches(Feed(comb.program), context, samples, "score", share=True):
-            inputs = pytree.tree_leaves((batch.args, batch.kwargs))
-            _add(module, by_node, inputs, halves(seen, batch.size, many), generator)
-            seen += many
-        return seen
-
-    with seeded(context.seed, context.data), evaluating(module), placed(module, device):
-        count = everywhere(add_up)
-    for reader in by_node.values():
-        for tensor in (reader.count, reader.x, reader.xx, reader.sensitivity, reader.coherent):
-            tensor.copy_(summed(tensor))
-    return list(by_node.values()), int(summed(torch.tensor(float(count))))
-
-
-def _add(
-    module: Any, readers: dict[fx.Node, Reader], inputs: list[Any], half: Tensor, generator: torch.Generator
-) -> None:
-    """Add the sums of one batch."""
-    outputs: dict[fx.Node, Tensor] = {}
-
-    def see(node: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> None:
-        x = _positions(node, values[arguments(node)["input"]].detach())
-        readers[node].add(x.double(), half)
-        outputs[node] = value
-
-    leaves = [t.detach().requires_grad_(True) if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
-    with torch.enable_grad():
-        result = Observer(module, readers, see).run(*leaves, enable_io_processing=False)
-        loss = unlabelled_loss(result, generator)
-        gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
-    for (node, value), gradient in zip(outputs.items(), gradients, strict=True):
-        if gradient is not None:
-            readers[node].sense(*(_positions(node, t).double() for t in (gradient, value.detach())))
-
-
-def _positions(node: fx.Node, value: Tensor) -> Tensor:
-    """A layer's input or output as `(samples, positions, channels)`."""
-    value = value.movedim(-1 if op_name(node) == "linear" else 1, -1)
-    return value.reshape(len(value), -1, value.shape[-1])
+JUDGED = (1 / 16, 1 / 4, 5 / 8)  # shares of a group whose loss is judged on held-out samples
 
 
 def columns(axis: Axis, atom: Factor) -> np.ndarray:
@@ -191,19 +51,120 @@ def columns(axis: Axis, atom: Factor) -> np.ndarray:
     return indices
 
 
+Trial = tuple[Reader, list[tuple[Tensor, ...]]]
+"""A reader and, by the half of the samples that it is refitted on, the changes of its weight and constant."""
+
+
+def _product(reader: Reader, seen: Seen, change: tuple[Tensor, ...], half: Tensor, judged: int) -> Tensor:
+    """For each sample of a batch that is in the judged half, the change of a reader's outputs times the gradients there,
+    summed: `(n,)`, float64."""
+    node, chosen = reader.node, half == judged
+    if seen.gradient is None:
+        return torch.zeros(int(chosen.sum()), dtype=torch.float64)
+    a = arguments(node)
+    x, gradient = (entries(node, n, t, len(half)) for n, t in ((a["input"], seen.x), (node, seen.gradient)))
+    shared = len(x) % len(half) != 0  # no input of the network reaches it, and its gradient is that of all samples
+    if not shared:
+        x, gradient = (t[spread(chosen, len(t)).to(t.device)] for t in (x, gradient))
+    weight, constant = (t.to(x) for t in change)
+    outputs = node.target(**a | {"input": x, "weight": weight, "bias": constant})  # type: ignore[operator]
+    product = outputs * gradient
+    if not shared:
+        return product.reshape(int(chosen.sum()), -1).sum(1, dtype=torch.float64).cpu()
+    one = torch.zeros(int(chosen.sum()), dtype=torch.float64)
+    one[:1] = float(product.sum(dtype=torch.float64)) * 0.5**0.5  # its square is shared between the two halves
+    return one
+
+
 class Losses:
     """The loss of a network's result when indices of groups go and the rest is repaired. samples: number of samples for the
     sums."""
 
     def __init__(self, comb: Comb, groups: list[Group], context: Context, samples: int):
-        self.groups = groups
-        self.readers, _ = readers(comb, groups, context, samples)
+        self.comb, self.groups, self.context, self.samples = comb, groups, context, samples
+        self.readers, self.count = readers(comb, groups, context, samples)
         self.prepared = {id(r): r.prepared() for r in self.readers}
 
     def scores(self) -> dict[Factor, np.ndarray]:
-        """For each group, the loss of each index when all go one after another, in the best order found, with a repair
-        after each. Groups that no linear layer reads get infinity."""
-        return {g.atom: _emptied(g, self._readers(g), self.prepared) for g in self.groups}
+        """For each group, the loss of each index for a sample when all go one after another, in the best order found, with a
+        repair after each, but never less than that of an index before it. Groups that no linear layer reads get infinity."""
+        result = {g.atom: np.full(g.size, np.inf) for g in self.groups}
+        read = [g for g in self.groups if self._readers(g)]
+        orders = {g.atom: self._order(g) for g in read}
+        factors = self._factors({g.atom: order for g, (order, _) in zip(read, orders.values(), strict=True)})
+        for group in read:
+            order, losses = orders[group.atom]
+            cumulated, logs = np.cumsum(losses), {}
+            for count, held_out in factors[group.atom].items():
+                if held_out > 0 and cumulated[count - 1] > 0:
+                    logs[count] = np.log(held_out / cumulated[count - 1])
+            if logs:
+                losses = losses * np.exp(np.interp(np.arange(1, group.size + 1), list(logs), list(logs.values())))
+            result[group.atom][order] = np.maximum.accumulate(losses)
+        return result
+
+    def _order(self, group: Group) -> tuple[list[int], np.ndarray]:
+        """The order in which the indices of a group go, and what each loses, by the diagonal and on the refit's samples."""
+        state = [
+            (known.inverse.clone(), known.power.clone(), self._places(group, reader))
+            for reader in self._readers(group)
+            for known in [self.prepared[id(reader)]]
+        ]
+        left, order, losses = list(range(group.size)), [], []
+        step = max(1, group.size // STEPS)
+        while left:
+            now = np.asarray(sum(_losses(inverse, power, places, left) for inverse, power, places in state))
+            least = np.argsort(now, kind="stable")[:step]
+            going = [left[i] for i in least]
+            order += going
+            losses += now[least].tolist()
+            gone = set(going)
+            left = [i for i in left if i not in gone]
+            for inverse, power, places in state:
+                _remove(inverse, power, np.concatenate([places[i] for i in going]))
+        return order, np.array(losses)
+
+    def _places(self, group: Group, reader: Reader) -> list[np.ndarray]:
+        """The columns of a reader that belong to each index of a group."""
+        where = columns(reader.axis, group.atom)
+        return [np.flatnonzero(where == i) for i in range(group.size)]
+
+    def _factors(self, orders: dict[Factor, list[int]]) -> dict[Factor, dict[int, float]]:
+        """For each group, by number of the first indices in its order, their loss together in the Gauss-Newton form, with
+        the refit from one half of the samples and judged on the other."""
+        trials = self._trials(orders)
+        lost = {key: torch.zeros((), dtype=torch.float64) for key in trials}
+
+        def see(seen: dict[fx.Node, Seen], half: Tensor) -> None:
+            for key, changes in trials.items():
+                for fitted in range(2):
+                    products = [_product(r, seen[r.node], by_half[fitted], half, 1 - fitted) for r, by_half in changes]
+                    lost[key] += torch.stack(products).sum(0).square().sum()
+
+        if trials:
+            nodes = list({r.node: None for changes in trials.values() for r, _ in changes})
+            look(self.comb, nodes, self.context, self.samples, "judge", see)
+        result: dict[Factor, dict[int, float]] = {atom: {} for atom in orders}
+        for (atom, count), loss in lost.items():
+            result[atom][count] = float(summed(loss)) / max(self.count, 1)
+        return result
+
+    def _trials(self, orders: dict[Factor, list[int]]) -> dict[tuple[Factor, int], list[Trial]]:
+        """The changes of the readers if the first indices of a group's order go, for a few numbers of them."""
+        trials: dict[tuple[Factor, int], list[Trial]] = {}
+        for group in self.groups:
+            known = [(r, self.prepared[id(r)].halves) for r in self._readers(group)]
+            if not known or not all(halves for _, halves in known):
+                continue
+            for count in sorted({max(1, round(share * group.size)) for share in JUDGED}):
+                changes: list[Trial] = []
+                for reader, halves in known:
+                    places = self._places(group, reader)
+                    gone = np.concatenate([places[i] for i in orders[group.atom][:count]])
+                    by_half = [reader.change(inverse, gone, k) for k, inverse in enumerate(halves)]
+                    changes.append((reader, [tuple(t.to(reader.dtype) for t in change) for change in by_half]))
+                trials[group.atom, count] = changes
+        return trials
 
     def swapped(self, masks: ax.Masks) -> tuple[dict[Factor, np.ndarray], dict[str, int]]:
         """The masks (True stays) after a local search in each group, and the number of swaps by group name. A group is not
@@ -218,7 +179,8 @@ class Losses:
                 held = np.flatnonzero(where >= 0)
                 places = np.full(group.size, -1)
                 places[where[held]] = held
-                state.append(Columns(*self.prepared[id(reader)], places))
+                known = self.prepared[id(reader)]
+                state.append(Columns(known.inverse, known.power, places))
                 if len(np.unique(where[held])) < len(held):
                     break
             else:
@@ -227,32 +189,6 @@ class Losses:
 
     def _readers(self, group: Group) -> list[Reader]:
         return [r for r in self.readers if ax.touches(r.axis, {group.atom: None})]
-
-
-def _emptied(group: Group, readers: list[Reader], prepared: dict[int, tuple[Tensor, Tensor]]) -> np.ndarray:
-    """The loss of each index when it goes, but never less than that of an index before it."""
-    score = np.full(group.size, np.inf)
-    if not readers:
-        return score
-    state = []
-    for reader in readers:
-        inverse, power = (t.clone() for t in prepared[id(reader)])
-        where = columns(reader.axis, group.atom)
-        state.append((inverse, power, [np.flatnonzero(where == i) for i in range(group.size)]))
-    left, least = list(range(group.size)), 0.0
-    step = max(1, group.size // STEPS)
-    while left:
-        losses = sum(_losses(inverse, power, places, left) for inverse, power, places in state)
-        order = np.argsort(losses, kind="stable")[:step]
-        going = [left[i] for i in order]
-        for i, loss in zip(going, np.asarray(losses)[order], strict=True):
-            least = max(least, float(loss))
-            score[i] = least
-        gone = set(going)
-        left = [i for i in left if i not in gone]
-        for inverse, power, places in state:
-            _remove(inverse, power, np.concatenate([places[i] for i in going]))
-    return score
 
 
 def _losses(inverse: Tensor, power: Tensor, places: list[np.ndarray], left: list[int]) -> np.ndarray:

@@ -12,6 +12,7 @@ from torch import nn
 import graphcomb
 from graphcomb.passes import Context, RemoveChannels
 from graphcomb.passes.channels.sizes.selection import lowest_removed
+from graphcomb.passes.repair import readers as readers_of_groups
 from graphcomb.passes.repair import score
 from graphcomb.passes.repair.swaps import Columns, _changes, loss, swapped
 
@@ -116,7 +117,7 @@ def test_a_network_with_swaps_loses_less_by_the_joint_loss(monkeypatch: pytest.M
     model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 5)).double().eval()
     program = graphcomb.capture(model, torch.zeros(2, 4).double(), dynamic_shapes="batch")
     data = list(torch.randn(256, 4, dtype=torch.float64).split(64))
-    monkeypatch.setattr(score, "RIDGES", (1e-9,))
+    monkeypatch.setattr(readers_of_groups, "RIDGES", (1e-9,))
     options = {"ratio": 0.6, "round_to": 1, "importance": "repair"}
     found = RemoveChannels(**options)(program, data=data)
     with monkeypatch.context() as patch:
@@ -127,15 +128,16 @@ def test_a_network_with_swaps_loses_less_by_the_joint_loss(monkeypatch: pytest.M
     assert [r["after"] for r in found.record["changed"]] == [r["after"] for r in plain.record["changed"]]
     comb = graphcomb.comb(program)
     group = next(g for g in comb.groups if g.name == "0.weight:0")
-    (reader,), count = score.readers(comb, [group], Context(data=data), 1024)
-    root = (reader.sensitivity * reader.coherent[0] / reader.coherent[1] / count).sqrt()
+    (reader,), count = readers_of_groups.readers(comb, [group], Context(data=data), 1024)
+    root = (reader.sensitivity * reader.coherent[0] / reader.coherent[1] / count).sqrt() / count**0.5  # of one sample
     hidden, lost = model[:2](torch.cat(data)).detach(), []
     for result in (found, plain):
         gone = result.removed["0.weight"][0]
         rest = torch.cat([hidden[:, [i for i in range(16) if i not in gone]], torch.ones(count, 1)], 1)
         residual = hidden[:, gone] - rest @ torch.linalg.lstsq(rest, hidden[:, gone]).solution
         lost.append(float((root[:, None] * model[2].weight[:, gone].detach() @ residual.T).square().sum()))
-    state = [Columns(*reader.prepared(), np.arange(16))]
+    prepared = reader.prepared()
+    state = [Columns(prepared.inverse, prepared.power, np.arange(16))]
     for result, by_hand in zip((found, plain), lost, strict=True):
         assert loss(state, np.array(result.removed["0.weight"][0])) == pytest.approx(by_hand, rel=1e-4)
     assert lost[0] < lost[1]
