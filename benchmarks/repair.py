@@ -6,14 +6,16 @@
     python benchmarks/repair.py --cost                            # time and memory instead, on a quiet machine
     python benchmarks/repair.py --table                           # only rewrite the table
 
-Networks, images and scores are those of `trained.py`; weights and photographs are downloaded into the cache folder. A row
-removes channels at once, to a share of the MACs, by one importance: magnitude (the same share of each group),
-fisher-unlabelled or repair (all groups together). It is scored on photographs that are not used for calibration: without
-repair, after `Repair`, and after `Repair` and `Recalibrate` (prior of 64 images). A draw is a seed of calibration images,
-which have no labels. Widths stay multiples of 8 (Fashion-MNIST: 4) for all methods, except that torch-pruning cannot
-round the widths of networks with attention. It (1.6.1) ranks by magnitude, layer by layer or globally, or globally by
-Taylor with the dense network's own classes as labels; networks with attention always layer by layer. Its ratio is found by
-bisection, and its best row is shown. CRAFT's score is the F-measure of the words on pages: rectangles that overlap by half.
+Networks, images and scores are those of `trained.py`; weights and photographs are downloaded into the cache folder. A
+row removes channels at once, to a share of the MACs, by one importance: magnitude (the same share of each group),
+fisher-unlabelled or repair (all groups together). It is scored on photographs that are not used for calibration:
+without repair, after `Repair`, and after `Repair` and `Recalibrate` (against the dense network). Rows marked with * are
+older: their last column has the statistics of the images with a prior of 64 images, and importance repair judged a
+refit on its own samples. A draw is a seed of calibration images, which have no labels. Widths stay multiples of 8
+(Fashion-MNIST: 4) for all methods, except that torch-pruning cannot round the widths of networks with attention. It
+(1.6.1) ranks by magnitude, layer by layer or globally, or globally by Taylor with the dense network's own classes as
+labels; networks with attention always layer by layer. Its ratio is found by bisection, and its best row is shown.
+CRAFT's score is the F-measure of the words on pages: rectangles that overlap by half.
 """
 
 from __future__ import annotations
@@ -45,7 +47,6 @@ RESULTS = Path(__file__).parent / "results" / "repair.json"
 SCOPES = {"magnitude": "local", "fisher-unlabelled": "global", "repair": "global"}  # of each importance
 RIVALS = ("torch-pruning local", "torch-pruning global", "torch-pruning taylor")
 STATES = ("none", "repair", "repair + recalibrate")
-PRIOR = 64
 Row = dict[str, Any]
 
 
@@ -67,8 +68,8 @@ def ours(network: Network, share: float, importance: str, images: list[Tensor]) 
     )  # fmt: skip
     removed = state("none", lambda: removal(dense, data=images).program)
     repaired = state("repair", lambda: Repair(samples=many)(removed, data=images, teacher=dense).program)
-    state("repair + recalibrate", lambda: Recalibrate(samples=many, prior=PRIOR)(repaired, data=images).program)
-    return {"scores": scores, "seconds": seconds, "left": removed.macs / dense.macs}
+    state("repair + recalibrate", lambda: Recalibrate(samples=many)(repaired, data=images, teacher=dense).program)
+    return {"scores": scores, "seconds": seconds, "left": removed.macs / dense.macs, "reference": "dense"}
 
 
 def rival(network: Network, share: float, ranking: str, images: list[Tensor]) -> Row:
@@ -234,7 +235,8 @@ def table_rows(rows: list[Row], share: float) -> list[str]:
     ):
         if importance in SCOPES:
             cells = [cell([r["scores"][state] for r in same]) for state in STATES]
-            lines.append(f"| {share:.2f} | {importance} | {' | '.join(cells)} | {images}, {len(same)} |")
+            older = "" if all("reference" in r for r in same) else " *"
+            lines.append(f"| {share:.2f} | {importance}{older} | {' | '.join(cells)} | {images}, {len(same)} |")
     theirs = [same for (importance, _), same in groups.items() if importance in RIVALS]
     done = [same for same in theirs if all("scores" in r for r in same)]
     if done:

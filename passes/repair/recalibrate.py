@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +18,11 @@ from ..base import Context, Pass, PassResult, Refusal, check_field
 from ..common.processes import accelerator, placed, summed
 from ..common.repeat import seeded
 from ..common.scoring import evaluating
-from .images import take_images
+from .images import Images, take_images
+from .repair import since
 from .stepwise import Memory, Stepwise
+
+FLAT = 1e-6  # a variance below this share of the layer's own is that of a constant
 
 
 @dataclass(frozen=True)
@@ -25,19 +30,31 @@ class Recalibrate(Pass):
     """Measure the running statistics of BatchNorm anew, layer after layer, on unlabelled images.
 
     After a removal, the inputs of a BatchNorm may have another mean and variance than those that it was trained with. Each
-    layer's statistics are measured with those of the layers before it already set. Where images are few, the old statistics
-    can keep a share: with n images, and a `prior` of as many images as the old statistics are to count for, the new share
-    is n / (n + prior).
+    layer's statistics are measured with those of the layers before it already set. What they are compared with depends on
+    `reference`:
+
+    - "dense": with the dense network (the context's teacher) on the same images. With mu and s the mean and deviation of an
+      input on these images, dense and now, and m and v the statistics of the dense layer, the new ones are
+      v' = v (s_now / s_dense)^2 and m' = mu_now - (mu_dense - m) s_now / s_dense, so that what the layer writes has the
+      dense mean and variance on these images, which need not be like those of the training. Least-squares weights have
+      outputs with too little variance, and this gives it back.
+    - "images": the statistics are those of the images, as if the layer had been trained on them.
+    - "auto": "dense" if there is a teacher, else "images".
+
+    Where images are few, the old statistics can keep a share: with n images, and a `prior` of as many images as the old
+    statistics are to count for, the new share is n / (n + prior).
 
     samples: images to take from the data. statistics: "both", or "variance" to leave the means as they are. prior: number
     of images, see above. memory: gigabytes of activations in memory; the rest goes to temporary files.
 
     It does not help everywhere: compare before and after on held-out images. The record names each layer with the mean of
-    the ratios of its new variances to the old. Left alone, with the reason: layers with inputs that are not finite, and
-    layers that share statistics. Raises BadInput without data.
+    the ratios of its new variances to the old. Left alone, with the reason: layers with inputs that are not finite, layers
+    that share statistics and, with "dense", layers that the dense network does not have. Raises BadInput without data, and
+    for "dense" without a teacher. Source: ours; "dense" after REPAIR (Jordan et al., arXiv 2211.08403).
     """
 
     samples: int = 256
+    reference: Literal["auto", "dense", "images"] = "auto"
     statistics: Literal["both", "variance"] = "both"
     prior: float = 0.0
     memory: float = 4.0
@@ -50,15 +67,22 @@ class Recalibrate(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         if context.data is None:
             raise BadInput("Recalibrate: needs images (labels are not needed); pass data=")
+        dense = None if self.reference == "images" else context.teacher
+        if dense is None and self.reference == "dense":
+            raise BadInput("Recalibrate.reference: dense needs the dense program to compare with; pass teacher=")
         result = program.copy()
-        module = result.module()
         changed: list[dict[str, Any]] = []
         refused: list[Refusal] = []
-        with (
-            seeded(context.seed, context.data), evaluating(module), placed(module, accelerator().device), torch.no_grad()
-        ):  # fmt: skip
+        with ExitStack() as stack:
+            stack.enter_context(seeded(context.seed, context.data))
+            for module in [p.graph_module for p in (result, dense) if p is not None]:
+                stack.enter_context(evaluating(module))
+                stack.enter_context(placed(module, accelerator().device))
+            stack.enter_context(torch.no_grad())
             images = take_images(result, context, self.samples)
-            run = Stepwise(module, images.inputs, Memory(self.memory * 1e9))
+            memory = Memory(self.memory * 1e9)
+            module, run = result.module(), Stepwise(result.module(), images.inputs, memory)
+            compared = None if dense is None else Compared(dense, program, images, memory)
             norms = [n for n in run.nodes if op_name(n) == "batch_norm" and arguments(n)["running_mean"] is not None]
             users = Counter(str(arguments(node)["running_mean"].target) for node in norms)
             for node in norms:
@@ -67,12 +91,18 @@ class Recalibrate(Pass):
                 if users[name] > 1:
                     refused.append(Refusal(name, "several layers share these statistics"))
                     continue
+                if compared is not None and name not in compared.norms:
+                    refused.append(Refusal(name, "the dense network has no such layer"))
+                    continue
                 run.run_before(node)
-                statistics = _statistics(run.values[a["input"]], images.halves)
-                if statistics is None:
+                old = tuple(fetch(module, str(a[key].target)).double() for key in ("running_mean", "running_var"))
+                new = _statistics(run.values[a["input"]], images.halves)
+                if new is not None and compared is not None:
+                    new = compared.statistics(name, new, old[0], old[1] + a["eps"], a["eps"])
+                if new is None:
                     refused.append(Refusal(name, "its inputs are not finite numbers"))
                 else:
-                    changed.append(self._write(module, a, statistics, images.count))
+                    changed.append(self._write(module, a, new, images.count))
         return PassResult(result, {"samples": images.count, "changed": changed, "refused": refused})
 
     def _write(self, module: Any, a: dict[str, Any], moments: tuple[Tensor, Tensor], count: int) -> dict[str, Any]:
@@ -83,6 +113,35 @@ class Recalibrate(Pass):
             mean.copy_((1 - share) * mean.double() + share * moments[0])
         variance.copy_((1 - share) * variance.double() + share * moments[1])
         return {"what": str(a["running_mean"].target), "variance": ratio}
+
+
+class Compared:
+    """The dense network, run over the same images. norms: its BatchNorms by the names of their means."""
+
+    def __init__(self, dense: Program, program: Program, images: Images, memory: Memory):
+        self.run, self.halves = Stepwise(dense.module(), images.inputs, memory), images.halves
+        self.removed = since(dense, program)
+        named = ((n, arguments(n)["running_mean"]) for n in self.run.nodes if op_name(n) == "batch_norm")
+        self.norms = {str(mean.target): node for node, mean in named if mean is not None}
+        for node in self.norms.values():  # the two networks may run their layers in another order
+            self.run.hold(arguments(node)["input"])
+
+    def statistics(
+        self, name: str, now: tuple[Tensor, Tensor], mean: Tensor, variance: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """The mean and variance with which a layer writes the dense mean and variance on the images; None where they are
+        not finite. now: those of its inputs. mean, variance: those that it has, the latter with eps."""
+        source = arguments(self.norms[name])["input"]
+        self.run.run_through(source)
+        dense = _statistics(self.run.values[source], self.halves)
+        self.run.release(source)
+        if dense is None:
+            return None
+        left = np.delete(np.arange(len(dense[0])), list(self.removed.get(name, {}).get(0, ())))
+        (mean_dense, spread), (mean_now, spread_now) = (t[torch.from_numpy(left).to(t.device)] for t in dense), now
+        flat = torch.minimum(spread, spread_now) <= FLAT * variance  # a constant channel has no scale to compare
+        ratio = torch.where(flat, 1.0, spread_now / spread.clamp(min=1e-300))
+        return mean_now - (mean_dense - mean) * ratio.sqrt(), (variance * ratio - eps).clamp(min=0)
 
 
 def _statistics(values: list[Tensor], halves: list[Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -7,7 +7,7 @@ from torch import nn
 import graphcomb
 from graphcomb import BadInput
 from graphcomb.graph.nodes import fetch
-from graphcomb.passes import Recalibrate
+from graphcomb.passes import Recalibrate, RemoveChannels
 
 
 def program() -> graphcomb.Program:
@@ -52,3 +52,46 @@ def test_needs_images_and_leaves_what_is_not_finite() -> None:
     data[0][:] = float("inf")
     result = Recalibrate()(program(), data=data)
     assert {row["why"] for row in result.record["refused"]} == {"its inputs are not finite numbers"}
+
+
+def test_against_the_dense_network_layers_write_the_dense_mean_and_variance_on_the_images() -> None:
+    """Of whatever images: these have another mean and variance than those that the statistics were made for."""
+    dense = program()
+    data = [3 * x + 2 for x in batches()]
+    removed = RemoveChannels(keep={"0.weight:0": 6}, importance="random", round_to=1)(dense, data=data)
+    left = [i for i in range(8) if i not in removed.removed["0.weight"][0]]
+    result = Recalibrate()(removed.program, data=data, teacher=dense)
+    assert [row["what"] for row in result.record["changed"]] == ["1.running_mean", "4.running_mean"]
+    x = torch.cat(data)
+    wanted, ours = dense.module().eval(), result.program.module().eval()
+    torch.testing.assert_close(
+        fetch(ours, "1.running_var"), fetch(wanted, "1.running_var")[left]
+    )  # nothing was before it
+    a, b = wanted(x), ours(x)
+    torch.testing.assert_close(b.mean((0, 2, 3)), a.mean((0, 2, 3)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(b.var((0, 2, 3)), a.var((0, 2, 3)), rtol=1e-6, atol=1e-9)
+    off = removed.program.module().eval()(x)
+    assert float((off.var((0, 2, 3)) / a.var((0, 2, 3)) - 1).abs().max()) > 0.01
+    assert torch.equal(Recalibrate(reference="images")(removed.program, data=data, teacher=dense).program.module()(x),
+                       Recalibrate()(removed.program, data=data).program.module()(x))  # fmt: skip
+
+
+def test_a_network_that_lost_nothing_keeps_its_statistics() -> None:
+    dense = program()
+    result = Recalibrate(reference="dense")(dense, data=[3 * x + 2 for x in batches()], teacher=dense)
+    x = torch.cat(batches())
+    torch.testing.assert_close(result.program.module().eval()(x), dense.module().eval()(x), rtol=1e-10, atol=1e-10)
+
+
+def test_a_channel_that_is_constant_keeps_its_scale_and_unknown_layers_are_left() -> None:
+    dense = program()
+    with torch.no_grad():
+        fetch(dense.module(), "0.weight")[3] = 0
+    result = Recalibrate()(dense, data=batches(), teacher=dense)
+    for key in ("running_mean", "running_var"):
+        torch.testing.assert_close(fetch(result.program.module(), f"1.{key}"), fetch(dense.module(), f"1.{key}"))
+    other = graphcomb.capture(nn.Conv2d(3, 4, 1).double(), torch.zeros(2, 3, 6, 6).double(), dynamic_shapes="batch")
+    refused = Recalibrate()(program(), data=batches(), teacher=other).record["refused"]
+    assert {row["why"] for row in refused} == {"the dense network has no such layer"}
+    with pytest.raises(BadInput, match=r"^Recalibrate.reference: dense needs the dense program"):
+        Recalibrate(reference="dense")(program(), data=batches())
