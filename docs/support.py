@@ -49,8 +49,8 @@ def rows(name: str) -> dict[str, Any]:
 
 def known(network: str) -> str:
     """The title of a network by its name in the results."""
-    name = network.replace("-", "_")  # benchmarks spell them both ways
-    return NAMES[name] if name in NAMES else SMALL[network.removeprefix("fashion ")]
+    name = network.replace("-", "_").removesuffix(" things")  # benchmarks spell them both ways
+    return NAMES[name] if name in NAMES else SMALL[network.removeprefix("fashion ").removeprefix("scenes ")]
 
 
 def by_accuracy() -> Found:

@@ -12,7 +12,7 @@ from ..common.weights import windows
 from .consumers import Consumer
 from .least_squares import BLOCK, Sums
 
-MANY, ENOUGH = 1 << 15, 8  # up to `MANY` rows all are used; of more rows, `ENOUGH` for each unknown
+MANY, ENOUGH = 1 << 14, 8  # up to `MANY` rows all are used; of more rows, `ENOUGH` for each unknown
 PIECE = 1 << 24  # numbers of unfolded inputs that are in memory at a time
 
 
