@@ -41,10 +41,18 @@ def by_sample(value: Tensor, samples: int, node: fx.Node) -> Tensor:
     after another. In some attentions the samples come after the positions. samples: their number."""
     meta = node.meta.get("val")
     sizes = meta.shape if isinstance(meta, Tensor) and meta.dim() == value.dim() else ()
-    dims = [d for d, size in enumerate(sizes) if not isinstance(size, int)]  # those that vary with the batch
-    if not dims:
+    symbols = _batch_symbols(node.graph)
+    dims = [d for d, size in enumerate(sizes) if not isinstance(size, int) and size.node.expr.free_symbols & symbols]
+    if not symbols:  # the batch size is fixed
         dims = [d for d in range(value.dim() - 1) if value.shape[d] == samples]
     return value.movedim(dims[0], 0) if dims and dims[0] else value
+
+
+def _batch_symbols(graph: fx.Graph) -> set[Any]:
+    """The symbols of the first dimensions of a graph's inputs."""
+    values = (n.meta.get("val") for n in graph.nodes if n.op == "placeholder")
+    sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()]
+    return {symbol for size in sizes if not isinstance(size, int) for symbol in size.node.expr.free_symbols}
 
 
 def spread(half: Tensor, entries: int) -> Tensor:

@@ -247,10 +247,16 @@ def test_entries_of_an_image_belong_to_one_half() -> None:
     half = torch.tensor([0, 1, -1])
     assert images.spread(half, 6).tolist() == [0, 0, 1, 1, -1, -1]
     assert images.spread(half, 4).tolist() == [0, 1, 0, 1]  # no multiple: nothing is known
-    program = graphcomb.capture(
-        nn.Linear(4, 2), torch.zeros(3, 4, 4), dynamic_shapes={"input": {1: torch.export.Dim("batch")}}
-    )
-    node = next(iter(program.graph.nodes))
-    value = torch.arange(64.0).reshape(4, 4, 4)
-    node.meta["val"] = next(n for n in program.graph.nodes if n.op == "placeholder").meta["val"]
-    assert torch.equal(images.by_sample(value, 4, node), value.movedim(1, 0))  # as the program says, not the sizes
+    height, batch = torch.export.Dim("height"), torch.export.Dim("batch")
+
+    class Turned(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.transpose(0, 1) * 2
+
+    value = torch.arange(64.0).reshape(4, 4, 4)  # positions, samples, channels, all of one size
+    for shapes, moved in (({0: batch}, True), ({0: batch, 1: height}, True), ({1: height}, False)):
+        program = graphcomb.capture(Turned(), torch.zeros(5, 3, 4), dynamic_shapes={"x": shapes})
+        node = next(n for n in program.graph.nodes if n.op == "call_function")
+        wanted = value.movedim(1, 0) if moved else value  # as the program says; of a fixed size, by the sizes
+        assert torch.equal(images.by_sample(value, 4, node), wanted)
+    assert images.by_sample(torch.zeros(7, 5, 4), 5, node).shape == (5, 7, 4)
