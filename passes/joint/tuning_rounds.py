@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -153,7 +154,7 @@ class Tuner:
         bound = loss if lost is None else NATS * loss
         low, high = 0.0, math.inf  # the largest budget in nats that held so far, the smallest loss that was too much
         for _ in range(self.rounds + (1 if lost is None else 4)):
-            solved = self._settled("joint", lambda problem, bound=bound: self._solved(problem, loss=bound))
+            solved = self._settled("joint", partial(self._solved, loss=bound))
             if solved is None:
                 break
             network = self._built(solved, "joint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ def by_sample(value: Tensor, samples: int, node: fx.Node) -> Tensor:
     """A node's value with the samples in its first dimension, alone or together with positions, each sample's positions one
     after another. In some attentions the samples come after the positions. samples: their number."""
     meta = node.meta.get("val")
-    sizes = meta.shape if isinstance(meta, Tensor) and meta.dim() == value.dim() else ()
+    sizes: Sequence[Any] = meta.shape if isinstance(meta, Tensor) and meta.dim() == value.dim() else ()
     symbols = _batch_symbols(node.graph)
     dims = [d for d, size in enumerate(sizes) if not isinstance(size, int) and size.node.expr.free_symbols & symbols]
     if not symbols:  # the batch size is fixed
@@ -51,7 +52,7 @@ def by_sample(value: Tensor, samples: int, node: fx.Node) -> Tensor:
 def _batch_symbols(graph: fx.Graph) -> set[Any]:
     """The symbols of the first dimensions of a graph's inputs."""
     values = (n.meta.get("val") for n in graph.nodes if n.op == "placeholder")
-    sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()]
+    sizes: list[Any] = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()]
     return {symbol for size in sizes if not isinstance(size, int) for symbol in size.node.expr.free_symbols}
 
 
