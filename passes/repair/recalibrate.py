@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ...graph.errors import BadInput
 from ...graph.nodes import arguments, fetch, op_name
@@ -48,9 +48,10 @@ class Recalibrate(Pass):
     of images, see above. memory: gigabytes of activations in memory; the rest goes to temporary files.
 
     It does not help everywhere: compare before and after on held-out images. The record names each layer with the mean of
-    the ratios of its new variances to the old. Left alone, with the reason: layers with inputs that are not finite, layers
-    that share statistics and, with "dense", layers that the dense network does not have. Raises BadInput without data, and
-    for "dense" without a teacher. Source: ours; "dense" after REPAIR (Jordan et al., arXiv 2211.08403).
+    the ratios of its new variances to the old. Left alone, with the reason: layers with inputs that are not finite,
+    layers that share statistics and, with "dense", layers that the dense network does not have, or whose output is added
+    to another (`Repair` fits them to the sum, not to the dense layer). Raises BadInput without data, and for "dense"
+    without a teacher. Source: ours; "dense" after REPAIR (Jordan et al., arXiv 2211.08403).
     """
 
     samples: int = 256
@@ -91,8 +92,8 @@ class Recalibrate(Pass):
                 if users[name] > 1:
                     refused.append(Refusal(name, "several layers share these statistics"))
                     continue
-                if compared is not None and name not in compared.norms:
-                    refused.append(Refusal(name, "the dense network has no such layer"))
+                if compared is not None and (why := compared.why_not(name, node)):
+                    refused.append(Refusal(name, why))
                     continue
                 run.run_before(node)
                 old = tuple(fetch(module, str(a[key].target)).double() for key in ("running_mean", "running_var"))
@@ -125,6 +126,14 @@ class Compared:
         self.norms = {str(mean.target): node for node, mean in named if mean is not None}
         for node in self.norms.values():  # the two networks may run their layers in another order
             self.run.hold(arguments(node)["input"])
+
+    def why_not(self, name: str, node: fx.Node) -> str | None:
+        """Why a layer cannot be compared, or None."""
+        if name not in self.norms:
+            return "the dense network has no such layer"
+        if any(op_name(user) == "add" for user in node.users):
+            return "it goes into a sum, where it makes up for what the other operand lacks"
+        return None
 
     def statistics(
         self, name: str, now: tuple[Tensor, Tensor], mean: Tensor, variance: Tensor, eps: float

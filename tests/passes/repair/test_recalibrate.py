@@ -95,3 +95,21 @@ def test_a_channel_that_is_constant_keeps_its_scale_and_unknown_layers_are_left(
     assert {row["why"] for row in refused} == {"the dense network has no such layer"}
     with pytest.raises(BadInput, match=r"^Recalibrate.reference: dense needs the dense program"):
         Recalibrate(reference="dense")(program(), data=batches())
+
+
+def test_layers_that_go_into_a_sum_keep_what_the_repair_gave_them() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.norm(self.conv(x))
+
+    dense = graphcomb.capture(Block().double().eval(), torch.zeros(2, 3, 6, 6).double(), dynamic_shapes="batch")
+    result = Recalibrate()(dense, data=batches(), teacher=dense)
+    assert [row["why"] for row in result.record["refused"]] == [
+        "it goes into a sum, where it makes up for what the other operand lacks"
+    ]
+    assert not result.record["changed"]
+    assert Recalibrate()(dense, data=batches()).record["changed"]  # of the images themselves
