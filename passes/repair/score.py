@@ -59,7 +59,7 @@ def _product(reader: Reader, seen: Seen, change: tuple[Tensor, ...], half: Tenso
     """For each sample of a batch that is in the judged half, the change of a reader's outputs times the gradients there,
     summed: `(n,)`, float64."""
     node, chosen = reader.node, half == judged
-    if seen.gradient is None:
+    if seen.gradient is None or not bool(chosen.any()):
         return torch.zeros(int(chosen.sum()), dtype=torch.float64)
     a = arguments(node)
     x, gradient = (entries(node, n, t, len(half)) for n, t in ((a["input"], seen.x), (node, seen.gradient)))

@@ -175,6 +175,17 @@ def test_scores_are_those_of_one_sample() -> None:
         assert twice[group.atom].sum() == pytest.approx(once[group.atom].sum(), rel=0.5)  # twice as many, other classes
 
 
+def test_batches_of_one_image_give_the_same_scores() -> None:
+    """Each of them lies in one half, so that the other has none."""
+    model, data = pooled()
+    found = graphcomb.comb(graphcomb.capture(model, data[0][:2], dynamic_shapes="batch"))
+    groups = [g for g in found.groups if g.frozen is None]
+    singly = list(torch.cat(data).split(1))
+    together, apart = (score.Losses(found, groups, Context(data=d), 1000).scores() for d in (data, singly))
+    for group in groups:
+        assert apart[group.atom].sum() == pytest.approx(together[group.atom].sum(), rel=0.5)  # other classes are drawn
+
+
 def test_windows_of_images_and_tables_that_no_image_reaches_are_scored() -> None:
     """As in Swin: a layer sees eight windows of two images as sixteen entries, and a small network makes a table of biases
     for all images. Images and windows have one size here, so that sizes do not tell them apart."""
