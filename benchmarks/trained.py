@@ -52,15 +52,8 @@ IMAGENET = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.2
 LITE = (torch.full((3,), 127 / 255), torch.full((3,), 128 / 255))
 FONTS = "/usr/share/fonts/truetype"
 STAMPS = "/usr/share/tuxpaint/stamps"
-DRAWN = (
-    "cartoon",
-    "symbols",
-    "naturalforces",
-    "town",
-    "geography",
-    "space",
-    "halloween",
-)  # folders without photographs
+# Folders of stamps that are no photographs.
+DRAWN = ("cartoon", "symbols", "naturalforces", "town", "geography", "space", "halloween")
 PAGE, LINE = 256, (64, 256)  # pixels of a page for CRAFT, and of a word for the recogniser
 THRESHOLD, CERTAIN = 0.4, 0.7  # of CRAFT's maps, as EasyOCR has them
 

@@ -91,7 +91,7 @@ class Losses:
         result = {g.atom: np.full(g.size, np.inf) for g in self.groups}
         read = [g for g in self.groups if self._readers(g)]
         orders = {g.atom: self._order(g) for g in read}
-        factors = self._factors({g.atom: order for g, (order, _) in zip(read, orders.values(), strict=True)})
+        factors = self._factors({atom: order for atom, (order, _) in orders.items()})
         for group in read:
             order, losses = orders[group.atom]
             cumulated, logs = np.cumsum(losses), {}
@@ -105,11 +105,10 @@ class Losses:
 
     def _order(self, group: Group) -> tuple[list[int], np.ndarray]:
         """The order in which the indices of a group go, and what each loses, by the diagonal and on the refit's samples."""
-        state = [
-            (known.inverse.clone(), known.power.clone(), self._places(group, reader))
-            for reader in self._readers(group)
-            for known in [self.prepared[id(reader)]]
-        ]
+        state = []
+        for reader in self._readers(group):
+            known = self.prepared[id(reader)]
+            state.append((known.inverse.clone(), known.power.clone(), self._places(group, reader)))
         left, order, losses = list(range(group.size)), [], []
         step = max(1, group.size // STEPS)
         while left:
