@@ -32,7 +32,7 @@ TableFile = Annotated[
 ]
 Extra = Annotated[
     list[str] | None,
-    typer.Option("--with", metavar="OPTION", help="What may change besides widths and blocks: int8, 2:4 (repeatable)."),
+    typer.Option("--with", metavar="OPTION", help="What may change, too: int8 or fp8; 2:4 (repeatable)."),
 ]
 Samples = Annotated[
     int, typer.Option("--samples", help="Number of images for repair; as many others measure the loss.")
@@ -134,8 +134,8 @@ def sensitivity(
     for o in options:
         if o.what == "every layer":
             console.print(f"no layer can be {o.option}: {o.note}", soft_wrap=True, markup=False)
-        if o.option == "fp16" or (o.option == "int8" and o.measured and o.saves_ms <= 0):
-            what = "may leave the range of fp16" if o.option == "fp16" else "is slower in INT8"
+        if o.option == "fp16" or (o.option in ("int8", "fp8") and o.measured and o.saves_ms <= 0):
+            what = "may leave the range of fp16" if o.option == "fp16" else f"is slower in {o.option.upper()}"
             console.print(f"{o.what} {what}: {o.note}", soft_wrap=True, markup=False)
     console.print(f"written: {out}, {page}", soft_wrap=True)
 

@@ -26,6 +26,7 @@ from ..passes.depth.prune_depth import PruneDepth
 from ..passes.joint.carry_out import Decision, passes
 from ..passes.joint.space import Space
 from ..passes.joint.tables import Fixed, check_fixed
+from ..passes.quantize.choose_layers import Precision
 from ..passes.train.distill import Distill
 from ..pipeline import Pipeline
 from ..recipe import Recipe, Section, explain, parse_pass, read_yaml
@@ -51,8 +52,8 @@ TUNED = """\
 #     graphcomb tune ... --plan {name} --out {name}    chooses the rest anew around what you changed
 # saves_ms, loss: of the row's choice alone, by the tables; together they differ, see `ms` and `loss` at the top.
 # loss: divergence from the dense network on calibration images. step: widths that suit the target are multiples of it.
-# layers: `precision` is int8, fp16 or fp32 for a layer, and the same for all layers of a `region`; `sparse: true` makes a
-# weight 2:4 sparse. saves_ms and loss are those of INT8, or of 2:4, for the whole region.
+# layers: `precision` is int8 (or fp8), fp16 or fp32 for a layer, the same for all layers of a `region`; `sparse: true` makes
+# a weight 2:4 sparse. saves_ms and loss are those of INT8 (FP8), or of 2:4, for the whole region.
 # inside: the block that takes the group with it. recovery: options of Distill, for training after the repair.
 """
 
@@ -111,18 +112,18 @@ class BlockRow(Section):
 class LayerRow(Section):
     """One layer of a tuned plan. Only `precision` and `sparse` have an effect.
 
-    - name: the layer's weight. region: the first weight of the layers that must have the same precision, since INT8 values
-      pass between them.
-    - precision: "int8", "fp16" or "fp32". proposed: `precision` when the plan was written.
+    - name: the layer's weight. region: the first weight of the layers that must have the same precision, since INT8 or FP8
+      values pass between them.
+    - precision: "int8", "fp8", "fp16" or "fp32". proposed: `precision` when the plan was written.
     - sparse: whether the weight becomes 2:4 sparse. proposed_sparse: `sparse` when the plan was written.
-    - saves_ms, loss: time saved and loss caused by INT8 (of the whole region), or by 2:4, alone.
+    - saves_ms, loss: time saved and loss caused by INT8 or FP8 (of the whole region), or by 2:4, alone.
     - inside: the block whose removal removes the layer.
     - why: why the layer stays as it is.
     """
 
     name: str
-    precision: Literal["int8", "fp16", "fp32"] | None = None
-    proposed: Literal["int8", "fp16", "fp32"] | None = None
+    precision: Precision | None = None
+    proposed: Precision | None = None
     sparse: bool | None = None
     proposed_sparse: bool | None = None
     region: str | None = None

@@ -12,7 +12,7 @@ from typing import Any
 from ..graph.files import replacing
 from ..graph.program import Program
 from ..passes.joint.ranges import MARGIN, overflows, ranges
-from ..passes.joint.variants import CHANGED, Variant
+from ..passes.joint.variants import CHANGED, QUANTISED, Variant
 from ..runtime.report.sensitivity import render
 from .tables import TuningTables, narrower, prepare_tables, without
 
@@ -22,8 +22,8 @@ class Option:
     """A change of one group or block of the dense network.
 
     - what, kind: name and kind of the group or block; "layers" for a region of layers, "layer" for one.
-    - option: the width that the group keeps, "gone" for a removed block, "int8" or "2:4", or "fp16" for a layer whose values
-      may leave the range of fp16.
+    - option: the width that the group keeps, "gone" for a removed block, "int8", "fp8" or "2:4", or "fp16" for a layer
+      whose values may leave the range of fp16.
     - saves_ms: predicted milliseconds of a run that the change saves. saves: their share of the dense network's time.
     - loss: divergence from the dense network in nats. measured: whether it was measured; else it is interpolated.
     - price: loss per saved millisecond.
@@ -91,7 +91,7 @@ def measure(program: Program, data: Iterable[Any] | None, **options: Any) -> lis
 
 
 def _of_layers(session: TuningTables, scale: float, whole: float) -> list[Option]:
-    """Return the options of layers in INT8 and with 2:4 sparse weights. A region that INT8 slows down says why."""
+    """Return the options of layers in INT8 or FP8, and with 2:4 sparse weights. A region that INT8 slows down says why."""
     problem, rows = session.tables.problem, []
     for i, (axis, variant) in enumerate(
         zip(problem.axes[len(session.tables.space.groups) :], _offered(session), strict=True)
@@ -102,11 +102,11 @@ def _of_layers(session: TuningTables, scale: float, whole: float) -> list[Option
         note = f"with {', '.join(variant.weights[1:])}" if len(variant.weights) > 1 else ""
         if variant.share is not None:
             note += f"{'; ' if note else ''}measured with its conversions"
-        elif variant.option == "int8" and saved <= 0:
+        elif variant.option in QUANTISED and saved <= 0:
             alone = f"{1e3 * (saved + converting):.3g} ms saved by the layers"
             borders = len(variant.read) + len(variant.written)
             note += f"{'; ' if note else ''}{borders} conversions take {1e3 * converting:.3g} ms, {alone}"
-        kind = "layers" if variant.option == "int8" else "layer"
+        kind = "layers" if variant.option in QUANTISED else "layer"
         row = _row(variant.weights[0], kind, variant.option, saved, saved / (scale * whole), axis.losses[CHANGED], True)
         rows.append(replace(row, note=note))
     return rows

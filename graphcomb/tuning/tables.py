@@ -26,10 +26,12 @@ from ..passes.joint.tuning_rounds import NEAR, Built, Time, Tuner
 from ..passes.joint.variants import (
     CHANGED,
     KINDS,
+    QUANTISED,
     Trial,
     find_variants,
     is_changed,
     no_sparse_kernels,
+    only_precision,
     seconds_of_variants,
 )
 from ..runtime.device_results import are_results
@@ -181,7 +183,7 @@ class TuningTables:
                 facts: dict[str, Any] = {"region": variant.weights[0]}
                 if k == 0:
                     facts |= {"saves_ms": saves, "loss": _short(axis.losses[CHANGED])}
-                if variant.option == "int8":
+                if variant.option in QUANTISED:
                     kept = "fp32" if name in single else self.precision
                     chosen = built.decided.precisions.get(name, kept)
                     facts |= {"precision": chosen, "proposed": chosen}
@@ -192,8 +194,10 @@ class TuningTables:
         for what, why in variants.refused.items():
             option, _, name = what.partition(" ")
             kept = "fp32" if name in single else self.precision
-            row: dict[str, Any] = {"precision": kept, "proposed": kept} if option == "int8" and name else {}
-            rows.append(LayerRow(name=name or "every layer", why=why if option == "int8" else f"not 2:4: {why}", **row))
+            row: dict[str, Any] = {"precision": kept, "proposed": kept} if option in QUANTISED and name else {}
+            rows.append(
+                LayerRow(name=name or "every layer", why=why if option in QUANTISED else f"not 2:4: {why}", **row)
+            )
         for name in sorted(single - {row.name for row in rows}):
             reason = "its values may leave the range of fp16" if name not in self.tables.fixed.precisions else None
             rows.append(LayerRow(name=name, precision="fp32", proposed="fp32", why=reason))
@@ -234,7 +238,7 @@ def prepare_tables(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
             raise BadInput(f"tune.{name}: a whole number from 1{f' to {most}' if most else ''}, not {value!r}")
     if isinstance(extra, str) or not set(extra) <= set(KINDS):
-        raise BadInput(f"tune.extra: a list of {' and '.join(KINDS)}, not {extra!r}")
+        raise BadInput(f"tune.extra: a list of {', '.join(KINDS)}, not {extra!r}")
     device = get_target(target) if isinstance(target, str) else target
     edited = load_plan(plan) if isinstance(plan, (str, Path)) else plan
     fixed = Fixed() if edited is None else _fixed(edited, program, device)
@@ -247,11 +251,12 @@ def prepare_tables(
     space = Space(program, device.alignment(precision), sizes, more, context.seed, progress)
     # Creating the losses checks the data, so it comes before the times, which may take long to measure.
     losses = Losses(space, context, importance, samples, points, Path(folder or cache_folder() / "tune"))
-    wanted = [name for name, p in fixed.precisions.items() if p == "int8"]
-    int8 = _integer_latency(model, device, precision) if "int8" in extra or wanted else None
+    wanted = {name: p for name, p in fixed.precisions.items() if p in QUANTISED}
+    quantised = only_precision([*(p for p in extra if p in QUANTISED), *wanted.values()], "tune")
+    changed = _quantised_latency(model, device, precision, quantised) if quantised else None
     sparse = _sparse_latency(model, device) if "2:4" in extra or any(fixed.sparse.values()) else None
-    variants = find_variants(space, losses, int8, sparse, wanted, progress)
-    variants.check([("int8", n) for n in wanted] + [("2:4", n) for n, asked in fixed.sparse.items() if asked])
+    variants = find_variants(space, losses, changed, sparse, wanted, progress, quantised or "int8")
+    variants.check([(p, n) for n, p in wanted.items()] + [("2:4", n) for n, asked in fixed.sparse.items() if asked])
     times = Times(space, model, progress, variants)
     tables = Tables(space, times, losses, fixed)
     losses.measure(progress)
@@ -286,12 +291,15 @@ def _predicted(tables: Tables, latency: Any) -> Callable[[Program], float]:
     return lambda program: changed(program) if is_changed(program) else plain(program)
 
 
-def _integer_latency(model: Any, target: Target, precision: str) -> Any:
-    """Return what gives the time of layers in INT8 on the same device: a latency model, or trials; or why there is none."""
-    if "int8" not in target.dtypes:
-        return f"{target.name} has no INT8 kernels"
+def _quantised_latency(model: Any, target: Target, precision: str, quantised: str) -> Any:
+    """Return what gives the time of layers in INT8 or FP8 on the same device: a latency model, or trials; or why there is
+    none."""
+    if quantised not in target.dtypes:
+        return f"{target.name} has no {quantised.upper()} kernels"
     if isinstance(model, Roofline):  # where it is calibrated, with the attained shares of the measured precision
-        return replace(model, dtype="int8")
+        return replace(model, dtype=quantised)
+    if quantised != "int8":
+        return "layers are measured in floating point alone; table: roofline predicts FP8"
     if not target.processor or precision != "fp32":
         return "regions in INT8 are tried out on a processor beside fp32 alone; table: roofline predicts INT8"
     return Trial(str(model), lambda plain, changed: faster(plain, changed, target, TRIAL)["median"], model)

@@ -66,9 +66,10 @@ def tune(
     - importance: see `RemoveChannels`.
     - rounds: how often the chosen network is built and the tables are corrected.
     - folder: folder that keeps measured losses; by default in the cache folder.
-    - extra: what may change besides widths and blocks: "int8" (regions of layers in INT8) and "2:4" (layers with 2:4 sparse
-      weights, where the target has kernels for them). Where layers are measured, each region is tried out: the network with
-      this region in INT8 runs in turns with the network without, in ONNX Runtime.
+    - extra: what may change besides widths and blocks: "int8" or "fp8" (regions of layers in INT8, or in FP8 for targets
+      that compute in it) and "2:4" (layers with 2:4 sparse weights, where the target has kernels for them). Where
+      layers are measured, each region is tried out: the network with this region in INT8 runs in turns with the network
+      without, in ONNX Runtime.
     - progress: whether to show progress. fields: fields of the passes' `Context`.
 
     Raises BadInput for invalid arguments and for data on which no losses can be measured; Unreachable for a budget that

@@ -37,7 +37,7 @@ def decision(problem: Problem, choice: Choice) -> Decision:
         if axis.kind == "widths" and 0 <= k < len(axis.sizes) - 1
     }
     changed = [axis for axis, k in zip(problem.axes, choice.sizes, strict=True) if axis.kind != "widths" and k == 0]
-    precisions = {name: "int8" for axis in changed if axis.kind == "precision" for name in axis.members}
+    precisions = {name: axis.option for axis in changed if axis.kind == "precision" for name in axis.members}
     sparse = tuple(name for axis in changed if axis.kind == "sparsity" for name in axis.members)
     return Decision(blocks, widths, precisions, sparse)
 

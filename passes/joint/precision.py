@@ -1,4 +1,4 @@
-"""The choice of a precision for each region: INT8 where it saves time and costs little, floating point elsewhere.
+"""The choice of a precision for each region: INT8 (or FP8) where it saves time and costs little, else floating point.
 
 What a region saves is the time of the network less that of the network in which this region alone is INT8, so conversions
 at its borders count. What it costs is the divergence of that network from the dense one. Regions are independent in time
@@ -49,7 +49,7 @@ class Option:
 class PrecisionChoice:
     """The chosen precisions.
 
-    - layers: for `Quantize(layers=)`: "int8", "fp16", or "fp32" where values may leave the range of fp16.
+    - layers: for `Quantize(layers=)`: "int8" (or "fp8"), "fp16", or "fp32" where values may leave the range of fp16.
     - program: the program quantised so. loss: its divergence in nats.
     - seconds: by name, those of the programs "plain" (floating point), "all" (every region in INT8) and "chosen".
     - options: all regions.
@@ -72,13 +72,13 @@ def choose_precisions(
     quantize: Quantize | None = None,
     samples: int = 64,
 ) -> PrecisionChoice:
-    """Choose INT8, fp16 or fp32 for each region of a program with folded normalisations.
+    """Choose INT8 (or FP8), fp16 or fp32 for each region of a program with folded normalisations.
 
     - context: with data, whose labels are not needed. Half of the samples calibrate, half judge.
     - seconds: the seconds of several programs, measured in turns or predicted (`predicted_seconds`).
     - loss: the largest divergence from the dense program, in nats (see `losses`).
-    - quantize: options of the quantisation. Its `layers` and `exclude` stay fixed, and by default so do the first and the
-      last layers, in floating point.
+    - quantize: options of the quantisation, such as `precision="fp8"`. Its `layers` and `exclude` stay fixed, and by
+      default so do the first and the last layers, in floating point.
     - samples: number of samples that judge, and as many calibrate.
 
     Raises Refused for times that are not finite; BadInput without data, or for data that gives the same outputs for all
@@ -109,7 +109,7 @@ def choose_precisions(
     kept |= dict.fromkeys(sorted(wide), "fp32")
 
     def made(count: int) -> tuple[dict[str, Precision], Program, float]:
-        chosen: dict[str, Precision] = {name: "int8" for option in order[:count] for name in option.weights}
+        chosen: dict[str, Precision] = {name: quantize.precision for option in order[:count] for name in option.weights}
         asked: dict[str, Precision] = {**quantize.layers, **kept, **chosen}
         mixed = replace(quantize, layers=asked)(program, inner).program
         return asked, mixed, divergence(mixed)
@@ -126,7 +126,7 @@ def choose_precisions(
     names = {name for option in order[:low] for name in option.weights}
     decided = [replace(o, chosen=set(o.weights) <= names) for o in options]
     took = {"plain": plain, "all": whole, "chosen": plain}
-    note = "" if low else _why(options, loss)
+    note = "" if low else _why(options, loss, quantize.precision.upper())
     if low:
         before, took["chosen"] = seconds([program, best[1]])
         if took["chosen"] >= before:
@@ -138,16 +138,17 @@ def choose_precisions(
     return PrecisionChoice(best[0], best[1], best[2], took, tuple(decided), note)
 
 
-def _why(options: Sequence[Option], loss: float) -> str:
-    """Why no region is INT8."""
+def _why(options: Sequence[Option], loss: float, precision: str) -> str:
+    """Why no region is INT8 or FP8."""
     if not any(option.gain > 0 for option in options):
-        return "no region is faster in INT8 with its conversions"
-    return f"every region that is faster in INT8 diverges by more than {loss:g}, or leaves the range of fp16"
+        return f"no region is faster in {precision} with its conversions"
+    return f"every region that is faster in {precision} diverges by more than {loss:g}, or leaves the range of fp16"
 
 
 # ------------------------------------------------------------------------------------------------------------ predictions
-def predicted_seconds(latencies: Mapping[str, Latency], plain: str = "fp16") -> Seconds:
-    """Predict the seconds of partly quantised programs from a latency model per precision, "int8" and `plain` among them.
+def predicted_seconds(latencies: Mapping[str, Latency], plain: str = "fp16", quantised: str = "int8") -> Seconds:
+    """Predict the seconds of partly quantised programs from a latency model per precision, `quantised` ("int8" or "fp8") and
+    `plain` among them.
 
     A layer with a quantised weight takes its time in INT8. A value is converted by a kernel that copies it where a layer in
     INT8 reads what no other one made, and where anything but such a layer reads what one made.
@@ -158,11 +159,11 @@ def predicted_seconds(latencies: Mapping[str, Latency], plain: str = "fp16") -> 
         integer = {node for node, _ in quantised_layers(program)}
         total = latencies[plain].per_run
         for node, layer in layers.at({}):
-            total += latencies["int8" if node in integer else plain].seconds(layer)
+            total += latencies[quantised if node in integer else plain].seconds(layer)
         size = layers.sizer({})
         for node in program.graph.nodes:
             if op_name(node) in FAKE_PER_TENSOR:
-                value, precision = node.args[0], "int8"
+                value, precision = node.args[0], quantised
                 converted = producer(value) not in integer
             else:
                 value, precision = node, plain

@@ -15,7 +15,7 @@ from .ranges import weight_of
 from .solver.problem import Axis, Choice, Problem, Removal
 from .space import Space
 from .times import Times
-from .variants import CHANGED, FLOAT, KINDS, Variant
+from .variants import CHANGED, FLOAT, KINDS, QUANTISED, Variant
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,13 @@ class Tables:
 
     def _variant(self, variant: Variant) -> Axis:
         by_hand: Mapping[str, bool] = self.fixed.sparse
-        if variant.option == "int8":
-            by_hand = {name: precision == "int8" for name, precision in self.fixed.precisions.items()}
+        if variant.option in QUANTISED:
+            by_hand = {name: precision == variant.option for name, precision in self.fixed.precisions.items()}
         asked = {by_hand[name] for name in variant.weights if name in by_hand}
         if len(asked) > 1:
             raise BadInput(
-                f"plan: {variant.weights[0]} and {variant.weights[-1]} exchange INT8 values; give both one precision"
+                f"plan: {variant.weights[0]} and {variant.weights[-1]} exchange {variant.option.upper()} values; "
+                "give both one precision"
             )
         allowed = (FLOAT,) if not math.isfinite(variant.loss) else None
         if asked:
@@ -79,7 +80,7 @@ class Tables:
         kind = KINDS[variant.option]
         return Axis(
             variant.name, (0, 1), (loss, 0.0), variant.block, allowed, bool(by_hand.keys() & set(variant.weights)), kind,
-            variant.weights,
+            variant.weights, variant.option,
         )  # fmt: skip
 
     def _removal(self, name: str, loss: float) -> Removal:

@@ -23,7 +23,7 @@ from ..common.scoring import bar
 from .ranges import weight_of
 from .solver.problem import Term
 from .space import Form, Space
-from .variants import CHANGED, FLOAT, Variants
+from .variants import CHANGED, FLOAT, QUANTISED, Variants
 
 CELLS = 1300  # most combinations of sizes for one table of a layer: four groups of six sizes
 
@@ -118,18 +118,20 @@ class Times:
         return seconds * math.prod(self.variants.share(option, weight, layer, seconds) for option in changed)
 
     def conversions(self, variant: int) -> float:
-        """Seconds of the conversions at the borders of a region in INT8, if nothing shrinks."""
+        """Seconds of the conversions at the borders of a quantised region, if nothing shrinks."""
         inner = {self.places[g.atom]: self.space.inner[g.name] for g in self.space.groups if g.name in self.space.inner}
         terms = self._conversions(variant, inner)  # the variant is the last axis
         return sum(float(term.seconds[(*[-1] * (term.seconds.ndim - 1), CHANGED)]) for term in terms)
 
     def _conversions(self, variant: int, inner: Mapping[int, int]) -> Iterator[Term]:
-        """The terms of the conversions at the borders of a region in INT8: kernels that copy the values."""
+        """The terms of the conversions at the borders of a quantised region: kernels that copy the values."""
         region, nodes = self.variants.offered[variant], self.dense.layers.comb.module.graph.nodes
-        if region.option != "int8" or self.variants.int8 is None:
+        if region.option not in QUANTISED or self.variants.quantised is None:
             return  # a share that was measured contains them
         known = {node.name: node for node in nodes}
-        borders = [(name, self.variants.int8) for name in region.read] + [(n, self.latency) for n in region.written]
+        borders = [(name, self.variants.quantised) for name in region.read] + [
+            (n, self.latency) for n in region.written
+        ]
         for name, model in borders:
             node = known.get(name)
             if node is None or self.dense.layers.comb.axes.get(node) is None:

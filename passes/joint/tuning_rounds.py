@@ -27,6 +27,7 @@ from .carry_out import Decision, decision, passes
 from .solver.problem import Problem
 from .solver.solve import Solved, solve
 from .tables import Tables
+from .variants import QUANTISED
 
 ROUNDS = 3
 OVER = 1.02  # a time of up to this multiple of a budget is within it, since repeated measurements differ
@@ -278,7 +279,7 @@ def told(decided: Decision) -> str:
     """A decision in a few words."""
     counts = (
         (decided.blocks, "blocks gone"), (decided.widths, "groups narrower"), (decided.sparse, "layers 2:4 sparse"),
-        ([p for p in decided.precisions.values() if p == "int8"], "layers in INT8"),
+        *(([p for p in decided.precisions.values() if p == option], f"layers in {option.upper()}") for option in QUANTISED),
     )  # fmt: skip
     return ", ".join(f"{len(what)} {name}" for what, name in counts if what) or "nothing changes"
 

@@ -1,6 +1,6 @@
-"""Variants of layers: regions in INT8 instead of floating point, and layers with 2:4 sparse weights.
+"""Variants of layers: regions in INT8 or FP8 instead of floating point, and layers with 2:4 sparse weights.
 
-A region is a set of layers between which values can stay INT8 (`quantize.regions`); it pays for the conversions at its
+A region is a set of layers between which values can stay quantised (`quantize.regions`); it pays for the conversions at its
 borders. Each variant is one more axis of the problem with two places, the variant and the layer as it is, and layers have
 their seconds at both. The loss is measured by changing one region, or one layer, of the dense network. So is the time of a
 region where no model of the device predicts INT8 (`Trial`): the layers take the share of their time that the network with
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, Literal
 
 from torch import fx
 
@@ -27,6 +28,7 @@ from ..channels.sizes.knapsack import Predictor
 from ..common.scoring import bar
 from ..common.weights import layers as weighted
 from ..fuse.fuse import Fuse
+from ..quantize.choose_layers import Precision
 from ..quantize.placement import passed_on, producer
 from ..quantize.quantize import Quantize
 from ..quantize.regions import quantised_alone, quantised_layers, regions
@@ -36,7 +38,8 @@ from .ranges import weight_of
 from .space import Space
 
 FLOAT, CHANGED = 1, 0  # places of a variant's axis: the layer as it is, and the variant
-KINDS = {"int8": "precision", "2:4": "sparsity"}
+KINDS = {"int8": "precision", "fp8": "precision", "2:4": "sparsity"}
+QUANTISED = tuple(name for name, kind in KINDS.items() if kind == "precision")
 LEAST = 0.1  # smallest share of their time that layers may take in INT8; below, the table of layers is too low for them
 
 
@@ -53,12 +56,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Variant:
-    """A region that may become INT8, or a layer that may become 2:4 sparse.
+    """A region that may become INT8 or FP8, or a layer that may become 2:4 sparse.
 
-    option: "int8" or "2:4". weights: the weights of its layers; the first names it. block: index of the block that has all
-    of its layers, or None. loss: divergence from the dense network in nats. read, written: names of the nodes whose values
-    are converted to INT8, and back. share: measured seconds of the layers in INT8, conversions included, as a share of those
-    in floating point; None if a latency model predicts them.
+    option: "int8", "fp8" or "2:4". weights: the weights of its layers; the first names it. block: index of the block that
+    has all of its layers, or None. loss: divergence from the dense network in nats. read, written: names of the nodes whose
+    values are converted to the precision, and back. share: measured seconds of the layers in it, conversions included, as a
+    share of those in floating point; None if a latency model predicts them.
     """
 
     option: str
@@ -77,11 +80,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Variants:
-    """The variants of a program's layers. int8, sparse: the latency models of the same device for layers in INT8, and with
-    2:4 sparse weights. refused: by "OPTION WEIGHT", why a layer has no such variant; by "OPTION", why no layer has."""
+    """The variants of a program's layers. quantised, sparse: the latency models of the same device for layers in INT8 or FP8
+    (of one program all are the same), and with 2:4 sparse weights. refused: by "OPTION WEIGHT", why a layer has no
+    such variant; by "OPTION", why no layer has."""
 
     offered: tuple[Variant, ...] = ()
-    int8: Latency | None = None
+    quantised: Latency | None = None
     sparse: Latency | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -102,73 +106,76 @@ class Variants:
         measured = next((v.share for v in self.offered if v.option == option and weight in v.weights), None)
         if measured is not None:
             return measured
-        model = self.int8 if option == "int8" else self.sparse
+        model = self.quantised if option in QUANTISED else self.sparse
         return 1.0 if model is None else model.seconds(layer) / seconds
 
 
 def find_variants(
     space: Space,
     losses: Losses,
-    int8: Latency | Trial | str | None = None,
+    quantised: Latency | Trial | str | None = None,
     sparse: Latency | str | None = None,
     wanted: Collection[str] = (),
     progress: bool = False,
+    precision: Precision = "int8",
 ) -> Variants:
     """The variants of a space's program, with their measured losses.
 
-    int8, sparse: latency models, or why the target has none; None if that is not asked for. For INT8 a trial is as good.
-    wanted: weights of layers that become INT8 even where the default is floating point, since that was decided by hand.
+    quantised, sparse: latency models, or why the target has none; None if that is not asked for. precision: "int8" or "fp8",
+    that of `quantised`. For INT8 a trial is as good. wanted: weights of layers that are quantised even where the default is
+    floating point, since that was decided by hand.
     Raises Contended if the machine is too busy for a trial.
     """
     offered: list[Variant] = []
-    refused = {option: why for option, why in (("int8", int8), ("2:4", sparse)) if isinstance(why, str)}
+    refused = {option: why for option, why in ((precision, quantised), ("2:4", sparse)) if isinstance(why, str)}
     owner = {name: b for b, block in enumerate(space.blocks) for name in block.nodes}
     blocks = {
         weight: owner.get(node.name)
         for node in space.comb.module.graph.nodes
         if (weight := weight_of(node)) is not None
     }
-    if int8 is not None and not isinstance(int8, str):
-        trial = int8 if isinstance(int8, Trial) else None
-        regions_, why = _integer_regions(space, losses, set(wanted), blocks, progress, trial)
+    if quantised is not None and not isinstance(quantised, str):
+        trial = quantised if isinstance(quantised, Trial) else None
+        regions_, why = _quantised_regions(space, losses, precision, set(wanted), blocks, progress, trial)
         offered += regions_
         refused |= why
     if sparse is not None and not isinstance(sparse, str):
         layers, why = _sparse_layers(space, losses, blocks, progress)
         offered += layers
         refused |= why
-    model = None if isinstance(int8, (str, Trial)) else int8
+    model = None if isinstance(quantised, (str, Trial)) else quantised
     return Variants(tuple(offered), model, None if isinstance(sparse, str) else sparse, refused)
 
 
-def _integer_regions(
+def _quantised_regions(
     space: Space,
     losses: Losses,
+    precision: Precision,
     wanted: set[str],
     blocks: Mapping[str, int | None],
     progress: bool,
     trial: Trial | None,
 ) -> tuple[list[Variant], dict[str, str]]:
     folded = Fuse()(space.program, losses.context).program
-    asked = dict.fromkeys(sorted(wanted), "int8")
-    pass_ = Quantize(samples=losses.samples, bias_correction=False, layers=asked)  # type: ignore[arg-type]
+    asked = dict.fromkeys(sorted(wanted), precision)
+    pass_ = Quantize(samples=losses.samples, layers=asked, precision=precision)  # type: ignore[arg-type]
     result = pass_(folded, losses.context)
-    refused = {f"int8 {row['what']}": row["why"] for row in result.record["refused"]}
+    refused = {f"{precision} {row['what']}": row["why"] for row in result.record["refused"]}
     free = {name for _, name in quantised_layers(result.program)}
     groups = regions([layer for layer in weighted(folded)[0] if layer.name in free])
     offered, dense = [], None if trial is None else Predictor(space.comb, trial.latency)
-    with bar(progress, "losses in INT8", len(groups)) as update:
+    with bar(progress, f"losses in {precision.upper()}", len(groups)) as update:
         for i, group in enumerate(groups):
             names = tuple(layer.name for layer in group)
             update(i + 1, names[0])
             if missing := [name for name in names if name not in blocks]:
-                refused |= {f"int8 {name}": f"{missing[0]} is merged with another layer" for name in names}
+                refused |= {f"{precision} {name}": f"{missing[0]} is merged with another layer" for name in names}
                 continue
 
-            alone, key = quantised_alone(result.program, names), f"int8 {' '.join(names)}"
+            alone, key = quantised_alone(result.program, names), f"{precision} {' '.join(names)}"
             inside = {blocks[name] for name in names}
             block = inside.pop() if len(inside) == 1 else None
-            variant = Variant("int8", names, block, losses.kept(key, partial(losses.divergence, alone)))
+            variant = Variant(precision, names, block, losses.kept(key, partial(losses.divergence, alone)))
             if trial is None or dense is None:
                 read, written = _borders(alone)
                 offered.append(replace(variant, read=read, written=written))
@@ -178,7 +185,7 @@ def _integer_regions(
             except Contended:
                 raise
             except GraphcombError as error:
-                refused |= {f"int8 {name}": str(error) for name in names}
+                refused |= {f"{precision} {name}": str(error) for name in names}
                 continue
             offered.append(replace(variant, share=_share(dense, names, faster)))
     return offered, refused
@@ -192,17 +199,17 @@ def _share(dense: Predictor, names: Sequence[str], faster: float) -> float:
 
 
 def _borders(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the nodes whose values are converted to INT8 in a partly quantised program, and back."""
-    integer = {node for node, _ in quantised_layers(program)}
+    """The names of the nodes whose values are converted to INT8 or FP8 in a partly quantised program, and back."""
+    changed = {node for node, _ in quantised_layers(program)}
     read = [
         node.args[0].name
         for node in program.graph.nodes
-        if op_name(node) in FAKE_PER_TENSOR and producer(node.args[0]) not in integer
+        if op_name(node) in FAKE_PER_TENSOR and producer(node.args[0]) not in changed
     ]
     written = [
         node.name
         for node in program.graph.nodes
-        if producer(node) in integer
+        if producer(node) in changed
         and op_name(node) not in FAKE_QUANTISATION
         and any(op_name(u) not in FAKE_QUANTISATION and passed_on(u) is not node for u in node.users)
     ]
@@ -261,22 +268,23 @@ def _sparse(program: Program) -> set[str]:
 def seconds_of_variants(program: Program, variants: Variants, latency: Latency) -> float:
     """Predicted seconds of a program that is quantised in part, or has 2:4 sparse weights, layer by layer.
 
-    Values that a layer in INT8 reads or makes are converted by kernels of their own where the other side is in floating
+    Values that a quantised layer reads or makes are converted by kernels of their own where the other side is in floating
     point.
     """
     layers = Layers(Comb(program), rules=rules_of(latency))
-    integer = {node for node, _ in quantised_layers(program)}
+    quantised = {node for node, _ in quantised_layers(program)}
+    option = next((v.option for v in variants.offered if v.option in QUANTISED), "int8")
     read, written = _borders(program)
     sparse, size, total = _sparse(program), layers.sizer({}), latency.per_run
     for node, layer in layers.at({}):
         if op_name(node) in FAKE_QUANTISATION:
             continue
         seconds, weight = latency.seconds(layer), weight_of(node)
-        for option, changed in (("int8", node in integer), ("2:4", weight in sparse)):
-            seconds *= variants.share(option, weight, layer, seconds) if changed and seconds > 0 else 1.0
+        for kind, changed in ((option, node in quantised), ("2:4", weight in sparse)):
+            seconds *= variants.share(kind, weight, layer, seconds) if changed and seconds > 0 else 1.0
         total += seconds
     nodes = {node.name: node for node in program.graph.nodes}
-    for names, model in ((read, variants.int8), (written, latency if variants.int8 else None)):
+    for names, model in ((read, variants.quantised), (written, latency if variants.quantised else None)):
         for name in names:
             if model is not None:
                 total += model.seconds(Layer("copy", (("entries", layers.entries(nodes[name], size)),)))
@@ -285,6 +293,16 @@ def seconds_of_variants(program: Program, variants: Variants, latency: Latency) 
 
 def quantise(asked: Mapping[str, str], samples: int) -> list[Fuse | Quantize]:
     """The passes that give layers their precisions, by the names of weights; all others stay in floating point."""
-    if unknown := [p for p in asked.values() if p not in ("int8", "fp16", "fp32")]:
-        raise BadInput(f"plan: precision must be int8, fp16 or fp32, not {unknown[0]!r}")
-    return [Fuse(), Quantize(samples=samples, layers={**asked, "*": "fp16"})]  # type: ignore[dict-item]
+    if unknown := [p for p in asked.values() if p not in (*QUANTISED, "fp16", "fp32")]:
+        raise BadInput(f"plan: precision must be int8, fp8, fp16 or fp32, not {unknown[0]!r}")
+    layers: dict[str, Any] = {**asked, "*": "fp16"}
+    return [Fuse(), Quantize(samples=samples, layers=layers, precision=only_precision(asked.values()) or "int8")]
+
+
+def only_precision(asked: Iterable[str], name: str = "plan") -> Literal["int8", "fp8"] | None:
+    """INT8 or FP8, if one of them is among some precisions; None if neither is. Raises BadInput, which starts with the name,
+    if both are."""
+    found = sorted({p for p in asked if p in QUANTISED})
+    if len(found) > 1:
+        raise BadInput(f"{name}: both {found[0]} and {found[1]}; one network has one of them")
+    return found[0] if found else None  # type: ignore[return-value]

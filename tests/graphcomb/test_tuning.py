@@ -6,6 +6,7 @@ import csv
 import json
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
 import yaml
@@ -17,7 +18,9 @@ from graphcomb.cli import main
 from graphcomb.graph.errors import Contended
 from graphcomb.graph.verify import equivalence
 from graphcomb.passes.quantize.regions import quantised_layers
-from graphcomb.runtime import LatencyTable
+from graphcomb.runtime import LatencyTable, get_target
+from graphcomb.runtime.export.to_onnx import export_onnx
+from graphcomb.runtime.onnx_file import precision
 from graphcomb.tuning.plan import load_plan
 from graphcomb.tuning.sensitivity import measure
 
@@ -373,5 +376,48 @@ def test_layers_get_precisions_and_sparsity_that_the_plan_carries_out(tmp_path):
     path.write_text(yaml.safe_dump(tree))
     with pytest.raises(BadInput, match=r"^plan: 2.weight and 4.weight exchange INT8 values; give both one precision"):
         graphcomb.tune(dense, latency=0.99, extra=["int8", "2:4"], plan=path, **options)
-    with pytest.raises(BadInput, match=r"^tune\.extra: a list of int8 and 2:4, not 'int8'"):
+    with pytest.raises(BadInput, match=r"^tune\.extra: a list of int8, fp8, 2:4, not 'int8'"):
         graphcomb.tune(dense, latency=0.99, extra="int8", **options)
+
+
+def test_layers_get_fp8_where_the_target_computes_in_it(tmp_path):
+    """A plan with them by hand is carried out and exported as Q/DQ of FP8."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 1024, 1), nn.ReLU(), nn.Conv2d(1024, 1024, 1), nn.ReLU(), nn.Conv2d(1024, 1024, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 4),
+    )  # fmt: skip
+    dense, data = graphcomb.capture(model.eval(), torch.randn(2, 3, 8, 8), dynamic_shapes="batch"), batches()[:2]
+    options = OPTIONS | {"folder": tmp_path, "data": data, "precision": "fp16", "sizes": 1}
+    plan = graphcomb.tune(dense, latency=0.99, extra=["fp8"], target="rtx-sm89", **options)
+    rows = {row.name: row for row in plan.layers}
+    assert rows["2.weight"].region == rows["4.weight"].region == "2.weight"
+    assert rows["2.weight"].saves_ms > 0
+    assert rows["2.weight"].loss > 0
+    path = plan.save(tmp_path / "plan.yaml")
+    assert load_plan(path) == plan
+    tree = yaml.safe_load(path.read_text())
+    for row in tree["blocks"]:
+        row["goes"] = False
+    for row in tree["layers"]:
+        row |= {"precision": "fp8"} if row["name"] in ("2.weight", "4.weight") else {}
+    path.write_text(yaml.safe_dump(tree))
+    again = graphcomb.tune(dense, latency=0.99, extra=["fp8"], target="rtx-sm89", plan=path, **options)
+    assert again.tuned.ms["achieved"] < plan.tuned.ms["dense"]
+    assert again.decided.precisions == {"2.weight": "fp8", "4.weight": "fp8"}
+    result = load_plan(path).run(dense, data=data, target=get_target("rtx-sm89"))
+    quantised = next(r for r in result.record["passes"] if r["pass"] == "Quantize")
+    assert quantised["precision"] == "fp8"
+    export_onnx(result.program, tmp_path / "fp8.onnx", "fp16", target="rtx-sm89")
+    assert precision(onnx.load(tmp_path / "fp8.onnx")) == "fp8"
+
+    refused = graphcomb.tune(dense, latency=0.99, extra=["fp8"], target="rtx-sm86", **options)
+    assert [row.why for row in refused.layers if row.name == "every layer"] == ["rtx-sm86 has no FP8 kernels"]
+    with pytest.raises(BadInput, match=r"^tune: both fp8 and int8; one network has one of them"):
+        graphcomb.tune(dense, latency=0.99, extra=["int8", "fp8"], target="rtx-sm89", **options)
+    for row in tree["layers"]:
+        if row["name"] == "2.weight":
+            row["precision"] = "int8"
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(BadInput, match=r"^plan: both fp8 and int8; one network has one of them"):
+        load_plan(path).run(dense, data=data)

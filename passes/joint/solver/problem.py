@@ -20,7 +20,7 @@ class Axis:
     """The sizes that a group may have, smallest first, and the loss of each. block: the index of the block that contains
     the group, or None. allowed: the indices in `sizes` that may be chosen; None for all. fixed: whether that was decided by
     hand. kind: "widths", or for a variant of layers "precision" or "sparsity"; a variant has two places, the changed layers
-    and the layers as they are. members: the weights of a variant's layers."""
+    and the layers as they are. members, option: the weights of a variant's layers, and its name, such as "int8"."""
 
     name: str
     sizes: tuple[int, ...]
@@ -30,6 +30,7 @@ class Axis:
     fixed: bool = False
     kind: str = "widths"
     members: tuple[str, ...] = ()
+    option: str = ""
 
     @property
     def choices(self) -> tuple[int, ...]:
