@@ -13,7 +13,7 @@ from ...graph.compat import pytree
 from ...graph.errors import BadInput
 from ...graph.program import Program
 from ..base import Context
-from ..common.feed import Feed
+from ..common.feed import Feed, sample_dimension
 from ..common.processes import summed
 from ..common.samples import everywhere, sample_batches
 
@@ -43,10 +43,10 @@ def by_sample(value: Tensor, samples: int, node: fx.Node) -> Tensor:
     meta = node.meta.get("val")
     sizes: Sequence[Any] = meta.shape if isinstance(meta, Tensor) and meta.dim() == value.dim() else ()
     symbols = _batch_symbols(node.graph)
-    dims = [d for d, size in enumerate(sizes) if not isinstance(size, int) and size.node.expr.free_symbols & symbols]
+    dim = sample_dimension(sizes, symbols)
     if not symbols:  # the batch size is fixed
-        dims = [d for d in range(value.dim() - 1) if value.shape[d] == samples]
-    return value.movedim(dims[0], 0) if dims and dims[0] else value
+        dim = next((d for d in range(value.dim() - 1) if value.shape[d] == samples), None)
+    return value.movedim(dim, 0) if dim else value
 
 
 def _batch_symbols(graph: fx.Graph) -> set[Any]:

@@ -17,7 +17,7 @@ from ....graph.program import Program
 from ....graph.trainable import TrainableModule
 from ...base import Context
 from ...common.class_axis import class_axis
-from ...common.feed import Batch, Feed, map_some
+from ...common.feed import Batch, Feed, map_some, sample_dimension
 from ...common.losses import class_dim, logits_of, task_loss
 from ...common.observe import Observer
 from ...common.processes import accelerator, placed, summed
@@ -236,7 +236,7 @@ class _Samples:
         for layer in self.layers:
             total: Any = 0
             for node in layer.nodes:
-                at = _sample_dimension(node, self.symbols)
+                at = sample_dimension(node.args[0].meta["val"].shape, self.symbols) or 0  # type: ignore[union-attr]
                 x, pull = (t.movedim(at, 0) for t in (values[node], pulls[node]))
                 per = len(x) // size
                 cut = slice(part.start * per, part.stop * per)
@@ -268,13 +268,6 @@ class _Samples:
                 if not torch.dist(products[name][i], expected) <= 1e-3 * expected.norm() + 1e-8:
                     return False
         return True
-
-
-def _sample_dimension(node: fx.Node, symbols: set[Any]) -> int:
-    """The dimension of a layer's input that holds the samples: the first whose size depends on the batch size, else the
-    first."""
-    sizes = node.args[0].meta["val"].shape  # type: ignore[union-attr]
-    return next((d for d, s in enumerate(sizes) if not isinstance(s, int) and s.node.expr.free_symbols & symbols), 0)
 
 
 def _numbers(program: Program, feed: Feed) -> int:
