@@ -107,8 +107,10 @@ class Losses:
         """The order in which the indices of a group go, and what each loses, by the diagonal and on the refit's samples."""
         state = []
         for reader in self._readers(group):
-            known = self.prepared[id(reader)]
-            state.append((known.inverse.clone(), known.power.clone(), self._places(group, reader)))
+            known, where = self.prepared[id(reader)], columns(reader.axis, group.atom)
+            held = torch.from_numpy(np.flatnonzero(where >= 0))  # the other columns of a concatenation do not matter
+            places = [np.flatnonzero(where[held] == i) for i in range(group.size)]
+            state.append((known.inverse[held][:, held], known.power[held][:, held], places))
         left, order, losses = list(range(group.size)), [], []
         step = max(1, group.size // STEPS)
         while left:
