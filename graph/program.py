@@ -50,7 +50,7 @@ class Program:
         history: list[dict[str, Any]] | None = None,
     ):
         self._module = _adopt(graph_module)
-        self.args, self.kwargs = tuple(args), dict(kwargs or {})
+        self.args, self.kwargs = _compact((tuple(args), dict(kwargs or {})))
         self.dynamic_shapes = dynamic_shapes
         self.history = list(history or [])
         self._stale = False
@@ -289,6 +289,18 @@ def _casts(program: Program) -> list[str]:
         "quantisation leave them alone and ONNX export refuses them: turn autocast on where the model is called, not in its "
         "forward"
     ]
+
+
+def _compact(inputs: Any) -> Any:
+    """The inputs with a copy of every tensor that is a part of a larger one, such as the first images of a data set, which
+    a saved program would contain as a whole."""
+
+    def alone(x: Any) -> Any:
+        if isinstance(x, torch.Tensor) and x.layout == torch.strided and x.untyped_storage().nbytes() > x.nbytes:
+            return x.detach().clone().requires_grad_(x.requires_grad)
+        return x
+
+    return pytree.tree_map(alone, inputs)
 
 
 def _distinct(inputs: Any) -> Any:

@@ -302,3 +302,15 @@ def test_a_file_may_have_any_name(tmp_path, caplog):
     program = g.capture(nn.Linear(3, 2), torch.randn(4, 3))
     assert g.load(program.save(tmp_path / "small.gc")).params == program.params
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_file_has_the_example_inputs_and_not_the_data_set_that_they_are_a_part_of(tmp_path):
+    """The first images of a tensor of images are a view of all of them."""
+    images = torch.randn(4096, 3, 16, 16)
+    channels_last = images.to(memory_format=torch.channels_last)[1:3]
+    for args in (images[:2], channels_last, images[4:6, :, :8].requires_grad_()):
+        program = g.capture(nn.Conv2d(3, 4, 3), args, dynamic_shapes="batch")
+        assert torch.equal(program.args[0], args)
+        assert program.args[0].requires_grad == args.requires_grad
+        assert program.save(tmp_path / "model.pt2").stat().st_size < 100_000
+        assert torch.equal(g.load(tmp_path / "model.pt2").args[0], args)
