@@ -14,7 +14,7 @@ accuracy on the 10,000 test images) and two of `trained.py`: EfficientNet-Lite0 
 96 crops of unseen photographs) and the text detector CRAFT (score: F-measure of the words on 32 unseen pages). Budgets are
 shares of the dense network's latency in ONNX Runtime (or OpenVINO: --target), one thread, fp32, batch 2. Joint, widths and
 blocks share the tables, the passes (PruneDepth, RemoveChannels, Repair on images without labels: 128, EfficientNet 32, CRAFT
-16) and the rounds: a choice is built and measured, the budget is corrected by what it really takes, and the choice is made
+8) and the rounds: a choice is built and measured, the budget is corrected by what it really takes, and the choice is made
 again. torch-pruning (1.6.1; it has no repair) gets the least ratio that makes it as fast as the joint network by the same
 measure, to within 2 %; of its rankings (magnitude layer by layer or globally, Taylor with the dense network's own classes as
 labels; networks with attention layer by layer) the one with the best score is shown. Then all networks of a budget run in
@@ -59,7 +59,7 @@ INTEGER = {"joint with INT8": "joint", "INT8 alone": "precision"}
 RIVAL = "torch-pruning"
 FLOAT_ROWS = (*METHODS, RIVAL)
 ALL = (*FLOAT_ROWS, *INTEGER)
-IMAGES, ROUNDS = {"efficientnet_lite0": 32, "craft": 16}, 3
+IMAGES, ROUNDS = {"efficientnet_lite0": 32, "craft": 8}, 3
 Row = dict[str, Any]
 
 
@@ -126,7 +126,7 @@ def measure(
     start = time.perf_counter()
     session = prepare_tables(
         dense, images, table="roofline" if table == "roofline" else None, measure=timed, samples=many, sizes=6,
-        points=2, seed=seed, progress=True, target=target, extra=["int8"] if methods is INTEGER else [],
+        points=1 if name == "craft" else 2, seed=seed, progress=True, target=target, extra=["int8"] if methods is INTEGER else [],
     )  # fmt: skip
     tables = time.perf_counter() - start
     measured = patiently(session.time)
