@@ -22,7 +22,7 @@ from ..channels.sizes.knapsack import Predictor
 from ..common.scoring import bar
 from .ranges import weight_of
 from .solver.problem import Term
-from .space import Form, Space
+from .space import Space
 from .variants import CHANGED, FLOAT, QUANTISED, Variants
 
 CELLS = 1300  # most combinations of sizes for one table of a layer: four groups of six sizes
@@ -51,37 +51,43 @@ class Times:
         owner = {name: b for b, block in enumerate(space.blocks) for name in block.nodes}
         outside = {node.name for node in nodes}
         inner = {self.places[g.atom]: space.inner[g.name] for g in space.groups if g.name in space.inner}
+        owned: dict[int | None, set[str]] = {}  # names of nodes, by the block with which their terms go
         with bar(progress, "times", len(nodes) + len(space.blocks)) as update:
             for index, node in enumerate(nodes):
                 atoms = [a for a in self.dense.atoms(index) if a in self.places]
                 blocks = {owner.get(node.name), *(inner.get(self.places[a]) for a in atoms)} - {None}
                 owning = min(blocks) if blocks else None  # type: ignore[type-var]
+                owned.setdefault(owning, set()).add(node.name)
                 # A layer that reads groups inside of two blocks depends on the sizes in the first block only.
                 known = [a for a in atoms if inner.get(self.places[a]) in (None, owning)]
                 self.terms += self._tables(self.dense, index, {a: a for a in known}, owning, False)
                 update(index + 1, "")
             self.terms += [term for i, _ in enumerate(self.variants.offered) for term in self._conversions(i, inner)]
+            merged = Predictor(space.form([]).comb, latency) if space.blocks else self.dense
             for b, block in enumerate(space.blocks):
                 form = space.form([b])
                 pruned = Predictor(form.comb, latency)
                 # Groups inside of other blocks have no size of their own where those go, too.
                 twins = {t: o for t, o in form.twins.items() if o in self.places and self.places[o] not in inner}
                 pruned.prepare({t: self.options[o] for t, o in twins.items()}, progress)
-                self._pruned(b, set(block.nodes), outside, form, pruned, twins)
+                self._pruned(b, set(block.nodes), outside, owned.get(b, set()), merged, pruned, twins)
                 update(len(nodes) + b + 1, block.name)
 
     def _pruned(
-        self, b: int, names: set[str], outside: set[str], form: Form, pruned: Predictor, twins: dict[Factor, Factor]
-    ) -> None:
-        """Add the terms of what a block becomes."""
+        self, b: int, names: set[str], outside: set[str], owned: set[str], merged: Predictor, pruned: Predictor,
+        twins: dict[Factor, Factor],
+    ) -> None:  # fmt: skip
+        """Add the terms of what a block becomes. owned: names of the nodes whose terms go with it. merged: predicts the
+        program with all blocks, merged as it is without some: what merging saves in the other blocks (their layer scales,
+        say) it saves only once, so no block gets it."""
         start = len(self.terms)
         for index, node in enumerate(pruned.layers.nodes):
             if node.name in names or node.name not in outside:
                 inside = {t: o for t, o in twins.items() if t in pruned.atoms(index)}
                 self.terms += self._tables(pruned, index, inside, b, True)
         added = sum(_last(t) for t in self.terms[start:])
-        saved = sum(_last(t) for t in self.terms if t.block == b and not t.gone)
-        rest = pruned.total({}) - (self.whole - saved + added)
+        saved = sum(merged.node(i, {}) for i, node in enumerate(merged.layers.nodes) if node.name in owned)
+        rest = pruned.total({}) - (merged.total({}) - saved + added)
         self.terms.append(Term((), np.array(rest), b, True))
 
     def _tables(

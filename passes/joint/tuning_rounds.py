@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -37,7 +37,7 @@ NATS = 0.01  # of divergence for a point of accuracy, as a first guess; a small 
 RIVAL = (
     2.0  # times the loss of the best network that the first one of a method alone may have for it to get further rounds
 )
-TRIES = 4  # most choices whose structure is checked before one is built
+TRIES = 6  # most choices whose structure is checked before one is built
 
 
 @dataclass(frozen=True)
@@ -205,17 +205,29 @@ class Tuner:
                 self.tables.losses.width(group, size)
 
     def _within(self, problem: Problem, allowed: float) -> Solved | None:
-        limit, solved = allowed, None
+        """The best choice within these seconds, which are those of its structure, as are the seconds of the result. One that
+        takes longer if the tries do not suffice; None if there is none by the tables."""
+        best: Solved | None = None
+        limit, low, high = allowed, 0.0, math.inf  # limits by the tables whose choices are fast enough, and are not
         for _ in range(TRIES):
-            solved = self._solved(problem, seconds=limit)
-            if solved is None:
+            solved = self._checked(problem, self._solved(problem, seconds=limit))
+            if solved is not None and solved.seconds <= OVER * allowed:
+                best, low = solved, limit
+                if high == math.inf or solved.seconds >= (1 - NEAR) * allowed:
+                    break
+            elif solved is None and best is None:
                 break
-            actual = self._seconds(problem, solved)
-            if actual <= OVER * allowed:
-                return solved
-            limit *= allowed / actual
-        fastest = self._fastest(problem)  # what the tables underrate may hide a choice that is fast enough
-        return fastest if fastest and self._seconds(problem, fastest) <= OVER * allowed else solved
+            else:
+                high = limit
+            limit = math.sqrt(low * high) if low else limit * allowed / solved.seconds  # type: ignore[union-attr]
+        if best is not None:
+            return best
+        fastest = self._checked(problem, self._fastest(problem))  # what the tables underrate may hide a fast one
+        return fastest if fastest and fastest.seconds <= OVER * allowed else solved
+
+    def _checked(self, problem: Problem, solved: Solved | None) -> Solved | None:
+        """A choice with the seconds of its structure."""
+        return solved and replace(solved, seconds=self._seconds(problem, solved))
 
     def _seconds(self, problem: Problem, solved: Solved) -> float:
         """The seconds of a choice by the tables, where the blocks and widths are those of the program's structure."""

@@ -63,6 +63,35 @@ def test_times_of_choices_are_those_of_the_networks_that_the_passes_build():
         assert problem.seconds(choice) == pytest.approx(measured(built, latency), rel=1e-9)
 
 
+class Scaled(nn.Module):
+    """A block with a layer scale, which is merged into its convolution where any block goes."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.scale = nn.Parameter(torch.ones(width, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.scale * self.two(torch.relu(self.one(x))))
+
+
+def test_what_merging_saves_once_no_block_saves_again():
+    """Without a block the scales of all others are merged. Their time once counted for each block that goes, so that a
+    network without several blocks took less than nothing."""
+    stages = [nn.Conv2d(2, 6, 3, padding=1), *(Scaled(6) for _ in range(4)), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    dense = program(nn.Sequential(*stages, nn.Linear(6, 4)), 2, 6, 6)
+    space, latency = Space(dense, alignment=2, count=3), PerMac()
+    problem = problem_of(space, Times(space, latency))
+    once = measured(dense, latency) - measured(space.form([]).comb.program, latency)
+    assert len(space.blocks) == 4
+    assert once > 1e-8
+    for count in range(1, 5):
+        gone = tuple(i < count for i in range(4))
+        sizes = tuple(-1 if a.block is not None and gone[a.block] else len(a.sizes) - 1 for a in problem.axes)
+        built = space.form(i for i in range(count)).comb.program
+        assert -1e-15 < problem.seconds(Choice(sizes, gone)) - measured(built, latency) < once
+
+
 def test_a_chain_has_the_answer_of_the_knapsack():
     """Of sizes whose losses are sums of scores, the knapsack tries all combinations."""
     dense = program(chain(5, 12, 8, 12, 3), 5)
