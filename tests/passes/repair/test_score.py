@@ -121,9 +121,24 @@ def test_what_a_part_of_a_group_loses_is_the_gauss_newton_form_on_the_other_half
 
     for count, lost in factors.items():
         assert lost == pytest.approx(by_hand(order[:count]), rel=1e-5)
+    monkeypatch.setattr(score, "LEAST", 0.0)
     scores = np.sort(losses.scores()[group.atom])
     assert scores[0] == pytest.approx(factors[1], rel=1e-6)  # the curve goes through the first of them
     assert np.cumsum(scores)[4] == pytest.approx(factors[5], rel=0.5)
+
+
+def test_what_seems_to_lose_nothing_keeps_a_share_of_what_the_diagonal_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that show nothing of what channels stand for say that these channels can go."""
+    model, data = pooled()
+    found = graphcomb.comb(graphcomb.capture(model, data[0][:2], dynamic_shapes="batch"))
+    (group,) = [g for g in found.groups if g.name == "body.weight:0"]
+    losses = score.Losses(found, [group], Context(data=data), 1000)
+    order, diagonal = losses._order(group)
+    for share, kept in ((1e-6, score.LEAST), (0.5, 0.5), (3.0, 3.0)):
+        told = {c: share * float(np.cumsum(diagonal)[c - 1]) for c in (1, 2, 5)}
+        monkeypatch.setattr(losses, "_factors", lambda orders, told=told: {group.atom: told})
+        expected = np.maximum.accumulate(kept * diagonal)
+        np.testing.assert_allclose(losses.scores()[group.atom][order], expected, rtol=1e-9)
 
 
 def test_half_of_the_scores_is_the_divergence_that_is_measured_afterwards() -> None:
