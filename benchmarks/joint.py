@@ -126,7 +126,8 @@ def measure(
     start = time.perf_counter()
     session = prepare_tables(
         dense, images, table="roofline" if table == "roofline" else None, measure=timed, samples=many, sizes=6,
-        points=1 if name == "craft" else 2, seed=seed, progress=True, target=target, extra=["int8"] if methods is INTEGER else [],
+        points=1 if name == "craft" else 2, seed=seed, progress=True, target=target,
+        extra=["int8"] if methods is INTEGER else [],
     )  # fmt: skip
     tables = time.perf_counter() - start
     measured = patiently(session.time)

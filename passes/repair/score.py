@@ -16,8 +16,8 @@ gradient g there, and the mean over samples of (sum g d)^2 is taken, the sum bei
 That is the Gauss-Newton form itself; half of it is the divergence, as far as second order goes. It sees what the diagonal
 does not: that the refit knows its own samples too well, that errors cancel over positions or do not, and that they are large
 where the network looks. But all of this is so for the images at hand: late layers, whose channels stand for things that are
-not in them, can seem to lose nothing. So a loss is never taken to be less than a quarter of what the diagonal says. Source: ours, after OBS (Hassibi and Stork, 1993) and the Gauss-Newton matrix by random projections
-(Hutchinson).
+not in them, can seem to lose nothing. So a loss is never taken to be less than a quarter of what the diagonal says. Source:
+ours, after OBS (Hassibi and Stork, 1993) and the Gauss-Newton matrix by random projections (Hutchinson).
 """
 
 from __future__ import annotations
