@@ -297,10 +297,14 @@ def _compact(inputs: Any) -> Any:
 
     def alone(x: Any) -> Any:
         if isinstance(x, torch.Tensor) and x.layout == torch.strided and x.untyped_storage().nbytes() > x.nbytes:
-            return x.detach().clone().requires_grad_(x.requires_grad)
+            return _copied(x)
         return x
 
     return pytree.tree_map(alone, inputs)
+
+
+def _copied(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().clone().requires_grad_(x.requires_grad)
 
 
 def _distinct(inputs: Any) -> Any:
@@ -310,7 +314,7 @@ def _distinct(inputs: Any) -> Any:
 
     def own(x: Any) -> Any:
         if isinstance(x, torch.Tensor) and id(x) in seen:
-            return x.detach().clone().requires_grad_(x.requires_grad)
+            return _copied(x)
         seen.add(id(x))
         return x
 

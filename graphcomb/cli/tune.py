@@ -118,6 +118,7 @@ def sensitivity(
     quiet: Quiet = False,
 ) -> None:
     """List what every option of every group and block saves and loses by itself, as CSV and as a sortable page."""
+    from ..passes.quantize.choose_layers import QUANTISED
     from ..tuning.sensitivity import measure, write_csv, write_page
 
     job, _ = _job(model, data, data_arg, target, precision, arg, input_)
@@ -134,7 +135,7 @@ def sensitivity(
     for o in options:
         if o.what == "every layer":
             console.print(f"no layer can be {o.option}: {o.note}", soft_wrap=True, markup=False)
-        if o.option == "fp16" or (o.option in ("int8", "fp8") and o.measured and o.saves_ms <= 0):
+        if o.option == "fp16" or (o.option in QUANTISED and o.measured and o.saves_ms <= 0):
             what = "may leave the range of fp16" if o.option == "fp16" else f"is slower in {o.option.upper()}"
             console.print(f"{o.what} {what}: {o.note}", soft_wrap=True, markup=False)
     console.print(f"written: {out}, {page}", soft_wrap=True)

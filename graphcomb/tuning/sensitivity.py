@@ -12,7 +12,8 @@ from typing import Any
 from ..graph.files import replacing
 from ..graph.program import Program
 from ..passes.joint.ranges import MARGIN, overflows, ranges
-from ..passes.joint.variants import CHANGED, QUANTISED, Variant
+from ..passes.joint.variants import CHANGED, Variant
+from ..passes.quantize.choose_layers import QUANTISED
 from ..runtime.report.sensitivity import render
 from .tables import TuningTables, narrower, prepare_tables, without
 

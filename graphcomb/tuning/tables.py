@@ -26,7 +26,6 @@ from ..passes.joint.tuning_rounds import NEAR, Built, Time, Tuner
 from ..passes.joint.variants import (
     CHANGED,
     KINDS,
-    QUANTISED,
     Trial,
     find_variants,
     is_changed,
@@ -34,6 +33,7 @@ from ..passes.joint.variants import (
     only_precision,
     seconds_of_variants,
 )
+from ..passes.quantize.choose_layers import QUANTISED
 from ..runtime.device_results import are_results
 from ..runtime.devices.table import Target, get_target
 from ..runtime.prediction.latency_table import LatencyTable
@@ -252,7 +252,7 @@ def prepare_tables(
     # Creating the losses checks the data, so it comes before the times, which may take long to measure.
     losses = Losses(space, context, importance, samples, points, Path(folder or cache_folder() / "tune"))
     wanted = {name: p for name, p in fixed.precisions.items() if p in QUANTISED}
-    quantised = only_precision([*(p for p in extra if p in QUANTISED), *wanted.values()], "tune")
+    quantised = only_precision([*extra, *wanted.values()], "tune")
     changed = _quantised_latency(model, device, precision, quantised) if quantised else None
     sparse = _sparse_latency(model, device) if "2:4" in extra or any(fixed.sparse.values()) else None
     variants = find_variants(space, losses, changed, sparse, wanted, progress, quantised or "int8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,10 +183,9 @@ class Feed:
         return size or 0
 
 
-def sample_dimension(sizes: Iterable[Any], symbols: Collection[Any]) -> int | None:
+def sample_dimension(sizes: Iterable[Any], symbols: set[Any]) -> int | None:
     """The dimension that holds the samples: the first whose size depends on symbols of the batch size; None if none does."""
-    free = (() if isinstance(size, int) else size.node.expr.free_symbols for size in sizes)
-    return next((d for d, found in enumerate(free) if any(s in symbols for s in found)), None)
+    return next((d for d, s in enumerate(sizes) if not isinstance(s, int) and s.node.expr.free_symbols & symbols), None)
 
 
 def _batch_size(inputs: Iterable[Any], outputs: Iterable[Any]) -> Any:

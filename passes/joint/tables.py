@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from ...graph.comb.groups import Group
 from ...graph.errors import BadInput
 from ..channels.sizes.knapsack import Predictor
+from ..quantize.choose_layers import QUANTISED
 from .carry_out import Decision, indices
 from .losses import Losses
 from .ranges import weight_of
 from .solver.problem import Axis, Choice, Problem, Removal
 from .space import Space
 from .times import Times
-from .variants import CHANGED, FLOAT, KINDS, QUANTISED, Variant
+from .variants import CHANGED, FLOAT, KINDS, Variant
 
 
 @dataclass(frozen=True)

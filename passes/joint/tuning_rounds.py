@@ -23,11 +23,11 @@ from ...graph.errors import Unreachable
 from ...graph.program import Program
 from ..base import Context
 from ..channels.sizes.fixed_sizes import some
+from ..quantize.choose_layers import QUANTISED
 from .carry_out import Decision, decision, passes
 from .solver.problem import Problem
 from .solver.solve import Solved, solve
 from .tables import Tables
-from .variants import QUANTISED
 
 ROUNDS = 3
 OVER = 1.02  # a time of up to this multiple of a budget is within it, since repeated measurements differ

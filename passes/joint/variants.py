@@ -28,7 +28,7 @@ from ..channels.sizes.knapsack import Predictor
 from ..common.scoring import bar
 from ..common.weights import layers as weighted
 from ..fuse.fuse import Fuse
-from ..quantize.choose_layers import Precision
+from ..quantize.choose_layers import QUANTISED, Precision
 from ..quantize.placement import passed_on, producer
 from ..quantize.quantize import Quantize
 from ..quantize.regions import quantised_alone, quantised_layers, regions
@@ -38,8 +38,7 @@ from .ranges import weight_of
 from .space import Space
 
 FLOAT, CHANGED = 1, 0  # places of a variant's axis: the layer as it is, and the variant
-KINDS = {"int8": "precision", "fp8": "precision", "2:4": "sparsity"}
-QUANTISED = tuple(name for name, kind in KINDS.items() if kind == "precision")
+KINDS = dict.fromkeys(QUANTISED, "precision") | {"2:4": "sparsity"}
 LEAST = 0.1  # smallest share of their time that layers may take in INT8; below, the table of layers is too low for them
 
 

@@ -15,6 +15,7 @@ from ..base import Refusal
 from ..common.weights import WeightedLayer
 
 Precision = Literal["int8", "fp8", "fp16", "fp32"]
+QUANTISED = ("int8", "fp8")
 
 FIRST = "it reads the network's inputs, so it stays in floating point; include it by name"
 LAST = "it computes an output, so it stays in floating point; include it by name"

@@ -20,7 +20,7 @@ from ..common.weights import WeightedLayer, check_included
 from ..common.weights import layers as find_layers
 from .bias import Means, correctable
 from .calibrate import FP8, INT8, Format, input_scales, weight_scales
-from .choose_layers import Precision, check_named, precisions
+from .choose_layers import QUANTISED, Precision, check_named, precisions
 from .placement import grid, is_nonnegative, origin, place, quantised_reads
 
 
@@ -86,7 +86,7 @@ class Quantize(Pass):
             self, "placement", not (fp8 and self.placement == "cpu"), '"tensorrt" for FP8, which no CPU computes in'
         )
         for pattern, asked in self.layers.items():
-            if asked in ("int8", "fp8") and asked != self.precision:
+            if asked in QUANTISED and asked != self.precision:
                 raise BadInput(
                     f'Quantize.layers: "{pattern}" is {asked}, and the pass makes {self.precision} (`precision`)'
                 )

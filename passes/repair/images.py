@@ -43,8 +43,9 @@ def by_sample(value: Tensor, samples: int, node: fx.Node) -> Tensor:
     meta = node.meta.get("val")
     sizes: Sequence[Any] = meta.shape if isinstance(meta, Tensor) and meta.dim() == value.dim() else ()
     symbols = _batch_symbols(node.graph)
-    dim = sample_dimension(sizes, symbols)
-    if not symbols:  # the batch size is fixed
+    if symbols:
+        dim = sample_dimension(sizes, symbols)
+    else:  # the batch size is fixed
         dim = next((d for d in range(value.dim() - 1) if value.shape[d] == samples), None)
     return value.movedim(dim, 0) if dim else value
 

@@ -39,7 +39,7 @@ from .swaps import Columns, swapped
 STEPS = 64  # about the most steps in which a group is emptied, each with new losses
 JUDGED = (1 / 16, 1 / 4, 5 / 8)  # shares of a group whose loss is judged on held-out samples
 # The least share of the diagonal's loss that is believed. Chosen with EfficientNet-Lite0, MobileNetV2 and the networks on
-# Fashion-MNIST, on draws of images that are not reported; without it EfficientNet-Lite0 keeps half as much.
+# Fashion-MNIST, on draws of images that are not reported; without it EfficientNet-Lite0 keeps a third less.
 LEAST = 0.25
 
 
@@ -113,8 +113,7 @@ class Losses:
         for reader in self._readers(group):
             known, where = self.prepared[id(reader)], columns(reader.axis, group.atom)
             held = torch.from_numpy(np.flatnonzero(where >= 0))  # the other columns of a concatenation do not matter
-            places = [np.flatnonzero(where[held] == i) for i in range(group.size)]
-            state.append((known.inverse[held][:, held], known.power[held][:, held], places))
+            state.append((known.inverse[held][:, held], known.power[held][:, held], _places(where[held], group.size)))
         left, order, losses = list(range(group.size)), [], []
         step = max(1, group.size // STEPS)
         while left:
@@ -128,11 +127,6 @@ class Losses:
             for inverse, power, places in state:
                 _remove(inverse, power, np.concatenate([places[i] for i in going]))
         return order, np.array(losses)
-
-    def _places(self, group: Group, reader: Reader) -> list[np.ndarray]:
-        """The columns of a reader that belong to each index of a group."""
-        where = columns(reader.axis, group.atom)
-        return [np.flatnonzero(where == i) for i in range(group.size)]
 
     def _factors(self, orders: dict[Factor, list[int]]) -> dict[Factor, dict[int, float]]:
         """For each group, by number of the first indices in its order, their loss together in the Gauss-Newton form, with
@@ -164,7 +158,7 @@ class Losses:
             for count in sorted({max(1, round(share * group.size)) for share in JUDGED}):
                 changes: list[Trial] = []
                 for reader, halves in known:
-                    places = self._places(group, reader)
+                    places = _places(columns(reader.axis, group.atom), group.size)
                     gone = np.concatenate([places[i] for i in orders[group.atom][:count]])
                     by_half = [reader.change(inverse, gone, k) for k, inverse in enumerate(halves)]
                     changes.append((reader, [tuple(t.to(reader.dtype) for t in change) for change in by_half]))
@@ -194,6 +188,11 @@ class Losses:
 
     def _readers(self, group: Group) -> list[Reader]:
         return [r for r in self.readers if ax.touches(r.axis, {group.atom: None})]
+
+
+def _places(where: np.ndarray, size: int) -> list[np.ndarray]:
+    """The columns that belong to each index of a group. where: the index that each column belongs to (see `columns`)."""
+    return [np.flatnonzero(where == i) for i in range(size)]
 
 
 def _losses(inverse: Tensor, power: Tensor, places: list[np.ndarray], left: list[int]) -> np.ndarray:

@@ -46,6 +46,16 @@ def net(width: int = 16, inner: int = 32) -> nn.Module:
     return model.eval()
 
 
+def pointwise(width: int) -> nn.Module:
+    """Three pointwise convolutions and a classifier, of which the second and the third convolution are one region."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4),
+    )  # fmt: skip
+    return model.eval()
+
+
 def batches() -> list[torch.Tensor]:
     """Images without labels; recipes name them."""
     return list(torch.randn(4, 16, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
@@ -342,12 +352,7 @@ def test_through_the_command_line(tmp_path, monkeypatch, capsys):
 
 def test_layers_get_precisions_and_sparsity_that_the_plan_carries_out(tmp_path):
     """Rows for INT8 and 2:4 with what they save and lose; by hand a layer becomes INT8 or stays in floating point."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 256, 1), nn.ReLU(), nn.Conv2d(256, 256, 1), nn.ReLU(), nn.Conv2d(256, 256, 1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 4),
-    )  # fmt: skip
-    dense, data = graphcomb.capture(model.eval(), torch.randn(2, 3, 8, 8), dynamic_shapes="batch"), batches()
+    dense, data = graphcomb.capture(pointwise(256), torch.randn(2, 3, 8, 8), dynamic_shapes="batch"), batches()
     options = OPTIONS | {"folder": tmp_path, "data": data, "target": "rtx-sm86", "precision": "fp16", "sizes": 2}
     plan = graphcomb.tune(dense, latency=0.99, extra=["int8", "2:4"], **options)
     rows = {(r.name, r.precision is None): r for r in plan.layers}
@@ -382,12 +387,7 @@ def test_layers_get_precisions_and_sparsity_that_the_plan_carries_out(tmp_path):
 
 def test_layers_get_fp8_where_the_target_computes_in_it(tmp_path):
     """A plan with them by hand is carried out and exported as Q/DQ of FP8."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 1024, 1), nn.ReLU(), nn.Conv2d(1024, 1024, 1), nn.ReLU(), nn.Conv2d(1024, 1024, 1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 4),
-    )  # fmt: skip
-    dense, data = graphcomb.capture(model.eval(), torch.randn(2, 3, 8, 8), dynamic_shapes="batch"), batches()[:2]
+    dense, data = graphcomb.capture(pointwise(1024), torch.randn(2, 3, 8, 8), dynamic_shapes="batch"), batches()[:2]
     options = OPTIONS | {"folder": tmp_path, "data": data, "precision": "fp16", "sizes": 1}
     plan = graphcomb.tune(dense, latency=0.99, extra=["fp8"], target="rtx-sm89", **options)
     rows = {row.name: row for row in plan.layers}
