@@ -165,7 +165,7 @@ class Predicted(Format):
 
     node: str = says("name of the node in the program's graph")
     call: str = says("operator of the node")
-    op: str = says("kind of layer: conv, matmul, attention, norm, activation or copy")
+    op: str = says("kind of layer: conv, matmul, attention, recurrent, norm, activation or copy")
     sizes: dict[str, int] = says("by name, the sizes that pruning may change: inputs, outputs, groups, ...")
     options: dict[str, Any] = says("by name, the values that pruning does not change: batch, image, kernel, rows, ...")
     macs: int = says("number of multiply-accumulates")

@@ -92,7 +92,8 @@ class _Fusion:
                 continue
             varies.add(node)
             kind = "free" if op_name(node) in rules.free else classify(node, self.shape)
-            if kind == "free" or (not rules.generated and not isinstance(node.meta["val"], torch.Tensor)):
+            parts = not isinstance(node.meta["val"], torch.Tensor) and kind != "recurrent"  # a split: only renames, if
+            if kind == "free" or (parts and not rules.generated):  # nothing is generated
                 self.source[node] = read[0]
                 continue
             self.kinds[node], self.operands[node] = kind, list(dict.fromkeys(read))

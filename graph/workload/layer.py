@@ -6,7 +6,7 @@ Passes ask what a layer costs, the runtime measures it, and neither needs to kno
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,15 +17,16 @@ from .libraries import ONNXRUNTIME, Rules
 class Layer:
     """One operation at concrete sizes.
 
-    op: "conv" (also transposed, see options), "matmul", "attention", "norm", "activation" or "copy" (any operation whose
-    time is that of moving its tensors). sizes: by name, those that pruning may change. options: by name, those that it does
-    not change.
+    sizes: by name, those that pruning may change. options: by name, those that it does not change. op is one of:
 
-    conv       sizes: inputs, outputs, groups; options: batch, image (height, width, ... of the input), kernel, stride,
-                   padding, dilation, transposed matmul     sizes: batch, inputs (K), outputs (N); options: rows (M), shared
-                   (1: one right-hand side for all) attention  sizes: heads, width, value (head widths of queries and keys,
-                   and of values); options: batch, queries, keys norm       sizes: channels; options: rows activation, copy
-                   sizes: entries (of the result; for a copy the mean of what is read and written if that is more)
+    - conv (also transposed). sizes: inputs, outputs, groups. options: batch, image (height, width, ... of the input),
+      kernel, stride, padding, dilation, transposed.
+    - matmul. sizes: batch, inputs (K), outputs (N). options: rows (M), shared (1: one right-hand side for all).
+    - attention. sizes: heads, width, value (head widths of queries and keys, and of values). options: batch, queries, keys.
+    - recurrent (LSTM, GRU, RNN). No sizes. options: batch, steps (of a sequence), inputs, hidden, layers, directions, gates.
+    - norm. sizes: channels. options: rows.
+    - activation, and copy (any operation whose time is that of moving its tensors). sizes: entries (of the result; for a
+      copy the mean of what is read and written if that is more).
 
     beside: entries that the layer's kernel moves in addition to the operation's own, such as for a residual addition.
     joined: whether another layer's kernel computes this layer, too.
@@ -59,7 +60,21 @@ class Layer:
         if self.op == "attention":
             pairs = self["batch"] * self["heads"] * self["queries"] * pad(self["keys"])
             return pairs * (pad(self["width"]) + pad(self["value"]))
+        if self.op == "recurrent":
+            return self["batch"] * self["steps"] * self._recurrent_weights(pad)
         return 0
+
+    def _recurrent_weights(self, pad: Callable[[int], int] = int) -> int:
+        """Number of weights of all layers and directions of a recurrent layer: each step uses each of them once."""
+        width, directions = pad(self["hidden"]), self["directions"]
+        read = [self["inputs"], *[directions * self["hidden"]] * (self["layers"] - 1)]
+        return sum(directions * self["gates"] * width * (pad(n) + width) for n in read)
+
+    @property
+    def launches(self) -> int:
+        """Number of kernels that start one after the other: a recurrent layer has one for each step of each of its layers
+        (both directions run at once), since each waits for the one before."""
+        return 0 if self.joined else self["steps"] * self["layers"] if self.op == "recurrent" else 1
 
     def entries(self) -> int:
         """Number of entries that are read and written, weights included, each once."""
@@ -76,6 +91,9 @@ class Layer:
         if self.op == "attention":
             tokens = (self["queries"] + self["keys"]) * (self["width"] + self["value"])
             return self["batch"] * self["heads"] * tokens
+        if self.op == "recurrent":
+            results = (2 * self["layers"] - 1) * self["directions"] * self["hidden"]  # read again by the layer above
+            return self["batch"] * self["steps"] * (self["inputs"] + results) + self._recurrent_weights()
         if self.op == "norm":
             return 2 * self["rows"] * self["channels"]
         return 2 * self["entries"]

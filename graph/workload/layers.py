@@ -20,7 +20,7 @@ from ..comb.axes import Axis, Factor
 from ..comb.solve import Comb, Sizer
 from ..cost import macs, unknown
 from ..errors import Refused
-from ..facts import CONVS, FAKE_QUANTISATION, MATRIX_PRODUCTS, NORMS, TRANSPOSED_CONVS, VECTOR_PRODUCTS
+from ..facts import CONVS, FAKE_QUANTISATION, MATRIX_PRODUCTS, NORMS, RECURRENT, TRANSPOSED_CONVS, VECTOR_PRODUCTS
 from ..nodes import arguments, conv_padding, hint, op_name, per_dim, shape, source, spelled_out
 from .fusion import Copy, Kernel, kernels
 from .layer import Layer
@@ -88,7 +88,7 @@ class Layers:
         if kernel.kind == "attention" and len(main) == 1 and op_name(node) != ATTENTION:
             return self._written_out(kernel, size)
         several = not isinstance(node.meta["val"], torch.Tensor)
-        if len(kernel.nodes) > 1 or several:
+        if len(kernel.nodes) > 1 or (several and op_name(node) not in RECURRENT):
             if kernel.kind in ("product", "attention"):
                 joined = node is not main[0]
                 beside = 0 if joined else self._read(kernel, size, set(main))
@@ -157,6 +157,8 @@ class Layers:
             a = arguments(node)
             *batch, queries, width = sizes(a["query"])
             return _attention(batch, queries, width, *sizes(a["value"])[-2:])
+        if name in RECURRENT:
+            return _recurrent(node, sizes)
         result = sizes(node)
         if name in NORMS:
             channels = result[-1] if name in ("layer_norm", "rms_norm") else math.prod(result[1:])
@@ -222,6 +224,21 @@ class Layers:
         )  # fmt: skip
 
 
+def _recurrent(node: fx.Node, sizes: Any) -> Layer:
+    """The layer of an LSTM, GRU or RNN, or of a cell, which is one step of it."""
+    a = arguments(node)
+    *lead, inputs = sizes(a["input"])
+    if "w_hh" in a:
+        steps, batch, hidden, layers, directions = 1, lead[0], a["w_hh"], 1, 1
+    else:
+        steps, batch = reversed(lead) if a["batch_first"] else lead
+        hidden, layers, directions = a["params"][1], a["num_layers"], 1 + int(a["bidirectional"])
+    return Layer("recurrent", (), (
+        ("batch", batch), ("steps", steps), ("inputs", inputs), ("hidden", shape(hidden)[1]), ("layers", layers),
+        ("directions", directions), ("gates", RECURRENT[op_name(node)]),
+    ))  # fmt: skip
+
+
 def _attention(batch: list[int], queries: int, width: int, keys: int, value: int) -> Layer:
     """An attention layer; the last dimension of its batch is that of the heads."""
     return Layer(
@@ -262,6 +279,12 @@ def _is_layer(node: fx.Node) -> bool:
     name = op_name(node)
     if name == "einsum":
         return len(arguments(node)["tensors"]) == 2  # with more operands it is several products in a row
+    if name in RECURRENT:
+        a = arguments(node)
+        if "w_hh" in a:
+            return True
+        matrices = sum(len(shape(p)) == 2 for p in a["params"])  # a third one in each layer is a projection
+        return "data" not in a and matrices == 2 * a["num_layers"] * (1 + int(a["bidirectional"]))  # data: packed
     return name in {*MATMULS, *VECTOR_PRODUCTS, *CONVS, *TRANSPOSED_CONVS, "inner", "tensordot", ATTENTION}
 
 

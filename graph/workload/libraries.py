@@ -3,12 +3,14 @@
 The rules for TensorRT were derived from engines that TensorRT-RTX built (`benchmarks/kernels.py` has the remaining errors),
 those for ONNX Runtime from its optimised graphs. Source: ours.
 
-class        operators                    becomes free         views, dropout, quantise     nothing product      conv,
-    linear, matmul         a kernel, with its epilogue depthwise    conv, one channel a group    a kernel; its epilogue is
-    short attention    sdpa, or written out         a kernel, and a copy each of queries, keys and values pool         max,
-    average                 a kernel move         permute, cat, slice, ...     part of a generated kernel; a concatenation
-    of products is written in place norm, reduce LayerNorm, softmax, mean     part of a generated kernel pointwise    add,
-    silu, batch_norm, ...   part of its producer's epilogue, else of a generated kernel
+- free (views, dropout, fake quantisation): nothing.
+- product (convolution, linear layer, matmul): a kernel, with its epilogue.
+- depthwise (a convolution with one channel a group): a kernel; its epilogue is short.
+- attention (one operator, or written out): a kernel, and a copy each of queries, keys and values.
+- recurrent (LSTM, GRU, RNN) and pool (maximum, average): a kernel.
+- move (permute, cat, slice, ...): part of a generated kernel; a concatenation of products is written in place.
+- norm, reduce (LayerNorm, softmax, mean): part of a generated kernel.
+- pointwise (add, silu, batch_norm, ...): part of its producer's epilogue, else of a generated kernel.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from ..facts import (
     NORMS,
     PARTS,
     POOLS,
+    RECURRENT,
     SOFTMAXES,
     VECTOR_PRODUCTS,
     VIEWS,
@@ -62,8 +65,8 @@ POINTWISE = names(
     "batch_norm _native_batch_norm_legit_no_training prelu where masked_fill hardswish log_sigmoid"
 )  # besides those that torch tags
 CLASSES = (
-    ("free", FREE), ("product", MATRIX), ("attention", frozenset({"scaled_dot_product_attention"})), ("pool", POOLS),
-    ("move", MOVES), ("norm", MOMENTS), ("reduce", REDUCED), ("pointwise", POINTWISE),
+    ("free", FREE), ("product", MATRIX), ("attention", frozenset({"scaled_dot_product_attention"})),
+    ("recurrent", frozenset(RECURRENT)), ("pool", POOLS), ("move", MOVES), ("norm", MOMENTS), ("reduce", REDUCED), ("pointwise", POINTWISE),
 )  # fmt: skip
 
 

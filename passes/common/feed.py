@@ -14,7 +14,7 @@ from ...graph import compat
 from ...graph.compat import pytree
 from ...graph.errors import BadInput
 from ...graph.program import Program
-from ..batch import ADAPT, Adapted, Split, describe, split_batch
+from ..batch import ADAPT, FORMS, Adapted, Split, describe, split_batch
 from .loaders import length
 
 
@@ -116,7 +116,9 @@ class Feed:
         example = dict(zip(self._order, [*self._args, *self._kwargs.values()], strict=True))
         for name, value in example.items():
             if name not in inputs and any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(value)):
-                raise BadInput(f'{self.field}: the batch lacks the input "{name}"')
+                pair = isinstance(raw, (list, tuple)) and len(raw) == 2 and len(example) > 1
+                forms = f" (what is second in it are the labels): {FORMS}" if pair else ""
+                raise BadInput(f'{self.field}: the batch lacks the input "{name}"{forms}')
         values = [self._like(name, inputs.get(name, value), value) for name, value in example.items()]
         args, kwargs = tuple(values[: len(self._args)]), dict(zip(self._kwargs, values[len(self._args) :], strict=True))
         size = self._check(pytree.tree_leaves((args, kwargs)))

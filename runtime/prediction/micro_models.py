@@ -24,9 +24,9 @@ def model(layer: Layer | None, copies: int, precision: str = "fp32") -> onnx.Mod
     if layer is None:
         graph.outputs.append(graph.node("Neg", graph.input("x", (1,))))
     else:
-        {"conv": _convs, "matmul": _matmuls, "attention": _attentions, "norm": _norms}.get(layer.op, _maps)(
-            graph, layer, copies
-        )
+        {"conv": _convs, "matmul": _matmuls, "attention": _attentions, "recurrent": _recurrences, "norm": _norms}.get(
+            layer.op, _maps
+        )(graph, layer, copies)
     return graph.finish()
 
 
@@ -57,6 +57,10 @@ class _Graph:
         values = self.draw.standard_normal(shape, np.float32) / math.sqrt(max(math.prod(shape[1:]), 1))
         values = values.astype(helper.tensor_dtype_to_np_dtype(self.kind))
         self.weights.append(numpy_helper.from_array(values, f"w{len(self.weights)}"))
+        return self.weights[-1].name
+
+    def constant(self, values: list[int]) -> str:
+        self.weights.append(numpy_helper.from_array(np.array(values, np.int64), f"w{len(self.weights)}"))
         return self.weights[-1].name
 
     def node(self, op: str, *inputs: str, **options: Any) -> str:
@@ -103,6 +107,22 @@ def _attentions(graph: _Graph, layer: Layer, copies: int) -> None:
     for q, k, v in graph.operands(copies, *((*lead, *shape) for shape in shapes)):
         scores = graph.node("Softmax", graph.node("MatMul", graph.node("Mul", q, graph.weight(1)), k), axis=-1)
         graph.outputs.append(graph.node("MatMul", scores, v))
+
+
+def _recurrences(graph: _Graph, layer: Layer, copies: int) -> None:
+    op, options = {4: ("LSTM", {}), 3: ("GRU", {"linear_before_reset": 1}), 1: ("RNN", {})}[layer["gates"]]
+    x = graph.input("x", (layer["steps"], layer["batch"], layer["inputs"]))
+    directions, hidden, rows = layer["directions"], layer["hidden"], layer["gates"] * layer["hidden"]
+    both = "bidirectional" if directions == 2 else "forward"
+    shape = graph.constant([layer["steps"], layer["batch"], directions * hidden])
+    for _ in range(copies):
+        y, read = x, layer["inputs"]
+        for _ in range(layer["layers"]):
+            weights = [graph.weight(directions, rows, n) for n in (read, hidden)]
+            weights.append(graph.weight(directions, 2 * rows))
+            y = graph.node(op, y, *weights, hidden_size=hidden, direction=both, **options)  # steps, directions, batch, n
+            y, read = graph.node("Reshape", graph.node("Transpose", y, perm=[0, 2, 1, 3]), shape), directions * hidden
+        graph.outputs.append(y)
 
 
 def _norms(graph: _Graph, layer: Layer, copies: int) -> None:

@@ -149,7 +149,7 @@ class Roofline:
         compute, memory, start = self.rates
         return Estimate(
             layer.macs(), padded, moved, 2 * padded / (compute * self.target.peak(self.dtype)),
-            moved / (memory * self.target.bandwidth * 1e9), 0.0 if layer.joined else start,
+            moved / (memory * self.target.bandwidth * 1e9), layer.launches * start,
         )  # fmt: skip
 
     @classmethod
@@ -214,7 +214,7 @@ def calibration_text(record: Mapping[str, Any]) -> str:
 # -------------------------------------------------------------------------------------------------------------- the fit
 def _fit(base: Roofline, runs: list[Measured]) -> tuple[Roofline, list[str]]:
     """Return the roofline that fits the measured models best, and the names of what was fitted."""
-    rows = [(run.layers, len(run.layers), 1, run.seconds, 1.0) for run in runs]
+    rows = [(run.layers, sum(layer.launches for layer in run.layers), 1, run.seconds, 1.0) for run in runs]
     kernels = [
         ([run.layers[i] for i in which], count, 0, seconds, seconds / run.seconds)
         for run in runs

@@ -202,7 +202,7 @@ def test_a_target_in_parameters_needs_no_macs() -> None:
     assert "unknown" in result.record["cost"]["after"]
 
 
-@pytest.mark.parametrize("name", ["lstm", "bilinear", "deformable convolution"])
+@pytest.mark.parametrize("name", ["bilinear", "deformable convolution"])
 def test_the_latency_of_what_is_no_layer_is_refused(name: str) -> None:
     model, shapes, _ = BY_HAND[name]
     with pytest.raises(Refused, match=r"^latency: .* is not known$"):

@@ -11,8 +11,10 @@ from torch import nn
 from graphcomb import Program, capture
 from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.comb.surgery import remove
+from graphcomb.graph.errors import Refused
 from graphcomb.graph.workload.layer import Layer
 from graphcomb.graph.workload.layers import Layers
+from graphcomb.graph.workload.libraries import ONNXRUNTIME, TENSORRT
 
 
 class Convolutional(nn.Module):
@@ -48,7 +50,26 @@ class Transformer(nn.Module):
         return self.head((x + self.fc2(F.gelu(self.fc1(x)))).mean(1))
 
 
-CASES = {"cnn": (Convolutional, (2, 3, 12, 12)), "transformer": (Transformer, (2, 7, 5))}
+class Recurrent(nn.Module):
+    """Convolutions, a recurrence over their columns, and one step of another."""
+
+    def __init__(self, kind: type[nn.RNNBase] = nn.LSTM, cell: type[nn.RNNCellBase] = nn.GRUCell, **options) -> None:
+        super().__init__()
+        self.stem, self.conv, self.sequence = nn.Conv1d(4, 8, 1), nn.Conv1d(8, 16, 3), kind(16, 6, **options)
+        width = (self.sequence.proj_size or 6) * (1 + self.sequence.bidirectional)
+        self.cell, self.head = cell(width, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        columns = F.relu(self.conv(F.relu(self.stem(x))))
+        moved = columns.transpose(1, 2) if self.sequence.batch_first else columns.permute(2, 0, 1)
+        steps = self.sequence(moved)[0]
+        state = self.cell(steps[:, -1] if self.sequence.batch_first else steps[-1])
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+CASES = {
+    "cnn": (Convolutional, (2, 3, 12, 12)), "transformer": (Transformer, (2, 7, 5)), "recurrent": (Recurrent, (2, 4, 12)),
+}  # fmt: skip
 
 
 def combed(name: str, dynamic: bool = True) -> Comb:
@@ -205,3 +226,33 @@ def test_same_padding_counts_dilation(kernel: int, dilation: int) -> None:
     (layer,) = [layer for _, layer in Layers(comb).at({})]
     assert layer.result_image() == (13, 11)
     assert layer.macs() == comb.macs()
+
+
+@pytest.mark.parametrize("rules", [ONNXRUNTIME, TENSORRT], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "cell", "options", "gates"),
+    [
+        (nn.LSTM, nn.LSTMCell, {"batch_first": True, "bidirectional": True, "num_layers": 2}, (4, 4)),
+        (nn.GRU, nn.GRUCell, {}, (3, 3)),
+        (nn.RNN, nn.RNNCell, {"bias": False, "batch_first": True, "num_layers": 3}, (1, 1)),
+        (nn.RNN, nn.RNNCell, {"nonlinearity": "relu", "bidirectional": True}, (1, 1)),
+    ],
+)
+def test_recurrent_layers_are_layers(kind, cell, options, gates, rules) -> None:
+    program = capture(Recurrent(kind, cell, **options), torch.zeros(2, 4, 12), dynamic_shapes="batch")
+    layers = [layer for _, layer in Layers(Comb(program), 5, rules).at({})]
+    found = [layer for layer in layers if layer.op == "recurrent"]
+    assert [layer["gates"] for layer in found] == list(gates)
+    depth = options.get("num_layers", 1)
+    assert [(layer["batch"], layer["steps"], layer["layers"]) for layer in found] == [(5, 10, depth), (5, 1, 1)]
+    assert [layer.launches for layer in found] == [10 * depth, 1]  # each step waits for the one before
+    assert sum(layer.macs() for layer in layers) == Comb(program).macs({}) // 2 * 5
+    weights = sum(p.numel() for n, p in program.module().named_parameters() if n.startswith("sequence.weight"))
+    assert found[0].macs() == 5 * 10 * weights
+    assert found[0].entries() > weights
+
+
+def test_a_recurrence_with_a_projection_has_no_known_time() -> None:
+    program = capture(Recurrent(proj_size=5), torch.zeros(2, 4, 12))
+    with pytest.raises(Refused, match="how long lstm takes is not known"):
+        Layers(Comb(program))

@@ -54,6 +54,8 @@ def test_keyword_inputs_are_put_in_the_programs_order():
         assert torch.equal(program.module()(*found.args, **found.kwargs), torch.full((3, 2), 10.0))
     with pytest.raises(BadInput, match='lacks the input "scale"'):
         feed.fit({"x": a, "shift": c})
+    with pytest.raises(BadInput, match=r'lacks the input "scale" \(what is second in it are the labels\): a batch is'):
+        feed.fit((a, b))
     with pytest.raises(BadInput, match='no input "y" in the program; it takes x, scale, shift'):
         feed.fit({"x": a, "y": b})
     with pytest.raises(BadInput, match="a batch has 4 inputs"):

@@ -41,6 +41,11 @@ def matmul(inputs: int, outputs: int, shared: int = 1, batch: int = 1, rows: int
     return Layer("matmul", sizes, (("rows", rows), ("shared", shared)))
 
 
+def recurrent(gates: int, layers: int, directions: int) -> Layer:
+    names = ("batch", "steps", "inputs", "hidden", "layers", "directions", "gates")
+    return Layer("recurrent", (), tuple(zip(names, (2, 3, 5, 8, layers, directions, gates), strict=True)))
+
+
 ATTENTION = Layer("attention", (("heads", 2), ("width", 4), ("value", 6)), (("batch", 1), ("queries", 5), ("keys", 3)))
 LAYERS = {
     "conv": (conv(4, 8), (1, 8, 3, 3)),
@@ -50,6 +55,9 @@ LAYERS = {
     "linear": (matmul(6, 7), (1, 5, 7)),
     "matmul": (matmul(6, 7, shared=0, batch=3), (3, 5, 7)),
     "attention": (ATTENTION, (1, 2, 5, 6)),
+    "lstm": (recurrent(4, 2, 2), (3, 2, 16)),
+    "gru": (recurrent(3, 1, 1), (3, 2, 8)),
+    "rnn": (recurrent(1, 3, 1), (3, 2, 8)),
     "norm": (Layer("norm", (("channels", 12),), (("rows", 5),)), (5, 12)),
     "activation": (Layer("activation", (("entries", 30),)), (30,)),
     "copy": (Layer("copy", (("entries", 30),)), (30,)),
@@ -81,6 +89,8 @@ def test_models_of_layers_run_and_have_the_right_shape(name: str, copies: int) -
     assert all(o.shape == shape for o in outputs)
     kernels = [n.op_type for n in model(layer, copies).graph.node]
     main = {"conv": "Conv", "norm": "LayerNormalization", "activation": "Gelu", "copy": "Add"}.get(layer.op, "MatMul")
+    if layer.op == "recurrent":
+        assert kernels.count(name.upper()) == copies * layer["layers"]
     if layer.op in ("conv", "norm", "activation", "copy"):
         wanted = "ConvTranspose" if name == "transposed" else main
         extra = copies - 1 if layer.op == "conv" and wanted == "Add" else 0
@@ -231,7 +241,7 @@ def test_models_in_half_precision_have_no_other_floats(name: str) -> None:
     onnx.checker.check_model(found)
     values = [*found.graph.input, *found.graph.output, *found.graph.value_info]
     kinds = {v.type.tensor_type.elem_type for v in values} | {w.data_type for w in found.graph.initializer}
-    assert kinds == {onnx.TensorProto.FLOAT16}
+    assert kinds - {onnx.TensorProto.INT64} == {onnx.TensorProto.FLOAT16}  # shapes are integers
 
 
 def test_half_precision_that_the_engine_would_compute_in_fp32_is_refused_before_anything_is_measured(
@@ -306,6 +316,11 @@ def test_roofline_is_the_longer_of_arithmetic_and_traffic() -> None:
     moved = Layer("copy", (("entries", 10**8),))
     assert found.seconds(moved) == pytest.approx(2 * 2 * 10**8 / (target.bandwidth * 1e9), rel=0.01)
     assert found.seconds(Layer("copy", (("entries", 1),))) == pytest.approx(2e-6, rel=0.01)
+
+
+def test_roofline_waits_for_every_step_of_a_recurrence() -> None:
+    found = Roofline(get_target("agx-orin"), "fp16", compute=1.0, memory=1.0, launch=2e-6)
+    assert found.seconds(recurrent(4, 2, 2)) == pytest.approx(2 * 3 * 2e-6, rel=0.01)
 
 
 def test_roofline_pays_for_padding() -> None:
