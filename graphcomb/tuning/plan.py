@@ -217,10 +217,12 @@ class Plan(Section):
         widths = {r.name: r.width for r in self.groups if r.width != r.size and r.inside not in gone}
         layers = [row for row in self.layers if row.inside not in gone]
         for layer in self.layers:
-            if layer.inside in gone and layer.precision != layer.proposed:
+            changes = [str(layer.precision)] if layer.precision != layer.proposed else []
+            changes += ["2:4 sparse"] if layer.sparse and not layer.proposed_sparse else []
+            if layer.inside in gone and changes:
                 raise BadInput(
-                    f"plan: {layer.name} becomes {layer.precision}, and its block {layer.inside} goes; keep the block, or "
-                    "leave the row"
+                    f"plan: {layer.name} becomes {changes[0]}, and its block {layer.inside} goes; keep the block, or leave "
+                    "the row"
                 )
         base = self.tuned.precision if self.tuned else "fp32"
         precisions = {r.name: r.precision for r in layers if r.precision not in (None, base)}

@@ -11,7 +11,6 @@ Source: the method of paired, interleaved measurement; the guard is ours.
 
 import contextlib
 import functools
-import gc
 import os
 import tempfile
 import time
@@ -114,7 +113,6 @@ def bench(
         others = None if all(guarded) else OtherProcesses()
         rounds: list[list[tuple[float, bool, float | None]]] = []
         paired = 0
-        gc.collect()
         with collector_off(), _bar(progress, seconds) as advance:
             start, lost = time.perf_counter(), stolen()
             while paired < max_runs and (

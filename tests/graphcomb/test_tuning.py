@@ -21,7 +21,7 @@ from graphcomb.passes.quantize.regions import quantised_layers
 from graphcomb.runtime import LatencyTable, get_target
 from graphcomb.runtime.export.to_onnx import export_onnx
 from graphcomb.runtime.onnx_file import precision
-from graphcomb.tuning.plan import load_plan
+from graphcomb.tuning.plan import LayerRow, load_plan
 from graphcomb.tuning.sensitivity import measure
 
 OPTIONS = {"table": "roofline", "samples": 16, "importance": "magnitude", "rounds": 1}
@@ -124,6 +124,11 @@ def test_plans_that_do_not_fit_are_one_line(dense, tmp_path):
     broken = plan.model_copy(update={"blocks": gone, "groups": rows})
     with pytest.raises(BadInput, match=r"^plan: 2.one.weight:0 keeps 5, and its block 2 goes"):
         broken.run(dense, data=data)
+    for changed in ({"precision": "fp16"}, {"sparse": True}):
+        layer = LayerRow(name="2.one.weight", inside="2", **changed)
+        broken = plan.model_copy(update={"blocks": gone, "layers": [layer]})
+        with pytest.raises(BadInput, match=r"^plan: 2.one.weight becomes (fp16|2:4 sparse), and its block 2 goes"):
+            broken.run(dense, data=data)
     unknown = plan.model_copy(update={"blocks": [plan.blocks[0].model_copy(update={"name": "9", "goes": True})]})
     with pytest.raises(BadInput, match=r"^plan: no block '9'"):
         unknown.run(dense, data=data)
