@@ -10,8 +10,8 @@ from ..graph.compat import pytree
 from ..graph.errors import BadInput, first_line
 
 FORMS = (
-    "a batch is (inputs, labels), where inputs may be a tuple, a tensor, a one-element list, or a dict of keyword inputs with "
-    "optional labels"
+    "a batch is (inputs, labels), where inputs may be a tuple, a tensor, a one-element list, or a dict of keyword inputs "
+    "with optional labels"
 )
 ADAPT = "for others give inputs= and labels=, functions of a batch (in a recipe, data: {inputs: module:function, …})"
 

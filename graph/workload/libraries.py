@@ -66,7 +66,8 @@ POINTWISE = names(
 )  # besides those that torch tags
 CLASSES = (
     ("free", FREE), ("product", MATRIX), ("attention", frozenset({"scaled_dot_product_attention"})),
-    ("recurrent", frozenset(RECURRENT)), ("pool", POOLS), ("move", MOVES), ("norm", MOMENTS), ("reduce", REDUCED), ("pointwise", POINTWISE),
+    ("recurrent", frozenset(RECURRENT)), ("pool", POOLS), ("move", MOVES), ("norm", MOMENTS), ("reduce", REDUCED),
+    ("pointwise", POINTWISE),
 )  # fmt: skip
 
 

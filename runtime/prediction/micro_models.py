@@ -120,8 +120,9 @@ def _recurrences(graph: _Graph, layer: Layer, copies: int) -> None:
         for _ in range(layer["layers"]):
             weights = [graph.weight(directions, rows, n) for n in (read, hidden)]
             weights.append(graph.weight(directions, 2 * rows))
-            y = graph.node(op, y, *weights, hidden_size=hidden, direction=both, **options)  # steps, directions, batch, n
-            y, read = graph.node("Reshape", graph.node("Transpose", y, perm=[0, 2, 1, 3]), shape), directions * hidden
+            y = graph.node(op, y, *weights, hidden_size=hidden, direction=both, **options)
+            y = graph.node("Transpose", y, perm=[0, 2, 1, 3])  # was (steps, directions, batch, hidden)
+            y, read = graph.node("Reshape", y, shape), directions * hidden
         graph.outputs.append(y)
 
 
