@@ -111,6 +111,11 @@ def kept(program: graphcomb.Program) -> str:
     return name
 
 
+def shapes(program: graphcomb.Program) -> list[str]:
+    """The shapes of a program's outputs, as texts."""
+    return [str(tuple(node.meta["val"].shape)) for node in program.graph.output_node().all_input_nodes]
+
+
 def network_path(name: str) -> Path:
     return cache_folder() / "joint" / f"{name}.pt2"
 
@@ -162,10 +167,12 @@ def measure(
             rows[method] = {
                 "faster": ratio and ratio["median"], "interval": ratio and [ratio.get("low"), ratio.get("high")],
                 "score": 100 * first(score(program)), "dense": dense_score, "macs": program.macs / dense.macs,
-                "loss": {"measured": session.tables.losses.divergence(program)}, "table": table, "timed": timed,
+                "loss": {}, "table": table, "timed": timed,
                 "seconds": {"tables": tables, "budget": time.perf_counter() - start}, "contended": paired.contended,
                 "revision": revision(), "network": kept(program),
             }  # fmt: skip
+            if shapes(program) == shapes(dense):  # torch-pruning narrows CRAFT's second output, its features
+                rows[method]["loss"]["measured"] = session.tables.losses.divergence(program)
             if method == RIVAL:
                 rows[method] |= {"how": theirs[0], "ms": {"measured": 1e3 * measured(program).seconds}}
                 continue
