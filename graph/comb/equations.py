@@ -15,6 +15,7 @@ from .axes import Axis, Reason, unify
 
 WINDOW = "a window slides along the axis, so positions on it stay; channels are what can go"
 KERNEL = "kernel positions"
+GATES = "gates, layers and directions of a recurrence"
 
 
 class Sizes(Protocol):
@@ -42,7 +43,7 @@ class Equations:
     axes: for every node the axes of its tensor, a list of such lists for several results, None without a tensor.
     parameters: axes of every parameter and buffer by name. roles: (axis, role, the weight that it belongs to or None), see
     `role`. rewrites: (node, function that regenerates its constants). minima: (node, axes, number of indices that the axes
-    together must keep). kernels: axes of kernel positions.
+    together must keep). kernels: axes of kernel positions and gates.
     """
 
     def __init__(self, program: Program):
@@ -120,9 +121,10 @@ class Equations:
             self.freeze(axis, node, WINDOW)
         return [self.frozen(node, d, WINDOW, index) for d in range(first, len(shape(x)))]
 
-    def kernel(self, axis: Axis, node: fx.Node) -> None:
-        """State that an axis holds the kernel positions of a convolution: it is frozen, and makes no group."""
-        self.freeze(axis, node, KERNEL)
+    def kernel(self, axis: Axis, node: fx.Node, text: str = KERNEL) -> None:
+        """State that an axis holds the kernel positions of a convolution, or the gates of a recurrence (`GATES`): it is
+        frozen, and makes no group."""
+        self.freeze(axis, node, text)
         self.kernels.append(axis)
 
     # ----------------------------------------------------------------------------------------------- uses of an axis

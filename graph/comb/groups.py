@@ -11,7 +11,7 @@ from torch import fx
 from ..nodes import source
 from . import axes as ax
 from .axes import Factor, atoms
-from .equations import KERNEL, Equations
+from .equations import GATES, KERNEL, Equations
 
 KINDS = ("channel", "head", "head width", "hidden", "group", "token", "multiplier", "constant")
 DEFAULT_KINDS = ("channel", "head", "head width", "hidden", "group")
@@ -43,7 +43,7 @@ def find_groups(solved: Equations) -> list[Group]:
     kernels = atoms(solved.kernels)
     named: dict[str, list[tuple[Factor, str]]] = defaultdict(list)
     for atom in members:
-        if atom in kernels and atom.frozen is not None and atom.frozen.text == KERNEL:
+        if atom in kernels and atom.frozen is not None and atom.frozen.text in (KERNEL, GATES):
             continue
         name, dim = next((m for m in members[atom] if not m[0].startswith(FOLDED)), members[atom][0])
         named[f"{name}:{dim}"].append((atom, kinds[atom]))

@@ -23,7 +23,7 @@ class Layer:
       kernel, stride, padding, dilation, transposed.
     - matmul. sizes: batch, inputs (K), outputs (N). options: rows (M), shared (1: one right-hand side for all).
     - attention. sizes: heads, width, value (head widths of queries and keys, and of values). options: batch, queries, keys.
-    - recurrent (LSTM, GRU, RNN). No sizes. options: batch, steps (of a sequence), inputs, hidden, layers, directions, gates.
+    - recurrent (LSTM, GRU, RNN). sizes: inputs, hidden. options: batch, steps (of a sequence), layers, directions, gates.
     - norm. sizes: channels. options: rows.
     - activation, and copy (any operation whose time is that of moving its tensors). sizes: entries (of the result; for a
       copy the mean of what is read and written if that is more).

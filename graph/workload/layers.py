@@ -233,9 +233,9 @@ def _recurrent(node: fx.Node, sizes: Any) -> Layer:
     else:
         steps, batch = reversed(lead) if a["batch_first"] else lead
         hidden, layers, directions = a["params"][1], a["num_layers"], 1 + int(a["bidirectional"])
-    return Layer("recurrent", (), (
-        ("batch", batch), ("steps", steps), ("inputs", inputs), ("hidden", shape(hidden)[1]), ("layers", layers),
-        ("directions", directions), ("gates", RECURRENT[op_name(node)]),
+    return Layer("recurrent", (("inputs", inputs), ("hidden", sizes(hidden)[1])), (
+        ("batch", batch), ("steps", steps), ("layers", layers), ("directions", directions),
+        ("gates", RECURRENT[op_name(node)]),
     ))  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ...graph.compat import pytree
-from ...graph.facts import COPIES, FAKE_QUANTISATION, names
+from ...graph.facts import COPIES, FAKE_QUANTISATION, RECURRENT, names
 from ...graph.nodes import arguments, fetch, op_name, shape
 from ...graph.program import Program, TrainableModule
 
@@ -93,6 +93,10 @@ def find(
     uses = uses_of(smaller)
     consumers, refused = [], []
     for node in smaller.graph.nodes:
+        if op_name(node) in RECURRENT and not all(i in same for i in node.all_input_nodes):
+            weight = arguments(node).get("w_ih") or arguments(node)["params"][0]
+            row = {"what": str(weight.target), "why": "a recurrence is not linear; its weights stay as they are"}
+            refused += [row] if row not in refused else []  # a cell is called once for every step
         if op_name(node) not in PRODUCTS:
             continue
         twin = twin_of(node, twins, same)

@@ -29,7 +29,8 @@ from torch import Tensor, fx
 from ...graph.comb import axes as ax
 from ...graph.comb.axes import Axis, Factor
 from ...graph.comb.solve import Comb, Group
-from ...graph.nodes import arguments
+from ...graph.facts import RECURRENT
+from ...graph.nodes import arguments, op_name
 from ..base import Context
 from ..common.processes import summed
 from .images import spread
@@ -86,12 +87,14 @@ class Losses:
 
     def __init__(self, comb: Comb, groups: list[Group], context: Context, samples: int):
         self.comb, self.groups, self.context, self.samples = comb, groups, context, samples
+        self.unrepaired = _unrepaired(comb)
         self.readers, self.count = readers(comb, groups, context, samples)
         self.prepared = {id(r): r.prepared() for r in self.readers}
 
     def scores(self) -> dict[Factor, np.ndarray]:
         """For each group, the loss of each index for a sample when all go one after another, in the best order found, with a
-        repair after each, but never less than that of an index before it. Groups that no linear layer reads get infinity."""
+        repair after each, but never less than that of an index before it. Groups that no linear layer reads, or a recurrence
+        does, get infinity."""
         result = {g.atom: np.full(g.size, np.inf) for g in self.groups}
         read = [g for g in self.groups if self._readers(g)]
         orders = {g.atom: self._order(g) for g in read}
@@ -187,7 +190,14 @@ class Losses:
         return result, {name: count for name, count in counts.items() if count}
 
     def _readers(self, group: Group) -> list[Reader]:
-        return [r for r in self.readers if ax.touches(r.axis, {group.atom: None})]
+        touched = [] if group.atom in self.unrepaired else self.readers
+        return [r for r in touched if ax.touches(r.axis, {group.atom: None})]
+
+
+def _unrepaired(comb: Comb) -> set[Factor]:
+    """The atoms that recurrences read or have as hidden units: what these lose no linear layer behind them can tell."""
+    recurrences = [n for n in comb.module.graph.nodes if n.op == "call_function" and op_name(n) in RECURRENT]
+    return {a for n in recurrences for i in n.all_input_nodes for a in ax.atoms(comb.flat(i))}
 
 
 def _places(where: np.ndarray, size: int) -> list[np.ndarray]:

@@ -130,6 +130,11 @@ class Restriction(Evaluator):
             rank = a["input"].dim() - a["weight"].dim()
             a["input"] = self.zeroed(a["input"], nodes["input"], 1 + rank)
             a["weight"] = self.zeroed(a["weight"], nodes["weight"], 0 if "transpose" in name else 1)
+        elif "params" in a or "w_hh" in a:  # recurrences: what a weight reads
+            for key in {"w_ih", "w_hh"} & a.keys():
+                a[key] = self.zeroed(a[key], nodes[key], 1)
+            pairs = zip(a.get("params", ()), nodes.get("params", ()), strict=True)
+            a["params"] = [self.zeroed(w, n, 1) if w.dim() == 2 else w for w, n in pairs]
         elif name == "linear":
             a["input"] = self.zeroed(a["input"], nodes["input"], -1)
         elif name in ("matmul", "bmm", "mm", "mv", "dot", "addmm", "baddbmm"):

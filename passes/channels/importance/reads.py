@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from ....graph.comb import axes as ax
 from ....graph.comb.axes import Axis, Factor, Misaligned
 from ....graph.comb.solve import Comb
-from ....graph.facts import CONVS, MATRIX_PRODUCTS, PARTS, VECTOR_PRODUCTS
+from ....graph.facts import CONVS, MATRIX_PRODUCTS, PARTS, RECURRENT, VECTOR_PRODUCTS
 from ....graph.nodes import arguments, is_operator, op_name, shape, spelled_out
 from .gated_statistics import STATISTICS, gated_attention, statistics_dims
 
@@ -119,6 +119,10 @@ def _reads_of(comb: Comb, node: fx.Node, wanted: dict[Factor, None]) -> tuple[li
                 summed = [o for o in operands if shape(o.source)[o.dim] > 1]
                 reads += [read(*summed)] if summed else []
         return reads, []
+    if name in RECURRENT:  # the inputs and the hidden units are read where a weight multiplies them
+        weights: list[tuple[fx.Node, str, int | None]] = [(w, "params", i) for i, w in enumerate(a.get("params", ()))]
+        weights += [(a[key], key, None) for key in ("w_ih", "w_hh") if key in a]
+        return [read(Operand(w, key, place, 1)) for w, key, place in weights if len(shape(w)) == 2], []
     if name == "scaled_dot_product_attention":
         return [read(operand("query", -1), operand("key", -1))], over("key", [-2], gated_attention)
     key = "self" if "self" in a else "input"

@@ -212,7 +212,7 @@ def after_repair(
 ) -> Scores:
     """For each index, the loss that remains after repair (`repair.score`).
 
-    An axis that no linear layer reads, such as the widths of queries and keys, has nothing to repair and is scored by
+    An axis that no linear layer reads, such as the widths of queries and keys, or that a recurrence reads, is scored by
     "fisher-unlabelled", which has the same unit. losses: those of the same groups and data, if they are known already.
     """
     scores = (losses or losses_of(comb, groups, context, samples)).scores()

@@ -232,13 +232,13 @@ class TiedTranspose(nn.Module):
     frozen={"lstm.weight_ih_l0": "lstm", "lstm.weight_hh_l0": "lstm", "fc.weight": "output"},
     stem__weight=(6, 10),
 )
-class Lstm(nn.Module):
-    """Refused: the LSTM and what it reads stay whole; the layers before it, beyond its input, shrink."""
+class ProjectedLstm(nn.Module):
+    """Refused: an LSTM with a projection and what it reads stay whole; the layers before it, beyond its input, shrink."""
 
     def __init__(self):
         super().__init__()
         self.stem, self.mid = nn.Linear(10, 12), nn.Linear(12, 6)
-        self.lstm, self.fc = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+        self.lstm, self.fc = nn.LSTM(6, 8, proj_size=5, batch_first=True), nn.Linear(5, 3)
 
     def forward(self, x):
         return self.fc(self.lstm(self.mid(self.stem(x).relu()))[0])

@@ -62,6 +62,11 @@ class Gated(fx.Interpreter):
             a["input"] = self.times(a["input"], nodes["input"], 1, self.comb.axes[n][1] if a["groups"] > 1 else ())
         elif name.startswith("conv") or name == "torchvision::deform_conv2d":
             a["weight"] = self.times(a["weight"], nodes["weight"], 1)
+        elif "params" in a or "w_hh" in a:  # recurrences
+            keys = [key for key in ("w_ih", "w_hh") if key in a]
+            a |= {key: self.times(a[key], nodes[key], 1) for key in keys}
+            pairs = zip(a.get("params", ()), nodes.get("params", ()), strict=True)
+            a["params"] = [self.times(w, n, 1) if w.dim() == 2 else w for w, n in pairs]
         elif name == "linear":
             a["input"] = self.times(a["input"], nodes["input"], -1)
         elif name in ("matmul", "bmm", "mm"):

@@ -9,6 +9,8 @@ from graphcomb import BadInput, Context
 from graphcomb.graph.nodes import fetch
 from graphcomb.passes import RemoveChannels, Repair, Sparsify
 
+from ...graph.toys import CASES
+
 
 def images(count: int = 48, seed: int = 0, size: int = 10, batch: int = 16) -> list[torch.Tensor]:
     return list(
@@ -331,3 +333,21 @@ def test_rows_that_the_network_chooses_itself_are_those_of_the_dense_network() -
         centred @ torch.linalg.lstsq(centred, wanted, driver="gelsd").solution
     )  # a dead neuron makes it rank-deficient
     assert torch.allclose(centred @ repaired["last.weight"].T, best, atol=1e-6)
+
+
+def test_recurrences_stay_as_they_are_and_what_reads_them_is_repaired() -> None:
+    torch.manual_seed(0)
+    model = CASES["UnrolledCells"].model().double().eval()
+    data = [torch.randn(16, 4, 3, dtype=torch.float64) for _ in range(4)]
+    dense = graphcomb.capture(model, data[0], dynamic_shapes="batch")
+    smaller = RemoveChannels(ratio=0.5, round_to=1, importance="repair", samples=64)(dense, data=data).program
+    result = Repair(samples=64)(smaller, data=data, teacher=dense)
+    assert [row["what"] for row in result.record["repaired"]] == ["fc.weight"]
+    refused = {row["what"]: row["why"] for row in result.record["refused"]}
+    assert refused.keys() == {"first.weight_ih", "second.weight_ih", "third.weight_ih"}
+    assert len(result.record["refused"]) == 3  # once, though the cells are called for every step
+    assert all(why == "a recurrence is not linear; its weights stay as they are" for why in refused.values())
+    x = torch.randn(64, 4, 3, dtype=torch.float64)
+    wanted = run(dense, x)
+    before, after = (float((run(program, x) - wanted).square().mean()) for program in (smaller, result.program))
+    assert after < before

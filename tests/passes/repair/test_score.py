@@ -9,6 +9,7 @@ import graphcomb
 from graphcomb.graph.comb.surgery import remove
 from graphcomb.models import SmallResNet
 from graphcomb.passes import Context, RemoveChannels, Repair
+from graphcomb.passes.channels.importance.scores import importance_of
 from graphcomb.passes.repair import images, readers, score
 
 
@@ -286,3 +287,27 @@ def test_entries_of_an_image_belong_to_one_half() -> None:
         wanted = value.movedim(1, 0) if moved else value  # as the program says; of a fixed size, by the sizes
         assert torch.equal(images.by_sample(value, 4, node), wanted)
     assert images.by_sample(torch.zeros(7, 5, 4), 5, node).shape == (5, 7, 4)
+
+
+class Read(nn.Module):
+    """A group that a linear layer and a recurrence read, and hidden units that a linear layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.lstm = nn.Linear(12, 10), nn.LSTM(10, 7, batch_first=True)
+        self.direct, self.last = nn.Linear(10, 3), nn.Linear(7, 3)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.direct(x) + self.last(self.lstm(x[:, None])[1][0][0])
+
+
+def test_what_a_recurrence_reads_is_not_scored_by_its_linear_readers_alone() -> None:
+    found = comb(Read().double().eval())
+    groups = [g for g in found.groups if g.frozen is None]
+    assert {g.name for g in groups} >= {"lstm.weight_ih_l0:0"}
+    context = Context(data=batches())
+    assert all(np.isinf(scores).all() for scores in score.Losses(found, groups, context, 200).scores().values())
+    repair, fisher = (importance_of(name)(found, groups, context, 200) for name in ("repair", "fisher-unlabelled"))
+    assert all((repair[g.atom] == fisher[g.atom]).all() for g in groups)
+    assert all((repair[g.atom] > 0).all() for g in groups)

@@ -42,8 +42,8 @@ def matmul(inputs: int, outputs: int, shared: int = 1, batch: int = 1, rows: int
 
 
 def recurrent(gates: int, layers: int, directions: int) -> Layer:
-    names = ("batch", "steps", "inputs", "hidden", "layers", "directions", "gates")
-    return Layer("recurrent", (), tuple(zip(names, (2, 3, 5, 8, layers, directions, gates), strict=True)))
+    options = (("batch", 2), ("steps", 3), ("layers", layers), ("directions", directions), ("gates", gates))
+    return Layer("recurrent", (("inputs", 5), ("hidden", 8)), options)
 
 
 ATTENTION = Layer("attention", (("heads", 2), ("width", 4), ("value", 6)), (("batch", 1), ("queries", 5), ("keys", 3)))
