@@ -17,6 +17,7 @@ from torch import fx
 
 from . import compat
 from .errors import Refused
+from .facts import CELLS, SEQUENCES
 from .nodes import arguments, fetch, is_operator, op_name, shape, source, spelled_out
 
 Ref = tuple[fx.Node, int] | int
@@ -131,14 +132,14 @@ def _tensordot(node: fx.Node, a: dict[str, Any]) -> Polynomial:
     return [_dims(node) + over] if over else NOTHING
 
 
-@counts("lstm", "gru", "rnn_tanh", "rnn_relu")
+@counts(*SEQUENCES)
 def _recurrent(node: fx.Node, a: dict[str, Any]) -> Polynomial:
     """Every weight matrix is used once for each step of each sequence; packed sequences have both in one dimension."""
     steps = _dims(a["data"])[:1] if "data" in a else _dims(a["input"])[:-1]
     return [steps + _dims(w) for w in a["params"] if len(shape(w)) == 2]
 
 
-@counts("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+@counts(*CELLS)
 def _cell(node: fx.Node, a: dict[str, Any]) -> Polynomial:
     return [_dims(a["input"])[:-1] + _dims(a[w]) for w in ("w_ih", "w_hh")]
 

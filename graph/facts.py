@@ -50,11 +50,9 @@ MATRIX_PRODUCTS = {  # by operator, the arguments that are multiplied
     "matmul": ("self", "other"), "linalg_matmul": ("self", "other"), "bmm": ("self", "mat2"), "mm": ("self", "mat2"),
     "addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"),
 }  # fmt: skip
-RECURRENT = {  # by operator, the number of gates: each has its own rows of the weights
-    f"{name}{cell}": gates
-    for name, gates in {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}.items()
-    for cell in ("", "_cell")
-}
+SEQUENCES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}  # by operator, the number of gates
+CELLS = {f"{name}_cell": gates for name, gates in SEQUENCES.items()}
+RECURRENT = SEQUENCES | CELLS
 VECTOR_PRODUCTS = {
     "mv": ("self", "vec"), "addmv": ("mat", "vec"), "dot": ("self", "tensor"), "vdot": ("self", "other"),
 }  # fmt: skip

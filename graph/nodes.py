@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,6 +95,30 @@ def conv_padding(conv: fx.Node) -> list[tuple[int, int]]:
 
 
 DATA_DEPENDENT = 97  # example of a size that depends on data; prime, so that it divides nothing by accident
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """What an LSTM, GRU, RNN or cell is made of. parts: for each layer and direction, the weights of inputs and of hidden
+    units, and both biases if there are any."""
+
+    layers: int
+    directions: int
+    parts: list[Sequence[fx.Node]]
+
+
+def recurrence(node: fx.Node) -> Recurrence | str:
+    """What the node of a recurrence is made of, or the reason why that is not known."""
+    a = arguments(node)
+    if "w_hh" in a:
+        return Recurrence(1, 1, [[a[key] for key in ("w_ih", "w_hh", "b_ih", "b_hh") if a[key] is not None]])
+    if "data" in a:
+        return "packed sequences"
+    directions, each = 1 + int(a["bidirectional"]), 4 if a["has_biases"] else 2
+    if len(a["params"]) != each * a["num_layers"] * directions:
+        return "a projection of the hidden units"
+    parts = [a["params"][i : i + each] for i in range(0, len(a["params"]), each)]
+    return Recurrence(a["num_layers"], directions, parts)
 
 
 def hint(size: Any) -> int:

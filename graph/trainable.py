@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from .facts import DROPOUTS, is_random
+from .facts import DROPOUTS, SEQUENCES, is_random
 from .nodes import arguments, fetch, op_name, set_argument
 
 TAG = "graphcomb"
 SWITCHES = {  # by operator, the argument for training, or for the amount of dropout
     **dict.fromkeys(DROPOUTS, "train"),
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "train"),
+    **dict.fromkeys(SEQUENCES, "train"),
     "rrelu": "training",
     "batch_norm": "training",
     "instance_norm": "use_input_stats",

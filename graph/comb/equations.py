@@ -43,7 +43,8 @@ class Equations:
     axes: for every node the axes of its tensor, a list of such lists for several results, None without a tensor.
     parameters: axes of every parameter and buffer by name. roles: (axis, role, the weight that it belongs to or None), see
     `role`. rewrites: (node, function that regenerates its constants). minima: (node, axes, number of indices that the axes
-    together must keep). kernels: axes of kernel positions and gates.
+    together must keep). structural: reasons that freeze axes which make no group, such as kernel
+    positions.
     """
 
     def __init__(self, program: Program):
@@ -54,7 +55,7 @@ class Equations:
         self.rewrites: list[tuple[fx.Node, Rewrite]] = []
         self.minima: list[tuple[fx.Node, list[Axis], int]] = []
         self.roles: list[tuple[Axis, str, fx.Node | None]] = []
-        self.kernels: list[Axis] = []
+        self.structural: set[Reason] = set()
         self._copies: dict[fx.Node, list[Axis]] = {}
         self._sums: dict[fx.Node, list[Axis]] = {}
         self._joins: set[fx.Node] = set()
@@ -124,8 +125,9 @@ class Equations:
     def kernel(self, axis: Axis, node: fx.Node, text: str = KERNEL) -> None:
         """State that an axis holds the kernel positions of a convolution, or the gates of a recurrence (`GATES`): it is
         frozen, and makes no group."""
-        self.freeze(axis, node, text)
-        self.kernels.append(axis)
+        reason = Reason(node, text)
+        self.structural.add(reason)
+        ax.freeze(axis, reason)
 
     # ----------------------------------------------------------------------------------------------- uses of an axis
     def role(self, axis: Axis, role: str, weight: fx.Node | None = None) -> None:

@@ -11,7 +11,7 @@ from torch import fx
 from ..nodes import source
 from . import axes as ax
 from .axes import Factor, atoms
-from .equations import GATES, KERNEL, Equations
+from .equations import Equations
 
 KINDS = ("channel", "head", "head width", "hidden", "group", "token", "multiplier", "constant")
 DEFAULT_KINDS = ("channel", "head", "head width", "hidden", "group")
@@ -40,10 +40,9 @@ class Group:
 def find_groups(solved: Equations) -> list[Group]:
     """All groups that have a parameter or buffer as a member, frozen ones included, in graph order."""
     members, kinds, least = members_of(solved), kinds_of(solved), _least(solved)
-    kernels = atoms(solved.kernels)
     named: dict[str, list[tuple[Factor, str]]] = defaultdict(list)
     for atom in members:
-        if atom in kernels and atom.frozen is not None and atom.frozen.text in (KERNEL, GATES):
+        if atom.frozen in solved.structural:
             continue
         name, dim = next((m for m in members[atom] if not m[0].startswith(FOLDED)), members[atom][0])
         named[f"{name}:{dim}"].append((atom, kinds[atom]))

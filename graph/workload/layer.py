@@ -74,7 +74,9 @@ class Layer:
     def launches(self) -> int:
         """Number of kernels that start one after the other: a recurrent layer has one for each step of each of its layers
         (both directions run at once), since each waits for the one before."""
-        return 0 if self.joined else self["steps"] * self["layers"] if self.op == "recurrent" else 1
+        if self.joined:
+            return 0
+        return self["steps"] * self["layers"] if self.op == "recurrent" else 1
 
     def entries(self) -> int:
         """Number of entries that are read and written, weights included, each once."""

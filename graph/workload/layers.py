@@ -20,8 +20,17 @@ from ..comb.axes import Axis, Factor
 from ..comb.solve import Comb, Sizer
 from ..cost import macs, unknown
 from ..errors import Refused
-from ..facts import CONVS, FAKE_QUANTISATION, MATRIX_PRODUCTS, NORMS, RECURRENT, TRANSPOSED_CONVS, VECTOR_PRODUCTS
-from ..nodes import arguments, conv_padding, hint, op_name, per_dim, shape, source, spelled_out
+from ..facts import (
+    CELLS,
+    CONVS,
+    FAKE_QUANTISATION,
+    MATRIX_PRODUCTS,
+    NORMS,
+    RECURRENT,
+    TRANSPOSED_CONVS,
+    VECTOR_PRODUCTS,
+)
+from ..nodes import arguments, conv_padding, hint, op_name, per_dim, recurrence, shape, source, spelled_out
 from .fusion import Copy, Kernel, kernels
 from .layer import Layer
 from .libraries import ONNXRUNTIME, Rules, classify
@@ -226,15 +235,13 @@ class Layers:
 
 def _recurrent(node: fx.Node, sizes: Any) -> Layer:
     """The layer of an LSTM, GRU or RNN, or of a cell, which is one step of it."""
-    a = arguments(node)
+    a, made = arguments(node), recurrence(node)
+    assert not isinstance(made, str)  # `Layers` has refused those
     *lead, inputs = sizes(a["input"])
-    if "w_hh" in a:
-        steps, batch, hidden, layers, directions = 1, lead[0], a["w_hh"], 1, 1
-    else:
-        steps, batch = reversed(lead) if a["batch_first"] else lead
-        hidden, layers, directions = a["params"][1], a["num_layers"], 1 + int(a["bidirectional"])
-    return Layer("recurrent", (("inputs", inputs), ("hidden", sizes(hidden)[1])), (
-        ("batch", batch), ("steps", steps), ("layers", layers), ("directions", directions),
+    lead = [1, *lead] if op_name(node) in CELLS else lead
+    steps, batch = reversed(lead) if a.get("batch_first") else lead
+    return Layer("recurrent", (("inputs", inputs), ("hidden", sizes(made.parts[0][1])[1])), (
+        ("batch", batch), ("steps", steps), ("layers", made.layers), ("directions", made.directions),
         ("gates", RECURRENT[op_name(node)]),
     ))  # fmt: skip
 
@@ -280,11 +287,7 @@ def _is_layer(node: fx.Node) -> bool:
     if name == "einsum":
         return len(arguments(node)["tensors"]) == 2  # with more operands it is several products in a row
     if name in RECURRENT:
-        a = arguments(node)
-        if "w_hh" in a:
-            return True
-        matrices = sum(len(shape(p)) == 2 for p in a["params"])  # a third one in each layer is a projection
-        return "data" not in a and matrices == 2 * a["num_layers"] * (1 + int(a["bidirectional"]))  # data: packed
+        return not isinstance(recurrence(node), str)
     return name in {*MATMULS, *VECTOR_PRODUCTS, *CONVS, *TRANSPOSED_CONVS, "inner", "tensordot", ATTENTION}
 
 

@@ -196,7 +196,7 @@ class Losses:
 
 def _unrepaired(comb: Comb) -> set[Factor]:
     """The atoms that recurrences read or have as hidden units: what these lose no linear layer behind them can tell."""
-    recurrences = [n for n in comb.module.graph.nodes if n.op == "call_function" and op_name(n) in RECURRENT]
+    recurrences = [n for n in comb.module.graph.nodes if op_name(n) in RECURRENT]
     return {a for n in recurrences for i in n.all_input_nodes for a in ax.atoms(comb.flat(i))}
 
 

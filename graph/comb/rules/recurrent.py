@@ -5,13 +5,12 @@ Source: ours, from PyTorch's documentation of the shapes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
-from ...facts import RECURRENT
-from ...nodes import op_name, shape
+from ...facts import CELLS, RECURRENT
+from ...nodes import op_name, recurrence, shape
 from ..axes import Axis, fresh
 from ..equations import GATES, Equations
 from .registry import Arguments, NoRule, rule
@@ -22,19 +21,18 @@ STEPS = "a recurrence runs along the axis"
 @rule(*RECURRENT)
 def recurrent(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     """All layers and directions have the same hidden units, since one tensor holds all of their states."""
-    if "data" in a:
-        raise NoRule("packed sequences")
+    made = recurrence(node)
+    if isinstance(made, str):
+        raise NoRule(made)
     xs, states = c.axes[a["input"]], a["hx"] if isinstance(a["hx"], (list, tuple)) else [a["hx"]]
-    cell = "w_hh" in a
-    layers, directions = (1, 1) if cell else (a["num_layers"], 1 + int(a["bidirectional"]))
-    parts = _layers(a, layers * directions)
+    cell = op_name(node) in CELLS
     if len(xs) != (2 if cell else 3):
         raise NoRule("an unbatched input")
-    hidden, both, gate = fresh(shape(parts[0][1])[1]), fresh(directions), fresh(RECURRENT[op_name(node)])
+    hidden, both, gate = fresh(shape(made.parts[0][1])[1]), fresh(made.directions), fresh(RECURRENT[op_name(node)])
     c.kernel(both, node, GATES)
     c.kernel(gate, node, GATES)
-    for i, (w_ih, w_hh, *biases) in enumerate(parts):
-        read = xs[-1] if i < directions else both + hidden
+    for i, (w_ih, w_hh, *biases) in enumerate(made.parts):
+        read = xs[-1] if i < made.directions else both + hidden
         c.unify(c.axes[w_ih][1], read)
         c.unify(c.axes[w_hh][1], hidden)
         for part in (w_ih, w_hh, *biases):
@@ -47,7 +45,7 @@ def recurrent(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     if not cell:
         step = 1 if a["batch_first"] else 0
         c.freeze(xs[step], node, STEPS)
-        lead = [fresh(layers * directions)]
+        lead = [fresh(len(made.parts))]
         c.kernel(lead[0], node, GATES)
     batch = xs[0] if cell or a["batch_first"] else xs[1]
     for state in states:
@@ -56,13 +54,3 @@ def recurrent(c: Equations, node: fx.Node, a: Arguments) -> list[Any]:
     if cell:
         return last if len(states) > 1 else last[0]
     return [[*xs[:-1], both + hidden], *last]
-
-
-def _layers(a: Arguments, count: int) -> list[Sequence[fx.Node]]:
-    """The weights of each layer and direction: of inputs and of hidden units, and both biases if there are any."""
-    if "w_hh" in a:
-        return [[w for w in (a["w_ih"], a["w_hh"], a["b_ih"], a["b_hh"]) if w is not None]]
-    each = 4 if a["has_biases"] else 2
-    if len(a["params"]) != each * count:
-        raise NoRule("a projection of the hidden units")
-    return [a["params"][i : i + each] for i in range(0, len(a["params"]), each)]
