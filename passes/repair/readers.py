@@ -72,10 +72,10 @@ class Reader:
 
     @classmethod
     def of(cls, comb: Comb, node: fx.Node) -> Reader | None:
-        """The reader of a node; None for other operators and for weights that are computed or grouped."""
-        a = arguments(node) if op_name(node) in PRODUCTS else {}
-        if not a or a["weight"].op != "get_attr" or a.get("groups", 1) > 1:
+        """The reader of a node; None if it is not readable."""
+        if not readable(node):
             return None
+        a = arguments(node)
         stored = fetch(comb.module, str(a["weight"].target)).detach()
         tensor = stored.double()
         into = 0 if op_name(node).startswith("conv_transpose") else 1
@@ -144,6 +144,12 @@ class Reader:
             return change, flat.new_zeros(outputs)
         mean = self.x[half] / self.count[half].clamp(min=1)
         return change, -(flat @ mean).unflatten(0, (outputs, -1)).sum(1)
+
+
+def readable(node: fx.Node) -> bool:
+    """Whether a node is a linear layer or a convolution with a stored weight that all of its outputs share."""
+    a = arguments(node) if op_name(node) in PRODUCTS else {}
+    return bool(a) and a["weight"].op == "get_attr" and a.get("groups", 1) == 1
 
 
 def _inverse(a: Tensor, ridge: float) -> Tensor:

@@ -33,8 +33,9 @@ from ...graph.facts import RECURRENT
 from ...graph.nodes import arguments, op_name
 from ..base import Context
 from ..common.processes import summed
+from .consumers import PRODUCTS
 from .images import spread
-from .readers import Reader, Seen, entries, look, readers
+from .readers import Reader, Seen, entries, look, readable, readers
 from .swaps import Columns, swapped
 
 STEPS = 64  # about the most steps in which a group is emptied, each with new losses
@@ -93,8 +94,8 @@ class Losses:
 
     def scores(self) -> dict[Factor, np.ndarray]:
         """For each group, the loss of each index for a sample when all go one after another, in the best order found, with a
-        repair after each, but never less than that of an index before it. Groups that no linear layer reads, or a recurrence
-        does, get infinity."""
+        repair after each, but never less than that of an index before it. Groups that no linear layer reads, or that a
+        recurrence or a grouped convolution reads, too, get infinity."""
         result = {g.atom: np.full(g.size, np.inf) for g in self.groups}
         read = [g for g in self.groups if self._readers(g)]
         orders = {g.atom: self._order(g) for g in read}
@@ -195,9 +196,16 @@ class Losses:
 
 
 def _unrepaired(comb: Comb) -> set[Factor]:
-    """The atoms that recurrences read or have as hidden units: what these lose no linear layer behind them can tell."""
-    recurrences = [n for n in comb.module.graph.nodes if op_name(n) in RECURRENT]
-    return {a for n in recurrences for i in n.all_input_nodes for a in ax.atoms(comb.flat(i))}
+    """The atoms that recurrences read or have as hidden units, or that products read which are no readers (see `Reader.of`):
+    what these lose no linear layer behind them can tell."""
+    found: set[Factor] = set()
+    for node in comb.module.graph.nodes:
+        if op_name(node) in RECURRENT:
+            found |= {a for i in node.all_input_nodes for a in ax.atoms(comb.flat(i))}
+        elif op_name(node) in PRODUCTS and not readable(node):
+            # What is in the result, too, such as the channels of a depthwise convolution, later layers read.
+            found |= ax.atoms(comb.flat(arguments(node)["input"])).keys() - ax.atoms(comb.flat(node)).keys()
+    return found
 
 
 def _places(where: np.ndarray, size: int) -> list[np.ndarray]:

@@ -302,6 +302,34 @@ class Read(nn.Module):
         return self.direct(x) + self.last(self.lstm(x[:, None])[1][0][0])
 
 
+class Grouped(nn.Module):
+    """A group that a linear layer, or one with a computed weight, and a grouped convolution read."""
+
+    def __init__(self, grouped: bool) -> None:
+        super().__init__()
+        self.grouped = grouped
+        self.first, self.direct = nn.Linear(12, 12), nn.Linear(12, 3)
+        self.beside = nn.Conv1d(12, 6, 1, groups=3) if grouped else nn.Conv1d(12, 6, 1)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        weight = self.beside.weight
+        weight = weight if self.grouped else weight - weight.mean((0, 2), keepdim=True)
+        beside = nn.functional.conv1d(x[..., None], weight, self.beside.bias, groups=3 if self.grouped else 1)
+        return self.direct(x) + self.last(beside[..., 0].relu())
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_what_a_grouped_or_computed_layer_reads_is_not_scored_by_linear_readers_alone(grouped: bool) -> None:
+    found = comb(Grouped(grouped).double().eval())
+    groups = [g for g in found.groups if g.frozen is None]
+    unscored = "first.weight:0/channel" if grouped else "first.weight:0"  # whole groups the last layer reads
+    assert unscored in {g.name for g in groups}
+    scores = score.Losses(found, groups, Context(data=batches()), 200).scores()
+    assert all(np.isinf(scores[g.atom]).all() == (g.name == unscored) for g in groups)
+
+
 def test_what_a_recurrence_reads_is_not_scored_by_its_linear_readers_alone() -> None:
     found = comb(Read().double().eval())
     groups = [g for g in found.groups if g.frozen is None]
