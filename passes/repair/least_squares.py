@@ -41,15 +41,17 @@ EXACT = 1e-14  # a loss below this share of the outputs' squares is a rounding e
 WORTH = 1e-3  # a larger ridge is preferred while its loss on held-out samples is at most this share higher
 DECIDE = 128  # outputs whose losses decide about the ridge, if there are at least twice as many
 PANEL = 256  # columns of a product that are computed at a time
-BLOCK = 4096  # rows that are multiplied in float32 before their sum is added in float64
+BLOCK = 4096  # rows that are multiplied, perhaps in float32, before their sum is added in float64
+FLAT = 32  # units of rounding, of its mean, below which the deviation of an input is that of a constant
 
 
 @dataclass
 class Sums:
     """The sums over rows that the solution depends on, for one half of the samples and each group of the layer, in float64.
 
-    count: number of rows. x: (groups, u). y: (groups, o). xx: (groups, u, u). yx: (groups, o, u). yy: (groups, o), of
-    squares.
+    count: number of rows. x: (groups, u). y: (groups, o). Of products of distances from the means: xx: (groups, u, u).
+    yx: (groups, o, u). yy: (groups, o), of squares. (Sums of the products themselves would lose the digits of inputs whose
+    mean is large.)
     """
 
     count: Tensor
@@ -72,44 +74,58 @@ class Sums:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows: x (groups, n, u), y (groups, n, o), in any floating type. Products of float64 are float64; other types
-        are multiplied in float32, in blocks about their own means, so that large means cost no digits."""
-        self.count += x.shape[1]
-        if x.dtype == torch.float64 or y.dtype == torch.float64:
-            self._add(x.double(), y.double())
-            return
-        self.rounded = True
-        for block, goal in zip(x.float().split(BLOCK, 1), y.float().split(BLOCK, 1), strict=True):
-            mean, mean_y = block.mean(1, keepdim=True), goal.mean(1, keepdim=True)
-            self._add(block - mean, goal - mean_y, mean.double(), mean_y.double())
+        are multiplied in float32."""
+        kind = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+        self.rounded |= kind == torch.float32
+        for block, goal in zip(x.to(kind).split(BLOCK, 1), y.to(kind).split(BLOCK, 1), strict=True):
+            if block.shape[1]:
+                self._add(block, goal)
 
-    def _add(self, x: Tensor, y: Tensor, mean: Tensor | None = None, mean_y: Tensor | None = None) -> None:
-        """Add rows x + mean and y + mean_y; products of x and y are computed in their own type."""
+    def _add(self, x: Tensor, y: Tensor) -> None:
+        n, mean, mean_y = x.shape[1], x.mean(1, keepdim=True), y.mean(1, keepdim=True)
+        x, y = x - mean, y - mean_y
+        # sum (x + m)(x + m)^T about its mean is sum x x^T - s s^T / n with s = sum x, which is a rounding error here.
+        s, s_y = x.sum(1, dtype=torch.float64), y.sum(1, dtype=torch.float64)
+        mean, mean_y = mean[:, 0].double() + s / n, mean_y[:, 0].double() + s_y / n
+        d, d_y, share = self._apart(mean, mean_y, n)
+        right = torch.stack([s, d], 1)
         self.xx += _gram(x)
+        self.xx.baddbmm_(torch.stack([-s / n, share * d], 2), right)
         self.yx += y.mT @ x
-        self.yy += y.double().square().sum(1)
-        sum_x, sum_y = x.sum(1, dtype=torch.float64), y.sum(1, dtype=torch.float64)
-        if mean is not None and mean_y is not None:
-            n, x0, y0 = x.shape[1], mean[:, 0], mean_y[:, 0]
-            # sum (x + m)(x + m)^T = sum x x^T + m s^T + (s + n m) m^T, with s = sum x, which is a rounding error here
-            right = torch.stack([sum_x, x0], 1)
-            self.xx.baddbmm_(torch.stack([x0, sum_x + n * x0], 2), right)
-            self.yx.baddbmm_(torch.stack([y0, sum_y + n * y0], 2), right)
-            self.yy += 2 * y0 * sum_y + n * y0.square()
-            sum_x, sum_y = sum_x + n * x0, sum_y + n * y0
-        self.x += sum_x
-        self.y += sum_y
+        self.yx.baddbmm_(torch.stack([-s_y / n, share * d_y], 2), right)
+        self.yy += y.double().square().sum(1) - s_y.square() / n + share * d_y.square()
+        self.count += n
+        self.x += n * mean
+        self.y += n * mean_y
 
-    def tensors(self) -> list[Tensor]:
-        return [self.count, self.x, self.y, self.xx, self.yx, self.yy]
+    def _apart(self, mean: Tensor, mean_y: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """How far n more rows are from these, in the means, and the factor of the products of this distance with which the
+        sums about the common mean are those about each one's own (Chan et al., 1983)."""
+        x, y = self.means()
+        return mean - x, mean_y - y, self.count * n / (self.count + n)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """The means of x and y."""
+        count = self.count.clamp(min=1)
+        return self.x / count, self.y / count
+
+    def join(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Make these the sums over the rows of all processes. total: the sum of a tensor over the processes."""
+        own, x, y = self.count.clone(), *self.means()
+        for tensor in (self.count, self.x, self.y):
+            tensor.copy_(total(tensor))
+        mean, mean_y = self.means()
+        d, d_y = x - mean, y - mean_y
+        self.xx.baddbmm_(own * d[:, :, None], d[:, None])
+        self.yx.baddbmm_(own * d_y[:, :, None], d[:, None])
+        self.yy += own * d_y.square()
+        for tensor in (self.xx, self.yx, self.yy):
+            tensor.copy_(total(tensor))
+        self.rounded = bool(total(torch.tensor(float(self.rounded))))
 
     @property
     def finite(self) -> bool:
-        return all(bool(t.isfinite().all()) for t in self.tensors())
-
-    def means(self, centred: bool) -> tuple[Tensor, Tensor]:
-        """The means of x and y; zeros without `centred`, where there is no bias to take them up."""
-        share = 1 / self.count.clamp(min=1) if centred else torch.zeros_like(self.count)
-        return self.x * share, self.y * share
+        return all(bool(t.isfinite().all()) for t in (self.count, self.x, self.y, self.xx, self.yx, self.yy))
 
 
 @dataclass(frozen=True)
@@ -157,10 +173,10 @@ def fit(
     where the choice begins; fewer are tried if it is near the best.
     """
     rounded = any(half.rounded for half in halves)
-    noise = EXACT * float(sum(half.yy.sum() for half in halves))
+    noise = EXACT * sum(float((half.yy + half.count * half.means()[1].square()).sum()) for half in halves)
     judged = all(half.count > 0 for half in halves)
     problems = [Problem.of(half, weight, bias, fixed) for half in halves]
-    whole = problems[0] + problems[1]
+    whole = problems[0].add(problems[1], rounded)
     before = whole.loss_with(bias)
     held: float | None = None
     if judged:
@@ -251,15 +267,29 @@ class Problem:
 
     @classmethod
     def of(cls, sums: Sums, weight: Tensor, bias: Tensor | None, fixed: Tensor | None = None) -> Problem:
-        x, y = sums.means(bias is not None)
-        a, b = (
-            torch.baddbmm(products, mean[:, :, None], x[:, None], alpha=-float(sums.count))
-            for products, mean in ((sums.xx, x), (sums.yx, y))
-        )
-        wanted, total = b - weight @ a, sums.yy - sums.count * y.square()
-        return cls(weight, sums.count, x, y, a, wanted, total - (weight * (b + wanted)).sum(2), total, fixed)
+        a, b, total, (x, y) = sums.xx, sums.yx, sums.yy, sums.means()
+        if bias is None:
+            a, b = (
+                torch.baddbmm(products, mean[:, :, None], x[:, None], alpha=float(sums.count))
+                for products, mean in ((a, x), (b, y))
+            )
+            total = total + sums.count * y.square()
+            x, y = torch.zeros_like(x), torch.zeros_like(y)
+        wanted = b - weight @ a
+        before = total - (weight * (b + wanted)).sum(2)
+        return cls(weight, sums.count, x, y, a, wanted, before, total, fixed)._without_constants(sums.rounded)
 
-    def __add__(self, other: Problem) -> Problem:
+    def _without_constants(self, rounded: bool) -> Problem:
+        """The problem in which inputs that only vary by rounding errors count as constant: they keep their weights."""
+        diagonal = self.a.diagonal(dim1=1, dim2=2)
+        least = (FLAT * torch.finfo(torch.float32 if rounded else torch.float64).eps) ** 2
+        varies = diagonal > least * (diagonal + self.count * self.x.square())
+        if bool(varies.all()):
+            return self
+        a = self.a * varies[:, :, None] * varies[:, None]
+        return replace(self, a=a, wanted=self.wanted * varies[:, None])
+
+    def add(self, other: Problem, rounded: bool) -> Problem:
         """The problem of the rows of both, which have the same weight."""
         n, m = self.count, other.count
         both = (n + m).clamp(min=1)
@@ -272,7 +302,7 @@ class Problem:
             wanted=torch.baddbmm(self.wanted + other.wanted, share * rest[:, :, None], x[:, None]),
             before=self.before + other.before + share * rest.square(),
             total=self.total + other.total + share * y.square(),
-        )  # fmt: skip
+        )._without_constants(rounded)  # fmt: skip
 
     def to(self, kind: torch.dtype) -> Problem:
         """The problem, to be solved in this dtype."""

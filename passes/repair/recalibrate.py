@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from ..base import Context, Pass, PassResult, Refusal, check_field
 from ..common.processes import accelerator, placed, summed
 from ..common.repeat import seeded
 from ..common.scoring import evaluating
-from .images import Images, take_images
+from .images import Images, spread, take_images
 from .repair import since
 from .stepwise import Memory, Stepwise
 
@@ -49,8 +50,9 @@ class Recalibrate(Pass):
 
     It does not help everywhere: compare before and after on held-out images. The record names each layer with the mean of
     the ratios of its new variances to the old. Left alone, with the reason: layers with inputs that are not finite,
-    layers that share statistics and, with "dense", layers that the dense network does not have, or whose output is added
-    to another (`Repair` fits them to the sum, not to the dense layer). Raises BadInput without data, and for "dense"
+    layers that share statistics, layers whose inputs do not vary (nor does a single channel that does not, with "images")
+    and, with "dense", layers that the dense network does not have, or whose output is added to another (`Repair` fits them
+    to the sum, not to the dense layer). Raises BadInput without data, and for "dense"
     without a teacher. Source: ours; "dense" after REPAIR (Jordan et al., arXiv 2211.08403).
     """
 
@@ -96,15 +98,27 @@ class Recalibrate(Pass):
                     refused.append(Refusal(name, why))
                     continue
                 run.run_before(node)
-                old = tuple(fetch(module, str(a[key].target)).double() for key in ("running_mean", "running_var"))
-                new = _statistics(run.values[a["input"]], images.halves)
-                if new is not None and compared is not None:
-                    new = compared.statistics(name, new, old[0], old[1] + a["eps"], a["eps"])
-                if new is None:
-                    refused.append(Refusal(name, "its inputs are not finite numbers"))
+                new = self._new(module, name, a, run.values[a["input"]], images, compared)
+                if isinstance(new, str):
+                    refused.append(Refusal(name, new))
                 else:
                     changed.append(self._write(module, a, new, images.count))
         return PassResult(result, {"samples": images.count, "changed": changed, "refused": refused})
+
+    def _new(
+        self, module: Any, name: str, a: dict[str, Any], values: list[Tensor], images: Images, compared: Compared | None
+    ) -> tuple[Tensor, Tensor] | str:
+        """The new mean and variance of a layer, or the reason why it keeps its own. a: its arguments. values: its inputs."""
+        mean, variance = (fetch(module, str(a[key].target)).double() for key in ("running_mean", "running_var"))
+        now = _statistics(values, images.halves)
+        if now is None:
+            return "its inputs are not finite numbers"
+        flat = now[1] <= FLAT * (variance + a["eps"])  # of a single value, too
+        if bool(flat.all()):
+            return "its inputs do not vary over these images"
+        if compared is not None:
+            return compared.statistics(name, now, mean, variance + a["eps"], a["eps"])
+        return torch.where(flat, mean, now[0]), torch.where(flat, variance, now[1])
 
     def _write(self, module: Any, a: dict[str, Any], moments: tuple[Tensor, Tensor], count: int) -> dict[str, Any]:
         share = count / (count + self.prior)
@@ -137,16 +151,18 @@ class Compared:
 
     def statistics(
         self, name: str, now: tuple[Tensor, Tensor], mean: Tensor, variance: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor] | None:
-        """The mean and variance with which a layer writes the dense mean and variance on the images; None where they are
-        not finite. now: those of its inputs. mean, variance: those that it has, the latter with eps."""
+    ) -> tuple[Tensor, Tensor] | str:
+        """The mean and variance with which a layer writes the dense mean and variance on the images, or the reason why there
+        are none. now: those of its inputs. mean, variance: those that it has, the latter with eps."""
         source = arguments(self.norms[name])["input"]
         self.run.run_through(source)
         dense = _statistics(self.run.values[source], self.halves)
         self.run.release(source)
         if dense is None:
-            return None
+            return "the dense network's inputs are not finite numbers"
         left = np.delete(np.arange(len(dense[0])), list(self.removed.get(name, {}).get(0, ())))
+        if len(left) != len(mean):
+            return "what was removed from it is not known"
         (mean_dense, spread), (mean_now, spread_now) = (t[torch.from_numpy(left).to(t.device)] for t in dense), now
         flat = torch.minimum(spread, spread_now) <= FLAT * variance  # a constant channel has no scale to compare
         ratio = torch.where(flat, 1.0, spread_now / spread.clamp(min=1e-300))
@@ -155,11 +171,16 @@ class Compared:
 
 def _statistics(values: list[Tensor], halves: list[Tensor]) -> tuple[Tensor, Tensor] | None:
     """Mean and (unbiased) variance of every channel over all images and positions; None where they are not finite."""
-    sums = torch.zeros(3, values[0].shape[1], dtype=torch.float64, device=values[0].device)
-    for value, half in zip(values, halves, strict=True):
-        x = value[half >= 0].double().movedim(1, 0).flatten(1)
-        sums += torch.stack([torch.full_like(sums[0], x.shape[1]), x.sum(1), x.square().sum(1)])
-    count, total, squares = summed(sums)
-    mean = total / count
-    variance = (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
+
+    def total(of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sum over all images and positions of numbers of each, `(channels,)`. Channels come first in what `of` gets."""
+        sums = torch.zeros(values[0].shape[1], dtype=torch.float64, device=values[0].device)
+        for value, half in zip(values, halves, strict=True):
+            counted = spread(half, len(value)).to(value.device) >= 0
+            sums += of(value[counted].double().movedim(1, 0).flatten(1)).sum(1)
+        return summed(sums)
+
+    count = total(torch.ones_like)
+    mean = total(lambda x: x) / count
+    variance = total(lambda x: (x - mean[:, None]).square()) / (count - 1).clamp(min=1)
     return (mean, variance) if bool((mean + variance).isfinite().all()) else None

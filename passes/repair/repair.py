@@ -354,9 +354,7 @@ def _everywhere(halves: tuple[Sums, Sums]) -> tuple[Sums, Sums] | None:
     """The sums over all processes; None if numbers are not finite."""
     if accelerator().num_processes > 1:
         for sums in halves:
-            for tensor in sums.tensors():
-                tensor.copy_(summed(tensor))
-            sums.rounded = bool(summed(torch.tensor(float(sums.rounded))))
+            sums.join(summed)
     return halves if all(sums.finite for sums in halves) else None
 
 

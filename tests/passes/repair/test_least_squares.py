@@ -1,5 +1,7 @@
 """The closed form, against torch's own least squares on stacked rows."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -82,7 +84,7 @@ def test_problems_of_two_parts_add_up_to_that_of_all_rows(seed: int, first: int,
     x, y = rows(seed)
     old, bias = torch.randn(1, 4, 7, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64) if centred else None
     parts = [Problem.of(sums_of(x[part], y[part]), old, bias) for part in (slice(first), slice(first, None))]
-    both, expected = parts[0] + parts[1], Problem.of(sums_of(x, y), old, bias)
+    both, expected = parts[0].add(parts[1], False), Problem.of(sums_of(x, y), old, bias)
     for name in ("count", "x", "y", "a", "wanted", "before", "total"):
         ours, exact = getattr(both, name), getattr(expected, name)
         torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10 * float(exact.abs().max()), msg=name)
@@ -144,6 +146,60 @@ def test_float32_rows_keep_their_digits_about_large_means(u: int) -> None:
     assert (ours.a - exact.a).abs().max() < 1e-5 * largest
     assert (ours.wanted - exact.wanted).abs().max() < 1e-5 * largest
     torch.testing.assert_close(ours.total, exact.total, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.1, 123.4])
+def test_a_constant_input_keeps_its_weight(kind: torch.dtype, value: float) -> None:
+    """Its deviation is a rounding error, which must not be divided by; other values on the other half make it vary."""
+    x, y = rows(0, n=9000, u=5)
+    x[:, 0] = value
+    x, y = x.to(kind), y.to(kind)
+    old = torch.ones(1, 4, 5, dtype=torch.float64)
+    zero = torch.zeros(1, 4, dtype=torch.float64)
+    found = fit((sums_of(x[::2], y[::2]), sums_of(x[1::2], y[1::2])), old, zero, None)
+    assert (found.weight[..., 0] == 1).all()
+    assert (found.weight[..., 1:] - 1).abs().max() > 1e-2
+    x[::2, 0] += 1
+    found = fit((sums_of(x[::2], y[::2]), sums_of(x[1::2], y[1::2])), old, zero, None)
+    assert (found.weight[..., 0] != 1).all()
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+def test_float64_rows_keep_their_digits_about_large_means(offset: float) -> None:
+    x, y = rows(2)
+    old, zero = torch.zeros(1, 4, 7, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)
+    far = x + offset
+    expected, _ = solve(sums_of(far - offset, y), old, zero, 0.0)
+    weight, _ = solve(sums_of(far, y), old, zero, 0.0)
+    torch.testing.assert_close(weight, expected, rtol=0, atol=1e-13 * offset)
+
+
+def test_sums_of_processes_join_to_those_of_all_rows() -> None:
+    x, y = rows(3, n=90)
+    x[:30] += 100
+    parts = [sums_of(*pair) for pair in zip(x.split(30), y.split(30), strict=True)]
+    barrier, shared = threading.Barrier(3), [torch.zeros(())] * 3
+
+    def join(k: int) -> None:
+        def total(tensor: torch.Tensor) -> torch.Tensor:
+            shared[k] = tensor.clone()
+            barrier.wait()
+            result = torch.stack(shared).sum(0)
+            barrier.wait()
+            return result
+
+        parts[k].join(total)
+
+    threads = [threading.Thread(target=join, args=(k,)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    whole = sums_of(x, y)
+    for part in parts:
+        for name in ("count", "x", "y", "xx", "yx", "yy"):
+            torch.testing.assert_close(getattr(part, name), getattr(whole, name), rtol=1e-12, atol=1e-9)
 
 
 @given(st.integers(0, 10_000), st.booleans())

@@ -113,3 +113,49 @@ def test_layers_that_go_into_a_sum_keep_what_the_repair_gave_them() -> None:
     ]
     assert not result.record["changed"]
     assert Recalibrate()(dense, data=batches()).record["changed"]  # of the images themselves
+
+
+def test_a_layer_whose_inputs_do_not_vary_keeps_its_statistics_and_so_does_a_single_channel() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
+    with torch.no_grad():
+        model[0].weight[2] = 0
+        model[0].bias[2] = 1000.1
+    dense = graphcomb.capture(model, torch.zeros(2, 6).double(), dynamic_shapes="batch")
+    for data in ([torch.randn(1, 6).double()], [torch.ones(30, 6).double()]):
+        result = Recalibrate(reference="images")(dense, data=data)
+        why = [row["why"] for row in result.record["refused"]]
+        assert why == ["its inputs do not vary over these images"]
+        assert torch.equal(fetch(result.program.module(), "1.running_var"), torch.ones(8).double())
+    module = Recalibrate(reference="images")(dense, data=[torch.randn(30, 6).double()]).program.module()
+    variance, mean = fetch(module, "1.running_var"), fetch(module, "1.running_mean")
+    assert (variance[2], mean[2]) == (1, 0)
+    assert (variance != 1).sum() == 7
+
+
+def test_samples_that_share_a_dimension_with_frames_are_counted() -> None:
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.n, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = self.n(self.a(x.flatten(0, 1))).relu().mean((2, 3))
+            return self.last(h.unflatten(0, x.shape[:2]).mean(1))
+
+    torch.manual_seed(0)
+    model, x = Frames().double().eval(), torch.randn(32, 4, 3, 8, 8).double()
+    dense = graphcomb.capture(model, x[:2], dynamic_shapes="batch")
+    module = Recalibrate(samples=20)(dense, data=list(x.split(8))).program.module()
+    expected = model.a(x[:20].flatten(0, 1)).movedim(1, 0).flatten(1)
+    torch.testing.assert_close(fetch(module, "n.running_mean"), expected.mean(1))
+    torch.testing.assert_close(fetch(module, "n.running_var"), expected.var(1))
+
+
+def test_a_layer_with_an_unknown_removal_is_left_with_the_reason() -> None:
+    dense = program()
+    removed = RemoveChannels(keep={"0.weight:0": 6}, importance="magnitude", round_to=1)(dense)
+    example = torch.zeros(2, 3, 6, 6).double()
+    again = graphcomb.capture(removed.program.module().eval(), example, dynamic_shapes="batch")
+    assert not again.history
+    result = Recalibrate()(again, data=batches(), teacher=dense)
+    assert {"what": "1.running_mean", "why": "what was removed from it is not known"} in result.record["refused"]
