@@ -213,4 +213,4 @@ def _by_channel(held: Held, d: int) -> tuple[torch.Tensor, torch.Tensor]:
     d %= held.value.dim()
     state = held.states[d]
     present = np.ones(held.value.shape[d], dtype=bool) if state is None else state != ABSENT
-    return held.kept().movedim(d, 0).flatten(1), torch.from_numpy(present).to(held.value.device)
+    return held.kept().movedim(d, 0).unsqueeze(-1).flatten(1), torch.from_numpy(present).to(held.value.device)

@@ -126,7 +126,8 @@ def unlabelled_loss(outputs: Any, generator: torch.Generator) -> torch.Tensor:
     derivatives estimates the diagonal of the Gauss-Newton matrix (Hutchinson).
 
     For class scores `(samples, classes)`, the log-probability of a class that is drawn from them; for other outputs, a
-    random projection in units of their standard deviation, divided by the square root of the entries of a sample.
+    random projection in units of their standard deviation (a single number: of its size), divided by the square root of the
+    entries of a sample. Not finite where the outputs are not.
     """
     total = torch.zeros((), dtype=torch.float64)
     for out in pytree.tree_leaves(outputs):
@@ -134,10 +135,14 @@ def unlabelled_loss(outputs: Any, generator: torch.Generator) -> torch.Tensor:
             continue
         if out.dim() == 2 and out.shape[1] > 1:
             log = out.double().log_softmax(1)
+            if bool(log.isnan().any()):
+                return log.sum()
             chosen = torch.multinomial(log.detach().exp().cpu(), 1, generator=generator).to(out.device)
             total = total.to(out.device) + log.gather(1, chosen).sum()
         else:
-            spread = float(out.detach().double().std().clamp(min=1e-12)) * max(1, out[0].numel()) ** 0.5
+            values = out.detach().double()
+            spread = float((values.std() if values.numel() > 1 else values.abs().mean()).clamp(min=1e-12))
+            spread *= max(1, out[0].numel() if out.dim() else 1) ** 0.5
             noise = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
             total = total.to(out.device) + (out.double() * noise).sum() / spread
     return total

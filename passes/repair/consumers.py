@@ -221,6 +221,8 @@ def consumer_of(
         return "its bias is computed, not a stored parameter"
     if twin is None:
         return "the dense network has no such layer to compare with"
+    if not has_rows(node):
+        return "its input is one vector without samples"
     groups, transposed = a.get("groups", 1), name.startswith("conv_transpose")
     if groups > 1 and transposed:
         return "a grouped transposed convolution"
@@ -247,6 +249,12 @@ def consumer_of(
         node, twin, str(weight.target), str(bias.target) if alone else None, mean, groups, outputs,
         np.arange(0) if inputs is None else inputs, whole,
     )  # fmt: skip
+
+
+def has_rows(node: fx.Node) -> bool:
+    """Whether the first dimension of a layer's input holds samples or positions."""
+    least = 2 if op_name(node) == "linear" else len(shape(arguments(node)["weight"]))
+    return len(shape(arguments(node)["input"])) >= least
 
 
 def mean_behind(node: fx.Node, module: TrainableModule, uses: dict[int, int]) -> str | None:

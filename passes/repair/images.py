@@ -27,6 +27,13 @@ class Images:
     halves: list[Tensor]
     count: int
 
+    @property
+    def vary(self) -> bool:
+        """Whether a sample differs from another one of the same process."""
+        columns = ([t for t in column if isinstance(t, Tensor) and t.dim()] for column in zip(*self.inputs, strict=True))
+        vary = any(bool((t != column[0][:1]).any()) for column in columns for t in column)
+        return bool(summed(torch.tensor(float(vary))))
+
 
 def halves(start: int, size: int, many: int) -> Tensor:
     """For each of the `size` samples of a batch, the half that it belongs to, 0 or 1 by turns, as `(size,)`; -1 for samples

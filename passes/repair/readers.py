@@ -6,7 +6,8 @@ Source: ours, after the optimal brain surgeon (Hassibi and Stork, 1993) and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,9 @@ from ...graph.comb import axes as ax
 from ...graph.comb.axes import Axis
 from ...graph.comb.solve import Comb, Group
 from ...graph.compat import pytree
+from ...graph.errors import BadInput
 from ...graph.nodes import arguments, fetch, op_name
+from ...graph.sparse import sparse_weights
 from ..base import Context
 from ..common.feed import Feed
 from ..common.losses import unlabelled_loss
@@ -27,10 +30,11 @@ from ..common.processes import accelerator, placed, summed
 from ..common.repeat import seeded
 from ..common.samples import everywhere, sample_batches
 from ..common.scoring import evaluating
-from .consumers import PRODUCTS
+from .consumers import PRODUCTS, has_rows, uses_of
 from .images import by_sample, halves, spread
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # shares of the diagonal of A that the held-out halves choose among
+FLAT = 1e-13  # the share of its square below which the variance of an input is a rounding error
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,8 @@ class Reader:
     samples: int = 0
 
     @classmethod
-    def of(cls, comb: Comb, node: fx.Node) -> Reader | None:
-        """The reader of a node; None if it is not readable."""
-        if not readable(node):
-            return None
+    def of(cls, comb: Comb, node: fx.Node) -> Reader:
+        """The reader of a node out of `refittable`."""
         a = arguments(node)
         stored = fetch(comb.module, str(a["weight"].target)).detach()
         tensor = stored.double()
@@ -91,6 +93,11 @@ class Reader:
     @property
     def sums(self) -> tuple[Tensor, ...]:
         return self.count, self.x, self.xx, self.sensitivity, self.coherent
+
+    @property
+    def finite(self) -> bool:
+        """Whether the layer's inputs and the gradients at its outputs are finite numbers."""
+        return all(bool(t.isfinite().all()) for t in self.sums)
 
     def add(self, rows: Tensor, half: Tensor) -> None:
         """Add the inputs of a batch. rows: (entries, positions, c). half: the half of each entry."""
@@ -115,7 +122,11 @@ class Reader:
     def moments(self, which: slice) -> Tensor:
         """`A` over one half or both, about the mean if a constant is free."""
         count, x, xx = self.count[which].sum(), self.x[which].sum(0), self.xx[which].sum(0)
-        return xx - x[:, None] * x[None, :] / count.clamp(min=1) if self.centred else xx
+        if not self.centred:
+            return xx
+        about = xx - x[:, None] * x[None, :] / count.clamp(min=1)
+        varies = about.diagonal() > FLAT * xx.diagonal()  # else what is left is a rounding error
+        return about * varies[:, None] * varies
 
     def prepared(self) -> Prepared:
         """What losses are computed from. The ridge is the one whose predictions of each column by the others, from one
@@ -146,15 +157,25 @@ class Reader:
         return change, -(flat @ mean).unflatten(0, (outputs, -1)).sum(1)
 
 
-def readable(node: fx.Node) -> bool:
-    """Whether a node is a linear layer or a convolution with a stored weight that all of its outputs share."""
-    a = arguments(node) if op_name(node) in PRODUCTS else {}
-    return bool(a) and a["weight"].op == "get_attr" and a.get("groups", 1) == 1
+def refittable(comb: Comb) -> list[fx.Node]:
+    """The linear layers and convolutions whose weight a repair may change freely: a parameter that is read once, by all
+    outputs alike, and has no zeros that must stay."""
+    uses, sparse, found = uses_of(comb.module), sparse_weights(comb.program), []
+    for node in comb.module.graph.nodes:
+        if op_name(node) not in PRODUCTS or not has_rows(node):
+            continue
+        a = arguments(node)
+        weight = fetch(comb.module, str(a["weight"].target)) if a["weight"].op == "get_attr" else None
+        free = isinstance(weight, torch.nn.Parameter) and uses[id(weight)] == 1 and str(a["weight"].target) not in sparse
+        if free and a.get("groups", 1) == 1:
+            found.append(node)
+    return found
 
 
 def _inverse(a: Tensor, ridge: float) -> Tensor:
     diagonal = a.diagonal()
-    scale = diagonal.clamp(min=1e-6 * float(diagonal.mean())).clamp(min=1e-300)
+    scale = diagonal.clamp(min=1e-6 * float(diagonal.mean()))
+    scale = torch.where(scale > 0, scale, 1.0)  # where no input varies
     return torch.cholesky_inverse(torch.linalg.cholesky(a + torch.diag(ridge * scale)))
 
 
@@ -192,9 +213,22 @@ def look(comb: Comb, nodes: Sequence[fx.Node], context: Context, samples: int, t
             done += many
         return done
 
-    with seeded(context.seed, context.data), evaluating(module), placed(module, device):
+    with seeded(context.seed, context.data), evaluating(module), placed(module, device), _differentiable(module):
         count = everywhere(batches)
     return int(summed(torch.tensor(float(count))))
+
+
+@contextmanager
+def _differentiable(module: torch.nn.Module) -> Iterator[None]:
+    """All parameters take part in gradients, also those that are frozen for training."""
+    frozen = [p for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_()
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _seen(module: Any, nodes: Sequence[fx.Node], leaves: list[Any], generator: torch.Generator) -> dict[fx.Node, Seen]:
@@ -207,6 +241,8 @@ def _seen(module: Any, nodes: Sequence[fx.Node], leaves: list[Any], generator: t
     with torch.enable_grad():
         result = Observer(module, nodes, see).run(*inputs, enable_io_processing=False)
         loss = unlabelled_loss(result, generator)
+        if not bool(loss.isfinite()):
+            raise BadInput("importance: the outputs are not finite numbers; check the data and the model")
         gradients = torch.autograd.grad(loss, [output for _, output in values.values()], allow_unused=True)
     pairs = zip(values.items(), gradients, strict=True)
     return {node: Seen(x, output.detach(), gradient) for (node, (x, output)), gradient in pairs}
@@ -215,8 +251,8 @@ def _seen(module: Any, nodes: Sequence[fx.Node], leaves: list[Any], generator: t
 def readers(comb: Comb, groups: list[Group], context: Context, samples: int) -> tuple[list[Reader], int]:
     """The readers of some groups, with their sums over the data, and the number of samples."""
     wanted = {g.atom: None for g in groups}
-    made = (Reader.of(comb, node) for node in comb.module.graph.nodes)
-    by_node = {r.node: r for r in made if r is not None and ax.touches(r.axis, wanted)}
+    made = (Reader.of(comb, node) for node in refittable(comb))
+    by_node = {r.node: r for r in made if ax.touches(r.axis, wanted)}
 
     def add(seen: dict[fx.Node, Seen], half: Tensor) -> None:
         for node, values in seen.items():
@@ -226,6 +262,8 @@ def readers(comb: Comb, groups: list[Group], context: Context, samples: int) -> 
                 both = (last(node, entries(node, node, t, len(half))) for t in (values.gradient, values.output))
                 by_node[node].sense(*(_samples(t, half).double() for t in both))
 
+    if not by_node:
+        return [], 0
     count = look(comb, list(by_node), context, samples, "score", add)
     for reader in by_node.values():
         for tensor in reader.sums:

@@ -84,11 +84,15 @@ class Repair(Pass):
         return PassResult(result, record | {"changed": changed})
 
     def images(self, program: Program, context: Context) -> Images:
-        """The images that a repair uses, on the process's device. Raises BadInput without data."""
+        """The images that a repair uses, on the process's device. Raises BadInput without data, and where all are the same,
+        so that one half would judge what the other has seen."""
         if context.data is None:
             raise BadInput("Repair: needs images (labels are not needed); pass data=")
         with seeded(context.seed, context.data):
-            return take_images(program, context, self.samples)
+            images = take_images(program, context, self.samples)
+        if images.count > 1 and not images.vary:
+            raise BadInput("data: all images are the same; give images with variety")
+        return images
 
     def apply(
         self, dense: Program, smaller: Program, removed: Removed, context: Context, images: Images | None = None

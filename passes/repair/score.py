@@ -22,6 +22,8 @@ ours, after OBS (Hassibi and Stork, 1993) and the Gauss-Newton matrix by random 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from torch import Tensor, fx
@@ -29,13 +31,11 @@ from torch import Tensor, fx
 from ...graph.comb import axes as ax
 from ...graph.comb.axes import Axis, Factor
 from ...graph.comb.solve import Comb, Group
-from ...graph.facts import RECURRENT
-from ...graph.nodes import arguments, op_name
+from ...graph.nodes import arguments
 from ..base import Context
 from ..common.processes import summed
-from .consumers import PRODUCTS
 from .images import spread
-from .readers import Reader, Seen, entries, look, readable, readers
+from .readers import Reader, Seen, entries, look, readers
 from .swaps import Columns, swapped
 
 STEPS = 64  # about the most steps in which a group is emptied, each with new losses
@@ -84,18 +84,24 @@ def _product(reader: Reader, seen: Seen, change: tuple[Tensor, ...], half: Tenso
 
 class Losses:
     """The loss of a network's result when indices of groups go and the rest is repaired. samples: number of samples for the
-    sums."""
+    sums. unrepaired: the atoms of groups whose loss the repaired layers behind them do not tell, since others read them, too
+    (`importance.scores.losses_of` finds them)."""
 
-    def __init__(self, comb: Comb, groups: list[Group], context: Context, samples: int):
+    def __init__(
+        self, comb: Comb, groups: list[Group], context: Context, samples: int, unrepaired: Collection[Factor] = ()
+    ):
         self.comb, self.groups, self.context, self.samples = comb, groups, context, samples
-        self.unrepaired = _unrepaired(comb)
+        self.unrepaired = set(unrepaired)
         self.readers, self.count = readers(comb, groups, context, samples)
-        self.prepared = {id(r): r.prepared() for r in self.readers}
+        for reader in self.readers:
+            if not reader.finite:
+                self.unrepaired |= ax.atoms([reader.axis]).keys()
+        self.prepared = {id(r): r.prepared() for r in self.readers if r.finite}
 
     def scores(self) -> dict[Factor, np.ndarray]:
         """For each group, the loss of each index for a sample when all go one after another, in the best order found, with a
-        repair after each, but never less than that of an index before it. Groups that no linear layer reads, or that a
-        recurrence or a grouped convolution reads, too, get infinity."""
+        repair after each, but never less than that of an index before it. Groups that no linear layer reads, and
+        unrepaired ones, get infinity."""
         result = {g.atom: np.full(g.size, np.inf) for g in self.groups}
         read = [g for g in self.groups if self._readers(g)]
         orders = {g.atom: self._order(g) for g in read}
@@ -193,19 +199,6 @@ class Losses:
     def _readers(self, group: Group) -> list[Reader]:
         touched = [] if group.atom in self.unrepaired else self.readers
         return [r for r in touched if ax.touches(r.axis, {group.atom: None})]
-
-
-def _unrepaired(comb: Comb) -> set[Factor]:
-    """The atoms that recurrences read or have as hidden units, or that products read which are no readers (see `Reader.of`):
-    what these lose no linear layer behind them can tell."""
-    found: set[Factor] = set()
-    for node in comb.module.graph.nodes:
-        if op_name(node) in RECURRENT:
-            found |= {a for i in node.all_input_nodes for a in ax.atoms(comb.flat(i))}
-        elif op_name(node) in PRODUCTS and not readable(node):
-            # What is in the result, too, such as the channels of a depthwise convolution, later layers read.
-            found |= ax.atoms(comb.flat(arguments(node)["input"])).keys() - ax.atoms(comb.flat(node)).keys()
-    return found
 
 
 def _places(where: np.ndarray, size: int) -> list[np.ndarray]:

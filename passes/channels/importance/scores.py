@@ -40,9 +40,11 @@ from ...common.losses import task_loss, unlabelled_loss
 from ...common.processes import accelerator, agreed, averaged, placed, summed
 from ...common.repeat import seeded
 from ...common.samples import everywhere, sample_batches
+from ...repair.readers import refittable
 from ...repair.score import Losses, columns
 from .gates import Gates
 from .members import Members, Scores
+from .reads import find_reads
 
 Importance = Callable[..., Scores]
 """`importance(comb, groups, context, samples)`; samples: how many samples of the data to use, if it uses data."""
@@ -180,7 +182,9 @@ def _add_up(
             outputs = module(*batch.args, **batch.kwargs)
             loss = unlabelled_loss(outputs, generator) if unlabelled else task_loss(context.loss, outputs, batch.labels)
             if not torch.isfinite(loss):
-                raise BadInput(f"importance: the loss of batch {count} is {float(loss)}; check the data and the model")
+                raise BadInput(
+                    f"importance: the loss of batch {count} is {float(loss.detach())}; check the data and the model"
+                )
             loss.backward()
             for atom, values in gradients.of_batch().items():
                 sums[atom] += values
@@ -212,8 +216,9 @@ def after_repair(
 ) -> Scores:
     """For each index, the loss that remains after repair (`repair.score`).
 
-    An axis that no linear layer reads, such as the widths of queries and keys, or that a recurrence reads, is scored by
-    "fisher-unlabelled", which has the same unit. losses: those of the same groups and data, if they are known already.
+    An axis that no linear layer reads, such as the widths of queries and keys, or that something else reads, too, such as a
+    recurrence, a layer whose weight is shared, or a sum over channels, is scored by "fisher-unlabelled", which has the same
+    unit. losses: those of the same groups and data, if they are known already.
     """
     scores = (losses or losses_of(comb, groups, context, samples)).scores()
     unread = [g for g in groups if not np.isfinite(scores[g.atom]).all()]
@@ -224,7 +229,13 @@ def losses_of(comb: Comb, groups: list[Group], context: Context, samples: int) -
     """The statistics that the "repair" importance is computed from. Raises BadInput without data."""
     if context.data is None:
         raise BadInput("importance repair needs images (labels are not needed): give data=")
-    return Losses(comb, groups, context, samples)
+    reads, moments = find_reads(comb, {g.atom: None for g in groups})
+    refitted = set(refittable(comb))
+    beside = {atom for read in reads if read.node not in refitted for atom in read.atoms}
+    for m in moments:  # of statistics such as means, whose result lacks the axis; later layers read what norms give
+        axes = comb.axes[m.source] or ()
+        beside |= ax.atoms(axes[d] for d in m.dims).keys() - ax.atoms(comb.flat(m.node)).keys()
+    return Losses(comb, groups, context, samples, beside)
 
 
 OwnImportance = Callable[[Group, dict[str, torch.Tensor]], Any]

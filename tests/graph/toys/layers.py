@@ -201,6 +201,19 @@ class SharedModule(nn.Module):
         return self.head(y)
 
 
+@case((2, 10), query=(3,), a__weight=(6, 3), b__weight=(4, 6), i__weight=(4, 10))
+class VectorQuery(nn.Module):
+    """Linear layers over one vector of parameters, without samples, which scales those of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(5))
+        self.a, self.b, self.i, self.head = nn.Linear(5, 12), nn.Linear(12, 8), nn.Linear(10, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head((self.i(x) * self.b(self.a(self.query).relu())).relu())
+
+
 @case((2, 7, 10), encoder__weight=(4, 4), decoder__weight=(4, 4), stem__weight=(4, 10))
 class TiedWeights(nn.Module):
     """One tensor under two names, in two layers."""

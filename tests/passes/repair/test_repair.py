@@ -351,3 +351,15 @@ def test_recurrences_stay_as_they_are_and_what_reads_them_is_repaired() -> None:
     wanted = run(dense, x)
     before, after = (float((run(program, x) - wanted).square().mean()) for program in (smaller, result.program))
     assert after < before
+
+
+def test_images_that_are_all_the_same_are_refused() -> None:
+    """A layer at the borders of blank images has rows enough, and both halves the same ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)).eval()
+    program = graphcomb.capture(model, torch.zeros(2, 3, 8, 8), dynamic_shapes="batch")
+    for blank in (torch.zeros(8, 3, 8, 8), torch.randn(1, 3, 8, 8).expand(8, -1, -1, -1)):
+        with pytest.raises(BadInput, match=r"^data: all images are the same"):
+            RemoveChannels(ratio=0.5, round_to=1, repair=True)(program, data=[blank, blank])
+    one = RemoveChannels(ratio=0.5, round_to=1, repair=True)(program, data=[torch.randn(1, 3, 8, 8)])
+    assert one.record["repair"]["repaired"]

@@ -8,8 +8,8 @@ from torch import nn
 import graphcomb
 from graphcomb.graph.comb.surgery import remove
 from graphcomb.models import SmallResNet
-from graphcomb.passes import Context, RemoveChannels, Repair
-from graphcomb.passes.channels.importance.scores import importance_of
+from graphcomb.passes import Context, RemoveChannels, Repair, Sparsify
+from graphcomb.passes.channels.importance.scores import importance_of, losses_of
 from graphcomb.passes.repair import images, readers, score
 
 
@@ -315,7 +315,7 @@ class Grouped(nn.Module):
     def forward(self, x):
         x = self.first(x).relu()
         weight = self.beside.weight
-        weight = weight if self.grouped else weight - weight.mean((0, 2), keepdim=True)
+        weight = weight if self.grouped else weight.tanh()
         beside = nn.functional.conv1d(x[..., None], weight, self.beside.bias, groups=3 if self.grouped else 1)
         return self.direct(x) + self.last(beside[..., 0].relu())
 
@@ -326,8 +326,90 @@ def test_what_a_grouped_or_computed_layer_reads_is_not_scored_by_linear_readers_
     groups = [g for g in found.groups if g.frozen is None]
     unscored = "first.weight:0/channel" if grouped else "first.weight:0"  # whole groups the last layer reads
     assert unscored in {g.name for g in groups}
-    scores = score.Losses(found, groups, Context(data=batches()), 200).scores()
+    scores = losses_of(found, groups, Context(data=batches()), 200).scores()
     assert all(np.isinf(scores[g.atom]).all() == (g.name == unscored) for g in groups)
+
+
+class Beside(nn.Module):
+    """A group that a linear layer reads, and something else that no repair changes."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.first, self.direct, self.tail = what, nn.Linear(12, 10), nn.Linear(10, 3), nn.Linear(1, 3)
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        out = self.direct(h)
+        if self.what == "similarity":
+            return out, h @ h.mT
+        if self.what == "shared":
+            return out, self.direct(h.square())
+        if self.what == "norm":  # what it gives, the layer reads
+            return self.direct(nn.functional.layer_norm(h, (10,)))
+        return out + self.tail(h.sum(1, keepdim=True) if self.what == "sum" else h.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("what", ["similarity", "shared", "sum", "mean", "sparse", "norm"])
+def test_what_no_repair_changes_reads_is_not_scored_by_linear_readers_alone(what: str) -> None:
+    program = graphcomb.capture(Beside(what).double().eval(), torch.zeros(2, 12).double(), dynamic_shapes="batch")
+    if what == "sparse":
+        program = Sparsify(sparsity=0.5, method="magnitude", include=("direct.weight",))(program).program
+    found = graphcomb.comb(program)
+    (group,) = [g for g in found.groups if g.name == "first.weight:0"]
+    context = Context(data=batches())
+    repair = importance_of("repair")(found, [group], context, 200)[group.atom]
+    fisher = importance_of("fisher-unlabelled")(found, [group], context, 200)[group.atom]
+    assert (repair == fisher).all() == (what != "norm")
+
+
+def test_images_without_variety_are_scored_and_outputs_that_are_not_finite_are_named() -> None:
+    found = comb(network())
+    (group,) = [g for g in found.groups if g.frozen is None]
+    blank = [torch.zeros(8, 12).double()] * 3
+    assert np.isfinite(importance_of("repair")(found, [group], Context(data=blank), 24)[group.atom]).all()
+    broken = [batches()[0].clone() for _ in range(3)]
+    broken[1][0, 0] = float("nan")
+    for name in ("repair", "fisher-unlabelled"):
+        with pytest.raises(graphcomb.BadInput, match="check the data and the model"):
+            importance_of(name)(found, [group], Context(data=broken), 150)
+
+
+def test_frozen_parameters_are_scored_and_stay_frozen() -> None:
+    class Bytes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.last(self.first(x.float() / 255).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, x = Bytes().eval(), torch.randint(0, 255, (32, 3, 8, 8), dtype=torch.uint8)
+    programs = [graphcomb.capture(m, x[:2], dynamic_shapes="batch") for m in (model, model.requires_grad_(False))]
+    results = [RemoveChannels(ratio=0.25, round_to=1, importance="repair")(p, data=[x]) for p in programs]
+    assert results[0].removed == results[1].removed
+    assert not any(p.requires_grad for p in programs[1].module().parameters())
+
+
+def test_a_vector_of_parameters_is_no_row_and_a_single_number_has_a_gradient() -> None:
+    class Query(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Parameter(torch.randn(6))
+            self.a, self.b, self.i, self.o = nn.Linear(6, 16), nn.Linear(16, 8), nn.Linear(12, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = (self.i(x) * self.b(self.a(self.query).relu())).relu()
+            return self.o(h), h.square().mean()
+
+    torch.manual_seed(0)
+    program = graphcomb.capture(Query().double().eval(), torch.zeros(2, 12).double(), dynamic_shapes="batch")
+    result = RemoveChannels(ratio=0.5, round_to=1, importance="repair", repair=True)(program, data=batches())
+    whys = {row["what"]: row["why"] for row in result.record["repair"]["refused"]}
+    assert whys["b.weight"] == "its input is one vector without samples"
+    one = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 1)).double()
+    program = graphcomb.capture(one, torch.zeros(2, 12).double(), dynamic_shapes="batch")
+    assert RemoveChannels(ratio=0.25, round_to=1, importance="repair")(program, data=batches()[0].split(1)).removed
 
 
 def test_what_a_recurrence_reads_is_not_scored_by_its_linear_readers_alone() -> None:
@@ -335,7 +417,7 @@ def test_what_a_recurrence_reads_is_not_scored_by_its_linear_readers_alone() -> 
     groups = [g for g in found.groups if g.frozen is None]
     assert {g.name for g in groups} >= {"lstm.weight_ih_l0:0"}
     context = Context(data=batches())
-    assert all(np.isinf(scores).all() for scores in score.Losses(found, groups, context, 200).scores().values())
+    assert all(np.isinf(scores).all() for scores in losses_of(found, groups, context, 200).scores().values())
     repair, fisher = (importance_of(name)(found, groups, context, 200) for name in ("repair", "fisher-unlabelled"))
     assert all((repair[g.atom] == fisher[g.atom]).all() for g in groups)
     assert all((repair[g.atom] > 0).all() for g in groups)
