@@ -185,6 +185,20 @@ class Feed:
         return size or 0
 
 
+def check_inputs(teacher: Program, program: Program) -> None:
+    """Raise BadInput for a teacher that takes other inputs than the program."""
+    theirs, ours = ([n.meta["val"] for n in p.graph.nodes if n.op == "placeholder"] for p in (teacher, program))
+    if len(theirs) != len(ours):
+        raise BadInput(f"teacher: takes {len(theirs)} inputs, the program {len(ours)}")
+    for t, s in zip(theirs, ours, strict=True):
+        if not isinstance(t, torch.Tensor) or not isinstance(s, torch.Tensor):
+            continue
+        fixed = list(zip(t.shape, s.shape, strict=False))
+        same = all(a == b for a, b in fixed if isinstance(a, int) and isinstance(b, int))
+        if t.dtype != s.dtype or t.dim() != s.dim() or not same:
+            raise BadInput(f"teacher: an input is {t.dtype} {tuple(t.shape)}, the program's {s.dtype} {tuple(s.shape)}")
+
+
 def sample_dimension(sizes: Iterable[Any], symbols: set[Any]) -> int | None:
     """The dimension that holds the samples: the first whose size depends on symbols of the batch size; None if none does."""
     return next((d for d, s in enumerate(sizes) if not isinstance(s, int) and s.node.expr.free_symbols & symbols), None)

@@ -95,7 +95,7 @@ def find_logits(
         projection, why = _projection(node)
         origin = twin_of(projection, twins, same)
         consumer: Consumer | Logits | str = why or consumer_of(
-            projection, origin, dense, smaller, removed, uses, largest
+            projection, origin, dense, smaller, removed, uses, sparse, largest
         )
         what = node.name
         if isinstance(consumer, Consumer):

@@ -51,7 +51,7 @@ class Consumer:
 
     @property
     def goal(self) -> fx.Node:
-        """The dense node that the layer is fitted to."""
+        """The dense node that the layer, or the map that its kernel positions share, is fitted to."""
         if not self.whole:
             return self.dense_x
         return self.twin if self.total is None else self.total
@@ -81,13 +81,13 @@ class Consumer:
 
 
 def find(
-    dense: Program, smaller: TrainableModule, removed: Removed, same: dict[fx.Node, fx.Node], largest: int
+    dense: Program, smaller: TrainableModule, removed: Removed, same: dict[fx.Node, fx.Node], sparse: set[str], largest: int
 ) -> tuple[list[Consumer], list[dict[str, str]]]:
     """The layers to repair, in the order they run: those that read what a removal has changed, or stand for more than
     before; and rows `{"what", "why"}` for such layers that must stay as they are.
 
-    same: nodes whose values equal those of the dense program, with their twins. largest: how many unknowns an output may
-    have.
+    same: nodes whose values equal those of the dense program, with their twins. sparse: names of weights with zeros that
+    stay. largest: how many unknowns an output may have.
     """
     twins = {node.name: node for node in dense.graph.nodes}
     uses = uses_of(smaller)
@@ -96,19 +96,20 @@ def find(
         if op_name(node) in RECURRENT and not all(i in same for i in node.all_input_nodes):
             weight = arguments(node).get("w_ih") or arguments(node)["params"][0]
             row = {"what": str(weight.target), "why": "a recurrence is not linear; its weights stay as they are"}
-            refused += [row] if row not in refused else []  # a cell is called once for every step
+            refused.append(row)
         if op_name(node) not in PRODUCTS:
             continue
         twin = twin_of(node, twins, same)
         if arguments(node)["input"] in same and twin in (None, twins.get(node.name)):
             continue
-        consumer = consumer_of(node, twin, dense, smaller, removed, uses, largest)
+        consumer = consumer_of(node, twin, dense, smaller, removed, uses, sparse, largest)
         if isinstance(consumer, Consumer):
             consumers.append(_with_sum(consumer, twins, same, smaller) if consumer.whole else consumer)
         else:
             weight = arguments(node)["weight"]
             refused.append({"what": str(weight.target) if weight.op == "get_attr" else node.name, "why": consumer})
-    return consumers, refused
+    # A cell is called once for every step, and a shared layer where it is used.
+    return consumers, [row for i, row in enumerate(refused) if row not in refused[:i]]
 
 
 def twin_of(node: fx.Node, twins: dict[str, fx.Node], same: dict[fx.Node, fx.Node]) -> fx.Node | None:
@@ -204,6 +205,7 @@ def consumer_of(
     smaller: TrainableModule,
     removed: Removed,
     uses: dict[int, int],
+    sparse: set[str],
     largest: int,
 ) -> Consumer | str:
     """The layer as a consumer, or the reason why it cannot be repaired."""
@@ -240,11 +242,14 @@ def consumer_of(
         kept = [np.delete(np.arange(n), lost.get(d, [])) for d, n in enumerate(full)]
         inputs = kept[into] if [len(k) for k in kept] == list(parameter.shape) else None
     alone = bias is not None and uses[id(fetch(smaller, str(bias.target)))] == 1
-    unknowns = math.prod(parameter.shape[1:])
-    whole = not transposed and unknowns <= largest
+    unknowns, kernel = math.prod(parameter.shape[1:]), math.prod(parameter.shape[2:])
+    # Without kernel positions that share it, a map between channels has as many unknowns.
+    whole = not transposed and (kernel == 1 or unknowns <= largest)
     mean = mean_behind(node, smaller, uses) if bias is None and whole else None
     if not whole and (groups > 1 or inputs is None):
         return f"{unknowns} unknowns for each output, and {largest} are the most"
+    if not whole and str(weight.target) in sparse:
+        return "all kernel positions would share one map, which would fill its zeros"
     return Consumer(
         node, twin, str(weight.target), str(bias.target) if alone else None, mean, groups, outputs,
         np.arange(0) if inputs is None else inputs, whole,

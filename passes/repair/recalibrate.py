@@ -16,6 +16,7 @@ from ...graph.errors import BadInput
 from ...graph.nodes import arguments, fetch, op_name
 from ...graph.program import Program
 from ..base import Context, Pass, PassResult, Refusal, check_field
+from ..common.feed import check_inputs
 from ..common.processes import accelerator, placed, summed
 from ..common.repeat import seeded
 from ..common.scoring import evaluating
@@ -73,6 +74,8 @@ class Recalibrate(Pass):
         dense = None if self.reference == "images" else context.teacher
         if dense is None and self.reference == "dense":
             raise BadInput("Recalibrate.reference: dense needs the dense program to compare with; pass teacher=")
+        if dense is not None:
+            check_inputs(dense, program)
         result = program.copy()
         changed: list[dict[str, Any]] = []
         refused: list[Refusal] = []

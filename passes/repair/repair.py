@@ -15,6 +15,7 @@ from ...graph.program import Program
 from ...graph.sparse import sparse_weights
 from ...graph.verify.removal import removed_since
 from ..base import Change, Context, Pass, PassResult, check_field
+from ..common.feed import check_inputs
 from ..common.processes import accelerator, placed, summed
 from ..common.repeat import seeded
 from ..common.scoring import bar, evaluating
@@ -34,8 +35,8 @@ class Repair(Pass):
     A layer `y = W x + b` read channels that are gone, or its inputs have changed. From unlabelled images, with `x` of the
     smaller network as repaired so far and `y` of the dense one, its best weights have a closed form (`least_squares`).
     Layers are repaired in the order they run, so that each makes up for what those before it could not. These are linear
-    layers and convolutions, grouped and depthwise ones too; for kernels with more than `unknowns` entries an output, and
-    for transposed convolutions, all kernel positions share one map between channels. If a layer has no bias, the BatchNorm
+    layers and convolutions, grouped and depthwise ones too; for k x k kernels with more than `unknowns` entries an output,
+    and for transposed convolutions, all kernel positions share one map between channels, if the layer is better with it. If a layer has no bias, the BatchNorm
     behind it takes the constant. A layer that goes into a sum, directly or through that BatchNorm, is fitted to the dense
     sum less the other operand, and so makes up for what that lacks, as behind a removed block; a layer that stands for a
     merged block is fitted to the block's output. Where an operator such as `topk` chooses indices, the smaller network takes
@@ -52,9 +53,11 @@ class Repair(Pass):
     once, computed or quantised, layers that the dense network does not have, activations that are not finite, queries with
     a norm or a rotation behind their projection. Zeros of `Sparsify` stay zero. Raises BadInput without data or teacher.
 
-    The record has, as `repaired`, for each layer its squared error against the dense one, as a share of the variance
-    there: `before`, `predicted` by the closed form and `after` (measured), and `held_out` before and after; `sum` names
-    the addition that a layer was fitted to, `logits` the attention, `kept` says why a layer stayed as it was. Source:
+    The record has, as `repaired`, for each layer its squared error against the dense one: `before`, `predicted` by the
+    closed form and `after` (measured), and `held_out` before and after, as shares of the variance of what it is fitted to
+    (where nothing takes up a constant, of the mean square; None where that is zero). Of a shared map, `predicted` and
+    `held_out` are those of its `inputs`. `sum` names the addition that a layer was fitted to, less its other operand,
+    `logits` the attention, `few` says what too few images mean, `kept` why a layer stayed as it was. Source:
     least-squares reconstruction as in OSSCAR (arXiv 2403.12983) and CORP (arXiv 2602.05243); the sequential form with
     held-out ridge is ours.
     """
@@ -76,6 +79,7 @@ class Repair(Pass):
         dense = context.teacher
         if dense is None:
             raise BadInput("Repair: needs the dense program to compare with; pass teacher=")
+        check_inputs(dense, program)
         check_included(self, self.include, *layers(program))
         result = program.copy()
         record = self.apply(dense, result, since(dense, program), context)
@@ -134,7 +138,7 @@ class _Run:
         self.same = unchanged(dense.module(), self.module)
         self.choices = choices(dense.module(), self.module, self.same)
         self.sparse, self.start = set(sparse_weights(smaller)), START
-        consumers, self.refused = find(dense, self.module, removed, self.same, options.unknowns)
+        consumers, self.refused = find(dense, self.module, removed, self.same, self.sparse, options.unknowns)
         logits, unmixed = find_logits(dense, self.module, removed, self.same, self.sparse, options.unknowns)
         self.refused += unmixed
         candidates: list[Consumer | Logits] = [*consumers, *logits]
@@ -181,15 +185,53 @@ class _Run:
         weight, bias = self._as_rows(consumer)
         fitted = fit(sums, weight, bias, self.options.ridge, self._fixed(consumer), self.start)
         self.start = fitted.ridge if self.options.ridge is None and fitted.helps else START
-        row = _row(consumer, fitted)
+        row = _row(consumer, fitted, self.images.count)
+        if not consumer.whole:
+            return self._share(consumer, fitted, row)
         if fitted.helps:
             self._write(consumer, fitted)
             self.smaller.step()
-            measured = consumer.whole and fitted.total
-            row["after"] = self._measured(consumer, fitted) * fitted.rows / fitted.total if measured else None
+            row["after"] = self._measured(consumer, fitted) * fitted.rows / fitted.total if fitted.total else None
         else:
             row |= {"predicted": row["before"], "after": row["before"], "kept": fitted.why_not}
         return row
+
+    def _share(self, consumer: Consumer, fitted: Fit, row: dict[str, Any]) -> dict[str, Any]:
+        """Multiply a shared map into a layer unless that makes the layer worse, which the closed form does not tell: it is
+        that of the inputs. row: of the record, with the errors of the inputs."""
+        for node in consumer.node.all_input_nodes:
+            self.smaller.hold(node)
+        self.smaller.step()
+        before, why = self._outputs_apart(consumer), fitted.why_not
+        after = before
+        if fitted.helps:
+            parameter = fetch(self.module, consumer.weight)
+            old = parameter.clone()
+            self._write(consumer, fitted)
+            self.smaller.again(consumer.node)
+            after, why = self._outputs_apart(consumer), "the layer is no better with the map that is best for its inputs"
+            if not after < before:
+                parameter.copy_(old)
+                self.smaller.again(consumer.node)
+                after = before
+        for node in consumer.node.all_input_nodes:
+            self.smaller.release(node)
+        inputs = {key: row[key] for key in ("before", "predicted", "held_out")}
+        row |= {"before": before, "predicted": None, "after": after, "held_out": [None, None], "inputs": inputs}
+        return row if after < before else row | {"kept": why}
+
+    def _outputs_apart(self, consumer: Consumer) -> float:
+        """The squared error of a layer's outputs, as a share of the dense ones' variance (0 if that is 0)."""
+        sums = torch.zeros(4, len(consumer.outputs), dtype=torch.float64)
+        for i, value in enumerate(self.smaller.values[consumer.node]):
+            chosen = self._half(i, len(value)) >= 0
+            y = consumer.left(self.dense.values[consumer.twin][i])[chosen.to(value.device)].double()
+            error = value[chosen.to(value.device)].double() - y
+            parts = (error.square(), torch.ones_like(y), y, y.square())
+            sums += torch.stack([t.movedim(1, 0).flatten(1).sum(1).cpu() for t in parts])
+        error, count, total, squares = summed(sums)
+        variance = float((squares - total.square() / count.clamp(min=1)).sum())
+        return float(error.sum()) / variance if variance > 0 else 0.0
 
     def _mix(self, logits: Logits) -> dict[str, Any] | None:
         """Repair the queries of an attention, head by head; None if numbers are not finite."""
@@ -216,7 +258,7 @@ class _Run:
             "what": logits.weight, "logits": logits.node.name, "rows": count, "unknowns": logits.unknowns,
             "ridge": max(ridges, default=None), "before": before, "predicted": predicted, "after": after,
             "held_out": held_out,
-        }  # fmt: skip
+        } | few(count, logits.unknowns, self.images.count)  # fmt: skip
         left = len(logits.rows) - len(ridges)
         return row | ({"kept": f"{left} heads are no better on held-out images"} if left else {})
 
@@ -351,7 +393,10 @@ class _Run:
 
 
 def _goals(layer: Consumer | Logits) -> tuple[fx.Node, ...]:
-    return (layer.goal,) if isinstance(layer, Consumer) else layer.goals
+    """The dense nodes that a layer is compared with."""
+    if isinstance(layer, Logits):
+        return layer.goals
+    return (layer.goal,) if layer.whole else (layer.goal, layer.twin)
 
 
 def _everywhere(halves: tuple[Sums, Sums]) -> tuple[Sums, Sums] | None:
@@ -362,7 +407,7 @@ def _everywhere(halves: tuple[Sums, Sums]) -> tuple[Sums, Sums] | None:
     return halves if all(sums.finite for sums in halves) else None
 
 
-def _row(consumer: Consumer, fitted: Fit) -> dict[str, Any]:
+def _row(consumer: Consumer, fitted: Fit, images: int) -> dict[str, Any]:
     def share(loss: float | None) -> float | None:
         return loss / fitted.total if fitted.total and loss is not None else None
 
@@ -374,6 +419,14 @@ def _row(consumer: Consumer, fitted: Fit) -> dict[str, Any]:
     }  # fmt: skip
     if consumer.total is not None:
         row["sum"] = consumer.total.name
+    return row | few(rows, unknowns, images)
+
+
+def few(rows: int, unknowns: int, images: int) -> dict[str, str]:
+    """A note for the record if there are too few images: fewer rows than unknowns, or nothing to hold out."""
+    if images == 1:
+        return {"few": "one image: nothing is held out, and the ridge decides"}
     if rows < unknowns:
-        row["few"] = f"{rows} rows for {unknowns} unknowns: the ridge decides; more images would help"
-    return row
+        wanted = -(-unknowns * images // rows)
+        return {"few": f"{rows} rows for {unknowns} unknowns: the ridge decides; {wanted} images would have as many"}
+    return {}

@@ -108,6 +108,11 @@ class Stepwise:
         if not self._readers[node]:
             self._drop([node])
 
+    def again(self, node: fx.Node) -> None:
+        """Compute a node anew, after a change of its weights; its inputs must be held."""
+        self.memory.held -= self._bytes.pop(node, 0)
+        self._compute(node)
+
     def _compute(self, node: fx.Node) -> None:
         made, total = [], 0
         for i in range(self._count):

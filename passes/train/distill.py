@@ -14,7 +14,7 @@ from ...graph.program import Program
 from ...graph.trainable import TrainableModule
 from ..base import Context, Pass, PassResult, Refusal, check_field
 from ..common.class_axis import class_axis, other_outputs
-from ..common.feed import Batch
+from ..common.feed import Batch, check_inputs
 from ..common.losses import class_dim, logits_of, task_loss
 from ..common.processes import accelerator, move, placed
 from ..common.repeat import functions_code
@@ -159,7 +159,7 @@ class Distill(Training, Pass):
             name = "features" if self.features else "channels"
             raise BadInput(f"Distill.{name}: needs a teacher; pass teacher=, or set {name} to 0")
         if teacher is not None:
-            _same_inputs(teacher, student)
+            check_inputs(teacher, student)
         kept, refused = (
             ({}, []) if teacher is None or not self.compares else matching_features(teacher, student, self.at)
         )
@@ -261,16 +261,3 @@ def channel_wise(
     pairs = [(where(s), where(t)) for s, t in zip(student, teacher, strict=True)]
     kl = [F.kl_div(s, t, reduction="none", log_target=True).sum(2).mean() for s, t in pairs]
     return temperature**2 * torch.stack(kl).mean()
-
-
-def _same_inputs(teacher: Program, student: Program) -> None:
-    theirs, ours = ([n.meta["val"] for n in p.graph.nodes if n.op == "placeholder"] for p in (teacher, student))
-    if len(theirs) != len(ours):
-        raise BadInput(f"teacher: takes {len(theirs)} inputs, the program {len(ours)}")
-    for t, s in zip(theirs, ours, strict=True):
-        if not isinstance(t, torch.Tensor) or not isinstance(s, torch.Tensor):
-            continue
-        fixed = list(zip(t.shape, s.shape, strict=False))
-        same = all(a == b for a, b in fixed if isinstance(a, int) and isinstance(b, int))
-        if t.dtype != s.dtype or t.dim() != s.dim() or not same:
-            raise BadInput(f"teacher: an input is {t.dtype} {tuple(t.shape)}, the program's {s.dtype} {tuple(s.shape)}")

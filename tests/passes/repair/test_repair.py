@@ -1,5 +1,7 @@
 """Repair against the dense network: exact where it can be, better where not, and what is left alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,9 @@ from torch import nn
 import graphcomb
 from graphcomb import BadInput, Context
 from graphcomb.graph.nodes import fetch
-from graphcomb.passes import RemoveChannels, Repair, Sparsify
+from graphcomb.passes import Recalibrate, RemoveChannels, Repair, Sparsify
+from graphcomb.passes.repair import repair
+from graphcomb.passes.repair.least_squares import fit
 
 from ...graph.toys import CASES
 
@@ -81,7 +85,7 @@ def test_a_repaired_network_is_nearer_to_the_dense_one_on_images_it_has_not_seen
 
 def test_what_is_predicted_is_what_is_measured(mixed) -> None:
     result = RemoveChannels(ratio=0.5, round_to=2, repair=True)(mixed, data=images())
-    rows = [row for row in result.record["repair"]["repaired"] if row["after"] is not None and "kept" not in row]
+    rows = [row for row in result.record["repair"]["repaired"] if row["predicted"] is not None and "kept" not in row]
     assert len(rows) >= 3
     for row in rows:
         assert row["after"] == pytest.approx(row["predicted"], rel=1e-6, abs=1e-12)
@@ -215,6 +219,53 @@ def test_large_kernels_share_one_map_and_still_come_nearer(mixed) -> None:
     pruned = RemoveChannels(ratio=0.5, round_to=2, exclude=("grouped*",))(mixed).program
     result = Repair(unknowns=8)(pruned, data=images(), teacher=mixed)
     assert error(mixed, result.program) < 0.7 * error(mixed, pruned)
+    rows = {row["what"]: row for row in result.record["repaired"]}
+    shared = {name for name, row in rows.items() if "inputs" in row}
+    assert shared
+    assert all(fetch(pruned.module(), name).dim() == 4 for name in shared)
+
+
+def test_a_shared_map_is_judged_by_the_layer_and_not_by_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record has the layer's own error on the images, before and after; a map that makes it worse is not taken."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(12, 3, 2, stride=2))
+        with torch.no_grad():
+            model[2].weight[6:] *= torch.logspace(-2, 2, 6).view(-1, 1, 1, 1)
+        dense, data = capture(model), images(4, batch=4)
+        pruned = RemoveChannels(ratio=0.5, round_to=1, importance="random")(dense, seed=seed).program
+        result = Repair()(pruned, data=data, teacher=dense)
+        (row,) = result.record["repaired"]
+        wanted = run(dense, data[0])
+        variance = (wanted - wanted.mean((0, 2, 3), keepdim=True)).square().sum()
+        before, after = (float((run(p, data[0]) - wanted).square().sum() / variance) for p in (pruned, result.program))
+        assert (row["before"], row["after"]) == pytest.approx((before, after), rel=1e-9)
+        assert after < before
+    monkeypatch.setattr(repair, "fit", lambda *args: replace(fitted := fit(*args), weight=fitted.weight + 1))
+    (row,) = (result := Repair()(pruned, data=data, teacher=dense)).record["repaired"]
+    assert row["kept"] == "the layer is no better with the map that is best for its inputs"
+    assert row["before"] == row["after"]
+    assert torch.equal(fetch(result.program.module(), "2.weight"), fetch(pruned.module(), "2.weight"))
+
+
+def test_sparse_kernels_that_would_share_a_map_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 3, padding=1))
+    sparse = Sparsify(sparsity=0.5, method="magnitude", include=("2.weight",))(capture(model)).program
+    pruned = RemoveChannels(ratio=0.25, round_to=1)(sparse).program
+    record = Repair(unknowns=50)(pruned, data=images(), teacher=sparse).record
+    assert [row["why"] for row in record["refused"]] == [
+        "all kernel positions would share one map, which would fill its zeros"
+    ]
+    assert Repair()(pruned, data=images(), teacher=sparse).record["repaired"]
+
+
+def test_a_teacher_with_other_inputs_is_refused(mixed) -> None:
+    pruned = RemoveChannels(ratio=0.5, round_to=2)(mixed).program
+    other = graphcomb.capture(nn.Conv2d(3, 4, 1).eval(), torch.zeros(2, 3, 10, 10), dynamic_shapes="batch")
+    for make in (Repair(), Recalibrate()):
+        with pytest.raises(BadInput, match=r"^teacher: an input is torch.float32"):
+            make(pruned, data=images(), teacher=other)
 
 
 def test_zeros_of_sparsify_stay_zero_and_the_others_make_up_for_what_is_gone() -> None:
@@ -245,7 +296,8 @@ def test_few_images_are_said_and_the_ridge_decides() -> None:
     for count in (1, 6):
         result = RemoveChannels(ratio=0.5, round_to=1, repair=True)(dense, data=images(count, batch=2))
         (row,) = result.record["repair"]["repaired"]
-        assert f"{count} rows for 32 unknowns" in row["few"]
+        said = "one image: nothing is held out" if count == 1 else "6 rows for 32 unknowns: the ridge decides; 32 images"
+        assert row["few"].startswith(said)
         assert result.record["repair"]["samples"] == count
         assert error(dense, result.program) < 10
 
