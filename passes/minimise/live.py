@@ -268,6 +268,9 @@ def _other(comb: Comb, read: Read, constants: dict[tuple[fx.Node, int], tuple[Te
     zero, known = np.zeros(size, dtype=bool), np.ones(size, dtype=bool)
     for operand in read.operands:
         constant_here, constant = (t.cpu().numpy() for t in constants[operand.source, operand.dim])
+        if len(constant) != size:  # the channels of all groups, which a computed weight of a grouped convolution shares
+            known = np.zeros(size, dtype=bool)
+            continue
         known = known & constant_here
         if len(read.operands) == 2 or op_name(read.node) == "sum":
             zero = zero | (constant == 0)

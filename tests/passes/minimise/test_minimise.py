@@ -360,3 +360,22 @@ def test_a_pipeline_prunes_weights_and_then_what_they_leave(tmp_path):
     x = torch.randn(3, 3, 6, 6)
     again = g.load(result.program.save(tmp_path / "m.pt2"))
     assert torch.equal(again.module()(x), result.program.module()(x))
+
+
+def test_grouped_convolutions_with_a_computed_weight_lose_whole_groups():
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1)
+            self.grouped = nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3, groups=4))
+
+        def forward(self, x):
+            return self.last(self.grouped(self.a(x).relu()).relu())
+
+    torch.manual_seed(0)
+    model = Normalised()
+    zero(model.a.weight, [3])
+    zero(model.a.bias, [3])
+    zero(model.last.weight, range(4, 8), 1)
+    result, sizes = minimised(model, torch.randn(2, 3, 8, 8))
+    assert sizes == {"a.weight:0/group": (4, 3)}
