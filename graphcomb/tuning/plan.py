@@ -30,6 +30,7 @@ from ..passes.quantize.choose_layers import Precision
 from ..passes.train.distill import Distill
 from ..pipeline import Pipeline
 from ..recipe import Recipe, Section, explain, parse_pass, read_yaml
+from ..runtime.devices.table import get_target
 
 HEAD = """\
 # How many indices every group keeps. Edit `keep` (from 1 to `size`), switch a group off with `prune: false`, or delete
@@ -288,15 +289,21 @@ class Plan(Section):
             raise BadInput(f"plan: for target {self.tuned.target}, not {name}; tune for this one")
 
     def run(self, program: Program, context: Context | None = None, **fields: Any) -> PassResult:
-        """Apply the plan to its program; every pass is verified. context, fields: as for `Pipeline.run`.
+        """Apply the plan to its program; every pass is verified. context, fields: as for `Pipeline.run`; the target may be a
+        name, and without one, as without a dtype, it is the plan's.
 
         The record of the result has the records of the passes (`passes`), all their changes (`changed`), and the figures of
         the plan (`tuned`). Raises what `passes` and `Pipeline.run` raise, and BadInput for another target than the plan's.
         """
         context = (context or Context()).replaced("Plan.run", **fields)
-        self._check_target(getattr(context.target, "name", None))
         steps = self.passes(program)
         assert self.tuned is not None  # else there are no passes
+        target = self.tuned.target if context.target is None else context.target
+        target = get_target(target) if isinstance(target, str) else target
+        self._check_target(getattr(target, "name", None))
+        # The default of a context's dtype says nothing, since it cannot be told from the same dtype on purpose.
+        dtype = self.tuned.precision if context.dtype == Context.dtype and "dtype" not in fields else context.dtype
+        context = context.replaced("Plan.run", target=target, dtype=dtype)
         result = Pipeline(steps).run(program, context)
         changed = [row for record in result.records for row in record.get("changed", [])]
         record = {

@@ -109,6 +109,21 @@ def test_what_is_edited_by_hand_stands_and_the_rest_is_chosen_around_it(dense, t
     assert result.program.module().get_parameter("2.one.weight").shape[0] == 27
 
 
+def test_a_plan_runs_for_its_own_target_unless_told(dense, tmp_path):
+    """INT8 for a CPU places other values than for TensorRT, which is what a run without a target once built."""
+    options = OPTIONS | {"folder": tmp_path, "data": batches(), "sizes": 1}
+    plan = graphcomb.tune(dense, latency=1.0, extra=["int8"], **options)
+    layers = [row.model_copy(update={"precision": "int8"}) if row.region == "2.one.weight" else row for row in plan.layers]
+    edited = plan.model_copy(update={"layers": layers})
+    contexts: list[dict] = [{}, {"target": "cpu"}, {"target": get_target("cpu")}]
+    programs = [edited.run(dense, data=batches(), **given).program for given in contexts]
+    assert [p.history[-1]["placement"] for p in programs] == ["cpu"] * 3
+    with pytest.raises(BadInput, match=r"^plan: for target cpu, not orin-nano"):
+        edited.run(dense, data=batches(), target="orin-nano")
+    with pytest.raises(BadInput, match="nowhere"):
+        edited.run(dense, data=batches(), target="nowhere")
+
+
 def test_plans_that_do_not_fit_are_one_line(dense, tmp_path):
     data = batches()
     plan = graphcomb.tune(dense, data=data, latency=0.5, folder=tmp_path, **OPTIONS)
