@@ -160,6 +160,7 @@ def _quantised_regions(
     pass_ = Quantize(samples=losses.samples, layers=asked, precision=precision)  # type: ignore[arg-type]
     result = pass_(folded, losses.context)
     refused = {f"{precision} {row['what']}": row["why"] for row in result.record["refused"]}
+    kind = f"{precision} for {result.record['placement']}"  # of which the losses are, since it places Q/DQ its own way
     free = {name for _, name in quantised_layers(result.program)}
     groups = regions([layer for layer in weighted(folded)[0] if layer.name in free])
     offered, dense = [], None if trial is None else Predictor(space.comb, trial.latency)
@@ -171,7 +172,7 @@ def _quantised_regions(
                 refused |= {f"{precision} {name}": f"{missing[0]} is merged with another layer" for name in names}
                 continue
 
-            alone, key = quantised_alone(result.program, names), f"{precision} {' '.join(names)}"
+            alone, key = quantised_alone(result.program, names), f"{kind} {' '.join(names)}"
             inside = {blocks[name] for name in names}
             block = inside.pop() if len(inside) == 1 else None
             variant = Variant(precision, names, block, losses.kept(key, partial(losses.divergence, alone)))

@@ -19,6 +19,7 @@ from graphcomb.passes.joint.variants import (
     seconds_of_variants,
 )
 from graphcomb.passes.quantize.regions import quantised_layers
+from graphcomb.runtime import get_target
 
 from .test_tables import measured
 from .toys import PerMac, images, program, trunk
@@ -76,6 +77,20 @@ def test_the_loss_of_a_region_is_that_of_the_network_with_it_alone_in_int8(share
         if axis.kind == "precision":
             assert 0 < axis.losses[0] < 0.1
             assert axis.losses[1] == 0
+
+
+def test_stored_losses_in_int8_are_those_of_one_placement(tmp_path):
+    """Libraries quantise different values; a CPU's losses once served TensorRT from the same folder."""
+    space = Space(program(trunk(width=8, inner=12, blocks=2), 2, 6, 6), alignment=2, count=1)
+
+    def found(target: str, folder: str) -> list[float]:
+        context = Context(data=images(2, 6, 6), target=get_target(target))
+        losses = Losses(space, context, importance="magnitude", samples=32, folder=tmp_path / folder)
+        return [v.loss for v in find_variants(space, losses, Faster()).offered]
+
+    cpu, shared, alone = found("cpu", "shared"), found("rtx-sm86", "shared"), found("rtx-sm86", "alone")
+    assert shared == alone != cpu
+    assert found("cpu", "shared") == cpu
 
 
 def test_a_budget_is_reached_by_int8_where_widths_lose_more(shared):
