@@ -35,7 +35,10 @@ Extra = Annotated[
     typer.Option("--with", metavar="OPTION", help="What may change, too: int8 or fp8; 2:4 (repeatable)."),
 ]
 Samples = Annotated[
-    int, typer.Option("--samples", help="Number of images for repair; as many others measure the loss.")
+    int | None,
+    typer.Option(
+        "--samples", help="Images for repair; as many others measure the loss. By default 64, or as in --plan."
+    ),
 ]
 Points = Annotated[int, typer.Option("--points", help="Sizes at which the loss of a group is measured, 1 or 2.")]
 Sizes = Annotated[int, typer.Option("--sizes", help="Evenly spaced sizes of a group, and above 1 the least one.")]
@@ -59,9 +62,11 @@ def tune(
         bool | None,
         typer.Option("--measure/--predict", help="Measure whole networks; by default if layers are measured."),
     ] = None,
-    plan: Annotated[Path | None, typer.Option("--plan", help="An edited plan, whose changed rows are kept.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="An edited plan; changed and fixed rows stay.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="The plan file; several plans are numbered.")] = Path("plan.yaml"),
-    samples: Samples = 64,
+    samples: Samples = None,
     points: Points = 1,
     sizes: Sizes = 6,
     rounds: Annotated[int, typer.Option("--rounds", help="How often the chosen network is built and measured.")] = 3,
@@ -109,7 +114,7 @@ def sensitivity(
     out: Annotated[Path, typer.Option("--out", help="The CSV file; the HTML page lies beside it.")] = Path(
         "sensitivity.csv"
     ),
-    samples: Samples = 64,
+    samples: Samples = None,
     points: Points = 1,
     sizes: Sizes = 6,
     with_: Extra = None,

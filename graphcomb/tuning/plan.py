@@ -48,21 +48,25 @@ BLOCKS = """
 TUNED = """\
 # Which blocks go and how many indices every group keeps, so that a run takes at most `asked` ms on {target}.
 # Edit it: `goes: false` keeps a block (true removes it), `keep` sets the width of a group (from 1 to `size`), `prune:
-# false` keeps it whole. What you change stands;
+# false` keeps it whole. What you change stands, and the block that it is inside stays;
 #     graphcomb run --plan {name}                      carries out what is written here, as it is
 #     graphcomb tune ... --plan {name} --out {name}    chooses the rest anew around what you changed
+# `fixed: true` marks what was changed before the last tuning and stands as well; set it to keep a row as it is, delete it
+# to let the row be chosen again.
 # saves_ms, loss: of the row's choice alone, by the tables; together they differ, see `ms` and `loss` at the top.
 # loss: divergence from the dense network on calibration images. step: widths that suit the target are multiples of it.
 # layers: `precision` is int8 (or fp8), fp16 or fp32 for a layer, the same for all layers of a `region`; `sparse: true` makes
 # a weight 2:4 sparse. saves_ms and loss are those of INT8 (FP8), or of 2:4, for the whole region.
-# inside: the block that takes the group with it. recovery: options of Distill, for training after the repair.
+# inside: the block that takes the group with it. recovery: options of Distill, for training after the repair; {{}} for its
+# defaults. Tuning anew keeps it, and the options under `repair` unless it gets others.
 """
 
 
 class Row(Section):
-    """One group of a plan file. Only `keep` and `prune` have an effect; the other fields are information.
+    """One group of a plan file. Only `keep`, `prune` and `fixed` have an effect; the other fields are information.
 
     - keep: number of indices that stay. prune: false keeps all of them.
+    - fixed (tuned plans): whether tuning anew keeps the width although it is the proposed one.
     - size: number of indices of the group. proposed: `keep` when the plan was written.
     - kind, step: kind of the group; widths that suit the target are multiples of step.
     - saves_macs: share of the dense program's MACs that this removal saves by itself.
@@ -74,6 +78,7 @@ class Row(Section):
     keep: PositiveInt
     size: PositiveInt
     prune: bool = True
+    fixed: bool = False
     proposed: PositiveInt | None = None
     kind: str = ""
     step: PositiveInt = 1
@@ -94,15 +99,17 @@ class Row(Section):
 
 
 class BlockRow(Section):
-    """One block of a tuned plan. Only `goes` has an effect.
+    """One block of a tuned plan. Only `goes` and `fixed` have an effect.
 
     - goes: whether the block is removed. proposed: `goes` when the plan was written.
+    - fixed: whether tuning anew keeps `goes` although it is the proposed one.
     - saves_ms, loss: time saved and loss caused by removing this block alone.
     - why: why the block cannot be removed.
     """
 
     name: str
     goes: bool
+    fixed: bool = False
     proposed: bool = False
     kind: str = ""
     saves_ms: float | None = None
@@ -111,12 +118,13 @@ class BlockRow(Section):
 
 
 class LayerRow(Section):
-    """One layer of a tuned plan. Only `precision` and `sparse` have an effect.
+    """One layer of a tuned plan. Only `precision`, `sparse` and `fixed` have an effect.
 
     - name: the layer's weight. region: the first weight of the layers that must have the same precision, since INT8 or FP8
       values pass between them.
     - precision: "int8", "fp8", "fp16" or "fp32". proposed: `precision` when the plan was written.
     - sparse: whether the weight becomes 2:4 sparse. proposed_sparse: `sparse` when the plan was written.
+    - fixed: whether tuning anew keeps `precision` and `sparse` although they are the proposed ones.
     - saves_ms, loss: time saved and loss caused by INT8 or FP8 (of the whole region), or by 2:4, alone.
     - inside: the block whose removal removes the layer.
     - why: why the layer stays as it is.
@@ -127,6 +135,7 @@ class LayerRow(Section):
     proposed: Precision | None = None
     sparse: bool | None = None
     proposed_sparse: bool | None = None
+    fixed: bool = False
     region: str | None = None
     saves_ms: float | None = None
     loss: float | None = None
@@ -180,7 +189,7 @@ class Plan(Section):
     - groups, frozen: groups that can shrink, and groups that cannot.
     - tuned, repair, blocks (written by `graphcomb tune`): figures, settings of the repair, and blocks.
     - recipe (written by `graphcomb tune`): model, data and other fields that `graphcomb run` needs.
-    - recovery: options of `Distill` for training after the repair; None for no training.
+    - recovery: options of `Distill` for training after the repair, {} for its defaults; None for no training.
     """
 
     tuned: Tuned | None = None
@@ -196,6 +205,9 @@ class Plan(Section):
         """Write the plan as an editable YAML file and return the path."""
         path = Path(path)
         values = self.model_dump(exclude_none=True)
+        for row in (row for table in ("blocks", "groups", "layers") for row in values[table]):
+            if not row["fixed"]:
+                del row["fixed"]
         head = {key: values[key] for key in ("tuned", "recipe", "repair", "recovery") if key in values}
         text = TUNED.format(name=path.name, target=self.tuned.target if self.tuned else "the target")
         text += yaml.safe_dump(head, sort_keys=False, default_flow_style=None, width=120)
@@ -209,17 +221,17 @@ class Plan(Section):
     def decided(self) -> Decision:
         """The blocks that the plan removes and the widths that it sets. Raises BadInput for a plan that sets the width of a
         group whose block it removes."""
-        gone = {b.name for b in self.blocks if b.goes}
+        gone, fixed = {b.name for b in self.blocks if b.goes}, self.fixed
         for row in self.groups:
-            if row.inside in gone and row.width != row.size and row.edited:
+            if row.inside in gone and row.width != row.size and row.name in fixed.widths:
                 raise BadInput(
                     f"plan: {row.name} keeps {row.width}, and its block {row.inside} goes; keep the block, or leave the row"
                 )
         widths = {r.name: r.width for r in self.groups if r.width != r.size and r.inside not in gone}
         layers = [row for row in self.layers if row.inside not in gone]
         for layer in self.layers:
-            changes = [str(layer.precision)] if layer.precision != layer.proposed else []
-            changes += ["2:4 sparse"] if layer.sparse and not layer.proposed_sparse else []
+            changes = [str(layer.precision)] if layer.precision and layer.name in fixed.precisions else []
+            changes += ["2:4 sparse"] if layer.sparse and layer.name in fixed.sparse else []
             if layer.inside in gone and changes:
                 raise BadInput(
                     f"plan: {layer.name} becomes {changes[0]}, and its block {layer.inside} goes; keep the block, or leave "
@@ -232,11 +244,24 @@ class Plan(Section):
 
     @property
     def fixed(self) -> Fixed:
-        """The widths and blocks that were changed after the plan was written."""
-        widths = {row.name: row.width for row in self.groups if row.edited}
-        precisions = {r.name: r.precision for r in self.layers if r.precision and r.precision != r.proposed}
-        sparse = {r.name: bool(r.sparse) for r in self.layers if r.sparse != r.proposed_sparse}
-        return Fixed(widths, {b.name: b.goes for b in self.blocks if b.goes != b.proposed}, precisions, sparse)
+        """The decisions by hand: rows that were changed after the plan was written, and rows that are marked as fixed."""
+        return self._changed(marked=True)
+
+    def _changed(self, marked: bool) -> Fixed:
+        """The rows that were changed after the plan was written, and those that are marked as fixed, if these count."""
+        widths = {r.name: r.width for r in self.groups if r.edited or (marked and r.fixed)}
+        blocks = {b.name: b.goes for b in self.blocks if b.goes != b.proposed or (marked and b.fixed)}
+        precisions = {
+            r.name: r.precision
+            for r in self.layers
+            if r.precision and (r.precision != r.proposed or (marked and r.fixed))
+        }
+        sparse = {
+            r.name: bool(r.sparse)
+            for r in self.layers
+            if r.sparse != r.proposed_sparse or (marked and r.fixed and r.sparse is not None)
+        }
+        return Fixed(widths, blocks, precisions, sparse)
 
     def passes(self, program: Program) -> list[Pass]:
         """Return the passes that apply the plan to its program.
@@ -255,13 +280,13 @@ class Plan(Section):
         precisions, sparse = decided.precisions, dict.fromkeys(decided.sparse, True)
         check_fixed(space, Fixed(decided.widths, dict.fromkeys(decided.blocks, True), precisions, sparse))
         steps = passes(space, decided, self.repair.importance, self.repair.samples)
-        return [*steps, parse_pass(Distill, self.recovery, "plan.recovery")] if self.recovery else steps
+        recovery = [] if self.recovery is None else [parse_pass(Distill, self.recovery, "plan.recovery")]
+        return [*steps, *recovery]
 
     def figures(self) -> dict[str, Any] | None:
         """Return the plan's figures for summary.json (`Planned`); None for a plan of `graphcomb plan`."""
         if self.tuned is None:
             return None
-        fixed = self.fixed
         changes = [
             {"what": b.name, "option": "goes", "saves_ms": b.saves_ms, "loss": b.loss} for b in self.blocks if b.goes
         ]
@@ -276,7 +301,7 @@ class Plan(Section):
             if r.sparse or r.name in self.decided.precisions
         ]
         values = self.tuned.model_dump(exclude={"model"})
-        return values | {"edited": fixed != Fixed(), "changes": changes}
+        return values | {"edited": self._changed(marked=False) != Fixed(), "changes": changes}
 
     def applied(self, job: Job) -> Recipe:
         """Return the recipe of a job with the passes of the plan. Raises what `passes` raises, and BadInput for another

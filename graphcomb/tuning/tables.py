@@ -56,6 +56,8 @@ class TuningTables:
         self.measured = measured
         self._whole: Time | None = None
         self.labelled: Context | None = None  # the context with labelled data and the metric
+        self.repair = Repairing()  # of the plans that are made
+        self.recovery: dict[str, Any] | None = None
         self._scores: dict[int, tuple[Program, float]] = {}  # with the programs, so that their ids stay theirs
         self._predict = _predicted(tables, latency) if not measured else None
         self._progress = progress
@@ -107,9 +109,9 @@ class TuningTables:
         factor = 1.0 if error is None else error.factor
         return Time(seconds, seconds / factor, seconds * factor)
 
-    def plan(self, tuner: Tuner, built: Built, asked: float | None, importance: str) -> Plan:
+    def plan(self, tuner: Tuner, built: Built, asked: float | None) -> Plan:
         """Return the plan of a network that was built. asked: the budget in seconds; None for a budget of loss."""
-        space, problem = self.tables.space, self.tables.problem
+        space, problem, fixed = self.tables.space, self.tables.problem, self.tables.fixed
         scale, losses = 1e3 * tuner.correction.seconds, self.tables.losses
         met = asked is None or built.seconds <= (1 + NEAR) * asked
         predicted, time = self._within_error(built.predicted_seconds), built.time
@@ -132,8 +134,9 @@ class TuningTables:
             saves = problem.seconds(problem.whole()) - problem.seconds(without(problem, b))
             blocks.append(
                 BlockRow(
-                    name=block.name, goes=block.name in gone, proposed=block.name in gone, kind=block.kind,
-                    saves_ms=_short(scale * saves), loss=_short(problem.blocks[b].loss),
+                    name=block.name, goes=block.name in gone, proposed=block.name in gone,
+                    fixed=block.name in fixed.blocks, kind=block.kind, saves_ms=_short(scale * saves),
+                    loss=_short(problem.blocks[b].loss),
                 )
             )  # fmt: skip
         groups = []
@@ -144,7 +147,7 @@ class TuningTables:
             inside = None if axis.block is None else space.blocks[axis.block].name
             groups.append(
                 Row(
-                    name=axis.name, keep=keep, size=group.size, proposed=keep, kind=group.kind,
+                    name=axis.name, keep=keep, size=group.size, proposed=keep, fixed=axis.fixed, kind=group.kind,
                     step=space.steps[axis.name], saves_ms=_short(scale * saves), loss=_short(axis.losses[k]),
                     inside=inside,
                 )
@@ -161,47 +164,57 @@ class TuningTables:
             method=built.how, met=met, met_by="measured" if time.measured else "predicted", ms=_shortened(ms),
             loss=_shortened(loss),
         )  # fmt: skip
-        repair = Repairing(importance=importance, samples=losses.samples)
         return Plan(
-            tuned=tuned, repair=repair, blocks=[*blocks, *refused], groups=groups, layers=self._layers(tuner, built),
-            frozen=frozen,
+            tuned=tuned, repair=self.repair, recovery=self.recovery, blocks=[*blocks, *refused], groups=groups,
+            layers=self._layers(tuner, built), frozen=frozen,
         )  # fmt: skip
 
     def _layers(self, tuner: Tuner, built: Built) -> list[LayerRow]:
         """Return the rows of a plan for the precisions of layers, and for 2:4 sparse weights."""
         problem, variants, whole = self.tables.problem, self.tables.times.variants, self.tables.problem.whole()
-        scale, rows = 1e3 * tuner.correction.seconds, []
-        plain = problem.seconds(whole)
-        single = self.single
-        for i, (axis, variant) in enumerate(
-            zip(problem.axes[-len(variants.offered) :], variants.offered, strict=False)
-        ):
+        scale, fixed = 1e3 * tuner.correction.seconds, self.tables.fixed
+        plain, rows = problem.seconds(whole), []
+
+        def in_precision(name: str, **facts: Any) -> LayerRow:
+            chosen = built.decided.precisions.get(name, self._unquantised(name))
+            return LayerRow(name=name, precision=chosen, proposed=chosen, fixed=name in fixed.precisions, **facts)
+
+        def sparse(name: str, **facts: Any) -> LayerRow:
+            chosen = name in built.decided.sparse
+            return LayerRow(name=name, sparse=chosen, proposed_sparse=chosen, fixed=name in fixed.sparse, **facts)
+
+        for i, variant in enumerate(variants.offered):
             place = len(problem.axes) - len(variants.offered) + i
             saves = _short(scale * (plain - problem.seconds(narrower(problem, place, CHANGED))))
             inside = None if variant.block is None else self.tables.space.blocks[variant.block].name
-            for k, name in enumerate(variant.weights):
-                facts: dict[str, Any] = {"region": variant.weights[0]}
-                if k == 0:
-                    facts |= {"saves_ms": saves, "loss": _short(axis.losses[CHANGED])}
-                if variant.option in QUANTISED:
-                    kept = "fp32" if name in single else self.precision
-                    chosen = built.decided.precisions.get(name, kept)
-                    facts |= {"precision": chosen, "proposed": chosen}
-                    rows.append(LayerRow(name=name, inside=inside, **facts))
-                else:
-                    sparse = name in built.decided.sparse
-                    rows.append(LayerRow(name=name, sparse=sparse, proposed_sparse=sparse, inside=inside, **facts))
+            figures: dict[str, Any] = {"saves_ms": saves, "loss": _short(problem.axes[place].losses[CHANGED])}
+            for name in variant.weights:
+                row = in_precision if variant.option in QUANTISED else sparse
+                rows.append(row(name, region=variant.weights[0], inside=inside, **figures))
+                figures = {}  # those of a region are told once
         for what, why in variants.refused.items():
             option, _, name = what.partition(" ")
-            kept = "fp32" if name in single else self.precision
-            row: dict[str, Any] = {"precision": kept, "proposed": kept} if option in QUANTISED and name else {}
-            rows.append(
-                LayerRow(name=name or "every layer", why=why if option in QUANTISED else f"not 2:4: {why}", **row)
-            )
-        for name in sorted(single - {row.name for row in rows}):
-            reason = "its values may leave the range of fp16" if name not in self.tables.fixed.precisions else None
-            rows.append(LayerRow(name=name, precision="fp32", proposed="fp32", why=reason))
+            text = why if option in QUANTISED else f"not 2:4: {why}"
+            in_row = option in QUANTISED and name
+            rows.append(in_precision(name, why=text) if in_row else LayerRow(name=name or "every layer", why=text))
+        for name in sorted({*self.single, *fixed.precisions} - {row.name for row in rows if row.precision}):
+            reason = None if name in fixed.precisions else "its values may leave the range of fp16"
+            rows.append(in_precision(name, inside=self._inside(name), why=reason))
+        for name in sorted(fixed.sparse.keys() - {row.name for row in rows if row.sparse is not None}):
+            rows.append(sparse(name, inside=self._inside(name)))
         return rows
+
+    def _inside(self, name: str) -> str | None:
+        """Return the block that contains a layer, by the name of its weight."""
+        block = self.tables.space.owner.get(name)
+        return None if block is None else self.tables.space.blocks[block].name
+
+    def _unquantised(self, name: str) -> str:
+        """Return the precision of a layer that is not quantised, by the name of its weight."""
+        by_hand = self.tables.fixed.precisions.get(name)
+        if by_hand is not None and by_hand not in QUANTISED:
+            return by_hand
+        return "fp32" if name in self.single else self.precision
 
     @cached_property
     def single(self) -> set[str]:
@@ -223,10 +236,10 @@ def prepare_tables(
     table: Table | None = None,
     measure: bool | None = None,
     plan: Plan | str | Path | None = None,
-    samples: int = 64,
+    samples: int | None = None,
     points: int = 1,
     sizes: int = SIZES,
-    importance: str = "repair",
+    importance: str | None = None,
     folder: str | Path | None = None,
     progress: bool = False,
     extra: Sequence[str] = (),
@@ -234,14 +247,19 @@ def prepare_tables(
 ) -> TuningTables:
     """Return the tables of times and losses of a program, measuring what is missing. `tune` describes the arguments and
     errors."""
-    for name, value, most in (("samples", samples, None), ("points", points, 2), ("sizes", sizes, None)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
-            raise BadInput(f"tune.{name}: a whole number from 1{f' to {most}' if most else ''}, not {value!r}")
+    if not isinstance(program, Program):
+        raise BadInput(f"tune: takes a Program, got {type(program).__name__}; graphcomb.capture makes one")
+    if samples is not None:
+        check_whole("samples", samples)
+    check_whole("points", points, 2)
+    check_whole("sizes", sizes)
     if isinstance(extra, str) or not set(extra) <= set(KINDS):
         raise BadInput(f"tune.extra: a list of {', '.join(KINDS)}, not {extra!r}")
     device = get_target(target) if isinstance(target, str) else target
     edited = load_plan(plan) if isinstance(plan, (str, Path)) else plan
     fixed = Fixed() if edited is None else _fixed(edited, program, device)
+    before = Repairing() if edited is None else edited.repair
+    repair = Repairing(importance=importance or before.importance, samples=samples or before.samples)
     by_layer = latency_model(table, device, precision)
     model = needed_latency(by_layer, "tune", program)
     context = Context(data=data, target=device, dtype=precision, latency=model, progress=progress).replaced(
@@ -250,7 +268,7 @@ def prepare_tables(
     more = {name: [size] for name, size in fixed.widths.items()}
     space = Space(program, device.alignment(precision), sizes, more, context.seed, progress)
     # Creating the losses checks the data, so it comes before the times, which may take long to measure.
-    losses = Losses(space, context, importance, samples, points, Path(folder or cache_folder() / "tune"))
+    losses = Losses(space, context, repair.importance, repair.samples, points, Path(folder or cache_folder() / "tune"))
     wanted = {name: p for name, p in fixed.precisions.items() if p in QUANTISED}
     quantised = only_precision([*extra, *wanted.values()], "tune")
     changed = _quantised_latency(model, device, precision, quantised) if quantised else None
@@ -264,8 +282,15 @@ def prepare_tables(
     if measured and not isinstance(by_layer, LatencyTable) and not device.processor:
         raise BadInput(f"tune.measure: {device.name} is not at hand; leave it out")
     session = TuningTables(tables, device, precision, model, measured, progress)
-    session.labelled = context
+    session.labelled, session.repair = context, repair
+    session.recovery = None if edited is None else edited.recovery
     return session
+
+
+def check_whole(name: str, value: Any, most: int | None = None) -> None:
+    """Raise BadInput, which names the argument of `tune`, unless the value is a whole number from 1 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
+        raise BadInput(f"tune.{name}: a whole number from 1{f' to {most}' if most else ''}, not {value!r}")
 
 
 def _fixed(plan: Plan, program: Program, target: Target) -> Fixed:

@@ -34,10 +34,10 @@ def tune(
     table: Table | None = None,
     measure: bool | None = None,
     plan: Plan | str | Path | None = None,
-    samples: int = 64,
+    samples: int | None = None,
     points: int = 1,
     sizes: int = SIZES,
-    importance: str = "repair",
+    importance: str | None = None,
     rounds: int = ROUNDS,
     folder: str | Path | None = None,
     progress: bool = False,
@@ -59,11 +59,13 @@ def tune(
       folder if the target is this machine, else the data sheet.
     - measure: whether to measure whole networks here in ONNX Runtime; if not, their time is predicted layer by layer. None
       measures them if layers are measured.
-    - plan: an earlier plan. Rows that were changed in it are kept, and the others are chosen again.
-    - samples: number of images for ranking and repair; as many others measure the loss.
+    - plan: an earlier plan. Rows that were changed in it or are marked as fixed are kept, as are its recovery and repair;
+      the others are chosen again.
+    - samples: number of images for ranking and repair; as many others measure the loss. None takes those of the plan, or
+      64 without one.
     - points: number of sizes at which the loss of a group's widths is measured, 1 or 2.
     - sizes: number of evenly spaced sizes that a group may have; above 1, the least possible one is tried as well.
-    - importance: see `RemoveChannels`.
+    - importance: see `RemoveChannels`. None takes that of the plan, or "repair" without one.
     - rounds: how often the chosen network is built and the tables are corrected.
     - folder: folder that keeps measured losses; by default in the cache folder.
     - extra: what may change besides widths and blocks: "int8" or "fp8" (regions of layers in INT8, or in FP8 for targets
@@ -94,7 +96,7 @@ def tune(
         extra,
         **fields,
     )
-    build = builder(session.tables, importance, samples, session.tables.losses.context)
+    build = builder(session.tables, session.repair.importance, session.repair.samples, session.tables.losses.context)
     tuner = Tuner(session.tables, build, session.time, rounds, session.say)
     if any(kind == "loss" and isinstance(budget, str) for kind, budget in budgets):
         session.check_labels()
@@ -107,7 +109,7 @@ def tune(
             of_metric = isinstance(budget, str)
             number = _points(budget) if of_metric else float(budget)
             built, asked = tuner.losing(number, session.points if of_metric else None), None
-        plans.append(session.plan(tuner, built, asked, importance))
+        plans.append(session.plan(tuner, built, asked))
     several = isinstance(latency if loss is None else loss, (list, tuple))
     return plans if several else plans[0]
 

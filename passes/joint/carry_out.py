@@ -11,9 +11,8 @@ from ..base import Pass
 from ..channels.remove_channels import RemoveChannels
 from ..depth.prune_depth import PruneDepth
 from ..repair.repair import Repair
-from .ranges import weight_of
 from .solver.problem import Choice, Problem
-from .space import Space
+from .space import Space, weight_of
 from .variants import quantise, sparsify
 
 

@@ -7,22 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from ...graph.facts import MAPS
-from ...graph.nodes import arguments, op_name
 from ...graph.program import Program
 from ..common.observe import Observer
 from ..common.processes import accelerator, placed
 from .losses import Divergence
+from .space import weight_of
 
 LARGEST, MARGIN = 65504.0, 4.0  # of fp16; values on other inputs may be this many times as large
-
-
-def weight_of(node: fx.Node) -> str | None:
-    """The name of the weight of a linear layer or a convolution; None for other nodes and for computed weights."""
-    if op_name(node) not in MAPS:
-        return None
-    weight = arguments(node)["weight"]
-    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
 
 
 def ranges(program: Program, divergence: Divergence) -> dict[str, float]:

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import fx
 
 from ...graph.comb import axes as ax
 from ...graph.comb.axes import Factor
 from ...graph.comb.groups import DEFAULT_KINDS, Group
 from ...graph.comb.solve import Comb
 from ...graph.edit import rebuild
+from ...graph.facts import MAPS
+from ...graph.nodes import arguments, op_name
 from ...graph.program import Program
 from ..channels.groups import movable
 from ..channels.sizes.selection import Selection
@@ -56,8 +59,8 @@ class Space:
     program without each of the blocks is needed.
 
     Attributes: comb; groups; sizes, by group name, smallest first, the whole last; even, the evenly spaced ones of them;
-    blocks; inner, by group name, the index of the block that contains the group; refused, by name, why a block cannot go or
-    a group cannot shrink.
+    blocks; inner, by group name, the index of the block that contains the group; owner, by the name of a layer's weight,
+    that of the block that contains the layer, or None; refused, by name, why a block cannot go or a group cannot shrink.
     """
 
     def __init__(
@@ -115,6 +118,13 @@ class Space:
         return self._forms[key]
 
     @cached_property
+    def owner(self) -> dict[str, int | None]:
+        """By the name of a layer's weight, the index of the block that contains the layer, or None."""
+        block_of = {name: b for b, block in enumerate(self.blocks) for name in block.nodes}
+        nodes = self.comb.module.graph.nodes
+        return {weight: block_of.get(node.name) for node in nodes if (weight := weight_of(node)) is not None}
+
+    @cached_property
     def _reach(self) -> Reach:
         return Reach(self.program, self.blocks, self.seed)
 
@@ -132,6 +142,14 @@ def _sizes(selection: Selection, group: Group, even: tuple[int, ...], more: Coll
     """The evenly spaced sizes, the least one if there are several, and the further ones that are possible."""
     least = {selection.legal(group, 1)} if len(even) > 1 else set()
     return tuple(sorted({*even} | least | {n for n in more if group.least <= n <= group.size}))
+
+
+def weight_of(node: fx.Node) -> str | None:
+    """The name of the weight of a linear layer or a convolution; None for other nodes and for computed weights."""
+    if op_name(node) not in MAPS:
+        return None
+    weight = arguments(node)["weight"]
+    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
 
 
 def twins(comb: Comb, other: Comb, apart: Collection[str]) -> dict[Factor, Factor]:

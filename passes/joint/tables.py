@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ...graph.comb.groups import Group
 from ...graph.errors import BadInput
@@ -12,9 +13,8 @@ from ..channels.sizes.knapsack import Predictor
 from ..quantize.choose_layers import QUANTISED
 from .carry_out import Decision, indices
 from .losses import Losses
-from .ranges import weight_of
 from .solver.problem import Axis, Choice, Problem, Removal
-from .space import Space
+from .space import Space, weight_of
 from .times import Times
 from .variants import CHANGED, FLOAT, KINDS, Variant
 
@@ -22,7 +22,7 @@ from .variants import CHANGED, FLOAT, KINDS, Variant
 @dataclass(frozen=True)
 class Fixed:
     """The decisions by hand: sizes of groups, whether blocks go, precisions of layers, and whether layers become 2:4 sparse;
-    groups and blocks by name, layers by the names of their weights."""
+    groups and blocks by name, layers by the names of their weights. A block with a decision inside it stays."""
 
     widths: Mapping[str, int] = field(default_factory=dict)
     blocks: Mapping[str, bool] = field(default_factory=dict)
@@ -64,6 +64,13 @@ class Tables:
         finite = tuple(loss if math.isfinite(loss) else 0.0 for loss in losses)
         return Axis(name, sizes, finite, self.space.inner.get(name), tuple(allowed), name in self.fixed.widths)
 
+    @cached_property
+    def _kept(self) -> set[str]:
+        """The blocks that stay since something inside them was decided by hand."""
+        inside = {self.space.inner.get(name) for name in self.fixed.widths}
+        inside |= {self.space.owner.get(name) for name in (*self.fixed.precisions, *self.fixed.sparse)}
+        return {self.space.blocks[index].name for index in inside if index is not None}
+
     def _variant(self, variant: Variant) -> Axis:
         by_hand: Mapping[str, bool] = self.fixed.sparse
         if variant.option in QUANTISED:
@@ -85,7 +92,7 @@ class Tables:
         )  # fmt: skip
 
     def _removal(self, name: str, loss: float) -> Removal:
-        goes = self.fixed.blocks.get(name, None if math.isfinite(loss) else False)
+        goes = self.fixed.blocks.get(name, False if name in self._kept or not math.isfinite(loss) else None)
         return Removal(name, loss if math.isfinite(loss) else 0.0, goes)
 
     def seconds(self, decided: Decision) -> float:

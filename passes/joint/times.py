@@ -21,9 +21,8 @@ from ...graph.workload.layer import Latency, Layer
 from ..channels.sizes.knapsack import Predictor
 from ..common.scoring import bar
 from ..quantize.choose_layers import QUANTISED
-from .ranges import weight_of
 from .solver.problem import Term
-from .space import Space
+from .space import Space, weight_of
 from .variants import CHANGED, FLOAT, Variants
 
 CELLS = 1300  # most combinations of sizes for one table of a layer: four groups of six sizes

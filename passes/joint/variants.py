@@ -34,8 +34,7 @@ from ..quantize.quantize import Quantize
 from ..quantize.regions import quantised_alone, quantised_layers, regions
 from ..sparse.sparsify import SPARSE_CAPABILITY, SPARSE_CHANNELS, Sparsify
 from .losses import Losses
-from .ranges import weight_of
-from .space import Space
+from .space import Space, weight_of
 
 FLOAT, CHANGED = 1, 0  # places of a variant's axis: the layer as it is, and the variant
 KINDS = dict.fromkeys(QUANTISED, "precision") | {"2:4": "sparsity"}
@@ -127,19 +126,13 @@ def find_variants(
     """
     offered: list[Variant] = []
     refused = {option: why for option, why in ((precision, quantised), ("2:4", sparse)) if isinstance(why, str)}
-    owner = {name: b for b, block in enumerate(space.blocks) for name in block.nodes}
-    blocks = {
-        weight: owner.get(node.name)
-        for node in space.comb.module.graph.nodes
-        if (weight := weight_of(node)) is not None
-    }
     if quantised is not None and not isinstance(quantised, str):
         trial = quantised if isinstance(quantised, Trial) else None
-        regions_, why = _quantised_regions(space, losses, precision, set(wanted), blocks, progress, trial)
+        regions_, why = _quantised_regions(space, losses, precision, set(wanted), progress, trial)
         offered += regions_
         refused |= why
     if sparse is not None and not isinstance(sparse, str):
-        layers, why = _sparse_layers(space, losses, blocks, progress)
+        layers, why = _sparse_layers(space, losses, progress)
         offered += layers
         refused |= why
     model = None if isinstance(quantised, (str, Trial)) else quantised
@@ -151,7 +144,6 @@ def _quantised_regions(
     losses: Losses,
     precision: Precision,
     wanted: set[str],
-    blocks: Mapping[str, int | None],
     progress: bool,
     trial: Trial | None,
 ) -> tuple[list[Variant], dict[str, str]]:
@@ -168,12 +160,12 @@ def _quantised_regions(
         for i, group in enumerate(groups):
             names = tuple(layer.name for layer in group)
             update(i + 1, names[0])
-            if missing := [name for name in names if name not in blocks]:
+            if missing := [name for name in names if name not in space.owner]:
                 refused |= {f"{precision} {name}": f"{missing[0]} is merged with another layer" for name in names}
                 continue
 
             alone, key = quantised_alone(result.program, names), f"{kind} {' '.join(names)}"
-            inside = {blocks[name] for name in names}
+            inside = {space.owner[name] for name in names}
             block = inside.pop() if len(inside) == 1 else None
             variant = Variant(precision, names, block, losses.kept(key, partial(losses.divergence, alone)))
             if trial is None or dense is None:
@@ -216,9 +208,7 @@ def _borders(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(read), tuple(written)
 
 
-def _sparse_layers(
-    space: Space, losses: Losses, blocks: Mapping[str, int | None], progress: bool
-) -> tuple[list[Variant], dict[str, str]]:
+def _sparse_layers(space: Space, losses: Losses, progress: bool) -> tuple[list[Variant], dict[str, str]]:
     known, _ = weighted(space.program)
     offered, refused = [], {}
     with bar(progress, "losses of 2:4", len(known)) as update:
@@ -238,7 +228,7 @@ def _sparse_layers(
             except GraphcombError as error:
                 refused[f"2:4 {layer.name}"] = str(error)
                 continue
-            offered.append(Variant("2:4", (layer.name,), blocks.get(layer.name), measured))
+            offered.append(Variant("2:4", (layer.name,), space.owner.get(layer.name), measured))
     return offered, refused
 
 

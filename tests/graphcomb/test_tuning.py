@@ -113,7 +113,9 @@ def test_a_plan_runs_for_its_own_target_unless_told(dense, tmp_path):
     """INT8 for a CPU places other values than for TensorRT, which is what a run without a target once built."""
     options = OPTIONS | {"folder": tmp_path, "data": batches(), "sizes": 1}
     plan = graphcomb.tune(dense, latency=1.0, extra=["int8"], **options)
-    layers = [row.model_copy(update={"precision": "int8"}) if row.region == "2.one.weight" else row for row in plan.layers]
+    layers = [
+        row.model_copy(update={"precision": "int8"}) if row.region == "2.one.weight" else row for row in plan.layers
+    ]
     edited = plan.model_copy(update={"layers": layers})
     contexts: list[dict] = [{}, {"target": "cpu"}, {"target": get_target("cpu")}]
     programs = [edited.run(dense, data=batches(), **given).program for given in contexts]
@@ -122,6 +124,67 @@ def test_a_plan_runs_for_its_own_target_unless_told(dense, tmp_path):
         edited.run(dense, data=batches(), target="orin-nano")
     with pytest.raises(BadInput, match="nowhere"):
         edited.run(dense, data=batches(), target="nowhere")
+
+
+def edited(plan, change):
+    """The plan after a change of its parsed file."""
+    tree = yaml.safe_load(yaml.safe_dump(plan.model_dump(exclude_none=True)))
+    change(tree)
+    return type(plan).model_validate(tree)
+
+
+def row(tree: dict, table: str, name: str) -> dict:
+    return next(row for row in tree[table] if row["name"] == name)
+
+
+def test_what_was_decided_by_hand_outlives_two_tunings(dense, tmp_path):
+    """Rows, recovery and repair; a mark that is deleted lets the row be chosen again."""
+    options = {"table": "roofline", "rounds": 1, "data": batches(), "folder": tmp_path, "sizes": 3, "extra": ["int8"]}
+    plan = graphcomb.tune(dense, latency=0.9, samples=16, importance="magnitude", **options)
+
+    def by_hand(tree: dict) -> None:
+        row(tree, "groups", "0.weight:0")["keep"] = 13
+        row(tree, "blocks", "2")["goes"] = not row(tree, "blocks", "2")["goes"]
+        row(tree, "layers", "6.weight")["precision"] = "fp16"
+        tree["recovery"] = {"steps": 2}
+
+    first = edited(plan, by_hand)
+    second = graphcomb.tune(dense, latency=0.9, plan=first, **options)
+    third = graphcomb.tune(dense, latency=0.9, plan=load_plan(second.save(tmp_path / "plan.yaml")), **options)
+    assert first.fixed == second.fixed == third.fixed
+    assert first.fixed.widths == {"0.weight:0": 13}
+    assert first.fixed.precisions == {"6.weight": "fp16"}
+    assert third.decided.widths["0.weight:0"] == 13
+    assert (tmp_path / "plan.yaml").read_text().count("fixed: true") == 4  # one of them in the head
+    assert first.figures()["edited"]
+    assert not third.figures()["edited"]
+    assert third.recovery == {"steps": 2}
+    assert third.repair == plan.repair
+    assert graphcomb.tune(dense, latency=0.9, samples=8, plan=first, **options).repair.samples == 8
+    freed = edited(third, lambda tree: row(tree, "groups", "0.weight:0").pop("fixed"))
+    assert not freed.fixed.widths
+
+
+def test_a_decision_inside_a_block_keeps_the_block(dense, tmp_path):
+    options = OPTIONS | {"folder": tmp_path, "data": batches(), "sizes": 3}
+    plan = graphcomb.tune(dense, latency=0.4, **options)
+    assert "2" in plan.decided.blocks
+    whole = edited(plan, lambda tree: [b.update(goes=False, proposed=False) for b in tree["blocks"]])
+    for table, name, change in (
+        ("groups", "2.one.weight:0", {"keep": 27}), ("layers", "2.one.weight", {"precision": "fp16"}),
+    ):  # fmt: skip
+
+        def by_hand(tree: dict, table=table, name=name, change=change) -> None:
+            if table == "layers":
+                tree["layers"].append({"name": name, "inside": "2", "precision": "fp32", "proposed": "fp32"})
+            row(tree, table, name).update(change)
+
+        again = graphcomb.tune(dense, latency=0.6, plan=edited(whole, by_hand), **options)
+        assert "2" not in again.decided.blocks
+        assert again.fixed == edited(whole, by_hand).fixed
+        assert row(again.model_dump(), table, name)["inside"] == "2"
+        with pytest.raises(BadInput, match=r"^plan: 2.one.weight\S* (keeps 27|becomes fp16), and its block 2 goes"):
+            edited(again, lambda tree: row(tree, "blocks", "2").update(goes=True)).run(dense, data=batches())
 
 
 def test_plans_that_do_not_fit_are_one_line(dense, tmp_path):
@@ -300,6 +363,9 @@ def test_recovery_trains_after_the_repair(dense, tmp_path):
     with pytest.raises(BadInput, match=r"^plan\.recovery.*stepz") as raised:
         plan.model_copy(update={"recovery": {"stepz": 2}}).run(dense, data=labelled)
     assert "\n" not in str(raised.value)
+    default = plan.model_copy(update={"recovery": {}})
+    assert type(default.passes(dense)[-1]).__name__ == "Distill"
+    assert load_plan(default.save(tmp_path / "plan.yaml")).recovery == {}
 
 
 def test_a_table_of_another_device_is_one_line(dense, tmp_path):
