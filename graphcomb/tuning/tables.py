@@ -123,7 +123,7 @@ class TuningTables:
             "achieved": 1e3 * time.seconds, "low": 1e3 * time.low, "high": 1e3 * time.high, "measured": time.measured,
         }  # fmt: skip
         loss = {
-            "predicted": built.predicted_loss, "measured": built.loss, "images": losses.samples,
+            "predicted": built.predicted_loss, "measured": built.loss, "images": losses.divergence.images,
             "held_out": losses.images.held_out,
         }  # fmt: skip
         if id(built.program) in self._scores:

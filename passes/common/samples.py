@@ -25,19 +25,19 @@ from .scoring import bar
 T = TypeVar("T")
 
 
-def drawn(data: Iterable[Any], count: int, seed: int) -> Iterable[Any]:
-    """A loader over a random subset of `count` samples, rounded up to whole batches, for a loader that goes through its
-    data set in order; else the data itself.
+def drawn(data: Iterable[Any], count: int, seed: int, batches: int = 1) -> Iterable[Any]:
+    """A loader over a random subset of `count` samples, rounded up to whole batches and to so many of them, for a loader
+    that goes through its data set in order; else the data itself.
     """
     if isinstance(data, Adapted):
-        return adapted(drawn(data.data, count, seed), data.inputs, data.labels)
+        return adapted(drawn(data.data, count, seed, batches), data.inputs, data.labels)
     if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
         return data
     size, total = data.batch_size, length(data.dataset)  # type: ignore[arg-type]
     if not isinstance(data.sampler, SequentialSampler) or size is None or total is None or total <= count:
         return data
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = order[: math.ceil(count / size) * size]
+    chosen = order[: max(math.ceil(count / size), batches) * size]
     return like_loader(data, batch_size=size, sampler=chosen, drop_last=data.drop_last)
 
 

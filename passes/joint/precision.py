@@ -87,7 +87,7 @@ def choose_precisions(
     quantize = quantize or Quantize(samples=samples)
     images = take(context, samples)
     inner = replace(context, data=images.repair)
-    divergence = Divergence(program, images.judge)
+    divergence = Divergence(program, images.judge, images.repair)
     everything = replace(quantize, bias_correction=False)(program, inner).program
     free = {name for _, name in quantised_layers(everything)}
     groups = [

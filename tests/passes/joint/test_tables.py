@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from graphcomb import BadInput, Context
 from graphcomb.graph.comb.solve import Comb
@@ -14,7 +15,7 @@ from graphcomb.graph.workload.layers import Layers
 from graphcomb.passes import PruneDepth, RemoveChannels, Repair
 from graphcomb.passes.channels.sizes.knapsack import Predictor, knapsack
 from graphcomb.passes.joint.carry_out import decision, passes
-from graphcomb.passes.joint.losses import Curve, Divergence, Losses
+from graphcomb.passes.joint.losses import Curve, Divergence, Losses, take
 from graphcomb.passes.joint.solver.problem import Axis, Choice, Problem, Removal
 from graphcomb.passes.joint.solver.solve import solve
 from graphcomb.passes.joint.space import Space
@@ -203,8 +204,67 @@ def test_outputs_add_up_and_images_without_variety_are_an_error():
     variance = a.double().var()
     expected = (p.exp() * (p - q)).sum(1).mean() + (a.double() - b.double()).square().mean() / (2 * variance)
     assert divergence(smaller) == pytest.approx(float(expected.detach()), rel=1e-5)
-    with pytest.raises(BadInput, match=r"^data: all calibration images give the same outputs"):
-        Divergence(dense, [torch.ones(4, 6)] * 2)
+    one, same = torch.randn(1, 6), r"^data: all calibration images give the same outputs"
+    for judge, others in (([torch.ones(4, 6)] * 2, []), ([one], [one]), ([torch.ones(2, 6)], data)):
+        with pytest.raises(BadInput, match=same):
+            Divergence(dense, judge, others)
+    assert Divergence(dense, [one], [-one])(dense) == 0
+    with pytest.raises(BadInput, match=same):
+        Losses(Space(dense), Context(data=[one, one]))
+
+
+class Outputs(nn.Module):
+    """Scores of three classes, made into outputs by a function."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.head, self.bias, self.of = nn.Linear(6, 3), nn.Parameter(torch.ones(())), of
+
+    def forward(self, x: torch.Tensor):
+        return self.of(self.head(x), self.bias)
+
+
+def test_probabilities_diverge_like_the_logits_that_they_are_made_of():
+    data, values = images(6), []
+    for of in (
+        lambda x, b: x, lambda x, b: x.softmax(1), lambda x, b: x.log_softmax(-1),
+        lambda x, b: x.softmax(-1, torch.float64).float(),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        dense, other = (program(Outputs(of), 6) for _ in range(2))
+        other.module().get_parameter("head.weight").data *= 1.5
+        values.append(Divergence(dense, data)(other))
+    assert values == pytest.approx(values[:1] * 4, rel=1e-4)
+    assert values[0] > 0.01
+
+
+def test_outputs_of_every_kind():
+    """Integers before the scores do not shift them, scalars count as one row, and what cannot be compared says why."""
+    data = images(6)
+    maps = program(Outputs(lambda x, b: {"mask": x.argmax(1), "out": x[..., None].expand(-1, -1, 2) * 1}), 6)
+    assert Divergence(maps, data).scores == 0
+    scalar = program(Outputs(lambda x, b: (b.exp(), x)), 6)
+    divergence = Divergence(scalar, data)
+    assert divergence(scalar) == 0
+    assert divergence.images == 64
+    other = scalar.copy()
+    other.module().get_parameter("head.weight").data *= 1.5
+    assert 0 < divergence(other) < 10
+    with pytest.raises(BadInput, match=r"^program: no output is floating point"):
+        Divergence(program(Outputs(lambda x, b: x.argmax(1)), 6), data)
+    with pytest.raises(BadInput, match=r"^data: the network's outputs on it are not finite"):
+        Divergence(program(Outputs(lambda x, b: x * float("nan")), 6), data)
+
+
+def test_images_that_judge_are_held_out_from_large_batches_too():
+    """A loader that goes through its data in order is sampled; a list is taken from its start."""
+    data = torch.arange(256.0).view(128, 2)
+    loader = DataLoader(data, batch_size=32)
+    for found in (take(Context(data=list(data.split(32))), 8), take(Context(data=loader), 8)):
+        assert found.held_out
+        assert [len(b) for b in (*found.repair, *found.judge)] == [32, 32]
+        assert not {*found.repair[0][:, 0].tolist()} & {*found.judge[0][:, 0].tolist()}
+    assert not take(Context(data=[data]), 8).held_out
 
 
 @pytest.mark.parametrize(
