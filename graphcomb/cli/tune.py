@@ -62,9 +62,7 @@ def tune(
         bool | None,
         typer.Option("--measure/--predict", help="Measure whole networks; by default if layers are measured."),
     ] = None,
-    plan: Annotated[
-        Path | None, typer.Option("--plan", help="An edited plan; changed and fixed rows stay.")
-    ] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="An edited plan; changed and fixed rows stay.")] = None,
     out: Annotated[Path, typer.Option("--out", help="The plan file; several plans are numbered.")] = Path("plan.yaml"),
     samples: Samples = None,
     points: Points = 1,

@@ -81,9 +81,11 @@ class PruneDepth(Pass):
     train: a `Distill` with the options of training; the teacher is the context's, or the program itself.
     merged: whether to do the last stage; otherwise `Fuse` can do it later.
 
-    repair: do not train. The blocks go at once, activations in them become the nearest affine map, and the layers that read
-    what has changed, or stand for a merged block, get their least-squares weights from images of the data, as from `Repair`
-    with its defaults. (Blocks that fade in training lose nothing at once that a repair could bring back.)
+    repair: do not train, neither a supernet nor what is left; labels are not needed. The search takes the choice whose
+    outputs stay nearest to those of the dense network (`common.divergence`) on `score_batches` of the data. The blocks go at
+    once, activations in them become the nearest affine map, and the layers that read what has changed, or stand for a merged
+    block, get their least-squares weights from images of the data, as from `Repair` with its defaults. (Blocks that fade in
+    training lose nothing at once that a repair could bring back.)
 
     Every stage keeps its result in the context's `out`, so that an interrupted run continues; each is a method and can be
     called by itself. Several processes divide the candidates of the search and choose what one process would; where they do
@@ -204,6 +206,8 @@ class PruneDepth(Pass):
         if not self.ablation.search:
             bits = budget.draw(random.Random(context.seed))
             return [b for b, bit in zip(prunable, bits, strict=True) if bit], {}
+        if self.repair and context.data is None:
+            raise BadInput("PruneDepth.repair: needs images (labels are not needed); pass data=")
         supernet, record = self.supernet(program, prunable, context, budget)
         bits, searched = self.search(supernet, budget, context)
         return [b for b, bit in zip(prunable, bits, strict=True) if bit], {"supernet": record, **searched}
@@ -278,6 +282,9 @@ class PruneDepth(Pass):
     ) -> tuple[Program, dict[str, Any]]:
         """Stage 1: the relaxed program of all blocks, trained so that every choice of them works, and the record."""
         supernet = self._relaxed(program, blocks)
+        if self.repair:
+            self._start(supernet, context)
+            return supernet, {}
         if not self.supernet_steps:
             return supernet, {}
         options = dataclasses.replace(self._training(), steps=self.supernet_steps)
@@ -301,7 +308,8 @@ class PruneDepth(Pass):
             raise BadInput("PruneDepth: the search needs data; pass data=, or name the blocks")
         stored = self._stored("search", supernet, context)
         with seeded(context.seed, context.data, context.val):  # the same batches if stage 1 was read from its file
-            judge = Judge(supernet, context, self.calibrate, self.score_batches)
+            dense = context.teacher if self.repair else None
+            judge = Judge(supernet, context, self.calibrate, self.score_batches, dense)
         size = self.population, self.generations
         return search(judge, budget, *size, context, stored.read() or {}, stored.write)
 

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...graph.edit import rebuild
 from ...graph.nodes import arguments, fetch, op_name, set_argument
 from ...graph.program import Program
 from ..base import Context
+from ..common.divergence import Divergence
 from ..common.feed import Feed
-from ..common.processes import accelerator, gathered, placed
+from ..common.processes import accelerator, averaged, gathered, placed
 from ..common.repeat import code_of
 from ..common.samples import everywhere
 from ..common.scoring import bar, evaluate
@@ -70,13 +72,18 @@ def search(
 
 class Judge:
     """Scores choices of blocks in the supernet, up to `at_once` in a call: one in each process, as a single process would
-    do it. Processes that do not see the same batches score every choice together."""
+    do it. Processes that do not see the same batches score every choice together.
 
-    def __init__(self, supernet: Program, context: Context, calibrate: int, count: int):
+    dense: the program that choices are to stay near, which needs no labels; if None, they are scored by the metric.
+    """
+
+    def __init__(self, supernet: Program, context: Context, calibrate: int, count: int, dense: Program | None = None):
         self.supernet, self.metric = supernet, context.metric
         self.calibrator = Calibrator(supernet, context, calibrate)
-        self.field = "data" if context.val is None else "val"
-        self.batches = list(islice(context.batches if context.val is None else context.val, count))
+        labelled = dense is None and context.val is not None
+        self.field = "val" if labelled else "data"
+        self.batches = list(islice((context.val or ()) if labelled else context.batches, count))
+        self.divergence = None if dense is None else Divergence(dense, self.batches)
         acc = accelerator()
         seen = {code_of([self.batches, [(b.args, b.kwargs) for b in self.calibrator.batches]])}
         self.index = acc.process_index
@@ -93,6 +100,9 @@ class Judge:
     def _score(self, bits: Bits, alone: bool = False) -> float:
         set_switches(self.supernet.module(), [1.0 - b for b in bits])
         self.calibrator()
+        if self.divergence is not None:
+            away = self.divergence(self.supernet)
+            return -away if alone else -float(averaged(np.array([away]))[0])
         return evaluate(self.supernet, self.batches, self.metric, field=self.field, alone=alone)
 
 

@@ -1,10 +1,7 @@
 """The loss table: one part of the dense network is replaced and repaired, and the change of the outputs is measured.
 
-The loss of a program is its divergence from the dense one on calibration images that the repair did not see. For class
-scores it is the Kullback-Leibler divergence in nats, averaged over samples and positions (an output of a softmax has the
-logarithms of its probabilities as scores); for other outputs that of two
-Gaussians with the dense output's variance, which is half the mean square of the change in units of that variance (ours).
-The losses of several outputs are added, and labels are not needed.
+The loss of a program is its divergence from the dense one (`common.divergence`) on calibration images that the repair did
+not see.
 
 A block is measured as removed. A width is measured at one or two of its sizes; between them the curve has the shape of the
 cumulated importance scores, with a scale that is interpolated logarithmically. The least size is measured when a choice has
@@ -23,24 +20,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
 
 from ...graph.comb.groups import Group
 from ...graph.comb.surgery import remove
 from ...graph.compat import pytree
 from ...graph.errors import BadInput, GraphcombError
-from ...graph.facts import COPIES, SOFTMAXES
 from ...graph.files import write_json
-from ...graph.nodes import arguments, op_name
-from ...graph.program import Program, flatten_outputs
 from ..base import Context
 from ..channels.importance.scores import importance_of
-from ..common.class_axis import class_axis, scores_node
-from ..common.feed import Batch, Feed
-from ..common.processes import accelerator, placed
+from ..common.divergence import Divergence
 from ..common.repeat import code_of, fingerprint, seeded, sources
 from ..common.samples import drawn
-from ..common.scoring import bar, evaluating
+from ..common.scoring import bar
 from ..depth.blocks import Block
 from ..depth.prune_depth import PruneDepth
 from ..repair.repair import Repair
@@ -78,102 +69,6 @@ def take(context: Context, samples: int) -> Images:
 def _size(raw: Any) -> int:
     leaves = pytree.tree_leaves(list(raw) if isinstance(raw, tuple) else raw)
     return next((len(t) for t in leaves if isinstance(t, torch.Tensor) and t.dim()), 1)
-
-
-class Divergence:
-    """Measures how far a program's floating-point outputs are from the dense program's, on the given batches.
-
-    others: further batches, which are not measured on. Raises BadInput for a program without such outputs, for outputs that
-    are not finite, and for batches that all give the same outputs, since nothing could be told apart.
-    """
-
-    def __init__(self, dense: Program, batches: list[Any], others: list[Any] | None = None):
-        self.feed = Feed(dense)
-        self.batches = list(self.feed.batches(batches, pad=True))
-        nodes = [n for n in pytree.tree_leaves(dense.graph.output_node().args) if _is_floating(n)]
-        if not nodes:
-            raise BadInput("program: no output is floating point, such as class scores, so no loss can be measured")
-        scores = scores_node(dense)
-        self.scores = nodes.index(scores) if scores in nodes else None
-        self.axis = class_axis(dense)
-        self.softmaxes = {i: dim for i, node in enumerate(nodes) if (dim := _softmax_dim(node)) is not None}
-        self.dense = self._outputs(dense, self.batches)
-        self.spread = [_variance(torch.cat([_rows(t) for t in c])) for c in zip(*self.dense, strict=True)]
-        if not all(bool(t.isfinite().all()) for outputs in self.dense for t in outputs):
-            raise BadInput("data: the network's outputs on it are not finite, so no loss can be measured")
-        more = self._outputs(dense, self.feed.batches(others or (), pad=True))
-        alike = self.images > 1 and not _vary(self.dense)
-        if alike or not _vary([*self.dense, *more]):
-            raise BadInput("data: all calibration images give the same outputs; give images with variety")
-
-    @property
-    def images(self) -> int:
-        """The number of images on which losses are measured."""
-        return sum(batch.size for batch in self.batches)
-
-    def _outputs(self, program: Program, batches: Iterable[Batch]) -> list[list[torch.Tensor]]:
-        """The floating-point outputs of a program, for each batch."""
-        module, device = program.graph_module, accelerator().device
-        with evaluating(module), placed(module, device), torch.no_grad():
-            return [self._floats(module, batch.to(device)) for batch in batches]
-
-    def _floats(self, module: Callable[..., Any], batch: Batch) -> list[torch.Tensor]:
-        outputs = self.feed.cut(module(*batch.args, **batch.kwargs), batch)
-        return [t.cpu() for t in flatten_outputs(outputs) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-
-    def __call__(self, program: Program) -> float:
-        """The loss of a program; infinite if its outputs are not finite."""
-        total, count = 0.0, 0
-        outputs = self._outputs(program, self.batches)
-        for batch, ours, theirs in zip(self.batches, self.dense, outputs, strict=True):
-            size = batch.size or 1
-            count += size
-            for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-                total += size * self._between(i, a.double(), b.double())
-        return max(total / count, 0.0) if math.isfinite(total) else math.inf
-
-    def _between(self, output: int, dense: torch.Tensor, other: torch.Tensor) -> float:
-        axis = self.softmaxes.get(output, self.axis if output == self.scores else None)
-        if output in self.softmaxes:  # other outputs count as logits; those of log_softmax stay what they are
-            dense, other = (t.clamp_min(torch.finfo(torch.float32).tiny).log() for t in (dense, other))
-        if axis is None and dense.dim() == 2 and dense.shape[1] > 1:
-            axis = 1
-        if axis is None:
-            return float((dense - other).square().mean()) / (2 * max(self.spread[output], 1e-30))
-        p, q = dense.log_softmax(axis), other.log_softmax(axis)
-        return float((p.exp() * (p - q)).sum(axis).mean())
-
-
-def _is_floating(node: Any) -> bool:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else node
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _softmax_dim(node: Any) -> int | None:
-    """The dimension of the softmax that computes a value; None for another value."""
-    while isinstance(node, fx.Node) and op_name(node) in COPIES:
-        node = node.args[0]
-    if not isinstance(node, fx.Node) or op_name(node) not in SOFTMAXES or "log" in op_name(node):
-        return None
-    return int(arguments(node)["dim"])
-
-
-def _rows(output: torch.Tensor) -> torch.Tensor:
-    """An output in double precision, with a row for each sample; a scalar is one row."""
-    return output.double().reshape(len(output) if output.dim() else 1, -1)
-
-
-def _variance(rows: torch.Tensor) -> float:
-    return float(rows.var()) if rows.numel() > 1 else 0.0
-
-
-def _vary(batches: list[list[torch.Tensor]]) -> bool:
-    """Whether some output differs between samples."""
-    for columns in zip(*batches, strict=True):
-        rows = torch.cat([_rows(t) for t in columns])
-        if float((rows - rows[:1]).abs().max()) > 1e-9 * float(rows.abs().max() + 1e-30):
-            return True
-    return False
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,13 @@ from ...graph.program import Program
 from ...graph.workload.layer import Latency, Layer, rules_of
 from ...graph.workload.layers import Layers
 from ..base import Context
+from ..common.divergence import Divergence
 from ..common.weights import layers as find_layers
 from ..quantize.choose_layers import Precision
 from ..quantize.placement import passed_on, producer
 from ..quantize.quantize import Quantize
 from ..quantize.regions import quantised_alone, quantised_layers, regions
-from .losses import Divergence, take
+from .losses import take
 from .ranges import overflows, ranges
 
 Seconds = Callable[[Sequence[Program]], Sequence[float]]

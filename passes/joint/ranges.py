@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from ...graph.program import Program
+from ..common.divergence import Divergence
 from ..common.observe import Observer
 from ..common.processes import accelerator, placed
-from .losses import Divergence
 from .space import weight_of
 
 LARGEST, MARGIN = 65504.0, 4.0  # of fp16; values on other inputs may be this many times as large

@@ -81,7 +81,12 @@ class Consumer:
 
 
 def find(
-    dense: Program, smaller: TrainableModule, removed: Removed, same: dict[fx.Node, fx.Node], sparse: set[str], largest: int
+    dense: Program,
+    smaller: TrainableModule,
+    removed: Removed,
+    same: dict[fx.Node, fx.Node],
+    sparse: set[str],
+    largest: int,
 ) -> tuple[list[Consumer], list[dict[str, str]]]:
     """The layers to repair, in the order they run: those that read what a removal has changed, or stand for more than
     before; and rows `{"what", "why"}` for such layers that must stay as they are.

@@ -30,7 +30,9 @@ class Images:
     @property
     def vary(self) -> bool:
         """Whether a sample differs from another one of the same process."""
-        columns = ([t for t in column if isinstance(t, Tensor) and t.dim()] for column in zip(*self.inputs, strict=True))
+        columns = (
+            [t for t in column if isinstance(t, Tensor) and t.dim()] for column in zip(*self.inputs, strict=True)
+        )
         vary = any(bool((t != column[0][:1]).any()) for column in columns for t in column)
         return bool(summed(torch.tensor(float(vary))))
 

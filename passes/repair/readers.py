@@ -166,7 +166,9 @@ def refittable(comb: Comb) -> list[fx.Node]:
             continue
         a = arguments(node)
         weight = fetch(comb.module, str(a["weight"].target)) if a["weight"].op == "get_attr" else None
-        free = isinstance(weight, torch.nn.Parameter) and uses[id(weight)] == 1 and str(a["weight"].target) not in sparse
+        free = (
+            isinstance(weight, torch.nn.Parameter) and uses[id(weight)] == 1 and str(a["weight"].target) not in sparse
+        )
         if free and a.get("groups", 1) == 1:
             found.append(node)
     return found

@@ -36,13 +36,14 @@ class Repair(Pass):
     smaller network as repaired so far and `y` of the dense one, its best weights have a closed form (`least_squares`).
     Layers are repaired in the order they run, so that each makes up for what those before it could not. These are linear
     layers and convolutions, grouped and depthwise ones too; for k x k kernels with more than `unknowns` entries an output,
-    and for transposed convolutions, all kernel positions share one map between channels, if the layer is better with it. If a layer has no bias, the BatchNorm
-    behind it takes the constant. A layer that goes into a sum, directly or through that BatchNorm, is fitted to the dense
-    sum less the other operand, and so makes up for what that lacks, as behind a removed block; a layer that stands for a
-    merged block is fitted to the block's output. Where an operator such as `topk` chooses indices, the smaller network takes
-    the dense one's while it is repaired, so that the same rows are compared. Where queries and keys lost channels, the
-    projection of the queries takes the mix of the remaining channels that brings the logits nearest (`attention`). Nothing
-    changes in front of the first removal, and no layer changes that would become worse on held-out images.
+    and for transposed convolutions, all kernel positions share one map between channels, if the layer is better with it. If
+    a layer has no bias, the BatchNorm behind it takes the constant. A layer that goes into a sum, directly or through that
+    BatchNorm, is fitted to the dense sum less the other operand, and so makes up for what that lacks, as behind a removed
+    block; a layer that stands for a merged block is fitted to the block's output. Where an operator such as `topk` chooses
+    indices, the smaller network takes the dense one's while it is repaired, so that the same rows are compared. Where
+    queries and keys lost channels, the projection of the queries takes the mix of the remaining channels that brings the
+    logits nearest (`attention`). Nothing changes in front of the first removal, and no layer changes that would become
+    worse on held-out images.
 
     samples: images to take from the data; labels are never needed. ridge: how strongly weights are held where they are, as
     a share of the inputs' mean squares; None chooses it for each layer by holding out half of the images. unknowns: see
@@ -209,7 +210,10 @@ class _Run:
             old = parameter.clone()
             self._write(consumer, fitted)
             self.smaller.again(consumer.node)
-            after, why = self._outputs_apart(consumer), "the layer is no better with the map that is best for its inputs"
+            after, why = (
+                self._outputs_apart(consumer),
+                "the layer is no better with the map that is best for its inputs",
+            )
             if not after < before:
                 parameter.copy_(old)
                 self.smaller.again(consumer.node)

@@ -1,13 +1,17 @@
 """Blocks that go at once, without training: what is left is repaired from unlabelled images."""
 
+import contextlib
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
-from graphcomb.graph.errors import BadInput
+from graphcomb.graph.errors import BadInput, GraphcombError
 from graphcomb.graph.nodes import fetch
 from graphcomb.passes import Distill, Fuse, PruneDepth, Repair
 from graphcomb.passes.depth import prune_depth
+from graphcomb.passes.depth.price import find_blocks
 
 from .toys import NETWORKS, Add, captured
 
@@ -95,3 +99,28 @@ def test_mistakes_are_one_line_each():
         PruneDepth(names=("0.1.body",), repair=True, train=Distill(steps=1))
     with pytest.raises(BadInput, match=r"^PruneDepth\.repair: needs images \(labels are not needed\); pass data="):
         PruneDepth(names=("0.1.body",), repair=True)(program)
+
+
+@pytest.mark.parametrize("target", [{"blocks": 2}, {"macs": 0.6}])
+def test_a_target_needs_no_labels_and_takes_what_stays_nearest(target):
+    program = captured(NETWORKS["resnet"][0]())
+    with torch.no_grad():
+        for name in [b.name for b in find_blocks(program) if b.prunable][:2]:  # what these add is next to nothing
+            for key, tensor in program.module().state_dict().items():
+                if key.startswith(name) and key.endswith("weight") and tensor.dim() > 1:
+                    tensor.mul_(1e-3)
+    before = {k: v.clone() for k, v in program.module().state_dict().items()}
+    result = PruneDepth(repair=True, population=6, generations=2, **target)(program, data=images())
+    assert result.record["train"] == {}
+    assert result.record["search"]["supernet"] == {}
+    assert result.record["search"]["score"] <= 0
+    assert result.record["repair"]["repaired"]
+    chosen = tuple(row["what"] for row in result.record["changed"])
+    assert len(chosen) == target.get("blocks", len(chosen))
+    assert result.program.macs <= target.get("macs", 1) * program.macs
+    errors = {}
+    for names in itertools.combinations([b.name for b in find_blocks(program) if b.prunable], len(chosen)):
+        with contextlib.suppress(GraphcombError):  # such as for a choice that cuts the outputs off
+            errors[names] = error(program, PruneDepth(names=names, repair=True)(program, data=images()).program)
+    assert errors[chosen] <= 2 * min(errors.values())
+    assert all(torch.equal(before[k], v) for k, v in program.module().state_dict().items()), "the input is untouched"

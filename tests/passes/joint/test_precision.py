@@ -8,7 +8,8 @@ from torch import nn
 
 import graphcomb as g
 from graphcomb.passes import Context, Quantize
-from graphcomb.passes.joint.losses import Divergence, take
+from graphcomb.passes.common.divergence import Divergence
+from graphcomb.passes.joint.losses import take
 from graphcomb.passes.joint.precision import choose_precisions, predicted_seconds
 from graphcomb.passes.quantize.regions import quantised_alone, quantised_layers
 

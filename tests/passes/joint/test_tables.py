@@ -14,8 +14,9 @@ from graphcomb.graph.verify import equivalence
 from graphcomb.graph.workload.layers import Layers
 from graphcomb.passes import PruneDepth, RemoveChannels, Repair
 from graphcomb.passes.channels.sizes.knapsack import Predictor, knapsack
+from graphcomb.passes.common.divergence import Divergence
 from graphcomb.passes.joint.carry_out import decision, passes
-from graphcomb.passes.joint.losses import Curve, Divergence, Losses, take
+from graphcomb.passes.joint.losses import Curve, Losses, take
 from graphcomb.passes.joint.solver.problem import Axis, Choice, Problem, Removal
 from graphcomb.passes.joint.solver.solve import solve
 from graphcomb.passes.joint.space import Space

@@ -296,7 +296,9 @@ def test_few_images_are_said_and_the_ridge_decides() -> None:
     for count in (1, 6):
         result = RemoveChannels(ratio=0.5, round_to=1, repair=True)(dense, data=images(count, batch=2))
         (row,) = result.record["repair"]["repaired"]
-        said = "one image: nothing is held out" if count == 1 else "6 rows for 32 unknowns: the ridge decides; 32 images"
+        said = (
+            "one image: nothing is held out" if count == 1 else "6 rows for 32 unknowns: the ridge decides; 32 images"
+        )
         assert row["few"].startswith(said)
         assert result.record["repair"]["samples"] == count
         assert error(dense, result.program) < 10
