@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...graph.facts import COPIES, PARTS, VIEWS, names
+from ...graph.facts import COPIES, MAPS, PARTS, VIEWS, names
 from ...graph.nodes import arguments, fetch, hint, op_name, shape
 from ...graph.program import Program
 from ...graph.trainable import TrainableModule
-from .consumers import PRODUCTS, Consumer, Removed, consumer_of, twin_of, uses_of
+from .consumers import Consumer, Removed, consumer_of, twin_of, uses_of
 from .least_squares import Fit, Sums, fit
 
 OPERANDS = {"scaled_dot_product_attention": ("query", "key"), "matmul": ("self", "other"), "bmm": ("self", "mat2")}
@@ -122,7 +122,7 @@ def find_logits(
 def _projection(node: fx.Node) -> tuple[fx.Node, str | None]:
     """The layer that projects the queries, and None; or the node that stands in between, and the reason."""
     at = arguments(node)[OPERANDS[op_name(node)][0]]
-    while op_name(at) not in PRODUCTS:
+    while op_name(at) not in MAPS:
         if not _carries(at):
             return at, f"{at.name} stands between the queries and their projection"
         at = at.args[0]

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from ...graph.compat import pytree
-from ...graph.facts import COPIES, FAKE_QUANTISATION, RECURRENT, names
+from ...graph.facts import COPIES, FAKE_QUANTISATION, MAPS, RECURRENT, names
 from ...graph.nodes import arguments, fetch, op_name, shape
 from ...graph.program import Program, TrainableModule
 
 Removed = dict[str, dict[int, list[int]]]
-PRODUCTS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 CHOICES = names("topk sort argsort argmax argmin")
 FAINT = 1e-4  # one does not divide by a scale below this share of the largest
 
@@ -102,7 +101,7 @@ def find(
             weight = arguments(node).get("w_ih") or arguments(node)["params"][0]
             row = {"what": str(weight.target), "why": "a recurrence is not linear; its weights stay as they are"}
             refused.append(row)
-        if op_name(node) not in PRODUCTS:
+        if op_name(node) not in MAPS:
             continue
         twin = twin_of(node, twins, same)
         if arguments(node)["input"] in same and twin in (None, twins.get(node.name)):

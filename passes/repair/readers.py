@@ -20,6 +20,7 @@ from ...graph.comb.axes import Axis
 from ...graph.comb.solve import Comb, Group
 from ...graph.compat import pytree
 from ...graph.errors import BadInput
+from ...graph.facts import MAPS
 from ...graph.nodes import arguments, fetch, op_name
 from ...graph.sparse import sparse_weights
 from ..base import Context
@@ -30,7 +31,7 @@ from ..common.processes import accelerator, placed, summed
 from ..common.repeat import seeded
 from ..common.samples import everywhere, sample_batches
 from ..common.scoring import evaluating
-from .consumers import PRODUCTS, has_rows, uses_of
+from .consumers import has_rows, uses_of
 from .images import by_sample, halves, spread
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # shares of the diagonal of A that the held-out halves choose among
@@ -162,7 +163,7 @@ def refittable(comb: Comb) -> list[fx.Node]:
     outputs alike, and has no zeros that must stay."""
     uses, sparse, found = uses_of(comb.module), sparse_weights(comb.program), []
     for node in comb.module.graph.nodes:
-        if op_name(node) not in PRODUCTS or not has_rows(node):
+        if op_name(node) not in MAPS or not has_rows(node):
             continue
         a = arguments(node)
         weight = fetch(comb.module, str(a["weight"].target)) if a["weight"].op == "get_attr" else None
