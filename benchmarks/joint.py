@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ from graphcomb.passes.common.repeat import fingerprint
 from graphcomb.passes.joint.carry_out import Decision
 from graphcomb.passes.joint.tuning_rounds import OVER, Built, Time, Tuner, builder
 from graphcomb.runtime import get_target
+from graphcomb.runtime.measure.environment import environment
 from graphcomb.tuning.tables import RUNS, prepare_tables
 
 PATIENCE = 30  # attempts to measure on a busy machine, a minute apart
@@ -169,7 +171,7 @@ def measure(
                 "score": 100 * first(score(program)), "dense": dense_score, "macs": program.macs / dense.macs,
                 "loss": {}, "table": table, "timed": timed,
                 "seconds": {"tables": tables, "budget": time.perf_counter() - start}, "contended": paired.contended,
-                "revision": revision(), "network": kept(program),
+                "revision": revision(), "network": kept(program), "processor": environment(1)["cpu"],
             }  # fmt: skip
             if shapes(program) == shapes(dense):  # torch-pruning narrows CRAFT's second output, its features
                 rows[method]["loss"]["measured"] = session.tables.losses.divergence(program)
@@ -188,7 +190,8 @@ def measure(
                 "dense": 1e3 * tuner.dense, "predicted": 1e3 * built.predicted_seconds, "measured": 1e3 * built.seconds,
             }  # fmt: skip
         wanted = FLOAT_ROWS if methods is METHODS else INTEGER
-        rows |= {m: {"unreachable": True, "table": table} for m in wanted if m not in rows}
+        here = {"unreachable": True, "table": table, "processor": environment(1)["cpu"]}
+        rows |= {m: here for m in wanted if m not in rows}
         yield {f"{name}/{seed}/{times:g}/{m}": row for m, row in rows.items()}
 
 
@@ -201,8 +204,10 @@ def table(data: dict[str, Row], target: str) -> str:
         "and in the rounds | MACs | blocks gone, groups narrower, layers in INT8 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
+    usual = Counter(row["processor"] for row in data.values()).most_common(1)[0][0] if data else ""
     for key, row in sorted(data.items(), key=lambda item: _order(item[0])):
         network, _, times, method = key.split("/")
+        network += "" if row["processor"] == usual else " †"
         if row.get("unreachable"):
             lines.append(f"| {network} | {times}x | {method} | cannot be reached | | | | | |")
             continue
@@ -224,6 +229,8 @@ def table(data: dict[str, Row], target: str) -> str:
         "Each method has rounds of its own, so a joint choice that is of widths alone may be another network than that of",
         "the row for widths. Blocks come whole, so that blocks alone are often faster than asked.",
     ]  # fmt: skip
+    others = sorted({row["processor"] for row in data.values()} - {usual})
+    lines += [f"Measured on {usual}" + (f", rows with † on {', '.join(others)}." if others else ".")]
     return "\n".join(lines) + "\n"
 
 
