@@ -75,30 +75,36 @@ def tune(
 ) -> None:
     """Choose blocks to remove and widths of groups for a budget, and write them as an editable plan for `run --plan`.
 
-    Exit code 1 if a plan misses its budget by more than a tenth.
+    Exit code 1 if a plan misses its budget by more than a tenth, or if one of several budgets cannot be reached.
     """
-    from ..tuning.tune import tune as tuned
+    from ..tuning.plan import Plan
+    from ..tuning.tune import choose, read_budgets
 
     if bool(latency) == bool(loss):
         raise BadInput("tune: give one of --latency and --loss")
-    budgets = [_budget(text) for text in latency or ()]
+    times, losses = ([_budget(text) for text in given or ()] or None for given in (latency, loss))
+    budgets = read_budgets(times, losses)
     job, recipe = _job(model, data, data_arg, target, precision, arg, input_)
-    losses = [_budget(text) for text in loss or ()]
-    plans: list[Plan] = tuned(
-        job.program, job.train, budgets or None, losses or None, job.target, precision, table, measure, plan,
-        samples, points, sizes, rounds=rounds, extra=with_ or (), progress=not quiet, val=job.val,
-        metric=job.metric,
+    found = choose(
+        job.program, budgets, rounds, data=job.train, target=job.target, precision=precision, table=table,
+        measure=measure, plan=plan, samples=samples, points=points, sizes=sizes, extra=with_ or (), progress=not quiet,
+        val=job.val, metric=job.metric,
     )  # fmt: skip
-    several = len(plans) > 1
-    files = [out.with_stem(f"{out.stem}-{i}") if several else out for i in range(1, len(plans) + 1)]
-    for made, file in zip(plans, files, strict=True):
+    files = [out.with_stem(f"{out.stem}-{i}") if len(found) > 1 else out for i in range(1, len(found) + 1)]
+    plans = {file: made for file, made in zip(files, found, strict=True) if isinstance(made, Plan)}
+    unreachable = [error for error in found if not isinstance(error, Plan)]
+    if not plans:
+        raise unreachable[0]
+    for file, made in plans.items():
         made.model_copy(update={"recipe": recipe}).save(file)
-    _show(plans, [str(f) for f in files])
-    console.print(f"edit a plan, then: graphcomb run --plan {files[0]}", soft_wrap=True)
-    missed = [file for made, file in zip(plans, files, strict=True) if made.tuned and not made.tuned.met]
+    _show(plans)
+    console.print(f"edit a plan, then: graphcomb run --plan {next(iter(plans))}", soft_wrap=True)
+    for error in unreachable:
+        complain("unreachable", error)
+    missed = [file for file, made in plans.items() if made.tuned and not made.tuned.met]
     for file in missed:
         complain("missed", f"{file}: the budget was missed by more than a tenth")
-    if missed:
+    if missed or unreachable:
         raise typer.Exit(WORSE)
 
 
@@ -177,11 +183,11 @@ def _job(
     return prepare(parse_recipe(recipe | {"passes": []})), recipe
 
 
-def _show(plans: list[Plan], files: list[str]) -> None:
+def _show(plans: dict[Path, Plan]) -> None:
     """Print for each plan its changes, and the time and loss that were asked for, predicted and found."""
     from ..passes.joint.tuning_rounds import told
 
-    for plan, file in zip(plans, files, strict=True):
+    for file, plan in plans.items():
         assert plan.tuned is not None
         ms, loss, decided = plan.tuned.ms, plan.tuned.loss, plan.decided
         asked = "" if ms["asked"] is None else f"asked {_number(ms['asked'])}, "
@@ -195,8 +201,8 @@ def _show(plans: list[Plan], files: list[str]) -> None:
             f"{told(decided)} ({plan.tuned.method})",
             soft_wrap=True,
         )
-    assert plans[0].tuned is not None
-    console.print(f"times by {plans[0].tuned.by}", soft_wrap=True)
+        by = plan.tuned.by
+    console.print(f"times by {by}", soft_wrap=True)
 
 
 def _show_options(title: str, rows: list[Option]) -> None:

@@ -176,7 +176,7 @@ class TuningTables:
         plain, rows = problem.seconds(whole), []
 
         def in_precision(name: str, **facts: Any) -> LayerRow:
-            chosen = built.decided.precisions.get(name, self._unquantised(name))
+            chosen: Any = built.decided.precisions.get(name, self._unquantised(name))
             return LayerRow(name=name, precision=chosen, proposed=chosen, fixed=name in fixed.precisions, **facts)
 
         def sparse(name: str, **facts: Any) -> LayerRow:

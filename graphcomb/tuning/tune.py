@@ -10,18 +10,22 @@ layers and measures whole networks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from ..graph.errors import BadInput
+from ..graph.errors import BadInput, Unreachable
 from ..graph.program import Program
 from ..passes.common.latency import allowed_seconds
 from ..passes.joint.space import SIZES
-from ..passes.joint.tuning_rounds import ROUNDS, Tuner, builder
+from ..passes.joint.tuning_rounds import OVER, ROUNDS, Tuner, builder
 from ..runtime.devices.table import Target
 from .plan import Plan
-from .tables import Table, prepare_tables
+from .tables import Table, TuningTables, check_whole, prepare_tables
 
 
 def tune(
@@ -47,7 +51,8 @@ def tune(
     """Choose the blocks to remove and the width of every group for a budget.
 
     With a budget of latency the network with the smallest loss is chosen, with a budget of loss the fastest one. Returns a
-    `Plan`, or a list of plans for several budgets, which share all tables.
+    `Plan`, or a list of plans for several budgets, which share all tables and networks: none of them is worse in time and
+    loss than another. Budgets in a list that cannot be reached are left out, with a warning for each.
 
     - data: batches of images; labels are not needed.
     - latency: largest time of a run, as a share of the dense program's time or as a time such as "3.5 ms". loss: instead of
@@ -74,47 +79,93 @@ def tune(
       without, in ONNX Runtime.
     - progress: whether to show progress. fields: fields of the passes' `Context`.
 
-    Raises BadInput for invalid arguments and for data on which no losses can be measured; Unreachable for a budget that
-    cannot be reached (the message says what can be reached, and what freezes the rest); Contended if the machine is too
+    Raises BadInput for invalid arguments and for data on which no losses can be measured; Unreachable if no budget can
+    be reached (the message says what can be reached, and what freezes the rest); Contended if the machine is too
     busy to measure.
     """
-    budgets = _budgets(latency, loss)
-    session = prepare_tables(
-        program,
-        data,
-        target,
-        precision,
-        table,
-        measure,
-        plan,
-        samples,
-        points,
-        sizes,
-        importance,
-        folder,
-        progress,
-        extra,
-        **fields,
-    )
-    build = builder(session.tables, session.repair.importance, session.repair.samples, session.tables.losses.context)
-    tuner = Tuner(session.tables, build, session.time, rounds, session.say)
-    if any(kind == "loss" and isinstance(budget, str) for kind, budget in budgets):
-        session.check_labels()
-    plans = []
-    for kind, budget in budgets:
-        if kind == "latency":
-            asked = allowed_seconds(budget, tuner.dense, "tune")
-            built = tuner.within(asked)
-        else:
-            of_metric = isinstance(budget, str)
-            number = _points(budget) if of_metric else float(budget)
-            built, asked = tuner.losing(number, session.points if of_metric else None), None
-        plans.append(session.plan(tuner, built, asked))
+    found = choose(
+        program, read_budgets(latency, loss), rounds, data=data, target=target, precision=precision, table=table,
+        measure=measure, plan=plan, samples=samples, points=points, sizes=sizes, importance=importance, folder=folder,
+        progress=progress, extra=extra, **fields,
+    )  # fmt: skip
+    plans = [plan for plan in found if isinstance(plan, Plan)]
+    missed = [error for error in found if isinstance(error, Unreachable)]
+    if not plans:
+        raise missed[0]
+    for error in missed:
+        warnings.warn(str(error), stacklevel=2)
     several = isinstance(latency if loss is None else loss, (list, tuple))
     return plans if several else plans[0]
 
 
-def _budgets(latency: Any, loss: Any) -> list[tuple[str, Any]]:
+def choose(
+    program: Program, budgets: Sequence[Budget], rounds: int = ROUNDS, **options: Any
+) -> list[Plan | Unreachable]:
+    """Return for each budget a plan, or the error that says why it cannot be reached.
+
+    Networks are built for all budgets before one is answered with the best of them, so that no plan is worse in time and
+    loss than that of another budget. options: arguments of `prepare_tables`; `tune` describes them and the errors.
+    """
+    check_whole("rounds", rounds)
+    session = prepare_tables(program, **options)
+    if any(budget.in_points for budget in budgets):
+        session.check_labels()
+    build = builder(session.tables, session.repair.importance, session.repair.samples, session.tables.losses.context)
+    tuner = Tuner(session.tables, build, session.time, rounds, session.say)
+    errors = [_build(session, tuner, budget) for budget in budgets]
+    return [_answer(session, tuner, budget, error) for budget, error in zip(budgets, errors, strict=True)]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a network may take, or lose, at most. kind: "latency" or "loss". most: as `tune` takes it."""
+
+    kind: str
+    most: float | str
+
+    @property
+    def in_points(self) -> bool:
+        """Whether it is a loss in points of the metric."""
+        return self.kind == "loss" and isinstance(self.most, str)
+
+    def seconds(self, tuner: Tuner) -> float:
+        """The seconds of a budget of latency."""
+        return allowed_seconds(self.most, tuner.dense, "tune")
+
+    def loss(self, session: TuningTables) -> tuple[float, Callable[[Program], float] | None]:
+        """The arguments of `Tuner.losing` for a budget of loss."""
+        return (_points(self.most), session.points) if isinstance(self.most, str) else (float(self.most), None)
+
+
+def _build(session: TuningTables, tuner: Tuner, budget: Budget) -> Unreachable | None:
+    """Build networks for a budget; returns why it cannot be reached, if so."""
+    try:
+        if budget.kind == "latency":
+            tuner.within(budget.seconds(tuner))
+        else:
+            tuner.losing(*budget.loss(session))
+    except Unreachable as error:
+        return error
+    return None
+
+
+def _answer(session: TuningTables, tuner: Tuner, budget: Budget, error: Unreachable | None) -> Plan | Unreachable:
+    """Return the plan of the best network that was built; the error where there is one and no network refutes it."""
+    if budget.kind == "loss":
+        built, asked = tuner.fastest(*budget.loss(session)), None
+        fits = built is not None
+    else:
+        asked = budget.seconds(tuner)
+        built = tuner.best(asked)
+        fits = built is not None and built.seconds <= OVER * asked
+    if error is not None and not fits:
+        return error
+    assert built is not None  # for a budget without an error something was built
+    return session.plan(tuner, built, asked)
+
+
+def read_budgets(latency: Any, loss: Any) -> list[Budget]:
+    """Return the budgets that `tune` is given. Raises BadInput for what is none."""
     if (latency is None) == (loss is None):
         raise BadInput("tune: give one of latency and loss")
     kind, given = ("latency", latency) if loss is None else ("loss", loss)
@@ -124,11 +175,11 @@ def _budgets(latency: Any, loss: Any) -> list[tuple[str, Any]]:
             allowed_seconds(budget, 1.0, "tune")
         elif isinstance(budget, str):
             _points(budget)
-        elif isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
+        elif isinstance(budget, bool) or not isinstance(budget, Real) or not 0 < budget < math.inf:
             raise BadInput(f'tune.loss: a divergence above 0 in nats, or such as "0.5 points", not {budget!r}')
     if not budgets:
         raise BadInput(f"tune.{kind}: no budget")
-    return [(kind, budget) for budget in budgets]
+    return [Budget(kind, budget) for budget in budgets]
 
 
 def _points(text: str) -> float:

@@ -7,6 +7,7 @@ ours.
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 from ...graph.errors import BadInput, Unreachable
@@ -28,9 +29,11 @@ def allowed_seconds(latency: float | str, dense: float, of: str) -> float:
         if isinstance(latency, str):
             number, unit = latency.split()
             seconds = float(number) * UNITS[unit]
-        else:
+        elif isinstance(latency, Real) and not isinstance(latency, bool) and latency <= 1:
             seconds = latency * dense
-        if not (0 < seconds < math.inf and (isinstance(latency, str) or latency <= 1)):
+        else:
+            raise ValueError
+        if not 0 < seconds < math.inf:
             raise ValueError
     except (ValueError, KeyError):
         raise BadInput(

@@ -6,7 +6,8 @@ the ratios of their measured to their predicted losses scale the losses of each 
 depends; a kind that cannot reach the budget alone is taken to be as far off as the others. The ratio of measured to
 predicted time scales the budget; where that leads back to a network that was built, a choice between the slowest network
 within the budget and the fastest beyond it is tried. A method alone whose first network comes near the best gets rounds of
-its own. The best network within the budget wins, those of the single methods and of other budgets included.
+its own. The best network within the budget wins, those of the single methods and of other budgets included; so of several
+budgets all have to be built for (`within`, `losing`) before one of them is answered (`best`, `fastest`).
 """
 
 from __future__ import annotations
@@ -106,21 +107,27 @@ class Tuner:
         If none that was built is within the budget, the fastest of them. Raises Unreachable if no choice in the tables is
         within the budget."""
         if how != "joint":
-            return self._best(list(self._rounds(budget, how)), budget)
+            return _best(list(self._rounds(budget, how)), budget)
         singles: dict[str, Built] = {}
         for _ in self._rounds(budget, how):
             singles = singles or self._singles(budget)  # after the first choice, which corrects the times
-        least = self._best(self.built.values(), budget).loss
+        least = _best(self.built.values(), budget).loss
         for single, first in singles.items():
             if first.loss <= RIVAL * least:
                 with suppress(Unreachable):  # by the times as they are corrected now
                     list(self._rounds(budget, single))
-        return self._best(self.built.values(), budget)
+        return _best(self.built.values(), budget)
 
-    def _best(self, tried: Collection[Built], budget: float) -> Built:
-        """The network that loses least within the budget, or the fastest if none is."""
-        fits = [b for b in tried if b.seconds <= OVER * budget]
-        return min(fits, key=lambda b: b.loss) if fits else min(tried, key=lambda b: b.seconds)
+    def best(self, budget: float) -> Built | None:
+        """The network that loses least within a budget in seconds, of all that were built for any; the fastest if none is
+        within it. None if none was built."""
+        return _best(self.built.values(), budget) if self.built else None
+
+    def fastest(self, loss: float, lost: Callable[[Program], float] | None = None) -> Built | None:
+        """The fastest network that loses no more than that, of all that were built for any budget; None if none does. See
+        `losing` for the arguments."""
+        fits = [b for b in self.built.values() if (b.loss if lost is None else lost(b.program)) <= loss]
+        return min(fits, key=lambda b: (b.seconds, b.loss), default=None)
 
     def _rounds(self, budget: float, how: str) -> Iterator[Built]:
         """Choose, build and measure until the choice does not change; yields the networks. Raises Unreachable."""
@@ -151,7 +158,6 @@ class Tuner:
         """The fastest network that loses no more than `loss`: in nats, or by another measure of a program, `lost`, such as
         points of accuracy. The tables are in nats; each round corrects how many of them the budget is. Raises Unreachable if
         no network that was built loses as little."""
-        best = None
         bound = loss if lost is None else NATS * loss
         low, high = 0.0, math.inf  # the largest budget in nats that held so far, the smallest loss that was too much
         for _ in range(self.rounds + (1 if lost is None else 4)):
@@ -160,8 +166,6 @@ class Tuner:
                 break
             network = self._built(solved, "joint")
             measured = network.loss if lost is None else lost(network.program)
-            if measured <= loss and (best is None or network.seconds < best.seconds):
-                best = network
             ratio = min(max(loss / measured, 0.1), 2.0) if measured > 0 else 2.0
             if measured <= loss:
                 low = bound
@@ -169,6 +173,7 @@ class Tuner:
             else:
                 high = min(high, solved.loss)
                 bound = max(ratio * solved.loss, math.sqrt(low * high))
+        best = self.fastest(loss, lost)
         if best is None:
             unit = "" if lost is None else " points"
             raise Unreachable(f"tune.loss: nothing that was built loses as little as {loss:g}{unit}; ask for more")
@@ -285,6 +290,13 @@ class Tuner:
             f"tune.latency: {1e3 * budget:.3g} of {1e3 * self.dense:.3g} ms cannot be reached; {1e3 * least:.3g} ms can"
             + (f"; {'; '.join(why)}" if why else "")
         )
+
+
+def _best(tried: Collection[Built], budget: float) -> Built:
+    """The network that loses least within the budget, or the fastest if none is; of equals the one that is better in the
+    other respect."""
+    fits = [b for b in tried if b.seconds <= OVER * budget]
+    return min(fits, key=lambda b: (b.loss, b.seconds)) if fits else min(tried, key=lambda b: (b.seconds, b.loss))
 
 
 def told(decided: Decision) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from types import SimpleNamespace
 
 import onnx
@@ -225,12 +226,35 @@ def test_plans_that_do_not_fit_are_one_line(dense, tmp_path):
         ({"latency": 0.5, "data": [torch.ones(4, 3, 8, 8)] * 2}, BadInput, "^data: all calibration images give the same"),
         ({"latency": "1 us"}, Unreachable, r"^tune\.latency: 0\.001 of .* cannot be reached; .* ms can; cannot shrink or"),
         ({"latency": 0.5, "target": "nowhere"}, BadInput, "nowhere"),
+        *(({"latency": bad}, BadInput, r"^tune\.latency: a share above 0") for bad in ([None], {}, [[0.5]], True, [1.5])),
+        *(({"loss": bad}, BadInput, r"^tune\.loss: a divergence above 0") for bad in (math.inf, True, [None], {})),
+        *(({"latency": 0.5, "rounds": n}, BadInput, r"^tune\.rounds: a whole number from 1, not") for n in (0, "3")),
     ],
 )  # fmt: skip
 def test_arguments_that_make_no_sense_are_one_line(dense, tmp_path, arguments, error, message):
     with pytest.raises(error, match=message) as raised:
         graphcomb.tune(dense, **{"data": batches(), "folder": tmp_path} | OPTIONS | arguments)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("other", [lambda p: p.module(), lambda p: p.exported(), lambda p: None])
+def test_what_is_no_program_is_one_line(dense, other):
+    with pytest.raises(BadInput, match=r"^tune: takes a Program, got \w+; graphcomb\.capture makes one"):
+        graphcomb.tune(other(dense), batches(), latency=0.5, **OPTIONS)
+
+
+def test_of_several_budgets_those_that_can_be_reached_get_plans_and_none_is_worse_than_another(dense, tmp_path):
+    """Networks that are built for a loose budget may be better for a tight one before it, which once kept its own."""
+    options = OPTIONS | {"data": batches(), "folder": tmp_path, "sizes": 4}
+    budgets = [0.8, 0.75, 0.7, 0.65]
+    with pytest.warns(UserWarning, match=r"^tune\.latency: \S+ of \S+ ms cannot be reached"):
+        plans = graphcomb.tune(dense, latency=[*budgets, "1 us"], **options)
+    figures = [(p.tuned.ms["achieved"], p.tuned.loss["measured"]) for p in plans]
+    assert [p.tuned.ms["asked"] / p.tuned.ms["dense"] for p in plans] == pytest.approx(budgets, rel=1e-3)
+    for i, (ms, loss) in enumerate(figures):
+        assert not any(b[0] <= ms and b[1] < loss for b in figures[:i] + figures[i + 1 :])
+    with pytest.raises(Unreachable, match=r"^tune\.latency: 0\.001 of"):
+        graphcomb.tune(dense, latency=["1 us", "2 us"], **options)
 
 
 class Clock:
@@ -422,6 +446,12 @@ def test_through_the_command_line(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "model.onnx").is_file()
     smaller = graphcomb.load(tmp_path / "out" / "model.pt2")
     assert smaller.macs < 0.6 * graphcomb.capture(net(), torch.randn(2, 3, 8, 8)).macs / 1
+    assert main(["tune", *common, "--latency", "1 us", "--latency", "0.6", "--rounds", "1", "--out", "q.yaml"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("unreachable: tune.latency: 0.001 of ")
+    assert "\nq-2.yaml: " in printed.out
+    assert load_plan("q-2.yaml").tuned.met
+    assert not (tmp_path / "q-1.yaml").exists()
     assert main(["sensitivity", *common, "--out", "s.csv"]) == 0
     printed = capsys.readouterr().out
     assert "ten best" in printed
