@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -36,7 +37,7 @@ from ..passes.joint.variants import (
 from ..passes.quantize.choose_layers import QUANTISED
 from ..runtime.device_results import are_results
 from ..runtime.devices.table import Target, get_target
-from ..runtime.prediction.latency_table import LatencyTable
+from ..runtime.prediction.latency_table import LatencyTable, about
 from ..runtime.prediction.roofline import Roofline
 from .plan import BlockRow, Frozen, LayerRow, Plan, Repairing, Row, Tuned, code_of_model, load_plan
 
@@ -257,7 +258,7 @@ def prepare_tables(
         raise BadInput(f"tune.extra: a list of {', '.join(KINDS)}, not {extra!r}")
     device = get_target(target) if isinstance(target, str) else target
     edited = load_plan(plan) if isinstance(plan, (str, Path)) else plan
-    fixed = Fixed() if edited is None else _fixed(edited, program, device)
+    fixed = Fixed() if edited is None else _fixed(edited, program, device, precision)
     before = Repairing() if edited is None else edited.repair
     repair = Repairing(importance=importance or before.importance, samples=samples or before.samples)
     by_layer = latency_model(table, device, precision)
@@ -293,15 +294,17 @@ def check_whole(name: str, value: Any, most: int | None = None) -> None:
         raise BadInput(f"tune.{name}: a whole number from 1{f' to {most}' if most else ''}, not {value!r}")
 
 
-def _fixed(plan: Plan, program: Program, target: Target) -> Fixed:
-    """Return the widths and blocks that were changed in a plan. Raises BadInput for a plan of another model or target, and
-    for a contradiction in the plan."""
+def _fixed(plan: Plan, program: Program, target: Target, precision: str) -> Fixed:
+    """Return the widths and blocks that were changed in a plan. Raises BadInput for a plan of another model, target or
+    precision, and for a contradiction in the plan."""
     if plan.tuned is None:
         raise BadInput("plan: not written by `graphcomb tune`")
     if plan.tuned.model != code_of_model(program):
         raise BadInput("plan: of another model than this one; leave it out")
     if plan.tuned.target != target.name:
         raise BadInput(f"plan: for target {plan.tuned.target}, not {target.name}; leave it out")
+    if plan.tuned.precision != precision:
+        raise BadInput(f"plan: in {plan.tuned.precision}, not {precision}; leave it out")
     _ = plan.decided  # contradictions are errors
     return plan.fixed
 
@@ -358,22 +361,43 @@ def _sparse_latency(model: Any, target: Target) -> Any:
 def latency_model(table: Table | None, target: Target, precision: str) -> LatencyTable | Roofline:
     """Return what predicts the times of layers on a target; `tune` describes `table`.
 
-    Raises BadInput for a file of measured layers if this machine is not the target, and as `Roofline.calibrated` does.
+    Raises BadInput for times of another device or precision, for a file of measured layers if this machine is not the
+    target, and as `Roofline.calibrated` does.
     """
     if isinstance(table, (LatencyTable, Roofline)):
+        theirs = table.dtype if isinstance(table, Roofline) else table.precision
+        if (table.target.name, theirs) != (target.name, precision):
+            raise BadInput(
+                f"tune.table: the times are of {table.target.name} in {theirs}, not of {target.name} in {precision}"
+            )
         return table
     if table is None:
-        suffix = "" if precision == "fp32" else f"-{precision}"
         try:
-            return LatencyTable(cache_folder() / f"latency-{target.name}{suffix}.json", target, precision=precision)
+            about(target, precision)
         except BadInput:
             return Roofline(target, precision)  # this machine is not the target
+        suffix = "" if precision == "fp32" else f"-{precision}"
+        return _kept_table(cache_folder() / f"latency-{target.name}{suffix}.json", target, precision)
+    if not isinstance(table, (str, Path)):
+        raise BadInput(f'tune.table: "roofline", a file, a LatencyTable or a Roofline, not {type(table).__name__}')
     if str(table) == "roofline":
         target.alignment(precision)
         return Roofline(target, precision)
     if are_results(str(table)):
         return Roofline.calibrated(str(table), target, precision)
     return LatencyTable(table, target, precision=precision)
+
+
+def _kept_table(path: Path, target: Target, precision: str) -> LatencyTable:
+    """Return the table in the cache folder. One that is broken, or of another version of the library, is set aside, and a
+    new one is begun."""
+    try:
+        return LatencyTable(path, target, precision=precision)
+    except BadInput as error:
+        aside = path.with_suffix(".json.old")
+        path.replace(aside)
+        warnings.warn(f"{error}; it is now {aside.name}, and layers are measured anew", stacklevel=2)
+        return LatencyTable(path, target, precision=precision)
 
 
 def _busy() -> Contended:

@@ -175,7 +175,7 @@ def read_budgets(latency: Any, loss: Any) -> list[Budget]:
             allowed_seconds(budget, 1.0, "tune")
         elif isinstance(budget, str):
             _points(budget)
-        elif isinstance(budget, bool) or not isinstance(budget, Real) or not 0 < budget < math.inf:
+        elif isinstance(budget, bool) or not isinstance(budget, Real) or not 0 < float(budget) < math.inf:
             raise BadInput(f'tune.loss: a divergence above 0 in nats, or such as "0.5 points", not {budget!r}')
     if not budgets:
         raise BadInput(f"tune.{kind}: no budget")

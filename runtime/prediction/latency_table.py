@@ -66,18 +66,20 @@ class LatencyTable:
     def __init__(self, path: str | Path, target: str | Target = "cpu", step: int = 8, precision: str = "fp32"):
         self.path, self.step, self.precision = Path(path), step, precision
         self.target = get_target(target) if isinstance(target, str) else target
-        self.about = _about(self.target, precision)
+        self.about = about(self.target, precision)
         self.factor: float | None = None  # factor on all seconds of an `anchored` table
         self.entries: dict[str, float] = {}
         if self.path.is_file():
             try:
                 stored = json.loads(self.path.read_text())
                 self.entries = {str(k): float(v) for k, v in stored["seconds"].items()}
-                about = stored["about"]
+                described = stored["about"]
             except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
                 raise BadInput(f"{self.path}: not a latency table ({type(error).__name__})") from error
-            if about != self.about:
-                different = ", ".join(f"{k} {about.get(k)}" for k in self.about if about.get(k) != self.about[k])
+            if described != self.about:
+                different = ", ".join(
+                    f"{k} {described.get(k)}" for k in self.about if described.get(k) != self.about[k]
+                )
                 raise BadInput(
                     f"{self.path}: a latency table of another device, engine or precision ({different}); name another file"
                 )
@@ -213,7 +215,7 @@ class LatencyTable:
         write_json(self.path, {"about": self.about, "seconds": self.entries}, indent=0)
 
 
-def _about(target: Target, precision: str) -> dict[str, Any]:
+def about(target: Target, precision: str) -> dict[str, Any]:
     """Return what a table is valid for: target, device, engine, threads and precision.
 
     Raises BadInput if this machine is not the target, or cannot measure in the precision.

@@ -19,11 +19,12 @@ from graphcomb.cli import main
 from graphcomb.graph.errors import Contended
 from graphcomb.graph.verify import equivalence
 from graphcomb.passes.quantize.regions import quantised_layers
-from graphcomb.runtime import LatencyTable, get_target
+from graphcomb.runtime import LatencyTable, Roofline, get_target
 from graphcomb.runtime.export.to_onnx import export_onnx
 from graphcomb.runtime.onnx_file import precision
 from graphcomb.tuning.plan import LayerRow, load_plan
 from graphcomb.tuning.sensitivity import measure
+from graphcomb.tuning.tables import latency_model
 
 OPTIONS = {"table": "roofline", "samples": 16, "importance": "magnitude", "rounds": 1}
 
@@ -191,6 +192,7 @@ def test_a_decision_inside_a_block_keeps_the_block(dense, tmp_path):
 def test_plans_that_do_not_fit_are_one_line(dense, tmp_path):
     data = batches()
     plan = graphcomb.tune(dense, data=data, latency=0.5, folder=tmp_path, **OPTIONS)
+    gpu = plan.tuned.model_copy(update={"target": "rtx-sm86"})
     other = graphcomb.capture(net(8, 16), torch.randn(2, 3, 8, 8), dynamic_shapes="batch")
     with pytest.raises(BadInput, match=r"^plan: of another model than this one"):
         plan.run(other, data=data)
@@ -198,6 +200,11 @@ def test_plans_that_do_not_fit_are_one_line(dense, tmp_path):
         plan.run(dense, data=data, target=graphcomb.runtime.get_target("rtx-sm86"))
     with pytest.raises(BadInput, match=r"^plan: for target cpu, not rtx-sm86"):
         graphcomb.tune(dense, data=data, latency=0.5, plan=plan, target="rtx-sm86", folder=tmp_path, **OPTIONS)
+    with pytest.raises(BadInput, match=r"^plan: in fp32, not fp16; leave it out"):
+        graphcomb.tune(
+            dense, data=data, latency=0.5, plan=plan.model_copy(update={"tuned": gpu}), target="rtx-sm86",
+            precision="fp16", folder=tmp_path, **OPTIONS,
+        )  # fmt: skip
     gone = [b.model_copy(update={"goes": True}) if b.name == "2" else b for b in plan.blocks]
     rows = [r.model_copy(update={"keep": 5}) if r.name == "2.one.weight:0" else r for r in plan.groups]
     broken = plan.model_copy(update={"blocks": gone, "groups": rows})
@@ -399,6 +406,35 @@ def test_a_table_of_another_device_is_one_line(dense, tmp_path):
     with pytest.raises(BadInput, match=r"another device, engine or precision \(device another processor\)") as raised:
         graphcomb.tune(dense, data=batches(), latency=0.5, folder=tmp_path, **OPTIONS | {"table": path})
     assert "\n" not in str(raised.value)
+
+
+def test_times_of_another_device_or_precision_are_one_line(dense):
+    for table in (Roofline(get_target("rtx-sm86"), "fp32"), Roofline(get_target("cpu"), "int8")):
+        with pytest.raises(BadInput, match=r"^tune\.table: the times are of \S+ in \S+, not of cpu in fp32"):
+            graphcomb.tune(dense, data=batches(), latency=0.5, **OPTIONS | {"table": table})
+    for wrong in ({}, 3, [1]):
+        with pytest.raises(BadInput, match=r'^tune\.table: "roofline", a file, a LatencyTable or a Roofline, not'):
+            graphcomb.tune(dense, data=batches(), latency=0.5, **OPTIONS | {"table": wrong})
+
+
+def test_a_stale_or_broken_table_in_the_cache_is_measured_anew(tmp_path, monkeypatch):
+    """It once became the data sheet without a word; that is for targets that are not at hand."""
+    monkeypatch.setenv("GRAPHCOMB_CACHE", str(tmp_path))
+    path, cpu = tmp_path / "latency-cpu.json", get_target("cpu")
+    stale = {"about": LatencyTable(path).about | {"engine": "onnxruntime 0.1"}, "seconds": {"run": 1e-5}}
+    for text in (json.dumps(stale), "garbage"):
+        path.write_text(text)
+        with pytest.warns(
+            UserWarning, match=r"latency-cpu\.json: .*; it is now latency-cpu\.json\.old, and layers are"
+        ):
+            table = latency_model(None, cpu, "fp32")
+        assert isinstance(table, LatencyTable)
+        assert not table.entries
+        assert (tmp_path / "latency-cpu.json.old").read_text() == text
+        path.write_text(text)
+        with pytest.raises(BadInput, match="latency table"):
+            latency_model(path, cpu, "fp32")
+    assert isinstance(latency_model(None, get_target("orin-nano"), "fp16"), Roofline)
 
 
 def test_sensitivity_says_what_int8_costs_and_which_layers_leave_fp16(dense, tmp_path):
