@@ -72,6 +72,7 @@ class Row(Section):
     - saves_macs: share of the dense program's MACs that this removal saves by itself.
     - saves_ms, loss (tuned plans): time saved and loss caused by this width alone.
     - inside (tuned plans): the block whose removal removes the group.
+    - why (tuned plans): why there is no loss.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Row(Section):
     saves_ms: float | None = None
     loss: float | None = None
     inside: str | None = None
+    why: str | None = None
 
     @property
     def width(self) -> int:
@@ -104,7 +106,7 @@ class BlockRow(Section):
     - goes: whether the block is removed. proposed: `goes` when the plan was written.
     - fixed: whether tuning anew keeps `goes` although it is the proposed one.
     - saves_ms, loss: time saved and loss caused by removing this block alone.
-    - why: why the block cannot be removed.
+    - why: why the block cannot be removed, or why there is no loss.
     """
 
     name: str
@@ -127,7 +129,7 @@ class LayerRow(Section):
     - fixed: whether tuning anew keeps `precision` and `sparse` although they are the proposed ones.
     - saves_ms, loss: time saved and loss caused by INT8 or FP8 (of the whole region), or by 2:4, alone.
     - inside: the block whose removal removes the layer.
-    - why: why the layer stays as it is.
+    - why: why the layer stays as it is, or why there is no loss.
     """
 
     name: str

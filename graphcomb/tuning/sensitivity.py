@@ -12,7 +12,7 @@ from typing import Any
 from ..graph.files import replacing
 from ..graph.program import Program
 from ..passes.joint.ranges import MARGIN, overflows, ranges
-from ..passes.joint.variants import CHANGED, Variant
+from ..passes.joint.variants import CHANGED
 from ..passes.quantize.choose_layers import QUANTISED
 from ..runtime.report.sensitivity import render
 from .tables import TuningTables, narrower, prepare_tables, without
@@ -94,9 +94,7 @@ def measure(program: Program, data: Iterable[Any] | None, **options: Any) -> lis
 def _of_layers(session: TuningTables, scale: float, whole: float) -> list[Option]:
     """Return the options of layers in INT8 or FP8, and with 2:4 sparse weights. A region that INT8 slows down says why."""
     problem, rows = session.tables.problem, []
-    for i, (axis, variant) in enumerate(
-        zip(problem.axes[len(session.tables.space.groups) :], _offered(session), strict=True)
-    ):
+    for i, variant in enumerate(session.tables.times.variants.offered):
         place = len(session.tables.space.groups) + i
         saved = scale * (whole - problem.seconds(narrower(problem, place, CHANGED)))
         converting = scale * session.tables.times.conversions(i)
@@ -108,13 +106,9 @@ def _of_layers(session: TuningTables, scale: float, whole: float) -> list[Option
             borders = len(variant.read) + len(variant.written)
             note += f"{'; ' if note else ''}{borders} conversions take {1e3 * converting:.3g} ms, {alone}"
         kind = "layers" if variant.option in QUANTISED else "layer"
-        row = _row(variant.weights[0], kind, variant.option, saved, saved / (scale * whole), axis.losses[CHANGED], True)
+        row = _row(variant.weights[0], kind, variant.option, saved, saved / (scale * whole), variant.loss, True)
         rows.append(replace(row, note=note))
     return rows
-
-
-def _offered(session: TuningTables) -> tuple[Variant, ...]:
-    return session.tables.times.variants.offered
 
 
 def _row(what: str, kind: str, option: str, saved: float, share: float, loss: float, measured: bool) -> Option:

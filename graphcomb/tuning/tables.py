@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from ..passes.base import Context
 from ..passes.common.latency import needed_latency
 from ..passes.common.scoring import evaluate
 from ..passes.depth.budget import Predictor
-from ..passes.joint.losses import Losses
+from ..passes.joint.losses import NOT_FINITE, Losses
 from ..passes.joint.ranges import overflows, ranges
 from ..passes.joint.solver.problem import Choice, Problem
 from ..passes.joint.space import SIZES, Space
@@ -137,7 +138,7 @@ class TuningTables:
                 BlockRow(
                     name=block.name, goes=block.name in gone, proposed=block.name in gone,
                     fixed=block.name in fixed.blocks, kind=block.kind, saves_ms=_short(scale * saves),
-                    loss=_short(problem.blocks[b].loss),
+                    loss=_short(losses.block(block)), why=losses.why(block),
                 )
             )  # fmt: skip
         groups = []
@@ -146,11 +147,12 @@ class TuningTables:
             k = axis.sizes.index(keep)
             saves = problem.seconds(problem.whole()) - problem.seconds(narrower(problem, i, k))
             inside = None if axis.block is None else space.blocks[axis.block].name
+            lost = losses.at(group, axis.sizes)[k]  # those of the problem are finite
             groups.append(
                 Row(
                     name=axis.name, keep=keep, size=group.size, proposed=keep, fixed=axis.fixed, kind=group.kind,
-                    step=space.steps[axis.name], saves_ms=_short(scale * saves), loss=_short(axis.losses[k]),
-                    inside=inside,
+                    step=space.steps[axis.name], saves_ms=_short(scale * saves), loss=_short(lost),
+                    inside=inside, why=_why(lost, "at this width"),
                 )
             )  # fmt: skip
         known = {g.name: g for g in space.comb.groups}
@@ -188,7 +190,8 @@ class TuningTables:
             place = len(problem.axes) - len(variants.offered) + i
             saves = _short(scale * (plain - problem.seconds(narrower(problem, place, CHANGED))))
             inside = None if variant.block is None else self.tables.space.blocks[variant.block].name
-            figures: dict[str, Any] = {"saves_ms": saves, "loss": _short(problem.axes[place].losses[CHANGED])}
+            figures: dict[str, Any] = {"saves_ms": saves, "loss": _short(variant.loss)}
+            figures |= {"why": _why(variant.loss, f"with it in {variant.option.upper()}")}
             for name in variant.weights:
                 row = in_precision if variant.option in QUANTISED else sparse
                 rows.append(row(name, region=variant.weights[0], inside=inside, **figures))
@@ -423,6 +426,11 @@ def _shortened(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _short(value) if isinstance(value, float) else value for name, value in values.items()}
 
 
-def _short(value: float) -> float:
-    """Round a value to four significant digits."""
-    return float(f"{value:.4g}")
+def _short(value: float) -> float | None:
+    """Round a value to four significant digits; None for one that is not finite."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def _why(loss: float, where: str) -> str | None:
+    """Say why a loss is infinite; None for one that is not."""
+    return None if math.isfinite(loss) else f"{NOT_FINITE} {where}"

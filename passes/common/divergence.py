@@ -24,6 +24,8 @@ from .feed import Batch, Feed
 from .processes import accelerator, placed
 from .scoring import evaluating
 
+NOT_FINITE = "the network's outputs are not finite"
+
 
 class Divergence:
     """Measures how far a program's floating-point outputs are from the dense program's, on the given batches.
@@ -45,7 +47,7 @@ class Divergence:
         self.dense = self._outputs(dense, self.batches)
         self.spread = [_variance(torch.cat([_rows(t) for t in c])) for c in zip(*self.dense, strict=True)]
         if not all(bool(t.isfinite().all()) for outputs in self.dense for t in outputs):
-            raise BadInput("data: the network's outputs on it are not finite, so no loss can be measured")
+            raise BadInput(f"data: {NOT_FINITE} on it, so no loss can be measured")
         more = self._outputs(dense, self.feed.batches(others or (), pad=True))
         alike = self.images > 1 and not _vary(self.dense)
         if alike or not _vary([*self.dense, *more]):

@@ -28,7 +28,7 @@ from ...graph.errors import BadInput, GraphcombError
 from ...graph.files import write_json
 from ..base import Context
 from ..channels.importance.scores import importance_of
-from ..common.divergence import Divergence
+from ..common.divergence import NOT_FINITE, Divergence
 from ..common.repeat import code_of, fingerprint, seeded, sources
 from ..common.samples import drawn
 from ..common.scoring import bar
@@ -195,9 +195,16 @@ class Losses:
             try:
                 pruned = PruneDepth(names=(block.name,), repair=True)(self.space.program, self.context).program
                 self._keep(key, _stored(self.divergence(pruned)))
-            except GraphcombError:
+            except GraphcombError as error:
+                self.known[f"why {key}"] = str(error)
                 self._keep(key, None)
         return _number(self.known[key])
+
+    def why(self, block: Block) -> str | None:
+        """Why the loss without a block is infinite; None if it is not."""
+        if math.isfinite(self.block(block)):
+            return None
+        return str(self.known.get(f"why block {block.name}", f"without it {NOT_FINITE}"))
 
     def kept(self, key: str, measure: Callable[[], float]) -> float:
         """The loss of something else that is stored under this key; it is measured if it is missing."""

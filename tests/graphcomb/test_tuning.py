@@ -350,6 +350,25 @@ def test_measured_layers_and_networks(dense, tmp_path, clock):
         graphcomb.tune(dense, latency=0.6, **options)
 
 
+def test_a_loss_that_is_infinite_is_none_with_its_reason(dense, tmp_path):
+    """Such losses are stored as null; plans once showed them as 0."""
+    options = OPTIONS | {"data": batches(), "folder": tmp_path, "sizes": 2}
+    graphcomb.tune(dense, latency=0.9, **options)
+    (file,) = tmp_path.glob("*.json")
+    stored = json.loads(file.read_text())
+    width = next(key for key in stored if key.startswith("width 3.one"))
+    file.write_text(json.dumps(stored | {"block 2": None, "block 3": None, "why block 3": "it is loose", width: None}))
+    plan = graphcomb.tune(dense, latency=0.9, **options)
+    assert [(b.goes, b.loss, b.why) for b in plan.blocks] == [
+        (False, None, "without it the network's outputs are not finite"), (False, None, "it is loose"),
+    ]  # fmt: skip
+    narrow = edited(plan, lambda tree: row(tree, "groups", "3.one.weight:0").update(keep=int(width.split()[-1])))
+    again = graphcomb.tune(dense, latency=0.9, plan=narrow, **options)
+    shown = next(r for r in again.groups if r.name == "3.one.weight:0")
+    assert (shown.loss, shown.why) == (None, "the network's outputs are not finite at this width")
+    assert load_plan(again.save(tmp_path / "plan.yaml")) == again
+
+
 def test_nothing_to_prune_is_unreachable(tmp_path):
     program = graphcomb.capture(nn.Linear(4, 3), torch.randn(2, 4), dynamic_shapes="batch")
     with pytest.raises(Unreachable, match=r"cannot be reached; .*there is nothing to prune"):

@@ -253,7 +253,7 @@ def test_outputs_of_every_kind():
     assert 0 < divergence(other) < 10
     with pytest.raises(BadInput, match=r"^program: no output is floating point"):
         Divergence(program(Outputs(lambda x, b: x.argmax(1)), 6), data)
-    with pytest.raises(BadInput, match=r"^data: the network's outputs on it are not finite"):
+    with pytest.raises(BadInput, match=r"^data: the network's outputs are not finite on it"):
         Divergence(program(Outputs(lambda x, b: x * float("nan")), 6), data)
 
 
