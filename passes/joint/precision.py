@@ -25,7 +25,7 @@ from ...graph.workload.layers import Layers
 from ..base import Context
 from ..common.divergence import Divergence
 from ..common.weights import layers as find_layers
-from ..quantize.choose_layers import Precision
+from ..quantize.choose_layers import Precision, named
 from ..quantize.placement import passed_on, producer
 from ..quantize.quantize import Quantize
 from ..quantize.regions import quantised_alone, quantised_layers, regions
@@ -104,8 +104,9 @@ def choose_precisions(
         Option(tuple(group), plain - t, divergence(one)) for group, t, one in zip(groups, times, alone, strict=True)
     ]
     order = sorted((o for o in options if o.gain > 0), key=lambda o: o.loss / o.gain)
-    kept: dict[str, Precision] = dict.fromkeys(free, "fp16")
-    wide = {name for name, largest in ranges(program, divergence).items() if overflows(largest)}
+    fixed = {k.name for k in find_layers(program)[0] if any(named(k.names, pattern) for pattern in quantize.layers)}
+    kept: dict[str, Precision] = dict.fromkeys(free - fixed, "fp16")
+    wide = {name for name, largest in ranges(program, divergence).items() if overflows(largest)} - fixed
     order = [option for option in order if not wide.intersection(option.weights)]
     kept |= dict.fromkeys(sorted(wide), "fp32")
 
@@ -115,7 +116,7 @@ def choose_precisions(
         mixed = replace(quantize, layers=asked)(program, inner).program
         return asked, mixed, divergence(mixed)
 
-    low, best = 0, (made(0) if kept else ({}, program, 0.0))
+    low, best = 0, (made(0) if kept or fixed else ({}, program, 0.0))
     high = len(order)
     while low < high:  # the most options whose network diverges at most so far
         middle = (low + high + 1) // 2

@@ -63,7 +63,7 @@ def context():
 
 
 def integer(program):
-    return {name.split(".")[1] for _, name in quantised_layers(program)}
+    return {name.split(".")[1] for _, name in quantised_layers(program) if name.startswith("blocks")}
 
 
 def seconds_by_block(programs):
@@ -104,6 +104,13 @@ def test_a_choice_that_is_not_faster_is_none(program, context):
     assert found.seconds["chosen"] <= found.seconds["plain"]
     strict = choose_precisions(program, context, seconds_by_block, loss=1e-12, samples=16)
     assert strict.note.startswith("every region that is faster in INT8 diverges by more than 1e-12")
+
+
+@pytest.mark.parametrize("name", ["head", "head.weight"])
+def test_layers_that_the_caller_names_stay_as_asked(program, context, name):
+    """The exact name of a weight once lost to the choice of its region, which is the last layer's alone here."""
+    found = choose_precisions(program, context, seconds_by_block, 1e-12, Quantize(samples=16, layers={name: "int8"}), 16)
+    assert [name for _, name in quantised_layers(found.program)] == ["head.weight"]
 
 
 def test_values_beyond_the_range_of_fp16_stay_in_fp32(context):
