@@ -7,6 +7,7 @@ budget, with the cost and the saving of each; such a plan can be run without a r
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
+from ..graph.comb.solve import Comb
 from ..graph.errors import BadInput
 from ..graph.files import replacing
 from ..graph.program import Program
@@ -221,8 +223,9 @@ class Plan(Section):
 
     @property
     def decided(self) -> Decision:
-        """The blocks that the plan removes and the widths that it sets. Raises BadInput for a plan that sets the width of a
-        group whose block it removes."""
+        """The blocks that the plan removes and the widths that it sets. Raises BadInput for two rows of the same thing, and
+        for a plan that sets the width of a group whose block it removes."""
+        self._check_once()
         gone, fixed = {b.name for b in self.blocks if b.goes}, self.fixed
         for row in self.groups:
             if row.inside in gone and row.width != row.size and row.name in fixed.widths:
@@ -265,6 +268,25 @@ class Plan(Section):
         }
         return Fixed(widths, blocks, precisions, sparse)
 
+    def _check_once(self) -> None:
+        """Raise BadInput for two rows of one block or group, or with two precisions or sparsities of one layer."""
+        decisions = [
+            *(("block", b.name) for b in self.blocks), *(("group", g.name) for g in self.groups),
+            *(("precision of", name) for name, value in {(r.name, r.precision) for r in self.layers} if value is not None),
+            *(("sparsity of", name) for name, value in {(r.name, r.sparse) for r in self.layers} if value is not None),
+        ]  # fmt: skip
+        if twice := [f"{what} {name}" for (what, name), count in Counter(decisions).items() if count > 1]:
+            raise BadInput(f"plan: two rows for the {twice[0]}; delete one")
+
+    def check_sizes(self, comb: Comb) -> None:
+        """Raise BadInput for a row of a group that the program does not have, or has in another size."""
+        sizes = {g.name: g.size for g in comb.groups}
+        for row in self.groups:
+            if row.name not in sizes:
+                raise BadInput(f"plan: no group {row.name!r} in this program; graphcomb comb lists them")
+            if row.size != sizes[row.name]:
+                raise BadInput(f"plan: {row.name}: size is {sizes[row.name]} in this program, not {row.size}")
+
     def passes(self, program: Program) -> list[Pass]:
         """Return the passes that apply the plan to its program.
 
@@ -279,6 +301,7 @@ class Plan(Section):
             raise BadInput("plan: of another model than this one; tune this one, or run the plan's own")
         decided = self.decided
         space = Space(program, alignment=1, more={name: [n] for name, n in decided.widths.items()}, lazy=True)
+        self.check_sizes(space.comb)
         precisions, sparse = decided.precisions, dict.fromkeys(decided.sparse, True)
         check_fixed(space, Fixed(decided.widths, dict.fromkeys(decided.blocks, True), precisions, sparse))
         steps = passes(space, decided, self.repair.importance, self.repair.samples)
@@ -406,10 +429,11 @@ def load_plan(path: str | Path) -> Plan:
 
 
 def read_plan(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a plan file for `RemoveChannels` (`Context.plan`). Raises what `load_plan` raises."""
+    """Return the rows of a plan file for `RemoveChannels` (`Context.plan`). Raises what `load_plan` and `rows_of` raise."""
     return rows_of(load_plan(path))
 
 
 def rows_of(plan: Plan) -> list[dict[str, Any]]:
-    """Return the rows of a plan for `RemoveChannels` (`Context.plan`)."""
+    """Return the rows of a plan for `RemoveChannels` (`Context.plan`). Raises BadInput for two rows of one group."""
+    _ = plan.decided  # contradictions are errors
     return [row.model_dump(include={"name", "keep", "prune", "proposed"}) for row in plan.groups]

@@ -271,6 +271,8 @@ def prepare_tables(
     )
     more = {name: [size] for name, size in fixed.widths.items()}
     space = Space(program, device.alignment(precision), sizes, more, context.seed, progress)
+    if edited is not None:
+        edited.check_sizes(space.comb)
     # Creating the losses checks the data, so it comes before the times, which may take long to measure.
     losses = Losses(space, context, repair.importance, repair.samples, points, Path(folder or cache_folder() / "tune"))
     wanted = {name: p for name, p in fixed.precisions.items() if p in QUANTISED}

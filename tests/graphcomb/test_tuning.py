@@ -264,6 +264,31 @@ def test_of_several_budgets_those_that_can_be_reached_get_plans_and_none_is_wors
         graphcomb.tune(dense, latency=["1 us", "2 us"], **options)
 
 
+def test_rows_that_contradict_one_another_or_the_program_are_one_line(dense, tmp_path):
+    options = OPTIONS | {"data": batches(), "folder": tmp_path, "sizes": 3}
+    plan = graphcomb.tune(dense, latency=0.6, extra=["int8"], **options)
+
+    def doubled(table: str, name: str, **change):
+        return lambda tree: tree[table].append(dict(row(tree, table, name)) | change)
+
+    def changed(**change):
+        return lambda tree: row(tree, "groups", "0.weight:0").update(change)
+
+    cases = [
+        (doubled("groups", "0.weight:0"), "two rows for the group 0.weight:0; delete one"),
+        (doubled("blocks", "2"), "two rows for the block 2; delete one"),
+        (doubled("layers", "2.one.weight", precision="fp16"), "two rows for the precision of 2.one.weight; delete one"),
+        (changed(size=8, keep=8), "0.weight:0: size is 16 in this program, not 8"),
+        (changed(name="O.weight:0"), "no group 'O.weight:0' in this program"),
+    ]  # fmt: skip
+    for change, message in cases:
+        wrong = edited(plan, change)
+        with pytest.raises(BadInput, match=f"^plan: {message}"):
+            wrong.run(dense, data=batches())
+        with pytest.raises(BadInput, match=f"^plan: {message}"):
+            graphcomb.tune(dense, latency=0.6, plan=wrong, **options)
+
+
 class Clock:
     """Stands in for measurements: seconds by multiply-accumulates, of whole networks twice as many, and a third of that
     where all layers are in INT8."""

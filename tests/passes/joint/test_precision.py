@@ -109,7 +109,9 @@ def test_a_choice_that_is_not_faster_is_none(program, context):
 @pytest.mark.parametrize("name", ["head", "head.weight"])
 def test_layers_that_the_caller_names_stay_as_asked(program, context, name):
     """The exact name of a weight once lost to the choice of its region, which is the last layer's alone here."""
-    found = choose_precisions(program, context, seconds_by_block, 1e-12, Quantize(samples=16, layers={name: "int8"}), 16)
+    found = choose_precisions(
+        program, context, seconds_by_block, 1e-12, Quantize(samples=16, layers={name: "int8"}), 16
+    )
     assert [name for _, name in quantised_layers(found.program)] == ["head.weight"]
 
 
