@@ -130,12 +130,13 @@ def sensitivity(
     from ..passes.quantize.choose_layers import QUANTISED
     from ..tuning.sensitivity import measure, write_csv, write_page
 
+    if (page := out.with_suffix(".html")) == out:
+        raise BadInput(f"--out: {out} is the name of the page; name the CSV file")
     job, _ = _job(model, data, data_arg, target, precision, arg, input_)
     options = measure(
         job.program, job.train, target=job.target, precision=precision, table=table, samples=samples, points=points,
         sizes=sizes, extra=with_ or (), progress=not quiet,
     )  # fmt: skip
-    page = out.with_suffix(".html")
     write_csv(options, out)
     write_page(options, page, model, job.target.name)
     shown = [o for o in options if o.saves_ms > 0]

@@ -159,6 +159,13 @@ class Feed:
             return outputs
         return map_some(lambda value: value[: batch.size], outputs, self.outputs)
 
+    def first(self, batch: Batch, count: int) -> Batch:
+        """The first so many samples of a batch. A static program takes whole batches alone."""
+        if self.static is not None or count >= batch.size:
+            return batch
+        args, kwargs = map_some(lambda value: value[:count], (batch.args, batch.kwargs), self.batched)
+        return Batch(args, kwargs, batch.labels, count)
+
     def _wrong_size(self, size: int) -> BadInput:
         return BadInput(
             f"{self.field}: a batch has {size} samples, the program is fixed to {self.static}; "

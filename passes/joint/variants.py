@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from torch import fx
 
@@ -285,8 +285,8 @@ def quantise(asked: Mapping[str, str], samples: int) -> list[Fuse | Quantize]:
     """The passes that give layers their precisions, by the names of weights; all others stay in floating point."""
     if unknown := [p for p in asked.values() if p not in (*QUANTISED, "fp16", "fp32")]:
         raise BadInput(f"plan: precision must be int8, fp8, fp16 or fp32, not {unknown[0]!r}")
-    layers: dict[str, Any] = {**asked, "*": "fp16"}
-    return [Fuse(), Quantize(samples=samples, layers=layers, precision=only_precision(asked.values()) or "int8")]
+    precision = only_precision(asked.values()) or "int8"
+    return [Fuse(), Quantize(samples=samples, layers=dict(asked), exclude=("*",), precision=precision)]  # type: ignore[arg-type]
 
 
 def only_precision(asked: Iterable[str], name: str = "plan") -> Literal["int8", "fp8"] | None:

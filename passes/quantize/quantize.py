@@ -40,7 +40,8 @@ class Quantize(Pass):
         such node; graphcomb's own (`graph/fp8.py`) exports as Q/DQ with FLOAT8E4M3FN, from opset 19 on. Steps are relative
         to a value: small values lose less than in INT8, large ones more. Values are placed as for TensorRT. Raises BadInput
         for a target without FP8.
-    samples: number of samples of the data that scales and biases are calibrated on.
+    samples: number of samples of the data that scales and biases are calibrated on, in whole batches where the program's
+        batch size is fixed.
     calibration: how an input's scale is chosen (`calibrate`): "histogram" (least squared error of the entries), "minmax"
         (the largest value becomes 127, or 448), "percentile", or "error" (that of the three with the least squared error of
         the outputs of the layers that read the input).
@@ -121,7 +122,9 @@ class Quantize(Pass):
     def _batches(self, program: Program, context: Context) -> list[tuple[Batch, int]]:
         if context.data is None:
             raise BadInput("Quantize: needs data to calibrate on; pass data=")
-        return list(sample_batches(Feed(program), context, self.samples, "Quantize"))
+        feed = Feed(program)
+        batches = sample_batches(feed, context, self.samples, "Quantize")
+        return [(feed.first(batch, count), count) for batch, count in batches]
 
     def _quantise(
         self, program: Program, chosen: Sequence[WeightedLayer], batches: Sequence[tuple[Batch, int]], cpu: bool

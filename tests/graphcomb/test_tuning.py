@@ -541,6 +541,8 @@ def test_through_the_command_line(tmp_path, monkeypatch, capsys):
     assert {"what", "saves_ms", "loss", "measured"} <= rows[0].keys()
     page = (tmp_path / "s.html").read_text()
     assert page.count("<tr>") == len(rows) + 1
+    assert main(["sensitivity", *common, "--out", "s.html"]) == 2
+    assert capsys.readouterr().err == "error: --out: s.html is the name of the page; name the CSV file\n"
     assert main(["tune", *common, "--out", "p.yaml"]) == 2
     assert capsys.readouterr().err == "error: tune: give one of --latency and --loss\n"
     assert main(["run"]) == 2
@@ -569,6 +571,9 @@ def test_layers_get_precisions_and_sparsity_that_the_plan_carries_out(tmp_path):
     result = load_plan(path).run(dense, data=data)
     records = {r["pass"]: r for r in result.record["passes"]}
     assert {row["what"] for row in records["Quantize"]["changed"]} == {"2.weight", "4.weight"}
+    assert {row["what"]: row["why"] for row in records["Quantize"]["refused"]} == {
+        "0.weight": "excluded", "8.weight": "fp32 was asked for",
+    }  # fmt: skip
     assert records["Quantize"]["fp32"] == ["8.weight"]
     assert [row["what"] for row in records["Sparsify"]["changed"]] == ["4.weight"]
     for row in tree["layers"]:

@@ -117,6 +117,22 @@ def test_fewer_samples_are_looked_at_when_fewer_are_asked_for(program):
     assert large[0] == pytest.approx(100 * small[0])
 
 
+def test_only_so_many_samples_of_a_batch_calibrate(program):
+    """A batch whose other samples are larger; a program of a fixed batch size takes all of it."""
+    one = batches(1)[0][0][:1]
+    data = [torch.cat([one, 100 * one.expand(3, -1, -1, -1)])]
+    how = Quantize(samples=1, include="*", calibration="minmax", bias_correction=True)
+
+    def scale(of, images) -> float:
+        return next(
+            row["input_scales"][0] for row in how(of, data=images).record["changed"] if row["what"] == "stem.weight"
+        )
+
+    assert scale(program, data) == scale(program, [one]) == pytest.approx(float(one.abs().max()) / 127, rel=1e-6)
+    fixed = g.capture(Network(), torch.randn(4, 3, 12, 12))
+    assert scale(fixed, data) == pytest.approx(100 * float(one.abs().max()) / 127, rel=1e-6)
+
+
 def test_zeros_quantise_to_zero_and_training_holds_them(program, result):
     names = masks.sparse_weights(result.program)
     assert set(names) == {"conv.weight", "q.weight", "k.weight"}
