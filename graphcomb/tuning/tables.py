@@ -15,6 +15,7 @@ from ..data import cache_folder
 from ..graph.errors import BadInput, Contended
 from ..graph.program import Program
 from ..passes.base import Context
+from ..passes.channels.importance.scores import IMPORTANCES
 from ..passes.common.latency import needed_latency
 from ..passes.common.scoring import evaluate
 from ..passes.depth.budget import Predictor
@@ -263,7 +264,10 @@ def prepare_tables(
     edited = load_plan(plan) if isinstance(plan, (str, Path)) else plan
     fixed = Fixed() if edited is None else _fixed(edited, program, device, precision)
     before = Repairing() if edited is None else edited.repair
-    repair = Repairing(importance=importance or before.importance, samples=samples or before.samples)
+    ranking, of = (before.importance, "plan.repair") if importance is None else (importance, "tune")
+    if not isinstance(ranking, str) or ranking not in IMPORTANCES:
+        raise BadInput(f"{of}.importance: one of {', '.join(IMPORTANCES)}, not {ranking!r}")
+    repair = Repairing(importance=ranking, samples=samples or before.samples)
     by_layer = latency_model(table, device, precision)
     model = needed_latency(by_layer, "tune", program)
     context = Context(data=data, target=device, dtype=precision, latency=model, progress=progress).replaced(

@@ -14,7 +14,7 @@ from ..quantize.choose_layers import QUANTISED
 from .carry_out import Decision, indices
 from .losses import Losses
 from .solver.problem import Axis, Choice, Problem, Removal
-from .space import Space, weight_of
+from .space import Space
 from .times import Times
 from .variants import CHANGED, FLOAT, KINDS, Variant
 
@@ -114,9 +114,8 @@ def check_fixed(space: Space, fixed: Fixed) -> None:
     for name in fixed.blocks:
         if name not in blocks and name not in space.refused:
             raise BadInput(f"plan: no block {name!r} in this program")
-    weights = {weight_of(node) for node in space.comb.module.graph.nodes}
     for name in (*fixed.precisions, *fixed.sparse):
-        if name not in weights:
+        if name not in space.owner:
             raise BadInput(f"plan: no linear layer or convolution with a weight {name!r} in this program")
     for name, size in fixed.widths.items():
         group = groups.get(name)

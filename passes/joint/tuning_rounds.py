@@ -281,7 +281,8 @@ class Tuner:
         """The error for a budget that is too small: the smallest one that can be reached, and what prevents more."""
         fastest, space = self._fastest(problem), self.tables.space
         least = math.nan if fastest is None else self.correction.seconds * self._seconds(problem, fastest)
-        fixed = [*self.tables.fixed.widths, *(n for n, goes in self.tables.fixed.blocks.items() if not goes)]
+        hand = self.tables.fixed
+        fixed = [*hand.widths, *(n for n, goes in hand.blocks.items() if not goes), *hand.precisions, *hand.sparse]
         refused = [name for name in space.refused if name not in fixed]
         why = [f"fixed by hand: {some(fixed)}"] if fixed else []
         why += [f"cannot shrink or go: {some(refused)} ({space.refused[refused[0]]})"] if refused else []

@@ -233,6 +233,7 @@ def test_plans_that_do_not_fit_are_one_line(dense, tmp_path):
         ({"latency": 0.5, "data": [torch.ones(4, 3, 8, 8)] * 2}, BadInput, "^data: all calibration images give the same"),
         ({"latency": "1 us"}, Unreachable, r"^tune\.latency: 0\.001 of .* cannot be reached; .* ms can; cannot shrink or"),
         ({"latency": 0.5, "target": "nowhere"}, BadInput, "nowhere"),
+        ({"latency": 0.5, "importance": "size"}, BadInput, r"^tune\.importance: one of magnitude, .*, not 'size'"),
         *(({"latency": bad}, BadInput, r"^tune\.latency: a share above 0") for bad in ([None], {}, [[0.5]], True, [1.5])),
         *(({"loss": bad}, BadInput, r"^tune\.loss: a divergence above 0") for bad in (math.inf, True, [None], {})),
         *(({"latency": 0.5, "rounds": n}, BadInput, r"^tune\.rounds: a whole number from 1, not") for n in (0, "3")),

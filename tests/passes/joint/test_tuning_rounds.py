@@ -216,9 +216,11 @@ def test_networks_built_for_one_budget_serve_the_others():
 
 
 def test_what_cannot_be_reached_says_the_least_and_what_freezes_it():
-    fixed = tuner(Fixed({"2.one.weight:0": 12}, {"3": False}))
+    fixed = tuner(Fixed({"2.one.weight:0": 12}, {"3": False}, {"7.weight": "fp32"}))
     least = fixed.tables.problem
-    message = r"^tune\.latency: \S+ of \S+ ms cannot be reached; (\S+) ms can; fixed by hand: 2.one.weight:0, 3"
+    message = (
+        r"^tune\.latency: \S+ of \S+ ms cannot be reached; (\S+) ms can; fixed by hand: 2.one.weight:0, 3, 7.weight"
+    )
     with pytest.raises(Unreachable, match=message) as error:
         fixed.within(1e-9)
     reached = float(str(error.value).split("; ")[1].split()[0]) / 1e3
