@@ -157,12 +157,19 @@ class TuningTables:
                 )
             )  # fmt: skip
         known = {g.name: g for g in space.comb.groups}
+        for name in sorted(fixed.widths.keys() - {r.name for r in groups}):  # whole, since there is no other size
+            size = known[name].size
+            groups.append(Row(name=name, keep=size, size=size, proposed=size, fixed=True, kind=known[name].kind))
         frozen = [
             Frozen(name=name, kind=known[name].kind, size=known[name].size, why=why)
             for name, why in space.refused.items()
             if name in known
         ]
-        refused = [BlockRow(name=name, goes=False, why=why) for name, why in space.refused.items() if name not in known]
+        refused = [
+            BlockRow(name=name, goes=False, fixed=name in fixed.blocks, why=why)
+            for name, why in space.refused.items()
+            if name not in known
+        ]
         tuned = Tuned(
             model=code_of_model(space.program), target=self.target.name, precision=self.precision, by=str(self.latency),
             method=built.how, met=met, met_by="measured" if time.measured else "predicted", ms=_shortened(ms),

@@ -163,6 +163,8 @@ def test_what_was_decided_by_hand_outlives_two_tunings(dense, tmp_path):
     assert third.recovery == {"steps": 2}
     assert third.repair == plan.repair
     assert graphcomb.tune(dense, latency=0.9, samples=8, plan=first, **options).repair.samples == 8
+    whole = edited(plan, lambda tree: row(tree, "groups", "0.weight:0").update(keep=16, fixed=True))
+    assert graphcomb.tune(dense, latency=0.9, plan=whole, **options | {"sizes": 1}).fixed == whole.fixed
     freed = edited(third, lambda tree: row(tree, "groups", "0.weight:0").pop("fixed"))
     assert not freed.fixed.widths
 
