@@ -27,8 +27,10 @@ from ...graph.compat import pytree
 from ...graph.errors import BadInput, GraphcombError
 from ...graph.files import write_json
 from ..base import Context
+from ..batch import Split
 from ..channels.importance.scores import importance_of
 from ..common.divergence import NOT_FINITE, Divergence
+from ..common.feed import Feed
 from ..common.repeat import code_of, fingerprint, seeded, sources
 from ..common.samples import drawn
 from ..common.scoring import bar
@@ -50,9 +52,10 @@ class Images:
     held_out: bool
 
 
-def take(context: Context, samples: int) -> Images:
+def take(program: Program, context: Context, samples: int) -> Images:
     """Divide the first batches of the data between repair and judge by turns, until both have a batch, if there are two, and
-    each has about this many samples. Raises BadInput without data or batches."""
+    each has about this many samples; of a single batch each gets half if the program takes that. Raises BadInput without
+    data or batches."""
     if context.data is None:
         raise BadInput("tune: needs images (labels are not needed); pass data=")
     with seeded(context.seed, context.data):
@@ -63,7 +66,19 @@ def take(context: Context, samples: int) -> Images:
                 break
     if not batches:
         raise BadInput("data: yields no batch; it must be iterable again")
+    if len(batches) == 1 and Feed(program).static is None:
+        batches = _halves(batches[0])
     return Images(batches[::2], batches[1::2] or batches, len(batches) > 1)
+
+
+def _halves(raw: Any) -> list[Any]:
+    """The two halves of a batch; the batch alone unless it consists of tensors with one and the same number of samples."""
+    parts = (raw.args, raw.kwargs, raw.labels) if isinstance(raw, Split) else raw
+    leaves = [leaf for leaf in pytree.tree_leaves(parts) if leaf is not None]
+    if not all(isinstance(t, torch.Tensor) and t.dim() and 1 < len(t) == len(leaves[0]) for t in leaves):
+        return [raw]
+    halves = [pytree.tree_map(lambda t, k=k: t if t is None else t[k::2], parts) for k in range(2)]
+    return [Split(*half) for half in halves] if isinstance(raw, Split) else halves
 
 
 def _size(raw: Any) -> int:
@@ -112,7 +127,7 @@ class Losses:
         folder: Path | None = None,
     ):  # fmt: skip
         self.space, self.samples, self.points = space, samples, points
-        self.images = take(context, samples)
+        self.images = take(space.program, context, samples)
         self.context = replace(
             context, data=self.images.repair, val=None, teacher=space.program, plan=None, out=None, progress=False
         )

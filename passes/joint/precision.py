@@ -86,7 +86,7 @@ def choose_precisions(
     samples.
     """
     quantize = quantize or Quantize(samples=samples)
-    images = take(context, samples)
+    images = take(program, context, samples)
     inner = replace(context, data=images.repair)
     divergence = Divergence(program, images.judge, images.repair)
     everything = replace(quantize, bias_correction=False)(program, inner).program

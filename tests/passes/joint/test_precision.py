@@ -72,7 +72,7 @@ def seconds_by_block(programs):
 
 
 def test_the_cheapest_regions_come_first_and_the_measured_divergence_is_within_the_limit(program, context):
-    dense = Divergence(program, take(context, 32).judge)
+    dense = Divergence(program, take(program, context, 32).judge)
     how = Quantize(samples=32)
     free = choose_precisions(program, context, seconds_by_block, 10.0, how, samples=32)
     assert integer(free.program) == {"0", "1"}, "the last block would be slower"
@@ -86,7 +86,7 @@ def test_the_cheapest_regions_come_first_and_the_measured_divergence_is_within_t
     assert found.loss == pytest.approx(dense(found.program))
     assert found.loss <= limit
     assert found.seconds == {"plain": 10.0, "all": 9.0, "chosen": 9.0}
-    again = replace(how, layers=found.layers)(program, data=take(context, 32).repair).program
+    again = replace(how, layers=found.layers)(program, data=take(program, context, 32).repair).program
     assert dense(again) == pytest.approx(found.loss)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+import graphcomb
 from graphcomb import BadInput, Context
 from graphcomb.graph.comb.solve import Comb
 from graphcomb.graph.verify import equivalence
@@ -15,6 +16,7 @@ from graphcomb.graph.workload.layers import Layers
 from graphcomb.passes import PruneDepth, RemoveChannels, Repair
 from graphcomb.passes.channels.sizes.knapsack import Predictor, knapsack
 from graphcomb.passes.common.divergence import Divergence
+from graphcomb.passes.common.feed import Feed
 from graphcomb.passes.joint.carry_out import decision, passes
 from graphcomb.passes.joint.losses import Curve, Losses, take
 from graphcomb.passes.joint.solver.problem import Axis, Choice, Problem, Removal
@@ -261,11 +263,21 @@ def test_images_that_judge_are_held_out_from_large_batches_too():
     """A loader that goes through its data in order is sampled; a list is taken from its start."""
     data = torch.arange(256.0).view(128, 2)
     loader = DataLoader(data, batch_size=32)
-    for found in (take(Context(data=list(data.split(32))), 8), take(Context(data=loader), 8)):
+    dense = graphcomb.capture(nn.Linear(2, 3), data[:2], dynamic_shapes="batch")
+    for found in (take(dense, Context(data=list(data.split(32))), 8), take(dense, Context(data=loader), 8)):
         assert found.held_out
         assert [len(b) for b in (*found.repair, *found.judge)] == [32, 32]
         assert not {*found.repair[0][:, 0].tolist()} & {*found.judge[0][:, 0].tolist()}
-    assert not take(Context(data=[data]), 8).held_out
+    labelled = {"input": data, "labels": torch.zeros(128, dtype=torch.int64)}
+    adapted = Context(data=[labelled], inputs=lambda raw: raw["input"], labels=lambda raw: raw["labels"])
+    for context in (Context(data=[data]), Context(data=[(data, labelled["labels"])]), adapted):
+        found = take(dense, context.replaced("tune"), 8)
+        assert found.held_out
+        repair, judge = (next(iter(Feed(dense).batches(batches))).args[0] for batches in (found.repair, found.judge))
+        assert torch.equal(torch.stack([repair, judge], 1).flatten(0, 1), data)
+    fixed = graphcomb.capture(nn.Linear(2, 3), data)
+    for taken, context in ((fixed, Context(data=[data])), (dense, Context(data=[data[:1]]))):
+        assert not take(taken, context, 8).held_out
 
 
 @pytest.mark.parametrize(
