@@ -26,6 +26,7 @@ from ...graph.comb.surgery import remove
 from ...graph.compat import pytree
 from ...graph.errors import BadInput, GraphcombError
 from ...graph.files import write_json
+from ...graph.program import Program
 from ..base import Context
 from ..batch import Split
 from ..channels.importance.scores import importance_of

@@ -20,7 +20,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from ...graph.errors import Unreachable
+from ...graph.errors import Refused, Unreachable
 from ...graph.program import Program
 from ..base import Context
 from ..channels.sizes.fixed_sizes import some
@@ -55,7 +55,7 @@ class Time:
 @dataclass(frozen=True)
 class Built:
     """A network that was built: the decision, how it was made ("joint" or one of METHODS), its loss and time, and those
-    that the tables predicted."""
+    that the tables predicted. why: why it cannot be used; then its loss is infinite."""
 
     decided: Decision
     how: str
@@ -64,6 +64,7 @@ class Built:
     time: Time
     predicted_loss: float
     predicted_seconds: float
+    why: str | None = None
 
     @property
     def seconds(self) -> float:
@@ -105,28 +106,36 @@ class Tuner:
         """The network that loses least within a budget in seconds; how: "joint", or one of METHODS alone.
 
         If none that was built is within the budget, the fastest of them. Raises Unreachable if no choice in the tables is
-        within the budget."""
+        within the budget, and if nothing that was built can be used."""
         if how != "joint":
-            return _best(list(self._rounds(budget, how)), budget)
+            return self._usable(list(self._rounds(budget, how)), budget)
         singles: dict[str, Built] = {}
         for _ in self._rounds(budget, how):
             singles = singles or self._singles(budget)  # after the first choice, which corrects the times
-        least = _best(self.built.values(), budget).loss
+        best = self.best(budget)
         for single, first in singles.items():
-            if first.loss <= RIVAL * least:
+            if best is None or first.loss <= RIVAL * best.loss:
                 with suppress(Unreachable):  # by the times as they are corrected now
                     list(self._rounds(budget, single))
-        return _best(self.built.values(), budget)
+        return self._usable(self.built.values(), budget)
 
     def best(self, budget: float) -> Built | None:
         """The network that loses least within a budget in seconds, of all that were built for any; the fastest if none is
-        within it. None if none was built."""
-        return _best(self.built.values(), budget) if self.built else None
+        within it. None if none that can be used was built."""
+        return _best(self.built.values(), budget)
+
+    def _usable(self, tried: Collection[Built], budget: float) -> Built:
+        best = _best(tried, budget)
+        if best is None:
+            why = next(b.why for b in tried)
+            raise Unreachable(f"tune.latency: for {1e3 * budget:.3g} ms no network that was built can be used: {why}")
+        return best
 
     def fastest(self, loss: float, lost: Callable[[Program], float] | None = None) -> Built | None:
         """The fastest network that loses no more than that, of all that were built for any budget; None if none does. See
         `losing` for the arguments."""
-        fits = [b for b in self.built.values() if (b.loss if lost is None else lost(b.program)) <= loss]
+        usable = [b for b in self.built.values() if b.why is None]
+        fits = [b for b in usable if (b.loss if lost is None else lost(b.program)) <= loss]
         return min(fits, key=lambda b: (b.seconds, b.loss), default=None)
 
     def _rounds(self, budget: float, how: str) -> Iterator[Built]:
@@ -268,12 +277,17 @@ class Tuner:
         if key not in self.built:
             expected = self.correction.seconds * solved.seconds
             program = self.build(decided)
-            loss, time = self.tables.losses.divergence(program), self.time(program)
-            self.built[key] = Built(decided, how, program, loss, time, solved.loss, expected)
+            loss, why = self.tables.losses.divergence(program), "its outputs are not finite"
+            try:
+                time = self.time(program)
+            except Refused as error:  # such as an export that differs from the program: nobody could use this network
+                loss, time, why = math.inf, Time(expected, expected, expected), str(error)
+            why = None if math.isfinite(loss) else why
+            self.built[key] = Built(decided, how, program, loss, time, solved.loss, expected, why)
             self.say(
                 f"{how}: {told(decided)}: "
                 f"{1e3 * time.seconds:.3g} ms (predicted {1e3 * expected:.3g}), "
-                f"loss {loss:.3g} (predicted {solved.loss:.3g})"
+                f"loss {loss:.3g} (predicted {solved.loss:.3g})" + (f"; {why}" if why else "")
             )
         return self.built[key]
 
@@ -293,11 +307,14 @@ class Tuner:
         )
 
 
-def _best(tried: Collection[Built], budget: float) -> Built:
+def _best(tried: Collection[Built], budget: float) -> Built | None:
     """The network that loses least within the budget, or the fastest if none is; of equals the one that is better in the
-    other respect."""
-    fits = [b for b in tried if b.seconds <= OVER * budget]
-    return min(fits, key=lambda b: (b.loss, b.seconds)) if fits else min(tried, key=lambda b: (b.seconds, b.loss))
+    other respect. None if none can be used."""
+    usable = [b for b in tried if b.why is None]
+    fits = [b for b in usable if b.seconds <= OVER * budget]
+    if fits:
+        return min(fits, key=lambda b: (b.loss, b.seconds))
+    return min(usable, key=lambda b: (b.seconds, b.loss), default=None)
 
 
 def told(decided: Decision) -> str:

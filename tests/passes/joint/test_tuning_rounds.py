@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from graphcomb import Context, Unreachable
+from graphcomb import Context, Refused, Unreachable
 from graphcomb.passes import RemoveChannels
 from graphcomb.passes.joint.carry_out import Decision
 from graphcomb.passes.joint.losses import Losses
@@ -52,6 +53,31 @@ def test_the_joint_network_is_never_worse_than_the_single_methods():
             assert not single.decided.blocks if how == "widths" else not single.decided.widths
             assert single.seconds > OVER * budget or joint.loss <= single.loss * (1 + 1e-9)
     assert shared.correction.losses["blocks"] != 1.0  # losses do not add up, and the tables know it now
+
+
+def test_a_network_that_cannot_be_exported_is_left_and_others_are_tried():
+    shared, budget, refused = tuner(), 0.0, []
+    time = shared.time
+
+    def timed(program):
+        if program is not shared.tables.space.program and len(refused) < most:
+            refused.append(program)
+            raise Refused("model.onnx: fp32 differs from the program")
+        return time(program)
+
+    shared.time, budget, most = timed, 0.6 * shared.dense, 1
+    found = shared.within(budget)
+    assert found.program not in refused
+    assert found.seconds <= OVER * budget
+    (left,) = [b for b in shared.built.values() if b.program in refused]
+    assert left.loss == math.inf
+    shared, most = tuner(), 10**6
+    time, shared.time = shared.time, timed
+    with pytest.raises(
+        Unreachable, match=r"^tune.latency: for .* no network that was built can be used: model.onnx: fp32"
+    ):
+        shared.within(budget)
+    assert shared.best(budget) is None
 
 
 def test_what_tables_underrate_does_not_waste_the_budget(monkeypatch):
