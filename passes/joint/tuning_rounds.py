@@ -277,12 +277,12 @@ class Tuner:
         if key not in self.built:
             expected = self.correction.seconds * solved.seconds
             program = self.build(decided)
-            loss, why = self.tables.losses.divergence(program), "its outputs are not finite"
+            loss = self.tables.losses.divergence(program)
+            why = None if math.isfinite(loss) else "its outputs are not finite"
             try:
                 time = self.time(program)
             except Refused as error:  # such as an export that differs from the program: nobody could use this network
                 loss, time, why = math.inf, Time(expected, expected, expected), str(error)
-            why = None if math.isfinite(loss) else why
             self.built[key] = Built(decided, how, program, loss, time, solved.loss, expected, why)
             self.say(
                 f"{how}: {told(decided)}: "
