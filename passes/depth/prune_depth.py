@@ -206,8 +206,6 @@ class PruneDepth(Pass):
         if not self.ablation.search:
             bits = budget.draw(random.Random(context.seed))
             return [b for b, bit in zip(prunable, bits, strict=True) if bit], {}
-        if self.repair and context.data is None:
-            raise BadInput("PruneDepth.repair: needs images (labels are not needed); pass data=")
         supernet, record = self.supernet(program, prunable, context, budget)
         bits, searched = self.search(supernet, budget, context)
         return [b for b, bit in zip(prunable, bits, strict=True) if bit], {"supernet": record, **searched}
@@ -337,8 +335,6 @@ class PruneDepth(Pass):
 
     def _at_once(self, program: Program, blocks: Sequence[Block], context: Context) -> Program:
         """The program with the pruned forms of the blocks, whose affine maps are fitted to what they replace."""
-        if context.data is None:
-            raise BadInput("PruneDepth.repair: needs images (labels are not needed); pass data=")
         relaxed = self._relaxed(program, blocks)
         self._start(relaxed, context)
         return settle(self._relaxed(program, blocks, settled=True), relaxed)
@@ -352,6 +348,8 @@ class PruneDepth(Pass):
 
     def _start(self, relaxed: Program, context: Context) -> None:
         """Initialise what relaxation added from the dense network's values for a few batches."""
+        if self.repair and context.data is None:
+            raise BadInput("PruneDepth.repair: needs images (labels are not needed); pass data=")
         with seeded(context.seed, context.data):
             if self.ablation.fitted:
                 start_norms(relaxed, islice(Feed(relaxed).batches(context.batches), self.calibrate))

@@ -23,9 +23,8 @@ from torch import Tensor, fx
 
 from ...graph.facts import COPIES, MAPS, PARTS, VIEWS, names
 from ...graph.nodes import arguments, fetch, hint, op_name, shape
-from ...graph.program import Program
 from ...graph.trainable import TrainableModule
-from .consumers import Consumer, Removed, consumer_of, twin_of, uses_of
+from .consumers import Consumer, Pair, consumer_of, twin_of
 from .least_squares import Fit, Sums, fit
 
 OPERANDS = {"scaled_dot_product_attention": ("query", "key"), "matmul": ("self", "other"), "bmm": ("self", "mat2")}
@@ -69,38 +68,24 @@ class Logits:
         return self.rows.shape[1] ** 2
 
 
-def find_logits(
-    dense: Program,
-    smaller: TrainableModule,
-    removed: Removed,
-    same: dict[fx.Node, fx.Node],
-    sparse: set[str],
-    largest: int,
-) -> tuple[list[Logits], list[dict[str, str]]]:
+def find_logits(pair: Pair) -> tuple[list[Logits], list[dict[str, str]]]:
     """The logits whose heads lost channels, in the order they run; and rows `{"what", "why"}` for those that stay as they
-    are.
-
-    same: nodes whose values equal those of their twins. sparse: names of sparse weights. largest: how many unknowns a head
-    may have.
-    """
-    twins, uses = {node.name: node for node in dense.graph.nodes}, uses_of(smaller)
+    are."""
     consumers, refused = [], []
-    for node in smaller.graph.nodes:
-        twin = twins.get(node.name)
+    for node in pair.smaller.graph.nodes:
+        twin = pair.twins.get(node.name)
         if op_name(node) not in OPERANDS or twin is None or op_name(twin) != op_name(node):
             continue
         width, whole = (shape(arguments(n)[OPERANDS[op_name(n)][0]])[-1] for n in (node, twin))
         if width == whole:
             continue
         projection, why = _projection(node)
-        origin = twin_of(projection, twins, same)
-        consumer: Consumer | Logits | str = why or consumer_of(
-            projection, origin, dense, smaller, removed, uses, sparse, largest
-        )
+        origin = twin_of(projection, pair.twins, pair.same)
+        consumer: Consumer | Logits | str = why or consumer_of(projection, origin, pair)
         what = node.name
         if isinstance(consumer, Consumer):
             what = consumer.weight
-            if consumer.weight in sparse:
+            if consumer.weight in pair.sparse:
                 consumer = "Sparsify made the weight of the queries sparse, and a mix would fill its zeros up"
             elif arguments(projection)["bias"] is not None and consumer.bias is None:
                 consumer = "the bias of the queries is used more than once"
@@ -108,8 +93,8 @@ def find_logits(
                 consumer = "the dense network has no such layer to compare with"
             elif consumer.groups > 1 or consumer.transposed:
                 consumer = "a grouped or transposed convolution projects its queries"
-            elif width**2 > largest:
-                consumer = f"{width**2} unknowns for each head, and {largest} are the most"
+            elif width**2 > pair.largest:
+                consumer = f"{width**2} unknowns for each head, and {pair.largest} are the most"
             else:
                 consumer = _logits(node, twin, projection, consumer)
         if isinstance(consumer, Logits):

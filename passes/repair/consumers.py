@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -79,36 +80,52 @@ class Consumer:
         return y.index_select(along, torch.from_numpy(self.outputs).to(y.device))
 
 
-def find(
-    dense: Program,
-    smaller: TrainableModule,
-    removed: Removed,
-    same: dict[fx.Node, fx.Node],
-    sparse: set[str],
-    largest: int,
-) -> tuple[list[Consumer], list[dict[str, str]]]:
-    """The layers to repair, in the order they run: those that read what a removal has changed, or stand for more than
-    before; and rows `{"what", "why"}` for such layers that must stay as they are.
+@dataclass(frozen=True)
+class Pair:
+    """A smaller program beside the dense one.
 
-    same: nodes whose values equal those of the dense program, with their twins. sparse: names of weights with zeros that
-    stay. largest: how many unknowns an output may have.
+    removed: what the smaller one lost, in the numbering of the dense one. same: nodes whose values equal those of the dense
+    program, with their twins. sparse: names of weights with zeros that stay. largest: how many unknowns an output, or the
+    mix of a head, may have.
     """
-    twins = {node.name: node for node in dense.graph.nodes}
-    uses = uses_of(smaller)
+
+    dense: Program
+    smaller: TrainableModule
+    removed: Removed
+    same: dict[fx.Node, fx.Node]
+    sparse: set[str]
+    largest: int
+
+    @cached_property
+    def twins(self) -> dict[str, fx.Node]:
+        """The dense program's nodes by name."""
+        return {node.name: node for node in self.dense.graph.nodes}
+
+    @cached_property
+    def uses(self) -> dict[int, int]:
+        """See `uses_of`."""
+        return uses_of(self.smaller)
+
+
+def find(pair: Pair) -> tuple[list[Consumer], list[dict[str, str]]]:
+    """The layers to repair, in the order they run: those that read what a removal has changed, or stand for more than
+    before; and rows `{"what", "why"}` for such layers that must stay as they are."""
+    twins, same = pair.twins, pair.same
     consumers, refused = [], []
-    for node in smaller.graph.nodes:
+    for node in pair.smaller.graph.nodes:
         if op_name(node) in RECURRENT and not all(i in same for i in node.all_input_nodes):
             weight = arguments(node).get("w_ih") or arguments(node)["params"][0]
-            row = {"what": str(weight.target), "why": "a recurrence is not linear; its weights stay as they are"}
-            refused.append(row)
+            refused.append(
+                {"what": str(weight.target), "why": "a recurrence is not linear; its weights stay as they are"}
+            )
         if op_name(node) not in MAPS:
             continue
         twin = twin_of(node, twins, same)
         if arguments(node)["input"] in same and twin in (None, twins.get(node.name)):
             continue
-        consumer = consumer_of(node, twin, dense, smaller, removed, uses, sparse, largest)
+        consumer = consumer_of(node, twin, pair)
         if isinstance(consumer, Consumer):
-            consumers.append(_with_sum(consumer, twins, same, smaller) if consumer.whole else consumer)
+            consumers.append(_with_sum(consumer, pair) if consumer.whole else consumer)
         else:
             weight = arguments(node)["weight"]
             refused.append({"what": str(weight.target) if weight.op == "get_attr" else node.name, "why": consumer})
@@ -141,27 +158,25 @@ def twin_of(node: fx.Node, twins: dict[str, fx.Node], same: dict[fx.Node, fx.Nod
     return one if isinstance(one, fx.Node) else None
 
 
-def _with_sum(
-    consumer: Consumer, twins: dict[str, fx.Node], same: dict[fx.Node, fx.Node], smaller: TrainableModule
-) -> Consumer:
+def _with_sum(consumer: Consumer, pair: Pair) -> Consumer:
     """The consumer, with the addition behind it if there is one whose other operand has changed."""
     at, dense_at, norm = consumer.node, consumer.twin, None
     while len(at.users) == 1:
         before, (at,) = at, at.users
-        twin = twins.get(at.name)
+        twin = pair.twins.get(at.name)
         if twin is None or op_name(twin) != op_name(at) or dense_at not in twin.all_input_nodes:
             break
         if op_name(at) in COPIES:
             dense_at = twin
             continue
-        if norm is None and before is consumer.node and consumer.mean is not None and _invertible(at, smaller):
+        if norm is None and before is consumer.node and consumer.mean is not None and _invertible(at, pair.smaller):
             dense_at, norm = twin, at
             continue
         operands, dense_operands = at.all_input_nodes, twin.all_input_nodes
         if op_name(at) != "add" or {len(operands), len(dense_operands)} != {2}:
             break
         beside = operands[operands[0] is before]
-        unchanged = same.get(beside) is dense_operands[dense_operands[0] is dense_at]
+        unchanged = pair.same.get(beside) is dense_operands[dense_operands[0] is dense_at]
         earlier = (
             beside < consumer.node
         )  # in the order of the graph, so that its value is known when the layer is fitted
@@ -202,18 +217,9 @@ def uses_of(module: TrainableModule) -> dict[int, int]:
     return uses
 
 
-def consumer_of(
-    node: fx.Node,
-    twin: fx.Node | None,
-    dense: Program,
-    smaller: TrainableModule,
-    removed: Removed,
-    uses: dict[int, int],
-    sparse: set[str],
-    largest: int,
-) -> Consumer | str:
+def consumer_of(node: fx.Node, twin: fx.Node | None, pair: Pair) -> Consumer | str:
     """The layer as a consumer, or the reason why it cannot be repaired."""
-    a, name = arguments(node), op_name(node)
+    a, name, smaller, uses = arguments(node), op_name(node), pair.smaller, pair.uses
     weight, bias = a["weight"], a["bias"]
     if weight.op != "get_attr":
         quantised = op_name(weight) in FAKE_QUANTISATION
@@ -234,7 +240,7 @@ def consumer_of(
         return "a grouped transposed convolution"
     along = -1 if name == "linear" else 1
     into, ours, theirs = int(not transposed), list(shape(node)), list(shape(twin))
-    lost = {int(d): indices for d, indices in removed.get(str(weight.target), {}).items()}
+    lost = {int(d): indices for d, indices in pair.removed.get(str(weight.target), {}).items()}
     outputs = np.delete(np.arange(theirs.pop(along)), lost.get(1 - into, []))
     if len(outputs) != ours.pop(along):
         return "what was removed from its weight is not known"
@@ -242,17 +248,17 @@ def consumer_of(
         return "what it stands for has another size in the dense network"
     inputs = None
     if op_name(twin) == name and arguments(twin)["weight"].op == "get_attr":
-        full = fetch(dense.module(), str(arguments(twin)["weight"].target)).shape
+        full = fetch(pair.dense.module(), str(arguments(twin)["weight"].target)).shape
         kept = [np.delete(np.arange(n), lost.get(d, [])) for d, n in enumerate(full)]
         inputs = kept[into] if [len(k) for k in kept] == list(parameter.shape) else None
     alone = bias is not None and uses[id(fetch(smaller, str(bias.target)))] == 1
     unknowns, kernel = math.prod(parameter.shape[1:]), math.prod(parameter.shape[2:])
     # Without kernel positions that share it, a map between channels has as many unknowns.
-    whole = not transposed and (kernel == 1 or unknowns <= largest)
+    whole = not transposed and (kernel == 1 or unknowns <= pair.largest)
     mean = mean_behind(node, smaller, uses) if bias is None and whole else None
     if not whole and (groups > 1 or inputs is None):
-        return f"{unknowns} unknowns for each output, and {largest} are the most"
-    if not whole and str(weight.target) in sparse:
+        return f"{unknowns} unknowns for each output, and {pair.largest} are the most"
+    if not whole and str(weight.target) in pair.sparse:
         return "all kernel positions would share one map, which would fill its zeros"
     return Consumer(
         node, twin, str(weight.target), str(bias.target) if alone else None, mean, groups, outputs,

@@ -87,7 +87,9 @@ class Sums:
         # sum (x + m)(x + m)^T about its mean is sum x x^T - s s^T / n with s = sum x, which is a rounding error here.
         s, s_y = x.sum(1, dtype=torch.float64), y.sum(1, dtype=torch.float64)
         mean, mean_y = mean[:, 0].double() + s / n, mean_y[:, 0].double() + s_y / n
-        d, d_y, share = self._apart(mean, mean_y, n)
+        # Further, what the distance of both means adds (Chan et al., 1983).
+        earlier, earlier_y = self.means()
+        d, d_y, share = mean - earlier, mean_y - earlier_y, self.count * n / (self.count + n)
         right = torch.stack([s, d], 1)
         self.xx += _gram(x)
         self.xx.baddbmm_(torch.stack([-s / n, share * d], 2), right)
@@ -97,12 +99,6 @@ class Sums:
         self.count += n
         self.x += n * mean
         self.y += n * mean_y
-
-    def _apart(self, mean: Tensor, mean_y: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """How far n more rows are from these, in the means, and the factor of the products of this distance with which the
-        sums about the common mean are those about each one's own (Chan et al., 1983)."""
-        x, y = self.means()
-        return mean - x, mean_y - y, self.count * n / (self.count + n)
 
     def means(self) -> tuple[Tensor, Tensor]:
         """The means of x and y."""

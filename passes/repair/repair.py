@@ -21,7 +21,7 @@ from ..common.repeat import seeded
 from ..common.scoring import bar, evaluating
 from ..common.weights import check_included, layers, selected
 from .attention import Logits, Mixing, find_logits
-from .consumers import Consumer, Removed, choices, find, norm_of, unchanged
+from .consumers import Consumer, Pair, Removed, choices, find, norm_of, unchanged
 from .images import Images, by_sample, spread, take_images
 from .least_squares import START, Fit, Sums, fit
 from .rows import PIECE, Rows, parts, rows_of_inputs, rows_of_outputs, some_positions
@@ -139,8 +139,9 @@ class _Run:
         self.same = unchanged(dense.module(), self.module)
         self.choices = choices(dense.module(), self.module, self.same)
         self.sparse, self.start = set(sparse_weights(smaller)), START
-        consumers, self.refused = find(dense, self.module, removed, self.same, self.sparse, options.unknowns)
-        logits, unmixed = find_logits(dense, self.module, removed, self.same, self.sparse, options.unknowns)
+        pair = Pair(dense, self.module, removed, self.same, self.sparse, options.unknowns)
+        consumers, self.refused = find(pair)
+        logits, unmixed = find_logits(pair)
         self.refused += unmixed
         candidates: list[Consumer | Logits] = [*consumers, *logits]
         chosen = [c for c in candidates if selected([c.weight], options.include, options.exclude)]
@@ -203,17 +204,15 @@ class _Run:
         for node in consumer.node.all_input_nodes:
             self.smaller.hold(node)
         self.smaller.step()
-        before, why = self._outputs_apart(consumer), fitted.why_not
-        after = before
+        before = after = self._outputs_apart(consumer)
+        why = fitted.why_not
         if fitted.helps:
             parameter = fetch(self.module, consumer.weight)
             old = parameter.clone()
             self._write(consumer, fitted)
             self.smaller.again(consumer.node)
-            after, why = (
-                self._outputs_apart(consumer),
-                "the layer is no better with the map that is best for its inputs",
-            )
+            after = self._outputs_apart(consumer)
+            why = "the layer is no better with the map that is best for its inputs"
             if not after < before:
                 parameter.copy_(old)
                 self.smaller.again(consumer.node)

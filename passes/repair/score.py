@@ -93,10 +93,12 @@ class Losses:
         self.comb, self.groups, self.context, self.samples = comb, groups, context, samples
         self.unrepaired = set(unrepaired)
         self.readers, self.count = readers(comb, groups, context, samples)
+        self.prepared = {}
         for reader in self.readers:
-            if not reader.finite:
+            if reader.finite:
+                self.prepared[id(reader)] = reader.prepared()
+            else:
                 self.unrepaired |= ax.atoms([reader.axis]).keys()
-        self.prepared = {id(r): r.prepared() for r in self.readers if r.finite}
 
     def scores(self) -> dict[Factor, np.ndarray]:
         """For each group, the loss of each index for a sample when all go one after another, in the best order found, with a

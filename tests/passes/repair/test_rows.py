@@ -7,7 +7,7 @@ from torch import nn
 
 import graphcomb
 from graphcomb.graph.nodes import op_name
-from graphcomb.passes.repair.consumers import consumer_of, uses_of
+from graphcomb.passes.repair.consumers import Pair, consumer_of
 from graphcomb.passes.repair.rows import MANY, parts, rows_of_inputs, rows_of_outputs, some_positions
 
 
@@ -43,7 +43,7 @@ def test_rows_of_inputs_times_weights_are_rows_of_outputs_at_all_positions_and_a
         program = graphcomb.capture(layer.double().eval(), x)
         module = program.module()
         node = next(n for n in program.graph.nodes if op_name(n).startswith(("conv", "linear")))
-        consumer = consumer_of(node, node, program, module, {}, uses_of(module), set(), 4608)
+        consumer = consumer_of(node, node, Pair(program, module, {}, {}, set(), 4608))
         y = layer(x).detach()
         groups = consumer.groups
         weight = layer.weight.detach().flatten(1).unflatten(0, (groups, -1))
