@@ -9,8 +9,9 @@ are, with A = sum x x^T and B = sum y x^T (both about the means if there is a bi
 W = V + (B - V A) (A + lambda D)^-1,        b = mean(y) - W mean(x).
 
 The ridge is around V, so what the rows do not determine stays as it is, and W is V where V is already best. If lambda is
-not given, each half of the samples is fitted and judged on the other half. Source: ridge regression; see also OSSCAR (arXiv
-2403.12983), OBSPA (arXiv 2403.18955) for its use after pruning.
+not given, each half of the samples is fitted and judged on the other half, and inputs whose new weights gain next to nothing
+on these rows and would drown the layer on others keep theirs (`Problem.unproven`). Source: ridge regression; see also OSSCAR
+(arXiv 2403.12983), OBSPA (arXiv 2403.18955) for its use after pruning.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ WORTH = 1e-3  # a larger ridge is preferred while its loss on held-out samples i
 DECIDE = 128  # outputs whose losses decide about the ridge, if there are at least twice as many
 PANEL = 256  # columns of a product that are computed at a time
 BLOCK = 4096  # rows that are multiplied, perhaps in float32, before their sum is added in float64
+NOTHING = 1e-2  # a change that puts out less than this share of the squared error that is left gains next to nothing
 FLAT = 32  # units of rounding, of its mean, below which the deviation of an input is that of a constant
 
 
@@ -129,7 +131,8 @@ class Fit:
     """The best weights. weight: (groups, o, u). bias: (groups, o) or None. ridge: the share of the diagonal that was used.
     before, predicted: summed squared error on all rows with the old weights, and with these. held_before, held: the same on
     held-out halves, None where nothing could be held out. total: summed squared error of the best constant output, which is
-    zero where there is no bias. rows: how many there were. noise: the largest loss that may be a rounding error."""
+    zero where there is no bias. rows: how many there were. noise: the largest loss that may be a rounding error.
+    unproven: how many inputs keep their weights because the rows say too little of them."""
 
     weight: Tensor
     bias: Tensor | None
@@ -141,6 +144,7 @@ class Fit:
     total: float
     rows: int
     noise: float
+    unproven: int
 
     @property
     def helps(self) -> bool:
@@ -170,7 +174,7 @@ def fit(
     """
     rounded = any(half.rounded for half in halves)
     noise = EXACT * sum(float((half.yy + half.count * half.means()[1].square()).sum()) for half in halves)
-    judged = all(half.count > 0 for half in halves)
+    judged, cautious = all(half.count > 0 for half in halves), ridge is None
     problems = [Problem.of(half, weight, bias, fixed) for half in halves]
     whole = problems[0].add(problems[1], rounded)
     before = whole.loss_with(bias)
@@ -189,10 +193,15 @@ def fit(
     del problems
     ridge = ALONE if ridge is None else ridge
     change, whole = whole.solved(ridge, rounded)
+    unproven = torch.zeros_like(change[:, 0], dtype=torch.bool)
+    while cautious and bool((more := whole.unproven(change)).any()):
+        unproven |= more
+        change, whole = whole.without(more).solved(ridge, rounded)
     repaired = weight + change
     return Fit(
         repaired, whole.constant(repaired) if bias is not None else None, ridge, before, whole.loss(whole, change),
         before if judged else None, held, float(whole.total.sum().clamp(min=0)), int(whole.count), noise,
+        int(unproven.sum()),
     )  # fmt: skip
 
 
@@ -279,11 +288,26 @@ class Problem:
         """The problem in which inputs that only vary by rounding errors count as constant: they keep their weights."""
         diagonal = self.a.diagonal(dim1=1, dim2=2)
         least = (FLAT * torch.finfo(torch.float32 if rounded else torch.float64).eps) ** 2
-        varies = diagonal > least * (diagonal + self.count * self.x.square())
-        if bool(varies.all()):
+        return self.without(diagonal <= least * (diagonal + self.count * self.x.square()))
+
+    def without(self, which: Tensor) -> Problem:
+        """The problem in which some inputs, `(groups, u)`, keep their weights."""
+        if not bool(which.any()):
             return self
-        a = self.a * varies[:, :, None] * varies[:, None]
-        return replace(self, a=a, wanted=self.wanted * varies[:, None])
+        a = self.a * ~which[:, :, None] * ~which[:, None]
+        return replace(self, a=a, wanted=self.wanted * ~which[:, None])
+
+    def unproven(self, change: Tensor) -> Tensor:
+        """Inputs `(groups, u)` whose change puts out next to nothing on these rows, but on images where they vary as the
+        layer's inputs do on average more than the layer does, and than the old weights would.
+
+        Such are channels that are active in a few rows, which determine a weight of any size: a depthwise kernel may
+        become a thousand times as large, and no held-out row would tell.
+        """
+        varied, old = self.a.diagonal(dim1=1, dim2=2).double(), self.weight.square().sum(1)
+        new, layer = change.double().square().sum(1), self.total.sum(1, keepdim=True)
+        most = torch.maximum(varied.mean() * torch.maximum(old, old.mean(1, keepdim=True)), layer)
+        return (new * varied < NOTHING * self.loss(self, change)) & (new * varied.mean() > most)
 
     def add(self, other: Problem, rounded: bool) -> Problem:
         """The problem of the rows of both, which have the same weight."""

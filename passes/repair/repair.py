@@ -58,9 +58,9 @@ class Repair(Pass):
     closed form and `after` (measured), and `held_out` before and after, as shares of the variance of what it is fitted to
     (where nothing takes up a constant, of the mean square; None where that is zero). Of a shared map, `predicted` and
     `held_out` are those of its `inputs`. `sum` names the addition that a layer was fitted to, less its other operand,
-    `logits` the attention, `few` says what too few images mean, `kept` why a layer stayed as it was. Source:
-    least-squares reconstruction as in OSSCAR (arXiv 2403.12983) and CORP (arXiv 2602.05243); the sequential form with
-    held-out ridge is ours.
+    `logits` the attention, `unproven` how many inputs varied too little for the weights that would be best, and keep theirs,
+    `few` says what too few images mean, `kept` why a layer stayed as it was. Source: least-squares reconstruction as in
+    OSSCAR (arXiv 2403.12983) and CORP (arXiv 2602.05243); the sequential form with held-out ridge is ours.
     """
 
     samples: int = 256
@@ -422,6 +422,8 @@ def _row(consumer: Consumer, fitted: Fit, images: int) -> dict[str, Any]:
     }  # fmt: skip
     if consumer.total is not None:
         row["sum"] = consumer.total.name
+    if fitted.unproven:
+        row["unproven"] = fitted.unproven
     return row | few(rows, unknowns, images)
 
 

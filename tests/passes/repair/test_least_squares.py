@@ -114,6 +114,44 @@ def test_what_the_rows_say_nothing_of_stays_as_it_is() -> None:
     assert found.predicted <= found.before
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_an_input_of_few_rows_gets_no_weight_that_would_drown_the_layer(kind: torch.dtype) -> None:
+    """Of 2000 rows one has a little of input 6, and an output that differs by chance."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 7, generator=generator).to(kind)
+    x[:, 6] = 0
+    old = torch.randn(1, 4, 7, generator=generator, dtype=torch.float64)
+    y = x @ old[0].to(kind).T + x[:, :1] + 0.1 * torch.randn(2000, 4, generator=generator).to(kind)
+    x[100, 6], y[100] = 1e-3, y[100] + 0.3
+    zero = torch.zeros(1, 4, dtype=torch.float64)
+    halves = (sums_of(x[::2], y[::2]), sums_of(x[1::2], y[1::2]))
+    found = fit(halves, old, zero, None)
+    assert found.unproven == 1 and found.helps
+    torch.testing.assert_close(found.weight[..., 6], old[..., 6], rtol=0, atol=1e-12)
+    fixed = torch.zeros_like(old, dtype=torch.bool)
+    fixed[..., 6] = True
+    without, _ = solve(halves[0], old, zero, 0.0, fixed)
+    torch.testing.assert_close(found.weight[..., :6], without[..., :6], rtol=0, atol=0.1)  # the others are fitted
+    rest = y.double() - x.double() @ found.weight[0].T
+    assert float((rest - rest.mean(0)).square().sum()) == pytest.approx(found.predicted, rel=1e-3)
+    asked = fit(halves, old, zero, 1e-4)  # a ridge of the user's is that of the formula
+    assert asked.unproven == 0 and float((asked.weight - old)[..., 6].abs().max()) > 100
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_an_input_that_varies_little_is_solved_for_where_it_matters(noise: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 7, generator=generator, dtype=torch.float64)
+    x[:, 6] *= 1e-4
+    truth = torch.randn(1, 4, 7, generator=generator, dtype=torch.float64)
+    truth[..., 6] *= 1e4
+    y = x @ truth[0].T + noise * torch.randn(200, 4, generator=generator, dtype=torch.float64)
+    zero = torch.zeros(1, 4, dtype=torch.float64)
+    found = fit((sums_of(x[::2], y[::2]), sums_of(x[1::2], y[1::2])), torch.zeros_like(truth), zero, None)
+    assert found.unproven == 0
+    torch.testing.assert_close(found.weight, truth, rtol=noise or 1e-8, atol=noise or 1e-8)
+
+
 def test_halves_choose_a_large_ridge_where_rows_are_few_and_none_where_the_answer_is_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(24, 20, generator=generator, dtype=torch.float64)
