@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from .problems import ROUNDED, FromRows, FromSums, Problem
 
 RIDGES = (
     1e-13,
@@ -35,7 +37,6 @@ RIDGES = (
     10.0,
     100.0,
 )  # shares of the diagonal that the held-out halves choose among
-ROUNDED = 1e-5  # the least ridge for products in float32, above their rounding errors
 START = 1e-2  # the ridge where the choice begins
 ALONE = 1e-2  # the ridge for a single sample, where nothing can be held out
 EXACT = 1e-14  # a loss below this share of the outputs' squares is a rounding error
@@ -43,8 +44,6 @@ WORTH = 1e-3  # a larger ridge is preferred while its loss on held-out samples i
 DECIDE = 128  # outputs whose losses decide about the ridge, if there are at least twice as many
 PANEL = 256  # columns of a product that are computed at a time
 BLOCK = 4096  # rows that are multiplied, perhaps in float32, before their sum is added in float64
-NOTHING = 1e-2  # a change that puts out less than this share of the squared error that is left gains next to nothing
-FLAT = 32  # units of rounding, of its mean, below which the deviation of an input is that of a constant
 
 
 @dataclass
@@ -125,6 +124,68 @@ class Sums:
     def finite(self) -> bool:
         return all(bool(t.isfinite().all()) for t in (self.count, self.x, self.y, self.xx, self.yx, self.yy))
 
+    @property
+    def squares(self) -> float:
+        """The sum of the squares of all y."""
+        return float((self.yy + self.count * self.means()[1].square()).sum())
+
+    def problem(self, weight: Tensor, bias: Tensor | None, fixed: Tensor | None = None) -> Problem:
+        """What `fit` asks of these rows."""
+        a, b, total, (x, y) = self.xx, self.yx, self.yy, self.means()
+        if bias is None:
+            a, b = (
+                torch.baddbmm(products, mean[:, :, None], x[:, None], alpha=float(self.count))
+                for products, mean in ((a, x), (b, y))
+            )
+            total = total + self.count * y.square()
+            x, y = torch.zeros_like(x), torch.zeros_like(y)
+        wanted = b - weight @ a
+        before = total - (weight * (b + wanted)).sum(2)
+        problem = FromSums(weight, self.count, x, y, before, total, a, wanted, fixed)
+        return problem.without_constants(self.rounded)
+
+
+class Stack:
+    """The rows themselves, where they are fewer than the inputs: the same as `Sums`, for one process. x: (groups, n, u) and
+    y: (groups, n, o) of each addition, in float64."""
+
+    def __init__(self, groups: int, inputs: int, outputs: int, device: torch.device):
+        self.xs = [torch.zeros(groups, 0, inputs, dtype=torch.float64, device=device)]
+        self.ys = [torch.zeros(groups, 0, outputs, dtype=torch.float64, device=device)]
+        self.rounded = False
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """See `Sums.add`."""
+        self.rounded |= torch.float64 not in (x.dtype, y.dtype)
+        self.xs.append(x.double())
+        self.ys.append(y.double())
+
+    @property
+    def count(self) -> Tensor:
+        return self.xs[0].new_tensor(sum(x.shape[1] for x in self.xs))
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(t.isfinite().all()) for t in (*self.xs, *self.ys))
+
+    @property
+    def squares(self) -> float:
+        """The sum of the squares of all y."""
+        return float(sum(y.square().sum() for y in self.ys))
+
+    def problem(self, weight: Tensor, bias: Tensor | None, fixed: Tensor | None = None) -> Problem:
+        """What `fit` asks of these rows. No entry of the weight may be fixed."""
+        if fixed is not None and bool(fixed.any()):
+            raise ValueError("fixed entries need sums")
+        z, goal = torch.cat(self.xs, 1), torch.cat(self.ys, 1)
+        x, y = torch.zeros_like(z[:, 0:1].sum(1)), torch.zeros_like(goal[:, 0:1].sum(1))
+        if bias is not None:
+            x, y = z.sum(1) / self.count.clamp(min=1), goal.sum(1) / self.count.clamp(min=1)
+            z, goal = z - x[:, None], goal - y[:, None]
+        rest = goal - z @ weight.mT
+        problem = FromRows(weight, self.count, x, y, rest.square().sum(1), goal.square().sum(1), z, rest)
+        return problem.without_constants(self.rounded)
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -159,7 +220,7 @@ class Fit:
 
 
 def fit(
-    halves: tuple[Sums, Sums],
+    halves: tuple[Sums, Sums] | tuple[Stack, Stack],
     weight: Tensor,
     bias: Tensor | None,
     ridge: float | None,
@@ -173,9 +234,9 @@ def fit(
     where the choice begins; fewer are tried if it is near the best.
     """
     rounded = any(half.rounded for half in halves)
-    noise = EXACT * sum(float((half.yy + half.count * half.means()[1].square()).sum()) for half in halves)
+    noise = EXACT * sum(half.squares for half in halves)
     judged, cautious = all(half.count > 0 for half in halves), ridge is None
-    problems = [Problem.of(half, weight, bias, fixed) for half in halves]
+    problems = [half.problem(weight, bias, fixed) for half in halves]
     whole = problems[0].add(problems[1], rounded)
     before = whole.loss_with(bias)
     held: float | None = None
@@ -214,7 +275,8 @@ def _held_out(problems: list[Problem], ridge: float) -> float:
 def _decisive(whole: Problem, problems: list[Problem]) -> list[Problem]:
     """The problems with the outputs alone that lose most at present, whose losses decide about the ridge. Of few outputs,
     and where entries of the weight are fixed, all."""
-    if whole.wanted.shape[1] < 2 * DECIDE or (whole.fixed is not None and bool(whole.fixed.any())):
+    fixed = getattr(whole, "fixed", None)
+    if whole.before.shape[1] < 2 * DECIDE or (fixed is not None and bool(fixed.any())):
         return problems
     most = whole.before.topk(DECIDE).indices
     return [problem.outputs(most) for problem in problems]
@@ -250,145 +312,11 @@ def _best(
     return shares[place]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """The module's formula for some rows and any ridge: `A` and `B - V A` are computed once.
-
-    weight: V, (groups, o, u). count: number of rows. x, y: the means of inputs (groups, u) and outputs (groups, o), zeros
-    without a bias to take them up. a: A. wanted: B - V A. before, total: (groups, o), the squared error of each output with
-    V and the best constant, and with the best constant alone. fixed: entries of the weight that stay, or None. What
-    float32 cannot solve becomes NaN, if `a` and `wanted` are float32; all else is float64.
-    """
-
-    weight: Tensor
-    count: Tensor
-    x: Tensor
-    y: Tensor
-    a: Tensor
-    wanted: Tensor
-    before: Tensor
-    total: Tensor
-    fixed: Tensor | None = None
-
-    @classmethod
-    def of(cls, sums: Sums, weight: Tensor, bias: Tensor | None, fixed: Tensor | None = None) -> Problem:
-        a, b, total, (x, y) = sums.xx, sums.yx, sums.yy, sums.means()
-        if bias is None:
-            a, b = (
-                torch.baddbmm(products, mean[:, :, None], x[:, None], alpha=float(sums.count))
-                for products, mean in ((a, x), (b, y))
-            )
-            total = total + sums.count * y.square()
-            x, y = torch.zeros_like(x), torch.zeros_like(y)
-        wanted = b - weight @ a
-        before = total - (weight * (b + wanted)).sum(2)
-        return cls(weight, sums.count, x, y, a, wanted, before, total, fixed)._without_constants(sums.rounded)
-
-    def _without_constants(self, rounded: bool) -> Problem:
-        """The problem in which inputs that only vary by rounding errors count as constant: they keep their weights."""
-        diagonal = self.a.diagonal(dim1=1, dim2=2)
-        least = (FLAT * torch.finfo(torch.float32 if rounded else torch.float64).eps) ** 2
-        return self.without(diagonal <= least * (diagonal + self.count * self.x.square()))
-
-    def without(self, which: Tensor) -> Problem:
-        """The problem in which some inputs, `(groups, u)`, keep their weights."""
-        if not bool(which.any()):
-            return self
-        a = self.a * ~which[:, :, None] * ~which[:, None]
-        return replace(self, a=a, wanted=self.wanted * ~which[:, None])
-
-    def unproven(self, change: Tensor) -> Tensor:
-        """Inputs `(groups, u)` whose change puts out next to nothing on these rows, but on images where they vary as the
-        layer's inputs do on average more than the layer does, and than the old weights would.
-
-        Such are channels that are active in a few rows, which determine a weight of any size: a depthwise kernel may
-        become a thousand times as large, and no held-out row would tell.
-        """
-        varied, old = self.a.diagonal(dim1=1, dim2=2).double(), self.weight.square().sum(1)
-        new, layer = change.double().square().sum(1), self.total.sum(1, keepdim=True)
-        most = torch.maximum(varied.mean() * torch.maximum(old, old.mean(1, keepdim=True)), layer)
-        return (new * varied < NOTHING * self.loss(self, change)) & (new * varied.mean() > most)
-
-    def add(self, other: Problem, rounded: bool) -> Problem:
-        """The problem of the rows of both, which have the same weight."""
-        n, m = self.count, other.count
-        both = (n + m).clamp(min=1)
-        # Products about the common mean are those about each part's own, and those of the distance between the two.
-        x, y, share = self.x - other.x, self.y - other.y, n * m / both
-        rest = y - (self.weight @ x[..., None])[..., 0]
-        return replace(
-            self, count=n + m, x=(n * self.x + m * other.x) / both, y=(n * self.y + m * other.y) / both,
-            a=torch.baddbmm(self.a + other.a, share * x[:, :, None], x[:, None]),
-            wanted=torch.baddbmm(self.wanted + other.wanted, share * rest[:, :, None], x[:, None]),
-            before=self.before + other.before + share * rest.square(),
-            total=self.total + other.total + share * y.square(),
-        )._without_constants(rounded)  # fmt: skip
-
-    def to(self, kind: torch.dtype) -> Problem:
-        """The problem, to be solved in this dtype."""
-        return replace(self, a=self.a.to(kind), wanted=self.wanted.to(kind))
-
-    def outputs(self, which: Tensor) -> Problem:
-        """The problem for some outputs alone, `(groups, some)`, of a weight without fixed entries."""
-        weight, wanted = (t.take_along_dim(which[..., None], 1) for t in (self.weight, self.wanted))
-        y, before, total = (t.gather(1, which) for t in (self.y, self.before, self.total))
-        return replace(self, weight=weight, wanted=wanted, y=y, before=before, total=total, fixed=None)
-
-    def constant(self, weight: Tensor) -> Tensor:
-        """The best bias next to a weight."""
-        return self.y - (weight @ self.x[..., None])[..., 0]
-
-    def loss_with(self, bias: Tensor | None) -> float:
-        """The summed squared error of V and a bias on these rows."""
-        loss = self.before
-        if bias is not None:
-            loss = loss + self.count * (self.constant(self.weight) - bias).square()
-        return max(float(loss.sum()), 0.0)
-
-    def loss(self, other: Problem, change: Tensor) -> float:
-        """The summed squared error of `V + change` on these rows, with the best constant for the rows of `other`."""
-        squares = ((change @ self.a - 2 * self.wanted) * change).sum(dtype=torch.float64)
-        repaired = self.weight + change
-        offset = self.constant(repaired) - other.constant(repaired)
-        return max(float(self.before.sum() + squares + self.count * offset.square().sum()), 0.0)
-
-    def solved(self, ridge: float, rounded: bool) -> tuple[Tensor, Problem]:
-        """`W - V`, and the problem in the dtype that it was found in: float32 if `A` is rounded to that already and the
-        ridge is large enough, else float64."""
-        if rounded and ridge >= ROUNDED:
-            rough = self.to(torch.float32)
-            change = rough.change(ridge)
-            if bool(change.isfinite().all()):
-                return change, rough
-        return self.change(ridge), self
-
-    def change(self, ridge: float) -> Tensor:
-        """`W - V` for a ridge."""
-        a = self.a.clone()
-        diagonal = self.a.diagonal(dim1=1, dim2=2)
-        scale = torch.where(diagonal > 0, diagonal, 1.0)  # an input that is constant keeps its weight
-        a.diagonal(dim1=1, dim2=2).add_(scale, alpha=ridge)
-        fixed = self.fixed
-        if fixed is None or not bool(fixed.any()):
-            return _divided(a, self.wanted)
-        change = torch.zeros_like(self.wanted)
-        for group in range(len(change)):
-            # Rows with the same free entries are solved together, with these entries as unknowns.
-            patterns, which = torch.unique(~fixed[group], dim=0, return_inverse=True)
-            for i, free in enumerate(patterns):
-                rows = (which == i).nonzero()[:, 0]
-                columns = free.nonzero()[:, 0]
-                if len(columns):
-                    part = _divided(a[group][columns][:, columns][None], self.wanted[group][rows][:, columns][None])
-                    change[group][rows[:, None], columns] = part[0]
-        return change
-
-
 def solve(
     sums: Sums, weight: Tensor, bias: Tensor | None, ridge: float, fixed: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The weights and bias of the module's formula for a ridge."""
-    problem = Problem.of(sums, weight, bias, fixed)
+    problem = sums.problem(weight, bias, fixed)
     repaired = weight + problem.change(ridge)
     return repaired, None if bias is None else problem.constant(repaired)
 
@@ -404,17 +332,3 @@ def _gram(x: Tensor) -> Tensor:
         gram[:, panel, start:] = x[..., panel].mT @ x[..., start:]
         gram[:, start:, panel] = gram[:, panel, start:].mT
     return gram
-
-
-def _divided(a: Tensor, b: Tensor) -> Tensor:
-    """`b a^-1` for symmetric positive definite matrices. Where rounding made one indefinite, the pseudo-inverse is used, or
-    in float32 the result is NaN."""
-    factor, failed = torch.linalg.cholesky_ex(a)
-    if not bool(failed.any()):
-        return torch.cholesky_solve(b.transpose(1, 2), factor).transpose(1, 2)
-    if a.dtype == torch.float32:
-        return torch.full_like(b, torch.nan)
-    values, vectors = torch.linalg.eigh(a)
-    least = values[:, -1:] * a.shape[-1] * torch.finfo(a.dtype).eps
-    inverse = torch.where(values > least, 1 / values.clamp(min=1e-300), 0.0)
-    return (b @ vectors * inverse[:, None, :]) @ vectors.transpose(1, 2)

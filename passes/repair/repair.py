@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -23,7 +23,7 @@ from ..common.weights import check_included, layers, selected
 from .attention import Logits, Mixing, find_logits
 from .consumers import Consumer, Pair, Removed, choices, find, norm_of, unchanged
 from .images import Images, by_sample, spread, take_images
-from .least_squares import START, Fit, Sums, fit
+from .least_squares import START, Fit, Stack, Sums, fit
 from .rows import PIECE, Rows, parts, rows_of_inputs, rows_of_outputs, some_positions
 from .stepwise import Memory, Stepwise
 
@@ -265,13 +265,16 @@ class _Run:
         left = len(logits.rows) - len(ridges)
         return row | ({"kept": f"{left} heads are no better on held-out images"} if left else {})
 
-    def _sums(self, consumer: Consumer) -> tuple[Sums, Sums] | None:
-        """The sums over all images, for both halves; None if numbers are not finite."""
+    def _sums(self, consumer: Consumer) -> tuple[Sums, Sums] | tuple[Stack, Stack] | None:
+        """The sums over all images, or the rows if these are fewer than the inputs, for both halves; None if numbers are not
+        finite."""
         x = self.smaller.values[consumer.x]
         first = self._by_sample(consumer.x, x[0], 0)[:1]
         groups, count, unknowns = rows_of_inputs(consumer, first).shape
         outputs = self._target_rows(consumer, 0, slice(1)).shape[-1]
-        halves = tuple(Sums.zeros(groups, unknowns, outputs, first.device) for _ in range(2))
+        few = self.images.count * count < unknowns and accelerator().num_processes == 1
+        make = Stack if few and consumer.weight not in self.sparse else Sums.zeros
+        halves = tuple(make(groups, unknowns, outputs, first.device) for _ in range(2))
         waiting = [Rows(sums) for sums in halves]
         generator = torch.Generator().manual_seed(self.context.seed)
         for i in range(len(x)):
@@ -402,10 +405,13 @@ def _goals(layer: Consumer | Logits) -> tuple[fx.Node, ...]:
     return (layer.goal,) if layer.whole else (layer.goal, layer.twin)
 
 
-def _everywhere(halves: tuple[Sums, Sums]) -> tuple[Sums, Sums] | None:
+Kind = TypeVar("Kind", Sums, Stack)
+
+
+def _everywhere(halves: tuple[Kind, Kind]) -> tuple[Kind, Kind] | None:
     """The sums over all processes; None if numbers are not finite."""
-    if accelerator().num_processes > 1:
-        for sums in halves:
+    for sums in halves:
+        if isinstance(sums, Sums) and accelerator().num_processes > 1:
             sums.join(summed)
     return halves if all(sums.finite for sums in halves) else None
 

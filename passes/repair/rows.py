@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common.weights import windows
 from .consumers import Consumer
-from .least_squares import BLOCK, Sums
+from .least_squares import BLOCK, Stack, Sums
 
 MANY, ENOUGH = 1 << 14, 8  # up to `MANY` rows all are used; of more rows, `ENOUGH` for each unknown
 PIECE = 1 << 24  # numbers of unfolded inputs that are in memory at a time
@@ -71,7 +71,7 @@ def parts(half: Tensor, which: int, step: int) -> Iterator[slice | Tensor]:
 class Rows:
     """Adds rows to sums in large blocks, since each addition costs as much as some hundred rows."""
 
-    def __init__(self, sums: Sums):
+    def __init__(self, sums: Sums | Stack):
         self.sums, self.count = sums, 0
         self.waiting: list[tuple[Tensor, Tensor]] = []
 

@@ -11,15 +11,15 @@ from graphcomb.passes.repair.least_squares import (
     BLOCK,
     DECIDE,
     RIDGES,
-    ROUNDED,
     WORTH,
     Fit,
-    Problem,
+    Stack,
     Sums,
     _best,
     fit,
     solve,
 )  # fmt: skip
+from graphcomb.passes.repair.problems import ROUNDED
 
 
 def sums_of(x: torch.Tensor, y: torch.Tensor) -> Sums:
@@ -83,11 +83,62 @@ def test_losses_are_the_squared_errors_of_the_rows(seed: int, centred: bool) -> 
 def test_problems_of_two_parts_add_up_to_that_of_all_rows(seed: int, first: int, centred: bool) -> None:
     x, y = rows(seed)
     old, bias = torch.randn(1, 4, 7, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64) if centred else None
-    parts = [Problem.of(sums_of(x[part], y[part]), old, bias) for part in (slice(first), slice(first, None))]
-    both, expected = parts[0].add(parts[1], False), Problem.of(sums_of(x, y), old, bias)
+    parts = [sums_of(x[part], y[part]).problem(old, bias) for part in (slice(first), slice(first, None))]
+    both, expected = parts[0].add(parts[1], False), sums_of(x, y).problem(old, bias)
     for name in ("count", "x", "y", "a", "wanted", "before", "total"):
         ours, exact = getattr(both, name), getattr(expected, name)
         torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10 * float(exact.abs().max()), msg=name)
+
+
+def stack_of(x: torch.Tensor, y: torch.Tensor) -> Stack:
+    stack = Stack(1, x.shape[1], y.shape[1], x.device)
+    for part in (slice(0, 5), slice(5, None)):
+        stack.add(x[None, part], y[None, part])
+    return stack
+
+
+@given(st.integers(0, 10_000), st.integers(1, 19), st.booleans(), st.sampled_from([1e-3, 1e-1, 1.0, 100.0]))
+@settings(max_examples=40, deadline=None)
+def test_few_rows_say_the_same_as_their_sums(seed: int, first: int, centred: bool, ridge: float) -> None:
+    """Whatever is asked of them: alone and joined, for some outputs, without some inputs."""
+    x, y = rows(seed, 20, 30, 6)
+    x[:, 4], x[:, 5] = 3.0, x[:, 6]  # one is constant, two are the same
+    generator = torch.Generator().manual_seed(seed)
+    old = torch.randn(1, 6, 30, generator=generator, dtype=torch.float64)
+    bias = torch.randn(1, 6, generator=generator, dtype=torch.float64) if centred else None
+    kinds = [
+        [make(x[part], y[part]).problem(old, bias) for part in (slice(first), slice(first, None))]
+        for make in (sums_of, stack_of)
+    ]
+    (a, b), (c, d) = kinds
+    some, lost = torch.randperm(6, generator=generator)[None, :3], torch.rand(1, 30, generator=generator) < 0.2
+    for ours, wanted, other, same in (
+        (c, a, d, b),
+        (c.add(d, False), a.add(b, False), d, b),
+        (c.without(lost), a.without(lost), d, b),
+        tuple(p.outputs(some) for p in (c, a, d, b)),
+    ):
+        change = wanted.change(ridge)
+        torch.testing.assert_close(ours.change(ridge), change, rtol=1e-6, atol=1e-9)
+        assert ours.loss(other, change) == pytest.approx(wanted.loss(same, change), rel=1e-8, abs=1e-8)
+        assert ours.loss_with(bias if ours.y.shape[1] == 6 else None) == pytest.approx(
+            wanted.loss_with(bias if ours.y.shape[1] == 6 else None), rel=1e-8
+        )
+        torch.testing.assert_close(ours.constant(old[:, : ours.y.shape[1]]), wanted.constant(old[:, : ours.y.shape[1]]))
+        torch.testing.assert_close(ours.unproven(change), wanted.unproven(change))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ridge", [None, 0.1])
+def test_the_fit_of_few_rows_is_that_of_their_sums(kind: torch.dtype, ridge: float | None) -> None:
+    x, y = (t.to(kind) for t in rows(3, 40, 60, 300))
+    old = 0.1 * torch.randn(1, 300, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    zero = torch.zeros(1, 300, dtype=torch.float64)
+    ours, wanted = (fit((of(x[::2], y[::2]), of(x[1::2], y[1::2])), old, zero, ridge) for of in (stack_of, sums_of))
+    assert ours.ridge == wanted.ridge
+    torch.testing.assert_close(ours.weight, wanted.weight, rtol=1e-3, atol=1e-4 if kind == torch.float32 else 1e-9)
+    for name in ("before", "predicted", "held_before", "held", "total", "rows"):
+        assert getattr(ours, name) == pytest.approx(getattr(wanted, name), rel=1e-4), name
 
 
 def test_zeros_that_must_stay_stay_and_the_other_entries_solve_for_them() -> None:
@@ -126,7 +177,8 @@ def test_an_input_of_few_rows_gets_no_weight_that_would_drown_the_layer(kind: to
     zero = torch.zeros(1, 4, dtype=torch.float64)
     halves = (sums_of(x[::2], y[::2]), sums_of(x[1::2], y[1::2]))
     found = fit(halves, old, zero, None)
-    assert found.unproven == 1 and found.helps
+    assert found.unproven == 1
+    assert found.helps
     torch.testing.assert_close(found.weight[..., 6], old[..., 6], rtol=0, atol=1e-12)
     fixed = torch.zeros_like(old, dtype=torch.bool)
     fixed[..., 6] = True
@@ -135,7 +187,8 @@ def test_an_input_of_few_rows_gets_no_weight_that_would_drown_the_layer(kind: to
     rest = y.double() - x.double() @ found.weight[0].T
     assert float((rest - rest.mean(0)).square().sum()) == pytest.approx(found.predicted, rel=1e-3)
     asked = fit(halves, old, zero, 1e-4)  # a ridge of the user's is that of the formula
-    assert asked.unproven == 0 and float((asked.weight - old)[..., 6].abs().max()) > 100
+    assert asked.unproven == 0
+    assert float((asked.weight - old)[..., 6].abs().max()) > 100
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
@@ -179,7 +232,7 @@ def test_float32_rows_keep_their_digits_about_large_means(u: int) -> None:
     assert single.rounded
     assert not double.rounded
     weight, bias = torch.zeros(1, 3, u, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
-    ours, exact = (Problem.of(sums, weight, bias) for sums in (single, double))
+    ours, exact = (sums.problem(weight, bias) for sums in (single, double))
     largest = exact.a.diagonal(dim1=1, dim2=2).max()
     assert (ours.a - exact.a).abs().max() < 1e-5 * largest
     assert (ours.wanted - exact.wanted).abs().max() < 1e-5 * largest

@@ -290,6 +290,44 @@ def test_patterns_choose_what_may_change(mixed) -> None:
     assert {k for k in before if not torch.equal(before[k], after[k])} == {"body.weight", "body.bias"}
 
 
+def test_a_layer_with_more_inputs_than_rows_needs_no_matrix_of_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as the first linear layer of a VGG, which reads every channel at every position."""
+    torch.manual_seed(0)
+    body, wide = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16 * 64, 40)
+    dense = capture(nn.Sequential(body, nn.ReLU(), nn.Flatten(), wide, nn.ReLU(), nn.Linear(40, 5)), 8)
+    plain = RemoveChannels(ratio=0.25, round_to=1, include=("0.weight",))(dense).program
+    data = images(32, size=8)
+    repaired = Repair()(plain, data=data, teacher=dense)
+    zeros = repair.Sums.zeros
+
+    def make(groups: int, inputs: int, outputs: int, device: torch.device):
+        assert inputs < 100, "a matrix of all inputs"
+        return zeros(groups, inputs, outputs, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(repair.Sums, "zeros", make)
+        again = Repair()(plain, data=data, teacher=dense)
+    (row,) = (row for row in again.record["repaired"] if row["what"] == "3.weight")
+    assert row["unknowns"] == 12 * 64
+    assert row["rows"] == 32
+    assert row["after"] == pytest.approx(row["predicted"], rel=1e-6)
+    monkeypatch.setattr(repair, "Stack", zeros)
+    sums = Repair()(plain, data=data, teacher=dense)
+    (expected,) = (row for row in sums.record["repaired"] if row["what"] == "3.weight")
+    assert row["ridge"] == expected["ridge"]
+    assert row["held_out"] == pytest.approx(expected["held_out"], rel=1e-6)
+    for name, value in fetched(sums.program).items():
+        torch.testing.assert_close(fetched(again.program)[name], value, rtol=1e-6, atol=1e-8)
+    x = torch.cat(images(64, 9, size=8))
+    wanted = run(dense, x)
+    apart = [float((run(p, x) - wanted).square().mean()) for p in (plain, repaired.program)]
+    assert apart[1] < apart[0]
+
+
+def fetched(program: graphcomb.Program) -> dict[str, torch.Tensor]:
+    return dict(program.module().named_parameters())
+
+
 def test_few_images_are_said_and_the_ridge_decides() -> None:
     torch.manual_seed(0)
     dense = capture(nn.Sequential(nn.Flatten(), nn.Linear(300, 64), nn.ReLU(), nn.Linear(64, 5)))
