@@ -35,6 +35,10 @@ from .consumers import has_rows, uses_of
 from .images import by_sample, halves, spread
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # shares of the diagonal of A that the held-out halves choose among
+WIDE = (
+    4096  # inputs above which those that do not belong to a group, such as positions after flattening, share the refit
+)
+MOST = 8192  # columns above which a reader's sums would take gigabytes
 FLAT = 1e-13  # the share of its square below which the variance of an input is a rounding error
 
 
@@ -55,10 +59,11 @@ class Prepared:
 class Reader:
     """A linear layer or convolution that reads groups, with sums over rows.
 
-    axis: of its inputs. into: the dimension of its weight that they are. centred: whether a bias or a BatchNorm behind it
+    axis: of its columns, by default its inputs; see `layout`. into: the dimension of its weight that they are. centred: whether a bias or a BatchNorm behind it
     takes up a constant. weight: (o * kernel, c), float64. shape, dtype: of the network's weight. Sums in float64, for each
     half of the samples: count (2), x (2, c), xx (2, c, c). Sums over all samples: sensitivity (o), the squared gradients at
-    the outputs; coherent (2), see `sense`. samples: the number of all samples, 0 before the sums are complete.
+    the outputs; coherent (2), see `sense`. samples: the number of all samples, 0 before the sums are complete. sizes, kept:
+    the parts that the inputs are a product of, and which of them are columns; the others count as kernel positions.
     """
 
     node: fx.Node
@@ -73,6 +78,8 @@ class Reader:
     xx: Tensor
     sensitivity: Tensor
     coherent: Tensor
+    sizes: tuple[int, ...]
+    kept: tuple[int, ...]
     samples: int = 0
 
     @classmethod
@@ -80,15 +87,16 @@ class Reader:
         """The reader of a node out of `refittable`."""
         a = arguments(node)
         stored = fetch(comb.module, str(a["weight"].target)).detach()
-        tensor = stored.double()
         into = 0 if op_name(node).startswith("conv_transpose") else 1
-        size, outputs = tensor.shape[into], tensor.shape[1 - into]
-        flat = tensor.movedim(into, -1).reshape(-1, size)
+        axis, sizes, kept = layout(comb, node)
+        flat = _columns(stored.double().movedim(into, -1), sizes, kept)
+        flat = flat.reshape(-1, flat.shape[-1])
+        size, outputs = flat.shape[-1], stored.shape[1 - into]
         behind = [op_name(u) for u in node.users] == ["batch_norm"]
         return cls(
-            node, comb.axes[a["input"]][-1 if op_name(node) == "linear" else 1], into, a["bias"] is not None or behind,
-            flat, tensor.shape, stored.dtype, flat.new_zeros(2), flat.new_zeros(2, size),
-            flat.new_zeros(2, size, size), flat.new_zeros(outputs), flat.new_zeros(2),
+            node, axis, into, a["bias"] is not None or behind, flat, stored.shape, stored.dtype, flat.new_zeros(2),
+            flat.new_zeros(2, size), flat.new_zeros(2, size, size), flat.new_zeros(outputs), flat.new_zeros(2),
+            sizes, kept,
         )  # fmt: skip
 
     @property
@@ -101,7 +109,8 @@ class Reader:
         return all(bool(t.isfinite().all()) for t in self.sums)
 
     def add(self, rows: Tensor, half: Tensor) -> None:
-        """Add the inputs of a batch. rows: (entries, positions, c). half: the half of each entry."""
+        """Add the inputs of a batch. rows: (entries, positions, inputs). half: the half of each entry."""
+        rows = _columns(rows, self.sizes, self.kept).flatten(1, -2)
         for k in range(2):
             part = rows[half == k].flatten(0, 1)
             self.count[k] += len(part)
@@ -151,16 +160,47 @@ class Reader:
         rest = torch.linalg.solve(inverse[s][:, s], inverse[s])  # (k, c), identity at s: what the others do not predict
         flat = -self.weight[:, s] @ rest
         outputs, kernel = len(self.sensitivity), self.shape[2:]
-        change = flat.reshape(outputs, *kernel, -1).movedim(-1, self.into)
+        change = flat.reshape(outputs, *kernel, -1)
+        if len(self.sizes) > 1:
+            order = _order(self.sizes, self.kept)
+            change = flat.reshape(outputs, *(self.sizes[i] for i in order))
+            change = change.permute(0, *(1 + order.index(i) for i in range(len(order)))).flatten(1)
+        change = change.movedim(-1, self.into)
         if not self.centred or self.into == 0:  # what a transposed convolution adds up differs between positions
             return change, flat.new_zeros(outputs)
         mean = self.x[half] / self.count[half].clamp(min=1)
         return change, -(flat @ mean).unflatten(0, (outputs, -1)).sum(1)
 
 
+def layout(comb: Comb, node: fx.Node) -> tuple[Axis, tuple[int, ...], tuple[int, ...]]:
+    """The axis of a reader's columns, the sizes of the parts that its inputs are a product of, and which of these parts are
+    columns: all inputs are one part, but of a linear layer with more than `WIDE` only those that can lose indices."""
+    axis = ax.normal(comb.axes[arguments(node)["input"]][-1 if op_name(node) == "linear" else 1])
+    if op_name(node) != "linear" or ax.size(axis) <= WIDE:
+        return axis, (ax.size(axis),), (0,)
+    groups = {g.atom: None for g in comb.groups if g.frozen is None}
+    free = tuple(i for i, factor in enumerate(axis) if ax.touches([factor], groups))
+    if len(free) in (0, len(axis)):
+        return axis, (ax.size(axis),), (0,)
+    return [axis[i] for i in free], tuple(factor.size for factor in axis), free
+
+
+def _order(sizes: tuple[int, ...], kept: tuple[int, ...]) -> list[int]:
+    return [i for i in range(len(sizes)) if i not in kept] + list(kept)
+
+
+def _columns(inputs: Tensor, sizes: tuple[int, ...], kept: tuple[int, ...]) -> Tensor:
+    """A tensor whose last dimension is a reader's inputs, with its columns there instead, and before it the other parts."""
+    if len(sizes) == 1:
+        return inputs
+    before, order = inputs.dim() - 1, _order(sizes, kept)
+    parts = inputs.unflatten(-1, sizes).permute(*range(before), *(before + i for i in order))
+    return parts.flatten(before + len(order) - len(kept))
+
+
 def refittable(comb: Comb) -> list[fx.Node]:
     """The linear layers and convolutions whose weight a repair may change freely: a parameter that is read once, by all
-    outputs alike, and has no zeros that must stay."""
+    outputs alike, has no zeros that must stay, and at most `MOST` columns."""
     uses, sparse, found = uses_of(comb.module), sparse_weights(comb.program), []
     for node in comb.module.graph.nodes:
         if op_name(node) not in MAPS or not has_rows(node):
@@ -170,7 +210,7 @@ def refittable(comb: Comb) -> list[fx.Node]:
         free = (
             isinstance(weight, torch.nn.Parameter) and uses[id(weight)] == 1 and str(a["weight"].target) not in sparse
         )
-        if free and a.get("groups", 1) == 1:
+        if free and a.get("groups", 1) == 1 and ax.size(layout(comb, node)[0]) <= MOST:
             found.append(node)
     return found
 

@@ -270,6 +270,57 @@ def test_an_axis_that_no_linear_layer_reads_is_scored_in_the_same_unit() -> None
     assert result.removed
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_a_wide_layer_after_flattening_is_scored_like_the_kernel_that_it_is(
+    monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    """With channels first or last; its columns are channels then, of which there are few."""
+    torch.manual_seed(0)
+    body, wide = nn.Conv2d(3, 12, 3, padding=1), nn.Linear(12 * 20, 7)
+    kernel = nn.Conv2d(12, 7, (4, 5))
+    kernel.bias = wide.bias
+    with torch.no_grad():
+        weight = wide.weight.unflatten(1, (4, 5, 12)).movedim(-1, 1) if last else wide.weight.unflatten(1, (12, 4, 5))
+        kernel.weight.copy_(weight)
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.wide = body, wide
+
+        def forward(self, x):
+            x = self.body(x).relu()
+            return self.wide((x.permute(0, 2, 3, 1) if last else x).flatten(1))
+
+    generator = torch.Generator().manual_seed(1)
+    data = list(torch.randn(48, 3, 4, 5, dtype=torch.float64, generator=generator).split(16))
+    found = []
+    for model in (Flat(), nn.Sequential(body, nn.ReLU(), kernel, nn.Flatten())):
+        program = graphcomb.capture(model.double().eval(), torch.zeros(2, 3, 4, 5).double(), dynamic_shapes="batch")
+        monkeypatch.setattr(readers, "WIDE", 100)
+        combed = graphcomb.comb(program)
+        groups = [g for g in combed.groups if g.frozen is None]
+        losses = losses_of(combed, groups, Context(data=data), 48)
+        (reader,) = losses.readers
+        assert reader.xx.shape == (2, 12, 12)
+        (group,) = groups
+        scores = losses.scores()[group.atom]
+        mask = scores > np.median(scores)
+        found.append((scores, losses.swapped({group.atom: mask})[0][group.atom]))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-9)
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+def test_layers_whose_sums_would_take_gigabytes_are_scored_by_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MOST", 9)
+    found = comb(network())
+    group = next(g for g in found.groups if g.frozen is None)
+    losses = losses_of(found, [group], Context(data=batches()), 200)
+    assert not losses.readers
+    assert np.isinf(losses.scores()[group.atom]).all()
+    assert np.isfinite(importance_of("repair")(found, [group], Context(data=batches()), 200)[group.atom]).all()
+
+
 def test_entries_of_an_image_belong_to_one_half() -> None:
     half = torch.tensor([0, 1, -1])
     assert images.spread(half, 6).tolist() == [0, 0, 1, 1, -1, -1]
