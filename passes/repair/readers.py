@@ -59,11 +59,11 @@ class Prepared:
 class Reader:
     """A linear layer or convolution that reads groups, with sums over rows.
 
-    axis: of its columns, by default its inputs; see `layout`. into: the dimension of its weight that they are. centred: whether a bias or a BatchNorm behind it
-    takes up a constant. weight: (o * kernel, c), float64. shape, dtype: of the network's weight. Sums in float64, for each
-    half of the samples: count (2), x (2, c), xx (2, c, c). Sums over all samples: sensitivity (o), the squared gradients at
-    the outputs; coherent (2), see `sense`. samples: the number of all samples, 0 before the sums are complete. sizes, kept:
-    the parts that the inputs are a product of, and which of them are columns; the others count as kernel positions.
+    axis: of its columns. into: the dimension of its weight that its inputs are. sizes, kept: see `layout`. centred: whether
+    a bias or a BatchNorm behind it takes up a constant. weight: (o * kernel, c), float64. shape, dtype: of the network's
+    weight. Sums in float64, for each half of the samples: count (2), x (2, c), xx (2, c, c). Sums over all samples:
+    sensitivity (o), the squared gradients at the outputs; coherent (2), see `sense`. samples: the number of all samples, 0
+    before the sums are complete.
     """
 
     node: fx.Node
@@ -174,7 +174,8 @@ class Reader:
 
 def layout(comb: Comb, node: fx.Node) -> tuple[Axis, tuple[int, ...], tuple[int, ...]]:
     """The axis of a reader's columns, the sizes of the parts that its inputs are a product of, and which of these parts are
-    columns: all inputs are one part, but of a linear layer with more than `WIDE` only those that can lose indices."""
+    columns: all inputs are one part, but of a linear layer with more than `WIDE` only those that can lose indices. The
+    others, such as positions, count as kernel positions, which share the refit."""
     axis = ax.normal(comb.axes[arguments(node)["input"]][-1 if op_name(node) == "linear" else 1])
     if op_name(node) != "linear" or ax.size(axis) <= WIDE:
         return axis, (ax.size(axis),), (0,)
