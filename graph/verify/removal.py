@@ -21,8 +21,12 @@ def removed_since(before: Program, result: Any) -> Removed:
     history, past = getattr(result.program, "history", []), len(before.history)
     since = history[past:] if history[:past] == before.history else []
     steps = [record["removed"] for record in since if record.get("removed")]
-    if len(steps) < 2:
-        return result.removed
+    return composed(before, steps) if len(steps) > 1 else result.removed
+
+
+def composed(before: Program, steps: Sequence[Removed]) -> dict[str, dict[int, list[int]]]:
+    """One removal that stands for several, one after the other, in the numbering of the program before the first. Raises
+    BadInput if they do not fit it."""
     tensors = tensors_of(before)
     left: dict[tuple[str, int], np.ndarray] = {}
     for step in steps:

@@ -13,7 +13,7 @@ from ...graph.errors import BadInput
 from ...graph.nodes import arguments, fetch
 from ...graph.program import Program
 from ...graph.sparse import sparse_weights
-from ...graph.verify.removal import removed_since
+from ...graph.verify.removal import composed
 from ..base import Change, Context, Pass, PassResult, check_field
 from ..common.feed import check_inputs
 from ..common.processes import accelerator, placed, summed
@@ -118,11 +118,13 @@ class Repair(Pass):
 
 
 def since(dense: Program, program: Program) -> Removed:
-    """What the passes since the dense program removed, in the dense program's numbering."""
-    steps = [record["removed"] for record in program.history[len(dense.history) :] if record.get("removed")]
-    last = {name: {int(d): list(i) for d, i in lost.items()} for name, lost in (steps[-1] if steps else {}).items()}
-    removed = removed_since(dense, PassResult(program, {}, last))
-    return {name: {d: list(indices) for d, indices in lost.items()} for name, lost in removed.items()}
+    """What the passes removed since both programs were one, in the dense program's numbering. Raises BadInput if the dense
+    program lost something of its own."""
+    pairs = zip(dense.history, program.history, strict=False)
+    common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(dense.history), len(program.history)))
+    if any(record.get("removed") for record in dense.history[common:]):
+        raise BadInput("teacher: it lost channels that the program still has; pass the network that was pruned")
+    return composed(dense, [record["removed"] for record in program.history[common:] if record.get("removed")])
 
 
 class _Run:

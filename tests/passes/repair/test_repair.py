@@ -268,6 +268,20 @@ def test_a_teacher_with_other_inputs_is_refused(mixed) -> None:
             make(pruned, data=images(), teacher=other)
 
 
+def test_a_dense_network_with_a_history_of_its_own_is_compared_with_all_that_was_removed(mixed) -> None:
+    """Such as one that was trained further after the program was pruned from it."""
+    once = RemoveChannels(ratio=0.25, round_to=2)(mixed).program
+    twice = RemoveChannels(ratio=0.25, round_to=2)(once).program
+    wanted = Repair()(twice, data=images(), teacher=mixed)
+    trained = mixed.copy()
+    trained.history.append({"pass": "Distill"})
+    result = Repair()(twice, data=images(), teacher=trained)
+    assert not result.record["refused"]
+    assert result.record["repaired"] == wanted.record["repaired"]
+    with pytest.raises(BadInput, match=r"^teacher: it lost channels that the program still has"):
+        Repair()(RemoveChannels(ratio=0.5, round_to=2)(mixed).program, data=images(), teacher=once)
+
+
 def test_zeros_of_sparsify_stay_zero_and_the_others_make_up_for_what_is_gone() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
