@@ -57,7 +57,9 @@ def tune(
     - data: batches of images; labels are not needed.
     - latency: largest time of a run, as a share of the dense program's time or as a time such as "3.5 ms". loss: instead of
       it, the largest divergence from the dense network in nats, or points of the metric such as "0.5 points" (hundredths of
-      it), which need labelled data, `val=`. The networks that are built are scored on it.
+      it), which need labelled data, `val=`. The networks that are built are scored on it. An output of shape (samples, k)
+      counts as class scores, whose divergence does not see what is added to all k; for others, such as coordinates, give
+      points of a metric.
     - target, precision: device and precision.
     - table: source of the times of layers: "roofline" (the target's data sheet), results of a bench bundle, which calibrate
       the roofline, or a file of measured layers, which is created and completed as needed. None uses a file in the cache

@@ -105,7 +105,8 @@ class Problem(ABC):
         """
         old, new, usual = self.weight.square().sum(1), change.double().square().sum(1), self.varied.mean()
         most = torch.maximum(usual * torch.maximum(old, old.mean(1, keepdim=True)), self.total.sum(1, keepdim=True))
-        return (new * self.varied < NOTHING * self.loss(self, change)) & (new * usual > most)
+        large = new * usual > most
+        return large & (new * self.varied < NOTHING * self.loss(self, change)) if bool(large.any()) else large
 
     def _joined(self, other: Self) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
         """The fields for the rows of both, the distances of their means, `x` and `y - V x`, and the weight that products of
