@@ -146,8 +146,10 @@ class Sums:
 
 
 class Stack:
-    """The rows themselves, where they are fewer than the inputs: the same as `Sums`, for one process. x: (groups, n, u) and
-    y: (groups, n, o) of each addition, in float64."""
+    """The rows themselves, where they are fewer than the inputs; in one process they serve as `Sums` do.
+
+    xs: (groups, n, u) and ys: (groups, n, o) of each addition, in float64.
+    """
 
     def __init__(self, groups: int, inputs: int, outputs: int, device: torch.device):
         self.xs = [torch.zeros(groups, 0, inputs, dtype=torch.float64, device=device)]
@@ -178,9 +180,10 @@ class Stack:
         if fixed is not None and bool(fixed.any()):
             raise ValueError("fixed entries need sums")
         z, goal = torch.cat(self.xs, 1), torch.cat(self.ys, 1)
-        x, y = torch.zeros_like(z[:, 0:1].sum(1)), torch.zeros_like(goal[:, 0:1].sum(1))
-        if bias is not None:
-            x, y = z.sum(1) / self.count.clamp(min=1), goal.sum(1) / self.count.clamp(min=1)
+        if bias is None:
+            x, y = torch.zeros_like(z.sum(1)), torch.zeros_like(goal.sum(1))
+        else:
+            x, y = (rows.sum(1) / self.count.clamp(min=1) for rows in (z, goal))
             z, goal = z - x[:, None], goal - y[:, None]
         rest = goal - z @ weight.mT
         problem = FromRows(weight, self.count, x, y, rest.square().sum(1), goal.square().sum(1), z, rest)
