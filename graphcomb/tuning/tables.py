@@ -182,7 +182,8 @@ class TuningTables:
 
     def _layers(self, tuner: Tuner, built: Built) -> list[LayerRow]:
         """Return the rows of a plan for the precisions of layers, and for 2:4 sparse weights."""
-        problem, variants, whole = self.tables.problem, self.tables.times.variants, self.tables.problem.whole()
+        problem = self.tables.problem.saving(tuner.correction.saved)
+        variants, whole = self.tables.times.variants, problem.whole()
         scale, fixed = 1e3 * tuner.correction.seconds, self.tables.fixed
         plain, rows = problem.seconds(whole), []
 

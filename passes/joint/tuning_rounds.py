@@ -4,7 +4,8 @@ Losses do not add up and predicted times are off, so the chosen network is built
 The first round also builds the networks that widths, blocks, precision and sparsity alone would give for the same budget:
 the ratios of their measured to their predicted losses scale the losses of each kind, on which the choice between them
 depends; a kind that cannot reach the budget alone is taken to be as far off as the others. The ratio of measured to
-predicted time scales the budget; where that leads back to a network that was built, a choice between the slowest network
+predicted time scales the budget, or, of a network with variants of layers such as INT8, what these save: of them tables know
+least, and what they save too little must not make narrow layers seem slow. Where that leads back to a network that was built, a choice between the slowest network
 within the budget and the fastest beyond it is tried. A method alone whose first network comes near the best gets rounds of
 its own. The best network within the budget wins, those of the single methods and of other budgets included; so of several
 budgets all have to be built for (`within`, `losing`) before one of them is answered (`best`, `fastest`).
@@ -33,7 +34,9 @@ from .tables import Tables
 ROUNDS = 3
 OVER = 1.02  # a time of up to this multiple of a budget is within it, since repeated measurements differ
 NEAR = 0.1  # share of a budget by which the achieved latency may be off before the run says that it missed
-METHODS = ("widths", "blocks", "precision", "sparsity")  # each of which may decide alone
+VARIANTS = ("precision", "sparsity")
+METHODS = ("widths", "blocks", *VARIANTS)  # each of which may decide alone
+LITTLE, MOST = 0.05, 2.0  # the share of the time below which what variants save is not corrected, the largest factor
 NATS = 0.01  # of divergence for a point of accuracy, as a first guess; a small ResNet lost a point for 0.01 to 0.02
 RIVAL = (
     2.0  # times the loss of the best network that the first one of a method alone may have for it to get further rounds
@@ -74,9 +77,11 @@ class Built:
 
 @dataclass
 class Correction:
-    """The factors by which the tables are multiplied: of seconds, and of the losses of each kind of change."""
+    """The factors by which the tables are multiplied: of seconds, of the seconds that variants of layers save, and of the
+    losses of each kind of change."""
 
     seconds: float = 1.0
+    saved: float = 1.0
     losses: dict[str, float] = field(default_factory=lambda: dict.fromkeys(METHODS, 1.0))
 
 
@@ -140,10 +145,17 @@ class Tuner:
 
     def _rounds(self, budget: float, how: str) -> Iterator[Built]:
         """Choose, build and measure until the choice does not change; yields the networks. Raises Unreachable."""
-        tried: list[Built] = []
-        builds, inside, outside = 0, 0.0, math.inf  # table seconds of the slowest within the budget, the fastest beyond
+        tried: list[tuple[Solved, Built]] = []
+        builds = 0
         while builds < self.rounds:
             limit = budget / self.correction.seconds
+            seconds = [
+                (self._again(how, solved).seconds, network.seconds <= OVER * budget) for solved, network in tried
+            ]
+            inside = max(
+                (s for s, within in seconds if within), default=0.0
+            )  # by the tables, the slowest within the budget
+            outside = min((s for s, within in seconds if not within), default=math.inf)  # and the fastest beyond it
             if inside and outside < math.inf and not inside < limit < outside:
                 limit = math.sqrt(inside * outside)  # no one factor fits both networks; try between them
             solved = self._choose(how, limit)
@@ -151,17 +163,30 @@ class Tuner:
                 raise self._unreachable(self._problem(how), budget)
             if solved is None:
                 break
-            before, expected = len(self.built), self.correction.seconds * solved.seconds
+            before = len(self.built)
             network = self._built(solved, how)
-            if any(network is t for t in tried):
+            if any(network is t for _, t in tried):
                 break
             builds += len(self.built) > before
-            within = network.seconds <= OVER * budget
-            inside = max(inside, solved.seconds) if within else inside
-            outside = outside if within else min(outside, solved.seconds)
-            self.correction.seconds *= network.seconds / expected
-            tried.append(network)
+            self._correct_times(solved, network.seconds)
+            tried.append((solved, network))
             yield network
+
+    def _correct_times(self, solved: Solved, measured: float) -> None:
+        """Correct the tables so that they say what was measured of a choice, whose seconds are theirs at present."""
+        problem = self._problem("joint")
+        plain = self.tables.seconds(decision(problem, problem.plain(solved.choice)))
+        saved, factor = plain - solved.seconds, 1.0
+        if saved >= LITTLE * plain:
+            factor = (plain - measured / self.correction.seconds) / saved  # below 0 if it is slower than without
+            factor = min(max(factor, -MOST), MOST)
+            self.correction.saved *= factor
+        self.correction.seconds = measured / (plain - factor * saved)
+
+    def _again(self, how: str, solved: Solved) -> Solved:
+        """An earlier choice, with the seconds that the tables say now."""
+        problem = self._problem(how)
+        return replace(solved, seconds=self._seconds(problem, replace(solved, seconds=problem.seconds(solved.choice))))
 
     def losing(self, loss: float, lost: Callable[[Program], float] | None = None) -> Built:
         """The fastest network that loses no more than `loss`: in nats, or by another measure of a program, `lost`, such as
@@ -190,7 +215,7 @@ class Tuner:
 
     def _problem(self, how: str) -> Problem:
         """The choice to make, by the losses known and corrected by now."""
-        problem = self.tables.problem.scaled(self.correction.losses)
+        problem = self.tables.problem.scaled(self.correction.losses).saving(self.correction.saved)
         return problem if how == "joint" else problem.only(how)
 
     def _solved(self, problem: Problem, **limit: float) -> Solved | None:
@@ -259,6 +284,8 @@ class Tuner:
             if solved is None:
                 continue
             networks[how] = network = self._built(solved, how)
+            if how in VARIANTS:
+                self._correct_times(solved, network.seconds)
             if solved.loss > 0 and 0 < network.loss < math.inf:
                 factors[how] = network.loss / solved.loss
         # Losses that are added up are mostly too small, the more so the more goes. If a kind that cannot reach the budget

@@ -104,6 +104,20 @@ class Problem:
         removals = tuple(replace(b, loss=factors.get("blocks", 1.0) * b.loss) for b in self.blocks)
         return replace(self, axes=axes, blocks=removals)
 
+    def saving(self, factor: float) -> Problem:
+        """The problem in which variants of layers save so many times the seconds that they save here."""
+        if factor == 1.0:
+            return self
+        terms = []
+        for term in self.terms:
+            seconds = term.seconds
+            for d, place in enumerate(term.axes):
+                if self.axes[place].kind != "widths":
+                    plain = seconds.take([-1], d)
+                    seconds = plain + factor * (seconds - plain)
+            terms.append(replace(term, seconds=seconds))
+        return replace(self, terms=tuple(terms))
+
     def only(self, *kinds: str) -> Problem:
         """The problem in which only axes of these kinds, or "blocks", may change; decisions by hand stay."""
         axes = tuple(a if a.kind in kinds or a.fixed else replace(a, allowed=(len(a.sizes) - 1,)) for a in self.axes)

@@ -158,6 +158,41 @@ def test_a_method_alone_that_loses_less_but_missed_the_budget_gets_rounds_of_its
     assert found.loss == Tuner(tables, lambda decided: decided, time).within(60.0, "widths").loss
 
 
+@pytest.mark.parametrize(
+    ("real", "within"), [(1.3, 35.0), (1.0, 35.0), (0.75, 35.0), (0.75, 80.0), (0.5, 60.0), (0.3, 60.0)]
+)
+def test_what_int8_saves_less_than_its_table_says_does_not_make_widths_seem_slow(real: float, within: float):
+    """A group of 30 to 100 indices, each a second. The tables think that INT8 takes half of the time; it takes `real` of it.
+    One factor for all times would rule out 35 indices in floating point, if INT8 makes the network slower."""
+    sizes = tuple(range(30, 101))
+    axis = Axis("group", sizes, tuple(1.0 - n / 100 for n in sizes))
+    variant = Axis("int8 layer", (0, 1), (0.01, 0.0), kind="precision", members=("layer",), option="int8")
+    table = np.array(sizes, dtype=float)[:, None] * [0.5, 1.0]
+    problem = Problem((axis, variant), (), (Term((0, 1), table),))
+
+    def seconds(decided: Decision) -> float:
+        return float(decided.widths.get("group", 100))
+
+    def time(decided: Decision) -> Time:
+        return Time(*(seconds(decided) * (real if decided.precisions else 1.0),) * 3)
+
+    def loss(decided: Decision) -> float:
+        return 1 - seconds(decided) / 100 + (0.01 if decided.precisions else 0.0)
+
+    tables = SimpleNamespace(
+        guessed=lambda choice: [], problem=problem, times=SimpleNamespace(whole=100.0), seconds=seconds, fixed=Fixed(),
+        losses=SimpleNamespace(divergence=loss),
+        space=SimpleNamespace(program=Decision(), connects=lambda gone: True, refused={}, groups=[1], blocks=[]),
+    )  # fmt: skip
+    tuner = Tuner(tables, lambda decided: decided, time)
+    found = tuner.within(within)
+    assert found.seconds <= OVER * within
+    choices = [Decision(widths={"group": n}, precisions=p) for n in sizes for p in ({}, {"layer": "int8"})]
+    best = min(loss(d) for d in choices if time(d).seconds <= within)
+    assert found.loss <= best + 0.05
+    assert tuner.correction.seconds == pytest.approx(1.0)
+
+
 def test_a_choice_whose_structure_is_slow_does_not_make_the_budget_unreachable():
     """The tables say one second for each index. By the structure of the program, 15 indices take 40 s and 10 take 18 s. What
     15 indices exceed the budget by would be enough to rule out 10 of them, too."""

@@ -131,3 +131,27 @@ def test_large_networks_take_less_than_a_minute(blocks, inner, stages):
         print(f"{share}: {time.process_time() - start:.1f} s, gap {answer.gap:.1e}, loss {answer.loss:.3f}")
         assert answer.gap <= 1e-6
         assert time.process_time() - start < 60
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("factor", [-0.5, 0.0, 0.4, 1.0, 2.0])
+def test_variants_may_save_more_or_less(seed: int, factor: float) -> None:
+    """Every choice takes what it takes without variants, less the factor times what they save."""
+    draw = np.random.default_rng(seed)
+    axes = (
+        Axis("a", (1, 2, 3), (2.0, 1.0, 0.0)),
+        Axis("int8", (0, 1), (0.1, 0.0), kind="precision"),
+        Axis("int8 in the block", (0, 1), (0.1, 0.0), block=0, kind="precision"),
+    )
+    terms = (
+        Term((0, 1), draw.random((3, 2))),
+        Term((1,), np.array([draw.random(), 0.0])),
+        Term((2,), draw.random(2), block=0),
+        Term((0,), draw.random(3), block=0, gone=True),
+    )
+    problem = Problem(axes, (Removal("block", 1.0),), terms, 0.5)
+    for choice in every_choice(problem):
+        plain = problem.seconds(problem.plain(choice))
+        wanted = plain - factor * (plain - problem.seconds(choice))
+        assert problem.saving(factor).seconds(choice) == pytest.approx(wanted)
+        assert problem.saving(factor).loss(choice) == problem.loss(choice)
