@@ -4,11 +4,12 @@ Losses do not add up and predicted times are off, so the chosen network is built
 The first round also builds the networks that widths, blocks, precision and sparsity alone would give for the same budget:
 the ratios of their measured to their predicted losses scale the losses of each kind, on which the choice between them
 depends; a kind that cannot reach the budget alone is taken to be as far off as the others. The ratio of measured to
-predicted time scales the budget, or, of a network with variants of layers such as INT8, what these save: of them tables know
-least, and what they save too little must not make narrow layers seem slow. Where that leads back to a network that was built, a choice between the slowest network
-within the budget and the fastest beyond it is tried. A method alone whose first network comes near the best gets rounds of
-its own. The best network within the budget wins, those of the single methods and of other budgets included; so of several
-budgets all have to be built for (`within`, `losing`) before one of them is answered (`best`, `fastest`).
+predicted time scales the budget, or, of a network with variants of layers such as INT8, what these save: of them tables
+know least, and where they save less than that, narrow layers must not seem slow. Where the correction leads back to a
+network that was built, a choice between the slowest network within the budget and the fastest beyond it is tried. A method
+alone whose first network comes near the best gets rounds of its own. The best network within the budget wins, those of the
+single methods and of other budgets included; so of several budgets all have to be built for (`within`, `losing`) before one
+of them is answered (`best`, `fastest`).
 """
 
 from __future__ import annotations
