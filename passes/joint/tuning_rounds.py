@@ -150,13 +150,10 @@ class Tuner:
         builds = 0
         while builds < self.rounds:
             limit = budget / self.correction.seconds
-            seconds = [
-                (self._again(how, solved).seconds, network.seconds <= OVER * budget) for solved, network in tried
-            ]
-            inside = max(
-                (s for s, within in seconds if within), default=0.0
-            )  # by the tables, the slowest within the budget
-            outside = min((s for s, within in seconds if not within), default=math.inf)  # and the fastest beyond it
+            seconds = [(self._now(solved), network.seconds <= OVER * budget) for solved, network in tried]
+            # By the tables, the slowest within the budget and the fastest beyond it.
+            inside = max((s for s, within in seconds if within), default=0.0)
+            outside = min((s for s, within in seconds if not within), default=math.inf)
             if inside and outside < math.inf and not inside < limit < outside:
                 limit = math.sqrt(inside * outside)  # no one factor fits both networks; try between them
             solved = self._choose(how, limit)
@@ -175,19 +172,19 @@ class Tuner:
 
     def _correct_times(self, solved: Solved, measured: float) -> None:
         """Correct the tables so that they say what was measured of a choice, whose seconds are theirs at present."""
-        problem = self._problem("joint")
-        plain = self.tables.seconds(decision(problem, problem.plain(solved.choice)))
-        saved, factor = plain - solved.seconds, 1.0
+        problem, factor = self._problem("joint"), 1.0
+        saved = problem.seconds(problem.plain(solved.choice)) - problem.seconds(solved.choice)
+        plain = solved.seconds + saved
         if saved >= LITTLE * plain:
             factor = (plain - measured / self.correction.seconds) / saved  # below 0 if it is slower than without
             factor = min(max(factor, -MOST), MOST)
             self.correction.saved *= factor
         self.correction.seconds = measured / (plain - factor * saved)
 
-    def _again(self, how: str, solved: Solved) -> Solved:
-        """An earlier choice, with the seconds that the tables say now."""
-        problem = self._problem(how)
-        return replace(solved, seconds=self._seconds(problem, replace(solved, seconds=problem.seconds(solved.choice))))
+    def _now(self, solved: Solved) -> float:
+        """The seconds that the tables, as they are corrected by now, say of an earlier choice."""
+        problem = self._problem("joint")
+        return self._seconds(problem, replace(solved, seconds=problem.seconds(solved.choice)))
 
     def losing(self, loss: float, lost: Callable[[Program], float] | None = None) -> Built:
         """The fastest network that loses no more than `loss`: in nats, or by another measure of a program, `lost`, such as

@@ -278,8 +278,7 @@ def _held_out(problems: list[Problem], ridge: float) -> float:
 def _decisive(whole: Problem, problems: list[Problem]) -> list[Problem]:
     """The problems with the outputs alone that lose most at present, whose losses decide about the ridge. Of few outputs,
     and where entries of the weight are fixed, all."""
-    fixed = getattr(whole, "fixed", None)
-    if whole.before.shape[1] < 2 * DECIDE or (fixed is not None and bool(fixed.any())):
+    if whole.before.shape[1] < 2 * DECIDE or whole.masked:
         return problems
     most = whole.before.topk(DECIDE).indices
     return [problem.outputs(most) for problem in problems]

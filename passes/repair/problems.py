@@ -46,6 +46,11 @@ class Problem(ABC):
     def varied(self) -> Tensor:
         """The sum of the squares of each input (groups, u), about its mean if there is a bias."""
 
+    @property
+    def masked(self) -> bool:
+        """Whether entries of the weight stay as they are."""
+        return False
+
     @abstractmethod
     def gained(self, change: Tensor) -> Tensor:
         """By how much the squared error of each output (groups, o) is larger with a change, next to the best constant."""
@@ -136,6 +141,10 @@ class FromSums(Problem):
     def varied(self) -> Tensor:
         return self.a.diagonal(dim1=1, dim2=2).double()
 
+    @property
+    def masked(self) -> bool:
+        return self.fixed is not None and bool(self.fixed.any())
+
     def gained(self, change: Tensor) -> Tensor:
         return ((change @ self.a - 2 * self.wanted) * change).sum(2, dtype=torch.float64)
 
@@ -173,13 +182,12 @@ class FromSums(Problem):
         a = self.a.clone()
         diagonal = self.a.diagonal(dim1=1, dim2=2)
         a.diagonal(dim1=1, dim2=2).add_(_scale(diagonal), alpha=ridge)
-        fixed = self.fixed
-        if fixed is None or not bool(fixed.any()):
+        if self.fixed is None or not self.masked:
             return _divided(a, self.wanted)
         change = torch.zeros_like(self.wanted)
         for group in range(len(change)):
             # Rows with the same free entries are solved together, with these entries as unknowns.
-            patterns, which = torch.unique(~fixed[group], dim=0, return_inverse=True)
+            patterns, which = torch.unique(~self.fixed[group], dim=0, return_inverse=True)
             for i, free in enumerate(patterns):
                 rows = (which == i).nonzero()[:, 0]
                 columns = free.nonzero()[:, 0]

@@ -6,6 +6,7 @@ Source: ours, after the optimal brain surgeon (Hassibi and Stork, 1993) and the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,9 +36,7 @@ from .consumers import has_rows, uses_of
 from .images import by_sample, halves, spread
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # shares of the diagonal of A that the held-out halves choose among
-WIDE = (
-    4096  # inputs above which those that do not belong to a group, such as positions after flattening, share the refit
-)
+WIDE = 4096  # inputs above which only those that can lose indices are columns (see `layout`)
 MOST = 8192  # columns above which a reader's sums would take gigabytes
 FLAT = 1e-13  # the share of its square below which the variance of an input is a rounding error
 
@@ -160,12 +159,9 @@ class Reader:
         rest = torch.linalg.solve(inverse[s][:, s], inverse[s])  # (k, c), identity at s: what the others do not predict
         flat = -self.weight[:, s] @ rest
         outputs, kernel = len(self.sensitivity), self.shape[2:]
-        change = flat.reshape(outputs, *kernel, -1)
-        if len(self.sizes) > 1:
-            order = _order(self.sizes, self.kept)
-            change = flat.reshape(outputs, *(self.sizes[i] for i in order))
-            change = change.permute(0, *(1 + order.index(i) for i in range(len(order)))).flatten(1)
-        change = change.movedim(-1, self.into)
+        change = _inputs(flat.reshape(outputs, *kernel, math.prod(self.sizes)), self.sizes, self.kept).movedim(
+            -1, self.into
+        )
         if not self.centred or self.into == 0:  # what a transposed convolution adds up differs between positions
             return change, flat.new_zeros(outputs)
         mean = self.x[half] / self.count[half].clamp(min=1)
@@ -192,11 +188,16 @@ def _order(sizes: tuple[int, ...], kept: tuple[int, ...]) -> list[int]:
 
 def _columns(inputs: Tensor, sizes: tuple[int, ...], kept: tuple[int, ...]) -> Tensor:
     """A tensor whose last dimension is a reader's inputs, with its columns there instead, and before it the other parts."""
-    if len(sizes) == 1:
-        return inputs
     before, order = inputs.dim() - 1, _order(sizes, kept)
     parts = inputs.unflatten(-1, sizes).permute(*range(before), *(before + i for i in order))
     return parts.flatten(before + len(order) - len(kept))
+
+
+def _inputs(flat: Tensor, sizes: tuple[int, ...], kept: tuple[int, ...]) -> Tensor:
+    """The inverse of `_columns` for a tensor in which the other parts and the columns are one dimension, the last."""
+    before, order = flat.dim() - 1, _order(sizes, kept)
+    parts = flat.unflatten(-1, [sizes[i] for i in order])
+    return parts.permute(*range(before), *(before + order.index(i) for i in range(len(order)))).flatten(before)
 
 
 def refittable(comb: Comb) -> list[fx.Node]:

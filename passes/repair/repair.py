@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import torch
@@ -121,7 +122,7 @@ def since(dense: Program, program: Program) -> Removed:
     """What the passes removed since both programs were one, in the dense program's numbering. Raises BadInput if the dense
     program lost something of its own."""
     pairs = zip(dense.history, program.history, strict=False)
-    common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(dense.history), len(program.history)))
+    common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
     if any(record.get("removed") for record in dense.history[common:]):
         raise BadInput("teacher: it lost channels that the program still has; pass the network that was pruned")
     return composed(dense, [record["removed"] for record in program.history[common:] if record.get("removed")])

@@ -311,7 +311,6 @@ def test_a_layer_with_more_inputs_than_rows_needs_no_matrix_of_its_inputs(monkey
     dense = capture(nn.Sequential(body, nn.ReLU(), nn.Flatten(), wide, nn.ReLU(), nn.Linear(40, 5)), 8)
     plain = RemoveChannels(ratio=0.25, round_to=1, include=("0.weight",))(dense).program
     data = images(32, size=8)
-    repaired = Repair()(plain, data=data, teacher=dense)
     zeros = repair.Sums.zeros
 
     def make(groups: int, inputs: int, outputs: int, device: torch.device):
@@ -320,8 +319,8 @@ def test_a_layer_with_more_inputs_than_rows_needs_no_matrix_of_its_inputs(monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(repair.Sums, "zeros", make)
-        again = Repair()(plain, data=data, teacher=dense)
-    (row,) = (row for row in again.record["repaired"] if row["what"] == "3.weight")
+        repaired = Repair()(plain, data=data, teacher=dense)
+    (row,) = (row for row in repaired.record["repaired"] if row["what"] == "3.weight")
     assert row["unknowns"] == 12 * 64
     assert row["rows"] == 32
     assert row["after"] == pytest.approx(row["predicted"], rel=1e-6)
@@ -331,7 +330,7 @@ def test_a_layer_with_more_inputs_than_rows_needs_no_matrix_of_its_inputs(monkey
     assert row["ridge"] == expected["ridge"]
     assert row["held_out"] == pytest.approx(expected["held_out"], rel=1e-6)
     for name, value in fetched(sums.program).items():
-        torch.testing.assert_close(fetched(again.program)[name], value, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(fetched(repaired.program)[name], value, rtol=1e-6, atol=1e-8)
     x = torch.cat(images(64, 9, size=8))
     wanted = run(dense, x)
     apart = [float((run(p, x) - wanted).square().mean()) for p in (plain, repaired.program)]
