@@ -109,7 +109,9 @@ def windows(node: fx.Node, x: Tensor) -> Tensor:
     if op_name(node) == "linear":
         return x.reshape(1, -1, x.shape[-1])
     strides, dilations = (per_dim(a[key], len(kernel)) for key in ("stride", "dilation"))
-    x = F.pad(x, [p for pair in reversed(conv_padding(node)) for p in pair])
+    padding = [p for pair in reversed(conv_padding(node)) for p in pair]
+    if any(padding):  # it copies, even by zero
+        x = F.pad(x, padding)
     for d, (k, stride, dilation) in enumerate(zip(kernel, strides, dilations, strict=True)):
         x = x.unfold(2 + d, dilation * (k - 1) + 1, stride)[..., ::dilation]
     x = x.unflatten(1, (a["groups"], -1))  # (N, groups, channels, *out, *kernel)

@@ -72,9 +72,9 @@ class Consumer:
     def linear(self) -> bool:
         return op_name(self.node) == "linear"
 
-    def left(self, y: Tensor) -> Tensor:
-        """The outputs that the layer still has, out of the dense layer's outputs `y`."""
-        along = -1 if self.linear else 1
+    def left(self, y: Tensor, along: int) -> Tensor:
+        """The outputs that the layer still has, out of the dense layer's outputs `y`, whose channels lie along a
+        dimension."""
         if y.shape[along] == len(self.outputs):
             return y
         return y.index_select(along, torch.from_numpy(self.outputs).to(y.device))

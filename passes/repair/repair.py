@@ -25,7 +25,7 @@ from .attention import Logits, Mixing, find_logits
 from .consumers import Consumer, Pair, Removed, choices, find, norm_of, unchanged
 from .images import Images, by_sample, spread, take_images
 from .least_squares import START, Fit, Stack, Sums, fit
-from .rows import PIECE, Rows, parts, rows_of_inputs, rows_of_outputs, some_positions
+from .rows import CHECKED, ENOUGH, MANY, PIECE, Rows, parts, rows_of_inputs, rows_of_outputs, some_positions
 from .stepwise import Memory, Stepwise
 
 
@@ -231,7 +231,7 @@ class _Run:
         sums = torch.zeros(4, len(consumer.outputs), dtype=torch.float64)
         for i, value in enumerate(self.smaller.values[consumer.node]):
             chosen = self._half(i, len(value)) >= 0
-            y = consumer.left(self.dense.values[consumer.twin][i])[chosen.to(value.device)].double()
+            y = consumer.left(self.dense.values[consumer.twin][i], 1)[chosen.to(value.device)].double()
             error = value[chosen.to(value.device)].double() - y
             parts = (error.square(), torch.ones_like(y), y, y.square())
             sums += torch.stack([t.movedim(1, 0).flatten(1).sum(1).cpu() for t in parts])
@@ -278,12 +278,12 @@ class _Run:
         few = self.images.count * count < unknowns and accelerator().num_processes == 1
         make = Stack if few and consumer.weight not in self.sparse else Sums.zeros
         halves = tuple(make(groups, unknowns, outputs, first.device) for _ in range(2))
-        waiting = [Rows(sums) for sums in halves]
+        waiting, wanted = [Rows(sums) for sums in halves], max(MANY, ENOUGH * unknowns)
         generator = torch.Generator().manual_seed(self.context.seed)
         for i in range(len(x)):
             batch = self._by_sample(consumer.x, x[i], i)
             half = self._half(i, len(batch))
-            positions = some_positions((len(half), count), self.images.count * count, unknowns, generator)
+            positions = some_positions((len(half), count), self.images.count * count, wanted, generator)
             many = groups * unknowns * (count if positions is None else positions.shape[1])
             for k, sums in enumerate(waiting):
                 for part in parts(half, k, PIECE // many):
@@ -319,7 +319,7 @@ class _Run:
         y, beside = self._wanted(consumer, batch, part)
         if not consumer.whole:
             return rows_of_inputs(consumer, y, positions)
-        rows, bias = rows_of_outputs(consumer, consumer.left(y), positions), arguments(consumer.node)["bias"]
+        rows, bias = rows_of_outputs(consumer, y, positions), arguments(consumer.node)["bias"]
         if beside is not None:
             rows = rows - rows_of_outputs(consumer, beside, positions)
         if consumer.norm is not None:
@@ -384,7 +384,7 @@ class _Run:
             value = self._by_sample(consumer.node, value, i)
             half = self._half(i, len(value))
             count = value[0].numel() // value.shape[-1 if consumer.linear else 1]
-            positions = some_positions((len(half), count), self.images.count * count, 0, generator)
+            positions = some_positions((len(half), count), self.images.count * count, CHECKED, generator)
             for k in range(2):
                 for part in parts(half, k, len(half)):
                     chosen = None if positions is None else positions[part].to(value.device)

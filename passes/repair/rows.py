@@ -13,6 +13,7 @@ from .consumers import Consumer
 from .least_squares import BLOCK, Stack, Sums
 
 MANY, ENOUGH = 1 << 14, 8  # up to `MANY` rows all are used; of more rows, `ENOUGH` for each unknown
+CHECKED = 1 << 12  # of more than `MANY` rows, how many tell the error of a repaired layer
 PIECE = 1 << 24  # numbers of unfolded inputs that are in memory at a time
 
 
@@ -36,23 +37,25 @@ def rows_of_inputs(consumer: Consumer, x: Tensor, positions: Tensor | None = Non
 
 
 def rows_of_outputs(consumer: Consumer, y: Tensor, positions: Tensor | None = None) -> Tensor:
-    """The output values in the order of `rows_of_inputs`: `(groups, rows, o)`."""
+    """The output values in the order of `rows_of_inputs`: `(groups, rows, o)`. Of the dense layer's outputs, those that
+    the layer still has."""
     rows = y.reshape(len(y), -1, y.shape[-1]) if consumer.linear else y.flatten(2).mT
-    return _at(rows, positions).unflatten(2, (consumer.groups, -1)).permute(2, 0, 1, 3).flatten(1, 2)
+    rows = consumer.left(_at(rows, positions), -1)
+    return rows.unflatten(2, (consumer.groups, -1)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _at(rows: Tensor, positions: Tensor | None) -> Tensor:
     return rows if positions is None else rows[torch.arange(len(rows), device=rows.device)[:, None], positions]
 
 
-def some_positions(size: tuple[int, int], rows: int, unknowns: int, generator: torch.Generator) -> Tensor | None:
+def some_positions(size: tuple[int, int], rows: int, wanted: int, generator: torch.Generator) -> Tensor | None:
     """For each sample, the positions to use, as indices `(samples, n)`; None for all.
 
-    size: numbers of samples and of positions. rows: how many rows all samples together have. Each sample gets positions of
-    its own, so that rare ones, such as corners, occur in some samples.
+    size: numbers of samples and of positions. rows: how many rows all samples together have. wanted: about how many of them
+    to use; of up to `MANY`, all. Each sample gets positions of its own, so that rare ones, such as corners, occur in some
+    samples.
     """
-    wanted = max(MANY, ENOUGH * unknowns)
-    if rows <= wanted:
+    if rows <= max(MANY, wanted):
         return None
     return torch.rand(size, generator=generator).argsort(1)[:, : max(1, round(size[1] * wanted / rows))]
 

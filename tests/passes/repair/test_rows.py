@@ -1,5 +1,7 @@
 """Rows of inputs and outputs: which samples and positions they are of."""
 
+import dataclasses
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,11 +26,15 @@ def test_parts_of_both_halves_are_every_sample_that_counts_once(half: list[int],
 def test_every_sample_gives_positions_of_its_own_where_there_are_many_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     assert some_positions((4, 100), MANY, 9, generator) is None
-    chosen = some_positions((4, 1000), 4 * MANY, 9, generator)
+    assert some_positions((4, 100), MANY + 1, MANY + 1, generator) is None
+    chosen = some_positions((4, 1000), 4 * MANY, MANY, generator)
+    assert chosen is not None
     assert chosen.shape == (4, 250)
     assert all(len(row.unique()) == 250 for row in chosen)
     assert not torch.equal(chosen[0].sort().values, chosen[1].sort().values)
-    assert some_positions((4, 1000), 4 * MANY, MANY // 4, generator).shape == (4, 500)
+    fewer = some_positions((4, 1000), 4 * MANY, MANY // 4, generator)
+    assert fewer is not None
+    assert fewer.shape == (4, 62)
 
 
 def test_rows_of_inputs_times_weights_are_rows_of_outputs_at_all_positions_and_at_some() -> None:
@@ -53,3 +59,6 @@ def test_rows_of_inputs_times_weights_are_rows_of_outputs_at_all_positions_and_a
             assert rows.shape[1] == 3 * (count if chosen is None else 4), name
             ours = rows @ weight.mT + layer.bias.detach().reshape(groups, 1, -1)
             torch.testing.assert_close(ours, rows_of_outputs(consumer, y, chosen), msg=name)
+            kept = dataclasses.replace(consumer, outputs=consumer.outputs[1::2], groups=1)
+            of_kept = rows_of_outputs(kept, y, chosen)
+            torch.testing.assert_close(ours.transpose(0, 1).flatten(1)[:, 1::2], of_kept[0], msg=name)
