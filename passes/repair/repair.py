@@ -272,10 +272,11 @@ class _Run:
         """The sums over all images, or the rows if these are fewer than the inputs, for both halves; None if numbers are not
         finite."""
         x = self.smaller.values[consumer.x]
-        first = self._by_sample(consumer.x, x[0], 0)[:1]
-        groups, count, unknowns = rows_of_inputs(consumer, first).shape
+        first = self._by_sample(consumer.x, x[0], 0)
+        groups, count, unknowns = rows_of_inputs(consumer, first[:1]).shape
         outputs = self._target_rows(consumer, 0, slice(1)).shape[-1]
-        few = self.images.count * count < unknowns and accelerator().num_processes == 1
+        many = self._rows(0, len(first), count)
+        few = many < unknowns and accelerator().num_processes == 1
         make = Stack if few and consumer.weight not in self.sparse else Sums.zeros
         halves = tuple(make(groups, unknowns, outputs, first.device) for _ in range(2))
         waiting, wanted = [Rows(sums) for sums in halves], max(MANY, ENOUGH * unknowns)
@@ -283,10 +284,10 @@ class _Run:
         for i in range(len(x)):
             batch = self._by_sample(consumer.x, x[i], i)
             half = self._half(i, len(batch))
-            positions = some_positions((len(half), count), self.images.count * count, wanted, generator)
-            many = groups * unknowns * (count if positions is None else positions.shape[1])
+            positions = some_positions((len(half), count), many, wanted, generator)
+            size = groups * unknowns * (count if positions is None else positions.shape[1])
             for k, sums in enumerate(waiting):
-                for part in parts(half, k, PIECE // many):
+                for part in parts(half, k, PIECE // size):
                     chosen = None if positions is None else positions[part].to(batch.device)
                     sums.add(
                         rows_of_inputs(consumer, batch[part], chosen), self._target_rows(consumer, i, part, chosen)
@@ -310,6 +311,11 @@ class _Run:
 
     def _half(self, batch: int, entries: int) -> Tensor:
         return spread(self.images.halves[batch], entries)
+
+    def _rows(self, batch: int, entries: int, count: int) -> int:
+        """How many rows the samples of all batches have, if a batch has so many entries, samples alone or with positions,
+        and each of these `count` rows."""
+        return self.images.count * entries * count // len(self.images.halves[batch])
 
     def _target_rows(
         self, consumer: Consumer, batch: int, part: slice | Tensor, positions: Tensor | None = None, whole: bool = False
@@ -384,7 +390,7 @@ class _Run:
             value = self._by_sample(consumer.node, value, i)
             half = self._half(i, len(value))
             count = value[0].numel() // value.shape[-1 if consumer.linear else 1]
-            positions = some_positions((len(half), count), self.images.count * count, CHECKED, generator)
+            positions = some_positions((len(half), count), self._rows(i, len(half), count), CHECKED, generator)
             for k in range(2):
                 for part in parts(half, k, len(half)):
                     chosen = None if positions is None else positions[part].to(value.device)

@@ -337,6 +337,30 @@ def test_a_layer_with_more_inputs_than_rows_needs_no_matrix_of_its_inputs(monkey
     assert apart[1] < apart[0]
 
 
+def test_rows_are_counted_where_positions_lie_beside_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as in attentions and windows: 8 images of 64 positions are 512 rows, which are more than 48 inputs."""
+
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+            self.into, self.out, self.head = nn.Linear(3, 64), nn.Linear(64, 48), nn.Linear(48, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = self.into(x.flatten(2).mT)
+            tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+            rows = torch.relu(self.out(tokens.flatten(0, 1)))
+            return self.head(rows).unflatten(0, (x.shape[0], -1)).mean(1)
+
+    torch.manual_seed(0)
+    dense = capture(Folded(), 8)
+    plain = RemoveChannels(ratio=0.25, round_to=1)(dense).program
+    monkeypatch.setattr(repair, "Stack", None)
+    result = Repair()(plain, data=images(8, size=8), teacher=dense)
+    rows = {row["what"]: row["rows"] for row in result.record["repaired"]}
+    assert {rows[name] for name in ("attention.out_proj.weight", "out.weight", "head.weight")} == {8 * 64}
+
+
 def fetched(program: graphcomb.Program) -> dict[str, torch.Tensor]:
     return dict(program.module().named_parameters())
 
