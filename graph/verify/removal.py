@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,28 +21,25 @@ def removed_since(before: Program, result: Any) -> Removed:
     history, past = getattr(result.program, "history", []), len(before.history)
     since = history[past:] if history[:past] == before.history else []
     steps = [record["removed"] for record in since if record.get("removed")]
-    return composed(before, steps) if len(steps) > 1 else result.removed
+    if len(steps) < 2:
+        return result.removed
+    try:
+        return checked(before, composed(steps))
+    except BadInput as error:
+        raise BadInput(f"{error}; verify one pass after the other") from error
 
 
-def composed(before: Program, steps: Sequence[Removed]) -> dict[str, dict[int, list[int]]]:
-    """One removal that stands for several, one after the other, in the numbering of the program before the first. Raises
-    BadInput if they do not fit it."""
-    tensors = tensors_of(before)
-    left: dict[tuple[str, int], np.ndarray] = {}
+def composed(steps: Iterable[Removed]) -> dict[str, dict[int, list[int]]]:
+    """One removal that stands for several, one after the other, in the numbering before the first one."""
+    removed: dict[str, dict[int, list[int]]] = {}
     for step in steps:
         for name, lost in step.items():
+            earlier = removed.setdefault(name, {})
             for d, indices in lost.items():
-                place = name, int(d)
-                fits = place in left or (name in tensors and int(d) < tensors[name].dim())
-                whole = left.get(place, np.arange(tensors[name].shape[int(d)])) if fits else np.arange(0)
-                if not fits or (len(indices) and max(indices) >= len(whole)):
-                    raise BadInput(
-                        f"removed: {name} dimension {d} has no such indices; verify one pass after the other"
-                    )
-                left[place] = np.delete(whole, indices)
-    removed: dict[str, dict[int, list[int]]] = {}
-    for (name, d), stay in left.items():
-        removed.setdefault(name, {})[d] = np.setdiff1d(np.arange(tensors[name].shape[d]), stay).tolist()
+                gone = earlier.get(int(d), [])
+                numbers = np.arange(max(indices, default=-1) + len(gone) + 1)  # enough, however large the tensor was
+                left = np.setdiff1d(numbers, gone)
+                earlier[int(d)] = sorted([*gone, *left[list(indices)].tolist()])
     return removed
 
 

@@ -18,6 +18,7 @@ from ...graph.nodes import fetch
 from ...graph.program import Program
 from ...graph.sparse import sparse_weights
 from ...graph.verify import TOLERANCE, check, equivalence
+from ...graph.verify.removal import composed
 from ..base import Context, Pass, PassResult, Refusal
 from .live import Liveness, Masks, frozen_zeros
 
@@ -68,7 +69,7 @@ class Minimise(Pass):
                 _add(fetch(current.module(), name).data, np.arange(len(kept)), added[kept])
                 whole = fetch(masked.module(), name).data
                 _add(whole, np.delete(np.arange(len(whole)), removed.get(name, {}).get(0, [])), added)
-            removed = _composed(program, removed, lost)
+            removed = composed([removed, lost])
             for row in _changes(live, masks):
                 before = changed.setdefault(row["what"], row | {"dead": 0, "unread": 0})
                 before |= {"after": row["after"], "dead": before["dead"] + row["dead"]}
@@ -134,17 +135,6 @@ def _changes(live: Liveness, masks: Masks) -> Iterator[dict[str, Any]]:
             "what": group.name, "kind": group.kind, "before": group.size, "after": int((~gone).sum()), "dead": count,
             "unread": int(gone.sum()) - count,
         }  # fmt: skip
-
-
-def _composed(program: Program, first: Removed, then: Removed) -> Removed:
-    """Two removals, one after the other, as one removal from the program."""
-    lost_since = {name: dict(lost) for name, lost in first.items()}
-    for name, lost in then.items():
-        for dim, indices in lost.items():
-            before = lost_since.setdefault(name, {}).get(dim, [])
-            kept = np.delete(np.arange(fetch(program.module(), name).shape[dim]), before)
-            lost_since[name][dim] = sorted([*before, *kept[indices].tolist()])
-    return lost_since
 
 
 def _add(stored: Tensor, rows: np.ndarray, added: Tensor) -> None:

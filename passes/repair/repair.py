@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -125,7 +126,20 @@ def since(dense: Program, program: Program) -> Removed:
     common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
     if any(record.get("removed") for record in dense.history[common:]):
         raise BadInput("teacher: it lost channels that the program still has; pass the network that was pruned")
-    return composed(dense, [record["removed"] for record in program.history[common:] if record.get("removed")])
+    lost: dict[str, dict[int, list[int]]] = {}
+    for record in program.history[common:]:
+        for name in _replaced(record):
+            lost.pop(name, None)  # the new layer's channels are others
+        lost = composed([lost, record.get("removed") or {}])
+    return lost
+
+
+def _replaced(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the weights that a pass replaced by those of several layers in one, from its record."""
+    for row in (*record.get("changed", ()), *record.get("merge", {}).get("changed", ())):
+        layers_of = [part for part in row.get("rule", "").split(" + ") if part != "batch_norm"]
+        if "into" in row and (len(layers_of) > 1 or layers_of[0].startswith("sum")):
+            yield row["into"]
 
 
 class _Run:

@@ -9,7 +9,7 @@ from torch import nn
 import graphcomb
 from graphcomb import BadInput, Context
 from graphcomb.graph.nodes import fetch
-from graphcomb.passes import Recalibrate, RemoveChannels, Repair, Sparsify
+from graphcomb.passes import Fuse, PruneDepth, Recalibrate, RemoveChannels, Repair, Sparsify
 from graphcomb.passes.repair import repair
 from graphcomb.passes.repair.least_squares import fit
 
@@ -280,6 +280,47 @@ def test_a_dense_network_with_a_history_of_its_own_is_compared_with_all_that_was
     assert result.record["repaired"] == wanted.record["repaired"]
     with pytest.raises(BadInput, match=r"^teacher: it lost channels that the program still has"):
         Repair()(RemoveChannels(ratio=0.5, round_to=2)(mixed).program, data=images(), teacher=once)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(2))
+        self.norm_a, self.norm_b = nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + self.norm_b(self.b(self.norm_a(self.a(x)).relu()))).relu()
+
+
+@pytest.fixture(scope="module")
+def blocks() -> graphcomb.Program:
+    torch.manual_seed(0)
+    stem, head = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()], [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)]
+    model = nn.Sequential(*stem, Block(), Block(), Block(), *head).train()
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randn(32, 3, 10, 10))  # statistics that fit
+    return capture(model)
+
+
+@pytest.mark.parametrize("first", [Fuse(), PruneDepth(names=("3",), repair=True)], ids=["fused", "merged"])
+def test_channels_are_removed_from_layers_that_an_earlier_pass_made(blocks, first) -> None:
+    """The biases of layers that took up a BatchNorm, and the layer of a merged block, are not in the dense network."""
+    made = first(blocks, data=images()).program
+    plain = RemoveChannels(ratio=0.25, round_to=1)(made).program
+    result = Repair()(plain, data=images(), teacher=blocks)
+    assert not result.record["refused"]
+    assert {"3.a.weight", "4.b.weight", "7.weight"} <= {r["what"] for r in result.record["repaired"] if "kept" not in r}
+    assert error(blocks, result.program) < 0.1 * error(blocks, plain)
+
+
+def test_a_layer_merged_of_narrowed_ones_is_not_taken_for_the_one_whose_name_it_has(blocks) -> None:
+    """`3.a` lost four channels between the two layers of the block. The merged layer lost four others, of the sum."""
+    plain = RemoveChannels(ratio=0.25, round_to=1)(blocks).program
+    merged = PruneDepth(names=("3",), repair=True)(plain, data=images()).program
+    result = Repair()(merged, data=images(), teacher=blocks)
+    assert result.record["refused"] == [{"what": "3.a.weight", "why": "what was removed from its weight is not known"}]
+    assert error(blocks, result.program) < 0.1 * error(blocks, merged)
 
 
 def test_zeros_of_sparsify_stay_zero_and_the_others_make_up_for_what_is_gone() -> None:
