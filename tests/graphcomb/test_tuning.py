@@ -32,10 +32,11 @@ OPTIONS = {"table": "roofline", "samples": 16, "importance": "magnitude", "round
 class Block(nn.Module):
     def __init__(self, width: int, inner: int):
         super().__init__()
-        self.one, self.two = nn.Conv2d(width, inner, 3, padding=1), nn.Conv2d(inner, width, 3, padding=1)
+        self.one, self.two = nn.Conv2d(width, inner, 3, padding=1, bias=False), nn.Conv2d(inner, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(inner)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(x + self.two(torch.relu(self.one(x))))
+        return torch.relu(x + self.two(torch.relu(self.norm(self.one(x)))))
 
 
 def net(width: int = 16, inner: int = 32) -> nn.Module:
