@@ -72,8 +72,7 @@ def remaining(space: Space, blocks: Collection[str]) -> set[str]:
 def kept(space: Space, decided: Decision) -> dict[str, float]:
     """The option `keep` of `RemoveChannels` for the program without the blocks. Raises BadInput as `passes` does."""
     gone = indices(space, decided.blocks)
-    form = space.form(gone)
-    here = form.here([g for g in space.groups if g.name in decided.widths])
+    _, here = space.built(gone, [g for g in space.groups if g.name in decided.widths])
     left = {g.name for g, _ in here}
     for name, index in space.inner.items():
         if name in decided.widths and index in gone:

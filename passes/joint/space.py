@@ -117,6 +117,14 @@ class Space:
             self._forms[key] = form
         return self._forms[key]
 
+    def built(self, gone: Collection[int], groups: Collection[Group]) -> tuple[Comb, list[tuple[Group, Group]]]:
+        """What the passes build without the blocks of these indices, and `Form.here` of some groups. Layers are only merged
+        where blocks go; where parallel ones are, their group has another name."""
+        if not gone:
+            return self.comb, [(group, group) for group in groups]
+        form = self.form(gone)
+        return form.comb, form.here(groups)
+
     @cached_property
     def owner(self) -> dict[str, int | None]:
         """By the name of a layer's weight, the index of the block that contains the layer, or None."""

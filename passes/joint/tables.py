@@ -98,9 +98,9 @@ class Tables:
     def seconds(self, decided: Decision) -> float:
         """Predicted seconds of the network of a decision, layer by layer on its own structure. (The time table is off if
         neighbouring blocks go, since they merge into one layer.)"""
-        form = self.space.form(indices(self.space, decided.blocks))
-        here = form.here([g for g in self.space.groups if g.name in decided.widths])
-        predictor = Predictor(form.comb, self.times.latency)
+        narrowed = [g for g in self.space.groups if g.name in decided.widths]
+        comb, here = self.space.built(indices(self.space, decided.blocks), narrowed)
+        predictor = Predictor(comb, self.times.latency)
         return predictor.total({group.atom: decided.widths[g.name] for g, group in here})
 
 

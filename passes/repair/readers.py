@@ -218,10 +218,13 @@ def refittable(comb: Comb) -> list[fx.Node]:
 
 
 def _inverse(a: Tensor, ridge: float) -> Tensor:
+    """`(A + ridge D)^-1`. Where rounding made that indefinite, as with columns that vary much less than others or than their
+    mean, the least larger ridge out of powers of ten times this one under which it is not."""
     diagonal = a.diagonal()
     scale = diagonal.clamp(min=1e-6 * float(diagonal.mean()))
     scale = torch.where(scale > 0, scale, 1.0)  # where no input varies
-    return torch.cholesky_inverse(torch.linalg.cholesky(a + torch.diag(ridge * scale)))
+    factor, failed = torch.linalg.cholesky_ex(a + torch.diag(ridge * scale))
+    return torch.cholesky_inverse(factor) if not failed else _inverse(a, 10 * ridge)
 
 
 def _held_out(fitted: Tensor, other: Tensor, power: Tensor, ridge: float) -> float:

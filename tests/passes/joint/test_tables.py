@@ -17,7 +17,7 @@ from graphcomb.passes import PruneDepth, RemoveChannels, Repair
 from graphcomb.passes.channels.sizes.knapsack import Predictor, knapsack
 from graphcomb.passes.common.divergence import Divergence
 from graphcomb.passes.common.feed import Feed
-from graphcomb.passes.joint.carry_out import decision, passes
+from graphcomb.passes.joint.carry_out import Decision, decision, passes
 from graphcomb.passes.joint.losses import Curve, Losses, take
 from graphcomb.passes.joint.solver.problem import Axis, Choice, Problem, Removal
 from graphcomb.passes.joint.solver.solve import solve
@@ -65,6 +65,33 @@ def test_times_of_choices_are_those_of_the_networks_that_the_passes_build():
         for pass_ in passes(space, decision(problem, choice), "magnitude", 8):
             built = pass_(built, context).program
         assert problem.seconds(choice) == pytest.approx(measured(built, latency), rel=1e-9)
+
+
+class Parallel(nn.Module):
+    """A sum of parallel convolutions, which merges into the larger one and then has its name, and a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = nn.Conv2d(2, 8, 1), nn.Conv2d(2, 8, 3, padding=1)
+        self.rest = trunk(width=8, inner=8, blocks=1)[2:]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rest(torch.relu(self.small(x) + self.large(x)))
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_parallel_layers_keep_their_name_unless_blocks_go(gone: bool):
+    dense = program(Parallel(), 2, 6, 6)
+    space, latency = Space(dense, alignment=2, count=3), PerMac()
+    decided = Decision((space.blocks[0].name,) if gone else (), {"small.weight:0": 4})
+    built, context = dense, Context(data=images(2, 6, 6), teacher=dense)
+    for pass_ in passes(space, decided, "magnitude", 8):
+        built = pass_(built, context).program
+    widths = {name: len(tensor) for name, tensor in built.module().named_parameters()}
+    assert widths["large.weight"] == 4
+    assert ("small.weight" in widths) == (not gone)
+    problem = Tables(space, Times(space, latency), Losses(space, context, importance="magnitude", samples=16))
+    assert problem.seconds(decided) == pytest.approx(measured(built, latency), rel=1e-9)
 
 
 class Scaled(nn.Module):

@@ -472,3 +472,20 @@ def test_what_a_recurrence_reads_is_not_scored_by_its_linear_readers_alone() -> 
     repair, fisher = (importance_of(name)(found, groups, context, 200) for name in ("repair", "fisher-unlabelled"))
     assert all((repair[g.atom] == fisher[g.atom]).all() for g in groups)
     assert all((repair[g.atom] > 0).all() for g in groups)
+
+
+def test_channels_that_hardly_vary_next_to_their_mean_are_scored() -> None:
+    """Their sums about the mean consist of rounding errors, which leave no positive definite matrix."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 8, 1), nn.Flatten(), nn.Linear(8 * 16, 4)
+    ).double()
+    with torch.no_grad():
+        model[0].weight.mul_(7e-7)
+        model[0].bias.fill_(1.0)
+    data = list(torch.randn(4, 16, 3, 4, 4, dtype=torch.float64))
+    found = graphcomb.Comb(graphcomb.capture(model.eval(), data[0][:2], dynamic_shapes="batch"))
+    group = next(g for g in found.groups if g.name == "0.weight:0")
+    scores = importance_of("repair")(found, [group], Context(data=data), 64)[group.atom]
+    assert np.isfinite(scores).all()
+    assert (scores >= 0).all()
