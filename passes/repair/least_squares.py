@@ -86,7 +86,7 @@ class Sums:
         n, mean, mean_y = x.shape[1], x.mean(1, keepdim=True), y.mean(1, keepdim=True)
         x, y = x - mean, y - mean_y
         # sum (x + m)(x + m)^T about its mean is sum x x^T - s s^T / n with s = sum x, which is a rounding error here.
-        s, s_y = x.sum(1, dtype=torch.float64), y.sum(1, dtype=torch.float64)
+        s, s_y = x.sum(1).double(), y.sum(1).double()
         mean, mean_y = mean[:, 0].double() + s / n, mean_y[:, 0].double() + s_y / n
         # Further, what the distance of both means adds (Chan et al., 1983).
         earlier, earlier_y = self.means()
@@ -96,7 +96,7 @@ class Sums:
         self.xx.baddbmm_(torch.stack([-s / n, share * d], 2), right)
         self.yx += y.mT @ x
         self.yx.baddbmm_(torch.stack([-s_y / n, share * d_y], 2), right)
-        self.yy += y.double().square().sum(1) - s_y.square() / n + share * d_y.square()
+        self.yy += y.square().sum(1, dtype=torch.float64) - s_y.square() / n + share * d_y.square()
         self.count += n
         self.x += n * mean
         self.y += n * mean_y
@@ -122,7 +122,9 @@ class Sums:
 
     @property
     def finite(self) -> bool:
-        return all(bool(t.isfinite().all()) for t in (self.count, self.x, self.y, self.xx, self.yx, self.yy))
+        """Whether all rows, and with the squares all products, are finite numbers."""
+        squares = self.xx.diagonal(dim1=1, dim2=2)
+        return all(bool(t.isfinite().all()) for t in (self.count, self.x, self.y, squares, self.yy))
 
     @property
     def squares(self) -> float:
