@@ -276,6 +276,16 @@ def test_networks_built_for_one_budget_serve_the_others():
     assert shared.within(0.8 * shared.dense).loss <= tight.loss
 
 
+@pytest.mark.parametrize("how", ["joint", "widths"])
+def test_a_budget_that_a_network_meets_is_reached_whatever_the_corrected_times_say(how: str):
+    shared = tuner()
+    built = shared.within(0.6 * shared.dense, how)
+    shared.correction.seconds *= 1e6  # as after networks that were much slower than predicted
+    assert shared.within(0.6 * shared.dense, how) is built
+    with pytest.raises(Unreachable):
+        shared.within(0.5 * built.seconds, how)
+
+
 def test_what_cannot_be_reached_says_the_least_and_what_freezes_it():
     fixed = tuner(Fixed({"2.one.weight:0": 12}, {"3": False}, {"7.weight": "fp32"}))
     least = fixed.tables.problem
