@@ -19,9 +19,8 @@ again. torch-pruning (1.6.1; it has no repair) gets the least ratio that makes i
 measure, to within 2 %; of its rankings (magnitude layer by layer or globally, Taylor with the dense network's own classes as
 labels; networks with attention layer by layer) the one with the best score is shown. Then all networks of a budget run in
 turns, and the speed-up is the paired one. Rows with INT8 come from a second run of their own, whose choices include regions
-of layers in INT8; they are scored as that library computes them, on a CPU with VNNI.
-older: what INT8 saves was not corrected apart from other times.) Rows that say so had rounds by predicted times, as on a
-busy machine; "–" means that it was too busy for a figure.
+of layers in INT8; they are scored as that library computes them, on a CPU with VNNI. Rows that say so had rounds by
+predicted times, as on a busy machine; "–" means that it was too busy for a figure.
 """
 
 from __future__ import annotations
