@@ -111,8 +111,8 @@ class Tuner:
     def within(self, budget: float, how: str = "joint") -> Built:
         """The network that loses least within a budget in seconds; how: "joint", or one of METHODS alone.
 
-        If none that was built is within the budget, the fastest of them. Raises Unreachable if no choice in the tables and none
-        of the networks that were built is within the budget, and if nothing that was built can be used."""
+        If none that was built is within the budget, the fastest of them. Raises Unreachable if no choice in the tables and
+        no network that was built is within the budget, and if nothing that was built can be used."""
         try:
             return self._within_budget(budget, how)
         except Unreachable:  # by the times as they are corrected now, which what was built for another budget may belie
