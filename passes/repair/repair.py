@@ -138,7 +138,7 @@ def _replaced(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield the weights that a pass replaced by those of several layers in one, from its record."""
     for row in (*record.get("changed", ()), *record.get("merge", {}).get("changed", ())):
         layers_of = [part for part in row.get("rule", "").split(" + ") if part != "batch_norm"]
-        if "into" in row and (len(layers_of) > 1 or layers_of[0].startswith("sum")):
+        if "into" in row and (len(layers_of) != 1 or layers_of[0].startswith("sum")):
             yield row["into"]
 
 
