@@ -20,6 +20,7 @@ from ..nodes import arguments, module_path, op_name
 from ..outputs import named_outputs, only_outputs
 from ..program import Program, capture
 from ..verify.evaluate import Evaluator, double_weights, random_inputs, relative_error, to_double
+from ..verify.removal import composed
 from .attribute_sizes import Sizes, mend
 
 TOLERANCE = 1e-10
@@ -106,15 +107,11 @@ def _cut_folded(program: Program, new: nn.Module, shrunk: dict[str, Sizes]) -> N
 def _kept(program: Program, name: str) -> dict[int, np.ndarray]:
     """For each dimension of a tensor that lost indices in any pass, a mask of the original indices that are left."""
     tensor = program.module().state_dict()[name]
-    kept: dict[int, np.ndarray] = {}
-    steps = [record["removed"][name] for record in program.history if name in (record.get("removed") or {})]
-    for dim in {int(d) for lost in steps for d in lost}:
-        lost = [lost[d] for lost in steps for d in lost if int(d) == dim]
-        left = np.arange(tensor.shape[dim] + sum(map(len, lost)))
-        kept[dim] = np.zeros(len(left), dtype=bool)
-        for indices in lost:
-            left = np.delete(left, list(indices))
-        kept[dim][left] = True
+    removals = (record.get("removed") or {} for record in program.history)
+    lost = composed({name: removed[name]} for removed in removals if name in removed).get(name, {})
+    kept = {dim: np.ones(tensor.shape[dim] + len(indices), dtype=bool) for dim, indices in lost.items()}
+    for dim, indices in lost.items():
+        kept[dim][indices] = False
     return kept
 
 
