@@ -6,7 +6,8 @@ the ratios of their measured to their predicted losses scale the losses of each 
 depends; a kind that cannot reach the budget alone is taken to be as far off as the others. The ratio of measured to
 predicted time scales the budget, or, of a network with variants of layers such as INT8, what these save: of them tables
 know least, and where they save less than that, narrow layers must not seem slow. Where the correction leads back to a
-network that was built, a choice between the slowest network within the budget and the fastest beyond it is tried. A method
+network that was built, a choice between the slowest network within the budget and the fastest beyond it is tried. Where
+the tables say that even the fastest choice is too slow, but not by much, it is built before the budget is given up. A method
 alone whose first network comes near the best gets rounds of its own. The best network within the budget wins, those of the
 single methods and of other budgets included; so of several budgets all have to be built for (`within`, `losing`) before one
 of them is answered (`best`, `fastest`).
@@ -34,6 +35,7 @@ from .tables import Tables
 
 ROUNDS = 3
 OVER = 1.02  # a time of up to this multiple of a budget is within it, since repeated measurements differ
+DOUBT = 1.25  # times a budget that the fastest choice may take by tables that nothing has corrected and still be built
 NEAR = 0.1  # share of a budget by which the achieved latency may be off before the run says that it missed
 VARIANTS = ("precision", "sparsity")
 METHODS = ("widths", "blocks", *VARIANTS)  # each of which may decide alone
@@ -154,9 +156,10 @@ class Tuner:
         return min(fits, key=lambda b: (b.seconds, b.loss), default=None)
 
     def _rounds(self, budget: float, how: str) -> Iterator[Built]:
-        """Choose, build and measure until the choice does not change; yields the networks. Raises Unreachable."""
+        """Choose, build and measure until the choice does not change; yields the networks. Raises Unreachable, where only
+        the tables say so not before the fastest choice was built."""
         tried: list[tuple[Solved, Built]] = []
-        builds = 0
+        builds, doubted = 0, False
         while builds < self.rounds:
             limit = budget / self.correction.seconds
             seconds = [(self._now(solved), network.seconds <= OVER * budget) for solved, network in tried]
@@ -167,7 +170,7 @@ class Tuner:
                 limit = math.sqrt(inside * outside)  # no one factor fits both networks; try between them
             solved = self._choose(how, limit)
             if solved is None and not tried:
-                raise self._unreachable(self._problem(how), budget)
+                solved, doubted = self._doubtful(how, DOUBT * limit), True
             if solved is None:
                 break
             before = len(self.built)
@@ -178,6 +181,8 @@ class Tuner:
             self._correct_times(solved, network.seconds)
             tried.append((solved, network))
             yield network
+        if not tried or (doubted and all(network.seconds > OVER * budget for _, network in tried)):
+            raise self._unreachable(self._problem(how), budget)
 
     def _correct_times(self, solved: Solved, measured: float) -> None:
         """Correct the tables so that they say what was measured of a choice, whose seconds are theirs at present."""
@@ -234,6 +239,12 @@ class Tuner:
         parts = (problem, *(problem.only(how) for how in METHODS))
         solved = [choice for choice in map(self._solved, parts) if choice is not None]
         return min(solved, key=lambda choice: self._seconds(problem, choice), default=None)
+
+    def _doubtful(self, how: str, allowed: float) -> Solved | None:
+        """The fastest choice, if it changes anything and takes no longer than these seconds."""
+        solved = self._settled(how, lambda problem: self._checked(problem, self._fastest(problem)))
+        changes = solved and decision(self.tables.problem, solved.choice) != Decision()
+        return solved if changes and solved.seconds <= allowed else None
 
     def _choose(self, how: str, allowed: float) -> Solved | None:
         """The best choice within these seconds of the tables, also when checked on the program's structure."""

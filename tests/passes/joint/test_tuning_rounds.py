@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -191,6 +192,41 @@ def test_what_int8_saves_less_than_its_table_says_does_not_make_widths_seem_slow
     best = min(loss(d) for d in choices if time(d).seconds <= within)
     assert found.loss <= best + 0.05
     assert tuner.correction.seconds == pytest.approx(1.0)
+
+
+def test_a_budget_just_beyond_the_tables_is_called_unreachable_only_after_the_fastest_choice_was_built():
+    """The tables think that INT8 takes half of the time; it takes 42 %."""
+    variant = Axis("int8 layer", (0, 1), (0.01, 0.0), kind="precision", members=("layer",), option="int8")
+    problem = Problem((variant,), (), (Term((0,), np.array([50.0, 100.0])),))
+    tables = SimpleNamespace(
+        guessed=lambda choice: [], problem=problem, times=SimpleNamespace(whole=100.0), seconds=lambda d: 100.0,
+        fixed=Fixed(), losses=SimpleNamespace(divergence=lambda decided: 0.01),
+        space=SimpleNamespace(program=Decision(), connects=lambda gone: True, refused={}, groups=[], blocks=[]),
+    )  # fmt: skip
+    built: list[Decision] = []
+
+    def build(decided: Decision) -> Decision:
+        built.append(decided)
+        return decided
+
+    def time(decided: Decision) -> Time:
+        return Time(*(42.0 if decided.precisions else 100.0,) * 3)
+
+    for how in ("joint", "precision"):
+        assert Tuner(tables, build, time).within(45.0, how).seconds == 42.0
+        assert len(built) == 1
+        with pytest.raises(Unreachable, match=r"4\.1e\+04 of 1e\+05 ms cannot be reached; 4\.2e\+04 ms can"):
+            Tuner(tables, build, time).within(41.0, how)
+        assert len(built) == 2
+        with pytest.raises(Unreachable, match=r"3\.9e\+04 of 1e\+05 ms cannot be reached; 5e\+04 ms can"):
+            Tuner(tables, build, time).within(39.0, how)  # too far from what the tables say
+        assert len(built) == 2
+        built.clear()
+    variant = replace(variant, allowed=(1,))  # nothing may change
+    tables.problem = Problem((variant,), (), problem.terms)
+    with pytest.raises(Unreachable, match="9e\\+04 of 1e\\+05 ms cannot be reached; 1e\\+05 ms can"):
+        Tuner(tables, build, time).within(90.0)
+    assert not built
 
 
 def test_a_choice_whose_structure_is_slow_does_not_make_the_budget_unreachable():
