@@ -5,10 +5,12 @@
     python benchmarks/joint_training.py --write               # only rewrite the table
 
 The networks on Fashion-MNIST that `joint.py` built, as it left them in the cache, get the same training each: that of
-`accuracy.py`, 400 steps with the dense network as the teacher. A seed determines the order of the images; the networks do
-not depend on it. Scores are accuracies on the 10,000 test images, mean and standard deviation over seeds; "times as fast"
-is that of `joint.py`, which training does not change. "Joint adds" is the mean over seeds of the difference between the
-joint network and the best of the other rows of the same budget, with its standard deviation.
+`accuracy.py`, 400 steps with the dense network as the teacher; layers in INT8 are trained as they round. A seed determines
+the order of the images; the networks do not depend on it. Scores are accuracies on the 10,000 test images, of networks in
+INT8 as ONNX Runtime computes them, mean and standard deviation over seeds; "times as fast" is that of `joint.py`, which
+training does not change. "Joint adds" is the mean over seeds of the difference between a joint network and the best of the
+networks of a single method, or of torch-pruning, of the same budget, with its standard deviation; those in INT8 count where
+they are allowed. Rows with INT8 are there where they were measured on the processor of the other rows.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from typing import Any
 import torch
 from accuracy import SIZES, loaders, training
 from common import revision, save, write
-from joint import ALL, FASHION, FLOAT_ROWS, network_path
+from joint import ALL, FASHION, FLOAT_ROWS, INTEGER, network_path
 from joint import RESULTS as NETWORKS
+from precision import scored
 from repair import first
 from repair_training import spread
 from trained import NETWORKS as TRAINED
@@ -36,15 +39,15 @@ STEPS = 400
 Rows = dict[str, Any]
 
 
-def measure(network: str, name: str, seed: int) -> Rows:
-    """A row: the score of a network after training with a seed, and the seconds."""
+def measure(network: str, name: str, seed: int, quantised: bool) -> Rows:
+    """A row: the score of a network after training with a seed, and the seconds. quantised: whether layers are in INT8."""
     start, known = time.process_time(), TRAINED[FASHION[network]]
     options = replace(SIZES["small"], steps=STEPS)
     train = training(options, True, "classification")
     trained = train(
         graphcomb.load(network_path(name)), data=loaders("classification", "small")[0], seed=seed, teacher=known.dense
     )
-    score = 100 * first(known.scored(trained.program))
+    score = 100 * first(scored(known, trained.program) if quantised else known.scored(trained.program))
     return {"score": score, "cpu_seconds": round(time.process_time() - start, 1), "revision": revision()}
 
 
@@ -53,17 +56,19 @@ def budgets(built: Rows) -> dict[tuple[str, float], Rows]:
     found: dict[tuple[str, float], Rows] = {}
     for key, row in built.items():
         network, seed, times, method = key.split("/")
-        if network in FASHION and seed == "0" and method in FLOAT_ROWS and "network" in row:
+        here = row["processor"] == built[f"{network}/{seed}/{times}/joint"]["processor"]
+        if network in FASHION and seed == "0" and "network" in row and (method in FLOAT_ROWS or here):
             found.setdefault((network, float(times)), {})[method] = row
     order = list(FASHION)
     return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1])))
 
 
-def added(scores: dict[str, dict[int, float]]) -> tuple[str, list[float]] | None:
-    """The other method with the best scores, and how much the joint network is above it, by seed; None if no other method
-    has as many seeds as the joint one."""
-    joint = scores["joint"]
-    others = {m: s for m, s in scores.items() if m != "joint" and s.keys() == joint.keys()}
+def added(scores: dict[str, dict[int, float]], method: str) -> tuple[str, list[float]] | None:
+    """The single method with the best scores, and how much the network of a joint one is above it, by seed; None if no
+    single method has as many seeds."""
+    joint = scores[method]
+    single = set(ALL) - {"joint", *INTEGER} | ({"INT8 alone"} if method in INTEGER else set())
+    others = {m: s for m, s in scores.items() if m in single and s.keys() == joint.keys()}
     if not others:
         return None
     best = max(others, key=lambda m: sum(others[m].values()))
@@ -84,7 +89,7 @@ def table(built: Rows, rows: Rows) -> str:
         known = {m: s for m, s in scores.items() if s}
         for method in sorted(known, key=ALL.index):
             row, more = methods[method], ""
-            compared = added(known) if method == "joint" else None
+            compared = added(known, method) if method.startswith("joint") else None
             if compared is not None:
                 best, by = compared
                 more = (
@@ -108,17 +113,17 @@ def main() -> None:
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     built = json.loads(NETWORKS.read_text())
     jobs = [
-        (network, row["network"], seed)
+        (network, row["network"], seed, bool(row.get("int8")))
         for seed in options.seeds
         for (network, _), methods in budgets(built).items()
         for row in methods.values()
         if network in options.networks
     ]
-    for network, name, seed in [] if options.write else jobs:
+    for network, name, seed, quantised in [] if options.write else jobs:
         done = rows.setdefault(f"{network}/{name}", {})
         if str(seed) in done:
             continue
-        done[str(seed)] = measure(network, name, seed)
+        done[str(seed)] = measure(network, name, seed, quantised)
         print(network, name, seed, done[str(seed)], flush=True)
         save(RESULTS, rows)
         write(RESULTS.with_suffix(".md"), table(built, rows))

@@ -41,6 +41,7 @@ from .environment import environment
 from .inputs import host_arrays, random_inputs
 
 SLOW = 1.0  # seconds of one call from which on it is not repeated to find out how long it takes
+PATIENCE = 4
 SAMPLE = 2e-3  # seconds: shorter runs are repeated within one sample, so that clocks and scheduling ticks do not matter
 ESTIMATOR = "median; low and high by order statistics at 95 % or more, if rounds do not depend on each other"
 PERCENTILES = {"p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "p99": 99}
@@ -85,7 +86,8 @@ def bench(
       with further dynamic dimensions.
     - progress: whether to show a progress bar on stderr.
     - engine: backend that runs programs and ONNX files; by default ONNX Runtime.
-    - patient: whether slow items get more than `seconds` for `min_runs` rounds, as long as most rounds count.
+    - patient: whether to go on until `min_runs` rounds count, for up to PATIENCE times as many seconds or rounds: items
+      may be slow, and a machine busy for a moment.
 
     A round runs every item once, in alternating order. A run counts only if the process had the processor (see the
     module). An engine with several threads may leave some of them idle, so such a run counts unless its threads waited
@@ -117,7 +119,8 @@ def bench(
             start, lost = time.perf_counter(), stolen()
             while paired < max_runs and (
                 time.perf_counter() - start < seconds
-                or (patient and len(rounds) < min_runs and 2 * paired >= len(rounds))
+                or (patient and paired < min_runs and len(rounds) < PATIENCE * min_runs)
+                or (patient and paired < min_runs and time.perf_counter() - start < PATIENCE * seconds)
             ):
                 order = range(len(calls)) if len(rounds) % 2 == 0 else reversed(range(len(calls)))
                 samples = {i: _sample(calls[i], repeats[i], threads if guarded[i] else 0) for i in order}

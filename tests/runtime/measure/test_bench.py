@@ -140,7 +140,22 @@ def test_patience_ends_on_a_busy_machine(clock: Clock) -> None:
 
     result = bench([clock.work("a", 1.5, half), clock.work("b", 1.0)], seconds=10, min_runs=12, patient=True)
     assert (result.ratio, result.contended) == (None, True)
-    assert result.seconds < 20
+    assert result.seconds == pytest.approx(4 * 12 * 2.5)
+    result = bench([clock.work("a", 0.01, half), clock.work("b", 0.01)], seconds=10, min_runs=12, patient=True)
+    assert (result.ratio, result.contended) == (None, True)
+    assert result.seconds == pytest.approx(40, abs=1)
+
+
+@pytest.mark.parametrize("seconds", [1.0, 0.01])
+def test_a_moment_in_which_the_machine_is_busy_does_not_end_a_patient_measurement(clock: Clock, seconds: float) -> None:
+    """The machine is busy during the first 20 s."""
+    items = [clock.work("a", 1.5 * seconds, lambda run: 0.5 if clock.wall < 20 else 1.0), clock.work("b", seconds)]
+    assert bench(items, seconds=10, min_runs=12).contended
+    items[0] = clock.work("a", 1.5 * seconds, lambda run: 0.5 if clock.wall < end else 1.0)
+    end = clock.wall + 20
+    result = bench(items, seconds=10, min_runs=12, patient=True)
+    assert (result.rounds, result.contended, result.ratio) == (12, False, pytest.approx(1.5))
+    assert 20 < result.seconds < 60
 
 
 def test_the_interval_is_that_of_the_median(clock: Clock) -> None:
