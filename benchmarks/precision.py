@@ -55,12 +55,17 @@ def seconds(programs: Sequence[Program]) -> list[float]:
     return [t.ms["median"] / 1e3 if t.ms else float("nan") for t in found.timings]
 
 
-def scored(network: Network, program: Program, backend: str = "onnxruntime") -> dict[str, float]:
-    """The scores of a program as a library computes it."""
+def computed(network: Network, program: Program, backend: str = "onnxruntime") -> torch.Tensor:
+    """The first output of a program for all test images, as a library computes it."""
     with tempfile.TemporaryDirectory() as folder:
         engine = load_engine(export(program, Path(folder) / "net.onnx"), backend)
         rows = [engine.run([batch.numpy()])[0] for batch in network.test[0]]
-    return network.score(torch.from_numpy(np.concatenate(rows)), network.dense_outputs, network.test[1])
+    return torch.from_numpy(np.concatenate(rows))
+
+
+def scored(network: Network, program: Program, backend: str = "onnxruntime") -> dict[str, float]:
+    """The scores of a program as a library computes it."""
+    return network.score(computed(network, program, backend), network.dense_outputs, network.test[1])
 
 
 def measure(name: str) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 For class scores it is the Kullback-Leibler divergence in nats, averaged over samples and positions (an output of a softmax
 has the logarithms of its probabilities as scores); for other outputs that of two Gaussians with the dense output's variance,
-which is half the mean square of the change in units of that variance (ours). Those of several outputs are added.
+which is half the mean square of the change in units of that variance (ours). Those of several outputs are added. Whether an
+output has class scores along a dimension is seen from the dense network's (`tell_classes`); where it has values instead, each
+index of the dimension has a variance of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from ...graph.nodes import arguments, op_name
 from ...graph.program import Program, flatten_outputs
 from .class_axis import class_axis, scores_node
 from .feed import Batch, Feed
+from .losses import deviations, tell_classes
 from .processes import accelerator, placed
 from .scoring import evaluating
 
@@ -45,9 +48,9 @@ class Divergence:
         self.axis = class_axis(dense)
         self.softmaxes = {i: dim for i, node in enumerate(nodes) if (dim := _softmax_dim(node)) is not None}
         self.dense = self._outputs(dense, self.batches)
-        self.spread = [_variance(torch.cat([_rows(t) for t in c])) for c in zip(*self.dense, strict=True)]
         if not all(bool(t.isfinite().all()) for outputs in self.dense for t in outputs):
             raise BadInput(f"data: {NOT_FINITE} on it, so no loss can be measured")
+        self.kinds = [self._kind(i, list(c)) for i, c in enumerate(zip(*self.dense, strict=True))]
         more = self._outputs(dense, self.feed.batches(others or (), pad=True))
         alike = self.images > 1 and not _vary(self.dense)
         if alike or not _vary([*self.dense, *more]):
@@ -79,16 +82,24 @@ class Divergence:
                 total += size * self._between(i, a.double(), b.double())
         return max(total / count, 0.0) if math.isfinite(total) else math.inf
 
-    def _between(self, output: int, dense: torch.Tensor, other: torch.Tensor) -> float:
+    def _kind(self, output: int, batches: list[torch.Tensor]) -> int | torch.Tensor:
+        """The dimension of an output's classes, or, of values, their standard deviations."""
         axis = self.softmaxes.get(output, self.axis if output == self.scores else None)
+        if axis is None and batches[0].dim() == 2 and batches[0].shape[1] > 1:
+            axis = 1
+        rows = torch.cat([t if t.dim() else t[None] for t in batches])
+        if axis is not None and (output in self.softmaxes or tell_classes(rows, axis)):
+            return axis
+        return deviations(rows, axis)
+
+    def _between(self, output: int, dense: torch.Tensor, other: torch.Tensor) -> float:
+        kind = self.kinds[output]
+        if isinstance(kind, torch.Tensor):
+            return float(((dense - other) / kind).square().mean()) / 2
         if output in self.softmaxes:  # other outputs count as logits; those of log_softmax stay what they are
             dense, other = (t.clamp_min(torch.finfo(torch.float32).tiny).log() for t in (dense, other))
-        if axis is None and dense.dim() == 2 and dense.shape[1] > 1:
-            axis = 1
-        if axis is None:
-            return float((dense - other).square().mean()) / (2 * max(self.spread[output], 1e-30))
-        p, q = dense.log_softmax(axis), other.log_softmax(axis)
-        return float((p.exp() * (p - q)).sum(axis).mean())
+        p, q = dense.log_softmax(kind), other.log_softmax(kind)
+        return float((p.exp() * (p - q)).sum(kind).mean())
 
 
 def _is_floating(node: Any) -> bool:
@@ -108,10 +119,6 @@ def _softmax_dim(node: Any) -> int | None:
 def _rows(output: torch.Tensor) -> torch.Tensor:
     """An output in double precision, with a row for each sample; a scalar is one row."""
     return output.double().reshape(len(output) if output.dim() else 1, -1)
-
-
-def _variance(rows: torch.Tensor) -> float:
-    return float(rows.var()) if rows.numel() > 1 else 0.0
 
 
 def _vary(batches: list[list[torch.Tensor]]) -> bool:

@@ -1,5 +1,6 @@
 """The default loss and metric, and how class scores are found among a model's outputs."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch.nn.functional as F
 from ...graph.compat import pytree
 from ...graph.errors import BadInput, first_line
 
+FLAT = 0.05  # share of the largest entropy by which that of class scores is smaller
+ENOUGH = 8  # samples and positions in which the same winner is no chance
+POSITIONS = 1 << 16  # about so many samples and positions are looked at to tell them
 NAMES = ("logits", "out")  # names of the class scores among several outputs
 
 
@@ -121,28 +125,67 @@ def number(field: str, value: Any) -> float:
     raise BadInput(f"{field}: has to give one number, not {what[:200]}")
 
 
-def unlabelled_loss(outputs: Any, generator: torch.Generator) -> torch.Tensor:
+def tell_classes(values: torch.Tensor, dim: int) -> bool:
+    """Whether outputs look like class scores along a dimension, not like values such as coordinates, angles or colours.
+
+    The highest of a classifier's scores is not always that of the same class, in ENOUGH samples and positions, and its
+    probabilities are not all alike: their mean entropy is at least FLAT below that of equal shares. The softmax of values in
+    different units always has the same winner, that of values between 0 and 1 is flat; a divergence of either would see
+    almost nothing.
+    """
+    scores = values.detach().movedim(dim, -1).flatten(0, -2)
+    scores = scores[:: max(len(scores) // POSITIONS, 1)].double()
+    log, most = scores.log_softmax(-1), math.log(max(scores.shape[-1], 2))
+    entropy = float(-(log.exp() * log).nan_to_num().sum(-1).mean())
+    first = scores.argmax(-1)
+    return (len(first) < ENOUGH or bool((first != first[0]).any())) and entropy <= (1 - FLAT) * most
+
+
+def deviations(values: torch.Tensor, dim: int | None) -> torch.Tensor:
+    """The standard deviation of outputs over samples and positions, for each index of a dimension apart, since each may
+    have a unit of its own, or of all together; broadcasts to their shape. Where nothing varies, the size of the values."""
+    if dim is None or values.shape[dim] == 1:
+        rows, shape = values.double().reshape(1, -1), [1] * values.dim()
+    else:
+        rows = values.double().movedim(dim, 0).flatten(1)
+        shape = [-1 if d == dim % values.dim() else 1 for d in range(values.dim())]
+    least = 1e-6 * rows.square().mean(1).sqrt()
+    found = rows.std(1) if rows.shape[1] > 1 else rows.abs().mean(1)
+    return torch.maximum(found, least).clamp(min=1e-12).reshape(shape)
+
+
+class UnlabelledLoss:
     """A loss to differentiate where there are no labels, summed over samples (a float64 scalar): the mean square of its
     derivatives estimates the diagonal of the Gauss-Newton matrix (Hutchinson).
 
     For class scores `(samples, classes)`, the log-probability of a class that is drawn from them; for other outputs, a
     random projection in units of their standard deviation (a single number: of its size), divided by the square root of the
-    entries of a sample. Not finite where the outputs are not.
+    entries of a sample. The first batch decides which of them `(samples, values)` are (`tell_classes`), and the unit of each
+    value if it has ENOUGH samples. Not finite where the outputs are not.
     """
-    total = torch.zeros((), dtype=torch.float64)
-    for out in pytree.tree_leaves(outputs):
-        if not isinstance(out, torch.Tensor) or not out.is_floating_point():
-            continue
-        if out.dim() == 2 and out.shape[1] > 1:
-            log = out.double().log_softmax(1)
-            if bool(log.isnan().any()):
-                return log.sum()
-            chosen = torch.multinomial(log.detach().exp().cpu(), 1, generator=generator).to(out.device)
-            total = total.to(out.device) + log.gather(1, chosen).sum()
-        else:
-            values = out.detach().double()
-            spread = float((values.std() if values.numel() > 1 else values.abs().mean()).clamp(min=1e-12))
-            spread *= max(1, out[0].numel() if out.dim() else 1) ** 0.5
-            noise = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
-            total = total.to(out.device) + (out.double() * noise).sum() / spread
-    return total
+
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+        self.units: dict[int, torch.Tensor | None] = {}  # of outputs (samples, values); None for class scores
+
+    def __call__(self, outputs: Any) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for i, out in enumerate(pytree.tree_leaves(outputs)):
+            if not isinstance(out, torch.Tensor) or not out.is_floating_point():
+                continue
+            columns = out.dim() == 2 and out.shape[1] > 1
+            if columns and i not in self.units:
+                own = 1 if len(out) >= ENOUGH else None
+                self.units[i] = None if tell_classes(out, 1) else deviations(out.detach(), own)
+            if columns and self.units[i] is None:
+                log = out.double().log_softmax(1)
+                if bool(log.isnan().any()):
+                    return log.sum()
+                chosen = torch.multinomial(log.detach().exp().cpu(), 1, generator=self.generator).to(out.device)
+                total = total.to(out.device) + log.gather(1, chosen).sum()
+            else:
+                spread = self.units[i] if columns else deviations(out.detach(), None)
+                spread = spread * max(1, out[0].numel() if out.dim() else 1) ** 0.5
+                noise = torch.randn(out.shape, generator=self.generator, dtype=torch.float64).to(out.device)
+                total = total.to(out.device) + (out.double() * noise / spread).sum()
+        return total

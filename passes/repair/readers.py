@@ -26,7 +26,7 @@ from ...graph.nodes import arguments, fetch, op_name
 from ...graph.sparse import sparse_weights
 from ..base import Context
 from ..common.feed import Feed
-from ..common.losses import unlabelled_loss
+from ..common.losses import UnlabelledLoss
 from ..common.observe import Observer
 from ..common.processes import accelerator, placed, summed
 from ..common.repeat import seeded
@@ -249,15 +249,15 @@ Look = Callable[[dict[fx.Node, Seen], Tensor], None]
 
 def look(comb: Comb, nodes: Sequence[fx.Node], context: Context, samples: int, title: str, see: Look) -> int:
     """Run the dense network forwards and backwards over the data and show what some layers saw, batch by batch; returns the
-    number of samples in all processes. The loss that is differentiated needs no labels (`unlabelled_loss`)."""
+    number of samples in all processes. The loss that is differentiated needs no labels (`UnlabelledLoss`)."""
     module, device = comb.module, accelerator().device
-    generator = torch.Generator().manual_seed(context.seed)
+    loss = UnlabelledLoss(torch.Generator().manual_seed(context.seed))
 
     def batches() -> int:
         done = 0
         for batch, many in sample_batches(Feed(comb.program), context, samples, title, share=True):
             leaves = pytree.tree_leaves((batch.args, batch.kwargs))
-            see(_seen(module, nodes, leaves, generator), halves(done, batch.size, many))
+            see(_seen(module, nodes, leaves, loss), halves(done, batch.size, many))
             done += many
         return done
 
@@ -279,7 +279,7 @@ def _differentiable(module: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _seen(module: Any, nodes: Sequence[fx.Node], leaves: list[Any], generator: torch.Generator) -> dict[fx.Node, Seen]:
+def _seen(module: Any, nodes: Sequence[fx.Node], leaves: list[Any], of: UnlabelledLoss) -> dict[fx.Node, Seen]:
     values: dict[fx.Node, tuple[Tensor, Tensor]] = {}
 
     def see(node: fx.Node, value: Tensor, earlier: dict[fx.Node, Any]) -> None:
@@ -288,7 +288,7 @@ def _seen(module: Any, nodes: Sequence[fx.Node], leaves: list[Any], generator: t
     inputs = [t.detach().requires_grad_(True) if isinstance(t, Tensor) and t.is_floating_point() else t for t in leaves]
     with torch.enable_grad():
         result = Observer(module, nodes, see).run(*inputs, enable_io_processing=False)
-        loss = unlabelled_loss(result, generator)
+        loss = of(result)
         if not bool(loss.isfinite()):
             raise BadInput("importance: the outputs are not finite numbers; check the data and the model")
         gradients = torch.autograd.grad(loss, [output for _, output in values.values()], allow_unused=True)

@@ -1,5 +1,6 @@
 """The pass that trains a program to recover accuracy, against the dense teacher."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -10,12 +11,13 @@ import torch.nn.functional as F
 
 from ...graph.compat import pytree
 from ...graph.errors import BadInput
+from ...graph.outputs import named_outputs
 from ...graph.program import Program
 from ...graph.trainable import TrainableModule
 from ..base import Context, Pass, PassResult, Refusal, check_field
 from ..common.class_axis import class_axis, other_outputs
 from ..common.feed import Batch, check_inputs
-from ..common.losses import class_dim, logits_of, task_loss
+from ..common.losses import class_dim, logits_of, task_loss, tell_classes
 from ..common.processes import accelerator, move, placed
 from ..common.repeat import functions_code
 from ..common.scoring import evaluate
@@ -194,6 +196,7 @@ class _Objective(Callback):
     teacher: Callable[..., Any] | None
     kept: Kept
     of_graph: int | None
+    seen: bool = False  # whether a batch of the teacher's outputs was looked at
 
     def __post_init__(self) -> None:
         self.identity = functions_code(self.options)
@@ -226,7 +229,9 @@ class _Objective(Callback):
             with torch.no_grad():
                 taught, taught_features = self.teacher(*batch.args, **batch.kwargs)
             if alpha:
-                parts["kl"] = options.lesson(outputs, taught, batch.labels if labelled else None, self.of_graph)
+                labels = batch.labels if labelled else None
+                parts["kl"] = options.lesson(outputs, taught, labels, self.of_graph)
+                self._look(taught, labels)
             if features:
                 same = [select_kept(t, dims) for t, dims in zip(taught_features, self.kept.values(), strict=True)]
                 if options.features:
@@ -234,6 +239,22 @@ class _Objective(Callback):
                 if options.channels:
                     parts["channels"] = channel_wise(features, same)
         return torch.stack([weights[key] * value for key, value in parts.items()]).sum(), parts
+
+
+    def _look(self, taught: Any, labels: Any) -> None:
+        """Warn at the first batch whose class scores look like values, unless the user or the labels say that they are."""
+        classes = isinstance(labels, torch.Tensor) and not labels.is_floating_point()
+        options = self.options
+        if not self.seen and options.outputs is None and options.class_dim is None and not classes:
+            scores = logits_of(taught)
+            if not tell_classes(scores, class_dim(scores, None, None, self.of_graph)):
+                name = next(n for n, value in named_outputs(taught).items() if value is scores)
+                warnings.warn(
+                    f"Distill: the teacher's {name} looks like values, not like class scores, so that their softmax tells "
+                    f'little; say what it is, as in outputs={{"{name}": "values"}}, or set class_dim',
+                    stacklevel=2,
+                )
+        self.seen = True
 
 
 def feature_distance(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -36,7 +36,7 @@ from ....graph.nodes import arguments, fetch, op_name
 from ....graph.trainable import TrainableModule
 from ...base import Context
 from ...common.feed import Feed
-from ...common.losses import task_loss, unlabelled_loss
+from ...common.losses import UnlabelledLoss, task_loss
 from ...common.processes import accelerator, agreed, averaged, placed, summed
 from ...common.repeat import seeded
 from ...common.samples import everywhere, sample_batches
@@ -169,7 +169,7 @@ def _add_up(
     expected square of their sum is the sum of their squares.
     """
     module, feed, count = gradients.module, Feed(comb.program), 0
-    generator = torch.Generator().manual_seed(context.seed + accelerator().process_index)
+    unlabelled_loss = UnlabelledLoss(torch.Generator().manual_seed(context.seed + accelerator().process_index))
     with (
         seeded(context.seed, context.data), placed(module, accelerator().device), gradients.tapped(), torch.enable_grad()
     ):  # fmt: skip
@@ -180,7 +180,7 @@ def _add_up(
                 )
             module.zero_grad(set_to_none=True)
             outputs = module(*batch.args, **batch.kwargs)
-            loss = unlabelled_loss(outputs, generator) if unlabelled else task_loss(context.loss, outputs, batch.labels)
+            loss = unlabelled_loss(outputs) if unlabelled else task_loss(context.loss, outputs, batch.labels)
             if not torch.isfinite(loss):
                 raise BadInput(
                     f"importance: the loss of batch {count} is {float(loss.detach())}; check the data and the model"

@@ -1,6 +1,7 @@
 """Distill: what it learns, what it leaves alone, what it refuses, and that a killed run ends where a whole one does."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -60,6 +61,33 @@ def test_unlabelled_batches_are_enough(teacher):
     ]
     assert all(same(state(r.program), state(results[0].program)) for r in results)
     assert "task" not in results[0].record["epochs"][0]
+
+
+def test_a_teacher_whose_outputs_look_like_values_is_questioned_once():
+    """The softmax of an angle and a speed says nothing, so that a student would learn nothing from it."""
+    model = nn.Linear(6, 2)
+    with torch.no_grad():
+        model.weight *= torch.tensor([[0.1], [3.0]])
+        model.bias.copy_(torch.tensor([0.0, 60.0]))
+    x = torch.randn(64, 6)
+    program = g.capture(model, x[:2], dynamic_shapes="batch")
+
+    def warned(data, **options) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Distill(epochs=2, **options)(program, Context(data=data, teacher=program, loss=F.mse_loss))
+        return [str(w.message) for w in caught if str(w.message).startswith("Distill")]
+
+    (text,) = warned(list(x.split(32)))
+    assert "the teacher's out looks like values, not like class scores" in text
+    assert 'outputs={"out": "values"}' in text
+    assert len(warned([(b, model(b).detach()) for b in x.split(32)])) == 1  # labels that are numbers
+    assert not warned(list(x.split(32)), outputs={"out": "values"})
+    assert not warned(list(x.split(32)), class_dim=1)
+    with torch.no_grad():
+        model.bias.zero_()
+    program = g.capture(model, x[:2], dynamic_shapes="batch")
+    assert not warned(list(x.split(32)))
 
 
 def test_features_of_equal_width_are_learnt_and_the_others_named(teacher):
