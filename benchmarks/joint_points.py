@@ -4,12 +4,12 @@
     python benchmarks/joint_points.py --write           # only rewrite the table
 
 A point is a network and how many times as fast it is to be. Tuned is the network that `joint.py` chose with INT8 on offer
-where those rows were measured on the processor of the others, else without it. Single methods are widths, blocks and, with
-INT8 on offer, INT8 alone. Networks on Fashion-MNIST have the scores of `joint_training.py`, after training, in points of
-accuracy over three seeds. EfficientNet-Lite0 and CRAFT are not trained; they are scored here on more unseen images than in
-`joint.py` (384 crops, 128 pages), as ONNX Runtime computes them. Differences are paired, by seed or by image: the mean with
-its standard deviation over seeds, or its 95 % interval (bootstrap over images; CRAFT's figures are means over pages). A point
-is above if the mean is more than two standard deviations above 0, or if the interval is.
+where those rows were measured on the processor of the others, else without it. Single methods are widths, blocks and,
+with INT8 on offer, INT8 alone. Networks on Fashion-MNIST have the scores of `joint_training.py`, after training, in
+points of accuracy over three seeds. EfficientNet-Lite0 and CRAFT are not trained; they are scored here on more unseen
+images than in `joint.py` (384 crops, 128 pages), as ONNX Runtime computes them. Differences are paired, by seed or by
+image: the mean with its standard deviation over seeds, or its 95 % interval (bootstrap over images; CRAFT's figures are
+means over pages). A point is above if the mean is more than two standard deviations above 0, or if the interval is.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def of_images(network: str, name: str) -> list[float]:
     known = replace(TRAINED[network], tested=TESTED[network])
     outputs = computed(known, graphcomb.load(network_path(name)))
     truths = known.test[1]
-    parts = (outputs[i : i + 1] for i in range(len(truths))), (known.dense_outputs[i : i + 1] for i in range(len(truths)))
+    parts = (
+        (outputs[i : i + 1] for i in range(len(truths))),
+        (known.dense_outputs[i : i + 1] for i in range(len(truths))),
+    )
     return [100 * first(known.score(o, d, [t])) for o, d, t in zip(*parts, truths, strict=True)]
 
 
@@ -72,7 +75,8 @@ def compared(ours: list[float], theirs: list[float], seeds: bool) -> tuple[str, 
 def table(built: Rows, scores: dict[str, list[float]]) -> str:
     lines = [
         f"# {(__doc__ or '').splitlines()[0]}", "", " ".join((__doc__ or "").split("\n\n")[-1].split()), "",
-        "| network | asked | tuned | best single method | tuned adds | torch-pruning |", "| --- | --- | --- | --- | --- | --- |",
+        "| network | asked | tuned | best single method | tuned adds | torch-pruning |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     reached = above = same = beaten = rivals = 0
     for (network, times), rows in points(built).items():

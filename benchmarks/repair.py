@@ -6,20 +6,18 @@
     python benchmarks/repair.py --cost                            # time and memory instead, on a quiet machine
     python benchmarks/repair.py --table                           # only rewrite the table
 
-Networks, images and scores are those of `trained.py`; weights and photographs are downloaded into the cache folder. A
-row removes channels at once, to a share of the MACs, by one importance: magnitude (the same share of each group),
+Networks, images and scores are those of `trained.py`; weights and photographs are downloaded into the cache folder.
+A row removes channels at once, to a share of the MACs, by one importance: magnitude (the same share of each group),
 fisher-unlabelled or repair (all groups together). It is scored on photographs that are not used for calibration:
 without repair, after `Repair`, and after `Repair` and `Recalibrate` (against the dense network). Rows marked with *
 are older: their last column has the statistics of the images with a prior of 64 images, and importance repair judged
 a refit on its own samples. In the last column of rows marked with + layers that go into a sum were compared, too.
-These, things at 0.90, CRAFT's first draw and its 0.77 have the score before it got a least value (`LEAST`). A draw is
-a seed of calibration images, which have no labels. Widths stay multiples of 8 (Fashion-MNIST: 4) for all methods,
-except that torch-pruning cannot round the widths of networks with attention. It (1.6.1) ranks by magnitude, layer by
-layer or globally, or globally by Taylor with the dense network's own classes as labels; networks with attention
-always layer by layer. Its ratio is found by bisection, and its best row is shown. CRAFT's score is the F-measure of
-the words on pages: rectangles that overlap by half. Pages of its first draw and of 0.77, and words and pages of
-torch-pruning's rows, were drawn with Liberation's fonts, too (dense 0.964, and 0.967 of CRNN; with those of today
-0.972 and 0.973).
+These and things at 0.90 have the score before it got a least value (`LEAST`). A draw is a seed of calibration
+images, which have no labels. Widths stay multiples of 8 (Fashion-MNIST: 4) for all methods, except that torch-
+pruning cannot round the widths of networks with attention. It (1.6.1) ranks by magnitude, layer by layer or
+globally, or globally by Taylor with the dense network's own classes as labels; networks with attention always layer
+by layer. Its ratio is found by bisection, and its best row is shown. CRAFT's score is the F-measure of the words on
+pages: rectangles that overlap by half.
 """
 
 from __future__ import annotations

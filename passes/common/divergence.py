@@ -1,10 +1,10 @@
 """How far the outputs of a program are from those of the dense one, without labels.
 
-For class scores it is the Kullback-Leibler divergence in nats, averaged over samples and positions (an output of a softmax
-has the logarithms of its probabilities as scores); for other outputs that of two Gaussians with the dense output's variance,
-which is half the mean square of the change in units of that variance (ours). Those of several outputs are added. Whether an
-output has class scores along a dimension is seen from the dense network's (`tell_classes`); where it has values instead, each
-index of the dimension has a variance of its own.
+For class scores it is the Kullback-Leibler divergence in nats, averaged over samples and positions (an output of a
+softmax has the logarithms of its probabilities as scores); for other outputs that of two Gaussians with the dense
+output's variance, which is half the mean square of the change in units of that variance (ours). Those of several outputs
+are added. Whether an output has class scores along a dimension is seen from the dense network's (`tell_classes`); where
+it has values instead, each index of the dimension has a variance of its own.
 """
 
 from __future__ import annotations

@@ -243,8 +243,9 @@ class Tuner:
     def _doubtful(self, how: str, allowed: float) -> Solved | None:
         """The fastest choice, if it changes anything and takes no longer than these seconds."""
         solved = self._settled(how, lambda problem: self._checked(problem, self._fastest(problem)))
-        changes = solved and decision(self.tables.problem, solved.choice) != Decision()
-        return solved if changes and solved.seconds <= allowed else None
+        if solved is None or decision(self.tables.problem, solved.choice) == Decision():
+            return None
+        return solved if solved.seconds <= allowed else None
 
     def _choose(self, how: str, allowed: float) -> Solved | None:
         """The best choice within these seconds of the tables, also when checked on the program's structure."""

@@ -240,7 +240,6 @@ class _Objective(Callback):
                     parts["channels"] = channel_wise(features, same)
         return torch.stack([weights[key] * value for key, value in parts.items()]).sum(), parts
 
-
     def _look(self, taught: Any, labels: Any) -> None:
         """Warn at the first batch whose class scores look like values, unless the user or the labels say that they are."""
         classes = isinstance(labels, torch.Tensor) and not labels.is_floating_point()
